@@ -1,0 +1,267 @@
+"""Files that outlive a run: its checkpoints, to resume from, and trained networks, to share.
+
+This module decides how a file is written so that a kill or a full disk never costs an older one,
+and how it is verified so that a damaged or hostile one is never loaded:
+
+- Whatever is written goes to a hidden temporary file beside the target, to the disk, and then over
+  the target's name.
+- A checkpoint, `step-00000120.pt`, is a file of torch.save. No code in it is run, and no flipped
+  bit loads a changed state: torch.load ignores the checksums in the archive, `load` tests them.
+- A network, `*.safetensors`, carries its settings and a digest of tensors and settings, since
+  safetensors itself has no checksum. It cannot hold code at all: it is the file to share.
+
+A file that cannot be trusted raises CheckpointError: one line with the file, what is wrong and what
+to do.
+"""
+
+import hashlib
+import io
+import json
+import logging
+import os
+import pickle
+import re
+import zipfile
+from collections import OrderedDict
+from contextlib import suppress
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+CHECKPOINT_FORMAT = "deconvnet checkpoint"
+CHECKPOINT_VERSION = 1
+NETWORK_FORMAT = "deconvnet"
+NETWORK_VERSION = "1"
+
+CHECKPOINT_NAME = re.compile(r"step-(\d{8,})\.pt")
+TEMPORARY_NAME = re.compile(r"\.step-\d{8,}\.pt\.tmp")
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointError(ValueError):
+    """A file that is damaged, of another format or unsafe to load."""
+
+
+def save(folder: Path, step: int, state: dict, keep: int = 2) -> Path:
+    """The path of the checkpoint just written, `folder/step-00000120.pt`.
+
+    state: dicts, lists and tuples of str, int, float, bool, None and tensors, nested as you like.
+    Raises OSError with the path where it cannot be written; the older checkpoints are then intact.
+    Of the checkpoints up to this step the newest `keep` stay. Those of later steps, left behind by
+    a run that went back, are neither counted nor deleted.
+    """
+    if keep < 2:
+        raise ValueError(f"keep={keep}: keep at least 2, in case the newest is damaged")
+    if step < 0:
+        raise ValueError(f"step={step}: steps are counted from 0")
+    _check_plain(state, "state")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in _matching(folder, TEMPORARY_NAME):
+        stale.unlink(missing_ok=True)
+    path = folder / f"step-{step:08d}.pt"
+    buffer = io.BytesIO()
+    torch.save({"format": CHECKPOINT_FORMAT, "version": CHECKPOINT_VERSION, "state": state}, buffer)
+    _write(path, buffer.getbuffer())
+    # Later ones may be the damaged ones that the run fell back from: counting them would leave them
+    # and delete the sound ones.
+    reached = [(number, older) for number, older in _checkpoints(folder) if number <= step]
+    for _, older in reached[:-keep]:
+        older.unlink(missing_ok=True)
+    return path
+
+
+def load(path: Path) -> dict:
+    """The state in a checkpoint, verified, with its tensors on the CPU; else CheckpointError."""
+    path = Path(path)
+    data = _read(path)
+    damage = f"{path}: empty, truncated, damaged or not a checkpoint; resume from an older one"
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            damaged = archive.testzip()
+    except Exception as error:  # which of a dozen kinds depends on the byte that is wrong
+        raise CheckpointError(damage) from error
+    if damaged is not None:
+        raise CheckpointError(f"{path}: damaged in {damaged!r}; resume from an older checkpoint")
+    try:
+        content = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path}: holds objects that may run code when loaded, which no checkpoint does; "
+            "find out where it comes from"
+        ) from error
+    except Exception as error:  # an archive of something else fails anywhere in torch.load
+        raise CheckpointError(damage) from error
+    if not isinstance(content, dict) or content.get("format") != CHECKPOINT_FORMAT:
+        raise CheckpointError(f"{path}: not a deconvnet checkpoint; choose a step-*.pt of a run")
+    _check_version(path, content.get("version"), CHECKPOINT_VERSION)
+    if "state" not in content:
+        raise CheckpointError(damage)
+    return content["state"]
+
+
+def newest(folder: Path) -> tuple[dict, Path] | None:
+    """The state of the newest sound checkpoint in the folder and its path; None if there is none.
+
+    Warns about every newer one that is damaged. Raises CheckpointError if all of them are: a run
+    that then started anew would overwrite what may be worth repairing.
+    """
+    folder = Path(folder)
+    found = _checkpoints(folder)
+    for _, path in reversed(found):
+        try:
+            return load(path), path
+        except CheckpointError as error:
+            logger.warning("%s (falling back to the checkpoint before it)", error)
+    if not found:
+        return None
+    raise CheckpointError(
+        f"{folder}: none of its {len(found)} checkpoints can be loaded, see the warnings; "
+        "restore one from a copy, or move them away to start anew"
+    )
+
+
+def save_network(path: Path, tensors: dict[str, Tensor], settings: dict) -> None:
+    """Writes the tensors and settings of a trained network to a file that is safe to share.
+
+    settings: what JSON can hold, with text as keys and finite numbers; tuples come back as lists.
+    """
+    path = _network_path(path)
+    _check_finite(path, tensors, ValueError)
+    try:
+        text = json.dumps(settings, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: settings must be values that JSON can hold: {error}") from error
+    # safetensors takes neither views nor two names for one memory.
+    layout = torch.contiguous_format
+    tensors = {name: t.detach().cpu().clone(memory_format=layout) for name, t in tensors.items()}
+    metadata = {
+        "format": NETWORK_FORMAT,
+        "version": NETWORK_VERSION,
+        "settings": text,
+        "sha256": _digest(tensors, text),
+    }
+    _write(path, safetensors.torch.save(tensors, metadata))
+
+
+def load_network(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """The tensors, on the CPU, and settings of a network file, verified; else CheckpointError."""
+    path = _network_path(path)
+    data = _read(path)
+    try:
+        tensors = safetensors.torch.load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        metadata = header.get("__metadata__") or {}
+        settings = json.loads(metadata.get("settings", "null"))
+    except Exception as error:  # the parser's own error, or torch's for a type it does not know
+        raise CheckpointError(
+            f"{path}: empty, truncated, damaged or not a network file; fetch it again"
+        ) from error
+    if metadata.get("format") != NETWORK_FORMAT or not isinstance(settings, dict):
+        raise CheckpointError(f"{path}: not a deconvnet network; choose a file of save_network")
+    _check_version(path, metadata.get("version"), NETWORK_VERSION)
+    if metadata.get("sha256") != _digest(tensors, metadata["settings"]):
+        raise CheckpointError(f"{path}: damaged or edited, its digest differs; fetch it again")
+    _check_finite(path, tensors, CheckpointError)
+    return {name: tensors[name] for name in sorted(tensors)}, settings
+
+
+def _write(path: Path, data: bytes | memoryview) -> None:
+    """Puts the data at the path: readers, also after a kill, see the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        with suppress(OSError):  # the first error is the one to report
+            temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _sync_folder(folder: Path) -> None:
+    """Puts the folder's entries on the disk: without it a power cut can undo the renaming."""
+    if os.name == "nt":  # Windows cannot open a folder
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _read(path: Path) -> bytes:
+    # Read once and as a whole, so that what is verified is what is loaded.
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}; choose a file to read") from error
+
+
+def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """The checkpoints in the folder with their steps, oldest first; none if there is no folder."""
+    paths = _matching(folder, CHECKPOINT_NAME)
+    return sorted((int(CHECKPOINT_NAME.fullmatch(path.name)[1]), path) for path in paths)
+
+
+def _matching(folder: Path, pattern: re.Pattern) -> list[Path]:
+    # A folder that cannot be listed must raise: it would look like a run without checkpoints.
+    try:
+        return [path for path in folder.iterdir() if pattern.fullmatch(path.name)]
+    except FileNotFoundError:
+        return []
+
+
+def _network_path(path: Path) -> Path:
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path}: a network file must end in .safetensors, not {path.suffix!r}")
+    return path
+
+
+def _digest(tensors: dict[str, Tensor], settings: str) -> str:
+    """SHA-256 over the names, sorted, types, shapes and bytes of tensors, and the settings."""
+    names = sorted(tensors)
+    table = [[name, str(tensors[name].dtype), list(tensors[name].shape)] for name in names]
+    digest = hashlib.sha256(json.dumps([table, settings]).encode())
+    for name in names:
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _check_plain(value: object, where: str) -> None:
+    """Refuses what torch.save would write but `load` not read, before anything is lost."""
+    if type(value) in (dict, OrderedDict):
+        for key, item in value.items():
+            _check_plain(key, f"a key of {where}")
+            _check_plain(item, f"{where}[{key!r}]")
+    elif type(value) in (list, tuple):
+        for index, item in enumerate(value):
+            _check_plain(item, f"{where}[{index}]")
+    elif not isinstance(value, Tensor) and type(value) not in (str, int, float, bool, type(None)):
+        kind = f"{type(value).__module__}.{type(value).__qualname__}"
+        raise ValueError(
+            f"{where} is of type {kind}: a checkpoint holds dict, list, tuple, str, int, float, "
+            "bool, None and tensors"
+        )
+
+
+def _check_finite(path: Path, tensors: dict[str, Tensor], kind: type[ValueError]) -> None:
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise kind(f"{path}: tensor {name!r} is not finite; use one from before that")
+
+
+def _check_version(path: Path, found: object, known: object) -> None:
+    if found != known:
+        raise CheckpointError(
+            f"{path}: format version {found!r}, but this deconvnet reads {known!r}; "
+            "use the deconvnet that wrote it"
+        )

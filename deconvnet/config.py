@@ -1,0 +1,119 @@
+"""The settings of a run, and the way from Hydra's configuration to them.
+
+The dataclasses of the settings stand beside the code that they steer; here they are put together. After `read` the rest
+of the package sees dataclasses only. With scripts/ this is the only place that knows Hydra.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from deconvnet.data import DataSettings
+from deconvnet.network import LayerSettings
+from deconvnet.preprocessing import PreprocessingSettings
+
+
+@dataclass
+class Config:
+    """Everything that scripts/train.py needs to know; configs/train.yaml has the values and says what they mean."""
+
+    name: str
+    model: dict[str, LayerSettings]
+    data: DataSettings = field(default_factory=DataSettings)
+    preprocessing: PreprocessingSettings = field(default_factory=PreprocessingSettings)
+    layers: int | None = None
+    seed: int = 0
+    device: str = "auto"
+    resume: str = "auto"
+    chunk: int = 8
+    progress: bool = True
+
+    def layer_settings(self) -> list[LayerSettings]:
+        """The layers to train, from the bottom."""
+        depth = len(self.model) if self.layers is None else self.layers
+        return [self.model[f"layer{number}"] for number in range(1, depth + 1)]
+
+
+def register() -> None:
+    """Make the types of the settings known to Hydra, so that wrong keys and values are refused."""
+    ConfigStore.instance().store(name="schema", node=Config)
+
+
+def read(cfg: DictConfig) -> Config:
+    """The checked settings. Raises ValueError with one line that names the key, the value and what would be right."""
+    config = OmegaConf.to_object(cfg)
+    expected = [f"layer{number}" for number in range(1, len(config.model) + 1)]
+    if not expected or sorted(config.model) != sorted(expected):
+        raise ValueError(
+            f"model has the layers {', '.join(config.model) or '(none)'}: name them layer1, layer2, "
+            "... without a gap"
+        )
+    if config.layers is not None and not 1 <= config.layers <= len(expected):
+        raise ValueError(
+            f"layers={config.layers}: this model defines {len(expected)} layers; choose 1 to "
+            f"{len(expected)}"
+        )
+    if config.chunk < 1:
+        raise ValueError(f"chunk={config.chunk}: must be at least 1")
+    if config.seed < 0:
+        raise ValueError(f"seed={config.seed}: must not be negative")
+    config.resume = {"true": "auto"}.get(config.resume.lower(), config.resume)
+    if config.resume.lower() in ("auto", "false"):
+        config.resume = config.resume.lower()
+    return config
+
+
+def device(name: str) -> torch.device:
+    """The torch device of a name; "auto" is cuda, else mps, else cpu."""
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name == "auto":
+        return torch.device("cuda" if cuda else "mps" if mps else "cpu")
+    try:
+        found = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device={name}: no such device; try auto, cpu, cuda or mps") from None
+    here = {"cpu": True, "cuda": cuda, "mps": mps}.get(found.type, False)
+    count = torch.cuda.device_count() if found.type == "cuda" else 1
+    if not here or (found.index or 0) >= count:
+        raise ValueError(f"device={name}: this machine has none; use device=auto or device=cpu")
+    return found
+
+
+def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
+    """Nested settings as one level of dotted names, lists and null as text."""
+    result = {}
+    for key, value in settings.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            result.update(flat(value, f"{name}."))
+        else:
+            result[name] = value if isinstance(value, bool | int | float | str) else str(value)
+    return result
+
+
+def launch(main: Callable[[], None]) -> None:
+    """Run a Hydra main; what the user got wrong ends in one line and exit code 1, HYDRA_FULL_ERROR=1 shows it all."""
+    wants_all = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    # Hydra then raises instead of printing a traceback of its own.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        main()
+    except (HydraException, OmegaConfBaseException, OSError) as error:
+        if wants_all:
+            raise
+        sys.exit(f"configuration error: {_one_line(error)}")
+
+
+def _one_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(line for line in lines if not line.startswith("object_type="))

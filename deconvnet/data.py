@@ -1,0 +1,405 @@
+"""Where images come from: photographs of installed packages, a folder, a list, torchvision.
+
+    N images · H, W pixels     images (N, 3, H, W) float32 in [0, 1], RGB
+
+This module decides what a file, whatever its kind, becomes in pixels: grey is repeated to three
+planes, transparency shows white, the camera's orientation is applied. It decides what becomes of
+files that cannot be read, and how images of many sizes get one. Nothing here is random.
+"""
+
+import difflib
+import inspect
+import logging
+import os
+import stat
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.nn import functional
+
+from deconvnet.preprocessing import local_moments
+
+SOURCES = ("photographs", "folder", "list", "torchvision")
+SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"),
+    *(".ppm", ".pgm", ".pbm"),
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class DataSettings:
+    name: str = "photographs"  # names the folder of the run
+    source: str = "photographs"  # photographs | folder | list | torchvision
+    path: str | None = None  # folder; list: text file, one path a line; torchvision: root folder
+    dataset: str | None = None  # torchvision: name of the class, such as CIFAR10
+    split: str | None = None  # torchvision: for its split=, image_set= or train= ("train", "test")
+    download: bool = False  # torchvision: allow a download
+    size: int | None = 96  # side of the square crops in pixels; null: as they are, all the same
+    scale: float = 0.35  # photographs: factor of reduction before they are cropped, 0 to 1
+    max_images: int | None = 32  # photographs: that many of most texture; else the first; null: all
+    skip_unreadable: bool = False  # leave out files that cannot be read, with a warning
+
+    def __post_init__(self) -> None:
+        if not self.name.strip(".") or set(self.name) & set("/\\"):
+            raise ValueError(
+                f"data.name={self.name!r}: must be the name of a folder, without slashes"
+            )
+        if self.source not in SOURCES:
+            raise ValueError(f"data.source={self.source!r}: choose {', '.join(SOURCES)}")
+        if self.source in ("folder", "list") and not self.path:
+            raise ValueError(f"data.path={self.path!r}: data.source={self.source} needs a path")
+        if self.source == "torchvision" and not self.dataset:
+            raise ValueError("data.dataset=None: data.source=torchvision needs the name of a class")
+        if self.source == "photographs" and self.size is None:
+            raise ValueError("data.size=None: the photographs differ in size, a number is needed")
+        if self.size is not None and self.size < 8:
+            raise ValueError(f"data.size={self.size}: must be at least 8")
+        if not 0 < self.scale <= 1:
+            raise ValueError(f"data.scale={self.scale}: must be above 0 and at most 1")
+        if self.max_images is not None and self.max_images < 1:
+            raise ValueError(
+                f"data.max_images={self.max_images}: must be at least 1, or null for all"
+            )
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    images: Tensor  # (N, 3, H, W) float32 in [0, 1]
+    names: tuple[str, ...]  # one for every image
+
+
+# A name and the function that reads the image (3, H, W), or raises ValueError in one line.
+Item = tuple[str, Callable[[], Tensor]]
+
+
+def load_images(settings: DataSettings, seed: int = 0) -> ImageSet:
+    """The images of the settings, in an order that depends on nothing else.
+
+    seed is for sources that draw images at random; none of the present ones does.
+    """
+    if settings.source == "photographs":
+        return _photographs(settings)
+    if settings.source == "torchvision":
+        items, source = _torchvision_items(settings), f"data.dataset={settings.dataset}"
+    elif settings.source == "folder":
+        items, source = _folder_items(settings.path), f"data.path={settings.path}"
+    else:
+        items, source = _list_items(settings.path), f"data.path={settings.path}"
+    return _read_items(items, source, settings)
+
+
+def find_images(path: str | Path) -> list[Path]:
+    """The image files of a folder and of the folders in it, sorted; SUFFIXES says which they are.
+
+    Hidden files and folders are left out. Links to folders are followed, but none is entered twice.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise ValueError(
+            f"data.path={path}: {'not a folder' if folder.exists() else 'no such folder'}"
+        )
+
+    def stop(error: OSError) -> None:
+        raise ValueError(f"data.path={path}: {error.filename} cannot be listed: {error.strerror}")
+
+    found, entered = [], set()
+    for parent, folders, files in os.walk(folder, onerror=stop, followlinks=True):
+        identity = os.stat(parent)
+        if (identity.st_dev, identity.st_ino) in entered:
+            folders.clear()
+            continue
+        entered.add((identity.st_dev, identity.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        images = (name for name in files if name.lower().endswith(SUFFIXES))
+        found += [Path(parent, name) for name in images if not name.startswith(".")]
+    if not found:
+        raise ValueError(f"data.path={path}: no image in this folder ({' '.join(SUFFIXES)})")
+    return sorted(found)
+
+
+def read_image(path: str | Path) -> Tensor:
+    """The image of a file as RGB (3, H, W), float32 in [0, 1]; of several frames the first.
+
+    Grey is repeated to three planes, alpha composed over white, the EXIF orientation applied.
+    16-bit grey is divided by 65535; float images must be in [0, 1]. Any failure is a ValueError of
+    one line, "cannot read <path>: <reason>".
+    """
+    try:
+        info = os.stat(path)
+        if not stat.S_ISREG(info.st_mode):
+            raise ValueError("not a regular file")
+        if info.st_size == 0:
+            raise ValueError("the file is empty")
+        with warnings.catch_warnings():
+            # Pillow only warns of images that take hundreds of megabytes from a small file.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as picture:
+                return _to_tensor(ImageOps.exif_transpose(picture))
+    # Decoders fail with every kind of exception on damaged files: all of them mean the same here.
+    except Exception as error:
+        raise ValueError(f"cannot read {path}: {_reason(error)}") from error
+
+
+def fit_size(image: Tensor, size: int) -> Tensor:
+    """The centre of the image (3, H, W) as (3, size, size): its short side becomes `size`.
+
+    Cropped first, so that a long thin image does not become huge; then resampled by an antialiased
+    bicubic kernel and clamped to [0, 1], which that oversteps at edges.
+    """
+    height, width = image.shape[1:]
+    short = min(height, width)
+    top, left = (height - short) // 2, (width - short) // 2
+    image = image[:, top : top + short, left : left + short]
+    if short == size:
+        return image
+    resized = functional.interpolate(image[None], (size, size), mode="bicubic", antialias=True)
+    return resized[0].clamp(0, 1)
+
+
+def _read_items(items: Iterator[Item], source: str, settings: DataSettings) -> ImageSet:
+    """Reads up to max_images, fits them to one size, and reports all that failed at once."""
+    images, names, failures, enlarged = [], [], [], 0
+    for name, read in items:
+        try:
+            image = read()
+        except ValueError as error:
+            failures.append(str(error))
+        else:
+            names.append(name)
+            if settings.size is not None:
+                enlarged += min(image.shape[1:]) < settings.size
+                image = fit_size(image, settings.size)
+            images.append(image)
+        done = len(images) if settings.skip_unreadable else len(images) + len(failures)
+        if done == settings.max_images:
+            break
+    _report(failures, source, settings.skip_unreadable, none_left=not images)
+    if enlarged:
+        logger.warning(
+            "%s: %d of %d images are smaller than data.size=%d and were enlarged",
+            *(source, enlarged, len(images), settings.size),
+        )
+    for image, name in zip(images, names, strict=True):
+        if image.shape != images[0].shape:
+            (a, b), (c, d) = images[0].shape[1:], image.shape[1:]
+            raise ValueError(
+                f"data.size=None: all images must have one size, but {names[0]} has {a}x{b} pixels "
+                f"and {name} {c}x{d}; a number in data.size crops them"
+            )
+    return ImageSet(torch.stack(images), tuple(names))
+
+
+def _report(failures: list[str], source: str, skip: bool, *, none_left: bool) -> None:
+    if not failures:
+        return
+    listed = "; ".join(failures[:5]) + ("; ..." if len(failures) > 5 else "")
+    if not skip:
+        raise ValueError(
+            f"{source}: {len(failures)} of the images cannot be read: {listed} "
+            "(data.skip_unreadable=true leaves them out)"
+        )
+    if none_left:
+        raise ValueError(f"{source}: none of the {len(failures)} images can be read: {listed}")
+    logger.warning("%s: left out %d unreadable images: %s", source, len(failures), listed)
+
+
+def _folder_items(path: str) -> Iterator[Item]:
+    folder = Path(path).expanduser()
+    for file in find_images(path):
+        yield file.relative_to(folder).as_posix(), lambda file=file: read_image(file)
+
+
+def _list_items(path: str) -> Iterator[Item]:
+    """The lines of a text file of paths, which are relative to it; "#" starts a comment line."""
+    file = Path(path).expanduser()
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"data.path={path}: not a readable text file: {_reason(error)}") from error
+    lines = [line for line in lines if line and not line.startswith("#")]
+    if not lines:
+        raise ValueError(f"data.path={path}: this list names no image")
+    for line in lines:
+        image = file.parent / Path(line).expanduser()
+        yield line, lambda image=image: read_image(image)
+
+
+def _torchvision_items(settings: DataSettings) -> Iterator[Item]:
+    try:
+        from torchvision import datasets
+    except ImportError as error:
+        raise ValueError(f"data.source=torchvision needs torchvision installed: {error}") from error
+
+    names = [name for name in datasets.__all__ if inspect.isclass(getattr(datasets, name))]
+    if settings.dataset not in names:
+        lower = {name.lower(): name for name in names}
+        close = [lower[key] for key in difflib.get_close_matches(settings.dataset.lower(), lower)]
+        raise ValueError(
+            f"data.dataset={settings.dataset}: torchvision has no such data set; "
+            + (f"did you mean {' or '.join(close)}?" if close else f"it has {', '.join(names)}")
+        )
+    kind = getattr(datasets, settings.dataset)
+    arguments = _torchvision_arguments(kind, settings)
+    try:
+        samples = kind(**arguments)
+        count = len(samples)
+    # Each class has its own exceptions for missing files, archives, packages or no network.
+    except Exception as error:
+        raise ValueError(
+            f"data.dataset={settings.dataset}: cannot be opened: {_reason(error)}; "
+            f"set data.download=true or put the files under data.path={settings.path}"
+        ) from error
+    for index in range(count):
+        yield (
+            f"{settings.dataset}-{index}",
+            lambda index=index: _sample_image(samples, index, settings.dataset),
+        )
+
+
+def _torchvision_arguments(kind: type, settings: DataSettings) -> dict:
+    """The arguments of this class, and of its bases, to which EMNIST and others pass them on."""
+    known = {name for base in kind.__mro__ for name in inspect.signature(base.__init__).parameters}
+    arguments = {}
+    if "root" in inspect.signature(kind).parameters:
+        if not settings.path:
+            raise ValueError(f"data.path=None: data.dataset={settings.dataset} needs a root folder")
+        arguments["root"] = Path(settings.path).expanduser()
+    if "download" in known:
+        arguments["download"] = settings.download
+    if settings.split is not None:
+        key = next((key for key in ("split", "image_set", "train") if key in known), None)
+        if key is None:
+            raise ValueError(
+                f"data.split={settings.split}: {settings.dataset} has no splits; use null"
+            )
+        if key == "train" and settings.split not in ("train", "test"):
+            raise ValueError(f"data.split={settings.split}: {settings.dataset} has train and test")
+        arguments[key] = settings.split == "train" if key == "train" else settings.split
+    return arguments
+
+
+def _sample_image(samples, index: int, dataset: str) -> Tensor:
+    try:
+        sample = samples[index]
+        image = sample[0] if isinstance(sample, (tuple, list)) else sample
+        return _to_tensor(image)
+    except Exception as error:
+        raise ValueError(f"cannot read sample {index} of {dataset}: {_reason(error)}") from error
+
+
+def _to_tensor(image: Image.Image | np.ndarray | Tensor) -> Tensor:
+    """RGB (3, H, W) float32 in [0, 1] of a picture, a (3 or 1, H, W) tensor, an (H, W, 3) array."""
+    if isinstance(image, Image.Image):
+        image = _to_array(image)
+    if isinstance(image, np.ndarray):
+        image = torch.from_numpy(np.array(np.atleast_3d(image), order="C")).permute(2, 0, 1)
+    if not isinstance(image, Tensor):
+        raise ValueError(f"{type(image).__name__} is no image")
+    if image.dtype == torch.uint8:
+        image = image.float() / 255
+    image = image[None] if image.ndim == 2 else image
+    if image.ndim != 3 or image.shape[0] not in (1, 3) or not image.is_floating_point():
+        raise ValueError(f"{image.dtype} of shape {tuple(image.shape)} is no image")
+    image = image.float()
+    if not image.isfinite().all():
+        raise ValueError("it has pixels that are NaN or infinite")
+    low, high = image.aminmax()
+    if low < 0 or high > 1:
+        raise ValueError(f"it has values from {low:.4g} to {high:.4g}, must be in [0, 1]")
+    return image.expand(3, -1, -1).contiguous()
+
+
+def _to_array(picture: Image.Image) -> np.ndarray:
+    """Floats (H, W) or (H, W, 3) of a picture of any mode, the range not yet checked."""
+    if picture.mode == "F":
+        return np.asarray(picture)
+    if picture.mode.startswith("I"):
+        # 16-bit grey: "I;16" from PNG and TIFF, "I" from PGM.
+        return np.asarray(picture).astype(np.float32) / 65535
+    if picture.has_transparency_data:
+        pixels = np.asarray(picture.convert("RGBA"), dtype=np.float32) / 255
+        color, alpha = pixels[..., :3], pixels[..., 3:]
+        return color * alpha + (1 - alpha)
+    return np.asarray(picture.convert("RGB"), dtype=np.float32) / 255
+
+
+def _reason(error: Exception) -> str:
+    """The message of an error in one line, without the path that the caller names."""
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "not an image of a kind that Pillow knows"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _photographs(settings: DataSettings) -> ImageSet:
+    """Crops of the photographs that come with scikit-image and scikit-learn, those of most texture.
+
+    Every photograph is reduced by data.scale and cut on a regular grid whose crops overlap.
+    """
+    crops, names = [], []
+    for name, photograph in _reduced_photographs(settings.scale):
+        tops, lefts = (_grid(length, settings.size) for length in photograph.shape[1:])
+        for row, top in enumerate(tops):
+            for column, left in enumerate(lefts):
+                crops.append(photograph[:, top : top + settings.size, left : left + settings.size])
+                names.append(f"{name}-{row}-{column}")
+    if not crops:
+        raise ValueError(
+            f"data.size={settings.size}: larger than every photograph at "
+            f"data.scale={settings.scale}; choose a smaller size or a larger scale"
+        )
+    images = torch.stack(crops)
+    order = _texture(images).argsort(descending=True, stable=True)
+    kept = order[: settings.max_images].sort().values
+    return ImageSet(images[kept], tuple(names[index] for index in kept))
+
+
+def _reduced_photographs(scale: float) -> Iterator[tuple[str, Tensor]]:
+    try:
+        from skimage import data, transform
+        from sklearn.datasets import load_sample_images
+
+        photographs = {
+            "astronaut": data.astronaut(),
+            "chelsea": data.chelsea(),
+            "coffee": data.coffee(),
+            "rocket": data.rocket(),
+            "motorcycle": data.stereo_motorcycle()[0],
+        }
+        samples = load_sample_images()
+    except ImportError as error:
+        raise ValueError(
+            "data.source=photographs needs scikit-image and scikit-learn "
+            f"(pip install scikit-image scikit-learn): {error}"
+        ) from error
+    photographs |= {
+        Path(file).stem: image
+        for file, image in zip(samples.filenames, samples.images, strict=True)
+    }
+    for name, photograph in photographs.items():
+        reduced = transform.rescale(photograph, scale, anti_aliasing=True, channel_axis=2)
+        pixels = torch.from_numpy(np.ascontiguousarray(reduced.transpose(2, 0, 1)))
+        yield name, pixels.float().clamp(0, 1)
+
+
+def _grid(length: int, size: int) -> list[int]:
+    """Where the crops begin along one axis, evenly from end to end; nowhere if it is too short."""
+    if length < size:
+        return []
+    count = max(1, round(1.6 * (length / size - 1)) + 1)
+    return np.linspace(0, length - size, count).round().astype(int).tolist()
+
+
+def _texture(images: Tensor) -> Tensor:
+    """The median over the pixels of the local standard deviation, (N,), of images (N, 3, H, W)."""
+    deviations = [local_moments(image, 13, 4.773)[1] for image in images.split(1)]
+    return torch.cat(deviations).flatten(1).median(1).values

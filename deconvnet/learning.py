@@ -1,0 +1,248 @@
+"""Learning of filters from sums over images, and the care of filters that are dead or double.
+
+    z maps (N, K, H+h-1, W+w-1)   b what is explained (N, C, H, W)   f filters (K, C, h, w)   g connectivity (K, C)
+
+With the maps fixed the cost is quadratic in the filters, lam/2 ||Z f - b||^2, and two sums over images say all about it:
+
+    linear  Z'b        (K, C, h, w)
+    gram    Z'Z        (K, K, 2h-1, 2w-1): the correlation of every pair of maps at every shift of two filters
+
+Their size does not depend on the number of images, and sums of batches add. They are all that passes from inference to
+learning. Everything here is float64: sums decide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deconvnet.convolution import Boundary, connected, deconvolve, filter_gradient, fourier_size
+from deconvnet.operators import conjugate_gradients
+
+UPDATES = ("proximal", "cg")
+NORMS = ("filter", "plane")
+
+
+@dataclass
+class LearningSettings:
+    """How the filters of a layer are learned."""
+
+    # passes over the training images
+    epochs: int = 12
+    # images per filter update; null: one update an epoch
+    batch_size: int | None = 8
+    # proximal: many steps on the sums; cg: conjugate gradients on the maps of one batch (the papers)
+    update: str = "proximal"
+    # steps of one update (the authors' toolbox: 2 or 4 of cg)
+    update_iterations: int = 10
+    # proximal: the sums of earlier batches fade over about this many epochs; 0 forgets them at once
+    memory: float = 1.0
+    # patches: filters start as pieces of what is explained; random: as Gaussian noise (the papers)
+    init: str = "patches"
+    # unit norm of each whole filter, or of each of its 2-D planes (the CVPR 2010 paper)
+    norm: str = "filter"
+    # re-seed filters that no map uses or that repeat another, at the end of each epoch but the last
+    revive: bool = True
+
+    def __post_init__(self) -> None:
+        for key, choices in (("update", UPDATES), ("norm", NORMS), ("init", ("patches", "random"))):
+            if getattr(self, key) not in choices:
+                raise ValueError(
+                    f"learning.{key}={getattr(self, key)}: choose one of {', '.join(choices)}"
+                )
+        for key in ("epochs", "update_iterations"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"learning.{key}={getattr(self, key)}: must be at least 1")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ValueError(f"learning.batch_size={self.batch_size}: must be at least 1, or null")
+        if self.memory < 0:
+            raise ValueError(f"learning.memory={self.memory}: must not be negative")
+
+
+@dataclass(frozen=True)
+class FilterSums:
+    """The quadratic cost of the filters, 1/2 f'(gram)f - (linear)'f, summed over images."""
+
+    linear: Tensor
+    gram: Tensor
+
+    def __add__(self, other: FilterSums) -> FilterSums:
+        return FilterSums(self.linear + other.linear, self.gram + other.gram)
+
+    def __mul__(self, factor: float) -> FilterSums:
+        return FilterSums(self.linear * factor, self.gram * factor)
+
+    @property
+    def energy(self) -> Tensor:
+        """(K,): the sum of the squares of every map."""
+        h, w = self.linear.shape[2:]
+        return self.gram[..., h - 1, w - 1].diagonal()
+
+    def without(self, filters: list[int]) -> FilterSums:
+        """The same with nothing known of these filters."""
+        linear, gram = self.linear.clone(), self.gram.clone()
+        linear[filters], gram[filters], gram[:, filters] = 0, 0, 0
+        return FilterSums(linear, gram)
+
+
+def filter_sums(
+    z: Tensor, residual: Tensor, f: Tensor, g: Tensor | None = None, *, boundary: Boundary = "valid"
+) -> FilterSums:
+    """The sums over a batch whose maps z leave the residual b - A z (N, C, H, W) under the filters f.
+
+    gram is the correlation of the whole maps. With boundary "valid" that is a little more than Z'Z, the maps
+    being larger than the image, so the quadratic cost made of it lies above the true one and touches it at f: what
+    lowers the one lowers the other. `linear` is chosen so that the gradient at f is the true one, -Z'(b - A z).
+    """
+    h, w = f.shape[2:]
+    gradient = filter_gradient(z, -residual, (h, w), g, boundary=boundary).double()
+    gram = _map_correlations(z, (h, w), boundary)
+    return FilterSums(_gram_product(gram, (h, w))(f.double()) - gradient, gram)
+
+
+def update_filters(
+    f: Tensor, sums: FilterSums, g: Tensor | None = None, *, norm: str = "filter", iterations: int = 10
+) -> Tensor:
+    """Filters (K, C, h, w) of unit norm that lower 1/2 f'(gram)f - (linear)'f, from f by accelerated projected steps.
+
+    Each filter has a step of its own, by the energy of its map: rare filters learn as fast as frequent ones. The best
+    of all iterates is returned, f itself included, so that the cost of the sums never rises.
+    """
+    product = _gram_product(sums.gram, tuple(f.shape[2:]))
+    start = normalize(connected(f.double(), g), norm)
+    energy = sums.energy.clamp(min=1e-9 * sums.energy.max().item() + 1e-30)
+    scale = energy.rsqrt().view(-1, 1, 1, 1)
+    step = scale.square() / _largest_eigenvalue(lambda v: scale * product(scale * v), start)
+
+    def cost(v: Tensor) -> tuple[float, Tensor]:
+        moved = product(v)
+        return float((v * (0.5 * moved - sums.linear)).sum()), moved - sums.linear
+
+    x, y, t = start, start, 1.0
+    best, (lowest, gradient) = start, cost(start)
+    for _ in range(iterations):
+        x_old, x = x, normalize(connected(y - step * gradient, g), norm, fallback=start)
+        value, gradient_x = cost(x)
+        if value < lowest:
+            best, lowest = x, value
+        else:
+            t = 1.0
+        t_next = (1 + (1 + 4 * t * t) ** 0.5) / 2
+        momentum = (t - 1) / t_next
+        y, t = x + momentum * (x - x_old), t_next
+        gradient = cost(y)[1] if momentum else gradient_x
+    return best.to(f.dtype)
+
+
+def update_filters_by_cg(
+    f: Tensor,
+    z: Tensor,
+    b: Tensor,
+    g: Tensor | None = None,
+    *,
+    norm: str = "plane",
+    iterations: int = 2,
+    boundary: Boundary = "valid",
+) -> Tensor:
+    """Filters after some conjugate gradient steps on Z'Z f = Z'b from f, then unit norm  (Zeiler et al. 2010, 3.2)."""
+    size = tuple(f.shape[2:])
+
+    def system(v: Tensor) -> Tensor:
+        painted = deconvolve(z, v[0].view(f.shape), g, boundary=boundary)
+        return filter_gradient(z, painted, size, g, boundary=boundary).flatten(2)[None]
+
+    target = filter_gradient(z, b, size, g, boundary=boundary).flatten(2)[None]
+    start = connected(f, g).flatten(2)[None]
+    found = conjugate_gradients(system, target, start, tolerance=1e-6, max_iterations=iterations)
+    return normalize(found[0].view(f.shape), norm, fallback=f)
+
+
+def normalize(f: Tensor, norm: str = "filter", *, fallback: Tensor | None = None) -> Tensor:
+    """f with unit l2 norm of every filter, or of every 2-D plane; one that is zero becomes that of `fallback`."""
+    axes = (2, 3) if norm == "plane" else (1, 2, 3)
+    length = torch.linalg.vector_norm(f, dim=axes, keepdim=True)
+    unit = f / torch.where(length > 0, length, torch.ones_like(length))
+    return unit if fallback is None else torch.where(length > 0, unit, fallback)
+
+
+def random_filters(
+    num: int, b: Tensor, size: int, init: str, generator: torch.Generator
+) -> Tensor:
+    """(num, C, size, size) of unit norm: Gaussian noise, or patches of b with more contrast than the median patch."""
+    if init == "random":
+        shape = (num, b.shape[1], size, size)
+        return normalize(torch.randn(shape, generator=generator).to(b))
+    draws = 20 * num
+    n = torch.randint(b.shape[0], (draws,), generator=generator)
+    i = torch.randint(b.shape[2] - size + 1, (draws,), generator=generator)
+    j = torch.randint(b.shape[3] - size + 1, (draws,), generator=generator)
+    drawn = zip(n.tolist(), i.tolist(), j.tolist(), strict=True)
+    patches = torch.stack([b[n, :, i : i + size, j : j + size] for n, i, j in drawn])
+    strength = torch.linalg.vector_norm(patches, dim=(1, 2, 3))
+    strongest = strength.argsort(descending=True, stable=True)[: draws // 2]
+    chosen = strongest[torch.randperm(len(strongest), generator=generator)[:num].to(b.device)]
+    noise = torch.randn(patches[chosen].shape, generator=generator).to(b)
+    # The trace of noise keeps a patch without any contrast from being a filter of zeros.
+    return normalize(normalize(patches[chosen]) + 1e-3 * normalize(noise))
+
+
+def dead_filters(energy: Tensor) -> list[int]:
+    """Filters whose maps hold at most a millionth of the mean energy of a map; energy: (K,)."""
+    return torch.nonzero(energy <= 1e-6 * energy.mean()).flatten().tolist()
+
+
+def double_filters(f: Tensor, energy: Tensor, *, similarity: float = 0.97) -> list[int]:
+    """Filters that equal one with a stronger map up to sign and shift: the weaker of each pair."""
+    h, w = f.shape[2:]
+    f = normalize(f)
+    # Correlate all pairs at all shifts; (K, K, 2h-1, 2w-1).
+    alike = F.conv2d(f, f, padding=(h - 1, w - 1)).abs().amax((2, 3)) > similarity
+    order = energy.argsort(descending=True, stable=True).tolist()
+    kept, double = [], []
+    for k in order:
+        (double if any(alike[k, j] for j in kept) else kept).append(k)
+    return sorted(double)
+
+
+def _map_correlations(z: Tensor, size: tuple[int, int], boundary: Boundary) -> Tensor:
+    """(K, K, 2h-1, 2w-1) in float64: sum over images and positions i of z_k[i] z_j[i + shift], shift 0 in the middle."""
+    h, w = size
+    grid = tuple(z.shape[2:])
+    if boundary == "valid":
+        grid = fourier_size((grid[0] + h - 1, grid[1] + w - 1))
+    spectrum = torch.fft.rfft2(z, grid).permute(2, 3, 1, 0).contiguous()
+    power = (spectrum.conj() @ spectrum.transpose(-1, -2)).permute(2, 3, 0, 1)
+    correlation = torch.fft.irfft2(power, grid)
+    rows = torch.arange(1 - h, h, device=z.device) % grid[0]
+    columns = torch.arange(1 - w, w, device=z.device) % grid[1]
+    return correlation[:, :, rows[:, None], columns].double()
+
+
+def _gram_product(gram: Tensor, size: tuple[int, int]) -> Callable[[Tensor], Tensor]:
+    """v (K, C, h, w) -> Z'Z v, a correlation with the gram, as one matrix product per frequency."""
+    h, w = size
+    grid = fourier_size((2 * h - 1, 2 * w - 1))
+    kernel = F.pad(gram, (0, grid[1] - 2 * w + 1, 0, grid[0] - 2 * h + 1)).roll((1 - h, 1 - w), (2, 3))
+    spectrum = torch.fft.rfft2(kernel).permute(2, 3, 0, 1).contiguous()
+
+    def product(v: Tensor) -> Tensor:
+        moved = spectrum @ torch.fft.rfft2(v, grid).permute(2, 3, 0, 1)
+        return torch.fft.irfft2(moved.permute(2, 3, 0, 1), grid)[..., :h, :w]
+
+    return product
+
+
+def _largest_eigenvalue(product: Callable[[Tensor], Tensor], like: Tensor) -> float:
+    """By power iteration, rounded up by 5% because it approaches from below."""
+    v = torch.randn(like.shape, generator=torch.Generator().manual_seed(0)).to(like)
+    value = 1.0
+    for _ in range(30):
+        v = product(v / torch.linalg.vector_norm(v).clamp(min=1e-300))
+        previous, value = value, float(torch.linalg.vector_norm(v))
+        if abs(value - previous) <= 1e-2 * value:
+            break
+    return 1.05 * value if value > 0 else 1.0

@@ -1,0 +1,160 @@
+"""What a user sees of a run while it goes: a progress bar, the TensorBoard page, and the same pictures as PNG files.
+
+One global step, the filter updates since the run began, orders everything on the page; going on with a run hides what an
+interrupted one wrote beyond the step where it goes on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+
+@dataclass(frozen=True)
+class EpochStats:
+    """What one epoch of a layer saw, each image when it was visited. Objective terms are means per image."""
+
+    layer: int
+    epoch: int
+    epochs: int
+    reconstruction: float
+    sparsity: float
+    snr: float
+    density: float
+    dead: int
+    double: int
+    seconds_per_image: float
+
+    @property
+    def objective(self) -> float:
+        return self.reconstruction + self.sparsity
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """What a layer reached at the end, with the maps of all training images inferred anew.
+
+    objective: mean per image; snr: in dB, of the image reconstructed from this layer, preprocessed domain; density:
+    share of the entries of z that are not zero; dead: maps that are zero on all images; seconds: of its training.
+    """
+
+    layer: int
+    objective: float
+    snr: float
+    density: float
+    dead: int
+    seconds: float
+
+
+class Monitor:
+    """Shows a run. Without a folder it is a progress bar alone."""
+
+    def __init__(
+        self,
+        folder: Path | None = None,
+        *,
+        progress: bool = True,
+        config: str = "",
+        settings: dict[str, bool | int | float | str] | None = None,
+    ):
+        self.folder, self.progress = folder, progress
+        self.config, self.settings = config, settings or {}
+        self._writer = None
+        self._bar: tqdm | None = None
+        self._inferred = 0
+
+    def start(self, step: int) -> None:
+        """Open the TensorBoard file; events of `step` and later that an earlier run left are hidden."""
+        if self.folder is None:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard.summary import hparams
+
+        self._writer = SummaryWriter(str(self.folder), purge_step=step or None)
+        self._writer.add_text("config", f"```yaml\n{self.config}\n```", step)
+        # add_hparams would put them into a run of its own; written by hand they stay in this one.
+        for summary in hparams(self.settings, {"layer1/snr": 0.0}):
+            self._writer.file_writer.add_summary(summary)
+
+    def layer(self, number: int, done: int, total: int) -> None:
+        """A layer begins, or goes on after `done` of its `total` filter updates."""
+        self._open_bar(f"layer {number}", total, initial=done, unit="update")
+
+    def advance(self) -> None:
+        """One more filter update."""
+        self._bar.update()
+
+    def epoch(self, stats: EpochStats, step: int) -> None:
+        """An epoch is over."""
+        self._bar.set_postfix_str(
+            f"epoch {stats.epoch}/{stats.epochs}, objective {stats.objective:.1f}, "
+            f"SNR {stats.snr:.1f} dB, density {stats.density:.1%}"
+            + (f", {stats.dead} dead" if stats.dead else "")
+        )
+        if self._writer is None:
+            return
+        values = {**asdict(stats), "objective": stats.objective}
+        for key in ("layer", "epoch", "epochs"):
+            del values[key]
+        for key, value in values.items():
+            self._writer.add_scalar(f"layer{stats.layer}/{key}", value, step)
+
+    def inferred(self, done: int, total: int) -> None:
+        """Some of the images have their final maps."""
+        if self._inferred == 0:
+            self._open_bar("inference", total, unit="image", leave=False)
+        self._bar.update(done - self._inferred)
+        self._inferred = done
+        if done == total:
+            self._inferred = 0
+            self._close_bar()
+
+    def result(self, result: LayerResult, z: Tensor, step: int) -> None:
+        """A layer is finished; z are the maps of all images."""
+        if self._writer is None:
+            return
+        for key in ("objective", "snr", "density", "dead"):
+            self._writer.add_scalar(f"final/layer{result.layer}/{key}", getattr(result, key), step)
+        nonzero = z[z != 0]
+        if len(nonzero):
+            self._writer.add_histogram(f"layer{result.layer}/nonzero z", nonzero, step)
+
+    def picture(self, name: str, picture: Tensor, step: int) -> None:
+        """A picture (3, H, W) in [0, 1]: on the page, and as pictures/<name>.png of the run."""
+        if self.folder is None:
+            return
+        if not torch.isfinite(picture).all():
+            raise ValueError(f"the picture {name} has values that are not finite")
+        picture = picture.clamp(0, 1).cpu()
+        self._writer.add_image(name, picture, step)
+        path = self.folder / "pictures" / f"{name.replace('/', '-')}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = (picture * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+        Image.fromarray(pixels).save(path)
+
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close_bar()
+        if self._writer is not None:
+            self._writer.close()
+
+    def _open_bar(self, name: str, total: int, **options: object) -> None:
+        self._close_bar()
+        self._bar = tqdm(
+            desc=name, total=total, disable=not self.progress, dynamic_ncols=True, **options
+        )
+
+    def _close_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None

@@ -1,0 +1,385 @@
+"""A deconvolutional network: layers of filters, the inference of their maps, and the way back to pixels.
+
+    images -> preprocessing -> y = b_1;   layer l: z_l explains b_l;   b_(l+1) = pooled z_l / scale_(l+1)
+
+    R_l = F_1 U_1 S_2 F_2 U_2 S_3 ... F_l     from the maps of layer l to the (preprocessed) image: deconvolutions F,
+                                              unpoolings U with the switches of inference, rescalings S
+
+Layers are counted from 1, as in the papers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import comb
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from deconvnet import checkpoint
+from deconvnet.convolution import BOUNDARIES
+from deconvnet.learning import LearningSettings, normalize, random_filters
+from deconvnet.operators import Deconvolution, Operator, Scaling, Unpooling
+from deconvnet.pooling import max_pool
+from deconvnet.preprocessing import Preprocessing, PreprocessingSettings, Record
+from deconvnet.solvers import Solution, SolverSettings, solve
+from deconvnet.sparsity import check_exponent
+
+Progress = Callable[[int, int], None]
+
+WIRINGS = ("full", "singles", "doubles", "singles_and_doubles", "random_doubles")
+
+
+@dataclass
+class LayerSettings:
+    """One layer of a network."""
+
+    # feature maps, and filters
+    num_maps: int
+    # side of the square filters, in pixels or in positions of the pooled maps below
+    filter_size: int = 7
+    # weight of the reconstruction against the sparsity; larger is less sparse
+    lam: float = 2.0
+    # exponent of the sparse prior sum |z|^p, 0 to 1
+    p: float = 1.0
+    # which maps below a filter sees: full | singles | doubles | singles_and_doubles | random_doubles
+    connectivity: str = "full"
+    # valid: maps are larger than what they explain, nothing wraps (the papers) | circular
+    boundary: str = "valid"
+    # [maps, rows, columns] of the max pooling between this layer and the next; null: none
+    pool: list[int] | None = None
+    # how maps are inferred
+    solver: SolverSettings = field(default_factory=SolverSettings)
+    # how filters are learned
+    learning: LearningSettings = field(default_factory=LearningSettings)
+
+    def __post_init__(self) -> None:
+        for key in ("num_maps", "filter_size"):
+            value = getattr(self, key)
+            if isinstance(value, int) and value < 1:
+                raise ValueError(f"{key}={value}: must be at least 1")
+        if not self.lam > 0:
+            raise ValueError(f"lam={self.lam}: must be positive")
+        check_exponent(self.p)
+        for key, choices in (("connectivity", WIRINGS), ("boundary", BOUNDARIES)):
+            if getattr(self, key) not in choices:
+                raise ValueError(f"{key}={getattr(self, key)}: choose one of {', '.join(choices)}")
+        if self.pool is not None and (len(self.pool) != 3 or min(self.pool) < 1):
+            raise ValueError(
+                f"pool={list(self.pool)}: expected [maps, rows, columns], each at least 1, or null"
+            )
+
+
+@dataclass(frozen=True)
+class LayerCodes:
+    """What inference found in one layer.
+
+    z: (N, K, ...) sparse maps; pooled: the maps after pooling (z itself without it); switches: where the pooled values
+    stood, as `pooling.max_pool` gives them (None without pooling); reconstruction, sparsity: (N,) the two terms of the
+    objective, float64.
+    """
+
+    z: Tensor
+    pooled: Tensor
+    switches: Tensor | None
+    reconstruction: Tensor
+    sparsity: Tensor
+
+    @property
+    def objective(self) -> Tensor:
+        """(N,): lam/2 ||A z - b||^2 + sum |z|^p."""
+        return self.reconstruction + self.sparsity
+
+    @property
+    def density(self) -> float:
+        """The share of the entries of z that are not zero."""
+        return float(torch.count_nonzero(self.z)) / self.z.numel()
+
+
+@dataclass(frozen=True)
+class Codes:
+    """The maps of every layer for a batch of images, and what it takes to get back to their pixels.
+
+    y: (N, C, H, W) the preprocessed images; record: what preprocessing needs to undo itself.
+    """
+
+    layers: tuple[LayerCodes, ...]
+    y: Tensor
+    record: Record = field(repr=False)
+
+    def select(self, images: Tensor) -> Codes:
+        """The codes of some images, by their indices."""
+        layers = (
+            LayerCodes(*(None if t is None else t[images] for t in vars(layer).values()))
+            for layer in self.layers
+        )
+        record = [{key: value[images] for key, value in step.items()} for step in self.record]
+        return Codes(tuple(layers), self.y[images], record)
+
+    def layer(self, number: int) -> LayerCodes:
+        """The codes of one layer, counted from 1."""
+        if not 1 <= number <= len(self.layers):
+            raise ValueError(f"layer={number}: these codes have layers 1 to {len(self.layers)}")
+        return self.layers[number - 1]
+
+
+class Layer(nn.Module):
+    """Filters (K, C, h, w), their connectivity (K, C), and the scale that the maps below are divided by."""
+
+    filters: Tensor
+    connectivity: Tensor
+    scale: Tensor
+
+    def __init__(self, settings: LayerSettings, channels: int, generator: torch.Generator):
+        super().__init__()
+        self.settings = settings
+        wiring = _connectivity(settings.connectivity, settings.num_maps, channels, generator)
+        size = settings.filter_size
+        filters = torch.randn(settings.num_maps, channels, size, size, generator=generator)
+        self.register_buffer("connectivity", wiring)
+        self.register_buffer("filters", filters)
+        self.register_buffer("scale", torch.ones(()))
+        self.set_filters(filters)
+
+    @property
+    def g(self) -> Tensor | None:
+        """The connectivity, or None where it is full."""
+        return None if self.settings.connectivity == "full" else self.connectivity
+
+    def set_filters(self, f: Tensor) -> None:
+        """Take f (K, C, h, w), with disconnected planes set to zero and the norm of the settings."""
+        self.filters.copy_(normalize(f * self.connectivity[..., None, None], self.settings.learning.norm))
+
+    def initialize(self, b: Tensor, generator: torch.Generator) -> None:
+        """Start the filters as the settings say, from what the layer has to explain."""
+        settings = self.settings
+        self.set_filters(
+            random_filters(
+                settings.num_maps, b, settings.filter_size, settings.learning.init, generator
+            )
+        )
+
+    def operator(self) -> Deconvolution:
+        """F, with the filters as they are now."""
+        return Deconvolution(self.filters, self.settings.boundary)
+
+    def infer(self, b: Tensor) -> Solution:
+        """The maps that explain b (N, C, H, W)."""
+        settings = self.settings
+        return solve(self.operator(), b, lam=settings.lam, p=settings.p, settings=settings.solver)
+
+    def pool(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Pooled maps and switches; z and None where the layer has no pooling."""
+        return (z, None) if self.settings.pool is None else max_pool(z, tuple(self.settings.pool))
+
+
+class DeconvNet(nn.Module):
+    """A stack of layers over a preprocessing. All of its state is in its buffers: `to(device)` and state_dict work."""
+
+    def __init__(
+        self, layers: list[LayerSettings], preprocessing: PreprocessingSettings | None = None, *, seed: int = 0
+    ):
+        super().__init__()
+        self.preprocessing = Preprocessing(preprocessing or PreprocessingSettings())
+        self.layers = nn.ModuleList()
+        channels = self.preprocessing.channels
+        for number, settings in enumerate(layers, 1):
+            try:
+                self.layers.append(Layer(settings, channels, seeded(seed, number)))
+            except ValueError as error:
+                raise ValueError(f"layer{number}: {error}") from None
+            groups = settings.pool[0] if settings.pool else 1
+            channels = -(-settings.num_maps // groups)
+
+    @property
+    def depth(self) -> int:
+        return len(self.layers)
+
+    def layer(self, number: int) -> Layer:
+        """One layer, counted from 1."""
+        if not 1 <= number <= self.depth:
+            raise ValueError(f"layer={number}: this network has layers 1 to {self.depth}")
+        return self.layers[number - 1]
+
+    @torch.no_grad()
+    def infer(
+        self,
+        images: Tensor,
+        *,
+        depth: int | None = None,
+        chunk: int = 8,
+        progress: Progress | None = None,
+    ) -> Codes:
+        """The sparse maps of images, layer by layer.
+
+        images: (N, 1 or 3, H, W) float in [0, 1], any size not below a filter. depth: how many layers
+        (default all; 0 only preprocesses). chunk: images at a time, which bounds memory and does
+        not change the result. progress(done, total) hears of every chunk.
+        """
+        depth = self.depth if depth is None else depth
+        if not 0 <= depth <= self.depth:
+            raise ValueError(f"depth={depth}: this network has layers 1 to {self.depth}")
+        y, record = self.preprocessing(images.to(self.device))
+        codes = Codes((), y, record)
+        for _ in range(depth):
+            codes = self.extend(codes, chunk=chunk, progress=progress)
+        return codes
+
+    @torch.no_grad()
+    def extend(self, codes: Codes, *, chunk: int = 8, progress: Progress | None = None) -> Codes:
+        """The codes with the maps of one more layer."""
+        number = len(codes.layers) + 1
+        layer = self.layer(number)
+        b = codes.layers[-1].pooled if codes.layers else codes.y
+        check_size(b, layer, number)
+        parts = []
+        for part in b.split(chunk):
+            solution = layer.infer(part / layer.scale)
+            pooled, switches = layer.pool(solution.z)
+            parts.append((solution.z, pooled, switches, solution.reconstruction, solution.sparsity))
+            if progress:
+                progress(min(len(parts) * chunk, len(b)), len(b))
+        joined = (None if same[0] is None else torch.cat(same) for same in zip(*parts, strict=True))
+        return Codes((*codes.layers, LayerCodes(*joined)), codes.y, codes.record)
+
+    def operator(self, codes: Codes, layer: int) -> Operator:
+        """R_l: maps of layer l -> preprocessed images, with the switches of these codes."""
+        A: Operator = self.layer(1).operator()
+        for number in range(2, layer + 1):
+            below, upper = codes.layer(number - 1), self.layer(number)
+            if below.switches is not None:
+                A = A @ Unpooling(below.switches, below.z.shape[1:])
+            A = A @ Scaling(float(upper.scale)) @ upper.operator()
+        return A
+
+    @torch.no_grad()
+    def reconstruct(self, codes: Codes, layer: int | None = None) -> Tensor:
+        """Pixels (N, 1 or 3, H, W) in [0, 1] from the maps of one layer (default: the highest that the codes have)."""
+        layer = len(codes.layers) if layer is None else layer
+        y = self.operator(codes, layer)(codes.layer(layer).z)
+        return self.preprocessing.inverse(y, codes.record).clamp(0, 1)
+
+    @torch.no_grad()
+    def snr(self, codes: Codes, layer: int) -> float:
+        """SNR in dB of the reconstruction from one layer, over all images, in the preprocessed domain."""
+        return snr(codes.y, self.operator(codes, layer)(codes.layer(layer).z))
+
+    @property
+    def device(self) -> torch.device:
+        return self.preprocessing.scale.device
+
+    def to_parts(self, depth: int | None = None) -> tuple[dict[str, Tensor], dict]:
+        """(tensors, settings) of the network or of its lowest layers, as plain data to build it again."""
+        layers = self.layers[:depth]
+        above = tuple(f"layers.{index}." for index in range(len(layers), self.depth))
+        tensors = {
+            name: tensor.cpu().contiguous()
+            for name, tensor in self.state_dict().items()
+            if not name.startswith(above)
+        }
+        return tensors, {
+            "preprocessing": dataclasses.asdict(self.preprocessing.settings),
+            "layers": [dataclasses.asdict(layer.settings) for layer in layers],
+        }
+
+    def load_parts(self, tensors: dict[str, Tensor]) -> None:
+        """Take the tensors of a network with the same settings and perhaps fewer layers."""
+        self.load_state_dict({**self.state_dict(), **tensors})
+
+    @classmethod
+    def from_parts(cls, tensors: dict[str, Tensor], settings: dict) -> DeconvNet:
+        """The network that `to_parts` described."""
+        layers = [
+            LayerSettings(
+                **{
+                    **layer,
+                    "solver": SolverSettings(**layer["solver"]),
+                    "learning": LearningSettings(**layer["learning"]),
+                }
+            )
+            for layer in settings["layers"]
+        ]
+        net = cls(layers, PreprocessingSettings(**settings["preprocessing"]))
+        net.load_state_dict(tensors)
+        return net
+
+    def save(self, path: str | Path) -> None:
+        """Write a .safetensors file with the filters, the settings and the preprocessing: safe to share and to load."""
+        checkpoint.save_network(Path(path), *self.to_parts())
+
+
+def load(path: str | Path) -> DeconvNet:
+    """A network from a run folder (its newest valid checkpoint) or from a file that `DeconvNet.save` wrote."""
+    path = Path(path)
+    if path.is_dir():
+        found = checkpoint.newest(path / "checkpoints")
+        if found is None:
+            raise ValueError(f"{path}: no checkpoint in this folder; expected a run of scripts/train.py")
+        state, source = found
+        tensors, settings = state["network"]["tensors"], state["network"]["settings"]
+    elif path.is_file():
+        source = path
+        tensors, settings = checkpoint.load_network(path)
+    else:
+        raise ValueError(f"{path}: no such run folder or network file")
+    try:
+        return DeconvNet.from_parts(tensors, settings)
+    except (KeyError, TypeError, RuntimeError, ValueError) as error:
+        raise checkpoint.CheckpointError(f"{source}: not a network of this version ({error})") from None
+
+
+def snr(reference: Tensor, estimate: Tensor) -> float:
+    """10 log10( sum (reference - its mean)^2 / sum (reference - estimate)^2 ) in dB, float64 sums."""
+    reference, estimate = reference.double(), estimate.double()
+    signal = (reference - reference.mean()).square().sum()
+    noise = (reference - estimate).square().sum()
+    return float(10 * torch.log10(signal / noise))
+
+
+def check_size(b: Tensor, layer: Layer, number: int) -> None:
+    """Refuse to explain anything smaller than a filter."""
+    size = layer.settings.filter_size
+    H, W = b.shape[2:]
+    if min(H, W) < size:
+        what = "images" if number == 1 else f"the pooled maps of layer {number - 1}"
+        raise ValueError(
+            f"{what} of {H}x{W} are smaller than the {size}x{size} filters of layer {number}: "
+            "use larger images, smaller filters or fewer layers"
+        )
+
+
+def _connectivity(kind: str, num_maps: int, channels: int, generator: torch.Generator) -> Tensor:
+    """(K, C) of 0 and 1: which of the C maps below each of K filters sees (Zeiler et al. 2010, table of layers)."""
+    if kind == "full":
+        return torch.ones(num_maps, channels)
+    singles = [(c,) for c in range(channels)]
+    doubles = [(c, d) for c in range(channels) for d in range(c + 1, channels)]
+    if kind == "random_doubles":
+        if not doubles:
+            raise ValueError("connectivity=random_doubles: needs at least two maps below")
+        draws = [torch.randperm(len(doubles), generator=generator) for _ in range(num_maps // len(doubles) + 1)]
+        chosen = [doubles[i] for i in torch.cat(draws)[:num_maps].tolist()]
+    else:
+        chosen = {"singles": singles, "doubles": doubles, "singles_and_doubles": singles + doubles}[kind]
+        if len(chosen) != num_maps:
+            count = {"singles": channels, "doubles": comb(channels, 2)}
+            needed = count.get(kind, channels + comb(channels, 2))
+            raise ValueError(
+                f"num_maps={num_maps}: connectivity={kind} over {channels} maps below makes {needed} filters"
+            )
+    g = torch.zeros(num_maps, channels)
+    for k, seen in enumerate(chosen):
+        g[k, list(seen)] = 1
+    return g
+
+
+def seeded(*seeds: int) -> torch.Generator:
+    """A generator of its own for every purpose, from the seed of the run and what it is for."""
+    seed = 0
+    for part in seeds:
+        seed = (seed * 1_000_003 + part + 1) % (2**62)
+    return torch.Generator().manual_seed(seed)
+

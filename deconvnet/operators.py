@@ -1,0 +1,250 @@
+"""Linear operators from feature maps to what they explain: application, adjoint, composition, norm, exact solves.
+
+Every inference and every picture in this package is one of these operators, composed from deconvolutions F, unpoolings
+U and scalings:
+
+    layer l explains the maps below       A = F_l
+    layer l explains the image            A = R_l = F_1 U_1 S_1 F_2 U_2 S_2 ... F_l      with the switches fixed
+    both at once, weighted                A = both stacked
+    some pixels are missing               A = mask . R_l
+
+An operator works on batches: z (N, ...) -> y (N, ...), every image by itself.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from deconvnet import pooling
+from deconvnet.convolution import Boundary, correlate, deconvolve, fourier_size
+
+
+class Operator(ABC):
+    """A linear map A from maps z to images (or maps below) y, with its adjoint A'.
+
+    warm_steps: how many steps of `solve` from the last solution keep ADMM on its course (measured: with a good
+    preconditioner one step converges in as many iterations as an exact solve).
+    """
+
+    warm_steps = 4
+
+    @abstractmethod
+    def __call__(self, z: Tensor) -> Tensor:
+        """A z."""
+
+    @abstractmethod
+    def adjoint(self, y: Tensor) -> Tensor:
+        """A'y, with <A z, y> = <z, A'y>."""
+
+    def __matmul__(self, inner: Operator) -> Operator:
+        """The composition: (A @ B)(z) = A(B(z))."""
+        return Composition(self, inner)
+
+    def solve(
+        self,
+        d: Tensor,
+        lam: float,
+        beta: Tensor,
+        start: Tensor | None = None,
+        *,
+        tolerance: float = 1e-6,
+        max_iterations: int = 100,
+    ) -> Tensor:
+        """w with (beta I + lam A A') w = d, in the space of the images.
+
+        beta: (N, 1, 1, 1), one for each image. By conjugate gradients from `start` until the residual of every image
+        is below `tolerance` times its d; operators that know better override this.
+        """
+        return conjugate_gradients(
+            lambda w: beta * w + lam * self(self.adjoint(w)),
+            d,
+            start,
+            tolerance=tolerance,
+            max_iterations=max_iterations,
+        )
+
+    def squared_norm(self, b: Tensor) -> Tensor:
+        """||A||^2 (N, 1, 1, 1), the largest eigenvalue of A A', for each image of a batch in the shape of b.
+
+        By power iteration from one fixed start. It approaches from below, so it is rounded up by 2%: 1/(lam ||A||^2)
+        has to be a step that never raises the objective.
+        """
+        generator = torch.Generator().manual_seed(0)
+        y = torch.randn(b.shape[1:], generator=generator).to(b).expand_as(b)
+        value = torch.zeros_like(b[:, :1, :1, :1])
+        for _ in range(200):
+            y = self(self.adjoint(y / norm(y).clamp(min=_TINY)))
+            previous, value = value, norm(y)
+            if ((value - previous).abs() <= 1e-4 * value).all():
+                break
+        return 1.02 * value
+
+
+class Deconvolution(Operator):
+    """F: maps (N, K, ...) -> image (N, C, H, W), the sum over the maps of map * filter.
+
+    f: (K, C, h, w), disconnected planes being zero. The solve is exact by one division per frequency where the border
+    wraps; with boundary "valid" A A' is the same filter with zeros around the image, and the wrapping solution is the
+    preconditioner of a few conjugate gradient steps. Both act on C channels, not on K maps.
+    """
+
+    warm_steps = 1
+
+    def __init__(self, f: Tensor, boundary: Boundary = "valid"):
+        self.f = f
+        self.boundary = boundary
+        self._eigensystems: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return deconvolve(z, self.f, boundary=self.boundary)
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        return correlate(y, self.f, boundary=self.boundary)
+
+    def solve(
+        self,
+        d: Tensor,
+        lam: float,
+        beta: Tensor,
+        start: Tensor | None = None,
+        *,
+        tolerance: float = 1e-6,
+        max_iterations: int = 100,
+    ) -> Tensor:
+        image = tuple(d.shape[2:])
+        if self.boundary == "circular":
+            return self._filter(d, image, lambda s: 1 / (beta + lam * s))
+        # A grid that holds the image and the reach of F F' beyond one side: nothing wraps into it.
+        h, w = self.f.shape[2:]
+        grid = fourier_size((image[0] + h - 1, image[1] + w - 1))
+        return conjugate_gradients(
+            lambda w: self._filter(w, grid, lambda s: beta + lam * s),
+            d,
+            start,
+            tolerance=tolerance,
+            max_iterations=max_iterations,
+            preconditioner=lambda r: self._filter(r, grid, lambda s: 1 / (beta + lam * s)),
+        )
+
+    def squared_norm(self, b: Tensor) -> Tensor:
+        """The largest gain over the frequencies: exact where the border wraps, else a close bound from above."""
+        h, w = self.f.shape[2:]
+        image = tuple(b.shape[2:])
+        if self.boundary == "valid":
+            image = fourier_size((image[0] + h - 1, image[1] + w - 1))
+        return self._eigen(image)[1].amax().expand(b.shape[0], 1, 1, 1)
+
+    def _filter(self, y: Tensor, grid: tuple[int, int], gain: Callable[[Tensor], Tensor]) -> Tensor:
+        """gain(F F') y, cropped to the image; gain acts on the eigenvalues (u, v, C) of F F'."""
+        vectors, values = self._eigen(grid)
+        spectrum = torch.fft.rfft2(y, grid).permute(0, 2, 3, 1)
+        if vectors is None:
+            spectrum = spectrum * gain(values)
+        else:
+            spectrum = torch.einsum("nuvc,uvcd->nuvd", spectrum, vectors.conj()) * gain(values)
+            spectrum = torch.einsum("nuvd,uvcd->nuvc", spectrum, vectors)
+        return torch.fft.irfft2(spectrum.permute(0, 3, 1, 2), grid)[..., : y.shape[2], : y.shape[3]]
+
+    def _eigen(self, grid: tuple[int, int]) -> tuple[Tensor | None, Tensor]:
+        """Eigenvectors (u, v, C, C) and eigenvalues (u, v, C) of F F' at every frequency of a grid.
+
+        They serve every beta; computed once for a grid. Where C = 1 there is nothing to rotate.
+        """
+        if grid not in self._eigensystems:
+            spectrum = torch.fft.rfft2(self.f, grid)
+            if self.f.shape[1] == 1:
+                self._eigensystems[grid] = (None, spectrum.abs().square().sum(0).permute(1, 2, 0))
+            else:
+                gram = torch.einsum("kcuv,kduv->uvcd", spectrum, spectrum.conj())
+                values, vectors = torch.linalg.eigh(gram)
+                self._eigensystems[grid] = (vectors, values.clamp(min=0))
+        return self._eigensystems[grid]
+
+
+class Unpooling(Operator):
+    """U_s: pooled maps -> maps of the given (K, H, W) shape, with the switches of one batch fixed."""
+
+    def __init__(self, switches: Tensor, shape: tuple[int, int, int]):
+        self.switches = switches
+        self.shape = tuple(shape)
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return pooling.unpool(z, self.switches, (z.shape[0], *self.shape))
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        return pooling.pool(y, self.switches)
+
+
+class Scaling(Operator):
+    """Multiplication by a number: the explicit rescaling between two layers."""
+
+    def __init__(self, factor: float):
+        self.factor = factor
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return self.factor * z
+
+    adjoint = __call__
+
+
+class Composition(Operator):
+    """outer after inner: z -> outer(inner(z))."""
+
+    def __init__(self, outer: Operator, inner: Operator):
+        self.outer = outer
+        self.inner = inner
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return self.outer(self.inner(z))
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        return self.inner.adjoint(self.outer.adjoint(y))
+
+
+def conjugate_gradients(
+    system: Callable[[Tensor], Tensor],
+    d: Tensor,
+    start: Tensor | None = None,
+    *,
+    tolerance: float,
+    max_iterations: int,
+    preconditioner: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """w with system(w) = d for a symmetric positive definite system, every image (first axis) by itself.
+
+    Stops when the residual of every image is at most `tolerance` times the norm of its d. An image that is there
+    stands still, so that its result does not depend on the others in the batch.
+    """
+    w = torch.zeros_like(d) if start is None else start
+    r = d if start is None else d - system(w)
+    goal = (tolerance * norm(d)).square()
+    direction, rz = None, None
+    for _ in range(max_iterations):
+        going = dot(r, r) > goal
+        if tolerance and not going.any():
+            break
+        s = r if preconditioner is None else preconditioner(r)
+        rz_old, rz = rz, dot(r, s)
+        direction = s if direction is None else s + (rz / rz_old.clamp(min=_TINY)) * direction
+        q = system(direction)
+        alpha = going * rz / dot(direction, q).clamp(min=_TINY)
+        w = w + alpha * direction
+        r = r - alpha * q
+    return w
+
+
+_TINY = torch.finfo(torch.float32).tiny
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """<a, b> of every image, (N, 1, 1, 1)."""
+    return (a * b).sum((1, 2, 3), keepdim=True)
+
+
+def norm(a: Tensor) -> Tensor:
+    """The Euclidean norm of every image, (N, 1, 1, 1)."""
+    return dot(a, a).sqrt()

@@ -1,0 +1,382 @@
+"""Inference of sparse maps: half-quadratic splitting, ADMM, FISTA and ISTA on one problem.
+
+    minimise over z, for every image by itself      lam/2 ||A z - b||^2 + sum |z|^p
+
+    b what is explained (N, C, H, W)   A operator, maps -> b   z maps (N, K, ...)   0 <= p <= 1
+    x auxiliary maps, as z: x carries the prior, z the data, and beta/2 ||z - x||^2 couples them
+
+The four methods share the proximal map of the prior and differ in what they do with the data term:
+
+- half_quadratic: the papers' splitting; beta rises on a schedule, each beta gets one x-step and one z-step. It ends near
+  z = x but, on a short schedule, far above the minimum of the cost (docs/mathematics.md has the table).
+- admm: the same split with a multiplier u, at a fixed or balanced beta, over-relaxed. Reaches the minimum for p = 1.
+- ista, fista: a gradient step on the data term, then the proximal map; FISTA adds momentum that restarts whenever it
+  points uphill. They need only A, A' and the norm of A.
+
+Parameters that adapt and tests that stop are per image, so that a result does not depend on the rest of the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from deconvnet.convolution import Boundary
+from deconvnet.operators import Deconvolution, Operator, conjugate_gradients, dot, norm
+from deconvnet.sparsity import check_exponent, penalty, shrink
+
+METHODS = ("admm", "half_quadratic", "fista", "ista")
+Z_STEPS = ("exact", "cg")
+CHECK_EVERY = 10
+
+Callback = Callable[[int, Tensor, Tensor], None]
+
+
+@dataclass
+class SolverSettings:
+    """How maps are inferred. The same in every layer unless a layer says otherwise."""
+
+    # admm | half_quadratic | fista | ista
+    method: str = "admm"
+    # at most this many iterations for new images (half_quadratic: passes through its schedule)
+    iterations: int = 100
+    # iterations of each visit to an image in training, which starts where the last visit ended
+    training_iterations: int = 5
+    # stop an image when its relative residuals (admm) or its relative change (fista, ista) are this small
+    tolerance: float = 1e-3
+    # admm: beta / lam, the weight of the coupling of z and x
+    coupling: float = 2.5
+    # admm: over-relaxation, 1 (none) to 1.9
+    relaxation: float = 1.8
+    # admm: balance the residuals of new images by changing beta
+    adaptive: bool = True
+    # half_quadratic: the first beta, the factor from one to the next, and the bound that none exceeds
+    beta_start: float = 1.0
+    beta_factor: float = 6.0
+    beta_end: float = 1e5
+    # half_quadratic: solve the z-step exactly, or by cg_iterations of conjugate gradients from the last z
+    z_step: str = "exact"
+    cg_iterations: int = 2
+
+    def __post_init__(self) -> None:
+        _choose("solver.method", self.method, METHODS)
+        _choose("solver.z_step", self.z_step, Z_STEPS)
+        for key in ("iterations", "training_iterations", "cg_iterations"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"solver.{key}={getattr(self, key)}: must be at least 1")
+        for key in ("coupling", "beta_start"):
+            if not getattr(self, key) > 0:
+                raise ValueError(f"solver.{key}={getattr(self, key)}: must be positive")
+        if not 0 <= self.tolerance < 1:
+            raise ValueError(f"solver.tolerance={self.tolerance}: must lie between 0 and 1")
+        if not 0 < self.relaxation < 2:
+            raise ValueError(f"solver.relaxation={self.relaxation}: must lie between 0 and 2")
+        if not self.beta_factor > 1 or not self.beta_end >= self.beta_start:
+            raise ValueError(
+                f"solver.beta_start={self.beta_start}, beta_factor={self.beta_factor}, "
+                f"beta_end={self.beta_end}: the schedule must rise"
+            )
+
+    def betas(self) -> list[float]:
+        """The schedule of half-quadratic splitting: beta_start * beta_factor^i, up to beta_end."""
+        betas = [self.beta_start]
+        while betas[-1] * self.beta_factor <= self.beta_end * (1 + 1e-9):
+            betas.append(betas[-1] * self.beta_factor)
+        return betas
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Sparse maps z and how they were found.
+
+    objective: (N,) in float64, its parts `reconstruction` (lam/2 ||A z - b||^2) and `sparsity` (sum |z|^p);
+    residual: b - A z, in the shape of b; iterations: the most that an image took;
+    state: what a later call needs to go on from here (as z).
+    """
+
+    z: Tensor
+    residual: Tensor
+    reconstruction: Tensor
+    sparsity: Tensor
+    iterations: int
+    state: Tensor = field(repr=False)
+
+    @property
+    def objective(self) -> Tensor:
+        return self.reconstruction + self.sparsity
+
+
+def sparse_code(
+    images: Tensor,
+    filters: Tensor,
+    *,
+    lam: float,
+    p: float = 1.0,
+    boundary: Boundary = "valid",
+    settings: SolverSettings | None = None,
+) -> Solution:
+    """Sparse maps of images under given filters: argmin_z lam/2 ||sum_k f_k * z_k - y||^2 + sum |z|^p.
+
+    images: (N, C, H, W), explained as they are; filters: (K, C, h, w). lam weighs the reconstruction, as in the
+    papers: SPORCO's lambda is 1/lam, and its objective 1/lam times this one.
+    """
+    if images.ndim != 4:
+        raise ValueError(f"images must have the shape (N, C, H, W), got {tuple(images.shape)}")
+    if filters.ndim != 4 or filters.shape[1] != images.shape[1]:
+        raise ValueError(
+            f"filters must have the shape (K, {images.shape[1]}, h, w) for images of "
+            f"{images.shape[1]} channels, got {tuple(filters.shape)}"
+        )
+    if not torch.isfinite(images).all() or not torch.isfinite(filters).all():
+        raise ValueError("images and filters must be finite: there are NaN or infinite values")
+    A = Deconvolution(filters.to(images), boundary)
+    return solve(A, images, lam=lam, p=p, settings=settings or SolverSettings())
+
+
+def solve(
+    A: Operator,
+    b: Tensor,
+    *,
+    lam: float,
+    p: float = 1.0,
+    settings: SolverSettings,
+    state: Tensor | None = None,
+    training: bool = False,
+    callback: Callback | None = None,
+) -> Solution:
+    """Infer z by the method of the settings, from z = 0 or from the state of an earlier solution.
+
+    With `training` it is one visit of a training epoch: few iterations, nothing adapts, nothing stops early.
+    callback(i, z, beta) sees the sparse maps after iteration i = 1, 2, ... and the beta (N, 1, 1, 1) of each
+    image then; for fista and ista beta is 1 / step.
+    """
+    if not lam > 0:
+        raise ValueError(f"lam={lam}: must be positive")
+    check_exponent(p)
+    iterations = settings.training_iterations if training else settings.iterations
+    tolerance = 0.0 if training else settings.tolerance
+    start = torch.zeros_like(A.adjoint(b)) if state is None else state
+    common = dict(lam=lam, p=p, callback=callback)
+    if settings.method == "half_quadratic":
+        steps = settings.cg_iterations if settings.z_step == "cg" else None
+        passes = 1 if training else iterations
+        z, state = half_quadratic(
+            A, b, start, betas=settings.betas() * passes, cg_iterations=steps, **common
+        )
+        count = passes * len(settings.betas())
+    elif settings.method == "admm":
+        z, state, count = admm(
+            A,
+            b,
+            start,
+            beta=settings.coupling * lam,
+            relaxation=settings.relaxation,
+            adaptive=settings.adaptive and not training,
+            iterations=iterations,
+            tolerance=tolerance,
+            **common,
+        )
+    else:
+        momentum = settings.method == "fista"
+        z, count = proximal_gradient(
+            A, b, start, momentum=momentum, iterations=iterations, tolerance=tolerance, **common
+        )
+        state = z
+    residual = b - A(z)
+    return Solution(z, residual, *_cost(residual, z, lam, p), count, state)
+
+
+def half_quadratic(
+    A: Operator,
+    b: Tensor,
+    z: Tensor,
+    *,
+    lam: float,
+    p: float = 1.0,
+    betas: list[float],
+    cg_iterations: int | None = None,
+    callback: Callback | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(x, z) after one x-step and one z-step for every beta in turn  (Zeiler et al. 2010, section 3.1).
+
+        x-step   x = argmin |x|^p + beta/2 (x - z)^2                       sparsity.shrink
+        z-step   (lam A'A + beta I) z = lam A'b + beta x
+
+    The z-step is exact, or cg_iterations of conjugate gradients from the last z, as in the paper. What is returned as
+    the solution is one more x-step: the paper keeps z, which has no zeros but agrees to 1/beta.
+    """
+    data = lam * A.adjoint(b)
+    w = None
+    for i, beta in enumerate(betas, 1):
+        x = shrink(z, beta, p)
+        if cg_iterations is None:
+            z, w = _z_step(A, b, x, lam, _per_image(beta, b), w, tolerance=1e-5)
+        else:
+            z = conjugate_gradients(
+                lambda v, beta=beta: lam * A.adjoint(A(v)) + beta * v,
+                data + beta * x,
+                z,
+                tolerance=1e-6,
+                max_iterations=cg_iterations,
+            )
+        if callback:
+            callback(i, shrink(z, beta, p), _per_image(beta, b))
+    return shrink(z, betas[-1], p), z
+
+
+def admm(
+    A: Operator,
+    b: Tensor,
+    state: Tensor,
+    *,
+    lam: float,
+    p: float = 1.0,
+    beta: float,
+    relaxation: float = 1.8,
+    adaptive: bool = False,
+    iterations: int,
+    tolerance: float,
+    callback: Callback | None = None,
+) -> tuple[Tensor, Tensor, int]:
+    """(x, state, iterations) of the alternating direction method of multipliers, u the scaled multiplier.
+
+        z-step   (lam A'A + beta I) z = lam A'b + beta (x - u)
+        x-step   x = argmin |x|^p + beta/2 (x - (z + u))^2         with z over-relaxed against the last x
+        u-step   u <- u + z - x
+
+    Since x = shrink(t) and u = t - x for t = z + u, the one array t is the whole state, in the scale of the `beta`
+    that was given. For p = 1 it converges to the minimum; for p < 1 it is a heuristic that works.
+    """
+    beta = _per_image(beta, b)
+    beta_given = beta
+    t, x, w = state, shrink(state, beta, p), None
+    done = torch.zeros_like(beta, dtype=torch.bool)
+    count = 0
+    for count in range(1, iterations + 1):
+        z, w = _z_step(A, b, 2 * x - t, lam, beta, w, max_iterations=A.warm_steps)
+        t_new = t - x + relaxation * z + (1 - relaxation) * x
+        t = torch.where(done, t, t_new) if done.any() else t_new
+        x_old, x = x, shrink(t, beta, p)
+        if callback:
+            callback(count, x, beta)
+        if count % CHECK_EVERY == 0 and (adaptive or tolerance):
+            primal = norm(z - x) / torch.maximum(norm(z), norm(x)).clamp(min=_TINY)
+            dual = norm(x - x_old) / norm(t - x).clamp(min=_TINY)
+            done = done | (torch.maximum(primal, dual) <= tolerance)
+            if done.all():
+                break
+            if adaptive:
+                t, beta = _balance(t, x, beta, primal, dual, done)
+    return x, x + (t - x) * (beta / beta_given), count
+
+
+def proximal_gradient(
+    A: Operator,
+    b: Tensor,
+    z: Tensor,
+    *,
+    lam: float,
+    p: float = 1.0,
+    momentum: bool = True,
+    step: Tensor | float | None = None,
+    iterations: int,
+    tolerance: float,
+    callback: Callback | None = None,
+) -> tuple[Tensor, int]:
+    """(z, iterations) of ISTA, or with momentum of FISTA with adaptive restart.
+
+        z <- argmin |x|^p + 1/(2 step) (x - (z - step lam A'(A z - b)))^2
+
+    The step is 1 / (lam ||A||^2) unless given: no ISTA step then raises the objective. FISTA's momentum starts anew
+    for an image whenever its last move points against the gradient (O'Donoghue and Candes 2015).
+    """
+    if step is None:
+        step = 1 / (lam * A.squared_norm(b))
+    step = _per_image(step, b)
+    y, t = z, torch.ones_like(step)
+    done = torch.zeros_like(step, dtype=torch.bool)
+    count = 0
+    for count in range(1, iterations + 1):
+        z_old = z
+        z = shrink(y - step * lam * A.adjoint(A(y) - b), 1 / step, p)
+        if done.any():
+            z = torch.where(done, z_old, z)
+        if callback:
+            callback(count, z, 1 / step)
+        if tolerance and count % CHECK_EVERY == 0:
+            done = done | (norm(z - z_old) <= tolerance * norm(z))
+            if done.all():
+                break
+        if momentum:
+            t = torch.where(dot(y - z, z - z_old) > 0, torch.ones_like(t), t)
+            t_next = (1 + (1 + 4 * t.square()).sqrt()) / 2
+            y, t = z + (t - 1) / t_next * (z - z_old), t_next
+        else:
+            y = z
+    return z, count
+
+
+def duality_gap(A: Operator, b: Tensor, z: Tensor, lam: float) -> Tensor:
+    """An upper bound (N,) on the objective of z above the minimum, for p = 1; 0 at the minimum.
+
+    The dual of the problem is  maximise <b, v> - ||v||^2 / (2 lam)  over |A'v| <= 1; the residual lam (b - A z), made
+    feasible by scaling, is a point of it.
+    """
+    residual = b - A(z)
+    v = lam * residual.double()
+    reach = A.adjoint(lam * residual).abs().flatten(1).amax(1).double()
+    v = v / reach.clamp(min=1).view(-1, 1, 1, 1)
+    dual = (b * v).sum((1, 2, 3)) - v.square().sum((1, 2, 3)) / (2 * lam)
+    return sum(_cost(residual, z, lam, 1.0)) - dual
+
+
+_TINY = torch.finfo(torch.float32).tiny
+
+
+def _z_step(
+    A: Operator,
+    b: Tensor,
+    v: Tensor,
+    lam: float,
+    beta: Tensor,
+    w: Tensor | None,
+    *,
+    tolerance: float = 0.0,
+    max_iterations: int = 100,
+) -> tuple[Tensor, Tensor]:
+    """argmin_z lam/2 ||A z - b||^2 + beta/2 ||z - v||^2, and w = (b - A z) / beta to start the next one from.
+
+    Setting the gradient to zero gives z = v + lam A'w with (beta I + lam A A') w = b - A v: a system in the space of
+    the images, which has K/C times fewer unknowns than that of the maps and needs A and A' only once.
+    """
+    w = A.solve(
+        b - A(v), lam, beta, w, tolerance=tolerance, max_iterations=max_iterations
+    )
+    return v + lam * A.adjoint(w), w
+
+
+def _balance(
+    t: Tensor, x: Tensor, beta: Tensor, primal: Tensor, dual: Tensor, done: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Residual balancing: raise beta where z and x disagree, lower it where x still moves."""
+    factor = (primal / dual.clamp(min=_TINY)).sqrt().clamp(0.2, 5)
+    unchanged = done | ((factor > 0.8) & (factor < 1.25))
+    factor = torch.where(unchanged, torch.ones_like(factor), factor)
+    return x + (t - x) / factor, beta * factor
+
+
+def _per_image(value: float | Tensor, b: Tensor) -> Tensor:
+    return torch.as_tensor(value, dtype=b.dtype, device=b.device).expand(b.shape[0], 1, 1, 1)
+
+
+def _cost(residual: Tensor, z: Tensor, lam: float, p: float) -> tuple[Tensor, Tensor]:
+    reconstruction = lam / 2 * residual.double().square().sum((1, 2, 3))
+    return reconstruction, torch.stack([penalty(image, p) for image in z])
+
+
+def _choose(key: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{key}={value}: choose one of {', '.join(choices)}")

@@ -1,0 +1,83 @@
+"""The sparse prior sum |x|^p: its value and its proximal map for every 0 <= p <= 1.
+
+    x, v maps of any shape · beta > 0 weight of the quadratic term · p the exponent, 0^0 = 0, so that p = 0 counts
+
+For p = 1 the map is the soft threshold, for p = 0 the hard one. Between, the minimiser jumps from 0 to a finite value at
+a threshold tau and the equation beyond it is solved by Newton's method, to rounding, on every device: no look-up table
+(that of Krishnan and Fergus, NIPS 2009, is too coarse where beta is large).
+"""
+
+import torch
+from torch import Tensor
+
+
+def penalty(x: Tensor, p: float = 1.0) -> Tensor:
+    """sum |x|^p over all entries as a float64 scalar; p = 0 counts the entries that are not zero."""
+    check_exponent(p)
+    if p == 0:
+        return torch.count_nonzero(x).double()
+    magnitude = x.abs()
+    if p != 1:
+        magnitude = magnitude**p
+    return magnitude.sum(dtype=torch.float64)
+
+
+def shrink(v: Tensor, beta: float | Tensor, p: float = 1.0, *, non_negative: bool = False) -> Tensor:
+    """argmin_x |x|^p + beta/2 (x - v)^2, element by element  (Zeiler et al. 2010, the x-step).
+
+    beta: a positive number, or a tensor that broadcasts against v. With non_negative the minimum over x >= 0. At the
+    threshold itself, where two minimisers tie, the result is 0.
+    """
+    check_exponent(p)
+    if not isinstance(beta, Tensor):
+        if not beta > 0:
+            raise ValueError(f"beta={beta}: must be positive")
+        if p == 1:
+            return _soft_threshold(v, 1 / beta, non_negative)
+    if non_negative:
+        v = v.clamp(min=0)
+    magnitude = v.abs()
+    smallest, tau = threshold(beta, p)
+    if p == 1:
+        result = magnitude - tau
+    elif p == 0:
+        result = magnitude
+    else:
+        result = _largest_root(magnitude, beta, p, smallest)
+    # <= and not >, so that a NaN stays one.
+    return torch.where(magnitude <= tau, torch.zeros_like(result), result).copysign(v)
+
+
+def threshold(beta: float | Tensor, p: float) -> tuple[float | Tensor, float | Tensor]:
+    """(x, tau): up to |v| = tau the minimiser is 0, and just beyond it jumps to x (0 for p = 1).
+
+    x = (2 (1-p) / beta)^(1/(2-p)) and tau = x + p/beta x^(p-1): there the cost of x equals that of 0.
+    """
+    if p == 1:
+        return 0.0 * beta, 1 / beta
+    x = (2 * (1 - p) / beta) ** (1 / (2 - p))
+    return x, x + p / beta * x ** (p - 1)
+
+
+def check_exponent(p: float) -> None:
+    if not 0 <= p <= 1:
+        raise ValueError(f"p={p}: the exponent of the sparse prior must lie between 0 and 1")
+
+
+def _soft_threshold(v: Tensor, tau: float, non_negative: bool) -> Tensor:
+    # One fused kernel each: this is called on every map in every iteration.
+    return torch.relu(v - tau) if non_negative else torch.nn.functional.softshrink(v, tau)
+
+
+def _largest_root(magnitude: Tensor, beta: float | Tensor, p: float, smallest: float | Tensor) -> Tensor:
+    """The root of p x^(p-1) + beta (x - |v|) = 0 that is the minimum, for |v| beyond the threshold.
+
+    From x = |v| Newton's method descends to it monotonically, the left side being increasing and convex there; six
+    steps reach rounding for every p and beta. Entries below the threshold only have to stay finite.
+    """
+    x = torch.maximum(magnitude, torch.as_tensor(smallest, dtype=magnitude.dtype, device=magnitude.device))
+    for _ in range(6):
+        slope = p * x ** (p - 1)
+        x = x - (slope + beta * (x - magnitude)) / (beta - (1 - p) * slope / x)
+    return x
+

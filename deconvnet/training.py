@@ -1,0 +1,511 @@
+"""Training: layer by layer, epoch by epoch, batch by batch: infer -> sums -> update; watch, save, go on.
+
+Everything that happens in a run happens here, in order. The position of a run is two integers, epoch and batch, in a
+layer; the images of an epoch come in an order made from (seed, layer, epoch), so that a run that was stopped goes on as
+if it had not been.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from deconvnet import checkpoint
+from deconvnet.learning import (
+    FilterSums,
+    LearningSettings,
+    dead_filters,
+    double_filters,
+    filter_sums,
+    random_filters,
+    update_filters,
+    update_filters_by_cg,
+)
+from deconvnet.monitor import EpochStats, LayerResult, Monitor
+from deconvnet.network import (
+    Codes,
+    DeconvNet,
+    Layer,
+    LayerSettings,
+    check_size,
+    seeded,
+)
+from deconvnet.solvers import Solution, SolverSettings, solve
+from deconvnet.visualization.figures import layer_pictures
+
+log = logging.getLogger(__name__)
+
+
+class Diverged(RuntimeError):
+    """The objective is no longer finite; the filters are those of before."""
+
+
+class Interrupted(Exception):
+    """Training was asked to stop and has saved its state."""
+
+
+class LayerTrainer:
+    """Learns the filters of one layer on what it has to explain, b (N, C, H, W).
+
+    Holds the state of inference of every image (as z), so that each visit starts where the last one ended, and the
+    running sums of the filter update. One call of `update` is one filter update.
+    """
+
+    def __init__(self, layer: Layer, b: Tensor, *, seed: int = 0, number: int = 1, chunk: int = 8):
+        check_size(b, layer, number)
+        self.layer, self.b = layer, b
+        self.seed, self.number, self.chunk = seed, number, chunk
+        self.settings: LearningSettings = layer.settings.learning
+        self.epoch, self.batch = 0, 0
+        self.codes: Tensor | None = None
+        self.sums: FilterSums | None = None
+        self._totals = _Totals()
+        layer.initialize(b, seeded(seed, number, 1))
+
+    @property
+    def done(self) -> bool:
+        return self.epoch >= self.settings.epochs
+
+    @property
+    def batches(self) -> int:
+        """Filter updates in an epoch."""
+        return -(-len(self.b) // self.batch_size)
+
+    @property
+    def updates(self) -> int:
+        """Filter updates in all epochs."""
+        return self.settings.epochs * self.batches
+
+    @property
+    def updates_done(self) -> int:
+        return self.epoch * self.batches + self.batch
+
+    @property
+    def batch_size(self) -> int:
+        return min(self.settings.batch_size or len(self.b), len(self.b))
+
+    @torch.no_grad()
+    def update(self) -> EpochStats | None:
+        """Visit the next batch and update the filters; at the end of an epoch, what happened in it."""
+        started = time.perf_counter()
+        order = torch.randperm(len(self.b), generator=seeded(self.seed, self.number, 2, self.epoch))
+        chosen = order[self.batch * self.batch_size : (self.batch + 1) * self.batch_size]
+        if self.settings.update == "cg":
+            self._update_by_cg(chosen)
+        else:
+            self._update_by_sums(chosen)
+        self._totals.seconds += time.perf_counter() - started
+        self.batch += 1
+        return self._end_epoch() if self.batch == self.batches else None
+
+    def _update_by_sums(self, chosen: Tensor) -> None:
+        layer, sums = self.layer, None
+        for part in chosen.split(self.chunk):
+            z, residual = self._visit(part)
+            new = filter_sums(
+                z, residual, layer.filters, layer.g, boundary=layer.settings.boundary
+            )
+            sums = new if sums is None else sums + new
+        # Each update lets 1 / (updates in `memory` epochs) of what came before fade.
+        fade = max(0.0, 1 - 1 / max(self.settings.memory * self.batches, 1))
+        self.sums = sums if self.sums is None or fade == 0 else self.sums * fade + sums
+        layer.filters.copy_(
+            update_filters(
+                layer.filters,
+                self.sums,
+                layer.g,
+                norm=self.settings.norm,
+                iterations=self.settings.update_iterations,
+            )
+        )
+
+    def _update_by_cg(self, chosen: Tensor) -> None:
+        layer = self.layer
+        z, _ = self._visit(chosen)
+        layer.filters.copy_(
+            update_filters_by_cg(
+                layer.filters,
+                z,
+                self.b[chosen.to(self.b.device)],
+                layer.g,
+                norm=self.settings.norm,
+                iterations=self.settings.update_iterations,
+                boundary=layer.settings.boundary,
+            )
+        )
+
+    def _visit(self, part: Tensor) -> tuple[Tensor, Tensor]:
+        """Go on inferring the maps of some images; (z, residual)."""
+        settings = self.layer.settings
+        part = part.to(self.b.device)
+        b = self.b[part]
+        solution = solve(
+            self.layer.operator(),
+            b,
+            lam=settings.lam,
+            p=settings.p,
+            settings=settings.solver,
+            state=None if self.codes is None else self.codes[part],
+            training=True,
+        )
+        if not torch.isfinite(solution.objective).all():
+            raise Diverged(
+                f"layer {self.number}, epoch {self.epoch + 1}: the objective is not finite; lower "
+                f"model.layer{self.number}.lam ({settings.lam}) or solver.relaxation "
+                f"({settings.solver.relaxation}), or look for extreme values in the images"
+            )
+        if self.codes is None:
+            self.codes = b.new_zeros(len(self.b), *solution.state.shape[1:])
+        self.codes[part] = solution.state
+        self._totals.add(solution, b)
+        return solution.z, solution.residual
+
+    def _end_epoch(self) -> EpochStats:
+        dead, double = self._unused_filters()
+        self.epoch, self.batch = self.epoch + 1, 0
+        totals, self._totals = self._totals, _Totals()
+        if self.settings.revive and not self.done:
+            self._revive(sorted({*dead, *double}))
+        return totals.stats(self, dead=len(dead), double=len(double))
+
+    def _unused_filters(self) -> tuple[list[int], list[int]]:
+        """Filters that no map uses, and filters that repeat another that is used more."""
+        if self.sums is None:
+            energy = self.codes.double().square().sum((0, 2, 3))
+        else:
+            energy = self.sums.energy
+        dead = dead_filters(energy)
+        double = double_filters(self.layer.filters, energy)
+        return dead, [k for k in double if k not in dead]
+
+    def _revive(self, filters: list[int]) -> None:
+        """Start these filters anew, and forget what was known of their maps."""
+        if not filters:
+            return
+        layer = self.layer
+        settings = layer.settings
+        fresh = random_filters(
+            len(filters),
+            self.b,
+            settings.filter_size,
+            self.settings.init,
+            seeded(self.seed, self.number, 3, self.epoch),
+        )
+        f = layer.filters.clone()
+        f[filters] = fresh
+        layer.set_filters(f)
+        self.codes[:, filters] = 0
+        if self.sums is not None:
+            self.sums = self.sums.without(filters)
+
+    def state_dict(self) -> dict:
+        """Everything beside the filters that `load_state_dict` needs to go on exactly from here."""
+        return {
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "codes": None if self.codes is None else self.codes.cpu(),
+            "sums": None
+            if self.sums is None
+            else {"linear": self.sums.linear.cpu(), "gram": self.sums.gram.cpu()},
+            "totals": asdict(self._totals),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        device = self.b.device
+        self.epoch, self.batch = state["epoch"], state["batch"]
+        self.codes = None if state["codes"] is None else state["codes"].to(device)
+        sums = state["sums"]
+        self.sums = sums and FilterSums(sums["linear"].to(device), sums["gram"].to(device))
+        self._totals = _Totals(**state["totals"])
+
+
+@dataclass
+class _Totals:
+    """Sums over the images of an epoch, as they were visited."""
+
+    images: int = 0
+    entries: int = 0
+    nonzero: int = 0
+    reconstruction: float = 0.0
+    sparsity: float = 0.0
+    error: float = 0.0
+    signal: float = 0.0
+    seconds: float = 0.0
+
+    def add(self, solution: Solution, b: Tensor) -> None:
+        self.images += len(b)
+        self.entries += solution.z.numel()
+        self.nonzero += int(torch.count_nonzero(solution.z))
+        self.reconstruction += float(solution.reconstruction.sum())
+        self.sparsity += float(solution.sparsity.sum())
+        self.error += float(solution.residual.double().square().sum())
+        self.signal += float(b.double().square().sum())
+
+    def stats(self, trainer: LayerTrainer, *, dead: int, double: int) -> EpochStats:
+        ratio = self.signal / max(self.error, 1e-30)
+        return EpochStats(
+            layer=trainer.number,
+            epoch=trainer.epoch,
+            epochs=trainer.settings.epochs,
+            reconstruction=self.reconstruction / self.images,
+            sparsity=self.sparsity / self.images,
+            snr=float(10 * torch.log10(torch.tensor(max(ratio, 1e-30)))),
+            density=self.nonzero / self.entries,
+            dead=dead,
+            double=double,
+            seconds_per_image=self.seconds / self.images,
+        )
+
+
+@dataclass(frozen=True)
+class Learned:
+    """Filters (K, C, h, w) that were learned from images, and what each epoch saw."""
+
+    filters: Tensor
+    history: list[EpochStats]
+
+
+def learn_filters(
+    images: Tensor,
+    num_maps: int,
+    filter_size: int,
+    *,
+    lam: float,
+    p: float = 1.0,
+    boundary: str = "valid",
+    solver: SolverSettings | None = None,
+    learning: LearningSettings | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> Learned:
+    """Filters under which the images have sparse maps: one layer, without a network or a run folder.
+
+    images: (N, C, H, W), explained as they are: remove at least their mean. `sparse_code` then infers the maps of these
+    or of other images.
+    """
+    if images.ndim != 4 or not torch.isfinite(images).all():
+        raise ValueError(f"images must be finite and (N, C, H, W), got {tuple(images.shape)}")
+    settings = LayerSettings(
+        num_maps=num_maps,
+        filter_size=filter_size,
+        lam=lam,
+        p=p,
+        boundary=boundary,
+        solver=solver or SolverSettings(),
+        learning=learning or LearningSettings(),
+    )
+    layer = Layer(settings, images.shape[1], seeded(seed, 1)).to(images)
+    trainer = LayerTrainer(layer, images, seed=seed)
+    history = []
+    with Monitor(progress=progress) as monitor:
+        monitor.layer(1, 0, trainer.updates)
+        while not trainer.done:
+            stats = trainer.update()
+            monitor.advance()
+            if stats:
+                history.append(stats)
+                monitor.epoch(stats, step=len(history))
+    return Learned(layer.filters, history)
+
+
+class Run:
+    """A run folder: its checkpoints, and the rule that one folder holds one run.
+
+    resume: "auto" goes on from the newest valid checkpoint of the folder, if there is one; "false" moves an earlier run
+    into a folder previous-N inside and starts anew; a path starts from that checkpoint file or run folder.
+    """
+
+    def __init__(self, folder: Path, settings: dict, resume: str = "auto"):
+        self.folder, self.settings = Path(folder), settings
+        self.checkpoints = self.folder / "checkpoints"
+        self.state: dict | None = None
+        if resume == "false":
+            self._put_aside()
+        else:
+            self.state = self._find(resume)
+        if self.state is not None:
+            self._check_settings(resume)
+
+    def save(self, step: int, state: dict) -> Path:
+        """Write a checkpoint after `step` filter updates."""
+        return checkpoint.save(self.checkpoints, step, {**state, "settings": self.settings})
+
+    def _find(self, resume: str) -> dict | None:
+        if resume == "auto":
+            found = checkpoint.newest(self.checkpoints)
+            return found and found[0]
+        path = Path(resume)
+        if path.is_file():
+            return checkpoint.load(path)
+        found = checkpoint.newest(path / "checkpoints")
+        if found is None:
+            raise ValueError(f"resume={resume}: no checkpoint there; give a run folder or a .pt file")
+        return found[0]
+
+    def _check_settings(self, resume: str) -> None:
+        begun = self.state["layer"]
+        different = [
+            key
+            for key in _differences(self.state["settings"], self.settings)
+            if not _is_above(key, begun)
+        ]
+        if different:
+            raise ValueError(
+                f"{self.folder} holds a run of other settings ({', '.join(different)}): choose "
+                "another name=..., or resume=false to put that run aside and start anew"
+            )
+
+    def _put_aside(self) -> None:
+        kept = {".hydra", "train.log"}
+        old = [p for p in self.folder.glob("*") if p.name not in kept and "previous-" not in p.name]
+        if not self.checkpoints.exists():
+            return
+        number = 1 + sum(1 for _ in self.folder.glob("previous-*"))
+        aside = self.folder / f"previous-{number}"
+        aside.mkdir()
+        for path in old:
+            path.rename(aside / path.name)
+        log.info("the earlier run was moved to %s", aside)
+
+
+def _differences(old: object, new: object, prefix: str = "") -> list[str]:
+    """Dotted names of what differs between two nested dicts."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return [] if old == new else [f"{prefix}: {old} there, {new} now"]
+    keys = sorted({*old, *new})
+    return [
+        line
+        for key in keys
+        for line in _differences(old.get(key), new.get(key), f"{prefix}.{key}".lstrip("."))
+    ]
+
+
+def _is_above(key: str, layer: int) -> bool:
+    """Whether a setting belongs to a layer whose training has not begun."""
+    parts = key.split(":")[0].split(".")
+    name = parts[1] if parts[0] == "model" and len(parts) > 1 else ""
+    return name.startswith("layer") and name[5:].isdigit() and int(name[5:]) > layer
+
+
+def train(
+    net: DeconvNet,
+    images: Tensor,
+    run: Run,
+    monitor: Monitor,
+    *,
+    seed: int = 0,
+    chunk: int = 8,
+) -> list[LayerResult]:
+    """Learn all layers of the network from images (N, 3, H, W) in [0, 1]; what each layer reached.
+
+    Goes on from the state of the run, saves after every epoch, and leaves <run>/network.safetensors. Raises
+    Interrupted, having saved, when the process is asked to stop (Ctrl-C, SIGTERM).
+    """
+    state = run.state or {"layer": 1, "step": 0, "results": [], "trainer": None}
+    first, step, resumed = state["layer"], state["step"], state["trainer"]
+    results = [LayerResult(**result) for result in state["results"]][: net.depth]
+    if run.state is None:
+        net.preprocessing.fit(images)
+    else:
+        net.load_parts(state["network"]["tensors"])
+    monitor.start(step)
+
+    def save(layer: int, trainer: LayerTrainer | None) -> None:
+        tensors, settings = net.to_parts(min(layer, net.depth))
+        run.save(
+            step,
+            {
+                "network": {"tensors": tensors, "settings": settings},
+                "layer": layer,
+                "step": step,
+                "results": [asdict(result) for result in results],
+                "trainer": trainer and trainer.state_dict(),
+            },
+        )
+
+    with _stop_requests() as stop_requested:
+
+        def watch(done: int, total: int) -> None:
+            monitor.inferred(done, total)
+            if stop_requested():
+                raise Interrupted
+
+        codes = net.infer(images, depth=min(first, net.depth + 1) - 1, chunk=chunk, progress=watch)
+        for number in range(first, net.depth + 1):
+            started = time.perf_counter()
+            layer = net.layer(number)
+            b = codes.layers[-1].pooled if number > 1 else codes.y
+            if resumed is None and number > 1:
+                layer.scale.fill_(_root_mean_square(b))
+            trainer = LayerTrainer(layer, b / layer.scale, seed=seed, number=number, chunk=chunk)
+            if resumed is not None:
+                net.load_parts(state["network"]["tensors"])
+                trainer.load_state_dict(resumed)
+                resumed = None
+            monitor.layer(number, trainer.updates_done, trainer.updates)
+            while not trainer.done:
+                stats = trainer.update()
+                step += 1
+                monitor.advance()
+                if stats:
+                    monitor.epoch(stats, step)
+                    save(number, trainer)
+                if stop_requested():
+                    save(number, trainer)
+                    raise Interrupted
+            trainer = None
+            codes = net.extend(codes, chunk=chunk, progress=watch)
+            results.append(_result(net, codes, number, time.perf_counter() - started))
+            monitor.result(results[-1], codes.layer(number).z, step)
+            for name, picture in layer_pictures(net, codes, images, number).items():
+                monitor.picture(name, picture, step)
+            save(number + 1, None)
+    net.save(run.folder / "network.safetensors")
+    return results
+
+
+def _result(net: DeconvNet, codes: Codes, number: int, seconds: float) -> LayerResult:
+    found = codes.layer(number)
+    return LayerResult(
+        layer=number,
+        objective=float(found.objective.mean()),
+        snr=net.snr(codes, number),
+        density=found.density,
+        dead=int((found.z.abs().amax((0, 2, 3)) == 0).sum()),
+        seconds=seconds,
+    )
+
+
+def _root_mean_square(b: Tensor) -> float:
+    value = float(b.double().square().mean().sqrt())
+    return value if value > 0 else 1.0
+
+
+@contextmanager
+def _stop_requests() -> Iterator[Callable[[], bool]]:
+    """A function that says whether SIGINT or SIGTERM has come; a second one acts at once, as without us."""
+    requested = False
+
+    def handle(number: int, frame: object) -> None:
+        nonlocal requested
+        requested = True
+        signal.signal(number, before[number])
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: requested
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,426 @@
+import logging
+import os
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from deconvnet.data import DataSettings, find_images, fit_size, load_images, read_image
+from deconvnet.preprocessing import local_moments
+
+
+def settings(source, path=None, **other):
+    path = None if path is None else str(path)
+    return DataSettings(source=source, path=path, **{"size": None, "max_images": None} | other)
+
+
+def pixels(height=10, width=12, planes=3, seed=0):
+    shape = (height, width, planes) if planes > 1 else (height, width)
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def save(path, array, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path, **options)
+    return path
+
+
+def expected(array):
+    """Any array (H, W) or (H, W, 3) of 0..255 as a tensor (3, H, W) of 0..1."""
+    array = np.repeat(array[..., None], 3, 2) if array.ndim == 2 else array
+    return torch.from_numpy(array / 255).permute(2, 0, 1).float()
+
+
+def damaged_files(folder):
+    """One file of every kind that looks like an image and is none, and the reason to be given."""
+    save(folder / "whole.jpg", pixels(200, 200))
+    content = (folder / "whole.jpg").read_bytes()
+    (folder / "truncated.jpg").write_bytes(content[: len(content) // 2])
+    save(folder / "whole.png", pixels(50, 50))
+    broken = bytearray((folder / "whole.png").read_bytes())
+    broken[60:200] = bytes(140)
+    (folder / "broken.png").write_bytes(broken)
+    (folder / "text.jpg").write_text("these are words")
+    (folder / "empty.png").touch()
+    for name in ("whole.jpg", "whole.png"):
+        (folder / name).unlink()
+    return {"broken.png": "", "empty.png": "empty", "text.jpg": "Pillow", "truncated.jpg": "trunc"}
+
+
+@pytest.fixture(scope="module")
+def photographs():
+    return load_images(DataSettings())
+
+
+def test_photographs_are_the_default_and_have_shape_and_range(photographs):
+    assert photographs.images.shape == (32, 3, 96, 96)
+    assert photographs.images.dtype == torch.float32
+    assert photographs.images.min() >= 0 and photographs.images.max() <= 1
+    assert len(set(photographs.names)) == 32
+    assert {name.split("-")[0] for name in photographs.names} == {
+        *("astronaut", "chelsea", "coffee", "rocket", "motorcycle", "china", "flower")
+    }
+
+
+def test_photographs_are_the_same_every_time_and_do_not_touch_global_randomness(photographs):
+    state = torch.random.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    again = load_images(DataSettings(), seed=1)
+    assert again.names == photographs.names
+    assert torch.equal(again.images, photographs.images)
+    assert torch.equal(torch.random.get_rng_state(), state[0])
+    assert (np.random.get_state()[1] == state[1]).all() and random.getstate() == state[2]
+
+
+def test_no_two_crops_are_equal_and_all_have_texture(photographs):
+    flat = photographs.images.flatten(1)
+    distances = torch.cdist(flat, flat) + torch.eye(32) * 1e9
+    assert distances.min() > 1
+    deviation = local_moments(photographs.images, 13, 4.773)[1]
+    assert deviation.flatten(1).median(1).values.min() > 0.02
+
+
+def test_the_crops_kept_are_those_of_most_texture_in_their_order(photographs):
+    everything = load_images(DataSettings(max_images=None))
+    few = load_images(DataSettings(max_images=5))
+    texture = local_moments(everything.images, 13, 4.773)[1].flatten(1).numpy()
+    best = np.sort(np.argsort(-np.median(texture, axis=1))[:5])
+    assert few.names == tuple(everything.names[index] for index in best)
+    assert torch.equal(few.images, everything.images[best])
+    assert set(few.names) < set(photographs.names) < set(everything.names)
+
+
+def test_crops_cover_a_photograph_from_end_to_end():
+    everything = load_images(DataSettings(max_images=None))
+    crops = {name: crop for name, crop in zip(everything.names, everything.images, strict=True)}
+    # The astronaut is 179 pixels wide after reduction: crops at 0 and 83, 13 columns in common.
+    assert [name for name in crops if name.startswith("astronaut-0")] == [
+        *("astronaut-0-0", "astronaut-0-1")
+    ]
+    left, right = crops["astronaut-0-0"], crops["astronaut-0-1"]
+    assert torch.equal(left[..., 83:], right[..., :13])
+
+
+def test_photographs_smaller_than_the_crop_are_skipped_and_none_left_is_an_error():
+    large = load_images(DataSettings(size=170, max_images=None))
+    assert {name.split("-")[0] for name in large.names} == {"astronaut", "motorcycle"}
+    with pytest.raises(ValueError, match="data.size=400.*data.scale=0.35"):
+        load_images(DataSettings(size=400))
+
+
+@pytest.mark.parametrize(
+    "suffix", ["png", "BMP", "gif", "tif", "TIFF", "webp", "ppm", "pgm", "Png"]
+)
+def test_a_lossless_grey_file_of_any_kind_is_read_exactly_and_repeated(tmp_path, suffix):
+    grey = pixels(planes=1)
+    options = {"lossless": True} if suffix == "webp" else {}
+    path = save(tmp_path / f"image.{suffix}", grey, **options)
+    assert find_images(tmp_path) == [path]
+    image = read_image(path)
+    assert image.dtype == torch.float32 and image.shape == (3, 10, 12)
+    torch.testing.assert_close(image, expected(grey))
+
+
+@pytest.mark.parametrize("suffix", ["png", "bmp", "tif", "ppm"])
+def test_a_lossless_colour_file_is_read_exactly(tmp_path, suffix):
+    rgb = pixels()
+    torch.testing.assert_close(read_image(save(tmp_path / f"a.{suffix}", rgb)), expected(rgb))
+
+
+def test_black_and_white_bitmaps_are_zero_and_one(tmp_path):
+    grey = pixels(planes=1) // 128 * 255
+    Image.fromarray(grey).convert("1").save(tmp_path / "a.pbm")
+    torch.testing.assert_close(read_image(tmp_path / "a.pbm"), expected(grey))
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA", "P"])
+def test_transparency_shows_white(tmp_path, mode):
+    rgba = pixels(planes=4)
+    if mode == "LA":
+        rgba[..., 1] = rgba[..., 2] = rgba[..., 0]
+        picture = Image.fromarray(np.ascontiguousarray(rgba[..., [0, 3]]), "LA")
+    elif mode == "RGBA":
+        picture = Image.fromarray(rgba)
+    else:
+        rgba[...] = np.where(np.arange(12)[:, None] < 6, [10, 20, 30, 0], [40, 50, 60, 255])
+        picture = Image.fromarray((np.arange(12) >= 6).astype(np.uint8)[None].repeat(10, 0), "P")
+        picture.putpalette([10, 20, 30, 40, 50, 60])
+        picture.info["transparency"] = 0
+    assert picture.mode == mode
+    picture.save(tmp_path / "a.png")
+    alpha = rgba[..., 3:] / 255
+    composed = rgba[..., :3] * alpha + 255 * (1 - alpha)
+    torch.testing.assert_close(read_image(tmp_path / "a.png"), expected(composed))
+
+
+def test_a_palette_becomes_its_colours(tmp_path):
+    rgb = np.where(pixels(planes=1)[..., None] < 128, [255, 0, 0], [10, 200, 30]).astype(np.uint8)
+    Image.fromarray(rgb).quantize(2).save(tmp_path / "a.png")
+    assert Image.open(tmp_path / "a.png").mode == "P"
+    torch.testing.assert_close(read_image(tmp_path / "a.png"), expected(rgb))
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
+def test_sixteen_bit_grey_is_divided_by_65535(tmp_path, suffix):
+    deep = (pixels(planes=1).astype(np.uint16) * 257) ^ 3
+    path = save(tmp_path / f"a.{suffix}", deep)
+    torch.testing.assert_close(read_image(path)[1], torch.from_numpy(deep / 65535).float())
+
+
+def test_cmyk_is_turned_into_rgb(tmp_path):
+    flat = np.broadcast_to(np.uint8([200, 100, 50]), (16, 16, 3))
+    Image.fromarray(flat).convert("CMYK").save(tmp_path / "a.jpg", quality=100)
+    torch.testing.assert_close(read_image(tmp_path / "a.jpg"), expected(flat), atol=0.02, rtol=0)
+
+
+def test_the_camera_orientation_is_applied(tmp_path):
+    rgb = pixels()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned clockwise by a quarter
+    path = save(tmp_path / "a.png", rgb, exif=exif)
+    torch.testing.assert_close(read_image(path), expected(np.rot90(rgb, -1).copy()))
+
+
+def test_float_tiff_is_accepted_within_zero_and_one_only(tmp_path):
+    values = pixels(planes=1).astype(np.float32) / 255
+    path = save(tmp_path / "a.tif", values)
+    torch.testing.assert_close(read_image(path)[0], torch.from_numpy(values))
+    for bad, message in ((255.0, r"from .* to 255, must be in \[0, 1\]"), (np.nan, "NaN")):
+        values[3, 3] = bad
+        with pytest.raises(ValueError, match=f"cannot read .*a.tif: .*{message}"):
+            read_image(save(path, values))
+
+
+def test_every_damaged_file_gives_one_line_with_its_path_and_the_reason(tmp_path):
+    for name, reason in damaged_files(tmp_path).items():
+        with pytest.raises(ValueError) as caught:
+            read_image(tmp_path / name)
+        message = str(caught.value)
+        assert message.startswith(f"cannot read {tmp_path / name}: ")
+        assert reason in message and "\n" not in message and message.count(name) == 1
+
+
+def test_what_is_no_file_is_refused_too(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    for name, reason in (
+        ("absent.png", "No such file"),
+        ("pipe.png", "not a regular"),
+        ("", "not"),
+    ):
+        with pytest.raises(ValueError, match=f"cannot read .*{reason}"):
+            read_image(tmp_path / name)
+
+
+def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
+    path = save(tmp_path / "a.png", pixels(40, 40))
+    for limit in (1000, 100):  # Pillow warns above the limit and raises above its double
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        with pytest.raises(ValueError, match="cannot read .*a.png: .*decompression bomb"):
+            read_image(path)
+
+
+def test_a_folder_is_searched_with_all_its_folders_in_sorted_order(tmp_path):
+    for index, name in enumerate(["b/2.png", "b/10.jpg", "a.png", "b/c/x.JPEG", ".hidden/h.png"]):
+        save(tmp_path / name, pixels(seed=index))
+    (tmp_path / "b" / "notes.txt").write_text("no image")
+    (tmp_path / "b" / "._2.png").write_text("no image either")
+    found = load_images(settings("folder", tmp_path))
+    assert found.names == ("a.png", "b/10.jpg", "b/2.png", "b/c/x.JPEG")
+    assert found.images.shape == (4, 3, 10, 12)
+    torch.testing.assert_close(found.images[2], expected(pixels(seed=0)))
+
+
+def test_links_to_folders_are_followed_but_not_in_circles(tmp_path):
+    save(tmp_path / "set" / "a.png", pixels())
+    save(tmp_path / "elsewhere" / "b.png", pixels())
+    (tmp_path / "set" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "set")
+    (tmp_path / "set" / "self").symlink_to(tmp_path / "set")
+    names = load_images(settings("folder", tmp_path / "set")).names
+    assert names == ("a.png", "linked/b.png")
+
+
+def test_a_folder_that_is_missing_empty_or_a_file_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    for name, reason in (("absent", "no such"), ("file", "not a folder"), ("empty", "no image")):
+        with pytest.raises(ValueError, match=f"data.path=.*{name}: {reason}"):
+            load_images(settings("folder", tmp_path / name))
+
+
+def test_max_images_takes_the_first_and_reads_no_others(tmp_path):
+    for name in "abc":
+        save(tmp_path / f"{name}.png", pixels(seed=ord(name)))
+    (tmp_path / "d.png").touch()
+    assert load_images(settings("folder", tmp_path, max_images=2)).names == ("a.png", "b.png")
+    assert len(load_images(settings("folder", tmp_path, max_images=3)).names) == 3
+
+
+def test_all_unreadable_files_are_named_in_one_error(tmp_path):
+    save(tmp_path / "good.png", pixels())
+    bad = damaged_files(tmp_path)
+    with pytest.raises(ValueError, match="4 of the images.*data.skip_unreadable=true") as caught:
+        load_images(settings("folder", tmp_path))
+    assert all(name in str(caught.value) for name in bad)
+    for index in range(3):
+        (tmp_path / f"z{index}.png").touch()
+    with pytest.raises(ValueError, match="7 of the images") as caught:
+        load_images(settings("folder", tmp_path))
+    assert str(caught.value).count("cannot read /") == 5
+
+
+def test_unreadable_files_are_left_out_with_one_warning_where_that_is_wanted(tmp_path, caplog):
+    save(tmp_path / "a.png", pixels())
+    bad = damaged_files(tmp_path)
+    save(tmp_path / "z.png", pixels(seed=1))
+    wanted = settings("folder", tmp_path, skip_unreadable=True, max_images=2)
+    with caplog.at_level(logging.WARNING):
+        assert load_images(wanted).names == ("a.png", "z.png")
+    (record,) = caplog.records
+    assert "4" in record.getMessage() and all(name in record.getMessage() for name in bad)
+    for name in ("a.png", "z.png"):
+        (tmp_path / name).unlink()
+    with pytest.raises(ValueError, match="none of the 4 images"):
+        load_images(wanted)
+
+
+def test_images_become_square_by_their_short_side_and_centre(tmp_path):
+    ramp = np.broadcast_to(np.linspace(0, 255, 64).astype(np.uint8), (32, 64))
+    save(tmp_path / "wide.png", ramp.copy())
+    save(tmp_path / "tall.png", ramp.T.copy())
+    wide, tall = reversed(load_images(settings("folder", tmp_path, size=16)).images)
+    torch.testing.assert_close(wide, tall.transpose(1, 2))
+    # Pixels 16 to 47 of the ramp, averaged in pairs.
+    centre = torch.from_numpy(ramp[0, 16:48].reshape(16, 2).mean(1) / 255).float()
+    torch.testing.assert_close(wide[0, 8], centre, atol=0.02, rtol=0)
+
+
+def test_fitting_agrees_with_pillow_and_leaves_the_right_size_alone(photographs):
+    image = photographs.images[0]
+    assert torch.equal(fit_size(image, 96), image)
+    assert torch.equal(fit_size(image[:, 5:95], 90), image[:, 5:95, 3:93])
+    picture = Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy())
+    theirs = expected(np.asarray(picture.resize((40, 40), Image.Resampling.BICUBIC)))
+    torch.testing.assert_close(fit_size(image, 40), theirs, atol=0.01, rtol=0)
+    checker = torch.tensor([0.0, 1.0]).repeat(32)[None, None].expand(3, 64, 64)
+    assert fit_size(checker, 16).std() < 0.05  # antialiased
+
+
+def test_images_smaller_than_the_crop_are_enlarged_with_one_warning(tmp_path, caplog):
+    for index, side in enumerate((8, 9, 40)):
+        save(tmp_path / f"{index}.png", pixels(side, side))
+    with caplog.at_level(logging.WARNING):
+        images = load_images(settings("folder", tmp_path, size=16)).images
+    assert images.shape == (3, 3, 16, 16) and images.min() >= 0 and images.max() <= 1
+    (record,) = caplog.records
+    assert "2 of 3 images are smaller than data.size=16" in record.getMessage()
+
+
+def test_without_a_size_images_of_two_sizes_are_named(tmp_path):
+    save(tmp_path / "a.png", pixels(10, 12))
+    save(tmp_path / "b.png", pixels(11, 12))
+    with pytest.raises(ValueError, match="data.size=None.*a.png has 10x12 .* b.png 11x12"):
+        load_images(settings("folder", tmp_path))
+
+
+def test_a_list_names_images_relative_to_itself(tmp_path):
+    save(tmp_path / "images" / "a b.png", pixels(seed=0))
+    outside = save(tmp_path / "other" / "c.png", pixels(seed=1))
+    file = tmp_path / "images" / "list.txt"
+    # With the byte order mark that Windows editors write.
+    file.write_text(f"\ufeff# chosen by hand\n{outside}\n\n  a b.png  \n../other/c.png\n")
+    loaded = load_images(settings("list", file))
+    assert loaded.names == (str(outside), "a b.png", "../other/c.png")
+    torch.testing.assert_close(loaded.images[1], expected(pixels(seed=0)))
+    assert torch.equal(loaded.images[0], loaded.images[2])
+
+
+def test_a_list_that_cannot_be_used_and_a_missing_image_are_named(tmp_path):
+    (tmp_path / "list.txt").write_text("absent.png\n")
+    with pytest.raises(ValueError, match="1 of the images.*absent.png: No such file"):
+        load_images(settings("list", tmp_path / "list.txt"))
+    (tmp_path / "empty.txt").write_text("# nothing\n")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    for name in ("empty.txt", "binary.txt", "absent.txt", ""):
+        with pytest.raises(ValueError, match=f"data.path=.*{name}: "):
+            load_images(settings("list", tmp_path / name))
+
+
+def test_a_torchvision_data_set_is_found_by_name_and_only_what_is_asked_for_is_decoded():
+    images = load_images(settings("torchvision", dataset="FakeData", size=64, max_images=3))
+    assert images.images.shape == (3, 3, 64, 64)
+    assert images.names == ("FakeData-0", "FakeData-1", "FakeData-2")
+
+
+def test_a_torchvision_data_set_on_disk_is_read_with_its_split(tmp_path):
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    digits = {"train": pixels(3 * 28, 28, 1), "t10k": pixels(2 * 28, 28, 1, seed=1)}
+    for name, values in digits.items():
+        count = len(values) // 28
+        header = b"".join(number.to_bytes(4, "big") for number in (0x0803, count, 28, 28))
+        (raw / f"{name}-images-idx3-ubyte").write_bytes(header + values.tobytes())
+        header = b"".join(number.to_bytes(4, "big") for number in (0x0801, count))
+        (raw / f"{name}-labels-idx1-ubyte").write_bytes(header + bytes(count))
+    for split, name in (("train", "train"), ("test", "t10k")):
+        loaded = load_images(settings("torchvision", tmp_path, dataset="MNIST", split=split))
+        torch.testing.assert_close(loaded.images[1], expected(digits[name][28:56]))
+    with pytest.raises(ValueError, match="data.split=val: MNIST has train and test"):
+        load_images(settings("torchvision", tmp_path, dataset="MNIST", split="val"))
+
+
+def test_an_absent_torchvision_data_set_is_not_downloaded_but_explained(tmp_path, monkeypatch):
+    attempts = []
+
+    def no_network(*arguments, **_):
+        attempts.append(arguments)
+        raise OSError("no network in this test")
+
+    monkeypatch.setattr("socket.getaddrinfo", no_network)
+    monkeypatch.setattr("socket.socket.connect", no_network)
+    # SEMEION would download unless it is told not to.
+    for name in ("CIFAR10", "SEMEION", "EMNIST"):
+        with pytest.raises(
+            ValueError, match=f"data.dataset={name}: .*data.download=true"
+        ) as caught:
+            load_images(settings("torchvision", tmp_path, dataset=name))
+        assert f"data.path={tmp_path}" in str(caught.value)
+    assert not attempts
+
+
+def test_a_misspelt_torchvision_data_set_gets_a_suggestion(tmp_path):
+    for name, suggestion in (
+        ("cifar10", "CIFAR10"),
+        ("FashonMNIST", "FashionMNIST"),
+        ("xyz", "STL10"),
+    ):
+        with pytest.raises(ValueError, match=f"data.dataset={name}: .*{suggestion}"):
+            load_images(settings("torchvision", tmp_path, dataset=name))
+
+
+def test_arguments_that_a_torchvision_data_set_lacks_or_does_not_know_are_named(tmp_path):
+    with pytest.raises(ValueError, match="data.path=None: .*CIFAR10 needs a root folder"):
+        load_images(settings("torchvision", dataset="CIFAR10"))
+    with pytest.raises(ValueError, match="data.split=test: Caltech101 has no splits"):
+        load_images(settings("torchvision", tmp_path, dataset="Caltech101", split="test"))
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("name", {"name": "a/b"}),
+        ("source", {"source": "internet"}),
+        ("path", {"source": "folder"}),
+        ("path", {"source": "list"}),
+        ("dataset", {"source": "torchvision"}),
+        ("size", {"size": 3}),
+        ("size", {"size": None}),
+        ("scale", {"scale": 0.0}),
+        ("scale", {"scale": 1.5}),
+        ("max_images", {"max_images": 0}),
+    ],
+)
+def test_settings_name_the_key_that_is_wrong(key, values):
+    with pytest.raises(ValueError, match=f"data.{key}="):
+        DataSettings(**values)

@@ -1,0 +1,304 @@
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage, signal
+from skimage import color as skimage_color
+from skimage import data
+
+from deconvnet.preprocessing import (
+    COLORS,
+    STEPS,
+    Preprocessing,
+    PreprocessingSettings,
+    concatenate,
+    local_moments,
+    rgb_to_ycbcr,
+    to_color,
+    whitening_filter,
+    ycbcr_to_rgb,
+)
+
+ORDERS = [[], *([step] for step in STEPS), ["mean", "laplacian", "contrast", "whiten"]]
+LAPLACIAN = np.array([[1, 4, 1], [4, -20, 4], [1, 4, 1]]) / 6  # fspecial('laplacian', 0.2)
+
+
+def preprocessing(steps, color="rgb", **settings):
+    return Preprocessing(PreprocessingSettings(color=color, steps=list(steps), **settings))
+
+
+def noise(*shape, seed=0):
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def photographs():
+    crops = [data.astronaut()[:160:4, 150:342:4], data.coffee()[100:260:4, 200:392:4]]
+    return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float() / 255
+
+
+@pytest.mark.parametrize("color", COLORS)
+@pytest.mark.parametrize("steps", ORDERS, ids="-".join)
+def test_inverse_undoes_forward(photographs, steps, color):
+    model = preprocessing(steps, color).fit(photographs)
+    y, record = model(photographs)
+    pixels = model.inverse(y, record)
+    assert y.shape == (2, model.channels, 40, 48)
+    expected = to_color(photographs, "grey") if color == "grey" else photographs
+    # A few float32 roundings of values around 1, through two Fourier transforms.
+    torch.testing.assert_close(pixels, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("steps", ORDERS, ids="-".join)
+def test_an_image_is_preprocessed_the_same_way_in_any_company(photographs, steps):
+    model = preprocessing(steps).fit(photographs)
+    y, record = model(photographs)
+    alone = [model(image) for image in photographs.split(1)]
+    torch.testing.assert_close(y, torch.cat([y for y, _ in alone]))
+    joined = concatenate([record for _, record in alone])
+    assert [list(kept) for kept in joined] == [list(kept) for kept in record]
+    for ours, theirs in zip(joined, record, strict=True):
+        for key in ours:
+            torch.testing.assert_close(ours[key], theirs[key])
+    second = [{key: tensor[1:] for key, tensor in kept.items()} for kept in joined]
+    torch.testing.assert_close(model.inverse(y[1:], second), photographs[1:], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("steps", ORDERS, ids="-".join)
+def test_fitted_preprocessing_gives_unit_root_mean_square(photographs, steps):
+    y, _ = preprocessing(steps).fit(photographs)(photographs)
+    assert y.square().mean().item() == pytest.approx(1, rel=1e-4)
+
+
+@pytest.mark.parametrize("color", ["rgb", "grey"])
+def test_state_dict_holds_all_that_was_learned(photographs, color):
+    model = preprocessing(["mean", "whiten"], color).fit(photographs)
+    other = preprocessing(["mean", "whiten"], color)
+    assert not torch.equal(other(photographs)[0], model(photographs)[0])
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(photographs)[0], model(photographs)[0])
+
+
+def test_before_fit_scale_is_one_and_whitening_does_nothing(photographs):
+    y, _ = preprocessing(["whiten"])(photographs)
+    assert torch.equal(y, photographs)
+
+
+def test_mean_takes_the_mean_of_every_plane(photographs):
+    y, record = preprocessing(["mean"])(photographs)
+    torch.testing.assert_close(y.mean((2, 3)), torch.zeros(2, 3), atol=1e-6, rtol=0)
+    torch.testing.assert_close(record[0]["mean"][:, :, 0, 0], photographs.mean((2, 3)))
+
+
+def test_laplacian_is_matlabs_with_a_mirrored_border(photographs):
+    y, _ = preprocessing(["laplacian"])(photographs)
+    for plane, result in zip(photographs.flatten(0, 1), y.flatten(0, 1), strict=True):
+        expected = ndimage.correlate(plane.double().numpy(), LAPLACIAN, mode="reflect")
+        np.testing.assert_allclose(result, expected, atol=1e-5)
+
+
+def test_local_moments_are_those_of_a_gaussian_window_slid_over_the_reflected_image(photographs):
+    mean, deviation = local_moments(photographs, 13, 4.773)
+    steps = np.arange(-6, 7)
+    window = np.exp(-(steps[:, None] ** 2 + steps**2) / (2 * 4.773**2))
+    window /= window.sum()
+    for image, our_mean, ours in zip(photographs.double().numpy(), mean, deviation, strict=True):
+        padded = np.pad(image, ((0, 0), (6, 6), (6, 6)), mode="reflect")
+        means = np.stack([signal.correlate(plane, window, "valid") for plane in padded])
+        squares = np.stack([signal.correlate(plane**2, window, "valid") for plane in padded])
+        np.testing.assert_allclose(our_mean, means, atol=1e-6)
+        expected = np.sqrt((squares - means**2).mean(0))
+        np.testing.assert_allclose(ours[0], expected, atol=1e-4)
+
+
+def test_contrast_divides_by_the_deviation_floored_at_its_median(photographs):
+    mean, deviation = local_moments(photographs, 13, 4.773)
+    y, record = preprocessing(["contrast"])(photographs)
+    floor = torch.from_numpy(np.median(deviation.numpy(), axis=(1, 2, 3), keepdims=True))
+    expected = (photographs - mean) / torch.maximum(deviation, floor)
+    torch.testing.assert_close(y, expected)
+    assert record[0]["deviation"].shape == (2, 1, 40, 48)
+
+
+def test_contrast_does_not_depend_on_brightness_and_contrast_of_the_image():
+    image = noise(1, 3, 32, 32)
+    model = preprocessing(["contrast"])
+    torch.testing.assert_close(model(image)[0], model(0.3 * image + 0.5)[0], atol=1e-3, rtol=1e-3)
+
+
+def test_the_floor_of_a_mostly_flat_image_is_the_median_of_what_is_not_flat():
+    image = torch.ones(1, 1, 64, 64)
+    image[..., :12, :12] = noise(12, 12)
+    _, deviation = local_moments(image, 13, 4.773)
+    y, record = preprocessing(["contrast"], "grey")(image)
+    assert deviation.median() == 0
+    floor = record[0]["deviation"].min().item()
+    assert floor == pytest.approx(np.median(deviation[deviation > 0]))
+    assert y[..., 40:, 40:].abs().max() < 1e-4
+
+
+def test_whitened_patches_are_nearly_white():
+    blurred = ndimage.gaussian_filter(noise(20, 1, 40, 40).numpy(), (0, 0, 0.7, 0.7), mode="wrap")
+    images = torch.from_numpy(blurred)
+
+    def correlations(planes):
+        patches = torch.nn.functional.unfold(planes, 5).transpose(1, 2).flatten(0, 1)
+        matrix = torch.corrcoef(patches.T)
+        return (matrix - torch.eye(25)).abs().max().item()
+
+    model = preprocessing(["mean", "whiten"], "grey", whitening_floor=1e-5).fit(images)
+    assert correlations(images) > 0.5
+    assert correlations(model(images)[0]) < 0.1
+
+
+def test_whitening_filter_is_the_middle_row_of_the_inverse_square_root_of_the_covariance():
+    images = noise(3, 2, 9, 9).double()
+    size, floor = 3, 0.05
+    patches = []
+    for image in images.numpy():
+        for mirrored in (image, image[:, ::-1], image[:, :, ::-1], image[:, ::-1, ::-1]):
+            for i in range(7):
+                for j in range(7):
+                    patches.append(mirrored[:, i : i + 3, j : j + 3].ravel())
+    covariance = np.cov(np.array(patches).T, bias=True)
+    largest = np.linalg.eigvalsh(covariance)[-1]
+    regularised = covariance + floor * largest * np.eye(18)
+    f = whitening_filter(images.split(1), size, floor=floor)
+    values, vectors = np.linalg.eigh(regularised)
+    root = vectors / np.sqrt(values) @ vectors.T
+    np.testing.assert_allclose(f.reshape(2, 18), root[[4, 13]], atol=1e-5)
+
+
+def test_whitening_filter_is_symmetric_in_both_axes(photographs):
+    f = whitening_filter(photographs.split(1), 7, floor=0.01)
+    torch.testing.assert_close(f, f.flip(2), atol=1e-5, rtol=0)
+    torch.testing.assert_close(f, f.flip(3), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("color", ["grey", "rgb"])
+@pytest.mark.parametrize("step", ["laplacian", "whiten"])
+def test_a_noisy_reconstruction_of_a_filtered_image_gives_a_sensible_picture(
+    photographs, step, color
+):
+    model = preprocessing([step], color).fit(photographs)
+    y, record = model(photographs)
+    noisy = y + 0.1 * torch.randn(y.shape, generator=torch.Generator().manual_seed(0))
+    errors = model.inverse(noisy, record) - model.inverse(y, record)
+    blurred = record[0]["low"] - to_color(photographs, color)
+
+    def decibels(error):
+        return -10 * error.square().mean().log10().item()
+
+    assert decibels(errors) > 35
+    assert decibels(errors) > decibels(blurred) + 10
+
+
+@pytest.mark.parametrize("steps", ORDERS, ids="-".join)
+@pytest.mark.parametrize("value", [0.0, 0.7, 1.0])
+def test_constant_images_give_neither_nan_nor_noise(photographs, steps, value):
+    constant = torch.full((2, 3, 40, 48), value)
+    for fitted in (photographs, constant):
+        model = preprocessing(steps).fit(fitted)
+        y, record = model(constant)
+        assert y.isfinite().all() and model.scale > 0
+        torch.testing.assert_close(model.inverse(y, record), constant, atol=1e-5, rtol=0)
+        assert model(photographs)[0].abs().max() < 100
+
+
+def test_ycbcr_agrees_with_scikit_image_up_to_range_and_is_undone():
+    rgb = noise(2, 3, 5, 6).double()
+    ours = rgb_to_ycbcr(rgb)
+    theirs = skimage_color.rgb2ycbcr(rgb.numpy(), channel_axis=1)
+    np.testing.assert_allclose(ours[:, 0], (theirs[:, 0] - 16) / 219, atol=1e-5)
+    np.testing.assert_allclose(ours[:, 1:], (theirs[:, 1:] - 128) / 224 + 0.5, atol=1e-4)
+    torch.testing.assert_close(ycbcr_to_rgb(ours), rgb, atol=1e-12, rtol=0)
+
+
+def test_pure_colours_span_the_unit_range_of_ycbcr():
+    corners = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 3)[:, :, None, None]
+    planes = rgb_to_ycbcr(corners)[:, :, 0, 0]
+    torch.testing.assert_close(planes.amin(0), torch.zeros(3), atol=1e-6, rtol=0)
+    torch.testing.assert_close(planes.amax(0), torch.ones(3), atol=1e-6, rtol=0)
+
+
+def test_grey_images_enter_colour_networks_and_colour_images_grey_ones():
+    grey, rgb = noise(2, 1, 8, 8), noise(2, 3, 8, 8)
+    assert torch.equal(preprocessing([])(grey)[0], grey.expand(2, 3, 8, 8))
+    luma = (rgb * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
+    torch.testing.assert_close(preprocessing([], "grey")(rgb)[0], luma)
+    model = preprocessing(["mean"], "ycbcr")
+    torch.testing.assert_close(model.inverse(*model(grey)), grey.expand(2, 3, 8, 8))
+
+
+@pytest.mark.parametrize("steps", ORDERS, ids="-".join)
+def test_input_and_float64_are_left_as_they_are(photographs, steps):
+    images = photographs.double()
+    model = preprocessing(steps).fit(images)
+    y, record = model(images)
+    assert y.dtype == model.inverse(y, record).dtype == torch.float64
+    assert model.scale.dtype == model.whitening.dtype == torch.float32
+    assert torch.equal(images, photographs.double())
+    torch.testing.assert_close(model.inverse(y, record), images, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.zeros(3, 8, 8), r"\(N, 1 or 3, H, W\), got \(3, 8, 8\)"),
+        (torch.zeros(2, 4, 8, 8), r"got \(2, 4, 8, 8\)"),
+        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "divide 0..255 by 255"),
+        (torch.zeros(2, 3, 8, 8).index_fill(0, torch.tensor(1), torch.nan), "image 1 .*NaN"),
+        (torch.zeros(2, 3, 8, 8).index_fill(0, torch.tensor(1), torch.inf), "image 1 .*infinite"),
+        (torch.full((1, 3, 8, 8), 200.0), "from 200 to 200: .*by 255"),
+        (torch.full((1, 3, 8, 8), -0.5), "image 0 has values from -0.5"),
+    ],
+)
+def test_images_that_cannot_be_meant_are_refused(images, message):
+    for use in (preprocessing([]), preprocessing([]).fit):
+        with pytest.raises(ValueError, match=message):
+            use(images)
+
+
+@pytest.mark.parametrize(("step", "needed"), [("laplacian", 3), ("contrast", 7), ("whiten", 7)])
+def test_images_smaller_than_a_border_are_refused_and_the_needed_size_named(step, needed):
+    model = preprocessing([step])
+    small = noise(1, 3, needed - 1, 20)
+    with pytest.raises(ValueError, match=f"{step}.*at least {needed}x{needed}"):
+        model(small)
+    large = noise(1, 3, needed, 20)
+    torch.testing.assert_close(model.inverse(*model.fit(large)(large)), large, atol=1e-5, rtol=0)
+
+
+def test_a_record_of_other_images_is_refused(photographs):
+    model = preprocessing(["contrast"])
+    y, record = model(photographs)
+    with pytest.raises(ValueError, match="does not belong"):
+        model.inverse(y[:1], record)
+    with pytest.raises(ValueError, match="does not belong"):
+        model.inverse(y[..., 1:], record)
+    with pytest.raises(ValueError, match="0 steps"):
+        model.inverse(y, [])
+    with pytest.raises(ValueError, match=r"\(N, 3, H, W\)"):
+        model.inverse(y[:, :1], record)
+    with pytest.raises(ValueError, match="at least one"):
+        concatenate([])
+    with pytest.raises(ValueError, match="0 images"):
+        model.fit(photographs[:0])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("color", "hsv"),
+        ("steps", ["sharpen"]),
+        ("steps", ["mean", "mean"]),
+        ("window", 12),
+        ("window", 1),
+        ("sigma", 0.0),
+        ("sigma", float("nan")),
+        ("whitening_size", 4),
+        ("whitening_floor", 0.0),
+    ],
+)
+def test_settings_name_the_key_that_is_wrong(key, value):
+    with pytest.raises(ValueError, match=f"preprocessing.{key}="):
+        PreprocessingSettings(**{key: value})
