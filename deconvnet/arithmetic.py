@@ -49,7 +49,9 @@ def receptive_field(
     layer l paints filter_size units of what is below, each of which may be any of the `pool` units that it stands for.
     """
     if len(pools) != len(filter_sizes) - 1:
-        raise ValueError(f"{len(filter_sizes)} layers have {len(filter_sizes) - 1} poolings, got {len(pools)}")
+        raise ValueError(
+            f"{len(filter_sizes)} layers have {len(filter_sizes) - 1} poolings, got {len(pools)}"
+        )
     size, stride, offset = 1, 1, 0
     for level, filter_size in enumerate(filter_sizes):
         if level:

@@ -113,7 +113,9 @@ def filter_gradient(
         size = fourier_size(z.shape[2:], boundary)
         if boundary == "valid":
             y = F.pad(y, (w - 1, 0, h - 1, 0))
-        product = torch.einsum("nkuv,ncuv->kcuv", torch.fft.rfft2(z, size).conj(), torch.fft.rfft2(y, size))
+        product = torch.einsum(
+            "nkuv,ncuv->kcuv", torch.fft.rfft2(z, size).conj(), torch.fft.rfft2(y, size)
+        )
         gradient = torch.fft.irfft2(product, size)[..., :h, :w]
     else:
         if boundary == "circular":
@@ -123,7 +125,9 @@ def filter_gradient(
     return connected(gradient, g)
 
 
-def map_size(image: tuple[int, int], filter_size: tuple[int, int], boundary: Boundary = "valid") -> tuple[int, int]:
+def map_size(
+    image: tuple[int, int], filter_size: tuple[int, int], boundary: Boundary = "valid"
+) -> tuple[int, int]:
     """Height and width of the maps that explain an image of the given height and width."""
     (H, W), (h, w) = image, filter_size
     return (H + h - 1, W + w - 1) if boundary == "valid" else (H, W)
@@ -142,7 +146,9 @@ def connected(f: Tensor, g: Tensor | None) -> Tensor:
     if g is None:
         return f
     if g.shape != f.shape[:2]:
-        raise ValueError(f"connectivity of shape {tuple(g.shape)} does not fit filters of shape {tuple(f.shape)}")
+        raise ValueError(
+            f"connectivity of shape {tuple(g.shape)} does not fit filters of shape {tuple(f.shape)}"
+        )
     return f * g[:, :, None, None].to(f.dtype)
 
 
@@ -175,7 +181,9 @@ def _fast_length(length: int) -> int:
         length += 1
 
 
-def _check(f: Tensor, boundary: Boundary, *, z: Tensor | None = None, y: Tensor | None = None) -> None:
+def _check(
+    f: Tensor, boundary: Boundary, *, z: Tensor | None = None, y: Tensor | None = None
+) -> None:
     if boundary not in BOUNDARIES:
         raise ValueError(f"boundary={boundary!r}: choose 'valid' or 'circular'")
     if f.ndim != 4:
@@ -183,11 +191,19 @@ def _check(f: Tensor, boundary: Boundary, *, z: Tensor | None = None, y: Tensor 
     K, C, h, w = f.shape
     if z is not None:
         if z.ndim != 4 or z.shape[1] != K:
-            raise ValueError(f"maps must have the shape (N, {K}, rows, columns) for {K} filters, got {tuple(z.shape)}")
+            raise ValueError(
+                f"maps must have the shape (N, {K}, rows, columns) for {K} filters, got {tuple(z.shape)}"
+            )
         if z.shape[2] < h or z.shape[3] < w:
-            raise ValueError(f"maps of {z.shape[2]}x{z.shape[3]} are smaller than the {h}x{w} filters")
+            raise ValueError(
+                f"maps of {z.shape[2]}x{z.shape[3]} are smaller than the {h}x{w} filters"
+            )
     if y is not None:
         if y.ndim != 4 or y.shape[1] != C:
-            raise ValueError(f"images must have the shape (N, {C}, H, W) for filters of {C} channels, got {tuple(y.shape)}")
+            raise ValueError(
+                f"images must have the shape (N, {C}, H, W) for filters of {C} channels, got {tuple(y.shape)}"
+            )
         if boundary == "circular" and (y.shape[2] < h or y.shape[3] < w):
-            raise ValueError(f"images of {y.shape[2]}x{y.shape[3]} are smaller than the {h}x{w} filters")
+            raise ValueError(
+                f"images of {y.shape[2]}x{y.shape[3]} are smaller than the {h}x{w} filters"
+            )

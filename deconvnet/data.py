@@ -80,11 +80,8 @@ class ImageSet:
 Item = tuple[str, Callable[[], Tensor]]
 
 
-def load_images(settings: DataSettings, seed: int = 0) -> ImageSet:
-    """The images of the settings, in an order that depends on nothing else.
-
-    seed is for sources that draw images at random; none of the present ones does.
-    """
+def load_images(settings: DataSettings) -> ImageSet:
+    """The images of the settings, in an order that depends on nothing else."""
     if settings.source == "photographs":
         return _photographs(settings)
     if settings.source == "torchvision":

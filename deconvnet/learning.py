@@ -105,7 +105,12 @@ def filter_sums(
 
 
 def update_filters(
-    f: Tensor, sums: FilterSums, g: Tensor | None = None, *, norm: str = "filter", iterations: int = 10
+    f: Tensor,
+    sums: FilterSums,
+    g: Tensor | None = None,
+    *,
+    norm: str = "filter",
+    iterations: int = 10,
 ) -> Tensor:
     """Filters (K, C, h, w) of unit norm that lower 1/2 f'(gram)f - (linear)'f, from f by accelerated projected steps.
 
@@ -169,9 +174,7 @@ def normalize(f: Tensor, norm: str = "filter", *, fallback: Tensor | None = None
     return unit if fallback is None else torch.where(length > 0, unit, fallback)
 
 
-def random_filters(
-    num: int, b: Tensor, size: int, init: str, generator: torch.Generator
-) -> Tensor:
+def random_filters(num: int, b: Tensor, size: int, init: str, generator: torch.Generator) -> Tensor:
     """(num, C, size, size) of unit norm: Gaussian noise, or patches of b with more contrast than the median patch."""
     if init == "random":
         shape = (num, b.shape[1], size, size)
@@ -226,7 +229,9 @@ def _gram_product(gram: Tensor, size: tuple[int, int]) -> Callable[[Tensor], Ten
     """v (K, C, h, w) -> Z'Z v, a correlation with the gram, as one matrix product per frequency."""
     h, w = size
     grid = fourier_size((2 * h - 1, 2 * w - 1))
-    kernel = F.pad(gram, (0, grid[1] - 2 * w + 1, 0, grid[0] - 2 * h + 1)).roll((1 - h, 1 - w), (2, 3))
+    kernel = F.pad(gram, (0, grid[1] - 2 * w + 1, 0, grid[0] - 2 * h + 1)).roll(
+        (1 - h, 1 - w), (2, 3)
+    )
     spectrum = torch.fft.rfft2(kernel).permute(2, 3, 0, 1).contiguous()
 
     def product(v: Tensor) -> Tensor:

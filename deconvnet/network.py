@@ -24,7 +24,13 @@ from deconvnet.convolution import BOUNDARIES
 from deconvnet.learning import LearningSettings, normalize, random_filters
 from deconvnet.operators import Deconvolution, Operator, Scaling, Unpooling
 from deconvnet.pooling import max_pool
-from deconvnet.preprocessing import Preprocessing, PreprocessingSettings, Record
+from deconvnet.preprocessing import (
+    SCALES,
+    Preprocessing,
+    PreprocessingSettings,
+    Record,
+    common_scale,
+)
 from deconvnet.solvers import Solution, SolverSettings, solve
 from deconvnet.sparsity import check_exponent
 
@@ -51,6 +57,8 @@ class LayerSettings:
     boundary: str = "valid"
     # [maps, rows, columns] of the max pooling between this layer and the next; null: none
     pool: list[int] | None = None
+    # what becomes 1 in the maps below before they are explained: rms | max, their largest magnitude
+    scale: str = "rms"
     # how maps are inferred
     solver: SolverSettings = field(default_factory=SolverSettings)
     # how filters are learned
@@ -64,7 +72,11 @@ class LayerSettings:
         if not self.lam > 0:
             raise ValueError(f"lam={self.lam}: must be positive")
         check_exponent(self.p)
-        for key, choices in (("connectivity", WIRINGS), ("boundary", BOUNDARIES)):
+        for key, choices in (
+            ("connectivity", WIRINGS),
+            ("boundary", BOUNDARIES),
+            ("scale", SCALES),
+        ):
             if getattr(self, key) not in choices:
                 raise ValueError(f"{key}={getattr(self, key)}: choose one of {', '.join(choices)}")
         if self.pool is not None and (len(self.pool) != 3 or min(self.pool) < 1):
@@ -151,7 +163,13 @@ class Layer(nn.Module):
 
     def set_filters(self, f: Tensor) -> None:
         """Take f (K, C, h, w), with disconnected planes set to zero and the norm of the settings."""
-        self.filters.copy_(normalize(f * self.connectivity[..., None, None], self.settings.learning.norm))
+        self.filters.copy_(
+            normalize(f * self.connectivity[..., None, None], self.settings.learning.norm)
+        )
+
+    def fit_scale(self, below: Tensor) -> None:
+        """Choose the scale from all the maps below (N, C, H, W)."""
+        self.scale.fill_(common_scale([below], self.settings.scale))
 
     def initialize(self, b: Tensor, generator: torch.Generator) -> None:
         """Start the filters as the settings say, from what the layer has to explain."""
@@ -180,7 +198,11 @@ class DeconvNet(nn.Module):
     """A stack of layers over a preprocessing. All of its state is in its buffers: `to(device)` and state_dict work."""
 
     def __init__(
-        self, layers: list[LayerSettings], preprocessing: PreprocessingSettings | None = None, *, seed: int = 0
+        self,
+        layers: list[LayerSettings],
+        preprocessing: PreprocessingSettings | None = None,
+        *,
+        seed: int = 0,
     ):
         super().__init__()
         self.preprocessing = Preprocessing(preprocessing or PreprocessingSettings())
@@ -317,7 +339,9 @@ def load(path: str | Path) -> DeconvNet:
     if path.is_dir():
         found = checkpoint.newest(path / "checkpoints")
         if found is None:
-            raise ValueError(f"{path}: no checkpoint in this folder; expected a run of scripts/train.py")
+            raise ValueError(
+                f"{path}: no checkpoint in this folder; expected a run of scripts/train.py"
+            )
         state, source = found
         tensors, settings = state["network"]["tensors"], state["network"]["settings"]
     elif path.is_file():
@@ -328,7 +352,9 @@ def load(path: str | Path) -> DeconvNet:
     try:
         return DeconvNet.from_parts(tensors, settings)
     except (KeyError, TypeError, RuntimeError, ValueError) as error:
-        raise checkpoint.CheckpointError(f"{source}: not a network of this version ({error})") from None
+        raise checkpoint.CheckpointError(
+            f"{source}: not a network of this version ({error})"
+        ) from None
 
 
 def snr(reference: Tensor, estimate: Tensor) -> float:
@@ -360,10 +386,15 @@ def _connectivity(kind: str, num_maps: int, channels: int, generator: torch.Gene
     if kind == "random_doubles":
         if not doubles:
             raise ValueError("connectivity=random_doubles: needs at least two maps below")
-        draws = [torch.randperm(len(doubles), generator=generator) for _ in range(num_maps // len(doubles) + 1)]
+        draws = [
+            torch.randperm(len(doubles), generator=generator)
+            for _ in range(num_maps // len(doubles) + 1)
+        ]
         chosen = [doubles[i] for i in torch.cat(draws)[:num_maps].tolist()]
     else:
-        chosen = {"singles": singles, "doubles": doubles, "singles_and_doubles": singles + doubles}[kind]
+        chosen = {"singles": singles, "doubles": doubles, "singles_and_doubles": singles + doubles}[
+            kind
+        ]
         if len(chosen) != num_maps:
             count = {"singles": channels, "doubles": comb(channels, 2)}
             needed = count.get(kind, channels + comb(channels, 2))
@@ -382,4 +413,3 @@ def seeded(*seeds: int) -> torch.Generator:
     for part in seeds:
         seed = (seed * 1_000_003 + part + 1) % (2**62)
     return torch.Generator().manual_seed(seed)
-

@@ -23,7 +23,9 @@ def max_pool(z: Tensor, window: Window) -> tuple[Tensor, Tensor]:
     if z.ndim != 4:
         raise ValueError(f"maps must have the shape (N, K, H, W), got {tuple(z.shape)}")
     if len(window) != 3 or min(window) < 1:
-        raise ValueError(f"pooling window {window}: expected three numbers (groups, h, w), each at least 1")
+        raise ValueError(
+            f"pooling window {window}: expected three numbers (groups, h, w), each at least 1"
+        )
     windows = _windows(z, window)
     # The zeros that complete a partial window can win only where all of it is zero, and then the first, a real
     # element, is taken. Both reductions return the first of several extrema.
@@ -46,9 +48,13 @@ def unpool(pooled: Tensor, switches: Tensor, shape: tuple[int, ...]) -> Tensor:
     Deterministic on every device: the switches of one image are all different, so the scatter writes no place twice.
     """
     if pooled.shape != switches.shape:
-        raise ValueError(f"pooled maps of shape {tuple(pooled.shape)} and switches of shape {tuple(switches.shape)}")
+        raise ValueError(
+            f"pooled maps of shape {tuple(pooled.shape)} and switches of shape {tuple(switches.shape)}"
+        )
     if pooled.shape[0] != shape[0]:
-        raise ValueError(f"{pooled.shape[0]} pooled images cannot be unpooled to the shape {tuple(shape)}")
+        raise ValueError(
+            f"{pooled.shape[0]} pooled images cannot be unpooled to the shape {tuple(shape)}"
+        )
     z = pooled.new_zeros(shape)
     z.flatten(1).scatter_(1, switches.flatten(1), pooled.flatten(1))
     return z

@@ -25,6 +25,7 @@ from torch.nn import functional
 
 COLORS = ("rgb", "grey", "ycbcr")
 STEPS = ("mean", "laplacian", "contrast", "whiten")
+SCALES = ("rms", "max")
 
 Record = list[dict[str, Tensor]]
 
@@ -50,12 +51,16 @@ class PreprocessingSettings:
     )
     window: int = 13  # contrast: side of the Gaussian window in pixels, odd
     sigma: float = 4.773  # contrast: its standard deviation in pixels, 3 * 1.591 as in Zeiler 2011
+    divide: bool = True  # contrast: divide by the local deviation; false: only subtract the mean
     whitening_size: int = 7  # whiten: side of the filter in pixels, odd
     whitening_floor: float = 0.01  # whiten: added to all variances, relative to the largest
+    scale: str = "rms"  # what becomes 1 over the training images: rms | max, the largest magnitude
 
     def __post_init__(self) -> None:
         if self.color not in COLORS:
             raise ValueError(f"preprocessing.color={self.color!r}: choose {', '.join(COLORS)}")
+        if self.scale not in SCALES:
+            raise ValueError(f"preprocessing.scale={self.scale!r}: choose {', '.join(SCALES)}")
         steps = list(self.steps)
         if set(steps) - set(STEPS) or len(set(steps)) < len(steps):
             raise ValueError(
@@ -93,7 +98,7 @@ class Preprocessing(torch.nn.Module):
     def fit(self, images: Tensor) -> "Preprocessing":
         """Learns the whitening filter, then the scale, from images (N, 1 or 3, H, W); returns self.
 
-        scale is the root mean square of all preprocessed values, 1 where there is nothing left.
+        scale is the root mean square of all preprocessed values, or their largest magnitude.
         One image at a time, summed in float64 on the CPU: memory does not grow with N.
         """
         _check(images, self.settings)
@@ -106,10 +111,7 @@ class Preprocessing(torch.nn.Module):
             size, floor = self.settings.whitening_size, self.settings.whitening_floor
             self.whitening.copy_(whitening_filter(planes, size, floor=floor))
         planes = (self._preprocess(image, steps)[0] for image in images.split(1))
-        squares = sum(plane.cpu().double().square().mean() for plane in planes)
-        rms = math.sqrt(squares / len(images))
-        # Constant images leave rounding, and a scale of 1e-8 would blow up the first real image.
-        self.scale.fill_(rms if rms > 1e-6 else 1.0)
+        self.scale.fill_(common_scale(planes, self.settings.scale))
         return self
 
     def forward(self, images: Tensor) -> tuple[Tensor, Record]:
@@ -146,7 +148,9 @@ class Preprocessing(torch.nn.Module):
                 planes, kept = planes - mean, {"mean": mean}
             elif step == "contrast":
                 mean, deviation = local_moments(planes, self.settings.window, self.settings.sigma)
-                deviation = _floored(deviation)
+                deviation = (
+                    _floored(deviation) if self.settings.divide else torch.ones_like(deviation)
+                )
                 planes = (planes - mean) / deviation
                 kept = {"mean": mean, "deviation": deviation}
             else:
@@ -181,6 +185,20 @@ def concatenate(records: list[Record]) -> Record:
         {key: torch.cat([kept[key] for kept in step]) for key in step[0]}
         for step in zip(*records, strict=True)
     ]
+
+
+def common_scale(parts: Iterable[Tensor], kind: str) -> float:
+    """The root mean square ("rms") or the largest magnitude ("max") of all values of some tensors.
+
+    1 where there is next to nothing: a scale of 1e-8 would blow up the first real image.
+    """
+    count, squares, largest = 0, 0.0, 0.0
+    for part in parts:
+        count += part.numel()
+        squares += float(part.double().square().sum())
+        largest = max(largest, float(part.abs().max()))
+    scale = largest if kind == "max" else math.sqrt(squares / max(count, 1))
+    return scale if scale > 1e-6 else 1.0
 
 
 def to_color(images: Tensor, color: str) -> Tensor:

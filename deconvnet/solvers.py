@@ -352,9 +352,7 @@ def _z_step(
     Setting the gradient to zero gives z = v + lam A'w with (beta I + lam A A') w = b - A v: a system in the space of
     the images, which has K/C times fewer unknowns than that of the maps and needs A and A' only once.
     """
-    w = A.solve(
-        b - A(v), lam, beta, w, tolerance=tolerance, max_iterations=max_iterations
-    )
+    w = A.solve(b - A(v), lam, beta, w, tolerance=tolerance, max_iterations=max_iterations)
     return v + lam * A.adjoint(w), w
 
 

@@ -22,7 +22,9 @@ def penalty(x: Tensor, p: float = 1.0) -> Tensor:
     return magnitude.sum(dtype=torch.float64)
 
 
-def shrink(v: Tensor, beta: float | Tensor, p: float = 1.0, *, non_negative: bool = False) -> Tensor:
+def shrink(
+    v: Tensor, beta: float | Tensor, p: float = 1.0, *, non_negative: bool = False
+) -> Tensor:
     """argmin_x |x|^p + beta/2 (x - v)^2, element by element  (Zeiler et al. 2010, the x-step).
 
     beta: a positive number, or a tensor that broadcasts against v. With non_negative the minimum over x >= 0. At the
@@ -69,15 +71,18 @@ def _soft_threshold(v: Tensor, tau: float, non_negative: bool) -> Tensor:
     return torch.relu(v - tau) if non_negative else torch.nn.functional.softshrink(v, tau)
 
 
-def _largest_root(magnitude: Tensor, beta: float | Tensor, p: float, smallest: float | Tensor) -> Tensor:
+def _largest_root(
+    magnitude: Tensor, beta: float | Tensor, p: float, smallest: float | Tensor
+) -> Tensor:
     """The root of p x^(p-1) + beta (x - |v|) = 0 that is the minimum, for |v| beyond the threshold.
 
     From x = |v| Newton's method descends to it monotonically, the left side being increasing and convex there; six
     steps reach rounding for every p and beta. Entries below the threshold only have to stay finite.
     """
-    x = torch.maximum(magnitude, torch.as_tensor(smallest, dtype=magnitude.dtype, device=magnitude.device))
+    x = torch.maximum(
+        magnitude, torch.as_tensor(smallest, dtype=magnitude.dtype, device=magnitude.device)
+    )
     for _ in range(6):
         slope = p * x ** (p - 1)
         x = x - (slope + beta * (x - magnitude)) / (beta - (1 - p) * slope / x)
     return x
-

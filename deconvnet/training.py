@@ -111,9 +111,7 @@ class LayerTrainer:
         layer, sums = self.layer, None
         for part in chosen.split(self.chunk):
             z, residual = self._visit(part)
-            new = filter_sums(
-                z, residual, layer.filters, layer.g, boundary=layer.settings.boundary
-            )
+            new = filter_sums(z, residual, layer.filters, layer.g, boundary=layer.settings.boundary)
             sums = new if sums is None else sums + new
         # Each update lets 1 / (updates in `memory` epochs) of what came before fade.
         fade = max(0.0, 1 - 1 / max(self.settings.memory * self.batches, 1))
@@ -348,7 +346,9 @@ class Run:
             return checkpoint.load(path)
         found = checkpoint.newest(path / "checkpoints")
         if found is None:
-            raise ValueError(f"resume={resume}: no checkpoint there; give a run folder or a .pt file")
+            raise ValueError(
+                f"resume={resume}: no checkpoint there; give a run folder or a .pt file"
+            )
         return found[0]
 
     def _check_settings(self, resume: str) -> None:
@@ -445,7 +445,7 @@ def train(
             layer = net.layer(number)
             b = codes.layers[-1].pooled if number > 1 else codes.y
             if resumed is None and number > 1:
-                layer.scale.fill_(_root_mean_square(b))
+                layer.fit_scale(b)
             trainer = LayerTrainer(layer, b / layer.scale, seed=seed, number=number, chunk=chunk)
             if resumed is not None:
                 net.load_parts(state["network"]["tensors"])
@@ -483,11 +483,6 @@ def _result(net: DeconvNet, codes: Codes, number: int, seconds: float) -> LayerR
         dead=int((found.z.abs().amax((0, 2, 3)) == 0).sum()),
         seconds=seconds,
     )
-
-
-def _root_mean_square(b: Tensor) -> float:
-    value = float(b.double().square().mean().sqrt())
-    return value if value > 0 else 1.0
 
 
 @contextmanager

@@ -46,7 +46,7 @@ def run(settings: config.Config, cfg: DictConfig, folder: Path) -> list[LayerRes
     net = DeconvNet(layers, settings.preprocessing, seed=settings.seed)
     record = {k: v for k, v in dataclasses.asdict(settings).items() if k not in FREE}
     saved = Run(folder, record, settings.resume)
-    images = load_images(settings.data, settings.seed).images.to(device)
+    images = load_images(settings.data).images.to(device)
     log.info(
         "%d images of %dx%d on %s, layers of %s maps; run folder %s",
         len(images),
@@ -68,7 +68,10 @@ def run(settings: config.Config, cfg: DictConfig, folder: Path) -> list[LayerRes
 
 def summarize(results: list[LayerResult], folder: Path) -> None:
     place = shown(folder)
-    lines = ["", "layer   SNR of the image   entries of z not zero   objective   dead maps   seconds"]
+    lines = [
+        "",
+        "layer   SNR of the image   entries of z not zero   objective   dead maps   seconds",
+    ]
     for r in results:
         lines.append(
             f"{r.layer:>5}   {r.snr:>13.2f} dB   {r.density:>21.2%}   {r.objective:>9.1f}   "

@@ -72,7 +72,9 @@ def _strongest(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(image, row, column), each (K,), of the largest |z| of every map, inside the image where there is one."""
     inside = [
-        torch.tensor([0 <= first and last <= size for first, last in map(field.pixels, range(count))])
+        torch.tensor(
+            [0 <= first and last <= size for first, last in map(field.pixels, range(count))]
+        )
         for field, size, count in zip((rows, columns), image, z.shape[2:], strict=True)
     ]
     whole = (inside[0][:, None] & inside[1]).to(z.device)

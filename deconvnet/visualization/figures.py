@@ -22,9 +22,7 @@ TILE = 44
 SHOWN_IMAGES = 6
 
 
-def layer_pictures(
-    net: DeconvNet, codes: Codes, images: Tensor, number: int
-) -> dict[str, Tensor]:
+def layer_pictures(net: DeconvNet, codes: Codes, images: Tensor, number: int) -> dict[str, Tensor]:
     """The pictures of one finished layer, by name.
 
     layerN/filters: its filters in pixel space; layerN/patches (upper layers): the image patches where they are strongest;

@@ -1,0 +1,71 @@
+"""Reconstruct images from the feature maps of a trained network:
+
+python scripts/reconstruct.py run=runs/photographs layer=2 images=photo.jpg
+"""
+
+import os
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig, ListConfig
+from PIL import Image
+from tqdm import tqdm
+
+from deconvnet import config, load
+from deconvnet.data import find_images, read_image
+from deconvnet.network import snr
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="reconstruct")
+def main(cfg: DictConfig) -> None:
+    try:
+        reconstruct(cfg)
+    except (ValueError, OSError) as error:
+        if os.environ.get("DECONVNET_TRACEBACK"):
+            raise
+        raise SystemExit(f"error: {error}") from None
+
+
+def reconstruct(cfg: DictConfig) -> None:
+    source = Path(cfg.run)
+    net = load(source).to(config.device(cfg.device))
+    layer = net.depth if cfg.layer is None else _number(cfg.layer)
+    net.layer(layer)
+    paths = _paths(cfg.images)
+    beside = source if source.is_dir() else source.parent
+    folder = Path(cfg.output or beside / "reconstructions")
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in tqdm(paths, unit="image", leave=False, disable=len(paths) == 1):
+        image = read_image(path)[None].to(net.device)
+        codes = net.infer(image, depth=layer)
+        pixels = net.reconstruct(codes)
+        target = folder / f"{path.stem}-layer{layer}.png"
+        Image.fromarray(_bytes(pixels[0])).save(target)
+        shown = image if pixels.shape[1] == 3 else image.mean(1, keepdim=True)
+        tqdm.write(
+            f"{target}   layer {layer}: {net.snr(codes, layer):.2f} dB preprocessed, "
+            f"{snr(shown, pixels):.2f} dB in pixels, {codes.layer(layer).density:.2%} of z not zero"
+        )
+
+
+def _number(layer: object) -> int:
+    if not isinstance(layer, int):
+        raise ValueError(f"layer={layer}: must be a whole number")
+    return layer
+
+
+def _paths(images: object) -> list[Path]:
+    """The image files that the setting names: one, several, or those of a folder."""
+    if isinstance(images, ListConfig):
+        return [path for item in images for path in _paths(item)]
+    path = Path(str(images)).expanduser()
+    return find_images(path) if path.is_dir() else [path]
+
+
+def _bytes(pixels):
+    pixels = (pixels * 255).round().byte().cpu().permute(1, 2, 0).numpy()
+    return pixels[..., 0] if pixels.shape[2] == 1 else pixels
+
+
+if __name__ == "__main__":
+    config.launch(main)
