@@ -1,9 +1,9 @@
 """deconvnet: learn a hierarchy of visual features from unlabelled images, and see what they are."""
 
+from deconvnet.learning import LearningSettings
 from deconvnet.network import Codes, DeconvNet, LayerSettings, load
 from deconvnet.preprocessing import PreprocessingSettings
 from deconvnet.solvers import Solution, SolverSettings, sparse_code
-from deconvnet.learning import LearningSettings
 from deconvnet.training import learn_filters
 
 __all__ = [

@@ -1,4 +1,6 @@
-"""Sizes and positions: convolution and its transpose, receptive fields, a convolution written out as a matrix."""
+"""Sizes and positions: convolution and its transpose, receptive fields, a convolution written out
+as a matrix.
+"""
 
 from __future__ import annotations
 
@@ -19,15 +21,19 @@ def convolution_size(size: int, kernel: int, *, stride: int = 1, padding: int = 
 def transposed_convolution_size(
     size: int, kernel: int, *, stride: int = 1, padding: int = 0, output_padding: int = 0
 ) -> int:
-    """Outputs of a transposed convolution along one axis: (size - 1) stride - 2 padding + kernel + output_padding."""
+    """Outputs of a transposed convolution along one axis: (size - 1) stride - 2 padding + kernel +
+    output_padding.
+    """
     return (size - 1) * stride - 2 * padding + kernel + output_padding
 
 
 @dataclass(frozen=True)
 class Field:
-    """The pixels of an axis that unit i of a layer reaches: offset + stride i ... offset + stride i + size - 1.
+    """The pixels of an axis that unit i of a layer reaches: offset + stride i ... offset + stride i
+    + size - 1.
 
-    Some of them lie outside the image: the maps of a "valid" layer are larger than what they explain.
+    Some of them lie outside the image: the maps of a "valid" layer are larger than what they
+    explain.
     """
 
     size: int
@@ -45,8 +51,9 @@ def receptive_field(
 ) -> Field:
     """The field in pixels of a unit of the top layer of a stack, along one axis.
 
-    filter_sizes: of the layers from the bottom to the top; pools: of the layers below the top, one fewer. A unit of
-    layer l paints filter_size units of what is below, each of which may be any of the `pool` units that it stands for.
+    filter_sizes: of the layers from the bottom to the top; pools: of the layers below the top, one
+    fewer. A unit of layer l paints filter_size units of what is below, each of which may be any of
+    the `pool` units that it stands for.
     """
     if len(pools) != len(filter_sizes) - 1:
         raise ValueError(
@@ -65,7 +72,8 @@ def receptive_field(
 def convolution_matrix(
     f: Tensor, image: tuple[int, int], *, boundary: Boundary = "valid", g: Tensor | None = None
 ) -> Tensor:
-    """F as a dense matrix (C*H*W, K*rows*columns): F @ z.flatten() = deconvolve(z, f).flatten(). For small problems.
+    """F as a dense matrix (C*H*W, K*rows*columns): F @ z.flatten() = deconvolve(z, f).flatten().
+    For small problems.
 
     f: (K, C, h, w); image: (H, W).
     """

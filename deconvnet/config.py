@@ -1,7 +1,8 @@
 """The settings of a run, and the way from Hydra's configuration to them.
 
-The dataclasses of the settings stand beside the code that they steer; here they are put together. After `read` the rest
-of the package sees dataclasses only. With scripts/ this is the only place that knows Hydra.
+The dataclasses of the settings stand beside the code that they steer; here they are put together.
+After `read` the rest of the package sees dataclasses only. With scripts/ this is the only place
+that knows Hydra.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from deconvnet.preprocessing import PreprocessingSettings
 
 @dataclass
 class Config:
-    """Everything that scripts/train.py needs to know; configs/train.yaml has the values and says what they mean."""
+    """Everything that scripts/train.py needs to know; configs/train.yaml has the values and says
+    what they mean.
+    """
 
     name: str
     model: dict[str, LayerSettings]
@@ -50,13 +53,14 @@ def register() -> None:
 
 
 def read(cfg: DictConfig) -> Config:
-    """The checked settings. Raises ValueError with one line that names the key, the value and what would be right."""
+    """The checked settings. Raises ValueError with one line that names the key, the value and what
+    would be right."""
     config = OmegaConf.to_object(cfg)
     expected = [f"layer{number}" for number in range(1, len(config.model) + 1)]
     if not expected or sorted(config.model) != sorted(expected):
         raise ValueError(
-            f"model has the layers {', '.join(config.model) or '(none)'}: name them layer1, layer2, "
-            "... without a gap"
+            f"model has the layers {', '.join(config.model) or '(none)'}: name them layer1, "
+            "layer2, ... without a gap"
         )
     if config.layers is not None and not 1 <= config.layers <= len(expected):
         raise ValueError(
@@ -102,7 +106,9 @@ def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, bool | int | f
 
 
 def launch(main: Callable[[], None]) -> None:
-    """Run a Hydra main; what the user got wrong ends in one line and exit code 1, HYDRA_FULL_ERROR=1 shows it all."""
+    """Run a Hydra main; what the user got wrong ends in one line and exit code 1,
+    HYDRA_FULL_ERROR=1 shows it all.
+    """
     wants_all = os.environ.get("HYDRA_FULL_ERROR") == "1"
     # Hydra then raises instead of printing a traceback of its own.
     os.environ["HYDRA_FULL_ERROR"] = "1"

@@ -6,11 +6,14 @@ This module decides what "convolution" means in the whole package; nobody else f
     y image (N, C, H, W)     f filters (K, C, h, w)     g connectivity (K, C) of 0 and 1
     z maps  (N, K, H+h-1, W+w-1) with boundary "valid", (N, K, H, W) with boundary "circular"
 
-It is a true convolution: an impulse in map k paints filter f[k] into the image as it is stored, unflipped.
+It is a true convolution: an impulse in map k paints filter f[k] into the image as it is stored,
+unflipped.
 
-- "valid" (both papers): the maps are larger than the image, every filter that touches the image has its own
-  coefficient, nothing wraps. An impulse at (i, j) paints f[k] with its top left corner at pixel (i-h+1, j-w+1).
-- "circular" (Fourier packages): maps and image have one size and the border wraps. An impulse at (i, j) paints
+- "valid" (both papers): the maps are larger than the image, every filter that touches the image has
+  its own coefficient, nothing wraps. An impulse at (i, j) paints f[k] with its top left corner at
+  pixel (i-h+1, j-w+1).
+- "circular" (Fourier packages): maps and image have one size and the border wraps. An impulse at
+  (i, j) paints
   f[k] with its top left corner at pixel (i, j).
 
 Every operation has a spatial form and a Fourier form; both are exact and agree to rounding.
@@ -36,10 +39,11 @@ def deconvolve(
     boundary: Boundary = "valid",
     method: Method = "spatial",
 ) -> Tensor:
-    """The image (N, C, H, W) that the maps paint: y_c = sum_k g_kc (z_k * f_kc)  (Zeiler et al. 2010, eq. 1 and 3).
+    """The image (N, C, H, W) that the maps paint: y_c = sum_k g_kc (z_k * f_kc)  (Zeiler et al.
+    2010, eq. 1 and 3).
 
-    z: (N, K, H+h-1, W+w-1), or (N, K, H, W) with boundary "circular"; f: (K, C, h, w); g: (K, C) or None for full
-    connectivity. Raises ValueError where the shapes do not fit.
+    z: (N, K, H+h-1, W+w-1), or (N, K, H, W) with boundary "circular"; f: (K, C, h, w); g: (K, C) or
+    None for full connectivity. Raises ValueError where the shapes do not fit.
     """
     _check(f, boundary, z=z)
     f = connected(f, g)
@@ -66,10 +70,11 @@ def correlate(
     boundary: Boundary = "valid",
     method: Method = "spatial",
 ) -> Tensor:
-    """The adjoint of `deconvolve` towards the maps: F'y, the correlation of the image with every filter.
+    """The adjoint of `deconvolve` towards the maps: F'y, the correlation of the image with every
+    filter.
 
-    y: (N, C, H, W); f: (K, C, h, w). Returns (N, K, H+h-1, W+w-1), or (N, K, H, W) with boundary "circular".
-    <deconvolve(z, f), y> = <z, correlate(y, f)>.
+    y: (N, C, H, W); f: (K, C, h, w). Returns (N, K, H+h-1, W+w-1), or (N, K, H, W) with boundary
+    "circular". <deconvolve(z, f), y> = <z, correlate(y, f)>.
     """
     _check(f, boundary, y=y)
     f = connected(f, g)
@@ -98,16 +103,17 @@ def filter_gradient(
 ) -> Tensor:
     """The adjoint of `deconvolve` towards the filters: Z'y (K, C, h, w), summed over the images.
 
-    z: maps as in `deconvolve`; y: (N, C, H, W); size: (h, w) of the filters, or one number for square ones.
-    <deconvolve(z, f), y> = <f, filter_gradient(z, y, size)>. With y the residual and the factor lam it is the
-    gradient of the reconstruction term (Zeiler et al. 2010, eq. 6).
+    z: maps as in `deconvolve`; y: (N, C, H, W); size: (h, w) of the filters, or one number for
+    square ones. <deconvolve(z, f), y> = <f, filter_gradient(z, y, size)>. With y the residual and
+    the factor lam it is the gradient of the reconstruction term (Zeiler et al. 2010, eq. 6).
     """
     h, w = (size, size) if isinstance(size, int) else size
     expected = map_size(y.shape[2:], (h, w), boundary)
     if z.shape[0] != y.shape[0] or tuple(z.shape[2:]) != expected:
         raise ValueError(
-            f"maps of shape {tuple(z.shape)} do not fit images of shape {tuple(y.shape)} and {h}x{w} filters "
-            f"with boundary {boundary!r}: expected ({y.shape[0]}, K, {expected[0]}, {expected[1]})"
+            f"maps of shape {tuple(z.shape)} do not fit images of shape {tuple(y.shape)} and "
+            f"{h}x{w} filters with boundary {boundary!r}: expected "
+            f"({y.shape[0]}, K, {expected[0]}, {expected[1]})"
         )
     if method == "fourier":
         size = fourier_size(z.shape[2:], boundary)
@@ -134,15 +140,17 @@ def map_size(
 
 
 def fourier_size(maps: tuple[int, int], boundary: Boundary = "valid") -> tuple[int, int]:
-    """The transform size for maps of this size: the next one with small prime factors, or just this one if it must wrap.
+    """The transform size for maps of this size: the next one with small prime factors, or just this
+    one if it must wrap.
 
-    Padding to the size of the maps is enough with boundary "valid": what wraps falls on the h-1 rows that are cropped.
+    Padding to the size of the maps is enough with boundary "valid": what wraps falls on the h-1
+    rows that are cropped.
     """
     return tuple(maps) if boundary == "circular" else (_fast_length(maps[0]), _fast_length(maps[1]))
 
 
 def connected(f: Tensor, g: Tensor | None) -> Tensor:
-    """The filters with the planes that g (K, C) disconnects set to zero; f itself where g is None."""
+    """The filters, zero in the planes that g (K, C) disconnects; f itself where g is None."""
     if g is None:
         return f
     if g.shape != f.shape[:2]:
@@ -155,8 +163,8 @@ def connected(f: Tensor, g: Tensor | None) -> Tensor:
 def _paint_one_channel(z: Tensor, f: Tensor) -> Tensor:
     """Valid deconvolution into one channel as a matrix product and a sum of shifted patches.
 
-    The convolution routines are slow for many maps into one channel: this is about twice as fast for 24 maps of 7x7
-    and more for larger filters.
+    The convolution routines are slow for many maps into one channel: this is about twice as fast
+    for 24 maps of 7x7 and more for larger filters.
     """
     h, w = f.shape[2:]
     height, width = z.shape[2] + h - 1, z.shape[3] + w - 1
@@ -192,7 +200,8 @@ def _check(
     if z is not None:
         if z.ndim != 4 or z.shape[1] != K:
             raise ValueError(
-                f"maps must have the shape (N, {K}, rows, columns) for {K} filters, got {tuple(z.shape)}"
+                f"maps must have the shape (N, {K}, rows, columns) for {K} filters, "
+                f"got {tuple(z.shape)}"
             )
         if z.shape[2] < h or z.shape[3] < w:
             raise ValueError(
@@ -201,7 +210,8 @@ def _check(
     if y is not None:
         if y.ndim != 4 or y.shape[1] != C:
             raise ValueError(
-                f"images must have the shape (N, {C}, H, W) for filters of {C} channels, got {tuple(y.shape)}"
+                f"images must have the shape (N, {C}, H, W) for filters of {C} channels, "
+                f"got {tuple(y.shape)}"
             )
         if boundary == "circular" and (y.shape[2] < h or y.shape[3] < w):
             raise ValueError(

@@ -1,14 +1,17 @@
 """Learning of filters from sums over images, and the care of filters that are dead or double.
 
-    z maps (N, K, H+h-1, W+w-1)   b what is explained (N, C, H, W)   f filters (K, C, h, w)   g connectivity (K, C)
+    z maps (N, K, H+h-1, W+w-1)   b what is explained (N, C, H, W)   f filters (K, C, h, w)   g
+    connectivity (K, C)
 
-With the maps fixed the cost is quadratic in the filters, lam/2 ||Z f - b||^2, and two sums over images say all about it:
+With the maps fixed the cost is quadratic in the filters, lam/2 ||Z f - b||^2, and two sums over
+images say all about it:
 
     linear  Z'b        (K, C, h, w)
-    gram    Z'Z        (K, K, 2h-1, 2w-1): the correlation of every pair of maps at every shift of two filters
+    gram    Z'Z        (K, K, 2h-1, 2w-1): the correlation of every pair of maps at every shift of
+    two filters
 
-Their size does not depend on the number of images, and sums of batches add. They are all that passes from inference to
-learning. Everything here is float64: sums decide.
+Their size does not depend on the number of images, and sums of batches add. They are all that
+passes from inference to learning. Everything here is float64: sums decide.
 """
 
 from __future__ import annotations
@@ -35,7 +38,8 @@ class LearningSettings:
     epochs: int = 12
     # images per filter update; null: one update an epoch
     batch_size: int | None = 8
-    # proximal: many steps on the sums; cg: conjugate gradients on the maps of one batch (the papers)
+    # proximal: many steps on the sums; cg: conjugate gradients on the maps of one batch (the
+    # papers)
     update: str = "proximal"
     # steps of one update (the authors' toolbox: 2 or 4 of cg)
     update_iterations: int = 10
@@ -92,11 +96,13 @@ class FilterSums:
 def filter_sums(
     z: Tensor, residual: Tensor, f: Tensor, g: Tensor | None = None, *, boundary: Boundary = "valid"
 ) -> FilterSums:
-    """The sums over a batch whose maps z leave the residual b - A z (N, C, H, W) under the filters f.
+    """The sums over a batch whose maps z leave the residual b - A z (N, C, H, W) under the filters
+    f.
 
-    gram is the correlation of the whole maps. With boundary "valid" that is a little more than Z'Z, the maps
-    being larger than the image, so the quadratic cost made of it lies above the true one and touches it at f: what
-    lowers the one lowers the other. `linear` is chosen so that the gradient at f is the true one, -Z'(b - A z).
+    gram is the correlation of the whole maps. With boundary "valid" that is a little more than Z'Z,
+    the maps being larger than the image, so the quadratic cost made of it lies above the true one
+    and touches it at f: what lowers the one lowers the other. `linear` is chosen so that the
+    gradient at f is the true one, -Z'(b - A z).
     """
     h, w = f.shape[2:]
     gradient = filter_gradient(z, -residual, (h, w), g, boundary=boundary).double()
@@ -112,10 +118,12 @@ def update_filters(
     norm: str = "filter",
     iterations: int = 10,
 ) -> Tensor:
-    """Filters (K, C, h, w) of unit norm that lower 1/2 f'(gram)f - (linear)'f, from f by accelerated projected steps.
+    """Filters (K, C, h, w) of unit norm that lower 1/2 f'(gram)f - (linear)'f, from f by
+    accelerated projected steps.
 
-    Each filter has a step of its own, by the energy of its map: rare filters learn as fast as frequent ones. The best
-    of all iterates is returned, f itself included, so that the cost of the sums never rises.
+    Each filter has a step of its own, by the energy of its map: rare filters learn as fast as
+    frequent ones. The best of all iterates is returned, f itself included, so that the cost of the
+    sums never rises.
     """
     product = _gram_product(sums.gram, tuple(f.shape[2:]))
     start = normalize(connected(f.double(), g), norm)
@@ -153,7 +161,8 @@ def update_filters_by_cg(
     iterations: int = 2,
     boundary: Boundary = "valid",
 ) -> Tensor:
-    """Filters after some conjugate gradient steps on Z'Z f = Z'b from f, then unit norm  (Zeiler et al. 2010, 3.2)."""
+    """Filters after some conjugate gradient steps on Z'Z f = Z'b from f, then unit norm  (Zeiler et
+    al. 2010, 3.2)."""
     size = tuple(f.shape[2:])
 
     def system(v: Tensor) -> Tensor:
@@ -167,7 +176,9 @@ def update_filters_by_cg(
 
 
 def normalize(f: Tensor, norm: str = "filter", *, fallback: Tensor | None = None) -> Tensor:
-    """f with unit l2 norm of every filter, or of every 2-D plane; one that is zero becomes that of `fallback`."""
+    """f with unit l2 norm of every filter, or of every 2-D plane; one that is zero becomes that of
+    `fallback`.
+    """
     axes = (2, 3) if norm == "plane" else (1, 2, 3)
     length = torch.linalg.vector_norm(f, dim=axes, keepdim=True)
     unit = f / torch.where(length > 0, length, torch.ones_like(length))
@@ -175,7 +186,9 @@ def normalize(f: Tensor, norm: str = "filter", *, fallback: Tensor | None = None
 
 
 def random_filters(num: int, b: Tensor, size: int, init: str, generator: torch.Generator) -> Tensor:
-    """(num, C, size, size) of unit norm: Gaussian noise, or patches of b with more contrast than the median patch."""
+    """(num, C, size, size) of unit norm: Gaussian noise, or patches of b with more contrast than
+    the median patch.
+    """
     if init == "random":
         shape = (num, b.shape[1], size, size)
         return normalize(torch.randn(shape, generator=generator).to(b))
@@ -212,7 +225,9 @@ def double_filters(f: Tensor, energy: Tensor, *, similarity: float = 0.97) -> li
 
 
 def _map_correlations(z: Tensor, size: tuple[int, int], boundary: Boundary) -> Tensor:
-    """(K, K, 2h-1, 2w-1) in float64: sum over images and positions i of z_k[i] z_j[i + shift], shift 0 in the middle."""
+    """(K, K, 2h-1, 2w-1) in float64: sum over images and positions i of z_k[i] z_j[i + shift],
+    shift 0 in the middle.
+    """
     h, w = size
     grid = tuple(z.shape[2:])
     if boundary == "valid":

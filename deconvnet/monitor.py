@@ -1,7 +1,8 @@
-"""What a user sees of a run while it goes: a progress bar, the TensorBoard page, and the same pictures as PNG files.
+"""What a user sees of a run while it goes: a progress bar, the TensorBoard page, and the same
+pictures as PNG files.
 
-One global step, the filter updates since the run began, orders everything on the page; going on with a run hides what an
-interrupted one wrote beyond the step where it goes on.
+One global step, the filter updates since the run began, orders everything on the page; going on
+with a run hides what an interrupted one wrote beyond the step where it goes on.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from tqdm import tqdm
 
 @dataclass(frozen=True)
 class EpochStats:
-    """What one epoch of a layer saw, each image when it was visited. Objective terms are means per image."""
+    """What one epoch of a layer saw, each image when it was visited. Objective terms are means per
+    image."""
 
     layer: int
     epoch: int
@@ -40,8 +42,9 @@ class EpochStats:
 class LayerResult:
     """What a layer reached at the end, with the maps of all training images inferred anew.
 
-    objective: mean per image; snr: in dB, of the image reconstructed from this layer, preprocessed domain; density:
-    share of the entries of z that are not zero; dead: maps that are zero on all images; seconds: of its training.
+    objective: mean per image; snr: in dB, of the image reconstructed from this layer, preprocessed
+    domain; density: share of the entries of z that are not zero; dead: maps that are zero on all
+    images; seconds: of its training.
     """
 
     layer: int
@@ -70,7 +73,9 @@ class Monitor:
         self._inferred = 0
 
     def start(self, step: int) -> None:
-        """Open the TensorBoard file; events of `step` and later that an earlier run left are hidden."""
+        """Open the TensorBoard file; events of `step` and later that an earlier run left are
+        hidden.
+        """
         if self.folder is None:
             return
         from torch.utils.tensorboard import SummaryWriter

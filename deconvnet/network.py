@@ -1,9 +1,13 @@
-"""A deconvolutional network: layers of filters, the inference of their maps, and the way back to pixels.
+"""A deconvolutional network: layers of filters, the inference of their maps, and the way back to
+pixels.
 
-    images -> preprocessing -> y = b_1;   layer l: z_l explains b_l;   b_(l+1) = pooled z_l / scale_(l+1)
+    images -> preprocessing -> y = b_1;   layer l: z_l explains b_l;   b_(l+1) = pooled z_l /
+    scale_(l+1)
 
-    R_l = F_1 U_1 S_2 F_2 U_2 S_3 ... F_l     from the maps of layer l to the (preprocessed) image: deconvolutions F,
-                                              unpoolings U with the switches of inference, rescalings S
+    R_l = F_1 U_1 S_2 F_2 U_2 S_3 ... F_l     from the maps of layer l to the (preprocessed) image:
+    deconvolutions F,
+                                              unpoolings U with the switches of inference,
+                                              rescalings S
 
 Layers are counted from 1, as in the papers.
 """
@@ -51,7 +55,8 @@ class LayerSettings:
     lam: float = 2.0
     # exponent of the sparse prior sum |z|^p, 0 to 1
     p: float = 1.0
-    # which maps below a filter sees: full | singles | doubles | singles_and_doubles | random_doubles
+    # which maps below a filter sees: full | singles | doubles | singles_and_doubles |
+    # random_doubles
     connectivity: str = "full"
     # valid: maps are larger than what they explain, nothing wraps (the papers) | circular
     boundary: str = "valid"
@@ -89,9 +94,9 @@ class LayerSettings:
 class LayerCodes:
     """What inference found in one layer.
 
-    z: (N, K, ...) sparse maps; pooled: the maps after pooling (z itself without it); switches: where the pooled values
-    stood, as `pooling.max_pool` gives them (None without pooling); reconstruction, sparsity: (N,) the two terms of the
-    objective, float64.
+    z: (N, K, ...) sparse maps; pooled: the maps after pooling (z itself without it); switches:
+    where the pooled values stood, as `pooling.max_pool` gives them (None without pooling);
+    reconstruction, sparsity: (N,) the two terms of the objective, float64.
     """
 
     z: Tensor
@@ -139,7 +144,9 @@ class Codes:
 
 
 class Layer(nn.Module):
-    """Filters (K, C, h, w), their connectivity (K, C), and the scale that the maps below are divided by."""
+    """Filters (K, C, h, w), their connectivity (K, C), and the scale that the maps below are
+    divided by.
+    """
 
     filters: Tensor
     connectivity: Tensor
@@ -162,7 +169,7 @@ class Layer(nn.Module):
         return None if self.settings.connectivity == "full" else self.connectivity
 
     def set_filters(self, f: Tensor) -> None:
-        """Take f (K, C, h, w), with disconnected planes set to zero and the norm of the settings."""
+        """Take f (K, C, h, w), disconnected planes set to zero, with the norm of the settings."""
         self.filters.copy_(
             normalize(f * self.connectivity[..., None, None], self.settings.learning.norm)
         )
@@ -195,7 +202,8 @@ class Layer(nn.Module):
 
 
 class DeconvNet(nn.Module):
-    """A stack of layers over a preprocessing. All of its state is in its buffers: `to(device)` and state_dict work."""
+    """A stack of layers over a preprocessing. All of its state is in its buffers: `to(device)` and
+    state_dict work."""
 
     def __init__(
         self,
@@ -237,9 +245,9 @@ class DeconvNet(nn.Module):
     ) -> Codes:
         """The sparse maps of images, layer by layer.
 
-        images: (N, 1 or 3, H, W) float in [0, 1], any size not below a filter. depth: how many layers
-        (default all; 0 only preprocesses). chunk: images at a time, which bounds memory and does
-        not change the result. progress(done, total) hears of every chunk.
+        images: (N, 1 or 3, H, W) float in [0, 1], any size not below a filter. depth: how many
+        layers (default all; 0 only preprocesses). chunk: images at a time, which bounds memory and
+        does not change the result. progress(done, total) hears of every chunk.
         """
         depth = self.depth if depth is None else depth
         if not 0 <= depth <= self.depth:
@@ -279,14 +287,18 @@ class DeconvNet(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, codes: Codes, layer: int | None = None) -> Tensor:
-        """Pixels (N, 1 or 3, H, W) in [0, 1] from the maps of one layer (default: the highest that the codes have)."""
+        """Pixels (N, 1 or 3, H, W) in [0, 1] from the maps of one layer (default: the highest that
+        the codes have).
+        """
         layer = len(codes.layers) if layer is None else layer
         y = self.operator(codes, layer)(codes.layer(layer).z)
         return self.preprocessing.inverse(y, codes.record).clamp(0, 1)
 
     @torch.no_grad()
     def snr(self, codes: Codes, layer: int) -> float:
-        """SNR in dB of the reconstruction from one layer, over all images, in the preprocessed domain."""
+        """SNR in dB of the reconstruction from one layer, over all images, in the preprocessed
+        domain.
+        """
         return snr(codes.y, self.operator(codes, layer)(codes.layer(layer).z))
 
     @property
@@ -294,7 +306,9 @@ class DeconvNet(nn.Module):
         return self.preprocessing.scale.device
 
     def to_parts(self, depth: int | None = None) -> tuple[dict[str, Tensor], dict]:
-        """(tensors, settings) of the network or of its lowest layers, as plain data to build it again."""
+        """(tensors, settings) of the network or of its lowest layers, as plain data to build it
+        again.
+        """
         layers = self.layers[:depth]
         above = tuple(f"layers.{index}." for index in range(len(layers), self.depth))
         tensors = {
@@ -329,12 +343,16 @@ class DeconvNet(nn.Module):
         return net
 
     def save(self, path: str | Path) -> None:
-        """Write a .safetensors file with the filters, the settings and the preprocessing: safe to share and to load."""
+        """Write a .safetensors file with the filters, the settings and the preprocessing: safe to
+        share and to load.
+        """
         checkpoint.save_network(Path(path), *self.to_parts())
 
 
 def load(path: str | Path) -> DeconvNet:
-    """A network from a run folder (its newest valid checkpoint) or from a file that `DeconvNet.save` wrote."""
+    """A network from a run folder (its newest valid checkpoint) or from a file that
+    `DeconvNet.save` wrote.
+    """
     path = Path(path)
     if path.is_dir():
         found = checkpoint.newest(path / "checkpoints")
@@ -358,7 +376,7 @@ def load(path: str | Path) -> DeconvNet:
 
 
 def snr(reference: Tensor, estimate: Tensor) -> float:
-    """10 log10( sum (reference - its mean)^2 / sum (reference - estimate)^2 ) in dB, float64 sums."""
+    """10 log10( sum (reference - its mean)^2 / sum (reference - estimate)^2 ) in dB."""
     reference, estimate = reference.double(), estimate.double()
     signal = (reference - reference.mean()).square().sum()
     noise = (reference - estimate).square().sum()
@@ -378,7 +396,8 @@ def check_size(b: Tensor, layer: Layer, number: int) -> None:
 
 
 def _connectivity(kind: str, num_maps: int, channels: int, generator: torch.Generator) -> Tensor:
-    """(K, C) of 0 and 1: which of the C maps below each of K filters sees (Zeiler et al. 2010, table of layers)."""
+    """(K, C) of 0 and 1: which of the C maps below each of K filters sees (Zeiler et al. 2010,
+    table of layers)."""
     if kind == "full":
         return torch.ones(num_maps, channels)
     singles = [(c,) for c in range(channels)]
@@ -399,7 +418,8 @@ def _connectivity(kind: str, num_maps: int, channels: int, generator: torch.Gene
             count = {"singles": channels, "doubles": comb(channels, 2)}
             needed = count.get(kind, channels + comb(channels, 2))
             raise ValueError(
-                f"num_maps={num_maps}: connectivity={kind} over {channels} maps below makes {needed} filters"
+                f"num_maps={num_maps}: connectivity={kind} over {channels} maps below makes "
+                f"{needed} filters"
             )
     g = torch.zeros(num_maps, channels)
     for k, seen in enumerate(chosen):

@@ -1,12 +1,13 @@
-"""Linear operators from feature maps to what they explain: application, adjoint, composition, norm, exact solves.
+"""Linear operators from feature maps to what they explain: application, adjoint, composition, norm,
+exact solves.
 
-Every inference and every picture in this package is one of these operators, composed from deconvolutions F, unpoolings
-U and scalings:
+Every inference and every picture in this package is one of these operators, composed from
+deconvolutions F, unpoolings U and scalings:
 
     layer l explains the maps below       A = F_l
-    layer l explains the image            A = R_l = F_1 U_1 S_1 F_2 U_2 S_2 ... F_l      with the switches fixed
-    both at once, weighted                A = both stacked
-    some pixels are missing               A = mask . R_l
+    layer l explains the image            A = R_l = F_1 U_1 S_1 F_2 U_2 S_2 ... F_l      with the
+    switches fixed both at once, weighted                A = both stacked some pixels are missing
+    A = mask . R_l
 
 An operator works on batches: z (N, ...) -> y (N, ...), every image by itself.
 """
@@ -26,8 +27,8 @@ from deconvnet.convolution import Boundary, correlate, deconvolve, fourier_size
 class Operator(ABC):
     """A linear map A from maps z to images (or maps below) y, with its adjoint A'.
 
-    warm_steps: how many steps of `solve` from the last solution keep ADMM on its course (measured: with a good
-    preconditioner one step converges in as many iterations as an exact solve).
+    warm_steps: how many steps of `solve` from the last solution keep ADMM on its course (measured:
+    with a good preconditioner one step converges in as many iterations as an exact solve).
     """
 
     warm_steps = 4
@@ -56,8 +57,9 @@ class Operator(ABC):
     ) -> Tensor:
         """w with (beta I + lam A A') w = d, in the space of the images.
 
-        beta: (N, 1, 1, 1), one for each image. By conjugate gradients from `start` until the residual of every image
-        is below `tolerance` times its d; operators that know better override this.
+        beta: (N, 1, 1, 1), one for each image. By conjugate gradients from `start` until the
+        residual of every image is below `tolerance` times its d; operators that know better
+        override this.
         """
         return conjugate_gradients(
             lambda w: beta * w + lam * self(self.adjoint(w)),
@@ -68,10 +70,11 @@ class Operator(ABC):
         )
 
     def squared_norm(self, b: Tensor) -> Tensor:
-        """||A||^2 (N, 1, 1, 1), the largest eigenvalue of A A', for each image of a batch in the shape of b.
+        """||A||^2 (N, 1, 1, 1), the largest eigenvalue of A A', for each image of a batch in the
+        shape of b.
 
-        By power iteration from one fixed start. It approaches from below, so it is rounded up by 2%: 1/(lam ||A||^2)
-        has to be a step that never raises the objective.
+        By power iteration from one fixed start. It approaches from below, so it is rounded up by
+        2%: 1/(lam ||A||^2) has to be a step that never raises the objective.
         """
         generator = torch.Generator().manual_seed(0)
         y = torch.randn(b.shape[1:], generator=generator).to(b).expand_as(b)
@@ -87,9 +90,10 @@ class Operator(ABC):
 class Deconvolution(Operator):
     """F: maps (N, K, ...) -> image (N, C, H, W), the sum over the maps of map * filter.
 
-    f: (K, C, h, w), disconnected planes being zero. The solve is exact by one division per frequency where the border
-    wraps; with boundary "valid" A A' is the same filter with zeros around the image, and the wrapping solution is the
-    preconditioner of a few conjugate gradient steps. Both act on C channels, not on K maps.
+    f: (K, C, h, w), disconnected planes being zero. The solve is exact by one division per
+    frequency where the border wraps; with boundary "valid" A A' is the same filter with zeros
+    around the image, and the wrapping solution is the preconditioner of a few conjugate gradient
+    steps. Both act on C channels, not on K maps.
     """
 
     warm_steps = 1
@@ -131,7 +135,9 @@ class Deconvolution(Operator):
         )
 
     def squared_norm(self, b: Tensor) -> Tensor:
-        """The largest gain over the frequencies: exact where the border wraps, else a close bound from above."""
+        """The largest gain over the frequencies: exact where the border wraps, else a close bound
+        from above.
+        """
         h, w = self.f.shape[2:]
         image = tuple(b.shape[2:])
         if self.boundary == "valid":
@@ -166,7 +172,7 @@ class Deconvolution(Operator):
 
 
 class Unpooling(Operator):
-    """U_s: pooled maps -> maps of the given (K, H, W) shape, with the switches of one batch fixed."""
+    """U_s: pooled maps -> maps of the given (K, H, W) shape, with the switches of a batch."""
 
     def __init__(self, switches: Tensor, shape: tuple[int, int, int]):
         self.switches = switches
@@ -214,10 +220,11 @@ def conjugate_gradients(
     max_iterations: int,
     preconditioner: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """w with system(w) = d for a symmetric positive definite system, every image (first axis) by itself.
+    """w with system(w) = d for a symmetric positive definite system, every image (first axis) by
+    itself.
 
-    Stops when the residual of every image is at most `tolerance` times the norm of its d. An image that is there
-    stands still, so that its result does not depend on the others in the batch.
+    Stops when the residual of every image is at most `tolerance` times the norm of its d. An image
+    that is there stands still, so that its result does not depend on the others in the batch.
     """
     w = torch.zeros_like(d) if start is None else start
     r = d if start is None else d - system(w)

@@ -2,13 +2,15 @@
 
     N images · K maps · H, W size of a map · (groups, h, w) size of a pooling window
 
-A window spans `groups` consecutive maps and h x w positions of each. Windows do not overlap; those at the borders,
-and the last group of maps, may be partial, so the pooled size is ceil(size / window). What survives of a window is its
-element of largest magnitude, with its sign; of two equally large ones the positive, then the first
-(Zeiler et al. 2011, section 2.2, and the authors' toolbox).
+A window spans `groups` consecutive maps and h x w positions of each. Windows do not overlap; those
+at the borders, and the last group of maps, may be partial, so the pooled size is ceil(size /
+window). What survives of a window is its element of largest magnitude, with its sign; of two
+equally large ones the positive, then the first (Zeiler et al. 2011, section 2.2, and the authors'
+toolbox).
 
-Switches are the flat indices of the survivors into the (K, H, W) maps of their image, int64, in the shape of the pooled
-maps. With the switches fixed, pooling and unpooling are linear and each other's adjoint: U = P'.
+Switches are the flat indices of the survivors into the (K, H, W) maps of their image, int64, in the
+shape of the pooled maps. With the switches fixed, pooling and unpooling are linear and each other's
+adjoint: U = P'.
 """
 
 import torch
@@ -19,7 +21,8 @@ Window = tuple[int, int, int]
 
 
 def max_pool(z: Tensor, window: Window) -> tuple[Tensor, Tensor]:
-    """The pooled maps and their switches, both (N, ceil(K/groups), ceil(H/h), ceil(W/w)).  [p, s] = P(z)."""
+    """The pooled maps and their switches, both (N, ceil(K/groups), ceil(H/h), ceil(W/w)).  [p, s] =
+    P(z)."""
     if z.ndim != 4:
         raise ValueError(f"maps must have the shape (N, K, H, W), got {tuple(z.shape)}")
     if len(window) != 3 or min(window) < 1:
@@ -27,8 +30,8 @@ def max_pool(z: Tensor, window: Window) -> tuple[Tensor, Tensor]:
             f"pooling window {window}: expected three numbers (groups, h, w), each at least 1"
         )
     windows = _windows(z, window)
-    # The zeros that complete a partial window can win only where all of it is zero, and then the first, a real
-    # element, is taken. Both reductions return the first of several extrema.
+    # The zeros that complete a partial window can win only where all of it is zero, and then the
+    # first, a real element, is taken. Both reductions return the first of several extrema.
     largest, where_largest = windows.max(-1)
     smallest, where_smallest = windows.min(-1)
     positive = largest >= -smallest
@@ -38,18 +41,22 @@ def max_pool(z: Tensor, window: Window) -> tuple[Tensor, Tensor]:
 
 
 def pool(z: Tensor, switches: Tensor) -> Tensor:
-    """The maps' values at the switches: p = P_s z, linear, the adjoint of `unpool`. Shape of the switches."""
+    """The maps' values at the switches: p = P_s z, linear, the adjoint of `unpool`. Shape of the
+    switches."""
     return z.flatten(1).gather(1, switches.flatten(1)).view(switches.shape)
 
 
 def unpool(pooled: Tensor, switches: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Maps of the given (N, K, H, W) shape with every pooled value at its switch and zeros elsewhere: z = U_s p.
+    """Maps of the given (N, K, H, W) shape with every pooled value at its switch and zeros
+    elsewhere: z = U_s p.
 
-    Deterministic on every device: the switches of one image are all different, so the scatter writes no place twice.
+    Deterministic on every device: the switches of one image are all different, so the scatter
+    writes no place twice.
     """
     if pooled.shape != switches.shape:
         raise ValueError(
-            f"pooled maps of shape {tuple(pooled.shape)} and switches of shape {tuple(switches.shape)}"
+            f"pooled maps of shape {tuple(pooled.shape)} do not fit switches of shape "
+            f"{tuple(switches.shape)}"
         )
     if pooled.shape[0] != shape[0]:
         raise ValueError(
@@ -74,7 +81,9 @@ def _windows(z: Tensor, window: Window) -> Tensor:
 
 
 def _flat_index(local: Tensor, window: Window, shape: tuple[int, ...]) -> Tensor:
-    """Indices into a window, (N, K', H', W'), turned into indices into the (K, H, W) maps of the image."""
+    """Indices into a window, (N, K', H', W'), turned into indices into the (K, H, W) maps of the
+    image.
+    """
     _, H, W = shape[1:]
     k, h, w = window
     group, row, column = (torch.arange(size, device=local.device) for size in local.shape[1:])

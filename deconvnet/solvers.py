@@ -7,13 +7,16 @@
 
 The four methods share the proximal map of the prior and differ in what they do with the data term:
 
-- half_quadratic: the papers' splitting; beta rises on a schedule, each beta gets one x-step and one z-step. It ends near
-  z = x but, on a short schedule, far above the minimum of the cost (docs/mathematics.md has the table).
-- admm: the same split with a multiplier u, at a fixed or balanced beta, over-relaxed. Reaches the minimum for p = 1.
-- ista, fista: a gradient step on the data term, then the proximal map; FISTA adds momentum that restarts whenever it
-  points uphill. They need only A, A' and the norm of A.
+- half_quadratic: the papers' splitting; beta rises on a schedule, each beta gets one x-step and one
+  z-step. It ends near z = x but, on a short schedule, far above the minimum of the cost
+  (docs/mathematics.md has the table).
+- admm: the same split with a multiplier u, at a fixed or balanced beta, over-relaxed. Reaches the
+  minimum for p = 1.
+- ista, fista: a gradient step on the data term, then the proximal map; FISTA adds momentum that
+  restarts whenever it points uphill. They need only A, A' and the norm of A.
 
-Parameters that adapt and tests that stop are per image, so that a result does not depend on the rest of the batch.
+Parameters that adapt and tests that stop are per image, so that a result does not depend on the
+rest of the batch.
 """
 
 from __future__ import annotations
@@ -45,7 +48,7 @@ class SolverSettings:
     iterations: int = 100
     # iterations of each visit to an image in training, which starts where the last visit ended
     training_iterations: int = 5
-    # stop an image when its relative residuals (admm) or its relative change (fista, ista) are this small
+    # an image stops when its relative residuals (admm) or relative change (fista, ista) are below
     tolerance: float = 1e-3
     # admm: beta / lam, the weight of the coupling of z and x
     coupling: float = 2.5
@@ -53,11 +56,11 @@ class SolverSettings:
     relaxation: float = 1.8
     # admm: balance the residuals of new images by changing beta
     adaptive: bool = True
-    # half_quadratic: the first beta, the factor from one to the next, and the bound that none exceeds
+    # half_quadratic: the first beta, the factor from one to the next, and the bound of all
     beta_start: float = 1.0
     beta_factor: float = 6.0
     beta_end: float = 1e5
-    # half_quadratic: solve the z-step exactly, or by cg_iterations of conjugate gradients from the last z
+    # half_quadratic: how the z-step is solved: exact, or cg_iterations of conjugate gradients (cg)
     z_step: str = "exact"
     cg_iterations: int = 2
 
@@ -92,9 +95,9 @@ class SolverSettings:
 class Solution:
     """Sparse maps z and how they were found.
 
-    objective: (N,) in float64, its parts `reconstruction` (lam/2 ||A z - b||^2) and `sparsity` (sum |z|^p);
-    residual: b - A z, in the shape of b; iterations: the most that an image took;
-    state: what a later call needs to go on from here (as z).
+    objective: (N,) in float64, and its terms: reconstruction, lam/2 ||A z - b||^2, and sparsity,
+    sum |z|^p. residual: b - A z, in the shape of b. iterations: the most that an image took.
+    state: what a later call needs to go on from here, in the shape of z.
     """
 
     z: Tensor
@@ -118,10 +121,13 @@ def sparse_code(
     boundary: Boundary = "valid",
     settings: SolverSettings | None = None,
 ) -> Solution:
-    """Sparse maps of images under given filters: argmin_z lam/2 ||sum_k f_k * z_k - y||^2 + sum |z|^p.
+    """Sparse maps of images under given filters, without a network.
 
-    images: (N, C, H, W), explained as they are; filters: (K, C, h, w). lam weighs the reconstruction, as in the
-    papers: SPORCO's lambda is 1/lam, and its objective 1/lam times this one.
+        minimise over z      lam/2 ||sum_k f_k * z_k - y||^2 + sum |z|^p
+
+    images: (N, C, H, W), explained as they are; filters: (K, C, h, w). lam weighs the
+    reconstruction, as in the papers: SPORCO's lambda is 1/lam, and its objective 1/lam times this
+    one.
     """
     if images.ndim != 4:
         raise ValueError(f"images must have the shape (N, C, H, W), got {tuple(images.shape)}")
@@ -149,9 +155,9 @@ def solve(
 ) -> Solution:
     """Infer z by the method of the settings, from z = 0 or from the state of an earlier solution.
 
-    With `training` it is one visit of a training epoch: few iterations, nothing adapts, nothing stops early.
-    callback(i, z, beta) sees the sparse maps after iteration i = 1, 2, ... and the beta (N, 1, 1, 1) of each
-    image then; for fista and ista beta is 1 / step.
+    With `training` it is one visit of a training epoch: few iterations, nothing adapts, nothing
+    stops early. callback(i, z, beta) sees the sparse maps after iteration i = 1, 2, ... and the
+    beta (N, 1, 1, 1) of each image then; for fista and ista beta is 1 / step.
     """
     if not lam > 0:
         raise ValueError(f"lam={lam}: must be positive")
@@ -200,13 +206,15 @@ def half_quadratic(
     cg_iterations: int | None = None,
     callback: Callback | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(x, z) after one x-step and one z-step for every beta in turn  (Zeiler et al. 2010, section 3.1).
+    """(x, z) after one x-step and one z-step for every beta in turn  (Zeiler et al. 2010, section
+    3.1).
 
         x-step   x = argmin |x|^p + beta/2 (x - z)^2                       sparsity.shrink
         z-step   (lam A'A + beta I) z = lam A'b + beta x
 
-    The z-step is exact, or cg_iterations of conjugate gradients from the last z, as in the paper. What is returned as
-    the solution is one more x-step: the paper keeps z, which has no zeros but agrees to 1/beta.
+    The z-step is exact, or cg_iterations of conjugate gradients from the last z, as in the paper.
+    What is returned as the solution is one more x-step: the paper keeps z, which has no zeros but
+    agrees to 1/beta.
     """
     data = lam * A.adjoint(b)
     w = None
@@ -241,14 +249,16 @@ def admm(
     tolerance: float,
     callback: Callback | None = None,
 ) -> tuple[Tensor, Tensor, int]:
-    """(x, state, iterations) of the alternating direction method of multipliers, u the scaled multiplier.
+    """(x, state, iterations) of the alternating direction method of multipliers, u the scaled
+    multiplier.
 
         z-step   (lam A'A + beta I) z = lam A'b + beta (x - u)
-        x-step   x = argmin |x|^p + beta/2 (x - (z + u))^2         with z over-relaxed against the last x
-        u-step   u <- u + z - x
+        x-step   x = argmin |x|^p + beta/2 (x - (z + u))^2         with z over-relaxed against the
+        last x u-step   u <- u + z - x
 
-    Since x = shrink(t) and u = t - x for t = z + u, the one array t is the whole state, in the scale of the `beta`
-    that was given. For p = 1 it converges to the minimum; for p < 1 it is a heuristic that works.
+    Since x = shrink(t) and u = t - x for t = z + u, the one array t is the whole state, in the
+    scale of the `beta` that was given. For p = 1 it converges to the minimum; for p < 1 it is a
+    heuristic that works.
     """
     beta = _per_image(beta, b)
     beta_given = beta
@@ -290,8 +300,9 @@ def proximal_gradient(
 
         z <- argmin |x|^p + 1/(2 step) (x - (z - step lam A'(A z - b)))^2
 
-    The step is 1 / (lam ||A||^2) unless given: no ISTA step then raises the objective. FISTA's momentum starts anew
-    for an image whenever its last move points against the gradient (O'Donoghue and Candes 2015).
+    The step is 1 / (lam ||A||^2) unless given: no ISTA step then raises the objective. FISTA's
+    momentum starts anew for an image whenever its last move points against the gradient (O'Donoghue
+    and Candes 2015).
     """
     if step is None:
         step = 1 / (lam * A.squared_norm(b))
@@ -322,8 +333,8 @@ def proximal_gradient(
 def duality_gap(A: Operator, b: Tensor, z: Tensor, lam: float) -> Tensor:
     """An upper bound (N,) on the objective of z above the minimum, for p = 1; 0 at the minimum.
 
-    The dual of the problem is  maximise <b, v> - ||v||^2 / (2 lam)  over |A'v| <= 1; the residual lam (b - A z), made
-    feasible by scaling, is a point of it.
+    The dual of the problem is  maximise <b, v> - ||v||^2 / (2 lam)  over |A'v| <= 1; the residual
+    lam (b - A z), made feasible by scaling, is a point of it.
     """
     residual = b - A(z)
     v = lam * residual.double()
@@ -347,10 +358,12 @@ def _z_step(
     tolerance: float = 0.0,
     max_iterations: int = 100,
 ) -> tuple[Tensor, Tensor]:
-    """argmin_z lam/2 ||A z - b||^2 + beta/2 ||z - v||^2, and w = (b - A z) / beta to start the next one from.
+    """argmin_z lam/2 ||A z - b||^2 + beta/2 ||z - v||^2, and w = (b - A z) / beta to start the next
+    one from.
 
-    Setting the gradient to zero gives z = v + lam A'w with (beta I + lam A A') w = b - A v: a system in the space of
-    the images, which has K/C times fewer unknowns than that of the maps and needs A and A' only once.
+    Setting the gradient to zero gives z = v + lam A'w with (beta I + lam A A') w = b - A v: a
+    system in the space of the images, which has K/C times fewer unknowns than that of the maps and
+    needs A and A' only once.
     """
     w = A.solve(b - A(v), lam, beta, w, tolerance=tolerance, max_iterations=max_iterations)
     return v + lam * A.adjoint(w), w

@@ -1,10 +1,12 @@
 """The sparse prior sum |x|^p: its value and its proximal map for every 0 <= p <= 1.
 
-    x, v maps of any shape · beta > 0 weight of the quadratic term · p the exponent, 0^0 = 0, so that p = 0 counts
+    x, v maps of any shape · beta > 0 weight of the quadratic term · p the exponent, 0^0 = 0, so
+    that p = 0 counts
 
-For p = 1 the map is the soft threshold, for p = 0 the hard one. Between, the minimiser jumps from 0 to a finite value at
-a threshold tau and the equation beyond it is solved by Newton's method, to rounding, on every device: no look-up table
-(that of Krishnan and Fergus, NIPS 2009, is too coarse where beta is large).
+For p = 1 the map is the soft threshold, for p = 0 the hard one. Between, the minimiser jumps from 0
+to a finite value at a threshold tau and the equation beyond it is solved by Newton's method, to
+rounding, on every device: no look-up table (that of Krishnan and Fergus, NIPS 2009, is too coarse
+where beta is large).
 """
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 
 
 def penalty(x: Tensor, p: float = 1.0) -> Tensor:
-    """sum |x|^p over all entries as a float64 scalar; p = 0 counts the entries that are not zero."""
+    """sum |x|^p over all entries, a float64 scalar; p = 0 counts the entries that are not zero."""
     check_exponent(p)
     if p == 0:
         return torch.count_nonzero(x).double()
@@ -27,8 +29,8 @@ def shrink(
 ) -> Tensor:
     """argmin_x |x|^p + beta/2 (x - v)^2, element by element  (Zeiler et al. 2010, the x-step).
 
-    beta: a positive number, or a tensor that broadcasts against v. With non_negative the minimum over x >= 0. At the
-    threshold itself, where two minimisers tie, the result is 0.
+    beta: a positive number, or a tensor that broadcasts against v. With non_negative the minimum
+    over x >= 0. At the threshold itself, where two minimisers tie, the result is 0.
     """
     check_exponent(p)
     if not isinstance(beta, Tensor):
@@ -53,7 +55,8 @@ def shrink(
 def threshold(beta: float | Tensor, p: float) -> tuple[float | Tensor, float | Tensor]:
     """(x, tau): up to |v| = tau the minimiser is 0, and just beyond it jumps to x (0 for p = 1).
 
-    x = (2 (1-p) / beta)^(1/(2-p)) and tau = x + p/beta x^(p-1): there the cost of x equals that of 0.
+    x = (2 (1-p) / beta)^(1/(2-p)) and tau = x + p/beta x^(p-1): there the cost of x equals that of
+    0.
     """
     if p == 1:
         return 0.0 * beta, 1 / beta
@@ -76,8 +79,9 @@ def _largest_root(
 ) -> Tensor:
     """The root of p x^(p-1) + beta (x - |v|) = 0 that is the minimum, for |v| beyond the threshold.
 
-    From x = |v| Newton's method descends to it monotonically, the left side being increasing and convex there; six
-    steps reach rounding for every p and beta. Entries below the threshold only have to stay finite.
+    From x = |v| Newton's method descends to it monotonically, the left side being increasing and
+    convex there; six steps reach rounding for every p and beta. Entries below the threshold only
+    have to stay finite.
     """
     x = torch.maximum(
         magnitude, torch.as_tensor(smallest, dtype=magnitude.dtype, device=magnitude.device)

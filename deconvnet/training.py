@@ -1,8 +1,9 @@
-"""Training: layer by layer, epoch by epoch, batch by batch: infer -> sums -> update; watch, save, go on.
+"""Training: layer by layer, epoch by epoch, batch by batch: infer -> sums -> update; watch, save,
+go on.
 
-Everything that happens in a run happens here, in order. The position of a run is two integers, epoch and batch, in a
-layer; the images of an epoch come in an order made from (seed, layer, epoch), so that a run that was stopped goes on as
-if it had not been.
+Everything that happens in a run happens here, in order. The position of a run is two integers,
+epoch and batch, in a layer; the images of an epoch come in an order made from (seed, layer, epoch),
+so that a run that was stopped goes on as if it had not been.
 """
 
 from __future__ import annotations
@@ -56,8 +57,8 @@ class Interrupted(Exception):
 class LayerTrainer:
     """Learns the filters of one layer on what it has to explain, b (N, C, H, W).
 
-    Holds the state of inference of every image (as z), so that each visit starts where the last one ended, and the
-    running sums of the filter update. One call of `update` is one filter update.
+    Holds the state of inference of every image (as z), so that each visit starts where the last one
+    ended, and the running sums of the filter update. One call of `update` is one filter update.
     """
 
     def __init__(self, layer: Layer, b: Tensor, *, seed: int = 0, number: int = 1, chunk: int = 8):
@@ -95,7 +96,7 @@ class LayerTrainer:
 
     @torch.no_grad()
     def update(self) -> EpochStats | None:
-        """Visit the next batch and update the filters; at the end of an epoch, what happened in it."""
+        """Visit the next batch and update the filters; at the end of an epoch, what it saw."""
         started = time.perf_counter()
         order = torch.randperm(len(self.b), generator=seeded(self.seed, self.number, 2, self.epoch))
         chosen = order[self.batch * self.batch_size : (self.batch + 1) * self.batch_size]
@@ -285,10 +286,11 @@ def learn_filters(
     seed: int = 0,
     progress: bool = False,
 ) -> Learned:
-    """Filters under which the images have sparse maps: one layer, without a network or a run folder.
+    """Filters under which the images have sparse maps: one layer, without a network or a run
+    folder.
 
-    images: (N, C, H, W), explained as they are: remove at least their mean. `sparse_code` then infers the maps of these
-    or of other images.
+    images: (N, C, H, W), explained as they are: remove at least their mean. `sparse_code` then
+    infers the maps of these or of other images.
     """
     if images.ndim != 4 or not torch.isfinite(images).all():
         raise ValueError(f"images must be finite and (N, C, H, W), got {tuple(images.shape)}")
@@ -318,8 +320,9 @@ def learn_filters(
 class Run:
     """A run folder: its checkpoints, and the rule that one folder holds one run.
 
-    resume: "auto" goes on from the newest valid checkpoint of the folder, if there is one; "false" moves an earlier run
-    into a folder previous-N inside and starts anew; a path starts from that checkpoint file or run folder.
+    resume: "auto" goes on from the newest valid checkpoint of the folder, if there is one; "false"
+    moves an earlier run into a folder previous-N inside and starts anew; a path starts from that
+    checkpoint file or run folder.
     """
 
     def __init__(self, folder: Path, settings: dict, resume: str = "auto"):
@@ -407,8 +410,9 @@ def train(
 ) -> list[LayerResult]:
     """Learn all layers of the network from images (N, 3, H, W) in [0, 1]; what each layer reached.
 
-    Goes on from the state of the run, saves after every epoch, and leaves <run>/network.safetensors. Raises
-    Interrupted, having saved, when the process is asked to stop (Ctrl-C, SIGTERM).
+    Goes on from the state of the run, saves after every epoch, and leaves
+    <run>/network.safetensors. Raises Interrupted, having saved, when the process is asked to stop
+    (Ctrl-C, SIGTERM).
     """
     state = run.state or {"layer": 1, "step": 0, "results": [], "trainer": None}
     first, step, resumed = state["layer"], state["step"], state["trainer"]
@@ -487,7 +491,9 @@ def _result(net: DeconvNet, codes: Codes, number: int, seconds: float) -> LayerR
 
 @contextmanager
 def _stop_requests() -> Iterator[Callable[[], bool]]:
-    """A function that says whether SIGINT or SIGTERM has come; a second one acts at once, as without us."""
+    """A function that says whether SIGINT or SIGTERM has come; a second one acts at once, as
+    without us.
+    """
     requested = False
 
     def handle(number: int, frame: object) -> None:

@@ -18,7 +18,8 @@ from deconvnet.training import Diverged, Interrupted, Run, train
 
 log = logging.getLogger("train")
 
-# Settings that may differ between the commands that go on with one run: they do not change what it learns.
+# Settings that may differ between the commands that go on with one run: they do not change what it
+# learns.
 FREE = ("layers", "device", "resume", "chunk", "progress", "name")
 
 config.register()
@@ -82,8 +83,9 @@ def summarize(results: list[LayerResult], folder: Path) -> None:
         "",
         f"pictures      {place}/pictures",
         f"network       {place}/network.safetensors",
-        f"look          tensorboard --logdir {shown(folder.parent)} --samples_per_plugin images=100",
-        f"reconstruct   python scripts/reconstruct.py run={place} layer={len(results)} images=photo.jpg",
+        f"look          tensorboard --logdir {shown(folder.parent)} --samples_per_plugin images=99",
+        "reconstruct   python scripts/reconstruct.py "
+        f"run={place} layer={len(results)} images=photo.jpg",
     ]
     print("\n".join(lines))
 

@@ -1,8 +1,10 @@
-"""The features of a layer in pixel space: each map's strongest activation, projected down through the layers below.
+"""The features of a layer in pixel space: each map's strongest activation, projected down through
+the layers below.
 
-A filter of an upper layer lives on pooled maps; what it looks like in the image depends on where the maxima below stood.
-So each is shown as the papers do it (Zeiler et al. 2011): find the strongest activation of the map over all images, keep
-the switches of that image, project that one activation alone, and cut out what it can reach.
+A filter of an upper layer lives on pooled maps; what it looks like in the image depends on where
+the maxima below stood. So each is shown as the papers do it (Zeiler et al. 2011): find the
+strongest activation of the map over all images, keep the switches of that image, project that one
+activation alone, and cut out what it can reach.
 """
 
 from __future__ import annotations
@@ -23,9 +25,10 @@ CHUNK = 16
 class Features:
     """One tile for every map of a layer.
 
-    tiles: (K, C, S, S) the projection of the strongest activation, with its sign and unit value, in the preprocessed
-    domain; zeros where the map is never active. boxes: (K, 4) its place as image index, top, left, side S in pixels of
-    the image (top and left may be negative: the field reaches beyond the border). values: (K,) the activation.
+    tiles: (K, C, S, S) the projection of the strongest activation, with its sign and unit value, in
+    the preprocessed domain; zeros where the map is never active. boxes: (K, 4) its place as image
+    index, top, left, side S in pixels of the image (top and left may be negative: the field reaches
+    beyond the border). values: (K,) the activation.
     """
 
     tiles: Tensor
@@ -33,15 +36,19 @@ class Features:
     values: Tensor
 
     def patches(self, images: Tensor) -> Tensor:
-        """(K, C, S, S): what the tiles explain, cut from images (N, C, H, W); zeros beyond the border."""
+        """(K, C, S, S): what the tiles explain, cut from images (N, C, H, W); zeros beyond the
+        border.
+        """
         return torch.stack([_cut(images[n], *box) for n, *box in self.boxes.tolist()])
 
 
 @torch.no_grad()
 def pixel_features(net: DeconvNet, codes: Codes, layer: int) -> Features:
-    """The strongest activation of every map of a layer over the images of the codes, in pixel space.
+    """The strongest activation of every map of a layer over the images of the codes, in pixel
+    space.
 
-    Activations whose whole field lies inside the image are preferred: at the border most of a feature is cut off.
+    Activations whose whole field lies inside the image are preferred: at the border most of a
+    feature is cut off.
     """
     z = codes.layer(layer).z
     image_size = tuple(codes.y.shape[2:])
@@ -70,10 +77,12 @@ def _field(net: DeconvNet, layer: int, axis: int) -> Field:
 def _strongest(
     z: Tensor, rows: Field, columns: Field, image: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(image, row, column), each (K,), of the largest |z| of every map, inside the image where there is one."""
+    """(image, row, column), each (K,), of the largest |z| of every map, inside the image where
+    there is one.
+    """
     inside = [
         torch.tensor(
-            [0 <= first and last <= size for first, last in map(field.pixels, range(count))]
+            [first >= 0 and last <= size for first, last in map(field.pixels, range(count))]
         )
         for field, size, count in zip((rows, columns), image, z.shape[2:], strict=True)
     ]

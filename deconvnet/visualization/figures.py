@@ -1,7 +1,8 @@
 """Figures as plain arrays (3, H, W) in [0, 1]: grids of tiles, rows of reconstructions.
 
-Signed tiles are shown symmetrically about mid-grey: grey is zero, and each tile is scaled by its own largest magnitude,
-so that contrast between tiles means nothing and shape everything. Pixels are enlarged without smoothing.
+Signed tiles are shown symmetrically about mid-grey: grey is zero, and each tile is scaled by its
+own largest magnitude, so that contrast between tiles means nothing and shape everything. Pixels are
+enlarged without smoothing.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ SHOWN_IMAGES = 6
 def layer_pictures(net: DeconvNet, codes: Codes, images: Tensor, number: int) -> dict[str, Tensor]:
     """The pictures of one finished layer, by name.
 
-    layerN/filters: its filters in pixel space; layerN/patches (upper layers): the image patches where they are strongest;
-    layerN/reconstruction: some images and what each layer makes of them; layerN/maps: the feature maps of one image.
+    layerN/filters: its filters in pixel space; layerN/patches (upper layers): the image patches
+    where they are strongest; layerN/reconstruction: some images and what each layer makes of them;
+    layerN/maps: the feature maps of one image.
     """
     pictures = {}
     if number == 1:
@@ -51,13 +53,17 @@ def filter_grid(f: Tensor, *, columns: int | None = None) -> Tensor:
 
 
 def map_grid(z: Tensor, *, columns: int | None = None) -> Tensor:
-    """The maps (K, H, W) of one image as a grid: grey is zero, white positive, black negative, one scale for all."""
+    """The maps (K, H, W) of one image as a grid: grey is zero, white positive, black negative, one
+    scale for all.
+    """
     reach = z.abs().amax().clamp(min=1e-12)
     return grid((0.5 + 0.5 * z / reach)[:, None].expand(-1, 3, -1, -1), columns=columns)
 
 
 def grid(tiles: Tensor, *, columns: int | None = None, tile: int = TILE) -> Tensor:
-    """Tiles (K, 3, h, w) in [0, 1] side by side on white, enlarged by a whole factor to about `tile` pixels."""
+    """Tiles (K, 3, h, w) in [0, 1] side by side on white, enlarged by a whole factor to about
+    `tile` pixels.
+    """
     tiles = tiles.cpu().float()
     zoom = max(1, round(tile / tiles.shape[3]))
     tiles = tiles.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
@@ -73,10 +79,12 @@ def grid(tiles: Tensor, *, columns: int | None = None, tile: int = TILE) -> Tens
 
 
 def reconstructions(net: DeconvNet, codes: Codes, images: Tensor) -> Tensor:
-    """Rows of images: as they came, preprocessed, reconstructed from every layer, and back to pixels.
+    """Rows of images: as they came, preprocessed, reconstructed from every layer, and back to
+    pixels.
 
-    The middle rows are what the layers explain, and their SNR is written beside them. The last row undoes the
-    preprocessing, with what it recorded of these images (of contrast normalisation the local means and deviations).
+    The middle rows are what the layers explain, and their SNR is written beside them. The last row
+    undoes the preprocessing, with what it recorded of these images (of contrast normalisation the
+    local means and deviations).
     """
     y = codes.y
     reach = 3 * y.std().clamp(min=1e-12)

@@ -1,0 +1,382 @@
+"""Filter learning against autograd, loops, dense normal equations and planted filters."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+from deconvnet.convolution import deconvolve, map_size
+from deconvnet.learning import (
+    FilterSums,
+    LearningSettings,
+    dead_filters,
+    double_filters,
+    filter_sums,
+    normalize,
+    random_filters,
+    update_filters,
+    update_filters_by_cg,
+)
+from deconvnet.operators import Deconvolution
+from deconvnet.solvers import SolverSettings, solve
+
+BOUNDARIES = ("valid", "circular")
+boundaries = pytest.mark.parametrize("boundary", BOUNDARIES)
+
+
+def rand(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def problem(boundary="valid", *, N=3, K=3, C=2, size=(3, 4), image=(7, 9), seed=0):
+    """(sparse maps, filters of unit norm, what is explained)."""
+    rows, columns = map_size(image, size, boundary)
+    z = rand(N, K, rows, columns, seed=seed)
+    z = z * (z.abs() > 0.8)
+    return z, normalize(rand(K, C, *size, seed=seed + 1)), rand(N, C, *image, seed=seed + 2)
+
+
+def true_cost(f, z, b, boundary, g=None):
+    return 0.5 * (b - deconvolve(z, f, g, boundary=boundary)).square().sum()
+
+
+def sums_of(z, f, b, boundary, g=None):
+    residual = b - deconvolve(z, f, g, boundary=boundary)
+    return filter_sums(z, residual, f, g, boundary=boundary)
+
+
+def gram_times(gram, f):
+    """Z'Z f by a loop over pairs of filter pixels: (a, i) and (b, j) meet at the shift a - b."""
+    K, C, h, w = f.shape
+    product = torch.zeros_like(f)
+    for a, b, i, j in np.ndindex(h, h, w, w):
+        product[:, :, a, i] += gram[:, :, a - b + h - 1, i - j + w - 1] @ f[:, :, b, j]
+    return product
+
+
+def model_cost(f, sums):
+    return (f * (0.5 * gram_times(sums.gram, f) - sums.linear)).sum()
+
+
+def model_gradient(f, sums):
+    return gram_times(sums.gram, f) - sums.linear
+
+
+@boundaries
+def test_the_gram_is_the_correlation_of_the_maps_at_every_shift(boundary):
+    z, f, b = problem(boundary)
+    h, w = f.shape[2:]
+    gram = sums_of(z, f, b, boundary).gram
+    assert gram.dtype == torch.float64 and gram.shape == (3, 3, 2 * h - 1, 2 * w - 1)
+    rows, columns = z.shape[2:]
+    for i, j in np.ndindex(2 * h - 1, 2 * w - 1):
+        shift = (i - h + 1, j - w + 1)
+        if boundary == "circular":
+            moved = z.roll((-shift[0], -shift[1]), (2, 3))
+        else:
+            moved = torch.zeros_like(z)
+            for a, c in np.ndindex(rows, columns):
+                if 0 <= a + shift[0] < rows and 0 <= c + shift[1] < columns:
+                    moved[:, :, a, c] = z[:, :, a + shift[0], c + shift[1]]
+        expected = torch.einsum("nkab,njab->kj", z, moved)
+        # The sign of a shift is a convention that only the product with filters can settle.
+        either = [gram[:, :, i, j], gram[:, :, i, j].T]
+        assert any(torch.allclose(g, expected, rtol=1e-10, atol=1e-10) for g in either)
+    assert_close(gram, gram.flip(2, 3).transpose(0, 1), rtol=1e-10, atol=1e-10)
+    energy = z.square().sum((0, 2, 3))
+    assert_close(sums_of(z, f, b, boundary).energy, energy, rtol=1e-12, atol=0)
+
+
+@boundaries
+def test_the_gradient_of_the_sums_is_that_of_the_true_cost(boundary):
+    z, f, b = problem(boundary)
+    leaf = f.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(true_cost(leaf, z, b, boundary), leaf)
+    assert_close(model_gradient(f, sums_of(z, f, b, boundary)), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_where_the_border_wraps_the_sums_are_the_true_cost_of_all_filters():
+    z, f, b = problem("circular")
+    sums = sums_of(z, f, b, "circular")
+    constant = true_cost(f, z, b, "circular") - model_cost(f, sums)
+    assert constant.item() == pytest.approx(0.5 * b.square().sum().item(), rel=1e-10)
+    for seed in range(5):
+        other = 3 * rand(*f.shape, seed=50 + seed)
+        expected = true_cost(other, z, b, "circular")
+        assert_close(model_cost(other, sums) + constant, expected, rtol=1e-10, atol=1e-9)
+
+
+def test_where_it_does_not_the_sums_lie_above_the_true_cost_and_touch_it():
+    z, f, b = problem("valid")
+    sums = sums_of(z, f, b, "valid")
+    constant = true_cost(f, z, b, "valid") - model_cost(f, sums)
+    for seed in range(20):
+        other = f + 10.0 ** (-seed / 5) * rand(*f.shape, seed=50 + seed)
+        excess = model_cost(other, sums) + constant - true_cost(other, z, b, "valid")
+        size = (other - f).square().sum()
+        # Quadratic in the step: a wrong gradient would show as an excess of the other sign or order.
+        assert 1e-3 * size < excess < 1e3 * size
+
+
+@boundaries
+@pytest.mark.parametrize("norm", ["filter", "plane"])
+def test_updates_never_raise_the_true_cost_and_keep_unit_norms(boundary, norm):
+    lowered = 0
+    for seed in range(12):
+        K, C = 1 + seed % 4, 1 + seed % 3
+        image = (7, 9) if seed % 2 else (4, 12)
+        z, f, b = problem(boundary, K=K, C=C, image=image, seed=10 * seed)
+        # Maps of very different energy, as those of rare filters.
+        z = z * torch.logspace(0, -3, K, dtype=torch.float64).view(-1, 1, 1)
+        f = normalize(f, norm)
+        found = update_filters(f, sums_of(z, f, b, boundary), norm=norm, iterations=1 + seed)
+        before, after = (true_cost(v, z, b, boundary).item() for v in (f, found))
+        assert after <= before * (1 + 1e-12)
+        lowered += after < before * (1 - 1e-3)
+        axes = (2, 3) if norm == "plane" else (1, 2, 3)
+        length = torch.linalg.vector_norm(found, dim=axes)
+        assert_close(length, torch.ones_like(length), rtol=1e-12, atol=0)
+    assert lowered >= 10
+
+
+@pytest.mark.parametrize("norm", ["filter", "plane"])
+def test_updates_converge_to_a_stationary_point_on_the_spheres(norm):
+    z, f, b = problem("circular", N=6)
+    f = normalize(f, norm)
+    sums = sums_of(z, f, b, "circular")
+    found = update_filters(f, sums, norm=norm, iterations=3000)
+    brute = f
+    for _ in range(20000):
+        # Plain projected gradient, with a step that the trace of the gram makes safe.
+        brute = normalize(brute - model_gradient(brute, sums) / (12 * sums.energy.sum()), norm)
+    axes = (2, 3) if norm == "plane" else (1, 2, 3)
+    for v in (found, brute):
+        gradient = model_gradient(v, sums)
+        tangent = gradient - (gradient * v).sum(axes, keepdim=True) * v
+        assert tangent.norm() < 1e-5 * sums.linear.norm()
+    assert_close(model_cost(found, sums), model_cost(brute, sums), rtol=1e-6, atol=0)
+    assert_close(found, brute, rtol=0, atol=1e-3)
+
+
+@boundaries
+@pytest.mark.parametrize("norm", ["filter", "plane"])
+def test_disconnected_planes_stay_zero(boundary, norm):
+    g = torch.tensor([[1, 0], [0, 1], [1, 1]])
+    z, f, b = problem(boundary)
+    sums = sums_of(z, f, b, boundary, g)
+    f0 = normalize(f * g[:, :, None, None], norm)
+    for start in (f, f0):
+        found = [
+            update_filters(start, sums, g, norm=norm),
+            update_filters_by_cg(start, z, b, g, norm=norm, boundary=boundary),
+        ]
+        for updated in found:
+            planes = torch.linalg.vector_norm(updated, dim=(2, 3))
+            assert torch.equal(planes != 0, g.bool())
+            axes = (2, 3) if norm == "plane" else (1, 2, 3)
+            length = torch.linalg.vector_norm(updated, dim=axes)
+            assert_close(length[length > 0], torch.ones_like(length[length > 0]))
+    assert true_cost(update_filters(f0, sums_of(z, f0, b, boundary, g), g, norm=norm), z, b, boundary) < (
+        true_cost(f0, z, b, boundary)
+    )
+
+
+def dense_system(z, f, b, boundary):
+    """Z as a matrix from the filters to the images."""
+    impulses = torch.eye(f.numel(), dtype=f.dtype).view(-1, *f.shape)
+    return torch.stack([deconvolve(z, e, boundary=boundary).flatten() for e in impulses], 1)
+
+
+@boundaries
+@pytest.mark.parametrize("norm", ["filter", "plane"])
+def test_cg_to_the_end_is_the_solution_of_the_normal_equations_with_unit_norm(boundary, norm):
+    z, f, b = problem(boundary, image=(12, 13))
+    Z = dense_system(z, f, b, boundary)
+    expected = torch.linalg.solve(Z.T @ Z, Z.T @ b.flatten()).view(f.shape)
+    found = update_filters_by_cg(f, z, b, norm=norm, iterations=500, boundary=boundary)
+    # cg stops at a residual of 1e-6; times the condition of Z'Z.
+    assert_close(found, normalize(expected, norm), rtol=0, atol=1e-4)
+
+
+@boundaries
+def test_cg_steps_before_the_norm_are_those_of_the_textbook(boundary):
+    z, f, b = problem(boundary, image=(12, 13))
+    Z = dense_system(z, f, b, boundary)
+    x = f.flatten()
+    r = Z.T @ (b.flatten() - Z @ x)
+    d = r
+    for _ in range(2):
+        q = Z.T @ (Z @ d)
+        alpha = r @ r / (d @ q)
+        x, new = x + alpha * d, r - alpha * q
+        d, r = new + (new @ new) / (r @ r) * d, new
+    found = update_filters_by_cg(f, z, b, norm="filter", iterations=2, boundary=boundary)
+    assert_close(found, normalize(x.view(f.shape)), rtol=1e-9, atol=1e-10)
+
+
+def test_a_filter_without_maps_keeps_its_form():
+    z, f, b = problem("valid")
+    z[:, 1] = 0
+    found = update_filters(f, sums_of(z, f, b, "valid"))
+    assert_close(found[1], f[1], rtol=1e-12, atol=1e-14)
+    assert (found[0] - f[0]).abs().max() > 1e-3
+    assert_close(update_filters_by_cg(f, z, b, norm="filter")[1], f[1], rtol=1e-12, atol=1e-14)
+
+
+@boundaries
+def test_sums_of_batches_add_to_those_of_their_union_in_any_order(boundary):
+    z, f, b = problem(boundary, N=5)
+    whole = sums_of(z, f, b, boundary)
+    parts = sums_of(z[:2], f, b[:2], boundary) + sums_of(z[2:], f, b[2:], boundary)
+    order = torch.tensor([3, 0, 4, 1, 2])
+    permuted = sums_of(z[order], f, b[order], boundary)
+    for other in (parts, permuted, whole * 2 + whole * -1):
+        assert_close(other.linear, whole.linear, rtol=1e-11, atol=1e-11)
+        assert_close(other.gram, whole.gram, rtol=1e-11, atol=1e-11)
+    assert_close(update_filters(f, permuted), update_filters(f, whole), rtol=1e-9, atol=1e-10)
+
+
+def test_sums_without_a_filter_know_the_others_only():
+    z, f, b = problem("valid")
+    sums = sums_of(z, f, b, "valid")
+    without = sums.without([1])
+    assert without.linear[1].abs().sum() == 0
+    assert without.gram[1].abs().sum() == without.gram[:, 1].abs().sum() == 0
+    keep = torch.tensor([0, 2])
+    assert torch.equal(without.linear[keep], sums.linear[keep])
+    assert torch.equal(without.gram[keep][:, keep], sums.gram[keep][:, keep])
+    assert sums.gram[1].abs().sum() > 0
+
+
+def test_maps_in_single_precision_give_sums_in_double_that_agree():
+    z, f, b = problem("valid")
+    sums = sums_of(z, f, b, "valid")
+    single = sums_of(z.float(), f.float(), b.float(), "valid")
+    for found, expected in ((single.linear, sums.linear), (single.gram, sums.gram)):
+        assert found.dtype == torch.float64
+        assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert update_filters(f.float(), single).dtype == torch.float32
+
+
+def test_dead_filters_are_those_whose_maps_are_as_good_as_empty():
+    def sums_with(energy):
+        gram = torch.zeros(len(energy), len(energy), 5, 5, dtype=torch.float64)
+        gram[:, :, 2, 2] = torch.diag(torch.tensor(energy, dtype=torch.float64))
+        return FilterSums(torch.zeros(len(energy), 1, 3, 3, dtype=torch.float64), gram)
+
+    assert dead_filters(sums_with([1.0, 0.0, 2.0, 1e-7, 1e-5])) == [1, 3]
+    assert dead_filters(sums_with([1e-20, 3e-20])) == []
+    assert dead_filters(sums_with([0.0, 0.0])) == [0, 1]
+
+
+def test_double_filters_are_the_weaker_ones_of_pairs_equal_up_to_sign_and_shift():
+    blob = rand(1, 2, 3, 3)
+    f = 0.01 * rand(6, 2, 7, 7, seed=1)
+    f[0, :, 0:3, 0:3] += blob[0]
+    f[1, :, 4:7, 2:5] -= blob[0]
+    f[2, :, 1:4, 4:7] += blob[0]
+    f[3, :, 2:5, 2:5] += blob[0].flip(1)
+    f[4, :, 2:5, 2:5] += rand(2, 3, 3, seed=2)
+    f[5] = rand(2, 7, 7, seed=3)
+    energy = torch.tensor([2.0, 3.0, 1.0, 5.0, 0.0, 9.0])
+    assert double_filters(normalize(f), energy) == [0, 2]
+    assert double_filters(normalize(f), energy.flip(0)) == [0, 1]
+    assert double_filters(normalize(f[[3, 4, 5]]), energy[:3]) == []
+    assert double_filters(7 * f, energy) == [0, 2]
+    # Equal energies: the first stays.
+    assert double_filters(normalize(f), torch.ones(6)) == [1, 2]
+
+
+@pytest.mark.parametrize("init", ["random", "patches"])
+def test_first_filters_are_of_unit_norm_and_follow_the_generator(init):
+    b = rand(3, 2, 20, 16).float()
+
+    def draw(seed):
+        return random_filters(8, b, 5, init, torch.Generator().manual_seed(seed))
+
+    f = draw(0)
+    assert f.shape == (8, 2, 5, 5) and f.dtype == torch.float32
+    assert_close(torch.linalg.vector_norm(f, dim=(1, 2, 3)), torch.ones(8))
+    torch.manual_seed(5)
+    assert torch.equal(f, draw(0)) and not torch.equal(f, draw(1))
+    assert double_filters(f, torch.ones(8), similarity=0.999) == []
+
+
+def test_patches_are_strong_pieces_of_what_is_explained():
+    b = rand(2, 1, 30, 30)
+    b[:, :, :, :15] *= 1e-3
+    f = random_filters(6, b, 5, "patches", torch.Generator().manual_seed(0))
+    pieces = normalize(b.unfold(2, 5, 1).unfold(3, 5, 1).reshape(-1, 1, 5, 5)).flatten(1)
+    similar = pieces @ f.flatten(1).T
+    # Up to the trace of noise; and none from the dark half.
+    assert (similar.amax(0) > 1 - 1e-5).all()
+    column = similar.argmax(0) % 26
+    assert (column > 10).all()
+
+
+def test_patches_of_an_empty_image_still_have_unit_norm():
+    f = random_filters(4, torch.zeros(1, 1, 9, 9), 3, "patches", torch.Generator().manual_seed(0))
+    assert_close(torch.linalg.vector_norm(f, dim=(1, 2, 3)), torch.ones(4))
+
+
+def test_normalize_leaves_zeros_or_takes_the_fallback():
+    f, other = rand(3, 2, 3, 3), normalize(rand(3, 2, 3, 3, seed=1), "plane")
+    f[1], f[2, 0] = 0, 0
+    assert (normalize(f)[1] == 0).all() and torch.isfinite(normalize(f)).all()
+    found = normalize(f, "plane", fallback=other)
+    assert torch.equal(found[1], other[1]) and torch.equal(found[2, 0], other[2, 0])
+    assert_close(found[0, 0], f[0, 0] / f[0, 0].norm())
+
+
+def similarities(found, planted):
+    """Of every planted filter with every found one, the best over sign and shift."""
+    size = planted.shape[-1] - 1
+    found, planted = normalize(found), normalize(planted)
+    return torch.nn.functional.conv2d(planted, found, padding=size).abs().amax((2, 3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("boundary", BOUNDARIES)
+def test_planted_filters_are_recovered_up_to_sign_shift_and_order(boundary):
+    planted = normalize(rand(4, 1, 5, 5, seed=11))
+    maps = map_size((24, 24), (5, 5), boundary)
+    generator = torch.Generator().manual_seed(12)
+    z = rand(12, 4, *maps, seed=13)
+    z = z.sign() * (1 + z.abs()) * (torch.rand(z.shape, generator=generator) < 0.006)
+    b = deconvolve(z, planted, boundary=boundary)
+
+    settings = SolverSettings(training_iterations=10)
+    f = random_filters(4, b, 5, "patches", torch.Generator().manual_seed(14))
+    assert similarities(f, planted).amax(1).min() < 0.9
+    state = None
+    for _ in range(40):
+        A = Deconvolution(f, boundary)
+        solution = solve(A, b, lam=30.0, settings=settings, state=state, training=True)
+        state = solution.state
+        f = update_filters(f, filter_sums(solution.z, solution.residual, f, boundary=boundary))
+    found = similarities(f, planted)
+    assert found.amax(1).min() > 0.95
+    # One for each: a permutation.
+    assert sorted(found.argmax(1).tolist()) == [0, 1, 2, 3]
+    assert solution.residual.square().sum() < 0.02 * b.square().sum()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(update="adam"), "learning.update=adam: choose one of proximal, cg"),
+        (dict(norm="all"), "learning.norm=all: choose one of filter, plane"),
+        (dict(init="zeros"), "learning.init=zeros: choose one of patches, random"),
+        (dict(epochs=0), "learning.epochs=0: must be at least 1"),
+        (dict(update_iterations=0), "learning.update_iterations=0: must be at least 1"),
+        (dict(batch_size=0), "learning.batch_size=0: must be at least 1, or null"),
+        (dict(memory=-0.5), "learning.memory=-0.5: must not be negative"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        LearningSettings(**settings)
+    LearningSettings(batch_size=None, memory=0)
