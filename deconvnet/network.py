@@ -252,6 +252,8 @@ class DeconvNet(nn.Module):
         depth = self.depth if depth is None else depth
         if not 0 <= depth <= self.depth:
             raise ValueError(f"depth={depth}: this network has layers 1 to {self.depth}")
+        if images.is_floating_point():
+            images = images.to(self.preprocessing.scale.dtype)
         y, record = self.preprocessing(images.to(self.device))
         codes = Codes((), y, record)
         for _ in range(depth):
@@ -269,14 +271,18 @@ class DeconvNet(nn.Module):
         for part in b.split(chunk):
             solution = layer.infer(part / layer.scale)
             pooled, switches = layer.pool(solution.z)
-            parts.append((solution.z, pooled, switches, solution.reconstruction, solution.sparsity))
+            kept = None if switches is None else pooled
+            parts.append((solution.z, kept, switches, solution.reconstruction, solution.sparsity))
             if progress:
                 progress(min(len(parts) * chunk, len(b)), len(b))
         joined = (None if same[0] is None else torch.cat(same) for same in zip(*parts, strict=True))
-        return Codes((*codes.layers, LayerCodes(*joined)), codes.y, codes.record)
+        z, pooled, *rest = joined
+        found = LayerCodes(z, z if pooled is None else pooled, *rest)
+        return Codes((*codes.layers, found), codes.y, codes.record)
 
     def operator(self, codes: Codes, layer: int) -> Operator:
         """R_l: maps of layer l -> preprocessed images, with the switches of these codes."""
+        self.layer(layer)
         A: Operator = self.layer(1).operator()
         for number in range(2, layer + 1):
             below, upper = codes.layer(number - 1), self.layer(number)

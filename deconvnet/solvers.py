@@ -45,7 +45,7 @@ class SolverSettings:
     # admm | half_quadratic | fista | ista
     method: str = "admm"
     # at most this many iterations for new images (half_quadratic: passes through its schedule)
-    iterations: int = 100
+    iterations: int = 50
     # iterations of each visit to an image in training, which starts where the last visit ended
     training_iterations: int = 5
     # an image stops when its relative residuals (admm) or relative change (fista, ista) are below

@@ -8,19 +8,16 @@ so that a run that was stopped goes on as if it had not been.
 
 from __future__ import annotations
 
-import logging
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from deconvnet import checkpoint
 from deconvnet.learning import (
     FilterSums,
     LearningSettings,
@@ -40,10 +37,9 @@ from deconvnet.network import (
     check_size,
     seeded,
 )
+from deconvnet.run import Run
 from deconvnet.solvers import Solution, SolverSettings, solve
 from deconvnet.visualization.figures import layer_pictures
-
-log = logging.getLogger(__name__)
 
 
 class Diverged(RuntimeError):
@@ -315,88 +311,6 @@ def learn_filters(
                 history.append(stats)
                 monitor.epoch(stats, step=len(history))
     return Learned(layer.filters, history)
-
-
-class Run:
-    """A run folder: its checkpoints, and the rule that one folder holds one run.
-
-    resume: "auto" goes on from the newest valid checkpoint of the folder, if there is one; "false"
-    moves an earlier run into a folder previous-N inside and starts anew; a path starts from that
-    checkpoint file or run folder.
-    """
-
-    def __init__(self, folder: Path, settings: dict, resume: str = "auto"):
-        self.folder, self.settings = Path(folder), settings
-        self.checkpoints = self.folder / "checkpoints"
-        self.state: dict | None = None
-        if resume == "false":
-            self._put_aside()
-        else:
-            self.state = self._find(resume)
-        if self.state is not None:
-            self._check_settings(resume)
-
-    def save(self, step: int, state: dict) -> Path:
-        """Write a checkpoint after `step` filter updates."""
-        return checkpoint.save(self.checkpoints, step, {**state, "settings": self.settings})
-
-    def _find(self, resume: str) -> dict | None:
-        if resume == "auto":
-            found = checkpoint.newest(self.checkpoints)
-            return found and found[0]
-        path = Path(resume)
-        if path.is_file():
-            return checkpoint.load(path)
-        found = checkpoint.newest(path / "checkpoints")
-        if found is None:
-            raise ValueError(
-                f"resume={resume}: no checkpoint there; give a run folder or a .pt file"
-            )
-        return found[0]
-
-    def _check_settings(self, resume: str) -> None:
-        begun = self.state["layer"]
-        different = [
-            key
-            for key in _differences(self.state["settings"], self.settings)
-            if not _is_above(key, begun)
-        ]
-        if different:
-            raise ValueError(
-                f"{self.folder} holds a run of other settings ({', '.join(different)}): choose "
-                "another name=..., or resume=false to put that run aside and start anew"
-            )
-
-    def _put_aside(self) -> None:
-        kept = {".hydra", "train.log"}
-        old = [p for p in self.folder.glob("*") if p.name not in kept and "previous-" not in p.name]
-        if not self.checkpoints.exists():
-            return
-        number = 1 + sum(1 for _ in self.folder.glob("previous-*"))
-        aside = self.folder / f"previous-{number}"
-        aside.mkdir()
-        for path in old:
-            path.rename(aside / path.name)
-        log.info("the earlier run was moved to %s", aside)
-
-
-def _differences(old: object, new: object, prefix: str = "") -> list[str]:
-    """Dotted names of what differs between two nested dicts."""
-    if not (isinstance(old, dict) and isinstance(new, dict)):
-        return [] if old == new else [f"{prefix}: {old} there, {new} now"]
-    keys = sorted({*old, *new})
-    return [
-        line
-        for key in keys
-        for line in _differences(old.get(key), new.get(key), f"{prefix}.{key}".lstrip("."))
-    ]
-
-
-def _is_above(key: str, layer: int) -> bool:
-    """Whether a setting belongs to a layer whose training has not begun."""
-    parts = key.split(":")[0].split(".")
-    name = parts[1] if parts[0] == "model" and len(parts) > 1 else ""
-    return name.startswith("layer") and name[5:].isdigit() and int(name[5:]) > layer
 
 
 def train(

@@ -1,0 +1,97 @@
+"""Images to learn from without reading any, and a fast way to run the scripts as a user does."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Importing torch takes seconds, so it happens once: every run is a fork of this process, with its
+# own arguments, working folder and standard streams, and ends as any Python process does.
+SERVER = """
+import json, os, runpy, sys
+import torch.utils.tensorboard, skimage.data, skimage.transform, sklearn.datasets
+import deconvnet.training, deconvnet.config
+
+for line in sys.stdin:
+    order = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        break
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print(json.dumps(code), flush=True)
+else:
+    sys.exit()
+
+for number, name in enumerate(("/dev/null", order["out"], order["err"])):
+    os.dup2(os.open(name, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT), number)
+os.chdir(order["folder"])
+sys.argv = order["command"]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a user sees of a command that ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="session")
+def script():
+    """script(folder, "train.py", *arguments): the result of a script that was run in a folder."""
+    if not hasattr(os, "fork"):
+        pytest.skip("this system cannot fork")
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    count = 0
+
+    def run(folder, name, *arguments):
+        nonlocal count
+        count += 1
+        out, err = (Path(folder).parent / f".{count}.{kind}" for kind in ("out", "err"))
+        order = {
+            "command": [str(ROOT / "scripts" / name), *map(str, arguments)],
+            "folder": str(folder),
+            "out": str(out),
+            "err": str(err),
+        }
+        server.stdin.write(json.dumps(order) + "\n")
+        server.stdin.flush()
+        return Result(int(server.stdout.readline()), out.read_text(), err.read_text())
+
+    yield run
+    server.stdin.close()
+    server.wait(30)
+
+
+@pytest.fixture(scope="session")
+def textures():
+    """textures(N, C, H, W): images in [0, 1] with edges and colours, the same for the same seed."""
+
+    def make(*shape, seed=0):
+        N, C, H, W = shape
+        generator = torch.Generator().manual_seed(seed)
+        rows, columns = torch.meshgrid(torch.arange(H), torch.arange(W), indexing="ij")
+        images = torch.full(shape, 0.4)
+        for image in images:
+            for _ in range(8):  # bars, one over the other, of random place, slope, width and colour
+                slope, place, width = torch.rand(3, generator=generator)
+                across = rows * (slope * 6.3).sin() + columns * (slope * 6.3).cos()
+                inside = (across - place * (H + W) / 2).abs() < 1 + 3 * width
+                color = torch.rand(C, generator=generator)
+                image[:, inside] = color[:, None]
+        noise = torch.randn(shape, generator=generator)
+        return (images + 0.02 * noise).clamp(0, 1)
+
+    return make
