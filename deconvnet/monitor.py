@@ -55,6 +55,16 @@ class LayerResult:
     seconds: float
 
 
+@dataclass(frozen=True)
+class InferencePoint:
+    """One iteration of inference: objective (mean per image), beta (mean), density of z."""
+
+    iteration: int
+    objective: float
+    beta: float
+    density: float
+
+
 class Monitor:
     """Shows a run. Without a folder it is a progress bar alone."""
 
@@ -129,6 +139,22 @@ class Monitor:
         nonzero = z[z != 0]
         if len(nonzero):
             self._writer.add_histogram(f"layer{result.layer}/nonzero z", nonzero, step)
+
+    def inference(self, layer: int, curve: list[InferencePoint]) -> None:
+        """How inference went in a finished layer, over its iterations.
+
+        In a sub-folder, which TensorBoard shows as a run of its own: its steps are iterations, not
+        filter updates.
+        """
+        if self.folder is None:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        with SummaryWriter(str(self.folder / "inference" / f"layer{layer}")) as writer:
+            for point in curve:
+                for key in ("objective", "beta", "density"):
+                    tag = f"inference/{key} by iteration"
+                    writer.add_scalar(tag, getattr(point, key), point.iteration)
 
     def picture(self, name: str, picture: Tensor, step: int) -> None:
         """A picture (3, H, W) in [0, 1]: on the page, and as pictures/<name>.png of the run."""

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from deconvnet.learning import (
     update_filters,
     update_filters_by_cg,
 )
-from deconvnet.monitor import EpochStats, LayerResult, Monitor
+from deconvnet.monitor import EpochStats, InferencePoint, LayerResult, Monitor
 from deconvnet.network import (
     Codes,
     DeconvNet,
@@ -39,7 +39,11 @@ from deconvnet.network import (
 )
 from deconvnet.run import Run
 from deconvnet.solvers import Solution, SolverSettings, solve
-from deconvnet.visualization.figures import layer_pictures
+from deconvnet.sparsity import penalty
+from deconvnet.visualization.figures import filter_picture, layer_pictures
+
+# How many images the curve of inference is drawn for.
+CURVE_IMAGES = 4
 
 
 class Diverged(RuntimeError):
@@ -376,6 +380,8 @@ def train(
                 monitor.advance()
                 if stats:
                     monitor.epoch(stats, step)
+                    if number == 1:
+                        monitor.picture("layer1/filters", filter_picture(net), step)
                     save(number, trainer)
                 if stop_requested():
                     save(number, trainer)
@@ -384,11 +390,34 @@ def train(
             codes = net.extend(codes, chunk=chunk, progress=watch)
             results.append(_result(net, codes, number, time.perf_counter() - started))
             monitor.result(results[-1], codes.layer(number).z, step)
+            monitor.inference(number, _inference_curve(layer, b[:CURVE_IMAGES] / layer.scale))
             for name, picture in layer_pictures(net, codes, images, number).items():
                 monitor.picture(name, picture, step)
             save(number + 1, None)
     net.save(run.folder / "network.safetensors")
     return results
+
+
+def _inference_curve(layer: Layer, b: Tensor) -> list[InferencePoint]:
+    """How the objective falls while the maps of some images are inferred, beta beside it."""
+    A, settings = layer.operator(), layer.settings
+    curve = []
+
+    def watch(iteration: int, z: Tensor, beta: Tensor) -> None:
+        error = float((b - A(z)).double().square().sum())
+        cost = settings.lam / 2 * error + float(penalty(z, settings.p))
+        density = float(torch.count_nonzero(z)) / z.numel()
+        curve.append(InferencePoint(iteration, cost / len(b), float(beta.mean()), density))
+
+    solve(
+        A,
+        b,
+        lam=settings.lam,
+        p=settings.p,
+        settings=replace(settings.solver, tolerance=0.0),
+        callback=watch,
+    )
+    return curve
 
 
 def _result(net: DeconvNet, codes: Codes, number: int, seconds: float) -> LayerResult:

@@ -32,7 +32,7 @@ def layer_pictures(net: DeconvNet, codes: Codes, images: Tensor, number: int) ->
     """
     pictures = {}
     if number == 1:
-        pictures["layer1/filters"] = filter_grid(_to_rgb(net, net.layer(1).filters))
+        pictures["layer1/filters"] = filter_picture(net)
     else:
         features = pixel_features(net, codes, number)
         pictures[f"layer{number}/filters"] = filter_grid(_to_rgb(net, features.tiles))
@@ -44,6 +44,11 @@ def layer_pictures(net: DeconvNet, codes: Codes, images: Tensor, number: int) ->
     busiest = some.layer(number).z.abs().sum((1, 2, 3)).argmax()
     pictures[f"layer{number}/maps"] = map_grid(some.layer(number).z[busiest])
     return pictures
+
+
+def filter_picture(net: DeconvNet) -> Tensor:
+    """The filters of the first layer, as they are."""
+    return filter_grid(_to_rgb(net, net.layer(1).filters))
 
 
 def filter_grid(f: Tensor, *, columns: int | None = None) -> Tensor:
