@@ -172,7 +172,7 @@ def update_filters_by_cg(
     target = filter_gradient(z, b, size, g, boundary=boundary).flatten(2)[None]
     start = connected(f, g).flatten(2)[None]
     found = conjugate_gradients(system, target, start, tolerance=1e-6, max_iterations=iterations)
-    return normalize(found[0].view(f.shape), norm, fallback=f)
+    return normalize(found[0].view(f.shape), norm, fallback=connected(f, g))
 
 
 def normalize(f: Tensor, norm: str = "filter", *, fallback: Tensor | None = None) -> Tensor:

@@ -83,15 +83,13 @@ class Monitor:
         self._inferred = 0
 
     def start(self, step: int) -> None:
-        """Open the TensorBoard file; events of `step` and later that an earlier run left are
-        hidden.
-        """
+        """Open the TensorBoard file; events after `step` that an earlier run left are hidden."""
         if self.folder is None:
             return
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
 
-        self._writer = SummaryWriter(str(self.folder), purge_step=step or None)
+        self._writer = SummaryWriter(str(self.folder), purge_step=step + 1)
         self._writer.add_text("config", f"```yaml\n{self.config}\n```", step)
         # add_hparams would put them into a run of its own; written by hand they stay in this one.
         for summary in hparams(self.settings, {"layer1/snr": 0.0}):

@@ -328,8 +328,9 @@ class DeconvNet(nn.Module):
         }
 
     def load_parts(self, tensors: dict[str, Tensor]) -> None:
-        """Take the tensors of a network with the same settings and perhaps fewer layers."""
-        self.load_state_dict({**self.state_dict(), **tensors})
+        """Take the tensors of a network with the same settings and perhaps fewer or more layers."""
+        own = self.state_dict()
+        self.load_state_dict({name: tensors.get(name, own[name]) for name in own})
 
     @classmethod
     def from_parts(cls, tensors: dict[str, Tensor], settings: dict) -> DeconvNet:

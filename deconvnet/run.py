@@ -33,7 +33,11 @@ class Run:
         else:
             self.state = self._find(resume)
         if self.state is not None:
-            self._check_settings(resume)
+            self._check_settings()
+            if resume != "auto":
+                # The newest checkpoint of the folder must be the one that this run goes on from.
+                self._put_aside()
+                self.save(self.state["step"], self.state)
 
     def save(self, step: int, state: dict) -> Path:
         """Write a checkpoint after `step` filter updates."""
@@ -53,8 +57,8 @@ class Run:
             )
         return found[0]
 
-    def _check_settings(self, resume: str) -> None:
-        begun = self.state["layer"]
+    def _check_settings(self) -> None:
+        begun = self.state["layer"] - (self.state["trainer"] is None)
         different = [
             key
             for key in _differences(self.state["settings"], self.settings)
@@ -67,11 +71,13 @@ class Run:
             )
 
     def _put_aside(self) -> None:
+        """Move what an earlier run left into previous-N."""
         kept = {".hydra", "train.log"}
         old = [p for p in self.folder.glob("*") if p.name not in kept and "previous-" not in p.name]
         if not self.checkpoints.exists():
             return
-        number = 1 + sum(1 for _ in self.folder.glob("previous-*"))
+        numbers = (path.name.removeprefix("previous-") for path in self.folder.glob("previous-*"))
+        number = 1 + max((int(n) for n in numbers if n.isdigit()), default=0)
         aside = self.folder / f"previous-{number}"
         aside.mkdir()
         for path in old:

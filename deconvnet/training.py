@@ -8,6 +8,7 @@ so that a run that was stopped goes on as if it had not been.
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
 import time
@@ -42,6 +43,8 @@ from deconvnet.solvers import Solution, SolverSettings, solve
 from deconvnet.sparsity import penalty
 from deconvnet.visualization.figures import filter_picture, layer_pictures
 
+log = logging.getLogger(__name__)
+
 # How many images the curve of inference is drawn for.
 CURVE_IMAGES = 4
 
@@ -61,7 +64,16 @@ class LayerTrainer:
     ended, and the running sums of the filter update. One call of `update` is one filter update.
     """
 
-    def __init__(self, layer: Layer, b: Tensor, *, seed: int = 0, number: int = 1, chunk: int = 8):
+    def __init__(
+        self,
+        layer: Layer,
+        b: Tensor,
+        *,
+        seed: int = 0,
+        number: int = 1,
+        chunk: int = 8,
+        state: dict | None = None,
+    ):
         check_size(b, layer, number)
         self.layer, self.b = layer, b
         self.seed, self.number, self.chunk = seed, number, chunk
@@ -70,7 +82,10 @@ class LayerTrainer:
         self.codes: Tensor | None = None
         self.sums: FilterSums | None = None
         self._totals = _Totals()
-        layer.initialize(b, seeded(seed, number, 1))
+        if state is None:
+            layer.initialize(b, seeded(seed, number, 1))
+        else:
+            self.load_state_dict(state)
 
     @property
     def done(self) -> bool:
@@ -328,32 +343,14 @@ def train(
 ) -> list[LayerResult]:
     """Learn all layers of the network from images (N, 3, H, W) in [0, 1]; what each layer reached.
 
-    Goes on from the state of the run, saves after every epoch, and leaves
-    <run>/network.safetensors. Raises Interrupted, having saved, when the process is asked to stop
-    (Ctrl-C, SIGTERM).
+    Goes on from the state of the run, saves after every epoch, and leaves <run>/network.safetensors.
+    Raises Interrupted, having saved, when the process is asked to stop (Ctrl-C, SIGTERM).
     """
-    state = run.state or {"layer": 1, "step": 0, "results": [], "trainer": None}
-    first, step, resumed = state["layer"], state["step"], state["trainer"]
-    results = [LayerResult(**result) for result in state["results"]][: net.depth]
-    if run.state is None:
-        net.preprocessing.fit(images)
-    else:
-        net.load_parts(state["network"]["tensors"])
-    monitor.start(step)
-
-    def save(layer: int, trainer: LayerTrainer | None) -> None:
-        tensors, settings = net.to_parts(min(layer, net.depth))
-        run.save(
-            step,
-            {
-                "network": {"tensors": tensors, "settings": settings},
-                "layer": layer,
-                "step": step,
-                "results": [asdict(result) for result in results],
-                "trainer": trainer and trainer.state_dict(),
-            },
-        )
-
+    position, resumed = _restore(net, images, run)
+    if position.layer > net.depth:
+        log.info("all %d layers were trained before", net.depth)
+        return position.results[: net.depth]
+    monitor.start(position.step)
     with _stop_requests() as stop_requested:
 
         def watch(done: int, total: int) -> None:
@@ -361,41 +358,96 @@ def train(
             if stop_requested():
                 raise Interrupted
 
-        codes = net.infer(images, depth=min(first, net.depth + 1) - 1, chunk=chunk, progress=watch)
-        for number in range(first, net.depth + 1):
+        codes = net.infer(images, depth=position.layer - 1, chunk=chunk, progress=watch)
+        while position.layer <= net.depth:
             started = time.perf_counter()
-            layer = net.layer(number)
+            number, layer = position.layer, net.layer(position.layer)
             b = codes.layers[-1].pooled if number > 1 else codes.y
             if resumed is None and number > 1:
                 layer.fit_scale(b)
-            trainer = LayerTrainer(layer, b / layer.scale, seed=seed, number=number, chunk=chunk)
-            if resumed is not None:
-                net.load_parts(state["network"]["tensors"])
-                trainer.load_state_dict(resumed)
-                resumed = None
-            monitor.layer(number, trainer.updates_done, trainer.updates)
-            while not trainer.done:
-                stats = trainer.update()
-                step += 1
-                monitor.advance()
-                if stats:
-                    monitor.epoch(stats, step)
-                    if number == 1:
-                        monitor.picture("layer1/filters", filter_picture(net), step)
-                    save(number, trainer)
-                if stop_requested():
-                    save(number, trainer)
-                    raise Interrupted
-            trainer = None
+            b = b / layer.scale
+            trainer = LayerTrainer(layer, b, seed=seed, number=number, chunk=chunk, state=resumed)
+            resumed = None
+            _learn(net, trainer, position, run, monitor, stop_requested)
             codes = net.extend(codes, chunk=chunk, progress=watch)
-            results.append(_result(net, codes, number, time.perf_counter() - started))
-            monitor.result(results[-1], codes.layer(number).z, step)
-            monitor.inference(number, _inference_curve(layer, b[:CURVE_IMAGES] / layer.scale))
-            for name, picture in layer_pictures(net, codes, images, number).items():
-                monitor.picture(name, picture, step)
-            save(number + 1, None)
+            seconds = time.perf_counter() - started
+            position.results.append(_result(net, codes, number, seconds))
+            _show(net, codes, images, b, position, monitor)
+            position.layer += 1
+            position.save(run, net)
     net.save(run.folder / "network.safetensors")
-    return results
+    return position.results
+
+
+@dataclass
+class _Position:
+    """Where a run is, beside the filters: layer being learned, filter updates so far, results."""
+
+    layer: int
+    step: int
+    results: list[LayerResult]
+
+    def save(self, run: Run, net: DeconvNet, trainer: LayerTrainer | None = None) -> None:
+        tensors, settings = net.to_parts(min(self.layer, net.depth))
+        state = {
+            "network": {"tensors": tensors, "settings": settings},
+            "layer": self.layer,
+            "step": self.step,
+            "results": [asdict(result) for result in self.results],
+            "trainer": trainer and trainer.state_dict(),
+        }
+        run.save(self.step, state)
+
+
+def _restore(net: DeconvNet, images: Tensor, run: Run) -> tuple[_Position, dict | None]:
+    """The position of the run and the state of its trainer, the network being brought there."""
+    if run.state is None:
+        net.preprocessing.fit(images)
+        return _Position(1, 0, []), None
+    state = run.state
+    net.load_parts(state["network"]["tensors"])
+    results = [LayerResult(**result) for result in state["results"]]
+    return _Position(state["layer"], state["step"], results), state["trainer"]
+
+
+def _learn(
+    net: DeconvNet,
+    trainer: LayerTrainer,
+    position: _Position,
+    run: Run,
+    monitor: Monitor,
+    stop_requested: Callable[[], bool],
+) -> None:
+    """All the filter updates of a layer that are left."""
+    monitor.layer(trainer.number, trainer.updates_done, trainer.updates)
+    while not trainer.done:
+        stats = trainer.update()
+        position.step += 1
+        monitor.advance()
+        if stats:
+            monitor.epoch(stats, position.step)
+            if trainer.number == 1:
+                monitor.picture("layer1/filters", filter_picture(net), position.step)
+            position.save(run, net, trainer)
+        if stop_requested():
+            position.save(run, net, trainer)
+            raise Interrupted
+
+
+def _show(
+    net: DeconvNet,
+    codes: Codes,
+    images: Tensor,
+    b: Tensor,
+    position: _Position,
+    monitor: Monitor,
+) -> None:
+    """Everything that a finished layer has to show."""
+    number = position.layer
+    monitor.result(position.results[-1], codes.layer(number).z, position.step)
+    monitor.inference(number, _inference_curve(net.layer(number), b[:CURVE_IMAGES]))
+    for name, picture in layer_pictures(net, codes, images, number).items():
+        monitor.picture(name, picture, position.step)
 
 
 def _inference_curve(layer: Layer, b: Tensor) -> list[InferencePoint]:
