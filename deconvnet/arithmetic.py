@@ -1,6 +1,4 @@
-"""Sizes and positions: convolution and its transpose, receptive fields, a convolution written out
-as a matrix.
-"""
+"""Sizes, receptive fields, and a convolution written out as a matrix."""
 
 from __future__ import annotations
 
@@ -21,16 +19,16 @@ def convolution_size(size: int, kernel: int, *, stride: int = 1, padding: int = 
 def transposed_convolution_size(
     size: int, kernel: int, *, stride: int = 1, padding: int = 0, output_padding: int = 0
 ) -> int:
-    """Outputs of a transposed convolution along one axis: (size - 1) stride - 2 padding + kernel +
-    output_padding.
+    """Outputs of a transposed convolution along one axis.
+
+    (size - 1) stride - 2 padding + kernel + output_padding
     """
     return (size - 1) * stride - 2 * padding + kernel + output_padding
 
 
 @dataclass(frozen=True)
 class Field:
-    """The pixels of an axis that unit i of a layer reaches: offset + stride i ... offset + stride i
-    + size - 1.
+    """The pixels of an axis that a unit of a layer reaches: `size` of them from offset + stride i.
 
     Some of them lie outside the image: the maps of a "valid" layer are larger than what they
     explain.

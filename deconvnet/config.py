@@ -7,10 +7,11 @@ that knows Hydra.
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -26,9 +27,7 @@ from deconvnet.preprocessing import PreprocessingSettings
 
 @dataclass
 class Config:
-    """Everything that scripts/train.py needs to know; configs/train.yaml has the values and says
-    what they mean.
-    """
+    """Everything that scripts/train.py needs to know; configs/train.yaml says what it means."""
 
     name: str
     model: dict[str, LayerSettings]
@@ -53,8 +52,14 @@ def register() -> None:
 
 
 def read(cfg: DictConfig) -> Config:
-    """The checked settings. Raises ValueError with one line that names the key, the value and what
-    would be right."""
+    """The checked settings; ValueError names the key, the value and what would be right."""
+    _check_keys(cfg)
+    check_complete(cfg)
+    for name, layer in cfg.model.items():
+        try:
+            OmegaConf.to_object(layer)
+        except ValueError as error:
+            raise ValueError(f"model.{name}.{error}") from None
     config = OmegaConf.to_object(cfg)
     expected = [f"layer{number}" for number in range(1, len(config.model) + 1)]
     if not expected or sorted(config.model) != sorted(expected):
@@ -75,6 +80,12 @@ def read(cfg: DictConfig) -> Config:
     if config.resume.lower() in ("auto", "false"):
         config.resume = config.resume.lower()
     return config
+
+
+def check_complete(cfg: DictConfig) -> None:
+    """Refuse a configuration that leaves a value to the user, who has not given it."""
+    for key in sorted(OmegaConf.missing_keys(cfg)):
+        raise ValueError(f"{key} has no value: give one with {key}=...")
 
 
 def device(name: str) -> torch.device:
@@ -106,8 +117,9 @@ def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, bool | int | f
 
 
 def launch(main: Callable[[], None]) -> None:
-    """Run a Hydra main; what the user got wrong ends in one line and exit code 1,
-    HYDRA_FULL_ERROR=1 shows it all.
+    """Run a Hydra main so that a user's mistake ends in one line and exit code 1.
+
+    HYDRA_FULL_ERROR=1 in the environment shows the traceback.
     """
     wants_all = os.environ.get("HYDRA_FULL_ERROR") == "1"
     # Hydra then raises instead of printing a traceback of its own.
@@ -120,6 +132,27 @@ def launch(main: Callable[[], None]) -> None:
         sys.exit(f"configuration error: {_one_line(error)}")
 
 
-def _one_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(line for line in lines if not line.startswith("object_type="))
+def _check_keys(node: DictConfig, prefix: str = "") -> None:
+    """Refuse keys that are no settings: Hydra itself lets +key=value add anything anywhere."""
+    kind = OmegaConf.get_type(node)
+    known = [field.name for field in fields(kind)] if is_dataclass(kind) else list(node)
+    for key in node:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {prefix}{close[0]}?" if close else f"there are {', '.join(known)}"
+            raise ValueError(f"{prefix}{key}: no such setting; {hint}")
+        if not OmegaConf.is_interpolation(node, key) and OmegaConf.is_dict(node._get_node(key)):
+            _check_keys(node[key], f"{prefix}{key}.")
+
+
+def _one_line(error: BaseException | None) -> str:
+    """The message of an error and of its causes: Hydra often says only there what is wrong."""
+    messages = []
+    while error is not None:
+        lines = [line.strip() for line in str(error).splitlines()]
+        kept = (line for line in lines if line and not line.startswith(("object_", "reference_")))
+        message = " ".join(kept)
+        if message not in "; ".join(messages):
+            messages.append(message)
+        error = error.__cause__
+    return "; ".join(messages)

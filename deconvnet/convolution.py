@@ -13,8 +13,7 @@ unflipped.
   its own coefficient, nothing wraps. An impulse at (i, j) paints f[k] with its top left corner at
   pixel (i-h+1, j-w+1).
 - "circular" (Fourier packages): maps and image have one size and the border wraps. An impulse at
-  (i, j) paints
-  f[k] with its top left corner at pixel (i, j).
+  (i, j) paints f[k] with its top left corner at pixel (i, j).
 
 Every operation has a spatial form and a Fourier form; both are exact and agree to rounding.
 """
@@ -39,9 +38,9 @@ def deconvolve(
     boundary: Boundary = "valid",
     method: Method = "spatial",
 ) -> Tensor:
-    """The image (N, C, H, W) that the maps paint: y_c = sum_k g_kc (z_k * f_kc)  (Zeiler et al.
-    2010, eq. 1 and 3).
+    """The image (N, C, H, W) that the maps paint: y_c = sum_k g_kc (z_k * f_kc).
 
+    The model of Zeiler et al. 2010.
     z: (N, K, H+h-1, W+w-1), or (N, K, H, W) with boundary "circular"; f: (K, C, h, w); g: (K, C) or
     None for full connectivity. Raises ValueError where the shapes do not fit.
     """
@@ -70,8 +69,7 @@ def correlate(
     boundary: Boundary = "valid",
     method: Method = "spatial",
 ) -> Tensor:
-    """The adjoint of `deconvolve` towards the maps: F'y, the correlation of the image with every
-    filter.
+    """The adjoint of `deconvolve` towards the maps: F'y, the image correlated with every filter.
 
     y: (N, C, H, W); f: (K, C, h, w). Returns (N, K, H+h-1, W+w-1), or (N, K, H, W) with boundary
     "circular". <deconvolve(z, f), y> = <z, correlate(y, f)>.
@@ -105,7 +103,7 @@ def filter_gradient(
 
     z: maps as in `deconvolve`; y: (N, C, H, W); size: (h, w) of the filters, or one number for
     square ones. <deconvolve(z, f), y> = <f, filter_gradient(z, y, size)>. With y the residual and
-    the factor lam it is the gradient of the reconstruction term (Zeiler et al. 2010, eq. 6).
+    the factor lam it is the gradient of the reconstruction term (Zeiler et al. 2010).
     """
     h, w = (size, size) if isinstance(size, int) else size
     expected = map_size(y.shape[2:], (h, w), boundary)
@@ -140,8 +138,7 @@ def map_size(
 
 
 def fourier_size(maps: tuple[int, int], boundary: Boundary = "valid") -> tuple[int, int]:
-    """The transform size for maps of this size: the next one with small prime factors, or just this
-    one if it must wrap.
+    """The transform size for maps of this size: with small prime factors, unless it must wrap.
 
     Padding to the size of the maps is enough with boundary "valid": what wraps falls on the h-1
     rows that are cropped.

@@ -96,8 +96,7 @@ class FilterSums:
 def filter_sums(
     z: Tensor, residual: Tensor, f: Tensor, g: Tensor | None = None, *, boundary: Boundary = "valid"
 ) -> FilterSums:
-    """The sums over a batch whose maps z leave the residual b - A z (N, C, H, W) under the filters
-    f.
+    """The sums over a batch whose maps z leave the residual b - A z (N, C, H, W) under filters f.
 
     gram is the correlation of the whole maps. With boundary "valid" that is a little more than Z'Z,
     the maps being larger than the image, so the quadratic cost made of it lies above the true one
@@ -118,8 +117,9 @@ def update_filters(
     norm: str = "filter",
     iterations: int = 10,
 ) -> Tensor:
-    """Filters (K, C, h, w) of unit norm that lower 1/2 f'(gram)f - (linear)'f, from f by
-    accelerated projected steps.
+    """Filters (K, C, h, w) of unit norm that lower 1/2 f'(gram)f - (linear)'f, starting from f.
+
+    By accelerated projected gradient steps.
 
     Each filter has a step of its own, by the energy of its map: rare filters learn as fast as
     frequent ones. The best of all iterates is returned, f itself included, so that the cost of the
@@ -161,8 +161,10 @@ def update_filters_by_cg(
     iterations: int = 2,
     boundary: Boundary = "valid",
 ) -> Tensor:
-    """Filters after some conjugate gradient steps on Z'Z f = Z'b from f, then unit norm  (Zeiler et
-    al. 2010, 3.2)."""
+    """Filters after some conjugate gradient steps on Z'Z f = Z'b from f, then unit norm.
+
+    The update of Zeiler et al. 2010, on the maps z of one batch that explain b (N, C, H, W).
+    """
     size = tuple(f.shape[2:])
 
     def system(v: Tensor) -> Tensor:
@@ -186,9 +188,7 @@ def normalize(f: Tensor, norm: str = "filter", *, fallback: Tensor | None = None
 
 
 def random_filters(num: int, b: Tensor, size: int, init: str, generator: torch.Generator) -> Tensor:
-    """(num, C, size, size) of unit norm: Gaussian noise, or patches of b with more contrast than
-    the median patch.
-    """
+    """(num, C, size, size) of unit norm: Gaussian noise, or the livelier half of patches of b."""
     if init == "random":
         shape = (num, b.shape[1], size, size)
         return normalize(torch.randn(shape, generator=generator).to(b))
@@ -225,9 +225,7 @@ def double_filters(f: Tensor, energy: Tensor, *, similarity: float = 0.97) -> li
 
 
 def _map_correlations(z: Tensor, size: tuple[int, int], boundary: Boundary) -> Tensor:
-    """(K, K, 2h-1, 2w-1) in float64: sum over images and positions i of z_k[i] z_j[i + shift],
-    shift 0 in the middle.
-    """
+    """(K, K, 2h-1, 2w-1), float64: sums of z_k[i] z_j[i + shift], shift 0 in the middle."""
     h, w = size
     grid = tuple(z.shape[2:])
     if boundary == "valid":
@@ -241,7 +239,7 @@ def _map_correlations(z: Tensor, size: tuple[int, int], boundary: Boundary) -> T
 
 
 def _gram_product(gram: Tensor, size: tuple[int, int]) -> Callable[[Tensor], Tensor]:
-    """v (K, C, h, w) -> Z'Z v, a correlation with the gram, as one matrix product per frequency."""
+    """v (K, C, h, w) -> Z'Z v, a convolution with the gram, one matrix product per frequency."""
     h, w = size
     grid = fourier_size((2 * h - 1, 2 * w - 1))
     kernel = F.pad(gram, (0, grid[1] - 2 * w + 1, 0, grid[0] - 2 * h + 1)).roll(

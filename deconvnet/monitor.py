@@ -1,5 +1,4 @@
-"""What a user sees of a run while it goes: a progress bar, the TensorBoard page, and the same
-pictures as PNG files.
+"""What a user sees of a run while it goes: progress bar, TensorBoard page, pictures.
 
 One global step, the filter updates since the run began, orders everything on the page; going on
 with a run hides what an interrupted one wrote beyond the step where it goes on.
@@ -19,8 +18,12 @@ from tqdm import tqdm
 
 @dataclass(frozen=True)
 class EpochStats:
-    """What one epoch of a layer saw, each image when it was visited. Objective terms are means per
-    image."""
+    """What one epoch of a layer saw, each image when it was visited.
+
+    reconstruction, sparsity: the terms of the objective, means per image; snr: 10 log10 of the
+    energy of what the layer explains over that of the error; density: share of the entries of z
+    that are not zero; dead, double: filters that no map uses, and that repeat another.
+    """
 
     layer: int
     epoch: int
@@ -132,8 +135,9 @@ class Monitor:
         """A layer is finished; z are the maps of all images."""
         if self._writer is None:
             return
-        for key in ("objective", "snr", "density", "dead"):
-            self._writer.add_scalar(f"final/layer{result.layer}/{key}", getattr(result, key), step)
+        rows = [f"| {key} | {value:.6g} |" for key, value in asdict(result).items()]
+        table = "\n".join(["| all training images | |", "|---|---|", *rows])
+        self._writer.add_text(f"layer{result.layer}/result", table, step)
         nonzero = z[z != 0]
         if len(nonzero):
             self._writer.add_histogram(f"layer{result.layer}/nonzero z", nonzero, step)

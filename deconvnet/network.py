@@ -1,13 +1,8 @@
-"""A deconvolutional network: layers of filters, the inference of their maps, and the way back to
-pixels.
+"""A deconvolutional network: layers of filters, their maps, and the way back to pixels.
 
-    images -> preprocessing -> y = b_1;   layer l: z_l explains b_l;   b_(l+1) = pooled z_l /
-    scale_(l+1)
-
-    R_l = F_1 U_1 S_2 F_2 U_2 S_3 ... F_l     from the maps of layer l to the (preprocessed) image:
-    deconvolutions F,
-                                              unpoolings U with the switches of inference,
-                                              rescalings S
+    up      b_1 = the preprocessed images;  z_l explains b_l;  b_(l+1) = pooled z_l / scale_(l+1)
+    down    R_l = F_1 U_1 S_2 F_2 U_2 S_3 ... F_l, from the maps of layer l to preprocessed images:
+            deconvolutions F, unpoolings U with the switches of inference, rescalings S
 
 Layers are counted from 1, as in the papers.
 """
@@ -144,9 +139,7 @@ class Codes:
 
 
 class Layer(nn.Module):
-    """Filters (K, C, h, w), their connectivity (K, C), and the scale that the maps below are
-    divided by.
-    """
+    """Filters (K, C, h, w), their connectivity (K, C), and what the maps below are divided by."""
 
     filters: Tensor
     connectivity: Tensor
@@ -202,8 +195,7 @@ class Layer(nn.Module):
 
 
 class DeconvNet(nn.Module):
-    """A stack of layers over a preprocessing. All of its state is in its buffers: `to(device)` and
-    state_dict work."""
+    """A stack of layers over a preprocessing; all of its state is in its buffers."""
 
     def __init__(
         self,
@@ -293,18 +285,14 @@ class DeconvNet(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, codes: Codes, layer: int | None = None) -> Tensor:
-        """Pixels (N, 1 or 3, H, W) in [0, 1] from the maps of one layer (default: the highest that
-        the codes have).
-        """
+        """Pixels (N, 1 or 3, H, W) in [0, 1] from the maps of a layer, by default the highest."""
         layer = len(codes.layers) if layer is None else layer
         y = self.operator(codes, layer)(codes.layer(layer).z)
         return self.preprocessing.inverse(y, codes.record).clamp(0, 1)
 
     @torch.no_grad()
     def snr(self, codes: Codes, layer: int) -> float:
-        """SNR in dB of the reconstruction from one layer, over all images, in the preprocessed
-        domain.
-        """
+        """SNR in dB of what one layer makes of the preprocessed images, over all of them."""
         return snr(codes.y, self.operator(codes, layer)(codes.layer(layer).z))
 
     @property
@@ -312,9 +300,7 @@ class DeconvNet(nn.Module):
         return self.preprocessing.scale.device
 
     def to_parts(self, depth: int | None = None) -> tuple[dict[str, Tensor], dict]:
-        """(tensors, settings) of the network or of its lowest layers, as plain data to build it
-        again.
-        """
+        """(tensors, settings) of the network or of its lowest layers, to build it again."""
         layers = self.layers[:depth]
         above = tuple(f"layers.{index}." for index in range(len(layers), self.depth))
         tensors = {
@@ -350,9 +336,7 @@ class DeconvNet(nn.Module):
         return net
 
     def save(self, path: str | Path) -> None:
-        """Write a .safetensors file with the filters, the settings and the preprocessing: safe to
-        share and to load.
-        """
+        """Write the whole network to a .safetensors file, safe to share and to load."""
         checkpoint.save_network(Path(path), *self.to_parts())
 
 

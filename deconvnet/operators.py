@@ -1,15 +1,13 @@
-"""Linear operators from feature maps to what they explain: application, adjoint, composition, norm,
-exact solves.
+"""Linear operators from feature maps to what they explain.
 
 Every inference and every picture in this package is one of these operators, composed from
 deconvolutions F, unpoolings U and scalings:
 
-    layer l explains the maps below       A = F_l
-    layer l explains the image            A = R_l = F_1 U_1 S_1 F_2 U_2 S_2 ... F_l      with the
-    switches fixed both at once, weighted                A = both stacked some pixels are missing
-    A = mask . R_l
+    layer l explains the maps below     A = F_l
+    layer l gives back the image        A = R_l = F_1 U_1 S_2 F_2 U_2 S_3 ... F_l
 
-An operator works on batches: z (N, ...) -> y (N, ...), every image by itself.
+An operator has an adjoint, a norm and a solve of (beta I + lam A A') w = d; operators compose with
+@. It works on batches, z (N, ...) -> y (N, ...), every image by itself.
 """
 
 from __future__ import annotations

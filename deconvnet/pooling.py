@@ -5,8 +5,7 @@
 A window spans `groups` consecutive maps and h x w positions of each. Windows do not overlap; those
 at the borders, and the last group of maps, may be partial, so the pooled size is ceil(size /
 window). What survives of a window is its element of largest magnitude, with its sign; of two
-equally large ones the positive, then the first (Zeiler et al. 2011, section 2.2, and the authors'
-toolbox).
+equally large ones the positive, then the first (Zeiler et al. 2011, and the authors' toolbox).
 
 Switches are the flat indices of the survivors into the (K, H, W) maps of their image, int64, in the
 shape of the pooled maps. With the switches fixed, pooling and unpooling are linear and each other's
@@ -21,8 +20,7 @@ Window = tuple[int, int, int]
 
 
 def max_pool(z: Tensor, window: Window) -> tuple[Tensor, Tensor]:
-    """The pooled maps and their switches, both (N, ceil(K/groups), ceil(H/h), ceil(W/w)).  [p, s] =
-    P(z)."""
+    """(pooled maps, switches), both (N, ceil(K/groups), ceil(H/h), ceil(W/w)): [p, s] = P(z)."""
     if z.ndim != 4:
         raise ValueError(f"maps must have the shape (N, K, H, W), got {tuple(z.shape)}")
     if len(window) != 3 or min(window) < 1:
@@ -41,15 +39,14 @@ def max_pool(z: Tensor, window: Window) -> tuple[Tensor, Tensor]:
 
 
 def pool(z: Tensor, switches: Tensor) -> Tensor:
-    """The maps' values at the switches: p = P_s z, linear, the adjoint of `unpool`. Shape of the
-    switches."""
+    """The maps' values at the switches, in their shape: p = P_s z, the adjoint of `unpool`."""
     return z.flatten(1).gather(1, switches.flatten(1)).view(switches.shape)
 
 
 def unpool(pooled: Tensor, switches: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Maps of the given (N, K, H, W) shape with every pooled value at its switch and zeros
-    elsewhere: z = U_s p.
+    """Maps (N, K, H, W) with every pooled value at its switch and zeros elsewhere: z = U_s p.
 
+    shape: that of the maps.
     Deterministic on every device: the switches of one image are all different, so the scatter
     writes no place twice.
     """
@@ -81,9 +78,7 @@ def _windows(z: Tensor, window: Window) -> Tensor:
 
 
 def _flat_index(local: Tensor, window: Window, shape: tuple[int, ...]) -> Tensor:
-    """Indices into a window, (N, K', H', W'), turned into indices into the (K, H, W) maps of the
-    image.
-    """
+    """Indices into a window, (N, K', H', W'), as indices into the (K, H, W) maps of the image."""
     _, H, W = shape[1:]
     k, h, w = window
     group, row, column = (torch.arange(size, device=local.device) for size in local.shape[1:])

@@ -7,9 +7,9 @@
 
 The four methods share the proximal map of the prior and differ in what they do with the data term:
 
-- half_quadratic: the papers' splitting; beta rises on a schedule, each beta gets one x-step and one
-  z-step. It ends near z = x but, on a short schedule, far above the minimum of the cost
-  (docs/mathematics.md has the table).
+- half_quadratic: the splitting of the CVPR 2010 paper; beta rises on a schedule, each beta gets one
+  x-step and one z-step. It ends near z = x but, on a short schedule, far above the minimum of the
+  cost (docs/mathematics.md has the table).
 - admm: the same split with a multiplier u, at a fixed or balanced beta, over-relaxed. Reaches the
   minimum for p = 1.
 - ista, fista: a gradient step on the data term, then the proximal map; FISTA adds momentum that
@@ -206,15 +206,14 @@ def half_quadratic(
     cg_iterations: int | None = None,
     callback: Callback | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(x, z) after one x-step and one z-step for every beta in turn  (Zeiler et al. 2010, section
-    3.1).
+    """(x, z) after one x-step and one z-step for every beta in turn  (Zeiler et al. 2010).
 
         x-step   x = argmin |x|^p + beta/2 (x - z)^2                       sparsity.shrink
         z-step   (lam A'A + beta I) z = lam A'b + beta x
 
     The z-step is exact, or cg_iterations of conjugate gradients from the last z, as in the paper.
     What is returned as the solution is one more x-step: the paper keeps z, which has no zeros but
-    agrees to 1/beta.
+    is within the threshold of the last beta.
     """
     data = lam * A.adjoint(b)
     w = None
@@ -249,12 +248,12 @@ def admm(
     tolerance: float,
     callback: Callback | None = None,
 ) -> tuple[Tensor, Tensor, int]:
-    """(x, state, iterations) of the alternating direction method of multipliers, u the scaled
-    multiplier.
+    """(x, state, iterations) of the alternating direction method of multipliers (Boyd et al. 2011).
 
         z-step   (lam A'A + beta I) z = lam A'b + beta (x - u)
-        x-step   x = argmin |x|^p + beta/2 (x - (z + u))^2         with z over-relaxed against the
-        last x u-step   u <- u + z - x
+                 z <- relaxation z + (1 - relaxation) x
+        x-step   x = argmin |x|^p + beta/2 (x - (z + u))^2
+        u-step   u <- u + z - x                                    the scaled multiplier
 
     Since x = shrink(t) and u = t - x for t = z + u, the one array t is the whole state, in the
     scale of the `beta` that was given. For p = 1 it converges to the minimum; for p < 1 it is a
@@ -358,12 +357,11 @@ def _z_step(
     tolerance: float = 0.0,
     max_iterations: int = 100,
 ) -> tuple[Tensor, Tensor]:
-    """argmin_z lam/2 ||A z - b||^2 + beta/2 ||z - v||^2, and w = (b - A z) / beta to start the next
-    one from.
+    """argmin_z lam/2 ||A z - b||^2 + beta/2 ||z - v||^2, and the w that the next one starts from.
 
     Setting the gradient to zero gives z = v + lam A'w with (beta I + lam A A') w = b - A v: a
-    system in the space of the images, which has K/C times fewer unknowns than that of the maps and
-    needs A and A' only once.
+    system in the space of the images, with K/C times fewer unknowns than that of the maps. Beside
+    it A and A' are applied once each.
     """
     w = A.solve(b - A(v), lam, beta, w, tolerance=tolerance, max_iterations=max_iterations)
     return v + lam * A.adjoint(w), w

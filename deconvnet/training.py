@@ -1,5 +1,4 @@
-"""Training: layer by layer, epoch by epoch, batch by batch: infer -> sums -> update; watch, save,
-go on.
+"""Training, layer by layer, epoch by epoch: infer -> sums -> update -> watch -> save.
 
 Everything that happens in a run happens here, in order. The position of a run is two integers,
 epoch and batch, in a layer; the images of an epoch come in an order made from (seed, layer, epoch),
@@ -61,7 +60,9 @@ class LayerTrainer:
     """Learns the filters of one layer on what it has to explain, b (N, C, H, W).
 
     Holds the state of inference of every image (as z), so that each visit starts where the last one
-    ended, and the running sums of the filter update. One call of `update` is one filter update.
+    ended, the energy of every map in this epoch, and the running sums of the filter update. One
+    call of `update` is one filter update. Without a `state` from `state_dict` the filters start as
+    the settings say; with it they stay.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class LayerTrainer:
         self.settings: LearningSettings = layer.settings.learning
         self.epoch, self.batch = 0, 0
         self.codes: Tensor | None = None
+        self.energy: Tensor | None = None
         self.sums: FilterSums | None = None
         self._totals = _Totals()
         if state is None:
@@ -181,6 +183,8 @@ class LayerTrainer:
             self.codes = b.new_zeros(len(self.b), *solution.state.shape[1:])
         self.codes[part] = solution.state
         self._totals.add(solution, b)
+        energy = solution.z.double().square().sum((0, 2, 3))
+        self.energy = energy if self.energy is None else self.energy + energy
         return solution.z, solution.residual
 
     def _end_epoch(self) -> EpochStats:
@@ -193,10 +197,7 @@ class LayerTrainer:
 
     def _unused_filters(self) -> tuple[list[int], list[int]]:
         """Filters that no map uses, and filters that repeat another that is used more."""
-        if self.sums is None:
-            energy = self.codes.double().square().sum((0, 2, 3))
-        else:
-            energy = self.sums.energy
+        energy, self.energy = self.energy, None
         dead = dead_filters(energy)
         double = double_filters(self.layer.filters, energy)
         return dead, [k for k in double if k not in dead]
@@ -227,6 +228,7 @@ class LayerTrainer:
             "epoch": self.epoch,
             "batch": self.batch,
             "codes": None if self.codes is None else self.codes.cpu(),
+            "energy": None if self.energy is None else self.energy.cpu(),
             "sums": None
             if self.sums is None
             else {"linear": self.sums.linear.cpu(), "gram": self.sums.gram.cpu()},
@@ -237,6 +239,7 @@ class LayerTrainer:
         device = self.b.device
         self.epoch, self.batch = state["epoch"], state["batch"]
         self.codes = None if state["codes"] is None else state["codes"].to(device)
+        self.energy = None if state["energy"] is None else state["energy"].to(device)
         sums = state["sums"]
         self.sums = sums and FilterSums(sums["linear"].to(device), sums["gram"].to(device))
         self._totals = _Totals(**state["totals"])
@@ -301,8 +304,7 @@ def learn_filters(
     seed: int = 0,
     progress: bool = False,
 ) -> Learned:
-    """Filters under which the images have sparse maps: one layer, without a network or a run
-    folder.
+    """Filters under which the images have sparse maps: one layer without network or run folder.
 
     images: (N, C, H, W), explained as they are: remove at least their mean. `sparse_code` then
     infers the maps of these or of other images.
@@ -343,7 +345,7 @@ def train(
 ) -> list[LayerResult]:
     """Learn all layers of the network from images (N, 3, H, W) in [0, 1]; what each layer reached.
 
-    Goes on from the state of the run, saves after every epoch, and leaves <run>/network.safetensors.
+    Goes on from the state of the run, saves after every epoch, leaves <run>/network.safetensors.
     Raises Interrupted, having saved, when the process is asked to stop (Ctrl-C, SIGTERM).
     """
     position, resumed = _restore(net, images, run)
@@ -486,9 +488,7 @@ def _result(net: DeconvNet, codes: Codes, number: int, seconds: float) -> LayerR
 
 @contextmanager
 def _stop_requests() -> Iterator[Callable[[], bool]]:
-    """A function that says whether SIGINT or SIGTERM has come; a second one acts at once, as
-    without us.
-    """
+    """A function that says whether SIGINT or SIGTERM has come; a second one acts at once."""
     requested = False
 
     def handle(number: int, frame: object) -> None:

@@ -27,13 +27,14 @@ def main(cfg: DictConfig) -> None:
 
 
 def reconstruct(cfg: DictConfig) -> None:
-    source = Path(cfg.run)
+    config.check_complete(cfg)
+    source = Path(str(cfg.run))
     net = load(source).to(config.device(cfg.device))
     layer = net.depth if cfg.layer is None else _number(cfg.layer)
     net.layer(layer)
     paths = _paths(cfg.images)
     beside = source if source.is_dir() else source.parent
-    folder = Path(cfg.output or beside / "reconstructions")
+    folder = Path(str(cfg.output or beside / "reconstructions"))
     folder.mkdir(parents=True, exist_ok=True)
     for path in tqdm(paths, unit="image", leave=False, disable=len(paths) == 1):
         image = read_image(path)[None].to(net.device)
@@ -49,7 +50,7 @@ def reconstruct(cfg: DictConfig) -> None:
 
 
 def _number(layer: object) -> int:
-    if not isinstance(layer, int):
+    if not isinstance(layer, int) or isinstance(layer, bool):
         raise ValueError(f"layer={layer}: must be a whole number")
     return layer
 

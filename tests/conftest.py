@@ -15,10 +15,13 @@ ROOT = Path(__file__).resolve().parents[1]
 # Importing torch takes seconds, so it happens once: every run is a fork of this process, with its
 # own arguments, working folder and standard streams, and ends as any Python process does.
 SERVER = """
-import json, os, runpy, sys
+import gc, json, os, runpy, sys
 import torch.utils.tensorboard, skimage.data, skimage.transform, sklearn.datasets
-import deconvnet.training, deconvnet.config
+import hydra.core.plugins, deconvnet.training, deconvnet.config
 
+hydra.core.plugins.Plugins.instance()
+gc.collect()
+gc.freeze()
 for line in sys.stdin:
     order = json.loads(line)
     child = os.fork()

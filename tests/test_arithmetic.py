@@ -63,7 +63,7 @@ STACKS = [
 
 
 def painted_rows(filter_sizes, pools, boundary, unit, places):
-    """(first, last + 1) painted row of a top unit, each pooled unit standing for the row `place` of its window.
+    """(first, last + 1) painted row of a top unit, with every switch of a pooling at one place.
 
     Everything has one column and filters are of ones, so that nothing cancels.
     """

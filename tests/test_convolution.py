@@ -48,7 +48,7 @@ boundaries = pytest.mark.parametrize("boundary", BOUNDARIES)
 
 def painted_by_a_loop(z, f, image, boundary):
     """Every coefficient adds its filter, at the place that the module promises."""
-    (N, K, rows, columns), (_, C, h, w), (H, W) = z.shape, f.shape, image
+    (N, _, rows, columns), (_, C, h, w), (H, W) = z.shape, f.shape, image
     y = np.zeros((N, C, H, W))
     shift = (h - 1, w - 1) if boundary == "valid" else (0, 0)
     for i, j, a, b in np.ndindex(rows, columns, h, w):

@@ -114,7 +114,7 @@ def test_where_it_does_not_the_sums_lie_above_the_true_cost_and_touch_it():
         other = f + 10.0 ** (-seed / 5) * rand(*f.shape, seed=50 + seed)
         excess = model_cost(other, sums) + constant - true_cost(other, z, b, "valid")
         size = (other - f).square().sum()
-        # Quadratic in the step: a wrong gradient would show as an excess of the other sign or order.
+        # Quadratic in the step: a wrong gradient would show as an excess of another order.
         assert 1e-3 * size < excess < 1e3 * size
 
 
@@ -356,18 +356,18 @@ def learn(b, boundary, seed):
 def test_planted_filters_are_recovered_up_to_sign_shift_and_order(boundary):
     # 5x5 filters, strongest in the middle; the learned ones have a margin of one pixel to shift.
     position = torch.arange(5, dtype=torch.float64) - 2
-    window = torch.exp(-(position[:, None].square() + position.square()) / 2)
-    planted = normalize(window * rand(4, 1, 5, 5, seed=11))
-    generator = torch.Generator().manual_seed(12)
-    z = rand(12, 4, *map_size((24, 24), (5, 5), boundary), seed=13)
+    window = torch.exp(-(position[:, None].square() + position.square()) / (2 * 0.65**2))
+    planted = normalize(window * rand(4, 1, 5, 5, seed=21))
+    generator = torch.Generator().manual_seed(22)
+    z = rand(12, 4, *map_size((24, 24), (5, 5), boundary), seed=23)
     z = z.sign() * (1 + z.abs()) * (torch.rand(z.shape, generator=generator) < 0.008)
     b = deconvolve(z, planted, boundary=boundary)
-    first = random_filters(4, b, 7, "patches", torch.Generator().manual_seed(14))
+    first = random_filters(4, b, 7, "patches", torch.Generator().manual_seed(24))
     assert similarities(first, planted).amax(1).min() < 0.85
 
     # The cost has local minima where a filter sits at the edge of its frame, so of several starts
     # the one with the lowest cost counts: no knowledge of the truth is used.
-    results = [learn(b, boundary, seed) for seed in (14, 1014, 2014, 3014)]
+    results = [learn(b, boundary, seed) for seed in (24, 1024, 2024)]
     f, solution = min(results, key=lambda result: result[1].objective.sum().item())
     found = similarities(f, planted)
     assert found.amax(1).min() > 0.95

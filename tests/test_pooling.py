@@ -170,7 +170,7 @@ def test_wrong_shapes_and_windows_are_refused():
     for window in [(2, 2), (1, 0, 2), (1, 2, -1)]:
         with refused(f"pooling window {window}: expected three numbers (groups, h, w)"):
             max_pool(z, window)
-    with refused("pooled maps of shape (2, 2, 2, 3) and switches of shape (2, 3, 2, 3)"):
+    with refused("pooled maps of shape (2, 2, 2, 3) do not fit switches of shape (2, 3, 2, 3)"):
         unpool(pooled[:, :2], switches, z.shape)
     with refused("2 pooled images cannot be unpooled to the shape (3, 3, 4, 5)"):
         unpool(pooled, switches, (3, 3, 4, 5))

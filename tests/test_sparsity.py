@@ -73,9 +73,9 @@ def test_shrink_jumps_from_zero_at_the_threshold_where_both_cost_the_same(p, bet
 
 
 def brute_force(v, beta, p):
-    """The lowest cost over a grid between 0 and v, then finer and finer grids around the best of it.
+    """The lowest cost over a grid between 0 and v, then finer and finer ones around its best.
 
-    Two basins can tie: the best points of both halves of the grid are refined, and 0 is a candidate.
+    Two basins can tie: the best points of both halves are refined, and 0 is a candidate.
     """
     lowest = cost(scalar(0.0), v, beta, p).item()
     for low, high in ((0.0, 0.5), (0.5, 1.0)):

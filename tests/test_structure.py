@@ -1,4 +1,4 @@
-"""The package is a list of modules, each of which knows only those before it."""
+"""The package is a list of modules and folders, each of which knows only those before it."""
 
 import ast
 from pathlib import Path
@@ -23,24 +23,31 @@ ORDER = [
     "network",
     "visualization",
     "monitor",
+    "run",
     "training",
     "config",
 ]
 # The package itself and the command line see everything; nothing sees them.
 ABOVE = {"__init__", "__main__"}
 
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
+SOURCES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 
 
-def imported_modules(source):
-    """Names of the modules of this package that a source imports, at the top or inside functions."""
+def module_of(path):
+    """The place in the order that a file belongs to: its folder, or its own name."""
+    return path.parts[0].removesuffix(".py")
+
+
+def imported_modules(source, folder=()):
+    """Places in the order that a source in this folder imports from, also inside functions."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            origin = "deconvnet" if node.level else ""
-            origin = ".".join(part for part in (origin, node.module) if part)
+            here = ("deconvnet", *folder)
+            origin = here[: len(here) - node.level + 1] if node.level else ()
+            origin = ".".join((*origin, *filter(None, [node.module])))
             names = [f"{origin}.{alias.name}" for alias in node.names]
         else:
             continue
@@ -76,13 +83,24 @@ def later():
     }
 
 
-@pytest.mark.parametrize("module", [name for name in MODULES if name not in ABOVE])
-def test_a_module_imports_only_modules_before_it(module):
-    assert module in ORDER, f"{module}.py has no place in the order of the modules"
+def test_imports_inside_a_folder_are_relative_to_it():
+    source = "from . import a\nfrom .b import c\nfrom ..learning import d\nfrom .. import data"
+    assert imported_modules(source, ("visualization",)) == {"visualization", "learning", "data"}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=str)
+def test_a_module_imports_only_modules_before_it(path):
+    module = module_of(path)
+    if module in ABOVE:
+        return
+    assert module in ORDER, f"{module} has no place in the order of the modules"
     allowed = set(ORDER[: ORDER.index(module)])
-    imported = imported_modules((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
-    assert imported <= allowed, f"{module}.py imports {sorted(imported - allowed)}"
+    if len(path.parts) > 1:
+        allowed.add(module)
+    source = (PACKAGE / path).read_text(encoding="utf-8")
+    imported = imported_modules(source, path.parts[:-1])
+    assert imported <= allowed, f"{path} imports {sorted(imported - allowed)}"
 
 
 def test_there_are_modules_to_check():
-    assert {"convolution", "pooling", "sparsity", "operators", "solvers"} <= set(MODULES)
+    assert {"convolution", "pooling", "sparsity", "operators"} <= set(map(module_of, SOURCES))

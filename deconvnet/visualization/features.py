@@ -1,5 +1,4 @@
-"""The features of a layer in pixel space: each map's strongest activation, projected down through
-the layers below.
+"""The features of a layer in pixel space: each map's strongest activation, projected down.
 
 A filter of an upper layer lives on pooled maps; what it looks like in the image depends on where
 the maxima below stood. So each is shown as the papers do it (Zeiler et al. 2011): find the
@@ -36,16 +35,13 @@ class Features:
     values: Tensor
 
     def patches(self, images: Tensor) -> Tensor:
-        """(K, C, S, S): what the tiles explain, cut from images (N, C, H, W); zeros beyond the
-        border.
-        """
+        """(K, C, S, S): what the tiles explain, cut from images (N, C, H, W), zeros beyond."""
         return torch.stack([_cut(images[n], *box) for n, *box in self.boxes.tolist()])
 
 
 @torch.no_grad()
 def pixel_features(net: DeconvNet, codes: Codes, layer: int) -> Features:
-    """The strongest activation of every map of a layer over the images of the codes, in pixel
-    space.
+    """The strongest activation of every map over the images of the codes, in pixel space.
 
     Activations whose whole field lies inside the image are preferred: at the border most of a
     feature is cut off.
@@ -77,9 +73,7 @@ def _field(net: DeconvNet, layer: int, axis: int) -> Field:
 def _strongest(
     z: Tensor, rows: Field, columns: Field, image: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(image, row, column), each (K,), of the largest |z| of every map, inside the image where
-    there is one.
-    """
+    """(image, row, column), each (K,), of the largest |z| of every map, inside if possible."""
     inside = [
         torch.tensor(
             [first >= 0 and last <= size for first, last in map(field.pixels, range(count))]

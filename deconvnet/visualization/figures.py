@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from deconvnet.network import Codes, DeconvNet, snr
+from deconvnet.pooling import max_pool
 from deconvnet.preprocessing import ycbcr_to_rgb
 from deconvnet.visualization.features import pixel_features
 
@@ -27,7 +28,7 @@ def layer_pictures(net: DeconvNet, codes: Codes, images: Tensor, number: int) ->
     """The pictures of one finished layer, by name.
 
     layerN/filters: its filters in pixel space; layerN/patches (upper layers): the image patches
-    where they are strongest; layerN/reconstruction: some images and what each layer makes of them;
+    where they are strongest; layerN/reconstructed: some images and what each layer makes of them;
     layerN/maps: the feature maps of one image.
     """
     pictures = {}
@@ -40,7 +41,7 @@ def layer_pictures(net: DeconvNet, codes: Codes, images: Tensor, number: int) ->
         pictures[f"layer{number}/patches"] = grid(patches.expand(-1, 3, -1, -1))
     shown = torch.linspace(0, len(images) - 1, min(SHOWN_IMAGES, len(images))).round().long()
     some = codes.select(shown.to(net.device))
-    pictures[f"layer{number}/reconstruction"] = reconstructions(net, some, images[shown])
+    pictures[f"layer{number}/reconstructed"] = reconstructions(net, some, images[shown])
     busiest = some.layer(number).z.abs().sum((1, 2, 3)).argmax()
     pictures[f"layer{number}/maps"] = map_grid(some.layer(number).z[busiest])
     return pictures
@@ -58,22 +59,25 @@ def filter_grid(f: Tensor, *, columns: int | None = None) -> Tensor:
 
 
 def map_grid(z: Tensor, *, columns: int | None = None) -> Tensor:
-    """The maps (K, H, W) of one image as a grid: grey is zero, white positive, black negative, one
-    scale for all.
+    """The maps (K, H, W) of one image as a grid: grey is zero, white positive, black negative.
+
+    A sparse map is next to invisible as it is: of every 2x2 places the strongest is shown, and nine
+    in ten of all non-zero values are within the range from black to white, the same for all maps.
     """
-    reach = z.abs().amax().clamp(min=1e-12)
-    return grid((0.5 + 0.5 * z / reach)[:, None].expand(-1, 3, -1, -1), columns=columns)
+    strongest = max_pool(z[None], (1, 2, 2))[0][0]
+    magnitudes = strongest[strongest != 0].abs().sort().values
+    reach = magnitudes[int(0.9 * (len(magnitudes) - 1))] if len(magnitudes) else 1.0
+    tiles = (0.5 + 0.5 * strongest / reach).clamp(0, 1)
+    return grid(tiles[:, None].expand(-1, 3, -1, -1), columns=columns)
 
 
 def grid(tiles: Tensor, *, columns: int | None = None, tile: int = TILE) -> Tensor:
-    """Tiles (K, 3, h, w) in [0, 1] side by side on white, enlarged by a whole factor to about
-    `tile` pixels.
-    """
+    """Tiles (K, 3, h, w) in [0, 1] side by side on white, each about `tile` pixels wide."""
     tiles = tiles.cpu().float()
     zoom = max(1, round(tile / tiles.shape[3]))
     tiles = tiles.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
     K, _, h, w = tiles.shape
-    columns = columns or min(K, max(4, math.ceil(math.sqrt(1.6 * K))))
+    columns = columns or _columns(K)
     rows = -(-K // columns)
     gap = 3
     page = torch.full((3, rows * (h + gap) + gap, columns * (w + gap) + gap), PAPER)
@@ -83,9 +87,14 @@ def grid(tiles: Tensor, *, columns: int | None = None, tile: int = TILE) -> Tens
     return page
 
 
+def _columns(count: int) -> int:
+    """As many columns as make the page a little wider than high with the fewest gaps at its end."""
+    widths = range(math.ceil(math.sqrt(count)), math.ceil(math.sqrt(2.6 * count)) + 1)
+    return min(widths, key=lambda width: (-count % width, width))
+
+
 def reconstructions(net: DeconvNet, codes: Codes, images: Tensor) -> Tensor:
-    """Rows of images: as they came, preprocessed, reconstructed from every layer, and back to
-    pixels.
+    """Rows of images: as they came, preprocessed, from every layer, and back to pixels.
 
     The middle rows are what the layers explain, and their SNR is written beside them. The last row
     undoes the preprocessing, with what it recorded of these images (of contrast normalisation the
