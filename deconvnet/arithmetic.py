@@ -45,23 +45,26 @@ class Field:
 
 
 def receptive_field(
-    filter_sizes: Sequence[int], pools: Sequence[int], boundary: Boundary = "valid"
+    filter_sizes: Sequence[int],
+    pools: Sequence[int],
+    boundary: Boundary | Sequence[Boundary] = "valid",
 ) -> Field:
     """The field in pixels of a unit of the top layer of a stack, along one axis.
 
     filter_sizes: of the layers from the bottom to the top; pools: of the layers below the top, one
-    fewer. A unit of layer l paints filter_size units of what is below, each of which may be any of
-    the `pool` units that it stands for.
+    fewer; boundary: of all layers, or of each. A unit of layer l paints filter_size units of what
+    is below, each of which may be any of the `pool` units that it stands for.
     """
     if len(pools) != len(filter_sizes) - 1:
         raise ValueError(
             f"{len(filter_sizes)} layers have {len(filter_sizes) - 1} poolings, got {len(pools)}"
         )
+    boundaries = [boundary] * len(filter_sizes) if isinstance(boundary, str) else boundary
     size, stride, offset = 1, 1, 0
     for level, filter_size in enumerate(filter_sizes):
         if level:
             size, stride = size + (pools[level - 1] - 1) * stride, stride * pools[level - 1]
-        if boundary == "valid":
+        if boundaries[level] == "valid":
             offset -= (filter_size - 1) * stride
         size += (filter_size - 1) * stride
     return Field(size, stride, offset)

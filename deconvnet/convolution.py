@@ -44,7 +44,7 @@ def deconvolve(
     z: (N, K, H+h-1, W+w-1), or (N, K, H, W) with boundary "circular"; f: (K, C, h, w); g: (K, C) or
     None for full connectivity. Raises ValueError where the shapes do not fit.
     """
-    _check(f, boundary, z=z)
+    _check(f, boundary, method, z=z)
     f = connected(f, g)
     h, w = f.shape[2:]
     if method == "fourier":
@@ -74,7 +74,7 @@ def correlate(
     y: (N, C, H, W); f: (K, C, h, w). Returns (N, K, H+h-1, W+w-1), or (N, K, H, W) with boundary
     "circular". <deconvolve(z, f), y> = <z, correlate(y, f)>.
     """
-    _check(f, boundary, y=y)
+    _check(f, boundary, method, y=y)
     f = connected(f, g)
     h, w = f.shape[2:]
     if method == "fourier":
@@ -187,10 +187,17 @@ def _fast_length(length: int) -> int:
 
 
 def _check(
-    f: Tensor, boundary: Boundary, *, z: Tensor | None = None, y: Tensor | None = None
+    f: Tensor,
+    boundary: Boundary,
+    method: Method,
+    *,
+    z: Tensor | None = None,
+    y: Tensor | None = None,
 ) -> None:
     if boundary not in BOUNDARIES:
         raise ValueError(f"boundary={boundary!r}: choose 'valid' or 'circular'")
+    if method not in ("spatial", "fourier"):
+        raise ValueError(f"method={method!r}: choose 'spatial' or 'fourier'")
     if f.ndim != 4:
         raise ValueError(f"filters must have the shape (K, C, h, w), got {tuple(f.shape)}")
     K, C, h, w = f.shape

@@ -152,7 +152,9 @@ class Monitor:
             return
         from torch.utils.tensorboard import SummaryWriter
 
-        with SummaryWriter(str(self.folder / "inference" / f"layer{layer}")) as writer:
+        folder = self.folder / "inference" / f"layer{layer}"
+        # A run that went back shows only its last curve.
+        with SummaryWriter(str(folder), purge_step=1) as writer:
             for point in curve:
                 for key in ("objective", "beta", "density"):
                     tag = f"inference/{key} by iteration"

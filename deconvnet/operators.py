@@ -68,21 +68,26 @@ class Operator(ABC):
         )
 
     def squared_norm(self, b: Tensor) -> Tensor:
-        """||A||^2 (N, 1, 1, 1), the largest eigenvalue of A A', for each image of a batch in the
-        shape of b.
+        """||A||^2 (N, 1, 1, 1), the largest eigenvalue of A A', for each image in the shape of b.
 
-        By power iteration from one fixed start. It approaches from below, so it is rounded up by
-        2%: 1/(lam ||A||^2) has to be a step that never raises the objective.
+        By 30 steps of Lanczos' method from one fixed start, which comes far closer than a power
+        iteration does in hundreds. It approaches from below, so it is rounded up by 2%:
+        1 / (lam ||A||^2) has to be a step that does not raise the objective.
         """
         generator = torch.Generator().manual_seed(0)
         y = torch.randn(b.shape[1:], generator=generator).to(b).expand_as(b)
-        value = torch.zeros_like(b[:, :1, :1, :1])
-        for _ in range(200):
-            y = self(self.adjoint(y / norm(y).clamp(min=_TINY)))
-            previous, value = value, norm(y)
-            if ((value - previous).abs() <= 1e-4 * value).all():
-                break
-        return 1.02 * value
+        y, before, beside = y / norm(y), torch.zeros_like(y), torch.zeros_like(b[:, :1, :1, :1])
+        diagonal, off_diagonal = [], []
+        for _ in range(30):
+            moved = self(self.adjoint(y)) - beside * before
+            diagonal.append(dot(y, moved))
+            moved = moved - diagonal[-1] * y
+            beside = norm(moved)
+            off_diagonal.append(beside)
+            before, y = y, moved / beside.clamp(min=_TINY)
+        upper = torch.diag_embed(torch.stack(off_diagonal[:-1], -1).flatten(1), 1)
+        matrix = torch.diag_embed(torch.stack(diagonal, -1).flatten(1)) + upper + upper.mT
+        return 1.02 * torch.linalg.eigvalsh(matrix)[:, -1].view(-1, 1, 1, 1)
 
 
 class Deconvolution(Operator):

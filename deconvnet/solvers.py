@@ -21,6 +21,7 @@ rest of the batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -34,6 +35,8 @@ from deconvnet.sparsity import check_exponent, penalty, shrink
 METHODS = ("admm", "half_quadratic", "fista", "ista")
 Z_STEPS = ("exact", "cg")
 CHECK_EVERY = 10
+# ADMM converges only if its beta is left alone in the end.
+ADAPT_UNTIL = 100
 
 Callback = Callable[[int, Tensor, Tensor], None]
 
@@ -54,7 +57,7 @@ class SolverSettings:
     coupling: float = 2.5
     # admm: over-relaxation, 1 (none) to 1.9
     relaxation: float = 1.8
-    # admm: balance the residuals of new images by changing beta
+    # admm with p = 1: balance the residuals of new images by changing beta, in 100 iterations
     adaptive: bool = True
     # half_quadratic: the first beta, the factor from one to the next, and the bound of all
     beta_start: float = 1.0
@@ -77,10 +80,11 @@ class SolverSettings:
             raise ValueError(f"solver.tolerance={self.tolerance}: must lie between 0 and 1")
         if not 0 < self.relaxation < 2:
             raise ValueError(f"solver.relaxation={self.relaxation}: must lie between 0 and 2")
-        if not self.beta_factor > 1 or not self.beta_end >= self.beta_start:
+        rises = self.beta_factor > 1 and self.beta_start <= self.beta_end < math.inf
+        if not rises:
             raise ValueError(
                 f"solver.beta_start={self.beta_start}, beta_factor={self.beta_factor}, "
-                f"beta_end={self.beta_end}: the schedule must rise"
+                f"beta_end={self.beta_end}: the schedule must rise to a finite end"
             )
 
     def betas(self) -> list[float]:
@@ -180,7 +184,8 @@ def solve(
             start,
             beta=settings.coupling * lam,
             relaxation=settings.relaxation,
-            adaptive=settings.adaptive and not training,
+            # Where the prior is not convex a beta that keeps moving loses its way.
+            adaptive=settings.adaptive and p == 1 and not training,
             iterations=iterations,
             tolerance=tolerance,
             **common,
@@ -257,7 +262,7 @@ def admm(
 
     Since x = shrink(t) and u = t - x for t = z + u, the one array t is the whole state, in the
     scale of the `beta` that was given. For p = 1 it converges to the minimum; for p < 1 it is a
-    heuristic that works.
+    heuristic that works at a fixed beta.
     """
     beta = _per_image(beta, b)
     beta_given = beta
@@ -277,7 +282,7 @@ def admm(
             done = done | (torch.maximum(primal, dual) <= tolerance)
             if done.all():
                 break
-            if adaptive:
+            if adaptive and count <= ADAPT_UNTIL:
                 t, beta = _balance(t, x, beta, primal, dual, done)
     return x, x + (t - x) * (beta / beta_given), count
 

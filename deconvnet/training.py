@@ -349,8 +349,11 @@ def train(
     Raises Interrupted, having saved, when the process is asked to stop (Ctrl-C, SIGTERM).
     """
     position, resumed = _restore(net, images, run)
+    path = run.folder / "network.safetensors"
     if position.layer > net.depth:
         log.info("all %d layers were trained before", net.depth)
+        if not path.exists():
+            net.save(path)
         return position.results[: net.depth]
     monitor.start(position.step)
     with _stop_requests() as stop_requested:
@@ -377,7 +380,7 @@ def train(
             _show(net, codes, images, b, position, monitor)
             position.layer += 1
             position.save(run, net)
-    net.save(run.folder / "network.safetensors")
+    net.save(path)
     return position.results
 
 
@@ -390,7 +393,8 @@ class _Position:
     results: list[LayerResult]
 
     def save(self, run: Run, net: DeconvNet, trainer: LayerTrainer | None = None) -> None:
-        tensors, settings = net.to_parts(min(self.layer, net.depth))
+        # A layer whose training has not begun is no part of what was learned.
+        tensors, settings = net.to_parts(self.layer if trainer else self.layer - 1)
         state = {
             "network": {"tensors": tensors, "settings": settings},
             "layer": self.layer,

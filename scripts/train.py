@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def main(cfg: DictConfig) -> None:
         settings = config.read(cfg)
         results = run(settings, cfg, folder)
     except Interrupted:
-        log.warning("stopped and saved; the same command goes on from here: %s", command())
+        log.warning("stopped and saved; this goes on from here: %s", command())
         raise SystemExit(130) from None
     except (ValueError, OSError, Diverged) as error:
         if os.environ.get("DECONVNET_TRACEBACK"):
@@ -96,7 +97,9 @@ def shown(path: Path) -> Path:
 
 
 def command() -> str:
-    return " ".join(["python", *sys.argv])
+    """The command that goes on with this run, as one types it: without resume=false or a path."""
+    kept = (argument for argument in sys.argv if not argument.lstrip("+").startswith("resume="))
+    return shlex.join(["python", *kept])
 
 
 if __name__ == "__main__":

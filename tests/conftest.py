@@ -12,14 +12,17 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 
+# All problems here are tiny: threads that wait for each other cost ten times what they bring.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Importing torch takes seconds, so it happens once: every run is a fork of this process, with its
 # own arguments, working folder and standard streams, and ends as any Python process does.
 SERVER = """
 import gc, json, os, runpy, sys
 import torch.utils.tensorboard, skimage.data, skimage.transform, sklearn.datasets
-import hydra.core.plugins, deconvnet.training, deconvnet.config
+import deconvnet.training, deconvnet.config
 
-hydra.core.plugins.Plugins.instance()
 gc.collect()
 gc.freeze()
 for line in sys.stdin:

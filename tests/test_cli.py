@@ -153,8 +153,9 @@ def test_an_interrupted_run_says_so_and_goes_on_to_the_same_filters(
     folder = tmp_path / "here"
     folder.mkdir()
     # Slow enough to be caught: many epochs of one layer.
-    arguments = on(photos, "+layers=1", "model.layer1.learning.epochs=150")
-    command = [sys.executable, ROOT / "scripts" / "train.py", *arguments]
+    arguments = on(photos, "+layers=1", "model.layer1.learning.epochs=50")
+    # The command that goes on must not begin anew.
+    command = [sys.executable, ROOT / "scripts" / "train.py", *arguments, "resume=false"]
     process = subprocess.Popen(
         command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -166,7 +167,8 @@ def test_an_interrupted_run_says_so_and_goes_on_to_the_same_filters(
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, out + err
-    assert "Traceback" not in err and "the same command goes on" in out + err
+    assert "Traceback" not in err and "this goes on from here" in out
+    assert arguments[-1] in out and "resume=false" not in out
     assert not (folder / "runs" / "folder" / "network.safetensors").exists()
     assert script(folder, "train.py", *arguments).code == 0
     whole = tmp_path / "whole"
@@ -183,14 +185,10 @@ def test_an_interrupted_run_says_so_and_goes_on_to_the_same_filters(
         (["+layers=two"], ["two", "Integer", "layers"]),
         (["+layer=2"], ["layer: no such setting", "layers"]),
         (["model.layer1.num_map=3"], ["num_map"]),
-        (["modle=default"], ["modle"]),
         (["model=nope"], ["model/nope", "cvpr2010"]),
-        (["data=nowhere"], ["data/nowhere", "photographs"]),
         (["data=folder"], ["data.path"]),
         (["data=folder", "data.path=nowhere"], ["data.path=nowhere", "no such folder"]),
-        (["data.size=2"], ["data.size=2"]),
         (["device=nosuch"], ["device=nosuch", "cpu"]),
-        (["device=cuda:99"], ["device=cuda:99", "cpu"]),
         (["resume=nowhere", *SMALL], ["resume=nowhere", "no checkpoint"]),
         (["model.layer1.num_maps=["], ["no viable"]),
     ],

@@ -139,6 +139,22 @@ def test_updates_never_raise_the_true_cost_and_keep_unit_norms(boundary, norm):
     assert lowered >= 10
 
 
+@boundaries
+def test_more_iterations_never_end_at_a_higher_cost(boundary):
+    rose = 0
+    for seed in range(3):
+        z, f, b = problem(boundary, K=4, seed=10 * seed)
+        # Smooth maps that resemble each other: momentum overshoots.
+        z = torch.nn.functional.avg_pool2d(z, 3, 1, padding=1) + 0.5 * z.mean(1, keepdim=True)
+        sums = sums_of(z, f, b, boundary)
+        found = [update_filters(f, sums, iterations=n) for n in range(30, 61)]
+        costs = torch.stack([model_cost(f, sums)] + [model_cost(v, sums) for v in found])
+        assert (costs.diff() <= 1e-12 * costs.abs().max()).all()
+        rose += (costs.diff() == 0).any().item()
+    # Some iteration was no better than the one before, so that the best one had to be kept.
+    assert rose
+
+
 @pytest.mark.parametrize("norm", ["filter", "plane"])
 def test_updates_converge_to_a_stationary_point_on_the_spheres(norm):
     z, f, b = problem("circular", N=6)

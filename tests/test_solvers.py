@@ -142,6 +142,7 @@ def test_maps_are_zero_exactly_up_to_the_closed_form_lam(boundary):
         below = solve(A, b, lam=0.99 * lam, settings=to_the_end(method, 2000))
         assert (below.z == 0).all() and torch.equal(below.residual, b)
         assert below.objective.item() == pytest.approx(0.99 * lam / 2 * b.square().sum().item())
+        assert duality_gap(A, b, below.z, 0.99 * lam).item() == pytest.approx(0, abs=1e-12)
         above = solve(A, b, lam=1.01 * lam, settings=to_the_end(method, 2000))
         assert 0 < torch.count_nonzero(above.z) < 5
         strongest = A.adjoint(b).abs().argmax()

@@ -72,6 +72,15 @@ def test_shrink_jumps_from_zero_at_the_threshold_where_both_cost_the_same(p, bet
         assert cost(scalar(x), tau, beta, p) == pytest.approx(beta / 2 * tau**2, rel=1e-9)
 
 
+def test_at_the_threshold_itself_the_result_is_zero():
+    # Cases whose threshold is a binary fraction, so that v is exactly there.
+    for p, beta, tau in ((0.0, 2.0, 1.0), (0.0, 8.0, 0.5), (0.5, 1.0, 1.5), (1.0, 4.0, 0.25)):
+        assert threshold(beta, p)[1] == tau
+        for sign in (-1, 1):
+            assert shrink(scalar([sign * tau]), beta, p) == 0
+            assert shrink(scalar([sign * tau]), scalar([beta]), p) == 0
+
+
 def brute_force(v, beta, p):
     """The lowest cost over a grid between 0 and v, then finer and finer ones around its best.
 

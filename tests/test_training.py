@@ -4,6 +4,7 @@ stopped, damaged or deepened goes on as if it had not been."""
 import signal
 import time
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -118,7 +119,9 @@ def test_filters_have_unit_norm_and_their_connections_after_every_update(texture
         trainer.update()
         planes = small.connectivity.bool()
         assert (small.filters[~planes] == 0).all()
-        found = lengths(small.filters, (2, 3))[planes] if norm == "plane" else lengths(small.filters)
+        found = (
+            lengths(small.filters, (2, 3))[planes] if norm == "plane" else lengths(small.filters)
+        )
         assert_close(found, torch.ones_like(found), rtol=0, atol=1e-6)
         assert not torch.equal(small.filters, before)
 
@@ -228,10 +231,9 @@ def test_a_trainer_that_was_saved_and_loaded_goes_on_bit_by_bit(b, tmp_path, upd
     stats = [first.update() for _ in range(stop)]
     state = {"trainer": first.state_dict(), "filters": first.layer.filters}
     state = checkpoint.load(checkpoint.save(tmp_path, stop, state))
-    second = LayerTrainer(layer(**settings), b)
-    second.load_state_dict(state["trainer"])
-    second.layer.set_filters(torch.zeros_like(expected))
-    second.layer.filters.copy_(state["filters"])
+    same = layer(**settings)
+    same.filters.copy_(state["filters"])
+    second = LayerTrainer(same, b, state=state["trainer"])
     assert second.updates_done == stop and second.updates == 9
     while not second.done:
         stats.append(second.update())
@@ -398,7 +400,7 @@ def test_a_run_leaves_checkpoints_pictures_and_the_network(finished, images):
     pictures = {path.name for path in (folder / "pictures").iterdir()}
     assert pictures == {
         *(f"layer{number}-{kind}.png" for number in (1, 2) for kind in ("filters", "maps")),
-        *("layer1-reconstruction.png", "layer2-reconstruction.png", "layer2-patches.png"),
+        *("layer1-reconstructed.png", "layer2-reconstructed.png", "layer2-patches.png"),
     }
     assert_same_network(load(folder / "network.safetensors"), net)
     assert_same_network(load(folder), net)
@@ -420,10 +422,9 @@ def test_the_tensorboard_page_has_curves_pictures_and_the_configuration(finished
             # Updates since the run began: three an epoch, two epochs a layer.
             assert steps == ([3, 6] if number == 1 else [9, 12])
         assert f"layer{number}/seconds_per_image" in tags["scalars"]
-        for key in ("objective", "snr", "density", "dead"):
-            assert len(found.Scalars(f"final/layer{number}/{key}")) == 1
+        assert f"layer{number}/result/text_summary" in tags["tensors"]
         assert f"layer{number}/filters" in tags["images"]
-        assert f"layer{number}/reconstruction" in tags["images"]
+        assert f"layer{number}/reconstructed" in tags["images"]
         assert f"layer{number}/nonzero z" in tags["histograms"]
     text = found.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "some: text" in text
@@ -433,7 +434,9 @@ def test_the_objective_on_the_page_is_that_of_its_two_terms(finished):
     found = scalars(finished[0])
     for number in (1, 2):
         terms = (found[f"layer{number}/{key}"] for key in ("reconstruction", "sparsity"))
-        for (_, a), (_, b), (_, whole) in zip(*terms, found[f"layer{number}/objective"], strict=True):
+        for (_, a), (_, b), (_, whole) in zip(
+            *terms, found[f"layer{number}/objective"], strict=True
+        ):
             assert whole == pytest.approx(a + b, rel=1e-6)
 
 
@@ -450,10 +453,26 @@ def test_more_layers_in_the_same_folder_leave_the_first_ones_as_they_are(
     assert_same_results(both, results)
 
 
+class Dies(Monitor):
+    """A monitor of a process that is killed when its second layer begins."""
+
+    def layer(self, number, done, total):
+        if number == 2:
+            raise MemoryError
+        super().layer(number, done, total)
+
+
 def test_settings_of_a_layer_that_has_not_begun_may_still_change(images, tmp_path):
-    train_in(tmp_path, images, depth=1)
+    with pytest.raises(MemoryError), Dies(tmp_path, progress=False) as monitor:
+        train(network(), images, Run(tmp_path, SETTINGS), monitor)
+    # What was not learned is not in what was saved.
+    assert load(tmp_path).depth == 1
     settings = {**SETTINGS, "model": {**SETTINGS["model"], "layer2": {"lam": 0.5}}}
-    train_in(tmp_path, images, depth=2, settings=settings)
+    wider = network()
+    wider.layers[1] = Layer(LayerSettings(7, 3, solver=FAST), 4, seeded(0, 2))
+    with Monitor(tmp_path, progress=False) as monitor:
+        results = train(wider, images, Run(tmp_path, settings), monitor)
+    assert len(results) == 2 and load(tmp_path).layer(2).filters.shape == (7, 4, 3, 3)
 
 
 def test_fewer_layers_in_the_same_folder_are_those_of_the_deeper_run(finished, images, tmp_path):
@@ -514,6 +533,18 @@ def test_what_came_after_the_checkpoint_that_a_run_goes_on_from_is_not_shown_twi
     time.sleep(1.1)
     train_in(tmp_path, images)
     assert scalars(tmp_path) == scalars(finished[0])
+    curve = Path("inference") / "layer2"
+    assert scalars(tmp_path / curve) == scalars(finished[0] / curve)
+
+
+def test_the_course_of_inference_is_shown_to_the_end_of_every_layer(finished):
+    for number in (1, 2):
+        found = scalars(finished[0] / "inference" / f"layer{number}")
+        assert len(found) == 3
+        for points in found.values():
+            assert [step for step, _ in points] == list(range(1, 21))
+        objective = [value for _, value in found["inference/objective by iteration"]]
+        assert objective[-1] < 0.9 * objective[0] and objective[-1] < 1.01 * min(objective)
 
 
 def test_a_run_that_is_stopped_after_every_update_still_arrives(finished, images, tmp_path):
@@ -586,6 +617,24 @@ def test_runs_put_aside_are_never_mixed_when_an_older_one_was_deleted(tmp_path):
     assert len(asides) == 3
     for aside in asides:
         assert len(list((aside / "checkpoints").iterdir())) == 1
+
+
+def test_a_run_that_ended_before_its_network_was_written_writes_it(finished, images, tmp_path):
+    train_in(tmp_path, images)
+    (tmp_path / "network.safetensors").unlink()
+    train_in(tmp_path, images)
+    assert_same_network(load(tmp_path / "network.safetensors"), finished[1])
+
+
+def test_a_run_can_go_back_to_an_older_checkpoint_of_its_own(finished, images, tmp_path):
+    train_in(tmp_path, images)
+    older = min((tmp_path / "checkpoints").iterdir())
+    with pytest.raises(Interrupted):
+        train_in(tmp_path, images, resume=str(older), stop=("update", 1))
+    net, results = train_in(tmp_path, images)
+    assert_same_network(net, finished[1])
+    assert_same_results(results, finished[2])
+    assert_same_network(load(tmp_path / "previous-1"), finished[1])
 
 
 def test_nothing_is_put_aside_where_there_is_no_run(tmp_path):

@@ -52,6 +52,7 @@ def pixel_features(net: DeconvNet, codes: Codes, layer: int) -> Features:
     n, i, j = _strongest(z, rows, columns, image_size)
     values = z[n, torch.arange(z.shape[1], device=z.device), i, j]
     tops, lefts = rows.offset + rows.stride * i, columns.offset + columns.stride * j
+    side = max(rows.size, columns.size)
     tiles = []
     for maps in torch.arange(z.shape[1], device=z.device).split(CHUNK):
         images = codes.select(n[maps])
@@ -59,15 +60,15 @@ def pixel_features(net: DeconvNet, codes: Codes, layer: int) -> Features:
         one[torch.arange(len(maps)), maps, i[maps], j[maps]] = values[maps].sign()
         painted = net.operator(images, layer)(one)
         places = zip(painted, tops[maps].tolist(), lefts[maps].tolist(), strict=True)
-        tiles += [_cut(y, top, left, rows.size) for y, top, left in places]
-    boxes = torch.stack([n, tops, lefts, torch.full_like(n, rows.size)], 1)
+        tiles += [_cut(y, top, left, side) for y, top, left in places]
+    boxes = torch.stack([n, tops, lefts, torch.full_like(n, side)], 1)
     return Features(torch.stack(tiles), boxes, values)
 
 
 def _field(net: DeconvNet, layer: int, axis: int) -> Field:
     settings = [net.layer(number).settings for number in range(1, layer + 1)]
     pools = [s.pool[1 + axis] if s.pool else 1 for s in settings[:-1]]
-    return receptive_field([s.filter_size for s in settings], pools, settings[0].boundary)
+    return receptive_field([s.filter_size for s in settings], pools, [s.boundary for s in settings])
 
 
 def _strongest(
