@@ -51,6 +51,9 @@ class LearningSettings:
     norm: str = "filter"
     # re-seed filters that no map uses or that repeat another, at the end of each epoch but the last
     revive: bool = True
+    # move filters that have settled off centre to the middle of their frame, every fourth epoch in
+    # the first two thirds: a filter that is cut off by its frame is a local minimum
+    recenter: bool = True
 
     def __post_init__(self) -> None:
         for key, choices in (("update", UPDATES), ("norm", NORMS), ("init", ("patches", "random"))):
@@ -222,6 +225,27 @@ def double_filters(f: Tensor, energy: Tensor, *, similarity: float = 0.97) -> li
     for k in order:
         (double if any(alike[k, j] for j in kept) else kept).append(k)
     return sorted(double)
+
+
+def off_center(f: Tensor) -> dict[int, tuple[int, int]]:
+    """{filter: (rows, columns)}: how far to move those whose energy is not centred in the frame."""
+    h, w = f.shape[2:]
+    energy = f.double().square().sum(1)
+    energy = energy / energy.sum((1, 2), keepdim=True).clamp(min=1e-300)
+    rows = energy.sum(2) @ torch.arange(h, dtype=energy.dtype, device=f.device)
+    columns = energy.sum(1) @ torch.arange(w, dtype=energy.dtype, device=f.device)
+    moves = torch.stack([(h - 1) / 2 - rows, (w - 1) / 2 - columns], 1).round().long().tolist()
+    return {k: (i, j) for k, (i, j) in enumerate(moves) if i or j}
+
+
+def shift(planes: Tensor, rows: int, columns: int, *, wrap: bool = False) -> Tensor:
+    """Planes (..., H, W) moved down and right; zeros come in, or with wrap what went out."""
+    moved = planes.roll((rows, columns), (-2, -1))
+    if not wrap:
+        for axis, by in ((-2, rows), (-1, columns)):
+            start = 0 if by > 0 else moved.shape[axis] + by
+            moved.narrow(axis, start, abs(by)).zero_()
+    return moved
 
 
 def _map_correlations(z: Tensor, size: tuple[int, int], boundary: Boundary) -> Tensor:

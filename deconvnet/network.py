@@ -134,7 +134,8 @@ class Codes:
     def layer(self, number: int) -> LayerCodes:
         """The codes of one layer, counted from 1."""
         if not 1 <= number <= len(self.layers):
-            raise ValueError(f"layer={number}: these codes have layers 1 to {len(self.layers)}")
+            have = f"layers 1 to {len(self.layers)}" if self.layers else "no layers"
+            raise ValueError(f"layer={number}: these codes have {have}")
         return self.layers[number - 1]
 
 
@@ -241,6 +242,8 @@ class DeconvNet(nn.Module):
         layers (default all; 0 only preprocesses). chunk: images at a time, which bounds memory and
         does not change the result. progress(done, total) hears of every chunk.
         """
+        if len(images) == 0 or chunk < 1:
+            raise ValueError(f"{len(images)} images, chunk={chunk}: both must be at least 1")
         depth = self.depth if depth is None else depth
         if not 0 <= depth <= self.depth:
             raise ValueError(f"depth={depth}: this network has layers 1 to {self.depth}")
@@ -341,9 +344,7 @@ class DeconvNet(nn.Module):
 
 
 def load(path: str | Path) -> DeconvNet:
-    """A network from a run folder (its newest valid checkpoint) or from a file that
-    `DeconvNet.save` wrote.
-    """
+    """A network from a run folder, its newest valid checkpoint, or from a saved network file."""
     path = Path(path)
     if path.is_dir():
         found = checkpoint.newest(path / "checkpoints")
@@ -352,7 +353,8 @@ def load(path: str | Path) -> DeconvNet:
                 f"{path}: no checkpoint in this folder; expected a run of scripts/train.py"
             )
         state, source = found
-        tensors, settings = state["network"]["tensors"], state["network"]["settings"]
+        saved = state.get("network", {})
+        tensors, settings = saved.get("tensors"), saved.get("settings")
     elif path.is_file():
         source = path
         tensors, settings = checkpoint.load_network(path)

@@ -33,7 +33,7 @@ class Run:
         else:
             self.state = self._find(resume)
         if self.state is not None:
-            self._check_settings()
+            self._check_settings(self.folder if resume == "auto" else resume)
             if resume != "auto":
                 # The newest checkpoint of the folder must be the one that this run goes on from.
                 self._put_aside()
@@ -57,7 +57,7 @@ class Run:
             )
         return found[0]
 
-    def _check_settings(self) -> None:
+    def _check_settings(self, where: Path | str) -> None:
         begun = self.state["layer"] - (self.state["trainer"] is None)
         different = [
             key
@@ -66,7 +66,7 @@ class Run:
         ]
         if different:
             raise ValueError(
-                f"{self.folder} holds a run of other settings ({', '.join(different)}): choose "
+                f"{where} holds a run of other settings ({', '.join(different)}): choose "
                 "another name=..., or resume=false to put that run aside and start anew"
             )
 

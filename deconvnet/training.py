@@ -24,7 +24,9 @@ from deconvnet.learning import (
     dead_filters,
     double_filters,
     filter_sums,
+    off_center,
     random_filters,
+    shift,
     update_filters,
     update_filters_by_cg,
 )
@@ -46,6 +48,8 @@ log = logging.getLogger(__name__)
 
 # How many images the curve of inference is drawn for.
 CURVE_IMAGES = 4
+
+RECENTER_EVERY = 4
 
 
 class Diverged(RuntimeError):
@@ -193,6 +197,9 @@ class LayerTrainer:
         totals, self._totals = self._totals, _Totals()
         if self.settings.revive and not self.done:
             self._revive(sorted({*dead, *double}))
+        early = 3 * self.epoch <= 2 * self.settings.epochs
+        if self.settings.recenter and early and self.epoch % RECENTER_EVERY == 0:
+            self._recenter()
         return totals.stats(self, dead=len(dead), double=len(double))
 
     def _unused_filters(self) -> tuple[list[int], list[int]]:
@@ -221,6 +228,19 @@ class LayerTrainer:
         self.codes[:, filters] = 0
         if self.sums is not None:
             self.sums = self.sums.without(filters)
+
+    def _recenter(self) -> None:
+        """Move filters to the middle of their frames, and their maps the other way."""
+        layer = self.layer
+        moves = off_center(layer.filters)
+        f = layer.filters.clone()
+        wrap = layer.settings.boundary == "circular"
+        for k, (rows, columns) in moves.items():
+            f[k] = shift(f[k], rows, columns)
+            self.codes[:, k] = shift(self.codes[:, k], -rows, -columns, wrap=wrap)
+        layer.set_filters(f)
+        if self.sums is not None:
+            self.sums = self.sums.without(list(moves))
 
     def state_dict(self) -> dict:
         """Everything beside the filters that `load_state_dict` needs to go on exactly from here."""

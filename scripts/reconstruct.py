@@ -11,6 +11,10 @@ from omegaconf import DictConfig, ListConfig
 from PIL import Image
 from tqdm import tqdm
 
+# With another busy process on the machine, threads of OpenMP that spin while they wait cost up to
+# ten times the time; on a quiet machine a short spin is as fast. To be set before torch is loaded.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 from deconvnet import config, load
 from deconvnet.data import find_images, read_image
 from deconvnet.network import snr
@@ -36,17 +40,31 @@ def reconstruct(cfg: DictConfig) -> None:
     beside = source if source.is_dir() else source.parent
     folder = Path(str(cfg.output or beside / "reconstructions"))
     folder.mkdir(parents=True, exist_ok=True)
-    for path in tqdm(paths, unit="image", leave=False, disable=len(paths) == 1):
+    named = zip(paths, _names(paths), strict=True)
+    for path, name in tqdm(
+        named, total=len(paths), unit="image", leave=False, disable=len(paths) == 1
+    ):
         image = read_image(path)[None].to(net.device)
         codes = net.infer(image, depth=layer)
         pixels = net.reconstruct(codes)
-        target = folder / f"{path.stem}-layer{layer}.png"
+        target = folder / f"{name}-layer{layer}.png"
         Image.fromarray(_bytes(pixels[0])).save(target)
         shown = image if pixels.shape[1] == 3 else image.mean(1, keepdim=True)
         tqdm.write(
             f"{target}   layer {layer}: {net.snr(codes, layer):.2f} dB preprocessed, "
             f"{snr(shown, pixels):.2f} dB in pixels, {codes.layer(layer).density:.2%} of z not zero"
         )
+
+
+def _names(paths: list[Path]) -> list[str]:
+    """A name for the picture of every file: its stem, numbered where one comes again."""
+    seen: dict[str, int] = {}
+    names = []
+    for path in paths:
+        seen[path.stem] = seen.get(path.stem, 0) + 1
+        count = seen[path.stem]
+        names.append(path.stem if count == 1 else f"{path.stem}-{count}")
+    return names
 
 
 def _number(layer: object) -> int:

@@ -66,7 +66,7 @@ def test_photographs_are_the_default_and_have_shape_and_range(photographs):
 
 def test_photographs_are_the_same_every_time_and_do_not_touch_global_randomness(photographs):
     state = torch.random.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
-    again = load_images(DataSettings(), seed=1)
+    again = load_images(DataSettings())
     assert again.names == photographs.names
     assert torch.equal(again.images, photographs.images)
     assert torch.equal(torch.random.get_rng_state(), state[0])

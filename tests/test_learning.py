@@ -14,7 +14,9 @@ from deconvnet.learning import (
     double_filters,
     filter_sums,
     normalize,
+    off_center,
     random_filters,
+    shift,
     update_filters,
     update_filters_by_cg,
 )
@@ -408,3 +410,26 @@ def test_settings_out_of_range_are_refused(settings, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         LearningSettings(**settings)
     LearningSettings(batch_size=None, memory=0)
+
+
+def test_off_center_filters_are_found_and_moved_to_the_middle_without_changing_the_image():
+    f = torch.zeros(3, 2, 7, 7, dtype=torch.float64)
+    f[0, :, 0:3, 1:4] = 1.0
+    f[1, :, 2:5, 2:5] = 1.0
+    f[2, 1, 6, 6] = -1.0
+    moves = off_center(f)
+    assert moves == {0: (2, 1), 2: (-3, -3)}
+    z = torch.zeros(1, 3, 26, 26, dtype=torch.float64)
+    z[0, :, 12, 13] = torch.tensor([1.0, -2.0, 3.0])
+    before = deconvolve(z, f)
+    for k, (rows, columns) in moves.items():
+        f[k] = shift(f[k], rows, columns)
+        z[:, k] = shift(z[:, k], -rows, -columns)
+    assert off_center(f) == {}
+    assert torch.equal(deconvolve(z, f), before)
+
+
+def test_shift_brings_in_zeros_or_wraps():
+    plane = torch.arange(12.0).view(3, 4)
+    assert shift(plane, 1, -2).tolist() == [[0, 0, 0, 0], [2, 3, 0, 0], [6, 7, 0, 0]]
+    assert torch.equal(shift(plane, 1, -2, wrap=True), plane.roll((1, -2), (0, 1)))

@@ -23,6 +23,8 @@ from deconvnet import (
     sparse_code,
 )
 from deconvnet.checkpoint import CheckpointError
+from deconvnet.convolution import deconvolve
+from deconvnet.learning import normalize
 from deconvnet.monitor import Monitor
 from deconvnet.network import Layer, seeded
 from deconvnet.run import Run
@@ -275,6 +277,22 @@ def test_learn_filters_lowers_the_objective_below_that_of_random_filters(b, boun
     assert objective(b, learned.filters) < 0.8 * objective(b, random)
 
 
+def test_learn_filters_recovers_planted_filters_up_to_sign_shift_and_order():
+    """Four 5x5 filters behind sparse maps, learned from the images alone in frames of 7x7."""
+    for seed in (0, 1):
+        generator = torch.Generator().manual_seed(seed)
+        planted = normalize(torch.randn(4, 1, 5, 5, generator=generator))
+        z = torch.randn(12, 4, 36, 36, generator=generator)
+        z = z.sign() * (1 + z.abs()) * (torch.rand(z.shape, generator=generator) < 0.006)
+        images = deconvolve(z, planted)
+        learning = LearningSettings(epochs=30, batch_size=6)
+        found = learn_filters(images, 4, 7, lam=3.0, learning=learning, seed=seed).filters
+        alike = torch.nn.functional.conv2d(planted, found, padding=6).abs().amax((2, 3))
+        # Every planted filter has a found one of its own, nearly equal at the best shift.
+        assert alike.amax(1).min() > 0.98
+        assert sorted(alike.argmax(1).tolist()) == [0, 1, 2, 3]
+
+
 def test_learn_filters_refuses_what_is_not_finite_or_not_images(b):
     wrong = b.clone()
     wrong[0, 0, 0, 0] = float("nan")
@@ -405,6 +423,9 @@ def test_a_run_leaves_checkpoints_pictures_and_the_network(finished, images):
     assert_same_network(load(folder / "network.safetensors"), net)
     assert_same_network(load(folder), net)
     codes = net.infer(images)
+    # Each layer explains maps of unit size, and the first the images as they are preprocessed.
+    assert net.layer(1).scale == 1
+    assert_close(net.layer(2).scale, codes.layer(1).pooled.square().mean().sqrt())
     for number, result in enumerate(results, 1):
         assert result.layer == number and result.seconds > 0
         assert result.snr == pytest.approx(net.snr(codes, number), abs=1e-4)
