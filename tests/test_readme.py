@@ -1,0 +1,58 @@
+"""What the README shows works as it stands there."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from deconvnet import DeconvNet, LayerSettings, LearningSettings
+from deconvnet.monitor import Monitor
+from deconvnet.run import Run
+from deconvnet.training import train
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_python_of_the_readme_runs_from_top_to_bottom(tmp_path, monkeypatch, textures):
+    monkeypatch.chdir(tmp_path)
+    images = textures(2, 3, 40, 40)
+    quick = LearningSettings(epochs=1)
+    layers = [
+        LayerSettings(4, 5, pool=[1, 2, 2], learning=quick),
+        LayerSettings(4, 3, learning=quick),
+    ]
+    with Monitor(progress=False) as monitor:
+        train(DeconvNet(layers), images, Run(Path("runs/photographs"), {}), monitor)
+    names = {"images": images}
+    for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+        exec(compile(block, "README.md", "exec"), names)
+    assert names["pixels"].shape == images.shape
+    assert Path("photos.safetensors").is_file()
+    assert names["solution"].z.shape == (2, 32, 40, 40)
+    assert torch.isfinite(names["solution"].objective).all()
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/mathematics.md", "docs/architecture.md"])
+def test_what_a_page_links_to_exists(page):
+    text = (ROOT / page).read_text()
+    links = re.findall(r"\]\(([^)#]+)\)", text) + re.findall(r'src="([^"]+)"', text)
+    for link in links:
+        assert link.startswith("http") or (ROOT / page).parent.joinpath(link).is_file(), link
+
+
+def test_functions_named_in_the_mathematics_exist():
+    import importlib
+
+    text = (ROOT / "docs/mathematics.md").read_text()
+    modules = {path.stem for path in (ROOT / "deconvnet").glob("*.py")}
+    named = {m for m in re.findall(r"\b([a-z]+)\.(\w+(?:\.\w+)?)", text) if m[0] in modules}
+    assert len(named) > 30
+    for module, name in named:
+        thing = importlib.import_module(f"deconvnet.{module}")
+        for part in name.split("."):
+            if part in ("py", "md"):
+                break
+            assert hasattr(thing, part), f"{module}.{name}"
+            thing = getattr(thing, part)
