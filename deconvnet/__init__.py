@@ -4,7 +4,7 @@ from deconvnet.learning import LearningSettings
 from deconvnet.network import Codes, DeconvNet, LayerSettings, load
 from deconvnet.preprocessing import PreprocessingSettings
 from deconvnet.solvers import Solution, SolverSettings, sparse_code
-from deconvnet.training import learn_filters
+from deconvnet.trainer import learn_filters
 
 __all__ = [
     "Codes",

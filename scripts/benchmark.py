@@ -24,7 +24,7 @@ from deconvnet.network import DeconvNet, snr
 from deconvnet.operators import Deconvolution
 from deconvnet.preprocessing import PreprocessingSettings
 from deconvnet.solvers import Solution, duality_gap, solve
-from deconvnet.training import LayerTrainer
+from deconvnet.trainer import LayerTrainer
 
 SOLVERS = {
     "half_quadratic, paper (beta x6, 2 CG)": dict(method="half_quadratic", z_step="cg"),

@@ -19,7 +19,9 @@ from deconvnet import config
 from deconvnet.data import load_images
 from deconvnet.monitor import LayerResult, Monitor
 from deconvnet.network import DeconvNet
-from deconvnet.training import Diverged, Interrupted, Run, train
+from deconvnet.run import Run
+from deconvnet.trainer import Diverged
+from deconvnet.training import Interrupted, train
 
 log = logging.getLogger("train")
 

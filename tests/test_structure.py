@@ -24,6 +24,7 @@ ORDER = [
     "visualization",
     "monitor",
     "run",
+    "trainer",
     "training",
     "config",
 ]

@@ -28,7 +28,8 @@ from deconvnet.learning import normalize
 from deconvnet.monitor import Monitor
 from deconvnet.network import Layer, seeded
 from deconvnet.run import Run
-from deconvnet.training import Diverged, Interrupted, LayerTrainer, train
+from deconvnet.trainer import Diverged, LayerTrainer
+from deconvnet.training import Interrupted, train
 
 FAST = SolverSettings(iterations=20, training_iterations=3)
 EXACT = SolverSettings(iterations=300, tolerance=1e-5)
