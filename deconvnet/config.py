@@ -10,7 +10,8 @@ from __future__ import annotations
 import difflib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -23,6 +24,9 @@ from omegaconf.errors import OmegaConfBaseException
 from deconvnet.data import DataSettings
 from deconvnet.network import LayerSettings
 from deconvnet.preprocessing import PreprocessingSettings
+
+# Read before `launch` sets it for its own purpose.
+WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 
 @dataclass
@@ -123,15 +127,25 @@ def launch(main: Callable[[], None]) -> None:
 
     HYDRA_FULL_ERROR=1 in the environment shows the traceback.
     """
-    wants_all = os.environ.get("HYDRA_FULL_ERROR") == "1"
     # Hydra then raises instead of printing a traceback of its own.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         main()
     except (HydraException, OmegaConfBaseException, OSError) as error:
-        if wants_all:
+        if WANTS_TRACEBACK:
             raise
         sys.exit(f"configuration error: {_one_line(error)}")
+
+
+@contextmanager
+def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
+    """End the program with one line and exit code 1 where an error of these kinds is raised."""
+    try:
+        yield
+    except kinds as error:
+        if WANTS_TRACEBACK:
+            raise
+        raise SystemExit(f"error: {error}") from None
 
 
 def _check_keys(node: DictConfig, prefix: str = "") -> None:

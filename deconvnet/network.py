@@ -240,7 +240,7 @@ class DeconvNet(nn.Module):
 
         images: (N, 1 or 3, H, W) float in [0, 1], any size not below a filter. depth: how many
         layers (default all; 0 only preprocesses). chunk: images at a time, which bounds memory and
-        does not change the result. progress(done, total) hears of every chunk.
+        changes results by rounding only. progress(done, total) hears of every chunk.
         """
         if len(images) == 0 or chunk < 1:
             raise ValueError(f"{len(images)} images, chunk={chunk}: both must be at least 1")

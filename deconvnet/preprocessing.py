@@ -177,16 +177,6 @@ class Preprocessing(torch.nn.Module):
                 )
 
 
-def concatenate(records: list[Record]) -> Record:
-    """One record of all the images of several records of one preprocessing, in their order."""
-    if not records:
-        raise ValueError("no records to concatenate: at least one is needed")
-    return [
-        {key: torch.cat([kept[key] for kept in step]) for key in step[0]}
-        for step in zip(*records, strict=True)
-    ]
-
-
 def common_scale(parts: Iterable[Tensor], kind: str) -> float:
     """The root mean square ("rms") or the largest magnitude ("max") of all values of some tensors.
 

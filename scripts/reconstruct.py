@@ -22,12 +22,8 @@ from deconvnet.network import snr
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="reconstruct")
 def main(cfg: DictConfig) -> None:
-    try:
+    with config.one_line_errors(ValueError, OSError):
         reconstruct(cfg)
-    except (ValueError, OSError) as error:
-        if os.environ.get("DECONVNET_TRACEBACK"):
-            raise
-        raise SystemExit(f"error: {error}") from None
 
 
 def reconstruct(cfg: DictConfig) -> None:

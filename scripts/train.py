@@ -36,15 +36,11 @@ config.register()
 def main(cfg: DictConfig) -> None:
     folder = Path(HydraConfig.get().runtime.output_dir)
     try:
-        settings = config.read(cfg)
-        results = run(settings, cfg, folder)
+        with config.one_line_errors(ValueError, OSError, Diverged):
+            results = run(config.read(cfg), cfg, folder)
     except Interrupted:
         log.warning("stopped and saved; this goes on from here: %s", command())
         raise SystemExit(130) from None
-    except (ValueError, OSError, Diverged) as error:
-        if os.environ.get("DECONVNET_TRACEBACK"):
-            raise
-        raise SystemExit(f"error: {error}") from None
     summarize(results, folder)
 
 

@@ -289,3 +289,10 @@ def test_the_defaults_in_python_and_in_yaml_do_not_contradict_each_other():
     for field in dataclasses.fields(config.Config):
         if field.name not in ("name", "model", "data", "preprocessing"):
             assert getattr(settings, field.name) == field.default
+
+
+def test_errors_of_the_named_kinds_end_in_one_line_and_others_pass():
+    with pytest.raises(SystemExit, match="error: 3 is odd"), config.one_line_errors(ValueError):
+        raise ValueError("3 is odd")
+    with pytest.raises(KeyError), config.one_line_errors(ValueError):
+        raise KeyError("a bug")

@@ -10,7 +10,6 @@ from deconvnet.preprocessing import (
     STEPS,
     Preprocessing,
     PreprocessingSettings,
-    concatenate,
     local_moments,
     rgb_to_ycbcr,
     to_color,
@@ -54,7 +53,10 @@ def test_an_image_is_preprocessed_the_same_way_in_any_company(photographs, steps
     y, record = model(photographs)
     alone = [model(image) for image in photographs.split(1)]
     torch.testing.assert_close(y, torch.cat([y for y, _ in alone]))
-    joined = concatenate([record for _, record in alone])
+    same_steps = zip(*(record for _, record in alone), strict=True)
+    joined = [
+        {key: torch.cat([kept[key] for kept in step]) for key in step[0]} for step in same_steps
+    ]
     assert [list(kept) for kept in joined] == [list(kept) for kept in record]
     for ours, theirs in zip(joined, record, strict=True):
         for key in ours:
@@ -279,8 +281,6 @@ def test_a_record_of_other_images_is_refused(photographs):
         model.inverse(y, [])
     with pytest.raises(ValueError, match=r"\(N, 3, H, W\)"):
         model.inverse(y[:, :1], record)
-    with pytest.raises(ValueError, match="at least one"):
-        concatenate([])
     with pytest.raises(ValueError, match="0 images"):
         model.fit(photographs[:0])
 
