@@ -28,6 +28,8 @@ Boundary = Literal["valid", "circular"]
 Method = Literal["spatial", "fourier"]
 
 BOUNDARIES = ("valid", "circular")
+# Up to so many channels (and h times as many rows of them) painting by rows is faster.
+FEW_CHANNELS = 16
 
 
 def deconvolve(
@@ -56,8 +58,8 @@ def deconvolve(
         return painted[..., h - 1 : z.shape[2], w - 1 : z.shape[3]]
     if boundary == "circular":
         z = F.pad(z, (w - 1, 0, h - 1, 0), mode="circular")
-    if f.shape[1] == 1:
-        return _paint_one_channel(z, f)
+    if f.shape[1] <= FEW_CHANNELS:
+        return _paint_by_rows(z, f)
     return F.conv2d(z, f.flip(2, 3).transpose(0, 1))
 
 
@@ -157,17 +159,19 @@ def connected(f: Tensor, g: Tensor | None) -> Tensor:
     return f * g[:, :, None, None].to(f.dtype)
 
 
-def _paint_one_channel(z: Tensor, f: Tensor) -> Tensor:
-    """Valid deconvolution into one channel as a matrix product and a sum of shifted patches.
+def _paint_by_rows(z: Tensor, f: Tensor) -> Tensor:
+    """Valid deconvolution as the sum of what each row of the filters paints, moved into place.
 
-    The convolution routines are slow for many maps into one channel: this is about twice as fast
-    for 24 maps of 7x7 and more for larger filters.
+    The convolution routines of a CPU are slow where they make few channels: h rows of C channels
+    at once, and h additions, take about a third of the time for one channel, half for five.
     """
-    h, w = f.shape[2:]
-    height, width = z.shape[2] + h - 1, z.shape[3] + w - 1
-    patches = f.flatten(1).T @ z.flatten(2)
-    painted = F.fold(patches, (height, width), (h, w))
-    return painted[..., h - 1 : height - h + 1, w - 1 : width - w + 1]
+    K, C, h, w = f.shape
+    rows = F.conv2d(z, f.flip(2, 3).permute(2, 1, 0, 3).reshape(h * C, K, 1, w))
+    height = z.shape[2] - h + 1
+    painted = rows[:, :C, :height].clone()
+    for m in range(1, h):
+        painted += rows[:, m * C : (m + 1) * C, m : m + height]
+    return painted
 
 
 def _mix(spectrum: Tensor, filters: Tensor) -> Tensor:

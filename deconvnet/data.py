@@ -1,6 +1,7 @@
 """Where images come from: photographs of installed packages, a folder, a list, torchvision.
 
     N images · H, W pixels     images (N, 3, H, W) float32 in [0, 1], RGB
+    frames (N, 4): top, left, height, width of the picture in its image, zeros around it
 
 This module decides what a file, whatever its kind, becomes in pixels: grey is repeated to three
 planes, transparency shows white, the camera's orientation is applied. It decides what becomes of
@@ -23,13 +24,16 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional
 
-from deconvnet.preprocessing import local_moments
+from deconvnet.preprocessing import Frame, local_moments
 
 SOURCES = ("photographs", "folder", "list", "torchvision")
+FITS = ("crop", "pad")
 SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"),
     *(".ppm", ".pgm", ".pbm"),
 )
+
+SMALLEST = 8  # pixels: the least side of an image, and of a picture in its square
 
 logger = logging.getLogger(__name__)
 
@@ -42,10 +46,11 @@ class DataSettings:
     dataset: str | None = None  # torchvision: name of the class, such as CIFAR10
     split: str | None = None  # torchvision: for its split=, image_set= or train= ("train", "test")
     download: bool = False  # torchvision: allow a download
-    size: int | None = 96  # side of the square crops in pixels; null: as they are, all the same
+    size: int | None = 96  # side of the squares in pixels; null: as they are, all the same
+    fit: str = "crop"  # to those squares: crop | pad, whole pictures of any shape and zeros around
     scale: float = 0.35  # photographs: factor of reduction before they are cropped, 0 to 1
     max_images: int | None = 32  # photographs: that many of most texture; else the first; null: all
-    skip_unreadable: bool = False  # leave out files that cannot be read, with a warning
+    skip_unreadable: bool = False  # leave out files that cannot be used, with a warning
 
     def __post_init__(self) -> None:
         if not self.name.strip(".") or set(self.name) & set("/\\"):
@@ -60,8 +65,17 @@ class DataSettings:
             raise ValueError("data.dataset=None: data.source=torchvision needs the name of a class")
         if self.source == "photographs" and self.size is None:
             raise ValueError("data.size=None: the photographs differ in size, a number is needed")
-        if self.size is not None and self.size < 8:
-            raise ValueError(f"data.size={self.size}: must be at least 8")
+        if self.size is not None and self.size < SMALLEST:
+            raise ValueError(f"data.size={self.size}: must be at least {SMALLEST}")
+        if self.fit not in FITS:
+            raise ValueError(f"data.fit={self.fit!r}: choose {', '.join(FITS)}")
+        if self.fit == "pad" and self.source == "photographs":
+            raise ValueError(
+                "data.fit=pad: the images of data.source=photographs are crops; use crop, or "
+                "another source"
+            )
+        if self.fit == "pad" and self.size is None:
+            raise ValueError("data.size=None: data.fit=pad needs the side of the squares")
         if not 0 < self.scale <= 1:
             raise ValueError(f"data.scale={self.scale}: must be above 0 and at most 1")
         if self.max_images is not None and self.max_images < 1:
@@ -74,6 +88,7 @@ class DataSettings:
 class ImageSet:
     images: Tensor  # (N, 3, H, W) float32 in [0, 1]
     names: tuple[str, ...]  # one for every image
+    frames: Tensor | None = None  # (N, 4) int64, see above; None: all pictures fill their images
 
 
 # A name and the function that reads the image (3, H, W), or raises ValueError in one line.
@@ -155,26 +170,49 @@ def fit_size(image: Tensor, size: int) -> Tensor:
     short = min(height, width)
     top, left = (height - short) // 2, (width - short) // 2
     image = image[:, top : top + short, left : left + short]
-    if short == size:
+    return _resize(image, size, size)
+
+
+def pad_size(image: Tensor, size: int) -> tuple[Tensor, Frame]:
+    """The whole image in the middle of (3, size, size), its longer side `size`, and its frame.
+
+    Around it are zeros. Resampled like `fit_size`; a side that would fall below 8 pixels, too few
+    for what preprocessing needs at a border, is a ValueError.
+    """
+    longer = max(image.shape[1:])
+    height, width = (round(length * size / longer) for length in image.shape[1:])
+    if min(height, width) < SMALLEST:
+        raise ValueError(
+            f"{image.shape[1]}x{image.shape[2]} pixels become {height}x{width} in a square of "
+            f"data.size={size}: both must be at least {SMALLEST}"
+        )
+    top, left = (size - height) // 2, (size - width) // 2
+    square = image.new_zeros(3, size, size)
+    square[:, top : top + height, left : left + width] = _resize(image, height, width)
+    return square, (top, left, height, width)
+
+
+def _resize(image: Tensor, height: int, width: int) -> Tensor:
+    if image.shape[1:] == (height, width):
         return image
-    resized = functional.interpolate(image[None], (size, size), mode="bicubic", antialias=True)
+    resized = functional.interpolate(image[None], (height, width), mode="bicubic", antialias=True)
     return resized[0].clamp(0, 1)
 
 
 def _read_items(items: Iterator[Item], source: str, settings: DataSettings) -> ImageSet:
     """Reads up to max_images, fits them to one size, and reports all that failed at once."""
-    images, names, failures, enlarged = [], [], [], 0
+    images, frames, names, failures, enlarged = [], [], [], [], 0
     for name, read in items:
         try:
             image = read()
+            fitted, frame = _fit(image, name, settings)
         except ValueError as error:
             failures.append(str(error))
         else:
             names.append(name)
-            if settings.size is not None:
-                enlarged += min(image.shape[1:]) < settings.size
-                image = fit_size(image, settings.size)
-            images.append(image)
+            images.append(fitted)
+            frames.append(frame)
+            enlarged += _is_enlarged(image, settings)
         done = len(images) if settings.skip_unreadable else len(images) + len(failures)
         if done == settings.max_images:
             break
@@ -184,14 +222,37 @@ def _read_items(items: Iterator[Item], source: str, settings: DataSettings) -> I
             "%s: %d of %d images are smaller than data.size=%d and were enlarged",
             *(source, enlarged, len(images), settings.size),
         )
+    _check_one_size(images, names)
+    filled = all(frame[2:] == image.shape[1:] for frame, image in zip(frames, images, strict=True))
+    return ImageSet(torch.stack(images), tuple(names), None if filled else torch.tensor(frames))
+
+
+def _fit(image: Tensor, name: str, settings: DataSettings) -> tuple[Tensor, Frame]:
+    """The image as data.size and data.fit want it, and its frame."""
+    if settings.fit == "pad":
+        try:
+            return pad_size(image, settings.size)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    if settings.size is not None:
+        image = fit_size(image, settings.size)
+    return image, (0, 0, *image.shape[1:])
+
+
+def _is_enlarged(image: Tensor, settings: DataSettings) -> bool:
+    """Whether the side that becomes data.size is smaller."""
+    side = max(image.shape[1:]) if settings.fit == "pad" else min(image.shape[1:])
+    return settings.size is not None and side < settings.size
+
+
+def _check_one_size(images: list[Tensor], names: list[str]) -> None:
     for image, name in zip(images, names, strict=True):
         if image.shape != images[0].shape:
             (a, b), (c, d) = images[0].shape[1:], image.shape[1:]
             raise ValueError(
                 f"data.size=None: all images must have one size, but {names[0]} has {a}x{b} pixels "
-                f"and {name} {c}x{d}; a number in data.size crops them"
+                f"and {name} {c}x{d}; a number in data.size crops or, with data.fit=pad, pads them"
             )
-    return ImageSet(torch.stack(images), tuple(names))
 
 
 def _report(failures: list[str], source: str, skip: bool, *, none_left: bool) -> None:
@@ -200,11 +261,11 @@ def _report(failures: list[str], source: str, skip: bool, *, none_left: bool) ->
     listed = "; ".join(failures[:5]) + ("; ..." if len(failures) > 5 else "")
     if not skip:
         raise ValueError(
-            f"{source}: {len(failures)} of the images cannot be read: {listed} "
+            f"{source}: {len(failures)} of the images cannot be used: {listed} "
             "(data.skip_unreadable=true leaves them out)"
         )
     if none_left:
-        raise ValueError(f"{source}: none of the {len(failures)} images can be read: {listed}")
+        raise ValueError(f"{source}: none of the {len(failures)} images can be used: {listed}")
     logger.warning("%s: left out %d unreadable images: %s", source, len(failures), listed)
 
 

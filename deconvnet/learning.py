@@ -3,20 +3,24 @@
     z maps (N, K, H+h-1, W+w-1)   b what is explained (N, C, H, W)   f filters (K, C, h, w)   g
     connectivity (K, C)
 
-With the maps fixed the cost is quadratic in the filters, lam/2 ||Z f - b||^2, and two sums over
-images say all about it:
+    T from what the layer paints to what it explains: the identity, or the layers below
+
+With the maps fixed the cost is quadratic in the filters, lam/2 ||T Z f - b||^2. Without T two sums
+over images say all about it:
 
     linear  Z'b        (K, C, h, w)
     gram    Z'Z        (K, K, 2h-1, 2w-1): the correlation of every pair of maps at every shift of
     two filters
 
 Their size does not depend on the number of images, and sums of batches add. They are all that
-passes from inference to learning. Everything here is float64: sums decide.
+passes from inference to learning. Everything about them is float64: sums decide. With a T of its
+own for every image no such sums exist: there are those of a bound, ||T||^2 Z'Z with the true
+gradient, and conjugate gradients on the normal equations, which go through the images again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -24,10 +28,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deconvnet.convolution import Boundary, connected, deconvolve, filter_gradient, fourier_size
-from deconvnet.operators import conjugate_gradients
+from deconvnet.operators import Operator, conjugate_gradients
 
 UPDATES = ("proximal", "cg")
 NORMS = ("filter", "plane")
+
+# z, the residual b - T Z f, and T of some images.
+Batch = tuple[Tensor, Tensor, Operator]
 
 
 @dataclass
@@ -97,9 +104,17 @@ class FilterSums:
 
 
 def filter_sums(
-    z: Tensor, residual: Tensor, f: Tensor, g: Tensor | None = None, *, boundary: Boundary = "valid"
+    z: Tensor,
+    residual: Tensor,
+    f: Tensor,
+    g: Tensor | None = None,
+    *,
+    boundary: Boundary = "valid",
+    curvature: Tensor | None = None,
 ) -> FilterSums:
     """The sums over a batch whose maps z leave the residual b - A z (N, C, H, W) under filters f.
+
+    Through layers below, residual is T'(b - A z) and curvature ||T||^2 (N, 1, 1, 1).
 
     gram is the correlation of the whole maps. With boundary "valid" that is a little more than Z'Z,
     the maps being larger than the image, so the quadratic cost made of it lies above the true one
@@ -108,6 +123,8 @@ def filter_sums(
     """
     h, w = f.shape[2:]
     gradient = filter_gradient(z, -residual, (h, w), g, boundary=boundary).double()
+    if curvature is not None:
+        z = z * curvature.sqrt()
     gram = _map_correlations(z, (h, w), boundary)
     return FilterSums(_gram_product(gram, (h, w))(f.double()) - gradient, gram)
 
@@ -156,28 +173,33 @@ def update_filters(
 
 def update_filters_by_cg(
     f: Tensor,
-    z: Tensor,
-    b: Tensor,
+    batches: Callable[[], Iterable[Batch]],
     g: Tensor | None = None,
     *,
     norm: str = "plane",
     iterations: int = 2,
     boundary: Boundary = "valid",
 ) -> Tensor:
-    """Filters after some conjugate gradient steps on Z'Z f = Z'b from f, then unit norm.
+    """Filters after some conjugate gradient steps on Z'T'T Z f = Z'T'b from f, then unit norm.
 
-    The update of Zeiler et al. 2010, on the maps z of one batch that explain b (N, C, H, W).
+    The update of Zeiler et al. 2010 (T = I) and 2011, gradient R_(l-1)' of the residual correlated
+    with z_l. batches() goes through (z, b - T Z f, T) of the images; every step does it once.
     """
     size = tuple(f.shape[2:])
 
-    def system(v: Tensor) -> Tensor:
-        painted = deconvolve(z, v[0].view(f.shape), g, boundary=boundary)
-        return filter_gradient(z, painted, size, g, boundary=boundary).flatten(2)[None]
+    def towards_filters(pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+        total = sum(filter_gradient(z, y, size, g, boundary=boundary) for z, y in pairs)
+        return total.flatten(2)[None]
 
-    target = filter_gradient(z, b, size, g, boundary=boundary).flatten(2)[None]
-    start = connected(f, g).flatten(2)[None]
-    found = conjugate_gradients(system, target, start, tolerance=1e-6, max_iterations=iterations)
-    return normalize(found[0].view(f.shape), norm, fallback=connected(f, g))
+    def system(v: Tensor) -> Tensor:
+        v = v[0].view(f.shape)
+        painted = ((z, deconvolve(z, v, g, boundary=boundary), T) for z, _, T in batches())
+        return towards_filters((z, T.adjoint(T(y))) for z, y, T in painted)
+
+    target = towards_filters((z, T.adjoint(residual)) for z, residual, T in batches())
+    change = conjugate_gradients(system, target, tolerance=1e-6, max_iterations=iterations)
+    start = connected(f, g)
+    return normalize(start + change[0].view(f.shape), norm, fallback=start)
 
 
 def normalize(f: Tensor, norm: str = "filter", *, fallback: Tensor | None = None) -> Tensor:

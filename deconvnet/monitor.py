@@ -131,16 +131,15 @@ class Monitor:
             self._inferred = 0
             self._close_bar()
 
-    def result(self, result: LayerResult, z: Tensor, step: int) -> None:
-        """A layer is finished; z are the maps of all images."""
+    def result(self, result: LayerResult, values: Tensor, step: int) -> None:
+        """A layer is finished; values are the entries of its maps that are not zero."""
         if self._writer is None:
             return
         rows = [f"| {key} | {value:.6g} |" for key, value in asdict(result).items()]
         table = "\n".join(["| all training images | |", "|---|---|", *rows])
         self._writer.add_text(f"layer{result.layer}/result", table, step)
-        nonzero = z[z != 0]
-        if len(nonzero):
-            self._writer.add_histogram(f"layer{result.layer}/nonzero z", nonzero, step)
+        if len(values):
+            self._writer.add_histogram(f"layer{result.layer}/nonzero z", values, step)
 
     def inference(self, layer: int, curve: list[InferencePoint]) -> None:
         """How inference went in a finished layer, over its iterations.
@@ -168,10 +167,7 @@ class Monitor:
             raise ValueError(f"the picture {name} has values that are not finite")
         picture = picture.clamp(0, 1).cpu()
         self._writer.add_image(name, picture, step)
-        path = self.folder / "pictures" / f"{name.replace('/', '-')}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pixels = (picture * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-        Image.fromarray(pixels).save(path)
+        save_picture(self.folder / "pictures" / f"{name.replace('/', '-')}.png", picture)
 
     def __enter__(self) -> Monitor:
         return self
@@ -193,3 +189,10 @@ class Monitor:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+def save_picture(path: Path, picture: Tensor) -> None:
+    """Write a picture (3, H, W) in [0, 1] to a PNG file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = (picture.clamp(0, 1).cpu() * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    Image.fromarray(pixels).save(path)

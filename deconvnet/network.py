@@ -1,8 +1,11 @@
 """A deconvolutional network: layers of filters, their maps, and the way back to pixels.
 
-    up      b_1 = the preprocessed images;  z_l explains b_l;  b_(l+1) = pooled z_l / scale_(l+1)
     down    R_l = F_1 U_1 S_2 F_2 U_2 S_3 ... F_l, from the maps of layer l to preprocessed images:
             deconvolutions F, unpoolings U with the switches of inference, rescalings S
+    up      z_l explains its target b through T, T F_l z_l = b:
+            target "maps"   b = pooled z_(l-1) / scale_l, T = I                     (CVPR 2010)
+            target "image"  b = the preprocessed image, T = R_(l-1) U_(l-1) S_l     (ICCV 2011)
+            target "both"   the two, one below the other
 
 Layers are counted from 1, as in the papers.
 """
@@ -19,15 +22,23 @@ import torch
 from torch import Tensor, nn
 
 from deconvnet import checkpoint
+from deconvnet.codes import ALL, Codes, Images, LayerCodes, join
 from deconvnet.convolution import BOUNDARIES
 from deconvnet.learning import LearningSettings, normalize, random_filters
-from deconvnet.operators import Deconvolution, Operator, Scaling, Unpooling
-from deconvnet.pooling import max_pool
+from deconvnet.operators import (
+    Deconvolution,
+    Identity,
+    Operator,
+    Scaling,
+    Spreading,
+    Stack,
+    Unpooling,
+)
+from deconvnet.pooling import UNPOOLINGS, Window, max_pool, spreading_weights
 from deconvnet.preprocessing import (
     SCALES,
     Preprocessing,
     PreprocessingSettings,
-    Record,
     common_scale,
 )
 from deconvnet.solvers import Solution, SolverSettings, solve
@@ -35,6 +46,8 @@ from deconvnet.sparsity import check_exponent
 
 Progress = Callable[[int, int], None]
 
+TARGETS = ("maps", "image", "both")
+POOLINGS = ("after", "in_loop")
 WIRINGS = ("full", "singles", "doubles", "singles_and_doubles", "random_doubles")
 
 
@@ -55,9 +68,20 @@ class LayerSettings:
     connectivity: str = "full"
     # valid: maps are larger than what they explain, nothing wraps (the papers) | circular
     boundary: str = "valid"
+    # what the maps explain: maps (those below, pooled) | image (through all layers below) | both
+    target: str = "maps"
+    # target both: weight of the image's squared error beside that of the maps
+    image_weight: float = 1.0
     # [maps, rows, columns] of the max pooling between this layer and the next; null: none
     pool: list[int] | None = None
+    # when maps are pooled: after inference | in_loop, so that only maxima survive in the maps and
+    # switches are inferred with them
+    pooling: str = "after"
+    # where unpooling puts a value: switches | and, to see what they are worth, no_map | no_place |
+    # centre | average | everywhere
+    unpooling: str = "switches"
     # what becomes 1 in the maps below before they are explained: rms | max, their largest magnitude
+    # | none
     scale: str = "rms"
     # how maps are inferred
     solver: SolverSettings = field(default_factory=SolverSettings)
@@ -69,13 +93,17 @@ class LayerSettings:
             value = getattr(self, key)
             if isinstance(value, int) and value < 1:
                 raise ValueError(f"{key}={value}: must be at least 1")
-        if not self.lam > 0:
-            raise ValueError(f"lam={self.lam}: must be positive")
+        for key in ("lam", "image_weight"):
+            if not getattr(self, key) > 0:
+                raise ValueError(f"{key}={getattr(self, key)}: must be positive")
         check_exponent(self.p)
         for key, choices in (
             ("connectivity", WIRINGS),
             ("boundary", BOUNDARIES),
             ("scale", SCALES),
+            ("target", TARGETS),
+            ("pooling", POOLINGS),
+            ("unpooling", UNPOOLINGS),
         ):
             if getattr(self, key) not in choices:
                 raise ValueError(f"{key}={getattr(self, key)}: choose one of {', '.join(choices)}")
@@ -83,60 +111,25 @@ class LayerSettings:
             raise ValueError(
                 f"pool={list(self.pool)}: expected [maps, rows, columns], each at least 1, or null"
             )
+        if self.pool is None and self.pooling == "in_loop":
+            raise ValueError("pooling=in_loop: needs pool=[maps, rows, columns]")
+
+    @property
+    def window(self) -> Window | None:
+        """The window of the pooling in the loop of inference."""
+        return tuple(self.pool) if self.pooling == "in_loop" else None
 
 
 @dataclass(frozen=True)
-class LayerCodes:
-    """What inference found in one layer.
+class Target:
+    """What a layer explains, and through what: its maps minimise lam/2 ||T F z - b||^2 + |z|^p.
 
-    z: (N, K, ...) sparse maps; pooled: the maps after pooling (z itself without it); switches:
-    where the pooled values stood, as `pooling.max_pool` gives them (None without pooling);
-    reconstruction, sparsity: (N,) the two terms of the objective, float64.
+    b: (N, C, H, W), or (N, numbers, 1, 1) where it is several things at once; T: from what the
+    layer paints, in the space of the (rescaled) maps below, to b.
     """
 
-    z: Tensor
-    pooled: Tensor
-    switches: Tensor | None
-    reconstruction: Tensor
-    sparsity: Tensor
-
-    @property
-    def objective(self) -> Tensor:
-        """(N,): lam/2 ||A z - b||^2 + sum |z|^p."""
-        return self.reconstruction + self.sparsity
-
-    @property
-    def density(self) -> float:
-        """The share of the entries of z that are not zero."""
-        return float(torch.count_nonzero(self.z)) / self.z.numel()
-
-
-@dataclass(frozen=True)
-class Codes:
-    """The maps of every layer for a batch of images, and what it takes to get back to their pixels.
-
-    y: (N, C, H, W) the preprocessed images; record: what preprocessing needs to undo itself.
-    """
-
-    layers: tuple[LayerCodes, ...]
-    y: Tensor
-    record: Record = field(repr=False)
-
-    def select(self, images: Tensor) -> Codes:
-        """The codes of some images, by their indices."""
-        layers = (
-            LayerCodes(*(None if t is None else t[images] for t in vars(layer).values()))
-            for layer in self.layers
-        )
-        record = [{key: value[images] for key, value in step.items()} for step in self.record]
-        return Codes(tuple(layers), self.y[images], record)
-
-    def layer(self, number: int) -> LayerCodes:
-        """The codes of one layer, counted from 1."""
-        if not 1 <= number <= len(self.layers):
-            have = f"layers 1 to {len(self.layers)}" if self.layers else "no layers"
-            raise ValueError(f"layer={number}: these codes have {have}")
-        return self.layers[number - 1]
+    b: Tensor
+    T: Operator = Identity()
 
 
 class Layer(nn.Module):
@@ -185,14 +178,40 @@ class Layer(nn.Module):
         """F, with the filters as they are now."""
         return Deconvolution(self.filters, self.settings.boundary)
 
-    def infer(self, b: Tensor) -> Solution:
-        """The maps that explain b (N, C, H, W)."""
+    def infer(self, target: Target, **options: object) -> Solution:
+        """The maps that explain the target; options: state, step, training, callback of `solve`."""
         settings = self.settings
-        return solve(self.operator(), b, lam=settings.lam, p=settings.p, settings=settings.solver)
+        return solve(
+            target.T @ self.operator(),
+            target.b,
+            **{
+                "lam": settings.lam,
+                "p": settings.p,
+                "window": settings.window,
+                "settings": settings.solver,
+                **options,
+            },
+        )
 
-    def pool(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Pooled maps and switches; z and None where the layer has no pooling."""
-        return (z, None) if self.settings.pool is None else max_pool(z, tuple(self.settings.pool))
+    def codes(self, found: Solution) -> LayerCodes:
+        """What was found, pooled."""
+        z, pool, cost = found.z, self.settings.pool, (found.reconstruction, found.sparsity)
+        shape = tuple(z.shape[1:])
+        if pool is None:
+            return LayerCodes(z, None, shape, *cost)
+        lossless = self.settings.window is not None
+        return LayerCodes(*max_pool(z, tuple(pool)), shape, *cost, None if lossless else z)
+
+    def unpooling(self, codes: LayerCodes, images: Images = ALL) -> Operator:
+        """U, from the pooled maps of some images to maps; the identity without pooling."""
+        if codes.switches is None:
+            return Identity()
+        switches, kind = codes.switches[images], self.settings.unpooling
+        if kind == "switches":
+            return Unpooling(switches, codes.shape)
+        window = tuple(self.settings.pool)
+        weights = spreading_weights(kind, switches, codes.shape, window).to(self.filters.dtype)
+        return Spreading(weights, window)
 
 
 class DeconvNet(nn.Module):
@@ -232,15 +251,17 @@ class DeconvNet(nn.Module):
         self,
         images: Tensor,
         *,
+        frames: Tensor | None = None,
         depth: int | None = None,
         chunk: int = 8,
         progress: Progress | None = None,
     ) -> Codes:
         """The sparse maps of images, layer by layer.
 
-        images: (N, 1 or 3, H, W) float in [0, 1], any size not below a filter. depth: how many
-        layers (default all; 0 only preprocesses). chunk: images at a time, which bounds memory and
-        changes results by rounding only. progress(done, total) hears of every chunk.
+        images: (N, 1 or 3, H, W) float in [0, 1], any size not below a filter. frames: (N, 4), the
+        place of each picture in its square, as `load_images` gives them. depth: how many layers
+        (default all; 0 only preprocesses). chunk: images at a time, which bounds memory and changes
+        results by rounding only. progress(done, total) hears of every chunk.
         """
         if len(images) == 0 or chunk < 1:
             raise ValueError(f"{len(images)} images, chunk={chunk}: both must be at least 1")
@@ -249,7 +270,7 @@ class DeconvNet(nn.Module):
             raise ValueError(f"depth={depth}: this network has layers 1 to {self.depth}")
         if images.is_floating_point():
             images = images.to(self.preprocessing.scale.dtype)
-        y, record = self.preprocessing(images.to(self.device))
+        y, record = self.preprocessing(images.to(self.device), frames)
         codes = Codes((), y, record)
         for _ in range(depth):
             codes = self.extend(codes, chunk=chunk, progress=progress)
@@ -260,43 +281,66 @@ class DeconvNet(nn.Module):
         """The codes with the maps of one more layer."""
         number = len(codes.layers) + 1
         layer = self.layer(number)
-        b = codes.layers[-1].pooled if codes.layers else codes.y
-        check_size(b, layer, number)
+        check_size(self.below(codes, number), layer, number)
         parts = []
-        for part in b.split(chunk):
-            solution = layer.infer(part / layer.scale)
-            pooled, switches = layer.pool(solution.z)
-            kept = None if switches is None else pooled
-            parts.append((solution.z, kept, switches, solution.reconstruction, solution.sparsity))
+        for images in torch.arange(len(codes.y), device=self.device).split(chunk):
+            parts.append(layer.codes(layer.infer(self.target(codes, number, images))))
             if progress:
-                progress(min(len(parts) * chunk, len(b)), len(b))
-        joined = (None if same[0] is None else torch.cat(same) for same in zip(*parts, strict=True))
-        z, pooled, *rest = joined
-        found = LayerCodes(z, z if pooled is None else pooled, *rest)
-        return Codes((*codes.layers, found), codes.y, codes.record)
+                progress(min(len(parts) * chunk, len(codes.y)), len(codes.y))
+        return Codes((*codes.layers, join(parts)), codes.y, codes.record)
+
+    def below(self, codes: Codes, number: int, images: Images = ALL) -> Tensor:
+        """What layer `number` stands on: the rescaled pooled maps below it, or the image."""
+        if number == 1:
+            return codes.y[images]
+        return codes.layer(number - 1).pooled[images] / self.layer(number).scale
+
+    def target(self, codes: Codes, number: int, images: Images = ALL) -> Target:
+        """What layer `number` has to explain, by its settings, given the layers below."""
+        settings = self.layer(number).settings
+        if number == 1 or settings.target == "maps":
+            return Target(self.below(codes, number, images))
+        y, down = codes.y[images], self.down(codes, number, images)
+        if settings.target == "image":
+            return Target(y, down)
+        maps = self.below(codes, number, images)
+        both = Stack([Identity(), down], [1.0, settings.image_weight**0.5], [maps.shape, y.shape])
+        return Target(both.join([maps, y]), both)
+
+    def down(self, codes: Codes, number: int, images: Images = ALL) -> Operator:
+        """T: what layer `number` paints -> preprocessed images, with the switches of these codes.
+
+        T = F_1 U_1 S_2 ... F_(number-1) U_(number-1) S_number
+        """
+        self.layer(number)
+        T: Operator = Identity()
+        for level in range(1, number):
+            layer, scale = self.layer(level), float(self.layer(level + 1).scale)
+            T = T @ layer.operator() @ layer.unpooling(codes.layer(level), images)
+            T = T if scale == 1 else T @ Scaling(scale)
+        return T
 
     def operator(self, codes: Codes, layer: int) -> Operator:
         """R_l: maps of layer l -> preprocessed images, with the switches of these codes."""
-        self.layer(layer)
-        A: Operator = self.layer(1).operator()
-        for number in range(2, layer + 1):
-            below, upper = codes.layer(number - 1), self.layer(number)
-            if below.switches is not None:
-                A = A @ Unpooling(below.switches, below.z.shape[1:])
-            A = A @ Scaling(float(upper.scale)) @ upper.operator()
-        return A
+        return self.down(codes, layer) @ self.layer(layer).operator()
+
+    @torch.no_grad()
+    def paint(self, codes: Codes, layer: int, *, chunk: int = 8) -> Tensor:
+        """R_l z_l (N, C, H, W), what one layer makes of the preprocessed images, some at a time."""
+        parts = (codes.select(slice(n, n + chunk)) for n in range(0, len(codes.y), chunk))
+        return torch.cat([self.operator(part, layer)(part.layer(layer).z) for part in parts])
 
     @torch.no_grad()
     def reconstruct(self, codes: Codes, layer: int | None = None) -> Tensor:
         """Pixels (N, 1 or 3, H, W) in [0, 1] from the maps of a layer, by default the highest."""
         layer = len(codes.layers) if layer is None else layer
-        y = self.operator(codes, layer)(codes.layer(layer).z)
+        y = self.paint(codes, layer)
         return self.preprocessing.inverse(y, codes.record).clamp(0, 1)
 
     @torch.no_grad()
     def snr(self, codes: Codes, layer: int) -> float:
         """SNR in dB of what one layer makes of the preprocessed images, over all of them."""
-        return snr(codes.y, self.operator(codes, layer)(codes.layer(layer).z))
+        return snr(codes.y, self.paint(codes, layer))
 
     @property
     def device(self) -> torch.device:

@@ -4,7 +4,8 @@ Every inference and every picture in this package is one of these operators, com
 deconvolutions F, unpoolings U and scalings:
 
     layer l explains the maps below     A = F_l
-    layer l gives back the image        A = R_l = F_1 U_1 S_2 F_2 U_2 S_3 ... F_l
+    layer l explains the image          A = R_l = F_1 U_1 S_2 F_2 U_2 S_3 ... F_l
+    layer l explains both               A = the two stacked, each with its weight
 
 An operator has an adjoint, a norm and a solve of (beta I + lam A A') w = d; operators compose with
 @. It works on batches, z (N, ...) -> y (N, ...), every image by itself.
@@ -12,6 +13,7 @@ An operator has an adjoint, a norm and a solve of (beta I + lam A A') w = d; ope
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
@@ -41,7 +43,7 @@ class Operator(ABC):
 
     def __matmul__(self, inner: Operator) -> Operator:
         """The composition: (A @ B)(z) = A(B(z))."""
-        return Composition(self, inner)
+        return self if isinstance(inner, Identity) else Composition(self, inner)
 
     def solve(
         self,
@@ -67,18 +69,18 @@ class Operator(ABC):
             max_iterations=max_iterations,
         )
 
-    def squared_norm(self, b: Tensor) -> Tensor:
+    def squared_norm(self, b: Tensor, *, steps: int = 30) -> Tensor:
         """||A||^2 (N, 1, 1, 1), the largest eigenvalue of A A', for each image in the shape of b.
 
-        By 30 steps of Lanczos' method from one fixed start, which comes far closer than a power
-        iteration does in hundreds. It approaches from below, so it is rounded up by 2%:
-        1 / (lam ||A||^2) has to be a step that does not raise the objective.
+        By Lanczos' method from one fixed start, which comes far closer than as many power
+        iterations. It approaches from below, so it is rounded up by 2%: after 30 steps
+        1 / (lam ||A||^2) is a step that does not raise the objective.
         """
         generator = torch.Generator().manual_seed(0)
         y = torch.randn(b.shape[1:], generator=generator).to(b).expand_as(b)
         y, before, beside = y / norm(y), torch.zeros_like(y), torch.zeros_like(b[:, :1, :1, :1])
         diagonal, off_diagonal = [], []
-        for _ in range(30):
+        for _ in range(steps):
             moved = self(self.adjoint(y)) - beside * before
             diagonal.append(dot(y, moved))
             moved = moved - diagonal[-1] * y
@@ -137,7 +139,7 @@ class Deconvolution(Operator):
             preconditioner=lambda r: self._filter(r, grid, lambda s: 1 / (beta + lam * s)),
         )
 
-    def squared_norm(self, b: Tensor) -> Tensor:
+    def squared_norm(self, b: Tensor, *, steps: int = 30) -> Tensor:
         """The largest gain over the frequencies: exact where the border wraps, else a close bound
         from above.
         """
@@ -188,6 +190,32 @@ class Unpooling(Operator):
         return pooling.pool(y, self.switches)
 
 
+class Spreading(Operator):
+    """U_w: pooled maps -> maps, every value at all places of its window, with weights there."""
+
+    def __init__(self, weights: Tensor, window: pooling.Window):
+        self.weights = weights
+        self.window = window
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return pooling.spread(z, self.weights, self.window)
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        return pooling.gather(y, self.weights, self.window)
+
+
+class Identity(Operator):
+    """Nothing at all: Identity() @ A is A itself, with what A knows about its norm and solve."""
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return z
+
+    adjoint = __call__
+
+    def __matmul__(self, inner: Operator) -> Operator:
+        return inner
+
+
 class Scaling(Operator):
     """Multiplication by a number: the explicit rescaling between two layers."""
 
@@ -212,6 +240,31 @@ class Composition(Operator):
 
     def adjoint(self, y: Tensor) -> Tensor:
         return self.inner.adjoint(self.outer.adjoint(y))
+
+
+class Stack(Operator):
+    """Several operators on the same maps, one below the other: z -> (w_1 A_1 z, w_2 A_2 z, ...).
+
+    What they make has different shapes, so it is laid end to end, (N, numbers, 1, 1); `join` does
+    this to what they should make, whose squared errors then add with the weights w^2.
+    """
+
+    def __init__(self, operators: list[Operator], weights: list[float], shapes: list[torch.Size]):
+        self.operators, self.weights = operators, weights
+        self.shapes = [tuple(shape[1:]) for shape in shapes]
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return self.join([A(z) for A in self.operators])
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        parts = y.flatten(1).split([math.prod(shape) for shape in self.shapes], 1)
+        each = zip(self.operators, self.weights, parts, self.shapes, strict=True)
+        return sum(A.adjoint(w * part.reshape(-1, *shape)) for A, w, part, shape in each)
+
+    def join(self, targets: list[Tensor]) -> Tensor:
+        """The targets of the operators, weighted and end to end."""
+        each = zip(self.weights, targets, strict=True)
+        return torch.cat([w * target.flatten(1) for w, target in each], 1)[..., None, None]
 
 
 def conjugate_gradients(

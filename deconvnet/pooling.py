@@ -10,6 +10,9 @@ equally large ones the positive, then the first (Zeiler et al. 2011, and the aut
 Switches are the flat indices of the survivors into the (K, H, W) maps of their image, int64, in the
 shape of the pooled maps. With the switches fixed, pooling and unpooling are linear and each other's
 adjoint: U = P'.
+
+To see what the switches are worth there are unpoolings that forget a part of them and spread a
+value over the places that are left, with weights that each window has for itself (`spread`).
 """
 
 import torch
@@ -17,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Window = tuple[int, int, int]
+
+UNPOOLINGS = ("switches", "no_map", "no_place", "centre", "average", "everywhere")
 
 
 def max_pool(z: Tensor, window: Window) -> tuple[Tensor, Tensor]:
@@ -27,15 +32,16 @@ def max_pool(z: Tensor, window: Window) -> tuple[Tensor, Tensor]:
         raise ValueError(
             f"pooling window {window}: expected three numbers (groups, h, w), each at least 1"
         )
-    windows = _windows(z, window)
-    # The zeros that complete a partial window can win only where all of it is zero, and then the
-    # first, a real element, is taken. Both reductions return the first of several extrema.
-    largest, where_largest = windows.max(-1)
-    smallest, where_smallest = windows.min(-1)
-    positive = largest >= -smallest
-    pooled = torch.where(positive, largest, smallest)
-    local = torch.where(positive, where_largest, where_smallest)
-    return pooled, _flat_index(local, window, z.shape)
+    largest, where_largest = _pool3d(z, window)
+    smallest, where_smallest = _pool3d(-z, window)
+    positive = largest >= smallest
+    pooled = torch.where(positive, largest, -smallest)
+    return pooled, torch.where(positive, where_largest, where_smallest)
+
+
+def strongest(z: Tensor, window: Window) -> Tensor:
+    """The switches of `max_pool` alone, in about half its time; of equal magnitudes any may win."""
+    return _pool3d(z.abs(), window)[1]
 
 
 def pool(z: Tensor, switches: Tensor) -> Tensor:
@@ -64,25 +70,73 @@ def unpool(pooled: Tensor, switches: Tensor, shape: tuple[int, ...]) -> Tensor:
     return z
 
 
+def spread(pooled: Tensor, weights: Tensor, window: Window) -> Tensor:
+    """Maps with every pooled value at all places of its window: z_i = w_i p.
+
+    weights: (N or 1, K, H, W), in the shape of the maps.
+    """
+    z = pooled
+    for axis, size in enumerate(window, 1):
+        z = z.repeat_interleave(size, axis).narrow(axis, 0, weights.shape[axis])
+    return weights * z
+
+
+def gather(z: Tensor, weights: Tensor, window: Window) -> Tensor:
+    """The adjoint of `spread`: p = sum of w_i z_i over each window."""
+    return _sum_windows(weights * z, window)
+
+
+def spreading_weights(
+    kind: str, switches: Tensor, shape: tuple[int, int, int], window: Window
+) -> Tensor:
+    """The weights (N, K, H, W) of an unpooling that knows less than the switches, float32.
+
+    no_map: the place of the maximum in all maps of its group; no_place: all places of its map;
+    centre: the middle of the window, whatever the switch; average: all places of the window. Their
+    squares sum to 1 in each window, so that pooling with them undoes unpooling. everywhere: the
+    value itself at all places.
+    """
+    if kind not in UNPOOLINGS:
+        raise ValueError(f"unpooling={kind}: choose one of {', '.join(UNPOOLINGS)}")
+    if kind == "centre":
+        switches = _centres(shape, window, switches.device).expand_as(switches)
+    if kind in ("average", "everywhere"):
+        weights = torch.ones(1, *shape, device=switches.device)
+    else:
+        ones = torch.ones_like(switches, dtype=torch.float32)
+        weights = unpool(ones, switches, (len(ones), *shape))
+    forgotten = {"no_map": (window[0], 1, 1), "no_place": (1, *window[1:])}.get(kind)
+    if forgotten is not None:
+        weights = spread(_sum_windows(weights, forgotten), torch.ones_like(weights), forgotten)
+    if kind == "everywhere":
+        return weights
+    length = _sum_windows(weights.square(), window).sqrt()
+    return weights / spread(length, torch.ones_like(weights), window)
+
+
 def pooled_shape(shape: tuple[int, int, int], window: Window) -> tuple[int, int, int]:
     """(K, H, W) after pooling maps of the given (K, H, W) with this window."""
     return tuple(-(-size // step) for size, step in zip(shape, window, strict=True))
 
 
-def _windows(z: Tensor, window: Window) -> Tensor:
-    """z, completed with zeros, as (N, groups of maps, rows, columns, elements of a window)."""
+def _pool3d(z: Tensor, window: Window) -> tuple[Tensor, Tensor]:
+    """(maxima, flat indices) of windows over maps, rows and columns; of equals the first."""
+    largest, where = F.max_pool3d(z[:, None], window, ceil_mode=True, return_indices=True)
+    return largest[:, 0], where[:, 0]
+
+
+def _sum_windows(z: Tensor, window: Window) -> Tensor:
     (N, *shape), (k, h, w) = z.shape, window
     K, H, W = pooled_shape(shape, window)
     z = F.pad(z, (0, W * w - shape[2], 0, H * h - shape[1], 0, K * k - shape[0]))
-    return z.view(N, K, k, H, h, W, w).permute(0, 1, 3, 5, 2, 4, 6).reshape(N, K, H, W, k * h * w)
+    return z.view(N, K, k, H, h, W, w).sum((2, 4, 6))
 
 
-def _flat_index(local: Tensor, window: Window, shape: tuple[int, ...]) -> Tensor:
-    """Indices into a window, (N, K', H', W'), as indices into the (K, H, W) maps of the image."""
-    _, H, W = shape[1:]
-    k, h, w = window
-    group, row, column = (torch.arange(size, device=local.device) for size in local.shape[1:])
-    plane = group[:, None, None] * k + local // (h * w)
-    i = row[:, None] * h + local // w % h
-    j = column * w + local % w
-    return (plane * H + i) * W + j
+def _centres(shape: tuple[int, int, int], window: Window, device: torch.device) -> Tensor:
+    """(1, K', H', W'): switches to the middle of every window, or of what there is of it."""
+    middles = []
+    for size, step in zip(shape, window, strict=True):
+        first = torch.arange(0, size, step, device=device)
+        middles.append((first + (first + step).clamp(max=size) - 1) // 2)
+    plane, row, column = middles
+    return (plane.view(-1, 1, 1) * shape[1] + row.view(-1, 1)) * shape[2] + column[None, None]

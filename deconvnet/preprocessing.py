@@ -2,6 +2,8 @@
 
     N images · C planes (1 for "grey", else 3) · H, W pixels
     images (N, 1 or 3, H, W) in [0, 1]     y (N, C, H, W), the normalised domain
+    frames (N, 4) whole numbers: top, left, height, width of the picture in every image, the rest of
+    which is no part of it; None: pictures fill their images
 
 The steps run in the order of the settings, after the change of colour, before division by `scale`:
 
@@ -13,34 +15,32 @@ The steps run in the order of the settings, after the change of colour, before d
 
 What a step takes away and y does not hold goes into a record: a list with one dict of tensors for
 every step. Images are the first axis of all of them, so a record is sliced and joined like images.
+
+With frames every picture is preprocessed as if it were alone, and then padded with zeros (Zeiler et
+al. 2011: to 150x150). The record ends with one more dict, {"frame": frames}.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from deconvnet import filtering
+
 COLORS = ("rgb", "grey", "ycbcr")
 STEPS = ("mean", "laplacian", "contrast", "whiten")
-SCALES = ("rms", "max")
+SCALES = ("rms", "max", "none")
 
 Record = list[dict[str, Tensor]]
+Frame = tuple[int, int, int, int]  # top, left, height, width in pixels
+Groups = list[tuple[Tensor, Frame]]  # frames, and the indices of the images that have them
 
 # A local deviation below this counts as 0: it is a quarter of a grey level of 256, and
 # E[x^2] - E[x]^2 in float32 leaves a few 1e-4 where it should leave 0.
 FLAT = 1e-3
-
-# Undoing a filter: the record keeps the picture blurred by LOW_SIGMA pixels, whose agreement weighs
-# LOW_WEIGHT times the mean squared gain of the filter. Measured on the default photographs: the
-# round trip errs by 1e-6; with white noise of 0.1 in y the pixels come back with 41 dB ("laplacian"
-# and "whiten"; "contrast" has the same), while the blurred picture alone has 20 dB. With the weight
-# 1e-4 "laplacian" falls to 33 dB; with 10 it has 43 dB, but then the blur decides frequencies that
-# y is there to explain.
-LOW_SIGMA = 4.0
-LOW_WEIGHT = 0.1
 
 
 @dataclass
@@ -54,7 +54,7 @@ class PreprocessingSettings:
     divide: bool = True  # contrast: divide by the local deviation; false: only subtract the mean
     whitening_size: int = 7  # whiten: side of the filter in pixels, odd
     whitening_floor: float = 0.01  # whiten: added to all variances, relative to the largest
-    scale: str = "rms"  # what becomes 1 over the training images: rms | max, the largest magnitude
+    scale: str = "rms"  # what becomes 1 over all images: rms | max, the largest magnitude | none
 
     def __post_init__(self) -> None:
         if self.color not in COLORS:
@@ -95,49 +95,68 @@ class Preprocessing(torch.nn.Module):
         return 1 if self.settings.color == "grey" else 3
 
     @torch.no_grad()
-    def fit(self, images: Tensor) -> "Preprocessing":
+    def fit(self, images: Tensor, frames: Tensor | None = None) -> "Preprocessing":
         """Learns the whitening filter, then the scale, from images (N, 1 or 3, H, W); returns self.
 
-        scale is the root mean square of all preprocessed values, or their largest magnitude.
+        scale is the root mean square of all preprocessed values, or their largest magnitude; of
+        what is outside the frames (N, 4) nothing counts.
         One image at a time, summed in float64 on the CPU: memory does not grow with N.
         """
-        _check(images, self.settings)
+        _check(images, frames, self.settings)
         if len(images) == 0:
             raise ValueError("preprocessing cannot be fitted to 0 images")
+        pictures = _pictures(images, frames)
         steps = list(self.settings.steps)
         if "whiten" in steps:
             before = steps[: steps.index("whiten")]
-            planes = (self._preprocess(image, before)[0] for image in images.split(1))
+            planes = (self._preprocess(picture, before)[0] for picture in pictures)
             size, floor = self.settings.whitening_size, self.settings.whitening_floor
             self.whitening.copy_(whitening_filter(planes, size, floor=floor))
-        planes = (self._preprocess(image, steps)[0] for image in images.split(1))
+        planes = (self._preprocess(picture, steps)[0] for picture in pictures)
         self.scale.fill_(common_scale(planes, self.settings.scale))
         return self
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Record]:
+    def forward(self, images: Tensor, frames: Tensor | None = None) -> tuple[Tensor, Record]:
         """y (N, C, H, W) and its record, from images (N, 1 or 3, H, W) in [0, 1].
 
         Grey images are repeated for a colour network, colour images turned grey for a grey one.
+        With frames (N, 4), y and the planes of the record are 0 outside of them.
         """
-        _check(images, self.settings)
-        planes, record = self._preprocess(images, self.settings.steps)
+        _check(images, frames, self.settings)
+        if frames is None:
+            planes, record = self._preprocess(images, self.settings.steps)
+        else:
+            planes, record = self._preprocess_in_frames(images, frames.to(images.device))
         return planes / self.scale, record
 
     def inverse(self, y: Tensor, record: Record) -> Tensor:
         """Pixels (N, 1 or 3, H, W), grey or RGB, from y (N, C, H, W) and the record of its images.
 
         Undoes `forward` up to rounding. Nothing is clamped: a y that is not the image's own, like
-        that of a reconstruction, can lead outside [0, 1].
+        that of a reconstruction, can lead outside [0, 1]. Outside frames all is black, whatever y
+        has there.
         """
         self._check_record(y, record)
         planes = y * self.scale
+        if not _has_frames(record):
+            return self._undo(planes, record)
+        *record, framed = record
+        groups = _groups(framed["frame"])
+        pixels = []
+        for index, frame in groups:
+            inside = [{key: _cut(kept[key][index], frame) for key in kept} for kept in record]
+            pixels.append(self._undo(_cut(planes[index], frame), inside))
+        return _join(pixels, groups, y.shape)
+
+    def _undo(self, planes: Tensor, record: Record) -> Tensor:
+        """Pixels from planes that fill their images, before division by scale."""
         for step, kept in zip(reversed(self.settings.steps), reversed(record), strict=True):
             if step == "mean":
                 planes = planes + kept["mean"]
             elif step == "contrast":
                 planes = planes * kept["deviation"] + kept["mean"]
             else:
-                planes = _undo_filter(planes, kept["low"], self._filter(step))
+                planes = filtering.undo(planes, kept["low"], self._filter(step))
         return ycbcr_to_rgb(planes) if self.settings.color == "ycbcr" else planes
 
     def _preprocess(self, images: Tensor, steps: list[str]) -> tuple[Tensor, Record]:
@@ -154,10 +173,24 @@ class Preprocessing(torch.nn.Module):
                 planes = (planes - mean) / deviation
                 kept = {"mean": mean, "deviation": deviation}
             else:
-                kept = {"low": _blur(planes)}
-                planes = _correlate_mirrored(planes, self._filter(step))
+                kept = {"low": filtering.blur(planes)}
+                planes = filtering.correlate(planes, self._filter(step))
             record.append(kept)
         return planes, record
+
+    def _preprocess_in_frames(self, images: Tensor, frames: Tensor) -> tuple[Tensor, Record]:
+        """As if every picture were alone; those of one frame have one size and go together."""
+        groups = _groups(frames)
+        parts = [
+            self._preprocess(_cut(images[index], frame), self.settings.steps)
+            for index, frame in groups
+        ]
+        planes = _join([planes for planes, _ in parts], groups, images.shape)
+        record = [
+            {key: _join([kept[key] for kept in step], groups, images.shape) for key in step[0]}
+            for step in zip(*(record for _, record in parts), strict=True)
+        ]
+        return planes, [*record, {"frame": frames}]
 
     def _filter(self, step: str) -> Tensor:
         return self.whitening if step == "whiten" else _laplacian(self.channels).to(self.whitening)
@@ -167,9 +200,12 @@ class Preprocessing(torch.nn.Module):
             raise ValueError(
                 f"y must have the shape (N, {self.channels}, H, W), got {tuple(y.shape)}"
             )
-        if len(record) != len(self.settings.steps):
-            raise ValueError(f"record of {len(record)} steps, expected {list(self.settings.steps)}")
-        for shape in (tensor.shape for kept in record for tensor in kept.values()):
+        steps = record[:-1] if _has_frames(record) else record
+        if len(steps) != len(self.settings.steps):
+            raise ValueError(f"record of {len(steps)} steps, expected {list(self.settings.steps)}")
+        if _has_frames(record):
+            _check_frames(record[-1]["frame"], y)
+        for shape in (tensor.shape for kept in steps for tensor in kept.values()):
             if shape[0] != y.shape[0] or shape[2:] not in ((1, 1), y.shape[2:]):
                 raise ValueError(
                     f"record with a tensor of shape {tuple(shape)} does not belong to y of shape "
@@ -180,9 +216,12 @@ class Preprocessing(torch.nn.Module):
 def common_scale(parts: Iterable[Tensor], kind: str) -> float:
     """The root mean square ("rms") or the largest magnitude ("max") of all values of some tensors.
 
-    1 where there is next to nothing: a scale of 1e-8 would blow up the first real image.
+    1 for "none", and where there is next to nothing: a scale of 1e-8 would blow up the first real
+    image.
     """
     count, squares, largest = 0, 0.0, 0.0
+    if kind == "none":
+        return 1.0
     for part in parts:
         count += part.numel()
         squares += float(part.double().square().sum())
@@ -276,74 +315,6 @@ def _median(values: Tensor) -> Tensor:
     return values.sort().values[[(len(values) - 1) // 2, len(values) // 2]].mean()
 
 
-def _correlate_mirrored(planes: Tensor, f: Tensor) -> Tensor:
-    """Correlation with f (C, C, size, size); the border is mirrored and the edge repeated."""
-    margin = f.shape[-1] // 2
-    for axis in (2, 3):
-        first = planes.narrow(axis, 0, margin).flip(axis)
-        last = planes.narrow(axis, planes.shape[axis] - margin, margin).flip(axis)
-        planes = torch.cat([first, planes, last], axis)
-    return functional.conv2d(planes, f.to(planes))
-
-
-def _undo_filter(filtered: Tensor, low: Tensor, f: Tensor) -> Tensor:
-    """The planes (N, C, H, W) of which f makes `filtered` and `_blur` makes `low`, least squares:
-
-        minimise |K x - filtered|^2 + weight |B x - low|^2,
-        (K'K + weight B^2) x = K' filtered + weight B low,
-
-    a C x C system for every frequency of the image mirrored to 2H x 2W, with the gains K of f and B
-    of the blur. Both terms vanish at the original, so the round trip is exact whatever the weight;
-    the weight says how little of an error of `filtered` reaches the low frequencies, where a
-    high-pass filter has next to no gain to divide by.
-    """
-    gain, blur = _gain(f, filtered), _blur_gain(filtered)
-    channels = gain.shape[-1]
-    weight = LOW_WEIGHT * channels * gain.square().mean()
-    system = gain.mT @ gain + (weight * blur.square())[..., None, None] * torch.eye(channels).to(
-        gain
-    )
-    right = _mix(gain.mT, _spectrum(filtered)) + weight * blur * _spectrum(low)
-    return _from_spectrum(_mix(torch.linalg.inv(system), right), filtered)
-
-
-def _blur(planes: Tensor) -> Tensor:
-    """The planes under a Gaussian of LOW_SIGMA pixels, mirrored at the border."""
-    return _from_spectrum(_blur_gain(planes) * _spectrum(planes), planes)
-
-
-def _blur_gain(planes: Tensor) -> Tensor:
-    """The gain (2H, W+1) of `_blur`."""
-    height, width = planes.shape[2:]
-    u, v = torch.fft.fftfreq(2 * height), torch.fft.rfftfreq(2 * width)
-    squares = u[:, None].square() + v.square()
-    return torch.exp(-2 * (math.pi * LOW_SIGMA) ** 2 * squares).to(planes)
-
-
-def _gain(f: Tensor, planes: Tensor) -> Tensor:
-    """The gain (2H, W+1, C, C) of f, real because f is symmetric in both axes."""
-    height, width = planes.shape[2:]
-    size = f.shape[-1]
-    padded = functional.pad(f.to(planes), (0, 2 * width - size, 0, 2 * height - size))
-    centred = padded.roll((-(size // 2), -(size // 2)), (2, 3))
-    return torch.fft.rfft2(centred).real.permute(2, 3, 0, 1)
-
-
-def _spectrum(planes: Tensor) -> Tensor:
-    """The transform (N, C, 2H, W+1) of planes continued by their mirror image, without a jump."""
-    planes = torch.cat([planes, planes.flip(2)], 2)
-    return torch.fft.rfft2(torch.cat([planes, planes.flip(3)], 3))
-
-
-def _from_spectrum(spectrum: Tensor, planes: Tensor) -> Tensor:
-    height, width = planes.shape[2:]
-    return torch.fft.irfft2(spectrum, (2 * height, 2 * width))[..., :height, :width]
-
-
-def _mix(gain: Tensor, spectrum: Tensor) -> Tensor:
-    return torch.einsum("uvcd,nduv->ncuv", gain.to(spectrum.dtype), spectrum)
-
-
 def _gaussian(planes: Tensor, window: int, sigma: float) -> Tensor:
     """Every plane averaged under a Gaussian window; the border reflected, the edge not repeated."""
     offsets = torch.arange(window, dtype=torch.float64) - window // 2
@@ -372,25 +343,57 @@ def _luma(rgb: Tensor) -> Tensor:
     return 0.299 * rgb[:, :1] + 0.587 * rgb[:, 1:2] + 0.114 * rgb[:, 2:]
 
 
-def _check(images: Tensor, settings: PreprocessingSettings) -> None:
+def _pictures(images: Tensor, frames: Tensor | None) -> list[Tensor]:
+    """Every picture alone, (1, C, height, width)."""
+    if frames is None:
+        return list(images.split(1))
+    return [
+        _cut(image, frame) for image, frame in zip(images.split(1), frames.tolist(), strict=True)
+    ]
+
+
+def _groups(frames: Tensor) -> Groups:
+    return [
+        ((frames == frame).all(1).nonzero()[:, 0], tuple(frame.tolist()))
+        for frame in frames.unique(dim=0)
+    ]
+
+
+def _cut(planes: Tensor, frame: Frame) -> Tensor:
+    """The part of planes (N, C, H, W) inside a frame, not copied; one number a plane stays."""
+    if planes.shape[2:] == (1, 1):
+        return planes
+    top, left, height, width = frame
+    return planes[:, :, top : top + height, left : left + width]
+
+
+def _join(parts: list[Tensor], groups: Groups, shape: torch.Size) -> Tensor:
+    """The planes (N, C, H, W) that `_cut` makes the parts of, 0 outside the frames; N, H, W as in
+    `shape`."""
+    size = (1, 1) if parts[0].shape[2:] == (1, 1) else shape[2:]
+    joined = parts[0].new_zeros(shape[0], parts[0].shape[1], *size)
+    for part, (index, frame) in zip(parts, groups, strict=True):
+        _cut(joined, frame)[index] = part
+    return joined
+
+
+def _has_frames(record: Record) -> bool:
+    return bool(record) and "frame" in record[-1]
+
+
+def _check(images: Tensor, frames: Tensor | None, settings: PreprocessingSettings) -> None:
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         raise ValueError(f"images must have the shape (N, 1 or 3, H, W), got {tuple(images.shape)}")
     if not images.is_floating_point():
         raise ValueError(
             f"images are {images.dtype}: must be floats in [0, 1]; divide 0..255 by 255"
         )
-    margins = {
-        "laplacian": 3,
-        "contrast": settings.window // 2 + 1,
-        "whiten": settings.whitening_size,
-    }
-    for step, margin in ((step, margins.get(step, 1)) for step in settings.steps):
-        if min(images.shape[2:]) < margin:
-            height, width = images.shape[2:]
-            raise ValueError(
-                f"images of {height}x{width} pixels are too small for the step {step!r}: "
-                f"it needs at least {margin}x{margin}"
-            )
+    if frames is None:
+        _check_size("images", images.shape[2:], settings)
+    else:
+        _check_frames(frames, images)
+        for index, (_, _, *size) in enumerate(frames.tolist()):
+            _check_size(f"image {index}", size, settings)
     for index, image in enumerate(images):
         low, high = image.aminmax()
         if not (low.isfinite() and high.isfinite()):
@@ -400,4 +403,36 @@ def _check(images: Tensor, settings: PreprocessingSettings) -> None:
             raise ValueError(
                 f"image {index} has values from {low:.4g} to {high:.4g}: must be in [0, 1]; "
                 "divide images of 0..255 by 255"
+            )
+
+
+def _check_size(what: str, size: Sequence[int], settings: PreprocessingSettings) -> None:
+    """Every step needs its border: a mirror image has no more pixels than the picture."""
+    margins = {
+        "laplacian": 3,
+        "contrast": settings.window // 2 + 1,
+        "whiten": settings.whitening_size,
+    }
+    for step, margin in ((step, margins.get(step, 1)) for step in settings.steps):
+        if min(size) < margin:
+            raise ValueError(
+                f"{what} of {size[0]}x{size[1]} pixels: too small for the step {step!r}, "
+                f"which needs at least {margin}x{margin}"
+            )
+
+
+def _check_frames(frames: Tensor, images: Tensor) -> None:
+    number, (height, width) = len(images), images.shape[2:]
+    if frames.shape != (number, 4) or frames.dtype != torch.int64:
+        raise ValueError(
+            f"frames must be whole numbers (int64) of shape ({number}, 4): top, left, height, "
+            f"width; got {frames.dtype} of shape {tuple(frames.shape)}"
+        )
+    for index, (top, left, h, w) in enumerate(frames.tolist()):
+        inside = 0 <= top <= height - h and 0 <= left <= width - w
+        # A record tells planes from single numbers by their size.
+        if not inside or min(h, w) < 2:
+            raise ValueError(
+                f"frame {index} is {[top, left, h, w]}: top, left, height, width must be those of "
+                f"2x2 pixels or more inside {height}x{width}"
             )

@@ -3,6 +3,7 @@
     minimise over z, for every image by itself      lam/2 ||A z - b||^2 + sum |z|^p
 
     b what is explained (N, C, H, W)   A operator, maps -> b   z maps (N, K, ...)   0 <= p <= 1
+    window: if given, at most one entry of z in each pooling window is not zero (sparsity)
     x auxiliary maps, as z: x carries the prior, z the data, and beta/2 ||z - x||^2 couples them
 
 The four methods share the proximal map of the prior and differ in what they do with the data term:
@@ -12,8 +13,9 @@ The four methods share the proximal map of the prior and differ in what they do 
   cost (docs/mathematics.md has the table).
 - admm: the same split with a multiplier u, at a fixed or balanced beta, over-relaxed. Reaches the
   minimum for p = 1.
-- ista, fista: a gradient step on the data term, then the proximal map; FISTA adds momentum that
-  restarts whenever it points uphill. They need only A, A' and the norm of A.
+- ista, fista: a gradient step on the data term, then the proximal map; FISTA adds momentum. They
+  need only A and A', and their objective never rises, with a window neither: the place for
+  operators through several layers.
 
 Parameters that adapt and tests that stop are per image, so that a result does not depend on the
 rest of the batch.
@@ -30,11 +32,15 @@ from torch import Tensor
 
 from deconvnet.convolution import Boundary
 from deconvnet.operators import Deconvolution, Operator, conjugate_gradients, dot, norm
-from deconvnet.sparsity import check_exponent, penalty, shrink
+from deconvnet.pooling import Window
+from deconvnet.sparsity import check_exponent, penalties, shrink
 
 METHODS = ("admm", "half_quadratic", "fista", "ista")
 Z_STEPS = ("exact", "cg")
 CHECK_EVERY = 10
+# The gradient step grows by this factor in an iteration, and falls to this share of what the
+# curvature would allow (measured on four layers: 1.5 and more is no faster and often refused).
+GROWTH, CAUTION = 1.02, 0.9
 # ADMM converges only if its beta is left alone in the end.
 ADAPT_UNTIL = 100
 
@@ -57,7 +63,8 @@ class SolverSettings:
     coupling: float = 2.5
     # admm: over-relaxation, 1 (none) to 1.9
     relaxation: float = 1.8
-    # admm with p = 1: balance the residuals of new images by changing beta, in 100 iterations
+    # admm with p = 1: balance the residuals of new images by changing beta, in 100 iterations;
+    # fista, ista: let the step follow the curvature that is met, far beyond what is always safe
     adaptive: bool = True
     # half_quadratic: the first beta, the factor from one to the next, and the bound of all
     beta_start: float = 1.0
@@ -66,6 +73,9 @@ class SolverSettings:
     # half_quadratic: how the z-step is solved: exact, or cg_iterations of conjugate gradients (cg)
     z_step: str = "exact"
     cg_iterations: int = 2
+    # fista, ista: the first gradient step, which is also the threshold, and with adaptive: false
+    # all of them; null: from the curvature, or 1 / (lam ||A||^2)
+    step: float | None = None
 
     def __post_init__(self) -> None:
         _choose("solver.method", self.method, METHODS)
@@ -73,8 +83,8 @@ class SolverSettings:
         for key in ("iterations", "training_iterations", "cg_iterations"):
             if getattr(self, key) < 1:
                 raise ValueError(f"solver.{key}={getattr(self, key)}: must be at least 1")
-        for key in ("coupling", "beta_start"):
-            if not getattr(self, key) > 0:
+        for key in ("coupling", "beta_start", "step"):
+            if getattr(self, key) is not None and not getattr(self, key) > 0:
                 raise ValueError(f"solver.{key}={getattr(self, key)}: must be positive")
         if not 0 <= self.tolerance < 1:
             raise ValueError(f"solver.tolerance={self.tolerance}: must lie between 0 and 1")
@@ -101,7 +111,8 @@ class Solution:
 
     objective: (N,) in float64, and its terms: reconstruction, lam/2 ||A z - b||^2, and sparsity,
     sum |z|^p. residual: b - A z, in the shape of b. iterations: the most that an image took.
-    state: what a later call needs to go on from here, in the shape of z.
+    state: what a later call needs to go on from here, in the shape of z. step: (N, 1, 1, 1), the
+    gradient step that served each image, for a later call (fista, ista; else None).
     """
 
     z: Tensor
@@ -110,6 +121,7 @@ class Solution:
     sparsity: Tensor
     iterations: int
     state: Tensor = field(repr=False)
+    step: Tensor | None = field(default=None, repr=False)
 
     @property
     def objective(self) -> Tensor:
@@ -152,12 +164,14 @@ def solve(
     *,
     lam: float,
     p: float = 1.0,
+    window: Window | None = None,
     settings: SolverSettings,
     state: Tensor | None = None,
+    step: Tensor | None = None,
     training: bool = False,
     callback: Callback | None = None,
 ) -> Solution:
-    """Infer z by the method of the settings, from z = 0 or from the state of an earlier solution.
+    """Infer z by the method of the settings, from z = 0 or from state and step of an earlier one.
 
     With `training` it is one visit of a training epoch: few iterations, nothing adapts, nothing
     stops early. callback(i, z, beta) sees the sparse maps after iteration i = 1, 2, ... and the
@@ -169,12 +183,12 @@ def solve(
     iterations = settings.training_iterations if training else settings.iterations
     tolerance = 0.0 if training else settings.tolerance
     start = torch.zeros_like(A.adjoint(b)) if state is None else state
-    common = dict(lam=lam, p=p, callback=callback)
+    common = dict(lam=lam, p=p, window=window, callback=callback)
     if settings.method == "half_quadratic":
-        steps = settings.cg_iterations if settings.z_step == "cg" else None
+        cg = settings.cg_iterations if settings.z_step == "cg" else None
         passes = 1 if training else iterations
         z, state = half_quadratic(
-            A, b, start, betas=settings.betas() * passes, cg_iterations=steps, **common
+            A, b, start, betas=settings.betas() * passes, cg_iterations=cg, **common
         )
         count = passes * len(settings.betas())
     elif settings.method == "admm":
@@ -185,19 +199,27 @@ def solve(
             beta=settings.coupling * lam,
             relaxation=settings.relaxation,
             # Where the prior is not convex a beta that keeps moving loses its way.
-            adaptive=settings.adaptive and p == 1 and not training,
+            adaptive=settings.adaptive and p == 1 and window is None and not training,
             iterations=iterations,
             tolerance=tolerance,
             **common,
         )
     else:
-        momentum = settings.method == "fista"
-        z, count = proximal_gradient(
-            A, b, start, momentum=momentum, iterations=iterations, tolerance=tolerance, **common
+        z, step, count = proximal_gradient(
+            A,
+            b,
+            start,
+            momentum=settings.method == "fista",
+            adaptive=settings.adaptive,
+            step=settings.step if step is None else step,
+            iterations=iterations,
+            tolerance=tolerance,
+            **common,
         )
         state = z
     residual = b - A(z)
-    return Solution(z, residual, *_cost(residual, z, lam, p), count, state)
+    cost = data_term(residual, lam), penalties(z, p)
+    return Solution(z, residual, *cost, count, state, step)
 
 
 def half_quadratic(
@@ -207,6 +229,7 @@ def half_quadratic(
     *,
     lam: float,
     p: float = 1.0,
+    window: Window | None = None,
     betas: list[float],
     cg_iterations: int | None = None,
     callback: Callback | None = None,
@@ -223,7 +246,7 @@ def half_quadratic(
     data = lam * A.adjoint(b)
     w = None
     for i, beta in enumerate(betas, 1):
-        x = shrink(z, beta, p)
+        x = shrink(z, beta, p, window=window)
         if cg_iterations is None:
             z, w = _z_step(A, b, x, lam, _per_image(beta, b), w, tolerance=1e-5)
         else:
@@ -235,8 +258,8 @@ def half_quadratic(
                 max_iterations=cg_iterations,
             )
         if callback:
-            callback(i, shrink(z, beta, p), _per_image(beta, b))
-    return shrink(z, betas[-1], p), z
+            callback(i, shrink(z, beta, p, window=window), _per_image(beta, b))
+    return shrink(z, betas[-1], p, window=window), z
 
 
 def admm(
@@ -246,6 +269,7 @@ def admm(
     *,
     lam: float,
     p: float = 1.0,
+    window: Window | None = None,
     beta: float,
     relaxation: float = 1.8,
     adaptive: bool = False,
@@ -261,19 +285,19 @@ def admm(
         u-step   u <- u + z - x                                    the scaled multiplier
 
     Since x = shrink(t) and u = t - x for t = z + u, the one array t is the whole state, in the
-    scale of the `beta` that was given. For p = 1 it converges to the minimum; for p < 1 it is a
-    heuristic that works at a fixed beta.
+    scale of the `beta` that was given. For p = 1 it converges to the minimum; for p < 1, or with a
+    window, it is a heuristic that works at a fixed beta.
     """
     beta = _per_image(beta, b)
     beta_given = beta
-    t, x, w = state, shrink(state, beta, p), None
+    t, x, w = state, shrink(state, beta, p, window=window), None
     done = torch.zeros_like(beta, dtype=torch.bool)
     count = 0
     for count in range(1, iterations + 1):
         z, w = _z_step(A, b, 2 * x - t, lam, beta, w, max_iterations=A.warm_steps)
         t_new = t - x + relaxation * z + (1 - relaxation) * x
         t = torch.where(done, t, t_new) if done.any() else t_new
-        x_old, x = x, shrink(t, beta, p)
+        x_old, x = x, shrink(t, beta, p, window=window)
         if callback:
             callback(count, x, beta)
         if count % CHECK_EVERY == 0 and (adaptive or tolerance):
@@ -294,44 +318,86 @@ def proximal_gradient(
     *,
     lam: float,
     p: float = 1.0,
+    window: Window | None = None,
     momentum: bool = True,
+    adaptive: bool = True,
     step: Tensor | float | None = None,
     iterations: int,
     tolerance: float,
     callback: Callback | None = None,
-) -> tuple[Tensor, int]:
-    """(z, iterations) of ISTA, or with momentum of FISTA with adaptive restart.
+) -> tuple[Tensor, Tensor, int]:
+    """(z, step, iterations) of ISTA, or with momentum of FISTA, whose objective never rises.
 
-        z <- argmin |x|^p + 1/(2 step) (x - (z - step lam A'(A z - b)))^2
+        z <- argmin |x|^p + 1/(2 step) (x - (y - step lam A'(A y - b)))^2        y = z, or beyond it
 
-    The step is 1 / (lam ||A||^2) unless given: no ISTA step then raises the objective. FISTA's
-    momentum starts anew for an image whenever its last move points against the gradient (O'Donoghue
-    and Candes 2015).
+    It minimises a bound of the objective that touches it at y if the curvature of the move d that
+    it makes, lam ||A d||^2 / ||d||^2, is at most 1 / step: from y = z the objective then cannot
+    rise, whether or not the prior is convex. A step of 1 / (lam ||A||^2) is always short enough,
+    and is what it is without `adaptive`, unless given. But sparse moves meet far less than the norm
+    of A: with `adaptive` a move is made anew with a shorter step where that was too long, and the
+    step grows a little otherwise (Scheinberg, Goldfarb and Bai 2014, whose momentum this is). It
+    ends many times longer. All of this is nearly free: A y is a combination of what was computed.
+
+    A move that raises the objective is taken back, image by image: from a y beyond z the momentum
+    starts anew (O'Donoghue and Candes 2015), from z itself the step is halved.
     """
-    if step is None:
+    seen = A(z)
+    if step is None and adaptive:
+        first = shrink(A.adjoint(b - seen), 1e30, window=window)
+        step = 1 / _curvature(first, A(first), lam)
+    elif step is None:
         step = 1 / (lam * A.squared_norm(b))
     step = _per_image(step, b)
-    y, t = z, torch.ones_like(step)
+    cost = _cost(b - seen, z, lam, p)
+    y, y_seen, t = z, seen, torch.ones_like(step)
     done = torch.zeros_like(step, dtype=torch.bool)
     count = 0
     for count in range(1, iterations + 1):
-        z_old = z
-        z = shrink(y - step * lam * A.adjoint(A(y) - b), 1 / step, p)
-        if done.any():
-            z = torch.where(done, z_old, z)
+        z_old, seen_old, cost_old = z, seen, cost
+        z = shrink(y - step * lam * A.adjoint(y_seen - b), 1 / step, p, window=window)
+        seen = A(z)
+        cost = _cost(b - seen, z, lam, p)
+        # Rounding is no rise, but a NaN is one.
+        rose = ~(cost <= cost_old * (1 + 10 * torch.finfo(b.dtype).eps))
+        too_long, step_old = torch.zeros_like(rose), step
+        if adaptive:
+            moved = seen - y_seen
+            # A move that is next to rounding says nothing of the curvature.
+            known = norm(moved) > 100 * torch.finfo(b.dtype).eps * norm(seen)
+            longest = torch.where(known, 1 / _curvature(z - y, moved, lam), step)
+            too_long = step > longest
+            step = torch.where(too_long, CAUTION * longest, (GROWTH * step).minimum(longest))
+        if (halved := rose & (t == 1) & ~too_long & ~done).any():
+            step = torch.where(halved, step_old / 2, step)
+        if (back := rose | too_long | done).any():
+            z = torch.where(back, z_old, z)
+            seen, cost = torch.where(back, seen_old, seen), torch.where(back, cost_old, cost)
         if callback:
             callback(count, z, 1 / step)
         if tolerance and count % CHECK_EVERY == 0:
-            done = done | (norm(z - z_old) <= tolerance * norm(z))
+            done = done | (~back & (norm(z - z_old) <= tolerance * norm(z)))
             if done.all():
                 break
-        if momentum:
-            t = torch.where(dot(y - z, z - z_old) > 0, torch.ones_like(t), t)
-            t_next = (1 + (1 + 4 * t.square()).sqrt()) / 2
-            y, t = z + (t - 1) / t_next * (z - z_old), t_next
-        else:
-            y = z
-    return z, count
+        if not momentum:
+            y, y_seen = z, seen
+            continue
+        again = too_long & ~rose
+        t_next = (1 + (1 + 4 * step_old / step * t.square()).sqrt()) / 2
+        ahead = torch.where(rose, torch.zeros_like(t), (t - 1) / t_next)
+        beyond, beyond_seen = z.lerp(z_old, -ahead), seen.lerp(seen_old, -ahead)
+        if again.any():
+            beyond, beyond_seen = (
+                torch.where(again, y, beyond),
+                torch.where(again, y_seen, beyond_seen),
+            )
+        y, y_seen = beyond, beyond_seen
+        t = torch.where(rose, torch.ones_like(t), torch.where(again, t, t_next))
+    return z, step, count
+
+
+def _curvature(move: Tensor, seen: Tensor, lam: float) -> Tensor:
+    """lam ||A d||^2 / ||d||^2 of a move d of the maps, seen = A d; never quite 0."""
+    return lam * dot(seen, seen) / dot(move, move).clamp(min=_TINY) + _TINY
 
 
 def duality_gap(A: Operator, b: Tensor, z: Tensor, lam: float) -> Tensor:
@@ -345,7 +411,12 @@ def duality_gap(A: Operator, b: Tensor, z: Tensor, lam: float) -> Tensor:
     reach = A.adjoint(lam * residual).abs().flatten(1).amax(1).double()
     v = v / reach.clamp(min=1).view(-1, 1, 1, 1)
     dual = (b * v).sum((1, 2, 3)) - v.square().sum((1, 2, 3)) / (2 * lam)
-    return sum(_cost(residual, z, lam, 1.0)) - dual
+    return data_term(residual, lam) + penalties(z) - dual
+
+
+def data_term(residual: Tensor, lam: float) -> Tensor:
+    """lam/2 ||residual||^2 of every image, (N,) in float64."""
+    return lam / 2 * residual.double().square().sum((1, 2, 3))
 
 
 _TINY = torch.finfo(torch.float32).tiny
@@ -386,9 +457,9 @@ def _per_image(value: float | Tensor, b: Tensor) -> Tensor:
     return torch.as_tensor(value, dtype=b.dtype, device=b.device).expand(b.shape[0], 1, 1, 1)
 
 
-def _cost(residual: Tensor, z: Tensor, lam: float, p: float) -> tuple[Tensor, Tensor]:
-    reconstruction = lam / 2 * residual.double().square().sum((1, 2, 3))
-    return reconstruction, torch.stack([penalty(image, p) for image in z])
+def _cost(residual: Tensor, z: Tensor, lam: float, p: float) -> Tensor:
+    """The objective of every image, (N, 1, 1, 1) in float64."""
+    return (data_term(residual, lam) + penalties(z, p)).view(-1, 1, 1, 1)
 
 
 def _choose(key: str, value: str, choices: tuple[str, ...]) -> None:

@@ -7,32 +7,58 @@ For p = 1 the map is the soft threshold, for p = 0 the hard one. Between, the mi
 to a finite value at a threshold tau and the equation beyond it is solved by Newton's method, to
 rounding, on every device: no look-up table (that of Krishnan and Fergus, NIPS 2009, is too coarse
 where beta is large).
+
+With a pooling window the prior also allows at most one entry that is not zero in each window. Its
+proximal map is the shrinkage of the largest entry of each window, and zero elsewhere: among the
+entries of a window, beta/2 v^2 - min_x (|x|^p + beta/2 (x - v)^2) is what keeping one gains, and it
+grows with |v|. So pooling and unpooling after every shrinkage, as Zeiler et al. 2011 do it, is no
+departure from proximal gradient steps but the proximal map of this prior.
 """
 
 import torch
 from torch import Tensor
 
+from deconvnet.pooling import Window, pool, strongest, unpool
+
 
 def penalty(x: Tensor, p: float = 1.0) -> Tensor:
     """sum |x|^p over all entries, a float64 scalar; p = 0 counts the entries that are not zero."""
+    return penalties(x.flatten()[None], p)[0]
+
+
+def penalties(x: Tensor, p: float = 1.0) -> Tensor:
+    """`penalty` of every image of x (N, ...): (N,) in float64."""
     check_exponent(p)
+    axes = tuple(range(1, x.ndim))
     if p == 0:
-        return torch.count_nonzero(x).double()
+        return torch.count_nonzero(x, axes).double()
     magnitude = x.abs()
     if p != 1:
         magnitude = magnitude**p
-    return magnitude.sum(dtype=torch.float64)
+    # Summed pairwise, to 1e-7, in a quarter of the time that conversion takes.
+    return magnitude.sum(axes).double()
 
 
 def shrink(
-    v: Tensor, beta: float | Tensor, p: float = 1.0, *, non_negative: bool = False
+    v: Tensor,
+    beta: float | Tensor,
+    p: float = 1.0,
+    *,
+    non_negative: bool = False,
+    window: Window | None = None,
 ) -> Tensor:
     """argmin_x |x|^p + beta/2 (x - v)^2, element by element  (Zeiler et al. 2010, the x-step).
 
-    beta: a positive number, or a tensor that broadcasts against v. With non_negative the minimum
-    over x >= 0. At the threshold itself, where two minimisers tie, the result is 0.
+    beta: a positive number, or a tensor (N, 1, 1, 1). With non_negative the minimum over x >= 0;
+    with window = (groups, h, w) over the maps x (N, K, H, W) that have at most one entry that is
+    not zero in each window of `pooling.max_pool`. At the threshold itself, where two minimisers
+    tie, the result is 0.
     """
     check_exponent(p)
+    if window is not None:
+        switches = strongest(v.clamp(min=0) if non_negative else v, window)
+        kept = shrink(pool(v, switches), beta, p, non_negative=non_negative)
+        return unpool(kept, switches, v.shape)
     if not isinstance(beta, Tensor):
         if not beta > 0:
             raise ValueError(f"beta={beta}: must be positive")

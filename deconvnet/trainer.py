@@ -6,13 +6,16 @@ The position is two integers, epoch and batch; the images of an epoch come in an
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
 from deconvnet.learning import (
+    Batch,
     FilterSums,
     LearningSettings,
     dead_filters,
@@ -25,46 +28,106 @@ from deconvnet.learning import (
     update_filters_by_cg,
 )
 from deconvnet.monitor import EpochStats, Monitor
-from deconvnet.network import Layer, LayerSettings, check_size, seeded
-from deconvnet.solvers import Solution, SolverSettings, solve
+from deconvnet.network import Layer, LayerSettings, Target, check_size, seeded
+from deconvnet.operators import Identity, Operator
+from deconvnet.pooling import Window, max_pool, unpool
+from deconvnet.solvers import Solution, SolverSettings
 
 RECENTER_EVERY = 4
+# Steps of Lanczos' method for ||T||^2: within 5% of it, at the price of two visits.
+NORM_STEPS = 12
 
 
 class Diverged(RuntimeError):
     """The objective is no longer finite; the filters are those of before."""
 
 
-class LayerTrainer:
-    """Learns the filters of one layer on what it has to explain, b (N, C, H, W).
+class States:
+    """The state of inference of every image, so that each visit starts where the last one ended.
 
-    Holds the state of inference of every image (as z), so that each visit starts where the last one
-    ended, the energy of every map in this epoch, and the running sums of the filter update. One
-    call of `update` is one filter update. Without a `state` from `state_dict` the filters start as
-    the settings say; with it they stay.
+    As maps; with a window as pooled maps and switches, which is all that such a state is and takes
+    a ninth of the memory.
+    """
+
+    def __init__(self, images: int, window: Window | None = None):
+        self.images, self.window = images, window
+        self.shape: tuple[int, ...] | None = None
+        self.kept: list[Tensor] = []
+        self.steps: Tensor | None = None
+
+    def __getitem__(self, part: Tensor) -> Tensor | None:
+        if self.shape is None:
+            return None
+        kept = [tensor[part] for tensor in self.kept]
+        return kept[0] if self.window is None else unpool(*kept, (len(part), *self.shape))
+
+    def __setitem__(self, part: Tensor, state: Tensor) -> None:
+        new = (state,) if self.window is None else max_pool(state, self.window)
+        if self.shape is None:
+            self.shape = tuple(state.shape[1:])
+            self.kept = [tensor.new_zeros(self.images, *tensor.shape[1:]) for tensor in new]
+            if self.window is not None:
+                # No two switches of an image may be the same.
+                self.kept[1][:] = new[1][:1]
+        for tensor, values in zip(self.kept, new, strict=True):
+            tensor[part] = values
+
+    def step(self, part: Tensor) -> Tensor | None:
+        """The gradient steps (N, 1, 1, 1) that served these images, if all had one."""
+        steps = None if self.steps is None else self.steps[part]
+        return None if steps is None or steps.isnan().any() else steps
+
+    def set_step(self, part: Tensor, steps: Tensor) -> None:
+        if self.steps is None:
+            self.steps = steps.new_full((self.images, 1, 1, 1), math.nan)
+        self.steps[part] = steps
+
+    def state_dict(self) -> dict:
+        steps = None if self.steps is None else self.steps.cpu()
+        return {"shape": self.shape, "kept": [t.cpu() for t in self.kept], "steps": steps}
+
+    def load_state_dict(self, state: dict, device: torch.device) -> None:
+        self.shape = state["shape"]
+        self.kept = [tensor.to(device) for tensor in state["kept"]]
+        self.steps = None if state["steps"] is None else state["steps"].to(device)
+
+
+class LayerTrainer:
+    """Learns the filters of one layer on what it has to explain.
+
+    below: (N, C, H, W), what the layer stands on (`DeconvNet.below`). target: what the images of
+    some indices are to be explained as; by default what is below.
+
+    Holds the state of inference of every image, the energy of every map in this epoch, and the
+    running sums of the filter update. One call of `update` is one filter update. Without a `state`
+    from `state_dict` the filters start as the settings say; with it they stay.
     """
 
     def __init__(
         self,
         layer: Layer,
-        b: Tensor,
+        below: Tensor,
+        target: Callable[[Tensor], Target] | None = None,
         *,
         seed: int = 0,
         number: int = 1,
         chunk: int = 8,
         state: dict | None = None,
     ):
-        check_size(b, layer, number)
-        self.layer, self.b = layer, b
+        check_size(below, layer, number)
+        self.layer, self.below = layer, below
+        self.target = target or (lambda images: Target(below[images]))
         self.seed, self.number, self.chunk = seed, number, chunk
         self.settings: LearningSettings = layer.settings.learning
         self.epoch, self.batch = 0, 0
-        self.codes: Tensor | None = None
+        pooled = layer.settings.solver.method in ("fista", "ista")
+        self.codes = States(len(below), layer.settings.window if pooled else None)
+        self.curvature: Tensor | None = None
         self.energy: Tensor | None = None
         self.sums: FilterSums | None = None
         self._totals = _Totals()
         if state is None:
-            layer.initialize(b, seeded(seed, number, 1))
+            layer.initialize(below, seeded(seed, number, 1))
         else:
             self.load_state_dict(state)
 
@@ -75,7 +138,7 @@ class LayerTrainer:
     @property
     def batches(self) -> int:
         """Filter updates in an epoch."""
-        return -(-len(self.b) // self.batch_size)
+        return -(-len(self.below) // self.batch_size)
 
     @property
     def updates(self) -> int:
@@ -88,13 +151,14 @@ class LayerTrainer:
 
     @property
     def batch_size(self) -> int:
-        return min(self.settings.batch_size or len(self.b), len(self.b))
+        return min(self.settings.batch_size or len(self.below), len(self.below))
 
     @torch.no_grad()
     def update(self) -> EpochStats | None:
         """Visit the next batch and update the filters; at the end of an epoch, what it saw."""
         started = time.perf_counter()
-        order = torch.randperm(len(self.b), generator=seeded(self.seed, self.number, 2, self.epoch))
+        shuffle = seeded(self.seed, self.number, 2, self.epoch)
+        order = torch.randperm(len(self.below), generator=shuffle)
         chosen = order[self.batch * self.batch_size : (self.batch + 1) * self.batch_size]
         if self.settings.update == "cg":
             self._update_by_cg(chosen)
@@ -107,8 +171,15 @@ class LayerTrainer:
     def _update_by_sums(self, chosen: Tensor) -> None:
         layer, sums = self.layer, None
         for part in chosen.split(self.chunk):
-            z, residual = self._visit(part)
-            new = filter_sums(z, residual, layer.filters, layer.g, boundary=layer.settings.boundary)
+            solution, T = self._visit(part)
+            new = filter_sums(
+                solution.z,
+                T.adjoint(solution.residual),
+                layer.filters,
+                layer.g,
+                boundary=layer.settings.boundary,
+                curvature=self._curvature(part, T),
+            )
             sums = new if sums is None else sums + new
         # Each update lets 1 / (updates in `memory` epochs) of what came before fade.
         fade = max(0.0, 1 - 1 / max(self.settings.memory * self.batches, 1))
@@ -123,14 +194,32 @@ class LayerTrainer:
             )
         )
 
+    def _curvature(self, part: Tensor, T: Operator) -> Tensor | None:
+        """||T||^2 of these images, which stays the same while this layer learns."""
+        if isinstance(T, Identity):
+            return None
+        if self.curvature is None:
+            self.curvature = self.below.new_full((len(self.below), 1, 1, 1), math.nan)
+        if self.curvature[part].isnan().any():
+            self.curvature[part] = 1.05 * T.squared_norm(self.target(part).b, steps=NORM_STEPS)
+        return self.curvature[part]
+
     def _update_by_cg(self, chosen: Tensor) -> None:
-        layer = self.layer
-        z, _ = self._visit(chosen)
+        layer, visited = self.layer, []
+        for part in chosen.split(self.chunk):
+            solution, _ = self._visit(part)
+            # Maps that are kept pooled are unpooled again when they are needed.
+            z = solution.z if self.codes.window is None else None
+            visited.append((part, z, solution.residual))
+
+        def batches() -> Iterator[Batch]:
+            for part, z, residual in visited:
+                yield self.codes[part] if z is None else z, residual, self.target(part).T
+
         layer.filters.copy_(
             update_filters_by_cg(
                 layer.filters,
-                z,
-                self.b[chosen.to(self.b.device)],
+                batches,
                 layer.g,
                 norm=self.settings.norm,
                 iterations=self.settings.update_iterations,
@@ -138,19 +227,13 @@ class LayerTrainer:
             )
         )
 
-    def _visit(self, part: Tensor) -> tuple[Tensor, Tensor]:
-        """Go on inferring the maps of some images; (z, residual)."""
+    def _visit(self, part: Tensor) -> tuple[Solution, Operator]:
+        """Go on inferring the maps of some images; what was found, and their T."""
         settings = self.layer.settings
-        part = part.to(self.b.device)
-        b = self.b[part]
-        solution = solve(
-            self.layer.operator(),
-            b,
-            lam=settings.lam,
-            p=settings.p,
-            settings=settings.solver,
-            state=None if self.codes is None else self.codes[part],
-            training=True,
+        part = part.to(self.below.device)
+        target = self.target(part)
+        solution = self.layer.infer(
+            target, state=self.codes[part], step=self.codes.step(part), training=True
         )
         if not torch.isfinite(solution.objective).all():
             raise Diverged(
@@ -158,13 +241,13 @@ class LayerTrainer:
                 f"model.layer{self.number}.lam ({settings.lam}) or solver.relaxation "
                 f"({settings.solver.relaxation}), or look for extreme values in the images"
             )
-        if self.codes is None:
-            self.codes = b.new_zeros(len(self.b), *solution.state.shape[1:])
         self.codes[part] = solution.state
-        self._totals.add(solution, b)
+        if solution.step is not None:
+            self.codes.set_step(part, solution.step)
+        self._totals.add(solution, target.b)
         energy = solution.z.double().square().sum((0, 2, 3))
         self.energy = energy if self.energy is None else self.energy + energy
-        return solution.z, solution.residual
+        return solution, target.T
 
     def _end_epoch(self) -> EpochStats:
         dead, double = self._unused_filters()
@@ -192,7 +275,7 @@ class LayerTrainer:
         settings = layer.settings
         fresh = random_filters(
             len(filters),
-            self.b,
+            self.below,
             settings.filter_size,
             self.settings.init,
             seeded(self.seed, self.number, 3, self.epoch),
@@ -200,7 +283,9 @@ class LayerTrainer:
         f = layer.filters.clone()
         f[filters] = fresh
         layer.set_filters(f)
-        self.codes[:, filters] = 0
+        for part, state in self._states():
+            state[:, filters] = 0
+            self.codes[part] = state
         if self.sums is not None:
             self.sums = self.sums.without(filters)
 
@@ -212,17 +297,27 @@ class LayerTrainer:
         wrap = layer.settings.boundary == "circular"
         for k, (rows, columns) in moves.items():
             f[k] = shift(f[k], rows, columns)
-            self.codes[:, k] = shift(self.codes[:, k], -rows, -columns, wrap=wrap)
+        for part, state in self._states():
+            for k, (rows, columns) in moves.items():
+                state[:, k] = shift(state[:, k], -rows, -columns, wrap=wrap)
+            # With a window, of the moved entries that now share one the strongest stays.
+            self.codes[part] = state
         layer.set_filters(f)
         if self.sums is not None:
             self.sums = self.sums.without(list(moves))
+
+    def _states(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(indices, states of inference) of all images, some at a time."""
+        for part in torch.arange(len(self.below), device=self.below.device).split(self.chunk):
+            yield part, self.codes[part]
 
     def state_dict(self) -> dict:
         """Everything beside the filters that `load_state_dict` needs to go on exactly from here."""
         return {
             "epoch": self.epoch,
             "batch": self.batch,
-            "codes": None if self.codes is None else self.codes.cpu(),
+            "codes": self.codes.state_dict(),
+            "curvature": None if self.curvature is None else self.curvature.cpu(),
             "energy": None if self.energy is None else self.energy.cpu(),
             "sums": None
             if self.sums is None
@@ -231,9 +326,11 @@ class LayerTrainer:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        device = self.b.device
+        device = self.below.device
         self.epoch, self.batch = state["epoch"], state["batch"]
-        self.codes = None if state["codes"] is None else state["codes"].to(device)
+        self.codes.load_state_dict(state["codes"], device)
+        curvature = state["curvature"]
+        self.curvature = None if curvature is None else curvature.to(device)
         self.energy = None if state["energy"] is None else state["energy"].to(device)
         sums = state["sums"]
         self.sums = sums and FilterSums(sums["linear"].to(device), sums["gram"].to(device))

@@ -9,15 +9,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from deconvnet.codes import Codes, LayerCodes
 from deconvnet.monitor import InferencePoint, LayerResult, Monitor
-from deconvnet.network import Codes, DeconvNet, Layer
+from deconvnet.network import DeconvNet, Layer, Target
 from deconvnet.run import Run
-from deconvnet.solvers import solve
-from deconvnet.sparsity import penalty
+from deconvnet.solvers import data_term
+from deconvnet.sparsity import penalties
 from deconvnet.trainer import LayerTrainer
 from deconvnet.visualization.figures import filter_picture, layer_pictures
 
@@ -37,15 +39,17 @@ def train(
     run: Run,
     monitor: Monitor,
     *,
+    frames: Tensor | None = None,
     seed: int = 0,
     chunk: int = 8,
 ) -> list[LayerResult]:
     """Learn all layers of the network from images (N, 3, H, W) in [0, 1]; what each layer reached.
 
+    frames: (N, 4), the place of each picture in its square, or None where they fill it.
     Goes on from the state of the run, saves after every epoch, leaves <run>/network.safetensors.
     Raises Interrupted, having saved, when the process is asked to stop (Ctrl-C, SIGTERM).
     """
-    position, resumed = _restore(net, images, run)
+    position, resumed = _restore(net, images, frames, run)
     path = run.folder / "network.safetensors"
     if position.layer > net.depth:
         log.info("all %d layers were trained before", net.depth)
@@ -60,21 +64,29 @@ def train(
             if stop_requested():
                 raise Interrupted
 
-        codes = net.infer(images, depth=position.layer - 1, chunk=chunk, progress=watch)
+        codes = net.infer(
+            images, frames=frames, depth=position.layer - 1, chunk=chunk, progress=watch
+        )
         while position.layer <= net.depth:
             started = time.perf_counter()
             number, layer = position.layer, net.layer(position.layer)
-            b = codes.layers[-1].pooled if number > 1 else codes.y
             if resumed is None and number > 1:
-                layer.fit_scale(b)
-            b = b / layer.scale
-            trainer = LayerTrainer(layer, b, seed=seed, number=number, chunk=chunk, state=resumed)
+                layer.fit_scale(codes.layers[-1].pooled)
+            trainer = LayerTrainer(
+                layer,
+                net.below(codes, number),
+                partial(net.target, codes, number),
+                seed=seed,
+                number=number,
+                chunk=chunk,
+                state=resumed,
+            )
             resumed = None
             _learn(net, trainer, position, run, monitor, stop_requested)
             codes = net.extend(codes, chunk=chunk, progress=watch)
             seconds = time.perf_counter() - started
             position.results.append(_result(net, codes, number, seconds))
-            _show(net, codes, images, b, position, monitor)
+            _show(net, codes, images, position, monitor)
             position.layer += 1
             position.save(run, net)
     net.save(path)
@@ -102,10 +114,12 @@ class _Position:
         run.save(self.step, state)
 
 
-def _restore(net: DeconvNet, images: Tensor, run: Run) -> tuple[_Position, dict | None]:
+def _restore(
+    net: DeconvNet, images: Tensor, frames: Tensor | None, run: Run
+) -> tuple[_Position, dict | None]:
     """The position of the run and the state of its trainer, the network being brought there."""
     if run.state is None:
-        net.preprocessing.fit(images)
+        net.preprocessing.fit(images, frames)
         return _Position(1, 0, []), None
     state = run.state
     net.load_parts(state["network"]["tensors"])
@@ -141,37 +155,29 @@ def _show(
     net: DeconvNet,
     codes: Codes,
     images: Tensor,
-    b: Tensor,
     position: _Position,
     monitor: Monitor,
 ) -> None:
     """Everything that a finished layer has to show."""
     number = position.layer
-    monitor.result(position.results[-1], codes.layer(number).z, position.step)
-    monitor.inference(number, _inference_curve(net.layer(number), b[:CURVE_IMAGES]))
+    monitor.result(position.results[-1], codes.layer(number).values, position.step)
+    some = net.target(codes, number, slice(CURVE_IMAGES))
+    monitor.inference(number, _inference_curve(net.layer(number), some))
     for name, picture in layer_pictures(net, codes, images, number).items():
         monitor.picture(name, picture, position.step)
 
 
-def _inference_curve(layer: Layer, b: Tensor) -> list[InferencePoint]:
+def _inference_curve(layer: Layer, target: Target) -> list[InferencePoint]:
     """How the objective falls while the maps of some images are inferred, beta beside it."""
-    A, settings = layer.operator(), layer.settings
+    A, settings = target.T @ layer.operator(), layer.settings
     curve = []
 
     def watch(iteration: int, z: Tensor, beta: Tensor) -> None:
-        error = float((b - A(z)).double().square().sum())
-        cost = settings.lam / 2 * error + float(penalty(z, settings.p))
+        cost = data_term(target.b - A(z), settings.lam) + penalties(z, settings.p)
         density = float(torch.count_nonzero(z)) / z.numel()
-        curve.append(InferencePoint(iteration, cost / len(b), float(beta.mean()), density))
+        curve.append(InferencePoint(iteration, float(cost.mean()), float(beta.mean()), density))
 
-    solve(
-        A,
-        b,
-        lam=settings.lam,
-        p=settings.p,
-        settings=replace(settings.solver, tolerance=0.0),
-        callback=watch,
-    )
+    layer.infer(target, settings=replace(settings.solver, tolerance=0.0), callback=watch)
     return curve
 
 
@@ -182,9 +188,15 @@ def _result(net: DeconvNet, codes: Codes, number: int, seconds: float) -> LayerR
         objective=float(found.objective.mean()),
         snr=net.snr(codes, number),
         density=found.density,
-        dead=int((found.z.abs().amax((0, 2, 3)) == 0).sum()),
+        dead=_dead(found),
         seconds=seconds,
     )
+
+
+def _dead(found: LayerCodes) -> int:
+    """How many maps are zero on all images."""
+    active = sum((found.select(slice(n, n + 1)).z != 0).sum((0, 2, 3)) for n in range(len(found)))
+    return int((active == 0).sum())
 
 
 @contextmanager

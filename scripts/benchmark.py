@@ -1,17 +1,23 @@
-"""Measure the solvers on real photographs: what they cost, what they reach, how long they take.
+"""Measure on real photographs: what solvers cost, what they reach, how long they take.
 
 python scripts/benchmark.py solvers    objective above the true minimum, density, SNR of each solver
 python scripts/benchmark.py z-step     the exact z-step against conjugate gradients, interleaved
 python scripts/benchmark.py speed      seconds per image of inference and of learning, and memory
+python scripts/benchmark.py layers     four layers of the ICCV 2011 paper: seconds, memory, scaling
+python scripts/benchmark.py steps --run runs/iccv2011-small    gradient steps and starts compared
 """
 
 import argparse
+import contextlib
+import json
 import os
 import resource
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 # With another busy process on the machine, threads of OpenMP that spin while they wait cost up to
 # ten times the time; on a quiet machine a short spin is as fast. To be set before torch is loaded.
@@ -19,12 +25,13 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
 
-from deconvnet import LayerSettings, SolverSettings, config
+from deconvnet import LayerSettings, SolverSettings, config, load
 from deconvnet.data import DataSettings, load_images
 from deconvnet.network import DeconvNet, snr
-from deconvnet.operators import Deconvolution
+from deconvnet.operators import Deconvolution, Operator, dot
 from deconvnet.preprocessing import PreprocessingSettings
-from deconvnet.solvers import Solution, duality_gap, solve
+from deconvnet.solvers import Solution, data_term, duality_gap, proximal_gradient, solve
+from deconvnet.sparsity import penalties, shrink
 from deconvnet.trainer import LayerTrainer
 
 SOLVERS = {
@@ -48,24 +55,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["solvers", "z-step", "speed"], help="what to measure")
+    modes = {"solvers": solvers, "z-step": z_step, "speed": speed, "layers": layers, "steps": steps}
+    parser.add_argument("what", choices=modes, help="what to measure")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
+    parser.add_argument("--run", help="steps: the run folder of a network that was trained")
+    parser.add_argument("--threads", type=int, help="of the CPU (default: all)")
+    parser.add_argument("--size", type=int, help="layers: one size in pixels, in this process")
     parser.add_argument("--images", type=int, default=4, help="how many crops (default 4)")
     parser.add_argument("--maps", type=int, default=24, help="feature maps (default 24)")
     parser.add_argument("--color", default="rgb", choices=["rgb", "grey"])
     parser.add_argument("--lam", type=float, default=2.0, help="weight of the reconstruction")
     parser.add_argument("--repeats", type=int, default=7, help="of each timing (default 7)")
     options = parser.parse_args()
-    try:
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    with config.one_line_errors(ValueError, OSError):
+        if options.what in ("layers", "steps"):
+            modes[options.what](options)
+            return
         layer, y = problem(options, config.device(options.device))
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
     print(
         f"{len(y)} images {y.shape[1]}x{y.shape[2]}x{y.shape[3]}, {options.maps} maps of 7x7, "
         f"lam {options.lam}, torch {torch.__version__} on {y.device}, "
         f"{torch.get_num_threads()} threads"
     )
-    {"solvers": solvers, "z-step": z_step, "speed": speed}[options.what](layer, y, options)
+    modes[options.what](layer, y, options)
 
 
 def problem(options: argparse.Namespace, device: torch.device) -> tuple[LayerTrainer, torch.Tensor]:
@@ -148,7 +162,7 @@ def speed(trainer: LayerTrainer, y: torch.Tensor, options: argparse.Namespace) -
         "inference, 60 iterations of admm": lambda: solve(A, y, lam=lam, settings=infer),
         "one epoch of learning": lambda: [trainer.update() for _ in range(trainer.batches)],
     }
-    counts = {"one epoch of learning": len(trainer.b)}
+    counts = {"one epoch of learning": len(trainer.below)}
     for name, run in work.items():
         times = [timed(run, y.device)[1] / counts.get(name, len(y)) for _ in range(options.repeats)]
         print(
@@ -159,8 +173,137 @@ def speed(trainer: LayerTrainer, y: torch.Tensor, options: argparse.Namespace) -
         peak = torch.cuda.max_memory_allocated() / 2**20
         print(f"memory, peak on the device         {peak:.0f} MiB")
     else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(f"memory, peak of the process        {peak:.0f} MiB")
+        print(f"memory, peak of the process        {_peak():.0f} MiB")
+
+
+def layers(options: argparse.Namespace) -> None:
+    """The paper's four layers, ten ISTA iterations each, for several sizes, images and threads.
+
+    Every row is a process of its own, so that its peak of memory is its own.
+    """
+    if options.size:
+        print(json.dumps(_layers(options.size, options.images, config.device(options.device))))
+        return
+    print("seconds per image and layer: 15, 50, 100, 150 maps of 7x7, ten ISTA iterations")
+    print("| images | pixels | threads | layer 1 | layer 2 | layer 3 | layer 4 | MiB per image |")
+    print("|---|---|---|---|---|---|---|---|")
+    print("| the paper | 150x150 | six cores, Matlab | 0.12 | 0.21 | 0.38 | 0.56 | - |")
+    rows = [(8, 150, 1), (8, 150, 2), (2, 150, 1), (4, 150, 1), (16, 150, 1)]
+    rows += [(8, 106, 1), (8, 212, 1), (8, 300, 1)]
+    for images, size, threads in rows:
+        command = [sys.executable, __file__, "layers", "--device", options.device]
+        command += [f"--size={size}", f"--images={images}", f"--threads={threads}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        found = json.loads(done.stdout.splitlines()[-1])
+        cells = " | ".join(f"{seconds:.3f}" for seconds in found["seconds"])
+        print(f"| {images} | {size}x{size} | {threads} | {cells} | {found['mebibytes']:.0f} |")
+
+
+@torch.no_grad()
+def _layers(size: int, count: int, device: torch.device) -> dict:
+    """Seconds per image of each layer, the faster of two, and the peak of memory per image."""
+    solver = SolverSettings("ista", iterations=10, tolerance=0.0)
+    common = dict(target="image", pooling="in_loop", solver=solver)
+    shapes = [(15, 3, 1.0), (50, 2, 0.5), (100, 2, 0.4), (150, 2, 0.3)]
+    net = DeconvNet(
+        [LayerSettings(k, pool=[group, 3, 3], lam=lam, **common) for k, group, lam in shapes],
+        PreprocessingSettings("grey"),
+    )
+    images = load_images(DataSettings(size=size, scale=1.0, max_images=count)).images
+    net.preprocessing.fit(images)
+    codes = net.to(device).infer(images, depth=0)
+    before, seconds = _fresh_peak(), []
+    for number in range(1, net.depth + 1):
+        net.layer(number).initialize(net.below(codes, number), torch.Generator().manual_seed(0))
+        runs = [timed(lambda c=codes: net.extend(c, chunk=count), device) for _ in "ab"]
+        codes = runs[0][0]
+        seconds.append(min(t for _, t in runs) / len(images))
+    return {"seconds": seconds, "mebibytes": (_peak() - before) / len(images)}
+
+
+@torch.no_grad()
+def steps(options: argparse.Namespace) -> None:
+    """The objective of each layer above the lowest that was reached, by iteration.
+
+    On photographs at half size, which is not the size that the experiments learn from.
+    """
+    if not options.run:
+        raise ValueError("steps needs --run, the folder of a run of scripts/train.py")
+    net = load(options.run)
+    images = load_images(DataSettings(size=150, scale=0.5, max_images=None)).images
+    chosen = torch.linspace(0, len(images) - 1, options.images).round().long()
+    codes = net.infer(images[chosen])
+    marks = (5, 10, 20, 50)
+    print(f"{options.images} images; objective above the lowest that any reached in 200 iterations")
+    for number in range(1, net.depth + 1):
+        layer, target = net.layer(number), net.target(codes, number)
+        A, common = target.T @ layer.operator(), layer.settings
+        zero = torch.zeros_like(A.adjoint(target.b))
+        start = _adjoint_start(A, target.b, common.lam, common.window)
+        ways = {
+            "ista, 1 / (lam norm^2)": dict(z=zero, momentum=False, adaptive=False),
+            "fista, 1 / (lam norm^2)": dict(z=zero, adaptive=False),
+            "ista, adaptive": dict(z=zero, momentum=False),
+            "fista, adaptive": dict(z=zero),
+            "fista, adaptive, from A'b": dict(z=start),
+        }
+        curves = {}
+        for name, way in ways.items():
+            curve = curves[name] = []
+
+            def watch(i: int, z: torch.Tensor, beta: torch.Tensor, curve=curve, A=A, b=target.b):
+                cost = data_term(b - A(z), common.lam) + penalties(z, common.p)  # noqa: B023
+                curve.append(float(cost.mean()))
+
+            proximal_gradient(
+                A,
+                target.b,
+                lam=common.lam,
+                p=common.p,
+                window=common.window,
+                iterations=200,
+                tolerance=0.0,
+                callback=watch,
+                **way,
+            )
+        lowest = min(curve[-1] for curve in curves.values())
+        print(f"\n| layer {number}, iterations | " + " | ".join(map(str, marks)) + " |")
+        print("|---" * (len(marks) + 1) + "|")
+        for name, curve in curves.items():
+            cells = " | ".join(f"{curve[mark - 1] / lowest - 1:.1%}" for mark in marks)
+            print(f"| {name} | {cells} |")
+
+
+def _adjoint_start(
+    A: Operator, b: torch.Tensor, lam: float, window: tuple[int, int, int] | None
+) -> torch.Tensor:
+    """A feed-forward guess of z: A'b shrunk at the best of four thresholds, in its best scale."""
+    seen, found = A.adjoint(b), None
+    for share in (0.1, 0.2, 0.3, 0.5):
+        threshold = share * seen.abs().flatten(1).amax(1).view(-1, 1, 1, 1)
+        guess = shrink(seen, 1 / threshold, window=window)
+        made = A(guess)
+        l1 = penalties(guess).view(-1, 1, 1, 1)
+        scale = ((lam * dot(made, b) - l1) / (lam * dot(made, made))).clamp(min=0).to(b.dtype)
+        cost = float((data_term(b - scale * made, lam) + penalties(scale * guess)).mean())
+        if found is None or cost < found[0]:
+            found = cost, scale * guess
+    return found[1]
+
+
+def _fresh_peak() -> float:
+    """Forget the peak of memory so far, where Linux lets us; the peak from here on in MiB."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    return _peak()
+
+
+def _peak() -> float:
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
 
 
 def timed(run: Callable[[], Solution], device: torch.device) -> tuple[Solution, float]:

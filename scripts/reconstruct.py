@@ -17,7 +17,9 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 from deconvnet import config, load
 from deconvnet.data import find_images, read_image
+from deconvnet.monitor import save_picture
 from deconvnet.network import snr
+from deconvnet.visualization import parts_picture
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="reconstruct")
@@ -32,6 +34,8 @@ def reconstruct(cfg: DictConfig) -> None:
     net = load(source).to(config.device(cfg.device))
     layer = net.depth if cfg.layer is None else _number(cfg.layer)
     net.layer(layer)
+    if not isinstance(cfg.parts, bool):
+        raise ValueError(f"parts={cfg.parts}: must be true or false")
     paths = _paths(cfg.images)
     beside = source if source.is_dir() else source.parent
     folder = Path(str(cfg.output or beside / "reconstructions"))
@@ -43,6 +47,9 @@ def reconstruct(cfg: DictConfig) -> None:
         image = read_image(path)[None].to(net.device)
         codes = net.infer(image, depth=layer)
         pixels = net.reconstruct(codes)
+        if cfg.parts:
+            picture = parts_picture(net, codes, image[0], layer)
+            save_picture(folder / f"{name}-layer{layer}-parts.png", picture)
         target = folder / f"{name}-layer{layer}.png"
         Image.fromarray(_bytes(pixels[0])).save(target)
         shown = image if pixels.shape[1] == 3 else image.mean(1, keepdim=True)

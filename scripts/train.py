@@ -50,7 +50,8 @@ def run(settings: config.Config, cfg: DictConfig, folder: Path) -> list[LayerRes
     net = DeconvNet(layers, settings.preprocessing, seed=settings.seed)
     record = {k: v for k, v in dataclasses.asdict(settings).items() if k not in FREE}
     saved = Run(folder, record, settings.resume)
-    images = load_images(settings.data).images.to(device)
+    data = load_images(settings.data)
+    images = data.images.to(device)
     log.info(
         "%d images of %dx%d on %s, layers of %s maps; run folder %s",
         len(images),
@@ -66,7 +67,13 @@ def run(settings: config.Config, cfg: DictConfig, folder: Path) -> list[LayerRes
         settings=config.flat(record),
     ) as monitor:
         return train(
-            net.to(device), images, saved, monitor, seed=settings.seed, chunk=settings.chunk
+            net.to(device),
+            images,
+            saved,
+            monitor,
+            frames=data.frames,
+            seed=settings.seed,
+            chunk=settings.chunk,
         )
 
 

@@ -177,9 +177,72 @@ def test_an_interrupted_run_says_so_and_goes_on_to_the_same_filters(
     assert_equal_networks(state(folder), state(whole))
 
 
+def test_layers_that_explain_the_image_with_switches_in_the_loop_train_and_resume(
+    tmp_path, photos, script
+):
+    arguments = on(
+        photos,
+        "+layers=2",
+        *(f"model.layer{n}.pooling=in_loop" for n in (1, 2)),
+        *(f"model.layer{n}.pool=[2,2,2]" for n in (1, 2)),
+        *(f"model.layer{n}.solver.method=fista" for n in (1, 2)),
+        *(f"model.layer{n}.learning.update=cg" for n in (1, 2)),
+        "model.layer2.connectivity=full",
+        "model.layer2.target=image",
+        "model.layer2.scale=none",
+    )
+    result = script(tmp_path, "train.py", *arguments)
+    assert result.code == 0 and result.err == "", result
+    rows = [line.split() for line in result.out.splitlines() if " dB " in line]
+    assert [row[0] for row in rows] == ["1", "2"]
+    net = load(tmp_path / "runs" / "folder")
+    settings = net.layer(2).settings
+    assert (settings.target, settings.pooling, settings.pool) == ("image", "in_loop", [2, 2, 2])
+    assert net.layer(2).scale == 1 and net.layer(2).filters.shape == (4, 2, 3, 3)
+    # From the checkpoint before the last, as after a damage, and to the same filters.
+    expected = state(tmp_path)
+    checkpoints(tmp_path)[-1].unlink()
+    (tmp_path / "runs" / "folder" / "network.safetensors").unlink()
+    assert script(tmp_path, "train.py", *arguments).code == 0
+    assert_equal_networks(state(tmp_path), expected)
+    result = script(tmp_path, "reconstruct.py", "run=runs/folder", f"images={photos}", "output=out")
+    assert result.code == 0 and len(list((tmp_path / "out").iterdir())) == 4
+    result = script(tmp_path, "train.py", *arguments, "model.layer2.target=both")
+    assert_one_line(result, "model.layer2.target", "image there, both now")
+
+
+def test_whole_pictures_of_different_shapes_train_resume_and_are_reconstructed(
+    tmp_path, textures, script
+):
+    folder = tmp_path / "shapes"
+    folder.mkdir()
+    for number, shape in enumerate([(40, 24), (20, 36), (32, 32)]):
+        save(folder / f"photo-{number}.png", textures(1, 3, *shape, seed=number)[0])
+    arguments = on(folder, "data.fit=pad", "preprocessing.window=5")
+    for name, depths in (("once", [2]), ("by-and-by", [1, 2])):
+        for depth in depths:
+            result = script(tmp_path, "train.py", *arguments, f"layers={depth}", f"name={name}")
+            assert result.code == 0 and result.err == "", result
+            assert "3 images of 32x32" in result.out
+    assert_equal_networks(state(tmp_path, "once"), state(tmp_path, "by-and-by"))
+    # Crops of the same pictures are another run.
+    result = script(tmp_path, "train.py", *arguments, "layers=2", "name=once", "data.fit=crop")
+    assert_one_line(result, "data.fit", "pad there, crop now")
+    found = ["run=runs/once", f"images={folder}", "output=out"]
+    result = script(tmp_path, "reconstruct.py", *found)
+    assert result.code == 0 and len(list((tmp_path / "out").iterdir())) == 3, result
+
+
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
+        (["model.layer2.target=pixels"], ["model.layer2.target=pixels", "maps, image, both"]),
+        (["model.layer2.image_weight=0"], ["model.layer2.image_weight=0", "must be positive"]),
+        (["model.layer1.solver.step=-1"], ["model.layer1.solver.step=-1", "must be positive"]),
+        (
+            ["model.layer1.pool=null", "model.layer1.pooling=in_loop"],
+            ["model.layer1.pooling=in_loop: needs pool=[maps, rows, columns]"],
+        ),
         (["+layers=9"], ["layers=9: this model defines 3 layers; choose 1 to 3"]),
         (["+layers=0"], ["layers=0", "choose 1 to 3"]),
         (["+layers=two"], ["two", "Integer", "layers"]),

@@ -145,8 +145,18 @@ def test_every_value_of_a_layer_can_be_changed_on_the_command_line():
         "model.layer2.pool=null",
         "model.layer1.p=0.8",
         "model.layer1.learning.batch_size=null",
+        "model.layer1.pooling=in_loop",
+        "model.layer2.target=both",
+        "model.layer2.image_weight=0.5",
+        "model.layer2.unpooling=centre",
+        "model.layer2.scale=none",
+        "model.layer2.solver.step=0.02",
         "preprocessing.steps=[mean,whiten]",
     )
+    layer = found.model["layer2"]
+    assert found.model["layer1"].window == (2, 3, 4) and layer.window is None
+    assert (layer.target, layer.image_weight, layer.unpooling) == ("both", 0.5, "centre")
+    assert (layer.scale, layer.solver.step) == ("none", 0.02)
     assert found.model["layer1"].pool == [2, 3, 4] and found.model["layer2"].pool is None
     assert found.model["layer1"].p == 0.8
     assert found.model["layer1"].learning.batch_size is None
@@ -163,7 +173,7 @@ def test_the_topmost_layer_can_be_taken_out_but_no_gap_be_made():
     ("override", "parts"),
     [
         ("model.layer1.num_map=16", ["num_map", "LayerSettings"]),
-        ("model.layer1.solver.step=16", ["step", "SolverSettings"]),
+        ("model.layer1.solver.steps=16", ["steps", "SolverSettings"]),
         ("model.layer7.num_maps=3", ["layer7"]),
         ("modle=cvpr2010", ["modle"]),
         # Hydra lets a plus add what no code reads.
@@ -180,6 +190,11 @@ def test_the_topmost_layer_can_be_taken_out_but_no_gap_be_made():
         ("model.layer2.lam=-1", ["model.layer2.lam=-1", "positive"]),
         ("model.layer2.pool=[1,2]", ["model.layer2.pool=[1, 2]", "[maps, rows, columns]"]),
         ("model.layer2.solver.method=lasso", ["model.layer2.solver.method=lasso", "admm", "fista"]),
+        ("model.layer2.solver.step=-1", ["model.layer2.solver.step=-1", "positive"]),
+        ("model.layer2.target=pixels", ["model.layer2.target=pixels", "maps, image, both"]),
+        ("model.layer2.image_weight=0", ["model.layer2.image_weight=0", "positive"]),
+        ("model.layer2.pooling=before", ["model.layer2.pooling=before", "after, in_loop"]),
+        ("model.layer2.unpooling=random", ["model.layer2.unpooling=random", "no_map, no_place"]),
         ("model.layer2.learning.epochs=0", ["model.layer2.learning.epochs=0", "at least 1"]),
         ("preprocessing.steps=[blur]", ["preprocessing.steps", "blur", "whiten"]),
         ("preprocessing.window=4", ["preprocessing.window=4", "odd"]),
@@ -197,6 +212,11 @@ def test_what_is_wrong_is_said_in_one_line_that_names_it(override, parts):
     assert "\n" not in found and len(found) < 400
     for part in parts:
         assert part in found
+
+
+def test_pooling_in_the_loop_needs_a_window_to_pool():
+    found = message("model.layer1.pooling=in_loop", "model.layer1.pool=null")
+    assert found == "model.layer1.pooling=in_loop: needs pool=[maps, rows, columns]"
 
 
 def test_a_model_without_the_number_of_maps_is_refused_by_its_key():
@@ -259,7 +279,7 @@ def test_every_setting_has_a_comment_that_says_what_it_is(kind):
             assert re.match(r"    \w+: ", lines[number]), f"{field.name} has no comment"
 
 
-@pytest.mark.parametrize("name", ["train", "reconstruct"])
+@pytest.mark.parametrize("name", ["train", "reconstruct", "ablate"])
 def test_every_key_of_a_script_has_a_comment(name):
     lines = (CONFIGS / f"{name}.yaml").read_text().splitlines()
     keys = [key for key in yaml.safe_load("\n".join(lines)) if key not in ("defaults", "hydra")]

@@ -7,8 +7,15 @@ import pytest
 import torch
 from PIL import Image
 
-from deconvnet.data import DataSettings, find_images, fit_size, load_images, read_image
-from deconvnet.preprocessing import local_moments
+from deconvnet.data import (
+    DataSettings,
+    find_images,
+    fit_size,
+    load_images,
+    pad_size,
+    read_image,
+)
+from deconvnet.preprocessing import Preprocessing, PreprocessingSettings, local_moments
 
 
 def settings(source, path=None, **other):
@@ -317,6 +324,84 @@ def test_images_smaller_than_the_crop_are_enlarged_with_one_warning(tmp_path, ca
     assert "2 of 3 images are smaller than data.size=16" in record.getMessage()
 
 
+def test_whole_pictures_stand_in_the_middle_of_their_squares_with_zeros_around(tmp_path):
+    shapes = {"a-wide": (20, 40), "b-tall": (33, 11), "c-square": (32, 32), "d-enlarged": (8, 12)}
+    for name, (height, width) in shapes.items():
+        save(tmp_path / f"{name}.png", pixels(height, width) // 2 + 127)
+    loaded = load_images(settings("folder", tmp_path, size=32, fit="pad"))
+    assert loaded.images.shape == (4, 3, 32, 32) and loaded.images.dtype == torch.float32
+    assert loaded.frames.dtype == torch.int64
+    # The longer side is 32, the shorter in proportion: 33x11 becomes 32x10.67.
+    expected_frames = [[8, 0, 16, 32], [0, 10, 32, 11], [0, 0, 32, 32], [5, 0, 21, 32]]
+    assert loaded.frames.tolist() == expected_frames
+    for image, (top, left, height, width) in zip(loaded.images, expected_frames, strict=True):
+        outside = image.clone()
+        inside = outside[:, top : top + height, left : left + width]
+        assert inside.min() > 0.3 and inside.max() <= 1
+        inside.zero_()
+        assert not outside.any()
+    torch.testing.assert_close(loaded.images[2], read_image(tmp_path / "c-square.png"))
+
+
+def test_padding_agrees_with_pillow_and_leaves_the_right_size_alone(photographs):
+    image = photographs.images[0][:, :61]
+    square, frame = pad_size(image, 96)
+    assert frame == (17, 0, 61, 96) and torch.equal(square[:, 17:78], image)
+    square, frame = pad_size(image, 48)
+    assert frame == (9, 0, 30, 48)
+    picture = Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy())
+    theirs = expected(np.asarray(picture.resize((48, 30), Image.Resampling.BICUBIC)))
+    torch.testing.assert_close(square[:, 9:39], theirs, atol=0.01, rtol=0)
+
+
+def test_there_are_no_frames_where_all_pictures_fill_their_squares(tmp_path, photographs):
+    save(tmp_path / "a.png", pixels(20, 20))
+    save(tmp_path / "b.png", pixels(40, 40))
+    assert load_images(settings("folder", tmp_path, size=16, fit="pad")).frames is None
+    save(tmp_path / "c.png", pixels(40, 30))
+    assert load_images(settings("folder", tmp_path, size=16)).frames is None
+    assert load_images(settings("folder", tmp_path, size=16, fit="pad")).frames is not None
+    assert photographs.frames is None
+
+
+def test_padded_pictures_are_enlarged_where_their_longer_side_is_short(tmp_path, caplog):
+    for index, shape in enumerate([(8, 15), (10, 16), (9, 40)]):
+        save(tmp_path / f"{index}.png", pixels(*shape))
+    with caplog.at_level(logging.WARNING), pytest.raises(ValueError, match="9x40 pixels become"):
+        load_images(settings("folder", tmp_path, size=16, fit="pad"))
+    load_images(settings("folder", tmp_path, size=16, fit="pad", max_images=2))
+    (record,) = caplog.records
+    assert "1 of 2 images are smaller than data.size=16" in record.getMessage()
+
+
+def test_a_picture_too_thin_for_its_square_is_named_and_left_out_where_that_is_wanted(
+    tmp_path, caplog
+):
+    save(tmp_path / "thin.png", pixels(16, 400))
+    save(tmp_path / "wide.png", pixels(20, 40))
+    message = "thin.png: 16x400 pixels become 1x32 in a square of data.size=32: both .* at least 8"
+    with pytest.raises(ValueError, match=message) as caught:
+        load_images(settings("folder", tmp_path, size=32, fit="pad"))
+    assert "\n" not in str(caught.value)
+    wanted = settings("folder", tmp_path, size=32, fit="pad", skip_unreadable=True)
+    with caplog.at_level(logging.WARNING):
+        loaded = load_images(wanted)
+    assert loaded.names == ("wide.png",) and len(loaded.frames) == 1
+    (record,) = caplog.records
+    assert "thin.png: 16x400" in record.getMessage()
+
+
+@pytest.mark.parametrize("steps", [["contrast"], ["laplacian"], ["mean", "whiten"]])
+def test_the_thinnest_pictures_are_large_enough_for_the_default_preprocessing(tmp_path, steps):
+    save(tmp_path / "wide.png", pixels(16, 64))
+    save(tmp_path / "tall.png", pixels(48, 40))
+    loaded = load_images(settings("folder", tmp_path, size=32, fit="pad"))
+    assert loaded.frames.tolist() == [[0, 2, 32, 27], [12, 0, 8, 32]]
+    model = Preprocessing(PreprocessingSettings(steps=steps)).fit(loaded.images, loaded.frames)
+    pixels_again = model.inverse(*model(loaded.images, loaded.frames))
+    torch.testing.assert_close(pixels_again, loaded.images, atol=1e-5, rtol=0)
+
+
 def test_without_a_size_images_of_two_sizes_are_named(tmp_path):
     save(tmp_path / "a.png", pixels(10, 12))
     save(tmp_path / "b.png", pixels(11, 12))
@@ -416,6 +501,9 @@ def test_arguments_that_a_torchvision_data_set_lacks_or_does_not_know_are_named(
         ("dataset", {"source": "torchvision"}),
         ("size", {"size": 3}),
         ("size", {"size": None}),
+        ("size", {"size": None, "fit": "pad", "source": "folder", "path": "photos"}),
+        ("fit", {"fit": "stretch"}),
+        ("fit", {"fit": "pad"}),
         ("scale", {"scale": 0.0}),
         ("scale", {"scale": 1.5}),
         ("max_images", {"max_images": 0}),

@@ -20,7 +20,8 @@ from deconvnet.learning import (
     update_filters,
     update_filters_by_cg,
 )
-from deconvnet.operators import Deconvolution
+from deconvnet.operators import Deconvolution, Identity, Scaling, Unpooling
+from deconvnet.pooling import max_pool
 from deconvnet.solvers import SolverSettings, solve
 
 BOUNDARIES = ("valid", "circular")
@@ -47,6 +48,12 @@ def true_cost(f, z, b, boundary, g=None):
 def sums_of(z, f, b, boundary, g=None):
     residual = b - deconvolve(z, f, g, boundary=boundary)
     return filter_sums(z, residual, f, g, boundary=boundary)
+
+
+def batch(z, f, b, boundary, g=None):
+    """What `update_filters_by_cg` goes through: these maps, all at once, nothing below them."""
+    residual = b - deconvolve(z, f, g, boundary=boundary)
+    return lambda: [(z, residual, Identity())]
 
 
 def gram_times(gram, f):
@@ -192,7 +199,9 @@ def test_disconnected_planes_stay_zero(boundary, norm):
     for start in (f, f0):
         found = [
             update_filters(start, sums, g, norm=norm),
-            update_filters_by_cg(start, z, b, g, norm=norm, boundary=boundary),
+            update_filters_by_cg(
+                start, batch(z, start, b, boundary, g), g, norm=norm, boundary=boundary
+            ),
         ]
         for updated in found:
             planes = torch.linalg.vector_norm(updated, dim=(2, 3))
@@ -217,7 +226,9 @@ def test_cg_to_the_end_is_the_solution_of_the_normal_equations_with_unit_norm(bo
     z, f, b = problem(boundary, image=(12, 13))
     Z = dense_system(z, f, b, boundary)
     expected = torch.linalg.solve(Z.T @ Z, Z.T @ b.flatten()).view(f.shape)
-    found = update_filters_by_cg(f, z, b, norm=norm, iterations=500, boundary=boundary)
+    found = update_filters_by_cg(
+        f, batch(z, f, b, boundary), norm=norm, iterations=500, boundary=boundary
+    )
     # cg stops at a residual of 1e-6; times the condition of Z'Z.
     assert_close(found, normalize(expected, norm), rtol=0, atol=1e-4)
 
@@ -234,7 +245,9 @@ def test_cg_steps_before_the_norm_are_those_of_the_textbook(boundary):
         alpha = r @ r / (d @ q)
         x, new = x + alpha * d, r - alpha * q
         d, r = new + (new @ new) / (r @ r) * d, new
-    found = update_filters_by_cg(f, z, b, norm="filter", iterations=2, boundary=boundary)
+    found = update_filters_by_cg(
+        f, batch(z, f, b, boundary), norm="filter", iterations=2, boundary=boundary
+    )
     assert_close(found, normalize(x.view(f.shape)), rtol=1e-9, atol=1e-10)
 
 
@@ -244,7 +257,149 @@ def test_a_filter_without_maps_keeps_its_form():
     found = update_filters(f, sums_of(z, f, b, "valid"))
     assert_close(found[1], f[1], rtol=1e-12, atol=1e-14)
     assert (found[0] - f[0]).abs().max() > 1e-3
-    assert_close(update_filters_by_cg(f, z, b, norm="filter")[1], f[1], rtol=1e-12, atol=1e-14)
+    found = update_filters_by_cg(f, batch(z, f, b, "valid"), norm="filter")
+    assert_close(found[1], f[1], rtol=1e-12, atol=1e-14)
+
+
+def through_a_layer(*, seed=0, boundary="valid"):
+    """Two batches (z, b, T) of two images: what maps paint with filters (2, 3, 3, 2), T takes down
+    to the images through the switches of a layer below, those of every image its own.
+    """
+    F1 = Deconvolution(normalize(rand(5, 1, 3, 3, seed=seed)), boundary)
+    batches = []
+    for number in (1, 2):
+        b = rand(2, 1, 14, 15, seed=seed + number)
+        maps = F1.adjoint(b)
+        pooled, switches = max_pool(maps, (2, 2, 2))
+        T = F1 @ Unpooling(switches, maps.shape[1:]) @ Scaling(0.7)
+        rows, columns = map_size(tuple(pooled.shape[2:]), (3, 2), boundary)
+        z = rand(2, 2, rows, columns, seed=seed + 10 * number)
+        batches.append((z * (z.abs() > 0.8), b, T))
+    return batches, normalize(rand(2, 3, 3, 2, seed=seed + 5))
+
+
+def visits(batches, f, g=None, boundary="valid"):
+    """What `update_filters_by_cg` goes through, and how often it did."""
+    count = []
+
+    def go():
+        count.append(1)
+        for z, b, T in batches:
+            yield z, b - T(deconvolve(z, f, g, boundary=boundary)), T
+
+    return go, count
+
+
+def cost_through(batches, f, g=None, boundary="valid"):
+    errors = [b - T(deconvolve(z, f, g, boundary=boundary)) for z, b, T in batches]
+    return 0.5 * sum(error.square().sum() for error in errors)
+
+
+def matrix_through(batches, f, g=None, boundary="valid"):
+    """T Z of all images as one matrix from the filters, and the images."""
+    impulses = torch.eye(f.numel(), dtype=f.dtype).view(-1, *f.shape)
+    columns = [
+        torch.cat([T(deconvolve(z, e, g, boundary=boundary)).flatten() for z, _, T in batches])
+        for e in impulses
+    ]
+    return torch.stack(columns, 1), torch.cat([b.flatten() for _, b, _ in batches])
+
+
+@boundaries
+@pytest.mark.parametrize("norm", ["filter", "plane"])
+def test_cg_through_a_layer_ends_at_the_dense_least_squares_solution_with_unit_norm(boundary, norm):
+    batches, f = through_a_layer(boundary=boundary)
+    TZ, b = matrix_through(batches, f, boundary=boundary)
+    expected = torch.linalg.lstsq(TZ, b).solution.view(f.shape)
+    go, count = visits(batches, f, boundary=boundary)
+    found = update_filters_by_cg(f, go, norm=norm, iterations=300, boundary=boundary)
+    # cg stops at a residual of 1e-6; times the condition of the normal equations.
+    assert_close(found, normalize(expected, norm), rtol=0, atol=1e-4)
+    assert 10 < len(count) < 200
+
+
+def test_cg_through_a_layer_leaves_out_what_is_disconnected():
+    g = torch.tensor([[1, 0, 1], [0, 1, 0]])
+    batches, f = through_a_layer()
+    f = normalize(f * g[:, :, None, None])
+    TZ, b = matrix_through(batches, f, g)
+    connected = g[:, :, None, None].expand_as(f).flatten().bool()
+    assert not TZ[:, ~connected].any()
+    expected = torch.zeros_like(f).flatten()
+    expected[connected] = torch.linalg.lstsq(TZ[:, connected], b).solution
+    go, _ = visits(batches, f, g)
+    found = update_filters_by_cg(f, go, g, norm="filter", iterations=300)
+    assert_close(found, normalize(expected.view(f.shape)), rtol=0, atol=1e-4)
+
+
+@boundaries
+def test_the_first_step_of_cg_goes_down_the_gradient_through_the_whole_chain(boundary):
+    batches, f = through_a_layer(boundary=boundary)
+    leaf = f.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(cost_through(batches, leaf, boundary=boundary), leaf)
+    # As far as a parabola through three costs says: the cost is quadratic.
+    costs = [cost_through(batches, f - t * gradient, boundary=boundary) for t in (0, 1, 2)]
+    curvature = costs[2] - 2 * costs[1] + costs[0]
+    step = (gradient.square().sum() / curvature).item()
+    go, count = visits(batches, f, boundary=boundary)
+    found = update_filters_by_cg(f, go, norm="filter", iterations=1, boundary=boundary)
+    assert_close(found, normalize(f - step * gradient), rtol=1e-9, atol=1e-10)
+    # Once for the right hand side, once for each step.
+    assert len(count) == 2
+
+
+def test_cg_goes_on_through_the_batches_as_if_they_were_one():
+    batches, f = through_a_layer()
+    for iterations in (1, 3):
+        split, _ = visits(batches, f)
+        single = [
+            (z[n : n + 1], b[n : n + 1], alone(T, n)) for z, b, T in batches for n in range(2)
+        ]
+        one, _ = visits(single[::-1], f)
+        found = [update_filters_by_cg(f, go, iterations=iterations) for go in (split, one)]
+        assert_close(found[0], found[1], rtol=1e-10, atol=1e-11)
+
+
+def alone(T, n):
+    """The way down of one image."""
+    (F1, U), S = (T.outer.outer, T.outer.inner), T.inner
+    return F1 @ Unpooling(U.switches[n : n + 1], U.shape) @ S
+
+
+@boundaries
+def test_the_sums_of_a_bound_lie_above_the_cost_through_a_layer_and_touch_it(boundary):
+    batches, f = through_a_layer(boundary=boundary)
+    sums = None
+    for z, b, T in batches:
+        residual = b - T(deconvolve(z, f, boundary=boundary))
+        curvature = T.squared_norm(b)
+        new = filter_sums(z, T.adjoint(residual), f, boundary=boundary, curvature=curvature)
+        sums = new if sums is None else sums + new
+    leaf = f.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(cost_through(batches, leaf, boundary=boundary), leaf)
+    assert_close(model_gradient(f, sums), gradient, rtol=1e-10, atol=1e-9)
+    constant = cost_through(batches, f, boundary=boundary) - model_cost(f, sums)
+    TZ, _ = matrix_through(batches, f, boundary=boundary)
+    # The direction in which the cost is most curved, and any others.
+    steepest = torch.linalg.svd(TZ, full_matrices=False).Vh[0].view(f.shape)
+    for seed in range(20):
+        step = 10.0 ** (-seed / 5) * (rand(*f.shape, seed=50 + seed) if seed % 4 else steepest)
+        excess = model_cost(f + step, sums) + constant
+        excess = excess - cost_through(batches, f + step, boundary=boundary)
+        assert 1e-3 * step.square().sum() < excess < 1e4 * step.square().sum()
+    # So that what lowers the one lowers the other.
+    before = cost_through(batches, f, boundary=boundary)
+    for iterations in (1, 10, 100):
+        found = update_filters(f, sums, iterations=iterations)
+        assert cost_through(batches, found, boundary=boundary) < before * (1 - 1e-3)
+
+
+def test_a_curvature_of_one_is_no_bound_but_the_sums_themselves():
+    z, f, b = problem("valid")
+    residual = b - deconvolve(z, f)
+    ones = torch.ones(len(z), 1, 1, 1, dtype=z.dtype)
+    plain, bound = filter_sums(z, residual, f), filter_sums(z, residual, f, curvature=ones)
+    assert torch.equal(plain.gram, bound.gram) and torch.equal(plain.linear, bound.linear)
 
 
 @boundaries

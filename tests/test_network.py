@@ -6,9 +6,15 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from deconvnet import DeconvNet, LayerSettings, PreprocessingSettings, SolverSettings, load
+from deconvnet.arithmetic import convolution_matrix
 from deconvnet.checkpoint import CheckpointError
+from deconvnet.codes import join
 from deconvnet.monitor import Monitor
+from deconvnet.network import Target, seeded
+from deconvnet.operators import Deconvolution, Identity, Operator
+from deconvnet.pooling import UNPOOLINGS, max_pool, unpool
 from deconvnet.run import Run
+from deconvnet.solvers import solve
 from deconvnet.training import train
 
 FAST = SolverSettings(iterations=20)
@@ -21,10 +27,10 @@ POOLS = {
 }
 
 
-def layers(pools=POOLS["pooled"], *, solver=FAST, **other):
+def layers(pools=POOLS["pooled"], *, solver=FAST, pooling="after", **other):
     return [
-        LayerSettings(5, 5, pool=pools[0], solver=solver, **other),
-        LayerSettings(4, 3, pool=pools[1], lam=3.0, solver=solver, **other),
+        LayerSettings(5, 5, pool=pools[0], pooling=pooling, solver=solver, **other),
+        LayerSettings(4, 3, pool=pools[1], pooling=pooling, lam=3.0, solver=solver, **other),
         LayerSettings(3, 2, lam=5.0, solver=solver, **other),
     ]
 
@@ -357,7 +363,11 @@ def test_pooling_over_maps_leaves_fewer_for_the_layer_above():
         ({"p": 1.5}, "p=1.5: .*between 0 and 1"),
         ({"connectivity": "pairs"}, "connectivity=pairs: choose one of full, singles, "),
         ({"boundary": "zeros"}, "boundary=zeros: choose one of valid, circular"),
-        ({"scale": "std"}, "scale=std: choose one of rms, max"),
+        ({"scale": "std"}, "scale=std: choose one of rms, max, none"),
+        ({"target": "pixels"}, "target=pixels: choose one of maps, image, both"),
+        ({"image_weight": 0.0}, "image_weight=0.0: must be positive"),
+        ({"pooling": "before"}, "pooling=before: choose one of after, in_loop"),
+        ({"unpooling": "all"}, "unpooling=all: choose one of switches, no_map, no_place, centre"),
         ({"pool": [2, 2]}, r"pool=\[2, 2\]: expected \[maps, rows, columns\]"),
         ({"pool": [1, 0, 2]}, r"pool=\[1, 0, 2\]"),
     ],
@@ -365,6 +375,244 @@ def test_pooling_over_maps_leaves_fewer_for_the_layer_above():
 def test_wrong_settings_of_a_layer_name_the_key_the_value_and_what_would_be_right(values, message):
     with pytest.raises(ValueError, match=message):
         LayerSettings(**{"num_maps": 4, **values})
+
+
+def test_a_layer_without_a_window_cannot_be_pooled_in_the_loop():
+    with pytest.raises(ValueError, match=r"pooling=in_loop: needs pool=\[maps, rows, columns\]"):
+        LayerSettings(4, pooling="in_loop")
+    assert LayerSettings(4, pool=[2, 3, 3], pooling="in_loop").window == (2, 3, 3)
+    assert LayerSettings(4, pool=[2, 3, 3]).window is None
+
+
+# What a layer explains
+
+
+class Dense(Operator):
+    """A matrix for each image in place of an operator: it knows nothing of layers."""
+
+    def __init__(self, matrices, maps, image):
+        self.matrices, self.maps, self.image = matrices, tuple(maps), tuple(image)
+
+    def __call__(self, z):
+        painted = torch.einsum("nij,nj->ni", self.matrices, z.flatten(1))
+        return painted.view(len(z), *self.image)
+
+    def adjoint(self, y):
+        return torch.einsum("nij,ni->nj", self.matrices, y.flatten(1)).view(len(y), *self.maps)
+
+
+@pytest.fixture(scope="module")
+def small(textures):
+    return textures(2, 3, 9, 10).double()
+
+
+def tiny(small, *, pooling="in_loop", depth=2, **top):
+    """(network in double precision, codes of all layers but the top one): partial windows."""
+    solver = SolverSettings(method="fista", iterations=30, tolerance=0)
+    layers = [LayerSettings(3, 3, pool=[2, 2, 2], pooling=pooling, lam=10.0, solver=solver)]
+    if depth == 3:
+        layers.append(LayerSettings(3, 3, pool=[2, 2, 1], pooling=pooling, solver=solver))
+    layers.append(LayerSettings(4, 2, **{"lam": 5.0, "solver": solver, **top}))
+    net = DeconvNet(layers, PreprocessingSettings(color="grey"), seed=3).double()
+    net.preprocessing.fit(small)
+    codes = net.infer(small, depth=1)
+    for number in range(2, depth + 1):
+        net.layer(number).fit_scale(codes.layers[-1].pooled)
+        codes = net.extend(codes) if number < depth else codes
+    return net, codes
+
+
+def way_down(net, codes, number):
+    """Matrices (N, pixels, entries) from the maps of a layer to the images, product by product."""
+    matrices = []
+    for n in range(len(codes.y)):
+        matrix, size = None, tuple(codes.y.shape[2:])
+        for level in range(1, number + 1):
+            F = net.layer(level).scale * convolution_matrix(net.layer(level).filters, size)
+            matrix = F if matrix is None else matrix @ F
+            if level < number:
+                switches = codes.layer(level).switches[n]
+                U = torch.zeros(matrix.shape[1], switches.numel(), dtype=F.dtype)
+                U[switches.flatten(), torch.arange(switches.numel())] = 1
+                matrix, size = matrix @ U, tuple(switches.shape[1:])
+        matrices.append(matrix)
+    return torch.stack(matrices)
+
+
+def squared_error(M, z, b):
+    return (b.flatten(1) - torch.einsum("nij,nj->ni", M, z.flatten(1))).square().sum(1)
+
+
+@pytest.mark.parametrize("depth", [2, 3])
+@pytest.mark.parametrize("window", [None, [3, 2, 2]])
+def test_a_layer_that_explains_the_image_solves_the_problem_of_the_whole_way_down(
+    small, depth, window
+):
+    pooled = {"pool": window, "pooling": "in_loop"} if window else {}
+    solver = SolverSettings(method="fista", iterations=30, tolerance=0)
+    net, below = tiny(small, depth=depth)
+    net.layers[-1].settings = LayerSettings(4, 2, lam=5.0, target="image", solver=solver, **pooled)
+    codes = net.extend(below)
+    found = codes.layer(depth)
+    R = way_down(net, codes, depth)
+    A = Dense(R, found.shape, codes.y.shape[1:])
+    expected = solve(A, codes.y, lam=5.0, window=window and tuple(window), settings=solver)
+    assert_close(found.z, expected.z, rtol=1e-8, atol=1e-9)
+    assert_close(found.reconstruction, 2.5 * squared_error(R, found.z, codes.y))
+    assert_close(found.sparsity, found.z.abs().sum((1, 2, 3)))
+    assert (found.objective < 0.95 * 2.5 * codes.y.square().sum((1, 2, 3))).all()
+    # More of the image is explained than by maps that explain the maps below.
+    snr = net.snr(codes, depth)
+    net.layer(depth).settings.target = "maps"
+    assert snr > net.snr(net.extend(below), depth)
+
+
+@pytest.mark.parametrize("weight", [0.3, 4.0])
+def test_a_layer_that_explains_both_minimises_the_weighted_sum_of_their_errors(small, weight):
+    net, below = tiny(small, target="both", image_weight=weight)
+    codes, layer = net.extend(below), net.layer(2)
+    found = codes.layer(2)
+    maps = below.layer(1).pooled / layer.scale
+    F2 = convolution_matrix(layer.filters, tuple(maps.shape[2:])).expand(2, -1, -1)
+    R2 = way_down(net, codes, 2)
+    errors = squared_error(F2, found.z, maps) + weight * squared_error(R2, found.z, codes.y)
+    assert_close(found.reconstruction, 2.5 * errors)
+    M = torch.cat([F2, weight**0.5 * R2], 1)
+    b = torch.cat([maps.flatten(1), weight**0.5 * codes.y.flatten(1)], 1)[..., None, None]
+    A = Dense(M, found.shape, b.shape[1:])
+    expected = solve(A, b, lam=5.0, settings=layer.settings.solver)
+    assert_close(found.z, expected.z, rtol=1e-8, atol=1e-9)
+
+
+def test_of_maps_and_image_the_heavier_is_explained_better(small):
+    errors = []
+    for weight in (1e-3, 1.0, 1e3):
+        solver = SolverSettings(method="fista", iterations=300)
+        net, below = tiny(small, target="both", image_weight=weight, lam=50.0, solver=solver)
+        painted = net.layer(2).operator()(net.extend(below).layer(2).z)
+        maps = below.layer(1).pooled / net.layer(2).scale
+        image = net.down(below, 2)(painted)
+        errors.append(((maps - painted).square().sum(), (below.y - image).square().sum()))
+    maps, image = zip(*errors, strict=True)
+    assert maps[0] < maps[1] < maps[2] and image[0] > image[1] > image[2]
+
+
+@pytest.mark.parametrize("method", ["admm", "fista", "half_quadratic"])
+def test_a_layer_that_explains_maps_sees_nothing_but_the_maps_below(small, method):
+    solver = SolverSettings(method=method, iterations=3)
+    net, below = tiny(small, solver=solver, pooling="after")
+    maps = below.layer(1).pooled / net.layer(2).scale
+    expected = solve(Deconvolution(net.layer(2).filters), maps, lam=5.0, settings=solver)
+    found = net.extend(below).layer(2)
+    assert torch.equal(found.z, expected.z) and torch.equal(found.objective, expected.objective)
+    directly = net.layer(2).infer(Target(maps))
+    assert torch.equal(found.z, directly.z)
+
+
+@pytest.mark.parametrize("target", ["image", "both"])
+def test_for_the_first_layer_the_image_is_what_is_below(images, target):
+    nets = [DeconvNet([LayerSettings(4, 5, target=kind, solver=FAST)]) for kind in ("maps", target)]
+    expected, found = (net.infer(images).layer(1) for net in nets)
+    assert torch.equal(found.z, expected.z) and torch.equal(found.objective, expected.objective)
+
+
+def test_nothing_is_between_the_first_layer_and_the_image(net, codes):
+    assert isinstance(net.down(codes, 1), Identity)
+    assert isinstance(net.operator(codes, 1), Deconvolution)
+    with pytest.raises(ValueError, match="layer=4"):
+        net.down(codes, 4)
+
+
+def test_the_target_of_some_images_is_theirs(small):
+    for target in ("maps", "image", "both"):
+        net, codes = tiny(small, target=target)
+        whole, part = net.target(codes, 2), net.target(codes, 2, torch.tensor([1]))
+        assert torch.equal(part.b[0], whole.b[1])
+        v = torch.randn(codes.layer(1).pooled.shape, generator=seeded(1)).double()
+        assert_close(part.T(v[1:]), whole.T(v)[1:])
+        assert_close(part.T.adjoint(part.b), whole.T.adjoint(whole.b)[1:])
+        assert torch.equal(net.below(codes, 2, torch.tensor([1]))[0], net.below(codes, 2)[1])
+
+
+@pytest.mark.parametrize("method", ["admm", "fista", "ista", "half_quadratic"])
+def test_maps_that_were_pooled_in_the_loop_are_no_more_than_their_maxima(images, method):
+    net = network(images, pooling="in_loop", solver=SolverSettings(method=method, iterations=4))
+    codes = net.infer(images, depth=2)
+    for found, window in zip(codes.layers, POOLS["pooled"], strict=True):
+        assert found.dense is None and found.z.shape == (4, *found.shape)
+        assert torch.equal(found.z, unpool(found.pooled, found.switches, found.z.shape))
+        assert torch.equal(max_pool(found.z, tuple(window))[0], found.pooled)
+        assert found.density == pytest.approx((found.z != 0).double().mean().item(), rel=1e-12)
+        assert torch.equal(found.values.sort().values, found.z[found.z != 0].sort().values)
+        assert 0 < len(found.values) <= found.pooled.numel()
+    # Pooling after inference loses entries, which are kept beside.
+    net.layer(1).settings.pooling = "after"
+    dense = net.infer(images, depth=1).layer(1)
+    kept = unpool(dense.pooled, dense.switches, dense.z.shape)
+    assert torch.count_nonzero(dense.z) > torch.count_nonzero(kept) > 0
+    assert torch.equal(dense.dense, dense.z) and len(dense.values) == (dense.z != 0).sum()
+
+
+@pytest.mark.parametrize("pooling", ["after", "in_loop"])
+def test_codes_that_are_taken_apart_and_joined_are_the_same(images, pooling):
+    net = network(images, pooling=pooling, solver=SolverSettings(method="fista", iterations=5))
+    codes = net.infer(images)
+    for found in codes.layers:
+        parts = [
+            found.select(torch.tensor([0])),
+            found.select(slice(1, 3)),
+            found.select(torch.tensor([3])),
+        ]
+        joined = join(parts)
+        assert [len(part) for part in parts] == [1, 2, 1] and len(joined) == len(found) == 4
+        assert torch.equal(joined.z, found.z) and torch.equal(joined.pooled, found.pooled)
+        assert torch.equal(joined.objective, found.objective)
+        assert joined.shape == found.shape
+        assert torch.equal(parts[1].z, found.z[1:3])
+        if found.switches is not None:
+            assert torch.equal(joined.switches, found.switches)
+
+
+@pytest.mark.parametrize("kind", UNPOOLINGS)
+def test_images_are_reconstructed_whatever_unpooling_forgets(small, kind):
+    net, below = tiny(small, lam=30.0, target="image")
+    codes = net.extend(below)
+    expected = net.operator(codes, 2)(codes.layer(2).z)
+    net.layer(1).settings.unpooling = kind
+    pixels, A = net.reconstruct(codes, 2), net.operator(codes, 2)
+    assert pixels.shape == (2, 1, 9, 10) and torch.isfinite(pixels).all()
+    painted = A(codes.layer(2).z)
+    assert torch.equal(painted, expected) == (kind == "switches")
+    y = codes.y
+    there, back = (painted * y).sum(), (codes.layer(2).z * A.adjoint(y)).sum()
+    assert_close(there, back, rtol=1e-11, atol=1e-11)
+    # What explains the image with the switches explains it worse without.
+    worse = (painted - y).square().sum() > (expected - y).square().sum()
+    assert worse == (kind != "switches")
+
+
+def test_settings_of_targets_pooling_and_steps_are_saved(images, tmp_path):
+    solver = SolverSettings(method="fista", iterations=3, step=0.02)
+    net = network(
+        images,
+        solver=solver,
+        pooling="in_loop",
+        target="both",
+        image_weight=0.25,
+        unpooling="no_place",
+        scale="none",
+    )
+    net.save(tmp_path / "net.safetensors")
+    again = load(tmp_path / "net.safetensors")
+    assert [layer.settings for layer in again.layers] == [layer.settings for layer in net.layers]
+    settings = again.layer(2).settings
+    assert (settings.target, settings.image_weight, settings.pooling) == ("both", 0.25, "in_loop")
+    assert (settings.unpooling, settings.scale, settings.solver.step) == ("no_place", "none", 0.02)
+    assert again.layer(2).scale == again.layer(3).scale == 1
+    expected, found = net.infer(images), again.infer(images)
+    for number in (1, 2, 3):
+        assert torch.equal(found.layer(number).z, expected.layer(number).z)
+        assert torch.equal(again.reconstruct(found, number), net.reconstruct(expected, number))
 
 
 def test_a_saved_network_infers_and_reconstructs_the_same_bits(net, codes, images, tmp_path):

@@ -1,19 +1,26 @@
 """Operators against dense matrices: adjoints, compositions, solves and norms."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch.testing import assert_close
 
+from deconvnet import DeconvNet, LayerSettings, PreprocessingSettings, SolverSettings
+from deconvnet.arithmetic import convolution_matrix
 from deconvnet.convolution import correlate
 from deconvnet.operators import (
     Composition,
     Deconvolution,
+    Identity,
     Scaling,
+    Spreading,
+    Stack,
     Unpooling,
     conjugate_gradients,
     norm,
 )
-from deconvnet.pooling import max_pool
+from deconvnet.pooling import max_pool, spreading_weights
 
 N = 2
 
@@ -57,6 +64,22 @@ def unpooling(shape, window):
     return Unpooling(switches, shape), p.shape[1:], shape
 
 
+def spreading(kind, shape, window):
+    p, switches = max_pool(rand(N, *shape, seed=3), window)
+    weights = spreading_weights(kind, switches, shape, window).double()
+    return Spreading(weights, window), p.shape[1:], shape
+
+
+def pile(num_layers, image, windows):
+    """The top layer's own deconvolution on R_l, as where maps and image are explained at once."""
+    R, maps, image = stack(num_layers, image, windows)
+    F = R.inner
+    assert isinstance(F, Deconvolution)
+    shapes = F(torch.zeros(N, *maps, dtype=F.f.dtype)).shape, torch.Size((N, *image))
+    numbers = sum(shape[1:].numel() for shape in shapes)
+    return Stack([F, R], [1.0, 1.7], list(shapes)), maps, (numbers, 1, 1)
+
+
 def with_shapes(A, image):
     y = rand(N, A.f.shape[1], *image)
     return A, A.adjoint(y).shape[1:], y.shape[1:]
@@ -83,12 +106,17 @@ OPERATORS = {
     "unpooling 2-D": lambda: unpooling((4, 6, 9), (1, 2, 3)),
     "unpooling 3-D": lambda: unpooling((4, 6, 9), (2, 3, 3)),
     "unpooling, partial windows": lambda: unpooling((5, 7, 8), (2, 3, 3)),
+    "spreading over maps": lambda: spreading("no_map", (5, 7, 8), (2, 3, 3)),
+    "spreading over places": lambda: spreading("no_place", (4, 6, 9), (2, 3, 3)),
+    "spreading over windows": lambda: spreading("average", (5, 7, 8), (2, 3, 3)),
+    "identity": lambda: (Identity(), (4, 5, 6), (4, 5, 6)),
     "scaling": lambda: (Scaling(-0.3), (4, 5, 6), (4, 5, 6)),
     "R_2": lambda: stack(2, (11, 12), [(1, 2, 2)]),
     "R_2, 3 channels, 3-D pools": lambda: stack(2, (11, 12), [(3, 3, 3)], channels=3),
     "R_2, circular": lambda: stack(2, (12, 12), [(2, 2, 2)], boundary="circular"),
     "R_3": lambda: stack(3, (14, 13), [(2, 2, 2), (2, 3, 2)]),
     "R_4": lambda: stack(4, (16, 17), [(3, 2, 2), (2, 2, 2), (2, 2, 2)], channels=3),
+    "stack of F_2 and R_2": lambda: pile(2, (10, 11), [(3, 2, 2)]),
 }
 
 
@@ -103,6 +131,11 @@ def alone(A, image):
     """The operator of one image of the batch: only unpoolings differ between images."""
     if isinstance(A, Composition):
         return alone(A.outer, image) @ alone(A.inner, image)
+    if isinstance(A, Stack):
+        shapes = [torch.Size((1, *shape)) for shape in A.shapes]
+        return Stack([alone(part, image) for part in A.operators], A.weights, shapes)
+    if isinstance(A, Spreading):
+        return Spreading(A.weights.expand(N, -1, -1, -1)[image], A.window)
     return Unpooling(A.switches[image], A.shape) if isinstance(A, Unpooling) else A
 
 
@@ -149,6 +182,110 @@ def test_a_composition_is_the_product_of_the_matrices(windows, image):
     )
     assert_close(dense(F1 @ U @ S @ F2, z2, this), product, rtol=1e-12, atol=1e-13)
     assert_close(dense((F1 @ U) @ (S @ F2), z2, this), product, rtol=1e-12, atol=1e-13)
+
+
+def test_nothing_before_or_after_an_operator_is_the_operator_itself():
+    F = deconvolution(3, 1, 3, 3)
+    assert Identity() @ F is F and F @ Identity() is F
+    R = F @ Scaling(2.0)
+    assert Identity() @ R is R and R @ Identity() is R and Identity() @ R @ Identity() is R
+    assert isinstance(Identity() @ Identity(), Identity)
+    z = rand(N, 3, 5, 6)
+    assert Identity()(z) is z and Identity().adjoint(z) is z
+
+
+@pytest.mark.parametrize("image", [0, 1])
+def test_a_stack_is_the_weighted_matrices_one_below_the_other(image):
+    A, maps, _ = pile(2, (10, 11), [(3, 2, 2)])
+    this = slice(image, image + 1)
+    F, R = A.operators
+    expected = torch.cat([dense(F, maps, this), 1.7 * dense(R, maps, this)])
+    assert_close(dense(A, maps, this), expected, rtol=1e-13, atol=1e-14)
+
+
+def test_what_a_stack_should_make_is_joined_so_that_squared_errors_add_with_the_weights():
+    A, maps, _ = pile(2, (10, 11), [(3, 2, 2)])
+    z = rand(N, *maps, seed=1)
+    targets = [rand(N, *shape, seed=2 + i) for i, shape in enumerate(A.shapes)]
+    found = (A.join(targets) - A(z)).square().sum((1, 2, 3))
+    errors = [
+        (b - part(z)).square().sum((1, 2, 3)) for b, part in zip(targets, A.operators, strict=True)
+    ]
+    assert_close(found, errors[0] + 1.7**2 * errors[1], rtol=1e-12, atol=0)
+
+
+# Two poolings over maps that leave a partial group, all of them partial windows of positions.
+TOWER = [
+    LayerSettings(5, 5, pool=[2, 3, 2]),
+    LayerSettings(4, 3, pool=[3, 2, 2]),
+    LayerSettings(5, 3, pool=[2, 2, 3]),
+    LayerSettings(3, 2),
+]
+
+
+@pytest.fixture(scope="module", params=["after", "in_loop"])
+def inferred(request, textures):
+    """(network of four layers in double precision, codes of two images)."""
+    solver = SolverSettings(method="fista", iterations=15)
+    layers = [
+        dataclasses.replace(
+            layer, lam=20.0, solver=solver, pooling=request.param if layer.pool else "after"
+        )
+        for layer in TOWER
+    ]
+    images = textures(N, 3, 16, 15).double()
+    net = DeconvNet(layers, PreprocessingSettings(), seed=1).double()
+    net.preprocessing.fit(images)
+    codes = net.infer(images, depth=1)
+    for number in (2, 3, 4):
+        net.layer(number).fit_scale(codes.layers[-1].pooled)
+        codes = net.extend(codes)
+    return net, codes
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+def test_the_way_down_from_every_layer_has_its_adjoint_with_the_switches_of_inference(
+    inferred, number
+):
+    net, codes = inferred
+    A = net.operator(codes, number)
+    for seed in range(3):
+        z, y = rand(*codes.layer(number).z.shape, seed=seed), rand(*codes.y.shape, seed=9 + seed)
+        painted = A(z)
+        left, right = (painted * y).sum((1, 2, 3)), (z * A.adjoint(y)).sum((1, 2, 3))
+        scale = norm(painted).flatten() * norm(y).flatten()
+        assert ((left - right).abs() <= 1e-12 * scale).all()
+        assert (left.abs() > 1e-6 * scale).any()
+
+
+def unpooling_matrix(switches, size):
+    matrix = torch.zeros(size, switches.numel(), dtype=torch.float64)
+    matrix[switches.flatten(), torch.arange(switches.numel())] = 1
+    return matrix
+
+
+@pytest.mark.parametrize("number", [2, 3, 4])
+def test_the_way_down_is_the_product_of_filters_switches_and_scales(inferred, number):
+    net, codes = inferred
+    z, y = rand(*codes.layer(number).z.shape, seed=5), rand(*codes.y.shape, seed=6)
+    painted, maps = net.operator(codes, number)(z), net.operator(codes, number).adjoint(y)
+    for n in range(N):
+        matrices, shape = [], codes.y.shape[2:]
+        for level in range(1, number + 1):
+            below = net.layer(level).scale * convolution_matrix(net.layer(level).filters, shape)
+            found = codes.layer(level)
+            matrices.append(below)
+            if level < number:
+                size = torch.Size(found.shape).numel()
+                matrices.append(unpooling_matrix(found.switches[n], size))
+                shape = found.switches.shape[2:]
+        down, up = z[n].flatten(), y[n].flatten()
+        for matrix in reversed(matrices):
+            down = matrix @ down
+        for matrix in matrices:
+            up = matrix.T @ up
+        assert_close(painted[n].flatten(), down, rtol=1e-11, atol=1e-12)
+        assert_close(maps[n].flatten(), up, rtol=1e-11, atol=1e-12)
 
 
 SOLVABLE = [name for name in OPERATORS if "image below filter" not in name]
@@ -213,7 +350,9 @@ def test_squared_norm_of_a_circular_deconvolution_is_exact(name):
     assert found[0].item() == pytest.approx(true, rel=1e-12)
 
 
-@pytest.mark.parametrize("name", [n for n in OPERATORS if n.startswith(("R_", "unpool"))])
+@pytest.mark.parametrize(
+    "name", [n for n in OPERATORS if n.startswith(("R_", "unpool", "spread", "stack"))]
+)
 def test_squared_norm_of_a_composition_bounds_that_of_every_image(name):
     A, maps, image = OPERATORS[name]()
     found = A.squared_norm(torch.zeros(N, *image, dtype=torch.float64)).flatten()

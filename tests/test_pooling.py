@@ -3,11 +3,22 @@
 import itertools
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
 
-from deconvnet.pooling import max_pool, pool, pooled_shape, unpool
+from deconvnet.pooling import (
+    UNPOOLINGS,
+    gather,
+    max_pool,
+    pool,
+    pooled_shape,
+    spread,
+    spreading_weights,
+    strongest,
+    unpool,
+)
 
 CASES = {
     "2-D": ((4, 6, 9), (1, 2, 3)),
@@ -25,17 +36,26 @@ def rand(*shape, seed=0):
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
+def windows_of(shape, window):
+    """(place among the pooled maps, the ranges of maps, rows and columns) of every window."""
+    sizes = [-(-size // step) for size, step in zip(shape, window, strict=True)]
+    for place in itertools.product(*map(range, sizes)):
+        yield (
+            place,
+            [
+                range(p * step, min((p + 1) * step, size))
+                for p, step, size in zip(place, window, shape, strict=True)
+            ],
+        )
+
+
 def pooled_by_a_loop(z, window):
     """(pooled, switches): of the elements of a window in order, the best by (magnitude, sign)."""
     N, K, H, W = z.shape
     sizes = [-(-size // step) for size, step in zip((K, H, W), window, strict=True)]
     pooled = torch.empty(N, *sizes, dtype=z.dtype)
     switches = torch.empty(N, *sizes, dtype=torch.int64)
-    for n, *place in itertools.product(range(N), *map(range, sizes)):
-        ranges = [
-            range(p * step, min((p + 1) * step, size))
-            for p, step, size in zip(place, window, (K, H, W), strict=True)
-        ]
+    for n, (place, ranges) in itertools.product(range(N), windows_of((K, H, W), window)):
         best = None
         for k, i, j in itertools.product(*ranges):
             value = z[n, k, i, j].item()
@@ -158,6 +178,97 @@ def test_sizes_of_the_four_layers_of_the_iccv_2011_network():
     assert count == [378_560, 178_200, 71_650, 35_625]
 
 
+def weights_by_a_loop(kind, switches, shape, window):
+    """Weights of equal size at the places of a window that `kind` cannot tell apart."""
+    weights = torch.zeros(len(switches), *shape, dtype=torch.float64)
+    for n, (pooled, ranges) in itertools.product(range(len(weights)), windows_of(shape, window)):
+        there = np.unravel_index(switches[(n, *pooled)].item(), shape)
+        middle = tuple((first[0] + first[-1]) // 2 for first in ranges)
+        places = [
+            place
+            for place in itertools.product(*ranges)
+            if {
+                "switches": place == there,
+                "no_map": place[1:] == there[1:],
+                "no_place": place[0] == there[0],
+                "centre": place == middle,
+                "average": True,
+                "everywhere": True,
+            }[kind]
+        ]
+        for place in places:
+            weights[(n, *place)] = 1.0 if kind == "everywhere" else len(places) ** -0.5
+    return weights
+
+
+@cases
+@pytest.mark.parametrize("kind", UNPOOLINGS)
+def test_weights_forget_what_their_kind_says_and_have_unit_length_in_every_window(name, kind):
+    shape, window = CASES[name]
+    _, switches = max_pool(rand(2, *shape), window)
+    weights = spreading_weights(kind, switches, shape, window)
+    assert weights.dtype == torch.float32
+    expected = weights_by_a_loop(kind, switches, shape, window)
+    assert_close(weights.double().expand_as(expected), expected, rtol=2e-7, atol=0)
+    for n, (_, (maps, rows, columns)) in itertools.product(range(2), windows_of(shape, window)):
+        inside = weights.expand_as(expected)[n, maps][:, rows][:, :, columns]
+        squares = inside.double().square().sum().item()
+        assert squares == pytest.approx(inside.numel() if kind == "everywhere" else 1, rel=1e-6)
+
+
+@cases
+def test_gather_is_the_adjoint_of_spread_for_any_weights(name):
+    shape, window = CASES[name]
+    pooled = rand(2, *pooled_shape(shape, window), seed=1)
+    z = rand(2, *shape, seed=2)
+    for weights in (rand(2, *shape, seed=3), rand(1, *shape, seed=4)):
+        spreaded, gathered = spread(pooled, weights, window), gather(z, weights, window)
+        assert spreaded.shape == z.shape and gathered.shape == pooled.shape
+        left, right = (spreaded * z).sum((1, 2, 3)), (pooled * gathered).sum((1, 2, 3))
+        scale = spreaded.flatten(1).norm(dim=1) * z.flatten(1).norm(dim=1)
+        assert ((left - right).abs() <= 1e-12 * scale).all()
+        for place, (maps, rows, columns) in windows_of(shape, window):
+            value = pooled[(slice(None), *place)].view(2, 1, 1, 1)
+            inside = weights.expand_as(z)[:, maps][:, :, rows][..., columns]
+            found = spreaded[:, maps][:, :, rows][..., columns]
+            assert_close(found, inside * value, rtol=1e-14, atol=0)
+
+
+@cases
+@pytest.mark.parametrize("kind", [kind for kind in UNPOOLINGS if kind != "everywhere"])
+def test_gathering_with_the_weights_undoes_spreading(name, kind):
+    shape, window = CASES[name]
+    pooled, switches = max_pool(rand(2, *shape), window)
+    weights = spreading_weights(kind, switches, shape, window).double()
+    # The weights are float32.
+    found = gather(spread(pooled, weights, window), weights, window)
+    assert_close(found, pooled, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "window"),
+    [("switches", (2, 3, 3)), ("no_map", (1, 2, 3)), ("no_place", (3, 1, 1))],
+)
+def test_where_there_is_nothing_to_forget_spreading_is_unpooling(kind, window):
+    shape = (5, 7, 8)
+    pooled, switches = max_pool(rand(2, *shape), window)
+    weights = spreading_weights(kind, switches, shape, window).double()
+    expected = unpool(pooled, switches, (2, *shape))
+    assert torch.equal(spread(pooled, weights, window), expected)
+
+
+@cases
+def test_the_strongest_are_the_switches_of_max_pooling_where_no_two_tie(name):
+    shape, window = CASES[name]
+    for seed in range(3):
+        z = rand(2, *shape, seed=seed)
+        assert z.abs().unique().numel() == z.numel()
+        assert torch.equal(strongest(z, window), max_pool(z, window)[1])
+    # Where they do tie, another place of the same magnitude.
+    z = torch.randint(-2, 3, z.shape, generator=torch.Generator().manual_seed(0)).double()
+    assert torch.equal(pool(z, strongest(z, window)).abs(), max_pool(z, window)[0].abs())
+
+
 def refused(message):
     return pytest.raises(ValueError, match=re.escape(message))
 
@@ -174,3 +285,6 @@ def test_wrong_shapes_and_windows_are_refused():
         unpool(pooled[:, :2], switches, z.shape)
     with refused("2 pooled images cannot be unpooled to the shape (3, 3, 4, 5)"):
         unpool(pooled, switches, (3, 3, 4, 5))
+    choices = ", ".join(UNPOOLINGS)
+    with refused(f"unpooling=random: choose one of {choices}"):
+        spreading_weights("random", switches, (3, 4, 5), (1, 2, 2))

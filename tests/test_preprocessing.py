@@ -29,6 +29,40 @@ def noise(*shape, seed=0):
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def framed(images, frames, seed=9):
+    """The images with noise in the place of all that is outside their frames."""
+    result = noise(*images.shape, seed=seed).to(images)
+    for image, source, (top, left, height, width) in zip(
+        result, images, frames.tolist(), strict=True
+    ):
+        inside = (slice(None), slice(top, top + height), slice(left, left + width))
+        image[inside] = source[inside]
+    return result
+
+
+def cut(planes, frame):
+    """What is inside a frame (top, left, height, width); one number a plane is not cut."""
+    top, left, height, width = map(int, frame)
+    whole = planes.shape[2:] == (1, 1)
+    return planes if whole else planes[..., top : top + height, left : left + width]
+
+
+def is_zero_outside(planes, frame):
+    outside = planes.clone()
+    cut(outside, frame).zero_()
+    return not outside.any()
+
+
+# Of the 40 x 48 pixels of the photographs; two are equal and stand apart.
+FRAMES = torch.tensor([[10, 0, 20, 48], [0, 9, 40, 31], [10, 0, 20, 48], [3, 5, 13, 7]])
+
+
+@pytest.fixture(scope="module")
+def shapes(photographs):
+    """Four pictures of three shapes, with noise around them."""
+    return framed(torch.cat([photographs, photographs.flip(2)]), FRAMES)
+
+
 @pytest.fixture(scope="module")
 def photographs():
     crops = [data.astronaut()[:160:4, 150:342:4], data.coffee()[100:260:4, 200:392:4]]
@@ -258,6 +292,103 @@ def test_images_that_cannot_be_meant_are_refused(images, message):
     for use in (preprocessing([]), preprocessing([]).fit):
         with pytest.raises(ValueError, match=message):
             use(images)
+
+
+@pytest.mark.parametrize("color", COLORS)
+@pytest.mark.parametrize("steps", ORDERS, ids="-".join)
+def test_a_picture_in_a_frame_is_preprocessed_as_if_it_were_alone(shapes, steps, color):
+    model = preprocessing(steps, color).fit(shapes, FRAMES)
+    y, record = model(shapes, FRAMES)
+    assert y.shape == (4, model.channels, 40, 48)
+    for images in ([0, 2], [1], [3]):  # those of one frame
+        frame = FRAMES[images[0]]
+        alone, kept = model(cut(shapes[images], frame))
+        assert torch.equal(cut(y[images], frame), alone)
+        for ours, theirs in zip(record, kept, strict=False):
+            assert list(ours) == list(theirs)
+            for key in ours:
+                assert torch.equal(cut(ours[key][images], frame), theirs[key])
+    planes = [tensor for kept in record[:-1] for tensor in kept.values()]
+    for index, frame in enumerate(FRAMES):
+        for plane in (y, *(plane for plane in planes if plane.shape[2:] != (1, 1))):
+            assert is_zero_outside(plane[index : index + 1], frame)
+
+
+@pytest.mark.parametrize("color", COLORS)
+@pytest.mark.parametrize("steps", ORDERS, ids="-".join)
+def test_inverse_gives_the_picture_inside_its_frame_and_black_outside(shapes, steps, color):
+    model = preprocessing(steps, color).fit(shapes, FRAMES)
+    y, record = model(shapes, FRAMES)
+    # What a reconstruction has outside its frame is no part of the picture.
+    pixels = model.inverse(framed(y, FRAMES), record)
+    expected = to_color(shapes, "grey") if color == "grey" else shapes
+    for index, frame in enumerate(FRAMES):
+        ours, theirs = pixels[index : index + 1], expected[index : index + 1]
+        torch.testing.assert_close(cut(ours, frame), cut(theirs, frame), atol=1e-5, rtol=0)
+        assert is_zero_outside(ours, frame)
+
+
+@pytest.mark.parametrize("steps", ORDERS, ids="-".join)
+@pytest.mark.parametrize("chosen", [slice(1, 3), torch.tensor([3, 0])], ids=["slice", "indices"])
+def test_a_record_with_frames_is_sliced_like_images(shapes, steps, chosen):
+    model = preprocessing(steps).fit(shapes, FRAMES)
+    y, record = model(shapes, FRAMES)
+    assert all(len(tensor) == 4 for kept in record for tensor in kept.values())
+    some = [{key: tensor[chosen] for key, tensor in kept.items()} for kept in record]
+    torch.testing.assert_close(model.inverse(y[chosen], some), model.inverse(y, record)[chosen])
+
+
+@pytest.mark.parametrize("scale", ["rms", "max"])
+@pytest.mark.parametrize("steps", ORDERS, ids="-".join)
+def test_fitting_sees_nothing_outside_the_frames(shapes, steps, scale):
+    model = preprocessing(steps, scale=scale).fit(shapes, FRAMES)
+    other = preprocessing(steps, scale=scale).fit(framed(shapes, FRAMES, seed=8), FRAMES)
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(other.state_dict()[key], tensor)
+    y, _ = model(shapes, FRAMES)
+    values = torch.cat([cut(y[n : n + 1], frame).flatten() for n, frame in enumerate(FRAMES)])
+    found = values.abs().max() if scale == "max" else values.square().mean().sqrt()
+    assert found.item() == pytest.approx(1, rel=1e-4)
+
+
+@pytest.mark.parametrize("steps", ORDERS, ids="-".join)
+def test_frames_that_are_filled_change_nothing(photographs, steps):
+    whole = torch.tensor([[0, 0, 40, 48]] * 2)
+    with_frames = preprocessing(steps).fit(photographs, whole)
+    without = preprocessing(steps).fit(photographs)
+    for key, tensor in without.state_dict().items():
+        assert torch.equal(with_frames.state_dict()[key], tensor)
+    y, record = with_frames(photographs, whole)
+    expected, kept = without(photographs)
+    assert torch.equal(y, expected)
+    assert torch.equal(with_frames.inverse(y, record), without.inverse(expected, kept))
+
+
+@pytest.mark.parametrize(
+    ("frames", "message"),
+    [
+        (FRAMES[:3], r"shape \(4, 4\).*got torch.int64 of shape \(3, 4\)"),
+        (FRAMES.float(), "got torch.float32"),
+        (FRAMES + torch.tensor([0, 1, 0, 0]), r"frame 0 is \[10, 1, 20, 48\].*inside 40x48"),
+        (FRAMES - torch.tensor([1, 0, 0, 0]), r"frame 1 is \[-1, 9, 40, 31\]"),
+        (FRAMES * torch.tensor([1, 1, 0, 1]), r"frame 0 is \[10, 0, 0, 48\].*2x2 pixels or more"),
+    ],
+)
+def test_frames_that_are_none_of_these_images_are_refused(shapes, frames, message):
+    for use in (preprocessing([]), preprocessing([]).fit):
+        with pytest.raises(ValueError, match=message):
+            use(shapes, frames)
+    model = preprocessing([])
+    with pytest.raises(ValueError, match=message):
+        model.inverse(shapes, [{"frame": frames}])
+
+
+def test_a_picture_too_small_for_a_border_is_named_and_the_needed_size(shapes):
+    model = preprocessing(["contrast"], window=15)
+    message = "image 3 of 13x7 pixels: too small for the step 'contrast'.*at least 8x8"
+    for use in (model, model.fit):
+        with pytest.raises(ValueError, match=message):
+            use(shapes, FRAMES)
 
 
 @pytest.mark.parametrize(("step", "needed"), [("laplacian", 3), ("contrast", 7), ("whiten", 7)])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from deconvnet.sparsity import penalty, shrink, threshold
+from deconvnet.sparsity import penalties, penalty, shrink, threshold
 
 # (beta, v): the minimiser for p = 1/2, 2/3, 0.8 and 1, to 8 decimals.
 EXPONENTS = (0.5, 2 / 3, 0.8, 1.0)
@@ -231,6 +231,74 @@ def test_penalty_is_the_sum_of_powers_in_float64(p):
     assert found.item() == pytest.approx(expected, rel=1e-6)
 
 
+def lowest_cost_of_a_window(v, beta, p, non_negative):
+    """Over every choice of the one entry that may differ from zero, and over its value."""
+    kept = [
+        beta / 2 * value**2 if non_negative and value < 0 else brute_force(value, beta, p)
+        for value in v
+    ]
+    return min(
+        cost + beta / 2 * sum(other**2 for j, other in enumerate(v) if j != i)
+        for i, cost in enumerate(kept)
+    )
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5, 0.8, 1.0])
+@pytest.mark.parametrize("non_negative", [False, True])
+def test_with_a_window_shrink_is_the_minimum_over_maps_of_one_entry_per_window(p, non_negative):
+    window, shape, betas = (2, 2, 3), (3, 3, 4), [0.7, 6.0]
+    # Around the threshold of each image, and two entries that only the sign tells apart.
+    tau = [threshold(beta, p)[1] for beta in betas]
+    v = 1.5 * scalar(tau).view(2, 1, 1, 1) * rand(2, *shape, seed=3)
+    v[:, 0, 0, 0], v[:, 1, 1, 1] = scalar(tau) * 2, scalar(tau) * -2
+    beta = scalar(betas).view(2, 1, 1, 1)
+    x = shrink(v, beta, p, non_negative=non_negative, window=window)
+    assert not (non_negative and (x < 0).any())
+    zeros = 0
+    for n, k, i, j in np.ndindex(2, 2, 2, 2):
+        part = (n, slice(2 * k, 2 * k + 2), slice(2 * i, 2 * i + 2), slice(3 * j, 3 * j + 3))
+        assert torch.count_nonzero(x[part]) <= 1
+        found = cost(x[part], v[part], betas[n], p).sum().item()
+        lowest = lowest_cost_of_a_window(v[part].flatten().tolist(), betas[n], p, non_negative)
+        assert lowest * (1 - 1e-6) <= found <= lowest * (1 + 1e-12)
+        zeros += not x[part].any()
+    assert 0 < zeros < 16
+    for n, number in enumerate(betas):
+        alone = shrink(v[n : n + 1], number, p, non_negative=non_negative, window=window)
+        assert_close(alone[0], x[n], rtol=1e-13, atol=1e-14)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5, 1.0])
+def test_a_window_of_one_place_changes_nothing_and_float32_stays(p):
+    v = 3 * rand(2, 3, 4, 5)
+    assert torch.equal(shrink(v, 1.3, p, window=(1, 1, 1)), shrink(v, 1.3, p))
+    single = shrink(v.float(), 1.3, p, window=(2, 3, 3))
+    assert single.dtype == torch.float32
+    assert_close(single.double(), shrink(v, 1.3, p, window=(2, 3, 3)), rtol=1e-5, atol=1e-6)
+
+
+def test_not_a_number_stays_visible_in_its_window():
+    v = 3 * rand(2, 3, 4, 5)
+    expected = shrink(v, 1.3, window=(2, 2, 2))
+    v[0, 1, 1, 1] = float("nan")
+    found = shrink(v, 1.3, window=(2, 2, 2))
+    assert found[0, :2, :2, :2].isnan().any() and found.isnan().sum() == 1
+    assert torch.equal(found[1], expected[1])
+    assert torch.equal(found[0, 2], expected[0, 2])
+
+
+@pytest.mark.parametrize("p", ALL_EXPONENTS)
+def test_penalties_are_those_of_every_image_by_itself(p):
+    x = rand(3, 2, 4, 5)
+    x[0], x[1, 0] = 0, 0
+    found = penalties(x, p)
+    assert found.dtype == torch.float64 and found.shape == (3,)
+    expected = [sum(abs(v) ** p for v in image.flatten().tolist() if v) for image in x]
+    assert_close(found, scalar(expected), rtol=1e-12, atol=0)
+    # In single precision they are summed in it.
+    assert_close(penalties(x.float(), p), scalar(expected), rtol=1e-6, atol=0)
+
+
 def refused(message):
     return pytest.raises(ValueError, match=re.escape(message))
 
@@ -242,6 +310,8 @@ def test_exponents_and_weights_out_of_range_are_refused():
             shrink(v, 1.0, p)
         with refused(f"p={p}: "):
             penalty(v, p)
+        with refused(f"p={p}: "):
+            penalties(v, p)
     for beta in (0.0, -1.0, float("nan")):
         with refused(f"beta={beta}: must be positive"):
             shrink(v, beta)

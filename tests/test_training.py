@@ -4,6 +4,7 @@ stopped, damaged or deepened goes on as if it had not been."""
 import signal
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,15 +25,18 @@ from deconvnet import (
 )
 from deconvnet.checkpoint import CheckpointError
 from deconvnet.convolution import deconvolve
-from deconvnet.learning import normalize
+from deconvnet.learning import normalize, off_center
 from deconvnet.monitor import Monitor
-from deconvnet.network import Layer, seeded
+from deconvnet.network import Layer, Target, seeded
+from deconvnet.pooling import max_pool, pooled_shape, unpool
 from deconvnet.run import Run
-from deconvnet.trainer import Diverged, LayerTrainer
+from deconvnet.trainer import Diverged, LayerTrainer, States
 from deconvnet.training import Interrupted, train
 
 FAST = SolverSettings(iterations=20, training_iterations=3)
 EXACT = SolverSettings(iterations=300, tolerance=1e-5)
+# The images of `b`.
+EVERY = torch.arange(8)
 
 # The two presets of the CVPR 2010 paper, in small.
 PAPER = {
@@ -135,9 +139,9 @@ def test_the_image_order_of_every_epoch_is_new_and_visits_every_image(b):
     for _ in range(2):
         visited = []
         for _ in range(8):
-            before = trainer.codes.clone() if trainer.codes is not None else None
+            before = trainer.codes[EVERY]
             trainer.update()
-            changed = trainer.codes if before is None else trainer.codes - before
+            changed = trainer.codes[EVERY] - (0 if before is None else before)
             visited += torch.nonzero(changed.flatten(1).any(1)).flatten().tolist()
         orders.append(visited)
     assert sorted(orders[0]) == sorted(orders[1]) == list(range(8))
@@ -173,9 +177,9 @@ def test_a_dead_filter_is_noticed_and_started_anew(b, revive):
         assert (trainer.layer.filters[2] == 0).all()
         return
     assert_close(lengths(trainer.layer.filters), torch.ones(6), rtol=0, atol=1e-6)
-    assert (trainer.codes[:, 2] == 0).all() and trainer.sums.energy[2] == 0
+    assert (trainer.codes[EVERY][:, 2] == 0).all() and trainer.sums.energy[2] == 0
     assert trainer.update().dead == 0
-    assert trainer.codes[:, 2].any()
+    assert trainer.codes[EVERY][:, 2].any()
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -193,7 +197,7 @@ def test_of_two_equal_filters_one_is_noticed_and_started_anew(b, sign, update):
     assert likeness < 0.97
     assert (found[others] - kept[others]).abs().max() > 0
     # One of the pair is as it was learned, the other is another patch: nothing known of its maps.
-    fresh = [k for k in (1, 4) if not trainer.codes[:, k].any()]
+    fresh = [k for k in (1, 4) if not trainer.codes[EVERY][:, k].any()]
     assert len(fresh) == 1
 
 
@@ -248,7 +252,7 @@ def test_an_objective_that_is_not_finite_stops_before_the_filters_change(b):
     trainer = LayerTrainer(layer(batch_size=None), b.clone())
     trainer.update()
     before = trainer.layer.filters.clone()
-    trainer.b[5, 0, 3, 3] = float("inf")
+    trainer.below[5, 0, 3, 3] = float("inf")
     with pytest.raises(Diverged, match=r"layer 1, epoch 2: .*model\.layer1\.lam \(2\.0\)"):
         trainer.update()
     assert torch.equal(trainer.layer.filters, before)
@@ -321,6 +325,272 @@ def test_the_settings_of_the_paper_train_two_layers_to_finite_filters(textures, 
         assert 0 < result.density < 1 and result.objective > 0
     # A short schedule of betas is far from the minimum, but explains something of the images.
     assert results[0].snr > 1
+
+
+# Layers that explain the image, and pooling in the loop of inference
+
+IN_LOOP = {"pool": [2, 2, 2], "pooling": "in_loop"}
+WINDOW = (2, 2, 2)
+
+
+@pytest.fixture(scope="module")
+def below(textures):
+    """(settings of a first layer, its learned tensors, codes of six images): maps to stand on."""
+    images = textures(6, 3, 18, 17)
+    first = LayerSettings(
+        4,
+        5,
+        pool=[2, 2, 2],
+        pooling="in_loop",
+        solver=SolverSettings(method="fista", iterations=20),
+        learning=LearningSettings(epochs=1, batch_size=3),
+    )
+    net = DeconvNet([first], PreprocessingSettings(color="grey"))
+    net.preprocessing.fit(images)
+    trainer = LayerTrainer(net.layer(1), net.infer(images, depth=0).y)
+    trainer.update()
+    return first, net.to_parts()[0], net.infer(images)
+
+
+def second(below, *, method="fista", seed=0, state=None, filters=None, chunk=2, **settings):
+    """(network, trainer of its second layer)."""
+    first, tensors, codes = below
+    learning = {
+        key: settings.pop(key)
+        for key in ("update", "update_iterations", "epochs", "batch_size", "revive", "recenter")
+        if key in settings
+    }
+    top = LayerSettings(
+        5,
+        3,
+        solver=SolverSettings(method=method, training_iterations=5),
+        learning=LearningSettings(**{"epochs": 3, "batch_size": 3, **learning}),
+        **{"lam": 5.0, "target": "image", **settings},
+    )
+    net = DeconvNet([first, top], PreprocessingSettings(color="grey"), seed=seed)
+    net.load_parts(tensors)
+    net.layer(2).fit_scale(codes.layer(1).pooled)
+    trainer = LayerTrainer(
+        net.layer(2),
+        net.below(codes, 2),
+        partial(net.target, codes, 2),
+        seed=seed,
+        number=2,
+        chunk=chunk,
+        state=state,
+    )
+    if filters is not None:
+        net.layer(2).filters.copy_(filters)
+    return net, trainer
+
+
+def to_the_end(trainer):
+    history = []
+    while not trainer.done:
+        history.append(trainer.update())
+    return [stats for stats in history if stats]
+
+
+def assert_one_entry_per_window(z, window=WINDOW):
+    assert torch.equal(unpool(*max_pool(z, window), z.shape), z) and z.any()
+
+
+@pytest.mark.parametrize("target", ["image", "both"])
+@pytest.mark.parametrize("update", ["proximal", "cg"])
+@pytest.mark.parametrize("pooled", [{}, IN_LOOP], ids=["not pooled", "in the loop"])
+def test_a_layer_that_explains_the_image_learns_to(below, target, update, pooled):
+    codes = below[2]
+    # More steps of cg fit a batch at any length of the filters, and their norm comes after.
+    iterations = 10 if update == "proximal" else 1
+    net, trainer = second(
+        below,
+        target=target,
+        update=update,
+        update_iterations=iterations,
+        epochs=4,
+        revive=False,
+        recenter=False,
+        **pooled,
+    )
+    before = net.extend(codes).layer(2).objective.sum().item()
+    history = to_the_end(trainer)
+    values = [stats.objective for stats in history]
+    assert all(b < a for a, b in zip(values, values[1:], strict=False))
+    assert_close(lengths(net.layer(2).filters), torch.ones(5), rtol=0, atol=1e-6)
+    # Inferred anew, from zero.
+    after = net.extend(codes).layer(2).objective.sum().item()
+    assert after < 0.97 * before
+
+
+def test_what_an_epoch_saw_through_the_layers_below_is_in_terms_of_the_image(below):
+    net, trainer = second(below, batch_size=None, target="image", update="cg")
+    codes = below[2]
+    start = net.layer(2).filters.clone()
+    solver = SolverSettings(method="fista", iterations=5, tolerance=0)
+    found = net.layer(2).infer(net.target(codes, 2), settings=solver)
+    stats = trainer.update()
+    assert not torch.equal(net.layer(2).filters, start)
+    assert stats.reconstruction == pytest.approx(found.reconstruction.mean().item(), rel=1e-4)
+    ratio = codes.y.square().sum() / found.residual.square().sum()
+    assert stats.snr == pytest.approx(10 * ratio.log10().item(), abs=1e-2)
+    # lam/2 times the squared error of the image, not of the maps.
+    assert stats.reconstruction == pytest.approx(
+        2.5 * found.residual.double().square().sum().item() / 6, rel=1e-4
+    )
+
+
+@pytest.mark.parametrize("update", ["proximal", "cg"])
+@pytest.mark.parametrize("method", ["fista", "ista"])
+def test_states_that_are_kept_pooled_give_the_same_filters_as_whole_ones(below, update, method):
+    settings = {"update": update, "method": method, "epochs": 5, **IN_LOOP}
+    net, trainer = second(below, **settings)
+    assert trainer.codes.window == WINDOW
+    dense_net, dense = second(below, **settings)
+    dense.codes = States(len(dense.below))
+    history, expected = to_the_end(trainer), to_the_end(dense)
+    assert torch.equal(net.layer(2).filters, dense_net.layer(2).filters)
+    assert [timeless(s) for s in history] == [timeless(s) for s in expected]
+    every = torch.arange(6)
+    assert torch.equal(trainer.codes[every], dense.codes[every])
+    kept = sum(tensor.numel() for tensor in trainer.codes.kept)
+    assert kept == 2 * 6 * torch.Size(pooled_shape((5, *dense.codes.shape[1:]), WINDOW)).numel()
+    assert 2 * kept < dense.codes.kept[0].numel()
+
+
+def test_states_give_back_what_was_put_in_for_any_images_in_any_order():
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(5, 5, 6, 7, generator=generator)
+    z = unpool(*max_pool(z * (z.abs() > 1), WINDOW), z.shape)
+    for window in (None, WINDOW):
+        states = States(5, window)
+        assert states[torch.tensor([1, 2])] is None
+        states[torch.tensor([3, 1])] = z[[3, 1]]
+        # Images that were not visited yet have maps of zeros.
+        assert not states[torch.tensor([0, 2, 4])].any()
+        assert torch.equal(states[torch.tensor([1, 3])], z[[1, 3]])
+        states[torch.tensor([0, 4, 2])] = z[[0, 4, 2]]
+        assert torch.equal(states[torch.arange(5)], z)
+        given = states[torch.tensor([2])]
+        given.zero_()
+        assert torch.equal(states[torch.tensor([2])], z[2:3])
+        again = States(5, window)
+        again.load_state_dict(states.state_dict(), torch.device("cpu"))
+        assert torch.equal(again[torch.arange(5)], z)
+
+
+def test_steps_are_known_where_every_image_has_had_one():
+    states = States(4)
+    assert states.step(torch.tensor([0])) is None
+    states.set_step(torch.tensor([2, 0]), torch.tensor([0.2, 0.1]).view(2, 1, 1, 1))
+    assert states.step(torch.tensor([0, 2])).flatten().tolist() == pytest.approx([0.1, 0.2])
+    assert states.step(torch.tensor([0, 1])) is None
+    again = States(4)
+    again.load_state_dict(states.state_dict(), torch.device("cpu"))
+    assert again.step(torch.tensor([2])).item() == pytest.approx(0.2)
+    assert again.step(torch.tensor([3])) is None
+
+
+@pytest.mark.parametrize("method", ["fista", "ista"])
+def test_each_visit_begins_with_the_maps_and_the_steps_of_the_last(below, method):
+    net, trainer = second(below, batch_size=None, chunk=6, method=method, **IN_LOOP)
+    trainer.update()
+    order = torch.randperm(6, generator=seeded(0, 2, 2, 1))
+    expected = net.layer(2).infer(
+        net.target(below[2], 2, order),
+        state=trainer.codes[order],
+        step=trainer.codes.step(order),
+        training=True,
+    )
+    trainer.update()
+    assert torch.equal(trainer.codes.step(order), expected.step)
+    kept = trainer.codes[order]
+    # But for filters that were started anew at the end of the epoch.
+    learned = [k for k in range(5) if kept[:, k].any()]
+    assert len(learned) > 2 and torch.equal(kept[:, learned], expected.z[:, learned])
+
+
+@pytest.mark.parametrize("stop", [2, 3])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"update": "cg", **IN_LOOP},
+        {"update": "proximal", "target": "both", **IN_LOOP},
+        {"update": "proximal", "method": "ista"},
+        {"update": "cg", "method": "admm", **IN_LOOP},
+    ],
+    ids=lambda settings: " ".join(str(v) for v in settings.values() if isinstance(v, str)),
+)
+def test_learning_through_the_layers_below_goes_on_bit_by_bit(below, tmp_path, settings, stop):
+    net, trainer = second(below, **settings)
+    history = to_the_end(trainer)
+    same, first = second(below, **settings)
+    stats = [first.update() for _ in range(stop)]
+    state = {"trainer": first.state_dict(), "filters": same.layer(2).filters}
+    state = checkpoint.load(checkpoint.save(tmp_path, stop, state))
+    again, trainer = second(below, state=state["trainer"], filters=state["filters"], **settings)
+    stats += to_the_end(trainer)
+    assert torch.equal(again.layer(2).filters, net.layer(2).filters)
+    assert [timeless(s) for s in stats if s] == [timeless(s) for s in history]
+
+
+@pytest.mark.parametrize("update", ["proximal", "cg"])
+def test_filters_that_are_started_anew_leave_maps_with_one_entry_per_window(below, update):
+    settings = {"batch_size": None, "update": update, **IN_LOOP}
+    net, trainer = second(below, **settings)
+    _, other = second(below, revive=False, **settings)
+    every = torch.arange(6)
+    for one in (trainer, other):
+        one.layer.filters[2] = 0
+        assert one.update().dead == 1
+    after, expected = trainer.codes[every], other.codes[every]
+    assert_one_entry_per_window(after)
+    fresh = [k for k in range(5) if not after[:, k].any()]
+    assert 2 in fresh and len(fresh) < 5
+    expected[:, fresh] = 0
+    assert torch.equal(after, expected)
+    assert_close(lengths(net.layer(2).filters), torch.ones(5), rtol=0, atol=1e-6)
+    assert trainer.update().dead == 0
+    assert_one_entry_per_window(trainer.codes[every])
+
+
+def test_filters_that_are_moved_leave_maps_with_one_entry_per_window(below):
+    net, trainer = second(below, batch_size=None, epochs=12, revive=False, update="cg", **IN_LOOP)
+    for _ in range(3):
+        trainer.update()
+    before = trainer.codes[torch.arange(6)]
+    # The third epoch is over; let three filters sit at a side of their frames.
+    off = torch.zeros_like(net.layer(2).filters)
+    off[:, :, 1, 1] = 1
+    for k, place in {0: (0, 1), 1: (2, 2), 3: (1, 0)}.items():
+        off[k] = 0
+        off[k, :, place[0], place[1]] = 1
+    net.layer(2).set_filters(off)
+    moves = off_center(net.layer(2).filters)
+    assert moves == {0: (1, 0), 1: (-1, -1), 3: (0, 1)}
+    trainer._recenter()
+    after = trainer.codes[torch.arange(6)]
+    assert_one_entry_per_window(after)
+    assert off_center(net.layer(2).filters) == {}
+    moved = before.clone()
+    for k, (rows, columns) in moves.items():
+        moved[:, k] = before[:, k].roll((-rows, -columns), (1, 2))
+        if rows:
+            moved[:, k, slice(-1, None) if rows > 0 else slice(0, 1)] = 0
+        if columns:
+            moved[:, k, :, slice(-1, None) if columns > 0 else slice(0, 1)] = 0
+    # Of those that now meet in a window the strongest is left.
+    assert torch.equal(after, unpool(*max_pool(moved, WINDOW), moved.shape))
+    assert torch.count_nonzero(after) < torch.count_nonzero(moved)
+
+
+def test_a_target_of_its_own_is_explained_in_place_of_what_is_below(b):
+    trainer = LayerTrainer(layer(batch_size=None), b, lambda images: Target(-b[images]))
+    negative = layer(batch_size=None)
+    plain = LayerTrainer(negative, b)
+    assert torch.equal(trainer.layer.filters, plain.layer.filters)
+    trainer.update(), plain.update()
+    assert_close(trainer.codes[EVERY], -plain.codes[EVERY], rtol=1e-4, atol=1e-5)
+    assert_close(trainer.layer.filters, plain.layer.filters, rtol=0, atol=1e-5)
 
 
 # Runs
@@ -419,7 +689,12 @@ def test_a_run_leaves_checkpoints_pictures_and_the_network(finished, images):
     pictures = {path.name for path in (folder / "pictures").iterdir()}
     assert pictures == {
         *(f"layer{number}-{kind}.png" for number in (1, 2) for kind in ("filters", "maps")),
-        *("layer1-reconstructed.png", "layer2-reconstructed.png", "layer2-patches.png"),
+        *(
+            "layer1-reconstructed.png",
+            "layer2-reconstructed.png",
+            "layer2-patches.png",
+            "layer2-parts.png",
+        ),
     }
     assert_same_network(load(folder / "network.safetensors"), net)
     assert_same_network(load(folder), net)
@@ -532,6 +807,53 @@ def test_a_run_that_was_stopped_goes_on_bit_by_bit(finished, images, tmp_path, m
     net, found = train_in(tmp_path, images)
     assert_same_network(net, expected)
     assert_same_results(found, results)
+
+
+def iccv(depth=3):
+    """Layers that all explain the image, with switches inferred in the loop."""
+    solver = SolverSettings(method="fista", iterations=10, training_iterations=3)
+    pooled = {"pool": [2, 2, 2], "pooling": "in_loop", "target": "image", "solver": solver}
+    layers = [
+        LayerSettings(
+            4, 5, learning=LearningSettings(epochs=2, batch_size=2, update="cg"), **pooled
+        ),
+        LayerSettings(
+            4, 3, scale="none", learning=LearningSettings(epochs=2, batch_size=2), **pooled
+        ),
+        LayerSettings(
+            3,
+            2,
+            target="both",
+            solver=solver,
+            learning=LearningSettings(epochs=1, batch_size=None, update="cg"),
+        ),
+    ]
+    return DeconvNet(layers[:depth], PreprocessingSettings(steps=["mean"]))
+
+
+def test_a_run_whose_layers_explain_the_image_goes_on_bit_by_bit(images, tmp_path):
+    def run(folder, stop=None):
+        net = iccv()
+        monitor = StopAt(folder, stop) if stop else Monitor(folder, progress=False)
+        with monitor:
+            return net, train(net, images, Run(folder, {}), monitor)
+
+    expected, results = run(tmp_path / "whole")
+    assert len(results) == 3 and expected.layer(2).scale == 1 != expected.layer(3).scale
+    for stop in (("update", 8), ("inference", 2)):
+        folder = tmp_path / f"{stop[0]} {stop[1]}"
+        with pytest.raises(Interrupted):
+            run(folder, stop)
+        net, found = run(folder)
+        assert_same_network(net, expected)
+        assert_same_results(found, results)
+    codes = load(tmp_path / "whole").infer(images)
+    for number, result in enumerate(results, 1):
+        assert result.snr == pytest.approx(expected.snr(codes, number), abs=1e-4)
+        assert result.density == pytest.approx(codes.layer(number).density, rel=1e-4)
+    found = scalars(tmp_path / "whole" / "inference" / "layer2")["inference/objective by iteration"]
+    values = [value for _, value in found]
+    assert all(b <= a * (1 + 1e-6) for a, b in zip(values, values[1:], strict=False))
 
 
 @pytest.mark.parametrize("stop", [("update", 3), ("update", 8), None])
@@ -725,4 +1047,4 @@ def test_networks_of_every_colour_train_and_are_pictured(textures, tmp_path, col
     )
     with Monitor(tmp_path, progress=False) as monitor:
         train(net, textures(2, 3, 20, 20), Run(tmp_path, {}), monitor)
-    assert len(list((tmp_path / "pictures").iterdir())) == 7
+    assert len(list((tmp_path / "pictures").iterdir())) == 8

@@ -8,6 +8,7 @@ activation alone, and cut out what it can reach.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,19 +16,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deconvnet.arithmetic import Field, receptive_field
-from deconvnet.network import Codes, DeconvNet
+from deconvnet.codes import Codes
+from deconvnet.network import DeconvNet
 
 CHUNK = 16
 
 
 @dataclass(frozen=True)
 class Features:
-    """One tile for every map of a layer.
+    """Some activations in pixel space, each in a square of its image; often one for every map.
 
-    tiles: (K, C, S, S) the projection of the strongest activation, with its sign and unit value, in
-    the preprocessed domain; zeros where the map is never active. boxes: (K, 4) its place as image
-    index, top, left, side S in pixels of the image (top and left may be negative: the field reaches
-    beyond the border). values: (K,) the activation.
+    tiles: (K, C, S, S) the projections, in the preprocessed domain; zeros where a map is never
+    active. boxes: (K, 4) their places as image index, top, left, side S in pixels of the image (top
+    and left may be negative: the field reaches beyond the border). values: (K,) the activations.
     """
 
     tiles: Tensor
@@ -38,31 +39,86 @@ class Features:
         """(K, C, S, S): what the tiles explain, cut from images (N, C, H, W), zeros beyond."""
         return torch.stack([_cut(images[n], *box) for n, *box in self.boxes.tolist()])
 
+    def cropped(
+        self, image: tuple[int, int], *, share: float = 0.95, among: float = 0.9
+    ) -> Features:
+        """The same in smaller squares of images of (H, W) pixels, of one size for all tiles.
+
+        The field of an upper layer is larger than what most of its features paint, and may be
+        larger than the image. The square is about the middle of the field, moved where it would
+        reach beyond the image, and the smallest with at least `share` of the energy in `among` of
+        all tiles that have any; never larger than the field or the image.
+        """
+        energy = self.tiles.double().square().sum(1)
+        total = energy.sum((1, 2))
+        active = total > 0
+        sums = F.pad(energy.cumsum(1).cumsum(2), (1, 0, 1, 0))
+        size, tile = self.tiles.shape[2], torch.arange(len(self.tiles), device=energy.device)
+        limit = min(size, *image)
+        # Steps of two: the middle of the square stays the middle of the field.
+        for side in (*range(2 - size % 2, limit, 2), limit):
+            first = _inside(self.boxes[:, 1:3], size, side, image) - self.boxes[:, 1:3]
+            (top, left), (bottom, right) = (
+                edge.clamp(0, size).unbind(1) for edge in (first, first + side)
+            )
+            kept = sums[tile, bottom, right] - sums[tile, top, right]
+            kept = kept - sums[tile, bottom, left] + sums[tile, top, left]
+            if (kept >= share * total)[active].sum() >= among * active.sum():
+                break
+        places = zip(self.tiles, first.tolist(), strict=True)
+        tiles = torch.stack([_cut(y, top, left, side) for y, (top, left) in places])
+        corners = self.boxes[:, 1:3] + first
+        sides = torch.full_like(corners[:, :1], side)
+        return Features(tiles, torch.cat([self.boxes[:, :1], corners, sides], 1), self.values)
+
 
 @torch.no_grad()
 def pixel_features(net: DeconvNet, codes: Codes, layer: int) -> Features:
     """The strongest activation of every map over the images of the codes, in pixel space.
 
-    Activations whose whole field lies inside the image are preferred: at the border most of a
-    feature is cut off.
+    Each with its sign and unit value. Activations whose whole field lies inside the image are
+    preferred: at the border most of a feature is cut off.
     """
-    z = codes.layer(layer).z
-    image_size = tuple(codes.y.shape[2:])
+    n, i, j, values = _strongest_of_maps(net, codes, layer)
+    maps = torch.arange(len(n), device=n.device)
+    return project_fields(net, codes, layer, (n, maps, i, j), values.sign(), values)
+
+
+@torch.no_grad()
+def project_fields(
+    net: DeconvNet,
+    codes: Codes,
+    layer: int,
+    places: tuple[Tensor, Tensor, Tensor, Tensor],
+    coefficients: Tensor,
+    values: Tensor,
+) -> Features:
+    """Each of some activations alone, cut to its field; places, coefficients as `project_each`."""
+    n, _, i, j = places
     rows, columns = (_field(net, layer, axis) for axis in (0, 1))
-    n, i, j = _strongest(z, rows, columns, image_size)
-    values = z[n, torch.arange(z.shape[1], device=z.device), i, j]
-    tops, lefts = rows.offset + rows.stride * i, columns.offset + columns.stride * j
-    side = max(rows.size, columns.size)
-    tiles = []
-    for maps in torch.arange(z.shape[1], device=z.device).split(CHUNK):
-        images = codes.select(n[maps])
-        one = torch.zeros_like(images.layer(layer).z)
-        one[torch.arange(len(maps)), maps, i[maps], j[maps]] = values[maps].sign()
-        painted = net.operator(images, layer)(one)
-        places = zip(painted, tops[maps].tolist(), lefts[maps].tolist(), strict=True)
-        tiles += [_cut(y, top, left, side) for y, top, left in places]
-    boxes = torch.stack([n, tops, lefts, torch.full_like(n, side)], 1)
+    corners = rows.offset + rows.stride * i, columns.offset + columns.stride * j
+    boxes = torch.stack([n, *corners, torch.full_like(n, max(rows.size, columns.size))], 1)
+    painted = project_each(net, codes, layer, places, coefficients)
+    tiles = [_cut(y, *box) for y, (_, *box) in zip(painted, boxes.tolist(), strict=True)]
     return Features(torch.stack(tiles), boxes, values)
+
+
+def project_each(
+    net: DeconvNet,
+    codes: Codes,
+    layer: int,
+    places: tuple[Tensor, Tensor, Tensor, Tensor],
+    coefficients: Tensor,
+) -> Iterator[Tensor]:
+    """R_l of each of some activations alone, (C, H, W), with the switches of its own image.
+
+    places: image, map, row, column, (M,) each; coefficients: (M,).
+    """
+    for chunk in torch.arange(len(coefficients), device=coefficients.device).split(CHUNK):
+        n, k, i, j = (index[chunk] for index in places)
+        one = coefficients.new_zeros(len(chunk), *codes.layer(layer).shape)
+        one[torch.arange(len(chunk), device=one.device), k, i, j] = coefficients[chunk]
+        yield from net.operator(codes.select(n), layer)(one)
 
 
 def _field(net: DeconvNet, layer: int, axis: int) -> Field:
@@ -71,25 +127,75 @@ def _field(net: DeconvNet, layer: int, axis: int) -> Field:
     return receptive_field([s.filter_size for s in settings], pools, [s.boundary for s in settings])
 
 
-def _strongest(
-    z: Tensor, rows: Field, columns: Field, image: tuple[int, int]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(image, row, column), each (K,), of the largest |z| of every map, inside if possible."""
-    inside = [
-        torch.tensor(
-            [first >= 0 and last <= size for first, last in map(field.pixels, range(count))]
+def _strongest_of_maps(
+    net: DeconvNet, codes: Codes, layer: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(image, row, column, value), each (K,), of the largest |z| of every map, inside if possible.
+
+    Some images at a time: the maps of all of them can be far larger than their codes.
+    """
+    found = codes.layer(layer)
+    K, H, W = found.shape
+    whole = _whole_fields(net, layer, (H, W), tuple(codes.y.shape[2:])).to(codes.y.device)
+    # First of the activations whose field is whole, then of all, for maps that have no other.
+    best = [_Best.none(K, codes.y) for _ in range(2)]
+    for start in range(0, len(found), CHUNK):
+        z = found.select(slice(start, start + CHUNK)).z.transpose(0, 1)
+        for kept, allowed in zip(best, (whole, torch.ones_like(whole)), strict=True):
+            kept.update(z, allowed, start)
+    inside, anywhere = best
+    use = inside.strength > 0
+    place, value = (
+        torch.where(use, a, b)
+        for a, b in ((inside.place, anywhere.place), (inside.value, anywhere.value))
+    )
+    return place // (H * W), place // W % H, place % W, value
+
+
+@dataclass
+class _Best:
+    """The strongest activation of every map so far; of equals the first."""
+
+    strength: Tensor
+    place: Tensor
+    value: Tensor
+
+    @classmethod
+    def none(cls, K: int, like: Tensor) -> _Best:
+        return cls(
+            like.new_full((K,), -1.0),
+            torch.zeros(K, dtype=torch.long, device=like.device),
+            like.new_zeros(K),
         )
-        for field, size, count in zip((rows, columns), image, z.shape[2:], strict=True)
-    ]
-    whole = (inside[0][:, None] & inside[1]).to(z.device)
-    strength = z.abs().transpose(0, 1)
-    # Whole fields first; cut ones only for maps that have nothing else.
-    preferred = strength * whole
-    empty = preferred.flatten(1).amax(1) == 0
-    strength = torch.where(empty.view(-1, 1, 1, 1), strength, preferred).flatten(1)
-    place = strength.argmax(1)
-    H, W = z.shape[2:]
-    return place // (H * W), place // W % H, place % W
+
+    def update(self, z: Tensor, allowed: Tensor, start: int) -> None:
+        """z: (K, N, H, W), the first image being number `start`; allowed: (H, W)."""
+        strength, place = (z.abs() * allowed).flatten(1).max(1)
+        value = z.flatten(1).gather(1, place[:, None])[:, 0]
+        better = strength > self.strength
+        place = place + start * allowed.numel()
+        self.strength = torch.where(better, strength, self.strength)
+        self.place = torch.where(better, place, self.place)
+        self.value = torch.where(better, value, self.value)
+
+
+def _whole_fields(
+    net: DeconvNet, layer: int, shape: tuple[int, int], image: tuple[int, int]
+) -> Tensor:
+    """(H, W): whether the field of an activation there lies wholly inside the image."""
+    rows, columns = (
+        torch.tensor([first >= 0 and last <= size for first, last in map(field.pixels, range(n))])
+        for field, n, size in zip(
+            (_field(net, layer, 0), _field(net, layer, 1)), shape, image, strict=True
+        )
+    )
+    return rows[:, None] & columns
+
+
+def _inside(corners: Tensor, size: int, side: int, image: tuple[int, int]) -> Tensor:
+    """Corners (K, 2) of squares in the middle of larger ones, moved into the image."""
+    room = torch.tensor(image, device=corners.device) - side
+    return (corners + (size - side) // 2).clamp(min=torch.zeros_like(room), max=room)
 
 
 def _cut(image: Tensor, top: int, left: int, side: int) -> Tensor:

@@ -1,0 +1,108 @@
+"""What inference found: the maps of every layer for a batch of images, and the way back to pixels.
+
+N images · K maps · H, W size of a map · C channels of what is explained
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from deconvnet.pooling import unpool
+from deconvnet.preprocessing import Record
+
+Images = Tensor | slice
+ALL = slice(None)
+
+
+@dataclass(frozen=True)
+class LayerCodes:
+    """What inference found in one layer.
+
+    pooled: the maps after pooling (z itself without it); switches: where the pooled values stood,
+    as `pooling.max_pool` gives them (None without pooling); shape: (K, H, W) of z; reconstruction,
+    sparsity: (N,) the two terms of the objective, float64; dense: z, only where pooling has dropped
+    some of it. Where the switches were inferred with the maps it drops nothing, and 3x3x3 pooling
+    then takes a ninth of the memory of z.
+    """
+
+    pooled: Tensor
+    switches: Tensor | None
+    shape: tuple[int, int, int]
+    reconstruction: Tensor
+    sparsity: Tensor
+    dense: Tensor | None = field(default=None, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.pooled)
+
+    @property
+    def z(self) -> Tensor:
+        """The sparse maps (N, K, H, W)."""
+        if self.dense is not None:
+            return self.dense
+        if self.switches is None:
+            return self.pooled
+        return unpool(self.pooled, self.switches, (len(self.pooled), *self.shape))
+
+    @property
+    def values(self) -> Tensor:
+        """All entries of z that are not zero."""
+        z = self.pooled if self.dense is None else self.dense
+        return z[z != 0]
+
+    @property
+    def objective(self) -> Tensor:
+        """(N,): lam/2 ||A z - b||^2 + sum |z|^p."""
+        return self.reconstruction + self.sparsity
+
+    @property
+    def density(self) -> float:
+        """The share of the entries of z that are not zero."""
+        return len(self.values) / (len(self.pooled) * torch.Size(self.shape).numel())
+
+    def select(self, images: Images) -> LayerCodes:
+        """The codes of some images."""
+        chosen = {key: value[images] for key, value in vars(self).items() if _is_tensor(value)}
+        return replace(self, **chosen)
+
+
+@dataclass(frozen=True)
+class Codes:
+    """The maps of every layer for a batch of images, and what it takes to get back to their pixels.
+
+    y: (N, C, H, W) the preprocessed images; record: what preprocessing needs to undo itself.
+    """
+
+    layers: tuple[LayerCodes, ...]
+    y: Tensor
+    record: Record = field(repr=False)
+
+    def select(self, images: Images) -> Codes:
+        """The codes of some images, by their indices."""
+        layers = tuple(layer.select(images) for layer in self.layers)
+        record = [{key: value[images] for key, value in step.items()} for step in self.record]
+        return Codes(layers, self.y[images], record)
+
+    def layer(self, number: int) -> LayerCodes:
+        """The codes of one layer, counted from 1."""
+        if not 1 <= number <= len(self.layers):
+            have = f"layers 1 to {len(self.layers)}" if self.layers else "no layers"
+            raise ValueError(f"layer={number}: these codes have {have}")
+        return self.layers[number - 1]
+
+
+def join(parts: list[LayerCodes]) -> LayerCodes:
+    """The codes of several batches as one."""
+    joined = {
+        key: torch.cat([getattr(part, key) for part in parts])
+        for key, value in vars(parts[0]).items()
+        if _is_tensor(value)
+    }
+    return replace(parts[0], **joined)
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, Tensor)

@@ -1,0 +1,78 @@
+"""Show what the switches of max pooling are worth:
+
+python scripts/ablate.py run=runs/iccv2011-small
+"""
+
+import os
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+
+# With another busy process on the machine, threads of OpenMP that spin while they wait cost up to
+# ten times the time; on a quiet machine a short spin is as fast. To be set before torch is loaded.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+import torch
+
+from deconvnet import checkpoint, config, load
+from deconvnet.ablation import MEANINGS, Ablation, ablate
+from deconvnet.data import DataSettings, load_images
+from deconvnet.monitor import save_picture
+from deconvnet.visualization.figures import labelled_images
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="ablate")
+def main(cfg: DictConfig) -> None:
+    with config.one_line_errors(ValueError, OSError):
+        run(cfg)
+
+
+def run(cfg: DictConfig) -> None:
+    config.check_complete(cfg)
+    for key in ("count", "chunk"):
+        if type(cfg[key]) is not int or cfg[key] < 1:
+            raise ValueError(f"{key}={cfg[key]}: must be a whole number, at least 1")
+    folder = Path(str(cfg.run))
+    net = load(folder).to(config.device(cfg.device))
+    if net.depth < 2 or not any(layer.settings.pool for layer in net.layers[:-1]):
+        raise ValueError(f"run={folder}: its layers have no pooling between them")
+    images, frames = training_images(folder, cfg.count)
+    codes = net.infer(images, frames=frames, chunk=cfg.chunk)
+    found = ablate(net, codes, chunk=cfg.chunk)
+    print(f"\nSNR in dB of {len(codes.y)} training images, preprocessed domain\n")
+    print(table(found, net.depth))
+    shown = [a for a in found if a.layer == net.depth]
+    # The fairer ones, where there are two.
+    shown = [a for a in shown if a.inferred] or shown
+    rows = [("preprocessed", codes.y), *((f"{a.kind}\n{a.snr:.1f} dB", a.images) for a in shown)]
+    path = folder / "pictures" / "switches.png"
+    save_picture(path, labelled_images(net, rows))
+    print(f"\nfrom layer {net.depth}, as a picture: {path}")
+
+
+def training_images(folder: Path, count: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Some of the images that a run was trained on, evenly among all, and their frames."""
+    found = checkpoint.newest(folder / "checkpoints") if folder.is_dir() else None
+    if found is None:
+        raise ValueError(f"run={folder}: not a run folder of scripts/train.py with a checkpoint")
+    data = load_images(DataSettings(**found[0]["settings"]["data"]))
+    last = len(data.images) - 1
+    chosen = torch.linspace(0, last, min(count, last + 1)).round().long()
+    return data.images[chosen], None if data.frames is None else data.frames[chosen]
+
+
+def table(found: list[Ablation], depth: int) -> str:
+    """A row for every unpooling, and two columns for every layer above the first."""
+    values = {(a.kind, a.layer, a.inferred): f"{a.snr:.2f}" for a in found}
+    columns = [(layer, new) for layer in range(2, depth + 1) for new in (False, True)]
+    names = [f"layer {layer}{', maps inferred for it' if new else ''}" for layer, new in columns]
+    lines = ["| unpooling | " + " | ".join(names) + " | |", "|---" * (len(names) + 2) + "|"]
+    for kind, meaning in MEANINGS.items():
+        cells = (values.get((kind, *column), "-") for column in columns)
+        lines.append(f"| {kind} | " + " | ".join(cells) + f" | {meaning} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    config.launch(main)
