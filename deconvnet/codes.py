@@ -50,8 +50,12 @@ class LayerCodes:
     @property
     def values(self) -> Tensor:
         """All entries of z that are not zero."""
-        z = self.pooled if self.dense is None else self.dense
-        return z[z != 0]
+        return self._kept[self._kept != 0]
+
+    @property
+    def _kept(self) -> Tensor:
+        """All entries of z that may not be zero."""
+        return self.pooled if self.dense is None else self.dense
 
     @property
     def objective(self) -> Tensor:
@@ -61,7 +65,8 @@ class LayerCodes:
     @property
     def density(self) -> float:
         """The share of the entries of z that are not zero."""
-        return len(self.values) / (len(self.pooled) * torch.Size(self.shape).numel())
+        entries = len(self) * torch.Size(self.shape).numel()
+        return float(torch.count_nonzero(self._kept)) / entries
 
     def select(self, images: Images) -> LayerCodes:
         """The codes of some images."""

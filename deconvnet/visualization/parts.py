@@ -117,9 +117,9 @@ def supporting_maps(net: DeconvNet, codes: Codes, layer: int, unit: Units) -> It
 def parts_picture(net: DeconvNet, codes: Codes, image: Tensor, layer: int) -> Tensor:
     """One image, the strongest activations of a layer that make it, and what makes the strongest.
 
-    codes: of this image only; image: (1 or 3, H, W) in [0, 1]. On the left parts, each alone and in
-    a scale of its own; on the right what they are together. Below the strongest activation its
-    supporters in each lower layer, cut to their fields, and their sum in the place and scale of the
+    codes: of this image only; image: (1 or 3, H, W) in [0, 1]. On the left parts, each alone, cut
+    to its field and in a scale of its own; on the right what they are together. Below the strongest
+    activation its supporters in each lower layer, and their sum in the place and scale of the
     activation, with the share of its squared norm that the sum explains.
     """
     y = _only(codes).y
@@ -142,10 +142,9 @@ def parts_picture(net: DeconvNet, codes: Codes, image: Tensor, layer: int) -> Te
     if len(units) == 0:
         return rows[0]
 
-    shown = signed_rgb(net, projected)
-    top, white = projected[:1], reach(shown[:1])
+    top, white = projected[:1], reach(signed_rgb(net, projected[:1]))
     name = f"map {units.maps[0]}"
-    tiles = symmetric(shown, reach(shown))
+    tiles = _fields(net, codes, layer, units)
     title = f"layer {layer}: the strongest {len(units)} activations, each alone"
     whole = panel(f"layer {layer}, {name}: the strongest of all", top, white)
     rows.append(_parts_and_whole(title, tiles, _labels(units), whole))
@@ -155,8 +154,6 @@ def parts_picture(net: DeconvNet, codes: Codes, image: Tensor, layer: int) -> Te
         kept = _strongest(z, count)
         if len(kept) == 0:
             break
-        fields = project_fields(net, codes, level, kept.places, kept.values, kept.values)
-        fields = fields.cropped(tuple(y.shape[2:]), share=1.0, among=1.0)
         together = project(net, codes, level, kept).sum(0, keepdim=True)
         title = (
             f"layer {level}: the strongest {len(kept)} of the {torch.count_nonzero(z)} parts of "
@@ -166,10 +163,16 @@ def parts_picture(net: DeconvNet, codes: Codes, image: Tensor, layer: int) -> Te
         whole = panel(
             f"these {len(kept)} together: {_share(top, together):.0%} of {name}", together, white
         )
-        shown = signed_rgb(net, fields.tiles)
-        tiles = symmetric(shown, reach(shown))
+        tiles = _fields(net, codes, level, kept)
         rows.append(_parts_and_whole(title, tiles, labels, whole))
     return below(rows, 4 * GAP)
+
+
+def _fields(net: DeconvNet, codes: Codes, layer: int, units: Units) -> Tensor:
+    """Tiles (M, 3, S, S) of units, each alone, cut to its field or to the image if that is less."""
+    fields = project_fields(net, codes, layer, units.places, units.values, units.values)
+    shown = signed_rgb(net, fields.cropped(tuple(codes.y.shape[2:]), share=1.0, among=1.0).tiles)
+    return symmetric(shown, reach(shown))
 
 
 def _strongest(z: Tensor, count: int) -> Units:
