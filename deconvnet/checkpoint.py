@@ -65,7 +65,7 @@ def save(folder: Path, step: int, state: dict, keep: int = 2) -> Path:
     path = folder / f"step-{step:08d}.pt"
     buffer = io.BytesIO()
     torch.save({"format": CHECKPOINT_FORMAT, "version": CHECKPOINT_VERSION, "state": state}, buffer)
-    _write(path, buffer.getbuffer())
+    write(path, buffer.getbuffer())
     # Later ones may be the damaged ones that the run fell back from: counting them would leave them
     # and delete the sound ones.
     reached = [(number, older) for number, older in _checkpoints(folder) if number <= step]
@@ -144,7 +144,7 @@ def save_network(path: Path, tensors: dict[str, Tensor], settings: dict) -> None
         "settings": text,
         "sha256": _digest(tensors, text),
     }
-    _write(path, safetensors.torch.save(tensors, metadata))
+    write(path, safetensors.torch.save(tensors, metadata))
 
 
 def load_network(path: Path) -> tuple[dict[str, Tensor], dict]:
@@ -169,8 +169,8 @@ def load_network(path: Path) -> tuple[dict[str, Tensor], dict]:
     return {name: tensors[name] for name in sorted(tensors)}, settings
 
 
-def _write(path: Path, data: bytes | memoryview) -> None:
-    """Puts the data at the path: readers, also after a kill, see the old file or the new one."""
+def write(path: Path, data: bytes | memoryview) -> None:
+    """Put data at a path: readers, also after a kill, see the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:

@@ -5,17 +5,25 @@
 
 This module decides what a file, whatever its kind, becomes in pixels: grey is repeated to three
 planes, transparency shows white, the camera's orientation is applied. It decides what becomes of
-files that cannot be read, and how images of many sizes get one. Nothing here is random.
+files that cannot be read, and how images of many sizes get one. Nothing here is random. Images are
+read all at once (`load_images`), or each when it is asked for, of a set of any size
+(`lazy_images`).
 """
 
+from __future__ import annotations
+
 import difflib
+import hashlib
 import inspect
+import json
 import logging
 import os
 import stat
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import astuple, dataclass
+from functools import cached_property, partial
+from operator import getitem
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +40,10 @@ SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"),
     *(".ppm", ".pgm", ".pbm"),
 )
+
+INTERPOLATIONS = ("bicubic", "bilinear")
+
+PROBES = 16  # images that stand for all where there are no files whose sizes could
 
 SMALLEST = 8  # pixels: the least side of an image, and of a picture in its square
 
@@ -91,21 +103,139 @@ class ImageSet:
     frames: Tensor | None = None  # (N, 4) int64, see above; None: all pictures fill their images
 
 
-# A name and the function that reads the image (3, H, W), or raises ValueError in one line.
-Item = tuple[str, Callable[[], Tensor]]
+@dataclass(frozen=True)
+class Item:
+    name: str
+    read: Callable[[], Tensor]  # the image (3, H, W), or ValueError in one line
+    path: Path | None = None  # of its file, if it has one of its own
+    read_label: Callable[[], str] | None = None  # its class, or ValueError in one line
+
+
+@dataclass(frozen=True)
+class Crop:
+    """The middle of an image as a network of fixed input size takes it.
+
+    The short side becomes `resize` pixels, as in `fit_size`; of that the square of `size` pixels in
+    the middle is kept.
+    """
+
+    resize: int
+    size: int
+    interpolation: str = "bicubic"  # bicubic | bilinear
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"crop.size={self.size}: must be at least 1")
+        if self.resize < self.size:
+            raise ValueError(
+                f"crop.resize={self.resize}: must be at least crop.size={self.size}, the side of "
+                "the square that is cut out of it"
+            )
+        if self.interpolation not in INTERPOLATIONS:
+            raise ValueError(
+                f"crop.interpolation={self.interpolation!r}: choose {', '.join(INTERPOLATIONS)}"
+            )
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """(3, size, size) of an image (3, H, W)."""
+        square = fit_size(image, self.resize, interpolation=self.interpolation)
+        # Rounded as torchvision does it, so that networks see the pixels they were trained on.
+        first = round((self.resize - self.size) / 2)
+        return square[:, first : first + self.size, first : first + self.size]
+
+
+class LazyImages:
+    """Images that are read when they are asked for: images[i] is (3, H, W) float32 in [0, 1].
+
+    Of one size if there is a crop. Takes as little memory for a million images as their names do,
+    and can be sent to other processes: a data set for torch.utils.data.DataLoader.
+    """
+
+    def __init__(self, items: Sequence[Item], *, crop: Crop | None = None):
+        self.items, self.crop = tuple(items), crop
+
+    @classmethod
+    def of(cls, images: ImageSet, *, crop: Crop | None = None) -> LazyImages:
+        """The same interface to images that are in memory; frames are left out."""
+        # All items hold the one tensor of all images, so that sending them sends it once.
+        reads = (partial(getitem, images.images, index) for index in range(len(images.images)))
+        named = zip(images.names, reads, strict=True)
+        return cls([Item(name, read) for name, read in named], crop=crop)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(item.name for item in self.items)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hexadecimal digits that differ where the images, their order or the crop differ.
+
+        For numbers that were computed image by image to be trusted later. Taken of all names and
+        sizes of files, not of their times, which change with every copy; of images that are no
+        files, of the pixels of some of them, evenly among all.
+        """
+        table = [[item.name, _file_size(item.path)] for item in self.items]
+        crop = self.crop and astuple(self.crop)
+        digest = hashlib.sha256(json.dumps([crop, table]).encode())
+        others = [item for item in self.items if item.path is None]
+        for item in others[:: max(1, len(others) // PROBES)]:
+            pixels = item.read().contiguous()
+            digest.update(f"{tuple(pixels.shape)}".encode())
+            digest.update(pixels.view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    def label(self, index: int) -> str:
+        """The class of an image: of a torchvision data set its own, of a folder the folder inside.
+
+        ValueError where it has none.
+        """
+        item = self.items[index]
+        if item.read_label is None:
+            raise ValueError(f"{item.name}: has no class; classes are the folders in data.path")
+        return item.read_label()
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Tensor:
+        image = self.items[index].read()
+        return image if self.crop is None else self.crop(image)
 
 
 def load_images(settings: DataSettings) -> ImageSet:
     """The images of the settings, in an order that depends on nothing else."""
     if settings.source == "photographs":
         return _photographs(settings)
-    if settings.source == "torchvision":
-        items, source = _torchvision_items(settings), f"data.dataset={settings.dataset}"
-    elif settings.source == "folder":
-        items, source = _folder_items(settings.path), f"data.path={settings.path}"
-    else:
-        items, source = _list_items(settings.path), f"data.path={settings.path}"
-    return _read_items(items, source, settings)
+    return _read_items(*_items(settings), settings)
+
+
+def lazy_images(settings: DataSettings, *, crop: Crop | None = None) -> LazyImages:
+    """The images of the settings in the same order, each read when it is asked for.
+
+    crop takes the place of data.size. data.fit=pad is refused, since its frames would be lost. With
+    data.skip_unreadable all files are read once at the start: which image has which number must not
+    change afterwards.
+    """
+    if settings.fit == "pad":
+        raise ValueError("data.fit=pad: images that are read one by one are cropped; use crop")
+    if settings.source == "photographs":
+        return LazyImages.of(_photographs(settings), crop=crop)
+    if crop is None and settings.size is not None:
+        crop = Crop(settings.size, settings.size)
+    items, source = _items(settings)
+    kept, failures = [], []
+    for item in items:
+        if len(kept) == settings.max_images:
+            break
+        if settings.skip_unreadable:
+            try:
+                item.read()
+            except ValueError as error:
+                failures.append(str(error))
+                continue
+        kept.append(item)
+    _report(failures, source, settings.skip_unreadable, none_left=not kept)
+    return LazyImages(kept, crop=crop)
 
 
 def find_images(path: str | Path) -> list[Path]:
@@ -160,17 +290,17 @@ def read_image(path: str | Path) -> Tensor:
         raise ValueError(f"cannot read {path}: {_reason(error)}") from error
 
 
-def fit_size(image: Tensor, size: int) -> Tensor:
+def fit_size(image: Tensor, size: int, *, interpolation: str = "bicubic") -> Tensor:
     """The centre of the image (3, H, W) as (3, size, size): its short side becomes `size`.
 
     Cropped first, so that a long thin image does not become huge; then resampled by an antialiased
-    bicubic kernel and clamped to [0, 1], which that oversteps at edges.
+    kernel and clamped to [0, 1], which the bicubic one oversteps at edges.
     """
     height, width = image.shape[1:]
     short = min(height, width)
     top, left = (height - short) // 2, (width - short) // 2
     image = image[:, top : top + short, left : left + short]
-    return _resize(image, size, size)
+    return _resize(image, size, size, interpolation)
 
 
 def pad_size(image: Tensor, size: int) -> tuple[Tensor, Frame]:
@@ -192,24 +322,32 @@ def pad_size(image: Tensor, size: int) -> tuple[Tensor, Frame]:
     return square, (top, left, height, width)
 
 
-def _resize(image: Tensor, height: int, width: int) -> Tensor:
+def _resize(image: Tensor, height: int, width: int, mode: str = "bicubic") -> Tensor:
     if image.shape[1:] == (height, width):
         return image
-    resized = functional.interpolate(image[None], (height, width), mode="bicubic", antialias=True)
+    resized = functional.interpolate(image[None], (height, width), mode=mode, antialias=True)
     return resized[0].clamp(0, 1)
+
+
+def _items(settings: DataSettings) -> tuple[Iterator[Item], str]:
+    """What there is to read, and the setting that it came from, for messages."""
+    if settings.source == "torchvision":
+        return _torchvision_items(settings), f"data.dataset={settings.dataset}"
+    items = _folder_items if settings.source == "folder" else _list_items
+    return items(settings.path), f"data.path={settings.path}"
 
 
 def _read_items(items: Iterator[Item], source: str, settings: DataSettings) -> ImageSet:
     """Reads up to max_images, fits them to one size, and reports all that failed at once."""
     images, frames, names, failures, enlarged = [], [], [], [], 0
-    for name, read in items:
+    for item in items:
         try:
-            image = read()
-            fitted, frame = _fit(image, name, settings)
+            image = item.read()
+            fitted, frame = _fit(image, item.name, settings)
         except ValueError as error:
             failures.append(str(error))
         else:
-            names.append(name)
+            names.append(item.name)
             images.append(fitted)
             frames.append(frame)
             enlarged += _is_enlarged(image, settings)
@@ -272,7 +410,9 @@ def _report(failures: list[str], source: str, skip: bool, *, none_left: bool) ->
 def _folder_items(path: str) -> Iterator[Item]:
     folder = Path(path).expanduser()
     for file in find_images(path):
-        yield file.relative_to(folder).as_posix(), lambda file=file: read_image(file)
+        name = file.relative_to(folder).as_posix()
+        label, slash, _ = name.partition("/")
+        yield Item(name, partial(read_image, file), file, partial(str, label) if slash else None)
 
 
 def _list_items(path: str) -> Iterator[Item]:
@@ -287,7 +427,7 @@ def _list_items(path: str) -> Iterator[Item]:
         raise ValueError(f"data.path={path}: this list names no image")
     for line in lines:
         image = file.parent / Path(line).expanduser()
-        yield line, lambda image=image: read_image(image)
+        yield Item(line, partial(read_image, image), image)
 
 
 def _torchvision_items(settings: DataSettings) -> Iterator[Item]:
@@ -316,10 +456,9 @@ def _torchvision_items(settings: DataSettings) -> Iterator[Item]:
             f"set data.download=true or put the files under data.path={settings.path}"
         ) from error
     for index in range(count):
-        yield (
-            f"{settings.dataset}-{index}",
-            lambda index=index: _sample_image(samples, index, settings.dataset),
-        )
+        read = partial(_sample_image, samples, index, settings.dataset)
+        read_label = partial(_sample_label, samples, index, settings.dataset)
+        yield Item(f"{settings.dataset}-{index}", read, None, read_label)
 
 
 def _torchvision_arguments(kind: type, settings: DataSettings) -> dict:
@@ -351,6 +490,26 @@ def _sample_image(samples, index: int, dataset: str) -> Tensor:
         return _to_tensor(image)
     except Exception as error:
         raise ValueError(f"cannot read sample {index} of {dataset}: {_reason(error)}") from error
+
+
+def _file_size(path: Path | None) -> int | None:
+    """Bytes; None where there is no file, which is reported when it is read."""
+    try:
+        return None if path is None else path.stat().st_size
+    except OSError:
+        return None
+
+
+def _sample_label(samples, index: int, dataset: str) -> str:
+    """The name of the class of a sample, or its number in data sets without names."""
+    try:
+        number = int(samples[index][1])
+    except Exception as error:
+        raise ValueError(
+            f"data.dataset={dataset}: its samples have no class: {_reason(error)}"
+        ) from error
+    names = getattr(samples, "classes", None)
+    return str(names[number] if names else number)
 
 
 def _to_tensor(image: Image.Image | np.ndarray | Tensor) -> Tensor:

@@ -1,6 +1,8 @@
 import logging
 import os
+import pickle
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -8,9 +10,13 @@ import torch
 from PIL import Image
 
 from deconvnet.data import (
+    Crop,
     DataSettings,
+    ImageSet,
+    LazyImages,
     find_images,
     fit_size,
+    lazy_images,
     load_images,
     pad_size,
     read_image,
@@ -512,3 +518,142 @@ def test_arguments_that_a_torchvision_data_set_lacks_or_does_not_know_are_named(
 def test_settings_name_the_key_that_is_wrong(key, values):
     with pytest.raises(ValueError, match=f"data.{key}="):
         DataSettings(**values)
+
+
+def test_images_read_one_by_one_are_those_read_at_once(tmp_path):
+    for index, name in enumerate(["b/2.png", "b/10.png", "a.png"]):
+        save(tmp_path / "set" / name, pixels(20 + index, 30, seed=index))
+    (tmp_path / "list.txt").write_text("set/b/2.png\nset/a.png\n")
+    for wanted in (
+        settings("folder", tmp_path / "set", size=16),
+        settings("folder", tmp_path / "set", size=16, max_images=2),
+        settings("list", tmp_path / "list.txt", size=12),
+        settings("torchvision", dataset="FakeData", size=40, max_images=3),
+        settings("photographs", size=64, max_images=4),
+    ):
+        lazy, whole = lazy_images(wanted), load_images(wanted)
+        assert lazy.names == whole.names and len(lazy) == len(whole.images)
+        assert torch.equal(torch.stack(list(lazy)), whole.images)
+    sizes = [image.shape[1:] for image in lazy_images(settings("folder", tmp_path / "set"))]
+    assert sizes == [(22, 30), (21, 30), (20, 30)]  # a.png, b/10.png, b/2.png as they are
+
+
+def test_nothing_is_read_before_it_is_asked_for(tmp_path):
+    save(tmp_path / "a.png", pixels(16, 16))
+    bad = damaged_files(tmp_path)
+    lazy = lazy_images(settings("folder", tmp_path, size=16))
+    assert lazy[0].shape == (3, 16, 16) and len(lazy) == 5
+    assert len(lazy.fingerprint) == 64
+    for index, name in enumerate(lazy.names[1:], start=1):
+        with pytest.raises(ValueError, match=f"cannot read .*{name}: .*{bad[name]}"):
+            lazy[index]
+    with pytest.raises(IndexError):
+        lazy[5]
+
+
+def test_unreadable_files_have_no_number_where_they_are_left_out(tmp_path, caplog):
+    save(tmp_path / "a.png", pixels())
+    bad = damaged_files(tmp_path)
+    for name in "xyz":
+        save(tmp_path / f"{name}.png", pixels(seed=ord(name)))
+    wanted = settings("folder", tmp_path, skip_unreadable=True, max_images=3)
+    with caplog.at_level(logging.WARNING):
+        lazy = lazy_images(wanted)
+    assert lazy.names == ("a.png", "x.png", "y.png")
+    (record,) = caplog.records
+    assert all(name in record.getMessage() for name in bad)
+    for name in "axyz":
+        (tmp_path / f"{name}.png").unlink()
+    with pytest.raises(ValueError, match="none of the 4 images"):
+        lazy_images(wanted)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_a_crop_is_what_torchvision_makes_of_an_image_in_evaluation(interpolation):
+    from torchvision.transforms import v2
+
+    theirs = v2.Compose(
+        [
+            v2.Resize(58, v2.InterpolationMode(interpolation), antialias=True),
+            v2.CenterCrop(48),
+        ]
+    )
+    crop = Crop(58, 48, interpolation)
+    square = expected(pixels(80, 80))
+    torch.testing.assert_close(crop(square), theirs(square).clamp(0, 1), atol=1e-6, rtol=0)
+    # Of other shapes the middle is cut out first, less than a pixel of the file beside theirs.
+    rows, columns = torch.meshgrid(torch.arange(90), torch.arange(121), indexing="ij")
+    smooth = (0.5 + 0.4 * torch.sin(rows / 17) * torch.cos(columns / 11)).expand(3, -1, -1)
+    torch.testing.assert_close(crop(smooth), theirs(smooth), atol=0.03, rtol=0)
+
+
+def test_a_crop_takes_the_place_of_the_size_of_the_settings(tmp_path):
+    save(tmp_path / "a.png", pixels(60, 50))
+    image = read_image(tmp_path / "a.png")
+    lazy = lazy_images(settings("folder", tmp_path, size=16), crop=Crop(40, 32))
+    assert torch.equal(lazy[0], fit_size(image, 40)[:, 4:36, 4:36])
+    memory = LazyImages.of(ImageSet(image[None], ("a.png",)), crop=Crop(40, 32))
+    assert torch.equal(memory[0], lazy[0]) and memory.names == lazy.names
+
+
+def test_a_crop_or_fit_that_makes_no_sense_is_named(tmp_path):
+    for arguments, key in (((0, 0), "size=0"), ((10, 12), "resize=10"), ((9, 9, "cubic"), "cubic")):
+        with pytest.raises(ValueError, match=f"crop.*{key}"):
+            Crop(*arguments)
+    with pytest.raises(ValueError, match="data.fit=pad"):
+        lazy_images(settings("folder", tmp_path, size=16, fit="pad"))
+
+
+def test_lazy_images_can_be_sent_to_other_processes_and_batched(tmp_path):
+    for index in range(5):
+        save(tmp_path / f"{index}.png", pixels(20, 24, seed=index))
+    for lazy in (
+        lazy_images(settings("folder", tmp_path, size=16)),
+        lazy_images(settings("torchvision", dataset="FakeData", size=16, max_images=4)),
+        lazy_images(DataSettings(size=64, max_images=20)),
+    ):
+        sent = pickle.dumps(lazy)
+        assert len(sent) < 2 * 20 * 3 * 64 * 64 * 4  # the tensor of all images goes once
+        again = pickle.loads(sent)
+        assert again.fingerprint == lazy.fingerprint
+        (batch,) = torch.utils.data.DataLoader(again, batch_size=len(again))
+        assert torch.equal(batch, torch.stack(list(lazy)))
+
+
+def test_the_fingerprint_tells_sets_of_images_apart_but_not_copies(tmp_path):
+    for index in range(3):
+        save(tmp_path / "a" / f"{index}.bmp", pixels(20, 24, seed=index))
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    os.utime(tmp_path / "b" / "1.bmp", (0, 0))
+
+    def fingerprint(folder, crop=None, **other):
+        return lazy_images(settings("folder", tmp_path / folder, **other), crop=crop).fingerprint
+
+    assert fingerprint("b") == fingerprint("a")
+    assert fingerprint("a", size=16) == fingerprint("a", Crop(16, 16))
+    found = [fingerprint("a", crop) for crop in (None, Crop(16, 16), Crop(18, 16))]
+    found += [fingerprint("a", Crop(16, 16, "bilinear")), fingerprint("a", max_images=2)]
+    save(tmp_path / "b" / "1.bmp", pixels(20, 28))
+    found.append(fingerprint("b"))
+    (tmp_path / "b" / "1.bmp").rename(tmp_path / "b" / "3.bmp")
+    found.append(fingerprint("b"))
+    for scale in (0.3, 0.5):  # the same names, other pixels
+        crops = ImageSet(torch.full((40, 3, 8, 8), scale), tuple(map(str, range(40))))
+        found.append(LazyImages.of(crops).fingerprint)
+    assert len(set(found)) == len(found) == 9
+
+
+def test_images_know_their_class_by_their_folder_or_data_set(tmp_path):
+    for name in ("cat/1.png", "cat/young/2.png", "dog/1.png", "loose.png"):
+        save(tmp_path / name, pixels())
+    lazy = lazy_images(settings("folder", tmp_path))
+    assert [lazy.label(index) for index in range(3)] == ["cat", "cat", "dog"]
+    with pytest.raises(ValueError, match="loose.png: has no class"):
+        lazy.label(3)
+    (tmp_path / "loose.png").unlink()
+    named = lazy_images(settings("torchvision", tmp_path, dataset="ImageFolder"))
+    assert [named.label(index) for index in range(3)] == ["cat", "cat", "dog"]
+    numbered = lazy_images(settings("torchvision", dataset="FakeData", max_images=3))
+    assert all(numbered.label(index) in map(str, range(10)) for index in range(3))
+    with pytest.raises(ValueError, match="astronaut.*has no class"):
+        lazy_images(DataSettings()).label(0)

@@ -1,0 +1,78 @@
+"""What a network takes for pixels, and the way back.
+
+This module decides in which units and in which order of planes the rest deals with images: RGB
+pixels in [0, 1], whatever a network was trained on. Only the network sees its own input space.
+
+N images · H W pixels
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+ORDERS = ("rgb", "bgr", "grey")
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """What a network takes for pixels: x = (planes - mean) / std, planes in an order of its own.
+
+    mean, std: a number for each plane as the network takes them, or one for all. The network of
+    Caffe that takes blue, green and red from 0 to 255 without their means is mean=(103.939/255,
+    116.779/255, 123.68/255), std=(1/255,), order="bgr". order="grey": one plane, the mean of the
+    three. By default pixels are taken as they are.
+    """
+
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+    order: str = "rgb"  # rgb | bgr | grey
+
+    def __post_init__(self) -> None:
+        if self.order not in ORDERS:
+            raise ValueError(f"order={self.order!r}: choose {', '.join(ORDERS)}")
+        counts = (1,) if self.order == "grey" else (1, 3)
+        for key in ("mean", "std"):
+            values = tuple(float(value) for value in getattr(self, key))
+            if len(values) not in counts:
+                wanted = " or ".join(map(str, counts))
+                raise ValueError(
+                    f"{key}={values}: order={self.order} takes {wanted} numbers, not {len(values)}"
+                )
+            if not all(map(math.isfinite, values)) or (key == "std" and min(values) <= 0):
+                raise ValueError(
+                    f"{key}={values}: must be finite" + (" and above 0" if key == "std" else "")
+                )
+            object.__setattr__(self, key, values)
+
+    def apply(self, pixels: Tensor) -> Tensor:
+        """x (N, 3 or 1, H, W), what the network takes, of RGB pixels (N, 3, H, W) in [0, 1]."""
+        _check_planes("pixels", pixels, 3)
+        if self.order == "grey":
+            pixels = pixels.mean(1, keepdim=True)
+        elif self.order == "bgr":
+            pixels = pixels.flip(1)
+        return (pixels - self._column(self.mean, pixels)) / self._column(self.std, pixels)
+
+    def signed_rgb(self, images: Tensor) -> Tensor:
+        """Signed red, green, blue (N, 3, H, W) in units of pixels of what is in the space of x.
+
+        The inverse without the mean: what a difference of two x is as a difference of pixels. grey
+        is repeated to three planes.
+        """
+        _check_planes("images", images, 1 if self.order == "grey" else 3)
+        scaled = images * self._column(self.std, images)
+        if self.order == "bgr":
+            return scaled.flip(1)
+        return scaled.expand(-1, 3, -1, -1)
+
+    @staticmethod
+    def _column(values: tuple[float, ...], like: Tensor) -> Tensor:
+        return like.new_tensor(values).view(1, -1, 1, 1)
+
+
+def _check_planes(what: str, images: Tensor, planes: int) -> None:
+    if images.ndim != 4 or images.shape[1] != planes:
+        raise ValueError(f"{what} must be (N, {planes}, H, W), got {tuple(images.shape)}")
