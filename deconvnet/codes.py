@@ -109,5 +109,13 @@ def join(parts: list[LayerCodes]) -> LayerCodes:
     return replace(parts[0], **joined)
 
 
+def join_codes(parts: list[Codes]) -> Codes:
+    """The codes of several batches of images of one size as one."""
+    layers = tuple(join(list(each)) for each in zip(*(part.layers for part in parts), strict=True))
+    steps = zip(*(part.record for part in parts), strict=True)
+    record = [{key: torch.cat([step[key] for step in each]) for key in each[0]} for each in steps]
+    return Codes(layers, torch.cat([part.y for part in parts]), record)
+
+
 def _is_tensor(value: object) -> bool:
     return isinstance(value, Tensor)

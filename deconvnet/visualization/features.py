@@ -37,7 +37,7 @@ class Features:
 
     def patches(self, images: Tensor) -> Tensor:
         """(K, C, S, S): what the tiles explain, cut from images (N, C, H, W), zeros beyond."""
-        return torch.stack([_cut(images[n], *box) for n, *box in self.boxes.tolist()])
+        return torch.stack([cut_square(images[n], *box) for n, *box in self.boxes.tolist()])
 
     def cropped(
         self, image: tuple[int, int], *, share: float = 0.95, among: float = 0.9
@@ -66,7 +66,7 @@ class Features:
             if (kept >= share * total)[active].sum() >= among * active.sum():
                 break
         places = zip(self.tiles, first.tolist(), strict=True)
-        tiles = torch.stack([_cut(y, top, left, side) for y, (top, left) in places])
+        tiles = torch.stack([cut_square(y, top, left, side) for y, (top, left) in places])
         corners = self.boxes[:, 1:3] + first
         sides = torch.full_like(corners[:, :1], side)
         return Features(tiles, torch.cat([self.boxes[:, :1], corners, sides], 1), self.values)
@@ -95,11 +95,11 @@ def project_fields(
 ) -> Features:
     """Each of some activations alone, cut to its field; places, coefficients as `project_each`."""
     n, _, i, j = places
-    rows, columns = (_field(net, layer, axis) for axis in (0, 1))
+    rows, columns = (layer_field(net, layer, axis) for axis in (0, 1))
     corners = rows.offset + rows.stride * i, columns.offset + columns.stride * j
     boxes = torch.stack([n, *corners, torch.full_like(n, max(rows.size, columns.size))], 1)
     painted = project_each(net, codes, layer, places, coefficients)
-    tiles = [_cut(y, *box) for y, (_, *box) in zip(painted, boxes.tolist(), strict=True)]
+    tiles = [cut_square(y, *box) for y, (_, *box) in zip(painted, boxes.tolist(), strict=True)]
     return Features(torch.stack(tiles), boxes, values)
 
 
@@ -121,7 +121,8 @@ def project_each(
         yield from net.operator(codes.select(n), layer)(one)
 
 
-def _field(net: DeconvNet, layer: int, axis: int) -> Field:
+def layer_field(net: DeconvNet, layer: int, axis: int) -> Field:
+    """The pixels that a unit of a layer reaches, along the rows (axis 0) or the columns (1)."""
     settings = [net.layer(number).settings for number in range(1, layer + 1)]
     pools = [s.pool[1 + axis] if s.pool else 1 for s in settings[:-1]]
     return receptive_field([s.filter_size for s in settings], pools, [s.boundary for s in settings])
@@ -186,7 +187,7 @@ def _whole_fields(
     rows, columns = (
         torch.tensor([first >= 0 and last <= size for first, last in map(field.pixels, range(n))])
         for field, n, size in zip(
-            (_field(net, layer, 0), _field(net, layer, 1)), shape, image, strict=True
+            (layer_field(net, layer, 0), layer_field(net, layer, 1)), shape, image, strict=True
         )
     )
     return rows[:, None] & columns
@@ -198,7 +199,7 @@ def _inside(corners: Tensor, size: int, side: int, image: tuple[int, int]) -> Te
     return (corners + (size - side) // 2).clamp(min=torch.zeros_like(room), max=room)
 
 
-def _cut(image: Tensor, top: int, left: int, side: int) -> Tensor:
+def cut_square(image: Tensor, top: int, left: int, side: int) -> Tensor:
     """The square (C, side, side) of an image at a place that may reach beyond it, zeros there."""
     H, W = image.shape[1:]
     padding = (max(-left, 0), max(left + side - W, 0), max(-top, 0), max(top + side - H, 0))

@@ -1,0 +1,490 @@
+"""Projections of any network that was trained: its own backward pass, under other rules.
+
+The forward pass is that of the unchanged model. Nothing is hooked but the layer that is asked for,
+where the pass also stops: whatever stands above, and whatever is done in place to the layer's
+output afterwards, plays no part.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+
+from deconvnet.visualization import graph
+from deconvnet.visualization.fields import Lattice, Lattices, fields
+from deconvnet.visualization.projection import (
+    LayerInfo,
+    Projection,
+    check_units,
+    cut,
+    no_such_layer,
+)
+from deconvnet.visualization.rules import (
+    METHODS,
+    OVERLAPS,
+    Report,
+    Rules,
+    SkippedNormalization,
+    Uneven,
+    overlaps_unevenly,
+    rules_at_nodes,
+)
+from deconvnet.visualization.windows import Place, place_of
+
+GATES = ("constant", "gradient")
+MOST_WINDOWS = 64
+
+logger = logging.getLogger(__name__)
+
+
+class _Reached(BaseException):
+    """The layer has its output. No Exception, so that no model can swallow it."""
+
+
+class _Unlike(Exception):
+    """A model does not treat a window as it treats the image."""
+
+
+class TrainedNetwork:
+    """Layers, activations and projections of a torch module; see `Projector`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        method: str,
+        strict: bool,
+        gates: str,
+        overlap: str,
+        batch: int,
+        local: bool,
+    ):
+        for key, value, choices in (
+            ("method", method, METHODS),
+            ("gates", gates, GATES),
+            ("overlap", overlap, OVERLAPS),
+        ):
+            if value not in choices:
+                raise ValueError(f"{key}={value}: choose one of {', '.join(choices)}")
+        self.model = _unwrapped(model)
+        self.modules = {name: module for name, module in self.model.named_modules() if name}
+        self.method, self.strict, self.gates = method, strict, gates
+        self.overlap, self.batch, self.local = overlap, batch, local
+        # By the shape of an image: what a model calls may depend on it.
+        self._calls: dict[tuple[int, ...], Counter[str]] = {}
+        self._places: dict[tuple[str | int, ...], Place | None] = {}
+
+    @property
+    def device(self) -> torch.device:
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        return tensors[0].device if tensors else torch.device("cpu")
+
+    def layers(self, x: Tensor) -> list[LayerInfo]:
+        found: list[tuple[LayerInfo, int, Tensor, Node | None]] = []
+        lattices: list[Lattices] = []
+
+        def note(name: str, call: int, y: Tensor, leaf: Tensor) -> None:
+            if not lattices:
+                lattices.append(Lattices(leaf, constant_gates=self._constant_gates))
+            kind, shape = type(self.modules[name]).__name__, tuple(_maps(y, name).shape[1:])
+            # The node as it is now: what is done in place to y later has a node of its own.
+            found.append((LayerInfo(name, kind, shape), call, y, y.grad_fn))
+
+        with self._working(), torch.enable_grad():
+            calls = self._calls[x.shape[1:]] = self._pass(x[:1].detach(), note)
+            graph.know_shapes([y for _, _, y, node in found if node is not None])
+        layers = []
+        for info, call, y, node in found:
+            if y.dim() == 4 and node is not None:
+                info = _located(info, lattices[0].of(node))
+            layers.append(replace(info, name=_call_name(info.name, call, calls)))
+        return layers
+
+    def responses(
+        self, x: Tensor, layers: list[str], reduce: Callable[[str, Tensor], object]
+    ) -> dict[str, object]:
+        wanted = self._wanted(x, layers)
+        found: dict[str, object] = {}
+
+        def note(name: str, call: int, y: Tensor, leaf: Tensor) -> None:
+            key = wanted.get((name, call))
+            if key is None:
+                return
+            found[key] = reduce(key, _maps(y, key))
+            if len(found) == len(wanted):
+                raise _Reached
+
+        with self._working(), torch.no_grad():
+            self._pass(x, note, {name for name, _ in wanted})
+        return found
+
+    def outputs(self, x: Tensor) -> Tensor | None:
+        with self._working(), torch.no_grad():
+            y = _tensor(self.model(x.detach().clone()))
+        return y if y is not None and y.dim() == 2 else None
+
+    def project(
+        self, x: Tensor, layer: str, units: Tensor | list, seeds: Tensor | None
+    ) -> Projection:
+        # Maps and places can be checked once the shape of the layer is known.
+        units = check_units(units, len(x), layer)
+        images = torch.unique(units[:, 0])
+        result = None
+        with self._working(), torch.enable_grad():
+            place = self._place(x, layer) if self.local and len(units) else None
+            if place is not None:
+                check_units(units, len(x), layer, place.shape)
+                try:
+                    return self._project_in_windows(x, layer, units, seeds, place)
+                except _Unlike:
+                    self._places[_place_key(x, layer)] = None
+            for some in images.split(self.batch) if len(images) else ():
+                chosen = torch.isin(units[:, 0], some).nonzero()[:, 0]
+                given = None if seeds is None else seeds[chosen.to(seeds.device)]
+                part = self._project_some(x, some, layer, units[chosen], given)
+                result = result or _Result(len(units), x, part)
+                result.put(chosen, part)
+        if result is None:
+            report = Report(self.method)
+            empty = units.new_zeros(0, 4)
+            return Projection(units, x[:0], empty, empty, x.new_zeros(0), report)
+        return result.projection(units)
+
+    def _place(self, x: Tensor, layer: str) -> Place | None:
+        """Where the units of a layer lie, if windows of the images are enough for them."""
+        key = _place_key(x, layer)
+        if key not in self._places:
+            leaf, y = self._up_to(x[:1], layer)
+            found, maps = graph.read(y, constant_gates=self._constant_gates), _maps(y, layer)
+            lattice = Lattices(leaf, constant_gates=self._constant_gates).of(y.grad_fn)
+            place = place_of(found, tuple(maps.shape[1:]), lattice, tuple(x.shape[2:]))
+            self._places[key] = place
+        return self._places[key]
+
+    def _project_in_windows(
+        self, x: Tensor, layer: str, units: Tensor, seeds: Tensor | None, place: Place
+    ) -> Projection:
+        """The projections of units from windows of their images, those of one size together.
+
+        Raises _Unlike if the model does other things with a window than with the image.
+        """
+        windows = place.windows(units)
+        sizes, group = torch.unique(windows[:, 2:] - windows[:, :2], dim=0, return_inverse=True)
+        result = None
+        for number, (height, width) in enumerate(sizes.tolist()):
+            # As many pixels at a time as `batch` images have.
+            count = max(1, self.batch * x.shape[2] * x.shape[3] // (height * width))
+            for chosen in (group == number).nonzero()[:, 0].split(min(count, MOST_WINDOWS)):
+                some, boxes = units[chosen], windows[chosen]
+                cropped = cut(x[some[:, 0].to(x.device)], boxes)
+                given = None if seeds is None else seeds[chosen.to(seeds.device)]
+                part = self._project_window(cropped, layer, place.within(some, boxes), given, place)
+                result = result or _Result(len(units), x, part)
+                result.put_windows(chosen, part, boxes)
+        return result.projection(units)
+
+    def _project_window(
+        self, x: Tensor, layer: str, units: Tensor, seeds: Tensor | None, place: Place
+    ) -> Projection:
+        """The projections of units of windows x (U, C, h, w), one of each."""
+        try:
+            leaf, y = self._up_to(x, layer, known=True)
+        except Exception as error:  # whatever a model does with a size that it was not made for
+            raise _Unlike from error
+        found = graph.read(y, constant_gates=self._constant_gates)
+        if [op.name for op in found.order] != place.operations:
+            raise _Unlike
+        return self._project_graph(found, leaf, y, torch.arange(len(x)), layer, units, seeds)
+
+    def _project_some(
+        self, x: Tensor, some: Tensor, layer: str, units: Tensor, seeds: Tensor | None
+    ) -> Projection:
+        """The projections of units of some images, which go through the network together."""
+        leaf, y = self._up_to(x[some.to(x.device)], layer)
+        check_units(units, len(x), layer, tuple(_maps(y, layer).shape[1:]))
+        found = graph.read(y, constant_gates=self._constant_gates)
+        return self._project_graph(found, leaf, y, some, layer, units, seeds)
+
+    def _project_graph(
+        self,
+        found: graph.Operations,
+        leaf: Tensor,
+        y: Tensor,
+        some: Tensor,
+        layer: str,
+        units: Tensor,
+        seeds: Tensor | None,
+    ) -> Projection:
+        """The projections of units down what has led from the leaf to y; some: its images."""
+        self._refuse(found, layer)
+        maps = _maps(y, layer)
+        fields, boxes = (self._boxes(found, units, leaf, clip) for clip in (False, True))
+        uneven = self._uneven(found, leaf)
+        n, k, i, j = units.to(maps.device).unbind(1)
+        n = torch.searchsorted(some.to(n.device), n.contiguous())
+        values = maps.detach()[n, k, i, j]
+        seeds = values if seeds is None else seeds.to(values)
+        images = leaf.new_zeros(len(units), *leaf.shape[1:])
+        turns = _turns(units[:, 0])
+        for turn in range(int(turns.max()) + 1):
+            chosen = (turns == turn).nonzero()[:, 0].to(maps.device)
+            at = n[chosen], k[chosen], i[chosen], j[chosen]
+            seed = torch.zeros_like(maps)
+            seed[at] = seeds[chosen]
+            signal, met = self._down(found, y, leaf, seed.reshape(y.shape))
+            images[chosen] = signal[n[chosen]]
+        report = Report(
+            self.method,
+            found.exact,
+            found.linear,
+            found.extended,
+            found.skipped,
+            found.unsupported,
+            rectified=met["rectified"] + len(found.clamps),
+            switched=met["switched"],
+            uneven=uneven,
+            overlap=self.overlap,
+        )
+        return Projection(units, images, boxes, fields, values, report)
+
+    def _down(
+        self, found: graph.Operations, y: Tensor, leaf: Tensor, seed: Tensor
+    ) -> tuple[Tensor, Counter[str]]:
+        rules = Rules(self.method, overlap=self.overlap, local=self.local)
+        with rules_at_nodes(found, self.method, self.gates), rules:
+            (signal,) = torch.autograd.grad(
+                y, leaf, seed, retain_graph=True, allow_unused=True, materialize_grads=True
+            )
+        return signal, rules.met
+
+    def _up_to(self, x: Tensor, layer: str, *, known: bool = False) -> tuple[Tensor, Tensor]:
+        """The leaf that holds x, and what the layer makes of it. known: its name has been checked,
+        for images of another size."""
+        ((name, call),) = [_split(layer)] if known else self._wanted(x, [layer])
+        reached: list[Tensor] = []
+        leaves: list[Tensor] = []
+
+        def note(module: str, number: int, y: Tensor, leaf: Tensor) -> None:
+            if (module, number) == (name, call):
+                reached.append(y)
+                leaves.append(leaf)
+                raise _Reached
+
+        self._pass(x, note, {name})
+        if not reached:
+            raise ValueError(f"layer {layer!r}: the model does not call it for these images")
+        y = reached[0]
+        if y.grad_fn is None:
+            raise ValueError(f"layer {layer!r}: its output does not depend on the image")
+        return leaves[0], y
+
+    def _wanted(self, x: Tensor, layers: list[str]) -> dict[tuple[str, int], str]:
+        """The module and the number of the call that each name means."""
+        calls = self._calls.get(x.shape[1:])
+        if calls is None:
+            with torch.no_grad(), self._working():
+                calls = self._calls[x.shape[1:]] = self._pass(x[:1], lambda *_: None)
+        known = [_call_name(name, call, calls) for name in calls for call in range(calls[name])]
+        wanted = {}
+        for layer in layers:
+            if layer not in known:
+                raise no_such_layer(layer, known)
+            wanted[_split(layer)] = layer
+        return wanted
+
+    def _pass(
+        self,
+        x: Tensor,
+        note: Callable[[str, int, Tensor, Tensor], None],
+        names: set[str] | None = None,
+    ) -> Counter[str]:
+        """Run the model on x; note(name, call, output, leaf) for modules, in their order.
+
+        How often each module was called. Layers that come before a failure of the model are known
+        all the same: a head often wants one size of images, and the layers below it do not.
+        """
+        calls: Counter[str] = Counter()
+        ours: list[Exception] = []
+        leaf = x.detach().clone().requires_grad_(torch.is_grad_enabled())
+
+        def hook(name: str) -> Callable[[nn.Module, tuple, object], None]:
+            def call(module: nn.Module, given: tuple, output: object) -> None:
+                y = _tensor(output)
+                # Not what a model folds into the dimension of the images.
+                if y is not None and y.dim() in (2, 4) and len(y) == len(leaf):
+                    calls[name] += 1
+                    try:
+                        note(name, calls[name] - 1, y, leaf)
+                    except Exception as error:
+                        ours.append(error)
+                        raise
+
+            return call
+
+        skip = self.method != "gradient"
+        with ExitStack() as stack:
+            for name, module in self.modules.items():
+                if names is None or name in names:
+                    stack.callback(module.register_forward_hook(hook(name)).remove)
+            if skip:
+                stack.enter_context(SkippedNormalization())
+            try:
+                # A copy: models that begin with an operation in place may not write into a leaf.
+                self.model(leaf.clone())
+            except _Reached:
+                pass
+            except Exception as error:
+                if names is not None or not calls or ours:
+                    raise
+                logger.warning("the model fails above its layers: %s", str(error).split("\n")[0])
+            if ours:  # which the model did not let through
+                raise ours[0]
+        return calls
+
+    @property
+    def _constant_gates(self) -> bool:
+        return self.gates == "constant" and self.method != "gradient"
+
+    def _boxes(self, found: graph.Operations, units: Tensor, leaf: Tensor, clip: bool) -> Tensor:
+        """(U, 4) top, left, bottom, right."""
+        rows_columns = fields(found, units[:, 1:].numpy(), leaf, clip=clip)
+        return torch.from_numpy(np.ascontiguousarray(rows_columns.transpose(0, 2, 1))).flatten(1)
+
+    def _uneven(self, found: graph.Operations, leaf: Tensor) -> tuple[Uneven, ...]:
+        names = {p.data_ptr(): name for name, p in self.model.named_parameters()}
+        lattices = Lattices(leaf, constant_gates=self._constant_gates)
+        uneven = []
+        for op in found.convolutions:
+            weight, stride = op.saved("weight"), tuple(op.saved("stride"))
+            kernel = tuple(weight.shape[2:])
+            if overlaps_unevenly(kernel, stride, op.saved("dilation")):
+                name = names.get(weight.data_ptr(), "a convolution").removesuffix(".weight")
+                lattice = lattices.of(op.node)
+                uneven.append(Uneven(name, kernel, stride, lattice.stride if lattice else (0, 0)))
+        return tuple(uneven)
+
+    def _refuse(self, found: graph.Operations, layer: str) -> None:
+        if self.strict and self.method != "gradient" and found.unsupported:
+            names = ", ".join(f"{name} x{n}" for name, n in sorted(found.unsupported.items()))
+            raise ValueError(
+                f"layer {layer!r}: {self.method} has no rule for {names}; strict=False uses their "
+                "gradients and reports them, method='gradient' needs no rules"
+            )
+
+    @contextmanager
+    def _working(self) -> Iterator[None]:
+        """In evaluation mode, parameters frozen, without autocast; everything as it was after."""
+        modes = [(module, module.training) for module in self.model.modules()]
+        learned = [(p, p.requires_grad) for p in self.model.parameters()]
+        try:
+            self.model.eval()
+            for p, _ in learned:
+                p.requires_grad_(False)
+            with (
+                torch.inference_mode(False),
+                torch.autocast(self.device.type, enabled=False),
+            ):
+                yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            for p, learns in learned:
+                p.requires_grad_(learns)
+
+
+def _place_key(x: Tensor, layer: str) -> tuple[str | int, ...]:
+    return layer, x.shape[2], x.shape[3]
+
+
+class _Result:
+    """Projections of units that came in parts, put together."""
+
+    def __init__(self, count: int, x: Tensor, first: Projection):
+        self.images = x.new_zeros(count, *x.shape[1:])
+        self.boxes, self.fields = (torch.zeros(count, 4, dtype=torch.long) for _ in range(2))
+        self.values = first.values.new_zeros(count)
+        self.report = first.report
+
+    def put(self, chosen: Tensor, part: Projection) -> None:
+        self.images[chosen.to(self.images.device)] = part.images
+        self.values[chosen.to(self.values.device)] = part.values
+        self.boxes[chosen], self.fields[chosen] = part.boxes, part.fields
+
+    def put_windows(self, chosen: Tensor, part: Projection, windows: Tensor) -> None:
+        """Projections of windows (U, 4) of the images, in their places."""
+        for number, image, (top, left, bottom, right) in zip(
+            chosen.tolist(), part.images, windows.tolist(), strict=True
+        ):
+            self.images[number, :, top:bottom, left:right] = image
+        self.values[chosen.to(self.values.device)] = part.values
+        corners = windows[:, :2].repeat(1, 2)
+        empty = (part.boxes[:, 2:] <= part.boxes[:, :2]).any(1)
+        self.boxes[chosen] = (part.boxes + corners) * ~empty[:, None]
+        self.fields[chosen] = part.fields + corners
+
+    def projection(self, units: Tensor) -> Projection:
+        return Projection(units, self.images, self.boxes, self.fields, self.values, self.report)
+
+
+def _located(info: LayerInfo, found: Lattice | None) -> LayerInfo:
+    if found is None or not any(found.stride) or not all(found.size):
+        return info
+    return replace(info, field=found.size, stride=found.stride, offset=found.first)
+
+
+def _turns(images: Tensor) -> Tensor:
+    """Of units of images (U,) the number of those of the same image before each."""
+    seen: Counter[int] = Counter()
+    turns = []
+    for image in images.tolist():
+        turns.append(seen[image])
+        seen[image] += 1
+    return torch.tensor(turns)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The module itself, out of what distributes or compiles it."""
+    while True:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        else:
+            return model
+
+
+def _tensor(output: object) -> Tensor | None:
+    """The output of a module, or the first of several."""
+    if isinstance(output, Tensor):
+        return output
+    values = list(output.values()) if isinstance(output, dict) else output
+    if isinstance(values, list | tuple):
+        return next((value for value in values if isinstance(value, Tensor)), None)
+    return None
+
+
+def _maps(y: Tensor, name: str) -> Tensor:
+    """Maps (N, K, H, W); of vectors (N, K) maps of one place."""
+    if y.dim() not in (2, 4):
+        raise ValueError(
+            f"layer {name!r} gives {tuple(y.shape)}: expected maps (N, K, H, W) or vectors (N, K)"
+        )
+    return y if y.dim() == 4 else y[:, :, None, None]
+
+
+def _split(name: str) -> tuple[str, int]:
+    module, _, call = name.partition("#")
+    return module, int(call) if call.isdigit() else 0
+
+
+def _call_name(name: str, call: int, calls: Counter[str]) -> str:
+    """The name of a module, and the number of the call if it is called more than once."""
+    return f"{name}#{call}" if calls[name] > 1 else name
