@@ -2,6 +2,7 @@
 
 <folder>/checkpoints/step-*.pt    the newest states of the training
 <folder>/pictures/                what was learned, as PNG files
+<folder>/evolution/layer*.npz     features of the layers after some epochs
 <folder>/network.safetensors      the finished network
 <folder>/events.out.tfevents.*    TensorBoard
 """
@@ -36,12 +37,19 @@ class Run:
             self._check_settings(self.folder if resume == "auto" else resume)
             if resume != "auto":
                 # The newest checkpoint of the folder must be the one that this run goes on from.
+                kept = self._evolution_in(Path(resume))
                 self._put_aside()
+                for number, data in kept.items():
+                    checkpoint.write(self.evolution(number), data)
                 self.save(self.state["step"], self.state)
 
     def save(self, step: int, state: dict) -> Path:
         """Write a checkpoint after `step` filter updates."""
         return checkpoint.save(self.checkpoints, step, {**state, "settings": self.settings})
+
+    def evolution(self, layer: int) -> Path:
+        """The file of the features of a layer over its epochs."""
+        return _evolution(self.folder, layer)
 
     def _find(self, resume: str) -> dict | None:
         if resume == "auto":
@@ -57,12 +65,23 @@ class Run:
             )
         return found[0]
 
+    def _evolution_in(self, source: Path) -> dict[int, bytes]:
+        """The files of `evolution` that the run has which this one goes on from, by layer."""
+        folder = source.parent.parent if source.is_file() else source
+        layers = range(1, self._begun + 1)
+        paths = {number: _evolution(folder, number) for number in layers}
+        return {number: path.read_bytes() for number, path in paths.items() if path.is_file()}
+
+    @property
+    def _begun(self) -> int:
+        """How many layers had begun to learn."""
+        return self.state["layer"] - (self.state["trainer"] is None)
+
     def _check_settings(self, where: Path | str) -> None:
-        begun = self.state["layer"] - (self.state["trainer"] is None)
         different = [
             key
             for key in _differences(self.state["settings"], self.settings)
-            if not _is_above(key, begun)
+            if not _is_above(key, self._begun)
         ]
         if different:
             raise ValueError(
@@ -83,6 +102,10 @@ class Run:
         for path in old:
             path.rename(aside / path.name)
         log.info("the earlier run was moved to %s", aside)
+
+
+def _evolution(folder: Path, layer: int) -> Path:
+    return folder / "evolution" / f"layer{layer}.npz"
 
 
 def _differences(old: object, new: object, prefix: str = "") -> list[str]:

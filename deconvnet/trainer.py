@@ -32,6 +32,7 @@ from deconvnet.network import Layer, LayerSettings, Target, check_size, seeded
 from deconvnet.operators import Identity, Operator
 from deconvnet.pooling import Window, max_pool, unpool
 from deconvnet.solvers import Solution, SolverSettings
+from deconvnet.visualization.evolution import Peaks, Snapshot, Watch
 
 RECENTER_EVERY = 4
 # Steps of Lanczos' method for ||T||^2: within 5% of it, at the price of two visits.
@@ -96,7 +97,8 @@ class LayerTrainer:
     """Learns the filters of one layer on what it has to explain.
 
     below: (N, C, H, W), what the layer stands on (`DeconvNet.below`). target: what the images of
-    some indices are to be explained as; by default what is below.
+    some indices are to be explained as; by default what is below. watch: the epochs at whose end
+    there is a `snapshot`, until the next one begins.
 
     Holds the state of inference of every image, the energy of every map in this epoch, and the
     running sums of the filter update. One call of `update` is one filter update. Without a `state`
@@ -112,18 +114,21 @@ class LayerTrainer:
         seed: int = 0,
         number: int = 1,
         chunk: int = 8,
+        watch: Watch | None = None,
         state: dict | None = None,
     ):
         check_size(below, layer, number)
         self.layer, self.below = layer, below
         self.target = target or (lambda images: Target(below[images]))
-        self.seed, self.number, self.chunk = seed, number, chunk
+        self.seed, self.number, self.chunk, self.watch = seed, number, chunk, watch
         self.settings: LearningSettings = layer.settings.learning
         self.epoch, self.batch = 0, 0
         pooled = layer.settings.solver.method in ("fista", "ista")
         self.codes = States(len(below), layer.settings.window if pooled else None)
         self.curvature: Tensor | None = None
         self.energy: Tensor | None = None
+        self.peaks: Peaks | None = None
+        self.snapshot: Snapshot | None = None
         self.sums: FilterSums | None = None
         self._totals = _Totals()
         if state is None:
@@ -157,6 +162,7 @@ class LayerTrainer:
     def update(self) -> EpochStats | None:
         """Visit the next batch and update the filters; at the end of an epoch, what it saw."""
         started = time.perf_counter()
+        self.snapshot = None
         shuffle = seeded(self.seed, self.number, 2, self.epoch)
         order = torch.randperm(len(self.below), generator=shuffle)
         chosen = order[self.batch * self.batch_size : (self.batch + 1) * self.batch_size]
@@ -247,12 +253,18 @@ class LayerTrainer:
         self._totals.add(solution, target.b)
         energy = solution.z.double().square().sum((0, 2, 3))
         self.energy = energy if self.energy is None else self.energy + energy
+        if self.watch and self.epoch + 1 in self.watch.epochs:
+            peaks = Peaks.none(solution.z) if self.peaks is None else self.peaks
+            self.peaks = peaks.updated(solution.z, part, self.watch.first)
         return solution, target.T
 
     def _end_epoch(self) -> EpochStats:
         dead, double = self._unused_filters()
         self.epoch, self.batch = self.epoch + 1, 0
         totals, self._totals = self._totals, _Totals()
+        if self.peaks is not None:
+            self.snapshot = Snapshot(self.epoch, self.peaks, self.layer.filters.clone())
+            self.peaks = None
         if self.settings.revive and not self.done:
             self._revive(sorted({*dead, *double}))
         early = 3 * self.epoch <= 2 * self.settings.epochs
@@ -319,6 +331,7 @@ class LayerTrainer:
             "codes": self.codes.state_dict(),
             "curvature": None if self.curvature is None else self.curvature.cpu(),
             "energy": None if self.energy is None else self.energy.cpu(),
+            "peaks": None if self.peaks is None else self.peaks.state_dict(),
             "sums": None
             if self.sums is None
             else {"linear": self.sums.linear.cpu(), "gram": self.sums.gram.cpu()},
@@ -332,6 +345,9 @@ class LayerTrainer:
         curvature = state["curvature"]
         self.curvature = None if curvature is None else curvature.to(device)
         self.energy = None if state["energy"] is None else state["energy"].to(device)
+        # Checkpoints of before there were peaks leave those of an epoch to the images to come.
+        peaks = state.get("peaks")
+        self.peaks = None if peaks is None else Peaks.from_state_dict(peaks, device)
         sums = state["sums"]
         self.sums = sums and FilterSums(sums["linear"].to(device), sums["gram"].to(device))
         self._totals = _Totals(**state["totals"])

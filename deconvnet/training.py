@@ -21,6 +21,13 @@ from deconvnet.run import Run
 from deconvnet.solvers import data_term
 from deconvnet.sparsity import penalties
 from deconvnet.trainer import LayerTrainer
+from deconvnet.visualization.evolution import (
+    append,
+    evolution_picture,
+    layer_watch,
+    project_snapshot,
+    recorded,
+)
 from deconvnet.visualization.figures import filter_picture, layer_pictures
 
 log = logging.getLogger(__name__)
@@ -79,14 +86,15 @@ def train(
                 seed=seed,
                 number=number,
                 chunk=chunk,
+                watch=layer_watch(net, codes, number),
                 state=resumed,
             )
             resumed = None
-            _learn(net, trainer, position, run, monitor, stop_requested)
+            _learn(net, codes, trainer, position, run, monitor, stop_requested)
             codes = net.extend(codes, chunk=chunk, progress=watch)
             seconds = time.perf_counter() - started
             position.results.append(_result(net, codes, number, seconds))
-            _show(net, codes, images, position, monitor)
+            _show(net, codes, images, position, run, monitor)
             position.layer += 1
             position.save(run, net)
     net.save(path)
@@ -129,6 +137,7 @@ def _restore(
 
 def _learn(
     net: DeconvNet,
+    codes: Codes,
     trainer: LayerTrainer,
     position: _Position,
     run: Run,
@@ -145,6 +154,10 @@ def _learn(
             monitor.epoch(stats, position.step)
             if trainer.number == 1:
                 monitor.picture("layer1/filters", filter_picture(net), position.step)
+            if trainer.snapshot:
+                # Before the checkpoint: a run that goes on from it has these columns.
+                column = project_snapshot(net, codes, trainer.number, trainer.snapshot)
+                append(run.evolution(trainer.number), column)
             position.save(run, net, trainer)
         if stop_requested():
             position.save(run, net, trainer)
@@ -156,6 +169,7 @@ def _show(
     codes: Codes,
     images: Tensor,
     position: _Position,
+    run: Run,
     monitor: Monitor,
 ) -> None:
     """Everything that a finished layer has to show."""
@@ -163,7 +177,11 @@ def _show(
     monitor.result(position.results[-1], codes.layer(number).values, position.step)
     some = net.target(codes, number, slice(CURVE_IMAGES))
     monitor.inference(number, _inference_curve(net.layer(number), some))
-    for name, picture in layer_pictures(net, codes, images, number).items():
+    pictures = layer_pictures(net, codes, images, number)
+    learned = recorded(run.evolution(number))
+    if learned:
+        pictures[f"layer{number}/evolution"] = evolution_picture(learned)
+    for name, picture in pictures.items():
         monitor.picture(name, picture, position.step)
 
 

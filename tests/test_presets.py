@@ -226,7 +226,7 @@ def test_the_cvpr_2010_maps_grow_by_six_pixels_in_each_layer(cvpr, textures):
 
 # As commands
 
-KINDS = ("filters", "maps", "reconstructed")
+KINDS = ("evolution", "filters", "maps", "reconstructed")
 UPPER = ("patches", "parts")
 SIDE = 88  # the least for four layers of 7x7 filters and 3x3 pooling is 85
 

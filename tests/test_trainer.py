@@ -1,0 +1,587 @@
+"""The learning of one layer: the objective falls, nothing but the seed decides the filters, and it
+goes on where it was stopped as if it had not been."""
+
+from dataclasses import asdict
+from functools import partial
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from deconvnet import (
+    DeconvNet,
+    LayerSettings,
+    LearningSettings,
+    PreprocessingSettings,
+    SolverSettings,
+    checkpoint,
+    learn_filters,
+    sparse_code,
+)
+from deconvnet.convolution import deconvolve
+from deconvnet.learning import normalize, off_center
+from deconvnet.monitor import Monitor
+from deconvnet.network import Layer, Target, seeded
+from deconvnet.pooling import max_pool, pooled_shape, unpool
+from deconvnet.run import Run
+from deconvnet.trainer import Diverged, LayerTrainer, States
+from deconvnet.training import train
+
+FAST = SolverSettings(iterations=20, training_iterations=3)
+EXACT = SolverSettings(iterations=300, tolerance=1e-5)
+# The images of `b`.
+EVERY = torch.arange(8)
+
+# The two presets of the CVPR 2010 paper, in small.
+PAPER = {
+    "solver": SolverSettings(method="half_quadratic", iterations=1, z_step="cg"),
+    "learning": LearningSettings(
+        epochs=2,
+        batch_size=1,
+        update="cg",
+        update_iterations=2,
+        init="random",
+        norm="plane",
+        revive=False,
+    ),
+    "scale": "max",
+}
+
+
+@pytest.fixture(scope="module")
+def b(textures):
+    """Grey images without their mean, eight of them."""
+    images = textures(8, 1, 24, 24)
+    images = images - images.mean((2, 3), keepdim=True)
+    return images / images.square().mean().sqrt()
+
+
+def layer(channels=1, *, num_maps=6, seed=0, epochs=3, batch_size=4, connectivity="full", **other):
+    learning = {
+        key: other.pop(key)
+        for key in ("update", "memory", "init", "norm", "revive", "update_iterations")
+        if key in other
+    }
+    learning = LearningSettings(epochs=epochs, batch_size=batch_size, **learning)
+    settings = LayerSettings(
+        num_maps,
+        5,
+        connectivity=connectivity,
+        **{"solver": FAST, "learning": learning, **other},
+    )
+    return Layer(settings, channels, seeded(seed, 1))
+
+
+def trained(b, *, seed=0, chunk=8, **settings):
+    """(filters, statistics of every epoch)."""
+    trainer = LayerTrainer(layer(b.shape[1], seed=seed, **settings), b, seed=seed, chunk=chunk)
+    history = []
+    while not trainer.done:
+        history.append(trainer.update())
+    return trainer.layer.filters, [stats for stats in history if stats]
+
+
+def objective(b, f, lam=2.0):
+    return float(sparse_code(b, f, lam=lam, settings=EXACT).objective.sum())
+
+
+def lengths(f, axes=(1, 2, 3)):
+    return torch.linalg.vector_norm(f, dim=axes)
+
+
+def timeless(stats):
+    return {key: value for key, value in asdict(stats).items() if "seconds" not in key}
+
+
+@pytest.mark.parametrize("batch_size", [None, 4])
+def test_the_objective_of_the_training_set_falls_from_epoch_to_epoch(b, batch_size):
+    trainer = LayerTrainer(layer(epochs=5, batch_size=batch_size, init="random"), b)
+    values = [objective(b, trainer.layer.filters)]
+    while not trainer.done:
+        if trainer.update():
+            values.append(objective(b, trainer.layer.filters))
+    # Each value is inferred anew, to about 1e-4 of the minimum; re-seeded filters cost nothing,
+    # their maps having been next to empty.
+    for before, after in zip(values, values[1:], strict=False):
+        assert after < before * 1.001
+    assert values[-1] < 0.85 * values[0]
+
+
+@pytest.mark.parametrize("norm", ["filter", "plane"])
+@pytest.mark.parametrize("update", ["proximal", "cg"])
+def test_filters_have_unit_norm_and_their_connections_after_every_update(textures, update, norm):
+    b = textures(4, 3, 16, 16) - 0.4
+    small = layer(
+        3, update=update, norm=norm, num_maps=6, connectivity="singles_and_doubles", init="random"
+    )
+    trainer = LayerTrainer(small, b)
+    while not trainer.done:
+        before = small.filters.clone()
+        trainer.update()
+        planes = small.connectivity.bool()
+        assert (small.filters[~planes] == 0).all()
+        found = (
+            lengths(small.filters, (2, 3))[planes] if norm == "plane" else lengths(small.filters)
+        )
+        assert_close(found, torch.ones_like(found), rtol=0, atol=1e-6)
+        assert not torch.equal(small.filters, before)
+
+
+def test_the_image_order_of_every_epoch_is_new_and_visits_every_image(b):
+    trainer = LayerTrainer(layer(epochs=2, batch_size=1), b)
+    orders = []
+    for _ in range(2):
+        visited = []
+        for _ in range(8):
+            before = trainer.codes[EVERY]
+            trainer.update()
+            changed = trainer.codes[EVERY] - (0 if before is None else before)
+            visited += torch.nonzero(changed.flatten(1).any(1)).flatten().tolist()
+        orders.append(visited)
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(8))
+    assert orders[0] != orders[1]
+
+
+def test_what_an_epoch_saw_is_the_sum_over_its_visits(b):
+    trainer = LayerTrainer(layer(batch_size=None), b)
+    solution = sparse_code(
+        b,
+        trainer.layer.filters.clone(),
+        lam=2.0,
+        settings=SolverSettings(iterations=3, tolerance=0, adaptive=False),
+    )
+    stats = trainer.update()
+    assert stats.layer == 1 and stats.epoch == 1 and stats.epochs == 3
+    assert stats.reconstruction == pytest.approx(solution.reconstruction.mean().item(), rel=1e-5)
+    assert stats.sparsity == pytest.approx(solution.sparsity.mean().item(), rel=1e-5)
+    assert stats.density == pytest.approx((solution.z != 0).float().mean().item(), rel=1e-5)
+    ratio = b.square().sum() / solution.residual.square().sum()
+    assert stats.snr == pytest.approx(10 * ratio.log10().item(), abs=1e-3)
+    assert stats.objective == stats.reconstruction + stats.sparsity
+    assert stats.seconds_per_image > 0
+
+
+@pytest.mark.parametrize("revive", [True, False])
+def test_a_dead_filter_is_noticed_and_started_anew(b, revive):
+    trainer = LayerTrainer(layer(batch_size=None, revive=revive), b)
+    trainer.layer.filters[2] = 0
+    stats = trainer.update()
+    assert stats.dead == 1 and stats.double == 0
+    if not revive:
+        assert (trainer.layer.filters[2] == 0).all()
+        return
+    assert_close(lengths(trainer.layer.filters), torch.ones(6), rtol=0, atol=1e-6)
+    assert (trainer.codes[EVERY][:, 2] == 0).all() and trainer.sums.energy[2] == 0
+    assert trainer.update().dead == 0
+    assert trainer.codes[EVERY][:, 2].any()
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("update", ["proximal", "cg"])
+def test_of_two_equal_filters_one_is_noticed_and_started_anew(b, sign, update):
+    trainer = LayerTrainer(layer(batch_size=None, update=update), b)
+    others = [0, 2, 3, 5]
+    # Filters that are equal before an update are equal after it, their maps being equal.
+    trainer.layer.filters[4] = sign * trainer.layer.filters[1]
+    kept = trainer.layer.filters.clone()
+    stats = trainer.update()
+    assert stats.dead == 0 and stats.double == 1
+    found = trainer.layer.filters
+    likeness = (found[1] * found[4]).sum().abs()
+    assert likeness < 0.97
+    assert (found[others] - kept[others]).abs().max() > 0
+    # One of the pair is as it was learned, the other is another patch: nothing known of its maps.
+    fresh = [k for k in (1, 4) if not trainer.codes[EVERY][:, k].any()]
+    assert len(fresh) == 1
+
+
+def test_filters_are_left_alone_at_the_end_of_the_last_epoch(b):
+    trainer = LayerTrainer(layer(epochs=1, batch_size=None), b)
+    trainer.layer.filters[2] = 0
+    assert trainer.update().dead == 1
+    assert trainer.done and (trainer.layer.filters[2] == 0).all()
+
+
+@pytest.mark.parametrize("init", ["patches", "random"])
+def test_the_seed_alone_decides_the_filters(b, init):
+    torch.manual_seed(1)
+    filters, history = trained(b, init=init)
+    torch.manual_seed(2)
+    same, same_history = trained(b, init=init)
+    other, _ = trained(b, seed=1, init=init)
+    assert torch.equal(filters, same)
+    assert [timeless(stats) for stats in history] == [timeless(stats) for stats in same_history]
+    assert not torch.allclose(filters, other, atol=1e-2)
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_the_number_of_images_inferred_at_a_time_does_not_change_the_filters(b, chunk):
+    expected, history = trained(b)
+    filters, same = trained(b, chunk=chunk)
+    # Sums over images are float64, but the terms of one chunk are added in float32.
+    assert_close(filters, expected, rtol=0, atol=1e-5)
+    assert same[-1].objective == pytest.approx(history[-1].objective, rel=1e-5)
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3, 5])
+@pytest.mark.parametrize("update", ["proximal", "cg"])
+def test_a_trainer_that_was_saved_and_loaded_goes_on_bit_by_bit(b, tmp_path, update, stop):
+    settings = {"update": update, "batch_size": 3}
+    expected, history = trained(b, **settings)
+    first = LayerTrainer(layer(**settings), b)
+    stats = [first.update() for _ in range(stop)]
+    state = {"trainer": first.state_dict(), "filters": first.layer.filters}
+    state = checkpoint.load(checkpoint.save(tmp_path, stop, state))
+    same = layer(**settings)
+    same.filters.copy_(state["filters"])
+    second = LayerTrainer(same, b, state=state["trainer"])
+    assert second.updates_done == stop and second.updates == 9
+    while not second.done:
+        stats.append(second.update())
+    assert torch.equal(second.layer.filters, expected)
+    assert [timeless(s) for s in stats if s] == [timeless(s) for s in history]
+
+
+def test_an_objective_that_is_not_finite_stops_before_the_filters_change(b):
+    trainer = LayerTrainer(layer(batch_size=None), b.clone())
+    trainer.update()
+    before = trainer.layer.filters.clone()
+    trainer.below[5, 0, 3, 3] = float("inf")
+    with pytest.raises(Diverged, match=r"layer 1, epoch 2: .*model\.layer1\.lam \(2\.0\)"):
+        trainer.update()
+    assert torch.equal(trainer.layer.filters, before)
+
+
+def test_images_beyond_what_float32_can_square_are_said_to_diverge(b):
+    with pytest.raises(Diverged, match="not finite.*extreme values"):
+        learn_filters(b * 1e30, 3, 5, lam=1.0)
+
+
+def test_images_without_any_contrast_are_survived(textures):
+    filters, history = trained(torch.zeros(2, 1, 12, 12))
+    assert torch.isfinite(filters).all()
+    assert history[-1].objective == 0 and history[-1].dead == 6
+
+
+@pytest.mark.parametrize("boundary", ["valid", "circular"])
+def test_learn_filters_lowers_the_objective_below_that_of_random_filters(b, boundary):
+    learning = LearningSettings(epochs=5, init="random")
+    learned = learn_filters(b, 6, 5, lam=2.0, boundary=boundary, learning=learning)
+    assert learned.filters.shape == (6, 1, 5, 5) and torch.isfinite(learned.filters).all()
+    assert_close(lengths(learned.filters), torch.ones(6), rtol=0, atol=1e-6)
+    assert [stats.epoch for stats in learned.history] == [1, 2, 3, 4, 5]
+    assert learned.history[-1].objective < 0.8 * learned.history[0].objective
+    noise = torch.randn(6, 1, 5, 5, generator=torch.Generator().manual_seed(0))
+    random = noise / lengths(noise).view(-1, 1, 1, 1)
+    assert objective(b, learned.filters) < 0.8 * objective(b, random)
+
+
+def test_learn_filters_recovers_planted_filters_up_to_sign_shift_and_order():
+    """Four 5x5 filters behind sparse maps, learned from the images alone in frames of 7x7."""
+    for seed in (0, 1):
+        generator = torch.Generator().manual_seed(seed)
+        planted = normalize(torch.randn(4, 1, 5, 5, generator=generator))
+        z = torch.randn(12, 4, 36, 36, generator=generator)
+        z = z.sign() * (1 + z.abs()) * (torch.rand(z.shape, generator=generator) < 0.006)
+        images = deconvolve(z, planted)
+        learning = LearningSettings(epochs=30, batch_size=6)
+        found = learn_filters(images, 4, 7, lam=3.0, learning=learning, seed=seed).filters
+        alike = torch.nn.functional.conv2d(planted, found, padding=6).abs().amax((2, 3))
+        # Every planted filter has a found one of its own, nearly equal at the best shift.
+        assert alike.amax(1).min() > 0.98
+        assert sorted(alike.argmax(1).tolist()) == [0, 1, 2, 3]
+
+
+def test_learn_filters_refuses_what_is_not_finite_or_not_images(b):
+    wrong = b.clone()
+    wrong[0, 0, 0, 0] = float("nan")
+    for images in (wrong, b[0]):
+        with pytest.raises(ValueError, match=r"finite and \(N, C, H, W\)"):
+            learn_filters(images, 3, 5, lam=1.0)
+    with pytest.raises(ValueError, match="24x24 are smaller than the 25x25 filters"):
+        learn_filters(b, 3, 25, lam=1.0)
+
+
+@pytest.mark.parametrize("p", [1.0, 0.8])
+def test_the_settings_of_the_paper_train_two_layers_to_finite_filters(textures, tmp_path, p):
+    layers = [
+        LayerSettings(3, 5, lam=1.0, p=p, **PAPER),
+        LayerSettings(6, 5, lam=1.0, connectivity="singles_and_doubles", **PAPER),
+    ]
+    net = DeconvNet(layers, PreprocessingSettings(steps=["mean", "laplacian"], scale="max"))
+    with Monitor(progress=False) as monitor:
+        results = train(net, textures(2, 3, 20, 20), Run(tmp_path, {}), monitor)
+    for number, result in enumerate(results, 1):
+        filters = net.layer(number).filters
+        assert torch.isfinite(filters).all()
+        norms = lengths(filters, (2, 3))[net.layer(number).connectivity.bool()]
+        assert_close(norms, torch.ones_like(norms), rtol=0, atol=1e-5)
+        assert 0 < result.density < 1 and result.objective > 0
+    # A short schedule of betas is far from the minimum, but explains something of the images.
+    assert results[0].snr > 1
+
+
+# Layers that explain the image, and pooling in the loop of inference
+
+IN_LOOP = {"pool": [2, 2, 2], "pooling": "in_loop"}
+WINDOW = (2, 2, 2)
+
+
+@pytest.fixture(scope="module")
+def below(textures):
+    """(settings of a first layer, its learned tensors, codes of six images): maps to stand on."""
+    images = textures(6, 3, 18, 17)
+    first = LayerSettings(
+        4,
+        5,
+        pool=[2, 2, 2],
+        pooling="in_loop",
+        solver=SolverSettings(method="fista", iterations=20),
+        learning=LearningSettings(epochs=1, batch_size=3),
+    )
+    net = DeconvNet([first], PreprocessingSettings(color="grey"))
+    net.preprocessing.fit(images)
+    trainer = LayerTrainer(net.layer(1), net.infer(images, depth=0).y)
+    trainer.update()
+    return first, net.to_parts()[0], net.infer(images)
+
+
+def second(below, *, method="fista", seed=0, state=None, filters=None, chunk=2, **settings):
+    """(network, trainer of its second layer)."""
+    first, tensors, codes = below
+    learning = {
+        key: settings.pop(key)
+        for key in ("update", "update_iterations", "epochs", "batch_size", "revive", "recenter")
+        if key in settings
+    }
+    top = LayerSettings(
+        5,
+        3,
+        solver=SolverSettings(method=method, training_iterations=5),
+        learning=LearningSettings(**{"epochs": 3, "batch_size": 3, **learning}),
+        **{"lam": 5.0, "target": "image", **settings},
+    )
+    net = DeconvNet([first, top], PreprocessingSettings(color="grey"), seed=seed)
+    net.load_parts(tensors)
+    net.layer(2).fit_scale(codes.layer(1).pooled)
+    trainer = LayerTrainer(
+        net.layer(2),
+        net.below(codes, 2),
+        partial(net.target, codes, 2),
+        seed=seed,
+        number=2,
+        chunk=chunk,
+        state=state,
+    )
+    if filters is not None:
+        net.layer(2).filters.copy_(filters)
+    return net, trainer
+
+
+def to_the_end(trainer):
+    history = []
+    while not trainer.done:
+        history.append(trainer.update())
+    return [stats for stats in history if stats]
+
+
+def assert_one_entry_per_window(z, window=WINDOW):
+    assert torch.equal(unpool(*max_pool(z, window), z.shape), z) and z.any()
+
+
+@pytest.mark.parametrize("target", ["image", "both"])
+@pytest.mark.parametrize("update", ["proximal", "cg"])
+@pytest.mark.parametrize("pooled", [{}, IN_LOOP], ids=["not pooled", "in the loop"])
+def test_a_layer_that_explains_the_image_learns_to(below, target, update, pooled):
+    codes = below[2]
+    # More steps of cg fit a batch at any length of the filters, and their norm comes after.
+    iterations = 10 if update == "proximal" else 1
+    net, trainer = second(
+        below,
+        target=target,
+        update=update,
+        update_iterations=iterations,
+        epochs=4,
+        revive=False,
+        recenter=False,
+        **pooled,
+    )
+    before = net.extend(codes).layer(2).objective.sum().item()
+    history = to_the_end(trainer)
+    values = [stats.objective for stats in history]
+    assert all(b < a for a, b in zip(values, values[1:], strict=False))
+    assert_close(lengths(net.layer(2).filters), torch.ones(5), rtol=0, atol=1e-6)
+    # Inferred anew, from zero.
+    after = net.extend(codes).layer(2).objective.sum().item()
+    assert after < 0.97 * before
+
+
+def test_what_an_epoch_saw_through_the_layers_below_is_in_terms_of_the_image(below):
+    net, trainer = second(below, batch_size=None, target="image", update="cg")
+    codes = below[2]
+    start = net.layer(2).filters.clone()
+    solver = SolverSettings(method="fista", iterations=5, tolerance=0)
+    found = net.layer(2).infer(net.target(codes, 2), settings=solver)
+    stats = trainer.update()
+    assert not torch.equal(net.layer(2).filters, start)
+    assert stats.reconstruction == pytest.approx(found.reconstruction.mean().item(), rel=1e-4)
+    ratio = codes.y.square().sum() / found.residual.square().sum()
+    assert stats.snr == pytest.approx(10 * ratio.log10().item(), abs=1e-2)
+    # lam/2 times the squared error of the image, not of the maps.
+    assert stats.reconstruction == pytest.approx(
+        2.5 * found.residual.double().square().sum().item() / 6, rel=1e-4
+    )
+
+
+@pytest.mark.parametrize("update", ["proximal", "cg"])
+@pytest.mark.parametrize("method", ["fista", "ista"])
+def test_states_that_are_kept_pooled_give_the_same_filters_as_whole_ones(below, update, method):
+    settings = {"update": update, "method": method, "epochs": 5, **IN_LOOP}
+    net, trainer = second(below, **settings)
+    assert trainer.codes.window == WINDOW
+    dense_net, dense = second(below, **settings)
+    dense.codes = States(len(dense.below))
+    history, expected = to_the_end(trainer), to_the_end(dense)
+    assert torch.equal(net.layer(2).filters, dense_net.layer(2).filters)
+    assert [timeless(s) for s in history] == [timeless(s) for s in expected]
+    every = torch.arange(6)
+    assert torch.equal(trainer.codes[every], dense.codes[every])
+    kept = sum(tensor.numel() for tensor in trainer.codes.kept)
+    assert kept == 2 * 6 * torch.Size(pooled_shape((5, *dense.codes.shape[1:]), WINDOW)).numel()
+    assert 2 * kept < dense.codes.kept[0].numel()
+
+
+def test_states_give_back_what_was_put_in_for_any_images_in_any_order():
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(5, 5, 6, 7, generator=generator)
+    z = unpool(*max_pool(z * (z.abs() > 1), WINDOW), z.shape)
+    for window in (None, WINDOW):
+        states = States(5, window)
+        assert states[torch.tensor([1, 2])] is None
+        states[torch.tensor([3, 1])] = z[[3, 1]]
+        # Images that were not visited yet have maps of zeros.
+        assert not states[torch.tensor([0, 2, 4])].any()
+        assert torch.equal(states[torch.tensor([1, 3])], z[[1, 3]])
+        states[torch.tensor([0, 4, 2])] = z[[0, 4, 2]]
+        assert torch.equal(states[torch.arange(5)], z)
+        given = states[torch.tensor([2])]
+        given.zero_()
+        assert torch.equal(states[torch.tensor([2])], z[2:3])
+        again = States(5, window)
+        again.load_state_dict(states.state_dict(), torch.device("cpu"))
+        assert torch.equal(again[torch.arange(5)], z)
+
+
+def test_steps_are_known_where_every_image_has_had_one():
+    states = States(4)
+    assert states.step(torch.tensor([0])) is None
+    states.set_step(torch.tensor([2, 0]), torch.tensor([0.2, 0.1]).view(2, 1, 1, 1))
+    assert states.step(torch.tensor([0, 2])).flatten().tolist() == pytest.approx([0.1, 0.2])
+    assert states.step(torch.tensor([0, 1])) is None
+    again = States(4)
+    again.load_state_dict(states.state_dict(), torch.device("cpu"))
+    assert again.step(torch.tensor([2])).item() == pytest.approx(0.2)
+    assert again.step(torch.tensor([3])) is None
+
+
+@pytest.mark.parametrize("method", ["fista", "ista"])
+def test_each_visit_begins_with_the_maps_and_the_steps_of_the_last(below, method):
+    net, trainer = second(below, batch_size=None, chunk=6, method=method, **IN_LOOP)
+    trainer.update()
+    order = torch.randperm(6, generator=seeded(0, 2, 2, 1))
+    expected = net.layer(2).infer(
+        net.target(below[2], 2, order),
+        state=trainer.codes[order],
+        step=trainer.codes.step(order),
+        training=True,
+    )
+    trainer.update()
+    assert torch.equal(trainer.codes.step(order), expected.step)
+    kept = trainer.codes[order]
+    # But for filters that were started anew at the end of the epoch.
+    learned = [k for k in range(5) if kept[:, k].any()]
+    assert len(learned) > 2 and torch.equal(kept[:, learned], expected.z[:, learned])
+
+
+@pytest.mark.parametrize("stop", [2, 3])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"update": "cg", **IN_LOOP},
+        {"update": "proximal", "target": "both", **IN_LOOP},
+        {"update": "proximal", "method": "ista"},
+        {"update": "cg", "method": "admm", **IN_LOOP},
+    ],
+    ids=lambda settings: " ".join(str(v) for v in settings.values() if isinstance(v, str)),
+)
+def test_learning_through_the_layers_below_goes_on_bit_by_bit(below, tmp_path, settings, stop):
+    net, trainer = second(below, **settings)
+    history = to_the_end(trainer)
+    same, first = second(below, **settings)
+    stats = [first.update() for _ in range(stop)]
+    state = {"trainer": first.state_dict(), "filters": same.layer(2).filters}
+    state = checkpoint.load(checkpoint.save(tmp_path, stop, state))
+    again, trainer = second(below, state=state["trainer"], filters=state["filters"], **settings)
+    stats += to_the_end(trainer)
+    assert torch.equal(again.layer(2).filters, net.layer(2).filters)
+    assert [timeless(s) for s in stats if s] == [timeless(s) for s in history]
+
+
+@pytest.mark.parametrize("update", ["proximal", "cg"])
+def test_filters_that_are_started_anew_leave_maps_with_one_entry_per_window(below, update):
+    settings = {"batch_size": None, "update": update, **IN_LOOP}
+    net, trainer = second(below, **settings)
+    _, other = second(below, revive=False, **settings)
+    every = torch.arange(6)
+    for one in (trainer, other):
+        one.layer.filters[2] = 0
+        assert one.update().dead == 1
+    after, expected = trainer.codes[every], other.codes[every]
+    assert_one_entry_per_window(after)
+    fresh = [k for k in range(5) if not after[:, k].any()]
+    assert 2 in fresh and len(fresh) < 5
+    expected[:, fresh] = 0
+    assert torch.equal(after, expected)
+    assert_close(lengths(net.layer(2).filters), torch.ones(5), rtol=0, atol=1e-6)
+    assert trainer.update().dead == 0
+    assert_one_entry_per_window(trainer.codes[every])
+
+
+def test_filters_that_are_moved_leave_maps_with_one_entry_per_window(below):
+    net, trainer = second(below, batch_size=None, epochs=12, revive=False, update="cg", **IN_LOOP)
+    for _ in range(3):
+        trainer.update()
+    before = trainer.codes[torch.arange(6)]
+    # The third epoch is over; let three filters sit at a side of their frames.
+    off = torch.zeros_like(net.layer(2).filters)
+    off[:, :, 1, 1] = 1
+    for k, place in {0: (0, 1), 1: (2, 2), 3: (1, 0)}.items():
+        off[k] = 0
+        off[k, :, place[0], place[1]] = 1
+    net.layer(2).set_filters(off)
+    moves = off_center(net.layer(2).filters)
+    assert moves == {0: (1, 0), 1: (-1, -1), 3: (0, 1)}
+    trainer._recenter()
+    after = trainer.codes[torch.arange(6)]
+    assert_one_entry_per_window(after)
+    assert off_center(net.layer(2).filters) == {}
+    moved = before.clone()
+    for k, (rows, columns) in moves.items():
+        moved[:, k] = before[:, k].roll((-rows, -columns), (1, 2))
+        if rows:
+            moved[:, k, slice(-1, None) if rows > 0 else slice(0, 1)] = 0
+        if columns:
+            moved[:, k, :, slice(-1, None) if columns > 0 else slice(0, 1)] = 0
+    # Of those that now meet in a window the strongest is left.
+    assert torch.equal(after, unpool(*max_pool(moved, WINDOW), moved.shape))
+    assert torch.count_nonzero(after) < torch.count_nonzero(moved)
+
+
+def test_a_target_of_its_own_is_explained_in_place_of_what_is_below(b):
+    trainer = LayerTrainer(layer(batch_size=None), b, lambda images: Target(-b[images]))
+    negative = layer(batch_size=None)
+    plain = LayerTrainer(negative, b)
+    assert torch.equal(trainer.layer.filters, plain.layer.filters)
+    trainer.update(), plain.update()
+    assert_close(trainer.codes[EVERY], -plain.codes[EVERY], rtol=1e-4, atol=1e-5)
+    assert_close(trainer.layer.filters, plain.layer.filters, rtol=0, atol=1e-5)
