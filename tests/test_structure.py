@@ -26,6 +26,8 @@ ORDER = [
     "ablation",
     "visualization",
     "monitor",
+    "distributed",
+    "survey",
     "run",
     "trainer",
     "training",
