@@ -1,0 +1,154 @@
+"""Pictures as files of a page: many tiles in one sheet, one picture alone.
+
+This module decides which forms of picture are taken, in which format each is stored, and how tiles
+lie in a sheet; `sprite` finds one there again. How large they may be is for its callers to say.
+
+Pictures are float tensors (3, H, W), or (1, H, W), in [0, 1], or uint8 arrays (H, W, 3); several of
+one size have one more axis in front. Signed ones are shown as they come: grey 0.5 is zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+Picture = Tensor | np.ndarray
+
+GREY = 128
+GAP = 2
+# Tiles of at least this side are stored in fewer bytes: photographs as JPEG, the signed ones, whose
+# zero must stay one grey, as PNG with 64 levels from black to white. Each is half of what it was.
+LARGE = 32
+JPEG = {"quality": 85, "subsampling": 0}
+LEVELS = (4 * ((np.arange(256) - GREY) / 4).round() + GREY).clip(0, 255).astype(np.uint8)
+Z_RLE = 3
+
+
+def tiles_of(pictures: Picture | None, where: str, largest: int) -> list[np.ndarray]:
+    """Pictures of one size as bytes (h, w, 3), made smaller if they are larger than `largest`."""
+    if pictures is None:
+        return []
+    return [tile_of(picture, where, largest) for picture in pictures]
+
+
+def tile_of(picture: Picture, where: str, largest: int) -> np.ndarray:
+    """A picture as bytes (h, w, 3), neither side above `largest`; `where` it is, for an error."""
+    return _bytes(checked(picture, where), largest)
+
+
+def checked(picture: Picture, where: str) -> Tensor:
+    """A picture in either form as (3, H, W) in [0, 1]; ValueError if it is none."""
+    if isinstance(picture, np.ndarray):
+        picture = torch.from_numpy(np.ascontiguousarray(picture))
+    shape = tuple(picture.shape)
+    if picture.dtype == torch.uint8 and len(shape) == 3 and shape[2] == 3:
+        picture = picture.permute(2, 0, 1) / 255
+    elif not (picture.is_floating_point() and len(shape) == 3 and shape[0] in (1, 3)):
+        raise ValueError(
+            f"{where}: {picture.dtype} of shape {shape}; expected floats (3, H, W) in [0, 1] or "
+            "uint8 (H, W, 3)"
+        )
+    if 0 in shape:
+        raise ValueError(f"{where}: shape {shape} has no pixels")
+    picture = picture.detach().cpu().float().expand(3, -1, -1)
+    low, high = float(picture.min()), float(picture.max())
+    # Not "low < 0 or high > 1", which no NaN is.
+    if not (low >= -1e-3 and high <= 1 + 1e-3):
+        raise ValueError(f"{where}: values from {low:.4g} to {high:.4g}; expected [0, 1]")
+    return picture.clamp(0, 1)
+
+
+def write_sheet(
+    root: Path,
+    name: str,
+    tiles: Sequence[np.ndarray | None],
+    *,
+    photographs: bool = False,
+) -> dict:
+    """Tiles (h, w, 3) in one file, with a gap between them, and where they are in it.
+
+    Smaller ones are centred in a cell of the size of the largest; None leaves a cell empty, and the
+    numbers of those cells are in `empty`.
+    """
+    present = [tile for tile in tiles if tile is not None]
+    h, w = (max(tile.shape[axis] for tile in present) for axis in (0, 1))
+    columns = len(tiles) if len(tiles) <= 10 else math.ceil(math.sqrt(len(tiles) * h / w))
+    rows = -(-len(tiles) // columns)
+    page = np.full((rows * (h + GAP) - GAP, columns * (w + GAP) - GAP, 3), GREY, np.uint8)
+    for number, tile in enumerate(tiles):
+        if tile is None:
+            continue
+        th, tw = tile.shape[:2]
+        top = number // columns * (h + GAP) + (h - th) // 2
+        left = number % columns * (w + GAP) + (w - tw) // 2
+        page[top : top + th, left : left + tw] = tile
+    if photographs and min(h, w) >= LARGE:
+        file = _save(root, name, page, ".jpg", **JPEG)
+    else:
+        # Looking for runs alone is ten times faster than the default, and such files are smaller.
+        page = LEVELS[page] if min(h, w) >= LARGE else page
+        file = _save(root, name, page, ".png", compress_type=Z_RLE)
+    empty = [number for number, tile in enumerate(tiles) if tile is None]
+    sheet = {"file": file, "count": len(tiles), "columns": columns, "width": w, "height": h}
+    return {**sheet, "empty": empty} if empty else sheet
+
+
+def write_picture(
+    root: Path, name: str, picture: Tensor, largest: int, *, photographs: bool = False
+) -> dict:
+    """One picture in a file of its own; pixels: its rows and columns before it was made smaller."""
+    page = _bytes(picture, largest)
+    large = photographs and min(page.shape[:2]) >= LARGE
+    file = _save(root, name, page, ".jpg", **JPEG) if large else _save(root, name, page, ".png")
+    return {
+        "file": file,
+        "width": page.shape[1],
+        "height": page.shape[0],
+        "pixels": [int(side) for side in picture.shape[1:]],
+    }
+
+
+def sprite(sheet: dict, index: int) -> str:
+    """The style of an element that shows one tile of a sheet, however large the element is."""
+    column, row = index % sheet["columns"], index // sheet["columns"]
+    rows = -(-sheet["count"] // sheet["columns"])
+    wide, high = (
+        n * (side + GAP) - GAP
+        for n, side in ((sheet["columns"], sheet["width"]), (rows, sheet["height"]))
+    )
+    left, top = (
+        100 * n * (side + GAP) / (whole - side) if whole > side else 0
+        for n, side, whole in ((column, sheet["width"], wide), (row, sheet["height"], high))
+    )
+    return (
+        f"background-image:url({sheet['file']});"
+        f"background-size:{100 * wide / sheet['width']:.4f}% {100 * high / sheet['height']:.4f}%;"
+        f"background-position:{left:.4f}% {top:.4f}%"
+    )
+
+
+def _bytes(picture: Tensor, largest: int) -> np.ndarray:
+    """(h, w, 3) uint8 of a picture (3, H, W) in [0, 1], neither side above `largest`."""
+    H, W = picture.shape[1:]
+    if max(H, W) > largest:
+        size = [max(1, round(side * largest / max(H, W))) for side in (H, W)]
+        picture = F.interpolate(picture[None], size, mode="bilinear", antialias=True)[0]
+    # Zero, 0.5, becomes 128: GREY.
+    return (picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+
+
+def _save(root: Path, name: str, page: np.ndarray, suffix: str, **options: int) -> str:
+    """Write a picture (H, W, 3), one channel of it if it has no colour; its path from the page."""
+    grey = bool((page == page[..., :1]).all())
+    image = Image.fromarray(np.ascontiguousarray(page[..., 0]) if grey else page)
+    path = root / f"{name}{suffix}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, **options)
+    return path.relative_to(root).as_posix()
