@@ -24,7 +24,13 @@ from omegaconf.errors import OmegaConfBaseException
 from deconvnet.data import DataSettings
 from deconvnet.network import LayerSettings
 from deconvnet.preprocessing import PreprocessingSettings
+from deconvnet.survey import SurveySettings
 
+# Settings of scripts/visualize.py that a network learned here leaves nothing to.
+OF_MODELS = {
+    *("weights", "options", "mean", "std", "order", "checkpoints"),
+    *("method", "strict", "gates", "overlap"),
+}
 # Read before `launch` sets it for its own purpose.
 WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
@@ -50,14 +56,74 @@ class Config:
         return [self.model[f"layer{number}"] for number in range(1, depth + 1)]
 
 
+@dataclass
+class VisualizeConfig(SurveySettings):
+    """Everything that scripts/visualize.py needs to know: what to look at, beside how."""
+
+    # a run folder of scripts/train.py, or a network file; or else `model`
+    run: str | None = None
+    # torchvision/NAME | timm/NAME | package.module:factory | a network file of scripts/train_cnn.py
+    model: str | None = None
+    # of the model: default (pretrained) | the name of others | a file | none (random)
+    weights: str = "default"
+    # arguments of what builds the model, such as {num_classes: 10}; not a dict, to whose keys Hydra
+    # lets nobody add without a plus
+    options: Any = None
+    # what the model takes for pixels: (pixel - mean) / std, planes rgb | bgr | grey; null: its own
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    order: str | None = None
+    # a folder of images, a file, or a list of files; null: those that the run has learned from
+    images: Any = None
+    # side of the squares that images are cropped to; null: as the network takes them
+    size: int | None = None
+    # so many images, evenly among all; null: all
+    max_images: int | None = None
+    # of a folder, leave out files that cannot be read; all are read once at the start to know
+    skip_unreadable: bool = False
+    # files of weights of the model in the course of its training, for pictures of its features
+    checkpoints: list[str] | None = None
+    # folder for everything; null: the run folder, or runs/<model>
+    output: str | None = None
+    # auto (cuda, else cpu), or a torch device
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.run is None) == (self.model is None):
+            raise ValueError(
+                "give either run=<a run folder or network file> or model=<a name such as "
+                "torchvision/vgg16>"
+            )
+        for entry in fields(self) if self.run is not None else ():
+            value = getattr(self, entry.name)
+            if entry.name in OF_MODELS and value != entry.default:
+                raise ValueError(f"{entry.name}={value}: only with model=..., not with run=...")
+        if not isinstance(self.options, dict | None):
+            raise ValueError(f"options={self.options}: give arguments as {{name: value}}")
+        if self.images == []:
+            raise ValueError("images=[]: give a folder, a file, or a list of at least one file")
+        for key in ("size", "max_images"):
+            if getattr(self, key) is not None and getattr(self, key) < 1:
+                raise ValueError(f"{key}={getattr(self, key)}: must be at least 1, or null")
+
+
 def register() -> None:
     """Make the types of the settings known to Hydra, so that wrong keys and values are refused."""
-    ConfigStore.instance().store(name="schema", node=Config)
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config)
+    store.store(name="visualize_schema", node=VisualizeConfig)
+
+
+def read_visualize(cfg: DictConfig) -> VisualizeConfig:
+    """The checked settings of scripts/visualize.py."""
+    check_keys(cfg)
+    return OmegaConf.to_object(cfg)
 
 
 def read(cfg: DictConfig) -> Config:
     """The checked settings; ValueError names the key, the value and what would be right."""
-    _check_keys(cfg)
+    check_keys(cfg)
     check_complete(cfg)
     for name, layer in cfg.model.items():
         try:
@@ -148,7 +214,7 @@ def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
         raise SystemExit(f"error: {error}") from None
 
 
-def _check_keys(node: DictConfig, prefix: str = "") -> None:
+def check_keys(node: DictConfig, prefix: str = "") -> None:
     """Refuse keys that are no settings: Hydra itself lets +key=value add anything anywhere."""
     kind = OmegaConf.get_type(node)
     known = [field.name for field in fields(kind)] if is_dataclass(kind) else list(node)
@@ -158,7 +224,7 @@ def _check_keys(node: DictConfig, prefix: str = "") -> None:
             hint = f"did you mean {prefix}{close[0]}?" if close else f"there are {', '.join(known)}"
             raise ValueError(f"{prefix}{key}: no such setting; {hint}")
         if not OmegaConf.is_interpolation(node, key) and OmegaConf.is_dict(node._get_node(key)):
-            _check_keys(node[key], f"{prefix}{key}.")
+            check_keys(node[key], f"{prefix}{key}.")
 
 
 def _one_line(error: BaseException | None) -> str:

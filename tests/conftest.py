@@ -21,6 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 SERVER = """
 import gc, json, os, runpy, sys
 import torch.utils.tensorboard, skimage.data, skimage.transform, sklearn.datasets
+import torch.fx.experimental.symbolic_shapes  # as every backward pass does
 import deconvnet.training, deconvnet.config
 
 gc.collect()

@@ -34,7 +34,10 @@ def test_the_python_of_the_readme_runs_from_top_to_bottom(tmp_path, monkeypatch,
     assert torch.isfinite(names["solution"].objective).all()
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/mathematics.md", "docs/architecture.md"])
+PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_what_a_page_links_to_exists(page):
     text = (ROOT / page).read_text()
     links = re.findall(r"\]\(([^)#]+)\)", text) + re.findall(r'src="([^"]+)"', text)

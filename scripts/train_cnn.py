@@ -1,0 +1,256 @@
+"""Train a small convolutional network to look into:
+
+python scripts/train_cnn.py data.download=true
+"""
+
+import logging
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+# With another busy process on the machine, threads of OpenMP that spin while they wait cost up to
+# ten times the time; on a quiet machine a short spin is as fast. To be set before torch is loaded.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from deconvnet import config
+from deconvnet.data import Crop, DataSettings, LazyImages, lazy_images
+from deconvnet.monitor import save_picture
+from deconvnet.visualization.models import Subject, save_model
+from deconvnet.visualization.normalization import Normalization
+from deconvnet.visualization.tiles import grid, symmetric
+from deconvnet.visualization.zfnet import ZFNet, limit_filters
+
+log = logging.getLogger("train_cnn")
+
+
+@dataclass
+class CnnSettings:
+    """What configs/cnn.yaml explains."""
+
+    name: str
+    color: str
+    images: int | None
+    held_out: float
+    width: int
+    dropout: float
+    epochs: int
+    checkpoints: list[int]
+    batch: int
+    learning_rate: float
+    momentum: float
+    weight_decay: float
+    filter_rms: float | None
+    mirror: bool
+    shift: int
+    seed: int
+    device: str
+    progress: bool
+    data: DataSettings = field(default_factory=DataSettings)
+
+    def __post_init__(self) -> None:
+        if self.color not in ("grey", "rgb"):
+            raise ValueError(f"color={self.color!r}: choose grey or rgb")
+        if self.data.source not in ("torchvision", "folder"):
+            raise ValueError(
+                f"data.source={self.data.source}: has no classes to learn; choose torchvision or "
+                "folder"
+            )
+        if self.data.size is None:
+            raise ValueError("data.size=None: a number is needed")
+        for key in ("width", "epochs", "batch"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key}={getattr(self, key)}: must be at least 1")
+        for key in ("held_out", "dropout", "momentum"):
+            if not 0 <= getattr(self, key) < 1:
+                raise ValueError(f"{key}={getattr(self, key)}: must be at least 0 and below 1")
+        if not 0 <= self.shift < self.data.size:
+            raise ValueError(f"shift={self.shift}: must be at least 0 and below data.size")
+        for key in ("images", "learning_rate", "filter_rms"):
+            if getattr(self, key) is not None and getattr(self, key) <= 0:
+                raise ValueError(f"{key}={getattr(self, key)}: must be above 0")
+
+
+@dataclass(frozen=True)
+class Examples:
+    pixels: Tensor  # (N, 1 or 3, S, S) uint8
+    targets: Tensor  # (N,) int64
+
+    def batches(self, size: int, order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """RGB pixels (n, 3, S, S) in [0, 1] and the numbers of their classes."""
+        for n in order.split(size):
+            yield self.pixels[n].expand(-1, 3, -1, -1).float() / 255, self.targets[n]
+
+
+ConfigStore.instance().store(name="cnn_schema", node=CnnSettings)
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="cnn")
+def main(cfg: DictConfig) -> None:
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    try:
+        with config.one_line_errors(ValueError, OSError):
+            config.check_keys(cfg)
+            config.check_complete(cfg)
+            run(OmegaConf.to_object(cfg), folder)
+    except KeyboardInterrupt:
+        log.warning("stopped; the network files of the epochs before are in %s", folder)
+        raise SystemExit(130) from None
+
+
+def run(settings: CnnSettings, folder: Path) -> None:
+    if any(folder.glob("epoch-*.safetensors")):
+        raise ValueError(f"{folder} holds a network already: choose another name=..., or remove it")
+    device = config.device(settings.device)
+    train, test, labels = examples(settings)
+    # Parameters, dropout, order and shifts are drawn from the one generator.
+    torch.manual_seed(settings.seed)
+    channels, size = train.pixels.shape[1:3]
+    net = ZFNet(channels, len(labels), size=size, width=settings.width, dropout=settings.dropout)
+    subject = Subject(
+        net.to(device),
+        settings.name,
+        "trained",
+        normalization_of(train),
+        Crop(size, size),
+        labels,
+    )
+    log.info(
+        "%d images of %d classes to train and %d to test, %dx%d, on %s; run folder %s",
+        *(len(train.targets), len(labels), len(test.targets), size, size),
+        *(device, os.path.relpath(folder)),
+    )
+    print("\nepoch   loss   test accuracy   seconds   network")
+    begun = time.perf_counter()
+    for epoch, loss in enumerate(learn(subject, train, settings), 1):
+        if epoch not in settings.checkpoints and epoch != settings.epochs:
+            continue
+        accuracy = share_correct(subject, test, settings.batch)
+        path = folder / f"epoch-{epoch:03d}.safetensors"
+        training = {"epoch": epoch, "test_accuracy": accuracy, "data": asdict(settings.data)}
+        save_model(path, replace(subject, training=training))
+        filters = subject.normalization.signed_rgb(net.conv1.weight.detach().cpu())
+        save_picture(folder / "pictures" / f"conv1-{epoch:03d}.png", grid(symmetric(filters)))
+        seconds, shown = time.perf_counter() - begun, os.path.relpath(path)
+        tqdm.write(f"{epoch:>5}   {loss:>4.2f}   {accuracy:>13.1%}   {seconds:>7.0f}   {shown}")
+
+
+def examples(settings: CnnSettings) -> tuple[Examples, Examples, tuple[str, ...]]:
+    """What to train and to test on, and the names of the classes."""
+    images = lazy_images(settings.data)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(settings.seed))
+    if settings.data.source == "torchvision" and settings.data.split == "train":
+        others = lazy_images(replace(settings.data, split="test"))
+        chosen = torch.arange(len(others))
+    else:
+        others, held = images, max(1, round(settings.held_out * len(images)))
+        chosen, order = order[:held], order[held:]
+    if len(order) < 2:
+        raise ValueError(f"data.path={settings.data.path}: {len(images)} images are too few")
+    train = read(images, order[: settings.images].tolist(), "to train", settings)
+    test = read(others, chosen.tolist(), "to test", settings)
+    labels = sorted({*train[1], *test[1]})
+    if len(labels) < 2:
+        raise ValueError(
+            f"data.path={settings.data.path}: all {len(images)} images are of the class "
+            f"{labels[0]}; there must be at least two"
+        )
+    numbers = {label: number for number, label in enumerate(labels)}
+    found = (
+        Examples(pixels, torch.tensor([numbers[name] for name in names]))
+        for pixels, names in (train, test)
+    )
+    return *found, tuple(labels)
+
+
+def read(
+    images: LazyImages, chosen: list[int], what: str, settings: CnnSettings
+) -> tuple[Tensor, list[str]]:
+    """The pixels (n, 1 or 3, S, S) uint8 of some images, and the names of their classes."""
+    pixels, labels = [], []
+    for index in tqdm(chosen, f"images {what}", disable=not settings.progress, leave=False):
+        image = images[index]
+        image = image.mean(0, keepdim=True) if settings.color == "grey" else image
+        pixels.append((image * 255).round().byte())
+        labels.append(images.label(index))
+    return torch.stack(pixels), labels
+
+
+def normalization_of(examples: Examples) -> Normalization:
+    """What makes the planes of these images zero in the mean and one in deviation."""
+    planes = [plane.float() / 255 for plane in examples.pixels.unbind(1)]
+    mean, std = ([float(f(plane)) for plane in planes] for f in (torch.mean, torch.std))
+    std = [max(value, 1e-3) for value in std]  # of images of one colour
+    return Normalization(tuple(mean), tuple(std), "grey" if len(mean) == 1 else "rgb")
+
+
+def learn(subject: Subject, examples: Examples, settings: CnnSettings) -> Iterator[float]:
+    """The mean loss of each epoch, after it."""
+    net = subject.module
+    steps = settings.epochs * -(-len(examples.targets) // settings.batch)
+    optimizer = torch.optim.SGD(
+        net.parameters(),
+        lr=settings.learning_rate,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+    )
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    with tqdm(total=steps, unit="update", disable=not settings.progress) as bar:
+        for epoch in range(1, settings.epochs + 1):
+            net.train()
+            total = 0.0
+            order = torch.randperm(len(examples.targets))
+            for pixels, targets in examples.batches(settings.batch, order):
+                x = prepared(subject, varied(pixels, settings))
+                loss = F.cross_entropy(net(x), targets.to(x.device))
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                if settings.filter_rms is not None:
+                    limit_filters(net, settings.filter_rms)
+                total += loss.item() * len(targets)
+                bar.update()
+                bar.set_postfix_str(f"epoch {epoch}/{settings.epochs}, loss {loss.item():.2f}")
+            yield total / len(order)
+
+
+def varied(pixels: Tensor, settings: CnnSettings) -> Tensor:
+    """The batch, all mirrored and moved together: what a class is does not change."""
+    if settings.mirror and torch.rand(()) < 0.5:
+        pixels = pixels.flip(3)
+    if settings.shift:
+        size, room = pixels.shape[3], settings.shift
+        top, left = torch.randint(2 * room + 1, (2,)).tolist()
+        pixels = F.pad(pixels, 4 * [room], mode="replicate")
+        pixels = pixels[:, :, top : top + size, left : left + size]
+    return pixels
+
+
+@torch.no_grad()
+def share_correct(subject: Subject, examples: Examples, batch: int) -> float:
+    subject.module.eval()
+    correct = 0
+    for pixels, targets in examples.batches(batch, torch.arange(len(examples.targets))):
+        scores = subject.module(prepared(subject, pixels))
+        correct += int((scores.argmax(1).cpu() == targets).sum())
+    return correct / len(examples.targets)
+
+
+def prepared(subject: Subject, pixels: Tensor) -> Tensor:
+    return subject.normalization.apply(pixels.to(subject.module.conv1.weight.device))
+
+
+if __name__ == "__main__":
+    config.launch(main)

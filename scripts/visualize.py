@@ -1,0 +1,192 @@
+"""Show what the maps of a network respond to:
+
+python scripts/visualize.py run=runs/photographs
+python scripts/visualize.py model=torchvision/vgg16 images=folder layers=[features.8,features.15]
+"""
+
+import os
+import re
+import shlex
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+
+# With another busy process on the machine, threads of OpenMP that spin while they wait cost up to
+# ten times the time; on a quiet machine a short spin is as fast. To be set before torch is loaded.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+from deconvnet import checkpoint, config, distributed, load
+from deconvnet.data import Crop, DataSettings, Item, LazyImages, lazy_images, read_image
+from deconvnet.survey import default_layers, file_name, layers_of, projector_of, survey
+from deconvnet.visualization.evolution import Evolution, evolution, load_evolution
+from deconvnet.visualization.models import Subject, digest, load_model
+
+LIST = "?"
+
+config.register()
+
+
+@hydra.main(version_base="1.3", config_path=".", config_name="visualize")
+def main(cfg: DictConfig) -> None:
+    with config.one_line_errors(ValueError, OSError), distributed.started():
+        try:
+            visualize(config.read_visualize(cfg))
+        except KeyboardInterrupt:
+            print(f"\nstopped; this goes on from here: {shlex.join(['python', *sys.argv])}")
+            raise SystemExit(130) from None
+
+
+def visualize(settings: config.VisualizeConfig) -> None:
+    subject = learned(settings) if settings.run else trained(settings)
+    subject.module.to(config.device(settings.device))
+    images = images_of(settings, subject)
+    if settings.layers == [LIST]:
+        return list_layers(settings, subject, images)
+    folder = output(settings)
+    written = survey(
+        subject, images, settings, folder, evolutions=evolutions(settings, subject, images)
+    )
+    if written:
+        names = {"pictures": "pictures", "manifest": "how each was made", "gallery": "gallery"}
+        width = max(map(len, names.values())) + 2
+        print("\n".join(f"{names[key]:{width}}{shown(path)}" for key, path in written.items()))
+        print(f"{'TensorBoard':{width}}tensorboard --logdir {shown(folder)}")
+
+
+def learned(settings: config.VisualizeConfig) -> Subject:
+    """The network of a run."""
+    path = Path(settings.run)
+    net = load(path)
+    name = path.resolve().name if path.is_dir() else path.stem
+    return Subject(net, name, shown(path).as_posix(), digest=digest(net))
+
+
+def trained(settings: config.VisualizeConfig, weights: str | None = None) -> Subject:
+    """The network that `model` names."""
+    return load_model(
+        settings.model,
+        weights=weights or settings.weights,
+        options=settings.options,
+        mean=settings.mean,
+        std=settings.std,
+        order=settings.order,
+        seed=settings.seed,
+    )
+
+
+def images_of(settings: config.VisualizeConfig, subject: Subject) -> LazyImages:
+    """The images of the settings, or those that the network has learned from, cropped.
+
+    Of more images than `max_images` some evenly among all.
+    """
+    crop = Crop(settings.size, settings.size) if settings.size else subject.crop
+    data = data_of(settings, subject)
+    if settings.images is None:
+        if data is None:
+            raise ValueError(
+                f"images=null: {settings.run or settings.model} does not say what it has learned "
+                "from; give a folder of images with images=..."
+            )
+        skip = data.skip_unreadable or settings.skip_unreadable
+        # Photographs are crops already.
+        found = lazy_images(replace(data, skip_unreadable=skip), crop=crop)
+    else:
+        if crop is None and data is not None and data.size is not None:
+            crop = Crop(data.size, data.size)
+        found = named_images(settings, crop)
+    count = min(settings.max_images or len(found), len(found))
+    chosen = [round(n * (len(found) - 1) / max(count - 1, 1)) for n in range(count)]
+    return LazyImages([found.items[n] for n in chosen], crop=found.crop)
+
+
+def named_images(settings: config.VisualizeConfig, crop: Crop | None) -> LazyImages:
+    """The images of a folder, a file, or a list of files."""
+    several = isinstance(settings.images, list)
+    paths = [
+        Path(str(path)).expanduser() for path in (settings.images if several else [settings.images])
+    ]
+    if not several and paths[0].is_dir():
+        skip, path = settings.skip_unreadable, str(paths[0])
+        data = DataSettings(
+            source="folder", path=path, size=None, max_images=None, skip_unreadable=skip
+        )
+        return lazy_images(data, crop=crop)
+    for path in paths:
+        if not path.exists():
+            raise ValueError(f"images={path}: no such file or folder")
+    return LazyImages(
+        [Item(str(path), partial(read_image, path), path) for path in paths], crop=crop
+    )
+
+
+def data_of(settings: config.VisualizeConfig, subject: Subject) -> DataSettings | None:
+    """What the network has learned from; of pictures with zeros around them, their crops."""
+    if settings.run and Path(settings.run).is_dir():
+        found = checkpoint.newest(Path(settings.run) / "checkpoints")
+        data = found and found[0]["settings"]["data"]
+    else:
+        data = subject.training.get("data")
+    return DataSettings(**{**data, "fit": "crop"}) if data else None
+
+
+def list_layers(settings: config.VisualizeConfig, subject: Subject, images: LazyImages) -> None:
+    """Print the layers that can be named, with their maps and receptive fields."""
+    infos = layers_of(projector_of(subject, settings), images[0])
+    chosen = set(default_layers(infos))
+    print(f"  {'layer':28} {'kind':20} {'maps':>14}   receptive field (* by default)")
+    for info in infos:
+        print(f"{'*' if info.name in chosen else ' '} {info}")
+
+
+def evolutions(
+    settings: config.VisualizeConfig, subject: Subject, images: LazyImages
+) -> dict[str, Evolution]:
+    """The features of layers over the epochs of a run, or over the checkpoints of a model."""
+    if settings.run:
+        found = sorted(Path(settings.run).glob("evolution/layer*.npz"))
+        return {path.stem: load_evolution(path) for path in found}
+    if not settings.checkpoints:
+        return {}
+    layers = settings.layers
+    if layers is None:
+        layers = default_layers(layers_of(projector_of(subject, settings), images[0]))
+    # The epochs that files are named by, if they are.
+    found = [re.findall(r"\d+", Path(path).stem) for path in settings.checkpoints]
+    numbers = [int(each[-1]) for each in found if each]
+    if len(set(numbers)) < len(found):
+        numbers = list(range(1, len(found) + 1))
+    device = config.device(settings.device)
+
+    def projectors():
+        for path in settings.checkpoints:
+            some = trained(settings, path)
+            some.module.to(device)
+            yield projector_of(some, settings)
+
+    return {
+        layer: evolution(projectors(), images, layer, epochs=numbers, inside=settings.inside)
+        for layer in layers
+    }
+
+
+def output(settings: config.VisualizeConfig) -> Path:
+    if settings.output is not None:
+        return Path(settings.output).expanduser()
+    if settings.run:
+        path = Path(settings.run)
+        return path if path.is_dir() else path.with_suffix("")
+    path = Path(settings.model)
+    return path.with_suffix("") if path.is_file() else Path("runs") / file_name(settings.model)
+
+
+def shown(path: Path) -> Path:
+    """A path as the user would type it from here."""
+    return Path(os.path.relpath(path))
+
+
+if __name__ == "__main__":
+    config.launch(main)
