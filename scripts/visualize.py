@@ -149,7 +149,7 @@ def evolutions(
     if settings.run:
         found = sorted(Path(settings.run).glob("evolution/layer*.npz"))
         return {path.stem: load_evolution(path) for path in found}
-    if not settings.checkpoints:
+    if not settings.checkpoints or distributed.rank() > 0:  # the first process draws
         return {}
     layers = settings.layers
     if layers is None:
