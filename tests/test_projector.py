@@ -1403,3 +1403,18 @@ def test_a_model_that_wants_one_size_of_images_is_given_whole_ones():
     net, x, unit = seeded(Placed), rand(1, 3, 40, 40), [(0, 1, 20, 7)]
     quick, exact = (Projector(net, local=local)(x, "second", unit) for local in (True, False))
     assert_close(quick.images, exact.images, rtol=1e-12, atol=1e-15)
+
+
+def test_a_model_that_takes_coordinates_from_the_size_is_given_whole_images():
+    class Coordinates(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Conv2d(3, 4, 3, padding=1)
+
+        def forward(self, x):
+            return self.first(x + torch.linspace(-1, 1, x.shape[2], dtype=x.dtype)[:, None])
+
+    net, x, unit = seeded(Coordinates), rand(1, 3, 40, 40), [(0, 1, 5, 7)]
+    quick, exact = (Projector(net, local=local)(x, "first", unit) for local in (True, False))
+    assert_close(quick.values, exact.values, rtol=1e-12, atol=0)
+    assert_close(quick.images, exact.images, rtol=1e-12, atol=1e-15)

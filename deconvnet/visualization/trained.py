@@ -41,6 +41,8 @@ from deconvnet.visualization.windows import Place, place_of
 
 GATES = ("constant", "gradient")
 MOST_WINDOWS = 64
+# Of the largest activation: what another size of input may change, with room to spare.
+ROUNDING = 1e-3
 
 logger = logging.getLogger(__name__)
 
@@ -166,8 +168,29 @@ class TrainedNetwork:
             found, maps = graph.read(y, constant_gates=self._constant_gates), _maps(y, layer)
             lattice = Lattices(leaf, constant_gates=self._constant_gates).of(y.grad_fn)
             place = place_of(found, tuple(maps.shape[1:]), lattice, tuple(x.shape[2:]))
+            if place is not None and not self._answers_alike(x[:1], layer, maps.detach()[0], place):
+                place = None
             self._places[key] = place
         return self._places[key]
+
+    def _answers_alike(self, x: Tensor, layer: str, maps: Tensor, place: Place) -> bool:
+        """Whether windows give the maps (K, H, W) of the image x, tried where these are strongest
+        and in the middle. A model may take coordinates from the size of what it is given, which no
+        list of operations tells."""
+        W = maps.shape[2]
+        for spot in (int(maps.abs().amax(0).argmax()), maps[0].numel() // 2 + W // 2):
+            unit = torch.tensor([[0, 0, spot // W % maps.shape[1], spot % W]])
+            window = place.windows(unit)
+            i, j = place.within(unit, window)[0, 2:].tolist()
+            try:
+                y = _maps(self._up_to(cut(x, window), layer, known=True)[1], layer)
+                found = y.detach()[0, :, i, j]
+            except Exception:  # whatever a model does with a size that it was not made for
+                return False
+            expected = maps[:, unit[0, 2], unit[0, 3]]
+            if (found - expected).abs().max() > ROUNDING * maps.abs().max():
+                return False
+        return True
 
     def _project_in_windows(
         self, x: Tensor, layer: str, units: Tensor, seeds: Tensor | None, place: Place
