@@ -130,11 +130,11 @@ def mine(
     images: a data set whose items are images (3, H, W) in [0, 1], or (image, label), the same each
     time they are asked for. k: kept for each map. inside: only of the units whose receptive field
     lies inside the image, in layers that have enough of them (a quarter); at the border most of
-    what a unit sees is padding. batch: images at a time, workers: processes that
-    read them. shard: (rank, ranks), every ranks-th image from the rank-th on; {} if there are none
-    for it. path: where the pass is saved every now and then, and goes on from if it was stopped;
-    key: what else the table depends on, such as the digest of the network, in what JSON can hold: a
-    file with another key is not gone on with.
+    what a unit sees is padding. batch: images at a time, workers: processes that read them. shard:
+    (rank, ranks), every ranks-th image from the rank-th on; {} if there are none for it. path:
+    where the pass is saved every now and then, and goes on from if it was stopped; key: what else
+    the table depends on, such as the digest of the network, in what JSON can hold: a file with
+    another key is not gone on with.
     """
     if len(images) == 0 or k < 1 or batch < 1:
         raise ValueError(f"{len(images)} images, k={k}, batch={batch}: all must be at least 1")
