@@ -1,20 +1,22 @@
 """deconvnet: learn a hierarchy of visual features from unlabelled images, and see what they are."""
 
+from deconvnet.dictionary import Learned, learn_filters, learn_online
 from deconvnet.learning import LearningSettings
 from deconvnet.network import Codes, DeconvNet, LayerSettings, load
 from deconvnet.preprocessing import PreprocessingSettings
 from deconvnet.solvers import Solution, SolverSettings, sparse_code
-from deconvnet.trainer import learn_filters
 
 __all__ = [
     "Codes",
     "DeconvNet",
     "LayerSettings",
+    "Learned",
     "LearningSettings",
     "PreprocessingSettings",
     "Solution",
     "SolverSettings",
     "learn_filters",
+    "learn_online",
     "load",
     "sparse_code",
 ]

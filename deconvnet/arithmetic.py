@@ -194,7 +194,8 @@ def receptive_field(
 
     filter_sizes: of the layers from the bottom to the top; pools: of the layers below the top, one
     fewer; boundary: of all layers, or of each. A unit of layer l paints filter_size units of what
-    is below, each of which may be any of the `pool` units that it stands for.
+    is below, each of which may be any of the `pool` units that it stands for. What is mirrored at a
+    border counts where the filter would paint it, outside.
     """
     if len(pools) != len(filter_sizes) - 1:
         raise ValueError(
@@ -205,7 +206,9 @@ def receptive_field(
     for level, filter_size in enumerate(filter_sizes):
         if level:
             chain.append(Window(pools[level - 1], stride=pools[level - 1]))
-        padding = filter_size - 1 if boundaries[level] == "valid" else 0
+        padding = {"valid": filter_size - 1, "circular": 0}.get(
+            boundaries[level], (filter_size - 1) // 2
+        )
         chain.append(Window(filter_size, padding=padding))
     return chain_field(chain)
 

@@ -27,7 +27,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deconvnet.convolution import Boundary, connected, deconvolve, filter_gradient, fourier_size
+from deconvnet.convolution import (
+    Boundary,
+    connected,
+    continued,
+    deconvolve,
+    filter_gradient,
+    fourier_size,
+)
+from deconvnet.entries import Entries
 from deconvnet.operators import Operator, conjugate_gradients
 
 UPDATES = ("proximal", "cg")
@@ -56,6 +64,10 @@ class LearningSettings:
     init: str = "patches"
     # unit norm of each whole filter, or of each of its 2-D planes (the CVPR 2010 paper)
     norm: str = "filter"
+    # filters of entries >= 0
+    non_negative: bool = False
+    # filters whose every 2-D plane has the mean zero; not with non_negative
+    zero_mean: bool = False
     # re-seed filters that no map uses or that repeat another, at the end of each epoch but the last
     revive: bool = True
     # move filters that have settled off centre to the middle of their frame, every fourth epoch in
@@ -73,6 +85,10 @@ class LearningSettings:
                 raise ValueError(f"learning.{key}={getattr(self, key)}: must be at least 1")
         if self.batch_size is not None and self.batch_size < 1:
             raise ValueError(f"learning.batch_size={self.batch_size}: must be at least 1, or null")
+        if self.non_negative and self.zero_mean:
+            raise ValueError(
+                "learning.zero_mean=True: not with learning.non_negative, which leaves only zeros"
+            )
         if self.memory < 0:
             raise ValueError(f"learning.memory={self.memory}: must not be negative")
 
@@ -116,16 +132,21 @@ def filter_sums(
 
     Through layers below, residual is T'(b - A z) and curvature ||T||^2 (N, 1, 1, 1).
 
-    gram is the correlation of the whole maps. With boundary "valid" that is a little more than Z'Z,
-    the maps being larger than the image, so the quadratic cost made of it lies above the true one
-    and touches it at f: what lowers the one lowers the other. `linear` is chosen so that the
-    gradient at f is the true one, -Z'(b - A z).
+    gram is the correlation of the whole maps, as they go on beyond the border. Unless the border
+    wraps that is a little more than Z'Z, since they also paint beyond the image, so the quadratic
+    cost made of it lies above the true one and touches it at f: what lowers the one lowers the
+    other. `linear` is chosen so that the gradient at f is the true one, -Z'(b - A z).
     """
     h, w = f.shape[2:]
-    gradient = filter_gradient(z, -residual, (h, w), g, boundary=boundary).double()
-    if curvature is not None:
-        z = z * curvature.sqrt()
-    gram = _map_correlations(z, (h, w), boundary)
+    few = None if boundary == "reflect" or curvature is not None else Entries.of(z)
+    if few is None:
+        gradient = filter_gradient(z, -residual, (h, w), g, boundary=boundary).double()
+        if curvature is not None:
+            z = z * curvature.sqrt()
+        gram = _map_correlations(z, (h, w), boundary)
+    else:
+        gradient = connected(few.filter_gradient(-residual, (h, w), boundary), g)
+        gram = few.correlations((h, w), wrap=boundary == "circular")
     return FilterSums(_gram_product(gram, (h, w))(f.double()) - gradient, gram)
 
 
@@ -136,17 +157,20 @@ def update_filters(
     *,
     norm: str = "filter",
     iterations: int = 10,
+    non_negative: bool = False,
+    zero_mean: bool = False,
 ) -> Tensor:
     """Filters (K, C, h, w) of unit norm that lower 1/2 f'(gram)f - (linear)'f, starting from f.
 
-    By accelerated projected gradient steps.
+    By accelerated projected gradient steps; what `normalize` may ask of filters holds for all.
 
     Each filter has a step of its own, by the energy of its map: rare filters learn as fast as
     frequent ones. The best of all iterates is returned, f itself included, so that the cost of the
     sums never rises.
     """
     product = _gram_product(sums.gram, tuple(f.shape[2:]))
-    start = normalize(connected(f.double(), g), norm)
+    asked = dict(norm=norm, non_negative=non_negative, zero_mean=zero_mean)
+    start = normalize(connected(f.double(), g), **asked)
     energy = sums.energy.clamp(min=1e-9 * sums.energy.max().item() + 1e-30)
     scale = energy.rsqrt().view(-1, 1, 1, 1)
     step = scale.square() / _largest_eigenvalue(lambda v: scale * product(scale * v), start)
@@ -158,7 +182,7 @@ def update_filters(
     x, y, t = start, start, 1.0
     best, (lowest, gradient) = start, cost(start)
     for _ in range(iterations):
-        x_old, x = x, normalize(connected(y - step * gradient, g), norm, fallback=start)
+        x_old, x = x, normalize(connected(y - step * gradient, g), **asked, fallback=start)
         value, gradient_x = cost(x)
         if value < lowest:
             best, lowest = x, value
@@ -179,8 +203,11 @@ def update_filters_by_cg(
     norm: str = "plane",
     iterations: int = 2,
     boundary: Boundary = "valid",
+    non_negative: bool = False,
+    zero_mean: bool = False,
 ) -> Tensor:
-    """Filters after some conjugate gradient steps on Z'T'T Z f = Z'T'b from f, then unit norm.
+    """Filters after some conjugate gradient steps on Z'T'T Z f = Z'T'b from f, then unit norm and
+    what else `normalize` may ask of them.
 
     The update of Zeiler et al. 2010 (T = I) and 2011, gradient R_(l-1)' of the residual correlated
     with z_l. batches() goes through (z, b - T Z f, T) of the images; every step does it once.
@@ -198,25 +225,61 @@ def update_filters_by_cg(
 
     target = towards_filters((z, T.adjoint(residual)) for z, residual, T in batches())
     change = conjugate_gradients(system, target, tolerance=1e-6, max_iterations=iterations)
+    asked = dict(norm=norm, non_negative=non_negative, zero_mean=zero_mean)
     start = connected(f, g)
-    return normalize(start + change[0].view(f.shape), norm, fallback=start)
+    kept = normalize(start, **asked) if non_negative or zero_mean else start
+    return normalize(start + change[0].view(f.shape), **asked, fallback=kept)
 
 
-def normalize(f: Tensor, norm: str = "filter", *, fallback: Tensor | None = None) -> Tensor:
+def normalize(
+    f: Tensor,
+    norm: str = "filter",
+    *,
+    fallback: Tensor | None = None,
+    non_negative: bool = False,
+    zero_mean: bool = False,
+) -> Tensor:
     """f with unit l2 norm of every filter, or of every 2-D plane; one that is zero becomes that of
     `fallback`.
+
+    Before it is scaled it loses its negative entries (non_negative), or every plane its mean
+    (zero_mean): together that is the nearest filter of the kind.
     """
     axes = (2, 3) if norm == "plane" else (1, 2, 3)
+    given = f
+    if non_negative:
+        f = f.clamp(min=0)
+    if zero_mean:
+        f = f - f.mean((2, 3), keepdim=True)
     length = torch.linalg.vector_norm(f, dim=axes, keepdim=True)
+    if zero_mean:
+        # Of a plane that is constant only rounding is left.
+        rounding = 10 * torch.finfo(f.dtype).eps * given.abs().amax(axes, keepdim=True)
+        f = torch.where(length > rounding, f, torch.zeros_like(f))
+        length = torch.where(length > rounding, length, torch.zeros_like(length))
     unit = f / torch.where(length > 0, length, torch.ones_like(length))
     return unit if fallback is None else torch.where(length > 0, unit, fallback)
 
 
-def random_filters(num: int, b: Tensor, size: int, init: str, generator: torch.Generator) -> Tensor:
-    """(num, C, size, size) of unit norm: Gaussian noise, or the livelier half of patches of b."""
+def random_filters(
+    num: int,
+    b: Tensor,
+    size: int,
+    init: str,
+    generator: torch.Generator,
+    *,
+    non_negative: bool = False,
+    zero_mean: bool = False,
+) -> Tensor:
+    """(num, C, size, size) of unit norm: Gaussian noise, or the livelier half of patches of b.
+
+    With non_negative the magnitudes of noise, or the positive parts of patches.
+    """
+    asked = dict(non_negative=non_negative, zero_mean=zero_mean)
     if init == "random":
         shape = (num, b.shape[1], size, size)
-        return normalize(torch.randn(shape, generator=generator).to(b))
+        noise = torch.randn(shape, generator=generator).to(b)
+        return normalize(noise.abs() if non_negative else noise, **asked)
     draws = 20 * num
     n = torch.randint(b.shape[0], (draws,), generator=generator)
     i = torch.randint(b.shape[2] - size + 1, (draws,), generator=generator)
@@ -227,8 +290,9 @@ def random_filters(num: int, b: Tensor, size: int, init: str, generator: torch.G
     strongest = strength.argsort(descending=True, stable=True)[: draws // 2]
     chosen = strongest[torch.randperm(len(strongest), generator=generator)[:num].to(b.device)]
     noise = torch.randn(patches[chosen].shape, generator=generator).to(b)
+    noise = noise.abs() if non_negative else noise
     # The trace of noise keeps a patch without any contrast from being a filter of zeros.
-    return normalize(normalize(patches[chosen]) + 1e-3 * normalize(noise))
+    return normalize(normalize(patches[chosen], **asked) + 1e-3 * normalize(noise), **asked)
 
 
 def dead_filters(energy: Tensor) -> list[int]:
@@ -273,8 +337,10 @@ def shift(planes: Tensor, rows: int, columns: int, *, wrap: bool = False) -> Ten
 def _map_correlations(z: Tensor, size: tuple[int, int], boundary: Boundary) -> Tensor:
     """(K, K, 2h-1, 2w-1), float64: sums of z_k[i] z_j[i + shift], shift 0 in the middle."""
     h, w = size
+    if boundary == "reflect":
+        z = continued(z, size, boundary)
     grid = tuple(z.shape[2:])
-    if boundary == "valid":
+    if boundary != "circular":
         grid = fourier_size((grid[0] + h - 1, grid[1] + w - 1))
     spectrum = torch.fft.rfft2(z, grid).permute(2, 3, 1, 0).contiguous()
     power = (spectrum.conj() @ spectrum.transpose(-1, -2)).permute(2, 3, 0, 1)

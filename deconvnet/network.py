@@ -63,10 +63,15 @@ class LayerSettings:
     lam: float = 2.0
     # exponent of the sparse prior sum |z|^p, 0 to 1
     p: float = 1.0
+    # so many consecutive maps share one magnitude, their l2 norm at each place: sparse together
+    group: int = 1
+    # maps of entries >= 0
+    non_negative: bool = False
     # which maps below a filter sees: full | singles | doubles | singles_and_doubles |
     # random_doubles
     connectivity: str = "full"
-    # valid: maps are larger than what they explain, nothing wraps (the papers) | circular
+    # valid: maps are larger than what they explain, nothing wraps (the papers) | of one size with
+    # it: circular | zero: nothing beyond the border | reflect: maps go on as their mirror image
     boundary: str = "valid"
     # what the maps explain: maps (those below, pooled) | image (through all layers below) | both
     target: str = "maps"
@@ -89,7 +94,7 @@ class LayerSettings:
     learning: LearningSettings = field(default_factory=LearningSettings)
 
     def __post_init__(self) -> None:
-        for key in ("num_maps", "filter_size"):
+        for key in ("num_maps", "filter_size", "group"):
             value = getattr(self, key)
             if isinstance(value, int) and value < 1:
                 raise ValueError(f"{key}={value}: must be at least 1")
@@ -107,12 +112,23 @@ class LayerSettings:
         ):
             if getattr(self, key) not in choices:
                 raise ValueError(f"{key}={getattr(self, key)}: choose one of {', '.join(choices)}")
+        if isinstance(self.num_maps, int) and self.num_maps % self.group:
+            raise ValueError(f"group={self.group}: must divide num_maps={self.num_maps}")
+        if self.learning.zero_mean and self.filter_size == 1:
+            raise ValueError("learning.zero_mean=True: filter_size=1 leaves only zeros")
         if self.pool is not None and (len(self.pool) != 3 or min(self.pool) < 1):
             raise ValueError(
                 f"pool={list(self.pool)}: expected [maps, rows, columns], each at least 1, or null"
             )
         if self.pool is None and self.pooling == "in_loop":
             raise ValueError("pooling=in_loop: needs pool=[maps, rows, columns]")
+        if self.group > 1 and self.pooling == "in_loop":
+            raise ValueError(f"group={self.group}: must be 1 with pooling=in_loop")
+        if self.solver.gap is not None and (self.p != 1 or self.pooling == "in_loop"):
+            raise ValueError(
+                f"solver.gap={self.solver.gap}: needs p=1 and pooling=after, got p={self.p}, "
+                f"pooling={self.pooling}"
+            )
 
     @property
     def window(self) -> Window | None:
@@ -145,6 +161,8 @@ class Layer(nn.Module):
         wiring = _connectivity(settings.connectivity, settings.num_maps, channels, generator)
         size = settings.filter_size
         filters = torch.randn(settings.num_maps, channels, size, size, generator=generator)
+        if settings.learning.non_negative:
+            filters = filters.abs()
         self.register_buffer("connectivity", wiring)
         self.register_buffer("filters", filters)
         self.register_buffer("scale", torch.ones(()))
@@ -156,10 +174,13 @@ class Layer(nn.Module):
         return None if self.settings.connectivity == "full" else self.connectivity
 
     def set_filters(self, f: Tensor) -> None:
-        """Take f (K, C, h, w), disconnected planes set to zero, with the norm of the settings."""
-        self.filters.copy_(
-            normalize(f * self.connectivity[..., None, None], self.settings.learning.norm)
-        )
+        """Take f (K, C, h, w), disconnected planes set to zero, with the norm of the settings and
+        what else they ask of filters; one of which nothing is left stays as it was.
+        """
+        learning, g = self.settings.learning, self.connectivity[..., None, None]
+        asked = dict(non_negative=learning.non_negative, zero_mean=learning.zero_mean)
+        kept = self.filters * g if any(asked.values()) else None
+        self.filters.copy_(normalize(f * g, learning.norm, fallback=kept, **asked))
 
     def fit_scale(self, below: Tensor) -> None:
         """Choose the scale from all the maps below (N, C, H, W)."""
@@ -167,11 +188,19 @@ class Layer(nn.Module):
 
     def initialize(self, b: Tensor, generator: torch.Generator) -> None:
         """Start the filters as the settings say, from what the layer has to explain."""
-        settings = self.settings
-        self.set_filters(
-            random_filters(
-                settings.num_maps, b, settings.filter_size, settings.learning.init, generator
-            )
+        self.set_filters(self.fresh_filters(self.settings.num_maps, b, generator))
+
+    def fresh_filters(self, num: int, b: Tensor, generator: torch.Generator) -> Tensor:
+        """So many filters (num, C, h, w) as learning starts with, patches of b or noise."""
+        learning = self.settings.learning
+        return random_filters(
+            num,
+            b,
+            self.settings.filter_size,
+            learning.init,
+            generator,
+            non_negative=learning.non_negative,
+            zero_mean=learning.zero_mean,
         )
 
     def operator(self) -> Deconvolution:
@@ -188,6 +217,8 @@ class Layer(nn.Module):
                 "lam": settings.lam,
                 "p": settings.p,
                 "window": settings.window,
+                "group": settings.group,
+                "non_negative": settings.non_negative,
                 "settings": settings.solver,
                 **options,
             },

@@ -1,9 +1,10 @@
 """Inference of sparse maps: half-quadratic splitting, ADMM, FISTA and ISTA on one problem.
 
-    minimise over z, for every image by itself      lam/2 ||A z - b||^2 + sum |z|^p
+    minimise over z, for every image by itself      lam/2 ||A z - b||^2 + prior(z)
 
     b what is explained (N, C, H, W)   A operator, maps -> b   z maps (N, K, ...)   0 <= p <= 1
-    window: if given, at most one entry of z in each pooling window is not zero (sparsity)
+    prior: sum |z|^p, or with weights, groups of maps, signs or a pooling window (sparsity.Prior,
+    whose fields p, window, weights, group, non_negative are the keywords `prior` here)
     x auxiliary maps, as z: x carries the prior, z the data, and beta/2 ||z - x||^2 couples them
 
 The four methods share the proximal map of the prior and differ in what they do with the data term:
@@ -26,16 +27,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from deconvnet.convolution import Boundary
+from deconvnet.coordinates import coordinate_descent
 from deconvnet.operators import Deconvolution, Operator, conjugate_gradients, dot, norm
 from deconvnet.pooling import Window
-from deconvnet.sparsity import check_exponent, penalties, shrink
+from deconvnet.sparsity import Prior, shrink
 
-METHODS = ("admm", "half_quadratic", "fista", "ista")
+METHODS = ("admm", "half_quadratic", "fista", "ista", "coordinate")
 Z_STEPS = ("exact", "cg")
 CHECK_EVERY = 10
 # The gradient step grows by this factor in an iteration, and falls to this share of what the
@@ -51,14 +54,19 @@ Callback = Callable[[int, Tensor, Tensor], None]
 class SolverSettings:
     """How maps are inferred. The same in every layer unless a layer says otherwise."""
 
-    # admm | half_quadratic | fista | ista
+    # admm | half_quadratic | fista | ista | coordinate (one layer, on the CPU)
     method: str = "admm"
     # at most this many iterations for new images (half_quadratic: passes through its schedule)
     iterations: int = 50
     # iterations of each visit to an image in training, which starts where the last visit ended
     training_iterations: int = 5
-    # an image stops when its relative residuals (admm) or relative change (fista, ista) are below
+    # an image stops when its relative residuals (admm), its relative change (fista, ista) or what a
+    # round takes off its objective (coordinate) are below
     tolerance: float = 1e-3
+    # p = 1, all but half_quadratic: if given, an image stops instead when its duality gap is at
+    # most this share of its objective, which is then so near the minimum for certain (float32 can
+    # show it down to about 1e-6)
+    gap: float | None = None
     # admm: beta / lam, the weight of the coupling of z and x
     coupling: float = 2.5
     # admm: over-relaxation, 1 (none) to 1.9
@@ -83,9 +91,14 @@ class SolverSettings:
         for key in ("iterations", "training_iterations", "cg_iterations"):
             if getattr(self, key) < 1:
                 raise ValueError(f"solver.{key}={getattr(self, key)}: must be at least 1")
-        for key in ("coupling", "beta_start", "step"):
+        for key in ("coupling", "beta_start", "step", "gap"):
             if getattr(self, key) is not None and not getattr(self, key) > 0:
                 raise ValueError(f"solver.{key}={getattr(self, key)}: must be positive")
+        if self.gap is not None and self.method == "half_quadratic":
+            raise ValueError(
+                f"solver.gap={self.gap}: half_quadratic goes through its schedule; choose admm, "
+                "fista, ista or coordinate"
+            )
         if not 0 <= self.tolerance < 1:
             raise ValueError(f"solver.tolerance={self.tolerance}: must lie between 0 and 1")
         if not 0 < self.relaxation < 2:
@@ -110,9 +123,11 @@ class Solution:
     """Sparse maps z and how they were found.
 
     objective: (N,) in float64, and its terms: reconstruction, lam/2 ||A z - b||^2, and sparsity,
-    sum |z|^p. residual: b - A z, in the shape of b. iterations: the most that an image took.
-    state: what a later call needs to go on from here, in the shape of z. step: (N, 1, 1, 1), the
-    gradient step that served each image, for a later call (fista, ista; else None).
+    the value of the prior. residual: b - A z, in the shape of b. iterations: the most that an image
+    took. state: what a later call needs to go on from here, in the shape of z. step: (N, 1, 1, 1),
+    the gradient step that served each image, for a later call (fista, ista; else None). gap: (N,)
+    in float64, the duality gap: how far above the minimum the objective is at most (where
+    settings.gap asks for it, but not in training; else None). lam: the weight that was used.
     """
 
     z: Tensor
@@ -122,28 +137,50 @@ class Solution:
     iterations: int
     state: Tensor = field(repr=False)
     step: Tensor | None = field(default=None, repr=False)
+    gap: Tensor | None = None
+    lam: float | None = None
 
     @property
     def objective(self) -> Tensor:
         return self.reconstruction + self.sparsity
+
+    def __str__(self) -> str:
+        """One line of what was found, with the duality gap where it was asked for."""
+        total = float(self.objective.sum())
+        density = float(torch.count_nonzero(self.z)) / self.z.numel()
+        line = (
+            f"{len(self.z)} images, maps {'x'.join(map(str, self.z.shape[1:]))}, {density:.2%} not "
+            f"zero, objective {total:.6g}, {self.iterations} iterations"
+        )
+        if self.gap is None:
+            return line
+        return f"{line}, at most {float(self.gap.sum()) / total:.2%} above the minimum"
 
 
 def sparse_code(
     images: Tensor,
     filters: Tensor,
     *,
-    lam: float,
+    lam: float | None = None,
+    share: float | None = None,
     p: float = 1.0,
     boundary: Boundary = "valid",
+    mask: Tensor | None = None,
+    weights: Tensor | None = None,
+    group: int = 1,
+    non_negative: bool = False,
     settings: SolverSettings | None = None,
 ) -> Solution:
     """Sparse maps of images under given filters, without a network.
 
-        minimise over z      lam/2 ||sum_k f_k * z_k - y||^2 + sum |z|^p
+        minimise over z      lam/2 ||mask * (sum_k f_k * z_k - y)||^2 + prior(z)
 
     images: (N, C, H, W), explained as they are; filters: (K, C, h, w). lam weighs the
     reconstruction, as in the papers: SPORCO's lambda is 1/lam, and its objective 1/lam times this
-    one.
+    one. share instead of lam, in (0, 1], is relative to what makes all maps zero (`lam_of_share`).
+    mask: (N or 1, C or 1, H, W), >= 0; where it is 0 a pixel is not explained and may be anything.
+    p, weights (K,) or as the maps, group and non_negative: the prior, `sparsity.Prior`.
+    settings: by default those of `default_solver`.
     """
     if images.ndim != 4:
         raise ValueError(f"images must have the shape (N, C, H, W), got {tuple(images.shape)}")
@@ -152,10 +189,53 @@ def sparse_code(
             f"filters must have the shape (K, {images.shape[1]}, h, w) for images of "
             f"{images.shape[1]} channels, got {tuple(filters.shape)}"
         )
-    if not torch.isfinite(images).all() or not torch.isfinite(filters).all():
+    if (lam is None) == (share is None):
+        raise ValueError(f"lam={lam}, share={share}: give one of the two")
+    A, b = Deconvolution(filters.to(images), boundary, mask), images
+    if mask is not None:
+        each = zip(mask.shape, images.shape, strict=True)
+        if not all(size in (1, whole) for size, whole in each) or mask.shape[2:] != b.shape[2:]:
+            raise ValueError(
+                f"mask of shape {tuple(mask.shape)} does not fit images of shape "
+                f"{tuple(images.shape)}: expected (N or 1, C or 1, H, W)"
+            )
+        b = torch.where(A.mask > 0, A.mask * images, torch.zeros_like(images))
+    if not torch.isfinite(b).all() or not torch.isfinite(filters).all():
         raise ValueError("images and filters must be finite: there are NaN or infinite values")
-    A = Deconvolution(filters.to(images), boundary)
-    return solve(A, images, lam=lam, p=p, settings=settings or SolverSettings())
+    weights = weights if weights is None else torch.as_tensor(weights).to(images)
+    prior = dict(p=p, weights=weights, group=group, non_negative=non_negative)
+    if share is not None:
+        lam = lam_of_share(A, b, share, **prior)
+    return solve(A, b, lam=lam, settings=settings or default_solver(images, p), **prior)
+
+
+def default_solver(images: Tensor, p: float = 1.0) -> SolverSettings:
+    """What is fastest for one layer: on a CPU with p = 1 coordinate descent, else ADMM."""
+    if images.device.type != "cpu" or p != 1:
+        return SolverSettings()
+    # One round of a training visit sweeps ten times over what is not zero.
+    return SolverSettings("coordinate", iterations=200, training_iterations=1, tolerance=1e-4)
+
+
+def lam_of_share(A: Operator, b: Tensor, share: float, **prior: Any) -> float:
+    """The lam whose lambda = 1/lam is this share, in (0, 1], of the smallest that makes z = 0.
+
+        lam = 1 / (share * max over the images of prior.dual_norm(A'b))                    p = 1
+
+    With share 1 all maps are zero; the smaller, the denser they are. The brightest image decides
+    for all. If the data are scaled by s so is this largest lambda: with the same share the maps are
+    scaled by s and otherwise the same, while a lam that is given would have to be divided by s.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"share={share}: must lie in (0, 1]")
+    data = A.adjoint(b)
+    asked = Prior(**prior)
+    asked.check(data.shape)
+    largest = float(asked.dual_norm(data).max())
+    if not 0 < largest < math.inf:
+        why = "all weights to be positive" if largest > 0 else "images that the filters can explain"
+        raise ValueError(f"share={share}: needs {why}")
+    return 1 / (share * largest)
 
 
 def solve(
@@ -165,6 +245,9 @@ def solve(
     lam: float,
     p: float = 1.0,
     window: Window | None = None,
+    weights: Tensor | None = None,
+    group: int = 1,
+    non_negative: bool = False,
     settings: SolverSettings,
     state: Tensor | None = None,
     step: Tensor | None = None,
@@ -173,17 +256,38 @@ def solve(
 ) -> Solution:
     """Infer z by the method of the settings, from z = 0 or from state and step of an earlier one.
 
-    With `training` it is one visit of a training epoch: few iterations, nothing adapts, nothing
-    stops early. callback(i, z, beta) sees the sparse maps after iteration i = 1, 2, ... and the
-    beta (N, 1, 1, 1) of each image then; for fista and ista beta is 1 / step.
+    p, window, weights, group, non_negative: the prior, `sparsity.Prior`. With `training` it is one
+    visit of a training epoch: few iterations, nothing adapts, nothing stops early. callback(i, z,
+    beta) sees the sparse maps after iteration i = 1, 2, ... and the beta (N, 1, 1, 1) of each image
+    then; for fista and ista beta is 1 / step.
     """
     if not lam > 0:
         raise ValueError(f"lam={lam}: must be positive")
-    check_exponent(p)
+    fields = dict(p=p, window=window, weights=weights, group=group, non_negative=non_negative)
+    prior = Prior(**fields)
+    if settings.gap is not None and not prior.convex:
+        raise ValueError(
+            f"solver.gap={settings.gap}: only a minimum for p=1 without a window has a duality gap,"
+            f" not for p={p}, window={window}"
+        )
     iterations = settings.training_iterations if training else settings.iterations
-    tolerance = 0.0 if training else settings.tolerance
-    start = torch.zeros_like(A.adjoint(b)) if state is None else state
-    common = dict(lam=lam, p=p, window=window, callback=callback)
+    gap = None if training else settings.gap
+    tolerance = 0.0 if training or gap is not None else settings.tolerance
+    start = A.zeros(b) if state is None else state
+    prior.check(start.shape)
+    common = dict(lam=lam, callback=callback, **fields)
+    if settings.method == "coordinate":
+        z, residual, gaps, count = coordinate_descent(
+            *(A, b, start),
+            lam=lam,
+            prior=prior,
+            iterations=iterations,
+            tolerance=tolerance,
+            gap=gap,
+            callback=callback,
+        )
+        cost = data_term(residual, lam), prior(z)
+        return Solution(z, residual, *cost, count, z, None, None if gap is None else gaps, lam)
     if settings.method == "half_quadratic":
         cg = settings.cg_iterations if settings.z_step == "cg" else None
         passes = 1 if training else iterations
@@ -199,9 +303,10 @@ def solve(
             beta=settings.coupling * lam,
             relaxation=settings.relaxation,
             # Where the prior is not convex a beta that keeps moving loses its way.
-            adaptive=settings.adaptive and p == 1 and window is None and not training,
+            adaptive=settings.adaptive and prior.convex and not training,
             iterations=iterations,
             tolerance=tolerance,
+            gap=gap,
             **common,
         )
     else:
@@ -214,12 +319,16 @@ def solve(
             step=settings.step if step is None else step,
             iterations=iterations,
             tolerance=tolerance,
+            gap=gap,
             **common,
         )
         state = z
     residual = b - A(z)
-    cost = data_term(residual, lam), penalties(z, p)
-    return Solution(z, residual, *cost, count, state, step)
+    cost = data_term(residual, lam), prior(z)
+    if gap is not None:
+        # At the minimum rounding takes it below 0.
+        gap = (sum(cost) - _dual(A, b, residual, lam, prior)).clamp(min=0)
+    return Solution(z, residual, *cost, count, state, step, gap, lam)
 
 
 def half_quadratic(
@@ -228,25 +337,25 @@ def half_quadratic(
     z: Tensor,
     *,
     lam: float,
-    p: float = 1.0,
-    window: Window | None = None,
     betas: list[float],
     cg_iterations: int | None = None,
     callback: Callback | None = None,
+    **prior: Any,
 ) -> tuple[Tensor, Tensor]:
     """(x, z) after one x-step and one z-step for every beta in turn  (Zeiler et al. 2010).
 
-        x-step   x = argmin |x|^p + beta/2 (x - z)^2                       sparsity.shrink
+        x-step   x = argmin prior(x) + beta/2 ||x - z||^2                  sparsity.Prior.shrink
         z-step   (lam A'A + beta I) z = lam A'b + beta x
 
     The z-step is exact, or cg_iterations of conjugate gradients from the last z, as in the paper.
     What is returned as the solution is one more x-step: the paper keeps z, which has no zeros but
     is within the threshold of the last beta.
     """
+    shrink = Prior(**prior).shrink
     data = lam * A.adjoint(b)
     w = None
     for i, beta in enumerate(betas, 1):
-        x = shrink(z, beta, p, window=window)
+        x = shrink(z, beta)
         if cg_iterations is None:
             z, w = _z_step(A, b, x, lam, _per_image(beta, b), w, tolerance=1e-5)
         else:
@@ -258,8 +367,8 @@ def half_quadratic(
                 max_iterations=cg_iterations,
             )
         if callback:
-            callback(i, shrink(z, beta, p, window=window), _per_image(beta, b))
-    return shrink(z, betas[-1], p, window=window), z
+            callback(i, shrink(z, beta), _per_image(beta, b))
+    return shrink(z, betas[-1]), z
 
 
 def admm(
@@ -268,44 +377,51 @@ def admm(
     state: Tensor,
     *,
     lam: float,
-    p: float = 1.0,
-    window: Window | None = None,
     beta: float,
     relaxation: float = 1.8,
     adaptive: bool = False,
     iterations: int,
     tolerance: float,
+    gap: float | None = None,
     callback: Callback | None = None,
+    **prior: Any,
 ) -> tuple[Tensor, Tensor, int]:
     """(x, state, iterations) of the alternating direction method of multipliers (Boyd et al. 2011).
 
         z-step   (lam A'A + beta I) z = lam A'b + beta (x - u)
                  z <- relaxation z + (1 - relaxation) x
-        x-step   x = argmin |x|^p + beta/2 (x - (z + u))^2
+        x-step   x = argmin prior(x) + beta/2 ||x - (z + u)||^2
         u-step   u <- u + z - x                                    the scaled multiplier
 
     Since x = shrink(t) and u = t - x for t = z + u, the one array t is the whole state, in the
     scale of the `beta` that was given. For p = 1 it converges to the minimum; for p < 1, or with a
-    window, it is a heuristic that works at a fixed beta.
+    window, it is a heuristic that works at a fixed beta. Every CHECK_EVERY iterations an image
+    stops whose relative residuals are at most `tolerance`, or whose duality gap is at most `gap`
+    times its objective.
     """
+    prior = Prior(**prior)
     beta = _per_image(beta, b)
     beta_given = beta
-    t, x, w = state, shrink(state, beta, p, window=window), None
-    done = torch.zeros_like(beta, dtype=torch.bool)
+    t, x, w = state, prior.shrink(state, beta), None
+    done, some_done = torch.zeros_like(beta, dtype=torch.bool), False
     count = 0
     for count in range(1, iterations + 1):
-        z, w = _z_step(A, b, 2 * x - t, lam, beta, w, max_iterations=A.warm_steps)
-        t_new = t - x + relaxation * z + (1 - relaxation) * x
-        t = torch.where(done, t, t_new) if done.any() else t_new
-        x_old, x = x, shrink(t, beta, p, window=window)
+        # Each line is one pass over the maps: v = 2x - t, and t + relaxation (z - x).
+        z, w = _z_step(A, b, t.lerp(x, 2.0), lam, beta, w, max_iterations=A.warm_steps)
+        t_new = t.add(z - x, alpha=relaxation)
+        t = torch.where(done, t, t_new) if some_done else t_new
+        x_old, x = x, prior.shrink(t, beta)
         if callback:
             callback(count, x, beta)
-        if count % CHECK_EVERY == 0 and (adaptive or tolerance):
+        if count % CHECK_EVERY == 0 and (adaptive or tolerance or gap):
             primal = norm(z - x) / torch.maximum(norm(z), norm(x)).clamp(min=_TINY)
             dual = norm(x - x_old) / norm(t - x).clamp(min=_TINY)
             done = done | (torch.maximum(primal, dual) <= tolerance)
+            if gap:
+                done = done | _certified(A, b, x, b - A(x), lam, prior, gap)
             if done.all():
                 break
+            some_done = bool(done.any())
             if adaptive and count <= ADAPT_UNTIL:
                 t, beta = _balance(t, x, beta, primal, dual, done)
     return x, x + (t - x) * (beta / beta_given), count
@@ -317,18 +433,18 @@ def proximal_gradient(
     z: Tensor,
     *,
     lam: float,
-    p: float = 1.0,
-    window: Window | None = None,
     momentum: bool = True,
     adaptive: bool = True,
     step: Tensor | float | None = None,
     iterations: int,
     tolerance: float,
+    gap: float | None = None,
     callback: Callback | None = None,
+    **prior: Any,
 ) -> tuple[Tensor, Tensor, int]:
     """(z, step, iterations) of ISTA, or with momentum of FISTA, whose objective never rises.
 
-        z <- argmin |x|^p + 1/(2 step) (x - (y - step lam A'(A y - b)))^2        y = z, or beyond it
+        z <- argmin prior(x) + 1/(2 step) ||x - (y - step lam A'(A y - b))||^2   y = z, or beyond it
 
     It minimises a bound of the objective that touches it at y if the curvature of the move d that
     it makes, lam ||A d||^2 / ||d||^2, is at most 1 / step: from y = z the objective then cannot
@@ -339,24 +455,27 @@ def proximal_gradient(
     ends many times longer. All of this is nearly free: A y is a combination of what was computed.
 
     A move that raises the objective is taken back, image by image: from a y beyond z the momentum
-    starts anew (O'Donoghue and Candes 2015), from z itself the step is halved.
+    starts anew (O'Donoghue and Candes 2015), from z itself the step is halved. Every CHECK_EVERY
+    iterations an image stops whose relative change is at most `tolerance`, or, with a `gap`, whose
+    duality gap is at most `gap` times its objective.
     """
+    prior = Prior(**prior)
     seen = A(z)
     if step is None and adaptive:
-        first = shrink(A.adjoint(b - seen), 1e30, window=window)
+        first = shrink(A.adjoint(b - seen), 1e30, window=prior.window)
         step = 1 / _curvature(first, A(first), lam)
     elif step is None:
         step = 1 / (lam * A.squared_norm(b))
     step = _per_image(step, b)
-    cost = _cost(b - seen, z, lam, p)
+    cost = _cost(b - seen, z, lam, prior)
     y, y_seen, t = z, seen, torch.ones_like(step)
     done = torch.zeros_like(step, dtype=torch.bool)
     count = 0
     for count in range(1, iterations + 1):
         z_old, seen_old, cost_old = z, seen, cost
-        z = shrink(y - step * lam * A.adjoint(y_seen - b), 1 / step, p, window=window)
+        z = prior.shrink(torch.addcmul(y, A.adjoint(b - y_seen), lam * step), 1 / step)
         seen = A(z)
-        cost = _cost(b - seen, z, lam, p)
+        cost = _cost(b - seen, z, lam, prior)
         # Rounding is no rise, but a NaN is one.
         rose = ~(cost <= cost_old * (1 + 10 * torch.finfo(b.dtype).eps))
         too_long, step_old = torch.zeros_like(rose), step
@@ -367,15 +486,18 @@ def proximal_gradient(
             longest = torch.where(known, 1 / _curvature(z - y, moved, lam), step)
             too_long = step > longest
             step = torch.where(too_long, CAUTION * longest, (GROWTH * step).minimum(longest))
-        if (halved := rose & (t == 1) & ~too_long & ~done).any():
+        if _acts(halved := rose & (t == 1) & ~too_long & ~done):
             step = torch.where(halved, step_old / 2, step)
-        if (back := rose | too_long | done).any():
+        if _acts(back := rose | too_long | done):
             z = torch.where(back, z_old, z)
             seen, cost = torch.where(back, seen_old, seen), torch.where(back, cost_old, cost)
         if callback:
             callback(count, z, 1 / step)
-        if tolerance and count % CHECK_EVERY == 0:
-            done = done | (~back & (norm(z - z_old) <= tolerance * norm(z)))
+        if count % CHECK_EVERY == 0 and (tolerance or gap):
+            if gap:
+                done = done | _certified(A, b, z, b - seen, lam, prior, gap)
+            else:
+                done = done | (~back & (norm(z - z_old) <= tolerance * norm(z)))
             if done.all():
                 break
         if not momentum:
@@ -385,7 +507,7 @@ def proximal_gradient(
         t_next = (1 + (1 + 4 * step_old / step * t.square()).sqrt()) / 2
         ahead = torch.where(rose, torch.zeros_like(t), (t - 1) / t_next)
         beyond, beyond_seen = z.lerp(z_old, -ahead), seen.lerp(seen_old, -ahead)
-        if again.any():
+        if _acts(again):
             beyond, beyond_seen = (
                 torch.where(again, y, beyond),
                 torch.where(again, y_seen, beyond_seen),
@@ -395,23 +517,46 @@ def proximal_gradient(
     return z, step, count
 
 
+def _acts(mask: Tensor) -> bool:
+    """Whether a mask has to be looked at: on a GPU always, since to ask would be to wait for it."""
+    return mask.device.type != "cpu" or bool(mask.any())
+
+
 def _curvature(move: Tensor, seen: Tensor, lam: float) -> Tensor:
     """lam ||A d||^2 / ||d||^2 of a move d of the maps, seen = A d; never quite 0."""
     return lam * dot(seen, seen) / dot(move, move).clamp(min=_TINY) + _TINY
 
 
-def duality_gap(A: Operator, b: Tensor, z: Tensor, lam: float) -> Tensor:
+def duality_gap(A: Operator, b: Tensor, z: Tensor, lam: float, **prior: Any) -> Tensor:
     """An upper bound (N,) on the objective of z above the minimum, for p = 1; 0 at the minimum.
 
-    The dual of the problem is  maximise <b, v> - ||v||^2 / (2 lam)  over |A'v| <= 1; the residual
-    lam (b - A z), made feasible by scaling, is a point of it.
+    The dual of the problem is  maximise <b, v> - ||v||^2 / (2 lam)  over prior.dual_norm(A'v) <= 1,
+    without weights |A'v| <= 1; the residual lam (b - A z), made feasible by scaling, is a point of
+    it. No scaling does that where a weight is 0 and A'v is not: the gap is infinite, and with
+    weights of 0 it hardly ever is not.
     """
+    prior = Prior(**prior)
+    if not prior.convex:
+        raise ValueError(f"p={prior.p}, window={prior.window}: only p=1 has a dual, and no window")
     residual = b - A(z)
+    return data_term(residual, lam) + prior(z) - _dual(A, b, residual, lam, prior)
+
+
+def _dual(A: Operator, b: Tensor, residual: Tensor, lam: float, prior: Prior) -> Tensor:
+    """The dual objective (N,) of the residual of some z, -inf where no scaling is feasible."""
     v = lam * residual.double()
-    reach = A.adjoint(lam * residual).abs().flatten(1).amax(1).double()
+    reach = prior.dual_norm(A.adjoint(lam * residual)).double()
     v = v / reach.clamp(min=1).view(-1, 1, 1, 1)
     dual = (b * v).sum((1, 2, 3)) - v.square().sum((1, 2, 3)) / (2 * lam)
-    return data_term(residual, lam) + penalties(z) - dual
+    return torch.where(reach == math.inf, torch.full_like(dual, -math.inf), dual)
+
+
+def _certified(
+    A: Operator, b: Tensor, z: Tensor, residual: Tensor, lam: float, prior: Prior, gap: float
+) -> Tensor:
+    """Whether the duality gap of every image is at most `gap` times its objective, (N, 1, 1, 1)."""
+    cost = data_term(residual, lam) + prior(z)
+    return (cost - _dual(A, b, residual, lam, prior) <= gap * cost).view(-1, 1, 1, 1)
 
 
 def data_term(residual: Tensor, lam: float) -> Tensor:
@@ -440,7 +585,7 @@ def _z_step(
     it A and A' are applied once each.
     """
     w = A.solve(b - A(v), lam, beta, w, tolerance=tolerance, max_iterations=max_iterations)
-    return v + lam * A.adjoint(w), w
+    return torch.add(v, A.adjoint(w), alpha=lam), w
 
 
 def _balance(
@@ -457,9 +602,9 @@ def _per_image(value: float | Tensor, b: Tensor) -> Tensor:
     return torch.as_tensor(value, dtype=b.dtype, device=b.device).expand(b.shape[0], 1, 1, 1)
 
 
-def _cost(residual: Tensor, z: Tensor, lam: float, p: float) -> Tensor:
+def _cost(residual: Tensor, z: Tensor, lam: float, prior: Prior) -> Tensor:
     """The objective of every image, (N, 1, 1, 1) in float64."""
-    return (data_term(residual, lam) + penalties(z, p)).view(-1, 1, 1, 1)
+    return (data_term(residual, lam) + prior(z)).view(-1, 1, 1, 1)
 
 
 def _choose(key: str, value: str, choices: tuple[str, ...]) -> None:

@@ -1,5 +1,8 @@
 """The sparse prior sum |x|^p: its value and its proximal map for every 0 <= p <= 1.
 
+`Prior` is all that may be asked of the maps: weights, maps whose magnitude is one, signs, a pooling
+window. Everything else here is the plain sum, of which it is made.
+
     x, v maps of any shape · beta > 0 weight of the quadratic term · p the exponent, 0^0 = 0, so
     that p = 0 counts
 
@@ -15,10 +18,155 @@ grows with |v|. So pooling and unpooling after every shrinkage, as Zeiler et al.
 departure from proximal gradient steps but the proximal map of this prior.
 """
 
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
 from deconvnet.pooling import Window, pool, strongest, unpool
+
+
+@dataclass(frozen=True, eq=False)
+class Prior:
+    """sum_i w_i |z_i|^p, or the same of the l2 norms of groups of maps, over maps z (N, K, H, W).
+
+    weights: w >= 0, (K,) or whatever broadcasts to z; 0 leaves an entry free; None: all 1. group:
+    so many consecutive maps share one magnitude, their l2 norm at each place, and one weight.
+    non_negative: over z >= 0 only. window: at most one entry that is not zero in each window, as in
+    `shrink`; without weights and groups. Raises ValueError for what does not fit together.
+    """
+
+    p: float = 1.0
+    window: Window | None = None
+    weights: Tensor | None = None
+    group: int = 1
+    non_negative: bool = False
+
+    def __post_init__(self) -> None:
+        check_exponent(self.p)
+        if self.group < 1:
+            raise ValueError(f"group={self.group}: must be at least 1")
+        if self.window is not None and (self.group > 1 or self.weights is not None):
+            raise ValueError(
+                f"window={tuple(self.window)}: not together with weights or group={self.group}"
+            )
+        w = self.weights
+        if w is None:
+            return
+        if len(wrong := w[~((w >= 0) & (w < torch.inf))]):
+            raise ValueError(f"weights={float(wrong[0])}: must be finite and not negative")
+        if self.group > 1 and not self._one_for_each_group():
+            raise ValueError(
+                f"weights of shape {tuple(w.shape)}: the {self.group} maps of a group have one "
+                "weight at each place"
+            )
+
+    @property
+    def convex(self) -> bool:
+        """Whether there is one minimum, which a duality gap can certify."""
+        return self.p == 1 and self.window is None
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Refuse maps of a shape (N, K, H, W) that weights or groups do not fit."""
+        if shape[1] % self.group:
+            raise ValueError(f"group={self.group}: must divide the {shape[1]} maps")
+        if self.weights is None:
+            return
+        w = _at_maps(self.weights)
+        fits = w.ndim <= len(shape) and all(
+            a in (1, b) for a, b in zip(reversed(w.shape), reversed(shape), strict=False)
+        )
+        if not fits:
+            raise ValueError(
+                f"weights of shape {tuple(self.weights.shape)}: expected ({shape[1]},), or what "
+                f"broadcasts to maps of shape {tuple(shape)}"
+            )
+
+    def shrink(self, v: Tensor, beta: float | Tensor) -> Tensor:
+        """argmin_x prior(x) + beta/2 ||x - v||^2, the proximal map; beta: number or (N, 1, 1, 1).
+
+        Weights are thresholds of their own, beta / w entry by entry. The norm of a group depends on
+        its length alone, so the length is shrunk and the direction stays, for every p.
+        """
+        if self.group == 1:
+            return self._shrink_entries(v, beta)
+        if self.non_negative:
+            v = v.clamp(min=0)
+        length = self._lengths(v)
+        kept = self._shrink_entries(length, beta) / length.clamp(min=torch.finfo(v.dtype).tiny)
+        return (v.unflatten(1, (-1, self.group)) * kept[:, :, None]).flatten(1, 2)
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """The value for every image, (N,) in float64."""
+        x = z if self.group == 1 else self._lengths(z)
+        if self.entry_weights is None:
+            return penalties(x, self.p)
+        magnitude = (x != 0).to(x.dtype) if self.p == 0 else x.abs()
+        if 0 < self.p < 1:
+            magnitude = magnitude**self.p
+        return (self.entry_weights.to(x) * magnitude).sum((1, 2, 3)).double()
+
+    def dual_norm(self, c: Tensor) -> Tensor:
+        """(N,): for p = 1 the smallest s for which c / s is a subgradient at z = 0.
+
+        max |c_i| / w_i, of c clamped at 0 if z is not negative, of the lengths of groups. Where a
+        weight is 0 and c is not, it is infinite.
+        """
+        if self.p != 1:
+            raise ValueError(f"p={self.p}: only the prior with p=1 has a dual norm")
+        if self.non_negative:
+            c = c.clamp(min=0)
+        c = c.abs() if self.group == 1 else self._lengths(c)
+        if self.entry_weights is not None:
+            # 0 / 0 is nothing that is asked of c.
+            c = torch.where(c > 0, c / self.entry_weights.to(c), c)
+        return c.flatten(1).amax(1)
+
+    def _shrink_entries(self, v: Tensor, beta: float | Tensor) -> Tensor:
+        """The proximal map of the entries, or of the lengths of groups."""
+        w = None if self.entry_weights is None else self.entry_weights.to(v)
+        if self.p == 1 and self.window is None and (w is not None or isinstance(beta, Tensor)):
+            # The bits of `shrink` where there are no weights, several times as fast.
+            tau = 1 / beta if w is None else w * (1 / beta)
+            positive = (v - tau).relu_()
+            return positive if self.non_negative else positive.sub_((v + tau).neg_().relu_())
+        if w is None:
+            return shrink(v, beta, self.p, non_negative=self.non_negative, window=self.window)
+        some = w.clamp(min=1e-30)
+        x = shrink(v, beta / some, self.p, non_negative=self.non_negative)
+        free = v.clamp(min=0) if self.non_negative else v
+        return torch.where(w > 0, x, free)
+
+    def _lengths(self, v: Tensor) -> Tensor:
+        """(N, K / group, H, W): the l2 norm of every group of maps."""
+        # Not vector_norm, which takes fifty times as long over an axis in the middle.
+        return v.unflatten(1, (-1, self.group)).square().sum(2).sqrt()
+
+    @cached_property
+    def entry_weights(self) -> Tensor | None:
+        """The weights of entries, or of groups, as they broadcast; None where they are all 1."""
+        if self.weights is None or (self.weights == 1).all():
+            return None
+        w = _at_maps(self.weights)
+        by_map = self.group > 1 and w.ndim >= 3 and w.shape[-3] > 1
+        return w[..., :: self.group, :, :] if by_map else w
+
+    def _one_for_each_group(self) -> bool:
+        """Whether the weights of the maps of every group are the same."""
+        w = _at_maps(self.weights)
+        if w.ndim < 3 or w.shape[-3] == 1:
+            return True
+        if w.shape[-3] % self.group:
+            return False
+        groups = w.unflatten(-3, (-1, self.group))
+        return bool((groups == groups[..., :1, :, :]).all())
+
+
+def _at_maps(weights: Tensor) -> Tensor:
+    return weights[:, None, None] if weights.ndim == 1 else weights
 
 
 def penalty(x: Tensor, p: float = 1.0) -> Tensor:

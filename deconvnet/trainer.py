@@ -22,16 +22,15 @@ from deconvnet.learning import (
     double_filters,
     filter_sums,
     off_center,
-    random_filters,
     shift,
     update_filters,
     update_filters_by_cg,
 )
-from deconvnet.monitor import EpochStats, Monitor
-from deconvnet.network import Layer, LayerSettings, Target, check_size, seeded
+from deconvnet.monitor import EpochStats
+from deconvnet.network import Layer, Target, check_size, seeded
 from deconvnet.operators import Identity, Operator
 from deconvnet.pooling import Window, max_pool, unpool
-from deconvnet.solvers import Solution, SolverSettings
+from deconvnet.solvers import Solution
 from deconvnet.visualization.evolution import Peaks, Snapshot, Watch
 
 RECENTER_EVERY = 4
@@ -197,6 +196,8 @@ class LayerTrainer:
                 layer.g,
                 norm=self.settings.norm,
                 iterations=self.settings.update_iterations,
+                non_negative=self.settings.non_negative,
+                zero_mean=self.settings.zero_mean,
             )
         )
 
@@ -230,6 +231,8 @@ class LayerTrainer:
                 norm=self.settings.norm,
                 iterations=self.settings.update_iterations,
                 boundary=layer.settings.boundary,
+                non_negative=self.settings.non_negative,
+                zero_mean=self.settings.zero_mean,
             )
         )
 
@@ -251,7 +254,8 @@ class LayerTrainer:
         if solution.step is not None:
             self.codes.set_step(part, solution.step)
         self._totals.add(solution, target.b)
-        energy = solution.z.double().square().sum((0, 2, 3))
+        # Each plane pairwise in its own type, which is exact enough and needs no copy.
+        energy = solution.z.square().sum((2, 3)).double().sum(0)
         self.energy = energy if self.energy is None else self.energy + energy
         if self.watch and self.epoch + 1 in self.watch.epochs:
             peaks = Peaks.none(solution.z) if self.peaks is None else self.peaks
@@ -284,14 +288,8 @@ class LayerTrainer:
         if not filters:
             return
         layer = self.layer
-        settings = layer.settings
-        fresh = random_filters(
-            len(filters),
-            self.below,
-            settings.filter_size,
-            self.settings.init,
-            seeded(self.seed, self.number, 3, self.epoch),
-        )
+        generator = seeded(self.seed, self.number, 3, self.epoch)
+        fresh = layer.fresh_filters(len(filters), self.below, generator)
         f = layer.filters.clone()
         f[filters] = fresh
         layer.set_filters(f)
@@ -389,54 +387,3 @@ class _Totals:
             double=double,
             seconds_per_image=self.seconds / self.images,
         )
-
-
-@dataclass(frozen=True)
-class Learned:
-    """Filters (K, C, h, w) that were learned from images, and what each epoch saw."""
-
-    filters: Tensor
-    history: list[EpochStats]
-
-
-def learn_filters(
-    images: Tensor,
-    num_maps: int,
-    filter_size: int,
-    *,
-    lam: float,
-    p: float = 1.0,
-    boundary: str = "valid",
-    solver: SolverSettings | None = None,
-    learning: LearningSettings | None = None,
-    seed: int = 0,
-    progress: bool = False,
-) -> Learned:
-    """Filters under which the images have sparse maps: one layer without network or run folder.
-
-    images: (N, C, H, W), explained as they are: remove at least their mean. `sparse_code` then
-    infers the maps of these or of other images.
-    """
-    if images.ndim != 4 or not torch.isfinite(images).all():
-        raise ValueError(f"images must be finite and (N, C, H, W), got {tuple(images.shape)}")
-    settings = LayerSettings(
-        num_maps=num_maps,
-        filter_size=filter_size,
-        lam=lam,
-        p=p,
-        boundary=boundary,
-        solver=solver or SolverSettings(),
-        learning=learning or LearningSettings(),
-    )
-    layer = Layer(settings, images.shape[1], seeded(seed, 1)).to(images)
-    trainer = LayerTrainer(layer, images, seed=seed)
-    history = []
-    with Monitor(progress=progress) as monitor:
-        monitor.layer(1, 0, trainer.updates)
-        while not trainer.done:
-            stats = trainer.update()
-            monitor.advance()
-            if stats:
-                history.append(stats)
-                monitor.epoch(stats, step=len(history))
-    return Learned(layer.filters, history)

@@ -19,7 +19,7 @@ from deconvnet.monitor import InferencePoint, LayerResult, Monitor
 from deconvnet.network import DeconvNet, Layer, Target
 from deconvnet.run import Run
 from deconvnet.solvers import data_term
-from deconvnet.sparsity import penalties
+from deconvnet.sparsity import Prior
 from deconvnet.trainer import LayerTrainer
 from deconvnet.visualization.evolution import (
     append,
@@ -188,10 +188,11 @@ def _show(
 def _inference_curve(layer: Layer, target: Target) -> list[InferencePoint]:
     """How the objective falls while the maps of some images are inferred, beta beside it."""
     A, settings = target.T @ layer.operator(), layer.settings
+    prior = Prior(settings.p, group=settings.group)
     curve = []
 
     def watch(iteration: int, z: Tensor, beta: Tensor) -> None:
-        cost = data_term(target.b - A(z), settings.lam) + penalties(z, settings.p)
+        cost = data_term(target.b - A(z), settings.lam) + prior(z)
         density = float(torch.count_nonzero(z)) / z.numel()
         curve.append(InferencePoint(iteration, float(cost.mean()), float(beta.mean()), density))
 

@@ -8,9 +8,11 @@ import scipy.signal
 import torch
 from torch.testing import assert_close
 
+from deconvnet import convolution
 from deconvnet.convolution import (
     connected,
     correlate,
+    correlate_strips,
     deconvolve,
     filter_gradient,
     fourier_size,
@@ -257,3 +259,48 @@ def test_wrong_shapes_are_refused_with_what_was_expected():
         filter_gradient(z, y, 5, boundary="circular")
     with refused("expected (1, K, 13, 15)"):
         filter_gradient(z, y[:1], 5)
+
+
+# Maps by and by
+
+EVERY = ("valid", "circular", "zero", "reflect")
+
+
+@cases
+@pytest.mark.parametrize("boundary", EVERY)
+@pytest.mark.parametrize("numbers", [1, 50, 700, 10**6])
+def test_strips_join_to_the_whole_maps(name, boundary, numbers):
+    _, f, y = problem(name, boundary)
+    expected = correlate(y, f, boundary=boundary, method="fourier")
+    maps = torch.full_like(expected, float("nan"))
+    times = torch.zeros(expected.shape[0], expected.shape[2])
+    for images, rows, part in correlate_strips(y, f, boundary, numbers=numbers):
+        assert part.shape[0] * part.shape[2] == times[images, rows].numel()
+        maps[images, :, rows] = part
+        times[images, rows] += 1
+        small = numbers + len(f) * f.shape[2] * expected.shape[3]
+        assert boundary == "reflect" or part.numel() <= small
+    # Each row of each image once.
+    assert (times == 1).all()
+    assert_close(maps, expected, rtol=1e-10, atol=1e-11)
+
+
+@cases
+@pytest.mark.parametrize("boundary", EVERY)
+def test_large_images_are_correlated_as_small_ones_are(name, boundary, monkeypatch):
+    z, f, y = problem(name, boundary)
+    expected = correlate(y, f, boundary=boundary)
+    monkeypatch.setattr(convolution, "STRIP", 10)
+    monkeypatch.setitem(correlate_strips.__kwdefaults__, "numbers", 10)
+    assert expected.numel() > 4 * 10
+    with torch.no_grad():
+        found = correlate(y, f, boundary=boundary)
+    assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    # Where gradients are asked for they are those of the adjoint.
+    leaf, filters = y.clone().requires_grad_(), f.clone().requires_grad_()
+    found = correlate(leaf, filters, boundary=boundary)
+    assert_close(found.detach(), expected, rtol=1e-12, atol=1e-12)
+    towards = torch.autograd.grad((found * z).sum(), (leaf, filters))
+    assert_close(towards[0], deconvolve(z, f, boundary=boundary), rtol=1e-10, atol=1e-11)
+    gradient = filter_gradient(z, y, f.shape[2:], boundary=boundary)
+    assert_close(towards[1], gradient, rtol=1e-10, atol=1e-11)

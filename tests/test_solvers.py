@@ -697,8 +697,8 @@ def test_wrong_images_filters_and_weights_are_refused():
             sparse_code(b, f, lam=lam)
     with refused("p=1.5: the exponent"):
         sparse_code(b, f, lam=1.0, p=1.5)
-    with refused("boundary='reflect': choose 'valid' or 'circular'"):
-        sparse_code(b, f, lam=1.0, boundary="reflect")
+    with refused("boundary='mirror': choose 'valid' or 'circular'"):
+        sparse_code(b, f, lam=1.0, boundary="mirror")
     for value in (float("nan"), float("inf")):
         for images, filters in ((b * value, f), (b, f * value)):
             with refused("images and filters must be finite"):

@@ -15,6 +15,9 @@ ORDER = [
     "sparsity",
     "arithmetic",
     "operators",
+    "kernels",
+    "entries",
+    "coordinates",
     "solvers",
     "learning",
     "filtering",
@@ -30,6 +33,7 @@ ORDER = [
     "survey",
     "run",
     "trainer",
+    "dictionary",
     "training",
     "config",
 ]

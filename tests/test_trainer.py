@@ -254,7 +254,7 @@ def test_an_objective_that_is_not_finite_stops_before_the_filters_change(b):
 
 def test_images_beyond_what_float32_can_square_are_said_to_diverge(b):
     with pytest.raises(Diverged, match="not finite.*extreme values"):
-        learn_filters(b * 1e30, 3, 5, lam=1.0)
+        learn_filters(b * 1e30, 3, 5, lam=1.0, solver=SolverSettings())
 
 
 def test_images_without_any_contrast_are_survived(textures):
