@@ -1,0 +1,232 @@
+"""What is solved: photographs and filters, the objective and its duality gap, in numpy alone.
+
+    minimise over z, for every image      1/2 ||sum_k f_k * z_k - y||^2 + weight sum |z|
+
+    y images (N, C, H, W), high-passed   f filters (K, C, h, w) of unit norm   z maps (N, K, ...)
+    weight: what SPORCO calls lambda; deconvnet's lam is 1 / weight, its objective 1 / weight times
+    this one
+
+Every solver is judged by `Objective`, in float64 and by Fourier transforms, whatever it says of
+itself. The photographs are files of scikit-image's wheel, so that nothing is downloaded; filters
+are learned on other photographs than those that are coded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from scipy import fft
+from skimage import data
+
+LUMINANCE = np.array([0.2125, 0.7154, 0.0721])
+CODED = ("astronaut", "camera")
+OTHERS = ("chelsea", "coffee", "rocket")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One problem in words: `count` crops of `pixels`, or one whole photograph reduced to them."""
+
+    name: str
+    photograph: str = "camera"
+    channels: int = 1
+    pixels: int = 256
+    count: int = 1
+    maps: int = 64
+    size: int = 8
+    weight: float = 0.05
+
+    @property
+    def title(self) -> str:
+        several = f"{self.count} x " if self.count > 1 else ""
+        kind = "colour" if self.channels == 3 else "grey"
+        return (
+            f"{several}{kind} {self.pixels}x{self.pixels}, {self.maps} maps of "
+            f"{self.size}x{self.size}, lambda {self.weight:g}"
+        )
+
+    def tiny(self) -> Spec:
+        """The same in a form that takes a second: to see whether everything runs."""
+        return replace(self, pixels=48, count=min(self.count, 3), maps=12)
+
+
+SPECS = {
+    spec.name: spec
+    for spec in (
+        Spec("grey"),
+        Spec("colour", photograph="astronaut", channels=3),
+        Spec("wide", maps=32, size=11),
+        Spec("dense", weight=0.01),
+        Spec("batch", pixels=128, count=10),
+        Spec("large", photograph="astronaut", pixels=512),
+    )
+}
+# Learning has crops for training and, of other photographs, crops that are held out.
+LEARNING = Spec("learning", pixels=128, count=10, maps=32, weight=0.1)
+HELD_OUT = 5
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Images y (N, C, H, W), filters f (K, C, h, w), both float32, and the weight of sum |z|."""
+
+    name: str
+    y: np.ndarray
+    f: np.ndarray
+    weight: float
+
+    @property
+    def lam(self) -> float:
+        return 1 / self.weight
+
+    @property
+    def digest(self) -> str:
+        """The same for the same numbers: what was found for them can be kept."""
+        numbers = (self.y.tobytes(), self.f.tobytes(), repr((self.y.shape, self.weight)).encode())
+        return hashlib.sha256(b"".join(numbers)).hexdigest()[:16]
+
+    def one(self, n: int) -> Problem:
+        """The n-th image alone."""
+        return replace(self, name=f"{self.name}-{n}", y=self.y[n : n + 1])
+
+
+def make(spec: Spec, folder: Path) -> Problem:
+    """The images of a problem and its filters, which are learned once and kept in the folder."""
+    return Problem(spec.name, images(spec), filters(spec, folder), spec.weight)
+
+
+def images(spec: Spec) -> np.ndarray:
+    if spec.count > 1:
+        return crops(CODED, spec.count, spec.pixels, spec.channels)
+    whole = photograph(spec.photograph, spec.channels)
+    factor = max(1, min(whole.shape[1:]) // spec.pixels)
+    reduced = high_pass(reduce(whole, factor))
+    top, left = ((length - spec.pixels) // 2 for length in reduced.shape[1:])
+    middle = reduced[:, top : top + spec.pixels, left : left + spec.pixels]
+    return np.ascontiguousarray(middle[None], np.float32)
+
+
+def learning_images(spec: Spec, held_out: int) -> tuple[np.ndarray, np.ndarray]:
+    """Crops to learn from, and crops of other photographs."""
+    return images(spec), crops(OTHERS, held_out, spec.pixels, spec.channels)
+
+
+def crops(names: tuple[str, ...], count: int, pixels: int, channels: int) -> np.ndarray:
+    """(count, C, pixels, pixels): of the tiles of some high-passed photographs those that vary
+    most.
+    """
+    tiles = []
+    for name in names:
+        whole = high_pass(photograph(name, channels))
+        rows, columns = (length // pixels for length in whole.shape[1:])
+        for i in range(rows):
+            for j in range(columns):
+                tiles.append(whole[:, i * pixels :, j * pixels :][:, :pixels, :pixels])
+    stacked = np.stack(tiles).astype(np.float32)
+    liveliest = np.argsort(-stacked.std((1, 2, 3)), kind="stable")[:count]
+    return np.ascontiguousarray(stacked[np.sort(liveliest)])
+
+
+def photograph(name: str, channels: int) -> np.ndarray:
+    """(C, H, W) in [0, 1]."""
+    pixels = getattr(data, name)() / 255.0
+    if channels == 1 and pixels.ndim == 3:
+        pixels = pixels @ LUMINANCE
+    return np.atleast_3d(pixels).transpose(2, 0, 1)
+
+
+def reduce(image: np.ndarray, factor: int) -> np.ndarray:
+    """Means of blocks of factor x factor pixels."""
+    height, width = (length // factor * factor for length in image.shape[1:])
+    blocks = image[:, :height, :width].reshape(len(image), height // factor, factor, -1, factor)
+    return blocks.mean((2, 4))
+
+
+def high_pass(image: np.ndarray, strength: float = 5.0, border: int = 16) -> np.ndarray:
+    """The image less its low frequencies, argmin_x ||x - y||^2 + strength ||grad x||^2.
+
+    As SPORCO's examples do it (signal.tikhonov_filter), mirrored beyond the border.
+    """
+    padded = np.pad(image, ((0, 0), (border, border), (border, border)), "symmetric")
+    rows, columns = (2 - 2 * np.cos(2 * np.pi * fft.fftfreq(n)) for n in padded.shape[1:])
+    gain = 1 + strength * (rows[:, None] + columns)
+    low = fft.ifft2(fft.fft2(padded) / gain).real
+    return image - low[:, border:-border, border:-border]
+
+
+def filters(spec: Spec, folder: Path) -> np.ndarray:
+    """(K, C, h, w) float32 of unit norm, learned by deconvnet on photographs that are not coded."""
+    file = folder / f"filters-{spec.channels}x{spec.maps}x{spec.size}.npy"
+    if not file.exists():
+        # Here, since the rest of this module needs numpy alone.
+        import torch
+
+        from deconvnet import LearningSettings, learn_filters
+
+        found = learn_filters(
+            torch.from_numpy(crops(OTHERS, 10, 128, spec.channels)),
+            spec.maps,
+            spec.size,
+            lam=10.0,
+            boundary="circular",
+            learning=LearningSettings(epochs=8),
+        )
+        np.save(file, found.filters.numpy())
+    return np.load(file)
+
+
+def random_filters(spec: Spec) -> np.ndarray:
+    """(K, C, h, w) float32 of unit norm: the noise that all learning starts from."""
+    f = np.random.default_rng(0).standard_normal((spec.maps, spec.channels, spec.size, spec.size))
+    return (f / np.sqrt(np.square(f).sum((1, 2, 3), keepdims=True))).astype(np.float32)
+
+
+class Objective:
+    """The objective (N,) of maps z (N, K, rows, columns) of a problem, and its duality gap.
+
+    Maps of the image's size wrap at its border ("circular"); maps that are larger by the size of a
+    filter less 1 reach beyond it ("valid"): the same circular convolution, whose first rows and
+    columns, where it wraps, lie beyond the image.
+    """
+
+    def __init__(self, problem: Problem, boundary: str = "circular"):
+        self.y, self.weight = problem.y.astype(np.float64), problem.weight
+        beyond = (n - 1 if boundary == "valid" else 0 for n in problem.f.shape[2:])
+        self.offset = tuple(beyond)
+        self.grid = tuple(n + o for n, o in zip(self.y.shape[2:], self.offset, strict=True))
+        self.spectrum = fft.rfft2(problem.f.astype(np.float64), self.grid)
+
+    def __call__(self, z: np.ndarray) -> np.ndarray:
+        error = np.square(self.y - self.paint(z)).sum((1, 2, 3))
+        return error / 2 + self.weight * np.abs(z).sum((1, 2, 3), dtype=np.float64)
+
+    def paint(self, z: np.ndarray) -> np.ndarray:
+        """(N, C, H, W): the sum over k of maps z_k * filters f_k."""
+        painted = np.zeros((len(z), *self.spectrum.shape[1:]), complex)
+        for k, f in enumerate(self.spectrum):
+            if z[:, k].any():
+                painted += fft.rfft2(z[:, k].astype(np.float64))[:, None] * f
+        top, left = self.offset
+        return fft.irfft2(painted, self.grid)[..., top:, left:]
+
+    def correlate(self, r: np.ndarray) -> np.ndarray:
+        """(N, K, rows, columns): the adjoint of `paint`."""
+        top, left = self.offset
+        spectrum = fft.rfft2(np.pad(r, ((0, 0), (0, 0), (top, 0), (left, 0))))
+        found = (np.sum(spectrum * f.conj(), 1) for f in self.spectrum)
+        return np.stack([fft.irfft2(one, self.grid) for one in found], 1)
+
+    def dual(self, z: np.ndarray) -> np.ndarray:
+        """(N,): a lower bound of every objective, sharp where z is the minimum.
+
+        The dual is  maximise <y, v> - 1/2 ||v||^2  over |correlate(v)| <= weight; of the points v
+        along the residual of z it is the best.
+        """
+        r = self.y - self.paint(z)
+        reach = self.weight / np.maximum(np.abs(self.correlate(r)).max((1, 2, 3)), 1e-300)
+        energy, along = np.square(r).sum((1, 2, 3)), (self.y * r).sum((1, 2, 3))
+        scale = np.clip(along / np.maximum(energy, 1e-300), -reach, reach)
+        return scale * along - scale**2 * energy / 2

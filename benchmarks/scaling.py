@@ -1,0 +1,453 @@
+"""How time and memory grow with the work: images, pixels, maps, the size of filters, layers.
+
+python benchmarks/scaling.py                    one thread, a few minutes
+python benchmarks/scaling.py --device cuda
+python benchmarks/scaling.py --quick            tiny sizes, to see whether it runs
+
+Coding is `sparse_code` by each method from zero maps with the same settings at every size: boundary
+valid, lam 20, tolerance 1e-3, at most 200 iterations. An epoch is one of learning a layer with the
+default solver of the device, not the first, which starts from zero maps. Layers are those of a
+small network that explains the image through all layers below, pooling in the loop.
+
+Images are crops of scikit-image's photographs, high-passed, filters patches of other photographs:
+nothing is learned before. A table has a row for each size, and in each cell the median seconds,
+the milliseconds of an iteration (of a round, with coordinate), and the peak of memory above what
+was in use before, in units of the maps z in float32. Its last row is the exponent of each, the
+slope of a line through the logarithms, with its standard error; that of memory is of the bytes.
+On the CPU every cell has a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import json
+import math
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+# Threads that spin while they wait take the time of others. To be set before torch is loaded.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+import clocks
+import numpy as np
+import problems
+import torch
+from ours import synchronizer
+
+from deconvnet import LayerSettings, LearningSettings, SolverSettings
+from deconvnet.learning import random_filters
+from deconvnet.network import DeconvNet, Layer, seeded
+from deconvnet.operators import Deconvolution
+from deconvnet.preprocessing import PreprocessingSettings
+from deconvnet.solvers import Solution, default_solver, duality_gap, sparse_code
+from deconvnet.trainer import LayerTrainer
+
+AXES = {
+    "images": (1, 2, 4, 8, 16),
+    "pixels": (64, 128, 256, 512),
+    "maps": (16, 32, 64, 128),
+    "size": (5, 8, 11, 15),
+    "layers": (1, 2, 3),
+}
+QUICK_AXES = {
+    "images": (1, 2),
+    "pixels": (40, 56),
+    "maps": (6, 12),
+    "size": (5, 8),
+    "layers": (1, 2),
+}
+TITLES = {
+    "images": "number of images",
+    "pixels": "pixels of a side",
+    "maps": "number of maps",
+    "size": "pixels of a filter's side",
+    "layers": "layer that is inferred and learned, through those below",
+}
+CODERS = ("coordinate", "admm", "fista")
+EPOCH = "epoch"
+LAM, TOLERANCE, MOST = 20.0, 1e-3, 200
+# Iterations of the run whose memory is measured: all that a solver does it has done by then.
+MEMORY_ITERATIONS = 12
+# Maps where the other axes have 32, maps that are pooled together, and lam of each layer.
+LAYERS = ((15, 3, 1.0), (50, 2, 0.5), (100, 2, 0.4))
+# A cell is timed again until so many seconds have passed, or all its repeats are done.
+PATIENCE = 1.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """One cell: so many images of pixels x pixels, maps and filters, by one method."""
+
+    axis: str
+    method: str
+    device: str
+    threads: int
+    repeats: int
+    images: int
+    pixels: int
+    maps: int
+    size: int
+    layers: int = 0
+
+    @property
+    def value(self) -> int:
+        return getattr(self, self.axis)
+
+
+def main() -> None:
+    sys.stdout.reconfigure(line_buffering=True)
+    options = arguments()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("--device=cuda: torch finds no CUDA device here; use --device cpu")
+        sys.exit(2)
+    started = time.time()
+    found = {
+        "command": " ".join(sys.argv),
+        "date": time.strftime("%Y-%m-%d %H:%M"),
+        "machine": clocks.machine(),
+        "options": {**vars(options), "output": str(options.output)},
+        "runs": survey(options),
+    }
+    found["minutes"] = (time.time() - started) / 60
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / f"scaling-{options.device}.json").write_text(json.dumps(found, indent=1))
+    print(show(found))
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU (default 1)")
+    parser.add_argument(
+        "--repeats", type=int, default=3,
+        help=f"of each timing (default 3; fewer where they take more than {PATIENCE:g} s)",
+    )  # fmt: skip
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, one repeat")
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/benchmark"),
+        help="folder of the results (default runs/benchmark)",
+    )  # fmt: skip
+    options = parser.parse_args()
+    for key in ("threads", "repeats"):
+        if getattr(options, key) < 1:
+            parser.error(f"--{key}={getattr(options, key)}: must be at least 1")
+    if options.quick:
+        options.repeats, options.output = 1, options.output / "quick"
+    return options
+
+
+def survey(options: argparse.Namespace) -> list[dict]:
+    """What every cell took; options: device, threads, repeats, quick."""
+    found = []
+    for case in cases(options):
+        once = measure if options.device == "cuda" else partial(alone, measure)
+        found.append({**asdict(case), "value": case.value, **once(case)})
+        seconds = statistics.median(found[-1]["seconds"])
+        line = f"{case.axis} {case.value}: {case.method} {seconds:.3g} s"
+        print(line, file=sys.stderr, flush=True)
+    return found
+
+
+def cases(options: argparse.Namespace) -> list[Case]:
+    """All cells; but for the axis they lie on they are alike."""
+    # On a CPU what takes minutes, on a GPU what is more than the start of its kernels.
+    base = dict(images=1, pixels=128, maps=32, size=8)
+    if options.device == "cuda":
+        base = dict(images=4, pixels=256, maps=64, size=8)
+    if options.quick:
+        base = dict(images=1, pixels=48, maps=8, size=6)
+    common = dict(device=options.device, threads=options.threads, repeats=options.repeats)
+    found = []
+    for axis, values in (QUICK_AXES if options.quick else AXES).items():
+        methods = ("fista", EPOCH) if axis == "layers" else (*CODERS, EPOCH)
+        if options.device == "cuda":
+            methods = tuple(method for method in methods if method != "coordinate")
+        for value in values:
+            sized = {**base, axis: value}
+            found += [Case(axis, method, **common, **sized) for method in methods]
+    return found
+
+
+def alone(run: Callable[[Case], dict], case: Case) -> dict:
+    """What run(case) finds in a process of its own, whose peak of memory is its own."""
+    context = multiprocessing.get_context(
+        "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    )
+    if context.get_start_method() == "forkserver":
+        # It loads torch once, but does nothing with it: its children start their own threads.
+        context.set_forkserver_preload(["deconvnet", "problems", "ours"])
+        for pool in ("OMP", "MKL", "OPENBLAS"):
+            os.environ[f"{pool}_NUM_THREADS"] = str(case.threads)
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(there, run, case))
+    process.start()
+    there.close()
+    try:
+        return here.recv()
+    except EOFError:
+        sys.exit(f"{case} failed: its message is above")
+    finally:
+        process.join()
+
+
+def _answer(there: Connection, run: Callable[[Case], dict], case: Case) -> None:
+    there.send(run(case))
+
+
+@torch.no_grad()
+def measure(case: Case) -> dict:
+    """Seconds (a list), iterations, bytes and bytes of z of one cell, and how near the minimum."""
+    torch.set_num_threads(case.threads)
+    if case.layers:
+        return _through_layers(case)
+    y, f = data(case)
+    return _learning(case, y) if case.method == EPOCH else _coding(case, y, f)
+
+
+def _coding(case: Case, y: torch.Tensor, f: torch.Tensor) -> dict:
+    def code(y: torch.Tensor, iterations: int = MOST) -> Solution:
+        settings = SolverSettings(case.method, iterations=iterations, tolerance=TOLERANCE)
+        return sparse_code(y, f, lam=LAM, settings=settings)
+
+    code(y[:1, :, :32, :32])
+    code(y, 2)
+    used = peak_of(lambda: code(y, MEMORY_ITERATIONS), case.device)
+    solution, seconds = timed(lambda: code(y), case)
+    gap = duality_gap(Deconvolution(f), y, solution.z, LAM).sum() / solution.objective.sum()
+    return {
+        "seconds": seconds,
+        "iterations": solution.iterations,
+        "bytes": used,
+        "maps_bytes": 4 * solution.z.numel(),
+        "gap": float(gap),
+        "density": float(torch.count_nonzero(solution.z)) / solution.z.numel(),
+    }
+
+
+def _learning(case: Case, y: torch.Tensor) -> dict:
+    settings = LayerSettings(
+        case.maps,
+        case.size,
+        lam=LAM,
+        solver=default_solver(y),
+        learning=LearningSettings(epochs=case.repeats + 2),
+    )
+
+    def trainer(y: torch.Tensor) -> LayerTrainer:
+        return LayerTrainer(Layer(settings, 1, seeded(0, 1)).to(y), y)
+
+    epoch(trainer(y[:1, :, :40, :40]))
+    return _epochs(case, lambda: trainer(y))
+
+
+def _through_layers(case: Case) -> dict:
+    """The top layer of a network of so many, on what those below have found in ten iterations."""
+    solver = SolverSettings("fista", iterations=10, tolerance=TOLERANCE)
+    learning = LearningSettings(epochs=case.repeats + 2)
+    common = dict(target="image", pooling="in_loop", solver=solver, learning=learning)
+    net = DeconvNet(
+        [
+            LayerSettings(k * case.maps // 32, case.size, pool=[group, 3, 3], lam=lam, **common)
+            for k, group, lam in LAYERS[: case.layers]
+        ],
+        PreprocessingSettings("grey"),
+    )
+    images = raw_images(case)
+    net.preprocessing.fit(images)
+    codes = net.to(case.device).infer(images, depth=0)
+    for number in range(1, case.layers):
+        net.layer(number).initialize(net.below(codes, number), seeded(0, number))
+        codes = net.extend(codes)
+    number, layer = case.layers, net.layer(case.layers)
+    if number > 1:
+        layer.fit_scale(codes.layers[-1].pooled)
+    layer.initialize(net.below(codes, number), seeded(0, number))
+    if case.method == EPOCH:
+        target = partial(net.target, codes, number)
+        return _epochs(
+            case, lambda: LayerTrainer(layer, net.below(codes, number), target, number=number)
+        )
+
+    def infer(iterations: int) -> Solution:
+        settings = replace(solver, iterations=iterations)
+        return layer.infer(net.target(codes, number), settings=settings)
+
+    infer(2)
+    used = peak_of(lambda: infer(MEMORY_ITERATIONS), case.device)
+    solution, seconds = timed(lambda: infer(MOST), case)
+    return {
+        "seconds": seconds,
+        "iterations": solution.iterations,
+        "bytes": used,
+        "maps_bytes": 4 * solution.z.numel(),
+    }
+
+
+def _epochs(case: Case, start: Callable[[], LayerTrainer]) -> dict:
+    """Of learning: the memory of the first epoch with all that it leaves, the time of the next."""
+    # What is made once, as plans of Fourier transforms are, is no memory of learning.
+    epoch(start())
+    held = []
+
+    def first() -> None:
+        held.append(start())
+        epoch(held[0])
+
+    used = peak_of(first, case.device)
+    (trainer,) = held
+    _, seconds = timed(lambda: epoch(trainer), case)
+    z = trainer.layer.operator().zeros(trainer.below)
+    return {
+        "seconds": seconds,
+        "bytes": used,
+        "maps_bytes": 4 * z.numel(),
+    }
+
+
+def epoch(trainer: LayerTrainer) -> None:
+    for _ in range(trainer.batches):
+        trainer.update()
+
+
+def timed(run: Callable[[], object], case: Case) -> tuple[object, list[float]]:
+    """What it returned last, and the seconds of every run."""
+    clock, seconds = clocks.Clock(synchronizer(case.device)), []
+    while len(seconds) < case.repeats and sum(seconds) < PATIENCE:
+        before = clock.seconds
+        clock.start()
+        result = run()
+        clock.stop()
+        seconds.append(clock.seconds - before)
+    return result, seconds
+
+
+def peak_of(run: Callable[[], object], device: str) -> int:
+    """By how many bytes memory rises above what is in use now while it runs."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    # What was freed but is still held by the C library would be taken again unseen.
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    before = clocks.fresh_peak()
+    run()
+    return max(0, int(clocks.peak() - before))
+
+
+def data(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images (N, 1, H, W), the same tiles again where there are too few, and filters."""
+    if case.axis == "pixels":
+        whole = problems.high_pass(problems.photograph("camera", 1))
+        top, left = ((length - case.pixels) // 2 for length in whole.shape[1:])
+        tiles = whole[None, :, top : top + case.pixels, left : left + case.pixels]
+    else:
+        tiles = problems.crops(problems.CODED, 16, case.pixels, 1)
+    # Spread over all of them: they are in the order of their photographs.
+    chosen = np.arange(case.images) * len(tiles) // case.images
+    y = torch.from_numpy(np.ascontiguousarray(tiles[chosen], np.float32)).to(case.device)
+    others = torch.from_numpy(problems.crops(problems.OTHERS, 10, 128, 1))
+    f = random_filters(case.maps, others, case.size, "patches", torch.Generator().manual_seed(0))
+    return y, f.to(case.device)
+
+
+def raw_images(case: Case) -> torch.Tensor:
+    """Images (N, 1, H, W) in [0, 1], for a network with a preprocessing of its own."""
+    both = [problems.photograph(name, 1) for name in problems.CODED]
+    step, count = case.pixels, case.images
+    places = [(w, i, j) for i in range(512 // step) for j in range(512 // step) for w in both]
+    tiles = [
+        w[:, i * step :, j * step :][:, :step, :step]
+        for w, i, j in (places[n % len(places)] for n in range(count))
+    ]
+    return torch.from_numpy(np.stack(tiles).astype(np.float32))
+
+
+def exponent(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
+    """(slope, its standard error) of the line through log y over log x by least squares.
+
+    The error needs three points, and is NaN of two; a slope needs positive numbers, else both are.
+    """
+    if len(x) < 2 or min(*x, *y) <= 0:
+        return math.nan, math.nan
+    u, v = np.log(np.asarray(x, float)), np.log(np.asarray(y, float))
+    u, v = u - u.mean(), v - v.mean()
+    slope = float(u @ v / (u @ u))
+    if len(x) == 2:
+        return slope, math.nan
+    rest = v - slope * u
+    return slope, math.sqrt(float(rest @ rest) / (len(x) - 2) / float(u @ u))
+
+
+def show(found: dict) -> str:
+    """The tables as one text."""
+    machine, options = found["machine"], found["options"]
+    lines = [
+        f"\n# scaling\n{machine['processor']}, load {machine['load']} at the start; on "
+        f"{options['device']}, {options['threads']} threads, up to {options['repeats']} repeats; "
+        "each cell: seconds | ms per iteration | peak of memory / size of z"
+    ]
+    for axis in dict.fromkeys(run["axis"] for run in found["runs"]):
+        lines += table(axis, [run for run in found["runs"] if run["axis"] == axis])
+    return "\n".join(lines)
+
+
+def table(axis: str, runs: list[dict]) -> list[str]:
+    methods = list(dict.fromkeys(run["method"] for run in runs))
+    by = {(run["value"], run["method"]): run for run in runs}
+    values = sorted({run["value"] for run in runs})
+    fixed = {key: runs[0][key] for key in ("images", "pixels", "maps", "size") if key != axis}
+    if axis == "layers":
+        fixed["maps"] = ", ".join(str(k * fixed["maps"] // 32) for k, _, _ in LAYERS)
+    rest = ", ".join(f"{key} {value}" for key, value in fixed.items())
+    lines = [f"\n## {TITLES[axis]}; {rest}\n", f"| {axis} | {' | '.join(methods)} |"]
+    lines.append("|---" * (1 + len(methods)) + "|")
+    for value in values:
+        lines.append(f"| {value} | {' | '.join(_cell(by[value, method]) for method in methods)} |")
+    fits = []
+    for method in methods:
+        column = [by[value, method] for value in values]
+        what = (_seconds, _each, lambda run: run["bytes"])
+        if method == EPOCH:
+            what = (_seconds, lambda run: run["bytes"])
+        fits.append(", ".join(_fit(values, [of(run) for run in column]) for of in what))
+    return [*lines, f"| exponent | {' | '.join(fits)} |"]
+
+
+def _seconds(run: dict) -> float:
+    return statistics.median(run["seconds"])
+
+
+def _each(run: dict) -> float:
+    return _seconds(run) / run["iterations"]
+
+
+def _cell(run: dict) -> str:
+    memory = f"{run['bytes'] / run['maps_bytes']:.1f} z"
+    if run["method"] == EPOCH:
+        return f"{_seconds(run):.3g} s, {memory}"
+    return f"{_seconds(run):.3g} s, {1e3 * _each(run):.3g} ms x {run['iterations']}, {memory}"
+
+
+def _fit(x: list[int], y: list[float]) -> str:
+    slope, error = exponent(x, y)
+    return f"{slope:.2f}" if math.isnan(error) else f"{slope:.2f} ± {error:.2f}"
+
+
+if __name__ == "__main__":
+    main()
