@@ -1,10 +1,10 @@
-"""What the README shows works as it stands there."""
+"""What the README and the guide to coding show works as it stands there."""
 
+import ast
 import re
 from pathlib import Path
 
 import pytest
-import torch
 
 from deconvnet import DeconvNet, LayerSettings, LearningSettings
 from deconvnet.monitor import Monitor
@@ -13,6 +13,7 @@ from deconvnet.training import train
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+CODING = (ROOT / "docs/coding.md").read_text()
 
 
 def test_the_python_of_the_readme_runs_from_top_to_bottom(tmp_path, monkeypatch, textures):
@@ -30,8 +31,23 @@ def test_the_python_of_the_readme_runs_from_top_to_bottom(tmp_path, monkeypatch,
         exec(compile(block, "README.md", "exec"), names)
     assert names["pixels"].shape == images.shape
     assert Path("photos.safetensors").is_file()
-    assert names["solution"].z.shape == (2, 32, 40, 40)
-    assert torch.isfinite(names["solution"].objective).all()
+    assert names["learned"].filters.shape == (32, 3, 8, 8)
+    assert names["learned"].encode(images).z.shape == (2, 32, 47, 47)
+
+
+def test_the_python_of_the_guide_to_coding_runs_and_every_value_is_what_its_comment_says():
+    names, checked = {}, 0
+    for block in re.findall(r"```python\n(.*?)```", CODING, re.DOTALL):
+        lines = block.splitlines()
+        for statement in ast.parse(block).body:
+            code = ast.get_source_segment(block, statement)
+            comment = lines[statement.end_lineno - 1][statement.end_col_offset :].strip()
+            if isinstance(statement, ast.Expr) and comment:
+                assert f"# {eval(code, names)!r}" == comment, code
+                checked += 1
+            else:
+                exec(code, names)
+    assert checked > 30
 
 
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
