@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -76,9 +77,10 @@ def coordinate_descent(
     `gap`, when its duality gap is at most that share of it; without `gap` the gaps are NaN. Where
     the prior is not convex the end is a point that no step of one entry alone betters (but for
     entries at a mirrored border). callback(i, z, beta) sees the maps after round i; beta is lam,
-    the curvature of unit filters being 1.
+    the curvature of unit filters being 1. Nothing of it is differentiable.
     """
     check_coordinate_descent(A, b, prior)
+    b, z = b.detach(), z.detach()
     found, residual = z.new_zeros(z.shape), torch.empty_like(b)
     gaps = torch.full((len(b),), math.nan, dtype=torch.float64)
     together = max(torch.get_num_threads(), TOGETHER // (z[0].numel() * z.element_size()))
@@ -100,8 +102,10 @@ class _Work:
         self.lam, self.prior, self.images = lam, prior, images
         self.b = b[images].contiguous()
         self.residual = torch.empty_like(self.b)
-        self.f, self.boundary = A.f.to(b).contiguous(), A.boundary
-        self.mask = None if A.mask is None else A.mask.to(b).expand_as(b)[images].contiguous()
+        self.f, self.boundary = A.f.detach().to(b).contiguous(), A.boundary
+        self.mask = (
+            None if A.mask is None else A.mask.detach().to(b).expand_as(b)[images].contiguous()
+        )
         K, C, h, w = self.f.shape
         self.maps_shape, self.G = tuple(z.shape[1:]), prior.group
         self.number = self.f.numpy().dtype.type
@@ -260,7 +264,7 @@ class _Work:
         for n in images:
             self._choose(n)
             for bands in self.turns:
-                # Every so-manieth: what there is to do lies together.
+                # Dealt out in turn, because what there is to do lies together.
                 workers = min(torch.get_num_threads(), len(bands))
                 parts = [bands[first::workers].copy() for first in range(workers)]
                 _share([functools.partial(self._sweep, n, part) for part in parts])
@@ -345,3 +349,8 @@ def _share(tasks: list[Callable[[], object]]) -> None:
 @functools.lru_cache(maxsize=1)
 def _pool(workers: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(workers, thread_name_prefix="coordinates")
+
+
+if hasattr(os, "register_at_fork"):
+    # A forked process has the pool, but not its threads, and would wait for them for ever.
+    os.register_at_fork(after_in_child=_pool.cache_clear)

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,9 +86,18 @@ def learn_filters(
     """
     if images.ndim != 4 or not torch.isfinite(images).all():
         raise ValueError(f"images must be finite and (N, C, H, W), got {tuple(images.shape)}")
-    settings = _settings(num_maps, filter_size, lam, share, p, boundary, group, non_negative)
-    settings.solver = solver or default_solver(images, p)
-    settings.learning = learning or LearningSettings()
+    settings = _settings(
+        lam,
+        share,
+        num_maps=num_maps,
+        filter_size=filter_size,
+        p=p,
+        boundary=boundary,
+        group=group,
+        non_negative=non_negative,
+        solver=solver or default_solver(images, p),
+        learning=learning or LearningSettings(),
+    )
     layer = Layer(settings, images.shape[1], seeded(seed, 1)).to(images)
     trainer = LayerTrainer(layer, images, seed=seed)
     if share is not None:
@@ -127,13 +137,25 @@ def learn_online(
     batches: of images (N, C, H, W), preprocessed as for `learn_filters`, whose other arguments
     these are. Only one batch and the sums over those before are in memory; the sums are a mean over
     about the last `memory` batches. Of `learning` counts what concerns one update: init,
-    update_iterations, norm, non_negative, zero_mean, revive (filters that a batch leaves unused
-    start anew as patches of it). The history has one entry for each batch.
+    update_iterations, norm, non_negative, zero_mean, revive (filters that the batches leave unused
+    start anew as patches of the last). A share is that of the first batch. The history has one
+    entry for each batch.
     """
     if not memory >= 1:
         raise ValueError(f"memory={memory}: must be at least 1 batch")
-    settings = _settings(num_maps, filter_size, lam, share, p, boundary, group, non_negative)
-    settings.learning = learning = learning or LearningSettings()
+    learning = learning or LearningSettings()
+    settings = _settings(
+        lam,
+        share,
+        num_maps=num_maps,
+        filter_size=filter_size,
+        p=p,
+        boundary=boundary,
+        group=group,
+        non_negative=non_negative,
+        solver=solver or SolverSettings(),
+        learning=learning,
+    )
     layer, sums, history = None, None, []
     with Monitor(progress=progress) as monitor:
         monitor.layer(1, 0, len(batches) if hasattr(batches, "__len__") else 0)
@@ -165,8 +187,9 @@ def learn_online(
                 )
             )
             if dead and learning.revive:
-                fresh = layer.fresh_filters(len(dead), images, seeded(seed, 1, 2, count))
-                layer.filters[dead] = fresh
+                f = layer.filters.clone()
+                f[dead] = layer.fresh_filters(len(dead), images, seeded(seed, 1, 2, count))
+                layer.set_filters(f)
                 sums = sums.without(dead)
             seconds = (time.perf_counter() - started) / len(images)
             history.append(_stats(found, images, count, len(dead), seconds))
@@ -177,27 +200,11 @@ def learn_online(
     return Learned(layer.filters, history, settings)
 
 
-def _settings(
-    num_maps: int,
-    filter_size: int,
-    lam: float | None,
-    share: float | None,
-    p: float,
-    boundary: Boundary,
-    group: int,
-    non_negative: bool,
-) -> LayerSettings:
+def _settings(lam: float | None, share: float | None, **layer: Any) -> LayerSettings:
+    """Those of the layer; with a share its lam is yet to be found."""
     if (lam is None) == (share is None):
         raise ValueError(f"lam={lam}, share={share}: give one of the two")
-    return LayerSettings(
-        num_maps=num_maps,
-        filter_size=filter_size,
-        lam=1.0 if lam is None else lam,
-        p=p,
-        boundary=boundary,
-        group=group,
-        non_negative=non_negative,
-    )
+    return LayerSettings(lam=1.0 if lam is None else lam, **layer)
 
 
 def _lam(layer: Layer, images: Tensor, share: float) -> float:
