@@ -184,6 +184,8 @@ def sparse_code(
     """
     if images.ndim != 4:
         raise ValueError(f"images must have the shape (N, C, H, W), got {tuple(images.shape)}")
+    if images.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"images must be float32 or float64, got {images.dtype}")
     if filters.ndim != 4 or filters.shape[1] != images.shape[1]:
         raise ValueError(
             f"filters must have the shape (K, {images.shape[1]}, h, w) for images of "

@@ -83,6 +83,14 @@ def test_filters_that_require_gradients_code_images_as_others_do(images):
     assert torch.equal(sparse_code(images, torch.nn.Parameter(f), lam=3.0).z, expected)
 
 
+def test_images_of_whole_numbers_and_of_half_precision_are_refused_by_name(images):
+    for given, name in ((images.int(), "int32"), (images.half(), "float16")):
+        with pytest.raises(
+            ValueError, match=f"images must be float32 or float64, got torch.{name}"
+        ):
+            sparse_code(given, torch.ones(4, 1, 5, 5), lam=1.0)
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_a_forked_process_does_not_wait_for_threads_that_it_does_not_have(images):
     from deconvnet import coordinates
