@@ -13,6 +13,7 @@ An operator has an adjoint, a norm and a solve of (beta I + lam A A') w = d; ope
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -35,10 +36,16 @@ class Operator(ABC):
     """A linear map A from maps z to images (or maps below) y, with its adjoint A'.
 
     warm_steps: how many steps of `solve` from the last solution keep ADMM on its course (measured:
-    with a good preconditioner one step converges in as many iterations as an exact solve).
+    with a good preconditioner one step converges in as many iterations as an exact solve). inside:
+    the most numbers of an image that it holds on the way from z to y, as far as it knows.
     """
 
     warm_steps = 4
+    inside = 0
+
+    def __getitem__(self, images: slice) -> Operator:
+        """The operator for these images of the batch."""
+        return self
 
     @abstractmethod
     def __call__(self, z: Tensor) -> Tensor:
@@ -190,6 +197,13 @@ class Deconvolution(Operator):
             largest = largest * self.mask.square().amax((1, 2, 3), keepdim=True)
         return largest.expand(b.shape[0], 1, 1, 1)
 
+    def __getitem__(self, images: slice) -> Deconvolution:
+        if self.mask is None or len(self.mask) == 1:
+            return self
+        some = copy.copy(self)
+        some.mask = self.mask[images]
+        return some
+
     def _masked(self, y: Tensor) -> Tensor:
         return y if self.mask is None else self.mask * y
 
@@ -254,6 +268,10 @@ class Unpooling(Operator):
     def __init__(self, switches: Tensor, shape: tuple[int, int, int]):
         self.switches = switches
         self.shape = tuple(shape)
+        self.inside = math.prod(self.shape)
+
+    def __getitem__(self, images: slice) -> Unpooling:
+        return Unpooling(self.switches[images], self.shape)
 
     def __call__(self, z: Tensor) -> Tensor:
         return pooling.unpool(z, self.switches, (z.shape[0], *self.shape))
@@ -268,6 +286,11 @@ class Spreading(Operator):
     def __init__(self, weights: Tensor, window: pooling.Window):
         self.weights = weights
         self.window = window
+        self.inside = weights[0].numel()
+
+    def __getitem__(self, images: slice) -> Spreading:
+        alike = len(self.weights) == 1
+        return self if alike else Spreading(self.weights[images], self.window)
 
     def __call__(self, z: Tensor) -> Tensor:
         return pooling.spread(z, self.weights, self.window)
@@ -306,6 +329,10 @@ class Composition(Operator):
     def __init__(self, outer: Operator, inner: Operator):
         self.outer = outer
         self.inner = inner
+        self.inside = max(outer.inside, inner.inside)
+
+    def __getitem__(self, images: slice) -> Composition:
+        return Composition(self.outer[images], self.inner[images])
 
     def __call__(self, z: Tensor) -> Tensor:
         return self.outer(self.inner(z))
@@ -324,6 +351,12 @@ class Stack(Operator):
     def __init__(self, operators: list[Operator], weights: list[float], shapes: list[torch.Size]):
         self.operators, self.weights = operators, weights
         self.shapes = [tuple(shape[1:]) for shape in shapes]
+        self.inside = max(A.inside for A in operators)
+
+    def __getitem__(self, images: slice) -> Stack:
+        some = copy.copy(self)
+        some.operators = [A[images] for A in self.operators]
+        return some
 
     def __call__(self, z: Tensor) -> Tensor:
         return self.join([A(z) for A in self.operators])

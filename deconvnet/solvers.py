@@ -24,6 +24,7 @@ rest of the batch.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -41,6 +42,9 @@ from deconvnet.sparsity import Prior, shrink
 METHODS = ("admm", "half_quadratic", "fista", "ista", "coordinate")
 Z_STEPS = ("exact", "cg")
 CHECK_EVERY = 10
+# Above 32 MiB the C library gives an array back when it is done with it, and its pages are made
+# anew for the next one, which doubles the time of an iteration; below, they are used again.
+PART = 2**24
 # The gradient step grows by this factor in an iteration, and falls to this share of what the
 # curvature would allow (measured on four layers: 1.5 and more is no faster and often refused).
 GROWTH, CAUTION = 1.02, 0.9
@@ -272,57 +276,70 @@ def solve(
             f"solver.gap={settings.gap}: only a minimum for p=1 without a window has a duality gap,"
             f" not for p={p}, window={window}"
         )
+    start = A.zeros(b) if state is None else state
+    prior.check(start.shape)
+    options = dict(lam=lam, settings=settings, training=training, callback=callback)
+    step = settings.step if step is None else step
+    if callback or settings.method == "coordinate":
+        return _solve(A, b, start, step=step, **options, **fields)
+    found = []
+    for images in _parts(A, b, start):
+        own = {**fields, "weights": _some(weights, images)}
+        some = _some(step, images)
+        found.append(_solve(A[images], b[images], start[images], step=some, **options, **own))
+    return _joined(found)
+
+
+def _solve(
+    A: Operator,
+    b: Tensor,
+    start: Tensor,
+    *,
+    lam: float,
+    settings: SolverSettings,
+    step: Tensor | float | None,
+    training: bool,
+    callback: Callback | None,
+    **fields: Any,
+) -> Solution:
+    """`solve` for images that are inferred together."""
+    prior = Prior(**fields)
     iterations = settings.training_iterations if training else settings.iterations
     gap = None if training else settings.gap
     tolerance = 0.0 if training or gap is not None else settings.tolerance
-    start = A.zeros(b) if state is None else state
-    prior.check(start.shape)
     common = dict(lam=lam, callback=callback, **fields)
+    until = dict(iterations=iterations, tolerance=tolerance, gap=gap)
     if settings.method == "coordinate":
         z, residual, gaps, count = coordinate_descent(
-            *(A, b, start),
-            lam=lam,
-            prior=prior,
-            iterations=iterations,
-            tolerance=tolerance,
-            gap=gap,
-            callback=callback,
+            A, b, start, lam=lam, prior=prior, callback=callback, **until
         )
         cost = data_term(residual, lam), prior(z)
         return Solution(z, residual, *cost, count, z, None, None if gap is None else gaps, lam)
     if settings.method == "half_quadratic":
         cg = settings.cg_iterations if settings.z_step == "cg" else None
         passes = 1 if training else iterations
-        z, state = half_quadratic(
-            A, b, start, betas=settings.betas() * passes, cg_iterations=cg, **common
-        )
-        count = passes * len(settings.betas())
+        betas = settings.betas() * passes
+        z, state = half_quadratic(A, b, start, betas=betas, cg_iterations=cg, **common)
+        step, count = None, len(betas)
     elif settings.method == "admm":
         z, state, count = admm(
-            A,
-            b,
-            start,
+            *(A, b, start),
             beta=settings.coupling * lam,
             relaxation=settings.relaxation,
             # Where the prior is not convex a beta that keeps moving loses its way.
             adaptive=settings.adaptive and prior.convex and not training,
-            iterations=iterations,
-            tolerance=tolerance,
-            gap=gap,
             **common,
+            **until,
         )
+        step = None
     else:
         z, step, count = proximal_gradient(
-            A,
-            b,
-            start,
+            *(A, b, start),
             momentum=settings.method == "fista",
             adaptive=settings.adaptive,
-            step=settings.step if step is None else step,
-            iterations=iterations,
-            tolerance=tolerance,
-            gap=gap,
+            step=step,
             **common,
+            **until,
         )
         state = z
     residual = b - A(z)
@@ -331,6 +348,32 @@ def solve(
         # At the minimum rounding takes it below 0.
         gap = (sum(cost) - _dual(A, b, residual, lam, prior)).clamp(min=0)
     return Solution(z, residual, *cost, count, state, step, gap, lam)
+
+
+def _parts(A: Operator, b: Tensor, z: Tensor) -> list[slice]:
+    """All images on a GPU; on a CPU as many at a time as keep an array of maps within PART."""
+    if b.device.type != "cpu" or len(b) == 0:
+        return [slice(0, len(b))]
+    numbers = max(z[0].numel(), b[0].numel(), A.inside)
+    together = max(1, PART // (numbers * b.element_size()))
+    return [slice(n, n + together) for n in range(0, len(b), together)]
+
+
+def _some(value: Any, images: slice) -> Any:
+    """The part for these images of what has one for each, as maps or as (N, 1, 1, 1); else all."""
+    each = isinstance(value, Tensor) and value.ndim == 4 and len(value) > 1
+    return value[images] if each else value
+
+
+def _joined(parts: list[Solution]) -> Solution:
+    """The solutions of parts of a batch as that of the batch."""
+    if len(parts) == 1:
+        return parts[0]
+    found = {key: [getattr(part, key) for part in parts] for key in vars(parts[0])}
+    tensors = {
+        key: torch.cat(values) for key, values in found.items() if isinstance(values[0], Tensor)
+    }
+    return dataclasses.replace(parts[0], **tensors, iterations=max(found["iterations"]))
 
 
 def half_quadratic(
@@ -580,14 +623,14 @@ def _z_step(
     tolerance: float = 0.0,
     max_iterations: int = 100,
 ) -> tuple[Tensor, Tensor]:
-    """argmin_z lam/2 ||A z - b||^2 + beta/2 ||z - v||^2, and the w that the next one starts from.
+    """argmin_z lam/2 ||A z - b||^2 + beta/2 ||z - v||^2, written over v, and the w to go on from.
 
     Setting the gradient to zero gives z = v + lam A'w with (beta I + lam A A') w = b - A v: a
     system in the space of the images, with K/C times fewer unknowns than that of the maps. Beside
     it A and A' are applied once each.
     """
     w = A.solve(b - A(v), lam, beta, w, tolerance=tolerance, max_iterations=max_iterations)
-    return torch.add(v, A.adjoint(w), alpha=lam), w
+    return v.add_(A.adjoint(w), alpha=lam), w
 
 
 def _balance(

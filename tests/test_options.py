@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from sklearn.linear_model import Lasso
 from torch.testing import assert_close
 
+from deconvnet import solvers
 from deconvnet.arithmetic import convolution_matrix, receptive_field
 from deconvnet.convolution import (
     correlate,
@@ -28,7 +30,8 @@ from deconvnet.learning import (
     update_filters_by_cg,
 )
 from deconvnet.network import Layer, LayerSettings, Target
-from deconvnet.operators import Deconvolution, Identity
+from deconvnet.operators import Deconvolution, Identity, Spreading, Stack, Unpooling
+from deconvnet.pooling import max_pool, spreading_weights
 from deconvnet.solvers import SolverSettings, duality_gap, lam_of_share, solve, sparse_code
 from deconvnet.sparsity import Prior, shrink
 
@@ -700,3 +703,38 @@ def test_grey_filters_explain_every_channel_at_the_same_places():
     assert_close(grey.z[:, ::2], one.z, rtol=0, atol=1e-3)
     with refused("filters must have the shape (K, 1, h, w), got (6, 2, 3, 3)"):
         per_channel(both, 2)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("through", ["mask and weights", "R_2", "R_2 spread, and the maps"])
+def test_images_that_are_solved_some_at_a_time_are_those_of_the_whole_batch(
+    method, through, monkeypatch
+):
+    if through == "mask and weights":
+        A, b = problem(N=5, mask=True)
+        weights = uniform(*A.zeros(b).shape, seed=9) + 0.5
+    else:
+        b, weights = rand(5, 1, 9, 9), None
+        first, above = (Deconvolution(normalize(rand(4, c, 3, 3, seed=c))) for c in (1, 4))
+        maps = first.adjoint(b)
+        pooled, switches = max_pool(maps, (1, 2, 2))
+        A = first @ Unpooling(switches, maps.shape[1:]) @ above
+        if "spread" in through:
+            spreading = spreading_weights("no_place", switches, maps.shape[1:], (1, 2, 2))
+            down = first @ Spreading(spreading.double(), (1, 2, 2))
+            both = Stack([Identity(), down], [1.0, 0.7], [pooled.shape, b.shape])
+            A, b = both @ above, both.join([pooled, b])
+    step = torch.linspace(0.01, 0.02, 5, dtype=b.dtype).view(-1, 1, 1, 1)
+    settings = SolverSettings(method=method, iterations=30)
+    run = partial(solve, A, b, lam=5.0, weights=weights, settings=settings, step=step)
+    whole = run()
+    sizes = []
+    original = type(A).__call__
+    monkeypatch.setattr(type(A), "__call__", lambda A, z: sizes.append(len(z)) or original(A, z))
+    monkeypatch.setattr(solvers, "PART", 2 * 8 * max(A.inside, A.zeros(b)[0].numel()))
+    parts = run()
+    assert set(sizes) == {2, 1}
+    for key, expected in vars(whole).items():
+        if isinstance(expected, torch.Tensor):
+            assert_close(getattr(parts, key), expected, rtol=1e-9, atol=1e-9, msg=key)
+    assert parts.iterations == whole.iterations
