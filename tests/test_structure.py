@@ -14,6 +14,7 @@ ORDER = [
     "pooling",
     "sparsity",
     "arithmetic",
+    "upsampling",
     "operators",
     "kernels",
     "entries",
