@@ -36,7 +36,9 @@ ORDER = [
     "trainer",
     "dictionary",
     "training",
+    "applications",
     "config",
+    "sklearn",
 ]
 # The package itself and the command line see everything; nothing sees them.
 ABOVE = {"__init__", "__main__"}

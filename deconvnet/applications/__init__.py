@@ -1,0 +1,1 @@
+"""What sparse maps are good for once they are found."""
