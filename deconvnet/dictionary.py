@@ -40,10 +40,11 @@ class Learned:
         mask: Tensor | None = None,
         weights: Tensor | None = None,
         settings: SolverSettings | None = None,
+        chunk: int | None = None,
     ) -> Solution:
         """The sparse maps of any images (N, C, H, W), with the lam and the prior of the learning.
 
-        mask, weights, settings: as in `sparse_code`.
+        mask, weights, settings, chunk: as in `sparse_code`.
         """
         layer = self.settings
         return sparse_code(
@@ -57,6 +58,7 @@ class Learned:
             mask=mask,
             weights=weights,
             settings=settings,
+            chunk=chunk,
         )
 
 

@@ -174,6 +174,7 @@ def sparse_code(
     group: int = 1,
     non_negative: bool = False,
     settings: SolverSettings | None = None,
+    chunk: int | None = None,
 ) -> Solution:
     """Sparse maps of images under given filters, without a network.
 
@@ -184,7 +185,9 @@ def sparse_code(
     one. share instead of lam, in (0, 1], is relative to what makes all maps zero (`lam_of_share`).
     mask: (N or 1, C or 1, H, W), >= 0; where it is 0 a pixel is not explained and may be anything.
     p, weights (K,) or as the maps, group and non_negative: the prior, `sparsity.Prior`.
-    settings: by default those of `default_solver`.
+    settings: by default those of `default_solver`. chunk: at most so many images at a time, which
+    bounds the memory beside that of the maps and changes results by rounding only; None: what is
+    fast on a CPU, all on a GPU.
     """
     if images.ndim != 4:
         raise ValueError(f"images must have the shape (N, C, H, W), got {tuple(images.shape)}")
@@ -212,7 +215,8 @@ def sparse_code(
     prior = dict(p=p, weights=weights, group=group, non_negative=non_negative)
     if share is not None:
         lam = lam_of_share(A, b, share, **prior)
-    return solve(A, b, lam=lam, settings=settings or default_solver(images, p), **prior)
+    settings = settings or default_solver(images, p)
+    return solve(A, b, lam=lam, settings=settings, chunk=chunk, **prior)
 
 
 def default_solver(images: Tensor, p: float = 1.0) -> SolverSettings:
@@ -259,14 +263,17 @@ def solve(
     step: Tensor | None = None,
     training: bool = False,
     callback: Callback | None = None,
+    chunk: int | None = None,
 ) -> Solution:
     """Infer z by the method of the settings, from z = 0 or from state and step of an earlier one.
 
     p, window, weights, group, non_negative: the prior, `sparsity.Prior`. With `training` it is one
     visit of a training epoch: few iterations, nothing adapts, nothing stops early. callback(i, z,
     beta) sees the sparse maps after iteration i = 1, 2, ... and the beta (N, 1, 1, 1) of each image
-    then; for fista and ista beta is 1 / step.
+    then; for fista and ista beta is 1 / step. It sees all images: with it there are no chunks.
     """
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk={chunk}: must be at least 1")
     if not lam > 0:
         raise ValueError(f"lam={lam}: must be positive")
     fields = dict(p=p, window=window, weights=weights, group=group, non_negative=non_negative)
@@ -280,10 +287,10 @@ def solve(
     prior.check(start.shape)
     options = dict(lam=lam, settings=settings, training=training, callback=callback)
     step = settings.step if step is None else step
-    if callback or settings.method == "coordinate":
+    if callback or (settings.method == "coordinate" and chunk is None):
         return _solve(A, b, start, step=step, **options, **fields)
     found = []
-    for images in _parts(A, b, start):
+    for images in _parts(A, b, start, chunk):
         own = {**fields, "weights": _some(weights, images)}
         some = _some(step, images)
         found.append(_solve(A[images], b[images], start[images], step=some, **options, **own))
@@ -350,13 +357,13 @@ def _solve(
     return Solution(z, residual, *cost, count, state, step, gap, lam)
 
 
-def _parts(A: Operator, b: Tensor, z: Tensor) -> list[slice]:
-    """All images on a GPU; on a CPU as many at a time as keep an array of maps within PART."""
-    if b.device.type != "cpu" or len(b) == 0:
-        return [slice(0, len(b))]
-    numbers = max(z[0].numel(), b[0].numel(), A.inside)
-    together = max(1, PART // (numbers * b.element_size()))
-    return [slice(n, n + together) for n in range(0, len(b), together)]
+def _parts(A: Operator, b: Tensor, z: Tensor, chunk: int | None) -> list[slice]:
+    """At most `chunk` images each, and on a CPU as many as keep an array of maps within PART."""
+    together = max(1, len(b)) if chunk is None else chunk
+    if b.device.type == "cpu" and len(b) > 0:
+        numbers = max(z[0].numel(), b[0].numel(), A.inside)
+        together = max(1, min(together, PART // (numbers * b.element_size())))
+    return [slice(n, n + together) for n in range(0, max(1, len(b)), together)]
 
 
 def _some(value: Any, images: slice) -> Any:

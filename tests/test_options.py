@@ -738,3 +738,23 @@ def test_images_that_are_solved_some_at_a_time_are_those_of_the_whole_batch(
         if isinstance(expected, torch.Tensor):
             assert_close(getattr(parts, key), expected, rtol=1e-9, atol=1e-9, msg=key)
     assert parts.iterations == whole.iterations
+
+
+@pytest.mark.parametrize("method", ["admm", "coordinate"])
+def test_a_chunk_bounds_how_many_images_are_in_work_at_a_time(method, monkeypatch):
+    b, f = rand(5, 1, 8, 8), normalize(rand(4, 1, 3, 3))
+    settings = SolverSettings(method, iterations=30, gap=1e-6)
+    whole = sparse_code(b, f, lam=3.0, settings=settings)
+    sizes = []
+    original = solvers._solve
+    monkeypatch.setattr(
+        solvers,
+        "_solve",
+        lambda A, b, *rest, **o: sizes.append(len(b)) or original(A, b, *rest, **o),
+    )
+    parts = sparse_code(b, f, lam=3.0, settings=settings, chunk=2)
+    assert sizes == [2, 2, 1]
+    assert_close(parts.z, whole.z, rtol=1e-9, atol=1e-9)
+    assert_close(parts.gap, whole.gap, rtol=1e-6, atol=1e-9)
+    with pytest.raises(ValueError, match="chunk=0: must be at least 1"):
+        sparse_code(b, f, lam=3.0, chunk=0)
