@@ -8,6 +8,7 @@ that knows Hydra.
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -18,9 +19,12 @@ from typing import Any
 import torch
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from deconvnet.applications.classification import ClassData
+from deconvnet.applications.labelled import ClassifySettings
+from deconvnet.applications.restoration import STRENGTH
 from deconvnet.data import DataSettings
 from deconvnet.network import LayerSettings
 from deconvnet.preprocessing import PreprocessingSettings
@@ -108,16 +112,85 @@ class VisualizeConfig(SurveySettings):
                 raise ValueError(f"{key}={getattr(self, key)}: must be at least 1, or null")
 
 
+@dataclass
+class RestoreConfig:
+    """What scripts/denoise.py and scripts/inpaint.py have in common; their configs say more."""
+
+    run: str
+    image: Any
+    layer: int | None = None
+    strength: float = STRENGTH
+    clean: Any = None
+    seed: int = 0
+    output: str | None = None
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.image == [] or self.clean == []:
+            raise ValueError("image=[] or clean=[]: give a file, a folder, or a list of them")
+        for key in ("strength", "sigma", "noise"):
+            value = getattr(self, key, None)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{key}={value}: must be a positive number")
+        for key in ("sigma", "noise"):
+            value = getattr(self, key, None)
+            if value is not None and not 0.5 <= value <= 255:
+                raise ValueError(f"{key}={value}: is in grey levels of 0 to 255, from 0.5")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed}: must not be negative")
+
+    def common(self) -> dict[str, Any]:
+        """What does not depend on what is to be restored."""
+        return {key: getattr(self, key) for key in ("output", "layer", "strength", "clean")}
+
+
+@dataclass
+class DenoiseConfig(RestoreConfig):
+    """Everything that scripts/denoise.py needs to know; configs/denoise.yaml says what it means."""
+
+    sigma: float | None = None
+    noise: float | None = None
+    clip: bool = False
+
+
+@dataclass
+class InpaintConfig(RestoreConfig):
+    """Everything that scripts/inpaint.py needs to know; configs/inpaint.yaml says what it means."""
+
+    missing: str = MISSING
+    sigma: float = 2.5
+
+
+@dataclass
+class ClassifyConfig(ClassifySettings):
+    """All that scripts/classify.py needs to know; configs/classify.yaml says what it means."""
+
+    run: str = MISSING
+    data: ClassData = MISSING
+    output: str | None = None
+    device: str = "auto"
+
+
 def register() -> None:
     """Make the types of the settings known to Hydra, so that wrong keys and values are refused."""
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
     store.store(name="visualize_schema", node=VisualizeConfig)
+    store.store(name="denoise_schema", node=DenoiseConfig)
+    store.store(name="inpaint_schema", node=InpaintConfig)
+    store.store(name="classify_schema", node=ClassifyConfig)
 
 
 def read_visualize(cfg: DictConfig) -> VisualizeConfig:
     """The checked settings of scripts/visualize.py."""
     check_keys(cfg)
+    return OmegaConf.to_object(cfg)
+
+
+def read_restore(cfg: DictConfig) -> DenoiseConfig | InpaintConfig | ClassifyConfig:
+    """The checked settings of scripts/denoise.py, scripts/inpaint.py or scripts/classify.py."""
+    check_keys(cfg)
+    check_complete(cfg)
     return OmegaConf.to_object(cfg)
 
 

@@ -267,6 +267,25 @@ def find_images(path: str | Path) -> list[Path]:
     return sorted(found)
 
 
+def image_files(images: object) -> list[Path]:
+    """The image files that a setting names: one, those of a folder, or those of a list of both."""
+    if isinstance(images, Sequence) and not isinstance(images, str):
+        return [path for item in images for path in image_files(item)]
+    path = Path(str(images)).expanduser()
+    return find_images(path) if path.is_dir() else [path]
+
+
+def distinct_names(paths: Sequence[Path]) -> list[str]:
+    """A name for the pictures of every file: its stem, numbered where one comes again."""
+    seen: dict[str, int] = {}
+    names = []
+    for path in paths:
+        seen[path.stem] = seen.get(path.stem, 0) + 1
+        count = seen[path.stem]
+        names.append(path.stem if count == 1 else f"{path.stem}-{count}")
+    return names
+
+
 def read_image(path: str | Path) -> Tensor:
     """The image of a file as RGB (3, H, W), float32 in [0, 1]; of several frames the first.
 

@@ -192,7 +192,7 @@ class Monitor:
 
 
 def save_picture(path: Path, picture: Tensor) -> None:
-    """Write a picture (3, H, W) in [0, 1] to a PNG file."""
+    """Write a picture (1 or 3, H, W) in [0, 1] to a PNG file, grey or RGB."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = (picture.clamp(0, 1).cpu() * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-    Image.fromarray(pixels).save(path)
+    Image.fromarray(pixels[..., 0] if len(picture) == 1 else pixels).save(path)

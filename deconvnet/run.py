@@ -13,6 +13,7 @@ import logging
 from pathlib import Path
 
 from deconvnet import checkpoint
+from deconvnet.data import DataSettings
 
 log = logging.getLogger(__name__)
 
@@ -102,6 +103,14 @@ class Run:
         for path in old:
             path.rename(aside / path.name)
         log.info("the earlier run was moved to %s", aside)
+
+
+def training_data(run: str | Path) -> DataSettings | None:
+    """What the network of a run folder has learned from; None if that is a network file."""
+    if not Path(run).is_dir():
+        return None
+    found = checkpoint.newest(Path(run) / "checkpoints")
+    return DataSettings(**found[0]["settings"]["data"]) if found else None
 
 
 def _evolution(folder: Path, layer: int) -> Path:

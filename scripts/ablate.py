@@ -15,10 +15,11 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
 
-from deconvnet import checkpoint, config, load
+from deconvnet import config, load
 from deconvnet.ablation import MEANINGS, Ablation, ablate
-from deconvnet.data import DataSettings, load_images
+from deconvnet.data import load_images
 from deconvnet.monitor import save_picture
+from deconvnet.run import training_data
 from deconvnet.visualization.figures import labelled_images
 
 
@@ -53,10 +54,10 @@ def run(cfg: DictConfig) -> None:
 
 def training_images(folder: Path, count: int) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Some of the images that a run was trained on, evenly among all, and their frames."""
-    found = checkpoint.newest(folder / "checkpoints") if folder.is_dir() else None
-    if found is None:
+    settings = training_data(folder)
+    if settings is None:
         raise ValueError(f"run={folder}: not a run folder of scripts/train.py with a checkpoint")
-    data = load_images(DataSettings(**found[0]["settings"]["data"]))
+    data = load_images(settings)
     last = len(data.images) - 1
     chosen = torch.linspace(0, last, min(count, last + 1)).round().long()
     return data.images[chosen], None if data.frames is None else data.frames[chosen]

@@ -7,8 +7,7 @@ import os
 from pathlib import Path
 
 import hydra
-from omegaconf import DictConfig, ListConfig
-from PIL import Image
+from omegaconf import DictConfig
 from tqdm import tqdm
 
 # With another busy process on the machine, threads of OpenMP that spin while they wait cost up to
@@ -16,7 +15,7 @@ from tqdm import tqdm
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 from deconvnet import config, load
-from deconvnet.data import find_images, read_image
+from deconvnet.data import distinct_names, image_files, read_image
 from deconvnet.monitor import save_picture
 from deconvnet.network import snr
 from deconvnet.visualization import parts_picture
@@ -36,11 +35,11 @@ def reconstruct(cfg: DictConfig) -> None:
     net.layer(layer)
     if not isinstance(cfg.parts, bool):
         raise ValueError(f"parts={cfg.parts}: must be true or false")
-    paths = _paths(cfg.images)
+    paths = image_files(cfg.images)
     beside = source if source.is_dir() else source.parent
     folder = Path(str(cfg.output or beside / "reconstructions"))
     folder.mkdir(parents=True, exist_ok=True)
-    named = zip(paths, _names(paths), strict=True)
+    named = zip(paths, distinct_names(paths), strict=True)
     for path, name in tqdm(
         named, total=len(paths), unit="image", leave=False, disable=len(paths) == 1
     ):
@@ -51,7 +50,7 @@ def reconstruct(cfg: DictConfig) -> None:
             picture = parts_picture(net, codes, image[0], layer)
             save_picture(folder / f"{name}-layer{layer}-parts.png", picture)
         target = folder / f"{name}-layer{layer}.png"
-        Image.fromarray(_bytes(pixels[0])).save(target)
+        save_picture(target, pixels[0])
         shown = image if pixels.shape[1] == 3 else image.mean(1, keepdim=True)
         tqdm.write(
             f"{target}   layer {layer}: {net.snr(codes, layer):.2f} dB preprocessed, "
@@ -59,34 +58,10 @@ def reconstruct(cfg: DictConfig) -> None:
         )
 
 
-def _names(paths: list[Path]) -> list[str]:
-    """A name for the picture of every file: its stem, numbered where one comes again."""
-    seen: dict[str, int] = {}
-    names = []
-    for path in paths:
-        seen[path.stem] = seen.get(path.stem, 0) + 1
-        count = seen[path.stem]
-        names.append(path.stem if count == 1 else f"{path.stem}-{count}")
-    return names
-
-
 def _number(layer: object) -> int:
     if not isinstance(layer, int) or isinstance(layer, bool):
         raise ValueError(f"layer={layer}: must be a whole number")
     return layer
-
-
-def _paths(images: object) -> list[Path]:
-    """The image files that the setting names: one, several, or those of a folder."""
-    if isinstance(images, ListConfig):
-        return [path for item in images for path in _paths(item)]
-    path = Path(str(images)).expanduser()
-    return find_images(path) if path.is_dir() else [path]
-
-
-def _bytes(pixels):
-    pixels = (pixels * 255).round().byte().cpu().permute(1, 2, 0).numpy()
-    return pixels[..., 0] if pixels.shape[2] == 1 else pixels
 
 
 if __name__ == "__main__":

@@ -19,8 +19,9 @@ from omegaconf import DictConfig
 # ten times the time; on a quiet machine a short spin is as fast. To be set before torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-from deconvnet import checkpoint, config, distributed, load
+from deconvnet import config, distributed, load
 from deconvnet.data import Crop, DataSettings, Item, LazyImages, lazy_images, read_image
+from deconvnet.run import training_data
 from deconvnet.survey import default_layers, file_name, layers_of, projector_of, survey
 from deconvnet.visualization.evolution import Evolution, evolution, load_evolution
 from deconvnet.visualization.models import Subject, digest, load_model
@@ -126,11 +127,11 @@ def named_images(settings: config.VisualizeConfig, crop: Crop | None) -> LazyIma
 def data_of(settings: config.VisualizeConfig, subject: Subject) -> DataSettings | None:
     """What the network has learned from; of pictures with zeros around them, their crops."""
     if settings.run and Path(settings.run).is_dir():
-        found = checkpoint.newest(Path(settings.run) / "checkpoints")
-        data = found and found[0]["settings"]["data"]
+        data = training_data(settings.run)
     else:
         data = subject.training.get("data")
-    return DataSettings(**{**data, "fit": "crop"}) if data else None
+        data = DataSettings(**data) if data else None
+    return replace(data, fit="crop") if data else None
 
 
 def list_layers(settings: config.VisualizeConfig, subject: Subject, images: LazyImages) -> None:

@@ -19,6 +19,7 @@ import clocks
 import gpu
 import problems
 import report
+import restoration
 import scaling
 
 
@@ -286,3 +287,26 @@ def test_of_waits_only_those_for_the_device_are_counted_where_they_happen():
     counted = gpu.waited(run, "cpu")
     assert sum(counted.values()) == 3 and len(counted) == 1
     assert next(iter(counted)).startswith("test_benchmarks.py:")
+
+
+def test_no_photograph_is_restored_by_a_network_that_has_seen_it(monkeypatch, tmp_path):
+    seen = []
+
+    class Stub:
+        def __init__(self, crops):
+            self.crops = crops
+
+        def fit(self, crops):
+            assert crops is not None and len(crops) == len(self.crops)
+            return self
+
+    monkeypatch.setattr(restoration, "network", lambda crops, *_: seen.append(crops) or crops)
+    monkeypatch.setattr(restoration, "Restorer", Stub)
+    photographs = restoration.images_of("photographs")
+    options = argparse.Namespace(output=tmp_path, quick=True, depth=1)
+    restorer = restoration.networks(photographs, options)
+    assert len(seen) == 2
+    for name, image in photographs.items():
+        own = {tuple(crop.flatten()[:50].tolist()) for crop in restoration.cut(image).clamp(0, 1)}
+        of_others = {tuple(crop.flatten()[:50].tolist()) for crop in restorer(name).crops}
+        assert len(of_others) > 5 and not own & of_others

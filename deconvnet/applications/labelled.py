@@ -1,0 +1,415 @@
+"""A labelled set of image files put into classes, with what is found on the way kept in files.
+
+Images: the files and their classes. Features: the counts of the words of every image, in a folder
+named by a digest of all they depend on, so that the same work again goes on where it stopped.
+judge: the scores of layers, alone and together. classification.py has the mathematics.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from deconvnet import checkpoint
+from deconvnet.applications.classification import (
+    SVMS,
+    ClassData,
+    Codebook,
+    FeatureSettings,
+    Scores,
+    Split,
+    confusion,
+    counts,
+    image_windows,
+    intersection,
+    predict,
+    pyramid,
+)
+from deconvnet.codes import Codes
+from deconvnet.data import find_images, fit_size, pad_size, read_image
+from deconvnet.network import DeconvNet, seeded
+from deconvnet.run import training_data
+
+# Images whose features make one file, and pyramids that are compared at a time.
+PIECE = 64
+ROWS = 512
+# Windows of the training images that a codebook is learned from, for each of its words.
+WINDOWS = 100
+# What changes how images are judged or how the work is done, but not their features.
+FREE = ("run", "layers", "svm", "C", "chunk", "output", "device")
+
+
+@dataclasses.dataclass
+class ClassifySettings(FeatureSettings):
+    """How classes are learned and tested, beside the features; configs/classify.yaml says more."""
+
+    data: ClassData | None = None
+    layers: list[int] | None = None
+    train: int = 30
+    test: int | None = 50
+    splits: int = 5
+    seed: int = 0
+    codebooks: str = "split"
+    codebook_images: int = 300
+    svm: str = "one_vs_rest"
+    C: float = 10.0
+    chunk: int = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in ("train", "test", "splits", "codebook_images", "chunk"):
+            if getattr(self, key) is not None and getattr(self, key) < 1:
+                raise ValueError(f"{key}={getattr(self, key)}: must be at least 1")
+        for key, choices in (("svm", SVMS), ("codebooks", ("split", "shared"))):
+            if getattr(self, key) not in choices:
+                raise ValueError(f"{key}={getattr(self, key)}: choose one of {', '.join(choices)}")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed}: must not be negative")
+        if not 0 < self.C < math.inf:
+            raise ValueError(f"C={self.C}: must be a positive number")
+        if self.layers is not None and not (
+            self.layers and len(set(self.layers)) == len(self.layers)
+        ):
+            raise ValueError(f"layers={self.layers}: give one or several, each once, or null")
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """Files with their classes; fixed (N,): which are a given test set; size, fit: in pixels."""
+
+    files: list[Path]
+    labels: np.ndarray
+    names: list[str]
+    fixed: np.ndarray | None
+    size: int | None
+    fit: str
+
+    @classmethod
+    def of(cls, run: Path, data: ClassData) -> Images:
+        """The images of the settings, fitted as the network of the run has learned from its own."""
+        names = _classes("data.path", data.path)
+        parts = [(data.path, names)]
+        if data.test is not None:
+            parts.append((data.test, tested := _classes("data.test", data.test)))
+            for name in sorted(set(tested) - set(names)):
+                raise ValueError(f"data.test={data.test}: no class {name} in data.path={data.path}")
+        files, labels, fixed = [], [], []
+        for number, (path, inside) in enumerate(parts):
+            for name in inside:
+                found = find_images(Path(path).expanduser() / name)
+                files += found
+                labels += len(found) * [names.index(name)]
+                fixed += len(found) * [number == 1]
+        learned = training_data(run)
+        if learned is None and data.size is None:
+            raise ValueError("data.size=None: a network file does not say how images were fitted")
+        size = data.size if data.size is not None or learned is None else learned.size
+        fit = data.fit or (learned.fit if learned else "pad")
+        given = np.array(fixed) if data.test is not None else None
+        return cls(files, np.array(labels), names, given, size, fit)
+
+    def read(self, index: int) -> tuple[Tensor, tuple[int, ...]]:
+        """An image (3, H, W) and the frame of the picture in it."""
+        image = read_image(self.files[index])
+        if self.size is None:
+            return image, (0, 0, *image.shape[1:])
+        if self.fit == "crop":
+            return fit_size(image, self.size), (0, 0, self.size, self.size)
+        try:
+            return pad_size(image, self.size)
+        except ValueError as error:
+            raise ValueError(f"{self.files[index]}: {error}") from None
+
+
+class Features:
+    """The counts of words of all images in the cells of the finest grid, kept in files.
+
+    A folder holds what belongs together, named by a digest of all that it depends on. Files that
+    are damaged or cut off are made again.
+    """
+
+    def __init__(
+        self,
+        net: DeconvNet,
+        images: Images,
+        splits: list[Split],
+        layers: list[int],
+        settings: ClassifySettings,
+        folder: Path,
+    ):
+        self.net, self.images, self.splits = net, images, splits
+        self.layers, self.settings = layers, settings
+        self.books = 1 if settings.codebooks == "shared" else len(splits)
+        self.shape = (settings.levels[-1] ** 2, settings.words)
+        self.folder = folder / self._digest()
+        self.codebooks: dict[int, list[Codebook]] = {}
+
+    def learn_codebooks(self) -> None:
+        """Find, or read, the words of every layer, from training images of every split."""
+        images, words = self.settings.codebook_images, self.settings.words
+        chosen = []
+        for number, split in enumerate(self.splits[: self.books]):
+            random = np.random.default_rng([self.settings.seed, number])
+            some = min(images, len(split.train))
+            chosen.append(np.sort(random.choice(split.train, some, replace=False)))
+        each = -(-WINDOWS * words // len(chosen[0]))
+        missing = [n for n in self.layers if not self._read_codebooks(n)]
+        if not missing:
+            return
+        used = np.unique(np.concatenate(chosen))
+        pieces = [used[start : start + PIECE] for start in range(0, len(used), PIECE)]
+        samples: dict[int, dict[int, np.ndarray]] = {n: {} for n in missing}
+        with self._bar("windows", len(used)) as bar:
+            for piece in pieces:
+                found = self._samples(piece, missing, each, bar)
+                for layer, arrays in found.items():
+                    samples[layer].update(zip(piece.tolist(), arrays, strict=True))
+        for layer in missing:
+            for number, of in enumerate(tqdm(chosen, f"words of layer {layer}", leave=False)):
+                d = torch.from_numpy(np.concatenate([samples[layer][n] for n in of.tolist()]))
+                book = Codebook.fit(
+                    d, words, normalize=self.settings.normalize, seed=self.settings.seed
+                )
+                floor = np.nan if book.floor is None else book.floor
+                values = np.array([floor, book.spread])
+                _write(self._codebook(layer, number), centers=book.centers.numpy(), values=values)
+            self._read_codebooks(layer)
+        for layer in missing:
+            for path in (self.folder / f"layer{layer}").glob("windows-*.npz"):
+                path.unlink()
+
+    def count_words(self) -> None:
+        """Count, or find counted, the words of all images of the splits."""
+        used = np.unique(np.concatenate([np.concatenate([s.train, s.test]) for s in self.splits]))
+        with self._bar("images", len(used)) as bar:
+            for start in range(0, len(self.images.files), PIECE):
+                piece = used[(used >= start) & (used < start + PIECE)]
+                missing = [n for n in self.layers if len(piece) and not self._counted(n, start)]
+                if not missing:
+                    bar.update(len(piece))
+                    continue
+                found = {n: np.zeros((self.books, PIECE, *self.shape), np.float32) for n in missing}
+                for index, codes, place in self._codes(piece, max(missing)):
+                    for layer in missing:
+                        histograms = self._histograms(codes, place, layer, self._books_of(index))
+                        for book, histogram in histograms.items():
+                            found[layer][book, index - start] = histogram
+                    bar.update()
+                for layer in missing:
+                    for book in range(self.books):
+                        _write(self._piece(layer, book, start), counts=found[layer][book])
+
+    def counts(self, layer: int, split: int, indices: np.ndarray) -> Tensor:
+        """(N, side^2, V) of some images in a layer under the codebook of a split."""
+        book = min(split, self.books - 1)
+        pieces = indices // PIECE * PIECE
+        result = np.empty((len(indices), *self.shape), np.float32)
+        for start in np.unique(pieces).tolist():
+            found = _read(self._piece(layer, book, start), counts=(PIECE, *self.shape))
+            if found is None:
+                raise ValueError(f"{self._piece(layer, book, start)}: damaged; start again")
+            result[pieces == start] = found["counts"][indices[pieces == start] - start]
+        return torch.from_numpy(result).to(self.net.device)
+
+    def _samples(
+        self, piece: np.ndarray, layers: list[int], each: int, bar: tqdm
+    ) -> dict[int, list[np.ndarray]]:
+        """Random windows of some images, (at most `each`, D) for every one of them, layer by layer.
+
+        Kept until the codebooks are there, so that an interrupted run goes on.
+        """
+        paths = {n: self.folder / f"layer{n}" / f"windows-{piece[0]:06d}.npz" for n in layers}
+        result = {}
+        for layer, path in paths.items():
+            found = _read(path, sizes=(len(piece),))
+            if found is not None and "d" in found:
+                result[layer] = np.split(found["d"], np.cumsum(found["sizes"])[:-1])
+        missing = [n for n in layers if n not in result]
+        if not missing:
+            bar.update(len(piece))
+            return result
+        samples: dict[int, list[np.ndarray]] = {n: [] for n in missing}
+        for index, codes, place in self._codes(piece, max(missing)):
+            for layer in missing:
+                generator = seeded(self.settings.seed, layer, index)
+                parts = list(image_windows(self.net, codes, place, layer, self.settings))
+                share = -(-each // max(1, len(parts)))
+                kept = [_some(part.d, share, generator) for part in parts]
+                # Maps that are all zero have no windows.
+                none = np.empty((0, self._width(layer)), np.float32)
+                samples[layer].append(np.concatenate([none, *kept]))
+            bar.update()
+        for layer in missing:
+            sizes = np.array([len(d) for d in samples[layer]])
+            _write(paths[layer], d=np.concatenate(samples[layer]), sizes=sizes)
+        return {**result, **samples}
+
+    def _width(self, layer: int) -> int:
+        """How many numbers a descriptor has."""
+        projected = self.settings.upper == "project"
+        maps = self.net.layer(1 if projected else layer).settings.num_maps
+        return maps * self.settings.cells**2 * (1 + (self.settings.strength == "signed"))
+
+    def _histograms(
+        self, codes: Codes, place: int, layer: int, books: list[int]
+    ) -> dict[int, np.ndarray]:
+        """(side^2, V) float32 of one image of the codes under each of some codebooks."""
+        total = {book: torch.zeros(self.shape, dtype=torch.float64) for book in books}
+        for part in image_windows(self.net, codes, place, layer, self.settings):
+            for book in books:
+                words, shares = self.codebooks[layer][book].assign(part.d, self.settings.neighbours)
+                found = counts(
+                    words,
+                    shares,
+                    part.places,
+                    part.weights,
+                    side=self.settings.levels[-1],
+                    size=self.settings.words,
+                )
+                total[book] += found.cpu()
+        return {book: histogram.float().numpy() for book, histogram in total.items()}
+
+    def _codes(self, piece: np.ndarray, depth: int) -> Iterator[tuple[int, Codes, int]]:
+        """(index, codes, place in them) of some images; those of one size are inferred together."""
+        for start in range(0, len(piece), self.settings.chunk):
+            chunk = piece[start : start + self.settings.chunk].tolist()
+            images, frames = zip(*map(self.images.read, chunk), strict=True)
+            alike = len({image.shape for image in images}) == 1
+            groups = [list(range(len(chunk)))] if alike else [[n] for n in range(len(chunk))]
+            for group in groups:
+                stack = torch.stack([images[n] for n in group])
+                inside = torch.tensor([frames[n] for n in group])
+                filled = bool((inside[:, 2:] == torch.tensor(stack.shape[2:])).all())
+                codes = self.net.infer(stack, frames=None if filled else inside, depth=depth)
+                for place, n in enumerate(group):
+                    yield chunk[n], codes, place
+
+    def _books_of(self, index: int) -> list[int]:
+        """The codebooks of the splits that an image takes part in."""
+        if self.books == 1:
+            return [0]
+        return [n for n, split in enumerate(self.splits) if index in split.members]
+
+    def _read_codebooks(self, layer: int) -> bool:
+        books = []
+        for number in range(self.books):
+            found = _read(self._codebook(layer, number), values=(2,))
+            if found is None or len(found.get("centers", ())) != self.settings.words:
+                return False
+            floor, spread = found["values"].tolist()
+            centers = torch.from_numpy(found["centers"]).to(self.net.device)
+            books.append(Codebook(centers, None if np.isnan(floor) else floor, spread))
+        self.codebooks[layer] = books
+        return True
+
+    def _counted(self, layer: int, start: int) -> bool:
+        shape = (PIECE, *self.shape)
+        paths = (self._piece(layer, book, start) for book in range(self.books))
+        return all(_read(path, counts=shape) is not None for path in paths)
+
+    def _codebook(self, layer: int, number: int) -> Path:
+        return self.folder / f"layer{layer}" / f"codebook-{number}.npz"
+
+    def _piece(self, layer: int, book: int, start: int) -> Path:
+        return self.folder / f"layer{layer}" / f"counts-{book}-{start:06d}.npz"
+
+    def _digest(self) -> str:
+        """Of the network, the images by their paths and sizes, and the settings that count."""
+        table = {k: v for k, v in dataclasses.asdict(self.settings).items() if k not in FREE}
+        table |= {"size": self.images.size, "fit": self.images.fit}
+        files = [[str(path), path.stat().st_size] for path in self.images.files]
+        tensors, layers = self.net.to_parts()
+        digest = hashlib.sha256(json.dumps([table, files, layers]).encode())
+        for name in sorted(tensors):
+            digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()[:16]
+
+    def _bar(self, name: str, total: int) -> tqdm:
+        return tqdm(desc=name, total=total, unit="image", leave=False)
+
+
+def judge(features: Features, layers: list[int], settings: ClassifySettings) -> dict[str, Scores]:
+    """The scores of every layer alone and, if there are several, of all together."""
+    labels, classes = features.images.labels, len(features.images.names)
+    found: dict[str, list[np.ndarray]] = {}
+    steps = tqdm(desc="splits", total=len(features.splits) * len(layers), leave=False)
+    for number, split in enumerate(features.splits):
+        together = 0
+        for layer in layers:
+            kernels = _kernels(features, layer, number)
+            together = together + np.concatenate(kernels) / len(layers)
+            tried = {f"layer {layer}": kernels}
+            if layer == layers[-1] and len(layers) > 1:
+                name = f"layers {' + '.join(map(str, layers))}"
+                tried[name] = np.split(together, [len(split.train)])
+            for name, (own, tests) in tried.items():
+                given = predict(own, labels[split.train], tests, C=settings.C, svm=settings.svm)
+                matrix = confusion(labels[split.test], given, classes)
+                found.setdefault(name, []).append(matrix)
+            steps.update()
+    steps.close()
+    return {name: Scores(np.stack(matrices)) for name, matrices in found.items()}
+
+
+def _kernels(features: Features, layer: int, number: int) -> list[np.ndarray]:
+    """[training images with each other, test images with training images], float64."""
+    split, levels = features.splits[number], features.settings.levels
+
+    def pyramids(indices: np.ndarray) -> Iterator[Tensor]:
+        for start in range(0, len(indices), ROWS):
+            yield pyramid(features.counts(layer, number, indices[start : start + ROWS]), levels)
+
+    train = torch.cat(list(pyramids(split.train)))
+    kernels = []
+    for indices in (split.train, split.test):
+        parts = [intersection(rows, train).cpu().double().numpy() for rows in pyramids(indices)]
+        kernels.append(np.concatenate(parts))
+    return kernels
+
+
+def _classes(key: str, path: str) -> list[str]:
+    """The names of the folders in a folder, sorted, of which there must be two."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"{key}={path}: {'not a folder' if folder.exists() else 'no such folder'}")
+    names = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if len(names) < 2:
+        found = names[0] if names else "none"
+        raise ValueError(f"{key}={path}: must have a folder of images for each class, has {found}")
+    return names
+
+
+def _some(d: Tensor, count: int, generator: torch.Generator) -> np.ndarray:
+    """At most so many random rows of those that are not zero."""
+    d = d[(d != 0).any(1)]
+    order = torch.randperm(len(d), generator=generator)[:count]
+    return d[order.to(d.device)].cpu().numpy()
+
+
+def _write(path: Path, **arrays: np.ndarray) -> None:
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    checkpoint.write(path, buffer.getbuffer())
+
+
+def _read(path: Path, **shapes: tuple[int, ...]) -> dict[str, np.ndarray] | None:
+    """The arrays of a file, those that are named of these shapes; None if there is no sound one."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error):
+        return None
+    sound = all(name in arrays and arrays[name].shape == shapes[name] for name in shapes)
+    return arrays if sound else None

@@ -1,0 +1,101 @@
+"""Put images into classes by the features of a trained network:
+
+python scripts/classify.py run=runs/iccv2011 data.path=caltech layers=[1,4]
+"""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+
+# With another busy process on the machine, threads of OpenMP that spin while they wait cost up to
+# ten times the time; on a quiet machine a short spin is as fast. To be set before torch is loaded.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+import numpy as np
+
+from deconvnet import checkpoint, config, load
+from deconvnet.applications.classification import Scores, draw_split
+from deconvnet.applications.labelled import Features, Images, judge
+from deconvnet.applications.pictures import confusion_picture
+from deconvnet.monitor import save_picture
+
+config.register()
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="classify")
+def main(cfg: DictConfig) -> None:
+    with config.one_line_errors(ValueError, OSError):
+        classify(config.read_restore(cfg))
+
+
+def classify(settings: config.ClassifyConfig) -> None:
+    run = Path(settings.run)
+    net = load(run).to(config.device(settings.device))
+    layers = settings.layers or list(range(1, net.depth + 1))
+    for number in layers:
+        net.layer(number)
+    images = Images.of(run, settings.data)
+    splits = [
+        draw_split(
+            images.labels,
+            images.names,
+            train=settings.train,
+            test=settings.test,
+            seed=settings.seed + number,
+            fixed=images.fixed,
+        )
+        for number in range(settings.splits)
+    ]
+    beside = run if run.is_dir() else run.parent
+    folder = Path(settings.output).expanduser() if settings.output else beside / "classified"
+    features = Features(net, images, splits, layers, settings, folder / "features")
+    features.learn_codebooks()
+    features.count_words()
+    scores = judge(features, layers, settings)
+    report(scores, images.names, settings, folder)
+
+
+def report(
+    scores: dict[str, Scores],
+    names: list[str],
+    settings: config.ClassifyConfig,
+    folder: Path,
+) -> None:
+    """Say and write down what came out: a table, scores.json, confusion.png of the best."""
+    width = max(map(len, scores))
+    tested = next(iter(scores.values())).confusions.sum((1, 2))
+    lines = [f"{'':{width}}   accuracy, mean over {len(names)} classes"]
+    for name, score in scores.items():
+        spread = "" if score.spread is None else f" ± {100 * score.spread:.1f}"
+        lines.append(f"{name:{width}}   {100 * score.mean:.1f}%{spread}")
+    lines.append(
+        f"({settings.train} training images of a class, {tested.mean():.0f} tests, "
+        f"{len(tested)} splits; by chance {100 / len(names):.1f}%)"
+    )
+    best = max(scores, key=lambda name: scores[name].mean)
+    picture = confusion_picture(scores[best].confusions.sum(0), names)
+    save_picture(folder / "confusion.png", picture)
+    table = {
+        "settings": dataclasses.asdict(settings),
+        "classes": names,
+        "scores": {
+            name: {
+                "mean": score.mean,
+                "std": score.spread,
+                "splits": score.accuracies.tolist(),
+                "classes": np.nanmean(score.by_class, 0).tolist(),
+            }
+            for name, score in scores.items()
+        },
+    }
+    checkpoint.write(folder / "scores.json", json.dumps(table, indent=2).encode())
+    print("\n".join(lines))
+    print(f"{folder / 'confusion.png'} ({best}), {folder / 'scores.json'}")
+
+
+if __name__ == "__main__":
+    config.launch(main)

@@ -1,0 +1,49 @@
+"""Fill in missing pixels with the filters of a trained network:
+
+python scripts/inpaint.py run=runs/denoise-rgb image=photo.png missing=scratches.png
+"""
+
+import os
+
+import hydra
+from omegaconf import DictConfig
+
+# With another busy process on the machine, threads of OpenMP that spin while they wait cost up to
+# ten times the time; on a quiet machine a short spin is as fast. To be set before torch is loaded.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+import torch
+from torch import Tensor
+
+from deconvnet import config
+from deconvnet.applications.pictures import LEVELS, Restored, restore, seen
+from deconvnet.applications.restoration import Restorer
+
+config.register()
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="inpaint")
+def main(cfg: DictConfig) -> None:
+    with config.one_line_errors(ValueError, OSError):
+        inpaint(config.read_restore(cfg))
+
+
+def inpaint(settings: config.InpaintConfig) -> None:
+    generator = torch.Generator().manual_seed(settings.seed)
+
+    def job(restorer: Restorer, image: Tensor, depth: int) -> Restored:
+        mask, known = seen(settings.missing, image, generator)
+        layers = restorer.inpaint(image, mask, settings.sigma / LEVELS, depth=depth)
+        missing = float((mask == 0).float().mean())
+        return Restored(mask * image, layers, image if known else None, f"{missing:.1%} missing")
+
+    restore(
+        *(settings.run, settings.image, job),
+        folder="inpainted",
+        device=config.device(settings.device),
+        **settings.common(),
+    )
+
+
+if __name__ == "__main__":
+    config.launch(main)

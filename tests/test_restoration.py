@@ -1,0 +1,373 @@
+"""Noise taken out and pixels filled in, against closed forms, dense solves and simple baselines."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from skimage import data, restoration, transform
+from torch.testing import assert_close
+
+from deconvnet.applications.pictures import pictures, seen, strip
+from deconvnet.applications.restoration import PSI, Restorer, estimate_noise, psnr
+from deconvnet.dictionary import learn_filters
+from deconvnet.filtering import low_frequencies
+from deconvnet.learning import LearningSettings
+from deconvnet.network import DeconvNet, LayerSettings
+from deconvnet.preprocessing import PreprocessingSettings
+from deconvnet.solvers import SolverSettings
+from deconvnet.sparsity import shrink
+
+SIGMA = 25 / 255
+
+
+def rand(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def network(filters, *, color="grey", above=(), **layer):
+    """A network of one layer with these filters, and of random ones above."""
+    K, _, size, _ = filters.shape
+    first = LayerSettings(K, size, **layer)
+    net = DeconvNet([first, *above], PreprocessingSettings(color, []))
+    net.layer(1).filters.copy_(filters)
+    return net
+
+
+def photograph(name):
+    """Grey (H, W), float32 in [0, 1], of a half or a third of its size."""
+    image = getattr(data, name)()
+    image = image.mean(2) / 255 if image.ndim == 3 else image / 255
+    factor = 3 if min(image.shape) > 450 else 2
+    return torch.from_numpy(transform.downscale_local_mean(image, (factor, factor))).float()
+
+
+@pytest.fixture(scope="module")
+def learned():
+    """Filters from crops of two photographs, and a restorer that was fitted to them."""
+    crops = []
+    for name in ("coffee", "chelsea"):
+        image = photograph(name)
+        crops += [image[i : i + 64, j : j + 64] for i in (0, 60) for j in (0, 64, 128)]
+    crops = torch.stack([crop for crop in crops if crop.shape == (64, 64)])[:, None]
+    high = crops - low_frequencies(crops, PSI)
+    learning = LearningSettings(epochs=5, batch_size=4)
+    filters = learn_filters(high, 48, 9, lam=10.0, learning=learning).filters
+    return Restorer(network(filters)).fit(crops)
+
+
+@pytest.fixture(scope="module")
+def noisy():
+    """A photograph that the filters have not seen, clean and with noise."""
+    clean = photograph("astronaut")[None, None]
+    return clean, clean + SIGMA * rand(*clean.shape)
+
+
+# The low frequencies.
+
+
+def gradients(H, W):
+    """The dense matrices of differences of neighbours, (.., H*W)."""
+    down = torch.kron(torch.diff(torch.eye(H), dim=0), torch.eye(W))
+    right = torch.kron(torch.eye(H), torch.diff(torch.eye(W), dim=0))
+    return torch.cat([down, right]).double()
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (6, 4), (1, 3)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_low_frequencies_are_those_of_a_dense_solve(shape, masked):
+    y = rand(2, 2, *shape).double()
+    mask = (rand(2, 1, *shape, seed=1) > -0.5).double() if masked else None
+    found = low_frequencies(y, 3.0, mask)
+    D = gradients(*shape)
+    for n in range(2):
+        M = torch.diag(torch.ones(math.prod(shape)) if mask is None else mask[n].flatten()).double()
+        expected = torch.linalg.solve(M + 3 * D.T @ D, M @ y[n].flatten(1).mT).mT
+        assert_close(found[n].flatten(1), expected, rtol=1e-3 if masked else 1e-9, atol=1e-4)
+
+
+def test_what_a_mask_hides_does_not_reach_the_low_frequencies():
+    y, mask = rand(1, 1, 12, 9), torch.ones(1, 1, 12, 9)
+    mask[..., 3:6, 2:7] = 0
+    hidden = torch.where(mask > 0, y, torch.full_like(y, math.nan))
+    assert_close(low_frequencies(hidden, 2.0, mask), low_frequencies(mask * y, 2.0, mask))
+
+
+# Denoising.
+
+
+def test_with_one_filter_of_one_pixel_denoising_is_thresholding_of_what_is_not_low():
+    restorer = Restorer(network(torch.ones(1, 1, 1, 1)), strength=2.0)
+    image = rand(2, 1, 9, 8)
+    low = low_frequencies(image, PSI)
+    (found,) = restorer.denoise(image, 0.3)
+    fit = (image - low).abs()
+    kept = low + shrink(image - low, fit.clamp(min=0.02 * 0.6) / 0.6**2)
+    assert_close(found, kept, rtol=0, atol=1e-5)
+    # What stands out is shrunk less, what does not is gone.
+    assert (found - image)[fit > 1.2].abs().max() < 0.3
+    assert_close(found[fit < 0.6], low[fit < 0.6], rtol=0, atol=1e-6)
+
+
+def test_the_threshold_of_a_map_grows_with_the_norm_of_its_filter():
+    image = rand(1, 1, 9, 8)
+    one, three = (Restorer(network(torch.full((1, 1, 1, 1), c))) for c in (1.0, 3.0))
+    assert_close(one.denoise(image, 0.2)[0], three.denoise(image, 0.2)[0], rtol=0, atol=1e-5)
+
+
+def test_learned_filters_take_out_more_noise_than_total_variation_does(learned, noisy):
+    clean, image = noisy
+    (found,) = learned.denoise(image, SIGMA)
+    flat = image[0, 0].numpy()
+    by_tv = max(
+        float(psnr(clean, torch.from_numpy(each)[None, None]))
+        for each in (restoration.denoise_tv_chambolle(flat, weight=w) for w in (0.06, 0.1, 0.14))
+    )
+    reached = float(psnr(clean, found))
+    assert reached > by_tv + 0.2
+    assert reached > float(psnr(clean, image)) + 5
+
+
+def test_maps_that_are_strong_in_clean_images_are_spared(learned, noisy):
+    clean, image = noisy
+    assert learned.weights.min() < 0.9 < 1.1 < learned.weights.max()
+    alike = Restorer(learned.net)
+    better = psnr(clean, learned.denoise(image, SIGMA)[0])
+    assert float(better) > float(psnr(clean, alike.denoise(image, SIGMA)[0])) + 0.05
+
+
+def test_each_image_is_denoised_by_its_own_noise_as_if_it_were_alone(learned, noisy):
+    clean, _ = noisy
+    sigmas = torch.tensor([0.05, 0.2])
+    images = clean[..., :60, :50] + sigmas.view(2, 1, 1, 1) * rand(2, 1, 60, 50)
+    (both,) = learned.denoise(images, sigmas)
+    for n in range(2):
+        (alone,) = learned.denoise(images[n : n + 1], float(sigmas[n]))
+        assert_close(both[n : n + 1], alone, rtol=0, atol=2e-4)
+
+
+def test_a_grey_network_denoises_the_planes_of_a_colour_image_one_by_one(learned):
+    image = 0.5 + 0.1 * rand(2, 3, 30, 31)
+    (found,) = learned.denoise(image, 0.1)
+    for c in range(3):
+        (plane,) = learned.denoise(image[:, c : c + 1], 0.1)
+        assert_close(found[:, c : c + 1], plane, rtol=0, atol=2e-4)
+
+
+def test_a_colour_network_treats_a_grey_image_as_its_grey_filters_would(learned):
+    filters = learned.filters.expand(-1, 3, -1, -1) / 3**0.5
+    colour = Restorer(network(filters, color="rgb"))
+    grey = Restorer(learned.net)
+    image = 0.5 + 0.1 * rand(1, 1, 40, 41)
+    assert_close(colour.denoise(image, 0.1)[0], grey.denoise(image, 0.1)[0], rtol=0, atol=1e-3)
+
+
+def test_layers_that_explain_the_maps_well_give_the_image_of_layer_one(learned, noisy):
+    image = noisy[1][..., :40, :40]
+    # Filters of one place that hand every map through.
+    K = 12
+    above = LayerSettings(K, 1, lam=1e4, solver=SolverSettings(iterations=100, tolerance=1e-6))
+    net = network(learned.filters[:K], above=[above])
+    net.layer(2).filters.copy_(torch.eye(K)[..., None, None])
+    net.layer(2).scale.fill_(0.3)
+    first, second = Restorer(net).denoise(image, SIGMA, depth=2)
+    assert_close(second, first, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("pooling", ["after", "in_loop"])
+@pytest.mark.parametrize("target", ["maps", "image"])
+def test_layers_with_pooling_and_other_targets_denoise_too(learned, noisy, target, pooling):
+    _, image = (each[..., :48, :50] for each in noisy)
+    solver = SolverSettings("fista", iterations=40)
+    above = LayerSettings(20, 3, target=target, lam=1e3, solver=solver)
+    net = network(learned.filters, above=[above], pool=[1, 2, 2], pooling=pooling)
+    codes = net.infer(image.clamp(0, 1), depth=1)
+    net.layer(2).fit_scale(codes.layers[-1].pooled)
+    net.layer(2).initialize(net.below(codes, 2), torch.Generator().manual_seed(0))
+    first, second = Restorer(net).denoise(image, SIGMA, depth=2)
+    low = low_frequencies(image, PSI)
+    above, below = second - low, first - low
+    assert first.shape == second.shape == image.shape
+    # It explains a good part of what layer 1 made.
+    assert float((above * below).sum() / (above.norm() * below.norm())) > 0.5
+
+
+@pytest.mark.parametrize("sigma", [0.05, 0.1, 0.2])
+def test_the_estimated_noise_is_within_a_tenth_and_what_denoising_uses(learned, noisy, sigma):
+    clean, _ = noisy
+    image = clean + sigma * rand(*clean.shape, seed=3)
+    found = estimate_noise(image)
+    assert_close(found, torch.tensor([sigma]), rtol=0.1, atol=0)
+    by_itself = learned.denoise(image)[0]
+    assert_close(by_itself, learned.denoise(image, found)[0], rtol=0, atol=0)
+
+
+# Missing pixels.
+
+
+def test_what_is_hidden_changes_nothing_and_what_is_seen_stays(learned, noisy):
+    clean, _ = noisy
+    clean = clean[..., :40, :44]
+    mask = (rand(1, 1, 40, 44, seed=5) > 0).float()
+    wild = torch.where(mask > 0, clean, torch.full_like(clean, math.nan))
+    (found,) = learned.inpaint(wild, mask)
+    (same,) = learned.inpaint(torch.where(mask > 0, clean, 1e3 * torch.ones(())), mask)
+    assert_close(found, same, rtol=0, atol=0)
+    assert torch.equal(found[mask > 0], clean[mask > 0])
+    (smooth,) = learned.inpaint(wild, mask, keep=False)
+    assert not torch.equal(smooth[mask > 0], clean[mask > 0])
+
+
+def test_half_of_the_pixels_are_filled_in_better_than_by_a_smooth_surface(learned, noisy):
+    clean = noisy[0][..., :96, :96]
+    generator = torch.Generator().manual_seed(0)
+    mask = (torch.rand(1, 1, *clean.shape[2:], generator=generator) < 0.5).float()
+    (found,) = learned.inpaint(clean, mask, 0.01)
+    hidden = (mask == 0)[0, 0].numpy()
+    smooth = restoration.inpaint_biharmonic((mask * clean)[0, 0].numpy(), hidden)
+    smooth = torch.from_numpy(smooth)[None, None].float()
+    assert float(psnr(clean, found)) > float(psnr(clean, smooth)) + 0.2
+
+
+def test_where_nothing_is_missing_noise_is_taken_out_all_the_same(learned, noisy):
+    clean, image = noisy
+    whole = torch.ones(1, 1, *image.shape[2:])
+    (found,) = learned.inpaint(image, whole, SIGMA, keep=False)
+    assert float(psnr(clean, found)) > float(psnr(clean, image)) + 3
+    assert torch.equal(learned.inpaint(image, whole, SIGMA)[0], image)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda r: Restorer(r.net, strength=0), "strength=0: must be a positive"),
+        (lambda r: Restorer(r.net, psi=math.nan), "psi=nan: must be a positive"),
+        (lambda r: r.denoise(torch.rand(1, 1, 20, 20), 0.0), "sigma=0.0: must be positive"),
+        (lambda r: r.denoise(torch.rand(1, 1, 20, 20), math.nan), "sigma=nan: must be positive"),
+        (lambda r: r.denoise(torch.rand(1, 1, 5, 20), 0.1), "5x20 are smaller than the 9x9"),
+        (lambda r: r.denoise(torch.rand(1, 2, 20, 20), 0.1), r"\(N, 1 or 3, H, W\), got \(1, 2"),
+        (lambda r: r.denoise(torch.rand(20, 20), 0.1), r"\(N, 1 or 3, H, W\), got \(20, 20"),
+        (lambda r: r.denoise(torch.full((1, 1, 20, 20), math.inf), 0.1), "must be finite"),
+        (lambda r: r.denoise(torch.rand(1, 1, 20, 20), 0.1, depth=2), "layer=2: this network has"),
+        (lambda r: r.denoise(torch.ones(1, 1, 20, 20).byte(), 0.1), "must be floating"),
+        (lambda r: r.inpaint(torch.rand(1, 1, 20, 20), torch.ones(20, 20)), "mask of shape"),
+        (lambda r: r.inpaint(torch.rand(1, 1, 20, 20), torch.full((1, 1, 20, 20), 0.5)), "0 or 1"),
+        (lambda r: r.inpaint(torch.rand(1, 1, 20, 20), torch.zeros(1, 1, 20, 20)), "nothing is"),
+        (lambda r: r.fit([]), "there are none"),
+        (lambda r: r.fit(torch.zeros(1, 1, 20, 20)), "nothing in them"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_one_line(learned, call, message):
+    with pytest.raises(ValueError, match=message) as error:
+        call(learned)
+    assert "\n" not in str(error.value)
+
+
+def test_a_network_for_other_planes_is_refused():
+    with pytest.raises(ValueError, match="color=ycbcr: use a network for rgb or grey"):
+        Restorer(DeconvNet([LayerSettings(4, 5)], PreprocessingSettings("ycbcr")))
+
+
+# The commands.
+
+
+@pytest.fixture(scope="module")
+def run_folder(learned, tmp_path_factory):
+    """A folder with a network file and two images, one of them grey."""
+    folder = tmp_path_factory.mktemp("restore")
+    above = LayerSettings(8, 3, solver=SolverSettings("fista", iterations=5))
+    network(learned.filters, above=[above]).save(folder / "net.safetensors")
+    colour = transform.resize(data.chelsea(), (40, 60))
+    Image.fromarray((255 * colour).astype(np.uint8)).save(folder / "cat.png")
+    grey = (255 * photograph("camera")[:64, :70]).byte().numpy()
+    Image.fromarray(grey).save(folder / "camera.png")
+    Image.fromarray((np.arange(64 * 70).reshape(64, 70) % 5 > 0).astype(np.uint8) * 255).save(
+        folder / "holes.png"
+    )
+    return folder
+
+
+def test_the_command_denoises_and_says_what_was_won(script, run_folder):
+    result = script(
+        run_folder,
+        "denoise.py",
+        *("run=net.safetensors", "image=[cat.png,camera.png]", "noise=25", "layer=1"),
+        "clean=camera.png",
+    )
+    assert result.code == 0, result.err
+    lines = [line for line in result.out.splitlines() if "dB" in line]
+    assert len(lines) == 2 and "sigma 25.0" in lines[0]
+    for line in lines:
+        given, restored = (
+            float(part.split()[0]) for part in (line.split(k)[1] for k in ("given", "layer 1"))
+        )
+        assert 19 < given < 22 and restored > given + 3
+    shown = Image.open(run_folder / "denoised/cat-layer1.png")
+    assert shown.size == (60, 40) and shown.mode == "RGB"
+    assert Image.open(run_folder / "denoised/camera-layer1.png").mode == "L"
+    assert Image.open(run_folder / "denoised/cat.png").width > 3 * 60
+
+
+def test_the_command_estimates_noise_where_none_is_given(script, run_folder):
+    result = script(run_folder, "denoise.py", "run=net.safetensors", "image=camera.png", "output=o")
+    assert result.code == 0, result.err
+    assert "sigma" in result.out and "dB" not in result.out
+    assert (run_folder / "o/camera-layer2.png").is_file()
+
+
+@pytest.mark.parametrize("missing", ["0.5", "box", "half", "holes.png"])
+def test_the_command_fills_in_what_is_missing(script, run_folder, missing):
+    result = script(
+        run_folder,
+        "inpaint.py",
+        *("run=net.safetensors", "image=camera.png", f"missing={missing}", "layer=1"),
+    )
+    assert result.code == 0, result.err
+    share = {"0.5": 50, "box": 6, "half": 50, "holes.png": 20}[missing]
+    assert abs(float(result.out.split("%")[0].split()[-1]) - share) < 3
+    assert ("dB" in result.out) == (missing != "holes.png")
+    assert (run_folder / "inpainted/camera-layer1.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("denoise.py", ["image=camera.png"], "run has no value"),
+        ("denoise.py", ["run=no", "image=camera.png"], "no: no such run folder"),
+        ("denoise.py", ["run=net.safetensors", "image=no.png"], "cannot read no.png"),
+        ("denoise.py", ["run=net.safetensors", "image=camera.png", "sigma=0.1"], "grey levels"),
+        ("denoise.py", ["run=net.safetensors", "image=camera.png", "layer=3"], "layers 1 to 2"),
+        ("denoise.py", ["run=net.safetensors", "image=camera.png", "strength=-1"], "strength=-1"),
+        ("denoise.py", ["run=net.safetensors", "image=camera.png", "+sigmas=3"], "did you mean"),
+        ("inpaint.py", ["run=net.safetensors", "image=camera.png"], "missing has no value"),
+        (
+            "inpaint.py",
+            ["run=net.safetensors", "image=camera.png", "missing=no.png"],
+            "box, or half",
+        ),
+        (
+            "inpaint.py",
+            ["run=net.safetensors", "image=cat.png", "missing=holes.png"],
+            "64x70 pixels",
+        ),
+        ("inpaint.py", ["run=net.safetensors", "image=cat.png", "missing=1.5"], "between 0 and 1"),
+    ],
+)
+def test_a_wrong_command_says_what_would_be_right_in_one_line(
+    script, run_folder, name, arguments, message
+):
+    result = script(run_folder, name, *arguments)
+    assert result.code == 1
+    lines = (result.out + result.err).strip().splitlines()
+    assert len(lines) == 1 and message in lines[0]
+
+
+def test_grey_files_are_grey_and_a_mask_is_as_large_as_its_image(run_folder):
+    files = [str(run_folder / name) for name in ("cat.png", "camera.png")]
+    (_, cat), (_, camera) = pictures(files, torch.device("cpu"))
+    assert cat.shape == (1, 3, 40, 60) and camera.shape == (1, 1, 64, 70)
+    mask, known = seen("box", camera, torch.Generator())
+    assert known and mask.shape == (1, 1, 64, 70)
+    page = strip([("a\nb", cat), ("c", cat)])
+    assert page.shape[0] == 3 and page.shape[2] == 2 * 60 + 4
