@@ -1,0 +1,320 @@
+"""What features are worth to a linear classifier: one harness for this package and for others.
+
+python benchmarks/features.py                            digits, 500 to learn from, 500 of others
+python benchmarks/features.py --dataset shifted --grid 1
+python benchmarks/features.py --dataset fashion --train 10000 --test 10000 --steps contrast
+
+Every method sees the same preprocessed images, learns its filters without labels from the first
+--learn training images, and makes maps of one size (deconvnet/applications/baselines.py). What
+counts of a map is its mean magnitude in each cell of a grid. Then, for every method alike: the
+power 1 or 1/2 of the features, each divided by its maximum in training, a linear SVM
+(scikit-learn's LinearSVC) with C of 0.01, 0.1, 1, 10. Power and C are those that are best on the
+last fifth of (at most the first 3000) training images, those before being learned from; the test
+images are looked at once. `pixels` are the images themselves.
+
+- digits    scikit-learn's, 8x8; as they come, so that the test has other writers
+- shifted   the same, each at a random place of 13x13 pixels
+- fashion   Fashion-MNIST, 28x28, as IDX files in --root: Debian's package dataset-fashion-mnist
+            has them in /usr/share/datasets/fashion-mnist, torchvision.datasets.FashionMNIST("data",
+            download=True) puts them into data/FashionMNIST/raw
+
+Prints a table and writes all figures to --output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import os
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+import clocks
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer, MaxAbsScaler
+from sklearn.svm import LinearSVC
+from torch import Tensor
+
+from deconvnet import config
+from deconvnet.applications import baselines
+from deconvnet.applications.baselines import Method
+from deconvnet.applications.pyramid import grid_features
+from deconvnet.preprocessing import STEPS, PreprocessingSettings
+
+DATASETS = ("digits", "shifted", "fashion")
+DEBIAN = Path("/usr/share/datasets/fashion-mnist")
+# 8 bits, N images of rows and columns, N labels.
+MAGIC = {"images": 2051, "labels": 2049}
+
+C = (0.01, 0.1, 1.0, 10.0)
+POWERS = (1.0, 0.5)
+VALIDATION = 3000
+# Images whose maps are in memory together.
+TOGETHER = 256
+
+Images = tuple[Tensor, np.ndarray]
+Build = Callable[[argparse.Namespace, int], Method]
+
+
+def _asked(options: argparse.Namespace, seed: int) -> dict:
+    return dict(seed=seed, preprocessing=options.preprocessing, device=options.device)
+
+
+def _filters(kind: type, *, rectified: bool) -> Build:
+    def build(options: argparse.Namespace, seed: int) -> Method:
+        asked = dict(_asked(options, seed), rectified=rectified)
+        asked |= dict(lam=options.lam, epochs=options.epochs)
+        return kind(options.maps, options.size, **asked)
+
+    return build
+
+
+def _pca(options: argparse.Namespace, seed: int) -> Method:
+    """Of patches there are no more components than numbers in a patch."""
+    maps = min(options.maps, options.size**2)
+    return baselines.PatchPCA(maps, options.size, **_asked(options, seed))
+
+
+def _kmeans(options: argparse.Namespace, seed: int) -> Method:
+    return baselines.KMeansMaps(options.maps, options.size, **_asked(options, seed))
+
+
+def _autoencoder(options: argparse.Namespace, seed: int) -> Method:
+    asked = dict(_asked(options, seed), epochs=options.epochs)
+    return baselines.Autoencoder(options.maps, options.size, **asked)
+
+
+METHODS: dict[str, Build | None] = {
+    "pixels": None,
+    "deconvnet": _filters(baselines.LearnedFilters, rectified=False),
+    "deconvnet-rectified": _filters(baselines.LearnedFilters, rectified=True),
+    "random": _filters(baselines.RandomFilters, rectified=False),
+    "random-rectified": _filters(baselines.RandomFilters, rectified=True),
+    "dictionary": _filters(baselines.PatchDictionary, rectified=False),
+    "dictionary-rectified": _filters(baselines.PatchDictionary, rectified=True),
+    "pca": _pca,
+    "kmeans": _kmeans,
+    "autoencoder": _autoencoder,
+}
+
+
+def main(arguments_: Sequence[str] | None = None) -> None:
+    options = arguments(arguments_)
+    torch.set_num_threads(options.threads)
+    try:
+        train, test = images_of(options)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    found = {
+        "command": " ".join(sys.argv),
+        "machine": clocks.machine(),
+        "device": str(options.device),
+        "train": len(train[0]),
+        "test": len(test[0]),
+        "results": {},
+    }
+    print(f"{HEAD}\n{'|---' * HEAD.count(' | ')}|---|", flush=True)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    for name in options.methods:
+        # Pixels draw nothing.
+        seeds = range(options.repeats if METHODS[name] else 1)
+        runs = [measure(name, train, test, options, seed) for seed in seeds]
+        found["results"][name] = runs
+        print(row(name, runs), flush=True)
+        options.output.write_text(json.dumps(found, indent=1))
+    print(f"\n{options.output}")
+
+
+def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--dataset", choices=DATASETS, default="digits")
+    add("--root", type=Path, help="folder of the IDX files of fashion")
+    add("--train", type=int, default=500, help="training images, the first ones (default 500)")
+    add("--test", type=int, default=500, help="test images (default 500)")
+    add("--learn", type=int, default=1000, help="of the training images those that filters see")
+    add("--maps", type=int, default=32, help="filters (default 32)")
+    add("--size", type=int, default=5, help="their side in pixels (default 5)")
+    add("--lam", type=float, default=2.0, help="of sparse inference: larger is denser (default 2)")
+    add("--epochs", type=int, default=5, help="of deconvnet and autoencoder (default 5)")
+    add("--grid", type=int, nargs="+", default=[4], help="cells a side; several: a pyramid")
+    add("--steps", nargs="*", default=["mean"], help=f"preprocessing: {', '.join(STEPS)} (mean)")
+    add("--methods", nargs="+", default=list(METHODS), help=f"of {', '.join(METHODS)}; all")
+    add("--repeats", type=int, default=3, help="draws of filters: seeds 0, 1, ... (default 3)")
+    add("--device", default="cpu", help="auto, cpu or cuda (default cpu)")
+    add("--threads", type=int, default=2, help="of the CPU (default 2)")
+    add("--output", type=Path, help="default runs/benchmark/features-<dataset>.json")
+    options = parser.parse_args(given)
+    if wrong := set(options.methods) - set(METHODS):
+        parser.error(f"--methods {' '.join(sorted(wrong))}: choose from {', '.join(METHODS)}")
+    for key in ("train", "test", "learn", "repeats", "threads"):
+        if getattr(options, key) < (2 if key == "train" else 1):
+            parser.error(f"--{key} {getattr(options, key)}: must be at least 1 (train: 2)")
+    try:
+        options.preprocessing = PreprocessingSettings(color="grey", steps=options.steps)
+        options.device = config.device(options.device)
+    except ValueError as error:
+        parser.error(str(error))
+    options.output = options.output or Path(f"runs/benchmark/features-{options.dataset}.json")
+    return options
+
+
+def images_of(options: argparse.Namespace) -> tuple[Images, Images]:
+    """Training and test images (N, 1, H, W) in [0, 1] with their labels, the first of each."""
+    if options.dataset == "fashion":
+        parts = fashion(options.root, "train"), fashion(options.root, "t10k")
+    else:
+        images, labels = digits(shifted=options.dataset == "shifted")
+        first = options.train
+        parts = (images[:first], labels[:first]), (images[first:], labels[first:])
+    asked = {"train": options.train, "test": options.test}
+    for (key, number), (images, _) in zip(asked.items(), parts, strict=True):
+        if len(images) < number:
+            raise ValueError(f"{key}={number}: {options.dataset} has {len(images)} for it")
+    return tuple(
+        (images[:number], labels[:number])
+        for number, (images, labels) in zip(asked.values(), parts, strict=True)
+    )
+
+
+def digits(*, shifted: bool = False) -> Images:
+    """The 1797 digits of scikit-learn as they come, 8x8, or each somewhere in 13x13 pixels."""
+    found = load_digits()
+    images = found.images / 16
+    if shifted:
+        places = np.random.RandomState(0).randint(0, 6, (len(images), 2))
+        large = np.zeros((len(images), 13, 13))
+        for image, digit, (i, j) in zip(large, images, places, strict=True):
+            image[i : i + 8, j : j + 8] = digit
+        images = large
+    return torch.from_numpy(images).float()[:, None], found.target
+
+
+def fashion(root: Path | None, part: str) -> Images:
+    """Fashion-MNIST, 28x28, from its IDX files; part: train (60,000) | t10k (10,000)."""
+    folders = [root, root / "FashionMNIST" / "raw"] if root else [Path("data/FashionMNIST/raw")]
+    folders += [] if root else [DEBIAN]
+    for folder in folders:
+        files = [
+            folder / f"{part}-{kind}-idx{axes}-ubyte"
+            for kind, axes in (("images", 3), ("labels", 1))
+        ]
+        files = [path if path.is_file() else path.with_name(path.name + ".gz") for path in files]
+        if all(path.is_file() for path in files):
+            images, labels = (read_idx(path) for path in files)
+            return torch.from_numpy(images).float()[:, None] / 255, labels
+    raise ValueError(
+        f"root={folders[0]}: no {part}-images-idx3-ubyte[.gz] with its labels; Debian has them in "
+        'dataset-fashion-mnist, torchvision in FashionMNIST("data", download=True)'
+    )
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """The bytes of an IDX file, gzipped or not, in its shape."""
+    data = path.read_bytes()
+    data = gzip.decompress(data) if path.suffix == ".gz" else data
+    axes = data[3] if len(data) > 3 else 0
+    shape = np.frombuffer(data, ">u4", axes, 4) if len(data) >= 4 + 4 * axes else [0]
+    numbers = np.frombuffer(data, np.uint8, offset=min(4 + 4 * axes, len(data)))
+    if data[:3] != b"\0\0\x08" or len(numbers) != np.prod(shape):
+        raise ValueError(f"{path}: not an IDX file of bytes, or cut off; fetch it again")
+    return numbers.reshape(shape).copy()
+
+
+def measure(name: str, train: Images, test: Images, options: argparse.Namespace, seed: int) -> dict:
+    """Accuracy of one method with one seed, what was chosen for it, and its seconds."""
+    build, (images, labels) = METHODS[name], train
+    if build is None:
+        known, unknown = (part[0].flatten(1).numpy() for part in (train, test))
+        fitted = seconds = 0.0
+        density = None
+    else:
+        started = time.perf_counter()
+        method = build(options, seed).fit(images[: options.learn])
+        fitted = time.perf_counter() - started
+        started = time.perf_counter()
+        (known, dense), (unknown, _) = (
+            features(method, part[0], options.grid) for part in (train, test)
+        )
+        seconds = (time.perf_counter() - started) / (len(images) + len(test[0]))
+        density = dense
+    chosen = choose(known, labels)
+    score = classifier(**chosen).fit(known, labels).score(unknown, test[1])
+    return dict(
+        seed=seed,
+        accuracy=float(score),
+        **chosen,
+        features=known.shape[1],
+        fit_seconds=fitted,
+        seconds_per_image=seconds,
+        density=density,
+    )
+
+
+def features(method: Method, images: Tensor, grid: Sequence[int]) -> tuple[np.ndarray, float]:
+    """(N, K * cells) of the maps of a method, and which share of the maps is not zero."""
+    parts, filled, entries = [], 0, 0
+    for part in images.split(TOGETHER):
+        z = method.maps(part)
+        filled, entries = filled + int(torch.count_nonzero(z)), entries + z.numel()
+        parts.append(grid_features(z, grid).cpu())
+    return torch.cat(parts).numpy(), filled / entries
+
+
+def choose(known: np.ndarray, labels: np.ndarray) -> dict:
+    """The power and the C that are best on the last fifth of (the first) training images."""
+    known, labels = known[:VALIDATION], labels[:VALIDATION]
+    kept = len(known) - max(1, len(known) // 5)
+    scores = {
+        (power, c): classifier(power, c)
+        .fit(known[:kept], labels[:kept])
+        .score(known[kept:], labels[kept:])
+        for power in POWERS
+        for c in C
+    }
+    power, c = max(scores, key=scores.get)
+    return dict(power=power, c=c)
+
+
+def classifier(power: float, c: float):
+    root = FunctionTransformer(np.sqrt) if power == 0.5 else FunctionTransformer()
+    svm = LinearSVC(C=c, dual="auto", max_iter=2000, random_state=0)
+    return make_pipeline(root, MaxAbsScaler(), svm)
+
+
+HEAD = "| method | right | power | C | features | maps not zero | to learn | an image |"
+
+
+def row(name: str, runs: list[dict]) -> str:
+    """One line of the table: the mean over the draws, and from the lowest to the highest."""
+    scores = [run["accuracy"] for run in runs]
+    right = f"{statistics.mean(scores):.1%}"
+    if len(scores) > 1:
+        right += f" ({min(scores):.1%} to {max(scores):.1%})"
+    chosen = [", ".join(f"{v:g}" for v in sorted({r[k] for r in runs})) for k in ("power", "c")]
+    if runs[0]["density"] is None:
+        return f"| {name} | {right} | {' | '.join(chosen)} | {runs[0]['features']} | | | |"
+    density, fit, each = (
+        statistics.mean(run[key] for run in runs)
+        for key in ("density", "fit_seconds", "seconds_per_image")
+    )
+    cost = f"{density:.1%} | {fit:.1f} s | {1000 * each:.2f} ms"
+    return f"| {name} | {right} | {' | '.join(chosen)} | {runs[0]['features']} | {cost} |"
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore", ConvergenceWarning)
+    main()
