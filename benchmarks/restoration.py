@@ -282,7 +282,7 @@ def inpaint(
     from deconvnet.applications.pictures import seen
 
     found = {}
-    for missing in ("0.5", "0.8", "box", "half"):
+    for missing in ("0.5", "0.8", "box"):
         table, masks, pictures = {}, {}, {}
         generator = torch.Generator().manual_seed(0)
         for name, clean in photographs.items():
