@@ -128,10 +128,8 @@ class RestoreConfig:
     def __post_init__(self) -> None:
         if self.image == [] or self.clean == []:
             raise ValueError("image=[] or clean=[]: give a file, a folder, or a list of them")
-        for key in ("strength", "sigma", "noise"):
-            value = getattr(self, key, None)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{key}={value}: must be a positive number")
+        if not 0 < self.strength < math.inf:
+            raise ValueError(f"strength={self.strength}: must be a positive number")
         for key in ("sigma", "noise"):
             value = getattr(self, key, None)
             if value is not None and not 0.5 <= value <= 255:
@@ -187,7 +185,7 @@ def read_visualize(cfg: DictConfig) -> VisualizeConfig:
     return OmegaConf.to_object(cfg)
 
 
-def read_restore(cfg: DictConfig) -> DenoiseConfig | InpaintConfig | ClassifyConfig:
+def read_command(cfg: DictConfig) -> DenoiseConfig | InpaintConfig | ClassifyConfig:
     """The checked settings of scripts/denoise.py, scripts/inpaint.py or scripts/classify.py."""
     check_keys(cfg)
     check_complete(cfg)

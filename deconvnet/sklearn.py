@@ -16,7 +16,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from functools import partial
 from numbers import Integral, Real
 
 import numpy as np
@@ -36,7 +35,7 @@ from deconvnet.monitor import EpochStats
 from deconvnet.network import DeconvNet, LayerSettings
 from deconvnet.preprocessing import PreprocessingSettings
 from deconvnet.solvers import default_solver
-from deconvnet.trainer import LayerTrainer
+from deconvnet.trainer import learn_layers
 
 FLOATS = (np.float64, np.float32)
 # Images are inferred together up to this many, and up to so many entries of maps (64 MiB).
@@ -123,7 +122,8 @@ class DeconvNetTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
         self._fit_center(net, images)
         entries = max(layer.num_maps for layer in layers) * math.prod(images.shape[2:])
         self._together = min(TOGETHER, max(1, ENTRIES // entries))
-        self.history_ = self._learn(net, self._explained(net, images), seed)
+        y = self._explained(net, images)
+        self.history_ = learn_layers(net, y, seed=seed, chunk=self._together)
         if any(self._margin):
             # New filters start with a trace of noise everywhere.
             row = pad(net.layer(1).filters, _negative(self._margin))
@@ -294,25 +294,6 @@ class DeconvNetTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
         if self.preprocessing is not None:
             y, _ = net.preprocessing(y)
         return pad(y, self._margin)
-
-    def _learn(self, net: DeconvNet, y: Tensor, seed: int) -> list[EpochStats]:
-        """Every layer on the maps of the one below."""
-        codes, history = Codes((), y, []), []
-        for number, layer in enumerate(net.layers, 1):
-            if number > 1:
-                codes = net.extend(codes, chunk=self._together)
-                layer.fit_scale(codes.layers[-1].pooled)
-            trainer = LayerTrainer(
-                layer,
-                net.below(codes, number),
-                partial(net.target, codes, number),
-                seed=seed,
-                number=number,
-                chunk=self._together,
-            )
-            while not trainer.done:
-                history += filter(None, [trainer.update()])
-        return history
 
     def _maps(self, net: DeconvNet, images: np.ndarray) -> Tensor:
         """z (N, K, rows, columns) of the top layer; of signals the row that is not zero."""

@@ -10,10 +10,12 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from deconvnet.codes import Codes
 from deconvnet.learning import (
     Batch,
     FilterSums,
@@ -27,7 +29,7 @@ from deconvnet.learning import (
     update_filters_by_cg,
 )
 from deconvnet.monitor import EpochStats
-from deconvnet.network import Layer, Target, check_size, seeded
+from deconvnet.network import DeconvNet, Layer, Target, check_size, seeded
 from deconvnet.operators import Identity, Operator
 from deconvnet.pooling import Window, max_pool, unpool
 from deconvnet.solvers import Solution
@@ -387,3 +389,23 @@ class _Totals:
             double=double,
             seconds_per_image=self.seconds / self.images,
         )
+
+
+def learn_layers(
+    net: DeconvNet, y: Tensor, *, depth: int | None = None, seed: int = 0, chunk: int = 8
+) -> list[EpochStats]:
+    """Learn the lowest `depth` layers (None: all) from preprocessed images y, in memory alone.
+
+    What each epoch saw, layer after layer. `training.train` does the same and keeps a run folder.
+    """
+    codes, history = Codes((), y, []), []
+    for number in range(1, (net.depth if depth is None else depth) + 1):
+        layer = net.layer(number)
+        if number > 1:
+            codes = net.extend(codes, chunk=chunk)
+            layer.fit_scale(codes.layers[-1].pooled)
+        below, target = net.below(codes, number), partial(net.target, codes, number)
+        trainer = LayerTrainer(layer, below, target, seed=seed, number=number, chunk=chunk)
+        while not trainer.done:
+            history += filter(None, [trainer.update()])
+    return history

@@ -29,7 +29,7 @@ config.register()
 @hydra.main(version_base="1.3", config_path="../configs", config_name="classify")
 def main(cfg: DictConfig) -> None:
     with config.one_line_errors(ValueError, OSError):
-        classify(config.read_restore(cfg))
+        classify(config.read_command(cfg))
 
 
 def classify(settings: config.ClassifyConfig) -> None:

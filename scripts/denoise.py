@@ -25,7 +25,7 @@ config.register()
 @hydra.main(version_base="1.3", config_path="../configs", config_name="denoise")
 def main(cfg: DictConfig) -> None:
     with config.one_line_errors(ValueError, OSError):
-        denoise(config.read_restore(cfg))
+        denoise(config.read_command(cfg))
 
 
 def denoise(settings: config.DenoiseConfig) -> None:

@@ -25,7 +25,7 @@ config.register()
 @hydra.main(version_base="1.3", config_path="../configs", config_name="inpaint")
 def main(cfg: DictConfig) -> None:
     with config.one_line_errors(ValueError, OSError):
-        inpaint(config.read_restore(cfg))
+        inpaint(config.read_command(cfg))
 
 
 def inpaint(settings: config.InpaintConfig) -> None:

@@ -39,7 +39,7 @@ from deconvnet.network import DeconvNet, LayerSettings, Target, seeded
 from deconvnet.pooling import pool, strongest, unpool
 from deconvnet.preprocessing import Preprocessing, PreprocessingSettings
 from deconvnet.solvers import default_solver
-from deconvnet.trainer import LayerTrainer
+from deconvnet.trainer import learn_layers
 
 # Pixels of the images whose maps are made together: 83 images of 28x28, 7 of 96x96.
 PIXELS = 2**16
@@ -120,21 +120,7 @@ class SparseMaps(Method):
         self.fitted = True
 
     def _learn(self, y: Tensor) -> None:
-        codes = Codes((), y, [])
-        for number in range(1, self.depth + 1):
-            layer = self.net.layer(number)
-            if number > 1:
-                codes = self.net.extend(codes, chunk=_together(y))
-                layer.fit_scale(codes.layers[-1].pooled)
-
-            def target(images: Tensor, codes: Codes = codes, number: int = number) -> Target:
-                return self.net.target(codes, number, images)
-
-            below = self.net.below(codes, number)
-            options = dict(seed=self.seed, number=number, chunk=_together(y))
-            trainer = LayerTrainer(layer, below, target, **options)
-            while not trainer.done:
-                trainer.update()
+        learn_layers(self.net, y, depth=self.depth, seed=self.seed, chunk=_together(y))
 
     def _maps(self, y: Tensor) -> Tensor:
         codes = Codes((), y, [])
@@ -209,7 +195,7 @@ class LearnedFilters(FilterMaps):
     """The filters of this package: with its inference `SparseMaps` of one layer, else without."""
 
     def _filters(self, y: Tensor) -> Tensor:
-        SparseMaps(self.net, seed=self.seed)._learn(y)
+        learn_layers(self.net, y, seed=self.seed, chunk=_together(y))
         return self.filters
 
 

@@ -20,7 +20,7 @@ from deconvnet.visualization.tiles import LINE, below, beside, text
 
 # Grey levels of an image file.
 LEVELS = 255
-# Images to fit a restorer to: more of them change its weights by next to nothing.
+# Images to fit a restorer to, which has only a number for each map to learn.
 ENOUGH = 16
 LABEL = 34
 
