@@ -4,9 +4,10 @@ python benchmarks/restoration.py                noise, the paper's experiment, m
 python benchmarks/restoration.py denoise --sigmas 25
 python benchmarks/restoration.py --quick        small networks, to see whether it runs
 
-Grey photographs of scikit-image at half their size. Two networks of +experiment=denoise learn from
-one half of the photographs each and restore the other half, so that none is restored by a network
-that has seen it; they are kept in the output folder and used again. Beside them
+Grey photographs of scikit-image, large ones at half their size. Two networks of
++experiment=denoise learn from one half of the photographs each, and from three others that are not
+restored, and restore the other half, so that none is restored by a network that has seen it; they
+are kept in the output folder and used again. Beside them
 
 - scikit-image's total variation (Chambolle), with the weight that is best on the mean of all the
   photographs at this noise, its wavelets (BayesShrink), non-local means (h = 0.6 sigma), biharmonic
@@ -33,6 +34,7 @@ import numpy as np
 import torch
 from hydra import compose, initialize_config_dir
 from skimage import data, restoration, transform
+from sklearn.datasets import load_sample_images
 from torch import Tensor
 
 from deconvnet import config, load
@@ -46,7 +48,7 @@ from deconvnet.training import train
 PHOTOGRAPHS = ("astronaut", "camera", "chelsea", "coffee", "coins", "rocket")
 SPORCO_IMAGES = ("barbara.png", "kodim23.png", "monarch.png", "sail.png", "tulips.png")
 WEIGHTS = (0.02, 0.03, 0.04, 0.06, 0.08, 0.1, 0.13, 0.16, 0.2, 0.25, 0.3)
-CROP, CROPS = 96, 32
+CROP, CROPS = 96, 96
 # Zeiler et al. 2010: sigma 0.25 of images in [-1, 1], cut off.
 PAPER = 0.125
 
@@ -107,10 +109,19 @@ def images_of(kind: str) -> dict[str, Tensor]:
         return {name: half(read_image(path).mean(0).numpy()) for name, path in files.items()}
     found = {}
     for name in PHOTOGRAPHS:
-        image = getattr(data, name)()
-        image = image @ np.array([0.2125, 0.7154, 0.0721]) if image.ndim == 3 else image
-        found[name] = half(image / 255)
+        found[name] = half(grey(getattr(data, name)()))
     return found
+
+
+def others() -> list[Tensor]:
+    """Photographs that are only learned from, grey (1, 1, H, W)."""
+    images = [data.stereo_motorcycle()[0], *load_sample_images().images]
+    return [half(grey(image)) for image in images]
+
+
+def grey(image: np.ndarray) -> np.ndarray:
+    """(H, W) in [0, 1] of an image of bytes, grey or colour."""
+    return (image @ np.array([0.2125, 0.7154, 0.0721]) if image.ndim == 3 else image) / 255
 
 
 def half(image: np.ndarray) -> Tensor:
@@ -129,7 +140,7 @@ def networks(
     halves = [list(learned)[::2], list(learned)[1::2]]
     restorers = []
     for number, names in enumerate(halves):
-        crops = torch.cat([cut(learned[name]) for name in names])
+        crops = torch.cat([cut(image) for image in [*map(learned.get, names), *others()]])
         chosen = torch.linspace(0, len(crops) - 1, min(CROPS, len(crops))).round().long()
         net = network(crops[chosen].clamp(0, 1), options.output / f"half-{number}", options)
         restorers.append(Restorer(net).fit(crops[chosen]))
