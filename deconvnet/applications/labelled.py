@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from deconvnet import checkpoint
 from deconvnet.applications.classification import (
+    KERNELS,
     SVMS,
     ClassData,
     Codebook,
@@ -33,7 +34,6 @@ from deconvnet.applications.classification import (
     confusion,
     counts,
     image_windows,
-    intersection,
     predict,
     pyramid,
 )
@@ -47,8 +47,10 @@ PIECE = 64
 ROWS = 512
 # Windows of the training images that a codebook is learned from, for each of its words.
 WINDOWS = 100
+# Windows of a layer and a side in pixels, which have words of their own.
+Kind = tuple[int, int]
 # What changes how images are judged or how the work is done, but not their features.
-FREE = ("run", "layers", "svm", "C", "chunk", "output", "device")
+FREE = ("run", "layers", "kernel", "svm", "C", "chunk", "output", "device")
 
 
 @dataclasses.dataclass
@@ -63,6 +65,7 @@ class ClassifySettings(FeatureSettings):
     seed: int = 0
     codebooks: str = "split"
     codebook_images: int = 300
+    kernel: str = "intersection"
     svm: str = "one_vs_rest"
     C: float = 10.0
     chunk: int = 8
@@ -72,7 +75,8 @@ class ClassifySettings(FeatureSettings):
         for key in ("train", "test", "splits", "codebook_images", "chunk"):
             if getattr(self, key) is not None and getattr(self, key) < 1:
                 raise ValueError(f"{key}={getattr(self, key)}: must be at least 1")
-        for key, choices in (("svm", SVMS), ("codebooks", ("split", "shared"))):
+        named = (("kernel", KERNELS), ("svm", SVMS), ("codebooks", ("split", "shared")))
+        for key, choices in named:
             if getattr(self, key) not in choices:
                 raise ValueError(f"{key}={getattr(self, key)}: choose one of {', '.join(choices)}")
         if self.seed < 0:
@@ -152,12 +156,12 @@ class Features:
         self.net, self.images, self.splits = net, images, splits
         self.layers, self.settings = layers, settings
         self.books = 1 if settings.codebooks == "shared" else len(splits)
-        self.shape = (settings.levels[-1] ** 2, settings.words)
+        self.shape = (settings.levels[-1] ** 2, len(settings.patch) * settings.words)
         self.folder = folder / self._digest()
-        self.codebooks: dict[int, list[Codebook]] = {}
+        self.codebooks: dict[Kind, list[Codebook]] = {}
 
     def learn_codebooks(self) -> None:
-        """Find, or read, the words of every layer, from training images of every split."""
+        """Find, or read, the words of every kind, from training images of every split."""
         images, words = self.settings.codebook_images, self.settings.words
         chosen = []
         for number, split in enumerate(self.splits[: self.books]):
@@ -165,29 +169,30 @@ class Features:
             some = min(images, len(split.train))
             chosen.append(np.sort(random.choice(split.train, some, replace=False)))
         each = -(-WINDOWS * words // len(chosen[0]))
-        missing = [n for n in self.layers if not self._read_codebooks(n)]
+        kinds = [(layer, patch) for layer in self.layers for patch in self.settings.patch]
+        missing = [kind for kind in kinds if not self._read_codebooks(kind)]
         if not missing:
             return
         used = np.unique(np.concatenate(chosen))
         pieces = [used[start : start + PIECE] for start in range(0, len(used), PIECE)]
-        samples: dict[int, dict[int, np.ndarray]] = {n: {} for n in missing}
+        samples: dict[Kind, dict[int, np.ndarray]] = {kind: {} for kind in missing}
         with self._bar("windows", len(used)) as bar:
             for piece in pieces:
                 found = self._samples(piece, missing, each, bar)
-                for layer, arrays in found.items():
-                    samples[layer].update(zip(piece.tolist(), arrays, strict=True))
-        for layer in missing:
-            for number, of in enumerate(tqdm(chosen, f"words of layer {layer}", leave=False)):
-                d = torch.from_numpy(np.concatenate([samples[layer][n] for n in of.tolist()]))
+                for kind, arrays in found.items():
+                    samples[kind].update(zip(piece.tolist(), arrays, strict=True))
+        for kind in missing:
+            for number, of in enumerate(tqdm(chosen, f"words of layer {kind[0]}", leave=False)):
+                d = torch.from_numpy(np.concatenate([samples[kind][n] for n in of.tolist()]))
                 book = Codebook.fit(
                     d, words, normalize=self.settings.normalize, seed=self.settings.seed
                 )
                 floor = np.nan if book.floor is None else book.floor
                 values = np.array([floor, book.spread])
-                _write(self._codebook(layer, number), centers=book.centers.numpy(), values=values)
-            self._read_codebooks(layer)
-        for layer in missing:
-            for path in (self.folder / f"layer{layer}").glob("windows-*.npz"):
+                _write(self._codebook(kind, number), centers=book.centers.numpy(), values=values)
+            self._read_codebooks(kind)
+        for kind in missing:
+            for path in self._of(kind).glob("windows-*.npz"):
                 path.unlink()
 
     def count_words(self) -> None:
@@ -223,38 +228,66 @@ class Features:
             result[pieces == start] = found["counts"][indices[pieces == start] - start]
         return torch.from_numpy(result).to(self.net.device)
 
+    def kernels(self, layer: int, number: int) -> list[np.ndarray]:
+        """[training images of a split with each other, its tests with these], float64."""
+        split, settings = self.splits[number], self.settings
+        overlap = KERNELS[settings.kernel]
+
+        def pyramids(indices: np.ndarray) -> Iterator[Tensor]:
+            for start in range(0, len(indices), ROWS):
+                some = self.counts(layer, number, indices[start : start + ROWS])
+                yield pyramid(some, settings.levels)
+
+        train = torch.cat(list(pyramids(split.train)))
+        return [
+            np.concatenate([overlap(rows, train).numpy() for rows in pyramids(indices)])
+            for indices in (split.train, split.test)
+        ]
+
     def _samples(
-        self, piece: np.ndarray, layers: list[int], each: int, bar: tqdm
-    ) -> dict[int, list[np.ndarray]]:
-        """Random windows of some images, (at most `each`, D) for every one of them, layer by layer.
+        self, piece: np.ndarray, kinds: list[Kind], each: int, bar: tqdm
+    ) -> dict[Kind, list[np.ndarray]]:
+        """Random windows of some images, (at most `each`, D) for every one of them, by kind.
 
         Kept until the codebooks are there, so that an interrupted run goes on.
         """
-        paths = {n: self.folder / f"layer{n}" / f"windows-{piece[0]:06d}.npz" for n in layers}
+        paths = {kind: self._of(kind) / f"windows-{piece[0]:06d}.npz" for kind in kinds}
         result = {}
-        for layer, path in paths.items():
+        for kind, path in paths.items():
             found = _read(path, sizes=(len(piece),))
             if found is not None and "d" in found:
-                result[layer] = np.split(found["d"], np.cumsum(found["sizes"])[:-1])
-        missing = [n for n in layers if n not in result]
+                result[kind] = np.split(found["d"], np.cumsum(found["sizes"])[:-1])
+        missing = [kind for kind in kinds if kind not in result]
         if not missing:
             bar.update(len(piece))
             return result
-        samples: dict[int, list[np.ndarray]] = {n: [] for n in missing}
-        for index, codes, place in self._codes(piece, max(missing)):
-            for layer in missing:
-                generator = seeded(self.settings.seed, layer, index)
-                parts = list(image_windows(self.net, codes, place, layer, self.settings))
-                share = -(-each // max(1, len(parts)))
-                kept = [_some(part.d, share, generator) for part in parts]
-                # Maps that are all zero have no windows.
-                none = np.empty((0, self._width(layer)), np.float32)
-                samples[layer].append(np.concatenate([none, *kept]))
+        samples: dict[Kind, list[np.ndarray]] = {kind: [] for kind in missing}
+        layers = sorted({layer for layer, _ in missing})
+        for index, codes, place in self._codes(piece, max(layers)):
+            for layer in layers:
+                found = list(image_windows(self.net, codes, place, layer, self.settings))
+                for patch in self.settings.patch:
+                    if (layer, patch) in missing:
+                        parts = [part.d for part in found if part.patch == patch]
+                        kept = self._some(parts, each, (layer, patch), index)
+                        samples[layer, patch].append(kept)
             bar.update()
-        for layer in missing:
-            sizes = np.array([len(d) for d in samples[layer]])
-            _write(paths[layer], d=np.concatenate(samples[layer]), sizes=sizes)
+        for kind in missing:
+            sizes = np.array([len(d) for d in samples[kind]])
+            _write(paths[kind], d=np.concatenate(samples[kind]), sizes=sizes)
         return {**result, **samples}
+
+    def _some(self, parts: list[Tensor], each: int, kind: Kind, index: int) -> np.ndarray:
+        """At most `each` random windows of an image that are not zero, as many of every part."""
+        generator = seeded(self.settings.seed, *kind, index)
+        share = -(-each // max(1, len(parts)))
+        # Maps that are all zero have no windows.
+        kept = [np.empty((0, self._width(kind[0])), np.float32)]
+        for d in parts:
+            d = d[(d != 0).any(1)]
+            order = torch.randperm(len(d), generator=generator)[:share]
+            kept.append(d[order.to(d.device)].cpu().numpy())
+        return np.concatenate(kept)
 
     def _width(self, layer: int) -> int:
         """How many numbers a descriptor has."""
@@ -266,19 +299,23 @@ class Features:
         self, codes: Codes, place: int, layer: int, books: list[int]
     ) -> dict[int, np.ndarray]:
         """(side^2, V) float32 of one image of the codes under each of some codebooks."""
+        settings = self.settings
         total = {book: torch.zeros(self.shape, dtype=torch.float64) for book in books}
-        for part in image_windows(self.net, codes, place, layer, self.settings):
+        for part in image_windows(self.net, codes, place, layer, settings):
+            first = settings.patch.index(part.patch) * settings.words
             for book in books:
-                words, shares = self.codebooks[layer][book].assign(part.d, self.settings.neighbours)
+                words, shares = self.codebooks[layer, part.patch][book].assign(
+                    part.d, settings.neighbours
+                )
                 found = counts(
                     words,
                     shares,
                     part.places,
                     part.weights,
-                    side=self.settings.levels[-1],
-                    size=self.settings.words,
+                    side=settings.levels[-1],
+                    size=settings.words,
                 )
-                total[book] += found.cpu()
+                total[book][:, first : first + settings.words] += found.cpu()
         return {book: histogram.float().numpy() for book, histogram in total.items()}
 
     def _codes(self, piece: np.ndarray, depth: int) -> Iterator[tuple[int, Codes, int]]:
@@ -302,16 +339,16 @@ class Features:
             return [0]
         return [n for n, split in enumerate(self.splits) if index in split.members]
 
-    def _read_codebooks(self, layer: int) -> bool:
+    def _read_codebooks(self, kind: Kind) -> bool:
         books = []
         for number in range(self.books):
-            found = _read(self._codebook(layer, number), values=(2,))
+            found = _read(self._codebook(kind, number), values=(2,))
             if found is None or len(found.get("centers", ())) != self.settings.words:
                 return False
             floor, spread = found["values"].tolist()
             centers = torch.from_numpy(found["centers"]).to(self.net.device)
             books.append(Codebook(centers, None if np.isnan(floor) else floor, spread))
-        self.codebooks[layer] = books
+        self.codebooks[kind] = books
         return True
 
     def _counted(self, layer: int, start: int) -> bool:
@@ -319,8 +356,11 @@ class Features:
         paths = (self._piece(layer, book, start) for book in range(self.books))
         return all(_read(path, counts=shape) is not None for path in paths)
 
-    def _codebook(self, layer: int, number: int) -> Path:
-        return self.folder / f"layer{layer}" / f"codebook-{number}.npz"
+    def _of(self, kind: Kind) -> Path:
+        return self.folder / f"layer{kind[0]}" / f"patch{kind[1]}"
+
+    def _codebook(self, kind: Kind, number: int) -> Path:
+        return self._of(kind) / f"codebook-{number}.npz"
 
     def _piece(self, layer: int, book: int, start: int) -> Path:
         return self.folder / f"layer{layer}" / f"counts-{book}-{start:06d}.npz"
@@ -348,7 +388,7 @@ def judge(features: Features, layers: list[int], settings: ClassifySettings) -> 
     for number, split in enumerate(features.splits):
         together = 0
         for layer in layers:
-            kernels = _kernels(features, layer, number)
+            kernels = features.kernels(layer, number)
             together = together + np.concatenate(kernels) / len(layers)
             tried = {f"layer {layer}": kernels}
             if layer == layers[-1] and len(layers) > 1:
@@ -363,22 +403,6 @@ def judge(features: Features, layers: list[int], settings: ClassifySettings) -> 
     return {name: Scores(np.stack(matrices)) for name, matrices in found.items()}
 
 
-def _kernels(features: Features, layer: int, number: int) -> list[np.ndarray]:
-    """[training images with each other, test images with training images], float64."""
-    split, levels = features.splits[number], features.settings.levels
-
-    def pyramids(indices: np.ndarray) -> Iterator[Tensor]:
-        for start in range(0, len(indices), ROWS):
-            yield pyramid(features.counts(layer, number, indices[start : start + ROWS]), levels)
-
-    train = torch.cat(list(pyramids(split.train)))
-    kernels = []
-    for indices in (split.train, split.test):
-        parts = [intersection(rows, train).cpu().double().numpy() for rows in pyramids(indices)]
-        kernels.append(np.concatenate(parts))
-    return kernels
-
-
 def _classes(key: str, path: str) -> list[str]:
     """The names of the folders in a folder, sorted, of which there must be two."""
     folder = Path(path).expanduser()
@@ -389,13 +413,6 @@ def _classes(key: str, path: str) -> list[str]:
         found = names[0] if names else "none"
         raise ValueError(f"{key}={path}: must have a folder of images for each class, has {found}")
     return names
-
-
-def _some(d: Tensor, count: int, generator: torch.Generator) -> np.ndarray:
-    """At most so many random rows of those that are not zero."""
-    d = d[(d != 0).any(1)]
-    order = torch.randperm(len(d), generator=generator)[:count]
-    return d[order.to(d.device)].cpu().numpy()
 
 
 def _write(path: Path, **arrays: np.ndarray) -> None:
