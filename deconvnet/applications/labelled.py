@@ -239,10 +239,8 @@ class Features:
                 yield pyramid(some, settings.levels)
 
         train = torch.cat(list(pyramids(split.train)))
-        return [
-            np.concatenate([overlap(rows, train).numpy() for rows in pyramids(indices)])
-            for indices in (split.train, split.test)
-        ]
+        tests = [overlap(rows, train).numpy() for rows in pyramids(split.test)]
+        return [overlap(train, train).numpy(), np.concatenate(tests)]
 
     def _samples(
         self, piece: np.ndarray, kinds: list[Kind], each: int, bar: tqdm
