@@ -238,7 +238,7 @@ def test_all_activations_projected_one_by_one_add_up_to_the_layer(upper):
 
 def test_projected_windows_are_those_where_something_is_and_every_activation_counts_alike(upper):
     net, codes = upper
-    settings = FeatureSettings(patch=[8], projected_step=2, strongest=5, words=2)
+    settings = FeatureSettings(patch=[8], projected_step=2, strongest=5, words=2, neighbours=1)
     parts = list(image_windows(net, codes, 0, 2, settings))
     d = torch.cat([part.d for part in parts])
     weights = torch.cat([part.weights for part in parts])
@@ -253,7 +253,7 @@ def test_projected_windows_are_those_where_something_is_and_every_activation_cou
 def test_an_image_in_which_nothing_was_found_has_no_projected_windows(upper):
     net, _ = upper
     codes = net.infer(torch.zeros(1, 1, 36, 40))
-    assert list(image_windows(net, codes, 0, 3, FeatureSettings(words=2))) == []
+    assert list(image_windows(net, codes, 0, 3, FeatureSettings(words=2, neighbours=1))) == []
 
 
 def test_windows_outside_the_picture_do_not_count():
@@ -261,7 +261,7 @@ def test_windows_outside_the_picture_do_not_count():
     square = torch.zeros(1, 1, 40, 40)
     square[..., 10:30, 5:35] = rand(1, 1, 20, 30).mul(0.1).add(0.5)
     codes = net.infer(square, frames=torch.tensor([[10, 5, 20, 30]]))
-    (found,) = image_windows(net, codes, 0, 1, FeatureSettings(patch=[8], words=2))
+    (found,) = image_windows(net, codes, 0, 1, FeatureSettings(patch=[8], words=2, neighbours=1))
     # An entry at row i paints rows i - 4 to i.
     inside = codes.layer(1).z[..., 10:34, 5:39]
     assert_close(found.d, descriptors(inside, patch=8).flatten(0, 2))
@@ -271,7 +271,7 @@ def test_windows_outside_the_picture_do_not_count():
 
 def test_windows_of_upper_maps_are_as_large_in_pixels_as_those_of_layer_one(upper):
     net, codes = upper
-    settings = FeatureSettings(patch=[16], step=4, upper="maps", words=2)
+    settings = FeatureSettings(patch=[16], step=4, upper="maps", words=2, neighbours=1)
     (below,), (above,) = (image_windows(net, codes, 0, layer, settings) for layer in (1, 2))
     # Stride 2: windows of 8 places, 2 apart.
     H, W = codes.layer(2).shape[1:]
@@ -310,7 +310,7 @@ def test_textures_are_told_apart_by_words_and_not_by_pixels():
     images = np.stack([stripes(angle, random) for _ in range(24) for angle in ANGLES])
     labels = np.arange(72) % 3
     split = draw_split(labels, CLASSES, train=10, test=None, seed=0)
-    net, settings = oriented(), FeatureSettings(words=20, step=4)
+    net, settings = oriented(), FeatureSettings(patch=[16], words=20, step=4, neighbours=1)
     codes = net.infer(torch.from_numpy(images).float()[:, None])
     windows = [next(image_windows(net, codes, n, 1, settings)) for n in range(72)]
     book = Codebook.fit(torch.cat([windows[n].d for n in split.train.tolist()]), 20)

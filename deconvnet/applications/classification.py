@@ -75,7 +75,7 @@ class FeatureSettings:
     """How an image becomes counts of words; configs/classify.yaml has the numbers."""
 
     # sides of windows in pixels, each size with words of its own, and how many cells along a side
-    patch: list[int] = field(default_factory=lambda: [16])
+    patch: list[int] = field(default_factory=lambda: [16, 24])
     cells: int = 4
     # from window to window in pixels; on maps that were projected from upper layers
     step: int = 2
@@ -90,7 +90,7 @@ class FeatureSettings:
     strongest: int = 50
     # size of the codebook, and the nearest words that share a descriptor; 1: hard assignment
     words: int = 1000
-    neighbours: int = 1
+    neighbours: int = 5
     # sides of the grids of the pyramid; all must divide the last
     levels: list[int] = field(default_factory=lambda: [1, 2, 4])
 
