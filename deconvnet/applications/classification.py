@@ -393,17 +393,18 @@ def intersection(a: Tensor, b: Tensor) -> Tensor:
     """
     left, right = (each.detach().cpu().numpy() for each in (a, b))
     total = np.zeros((len(left), len(right)))
-    columns = range(0, left.shape[1], COLUMNS)
-
-    def rows(part: np.ndarray) -> None:
-        for first in columns if len(part) else ():
-            some = np.s_[:, first : first + COLUMNS]
-            ours = np.ascontiguousarray(left[part][some])
-            _overlap(ours, np.ascontiguousarray(right[some]), total[part[0] : part[-1] + 1])
-
     threads = torch.get_num_threads()
+    share = max(1, -(-len(left) // threads))
+
+    def rows(start: int) -> None:
+        mine = slice(start, start + share)
+        for first in range(0, left.shape[1], COLUMNS):
+            some = slice(first, first + COLUMNS)
+            parts = (np.ascontiguousarray(each) for each in (left[mine, some], right[:, some]))
+            _overlap(*parts, total[mine])
+
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(rows, np.array_split(np.arange(len(left)), threads)))
+        list(pool.map(rows, range(0, len(left), share)))
     return torch.from_numpy(total)
 
 

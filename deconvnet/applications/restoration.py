@@ -324,8 +324,7 @@ def estimate_noise(images: Tensor) -> Tensor:
     """The standard deviation (N,) of the noise in images (N, C, H, W), the mean of their planes.
 
     From the median of the finest wavelet coefficients (Donoho and Johnstone 1994), by scikit-image.
-    Fine texture counts as noise: of six clean photographs it finds 0.002 to
-    0.01.
+    Fine texture counts as noise: of six clean photographs it finds 0.002 to 0.01.
     """
     from skimage.restoration import estimate_sigma
 
