@@ -50,7 +50,7 @@ from deconvnet.network import DeconvNet, Layer, seeded
 from deconvnet.operators import Deconvolution
 from deconvnet.preprocessing import PreprocessingSettings
 from deconvnet.solvers import Solution, default_solver, duality_gap, sparse_code
-from deconvnet.trainer import LayerTrainer
+from deconvnet.trainer import Ground, LayerTrainer
 
 AXES = {
     "images": (1, 2, 4, 8, 16),
@@ -275,10 +275,8 @@ def _through_layers(case: Case) -> dict:
         layer.fit_scale(codes.layers[-1].pooled)
     layer.initialize(net.below(codes, number), seeded(0, number))
     if case.method == EPOCH:
-        target = partial(net.target, codes, number)
-        return _epochs(
-            case, lambda: LayerTrainer(layer, net.below(codes, number), target, number=number)
-        )
+        ground = Ground.over(net, codes, number)
+        return _epochs(case, lambda: LayerTrainer(layer, ground, number=number))
 
     def infer(iterations: int) -> Solution:
         settings = replace(solver, iterations=iterations)

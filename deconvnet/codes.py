@@ -73,6 +73,11 @@ class LayerCodes:
         chosen = {key: value[images] for key, value in vars(self).items() if _is_tensor(value)}
         return replace(self, **chosen)
 
+    def to(self, device: torch.device | str) -> LayerCodes:
+        """The codes on another device."""
+        moved = {key: value.to(device) for key, value in vars(self).items() if _is_tensor(value)}
+        return replace(self, **moved)
+
 
 @dataclass(frozen=True)
 class Codes:
@@ -90,6 +95,11 @@ class Codes:
         layers = tuple(layer.select(images) for layer in self.layers)
         record = [{key: value[images] for key, value in step.items()} for step in self.record]
         return Codes(layers, self.y[images], record)
+
+    def to(self, device: torch.device | str) -> Codes:
+        """The codes on another device."""
+        record = [{key: value.to(device) for key, value in step.items()} for step in self.record]
+        return Codes(tuple(layer.to(device) for layer in self.layers), self.y.to(device), record)
 
     def layer(self, number: int) -> LayerCodes:
         """The codes of one layer, counted from 1."""

@@ -8,6 +8,7 @@ that knows Hydra.
 from __future__ import annotations
 
 import difflib
+import logging
 import math
 import os
 import sys
@@ -53,6 +54,8 @@ class Config:
     resume: str = "auto"
     chunk: int = 8
     progress: bool = True
+    patience: float = 600.0
+    memory: float = 4.0
 
     def layer_settings(self) -> list[LayerSettings]:
         """The layers to train, from the bottom."""
@@ -213,6 +216,10 @@ def read(cfg: DictConfig) -> Config:
             f"layers={config.layers}: this model defines {len(expected)} layers; choose 1 to "
             f"{len(expected)}"
         )
+    if not 1 <= config.patience < math.inf:
+        raise ValueError(f"patience={config.patience}: is in seconds, at least 1")
+    if math.isnan(config.memory) or config.memory < 0:
+        raise ValueError(f"memory={config.memory}: is in GiB, at least 0")
     if config.chunk < 1:
         raise ValueError(f"chunk={config.chunk}: must be at least 1")
     if config.seed < 0:
@@ -266,6 +273,10 @@ def launch(main: Callable[[], None]) -> None:
     """
     # Hydra then raises instead of printing a traceback of its own.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    if int(os.environ.get("RANK", 0)) > 0:
+        # Of several processes under torchrun the first writes and speaks; the others warn.
+        sys.argv += ["hydra.output_subdir=null", "hydra/job_logging=stdout", "hydra.verbose=false"]
+        logging.disable(logging.INFO)
     try:
         main()
     except (HydraException, OmegaConfBaseException, OSError) as error:

@@ -1,4 +1,5 @@
-"""Where images come from: photographs of installed packages, a folder, a list, torchvision.
+"""Where images come from: photographs of installed packages, a folder, a list, tar shards,
+torchvision.
 
     N images · H, W pixels     images (N, 3, H, W) float32 in [0, 1], RGB
     frames (N, 4): top, left, height, width of the picture in its image, zeros around it
@@ -6,8 +7,8 @@
 This module decides what a file, whatever its kind, becomes in pixels: grey is repeated to three
 planes, transparency shows white, the camera's orientation is applied. It decides what becomes of
 files that cannot be read, and how images of many sizes get one. Nothing here is random. Images are
-read all at once (`load_images`), or each when it is asked for, of a set of any size
-(`lazy_images`).
+read all at once (`load_images`), or when they are asked for, of a set of any size: one by one
+(`lazy_images`), or fitted and some at a time (`stream_images`).
 """
 
 from __future__ import annotations
@@ -15,16 +16,21 @@ from __future__ import annotations
 import difflib
 import hashlib
 import inspect
+import io
 import json
 import logging
+import math
 import os
 import stat
+import tarfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import astuple, dataclass
 from functools import cached_property, partial
 from operator import getitem
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -34,7 +40,7 @@ from torch.nn import functional
 
 from deconvnet.preprocessing import Frame, local_moments
 
-SOURCES = ("photographs", "folder", "list", "torchvision")
+SOURCES = ("photographs", "folder", "list", "shards", "torchvision")
 FITS = ("crop", "pad")
 SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"),
@@ -53,8 +59,10 @@ logger = logging.getLogger(__name__)
 @dataclass
 class DataSettings:
     name: str = "photographs"  # names the folder of the run
-    source: str = "photographs"  # photographs | folder | list | torchvision
-    path: str | None = None  # folder; list: text file, one path a line; torchvision: root folder
+    source: str = "photographs"  # photographs | folder | list | shards | torchvision
+    # folder; list: text file, one path a line; shards: a .tar file, or a folder of such;
+    # torchvision: root folder
+    path: str | None = None
     dataset: str | None = None  # torchvision: name of the class, such as CIFAR10
     split: str | None = None  # torchvision: for its split=, image_set= or train= ("train", "test")
     download: bool = False  # torchvision: allow a download
@@ -63,6 +71,8 @@ class DataSettings:
     scale: float = 0.35  # photographs: factor of reduction before they are cropped, 0 to 1
     max_images: int | None = 32  # photographs: that many of most texture; else the first; null: all
     skip_unreadable: bool = False  # leave out files that cannot be used, with a warning
+    stream: bool = False  # read images at every visit, not all at the start: any number of them
+    workers: int = 2  # stream: threads that read images ahead
 
     def __post_init__(self) -> None:
         if not self.name.strip(".") or set(self.name) & set("/\\"):
@@ -71,7 +81,7 @@ class DataSettings:
             )
         if self.source not in SOURCES:
             raise ValueError(f"data.source={self.source!r}: choose {', '.join(SOURCES)}")
-        if self.source in ("folder", "list") and not self.path:
+        if self.source in ("folder", "list", "shards") and not self.path:
             raise ValueError(f"data.path={self.path!r}: data.source={self.source} needs a path")
         if self.source == "torchvision" and not self.dataset:
             raise ValueError("data.dataset=None: data.source=torchvision needs the name of a class")
@@ -88,6 +98,13 @@ class DataSettings:
             )
         if self.fit == "pad" and self.size is None:
             raise ValueError("data.size=None: data.fit=pad needs the side of the squares")
+        if self.stream and self.source == "photographs":
+            raise ValueError(
+                "data.stream=true: the images of data.source=photographs are made in memory; "
+                "choose folder, list, shards or torchvision"
+            )
+        if self.workers < 1:
+            raise ValueError(f"data.workers={self.workers}: must be at least 1")
         if not 0 < self.scale <= 1:
             raise ValueError(f"data.scale={self.scale}: must be above 0 and at most 1")
         if self.max_images is not None and self.max_images < 1:
@@ -222,20 +239,55 @@ def lazy_images(settings: DataSettings, *, crop: Crop | None = None) -> LazyImag
         return LazyImages.of(_photographs(settings), crop=crop)
     if crop is None and settings.size is not None:
         crop = Crop(settings.size, settings.size)
-    items, source = _items(settings)
-    kept, failures = [], []
-    for item in items:
-        if len(kept) == settings.max_images:
-            break
-        if settings.skip_unreadable:
-            try:
-                item.read()
-            except ValueError as error:
-                failures.append(str(error))
-                continue
-        kept.append(item)
-    _report(failures, source, settings.skip_unreadable, none_left=not kept)
-    return LazyImages(kept, crop=crop)
+    return LazyImages(_kept_items(settings, lambda item: item.read()), crop=crop)
+
+
+class StreamedImages:
+    """Fitted images that are read when they are asked for, by some threads.
+
+    One that cannot be read is a ValueError in one line when it is asked for. `ahead` says which
+    will be asked for next, so that they are there when their turn has come.
+    """
+
+    def __init__(self, items: Sequence[Item], settings: DataSettings):
+        self.items, self.settings = tuple(items), settings
+        self._pool = ThreadPoolExecutor(settings.workers)
+        self._coming: dict[int, Future] = {}
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def read(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Images (n, 3, H, W) and their frames (n, 4), None where all fill their images."""
+        numbers = indices.tolist()
+        found = [self._coming.pop(n, None) or self._pool.submit(self._one, n) for n in numbers]
+        images, frames = zip(*(each.result() for each in found), strict=True)
+        _check_one_size(list(images), [self.items[n].name for n in numbers])
+        filled = all(f[2:] == i.shape[1:] for f, i in zip(frames, images, strict=True))
+        return torch.stack(images), None if filled else torch.tensor(frames)
+
+    def ahead(self, indices: Tensor) -> None:
+        """Begin to read these, if that has not begun; what else was announced is forgotten."""
+        numbers = set(indices.tolist())
+        for n in self._coming.keys() - numbers:
+            self._coming.pop(n).cancel()
+        for n in indices.tolist():
+            if n not in self._coming:
+                self._coming[n] = self._pool.submit(self._one, n)
+
+    def _one(self, number: int) -> tuple[Tensor, Frame]:
+        item = self.items[number]
+        return _fit(item.read(), item.name, self.settings)
+
+
+def stream_images(settings: DataSettings) -> StreamedImages:
+    """The images of `load_images`, in the same order, read when they are asked for.
+
+    With data.skip_unreadable all are read once at the start to know which are left out: which image
+    has which number must not change afterwards.
+    """
+    items = _kept_items(settings, lambda item: _fit(item.read(), item.name, settings))
+    return StreamedImages(items, settings)
 
 
 def find_images(path: str | Path) -> list[Path]:
@@ -299,14 +351,30 @@ def read_image(path: str | Path) -> Tensor:
             raise ValueError("not a regular file")
         if info.st_size == 0:
             raise ValueError("the file is empty")
-        with warnings.catch_warnings():
-            # Pillow only warns of images that take hundreds of megabytes from a small file.
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as picture:
-                return _to_tensor(ImageOps.exif_transpose(picture))
+        return _decoded(path)
     # Decoders fail with every kind of exception on damaged files: all of them mean the same here.
     except Exception as error:
-        raise ValueError(f"cannot read {path}: {_reason(error)}") from error
+        raise ValueError(f"cannot read {_plain(path)}: {_reason(error)}") from error
+
+
+def _decoded(file: str | Path | BinaryIO) -> Tensor:
+    with warnings.catch_warnings():
+        # Pillow only warns of images that take hundreds of megabytes from a small file. What is to
+        # become of warnings all threads share, so that it is no way to an error.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        picture = Image.open(file)
+    with picture:
+        if Image.MAX_IMAGE_PIXELS and math.prod(picture.size) > Image.MAX_IMAGE_PIXELS:
+            raise ValueError(
+                f"{picture.size[0]}x{picture.size[1]} pixels are more than "
+                f"{Image.MAX_IMAGE_PIXELS}, which may be a decompression bomb"
+            )
+        return _to_tensor(ImageOps.exif_transpose(picture))
+
+
+def _plain(path: object) -> str:
+    """A path in one line, whatever its name."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(path))
 
 
 def fit_size(image: Tensor, size: int, *, interpolation: str = "bicubic") -> Tensor:
@@ -352,8 +420,26 @@ def _items(settings: DataSettings) -> tuple[Iterator[Item], str]:
     """What there is to read, and the setting that it came from, for messages."""
     if settings.source == "torchvision":
         return _torchvision_items(settings), f"data.dataset={settings.dataset}"
-    items = _folder_items if settings.source == "folder" else _list_items
-    return items(settings.path), f"data.path={settings.path}"
+    items = {"folder": _folder_items, "list": _list_items, "shards": _shard_items}
+    return items[settings.source](settings.path), f"data.path={settings.path}"
+
+
+def _kept_items(settings: DataSettings, check: Callable[[Item], object]) -> list[Item]:
+    """The items of the settings; with skip_unreadable those that pass, with a warning of others."""
+    items, source = _items(settings)
+    kept, failures = [], []
+    for item in items:
+        if len(kept) == settings.max_images:
+            break
+        if settings.skip_unreadable:
+            try:
+                check(item)
+            except ValueError as error:
+                failures.append(str(error))
+                continue
+        kept.append(item)
+    _report(failures, source, settings.skip_unreadable, none_left=not kept)
+    return kept
 
 
 def _read_items(items: Iterator[Item], source: str, settings: DataSettings) -> ImageSet:
@@ -447,6 +533,56 @@ def _list_items(path: str) -> Iterator[Item]:
     for line in lines:
         image = file.parent / Path(line).expanduser()
         yield Item(line, partial(read_image, image), image)
+
+
+def _shard_items(path: str) -> Iterator[Item]:
+    """The images in a .tar file, or in those of a folder, sorted by their names: shard after shard,
+    each in its order.
+
+    The shards are gone through once for where everything is. Then an image is read by itself,
+    whatever the order: no shard is unpacked, and no buffer is shuffled.
+    """
+    place = Path(path).expanduser()
+    shards = sorted(place.rglob("*.tar")) if place.is_dir() else [place]
+    if not shards:
+        raise ValueError(f"data.path={path}: no .tar file in this folder")
+    count = 0
+    for shard in shards:
+        try:
+            # "r:", not "r": a compressed archive can only be read from its beginning.
+            with tarfile.open(shard, "r:") as archive:
+                while (member := archive.next()) is not None:
+                    # It keeps all that it has seen.
+                    archive.members = []
+                    if member.isfile() and member.name.lower().endswith(SUFFIXES):
+                        count += 1
+                        yield _member_item(shard, member)
+        except (OSError, tarfile.TarError) as error:
+            raise ValueError(
+                f"data.path={path}: {_plain(shard)} is no readable, uncompressed .tar file: "
+                f"{_reason(error)}"
+            ) from error
+    if not count:
+        raise ValueError(f"data.path={path}: no image in {len(shards)} .tar files")
+
+
+def _member_item(shard: Path, member: tarfile.TarInfo) -> Item:
+    name = f"{shard.name}/{member.name}"
+    label, slash, _ = member.name.removeprefix("./").partition("/")
+    read = partial(_read_member, shard, member.offset_data, member.size, name)
+    return Item(name, read, None, partial(str, label) if slash else None)
+
+
+def _read_member(shard: Path, start: int, size: int, name: str) -> Tensor:
+    try:
+        with open(shard, "rb") as file:
+            file.seek(start)
+            data = file.read(size)
+        if len(data) < size:
+            raise ValueError(f"the shard ends {size - len(data)} bytes too early")
+        return _decoded(io.BytesIO(data))
+    except Exception as error:
+        raise ValueError(f"cannot read {_plain(name)}: {_reason(error)}") from error
 
 
 def _torchvision_items(settings: DataSettings) -> Iterator[Item]:

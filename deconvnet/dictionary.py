@@ -16,7 +16,13 @@ import torch
 from torch import Tensor
 
 from deconvnet.convolution import Boundary
-from deconvnet.learning import LearningSettings, dead_filters, filter_sums, update_filters
+from deconvnet.learning import (
+    LearningSettings,
+    dead_filters,
+    filter_sums,
+    patches_of,
+    update_filters,
+)
 from deconvnet.monitor import EpochStats, Monitor
 from deconvnet.network import Layer, LayerSettings, Target, seeded
 from deconvnet.solvers import Solution, SolverSettings, default_solver, lam_of_share, sparse_code
@@ -190,7 +196,9 @@ def learn_online(
             )
             if dead and learning.revive:
                 f = layer.filters.clone()
-                f[dead] = layer.fresh_filters(len(dead), images, seeded(seed, 1, 2, count))
+                shuffle = seeded(seed, 1, 2, count)
+                draw = patches_of(images, layer.settings.filter_size, shuffle)
+                f[dead] = layer.fresh_filters(len(dead), draw, shuffle)
                 layer.set_filters(f)
                 sums = sums.without(dead)
             seconds = (time.perf_counter() - started) / len(images)

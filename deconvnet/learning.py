@@ -20,6 +20,7 @@ gradient, and conjugate gradients on the normal equations, which go through the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -35,11 +36,14 @@ from deconvnet.convolution import (
     filter_gradient,
     fourier_size,
 )
+from deconvnet.distributed import ALONE, Ranks
 from deconvnet.entries import Entries
 from deconvnet.operators import Operator, conjugate_gradients
 
 UPDATES = ("proximal", "cg")
 NORMS = ("filter", "plane")
+# Complex numbers of products of spectra that are held at a time.
+BLOCK = 2**22
 
 # z, the residual b - T Z f, and T of some images.
 Batch = tuple[Tensor, Tensor, Operator]
@@ -100,6 +104,13 @@ class FilterSums:
     linear: Tensor
     gram: Tensor
 
+    @classmethod
+    def none(cls, f: Tensor) -> FilterSums:
+        """The sums over no image, for filters (K, C, h, w)."""
+        K, _, h, w = f.shape
+        gram = f.new_zeros(K, K, 2 * h - 1, 2 * w - 1, dtype=torch.float64)
+        return cls(torch.zeros_like(f, dtype=torch.float64), gram)
+
     def __add__(self, other: FilterSums) -> FilterSums:
         return FilterSums(self.linear + other.linear, self.gram + other.gram)
 
@@ -140,14 +151,11 @@ def filter_sums(
     h, w = f.shape[2:]
     few = None if boundary == "reflect" or curvature is not None else Entries.of(z)
     if few is None:
-        gradient = filter_gradient(z, -residual, (h, w), g, boundary=boundary).double()
-        if curvature is not None:
-            z = z * curvature.sqrt()
-        gram = _map_correlations(z, (h, w), boundary)
+        gradient, gram = _map_sums(z, -residual, (h, w), boundary, curvature)
     else:
-        gradient = connected(few.filter_gradient(-residual, (h, w), boundary), g)
+        gradient = few.filter_gradient(-residual, (h, w), boundary)
         gram = few.correlations((h, w), wrap=boundary == "circular")
-    return FilterSums(_gram_product(gram, (h, w))(f.double()) - gradient, gram)
+    return FilterSums(_gram_product(gram, (h, w))(f.double()) - connected(gradient, g), gram)
 
 
 def update_filters(
@@ -205,30 +213,36 @@ def update_filters_by_cg(
     boundary: Boundary = "valid",
     non_negative: bool = False,
     zero_mean: bool = False,
+    ranks: Ranks = ALONE,
 ) -> Tensor:
     """Filters after some conjugate gradient steps on Z'T'T Z f = Z'T'b from f, then unit norm and
     what else `normalize` may ask of them.
 
     The update of Zeiler et al. 2010 (T = I) and 2011, gradient R_(l-1)' of the residual correlated
-    with z_l. batches() goes through (z, b - T Z f, T) of the images; every step does it once.
+    with z_l. batches() goes through (z, b - T Z f, T) of the images; every step does it once, and
+    with ranks sends one message of the size of the filters.
     """
     size = tuple(f.shape[2:])
 
     def towards_filters(pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-        total = sum(filter_gradient(z, y, size, g, boundary=boundary) for z, y in pairs)
-        return total.flatten(2)[None]
+        total = torch.zeros_like(f, dtype=torch.float64)
+        for z, y in pairs:
+            for one in range(len(z)):
+                part = slice(one, one + 1)
+                total += filter_gradient(z[part], y[part], size, g, boundary=boundary)
+        return ranks.summed(total)[0].flatten(2)[None]
 
     def system(v: Tensor) -> Tensor:
-        v = v[0].view(f.shape)
+        v = v[0].view(f.shape).to(f.dtype)
         painted = ((z, deconvolve(z, v, g, boundary=boundary), T) for z, _, T in batches())
         return towards_filters((z, T.adjoint(T(y))) for z, y, T in painted)
 
     target = towards_filters((z, T.adjoint(residual)) for z, residual, T in batches())
     change = conjugate_gradients(system, target, tolerance=1e-6, max_iterations=iterations)
     asked = dict(norm=norm, non_negative=non_negative, zero_mean=zero_mean)
-    start = connected(f, g)
+    start = connected(f.double(), g)
     kept = normalize(start, **asked) if non_negative or zero_mean else start
-    return normalize(start + change[0].view(f.shape), **asked, fallback=kept)
+    return normalize(start + change[0].view(f.shape), **asked, fallback=kept).to(f.dtype)
 
 
 def normalize(
@@ -271,28 +285,58 @@ def random_filters(
     non_negative: bool = False,
     zero_mean: bool = False,
 ) -> Tensor:
-    """(num, C, size, size) of unit norm: Gaussian noise, or the livelier half of patches of b.
+    """`first_filters` (num, C, size, size) for what is explained, b (N, C, H, W)."""
+    like = b.new_empty(num, b.shape[1], size, size)
+    asked = dict(non_negative=non_negative, zero_mean=zero_mean)
+    return first_filters(num, like, init, generator, patches_of(b, size, generator), **asked)
+
+
+def first_filters(
+    num: int,
+    like: Tensor,
+    init: str,
+    generator: torch.Generator,
+    draw: Callable[[int], Tensor],
+    *,
+    non_negative: bool = False,
+    zero_mean: bool = False,
+) -> Tensor:
+    """(num, C, h, w) of unit norm, as `like`: Gaussian noise, or the livelier half of patches of
+    what is explained, draw(number) -> (number, C, h, w).
 
     With non_negative the magnitudes of noise, or the positive parts of patches.
     """
     asked = dict(non_negative=non_negative, zero_mean=zero_mean)
     if init == "random":
-        shape = (num, b.shape[1], size, size)
-        noise = torch.randn(shape, generator=generator).to(b)
+        noise = torch.randn(num, *like.shape[1:], generator=generator).to(like)
         return normalize(noise.abs() if non_negative else noise, **asked)
-    draws = 20 * num
-    n = torch.randint(b.shape[0], (draws,), generator=generator)
-    i = torch.randint(b.shape[2] - size + 1, (draws,), generator=generator)
-    j = torch.randint(b.shape[3] - size + 1, (draws,), generator=generator)
-    drawn = zip(n.tolist(), i.tolist(), j.tolist(), strict=True)
-    patches = torch.stack([b[n, :, i : i + size, j : j + size] for n, i, j in drawn])
+    patches = draw(20 * num)
     strength = torch.linalg.vector_norm(patches, dim=(1, 2, 3))
-    strongest = strength.argsort(descending=True, stable=True)[: draws // 2]
-    chosen = strongest[torch.randperm(len(strongest), generator=generator)[:num].to(b.device)]
-    noise = torch.randn(patches[chosen].shape, generator=generator).to(b)
+    strongest = strength.argsort(descending=True, stable=True)[: len(patches) // 2]
+    chosen = strongest[torch.randperm(len(strongest), generator=generator)[:num].to(like.device)]
+    noise = torch.randn(patches[chosen].shape, generator=generator).to(like)
     noise = noise.abs() if non_negative else noise
     # The trace of noise keeps a patch without any contrast from being a filter of zeros.
     return normalize(normalize(patches[chosen], **asked) + 1e-3 * normalize(noise), **asked)
+
+
+def patches_of(b: Tensor, size: int, generator: torch.Generator) -> Callable[[int], Tensor]:
+    """So many random patches (number, C, size, size) of b (N, C, H, W), when they are asked for."""
+
+    def draw(number: int) -> Tensor:
+        places = draw_places(number, len(b), b.shape[2:], size, generator).tolist()
+        return torch.stack([b[n, :, i : i + size, j : j + size] for n, i, j in places])
+
+    return draw
+
+
+def draw_places(
+    num: int, images: int, shape: tuple[int, int], size: int, generator: torch.Generator
+) -> Tensor:
+    """(num, 3): image, row and column of random patches, size x size, of images of H x W."""
+    highest = (images, shape[0] - size + 1, shape[1] - size + 1)
+    drawn = [torch.randint(end, (num,), generator=generator) for end in highest]
+    return torch.stack(drawn, 1)
 
 
 def dead_filters(energy: Tensor) -> list[int]:
@@ -334,20 +378,51 @@ def shift(planes: Tensor, rows: int, columns: int, *, wrap: bool = False) -> Ten
     return moved
 
 
-def _map_correlations(z: Tensor, size: tuple[int, int], boundary: Boundary) -> Tensor:
-    """(K, K, 2h-1, 2w-1), float64: sums of z_k[i] z_j[i + shift], shift 0 in the middle."""
-    h, w = size
-    if boundary == "reflect":
-        z = continued(z, size, boundary)
+def _map_sums(
+    z: Tensor, y: Tensor, size: tuple[int, int], boundary: Boundary, curvature: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Z'y (K, C, h, w), and the sums of z_k[i] z_j[i + shift], (K, K, 2h-1, 2w-1), shift 0 in the
+    middle, each image times its curvature; float64.
+
+    By way of Fourier: of the correlations of the maps with each other and with y only a few shifts
+    are wanted, which are taken by products with the rows of a discrete Fourier transform. Products
+    are float64 from there on, so that it makes no difference which images come together.
+    """
+    (h, w), K = size, z.shape[1]
+    z = continued(z, size, boundary)
     grid = tuple(z.shape[2:])
     if boundary != "circular":
         grid = fourier_size((grid[0] + h - 1, grid[1] + w - 1))
-    spectrum = torch.fft.rfft2(z, grid).permute(2, 3, 1, 0).contiguous()
-    power = (spectrum.conj() @ spectrum.transpose(-1, -2)).permute(2, 3, 0, 1)
-    correlation = torch.fft.irfft2(power, grid)
-    rows = torch.arange(1 - h, h, device=z.device) % grid[0]
-    columns = torch.arange(1 - w, w, device=z.device) % grid[1]
-    return correlation[:, :, rows[:, None], columns].double()
+        y = F.pad(y, (w - 1, 0, h - 1, 0))
+    spectra = torch.cat([torch.fft.rfft2(z, grid), torch.fft.rfft2(y, grid)], 1)
+    spectra = spectra.permute(3, 2, 1, 0).contiguous()
+    rows, columns = _phases(h, grid[0], z.device), _phases(w, grid[1], z.device)
+    found = []
+    for part in spectra.split(max(1, BLOCK // (grid[0] * K * spectra.shape[2]))):
+        part = part.to(torch.complex128)
+        maps = part[..., :K, :].conj()
+        if curvature is None:
+            products = maps @ part.mT
+        else:
+            weighed = maps * curvature.flatten()
+            products = torch.cat([weighed @ part[..., :K, :].mT, maps @ part[..., K:, :].mT], 3)
+        found.append(rows @ products.flatten(2))
+    # The transform of real maps is known by its first half: all but its ends count twice.
+    half = spectra.shape[0]
+    columns = columns[:, :half] / (grid[0] * grid[1])
+    columns[:, 1 : half - (grid[1] % 2 == 0)] *= 2
+    of_rows = torch.cat(found).flatten(1)
+    sums = columns.real @ of_rows.real - columns.imag @ of_rows.imag
+    sums = sums.view(2 * w - 1, 2 * h - 1, K, -1).permute(2, 3, 1, 0)
+    return sums[:, K:, h - 1 :, w - 1 :].contiguous(), sums[:, :K].contiguous()
+
+
+def _phases(size: int, length: int, device: torch.device) -> Tensor:
+    """(2 size - 1, length), complex128: the rows for shifts 1 - size to size - 1."""
+    shifts = torch.arange(1 - size, size, device=device)[:, None]
+    turns = shifts * torch.arange(length, device=device) % length
+    angle = turns.double() * (2 * math.pi / length)
+    return torch.polar(torch.ones_like(angle), angle)
 
 
 def _gram_product(gram: Tensor, size: tuple[int, int]) -> Callable[[Tensor], Tensor]:

@@ -6,7 +6,10 @@ with a run hides what an interrupted one wrote beyond the step where it goes on.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import json
+import math
+import sys
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 
@@ -15,6 +18,21 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from deconvnet import checkpoint
+
+# One JSON object a line: what every epoch saw and cost, and what every layer reached.
+METRICS = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class RankLoad:
+    """What an epoch has cost one process: seconds by phase, and the most memory that the process
+    has ever used, on a GPU that of the GPU, in MB.
+    """
+
+    seconds: dict[str, float]
+    memory: float
+
 
 @dataclass(frozen=True)
 class EpochStats:
@@ -22,7 +40,8 @@ class EpochStats:
 
     reconstruction, sparsity: the terms of the objective, means per image; snr: 10 log10 of the
     energy of what the layer explains over that of the error; density: share of the entries of z
-    that are not zero; dead, double: filters that no map uses, and that repeat another.
+    that are not zero; dead, double: filters that no map uses, and that repeat another; loads: of
+    every rank.
     """
 
     layer: int
@@ -35,10 +54,18 @@ class EpochStats:
     dead: int
     double: int
     seconds_per_image: float
+    loads: tuple[RankLoad, ...] = field(default=(), compare=False)
 
     @property
     def objective(self) -> float:
         return self.reconstruction + self.sparsity
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """What of it is drawn over the epochs, by name."""
+        left_out = ("layer", "epoch", "epochs", "loads")
+        values = {key: value for key, value in vars(self).items() if key not in left_out}
+        return {**values, "objective": self.objective}
 
 
 @dataclass(frozen=True)
@@ -85,13 +112,16 @@ class Monitor:
         self._bar: tqdm | None = None
         self._inferred = 0
 
-    def start(self, step: int) -> None:
-        """Open the TensorBoard file; events after `step` that an earlier run left are hidden."""
+    def start(self, step: int, layer: int = 1) -> None:
+        """Open the TensorBoard file; events after `step` that an earlier run left are hidden, and
+        so is the result of `layer`, which is not finished.
+        """
         if self.folder is None:
             return
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
 
+        _cut(self.folder / METRICS, step, layer)
         self._writer = SummaryWriter(str(self.folder), purge_step=step + 1)
         self._writer.add_text("config", f"```yaml\n{self.config}\n```", step)
         # add_hparams would put them into a run of its own; written by hand they stay in this one.
@@ -115,11 +145,15 @@ class Monitor:
         )
         if self._writer is None:
             return
-        values = {**asdict(stats), "objective": stats.objective}
-        for key in ("layer", "epoch", "epochs"):
-            del values[key]
-        for key, value in values.items():
+        for key, value in stats.numbers.items():
             self._writer.add_scalar(f"layer{stats.layer}/{key}", value, step)
+        for rank, load in enumerate(stats.loads):
+            for phase, seconds in load.seconds.items():
+                self._writer.add_scalar(f"seconds of an epoch/rank {rank}: {phase}", seconds, step)
+            self._writer.add_scalar(f"memory/rank {rank}, MB", load.memory, step)
+        speed = 1 / max(stats.seconds_per_image, 1e-12)
+        self._writer.add_scalar("images per second", speed, step)
+        self._note(step, **{**asdict(stats), "objective": stats.objective})
 
     def inferred(self, done: int, total: int) -> None:
         """Some of the images have their final maps."""
@@ -135,6 +169,7 @@ class Monitor:
         """A layer is finished; values are the entries of its maps that are not zero."""
         if self._writer is None:
             return
+        self._note(step, result=asdict(result), layer=result.layer)
         rows = [f"| {key} | {value:.6g} |" for key, value in asdict(result).items()]
         table = "\n".join(["| all training images | |", "|---|---|", *rows])
         self._writer.add_text(f"layer{result.layer}/result", table, step)
@@ -169,6 +204,16 @@ class Monitor:
         self._writer.add_image(name, picture, step)
         save_picture(self.folder / "pictures" / f"{name.replace('/', '-')}.png", picture)
 
+    def flush(self) -> None:
+        """Put on the disk what was said so far: before the checkpoint from which a run goes on."""
+        if self._writer is not None:
+            self._writer.flush()
+
+    def _note(self, step: int, **values: object) -> None:
+        """One line of metrics.jsonl, on the disk before the checkpoint that counts on it."""
+        with open(self.folder / METRICS, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+
     def __enter__(self) -> Monitor:
         return self
 
@@ -189,6 +234,36 @@ class Monitor:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+def memory_used(device: torch.device) -> float:
+    """The most memory that this process has used so far, in MB; NaN where nobody says."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    if sys.platform == "win32":
+        return math.nan
+    import resource
+
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used / 1e6 if sys.platform == "darwin" else used / 1e3
+
+
+def _cut(path: Path, step: int, layer: int) -> None:
+    """Take from a file of metrics what an interrupted run wrote beyond a step, or half wrote, and
+    the results of layers from this one on.
+    """
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            found = json.loads(line)
+            if found["step"] > step or ("result" in found and found["layer"] >= layer):
+                break
+        except (ValueError, KeyError, TypeError):
+            break
+        kept.append(line + "\n")
+    checkpoint.write(path, "".join(kept).encode())
 
 
 def save_picture(path: Path, picture: Tensor) -> None:

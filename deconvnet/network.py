@@ -13,7 +13,7 @@ Layers are counted from 1, as in the papers.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import comb
 from pathlib import Path
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from deconvnet import checkpoint
 from deconvnet.codes import ALL, Codes, Images, LayerCodes, join
 from deconvnet.convolution import BOUNDARIES
-from deconvnet.learning import LearningSettings, normalize, random_filters
+from deconvnet.learning import LearningSettings, first_filters, normalize, patches_of
 from deconvnet.operators import (
     Deconvolution,
     Identity,
@@ -39,7 +39,7 @@ from deconvnet.preprocessing import (
     SCALES,
     Preprocessing,
     PreprocessingSettings,
-    common_scale,
+    Spread,
 )
 from deconvnet.solvers import Solution, SolverSettings, solve
 from deconvnet.sparsity import check_exponent
@@ -182,23 +182,32 @@ class Layer(nn.Module):
         kept = self.filters * g if any(asked.values()) else None
         self.filters.copy_(normalize(f * g, learning.norm, fallback=kept, **asked))
 
-    def fit_scale(self, below: Tensor) -> None:
-        """Choose the scale from all the maps below (N, C, H, W)."""
-        self.scale.fill_(common_scale([below], self.settings.scale))
+    def fit_scale(self, below: Tensor | Spread) -> None:
+        """Choose the scale from all the maps below (N, C, H, W), or from what is known of them."""
+        if isinstance(below, Tensor):
+            spread = Spread()
+            spread.add(below)
+            below = spread
+        self.scale.fill_(below.scale(self.settings.scale))
 
     def initialize(self, b: Tensor, generator: torch.Generator) -> None:
         """Start the filters as the settings say, from what the layer has to explain."""
-        self.set_filters(self.fresh_filters(self.settings.num_maps, b, generator))
+        draw = patches_of(b, self.settings.filter_size, generator)
+        self.set_filters(self.fresh_filters(self.settings.num_maps, draw, generator))
 
-    def fresh_filters(self, num: int, b: Tensor, generator: torch.Generator) -> Tensor:
-        """So many filters (num, C, h, w) as learning starts with, patches of b or noise."""
+    def fresh_filters(
+        self, num: int, draw: Callable[[int], Tensor], generator: torch.Generator
+    ) -> Tensor:
+        """So many filters (num, C, h, w) as learning starts with: noise, or patches of what is
+        explained, draw(number) -> (number, C, h, w).
+        """
         learning = self.settings.learning
-        return random_filters(
+        return first_filters(
             num,
-            b,
-            self.settings.filter_size,
+            self.filters,
             learning.init,
             generator,
+            draw,
             non_negative=learning.non_negative,
             zero_mean=learning.zero_mean,
         )
@@ -312,7 +321,7 @@ class DeconvNet(nn.Module):
         """The codes with the maps of one more layer."""
         number = len(codes.layers) + 1
         layer = self.layer(number)
-        check_size(self.below(codes, number), layer, number)
+        check_size(self.below(codes, number).shape, layer, number)
         parts = []
         for images in torch.arange(len(codes.y), device=self.device).split(chunk):
             parts.append(layer.codes(layer.infer(self.target(codes, number, images))))
@@ -451,10 +460,10 @@ def snr(reference: Tensor, estimate: Tensor) -> float:
     return float(10 * torch.log10(signal / noise))
 
 
-def check_size(b: Tensor, layer: Layer, number: int) -> None:
-    """Refuse to explain anything smaller than a filter."""
+def check_size(shape: Sequence[int], layer: Layer, number: int) -> None:
+    """Refuse to explain anything, of shape (..., H, W), that is smaller than a filter."""
     size = layer.settings.filter_size
-    H, W = b.shape[2:]
+    H, W = shape[-2:]
     if min(H, W) < size:
         what = "images" if number == 1 else f"the pooled maps of layer {number - 1}"
         raise ValueError(

@@ -31,6 +31,9 @@ from deconvnet.convolution import (
     map_size,
 )
 
+# torch multiplies matrices of n x c and c x d numbers by its own loop if n c d is below this.
+OWN_PRODUCTS = 400
+
 
 class Operator(ABC):
     """A linear map A from maps z to images (or maps below) y, with its adjoint A'.
@@ -223,8 +226,8 @@ class Deconvolution(Operator):
         if vectors is None:
             spectrum = spectrum * gain(values)
         else:
-            spectrum = torch.einsum("nuvc,uvcd->nuvd", spectrum, vectors.conj()) * gain(values)
-            spectrum = torch.einsum("nuvd,uvcd->nuvc", spectrum, vectors)
+            spectrum = _rotated(spectrum, vectors.conj()) * gain(values)
+            spectrum = _rotated(spectrum, vectors.transpose(2, 3))
         return torch.fft.irfft2(spectrum.permute(0, 3, 1, 2), grid)[..., : y.shape[2], : y.shape[3]]
 
     def _eigen(self, grid: tuple[int, int]) -> tuple[Tensor | None, Tensor]:
@@ -241,6 +244,21 @@ class Deconvolution(Operator):
                 values, vectors = torch.linalg.eigh(gram)
                 self._eigensystems[grid] = (vectors, values.clamp(min=0))
         return self._eigensystems[grid]
+
+
+def _rotated(spectrum: Tensor, vectors: Tensor) -> Tensor:
+    """(n, u, v, d), at every frequency spectrum (n, u, v, c) times vectors (u, v, c, d).
+
+    Each image is rounded as if it were alone, so that its maps do not depend on the batch by a
+    bit. For that every product must be taken by one routine: torch has its own for small ones,
+    and the others, of two and more images, go to the library.
+    """
+    some = (OWN_PRODUCTS - 1) // vectors.shape[-1] ** 2
+    if some > 1:
+        parts = [torch.einsum("nuvc,uvcd->nuvd", part, vectors) for part in spectrum.split(some)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+    pair = spectrum.expand(2, -1, -1, -1) if len(spectrum) == 1 else spectrum
+    return torch.einsum("nuvc,uvcd->nuvd", pair, vectors)[: len(spectrum)]
 
 
 def _checked_mask(mask: Tensor, f: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ al. 2011: to 150x150). The record ends with one more dict, {"frame": frames}.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from deconvnet import filtering
+from deconvnet.distributed import ALONE, Ranks
 
 COLORS = ("rgb", "grey", "ycbcr")
 STEPS = ("mean", "laplacian", "contrast", "whiten")
@@ -94,7 +95,6 @@ class Preprocessing(torch.nn.Module):
         """The number of planes of y: 1 for grey, 3 for colour."""
         return 1 if self.settings.color == "grey" else 3
 
-    @torch.no_grad()
     def fit(self, images: Tensor, frames: Tensor | None = None) -> "Preprocessing":
         """Learns the whitening filter, then the scale, from images (N, 1 or 3, H, W); returns self.
 
@@ -102,18 +102,36 @@ class Preprocessing(torch.nn.Module):
         what is outside the frames (N, 4) nothing counts.
         One image at a time, summed in float64 on the CPU: memory does not grow with N.
         """
-        _check(images, frames, self.settings)
         if len(images) == 0:
             raise ValueError("preprocessing cannot be fitted to 0 images")
-        pictures = _pictures(images, frames)
+        return self.fit_parts(lambda: [(images, frames)])
+
+    @torch.no_grad()
+    def fit_parts(
+        self,
+        parts: Callable[[], Iterable[tuple[Tensor, Tensor | None]]],
+        ranks: Ranks = ALONE,
+    ) -> "Preprocessing":
+        """`fit` to images that come in parts, images and frames; parts() goes through them all.
+
+        With ranks, to the images of all of them; a rank may have none.
+        """
+
+        def planes(steps: Sequence[str]) -> Iterator[Tensor]:
+            for images, frames in parts():
+                _check(images, frames, self.settings)
+                for picture in _pictures(images, frames):
+                    yield self._preprocess(picture, steps)[0]
+
         steps = list(self.settings.steps)
         if "whiten" in steps:
-            before = steps[: steps.index("whiten")]
-            planes = (self._preprocess(picture, before)[0] for picture in pictures)
+            before = planes(steps[: steps.index("whiten")])
             size, floor = self.settings.whitening_size, self.settings.whitening_floor
-            self.whitening.copy_(whitening_filter(planes, size, floor=floor))
-        planes = (self._preprocess(picture, steps)[0] for picture in pictures)
-        self.scale.fill_(common_scale(planes, self.settings.scale))
+            self.whitening.copy_(whitening_filter(before, size, floor=floor, ranks=ranks))
+        spread = Spread()
+        for values in planes(steps):
+            spread.add(values)
+        self.scale.fill_(spread.shared(ranks).scale(self.settings.scale))
         return self
 
     def forward(self, images: Tensor, frames: Tensor | None = None) -> tuple[Tensor, Record]:
@@ -213,21 +231,37 @@ class Preprocessing(torch.nn.Module):
                 )
 
 
-def common_scale(parts: Iterable[Tensor], kind: str) -> float:
-    """The root mean square ("rms") or the largest magnitude ("max") of all values of some tensors.
+@dataclass
+class Spread:
+    """How large some values are: how many, the sum of their squares, their largest magnitude."""
 
-    1 for "none", and where there is next to nothing: a scale of 1e-8 would blow up the first real
-    image.
-    """
-    count, squares, largest = 0, 0.0, 0.0
-    if kind == "none":
-        return 1.0
-    for part in parts:
-        count += part.numel()
-        squares += float(part.double().square().sum())
-        largest = max(largest, float(part.abs().max()))
-    scale = largest if kind == "max" else math.sqrt(squares / max(count, 1))
-    return scale if scale > 1e-6 else 1.0
+    count: int = 0
+    squares: float = 0.0
+    largest: float = 0.0
+
+    def add(self, values: Tensor) -> None:
+        # Image by image, so that it makes no difference which images come together.
+        squares = sum(float(image.double().square().sum()) for image in values)
+        self.count += values.numel()
+        self.squares += squares
+        self.largest = max(self.largest, float(values.abs().max()))
+
+    def shared(self, ranks: Ranks) -> "Spread":
+        """Of the values of all ranks."""
+        parts = ranks.gathered((self.count, self.squares, self.largest))
+        counts, squares, largest = zip(*parts, strict=True)
+        return Spread(sum(counts), sum(squares), max(largest))
+
+    def scale(self, kind: str) -> float:
+        """Their root mean square ("rms") or largest magnitude ("max").
+
+        1 for "none", and where there is next to nothing: a scale of 1e-8 would blow up the first
+        real image.
+        """
+        if kind == "none":
+            return 1.0
+        scale = self.largest if kind == "max" else math.sqrt(self.squares / max(self.count, 1))
+        return scale if scale > 1e-6 else 1.0
 
 
 def to_color(images: Tensor, color: str) -> Tensor:
@@ -270,7 +304,9 @@ def local_moments(images: Tensor, window: int, sigma: float) -> tuple[Tensor, Te
     return mean + offset, torch.where(deviation < FLAT, 0.0, deviation)
 
 
-def whitening_filter(images: Iterable[Tensor], size: int, *, floor: float) -> Tensor:
+def whitening_filter(
+    images: Iterable[Tensor], size: int, *, floor: float, ranks: Ranks = ALONE
+) -> Tensor:
     """The filter (C, C, size, size) that whitens the patches of images, tensors of (N, C, H, W).
 
     W = V (E + floor max(E))^(-1/2) V' with V E V' the covariance of all size x size x C patches;
@@ -280,10 +316,12 @@ def whitening_filter(images: Iterable[Tensor], size: int, *, floor: float) -> Te
     """
     count, total, products = 0, 0.0, 0.0
     for image in images:
-        channels = image.shape[1]
         patches = functional.unfold(image.cpu().double(), size).transpose(1, 2).flatten(0, 1)
         count += len(patches)
         total, products = total + patches.sum(0), products + patches.T @ patches
+    found = [each for each in ranks.gathered((count, total, products)) if each[0]]
+    count, total, products = (sum(each) for each in zip(*found, strict=True))
+    channels = len(total) // size**2
     covariance = products / count - torch.outer(total, total) / count**2
     covariance = covariance.view(channels, size, size, channels, size, size)
     for axes in ((1, 4), (2, 5)):

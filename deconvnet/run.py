@@ -5,6 +5,7 @@
 <folder>/evolution/layer*.npz     features of the layers after some epochs
 <folder>/network.safetensors      the finished network
 <folder>/events.out.tfevents.*    TensorBoard
+<folder>/metrics.jsonl            the same numbers and what they cost, for programs
 """
 
 from __future__ import annotations
@@ -47,6 +48,11 @@ class Run:
     def save(self, step: int, state: dict) -> Path:
         """Write a checkpoint after `step` filter updates."""
         return checkpoint.save(self.checkpoints, step, {**state, "settings": self.settings})
+
+    @property
+    def network(self) -> Path:
+        """The file of the finished network."""
+        return self.folder / "network.safetensors"
 
     def evolution(self, layer: int) -> Path:
         """The file of the features of a layer over its epochs."""

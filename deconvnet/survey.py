@@ -28,8 +28,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from deconvnet import checkpoint, distributed
+from deconvnet import checkpoint
 from deconvnet.data import LazyImages
+from deconvnet.distributed import ALONE, Ranks
 from deconvnet.monitor import save_picture
 from deconvnet.network import DeconvNet
 from deconvnet.visualization.control import randomised
@@ -127,11 +128,12 @@ def survey(
     folder: Path,
     *,
     evolutions: Mapping[str, Evolution] | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Path]:
     """What a network responds to on some images, written into a folder; the files by what they are.
 
-    evolutions: of layers by name, for their pictures. Under several processes (torchrun) each goes
-    through a part of the images, and the first one writes.
+    evolutions: of layers by name, for their pictures. ranks: processes that share the search, each
+    in a part of the images; the first one writes.
     """
     projector = projector_of(subject, settings)
     infos = {info.name: info for info in layers_of(projector, images[0])}
@@ -149,16 +151,16 @@ def survey(
         settings.contrast,
         {name: found for name, found in (evolutions or {}).items() if name in chosen},
     )
-    if distributed.rank() == 0:
+    if ranks.first:
         names = ", ".join(state.infos)
         log.info("%s: what drives the maps of %s, in %d images", subject.name, names, len(images))
     place = Path(folder) / "visualization"
-    state.tops = _mine(state, settings, projector, subject, place)
+    state.tops = _mine(state, settings, projector, subject, place, ranks)
     if settings.control:
         control = randomised_subject(subject, settings.seed)
         shuffled = projector_of(control, settings)
-        control_tops = _mine(state, settings, shuffled, control, place / "control")
-    if distributed.rank() > 0:
+        control_tops = _mine(state, settings, shuffled, control, place / "control", ranks)
+    if not ranks.first:
         return {}
     state.found = _collect(state, settings, projector, state.tops, place)
     if not state.found:
@@ -243,13 +245,19 @@ def randomised_subject(subject: Subject, seed: int) -> Subject:
 
 
 def _mine(
-    state: Findings, settings: SurveySettings, projector: Projector, subject: Subject, place: Path
+    state: Findings,
+    settings: SurveySettings,
+    projector: Projector,
+    subject: Subject,
+    place: Path,
+    ranks: Ranks,
 ) -> dict[str, Top]:
     """The strongest activations, those of all processes together."""
-    rank, ranks = distributed.rank(), distributed.ranks()
-    name = "topk.npz" if ranks == 1 else f"topk-{rank}-of-{ranks}.npz"
+    rank, count = ranks.rank, ranks.count
+    name = "topk.npz" if count == 1 else f"topk-{rank}-of-{count}.npz"
     what = "searching" if subject is state.subject else "searching, control"
-    with _bar(settings, what, "image", len(range(rank, len(state.images), ranks))) as progress:
+    total = len(range(rank, len(state.images), count))
+    with _bar(settings, what, "image", total, hidden=not ranks.first) as progress:
         part = mine(
             projector,
             state.images,
@@ -258,12 +266,12 @@ def _mine(
             inside=settings.inside,
             batch=settings.batch,
             workers=settings.workers,
-            shard=(rank, ranks),
+            shard=(rank, count),
             path=place / name,
             key={"network": _network_key(subject), "data": state.images.fingerprint},
             progress=progress,
         )
-    return merge(distributed.gathered(part), k=settings.k)
+    return merge(ranks.gathered(part), k=settings.k)
 
 
 def _collect(
@@ -457,10 +465,10 @@ def _digest(*arrays: np.ndarray) -> str:
 
 @contextmanager
 def _bar(
-    settings: SurveySettings, name: str, unit: str, total: int | None
+    settings: SurveySettings, name: str, unit: str, total: int | None, *, hidden: bool = False
 ) -> Iterator[Callable[[int, int], None]]:
     """A progress bar as what is told (done, total)."""
-    disable = not settings.progress or distributed.rank() > 0
+    disable = hidden or not settings.progress
     with tqdm(desc=name, total=total, unit=unit, disable=disable, dynamic_ncols=True) as bar:
 
         def progress(done: int, whole: int) -> None:

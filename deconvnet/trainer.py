@@ -2,6 +2,9 @@
 
 The position is two integers, epoch and batch; the images of an epoch come in an order made from
 (seed, layer, epoch), so that a layer whose learning was stopped goes on as if it had not been.
+
+Several processes (ranks) can share it. Each infers the images of a batch that are its own, the sums
+over the batch are all that they tell each other, and each makes the same update of its filters.
 """
 
 from __future__ import annotations
@@ -9,99 +12,196 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import partial, reduce
 
 import torch
 from torch import Tensor
 
 from deconvnet.codes import Codes
+from deconvnet.convolution import map_size
+from deconvnet.distributed import ALONE, Ranks
 from deconvnet.learning import (
     Batch,
     FilterSums,
     LearningSettings,
     dead_filters,
     double_filters,
+    draw_places,
     filter_sums,
     off_center,
     shift,
     update_filters,
     update_filters_by_cg,
 )
-from deconvnet.monitor import EpochStats
+from deconvnet.monitor import EpochStats, RankLoad, memory_used
 from deconvnet.network import DeconvNet, Layer, Target, check_size, seeded
 from deconvnet.operators import Identity, Operator
-from deconvnet.pooling import Window, max_pool, unpool
+from deconvnet.pooling import Window, max_pool, pooled_shape, unpool
+from deconvnet.schedule import Schedule
 from deconvnet.solvers import Solution
 from deconvnet.visualization.evolution import Peaks, Snapshot, Watch
 
 RECENTER_EVERY = 4
 # Steps of Lanczos' method for ||T||^2: within 5% of it, at the price of two visits.
 NORM_STEPS = 12
+# Numbers that ranks tell each other beside the sums: not finite, asked to stop.
+FLAGS = 2
+# What a checkpoint says of the order of images that it counts on.
+ORDER = "places"
+# What the time of an update goes into.
+PHASES = ("inference", "sums", "exchange", "update")
+# What is added up over the images of an epoch.
+SUMMED = ("images", "entries", "nonzero", "reconstruction", "sparsity", "error", "signal")
 
 
 class Diverged(RuntimeError):
     """The objective is no longer finite; the filters are those of before."""
 
 
-class States:
-    """The state of inference of every image, so that each visit starts where the last one ended.
+@dataclass(frozen=True)
+class Ground:
+    """What a layer stands on and has to explain, of the images that are asked for by their indices.
 
-    As maps; with a window as pooled maps and switches, which is all that such a state is and takes
-    a ninth of the memory.
+    images: how many there are. below: (n, C, H, W), what is below the layer, in the space that its
+    filters paint in, of the given shape (C, H, W). target: what is to be explained, and through
+    what.
     """
 
-    def __init__(self, images: int, window: Window | None = None):
+    images: int
+    shape: torch.Size
+    device: torch.device
+    below: Callable[[Tensor], Tensor]
+    target: Callable[[Tensor], Target]
+    # told which images will be asked for next, where that helps
+    ahead: Callable[[Tensor], None] | None = None
+
+    @classmethod
+    def of(cls, below: Tensor, target: Callable[[Tensor], Target] | None = None) -> Ground:
+        """Of tensors (N, C, H, W) in memory; by default what is below is what is explained."""
+        return cls(
+            len(below),
+            below.shape[1:],
+            below.device,
+            lambda images: below[images],
+            target or (lambda images: Target(below[images])),
+        )
+
+    @classmethod
+    def over(cls, net: DeconvNet, codes: Codes, number: int) -> Ground:
+        """Of layer `number` of a network over the codes of the layers below."""
+        return cls.of(net.below(codes, number), partial(net.target, codes, number))
+
+
+class States:
+    """The state of inference of images, so that each visit starts where the last one ended, and
+    numbers that go with it.
+
+    images: their indices, ascending, by which they are asked for. A state is kept as maps; with a
+    window as pooled maps and switches, which is all that such a state is and takes a ninth of the
+    memory.
+    """
+
+    def __init__(self, images: Tensor, window: Window | None = None):
         self.images, self.window = images, window
         self.shape: tuple[int, ...] | None = None
         self.kept: list[Tensor] = []
-        self.steps: Tensor | None = None
+        # Of every image the gradient step that served it, and ||T||^2: (N, 1, 1, 1), NaN for none.
+        self.numbers: dict[str, Tensor] = {}
 
     def __getitem__(self, part: Tensor) -> Tensor | None:
         if self.shape is None:
             return None
-        kept = [tensor[part] for tensor in self.kept]
+        kept = [tensor[self._rows(part)] for tensor in self.kept]
         return kept[0] if self.window is None else unpool(*kept, (len(part), *self.shape))
 
     def __setitem__(self, part: Tensor, state: Tensor) -> None:
         new = (state,) if self.window is None else max_pool(state, self.window)
         if self.shape is None:
             self.shape = tuple(state.shape[1:])
-            self.kept = [tensor.new_zeros(self.images, *tensor.shape[1:]) for tensor in new]
+            self.kept = [tensor.new_zeros(len(self.images), *tensor.shape[1:]) for tensor in new]
             if self.window is not None:
                 # No two switches of an image may be the same.
                 self.kept[1][:] = new[1][:1]
         for tensor, values in zip(self.kept, new, strict=True):
-            tensor[part] = values
+            tensor[self._rows(part)] = values
 
-    def step(self, part: Tensor) -> Tensor | None:
-        """The gradient steps (N, 1, 1, 1) that served these images, if all had one."""
-        steps = None if self.steps is None else self.steps[part]
-        return None if steps is None or steps.isnan().any() else steps
+    def number(self, name: str, part: Tensor) -> Tensor | None:
+        """A number of these images (N, 1, 1, 1), if all have one."""
+        values = self.numbers.get(name)
+        values = None if values is None else values[self._rows(part)]
+        return None if values is None or values.isnan().any() else values
 
-    def set_step(self, part: Tensor, steps: Tensor) -> None:
-        if self.steps is None:
-            self.steps = steps.new_full((self.images, 1, 1, 1), math.nan)
-        self.steps[part] = steps
+    def set_number(self, name: str, part: Tensor, values: Tensor) -> None:
+        if name not in self.numbers:
+            self.numbers[name] = values.new_full((len(self.images), 1, 1, 1), math.nan)
+        self.numbers[name][self._rows(part)] = values
 
     def state_dict(self) -> dict:
-        steps = None if self.steps is None else self.steps.cpu()
-        return {"shape": self.shape, "kept": [t.cpu() for t in self.kept], "steps": steps}
+        return {
+            "images": self.images.cpu(),
+            "shape": self.shape,
+            "kept": [tensor.cpu() for tensor in self.kept],
+            "numbers": {name: values.cpu() for name, values in self.numbers.items()},
+        }
 
     def load_state_dict(self, state: dict, device: torch.device) -> None:
+        """Take from the states of at least these images what belongs to them."""
+        rows = torch.searchsorted(state["images"], self.images.cpu())
         self.shape = state["shape"]
-        self.kept = [tensor.to(device) for tensor in state["kept"]]
-        self.steps = None if state["steps"] is None else state["steps"].to(device)
+        self.kept = [tensor[rows].to(device) for tensor in state["kept"]]
+        self.numbers = {name: v[rows].to(device) for name, v in state["numbers"].items()}
+
+    def _rows(self, part: Tensor) -> Tensor:
+        return torch.searchsorted(self.images, part)
+
+
+def states_size(layer: Layer, ground: Ground) -> int:
+    """Bytes that the states of inference of all images take while a layer learns."""
+    settings, size = layer.settings, layer.settings.filter_size
+    maps = (settings.num_maps, *map_size(ground.shape[1:], (size, size), settings.boundary))
+    window = _state_window(layer)
+    # A pooled value and its switch.
+    each = 4 * math.prod(maps) if window is None else 12 * math.prod(pooled_shape(maps, window))
+    return ground.images * each
+
+
+def _state_window(layer: Layer) -> Window | None:
+    """The window by which states of inference are kept pooled, if they are."""
+    proximal = layer.settings.solver.method in ("fista", "ista")
+    return layer.settings.window if proximal else None
+
+
+def _all_states(parts: list[dict]) -> dict:
+    """The states of the images of all ranks as those of one."""
+    parts = [part for part in parts if part["shape"] is not None] or parts[:1]
+    images = torch.cat([part["images"] for part in parts])
+    order = images.argsort()
+    names = {name for part in parts for name in part["numbers"]}
+
+    def joined(tensors: list[Tensor]) -> Tensor:
+        return torch.cat(tensors)[order]
+
+    def numbers(name: str, part: dict) -> Tensor:
+        return part["numbers"].get(name, torch.full((len(part["images"]), 1, 1, 1), math.nan))
+
+    return {
+        "images": images[order],
+        "shape": parts[0]["shape"],
+        "kept": [joined(list(each)) for each in zip(*(p["kept"] for p in parts), strict=True)],
+        "numbers": {name: joined([numbers(name, part) for part in parts]) for name in names},
+    }
 
 
 class LayerTrainer:
     """Learns the filters of one layer on what it has to explain.
 
-    below: (N, C, H, W), what the layer stands on (`DeconvNet.below`). target: what the images of
-    some indices are to be explained as; by default what is below. watch: the epochs at whose end
-    there is a `snapshot`, until the next one begins.
+    ground: what the layer stands on; a tensor (N, C, H, W) is also what it explains. watch: the
+    epochs at whose end there is a `snapshot`, until the next one begins. ranks: processes that
+    share the work; all of them make the same calls. keep: the state of inference of every image
+    (`states_size`); else every visit infers its maps from the beginning.
 
-    Holds the state of inference of every image, the energy of every map in this epoch, and the
+    Holds the state of inference of its images, the energy of every map in this epoch, and the
     running sums of the filter update. One call of `update` is one filter update. Without a `state`
     from `state_dict` the filters start as the settings say; with it they stay.
     """
@@ -109,31 +209,38 @@ class LayerTrainer:
     def __init__(
         self,
         layer: Layer,
-        below: Tensor,
-        target: Callable[[Tensor], Target] | None = None,
+        ground: Ground | Tensor,
         *,
         seed: int = 0,
         number: int = 1,
         chunk: int = 8,
         watch: Watch | None = None,
+        ranks: Ranks = ALONE,
+        keep: bool = True,
         state: dict | None = None,
     ):
-        check_size(below, layer, number)
-        self.layer, self.below = layer, below
-        self.target = target or (lambda images: Target(below[images]))
-        self.seed, self.number, self.chunk, self.watch = seed, number, chunk, watch
+        self.ground = Ground.of(ground) if isinstance(ground, Tensor) else ground
+        check_size(self.ground.shape, layer, number)
+        self.layer, self.seed, self.number, self.chunk = layer, seed, number, chunk
+        self.watch, self.ranks, self.keep = watch, ranks, keep
         self.settings: LearningSettings = layer.settings.learning
+        self.schedule = Schedule(
+            self.ground.images,
+            self.settings.batch_size,
+            (seed, number, 2),
+            ranks.rank,
+            ranks.count,
+        )
         self.epoch, self.batch = 0, 0
-        pooled = layer.settings.solver.method in ("fista", "ista")
-        self.codes = States(len(below), layer.settings.window if pooled else None)
-        self.curvature: Tensor | None = None
-        self.energy: Tensor | None = None
-        self.peaks: Peaks | None = None
+        # Whether some rank was asked to stop, as of the last update.
+        self.stopping = False
+        self.codes = States(self.schedule.own.to(self.ground.device), _state_window(layer))
         self.snapshot: Snapshot | None = None
         self.sums: FilterSums | None = None
-        self._totals = _Totals()
+        self._seen = _Seen()
         if state is None:
-            layer.initialize(below, seeded(seed, number, 1))
+            fresh = self._fresh_filters(layer.settings.num_maps, seeded(seed, number, 1))
+            layer.set_filters(fresh)
         else:
             self.load_state_dict(state)
 
@@ -142,58 +249,86 @@ class LayerTrainer:
         return self.epoch >= self.settings.epochs
 
     @property
-    def batches(self) -> int:
-        """Filter updates in an epoch."""
-        return -(-len(self.below) // self.batch_size)
-
-    @property
     def updates(self) -> int:
         """Filter updates in all epochs."""
-        return self.settings.epochs * self.batches
+        return self.settings.epochs * self.schedule.batches
 
     @property
     def updates_done(self) -> int:
-        return self.epoch * self.batches + self.batch
+        return self.epoch * self.schedule.batches + self.batch
 
     @property
-    def batch_size(self) -> int:
-        return min(self.settings.batch_size or len(self.below), len(self.below))
+    def message(self) -> int:
+        """Bytes of the sums over a batch that ranks add up, however many images there are."""
+        K, C, h, w = self.layer.filters.shape
+        if self.settings.update == "cg":
+            return 8 * K * C * h * w
+        return 8 * (FLAGS + K * C * h * w + K * K * (2 * h - 1) * (2 * w - 1))
+
+    @property
+    def traffic(self) -> str:
+        """What ranks tell each other in an update, in words."""
+        size = f"{self.message / 1e6:.2f} MB, whatever the number of images"
+        if self.settings.update == "cg":
+            return f"in an update {1 + self.settings.update_iterations} messages of {size}"
+        return f"in an update one message of {size}"
 
     @torch.no_grad()
-    def update(self) -> EpochStats | None:
-        """Visit the next batch and update the filters; at the end of an epoch, what it saw."""
-        started = time.perf_counter()
-        self.snapshot = None
-        shuffle = seeded(self.seed, self.number, 2, self.epoch)
-        order = torch.randperm(len(self.below), generator=shuffle)
-        chosen = order[self.batch * self.batch_size : (self.batch + 1) * self.batch_size]
-        if self.settings.update == "cg":
-            self._update_by_cg(chosen)
-        else:
-            self._update_by_sums(chosen)
-        self._totals.seconds += time.perf_counter() - started
-        self.batch += 1
-        return self._end_epoch() if self.batch == self.batches else None
+    def update(self, *, stop: bool = False) -> EpochStats | None:
+        """Visit the next batch and update the filters; at the end of an epoch, what it saw.
 
-    def _update_by_sums(self, chosen: Tensor) -> None:
-        layer, sums = self.layer, None
-        for part in chosen.split(self.chunk):
+        stop: that this rank was asked to stop, which all then know by `stopping`. Raises Diverged,
+        on all ranks and before the update, where an objective is not finite.
+        """
+        self.snapshot = None
+        self._seen.clock.start()
+        chosen = self.schedule.batch(self.epoch, self.batch).to(self.ground.device)
+        self._announce_next(chosen)
+        if self.settings.update == "cg":
+            self._update_by_cg(chosen, stop)
+        else:
+            self._update_by_sums(chosen, stop)
+        self._seen.clock.end("update")
+        self.batch += 1
+        return self._end_epoch() if self.batch == self.schedule.batches else None
+
+    def _announce_next(self, chosen: Tensor) -> None:
+        """Say which images will be asked for: those of this batch and the next."""
+        if self.ground.ahead is None:
+            return
+        over = self.batch + 1 == self.schedule.batches
+        following = (self.epoch + 1, 0) if over else (self.epoch, self.batch + 1)
+        self.ground.ahead(torch.cat([chosen.cpu(), self.schedule.batch(*following)]))
+
+    def _update_by_sums(self, chosen: Tensor, stop: bool) -> None:
+        layer, f = self.layer, self.layer.filters
+        sums, finite = FilterSums.none(f), True
+        for part in self._parts(chosen):
+            self._seen.clock.end("sums")
             solution, T = self._visit(part)
-            new = filter_sums(
+            self._seen.clock.end("inference")
+            if not torch.isfinite(solution.objective).all():
+                finite = False
+                continue
+            sums += filter_sums(
                 solution.z,
                 T.adjoint(solution.residual),
-                layer.filters,
+                f,
                 layer.g,
                 boundary=layer.settings.boundary,
                 curvature=self._curvature(part, T),
             )
-            sums = new if sums is None else sums + new
+        self._seen.clock.end("sums")
+        linear, gram, flags = self.ranks.summed(sums.linear, sums.gram, self._flags(finite, stop))
+        self._seen.clock.end("exchange")
+        self._heed(flags)
+        sums = FilterSums(linear, gram)
         # Each update lets 1 / (updates in `memory` epochs) of what came before fade.
-        fade = max(0.0, 1 - 1 / max(self.settings.memory * self.batches, 1))
+        fade = max(0.0, 1 - 1 / max(self.settings.memory * self.schedule.batches, 1))
         self.sums = sums if self.sums is None or fade == 0 else self.sums * fade + sums
-        layer.filters.copy_(
+        f.copy_(
             update_filters(
-                layer.filters,
+                f,
                 self.sums,
                 layer.g,
                 norm=self.settings.norm,
@@ -203,27 +338,22 @@ class LayerTrainer:
             )
         )
 
-    def _curvature(self, part: Tensor, T: Operator) -> Tensor | None:
-        """||T||^2 of these images, which stays the same while this layer learns."""
-        if isinstance(T, Identity):
-            return None
-        if self.curvature is None:
-            self.curvature = self.below.new_full((len(self.below), 1, 1, 1), math.nan)
-        if self.curvature[part].isnan().any():
-            self.curvature[part] = 1.05 * T.squared_norm(self.target(part).b, steps=NORM_STEPS)
-        return self.curvature[part]
-
-    def _update_by_cg(self, chosen: Tensor) -> None:
-        layer, visited = self.layer, []
-        for part in chosen.split(self.chunk):
+    def _update_by_cg(self, chosen: Tensor, stop: bool) -> None:
+        layer, visited, finite = self.layer, [], True
+        for part in self._parts(chosen):
             solution, _ = self._visit(part)
+            finite = finite and bool(torch.isfinite(solution.objective).all())
             # Maps that are kept pooled are unpooled again when they are needed.
-            z = solution.z if self.codes.window is None else None
+            z = None if self.keep and self.codes.window else solution.z
             visited.append((part, z, solution.residual))
+        self._seen.clock.end("inference")
+        flags = self.ranks.summed(self._flags(finite, stop))
+        self._seen.clock.end("exchange")
+        self._heed(*flags)
 
         def batches() -> Iterator[Batch]:
             for part, z, residual in visited:
-                yield self.codes[part] if z is None else z, residual, self.target(part).T
+                yield self.codes[part] if z is None else z, residual, self.ground.target(part).T
 
         layer.filters.copy_(
             update_filters_by_cg(
@@ -235,55 +365,97 @@ class LayerTrainer:
                 boundary=layer.settings.boundary,
                 non_negative=self.settings.non_negative,
                 zero_mean=self.settings.zero_mean,
+                ranks=self.ranks,
             )
         )
 
-    def _visit(self, part: Tensor) -> tuple[Solution, Operator]:
-        """Go on inferring the maps of some images; what was found, and their T."""
-        settings = self.layer.settings
-        part = part.to(self.below.device)
-        target = self.target(part)
-        solution = self.layer.infer(
-            target, state=self.codes[part], step=self.codes.step(part), training=True
-        )
-        if not torch.isfinite(solution.objective).all():
+    def _flags(self, finite: bool, stop: bool) -> Tensor:
+        """What a rank has to say beside its sums: (FLAGS,)."""
+        flags = [float(not finite), float(stop)]
+        return torch.tensor(flags, dtype=torch.float64, device=self.ground.device)
+
+    def _heed(self, flags: Tensor) -> None:
+        """Act upon the sum of all flags, as all ranks do."""
+        bad, stop = flags.tolist()
+        self.stopping = stop > 0
+        if bad:
+            settings = self.layer.settings
             raise Diverged(
                 f"layer {self.number}, epoch {self.epoch + 1}: the objective is not finite; lower "
                 f"model.layer{self.number}.lam ({settings.lam}) or solver.relaxation "
-                f"({settings.solver.relaxation}), or look for extreme values in the images"
+                f"({settings.solver.relaxation}), or look for extreme values in the images; the "
+                "last checkpoint is from before"
             )
-        self.codes[part] = solution.state
-        if solution.step is not None:
-            self.codes.set_step(part, solution.step)
-        self._totals.add(solution, target.b)
-        # Each plane pairwise in its own type, which is exact enough and needs no copy.
-        energy = solution.z.square().sum((2, 3)).double().sum(0)
-        self.energy = energy if self.energy is None else self.energy + energy
+
+    def _curvature(self, part: Tensor, T: Operator) -> Tensor | None:
+        """||T||^2 of these images, which stays the same while this layer learns."""
+        if isinstance(T, Identity):
+            return None
+        found = self.codes.number("curvature", part)
+        if found is None:
+            found = 1.05 * T.squared_norm(self.ground.target(part).b, steps=NORM_STEPS)
+            self.codes.set_number("curvature", part, found)
+        return found
+
+    def _parts(self, images: Tensor) -> Iterator[Tensor]:
+        return iter(images.split(self.chunk) if len(images) else ())
+
+    def _fresh_filters(self, num: int, generator: torch.Generator) -> Tensor:
+        """So many filters as learning starts with."""
+        H, W = self.ground.shape[1:]
+        images, size = self.ground.images, self.layer.settings.filter_size
+
+        def draw(number: int) -> Tensor:
+            return self._patches(draw_places(number, images, (H, W), size, generator))
+
+        return self.layer.fresh_filters(num, draw, generator)
+
+    def _patches(self, places: Tensor) -> Tensor:
+        """(P, C, h, w): the pieces of what is below at places (P, 3), image, row, column."""
+        size = self.layer.settings.filter_size
+        patches = self.layer.filters.new_zeros(len(places), self.ground.shape[0], size, size)
+        drawn, own = places[:, 0], self.codes.images.cpu()
+        for part in self._parts(own[torch.isin(own, drawn)]):
+            below = self.ground.below(part.to(self.ground.device))
+            for n, image in zip(part.tolist(), below, strict=True):
+                for p in (drawn == n).nonzero()[:, 0].tolist():
+                    i, j = places[p, 1:].tolist()
+                    patches[p] = image[:, i : i + size, j : j + size]
+        # Exact: what the other ranks add is zero.
+        return self.ranks.summed(patches)[0].to(patches.dtype)
+
+    def _visit(self, part: Tensor) -> tuple[Solution, Operator]:
+        """Go on inferring the maps of some images; what was found, and their T."""
+        target = self.ground.target(part)
+        solution = self.layer.infer(
+            target,
+            state=self.codes[part],
+            step=self.codes.number("step", part),
+            training=self.keep,
+        )
+        if self.keep:
+            self.codes[part] = solution.state
+            if solution.step is not None:
+                self.codes.set_number("step", part, solution.step)
+        self._seen.add(solution, target.b)
         if self.watch and self.epoch + 1 in self.watch.epochs:
-            peaks = Peaks.none(solution.z) if self.peaks is None else self.peaks
-            self.peaks = peaks.updated(solution.z, part, self.watch.first)
+            self._seen.add_peaks(solution.z, part, self.watch)
         return solution, target.T
 
     def _end_epoch(self) -> EpochStats:
-        dead, double = self._unused_filters()
+        seen, self._seen = self._seen.shared(self.ranks), _Seen()
+        dead = dead_filters(seen.energy)
+        double = double_filters(self.layer.filters, seen.energy)
+        double = [k for k in double if k not in dead]
         self.epoch, self.batch = self.epoch + 1, 0
-        totals, self._totals = self._totals, _Totals()
-        if self.peaks is not None:
-            self.snapshot = Snapshot(self.epoch, self.peaks, self.layer.filters.clone())
-            self.peaks = None
+        if seen.peaks is not None:
+            self.snapshot = Snapshot(self.epoch, seen.peaks, self.layer.filters.clone())
         if self.settings.revive and not self.done:
-            self._revive(sorted({*dead, *double}))
+            self._revive(sorted([*dead, *double]))
         early = 3 * self.epoch <= 2 * self.settings.epochs
         if self.settings.recenter and early and self.epoch % RECENTER_EVERY == 0:
             self._recenter()
-        return totals.stats(self, dead=len(dead), double=len(double))
-
-    def _unused_filters(self) -> tuple[list[int], list[int]]:
-        """Filters that no map uses, and filters that repeat another that is used more."""
-        energy, self.energy = self.energy, None
-        dead = dead_filters(energy)
-        double = double_filters(self.layer.filters, energy)
-        return dead, [k for k in double if k not in dead]
+        return seen.stats(self, dead=len(dead), double=len(double))
 
     def _revive(self, filters: list[int]) -> None:
         """Start these filters anew, and forget what was known of their maps."""
@@ -291,7 +463,7 @@ class LayerTrainer:
             return
         layer = self.layer
         generator = seeded(self.seed, self.number, 3, self.epoch)
-        fresh = layer.fresh_filters(len(filters), self.below, generator)
+        fresh = self._fresh_filters(len(filters), generator)
         f = layer.filters.clone()
         f[filters] = fresh
         layer.set_filters(f)
@@ -319,43 +491,69 @@ class LayerTrainer:
             self.sums = self.sums.without(list(moves))
 
     def _states(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(indices, states of inference) of all images, some at a time."""
-        for part in torch.arange(len(self.below), device=self.below.device).split(self.chunk):
-            yield part, self.codes[part]
+        """(indices, states of inference) of the images, some at a time."""
+        for part in self._parts(self.codes.images):
+            state = self.codes[part]
+            if state is not None:
+                yield part, state
 
-    def state_dict(self) -> dict:
-        """Everything beside the filters that `load_state_dict` needs to go on exactly from here."""
+    def state_dict(self) -> dict | None:
+        """Everything beside the filters that `load_state_dict` needs to go on exactly from here,
+        with any number of ranks; of all ranks, for the first one.
+        """
+        seen = self._seen.shared(self.ranks)
+        parts = self.ranks.collected(self.codes.state_dict())
+        if parts is None:
+            return None
+        sums = self.sums and {"linear": self.sums.linear.cpu(), "gram": self.sums.gram.cpu()}
         return {
+            "order": ORDER,
             "epoch": self.epoch,
             "batch": self.batch,
-            "codes": self.codes.state_dict(),
-            "curvature": None if self.curvature is None else self.curvature.cpu(),
-            "energy": None if self.energy is None else self.energy.cpu(),
-            "peaks": None if self.peaks is None else self.peaks.state_dict(),
-            "sums": None
-            if self.sums is None
-            else {"linear": self.sums.linear.cpu(), "gram": self.sums.gram.cpu()},
-            "totals": asdict(self._totals),
+            "codes": _all_states(parts),
+            "sums": sums,
+            "seen": seen.state_dict(),
         }
 
     def load_state_dict(self, state: dict) -> None:
-        device = self.below.device
+        if state.get("order") != ORDER:
+            raise ValueError(
+                "this checkpoint was written in the middle of a layer by a deconvnet that visits "
+                "images in another order: go on with the one that wrote it, or start anew "
+                "(resume=false)"
+            )
+        device = self.ground.device
         self.epoch, self.batch = state["epoch"], state["batch"]
         self.codes.load_state_dict(state["codes"], device)
-        curvature = state["curvature"]
-        self.curvature = None if curvature is None else curvature.to(device)
-        self.energy = None if state["energy"] is None else state["energy"].to(device)
-        # Checkpoints of before there were peaks leave those of an epoch to the images to come.
-        peaks = state.get("peaks")
-        self.peaks = None if peaks is None else Peaks.from_state_dict(peaks, device)
         sums = state["sums"]
         self.sums = sums and FilterSums(sums["linear"].to(device), sums["gram"].to(device))
-        self._totals = _Totals(**state["totals"])
+        # What all have seen counts once.
+        self._seen = _Seen.of(state["seen"], device) if self.ranks.first else _Seen()
+
+
+class _Clock:
+    """Seconds by phase of this rank's work, and on a GPU when it was asked for, not done."""
+
+    def __init__(self, seconds: dict[str, float] | None = None):
+        self.seconds = dict(seconds or dict.fromkeys(PHASES, 0.0))
+        self._last = time.perf_counter()
+
+    def start(self) -> None:
+        self._last = time.perf_counter()
+
+    def end(self, phase: str) -> None:
+        """What has passed since the last one ended belongs to this phase."""
+        now = time.perf_counter()
+        self.seconds[phase] += now - self._last
+        self._last = now
 
 
 @dataclass
-class _Totals:
-    """Sums over the images of an epoch, as they were visited."""
+class _Seen:
+    """Sums over the images of an epoch, as they were visited, and what stood out.
+
+    energy: (K,) of every map; peaks: the strongest activations, if they are looked out for.
+    """
 
     images: int = 0
     entries: int = 0
@@ -364,7 +562,10 @@ class _Totals:
     sparsity: float = 0.0
     error: float = 0.0
     signal: float = 0.0
-    seconds: float = 0.0
+    energy: Tensor | None = None
+    peaks: Peaks | None = None
+    clock: _Clock = field(default_factory=_Clock)
+    loads: list[RankLoad] = field(default_factory=list)
 
     def add(self, solution: Solution, b: Tensor) -> None:
         self.images += len(b)
@@ -374,6 +575,49 @@ class _Totals:
         self.sparsity += float(solution.sparsity.sum())
         self.error += float(solution.residual.double().square().sum())
         self.signal += float(b.double().square().sum())
+        # Each plane pairwise in its own type, which is exact enough and needs no copy.
+        energy = solution.z.square().sum((2, 3)).double().sum(0)
+        self.energy = energy if self.energy is None else self.energy + energy
+
+    def add_peaks(self, z: Tensor, images: Tensor, watch: Watch) -> None:
+        peaks = Peaks.none(z) if self.peaks is None else self.peaks
+        self.peaks = peaks.updated(z, images, watch.first)
+
+    def shared(self, ranks: Ranks) -> _Seen:
+        """What all ranks have seen, and what each had to do."""
+        device = torch.device("cpu") if self.energy is None else self.energy.device
+        load = RankLoad(dict(self.clock.seconds), memory_used(device))
+        if ranks.count == 1:
+            return replace(self, loads=[load])
+        found = ranks.gathered((self.state_dict(), load))
+        parts = [_Seen.of(part, device) for part, _ in found]
+        energies = [part.energy for part in parts if part.energy is not None]
+        peaks = [part.peaks for part in parts if part.peaks is not None]
+        return _Seen(
+            **{key: sum(getattr(part, key) for part in parts) for key in SUMMED},
+            loads=[load for _, load in found],
+            clock=self.clock,
+            energy=sum(energies[1:], energies[0]) if energies else None,
+            peaks=reduce(Peaks.merged, peaks) if peaks else None,
+        )
+
+    def state_dict(self) -> dict:
+        return {
+            **{key: getattr(self, key) for key in SUMMED},
+            "seconds": self.clock.seconds,
+            "energy": None if self.energy is None else self.energy.cpu(),
+            "peaks": None if self.peaks is None else self.peaks.state_dict(),
+        }
+
+    @classmethod
+    def of(cls, state: dict, device: torch.device | None) -> _Seen:
+        energy, peaks = state["energy"], state["peaks"]
+        return cls(
+            **{key: state[key] for key in SUMMED},
+            energy=None if energy is None else energy.to(device),
+            peaks=None if peaks is None else Peaks.from_state_dict(peaks, device),
+            clock=_Clock(state["seconds"]),
+        )
 
     def stats(self, trainer: LayerTrainer, *, dead: int, double: int) -> EpochStats:
         ratio = self.signal / max(self.error, 1e-30)
@@ -387,7 +631,8 @@ class _Totals:
             density=self.nonzero / self.entries,
             dead=dead,
             double=double,
-            seconds_per_image=self.seconds / self.images,
+            seconds_per_image=max(sum(load.seconds.values()) for load in self.loads) / self.images,
+            loads=tuple(self.loads),
         )
 
 
@@ -404,8 +649,8 @@ def learn_layers(
         if number > 1:
             codes = net.extend(codes, chunk=chunk)
             layer.fit_scale(codes.layers[-1].pooled)
-        below, target = net.below(codes, number), partial(net.target, codes, number)
-        trainer = LayerTrainer(layer, below, target, seed=seed, number=number, chunk=chunk)
+        ground = Ground.over(net, codes, number)
+        trainer = LayerTrainer(layer, ground, seed=seed, number=number, chunk=chunk)
         while not trainer.done:
             history += filter(None, [trainer.update()])
     return history

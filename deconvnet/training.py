@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from deconvnet.codes import Codes, LayerCodes
+from deconvnet.codes import Codes
+from deconvnet.corpus import Corpus, Source
+from deconvnet.distributed import ALONE, Ranks
 from deconvnet.monitor import InferencePoint, LayerResult, Monitor
 from deconvnet.network import DeconvNet, Layer, Target
+from deconvnet.preprocessing import Spread
 from deconvnet.run import Run
 from deconvnet.solvers import data_term
 from deconvnet.sparsity import Prior
-from deconvnet.trainer import LayerTrainer
+from deconvnet.trainer import LayerTrainer, states_size
 from deconvnet.visualization.evolution import (
     append,
     evolution_picture,
@@ -34,6 +37,11 @@ log = logging.getLogger(__name__)
 
 # How many images the curve of inference is drawn for.
 CURVE_IMAGES = 4
+# And how many images the other pictures choose from.
+SHOWN_IMAGES = 256
+# An objective that is so many times that of the epoch before has risen. (Filters that are started
+# anew or moved cost a little, too.)
+RISE = 1.05
 
 
 class Interrupted(Exception):
@@ -42,28 +50,40 @@ class Interrupted(Exception):
 
 def train(
     net: DeconvNet,
-    images: Tensor,
-    run: Run,
+    images: Tensor | Source,
+    run: Run | None,
     monitor: Monitor,
     *,
     frames: Tensor | None = None,
     seed: int = 0,
     chunk: int = 8,
+    ranks: Ranks = ALONE,
+    hold: bool = True,
+    memory: float = math.inf,
 ) -> list[LayerResult]:
     """Learn all layers of the network from images (N, 3, H, W) in [0, 1]; what each layer reached.
 
     frames: (N, 4), the place of each picture in its square, or None where they fill it.
     Goes on from the state of the run, saves after every epoch, leaves <run>/network.safetensors.
     Raises Interrupted, having saved, when the process is asked to stop (Ctrl-C, SIGTERM).
+
+    ranks: processes that share the work and end with the same network; the first one writes, and
+    for the others run is None and the monitor has no folder. hold: whether what finished layers
+    found in the images is held in memory, or found again at every visit. memory: GiB that the
+    states of inference of all images may take, in all ranks together; where they would take more,
+    every visit infers from the beginning.
     """
-    position, resumed = _restore(net, images, frames, run)
-    path = run.folder / "network.safetensors"
+    images = Source.of(images, frames) if isinstance(images, Tensor) else images
+    state = ranks.told(run and run.state)
+    if state is not None:
+        net.load_parts(state["network"]["tensors"])
+    position = _Position.of(state)
     if position.layer > net.depth:
         log.info("all %d layers were trained before", net.depth)
-        if not path.exists():
-            net.save(path)
+        if run and not run.network.exists():
+            net.save(run.network)
         return position.results[: net.depth]
-    monitor.start(position.step)
+    monitor.start(position.step, position.layer)
     with _stop_requests() as stop_requested:
 
         def watch(done: int, total: int) -> None:
@@ -71,45 +91,101 @@ def train(
             if stop_requested():
                 raise Interrupted
 
-        codes = net.infer(
-            images, frames=frames, depth=position.layer - 1, chunk=chunk, progress=watch
-        )
+        corpus = Corpus(net, images, ranks=ranks, chunk=chunk, hold=hold, progress=watch)
+        if state is None:
+            corpus.fit_preprocessing()
+        resumed = state and state["trainer"]
         while position.layer <= net.depth:
-            started = time.perf_counter()
-            number, layer = position.layer, net.layer(position.layer)
-            if resumed is None and number > 1:
-                layer.fit_scale(codes.layers[-1].pooled)
-            trainer = LayerTrainer(
-                layer,
-                net.below(codes, number),
-                partial(net.target, codes, number),
-                seed=seed,
-                number=number,
-                chunk=chunk,
-                watch=layer_watch(net, codes, number),
-                state=resumed,
-            )
+            _train_layer(net, corpus, position, run, monitor, stop_requested, seed, memory, resumed)
             resumed = None
-            _learn(net, codes, trainer, position, run, monitor, stop_requested)
-            codes = net.extend(codes, chunk=chunk, progress=watch)
-            seconds = time.perf_counter() - started
-            position.results.append(_result(net, codes, number, seconds))
-            _show(net, codes, images, position, run, monitor)
             position.layer += 1
+            monitor.flush()
             position.save(run, net)
-    net.save(path)
+    if run:
+        net.save(run.network)
     return position.results
+
+
+def _train_layer(
+    net: DeconvNet,
+    corpus: Corpus,
+    position: _Position,
+    run: Run | None,
+    monitor: Monitor,
+    stop_requested: Callable[[], bool],
+    seed: int,
+    memory: float,
+    resumed: dict | None,
+) -> None:
+    """Learn one layer, infer its maps of all images, and show them."""
+    started = time.perf_counter()
+    number, layer = position.layer, net.layer(position.layer)
+    corpus.settle(corpus.own_for(number), number - 1)
+    if resumed is None and number > 1:
+        layer.fit_scale(position.pooled or corpus.pooled(number - 1))
+    ground = corpus.ground(number)
+    needed = states_size(layer, ground) / 2**30
+    if needed > memory and corpus.ranks.first:
+        log.info(
+            "layer %d: the states of inference of %d images would take %.3g GiB, which is more "
+            "than memory=%g: every visit infers from the beginning",
+            *(number, len(corpus), needed, memory),
+        )
+    trainer = LayerTrainer(
+        layer,
+        ground,
+        seed=seed,
+        number=number,
+        chunk=corpus.chunk,
+        watch=layer_watch(net, corpus.codes_of(corpus.some(1), number - 1), number),
+        ranks=corpus.ranks,
+        keep=needed <= memory,
+        state=resumed,
+    )
+    if corpus.ranks.count > 1 and corpus.ranks.first:
+        log.info("layer %d: %s", number, trainer.traffic)
+    _learn(net, corpus, trainer, position, run, monitor, stop_requested)
+    tally = _Tally()
+    for codes in corpus.climb(number):
+        tally.add(net, codes)
+    tally = tally.shared(corpus.ranks)
+    position.pooled = tally.pooled
+    result = tally.result(number, time.perf_counter() - started)
+    position.results.append(result)
+    if result.dead and corpus.ranks.first:
+        log.warning(
+            "layer %d: %d of its %d maps are zero on all images (dead): fewer num_maps, or a "
+            "larger lam",
+            *(number, result.dead, layer.settings.num_maps),
+        )
+    _show(net, corpus, position, run, monitor)
 
 
 @dataclass
 class _Position:
-    """Where a run is, beside the filters: layer being learned, filter updates so far, results."""
+    """Where a run is, beside the filters: layer being learned, filter updates so far, results, and
+    how large the pooled maps below are.
+    """
 
     layer: int
     step: int
     results: list[LayerResult]
+    pooled: Spread | None = None
 
-    def save(self, run: Run, net: DeconvNet, trainer: LayerTrainer | None = None) -> None:
+    @classmethod
+    def of(cls, state: dict | None) -> _Position:
+        """That of a saved state, or the beginning."""
+        if state is None:
+            return cls(1, 0, [])
+        results = [LayerResult(**result) for result in state["results"]]
+        pooled = state.get("pooled")
+        return cls(state["layer"], state["step"], results, pooled and Spread(**pooled))
+
+    def save(self, run: Run | None, net: DeconvNet, trainer: LayerTrainer | None = None) -> None:
+        """Write it down, of all ranks, by the first."""
+        learning = trainer and trainer.state_dict()
+        if run is None:
+            return
         # A layer whose training has not begun is no part of what was learned.
         tensors, settings = net.to_parts(self.layer if trainer else self.layer - 1)
         state = {
@@ -117,67 +193,127 @@ class _Position:
             "layer": self.layer,
             "step": self.step,
             "results": [asdict(result) for result in self.results],
-            "trainer": trainer and trainer.state_dict(),
+            "pooled": self.pooled and asdict(self.pooled),
+            "trainer": learning,
         }
         run.save(self.step, state)
 
 
-def _restore(
-    net: DeconvNet, images: Tensor, frames: Tensor | None, run: Run
-) -> tuple[_Position, dict | None]:
-    """The position of the run and the state of its trainer, the network being brought there."""
-    if run.state is None:
-        net.preprocessing.fit(images, frames)
-        return _Position(1, 0, []), None
-    state = run.state
-    net.load_parts(state["network"]["tensors"])
-    results = [LayerResult(**result) for result in state["results"]]
-    return _Position(state["layer"], state["step"], results), state["trainer"]
+@dataclass
+class _Tally:
+    """What the maps of a finished layer are like, summed over images.
+
+    active: (K,) entries of every map that are not zero; pooled: of what the next layer stands on.
+    """
+
+    images: int = 0
+    objective: float = 0.0
+    entries: int = 0
+    nonzero: int = 0
+    pixels: int = 0
+    values: float = 0.0
+    squares: float = 0.0
+    error: float = 0.0
+    active: Tensor | None = None
+    pooled: Spread = field(default_factory=Spread)
+
+    def add(self, net: DeconvNet, codes: Codes) -> None:
+        found = codes.layers[-1]
+        z, y = found.z, codes.y.double()
+        self.images += len(y)
+        self.objective += float(found.objective.sum())
+        self.entries += z.numel()
+        self.nonzero += int(torch.count_nonzero(z))
+        self.pixels += y.numel()
+        self.values += float(y.sum())
+        self.squares += float(y.square().sum())
+        self.error += float((y - net.paint(codes, len(codes.layers))).square().sum())
+        active = (z != 0).sum((0, 2, 3)).cpu()
+        self.active = active if self.active is None else self.active + active
+        self.pooled.add(found.pooled)
+
+    def shared(self, ranks: Ranks) -> _Tally:
+        """Over the images of all ranks."""
+        pooled = self.pooled.shared(ranks)
+        parts = [part for part in ranks.gathered(self) if part.images]
+        summed = [key for key in vars(self) if key != "pooled"]
+        return _Tally(
+            **{key: sum(getattr(part, key) for part in parts) for key in summed}, pooled=pooled
+        )
+
+    def result(self, number: int, seconds: float) -> LayerResult:
+        signal = self.squares - self.values**2 / self.pixels
+        return LayerResult(
+            layer=number,
+            objective=self.objective / self.images,
+            snr=float(10 * torch.log10(torch.tensor(signal / max(self.error, 1e-300)))),
+            density=self.nonzero / self.entries,
+            dead=int((self.active == 0).sum()),
+            seconds=seconds,
+        )
 
 
 def _learn(
     net: DeconvNet,
-    codes: Codes,
+    corpus: Corpus,
     trainer: LayerTrainer,
     position: _Position,
-    run: Run,
+    run: Run | None,
     monitor: Monitor,
     stop_requested: Callable[[], bool],
 ) -> None:
     """All the filter updates of a layer that are left."""
     monitor.layer(trainer.number, trainer.updates_done, trainer.updates)
+    before = math.inf
     while not trainer.done:
-        stats = trainer.update()
+        stats = trainer.update(stop=stop_requested())
         position.step += 1
         monitor.advance()
         if stats:
             monitor.epoch(stats, position.step)
-            if trainer.number == 1:
+            if stats.objective > RISE * before:
+                log.warning(
+                    "layer %d, epoch %d: the objective has risen from %.4g to %.4g; if it goes on, "
+                    "use larger batches (learning.batch_size) or a longer learning.memory",
+                    *(trainer.number, stats.epoch, before, stats.objective),
+                )
+            before = stats.objective
+            if trainer.number == 1 and run:
                 monitor.picture("layer1/filters", filter_picture(net), position.step)
             if trainer.snapshot:
                 # Before the checkpoint: a run that goes on from it has these columns.
-                column = project_snapshot(net, codes, trainer.number, trainer.snapshot)
-                append(run.evolution(trainer.number), column)
+                _show_snapshot(net, corpus, trainer, run)
+        # Alone there is no need to ask the others.
+        stopping = trainer.stopping or (corpus.ranks.count == 1 and stop_requested())
+        if stats or stopping:
+            monitor.flush()
             position.save(run, net, trainer)
-        if stop_requested():
-            position.save(run, net, trainer)
+        if stopping:
             raise Interrupted
 
 
+def _show_snapshot(net: DeconvNet, corpus: Corpus, trainer: LayerTrainer, run: Run | None) -> None:
+    """Add what the maps look like after this epoch to the file of the layer."""
+    number, images = trainer.number, trainer.snapshot.peaks.images.clamp(min=0).unique().cpu()
+    codes = corpus.collected(images, number - 1)
+    if run:
+        column = project_snapshot(net, codes, number, trainer.snapshot, images)
+        append(run.evolution(number), column)
+
+
 def _show(
-    net: DeconvNet,
-    codes: Codes,
-    images: Tensor,
-    position: _Position,
-    run: Run,
-    monitor: Monitor,
+    net: DeconvNet, corpus: Corpus, position: _Position, run: Run | None, monitor: Monitor
 ) -> None:
-    """Everything that a finished layer has to show."""
-    number = position.layer
+    """Everything that a finished layer has to show, of some of the images if they are many."""
+    number, some = position.layer, corpus.some(SHOWN_IMAGES)
+    codes = corpus.collected(some, number)
+    if run is None:
+        return
     monitor.result(position.results[-1], codes.layer(number).values, position.step)
-    some = net.target(codes, number, slice(CURVE_IMAGES))
-    monitor.inference(number, _inference_curve(net.layer(number), some))
-    pictures = layer_pictures(net, codes, images, number)
+    target = net.target(codes, number, slice(CURVE_IMAGES))
+    monitor.inference(number, _inference_curve(net.layer(number), target))
+    pixels, _ = corpus.images.read(some)
+    pictures = layer_pictures(net, codes, pixels.to(net.device), number)
     learned = recorded(run.evolution(number))
     if learned:
         pictures[f"layer{number}/evolution"] = evolution_picture(learned)
@@ -198,24 +334,6 @@ def _inference_curve(layer: Layer, target: Target) -> list[InferencePoint]:
 
     layer.infer(target, settings=replace(settings.solver, tolerance=0.0), callback=watch)
     return curve
-
-
-def _result(net: DeconvNet, codes: Codes, number: int, seconds: float) -> LayerResult:
-    found = codes.layer(number)
-    return LayerResult(
-        layer=number,
-        objective=float(found.objective.mean()),
-        snr=net.snr(codes, number),
-        density=found.density,
-        dead=_dead(found),
-        seconds=seconds,
-    )
-
-
-def _dead(found: LayerCodes) -> int:
-    """How many maps are zero on all images."""
-    active = sum((found.select(slice(n, n + 1)).z != 0).sum((0, 2, 3)) for n in range(len(found)))
-    return int((active == 0).sum())
 
 
 @contextmanager

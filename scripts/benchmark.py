@@ -160,9 +160,11 @@ def speed(trainer: LayerTrainer, y: torch.Tensor, options: argparse.Namespace) -
     infer = SolverSettings(iterations=60, tolerance=0.0)
     work = {
         "inference, 60 iterations of admm": lambda: solve(A, y, lam=lam, settings=infer),
-        "one epoch of learning": lambda: [trainer.update() for _ in range(trainer.batches)],
+        "one epoch of learning": lambda: [
+            trainer.update() for _ in range(trainer.schedule.batches)
+        ],
     }
-    counts = {"one epoch of learning": len(trainer.below)}
+    counts = {"one epoch of learning": trainer.ground.images}
     for name, run in work.items():
         times = [timed(run, y.device)[1] / counts.get(name, len(y)) for _ in range(options.repeats)]
         print(

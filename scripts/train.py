@@ -15,8 +15,12 @@ from omegaconf import DictConfig, OmegaConf
 # ten times the time; on a quiet machine a short spin is as fast. To be set before torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
+import torch
+
 from deconvnet import config
-from deconvnet.data import load_images
+from deconvnet.corpus import Source
+from deconvnet.data import DataSettings, load_images, stream_images
+from deconvnet.distributed import RankLost, Ranks, started
 from deconvnet.monitor import LayerResult, Monitor
 from deconvnet.network import DeconvNet
 from deconvnet.run import Run
@@ -27,7 +31,7 @@ log = logging.getLogger("train")
 
 # Settings that may differ between the commands that go on with one run: they do not change what it
 # learns.
-FREE = ("layers", "device", "resume", "chunk", "progress", "name")
+FREE = ("layers", "device", "resume", "chunk", "progress", "patience", "name")
 
 config.register()
 
@@ -35,34 +39,38 @@ config.register()
 @hydra.main(version_base="1.3", config_path="../configs", config_name="train")
 def main(cfg: DictConfig) -> None:
     folder = Path(HydraConfig.get().runtime.output_dir)
-    try:
-        with config.one_line_errors(ValueError, OSError, Diverged):
-            results = run(config.read(cfg), cfg, folder)
-    except Interrupted:
-        log.warning("stopped and saved; this goes on from here: %s", command())
-        raise SystemExit(130) from None
-    summarize(results, folder)
+    with config.one_line_errors(ValueError, OSError, Diverged, RankLost):
+        settings = config.read(cfg)
+        with started(patience=settings.patience) as ranks:
+            try:
+                results = run(settings, cfg, folder, ranks)
+            except Interrupted:
+                if ranks.first:
+                    again = command(ranks)
+                    log.warning("stopped and saved; this goes on from here: %s", again)
+                raise SystemExit(130) from None
+    if ranks.first:
+        summarize(results, folder)
 
 
-def run(settings: config.Config, cfg: DictConfig, folder: Path) -> list[LayerResult]:
+def run(settings: config.Config, cfg: DictConfig, folder: Path, ranks: Ranks) -> list[LayerResult]:
     device = config.device(settings.device)
     layers = settings.layer_settings()
     net = DeconvNet(layers, settings.preprocessing, seed=settings.seed)
     record = {k: v for k, v in dataclasses.asdict(settings).items() if k not in FREE}
-    saved = Run(folder, record, settings.resume)
-    data = load_images(settings.data)
-    images = data.images.to(device)
+    saved = Run(folder, record, settings.resume) if ranks.first else None
+    images = source(settings.data, device)
     log.info(
         "%d images of %dx%d on %s, layers of %s maps; run folder %s",
-        len(images),
-        *images.shape[2:],
-        device,
+        images.count,
+        *images.read(torch.arange(1))[0].shape[2:],
+        device if ranks.count == 1 else f"{ranks.count} ranks, {device}",
         " and ".join(str(layer.num_maps) for layer in layers),
         shown(folder),
     )
     with Monitor(
-        folder,
-        progress=settings.progress,
+        folder if ranks.first else None,
+        progress=settings.progress and ranks.first,
         config=OmegaConf.to_yaml(cfg, resolve=True),
         settings=config.flat(record),
     ) as monitor:
@@ -71,10 +79,21 @@ def run(settings: config.Config, cfg: DictConfig, folder: Path) -> list[LayerRes
             images,
             saved,
             monitor,
-            frames=data.frames,
             seed=settings.seed,
             chunk=settings.chunk,
+            ranks=ranks,
+            hold=not settings.data.stream,
+            memory=settings.memory,
         )
+
+
+def source(settings: DataSettings, device: torch.device) -> Source:
+    """The training images: all in memory, or each read when its turn has come."""
+    if settings.stream:
+        streamed = stream_images(settings)
+        return Source(len(streamed), streamed.read, streamed.ahead)
+    data = load_images(settings)
+    return Source.of(data.images.to(device), data.frames)
 
 
 def summarize(results: list[LayerResult], folder: Path) -> None:
@@ -105,10 +124,12 @@ def shown(path: Path) -> Path:
     return Path(os.path.relpath(path))
 
 
-def command() -> str:
+def command(ranks: Ranks) -> str:
     """The command that goes on with this run, as one types it: without resume=false or a path."""
     kept = (argument for argument in sys.argv if not argument.lstrip("+").startswith("resume="))
-    return shlex.join(["python", *kept])
+    here = os.environ.get("LOCAL_WORLD_SIZE", 1)
+    program = ["python"] if ranks.count == 1 else ["torchrun", f"--nproc-per-node={here}"]
+    return shlex.join([*program, *kept])
 
 
 if __name__ == "__main__":

@@ -19,8 +19,9 @@ from omegaconf import DictConfig
 # ten times the time; on a quiet machine a short spin is as fast. To be set before torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-from deconvnet import config, distributed, load
+from deconvnet import config, load
 from deconvnet.data import Crop, DataSettings, Item, LazyImages, lazy_images, read_image
+from deconvnet.distributed import ALONE, RankLost, Ranks, started
 from deconvnet.run import training_data
 from deconvnet.survey import default_layers, file_name, layers_of, projector_of, survey
 from deconvnet.visualization.evolution import Evolution, evolution, load_evolution
@@ -33,15 +34,15 @@ config.register()
 
 @hydra.main(version_base="1.3", config_path=".", config_name="visualize")
 def main(cfg: DictConfig) -> None:
-    with config.one_line_errors(ValueError, OSError), distributed.started():
+    with config.one_line_errors(ValueError, OSError, RankLost), started() as ranks:
         try:
-            visualize(config.read_visualize(cfg))
+            visualize(config.read_visualize(cfg), ranks)
         except KeyboardInterrupt:
             print(f"\nstopped; this goes on from here: {shlex.join(['python', *sys.argv])}")
             raise SystemExit(130) from None
 
 
-def visualize(settings: config.VisualizeConfig) -> None:
+def visualize(settings: config.VisualizeConfig, ranks: Ranks = ALONE) -> None:
     subject = learned(settings) if settings.run else trained(settings)
     subject.module.to(config.device(settings.device))
     images = images_of(settings, subject)
@@ -49,7 +50,13 @@ def visualize(settings: config.VisualizeConfig) -> None:
         return list_layers(settings, subject, images)
     folder = output(settings)
     written = survey(
-        subject, images, settings, folder, evolutions=evolutions(settings, subject, images)
+        subject,
+        images,
+        settings,
+        folder,
+        # The first process draws.
+        evolutions=evolutions(settings, subject, images) if ranks.first else {},
+        ranks=ranks,
     )
     if written:
         names = {"pictures": "pictures", "manifest": "how each was made", "gallery": "gallery"}
@@ -150,7 +157,7 @@ def evolutions(
     if settings.run:
         found = sorted(Path(settings.run).glob("evolution/layer*.npz"))
         return {path.stem: load_evolution(path) for path in found}
-    if not settings.checkpoints or distributed.rank() > 0:  # the first process draws
+    if not settings.checkpoints:
         return {}
     layers = settings.layers
     if layers is None:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,13 +29,18 @@ gc.collect()
 gc.freeze()
 for line in sys.stdin:
     order = json.loads(line)
+    if "wait" in order:
+        code = os.waitstatus_to_exitcode(os.waitpid(order["wait"], 0)[1])
+        print(json.dumps(code), flush=True)
+        continue
     child = os.fork()
     if child == 0:
         break
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    print(json.dumps(code), flush=True)
+    print(json.dumps(child), flush=True)
 else:
     sys.exit()
+
+os.environ.update(order["env"])
 
 for number, name in enumerate(("/dev/null", order["out"], order["err"])):
     os.dup2(os.open(name, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT), number)
@@ -53,9 +59,17 @@ class Result:
     err: str
 
 
+@dataclass(frozen=True)
+class Running:
+    """A script that was started: its process, and how to wait for its end."""
+
+    pid: int
+    wait: Callable[[], Result]
+
+
 @pytest.fixture(scope="session")
-def script():
-    """script(folder, "train.py", *arguments): the result of a script that was run in a folder."""
+def start():
+    """start(folder, "train.py", *arguments, **environment): a script that runs in a folder."""
     if not hasattr(os, "fork"):
         pytest.skip("this system cannot fork")
     server = subprocess.Popen(
@@ -63,7 +77,12 @@ def script():
     )
     count = 0
 
-    def run(folder, name, *arguments):
+    def ask(order):
+        server.stdin.write(json.dumps(order) + "\n")
+        server.stdin.flush()
+        return int(server.stdout.readline())
+
+    def run(folder, name, *arguments, **environment):
         nonlocal count
         count += 1
         out, err = (Path(folder).parent / f".{count}.{kind}" for kind in ("out", "err"))
@@ -72,14 +91,20 @@ def script():
             "folder": str(folder),
             "out": str(out),
             "err": str(err),
+            "env": {key: str(value) for key, value in environment.items()},
         }
-        server.stdin.write(json.dumps(order) + "\n")
-        server.stdin.flush()
-        return Result(int(server.stdout.readline()), out.read_text(), err.read_text())
+        pid = ask(order)
+        return Running(pid, lambda: Result(ask({"wait": pid}), out.read_text(), err.read_text()))
 
     yield run
     server.stdin.close()
     server.wait(30)
+
+
+@pytest.fixture(scope="session")
+def script(start):
+    """script(folder, "train.py", *arguments): the result of a script that was run in a folder."""
+    return lambda *arguments: start(*arguments).wait()
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 import math
 import shutil
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from deconvnet import DeconvNet, LayerSettings, LearningSettings, PreprocessingS
 from deconvnet.ablation import MEANINGS, ablate, unpooling
 from deconvnet.pooling import UNPOOLINGS
 from deconvnet.solvers import SolverSettings
-from deconvnet.trainer import LayerTrainer
+from deconvnet.trainer import Ground, LayerTrainer
 
 FAST = SolverSettings(method="fista", iterations=20)
 
@@ -33,8 +32,7 @@ def learn(net, images):
     for number, layer in enumerate(net.layers, 1):
         if number > 1:
             layer.fit_scale(codes.layers[-1].pooled)
-        target = partial(net.target, codes, number)
-        trainer = LayerTrainer(layer, net.below(codes, number), target, number=number)
+        trainer = LayerTrainer(layer, Ground.over(net, codes, number), number=number)
         while not trainer.done:
             trainer.update()
         codes = net.extend(codes)

@@ -28,6 +28,7 @@ DATA = {
     "photographs": [],
     "folder": ["data.path=photos"],
     "list": ["data.path=images.txt"],
+    "shards": ["data.path=shards"],
     "torchvision": ["data.dataset=CIFAR10"],
 }
 

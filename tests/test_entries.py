@@ -84,11 +84,11 @@ def test_the_gradient_is_the_adjoint_of_painting(name, boundary):
 @cases
 @boundaries
 def test_the_correlations_are_those_by_way_of_fourier(name, boundary):
-    z, f, _ = problem(name, boundary)
+    z, f, y = problem(name, boundary)
     size = tuple(f.shape[2:])
     found = Entries.of(z).correlations(size, wrap=boundary == "circular")
     assert found.dtype == torch.float64
-    expected = learning._map_correlations(z, size, boundary)
+    _, expected = learning._map_sums(z, y, size, boundary, None)
     assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 

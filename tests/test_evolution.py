@@ -207,17 +207,21 @@ def test_peaks_do_not_depend_on_how_many_images_are_visited_at_a_time(b):
         assert_close(one.peaks.values, other.peaks.values, rtol=1e-3, atol=1e-4)
 
 
-def test_a_checkpoint_from_before_there_were_peaks_is_gone_on_with(b, tmp_path):
-    first = trainer_of(b, WATCH)
-    first.update()
-    state = checkpoint.load(checkpoint.save(tmp_path, 1, first.state_dict()))
-    del state["peaks"]
-    again = trainer_of(b, WATCH, state=state, filters=first.layer.filters)
-    first.update(), again.update()
-    assert torch.equal(again.layer.filters, first.layer.filters)
-    # The images that are left: those whose maps have changed.
-    order = torch.randperm(8, generator=seeded(0, 1, 2, 0))
-    assert set(again.snapshot.peaks.images.tolist()) <= set(order[4:].tolist())
+def test_peaks_of_parts_of_the_images_merge_to_those_of_all():
+    z = torch.randn(9, 6, 7, 7).round()
+    z[:, 4] = 0
+    z[:, 5, 2:5, 2:5] = 0
+    region, numbers = (2, 5, 2, 5), torch.arange(9)
+    expected = Peaks.none(z).updated(z, numbers, region)
+    for parts in ([[0, 3, 8], [1, 2], [4, 5, 6, 7]], [[5], [6, 7, 8, 0, 1, 2, 3, 4], []]):
+        found = Peaks.none(z)
+        for part in map(torch.tensor, parts):
+            some = Peaks.none(z)
+            if len(part):
+                some = some.updated(z[part], numbers[part], region)
+            found = found.merged(some)
+        for key, value in vars(expected).items():
+            assert torch.equal(vars(found)[key], value), key
 
 
 # Projections of what was seen

@@ -273,7 +273,7 @@ def test_labels_choose_the_number_of_maps():
     )
     search.fit(X, labels)
     assert search.best_params_ == {"deconvnettransformer__num_maps": 8}
-    assert cross_val_score(search.best_estimator_, X, labels, cv=3).min() > 0.9
+    assert cross_val_score(search.best_estimator_, X, labels, cv=3).mean() > 0.9
 
 
 def test_a_frame_of_pandas_goes_in_and_comes_out(images):

@@ -10,6 +10,7 @@ import deconvnet.convolution
 PACKAGE = Path(deconvnet.convolution.__file__).parent
 
 ORDER = [
+    "distributed",
     "convolution",
     "pooling",
     "sparsity",
@@ -30,10 +31,11 @@ ORDER = [
     "ablation",
     "visualization",
     "monitor",
-    "distributed",
     "survey",
     "run",
+    "schedule",
     "trainer",
+    "corpus",
     "dictionary",
     "training",
     "applications",

@@ -2,7 +2,6 @@
 goes on where it was stopped as if it had not been."""
 
 from dataclasses import asdict
-from functools import partial
 
 import pytest
 import torch
@@ -24,7 +23,7 @@ from deconvnet.monitor import Monitor
 from deconvnet.network import Layer, Target, seeded
 from deconvnet.pooling import max_pool, pooled_shape, unpool
 from deconvnet.run import Run
-from deconvnet.trainer import Diverged, LayerTrainer, States
+from deconvnet.trainer import Diverged, Ground, LayerTrainer, States
 from deconvnet.training import train
 
 FAST = SolverSettings(iterations=20, training_iterations=3)
@@ -90,7 +89,7 @@ def lengths(f, axes=(1, 2, 3)):
 
 
 def timeless(stats):
-    return {key: value for key, value in asdict(stats).items() if "seconds" not in key}
+    return {k: v for k, v in asdict(stats).items() if "seconds" not in k and k != "loads"}
 
 
 @pytest.mark.parametrize("batch_size", [None, 4])
@@ -243,10 +242,11 @@ def test_a_trainer_that_was_saved_and_loaded_goes_on_bit_by_bit(b, tmp_path, upd
 
 
 def test_an_objective_that_is_not_finite_stops_before_the_filters_change(b):
-    trainer = LayerTrainer(layer(batch_size=None), b.clone())
+    images = b.clone()
+    trainer = LayerTrainer(layer(batch_size=None), images)
     trainer.update()
     before = trainer.layer.filters.clone()
-    trainer.below[5, 0, 3, 3] = float("inf")
+    images[5, 0, 3, 3] = float("inf")
     with pytest.raises(Diverged, match=r"layer 1, epoch 2: .*model\.layer1\.lam \(2\.0\)"):
         trainer.update()
     assert torch.equal(trainer.layer.filters, before)
@@ -366,8 +366,7 @@ def second(below, *, method="fista", seed=0, state=None, filters=None, chunk=2, 
     net.layer(2).fit_scale(codes.layer(1).pooled)
     trainer = LayerTrainer(
         net.layer(2),
-        net.below(codes, 2),
-        partial(net.target, codes, 2),
+        Ground.over(net, codes, 2),
         seed=seed,
         number=2,
         chunk=chunk,
@@ -440,7 +439,7 @@ def test_states_that_are_kept_pooled_give_the_same_filters_as_whole_ones(below, 
     net, trainer = second(below, **settings)
     assert trainer.codes.window == WINDOW
     dense_net, dense = second(below, **settings)
-    dense.codes = States(len(dense.below))
+    dense.codes = States(torch.arange(6))
     history, expected = to_the_end(trainer), to_the_end(dense)
     assert torch.equal(net.layer(2).filters, dense_net.layer(2).filters)
     assert [timeless(s) for s in history] == [timeless(s) for s in expected]
@@ -456,7 +455,7 @@ def test_states_give_back_what_was_put_in_for_any_images_in_any_order():
     z = torch.randn(5, 5, 6, 7, generator=generator)
     z = unpool(*max_pool(z * (z.abs() > 1), WINDOW), z.shape)
     for window in (None, WINDOW):
-        states = States(5, window)
+        states = States(torch.arange(5), window)
         assert states[torch.tensor([1, 2])] is None
         states[torch.tensor([3, 1])] = z[[3, 1]]
         # Images that were not visited yet have maps of zeros.
@@ -467,36 +466,46 @@ def test_states_give_back_what_was_put_in_for_any_images_in_any_order():
         given = states[torch.tensor([2])]
         given.zero_()
         assert torch.equal(states[torch.tensor([2])], z[2:3])
-        again = States(5, window)
+        again = States(torch.arange(5), window)
         again.load_state_dict(states.state_dict(), torch.device("cpu"))
         assert torch.equal(again[torch.arange(5)], z)
 
 
-def test_steps_are_known_where_every_image_has_had_one():
-    states = States(4)
-    assert states.step(torch.tensor([0])) is None
-    states.set_step(torch.tensor([2, 0]), torch.tensor([0.2, 0.1]).view(2, 1, 1, 1))
-    assert states.step(torch.tensor([0, 2])).flatten().tolist() == pytest.approx([0.1, 0.2])
-    assert states.step(torch.tensor([0, 1])) is None
-    again = States(4)
+def test_numbers_are_known_where_every_image_has_had_one():
+    states = States(torch.arange(4))
+    assert states.number("step", torch.tensor([0])) is None
+    states.set_number("step", torch.tensor([2, 0]), torch.tensor([0.2, 0.1]).view(2, 1, 1, 1))
+    found = states.number("step", torch.tensor([0, 2])).flatten().tolist()
+    assert found == pytest.approx([0.1, 0.2])
+    assert states.number("step", torch.tensor([0, 1])) is None
+    again = States(torch.arange(4))
     again.load_state_dict(states.state_dict(), torch.device("cpu"))
-    assert again.step(torch.tensor([2])).item() == pytest.approx(0.2)
-    assert again.step(torch.tensor([3])) is None
+    assert again.number("step", torch.tensor([2])).item() == pytest.approx(0.2)
+    assert again.number("step", torch.tensor([3])) is None
+
+
+def test_states_of_some_images_are_taken_from_those_of_all():
+    z = torch.randn(6, 2, 3, 3)
+    states = States(torch.arange(6))
+    states[torch.arange(6)] = z
+    some = States(torch.tensor([1, 4, 5]))
+    some.load_state_dict(states.state_dict(), torch.device("cpu"))
+    assert torch.equal(some[torch.tensor([5, 1])], z[[5, 1]])
 
 
 @pytest.mark.parametrize("method", ["fista", "ista"])
 def test_each_visit_begins_with_the_maps_and_the_steps_of_the_last(below, method):
     net, trainer = second(below, batch_size=None, chunk=6, method=method, **IN_LOOP)
     trainer.update()
-    order = torch.randperm(6, generator=seeded(0, 2, 2, 1))
+    order = trainer.schedule.batch(1, 0)
     expected = net.layer(2).infer(
         net.target(below[2], 2, order),
         state=trainer.codes[order],
-        step=trainer.codes.step(order),
+        step=trainer.codes.number("step", order),
         training=True,
     )
     trainer.update()
-    assert torch.equal(trainer.codes.step(order), expected.step)
+    assert torch.equal(trainer.codes.number("step", order), expected.step)
     kept = trainer.codes[order]
     # But for filters that were started anew at the end of the epoch.
     learned = [k for k in range(5) if kept[:, k].any()]
@@ -578,7 +587,7 @@ def test_filters_that_are_moved_leave_maps_with_one_entry_per_window(below):
 
 
 def test_a_target_of_its_own_is_explained_in_place_of_what_is_below(b):
-    trainer = LayerTrainer(layer(batch_size=None), b, lambda images: Target(-b[images]))
+    trainer = LayerTrainer(layer(batch_size=None), Ground.of(b, lambda images: Target(-b[images])))
     negative = layer(batch_size=None)
     plain = LayerTrainer(negative, b)
     assert torch.equal(trainer.layer.filters, plain.layer.filters)

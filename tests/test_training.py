@@ -1,6 +1,7 @@
 """A run that was stopped, damaged or deepened goes on as if it had not been, and shows what it
 did."""
 
+import json
 import signal
 import time
 from dataclasses import asdict
@@ -21,7 +22,7 @@ from deconvnet import (
     load,
 )
 from deconvnet.checkpoint import CheckpointError
-from deconvnet.monitor import Monitor
+from deconvnet.monitor import METRICS, Monitor
 from deconvnet.network import Layer, seeded
 from deconvnet.run import Run
 from deconvnet.training import Interrupted, train
@@ -31,7 +32,7 @@ FAST = SolverSettings(iterations=20, training_iterations=3)
 
 
 def timeless(stats):
-    return {key: value for key, value in asdict(stats).items() if "seconds" not in key}
+    return {k: v for k, v in asdict(stats).items() if "seconds" not in k and k != "loads"}
 
 
 def network(depth=2, *, seed=0, **first):
@@ -119,7 +120,7 @@ def scalars(folder):
     return {
         tag: [(event.step, event.value) for event in found.Scalars(tag)]
         for tag in found.Tags()["scalars"]
-        if "seconds" not in tag
+        if not any(word in tag for word in ("second", "memory"))
     }
 
 
@@ -344,6 +345,50 @@ def test_what_came_after_the_checkpoint_that_a_run_goes_on_from_is_not_shown_twi
     assert scalars(tmp_path) == scalars(finished[0])
     curve = Path("inference") / "layer2"
     assert scalars(tmp_path / curve) == scalars(finished[0] / curve)
+
+
+@pytest.mark.parametrize("stop", [("update", 3), ("update", 8), None])
+def test_the_metrics_of_a_run_that_went_on_have_every_line_once(finished, images, tmp_path, stop):
+    def lines(folder):
+        found = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+        timed = ("seconds_per_image", "loads")
+        found = [{k: v for k, v in line.items() if k not in timed} for line in found]
+        return [
+            {**line, "result": {**line["result"], "seconds": 0}} if "result" in line else line
+            for line in found
+        ]
+
+    if stop:
+        with pytest.raises(Interrupted):
+            train_in(tmp_path, images, stop=stop)
+        # As a kill in the middle of a line leaves it.
+        with open(tmp_path / METRICS, "a") as file:
+            file.write('{"step": 100000, "layer": 7}\n{"step": 1000')
+    else:
+        train_in(tmp_path, images)
+    train_in(tmp_path, images)
+    assert lines(tmp_path) == lines(finished[0])
+    assert [line["layer"] for line in lines(tmp_path)] == [1, 1, 1, 2, 2, 2]
+
+
+def test_the_metrics_say_what_every_epoch_has_cost(finished):
+    first = json.loads((finished[0] / METRICS).read_text().splitlines()[0])
+    (load,) = first["loads"]
+    assert set(load["seconds"]) == {"inference", "sums", "exchange", "update"}
+    assert all(seconds >= 0 for seconds in load["seconds"].values())
+    assert load["seconds"]["inference"] > 0
+    # In MB: this process with torch in it.
+    assert 50 < load["memory"] < 50_000
+    total = sum(load["seconds"].values())
+    assert first["seconds_per_image"] == pytest.approx(total / 5)
+
+
+def test_a_layer_whose_objective_rises_is_warned_of(images, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("deconvnet.training.RISE", 0.0)
+    train_in(tmp_path, images)
+    said = [r.message for r in caplog.records if "has risen" in r.message]
+    # In the second of two epochs.
+    assert len(said) == 2 and said[0].startswith("layer 1, epoch 2: the objective has risen from")
 
 
 def test_the_course_of_inference_is_shown_to_the_end_of_every_layer(finished):

@@ -310,7 +310,7 @@ class Restorer:
         codes, painted = Codes((below,), b * factor, []), []
         for number in range(2, depth + 1):
             layer, target = self.net.layer(number), self.net.target(codes, number)
-            check_size(self.net.below(codes, number), layer, number)
+            check_size(self.net.below(codes, number).shape, layer, number)
             solver = layer.settings.solver
             if solver.method == "coordinate" and target.b.device.type != "cpu":
                 solver = default_solver(target.b)

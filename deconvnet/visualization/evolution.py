@@ -227,6 +227,16 @@ class Peaks:
             **{key: old.index_copy(0, won, vars(found)[key]) for key, old in vars(self).items()}
         )
 
+    def merged(self, other: Peaks) -> Peaks:
+        """The stronger of these and those of other images, map by map."""
+        before, after = self.values.abs(), other.values.abs()
+        equal = (after == before) & (other.images < self.images)
+        better = torch.where(other.inside == self.inside, (after > before) | equal, other.inside)
+        won = (other.images >= 0) & (better | (self.images < 0))
+        return Peaks(
+            **{key: torch.where(won, vars(other)[key], mine) for key, mine in vars(self).items()}
+        )
+
     def state_dict(self) -> dict[str, Tensor]:
         return {key: value.cpu() for key, value in vars(self).items()}
 
@@ -247,11 +257,13 @@ class Snapshot:
 
 
 @torch.no_grad()
-def project_snapshot(net: DeconvNet, codes: Codes, layer: int, snapshot: Snapshot) -> Evolution:
+def project_snapshot(
+    net: DeconvNet, codes: Codes, layer: int, snapshot: Snapshot, images: Tensor
+) -> Evolution:
     """One column: the strongest activation of every map, with sign and unit value, in pixel space.
 
-    codes: of the layers below, for all images. Each activation goes through them with the switches
-    of its own image.
+    codes: of the layers below, for the images of these numbers, ascending, among which those of
+    the snapshot are. Each activation goes through them with the switches of its own image.
     """
     peaks, f = snapshot.peaks, snapshot.filters
     boundary, shape = net.layer(layer).settings.boundary, _map_size(net, codes, layer)
@@ -261,6 +273,8 @@ def project_snapshot(net: DeconvNet, codes: Codes, layer: int, snapshot: Snapsho
         columns.offset + columns.stride * peaks.columns,
     )
     boxes = _boxes(peaks.images, top, left, max(rows.size, columns.size), codes.y.shape[2:])
+    # A map that was not active paints nothing, through whatever switches.
+    places = torch.searchsorted(images.to(f.device), peaks.images).clamp(max=len(images) - 1)
     tiles = []
     for maps in torch.arange(len(f), device=f.device).split(CHUNK):
         painted = []
@@ -268,7 +282,7 @@ def project_snapshot(net: DeconvNet, codes: Codes, layer: int, snapshot: Snapsho
             one = f.new_zeros(1, 1, *shape)
             one[..., peaks.rows[k], peaks.columns[k]] = peaks.values[k].sign()
             painted.append(deconvolve(one, f[k : k + 1], boundary=boundary))
-        y = net.down(codes, layer, peaks.images[maps].clamp(min=0))(torch.cat(painted))
+        y = net.down(codes, layer, places[maps])(torch.cat(painted))
         tiles += _tiles(y, boxes[maps])
     return _column(
         snapshot.epoch, range(len(f)), signed_rgb(net, torch.stack(tiles)), boxes, peaks.values

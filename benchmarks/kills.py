@@ -1,0 +1,206 @@
+"""Kill a training run again and again, at any moment, and see whether it still arrives.
+
+python benchmarks/kills.py                 50 kills
+python benchmarks/kills.py --kills 200 --ranks 2
+
+A small run is trained once without disturbance. Then runs with the same settings are killed
+(SIGKILL) at random moments, while they start, learn and save, and started again by the same
+command, until so many kills have happened. After every kill all checkpoints of the run are loaded;
+at the end of every run its network, its TensorBoard curves and its metrics are compared with those
+of the undisturbed one, bit by bit. With --ranks each life has so many processes, one of which, by
+chance, is killed. Exits with 1 if anything differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import random
+import runpy
+import signal
+import socket
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+# Several processes with one thread each are what is compared.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from deconvnet import checkpoint, load
+
+# Imported before the first fork, so that a life begins in no time.
+for module in ("skimage.transform", "sklearn.datasets", "torch.utils.tensorboard"):
+    importlib.import_module(module)
+importlib.import_module("deconvnet.config")
+
+TRAIN = Path(__file__).resolve().parents[1] / "scripts" / "train.py"
+SETTINGS = [
+    *("progress=false", "device=cpu", "data.size=32", "data.max_images=7", "layers=2"),
+    *(f"model.layer{n}.{key}" for n in (1, 2) for key in ("num_maps=5", "filter_size=5")),
+    *(f"model.layer{n}.solver.iterations=10" for n in (1, 2)),
+    *(f"model.layer{n}.learning.batch_size=3" for n in (1, 2)),
+]
+# What the clock has a part in.
+TIMED = ("second", "memory")
+
+
+def main() -> None:
+    options = arguments()
+    folder = options.folder or Path(tempfile.mkdtemp(prefix="kills-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    os.chdir(folder)
+    chance = random.Random(options.seed)
+    settings = [*SETTINGS, *(f"model.layer{n}.learning.epochs={options.epochs}" for n in (1, 2))]
+    started = time.monotonic()
+    life(settings, "undisturbed", 1)
+    whole = time.monotonic() - started
+    expected = traces(Path("runs/undisturbed"))
+    print(f"undisturbed: {whole:.1f} s; in {folder}")
+    kills, unreadable, run, different = 0, 0, 0, []
+    while kills < options.kills:
+        run += 1
+        name = f"killed-{run}"
+        while True:
+            after = chance.uniform(0, 0.6 * whole) if kills < options.kills else None
+            if not life(settings, name, options.ranks, after, chance):
+                break
+            kills += 1
+            unreadable += broken(Path("runs") / name / "checkpoints")
+            # The names of event files, by which they are read in order, count seconds.
+            time.sleep(1.05)
+        found = traces(Path("runs") / name)
+        wrong = [key for key in expected if found[key] != expected[key]]
+        different += [f"{name}: {', '.join(wrong)}"] if wrong else []
+        how = f"differs in {', '.join(wrong)}" if wrong else "the same"
+        print(f"{name}: {kills} kills so far, {how}")
+    print(
+        f"{kills} kills in {run} runs, {unreadable} unreadable checkpoints, "
+        f"{run - len(different)} of {run} runs end like the undisturbed one"
+    )
+    if different or unreadable:
+        sys.exit(1)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kills", type=int, default=50, help="(default 50)")
+    parser.add_argument("--ranks", type=int, default=1, help="processes of a run (default 1)")
+    parser.add_argument("--epochs", type=int, default=40, help="of each of two layers (default 40)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments (default 0)")
+    parser.add_argument("--folder", type=Path, help="default: a new one among temporary files")
+    return parser.parse_args()
+
+
+def life(
+    settings: list[str],
+    name: str,
+    ranks: int,
+    after: float | None = None,
+    chance: random.Random | None = None,
+) -> bool:
+    """Start the run, or go on with it; whether it was killed, so many seconds later, before it
+    ended.
+    """
+    port = free_port()
+    children = [begin([*settings, f"name={name}"], rank, ranks, port) for rank in range(ranks)]
+    if after is not None:
+        end = time.monotonic() + after
+        left = set(children)
+        while left and time.monotonic() < end:
+            left = {child for child in left if not ended(child)}
+            time.sleep(0.002)
+        if left:
+            victim = chance.choice(sorted(left))
+            os.kill(victim, signal.SIGKILL)
+            for child in left:
+                os.waitpid(child, 0)
+            return True
+        codes = [0]
+    else:
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    if any(codes):
+        sys.exit(f"{name}: exit codes {codes}, see {Path('runs') / name}")
+    return False
+
+
+def begin(settings: list[str], rank: int, ranks: int, port: int) -> int:
+    """The process of one rank, as torchrun would start it."""
+    child = os.fork()
+    if child:
+        return child
+    if ranks > 1:
+        shared = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE=ranks)
+        own = dict(RANK=rank, LOCAL_RANK=rank, LOCAL_WORLD_SIZE=ranks)
+        os.environ.update({key: str(value) for key, value in {**shared, **own}.items()})
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+    sys.argv = [str(TRAIN), *settings]
+    code = 0
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+    except BaseException:
+        code = 70
+    os._exit(code or 0)
+
+
+def ended(child: int) -> bool:
+    pid, status = os.waitpid(child, os.WNOHANG)
+    if pid and (code := os.waitstatus_to_exitcode(status)):
+        sys.exit(f"a process ended with {code} though it was not killed")
+    return bool(pid)
+
+
+def free_port() -> int:
+    with socket.socket() as any_port:
+        any_port.bind(("127.0.0.1", 0))
+        return any_port.getsockname()[1]
+
+
+def broken(folder: Path) -> int:
+    """How many checkpoints cannot be loaded."""
+    count = 0
+    for path in folder.glob("step-*.pt"):
+        try:
+            checkpoint.load(path)
+        except checkpoint.CheckpointError as error:
+            print(error)
+            count += 1
+    return count
+
+
+def traces(run: Path) -> dict[str, object]:
+    """What a run has left and must leave again to the last bit."""
+    tensors = load(run / "network.safetensors").state_dict()
+    accumulator = EventAccumulator(str(run), size_guidance={"scalars": 0})
+    accumulator.Reload()
+    curves = {
+        tag: [(event.step, event.value) for event in accumulator.Scalars(tag)]
+        for tag in accumulator.Tags()["scalars"]
+        if not any(word in tag for word in TIMED)
+    }
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        for timed in ("seconds_per_image", "loads"):
+            line.pop(timed, None)
+        line.get("result", {}).pop("seconds", None)
+    evolution = {path.name: path.read_bytes() for path in (run / "evolution").glob("*.npz")}
+    return {
+        "network": {key: tensor.tolist() for key, tensor in tensors.items()},
+        "curves": curves,
+        "metrics": lines,
+        "evolution": evolution,
+    }
+
+
+if __name__ == "__main__":
+    main()
