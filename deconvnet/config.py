@@ -174,12 +174,21 @@ class ClassifyConfig(ClassifySettings):
 
 def register() -> None:
     """Make the types of the settings known to Hydra, so that wrong keys and values are refused."""
+    OmegaConf.register_new_resolver("inside", _inside, replace=True)
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
     store.store(name="visualize_schema", node=VisualizeConfig)
     store.store(name="denoise_schema", node=DenoiseConfig)
     store.store(name="inpaint_schema", node=InpaintConfig)
     store.store(name="classify_schema", node=ClassifyConfig)
+
+
+def _inside(name: object) -> str:
+    """The name of a run as a path below the folder of runs: no way out of it."""
+    parts = str(name).replace("\\", "/").split("/")
+    if not str(name).isprintable() or not parts[0] or {"..", "~"} & set(parts):
+        raise ValueError(f"name={str(name)!r}: must be the name of a folder inside runs")
+    return str(name)
 
 
 def read_visualize(cfg: DictConfig) -> VisualizeConfig:
@@ -283,6 +292,19 @@ def launch(main: Callable[[], None]) -> None:
         if WANTS_TRACEBACK:
             raise
         sys.exit(f"configuration error: {_one_line(error)}")
+    except (TypeError, AttributeError, AssertionError) as error:
+        # Hydra's own, where it did not think of an argument such as data=[1].
+        if WANTS_TRACEBACK or not _raised_in(error, ("hydra", "omegaconf")):
+            raise
+        sys.exit(f"configuration error: Hydra cannot make sense of the arguments ({error})")
+
+
+def _raised_in(error: BaseException, packages: tuple[str, ...]) -> bool:
+    """Whether an error comes from code of one of these packages."""
+    trace = error.__traceback__
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace.tb_frame.f_globals.get("__name__", "").partition(".")[0] in packages
 
 
 @contextmanager

@@ -418,7 +418,14 @@ class DeconvNet(nn.Module):
             )
             for layer in settings["layers"]
         ]
-        net = cls(layers, PreprocessingSettings(**settings["preprocessing"]))
+        preprocessing = PreprocessingSettings(**settings["preprocessing"])
+        # Before anything of the sizes in the settings is made: they may be absurd.
+        size = preprocessing.whitening_size
+        _check_shape(tensors, "preprocessing.whitening", (None, None, size, size))
+        for index, layer in enumerate(layers):
+            size = layer.filter_size
+            _check_shape(tensors, f"layers.{index}.filters", (layer.num_maps, None, size, size))
+        net = cls(layers, preprocessing)
         net.load_state_dict(tensors)
         return net
 
@@ -446,9 +453,10 @@ def load(path: str | Path) -> DeconvNet:
         raise ValueError(f"{path}: no such run folder or network file")
     try:
         return DeconvNet.from_parts(tensors, settings)
-    except (KeyError, TypeError, RuntimeError, ValueError) as error:
+    except Exception as error:  # settings of any type and size may go wrong anywhere
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise checkpoint.CheckpointError(
-            f"{source}: not a network of this version ({error})"
+            f"{source}: not a network of this version ({reason})"
         ) from None
 
 
@@ -470,6 +478,17 @@ def check_size(shape: Sequence[int], layer: Layer, number: int) -> None:
             f"{what} of {H}x{W} are smaller than the {size}x{size} filters of layer {number}: "
             "use larger images, smaller filters or fewer layers"
         )
+
+
+def _check_shape(tensors: dict[str, Tensor], name: str, shape: tuple[int | None, ...]) -> None:
+    """Refuse a tensor that is not what the settings say; None: of any size."""
+    found = tuple(tensors[name].shape)
+    fits = len(found) == len(shape) and all(
+        want in (None, have) for have, want in zip(found, shape, strict=True)
+    )
+    if not fits:
+        text = ", ".join("any" if want is None else str(want) for want in shape)
+        raise ValueError(f"{name} has the shape {found}, the settings say ({text})")
 
 
 def _connectivity(kind: str, num_maps: int, channels: int, generator: torch.Generator) -> Tensor:

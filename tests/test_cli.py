@@ -254,6 +254,9 @@ def test_whole_pictures_of_different_shapes_train_resume_and_are_reconstructed(
         (["device=nosuch"], ["device=nosuch", "cpu"]),
         (["resume=nowhere", *SMALL], ["resume=nowhere", "no checkpoint"]),
         (["model.layer1.num_maps=["], ["no viable"]),
+        (["data=[1]"], ["Hydra cannot make sense of the arguments"]),
+        (["name=../../elsewhere"], ["name='../../elsewhere'", "inside runs"]),
+        (["name=/tmp/elsewhere"], ["name='/tmp/elsewhere'", "inside runs"]),
     ],
     ids=lambda value: value[-1] if isinstance(value[-1], str) else None,
 )

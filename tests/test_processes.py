@@ -160,3 +160,14 @@ def test_torchrun_starts_again_after_a_process_was_killed_and_ends_as_if_it_had_
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 0, said
     assert_equal(learned(place, "often"), learned(place, "never"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2])
+def test_runs_that_are_killed_at_any_moment_end_like_one_that_was_not(tmp_path, count):
+    command = [sys.executable, str(ROOT / "benchmarks" / "kills.py"), "--kills", "5"]
+    command += ["--epochs", "10", "--ranks", str(count), "--folder", str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    *_, last = ended.stdout.splitlines()
+    assert last.startswith("5 kills in") and "0 unreadable checkpoints" in last
