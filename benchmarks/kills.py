@@ -7,8 +7,9 @@ A small run is trained once without disturbance. Then runs with the same setting
 (SIGKILL) at random moments, while they start, learn and save, and started again by the same
 command, until so many kills have happened. After every kill all checkpoints of the run are loaded;
 at the end of every run its network, its TensorBoard curves, its features over the epochs (bit by
-bit) and its metrics (ten digits) are compared with those of the undisturbed one. With --ranks each life has so many processes, one of which, by
-chance, is killed, and the others are asked to end. Exits with 1 if anything differs.
+bit) and its metrics (ten digits) are compared with those of the undisturbed one. With --ranks each
+life has so many processes, one of which, by chance, is killed, and the others are asked to end.
+Exits with 1 if anything differs.
 """
 
 from __future__ import annotations

@@ -37,9 +37,10 @@ from deconvnet.learning import (
 from deconvnet.monitor import EpochStats, RankLoad, memory_used
 from deconvnet.network import DeconvNet, Layer, Target, check_size, seeded
 from deconvnet.operators import Identity, Operator
-from deconvnet.pooling import Window, max_pool, pooled_shape, unpool
+from deconvnet.pooling import Window, pooled_shape
 from deconvnet.schedule import Schedule
 from deconvnet.solvers import Solution
+from deconvnet.states import States, all_states
 from deconvnet.visualization.evolution import Peaks, Snapshot, Watch
 
 RECENTER_EVERY = 4
@@ -93,104 +94,20 @@ class Ground:
         return cls.of(net.below(codes, number), partial(net.target, codes, number))
 
 
-class States:
-    """The state of inference of images, so that each visit starts where the last one ended, and
-    numbers that go with it.
-
-    images: their indices, ascending, by which they are asked for. A state is kept as maps; with a
-    window as pooled maps and switches, which is all that such a state is and takes a ninth of the
-    memory.
-    """
-
-    def __init__(self, images: Tensor, window: Window | None = None):
-        self.images, self.window = images, window
-        self.shape: tuple[int, ...] | None = None
-        self.kept: list[Tensor] = []
-        # Of every image the gradient step that served it, and ||T||^2: (N, 1, 1, 1), NaN for none.
-        self.numbers: dict[str, Tensor] = {}
-
-    def __getitem__(self, part: Tensor) -> Tensor | None:
-        if self.shape is None:
-            return None
-        kept = [tensor[self._rows(part)] for tensor in self.kept]
-        return kept[0] if self.window is None else unpool(*kept, (len(part), *self.shape))
-
-    def __setitem__(self, part: Tensor, state: Tensor) -> None:
-        new = (state,) if self.window is None else max_pool(state, self.window)
-        if self.shape is None:
-            self.shape = tuple(state.shape[1:])
-            self.kept = [tensor.new_zeros(len(self.images), *tensor.shape[1:]) for tensor in new]
-            if self.window is not None:
-                # No two switches of an image may be the same.
-                self.kept[1][:] = new[1][:1]
-        for tensor, values in zip(self.kept, new, strict=True):
-            tensor[self._rows(part)] = values
-
-    def number(self, name: str, part: Tensor) -> Tensor | None:
-        """A number of these images (N, 1, 1, 1), if all have one."""
-        values = self.numbers.get(name)
-        values = None if values is None else values[self._rows(part)]
-        return None if values is None or values.isnan().any() else values
-
-    def set_number(self, name: str, part: Tensor, values: Tensor) -> None:
-        if name not in self.numbers:
-            self.numbers[name] = values.new_full((len(self.images), 1, 1, 1), math.nan)
-        self.numbers[name][self._rows(part)] = values
-
-    def state_dict(self) -> dict:
-        return {
-            "images": self.images.cpu(),
-            "shape": self.shape,
-            "kept": [tensor.cpu() for tensor in self.kept],
-            "numbers": {name: values.cpu() for name, values in self.numbers.items()},
-        }
-
-    def load_state_dict(self, state: dict, device: torch.device) -> None:
-        """Take from the states of at least these images what belongs to them."""
-        rows = torch.searchsorted(state["images"], self.images.cpu())
-        self.shape = state["shape"]
-        self.kept = [tensor[rows].to(device) for tensor in state["kept"]]
-        self.numbers = {name: v[rows].to(device) for name, v in state["numbers"].items()}
-
-    def _rows(self, part: Tensor) -> Tensor:
-        return torch.searchsorted(self.images, part)
-
-
 def states_size(layer: Layer, ground: Ground) -> int:
     """Bytes that the states of inference of all images take while a layer learns."""
     settings, size = layer.settings, layer.settings.filter_size
     maps = (settings.num_maps, *map_size(ground.shape[1:], (size, size), settings.boundary))
-    window = _state_window(layer)
+    window = state_window(layer)
     # A pooled value and its switch.
     each = 4 * math.prod(maps) if window is None else 12 * math.prod(pooled_shape(maps, window))
     return ground.images * each
 
 
-def _state_window(layer: Layer) -> Window | None:
+def state_window(layer: Layer) -> Window | None:
     """The window by which states of inference are kept pooled, if they are."""
     proximal = layer.settings.solver.method in ("fista", "ista")
     return layer.settings.window if proximal else None
-
-
-def _all_states(parts: list[dict]) -> dict:
-    """The states of the images of all ranks as those of one."""
-    parts = [part for part in parts if part["shape"] is not None] or parts[:1]
-    images = torch.cat([part["images"] for part in parts])
-    order = images.argsort()
-    names = {name for part in parts for name in part["numbers"]}
-
-    def joined(tensors: list[Tensor]) -> Tensor:
-        return torch.cat(tensors)[order]
-
-    def numbers(name: str, part: dict) -> Tensor:
-        return part["numbers"].get(name, torch.full((len(part["images"]), 1, 1, 1), math.nan))
-
-    return {
-        "images": images[order],
-        "shape": parts[0]["shape"],
-        "kept": [joined(list(each)) for each in zip(*(p["kept"] for p in parts), strict=True)],
-        "numbers": {name: joined([numbers(name, part) for part in parts]) for name in names},
-    }
 
 
 class LayerTrainer:
@@ -234,7 +151,7 @@ class LayerTrainer:
         self.epoch, self.batch = 0, 0
         # Whether some rank was asked to stop, as of the last update.
         self.stopping = False
-        self.codes = States(self.schedule.own.to(self.ground.device), _state_window(layer))
+        self.codes = States(self.schedule.own.to(self.ground.device), state_window(layer))
         self.snapshot: Snapshot | None = None
         self.sums: FilterSums | None = None
         self._seen = _Seen()
@@ -510,7 +427,7 @@ class LayerTrainer:
             "order": ORDER,
             "epoch": self.epoch,
             "batch": self.batch,
-            "codes": _all_states(parts),
+            "codes": all_states(parts),
             "sums": sums,
             "seen": seen.state_dict(),
         }

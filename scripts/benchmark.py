@@ -5,6 +5,7 @@ python scripts/benchmark.py z-step     the exact z-step against conjugate gradie
 python scripts/benchmark.py speed      seconds per image of inference and of learning, and memory
 python scripts/benchmark.py layers     four layers of the ICCV 2011 paper: seconds, memory, scaling
 python scripts/benchmark.py steps --run runs/iccv2011-small    gradient steps and starts compared
+python scripts/benchmark.py scaling    learning shared by several processes, of one thread each
 """
 
 import argparse
@@ -12,6 +13,7 @@ import contextlib
 import json
 import os
 import resource
+import socket
 import statistics
 import subprocess
 import sys
@@ -24,9 +26,13 @@ from pathlib import Path
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
+from hydra import compose, initialize_config_dir
 
 from deconvnet import LayerSettings, SolverSettings, config, load
+from deconvnet.corpus import Corpus, Source
 from deconvnet.data import DataSettings, load_images
+from deconvnet.distributed import started
+from deconvnet.monitor import EpochStats
 from deconvnet.network import DeconvNet, snr
 from deconvnet.operators import Deconvolution, Operator, dot
 from deconvnet.preprocessing import PreprocessingSettings
@@ -56,6 +62,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     modes = {"solvers": solvers, "z-step": z_step, "speed": speed, "layers": layers, "steps": steps}
+    modes["scaling"] = scaling
     parser.add_argument("what", choices=modes, help="what to measure")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     parser.add_argument("--run", help="steps: the run folder of a network that was trained")
@@ -66,11 +73,15 @@ def main() -> None:
     parser.add_argument("--color", default="rgb", choices=["rgb", "grey"])
     parser.add_argument("--lam", type=float, default=2.0, help="weight of the reconstruction")
     parser.add_argument("--repeats", type=int, default=7, help="of each timing (default 7)")
+    parser.add_argument(
+        "--ranks", type=int, nargs="+", default=[1, 2], help="scaling: processes (default 1 2)"
+    )
+    parser.add_argument("--batch", type=int, default=8, help="scaling: batch_size (default 8)")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
     with config.one_line_errors(ValueError, OSError):
-        if options.what in ("layers", "steps"):
+        if options.what in ("layers", "steps", "scaling"):
             modes[options.what](options)
             return
         layer, y = problem(options, config.device(options.device))
@@ -292,6 +303,101 @@ def _adjoint_start(
         if found is None or cost < found[0]:
             found = cost, scale * guess
     return found[1]
+
+
+def scaling(options: argparse.Namespace) -> None:
+    """Images per second and process of learning the first two layers of the default model, by how
+    many processes share it, each with one thread; efficiency is relative to one process alone, in
+    the same round.
+    """
+    if "RANK" in os.environ:
+        _scaling_rank(options)
+        return
+    counts = [1, *(count for count in options.ranks if count != 1)]
+    rounds = [{count: _launch(count, options) for count in counts} for _ in range(options.repeats)]
+    print(f"batches of {options.batch} images, one thread a process, {options.repeats} rounds")
+    print("| layer | ranks | one message an update | images a second | efficiency | exchange |")
+    print("|---|---|---|---|---|---|")
+    for index, number in enumerate((1, 2)):
+        for count in counts:
+            found = [each[count][index] for each in rounds]
+            alone = [each[1][index]["speed"] for each in rounds]
+            speeds = [each["speed"] for each in found]
+            shares = sorted(s / (count * a) for s, a in zip(speeds, alone, strict=True))
+            middle = statistics.median(shares)
+            waits = statistics.median(each["exchange"] for each in found)
+            print(
+                f"| {number} | {count} | {found[0]['message'] / 1e6:.2f} MB | "
+                f"{statistics.median(speeds):.1f} | {middle:.0%} ({shares[0]:.0%} to "
+                f"{shares[-1]:.0%}) | {waits:.0%} of the time |"
+            )
+
+
+def _launch(count: int, options: argparse.Namespace) -> list[dict]:
+    """What the first of so many processes has measured."""
+    with socket.socket() as any_port:
+        any_port.bind(("127.0.0.1", 0))
+        port = any_port.getsockname()[1]
+    command = [sys.executable, __file__, "scaling", f"--batch={options.batch}"]
+    command += [f"--device={options.device}", "--threads=1"]
+    shared = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE=count, OMP_NUM_THREADS=1)
+    processes = []
+    for rank in range(count):
+        own = {key: str(v) for key, v in dict(**shared, RANK=rank, LOCAL_RANK=rank).items()}
+        environment = {**os.environ, **own}
+        processes.append(
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        )
+    said = [process.communicate()[0] for process in processes]
+    if any(process.returncode for process in processes):
+        raise ValueError(f"ranks={count}: a process has failed, see its message")
+    return json.loads(said[0].splitlines()[-1])
+
+
+@torch.no_grad()
+def _scaling_rank(options: argparse.Namespace) -> None:
+    """One of the processes: two epochs of each layer after a first one, which is not timed."""
+    config.register()
+    with initialize_config_dir(str(Path(__file__).parents[1] / "configs"), version_base="1.3"):
+        learning = [f"model.layer{n}.learning.batch_size={options.batch}" for n in (1, 2)]
+        settings = config.read(compose("train", ["layers=2", *learning]))
+    device = config.device(options.device)
+    net = DeconvNet(settings.layer_settings(), settings.preprocessing).to(device)
+    found = []
+    with started() as ranks:
+        source = Source.of(load_images(settings.data).images.to(device))
+        corpus = Corpus(net, source, ranks=ranks)
+        corpus.fit_preprocessing()
+        for number in (1, 2):
+            corpus.settle(corpus.own_for(number), number - 1)
+            if number > 1:
+                net.layer(number).fit_scale(corpus.pooled(number - 1))
+            trainer = LayerTrainer(
+                net.layer(number), corpus.ground(number), number=number, ranks=ranks
+            )
+            _epoch(trainer)
+            ranks.gathered(None)
+            start = time.perf_counter()
+            loads = [_epoch(trainer).loads for _ in "ab"]
+            synchronize(device)
+            seconds = time.perf_counter() - start
+            exchange = max(sum(each[r].seconds["exchange"] for each in loads) for r in (0, -1))
+            found.append(
+                {
+                    "speed": 2 * source.count / seconds,
+                    "exchange": exchange / seconds,
+                    "message": trainer.message,
+                }
+            )
+            for _ in corpus.climb(number):
+                pass
+    print(json.dumps(found))
+
+
+def _epoch(trainer: LayerTrainer) -> EpochStats:
+    while (stats := trainer.update()) is None:
+        pass
+    return stats
 
 
 def _fresh_peak() -> float:

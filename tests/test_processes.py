@@ -81,8 +81,8 @@ def signals(running, number, count=1):
         os.kill(each.pid, number)
 
 
-@pytest.mark.parametrize("count", [2, 3])
-def test_processes_learn_what_one_process_learns_bit_by_bit(place, ranks, script, count):
+def test_processes_learn_what_one_process_learns_bit_by_bit(place, ranks, script):
+    count = 2
     alone = script(place, "train.py", "data.path=photos", *QUICK, f"name=alone-{count}")
     assert alone.code == 0, alone.err
     ends = [each.wait() for each in ranks(count, f"name=shared-{count}")]
@@ -163,10 +163,9 @@ def test_torchrun_starts_again_after_a_process_was_killed_and_ends_as_if_it_had_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [1, 2])
-def test_runs_that_are_killed_at_any_moment_end_like_one_that_was_not(tmp_path, count):
+def test_runs_that_are_killed_at_any_moment_end_like_one_that_was_not(tmp_path):
     command = [sys.executable, str(ROOT / "benchmarks" / "kills.py"), "--kills", "5"]
-    command += ["--epochs", "10", "--ranks", str(count), "--folder", str(tmp_path)]
+    command += ["--epochs", "10", "--ranks", "2", "--folder", str(tmp_path)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     *_, last = ended.stdout.splitlines()

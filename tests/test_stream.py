@@ -155,7 +155,7 @@ def test_where_states_do_not_fit_every_visit_infers_from_the_beginning(place, sc
 def test_a_run_over_a_hundred_thousand_images_holds_its_memory(tmp_path):
     """Images that are made when they are asked for; memory is that of the process, by epochs."""
     number = 100_000
-    pictures = torch.rand(64, 1, 12, 12)
+    pictures = torch.rand(64, 1, 8, 8)
     seen = set()
 
     def read(indices):
@@ -173,5 +173,5 @@ def test_a_run_over_a_hundred_thousand_images_holds_its_memory(tmp_path):
         trainer.update()
         used.append(memory_used(torch.device("cpu")))
     assert len(seen) == number
-    # All images would take 170 MB and their maps 120 MB.
+    # All images would take 77 MB and their maps 80 MB.
     assert used[-1] - used[len(used) // 10] < 20

@@ -34,6 +34,7 @@ ORDER = [
     "survey",
     "run",
     "schedule",
+    "states",
     "trainer",
     "corpus",
     "dictionary",

@@ -23,7 +23,8 @@ from deconvnet.monitor import Monitor
 from deconvnet.network import Layer, Target, seeded
 from deconvnet.pooling import max_pool, pooled_shape, unpool
 from deconvnet.run import Run
-from deconvnet.trainer import Diverged, Ground, LayerTrainer, States
+from deconvnet.states import States
+from deconvnet.trainer import Diverged, Ground, LayerTrainer
 from deconvnet.training import train
 
 FAST = SolverSettings(iterations=20, training_iterations=3)
