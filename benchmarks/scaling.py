@@ -306,7 +306,7 @@ def _epochs(case: Case, start: Callable[[], LayerTrainer]) -> dict:
     used = peak_of(first, case.device)
     (trainer,) = held
     _, seconds = timed(lambda: epoch(trainer), case)
-    z = trainer.layer.operator().zeros(trainer.below)
+    z = trainer.layer.operator().zeros(trainer.ground.below(torch.arange(trainer.ground.images)))
     return {
         "seconds": seconds,
         "bytes": used,
@@ -315,7 +315,7 @@ def _epochs(case: Case, start: Callable[[], LayerTrainer]) -> dict:
 
 
 def epoch(trainer: LayerTrainer) -> None:
-    for _ in range(trainer.batches):
+    for _ in range(trainer.schedule.batches):
         trainer.update()
 
 

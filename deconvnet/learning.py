@@ -188,18 +188,20 @@ def update_filters(
         return float((v * (0.5 * moved - sums.linear)).sum()), moved - sums.linear
 
     x, y, t = start, start, 1.0
-    best, (lowest, gradient) = start, cost(start)
+    best, (lowest, at_x) = start, cost(start)
+    at_y = at_x
     for _ in range(iterations):
-        x_old, x = x, normalize(connected(y - step * gradient, g), **asked, fallback=start)
-        value, gradient_x = cost(x)
+        x_old, x = x, normalize(connected(y - step * at_y, g), **asked, fallback=start)
+        at_old, (value, at_x) = at_x, cost(x)
         if value < lowest:
             best, lowest = x, value
         else:
             t = 1.0
         t_next = (1 + (1 + 4 * t * t) ** 0.5) / 2
         momentum = (t - 1) / t_next
-        y, t = x + momentum * (x - x_old), t_next
-        gradient = cost(y)[1] if momentum else gradient_x
+        # The gradient is as linear as y is: no product of its own.
+        y, at_y = x + momentum * (x - x_old), at_x + momentum * (at_x - at_old)
+        t = t_next
     return best.to(f.dtype)
 
 

@@ -258,12 +258,17 @@ class Snapshot:
 
 @torch.no_grad()
 def project_snapshot(
-    net: DeconvNet, codes: Codes, layer: int, snapshot: Snapshot, images: Tensor
+    net: DeconvNet,
+    codes: Codes,
+    layer: int,
+    snapshot: Snapshot,
+    images: Tensor | None = None,
 ) -> Evolution:
     """One column: the strongest activation of every map, with sign and unit value, in pixel space.
 
     codes: of the layers below, for the images of these numbers, ascending, among which those of
-    the snapshot are. Each activation goes through them with the switches of its own image.
+    the snapshot are; None: for all images. Each activation goes through them with the switches of
+    its own image.
     """
     peaks, f = snapshot.peaks, snapshot.filters
     boundary, shape = net.layer(layer).settings.boundary, _map_size(net, codes, layer)
@@ -274,6 +279,7 @@ def project_snapshot(
     )
     boxes = _boxes(peaks.images, top, left, max(rows.size, columns.size), codes.y.shape[2:])
     # A map that was not active paints nothing, through whatever switches.
+    images = torch.arange(len(codes.y)) if images is None else images
     places = torch.searchsorted(images.to(f.device), peaks.images).clamp(max=len(images) - 1)
     tiles = []
     for maps in torch.arange(len(f), device=f.device).split(CHUNK):
