@@ -21,18 +21,24 @@ from deconvnet import checkpoint, config, load
 from deconvnet.applications.classification import Scores, draw_split
 from deconvnet.applications.labelled import Features, Images, judge
 from deconvnet.applications.pictures import confusion_picture
+from deconvnet.distributed import RankLost, Ranks, started
 from deconvnet.monitor import save_picture
+
+# Seconds that a process waits for another: one may be a piece of images behind.
+PATIENCE = 3600.0
 
 config.register()
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="classify")
 def main(cfg: DictConfig) -> None:
-    with config.one_line_errors(ValueError, OSError):
-        classify(config.read_command(cfg))
+    with config.one_line_errors(ValueError, OSError, RankLost):
+        settings = config.read_command(cfg)
+        with started(patience=PATIENCE) as ranks:
+            classify(settings, ranks)
 
 
-def classify(settings: config.ClassifyConfig) -> None:
+def classify(settings: config.ClassifyConfig, ranks: Ranks) -> None:
     run = Path(settings.run)
     net = load(run).to(config.device(settings.device))
     layers = settings.layers or list(range(1, net.depth + 1))
@@ -52,9 +58,11 @@ def classify(settings: config.ClassifyConfig) -> None:
     ]
     beside = run if run.is_dir() else run.parent
     folder = Path(settings.output).expanduser() if settings.output else beside / "classified"
-    features = Features(net, images, splits, layers, settings, folder / "features")
+    features = Features(net, images, splits, layers, settings, folder / "features", ranks)
     features.learn_codebooks()
     features.count_words()
+    if not ranks.first:
+        return
     scores = judge(features, layers, settings)
     report(scores, images.names, settings, folder)
 

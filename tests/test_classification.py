@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import re
+import socket
 
 import numpy as np
 import pytest
@@ -487,6 +488,28 @@ def test_windows_of_two_sizes_make_images_as_alike_as_both_do_on_average(folder,
     for both, small, large in zip(kernels(8, 16), kernels(8), kernels(16), strict=True):
         np.testing.assert_allclose(both, (small + large) / 2, atol=1e-6)
         assert np.abs(small - large).max() > 0.05
+
+
+def test_processes_share_the_images_and_find_what_one_finds(start, script, folder):
+    settings = ("run=run", *COMMON[2:], "data.path=images", "splits=2", "test=2", "layers=[1,2]")
+    alone = script(folder, "classify.py", *settings, "output=alone")
+    assert alone.code == 0, alone.err
+    with socket.socket() as any_port:
+        any_port.bind(("127.0.0.1", 0))
+        port = any_port.getsockname()[1]
+    shared = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE=2)
+    running = [
+        start(folder, "classify.py", *settings, "output=both", RANK=rank, LOCAL_RANK=rank, **shared)
+        for rank in (0, 1)
+    ]
+    ends = [each.wait() for each in running]
+    assert [end.code for end in ends] == [0, 0], ends
+    assert ends[1].out == ""
+    found, expected = (
+        json.loads((folder / name / "scores.json").read_text())["scores"]
+        for name in ("both", "alone")
+    )
+    assert found == expected
 
 
 def test_pictures_of_many_sizes_stay_as_they_are_where_the_network_has_learned_so(script, folder):

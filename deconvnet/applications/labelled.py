@@ -39,6 +39,7 @@ from deconvnet.applications.classification import (
 )
 from deconvnet.codes import Codes
 from deconvnet.data import find_images, fit_size, pad_size, read_image
+from deconvnet.distributed import ALONE, Ranks
 from deconvnet.network import DeconvNet, seeded
 from deconvnet.run import training_data
 
@@ -141,7 +142,8 @@ class Features:
     """The counts of words of all images in the cells of the finest grid, kept in files.
 
     A folder holds what belongs together, named by a digest of all that it depends on. Files that
-    are damaged or cut off are made again.
+    are damaged or cut off are made again. ranks: processes that share the work, of one machine or
+    with one file system; all of them make the same calls.
     """
 
     def __init__(
@@ -152,8 +154,9 @@ class Features:
         layers: list[int],
         settings: ClassifySettings,
         folder: Path,
+        ranks: Ranks = ALONE,
     ):
-        self.net, self.images, self.splits = net, images, splits
+        self.net, self.images, self.splits, self.ranks = net, images, splits, ranks
         self.layers, self.settings = layers, settings
         self.books = 1 if settings.codebooks == "shared" else len(splits)
         self.shape = (settings.levels[-1] ** 2, len(settings.patch) * settings.words)
@@ -175,8 +178,25 @@ class Features:
             return
         used = np.unique(np.concatenate(chosen))
         pieces = [used[start : start + PIECE] for start in range(0, len(used), PIECE)]
+        if self.ranks.count > 1:
+            # Each some of them into files; from these the first finds the words.
+            mine = pieces[self.ranks.rank :: self.ranks.count]
+            with self._bar("windows", sum(map(len, mine))) as bar:
+                for piece in mine:
+                    self._samples(piece, missing, each, bar)
+            self.ranks.gathered(None)
+        if self.ranks.first:
+            self._learn_codebooks(missing, chosen, pieces, each)
+        self.ranks.gathered(None)
+        for kind in missing:
+            self._read_codebooks(kind)
+
+    def _learn_codebooks(
+        self, missing: list[Kind], chosen: list[np.ndarray], pieces: list[np.ndarray], each: int
+    ) -> None:
+        words = self.settings.words
         samples: dict[Kind, dict[int, np.ndarray]] = {kind: {} for kind in missing}
-        with self._bar("windows", len(used)) as bar:
+        with self._bar("windows", sum(map(len, pieces))) as bar:
             for piece in pieces:
                 found = self._samples(piece, missing, each, bar)
                 for kind, arrays in found.items():
@@ -190,7 +210,6 @@ class Features:
                 floor = np.nan if book.floor is None else book.floor
                 values = np.array([floor, book.spread])
                 _write(self._codebook(kind, number), centers=book.centers.numpy(), values=values)
-            self._read_codebooks(kind)
         for kind in missing:
             for path in self._of(kind).glob("windows-*.npz"):
                 path.unlink()
@@ -198,8 +217,9 @@ class Features:
     def count_words(self) -> None:
         """Count, or find counted, the words of all images of the splits."""
         used = np.unique(np.concatenate([np.concatenate([s.train, s.test]) for s in self.splits]))
-        with self._bar("images", len(used)) as bar:
-            for start in range(0, len(self.images.files), PIECE):
+        starts = range(0, len(self.images.files), PIECE)[self.ranks.rank :: self.ranks.count]
+        with self._bar("images", int(np.isin(used // PIECE * PIECE, list(starts)).sum())) as bar:
+            for start in starts:
                 piece = used[(used >= start) & (used < start + PIECE)]
                 missing = [n for n in self.layers if len(piece) and not self._counted(n, start)]
                 if not missing:
@@ -215,6 +235,7 @@ class Features:
                 for layer in missing:
                     for book in range(self.books):
                         _write(self._piece(layer, book, start), counts=found[layer][book])
+        self.ranks.gathered(None)
 
     def counts(self, layer: int, split: int, indices: np.ndarray) -> Tensor:
         """(N, side^2, V) of some images in a layer under the codebook of a split."""
@@ -375,7 +396,8 @@ class Features:
         return digest.hexdigest()[:16]
 
     def _bar(self, name: str, total: int) -> tqdm:
-        return tqdm(desc=name, total=total, unit="image", leave=False)
+        hidden = not self.ranks.first
+        return tqdm(desc=name, total=total, unit="image", leave=False, disable=hidden)
 
 
 def judge(features: Features, layers: list[int], settings: ClassifySettings) -> dict[str, Scores]:
