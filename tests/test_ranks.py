@@ -258,8 +258,8 @@ def test_an_update_is_one_message_whose_size_is_that_of_the_filters(textures, nu
             Threads.summed = told
         return ranks.meeting.calls - before, trainer.message, set(sizes)
 
-    calls, message, _ = together(2, work)[0]
-    assert calls == 2
+    calls, message, sizes = together(2, work)[0]
+    assert calls == 2 and sizes == {message}
     # 4 filters of 3 planes of 5x5, the correlations of their maps, two flags.
     assert message == 8 * (4 * 3 * 25 + 4 * 4 * 81 + 2)
 
