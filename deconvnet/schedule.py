@@ -5,8 +5,8 @@
 A batch has B places, and image i always has the place i mod B: in an epoch every place goes through
 its own images in an order of its own, made from seeds alone. So every batch is new, and yet a place
 and all of its images can belong to one rank, which is the only one to read them and to know their
-maps. What comes out does not depend on R, and no rank has more than one image in a batch more than
-another.
+maps. What comes out does not depend on R, and of a full batch no rank has more than one image more
+than another.
 """
 
 from __future__ import annotations

@@ -75,7 +75,8 @@ class States:
 
 def all_states(parts: list[dict]) -> dict:
     """The states of the images of all ranks as those of one."""
-    parts = [part for part in parts if part["shape"] is not None] or parts[:1]
+    # A rank without images has nothing of any shape.
+    parts = [part for part in parts if len(part["images"])]
     images = torch.cat([part["images"] for part in parts])
     order = images.argsort()
     names = {name for part in parts for name in part["numbers"]}

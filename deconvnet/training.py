@@ -271,7 +271,7 @@ def _learn(
         monitor.advance()
         if stats:
             monitor.epoch(stats, position.step)
-            if stats.objective > RISE * before:
+            if stats.objective > RISE * before and corpus.ranks.first:
                 log.warning(
                     "layer %d, epoch %d: the objective has risen from %.4g to %.4g; if it goes on, "
                     "use larger batches (learning.batch_size) or a longer learning.memory",

@@ -23,7 +23,7 @@ from deconvnet.monitor import Monitor
 from deconvnet.network import Layer, Target, seeded
 from deconvnet.pooling import max_pool, pooled_shape, unpool
 from deconvnet.run import Run
-from deconvnet.states import States
+from deconvnet.states import States, all_states
 from deconvnet.trainer import Diverged, Ground, LayerTrainer
 from deconvnet.training import train
 
@@ -483,6 +483,22 @@ def test_numbers_are_known_where_every_image_has_had_one():
     again.load_state_dict(states.state_dict(), torch.device("cpu"))
     assert again.number("step", torch.tensor([2])).item() == pytest.approx(0.2)
     assert again.number("step", torch.tensor([3])) is None
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_the_states_of_all_ranks_are_those_of_all_images(kept):
+    parts = [States(torch.tensor(images)) for images in ([0, 3], [], [1, 2])]
+    for part in parts[::2]:
+        values = part.images.view(-1, 1, 1, 1).float()
+        part.set_number("curvature", part.images, values)
+        if kept:
+            part[part.images] = values.expand(-1, 2, 3, 3)
+    state = all_states([part.state_dict() for part in parts])
+    for images in ([0, 1], [2, 3]):
+        some = States(torch.tensor(images))
+        some.load_state_dict(state, torch.device("cpu"))
+        assert some.number("curvature", some.images).flatten().tolist() == images
+        assert not kept or some[some.images][:, 0, 0, 0].tolist() == images
 
 
 def test_states_of_some_images_are_taken_from_those_of_all():
