@@ -152,7 +152,7 @@ def test_any_number_of_ranks_learns_the_same_filters_bit_by_bit(alone, images, t
         assert left == right, name
 
 
-@pytest.mark.parametrize("options", [dict(chunk=1), dict(chunk=2), dict(hold=False, chunk=4)])
+@pytest.mark.parametrize("options", [dict(chunk=1), dict(hold=False, chunk=4)])
 def test_it_makes_no_difference_how_many_images_come_at_a_time_or_are_held(
     alone, images, tmp_path, options
 ):

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import socket
-import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -968,27 +967,19 @@ def free_port():
 
 
 @pytest.mark.slow
-def test_two_processes_find_what_one_finds(place, tmp_path, monkeypatch, visualize):
+def test_two_processes_find_what_one_finds(place, tmp_path, monkeypatch, visualize, start):
     arguments = [*MODEL, *QUICK, f"output={tmp_path / 'two'}"]
-    command = [sys.executable, str(ROOT / "scripts" / "visualize.py"), *arguments]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    processes = [
-        subprocess.Popen(
-            command,
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=place,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    shared = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(), WORLD_SIZE=2)
+    running = [
+        start(place, "visualize.py", *arguments, RANK=rank, LOCAL_RANK=rank, **shared)
         for rank in (0, 1)
     ]
-    said = [process.communicate(timeout=120) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], said
+    said = [each.wait() for each in running]
+    assert [each.code for each in said] == [0, 0], said
     monkeypatch.chdir(place)
     visualize(**MAKE, output=str(tmp_path / "one"))
     # The first one writes, and speaks.
-    assert "gallery/index.html" in said[0][0] and said[1][0] == ""
+    assert "gallery/index.html" in said[0].out and said[1].out == ""
     files = {path.name for path in (tmp_path / "two" / "visualization").glob("*.npz")}
     assert files == {"topk-0-of-2.npz", "topk-1-of-2.npz"}
     one, two = (manifest(tmp_path / name)["layers"] for name in ("one", "two"))
