@@ -42,8 +42,8 @@ from deconvnet.operators import Operator, conjugate_gradients
 
 UPDATES = ("proximal", "cg")
 NORMS = ("filter", "plane")
-# Complex numbers of products of spectra that are held at a time.
-BLOCK = 2**22
+# Complex numbers of products of spectra that are held at a time: on a CPU what a cache holds.
+BLOCK, BLOCK_ON_CPU = 2**22, 2**17
 
 # z, the residual b - T Z f, and T of some images.
 Batch = tuple[Tensor, Tensor, Operator]
@@ -387,8 +387,9 @@ def _map_sums(
     middle, each image times its curvature; float64.
 
     By way of Fourier: of the correlations of the maps with each other and with y only a few shifts
-    are wanted, which are taken by products with the rows of a discrete Fourier transform. Products
-    are float64 from there on, so that it makes no difference which images come together.
+    are wanted, which are taken by products with the rows of a discrete Fourier transform. Shifts up
+    are those down with the maps of a pair exchanged. Products are float64 from there on, so that it
+    makes no difference which images come together.
     """
     (h, w), K = size, z.shape[1]
     z = continued(z, size, boundary)
@@ -398,9 +399,13 @@ def _map_sums(
         y = F.pad(y, (w - 1, 0, h - 1, 0))
     spectra = torch.cat([torch.fft.rfft2(z, grid), torch.fft.rfft2(y, grid)], 1)
     spectra = spectra.permute(3, 2, 1, 0).contiguous()
-    rows, columns = _phases(h, grid[0], z.device), _phases(w, grid[1], z.device)
+    rows, columns = (
+        _phases(range(h), grid[0], z.device),
+        _phases(range(1 - w, w), grid[1], z.device),
+    )
+    held = BLOCK_ON_CPU if z.device.type == "cpu" else BLOCK
     found = []
-    for part in spectra.split(max(1, BLOCK // (grid[0] * K * spectra.shape[2]))):
+    for part in spectra.split(max(1, held // (grid[0] * K * spectra.shape[2]))):
         part = part.to(torch.complex128)
         maps = part[..., :K, :].conj()
         if curvature is None:
@@ -415,14 +420,16 @@ def _map_sums(
     columns[:, 1 : half - (grid[1] % 2 == 0)] *= 2
     of_rows = torch.cat(found).flatten(1)
     sums = columns.real @ of_rows.real - columns.imag @ of_rows.imag
-    sums = sums.view(2 * w - 1, 2 * h - 1, K, -1).permute(2, 3, 1, 0)
-    return sums[:, K:, h - 1 :, w - 1 :].contiguous(), sums[:, :K].contiguous()
+    sums = sums.view(2 * w - 1, h, K, -1).permute(2, 3, 1, 0)
+    down = sums[:, :K]
+    up = down[:, :, 1:].transpose(0, 1).flip(2, 3)
+    return sums[:, K:, :, w - 1 :].contiguous(), torch.cat([up, down], 2)
 
 
-def _phases(size: int, length: int, device: torch.device) -> Tensor:
-    """(2 size - 1, length), complex128: the rows for shifts 1 - size to size - 1."""
-    shifts = torch.arange(1 - size, size, device=device)[:, None]
-    turns = shifts * torch.arange(length, device=device) % length
+def _phases(shifts: range, length: int, device: torch.device) -> Tensor:
+    """(shifts, length), complex128: rows of the inverse transform, not divided by the length."""
+    places = torch.arange(length, device=device)
+    turns = torch.tensor(shifts, device=device)[:, None] * places % length
     angle = turns.double() * (2 * math.pi / length)
     return torch.polar(torch.ones_like(angle), angle)
 
