@@ -70,7 +70,7 @@ class Operator(ABC):
         self,
         d: Tensor,
         lam: float,
-        beta: Tensor,
+        beta: float | Tensor,
         start: Tensor | None = None,
         *,
         tolerance: float = 1e-6,
@@ -78,9 +78,9 @@ class Operator(ABC):
     ) -> Tensor:
         """w with (beta I + lam A A') w = d, in the space of the images.
 
-        beta: (N, 1, 1, 1), one for each image. By conjugate gradients from `start` until the
-        residual of every image is below `tolerance` times its d; operators that know better
-        override this.
+        beta: one for all images, or (N, 1, 1, 1), one for each. By conjugate gradients from
+        `start` until the residual of every image is below `tolerance` times its d; operators that
+        know better override this.
         """
         return conjugate_gradients(
             lambda w: beta * w + lam * self(self.adjoint(w)),
@@ -136,7 +136,10 @@ class Deconvolution(Operator):
             self.warm_steps = 2 if mask is None else 4
         else:
             self.warm_steps = 1 if mask is None else 6
-        self._eigensystems: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}
+        # By grid: F F' at every frequency, its eigenvectors and eigenvalues, and the last inverse.
+        self._grams: dict[tuple[int, int], Tensor] = {}
+        self._eigensystems: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._inverse: tuple[tuple, Tensor] | None = None
 
     def __call__(self, z: Tensor) -> Tensor:
         return self._masked(deconvolve(z, self.f, boundary=self.boundary))
@@ -152,30 +155,28 @@ class Deconvolution(Operator):
         self,
         d: Tensor,
         lam: float,
-        beta: Tensor,
+        beta: float | Tensor,
         start: Tensor | None = None,
         *,
         tolerance: float = 1e-6,
         max_iterations: int = 100,
     ) -> Tensor:
         grid = self._grid(tuple(d.shape[2:]))
-        if self.boundary == "circular" and self.mask is None:
-            return self._filter(d, grid, lambda s: 1 / (beta + lam * s))
-
-        def system(w: Tensor) -> Tensor:
-            if self.boundary in CONTINUED:
-                return beta * w + lam * self(self.adjoint(w))
-            if self.mask is None:
-                return self._filter(w, grid, lambda s: beta + lam * s)
-            return beta * w + lam * self._masked(self._filter(self._masked(w), grid, lambda s: s))
-
         # Where the mask is 0 so is d, and w has to stay so.
         seen = None if self.mask is None else self.mask > 0
         weight = lam if self.mask is None else lam * _mean_square(self.mask)
 
         def precondition(r: Tensor) -> Tensor:
-            r = self._filter(r, grid, lambda s: 1 / (beta + weight * s))
+            r = self._filter_inverse(r, grid, beta, weight)
             return r if seen is None else r * seen
+
+        if self.boundary == "circular" and self.mask is None:
+            return precondition(d)
+
+        def system(w: Tensor) -> Tensor:
+            if self.boundary in CONTINUED:
+                return beta * w + lam * self(self.adjoint(w))
+            return beta * w + lam * self._masked(self._filter(self._masked(w), grid))
 
         return conjugate_gradients(
             system,
@@ -219,46 +220,84 @@ class Deconvolution(Operator):
         h, w = self.f.shape[2:]
         return fourier_size((image[0] + h - 1, image[1] + w - 1))
 
-    def _filter(self, y: Tensor, grid: tuple[int, int], gain: Callable[[Tensor], Tensor]) -> Tensor:
-        """gain(F F') y, cropped to the image; gain acts on the eigenvalues (u, v, C) of F F'."""
-        vectors, values = self._eigen(grid)
-        spectrum = torch.fft.rfft2(y, grid).permute(0, 2, 3, 1)
-        if vectors is None:
-            spectrum = spectrum * gain(values)
-        else:
-            spectrum = _rotated(spectrum, vectors.conj()) * gain(values)
-            spectrum = _rotated(spectrum, vectors.transpose(2, 3))
-        return torch.fft.irfft2(spectrum.permute(0, 3, 1, 2), grid)[..., : y.shape[2], : y.shape[3]]
+    def _filter(self, y: Tensor, grid: tuple[int, int]) -> Tensor:
+        """F F' y with zeros around the images up to the grid."""
+        return _wrapped(y, grid, lambda spectrum: _times(spectrum, self._gram(grid)))
 
-    def _eigen(self, grid: tuple[int, int]) -> tuple[Tensor | None, Tensor]:
-        """Eigenvectors (u, v, C, C) and eigenvalues (u, v, C) of F F' at every frequency of a grid.
+    def _filter_inverse(
+        self, y: Tensor, grid: tuple[int, int], beta: float | Tensor, weight: float | Tensor
+    ) -> Tensor:
+        """(beta I + weight F F')^-1 y with zeros around the images up to the grid.
 
-        They serve every beta; computed once for a grid. Where C = 1 there is nothing to rotate.
+        By the inverse at every frequency, or, with a beta or weight for each image, by
+        eigenvectors, which serve all of them and cost several times as much to find.
         """
+        if isinstance(beta, Tensor) or isinstance(weight, Tensor):
+            vectors, values = self._eigen(grid)
+            gains = 1 / (beta + weight * values)
+            return _wrapped(y, grid, lambda s: _times(_times(s, vectors.mH) * gains, vectors))
+        return _wrapped(y, grid, lambda s: _times(s, self._inverted(grid, beta, weight)))
+
+    def _gram(self, grid: tuple[int, int]) -> Tensor:
+        """F F' (u, v, C, C) at every frequency of a grid, once for a grid."""
+        if grid not in self._grams:
+            spectrum = torch.fft.rfft2(self.f, grid).permute(2, 3, 1, 0).contiguous()
+            self._grams[grid] = spectrum @ spectrum.mH
+        return self._grams[grid]
+
+    def _eigen(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Eigenvectors (u, v, C, C) and eigenvalues (u, v, C) of F F', once for a grid."""
         if grid not in self._eigensystems:
-            spectrum = torch.fft.rfft2(self.f, grid)
-            if self.f.shape[1] == 1:
-                self._eigensystems[grid] = (None, spectrum.abs().square().sum(0).permute(1, 2, 0))
-            else:
-                gram = torch.einsum("kcuv,kduv->uvcd", spectrum, spectrum.conj())
-                values, vectors = torch.linalg.eigh(gram)
-                self._eigensystems[grid] = (vectors, values.clamp(min=0))
+            gram = self._gram(grid)
+            alone = gram.shape[-1] == 1
+            values, vectors = (
+                (gram[..., 0].real, torch.ones_like(gram)) if alone else torch.linalg.eigh(gram)
+            )
+            self._eigensystems[grid] = vectors, values.clamp(min=0)
         return self._eigensystems[grid]
 
+    def _inverted(self, grid: tuple[int, int], beta: float, weight: float) -> Tensor:
+        """(beta I + weight F F')^-1 (u, v, C, C) at every frequency; the last one is kept."""
+        key = (grid, beta, weight)
+        if self._inverse is None or self._inverse[0] != key:
+            gram = self._gram(grid)
+            eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+            factor, failed = torch.linalg.cholesky_ex(beta * eye + weight * gram)
+            if failed.any():
+                # Positive definite but for rounding, which eigenvalues can be cleared of.
+                vectors, values = self._eigen(grid)
+                found = (vectors / (beta + weight * values)[..., None, :]) @ vectors.mH
+            else:
+                found = torch.cholesky_inverse(factor)
+            self._inverse = key, found
+        return self._inverse[1]
 
-def _rotated(spectrum: Tensor, vectors: Tensor) -> Tensor:
-    """(n, u, v, d), at every frequency spectrum (n, u, v, c) times vectors (u, v, c, d).
+
+def _wrapped(y: Tensor, grid: tuple[int, int], change: Callable[[Tensor], Tensor]) -> Tensor:
+    """y (N, C, H, W) after a change of its spectrum (N, u, v, C) on a grid, cropped to its size."""
+    spectrum = change(torch.fft.rfft2(y, grid).permute(0, 2, 3, 1))
+    return torch.fft.irfft2(spectrum.permute(0, 3, 1, 2), grid)[..., : y.shape[2], : y.shape[3]]
+
+
+def _times(spectrum: Tensor, matrices: Tensor) -> Tensor:
+    """(N, u, v, C), at every frequency matrices (u, v, C, C) times spectrum (N, u, v, C).
 
     Each image is rounded as if it were alone, so that its maps do not depend on the batch by a
     bit. For that every product must be taken by one routine: torch has its own for small ones,
     and the others, of two and more images, go to the library.
     """
-    some = (OWN_PRODUCTS - 1) // vectors.shape[-1] ** 2
+    C = matrices.shape[-1]
+    if C == 1:
+        return spectrum * matrices[..., 0].real
+    # (u, v, N, C) in this order in memory, without which torch takes several times as long.
+    rows, columns = spectrum.permute(1, 2, 0, 3).contiguous(), matrices.mT
+    some = (OWN_PRODUCTS - 1) // C**2
     if some > 1:
-        parts = [torch.einsum("nuvc,uvcd->nuvd", part, vectors) for part in spectrum.split(some)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-    pair = spectrum.expand(2, -1, -1, -1) if len(spectrum) == 1 else spectrum
-    return torch.einsum("nuvc,uvcd->nuvd", pair, vectors)[: len(spectrum)]
+        product = torch.cat([part @ columns for part in rows.split(some, 2)], 2)
+    else:
+        pair = rows.expand(-1, -1, 2, -1) if rows.shape[2] == 1 else rows
+        product = (pair @ columns)[:, :, : rows.shape[2]]
+    return product.permute(2, 0, 1, 3)
 
 
 def _checked_mask(mask: Tensor, f: Tensor) -> Tensor:

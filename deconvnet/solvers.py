@@ -452,14 +452,14 @@ def admm(
     times its objective.
     """
     prior = Prior(**prior)
-    beta = _per_image(beta, b)
-    beta_given = beta
+    beta_given, beta = beta, _per_image(beta, b)
     t, x, w = state, prior.shrink(state, beta), None
     done, some_done = torch.zeros_like(beta, dtype=torch.bool), False
     count = 0
     for count in range(1, iterations + 1):
         # Each line is one pass over the maps: v = 2x - t, and t + relaxation (z - x).
-        z, w = _z_step(A, b, t.lerp(x, 2.0), lam, beta, w, max_iterations=A.warm_steps)
+        v, of_step = t.lerp(x, 2.0), beta if adaptive else beta_given
+        z, w = _z_step(A, b, v, lam, of_step, w, max_iterations=A.warm_steps)
         t_new = t.add(z - x, alpha=relaxation)
         t = torch.where(done, t, t_new) if some_done else t_new
         x_old, x = x, prior.shrink(t, beta)
@@ -624,7 +624,7 @@ def _z_step(
     b: Tensor,
     v: Tensor,
     lam: float,
-    beta: Tensor,
+    beta: float | Tensor,
     w: Tensor | None,
     *,
     tolerance: float = 0.0,
