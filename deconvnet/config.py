@@ -56,6 +56,7 @@ class Config:
     progress: bool = True
     patience: float = 600.0
     memory: float = 4.0
+    disk: float = 0.0
 
     def layer_settings(self) -> list[LayerSettings]:
         """The layers to train, from the bottom."""
@@ -227,8 +228,10 @@ def read(cfg: DictConfig) -> Config:
         )
     if not 1 <= config.patience < math.inf:
         raise ValueError(f"patience={config.patience}: is in seconds, at least 1")
-    if math.isnan(config.memory) or config.memory < 0:
-        raise ValueError(f"memory={config.memory}: is in GiB, at least 0")
+    for key in ("memory", "disk"):
+        value = getattr(config, key)
+        if math.isnan(value) or value < 0:
+            raise ValueError(f"{key}={value}: is in GiB, at least 0")
     if config.chunk < 1:
         raise ValueError(f"chunk={config.chunk}: must be at least 1")
     if config.seed < 0:

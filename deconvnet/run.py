@@ -6,6 +6,7 @@
 <folder>/network.safetensors      the finished network
 <folder>/events.out.tfevents.*    TensorBoard
 <folder>/metrics.jsonl            the same numbers and what they cost, for programs
+<folder>/states/                  where inference goes on, of the layer that learns, with disk=
 """
 
 from __future__ import annotations
@@ -53,6 +54,11 @@ class Run:
     def network(self) -> Path:
         """The file of the finished network."""
         return self.folder / "network.safetensors"
+
+    @property
+    def states(self) -> Path:
+        """The folder of the states of inference that are kept on the disk."""
+        return self.folder / "states"
 
     def evolution(self, layer: int) -> Path:
         """The file of the features of a layer over its epochs."""

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import os
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from deconvnet.pooling import Window, max_pool, unpool
+from deconvnet.pooling import Window, max_pool, pooled_shape, unpool
+
+log = logging.getLogger(__name__)
 
 
 class States:
@@ -69,8 +75,121 @@ class States:
         self.kept = [tensor[rows].to(device) for tensor in state["kept"]]
         self.numbers = {name: v[rows].to(device) for name, v in state["numbers"].items()}
 
+    def turn(self) -> None:
+        """States that were set can no longer be set again, until the next turn."""
+
+    def close(self) -> None:
+        """Nothing more is asked for."""
+
     def _rows(self, part: Tensor) -> Tensor:
         return torch.searchsorted(self.images, part)
+
+
+class FileStates(States):
+    """The same in files of a folder, for more of them than memory holds.
+
+    A checkpoint knows of every image in which turn its state was written. What is written after it
+    must leave that as it is, so turns take three files in turn: at any moment two of them may hold
+    what the last checkpoint speaks of. An image has the same place in the files of all ranks, and
+    a record there: its turn, and its state. Where a file does not have the record of a checkpoint,
+    inference starts from the beginning.
+    """
+
+    FILES = 3
+
+    def __init__(self, images: Tensor, window: Window | None, folder: Path):
+        super().__init__(images, window)
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = (folder / f"{number}.states" for number in range(self.FILES))
+        self.files = [os.open(path, os.O_RDWR | os.O_CREAT, 0o644) for path in paths]
+        self.now = 0
+        # Of every image the turn in which its state was written, -1 for none.
+        self.turns = torch.full((len(images),), -1)
+
+    def __getitem__(self, part: Tensor) -> Tensor | None:
+        if self.shape is None:
+            return None
+        found = torch.zeros(len(part), *self.shape)
+        for n, turn in enumerate(self.turns[self._rows(part).cpu()].tolist()):
+            if turn >= 0:
+                found[n] = self._read(int(part[n]), turn)
+        return found.to(part.device)
+
+    def __setitem__(self, part: Tensor, state: Tensor) -> None:
+        self.shape = tuple(state.shape[1:])
+        new = (state,) if self.window is None else max_pool(state, self.window)
+        new = [tensor.cpu().numpy() for tensor in new]
+        header = np.int64(self.now).tobytes()
+        for n, image in enumerate(part.tolist()):
+            record = b"".join([header, *(tensor[n].tobytes() for tensor in new)])
+            self._write(record, image * len(record))
+        self.turns[self._rows(part).cpu()] = self.now
+
+    def turn(self) -> None:
+        # One in which nothing was written goes on, or else three files would not be enough.
+        self.now += bool((self.turns == self.now).any())
+
+    def close(self) -> None:
+        for file in self.files:
+            os.close(file)
+        self.files = []
+
+    def state_dict(self) -> dict:
+        for file in self.files:
+            os.fsync(file)
+        return {**super().state_dict(), "kept": [self.turns.clone()], "now": self.now}
+
+    def load_state_dict(self, state: dict, device: torch.device) -> None:
+        super().load_state_dict(state, torch.device("cpu"))
+        self.numbers = {name: values.to(device) for name, values in self.numbers.items()}
+        (self.turns,), self.kept, self.now = self.kept, [], state["now"]
+        lost = [n for n, turn in enumerate(self.turns.tolist()) if not self._has(n, turn)]
+        self.turns[lost] = -1
+        if lost:
+            log.warning(
+                "%s does not have the states of %d images that the checkpoint speaks of: their "
+                "inference starts from the beginning",
+                *(self.folder, len(lost)),
+            )
+
+    def _has(self, n: int, turn: int) -> bool:
+        """Whether there is the record of a turn, if there has to be one."""
+        if turn < 0:
+            return True
+        place = int(self.images[n]) * sum(self._sizes)
+        return os.pread(self.files[turn % self.FILES], 8, place) == np.int64(turn).tobytes()
+
+    @property
+    def _sizes(self) -> list[int]:
+        """Bytes of the parts of a record: the turn and the tensors."""
+        if self.window is None:
+            return [8, 4 * math.prod(self.shape)]
+        entries = math.prod(pooled_shape(self.shape, self.window))
+        return [8, 4 * entries, 8 * entries]
+
+    def _read(self, image: int, turn: int) -> Tensor:
+        sizes = self._sizes
+        record = os.pread(self.files[turn % self.FILES], sum(sizes), image * sum(sizes))
+        if len(record) < sum(sizes):
+            raise OSError(f"{self.folder}: a file of states has become shorter; start again")
+        if self.window is None:
+            return torch.frombuffer(bytearray(record[8:]), dtype=torch.float32).view(self.shape)
+        shape, cut = pooled_shape(self.shape, self.window), sizes[0] + sizes[1]
+        values = torch.frombuffer(bytearray(record[8:cut]), dtype=torch.float32)
+        places = torch.frombuffer(bytearray(record[cut:]), dtype=torch.int64)
+        return unpool(values.view(1, *shape), places.view(1, *shape), (1, *self.shape))[0]
+
+    def _write(self, record: bytes, place: int) -> None:
+        view = memoryview(record)
+        try:
+            while view:
+                written = os.pwrite(self.files[self.now % self.FILES], view, place)
+                view, place = view[written:], place + written
+        except OSError as error:
+            raise OSError(
+                f"{self.folder}: {error.strerror}: the states of inference do not fit; set disk=0"
+            ) from None
 
 
 def all_states(parts: list[dict]) -> dict:
@@ -92,4 +211,5 @@ def all_states(parts: list[dict]) -> dict:
         "shape": parts[0]["shape"],
         "kept": [joined(list(each)) for each in zip(*(p["kept"] for p in parts), strict=True)],
         "numbers": {name: joined([numbers(name, part) for part in parts]) for name in names},
+        **({"now": parts[0]["now"]} if "now" in parts[0] else {}),
     }

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ from deconvnet.operators import Identity, Operator
 from deconvnet.pooling import Window, pooled_shape
 from deconvnet.schedule import Schedule
 from deconvnet.solvers import Solution
-from deconvnet.states import States, all_states
+from deconvnet.states import FileStates, States, all_states
 from deconvnet.visualization.evolution import Peaks, Snapshot, Watch
 
 RECENTER_EVERY = 4
@@ -116,7 +117,8 @@ class LayerTrainer:
     ground: what the layer stands on; a tensor (N, C, H, W) is also what it explains. watch: the
     epochs at whose end there is a `snapshot`, until the next one begins. ranks: processes that
     share the work; all of them make the same calls. keep: the state of inference of every image
-    (`states_size`); else every visit infers its maps from the beginning.
+    (`states_size`); else every visit infers its maps from the beginning. folder: where they are
+    kept in files, in place of memory, until `close`.
 
     Holds the state of inference of its images, the energy of every map in this epoch, and the
     running sums of the filter update. One call of `update` is one filter update. Without a `state`
@@ -134,6 +136,7 @@ class LayerTrainer:
         watch: Watch | None = None,
         ranks: Ranks = ALONE,
         keep: bool = True,
+        folder: Path | None = None,
         state: dict | None = None,
     ):
         self.ground = Ground.of(ground) if isinstance(ground, Tensor) else ground
@@ -151,7 +154,8 @@ class LayerTrainer:
         self.epoch, self.batch = 0, 0
         # Whether some rank was asked to stop, as of the last update.
         self.stopping = False
-        self.codes = States(self.schedule.own.to(self.ground.device), state_window(layer))
+        own, window = self.schedule.own.to(self.ground.device), state_window(layer)
+        self.codes = FileStates(own, window, folder) if folder else States(own, window)
         self.snapshot: Snapshot | None = None
         self.sums: FilterSums | None = None
         self._seen = _Seen()
@@ -189,6 +193,10 @@ class LayerTrainer:
         if self.settings.update == "cg":
             return f"in an update {1 + self.settings.update_iterations} messages of {size}"
         return f"in an update one message of {size}"
+
+    def close(self) -> None:
+        """Nothing more is learned: files of states are closed."""
+        self.codes.close()
 
     @torch.no_grad()
     def update(self, *, stop: bool = False) -> EpochStats | None:
@@ -367,11 +375,13 @@ class LayerTrainer:
         self.epoch, self.batch = self.epoch + 1, 0
         if seen.peaks is not None:
             self.snapshot = Snapshot(self.epoch, seen.peaks, self.layer.filters.clone())
+        self.codes.turn()
         if self.settings.revive and not self.done:
             self._revive(sorted([*dead, *double]))
         early = 3 * self.epoch <= 2 * self.settings.epochs
         if self.settings.recenter and early and self.epoch % RECENTER_EVERY == 0:
             self._recenter()
+        self.codes.turn()
         return seen.stats(self, dead=len(dead), double=len(double))
 
     def _revive(self, filters: list[int]) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -23,7 +25,8 @@ from deconvnet.preprocessing import Spread
 from deconvnet.run import Run
 from deconvnet.solvers import data_term
 from deconvnet.sparsity import Prior
-from deconvnet.trainer import LayerTrainer, states_size
+from deconvnet.states import FileStates
+from deconvnet.trainer import Ground, LayerTrainer, states_size
 from deconvnet.visualization.evolution import (
     append,
     evolution_picture,
@@ -60,6 +63,7 @@ def train(
     ranks: Ranks = ALONE,
     hold: bool = True,
     memory: float = math.inf,
+    disk: float = 0.0,
 ) -> list[LayerResult]:
     """Learn all layers of the network from images (N, 3, H, W) in [0, 1]; what each layer reached.
 
@@ -70,8 +74,9 @@ def train(
     ranks: processes that share the work and end with the same network; the first one writes, and
     for the others run is None and the monitor has no folder. hold: whether what finished layers
     found in the images is held in memory, or found again at every visit. memory: GiB that the
-    states of inference of all images may take, in all ranks together; where they would take more,
-    every visit infers from the beginning.
+    states of inference of all images may take, in all ranks together; disk: GiB that they may take
+    in the run folder where that is too little. Where they would take more, every visit infers from
+    the beginning.
     """
     images = Source.of(images, frames) if isinstance(images, Tensor) else images
     state = ranks.told(run and run.state)
@@ -95,15 +100,29 @@ def train(
         if state is None:
             corpus.fit_preprocessing()
         resumed = state and state["trainer"]
+        _forget_states(run, position.layer)
         while position.layer <= net.depth:
-            _train_layer(net, corpus, position, run, monitor, stop_requested, seed, memory, resumed)
+            _train_layer(
+                net, corpus, position, run, monitor, stop_requested, seed, (memory, disk), resumed
+            )
             resumed = None
             position.layer += 1
             monitor.flush()
             position.save(run, net)
+            _forget_states(run, position.layer)
     if run:
         net.save(run.network)
     return position.results
+
+
+def _forget_states(run: Run | None, number: int) -> None:
+    """Remove what layers other than the one that learns have left on the disk."""
+    if run and run.states.is_dir():
+        for folder in run.states.iterdir():
+            if folder.name != f"layer{number}":
+                shutil.rmtree(folder)
+        if not any(run.states.iterdir()):
+            run.states.rmdir()
 
 
 def _train_layer(
@@ -114,7 +133,7 @@ def _train_layer(
     monitor: Monitor,
     stop_requested: Callable[[], bool],
     seed: int,
-    memory: float,
+    room: tuple[float, float],
     resumed: dict | None,
 ) -> None:
     """Learn one layer, infer its maps of all images, and show them."""
@@ -124,13 +143,7 @@ def _train_layer(
     if resumed is None and number > 1:
         layer.fit_scale(position.pooled or corpus.pooled(number - 1))
     ground = corpus.ground(number)
-    needed = states_size(layer, ground) / 2**30
-    if needed > memory and corpus.ranks.first:
-        log.info(
-            "layer %d: the states of inference of %d images would take %.3g GiB, which is more "
-            "than memory=%g: every visit infers from the beginning",
-            *(number, len(corpus), needed, memory),
-        )
+    keep, folder = _place_for_states(layer, ground, corpus.ranks, run, number, *room)
     trainer = LayerTrainer(
         layer,
         ground,
@@ -139,12 +152,16 @@ def _train_layer(
         chunk=corpus.chunk,
         watch=layer_watch(net, corpus.codes_of(corpus.some(1), number - 1), number),
         ranks=corpus.ranks,
-        keep=needed <= memory,
+        keep=keep,
+        folder=folder,
         state=resumed,
     )
     if corpus.ranks.count > 1 and corpus.ranks.first:
         log.info("layer %d: %s", number, trainer.traffic)
-    _learn(net, corpus, trainer, position, run, monitor, stop_requested)
+    try:
+        _learn(net, corpus, trainer, position, run, monitor, stop_requested)
+    finally:
+        trainer.close()
     tally = _Tally()
     for codes in corpus.climb(number):
         tally.add(net, codes)
@@ -159,6 +176,47 @@ def _train_layer(
             *(number, result.dead, layer.settings.num_maps),
         )
     _show(net, corpus, position, run, monitor)
+
+
+def _place_for_states(
+    layer: Layer,
+    ground: Ground,
+    ranks: Ranks,
+    run: Run | None,
+    number: int,
+    memory: float,
+    disk: float,
+) -> tuple[bool, Path | None]:
+    """Whether states of inference are kept, and in which folder, None being memory."""
+    needed = states_size(layer, ground) / 2**30
+    if needed <= memory:
+        return True, None
+    on_disk = FileStates.FILES * needed
+    root = ranks.told(run and str(run.states)) if on_disk <= disk else None
+    folder = root and Path(root) / f"layer{number}"
+    if ranks.first:
+        log.info(
+            "layer %d: the states of inference of %d images would take %.3g GiB, which is more "
+            "than memory=%g: %s",
+            *(number, ground.images, needed, memory),
+            f"they are in {folder}, {on_disk:.3g} GiB at most"
+            if folder
+            else "every visit infers from the beginning",
+        )
+        if folder:
+            _check_room(folder, on_disk)
+    return folder is not None, folder
+
+
+def _check_room(folder: Path, needed: float) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    there = sum(path.stat().st_size for path in folder.iterdir())
+    free = (shutil.disk_usage(folder).free + there) / 2**30
+    if needed > free:
+        raise ValueError(
+            f"disk: {folder} needs up to {needed:.3g} GiB and has {free:.3g}; set disk=0, or use "
+            "another disk"
+        )
 
 
 @dataclass

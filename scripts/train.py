@@ -84,6 +84,7 @@ def run(settings: config.Config, cfg: DictConfig, folder: Path, ranks: Ranks) ->
             ranks=ranks,
             hold=not settings.data.stream,
             memory=settings.memory,
+            disk=settings.disk,
         )
 
 

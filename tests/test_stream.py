@@ -151,6 +151,20 @@ def test_where_states_do_not_fit_every_visit_infers_from_the_beginning(place, sc
     assert lines[1]["result"]["objective"] < 1.2 * lines[0]["result"]["objective"]
 
 
+def test_where_states_are_kept_on_the_disk_nothing_is_different(place, script):
+    order = [*QUICK, "data=folder", "data.path=photos", "layers=1"]
+    kept = script(place, "train.py", *order, "name=within")
+    found = script(place, "train.py", *order, "name=beside", "memory=0", "disk=1")
+    assert kept.code == found.code == 0, found.err
+    assert "which is more than memory=0: they are in " in found.out
+    assert "runs/beside/states/layer1, 0.000245 GiB at most" in found.out
+    one, two = (load(place / "runs" / name).state_dict() for name in ("within", "beside"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert not (place / "runs" / "beside" / "states").exists()
+    small = script(place, "train.py", *order, "name=small", "memory=0", "disk=1e-4")
+    assert "every visit infers from the beginning" in small.out
+
+
 @pytest.mark.slow
 def test_a_run_over_a_hundred_thousand_images_holds_its_memory(tmp_path):
     """Images that are made when they are asked for; memory is that of the process, by epochs."""

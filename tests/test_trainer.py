@@ -1,6 +1,7 @@
 """The learning of one layer: the objective falls, nothing but the seed decides the filters, and it
 goes on where it was stopped as if it had not been."""
 
+import copy
 from dataclasses import asdict
 
 import pytest
@@ -23,7 +24,7 @@ from deconvnet.monitor import Monitor
 from deconvnet.network import Layer, Target, seeded
 from deconvnet.pooling import max_pool, pooled_shape, unpool
 from deconvnet.run import Run
-from deconvnet.states import States, all_states
+from deconvnet.states import FileStates, States, all_states
 from deconvnet.trainer import Diverged, Ground, LayerTrainer
 from deconvnet.training import train
 
@@ -499,6 +500,74 @@ def test_the_states_of_all_ranks_are_those_of_all_images(kept):
         some.load_state_dict(state, torch.device("cpu"))
         assert some.number("curvature", some.images).flatten().tolist() == images
         assert not kept or some[some.images][:, 0, 0, 0].tolist() == images
+
+
+@pytest.mark.parametrize("window", [None, (1, 2, 2)])
+def test_states_in_files_are_those_in_memory(tmp_path, window):
+    images = torch.tensor([1, 4, 5, 9])
+    kept, files = States(images, window), FileStates(images, window, tmp_path / "states")
+    assert files[images] is None
+    for turn in range(5):
+        for part in (images[:2], images[3:]) if turn == 0 else images.split(3):
+            state = torch.randn(len(part), 3, 4, 6)
+            kept[part] = files[part] = state
+        files.turn()
+        some = images[[0, 3, 2]]
+        assert torch.equal(files[some], kept[some])
+    assert len(list((tmp_path / "states").iterdir())) == FileStates.FILES
+    files.close()
+
+
+def lively(textures):
+    """(layer, images, options) of a trainer whose epochs end with filters revived and moved."""
+    learning = LearningSettings(epochs=6, batch_size=3)
+    solver = SolverSettings("fista", iterations=10, training_iterations=2)
+    settings = LayerSettings(6, 5, lam=2.0, pool=[1, 2, 2], solver=solver, learning=learning)
+    layer = Layer(settings, 1, seeded(0, 1))
+    return layer, textures(8, 1, 14, 15) - 0.5
+
+
+@pytest.mark.parametrize("stop", range(1, 15))
+def test_states_in_files_go_on_bit_by_bit_from_a_checkpoint_that_others_followed(
+    textures, tmp_path, monkeypatch, stop
+):
+    # States are moved at the ends of the second and the fourth of six epochs of three batches.
+    monkeypatch.setattr("deconvnet.trainer.RECENTER_EVERY", 2)
+    layer, b = lively(textures)
+    whole = LayerTrainer(layer, b)
+    while not whole.done:
+        whole.update()
+    expected = layer.filters.clone()
+
+    layer, _ = lively(textures)
+    trainer = LayerTrainer(layer, b, folder=tmp_path)
+    for _ in range(stop):
+        trainer.update()
+    state, filters = copy.deepcopy(trainer.state_dict()), layer.filters.clone()
+    # What is lost when it is killed before the checkpoint of the end of the epoch, at the latest.
+    lost = 3 - stop % 3
+    for _ in range(lost):
+        trainer.update()
+    trainer.close()
+
+    layer.filters.copy_(filters)
+    again = LayerTrainer(layer, b, folder=tmp_path, state=state)
+    while not again.done:
+        again.update()
+    assert torch.equal(layer.filters, expected)
+
+
+def test_states_that_are_not_in_the_files_start_from_the_beginning(textures, tmp_path, caplog):
+    layer, b = lively(textures)
+    trainer = LayerTrainer(layer, b, folder=tmp_path / "there")
+    for _ in range(4):
+        trainer.update()
+    state = trainer.state_dict()
+    again = LayerTrainer(layer, b, folder=tmp_path / "elsewhere", state=state)
+    assert "does not have the states of 8 images that the checkpoint speaks of" in caplog.text
+    assert again.codes[torch.tensor([0, 7])].count_nonzero() == 0
+    while not again.done:
+        again.update()
 
 
 def test_states_of_some_images_are_taken_from_those_of_all():
