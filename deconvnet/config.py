@@ -169,6 +169,7 @@ class ClassifyConfig(ClassifySettings):
 
     run: str = MISSING
     data: ClassData = MISSING
+    beside: list[str] = field(default_factory=list)
     output: str | None = None
     device: str = "auto"
 

@@ -39,7 +39,26 @@ def main(cfg: DictConfig) -> None:
 
 
 def classify(settings: config.ClassifyConfig, ranks: Ranks) -> None:
-    run = Path(settings.run)
+    found: dict[str, tuple[Features, int]] = {}
+    runs = [Path(run) for run in (settings.run, *settings.beside)]
+    for run in runs:
+        features = features_of(run, settings, ranks)
+        name = "" if run == runs[0] else f"{run.stem} "
+        for layer in features.layers:
+            if f"{name}layer {layer}" in found:
+                raise ValueError(f"beside={settings.beside}: two networks are called {run.stem}")
+            found[f"{name}layer {layer}"] = features, layer
+    for features in dict.fromkeys(features for features, _ in found.values()):
+        features.learn_codebooks()
+        features.count_words()
+    if ranks.first:
+        scores = judge(found, settings)
+        names = next(iter(found.values()))[0].images.names
+        report(scores, names, settings, results(runs[0], settings))
+
+
+def features_of(run: Path, settings: config.ClassifyConfig, ranks: Ranks) -> Features:
+    """Those of the layers of a network, nothing of which is made yet."""
     net = load(run).to(config.device(settings.device))
     layers = settings.layers or list(range(1, net.depth + 1))
     for number in layers:
@@ -56,15 +75,16 @@ def classify(settings: config.ClassifyConfig, ranks: Ranks) -> None:
         )
         for number in range(settings.splits)
     ]
-    beside = run if run.is_dir() else run.parent
-    folder = Path(settings.output).expanduser() if settings.output else beside / "classified"
-    features = Features(net, images, splits, layers, settings, folder / "features", ranks)
-    features.learn_codebooks()
-    features.count_words()
-    if not ranks.first:
-        return
-    scores = judge(features, layers, settings)
-    report(scores, images.names, settings, folder)
+    return Features(
+        net, images, splits, layers, settings, results(run, settings) / "features", ranks
+    )
+
+
+def results(run: Path, settings: config.ClassifyConfig) -> Path:
+    """The folder of what is found for a network."""
+    if settings.output:
+        return Path(settings.output).expanduser()
+    return (run if run.is_dir() else run.parent) / "classified"
 
 
 def report(

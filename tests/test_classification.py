@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import re
+import shutil
 import socket
 
 import numpy as np
@@ -155,6 +156,18 @@ def test_a_pyramid_counts_the_words_in_the_cells_of_all_grids():
         expected.append(table.flatten())
     assert_close(found, torch.cat(expected))
     assert float(found.sum()) == pytest.approx(1)
+
+
+def test_counts_are_raised_to_the_power_in_the_cells_of_every_grid():
+    histogram = torch.rand(3, 16, 5, generator=torch.Generator().manual_seed(0))
+    found = pyramid(histogram, (1, 2, 4), power=0.5)
+    for n, table in enumerate(histogram.view(3, 4, 4, 5).numpy()):
+        expected = []
+        for g, weight in zip((1, 2, 4), (0.25, 0.25, 0.5), strict=True):
+            cells = [np.split(rows, g, 1) for rows in np.split(table, g, 0)]
+            roots = np.sqrt([[cell.sum((0, 1)) for cell in row] for row in cells]).ravel()
+            expected.append(weight * roots / roots.sum())
+        np.testing.assert_allclose(found[n], np.concatenate(expected), rtol=1e-5)
 
 
 def test_two_pyramids_that_agree_in_finer_cells_match_more():
@@ -428,11 +441,12 @@ def test_the_command_scores_layers_alone_and_together_and_goes_on_with_its_featu
     result = script(folder, *command)
     assert result.code == 0, result.err
     rows = [line for line in result.out.splitlines() if line.startswith("layer")]
-    assert [row.split("   ")[0].strip() for row in rows] == ["layer 1", "layer 2", "layers 1 + 2"]
+    assert [row.split("   ")[0].strip() for row in rows] == ["layer 1", "layer 2"]
+    assert "together" in result.out
     scores = json.loads((folder / "classified/scores.json").read_text())
     assert scores["classes"] == list(CLASSES)
     assert scores["scores"]["layer 1"]["mean"] > 0.8
-    assert len(scores["scores"]["layers 1 + 2"]["splits"]) == 2
+    assert len(scores["scores"]["together"]["splits"]) == 2
     picture = Image.open(folder / "classified/confusion.png")
     assert picture.mode == "RGB" and min(picture.size) > 3 * 20
     # Again, with one file damaged, one gone and all else as it was: the same figures.
@@ -469,6 +483,20 @@ def test_the_command_takes_a_given_test_set_and_one_codebook(script, folder):
     assert "9 tests, 2 splits" in result.out
     scores = json.loads((folder / "given/scores.json").read_text())
     assert scores["scores"]["layer 1"]["mean"] > 0.7
+
+
+def test_the_layers_of_other_networks_join_in(script, folder, tmp_path):
+    other = tmp_path / "other.safetensors"
+    shutil.copy(folder / "net.safetensors", other)
+    settings = (*COMMON, "data.path=images", "splits=1", "test=2", "layers=[1]")
+    result = script(folder, "classify.py", *settings, f"beside=[{other}]", "output=both")
+    assert result.code == 0, result.err
+    scores = json.loads((folder / "both/scores.json").read_text())["scores"]
+    assert list(scores) == ["layer 1", "other layer 1", "together"]
+    # The same network once more has nothing to add.
+    assert scores["layer 1"] == scores["other layer 1"] == scores["together"]
+    twice = script(folder, "classify.py", *settings, f"beside=[{other},{other}]", "output=both")
+    assert twice.code == 1 and "two networks are called other" in twice.err
 
 
 def test_windows_of_two_sizes_make_images_as_alike_as_both_do_on_average(folder, tmp_path):

@@ -93,6 +93,8 @@ class FeatureSettings:
     neighbours: int = 5
     # sides of the grids of the pyramid; all must divide the last
     levels: list[int] = field(default_factory=lambda: [1, 2, 4])
+    # counts are raised to it before they are compared; 1: as they are
+    power: float = 0.5
 
     def __post_init__(self) -> None:
         sizes = ("cells", "step", "projected_step", "strongest", "words", "neighbours")
@@ -108,6 +110,8 @@ class FeatureSettings:
         for key, choices in (("strength", STRENGTHS), ("upper", UPPER)):
             if getattr(self, key) not in choices:
                 raise ValueError(f"{key}={getattr(self, key)}: choose one of {', '.join(choices)}")
+        if not 0 < self.power <= 1:
+            raise ValueError(f"power={self.power}: must be above 0 and at most 1")
         check_levels(self.levels)
 
 
@@ -365,24 +369,25 @@ def counts(
     return torch.bincount(bins.flatten(), votes.flatten(), side**2 * size).view(side**2, size)
 
 
-def pyramid(histograms: Tensor, levels: Sequence[int] = (1, 2, 4)) -> Tensor:
+def pyramid(histograms: Tensor, levels: Sequence[int] = (1, 2, 4), *, power: float = 1.0) -> Tensor:
     """(N, V sum of g^2): the counts in all grids, each level with Lazebnik's weight, sum 1.
 
     histograms: (N, side^2, V) the counts in the cells of the last grid. Of L + 1 levels the first
-    weighs 1 / 2^L, level l 1 / 2^(L - l + 1). Images without a window stay zero.
+    weighs 1 / 2^L, level l 1 / 2^(L - l + 1). With a power below 1 a word that fills a cell counts
+    less, for many windows of it say little more than some do. Images without a window stay zero.
     """
     check_levels(levels)
     N, cells, V = histograms.shape
     side, L = levels[-1], len(levels) - 1
     if cells != side * side:
         raise ValueError(f"histograms of {cells} cells: levels={list(levels)} has {side * side}")
-    total = histograms.sum((1, 2), keepdim=True)
-    fine = histograms / total.clamp(min=torch.finfo(histograms.dtype).tiny)
-    fine, parts = fine.view(N, side, side, V), []
+    fine, parts = histograms.view(N, side, side, V), []
     for number, g in enumerate(levels):
         weight = 2.0 ** -(L if number == 0 else L - number + 1)
-        coarse = fine.view(N, g, side // g, g, side // g, V).sum((2, 4))
-        parts.append(weight * coarse.flatten(1))
+        coarse = fine.view(N, g, side // g, g, side // g, V).sum((2, 4)).flatten(1)
+        coarse = coarse if power == 1 else coarse**power
+        total = coarse.sum(1, keepdim=True).clamp(min=torch.finfo(coarse.dtype).tiny)
+        parts.append(weight * coarse / total)
     return torch.cat(parts, 1)
 
 

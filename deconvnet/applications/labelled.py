@@ -50,8 +50,10 @@ ROWS = 512
 WINDOWS = 100
 # Windows of a layer and a side in pixels, which have words of their own.
 Kind = tuple[int, int]
+# The name of all layers at once.
+TOGETHER = "together"
 # What changes how images are judged or how the work is done, but not their features.
-FREE = ("run", "layers", "kernel", "svm", "C", "chunk", "output", "device")
+FREE = ("run", "beside", "layers", "power", "kernel", "svm", "C", "chunk", "output", "device")
 
 
 @dataclasses.dataclass
@@ -257,7 +259,10 @@ class Features:
         def pyramids(indices: np.ndarray) -> Iterator[Tensor]:
             for start in range(0, len(indices), ROWS):
                 some = self.counts(layer, number, indices[start : start + ROWS])
-                yield pyramid(some, settings.levels)
+                # Of windows of each size by itself, so that all sizes weigh the same.
+                parts = some.split(settings.words, 2)
+                sizes = [pyramid(part, settings.levels, power=settings.power) for part in parts]
+                yield torch.cat(sizes, 1) / len(sizes)
 
         train = torch.cat(list(pyramids(split.train)))
         tests = [overlap(rows, train).numpy() for rows in pyramids(split.test)]
@@ -400,27 +405,31 @@ class Features:
         return tqdm(desc=name, total=total, unit="image", leave=False, disable=hidden)
 
 
-def judge(features: Features, layers: list[int], settings: ClassifySettings) -> dict[str, Scores]:
-    """The scores of every layer alone and, if there are several, of all together."""
-    labels, classes = features.images.labels, len(features.images.names)
-    found: dict[str, list[np.ndarray]] = {}
-    steps = tqdm(desc="splits", total=len(features.splits) * len(layers), leave=False)
-    for number, split in enumerate(features.splits):
+def judge(found: dict[str, tuple[Features, int]], settings: ClassifySettings) -> dict[str, Scores]:
+    """The scores of every layer, given by a name with the features that it belongs to, and, if
+    there are several, of the mean of their kernels, by the name TOGETHER.
+
+    All features are those of the same images and splits.
+    """
+    first = next(iter(found.values()))[0]
+    labels, classes = first.images.labels, len(first.images.names)
+    matrices: dict[str, list[np.ndarray]] = {}
+    steps = tqdm(desc="splits", total=len(first.splits) * len(found), leave=False)
+    for number, split in enumerate(first.splits):
         together = 0
-        for layer in layers:
+        for index, (name, (features, layer)) in enumerate(found.items()):
             kernels = features.kernels(layer, number)
-            together = together + np.concatenate(kernels) / len(layers)
-            tried = {f"layer {layer}": kernels}
-            if layer == layers[-1] and len(layers) > 1:
-                name = f"layers {' + '.join(map(str, layers))}"
-                tried[name] = np.split(together, [len(split.train)])
-            for name, (own, tests) in tried.items():
+            together = together + np.concatenate(kernels) / len(found)
+            tried = {name: kernels}
+            if 0 < index == len(found) - 1:
+                tried[TOGETHER] = np.split(together, [len(split.train)])
+            for tried_name, (own, tests) in tried.items():
                 given = predict(own, labels[split.train], tests, C=settings.C, svm=settings.svm)
                 matrix = confusion(labels[split.test], given, classes)
-                found.setdefault(name, []).append(matrix)
+                matrices.setdefault(tried_name, []).append(matrix)
             steps.update()
     steps.close()
-    return {name: Scores(np.stack(matrices)) for name, matrices in found.items()}
+    return {name: Scores(np.stack(each)) for name, each in matrices.items()}
 
 
 def _classes(key: str, path: str) -> list[str]:
