@@ -2,6 +2,8 @@
 goes on where it was stopped as if it had not been."""
 
 import copy
+import errno
+import os
 from dataclasses import asdict
 
 import pytest
@@ -568,6 +570,21 @@ def test_states_that_are_not_in_the_files_start_from_the_beginning(textures, tmp
     assert again.codes[torch.tensor([0, 7])].count_nonzero() == 0
     while not again.done:
         again.update()
+
+
+def test_a_full_disk_is_said_in_one_line_and_short_writes_go_on(tmp_path, monkeypatch):
+    files, one = FileStates(torch.arange(2), None, tmp_path), torch.tensor([1])
+    state, write = torch.randn(1, 2, 3, 3), os.pwrite
+    monkeypatch.setattr("os.pwrite", lambda file, data, place: write(file, data[:7], place))
+    files[one] = state
+    assert torch.equal(files[one], state)
+
+    def full(file, data, place):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("os.pwrite", full)
+    with pytest.raises(OSError, match="No space left on device: the states of .* set disk=0"):
+        files[one] = state
 
 
 def test_states_of_some_images_are_taken_from_those_of_all():
