@@ -76,7 +76,7 @@ class States:
         self.numbers = {name: v[rows].to(device) for name, v in state["numbers"].items()}
 
     def turn(self) -> None:
-        """States that were set can no longer be set again, until the next turn."""
+        """One pass over the images is over, and another begins."""
 
     def close(self) -> None:
         """Nothing more is asked for."""
@@ -88,11 +88,11 @@ class States:
 class FileStates(States):
     """The same in files of a folder, for more of them than memory holds.
 
-    A checkpoint knows of every image in which turn its state was written. What is written after it
-    must leave that as it is, so turns take three files in turn: at any moment two of them may hold
-    what the last checkpoint speaks of. An image has the same place in the files of all ranks, and
-    a record there: its turn, and its state. Where a file does not have the record of a checkpoint,
-    inference starts from the beginning.
+    A checkpoint knows of every image in which pass its state was written. What is written after it
+    must leave that as it is, so passes take three files in turn: at any moment two of them may hold
+    what the last checkpoint speaks of. All ranks share the files, in which every image has its own
+    place for a record: the number of the pass, and the state. Where a file does not have the record
+    of a checkpoint, inference starts from the beginning.
     """
 
     FILES = 3
@@ -104,16 +104,17 @@ class FileStates(States):
         paths = (folder / f"{number}.states" for number in range(self.FILES))
         self.files = [os.open(path, os.O_RDWR | os.O_CREAT, 0o644) for path in paths]
         self.now = 0
-        # Of every image the turn in which its state was written, -1 for none.
-        self.turns = torch.full((len(images),), -1)
+        # Of every image the pass in which its state was written, -1 for none.
+        self.passes = torch.full((len(images),), -1)
 
     def __getitem__(self, part: Tensor) -> Tensor | None:
         if self.shape is None:
             return None
         found = torch.zeros(len(part), *self.shape)
-        for n, turn in enumerate(self.turns[self._rows(part).cpu()].tolist()):
+        passes = self.passes[self._rows(part).cpu()].tolist()
+        for n, (image, turn) in enumerate(zip(part.tolist(), passes, strict=True)):
             if turn >= 0:
-                found[n] = self._read(int(part[n]), turn)
+                found[n] = self._read(image, turn)
         return found.to(part.device)
 
     def __setitem__(self, part: Tensor, state: Tensor) -> None:
@@ -124,11 +125,11 @@ class FileStates(States):
         for n, image in enumerate(part.tolist()):
             record = b"".join([header, *(tensor[n].tobytes() for tensor in new)])
             self._write(record, image * len(record))
-        self.turns[self._rows(part).cpu()] = self.now
+        self.passes[self._rows(part).cpu()] = self.now
 
     def turn(self) -> None:
-        # One in which nothing was written goes on, or else three files would not be enough.
-        self.now += bool((self.turns == self.now).any())
+        # One that has written nothing goes on, or else three files would not be enough.
+        self.now += bool((self.passes == self.now).any())
 
     def close(self) -> None:
         for file in self.files:
@@ -138,14 +139,14 @@ class FileStates(States):
     def state_dict(self) -> dict:
         for file in self.files:
             os.fsync(file)
-        return {**super().state_dict(), "kept": [self.turns.clone()], "now": self.now}
+        return {**super().state_dict(), "kept": [self.passes.clone()], "now": self.now}
 
     def load_state_dict(self, state: dict, device: torch.device) -> None:
         super().load_state_dict(state, torch.device("cpu"))
         self.numbers = {name: values.to(device) for name, values in self.numbers.items()}
-        (self.turns,), self.kept, self.now = self.kept, [], state["now"]
-        lost = [n for n, turn in enumerate(self.turns.tolist()) if not self._has(n, turn)]
-        self.turns[lost] = -1
+        (self.passes,), self.kept, self.now = self.kept, [], state["now"]
+        lost = [n for n, turn in enumerate(self.passes.tolist()) if not self._has(n, turn)]
+        self.passes[lost] = -1
         if lost:
             log.warning(
                 "%s does not have the states of %d images that the checkpoint speaks of: their "
@@ -154,7 +155,7 @@ class FileStates(States):
             )
 
     def _has(self, n: int, turn: int) -> bool:
-        """Whether there is the record of a turn, if there has to be one."""
+        """Whether there is the record of a pass, if there has to be one."""
         if turn < 0:
             return True
         place = int(self.images[n]) * sum(self._sizes)
@@ -162,7 +163,7 @@ class FileStates(States):
 
     @property
     def _sizes(self) -> list[int]:
-        """Bytes of the parts of a record: the turn and the tensors."""
+        """Bytes of the parts of a record: the pass and the tensors."""
         if self.window is None:
             return [8, 4 * math.prod(self.shape)]
         entries = math.prod(pooled_shape(self.shape, self.window))
