@@ -293,17 +293,35 @@ SOLVABLE = [name for name in OPERATORS if "image below filter" not in name]
 
 @pytest.mark.parametrize("name", SOLVABLE)
 @pytest.mark.parametrize("lam", [0.5, 40.0])
-def test_solve_agrees_with_a_dense_solve_for_a_beta_of_each_image(name, lam):
+@pytest.mark.parametrize("betas", [[0.7, 30.0], [0.7]])
+def test_solve_agrees_with_a_dense_solve_for_one_beta_and_for_one_of_each_image(name, lam, betas):
     A, maps, image = OPERATORS[name]()
     d = rand(N, *image, seed=5)
-    beta = torch.tensor([0.7, 30.0], dtype=torch.float64).view(N, 1, 1, 1)
-    found = A.solve(d, lam, beta, tolerance=1e-13, max_iterations=1000)
+    beta = torch.tensor(betas, dtype=torch.float64).expand(N).view(N, 1, 1, 1)
+    given = beta if len(betas) == N else betas[0]
+    found = A.solve(d, lam, given, tolerance=1e-13, max_iterations=1000)
     for n in range(N):
         M = dense(A, maps, slice(n, n + 1))
         system = beta[n].item() * torch.eye(len(M), dtype=M.dtype) + lam * M @ M.T
         expected = torch.linalg.solve(system, d[n].flatten()).view(image)
         # The residual is below 1e-13 of d; the error is that times the condition number, < 1e4.
         assert_close(found[n], expected, rtol=1e-8, atol=1e-9 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("boundary", ["circular", "valid"])
+@pytest.mark.parametrize("beta", [0.3, 1e-12])
+def test_one_beta_for_all_images_is_solved_as_one_for_each(boundary, beta):
+    # Of two filters F F' has no more than two directions of three: with the smaller beta the
+    # factors of the inverse do not exist in float32, and eigenvectors take their place.
+    generator = torch.Generator().manual_seed(0)
+    f = torch.randn(2, 3, 3, 3, generator=generator)
+    d = torch.randn(2, 3, 8, 9, generator=generator)
+    A = Deconvolution(f, boundary)
+    options = dict(tolerance=0, max_iterations=3)
+    one = A.solve(d, 20.0, beta, **options)
+    each = A.solve(d, 20.0, torch.full((2, 1, 1, 1), beta), **options)
+    assert torch.isfinite(one).all()
+    assert_close(one, each, rtol=1e-3, atol=1e-3 * float(each.abs().max()))
 
 
 @pytest.mark.parametrize("name", ["valid", "valid, 3 channels", "R_2"])
