@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from pathlib import Path
 
 from deconvnet import checkpoint
@@ -33,6 +34,7 @@ class Run:
         self.checkpoints = self.folder / "checkpoints"
         self.state: dict | None = None
         if resume == "false":
+            self.forget_states()
             self._put_aside()
         else:
             self.state = self._find(resume)
@@ -41,6 +43,8 @@ class Run:
             if resume != "auto":
                 # The newest checkpoint of the folder must be the one that this run goes on from.
                 kept = self._evolution_in(Path(resume))
+                if not Path(resume).resolve().is_relative_to(self.folder.resolve()):
+                    self.forget_states()
                 self._put_aside()
                 for number, data in kept.items():
                     checkpoint.write(self.evolution(number), data)
@@ -59,6 +63,18 @@ class Run:
     def states(self) -> Path:
         """The folder of the states of inference that are kept on the disk."""
         return self.folder / "states"
+
+    def forget_states(self, keep: int | None = None) -> None:
+        """Remove the states on the disk, which are large and of use to nobody else, of all layers
+        but one.
+        """
+        if not self.states.is_dir():
+            return
+        for folder in self.states.iterdir():
+            if folder.name != f"layer{keep}":
+                shutil.rmtree(folder)
+        if not any(self.states.iterdir()):
+            self.states.rmdir()
 
     def evolution(self, layer: int) -> Path:
         """The file of the features of a layer over its epochs."""
@@ -104,7 +120,7 @@ class Run:
 
     def _put_aside(self) -> None:
         """Move what an earlier run left into previous-N."""
-        kept = {".hydra", "train.log"}
+        kept = {".hydra", "train.log", self.states.name}
         old = [p for p in self.folder.glob("*") if p.name not in kept and "previous-" not in p.name]
         if not self.checkpoints.exists():
             return

@@ -103,7 +103,8 @@ class FileStates(States):
         folder.mkdir(parents=True, exist_ok=True)
         paths = (folder / f"{number}.states" for number in range(self.FILES))
         self.files = [os.open(path, os.O_RDWR | os.O_CREAT, 0o644) for path in paths]
-        self.now = 0
+        # What was never written reads as 0.
+        self.now = 1
         # Of every image the pass in which its state was written, -1 for none.
         self.passes = torch.full((len(images),), -1)
 
@@ -118,6 +119,8 @@ class FileStates(States):
         return found.to(part.device)
 
     def __setitem__(self, part: Tensor, state: Tensor) -> None:
+        if state.dtype != torch.float32:
+            raise ValueError(f"states are {state.dtype}: in files they must be float32")
         self.shape = tuple(state.shape[1:])
         new = (state,) if self.window is None else max_pool(state, self.window)
         new = [tensor.cpu().numpy() for tensor in new]
@@ -158,8 +161,10 @@ class FileStates(States):
         """Whether there is the record of a pass, if there has to be one."""
         if turn < 0:
             return True
-        place = int(self.images[n]) * sum(self._sizes)
-        return os.pread(self.files[turn % self.FILES], 8, place) == np.int64(turn).tobytes()
+        file, size = self.files[turn % self.FILES], sum(self._sizes)
+        place = int(self.images[n]) * size
+        whole = os.fstat(file).st_size >= place + size
+        return whole and os.pread(file, 8, place) == np.int64(turn).tobytes()
 
     @property
     def _sizes(self) -> list[int]:
@@ -172,8 +177,6 @@ class FileStates(States):
     def _read(self, image: int, turn: int) -> Tensor:
         sizes = self._sizes
         record = os.pread(self.files[turn % self.FILES], sum(sizes), image * sum(sizes))
-        if len(record) < sum(sizes):
-            raise OSError(f"{self.folder}: a file of states has become shorter; start again")
         if self.window is None:
             return torch.frombuffer(bytearray(record[8:]), dtype=torch.float32).view(self.shape)
         shape, cut = pooled_shape(self.shape, self.window), sizes[0] + sizes[1]
@@ -189,7 +192,8 @@ class FileStates(States):
                 view, place = view[written:], place + written
         except OSError as error:
             raise OSError(
-                f"{self.folder}: {error.strerror}: the states of inference do not fit; set disk=0"
+                f"{self.folder}: {error.strerror}: the states of inference do not fit; make room, "
+                "and the same command goes on"
             ) from None
 
 
@@ -212,5 +216,5 @@ def all_states(parts: list[dict]) -> dict:
         "shape": parts[0]["shape"],
         "kept": [joined(list(each)) for each in zip(*(p["kept"] for p in parts), strict=True)],
         "numbers": {name: joined([numbers(name, part) for part in parts]) for name in names},
-        **({"now": parts[0]["now"]} if "now" in parts[0] else {}),
+        **({"now": max(part["now"] for part in parts)} if "now" in parts[0] else {}),
     }

@@ -87,6 +87,8 @@ def train(
         log.info("all %d layers were trained before", net.depth)
         if run and not run.network.exists():
             net.save(run.network)
+        if run and state["trainer"] is None:
+            run.forget_states()
         return position.results[: net.depth]
     monitor.start(position.step, position.layer)
     with _stop_requests() as stop_requested:
@@ -100,7 +102,8 @@ def train(
         if state is None:
             corpus.fit_preprocessing()
         resumed = state and state["trainer"]
-        _forget_states(run, position.layer)
+        if run:
+            run.forget_states(keep=position.layer)
         while position.layer <= net.depth:
             _train_layer(
                 net, corpus, position, run, monitor, stop_requested, seed, (memory, disk), resumed
@@ -109,20 +112,11 @@ def train(
             position.layer += 1
             monitor.flush()
             position.save(run, net)
-            _forget_states(run, position.layer)
+            if run:
+                run.forget_states(keep=position.layer)
     if run:
         net.save(run.network)
     return position.results
-
-
-def _forget_states(run: Run | None, number: int) -> None:
-    """Remove what layers other than the one that learns have left on the disk."""
-    if run and run.states.is_dir():
-        for folder in run.states.iterdir():
-            if folder.name != f"layer{number}":
-                shutil.rmtree(folder)
-        if not any(run.states.iterdir()):
-            run.states.rmdir()
 
 
 def _train_layer(
@@ -210,7 +204,8 @@ def _place_for_states(
 
 def _check_room(folder: Path, needed: float) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    there = sum(path.stat().st_size for path in folder.iterdir())
+    # What the files occupy, which have holes.
+    there = sum(512 * path.stat().st_blocks for path in folder.iterdir())
     free = (shutil.disk_usage(folder).free + there) / 2**30
     if needed > free:
         raise ValueError(

@@ -43,10 +43,11 @@ def classify(settings: config.ClassifyConfig, ranks: Ranks) -> None:
     runs = [Path(run) for run in (settings.run, *settings.beside)]
     for run in runs:
         features = features_of(run, settings, ranks)
-        name = "" if run == runs[0] else f"{run.stem} "
+        called = run.name if run.is_dir() else run.stem
+        name = "" if run == runs[0] else f"{called} "
         for layer in features.layers:
             if f"{name}layer {layer}" in found:
-                raise ValueError(f"beside={settings.beside}: two networks are called {run.stem}")
+                raise ValueError(f"beside={settings.beside}: two networks are called {called}")
             found[f"{name}layer {layer}"] = features, layer
     for features in dict.fromkeys(features for features, _ in found.values()):
         features.learn_codebooks()

@@ -58,6 +58,9 @@ def run(settings: config.Config, cfg: DictConfig, folder: Path, ranks: Ranks) ->
     layers = settings.layer_settings()
     net = DeconvNet(layers, settings.preprocessing, seed=settings.seed)
     record = {k: v for k, v in dataclasses.asdict(settings).items() if k not in FREE}
+    if not settings.disk:
+        # Runs of a time before it was a setting have had none, and go on.
+        del record["disk"]
     saved = Run(folder, record, settings.resume) if ranks.first else None
     images = source(settings.data, device)
     log.info(

@@ -5,7 +5,6 @@ import itertools
 import json
 import math
 import re
-import shutil
 import socket
 
 import numpy as np
@@ -22,6 +21,7 @@ from deconvnet.applications.classification import (
     Codebook,
     FeatureSettings,
     Scores,
+    Split,
     confusion,
     counts,
     descriptors,
@@ -35,7 +35,7 @@ from deconvnet.applications.classification import (
     pyramid,
     to_first,
 )
-from deconvnet.applications.labelled import ClassifySettings, Features, Images
+from deconvnet.applications.labelled import ClassifySettings, Features, Images, judge
 from deconvnet.data import DataSettings
 from deconvnet.network import DeconvNet, LayerSettings, load
 from deconvnet.operators import Deconvolution
@@ -485,18 +485,50 @@ def test_the_command_takes_a_given_test_set_and_one_codebook(script, folder):
     assert scores["scores"]["layer 1"]["mean"] > 0.7
 
 
-def test_the_layers_of_other_networks_join_in(script, folder, tmp_path):
-    other = tmp_path / "other.safetensors"
-    shutil.copy(folder / "net.safetensors", other)
+def test_the_layers_of_other_networks_are_judged_beside(script, folder, tmp_path):
+    other = load(folder / "net.safetensors")
+    other.layer(1).set_filters(torch.randn(other.layer(1).filters.shape))
+    other.save(tmp_path / "other.5.safetensors")
+    beside = tmp_path / "other.5.safetensors"
     settings = (*COMMON, "data.path=images", "splits=1", "test=2", "layers=[1]")
-    result = script(folder, "classify.py", *settings, f"beside=[{other}]", "output=both")
-    assert result.code == 0, result.err
-    scores = json.loads((folder / "both/scores.json").read_text())["scores"]
-    assert list(scores) == ["layer 1", "other layer 1", "together"]
-    # The same network once more has nothing to add.
-    assert scores["layer 1"] == scores["other layer 1"] == scores["together"]
-    twice = script(folder, "classify.py", *settings, f"beside=[{other},{other}]", "output=both")
-    assert twice.code == 1 and "two networks are called other" in twice.err
+
+    def scores(output, *more):
+        result = script(folder, "classify.py", *settings, f"output={output}", *more)
+        assert result.code == 0, result.err
+        return json.loads((folder / output / "scores.json").read_text())["scores"]
+
+    both = scores("both", f"beside=[{beside}]")
+    assert list(both) == ["layer 1", "other.5 layer 1", "together"]
+    assert both["layer 1"] == scores("one")["layer 1"]
+    assert both["other.5 layer 1"] == scores("another", f"run={beside}")["layer 1"]
+    twice = script(folder, "classify.py", *settings, f"beside=[{beside},{beside}]", "output=both")
+    assert twice.code == 1 and "two networks are called other.5" in twice.err
+
+
+def test_together_is_the_mean_of_the_kernels(monkeypatch):
+    split = Split(np.array([0, 1, 2]), np.array([3, 4]))
+    table = np.random.default_rng(0).random((2, 5, 3))
+
+    @dataclasses.dataclass
+    class Given:
+        number: int
+        images = Images([], np.array([0, 1, 0, 1, 0]), ["a", "b"], None, None, "pad")
+        splits = (split,)
+
+        def kernels(self, layer, number):
+            return np.split(table[self.number], [3])
+
+    seen = []
+
+    def predict(kernel, labels, tests, **_):
+        seen.append(np.concatenate([kernel, tests]))
+        return np.array([1, 0])
+
+    monkeypatch.setattr("deconvnet.applications.labelled.predict", predict)
+    found = judge({"a": (Given(0), 1), "b": (Given(1), 1)}, ClassifySettings())
+    assert list(found) == ["a", "b", "together"]
+    np.testing.assert_allclose(seen, [table[0], table[1], table.mean(0)])
+    assert found["together"].mean == 1
 
 
 def test_windows_of_two_sizes_make_images_as_alike_as_both_do_on_average(folder, tmp_path):

@@ -161,6 +161,11 @@ def test_where_states_are_kept_on_the_disk_nothing_is_different(place, script):
     one, two = (load(place / "runs" / name).state_dict() for name in ("within", "beside"))
     assert all(torch.equal(one[key], two[key]) for key in one)
     assert not (place / "runs" / "beside" / "states").exists()
+    # A run that is put aside does not take its states along.
+    states = place / "runs" / "beside" / "states" / "layer1"
+    states.mkdir(parents=True)
+    again = script(place, "train.py", *order, "name=beside", "resume=false")
+    assert again.code == 0 and not list((place / "runs" / "beside").rglob("layer1"))
     small = script(place, "train.py", *order, "name=small", "memory=0", "disk=1e-4")
     assert "every visit infers from the beginning" in small.out
 

@@ -559,6 +559,36 @@ def test_states_in_files_go_on_bit_by_bit_from_a_checkpoint_that_others_followed
     assert torch.equal(layer.filters, expected)
 
 
+@pytest.mark.parametrize("moved", [(), (1,), (2,), (1, 2)])
+def test_what_a_checkpoint_speaks_of_is_left_alone_until_the_next(tmp_path, moved):
+    images = torch.arange(4)
+    files = FileStates(images, None, tmp_path)
+
+    def epoch(number, parts):
+        for part in parts:
+            files[part] = torch.randn(len(part), 1, 2, 2)
+        files.turn()
+        if number in moved:
+            files[images] = torch.randn(4, 1, 2, 2)
+        files.turn()
+
+    epoch(0, images.split(2))
+    epoch(1, images.split(2))
+    # A checkpoint in the middle of the third epoch, which goes on to its end and is lost.
+    files[images[:2]] = torch.randn(2, 1, 2, 2)
+    state, expected = files.state_dict(), files[images]
+    epoch(2, [images[2:]])
+    again = FileStates(images, None, tmp_path)
+    again.load_state_dict(state, torch.device("cpu"))
+    assert torch.equal(again[images], expected)
+    # Cut off or full of holes, the files do not have what is asked for.
+    for path in tmp_path.iterdir():
+        os.truncate(path, 0)
+        os.truncate(path, 4 * (8 + 16))
+    again.load_state_dict(state, torch.device("cpu"))
+    assert again[images].count_nonzero() == 0 and set(again.passes.tolist()) == {-1}
+
+
 def test_states_that_are_not_in_the_files_start_from_the_beginning(textures, tmp_path, caplog):
     layer, b = lively(textures)
     trainer = LayerTrainer(layer, b, folder=tmp_path / "there")
@@ -583,7 +613,7 @@ def test_a_full_disk_is_said_in_one_line_and_short_writes_go_on(tmp_path, monkey
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr("os.pwrite", full)
-    with pytest.raises(OSError, match="No space left on device: the states of .* set disk=0"):
+    with pytest.raises(OSError, match="No space left on device: the states of .* make room"):
         files[one] = state
 
 

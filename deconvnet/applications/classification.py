@@ -426,9 +426,9 @@ def _overlap(a: np.ndarray, b: np.ndarray, total: np.ndarray) -> None:
 
 
 def linear(a: Tensor, b: Tensor) -> Tensor:
-    """(N, M) float64: sum_v sqrt(a_nv b_mv), a linear machine's kernel of the roots of counts.
+    """(N, M) float64: sum_v sqrt(a_nv b_mv), a linear machine's kernel (Bhattacharyya's).
 
-    Roots, as many windows of one word say little more than some do (Bhattacharyya's kernel).
+    Of pyramids with the power 1 that is the kernel of the roots of counts.
     """
     return (a.sqrt() @ b.sqrt().T).double().cpu()
 
