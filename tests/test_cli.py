@@ -148,27 +148,23 @@ def test_help_says_how_many_layers_and_names_every_choice_and_key(tmp_path, scri
 
 
 def test_an_interrupted_run_says_so_and_goes_on_to_the_same_filters(
-    tmp_path, begun, photos, script
+    tmp_path, begun, photos, script, start
 ):
     folder = tmp_path / "here"
     folder.mkdir()
     # Slow enough to be caught: many epochs of one layer.
     arguments = on(photos, "+layers=1", "model.layer1.learning.epochs=50")
     # The command that goes on must not begin anew.
-    command = [sys.executable, ROOT / "scripts" / "train.py", *arguments, "resume=false"]
-    process = subprocess.Popen(
-        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    running = start(folder, "train.py", *arguments, "resume=false")
     deadline = time.monotonic() + 60
     found = folder / "runs" / "folder" / "checkpoints"
     while not list(found.glob("step-*.pt")) and time.monotonic() < deadline:
-        assert process.poll() is None, process.communicate()
         time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, out + err
-    assert "Traceback" not in err and "this goes on from here" in out
-    assert arguments[-1] in out and "resume=false" not in out
+    os.kill(running.pid, signal.SIGINT)
+    result = running.wait()
+    assert result.code == 130, result
+    assert "Traceback" not in result.err and "this goes on from here" in result.out
+    assert arguments[-1] in result.out and "resume=false" not in result.out
     assert not (folder / "runs" / "folder" / "network.safetensors").exists()
     assert script(folder, "train.py", *arguments).code == 0
     whole = tmp_path / "whole"

@@ -98,8 +98,7 @@ def lasso(A, b, lam):
 
 
 @pytest.mark.parametrize("boundary", BOUNDARIES)
-@pytest.mark.parametrize("channels", [1, 2])
-@pytest.mark.parametrize("lam", [3.0, 30.0])
+@pytest.mark.parametrize(("channels", "lam"), [(1, 3.0), (2, 3.0), (1, 30.0)])
 def test_all_methods_reach_the_certified_minimum_and_that_of_scikit_learn(boundary, channels, lam):
     A, b = problem(boundary, C=channels, N=1)
     minimum = objective(A, b, lasso(A, b, lam), lam)

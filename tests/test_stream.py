@@ -8,7 +8,14 @@ import tarfile
 import pytest
 import torch
 
-from deconvnet import DeconvNet, LayerSettings, LearningSettings, SolverSettings, load
+from deconvnet import (
+    DeconvNet,
+    LayerSettings,
+    LearningSettings,
+    PreprocessingSettings,
+    SolverSettings,
+    load,
+)
 from deconvnet.corpus import Corpus, Source
 from deconvnet.data import DataSettings, load_images, stream_images
 from deconvnet.monitor import memory_used, save_picture
@@ -183,7 +190,8 @@ def test_a_run_over_a_hundred_thousand_images_holds_its_memory(tmp_path):
 
     solver = SolverSettings(iterations=1, training_iterations=1)
     learning = LearningSettings(epochs=1, batch_size=500)
-    net = DeconvNet([LayerSettings(2, 3, solver=solver, learning=learning)])
+    plain = PreprocessingSettings("grey", steps=["mean"])
+    net = DeconvNet([LayerSettings(2, 3, solver=solver, learning=learning)], plain)
     corpus = Corpus(net, Source(number, read), chunk=500, hold=False)
     corpus.settle(corpus.own_for(1), 0)
     trainer = LayerTrainer(net.layer(1), corpus.ground(1), chunk=500, keep=False)
