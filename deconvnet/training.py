@@ -209,8 +209,8 @@ def _check_room(folder: Path, needed: float) -> None:
     free = (shutil.disk_usage(folder).free + there) / 2**30
     if needed > free:
         raise ValueError(
-            f"disk: {folder} needs up to {needed:.3g} GiB and has {free:.3g}; set disk=0, or use "
-            "another disk"
+            f"disk: {folder} needs up to {needed:.3g} GiB and has {free:.3g}; make room, or "
+            "begin a run with disk=0, or on another disk"
         )
 
 
