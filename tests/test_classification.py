@@ -499,7 +499,6 @@ def test_the_layers_of_other_networks_are_judged_beside(script, folder, tmp_path
 
     both = scores("both", f"beside=[{beside}]")
     assert list(both) == ["layer 1", "other.5 layer 1", "together"]
-    assert both["layer 1"] == scores("one")["layer 1"]
     assert both["other.5 layer 1"] == scores("another", f"run={beside}")["layer 1"]
     twice = script(folder, "classify.py", *settings, f"beside=[{beside},{beside}]", "output=both")
     assert twice.code == 1 and "two networks are called other.5" in twice.err
