@@ -43,7 +43,7 @@ class Run:
             if resume != "auto":
                 # The newest checkpoint of the folder must be the one that this run goes on from.
                 kept = self._evolution_in(Path(resume))
-                if not Path(resume).resolve().is_relative_to(self.folder.resolve()):
+                if _folder_of(Path(resume)).resolve() != self.folder.resolve():
                     self.forget_states()
                 self._put_aside()
                 for number, data in kept.items():
@@ -96,7 +96,7 @@ class Run:
 
     def _evolution_in(self, source: Path) -> dict[int, bytes]:
         """The files of `evolution` that the run has which this one goes on from, by layer."""
-        folder = source.parent.parent if source.is_file() else source
+        folder = _folder_of(source)
         layers = range(1, self._begun + 1)
         paths = {number: _evolution(folder, number) for number in layers}
         return {number: path.read_bytes() for number, path in paths.items() if path.is_file()}
@@ -139,6 +139,11 @@ def training_data(run: str | Path) -> DataSettings | None:
         return None
     found = checkpoint.newest(Path(run) / "checkpoints")
     return DataSettings(**found[0]["settings"]["data"]) if found else None
+
+
+def _folder_of(source: Path) -> Path:
+    """The run folder that a checkpoint file belongs to, or the folder that is given."""
+    return source.parent.parent if source.is_file() else source
 
 
 def _evolution(folder: Path, layer: int) -> Path:
