@@ -25,6 +25,7 @@ ORDER = [
     "filtering",
     "preprocessing",
     "data",
+    "files",
     "checkpoint",
     "codes",
     "network",
