@@ -13,6 +13,7 @@ import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -21,8 +22,13 @@ from tqdm import tqdm
 
 from deconvnet import files
 
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
 # One JSON object a line: what every epoch saw and cost, and what every layer reached.
 METRICS = "metrics.jsonl"
+# How TensorBoard names its files.
+EVENTS = "events.out.tfevents.*"
 
 
 @dataclass(frozen=True)
@@ -119,11 +125,10 @@ class Monitor:
         """
         if self.folder is None:
             return
-        from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
 
         _cut(self.folder / METRICS, step, layer)
-        self._writer = SummaryWriter(str(self.folder), purge_step=step + 1)
+        self._writer = event_writer(self.folder, purge_step=step + 1)
         self._writer.add_text("config", f"```yaml\n{self.config}\n```", step)
         # add_hparams would put them into a run of its own; written by hand they stay in this one.
         for summary in hparams(self.settings, {"layer1/snr": 0.0}):
@@ -185,11 +190,9 @@ class Monitor:
         """
         if self.folder is None:
             return
-        from torch.utils.tensorboard import SummaryWriter
-
         folder = self.folder / "inference" / f"layer{layer}"
         # A run that went back shows only its last curve.
-        with SummaryWriter(str(folder), purge_step=1) as writer:
+        with event_writer(folder, purge_step=1) as writer:
             for point in curve:
                 for key in ("objective", "beta", "density"):
                     tag = f"inference/{key} by iteration"
@@ -264,6 +267,17 @@ def _cut(path: Path, step: int, layer: int) -> None:
             break
         kept.append(line + "\n")
     files.write(path, "".join(kept).encode())
+
+
+def event_writer(folder: Path, **options: Any) -> SummaryWriter:
+    """A new TensorBoard file in a folder, recorded as ours."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    before = set(folder.glob(EVENTS))
+    writer = SummaryWriter(str(folder), **options)
+    for path in set(folder.glob(EVENTS)) - before:
+        files.record(path)
+    return writer
 
 
 def save_picture(path: Path, picture: Tensor) -> None:
