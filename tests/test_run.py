@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_files import snapshot
 from test_training import StopAt, assert_same_network
+from torch.testing import assert_close
 
 from deconvnet import checkpoint, files
 from deconvnet.checkpoint import is_network
