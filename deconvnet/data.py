@@ -47,6 +47,7 @@ from deconvnet.decoding import (
     to_tensor,
     without_ghostscript,
 )
+from deconvnet.decoding import decode as _decoded  # noqa: F401 - programs know it by this name
 from deconvnet.preprocessing import Frame, local_moments
 from deconvnet.shards import Damage, Member, read_index
 
@@ -126,12 +127,15 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class Item:
-    name: str
+    name: str  # becomes `shown_name` of it
     read: Callable[[], Tensor]  # the image (3, H, W), or ValueError in one line
     path: Path | None = None  # of its file, if it has one of its own
     read_label: Callable[[], str] | None = None  # its class, or ValueError in one line
     # SHA-256 of its content, or ValueError in one line; None: of its file, or else of its pixels
     read_digest: Callable[[], str] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", shown_name(self.name))
 
     def digest(self) -> str:
         """64 hexadecimal digits that two images share only if they have the same content.
@@ -648,7 +652,7 @@ def _folder_items(path: str) -> Iterator[Item]:
 
 def _item(content: Content, name: str, label: str | None, path: Path | None = None) -> Item:
     read_label = None if label is None else partial(str, shown_name(label))
-    return Item(shown_name(name), content.image, path, read_label, content.digest)
+    return Item(name, content.image, path, read_label, content.digest)
 
 
 def _list_items(path: str) -> Iterator[Item]:
@@ -721,7 +725,7 @@ def _shard_item(member: Member | Damage, shard: str, path: str, skip: bool) -> I
 
 def _unreadable(name: str, message: str) -> Item:
     stop = partial(_stop, message)
-    return Item(shown_name(name), stop, None, None, stop)
+    return Item(name, stop, None, None, stop)
 
 
 def _stop(message: str) -> NoReturn:

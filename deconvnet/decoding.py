@@ -248,6 +248,9 @@ def shown_name(path: object) -> str:
 
     Bytes that are no UTF-8 become \\xe9 and so on, and what breaks a line \\n.
     """
+    plain = str(path)
+    if plain.isascii() and plain.isprintable():
+        return plain
     # Python keeps bytes of names that are no text as lone surrogates.
     text = str(path).encode("utf-8", "surrogateescape" if _escaped(path) else "backslashreplace")
     text = text.decode("utf-8", "backslashreplace")

@@ -106,9 +106,11 @@ def _resolved(
             yield image
         elif last[image[0]] == n:
             path, stored = image
-            target = path
+            target, where = path, f"{name}/{stored}"
             for _ in range(LINKS):
-                target = links.get(target, target)
+                if target not in links:
+                    break
+                target = links[target]
             content = found.get(target)
             if content is None:
                 aim = shown_name(links.get(path, target))
@@ -116,7 +118,7 @@ def _resolved(
             if isinstance(content, str):
                 yield Member(stored, None, content)
             else:
-                yield Member(stored, replace(content, name=f"{name}/{stored}"))
+                yield Member(stored, content if target == path else replace(content, name=where))
 
 
 def _is_image(path: str) -> bool:
@@ -131,10 +133,11 @@ def _content(shard: Path, name: str, member: tarfile.TarInfo) -> Content | str:
         return Content(shard, name, parts, member.size)
     parts, place, stored = [], 0, 0
     for offset, length in member.sparse:
+        if length == 0:
+            continue
         if length < 0 or offset < place or offset + length > member.size:
             return "a sparse file whose parts overlap or lie outside it"
-        if length:
-            parts.append((offset, member.offset_data + stored, length))
+        parts.append((offset, member.offset_data + stored, length))
         place, stored = offset + length, stored + length
     if member.size - stored > HOLES:
         return f"a sparse file of {member.size} bytes, {stored} of them stored"
@@ -161,9 +164,10 @@ class _Archive(tarfile.TarFile):
         for _ in range(MOST_EXTENDED):
             self.fileobj.seek(place)
             block = self.fileobj.read(BLOCK)
-            header = tarfile.TarInfo.frombuf(block, self.encoding, self.errors)
-            if header.type not in EXTENDED:
+            # The byte of the type, for most headers need no look at the rest here.
+            if block[156:157] not in EXTENDED:
                 return
+            header = tarfile.TarInfo.frombuf(block, self.encoding, self.errors)
             if not 0 <= header.size <= LONGEST_EXTENDED:
                 raise tarfile.ReadError(f"an extended header of {header.size} bytes")
             place += BLOCK + -(-header.size // BLOCK) * BLOCK
