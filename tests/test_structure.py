@@ -17,6 +17,7 @@ ORDER = [
     "arithmetic",
     "upsampling",
     "operators",
+    "compiling",
     "kernels",
     "entries",
     "coordinates",
