@@ -19,6 +19,7 @@ from torch import Tensor
 from deconvnet.codes import Codes
 from deconvnet.corpus import Corpus, Source
 from deconvnet.distributed import ALONE, Ranks
+from deconvnet.modes import plain
 from deconvnet.monitor import InferencePoint, LayerResult, Monitor
 from deconvnet.network import DeconvNet, Layer, Target
 from deconvnet.preprocessing import Spread
@@ -51,6 +52,7 @@ class Interrupted(Exception):
     """Training was asked to stop and has saved its state."""
 
 
+@plain
 def train(
     net: DeconvNet,
     images: Tensor | Source,

@@ -10,6 +10,7 @@ import deconvnet.convolution
 PACKAGE = Path(deconvnet.convolution.__file__).parent
 
 ORDER = [
+    "modes",
     "distributed",
     "convolution",
     "pooling",

@@ -30,6 +30,7 @@ from deconvnet.arithmetic import Field
 from deconvnet.codes import Codes
 from deconvnet.compiling import compiled
 from deconvnet.data import FITS, SMALLEST
+from deconvnet.modes import plain
 from deconvnet.network import DeconvNet
 from deconvnet.operators import Operator, Scaling
 from deconvnet.preprocessing import Frame
@@ -196,7 +197,7 @@ def image_windows(
         yield from (_windows(z, patch, settings) for patch in settings.patch)
 
 
-@torch.no_grad()
+@plain
 def projected(net: DeconvNet, codes: Codes, image: int, layer: int, count: int) -> Iterator[Tensor]:
     """The strongest |z_l| of an image, each alone in the maps of layer 1: (up to CHUNK, K, H, W).
 
