@@ -62,7 +62,8 @@ def blur(planes: Tensor) -> Tensor:
 def _blur_gain(planes: Tensor) -> Tensor:
     """The gain (2H, W+1) of `blur`."""
     height, width = planes.shape[2:]
-    u, v = torch.fft.fftfreq(2 * height), torch.fft.rfftfreq(2 * width)
+    of = torch.float32
+    u, v = torch.fft.fftfreq(2 * height, dtype=of), torch.fft.rfftfreq(2 * width, dtype=of)
     squares = u[:, None].square() + v.square()
     return torch.exp(-2 * (math.pi * LOW_SIGMA) ** 2 * squares).to(planes)
 
@@ -119,7 +120,8 @@ def low_frequencies(planes: Tensor, psi: float | Tensor, mask: Tensor | None = N
 def _gradient_gain(planes: Tensor) -> Tensor:
     """The gain (2H, W+1) of grad' grad on mirrored planes."""
     height, width = planes.shape[2:]
-    u, v = torch.fft.fftfreq(2 * height), torch.fft.rfftfreq(2 * width)
+    of = torch.float32
+    u, v = torch.fft.fftfreq(2 * height, dtype=of), torch.fft.rfftfreq(2 * width, dtype=of)
     squares = torch.sin(math.pi * u[:, None]).square() + torch.sin(math.pi * v).square()
     return 4 * squares.to(planes)
 

@@ -4,7 +4,7 @@
 
 Where an entry paints is told axis by axis by a `Footprint`, which is all that these loops know of a
 boundary. They release the interpreter's lock, so that threads may share the work. They are compiled
-once for each size of filters, and kept on disk.
+once for each size of filters, and kept on disk where that is possible (compiling.py).
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
-import numba
 import numpy as np
+
+from deconvnet.compiling import compiled
 
 # Sums may be taken in any order, but a NaN stays one.
 _MATH = {"reassoc", "contract", "arcp", "nsz"}
-_compiled = numba.njit(fastmath=_MATH, error_model="numpy", nogil=True, cache=True)
+_compiled = compiled(fastmath=_MATH, error_model="numpy", nogil=True)
 
 
 class Footprint(NamedTuple):

@@ -10,6 +10,7 @@ import deconvnet.convolution
 PACKAGE = Path(deconvnet.convolution.__file__).parent
 
 ORDER = [
+    "modes",
     "distributed",
     "convolution",
     "pooling",
@@ -17,6 +18,7 @@ ORDER = [
     "arithmetic",
     "upsampling",
     "operators",
+    "compiling",
     "kernels",
     "entries",
     "coordinates",

@@ -37,6 +37,7 @@ from torch.nn import functional
 
 from deconvnet.codes import Codes
 from deconvnet.filtering import low_frequencies
+from deconvnet.modes import plain
 from deconvnet.network import DeconvNet, check_size
 from deconvnet.operators import Deconvolution
 from deconvnet.preprocessing import to_color
@@ -88,7 +89,7 @@ class Restorer:
         self.filters = net.layer(1).filters
         self.weights = torch.ones_like(self.filters[:, 0, 0, 0])
 
-    @torch.no_grad()
+    @plain
     def fit(self, images: Iterable[Tensor]) -> Restorer:
         """Find out which maps are strong in clean images (1 or 3, H, W) in [0, 1], of any sizes."""
         total = torch.zeros_like(self.weights, dtype=torch.float64)
@@ -102,7 +103,7 @@ class Restorer:
         self.weights = share.to(self.filters)
         return self
 
-    @torch.no_grad()
+    @plain
     def denoise(
         self, images: Tensor, sigma: float | Tensor | None = None, *, depth: int = 1
     ) -> list[Tensor]:
@@ -127,7 +128,7 @@ class Restorer:
         means = torch.stack(restored).cumsum(0)
         return [self._pixels(total / n, images) for n, total in enumerate(means, 1)]
 
-    @torch.no_grad()
+    @plain
     def inpaint(
         self,
         images: Tensor,
