@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,20 +47,27 @@ def restore(
     layer: int | None = None,
     strength: float,
     clean: object = None,
+    inputs: Sequence[Path] = (),
     device: torch.device,
 ) -> None:
     """Do job(restorer, image (1, 1 or 3, H, W), depth) with every image; save and say what it made.
 
     Pictures go to `output`, by default to this folder beside the run: NAME-layerN.png of every
-    layer up to `layer` (None: all), and NAME.png with all side by side.
+    layer up to `layer` (None: all), and NAME-compared.png with all side by side. None of them may
+    be one of the files that are read: the images, the clean ones, the network, and `inputs`.
     """
     path = Path(run)
     net = load(path).to(device)
     depth = net.depth if layer is None else layer
     net.layer(depth)
-    restorer = _fitted(net, path, clean, strength)
     beside = path if path.is_dir() else path.parent
     target = Path(output).expanduser() if output else beside / folder
+    files = image_files(images)
+    names = distinct_names(files)
+    endings = [f"layer{number}" for number in range(1, depth + 1)] + ["compared"]
+    read = [path, *files, *inputs, *([] if clean is None else image_files(clean))]
+    check_targets([target / f"{name}-{end}.png" for name in names for end in endings], read)
+    restorer = _fitted(net, path, clean, strength)
     for name, image in pictures(images, device):
         done = job(restorer, image, depth)
         columns = {"given": done.given}
@@ -72,9 +79,30 @@ def restore(
             figures = {key: quality(done.clean, each) for key, each in columns.items()}
             columns["clean"] = done.clean
         labels = [(f"{key}\n{figures.get(key, '')}", each) for key, each in columns.items()]
-        save_picture(target / f"{name}.png", strip(labels))
+        compared = target / f"{name}-compared.png"
+        save_picture(compared, strip(labels))
         said = "   ".join(f"{key} {value}" for key, value in figures.items())
-        tqdm.write(f"{target / name}.png   {done.note}   {said}".rstrip())
+        tqdm.write(f"{compared}   {done.note}   {said}".rstrip())
+
+
+def check_targets(targets: Iterable[Path], inputs: Iterable[Path]) -> None:
+    """Refuse to write over a file that is read, under whatever name or link it is reached."""
+    read = {identity for path in inputs if (identity := _identity(path)) is not None}
+    for path in targets:
+        if _identity(path) in read:
+            raise ValueError(
+                f"{path} is one of the files that are read, and would be written over: choose "
+                "another output=..."
+            )
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """What tells a file from all others, whatever its name; None if there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _fitted(net: DeconvNet, run: Path, clean: object, strength: float) -> Restorer:
