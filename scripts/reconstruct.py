@@ -43,7 +43,6 @@ def reconstruct(cfg: DictConfig) -> None:
     endings = [".png", "-parts.png"] if cfg.parts else [".png"]
     targets = [folder / f"{name}-layer{layer}{end}" for _, name in named for end in endings]
     check_targets(targets, [source, *paths])
-    folder.mkdir(parents=True, exist_ok=True)
     for path, name in tqdm(named, unit="image", leave=False, disable=len(paths) == 1):
         image = read_image(path)[None].to(net.device)
         codes = net.infer(image, depth=layer)

@@ -12,12 +12,12 @@ from skimage import data, restoration, transform
 from torch.nn import functional
 from torch.testing import assert_close
 
+from deconvnet.adaptive import WORST
 from deconvnet.applications import restoration as applied
 from deconvnet.applications.pictures import pictures, seen, strip
 from deconvnet.applications.restoration import (
     LAYER_1,
     PSI,
-    WORST,
     Restorer,
     estimate_noise,
     psnr,

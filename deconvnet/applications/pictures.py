@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from deconvnet import files
 from deconvnet.applications.restoration import Restorer, psnr
 from deconvnet.data import distinct_names, image_files, load_images, read_image
 from deconvnet.monitor import save_picture
@@ -62,10 +64,10 @@ def restore(
     net.layer(depth)
     beside = path if path.is_dir() else path.parent
     target = Path(output).expanduser() if output else beside / folder
-    files = image_files(images)
-    names = distinct_names(files)
+    paths = image_files(images)
+    names = distinct_names(paths)
     endings = [f"layer{number}" for number in range(1, depth + 1)] + ["compared"]
-    read = [path, *files, *inputs, *([] if clean is None else image_files(clean))]
+    read = [path, *paths, *inputs, *([] if clean is None else image_files(clean))]
     check_targets([target / f"{name}-{end}.png" for name in names for end in endings], read)
     restorer = _fitted(net, path, clean, strength)
     for name, image in pictures(images, device):
@@ -85,24 +87,15 @@ def restore(
         tqdm.write(f"{compared}   {done.note}   {said}".rstrip())
 
 
-def check_targets(targets: Iterable[Path], inputs: Iterable[Path]) -> None:
-    """Refuse to write over a file that is read, under whatever name or link it is reached."""
-    read = {identity for path in inputs if (identity := _identity(path)) is not None}
+def check_targets(targets: list[Path], inputs: list[Path]) -> None:
+    """Refuse, before any work, results that could not be written or would replace an input."""
+    files.check_inputs(targets, inputs)
     for path in targets:
-        if _identity(path) in read:
-            raise ValueError(
-                f"{path} is one of the files that are read, and would be written over: choose "
-                "another output=..."
-            )
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    """What tells a file from all others, whatever its name; None if there is none."""
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
+        files.check(path)
+    for folder in dict.fromkeys(path.parent for path in targets):
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise ValueError(f"output={folder}: nothing can be written to this folder")
 
 
 def _fitted(net: DeconvNet, run: Path, clean: object, strength: float) -> Restorer:
