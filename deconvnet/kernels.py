@@ -313,6 +313,18 @@ def subtract(r, filters, grid, entries):
 
 
 @_compiled
+def correlations_at(y, f, rows, columns, G, g, i, j):
+    """(n, G): the correlations of an image y (C, H, W) with the filters of some groups, at some
+    places.
+    """
+    c, everything = np.empty((len(g), G), y.dtype), np.empty((0, 0, 0), y.dtype)
+    for n in range(len(g)):
+        for u in range(G):
+            c[n, u] = _dot_at(y, f, g[n] * G + u, rows, columns, everything, i[n], j[n])
+    return c
+
+
+@_compiled
 def curvatures(filters, inner, grid, g, i, j, scratch):
     """L (n,): of entries that paint all their taps that of `inner` (groups,); of the others the
     squared norm of what a unit impulse paints, added up over a group.
