@@ -18,7 +18,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from deconvnet import checkpoint
+from deconvnet import files
+from deconvnet.strict_json import to_json
 
 # One JSON object a line: what every epoch saw and cost, and what every layer reached.
 METRICS = "metrics.jsonl"
@@ -211,8 +212,7 @@ class Monitor:
 
     def _note(self, step: int, **values: object) -> None:
         """One line of metrics.jsonl, on the disk before the checkpoint that counts on it."""
-        with open(self.folder / METRICS, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        files.append(self.folder / METRICS, to_json({"step": step, **values}) + "\n")
 
     def __enter__(self) -> Monitor:
         return self
@@ -263,7 +263,7 @@ def _cut(path: Path, step: int, layer: int) -> None:
         except (ValueError, KeyError, TypeError):
             break
         kept.append(line + "\n")
-    checkpoint.write(path, "".join(kept).encode())
+    files.write(path, "".join(kept).encode())
 
 
 def save_picture(path: Path, picture: Tensor) -> None:

@@ -10,6 +10,7 @@ import deconvnet.convolution
 PACKAGE = Path(deconvnet.convolution.__file__).parent
 
 ORDER = [
+    "strict_json",
     "distributed",
     "convolution",
     "pooling",
@@ -41,6 +42,7 @@ ORDER = [
     "dictionary",
     "training",
     "applications",
+    "arguments",
     "config",
     "sklearn",
 ]
