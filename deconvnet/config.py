@@ -15,15 +15,18 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from deconvnet import arguments
+from deconvnet import arguments, files
 from deconvnet.applications.classification import ClassData
 from deconvnet.applications.labelled import ClassifySettings
 from deconvnet.applications.restoration import STRENGTH
@@ -53,6 +56,7 @@ class Config:
     seed: int = 0
     device: str = "auto"
     resume: str = "auto"
+    init: str | None = None
     chunk: int = 8
     progress: bool = True
     patience: float = 600.0
@@ -222,8 +226,7 @@ def register() -> None:
 def _inside(name: object) -> str:
     """The name of a run as a path below the folder of runs: no way out of it."""
     parts = str(name).replace("\\", "/").split("/")
-    nowhere = not set(parts) - {"", "."}
-    if not str(name).isprintable() or not parts[0] or nowhere or {"..", "~"} & set(parts):
+    if not str(name).isprintable() or not parts[0] or {".", "..", "~"} & set(parts):
         raise ValueError(f"name={str(name)!r}: must be the name of a folder inside runs")
     return str(name)
 
@@ -314,6 +317,62 @@ def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, bool | int | f
         else:
             result[name] = value if isinstance(value, bool | int | float | str) else str(value)
     return result
+
+
+@contextmanager
+def logged(cfg: DictConfig, folder: Path) -> Iterator[None]:
+    """Within it what is logged goes to <folder>/<script>.log as well; the configuration is in
+    <folder>/.hydra.
+
+    Hydra would do both by itself, whatever stands in the folder. NotOurs where that is a
+    stranger's.
+    """
+    job = HydraConfig.get()
+    configurations = {"config": cfg, "hydra": OmegaConf.create({"hydra": job})}
+    for name, node in configurations.items():
+        files.write(folder / ".hydra" / f"{name}.yaml", OmegaConf.to_yaml(node).encode())
+    overrides = OmegaConf.to_yaml(job.overrides.task).encode()
+    files.write(folder / ".hydra" / "overrides.yaml", overrides)
+    path = folder / f"{job.job.name}.log"
+    files.append(path, "")
+    handler = _LogFile(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("[%(asctime)s][%(name)s][%(levelname)s] - %(message)s"))
+    logging.getLogger().addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()
+
+
+class _LogFile(logging.FileHandler):
+    """A log that a full disk cuts short, and stops nothing."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+
+class SweepFolder(Callback):
+    """Refuses a folder of several runs in which Hydra would write over somebody's file."""
+
+    def on_multirun_start(self, config: DictConfig, **_: object) -> None:
+        path = Path(config.hydra.sweep.dir) / "multirun.yaml"
+        if os.path.lexists(path) and not _is_sweep(path, config.hydra.job.config_name):
+            # Hydra turns other errors of a callback into warnings.
+            raise SystemExit(
+                f"error: {path}: is there already and is no list of runs of this command; move it "
+                "away, or choose another hydra.sweep.dir=..."
+            )
+
+
+def _is_sweep(path: Path, name: str) -> bool:
+    """Whether a file is what Hydra writes into a folder of several runs of one command."""
+    if path.is_symlink() or not path.is_file():
+        return False
+    try:
+        return OmegaConf.select(OmegaConf.load(path), "hydra.job.config_name") == name
+    except Exception:  # whatever is wrong with it, it is another file
+        return False
 
 
 def launch(main: Callable[[], None], schema: type) -> None:

@@ -26,7 +26,7 @@ import tarfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from functools import cached_property, partial
 from operator import getitem
 from pathlib import Path
@@ -49,7 +49,12 @@ SUFFIXES = (
 
 INTERPOLATIONS = ("bicubic", "bilinear")
 
-PROBES = 16  # images that stand for all where there are no files whose sizes could
+READERS = 4  # threads that read files for their digests
+MANY = 1024  # files that wait for them at most
+DIGESTED = 1 << 20  # bytes that are read at a time
+
+# What is done to the images of a set after they are read: that of a `Crop`, or ("pad", size).
+Fitting = tuple[int | str, ...] | None
 
 SMALLEST = 8  # pixels: the least side of an image, and of a picture in its square
 
@@ -114,18 +119,52 @@ class DataSettings:
 
 
 @dataclass(frozen=True)
-class ImageSet:
-    images: Tensor  # (N, 3, H, W) float32 in [0, 1]
-    names: tuple[str, ...]  # one for every image
-    frames: Tensor | None = None  # (N, 4) int64, see above; None: all pictures fill their images
-
-
-@dataclass(frozen=True)
 class Item:
     name: str
     read: Callable[[], Tensor]  # the image (3, H, W), or ValueError in one line
     path: Path | None = None  # of its file, if it has one of its own
     read_label: Callable[[], str] | None = None  # its class, or ValueError in one line
+    # SHA-256 of its content, or ValueError in one line; None: of its file, or else of its pixels
+    read_digest: Callable[[], str] | None = None
+
+    def digest(self) -> str:
+        """64 hexadecimal digits that two images share only if they have the same content.
+
+        Of the bytes of its file or of its member of a shard, which are not decoded; of the pixels
+        where there are no bytes, as in torchvision's data sets.
+        """
+        if self.read_digest is not None:
+            return self.read_digest()
+        return _pixel_digest(self.read()) if self.path is None else digest_file(self.path)
+
+    @property
+    def has_bytes(self) -> bool:
+        return self.read_digest is not None or self.path is not None
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    images: Tensor  # (N, 3, H, W) float32 in [0, 1]
+    names: tuple[str, ...]  # one for every image
+    frames: Tensor | None = None  # (N, 4) int64, see above; None: all pictures fill their images
+    # what the images were read from, and what was done to fit them; None: nothing, they are theirs
+    items: tuple[Item, ...] | None = field(default=None, repr=False)
+    fitting: Fitting = None
+
+    @cached_property
+    def digests(self) -> tuple[str, ...]:
+        """`Item.digest` of every image, in order: of what was read, before it was fitted."""
+        if self.items is None:
+            return tuple(_pixel_digest(image) for image in self.images)
+        return _digests(self.items)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """64 hexadecimal digits that differ where the images, their order or their size differ.
+
+        Names and places do not count. Equal for the three ways of reading the same images.
+        """
+        return _fingerprint(self.digests, self.fitting)
 
 
 @dataclass(frozen=True)
@@ -175,31 +214,36 @@ class LazyImages:
     def of(cls, images: ImageSet, *, crop: Crop | None = None) -> LazyImages:
         """The same interface to images that are in memory; frames are left out."""
         # All items hold the one tensor of all images, so that sending them sends it once.
-        reads = (partial(getitem, images.images, index) for index in range(len(images.images)))
-        named = zip(images.names, reads, strict=True)
-        return cls([Item(name, read) for name, read in named], crop=crop)
+        items = [
+            Item(
+                name,
+                partial(getitem, images.images, n),
+                None,
+                None,
+                partial(_nth_digest, images, n),
+            )
+            for n, name in enumerate(images.names)
+        ]
+        return cls(items, crop=crop)
 
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(item.name for item in self.items)
 
     @cached_property
-    def fingerprint(self) -> str:
-        """Hexadecimal digits that differ where the images, their order or the crop differ.
+    def digests(self) -> tuple[str, ...]:
+        """`Item.digest` of every image, in order: of what is read, before it is cropped."""
+        return _digests(self.items)
 
-        For numbers that were computed image by image to be trusted later. Taken of all names and
-        sizes of files, not of their times, which change with every copy; of images that are no
-        files, of the pixels of some of them, evenly among all.
+    @cached_property
+    def fingerprint(self) -> str:
+        """64 hexadecimal digits that differ where the images, their order or the crop differ.
+
+        For numbers that were computed image by image to be trusted later: an image that is
+        corrected under its old name changes it; a folder that is moved, renamed or copied does not.
+        All files are read for it once, none is decoded.
         """
-        table = [[item.name, _file_size(item.path)] for item in self.items]
-        crop = self.crop and astuple(self.crop)
-        digest = hashlib.sha256(json.dumps([crop, table]).encode())
-        others = [item for item in self.items if item.path is None]
-        for item in others[:: max(1, len(others) // PROBES)]:
-            pixels = item.read().contiguous()
-            digest.update(f"{tuple(pixels.shape)}".encode())
-            digest.update(pixels.view(torch.uint8).numpy())
-        return digest.hexdigest()
+        return _fingerprint(self.digests, self.crop and astuple(self.crop))
 
     def label(self, index: int) -> str:
         """The class of an image: of a torchvision data set its own, of a folder the folder inside.
@@ -256,6 +300,16 @@ class StreamedImages:
 
     def __len__(self) -> int:
         return len(self.items)
+
+    @cached_property
+    def digests(self) -> tuple[str, ...]:
+        """`Item.digest` of every image, in order; all files are read for it once, none decoded."""
+        return _digests(self.items)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """That of `load_images` with the same settings."""
+        return _fingerprint(self.digests, _fitting(self.settings))
 
     def read(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
         """Images (n, 3, H, W) and their frames (n, 4), None where all fill their images."""
@@ -319,6 +373,52 @@ def find_images(path: str | Path) -> list[Path]:
     return sorted(found)
 
 
+def digest_file(path: str | Path) -> str:
+    """SHA-256 of the bytes of a file, 64 hexadecimal digits, as of every image of a folder.
+
+    ValueError in one line where it cannot be read.
+    """
+    found = hashlib.sha256()
+    try:
+        _check_file(path)
+        with open(path, "rb") as file:
+            while part := file.read(DIGESTED):
+                found.update(part)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {_plain(path)}: {_reason(error)}") from error
+    return found.hexdigest()
+
+
+def _digests(items: Sequence[Item]) -> tuple[str, ...]:
+    """Of all items: those that are bytes are read by some threads, whose time the disk takes."""
+    found = []
+    with ThreadPoolExecutor(READERS) as pool:
+        for start in range(0, len(items), MANY):
+            some = items[start : start + MANY]
+            pending = [pool.submit(item.digest) if item.has_bytes else None for item in some]
+            # Data sets in memory or of other readers need not stand several threads.
+            found += [
+                item.digest() if coming is None else coming.result()
+                for item, coming in zip(some, pending, strict=True)
+            ]
+    return tuple(found)
+
+
+def _pixel_digest(image: Tensor) -> str:
+    pixels = image.cpu().contiguous()
+    digest = hashlib.sha256(f"{tuple(pixels.shape)} {pixels.dtype}".encode())
+    digest.update(pixels.view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _nth_digest(images: ImageSet, index: int) -> str:
+    return images.digests[index]
+
+
+def _fingerprint(digests: tuple[str, ...], fitting: Fitting) -> str:
+    return hashlib.sha256(json.dumps([fitting, digests]).encode()).hexdigest()
+
+
 def image_files(images: object) -> list[Path]:
     """The image files that a setting names: one, those of a folder, or those of a list of both."""
     if isinstance(images, Sequence) and not isinstance(images, str):
@@ -346,15 +446,20 @@ def read_image(path: str | Path) -> Tensor:
     one line, "cannot read <path>: <reason>".
     """
     try:
-        info = os.stat(path)
-        if not stat.S_ISREG(info.st_mode):
-            raise ValueError("not a regular file")
-        if info.st_size == 0:
+        if _check_file(path) == 0:
             raise ValueError("the file is empty")
         return _decoded(path)
     # Decoders fail with every kind of exception on damaged files: all of them mean the same here.
     except Exception as error:
         raise ValueError(f"cannot read {_plain(path)}: {_reason(error)}") from error
+
+
+def _check_file(path: str | Path) -> int:
+    """The bytes of a file, which must be one: reading a pipe or a device might never end."""
+    info = os.stat(path)
+    if not stat.S_ISREG(info.st_mode):
+        raise ValueError("not a regular file")
+    return info.st_size
 
 
 def _decoded(file: str | Path | BinaryIO) -> Tensor:
@@ -444,7 +549,7 @@ def _kept_items(settings: DataSettings, check: Callable[[Item], object]) -> list
 
 def _read_items(items: Iterator[Item], source: str, settings: DataSettings) -> ImageSet:
     """Reads up to max_images, fits them to one size, and reports all that failed at once."""
-    images, frames, names, failures, enlarged = [], [], [], [], 0
+    images, frames, kept, failures, enlarged = [], [], [], [], 0
     for item in items:
         try:
             image = item.read()
@@ -452,7 +557,7 @@ def _read_items(items: Iterator[Item], source: str, settings: DataSettings) -> I
         except ValueError as error:
             failures.append(str(error))
         else:
-            names.append(item.name)
+            kept.append(item)
             images.append(fitted)
             frames.append(frame)
             enlarged += _is_enlarged(image, settings)
@@ -465,9 +570,25 @@ def _read_items(items: Iterator[Item], source: str, settings: DataSettings) -> I
             "%s: %d of %d images are smaller than data.size=%d and were enlarged",
             *(source, enlarged, len(images), settings.size),
         )
+    names = [item.name for item in kept]
     _check_one_size(images, names)
     filled = all(frame[2:] == image.shape[1:] for frame, image in zip(frames, images, strict=True))
-    return ImageSet(torch.stack(images), tuple(names), None if filled else torch.tensor(frames))
+    return ImageSet(
+        torch.stack(images),
+        tuple(names),
+        None if filled else torch.tensor(frames),
+        tuple(kept),
+        _fitting(settings),
+    )
+
+
+def _fitting(settings: DataSettings) -> Fitting:
+    """What `_fit` does, in the words of `Crop` where it is one."""
+    if settings.size is None:
+        return None
+    if settings.fit == "pad":
+        return ("pad", settings.size)
+    return astuple(Crop(settings.size, settings.size))
 
 
 def _fit(image: Tensor, name: str, settings: DataSettings) -> tuple[Tensor, Frame]:
@@ -569,20 +690,37 @@ def _shard_items(path: str) -> Iterator[Item]:
 def _member_item(shard: Path, member: tarfile.TarInfo) -> Item:
     name = f"{shard.name}/{member.name}"
     label, slash, _ = member.name.removeprefix("./").partition("/")
-    read = partial(_read_member, shard, member.offset_data, member.size, name)
-    return Item(name, read, None, partial(str, label) if slash else None)
+    place = (shard, member.offset_data, member.size, name)
+    return Item(
+        name,
+        partial(_read_member, *place),
+        None,
+        partial(str, label) if slash else None,
+        partial(_digest_member, *place),
+    )
 
 
 def _read_member(shard: Path, start: int, size: int, name: str) -> Tensor:
     try:
-        with open(shard, "rb") as file:
-            file.seek(start)
-            data = file.read(size)
-        if len(data) < size:
-            raise ValueError(f"the shard ends {size - len(data)} bytes too early")
-        return _decoded(io.BytesIO(data))
+        return _decoded(io.BytesIO(_member(shard, start, size)))
     except Exception as error:
         raise ValueError(f"cannot read {_plain(name)}: {_reason(error)}") from error
+
+
+def _digest_member(shard: Path, start: int, size: int, name: str) -> str:
+    try:
+        return hashlib.sha256(_member(shard, start, size)).hexdigest()
+    except Exception as error:
+        raise ValueError(f"cannot read {_plain(name)}: {_reason(error)}") from error
+
+
+def _member(shard: Path, start: int, size: int) -> bytes:
+    with open(shard, "rb") as file:
+        file.seek(start)
+        data = file.read(size)
+    if len(data) < size:
+        raise ValueError(f"the shard ends {size - len(data)} bytes too early")
+    return data
 
 
 def _torchvision_items(settings: DataSettings) -> Iterator[Item]:
@@ -645,14 +783,6 @@ def _sample_image(samples, index: int, dataset: str) -> Tensor:
         return _to_tensor(image)
     except Exception as error:
         raise ValueError(f"cannot read sample {index} of {dataset}: {_reason(error)}") from error
-
-
-def _file_size(path: Path | None) -> int | None:
-    """Bytes; None where there is no file, which is reported when it is read."""
-    try:
-        return None if path is None else path.stat().st_size
-    except OSError:
-        return None
 
 
 def _sample_label(samples, index: int, dataset: str) -> str:

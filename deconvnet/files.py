@@ -4,7 +4,8 @@ removed.
 A folder of results has a hidden folder `.deconvnet` in it, which holds
 
     made       a record of all files made in the folder and below it: a line of JSON for each,
-               [digest, path]; the digest is empty for files that grow, such as a log
+               [digest, path]; the digest is empty for files that grow, such as a log, and null for
+               what was removed
     *.tmp      what is being written
     lock       held by the one process that may write a run
 
@@ -54,13 +55,18 @@ class Busy(ValueError):
 
 def claim(folder: str | Path) -> Path:
     """Make a folder, if need be, with a record of its own; its absolute path."""
-    folder = _absolute(folder)
+    folder = absolute(folder)
     folder.mkdir(parents=True, exist_ok=True)
     own = folder / OWN
     if own.is_symlink() or (own.exists() and not own.is_dir()):
         raise NotOurs(f"{own}: is in the way of the record of results; move it away")
     own.mkdir(exist_ok=True)
     return folder
+
+
+def absolute(path: str | Path) -> Path:
+    """A path from the root, without "..", links not resolved."""
+    return Path(os.path.abspath(path))
 
 
 def write(
@@ -71,7 +77,7 @@ def write(
     ours: for a kind of file that tells by itself who made it, how; such a file needs no record. An
     OSError names the path; what was there before is then intact.
     """
-    path = _absolute(path)
+    path = absolute(path)
     if ours is None or not (path.is_file() and not path.is_symlink() and ours(path)):
         check(path)
     root = _root(path.parent)
@@ -98,7 +104,7 @@ def write(
 
 def check(path: str | Path) -> None:
     """NotOurs where something is at a path that may not be replaced."""
-    path = _absolute(path)
+    path = absolute(path)
     if os.path.lexists(path) and not is_ours(path):
         raise NotOurs(
             f"{path}: is there already and is not as deconvnet wrote it; move it away, or choose "
@@ -123,7 +129,7 @@ def check_inputs(targets: Iterable[str | Path], inputs: Iterable[str | Path]) ->
 
 def is_ours(path: str | Path) -> bool:
     """Whether a path is a file that this package made and that nobody has changed since."""
-    path = _absolute(path)
+    path = absolute(path)
     root = _root(path.parent)
     try:
         found = os.lstat(path)
@@ -139,15 +145,21 @@ def is_ours(path: str | Path) -> bool:
     return _written.get(path) == _signature(found) or _digest_of(path) in digests
 
 
-def record(path: str | Path) -> None:
-    """Say of a file that others write for us, a log or TensorBoard's, that it is ours."""
-    path = _absolute(path)
-    _record(_root(path.parent) or claim(path.parent), [(GROWS, path)])
+def record(path: str | Path, *, grows: bool = True) -> None:
+    """Say of a file that others write for us, a log or TensorBoard's, that it is ours.
+
+    grows: whether it may change; else it is ours as it is now.
+    """
+    path = absolute(path)
+    root = _root(path.parent) or claim(path.parent)
+    digest = GROWS if grows else _digest_of(path)
+    if digest is not None:
+        _record(root, [(digest, path)])
 
 
 def append(path: str | Path, text: str) -> None:
     """Add text to a file that grows; NotOurs where that is a stranger's."""
-    path = _absolute(path)
+    path = absolute(path)
     if not os.path.lexists(path):
         record(path)
     check(path)
@@ -157,23 +169,24 @@ def append(path: str | Path, text: str) -> None:
 
 def remove(path: str | Path) -> bool:
     """Remove a file if it is ours; whether it was."""
-    path = _absolute(path)
+    path = absolute(path)
     if not is_ours(path) or _through_link(path):
         return False
     path.unlink(missing_ok=True)
+    _record(_root(path.parent), [(None, path)])
     return True
 
 
 def made_in(folder: str | Path) -> list[Path]:
     """The files that the record of a folder speaks of, those that are still there and ours."""
-    folder = _absolute(folder)
+    folder = absolute(folder)
     paths = [folder / relative for relative in _made(folder) if _inside(relative)]
     return [path for path in paths if is_ours(path) and not _through_link(path)]
 
 
 def move(path: str | Path, target: str | Path) -> bool:
     """Move a file that is ours to a place where nothing is, with its record; whether it was."""
-    path, target = _absolute(path), _absolute(target)
+    path, target = absolute(path), absolute(target)
     if not is_ours(path) or _through_link(path):
         return False
     if os.path.lexists(target):
@@ -183,12 +196,13 @@ def move(path: str | Path, target: str | Path) -> bool:
     root = _root(target.parent) or claim(target.parent)
     _record(root, [(digest, target) for digest in digests])
     os.rename(path, target)
+    _record(_root(path.parent), [(None, path)])
     return True
 
 
 def strangers(folder: str | Path) -> list[Path]:
     """What is in a folder, and below it, that is not ours: files, links, whatever else."""
-    folder = _absolute(folder)
+    folder = absolute(folder)
     found = []
     for parent, folders, names in os.walk(folder):
         linked = [name for name in folders if Path(parent, name).is_symlink()]
@@ -205,7 +219,7 @@ def rebuilt(folder: str | Path) -> Iterator[Path]:
 
     NotOurs, before anything is done, where that holds anything but files of ours.
     """
-    folder = _absolute(folder)
+    folder = absolute(folder)
     root = _root(folder.parent) or claim(folder.parent)
     new, old = (root / OWN / f"{folder.name}.{kind}" for kind in ("new", "old"))
     # A kill between the two renamings below.
@@ -229,7 +243,7 @@ def rebuilt(folder: str | Path) -> Iterator[Path]:
 
 def check_replaceable(folder: str | Path) -> None:
     """NotOurs where something is at a path but a folder that holds files of ours alone."""
-    folder = _absolute(folder)
+    folder = absolute(folder)
     if not os.path.lexists(folder):
         return
     if folder.is_symlink() or not folder.is_dir():
@@ -245,7 +259,7 @@ def check_replaceable(folder: str | Path) -> None:
 
 def prune(folder: str | Path) -> None:
     """Remove a folder if nothing is left in it, and the folders in it likewise."""
-    folder = _absolute(folder)
+    folder = absolute(folder)
     if folder.is_symlink() or not folder.is_dir():
         return
     for child in list(folder.iterdir()):
@@ -280,6 +294,7 @@ def locked(folder: str | Path) -> Iterator[None]:
             stale.unlink(missing_ok=True)
         yield
     finally:
+        writer.unlink(missing_ok=True)
         lock.release()
 
 
@@ -299,10 +314,6 @@ def read(path: str | Path) -> bytes:
 _written: dict[Path, tuple[int, ...]] = {}
 # Of every record: which file it is, how far it was read, and what it says.
 _read: dict[Path, tuple[int, int, dict[str, set[str]]]] = {}
-
-
-def _absolute(path: str | Path) -> Path:
-    return Path(os.path.abspath(path))
 
 
 def _root(folder: Path) -> Path | None:
@@ -346,13 +357,15 @@ def _made(root: Path) -> dict[str, set[str]]:
         # A line that a kill has cut off says nothing.
         with suppress(ValueError, TypeError):
             digest, name = json.loads(line)
-            if isinstance(name, str) and isinstance(digest, str):
+            if digest is None:
+                entries.pop(name, None)
+            elif isinstance(name, str) and isinstance(digest, str):
                 entries.setdefault(name, set()).add(digest)
     _read[path] = found.st_ino, offset + len(whole), entries
     return entries
 
 
-def _record(root: Path, files: list[tuple[str, Path]]) -> None:
+def _record(root: Path, files: list[tuple[str | None, Path]]) -> None:
     """Add lines to the record, on the disk before the files that they speak of."""
     known = _made(root)
     lines = [

@@ -118,7 +118,8 @@ class LayerTrainer:
     epochs at whose end there is a `snapshot`, until the next one begins. ranks: processes that
     share the work; all of them make the same calls. keep: the state of inference of every image
     (`states_size`); else every visit infers its maps from the beginning. folder: where they are
-    kept in files, in place of memory, until `close`.
+    kept in files, in place of memory, until `close`; token: what these are marked with. filters:
+    (K, C, h, w), those that learning starts from, by default as the settings say.
 
     Holds the state of inference of its images, the energy of every map in this epoch, and the
     running sums of the filter update. One call of `update` is one filter update. Without a `state`
@@ -137,6 +138,8 @@ class LayerTrainer:
         ranks: Ranks = ALONE,
         keep: bool = True,
         folder: Path | None = None,
+        token: str = "",
+        filters: Tensor | None = None,
         state: dict | None = None,
     ):
         self.ground = Ground.of(ground) if isinstance(ground, Tensor) else ground
@@ -155,13 +158,14 @@ class LayerTrainer:
         # Whether some rank was asked to stop, as of the last update.
         self.stopping = False
         own, window = self.schedule.own.to(self.ground.device), state_window(layer)
-        self.codes = FileStates(own, window, folder) if folder else States(own, window)
+        self.codes = FileStates(own, window, folder, token) if folder else States(own, window)
         self.snapshot: Snapshot | None = None
         self.sums: FilterSums | None = None
         self._seen = _Seen()
         if state is None:
-            fresh = self._fresh_filters(layer.settings.num_maps, seeded(seed, number, 1))
-            layer.set_filters(fresh)
+            if filters is None:
+                filters = self._fresh_filters(layer.settings.num_maps, seeded(seed, number, 1))
+            layer.set_filters(filters.to(layer.filters))
         else:
             self.load_state_dict(state)
 
@@ -435,6 +439,7 @@ class LayerTrainer:
         sums = self.sums and {"linear": self.sums.linear.cpu(), "gram": self.sums.gram.cpu()}
         return {
             "order": ORDER,
+            "keep": self.keep,
             "epoch": self.epoch,
             "batch": self.batch,
             "codes": all_states(parts),

@@ -1,8 +1,10 @@
+import hashlib
 import logging
 import os
 import pickle
 import random
 import shutil
+import tarfile
 
 import numpy as np
 import pytest
@@ -14,12 +16,14 @@ from deconvnet.data import (
     DataSettings,
     ImageSet,
     LazyImages,
+    digest_file,
     find_images,
     fit_size,
     lazy_images,
     load_images,
     pad_size,
     read_image,
+    stream_images,
 )
 from deconvnet.preprocessing import Preprocessing, PreprocessingSettings, local_moments
 
@@ -641,6 +645,87 @@ def test_the_fingerprint_tells_sets_of_images_apart_but_not_copies(tmp_path):
         crops = ImageSet(torch.full((40, 3, 8, 8), scale), tuple(map(str, range(40))))
         found.append(LazyImages.of(crops).fingerprint)
     assert len(set(found)) == len(found) == 9
+
+
+def every_way(wanted):
+    return load_images(wanted), stream_images(wanted), lazy_images(wanted)
+
+
+def test_an_image_that_is_corrected_under_its_old_name_has_another_digest(tmp_path):
+    for index in range(3):  # BMP: the same number of bytes, whatever the pixels
+        save(tmp_path / f"{index}.bmp", pixels(20, 24, seed=index))
+    wanted = settings("folder", tmp_path, size=16)
+    contents = [(tmp_path / f"{n}.bmp").read_bytes() for n in range(3)]
+    expected_digests = tuple(hashlib.sha256(content).hexdigest() for content in contents)
+    found = every_way(wanted)
+    prints = {each.fingerprint for each in found}
+    assert all(each.digests == expected_digests for each in found) and len(prints) == 1
+    assert digest_file(tmp_path / "1.bmp") == expected_digests[1]
+    before = os.stat(tmp_path / "1.bmp")
+    save(tmp_path / "1.bmp", pixels(20, 24, seed=8))
+    os.utime(tmp_path / "1.bmp", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert os.stat(tmp_path / "1.bmp").st_size == before.st_size
+    for old, new in zip(found, every_way(wanted), strict=True):
+        changed = [a != b for a, b in zip(old.digests, new.digests, strict=True)]
+        assert changed == [False, True, False] and old.fingerprint != new.fingerprint
+
+
+def test_the_same_images_have_one_fingerprint_whatever_holds_them(tmp_path, monkeypatch):
+    for index, name in enumerate(("a/0.png", "a/1.png", "b/2.png")):
+        save(tmp_path / "set" / name, pixels(20, 24, seed=index))
+    shutil.copytree(tmp_path / "set", tmp_path / "copy" / "of it")
+    os.utime(tmp_path / "copy" / "of it" / "a" / "1.png", (0, 0))
+    (tmp_path / "linked").symlink_to(tmp_path / "set")
+    with tarfile.open(tmp_path / "set.tar", "w") as shard:
+        shard.add(tmp_path / "set", "")
+    (tmp_path / "list.txt").write_text("set/a/0.png\nset/a/1.png\nset/b/2.png\n")
+    (tmp_path / "other.txt").write_text(
+        "".join(f"{tmp_path}/set/{n}.png\n" for n in ("a/0", "a/1", "b/2"))
+    )
+    monkeypatch.chdir(tmp_path)
+    places = ["set", "set/", "./set", tmp_path / "set", "copy/of it", "linked"]
+    ways = [("folder", place) for place in places]
+    ways += [("shards", "set.tar"), ("list", "list.txt"), ("list", tmp_path / "other.txt")]
+    for options in ({}, {"size": 16}):
+        found = [each for way in ways for each in every_way(settings(*way, **options))]
+        assert len({each.digests for each in found}) == 1
+        assert len({each.fingerprint for each in found}) == 1
+    padded = settings("folder", "set", size=16, fit="pad")
+    assert load_images(padded).fingerprint == stream_images(padded).fingerprint
+    prints = {
+        load_images(each).fingerprint
+        for each in (
+            padded,
+            settings("folder", "set", size=16),
+            settings("folder", "set", size=17),
+            settings("folder", "set"),
+            settings("folder", "set", max_images=2),
+        )
+    }
+    assert len(prints) == 5
+
+
+def test_images_without_bytes_are_told_apart_by_all_their_pixels():
+    pixels = torch.rand(40, 3, 8, 8)
+    names = tuple(map(str, range(40)))
+    one = ImageSet(pixels, names)
+    other = ImageSet(pixels.clone().index_fill(0, torch.tensor(23), 0.5), names)
+    assert [a == b for a, b in zip(one.digests, other.digests, strict=True)].index(False) == 23
+    assert len(set(one.digests)) == 40 and one.fingerprint != other.fingerprint
+    lazy = LazyImages.of(one)
+    assert lazy.digests == one.digests and lazy.fingerprint == one.fingerprint
+    numbered = settings("torchvision", dataset="FakeData", size=16, max_images=3)
+    assert len({each.fingerprint for each in every_way(numbered)}) == 1
+    assert len(set(load_images(numbered).digests)) == 3
+
+
+def test_an_image_whose_bytes_cannot_be_read_has_no_digest_and_is_named(tmp_path):
+    save(tmp_path / "a.png", pixels())
+    (tmp_path / "list.txt").write_text("a.png\nabsent.png\n")
+    for images in (lazy_images, stream_images):
+        with pytest.raises(ValueError, match="cannot read .*absent.png: No such file") as caught:
+            images(settings("list", tmp_path / "list.txt")).digests  # noqa: B018
+        assert "\n" not in str(caught.value)
 
 
 def test_images_know_their_class_by_their_folder_or_data_set(tmp_path):
