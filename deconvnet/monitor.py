@@ -13,7 +13,6 @@ import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -21,14 +20,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from deconvnet import files
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+from deconvnet.events import event_writer
+from deconvnet.strict_json import to_json
 
 # One JSON object a line: what every epoch saw and cost, and what every layer reached.
 METRICS = "metrics.jsonl"
-# How TensorBoard names its files.
-EVENTS = "events.out.tfevents.*"
 
 
 @dataclass(frozen=True)
@@ -215,7 +211,7 @@ class Monitor:
 
     def _note(self, step: int, **values: object) -> None:
         """One line of metrics.jsonl, on the disk before the checkpoint that counts on it."""
-        files.append(self.folder / METRICS, json.dumps({"step": step, **values}) + "\n")
+        files.append(self.folder / METRICS, to_json({"step": step, **values}) + "\n")
 
     def __enter__(self) -> Monitor:
         return self
@@ -267,17 +263,6 @@ def _cut(path: Path, step: int, layer: int) -> None:
             break
         kept.append(line + "\n")
     files.write(path, "".join(kept).encode())
-
-
-def event_writer(folder: Path, **options: Any) -> SummaryWriter:
-    """A new TensorBoard file in a folder, recorded as ours."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    before = set(folder.glob(EVENTS))
-    writer = SummaryWriter(str(folder), **options)
-    for path in set(folder.glob(EVENTS)) - before:
-        files.record(path)
-    return writer
 
 
 def save_picture(path: Path, picture: Tensor) -> None:

@@ -48,4 +48,4 @@ def inpaint(settings: config.InpaintConfig) -> None:
 
 
 if __name__ == "__main__":
-    config.launch(main)
+    config.launch(main, config.InpaintConfig)

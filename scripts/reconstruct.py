@@ -21,21 +21,20 @@ from deconvnet.monitor import save_picture
 from deconvnet.network import snr
 from deconvnet.visualization import parts_picture
 
+config.register()
+
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="reconstruct")
 def main(cfg: DictConfig) -> None:
     with config.one_line_errors(ValueError, OSError):
-        reconstruct(cfg)
+        reconstruct(config.read_command(cfg))
 
 
-def reconstruct(cfg: DictConfig) -> None:
-    config.check_complete(cfg)
+def reconstruct(cfg: config.ReconstructConfig) -> None:
     source = Path(str(cfg.run))
     net = load(source).to(config.device(cfg.device))
-    layer = net.depth if cfg.layer is None else _number(cfg.layer)
+    layer = net.depth if cfg.layer is None else cfg.layer
     net.layer(layer)
-    if not isinstance(cfg.parts, bool):
-        raise ValueError(f"parts={cfg.parts}: must be true or false")
     paths = image_files(cfg.images)
     beside = source if source.is_dir() else source.parent
     folder = Path(str(cfg.output or beside / "reconstructions")).expanduser()
@@ -59,11 +58,5 @@ def reconstruct(cfg: DictConfig) -> None:
         )
 
 
-def _number(layer: object) -> int:
-    if not isinstance(layer, int) or isinstance(layer, bool):
-        raise ValueError(f"layer={layer}: must be a whole number")
-    return layer
-
-
 if __name__ == "__main__":
-    config.launch(main)
+    config.launch(main, config.ReconstructConfig)

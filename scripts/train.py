@@ -4,7 +4,6 @@ import dataclasses
 import logging
 import os
 import shlex
-import sys
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache
@@ -20,7 +19,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
 
-from deconvnet import config, files
+from deconvnet import arguments, config, files
 from deconvnet.corpus import Source
 from deconvnet.data import DataSettings, load_images, stream_images
 from deconvnet.distributed import RankLost, Ranks, started
@@ -52,7 +51,8 @@ def main(cfg: DictConfig) -> None:
                 results = run(settings, cfg, folder, ranks)
             except Interrupted:
                 if ranks.first:
-                    again = command(ranks)
+                    # Neither resume=false nor a path: the run is here now.
+                    again = arguments.again("resume")
                     log.warning("stopped and saved; this goes on from here: %s", again)
                 raise SystemExit(130) from None
     if ranks.first:
@@ -126,9 +126,10 @@ def summarize(results: list[LayerResult], folder: Path) -> None:
         "",
         f"pictures      {place}/pictures",
         f"network       {place}/network.safetensors",
-        f"look          tensorboard --logdir {shown(folder.parent)} --samples_per_plugin images=99",
-        "reconstruct   python scripts/reconstruct.py "
-        f"run={place} layer={len(results)} images=photo.jpg",
+        f"look          tensorboard --logdir {shlex.quote(str(shown(folder.parent)))} "
+        "--samples_per_plugin images=99",
+        f"reconstruct   python {arguments.beside('reconstruct.py')} "
+        f"{arguments.setting('run', place)} layer={len(results)} images=photo.jpg",
     ]
     print("\n".join(lines))
 
@@ -138,13 +139,5 @@ def shown(path: Path) -> Path:
     return Path(os.path.relpath(path))
 
 
-def command(ranks: Ranks) -> str:
-    """The command that goes on with this run, as one types it: without resume=false or a path."""
-    kept = (argument for argument in sys.argv if not argument.lstrip("+").startswith("resume="))
-    here = os.environ.get("LOCAL_WORLD_SIZE", 1)
-    program = ["python"] if ranks.count == 1 else ["torchrun", f"--nproc-per-node={here}"]
-    return shlex.join([*program, *kept])
-
-
 if __name__ == "__main__":
-    config.launch(main)
+    config.launch(main, config.Config)

@@ -11,6 +11,7 @@ PACKAGE = Path(deconvnet.convolution.__file__).parent
 
 ORDER = [
     "modes",
+    "strict_json",
     "distributed",
     "convolution",
     "pooling",
@@ -33,6 +34,7 @@ ORDER = [
     "network",
     "ablation",
     "visualization",
+    "events",
     "monitor",
     "survey",
     "states",
@@ -43,6 +45,7 @@ ORDER = [
     "dictionary",
     "training",
     "applications",
+    "arguments",
     "config",
     "sklearn",
 ]
