@@ -7,6 +7,7 @@ import re
 import warnings
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 from torchvision import models
+from torchvision.ops import stochastic_depth
 
 from deconvnet import DeconvNet, LayerSettings, PreprocessingSettings, SolverSettings
 from deconvnet.visualization.projector import Projector
@@ -412,15 +414,27 @@ def test_however_a_rectifier_is_written_the_result_is_the_same(name, method):
 
 
 @pytest.mark.slow
-def test_a_compiled_model_is_unwrapped_and_a_compiled_part_is_refused_by_name():
-    model, x = seeded(lambda: Twin(F.relu)), rand(1, 3, 15, 17)
-    compiled = Projector(torch.compile(model, backend="aot_eager"))
-    expected = Projector(model)(x, "c", [(0, 1, 3, 4)])
-    assert torch.equal(compiled(x, "c", [(0, 1, 3, 4)]).images, expected.images)
-    inner = torch.compile(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), backend="aot_eager")
-    model = nn.Sequential(inner, nn.Conv2d(4, 4, 3)).double()
-    with pytest.raises(ValueError, match="compiled_function x1"):
-        Projector(model)(rand(1, 3, 9, 9), "1", [(0, 0, 1, 1)])
+@pytest.mark.parametrize("kind", ["wrapped", "in place", "a part", "a part in place", "a function"])
+def test_a_compiled_model_is_looked_into_as_it_is_without_compilation(kind):
+    model, x, unit = seeded(lambda: Twin(F.relu)), rand(1, 3, 15, 17), [(0, 1, 3, 4)]
+    expected = Projector(model)(x, "c", unit)
+    if kind == "wrapped":
+        model = torch.compile(model, backend="aot_eager")
+    elif kind == "in place":
+        model.compile(backend="aot_eager")
+    elif kind == "a part":
+        model.b = torch.compile(model.b, backend="aot_eager")
+    elif kind == "a part in place":
+        model.b.compile(backend="aot_eager")
+    else:
+        model.activation = torch.compile(F.relu, backend="aot_eager")
+    called = getattr(model, "_compiled_call_impl", None)
+    for _ in range(2):
+        found = Projector(model)(x, "c", unit)
+        assert torch.equal(found.images, expected.images) and found.report == expected.report
+        with torch.no_grad():
+            model(x)
+    assert getattr(model, "_compiled_call_impl", None) is called, "left as it was"
     torch._dynamo.reset()
 
 
@@ -550,6 +564,183 @@ def test_what_has_no_rule_is_refused_by_name_or_listed(name):
     gradient = Projector(model, method="gradient")(x, "b", unit)
     assert_close(found.images, gradient.images)
     assert found.report.rectified == 0
+
+
+class Mul(torch.autograd.Function):
+    """A rectifier by another name."""
+
+    @staticmethod
+    def forward(ctx, y):
+        return y.clamp(min=0)
+
+    @staticmethod
+    def backward(ctx, signal):
+        return signal
+
+
+def product_in_no_grad(y):
+    with torch.no_grad():
+        gate = y.sigmoid()
+    return y * gate
+
+
+def in_place_on_the_data(y):
+    y.data.clamp_(min=0)
+    return y * 1
+
+
+def in_place_without_a_gradient(y):
+    with torch.no_grad():
+        y.clamp_(min=0)
+    return y * 1
+
+
+def masked_on_a_view(y):
+    y = y.clone()
+    y[:, :2] *= y[:, :2] > 0
+    return y
+
+
+def pasted_into_a_copy(y):
+    made = y.detach().clone()
+    made[:, :2] = y[:, :2]
+    return made
+
+
+class Average(nn.Module):
+    """What a buffer holds of the pixels, as a factor."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(4, 1, 1))
+
+    def forward(self, y):
+        with torch.no_grad():
+            self.mean.mul_(0.5).add_(y.mean((0, 2, 3))[:, None, None])
+        return y * self.mean
+
+
+COMPUTED = {
+    "mask": lambda y: y * (y > 0),
+    "mask of floating point": lambda y: y * (y > 0).to(y),
+    "mask in place": lambda y: y.mul_(y > 0),
+    "mask on a view": masked_on_a_view,
+    "mask by where": lambda y: y * torch.where(y > 0, 1.0, 0.0),
+    "mask into out": lambda y: y * torch.gt(y, 0, out=torch.empty(y.shape, dtype=torch.bool)),
+    "mask of ones": lambda y: y * torch.ones_like(y).mul_(y.detach()),
+    "mask by einsum": lambda y: torch.einsum("nchw,nchw->nchw", y, (y > 0).to(y)),
+    "sign": lambda y: y * y.detach().sign(),
+    "rounded": lambda y: y * y.detach().round(),
+    "detached gate": lambda y: y * y.detach().sigmoid(),
+    "gate in no_grad": product_in_no_grad,
+    "one of the maps": lambda y: y * F.one_hot(y.argmax(1), 4).permute(0, 3, 1, 2),
+    "drawn with probabilities": lambda y: y * torch.bernoulli(y.detach().sigmoid()),
+    "pooled": lambda y: y * F.max_pool2d(y.detach(), 3, 1, 1),
+    "quotient": lambda y: y / y.detach().std(),
+    "average kept in a buffer": Average,
+    "filters": lambda y: F.conv2d(y, y.detach().mean() * torch.ones(4, 4, 1, 1).to(y)),
+    "statistics": lambda y: F.batch_norm(y, y.mean((0, 2, 3)).detach(), y.var((0, 2, 3)).detach()),
+    "sorted maps": lambda y: y[:, y.mean((0, 2, 3)).argsort()],
+    "selected maps": lambda y: y.index_select(1, y.detach().amax((0, 2, 3)).argsort()),
+    "straight through": lambda y: y + (y.relu() - y).detach(),
+    "negative part taken off": lambda y: y - y.clamp(max=0).detach(),
+    "joined": lambda y: torch.cat([y[:, :2], y[:, 2:].detach()], 1),
+    "pasted": pasted_into_a_copy,
+    "data": in_place_on_the_data,
+    "in place in no_grad": in_place_without_a_gradient,
+    "own function": Mul.apply,
+    "number": lambda y: y * float(y.detach().max()),
+    "number computed with": lambda y: y * (1 / y.detach().std().item()),
+    "array": lambda y: y * torch.from_numpy((y.detach().numpy() > 0) * 1.0),
+    "list": lambda y: y * torch.tensor((y.detach() > 0).tolist()),
+    "shift": lambda y: y.roll(int(1000 * y.detach().std()), 2),
+    "dropout": lambda y: F.dropout(y, training=True),
+    "dropout of maps": lambda y: F.dropout2d(y, training=True),
+    "stochastic depth": lambda y: y + stochastic_depth(2 * y, 0.5, "row", True),
+    "noise": lambda y: y * torch.randn_like(y),
+}
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+def test_a_constant_that_was_computed_from_the_pixels_is_no_constant(name):
+    middle = COMPUTED[name]
+    make = middle if isinstance(middle, type) else lambda: middle
+    model, x, unit = seeded(lambda: Between(make())), rand(2, 3, 9, 9), [(1, 2, 3, 2)]
+    with pytest.raises(ValueError, match="layer 'b': deconv has no rule for ") as error:
+        Projector(model)(x, "b", unit)
+    assert "\n" not in str(error.value)
+    found = Projector(model, strict=False)(x, "b", unit)
+    assert found.report.unsupported and not found.report.faithful
+    assert Projector(model)(x, "a", unit).report.faithful, "nothing of it lies below"
+
+
+CONSTANT = {
+    "number": lambda y: y * 3,
+    "of a shape": lambda y: y * torch.ones_like(y) * y.new_full((4, 1, 1), 2) * y.shape[1],
+    "places": lambda y: y * torch.arange(y.shape[3]).to(y),
+    "array": lambda y: y * torch.from_numpy(np.linspace(0, 1, y.shape[3])),
+    "list": lambda y: y * torch.tensor([1.0, 2, 3, 4]).to(y)[:, None, None],
+    "standardised filters": lambda y: F.conv2d(
+        y, standardised(torch.eye(4)[..., None, None]).to(y)
+    ),
+    "channels": lambda y: y[:, [2, 0, 1, 3]].index_select(1, torch.tensor([1, 0, 2, 3])),
+    "copied": lambda y: torch.zeros_like(y).copy_(y),
+    "shifted": lambda y: y.roll(2, 2),
+    "checked": lambda y: y * (1 if bool(y.isfinite().all()) else 2),
+    "bias drawn at random": lambda y: y + torch.randn_like(y),
+    "dropout": nn.Dropout(),
+    "batch norm": nn.BatchNorm2d(4),
+}
+
+
+def standardised(weight):
+    return (weight - weight.mean()) / weight.std()
+
+
+@pytest.mark.parametrize("name", CONSTANT)
+def test_a_true_constant_is_one(name):
+    model, x, unit = seeded(lambda: Between(CONSTANT[name])), rand(2, 3, 9, 9), [(1, 2, 3, 2)]
+    found, gradient = (
+        Projector(model, method=method)(x, "b", unit, seeds=torch.ones(1))
+        for method in ("deconv", "gradient")
+    )
+    assert found.report.faithful
+    assert_close(found.images, gradient.images)
+
+
+STEPS = {
+    **{f"computed: {name}": step for name, step in COMPUTED.items() if callable(step)},
+    **{f"constant: {name}": step for name, step in CONSTANT.items()},
+    "convolution": lambda y: F.conv2d(
+        y, torch.linspace(-1, 1, 144).view(4, 4, 3, 3).to(y), None, 1, 1
+    ),
+    "average": lambda y: F.avg_pool2d(y, 3, 1, 1),
+    "sum": lambda y: y + y.flip(1),
+    "upside down": lambda y: y.flip(2),
+}
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_what_is_reported_as_linear_is_linear(seed):
+    """f(a x + (1 - a) y) = a f(x) + (1 - a) f(y) where only linear operations are listed."""
+    random = np.random.default_rng(seed)
+    names = [str(name) for name in random.choice(sorted(STEPS), 3)]
+    names += [str(n) for n in random.choice([n for n in sorted(STEPS) if ":" not in n], 2)]
+    steps = [STEPS[name]() if isinstance(STEPS[name], type) else STEPS[name] for name in names]
+
+    def middle(y):
+        for step in steps:
+            y = step(y)
+        return y
+
+    model = seeded(lambda: Between(middle))
+    found = Projector(model, strict=False)(rand(1, 3, 9, 9), "b", [(0, 2, 3, 2)]).report
+    assert (found.unsupported == {}) == (not any(name.startswith("computed") for name in names))
+    if not found.unsupported and "constant: bias drawn at random" not in names:
+        x, y = rand(1, 3, 9, 9, seed=1), rand(1, 3, 9, 9, seed=2)
+        with torch.no_grad():
+            mixed = 0.3 * model(x) + 0.7 * model(y)
+            assert_close(model(0.3 * x + 0.7 * y), mixed, rtol=1e-9, atol=1e-9)
 
 
 # What holds whatever the network.
@@ -1381,8 +1572,8 @@ def test_units_of_low_layers_take_only_windows_of_their_images():
     H, W = maps.shape[2:]
     corners = [(0, 3, i, j) for i in (0, 1, H // 2, H - 1) for j in (0, W // 2 + 1, W - 1)]
     quick = Projector(layers)(x, "3", corners)
-    # The names of its layers and where they lie are found on the image, once.
-    windows = sizes[3:]
+    # The names of its layers, where they lie and what depends on the image are found once.
+    windows = sizes[6:]
     assert windows and max(h * w for h, w in windows) < 0.1 * x.shape[2] * x.shape[3]
     exact = Projector(layers, local=False)(x, "3", corners)
     assert_close(quick.images, exact.images, rtol=0, atol=1e-12 * float(exact.images.abs().max()))

@@ -11,12 +11,13 @@ part of a tensor; in older versions shapes) is found by sending zeros down.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -47,6 +48,7 @@ SUMS = {
 PRODUCTS = {"Mul", "Div", "Bmm", "Mm", "Addmm", "Convolution"}
 SKIPPED = "SkippedResponseNorm"
 LEAF = "AccumulateGrad"
+CUSTOM = "custom "
 # Something done in place to a part of a tensor, and what goes down through any such node: the part
 # is taken out of the signal, and the result put back.
 IN_PLACE = "CopySlices"
@@ -95,11 +97,15 @@ class Operations:
         ]
 
 
-def read(y: Tensor, *, constant_gates: bool = False) -> Operations:
+def read(
+    y: Tensor, *, constant_gates: bool = False, marked: Mapping[Node, str] | None = None
+) -> Operations:
     """The operations that lead from the pixels to y.
 
-    constant_gates: of a sigmoid that multiplies maps nothing is followed further down.
+    constant_gates: of a sigmoid that multiplies maps nothing is followed further down. marked: of
+    nodes what entered there without a gradient (`dependence`).
     """
+    marked = marked or {}
     order = in_order(y.grad_fn)
     gates = {node for op in order for node in gates_of(op)}
     if constant_gates:
@@ -109,13 +115,16 @@ def read(y: Tensor, *, constant_gates: bool = False) -> Operations:
     know_shapes([y])
     found = Operations(order, y.output_nr, gates=list(gates))
     for op in order:
-        if op.name == LEAF or (op.name == "Clone" and name_of(op.inputs[0][0]) == LEAF):
+        is_input = op.name == "Clone" and name_of(op.inputs[0][0]) == LEAF
+        if op.name == LEAF or (is_input and op.node not in marked):
             continue
         if op.node in gates:
             way = "as a constant gate" if constant_gates else "as a gate, with its gradient"
             kind, name = "extended", f"{_snake(op.name)} {way}"
         else:
             kind, name = _kind(op)
+        if op.node in marked and kind not in ("unsupported", "skipped"):
+            kind, name = "unsupported", marked[op.node]
         counts = getattr(found, kind)
         counts[name] = counts.get(name, 0) + 1
         if op.name.startswith("Clamp") and kind == "extended":
@@ -221,8 +230,13 @@ def inputs_of(node: Node) -> tuple[tuple[Node, int], ...]:
 def name_of(node: Node) -> str:
     # Of the class: in PyTorch 2.2 nodes that are written in Python have no name.
     name = type(node).__name__
-    name = node.name() if name == "CppFunction" else name
-    return re.sub(r"Backward\d*$", "", name).lstrip("_")
+    name = node.name().rpartition("::")[2] if name == "CppFunction" else name
+    name = re.sub(r"Backwards?\d*$", "", name).lstrip("_")
+    # A function of the model's own has a backward pass of its own, whatever it is called.
+    is_own = isinstance(node, BackwardCFunction) and not (
+        node._forward_cls.__module__.startswith(f"{__package__}.")
+    )
+    return f"{CUSTOM}{name}" if is_own else name
 
 
 def _signed(value: object) -> object:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from deconvnet.visualization import graph
+from deconvnet.visualization.dependence import Dependence, differing
 from deconvnet.visualization.fields import Lattice, Lattices, fields
 from deconvnet.visualization.projection import (
     LayerInfo,
@@ -41,6 +42,8 @@ from deconvnet.visualization.windows import Place, place_of
 
 GATES = ("constant", "gradient")
 MOST_WINDOWS = 64
+# Images that tell constants of a model from those of an image.
+OTHERS = 2
 # Of the largest activation: what another size of input may change, with room to spare.
 ROUNDING = 1e-3
 
@@ -83,6 +86,7 @@ class TrainedNetwork:
         # By the shape of an image: what a model calls may depend on it.
         self._calls: dict[tuple[int, ...], Counter[str]] = {}
         self._places: dict[tuple[str | int, ...], Place | None] = {}
+        self._suspects: dict[str, frozenset[int]] = {}
 
     @property
     def device(self) -> torch.device:
@@ -141,6 +145,8 @@ class TrainedNetwork:
         images = torch.unique(units[:, 0])
         result = None
         with self._working(), torch.enable_grad():
+            if len(units):
+                self._suspect(x[:1], layer)
             place = self._place(x, layer) if self.local and len(units) else None
             if place is not None:
                 check_units(units, len(x), layer, place.shape)
@@ -164,7 +170,7 @@ class TrainedNetwork:
         """Where the units of a layer lie, if windows of the images are enough for them."""
         key = _place_key(x, layer)
         if key not in self._places:
-            leaf, y = self._up_to(x[:1], layer)
+            leaf, y, _ = self._up_to(x[:1], layer)
             found, maps = graph.read(y, constant_gates=self._constant_gates), _maps(y, layer)
             lattice = Lattices(leaf, constant_gates=self._constant_gates).of(y.grad_fn)
             place = place_of(found, tuple(maps.shape[1:]), lattice, tuple(x.shape[2:]))
@@ -219,10 +225,10 @@ class TrainedNetwork:
     ) -> Projection:
         """The projections of units of windows x (U, C, h, w), one of each."""
         try:
-            leaf, y = self._up_to(x, layer, known=True)
+            leaf, y, watched = self._up_to(x, layer, known=True)
         except Exception as error:  # whatever a model does with a size that it was not made for
             raise _Unlike from error
-        found = graph.read(y, constant_gates=self._constant_gates)
+        found = graph.read(y, constant_gates=self._constant_gates, marked=watched.marked)
         if [op.name for op in found.order] != place.operations:
             raise _Unlike
         return self._project_graph(found, leaf, y, torch.arange(len(x)), layer, units, seeds)
@@ -231,9 +237,9 @@ class TrainedNetwork:
         self, x: Tensor, some: Tensor, layer: str, units: Tensor, seeds: Tensor | None
     ) -> Projection:
         """The projections of units of some images, which go through the network together."""
-        leaf, y = self._up_to(x[some.to(x.device)], layer)
+        leaf, y, watched = self._up_to(x[some.to(x.device)], layer)
         check_units(units, len(x), layer, tuple(_maps(y, layer).shape[1:]))
-        found = graph.read(y, constant_gates=self._constant_gates)
+        found = graph.read(y, constant_gates=self._constant_gates, marked=watched.marked)
         return self._project_graph(found, leaf, y, some, layer, units, seeds)
 
     def _project_graph(
@@ -288,9 +294,13 @@ class TrainedNetwork:
             )
         return signal, rules.met
 
-    def _up_to(self, x: Tensor, layer: str, *, known: bool = False) -> tuple[Tensor, Tensor]:
-        """The leaf that holds x, and what the layer makes of it. known: its name has been checked,
-        for images of another size."""
+    def _up_to(
+        self, x: Tensor, layer: str, *, known: bool = False
+    ) -> tuple[Tensor, Tensor, Dependence]:
+        """The leaf that holds x, what the layer makes of it, and what was seen on the way.
+
+        known: the name of the layer has been checked, for images of another size.
+        """
         ((name, call),) = [_split(layer)] if known else self._wanted(x, [layer])
         reached: list[Tensor] = []
         leaves: list[Tensor] = []
@@ -301,13 +311,31 @@ class TrainedNetwork:
                 leaves.append(leaf)
                 raise _Reached
 
-        self._pass(x, note, {name})
+        watched = Dependence(self._suspects.get(layer, frozenset()))
+        self._pass(x, note, {name}, watched)
         if not reached:
             raise ValueError(f"layer {layer!r}: the model does not call it for these images")
         y = reached[0]
         if y.grad_fn is None:
             raise ValueError(f"layer {layer!r}: its output does not depend on the image")
-        return leaves[0], y
+        return leaves[0], y, watched
+
+    def _suspect(self, x: Tensor, layer: str) -> None:
+        """Find constants on the way to a layer that depend on the image, although it cannot be
+        seen how: other images have others."""
+        if layer in self._suspects:
+            return
+        watched = self._up_to(x, layer)[2]
+        generator = torch.Generator().manual_seed(0)
+        found: frozenset[int] = frozenset()
+        for _ in range(OTHERS):
+            noise = torch.rand(x.shape, generator=generator, dtype=torch.float64).to(x)
+            try:
+                other = self._up_to(0.75 * x.flip(1, 2, 3) + 0.1 * noise, layer)[2]
+            except Exception:  # whatever a model does with an image that it does not expect
+                break
+            found |= differing(watched, other)
+        self._suspects[layer] = found
 
     def _wanted(self, x: Tensor, layers: list[str]) -> dict[tuple[str, int], str]:
         """The module and the number of the call that each name means."""
@@ -328,6 +356,7 @@ class TrainedNetwork:
         x: Tensor,
         note: Callable[[str, int, Tensor, Tensor], None],
         names: set[str] | None = None,
+        watched: Dependence | None = None,
     ) -> Counter[str]:
         """Run the model on x; note(name, call, output, leaf) for modules, in their order.
 
@@ -359,6 +388,10 @@ class TrainedNetwork:
                     stack.callback(module.register_forward_hook(hook(name)).remove)
             if skip:
                 stack.enter_context(SkippedNormalization())
+            if watched is not None:
+                watched.begin(leaf)
+                stack.callback(watched.finish)
+                stack.enter_context(watched)
             try:
                 # A copy: models that begin with an operation in place may not write into a leaf.
                 self.model(leaf.clone())
@@ -397,14 +430,18 @@ class TrainedNetwork:
     def _refuse(self, found: graph.Operations, layer: str) -> None:
         if self.strict and self.method != "gradient" and found.unsupported:
             names = ", ".join(f"{name} x{n}" for name, n in sorted(found.unsupported.items()))
-            raise ValueError(
-                f"layer {layer!r}: {self.method} has no rule for {names}; strict=False uses their "
-                "gradients and reports them, method='gradient' needs no rules"
+            remedy = (
+                "compiled parts hide what they do, give the model uncompiled"
+                if any("compiled" in name for name in found.unsupported)
+                else "strict=False uses their gradients and reports them, method='gradient' needs no "
+                "rules"
             )
+            raise ValueError(f"layer {layer!r}: {self.method} has no rule for {names}; {remedy}")
 
     @contextmanager
     def _working(self) -> Iterator[None]:
-        """In evaluation mode, parameters frozen, without autocast; everything as it was after."""
+        """In evaluation mode, parameters frozen, without autocast and compilation; everything as it
+        was after."""
         modes = [(module, module.training) for module in self.model.modules()]
         learned = [(p, p.requires_grad) for p in self.model.parameters()]
         try:
@@ -414,6 +451,7 @@ class TrainedNetwork:
             with (
                 torch.inference_mode(False),
                 torch.autocast(self.device.type, enabled=False),
+                _uncompiled(self.model),
             ):
                 yield
         finally:
@@ -421,6 +459,28 @@ class TrainedNetwork:
                 module.training = mode
             for p, learns in learned:
                 p.requires_grad_(learns)
+
+
+@contextmanager
+def _uncompiled(model: nn.Module) -> Iterator[None]:
+    """What was compiled runs as it was written: compiled parts hide their operations."""
+    compiled = [
+        (module, module._compiled_call_impl)
+        for module in model.modules()
+        if getattr(module, "_compiled_call_impl", None) is not None
+    ]
+    with ExitStack() as stack:
+        # From PyTorch 2.6 on also for functions; before they are refused by name.
+        if hasattr(torch.compiler, "set_stance"):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(torch.jit.optimized_execution(False))
+        try:
+            for module, _ in compiled:
+                module._compiled_call_impl = None
+            yield
+        finally:
+            for module, call in compiled:
+                module._compiled_call_impl = call
 
 
 def _place_key(x: Tensor, layer: str) -> tuple[str | int, ...]:
