@@ -743,6 +743,99 @@ def test_what_is_reported_as_linear_is_linear(seed):
             assert_close(model(0.3 * x + 0.7 * y), mixed, rtol=1e-9, atol=1e-9)
 
 
+class Apply(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, y):
+        return self.function(y)
+
+
+def kept(**options):
+    """A convolution called with its settings in the form given."""
+    weight = torch.linspace(-1, 1, 4 * 4 * 2 * 3, dtype=DOUBLE).view(4, 4, 2, 3)
+    return lambda y: F.conv2d(y, weight, **options)
+
+
+def pools(**options):
+    return lambda y: F.max_pool2d(F.pad(y, (2, 2, 2, 2)), **options)
+
+
+# Settings in every form that PyTorch keeps, and the same as pairs of numbers.
+FORMS = {
+    "valid": (kept(padding="valid"), kept(padding=(0, 0))),
+    "same": (
+        kept(padding="same"),
+        lambda y: kept()(F.pad(y, (1, 1, 0, 1))),
+    ),
+    "same, dilated": (
+        kept(padding="same", dilation=3),
+        lambda y: kept(dilation=(3, 3))(F.pad(y, (3, 3, 1, 2))),
+    ),
+    "module with valid": (
+        lambda: nn.Conv2d(4, 4, 3, padding="valid", stride=2),
+        lambda: nn.Conv2d(4, 4, 3, stride=(2, 2)),
+    ),
+    "module with same and reflection": (
+        lambda: nn.Conv2d(4, 4, (2, 3), padding="same", padding_mode="reflect"),
+        lambda: nn.Sequential(nn.ReflectionPad2d((1, 1, 0, 1)), nn.Conv2d(4, 4, (2, 3))),
+    ),
+    "one number in a tuple": (
+        kept(stride=(2,), padding=(1,), dilation=(2,)),
+        kept(stride=(2, 2), padding=(1, 1), dilation=(2, 2)),
+    ),
+    "one number for some": (kept(stride=[2], padding=(1, 0)), kept(stride=(2, 2), padding=(1, 0))),
+    "without a bias, by torch.convolution": (
+        lambda y: torch.convolution(y, y.new_ones(4, 2, 2, 2), None, [2], [1], [1], False, [0], 2),
+        lambda y: F.conv2d(y, y.new_ones(4, 2, 2, 2), None, (2, 2), (1, 1), (1, 1), 2),
+    ),
+    "transposed": (
+        lambda y: torch.convolution(y, y.new_ones(4, 4, 3, 3), None, [2], [1], [1], True, [1], 1),
+        lambda y: F.conv_transpose2d(y, y.new_ones(4, 4, 3, 3), None, (2, 2), (1, 1), (1, 1)),
+    ),
+    "max pooling": (pools(kernel_size=2), pools(kernel_size=(2, 2), stride=(2, 2))),
+    "max pooling, no stride": (
+        lambda y: torch.max_pool2d(y, [2]),
+        lambda y: torch.max_pool2d(y, (2, 2), (2, 2), (0, 0), (1, 1)),
+    ),
+    "max pooling, one number": (
+        pools(kernel_size=(3,), stride=(2,), padding=(1,), dilation=(2,), ceil_mode=True),
+        pools(kernel_size=3, stride=2, padding=1, dilation=2, ceil_mode=True),
+    ),
+    "average pooling": (
+        lambda y: torch._C._nn.avg_pool2d(y, [2]),
+        lambda y: F.avg_pool2d(y, (2, 2), (2, 2)),
+    ),
+    "average pooling, divided by another number": (
+        lambda y: F.avg_pool2d(y, (3,), (2,), (1,), True, False, 2),
+        lambda y: F.avg_pool2d(y, (3, 3), (2, 2), (1, 1), True, False, 2),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+def test_settings_mean_the_same_in_whatever_form_they_are_given(name):
+    x = rand(1, 3, 16, 15)
+    made = []
+    for form in FORMS[name]:
+        # A module is made, a function is taken as it is.
+        make = form if form.__code__.co_argcount == 0 else lambda form=form: form
+        model = seeded(lambda make=make: nn.Sequential(nn.Conv2d(3, 4, 3), Apply(make())))
+        units = [(0, 1, 2, 2), (0, 2, 0, 0)]
+        for local in (True, False):
+            found = Projector(model, local=local)(x, "1", units, seeds=torch.ones(2))
+            made.append(found)
+        made.append(Projector(model, overlap="normalised")(x, "1", units, seeds=torch.ones(2)))
+    for one, other in zip(made[:3], made[3:], strict=True):
+        assert_close(one.images, other.images, rtol=0, atol=1e-14)
+        assert torch.equal(one.boxes, other.boxes)
+    assert_close(made[0].images, made[1].images, rtol=0, atol=1e-14)
+
+
 # What holds whatever the network.
 
 

@@ -31,6 +31,7 @@ from deconvnet.visualization.graph import (
     in_order,
     inputs_of,
     name_of,
+    pair,
     shape_of,
 )
 
@@ -168,7 +169,7 @@ def _seen(op: Operation, box: Box, shape: tuple[int, ...]) -> list[Box | None]:
     """Of every input of an operation the part that a box of its result depends on."""
     rule = RULES.get(op.name) or _unknown
     shapes = [shape_of(node, nr) for node, nr in op.inputs]
-    if op.name == "Convolution" and len(op.saved("stride")) != 2:
+    if op.name == "Convolution" and not op.is_convolution:
         rule = _unknown
     empty = (box[..., 1] <= box[..., 0]).any(1)[:, None, None]
     seen = rule(op, box, shape, shapes)
@@ -234,9 +235,7 @@ def _permute(op: Operation, box: Box, shape: tuple, shapes: Shapes) -> list[Box]
 
 def _window(box: Box, kernel: object, stride: object, padding: object, dilation: object) -> Box:
     """What windows at the rows and columns of a box cover."""
-    kernel, stride, padding, dilation = (
-        np.array(list(value) * (3 - len(value))) for value in (kernel, stride, padding, dilation)
-    )
+    kernel, stride, padding, dilation = map(np.array, (kernel, stride, padding, dilation))
     first = box[:, 1:, 0] * stride - padding
     last = (box[:, 1:, 1] - 1) * stride - padding + dilation * (kernel - 1)
     seen = box.copy()
@@ -246,8 +245,8 @@ def _window(box: Box, kernel: object, stride: object, padding: object, dilation:
 
 def _convolution(op: Operation, box: Box, shape: tuple, shapes: Shapes) -> list[Box]:
     weight, groups = op.saved("weight"), op.saved("groups")
-    kernel, stride = np.array(weight.shape[2:]), np.array(op.saved("stride"))
-    padding, dilation = np.array(op.saved("padding")), np.array(op.saved("dilation"))
+    kernel, stride = np.array(weight.shape[2:]), np.array(op.pair("stride"))
+    padding, dilation = np.array(op.pair("padding")), np.array(op.pair("dilation"))
     if op.saved("transposed"):
         # Output o takes input i where o = i stride - padding + dilation tap.
         reach = dilation * (kernel - 1)
@@ -264,8 +263,9 @@ def _convolution(op: Operation, box: Box, shape: tuple, shapes: Shapes) -> list[
 
 
 def _pool(op: Operation, box: Box, shape: tuple, shapes: Shapes) -> list[Box]:
-    kernel, dilation = op.saved("kernel_size"), op.saved("dilation") or (1, 1)
-    return [_window(box, kernel, op.saved("stride") or kernel, op.saved("padding"), dilation)]
+    kernel, dilation = op.pair("kernel_size"), op.saved("dilation") or (1, 1)
+    stride = op.saved("stride") or kernel
+    return [_window(box, kernel, pair(stride), op.pair("padding"), pair(dilation))]
 
 
 def _adaptive_pool(op: Operation, box: Box, shape: tuple, shapes: Shapes) -> list[Box]:

@@ -11,7 +11,7 @@ part of a tensor; in older versions shapes) is found by sending zeros down.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -67,6 +67,15 @@ class Operation:
         value = getattr(self.node, f"_saved_{key}", None)
         return tuple(map(_signed, value)) if isinstance(value, tuple) else _signed(value)
 
+    def pair(self, key: str) -> tuple[int, int]:
+        """A setting of both axes of maps, of which PyTorch may keep one number."""
+        return pair(self.saved(key))
+
+    @property
+    def is_convolution(self) -> bool:
+        """Whether it is a two-dimensional convolution, or a transposed one."""
+        return self.name == "Convolution" and self.saved("weight").dim() == 4
+
 
 @dataclass
 class Operations:
@@ -88,13 +97,7 @@ class Operations:
     @property
     def convolutions(self) -> list[Operation]:
         """Those that are two-dimensional convolutions, transposed ones left out."""
-        return [
-            op
-            for op in self.order
-            if op.name == "Convolution"
-            and len(op.saved("stride")) == 2
-            and not op.saved("transposed")
-        ]
+        return [op for op in self.order if op.is_convolution and not op.saved("transposed")]
 
 
 def read(
@@ -237,6 +240,12 @@ def name_of(node: Node) -> str:
         node._forward_cls.__module__.startswith(f"{__package__}.")
     )
     return f"{CUSTOM}{name}" if is_own else name
+
+
+def pair(value: int | Sequence[int]) -> tuple[int, int]:
+    """What is set for both axes of maps, rows and columns, of which one number may be given."""
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * 2 if len(values) == 1 else values
 
 
 def _signed(value: object) -> object:

@@ -419,9 +419,9 @@ class TrainedNetwork:
         lattices = Lattices(leaf, constant_gates=self._constant_gates)
         uneven = []
         for op in found.convolutions:
-            weight, stride = op.saved("weight"), tuple(op.saved("stride"))
+            weight, stride = op.saved("weight"), op.pair("stride")
             kernel = tuple(weight.shape[2:])
-            if overlaps_unevenly(kernel, stride, op.saved("dilation")):
+            if overlaps_unevenly(kernel, stride, op.pair("dilation")):
                 name = names.get(weight.data_ptr(), "a convolution").removesuffix(".weight")
                 lattice = lattices.of(op.node)
                 uneven.append(Uneven(name, kernel, stride, lattice.stride if lattice else (0, 0)))
@@ -433,8 +433,8 @@ class TrainedNetwork:
             remedy = (
                 "compiled parts hide what they do, give the model uncompiled"
                 if any("compiled" in name for name in found.unsupported)
-                else "strict=False uses their gradients and reports them, method='gradient' needs no "
-                "rules"
+                else "strict=False uses their gradients and reports them, method='gradient' needs "
+                "no rules"
             )
             raise ValueError(f"layer {layer!r}: {self.method} has no rule for {names}; {remedy}")
 
