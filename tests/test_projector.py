@@ -1091,7 +1091,7 @@ def test_the_model_is_left_as_it_was(small, use):
         with pytest.raises(ValueError, match="gelu"):
             projector(x, "c4", [(0, 1, 2, 2)])
     elif use == "broken":
-        with pytest.raises(RuntimeError, match="out of order"):
+        with pytest.raises(ValueError, match="Small fails on images of .*: out of order"):
             projector.outputs(x)
     else:
         with pytest.raises(KeyError):
@@ -1199,7 +1199,7 @@ def test_layers_below_a_head_that_wants_another_size_are_there(caplog):
     assert layers[-1].name == "flatten"
     assert "the model fails above its layers: " in caplog.text and "mat1 and mat2" in caplog.text
     assert projector(x, "relu5", strongest(projector, x, "relu5")).images.any()
-    with pytest.raises(ValueError, match="layer 'fc6': no such layer"):
+    with pytest.raises(ValueError, match="layer 'fc6': the model fails before it: "):
         projector(x, "fc6", [(0, 0, 0, 0)])
     # Of another size the same projector has them.
     assert projector(rand(1, 3, 32, 32), "fc6", [(0, 0, 0, 0)]).images.shape == (1, 3, 32, 32)
@@ -1504,6 +1504,140 @@ def test_layers_that_do_not_depend_on_the_image_are_refused():
 
     with pytest.raises(ValueError, match="layer 'b': its output does not depend on the image"):
         Projector(seeded(Cut))(rand(1, 3, 9, 9), "b", [(0, 0, 1, 1)])
+
+
+def refused(model, x, layer="0"):
+    with pytest.raises(ValueError) as error:
+        Projector(model)(x, layer, [(0, 0, 0, 0)])
+    message = str(error.value)
+    assert "\n" not in message and len(message) < 500
+    return message
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (AssertionError("Wrong height!\nExpected 224"), "of 3x9x8: Wrong height! Expected 224"),
+        (AssertionError(), "of 3x9x8: AssertionError"),
+        (KeyError("head"), "of 3x9x8: KeyError: 'head'"),
+        (TypeError("no"), "of 3x9x8: TypeError: no"),
+        (NotImplementedError(), "of 3x9x8: NotImplementedError"),
+        (ZeroDivisionError("by zero"), "of 3x9x8: ZeroDivisionError: by zero"),
+    ],
+    ids=repr,
+)
+def test_what_a_model_raises_is_one_line_that_names_it_and_the_size_of_the_images(error, says):
+    class Fails(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x):
+            raise error
+
+    model, x = seeded(Fails), rand(1, 3, 9, 8)
+    message = f"the model Fails fails on images {says}"
+    assert refused(model, x) == message
+    for use in ("layers", "outputs"):
+        with pytest.raises(ValueError) as found:
+            getattr(Projector(model), use)(x)
+        assert str(found.value) == message and found.value.__cause__ is error
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "kind", ["scripted", "traced", "exported", "quantised", "meta", "lazy", "no"]
+)
+def test_models_that_cannot_be_looked_into_are_refused_with_what_to_do(kind):
+    net, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval(), torch.rand(1, 3, 9, 9)
+    make, says = {
+        "scripted": (lambda: torch.jit.script(net), "TorchScript .* load its state_dict"),
+        "traced": (lambda: torch.jit.trace(net, x), "TorchScript .* load its state_dict"),
+        "exported": (
+            lambda: torch.export.export(net, (x,)),
+            "model is ExportedProgram: .*module()",
+        ),
+        "quantised": (
+            lambda: nn.Sequential(torch.ao.nn.quantized.Conv2d(3, 4, 3)),
+            r"model is quantised \(0: Conv2d\)",
+        ),
+        "meta": (lambda: nn.Conv2d(3, 4, 3, device="meta"), "weight is on the meta device"),
+        "lazy": (lambda: nn.LazyConv2d(4, 3), "weight has no shape yet: run it once"),
+        "no": (lambda: net.forward, "model is method: expected torch.nn.Module"),
+    }[kind]
+    with pytest.raises(ValueError, match=says) as error:
+        Projector(make())
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["scripted", "traced", "graph"])
+def test_what_is_scripted_is_passed_but_is_no_layer(kind):
+    x = rand(2, 3, 9, 9)
+
+    class Part(nn.Module):
+        def __init__(self, part):
+            super().__init__()
+            self.a, self.part, self.b = nn.Conv2d(3, 4, 3), part, nn.Conv2d(4, 2, 3)
+
+        def forward(self, x):
+            return self.b(self.part(self.a(x)))
+
+    plain = seeded(lambda: Part(nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU())))
+    model = copy.deepcopy(plain)
+    if kind == "graph":
+        model = torch.fx.symbolic_trace(model)
+    else:
+        given = model.a(x)
+        make = torch.jit.script if kind == "scripted" else torch.jit.trace
+        model.part = make(model.part, *([] if kind == "scripted" else [given]))
+    unit = [(0, 1, 1, 2), (1, 0, 2, 2)]
+    expected = Projector(plain)(x, "b", unit)
+    projector = Projector(model)
+    for _ in range(3):  # TorchScript optimises what has been run twice
+        found = projector(x, "b", unit)
+        assert_close(found.images, expected.images, rtol=0, atol=1e-15)
+        assert found.report == expected.report
+        model(x)
+    if kind == "graph":
+        assert "part.1" in [layer.name for layer in projector.layers(x)]
+    else:
+        assert [layer.name for layer in projector.layers(x)] == ["a", "b"]
+        assert "layer 'part': it is TorchScript, which cannot be" in refused(model, x, "part")
+
+
+def test_modules_that_are_no_layers_are_told_from_names_that_do_not_exist():
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.flat, self.unused = nn.Conv2d(3, 4, 1), nn.Flatten(2), nn.Conv2d(4, 4, 1)
+            self.blocks = nn.ModuleList([nn.Identity(), nn.ReLU()])
+            self.fold, self.none = nn.Unfold(2), nn.Identity()
+
+        def forward(self, x):
+            y = self.a(x)
+            self.none([1])
+            for block in self.blocks:
+                y = block(y)
+            self.fold(y.flatten(0, 1)[:, None])
+            return self.flat(y)
+
+    model, x = seeded(Tokens), rand(2, 3, 5, 4)
+    assert refused(model, x, "flat").startswith(
+        "layer 'flat': its output is (N, 4, 20): tokens, not maps; "
+    )
+    assert "its output is (4, 4, 12): no maps (N, K, H, W)" in refused(model, x[:1], "fold")
+    assert "layer 'none': it gives no tensor" in refused(model, x, "none")
+    assert "layer 'unused': the model does not call it" in refused(model, x, "unused")
+    assert "did you mean blocks.1, blocks.0?" in refused(model, x, "blocks")
+    assert refused(model, x, "blocks.relu").startswith("layer 'blocks.relu': no such layer; ")
+    assert "the model calls no module that gives maps" in refused(nn.Conv2d(3, 4, 1), x.float())
+
+
+def test_a_name_of_a_part_is_told_its_layers():
+    model = seeded(lambda: without_head(models.resnet18))
+    message = refused(model, rand(1, 3, 33, 33), "layer1.relu")
+    assert "layer1.1.relu#1, layer1.1.relu#0, layer1.0.relu#1?" in message
 
 
 def test_outputs_that_are_no_maps_of_the_images_are_no_layers():

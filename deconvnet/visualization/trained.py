@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
+from torch.nn.parameter import is_lazy
 
 from deconvnet.visualization import graph
 from deconvnet.visualization.dependence import Dependence, differing
@@ -25,6 +26,7 @@ from deconvnet.visualization.projection import (
     LayerInfo,
     Projection,
     check_units,
+    choose_among,
     cut,
     no_such_layer,
 )
@@ -79,12 +81,20 @@ class TrainedNetwork:
         ):
             if value not in choices:
                 raise ValueError(f"{key}={value}: choose one of {', '.join(choices)}")
-        self.model = _unwrapped(model)
-        self.modules = {name: module for name, module in self.model.named_modules() if name}
+        self.model = checked_model(_unwrapped(model))
+        # TorchScript takes no hooks: what is scripted is passed, but is no layer.
+        self.modules = {
+            name: module
+            for name, module in self.model.named_modules()
+            if name and not isinstance(module, torch.jit.ScriptModule)
+        }
         self.method, self.strict, self.gates = method, strict, gates
         self.overlap, self.batch, self.local = overlap, batch, local
         # By the shape of an image: what a model calls may depend on it.
         self._calls: dict[tuple[int, ...], Counter[str]] = {}
+        # What modules give that is no maps, in words.
+        self._others: dict[str, str] = {}
+        self._uncalled = "the model does not call it for these images"
         self._places: dict[tuple[str | int, ...], Place | None] = {}
         self._suspects: dict[str, frozenset[int]] = {}
 
@@ -134,7 +144,10 @@ class TrainedNetwork:
 
     def outputs(self, x: Tensor) -> Tensor | None:
         with self._working(), torch.no_grad():
-            y = _tensor(self.model(x.detach().clone()))
+            try:
+                y = _tensor(self.model(x.detach().clone()))
+            except Exception as error:
+                raise self._failure(x, error) from error
         return y if y is not None and y.dim() == 2 else None
 
     def project(
@@ -347,9 +360,32 @@ class TrainedNetwork:
         wanted = {}
         for layer in layers:
             if layer not in known:
-                raise no_such_layer(layer, known)
+                raise self._no_layer(layer, known)
             wanted[_split(layer)] = layer
         return wanted
+
+    def _no_layer(self, layer: str, known: list[str]) -> ValueError:
+        """The error for a layer that is none, with the reason where a module has that name."""
+        name = _split(layer)[0]
+        part = dict(self.model.named_modules()).get(name) if name else None
+        if part is None or any(_split(each)[0] == name for each in known):
+            return no_such_layer(layer, known)
+        if isinstance(part, torch.jit.ScriptModule):
+            says = "it is TorchScript, which cannot be looked into"
+        else:
+            says = self._others.get(name, self._uncalled)
+        return ValueError(f"layer {layer!r}: {says}; {choose_among(layer, known)}")
+
+    def _failure(self, x: Tensor, error: Exception) -> ValueError:
+        """What the model itself raises for images x, in one line."""
+        reason = " ".join(str(error).split())[:300]
+        kind = type(error).__name__
+        known = isinstance(error, RuntimeError | ValueError | AssertionError) and reason
+        says = reason if known else f"{kind}: {reason}" if reason else kind
+        shape = "x".join(map(str, x.shape[1:]))
+        return ValueError(
+            f"the model {type(self.model).__name__} fails on images of {shape}: {says}"
+        )
 
     def _pass(
         self,
@@ -370,6 +406,7 @@ class TrainedNetwork:
         def hook(name: str) -> Callable[[nn.Module, tuple, object], None]:
             def call(module: nn.Module, given: tuple, output: object) -> None:
                 y = _tensor(output)
+                self._others[name] = _described(y, len(leaf))
                 # Not what a model folds into the dimension of the images.
                 if y is not None and y.dim() in (2, 4) and len(y) == len(leaf):
                     calls[name] += 1
@@ -398,9 +435,12 @@ class TrainedNetwork:
             except _Reached:
                 pass
             except Exception as error:
-                if names is not None or not calls or ours:
-                    raise
-                logger.warning("the model fails above its layers: %s", str(error).split("\n")[0])
+                if not ours and (names is not None or not calls):
+                    raise self._failure(x, error) from error
+                if not ours:
+                    says = str(error).split("\n")[0] or type(error).__name__
+                    self._uncalled = f"the model fails before it: {says}"
+                    logger.warning("the model fails above its layers: %s", says)
             if ours:  # which the model did not let through
                 raise ours[0]
         return calls
@@ -542,6 +582,44 @@ def _unwrapped(model: nn.Module) -> nn.Module:
             model = model._orig_mod
         else:
             return model
+
+
+def checked_model(model: nn.Module) -> nn.Module:
+    """A model whose layers can be looked into; ValueError in one line that says why not."""
+    kind = type(model).__name__
+    if not isinstance(model, nn.Module):
+        hint = "; give its .module()" if kind == "ExportedProgram" else ""
+        raise ValueError(f"model is {kind}: expected torch.nn.Module{hint}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(
+            f"model is TorchScript ({kind}), whose layers cannot be looked into: build the Python "
+            "class that it was made of, and load its state_dict()"
+        )
+    for name, part in model.named_modules():
+        if "quantized" in type(part).__module__.split("."):
+            raise ValueError(
+                f"model is quantised ({name or kind}: {type(part).__name__}), which has no "
+                "gradients: give it as it was before"
+            )
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise ValueError(f"model: {name} has no shape yet: run it once on an image")
+        if tensor.is_meta:
+            raise ValueError(
+                f"model: {name} is on the meta device, without values: build it on another device "
+                "and load its state_dict()"
+            )
+    return model
+
+
+def _described(y: Tensor | None, images: int) -> str:
+    """The output of a module that gives no maps, in words."""
+    if y is None:
+        return "it gives no tensor"
+    images_first = y.dim() > 0 and len(y) == images
+    shape = ", ".join(["N"] * images_first + list(map(str, y.shape[images_first:])))
+    kind = "tokens, not maps" if images_first and y.dim() == 3 else "no maps (N, K, H, W)"
+    return f"its output is ({shape}): {kind}"
 
 
 def _tensor(output: object) -> Tensor | None:
