@@ -1386,6 +1386,89 @@ def test_only_parameters_below_a_layer_matter(plain):
 # Names, and what is wrong.
 
 
+class ChannelsLast(nn.Module):
+    """Blocks on (N, H, W, C) between convolutions, or the same on (N, C, H, W)."""
+
+    def __init__(self, last):
+        super().__init__()
+        self.last = last
+        self.stem, self.depthwise = nn.Conv2d(3, 4, 2, 2), nn.Conv2d(4, 4, 3, padding=1, groups=4)
+        self.up = nn.Linear(4, 7) if last else nn.Conv2d(4, 7, 1)
+        self.act, self.drop, self.block = nn.ReLU(), nn.Dropout(), nn.Identity()
+        self.down = nn.Linear(7, 4) if last else nn.Conv2d(7, 4, 1)
+        self.scale = nn.Parameter(torch.rand(4) if last else torch.rand(4, 1, 1))
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = self.depthwise(x)
+        if self.last:
+            x, y = x.permute(0, 2, 3, 1), y.movedim(1, -1).contiguous()
+        y = self.block(x + self.scale * self.drop(self.down(self.act(self.up(y)))))
+        return self.head(y.mean((1, 2) if self.last else (2, 3)))
+
+
+@pytest.mark.parametrize("method", ["deconv", "guided", "gradient"])
+def test_maps_are_found_where_a_network_has_its_channels_last(method):
+    last = seeded(lambda: ChannelsLast(True))
+    first = seeded(lambda: ChannelsLast(False))
+    first.load_state_dict(
+        {n: t.view(first.state_dict()[n].shape) for n, t in last.state_dict().items()}
+    )
+    # As many rows as maps: nothing can be told from the shape.
+    x = rand(2, 3, 8, 10)
+    one, other = (Projector(net, method=method) for net in (last, first))
+    kinds = {layer.name: layer for layer in one.layers(x)}
+    for layer in other.layers(x):
+        found = kinds.pop(layer.name)
+        assert (found.shape, found.field, found.stride, found.offset) == (
+            *(layer.shape, layer.field, layer.stride, layer.offset),
+        )
+        maps = [each.responses(x, [layer.name])[layer.name] for each in (one, other)]
+        assert_close(*maps, rtol=1e-12, atol=1e-12)
+        K, H, W = layer.shape
+        units = [(0, K - 1, H // 2, W // 2), (1, 1, 0, W - 1), (0, 1, 0, W - 1)]
+        projections = [each(x, layer.name, units) for each in (one, other)]
+        assert_close(projections[0].images, projections[1].images, rtol=0, atol=1e-12)
+        assert_close(projections[0].values, projections[1].values)
+        assert torch.equal(projections[0].boxes, projections[1].boxes)
+        assert torch.equal(projections[0].fields, projections[1].fields)
+    assert kinds == {}
+    with pytest.raises(ValueError, match="up has 7 maps of 4x5"):
+        one(x, "up", [(0, 7, 0, 0)])
+
+
+@pytest.mark.parametrize("maker", [models.convnext_tiny, models.swin_t, models.swin_v2_t])
+def test_published_networks_with_channels_last_have_maps_of_the_size_of_their_stage(maker):
+    net = without_classifier(maker)
+    net.features = net.features[:3]
+    projector = Projector(net.eval(), method="gradient")
+    x = torch.rand(1, 3, 32, 32)
+    for layer in projector.layers(x):
+        if layer.name.startswith("features."):
+            assert layer.shape[1:] in ((8, 8), (4, 4)) and layer.shape[0] in (96, 192, 384), layer
+    layer = "features.1.0"
+    maps = net.features[1][0](net.features[0](x))
+    maps = maps if maker is models.convnext_tiny else maps.permute(0, 3, 1, 2)
+    assert_close(projector.responses(x, [layer])[layer], maps)
+    leaf = x.clone().requires_grad_()
+    maps = net.features[1][0](net.features[0](leaf))
+    unit = maps[0, 17, 3, 5] if maker is models.convnext_tiny else maps[0, 3, 5, 17]
+    (gradient,) = torch.autograd.grad(unit, leaf)
+    found = projector(x, layer, [(0, 17, 3, 5)], seeds=torch.ones(1))
+    assert_close(found.images, gradient, rtol=1e-4, atol=1e-6)
+
+
+def without_classifier(maker):
+    """A network of torchvision with random parameters, its upper stages left out."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = maker()
+    net.norm = net.permute = net.avgpool = net.flatten = net.head = nn.Identity()
+    net.classifier = nn.Identity()
+    return net
+
+
 def test_layers_are_listed_in_their_order_with_shapes_and_fields(small):
     net, x = small
     layers = {layer.name: layer for layer in Projector(net).layers(x)}

@@ -22,6 +22,7 @@ from torch.nn.parameter import is_lazy
 from deconvnet.visualization import graph
 from deconvnet.visualization.dependence import Dependence, differing
 from deconvnet.visualization.fields import Lattice, Lattices, fields
+from deconvnet.visualization.layout import Layouts
 from deconvnet.visualization.projection import (
     LayerInfo,
     Projection,
@@ -48,6 +49,9 @@ MOST_WINDOWS = 64
 OTHERS = 2
 # Of the largest activation: what another size of input may change, with room to spare.
 ROUNDING = 1e-3
+
+# The name of a module, the number of its call, what it gives, and the node of that.
+Seen = tuple[str, int, Tensor, Node | None]
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +96,8 @@ class TrainedNetwork:
         self.overlap, self.batch, self.local = overlap, batch, local
         # By the shape of an image: what a model calls may depend on it.
         self._calls: dict[tuple[int, ...], Counter[str]] = {}
+        # Calls of modules whose maps are (N, H, W, K).
+        self._last: set[tuple[str, int]] = set()
         # What modules give that is no maps, in words.
         self._others: dict[str, str] = {}
         self._uncalled = "the model does not call it for these images"
@@ -104,25 +110,41 @@ class TrainedNetwork:
         return tensors[0].device if tensors else torch.device("cpu")
 
     def layers(self, x: Tensor) -> list[LayerInfo]:
-        found: list[tuple[LayerInfo, int, Tensor, Node | None]] = []
-        lattices: list[Lattices] = []
+        found, calls, lattices = self._look(x)
+        layers = []
+        for name, call, y, node in found:
+            # Tables that a model makes of its parameters alone are no layers.
+            if node is None:
+                continue
+            kind, shape = type(self.modules[name]).__name__, tuple(self._maps(y, name, call).shape)
+            info = LayerInfo(_call_name(name, call, calls), kind, shape[1:])
+            if y.dim() == 4:
+                info = _located(info, lattices.of(node))
+            layers.append(info)
+        return layers
+
+    def _look(self, x: Tensor) -> tuple[list[Seen], Counter[str], Lattices]:
+        """All layers as the first of some images x passes them, and how often each is called."""
+        found: list[Seen] = []
+        leaves: list[Tensor] = [x]
 
         def note(name: str, call: int, y: Tensor, leaf: Tensor) -> None:
-            if not lattices:
-                lattices.append(Lattices(leaf, constant_gates=self._constant_gates))
-            kind, shape = type(self.modules[name]).__name__, tuple(_maps(y, name).shape[1:])
+            leaves[0] = leaf
             # The node as it is now: what is done in place to y later has a node of its own.
-            found.append((LayerInfo(name, kind, shape), call, y, y.grad_fn))
+            found.append((name, call, y, y.grad_fn))
 
         with self._working(), torch.enable_grad():
             calls = self._calls[x.shape[1:]] = self._pass(x[:1].detach(), note)
             graph.know_shapes([y for _, _, y, node in found if node is not None])
-        layers = []
-        for info, call, y, node in found:
-            if y.dim() == 4 and node is not None:
-                info = _located(info, lattices[0].of(node))
-            layers.append(replace(info, name=_call_name(info.name, call, calls)))
-        return layers
+        layouts = Layouts()
+        self._last |= {(name, call) for name, call, _, node in found if layouts.last(node)}
+        return found, calls, Lattices(leaves[0], constant_gates=self._constant_gates)
+
+    def _maps(self, y: Tensor, name: str, call: int) -> Tensor:
+        """Maps (N, K, H, W) of what a module gives; of vectors (N, K) maps of one place."""
+        if y.dim() == 2:
+            return y[:, :, None, None]
+        return y.movedim(3, 1) if (name, call) in self._last else y
 
     def responses(
         self, x: Tensor, layers: list[str], reduce: Callable[[str, Tensor], object]
@@ -134,7 +156,7 @@ class TrainedNetwork:
             key = wanted.get((name, call))
             if key is None:
                 return
-            found[key] = reduce(key, _maps(y, key))
+            found[key] = reduce(key, self._maps(y, name, call))
             if len(found) == len(wanted):
                 raise _Reached
 
@@ -184,7 +206,8 @@ class TrainedNetwork:
         key = _place_key(x, layer)
         if key not in self._places:
             leaf, y, _ = self._up_to(x[:1], layer)
-            found, maps = graph.read(y, constant_gates=self._constant_gates), _maps(y, layer)
+            found = graph.read(y, constant_gates=self._constant_gates)
+            maps = self._maps(y, *_split(layer))
             lattice = Lattices(leaf, constant_gates=self._constant_gates).of(y.grad_fn)
             place = place_of(found, tuple(maps.shape[1:]), lattice, tuple(x.shape[2:]))
             if place is not None and not self._answers_alike(x[:1], layer, maps.detach()[0], place):
@@ -202,8 +225,8 @@ class TrainedNetwork:
             window = place.windows(unit)
             i, j = place.within(unit, window)[0, 2:].tolist()
             try:
-                y = _maps(self._up_to(cut(x, window), layer, known=True)[1], layer)
-                found = y.detach()[0, :, i, j]
+                y = self._up_to(cut(x, window), layer, known=True)[1]
+                found = self._maps(y, *_split(layer)).detach()[0, :, i, j]
             except Exception:  # whatever a model does with a size that it was not made for
                 return False
             expected = maps[:, unit[0, 2], unit[0, 3]]
@@ -251,7 +274,8 @@ class TrainedNetwork:
     ) -> Projection:
         """The projections of units of some images, which go through the network together."""
         leaf, y, watched = self._up_to(x[some.to(x.device)], layer)
-        check_units(units, len(x), layer, tuple(_maps(y, layer).shape[1:]))
+        shape = tuple(self._maps(y, *_split(layer)).shape[1:])
+        check_units(units, len(x), layer, shape)
         found = graph.read(y, constant_gates=self._constant_gates, marked=watched.marked)
         return self._project_graph(found, leaf, y, some, layer, units, seeds)
 
@@ -267,8 +291,8 @@ class TrainedNetwork:
     ) -> Projection:
         """The projections of units down what has led from the leaf to y; some: its images."""
         self._refuse(found, layer)
-        maps = _maps(y, layer)
-        fields, boxes = (self._boxes(found, units, leaf, clip) for clip in (False, True))
+        maps, last = self._maps(y, *_split(layer)), _split(layer) in self._last
+        fields, boxes = (self._boxes(found, units, leaf, clip, last) for clip in (False, True))
         uneven = self._uneven(found, leaf)
         n, k, i, j = units.to(maps.device).unbind(1)
         n = torch.searchsorted(some.to(n.device), n.contiguous())
@@ -281,7 +305,8 @@ class TrainedNetwork:
             at = n[chosen], k[chosen], i[chosen], j[chosen]
             seed = torch.zeros_like(maps)
             seed[at] = seeds[chosen]
-            signal, met = self._down(found, y, leaf, seed.reshape(y.shape))
+            seed = seed.movedim(1, 3) if last else seed.reshape(y.shape)
+            signal, met = self._down(found, y, leaf, seed)
             images[chosen] = signal[n[chosen]]
         report = Report(
             self.method,
@@ -354,8 +379,7 @@ class TrainedNetwork:
         """The module and the number of the call that each name means."""
         calls = self._calls.get(x.shape[1:])
         if calls is None:
-            with torch.no_grad(), self._working():
-                calls = self._calls[x.shape[1:]] = self._pass(x[:1], lambda *_: None)
+            calls = self._look(x)[1]
         known = [_call_name(name, call, calls) for name in calls for call in range(calls[name])]
         wanted = {}
         for layer in layers:
@@ -449,9 +473,11 @@ class TrainedNetwork:
     def _constant_gates(self) -> bool:
         return self.gates == "constant" and self.method != "gradient"
 
-    def _boxes(self, found: graph.Operations, units: Tensor, leaf: Tensor, clip: bool) -> Tensor:
+    def _boxes(
+        self, found: graph.Operations, units: Tensor, leaf: Tensor, clip: bool, last: bool
+    ) -> Tensor:
         """(U, 4) top, left, bottom, right."""
-        rows_columns = fields(found, units[:, 1:].numpy(), leaf, clip=clip)
+        rows_columns = fields(found, units[:, 1:].numpy(), leaf, clip=clip, last=last)
         return torch.from_numpy(np.ascontiguousarray(rows_columns.transpose(0, 2, 1))).flatten(1)
 
     def _uneven(self, found: graph.Operations, leaf: Tensor) -> tuple[Uneven, ...]:
@@ -630,15 +656,6 @@ def _tensor(output: object) -> Tensor | None:
     if isinstance(values, list | tuple):
         return next((value for value in values if isinstance(value, Tensor)), None)
     return None
-
-
-def _maps(y: Tensor, name: str) -> Tensor:
-    """Maps (N, K, H, W); of vectors (N, K) maps of one place."""
-    if y.dim() not in (2, 4):
-        raise ValueError(
-            f"layer {name!r} gives {tuple(y.shape)}: expected maps (N, K, H, W) or vectors (N, K)"
-        )
-    return y if y.dim() == 4 else y[:, :, None, None]
 
 
 def _split(name: str) -> tuple[str, int]:
