@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from deconvnet import config
+from deconvnet import config, files
 from deconvnet.data import Crop, DataSettings, LazyImages, lazy_images
 from deconvnet.monitor import save_picture
 from deconvnet.visualization.models import Subject, save_model
@@ -93,6 +93,7 @@ class Examples:
             yield self.pixels[n].expand(-1, 3, -1, -1).float() / 255, self.targets[n]
 
 
+config.register()
 ConfigStore.instance().store(name="cnn_schema", node=CnnSettings)
 
 
@@ -103,15 +104,19 @@ def main(cfg: DictConfig) -> None:
         with config.one_line_errors(ValueError, OSError):
             config.check_keys(cfg)
             config.check_complete(cfg)
-            run(OmegaConf.to_object(cfg), folder)
+            settings = OmegaConf.to_object(cfg)
+            if any(folder.glob("epoch-*.safetensors")):
+                raise ValueError(
+                    f"{folder} holds a network already: choose another name=..., or remove it"
+                )
+            with files.locked(folder), config.logged(cfg, folder):
+                run(settings, folder)
     except KeyboardInterrupt:
         log.warning("stopped; the network files of the epochs before are in %s", folder)
         raise SystemExit(130) from None
 
 
 def run(settings: CnnSettings, folder: Path) -> None:
-    if any(folder.glob("epoch-*.safetensors")):
-        raise ValueError(f"{folder} holds a network already: choose another name=..., or remove it")
     device = config.device(settings.device)
     train, test, labels = examples(settings)
     # Parameters, dropout, order and shifts are drawn from the one generator.
