@@ -24,6 +24,8 @@ ORDER = [
     "learning",
     "filtering",
     "preprocessing",
+    "decoding",
+    "shards",
     "data",
     "checkpoint",
     "codes",
