@@ -69,7 +69,7 @@ def read_image(path: str | Path) -> Tensor:
     one line, "cannot read <path>: <reason>". An image of more than PIL.Image.MAX_IMAGE_PIXELS, 89
     million, is refused; the environment variable DECONVNET_MAX_PIXELS sets another limit.
     """
-    return Content(Path(path), str(path)).image()
+    return Content(user_path(path), str(path)).image()
 
 
 def digest_file(path: str | Path) -> str:
@@ -77,7 +77,12 @@ def digest_file(path: str | Path) -> str:
 
     ValueError in one line where it cannot be read.
     """
-    return Content(Path(path), str(path)).digest()
+    return Content(user_path(path), str(path)).digest()
+
+
+def user_path(path: str | Path) -> Path:
+    """A path as it was typed, with ~ for the home of a user where there is one of that name."""
+    return Path(os.path.expanduser(path))
 
 
 @dataclass(frozen=True)
@@ -344,8 +349,11 @@ class _Samples:
         return cls(
             bits=bits if picture.mode[0] == "I" or kind == SIGNED else None,
             signed=kind == SIGNED,
-            # Where Pillow inverts itself, its name of the order of the bits has an I at the end.
-            inverted=photometric == WHITE_IS_ZERO and "I" not in raw.partition(";")[2],
+            # Pillow inverts few bits itself; if it comes to do so with more, its name of the order
+            # of the bits will have an I after the semicolon, as for few.
+            inverted=photometric == WHITE_IS_ZERO
+            and picture.mode[0] in "IF"
+            and "I" not in raw.partition(";")[2],
             # libtiff hands over numbers as this machine has them, Pillow reads those of the file.
             swapped=packed and raw in ("I;16BS", "I;32BS", "F;32BF") and _little_endian(),
         )
