@@ -47,7 +47,8 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 # The environment variable for images larger than Pillow's limit against decompression bombs.
 LIMIT = "DECONVNET_MAX_PIXELS"
 
-BUFFER = 1 << 20  # bytes that are read at a time
+DIGESTED = 1 << 20  # bytes that are read at a time for a digest
+BUFFERED = 1 << 16  # and for an image, whose decoder wants a few at a time
 
 # Tags of TIFF, and those of their values that are named below.
 COMPRESSION, PHOTOMETRIC, PLANES, SAMPLES = 259, 262, 284, 339
@@ -111,7 +112,7 @@ class Content:
         found = hashlib.sha256()
         try:
             with self.open() as file:
-                while part := file.read(BUFFER):
+                while part := file.read(DIGESTED):
                     found.update(part)
         except (OSError, ValueError) as error:
             raise ValueError(f"cannot read {shown_name(self.name)}: {reason(error)}") from error
@@ -122,7 +123,8 @@ class Content:
         size = check_file(self.path)
         whole = self.parts is None
         parts = ((0, 0, size),) if whole else self.parts
-        return io.BufferedReader(_Parts(self.path, parts, size if whole else self.size), BUFFER)
+        stream = _Parts(self.path, parts, size if whole else self.size)
+        return io.BufferedReader(stream, BUFFERED)
 
 
 class _Parts(io.RawIOBase):
