@@ -27,6 +27,8 @@ ORDER = [
     "learning",
     "filtering",
     "preprocessing",
+    "decoding",
+    "shards",
     "data",
     "files",
     "checkpoint",
