@@ -8,15 +8,17 @@ the only place that knows Hydra.
 from __future__ import annotations
 
 import difflib
+import errno
 import logging
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from hydra.core.config_store import ConfigStore
@@ -40,6 +42,9 @@ OF_MODELS = {
     *("weights", "options", "mean", "std", "order", "checkpoints"),
     *("method", "strict", "gates", "overlap"),
 }
+# Settings by which a command takes less memory, and what libraries say when there is none left.
+LARGE = ("chunk", "batch", "memory", "data.size", "data.max_images", "max_images", "count")
+NO_MEMORY = ("out of memory", "allocate memory", "not enough memory", "bad_alloc", "bad allocation")
 # Read before `launch` sets it for its own purpose.
 WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
@@ -378,11 +383,19 @@ def _is_sweep(path: Path, name: str) -> bool:
 def launch(main: Callable[[], None], schema: type) -> None:
     """Run a Hydra main so that a user's mistake ends in one line and exit code 1.
 
-    schema: the dataclass of its settings. HYDRA_FULL_ERROR=1 in the environment shows the
-    traceback.
+    schema: the dataclass of its settings. Ctrl-C ends it with 130, and a reader that has seen
+    enough, as in `| head`, with 141, as the shell does. HYDRA_FULL_ERROR=1 in the environment shows
+    tracebacks.
     """
     # Hydra then raises instead of printing a traceback of its own.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    logging.raiseExceptions = WANTS_TRACEBACK
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        # Names of files may have characters that the terminal lacks.
+        stream.reconfigure(errors="backslashreplace")
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        # The scripts are silent while they load their libraries; from here on there is more to do.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         arguments.make_ready(schema)
         if int(os.environ.get("RANK", 0)) > 0:
@@ -391,15 +404,50 @@ def launch(main: Callable[[], None], schema: type) -> None:
             sys.argv += ["hydra.verbose=false"]
             logging.disable(logging.INFO)
         main()
-    except (HydraException, OmegaConfBaseException, OSError, ValueError) as error:
-        if WANTS_TRACEBACK:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        _finish("stopped", 130)
+    except BrokenPipeError:
+        # Python writes what is left at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
+    except Exception as error:
+        if WANTS_TRACEBACK or not (message := _explain(error, schema)):
             raise
-        sys.exit(f"configuration error: {arguments.explain(error, schema) or _one_line(error)}")
-    except (TypeError, AttributeError, AssertionError) as error:
-        # Hydra's own, where it did not think of an argument such as data=[1].
-        if WANTS_TRACEBACK or not _raised_in(error, ("hydra", "omegaconf")):
-            raise
-        sys.exit(f"configuration error: Hydra cannot make sense of the arguments ({error})")
+        _finish(message, 1)
+
+
+def _finish(message: str, code: int) -> NoReturn:
+    print(message, file=sys.stderr)
+    raise SystemExit(code)
+
+
+def _explain(error: Exception, schema: type) -> str | None:
+    """What a user can do about an error, in one line; None if it is a fault of this package."""
+    if _is_memory(error):
+        keys = [key for key in LARGE if arguments.has(schema, key)]
+        lower = f"lower {' or '.join(f'{key}=' for key in keys)}" if keys else "use smaller images"
+        return f"error: out of memory: {lower} ({_one_line(error)[:200]})"
+    if isinstance(error, HydraException | OmegaConfBaseException | OSError | ValueError):
+        return f"configuration error: {arguments.explain(error, schema) or _one_line(error)}"
+    inside = ("hydra", "omegaconf", "yaml", "antlr4")
+    if isinstance(error, RecursionError) and _raised_in(error, inside):
+        return "configuration error: nested too deeply, or with a reference to itself"
+    # Where Hydra did not think of an argument, such as hydra.launcher._target_=x.
+    unforeseen = (TypeError, AttributeError, AssertionError, RuntimeError, ImportError)
+    if isinstance(error, unforeseen) and _raised_in(error, inside):
+        what = f"({_one_line(error)})"
+        return f"configuration error: Hydra cannot make sense of the arguments {what}"
+    return None
+
+
+def _is_memory(error: Exception) -> bool:
+    """Whether there was not enough memory, on whatever device."""
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        return True
+    message = str(error).lower()
+    return isinstance(error, RuntimeError) and any(said in message for said in NO_MEMORY)
 
 
 def _raised_in(error: BaseException, packages: tuple[str, ...]) -> bool:
@@ -416,9 +464,10 @@ def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
     try:
         yield
     except kinds as error:
-        if WANTS_TRACEBACK:
+        # What `launch` has better words for.
+        if WANTS_TRACEBACK or isinstance(error, BrokenPipeError) or _is_memory(error):
             raise
-        raise SystemExit(f"error: {error}") from None
+        raise SystemExit(f"error: {' '.join(str(error).splitlines())}") from None
 
 
 def check_keys(node: DictConfig, prefix: str = "") -> None:
