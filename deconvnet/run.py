@@ -87,7 +87,7 @@ class Run:
         self.initial = _parts(init) if init and self.state is None else None
         self._adopt()
         self._check_place()
-        where = self.folder if resume == "auto" else resume
+        where = os.path.relpath(self.folder) if resume == "auto" else resume
         other = self._other_settings(where, elsewhere=resume != "auto", by_images=digests)
         self.images = digests and _as_tensor(digests())
         other += self._other_images(where, elsewhere=resume != "auto")

@@ -123,7 +123,7 @@ class FileStates(States):
     def __getitem__(self, part: Tensor) -> Tensor | None:
         if self.shape is None:
             return None
-        found = torch.zeros(len(part), *self.shape)
+        found = torch.zeros(len(part), *self.shape, dtype=torch.float32)
         passes = self.passes[self._rows(part).cpu()].tolist()
         for n, (image, turn) in enumerate(zip(part.tolist(), passes, strict=True)):
             if turn >= 0:
@@ -278,7 +278,8 @@ def all_states(parts: list[dict]) -> dict:
         return torch.cat(tensors)[order]
 
     def numbers(name: str, part: dict) -> Tensor:
-        return part["numbers"].get(name, torch.full((len(part["images"]), 1, 1, 1), math.nan))
+        none = torch.full((len(part["images"]), 1, 1, 1), math.nan, dtype=torch.float32)
+        return part["numbers"].get(name, none)
 
     return {
         "images": images[order],

@@ -48,7 +48,7 @@ from deconvnet.visualization.mining import Top, merge, mine, of_one_size
 from deconvnet.visualization.models import Subject
 from deconvnet.visualization.occlusion import occlusion, occlusion_picture
 from deconvnet.visualization.pages import Findings, write_pages
-from deconvnet.visualization.projection import LayerInfo
+from deconvnet.visualization.projection import LayerInfo, choose_among
 from deconvnet.visualization.projector import Projector
 from deconvnet.visualization.rules import METHODS, OVERLAPS
 from deconvnet.visualization.trained import GATES
@@ -139,9 +139,8 @@ def survey(
     infos = {info.name: info for info in layers_of(projector, images[0])}
     chosen = settings.layers or default_layers(list(infos.values()))
     if not chosen:
-        raise ValueError(
-            f"layers=null: {subject.name} has no layer of maps; choose among {', '.join(infos)}"
-        )
+        among = f"choose among {', '.join(infos)}" if infos else choose_among("", [])
+        raise ValueError(f"layers=null: {subject.name} has no layer of maps; {among}")
     _try(projector, images[0], chosen)
     state = Findings(
         subject,
@@ -207,12 +206,7 @@ def default_layers(infos: list[LayerInfo]) -> list[str]:
 
 def layers_of(projector: Projector, image: Tensor) -> list[LayerInfo]:
     """`Projector.layers` for an image (3, H, W) in [0, 1]; ValueError if the model fails on it."""
-    x = projector.prepare(image[None])
-    try:
-        return projector.layers(x)
-    except RuntimeError as error:
-        shape, reason = "x".join(map(str, x.shape[1:])), str(error).strip().split("\n")[0]
-        raise ValueError(f"the model fails on an image of {shape}: {reason}") from error
+    return projector.layers(projector.prepare(image[None]))
 
 
 def _try(projector: Projector, image: Tensor, layers: list[str]) -> None:

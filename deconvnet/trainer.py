@@ -35,6 +35,7 @@ from deconvnet.learning import (
     update_filters,
     update_filters_by_cg,
 )
+from deconvnet.modes import plain
 from deconvnet.monitor import EpochStats, RankLoad, memory_used
 from deconvnet.network import DeconvNet, Layer, Target, check_size, seeded
 from deconvnet.operators import Identity, Operator
@@ -202,7 +203,7 @@ class LayerTrainer:
         """Nothing more is learned: files of states are closed."""
         self.codes.close()
 
-    @torch.no_grad()
+    @plain
     def update(self, *, stop: bool = False) -> EpochStats | None:
         """Visit the next batch and update the filters; at the end of an epoch, what it saw.
 

@@ -20,6 +20,7 @@ from deconvnet import checkpoint
 from deconvnet.codes import Codes
 from deconvnet.corpus import Corpus, Source
 from deconvnet.distributed import ALONE, Ranks
+from deconvnet.modes import plain
 from deconvnet.monitor import InferencePoint, LayerResult, Monitor
 from deconvnet.network import DeconvNet, Layer, Target
 from deconvnet.preprocessing import Spread
@@ -52,6 +53,7 @@ class Interrupted(Exception):
     """Training was asked to stop and has saved its state."""
 
 
+@plain
 def train(
     net: DeconvNet,
     images: Tensor | Source,

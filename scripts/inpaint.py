@@ -5,6 +5,7 @@ python scripts/inpaint.py run=runs/denoise-rgb image=photo.png missing=scratches
 
 import os
 import signal
+from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
@@ -44,6 +45,7 @@ def inpaint(settings: config.InpaintConfig) -> None:
     restore(
         *(settings.run, settings.image, job),
         folder="inpainted",
+        inputs=[Path(settings.missing).expanduser()],
         device=config.device(settings.device),
         **settings.common(),
     )

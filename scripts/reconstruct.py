@@ -19,6 +19,7 @@ if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from deconvnet import config, load
+from deconvnet.applications.pictures import check_targets
 from deconvnet.data import distinct_names, image_files, read_image
 from deconvnet.monitor import save_picture
 from deconvnet.network import snr
@@ -40,12 +41,12 @@ def reconstruct(cfg: config.ReconstructConfig) -> None:
     net.layer(layer)
     paths = image_files(cfg.images)
     beside = source if source.is_dir() else source.parent
-    folder = Path(str(cfg.output or beside / "reconstructions"))
-    folder.mkdir(parents=True, exist_ok=True)
-    named = zip(paths, distinct_names(paths), strict=True)
-    for path, name in tqdm(
-        named, total=len(paths), unit="image", leave=False, disable=len(paths) == 1
-    ):
+    folder = Path(str(cfg.output or beside / "reconstructions")).expanduser()
+    named = list(zip(paths, distinct_names(paths), strict=True))
+    endings = [".png", "-parts.png"] if cfg.parts else [".png"]
+    targets = [folder / f"{name}-layer{layer}{end}" for _, name in named for end in endings]
+    check_targets(targets, [source, *paths])
+    for path, name in tqdm(named, unit="image", leave=False, disable=len(paths) == 1):
         image = read_image(path)[None].to(net.device)
         codes = net.infer(image, depth=layer)
         pixels = net.reconstruct(codes)

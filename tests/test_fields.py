@@ -30,7 +30,7 @@ TOO_LARGE = {
     "patches folded",
     "pixel shuffle",
     "repeat",
-    "rows and columns swapped twice",
+    "tokens and back",
     "unbind",
 }
 # At the border they see what lies within it.
@@ -56,6 +56,11 @@ class Apply(nn.Module):
 
     def forward(self, y):
         return self.function(y)
+
+
+class Permute(Apply):
+    def __init__(self, *axes):
+        super().__init__(lambda y: y.permute(axes))
 
 
 class Residual(nn.Module):
@@ -117,6 +122,10 @@ def fold_patches(y):
     N, C = y.shape[:2]
     y = y[:, :, :16, :20].reshape(N, C, 8, 2, 10, 2)
     return y.permute(0, 1, 3, 5, 2, 4).reshape(N, 4 * C, 8, 10)
+
+
+def merged(y):
+    return torch.cat([y[:, 0::2, 0:-1:2], y[:, 0::2, 1::2]], 3)
 
 
 def up(**options):
@@ -205,6 +214,27 @@ NETS = {
     "pixel shuffle": nn.PixelShuffle(2),
     "patches folded": Apply(fold_patches),
     "response normalisation": nn.LocalResponseNorm(3),
+    "channels last": nn.Sequential(
+        Permute(0, 2, 3, 1),
+        nn.Linear(4, 5),
+        nn.GELU(),
+        nn.Linear(5, 4, bias=False),
+        Permute(0, 3, 1, 2),
+    ),
+    "channels last, padded and moved": nn.Sequential(
+        Permute(0, 2, 3, 1),
+        Apply(lambda y: F.pad(y, (0, 0, 2, 1, 0, 3))[:, 1:-1, ::2]),
+        Permute(0, 3, 1, 2),
+        nn.MaxPool2d(2),
+    ),
+    "merged patches": nn.Sequential(
+        Permute(0, 2, 3, 1), Apply(merged), nn.LayerNorm(8), nn.Linear(8, 4), Permute(0, 3, 1, 2)
+    ),
+    "layer norm of the channels": nn.Sequential(
+        Permute(0, 2, 3, 1), nn.LayerNorm(4), Permute(0, 3, 1, 2)
+    ),
+    "layer norm of everything": nn.LayerNorm([4, H, W]),
+    "tokens and back": Apply(lambda y: y.flatten(2).transpose(1, 2).transpose(1, 2).view(y.shape)),
     "rows and columns swapped twice": Apply(lambda y: y.transpose(2, 3).transpose(2, 3) * 1),
 }
 

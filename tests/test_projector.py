@@ -7,6 +7,7 @@ import re
 import warnings
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 from torchvision import models
+from torchvision.ops import stochastic_depth
 
 from deconvnet import DeconvNet, LayerSettings, PreprocessingSettings, SolverSettings
 from deconvnet.visualization.projector import Projector
@@ -412,15 +414,27 @@ def test_however_a_rectifier_is_written_the_result_is_the_same(name, method):
 
 
 @pytest.mark.slow
-def test_a_compiled_model_is_unwrapped_and_a_compiled_part_is_refused_by_name():
-    model, x = seeded(lambda: Twin(F.relu)), rand(1, 3, 15, 17)
-    compiled = Projector(torch.compile(model, backend="aot_eager"))
-    expected = Projector(model)(x, "c", [(0, 1, 3, 4)])
-    assert torch.equal(compiled(x, "c", [(0, 1, 3, 4)]).images, expected.images)
-    inner = torch.compile(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), backend="aot_eager")
-    model = nn.Sequential(inner, nn.Conv2d(4, 4, 3)).double()
-    with pytest.raises(ValueError, match="compiled_function x1"):
-        Projector(model)(rand(1, 3, 9, 9), "1", [(0, 0, 1, 1)])
+@pytest.mark.parametrize("kind", ["wrapped", "in place", "a part", "a part in place", "a function"])
+def test_a_compiled_model_is_looked_into_as_it_is_without_compilation(kind):
+    model, x, unit = seeded(lambda: Twin(F.relu)), rand(1, 3, 15, 17), [(0, 1, 3, 4)]
+    expected = Projector(model)(x, "c", unit)
+    if kind == "wrapped":
+        model = torch.compile(model, backend="aot_eager")
+    elif kind == "in place":
+        model.compile(backend="aot_eager")
+    elif kind == "a part":
+        model.b = torch.compile(model.b, backend="aot_eager")
+    elif kind == "a part in place":
+        model.b.compile(backend="aot_eager")
+    else:
+        model.activation = torch.compile(F.relu, backend="aot_eager")
+    called = getattr(model, "_compiled_call_impl", None)
+    for _ in range(2):
+        found = Projector(model)(x, "c", unit)
+        assert torch.equal(found.images, expected.images) and found.report == expected.report
+        with torch.no_grad():
+            model(x)
+    assert getattr(model, "_compiled_call_impl", None) is called, "left as it was"
     torch._dynamo.reset()
 
 
@@ -550,6 +564,276 @@ def test_what_has_no_rule_is_refused_by_name_or_listed(name):
     gradient = Projector(model, method="gradient")(x, "b", unit)
     assert_close(found.images, gradient.images)
     assert found.report.rectified == 0
+
+
+class Mul(torch.autograd.Function):
+    """A rectifier by another name."""
+
+    @staticmethod
+    def forward(ctx, y):
+        return y.clamp(min=0)
+
+    @staticmethod
+    def backward(ctx, signal):
+        return signal
+
+
+def product_in_no_grad(y):
+    with torch.no_grad():
+        gate = y.sigmoid()
+    return y * gate
+
+
+def in_place_on_the_data(y):
+    y.data.clamp_(min=0)
+    return y * 1
+
+
+def in_place_without_a_gradient(y):
+    with torch.no_grad():
+        y.clamp_(min=0)
+    return y * 1
+
+
+def masked_on_a_view(y):
+    y = y.clone()
+    y[:, :2] *= y[:, :2] > 0
+    return y
+
+
+def pasted_into_a_copy(y):
+    made = y.detach().clone()
+    made[:, :2] = y[:, :2]
+    return made
+
+
+class Average(nn.Module):
+    """What a buffer holds of the pixels, as a factor."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(4, 1, 1))
+
+    def forward(self, y):
+        with torch.no_grad():
+            self.mean.mul_(0.5).add_(y.mean((0, 2, 3))[:, None, None])
+        return y * self.mean
+
+
+COMPUTED = {
+    "mask": lambda y: y * (y > 0),
+    "mask of floating point": lambda y: y * (y > 0).to(y),
+    "mask in place": lambda y: y.mul_(y > 0),
+    "mask on a view": masked_on_a_view,
+    "mask by where": lambda y: y * torch.where(y > 0, 1.0, 0.0),
+    "mask into out": lambda y: y * torch.gt(y, 0, out=torch.empty(y.shape, dtype=torch.bool)),
+    "mask of ones": lambda y: y * torch.ones_like(y).mul_(y.detach()),
+    "mask by einsum": lambda y: torch.einsum("nchw,nchw->nchw", y, (y > 0).to(y)),
+    "sign": lambda y: y * y.detach().sign(),
+    "rounded": lambda y: y * y.detach().round(),
+    "detached gate": lambda y: y * y.detach().sigmoid(),
+    "gate in no_grad": product_in_no_grad,
+    "one of the maps": lambda y: y * F.one_hot(y.argmax(1), 4).permute(0, 3, 1, 2),
+    "drawn with probabilities": lambda y: y * torch.bernoulli(y.detach().sigmoid()),
+    "pooled": lambda y: y * F.max_pool2d(y.detach(), 3, 1, 1),
+    "quotient": lambda y: y / y.detach().std(),
+    "average kept in a buffer": Average,
+    "filters": lambda y: F.conv2d(y, y.detach().mean() * torch.ones(4, 4, 1, 1).to(y)),
+    "statistics": lambda y: F.batch_norm(y, y.mean((0, 2, 3)).detach(), y.var((0, 2, 3)).detach()),
+    "sorted maps": lambda y: y[:, y.mean((0, 2, 3)).argsort()],
+    "selected maps": lambda y: y.index_select(1, y.detach().amax((0, 2, 3)).argsort()),
+    "straight through": lambda y: y + (y.relu() - y).detach(),
+    "negative part taken off": lambda y: y - y.clamp(max=0).detach(),
+    "joined": lambda y: torch.cat([y[:, :2], y[:, 2:].detach()], 1),
+    "pasted": pasted_into_a_copy,
+    "data": in_place_on_the_data,
+    "in place in no_grad": in_place_without_a_gradient,
+    "own function": Mul.apply,
+    "number": lambda y: y * float(y.detach().max()),
+    "number computed with": lambda y: y * (1 / y.detach().std().item()),
+    "array": lambda y: y * torch.from_numpy((y.detach().numpy() > 0) * 1.0),
+    "list": lambda y: y * torch.tensor((y.detach() > 0).tolist()),
+    "shift": lambda y: y.roll(int(1000 * y.detach().std()), 2),
+    "dropout": lambda y: F.dropout(y, training=True),
+    "dropout of maps": lambda y: F.dropout2d(y, training=True),
+    "stochastic depth": lambda y: y + stochastic_depth(2 * y, 0.5, "row", True),
+    "noise": lambda y: y * torch.randn_like(y),
+}
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+def test_a_constant_that_was_computed_from_the_pixels_is_no_constant(name):
+    middle = COMPUTED[name]
+    make = middle if isinstance(middle, type) else lambda: middle
+    model, x, unit = seeded(lambda: Between(make())), rand(2, 3, 9, 9), [(1, 2, 3, 2)]
+    with pytest.raises(ValueError, match="layer 'b': deconv has no rule for ") as error:
+        Projector(model)(x, "b", unit)
+    assert "\n" not in str(error.value)
+    found = Projector(model, strict=False)(x, "b", unit)
+    assert found.report.unsupported and not found.report.faithful
+    assert Projector(model)(x, "a", unit).report.faithful, "nothing of it lies below"
+
+
+CONSTANT = {
+    "number": lambda y: y * 3,
+    "of a shape": lambda y: y * torch.ones_like(y) * y.new_full((4, 1, 1), 2) * y.shape[1],
+    "places": lambda y: y * torch.arange(y.shape[3]).to(y),
+    "array": lambda y: y * torch.from_numpy(np.linspace(0, 1, y.shape[3])),
+    "list": lambda y: y * torch.tensor([1.0, 2, 3, 4]).to(y)[:, None, None],
+    "standardised filters": lambda y: F.conv2d(
+        y, standardised(torch.eye(4)[..., None, None]).to(y)
+    ),
+    "channels": lambda y: y[:, [2, 0, 1, 3]].index_select(1, torch.tensor([1, 0, 2, 3])),
+    "copied": lambda y: torch.zeros_like(y).copy_(y),
+    "shifted": lambda y: y.roll(2, 2),
+    "checked": lambda y: y * (1 if bool(y.isfinite().all()) else 2),
+    "bias drawn at random": lambda y: y + torch.randn_like(y),
+    "dropout": nn.Dropout(),
+    "batch norm": nn.BatchNorm2d(4),
+}
+
+
+def standardised(weight):
+    return (weight - weight.mean()) / weight.std()
+
+
+@pytest.mark.parametrize("name", CONSTANT)
+def test_a_true_constant_is_one(name):
+    model, x, unit = seeded(lambda: Between(CONSTANT[name])), rand(2, 3, 9, 9), [(1, 2, 3, 2)]
+    found, gradient = (
+        Projector(model, method=method)(x, "b", unit, seeds=torch.ones(1))
+        for method in ("deconv", "gradient")
+    )
+    assert found.report.faithful
+    assert_close(found.images, gradient.images)
+
+
+STEPS = {
+    **{f"computed: {name}": step for name, step in COMPUTED.items() if callable(step)},
+    **{f"constant: {name}": step for name, step in CONSTANT.items()},
+    "convolution": lambda y: F.conv2d(
+        y, torch.linspace(-1, 1, 144).view(4, 4, 3, 3).to(y), None, 1, 1
+    ),
+    "average": lambda y: F.avg_pool2d(y, 3, 1, 1),
+    "sum": lambda y: y + y.flip(1),
+    "upside down": lambda y: y.flip(2),
+}
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_what_is_reported_as_linear_is_linear(seed):
+    """f(a x + (1 - a) y) = a f(x) + (1 - a) f(y) where only linear operations are listed."""
+    random = np.random.default_rng(seed)
+    names = [str(name) for name in random.choice(sorted(STEPS), 3)]
+    names += [str(n) for n in random.choice([n for n in sorted(STEPS) if ":" not in n], 2)]
+    steps = [STEPS[name]() if isinstance(STEPS[name], type) else STEPS[name] for name in names]
+
+    def middle(y):
+        for step in steps:
+            y = step(y)
+        return y
+
+    model = seeded(lambda: Between(middle))
+    found = Projector(model, strict=False)(rand(1, 3, 9, 9), "b", [(0, 2, 3, 2)]).report
+    assert (found.unsupported == {}) == (not any(name.startswith("computed") for name in names))
+    if not found.unsupported and "constant: bias drawn at random" not in names:
+        x, y = rand(1, 3, 9, 9, seed=1), rand(1, 3, 9, 9, seed=2)
+        with torch.no_grad():
+            mixed = 0.3 * model(x) + 0.7 * model(y)
+            assert_close(model(0.3 * x + 0.7 * y), mixed, rtol=1e-9, atol=1e-9)
+
+
+class Apply(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, y):
+        return self.function(y)
+
+
+def kept(**options):
+    """A convolution called with its settings in the form given."""
+    weight = torch.linspace(-1, 1, 4 * 4 * 2 * 3, dtype=DOUBLE).view(4, 4, 2, 3)
+    return lambda y: F.conv2d(y, weight, **options)
+
+
+def pools(**options):
+    return lambda y: F.max_pool2d(F.pad(y, (2, 2, 2, 2)), **options)
+
+
+# Settings in every form that PyTorch keeps, and the same as pairs of numbers.
+FORMS = {
+    "valid": (kept(padding="valid"), kept(padding=(0, 0))),
+    "same": (
+        kept(padding="same"),
+        lambda y: kept()(F.pad(y, (1, 1, 0, 1))),
+    ),
+    "same, dilated": (
+        kept(padding="same", dilation=3),
+        lambda y: kept(dilation=(3, 3))(F.pad(y, (3, 3, 1, 2))),
+    ),
+    "module with valid": (
+        lambda: nn.Conv2d(4, 4, 3, padding="valid", stride=2),
+        lambda: nn.Conv2d(4, 4, 3, stride=(2, 2)),
+    ),
+    "module with same and reflection": (
+        lambda: nn.Conv2d(4, 4, (2, 3), padding="same", padding_mode="reflect"),
+        lambda: nn.Sequential(nn.ReflectionPad2d((1, 1, 0, 1)), nn.Conv2d(4, 4, (2, 3))),
+    ),
+    "one number in a tuple": (
+        kept(stride=(2,), padding=(1,), dilation=(2,)),
+        kept(stride=(2, 2), padding=(1, 1), dilation=(2, 2)),
+    ),
+    "one number for some": (kept(stride=[2], padding=(1, 0)), kept(stride=(2, 2), padding=(1, 0))),
+    "without a bias, by torch.convolution": (
+        lambda y: torch.convolution(y, y.new_ones(4, 2, 2, 2), None, [2], [1], [1], False, [0], 2),
+        lambda y: F.conv2d(y, y.new_ones(4, 2, 2, 2), None, (2, 2), (1, 1), (1, 1), 2),
+    ),
+    "transposed": (
+        lambda y: torch.convolution(y, y.new_ones(4, 4, 3, 3), None, [2], [1], [1], True, [1], 1),
+        lambda y: F.conv_transpose2d(y, y.new_ones(4, 4, 3, 3), None, (2, 2), (1, 1), (1, 1)),
+    ),
+    "max pooling": (pools(kernel_size=2), pools(kernel_size=(2, 2), stride=(2, 2))),
+    "max pooling, no stride": (
+        lambda y: torch.max_pool2d(y, [2]),
+        lambda y: torch.max_pool2d(y, (2, 2), (2, 2), (0, 0), (1, 1)),
+    ),
+    "max pooling, one number": (
+        pools(kernel_size=(3,), stride=(2,), padding=(1,), dilation=(2,), ceil_mode=True),
+        pools(kernel_size=3, stride=2, padding=1, dilation=2, ceil_mode=True),
+    ),
+    "average pooling": (
+        lambda y: torch._C._nn.avg_pool2d(y, [2]),
+        lambda y: F.avg_pool2d(y, (2, 2), (2, 2)),
+    ),
+    "average pooling, divided by another number": (
+        lambda y: F.avg_pool2d(y, (3,), (2,), (1,), True, False, 2),
+        lambda y: F.avg_pool2d(y, (3, 3), (2, 2), (1, 1), True, False, 2),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+def test_settings_mean_the_same_in_whatever_form_they_are_given(name):
+    x = rand(1, 3, 16, 15)
+    made = []
+    for form in FORMS[name]:
+        # A module is made, a function is taken as it is.
+        make = form if form.__code__.co_argcount == 0 else lambda form=form: form
+        model = seeded(lambda make=make: nn.Sequential(nn.Conv2d(3, 4, 3), Apply(make())))
+        units = [(0, 1, 2, 2), (0, 2, 0, 0)]
+        for local in (True, False):
+            found = Projector(model, local=local)(x, "1", units, seeds=torch.ones(2))
+            made.append(found)
+        made.append(Projector(model, overlap="normalised")(x, "1", units, seeds=torch.ones(2)))
+    for one, other in zip(made[:3], made[3:], strict=True):
+        assert_close(one.images, other.images, rtol=0, atol=1e-14)
+        assert torch.equal(one.boxes, other.boxes)
+    assert_close(made[0].images, made[1].images, rtol=0, atol=1e-14)
 
 
 # What holds whatever the network.
@@ -807,7 +1091,7 @@ def test_the_model_is_left_as_it_was(small, use):
         with pytest.raises(ValueError, match="gelu"):
             projector(x, "c4", [(0, 1, 2, 2)])
     elif use == "broken":
-        with pytest.raises(RuntimeError, match="out of order"):
+        with pytest.raises(ValueError, match="Small fails on images of .*: out of order"):
             projector.outputs(x)
     else:
         with pytest.raises(KeyError):
@@ -915,7 +1199,7 @@ def test_layers_below_a_head_that_wants_another_size_are_there(caplog):
     assert layers[-1].name == "flatten"
     assert "the model fails above its layers: " in caplog.text and "mat1 and mat2" in caplog.text
     assert projector(x, "relu5", strongest(projector, x, "relu5")).images.any()
-    with pytest.raises(ValueError, match="layer 'fc6': no such layer"):
+    with pytest.raises(ValueError, match="layer 'fc6': the model fails before it: "):
         projector(x, "fc6", [(0, 0, 0, 0)])
     # Of another size the same projector has them.
     assert projector(rand(1, 3, 32, 32), "fc6", [(0, 0, 0, 0)]).images.shape == (1, 3, 32, 32)
@@ -1102,6 +1386,89 @@ def test_only_parameters_below_a_layer_matter(plain):
 # Names, and what is wrong.
 
 
+class ChannelsLast(nn.Module):
+    """Blocks on (N, H, W, C) between convolutions, or the same on (N, C, H, W)."""
+
+    def __init__(self, last):
+        super().__init__()
+        self.last = last
+        self.stem, self.depthwise = nn.Conv2d(3, 4, 2, 2), nn.Conv2d(4, 4, 3, padding=1, groups=4)
+        self.up = nn.Linear(4, 7) if last else nn.Conv2d(4, 7, 1)
+        self.act, self.drop, self.block = nn.ReLU(), nn.Dropout(), nn.Identity()
+        self.down = nn.Linear(7, 4) if last else nn.Conv2d(7, 4, 1)
+        self.scale = nn.Parameter(torch.rand(4) if last else torch.rand(4, 1, 1))
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = self.depthwise(x)
+        if self.last:
+            x, y = x.permute(0, 2, 3, 1), y.movedim(1, -1).contiguous()
+        y = self.block(x + self.scale * self.drop(self.down(self.act(self.up(y)))))
+        return self.head(y.mean((1, 2) if self.last else (2, 3)))
+
+
+@pytest.mark.parametrize("method", ["deconv", "guided", "gradient"])
+def test_maps_are_found_where_a_network_has_its_channels_last(method):
+    last = seeded(lambda: ChannelsLast(True))
+    first = seeded(lambda: ChannelsLast(False))
+    first.load_state_dict(
+        {n: t.view(first.state_dict()[n].shape) for n, t in last.state_dict().items()}
+    )
+    # As many rows as maps: nothing can be told from the shape.
+    x = rand(2, 3, 8, 10)
+    one, other = (Projector(net, method=method) for net in (last, first))
+    kinds = {layer.name: layer for layer in one.layers(x)}
+    for layer in other.layers(x):
+        found = kinds.pop(layer.name)
+        assert (found.shape, found.field, found.stride, found.offset) == (
+            *(layer.shape, layer.field, layer.stride, layer.offset),
+        )
+        maps = [each.responses(x, [layer.name])[layer.name] for each in (one, other)]
+        assert_close(*maps, rtol=1e-12, atol=1e-12)
+        K, H, W = layer.shape
+        units = [(0, K - 1, H // 2, W // 2), (1, 1, 0, W - 1), (0, 1, 0, W - 1)]
+        projections = [each(x, layer.name, units) for each in (one, other)]
+        assert_close(projections[0].images, projections[1].images, rtol=0, atol=1e-12)
+        assert_close(projections[0].values, projections[1].values)
+        assert torch.equal(projections[0].boxes, projections[1].boxes)
+        assert torch.equal(projections[0].fields, projections[1].fields)
+    assert kinds == {}
+    with pytest.raises(ValueError, match="up has 7 maps of 4x5"):
+        one(x, "up", [(0, 7, 0, 0)])
+
+
+@pytest.mark.parametrize("maker", [models.convnext_tiny, models.swin_t, models.swin_v2_t])
+def test_published_networks_with_channels_last_have_maps_of_the_size_of_their_stage(maker):
+    net = without_classifier(maker)
+    net.features = net.features[:3]
+    projector = Projector(net.eval(), method="gradient")
+    x = torch.rand(1, 3, 32, 32)
+    for layer in projector.layers(x):
+        if layer.name.startswith("features."):
+            assert layer.shape[1:] in ((8, 8), (4, 4)) and layer.shape[0] in (96, 192, 384), layer
+    layer = "features.1.0"
+    maps = net.features[1][0](net.features[0](x))
+    maps = maps if maker is models.convnext_tiny else maps.permute(0, 3, 1, 2)
+    assert_close(projector.responses(x, [layer])[layer], maps)
+    leaf = x.clone().requires_grad_()
+    maps = net.features[1][0](net.features[0](leaf))
+    unit = maps[0, 17, 3, 5] if maker is models.convnext_tiny else maps[0, 3, 5, 17]
+    (gradient,) = torch.autograd.grad(unit, leaf)
+    found = projector(x, layer, [(0, 17, 3, 5)], seeds=torch.ones(1))
+    assert_close(found.images, gradient, rtol=1e-4, atol=1e-6)
+
+
+def without_classifier(maker):
+    """A network of torchvision with random parameters, its upper stages left out."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = maker()
+    net.norm = net.permute = net.avgpool = net.flatten = net.head = nn.Identity()
+    net.classifier = nn.Identity()
+    return net
+
+
 def test_layers_are_listed_in_their_order_with_shapes_and_fields(small):
     net, x = small
     layers = {layer.name: layer for layer in Projector(net).layers(x)}
@@ -1220,6 +1587,140 @@ def test_layers_that_do_not_depend_on_the_image_are_refused():
 
     with pytest.raises(ValueError, match="layer 'b': its output does not depend on the image"):
         Projector(seeded(Cut))(rand(1, 3, 9, 9), "b", [(0, 0, 1, 1)])
+
+
+def refused(model, x, layer="0"):
+    with pytest.raises(ValueError) as error:
+        Projector(model)(x, layer, [(0, 0, 0, 0)])
+    message = str(error.value)
+    assert "\n" not in message and len(message) < 500
+    return message
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (AssertionError("Wrong height!\nExpected 224"), "of 3x9x8: Wrong height! Expected 224"),
+        (AssertionError(), "of 3x9x8: AssertionError"),
+        (KeyError("head"), "of 3x9x8: KeyError: 'head'"),
+        (TypeError("no"), "of 3x9x8: TypeError: no"),
+        (NotImplementedError(), "of 3x9x8: NotImplementedError"),
+        (ZeroDivisionError("by zero"), "of 3x9x8: ZeroDivisionError: by zero"),
+    ],
+    ids=repr,
+)
+def test_what_a_model_raises_is_one_line_that_names_it_and_the_size_of_the_images(error, says):
+    class Fails(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x):
+            raise error
+
+    model, x = seeded(Fails), rand(1, 3, 9, 8)
+    message = f"the model Fails fails on images {says}"
+    assert refused(model, x) == message
+    for use in ("layers", "outputs"):
+        with pytest.raises(ValueError) as found:
+            getattr(Projector(model), use)(x)
+        assert str(found.value) == message and found.value.__cause__ is error
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "kind", ["scripted", "traced", "exported", "quantised", "meta", "lazy", "no"]
+)
+def test_models_that_cannot_be_looked_into_are_refused_with_what_to_do(kind):
+    net, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval(), torch.rand(1, 3, 9, 9)
+    make, says = {
+        "scripted": (lambda: torch.jit.script(net), "TorchScript .* load its state_dict"),
+        "traced": (lambda: torch.jit.trace(net, x), "TorchScript .* load its state_dict"),
+        "exported": (
+            lambda: torch.export.export(net, (x,)),
+            "model is ExportedProgram: .*module()",
+        ),
+        "quantised": (
+            lambda: nn.Sequential(torch.ao.nn.quantized.Conv2d(3, 4, 3)),
+            r"model is quantised \(0: Conv2d\)",
+        ),
+        "meta": (lambda: nn.Conv2d(3, 4, 3, device="meta"), "weight is on the meta device"),
+        "lazy": (lambda: nn.LazyConv2d(4, 3), "weight has no shape yet: run it once"),
+        "no": (lambda: net.forward, "model is method: expected torch.nn.Module"),
+    }[kind]
+    with pytest.raises(ValueError, match=says) as error:
+        Projector(make())
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["scripted", "traced", "graph"])
+def test_what_is_scripted_is_passed_but_is_no_layer(kind):
+    x = rand(2, 3, 9, 9)
+
+    class Part(nn.Module):
+        def __init__(self, part):
+            super().__init__()
+            self.a, self.part, self.b = nn.Conv2d(3, 4, 3), part, nn.Conv2d(4, 2, 3)
+
+        def forward(self, x):
+            return self.b(self.part(self.a(x)))
+
+    plain = seeded(lambda: Part(nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU())))
+    model = copy.deepcopy(plain)
+    if kind == "graph":
+        model = torch.fx.symbolic_trace(model)
+    else:
+        given = model.a(x)
+        make = torch.jit.script if kind == "scripted" else torch.jit.trace
+        model.part = make(model.part, *([] if kind == "scripted" else [given]))
+    unit = [(0, 1, 1, 2), (1, 0, 2, 2)]
+    expected = Projector(plain)(x, "b", unit)
+    projector = Projector(model)
+    for _ in range(3):  # TorchScript optimises what has been run twice
+        found = projector(x, "b", unit)
+        assert_close(found.images, expected.images, rtol=0, atol=1e-15)
+        assert found.report == expected.report
+        model(x)
+    if kind == "graph":
+        assert "part.1" in [layer.name for layer in projector.layers(x)]
+    else:
+        assert [layer.name for layer in projector.layers(x)] == ["a", "b"]
+        assert "layer 'part': it is TorchScript, which cannot be" in refused(model, x, "part")
+
+
+def test_modules_that_are_no_layers_are_told_from_names_that_do_not_exist():
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.flat, self.unused = nn.Conv2d(3, 4, 1), nn.Flatten(2), nn.Conv2d(4, 4, 1)
+            self.blocks = nn.ModuleList([nn.Identity(), nn.ReLU()])
+            self.fold, self.none = nn.Unfold(2), nn.Identity()
+
+        def forward(self, x):
+            y = self.a(x)
+            self.none([1])
+            for block in self.blocks:
+                y = block(y)
+            self.fold(y.flatten(0, 1)[:, None])
+            return self.flat(y)
+
+    model, x = seeded(Tokens), rand(2, 3, 5, 4)
+    assert refused(model, x, "flat").startswith(
+        "layer 'flat': its output is (N, 4, 20): tokens, not maps; "
+    )
+    assert "its output is (4, 4, 12): no maps (N, K, H, W)" in refused(model, x[:1], "fold")
+    assert "layer 'none': it gives no tensor" in refused(model, x, "none")
+    assert "layer 'unused': the model does not call it" in refused(model, x, "unused")
+    assert "did you mean blocks.1, blocks.0?" in refused(model, x, "blocks")
+    assert refused(model, x, "blocks.relu").startswith("layer 'blocks.relu': no such layer; ")
+    assert "the model calls no module that gives maps" in refused(nn.Conv2d(3, 4, 1), x.float())
+
+
+def test_a_name_of_a_part_is_told_its_layers():
+    model = seeded(lambda: without_head(models.resnet18))
+    message = refused(model, rand(1, 3, 33, 33), "layer1.relu")
+    assert "layer1.1.relu#1, layer1.1.relu#0, layer1.0.relu#1?" in message
 
 
 def test_outputs_that_are_no_maps_of_the_images_are_no_layers():
@@ -1381,8 +1882,8 @@ def test_units_of_low_layers_take_only_windows_of_their_images():
     H, W = maps.shape[2:]
     corners = [(0, 3, i, j) for i in (0, 1, H // 2, H - 1) for j in (0, W // 2 + 1, W - 1)]
     quick = Projector(layers)(x, "3", corners)
-    # The names of its layers and where they lie are found on the image, once.
-    windows = sizes[3:]
+    # The names of its layers, where they lie and what depends on the image are found once.
+    windows = sizes[6:]
     assert windows and max(h * w for h, w in windows) < 0.1 * x.shape[2] * x.shape[3]
     exact = Projector(layers, local=False)(x, "3", corners)
     assert_close(quick.images, exact.images, rtol=0, atol=1e-12 * float(exact.images.abs().max()))

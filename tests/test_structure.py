@@ -10,6 +10,7 @@ import deconvnet.convolution
 PACKAGE = Path(deconvnet.convolution.__file__).parent
 
 ORDER = [
+    "modes",
     "strict_json",
     "distributed",
     "convolution",
@@ -18,6 +19,7 @@ ORDER = [
     "arithmetic",
     "upsampling",
     "operators",
+    "compiling",
     "kernels",
     "entries",
     "coordinates",

@@ -568,7 +568,7 @@ def test_layers_that_are_never_active_are_left_out_with_a_warning(images, tmp_pa
             {"layers": ["0", "2"]},
             "layer '2': deconv has no rule for gelu x1; strict=False",
         ),
-        (lambda: Small(1), {}, "the model fails on an image of 3x18x20: Given groups=1"),
+        (lambda: Small(1), {}, "the model Small fails on images of 3x18x20: Given groups=1"),
         (
             lambda: nn.Sequential(nn.Flatten(), nn.Linear(1080, 5)),
             {"layers": None},
@@ -895,11 +895,11 @@ def test_wrong_settings_end_in_one_line_and_leave_nothing(
         ({**MAKE, "checkpoints": ["epoch-1.pt", "no.pt"]}, ["weights=no.pt: no such file"]),
         ({**MAKE, "layers": ["9"]}, ["layer '9': no such layer"]),
         ({**MAKE, "layers": ["1", "?"]}, ["layer '?': no such layer"]),
-        ({**MAKE, "options": {"channels": 1}}, ["the model fails on an image of 3x24x24"]),
+        ({**MAKE, "options": {"channels": 1}}, ["the model Net fails on images of 3x24x24"]),
         ({**MAKE, "options": 5}, ["options=5: give arguments as {name: value}"]),
         ({**MAKE, "order": "brg"}, ["order='brg': choose rgb, bgr, grey"]),
         ({**MAKE, "std": [0]}, ["std=(0.0,): must be finite and above 0"]),
-        ({**MAKE, "size": 2}, ["the model fails on an image of 3x2x2"]),
+        ({**MAKE, "size": 2}, ["the model Net fails on images of 3x2x2"]),
     ],
     ids=lambda value: " ".join(map(str, value.values())) if isinstance(value, dict) else "",
 )
@@ -948,7 +948,8 @@ def test_an_interrupted_search_says_how_to_go_on_and_keeps_what_it_has_found(
     shutil.copy(place / "nets.py", tmp_path)
     arguments = [*MODEL, "layers=['1']", "batch=1", "output=out", *QUICK]
     path = tmp_path / "out" / "visualization" / "topk.npz"
-    (tmp_path / "interrupt").write_text("3")
+    # Three, and the two images that tell what depends on the image.
+    (tmp_path / "interrupt").write_text("5")
     result = script(tmp_path, "visualize.py", *arguments)
     assert result.code == 130 and result.err == "", result
     assert "stopped; this goes on from here: python" in result.out

@@ -1,6 +1,7 @@
 """What a unit of a network can see of the image: interval arithmetic from the unit to the pixels.
 
-    U units · a box is an array (U, 3, 2): for channels, rows and columns the first and last + 1
+    U units · a box is an array (U, 3, 2): for channels, rows and columns the first and last + 1,
+              in the order of the axes of what it is a part of, which may be (N, H, W, C)
 
 Clipped to the maps at every operation the field of a unit is exact. Behind an operation that has no
 rule here a unit is taken to see everything.
@@ -31,8 +32,10 @@ from deconvnet.visualization.graph import (
     in_order,
     inputs_of,
     name_of,
+    pair,
     shape_of,
 )
+from deconvnet.visualization.layout import VIEWS, Layouts, rows_of
 
 Box = np.ndarray
 Shapes = list[tuple[int, ...]]
@@ -40,16 +43,20 @@ Shapes = list[tuple[int, ...]]
 FAR = 1 << 40
 
 
-def fields(found: Operations, units: Box, x: Tensor, *, clip: bool = True) -> Box:
+def fields(
+    found: Operations, units: Box, x: Tensor, *, clip: bool = True, last: bool = False
+) -> Box:
     """(U, 2, 2): rows and columns of the pixels that units can see, the first and last + 1.
 
-    units: (U, 3), map, row and column of each in what the operations lead to. x: the leaf
-    (N, C, H, W). Clipped to the maps at every operation the result is exact. Without, it is that of
-    all maps together: of one size for all units, and it may reach beyond the image. Behind an
-    operation that is not known here a unit is taken to see everything.
+    units: (U, 3), map, row and column of each in what the operations lead to, (N, K, H, W) or, if
+    `last`, (N, H, W, K). x: the leaf (N, C, H, W). Clipped to the maps at every operation the
+    result is exact. Without, it is that of all maps together: of one size for all units, and it may
+    reach beyond the image. Behind an operation that is not known here a unit is taken to see
+    everything.
     """
     start = np.stack([units, units + 1], 2)
     start = start if clip else _all_channels(start)
+    start = np.roll(start, -1, 1) if last else start
     boxes = {found.order[0].node: {found.output: start}}
     pixels = np.zeros_like(start)
     for op in found.order:
@@ -90,6 +97,7 @@ class Lattices:
     def __init__(self, x: Tensor, *, constant_gates: bool = False):
         self.x, self.constant_gates = x, constant_gates
         self._known: dict[Node, np.ndarray | None] = {}
+        self._layouts = Layouts()
 
     def of(self, node: Node) -> Lattice | None:
         """That of the output of a node; None where it does not depend on the image."""
@@ -110,6 +118,7 @@ class Lattices:
             units = np.array([0, 1])[:, None, None] + np.array([0, 1])
             return units.repeat(2, 1) if op.node.variable is self.x else None
         units = _all_channels(np.array([[0, 0, 0], [0, 1, 1]])[..., None] + np.array([0, 1]))
+        units = np.roll(units, -1, 1) if self._is_last(op.node) else units
         gates = gates_of(op) if self.constant_gates else ()
         whole = None
         seen = _seen(op, units, shape_of(op.node, 0))
@@ -121,7 +130,7 @@ class Lattices:
             box = _bounded(box, size[1:], False) if len(size) == 4 else box
             if name_of(below) in SPLITS:
                 box = _unsplit(Operation(below, name_of(below), inputs_of(below)), nr, box)
-            box = box[:, 1:]
+            box = box[:, :2] if self._is_last(below) else box[:, 1:]
             # Where what is below has no places, all of it is seen.
             box = np.where(np.abs(box) > FAR, np.array([0, 1]), box)
             stride = known[1, :, 0] - known[0, :, 0]
@@ -132,6 +141,9 @@ class Lattices:
             pixels = np.stack([first, last], 2)
             whole = pixels if whole is None else _hull(whole, pixels)
         return whole
+
+    def _is_last(self, node: Node) -> bool:
+        return self._layouts.last(node) or rows_of(node) is not None
 
 
 def _hull(a: Box, b: Box) -> Box:
@@ -168,7 +180,7 @@ def _seen(op: Operation, box: Box, shape: tuple[int, ...]) -> list[Box | None]:
     """Of every input of an operation the part that a box of its result depends on."""
     rule = RULES.get(op.name) or _unknown
     shapes = [shape_of(node, nr) for node, nr in op.inputs]
-    if op.name == "Convolution" and len(op.saved("stride")) != 2:
+    if op.name == "Convolution" and not op.is_convolution:
         rule = _unknown
     empty = (box[..., 1] <= box[..., 0]).any(1)[:, None, None]
     seen = rule(op, box, shape, shapes)
@@ -214,12 +226,22 @@ def _all_channels(box: Box) -> Box:
 def _across_channels(op: Operation, box: Box, shape: tuple, shapes: Shapes) -> list[Box]:
     """The same places in all channels, where the last two dimensions are left alone."""
     below = shapes[0]
+    if below == shape and op.name in VIEWS:
+        return [box]
+    node = op.inputs[0][0] if len(below) == 2 else op.node
+    if {len(shape), len(below)} == {2, 4} and rows_of(node) == max(shape, below, key=len)[:3]:
+        return [box]
     kept = min(len(shape), len(below)) > 3 and below[-2:] == shape[-2:]
     return [_all_channels(box)] if kept else _unknown(op, box, shape, shapes)
 
 
 def _transpose(op: Operation, box: Box, shape: tuple, shapes: Shapes) -> list[Box]:
     rank = len(shape)
+    if rank == 4 and 0 not in (op.saved("dim0") % rank, op.saved("dim1") % rank):
+        axes = [0, 1, 2]
+        one, other = (op.saved(key) % rank - 1 for key in ("dim0", "dim1"))
+        axes[one], axes[other] = other, one
+        return [box[:, axes]]
     if max(op.saved(key) % rank for key in ("dim0", "dim1")) >= rank - 2:
         return _unknown(op, box, shape, shapes)
     return _across_channels(op, box, shape, shapes)
@@ -227,16 +249,32 @@ def _transpose(op: Operation, box: Box, shape: tuple, shapes: Shapes) -> list[Bo
 
 def _permute(op: Operation, box: Box, shape: tuple, shapes: Shapes) -> list[Box]:
     dims = [dim % len(shape) for dim in op.saved("dims")]
+    if len(dims) == 4 and dims[0] == 0:
+        return [box[:, np.argsort(dims[1:])]]
     if dims[-2:] != [len(shape) - 2, len(shape) - 1]:
         return _unknown(op, box, shape, shapes)
     return _across_channels(op, box, shape, shapes)
 
 
+def _table(op: Operation, box: Box, shape: tuple, shapes: Shapes) -> list[Box]:
+    """A linear layer on maps (N, H, W, C): the same places in all channels."""
+    if len(shapes) != 1 or rows_of(op.node) is None:
+        return _unknown(op, box, shape, shapes)
+    return [np.roll(_all_channels(np.roll(box, 1, 1)), -1, 1)]
+
+
+def _layer_norm(op: Operation, box: Box, shape: tuple, shapes: Shapes) -> list[Box]:
+    """All of the axes that are normalised, which are the last ones."""
+    if len(shape) != 4 or len(shapes) != 1:
+        return _unknown(op, box, shape, shapes)
+    seen = box.copy()
+    seen[:, 3 - min(3, len(op.saved("normalized_shape"))) :] = -2 * FAR, 2 * FAR
+    return [seen]
+
+
 def _window(box: Box, kernel: object, stride: object, padding: object, dilation: object) -> Box:
     """What windows at the rows and columns of a box cover."""
-    kernel, stride, padding, dilation = (
-        np.array(list(value) * (3 - len(value))) for value in (kernel, stride, padding, dilation)
-    )
+    kernel, stride, padding, dilation = map(np.array, (kernel, stride, padding, dilation))
     first = box[:, 1:, 0] * stride - padding
     last = (box[:, 1:, 1] - 1) * stride - padding + dilation * (kernel - 1)
     seen = box.copy()
@@ -246,8 +284,8 @@ def _window(box: Box, kernel: object, stride: object, padding: object, dilation:
 
 def _convolution(op: Operation, box: Box, shape: tuple, shapes: Shapes) -> list[Box]:
     weight, groups = op.saved("weight"), op.saved("groups")
-    kernel, stride = np.array(weight.shape[2:]), np.array(op.saved("stride"))
-    padding, dilation = np.array(op.saved("padding")), np.array(op.saved("dilation"))
+    kernel, stride = np.array(weight.shape[2:]), np.array(op.pair("stride"))
+    padding, dilation = np.array(op.pair("padding")), np.array(op.pair("dilation"))
     if op.saved("transposed"):
         # Output o takes input i where o = i stride - padding + dilation tap.
         reach = dilation * (kernel - 1)
@@ -264,8 +302,9 @@ def _convolution(op: Operation, box: Box, shape: tuple, shapes: Shapes) -> list[
 
 
 def _pool(op: Operation, box: Box, shape: tuple, shapes: Shapes) -> list[Box]:
-    kernel, dilation = op.saved("kernel_size"), op.saved("dilation") or (1, 1)
-    return [_window(box, kernel, op.saved("stride") or kernel, op.saved("padding"), dilation)]
+    kernel, dilation = op.pair("kernel_size"), op.saved("dilation") or (1, 1)
+    stride = op.saved("stride") or kernel
+    return [_window(box, kernel, pair(stride), op.pair("padding"), pair(dilation))]
 
 
 def _adaptive_pool(op: Operation, box: Box, shape: tuple, shapes: Shapes) -> list[Box]:
@@ -406,6 +445,8 @@ RULES: dict[str, Callable[[Operation, Box, tuple, Shapes], list[Box | None]]] = 
     **dict.fromkeys(("MaxPool2DWithIndices", "AvgPool2D"), _pool),
     SKIPPED: _across_channels,
     "Convolution": _convolution,
+    **dict.fromkeys(("Addmm", "Mm"), _table),
+    "NativeLayerNorm": _layer_norm,
     "Transpose": _transpose,
     "Permute": _permute,
     "UpsampleBilinear2D": _bilinear,

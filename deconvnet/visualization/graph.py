@@ -11,12 +11,13 @@ part of a tensor; in older versions shapes) is found by sending zeros down.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -47,6 +48,7 @@ SUMS = {
 PRODUCTS = {"Mul", "Div", "Bmm", "Mm", "Addmm", "Convolution"}
 SKIPPED = "SkippedResponseNorm"
 LEAF = "AccumulateGrad"
+CUSTOM = "custom "
 # Something done in place to a part of a tensor, and what goes down through any such node: the part
 # is taken out of the signal, and the result put back.
 IN_PLACE = "CopySlices"
@@ -64,6 +66,15 @@ class Operation:
     def saved(self, key: str) -> object:
         value = getattr(self.node, f"_saved_{key}", None)
         return tuple(map(_signed, value)) if isinstance(value, tuple) else _signed(value)
+
+    def pair(self, key: str) -> tuple[int, int]:
+        """A setting of both axes of maps, of which PyTorch may keep one number."""
+        return pair(self.saved(key))
+
+    @property
+    def is_convolution(self) -> bool:
+        """Whether it is a two-dimensional convolution, or a transposed one."""
+        return self.name == "Convolution" and self.saved("weight").dim() == 4
 
 
 @dataclass
@@ -86,20 +97,18 @@ class Operations:
     @property
     def convolutions(self) -> list[Operation]:
         """Those that are two-dimensional convolutions, transposed ones left out."""
-        return [
-            op
-            for op in self.order
-            if op.name == "Convolution"
-            and len(op.saved("stride")) == 2
-            and not op.saved("transposed")
-        ]
+        return [op for op in self.order if op.is_convolution and not op.saved("transposed")]
 
 
-def read(y: Tensor, *, constant_gates: bool = False) -> Operations:
+def read(
+    y: Tensor, *, constant_gates: bool = False, marked: Mapping[Node, str] | None = None
+) -> Operations:
     """The operations that lead from the pixels to y.
 
-    constant_gates: of a sigmoid that multiplies maps nothing is followed further down.
+    constant_gates: of a sigmoid that multiplies maps nothing is followed further down. marked: of
+    nodes what entered there without a gradient (`dependence`).
     """
+    marked = marked or {}
     order = in_order(y.grad_fn)
     gates = {node for op in order for node in gates_of(op)}
     if constant_gates:
@@ -109,13 +118,16 @@ def read(y: Tensor, *, constant_gates: bool = False) -> Operations:
     know_shapes([y])
     found = Operations(order, y.output_nr, gates=list(gates))
     for op in order:
-        if op.name == LEAF or (op.name == "Clone" and name_of(op.inputs[0][0]) == LEAF):
+        is_input = op.name == "Clone" and name_of(op.inputs[0][0]) == LEAF
+        if op.name == LEAF or (is_input and op.node not in marked):
             continue
         if op.node in gates:
             way = "as a constant gate" if constant_gates else "as a gate, with its gradient"
             kind, name = "extended", f"{_snake(op.name)} {way}"
         else:
             kind, name = _kind(op)
+        if op.node in marked and kind not in ("unsupported", "skipped"):
+            kind, name = "unsupported", marked[op.node]
         counts = getattr(found, kind)
         counts[name] = counts.get(name, 0) + 1
         if op.name.startswith("Clamp") and kind == "extended":
@@ -221,8 +233,19 @@ def inputs_of(node: Node) -> tuple[tuple[Node, int], ...]:
 def name_of(node: Node) -> str:
     # Of the class: in PyTorch 2.2 nodes that are written in Python have no name.
     name = type(node).__name__
-    name = node.name() if name == "CppFunction" else name
-    return re.sub(r"Backward\d*$", "", name).lstrip("_")
+    name = node.name().rpartition("::")[2] if name == "CppFunction" else name
+    name = re.sub(r"Backwards?\d*$", "", name).lstrip("_")
+    # A function of the model's own has a backward pass of its own, whatever it is called.
+    is_own = isinstance(node, BackwardCFunction) and not (
+        node._forward_cls.__module__.startswith(f"{__package__}.")
+    )
+    return f"{CUSTOM}{name}" if is_own else name
+
+
+def pair(value: int | Sequence[int]) -> tuple[int, int]:
+    """What is set for both axes of maps, rows and columns, of which one number may be given."""
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * 2 if len(values) == 1 else values
 
 
 def _signed(value: object) -> object:

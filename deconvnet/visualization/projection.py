@@ -12,6 +12,8 @@ from torch import Tensor
 
 from deconvnet.visualization.rules import Report
 
+CHOICES = 3
+
 Units = Sequence[tuple[int, int, int, int]] | Tensor
 
 
@@ -158,12 +160,28 @@ def check_input(x: Tensor) -> None:
 
 def no_such_layer(name: str, names: Sequence[str]) -> ValueError:
     """The error for a layer that does not exist, with the names that are close to it."""
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     calls = [known for known in names if known.startswith(f"{name}#")]
     if calls:
         return ValueError(
             f"layer {name!r}: called {len(calls)} times; choose {', '.join(calls[:4])}"
         )
-    hint = f"did you mean {', '.join(close)}?" if close else f"there are {', '.join(names[:12])}"
-    more = ", ..." if not close and len(names) > 12 else ""
-    return ValueError(f"layer {name!r}: no such layer; {hint}{more}")
+    return ValueError(f"layer {name!r}: no such layer; {choose_among(name, names)}")
+
+
+def _has_parts(known: str, parts: list[str]) -> bool:
+    """Whether a dotted name has all of some parts, in their order."""
+    rest = iter(known.partition("#")[0].split("."))
+    return all(part in rest for part in parts)
+
+
+def choose_among(name: str, names: Sequence[str]) -> str:
+    """What may be meant by a name, or which names there are."""
+    if not names:
+        return "the model calls no module that gives maps (N, K, H, W) or vectors (N, K)"
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    # layer1.relu is part of layer1.0.relu#0; of several the last, whose output is that of the part.
+    within = [known for known in names if _has_parts(known, name.split("."))][: -CHOICES - 1 : -1]
+    if within or close:
+        return f"did you mean {', '.join(within or close)}?"
+    more = ", ..." if len(names) > 12 else ""
+    return f"there are {', '.join(names[:12])}{more}"

@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from deconvnet.arithmetic import is_uneven
 from deconvnet.arithmetic import overlap as overlap_counts
-from deconvnet.visualization.graph import SKIPPED, Operations
+from deconvnet.visualization.graph import SKIPPED, Operations, pair
 
 METHODS = ("deconv", "guided", "gradient")
 OVERLAPS = ("sum", "normalised")
@@ -178,9 +178,10 @@ class Rules(TorchDispatchMode):
 
     def _convolution(self, func: object, args: tuple, kwargs: dict) -> object:
         signal, given, weight, _, stride, padding, dilation, transposed, _, groups, mask = args
-        plain = not transposed and signal.dim() == 4 and list(mask) == [True, False, False]
+        plain = not transposed and weight.dim() == 4 and list(mask) == [True, False, False]
         if not plain:
             return func(*args, **kwargs)
+        stride, padding, dilation = map(pair, (stride, padding, dilation))
         kernel = tuple(weight.shape[2:])
         if self.overlap == "normalised" and overlaps_unevenly(kernel, stride, dilation):
             result = _paint(signal, given, weight, stride, padding, dilation, groups)
@@ -202,9 +203,9 @@ def _coverage(
     given: Tensor,
     signal: Tensor,
     kernel: tuple[int, int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
 ) -> Tensor:
     """(rows, columns): how many terms are summed in each pixel, over their mean inside.
 
@@ -226,9 +227,9 @@ def _paint(
     signal: Tensor,
     given: Tensor,
     weight: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
     groups: int,
 ) -> Tensor:
     """The transposed convolution of a signal that is zero almost everywhere, image by image."""

@@ -17,13 +17,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
+from torch.nn.parameter import is_lazy
 
 from deconvnet.visualization import graph
+from deconvnet.visualization.dependence import Dependence, differing
 from deconvnet.visualization.fields import Lattice, Lattices, fields
+from deconvnet.visualization.layout import Layouts
 from deconvnet.visualization.projection import (
     LayerInfo,
     Projection,
     check_units,
+    choose_among,
     cut,
     no_such_layer,
 )
@@ -41,8 +45,13 @@ from deconvnet.visualization.windows import Place, place_of
 
 GATES = ("constant", "gradient")
 MOST_WINDOWS = 64
+# Images that tell constants of a model from those of an image.
+OTHERS = 2
 # Of the largest activation: what another size of input may change, with room to spare.
 ROUNDING = 1e-3
+
+# The name of a module, the number of its call, what it gives, and the node of that.
+Seen = tuple[str, int, Tensor, Node | None]
 
 logger = logging.getLogger(__name__)
 
@@ -76,13 +85,24 @@ class TrainedNetwork:
         ):
             if value not in choices:
                 raise ValueError(f"{key}={value}: choose one of {', '.join(choices)}")
-        self.model = _unwrapped(model)
-        self.modules = {name: module for name, module in self.model.named_modules() if name}
+        self.model = checked_model(_unwrapped(model))
+        # TorchScript takes no hooks: what is scripted is passed, but is no layer.
+        self.modules = {
+            name: module
+            for name, module in self.model.named_modules()
+            if name and not isinstance(module, torch.jit.ScriptModule)
+        }
         self.method, self.strict, self.gates = method, strict, gates
         self.overlap, self.batch, self.local = overlap, batch, local
         # By the shape of an image: what a model calls may depend on it.
         self._calls: dict[tuple[int, ...], Counter[str]] = {}
+        # Calls of modules whose maps are (N, H, W, K).
+        self._last: set[tuple[str, int]] = set()
+        # What modules give that is no maps, in words.
+        self._others: dict[str, str] = {}
+        self._uncalled = "the model does not call it for these images"
         self._places: dict[tuple[str | int, ...], Place | None] = {}
+        self._suspects: dict[str, frozenset[int]] = {}
 
     @property
     def device(self) -> torch.device:
@@ -90,25 +110,41 @@ class TrainedNetwork:
         return tensors[0].device if tensors else torch.device("cpu")
 
     def layers(self, x: Tensor) -> list[LayerInfo]:
-        found: list[tuple[LayerInfo, int, Tensor, Node | None]] = []
-        lattices: list[Lattices] = []
+        found, calls, lattices = self._look(x)
+        layers = []
+        for name, call, y, node in found:
+            # Tables that a model makes of its parameters alone are no layers.
+            if node is None:
+                continue
+            kind, shape = type(self.modules[name]).__name__, tuple(self._maps(y, name, call).shape)
+            info = LayerInfo(_call_name(name, call, calls), kind, shape[1:])
+            if y.dim() == 4:
+                info = _located(info, lattices.of(node))
+            layers.append(info)
+        return layers
+
+    def _look(self, x: Tensor) -> tuple[list[Seen], Counter[str], Lattices]:
+        """All layers as the first of some images x passes them, and how often each is called."""
+        found: list[Seen] = []
+        leaves: list[Tensor] = [x]
 
         def note(name: str, call: int, y: Tensor, leaf: Tensor) -> None:
-            if not lattices:
-                lattices.append(Lattices(leaf, constant_gates=self._constant_gates))
-            kind, shape = type(self.modules[name]).__name__, tuple(_maps(y, name).shape[1:])
+            leaves[0] = leaf
             # The node as it is now: what is done in place to y later has a node of its own.
-            found.append((LayerInfo(name, kind, shape), call, y, y.grad_fn))
+            found.append((name, call, y, y.grad_fn))
 
         with self._working(), torch.enable_grad():
             calls = self._calls[x.shape[1:]] = self._pass(x[:1].detach(), note)
             graph.know_shapes([y for _, _, y, node in found if node is not None])
-        layers = []
-        for info, call, y, node in found:
-            if y.dim() == 4 and node is not None:
-                info = _located(info, lattices[0].of(node))
-            layers.append(replace(info, name=_call_name(info.name, call, calls)))
-        return layers
+        layouts = Layouts()
+        self._last |= {(name, call) for name, call, _, node in found if layouts.last(node)}
+        return found, calls, Lattices(leaves[0], constant_gates=self._constant_gates)
+
+    def _maps(self, y: Tensor, name: str, call: int) -> Tensor:
+        """Maps (N, K, H, W) of what a module gives; of vectors (N, K) maps of one place."""
+        if y.dim() == 2:
+            return y[:, :, None, None]
+        return y.movedim(3, 1) if (name, call) in self._last else y
 
     def responses(
         self, x: Tensor, layers: list[str], reduce: Callable[[str, Tensor], object]
@@ -120,7 +156,7 @@ class TrainedNetwork:
             key = wanted.get((name, call))
             if key is None:
                 return
-            found[key] = reduce(key, _maps(y, key))
+            found[key] = reduce(key, self._maps(y, name, call))
             if len(found) == len(wanted):
                 raise _Reached
 
@@ -130,7 +166,10 @@ class TrainedNetwork:
 
     def outputs(self, x: Tensor) -> Tensor | None:
         with self._working(), torch.no_grad():
-            y = _tensor(self.model(x.detach().clone()))
+            try:
+                y = _tensor(self.model(x.detach().clone()))
+            except Exception as error:
+                raise self._failure(x, error) from error
         return y if y is not None and y.dim() == 2 else None
 
     def project(
@@ -141,6 +180,8 @@ class TrainedNetwork:
         images = torch.unique(units[:, 0])
         result = None
         with self._working(), torch.enable_grad():
+            if len(units):
+                self._suspect(x[:1], layer)
             place = self._place(x, layer) if self.local and len(units) else None
             if place is not None:
                 check_units(units, len(x), layer, place.shape)
@@ -164,8 +205,9 @@ class TrainedNetwork:
         """Where the units of a layer lie, if windows of the images are enough for them."""
         key = _place_key(x, layer)
         if key not in self._places:
-            leaf, y = self._up_to(x[:1], layer)
-            found, maps = graph.read(y, constant_gates=self._constant_gates), _maps(y, layer)
+            leaf, y, _ = self._up_to(x[:1], layer)
+            found = graph.read(y, constant_gates=self._constant_gates)
+            maps = self._maps(y, *_split(layer))
             lattice = Lattices(leaf, constant_gates=self._constant_gates).of(y.grad_fn)
             place = place_of(found, tuple(maps.shape[1:]), lattice, tuple(x.shape[2:]))
             if place is not None and not self._answers_alike(x[:1], layer, maps.detach()[0], place):
@@ -183,8 +225,8 @@ class TrainedNetwork:
             window = place.windows(unit)
             i, j = place.within(unit, window)[0, 2:].tolist()
             try:
-                y = _maps(self._up_to(cut(x, window), layer, known=True)[1], layer)
-                found = y.detach()[0, :, i, j]
+                y = self._up_to(cut(x, window), layer, known=True)[1]
+                found = self._maps(y, *_split(layer)).detach()[0, :, i, j]
             except Exception:  # whatever a model does with a size that it was not made for
                 return False
             expected = maps[:, unit[0, 2], unit[0, 3]]
@@ -219,10 +261,10 @@ class TrainedNetwork:
     ) -> Projection:
         """The projections of units of windows x (U, C, h, w), one of each."""
         try:
-            leaf, y = self._up_to(x, layer, known=True)
+            leaf, y, watched = self._up_to(x, layer, known=True)
         except Exception as error:  # whatever a model does with a size that it was not made for
             raise _Unlike from error
-        found = graph.read(y, constant_gates=self._constant_gates)
+        found = graph.read(y, constant_gates=self._constant_gates, marked=watched.marked)
         if [op.name for op in found.order] != place.operations:
             raise _Unlike
         return self._project_graph(found, leaf, y, torch.arange(len(x)), layer, units, seeds)
@@ -231,9 +273,10 @@ class TrainedNetwork:
         self, x: Tensor, some: Tensor, layer: str, units: Tensor, seeds: Tensor | None
     ) -> Projection:
         """The projections of units of some images, which go through the network together."""
-        leaf, y = self._up_to(x[some.to(x.device)], layer)
-        check_units(units, len(x), layer, tuple(_maps(y, layer).shape[1:]))
-        found = graph.read(y, constant_gates=self._constant_gates)
+        leaf, y, watched = self._up_to(x[some.to(x.device)], layer)
+        shape = tuple(self._maps(y, *_split(layer)).shape[1:])
+        check_units(units, len(x), layer, shape)
+        found = graph.read(y, constant_gates=self._constant_gates, marked=watched.marked)
         return self._project_graph(found, leaf, y, some, layer, units, seeds)
 
     def _project_graph(
@@ -248,8 +291,8 @@ class TrainedNetwork:
     ) -> Projection:
         """The projections of units down what has led from the leaf to y; some: its images."""
         self._refuse(found, layer)
-        maps = _maps(y, layer)
-        fields, boxes = (self._boxes(found, units, leaf, clip) for clip in (False, True))
+        maps, last = self._maps(y, *_split(layer)), _split(layer) in self._last
+        fields, boxes = (self._boxes(found, units, leaf, clip, last) for clip in (False, True))
         uneven = self._uneven(found, leaf)
         n, k, i, j = units.to(maps.device).unbind(1)
         n = torch.searchsorted(some.to(n.device), n.contiguous())
@@ -262,7 +305,8 @@ class TrainedNetwork:
             at = n[chosen], k[chosen], i[chosen], j[chosen]
             seed = torch.zeros_like(maps)
             seed[at] = seeds[chosen]
-            signal, met = self._down(found, y, leaf, seed.reshape(y.shape))
+            seed = seed.movedim(1, 3) if last else seed.reshape(y.shape)
+            signal, met = self._down(found, y, leaf, seed)
             images[chosen] = signal[n[chosen]]
         report = Report(
             self.method,
@@ -288,9 +332,13 @@ class TrainedNetwork:
             )
         return signal, rules.met
 
-    def _up_to(self, x: Tensor, layer: str, *, known: bool = False) -> tuple[Tensor, Tensor]:
-        """The leaf that holds x, and what the layer makes of it. known: its name has been checked,
-        for images of another size."""
+    def _up_to(
+        self, x: Tensor, layer: str, *, known: bool = False
+    ) -> tuple[Tensor, Tensor, Dependence]:
+        """The leaf that holds x, what the layer makes of it, and what was seen on the way.
+
+        known: the name of the layer has been checked, for images of another size.
+        """
         ((name, call),) = [_split(layer)] if known else self._wanted(x, [layer])
         reached: list[Tensor] = []
         leaves: list[Tensor] = []
@@ -301,33 +349,74 @@ class TrainedNetwork:
                 leaves.append(leaf)
                 raise _Reached
 
-        self._pass(x, note, {name})
+        watched = Dependence(self._suspects.get(layer, frozenset()))
+        self._pass(x, note, {name}, watched)
         if not reached:
             raise ValueError(f"layer {layer!r}: the model does not call it for these images")
         y = reached[0]
         if y.grad_fn is None:
             raise ValueError(f"layer {layer!r}: its output does not depend on the image")
-        return leaves[0], y
+        return leaves[0], y, watched
+
+    def _suspect(self, x: Tensor, layer: str) -> None:
+        """Find constants on the way to a layer that depend on the image, although it cannot be
+        seen how: other images have others."""
+        if layer in self._suspects:
+            return
+        watched = self._up_to(x, layer)[2]
+        generator = torch.Generator().manual_seed(0)
+        found: frozenset[int] = frozenset()
+        for _ in range(OTHERS):
+            noise = torch.rand(x.shape, generator=generator, dtype=torch.float64).to(x)
+            try:
+                other = self._up_to(0.75 * x.flip(1, 2, 3) + 0.1 * noise, layer)[2]
+            except Exception:  # whatever a model does with an image that it does not expect
+                break
+            found |= differing(watched, other)
+        self._suspects[layer] = found
 
     def _wanted(self, x: Tensor, layers: list[str]) -> dict[tuple[str, int], str]:
         """The module and the number of the call that each name means."""
         calls = self._calls.get(x.shape[1:])
         if calls is None:
-            with torch.no_grad(), self._working():
-                calls = self._calls[x.shape[1:]] = self._pass(x[:1], lambda *_: None)
+            calls = self._look(x)[1]
         known = [_call_name(name, call, calls) for name in calls for call in range(calls[name])]
         wanted = {}
         for layer in layers:
             if layer not in known:
-                raise no_such_layer(layer, known)
+                raise self._no_layer(layer, known)
             wanted[_split(layer)] = layer
         return wanted
+
+    def _no_layer(self, layer: str, known: list[str]) -> ValueError:
+        """The error for a layer that is none, with the reason where a module has that name."""
+        name = _split(layer)[0]
+        part = dict(self.model.named_modules()).get(name) if name else None
+        if part is None or any(_split(each)[0] == name for each in known):
+            return no_such_layer(layer, known)
+        if isinstance(part, torch.jit.ScriptModule):
+            says = "it is TorchScript, which cannot be looked into"
+        else:
+            says = self._others.get(name, self._uncalled)
+        return ValueError(f"layer {layer!r}: {says}; {choose_among(layer, known)}")
+
+    def _failure(self, x: Tensor, error: Exception) -> ValueError:
+        """What the model itself raises for images x, in one line."""
+        reason = " ".join(str(error).split())[:300]
+        kind = type(error).__name__
+        known = isinstance(error, RuntimeError | ValueError | AssertionError) and reason
+        says = reason if known else f"{kind}: {reason}" if reason else kind
+        shape = "x".join(map(str, x.shape[1:]))
+        return ValueError(
+            f"the model {type(self.model).__name__} fails on images of {shape}: {says}"
+        )
 
     def _pass(
         self,
         x: Tensor,
         note: Callable[[str, int, Tensor, Tensor], None],
         names: set[str] | None = None,
+        watched: Dependence | None = None,
     ) -> Counter[str]:
         """Run the model on x; note(name, call, output, leaf) for modules, in their order.
 
@@ -341,6 +430,7 @@ class TrainedNetwork:
         def hook(name: str) -> Callable[[nn.Module, tuple, object], None]:
             def call(module: nn.Module, given: tuple, output: object) -> None:
                 y = _tensor(output)
+                self._others[name] = _described(y, len(leaf))
                 # Not what a model folds into the dimension of the images.
                 if y is not None and y.dim() in (2, 4) and len(y) == len(leaf):
                     calls[name] += 1
@@ -359,15 +449,22 @@ class TrainedNetwork:
                     stack.callback(module.register_forward_hook(hook(name)).remove)
             if skip:
                 stack.enter_context(SkippedNormalization())
+            if watched is not None:
+                watched.begin(leaf)
+                stack.callback(watched.finish)
+                stack.enter_context(watched)
             try:
                 # A copy: models that begin with an operation in place may not write into a leaf.
                 self.model(leaf.clone())
             except _Reached:
                 pass
             except Exception as error:
-                if names is not None or not calls or ours:
-                    raise
-                logger.warning("the model fails above its layers: %s", str(error).split("\n")[0])
+                if not ours and (names is not None or not calls):
+                    raise self._failure(x, error) from error
+                if not ours:
+                    says = str(error).split("\n")[0] or type(error).__name__
+                    self._uncalled = f"the model fails before it: {says}"
+                    logger.warning("the model fails above its layers: %s", says)
             if ours:  # which the model did not let through
                 raise ours[0]
         return calls
@@ -376,9 +473,11 @@ class TrainedNetwork:
     def _constant_gates(self) -> bool:
         return self.gates == "constant" and self.method != "gradient"
 
-    def _boxes(self, found: graph.Operations, units: Tensor, leaf: Tensor, clip: bool) -> Tensor:
+    def _boxes(
+        self, found: graph.Operations, units: Tensor, leaf: Tensor, clip: bool, last: bool
+    ) -> Tensor:
         """(U, 4) top, left, bottom, right."""
-        rows_columns = fields(found, units[:, 1:].numpy(), leaf, clip=clip)
+        rows_columns = fields(found, units[:, 1:].numpy(), leaf, clip=clip, last=last)
         return torch.from_numpy(np.ascontiguousarray(rows_columns.transpose(0, 2, 1))).flatten(1)
 
     def _uneven(self, found: graph.Operations, leaf: Tensor) -> tuple[Uneven, ...]:
@@ -386,9 +485,9 @@ class TrainedNetwork:
         lattices = Lattices(leaf, constant_gates=self._constant_gates)
         uneven = []
         for op in found.convolutions:
-            weight, stride = op.saved("weight"), tuple(op.saved("stride"))
+            weight, stride = op.saved("weight"), op.pair("stride")
             kernel = tuple(weight.shape[2:])
-            if overlaps_unevenly(kernel, stride, op.saved("dilation")):
+            if overlaps_unevenly(kernel, stride, op.pair("dilation")):
                 name = names.get(weight.data_ptr(), "a convolution").removesuffix(".weight")
                 lattice = lattices.of(op.node)
                 uneven.append(Uneven(name, kernel, stride, lattice.stride if lattice else (0, 0)))
@@ -397,14 +496,18 @@ class TrainedNetwork:
     def _refuse(self, found: graph.Operations, layer: str) -> None:
         if self.strict and self.method != "gradient" and found.unsupported:
             names = ", ".join(f"{name} x{n}" for name, n in sorted(found.unsupported.items()))
-            raise ValueError(
-                f"layer {layer!r}: {self.method} has no rule for {names}; strict=False uses their "
-                "gradients and reports them, method='gradient' needs no rules"
+            remedy = (
+                "compiled parts hide what they do, give the model uncompiled"
+                if any("compiled" in name for name in found.unsupported)
+                else "strict=False uses their gradients and reports them, method='gradient' needs "
+                "no rules"
             )
+            raise ValueError(f"layer {layer!r}: {self.method} has no rule for {names}; {remedy}")
 
     @contextmanager
     def _working(self) -> Iterator[None]:
-        """In evaluation mode, parameters frozen, without autocast; everything as it was after."""
+        """In evaluation mode, parameters frozen, without autocast and compilation; everything as it
+        was after."""
         modes = [(module, module.training) for module in self.model.modules()]
         learned = [(p, p.requires_grad) for p in self.model.parameters()]
         try:
@@ -414,6 +517,7 @@ class TrainedNetwork:
             with (
                 torch.inference_mode(False),
                 torch.autocast(self.device.type, enabled=False),
+                _uncompiled(self.model),
             ):
                 yield
         finally:
@@ -421,6 +525,28 @@ class TrainedNetwork:
                 module.training = mode
             for p, learns in learned:
                 p.requires_grad_(learns)
+
+
+@contextmanager
+def _uncompiled(model: nn.Module) -> Iterator[None]:
+    """What was compiled runs as it was written: compiled parts hide their operations."""
+    compiled = [
+        (module, module._compiled_call_impl)
+        for module in model.modules()
+        if getattr(module, "_compiled_call_impl", None) is not None
+    ]
+    with ExitStack() as stack:
+        # From PyTorch 2.6 on also for functions; before they are refused by name.
+        if hasattr(torch.compiler, "set_stance"):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(torch.jit.optimized_execution(False))
+        try:
+            for module, _ in compiled:
+                module._compiled_call_impl = None
+            yield
+        finally:
+            for module, call in compiled:
+                module._compiled_call_impl = call
 
 
 def _place_key(x: Tensor, layer: str) -> tuple[str | int, ...]:
@@ -484,6 +610,44 @@ def _unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
+def checked_model(model: nn.Module) -> nn.Module:
+    """A model whose layers can be looked into; ValueError in one line that says why not."""
+    kind = type(model).__name__
+    if not isinstance(model, nn.Module):
+        hint = "; give its .module()" if kind == "ExportedProgram" else ""
+        raise ValueError(f"model is {kind}: expected torch.nn.Module{hint}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(
+            f"model is TorchScript ({kind}), whose layers cannot be looked into: build the Python "
+            "class that it was made of, and load its state_dict()"
+        )
+    for name, part in model.named_modules():
+        if "quantized" in type(part).__module__.split("."):
+            raise ValueError(
+                f"model is quantised ({name or kind}: {type(part).__name__}), which has no "
+                "gradients: give it as it was before"
+            )
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise ValueError(f"model: {name} has no shape yet: run it once on an image")
+        if tensor.is_meta:
+            raise ValueError(
+                f"model: {name} is on the meta device, without values: build it on another device "
+                "and load its state_dict()"
+            )
+    return model
+
+
+def _described(y: Tensor | None, images: int) -> str:
+    """The output of a module that gives no maps, in words."""
+    if y is None:
+        return "it gives no tensor"
+    images_first = y.dim() > 0 and len(y) == images
+    shape = ", ".join(["N"] * images_first + list(map(str, y.shape[images_first:])))
+    kind = "tokens, not maps" if images_first and y.dim() == 3 else "no maps (N, K, H, W)"
+    return f"its output is ({shape}): {kind}"
+
+
 def _tensor(output: object) -> Tensor | None:
     """The output of a module, or the first of several."""
     if isinstance(output, Tensor):
@@ -492,15 +656,6 @@ def _tensor(output: object) -> Tensor | None:
     if isinstance(values, list | tuple):
         return next((value for value in values if isinstance(value, Tensor)), None)
     return None
-
-
-def _maps(y: Tensor, name: str) -> Tensor:
-    """Maps (N, K, H, W); of vectors (N, K) maps of one place."""
-    if y.dim() not in (2, 4):
-        raise ValueError(
-            f"layer {name!r} gives {tuple(y.shape)}: expected maps (N, K, H, W) or vectors (N, K)"
-        )
-    return y if y.dim() == 4 else y[:, :, None, None]
 
 
 def _split(name: str) -> tuple[str, int]:

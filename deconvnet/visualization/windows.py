@@ -87,7 +87,7 @@ def place_of(
 def _is_alike(op: Operation) -> bool:
     """Whether an operation treats all places alike."""
     if op.name == "Convolution":
-        return not op.saved("transposed") and len(op.saved("stride")) == 2
+        return op.is_convolution and not op.saved("transposed")
     if op.name in ("Cat", "Split", "SplitWithSizes"):
         return int(op.saved("dim")) in (1, -3)
     return op.name in ALIKE
