@@ -33,6 +33,7 @@ from deconvnet.applications.classification import ClassData
 from deconvnet.applications.labelled import ClassifySettings
 from deconvnet.applications.restoration import STRENGTH
 from deconvnet.data import DataSettings
+from deconvnet.monitor import not_in_bar
 from deconvnet.network import LayerSettings
 from deconvnet.preprocessing import PreprocessingSettings
 from deconvnet.survey import SurveySettings
@@ -342,11 +343,17 @@ def logged(cfg: DictConfig, folder: Path) -> Iterator[None]:
     files.append(path, "")
     handler = _LogFile(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("[%(asctime)s][%(name)s][%(levelname)s] - %(message)s"))
-    logging.getLogger().addHandler(handler)
+    root = logging.getLogger()
+    printing = list(root.handlers)
+    root.addHandler(handler)
+    for other in printing:
+        other.addFilter(not_in_bar)
     try:
         yield
     finally:
-        logging.getLogger().removeHandler(handler)
+        root.removeHandler(handler)
+        for other in printing:
+            other.removeFilter(not_in_bar)
         handler.close()
 
 

@@ -21,7 +21,7 @@ if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
 from deconvnet import config, load
 from deconvnet.applications.pictures import check_targets
 from deconvnet.data import distinct_names, image_files, read_image
-from deconvnet.monitor import save_picture
+from deconvnet.monitor import hidden, save_picture
 from deconvnet.network import snr
 from deconvnet.visualization import parts_picture
 
@@ -46,7 +46,7 @@ def reconstruct(cfg: config.ReconstructConfig) -> None:
     endings = [".png", "-parts.png"] if cfg.parts else [".png"]
     targets = [folder / f"{name}-layer{layer}{end}" for _, name in named for end in endings]
     check_targets(targets, [source, *paths])
-    for path, name in tqdm(named, unit="image", leave=False, disable=len(paths) == 1):
+    for path, name in tqdm(named, unit="image", leave=False, disable=hidden(len(paths) > 1)):
         image = read_image(path)[None].to(net.device)
         codes = net.infer(image, depth=layer)
         pixels = net.reconstruct(codes)

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from deconvnet import config
 from deconvnet.data import Crop, DataSettings, LazyImages, lazy_images
-from deconvnet.monitor import save_picture
+from deconvnet.monitor import hidden, save_picture
 from deconvnet.visualization.models import Subject, save_model
 from deconvnet.visualization.normalization import Normalization
 from deconvnet.visualization.tiles import grid, symmetric
@@ -183,7 +183,7 @@ def read(
 ) -> tuple[Tensor, list[str]]:
     """The pixels (n, 1 or 3, S, S) uint8 of some images, and the names of their classes."""
     pixels, labels = [], []
-    for index in tqdm(chosen, f"images {what}", disable=not settings.progress, leave=False):
+    for index in tqdm(chosen, f"images {what}", disable=hidden(settings.progress), leave=False):
         image = images[index]
         image = image.mean(0, keepdim=True) if settings.color == "grey" else image
         pixels.append((image * 255).round().byte())
@@ -210,7 +210,7 @@ def learn(subject: Subject, examples: Examples, settings: CnnSettings) -> Iterat
         weight_decay=settings.weight_decay,
     )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    with tqdm(total=steps, unit="update", disable=not settings.progress) as bar:
+    with tqdm(total=steps, unit="update", disable=hidden(settings.progress)) as bar:
         for epoch in range(1, settings.epochs + 1):
             net.train()
             total = 0.0
