@@ -34,7 +34,7 @@ from deconvnet.applications.labelled import ClassifySettings
 from deconvnet.applications.restoration import STRENGTH
 from deconvnet.data import DataSettings
 from deconvnet.monitor import not_in_bar
-from deconvnet.network import LayerSettings
+from deconvnet.network import LARGEST, LayerSettings
 from deconvnet.preprocessing import PreprocessingSettings
 from deconvnet.survey import SurveySettings
 
@@ -109,6 +109,7 @@ class VisualizeConfig(SurveySettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_seed(self.seed)
         if (self.run is None) == (self.model is None):
             raise ValueError(
                 "give either run=<a run folder or network file> or model=<a name such as "
@@ -125,6 +126,8 @@ class VisualizeConfig(SurveySettings):
         for key in ("size", "max_images"):
             if getattr(self, key) is not None and getattr(self, key) < 1:
                 raise ValueError(f"{key}={getattr(self, key)}: must be at least 1, or null")
+        if self.size is not None and self.size > LARGEST:
+            raise ValueError(f"size={self.size}: must be at most {LARGEST} pixels")
 
 
 @dataclass
@@ -149,8 +152,7 @@ class RestoreConfig:
             value = getattr(self, key, None)
             if value is not None and not 0.5 <= value <= 255:
                 raise ValueError(f"{key}={value}: is in grey levels of 0 to 255, from 0.5")
-        if self.seed < 0:
-            raise ValueError(f"seed={self.seed}: must not be negative")
+        check_seed(self.seed)
 
     def common(self) -> dict[str, Any]:
         """What does not depend on what is to be restored."""
@@ -214,6 +216,10 @@ class ClassifyConfig(ClassifySettings):
     beside: list[str] = field(default_factory=list)
     output: str | None = None
     device: str = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_seed(self.seed)
 
 
 def register() -> None:
@@ -281,12 +287,16 @@ def read(cfg: DictConfig) -> Config:
             raise ValueError(f"{key}={value}: is in GiB, at least 0")
     if config.chunk < 1:
         raise ValueError(f"chunk={config.chunk}: must be at least 1")
-    if config.seed < 0:
-        raise ValueError(f"seed={config.seed}: must not be negative")
+    check_seed(config.seed)
     config.resume = {"true": "auto"}.get(config.resume.lower(), config.resume)
     if config.resume.lower() in ("auto", "false"):
         config.resume = config.resume.lower()
     return config
+
+
+def check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed={seed}: must not be negative, and below 2^63")
 
 
 def check_complete(cfg: DictConfig) -> None:

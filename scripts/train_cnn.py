@@ -4,6 +4,7 @@ python scripts/train_cnn.py data.download=true
 """
 
 import logging
+import math
 import os
 import signal
 import time
@@ -37,6 +38,9 @@ from deconvnet.visualization.tiles import grid, symmetric
 from deconvnet.visualization.zfnet import ZFNet, limit_filters
 
 log = logging.getLogger("train_cnn")
+
+# More maps, images of a batch or epochs can only be a mistake.
+MOST = 100_000
 
 
 @dataclass
@@ -73,17 +77,20 @@ class CnnSettings:
             )
         if self.data.size is None:
             raise ValueError("data.size=None: a number is needed")
+        config.check_seed(self.seed)
         for key in ("width", "epochs", "batch"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key}={getattr(self, key)}: must be at least 1")
+            if not 1 <= getattr(self, key) <= MOST:
+                raise ValueError(f"{key}={getattr(self, key)}: must be at least 1, at most {MOST}")
         for key in ("held_out", "dropout", "momentum"):
             if not 0 <= getattr(self, key) < 1:
                 raise ValueError(f"{key}={getattr(self, key)}: must be at least 0 and below 1")
         if not 0 <= self.shift < self.data.size:
             raise ValueError(f"shift={self.shift}: must be at least 0 and below data.size")
         for key in ("images", "learning_rate", "filter_rms"):
-            if getattr(self, key) is not None and getattr(self, key) <= 0:
-                raise ValueError(f"{key}={getattr(self, key)}: must be above 0")
+            if getattr(self, key) is not None and not 0 < getattr(self, key) < math.inf:
+                raise ValueError(f"{key}={getattr(self, key)}: must be above 0, and finite")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay={self.weight_decay}: must be at least 0, and finite")
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,8 @@ def test_in_a_file_there_is_a_line_for_epochs_and_no_bar(progress, monkeypatch, 
 
 def test_fast_epochs_have_few_lines_but_the_last_has_one(monkeypatch, caplog):
     # A second on each look: two an epoch that has a line, one for the others.
-    clock = SimpleNamespace(monotonic=lambda ticks=itertools.count(): float(next(ticks)))
+    ticks = itertools.count()
+    clock = SimpleNamespace(monotonic=lambda: float(next(ticks)))
     monkeypatch.setattr(monitor, "time", clock)
     with caplog.at_level(logging.INFO):
         learn(progress=False)
