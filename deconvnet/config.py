@@ -43,6 +43,10 @@ OF_MODELS = {
     *("weights", "options", "mean", "std", "order", "checkpoints"),
     *("method", "strict", "gates", "overlap"),
 }
+# Settings that are paths; those of images and of data are read by who opens them.
+PATHS = {
+    *("run", "output", "model", "weights", "resume", "init", "missing", "beside", "checkpoints"),
+}
 # Settings by which a command takes less memory, and what libraries say when there is none left.
 LARGE = ("chunk", "batch", "memory", "data.size", "data.max_images", "max_images", "count")
 NO_MEMORY = ("out of memory", "allocate memory", "not enough memory", "bad_alloc", "bad allocation")
@@ -246,7 +250,7 @@ def _inside(name: object) -> str:
 def read_visualize(cfg: DictConfig) -> VisualizeConfig:
     """The checked settings of scripts/visualize.py."""
     check_keys(cfg)
-    return OmegaConf.to_object(cfg)
+    return _at_home(OmegaConf.to_object(cfg))
 
 
 def read_command(
@@ -255,7 +259,7 @@ def read_command(
     """The checked settings of a script that works with a trained network."""
     check_keys(cfg)
     check_complete(cfg)
-    return OmegaConf.to_object(cfg)
+    return _at_home(OmegaConf.to_object(cfg))
 
 
 def read(cfg: DictConfig) -> Config:
@@ -267,7 +271,7 @@ def read(cfg: DictConfig) -> Config:
             OmegaConf.to_object(layer)
         except ValueError as error:
             raise ValueError(f"model.{name}.{error}") from None
-    config = OmegaConf.to_object(cfg)
+    config = _at_home(OmegaConf.to_object(cfg))
     expected = [f"layer{number}" for number in range(1, len(config.model) + 1)]
     if not expected or sorted(config.model) != sorted(expected):
         raise ValueError(
@@ -292,6 +296,17 @@ def read(cfg: DictConfig) -> Config:
     if config.resume.lower() in ("auto", "false"):
         config.resume = config.resume.lower()
     return config
+
+
+def _at_home(settings: Any) -> Any:
+    """Settings in which ~ is the user's folder, as in the shell, which leaves that in key=~/file."""
+    for key in PATHS & set(vars(settings)):
+        value = getattr(settings, key)
+        if isinstance(value, str):
+            setattr(settings, key, os.path.expanduser(value))
+        elif isinstance(value, list):
+            setattr(settings, key, [os.path.expanduser(path) for path in value])
+    return settings
 
 
 def check_seed(seed: int) -> None:

@@ -381,3 +381,12 @@ def test_a_network_file_that_asks_for_endless_inference_is_refused(tmp_path):
     net.save(path)
     with pytest.raises(ValueError, match=rf"solver.iterations={HUGE}: must be at least 1"):
         load(path)
+
+
+def test_the_users_folder_is_meant_by_a_tilde_in_every_path():
+    home = str(Path.home())
+    assert read("resume='~/runs/a'").resume == f"{home}/runs/a"
+    found = config.read_command(
+        compose("classify", ["run='~/a'", "data.path=b", "beside=['~/c',d~]", "output='~'"])
+    )
+    assert (found.run, found.beside, found.output) == (f"{home}/a", [f"{home}/c", "d~"], home)
