@@ -299,7 +299,7 @@ def read(cfg: DictConfig) -> Config:
 
 
 def _at_home(settings: Any) -> Any:
-    """Settings in which ~ is the user's folder, as in the shell, which leaves that in key=~/file."""
+    """Settings in which ~ is the home folder: the shell leaves it as it is in key=~/file."""
     for key in PATHS & set(vars(settings)):
         value = getattr(settings, key)
         if isinstance(value, str):

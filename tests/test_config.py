@@ -387,6 +387,6 @@ def test_the_users_folder_is_meant_by_a_tilde_in_every_path():
     home = str(Path.home())
     assert read("resume='~/runs/a'").resume == f"{home}/runs/a"
     found = config.read_command(
-        compose("classify", ["run='~/a'", "data.path=b", "beside=['~/c',d~]", "output='~'"])
+        compose("classify", ["run='~/a'", "data.path=b", "beside=['~/c','d~']", "output='~'"])
     )
     assert (found.run, found.beside, found.output) == (f"{home}/a", [f"{home}/c", "d~"], home)
