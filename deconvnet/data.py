@@ -65,6 +65,7 @@ MANY = 1024  # files that wait for them at most
 Fitting = tuple[int | str, ...] | None
 
 SMALLEST = 8  # pixels: the least side of an image, and of a picture in its square
+LARGEST = 100_000  # a side of more can only be a mistake
 
 logger = logging.getLogger(__name__)
 
@@ -100,8 +101,10 @@ class DataSettings:
             raise ValueError("data.dataset=None: data.source=torchvision needs the name of a class")
         if self.source == "photographs" and self.size is None:
             raise ValueError("data.size=None: the photographs differ in size, a number is needed")
-        if self.size is not None and self.size < SMALLEST:
-            raise ValueError(f"data.size={self.size}: must be at least {SMALLEST}")
+        if self.size is not None and not SMALLEST <= self.size <= LARGEST:
+            raise ValueError(
+                f"data.size={self.size}: must be at least {SMALLEST}, and at most {LARGEST}"
+            )
         if self.fit not in FITS:
             raise ValueError(f"data.fit={self.fit!r}: choose {', '.join(FITS)}")
         if self.fit == "pad" and self.source == "photographs":

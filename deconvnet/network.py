@@ -13,6 +13,7 @@ Layers are counted from 1, as in the papers.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import comb
@@ -50,6 +51,10 @@ Progress = Callable[[int, int], None]
 TARGETS = ("maps", "image", "both")
 POOLINGS = ("after", "in_loop")
 WIRINGS = ("full", "singles", "doubles", "singles_and_doubles", "random_doubles")
+
+
+# More maps, or sides of more pixels, can only be a mistake.
+LARGEST = 100_000
 
 
 @dataclass
@@ -97,11 +102,11 @@ class LayerSettings:
     def __post_init__(self) -> None:
         for key in ("num_maps", "filter_size", "group"):
             value = getattr(self, key)
-            if isinstance(value, int) and value < 1:
-                raise ValueError(f"{key}={value}: must be at least 1")
+            if isinstance(value, int) and not 1 <= value <= LARGEST:
+                raise ValueError(f"{key}={value}: must be at least 1, and at most {LARGEST}")
         for key in ("lam", "image_weight"):
-            if not getattr(self, key) > 0:
-                raise ValueError(f"{key}={getattr(self, key)}: must be positive")
+            if not 0 < getattr(self, key) < math.inf:
+                raise ValueError(f"{key}={getattr(self, key)}: must be positive and finite")
         check_exponent(self.p)
         for key, choices in (
             ("connectivity", WIRINGS),
@@ -117,7 +122,9 @@ class LayerSettings:
             raise ValueError(f"group={self.group}: must divide num_maps={self.num_maps}")
         if self.learning.zero_mean and self.filter_size == 1:
             raise ValueError("learning.zero_mean=True: filter_size=1 leaves only zeros")
-        if self.pool is not None and (len(self.pool) != 3 or min(self.pool) < 1):
+        if self.pool is not None and (
+            len(self.pool) != 3 or min(self.pool) < 1 or max(self.pool) > LARGEST
+        ):
             raise ValueError(
                 f"pool={list(self.pool)}: expected [maps, rows, columns], each at least 1, or null"
             )

@@ -55,6 +55,10 @@ ADAPT_UNTIL = 100
 Callback = Callable[[int, Tensor, Tensor], None]
 
 
+# More can only be a mistake, or a file that is to keep its reader busy for ever.
+MOST_ITERATIONS = 1_000_000
+
+
 @dataclass
 class SolverSettings:
     """How maps are inferred. The same in every layer unless a layer says otherwise."""
@@ -94,11 +98,14 @@ class SolverSettings:
         _choose("solver.method", self.method, METHODS)
         _choose("solver.z_step", self.z_step, Z_STEPS)
         for key in ("iterations", "training_iterations", "cg_iterations"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"solver.{key}={getattr(self, key)}: must be at least 1")
+            if not 1 <= getattr(self, key) <= MOST_ITERATIONS:
+                raise ValueError(
+                    f"solver.{key}={getattr(self, key)}: must be at least 1, and at most "
+                    f"{MOST_ITERATIONS}"
+                )
         for key in ("coupling", "beta_start", "step", "gap"):
-            if getattr(self, key) is not None and not getattr(self, key) > 0:
-                raise ValueError(f"solver.{key}={getattr(self, key)}: must be positive")
+            if getattr(self, key) is not None and not 0 < getattr(self, key) < math.inf:
+                raise ValueError(f"solver.{key}={getattr(self, key)}: must be positive and finite")
         if self.gap is not None and self.method == "half_quadratic":
             raise ValueError(
                 f"solver.gap={self.gap}: half_quadratic goes through its schedule; choose admm, "
