@@ -889,7 +889,7 @@ def test_wrong_settings_end_in_one_line_and_leave_nothing(
             ["network.safetensors: not a convolutional network"],
         ),
         ({**MAKE, "weights": "nowhere.pt"}, ["weights=nowhere.pt: no such file"]),
-        ({**MAKE, "weights": "nets.py"}, ["weights=nets.py: holds objects that may run code"]),
+        ({**MAKE, "weights": "nets.py"}, ["weights=nets.py: no file of weights: it begins with"]),
         ({**MAKE, "weights": "photos"}, ["weights=photos", "takes a file of weights"]),
         ({**MAKE, "weights": "epoch-1.pt", "options": {"maps": 6}}, ["not of this network"]),
         ({**MAKE, "checkpoints": ["epoch-1.pt", "no.pt"]}, ["weights=no.pt: no such file"]),
