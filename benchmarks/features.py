@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import json
 import os
 import statistics
 import sys
@@ -51,6 +50,7 @@ from deconvnet.applications import baselines
 from deconvnet.applications.baselines import Method
 from deconvnet.applications.pyramid import grid_features
 from deconvnet.preprocessing import STEPS, PreprocessingSettings
+from deconvnet.strict_json import to_json
 
 DATASETS = ("digits", "shifted", "fashion")
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
@@ -132,7 +132,7 @@ def main(arguments_: Sequence[str] | None = None) -> None:
         runs = [measure(name, train, test, options, seed) for seed in seeds]
         found["results"][name] = runs
         print(row(name, runs), flush=True)
-        options.output.write_text(json.dumps(found, indent=1))
+        options.output.write_text(to_json(found, indent=1))
     print(f"\n{options.output}")
 
 

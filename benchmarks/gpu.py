@@ -28,7 +28,6 @@ matrices in float32.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import statistics
@@ -55,6 +54,7 @@ from deconvnet import LayerSettings, LearningSettings, SolverSettings, learn_fil
 from deconvnet.network import DeconvNet, seeded
 from deconvnet.preprocessing import PreprocessingSettings
 from deconvnet.solvers import Solution, sparse_code
+from deconvnet.strict_json import to_json
 
 METHODS = ("admm", "fista")
 # Arrays of the size of z that an iteration has to read or write: see above.
@@ -88,7 +88,7 @@ def main() -> None:
             failed.append(part)
             found[part], lines = {"failed": traceback.format_exc()}, [traceback.format_exc()]
         found["seconds"][part] = time.perf_counter() - started
-        (options.output / "gpu.json").write_text(json.dumps(found, indent=1))
+        (options.output / "gpu.json").write_text(to_json(found, indent=1))
         print("\n".join([f"\n# {part} ({found['seconds'][part]:.0f} s)\n", *lines]))
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")

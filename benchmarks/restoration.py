@@ -21,7 +21,6 @@ Figures are PSNR in dB of pixels cut off at 0 and 1. Needs SPORCO: pip install -
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import time
@@ -43,6 +42,7 @@ from deconvnet.applications.restoration import Restorer, psnr
 from deconvnet.monitor import Monitor, save_picture
 from deconvnet.network import DeconvNet, snr
 from deconvnet.run import Run
+from deconvnet.strict_json import to_json
 from deconvnet.training import train
 
 PHOTOGRAPHS = ("astronaut", "camera", "chelsea", "coffee", "coins", "rocket")
@@ -66,7 +66,7 @@ def main() -> None:
     if "inpaint" in options.parts:
         found["inpaint"] = inpaint(photographs, restorers, options)
     path = options.output / f"restoration-{options.images}-{'-'.join(options.parts)}.json"
-    path.write_text(json.dumps(found, indent=1))
+    path.write_text(to_json(found, indent=1))
     print(f"\n{path}")
 
 

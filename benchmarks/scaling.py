@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
-import json
 import math
 import multiprocessing
 import os
@@ -50,6 +49,7 @@ from deconvnet.network import DeconvNet, Layer, seeded
 from deconvnet.operators import Deconvolution
 from deconvnet.preprocessing import PreprocessingSettings
 from deconvnet.solvers import Solution, default_solver, duality_gap, sparse_code
+from deconvnet.strict_json import to_json
 from deconvnet.trainer import Ground, LayerTrainer
 
 AXES = {
@@ -120,7 +120,7 @@ def main() -> None:
     }
     found["minutes"] = (time.time() - started) / 60
     options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / f"scaling-{options.device}.json").write_text(json.dumps(found, indent=1))
+    (options.output / f"scaling-{options.device}.json").write_text(to_json(found, indent=1))
     print(show(found))
 
 

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from deconvnet.codes import Codes
+from deconvnet.modes import plain
 from deconvnet.network import DeconvNet, snr
 from deconvnet.pooling import UNPOOLINGS
 
@@ -39,7 +39,7 @@ class Ablation:
     snr: float
 
 
-@torch.no_grad()
+@plain
 def ablate(net: DeconvNet, codes: Codes, *, chunk: int = 8) -> list[Ablation]:
     """All layers above the first through all unpoolings, in the order of UNPOOLINGS.
 

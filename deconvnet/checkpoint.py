@@ -3,8 +3,8 @@
 This module decides how a file is written so that a kill or a full disk never costs an older one,
 and how it is verified so that a damaged or hostile one is never loaded:
 
-- Whatever is written goes to a hidden temporary file beside the target, to the disk, and then over
-  the target's name.
+- Whatever is written goes to a temporary file, to the disk, and then over the target's name, if
+  what is there is ours (`files`): checkpoints and networks are known by their content.
 - A checkpoint, `step-00000120.pt`, is a file of torch.save. No code in it is run, and no flipped
   bit loads a changed state: torch.load ignores the checksums in the archive, `load` tests them.
 - A network, `*.safetensors`, carries its settings and a digest of tensors and settings, since
@@ -18,7 +18,6 @@ import hashlib
 import io
 import json
 import logging
-import os
 import pickle
 import re
 import zipfile
@@ -30,13 +29,18 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from deconvnet import files
+from deconvnet.files import write  # noqa: F401
+
 CHECKPOINT_FORMAT = "deconvnet checkpoint"
 CHECKPOINT_VERSION = 1
 NETWORK_FORMAT = "deconvnet"
 NETWORK_VERSION = "1"
 
 CHECKPOINT_NAME = re.compile(r"step-(\d{8,})\.pt")
-TEMPORARY_NAME = re.compile(r"\.step-\d{8,}\.pt\.tmp")
+# How a zip archive begins, and the most bytes of JSON that a network file may begin with.
+ZIP = b"PK\x03\x04"
+MOST_HEADER = 2**24
 
 logger = logging.getLogger(__name__)
 
@@ -60,17 +64,16 @@ def save(folder: Path, step: int, state: dict, keep: int = 2) -> Path:
     _check_plain(state, "state")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for stale in _matching(folder, TEMPORARY_NAME):
-        stale.unlink(missing_ok=True)
     path = folder / f"step-{step:08d}.pt"
     buffer = io.BytesIO()
     torch.save({"format": CHECKPOINT_FORMAT, "version": CHECKPOINT_VERSION, "state": state}, buffer)
-    write(path, buffer.getbuffer())
+    files.write(path, buffer.getbuffer(), ours=is_checkpoint)
     # Later ones may be the damaged ones that the run fell back from: counting them would leave them
     # and delete the sound ones.
     reached = [(number, older) for number, older in _checkpoints(folder) if number <= step]
     for _, older in reached[:-keep]:
-        older.unlink(missing_ok=True)
+        if not older.is_symlink() and is_checkpoint(older):
+            older.unlink(missing_ok=True)
     return path
 
 
@@ -80,7 +83,14 @@ def load(path: Path) -> dict:
     data = _read(path)
     damage = f"{path}: empty, truncated, damaged or not a checkpoint; resume from an older one"
     try:
+        # torch takes anything that begins otherwise for a format of old, which it reads with fewer
+        # guards.
+        if not data.startswith(ZIP):
+            raise zipfile.BadZipFile("no zip archive")
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            # torch.save does not compress: what is small on the disk is small in memory, too.
+            if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+                raise zipfile.BadZipFile("compressed")
             damaged = archive.testzip()
     except Exception as error:  # which of a dozen kinds depends on the byte that is wrong
         raise CheckpointError(damage) from error
@@ -144,7 +154,8 @@ def save_network(path: Path, tensors: dict[str, Tensor], settings: dict) -> None
         "settings": text,
         "sha256": _digest(tensors, text),
     }
-    write(path, safetensors.torch.save(tensors, metadata))
+    data = _sorted_header(safetensors.torch.save(tensors, metadata))
+    files.write(path, data, ours=is_network)
 
 
 def load_network(path: Path) -> tuple[dict[str, Tensor], dict]:
@@ -169,38 +180,44 @@ def load_network(path: Path) -> tuple[dict[str, Tensor], dict]:
     return {name: tensors[name] for name in sorted(tensors)}, settings
 
 
-def write(path: Path, data: bytes | memoryview) -> None:
-    """Put data at a path: readers, also after a kill, see the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        with suppress(OSError):  # the first error is the one to report
-            temporary.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from error
+def is_network(path: Path) -> bool:
+    """Whether a file is a network file, sound or not, as far as its first bytes tell."""
+    with suppress(OSError, ValueError), open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(min(size, MOST_HEADER)))
+        return header.get("__metadata__", {}).get("format") == NETWORK_FORMAT
+    return False
 
 
-def _sync_folder(folder: Path) -> None:
-    """Puts the folder's entries on the disk: without it a power cut can undo the renaming."""
-    if os.name == "nt":  # Windows cannot open a folder
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def is_checkpoint(path: Path) -> bool:
+    """Whether a file is a checkpoint, sound or not, as far as its first bytes tell."""
+    with suppress(OSError), open(path, "rb") as file:
+        # torch.save puts the pickle first, uncompressed, and its first words say what it is.
+        begin = file.read(4096)
+        return begin.startswith(ZIP) and CHECKPOINT_FORMAT.encode() in begin
+    return False
+
+
+def _sorted_header(data: bytes) -> bytes:
+    """A safetensors file with its header in one order: the library's own differs from call to call,
+    and files of equal networks would differ.
+    """
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(dict(sorted(header.items())), separators=(",", ":"), ensure_ascii=False)
+    # Tensors begin at a multiple of eight bytes.
+    text = text.encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[start:]
 
 
 def _read(path: Path) -> bytes:
     # Read once and as a whole, so that what is verified is what is loaded.
     try:
-        return path.read_bytes()
+        return files.read(path)
+    except ValueError as error:
+        raise CheckpointError(f"{error}; choose a file to read") from error
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}; choose a file to read") from error
 

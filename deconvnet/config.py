@@ -1,8 +1,8 @@
 """The settings of a run, and the way from Hydra's configuration to them.
 
 The dataclasses of the settings stand beside the code that they steer; here they are put together.
-After `read` the rest of the package sees dataclasses only. With scripts/ this is the only place
-that knows Hydra.
+After `read` the rest of the package sees dataclasses only. With scripts/ and arguments.py this is
+the only place that knows Hydra.
 """
 
 from __future__ import annotations
@@ -15,14 +15,18 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from deconvnet import arguments, files
 from deconvnet.applications.classification import ClassData
 from deconvnet.applications.labelled import ClassifySettings
 from deconvnet.applications.restoration import STRENGTH
@@ -52,6 +56,7 @@ class Config:
     seed: int = 0
     device: str = "auto"
     resume: str = "auto"
+    init: str | None = None
     chunk: int = 8
     progress: bool = True
     patience: float = 600.0
@@ -82,7 +87,7 @@ class VisualizeConfig(SurveySettings):
     std: list[float] | None = None
     order: str | None = None
     # a folder of images, a file, or a list of files; null: those that the run has learned from
-    images: Any = None
+    images: Any = field(default=None, metadata=arguments.TEXTS)
     # side of the squares that images are cropped to; null: as the network takes them
     size: int | None = None
     # so many images, evenly among all; null: all
@@ -121,10 +126,10 @@ class RestoreConfig:
     """What scripts/denoise.py and scripts/inpaint.py have in common; their configs say more."""
 
     run: str
-    image: Any
+    image: Any = field(metadata=arguments.TEXTS)
     layer: int | None = None
     strength: float = STRENGTH
-    clean: Any = None
+    clean: Any = field(default=None, metadata=arguments.TEXTS)
     seed: int = 0
     output: str | None = None
     device: str = "auto"
@@ -164,6 +169,37 @@ class InpaintConfig(RestoreConfig):
 
 
 @dataclass
+class ReconstructConfig:
+    """All that scripts/reconstruct.py needs to know; configs/reconstruct.yaml says more."""
+
+    run: str
+    images: Any = field(metadata=arguments.TEXTS)
+    layer: int | None = None
+    parts: bool = False
+    output: str | None = None
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.images == []:
+            raise ValueError("images=[]: give a file, a folder, or a list of them")
+
+
+@dataclass
+class AblateConfig:
+    """All that scripts/ablate.py needs to know; configs/ablate.yaml says more."""
+
+    run: str
+    count: int = 6
+    chunk: int = 8
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for key in ("count", "chunk"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key}={getattr(self, key)}: must be at least 1")
+
+
+@dataclass
 class ClassifyConfig(ClassifySettings):
     """All that scripts/classify.py needs to know; configs/classify.yaml says what it means."""
 
@@ -182,13 +218,15 @@ def register() -> None:
     store.store(name="visualize_schema", node=VisualizeConfig)
     store.store(name="denoise_schema", node=DenoiseConfig)
     store.store(name="inpaint_schema", node=InpaintConfig)
+    store.store(name="reconstruct_schema", node=ReconstructConfig)
+    store.store(name="ablate_schema", node=AblateConfig)
     store.store(name="classify_schema", node=ClassifyConfig)
 
 
 def _inside(name: object) -> str:
     """The name of a run as a path below the folder of runs: no way out of it."""
     parts = str(name).replace("\\", "/").split("/")
-    if not str(name).isprintable() or not parts[0] or {"..", "~"} & set(parts):
+    if not str(name).isprintable() or not parts[0] or {".", "..", "~"} & set(parts):
         raise ValueError(f"name={str(name)!r}: must be the name of a folder inside runs")
     return str(name)
 
@@ -199,8 +237,10 @@ def read_visualize(cfg: DictConfig) -> VisualizeConfig:
     return OmegaConf.to_object(cfg)
 
 
-def read_command(cfg: DictConfig) -> DenoiseConfig | InpaintConfig | ClassifyConfig:
-    """The checked settings of scripts/denoise.py, scripts/inpaint.py or scripts/classify.py."""
+def read_command(
+    cfg: DictConfig,
+) -> DenoiseConfig | InpaintConfig | ReconstructConfig | AblateConfig | ClassifyConfig:
+    """The checked settings of a script that works with a trained network."""
     check_keys(cfg)
     check_complete(cfg)
     return OmegaConf.to_object(cfg)
@@ -279,23 +319,82 @@ def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, bool | int | f
     return result
 
 
-def launch(main: Callable[[], None]) -> None:
+@contextmanager
+def logged(cfg: DictConfig, folder: Path) -> Iterator[None]:
+    """Within it what is logged goes to <folder>/<script>.log as well; the configuration is in
+    <folder>/.hydra.
+
+    Hydra would do both by itself, whatever stands in the folder. NotOurs where that is a
+    stranger's.
+    """
+    job = HydraConfig.get()
+    configurations = {"config": cfg, "hydra": OmegaConf.create({"hydra": job})}
+    for name, node in configurations.items():
+        files.write(folder / ".hydra" / f"{name}.yaml", OmegaConf.to_yaml(node).encode())
+    overrides = OmegaConf.to_yaml(job.overrides.task).encode()
+    files.write(folder / ".hydra" / "overrides.yaml", overrides)
+    path = folder / f"{job.job.name}.log"
+    files.append(path, "")
+    handler = _LogFile(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("[%(asctime)s][%(name)s][%(levelname)s] - %(message)s"))
+    logging.getLogger().addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()
+
+
+class _LogFile(logging.FileHandler):
+    """A log that a full disk cuts short, and stops nothing."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+
+class SweepFolder(Callback):
+    """Refuses a folder of several runs in which Hydra would write over somebody's file."""
+
+    def on_multirun_start(self, config: DictConfig, **_: object) -> None:
+        path = Path(config.hydra.sweep.dir) / "multirun.yaml"
+        if os.path.lexists(path) and not _is_sweep(path, config.hydra.job.config_name):
+            # Hydra turns other errors of a callback into warnings.
+            raise SystemExit(
+                f"error: {path}: is there already and is no list of runs of this command; move it "
+                "away, or choose another hydra.sweep.dir=..."
+            )
+
+
+def _is_sweep(path: Path, name: str) -> bool:
+    """Whether a file is what Hydra writes into a folder of several runs of one command."""
+    if path.is_symlink() or not path.is_file():
+        return False
+    try:
+        return OmegaConf.select(OmegaConf.load(path), "hydra.job.config_name") == name
+    except Exception:  # whatever is wrong with it, it is another file
+        return False
+
+
+def launch(main: Callable[[], None], schema: type) -> None:
     """Run a Hydra main so that a user's mistake ends in one line and exit code 1.
 
-    HYDRA_FULL_ERROR=1 in the environment shows the traceback.
+    schema: the dataclass of its settings. HYDRA_FULL_ERROR=1 in the environment shows the
+    traceback.
     """
     # Hydra then raises instead of printing a traceback of its own.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    if int(os.environ.get("RANK", 0)) > 0:
-        # Of several processes under torchrun the first writes and speaks; the others warn.
-        sys.argv += ["hydra.output_subdir=null", "hydra/job_logging=stdout", "hydra.verbose=false"]
-        logging.disable(logging.INFO)
     try:
+        arguments.make_ready(schema)
+        if int(os.environ.get("RANK", 0)) > 0:
+            # Of several processes under torchrun the first writes and speaks; the others warn.
+            sys.argv += ["hydra.output_subdir=null", "hydra/job_logging=stdout"]
+            sys.argv += ["hydra.verbose=false"]
+            logging.disable(logging.INFO)
         main()
-    except (HydraException, OmegaConfBaseException, OSError) as error:
+    except (HydraException, OmegaConfBaseException, OSError, ValueError) as error:
         if WANTS_TRACEBACK:
             raise
-        sys.exit(f"configuration error: {_one_line(error)}")
+        sys.exit(f"configuration error: {arguments.explain(error, schema) or _one_line(error)}")
     except (TypeError, AttributeError, AssertionError) as error:
         # Hydra's own, where it did not think of an argument such as data=[1].
         if WANTS_TRACEBACK or not _raised_in(error, ("hydra", "omegaconf")):

@@ -121,9 +121,7 @@ class _Work:
         self.which = np.zeros((N, *z.shape[2:]), np.int32)
         self.costs, self.gaps = np.full(N, math.inf), np.full(N, math.nan)
         self.starts: list[np.ndarray | None] = [None] * N
-        self.entries = [
-            self._from_maps(n, z[image].contiguous().numpy()) for n, image in enumerate(images)
-        ]
+        self.entries = [self._from_maps(n, z[image]) for n, image in enumerate(images)]
 
     def _set_limits(self, images: Tensor, shape: tuple[int, int, int, int]) -> None:
         """The weights (N, groups, rows, columns), and up to which correlation an entry stays zero.
@@ -215,8 +213,7 @@ class _Work:
                 c.clamp_(min=0)
             each = list(zip(images[part], c, strict=True))
             for n, of in each:
-                if self.limits is not None:
-                    of /= self.limits[n if len(self.limits) > 1 else 0][..., rows, :]
+                self._relate(n, rows, of)
                 # Without its own entries, each place shows the strongest that could be taken in.
                 reach[n] = max(reach[n], self._take_out(n, of.numpy(), rows))
             tasks = [self._find_strongest(n, of.numpy(), rows) for n, of in each]
@@ -224,6 +221,11 @@ class _Work:
         if self.certified:
             for n in images:
                 self._certify(n, max(reach[n], float(self.best[n].max())))
+
+    def _relate(self, n: int, rows: slice, c: Tensor) -> None:
+        """Divide correlations (K, rows, columns) by their limits, unless `inverse` has these."""
+        if self.limits is not None:
+            c /= self.limits[n if len(self.limits) > 1 else 0][..., rows, :]
 
     def _take_out(self, n: int, c: np.ndarray, rows: slice) -> float:
         """Set the correlations of the entries to zero; the largest, as a share of its limit."""
@@ -291,7 +293,8 @@ class _Work:
             *(self.number(self.lam), self.number(self.prior.p), self.prior.non_negative),
         )
 
-    def _from_maps(self, n: int, z: np.ndarray) -> Entries:
+    def _from_maps(self, n: int, maps: Tensor) -> Entries:
+        z = maps.contiguous().numpy()
         g, i, j = kernels.active(z, self.G)
         e = self._entries(n, g, i, j)
         e.z[:] = z.reshape(-1, self.G, *z.shape[1:])[g, :, i, j]
@@ -302,8 +305,11 @@ class _Work:
         g, i, j = (of.astype(np.int32) for of in (g, i, j))
         scratch = np.zeros(self.b.shape[1:], self.number)
         L = kernels.curvatures(self.filters, self.inner, self._grid(n), g, i, j, scratch)
-        weight = self.weights[n, g, i, j]
+        weight = self._weights_at(n, g, i, j)
         return Entries(g, i, j, np.zeros((len(g), self.G), self.number), L, weight)
+
+    def _weights_at(self, n: int, g: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
+        return self.weights[n, g, i, j]
 
     def _grid(self, n: int) -> kernels.Grid:
         mask = np.empty((0, 0, 0), self.number) if self.mask is None else self.mask[n].numpy()

@@ -7,7 +7,7 @@ image by itself, so that this makes no difference but that of time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +34,8 @@ class Source:
     read: Read
     # told which images will be read next, for those that are read from a disk
     ahead: Callable[[Tensor], None] | None = None
+    # a digest of the content of every image, hexadecimal, in their order
+    digests: Callable[[], Sequence[str]] | None = None
 
     @classmethod
     def of(cls, images: Tensor, frames: Tensor | None = None) -> Source:

@@ -16,40 +16,52 @@ from __future__ import annotations
 import difflib
 import hashlib
 import inspect
-import io
 import json
 import logging
-import math
 import os
+import posixpath
+import re
 import stat
-import tarfile
-import warnings
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field, replace
 from functools import cached_property, partial
 from operator import getitem
 from pathlib import Path
-from typing import BinaryIO
+from typing import NoReturn
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional
 
+from deconvnet.decoding import (
+    SUFFIXES,
+    Content,
+    check_file,
+    digest_file,
+    read_image,
+    reason,
+    shown_name,
+    to_tensor,
+    without_ghostscript,
+)
+from deconvnet.decoding import decode as _decoded  # noqa: F401 - programs know it by this name
 from deconvnet.preprocessing import Frame, local_moments
+from deconvnet.shards import Damage, Member, read_index
 
 SOURCES = ("photographs", "folder", "list", "shards", "torchvision")
 FITS = ("crop", "pad")
-SUFFIXES = (
-    *(".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"),
-    *(".ppm", ".pgm", ".pbm"),
-)
-
 INTERPOLATIONS = ("bicubic", "bilinear")
 
-PROBES = 16  # images that stand for all where there are no files whose sizes could
+CHUNK = 1 << 20  # bytes of a list that are looked at to know that it is one
+
+READERS = 4  # threads that read files for their digests
+MANY = 1024  # files that wait for them at most
+
+# What is done to the images of a set after they are read: that of a `Crop`, or ("pad", size).
+Fitting = tuple[int | str, ...] | None
 
 SMALLEST = 8  # pixels: the least side of an image, and of a picture in its square
 
@@ -114,18 +126,55 @@ class DataSettings:
 
 
 @dataclass(frozen=True)
+class Item:
+    name: str  # becomes `shown_name` of it
+    read: Callable[[], Tensor]  # the image (3, H, W), or ValueError in one line
+    path: Path | None = None  # of its file, if it has one of its own
+    read_label: Callable[[], str] | None = None  # its class, or ValueError in one line
+    # SHA-256 of its content, or ValueError in one line; None: of its file, or else of its pixels
+    read_digest: Callable[[], str] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", shown_name(self.name))
+
+    def digest(self) -> str:
+        """64 hexadecimal digits that two images share only if they have the same content.
+
+        Of the bytes of its file or of its member of a shard, which are not decoded; of the pixels
+        where there are no bytes, as in torchvision's data sets.
+        """
+        if self.read_digest is not None:
+            return self.read_digest()
+        return _pixel_digest(self.read()) if self.path is None else digest_file(self.path)
+
+    @property
+    def has_bytes(self) -> bool:
+        return self.read_digest is not None or self.path is not None
+
+
+@dataclass(frozen=True)
 class ImageSet:
     images: Tensor  # (N, 3, H, W) float32 in [0, 1]
     names: tuple[str, ...]  # one for every image
     frames: Tensor | None = None  # (N, 4) int64, see above; None: all pictures fill their images
+    # what the images were read from, and what was done to fit them; None: nothing, they are theirs
+    items: tuple[Item, ...] | None = field(default=None, repr=False)
+    fitting: Fitting = None
 
+    @cached_property
+    def digests(self) -> tuple[str, ...]:
+        """`Item.digest` of every image, in order: of what was read, before it was fitted."""
+        if self.items is None:
+            return tuple(_pixel_digest(image) for image in self.images)
+        return _digests(self.items)
 
-@dataclass(frozen=True)
-class Item:
-    name: str
-    read: Callable[[], Tensor]  # the image (3, H, W), or ValueError in one line
-    path: Path | None = None  # of its file, if it has one of its own
-    read_label: Callable[[], str] | None = None  # its class, or ValueError in one line
+    @cached_property
+    def fingerprint(self) -> str:
+        """64 hexadecimal digits that differ where the images, their order or their size differ.
+
+        Names and places do not count. Equal for the three ways of reading the same images.
+        """
+        return _fingerprint(self.digests, self.fitting)
 
 
 @dataclass(frozen=True)
@@ -175,31 +224,36 @@ class LazyImages:
     def of(cls, images: ImageSet, *, crop: Crop | None = None) -> LazyImages:
         """The same interface to images that are in memory; frames are left out."""
         # All items hold the one tensor of all images, so that sending them sends it once.
-        reads = (partial(getitem, images.images, index) for index in range(len(images.images)))
-        named = zip(images.names, reads, strict=True)
-        return cls([Item(name, read) for name, read in named], crop=crop)
+        items = [
+            Item(
+                name,
+                partial(getitem, images.images, n),
+                None,
+                None,
+                partial(_nth_digest, images, n),
+            )
+            for n, name in enumerate(images.names)
+        ]
+        return cls(items, crop=crop)
 
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(item.name for item in self.items)
 
     @cached_property
-    def fingerprint(self) -> str:
-        """Hexadecimal digits that differ where the images, their order or the crop differ.
+    def digests(self) -> tuple[str, ...]:
+        """`Item.digest` of every image, in order: of what is read, before it is cropped."""
+        return _digests(self.items)
 
-        For numbers that were computed image by image to be trusted later. Taken of all names and
-        sizes of files, not of their times, which change with every copy; of images that are no
-        files, of the pixels of some of them, evenly among all.
+    @cached_property
+    def fingerprint(self) -> str:
+        """64 hexadecimal digits that differ where the images, their order or the crop differ.
+
+        For numbers that were computed image by image to be trusted later: an image that is
+        corrected under its old name changes it; a folder that is moved, renamed or copied does not.
+        All files are read for it once, none is decoded.
         """
-        table = [[item.name, _file_size(item.path)] for item in self.items]
-        crop = self.crop and astuple(self.crop)
-        digest = hashlib.sha256(json.dumps([crop, table]).encode())
-        others = [item for item in self.items if item.path is None]
-        for item in others[:: max(1, len(others) // PROBES)]:
-            pixels = item.read().contiguous()
-            digest.update(f"{tuple(pixels.shape)}".encode())
-            digest.update(pixels.view(torch.uint8).numpy())
-        return digest.hexdigest()
+        return _fingerprint(self.digests, self.crop and astuple(self.crop))
 
     def label(self, index: int) -> str:
         """The class of an image: of a torchvision data set its own, of a folder the folder inside.
@@ -257,6 +311,16 @@ class StreamedImages:
     def __len__(self) -> int:
         return len(self.items)
 
+    @cached_property
+    def digests(self) -> tuple[str, ...]:
+        """`Item.digest` of every image, in order; all files are read for it once, none decoded."""
+        return _digests(self.items)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """That of `load_images` with the same settings."""
+        return _fingerprint(self.digests, _fitting(self.settings))
+
     def read(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
         """Images (n, 3, H, W) and their frames (n, 4), None where all fill their images."""
         numbers = indices.tolist()
@@ -295,86 +359,134 @@ def find_images(path: str | Path) -> list[Path]:
 
     Hidden files and folders are left out. Links to folders are followed, but none is entered twice.
     """
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
+    found = _files(path, SUFFIXES)
+    if not found:
+        raise ValueError(f"{_given(path)}: no image in this folder ({' '.join(SUFFIXES)})")
+    return found
+
+
+def user_path(path: str | Path) -> Path:
+    """A path as it was typed, with ~ for the home of a user where there is one of that name."""
+    return Path(os.path.expanduser(path))
+
+
+def without_download(settings: DataSettings) -> DataSettings:
+    """The same settings, which fetch nothing from the network.
+
+    For those that come out of a file, such as the checkpoint of a run: only the command that a user
+    types may say data.download=true.
+    """
+    return replace(settings, download=False)
+
+
+def _files(path: str | Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """The files of a folder and of those in it whose names end so, sorted; see `find_images`."""
+    folder = user_path(path)
+    try:
+        is_folder = stat.S_ISDIR(os.stat(folder).st_mode)
+    except FileNotFoundError:
+        raise ValueError(f"{_given(path)}: no such folder") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{_given(path)}: cannot be read: {reason(error)}") from error
+    if not is_folder:
         raise ValueError(
-            f"data.path={path}: {'not a folder' if folder.exists() else 'no such folder'}"
+            f"{_given(path)}: not a folder; data.source=shards reads .tar files, data.source=list "
+            "the files that a text file names"
         )
 
     def stop(error: OSError) -> None:
-        raise ValueError(f"data.path={path}: {error.filename} cannot be listed: {error.strerror}")
+        raise ValueError(
+            f"{_given(path)}: {shown_name(error.filename)} cannot be listed: {error.strerror}"
+        )
 
     found, entered = [], set()
     for parent, folders, files in os.walk(folder, onerror=stop, followlinks=True):
-        identity = os.stat(parent)
+        try:
+            identity = os.stat(parent)
+        except OSError as error:
+            stop(error)
         if (identity.st_dev, identity.st_ino) in entered:
             folders.clear()
             continue
         entered.add((identity.st_dev, identity.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        images = (name for name in files if name.lower().endswith(SUFFIXES))
-        found += [Path(parent, name) for name in images if not name.startswith(".")]
-    if not found:
-        raise ValueError(f"data.path={path}: no image in this folder ({' '.join(SUFFIXES)})")
+        wanted = (name for name in files if name.lower().endswith(suffixes))
+        found += [Path(parent, name) for name in wanted if not name.startswith(".")]
     return sorted(found)
+
+
+def _given(path: str | Path) -> str:
+    return f"data.path={shown_name(path)}"
+
+
+def _digests(items: Sequence[Item]) -> tuple[str, ...]:
+    """Of all items: those that are bytes are read by some threads, whose time the disk takes."""
+    found = []
+    with ThreadPoolExecutor(READERS) as pool:
+        for start in range(0, len(items), MANY):
+            some = items[start : start + MANY]
+            pending = [pool.submit(item.digest) if item.has_bytes else None for item in some]
+            # Data sets in memory or of other readers need not stand several threads.
+            found += [
+                item.digest() if coming is None else coming.result()
+                for item, coming in zip(some, pending, strict=True)
+            ]
+    return tuple(found)
+
+
+def _pixel_digest(image: Tensor) -> str:
+    pixels = image.cpu().contiguous()
+    digest = hashlib.sha256(f"{tuple(pixels.shape)} {pixels.dtype}".encode())
+    digest.update(pixels.view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _nth_digest(images: ImageSet, index: int) -> str:
+    return images.digests[index]
+
+
+def _fingerprint(digests: tuple[str, ...], fitting: Fitting) -> str:
+    return hashlib.sha256(json.dumps([fitting, digests]).encode()).hexdigest()
 
 
 def image_files(images: object) -> list[Path]:
     """The image files that a setting names: one, those of a folder, or those of a list of both."""
     if isinstance(images, Sequence) and not isinstance(images, str):
         return [path for item in images for path in image_files(item)]
-    path = Path(str(images)).expanduser()
-    return find_images(path) if path.is_dir() else [path]
+    path = user_path(str(images))
+    return find_images(path) if os.path.isdir(path) else [path]
 
 
 def distinct_names(paths: Sequence[Path]) -> list[str]:
-    """A name for the pictures of every file: its stem, numbered where one comes again."""
-    seen: dict[str, int] = {}
-    names = []
-    for path in paths:
-        seen[path.stem] = seen.get(path.stem, 0) + 1
-        count = seen[path.stem]
-        names.append(path.stem if count == 1 else f"{path.stem}-{count}")
-    return names
+    """A name for the pictures of every file: its stem, numbered where another has it already.
 
-
-def read_image(path: str | Path) -> Tensor:
-    """The image of a file as RGB (3, H, W), float32 in [0, 1]; of several frames the first.
-
-    Grey is repeated to three planes, alpha composed over white, the EXIF orientation applied.
-    16-bit grey is divided by 65535; float images must be in [0, 1]. Any failure is a ValueError of
-    one line, "cannot read <path>: <reason>".
+    No two are equal, not even where capitals or the way to write an accent do not count, as on the
+    file systems of Windows and macOS. A file has the same name in whatever order the paths come.
     """
-    try:
-        info = os.stat(path)
-        if not stat.S_ISREG(info.st_mode):
-            raise ValueError("not a regular file")
-        if info.st_size == 0:
-            raise ValueError("the file is empty")
-        return _decoded(path)
-    # Decoders fail with every kind of exception on damaged files: all of them mean the same here.
-    except Exception as error:
-        raise ValueError(f"cannot read {_plain(path)}: {_reason(error)}") from error
+    order = sorted(range(len(paths)), key=lambda n: str(paths[n]))
+    stems = [shown_name(path.stem) for path in paths]
+    names: dict[int, str] = {}
+    taken: set[str] = set()
+    # Whoever can have its own name has it, before others are given numbers that might be one.
+    for n in order:
+        if _folded(stems[n]) not in taken:
+            taken.add(_folded(stems[n]))
+            names[n] = stems[n]
+    counts: dict[str, int] = {}
+    for n in order:
+        if n in names:
+            continue
+        count = counts.get(_folded(stems[n]), 1) + 1
+        while _folded(f"{stems[n]}-{count}") in taken:
+            count += 1
+        counts[_folded(stems[n])] = count
+        names[n] = f"{stems[n]}-{count}"
+        taken.add(_folded(names[n]))
+    return [names[n] for n in range(len(paths))]
 
 
-def _decoded(file: str | Path | BinaryIO) -> Tensor:
-    with warnings.catch_warnings():
-        # Pillow only warns of images that take hundreds of megabytes from a small file. What is to
-        # become of warnings all threads share, so that it is no way to an error.
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        picture = Image.open(file)
-    with picture:
-        if Image.MAX_IMAGE_PIXELS and math.prod(picture.size) > Image.MAX_IMAGE_PIXELS:
-            raise ValueError(
-                f"{picture.size[0]}x{picture.size[1]} pixels are more than "
-                f"{Image.MAX_IMAGE_PIXELS}, which may be a decompression bomb"
-            )
-        return _to_tensor(ImageOps.exif_transpose(picture))
-
-
-def _plain(path: object) -> str:
-    """A path in one line, whatever its name."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(path))
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
 def fit_size(image: Tensor, size: int, *, interpolation: str = "bicubic") -> Tensor:
@@ -420,8 +532,10 @@ def _items(settings: DataSettings) -> tuple[Iterator[Item], str]:
     """What there is to read, and the setting that it came from, for messages."""
     if settings.source == "torchvision":
         return _torchvision_items(settings), f"data.dataset={settings.dataset}"
-    items = {"folder": _folder_items, "list": _list_items, "shards": _shard_items}
-    return items[settings.source](settings.path), f"data.path={settings.path}"
+    path, source = settings.path, _given(settings.path)
+    if settings.source == "shards":
+        return _shard_items(path, skip=settings.skip_unreadable), source
+    return {"folder": _folder_items, "list": _list_items}[settings.source](path), source
 
 
 def _kept_items(settings: DataSettings, check: Callable[[Item], object]) -> list[Item]:
@@ -444,7 +558,7 @@ def _kept_items(settings: DataSettings, check: Callable[[Item], object]) -> list
 
 def _read_items(items: Iterator[Item], source: str, settings: DataSettings) -> ImageSet:
     """Reads up to max_images, fits them to one size, and reports all that failed at once."""
-    images, frames, names, failures, enlarged = [], [], [], [], 0
+    images, frames, kept, failures, enlarged = [], [], [], [], 0
     for item in items:
         try:
             image = item.read()
@@ -452,7 +566,7 @@ def _read_items(items: Iterator[Item], source: str, settings: DataSettings) -> I
         except ValueError as error:
             failures.append(str(error))
         else:
-            names.append(item.name)
+            kept.append(item)
             images.append(fitted)
             frames.append(frame)
             enlarged += _is_enlarged(image, settings)
@@ -465,9 +579,25 @@ def _read_items(items: Iterator[Item], source: str, settings: DataSettings) -> I
             "%s: %d of %d images are smaller than data.size=%d and were enlarged",
             *(source, enlarged, len(images), settings.size),
         )
+    names = [item.name for item in kept]
     _check_one_size(images, names)
     filled = all(frame[2:] == image.shape[1:] for frame, image in zip(frames, images, strict=True))
-    return ImageSet(torch.stack(images), tuple(names), None if filled else torch.tensor(frames))
+    return ImageSet(
+        torch.stack(images),
+        tuple(names),
+        None if filled else torch.tensor(frames),
+        tuple(kept),
+        _fitting(settings),
+    )
+
+
+def _fitting(settings: DataSettings) -> Fitting:
+    """What `_fit` does, in the words of `Crop` where it is one."""
+    if settings.size is None:
+        return None
+    if settings.fit == "pad":
+        return ("pad", settings.size)
+    return astuple(Crop(settings.size, settings.size))
 
 
 def _fit(image: Tensor, name: str, settings: DataSettings) -> tuple[Tensor, Frame]:
@@ -513,76 +643,93 @@ def _report(failures: list[str], source: str, skip: bool, *, none_left: bool) ->
 
 
 def _folder_items(path: str) -> Iterator[Item]:
-    folder = Path(path).expanduser()
+    folder = user_path(path)
     for file in find_images(path):
         name = file.relative_to(folder).as_posix()
         label, slash, _ = name.partition("/")
-        yield Item(name, partial(read_image, file), file, partial(str, label) if slash else None)
+        yield _item(Content(file, str(file)), name, label if slash else None, path=file)
+
+
+def _item(content: Content, name: str, label: str | None, path: Path | None = None) -> Item:
+    read_label = None if label is None else partial(str, shown_name(label))
+    return Item(name, content.image, path, read_label, content.digest)
 
 
 def _list_items(path: str) -> Iterator[Item]:
     """The lines of a text file of paths, which are relative to it; "#" starts a comment line."""
-    file = Path(path).expanduser()
-    try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"data.path={path}: not a readable text file: {_reason(error)}") from error
+    file = user_path(path)
+    lines = [line.strip() for line in re.split(r"\r\n|\r|\n", _text(file, path))]
     lines = [line for line in lines if line and not line.startswith("#")]
     if not lines:
-        raise ValueError(f"data.path={path}: this list names no image")
+        raise ValueError(f"{_given(path)}: this list names no image")
     for line in lines:
-        image = file.parent / Path(line).expanduser()
-        yield Item(line, partial(read_image, image), image)
+        image = file.parent / user_path(line)
+        yield _item(Content(image, str(image)), line, None, path=image)
 
 
-def _shard_items(path: str) -> Iterator[Item]:
+def _text(file: Path, path: str) -> str:
+    """The content of a list; bytes that are no UTF-8 are those of names of files that are none."""
+    try:
+        check_file(file)
+        with open(file, "rb") as stream:
+            data = stream.read(CHUNK)
+            if b"\0" in data:
+                raise ValueError("it has zero bytes, which no text in UTF-8 has")
+            data += stream.read()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{_given(path)}: not a readable text file: {reason(error)}") from error
+    return data.decode("utf-8", "surrogateescape").removeprefix("\ufeff")
+
+
+def _shard_items(path: str, *, skip: bool) -> Iterator[Item]:
     """The images in a .tar file, or in those of a folder, sorted by their names: shard after shard,
     each in its order.
 
     The shards are gone through once for where everything is. Then an image is read by itself,
-    whatever the order: no shard is unpacked, and no buffer is shuffled.
+    whatever the order: no shard is unpacked, and no buffer is shuffled. skip: damage is an image
+    that cannot be read, not an error.
     """
-    place = Path(path).expanduser()
-    shards = sorted(place.rglob("*.tar")) if place.is_dir() else [place]
+    place = user_path(path)
+    whole = os.path.isdir(place)
+    shards = _files(path, (".tar",)) if whole else [place]
     if not shards:
-        raise ValueError(f"data.path={path}: no .tar file in this folder")
+        raise ValueError(f"{_given(path)}: no .tar file in this folder")
     count = 0
     for shard in shards:
+        name = shard.relative_to(place).as_posix() if whole else shard.name
         try:
-            # "r:", not "r": a compressed archive can only be read from its beginning.
-            with tarfile.open(shard, "r:") as archive:
-                while (member := archive.next()) is not None:
-                    # It keeps all that it has seen.
-                    archive.members = []
-                    if member.isfile() and member.name.lower().endswith(SUFFIXES):
-                        count += 1
-                        yield _member_item(shard, member)
-        except (OSError, tarfile.TarError) as error:
-            raise ValueError(
-                f"data.path={path}: {_plain(shard)} is no readable, uncompressed .tar file: "
-                f"{_reason(error)}"
-            ) from error
+            for member in read_index(shard, name):
+                count += 1
+                yield _shard_item(member, name, path, skip)
+        except OSError as error:
+            raise ValueError(f"{_given(path)}: {shown_name(name)}: {reason(error)}") from error
     if not count:
-        raise ValueError(f"data.path={path}: no image in {len(shards)} .tar files")
+        raise ValueError(f"{_given(path)}: no image in {len(shards)} .tar files")
 
 
-def _member_item(shard: Path, member: tarfile.TarInfo) -> Item:
-    name = f"{shard.name}/{member.name}"
-    label, slash, _ = member.name.removeprefix("./").partition("/")
-    read = partial(_read_member, shard, member.offset_data, member.size, name)
-    return Item(name, read, None, partial(str, label) if slash else None)
+def _shard_item(member: Member | Damage, shard: str, path: str, skip: bool) -> Item:
+    if isinstance(member, Damage):
+        message = f"{_given(path)}: {shown_name(shard)} {member.message}"
+        if not skip:
+            raise ValueError(
+                f"{message}; images would be lost (data.skip_unreadable=true takes those that can "
+                "be read)"
+            )
+        return _unreadable(shard, message)
+    name = f"{shard}/{member.name}"
+    if member.content is None:
+        return _unreadable(name, f"cannot read {shown_name(name)}: {member.problem}")
+    label, slash, _ = posixpath.normpath(member.name).lstrip("/").partition("/")
+    return _item(member.content, name, label if slash else None)
 
 
-def _read_member(shard: Path, start: int, size: int, name: str) -> Tensor:
-    try:
-        with open(shard, "rb") as file:
-            file.seek(start)
-            data = file.read(size)
-        if len(data) < size:
-            raise ValueError(f"the shard ends {size - len(data)} bytes too early")
-        return _decoded(io.BytesIO(data))
-    except Exception as error:
-        raise ValueError(f"cannot read {_plain(name)}: {_reason(error)}") from error
+def _unreadable(name: str, message: str) -> Item:
+    stop = partial(_stop, message)
+    return Item(name, stop, None, None, stop)
+
+
+def _stop(message: str) -> NoReturn:
+    raise ValueError(message)
 
 
 def _torchvision_items(settings: DataSettings) -> Iterator[Item]:
@@ -606,14 +753,19 @@ def _torchvision_items(settings: DataSettings) -> Iterator[Item]:
         count = len(samples)
     # Each class has its own exceptions for missing files, archives, packages or no network.
     except Exception as error:
-        raise ValueError(
-            f"data.dataset={settings.dataset}: cannot be opened: {_reason(error)}; "
-            f"set data.download=true or put the files under data.path={settings.path}"
-        ) from error
+        tried = f"data.dataset={settings.dataset}: cannot be opened"
+        remedy = f"set data.download=true or put the files under data.path={settings.path}"
+        if settings.download:
+            tried += " with data.download=true"
+            remedy = f"put the files under data.path={settings.path} if they cannot be fetched"
+        raise ValueError(f"{tried}: {reason(error)}; {remedy}") from error
+    # Those of a folder have files, whose bytes tell them apart without decoding them.
+    files = samples.samples if isinstance(samples, datasets.DatasetFolder) else None
     for index in range(count):
         read = partial(_sample_image, samples, index, settings.dataset)
         read_label = partial(_sample_label, samples, index, settings.dataset)
-        yield Item(f"{settings.dataset}-{index}", read, None, read_label)
+        path = None if files is None else Path(files[index][0])
+        yield Item(f"{settings.dataset}-{index}", read, path, read_label)
 
 
 def _torchvision_arguments(kind: type, settings: DataSettings) -> dict:
@@ -623,9 +775,12 @@ def _torchvision_arguments(kind: type, settings: DataSettings) -> dict:
     if "root" in inspect.signature(kind).parameters:
         if not settings.path:
             raise ValueError(f"data.path=None: data.dataset={settings.dataset} needs a root folder")
-        arguments["root"] = Path(settings.path).expanduser()
+        arguments["root"] = user_path(settings.path)
     if "download" in known:
         arguments["download"] = settings.download
+    if "loader" in known:
+        # Its files are read as those of a folder are: upright, and of the same formats.
+        arguments["loader"] = read_image
     if settings.split is not None:
         key = next((key for key in ("split", "image_set", "train") if key in known), None)
         if key is None:
@@ -640,76 +795,25 @@ def _torchvision_arguments(kind: type, settings: DataSettings) -> dict:
 
 def _sample_image(samples, index: int, dataset: str) -> Tensor:
     try:
-        sample = samples[index]
+        with without_ghostscript():
+            sample = samples[index]
         image = sample[0] if isinstance(sample, (tuple, list)) else sample
-        return _to_tensor(image)
+        return to_tensor(image)
     except Exception as error:
-        raise ValueError(f"cannot read sample {index} of {dataset}: {_reason(error)}") from error
-
-
-def _file_size(path: Path | None) -> int | None:
-    """Bytes; None where there is no file, which is reported when it is read."""
-    try:
-        return None if path is None else path.stat().st_size
-    except OSError:
-        return None
+        raise ValueError(f"cannot read sample {index} of {dataset}: {reason(error)}") from error
 
 
 def _sample_label(samples, index: int, dataset: str) -> str:
     """The name of the class of a sample, or its number in data sets without names."""
     try:
-        number = int(samples[index][1])
+        with without_ghostscript():
+            number = int(samples[index][1])
     except Exception as error:
         raise ValueError(
-            f"data.dataset={dataset}: its samples have no class: {_reason(error)}"
+            f"data.dataset={dataset}: its samples have no class: {reason(error)}"
         ) from error
     names = getattr(samples, "classes", None)
-    return str(names[number] if names else number)
-
-
-def _to_tensor(image: Image.Image | np.ndarray | Tensor) -> Tensor:
-    """RGB (3, H, W) float32 in [0, 1] of a picture, a (3 or 1, H, W) tensor, an (H, W, 3) array."""
-    if isinstance(image, Image.Image):
-        image = _to_array(image)
-    if isinstance(image, np.ndarray):
-        image = torch.from_numpy(np.array(np.atleast_3d(image), order="C")).permute(2, 0, 1)
-    if not isinstance(image, Tensor):
-        raise ValueError(f"{type(image).__name__} is no image")
-    if image.dtype == torch.uint8:
-        image = image.float() / 255
-    image = image[None] if image.ndim == 2 else image
-    if image.ndim != 3 or image.shape[0] not in (1, 3) or not image.is_floating_point():
-        raise ValueError(f"{image.dtype} of shape {tuple(image.shape)} is no image")
-    image = image.float()
-    if not image.isfinite().all():
-        raise ValueError("it has pixels that are NaN or infinite")
-    low, high = image.aminmax()
-    if low < 0 or high > 1:
-        raise ValueError(f"it has values from {low:.4g} to {high:.4g}, must be in [0, 1]")
-    return image.expand(3, -1, -1).contiguous()
-
-
-def _to_array(picture: Image.Image) -> np.ndarray:
-    """Floats (H, W) or (H, W, 3) of a picture of any mode, the range not yet checked."""
-    if picture.mode == "F":
-        return np.asarray(picture)
-    if picture.mode.startswith("I"):
-        # 16-bit grey: "I;16" from PNG and TIFF, "I" from PGM.
-        return np.asarray(picture).astype(np.float32) / 65535
-    if picture.has_transparency_data:
-        pixels = np.asarray(picture.convert("RGBA"), dtype=np.float32) / 255
-        color, alpha = pixels[..., :3], pixels[..., 3:]
-        return color * alpha + (1 - alpha)
-    return np.asarray(picture.convert("RGB"), dtype=np.float32) / 255
-
-
-def _reason(error: Exception) -> str:
-    """The message of an error in one line, without the path that the caller names."""
-    if isinstance(error, Image.UnidentifiedImageError):
-        return "not an image of a kind that Pillow knows"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
+    return shown_name(names[number] if names else number)
 
 
 def _photographs(settings: DataSettings) -> ImageSet:

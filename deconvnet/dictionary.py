@@ -23,6 +23,7 @@ from deconvnet.learning import (
     patches_of,
     update_filters,
 )
+from deconvnet.modes import plain
 from deconvnet.monitor import EpochStats, Monitor
 from deconvnet.network import Layer, LayerSettings, Target, seeded
 from deconvnet.solvers import Solution, SolverSettings, default_solver, lam_of_share, sparse_code
@@ -68,6 +69,7 @@ class Learned:
         )
 
 
+@plain
 def learn_filters(
     images: Tensor,
     num_maps: int,
@@ -122,7 +124,7 @@ def learn_filters(
     return Learned(layer.filters, history, settings)
 
 
-@torch.no_grad()
+@plain
 def learn_online(
     batches: Iterable[Tensor],
     num_maps: int,

@@ -4,7 +4,7 @@
 
 Where an entry paints is told axis by axis by a `Footprint`, which is all that these loops know of a
 boundary. They release the interpreter's lock, so that threads may share the work. They are compiled
-once for each size of filters, and kept on disk.
+once for each size of filters, and kept on disk where that is possible (compiling.py).
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
-import numba
 import numpy as np
+
+from deconvnet.compiling import compiled
 
 # Sums may be taken in any order, but a NaN stays one.
 _MATH = {"reassoc", "contract", "arcp", "nsz"}
-_compiled = numba.njit(fastmath=_MATH, error_model="numpy", nogil=True, cache=True)
+_compiled = compiled(fastmath=_MATH, error_model="numpy", nogil=True)
 
 
 class Footprint(NamedTuple):
@@ -309,6 +310,18 @@ def subtract(r, filters, grid, entries):
                     _paint(r, -z[n, u], f, planes, k, top, left, C, h, w)
                 else:
                     _paint_at(r, -z[n, u], f, k, rows, columns, mask, i[n], j[n])
+
+
+@_compiled
+def correlations_at(y, f, rows, columns, G, g, i, j):
+    """(n, G): the correlations of an image y (C, H, W) with the filters of some groups, at some
+    places.
+    """
+    c, everything = np.empty((len(g), G), y.dtype), np.empty((0, 0, 0), y.dtype)
+    for n in range(len(g)):
+        for u in range(G):
+            c[n, u] = _dot_at(y, f, g[n] * G + u, rows, columns, everything, i[n], j[n])
+    return c
 
 
 @_compiled

@@ -312,16 +312,21 @@ def first_filters(
     """
     asked = dict(non_negative=non_negative, zero_mean=zero_mean)
     if init == "random":
-        noise = torch.randn(num, *like.shape[1:], generator=generator).to(like)
+        noise = _noise((num, *like.shape[1:]), generator).to(like)
         return normalize(noise.abs() if non_negative else noise, **asked)
     patches = draw(20 * num)
     strength = torch.linalg.vector_norm(patches, dim=(1, 2, 3))
     strongest = strength.argsort(descending=True, stable=True)[: len(patches) // 2]
     chosen = strongest[torch.randperm(len(strongest), generator=generator)[:num].to(like.device)]
-    noise = torch.randn(patches[chosen].shape, generator=generator).to(like)
+    noise = _noise(patches[chosen].shape, generator).to(like)
     noise = noise.abs() if non_negative else noise
     # The trace of noise keeps a patch without any contrast from being a filter of zeros.
     return normalize(normalize(patches[chosen], **asked) + 1e-3 * normalize(noise), **asked)
+
+
+def _noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Gaussian noise, the same whatever torch's default type is."""
+    return torch.randn(shape, generator=generator, dtype=torch.float32)
 
 
 def patches_of(b: Tensor, size: int, generator: torch.Generator) -> Callable[[int], Tensor]:
@@ -454,7 +459,7 @@ def _gram_product(gram: Tensor, size: tuple[int, int]) -> Callable[[Tensor], Ten
 
 def _largest_eigenvalue(product: Callable[[Tensor], Tensor], like: Tensor) -> float:
     """By power iteration, rounded up by 5% because it approaches from below."""
-    v = torch.randn(like.shape, generator=torch.Generator().manual_seed(0)).to(like)
+    v = _noise(like.shape, torch.Generator().manual_seed(0)).to(like)
     value = 1.0
     for _ in range(100):
         v = product(v / torch.linalg.vector_norm(v).clamp(min=1e-300))

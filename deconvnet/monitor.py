@@ -6,6 +6,7 @@ with a run hides what an interrupted one wrote beyond the step where it goes on.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import sys
@@ -18,7 +19,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from deconvnet import checkpoint
+from deconvnet import files
+from deconvnet.events import event_writer
+from deconvnet.strict_json import to_json
 
 # One JSON object a line: what every epoch saw and cost, and what every layer reached.
 METRICS = "metrics.jsonl"
@@ -118,11 +121,10 @@ class Monitor:
         """
         if self.folder is None:
             return
-        from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
 
         _cut(self.folder / METRICS, step, layer)
-        self._writer = SummaryWriter(str(self.folder), purge_step=step + 1)
+        self._writer = event_writer(self.folder, purge_step=step + 1)
         self._writer.add_text("config", f"```yaml\n{self.config}\n```", step)
         # add_hparams would put them into a run of its own; written by hand they stay in this one.
         for summary in hparams(self.settings, {"layer1/snr": 0.0}):
@@ -184,11 +186,9 @@ class Monitor:
         """
         if self.folder is None:
             return
-        from torch.utils.tensorboard import SummaryWriter
-
         folder = self.folder / "inference" / f"layer{layer}"
         # A run that went back shows only its last curve.
-        with SummaryWriter(str(folder), purge_step=1) as writer:
+        with event_writer(folder, purge_step=1) as writer:
             for point in curve:
                 for key in ("objective", "beta", "density"):
                     tag = f"inference/{key} by iteration"
@@ -211,8 +211,7 @@ class Monitor:
 
     def _note(self, step: int, **values: object) -> None:
         """One line of metrics.jsonl, on the disk before the checkpoint that counts on it."""
-        with open(self.folder / METRICS, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        files.append(self.folder / METRICS, to_json({"step": step, **values}) + "\n")
 
     def __enter__(self) -> Monitor:
         return self
@@ -263,11 +262,15 @@ def _cut(path: Path, step: int, layer: int) -> None:
         except (ValueError, KeyError, TypeError):
             break
         kept.append(line + "\n")
-    checkpoint.write(path, "".join(kept).encode())
+    files.write(path, "".join(kept).encode())
 
 
 def save_picture(path: Path, picture: Tensor) -> None:
-    """Write a picture (1 or 3, H, W) in [0, 1] to a PNG file, grey or RGB."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a picture (1 or 3, H, W) in [0, 1] to a PNG file, grey or RGB.
+
+    NotOurs where something is there that this package did not make (`files.write`).
+    """
     pixels = (picture.clamp(0, 1).cpu() * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-    Image.fromarray(pixels[..., 0] if len(picture) == 1 else pixels).save(path)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels[..., 0] if len(picture) == 1 else pixels).save(buffer, "png")
+    files.write(path, buffer.getbuffer())

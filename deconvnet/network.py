@@ -25,6 +25,7 @@ from deconvnet import checkpoint
 from deconvnet.codes import ALL, Codes, Images, LayerCodes, join
 from deconvnet.convolution import BOUNDARIES
 from deconvnet.learning import LearningSettings, first_filters, normalize, patches_of
+from deconvnet.modes import plain
 from deconvnet.operators import (
     Deconvolution,
     Identity,
@@ -160,12 +161,13 @@ class Layer(nn.Module):
         self.settings = settings
         wiring = _connectivity(settings.connectivity, settings.num_maps, channels, generator)
         size = settings.filter_size
-        filters = torch.randn(settings.num_maps, channels, size, size, generator=generator)
+        shape = (settings.num_maps, channels, size, size)
+        filters = torch.randn(shape, generator=generator, dtype=torch.float32)
         if settings.learning.non_negative:
             filters = filters.abs()
         self.register_buffer("connectivity", wiring)
         self.register_buffer("filters", filters)
-        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("scale", torch.ones((), dtype=torch.float32))
         self.set_filters(filters)
 
     @property
@@ -286,7 +288,7 @@ class DeconvNet(nn.Module):
             raise ValueError(f"layer={number}: this network has layers 1 to {self.depth}")
         return self.layers[number - 1]
 
-    @torch.no_grad()
+    @plain
     def infer(
         self,
         images: Tensor,
@@ -316,7 +318,7 @@ class DeconvNet(nn.Module):
             codes = self.extend(codes, chunk=chunk, progress=progress)
         return codes
 
-    @torch.no_grad()
+    @plain
     def extend(self, codes: Codes, *, chunk: int = 8, progress: Progress | None = None) -> Codes:
         """The codes with the maps of one more layer."""
         number = len(codes.layers) + 1
@@ -364,20 +366,20 @@ class DeconvNet(nn.Module):
         """R_l: maps of layer l -> preprocessed images, with the switches of these codes."""
         return self.down(codes, layer) @ self.layer(layer).operator()
 
-    @torch.no_grad()
+    @plain
     def paint(self, codes: Codes, layer: int, *, chunk: int = 8) -> Tensor:
         """R_l z_l (N, C, H, W), what one layer makes of the preprocessed images, some at a time."""
         parts = (codes.select(slice(n, n + chunk)) for n in range(0, len(codes.y), chunk))
         return torch.cat([self.operator(part, layer)(part.layer(layer).z) for part in parts])
 
-    @torch.no_grad()
+    @plain
     def reconstruct(self, codes: Codes, layer: int | None = None) -> Tensor:
         """Pixels (N, 1 or 3, H, W) in [0, 1] from the maps of a layer, by default the highest."""
         layer = len(codes.layers) if layer is None else layer
         y = self.paint(codes, layer)
         return self.preprocessing.inverse(y, codes.record).clamp(0, 1)
 
-    @torch.no_grad()
+    @plain
     def snr(self, codes: Codes, layer: int) -> float:
         """SNR in dB of what one layer makes of the preprocessed images, over all of them."""
         return snr(codes.y, self.paint(codes, layer))
@@ -495,7 +497,7 @@ def _connectivity(kind: str, num_maps: int, channels: int, generator: torch.Gene
     """(K, C) of 0 and 1: which of the C maps below each of K filters sees (Zeiler et al. 2010,
     table of layers)."""
     if kind == "full":
-        return torch.ones(num_maps, channels)
+        return torch.ones(num_maps, channels, dtype=torch.float32)
     singles = [(c,) for c in range(channels)]
     doubles = [(c, d) for c in range(channels) for d in range(c + 1, channels)]
     if kind == "random_doubles":
@@ -517,7 +519,7 @@ def _connectivity(kind: str, num_maps: int, channels: int, generator: torch.Gene
                 f"num_maps={num_maps}: connectivity={kind} over {channels} maps below makes "
                 f"{needed} filters"
             )
-    g = torch.zeros(num_maps, channels)
+    g = torch.zeros(num_maps, channels, dtype=torch.float32)
     for k, seen in enumerate(chosen):
         g[k, list(seen)] = 1
     return g

@@ -98,7 +98,7 @@ class Operator(ABC):
         1 / (lam ||A||^2) is a step that does not raise the objective.
         """
         generator = torch.Generator().manual_seed(0)
-        y = torch.randn(b.shape[1:], generator=generator).to(b).expand_as(b)
+        y = torch.randn(b.shape[1:], generator=generator, dtype=torch.float32).to(b).expand_as(b)
         y, before, beside = y / norm(y), torch.zeros_like(y), torch.zeros_like(b[:, :1, :1, :1])
         diagonal, off_diagonal = [], []
         for _ in range(steps):

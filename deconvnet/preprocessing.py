@@ -30,6 +30,7 @@ from torch.nn import functional
 
 from deconvnet import filtering
 from deconvnet.distributed import ALONE, Ranks
+from deconvnet.modes import full_precision, plain
 
 COLORS = ("rgb", "grey", "ycbcr")
 STEPS = ("mean", "laplacian", "contrast", "whiten")
@@ -87,7 +88,7 @@ class Preprocessing(torch.nn.Module):
     def __init__(self, settings: PreprocessingSettings | None = None) -> None:
         super().__init__()
         self.settings = settings or PreprocessingSettings()
-        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("scale", torch.ones((), dtype=torch.float32))
         self.register_buffer("whitening", _impulse(self.channels, self.settings.whitening_size))
 
     @property
@@ -106,7 +107,7 @@ class Preprocessing(torch.nn.Module):
             raise ValueError("preprocessing cannot be fitted to 0 images")
         return self.fit_parts(lambda: [(images, frames)])
 
-    @torch.no_grad()
+    @plain
     def fit_parts(
         self,
         parts: Callable[[], Iterable[tuple[Tensor, Tensor | None]]],
@@ -134,6 +135,7 @@ class Preprocessing(torch.nn.Module):
         self.scale.fill_(spread.shared(ranks).scale(self.settings.scale))
         return self
 
+    @full_precision
     def forward(self, images: Tensor, frames: Tensor | None = None) -> tuple[Tensor, Record]:
         """y (N, C, H, W) and its record, from images (N, 1 or 3, H, W) in [0, 1].
 
@@ -147,6 +149,7 @@ class Preprocessing(torch.nn.Module):
             planes, record = self._preprocess_in_frames(images, frames.to(images.device))
         return planes / self.scale, record
 
+    @full_precision
     def inverse(self, y: Tensor, record: Record) -> Tensor:
         """Pixels (N, 1 or 3, H, W), grey or RGB, from y (N, C, H, W) and the record of its images.
 
@@ -366,12 +369,13 @@ def _laplacian(channels: int) -> Tensor:
     """Matlab's fspecial('laplacian', 0.2) for each plane alone, (channels, channels, 3, 3)."""
     alpha = 0.2
     corner, edge = alpha / 4, (1 - alpha) / 4
-    f = torch.tensor([[corner, edge, corner], [edge, -1.0, edge], [corner, edge, corner]])
-    return torch.eye(channels)[:, :, None, None] * f * 4 / (alpha + 1)
+    rows = [[corner, edge, corner], [edge, -1.0, edge], [corner, edge, corner]]
+    f = torch.tensor(rows, dtype=torch.float32)
+    return torch.eye(channels, dtype=torch.float32)[:, :, None, None] * f * 4 / (alpha + 1)
 
 
 def _impulse(channels: int, size: int) -> Tensor:
-    f = torch.zeros(channels, channels, size, size)
+    f = torch.zeros(channels, channels, size, size, dtype=torch.float32)
     f[..., size // 2, size // 2] = torch.eye(channels)
     return f
 

@@ -1,4 +1,4 @@
-"""A run folder: one folder holds one run, and the same command again goes on with it.
+"""A run folder: one folder holds one run, and the same command again resumes it.
 
 <folder>/checkpoints/step-*.pt    the newest states of the training
 <folder>/pictures/                what was learned, as PNG files
@@ -6,53 +6,110 @@
 <folder>/network.safetensors      the finished network
 <folder>/events.out.tfevents.*    TensorBoard
 <folder>/metrics.jsonl            the same numbers and what they cost, for programs
-<folder>/states/                  where inference goes on, of the layer that learns, with disk=
+<folder>/train.log                what was said, and .hydra/ the configuration
+<folder>/states/                  with disk=: the states of inference of the layer that learns
+<folder>/previous-N/              earlier runs of this folder
+
+A folder may hold other things, too: only what a run made is replaced, moved or removed (`files`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-import shutil
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from deconvnet import checkpoint
+import torch
+
+from deconvnet import checkpoint, files
 from deconvnet.data import DataSettings
+from deconvnet.states import is_file_of_states
 
 log = logging.getLogger(__name__)
+
+# Settings that change nothing of what is learned, so that a run may be resumed with others.
+FREE = {"data.workers", "data.stream", "data.download", "data.name", "memory", "disk", "init"}
+# And those that say where the images are, where the images themselves can be compared.
+BY_IMAGES = {
+    *("data.path", "data.source", "data.dataset", "data.split", "data.max_images", "data.scale"),
+    "data.skip_unreadable",
+}
+# What a run writes beside states and archives, as far as it can be told from its names.
+MADE = (
+    *("checkpoints/step-*.pt", "pictures/layer*-*.png", "evolution/layer*.npz"),
+    *("network.safetensors", "metrics.jsonl", "train.log", ".hydra/*.yaml"),
+    *("events.out.tfevents.*", "inference/layer*/events.out.tfevents.*"),
+)
+# Of these the ones that grow, and those without which a run cannot be.
+GROWING = ("metrics.jsonl", "train.log", "events.out.tfevents.*")
+NEEDED = ("metrics.jsonl", "train.log", "evolution/layer*.npz", ".hydra/*.yaml")
+FOLDERS = ("checkpoints", "pictures", "evolution", "inference", ".hydra")
+# Settings of which other values in a run elsewhere mean to go on learning from its filters.
+LEARNED_LONGER = re.compile(r"model\.layer\d+\.learning\.(epochs|batch_size):")
+# Bytes of the digest of an image that a checkpoint keeps.
+DIGEST = 8
 
 
 class Run:
     """A run folder: its checkpoints, and the rule that one folder holds one run.
 
-    resume: "auto" goes on from the newest valid checkpoint of the folder, if there is one; "false"
-    moves an earlier run into a folder previous-N inside and starts anew; a path starts from that
-    checkpoint file or run folder.
+    resume: "auto" resumes from the newest valid checkpoint of the folder, if there is one; "false"
+    moves an earlier run into a folder previous-N inside and starts from the beginning; a path
+    resumes from that checkpoint file or run folder. Where that has learned from other images or for
+    another number of epochs, learning starts from its filters. init: a run folder, checkpoint or
+    network file whose filters a new run starts from. digests: of the images that are learned from,
+    in their order, asked for when all else has been checked; without them images are not compared.
+
+    state: what the run resumes from; initial: (tensors, settings) of the network whose filters it
+    starts from; None where there is nothing of the kind.
+
+    Raises ValueError, before anything is written or moved, where the folder or the path holds a run
+    of other settings or images, and NotOurs where files of somebody else are in the way.
     """
 
-    def __init__(self, folder: Path, settings: dict, resume: str = "auto"):
+    def __init__(
+        self,
+        folder: Path,
+        settings: dict,
+        resume: str = "auto",
+        *,
+        init: str | None = None,
+        digests: Callable[[], Sequence[str]] | None = None,
+    ):
         self.folder, self.settings = Path(folder), settings
         self.checkpoints = self.folder / "checkpoints"
-        self.state: dict | None = None
-        if resume == "false":
+        self._check_folders()
+        self.state: dict | None = None if resume == "false" else self._find(resume)
+        self.initial = _parts(init) if init and self.state is None else None
+        self._adopt()
+        self._check_place()
+        where = os.path.relpath(self.folder) if resume == "auto" else resume
+        other = self._other_settings(where, elsewhere=resume != "auto", by_images=digests)
+        self.images = digests and _as_tensor(digests())
+        other += self._other_images(where, elsewhere=resume != "auto")
+        if other:
+            log.info("%s: %s; learning starts from its filters", where, ", ".join(other))
+            self.initial, self.state = _network_of(self.state), None
+        # What states of inference on the disk are marked with.
+        self.token = (self.state or {}).get("token") or os.urandom(8).hex()
+        if self.state is not None and resume != "auto":
+            self._begin_from(Path(resume))
+        elif self.state is None and resume != "auto":
             self.forget_states()
-            self._put_aside()
-        else:
-            self.state = self._find(resume)
-        if self.state is not None:
-            self._check_settings(self.folder if resume == "auto" else resume)
-            if resume != "auto":
-                # The newest checkpoint of the folder must be the one that this run goes on from.
-                kept = self._evolution_in(Path(resume))
-                if _folder_of(Path(resume)).resolve() != self.folder.resolve():
-                    self.forget_states()
-                self._put_aside()
-                for number, data in kept.items():
-                    checkpoint.write(self.evolution(number), data)
-                self.save(self.state["step"], self.state)
+            self._archive()
+
+    def claim(self) -> None:
+        """Keep a record of what is made in this folder from here on."""
+        files.claim(self.folder)
 
     def save(self, step: int, state: dict) -> Path:
         """Write a checkpoint after `step` filter updates."""
-        return checkpoint.save(self.checkpoints, step, {**state, "settings": self.settings})
+        mine = {"settings": self.settings, "images": self.images, "token": self.token}
+        return checkpoint.save(self.checkpoints, step, {**state, **mine})
 
     @property
     def network(self) -> Path:
@@ -65,15 +122,18 @@ class Run:
         return self.folder / "states"
 
     def forget_states(self, keep: int | None = None) -> None:
-        """Remove the states on the disk, which are large and of use to nobody else, of all layers
-        but one.
+        """Remove the states of inference on the disk, which are large and of use to nobody else, of
+        all layers but one.
         """
-        if not self.states.is_dir():
-            return
-        for folder in self.states.iterdir():
-            if folder.name != f"layer{keep}":
-                shutil.rmtree(folder)
-        if not any(self.states.iterdir()):
+        for folder in self.states.glob("layer*"):
+            ours = re.fullmatch(r"layer\d+", folder.name) and not folder.is_symlink()
+            if not ours or folder.name == f"layer{keep}":
+                continue
+            for path in folder.glob("*.states"):
+                if is_file_of_states(path):
+                    path.unlink()
+            files.prune(folder)
+        if not self.states.is_symlink() and self.states.is_dir() and not any(self.states.iterdir()):
             self.states.rmdir()
 
     def evolution(self, layer: int) -> Path:
@@ -84,7 +144,7 @@ class Run:
         if resume == "auto":
             found = checkpoint.newest(self.checkpoints)
             return found and found[0]
-        path = Path(resume)
+        path = Path(resume).expanduser()
         if path.is_file():
             return checkpoint.load(path)
         found = checkpoint.newest(path / "checkpoints")
@@ -94,51 +154,169 @@ class Run:
             )
         return found[0]
 
+    def _adopt(self) -> None:
+        """Record the files of a run from before there was a record of them."""
+        if (self.folder / files.OWN / files.RECORD).exists():
+            return
+        if not any(checkpoint.is_checkpoint(path) for path in self.checkpoints.glob("step-*.pt")):
+            return
+        self.claim()
+        for pattern in MADE:
+            for path in self.folder.glob(pattern):
+                if path.is_file() and not path.is_symlink():
+                    files.record(path, grows=any(path.match(name) for name in GROWING))
+
+    def _check_folders(self) -> None:
+        for name in FOLDERS:
+            path = self.folder / name
+            if os.path.lexists(path) and not path.is_dir():
+                raise files.NotOurs(f"{path}: is in the way of a folder of this run; move it away")
+
+    def _check_place(self) -> None:
+        """Refuse a folder in which a file is in the way, before hours of work."""
+        for pattern in NEEDED:
+            for path in self.folder.glob(pattern):
+                files.check(path)
+        step = -1 if self.state is None else self.state["step"]
+        for path in self.checkpoints.glob("step-*.pt"):
+            ahead = path.stem.removeprefix("step-") > f"{step:08d}"
+            if ahead and not checkpoint.is_checkpoint(path):
+                files.check(path)
+        if os.path.lexists(self.network) and not checkpoint.is_network(self.network):
+            files.check(self.network)
+
+    def _begin_from(self, source: Path) -> None:
+        """Make the newest checkpoint of this folder the one that this run resumes from."""
+        kept = self._evolution_in(source.expanduser())
+        if _folder_of(source.expanduser()).resolve() != self.folder.resolve():
+            self.forget_states()
+        self._archive()
+        self.claim()
+        for number, data in kept.items():
+            files.write(self.evolution(number), data)
+        self.save(self.state["step"], self.state)
+
     def _evolution_in(self, source: Path) -> dict[int, bytes]:
-        """The files of `evolution` that the run has which this one goes on from, by layer."""
+        """The files of `evolution` of the run that this one resumes from, by layer."""
         folder = _folder_of(source)
         layers = range(1, self._begun + 1)
         paths = {number: _evolution(folder, number) for number in layers}
-        return {number: path.read_bytes() for number, path in paths.items() if path.is_file()}
+        return {number: files.read(path) for number, path in paths.items() if path.is_file()}
 
     @property
     def _begun(self) -> int:
         """How many layers had begun to learn."""
         return self.state["layer"] - (self.state["trainer"] is None)
 
-    def _check_settings(self, where: Path | str) -> None:
+    def _other_settings(
+        self, where: Path | str, *, elsewhere: bool, by_images: object
+    ) -> list[str]:
+        """The settings of which others mean to go on learning from the filters that are there;
+        ValueError for those that only another run can have.
+        """
+        if self.state is None:
+            return []
+        # Of the oldest runs no checkpoint says which images they have learned from.
+        known = by_images and self.state.get("images") is not None
+        free = FREE | BY_IMAGES if known else FREE
         different = [
-            key
-            for key in _differences(self.state["settings"], self.settings)
-            if not _is_above(key, self._begun)
+            line
+            for line in _differences(self.state["settings"], self.settings)
+            if not _is_above(line, self._begun) and line.partition(":")[0] not in free
         ]
-        if different:
+        goes_on = elsewhere and all(LEARNED_LONGER.match(line) for line in different)
+        if different and not goes_on:
             raise ValueError(
-                f"{where} holds a run of other settings ({', '.join(different)}): choose "
-                "another name=..., or resume=false to put that run aside and start anew"
+                f"{where} holds a run of other settings ({', '.join(different)}): choose another "
+                f"name=..., with init={where} to start from its filters, or resume=false to "
+                "archive that run and start from the beginning"
             )
+        return different
 
-    def _put_aside(self) -> None:
-        """Move what an earlier run left into previous-N."""
-        kept = {".hydra", "train.log", self.states.name}
-        old = [p for p in self.folder.glob("*") if p.name not in kept and "previous-" not in p.name]
+    def _other_images(self, where: Path | str, *, elsewhere: bool) -> list[str]:
+        """How the images differ, where this means to go on learning from the filters there."""
+        if self.state is None or self.images is None or self.state.get("images") is None:
+            return []
+        changes = _changes(self.state["images"].tolist(), self.images.tolist())
+        if changes and not elsewhere:
+            raise ValueError(
+                f"{where} has learned from other images ({changes} since then): choose another "
+                f"name=..., with init={where} to start from its filters, or resume=false to "
+                "archive that run and start from the beginning"
+            )
+        return [f"images: {changes}"] if changes else []
+
+    def _archive(self) -> None:
+        """Move what an earlier run made into previous-N, its checkpoints last."""
         if not self.checkpoints.exists():
             return
         numbers = (path.name.removeprefix("previous-") for path in self.folder.glob("previous-*"))
         number = 1 + max((int(n) for n in numbers if n.isdigit()), default=0)
-        aside = self.folder / f"previous-{number}"
-        aside.mkdir()
-        for path in old:
-            path.rename(aside / path.name)
-        log.info("the earlier run was moved to %s", aside)
+        archive = files.claim(self.folder / f"previous-{number}")
+        made = [
+            path.relative_to(files.absolute(self.folder)) for path in files.made_in(self.folder)
+        ]
+        own = [path for path in made if any(path.match(pattern) for pattern in MADE)]
+        for path in sorted(own, key=lambda path: (path.parts[0] == "checkpoints", path)):
+            if not path.parts[0].startswith("previous-"):
+                files.move(self.folder / path, archive / path)
+        for name in FOLDERS:
+            files.prune(self.folder / name)
+        log.info("the earlier run was moved to %s", self.folder / archive.name)
 
 
 def training_data(run: str | Path) -> DataSettings | None:
-    """What the network of a run folder has learned from; None if that is a network file."""
+    """What the network of a run folder has learned from; None if that is a network file.
+
+    Nothing is ever downloaded because a file says so.
+    """
     if not Path(run).is_dir():
         return None
     found = checkpoint.newest(Path(run) / "checkpoints")
-    return DataSettings(**found[0]["settings"]["data"]) if found else None
+    if found is None:
+        return None
+    return dataclasses.replace(DataSettings(**found[0]["settings"]["data"]), download=False)
+
+
+def _parts(init: str) -> tuple[dict, dict]:
+    """(tensors, settings) of the network of a run folder, a checkpoint or a network file."""
+    path = Path(init).expanduser()
+    if path.is_file() and path.suffix == ".safetensors":
+        return checkpoint.load_network(path)
+    found = None
+    if path.is_file():
+        found = checkpoint.load(path)
+    elif newest := checkpoint.newest(path / "checkpoints"):
+        found = newest[0]
+    if found is None:
+        raise ValueError(
+            f"init={init}: nothing to start from there; give a run folder, a .pt or a .safetensors "
+            "file"
+        )
+    return _network_of(found)
+
+
+def _network_of(state: dict) -> tuple[dict, dict]:
+    return state["network"]["tensors"], state["network"]["settings"]
+
+
+def _as_tensor(digests: Sequence[str]) -> torch.Tensor:
+    """(N, DIGEST) bytes: the beginning of each digest, which is hexadecimal."""
+    data = b"".join(bytes.fromhex(digest)[:DIGEST] for digest in digests)
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8).view(-1, DIGEST)
+
+
+def _changes(old: list[list[int]], new: list[list[int]]) -> str:
+    """How two lists of images differ, in words; empty where they do not."""
+    old, new = [bytes(digest) for digest in old], [bytes(digest) for digest in new]
+    if old == new:
+        return ""
+    gone, come = Counter(old) - Counter(new), Counter(new) - Counter(old)
+    counts = {"added": come.total(), "removed": gone.total()}
+    if len(old) == len(new) and gone.total() == sum(a != b for a, b in zip(old, new, strict=True)):
+        counts = {"changed": gone.total()}
+    said = [f"{count} {what}" for what, count in counts.items() if count]
+    return ", ".join(said) if said else "their order changed"
 
 
 def _folder_of(source: Path) -> Path:

@@ -31,6 +31,7 @@ from deconvnet import config
 from deconvnet.applications.pyramid import Grid, cells, grid_features
 from deconvnet.codes import Codes
 from deconvnet.learning import LearningSettings
+from deconvnet.modes import plain
 from deconvnet.monitor import EpochStats
 from deconvnet.network import DeconvNet, LayerSettings
 from deconvnet.preprocessing import PreprocessingSettings
@@ -109,6 +110,7 @@ class DeconvNetTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
         self.random_state = random_state
         self.device = device
 
+    @plain
     def fit(self, X: ArrayLike, y: object = None) -> DeconvNetTransformer:
         """Learn the filters from X, layer by layer; y is not looked at."""
         if self.grid is not None:
@@ -133,7 +135,7 @@ class DeconvNetTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
         self.net_ = net.cpu()
         return self
 
-    @torch.no_grad()
+    @plain
     def transform(self, X: ArrayLike) -> np.ndarray:
         """The features of images, (N, features) in float32; an image has those it has alone."""
         check_is_fitted(self)
@@ -147,7 +149,7 @@ class DeconvNetTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
             parts.append(z.flatten(1) if self.grid is None else grid_features(z, self.grid))
         return torch.cat([part.cpu() for part in parts]).numpy()
 
-    @torch.no_grad()
+    @plain
     def inverse_transform(self, Z: ArrayLike) -> np.ndarray:
         """What the maps Z (N, features) paint, in the shape and the units of X.
 

@@ -35,6 +35,7 @@ from torch import Tensor
 
 from deconvnet.convolution import Boundary
 from deconvnet.coordinates import coordinate_descent
+from deconvnet.modes import plain
 from deconvnet.operators import Deconvolution, Operator, conjugate_gradients, dot, norm
 from deconvnet.pooling import Window
 from deconvnet.sparsity import Prior, shrink
@@ -161,6 +162,7 @@ class Solution:
         return f"{line}, at most {float(self.gap.sum()) / total:.2%} above the minimum"
 
 
+@plain
 def sparse_code(
     images: Tensor,
     filters: Tensor,
@@ -187,7 +189,7 @@ def sparse_code(
     p, weights (K,) or as the maps, group and non_negative: the prior, `sparsity.Prior`.
     settings: by default those of `default_solver`. chunk: at most so many images at a time, which
     bounds the memory beside that of the maps and changes results by rounding only; None: what is
-    fast on a CPU, all on a GPU.
+    fast on a CPU, all on a GPU. What comes back are plain tensors without a gradient.
     """
     if images.ndim != 4:
         raise ValueError(f"images must have the shape (N, C, H, W), got {tuple(images.shape)}")
@@ -227,6 +229,7 @@ def default_solver(images: Tensor, p: float = 1.0) -> SolverSettings:
     return SolverSettings("coordinate", iterations=200, training_iterations=1, tolerance=1e-4)
 
 
+@plain
 def lam_of_share(A: Operator, b: Tensor, share: float, **prior: Any) -> float:
     """The lam whose lambda = 1/lam is this share, in (0, 1], of the smallest that makes z = 0.
 
@@ -248,6 +251,7 @@ def lam_of_share(A: Operator, b: Tensor, share: float, **prior: Any) -> float:
     return 1 / (share * largest)
 
 
+@plain
 def solve(
     A: Operator,
     b: Tensor,
@@ -579,6 +583,7 @@ def _curvature(move: Tensor, seen: Tensor, lam: float) -> Tensor:
     return lam * dot(seen, seen) / dot(move, move).clamp(min=_TINY) + _TINY
 
 
+@plain
 def duality_gap(A: Operator, b: Tensor, z: Tensor, lam: float, **prior: Any) -> Tensor:
     """An upper bound (N,) on the objective of z above the minimum, for p = 1; 0 at the minimum.
 

@@ -20,6 +20,7 @@ departure from proximal gradient steps but the proximal map of this prior.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -106,7 +107,7 @@ class Prior:
             return penalties(x, self.p)
         magnitude = (x != 0).to(x.dtype) if self.p == 0 else x.abs()
         if 0 < self.p < 1:
-            magnitude = magnitude**self.p
+            magnitude = _power(magnitude, self.p)
         return (self.entry_weights.to(x) * magnitude).sum((1, 2, 3)).double()
 
     def dual_norm(self, c: Tensor) -> Tensor:
@@ -132,7 +133,11 @@ class Prior:
             # The bits of `shrink` where there are no weights, several times as fast.
             tau = 1 / beta if w is None else w * (1 / beta)
             positive = (v - tau).relu_()
-            return positive if self.non_negative else positive.sub_((v + tau).neg_().relu_())
+            if self.non_negative:
+                return positive
+            negative = (v + tau).neg_().relu_()
+            # A gradient is made of what relu_ has left.
+            return positive - negative if positive.requires_grad else positive.sub_(negative)
         if w is None:
             return shrink(v, beta, self.p, non_negative=self.non_negative, window=self.window)
         some = w.clamp(min=1e-30)
@@ -143,7 +148,7 @@ class Prior:
     def _lengths(self, v: Tensor) -> Tensor:
         """(N, K / group, H, W): the l2 norm of every group of maps."""
         # Not vector_norm, which takes fifty times as long over an axis in the middle.
-        return v.unflatten(1, (-1, self.group)).square().sum(2).sqrt()
+        return _root(v.unflatten(1, (-1, self.group)).square().sum(2))
 
     @cached_property
     def entry_weights(self) -> Tensor | None:
@@ -182,7 +187,7 @@ def penalties(x: Tensor, p: float = 1.0) -> Tensor:
         return torch.count_nonzero(x, axes).double()
     magnitude = x.abs()
     if p != 1:
-        magnitude = magnitude**p
+        magnitude = _power(magnitude, p)
     # Summed pairwise, to 1e-7, in a quarter of the time that conversion takes.
     return magnitude.sum(axes).double()
 
@@ -215,13 +220,13 @@ def shrink(
     if non_negative:
         v = v.clamp(min=0)
     magnitude = v.abs()
-    smallest, tau = threshold(beta, p)
+    _, tau = threshold(beta, p)
     if p == 1:
         result = magnitude - tau
     elif p == 0:
         result = magnitude
     else:
-        result = _largest_root(magnitude, beta, p, smallest)
+        result = _largest_root(magnitude, beta, p, tau)
     # <= and not >, so that a NaN stays one.
     return torch.where(magnitude <= tau, torch.zeros_like(result), result).copysign(v)
 
@@ -248,19 +253,35 @@ def _soft_threshold(v: Tensor, tau: float, non_negative: bool) -> Tensor:
     return torch.relu(v - tau) if non_negative else torch.nn.functional.softshrink(v, tau)
 
 
-def _largest_root(
-    magnitude: Tensor, beta: float | Tensor, p: float, smallest: float | Tensor
-) -> Tensor:
+def _largest_root(magnitude: Tensor, beta: float | Tensor, p: float, tau: float | Tensor) -> Tensor:
     """The root of p x^(p-1) + beta (x - |v|) = 0 that is the minimum, for |v| beyond the threshold.
 
     From x = |v| Newton's method descends to it monotonically, the left side being increasing and
-    convex there; six steps reach rounding for every p and beta. Entries below the threshold only
-    have to stay finite.
+    convex there; six steps reach rounding for every p and beta. Entries below the threshold tau get
+    the root for tau: Newton's method would lead them below 0, and their gradient, which nobody
+    asks for, would be NaN times 0.
     """
-    x = torch.maximum(
-        magnitude, torch.as_tensor(smallest, dtype=magnitude.dtype, device=magnitude.device)
-    )
+    tau = torch.as_tensor(tau, dtype=magnitude.dtype, device=magnitude.device)
+    x = magnitude = torch.maximum(magnitude, tau)
     for _ in range(6):
         slope = p * x ** (p - 1)
         x = x - (slope + beta * (x - magnitude)) / (beta - (1 - p) * slope / x)
     return x
+
+
+def _root(squares: Tensor) -> Tensor:
+    """The square root; its gradient at 0 is 0, a subgradient of a length."""
+    return _away_from_zero(squares, torch.sqrt)
+
+
+def _power(magnitude: Tensor, p: float) -> Tensor:
+    """magnitude^p for 0 < p < 1; its gradient at 0, where it rises without bound, is 0."""
+    return _away_from_zero(magnitude, lambda x: x**p)
+
+
+def _away_from_zero(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """A function that is 0 at 0; so is its gradient there, and not infinite."""
+    if not x.requires_grad:
+        return function(x)
+    zero = x == 0
+    return function(x.masked_fill(zero, 1)).masked_fill(zero, 0)

@@ -5,15 +5,24 @@ from __future__ import annotations
 import logging
 import math
 import os
+import stat
+import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from deconvnet.files import NotOurs
 from deconvnet.pooling import Window, max_pool, pooled_shape, unpool
 
 log = logging.getLogger(__name__)
+
+# How a file of states begins: so it is known as ours, whoever looks.
+MAGIC = b"deconvnet states of inference\n".ljust(64, b"\0")
+# A record begins with the number of its pass and a checksum.
+HEADER = 16
 
 
 class States:
@@ -91,18 +100,21 @@ class FileStates(States):
     A checkpoint knows of every image in which pass its state was written. What is written after it
     must leave that as it is, so passes take three files in turn: at any moment two of them may hold
     what the last checkpoint speaks of. All ranks share the files, in which every image has its own
-    place for a record: the number of the pass, and the state. Where a file does not have the record
-    of a checkpoint, inference starts from the beginning.
+    place for a record: the number of the pass, a checksum, and the state. Where a file does not
+    have the record of a checkpoint, or has a damaged one, inference starts from the beginning.
+
+    run: what the records are marked with, so that those of another run are not taken for them.
+    Raises NotOurs where a file is in the way that is none of states.
     """
 
     FILES = 3
 
-    def __init__(self, images: Tensor, window: Window | None, folder: Path):
+    def __init__(self, images: Tensor, window: Window | None, folder: Path, run: str = ""):
         super().__init__(images, window)
-        self.folder = folder
+        self.folder, self.mark = folder, zlib.crc32(run.encode())
         folder.mkdir(parents=True, exist_ok=True)
-        paths = (folder / f"{number}.states" for number in range(self.FILES))
-        self.files = [os.open(path, os.O_RDWR | os.O_CREAT, 0o644) for path in paths]
+        self.files = [_opened(folder / f"{number}.states") for number in range(self.FILES)]
+        self.warned = False
         # What was never written reads as 0.
         self.now = 1
         # Of every image the pass in which its state was written, -1 for none.
@@ -111,7 +123,7 @@ class FileStates(States):
     def __getitem__(self, part: Tensor) -> Tensor | None:
         if self.shape is None:
             return None
-        found = torch.zeros(len(part), *self.shape)
+        found = torch.zeros(len(part), *self.shape, dtype=torch.float32)
         passes = self.passes[self._rows(part).cpu()].tolist()
         for n, (image, turn) in enumerate(zip(part.tolist(), passes, strict=True)):
             if turn >= 0:
@@ -124,10 +136,10 @@ class FileStates(States):
         self.shape = tuple(state.shape[1:])
         new = (state,) if self.window is None else max_pool(state, self.window)
         new = [tensor.cpu().numpy() for tensor in new]
-        header = np.int64(self.now).tobytes()
         for n, image in enumerate(part.tolist()):
-            record = b"".join([header, *(tensor[n].tobytes() for tensor in new)])
-            self._write(record, image * len(record))
+            body = b"".join(tensor[n].tobytes() for tensor in new)
+            record = self._header(image, self.now, body) + body
+            self._write(record, len(MAGIC) + image * len(record))
         self.passes[self._rows(part).cpu()] = self.now
 
     def turn(self) -> None:
@@ -147,6 +159,8 @@ class FileStates(States):
     def load_state_dict(self, state: dict, device: torch.device) -> None:
         super().load_state_dict(state, torch.device("cpu"))
         self.numbers = {name: values.to(device) for name, values in self.numbers.items()}
+        if "now" not in state:
+            return self._take_over(state)
         (self.passes,), self.kept, self.now = self.kept, [], state["now"]
         lost = [n for n, turn in enumerate(self.passes.tolist()) if not self._has(n, turn)]
         self.passes[lost] = -1
@@ -157,32 +171,61 @@ class FileStates(States):
                 *(self.folder, len(lost)),
             )
 
+    def _take_over(self, state: dict) -> None:
+        """Write down the states of a checkpoint that has them in itself, which were in memory."""
+        memory = States(self.images.cpu(), self.window)
+        memory.load_state_dict(state, torch.device("cpu"))
+        self.shape, self.kept = None, []
+        if memory.shape is not None:
+            for part in memory.images.split(8):
+                self[part.to(self.images.device)] = memory[part]
+
     def _has(self, n: int, turn: int) -> bool:
         """Whether there is the record of a pass, if there has to be one."""
         if turn < 0:
             return True
         file, size = self.files[turn % self.FILES], sum(self._sizes)
-        place = int(self.images[n]) * size
+        place = len(MAGIC) + int(self.images[n]) * size
         whole = os.fstat(file).st_size >= place + size
         return whole and os.pread(file, 8, place) == np.int64(turn).tobytes()
 
+    def _header(self, image: int, turn: int, body: bytes) -> bytes:
+        """Of a record: its pass, and a checksum of whose it is and of what it says."""
+        whose = np.array([image, turn], np.int64).tobytes()
+        check = zlib.crc32(body, zlib.crc32(whose, self.mark))
+        return np.array([turn, check], np.int64).tobytes()
+
     @property
     def _sizes(self) -> list[int]:
-        """Bytes of the parts of a record: the pass and the tensors."""
+        """Bytes of the parts of a record: its header and the tensors."""
         if self.window is None:
-            return [8, 4 * math.prod(self.shape)]
+            return [HEADER, 4 * math.prod(self.shape)]
         entries = math.prod(pooled_shape(self.shape, self.window))
-        return [8, 4 * entries, 8 * entries]
+        return [HEADER, 4 * entries, 8 * entries]
 
     def _read(self, image: int, turn: int) -> Tensor:
         sizes = self._sizes
-        record = os.pread(self.files[turn % self.FILES], sum(sizes), image * sum(sizes))
+        place = len(MAGIC) + image * sum(sizes)
+        record = bytearray(os.pread(self.files[turn % self.FILES], sum(sizes), place))
+        header, body = record[:HEADER], record[HEADER:]
+        if len(record) < sum(sizes) or header != self._header(image, turn, body):
+            self._warn_of_damage()
+            return torch.zeros(self.shape)
         if self.window is None:
-            return torch.frombuffer(bytearray(record[8:]), dtype=torch.float32).view(self.shape)
-        shape, cut = pooled_shape(self.shape, self.window), sizes[0] + sizes[1]
-        values = torch.frombuffer(bytearray(record[8:cut]), dtype=torch.float32)
-        places = torch.frombuffer(bytearray(record[cut:]), dtype=torch.int64)
+            return torch.frombuffer(body, dtype=torch.float32).view(self.shape)
+        shape = pooled_shape(self.shape, self.window)
+        values = torch.frombuffer(body[: sizes[1]], dtype=torch.float32)
+        places = torch.frombuffer(body[sizes[1] :], dtype=torch.int64)
         return unpool(values.view(1, *shape), places.view(1, *shape), (1, *self.shape))[0]
+
+    def _warn_of_damage(self) -> None:
+        if not self.warned:
+            log.warning(
+                "%s has records that are damaged or of another run: the inference of those images "
+                "starts from the beginning",
+                self.folder,
+            )
+        self.warned = True
 
     def _write(self, record: bytes, place: int) -> None:
         view = memoryview(record)
@@ -197,6 +240,32 @@ class FileStates(States):
             ) from None
 
 
+def is_file_of_states(path: Path) -> bool:
+    """Whether a path is a file of states of inference, no link to one."""
+    with suppress(OSError):
+        if stat.S_ISREG(os.lstat(path).st_mode):
+            with open(path, "rb") as file:
+                return file.read(len(MAGIC)) == MAGIC
+    return False
+
+
+def _opened(path: Path) -> int:
+    """A descriptor of a file of states, new or of ours."""
+    with suppress(FileNotFoundError):
+        found = os.lstat(path)
+        # Another rank may have made it a moment ago.
+        empty = stat.S_ISREG(found.st_mode) and found.st_size == 0
+        if not empty and not is_file_of_states(path):
+            raise NotOurs(f"{path}: is in the way of the states of inference; move it away")
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        os.pwrite(file, MAGIC, 0)
+    except OSError as error:
+        os.close(file)
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    return file
+
+
 def all_states(parts: list[dict]) -> dict:
     """The states of the images of all ranks as those of one."""
     # A rank without images has nothing of any shape.
@@ -209,7 +278,8 @@ def all_states(parts: list[dict]) -> dict:
         return torch.cat(tensors)[order]
 
     def numbers(name: str, part: dict) -> Tensor:
-        return part["numbers"].get(name, torch.full((len(part["images"]), 1, 1, 1), math.nan))
+        none = torch.full((len(part["images"]), 1, 1, 1), math.nan, dtype=torch.float32)
+        return part["numbers"].get(name, none)
 
     return {
         "images": images[order],

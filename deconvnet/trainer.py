@@ -35,6 +35,7 @@ from deconvnet.learning import (
     update_filters,
     update_filters_by_cg,
 )
+from deconvnet.modes import plain
 from deconvnet.monitor import EpochStats, RankLoad, memory_used
 from deconvnet.network import DeconvNet, Layer, Target, check_size, seeded
 from deconvnet.operators import Identity, Operator
@@ -118,7 +119,8 @@ class LayerTrainer:
     epochs at whose end there is a `snapshot`, until the next one begins. ranks: processes that
     share the work; all of them make the same calls. keep: the state of inference of every image
     (`states_size`); else every visit infers its maps from the beginning. folder: where they are
-    kept in files, in place of memory, until `close`.
+    kept in files, in place of memory, until `close`; token: what these are marked with. filters:
+    (K, C, h, w), those that learning starts from, by default as the settings say.
 
     Holds the state of inference of its images, the energy of every map in this epoch, and the
     running sums of the filter update. One call of `update` is one filter update. Without a `state`
@@ -137,6 +139,8 @@ class LayerTrainer:
         ranks: Ranks = ALONE,
         keep: bool = True,
         folder: Path | None = None,
+        token: str = "",
+        filters: Tensor | None = None,
         state: dict | None = None,
     ):
         self.ground = Ground.of(ground) if isinstance(ground, Tensor) else ground
@@ -155,13 +159,14 @@ class LayerTrainer:
         # Whether some rank was asked to stop, as of the last update.
         self.stopping = False
         own, window = self.schedule.own.to(self.ground.device), state_window(layer)
-        self.codes = FileStates(own, window, folder) if folder else States(own, window)
+        self.codes = FileStates(own, window, folder, token) if folder else States(own, window)
         self.snapshot: Snapshot | None = None
         self.sums: FilterSums | None = None
         self._seen = _Seen()
         if state is None:
-            fresh = self._fresh_filters(layer.settings.num_maps, seeded(seed, number, 1))
-            layer.set_filters(fresh)
+            if filters is None:
+                filters = self._fresh_filters(layer.settings.num_maps, seeded(seed, number, 1))
+            layer.set_filters(filters.to(layer.filters))
         else:
             self.load_state_dict(state)
 
@@ -198,7 +203,7 @@ class LayerTrainer:
         """Nothing more is learned: files of states are closed."""
         self.codes.close()
 
-    @torch.no_grad()
+    @plain
     def update(self, *, stop: bool = False) -> EpochStats | None:
         """Visit the next batch and update the filters; at the end of an epoch, what it saw.
 
@@ -435,6 +440,7 @@ class LayerTrainer:
         sums = self.sums and {"linear": self.sums.linear.cpu(), "gram": self.sums.gram.cpu()}
         return {
             "order": ORDER,
+            "keep": self.keep,
             "epoch": self.epoch,
             "batch": self.batch,
             "codes": all_states(parts),

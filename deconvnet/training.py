@@ -16,9 +16,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from deconvnet import checkpoint
 from deconvnet.codes import Codes
 from deconvnet.corpus import Corpus, Source
 from deconvnet.distributed import ALONE, Ranks
+from deconvnet.modes import plain
 from deconvnet.monitor import InferencePoint, LayerResult, Monitor
 from deconvnet.network import DeconvNet, Layer, Target
 from deconvnet.preprocessing import Spread
@@ -51,6 +53,7 @@ class Interrupted(Exception):
     """Training was asked to stop and has saved its state."""
 
 
+@plain
 def train(
     net: DeconvNet,
     images: Tensor | Source,
@@ -79,14 +82,17 @@ def train(
     the beginning.
     """
     images = Source.of(images, frames) if isinstance(images, Tensor) else images
+    if run:
+        run.claim()
     state = ranks.told(run and run.state)
     if state is not None:
         net.load_parts(state["network"]["tensors"])
+    initial = _initial_filters(net, ranks.told(run and run.initial))
     position = _Position.of(state)
     if position.layer > net.depth:
         log.info("all %d layers were trained before", net.depth)
-        if run and not run.network.exists():
-            net.save(run.network)
+        if run:
+            _save_again(net, run.network)
         if run and state["trainer"] is None:
             run.forget_states()
         return position.results[: net.depth]
@@ -106,7 +112,8 @@ def train(
             run.forget_states(keep=position.layer)
         while position.layer <= net.depth:
             _train_layer(
-                net, corpus, position, run, monitor, stop_requested, seed, (memory, disk), resumed
+                *(net, corpus, position, run, monitor, stop_requested, seed, (memory, disk)),
+                *(resumed, initial.get(position.layer)),
             )
             resumed = None
             position.layer += 1
@@ -129,6 +136,7 @@ def _train_layer(
     seed: int,
     room: tuple[float, float],
     resumed: dict | None,
+    initial: Tensor | None,
 ) -> None:
     """Learn one layer, infer its maps of all images, and show them."""
     started = time.perf_counter()
@@ -137,7 +145,7 @@ def _train_layer(
     if resumed is None and number > 1:
         layer.fit_scale(position.pooled or corpus.pooled(number - 1))
     ground = corpus.ground(number)
-    keep, folder = _place_for_states(layer, ground, corpus.ranks, run, number, *room)
+    keep, folder = _place_for_states(layer, ground, corpus.ranks, run, number, *room, resumed)
     trainer = LayerTrainer(
         layer,
         ground,
@@ -148,6 +156,8 @@ def _train_layer(
         ranks=corpus.ranks,
         keep=keep,
         folder=folder,
+        token=corpus.ranks.told(run and run.token) or "",
+        filters=initial,
         state=resumed,
     )
     if corpus.ranks.count > 1 and corpus.ranks.first:
@@ -172,6 +182,38 @@ def _train_layer(
     _show(net, corpus, position, run, monitor)
 
 
+def _initial_filters(net: DeconvNet, parts: tuple[dict, dict] | None) -> dict[int, Tensor]:
+    """The filters that layers start from, by their numbers, of a network given by its parts."""
+    if parts is None:
+        return {}
+    start = DeconvNet.from_parts(*parts)
+    found = {}
+    for number in range(1, min(net.depth, start.depth) + 1):
+        own, filters = net.layer(number).filters, start.layer(number).filters
+        if own.shape != filters.shape:
+            here, there = ("x".join(map(str, f.shape)) for f in (own, filters))
+            raise ValueError(
+                f"layer {number} is to start from filters of {there} (maps, channels, rows, "
+                f"columns), but has filters of {here}: use the same num_maps, filter_size and "
+                "colours, and layers=... for fewer layers"
+            )
+        found[number] = filters
+    return found
+
+
+def _save_again(net: DeconvNet, path: Path) -> None:
+    """Write the file of a finished network unless it is there, whole and the same."""
+    try:
+        tensors, _ = checkpoint.load_network(path)
+        same = all(torch.equal(tensors[name], value) for name, value in net.to_parts()[0].items())
+    except (checkpoint.CheckpointError, KeyError):
+        same = False
+    if not same:
+        if path.exists():
+            log.warning("%s was not what this run has learned: it is written again", path)
+        net.save(path)
+
+
 def _place_for_states(
     layer: Layer,
     ground: Ground,
@@ -180,26 +222,50 @@ def _place_for_states(
     number: int,
     memory: float,
     disk: float,
+    resumed: dict | None,
 ) -> tuple[bool, Path | None]:
-    """Whether states of inference are kept, and in which folder, None being memory."""
+    """Whether states of inference are kept, and in which folder, None being memory.
+
+    While a layer learns this does not change: with states or without, it learns something else.
+    """
     needed = states_size(layer, ground) / 2**30
-    if needed <= memory:
-        return True, None
     on_disk = FileStates.FILES * needed
-    root = ranks.told(run and str(run.states)) if on_disk <= disk else None
+    root = ranks.told(run and str(run.states))
     folder = root and Path(root) / f"layer{number}"
+    kept, there = _states_of(resumed)
+    if kept is not False and not there and needed <= memory:
+        return True, None
+    if folder and (there or (kept is not False and on_disk <= disk)):
+        where = f"they are in {folder}, {on_disk:.3g} GiB at most"
+    elif kept:
+        raise ValueError(
+            f"memory={memory:g}, disk={disk:g}: layer {number} learns with the states of inference "
+            f"of {ground.images} images, and goes on with memory={1.01 * needed:.3g} or "
+            f"disk={1.01 * on_disk:.3g} (GiB)"
+        )
+    else:
+        folder, where = None, "every visit infers from the beginning"
     if ranks.first:
         log.info(
             "layer %d: the states of inference of %d images would take %.3g GiB, which is more "
             "than memory=%g: %s",
-            *(number, ground.images, needed, memory),
-            f"they are in {folder}, {on_disk:.3g} GiB at most"
-            if folder
-            else "every visit infers from the beginning",
+            *(number, ground.images, needed, memory, where),
         )
         if folder:
             _check_room(folder, on_disk)
     return folder is not None, folder
+
+
+def _states_of(resumed: dict | None) -> tuple[bool | None, bool]:
+    """Whether a layer that goes on learning keeps states, None if that is open, and whether they
+    are on the disk.
+    """
+    if resumed is None:
+        return None, False
+    codes = resumed["codes"]
+    # Runs of a time before it was written down: they have states if they have any.
+    kept = resumed.get("keep", codes["shape"] is not None or None)
+    return kept, "now" in codes
 
 
 def _check_room(folder: Path, needed: float) -> None:

@@ -22,25 +22,23 @@ from deconvnet.monitor import save_picture
 from deconvnet.run import training_data
 from deconvnet.visualization.figures import labelled_images
 
+config.register()
+
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="ablate")
 def main(cfg: DictConfig) -> None:
     with config.one_line_errors(ValueError, OSError):
-        run(cfg)
+        run(config.read_command(cfg))
 
 
-def run(cfg: DictConfig) -> None:
-    config.check_complete(cfg)
-    for key in ("count", "chunk"):
-        if type(cfg[key]) is not int or cfg[key] < 1:
-            raise ValueError(f"{key}={cfg[key]}: must be a whole number, at least 1")
-    folder = Path(str(cfg.run))
-    net = load(folder).to(config.device(cfg.device))
+def run(settings: config.AblateConfig) -> None:
+    folder = Path(settings.run)
+    net = load(folder).to(config.device(settings.device))
     if net.depth < 2 or not any(layer.settings.pool for layer in net.layers[:-1]):
         raise ValueError(f"run={folder}: its layers have no pooling between them")
-    images, frames = training_images(folder, cfg.count)
-    codes = net.infer(images, frames=frames, chunk=cfg.chunk)
-    found = ablate(net, codes, chunk=cfg.chunk)
+    images, frames = training_images(folder, settings.count)
+    codes = net.infer(images, frames=frames, chunk=settings.chunk)
+    found = ablate(net, codes, chunk=settings.chunk)
     print(f"\nSNR in dB of {len(codes.y)} training images, preprocessed domain\n")
     print(table(found, net.depth))
     shown = [a for a in found if a.layer == net.depth]
@@ -76,4 +74,4 @@ def table(found: list[Ablation], depth: int) -> str:
 
 
 if __name__ == "__main__":
-    config.launch(main)
+    config.launch(main, config.AblateConfig)

@@ -4,7 +4,6 @@ python scripts/classify.py run=runs/iccv2011 data.path=caltech layers=[1,4]
 """
 
 import dataclasses
-import json
 import os
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from deconvnet.applications.labelled import Features, Images, judge
 from deconvnet.applications.pictures import confusion_picture
 from deconvnet.distributed import RankLost, Ranks, started
 from deconvnet.monitor import save_picture
+from deconvnet.strict_json import to_json
 
 # Seconds that a process waits for another: one may be a piece of images behind.
 PATIENCE = 3600.0
@@ -116,15 +116,23 @@ def report(
                 "mean": score.mean,
                 "std": score.spread,
                 "splits": score.accuracies.tolist(),
-                "classes": np.nanmean(score.by_class, 0).tolist(),
+                "classes": mean_of_splits(score.by_class),
             }
             for name, score in scores.items()
         },
     }
-    checkpoint.write(folder / "scores.json", json.dumps(table, indent=2).encode())
+    checkpoint.write(folder / "scores.json", to_json(table, indent=2).encode())
     print("\n".join(lines))
     print(f"{folder / 'confusion.png'} ({best}), {folder / 'scores.json'}")
 
 
+def mean_of_splits(by_class: np.ndarray) -> list[float]:
+    """The mean accuracy of every class over the splits (splits, classes) that test it, or NaN."""
+    tested = ~np.isnan(by_class)
+    count = tested.sum(0)
+    total = np.where(tested, by_class, 0).sum(0)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan).tolist()
+
+
 if __name__ == "__main__":
-    config.launch(main)
+    config.launch(main, config.ClassifyConfig)

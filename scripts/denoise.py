@@ -51,4 +51,4 @@ def denoise(settings: config.DenoiseConfig) -> None:
 
 
 if __name__ == "__main__":
-    config.launch(main)
+    config.launch(main, config.DenoiseConfig)

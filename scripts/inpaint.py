@@ -4,6 +4,7 @@ python scripts/inpaint.py run=runs/denoise-rgb image=photo.png missing=scratches
 """
 
 import os
+from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
@@ -40,10 +41,11 @@ def inpaint(settings: config.InpaintConfig) -> None:
     restore(
         *(settings.run, settings.image, job),
         folder="inpainted",
+        inputs=[Path(settings.missing).expanduser()],
         device=config.device(settings.device),
         **settings.common(),
     )
 
 
 if __name__ == "__main__":
-    config.launch(main)
+    config.launch(main, config.InpaintConfig)

@@ -15,34 +15,34 @@ from tqdm import tqdm
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 from deconvnet import config, load
+from deconvnet.applications.pictures import check_targets
 from deconvnet.data import distinct_names, image_files, read_image
 from deconvnet.monitor import save_picture
 from deconvnet.network import snr
 from deconvnet.visualization import parts_picture
 
+config.register()
+
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="reconstruct")
 def main(cfg: DictConfig) -> None:
     with config.one_line_errors(ValueError, OSError):
-        reconstruct(cfg)
+        reconstruct(config.read_command(cfg))
 
 
-def reconstruct(cfg: DictConfig) -> None:
-    config.check_complete(cfg)
+def reconstruct(cfg: config.ReconstructConfig) -> None:
     source = Path(str(cfg.run))
     net = load(source).to(config.device(cfg.device))
-    layer = net.depth if cfg.layer is None else _number(cfg.layer)
+    layer = net.depth if cfg.layer is None else cfg.layer
     net.layer(layer)
-    if not isinstance(cfg.parts, bool):
-        raise ValueError(f"parts={cfg.parts}: must be true or false")
     paths = image_files(cfg.images)
     beside = source if source.is_dir() else source.parent
-    folder = Path(str(cfg.output or beside / "reconstructions"))
-    folder.mkdir(parents=True, exist_ok=True)
-    named = zip(paths, distinct_names(paths), strict=True)
-    for path, name in tqdm(
-        named, total=len(paths), unit="image", leave=False, disable=len(paths) == 1
-    ):
+    folder = Path(str(cfg.output or beside / "reconstructions")).expanduser()
+    named = list(zip(paths, distinct_names(paths), strict=True))
+    endings = [".png", "-parts.png"] if cfg.parts else [".png"]
+    targets = [folder / f"{name}-layer{layer}{end}" for _, name in named for end in endings]
+    check_targets(targets, [source, *paths])
+    for path, name in tqdm(named, unit="image", leave=False, disable=len(paths) == 1):
         image = read_image(path)[None].to(net.device)
         codes = net.infer(image, depth=layer)
         pixels = net.reconstruct(codes)
@@ -58,11 +58,5 @@ def reconstruct(cfg: DictConfig) -> None:
         )
 
 
-def _number(layer: object) -> int:
-    if not isinstance(layer, int) or isinstance(layer, bool):
-        raise ValueError(f"layer={layer}: must be a whole number")
-    return layer
-
-
 if __name__ == "__main__":
-    config.launch(main)
+    config.launch(main, config.ReconstructConfig)

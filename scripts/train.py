@@ -4,7 +4,9 @@ import dataclasses
 import logging
 import os
 import shlex
-import sys
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import hydra
@@ -17,7 +19,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
 
-from deconvnet import config
+from deconvnet import arguments, config, files
 from deconvnet.corpus import Source
 from deconvnet.data import DataSettings, load_images, stream_images
 from deconvnet.distributed import RankLost, Ranks, started
@@ -31,7 +33,10 @@ log = logging.getLogger("train")
 
 # Settings that may differ between the commands that go on with one run: they do not change what it
 # learns.
-FREE = ("layers", "device", "resume", "chunk", "progress", "patience", "name")
+FREE = (
+    *("layers", "device", "resume", "chunk", "progress", "patience", "name"),
+    *("memory", "disk", "init"),
+)
 
 config.register()
 
@@ -46,7 +51,8 @@ def main(cfg: DictConfig) -> None:
                 results = run(settings, cfg, folder, ranks)
             except Interrupted:
                 if ranks.first:
-                    again = command(ranks)
+                    # Neither resume=false nor a path: the run is here now.
+                    again = arguments.again("resume")
                     log.warning("stopped and saved; this goes on from here: %s", again)
                 raise SystemExit(130) from None
     if ranks.first:
@@ -54,34 +60,38 @@ def main(cfg: DictConfig) -> None:
 
 
 def run(settings: config.Config, cfg: DictConfig, folder: Path, ranks: Ranks) -> list[LayerResult]:
-    device = config.device(settings.device)
-    layers = settings.layer_settings()
-    net = DeconvNet(layers, settings.preprocessing, seed=settings.seed)
-    record = {k: v for k, v in dataclasses.asdict(settings).items() if k not in FREE}
-    if not settings.disk:
-        # Runs of a time before it was a setting have had none, and go on.
-        del record["disk"]
-    saved = Run(folder, record, settings.resume) if ranks.first else None
-    images = source(settings.data, device)
-    log.info(
-        "%d images of %dx%d on %s, layers of %s maps; run folder %s",
-        images.count,
-        *images.read(torch.arange(1))[0].shape[2:],
-        device if ranks.count == 1 else f"{ranks.count} ranks, {device}",
-        " and ".join(str(layer.num_maps) for layer in layers),
-        shown(folder),
-    )
-    with Monitor(
-        folder if ranks.first else None,
-        progress=settings.progress and ranks.first,
-        config=OmegaConf.to_yaml(cfg, resolve=True),
-        settings=config.flat(record),
-    ) as monitor:
+    with ExitStack() as stack:
+        if ranks.first:
+            stack.enter_context(files.locked(folder))
+        device = config.device(settings.device)
+        layers = settings.layer_settings()
+        net = DeconvNet(layers, settings.preprocessing, seed=settings.seed)
+        record = {k: v for k, v in dataclasses.asdict(settings).items() if k not in FREE}
+        images = cache(lambda: source(settings.data, device))
+        saved = None
+        if ranks.first:
+            digests = lambda: images().digests()  # noqa: E731
+            saved = Run(folder, record, settings.resume, init=settings.init, digests=digests)
+            stack.enter_context(config.logged(cfg, folder))
+        log.info(
+            "%d images of %dx%d on %s, layers of %s maps; run folder %s",
+            images().count,
+            *images().read(torch.arange(1))[0].shape[2:],
+            device if ranks.count == 1 else f"{ranks.count} ranks, {device}",
+            " and ".join(str(layer.num_maps) for layer in layers),
+            shown(folder),
+        )
+        monitor = Monitor(
+            folder if ranks.first else None,
+            progress=settings.progress and ranks.first,
+            config=OmegaConf.to_yaml(cfg, resolve=True),
+            settings=config.flat(record),
+        )
         return train(
             net.to(device),
-            images,
+            images(),
             saved,
-            monitor,
+            stack.enter_context(monitor),
             seed=settings.seed,
             chunk=settings.chunk,
             ranks=ranks,
@@ -95,9 +105,9 @@ def source(settings: DataSettings, device: torch.device) -> Source:
     """The training images: all in memory, or each read when its turn has come."""
     if settings.stream:
         streamed = stream_images(settings)
-        return Source(len(streamed), streamed.read, streamed.ahead)
+        return Source(len(streamed), streamed.read, streamed.ahead, lambda: streamed.digests)
     data = load_images(settings)
-    return Source.of(data.images.to(device), data.frames)
+    return replace(Source.of(data.images.to(device), data.frames), digests=lambda: data.digests)
 
 
 def summarize(results: list[LayerResult], folder: Path) -> None:
@@ -116,9 +126,10 @@ def summarize(results: list[LayerResult], folder: Path) -> None:
         "",
         f"pictures      {place}/pictures",
         f"network       {place}/network.safetensors",
-        f"look          tensorboard --logdir {shown(folder.parent)} --samples_per_plugin images=99",
-        "reconstruct   python scripts/reconstruct.py "
-        f"run={place} layer={len(results)} images=photo.jpg",
+        f"look          tensorboard --logdir {shlex.quote(str(shown(folder.parent)))} "
+        "--samples_per_plugin images=99",
+        f"reconstruct   python {arguments.beside('reconstruct.py')} "
+        f"{arguments.setting('run', place)} layer={len(results)} images=photo.jpg",
     ]
     print("\n".join(lines))
 
@@ -128,13 +139,5 @@ def shown(path: Path) -> Path:
     return Path(os.path.relpath(path))
 
 
-def command(ranks: Ranks) -> str:
-    """The command that goes on with this run, as one types it: without resume=false or a path."""
-    kept = (argument for argument in sys.argv if not argument.lstrip("+").startswith("resume="))
-    here = os.environ.get("LOCAL_WORLD_SIZE", 1)
-    program = ["python"] if ranks.count == 1 else ["torchrun", f"--nproc-per-node={here}"]
-    return shlex.join([*program, *kept])
-
-
 if __name__ == "__main__":
-    config.launch(main)
+    config.launch(main, config.Config)

@@ -253,4 +253,4 @@ def prepared(subject: Subject, pixels: Tensor) -> Tensor:
 
 
 if __name__ == "__main__":
-    config.launch(main)
+    config.launch(main, CnnSettings)

@@ -7,7 +7,6 @@ python scripts/visualize.py model=torchvision/vgg16 images=folder layers=[featur
 import os
 import re
 import shlex
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ from omegaconf import DictConfig
 # ten times the time; on a quiet machine a short spin is as fast. To be set before torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-from deconvnet import config, load
+from deconvnet import arguments, config, load
 from deconvnet.data import Crop, DataSettings, Item, LazyImages, lazy_images, read_image
 from deconvnet.distributed import ALONE, RankLost, Ranks, started
 from deconvnet.run import training_data
@@ -38,7 +37,8 @@ def main(cfg: DictConfig) -> None:
         try:
             visualize(config.read_visualize(cfg), ranks)
         except KeyboardInterrupt:
-            print(f"\nstopped; this goes on from here: {shlex.join(['python', *sys.argv])}")
+            if ranks.first:
+                print(f"\nstopped; this goes on from here: {arguments.again()}")
             raise SystemExit(130) from None
 
 
@@ -62,7 +62,7 @@ def visualize(settings: config.VisualizeConfig, ranks: Ranks = ALONE) -> None:
         names = {"pictures": "pictures", "manifest": "how each was made", "gallery": "gallery"}
         width = max(map(len, names.values())) + 2
         print("\n".join(f"{names[key]:{width}}{shown(path)}" for key, path in written.items()))
-        print(f"{'TensorBoard':{width}}tensorboard --logdir {shown(folder)}")
+        print(f"{'TensorBoard':{width}}tensorboard --logdir {shlex.quote(str(shown(folder)))}")
 
 
 def learned(settings: config.VisualizeConfig) -> Subject:
@@ -197,4 +197,4 @@ def shown(path: Path) -> Path:
 
 
 if __name__ == "__main__":
-    config.launch(main)
+    config.launch(main, config.VisualizeConfig)

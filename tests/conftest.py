@@ -50,6 +50,15 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+def strict_json(text):
+    """What a JSON text holds, for a reader that knows neither NaN nor Infinity."""
+
+    def refuse(constant):
+        raise ValueError(constant)
+
+    return json.loads(text, parse_constant=refuse)
+
+
 @dataclass(frozen=True)
 class Result:
     """What a user sees of a command that ended."""

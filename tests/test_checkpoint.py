@@ -18,6 +18,7 @@ import torch
 
 from deconvnet import checkpoint
 from deconvnet.checkpoint import CheckpointError, load, load_network, newest, save, save_network
+from deconvnet.files import NotOurs
 
 SETTINGS = {"lam": 1e-3, "boundary": None, "exact": True, "window": [2, 3, 3], "name": "früchte"}
 
@@ -144,13 +145,50 @@ def test_a_run_that_went_back_keeps_what_it_saves(tmp_path):
     assert (tmp_path / "step-00000010.pt").exists()
 
 
-def test_stale_temporary_files_are_swept_and_nothing_else(tmp_path):
-    others = [".notes.tmp", ".step-1.pt.tmp", "step-00000003.pt.tmp", "step-3.pt", "best.pt"]
-    for name in [".step-00000007.pt.tmp", ".step-123456789.pt.tmp", *others]:
+def test_of_older_checkpoints_only_those_of_ours_are_deleted(tmp_path):
+    others = [".step-00000007.pt.tmp", "step-3.pt", "best.pt", "step-00000000.pt"]
+    for name in others:
         (tmp_path / name).write_bytes(b"x")
-    for step in (1, 2, 3):
+    save(tmp_path.with_name("elsewhere"), 1, {})
+    linked = tmp_path / "step-00000001.pt"
+    linked.symlink_to(tmp_path.with_name("elsewhere") / linked.name)
+    for step in (2, 3, 4):
         save(tmp_path, step, {})
-    assert names(tmp_path) == sorted([*others, "step-00000002.pt", "step-00000003.pt"])
+    kept = [*others, linked.name, "step-00000003.pt", "step-00000004.pt"]
+    assert names(tmp_path) == sorted(kept)
+    assert linked.exists()
+
+
+def test_a_compressed_archive_is_no_checkpoint_whatever_it_would_become(tmp_path):
+    path = tmp_path / "step-00000001.pt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(2**20))
+    with pytest.raises(CheckpointError, match="not a checkpoint"):
+        load(path)
+
+
+def test_an_archive_behind_something_else_is_no_checkpoint(tmp_path):
+    path = save(tmp_path, 1, {"n": 1})
+    path.write_bytes(bytes(512) + path.read_bytes())
+    with pytest.raises(CheckpointError, match="not a checkpoint"):
+        load(path)
+
+
+def test_a_strangers_file_in_the_place_of_a_checkpoint_or_network_stays(tmp_path):
+    (tmp_path / "step-00000001.pt").write_bytes(b"mine")
+    with pytest.raises(NotOurs):
+        save(tmp_path, 1, {})
+    (tmp_path / "net.safetensors").write_bytes(safetensors.torch.save({"w": torch.ones(2)}))
+    before = (tmp_path / "net.safetensors").read_bytes()
+    with pytest.raises(NotOurs):
+        save_network(tmp_path / "net.safetensors", example_tensors(), SETTINGS)
+    assert (tmp_path / "net.safetensors").read_bytes() == before
+
+
+def test_equal_networks_have_equal_files(tmp_path):
+    for name in "abcdef":
+        save_network(tmp_path / f"{name}.safetensors", example_tensors(), SETTINGS)
+    assert len({path.read_bytes() for path in tmp_path.glob("*.safetensors")}) == 1
 
 
 @pytest.mark.parametrize("value", [{1, 2}, b"bytes", int, torch.Size([2]), torch.nn.Identity()])

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 import math
 import re
 import socket
@@ -10,6 +9,7 @@ import socket
 import numpy as np
 import pytest
 import torch
+from conftest import strict_json
 from PIL import Image
 from sklearn.cluster import KMeans
 from sklearn.svm import LinearSVC
@@ -443,7 +443,7 @@ def test_the_command_scores_layers_alone_and_together_and_goes_on_with_its_featu
     rows = [line for line in result.out.splitlines() if line.startswith("layer")]
     assert [row.split("   ")[0].strip() for row in rows] == ["layer 1", "layer 2"]
     assert "together" in result.out
-    scores = json.loads((folder / "classified/scores.json").read_text())
+    scores = strict_json((folder / "classified/scores.json").read_text())
     assert scores["classes"] == list(CLASSES)
     assert scores["scores"]["layer 1"]["mean"] > 0.8
     assert len(scores["scores"]["together"]["splits"]) == 2
@@ -481,7 +481,7 @@ def test_the_command_takes_a_given_test_set_and_one_codebook(script, folder):
     )
     assert result.code == 0, result.err
     assert "9 tests, 2 splits" in result.out
-    scores = json.loads((folder / "given/scores.json").read_text())
+    scores = strict_json((folder / "given/scores.json").read_text())
     assert scores["scores"]["layer 1"]["mean"] > 0.7
 
 
@@ -495,7 +495,7 @@ def test_the_layers_of_other_networks_are_judged_beside(script, folder, tmp_path
     def scores(output, *more):
         result = script(folder, "classify.py", *settings, f"output={output}", *more)
         assert result.code == 0, result.err
-        return json.loads((folder / output / "scores.json").read_text())["scores"]
+        return strict_json((folder / output / "scores.json").read_text())["scores"]
 
     both = scores("both", f"beside=[{beside}]")
     assert list(both) == ["layer 1", "other.5 layer 1", "together"]
@@ -565,7 +565,7 @@ def test_processes_share_the_images_and_find_what_one_finds(start, script, folde
     assert [end.code for end in ends] == [0, 0], ends
     assert ends[1].out == ""
     found, expected = (
-        json.loads((folder / name / "scores.json").read_text())["scores"]
+        strict_json((folder / name / "scores.json").read_text())["scores"]
         for name in ("both", "alone")
     )
     assert found == expected
@@ -576,7 +576,7 @@ def test_pictures_of_many_sizes_stay_as_they_are_where_the_network_has_learned_s
     result = script(folder, "classify.py", *settings, "upper=maps", "strength=signed")
     assert result.code == 0, result.err
     assert "6 tests, 1 splits" in result.out and "±" not in result.out
-    scores = json.loads((folder / "run/classified/scores.json").read_text())["scores"]
+    scores = strict_json((folder / "run/classified/scores.json").read_text())["scores"]
     assert scores["layer 1"]["std"] is None and scores["layer 1"]["mean"] > 0.6
 
 

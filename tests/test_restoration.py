@@ -1,6 +1,8 @@
 """Noise taken out and pixels filled in, against closed forms, dense solves and simple baselines."""
 
 import math
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -10,12 +12,12 @@ from skimage import data, restoration, transform
 from torch.nn import functional
 from torch.testing import assert_close
 
+from deconvnet.adaptive import WORST
 from deconvnet.applications import restoration as applied
 from deconvnet.applications.pictures import pictures, seen, strip
 from deconvnet.applications.restoration import (
     LAYER_1,
     PSI,
-    WORST,
     Restorer,
     estimate_noise,
     psnr,
@@ -386,7 +388,7 @@ def test_the_command_denoises_and_says_what_was_won(script, run_folder):
     shown = Image.open(run_folder / "denoised/cat-layer1.png")
     assert shown.size == (60, 40) and shown.mode == "RGB"
     assert Image.open(run_folder / "denoised/camera-layer1.png").mode == "L"
-    assert Image.open(run_folder / "denoised/cat.png").width > 3 * 60
+    assert Image.open(run_folder / "denoised/cat-compared.png").width > 3 * 60
 
 
 def test_the_command_estimates_noise_where_none_is_given(script, run_folder):
@@ -412,6 +414,36 @@ def test_the_command_fills_in_what_is_missing(script, run_folder, missing):
     assert abs(float(result.out.split("%")[0].split()[-1]) - share) < 3
     assert ("dB" in result.out) == (missing != "holes.png")
     assert (run_folder / "inpainted/camera-layer1.png").is_file()
+
+
+def test_no_file_that_is_read_is_written_over(script, run_folder, tmp_path):
+    """Under its own name the result stands beside its image; where it cannot, nothing is done."""
+    for name in ("cat.png", "holes.png", "camera.png"):
+        shutil.copy(run_folder / name, tmp_path / name)
+    run = f"run={run_folder / 'net.safetensors'}"
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for command in (["denoise.py", "sigma=10"], ["inpaint.py", "missing=0.3"]):
+        result = script(tmp_path, *command, run, "image=cat.png", "output=.", "layer=1")
+        assert result.code == 0, result.err
+        assert all((tmp_path / name).read_bytes() == data for name, data in before.items())
+    for name in ("cat-layer1.png", "cat-compared.png"):
+        (tmp_path / name).unlink()
+    (tmp_path / "out").mkdir()
+    # An input that has the name of a result, a link to one, and the file of what is missing.
+    shutil.copy(tmp_path / "cat.png", tmp_path / "cat-layer1.png")
+    (tmp_path / "out/camera-compared.png").symlink_to(tmp_path / "camera.png")
+    os.link(tmp_path / "holes.png", tmp_path / "out/holes-layer1.png")
+    for command in (
+        ["denoise.py", "image=[cat.png,cat-layer1.png]", "output=."],
+        ["denoise.py", "image=cat.png", "clean=cat-layer1.png", "output=."],
+        ["denoise.py", "image=camera.png", "output=out"],
+        ["inpaint.py", "image=holes.png", "missing=holes.png", "output=out"],
+        ["reconstruct.py", "images=[cat.png,cat-layer1.png]", "output=."],
+    ):
+        result = script(tmp_path, command[0], run, "layer=1", *command[1:])
+        assert result.code == 1 and len(result.err.splitlines()) == 1, result
+        assert "written over" in result.err and result.out == ""
+    assert all((tmp_path / name).read_bytes() == data for name, data in before.items())
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from deconvnet import (
     sparse_code,
 )
 from deconvnet.convolution import deconvolve
+from deconvnet.files import NotOurs
 from deconvnet.learning import normalize, off_center
 from deconvnet.monitor import Monitor
 from deconvnet.network import Layer, Target, seeded
@@ -584,7 +585,7 @@ def test_what_a_checkpoint_speaks_of_is_left_alone_until_the_next(tmp_path, move
     # Cut off or full of holes, the files do not have what is asked for.
     for path in tmp_path.iterdir():
         os.truncate(path, 0)
-        os.truncate(path, 4 * (8 + 16))
+        os.truncate(path, 64 + 4 * (16 + 16))
     again.load_state_dict(state, torch.device("cpu"))
     assert again[images].count_nonzero() == 0 and set(again.passes.tolist()) == {-1}
 
@@ -600,6 +601,58 @@ def test_states_that_are_not_in_the_files_start_from_the_beginning(textures, tmp
     assert again.codes[torch.tensor([0, 7])].count_nonzero() == 0
     while not again.done:
         again.update()
+
+
+@pytest.mark.parametrize("window", [None, (1, 2, 2)])
+def test_damaged_states_and_those_of_another_run_start_from_the_beginning(tmp_path, caplog, window):
+    images, state = torch.arange(3), torch.randn(3, 2, 4, 4)
+    files = FileStates(images, window, tmp_path, "one")
+    files[images] = state
+    saved, expected = files.state_dict(), files[images]
+    (path,) = (path for path in tmp_path.iterdir() if path.stat().st_size > 64)
+    size = (path.stat().st_size - 64) // 3
+    data = bytearray(path.read_bytes())
+    data[64 + size + size // 2] ^= 4
+    path.write_bytes(data)
+    again = FileStates(images, window, tmp_path, "one")
+    again.load_state_dict(saved, torch.device("cpu"))
+    found = again[images]
+    assert torch.equal(found[[0, 2]], expected[[0, 2]]) and found[1].count_nonzero() == 0
+    assert "damaged or of another run" in caplog.text
+    other = FileStates(images, window, tmp_path, "two")
+    other.load_state_dict(saved, torch.device("cpu"))
+    assert other[images].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("window", [None, (1, 2, 2)])
+def test_states_of_a_checkpoint_are_taken_into_files(tmp_path, window):
+    images = torch.tensor([1, 4, 5])
+    kept = States(images, window)
+    kept[images] = torch.randn(3, 2, 4, 4)
+    kept.set_number("step", images, torch.rand(3, 1, 1, 1))
+    files = FileStates(images[1:], window, tmp_path)
+    files.load_state_dict(kept.state_dict(), torch.device("cpu"))
+    assert torch.equal(files[images[1:]], kept[images[1:]])
+    assert torch.equal(files.number("step", images[1:]), kept.number("step", images[1:]))
+    empty = FileStates(images, window, tmp_path / "empty")
+    empty.load_state_dict(States(images, window).state_dict(), torch.device("cpu"))
+    assert empty[images] is None
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "folder"])
+def test_a_strangers_file_in_the_place_of_states_stays(tmp_path, kind):
+    other, path = tmp_path / "thesis.txt", tmp_path / "states" / "0.states"
+    other.write_bytes(b"thesis")
+    path.parent.mkdir()
+    if kind == "link":
+        path.symlink_to(other)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.write_bytes(b"mine")
+    with pytest.raises(NotOurs, match="in the way"):
+        FileStates(torch.arange(2), None, tmp_path / "states")
+    assert other.read_bytes() == b"thesis" and path.is_dir() == (kind == "folder")
 
 
 def test_a_full_disk_is_said_in_one_line_and_short_writes_go_on(tmp_path, monkeypatch):

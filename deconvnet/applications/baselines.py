@@ -35,6 +35,7 @@ from torch.nn import functional
 from deconvnet.codes import Codes
 from deconvnet.convolution import correlate, deconvolve
 from deconvnet.learning import LearningSettings, random_filters
+from deconvnet.modes import plain
 from deconvnet.network import DeconvNet, LayerSettings, Target, seeded
 from deconvnet.pooling import pool, strongest, unpool
 from deconvnet.preprocessing import Preprocessing, PreprocessingSettings
@@ -87,7 +88,7 @@ class Method(ABC):
         self.fitted = True
         return self
 
-    @torch.no_grad()
+    @plain
     def maps(self, images: Tensor) -> Tensor:
         """(N, K, H+h-1, W+w-1) of images (N, 1 or 3, H, W) in [0, 1]."""
         if not self.fitted:

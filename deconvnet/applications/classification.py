@@ -21,7 +21,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 
-import numba
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -29,7 +28,9 @@ from torch import Tensor
 
 from deconvnet.arithmetic import Field
 from deconvnet.codes import Codes
+from deconvnet.compiling import compiled
 from deconvnet.data import FITS, SMALLEST
+from deconvnet.modes import plain
 from deconvnet.network import DeconvNet
 from deconvnet.operators import Operator, Scaling
 from deconvnet.preprocessing import Frame
@@ -196,7 +197,7 @@ def image_windows(
         yield from (_windows(z, patch, settings) for patch in settings.patch)
 
 
-@torch.no_grad()
+@plain
 def projected(net: DeconvNet, codes: Codes, image: int, layer: int, count: int) -> Iterator[Tensor]:
     """The strongest |z_l| of an image, each alone in the maps of layer 1: (up to CHUNK, K, H, W).
 
@@ -413,7 +414,7 @@ def intersection(a: Tensor, b: Tensor) -> Tensor:
     return torch.from_numpy(total)
 
 
-@numba.njit(fastmath=True, nogil=True, cache=True)
+@compiled(fastmath=True, nogil=True)
 def _overlap(a: np.ndarray, b: np.ndarray, total: np.ndarray) -> None:
     """total (N, M) += sum_v min(a_nv, b_mv): 4 times as fast as torch, which stores minima."""
     for n in range(len(a)):

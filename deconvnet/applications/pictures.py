@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from deconvnet import files
 from deconvnet.applications.restoration import Restorer, psnr
 from deconvnet.data import distinct_names, image_files, load_images, read_image
 from deconvnet.monitor import save_picture
@@ -47,20 +49,27 @@ def restore(
     layer: int | None = None,
     strength: float,
     clean: object = None,
+    inputs: Sequence[Path] = (),
     device: torch.device,
 ) -> None:
     """Do job(restorer, image (1, 1 or 3, H, W), depth) with every image; save and say what it made.
 
     Pictures go to `output`, by default to this folder beside the run: NAME-layerN.png of every
-    layer up to `layer` (None: all), and NAME.png with all side by side.
+    layer up to `layer` (None: all), and NAME-compared.png with all side by side. None of them may
+    be one of the files that are read: the images, the clean ones, the network, and `inputs`.
     """
     path = Path(run)
     net = load(path).to(device)
     depth = net.depth if layer is None else layer
     net.layer(depth)
-    restorer = _fitted(net, path, clean, strength)
     beside = path if path.is_dir() else path.parent
     target = Path(output).expanduser() if output else beside / folder
+    paths = image_files(images)
+    names = distinct_names(paths)
+    endings = [f"layer{number}" for number in range(1, depth + 1)] + ["compared"]
+    read = [path, *paths, *inputs, *([] if clean is None else image_files(clean))]
+    check_targets([target / f"{name}-{end}.png" for name in names for end in endings], read)
+    restorer = _fitted(net, path, clean, strength)
     for name, image in pictures(images, device):
         done = job(restorer, image, depth)
         columns = {"given": done.given}
@@ -72,9 +81,21 @@ def restore(
             figures = {key: quality(done.clean, each) for key, each in columns.items()}
             columns["clean"] = done.clean
         labels = [(f"{key}\n{figures.get(key, '')}", each) for key, each in columns.items()]
-        save_picture(target / f"{name}.png", strip(labels))
+        compared = target / f"{name}-compared.png"
+        save_picture(compared, strip(labels))
         said = "   ".join(f"{key} {value}" for key, value in figures.items())
-        tqdm.write(f"{target / name}.png   {done.note}   {said}".rstrip())
+        tqdm.write(f"{compared}   {done.note}   {said}".rstrip())
+
+
+def check_targets(targets: list[Path], inputs: list[Path]) -> None:
+    """Refuse, before any work, results that could not be written or would replace an input."""
+    files.check_inputs(targets, inputs)
+    for path in targets:
+        files.check(path)
+    for folder in dict.fromkeys(path.parent for path in targets):
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise ValueError(f"output={folder}: nothing can be written to this folder")
 
 
 def _fitted(net: DeconvNet, run: Path, clean: object, strength: float) -> Restorer:

@@ -28,19 +28,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from deconvnet.codes import Codes
+from deconvnet import tiling
+from deconvnet.adaptive import SparseSolution, Thresholds, explain
+from deconvnet.codes import Codes, LayerCodes
 from deconvnet.filtering import low_frequencies
-from deconvnet.network import DeconvNet, check_size
+from deconvnet.modes import plain
+from deconvnet.network import DeconvNet, Progress, check_size
 from deconvnet.operators import Deconvolution
+from deconvnet.pooling import max_pool
 from deconvnet.preprocessing import to_color
 from deconvnet.solvers import Solution, default_solver, solve
+from deconvnet.tiling import MEMORY, Tile
 
 # Of the first look, found on photographs with noise of 25/255 and filters that had learned from
 # others: strengths of 3 and 3.6 cost 0.1 dB, psi 2 costs 0.2.
@@ -60,12 +65,16 @@ ROUNDS = (8, 6)
 # Coordinate descent: nearer to the minimum nothing is won, and with next to no noise it takes
 # minutes.
 ITERATIONS, TOLERANCE = 25, 1e-3
-# Thresholds of entries rise by no more than this factor.
-WORST = 50.0
 # A map's share of the threshold is this power of how strong it is in clean images, coded at a
 # threshold of SIGMA. A Laplacian prior of each map would say -1; it spares strong maps too much.
 POWER = -0.3
 SIGMA = 0.1
+
+# Rows of pooled maps that are looked at together.
+STRIP = 16
+# Bytes for every pixel and plane of a network that layer 1 takes on a CPU, and for every pixel and
+# map on a GPU. Measured, and rounded up.
+OF_A_PIXEL, DENSE = 100, 60
 
 
 class Restorer:
@@ -88,46 +97,72 @@ class Restorer:
         self.filters = net.layer(1).filters
         self.weights = torch.ones_like(self.filters[:, 0, 0, 0])
 
-    @torch.no_grad()
+    @plain
     def fit(self, images: Iterable[Tensor]) -> Restorer:
         """Find out which maps are strong in clean images (1 or 3, H, W) in [0, 1], of any sizes."""
         total = torch.zeros_like(self.weights, dtype=torch.float64)
         for image in images:
-            y = self._planes(self._checked(image[None]))
-            z = self._infer(y - low_frequencies(y, self.psi), threshold=SIGMA).z
-            total += z.abs().sum((0, 2, 3), dtype=torch.float64)
+            for y in self._parts(self._planes(self._checked(image[None]))):
+                found = self._infer(y - low_frequencies(y, self.psi), threshold=SIGMA)
+                total += found.magnitudes().to(total)
         if not total.any():
             raise ValueError("images: there are none, or nothing in them that the filters explain")
         share = (total / total.mean()).clamp(min=0.01) ** POWER
         self.weights = share.to(self.filters)
         return self
 
-    @torch.no_grad()
+    @plain
     def denoise(
-        self, images: Tensor, sigma: float | Tensor | None = None, *, depth: int = 1
+        self,
+        images: Tensor,
+        sigma: float | Tensor | None = None,
+        *,
+        depth: int = 1,
+        memory: float = MEMORY,
+        progress: Progress | None = None,
     ) -> list[Tensor]:
         """What every layer up to `depth` makes of noisy images: depth times (N, C, H, W).
 
         images: (N, 1 or 3, H, W), of any size, in the units of [0, 1] but not confined to it, as
         what is returned is not. sigma: of the noise, one number or one for each image; None:
         estimated (`estimate_noise`). A grey network takes the planes of colour images one by one.
+
+        memory: in GiB, beside the images themselves. On a CPU layer 1 is one problem whatever the
+        size, for which no maps are made; the layers above are explained in tiles (`tiling`) where
+        they would not fit. ValueError, before any work, where that is not enough.
+        progress(done, total) hears how far it is.
         """
         images, sigma = self._checked(images), self._sigma(images, sigma)
-        y = self._planes(images)
+        cut, y = self._plan(images, depth, memory), self._planes(images)
+        solves = 1 + _lattices(LAYER_1, self.filters)
+        if depth > 1:
+            solves += 1 + (depth - 1) * (len(cut) + _lattices(ABOVE, self.filters))
+        parts = list(zip(self._parts(y), self._parts(sigma), strict=True))
+        steps = _Steps(progress, len(parts) * solves)
+        each = [self._denoised(*part, depth, cut, steps) for part in parts]
+        return [self._pixels(torch.cat(layer), images) for layer in zip(*each, strict=True)]
+
+    def _denoised(
+        self, y: Tensor, sigma: Tensor, depth: int, cut: list[Tile], steps: _Steps
+    ) -> list[Tensor]:
+        """`denoise` of planes that are explained together."""
         low = low_frequencies(y, self.psi)
         b = (y - low) / sigma
-        rough = low + sigma * (b - self._infer(b, pilot=b).residual)
+        rough = low + sigma * (b - self._infer(b, pilot=b, steps=steps).residual)
         low, b, known = self._parted(y, rough, sigma)
-        restored = [low + sigma * self._averaged(b, known, LAYER_1)]
+        del rough
+        restored = [low + sigma * self._averaged(b, known, LAYER_1, steps)]
         if depth > 1:
             low, b, known = self._parted(y, restored[0], sigma)
-            found = self._infer(b, pilot=known)
-            for painted in self._above(found, b, depth):
-                restored.append(low + sigma * self._averaged(b, (known + painted) / 2, ABOVE))
-        means = torch.stack(restored).cumsum(0)
-        return [self._pixels(total / n, images) for n, total in enumerate(means, 1)]
+            found = self._infer(b, pilot=known, steps=steps)
+            for painted in self._above(found, b, depth, cut, steps):
+                painted = self._averaged(b, (known + painted) / 2, ABOVE, steps)
+                restored.append(low + sigma * painted)
+        for n in range(1, depth):
+            restored[n] = restored[n] + restored[n - 1]
+        return [total / n for n, total in enumerate(restored, 1)]
 
-    @torch.no_grad()
+    @plain
     def inpaint(
         self,
         images: Tensor,
@@ -136,6 +171,8 @@ class Restorer:
         *,
         depth: int = 1,
         keep: bool = True,
+        memory: float = MEMORY,
+        progress: Progress | None = None,
     ) -> list[Tensor]:
         """As `denoise`, of images that are only seen where a mask is 1.
 
@@ -146,20 +183,56 @@ class Restorer:
         mask = self._checked_mask(images, mask)
         seen = torch.where(mask > 0, images, torch.zeros_like(images))
         seen, sigma = self._checked(seen), self._sigma(seen, sigma)
-        y, state = self._planes(seen) / sigma, None
+        cut, y = self._plan(seen, depth, memory), self._planes(seen)
         own = mask.expand(len(images), -1, -1, -1).to(y)
         own = own.repeat_interleave(len(y) // len(images), 0)
-        A = Deconvolution(self.filters, self.net.layer(1).settings.boundary)
+        parts = list(zip(*map(self._parts, (y, own, sigma)), strict=True))
+        steps = _Steps(progress, len(parts) * (sum(ROUNDS) + (depth - 1) * len(cut)))
+        each = [self._inpainted(*part, depth, cut, steps) for part in parts]
+        restored = [self._pixels(torch.cat(layer), seen) for layer in zip(*each, strict=True)]
+        return [torch.where(mask > 0, seen, layer) for layer in restored] if keep else restored
+
+    def _inpainted(
+        self, y: Tensor, own: Tensor, sigma: Tensor, depth: int, cut: list[Tile], steps: _Steps
+    ) -> list[Tensor]:
+        """`inpaint` of planes that are explained together."""
+        y = y / sigma
         psi = (PSI_BY_SIGMA * sigma).clamp(max=self.psi)
-        low, painted = low_frequencies(y, psi, own), None
+        low, painted, found = low_frequencies(y, psi, own), None, None
         for count in range(sum(ROUNDS)):
-            pilot = None if count < ROUNDS[0] else painted
-            found = self._infer(own * (y - low), own, pilot=pilot, reach=REACH_MISSING, state=state)
-            state, painted = found.state, A(found.z)
+            found = self._infer(
+                *(own * (y - low), own),
+                pilot=None if count < ROUNDS[0] else painted,
+                reach=REACH_MISSING,
+                start=found,
+                steps=steps,
+            )
+            painted = found.painted()
             low = low_frequencies(y - painted, psi, own)
-        layers = [painted, *self._above(found, painted, depth)]
-        restored = [self._pixels(sigma * (low + layer), seen) for layer in layers]
-        return [torch.where(mask > 0, seen, each) for each in restored] if keep else restored
+        layers = [painted, *self._above(found, painted, depth, cut, steps)]
+        return [sigma * (low + layer) for layer in layers]
+
+    def _parts(self, planes: Tensor) -> tuple[Tensor, ...]:
+        """One by one on a CPU, whose memory this bounds; together on a GPU, which is faster."""
+        return planes.split(1 if self.filters.device.type == "cpu" else len(planes))
+
+    def _plan(self, images: Tensor, depth: int, memory: float) -> list[Tile]:
+        """The tiles of the layers above the first; ValueError where memory is not enough."""
+        self.net.layer(depth)
+        tiling.check_memory(memory)
+        size, pixels = tuple(images.shape[2:]), images[0, 0].numel()
+        device = self.filters.device
+        if device.type == "cpu":
+            needed = OF_A_PIXEL * self.filters.shape[1] * pixels / tiling.GIB
+        else:
+            # All at once, and what there is of memory is that of the device.
+            memory = torch.cuda.get_device_properties(device).total_memory / tiling.GIB
+            needed = DENSE * len(self.filters) * len(self._planes(images)) * pixels / tiling.GIB
+        if needed > memory:
+            tiling.refuse(size, needed, memory)
+        if depth == 1:
+            return []
+        return tiling.plan(self.net, size, depth, memory, first=2, planes=needed)
 
     def _checked(self, images: Tensor) -> Tensor:
         if images.ndim != 4 or images.shape[1] not in (1, 3) or not images.is_floating_point():
@@ -221,7 +294,9 @@ class Restorer:
         low = low_frequencies(known, self.psi)
         return low, (y - low) / sigma, (known - low) / sigma
 
-    def _averaged(self, b: Tensor, known: Tensor, look: tuple[int, float, float]) -> Tensor:
+    def _averaged(
+        self, b: Tensor, known: Tensor, look: tuple[int, float, float], steps: _Steps | None = None
+    ) -> Tensor:
         """What z_1 makes of b (N, C, H, W) if entries stand at every s-th row and column only, the
         mean over all s^2 such lattices; thresholds of entries by what is known, and by b.
 
@@ -230,26 +305,30 @@ class Restorer:
         """
         stride, share, image = look
         s, (H, W) = min(stride, *self.filters.shape[2:]), b.shape[2:]
-        shifts = [(i, j) for i in range(s) for j in range(s)]
         # With every shift whole cells cover the image.
         rows, columns = (-(-(size + s - 1) // s) * s for size in (H, W))
-
-        def cells(planes: Tensor) -> Tensor:
-            margins = [(j, columns - W - j, i, rows - H - i) for i, j in shifts]
-            moved = [functional.pad(planes, margin, mode="replicate") for margin in margins]
-            return functional.pixel_unshuffle(torch.cat(moved), s)
-
         h, w = self.filters.shape[2:]
         filters = functional.pad(self.filters, (0, -w % s, 0, -h % s))
-        found = self._infer(
-            cells(b),
-            threshold=share * self.strength,
-            pilot=cells(image * b + (1 - image) * known),
-            filters=functional.pixel_unshuffle(filters, s),
-        )
-        rests = functional.pixel_shuffle(found.residual, s).split(len(b))
-        each = zip(shifts, rests, strict=True)
-        return b - sum(rest[:, :, i : i + H, j : j + W] for (i, j), rest in each) / s**2
+        filters = functional.pixel_unshuffle(filters, s)
+        pilot = image * b + (1 - image) * known
+        total = torch.zeros_like(b)
+        for i, j in ((i, j) for i in range(s) for j in range(s)):
+            margin = (j, columns - W - j, i, rows - H - i)
+
+            def cells(planes: Tensor, margin: tuple[int, ...] = margin) -> Tensor:
+                moved = functional.pad(planes, margin, mode="replicate")
+                return functional.pixel_unshuffle(moved, s)
+
+            found = self._infer(
+                cells(b),
+                threshold=share * self.strength,
+                pilot=cells(pilot),
+                filters=filters,
+                steps=steps,
+            )
+            rest = functional.pixel_shuffle(found.residual, s)
+            total += rest[:, :, i : i + H, j : j + W]
+        return b - total / s**2
 
     def _infer(
         self,
@@ -259,11 +338,12 @@ class Restorer:
         threshold: float | None = None,
         pilot: Tensor | None = None,
         reach: float = 1.0,
-        state: Tensor | None = None,
+        start: SparseSolution | _Dense | None = None,
         filters: Tensor | None = None,
-    ) -> Solution:
-        """z_1; threshold: of a map whose filter has the norm 1, by default the strength. filters:
-        by default those of layer 1.
+        steps: _Steps | None = None,
+    ) -> SparseSolution | _Dense:
+        """z_1, of one image on a CPU; threshold: of a map whose filter has the norm 1, by default
+        the strength. filters: by default those of layer 1.
 
         pilot: an image whose correlations c = F'pilot divide the thresholds of entries by
         c / (reach threshold): what stands out is shrunk less, what does not is shrunk more (the
@@ -274,50 +354,175 @@ class Restorer:
         filters = self.filters if filters is None else filters
         A = Deconvolution(filters, settings.boundary, mask)
         # The noise of a map has the norm of its filter.
-        gain = torch.linalg.vector_norm(filters, dim=(1, 2, 3)).view(-1, 1, 1)
-        weights = _of_groups(self.weights.view(-1, 1, 1) * gain, settings.group)
-        if pilot is not None:
-            c = Deconvolution(filters, settings.boundary).adjoint(pilot)
-            fit = _of_groups(c.abs() / gain.clamp(min=1e-30), settings.group)
-            weights = weights / (fit / (reach * threshold)).clamp(min=1 / WORST)
-        solver = default_solver(b)
-        if solver.method == "coordinate":
-            solver = replace(solver, iterations=ITERATIONS, tolerance=TOLERANCE)
-        return solve(
-            A,
-            b,
-            lam=1 / threshold,
-            weights=weights,
-            group=settings.group,
-            non_negative=settings.non_negative,
-            settings=solver,
-            state=state,
+        gain = torch.linalg.vector_norm(filters, dim=(1, 2, 3))
+        limits = Thresholds(
+            self.weights * gain, gain, settings.group, pilot=pilot, level=reach * threshold
         )
+        steps = steps or _Steps(None, 1)
+        if b.device.type == "cpu":
+            found = explain(
+                *(A, b, limits),
+                lam=1 / threshold,
+                non_negative=settings.non_negative,
+                iterations=ITERATIONS,
+                tolerance=TOLERANCE,
+                start=start,
+                tick=steps.round,
+            )
+        else:
+            found = _dense(A, b, limits, 1 / threshold, settings.non_negative, start)
+        steps.solved()
+        return found
 
-    def _above(self, found: Solution, b: Tensor, depth: int) -> list[Tensor]:
-        """What the layers from 2 to depth make of b, through the maps of layer 1.
+    def _above(
+        self,
+        found: SparseSolution | _Dense,
+        b: Tensor,
+        depth: int,
+        cut: list[Tile] | None = None,
+        steps: _Steps | None = None,
+    ) -> list[Tensor]:
+        """What the layers from 2 to depth make of b, through the maps of layer 1; cut: the tiles.
 
         The maps are brought to the size at which the network knows them, image by image, so that
         its own settings hold.
         """
         if depth == 1:
             return []
-        below = self.net.layer(1).codes(found)
-        size = below.pooled.square().mean((1, 2, 3), keepdim=True).sqrt().clamp(min=1e-30)
-        factor = self.net.layer(2).scale / size
-        dense = None if below.dense is None else below.dense * factor
-        below = replace(below, pooled=below.pooled * factor, dense=dense)
-        codes, painted = Codes((below,), b * factor, []), []
-        for number in range(2, depth + 1):
-            layer, target = self.net.layer(number), self.net.target(codes, number)
-            check_size(self.net.below(codes, number).shape, layer, number)
-            solver = layer.settings.solver
-            if solver.method == "coordinate" and target.b.device.type != "cpu":
-                solver = default_solver(target.b)
-            found = layer.codes(layer.infer(target, settings=solver))
-            codes = Codes((*codes.layers, found), codes.y, codes.record)
-            painted.append(self.net.paint(codes, number) / factor)
-        return painted
+        size = self._pooled_size(found)
+        scale = self.net.layer(2).scale / size
+        factor = torch.where(size > 0, scale, torch.ones_like(scale))
+        steps = steps or _Steps(None, 1)
+        whole = [torch.zeros_like(b) for _ in range(2, depth + 1)]
+        for tile in cut or [Tile.whole(*b.shape[2:])]:
+            below = self._pooled(found, tile.rows, tile.columns)
+            dense = None if below.dense is None else below.dense * factor
+            below = replace(below, pooled=below.pooled * factor, dense=dense)
+            part = (slice(None), slice(None), tile.rows, tile.columns)
+            codes = Codes((below,), b[part] * factor, [])
+            for number, total in enumerate(whole, 2):
+                layer, target = self.net.layer(number), self.net.target(codes, number)
+                check_size(self.net.below(codes, number).shape, layer, number)
+                solver = layer.settings.solver
+                if solver.method == "coordinate" and target.b.device.type != "cpu":
+                    solver = default_solver(target.b)
+                above = layer.codes(layer.infer(target, settings=solver))
+                codes = Codes((*codes.layers, above), codes.y, codes.record)
+                total[part] += tile.share.to(b) * self.net.paint(codes, number) / factor
+                steps.solved()
+        return whole
+
+    def _pooled(self, found: SparseSolution | _Dense, rows: slice, columns: slice) -> LayerCodes:
+        """The codes of layer 1 that paint some rows and columns of the image."""
+        layer = self.net.layer(1)
+        more = layer.settings.filter_size - 1 if layer.settings.boundary == "valid" else 0
+        rows, columns = (slice(of.start, of.stop + more) for of in (rows, columns))
+        cost = found.reconstruction, found.sparsity
+        z = found.maps(rows, columns)
+        return layer.codes(Solution(z, found.residual, *cost, found.iterations, z))
+
+    def _pooled_size(self, found: SparseSolution | _Dense) -> Tensor:
+        """(N, 1, 1, 1): the root mean square of the pooled maps of layer 1, strip by strip."""
+        layer, (_, rows, _) = self.net.layer(1), found.shape
+        pool = layer.settings.pool
+        step = (pool[1] if pool else 1) * STRIP
+        squares, count = 0.0, 0
+        for top in range(0, rows, step):
+            z = found.maps(slice(top, min(top + step, rows)))
+            pooled = z if pool is None else max_pool(z, tuple(pool))[0]
+            squares = squares + pooled.square().sum((1, 2, 3), dtype=torch.float64)
+            count += pooled[0].numel()
+        return (squares / count).sqrt().to(self.filters).view(-1, 1, 1, 1)
+
+
+class _Steps:
+    """How far the work is: so many problems, of at most ITERATIONS rounds each."""
+
+    def __init__(self, progress: Progress | None, problems: int):
+        self.progress, self.total = progress, problems * ITERATIONS
+        self.problems = self.rounds = 0
+
+    def round(self) -> None:
+        """One more round of a problem."""
+        self.rounds = min(self.rounds + 1, ITERATIONS - 1)
+        self._report()
+
+    def solved(self) -> None:
+        """One more problem."""
+        self.problems, self.rounds = self.problems + 1, 0
+        self._report()
+
+    def _report(self) -> None:
+        if self.progress:
+            self.progress(self.problems * ITERATIONS + self.rounds, self.total)
+
+
+@dataclass(frozen=True)
+class _Dense:
+    """`SparseSolution` for several images on any device, with all their maps."""
+
+    solution: Solution
+    A: Deconvolution
+
+    @property
+    def residual(self) -> Tensor:
+        return self.solution.residual
+
+    @property
+    def reconstruction(self) -> Tensor:
+        return self.solution.reconstruction
+
+    @property
+    def sparsity(self) -> Tensor:
+        return self.solution.sparsity
+
+    @property
+    def iterations(self) -> int:
+        return self.solution.iterations
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return tuple(self.solution.z.shape[1:])
+
+    def maps(self, rows: slice = slice(None), columns: slice = slice(None)) -> Tensor:
+        return self.solution.z[:, :, rows, columns]
+
+    def magnitudes(self) -> Tensor:
+        return self.solution.z.abs().sum((0, 2, 3), dtype=torch.float64)
+
+    def painted(self) -> Tensor:
+        return Deconvolution(self.A.f, self.A.boundary)(self.solution.z)
+
+
+def _dense(
+    A: Deconvolution,
+    b: Tensor,
+    thresholds: Thresholds,
+    lam: float,
+    non_negative: bool,
+    start: _Dense | None,
+) -> _Dense:
+    """What `adaptive.explain` finds, by a method that any device knows."""
+    if thresholds.pilot is None:
+        weights = thresholds.of_maps()
+    else:
+        plain = Deconvolution(A.f, A.boundary)
+        weights = thresholds.of_entries(plain.adjoint(thresholds.pilot))
+    solution = solve(
+        *(A, b),
+        lam=lam,
+        weights=weights,
+        group=thresholds.group,
+        non_negative=non_negative,
+        settings=default_solver(b),
+        state=None if start is None else start.solution.state,
+    )
+    return _Dense(solution, A)
+
+
+def _lattices(look: tuple[int, float, float], filters: Tensor) -> int:
+    """How many of them a look is the mean of."""
+    return min(look[0], *filters.shape[2:]) ** 2
 
 
 def estimate_noise(images: Tensor) -> Tensor:
@@ -331,13 +536,6 @@ def estimate_noise(images: Tensor) -> Tensor:
     planes = images.detach().cpu().double().numpy()
     found = [estimate_sigma(image, channel_axis=0, average_sigmas=True) for image in planes]
     return torch.tensor(np.asarray(found), dtype=images.dtype)
-
-
-def _of_groups(maps: Tensor, group: int) -> Tensor:
-    """(.., K, rows, columns) with the mean over the maps of each group in all of them."""
-    if group == 1:
-        return maps
-    return maps.unflatten(-3, (-1, group)).mean(-3).repeat_interleave(group, -3)
 
 
 def psnr(clean: Tensor, image: Tensor) -> Tensor:

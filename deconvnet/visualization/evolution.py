@@ -24,6 +24,7 @@ from torch import Tensor
 from deconvnet.checkpoint import write
 from deconvnet.codes import Codes
 from deconvnet.convolution import deconvolve, map_size
+from deconvnet.modes import plain
 from deconvnet.network import DeconvNet
 from deconvnet.visualization.features import cut_square, layer_field
 from deconvnet.visualization.tiles import (
@@ -256,7 +257,7 @@ class Snapshot:
     filters: Tensor
 
 
-@torch.no_grad()
+@plain
 def project_snapshot(
     net: DeconvNet,
     codes: Codes,

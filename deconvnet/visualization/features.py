@@ -17,6 +17,7 @@ from torch import Tensor
 
 from deconvnet.arithmetic import Field, receptive_field
 from deconvnet.codes import Codes
+from deconvnet.modes import plain
 from deconvnet.network import DeconvNet
 
 CHUNK = 16
@@ -72,7 +73,7 @@ class Features:
         return Features(tiles, torch.cat([self.boxes[:, :1], corners, sides], 1), self.values)
 
 
-@torch.no_grad()
+@plain
 def pixel_features(net: DeconvNet, codes: Codes, layer: int) -> Features:
     """The strongest activation of every map over the images of the codes, in pixel space.
 
@@ -84,7 +85,7 @@ def pixel_features(net: DeconvNet, codes: Codes, layer: int) -> Features:
     return project_fields(net, codes, layer, (n, maps, i, j), values.sign(), values)
 
 
-@torch.no_grad()
+@plain
 def project_fields(
     net: DeconvNet,
     codes: Codes,

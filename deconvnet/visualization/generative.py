@@ -15,6 +15,7 @@ from torch import Tensor
 
 from deconvnet.codes import Codes, join_codes
 from deconvnet.convolution import map_size
+from deconvnet.modes import plain
 from deconvnet.network import DeconvNet
 from deconvnet.pooling import pooled_shape
 from deconvnet.visualization.features import layer_field, project_each
@@ -81,7 +82,7 @@ class LearnedNetwork:
     def outputs(self, x: Tensor) -> Tensor | None:
         return None
 
-    @torch.no_grad()
+    @plain
     def project(
         self, x: Tensor, layer: str, units: Tensor | list, seeds: Tensor | None
     ) -> Projection:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deconvnet.codes import Codes
+from deconvnet.modes import plain
 from deconvnet.network import DeconvNet, snr
 from deconvnet.visualization.features import project_each, project_fields
 from deconvnet.visualization.tiles import (
@@ -72,14 +73,14 @@ def strongest(codes: Codes, layer: int, count: int) -> Units:
     return _strongest(_only(codes).layer(layer).z[0], count)
 
 
-@torch.no_grad()
+@plain
 def project(net: DeconvNet, codes: Codes, layer: int, units: Units) -> Tensor:
     """(M, C, H, W): R_l of each unit alone, with its value and the switches of the one image."""
     projections = list(project_each(net, _only(codes), layer, units.places, units.values))
     return torch.stack(projections) if projections else codes.y[:0]
 
 
-@torch.no_grad()
+@plain
 def supporters(
     net: DeconvNet, codes: Codes, layer: int, unit: Units, *, counts: tuple[int, ...] = COUNTS
 ) -> list[Units]:
@@ -113,7 +114,7 @@ def supporting_maps(net: DeconvNet, codes: Codes, layer: int, unit: Units) -> It
         yield z[0]
 
 
-@torch.no_grad()
+@plain
 def parts_picture(net: DeconvNet, codes: Codes, image: Tensor, layer: int) -> Tensor:
     """One image, the strongest activations of a layer that make it, and what makes the strongest.
 

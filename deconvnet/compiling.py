@@ -1,0 +1,169 @@
+"""Compiled loops, kept on disk where that is possible: a cache saves time and never stops work.
+
+numba's own cache ends the program where no folder can be written, where the disk is full and where
+a file of the cache is damaged. Here compiled code is looked for, and written to
+
+1. where numba keeps it: NUMBA_CACHE_DIR, if that is set, `__pycache__` beside the source, or the
+   user's cache folder;
+2. if that cannot be written, a folder of this user's own among the temporary files;
+3. if neither can, nowhere: the process compiles for itself.
+
+What is read from a file is used only if its digest and its signature are right. So a file that is
+truncated or damaged, and one of two processes that wrote at once, is compiled again and replaced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import pickle
+import stat
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numba
+from numba.core import sigutils
+from numba.core.caching import CompileResultCacheImpl, FunctionCache
+from numba.core.serialize import dumps
+
+logger = logging.getLogger(__name__)
+
+
+def compiled(**options: Any) -> Callable[[Callable], Callable]:
+    """The decorator `numba.njit(**options)` with a cache on disk that cannot fail."""
+
+    def decorate(function: Callable) -> Callable:
+        dispatcher = numba.njit(**options)(function)
+        # Under NUMBA_DISABLE_JIT it is the function itself.
+        if hasattr(dispatcher, "_cache"):
+            dispatcher._cache = CodeCache(function)
+        return dispatcher
+
+    return decorate
+
+
+class CodeCache:
+    """What numba asks of the cache of one function, over the first folder that will do."""
+
+    _told = False
+
+    def __init__(self, function: Callable):
+        self._function = function
+        self._usual, self._temporary = _DigestCache.of(function), None
+
+    @property
+    def cache_path(self) -> str | None:
+        places = [cache.cache_path for cache in (self._usual, self._temporary) if cache]
+        return places[0] if places else None
+
+    def load_overload(self, signature: Any, target_context: Any) -> Any:
+        """The compiled code for a signature, or None where no folder has it undamaged."""
+        for cache in filter(None, (self._usual, self._among_temporary_files(make=False))):
+            # Bytes that are no pickle may raise anything at all.
+            with contextlib.suppress(Exception):
+                code = cache.load_overload(signature, target_context)
+                if code is not None and _is_for(code, signature):
+                    return code
+        return None
+
+    def save_overload(self, signature: Any, code: Any) -> None:
+        """Keep the code in the first folder that takes it; else warn, once in a process."""
+        reason = "no folder for it can be written"
+        for find in (lambda: self._usual, self._among_temporary_files):
+            cache = find()
+            if cache is None:
+                continue
+            try:
+                cache.save_or_replace(signature, code)
+                return
+            except Exception as error:  # a full disk, a damaged index, a folder in place of a file
+                reason = str(error)
+        if not CodeCache._told:
+            CodeCache._told = True
+            logger.warning(
+                "compiled code cannot be kept on disk and is compiled in every process (%s); "
+                "set NUMBA_CACHE_DIR to a folder that can be written",
+                reason,
+            )
+
+    def flush(self) -> None:
+        """Forget what is in the folders."""
+        for cache in filter(None, (self._usual, self._temporary)):
+            with contextlib.suppress(OSError):
+                cache.flush()
+
+    def _among_temporary_files(self, *, make: bool = True) -> _DigestCache | None:
+        if self._temporary is None and (folder := temporary_folder(make=make)):
+            self._temporary = _DigestCache.of(self._function, folder)
+        return self._temporary
+
+
+class _DigestCode(CompileResultCacheImpl):
+    """Compiled code as bytes that are kept with their digest."""
+
+    def reduce(self, code: Any) -> tuple[bytes, bytes]:
+        data = dumps(super().reduce(code))
+        return hashlib.sha256(data).digest(), data
+
+    def rebuild(self, target_context: Any, kept: tuple[bytes, bytes]) -> Any:
+        digest, data = kept
+        if hashlib.sha256(data).digest() != digest:
+            raise ValueError("damaged code")
+        return super().rebuild(target_context, pickle.loads(data))
+
+
+class _DigestCache(FunctionCache):
+    """numba's cache of one function in one folder."""
+
+    _impl_class = _DigestCode
+
+    @classmethod
+    def of(cls, function: Callable, folder: Path | None = None) -> _DigestCache | None:
+        """In this folder, or where numba says without a NUMBA_CACHE_DIR; None if not possible."""
+        given = numba.config.CACHE_DIR
+        try:
+            if folder is not None:
+                numba.config.CACHE_DIR = str(folder)
+            return cls(function)
+        except (RuntimeError, OSError):  # no folder can be written, or the source cannot be read
+            return None
+        finally:
+            numba.config.CACHE_DIR = given
+
+    def save_or_replace(self, signature: Any, code: Any) -> None:
+        """Save, into a new index where the old one is damaged."""
+        try:
+            self.save_overload(signature, code)
+        except OSError:
+            raise
+        except Exception:
+            self.flush()
+            self.save_overload(signature, code)
+
+
+def temporary_folder(*, make: bool) -> Path | None:
+    """The folder of this user for compiled code among the temporary files.
+
+    None where it is not there and not to be made, or cannot be. None also where it belongs to
+    another user or others may write to it: what lies in it is run.
+    """
+    user = f"-{os.getuid()}" if hasattr(os, "getuid") else ""
+    try:
+        folder = Path(tempfile.gettempdir()) / f"deconvnet-compiled{user}"
+        if make:
+            folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+    except OSError:
+        return None
+    ours = not user or (found.st_uid == os.getuid() and not found.st_mode & 0o077)
+    return folder if stat.S_ISDIR(found.st_mode) and ours else None
+
+
+def _is_for(code: Any, signature: Any) -> bool:
+    """Whether code takes the arguments of this signature."""
+    arguments, _ = sigutils.normalize_signature(signature)
+    return tuple(code.signature.args) == tuple(arguments)

@@ -1,0 +1,448 @@
+"""The rule for every path that is written: only what this package made is replaced, moved or
+removed.
+
+A folder of results has a hidden folder `.deconvnet` in it, which holds
+
+    made       a record of all files made in the folder and below it: a line of JSON for each,
+               [digest, path]; the digest is empty for files that grow, such as a log, and null for
+               what was removed
+    *.tmp      what is being written
+    lock       held by the one process that may write a run
+
+A file is ours if the record nearest above it says so and its content is still what was written. So
+a file of the user's is never touched, nor one of ours that somebody has edited since, nor a link:
+`write` refuses, `remove` and `move` leave it where it is. Whoever reads sees the old content or the
+new one, also after a kill, and a full disk never costs an older file.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import itertools
+import json
+import os
+import platform
+import shutil
+import stat
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import filelock
+
+OWN = ".deconvnet"
+RECORD = "made"
+# In the record, in place of a digest: a file that grows.
+GROWS = ""
+# How many strangers a message names.
+NAMED = 3
+# What file managers leave in every folder that somebody looks into.
+LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")
+
+# Numbers the temporary files of this process.
+_serial = itertools.count()
+
+
+class NotOurs(ValueError):
+    """Something that this package did not make is in the way."""
+
+
+class Busy(ValueError):
+    """Another process is writing to the folder."""
+
+
+def claim(folder: str | Path) -> Path:
+    """Make a folder, if need be, with a record of its own; its absolute path."""
+    folder = absolute(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    own = folder / OWN
+    if own.is_symlink() or (own.exists() and not own.is_dir()):
+        raise NotOurs(f"{own}: is in the way of the record of results; move it away")
+    own.mkdir(exist_ok=True)
+    return folder
+
+
+def absolute(path: str | Path) -> Path:
+    """A path from the root, without "..", links not resolved."""
+    return Path(os.path.abspath(path))
+
+
+def write(
+    path: str | Path, data: bytes | memoryview, *, ours: Callable[[Path], bool] | None = None
+) -> None:
+    """Put data at a path, whole or not at all, and record it; NotOurs where that is a stranger's.
+
+    ours: for a kind of file that tells by itself who made it, how; such a file needs no record. An
+    OSError names the path; what was there before is then intact.
+    """
+    path = absolute(path)
+    if ours is None or not (path.is_file() and not path.is_symlink() and ours(path)):
+        check(path)
+    root = _root(path.parent)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if root is None and ours is None:
+            root = claim(path.parent)
+        if root is not None:
+            # Before the file: after a kill between the two, a file of ours would be a stranger's.
+            _record(root, [(_digest(data), path)])
+        temporary = _temporary(root, path)
+        try:
+            _put(temporary, data)
+            os.replace(temporary, path)
+            _sync_folder(path.parent)
+        except BaseException:
+            with suppress(OSError):  # the first error is the one to report
+                temporary.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    _remember(path)
+
+
+def check(path: str | Path) -> None:
+    """NotOurs where something is at a path that may not be replaced."""
+    path = absolute(path)
+    if os.path.lexists(path) and not is_ours(path):
+        raise NotOurs(
+            f"{path}: is there already and is not as deconvnet wrote it; move it away, or choose "
+            "another place"
+        )
+
+
+def check_inputs(targets: Iterable[str | Path], inputs: Iterable[str | Path]) -> None:
+    """NotOurs where a result would be written over what it is made from, by whatever path."""
+    given = {}
+    for path in inputs:
+        with suppress(OSError):
+            given[_identity(os.stat(path))] = path
+    for target in targets:
+        with suppress(OSError):
+            if (source := given.get(_identity(os.stat(target)))) is not None:
+                raise NotOurs(
+                    f"{target}: is an input itself ({source}) and would be written over; choose "
+                    "another output=..."
+                )
+
+
+def is_ours(path: str | Path) -> bool:
+    """Whether a path is a file that this package made and that nobody has changed since."""
+    path = absolute(path)
+    root = _root(path.parent)
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return False
+    if root is None or not stat.S_ISREG(found.st_mode):
+        return False
+    digests = _made(root).get(_relative(root, path), ())
+    if GROWS in digests:
+        return True
+    if not digests:
+        return False
+    return _written.get(path) == _signature(found) or _digest_of(path) in digests
+
+
+def record(path: str | Path, *, grows: bool = True) -> None:
+    """Say of a file that others write for us, a log or TensorBoard's, that it is ours.
+
+    grows: whether it may change; else it is ours as it is now.
+    """
+    path = absolute(path)
+    root = _root(path.parent) or claim(path.parent)
+    digest = GROWS if grows else _digest_of(path)
+    if digest is not None:
+        _record(root, [(digest, path)])
+
+
+def append(path: str | Path, text: str) -> None:
+    """Add text to a file that grows; NotOurs where that is a stranger's."""
+    path = absolute(path)
+    if not os.path.lexists(path):
+        record(path)
+    check(path)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(text)
+
+
+def remove(path: str | Path) -> bool:
+    """Remove a file if it is ours; whether it was."""
+    path = absolute(path)
+    if not is_ours(path) or _through_link(path):
+        return False
+    path.unlink(missing_ok=True)
+    _record(_root(path.parent), [(None, path)])
+    return True
+
+
+def made_in(folder: str | Path) -> list[Path]:
+    """The files that the record of a folder speaks of, those that are still there and ours."""
+    folder = absolute(folder)
+    paths = [folder / relative for relative in _made(folder) if _inside(relative)]
+    return [path for path in paths if is_ours(path) and not _through_link(path)]
+
+
+def move(path: str | Path, target: str | Path) -> bool:
+    """Move a file that is ours to a place where nothing is, with its record; whether it was."""
+    path, target = absolute(path), absolute(target)
+    if not is_ours(path) or _through_link(path):
+        return False
+    if os.path.lexists(target):
+        raise NotOurs(f"{target}: is there already; move it away")
+    digests = _made(_root(path.parent))[_relative(_root(path.parent), path)]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    root = _root(target.parent) or claim(target.parent)
+    _record(root, [(digest, target) for digest in digests])
+    os.rename(path, target)
+    _record(_root(path.parent), [(None, path)])
+    return True
+
+
+def strangers(folder: str | Path) -> list[Path]:
+    """What is in a folder, and below it, that is not ours: files, links, whatever else."""
+    folder = absolute(folder)
+    found = []
+    for parent, folders, names in os.walk(folder):
+        linked = [name for name in folders if Path(parent, name).is_symlink()]
+        folders[:] = [name for name in folders if name != OWN and name not in linked]
+        paths = [Path(parent, name) for name in names + linked if name not in LITTER]
+        found += [path for path in paths if not is_ours(path)]
+    return sorted(found)
+
+
+@contextmanager
+def rebuilt(folder: str | Path) -> Iterator[Path]:
+    """An empty folder to fill, which then takes the place of the one at a path, whole or not at
+    all.
+
+    NotOurs, before anything is done, where that holds anything but files of ours.
+    """
+    folder = absolute(folder)
+    root = _root(folder.parent) or claim(folder.parent)
+    new, old = (root / OWN / f"{folder.name}.{kind}" for kind in ("new", "old"))
+    # A kill between the two renamings below.
+    if old.exists() and not os.path.lexists(folder):
+        os.rename(old, folder)
+    check_replaceable(folder)
+    for left in (new, old):
+        shutil.rmtree(left, ignore_errors=True)
+    new.mkdir(parents=True)
+    try:
+        yield new
+        files = [path for path in new.rglob("*") if path.is_file()]
+        _record(root, [(_digest_of(path), folder / path.relative_to(new)) for path in files])
+        if folder.exists():
+            os.rename(folder, old)
+        os.rename(new, folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def check_replaceable(folder: str | Path) -> None:
+    """NotOurs where something is at a path but a folder that holds files of ours alone."""
+    folder = absolute(folder)
+    if not os.path.lexists(folder):
+        return
+    if folder.is_symlink() or not folder.is_dir():
+        raise NotOurs(f"{folder}: is not a folder that deconvnet made; move it away")
+    if others := strangers(folder):
+        named = ", ".join(path.relative_to(folder).as_posix() for path in others[:NAMED])
+        more = ", ..." if len(others) > NAMED else ""
+        raise NotOurs(
+            f"{folder}: would be replaced, but holds what deconvnet did not make ({named}{more}); "
+            "move that away, or choose another place"
+        )
+
+
+def prune(folder: str | Path) -> None:
+    """Remove a folder if nothing is left in it, and the folders in it likewise."""
+    folder = absolute(folder)
+    if folder.is_symlink() or not folder.is_dir():
+        return
+    for child in list(folder.iterdir()):
+        if child.is_dir() and not child.is_symlink() and child.name != OWN:
+            prune(child)
+    with suppress(OSError):
+        folder.rmdir()
+
+
+@contextmanager
+def locked(folder: str | Path) -> Iterator[None]:
+    """Within it no other process gets a lock on this folder; Busy where one has it."""
+    folder = claim(folder)
+    writer = folder / OWN / "writer"
+    lock = filelock.FileLock(folder / OWN / "lock", blocking=False)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        who = writer.read_text() if writer.is_file() else "unknown"
+        raise Busy(
+            f"{folder}: another process ({who}) is writing to this folder; wait until it has "
+            "ended, or choose another one with name=..."
+        ) from None
+    except NotImplementedError:
+        # A file system without locks must not stop the work.
+        yield
+        return
+    try:
+        writer.write_text(f"process {os.getpid()} on {platform.node()}")
+        # Nobody else is writing: these are left from a kill.
+        for stale in (folder / OWN).glob("*.tmp"):
+            stale.unlink(missing_ok=True)
+        yield
+    finally:
+        writer.unlink(missing_ok=True)
+        lock.release()
+
+
+def read(path: str | Path) -> bytes:
+    """The content of a regular file; ValueError for a pipe, a device or a folder, which would hang
+    or never end, OSError as usual.
+    """
+    path = Path(path)
+    with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError(f"{path}: not a regular file")
+        return file.read()
+
+
+# Of files that this process wrote: what the file system said of them then, so that they need not
+# be read again to know that nobody has changed them.
+_written: dict[Path, tuple[int, ...]] = {}
+# Of every record: which file it is, how far it was read, and what it says.
+_read: dict[Path, tuple[int, int, dict[str, set[str]]]] = {}
+
+
+def _root(folder: Path) -> Path | None:
+    """The folder with the nearest record, this one or one above it."""
+    return next((above for above in (folder, *folder.parents) if (above / OWN).is_dir()), None)
+
+
+def _relative(root: Path, path: Path) -> str:
+    return path.relative_to(root).as_posix()
+
+
+def _inside(relative: str) -> bool:
+    """Whether a path of a record, which may be a stranger's, leads to a place in its folder."""
+    return not relative.startswith("/") and ".." not in Path(relative).parts
+
+
+def _through_link(path: Path) -> bool:
+    """Whether a folder between a file and its record is a link: what is there is elsewhere."""
+    root = _root(path.parent)
+    between = itertools.takewhile(lambda above: above != root, path.parents)
+    return any(above.is_symlink() for above in between)
+
+
+def _made(root: Path) -> dict[str, set[str]]:
+    """The digests of every file by its path, of which the last is what it should be; earlier ones
+    are those of a kill between record and file.
+    """
+    path = root / OWN / RECORD
+    try:
+        with open(path, "rb") as file:
+            found = os.fstat(file.fileno())
+            inode, offset, entries = _read.get(path, (-1, 0, {}))
+            if inode != found.st_ino or offset > found.st_size:
+                offset, entries = 0, {}
+            file.seek(offset)
+            text = file.read()
+    except FileNotFoundError:
+        return {}
+    whole = text[: text.rfind(b"\n") + 1]
+    for line in whole.splitlines():
+        # A line that a kill has cut off says nothing.
+        with suppress(ValueError, TypeError):
+            digest, name = json.loads(line)
+            if digest is None:
+                entries.pop(name, None)
+            elif isinstance(name, str) and isinstance(digest, str):
+                entries.setdefault(name, set()).add(digest)
+    _read[path] = found.st_ino, offset + len(whole), entries
+    return entries
+
+
+def _record(root: Path, files: list[tuple[str | None, Path]]) -> None:
+    """Add lines to the record, on the disk before the files that they speak of."""
+    known = _made(root)
+    lines = [
+        json.dumps([digest, name]) + "\n"
+        for digest, path in files
+        if digest not in known.get(name := _relative(root, path), ())
+    ]
+    if not lines:
+        return
+    descriptor = os.open(root / OWN / RECORD, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        size = os.fstat(descriptor).st_size
+        torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+        data = memoryview(("\n" * torn + "".join(lines)).encode())
+        while data:
+            data = data[os.write(descriptor, data) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _temporary(root: Path | None, path: Path) -> Path:
+    """A new file on the file system of a path."""
+    if root is not None and os.stat(root / OWN).st_dev == os.stat(path.parent).st_dev:
+        return root / OWN / f"{os.getpid()}-{next(_serial)}.tmp"
+    descriptor, name = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=path.parent)
+    os.close(descriptor)
+    # That is readable by its owner alone, unlike what a program writes by itself.
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(name, 0o666 & ~umask)
+    return Path(name)
+
+
+def _put(path: Path, data: bytes | memoryview) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":  # Windows opens no folders
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that cannot sync folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _remember(path: Path) -> None:
+    _written[path] = _signature(os.lstat(path))
+
+
+def _signature(found: os.stat_result) -> tuple[int, ...]:
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _identity(found: os.stat_result) -> tuple[int, int]:
+    return found.st_dev, found.st_ino
+
+
+def _digest(data: bytes | memoryview) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def _digest_of(path: Path) -> str | None:
+    """The digest of what a file holds; None where it cannot be read."""
+    digest = hashlib.blake2b(digest_size=16)
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    except OSError:
+        return None
+    return digest.hexdigest()

@@ -1,0 +1,284 @@
+"""What is written, replaced, moved or removed is ours; what is a stranger's stays as it is."""
+
+import errno
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from deconvnet import files
+from deconvnet.files import Busy, NotOurs
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return files.claim(tmp_path / "results")
+
+
+def snapshot(folder):
+    """Everything below a folder but our own records, with the targets of links."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if files.OWN in path.parts:
+            continue
+        if path.is_symlink():
+            found[path] = os.readlink(path)
+        elif path.is_file():
+            found[path] = path.read_bytes(), path.stat().st_ino
+        else:
+            found[path] = None
+    return found
+
+
+def test_a_file_of_ours_is_replaced_and_a_strangers_is_not(folder):
+    files.write(folder / "a.png", b"one")
+    files.write(folder / "a.png", b"two")
+    assert (folder / "a.png").read_bytes() == b"two"
+    (folder / "b.png").write_bytes(b"mine")
+    before = snapshot(folder)
+    with pytest.raises(NotOurs, match="b.png: is there already"):
+        files.write(folder / "b.png", b"three")
+    assert snapshot(folder) == before
+
+
+def test_a_file_of_ours_that_somebody_has_edited_is_a_strangers(folder):
+    path = folder / "a.png"
+    files.write(path, b"one")
+    path.write_bytes(b"edited")
+    assert not files.is_ours(path)
+    with pytest.raises(NotOurs):
+        files.write(path, b"two")
+    assert not files.remove(path)
+    assert path.read_bytes() == b"edited"
+
+
+def test_the_record_outlives_the_process_and_goes_with_the_folder(folder, tmp_path):
+    files.write(folder / "in" / "a.png", b"one")
+    files._written.clear()
+    files._read.clear()
+    assert files.is_ours(folder / "in" / "a.png")
+    os.rename(folder, tmp_path / "moved")
+    assert files.is_ours(tmp_path / "moved" / "in" / "a.png")
+    assert files.made_in(tmp_path / "moved") == [tmp_path / "moved" / "in" / "a.png"]
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling", "looping", "folder", "pipe", "hard link"])
+def test_what_is_no_file_of_ours_is_neither_written_over_nor_removed(folder, tmp_path, kind):
+    path, other = folder / "a.png", tmp_path / "thesis.txt"
+    other.write_bytes(b"thesis")
+    if kind == "link":
+        path.symlink_to(other)
+    elif kind == "dangling":
+        path.symlink_to(tmp_path / "nothing")
+    elif kind == "looping":
+        path.symlink_to(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        os.link(other, path)
+    before = snapshot(tmp_path)
+    with pytest.raises(NotOurs, match="a.png"):
+        files.write(path, b"picture")
+    assert not files.remove(path)
+    with pytest.raises(NotOurs):
+        files.check(path)
+    assert snapshot(tmp_path) == before
+
+
+def test_a_link_in_the_place_of_a_file_of_ours_is_a_strangers(folder, tmp_path):
+    path, other = folder / "a.png", tmp_path / "thesis.txt"
+    files.write(path, b"one")
+    other.write_bytes(b"one")
+    path.unlink()
+    path.symlink_to(other)
+    with pytest.raises(NotOurs):
+        files.write(path, b"two")
+    assert not files.remove(path)
+    assert other.read_bytes() == b"one"
+
+
+def test_what_lies_behind_a_linked_folder_is_written_but_neither_removed_nor_moved(
+    folder, tmp_path
+):
+    (tmp_path / "disk").mkdir()
+    (folder / "pictures").symlink_to(tmp_path / "disk")
+    path = folder / "pictures" / "a.png"
+    files.write(path, b"one")
+    files.write(path, b"two")
+    assert (tmp_path / "disk" / "a.png").read_bytes() == b"two"
+    assert not files.remove(path)
+    assert not files.move(path, folder / "b.png")
+    assert files.made_in(folder) == []
+    files.prune(folder / "pictures")
+    assert (tmp_path / "disk" / "a.png").exists()
+
+
+def test_a_record_that_leads_out_of_its_folder_is_not_followed(folder, tmp_path):
+    """A run folder may come from somebody else."""
+    other = tmp_path / "thesis.txt"
+    other.write_bytes(b"thesis")
+    with open(folder / files.OWN / files.RECORD, "a") as file:
+        file.write(f'["", "../thesis.txt"]\n["", "{other}"]\n["", 3]\n[1, 2\nnothing\n')
+    assert files.made_in(folder) == []
+    with pytest.raises(NotOurs):
+        files.write(other, b"picture")
+
+
+def test_a_line_of_the_record_that_a_kill_cut_off_costs_nothing(folder):
+    files.write(folder / "a.png", b"one")
+    with open(folder / files.OWN / files.RECORD, "ab") as file:
+        file.write(b'["0123')
+    files.write(folder / "b.png", b"two")
+    files._read.clear()
+    assert files.is_ours(folder / "a.png")
+    assert files.is_ours(folder / "b.png")
+
+
+def test_a_full_disk_leaves_the_old_file_no_temporary_one_and_an_error_with_the_path(
+    folder, monkeypatch
+):
+    files.write(folder / "a.png", b"one")
+
+    def full(path, data):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files, "_put", full)
+    with pytest.raises(OSError, match=r"No space left on device: .*a\.png"):
+        files.write(folder / "a.png", b"two")
+    assert (folder / "a.png").read_bytes() == b"one"
+    assert files.is_ours(folder / "a.png")
+    assert list((folder / files.OWN).glob("*.tmp")) == []
+
+
+def test_a_log_grows_and_a_strangers_does_not(folder):
+    files.append(folder / "metrics.jsonl", "1\n")
+    files.append(folder / "metrics.jsonl", "2\n")
+    assert (folder / "metrics.jsonl").read_text() == "1\n2\n"
+    (folder / "train.log").write_text("mine\n")
+    with pytest.raises(NotOurs, match="train.log"):
+        files.append(folder / "train.log", "theirs\n")
+    assert (folder / "train.log").read_text() == "mine\n"
+
+
+def test_a_move_takes_the_record_along_and_covers_nothing(folder):
+    files.write(folder / "a.png", b"one")
+    old = files.claim(folder / "previous-1")
+    assert files.move(folder / "a.png", old / "a.png")
+    assert files.is_ours(old / "a.png")
+    files.write(folder / "a.png", b"two")
+    with pytest.raises(NotOurs):
+        files.move(folder / "a.png", old / "a.png")
+    (folder / "mine.txt").write_text("mine")
+    assert not files.move(folder / "mine.txt", old / "mine.txt")
+    assert (folder / "mine.txt").exists()
+
+
+def fill(folder, *names):
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+
+
+def test_a_folder_is_rebuilt_as_a_whole(folder):
+    for names in (("index.html", "layers/1.png"), ("index.html", "layers/2.png")):
+        with files.rebuilt(folder / "gallery") as new:
+            fill(new, *names)
+    assert files.strangers(folder / "gallery") == []
+    found = {path.name for path in (folder / "gallery").rglob("*") if path.is_file()}
+    assert found == {"index.html", "2.png"}
+    with pytest.raises(KeyError), files.rebuilt(folder / "gallery") as new:
+        fill(new, "index.html")
+        raise KeyError
+    assert (folder / "gallery" / "layers" / "2.png").exists()
+
+
+@pytest.mark.parametrize("kind", ["file", "edited", "link", "deep", "is a file", "is a link"])
+def test_a_folder_with_anything_of_a_strangers_is_not_rebuilt(folder, tmp_path, kind):
+    gallery = folder / "gallery"
+    if kind.startswith("is"):
+        (tmp_path / "thesis").mkdir()
+        fill(tmp_path / "thesis", "thesis.txt")
+        gallery.symlink_to(tmp_path / "thesis") if "link" in kind else gallery.write_text("mine")
+    else:
+        with files.rebuilt(gallery) as new:
+            fill(new, "index.html", "layers/1.png")
+        if kind == "link":
+            (gallery / "mine").symlink_to(tmp_path)
+        else:
+            place = {"file": "notes.txt", "edited": "index.html", "deep": "layers/notes.txt"}[kind]
+            (gallery / place).write_text("mine")
+    before = snapshot(tmp_path)
+    with pytest.raises(NotOurs, match="gallery"), files.rebuilt(gallery) as new:
+        fill(new, "index.html")
+    assert snapshot(tmp_path) == before
+
+
+def test_a_kill_between_the_renamings_costs_no_folder(folder):
+    with files.rebuilt(folder / "gallery") as new:
+        fill(new, "index.html")
+    os.rename(folder / "gallery", folder / files.OWN / "gallery.old")
+    with pytest.raises(KeyError), files.rebuilt(folder / "gallery"):
+        raise KeyError
+    assert (folder / "gallery" / "index.html").exists()
+
+
+def test_an_input_is_not_written_over_by_whatever_path(tmp_path):
+    photo = tmp_path / "a.png"
+    photo.write_bytes(b"photo")
+    (tmp_path / "link").symlink_to(tmp_path)
+    os.link(photo, tmp_path / "hard.png")
+    (tmp_path / "soft.png").symlink_to(photo)
+    paths = ("a.png", "link/a.png", "../" + tmp_path.name + "/a.png", "hard.png", "soft.png")
+    for name in paths:
+        with pytest.raises(NotOurs, match="is an input itself"):
+            files.check_inputs([tmp_path / "new.png", tmp_path / name], [photo])
+    files.check_inputs([tmp_path / "new.png"], [photo, tmp_path / "nothing.png"])
+
+
+def test_one_process_has_the_lock(folder):
+    code = (
+        "import sys; from deconvnet import files\n"
+        f"with files.locked({str(folder)!r}): print('in', flush=True); sys.stdin.read()"
+    )
+    (folder / files.OWN / "7-7.tmp").write_bytes(b"left from a kill")
+    other = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout.readline() == "in\n"
+    assert not (folder / files.OWN / "7-7.tmp").exists()
+    with pytest.raises(Busy, match=f"process {other.pid} on .* is writing"), files.locked(folder):
+        pass
+    other.kill()
+    other.communicate()
+    with files.locked(folder):
+        pass
+
+
+def test_several_threads_write_side_by_side(folder):
+    def work(n):
+        for k in range(20):
+            files.write(folder / f"{n}.png", f"{n} {k}".encode())
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    files._written.clear()
+    files._read.clear()
+    assert len(files.made_in(folder)) == 4
+
+
+def test_what_is_no_file_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero"):
+        with pytest.raises(ValueError, match="not a regular file"):
+            files.read(path)
+    with pytest.raises(OSError):
+        files.read(tmp_path)
