@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from deconvnet import config
+from deconvnet import config, files
 from deconvnet.data import Crop, DataSettings, LazyImages, lazy_images
 from deconvnet.monitor import save_picture
 from deconvnet.visualization.models import Subject, save_model
@@ -103,15 +103,17 @@ def main(cfg: DictConfig) -> None:
         with config.one_line_errors(ValueError, OSError):
             config.check_keys(cfg)
             config.check_complete(cfg)
-            run(OmegaConf.to_object(cfg), folder)
+            settings = OmegaConf.to_object(cfg)
+            with files.locked(folder):
+                check_places(settings, folder)
+                with config.logged(cfg, folder):
+                    run(settings, folder)
     except KeyboardInterrupt:
         log.warning("stopped; the network files of the epochs before are in %s", folder)
         raise SystemExit(130) from None
 
 
 def run(settings: CnnSettings, folder: Path) -> None:
-    if any(folder.glob("epoch-*.safetensors")):
-        raise ValueError(f"{folder} holds a network already: choose another name=..., or remove it")
     device = config.device(settings.device)
     train, test, labels = examples(settings)
     # Parameters, dropout, order and shifts are drawn from the one generator.
@@ -141,9 +143,23 @@ def run(settings: CnnSettings, folder: Path) -> None:
         training = {"epoch": epoch, "test_accuracy": accuracy, "data": asdict(settings.data)}
         save_model(path, replace(subject, training=training))
         filters = subject.normalization.signed_rgb(net.conv1.weight.detach().cpu())
-        save_picture(folder / "pictures" / f"conv1-{epoch:03d}.png", grid(symmetric(filters)))
+        save_picture(picture(folder, epoch), grid(symmetric(filters)))
         seconds, shown = time.perf_counter() - begun, os.path.relpath(path)
         tqdm.write(f"{epoch:>5}   {loss:>4.2f}   {accuracy:>13.1%}   {seconds:>7.0f}   {shown}")
+
+
+def check_places(settings: CnnSettings, folder: Path) -> None:
+    """Refuse before the work begins where something is in the way of the results."""
+    if any(folder.glob("epoch-*.safetensors")):
+        raise ValueError(f"{folder} holds a network already: choose another name=..., or remove it")
+    for epoch in {*settings.checkpoints, settings.epochs}:
+        if epoch <= settings.epochs:
+            files.check(picture(folder, epoch))
+
+
+def picture(folder: Path, epoch: int) -> Path:
+    """The file of the first filters after an epoch."""
+    return folder / "pictures" / f"conv1-{epoch:03d}.png"
 
 
 def examples(settings: CnnSettings) -> tuple[Examples, Examples, tuple[str, ...]]:
