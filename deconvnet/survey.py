@@ -9,30 +9,38 @@
 <folder>/gallery/index.html                  everything as a page
 
 Every step leaves its file, and a survey that was stopped goes on behind the last of them. A file of
-another network, other images or other settings is made anew.
+another network, other images or other settings is made anew, and what is left in these folders of
+other layers or settings is removed: what lies there is what the manifest speaks of. Files that
+others have put there, or have changed, are left alone (`files`).
 """
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from deconvnet import checkpoint
+from deconvnet import files
+from deconvnet.arguments import TEXTS
 from deconvnet.data import LazyImages
+from deconvnet.decoding import shown_name
 from deconvnet.distributed import ALONE, Ranks
+from deconvnet.events import event_writer
 from deconvnet.monitor import save_picture
 from deconvnet.network import DeconvNet
+from deconvnet.strict_json import to_json
 from deconvnet.visualization.control import randomised
 from deconvnet.visualization.evolution import Evolution, evolution_picture
 from deconvnet.visualization.exemplars import Exemplars, collect, load_exemplars
@@ -69,7 +77,7 @@ class SurveySettings:
     """What to look for and to show."""
 
     # dotted names of layers; null: all of a deconvolutional network, else the last of each size
-    layers: list[str] | None = None
+    layers: Any = field(default=None, metadata=TEXTS)
     # strongest activations of each map
     k: int = 9
     # only activations whose receptive field lies inside the image, where a layer has enough of them
@@ -106,6 +114,17 @@ class SurveySettings:
     progress: bool = True
 
     def __post_init__(self) -> None:
+        # One name without the brackets of a list is a list of one.
+        self.layers = [self.layers] if isinstance(self.layers, str) else self.layers
+        if self.layers is not None and not (
+            isinstance(self.layers, list | tuple)
+            and self.layers
+            and all(isinstance(name, str) for name in self.layers)
+        ):
+            raise ValueError(
+                f"layers={self.layers}: give names as [name,name]; layers=[?] lists them"
+            )
+        self.layers = None if self.layers is None else list(self.layers)
         for key in ("k", "shown", "batch"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key}={getattr(self, key)}: must be at least 1")
@@ -142,6 +161,9 @@ def survey(
         among = f"choose among {', '.join(infos)}" if infos else choose_among("", [])
         raise ValueError(f"layers=null: {subject.name} has no layer of maps; {among}")
     _try(projector, images[0], chosen)
+    place = Path(folder) / "visualization"
+    if ranks.first:
+        _check_places(Path(folder), place, chosen, settings)
     state = Findings(
         subject,
         projector,
@@ -153,7 +175,6 @@ def survey(
     if ranks.first:
         names = ", ".join(state.infos)
         log.info("%s: what drives the maps of %s, in %d images", subject.name, names, len(images))
-    place = Path(folder) / "visualization"
     state.tops = _mine(state, settings, projector, subject, place, ranks)
     if settings.control:
         control = randomised_subject(subject, settings.seed)
@@ -161,7 +182,7 @@ def survey(
         control_tops = _mine(state, settings, shuffled, control, place / "control", ranks)
     if not ranks.first:
         return {}
-    state.found = _collect(state, settings, projector, state.tops, place)
+    state.found = _collect(state, settings, projector, subject, state.tops, place)
     if not state.found:
         raise ValueError(
             f"layers {', '.join(state.infos)}: none of their maps is ever active on these "
@@ -169,8 +190,9 @@ def survey(
         )
     if settings.control:
         same = {layer: control_tops[layer] for layer in state.found}
-        state.control = _collect(state, settings, shuffled, same, place / "control")
+        state.control = _collect(state, settings, shuffled, control, same, place / "control")
     _draw(state, settings, place / "figures")
+    _remove_others(state, place)
     written = {"pictures": place / "figures", "manifest": _write_manifest(state, settings, place)}
     _write_events(state, place)
     if settings.gallery:
@@ -182,6 +204,10 @@ def survey(
                 notes=[INSIDE] if settings.inside else [],
                 progress=progress,
             )
+    elif (Path(folder) / "gallery").exists():
+        log.warning(
+            "%s is of an earlier survey: gallery=true makes it anew", Path(folder) / "gallery"
+        )
     return written
 
 
@@ -214,6 +240,46 @@ def _try(projector: Projector, image: Tensor, layers: list[str]) -> None:
     x = projector.prepare(image[None])
     for layer in layers:
         projector(x, layer, [(0, 0, 0, 0)])
+
+
+def _check_places(folder: Path, place: Path, layers: list[str], settings: SurveySettings) -> None:
+    """Refuse before the work begins where files of others are in the way of the results."""
+    names = {}
+    for layer in layers:
+        other = names.setdefault(file_name(layer), layer)
+        if other != layer:
+            raise ValueError(
+                f"layers {other!r} and {layer!r}: their files would have the same name; survey one "
+                "of them with another output=..."
+            )
+    paths = [place / "topk.npz", place / "manifest.json"]
+    for name in names:
+        paths += [place / "projections" / f"{name}.npz", place / "figures" / f"{name}.png"]
+    if settings.control:
+        paths += [
+            place / "control" / path.relative_to(place) for path in paths if path.suffix == ".npz"
+        ]
+    for path in paths:
+        files.check(path)
+    if settings.gallery:
+        files.check_replaceable(folder / "gallery")
+
+
+def _remove_others(state: Findings, place: Path) -> None:
+    """Remove what earlier surveys have made of other layers, or with other settings."""
+    arrays = {f"{file_name(layer)}.npz" for layer in state.found}
+    kept = {place / "figures" / f"{file_name(name)}.png" for name in state.pictures}
+    kept |= {place / "projections" / name for name in arrays}
+    if state.control:
+        kept |= {place / "control" / "projections" / name for name in arrays}
+    for folder in (place / "figures", place / "projections", place / "control" / "projections"):
+        for path in folder.glob("*"):
+            if path not in kept:
+                files.remove(path)
+        files.prune(folder)
+    if not state.control:
+        files.remove(place / "control" / "topk.npz")
+        files.prune(place / "control")
 
 
 def projector_of(subject: Subject, settings: SurveySettings) -> Projector:
@@ -272,6 +338,7 @@ def _collect(
     state: Findings,
     settings: SurveySettings,
     projector: Projector,
+    subject: Subject,
     tops: dict[str, Top],
     place: Path,
 ) -> dict[str, Exemplars]:
@@ -291,7 +358,7 @@ def _collect(
             "top": _digest(top.values, top.images, top.rows, top.columns),
             "maps": maps,
             "method": [projector.method, settings.gates, settings.overlap],
-            "network": _network_key(state.subject),
+            "network": _network_key(subject),
             "data": state.images.fingerprint,
         }
         path = place / "projections" / f"{file_name(layer)}.npz"
@@ -307,9 +374,24 @@ def _collect(
 def _network_key(subject: Subject) -> list[object]:
     """What responses and projections depend on: parameters, what is done with them, and pixels."""
     module = subject.module
-    built = module.to_parts()[1] if isinstance(module, DeconvNet) else str(module)
+    built = module.to_parts()[1] if isinstance(module, DeconvNet) else [str(module), _code(module)]
     text = hashlib.sha256(json.dumps(built).encode()).hexdigest()[:16]
     return [subject.digest, text, asdict(subject.normalization)]
+
+
+def _code(module: nn.Module) -> str:
+    """A digest of the source of all classes of a network but those of PyTorch: of networks of one's
+    own the parameters may stay as they were, and what is done with them change."""
+    found = hashlib.sha256()
+    classes = {type(part) for part in module.modules()}
+    for kind in sorted(classes, key=lambda kind: f"{kind.__module__}.{kind.__qualname__}"):
+        if kind.__module__.partition(".")[0] == "torch":
+            continue
+        try:
+            found.update(inspect.getsource(kind).encode("utf-8", "surrogateescape"))
+        except (OSError, TypeError):  # of a class that was made in an interpreter
+            found.update(f"{kind.__module__}.{kind.__qualname__}".encode())
+    return found.hexdigest()[:16]
 
 
 def _draw(state: Findings, settings: SurveySettings, folder: Path) -> None:
@@ -341,7 +423,8 @@ def _occlude(state: Findings, settings: SurveySettings) -> None:
         with _bar(settings, f"covering image {number}", "place", None) as progress:
             x = projector.prepare(pixels[None])
             found = occlusion(projector, x, layer=layer, progress=progress)
-        picture = occlusion_picture(found, pixels, names=state.subject.labels)
+        labels = state.subject.labels and tuple(map(shown_name, state.subject.labels))
+        picture = occlusion_picture(found, pixels, names=labels)
         state.pictures[f"occlusion-{number}"] = picture
 
 
@@ -356,14 +439,15 @@ def _move(state: Findings, settings: SurveySettings) -> None:
     with _bar(settings, "moving images", "step", None) as progress:
         x = state.projector.prepare(pixels)
         found = invariance(state.projector, x, layers, progress=progress)
-    names = [Path(name).stem for name in state.images.names[:count]]
+    names = [shown_name(Path(name).stem) for name in state.images.names[:count]]
     state.pictures["invariance"] = invariance_picture(found, pixels, names=names)
 
 
 def _write_manifest(state: Findings, settings: SurveySettings, place: Path) -> Path:
     path = place / "manifest.json"
-    text = json.dumps(_manifest(state, settings), indent=1, ensure_ascii=False)
-    checkpoint.write(path, text.encode())
+    text = to_json(_manifest(state, settings), indent=1, ensure_ascii=False)
+    # Names of files may be no text; names of networks and layers, too.
+    files.write(path, text.encode("utf-8", "backslashreplace"))
     return path
 
 
@@ -417,7 +501,7 @@ def _map_entry(found: Exemplars, row: int, names: tuple[str, ...]) -> dict:
                 "rank": rank,
                 "value": float(found.values[row, rank]),
                 "image": image,
-                "name": names[image],
+                "name": shown_name(names[image]),
                 "unit": [i, j],
                 "box": found.boxes[row, rank].tolist(),
                 **({} if np.isnan(board) else {"checkerboard": round(board, 4)}),
@@ -427,11 +511,9 @@ def _map_entry(found: Exemplars, row: int, names: tuple[str, ...]) -> dict:
 
 
 def _write_events(state: Findings, folder: Path) -> None:
-    from torch.utils.tensorboard import SummaryWriter
-
     for old in folder.glob("events.out.tfevents.*"):
-        old.unlink()
-    with SummaryWriter(str(folder)) as writer:
+        files.remove(old)
+    with event_writer(folder) as writer:
         for name, picture in state.pictures.items():
             pixels = (picture.clamp(0, 1) * 255).round().byte()
             writer.add_image(f"visualization/{name}", pixels, 0)

@@ -116,12 +116,10 @@ def main(cfg: DictConfig) -> None:
             config.check_keys(cfg)
             config.check_complete(cfg)
             settings = OmegaConf.to_object(cfg)
-            if any(folder.glob("epoch-*.safetensors")):
-                raise ValueError(
-                    f"{folder} holds a network already: choose another name=..., or remove it"
-                )
-            with files.locked(folder), config.logged(cfg, folder):
-                run(settings, folder)
+            with files.locked(folder):
+                check_places(settings, folder)
+                with config.logged(cfg, folder):
+                    run(settings, folder)
     except KeyboardInterrupt:
         log.warning("stopped; the network files of the epochs before are in %s", folder)
         raise SystemExit(130) from None
@@ -157,9 +155,23 @@ def run(settings: CnnSettings, folder: Path) -> None:
         training = {"epoch": epoch, "test_accuracy": accuracy, "data": asdict(settings.data)}
         save_model(path, replace(subject, training=training))
         filters = subject.normalization.signed_rgb(net.conv1.weight.detach().cpu())
-        save_picture(folder / "pictures" / f"conv1-{epoch:03d}.png", grid(symmetric(filters)))
+        save_picture(picture(folder, epoch), grid(symmetric(filters)))
         seconds, shown = time.perf_counter() - begun, os.path.relpath(path)
         tqdm.write(f"{epoch:>5}   {loss:>4.2f}   {accuracy:>13.1%}   {seconds:>7.0f}   {shown}")
+
+
+def check_places(settings: CnnSettings, folder: Path) -> None:
+    """Refuse before the work begins where something is in the way of the results."""
+    if any(folder.glob("epoch-*.safetensors")):
+        raise ValueError(f"{folder} holds a network already: choose another name=..., or remove it")
+    for epoch in {*settings.checkpoints, settings.epochs}:
+        if epoch <= settings.epochs:
+            files.check(picture(folder, epoch))
+
+
+def picture(folder: Path, epoch: int) -> Path:
+    """The file of the first filters after an epoch."""
+    return folder / "pictures" / f"conv1-{epoch:03d}.png"
 
 
 def examples(settings: CnnSettings) -> tuple[Examples, Examples, tuple[str, ...]]:

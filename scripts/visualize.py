@@ -23,12 +23,21 @@ if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from deconvnet import arguments, config, load
-from deconvnet.data import Crop, DataSettings, Item, LazyImages, lazy_images, read_image
+from deconvnet.data import (
+    Crop,
+    DataSettings,
+    Item,
+    LazyImages,
+    lazy_images,
+    read_image,
+    without_download,
+)
+from deconvnet.decoding import shown_name
 from deconvnet.distributed import ALONE, RankLost, Ranks, started
 from deconvnet.run import training_data
 from deconvnet.survey import default_layers, file_name, layers_of, projector_of, survey
 from deconvnet.visualization.evolution import Evolution, evolution, load_evolution
-from deconvnet.visualization.models import Subject, digest, load_model
+from deconvnet.visualization.models import WEIGHT_FILES, Subject, digest, load_model
 
 LIST = "?"
 
@@ -47,6 +56,7 @@ def main(cfg: DictConfig) -> None:
 
 
 def visualize(settings: config.VisualizeConfig, ranks: Ranks = ALONE) -> None:
+    check_images(settings)
     subject = learned(settings) if settings.run else trained(settings)
     subject.module.to(config.device(settings.device))
     images = images_of(settings, subject)
@@ -65,8 +75,29 @@ def visualize(settings: config.VisualizeConfig, ranks: Ranks = ALONE) -> None:
     if written:
         names = {"pictures": "pictures", "manifest": "how each was made", "gallery": "gallery"}
         width = max(map(len, names.values())) + 2
-        print("\n".join(f"{names[key]:{width}}{shown(path)}" for key, path in written.items()))
-        print(f"{'TensorBoard':{width}}tensorboard --logdir {shlex.quote(str(shown(folder)))}")
+        lines = [f"{names[key]:{width}}{shown_name(shown(path))}" for key, path in written.items()]
+        print("\n".join(lines))
+        print(
+            f"{'TensorBoard':{width}}tensorboard --logdir {shlex.quote(shown_name(shown(folder)))}"
+        )
+
+
+def check_images(settings: config.VisualizeConfig) -> None:
+    """Refuse before anything is loaded, or fetched, what names no images."""
+    given = settings.images
+    if given is None and settings.model and not is_file(settings.model):
+        raise ValueError(
+            f"images=null: {settings.model} does not say what it has learned from; give a folder "
+            "of images with images=..."
+        )
+    for path in given if isinstance(given, list) else [given] if given is not None else []:
+        if not os.path.lexists(os.path.expanduser(str(path))):
+            raise ValueError(f"images={shown_name(path)}: no such file or folder")
+
+
+def is_file(model: str) -> bool:
+    """Whether a model is named by a file, which may say what it has learned from."""
+    return Path(model).suffix in WEIGHT_FILES or Path(model).is_file()
 
 
 def learned(settings: config.VisualizeConfig) -> Subject:
@@ -103,6 +134,7 @@ def images_of(settings: config.VisualizeConfig, subject: Subject) -> LazyImages:
                 f"images=null: {settings.run or settings.model} does not say what it has learned "
                 "from; give a folder of images with images=..."
             )
+        print(f"reading the images that the network was trained on: {described(data)}")
         skip = data.skip_unreadable or settings.skip_unreadable
         # Photographs are crops already.
         found = lazy_images(replace(data, skip_unreadable=skip), crop=crop)
@@ -141,8 +173,22 @@ def data_of(settings: config.VisualizeConfig, subject: Subject) -> DataSettings 
         data = training_data(settings.run)
     else:
         data = subject.training.get("data")
-        data = DataSettings(**data) if data else None
+        try:
+            data = without_download(DataSettings(**data)) if data else None
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{settings.run or settings.model}: what it says of its images is no data settings "
+                f"({error}); give a folder of images with images=..."
+            ) from error
     return replace(data, fit="crop") if data else None
+
+
+def described(data: DataSettings) -> str:
+    """Where images come from, for the eye."""
+    if data.source == "photographs":
+        return "the photographs that come with scikit-image and scikit-learn"
+    name = f"{data.dataset} in " if data.source == "torchvision" else ""
+    return f"{name}{shown_name(data.path)}"
 
 
 def list_layers(settings: config.VisualizeConfig, subject: Subject, images: LazyImages) -> None:

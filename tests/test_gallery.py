@@ -326,7 +326,7 @@ def test_maps_are_asked_for_one_at_a_time(tmp_path):
         for name in "ab":
             yield GalleryLayer(name, name, maps())
             # The layer is written before the next one is asked for.
-            assert list(tmp_path.glob(f".g.new/layers/*-{name}/projections.png"))
+            assert list(tmp_path.glob(f".deconvnet/g.new/layers/*-{name}/projections.png"))
 
     write_gallery(tmp_path / "g", title="t", layers=layers())
     assert len(earlier) == 8
@@ -337,7 +337,7 @@ def test_an_older_gallery_is_replaced_as_a_whole(tmp_path):
     page = write(tmp_path / "g", layers=[GalleryLayer("new", "New", [some_map(0)])], images=())
     assert "New" in page.read_text()
     assert len(list((tmp_path / "g/layers").iterdir())) == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["g"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".deconvnet", "g"]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
@@ -358,12 +358,12 @@ def test_a_kill_leaves_the_old_gallery(tmp_path):
     assert (tmp_path / "g/index.html").read_bytes() == old
     # What the kill left is cleared away by the next one.
     write(tmp_path / "g")
-    assert [path.name for path in tmp_path.iterdir()] == ["g"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".deconvnet", "g"]
 
 
 def test_a_kill_between_the_two_renamings_is_undone_by_the_next_writer(tmp_path):
     write(tmp_path / "g")
-    (tmp_path / "g").rename(tmp_path / ".g.old")
+    (tmp_path / "g").rename(tmp_path / ".deconvnet/g.old")
     with pytest.raises(ValueError, match="at least one"):
         write(tmp_path / "g", layers=[])
     assert (tmp_path / "g/index.html").is_file()
@@ -374,18 +374,60 @@ def test_an_error_leaves_the_old_gallery_and_nothing_else(tmp_path):
     with pytest.raises(ValueError, match="no maps"):
         write(tmp_path / "g", layers=[*some_layers(), GalleryLayer("empty", "Empty", [])])
     assert (tmp_path / "g/index.html").read_bytes() == old
-    assert [path.name for path in tmp_path.iterdir()] == ["g"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".deconvnet", "g"]
 
 
 def test_a_folder_of_other_things_is_not_replaced(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/network.safetensors").write_text("precious")
     (tmp_path / "run/index.html").write_text("<title>my page</title>")
-    with pytest.raises(ValueError, match="other things than a gallery"):
+    with pytest.raises(ValueError, match=r"did not make \(index.html, network.safetensors\)"):
         write(tmp_path / "run")
-    with pytest.raises(ValueError, match="a file"):
+    with pytest.raises(ValueError, match="is not a folder that deconvnet made"):
         write(tmp_path / "run/index.html")
     assert (tmp_path / "run/network.safetensors").read_text() == "precious"
+
+
+@pytest.mark.parametrize("what", ["a file", "an edited page", "a link", "a folder"])
+def test_a_gallery_that_somebody_has_added_to_is_not_replaced(tmp_path, what):
+    page = write(tmp_path / "g")
+    if what == "a file":
+        (tmp_path / "g/layers/notes.txt").write_text("precious")
+    elif what == "an edited page":
+        page.write_text(page.read_text().replace("<title>", "<title>My "))
+    elif what == "a link":
+        (tmp_path / "g").rename(tmp_path / "elsewhere")
+        (tmp_path / "g").symlink_to(tmp_path / "elsewhere")
+    else:
+        (tmp_path / "g/mine").mkdir()
+        (tmp_path / "g/mine/thesis.txt").write_text("precious")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    if what == "a link":
+        assert not list((tmp_path / "elsewhere").rglob("notes.txt"))
+    with pytest.raises(ValueError, match=r"(did not|deconvnet) ma[dk]e"):
+        write(tmp_path / "g")
+    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert {p: b for p, b in after.items() if ".deconvnet" not in p.parts} == {
+        p: b for p, b in before.items() if ".deconvnet" not in p.parts
+    }
+
+
+def test_names_that_are_no_text_are_shown_all_the_same(tmp_path):
+    name = os.fsdecode(b"caf\xe9 </script>\n.png")
+    shown = GalleryMap(0, tones(0, 1), tones(0, 1), [Caption(name, 1.0)])
+    layer = GalleryLayer("café", name, [shown], facts={"fact": name})
+    image = GalleryImage(name, torch.rand(3, 8, 8))
+    page = write_gallery(
+        tmp_path / "g", title=name, layers=[layer], images=[image], notes=[name], facts={"a": name}
+    )
+    for path in (tmp_path / "g").rglob("*"):
+        if path.suffix in (".html", ".js"):
+            path.read_text(encoding="utf-8")
+    data = page_data(page)
+    assert data["images"][0]["name"] == r"caf\xe9 </script>\n.png"
+    assert script_data(page, data["layers"][0]["script"])[0]["captions"][0][0].startswith(
+        r"caf\xe9"
+    )
 
 
 def one(*maps, **options):
@@ -413,7 +455,7 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path, options, message):
     with pytest.raises(ValueError, match=message) as refused:
         write(tmp_path / "g", **options)
     assert "\n" not in str(refused.value)
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] in ([], [".deconvnet"])
 
 
 # ---- in a browser ------------------------------------------------------------------------------

@@ -1,8 +1,12 @@
 """Networks by name: the right parameters, the pixels that they were trained on, one line where
 something is wrong."""
 
+import io
 import math
+import pickle
 import sys
+import tarfile
+import zipfile
 
 import numpy as np
 import pytest
@@ -21,6 +25,7 @@ from deconvnet.visualization.models import (
     save_model,
 )
 from deconvnet.visualization.normalization import Normalization
+from deconvnet.visualization.weights import load_state_dict
 from deconvnet.visualization.zfnet import ZFNet, limit_filters
 
 SMALL = "torchvision/squeezenet1_1"
@@ -256,10 +261,130 @@ def test_files_that_are_no_parameters_are_refused_in_one_line(tmp_path):
     (tmp_path / "text.safetensors").write_text("these are words")
     for name, reason in (
         *(("whole.pth", "may run code"), ("list.pt", "not a state_dict")),
-        *(("number.pt", "not a state_dict"), ("empty.pt", "cannot be read")),
-        *(("text.safetensors", "cannot be read"), ("absent.pt", "no such file")),
+        *(("number.pt", "not a state_dict"), ("empty.pt", "is empty")),
+        *(("text.safetensors", "no file of weights"), ("absent.pt", "no such file")),
     ):
         refused(f"weights={tmp_path / name}: ", reason, spec=SMALL, weights=tmp_path / name)
+
+
+def in_numpy(save, array):
+    buffer = io.BytesIO()
+    save(buffer, array)
+    return buffer.getvalue()
+
+
+def tarred(path):
+    with tarfile.open(path, "w") as archive:
+        archive.add(__file__, "storages")
+
+
+def zipped(path, **files):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 5\n", "git lfs pull"),
+        (b"<!DOCTYPE html><html><body>404</body></html>", "a page of HTML or XML"),
+        (b"\n  <html><head>", "a page of HTML or XML"),
+        (b'<?xml version="1.0"?><Error>AccessDenied</Error>', "a page of HTML or XML"),
+        (b"", "is empty"),
+        (bytes(5000), "begins with zeros"),
+        (b'{"weight_map": {"a": "model-1.safetensors"}}', "JSON"),
+        (b'{       "a": 1}', "JSON"),
+        (b"[1, 2]", "JSON"),
+        (b"these are words", "no file of weights: it begins with b'these are wo'"),
+        (b"\x1f\x8b\x08\x00", "compressed by gzip"),
+        (b"\x89HDF\r\n\x1a\n", "HDF5"),
+        (b"half a download", "no file of weights"),
+        (pickle.dumps(print), "torch.save has not written"),
+        (pickle.dumps({"a": 1}), "torch.save has not written"),
+        (pickle.dumps({"a": 1}, protocol=2), "cannot be read"),
+        (lambda path: path.write_bytes(in_numpy(np.save, np.zeros(3))), "an array of NumPy"),
+        (
+            lambda path: path.write_bytes(in_numpy(np.savez, np.zeros(3))),
+            r"arrays of NumPy \(.npz\)",
+        ),
+        (lambda path: zipped(path, **{"a.txt": "b"}), r"a zip archive of something else \(a.txt\)"),
+        (lambda path: torch.jit.script(nn.Conv2d(1, 1, 1)).save(path), "a TorchScript archive"),
+        (lambda path: torch.save(nn.Conv2d(1, 1, 1), path), "may run code"),
+        (
+            lambda path: torch.save(nn.ReLU(), path, _use_new_zipfile_serialization=False),
+            "may run code",
+        ),
+        (tarred, "a tar archive"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_what_is_no_file_of_weights_is_told_for_what_it_is(tmp_path, content, says, suffix):
+    path = tmp_path / f"net{suffix}"
+    content(path) if callable(content) else path.write_bytes(content)
+    with pytest.raises(ValueError, match=says) as error:
+        load_state_dict(path)
+    message = str(error.value)
+    assert message.startswith(f"weights={path}: ") and "\n" not in message
+    assert ("may run code" in message) == (says == "may run code")
+
+
+def test_a_file_that_was_cut_off_is_told_so(tmp_path):
+    own = nn.Conv2d(3, 8, 3).state_dict()
+    for name, save in (
+        ("net.pt", torch.save),
+        ("net.safetensors", safetensors.torch.save_file),
+        ("old.pt", lambda t, path: torch.save(t, path, _use_new_zipfile_serialization=False)),
+    ):
+        save(own, tmp_path / name)
+        whole = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(whole[: len(whole) * 2 // 3])
+        with pytest.raises(ValueError, match="cannot be read, perhaps cut off; get it again"):
+            load_state_dict(tmp_path / name)
+
+
+def test_files_of_weights_are_known_by_what_they_hold_not_by_their_names(tmp_path):
+    own = nn.Conv2d(3, 2, 3).state_dict()
+    safetensors.torch.save_file(own, tmp_path / "a.pt")
+    torch.save(own, tmp_path / "b.safetensors")
+    torch.save(own, tmp_path / "c.bin", _use_new_zipfile_serialization=False)
+    safetensors.torch.save_file({}, tmp_path / "none.pt")
+    for name in ("a.pt", "b.safetensors", "c.bin"):
+        found = load_state_dict(tmp_path / name)
+        assert found.keys() == own.keys() and all(torch.equal(found[n], own[n]) for n in own)
+    assert load_state_dict(tmp_path / "none.pt") == {}
+
+
+def test_old_formats_are_not_read_by_versions_that_could_run_code(tmp_path, monkeypatch):
+    own = nn.Conv2d(3, 2, 3).state_dict()
+    torch.save(own, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    torch.save(own, tmp_path / "new.pt")
+    for version in ("2.2.0", "2.5.1+cu121"):
+        monkeypatch.setattr(torch, "__version__", version)
+        with pytest.raises(ValueError, match="cannot read safely"):
+            load_state_dict(tmp_path / "old.pt")
+        assert load_state_dict(tmp_path / "new.pt").keys() == own.keys()
+    monkeypatch.setattr(torch, "__version__", "2.10.0")
+    assert load_state_dict(tmp_path / "old.pt").keys() == own.keys()
+
+
+def test_only_what_makes_networks_is_called(tiny, tmp_path, monkeypatch):
+    called = tmp_path / "called"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hostile.py").write_text(
+        "import functools, os, subprocess\nfrom pathlib import Path\nfrom os import mkdir\n"
+        "from my_networks.small import Tiny\nmake = functools.partial(os.mkdir)\n"
+        "nets = functools.partial(Tiny)\ndef net(classes=3):\n    return Tiny(classes)\n"
+    )
+    for spec in ("os:mkdir", "subprocess:run", "os.path:join", "hostile:mkdir", "hostile:make"):
+        path = {"path": str(called)} if "mkdir" in spec or "make" in spec else {}
+        refused(f"model={spec}: ", spec=spec, options=path)
+        assert not called.exists()
+    refused("comes from pathlib, not from hostile", spec="hostile:Path")
+    assert load_model("hostile:net", options={"classes": 4}).module[3].out_features == 4
+    assert load_model("hostile:Tiny").module[0].out_channels == 5
 
 
 def test_counts_of_batches_may_be_missing(tmp_path):

@@ -3,6 +3,7 @@ it leaves, goes on with, and says when something is wrong."""
 
 import importlib.util
 import json
+import linecache
 import os
 import re
 import shutil
@@ -23,7 +24,7 @@ from torchvision.models import resnet, vgg
 from deconvnet import DeconvNet, LayerSettings, PreprocessingSettings, SolverSettings, load
 from deconvnet import survey as module
 from deconvnet.config import VisualizeConfig
-from deconvnet.data import Crop, DataSettings, Item, LazyImages
+from deconvnet.data import Crop, DataSettings, Item, LazyImages, lazy_images
 from deconvnet.survey import SurveySettings, default_layers, survey
 from deconvnet.visualization.evolution import Evolution
 from deconvnet.visualization.exemplars import load_exemplars
@@ -147,8 +148,9 @@ def test_a_survey_leaves_its_files_and_says_where(seen):
     for name in figures:
         pixels = picture(written["pictures"] / name)
         assert min(pixels.shape[:2]) > 20 and len(np.unique(pixels)) > 3
-    left = [path for path in folder.rglob(".*")]
-    assert left == [], "temporary files"
+    left = {path.name for path in folder.rglob(".*")} | {p.name for p in folder.rglob("*.tmp")}
+    assert left == {".deconvnet"}, "temporary files"
+    assert {path.name for path in (folder / ".deconvnet").iterdir()} == {"made"}
 
 
 def test_the_manifest_says_of_every_tile_where_it_is_from(seen):
@@ -327,9 +329,151 @@ def test_a_damaged_file_stops_a_survey_in_one_line(copied):
         path = folder / "visualization" / name
         whole = path.read_bytes()
         path.write_bytes(whole[: len(whole) // 2])
-        with pytest.raises(ValueError, match=f"{name}: damaged or not .*; remove it"):
+        with pytest.raises(ValueError, match=f"{name}: is there already and is not as"):
             survey(subject, images, settings, folder)
         path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("name", ["b", "a"])
+def test_an_image_that_was_changed_under_its_name_is_searched_anew(textures, tmp_path, name):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for each, pixels in zip("abc", textures(3, 3, 18, 20), strict=True):
+        save_as(folder / f"{each}.bmp", pixels)
+
+    def surveyed(place):
+        images = lazy_images(DataSettings(source="folder", path=str(folder), size=None))
+        survey(subject_of(seeded(Small)), images, settings_of(gallery=False), tmp_path / place)
+        return times(tmp_path / place), Mined.load(tmp_path / place / "visualization/topk.npz")
+
+    before, old = surveyed("out")
+    again, _ = surveyed("out")
+    assert again == before
+    save_as(folder / f"{name}.bmp", textures(1, 3, 18, 20, seed=5)[0])
+    after, found = surveyed("out")
+    assert changed(tmp_path / "out", before) == ALL | CONTROLS
+    _, fresh = surveyed("fresh")
+    for layer in fresh.tops:
+        assert np.array_equal(found.tops[layer].values, fresh.tops[layer].values)
+        assert not np.array_equal(found.tops[layer].values, old.tops[layer].values)
+
+
+def save_as(path, image):
+    """An image (3, H, W) without compression: of one size in bytes, whatever it shows."""
+    Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy()).save(path)
+
+
+def test_a_network_whose_code_was_changed_is_searched_anew(images, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    text = (
+        "from torch import nn\nclass Own(nn.Module):\n    def __init__(self):\n"
+        "        super().__init__()\n        self.a = nn.Conv2d(3, 4, 3)\n"
+        "        self.b = nn.Conv2d(4, 4, 1)\n"
+        "    def forward(self, x):\n        return self.b(self.a(x){})\n"
+    )
+    found = []
+    for number, change in enumerate(("", ".relu()", ".relu()")):
+        (tmp_path / f"own{number}.py").write_text(text.format(change))
+        own = importlib.import_module(f"own{number}")
+        own.Own.__module__ = "own"
+        monkeypatch.setitem(sys.modules, "own", own)
+        linecache.clearcache()
+        options = settings_of(layers="b", gallery=False, control=False)
+        survey(subject_of(seeded(own.Own)), images, options, tmp_path / "out")
+        found.append(times(tmp_path / "out"))
+    assert found[0] != found[1] and found[1] == found[2]
+
+
+def test_what_other_layers_and_settings_have_left_is_removed_and_nothing_of_others(
+    images, tmp_path
+):
+    subject, folder = subject_of(seeded(Small)), tmp_path / "visualization"
+    first = settings_of(layers=["conv1", "relu2"], occlusion=1, gallery=True)
+    survey(subject, images, first, tmp_path)
+    (folder / "figures" / "mine.png").write_bytes(b"precious")
+    (folder / "projections" / "relu2.npz.bak").write_bytes(b"precious")
+    (folder / "figures" / "conv1.png").write_bytes(b"drawn over by hand")
+    (folder / "events.out.tfevents.1.mine").write_bytes(b"precious")
+    old_events = [path for path in folder.glob("events.*") if path.stat().st_size > 100]
+    survey(subject, images, settings_of(layers=["relu2"], control=False, gallery=False), tmp_path)
+    assert {path.name for path in (folder / "figures").iterdir()} == {
+        *("mine.png", "conv1.png", "conv1-filters.png", "relu2.png"),
+    }
+    assert {path.name for path in (folder / "projections").iterdir()} == {
+        *("relu2.npz", "relu2.npz.bak"),
+    }
+    assert not (folder / "control").exists()
+    assert (folder / "figures" / "conv1.png").read_bytes() == b"drawn over by hand"
+    assert (folder / "events.out.tfevents.1.mine").read_bytes() == b"precious"
+    assert not any(path.exists() for path in old_events)
+    assert set(manifest(tmp_path)["layers"]) == {"relu2"}
+
+
+def test_an_older_gallery_is_spoken_of_where_none_is_made(images, tmp_path, caplog):
+    subject = subject_of(seeded(Small))
+    survey(subject, images, settings_of(layers=["relu2"], control=False), tmp_path)
+    assert "earlier survey" not in caplog.text
+    page = (tmp_path / "gallery/index.html").read_bytes()
+    options = settings_of(layers=["relu2"], control=False, gallery=False, method="guided")
+    survey(subject, images, options, tmp_path)
+    assert "gallery is of an earlier survey: gallery=true makes it anew" in caplog.text
+    assert (tmp_path / "gallery/index.html").read_bytes() == page
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "visualization/topk.npz",
+            "visualization/manifest.json",
+            "visualization/figures/relu2.png",
+        ),
+        *("visualization/projections/relu2.npz", "visualization/control/projections/relu2.npz"),
+        *("gallery/thesis.txt", "gallery"),
+    ],
+)
+@pytest.mark.parametrize("linked", [False, True])
+def test_files_of_others_are_in_the_way_before_the_work_begins(
+    images, tmp_path, monkeypatch, name, linked
+):
+    monkeypatch.setattr(module, "mine", fail)
+    path, precious = tmp_path / "out" / name, tmp_path / "precious"
+    path.parent.mkdir(parents=True)
+    precious.write_bytes(b"precious")
+    path.symlink_to(precious) if linked else path.write_bytes(b"precious")
+    with pytest.raises(ValueError, match="did not make|not as deconvnet wrote it|deconvnet made"):
+        survey(subject_of(seeded(Small)), images, settings_of(layers=["relu2"]), tmp_path / "out")
+    assert path.read_bytes() == precious.read_bytes() == b"precious"
+    assert path.is_symlink() == linked
+
+
+def test_names_of_images_that_are_no_text_are_shown_all_the_same(textures, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number, pixels in enumerate(textures(3, 3, 18, 20)):
+        save(folder / f"{number}.png", pixels)
+    try:
+        os.rename(os.fsencode(folder / "2.png"), os.fsencode(folder) + b"/caf\xe9.png")
+    except OSError:
+        pytest.skip("names are text on this system")
+    images = lazy_images(DataSettings(source="folder", path=str(folder), size=None))
+    labels = tuple(os.fsdecode(b"caf\xe9-%d" % n) for n in range(5))
+    subject = replace(subject_of(seeded(Small)), labels=labels)
+    options = settings_of(layers=["relu2"], explored=3, occlusion=1, invariance=1, control=False)
+    survey(subject, images, options, tmp_path / "out")
+    tiles = [t for m in manifest(tmp_path / "out")["layers"]["relu2"]["maps"] for t in m["tiles"]]
+    assert any(tile["name"].endswith(r"caf\xe9.png") for tile in tiles)
+    page = (tmp_path / "out/gallery/index.html").read_text(encoding="utf-8")
+    assert "caf" in page
+
+
+def test_one_layer_may_be_given_without_the_brackets_of_a_list(images, tmp_path):
+    assert settings_of(layers="relu2").layers == ["relu2"]
+    survey(subject_of(seeded(Small)), images, settings_of(layers="relu2", control=False), tmp_path)
+    assert list(manifest(tmp_path)["layers"]) == ["relu2"]
+    for wrong in ([], [3], {"relu2": 1}, 5):
+        with pytest.raises(ValueError, match="layers=.*: give names as"):
+            settings_of(layers=wrong)
 
 
 # Settings.
@@ -766,6 +910,36 @@ def test_a_network_file_of_a_trained_network_knows_what_it_has_learned_from(
     assert (folder / "gallery" / "index.html").is_file()
 
 
+@pytest.mark.parametrize("given", [{}, {"images": "nowhere"}, {"images": ["photos", "nowhere"]}])
+def test_what_names_no_images_is_said_before_a_network_is_loaded(
+    place, monkeypatch, visualize, given
+):
+    monkeypatch.chdir(place)
+    monkeypatch.setattr("torch.hub.load_state_dict_from_url", fail)
+    with pytest.raises(ValueError, match=r"images=(null: torchvision/vgg16 does|nowhere: no such)"):
+        visualize(model="torchvision/vgg16", **given)
+
+
+def test_a_file_that_says_where_its_images_are_is_followed_aloud_and_never_downloads(
+    place, tmp_path, monkeypatch, visualize, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torchvision.datasets.FashionMNIST.download", fail)
+    data = {"source": "torchvision", "dataset": "FashionMNIST", "path": "there", "size": 28}
+    net = subject_of(seeded(lambda: ZFNet(1, 3, size=28, width=4)))
+    net = replace(net, normalization=Normalization((0.5,), (0.5,), "grey"))
+    for extra, says in (
+        ({"download": True}, "FashionMNIST"),
+        ({"downlaod": True}, "what it says of its images is no data settings"),
+    ):
+        save_model(tmp_path / "hostile.safetensors", replace(net, training={"data": data | extra}))
+        with pytest.raises(ValueError, match=says):
+            visualize(model="hostile.safetensors")
+    said = "reading the images that the network was trained on: FashionMNIST in there"
+    assert said in capsys.readouterr().out
+    assert not (tmp_path / "there").exists()
+
+
 def test_images_are_a_folder_a_file_or_a_list(place, tmp_path, monkeypatch, visualize):
     monkeypatch.chdir(place)
     files = ["photos/photo-3.png", "photos/photo-1.png"]
@@ -808,7 +982,8 @@ def test_layers_are_listed_with_their_receptive_fields(
     assert rows[-1].endswith("3x1x1   the whole image") and "Linear" in rows[-1]
     monkeypatch.chdir(place)
     visualize(run="runs/run", layers=["?"])
-    _, *rows = capsys.readouterr().out.splitlines()
+    said, _, *rows = capsys.readouterr().out.splitlines()
+    assert said == "reading the images that the network was trained on: photos"
     assert [row.split()[:3] for row in rows] == [["*", "layer1", "Layer"], ["*", "layer2", "Layer"]]
 
 
@@ -841,7 +1016,7 @@ def unchanged(place):
         ([], ["give either run=", "or model="]),
         (["run=nowhere"], ["nowhere: no such run folder or network file"]),
         (["run=runs/run", "layers=[layer3]"], ["layer 'layer3': no such layer", "layer2"]),
-        (["run=runs/run", "k=many"], ["k", "many", "Integer"]),
+        (["run=runs/run", "k=many"], ["k=many: must be a whole number"]),
         (["run=runs/run", "leyers=[layer1]"], ["leyers"]),
         (["run=runs/run", "+leyers=[layer1]"], ["leyers: no such setting; did you mean layers?"]),
         (["run=runs/run", "output=nets.py"], ["nets.py"]),
@@ -889,7 +1064,7 @@ def test_wrong_settings_end_in_one_line_and_leave_nothing(
             ["network.safetensors: not a convolutional network"],
         ),
         ({**MAKE, "weights": "nowhere.pt"}, ["weights=nowhere.pt: no such file"]),
-        ({**MAKE, "weights": "nets.py"}, ["weights=nets.py: holds objects that may run code"]),
+        ({**MAKE, "weights": "nets.py"}, ["weights=nets.py: no file of weights: it begins with"]),
         ({**MAKE, "weights": "photos"}, ["weights=photos", "takes a file of weights"]),
         ({**MAKE, "weights": "epoch-1.pt", "options": {"maps": 6}}, ["not of this network"]),
         ({**MAKE, "checkpoints": ["epoch-1.pt", "no.pt"]}, ["weights=no.pt: no such file"]),

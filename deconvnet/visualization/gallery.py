@@ -35,6 +35,8 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from deconvnet import files
+from deconvnet.decoding import shown_name
 from deconvnet.visualization.sheets import (
     GAP,
     Picture,
@@ -51,7 +53,7 @@ log = logging.getLogger(__name__)
 Facts = Mapping[str, str | float]
 
 TEMPLATES = Path(__file__).parent / "templates"
-# By this line a folder is known as a gallery, which may be replaced by the next one.
+# What the page says of its maker.
 GENERATOR = "deconvnet gallery"
 
 # The largest sides in pixels: tiles of maps, parts of images, whole pictures.
@@ -166,46 +168,15 @@ def write_gallery(
     Layers, their maps and images are taken one after the other, so that of the large pictures only
     those of one map or image need to be in memory. figures: other pictures by their captions;
     notes: paragraphs. An older gallery in the folder stays until the new one is complete. Raises
-    ValueError where something does not fit, and for a folder that holds anything but a gallery.
+    ValueError where something does not fit, and for a folder that holds anything but a gallery that
+    nobody has changed.
     """
-    folder = Path(folder).resolve()
-    new, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("new", "old"))
-    _restore(folder, old)
-    _check_replaceable(folder)
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    try:
+    folder = files.absolute(folder)
+    with files.rebuilt(folder) as new:
         _write(new, title, layers, images, facts or {}, figures or {}, notes)
-    except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
-        raise
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
     sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
     log.info("%s: %d files, %.1f MB", folder, len(sizes), sum(sizes) / 1e6)
     return folder / "index.html"
-
-
-def _restore(folder: Path, old: Path) -> None:
-    """Put back what a kill between the two renamings of `write_gallery` left aside."""
-    if old.exists() and not folder.exists():
-        old.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _check_replaceable(folder: Path) -> None:
-    """Refuse to replace what is not a gallery: a mistaken path must not cost a run."""
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: a file; a gallery is a folder, choose another name")
-    page = folder / "index.html"
-    if any(folder.iterdir()) and not (
-        page.is_file() and GENERATOR in page.read_text(encoding="utf-8", errors="replace")[:4000]
-    ):
-        raise ValueError(f"{folder}: holds other things than a gallery; choose another folder")
 
 
 def _write(
@@ -261,7 +232,8 @@ def _write(
     )
     for name in ("gallery.css", "gallery.js"):
         shutil.copyfile(TEMPLATES / name, root / name)
-    (root / "index.html").write_text(page, encoding="utf-8")
+    # Whatever names are, the page is text.
+    (root / "index.html").write_text(page, encoding="utf-8", errors="backslashreplace")
 
 
 # What the script of the page knows of a layer before it is opened.
@@ -346,7 +318,7 @@ def _write_map(
     )
     return {
         "sheets": sheets,
-        "captions": [[c.image, _text(c.value), c.place] for c in shown.captions],
+        "captions": [[shown_name(c.image), _text(c.value), c.place] for c in shown.captions],
         "statistics": _facts(shown.statistics),
         "epochs": [str(epoch) for epoch in shown.epochs],
     }
@@ -386,7 +358,7 @@ def _write_image(root: Path, number: int, image: GalleryImage, names: list[str])
     picture = write_picture(
         root, f"{place}/picture", checked(image.picture, where), PICTURE, photographs=True
     )
-    return {"name": image.name, "picture": picture, "script": script}
+    return {"name": shown_name(image.name), "picture": picture, "script": script}
 
 
 def _layer_facts(layer: GalleryLayer, count: int) -> list[tuple[str, str]]:

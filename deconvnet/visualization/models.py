@@ -13,27 +13,26 @@ import hashlib
 import importlib
 import math
 import os
-import pickle
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import ModuleType
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from deconvnet import checkpoint
 from deconvnet.data import INTERPOLATIONS, Crop
 from deconvnet.visualization.normalization import Normalization
+from deconvnet.visualization.weights import load_state_dict
 from deconvnet.visualization.zfnet import ZFNet
 
 WEIGHT_FILES = (".pt", ".pth", ".bin", ".safetensors")
 
-# What others put around the parameters, and before their names.
-WRAPPERS = ("state_dict", "model_state_dict", "model")
+# What others put before the names of parameters.
 PREFIXES = ("module.", "_orig_mod.", "model.")
 
 FORMS = (
@@ -258,6 +257,8 @@ def _timm(spec: str, weights: str | Path, options: dict) -> Subject:
 
 def _imported(spec: str, weights: str | Path, options: dict) -> Subject:
     where, _, name = spec.partition(":")
+    if where.partition(".")[0] in sys.stdlib_module_names:
+        raise ValueError(f"model={spec}: {where} is a module of Python itself, not of networks")
     file = _weights_file(weights)
     if file is None and _lower(weights) not in ("default", "none"):
         raise ValueError(f"weights={weights}: model={spec} takes a file of weights, or default")
@@ -274,8 +275,7 @@ def _imported(spec: str, weights: str | Path, options: dict) -> Subject:
             raise _unknown(f"model={spec}: {where} has no {name!r}", name, names)
         module = getattr(found, name)
         if not isinstance(module, nn.Module):
-            if not callable(module):
-                raise ValueError(f"model={spec}: neither a network nor callable")
+            _check_factory(spec, found, module)
             try:
                 module = module(**options)
             except Exception as error:
@@ -287,6 +287,21 @@ def _imported(spec: str, weights: str | Path, options: dict) -> Subject:
     if file is not None:
         _load_parameters(module, file)
     return Subject(module, spec, file.name if file else "as built")
+
+
+def _check_factory(spec: str, package: ModuleType, factory: object) -> None:
+    """Refuse to call what was not written to make networks: it runs with the rights of the user."""
+    if not callable(factory):
+        raise ValueError(f"model={spec}: neither a network nor callable")
+    if isinstance(factory, type) and issubclass(factory, nn.Module):
+        return
+    written = getattr(factory, "func", factory)  # of functools.partial
+    where = getattr(written, "__module__", None) or ""
+    if where.partition(".")[0] != package.__name__.partition(".")[0]:
+        raise ValueError(
+            f"model={spec}: {factory!r} comes from {where or 'elsewhere'}, not from "
+            f"{package.__name__}; give a torch.nn.Module or a function of that package"
+        )
 
 
 def _file(spec: str, weights: str | Path, options: dict) -> Subject:
@@ -328,28 +343,7 @@ def _file(spec: str, weights: str | Path, options: dict) -> Subject:
 
 def _load_parameters(module: nn.Module, file: Path) -> None:
     """Take the parameters in a file, however they are wrapped."""
-    try:
-        if file.suffix == ".safetensors":
-            found = safetensors.torch.load_file(file)
-        else:
-            found = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"weights={file}: holds objects that may run code when loaded, such as a whole pickled "
-            "network; save its state_dict() instead"
-        ) from error
-    # Damaged files fail anywhere in either library.
-    except Exception as error:
-        raise ValueError(f"weights={file}: cannot be read: {_say(error)}") from error
-    for key in WRAPPERS:
-        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
-            found = found[key]
-    if not isinstance(found, Mapping) or not all(isinstance(t, Tensor) for t in found.values()):
-        raise ValueError(
-            f"weights={file}: not a state_dict of names and tensors, nor one as "
-            f"{', '.join(map(repr, WRAPPERS))}"
-        )
-    _take(module, dict(found), file)
+    _take(module, load_state_dict(file), file)
 
 
 def _take(module: nn.Module, tensors: dict[str, Tensor], file: Path) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from deconvnet.data import LazyImages
+from deconvnet.decoding import shown_name
 from deconvnet.network import snr
 from deconvnet.pooling import max_pool
 from deconvnet.visualization.evolution import Evolution
@@ -181,7 +182,7 @@ def _explored(state: Findings, number: int, step: Callable[[], None]) -> Gallery
     pixels = state.images[number]
     layers = [_image_layer(state, pixels, layer) for layer in state.found]
     step()
-    return GalleryImage(Path(state.images.names[number]).name, pixels, layers)
+    return GalleryImage(shown_name(Path(state.images.names[number]).name), pixels, layers)
 
 
 def _image_layer(state: Findings, pixels: Tensor, layer: str) -> ImageLayer:
