@@ -11,6 +11,7 @@ PACKAGE = Path(deconvnet.convolution.__file__).parent
 
 ORDER = [
     "modes",
+    "inputs",
     "distributed",
     "convolution",
     "pooling",

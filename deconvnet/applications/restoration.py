@@ -37,6 +37,7 @@ from torch.nn import functional
 
 from deconvnet.codes import Codes
 from deconvnet.filtering import low_frequencies
+from deconvnet.inputs import as_tensor, as_weights
 from deconvnet.modes import plain
 from deconvnet.network import DeconvNet, check_size
 from deconvnet.operators import Deconvolution
@@ -80,6 +81,8 @@ class Restorer:
     """
 
     def __init__(self, net: DeconvNet, *, strength: float = STRENGTH, psi: float = PSI):
+        if not isinstance(net, DeconvNet):
+            raise ValueError(f"net must be a DeconvNet, got {type(net).__name__}")
         for key, value in (("strength", strength), ("psi", psi)):
             if not 0 < value < math.inf:
                 raise ValueError(f"{key}={value}: must be a positive number")
@@ -94,7 +97,7 @@ class Restorer:
         """Find out which maps are strong in clean images (1 or 3, H, W) in [0, 1], of any sizes."""
         total = torch.zeros_like(self.weights, dtype=torch.float64)
         for image in images:
-            y = self._planes(self._checked(image[None]))
+            y = self._planes(self._checked(as_tensor(image, "image")[None]))
             z = self._infer(y - low_frequencies(y, self.psi), threshold=SIGMA).z
             total += z.abs().sum((0, 2, 3), dtype=torch.float64)
         if not total.any():
@@ -113,7 +116,8 @@ class Restorer:
         what is returned is not. sigma: of the noise, one number or one for each image; None:
         estimated (`estimate_noise`). A grey network takes the planes of colour images one by one.
         """
-        images, sigma = self._checked(images), self._sigma(images, sigma)
+        images = self._checked(images)
+        sigma = self._sigma(images, sigma)
         y = self._planes(images)
         low = low_frequencies(y, self.psi)
         b = (y - low) / sigma
@@ -144,6 +148,8 @@ class Restorer:
         sigma: of the noise in what is seen; 0.01 for clean photographs, the smaller the more is
         made of every detail at the edge of a hole. keep: seen pixels stay what they are.
         """
+        images, mask = as_tensor(images, "images"), as_tensor(mask, "mask")
+        self._check_shape(images)
         mask = self._checked_mask(images, mask)
         seen = torch.where(mask > 0, images, torch.zeros_like(images))
         seen, sigma = self._checked(seen), self._sigma(seen, sigma)
@@ -163,17 +169,23 @@ class Restorer:
         return [torch.where(mask > 0, seen, each) for each in restored] if keep else restored
 
     def _checked(self, images: Tensor) -> Tensor:
-        if images.ndim != 4 or images.shape[1] not in (1, 3) or not images.is_floating_point():
-            raise ValueError(
-                f"images must be floating and (N, 1 or 3, H, W), got {tuple(images.shape)} of "
-                f"{images.dtype}"
-            )
+        images = as_tensor(images, "images")
+        self._check_shape(images)
         if not torch.isfinite(images).all():
             raise ValueError("images must be finite: there are NaN or infinite values")
         (H, W), size = images.shape[2:], max(self.filters.shape[2:])
         if min(H, W) < size:
             raise ValueError(f"images of {H}x{W} are smaller than the {size}x{size} filters")
         return images
+
+    def _check_shape(self, images: Tensor) -> None:
+        if images.ndim != 4 or images.shape[1] not in (1, 3) or not images.is_floating_point():
+            raise ValueError(
+                f"images must be floating and (N, 1 or 3, H, W), got {tuple(images.shape)} of "
+                f"{images.dtype}"
+            )
+        if images.numel() == 0:
+            raise ValueError(f"images must not be empty, got the shape {tuple(images.shape)}")
 
     def _checked_mask(self, images: Tensor, mask: Tensor) -> Tensor:
         fits = mask.ndim == 4 and mask.shape[1] == 1 and len(mask) in (1, len(images))
@@ -190,9 +202,16 @@ class Restorer:
 
     def _sigma(self, images: Tensor, sigma: float | Tensor | None) -> Tensor:
         """That of every plane that is explained by itself, (planes, 1, 1, 1)."""
-        sigma = estimate_noise(images) if sigma is None else torch.as_tensor(sigma)
+        sigma = estimate_noise(images) if sigma is None else as_weights(sigma, "sigma")
+        if sigma.numel() not in (1, len(images)):
+            raise ValueError(
+                f"sigma of the shape {tuple(sigma.shape)}: must be one number, or one for each of "
+                f"{len(images)} images"
+            )
+        sigma = sigma.flatten()
         if not ((sigma > 0) & (sigma < math.inf)).all():
-            raise ValueError(f"sigma={sigma.tolist()}: must be positive")
+            given = sigma.tolist() if len(sigma) > 1 else sigma.item()
+            raise ValueError(f"sigma={given}: must be positive")
         sigma = sigma.expand(len(images)).to(self.filters)
         C = self.filters.shape[1]
         if C == 1:
@@ -329,7 +348,8 @@ def estimate_noise(images: Tensor) -> Tensor:
     """
     from skimage.restoration import estimate_sigma
 
-    planes = images.detach().cpu().double().numpy()
+    images = as_tensor(images, "images")
+    planes = images.cpu().double().numpy()
     found = [estimate_sigma(image, channel_axis=0, average_sigmas=True) for image in planes]
     return torch.tensor(np.asarray(found), dtype=images.dtype)
 
