@@ -12,6 +12,7 @@ PACKAGE = Path(deconvnet.convolution.__file__).parent
 ORDER = [
     "modes",
     "strict_json",
+    "inputs",
     "distributed",
     "convolution",
     "pooling",
