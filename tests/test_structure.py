@@ -12,6 +12,7 @@ PACKAGE = Path(deconvnet.convolution.__file__).parent
 ORDER = [
     "modes",
     "strict_json",
+    "arguments",
     "inputs",
     "distributed",
     "convolution",
@@ -25,6 +26,7 @@ ORDER = [
     "entries",
     "coordinates",
     "solvers",
+    "adaptive",
     "learning",
     "filtering",
     "preprocessing",
@@ -35,6 +37,7 @@ ORDER = [
     "checkpoint",
     "codes",
     "network",
+    "tiling",
     "ablation",
     "visualization",
     "events",
@@ -48,7 +51,6 @@ ORDER = [
     "dictionary",
     "training",
     "applications",
-    "arguments",
     "config",
     "sklearn",
 ]
