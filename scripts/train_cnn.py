@@ -93,6 +93,7 @@ class Examples:
             yield self.pixels[n].expand(-1, 3, -1, -1).float() / 255, self.targets[n]
 
 
+config.register()
 ConfigStore.instance().store(name="cnn_schema", node=CnnSettings)
 
 
