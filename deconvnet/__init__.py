@@ -6,6 +6,8 @@ from deconvnet.network import Codes, DeconvNet, LayerSettings, load
 from deconvnet.preprocessing import PreprocessingSettings
 from deconvnet.solvers import Solution, SolverSettings, sparse_code
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Codes",
     "DeconvNet",

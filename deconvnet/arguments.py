@@ -136,6 +136,11 @@ def again(*without: str) -> str:
     return shlex.join([*launcher, *kept])
 
 
+def has(schema: type, key: str) -> bool:
+    """Whether a command has a setting of this dotted key."""
+    return _annotation(schema, key) is not None
+
+
 def explain(error: BaseException, schema: type) -> str | None:
     """In one line what is wrong with the arguments that Hydra refused; None where it says so."""
     message = str(error)

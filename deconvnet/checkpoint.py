@@ -18,13 +18,16 @@ import hashlib
 import io
 import json
 import logging
+import os
 import pickle
 import re
+import stat
 import zipfile
 from collections import OrderedDict
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -38,6 +41,8 @@ NETWORK_FORMAT = "deconvnet"
 NETWORK_VERSION = "1"
 
 CHECKPOINT_NAME = re.compile(r"step-(\d{8,})\.pt")
+# How many times its size an .npz file may hold.
+MOST_RATIO = 200
 # How a zip archive begins, and the most bytes of JSON that a network file may begin with.
 ZIP = b"PK\x03\x04"
 MOST_HEADER = 2**24
@@ -178,6 +183,39 @@ def load_network(path: Path) -> tuple[dict[str, Tensor], dict]:
         raise CheckpointError(f"{path}: damaged or edited, its digest differs; fetch it again")
     _check_finite(path, tensors, CheckpointError)
     return {name: tensors[name] for name in sorted(tensors)}, settings
+
+
+def save_arrays(path: Path, arrays: dict[str, np.ndarray], *, compressed: bool = False) -> None:
+    """Write arrays to an .npz file, whole or not at all, where nothing of a stranger's is."""
+    buffer = io.BytesIO()
+    if compressed:
+        np.savez_compressed(buffer, **arrays)
+        whole = sum(array.nbytes for array in arrays.values())
+        if whole > MOST_RATIO * buffer.tell():
+            # What shrinks more than that would be refused as a bomb.
+            compressed, buffer = False, io.BytesIO()
+    if not compressed:
+        np.savez(buffer, **arrays)
+    files.write(Path(path), buffer.getbuffer())
+
+
+def load_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file; OSError, or ValueError where it is anything else, also where it
+    would unpack to many times its size.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError("not a regular file")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            whole = sum(info.file_size for info in archive.infolist())
+        if whole > 2 * MOST_RATIO * os.path.getsize(path) + 2**20:
+            raise ValueError(f"it would unpack to {whole} bytes")
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except OSError:
+        raise
+    except Exception as error:  # zipfile, zlib and numpy have a dozen kinds
+        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
 
 
 def is_network(path: Path) -> bool:

@@ -38,6 +38,11 @@ class LayerCodes:
     def __len__(self) -> int:
         return len(self.pooled)
 
+    def __repr__(self) -> str:
+        maps, pooled = ("x".join(map(str, shape)) for shape in (self.shape, self.pooled.shape[1:]))
+        pool = "" if self.switches is None else f", pooled to {pooled}"
+        return f"LayerCodes({len(self)} images, maps {maps}{pool}, {self.density:.2%} not zero)"
+
     @property
     def z(self) -> Tensor:
         """The sparse maps (N, K, H, W)."""
@@ -66,7 +71,7 @@ class LayerCodes:
     def density(self) -> float:
         """The share of the entries of z that are not zero."""
         entries = len(self) * torch.Size(self.shape).numel()
-        return float(torch.count_nonzero(self._kept)) / entries
+        return float(torch.count_nonzero(self._kept)) / max(entries, 1)
 
     def select(self, images: Images) -> LayerCodes:
         """The codes of some images."""
@@ -89,6 +94,11 @@ class Codes:
     layers: tuple[LayerCodes, ...]
     y: Tensor
     record: Record = field(repr=False)
+
+    def __repr__(self) -> str:
+        lines = [f"Codes({len(self.y)} images {'x'.join(map(str, self.y.shape[1:]))}"]
+        lines += [f"  layer {number}: {layer!r}" for number, layer in enumerate(self.layers, 1)]
+        return "\n".join(lines) + ")"
 
     def select(self, images: Images) -> Codes:
         """The codes of some images, by their indices."""

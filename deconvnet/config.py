@@ -8,15 +8,17 @@ the only place that knows Hydra.
 from __future__ import annotations
 
 import difflib
+import errno
 import logging
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from hydra.core.config_store import ConfigStore
@@ -31,7 +33,8 @@ from deconvnet.applications.classification import ClassData
 from deconvnet.applications.labelled import ClassifySettings
 from deconvnet.applications.restoration import STRENGTH
 from deconvnet.data import DataSettings
-from deconvnet.network import LayerSettings
+from deconvnet.monitor import not_in_bar
+from deconvnet.network import LARGEST, LayerSettings
 from deconvnet.preprocessing import PreprocessingSettings
 from deconvnet.survey import SurveySettings
 
@@ -40,6 +43,13 @@ OF_MODELS = {
     *("weights", "options", "mean", "std", "order", "checkpoints"),
     *("method", "strict", "gates", "overlap"),
 }
+# Settings that are paths; those of images and of data are read by who opens them.
+PATHS = {
+    *("run", "output", "model", "weights", "resume", "init", "missing", "beside", "checkpoints"),
+}
+# Settings by which a command takes less memory, and what libraries say when there is none left.
+LARGE = ("chunk", "batch", "memory", "data.size", "data.max_images", "max_images", "count")
+NO_MEMORY = ("out of memory", "allocate memory", "not enough memory", "bad_alloc", "bad allocation")
 # Read before `launch` sets it for its own purpose.
 WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
@@ -103,6 +113,7 @@ class VisualizeConfig(SurveySettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_seed(self.seed)
         if (self.run is None) == (self.model is None):
             raise ValueError(
                 "give either run=<a run folder or network file> or model=<a name such as "
@@ -119,6 +130,8 @@ class VisualizeConfig(SurveySettings):
         for key in ("size", "max_images"):
             if getattr(self, key) is not None and getattr(self, key) < 1:
                 raise ValueError(f"{key}={getattr(self, key)}: must be at least 1, or null")
+        if self.size is not None and self.size > LARGEST:
+            raise ValueError(f"size={self.size}: must be at most {LARGEST} pixels")
 
 
 @dataclass
@@ -143,8 +156,7 @@ class RestoreConfig:
             value = getattr(self, key, None)
             if value is not None and not 0.5 <= value <= 255:
                 raise ValueError(f"{key}={value}: is in grey levels of 0 to 255, from 0.5")
-        if self.seed < 0:
-            raise ValueError(f"seed={self.seed}: must not be negative")
+        check_seed(self.seed)
 
     def common(self) -> dict[str, Any]:
         """What does not depend on what is to be restored."""
@@ -209,6 +221,10 @@ class ClassifyConfig(ClassifySettings):
     output: str | None = None
     device: str = "auto"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_seed(self.seed)
+
 
 def register() -> None:
     """Make the types of the settings known to Hydra, so that wrong keys and values are refused."""
@@ -234,7 +250,7 @@ def _inside(name: object) -> str:
 def read_visualize(cfg: DictConfig) -> VisualizeConfig:
     """The checked settings of scripts/visualize.py."""
     check_keys(cfg)
-    return OmegaConf.to_object(cfg)
+    return _at_home(OmegaConf.to_object(cfg))
 
 
 def read_command(
@@ -243,7 +259,7 @@ def read_command(
     """The checked settings of a script that works with a trained network."""
     check_keys(cfg)
     check_complete(cfg)
-    return OmegaConf.to_object(cfg)
+    return _at_home(OmegaConf.to_object(cfg))
 
 
 def read(cfg: DictConfig) -> Config:
@@ -255,7 +271,7 @@ def read(cfg: DictConfig) -> Config:
             OmegaConf.to_object(layer)
         except ValueError as error:
             raise ValueError(f"model.{name}.{error}") from None
-    config = OmegaConf.to_object(cfg)
+    config = _at_home(OmegaConf.to_object(cfg))
     expected = [f"layer{number}" for number in range(1, len(config.model) + 1)]
     if not expected or sorted(config.model) != sorted(expected):
         raise ValueError(
@@ -275,12 +291,27 @@ def read(cfg: DictConfig) -> Config:
             raise ValueError(f"{key}={value}: is in GiB, at least 0")
     if config.chunk < 1:
         raise ValueError(f"chunk={config.chunk}: must be at least 1")
-    if config.seed < 0:
-        raise ValueError(f"seed={config.seed}: must not be negative")
+    check_seed(config.seed)
     config.resume = {"true": "auto"}.get(config.resume.lower(), config.resume)
     if config.resume.lower() in ("auto", "false"):
         config.resume = config.resume.lower()
     return config
+
+
+def _at_home(settings: Any) -> Any:
+    """Settings in which ~ is the home folder: the shell leaves it as it is in key=~/file."""
+    for key in PATHS & set(vars(settings)):
+        value = getattr(settings, key)
+        if isinstance(value, str):
+            setattr(settings, key, os.path.expanduser(value))
+        elif isinstance(value, list):
+            setattr(settings, key, [os.path.expanduser(path) for path in value])
+    return settings
+
+
+def check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed={seed}: must not be negative, and below 2^63")
 
 
 def check_complete(cfg: DictConfig) -> None:
@@ -337,11 +368,17 @@ def logged(cfg: DictConfig, folder: Path) -> Iterator[None]:
     files.append(path, "")
     handler = _LogFile(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("[%(asctime)s][%(name)s][%(levelname)s] - %(message)s"))
-    logging.getLogger().addHandler(handler)
+    root = logging.getLogger()
+    printing = list(root.handlers)
+    root.addHandler(handler)
+    for other in printing:
+        other.addFilter(not_in_bar)
     try:
         yield
     finally:
-        logging.getLogger().removeHandler(handler)
+        root.removeHandler(handler)
+        for other in printing:
+            other.removeFilter(not_in_bar)
         handler.close()
 
 
@@ -378,11 +415,19 @@ def _is_sweep(path: Path, name: str) -> bool:
 def launch(main: Callable[[], None], schema: type) -> None:
     """Run a Hydra main so that a user's mistake ends in one line and exit code 1.
 
-    schema: the dataclass of its settings. HYDRA_FULL_ERROR=1 in the environment shows the
-    traceback.
+    schema: the dataclass of its settings. Ctrl-C ends it with 130, and a reader that has seen
+    enough, as in `| head`, with 141, as the shell does. HYDRA_FULL_ERROR=1 in the environment shows
+    tracebacks.
     """
     # Hydra then raises instead of printing a traceback of its own.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    logging.raiseExceptions = WANTS_TRACEBACK
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        # Names of files may have characters that the terminal lacks.
+        stream.reconfigure(errors="backslashreplace")
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        # The scripts are silent while they load their libraries; from here on there is more to do.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         arguments.make_ready(schema)
         if int(os.environ.get("RANK", 0)) > 0:
@@ -391,15 +436,50 @@ def launch(main: Callable[[], None], schema: type) -> None:
             sys.argv += ["hydra.verbose=false"]
             logging.disable(logging.INFO)
         main()
-    except (HydraException, OmegaConfBaseException, OSError, ValueError) as error:
-        if WANTS_TRACEBACK:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        _finish("stopped", 130)
+    except BrokenPipeError:
+        # Python writes what is left at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
+    except Exception as error:
+        if WANTS_TRACEBACK or not (message := _explain(error, schema)):
             raise
-        sys.exit(f"configuration error: {arguments.explain(error, schema) or _one_line(error)}")
-    except (TypeError, AttributeError, AssertionError) as error:
-        # Hydra's own, where it did not think of an argument such as data=[1].
-        if WANTS_TRACEBACK or not _raised_in(error, ("hydra", "omegaconf")):
-            raise
-        sys.exit(f"configuration error: Hydra cannot make sense of the arguments ({error})")
+        _finish(message, 1)
+
+
+def _finish(message: str, code: int) -> NoReturn:
+    print(message, file=sys.stderr)
+    raise SystemExit(code)
+
+
+def _explain(error: Exception, schema: type) -> str | None:
+    """What a user can do about an error, in one line; None if it is a fault of this package."""
+    if _is_memory(error):
+        keys = [key for key in LARGE if arguments.has(schema, key)]
+        lower = f"lower {' or '.join(f'{key}=' for key in keys)}" if keys else "use smaller images"
+        return f"error: out of memory: {lower} ({_one_line(error)[:200]})"
+    if isinstance(error, HydraException | OmegaConfBaseException | OSError | ValueError):
+        return f"configuration error: {arguments.explain(error, schema) or _one_line(error)}"
+    inside = ("hydra", "omegaconf", "yaml", "antlr4")
+    if isinstance(error, RecursionError) and _raised_in(error, inside):
+        return "configuration error: nested too deeply, or with a reference to itself"
+    # Where Hydra did not think of an argument, such as hydra.launcher._target_=x.
+    unforeseen = (TypeError, AttributeError, AssertionError, RuntimeError, ImportError)
+    if isinstance(error, unforeseen) and _raised_in(error, inside):
+        what = f"({_one_line(error)})"
+        return f"configuration error: Hydra cannot make sense of the arguments {what}"
+    return None
+
+
+def _is_memory(error: Exception) -> bool:
+    """Whether there was not enough memory, on whatever device."""
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        return True
+    message = str(error).lower()
+    return isinstance(error, RuntimeError) and any(said in message for said in NO_MEMORY)
 
 
 def _raised_in(error: BaseException, packages: tuple[str, ...]) -> bool:
@@ -416,9 +496,10 @@ def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
     try:
         yield
     except kinds as error:
-        if WANTS_TRACEBACK:
+        # What `launch` has better words for.
+        if WANTS_TRACEBACK or isinstance(error, BrokenPipeError) or _is_memory(error):
             raise
-        raise SystemExit(f"error: {error}") from None
+        raise SystemExit(f"error: {' '.join(str(error).splitlines())}") from None
 
 
 def check_keys(node: DictConfig, prefix: str = "") -> None:

@@ -45,6 +45,7 @@ from deconvnet.decoding import (
     reason,
     shown_name,
     to_tensor,
+    user_path,
     without_ghostscript,
 )
 from deconvnet.decoding import decode as _decoded  # noqa: F401 - programs know it by this name
@@ -64,6 +65,7 @@ MANY = 1024  # files that wait for them at most
 Fitting = tuple[int | str, ...] | None
 
 SMALLEST = 8  # pixels: the least side of an image, and of a picture in its square
+LARGEST = 100_000  # a side of more can only be a mistake
 
 logger = logging.getLogger(__name__)
 
@@ -99,8 +101,10 @@ class DataSettings:
             raise ValueError("data.dataset=None: data.source=torchvision needs the name of a class")
         if self.source == "photographs" and self.size is None:
             raise ValueError("data.size=None: the photographs differ in size, a number is needed")
-        if self.size is not None and self.size < SMALLEST:
-            raise ValueError(f"data.size={self.size}: must be at least {SMALLEST}")
+        if self.size is not None and not SMALLEST <= self.size <= LARGEST:
+            raise ValueError(
+                f"data.size={self.size}: must be at least {SMALLEST}, and at most {LARGEST}"
+            )
         if self.fit not in FITS:
             raise ValueError(f"data.fit={self.fit!r}: choose {', '.join(FITS)}")
         if self.fit == "pad" and self.source == "photographs":
@@ -354,20 +358,16 @@ def stream_images(settings: DataSettings) -> StreamedImages:
     return StreamedImages(items, settings)
 
 
-def find_images(path: str | Path) -> list[Path]:
+def find_images(path: str | Path, *, key: str = "data.path") -> list[Path]:
     """The image files of a folder and of the folders in it, sorted; SUFFIXES says which they are.
 
     Hidden files and folders are left out. Links to folders are followed, but none is entered twice.
+    key: the setting that named the folder, for messages.
     """
-    found = _files(path, SUFFIXES)
+    found = _files(path, SUFFIXES, key)
     if not found:
-        raise ValueError(f"{_given(path)}: no image in this folder ({' '.join(SUFFIXES)})")
+        raise ValueError(f"{_given(path, key)}: no image in this folder ({' '.join(SUFFIXES)})")
     return found
-
-
-def user_path(path: str | Path) -> Path:
-    """A path as it was typed, with ~ for the home of a user where there is one of that name."""
-    return Path(os.path.expanduser(path))
 
 
 def without_download(settings: DataSettings) -> DataSettings:
@@ -379,24 +379,27 @@ def without_download(settings: DataSettings) -> DataSettings:
     return replace(settings, download=False)
 
 
-def _files(path: str | Path, suffixes: tuple[str, ...]) -> list[Path]:
+def _files(path: str | Path, suffixes: tuple[str, ...], key: str = "data.path") -> list[Path]:
     """The files of a folder and of those in it whose names end so, sorted; see `find_images`."""
     folder = user_path(path)
     try:
         is_folder = stat.S_ISDIR(os.stat(folder).st_mode)
     except FileNotFoundError:
-        raise ValueError(f"{_given(path)}: no such folder") from None
+        raise ValueError(f"{_given(path, key)}: no such folder") from None
     except (OSError, ValueError) as error:
-        raise ValueError(f"{_given(path)}: cannot be read: {reason(error)}") from error
+        raise ValueError(f"{_given(path, key)}: cannot be read: {reason(error)}") from error
     if not is_folder:
-        raise ValueError(
-            f"{_given(path)}: not a folder; data.source=shards reads .tar files, data.source=list "
-            "the files that a text file names"
-        )
+        hint = ""
+        if key == "data.path":
+            hint = (
+                "; data.source=shards reads .tar files, data.source=list the files that a text "
+                "file names"
+            )
+        raise ValueError(f"{_given(path, key)}: not a folder{hint}")
 
     def stop(error: OSError) -> None:
         raise ValueError(
-            f"{_given(path)}: {shown_name(error.filename)} cannot be listed: {error.strerror}"
+            f"{_given(path, key)}: {shown_name(error.filename)} cannot be listed: {error.strerror}"
         )
 
     found, entered = [], set()
@@ -415,8 +418,8 @@ def _files(path: str | Path, suffixes: tuple[str, ...]) -> list[Path]:
     return sorted(found)
 
 
-def _given(path: str | Path) -> str:
-    return f"data.path={shown_name(path)}"
+def _given(path: str | Path, key: str = "data.path") -> str:
+    return f"{key}={shown_name(path)}"
 
 
 def _digests(items: Sequence[Item]) -> tuple[str, ...]:
@@ -449,12 +452,15 @@ def _fingerprint(digests: tuple[str, ...], fitting: Fitting) -> str:
     return hashlib.sha256(json.dumps([fitting, digests]).encode()).hexdigest()
 
 
-def image_files(images: object) -> list[Path]:
-    """The image files that a setting names: one, those of a folder, or those of a list of both."""
+def image_files(images: object, *, key: str = "images") -> list[Path]:
+    """The image files that a setting names: one, those of a folder, or those of a list of both.
+
+    key: the setting, for messages.
+    """
     if isinstance(images, Sequence) and not isinstance(images, str):
-        return [path for item in images for path in image_files(item)]
+        return [path for item in images for path in image_files(item, key=key)]
     path = user_path(str(images))
-    return find_images(path) if os.path.isdir(path) else [path]
+    return find_images(path, key=key) if os.path.isdir(path) else [path]
 
 
 def distinct_names(paths: Sequence[Path]) -> list[str]:

@@ -47,7 +47,8 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 # The environment variable for images larger than Pillow's limit against decompression bombs.
 LIMIT = "DECONVNET_MAX_PIXELS"
 
-BUFFER = 1 << 20  # bytes that are read at a time
+DIGESTED = 1 << 20  # bytes that are read at a time for a digest
+BUFFERED = 1 << 16  # and for an image, whose decoder wants a few at a time
 
 # Tags of TIFF, and those of their values that are named below.
 COMPRESSION, PHOTOMETRIC, PLANES, SAMPLES = 259, 262, 284, 339
@@ -69,7 +70,7 @@ def read_image(path: str | Path) -> Tensor:
     one line, "cannot read <path>: <reason>". An image of more than PIL.Image.MAX_IMAGE_PIXELS, 89
     million, is refused; the environment variable DECONVNET_MAX_PIXELS sets another limit.
     """
-    return Content(Path(path), str(path)).image()
+    return Content(user_path(path), str(path)).image()
 
 
 def digest_file(path: str | Path) -> str:
@@ -77,7 +78,12 @@ def digest_file(path: str | Path) -> str:
 
     ValueError in one line where it cannot be read.
     """
-    return Content(Path(path), str(path)).digest()
+    return Content(user_path(path), str(path)).digest()
+
+
+def user_path(path: str | Path) -> Path:
+    """A path as it was typed, with ~ for the home of a user where there is one of that name."""
+    return Path(os.path.expanduser(path))
 
 
 @dataclass(frozen=True)
@@ -106,7 +112,7 @@ class Content:
         found = hashlib.sha256()
         try:
             with self.open() as file:
-                while part := file.read(BUFFER):
+                while part := file.read(DIGESTED):
                     found.update(part)
         except (OSError, ValueError) as error:
             raise ValueError(f"cannot read {shown_name(self.name)}: {reason(error)}") from error
@@ -117,7 +123,8 @@ class Content:
         size = check_file(self.path)
         whole = self.parts is None
         parts = ((0, 0, size),) if whole else self.parts
-        return io.BufferedReader(_Parts(self.path, parts, size if whole else self.size), BUFFER)
+        stream = _Parts(self.path, parts, size if whole else self.size)
+        return io.BufferedReader(stream, BUFFERED)
 
 
 class _Parts(io.RawIOBase):
@@ -344,8 +351,11 @@ class _Samples:
         return cls(
             bits=bits if picture.mode[0] == "I" or kind == SIGNED else None,
             signed=kind == SIGNED,
-            # Where Pillow inverts itself, its name of the order of the bits has an I at the end.
-            inverted=photometric == WHITE_IS_ZERO and "I" not in raw.partition(";")[2],
+            # Pillow inverts few bits itself; if it comes to do so with more, its name of the order
+            # of the bits will have an I after the semicolon, as for few.
+            inverted=photometric == WHITE_IS_ZERO
+            and picture.mode[0] in "IF"
+            and "I" not in raw.partition(";")[2],
             # libtiff hands over numbers as this machine has them, Pillow reads those of the file.
             swapped=packed and raw in ("I;16BS", "I;32BS", "F;32BF") and _little_endian(),
         )

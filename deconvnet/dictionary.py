@@ -1,33 +1,56 @@
 """Convolutional dictionary learning without a network: images in, filters out, and `encode`.
 
 learn_filters holds the images and their maps and goes through them epoch by epoch; learn_online
-sees every batch once and forgets it, for more images than fit into memory.
+sees every batch once and forgets it, for more images than fit into memory. Both may begin with
+given filters, and what they return can learn more, and be saved.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from deconvnet import checkpoint
 from deconvnet.convolution import Boundary
+from deconvnet.inputs import (
+    as_filters,
+    as_images,
+    as_number,
+    check_settings,
+    images_of_batch,
+    positive,
+    whole,
+)
 from deconvnet.learning import (
+    FilterSums,
     LearningSettings,
     dead_filters,
     filter_sums,
+    normalize,
+    off_center,
     patches_of,
+    shift,
     update_filters,
 )
 from deconvnet.modes import plain
 from deconvnet.monitor import EpochStats, Monitor
-from deconvnet.network import Layer, LayerSettings, Target, seeded
+from deconvnet.network import FILTERS, Layer, LayerSettings, Target, layer_settings, seeded
 from deconvnet.solvers import Solution, SolverSettings, default_solver, lam_of_share, sparse_code
-from deconvnet.trainer import LayerTrainer
+from deconvnet.trainer import Diverged, LayerTrainer
+
+# After so many batches of a stream filters are first moved to the middle of their frames, and again
+# each time that it has become longer by this factor: nobody knows where a stream ends, and what is
+# moved has to learn anew what it knew of its maps.
+RECENTER_FIRST, RECENTER_GROWTH = 16, 1.5
 
 
 @dataclass(frozen=True)
@@ -39,6 +62,14 @@ class Learned:
     filters: Tensor
     history: list[EpochStats]
     settings: LayerSettings
+
+    def __repr__(self) -> str:
+        K, C, h, w = self.filters.shape
+        last = f", objective {self.history[-1].objective:.6g}" if self.history else ""
+        return (
+            f"Learned({K} filters {C}x{h}x{w}, lam={self.settings.lam:.6g}, "
+            f"{len(self.history)} in the history{last})"
+        )
 
     def encode(
         self,
@@ -58,23 +89,111 @@ class Learned:
             images,
             self.filters,
             lam=layer.lam,
-            p=layer.p,
-            boundary=layer.boundary,
-            group=layer.group,
-            non_negative=layer.non_negative,
+            **self._prior,
             mask=mask,
             weights=weights,
             settings=settings,
             chunk=chunk,
         )
 
+    def learn_more(
+        self,
+        images: Tensor,
+        *,
+        solver: SolverSettings | None = None,
+        learning: LearningSettings | None = None,
+        seed: int = 0,
+        progress: bool = False,
+    ) -> Learned:
+        """`learn_filters` from these filters on, with their lam and prior, from the same images or
+        others (N, C, H, W). The history is that of both.
+
+        solver, learning: by default those of before, and so as many epochs again. Maps and sums
+        over images start anew.
+        """
+        more = learn_filters(images, **self._asked(solver, learning, seed, progress))
+        return dataclasses.replace(more, history=[*self.history, *more.history])
+
+    def learn_more_online(
+        self,
+        batches: Iterable[Tensor],
+        *,
+        memory: float = 50.0,
+        solver: SolverSettings | None = None,
+        learning: LearningSettings | None = None,
+        seed: int = 0,
+        progress: bool = False,
+    ) -> Learned:
+        """`learn_online` from these filters on, as `learn_more`, from batches of images."""
+        asked = self._asked(solver, learning, seed, progress)
+        more = learn_online(batches, memory=memory, **asked)
+        return dataclasses.replace(more, history=[*self.history, *more.history])
+
+    def save(self, path: str | Path) -> None:
+        """Write filters, settings and history to a .safetensors file, safe to share and to load.
+
+        It is a file for `Learned.load`: filters alone, without preprocessing, are no network.
+        """
+        history = [dataclasses.asdict(dataclasses.replace(of, loads=())) for of in self.history]
+        settings = {
+            "kind": FILTERS,
+            "layer": dataclasses.asdict(self.settings),
+            "history": history,
+        }
+        checkpoint.save_network(Path(path), {"filters": self.filters}, settings)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Learned:
+        """What `save` has written, on the CPU; else CheckpointError, in one line."""
+        tensors, settings = checkpoint.load_network(Path(path))
+        if settings.get("kind") != FILTERS:
+            raise checkpoint.CheckpointError(
+                f"{path}: holds no filters of Learned.save; a network is read by deconvnet.load"
+            )
+        try:
+            filters, layer = tensors["filters"], layer_settings(settings["layer"])
+            size = layer.filter_size
+            if filters.ndim != 4 or filters.shape[::2] != (layer.num_maps, size):
+                raise ValueError(f"filters of the shape {tuple(filters.shape)}")
+            history = [EpochStats(**{**of, "loads": ()}) for of in settings["history"]]
+        except Exception as error:  # settings of any type may go wrong anywhere
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise checkpoint.CheckpointError(
+                f"{path}: not filters of this version ({reason})"
+            ) from None
+        return cls(filters, history, layer)
+
+    @property
+    def _prior(self) -> dict[str, Any]:
+        """What the maps have been asked for, by the names of arguments."""
+        return {key: getattr(self.settings, key) for key in PRIOR}
+
+    def _asked(
+        self,
+        solver: SolverSettings | None,
+        learning: LearningSettings | None,
+        seed: int,
+        progress: bool,
+    ) -> dict[str, Any]:
+        """The arguments that go on with what was asked for before."""
+        return dict(
+            filters=self.filters,
+            lam=self.settings.lam,
+            **self._prior,
+            solver=solver or self.settings.solver,
+            learning=learning or self.settings.learning,
+            seed=seed,
+            progress=progress,
+        )
+
 
 @plain
 def learn_filters(
     images: Tensor,
-    num_maps: int,
-    filter_size: int,
+    num_maps: int | None = None,
+    filter_size: int | None = None,
     *,
+    filters: Tensor | None = None,
     lam: float | None = None,
     share: float | None = None,
     p: float = 1.0,
@@ -88,35 +207,43 @@ def learn_filters(
 ) -> Learned:
     """Filters under which the images have sparse maps: one layer without network or run folder.
 
-    images: (N, C, H, W), explained as they are: remove at least their mean. lam weighs the
-    reconstruction; or share, in (0, 1], of what leaves all maps zero under the filters that the
-    learning starts from (`lam_of_share`). group, non_negative: the prior of the maps; those of the
-    filters are in `learning`. solver: by default what is fastest on the device. `encode` of what
-    is returned infers the maps of these or of other images.
+    images: (N, C, H, W) of float32 or float64, a tensor or a numpy array, explained as they are:
+    remove at least their mean. filters: (K, C, h, h) to begin with, in place of num_maps and
+    filter_size; they are given the norm and the signs that `learning` asks for, whose `init` then
+    does not count. lam weighs the reconstruction; or share, in (0, 1], of what leaves all maps zero
+    under the filters that the learning starts from (`lam_of_share`). group, non_negative: the prior
+    of the maps; those of the filters are in `learning`. solver: by default what is fastest on the
+    device. `encode` of what is returned infers the maps of these or of other images, `learn_more`
+    goes on. Raises Diverged where the objective is no longer finite.
     """
-    if images.ndim != 4 or not torch.isfinite(images).all():
-        raise ValueError(f"images must be finite and (N, C, H, W), got {tuple(images.shape)}")
+    images = _checked(images, "images")
     settings = _settings(
-        lam,
-        share,
-        num_maps=num_maps,
-        filter_size=filter_size,
+        num_maps,
+        filter_size,
+        filters=filters,
+        lam=lam,
+        share=share,
         p=p,
         boundary=boundary,
         group=group,
         non_negative=non_negative,
         solver=solver or default_solver(images, p),
-        learning=learning or LearningSettings(),
+        learning=learning,
     )
     layer = Layer(settings, images.shape[1], seeded(seed, 1)).to(images)
     trainer = LayerTrainer(layer, images, seed=seed)
+    if filters is not None:
+        layer.set_filters(_first(filters, layer))
     if share is not None:
         settings.lam = _lam(layer, images, share)
     history = []
     with Monitor(progress=progress) as monitor:
         monitor.layer(1, 0, trainer.updates)
         while not trainer.done:
-            stats = trainer.update()
+            try:
+                stats = trainer.update()
+            except Diverged:
+                raise _diverged(f"epoch {trainer.epoch + 1}", settings) from None
             monitor.advance()
             if stats:
                 history.append(stats)
@@ -127,9 +254,10 @@ def learn_filters(
 @plain
 def learn_online(
     batches: Iterable[Tensor],
-    num_maps: int,
-    filter_size: int,
+    num_maps: int | None = None,
+    filter_size: int | None = None,
     *,
+    filters: Tensor | None = None,
     lam: float | None = None,
     share: float | None = None,
     p: float = 1.0,
@@ -145,84 +273,257 @@ def learn_online(
     """Filters from batches of images that are seen once, one after the other (Mairal et al. 2010).
 
     batches: of images (N, C, H, W), preprocessed as for `learn_filters`, whose other arguments
-    these are. Only one batch and the sums over those before are in memory; the sums are a mean over
-    about the last `memory` batches. Of `learning` counts what concerns one update: init,
-    update_iterations, norm, non_negative, zero_mean, revive (filters that the batches leave unused
-    start anew as patches of the last). A share is that of the first batch. The history has one
-    entry for each batch.
+    these are. A batch may be a list or tuple of images and labels, as a DataLoader yields it: its
+    first element counts. One without images is left out.
+
+    Only one batch and the sums over those before are in memory; the sums are a mean over about the
+    last `memory` batches. Of `learning` counts what concerns one update: init, update_iterations,
+    norm, non_negative, zero_mean, revive (filters that the batches leave unused start anew as
+    patches of the last) and recenter (filters that have settled off centre are moved after 16, 24,
+    36, 54, ... batches). A share is that of the first batch. The history has one entry for each
+    batch. Raises Diverged where the objective is no longer finite.
     """
+    memory = as_number(memory, "memory")
     if not memory >= 1:
-        raise ValueError(f"memory={memory}: must be at least 1 batch")
-    learning = learning or LearningSettings()
-    settings = _settings(
-        lam,
-        share,
-        num_maps=num_maps,
-        filter_size=filter_size,
+        raise ValueError(f"memory={memory:g}: must be at least 1 batch")
+    asked = dict(
+        filters=filters,
+        lam=lam,
+        share=share,
         p=p,
         boundary=boundary,
         group=group,
         non_negative=non_negative,
-        solver=solver or SolverSettings(),
         learning=learning,
     )
-    layer, sums, history = None, None, []
+    settings = _settings(num_maps, filter_size, solver=solver or SolverSettings(), **asked)
+    stream, history = None, []
     with Monitor(progress=progress) as monitor:
-        monitor.layer(1, 0, len(batches) if hasattr(batches, "__len__") else 0)
-        for count, images in enumerate(batches, 1):
-            if images.ndim != 4 or not torch.isfinite(images).all():
-                shape = tuple(images.shape)
-                raise ValueError(f"batch {count}: must be finite and (N, C, H, W), got {shape}")
-            if layer is None:
-                settings.solver = solver or default_solver(images, p)
-                layer = Layer(settings, images.shape[1], seeded(seed, 1)).to(images)
-                layer.initialize(images, seeded(seed, 1, 1))
-                if share is not None:
-                    settings.lam = _lam(layer, images, share)
-            started = time.perf_counter()
-            found = layer.infer(Target(images))
-            f, kept = layer.filters, 1 - 1 / min(count, memory)
-            new = filter_sums(found.z, found.residual, f, boundary=boundary)
-            new = new * (1 / len(images))
-            sums = new if sums is None else sums * kept + new * (1 - kept)
-            dead = dead_filters(sums.energy)
-            layer.set_filters(
-                update_filters(
-                    f,
-                    sums,
-                    norm=learning.norm,
-                    iterations=learning.update_iterations,
-                    non_negative=learning.non_negative,
-                    zero_mean=learning.zero_mean,
-                )
-            )
-            if dead and learning.revive:
-                f = layer.filters.clone()
-                shuffle = seeded(seed, 1, 2, count)
-                draw = patches_of(images, layer.settings.filter_size, shuffle)
-                f[dead] = layer.fresh_filters(len(dead), draw, shuffle)
-                layer.set_filters(f)
-                sums = sums.without(dead)
-            seconds = (time.perf_counter() - started) / len(images)
-            history.append(_stats(found, images, count, len(dead), seconds))
+        monitor.layer(1, 0, _length(batches))
+        for number, batch in enumerate(_each(batches), 1):
+            name = f"batch {number}"
+            images = images_of_batch(batch, name)
+            if images.numel() > 0:
+                images = _checked(images, name)
+                if stream is None:
+                    settings.solver = solver or default_solver(images, p)
+                    stream = _Stream(settings, images, filters, share, seed, memory)
+                history.append(stream.learn(images, name))
+                monitor.epoch(history[-1], step=len(history))
             monitor.advance()
-            monitor.epoch(history[-1], step=count)
-    if layer is None:
-        raise ValueError("batches: there are none")
-    return Learned(layer.filters, history, settings)
+    if stream is None:
+        raise ValueError("batches: there are none, or none has images")
+    return Learned(stream.layer.filters, history, settings)
 
 
-def _settings(lam: float | None, share: float | None, **layer: Any) -> LayerSettings:
+class _Stream:
+    """A layer that learns from batches, and the sums over those that it has seen."""
+
+    def __init__(
+        self,
+        settings: LayerSettings,
+        images: Tensor,
+        filters: Tensor | None,
+        share: float | None,
+        seed: int,
+        memory: float,
+    ):
+        self.settings, self.learning = settings, settings.learning
+        self.seed, self.memory = seed, memory
+        self.layer = Layer(settings, images.shape[1], seeded(seed, 1)).to(images)
+        self.sums: FilterSums | None = None
+        self.count, self.next_look = 0, RECENTER_FIRST
+        self._check(images, "batch 1")
+        if filters is None:
+            self.layer.initialize(images, seeded(seed, 1, 1))
+        else:
+            self.layer.set_filters(_first(filters, self.layer))
+        if share is not None:
+            settings.lam = _lam(self.layer, images, share)
+
+    def learn(self, images: Tensor, name: str) -> EpochStats:
+        """Infer the maps of a batch, add it to the sums, and update the filters."""
+        self._check(images, name)
+        started = time.perf_counter()
+        images = images.to(self.layer.filters)
+        found = self.layer.infer(Target(images))
+        if not torch.isfinite(found.objective).all():
+            raise _diverged(name, self.settings)
+        self.count += 1
+        self._add(found, images)
+        dead = dead_filters(self.sums.energy)
+        self._update()
+        if dead and self.learning.revive:
+            self._revive(dead, images)
+        if self.learning.recenter and self.count == self.next_look:
+            self._recenter()
+            self.next_look = math.ceil(RECENTER_GROWTH * self.count)
+        seconds = (time.perf_counter() - started) / len(images)
+        return _stats(found, images, self.count, len(dead), seconds)
+
+    def _check(self, images: Tensor, name: str) -> None:
+        """Refuse a batch that the filters do not fit."""
+        (H, W), size = images.shape[2:], self.settings.filter_size
+        if min(H, W) < size:
+            raise ValueError(
+                f"{name}: images of {H}x{W} are smaller than the {size}x{size} filters"
+            )
+        channels = self.layer.filters.shape[1]
+        if images.shape[1] != channels:
+            raise ValueError(
+                f"{name}: images of {images.shape[1]} channels, the first ones had {channels}"
+            )
+
+    def _add(self, found: Solution, images: Tensor) -> None:
+        kept = 1 - 1 / min(self.count, self.memory)
+        new = filter_sums(
+            found.z, found.residual, self.layer.filters, boundary=self.settings.boundary
+        )
+        new = new * (1 / len(images))
+        self.sums = new if self.sums is None else self.sums * kept + new * (1 - kept)
+
+    def _update(self) -> None:
+        learning = self.learning
+        self.layer.set_filters(
+            update_filters(
+                self.layer.filters,
+                self.sums,
+                norm=learning.norm,
+                iterations=learning.update_iterations,
+                non_negative=learning.non_negative,
+                zero_mean=learning.zero_mean,
+            )
+        )
+
+    def _revive(self, dead: list[int], images: Tensor) -> None:
+        """Start unused filters anew, from patches of these images."""
+        f = self.layer.filters.clone()
+        shuffle = seeded(self.seed, 1, 2, self.count)
+        draw = patches_of(images, self.settings.filter_size, shuffle)
+        f[dead] = self.layer.fresh_filters(len(dead), draw, shuffle)
+        self.layer.set_filters(f)
+        self.sums = self.sums.without(dead)
+
+    def _recenter(self) -> None:
+        """Move filters to the middle of their frames, and forget what was known of their maps."""
+        moves = off_center(self.layer.filters)
+        if not moves:
+            return
+        f = self.layer.filters.clone()
+        for k, (rows, columns) in moves.items():
+            f[k] = shift(f[k], rows, columns)
+        self.layer.set_filters(f)
+        self.sums = self.sums.without(list(moves))
+
+
+# The keywords of the prior of the maps, and of the border.
+PRIOR = ("p", "boundary", "group", "non_negative")
+
+
+def _checked(images: Tensor, name: str) -> Tensor:
+    images = as_images(images, name)
+    if not torch.isfinite(images).all():
+        raise ValueError(
+            f"{name}: must be finite and (N, C, H, W), there are NaN or infinite values"
+        )
+    return images
+
+
+def _settings(
+    num_maps: int | None,
+    filter_size: int | None,
+    *,
+    filters: Tensor | None,
+    lam: float | None,
+    share: float | None,
+    p: float,
+    solver: SolverSettings,
+    learning: LearningSettings | None,
+    **layer: Any,
+) -> LayerSettings:
     """Those of the layer; with a share its lam is yet to be found."""
     if (lam is None) == (share is None):
         raise ValueError(f"lam={lam}, share={share}: give one of the two")
-    return LayerSettings(lam=1.0 if lam is None else lam, **layer)
+    check_settings(learning, LearningSettings, "learning")
+    check_settings(solver, SolverSettings, "solver", optional=False)
+    if filters is not None:
+        num_maps, filter_size = _sizes(filters, num_maps, filter_size)
+    elif num_maps is None or filter_size is None:
+        raise ValueError(
+            f"num_maps={num_maps}, filter_size={filter_size}: give both, or filters to begin with"
+        )
+    square = ", since filters are square"
+    return LayerSettings(
+        whole(num_maps, "num_maps"),
+        whole(filter_size, "filter_size", square),
+        lam=1.0 if lam is None else positive(lam, "lam"),
+        p=as_number(p, "p"),
+        solver=solver,
+        learning=learning or LearningSettings(),
+        **layer,
+    )
+
+
+def _sizes(filters: Tensor, num_maps: int | None, filter_size: int | None) -> tuple[int, int]:
+    """(K, h) of filters (K, C, h, h), which must be what was asked for, if anything was."""
+    shape = tuple(filters.shape) if hasattr(filters, "shape") else ()
+    as_filters(filters, shape[1] if len(shape) == 4 else 1)
+    K, _, h, w = shape
+    if h != w:
+        raise ValueError(f"filters of {h}x{w}: filters that are learned are square")
+    for name, asked, found in (("num_maps", num_maps, K), ("filter_size", filter_size, h)):
+        if asked is not None and whole(asked, name) != found:
+            raise ValueError(f"{name}={asked}: the filters to begin with have {found}")
+    return K, h
+
+
+def _first(filters: Tensor, layer: Layer) -> Tensor:
+    """Given filters as the layer takes them; there must be something left of each of them."""
+    filters = as_filters(filters, layer.filters.shape[1]).to(layer.filters)
+    if not torch.isfinite(filters).all():
+        raise ValueError("filters must be finite: there are NaN or infinite values")
+    learning = layer.settings.learning
+    asked = dict(non_negative=learning.non_negative, zero_mean=learning.zero_mean)
+    nothing = ~normalize(filters, learning.norm, **asked).flatten(1).any(1)
+    if nothing.any():
+        of = ", ".join(key for key, value in asked.items() if value)
+        why = f" with learning.{of}=True" if of else ""
+        raise ValueError(f"filters[{int(nothing.nonzero()[0])}]: nothing of it is left{why}")
+    return filters
 
 
 def _lam(layer: Layer, images: Tensor, share: float) -> float:
     """lam as a share under the filters as they are now."""
     prior = dict(group=layer.settings.group, non_negative=layer.settings.non_negative)
     return lam_of_share(layer.operator(), images, share, p=layer.settings.p, **prior)
+
+
+def _diverged(where: str, settings: LayerSettings) -> Diverged:
+    return Diverged(
+        f"{where}: the objective is not finite; lower lam ({settings.lam:g}) or solver.relaxation "
+        f"({settings.solver.relaxation:g}), or look for extreme values in the images"
+    )
+
+
+def _length(batches: Iterable[Tensor]) -> int:
+    """How many batches there are, or 0 where that is not known."""
+    try:
+        return len(batches)
+    except TypeError:
+        return 0
+
+
+def _each(batches: Iterable[Tensor]) -> Iterable[Tensor]:
+    if isinstance(batches, (Tensor, np.ndarray)):
+        raise ValueError(
+            f"batches is one array of the shape {tuple(batches.shape)}: give several batches, such "
+            "as images.split(8)"
+        )
+    try:
+        return iter(batches)
+    except TypeError:
+        kind = type(batches).__name__
+        raise ValueError(f"batches must be an iterable of images, got {kind}") from None
 
 
 def _stats(found: Solution, b: Tensor, count: int, dead: int, seconds: float) -> EpochStats:

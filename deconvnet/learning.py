@@ -49,6 +49,10 @@ BLOCK, BLOCK_ON_CPU = 2**22, 2**17
 Batch = tuple[Tensor, Tensor, Operator]
 
 
+# More epochs, or steps of an update, can only be a mistake.
+MOST_STEPS = 1_000_000
+
+
 @dataclass
 class LearningSettings:
     """How the filters of a layer are learned."""
@@ -85,15 +89,18 @@ class LearningSettings:
                     f"learning.{key}={getattr(self, key)}: choose one of {', '.join(choices)}"
                 )
         for key in ("epochs", "update_iterations"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"learning.{key}={getattr(self, key)}: must be at least 1")
+            if not 1 <= getattr(self, key) <= MOST_STEPS:
+                raise ValueError(
+                    f"learning.{key}={getattr(self, key)}: must be at least 1, and at most "
+                    f"{MOST_STEPS}"
+                )
         if self.batch_size is not None and self.batch_size < 1:
             raise ValueError(f"learning.batch_size={self.batch_size}: must be at least 1, or null")
         if self.non_negative and self.zero_mean:
             raise ValueError(
                 "learning.zero_mean=True: not with learning.non_negative, which leaves only zeros"
             )
-        if self.memory < 0:
+        if not self.memory >= 0:
             raise ValueError(f"learning.memory={self.memory}: must not be negative")
 
 

@@ -1,4 +1,8 @@
-"""What a user sees of a run while it goes: progress bar, TensorBoard page, pictures.
+"""What a user sees of a run while it goes: progress bar, log, TensorBoard page, pictures.
+
+On a terminal a bar shows how far a layer is and what the last epoch saw, as much of it as there is
+room for. The log has a line for epochs that are some seconds apart, in the file of a run and, where
+there is no bar, among what is printed.
 
 One global step, the filter updates since the run began, orders everything on the page; going on
 with a run hides what an interrupted one wrote beyond the step where it goes on.
@@ -8,8 +12,12 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import math
+import os
+import shutil
 import sys
+import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +30,15 @@ from tqdm import tqdm
 from deconvnet import files
 from deconvnet.events import event_writer
 from deconvnet.strict_json import to_json
+
+log = logging.getLogger(__name__)
+
+# Seconds between the lines of the log that epochs have.
+BETWEEN = 5.0
+# Attribute of a record of the log that a progress bar shows, too.
+IN_BAR = "in_bar"
+# Columns from which the bar is drawn in full, and from which it says more than the figures.
+WIDE, MIDDLE = 120, 56
 
 # One JSON object a line: what every epoch saw and cost, and what every layer reached.
 METRICS = "metrics.jsonl"
@@ -114,6 +131,7 @@ class Monitor:
         self._writer = None
         self._bar: tqdm | None = None
         self._inferred = 0
+        self._said = -math.inf
 
     def start(self, step: int, layer: int = 1) -> None:
         """Open the TensorBoard file; events after `step` that an earlier run left are hidden, and
@@ -140,11 +158,7 @@ class Monitor:
 
     def epoch(self, stats: EpochStats, step: int) -> None:
         """An epoch is over."""
-        self._bar.set_postfix_str(
-            f"epoch {stats.epoch}/{stats.epochs}, objective {stats.objective:.1f}, "
-            f"SNR {stats.snr:.1f} dB, density {stats.density:.1%}"
-            + (f", {stats.dead} dead" if stats.dead else "")
-        )
+        self._say(stats)
         if self._writer is None:
             return
         for key, value in stats.numbers.items():
@@ -223,16 +237,68 @@ class Monitor:
         if self._writer is not None:
             self._writer.close()
 
+    def _say(self, stats: EpochStats) -> None:
+        """The figures of an epoch beside the bar, and from time to time in the log."""
+        text = (
+            f"objective {stats.objective:.1f}, SNR {stats.snr:.1f} dB, density {stats.density:.1%}"
+        )
+        text += f", {stats.dead} dead" if stats.dead else ""
+        short = f"{stats.epoch}/{stats.epochs}, obj {stats.objective:.1f}, SNR {stats.snr:.1f} dB"
+        columns = _columns()
+        self._bar.bar_format = _bar_format(columns) if columns >= MIDDLE else "{desc}{postfix}"
+        if columns >= WIDE:
+            self._bar.set_postfix_str(f"epoch {stats.epoch}/{stats.epochs}, {text}")
+        else:
+            self._bar.set_postfix_str(f"epoch {short}" if columns >= MIDDLE else short)
+        if stats.epoch == stats.epochs or time.monotonic() >= self._said + BETWEEN:
+            self._said = time.monotonic()
+            epoch = f"layer {stats.layer}, epoch {stats.epoch}/{stats.epochs}"
+            log.info("%s: %s", epoch, text, extra={IN_BAR: not self._bar.disable})
+
     def _open_bar(self, name: str, total: int, **options: object) -> None:
         self._close_bar()
         self._bar = tqdm(
-            desc=name, total=total, disable=not self.progress, dynamic_ncols=True, **options
+            desc=name,
+            total=total,
+            disable=hidden(self.progress),
+            dynamic_ncols=True,
+            bar_format=_bar_format(_columns()),
+            **options,
         )
 
     def _close_bar(self) -> None:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+def hidden(progress: bool) -> bool | None:
+    """`disable` of a progress bar: a file would get all that a terminal draws over itself."""
+    return None if progress else True
+
+
+def not_in_bar(record: logging.LogRecord) -> bool:
+    """For the handlers that write to a terminal: whether a progress bar does not show it there."""
+    return not getattr(record, IN_BAR, False)
+
+
+def _bar_format(columns: int) -> str | None:
+    """The bar without what there is no room for: first the bar itself, then times."""
+    if columns >= WIDE:
+        return None
+    return (
+        "{desc} {percentage:.0f}% {remaining}{postfix}"
+        if columns >= MIDDLE
+        else "{desc} {n_fmt}/{total_fmt}{postfix}"
+    )
+
+
+def _columns() -> int:
+    """The width of the terminal that the bar is drawn on."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns
+    except (OSError, ValueError, AttributeError):
+        return shutil.get_terminal_size().columns
 
 
 def memory_used(device: torch.device) -> float:

@@ -13,9 +13,9 @@ Layers are counted from 1, as in the papers.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from math import comb
 from pathlib import Path
 
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from deconvnet import checkpoint
 from deconvnet.codes import ALL, Codes, Images, LayerCodes, join
 from deconvnet.convolution import BOUNDARIES
+from deconvnet.inputs import as_tensor, check_settings, positive, whole
 from deconvnet.learning import LearningSettings, first_filters, normalize, patches_of
 from deconvnet.modes import plain
 from deconvnet.operators import (
@@ -47,9 +48,16 @@ from deconvnet.sparsity import check_exponent
 
 Progress = Callable[[int, int], None]
 
+# What a file of `Learned.save` says that it holds; of networks `load` reads the others.
+FILTERS = "filters"
+
 TARGETS = ("maps", "image", "both")
 POOLINGS = ("after", "in_loop")
 WIRINGS = ("full", "singles", "doubles", "singles_and_doubles", "random_doubles")
+
+
+# More maps, or sides of more pixels, can only be a mistake.
+LARGEST = 100_000
 
 
 @dataclass
@@ -96,12 +104,17 @@ class LayerSettings:
 
     def __post_init__(self) -> None:
         for key in ("num_maps", "filter_size", "group"):
-            value = getattr(self, key)
-            if isinstance(value, int) and value < 1:
-                raise ValueError(f"{key}={value}: must be at least 1")
+            # Text is a number that a configuration has yet to say.
+            if not isinstance(value := getattr(self, key), str):
+                square = ", since filters are square" if key == "filter_size" else ""
+                value = whole(value, key, square)
+                if value > LARGEST:
+                    raise ValueError(f"{key}={value}: must be at most {LARGEST}")
+                setattr(self, key, value)
         for key in ("lam", "image_weight"):
-            if not getattr(self, key) > 0:
-                raise ValueError(f"{key}={getattr(self, key)}: must be positive")
+            setattr(self, key, positive(getattr(self, key), key))
+        check_settings(self.solver, SolverSettings, "solver", optional=False)
+        check_settings(self.learning, LearningSettings, "learning", optional=False)
         check_exponent(self.p)
         for key, choices in (
             ("connectivity", WIRINGS),
@@ -117,7 +130,9 @@ class LayerSettings:
             raise ValueError(f"group={self.group}: must divide num_maps={self.num_maps}")
         if self.learning.zero_mean and self.filter_size == 1:
             raise ValueError("learning.zero_mean=True: filter_size=1 leaves only zeros")
-        if self.pool is not None and (len(self.pool) != 3 or min(self.pool) < 1):
+        if self.pool is not None and (
+            len(self.pool) != 3 or min(self.pool) < 1 or max(self.pool) > LARGEST
+        ):
             raise ValueError(
                 f"pool={list(self.pool)}: expected [maps, rows, columns], each at least 1, or null"
             )
@@ -169,6 +184,11 @@ class Layer(nn.Module):
         self.register_buffer("filters", filters)
         self.register_buffer("scale", torch.ones((), dtype=torch.float32))
         self.set_filters(filters)
+
+    def extra_repr(self) -> str:
+        settings, (K, C, h, w) = self.settings, self.filters.shape
+        pool = "" if settings.pool is None else f", pool={list(settings.pool)}"
+        return f"{K} filters {C}x{h}x{w}, lam={settings.lam:g}, p={settings.p:g}{pool}"
 
     @property
     def g(self) -> Tensor | None:
@@ -305,8 +325,11 @@ class DeconvNet(nn.Module):
         (default all; 0 only preprocesses). chunk: images at a time, which bounds memory and changes
         results by rounding only. progress(done, total) hears of every chunk.
         """
-        if len(images) == 0 or chunk < 1:
-            raise ValueError(f"{len(images)} images, chunk={chunk}: both must be at least 1")
+        images = as_tensor(images, "images")
+        frames = None if frames is None else as_tensor(frames, "frames")
+        chunk = whole(chunk, "chunk")
+        if images.numel() == 0:
+            raise ValueError(f"images must not be empty, got the shape {tuple(images.shape)}")
         depth = self.depth if depth is None else depth
         if not 0 <= depth <= self.depth:
             raise ValueError(f"depth={depth}: this network has layers 1 to {self.depth}")
@@ -375,6 +398,8 @@ class DeconvNet(nn.Module):
     @plain
     def reconstruct(self, codes: Codes, layer: int | None = None) -> Tensor:
         """Pixels (N, 1 or 3, H, W) in [0, 1] from the maps of a layer, by default the highest."""
+        if not isinstance(codes, Codes):
+            raise ValueError(f"codes must be Codes of `infer`, got {type(codes).__name__}")
         layer = len(codes.layers) if layer is None else layer
         y = self.paint(codes, layer)
         return self.preprocessing.inverse(y, codes.record).clamp(0, 1)
@@ -410,16 +435,7 @@ class DeconvNet(nn.Module):
     @classmethod
     def from_parts(cls, tensors: dict[str, Tensor], settings: dict) -> DeconvNet:
         """The network that `to_parts` described."""
-        layers = [
-            LayerSettings(
-                **{
-                    **layer,
-                    "solver": SolverSettings(**layer["solver"]),
-                    "learning": LearningSettings(**layer["learning"]),
-                }
-            )
-            for layer in settings["layers"]
-        ]
+        layers = [layer_settings(layer) for layer in settings["layers"]]
         preprocessing = PreprocessingSettings(**settings["preprocessing"])
         # Before anything of the sizes in the settings is made: they may be absurd.
         size = preprocessing.whitening_size
@@ -434,6 +450,12 @@ class DeconvNet(nn.Module):
     def save(self, path: str | Path) -> None:
         """Write the whole network to a .safetensors file, safe to share and to load."""
         checkpoint.save_network(Path(path), *self.to_parts())
+
+
+def layer_settings(plain: dict) -> LayerSettings:
+    """The settings of a layer that `dataclasses.asdict` has taken apart."""
+    solver, learning = SolverSettings(**plain["solver"]), LearningSettings(**plain["learning"])
+    return LayerSettings(**{**plain, "solver": solver, "learning": learning})
 
 
 def load(path: str | Path) -> DeconvNet:
@@ -451,6 +473,11 @@ def load(path: str | Path) -> DeconvNet:
     elif path.is_file():
         source = path
         tensors, settings = checkpoint.load_network(path)
+        if settings.get("kind") == FILTERS:
+            raise checkpoint.CheckpointError(
+                f"{path}: holds filters of learn_filters or learn_online, not a network; use "
+                "deconvnet.Learned.load"
+            )
     else:
         raise ValueError(f"{path}: no such run folder or network file")
     try:
@@ -513,8 +540,8 @@ def _connectivity(kind: str, num_maps: int, channels: int, generator: torch.Gene
             kind
         ]
         if len(chosen) != num_maps:
-            count = {"singles": channels, "doubles": comb(channels, 2)}
-            needed = count.get(kind, channels + comb(channels, 2))
+            count = {"singles": channels, "doubles": math.comb(channels, 2)}
+            needed = count.get(kind, channels + math.comb(channels, 2))
             raise ValueError(
                 f"num_maps={num_maps}: connectivity={kind} over {channels} maps below makes "
                 f"{needed} filters"

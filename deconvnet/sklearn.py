@@ -30,6 +30,7 @@ from torch.nn.functional import pad
 from deconvnet import config
 from deconvnet.applications.pyramid import Grid, cells, grid_features
 from deconvnet.codes import Codes
+from deconvnet.inputs import as_tensor
 from deconvnet.learning import LearningSettings
 from deconvnet.modes import plain
 from deconvnet.monitor import EpochStats
@@ -49,7 +50,8 @@ class DeconvNetTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
     """Learns filters from images, and gives for every image its sparse maps, or what they are in
     the cells of a grid.
 
-    X: (N, H, W), (N, C, H, W), or rows (N, C*H*W) with an image_shape; real numbers in any units,
+    X: (N, H, W), (N, C, H, W), or rows (N, C*H*W) with an image_shape; an array, a list or a
+    tensor, but what comes back are numpy arrays; real numbers in any units,
     and with `preprocessing` in [0, 1]. Rows without an image_shape are signals.
 
     layers: the settings of every layer, which then say all about learning; None: one layer of
@@ -168,7 +170,7 @@ class DeconvNetTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
                     f"pool={list(layer.settings.pool)} of layer {number}: its switches are no part "
                     "of the features; use layers with pool=None, or net_.reconstruct"
                 )
-        Z = check_array(Z, dtype=np.float32)
+        Z = check_array(_array(Z), dtype=np.float32)
         if Z.shape[1] != self._n_features_out:
             raise ValueError(
                 f"Z has {Z.shape[1]} features, but maps of shape {self.map_shape_} have "
@@ -194,7 +196,7 @@ class DeconvNetTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
 
     def _images(self, X: ArrayLike, *, reset: bool) -> np.ndarray:
         """X as (N, C, H, W), checked; with reset, its shape is what is expected from now on."""
-        shape = None
+        shape, X = None, _array(X)
         if (X.ndim if hasattr(X, "ndim") else np.asarray(X).ndim) in (3, 4):
             X = check_array(X, dtype=FLOATS, allow_nd=True)
             shape, X = X.shape[1:], X.reshape(len(X), -1)
@@ -314,6 +316,14 @@ class DeconvNetTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
 
 def _with_channels(shape: tuple[int, ...]) -> tuple[int, int, int]:
     return (1, *map(int, shape)) if len(shape) == 2 else tuple(map(int, shape))
+
+
+def _array(X: ArrayLike) -> ArrayLike:
+    """A tensor, wherever it is and of whatever type, as an array; anything else as it is."""
+    if not isinstance(X, Tensor):
+        return X
+    X = as_tensor(X, "X").cpu()
+    return (X.float() if X.dtype == torch.bfloat16 else X).numpy()
 
 
 def _is_whole(value: object) -> bool:

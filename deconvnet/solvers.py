@@ -35,6 +35,16 @@ from torch import Tensor
 
 from deconvnet.convolution import Boundary
 from deconvnet.coordinates import coordinate_descent
+from deconvnet.inputs import (
+    as_filters,
+    as_images,
+    as_number,
+    as_tensor,
+    as_weights,
+    check_settings,
+    positive,
+    whole,
+)
 from deconvnet.modes import plain
 from deconvnet.operators import Deconvolution, Operator, conjugate_gradients, dot, norm
 from deconvnet.pooling import Window
@@ -53,6 +63,10 @@ GROWTH, CAUTION = 1.02, 0.9
 ADAPT_UNTIL = 100
 
 Callback = Callable[[int, Tensor, Tensor], None]
+
+
+# More can only be a mistake, or a file that is to keep its reader busy for ever.
+MOST_ITERATIONS = 1_000_000
 
 
 @dataclass
@@ -94,11 +108,14 @@ class SolverSettings:
         _choose("solver.method", self.method, METHODS)
         _choose("solver.z_step", self.z_step, Z_STEPS)
         for key in ("iterations", "training_iterations", "cg_iterations"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"solver.{key}={getattr(self, key)}: must be at least 1")
+            if not 1 <= getattr(self, key) <= MOST_ITERATIONS:
+                raise ValueError(
+                    f"solver.{key}={getattr(self, key)}: must be at least 1, and at most "
+                    f"{MOST_ITERATIONS}"
+                )
         for key in ("coupling", "beta_start", "step", "gap"):
-            if getattr(self, key) is not None and not getattr(self, key) > 0:
-                raise ValueError(f"solver.{key}={getattr(self, key)}: must be positive")
+            if getattr(self, key) is not None and not 0 < getattr(self, key) < math.inf:
+                raise ValueError(f"solver.{key}={getattr(self, key)}: must be positive and finite")
         if self.gap is not None and self.method == "half_quadratic":
             raise ValueError(
                 f"solver.gap={self.gap}: half_quadratic goes through its schedule; choose admm, "
@@ -149,17 +166,23 @@ class Solution:
     def objective(self) -> Tensor:
         return self.reconstruction + self.sparsity
 
+    def __repr__(self) -> str:
+        return f"Solution({self})"
+
     def __str__(self) -> str:
         """One line of what was found, with the duality gap where it was asked for."""
         total = float(self.objective.sum())
-        density = float(torch.count_nonzero(self.z)) / self.z.numel()
+        density = float(torch.count_nonzero(self.z)) / max(self.z.numel(), 1)
         line = (
             f"{len(self.z)} images, maps {'x'.join(map(str, self.z.shape[1:]))}, {density:.2%} not "
             f"zero, objective {total:.6g}, {self.iterations} iterations"
         )
         if self.gap is None:
             return line
-        return f"{line}, at most {float(self.gap.sum()) / total:.2%} above the minimum"
+        gap = float(self.gap.sum())
+        # Where nothing is to be explained the objective is 0, which is the minimum.
+        share = gap / total if total > 0 else gap
+        return f"{line}, at most {max(share, 0.0):.2%} above the minimum"
 
 
 @plain
@@ -182,7 +205,8 @@ def sparse_code(
 
         minimise over z      lam/2 ||mask * (sum_k f_k * z_k - y)||^2 + prior(z)
 
-    images: (N, C, H, W), explained as they are; filters: (K, C, h, w). lam weighs the
+    images: (N, C, H, W) of float32 or float64, explained as they are; filters: (K, C, h, w);
+    tensors or numpy arrays, but what comes back are tensors. lam weighs the
     reconstruction, as in the papers: SPORCO's lambda is 1/lam, and its objective 1/lam times this
     one. share instead of lam, in (0, 1], is relative to what makes all maps zero (`lam_of_share`).
     mask: (N or 1, C or 1, H, W), >= 0; where it is 0 a pixel is not explained and may be anything.
@@ -191,15 +215,11 @@ def sparse_code(
     bounds the memory beside that of the maps and changes results by rounding only; None: what is
     fast on a CPU, all on a GPU. What comes back are plain tensors without a gradient.
     """
-    if images.ndim != 4:
-        raise ValueError(f"images must have the shape (N, C, H, W), got {tuple(images.shape)}")
-    if images.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"images must be float32 or float64, got {images.dtype}")
-    if filters.ndim != 4 or filters.shape[1] != images.shape[1]:
-        raise ValueError(
-            f"filters must have the shape (K, {images.shape[1]}, h, w) for images of "
-            f"{images.shape[1]} channels, got {tuple(filters.shape)}"
-        )
+    images = as_images(images)
+    filters = as_filters(filters, images.shape[1])
+    mask = None if mask is None else as_tensor(mask, "mask")
+    weights = None if weights is None else as_weights(weights)
+    check_settings(settings, SolverSettings, "settings")
     if (lam is None) == (share is None):
         raise ValueError(f"lam={lam}, share={share}: give one of the two")
     A, b = Deconvolution(filters.to(images), boundary, mask), images
@@ -213,7 +233,8 @@ def sparse_code(
         b = torch.where(A.mask > 0, A.mask * images, torch.zeros_like(images))
     if not torch.isfinite(b).all() or not torch.isfinite(filters).all():
         raise ValueError("images and filters must be finite: there are NaN or infinite values")
-    weights = weights if weights is None else torch.as_tensor(weights).to(images)
+    weights = None if weights is None else weights.to(images)
+    p, group = as_number(p, "p"), whole(group, "group")
     prior = dict(p=p, weights=weights, group=group, non_negative=non_negative)
     if share is not None:
         lam = lam_of_share(A, b, share, **prior)
@@ -239,7 +260,7 @@ def lam_of_share(A: Operator, b: Tensor, share: float, **prior: Any) -> float:
     for all. If the data are scaled by s so is this largest lambda: with the same share the maps are
     scaled by s and otherwise the same, while a lam that is given would have to be divided by s.
     """
-    if not 0 < share <= 1:
+    if not 0 < as_number(share, "share") <= 1:
         raise ValueError(f"share={share}: must lie in (0, 1]")
     data = A.adjoint(b)
     asked = Prior(**prior)
@@ -248,7 +269,7 @@ def lam_of_share(A: Operator, b: Tensor, share: float, **prior: Any) -> float:
     if not 0 < largest < math.inf:
         why = "all weights to be positive" if largest > 0 else "images that the filters can explain"
         raise ValueError(f"share={share}: needs {why}")
-    return 1 / (share * largest)
+    return 1 / (float(share) * largest)
 
 
 @plain
@@ -276,10 +297,9 @@ def solve(
     beta) sees the sparse maps after iteration i = 1, 2, ... and the beta (N, 1, 1, 1) of each image
     then; for fista and ista beta is 1 / step. It sees all images: with it there are no chunks.
     """
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk={chunk}: must be at least 1")
-    if not lam > 0:
-        raise ValueError(f"lam={lam}: must be positive")
+    chunk = None if chunk is None else whole(chunk, "chunk")
+    b, lam = as_images(b, "b"), positive(lam, "lam")
+    check_settings(settings, SolverSettings, "settings")
     fields = dict(p=p, window=window, weights=weights, group=group, non_negative=non_negative)
     prior = Prior(**fields)
     if settings.gap is not None and not prior.convex:

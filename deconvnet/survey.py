@@ -543,7 +543,8 @@ def _bar(
     settings: SurveySettings, name: str, unit: str, total: int | None, *, hidden: bool = False
 ) -> Iterator[Callable[[int, int], None]]:
     """A progress bar as what is told (done, total)."""
-    disable = hidden or not settings.progress
+    # On a terminal only: a file would get all that the bar draws over itself.
+    disable = True if hidden or not settings.progress else None
     with tqdm(desc=name, total=total, unit=unit, disable=disable, dynamic_ncols=True) as bar:
 
         def progress(done: int, whole: int) -> None:

@@ -90,7 +90,11 @@ def train(
     initial = _initial_filters(net, ranks.told(run and run.initial))
     position = _Position.of(state)
     if position.layer > net.depth:
-        log.info("all %d layers were trained before", net.depth)
+        log.info(
+            "all %d layers were trained before; for another run choose another name=..., to learn "
+            "more of this one more layers=...",
+            net.depth,
+        )
         if run:
             _save_again(net, run.network)
         if run and state["trainer"] is None:

@@ -5,6 +5,7 @@ python scripts/classify.py run=runs/iccv2011 data.path=caltech layers=[1,4]
 
 import dataclasses
 import os
+import signal
 from pathlib import Path
 
 import hydra
@@ -13,6 +14,9 @@ from omegaconf import DictConfig
 # With another busy process on the machine, threads of OpenMP that spin while they wait cost up to
 # ten times the time; on a quiet machine a short spin is as fast. To be set before torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+# Ctrl-C while libraries are loaded ends the program without a word; `launch` has more to say.
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 

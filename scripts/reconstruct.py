@@ -4,6 +4,7 @@ python scripts/reconstruct.py run=runs/photographs layer=2 images=photo.jpg
 """
 
 import os
+import signal
 from pathlib import Path
 
 import hydra
@@ -13,11 +14,14 @@ from tqdm import tqdm
 # With another busy process on the machine, threads of OpenMP that spin while they wait cost up to
 # ten times the time; on a quiet machine a short spin is as fast. To be set before torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+# Ctrl-C while libraries are loaded ends the program without a word; `launch` has more to say.
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from deconvnet import config, load
 from deconvnet.applications.pictures import check_targets
 from deconvnet.data import distinct_names, image_files, read_image
-from deconvnet.monitor import save_picture
+from deconvnet.monitor import hidden, save_picture
 from deconvnet.network import snr
 from deconvnet.visualization import parts_picture
 
@@ -42,7 +46,7 @@ def reconstruct(cfg: config.ReconstructConfig) -> None:
     endings = [".png", "-parts.png"] if cfg.parts else [".png"]
     targets = [folder / f"{name}-layer{layer}{end}" for _, name in named for end in endings]
     check_targets(targets, [source, *paths])
-    for path, name in tqdm(named, unit="image", leave=False, disable=len(paths) == 1):
+    for path, name in tqdm(named, unit="image", leave=False, disable=hidden(len(paths) > 1)):
         image = read_image(path)[None].to(net.device)
         codes = net.infer(image, depth=layer)
         pixels = net.reconstruct(codes)

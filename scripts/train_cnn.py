@@ -4,7 +4,9 @@ python scripts/train_cnn.py data.download=true
 """
 
 import logging
+import math
 import os
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -18,6 +20,9 @@ from omegaconf import DictConfig, OmegaConf
 # With another busy process on the machine, threads of OpenMP that spin while they wait cost up to
 # ten times the time; on a quiet machine a short spin is as fast. To be set before torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+# Ctrl-C while libraries are loaded ends the program without a word; `launch` has more to say.
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 import torch.nn.functional as F
@@ -26,13 +31,16 @@ from tqdm import tqdm
 
 from deconvnet import config, files
 from deconvnet.data import Crop, DataSettings, LazyImages, lazy_images
-from deconvnet.monitor import save_picture
+from deconvnet.monitor import hidden, save_picture
 from deconvnet.visualization.models import Subject, save_model
 from deconvnet.visualization.normalization import Normalization
 from deconvnet.visualization.tiles import grid, symmetric
 from deconvnet.visualization.zfnet import ZFNet, limit_filters
 
 log = logging.getLogger("train_cnn")
+
+# More maps, images of a batch or epochs can only be a mistake.
+MOST = 100_000
 
 
 @dataclass
@@ -69,17 +77,20 @@ class CnnSettings:
             )
         if self.data.size is None:
             raise ValueError("data.size=None: a number is needed")
+        config.check_seed(self.seed)
         for key in ("width", "epochs", "batch"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key}={getattr(self, key)}: must be at least 1")
+            if not 1 <= getattr(self, key) <= MOST:
+                raise ValueError(f"{key}={getattr(self, key)}: must be at least 1, at most {MOST}")
         for key in ("held_out", "dropout", "momentum"):
             if not 0 <= getattr(self, key) < 1:
                 raise ValueError(f"{key}={getattr(self, key)}: must be at least 0 and below 1")
         if not 0 <= self.shift < self.data.size:
             raise ValueError(f"shift={self.shift}: must be at least 0 and below data.size")
         for key in ("images", "learning_rate", "filter_rms"):
-            if getattr(self, key) is not None and getattr(self, key) <= 0:
-                raise ValueError(f"{key}={getattr(self, key)}: must be above 0")
+            if getattr(self, key) is not None and not 0 < getattr(self, key) < math.inf:
+                raise ValueError(f"{key}={getattr(self, key)}: must be above 0, and finite")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay={self.weight_decay}: must be at least 0, and finite")
 
 
 @dataclass(frozen=True)
@@ -196,7 +207,7 @@ def read(
 ) -> tuple[Tensor, list[str]]:
     """The pixels (n, 1 or 3, S, S) uint8 of some images, and the names of their classes."""
     pixels, labels = [], []
-    for index in tqdm(chosen, f"images {what}", disable=not settings.progress, leave=False):
+    for index in tqdm(chosen, f"images {what}", disable=hidden(settings.progress), leave=False):
         image = images[index]
         image = image.mean(0, keepdim=True) if settings.color == "grey" else image
         pixels.append((image * 255).round().byte())
@@ -223,7 +234,7 @@ def learn(subject: Subject, examples: Examples, settings: CnnSettings) -> Iterat
         weight_decay=settings.weight_decay,
     )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    with tqdm(total=steps, unit="update", disable=not settings.progress) as bar:
+    with tqdm(total=steps, unit="update", disable=hidden(settings.progress)) as bar:
         for epoch in range(1, settings.epochs + 1):
             net.train()
             total = 0.0

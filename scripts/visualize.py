@@ -7,6 +7,7 @@ python scripts/visualize.py model=torchvision/vgg16 images=folder layers=[featur
 import os
 import re
 import shlex
+import signal
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,9 @@ from omegaconf import DictConfig
 # With another busy process on the machine, threads of OpenMP that spin while they wait cost up to
 # ten times the time; on a quiet machine a short spin is as fast. To be set before torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+# Ctrl-C while libraries are loaded ends the program without a word; `launch` has more to say.
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from deconvnet import arguments, config, load
 from deconvnet.data import (

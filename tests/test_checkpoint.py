@@ -12,6 +12,7 @@ import sys
 import time
 import zipfile
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -517,3 +518,35 @@ def test_a_failing_disk_leaves_the_older_network(tmp_path, monkeypatch):
         save_network(path, {}, {})
     assert names(tmp_path) == ["a.safetensors"]
     assert_same(load_network(path)[0], example_tensors())
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_arrays_come_back_however_well_they_shrink(tmp_path, compressed):
+    arrays = {"zeros": np.zeros((1000, 1000)), "some": np.arange(6.0), "text": np.array("früchte")}
+    path = tmp_path / "a.npz"
+    checkpoint.save_arrays(path, arrays, compressed=compressed)
+    found = checkpoint.load_arrays(path)
+    assert found.keys() == arrays.keys()
+    assert all(np.array_equal(found[name], arrays[name]) for name in arrays)
+
+
+def test_arrays_that_would_fill_the_memory_are_refused_unread(tmp_path):
+    path = tmp_path / "a.npz"
+    np.savez_compressed(path, zeros=np.zeros(2**24))
+    with pytest.raises(ValueError, match="would unpack to 134217"):
+        checkpoint.load_arrays(path)
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(ValueError):
+        checkpoint.load_arrays(path)
+    os.mkfifo(tmp_path / "pipe.npz")
+    with pytest.raises(ValueError, match="not a regular file"):
+        checkpoint.load_arrays(tmp_path / "pipe.npz")
+
+
+def test_a_pipe_in_the_place_of_a_file_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "step-00000001.pt")
+    os.mkfifo(tmp_path / "net.safetensors")
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        load(tmp_path / "step-00000001.pt")
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        load_network(tmp_path / "net.safetensors")

@@ -1,6 +1,8 @@
 """The configuration: every way to say how many layers, every file of configs/, every message."""
 
 import dataclasses
+import itertools
+import math
 import re
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from deconvnet import config
+from deconvnet import config, load
 from deconvnet.data import DataSettings
 from deconvnet.learning import LearningSettings
 from deconvnet.network import DeconvNet, LayerSettings
@@ -317,3 +319,74 @@ def test_errors_of_the_named_kinds_end_in_one_line_and_others_pass():
         raise ValueError("3 is odd")
     with pytest.raises(KeyError), config.one_line_errors(ValueError):
         raise KeyError("a bug")
+
+
+HUGE = 10**12
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys", "values"),
+    [
+        (LayerSettings, ("num_maps", "filter_size", "group"), (0, -1, HUGE)),
+        (LearningSettings, ("epochs", "update_iterations"), (0, -1, HUGE)),
+        (LearningSettings, ("memory",), (math.nan, -1.0)),
+        (SolverSettings, ("iterations", "training_iterations", "cg_iterations"), (0, -1, HUGE)),
+        (LayerSettings, ("lam", "image_weight"), (0.0, -1.0, math.nan, math.inf)),
+        (LayerSettings, ("p",), (-1.0, 2.0, math.nan)),
+        (LayerSettings, ("pool",), ([1, 2, HUGE], [0, 2, 2])),
+        (SolverSettings, ("coupling", "step", "gap"), (0.0, -1.0, math.nan, math.inf)),
+        (SolverSettings, ("tolerance", "relaxation", "beta_start"), (-1.0, math.nan, math.inf)),
+        (PreprocessingSettings, ("sigma", "whitening_floor"), (0.0, math.nan, math.inf)),
+        (DataSettings, ("size",), (0, -1, HUGE)),
+        (DataSettings, ("scale",), (0.0, math.nan)),
+        (DataSettings, ("max_images", "workers"), (0, -1)),
+    ],
+)
+def test_numbers_that_can_only_be_a_mistake_are_refused_by_their_key(kind, keys, values):
+    needed = {"num_maps": 4} if kind is LayerSettings else {}
+    for key, value in itertools.product(keys, values):
+        with pytest.raises(ValueError, match=key) as caught:
+            kind(**{**needed, key: value})
+        assert str(value) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_such_numbers_in_the_settings_of_a_run_are_refused_by_their_key():
+    for key, value in itertools.product(("patience", "memory", "disk"), ("nan", "-1")):
+        assert f"{key}={value}" in message(f"{key}={value}")
+    assert "seed=-1: must not be negative" in message("seed=-1")
+    assert f"seed={10**30}: must not be negative, and below 2^63" in message(f"seed={10**30}")
+    assert "model.layer1.lam=inf: must be positive" in message("model.layer1.lam=inf")
+
+
+def test_the_largest_seed_draws():
+    torch.Generator().manual_seed(2**63 - 1)
+    assert read(f"seed={2**63 - 1}").seed == 2**63 - 1
+
+
+@pytest.mark.parametrize("value", [-1, 10**30])
+def test_every_command_refuses_seeds_that_draw_nothing(value):
+    for build in (
+        lambda: config.DenoiseConfig("run", "image", seed=value),
+        lambda: config.VisualizeConfig(run="run", seed=value),
+        lambda: config.ClassifyConfig(run="run", seed=value),
+    ):
+        with pytest.raises(ValueError, match=f"seed={value}: must not be negative"):
+            build()
+
+
+def test_a_network_file_that_asks_for_endless_inference_is_refused(tmp_path):
+    net = DeconvNet([LayerSettings(2, 3)], PreprocessingSettings("grey"))
+    path = tmp_path / "endless.safetensors"
+    net.layer(1).settings.solver.iterations = HUGE
+    net.save(path)
+    with pytest.raises(ValueError, match=rf"solver.iterations={HUGE}: must be at least 1"):
+        load(path)
+
+
+def test_the_users_folder_is_meant_by_a_tilde_in_every_path():
+    home = str(Path.home())
+    assert read("resume='~/runs/a'").resume == f"{home}/runs/a"
+    found = config.read_command(
+        compose("classify", ["run='~/a'", "data.path=b", "beside=['~/c','d~']", "output='~'"])
+    )
+    assert (found.run, found.beside, found.output) == (f"{home}/a", [f"{home}/c", "d~"], home)

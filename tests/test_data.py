@@ -803,6 +803,7 @@ def test_a_tilde_is_the_home_of_the_user_in_every_source(tmp_path, monkeypatch):
         found = load_images(settings(source, path))
         torch.testing.assert_close(found.images[0], expected(pixels(seed=3)))
     assert image_files("~/set") == [tmp_path / "set" / "a.png"]
+    torch.testing.assert_close(read_image("~/set/a.png"), expected(pixels(seed=3)))
     with pytest.raises(ValueError, match="data.path=~nobody: no such folder"):
         load_images(settings("folder", "~nobody"))
 
@@ -830,6 +831,14 @@ def test_places_that_cannot_be_read_are_named_in_one_line(tmp_path, monkeypatch)
     monkeypatch.setattr("os.scandir", refused)
     with pytest.raises(ValueError, match="set cannot be listed: Permission denied"):
         load_images(settings("folder", tmp_path / "set"))
+
+
+def test_the_setting_that_names_a_folder_is_named_in_messages(tmp_path):
+    for key in ("images", "image", "clean"):
+        with pytest.raises(ValueError, match=f"^{key}=.*: no image in this folder"):
+            image_files(["a.png", str(tmp_path)], key=key)
+    with pytest.raises(ValueError, match="^images=.*: no image in this folder"):
+        image_files(str(tmp_path))
 
 
 def test_a_download_that_failed_says_so_and_settings_of_a_file_fetch_nothing(tmp_path, monkeypatch):

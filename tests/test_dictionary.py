@@ -1,15 +1,30 @@
 """Dictionary learning without a network: streams of batches, refusals, and what encodes."""
 
+import dataclasses
 import os
 import signal
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.testing import assert_close
 
-from deconvnet import LearningSettings, SolverSettings, learn_filters, learn_online, sparse_code
+from deconvnet import (
+    DeconvNet,
+    Learned,
+    LearningSettings,
+    SolverSettings,
+    learn_filters,
+    learn_online,
+    load,
+    sparse_code,
+)
+from deconvnet.checkpoint import CheckpointError, save_network
+from deconvnet.convolution import deconvolve
 from deconvnet.network import Layer, LayerSettings, seeded
+from deconvnet.operators import Deconvolution
 from deconvnet.solvers import lam_of_share
+from deconvnet.trainer import Diverged
 
 
 @pytest.fixture
@@ -102,3 +117,170 @@ def test_a_forked_process_does_not_wait_for_threads_that_it_does_not_have(images
         coordinates._pool(1).submit(int).result()
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
+
+
+def planted(seed):
+    """(images (24, 1, 32, 32), the four 5x5 filters that they are sparse sums of)."""
+    generator = torch.Generator().manual_seed(seed)
+    f = torch.randn(4, 1, 5, 5, generator=generator)
+    f = f / torch.linalg.vector_norm(f, dim=(2, 3), keepdim=True)
+    strength = torch.randn(24, 4, 32, 32, generator=generator)
+    where = torch.rand(24, 4, 32, 32, generator=generator) < 0.02
+    y = deconvolve(strength * where, f, boundary="circular")
+    return y + 0.01 * torch.randn(y.shape, generator=generator), f
+
+
+def worst_match(f, found):
+    """The smallest of the largest correlations of each planted filter with what was found."""
+    return float(F.conv2d(F.pad(found, (4,) * 4), f).abs().amax((2, 3)).amax(0).min())
+
+
+def test_a_stream_finds_planted_filters_that_start_off_centre():
+    images, f = planted(100)
+    asked = dict(share=0.1, boundary="circular")
+    stream = images.split(4) * 7
+    found = learn_online(iter(stream), 4, 7, **asked)
+    fixed = learn_online(stream, 4, 7, **asked, learning=LearningSettings(recenter=False))
+    assert worst_match(f, found.filters) > 0.99 > 0.95 > worst_match(f, fixed.filters)
+    assert found.history[-1].objective < 0.9 * fixed.history[-1].objective
+
+
+def learners(images):
+    return {
+        "images": lambda *a, **k: learn_filters(images, *a, **k),
+        "stream": lambda *a, **k: learn_online(images.split(2), *a, **k),
+    }
+
+
+@pytest.mark.parametrize("learner", ["images", "stream"])
+def test_learning_begins_with_given_filters(images, learner):
+    learn, quick = learners(images)[learner], LearningSettings(epochs=1)
+    before = learn_filters(images, 4, 5, lam=5.0, learning=LearningSettings(epochs=6))
+    fresh = learn(4, 5, lam=5.0, learning=quick)
+    more = learn(filters=before.filters, lam=5.0, learning=quick)
+    assert more.filters.shape == (4, 1, 5, 5) and more.settings.num_maps == 4
+    assert more.encode(images).objective.sum() < fresh.encode(images).objective.sum()
+    # Neither their norm counts nor the array that holds them.
+    longer = learn(4, 5, filters=3 * before.filters.double().numpy(), lam=5.0, learning=quick)
+    assert_close(longer.filters, more.filters, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("learner", ["images", "stream"])
+def test_a_share_is_that_of_the_given_filters(images, learner):
+    f = learn_filters(images, 4, 5, lam=5.0, learning=LearningSettings(epochs=1)).filters
+    first = images if learner == "images" else images[:2]
+    learned = learners(images)[learner](filters=f, share=0.25, learning=LearningSettings(epochs=1))
+    expected = lam_of_share(Deconvolution(f), first, 0.25)
+    assert learned.settings.lam == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("learner", ["images", "stream"])
+def test_given_filters_are_what_the_settings_ask_of_filters(images, learner):
+    f = torch.randn(4, 1, 5, 5, generator=torch.Generator().manual_seed(0))
+    for key in ("non_negative", "zero_mean"):
+        asked = LearningSettings(epochs=1, update_iterations=1, **{key: True})
+        found = learners(images)[learner](filters=f, lam=5.0, learning=asked).filters
+        assert_close(found.square().sum((1, 2, 3)), torch.ones(4))
+        held = found.min() >= 0 if key == "non_negative" else found.mean((2, 3)).abs().max() < 1e-6
+        assert held
+
+
+WRONG_FILTERS = {
+    "oblong": (dict(filters=torch.ones(4, 1, 5, 7)), "filters of 5x7: .* are square"),
+    "maps": (dict(filters=torch.ones(4, 1, 5, 5), num_maps=6), "num_maps=6: .* have 4"),
+    "size": (dict(filters=torch.ones(4, 1, 5, 5), filter_size=7), "filter_size=7: .* have 5"),
+    "channels": (dict(filters=torch.ones(4, 3, 5, 5)), r"filters must have the shape \(K, 1, h, w"),
+    "flat": (dict(filters=torch.ones(5, 5)), r"filters must have the shape \(K, 1, h, w\)"),
+    "list": (dict(filters=[[1.0]]), "filters must be a tensor or a numpy array, got a list"),
+    "none": (dict(filters=torch.ones(0, 1, 5, 5)), "filters must not be empty"),
+    "nan": (dict(filters=torch.full((4, 1, 5, 5), torch.nan)), "filters must be finite"),
+    "zero": (dict(filters=torch.eye(4).view(4, 1, 2, 2) * 0), r"filters\[0\]: nothing of it"),
+    "negative": (
+        dict(
+            filters=torch.tensor([1.0, -1.0]).view(2, 1, 1, 1).expand(2, 1, 3, 3),
+            learning=LearningSettings(non_negative=True),
+        ),
+        r"filters\[1\]: nothing of it is left with learning.non_negative=True",
+    ),
+    "neither": (dict(), "num_maps=None, filter_size=None: give both, or filters to begin with"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_FILTERS)
+@pytest.mark.parametrize("learner", ["images", "stream"])
+def test_filters_to_begin_with_that_do_not_fit_are_refused(images, learner, kind):
+    asked, message = WRONG_FILTERS[kind]
+    with pytest.raises(ValueError, match=message):
+        learners(images)[learner](lam=5.0, **asked)
+
+
+def test_what_was_learned_learns_more_from_the_same_and_from_other_images(images):
+    few = LearningSettings(epochs=2, zero_mean=True)
+    asked = dict(boundary="circular", non_negative=True, group=2)
+    first = learn_filters(images[:4], 4, 5, share=0.1, learning=few, **asked)
+    for more in (first.learn_more(images[4:]), first.learn_more_online(images.split(2))):
+        assert more.settings.lam == first.settings.lam
+        assert (more.settings.boundary, more.settings.group) == ("circular", 2)
+        assert more.settings.non_negative and more.settings.learning == few
+        assert more.filters.mean((2, 3)).abs().max() < 1e-6
+        assert more.history[:2] == first.history and len(more.history) > 2
+        assert more.encode(images).objective.sum() < first.encode(images).objective.sum()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_was_learned_is_the_same_to_the_bit_after_it_was_saved(images, dtype, tmp_path):
+    y = images.to(dtype)
+    asked = dict(p=0.8, boundary="circular", non_negative=True, group=2)
+    learning = LearningSettings(epochs=2, norm="plane")
+    learned = learn_filters(y, 4, 5, lam=1 / 3, learning=learning, **asked)
+    learned.save(tmp_path / "learned.safetensors")
+    loaded = Learned.load(str(tmp_path / "learned.safetensors"))
+    assert torch.equal(loaded.filters, learned.filters) and loaded.filters.dtype == dtype
+    assert loaded.settings == learned.settings and loaded.history == learned.history
+    assert torch.equal(loaded.encode(y).z, learned.encode(y).z)
+    assert len(loaded.learn_more(y).history) == 4
+    stream = learn_online([y], 4, 5, share=0.1)
+    stream.save(tmp_path / "stream.safetensors")
+    assert Learned.load(tmp_path / "stream.safetensors").history == stream.history
+
+
+def test_files_that_hold_no_filters_are_refused_in_one_line(images, tmp_path):
+    learned = learn_online([images], 4, 5, lam=5.0)
+    path, network = tmp_path / "learned.safetensors", tmp_path / "network.safetensors"
+    learned.save(path)
+    DeconvNet([LayerSettings(4, 5)]).save(network)
+    data = path.read_bytes()
+    damaged = {
+        "truncated": data[:-5],
+        "empty": b"",
+        "flipped": data[:-5] + bytes([data[-5] ^ 1]) + data[-4:],
+    }
+    for name, content in damaged.items():
+        (tmp_path / f"{name}.safetensors").write_bytes(content)
+    other = {"kind": "filters", "layer": {"num_maps": 4}, "history": []}
+    save_network(tmp_path / "other.safetensors", {"filters": learned.filters}, other)
+    sizes = {**other, "layer": dataclasses.asdict(LayerSettings(6, 5))}
+    save_network(tmp_path / "sizes.safetensors", {"filters": learned.filters}, sizes)
+    for file, message in (
+        (network, "holds no filters of Learned.save; a network is read by deconvnet.load"),
+        *((tmp_path / f"{name}.safetensors", "damaged") for name in damaged),
+        (tmp_path / "other.safetensors", "not filters of this version"),
+        (tmp_path / "sizes.safetensors", r"not filters of this version .*shape \(4, 1, 5, 5\)"),
+        (tmp_path / "nothing.safetensors", "No such file"),
+    ):
+        with pytest.raises(CheckpointError, match=message) as refused:
+            Learned.load(file)
+        assert "\n" not in str(refused.value) and file.name in str(refused.value)
+    with pytest.raises(CheckpointError, match="not a network; use deconvnet.Learned.load"):
+        load(path)
+    with pytest.raises(ValueError, match="must end in .safetensors"):
+        learned.save(tmp_path / "learned.pt")
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("learner", ["images", "stream"])
+def test_learning_whose_objective_is_not_finite_stops_and_says_what_to_do(images, learner):
+    where = "epoch 1" if learner == "images" else "batch 1"
+    message = rf"{where}: the objective is not finite; lower lam \(5\) .* in the images$"
+    with pytest.raises(Diverged, match=message):
+        learners(images.double() * 1e200)[learner](4, 5, lam=5.0)

@@ -1,4 +1,4 @@
-"""TensorBoard shows all points of a run, whatever the clock did, and a full disk is said at once."""
+"""TensorBoard shows all points of a run whatever the clock did; a full disk is an error at once."""
 
 import errno
 import itertools

@@ -12,6 +12,7 @@ PACKAGE = Path(deconvnet.convolution.__file__).parent
 ORDER = [
     "modes",
     "strict_json",
+    "inputs",
     "distributed",
     "convolution",
     "pooling",
@@ -27,6 +28,8 @@ ORDER = [
     "learning",
     "filtering",
     "preprocessing",
+    "decoding",
+    "shards",
     "data",
     "files",
     "checkpoint",

@@ -29,7 +29,7 @@ from torch import Tensor
 from deconvnet.arithmetic import Field
 from deconvnet.codes import Codes
 from deconvnet.compiling import compiled
-from deconvnet.data import FITS, SMALLEST
+from deconvnet.data import FITS, LARGEST, SMALLEST
 from deconvnet.modes import plain
 from deconvnet.network import DeconvNet
 from deconvnet.operators import Operator, Scaling
@@ -65,8 +65,10 @@ class ClassData:
     fit: str | None = None
 
     def __post_init__(self) -> None:
-        if self.size is not None and self.size < SMALLEST:
-            raise ValueError(f"data.size={self.size}: must be at least {SMALLEST}, or null")
+        if self.size is not None and not SMALLEST <= self.size <= LARGEST:
+            raise ValueError(
+                f"data.size={self.size}: must be at least {SMALLEST} and at most {LARGEST}, or null"
+            )
         if self.fit is not None and self.fit not in FITS:
             raise ValueError(f"data.fit={self.fit}: choose {', '.join(FITS)}, or null")
 

@@ -40,6 +40,7 @@ from deconvnet.applications.classification import (
 from deconvnet.codes import Codes
 from deconvnet.data import find_images, fit_size, pad_size, read_image
 from deconvnet.distributed import ALONE, Ranks
+from deconvnet.monitor import hidden
 from deconvnet.network import DeconvNet, seeded
 from deconvnet.run import training_data
 
@@ -204,7 +205,9 @@ class Features:
                 for kind, arrays in found.items():
                     samples[kind].update(zip(piece.tolist(), arrays, strict=True))
         for kind in missing:
-            for number, of in enumerate(tqdm(chosen, f"words of layer {kind[0]}", leave=False)):
+            for number, of in enumerate(
+                tqdm(chosen, f"words of layer {kind[0]}", leave=False, disable=None)
+            ):
                 d = torch.from_numpy(np.concatenate([samples[kind][n] for n in of.tolist()]))
                 book = Codebook.fit(
                     d, words, normalize=self.settings.normalize, seed=self.settings.seed
@@ -401,8 +404,8 @@ class Features:
         return digest.hexdigest()[:16]
 
     def _bar(self, name: str, total: int) -> tqdm:
-        hidden = not self.ranks.first
-        return tqdm(desc=name, total=total, unit="image", leave=False, disable=hidden)
+        disable = hidden(self.ranks.first)
+        return tqdm(desc=name, total=total, unit="image", leave=False, disable=disable)
 
 
 def judge(found: dict[str, tuple[Features, int]], settings: ClassifySettings) -> dict[str, Scores]:
@@ -414,7 +417,7 @@ def judge(found: dict[str, tuple[Features, int]], settings: ClassifySettings) ->
     first = next(iter(found.values()))[0]
     labels, classes = first.images.labels, len(first.images.names)
     matrices: dict[str, list[np.ndarray]] = {}
-    steps = tqdm(desc="splits", total=len(first.splits) * len(found), leave=False)
+    steps = tqdm(desc="splits", total=len(first.splits) * len(found), leave=False, disable=None)
     for number, split in enumerate(first.splits):
         together = 0
         for index, (name, (features, layer)) in enumerate(found.items()):

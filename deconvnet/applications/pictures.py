@@ -15,7 +15,7 @@ from tqdm import tqdm
 from deconvnet import files
 from deconvnet.applications.restoration import Restorer, psnr
 from deconvnet.data import distinct_names, image_files, load_images, read_image
-from deconvnet.monitor import save_picture
+from deconvnet.monitor import hidden, save_picture
 from deconvnet.network import DeconvNet, load, snr
 from deconvnet.run import training_data
 from deconvnet.visualization.tiles import LINE, below, beside, text
@@ -121,7 +121,7 @@ def pictures(images: object, device: torch.device) -> Iterator[tuple[str, Tensor
     """
     paths = image_files(images)
     named = list(zip(paths, distinct_names(paths), strict=True))
-    for path, name in tqdm(named, unit="image", leave=False, disable=len(named) == 1):
+    for path, name in tqdm(named, unit="image", leave=False, disable=hidden(len(named) > 1)):
         image = read_image(path)[None].to(device)
         grey = bool((image == image[:, :1]).all())
         yield name, image[:, :1] if grey else image

@@ -39,6 +39,7 @@ from deconvnet import tiling
 from deconvnet.adaptive import SparseSolution, Thresholds, explain
 from deconvnet.codes import Codes, LayerCodes
 from deconvnet.filtering import low_frequencies
+from deconvnet.inputs import as_tensor, as_weights
 from deconvnet.modes import plain
 from deconvnet.network import DeconvNet, Progress, check_size
 from deconvnet.operators import Deconvolution
@@ -88,6 +89,8 @@ class Restorer:
     """
 
     def __init__(self, net: DeconvNet, *, strength: float = STRENGTH, psi: float = PSI):
+        if not isinstance(net, DeconvNet):
+            raise ValueError(f"net must be a DeconvNet, got {type(net).__name__}")
         for key, value in (("strength", strength), ("psi", psi)):
             if not 0 < value < math.inf:
                 raise ValueError(f"{key}={value}: must be a positive number")
@@ -102,7 +105,7 @@ class Restorer:
         """Find out which maps are strong in clean images (1 or 3, H, W) in [0, 1], of any sizes."""
         total = torch.zeros_like(self.weights, dtype=torch.float64)
         for image in images:
-            for y in self._parts(self._planes(self._checked(image[None]))):
+            for y in self._parts(self._planes(self._checked(as_tensor(image, "image")[None]))):
                 found = self._infer(y - low_frequencies(y, self.psi), threshold=SIGMA)
                 total += found.magnitudes().to(total)
         if not total.any():
@@ -132,7 +135,8 @@ class Restorer:
         they would not fit. ValueError, before any work, where that is not enough.
         progress(done, total) hears how far it is.
         """
-        images, sigma = self._checked(images), self._sigma(images, sigma)
+        images = self._checked(images)
+        sigma = self._sigma(images, sigma)
         cut, y = self._plan(images, depth, memory), self._planes(images)
         solves = 1 + _lattices(LAYER_1, self.filters)
         if depth > 1:
@@ -180,6 +184,8 @@ class Restorer:
         sigma: of the noise in what is seen; 0.01 for clean photographs, the smaller the more is
         made of every detail at the edge of a hole. keep: seen pixels stay what they are.
         """
+        images, mask = as_tensor(images, "images"), as_tensor(mask, "mask")
+        self._check_shape(images)
         mask = self._checked_mask(images, mask)
         seen = torch.where(mask > 0, images, torch.zeros_like(images))
         seen, sigma = self._checked(seen), self._sigma(seen, sigma)
@@ -235,17 +241,23 @@ class Restorer:
         return tiling.plan(self.net, size, depth, memory, first=2, planes=needed)
 
     def _checked(self, images: Tensor) -> Tensor:
-        if images.ndim != 4 or images.shape[1] not in (1, 3) or not images.is_floating_point():
-            raise ValueError(
-                f"images must be floating and (N, 1 or 3, H, W), got {tuple(images.shape)} of "
-                f"{images.dtype}"
-            )
+        images = as_tensor(images, "images")
+        self._check_shape(images)
         if not torch.isfinite(images).all():
             raise ValueError("images must be finite: there are NaN or infinite values")
         (H, W), size = images.shape[2:], max(self.filters.shape[2:])
         if min(H, W) < size:
             raise ValueError(f"images of {H}x{W} are smaller than the {size}x{size} filters")
         return images
+
+    def _check_shape(self, images: Tensor) -> None:
+        if images.ndim != 4 or images.shape[1] not in (1, 3) or not images.is_floating_point():
+            raise ValueError(
+                f"images must be floating and (N, 1 or 3, H, W), got {tuple(images.shape)} of "
+                f"{images.dtype}"
+            )
+        if images.numel() == 0:
+            raise ValueError(f"images must not be empty, got the shape {tuple(images.shape)}")
 
     def _checked_mask(self, images: Tensor, mask: Tensor) -> Tensor:
         fits = mask.ndim == 4 and mask.shape[1] == 1 and len(mask) in (1, len(images))
@@ -262,9 +274,16 @@ class Restorer:
 
     def _sigma(self, images: Tensor, sigma: float | Tensor | None) -> Tensor:
         """That of every plane that is explained by itself, (planes, 1, 1, 1)."""
-        sigma = estimate_noise(images) if sigma is None else torch.as_tensor(sigma)
+        sigma = estimate_noise(images) if sigma is None else as_weights(sigma, "sigma")
+        if sigma.numel() not in (1, len(images)):
+            raise ValueError(
+                f"sigma of the shape {tuple(sigma.shape)}: must be one number, or one for each of "
+                f"{len(images)} images"
+            )
+        sigma = sigma.flatten()
         if not ((sigma > 0) & (sigma < math.inf)).all():
-            raise ValueError(f"sigma={sigma.tolist()}: must be positive")
+            given = sigma.tolist() if len(sigma) > 1 else sigma.item()
+            raise ValueError(f"sigma={given}: must be positive")
         sigma = sigma.expand(len(images)).to(self.filters)
         C = self.filters.shape[1]
         if C == 1:
@@ -533,7 +552,8 @@ def estimate_noise(images: Tensor) -> Tensor:
     """
     from skimage.restoration import estimate_sigma
 
-    planes = images.detach().cpu().double().numpy()
+    images = as_tensor(images, "images")
+    planes = images.cpu().double().numpy()
     found = [estimate_sigma(image, channel_axis=0, average_sigmas=True) for image in planes]
     return torch.tensor(np.asarray(found), dtype=images.dtype)
 

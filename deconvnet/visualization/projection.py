@@ -6,10 +6,12 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deconvnet.inputs import as_tensor
 from deconvnet.visualization.rules import Report
 
 CHOICES = 3
@@ -152,10 +154,16 @@ def check_units(
     return found
 
 
-def check_input(x: Tensor) -> None:
-    if not isinstance(x, Tensor) or x.dim() != 4 or not x.is_floating_point():
-        got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+def check_input(x: Tensor) -> Tensor:
+    """Images (N, C, H, W) of floating point as a tensor, from one or from a numpy array."""
+    if not isinstance(x, (Tensor, np.ndarray)):
+        kind = type(x).__name__
+        raise ValueError(f"x is {kind}: expected images (N, C, H, W) of floating point")
+    x = as_tensor(x, "x")
+    if x.dim() != 4 or not x.is_floating_point():
+        got = f"{x.dtype} {tuple(x.shape)}"
         raise ValueError(f"x is {got}: expected images (N, C, H, W) of floating point")
+    return x
 
 
 def no_such_layer(name: str, names: Sequence[str]) -> ValueError:

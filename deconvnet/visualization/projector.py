@@ -88,7 +88,7 @@ class Projector:
 
         A module that is called more than once has a number behind its name for each call: relu#0.
         """
-        check_input(x)
+        x = check_input(x)
         return self.network.layers(x)
 
     def __call__(
@@ -100,7 +100,7 @@ class Projector:
         layers of vectors have row and column 0. seeds: (U,), what goes down from each unit; by
         default its activation. Of the projection it only sets the scale, as long as it is positive.
         """
-        check_input(x)
+        x = check_input(x)
         if seeds is not None and tuple(seeds.shape) != (len(units),):
             raise ValueError(
                 f"seeds of shape {tuple(seeds.shape)} for {len(units)} units: expected one for each"
@@ -119,12 +119,12 @@ class Projector:
         of one place. reduce: what is kept of the name and the maps of each layer, before the model
         goes on; by default the maps.
         """
-        check_input(x)
+        x = check_input(x)
         return self.network.responses(x, layers, reduce)
 
     def outputs(self, x: Tensor) -> Tensor | None:
         """(N, classes): what the whole model makes of x; None if it is no such table."""
-        check_input(x)
+        x = check_input(x)
         return self.network.outputs(x)
 
     def prepare(self, pixels: Tensor) -> Tensor:
