@@ -33,7 +33,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from deconvnet import files
-from deconvnet.arguments import TEXTS
 from deconvnet.data import LazyImages
 from deconvnet.decoding import shown_name
 from deconvnet.distributed import ALONE, Ranks
@@ -77,7 +76,7 @@ class SurveySettings:
     """What to look for and to show."""
 
     # dotted names of layers; null: all of a deconvolutional network, else the last of each size
-    layers: Any = field(default=None, metadata=TEXTS)
+    layers: Any = field(default=None, metadata={"texts": True})
     # strongest activations of each map
     k: int = 9
     # only activations whose receptive field lies inside the image, where a layer has enough of them

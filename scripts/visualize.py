@@ -59,7 +59,7 @@ def visualize(settings: config.VisualizeConfig, ranks: Ranks = ALONE) -> None:
     check_images(settings)
     subject = learned(settings) if settings.run else trained(settings)
     subject.module.to(config.device(settings.device))
-    images = images_of(settings, subject)
+    images = images_of(settings, subject, ranks)
     if settings.layers == [LIST]:
         return list_layers(settings, subject, images)
     folder = output(settings)
@@ -121,7 +121,9 @@ def trained(settings: config.VisualizeConfig, weights: str | None = None) -> Sub
     )
 
 
-def images_of(settings: config.VisualizeConfig, subject: Subject) -> LazyImages:
+def images_of(
+    settings: config.VisualizeConfig, subject: Subject, ranks: Ranks = ALONE
+) -> LazyImages:
     """The images of the settings, or those that the network has learned from, cropped.
 
     Of more images than `max_images` some evenly among all.
@@ -134,7 +136,8 @@ def images_of(settings: config.VisualizeConfig, subject: Subject) -> LazyImages:
                 f"images=null: {settings.run or settings.model} does not say what it has learned "
                 "from; give a folder of images with images=..."
             )
-        print(f"reading the images that the network was trained on: {described(data)}")
+        if ranks.first:
+            print(f"reading the images that the network was trained on: {described(data)}")
         skip = data.skip_unreadable or settings.skip_unreadable
         # Photographs are crops already.
         found = lazy_images(replace(data, skip_unreadable=skip), crop=crop)

@@ -597,9 +597,23 @@ def test_a_network_is_trained_by_one_command_and_loaded_by_its_file(tmp_path, sc
     assert again.code == 1 and "runs/net holds a network already" in again.err
 
 
+@pytest.mark.parametrize("name", ["pictures/conv1-002.png", "train_cnn.log", ".hydra/config.yaml"])
+def test_files_of_others_in_the_run_folder_stop_the_training_before_it_begins(
+    tmp_path, script, shapes, name
+):
+    path = tmp_path / "runs/net" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("precious")
+    result = train(script, tmp_path, shapes, "epochs=2")
+    assert result.code == 1 and result.err.count("\n") == 1, result
+    assert name in result.err and "not as deconvnet wrote it" in result.err
+    assert path.read_text() == "precious" and "epoch   loss" not in result.out
+
+
 @pytest.mark.parametrize(
     ("argument", "parts"),
     [
+        ("name=.", ["name='.': must be the name of a folder inside runs"]),
         ("color=blue", ["color='blue': choose grey or rgb"]),
         ("+epoch=3", ["epoch: no such setting; did you mean epochs?"]),
         ("epochs=0", ["epochs=0: must be at least 1"]),

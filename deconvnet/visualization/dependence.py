@@ -103,6 +103,7 @@ class Dependence(TorchDispatchMode):
             for origin in (RANDOM, PIXELS):
                 if origin in origins:
                     self._origins.update({_storage(t): origin for t in (*made, *written)})
+        self._origins.pop(None, None)
         self._made = made if is_recorded else []
         return result
 
@@ -121,8 +122,11 @@ class Dependence(TorchDispatchMode):
 
     def _is_new(self, t: Tensor) -> bool:
         """Whether what is copied into a tensor is all of it that comes from the pixels."""
-        whole = t.numel() * t.element_size() == t.untyped_storage().nbytes()
-        return whole or self._origin(t) is None or _storage(t) in self._nodes
+        storage = _storage(t)
+        whole = storage is not None and (
+            t.numel() * t.element_size() == t.untyped_storage().nbytes()
+        )
+        return whole or self._origin(t) is None or storage in self._nodes
 
     def _origin(self, t: Tensor) -> str | None:
         return self._origins.get(_storage(t))
@@ -175,5 +179,8 @@ def _written(func: object, args: tuple, kwargs: dict) -> list[Tensor]:
     return found
 
 
-def _storage(t: Tensor) -> StorageWeakRef:
-    return StorageWeakRef(t.untyped_storage())
+def _storage(t: Tensor) -> StorageWeakRef | None:
+    try:
+        return StorageWeakRef(t.untyped_storage())
+    except (NotImplementedError, RuntimeError):  # of sparse tensors, which have none
+        return None
