@@ -30,12 +30,15 @@ from deconvnet.data import DataSettings
 from deconvnet.network import LayerSettings
 from deconvnet.preprocessing import PreprocessingSettings
 from deconvnet.survey import SurveySettings
+from deconvnet.tiling import MEMORY, check_memory
 
 # Settings of scripts/visualize.py that a network learned here leaves nothing to.
 OF_MODELS = {
     *("weights", "options", "mean", "std", "order", "checkpoints"),
     *("method", "strict", "gates", "overlap"),
 }
+# What denoise and inpaint do not decide by themselves.
+COMMON = ("output", "layer", "strength", "clean", "memory")
 # Read before `launch` sets it for its own purpose.
 WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
@@ -125,6 +128,7 @@ class RestoreConfig:
     layer: int | None = None
     strength: float = STRENGTH
     clean: Any = None
+    memory: float = MEMORY
     seed: int = 0
     output: str | None = None
     device: str = "auto"
@@ -134,6 +138,7 @@ class RestoreConfig:
             raise ValueError("image=[] or clean=[]: give a file, a folder, or a list of them")
         if not 0 < self.strength < math.inf:
             raise ValueError(f"strength={self.strength}: must be a positive number")
+        check_memory(self.memory)
         for key in ("sigma", "noise"):
             value = getattr(self, key, None)
             if value is not None and not 0.5 <= value <= 255:
@@ -143,7 +148,7 @@ class RestoreConfig:
 
     def common(self) -> dict[str, Any]:
         """What does not depend on what is to be restored."""
-        return {key: getattr(self, key) for key in ("output", "layer", "strength", "clean")}
+        return {key: getattr(self, key) for key in COMMON}
 
 
 @dataclass
@@ -320,6 +325,16 @@ def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
         if WANTS_TRACEBACK:
             raise
         raise SystemExit(f"error: {error}") from None
+
+
+@contextmanager
+def interruptible(said: str = "what was finished is there") -> Iterator[None]:
+    """End the program with one line and exit code 130 where Ctrl-C stops it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"stopped; {said}", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def check_keys(node: DictConfig, prefix: str = "") -> None:

@@ -15,17 +15,16 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
 
-from deconvnet import config, load
+from deconvnet import config, files, load
 from deconvnet.ablation import MEANINGS, Ablation, ablate
-from deconvnet.data import load_images
+from deconvnet.applications.pictures import learned_images
 from deconvnet.monitor import save_picture
-from deconvnet.run import training_data
 from deconvnet.visualization.figures import labelled_images
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="ablate")
 def main(cfg: DictConfig) -> None:
-    with config.one_line_errors(ValueError, OSError):
+    with config.one_line_errors(ValueError, OSError), config.interruptible():
         run(cfg)
 
 
@@ -38,6 +37,8 @@ def run(cfg: DictConfig) -> None:
     net = load(folder).to(config.device(cfg.device))
     if net.depth < 2 or not any(layer.settings.pool for layer in net.layers[:-1]):
         raise ValueError(f"run={folder}: its layers have no pooling between them")
+    path = folder / "pictures" / "switches.png"
+    files.check(path)
     images, frames = training_images(folder, cfg.count)
     codes = net.infer(images, frames=frames, chunk=cfg.chunk)
     found = ablate(net, codes, chunk=cfg.chunk)
@@ -47,20 +48,16 @@ def run(cfg: DictConfig) -> None:
     # The fairer ones, where there are two.
     shown = [a for a in shown if a.inferred] or shown
     rows = [("preprocessed", codes.y), *((f"{a.kind}\n{a.snr:.1f} dB", a.images) for a in shown)]
-    path = folder / "pictures" / "switches.png"
     save_picture(path, labelled_images(net, rows))
     print(f"\nfrom layer {net.depth}, as a picture: {path}")
 
 
 def training_images(folder: Path, count: int) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Some of the images that a run was trained on, evenly among all, and their frames."""
-    settings = training_data(folder)
-    if settings is None:
+    found = learned_images(folder, count)
+    if found is None:
         raise ValueError(f"run={folder}: not a run folder of scripts/train.py with a checkpoint")
-    data = load_images(settings)
-    last = len(data.images) - 1
-    chosen = torch.linspace(0, last, min(count, last + 1)).round().long()
-    return data.images[chosen], None if data.frames is None else data.frames[chosen]
+    return found
 
 
 def table(found: list[Ablation], depth: int) -> str:

@@ -17,15 +17,18 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
 
-from deconvnet import checkpoint, config, load
+from deconvnet import config, files, load
 from deconvnet.applications.classification import Scores, draw_split
 from deconvnet.applications.labelled import Features, Images, judge
-from deconvnet.applications.pictures import confusion_picture
+from deconvnet.applications.pictures import check_targets, confusion_picture
 from deconvnet.distributed import RankLost, Ranks, started
 from deconvnet.monitor import save_picture
 
 # Seconds that a process waits for another: one may be a piece of images behind.
 PATIENCE = 3600.0
+AGAIN = "the same command again goes on with the features that were found"
+
+PICTURE, SCORES = "confusion.png", "scores.json"
 
 config.register()
 
@@ -34,7 +37,7 @@ config.register()
 def main(cfg: DictConfig) -> None:
     with config.one_line_errors(ValueError, OSError, RankLost):
         settings = config.read_command(cfg)
-        with started(patience=PATIENCE) as ranks:
+        with started(patience=PATIENCE) as ranks, config.interruptible(AGAIN):
             classify(settings, ranks)
 
 
@@ -49,13 +52,17 @@ def classify(settings: config.ClassifyConfig, ranks: Ranks) -> None:
             if f"{name}layer {layer}" in found:
                 raise ValueError(f"beside={settings.beside}: two networks are called {called}")
             found[f"{name}layer {layer}"] = features, layer
+    folder = results(runs[0], settings)
+    if ranks.first:
+        images = next(iter(found.values()))[0].images
+        check_targets([folder / name for name in (PICTURE, SCORES)], [*runs, *images.files])
     for features in dict.fromkeys(features for features, _ in found.values()):
         features.learn_codebooks()
         features.count_words()
     if ranks.first:
         scores = judge(found, settings)
         names = next(iter(found.values()))[0].images.names
-        report(scores, names, settings, results(runs[0], settings))
+        report(scores, names, settings, folder)
 
 
 def features_of(run: Path, settings: config.ClassifyConfig, ranks: Ranks) -> Features:
@@ -107,7 +114,7 @@ def report(
     )
     best = max(scores, key=lambda name: scores[name].mean)
     picture = confusion_picture(scores[best].confusions.sum(0), names)
-    save_picture(folder / "confusion.png", picture)
+    save_picture(folder / PICTURE, picture)
     table = {
         "settings": dataclasses.asdict(settings),
         "classes": names,
@@ -121,9 +128,9 @@ def report(
             for name, score in scores.items()
         },
     }
-    checkpoint.write(folder / "scores.json", json.dumps(table, indent=2).encode())
+    files.write(folder / SCORES, json.dumps(table, indent=2).encode())
     print("\n".join(lines))
-    print(f"{folder / 'confusion.png'} ({best}), {folder / 'scores.json'}")
+    print(f"{folder / PICTURE} ({best}), {folder / SCORES}")
 
 
 if __name__ == "__main__":

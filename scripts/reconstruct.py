@@ -4,59 +4,37 @@ python scripts/reconstruct.py run=runs/photographs layer=2 images=photo.jpg
 """
 
 import os
-from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
-from tqdm import tqdm
 
 # With another busy process on the machine, threads of OpenMP that spin while they wait cost up to
 # ten times the time; on a quiet machine a short spin is as fast. To be set before torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-from deconvnet import config, load
-from deconvnet.applications.pictures import check_targets
-from deconvnet.data import distinct_names, image_files, read_image
-from deconvnet.monitor import save_picture
-from deconvnet.network import snr
-from deconvnet.visualization import parts_picture
+from deconvnet import config
+from deconvnet.applications.pictures import reconstruct
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="reconstruct")
 def main(cfg: DictConfig) -> None:
-    with config.one_line_errors(ValueError, OSError):
-        reconstruct(cfg)
+    with config.one_line_errors(ValueError, OSError), config.interruptible():
+        run(cfg)
 
 
-def reconstruct(cfg: DictConfig) -> None:
+def run(cfg: DictConfig) -> None:
     config.check_complete(cfg)
-    source = Path(str(cfg.run))
-    net = load(source).to(config.device(cfg.device))
-    layer = net.depth if cfg.layer is None else _number(cfg.layer)
-    net.layer(layer)
+    layer = None if cfg.layer is None else _number(cfg.layer)
     if not isinstance(cfg.parts, bool):
         raise ValueError(f"parts={cfg.parts}: must be true or false")
-    paths = image_files(cfg.images)
-    beside = source if source.is_dir() else source.parent
-    folder = Path(str(cfg.output or beside / "reconstructions")).expanduser()
-    named = list(zip(paths, distinct_names(paths), strict=True))
-    endings = [".png", "-parts.png"] if cfg.parts else [".png"]
-    targets = [folder / f"{name}-layer{layer}{end}" for _, name in named for end in endings]
-    check_targets(targets, [source, *paths])
-    for path, name in tqdm(named, unit="image", leave=False, disable=len(paths) == 1):
-        image = read_image(path)[None].to(net.device)
-        codes = net.infer(image, depth=layer)
-        pixels = net.reconstruct(codes)
-        if cfg.parts:
-            picture = parts_picture(net, codes, image[0], layer)
-            save_picture(folder / f"{name}-layer{layer}-parts.png", picture)
-        target = folder / f"{name}-layer{layer}.png"
-        save_picture(target, pixels[0])
-        shown = image if pixels.shape[1] == 3 else image.mean(1, keepdim=True)
-        tqdm.write(
-            f"{target}   layer {layer}: {net.snr(codes, layer):.2f} dB preprocessed, "
-            f"{snr(shown, pixels):.2f} dB in pixels, {codes.layer(layer).density:.2%} of z not zero"
-        )
+    reconstruct(
+        *(str(cfg.run), cfg.images),
+        layer=layer,
+        parts=cfg.parts,
+        output=None if cfg.output is None else str(cfg.output),
+        memory=cfg.memory,
+        device=config.device(cfg.device),
+    )
 
 
 def _number(layer: object) -> int:
