@@ -169,6 +169,10 @@ class Preprocessing(torch.nn.Module):
             pixels.append(self._undo(_cut(planes[index], frame), inside))
         return _join(pixels, groups, y.shape)
 
+    def check_size(self, size: tuple[int, int]) -> None:
+        """Refuse images of H x W pixels that are too small for one of the steps."""
+        _check_size("images", size, self.settings)
+
     def _undo(self, planes: Tensor, record: Record) -> Tensor:
         """Pixels from planes that fill their images, before division by scale."""
         for step, kept in zip(reversed(self.settings.steps), reversed(record), strict=True):
