@@ -139,7 +139,7 @@ class _Work:
         L = self._curvatures_of_places()
         # Where a weight is 0 any correlation is too much; with p < 1 the threshold there is 0 / 0.
         limits = torch.where(w > 0, L * threshold(self.lam * L / w, self.prior.p)[1], 0.0)
-        limits = torch.where(L > 0, limits.clamp(min=1e-12), math.inf)
+        limits = torch.where(L > 0, limits.clamp(min=torch.finfo(limits.dtype).tiny), math.inf)
         self.limits = None if limits[0, 0].numel() * len(limits) == 1 else limits
         if self.limits is None:
             self.inverse = (1 / limits).flatten().numpy()

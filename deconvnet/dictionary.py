@@ -6,7 +6,6 @@ sees every batch once and forgets it, for more images than fit into memory.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -23,9 +22,16 @@ from deconvnet.learning import (
     patches_of,
     update_filters,
 )
-from deconvnet.monitor import EpochStats, Monitor
+from deconvnet.monitor import EpochStats, Monitor, decibels
 from deconvnet.network import Layer, LayerSettings, Target, seeded
-from deconvnet.solvers import Solution, SolverSettings, default_solver, lam_of_share, sparse_code
+from deconvnet.solvers import (
+    Solution,
+    SolverSettings,
+    default_solver,
+    lam_of_share,
+    relative_schedule,
+    sparse_code,
+)
 from deconvnet.trainer import LayerTrainer
 
 
@@ -109,7 +115,7 @@ def learn_filters(
     layer = Layer(settings, images.shape[1], seeded(seed, 1)).to(images)
     trainer = LayerTrainer(layer, images, seed=seed)
     if share is not None:
-        settings.lam = _lam(layer, images, share)
+        _take_share(layer, images, share)
     history = []
     with Monitor(progress=progress) as monitor:
         monitor.layer(1, 0, trainer.updates)
@@ -176,7 +182,7 @@ def learn_online(
                 layer = Layer(settings, images.shape[1], seeded(seed, 1)).to(images)
                 layer.initialize(images, seeded(seed, 1, 1))
                 if share is not None:
-                    settings.lam = _lam(layer, images, share)
+                    _take_share(layer, images, share)
             started = time.perf_counter()
             found = layer.infer(Target(images))
             f, kept = layer.filters, 1 - 1 / min(count, memory)
@@ -217,22 +223,23 @@ def _settings(lam: float | None, share: float | None, **layer: Any) -> LayerSett
     return LayerSettings(lam=1.0 if lam is None else lam, **layer)
 
 
-def _lam(layer: Layer, images: Tensor, share: float) -> float:
-    """lam as a share under the filters as they are now."""
-    prior = dict(group=layer.settings.group, non_negative=layer.settings.non_negative)
-    return lam_of_share(layer.operator(), images, share, p=layer.settings.p, **prior)
+def _take_share(layer: Layer, images: Tensor, share: float) -> None:
+    """Set lam to a share under the filters as they are now, and what counts in its units."""
+    A, settings = layer.operator(), layer.settings
+    prior = dict(p=settings.p, group=settings.group, non_negative=settings.non_negative)
+    settings.lam = lam_of_share(A, images, share, **prior)
+    settings.solver = relative_schedule(settings.solver, A, settings.lam, share)
 
 
 def _stats(found: Solution, b: Tensor, count: int, dead: int, seconds: float) -> EpochStats:
     error = float(found.residual.double().square().sum())
-    ratio = float(b.double().square().sum()) / max(error, 1e-30)
     return EpochStats(
         layer=1,
         epoch=count,
         epochs=count,
         reconstruction=float(found.reconstruction.mean()),
         sparsity=float(found.sparsity.mean()),
-        snr=10 * math.log10(max(ratio, 1e-30)),
+        snr=decibels(float(b.double().square().sum()), error),
         density=float(torch.count_nonzero(found.z)) / found.z.numel(),
         dead=dead,
         double=0,

@@ -11,6 +11,7 @@ PACKAGE = Path(deconvnet.convolution.__file__).parent
 
 ORDER = [
     "distributed",
+    "units",
     "convolution",
     "pooling",
     "sparsity",
