@@ -691,7 +691,9 @@ def duality_gap(A: Operator, b: Tensor, z: Tensor, lam: float, **prior: Any) -> 
     b, z, lam = times_power(b, -units.data), times_power(z, -units.maps), units.lam(lam)
     asked = dataclasses.replace(asked, weights=units.weights(asked.weights))
     residual = b - A(z)
-    return units.cost(data_term(residual, lam) + asked(z) - _dual(A, b, residual, lam, asked))
+    gap = data_term(residual, lam) + asked(z) - _dual(A, b, residual, lam, asked)
+    # At the minimum rounding takes it below 0.
+    return units.cost(gap.clamp(min=0))
 
 
 def _dual(A: Operator, b: Tensor, residual: Tensor, lam: float, prior: Prior) -> Tensor:
