@@ -210,7 +210,8 @@ class Layer(nn.Module):
             spread = Spread()
             spread.add(below)
             below = spread
-        self.scale.fill_(below.scale(self.settings.scale))
+        # Maps have the units of the data: however small, they are no rounding.
+        self.scale.fill_(below.scale(self.settings.scale, least=0.0))
 
     def initialize(self, b: Tensor, generator: torch.Generator) -> None:
         """Start the filters as the settings say, from what the layer has to explain."""

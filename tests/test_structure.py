@@ -15,6 +15,7 @@ ORDER = [
     "arguments",
     "inputs",
     "distributed",
+    "units",
     "convolution",
     "pooling",
     "sparsity",
