@@ -26,7 +26,7 @@ from deconvnet.codes import ALL, Codes, Images, LayerCodes, join
 from deconvnet.convolution import BOUNDARIES, map_size
 from deconvnet.inputs import as_tensor, check_settings, positive, whole
 from deconvnet.learning import LearningSettings, first_filters, normalize, patches_of
-from deconvnet.modes import plain
+from deconvnet.modes import default_device, plain
 from deconvnet.operators import (
     Deconvolution,
     Identity,
@@ -288,7 +288,15 @@ class DeconvNet(nn.Module):
         seed: int = 0,
     ):
         super().__init__()
-        self.preprocessing = Preprocessing(preprocessing or PreprocessingSettings())
+        device = default_device()
+        with torch.device("cpu"):
+            self._build(layers, preprocessing or PreprocessingSettings(), seed)
+        self.to(device)
+
+    def _build(
+        self, layers: list[LayerSettings], preprocessing: PreprocessingSettings, seed: int
+    ) -> None:
+        self.preprocessing = Preprocessing(preprocessing)
         self.layers = nn.ModuleList()
         channels = self.preprocessing.channels
         for number, settings in enumerate(layers, 1):

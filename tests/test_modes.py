@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 
 import pytest
 import torch
@@ -56,12 +57,13 @@ MODES = {
     "inference_mode": torch.inference_mode,
     "default_float64": default_float64,
     "deterministic": deterministic,
+    "default_device": lambda: torch.device("meta"),
 }
 
 
 @pytest.fixture(scope="module")
 def images(textures):
-    return textures(3, 1, 20, 22)
+    return textures(2, 1, 20, 22)
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +109,7 @@ def restored(images):
         [LayerSettings(4, 5)], PreprocessingSettings(color="grey", steps=["mean"], scale="none")
     )
     restorer = Restorer(net).fit(images)
-    mask = (torch.arange(22) % 5 > 0).float().expand(1, 1, 20, 22)
+    mask = (torch.arange(22) % 5 > 0).expand(1, 1, 20, 22)
     return [*restorer.denoise(images, 0.1), *restorer.inpaint(images, mask)]
 
 
@@ -130,14 +132,31 @@ def dictionaries(images):
 DOORS = [through_a_network, restored, in_scikit_learn, dictionaries]
 
 
+@pytest.fixture(scope="module")
+def in_no_mode(images):
+    """What a door gives outside of all modes; computed once."""
+    return functools.cache(lambda door: door(images))
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("door", DOORS, ids=lambda door: door.__name__)
-def test_results_do_not_depend_on_the_modes_of_torch(images, door, mode):
-    plain = door(images)
+def test_results_do_not_depend_on_the_modes_of_torch(images, in_no_mode, door, mode):
+    if mode == "default_device" and door in (through_a_network, restored):
+        pytest.skip("makes its network on that device")
+    plain = in_no_mode(door)
     with MODES[mode]():
         changed = door(images)
     for one, other in zip(plain, changed, strict=True):
         assert other.dtype == one.dtype and torch.equal(one, other)
+
+
+def test_a_network_is_made_on_the_default_device_and_computes_where_it_is(images):
+    expected = network().infer(images).layers[1].z
+    with torch.device("meta"):
+        assert network().device.type == "meta"
+        with torch.device("cpu"):
+            net = network()
+        assert torch.equal(net.infer(images).layers[1].z, expected)
 
 
 @pytest.mark.parametrize("mode", MODES)
