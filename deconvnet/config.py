@@ -467,7 +467,8 @@ def _explain(error: Exception, schema: type) -> str | None:
     if _is_memory(error):
         keys = [key for key in LARGE if arguments.has(schema, key)]
         lower = f"lower {' or '.join(f'{key}=' for key in keys)}" if keys else "use smaller images"
-        return f"error: out of memory: {lower} ({_one_line(error)[:200]})"
+        said = _one_line(error)[:200]
+        return f"error: out of memory: {lower}" + (f" ({said})" if said else "")
     if isinstance(error, HydraException | OmegaConfBaseException | OSError | ValueError):
         return f"configuration error: {arguments.explain(error, schema) or _one_line(error)}"
     inside = ("hydra", "omegaconf", "yaml", "antlr4")

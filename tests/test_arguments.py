@@ -159,9 +159,9 @@ def test_lists_hold_the_texts_that_were_typed(typed, expected):
 
 
 def test_a_value_without_brackets_is_a_list_of_one_where_only_a_list_will_do():
-    assert value("layers=layer1", config.VisualizeConfig) == ["layer1"]
-    assert value("layers=1.10", config.VisualizeConfig) == ["1.10"]
-    assert value("layers=?", config.VisualizeConfig) == ["?"]
+    assert value("checkpoints=a (1).pt", config.VisualizeConfig) == ["a (1).pt"]
+    assert value("beside=1.10", config.ClassifyConfig) == ["1.10"]
+    assert value("preprocessing.steps=mean") == ["mean"]
     assert value("mean=0.5,0.4", config.VisualizeConfig) == [0.5, 0.4]
     assert value("layers=1,4", config.ClassifyConfig) == [1, 4]
     assert value("model.layer1.pool=[2,2,2]") == [2, 2, 2]

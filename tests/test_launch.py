@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,13 @@ import torch
 from deconvnet import config
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass
+class Small:
+    """The settings of a command that has none to lower."""
+
+    run: str = "x"
 
 
 @pytest.fixture
@@ -68,8 +76,8 @@ def test_a_situation_of_the_user_ends_in_one_line(launch, error, expected):
 
 def test_out_of_memory_names_settings_that_the_command_has(launch):
     assert "lower batch= or max_images=" in launch(MemoryError(), config.VisualizeConfig)[1]
+    assert launch(MemoryError(), Small)[1] == "error: out of memory: use smaller images\n"
     assert "lower chunk= or count=" in launch(MemoryError(), config.AblateConfig)[1]
-    assert "use smaller images" in launch(MemoryError(), config.ReconstructConfig)[1]
 
 
 @pytest.mark.parametrize("error", [KeyError("x"), RuntimeError("a bug"), TypeError("a bug")])
