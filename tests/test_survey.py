@@ -987,6 +987,16 @@ def test_layers_are_listed_with_their_receptive_fields(
     assert [row.split()[:3] for row in rows] == [["*", "layer1", "Layer"], ["*", "layer2", "Layer"]]
 
 
+def test_a_model_without_layers_is_said_to_have_none(place, tmp_path, monkeypatch, visualize):
+    (tmp_path / "bare.py").write_text(
+        "from torch import nn\ndef make():\n    return nn.Conv2d(3, 4, 3)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    for layers in (["?"], None, ["conv"]):
+        with pytest.raises(ValueError, match="the model calls no module that gives maps"):
+            visualize(model="bare:make", images=str(place / "photos"), layers=layers)
+
+
 def test_help_says_every_setting(place, script):
     result = script(place, "visualize.py", "--help")
     assert result.code == 0
