@@ -2,6 +2,7 @@
 it leaves, goes on with, and says when something is wrong."""
 
 import importlib.util
+import io
 import json
 import linecache
 import os
@@ -237,9 +238,14 @@ def test_the_gallery_has_all_the_files_that_it_shows(seen):
     assert [path.parent.name for path in gallery.rglob("filters.*")] == ["1-conv1"]
 
 
-def test_bars_say_what_is_done_and_come_to_their_end(images, tmp_path, capfd):
+def test_bars_say_what_is_done_and_come_to_their_end(images, tmp_path, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
     survey(subject_of(seeded(Small)), images, settings_of(progress=True), tmp_path)
-    said = capfd.readouterr().err
+    said = sys.stderr.getvalue()
     for name in (
         *("searching", "searching, control", "projecting relu1", "projecting relu2"),
         *("projecting relu1, control", "projecting relu2, control", "gallery"),
