@@ -131,16 +131,17 @@ def explain(
     non_negative: bool = False,
     iterations: int,
     tolerance: float,
+    gap: float | None = None,
     start: SparseSolution | None = None,
     tick: Callable[[], None] | None = None,
 ) -> SparseSolution:
     """The solution for one image b (1, C, H, W), from z = 0 or from another.
 
-    It stops when a round has lowered the objective by at most `tolerance` of it. tick() is called
-    in every round.
+    It stops when a round has lowered the objective by at most `tolerance` of it or, with `gap`,
+    when the duality gap is at most that share of it. tick() is called in every round.
     """
     work = _Pixels(A, b, thresholds, lam, non_negative, start, tick)
-    count = work.run(iterations, tolerance, None, None)
+    count = work.run(iterations, 0.0 if gap else tolerance, gap, None)
     entries = work.entries[0]
     entries = entries.take((entries.z != 0).any(1))
     return SparseSolution(entries, work.residual, float(work.costs[0]), lam, count, A)

@@ -37,6 +37,7 @@ from deconvnet.monitor import not_in_bar
 from deconvnet.network import LARGEST, LayerSettings
 from deconvnet.preprocessing import PreprocessingSettings
 from deconvnet.survey import SurveySettings
+from deconvnet.tiling import MEMORY, check_memory
 
 # Settings of scripts/visualize.py that a network learned here leaves nothing to.
 OF_MODELS = {
@@ -50,6 +51,8 @@ PATHS = {
 # Settings by which a command takes less memory, and what libraries say when there is none left.
 LARGE = ("chunk", "batch", "memory", "data.size", "data.max_images", "max_images", "count")
 NO_MEMORY = ("out of memory", "allocate memory", "not enough memory", "bad_alloc", "bad allocation")
+# What denoise and inpaint do not decide by themselves.
+COMMON = ("output", "layer", "strength", "clean", "memory")
 # Read before `launch` sets it for its own purpose.
 WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
@@ -143,6 +146,7 @@ class RestoreConfig:
     layer: int | None = None
     strength: float = STRENGTH
     clean: Any = field(default=None, metadata=arguments.TEXTS)
+    memory: float = MEMORY
     seed: int = 0
     output: str | None = None
     device: str = "auto"
@@ -152,6 +156,7 @@ class RestoreConfig:
             raise ValueError("image=[] or clean=[]: give a file, a folder, or a list of them")
         if not 0 < self.strength < math.inf:
             raise ValueError(f"strength={self.strength}: must be a positive number")
+        check_memory(self.memory)
         for key in ("sigma", "noise"):
             value = getattr(self, key, None)
             if value is not None and not 0.5 <= value <= 255:
@@ -160,7 +165,7 @@ class RestoreConfig:
 
     def common(self) -> dict[str, Any]:
         """What does not depend on what is to be restored."""
-        return {key: getattr(self, key) for key in ("output", "layer", "strength", "clean")}
+        return {key: getattr(self, key) for key in COMMON}
 
 
 @dataclass
@@ -188,12 +193,14 @@ class ReconstructConfig:
     images: Any = field(metadata=arguments.TEXTS)
     layer: int | None = None
     parts: bool = False
+    memory: float = MEMORY
     output: str | None = None
     device: str = "auto"
 
     def __post_init__(self) -> None:
         if self.images == []:
             raise ValueError("images=[]: give a file, a folder, or a list of them")
+        check_memory(self.memory)
 
 
 @dataclass
@@ -500,6 +507,16 @@ def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
         if WANTS_TRACEBACK or isinstance(error, BrokenPipeError) or _is_memory(error):
             raise
         raise SystemExit(f"error: {' '.join(str(error).splitlines())}") from None
+
+
+@contextmanager
+def interruptible(said: str = "what was finished is there") -> Iterator[None]:
+    """End the program with one line and exit code 130 where Ctrl-C stops it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"stopped; {said}", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def check_keys(node: DictConfig, prefix: str = "") -> None:

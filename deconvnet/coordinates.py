@@ -73,11 +73,12 @@ def coordinate_descent(
 ) -> tuple[Tensor, Tensor, Tensor, int]:
     """(z, b - A z, duality gaps (N,) in float64, rounds), from the maps z (N, K, rows, columns).
 
-    An image stops when a round has lowered its objective by at most `tolerance` of it, or, with
-    `gap`, when its duality gap is at most that share of it; without `gap` the gaps are NaN. Where
-    the prior is not convex the end is a point that no step of one entry alone betters (but for
-    entries at a mirrored border). callback(i, z, beta) sees the maps after round i; beta is lam,
-    the curvature of unit filters being 1. Nothing of it is differentiable.
+    An image stops when a round has lowered its objective by at most `tolerance` of what all have
+    lowered it from that of z = 0, and of the objective, or, with `gap`, when its duality gap is at
+    most that share of it; without `gap` the gaps are NaN. Where the prior is not convex the end is
+    a point that no step of one entry alone betters, but for entries at a mirrored border, and with
+    groups, whose steps lower a bound of the objective. callback(i, z, beta) sees the maps after
+    round i; beta is lam, the curvature of unit filters being 1. Nothing of it is differentiable.
     """
     check_coordinate_descent(A, b, prior)
     b, z = b.detach(), z.detach()
@@ -110,6 +111,8 @@ class _Work:
         self.maps_shape, self.G = tuple(z.shape[1:]), prior.group
         self.number = self.f.numpy().dtype.type
         self.filters = kernels.Filters.of(self.f.numpy(), self.G)
+        sides = zip(self.b.shape[2:], (h, w), strict=True)
+        self.axes = [kernels.footprint(self.boundary, *side) for side in sides]
         self.inner = _curvatures(self.f, self.G)
         # A band reaches into the next one only; with an even number of them also where they wrap.
         self.bands = max(1, z.shape[2] // h // 2 * 2)
@@ -120,6 +123,8 @@ class _Work:
         self.best = np.zeros((N, *z.shape[2:]), self.number)
         self.which = np.zeros((N, *z.shape[2:]), np.int32)
         self.costs, self.gaps = np.full(N, math.inf), np.full(N, math.nan)
+        # The objective of z = 0.
+        self.nothing = lam / 2 * self.b.double().square().sum((1, 2, 3)).numpy()
         self.starts: list[np.ndarray | None] = [None] * N
         self.entries = [self._from_maps(n, z[image]) for n, image in enumerate(images)]
 
@@ -133,11 +138,11 @@ class _Work:
         w = w[(None,) * (4 - w.ndim)]
         if w.shape[0] > 1:
             w = w[images]
-        self.weights = w.expand(len(images), *shape[1:]).numpy()
+        self.weights, self.free = w.expand(len(images), *shape[1:]).numpy(), bool((w == 0).any())
         L = self._curvatures_of_places()
         # Where a weight is 0 any correlation is too much; with p < 1 the threshold there is 0 / 0.
         limits = torch.where(w > 0, L * threshold(self.lam * L / w, self.prior.p)[1], 0.0)
-        limits = torch.where(L > 0, limits.clamp(min=1e-12), math.inf)
+        limits = torch.where(L > 0, limits.clamp(min=torch.finfo(limits.dtype).tiny), math.inf)
         self.limits = None if limits[0, 0].numel() * len(limits) == 1 else limits
         if self.limits is None:
             self.inverse = (1 / limits).flatten().numpy()
@@ -174,7 +179,9 @@ class _Work:
                 break
             done = np.zeros(len(going), bool)
             if tolerance:
-                done |= before - now <= tolerance * now
+                # A constant that cannot be explained is in the objective, but in no difference.
+                explained = np.maximum(self.nothing[going] - now, 0)
+                done |= before - now <= tolerance * np.minimum(now, explained)
             if gap is not None:
                 done |= self.gaps[going] <= gap * now
             going = [n for n, stop in zip(going, done, strict=True) if not stop]
@@ -235,7 +242,8 @@ class _Work:
             here = np.flatnonzero((e.i >= rows.start) & (e.i < rows.stop))
         g, i, j = e.g[here], e.i[here], e.j[here]
         at = g[:, None] * self.G + np.arange(self.G), i[:, None] - rows.start, j[:, None]
-        share = np.linalg.norm(c[at], axis=1) * self.inverse[g]
+        with np.errstate(over="ignore"):
+            share = np.linalg.norm(c[at], axis=1) * self.inverse[g]
         c[at] = 0
         return float(share.max(initial=0))
 
@@ -254,9 +262,14 @@ class _Work:
     def _certify(self, n: int, reach: float) -> None:
         """The duality gap for p = 1 (solvers.duality_gap), A'r being at most `reach` / lam."""
         b, r = self.b[n].double(), self.residual[n].double()
+        if self.free and reach > np.finfo(self.number).tiny ** -0.5:
+            # No scaling makes a correlation feasible where the weight is 0.
+            self.gaps[n] = math.inf
+            return
         share = 1 / max(reach, 1.0)
         dual = share * float((b * r).sum()) - share**2 / 2 * float(r.square().sum())
-        self.gaps[n] = self.costs[n] - self.lam * dual
+        # At the minimum rounding takes it below 0.
+        self.gaps[n] = max(0.0, self.costs[n] - self.lam * dual)
 
     def _descend(self, images: list[int]) -> None:
         """Steps 2 and 3. Threads share the images or, of a few, the bands."""
@@ -313,11 +326,7 @@ class _Work:
 
     def _grid(self, n: int) -> kernels.Grid:
         mask = np.empty((0, 0, 0), self.number) if self.mask is None else self.mask[n].numpy()
-        return kernels.Grid(
-            kernels.footprint(self.boundary, self.b.shape[2], self.f.shape[2]),
-            kernels.footprint(self.boundary, self.b.shape[3], self.f.shape[3]),
-            mask,
-        )
+        return kernels.Grid(*self.axes, mask)
 
 
 def _curvatures(f: Tensor, group: int) -> np.ndarray:

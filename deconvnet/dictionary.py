@@ -42,9 +42,16 @@ from deconvnet.learning import (
     update_filters,
 )
 from deconvnet.modes import plain
-from deconvnet.monitor import EpochStats, Monitor
+from deconvnet.monitor import EpochStats, Monitor, decibels
 from deconvnet.network import FILTERS, Layer, LayerSettings, Target, layer_settings, seeded
-from deconvnet.solvers import Solution, SolverSettings, default_solver, lam_of_share, sparse_code
+from deconvnet.solvers import (
+    Solution,
+    SolverSettings,
+    default_solver,
+    lam_of_share,
+    relative_schedule,
+    sparse_code,
+)
 from deconvnet.trainer import Diverged, LayerTrainer
 
 # After so many batches of a stream filters are first moved to the middle of their frames, and again
@@ -235,7 +242,7 @@ def learn_filters(
     if filters is not None:
         layer.set_filters(_first(filters, layer))
     if share is not None:
-        settings.lam = _lam(layer, images, share)
+        _take_share(layer, images, share)
     history = []
     with Monitor(progress=progress) as monitor:
         monitor.layer(1, 0, trainer.updates)
@@ -339,7 +346,7 @@ class _Stream:
         else:
             self.layer.set_filters(_first(filters, self.layer))
         if share is not None:
-            settings.lam = _lam(self.layer, images, share)
+            _take_share(self.layer, images, share)
 
     def learn(self, images: Tensor, name: str) -> EpochStats:
         """Infer the maps of a batch, add it to the sums, and update the filters."""
@@ -492,10 +499,12 @@ def _first(filters: Tensor, layer: Layer) -> Tensor:
     return filters
 
 
-def _lam(layer: Layer, images: Tensor, share: float) -> float:
-    """lam as a share under the filters as they are now."""
-    prior = dict(group=layer.settings.group, non_negative=layer.settings.non_negative)
-    return lam_of_share(layer.operator(), images, share, p=layer.settings.p, **prior)
+def _take_share(layer: Layer, images: Tensor, share: float) -> None:
+    """Set lam to a share under the filters as they are now, and what counts in its units."""
+    A, settings = layer.operator(), layer.settings
+    prior = dict(p=settings.p, group=settings.group, non_negative=settings.non_negative)
+    settings.lam = lam_of_share(A, images, share, **prior)
+    settings.solver = relative_schedule(settings.solver, A, settings.lam, share)
 
 
 def _diverged(where: str, settings: LayerSettings) -> Diverged:
@@ -528,14 +537,13 @@ def _each(batches: Iterable[Tensor]) -> Iterable[Tensor]:
 
 def _stats(found: Solution, b: Tensor, count: int, dead: int, seconds: float) -> EpochStats:
     error = float(found.residual.double().square().sum())
-    ratio = float(b.double().square().sum()) / max(error, 1e-30)
     return EpochStats(
         layer=1,
         epoch=count,
         epochs=count,
         reconstruction=float(found.reconstruction.mean()),
         sparsity=float(found.sparsity.mean()),
-        snr=10 * math.log10(max(ratio, 1e-30)),
+        snr=decibels(float(b.double().square().sum()), error),
         density=float(torch.count_nonzero(found.z)) / found.z.numel(),
         dead=dead,
         double=0,

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from deconvnet.operators import conjugate_gradients
+from deconvnet.units import exponent, magnitude, times_power
 
 # To undo a filter, the planes blurred by LOW_SIGMA pixels are known too; their agreement weighs
 # LOW_WEIGHT times the mean squared gain of the filter. Measured on the default photographs: the
@@ -110,13 +111,16 @@ def low_frequencies(planes: Tensor, psi: float | Tensor, mask: Tensor | None = N
         return _apply_gain(1 / (1 + gradient), planes)
     square = mask.square().to(planes)
     known = square.expand_as(planes).mean((1, 2, 3), keepdim=True)
-    return conjugate_gradients(
+    right = square * torch.where(square > 0, planes, torch.zeros_like(planes))
+    e = exponent(magnitude(right))
+    found = conjugate_gradients(
         lambda z: square * z + _apply_gain(gradient, z),
-        square * torch.where(square > 0, planes, torch.zeros_like(planes)),
+        times_power(right, -e),
         tolerance=1e-5,
         max_iterations=500,
         preconditioner=lambda r: _apply_gain(1 / (known + gradient), r),
     )
+    return times_power(found, e)
 
 
 def _gradient_gain(planes: Tensor) -> Tensor:

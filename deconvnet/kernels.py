@@ -9,28 +9,37 @@ once for each size of filters, and kept on disk where that is possible (compilin
 
 from __future__ import annotations
 
-import functools
+import logging
 from typing import NamedTuple
 
 import numpy as np
+from numba.core import event
 
 from deconvnet.compiling import compiled
+
+logger = logging.getLogger(__name__)
 
 # Sums may be taken in any order, but a NaN stays one.
 _MATH = {"reassoc", "contract", "arcp", "nsz"}
 _compiled = compiled(fastmath=_MATH, error_model="numpy", nogil=True)
 
 
+# Sides, channels and groups that the compiler knows: it takes seconds for some hundred, and refuses
+# more than a thousand.
+UNROLLED = 64
+
+
 class Footprint(NamedTuple):
     """Which pixels of one axis an impulse at each place of the maps paints, with which tap.
 
-    count (places,); pixel, tap (places, most): the pairs of each place; first (places,): the pixel
-    of tap 0 where all taps fall on consecutive pixels, else -1.
+    pixel, tap, length (places, runs): consecutive taps fall on consecutive pixels, in one run or,
+    where maps go on beyond their border, up to three; a run of length 0 is none. first (places,):
+    the pixel of tap 0 where all taps are one run and there is no other, else -1.
     """
 
-    count: np.ndarray
     pixel: np.ndarray
     tap: np.ndarray
+    length: np.ndarray
     first: np.ndarray
 
 
@@ -47,22 +56,28 @@ class Filters(NamedTuple):
     then -1.
 
     C, h, w and G are tuples of so many Nones: the length of a tuple is a part of its type, so that
-    the compiler knows it and unrolls.
+    the compiler knows it and unrolls. Above UNROLLED, where that wins nothing, they are arrays of
+    that length, and one compiled loop serves all.
     """
 
     f: np.ndarray
     planes: np.ndarray
-    C: tuple[None, ...]
-    h: tuple[None, ...]
-    w: tuple[None, ...]
-    G: tuple[None, ...]
+    C: tuple[None, ...] | np.ndarray
+    h: tuple[None, ...] | np.ndarray
+    w: tuple[None, ...] | np.ndarray
+    G: tuple[None, ...] | np.ndarray
 
     @classmethod
     def of(cls, f: np.ndarray, group: int) -> Filters:
         empty = ~f.any((2, 3))
         order = empty.argsort(1, kind="stable")
         planes = np.where(np.take_along_axis(empty, order, 1), -1, order).astype(np.int32)
-        return cls(f, planes, *((None,) * number for number in (*f.shape[1:], group)))
+        return cls(f, planes, *map(_length, (*f.shape[1:], group)))
+
+
+def _length(number: int) -> tuple[None, ...] | np.ndarray:
+    """What has this length."""
+    return (None,) * number if number <= UNROLLED else np.zeros(number, np.bool_)
 
 
 class Entries(NamedTuple):
@@ -84,35 +99,30 @@ class Entries(NamedTuple):
         return Entries(*map(np.concatenate, zip(self, other, strict=True)))
 
 
-@functools.lru_cache(maxsize=256)
 def footprint(boundary: str, pixels: int, taps: int) -> Footprint:
     """The footprint along an axis of `pixels` of filters with so many taps (convolution.py)."""
-    tap = np.arange(taps)
-    places = pixels + taps - 1 if boundary == "valid" else pixels
+    places = np.arange(pixels + taps - 1 if boundary == "valid" else pixels)
     shift = {"valid": taps - 1, "circular": 0}.get(boundary, (taps - 1) // 2)
-    pairs: list[list[tuple[int, int]]] = [[] for _ in range(places)]
-    for at in range(-taps if boundary == "reflect" else 0, places + taps):
-        place = at
-        if boundary == "reflect":
-            place = abs(at) if at < places else 2 * (places - 1) - at
-        if not 0 <= place < places:
-            continue
-        painted = at - shift + tap
-        if boundary == "circular":
-            painted = painted % pixels
-        inside = (painted >= 0) & (painted < pixels)
-        pairs[place] += list(zip(painted[inside].tolist(), tap[inside].tolist(), strict=True))
-    most = max(map(len, pairs))
-    count = np.array([len(of) for of in pairs], np.int32)
-    table = np.zeros((places, most, 2), np.int32)
-    first = np.full(places, -1, np.int32)
-    for place, of in enumerate(pairs):
-        table[place, : len(of)] = of
-        pixel = table[place, : len(of), 0]
-        if len(of) == taps and (np.diff(pixel) == 1).all():
-            first[place] = pixel[0]
-    pixel, tap = (np.ascontiguousarray(table[..., axis]) for axis in (0, 1))
-    return Footprint(count, pixel, tap, first)
+    # Where a place stands in a frame that goes on beyond its borders, in rising order.
+    at = [places]
+    if boundary == "circular":
+        at = [places - pixels, places]
+    elif boundary == "reflect":
+        left, right = -places, 2 * (pixels - 1) - places
+        # The border itself is its own image.
+        at = [np.where(places > 0, left, -taps), places]
+        at += [np.where(places < pixels - 1, right, pixels + taps)]
+    corner = np.stack(at, 1) - shift
+    tap = np.clip(-corner, 0, taps)
+    length = np.clip(pixels - corner, 0, taps) - tap
+    if boundary == "circular":
+        # Taps before those that wrap.
+        corner, tap, length = (of[:, ::-1] for of in (corner, tap, length))
+    length = np.maximum(length, 0)
+    alone = (length > 0).sum(1) == 1
+    first = np.where(alone & (length == taps).any(1), (corner * (length == taps)).sum(1), -1)
+    runs = (np.ascontiguousarray(of, np.int32) for of in (np.maximum(corner, 0), tap, length))
+    return Footprint(*runs, first.astype(np.int32))
 
 
 @_compiled
@@ -234,11 +244,13 @@ def towards_filters(gradient, y, g, i, j, z, rows, columns):
     """gradient (K, C, h, w) += Z'y, the image y (C, H, W) as each entry sees it."""
     for n in range(len(g)):
         for c in range(y.shape[0]):
-            for m in range(rows.count[i[n]]):
-                x, u = rows.pixel[i[n], m], rows.tap[i[n], m]
-                for q in range(columns.count[j[n]]):
-                    value = z[n] * y[c, x, columns.pixel[j[n], q]]
-                    gradient[g[n], c, u, columns.tap[j[n], q]] += value
+            for a in range(rows.length.shape[1]):
+                for m in range(rows.length[i[n], a]):
+                    x, u = rows.pixel[i[n], a] + m, rows.tap[i[n], a] + m
+                    for b in range(columns.length.shape[1]):
+                        left, v = columns.pixel[j[n], b], columns.tap[j[n], b]
+                        for q in range(columns.length[j[n], b]):
+                            gradient[g[n], c, u, v + q] += z[n] * y[c, x, left + q]
 
 
 @_compiled
@@ -272,12 +284,14 @@ def _dot_at(r, f, k, rows, columns, mask, i, j):
     """<mask r, what a unit impulse at (i, j) of map k paints>, wherever that is."""
     total = r.dtype.type(0)
     for c in range(f.shape[1]):
-        for m in range(rows.count[i]):
-            x, u = rows.pixel[i, m], rows.tap[i, m]
-            for q in range(columns.count[j]):
-                y = columns.pixel[j, q]
-                value = r[c, x, y] * f[k, c, u, columns.tap[j, q]]
-                total += value * mask[c, x, y] if mask.size else value
+        for a in range(rows.length.shape[1]):
+            for m in range(rows.length[i, a]):
+                x, u = rows.pixel[i, a] + m, rows.tap[i, a] + m
+                for b in range(columns.length.shape[1]):
+                    left, v = columns.pixel[j, b], columns.tap[j, b]
+                    for q in range(columns.length[j, b]):
+                        value = r[c, x, left + q] * f[k, c, u, v + q]
+                        total += value * mask[c, x, left + q] if mask.size else value
     return total
 
 
@@ -285,12 +299,14 @@ def _dot_at(r, f, k, rows, columns, mask, i, j):
 def _paint_at(r, amount, f, k, rows, columns, mask, i, j):
     """r += amount * mask * what a unit impulse at (i, j) of map k paints, wherever that is."""
     for c in range(f.shape[1]):
-        for m in range(rows.count[i]):
-            x, u = rows.pixel[i, m], rows.tap[i, m]
-            for q in range(columns.count[j]):
-                y = columns.pixel[j, q]
-                value = amount * f[k, c, u, columns.tap[j, q]]
-                r[c, x, y] += value * mask[c, x, y] if mask.size else value
+        for a in range(rows.length.shape[1]):
+            for m in range(rows.length[i, a]):
+                x, u = rows.pixel[i, a] + m, rows.tap[i, a] + m
+                for b in range(columns.length.shape[1]):
+                    left, v = columns.pixel[j, b], columns.tap[j, b]
+                    for q in range(columns.length[j, b]):
+                        value = amount * f[k, c, u, v + q]
+                        r[c, x, left + q] += value * mask[c, x, left + q] if mask.size else value
 
 
 @_compiled
@@ -343,9 +359,12 @@ def curvatures(filters, inner, grid, g, i, j, scratch):
         for k in range(g[n] * G, (g[n] + 1) * G):
             _paint_at(scratch, f.dtype.type(1), f, k, rows, columns, mask, i[n], j[n])
             L[n] += _dot_at(scratch, f, k, rows, columns, mask, i[n], j[n])
-            for m in range(rows.count[i[n]]):
-                for q in range(columns.count[j[n]]):
-                    scratch[:, rows.pixel[i[n], m], columns.pixel[j[n], q]] = 0
+            for a in range(rows.length.shape[1]):
+                top = rows.pixel[i[n], a]
+                for b in range(columns.length.shape[1]):
+                    left = columns.pixel[j[n], b]
+                    bottom, right = top + rows.length[i[n], a], left + columns.length[j[n], b]
+                    scratch[:, top:bottom, left:right] = 0
     return L
 
 
@@ -400,3 +419,21 @@ def descend(r, filters, grid, entries, starts, bands, sweeps, lam, p, positive):
                         else:
                             _paint_at(r, -d, f, k, rows, columns, mask, i[n], j[n])
                         z[n, u] += d
+
+
+class _Announcement(event.Listener):
+    """Says, once, why the first call of a size of filters takes its time."""
+
+    said = False
+
+    def on_start(self, event: event.Event) -> None:
+        compiled = event.data["dispatcher"].py_func
+        if compiled.__module__ == __name__ and not self.said:
+            _Announcement.said = True
+            logger.info("compiling for filters of this size, once: some seconds")
+
+    def on_end(self, event: event.Event) -> None:
+        pass
+
+
+event.register("numba:compile", _Announcement())

@@ -39,6 +39,7 @@ from deconvnet.convolution import (
 from deconvnet.distributed import ALONE, Ranks
 from deconvnet.entries import Entries
 from deconvnet.operators import Operator, conjugate_gradients
+from deconvnet.units import exponent, magnitude, times_power
 
 UPDATES = ("proximal", "cg")
 NORMS = ("filter", "plane")
@@ -186,7 +187,8 @@ def update_filters(
     product = _gram_product(sums.gram, tuple(f.shape[2:]))
     asked = dict(norm=norm, non_negative=non_negative, zero_mean=zero_mean)
     start = normalize(connected(f.double(), g), **asked)
-    energy = sums.energy.clamp(min=1e-9 * sums.energy.max().item() + 1e-30)
+    most = sums.energy.max().item()
+    energy = sums.energy.clamp(min=1e-9 * most if most > 0 else 1.0)
     scale = energy.rsqrt().view(-1, 1, 1, 1)
     # The same for every channel: one tells it.
     largest = _largest_eigenvalue(lambda v: scale * product(scale * v), start[:, :1])
@@ -238,6 +240,9 @@ def update_filters_by_cg(
     def towards_filters(pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
         total = torch.zeros_like(f, dtype=torch.float64)
         for z, y in pairs:
+            if exponent(magnitude(z)) or exponent(magnitude(y)):
+                # Their products leave the range of float32.
+                z, y = z.double(), y.double()
             for one in range(len(z)):
                 part = slice(one, one + 1)
                 total += filter_gradient(z[part], y[part], size, g, boundary=boundary)
@@ -249,7 +254,14 @@ def update_filters_by_cg(
         return towards_filters((z, T.adjoint(T(y))) for z, y, T in painted)
 
     target = towards_filters((z, T.adjoint(residual)) for z, residual, T in batches())
-    change = conjugate_gradients(system, target, tolerance=1e-6, max_iterations=iterations)
+    # Of directions in the units of the data squared float32 would lose some.
+    e = exponent(magnitude(target))
+    change = conjugate_gradients(
+        lambda v: times_power(system(v), -e),
+        times_power(target, -e),
+        tolerance=1e-6,
+        max_iterations=iterations,
+    )
     asked = dict(norm=norm, non_negative=non_negative, zero_mean=zero_mean)
     start = connected(f.double(), g)
     kept = normalize(start, **asked) if non_negative or zero_mean else start
@@ -276,7 +288,7 @@ def normalize(
         f = f.clamp(min=0)
     if zero_mean:
         f = f - f.mean((2, 3), keepdim=True)
-    length = torch.linalg.vector_norm(f, dim=axes, keepdim=True)
+    length = length_of(f, axes)
     if zero_mean:
         # Of a plane that is constant only rounding is left.
         rounding = 10 * torch.finfo(f.dtype).eps * given.abs().amax(axes, keepdim=True)
@@ -284,6 +296,12 @@ def normalize(
         length = torch.where(length > rounding, length, torch.zeros_like(length))
     unit = f / torch.where(length > 0, length, torch.ones_like(length))
     return unit if fallback is None else torch.where(length > 0, unit, fallback)
+
+
+def length_of(f: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """The l2 norm over these axes, which stay; also where squares leave the range of float32."""
+    e = exponent(magnitude(f))
+    return times_power(torch.linalg.vector_norm(times_power(f, -e), dim=axes, keepdim=True), e)
 
 
 def random_filters(
@@ -322,7 +340,7 @@ def first_filters(
         noise = _noise((num, *like.shape[1:]), generator).to(like)
         return normalize(noise.abs() if non_negative else noise, **asked)
     patches = draw(20 * num)
-    strength = torch.linalg.vector_norm(patches, dim=(1, 2, 3))
+    strength = length_of(patches, (1, 2, 3)).flatten()
     strongest = strength.argsort(descending=True, stable=True)[: len(patches) // 2]
     chosen = strongest[torch.randperm(len(strongest), generator=generator)[:num].to(like.device)]
     noise = _noise(patches[chosen].shape, generator).to(like)

@@ -44,6 +44,13 @@ WIDE, MIDDLE = 120, 56
 METRICS = "metrics.jsonl"
 
 
+def decibels(signal: float, error: float) -> float:
+    """The signal-to-noise ratio 10 log10(signal / error) of two energies, within +-300 dB."""
+    if error <= 1e-30 * signal:
+        return 300.0 if signal > 0 else -300.0
+    return 10 * math.log10(max(signal / error, 1e-30))
+
+
 @dataclass(frozen=True)
 class RankLoad:
     """What an epoch has cost one process: seconds by phase, and the most memory that the process

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from deconvnet import checkpoint
 from deconvnet.codes import ALL, Codes, Images, LayerCodes, join
-from deconvnet.convolution import BOUNDARIES
+from deconvnet.convolution import BOUNDARIES, map_size
 from deconvnet.inputs import as_tensor, check_settings, positive, whole
 from deconvnet.learning import LearningSettings, first_filters, normalize, patches_of
 from deconvnet.modes import plain
@@ -36,7 +36,7 @@ from deconvnet.operators import (
     Stack,
     Unpooling,
 )
-from deconvnet.pooling import UNPOOLINGS, Window, max_pool, spreading_weights
+from deconvnet.pooling import UNPOOLINGS, Window, max_pool, pooled_shape, spreading_weights
 from deconvnet.preprocessing import (
     SCALES,
     Preprocessing,
@@ -210,7 +210,8 @@ class Layer(nn.Module):
             spread = Spread()
             spread.add(below)
             below = spread
-        self.scale.fill_(below.scale(self.settings.scale))
+        # Maps have the units of the data: however small, they are no rounding.
+        self.scale.fill_(below.scale(self.settings.scale, least=0.0))
 
     def initialize(self, b: Tensor, generator: torch.Generator) -> None:
         """Start the filters as the settings say, from what the layer has to explain."""
@@ -336,6 +337,7 @@ class DeconvNet(nn.Module):
         if images.is_floating_point():
             images = images.to(self.preprocessing.scale.dtype)
         y, record = self.preprocessing(images.to(self.device), frames)
+        self.check_size(tuple(y.shape[2:]), depth)
         codes = Codes((), y, record)
         for _ in range(depth):
             codes = self.extend(codes, chunk=chunk, progress=progress)
@@ -353,6 +355,15 @@ class DeconvNet(nn.Module):
             if progress:
                 progress(min(len(parts) * chunk, len(codes.y)), len(codes.y))
         return Codes((*codes.layers, join(parts)), codes.y, codes.record)
+
+    def check_size(self, size: tuple[int, int], depth: int) -> None:
+        """Refuse images of H x W pixels that are too small for one of the layers up to `depth`."""
+        for number, layer in enumerate(self.layers[:depth], 1):
+            check_size(size, layer, number)
+            settings = layer.settings
+            size = map_size(size, (settings.filter_size,) * 2, settings.boundary)
+            if settings.pool is not None:
+                size = pooled_shape((1, *size), (1, *settings.pool[1:]))[1:]
 
     def below(self, codes: Codes, number: int, images: Images = ALL) -> Tensor:
         """What layer `number` stands on: the rescaled pooled maps below it, or the image."""
@@ -490,10 +501,15 @@ def load(path: str | Path) -> DeconvNet:
 
 
 def snr(reference: Tensor, estimate: Tensor) -> float:
-    """10 log10( sum (reference - its mean)^2 / sum (reference - estimate)^2 ) in dB."""
+    """10 log10( sum (reference - its mean)^2 / sum (reference - estimate)^2 ) in dB.
+
+    inf where the two are equal, also of a constant reference.
+    """
     reference, estimate = reference.double(), estimate.double()
     signal = (reference - reference.mean()).square().sum()
     noise = (reference - estimate).square().sum()
+    if noise == 0:
+        return math.inf
     return float(10 * torch.log10(signal / noise))
 
 

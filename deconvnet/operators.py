@@ -30,6 +30,7 @@ from deconvnet.convolution import (
     fourier_size,
     map_size,
 )
+from deconvnet.units import exponent, magnitude, times_power
 
 # torch multiplies matrices of n x c and c x d numbers by its own loop if n c d is below this.
 OWN_PRODUCTS = 400
@@ -65,6 +66,18 @@ class Operator(ABC):
     def __matmul__(self, inner: Operator) -> Operator:
         """The composition: (A @ B)(z) = A(B(z))."""
         return self if isinstance(inner, Identity) else Composition(self, inner)
+
+    def curvature(self) -> float | Tensor:
+        """||A e||^2 of the unit impulse e that paints most, as far as one can say without painting:
+        the product over the parts of A, 1 for unit filters. (N, 1, 1, 1) with a mask of each image.
+        """
+        return 1.0
+
+    def normalised(self) -> tuple[Operator, int]:
+        """(A', e) with A = 2^e A' and filters, masks and factors of an ordinary size in A'; A
+        itself where they are.
+        """
+        return self, 0
 
     def solve(
         self,
@@ -107,7 +120,7 @@ class Operator(ABC):
             moved = moved - diagonal[-1] * y
             beside = norm(moved)
             off_diagonal.append(beside)
-            before, y = y, moved / beside.clamp(min=_TINY)
+            before, y = y, moved / beside.clamp(min=torch.finfo(b.dtype).tiny)
         upper = torch.diag_embed(torch.stack(off_diagonal[:-1], -1).flatten(1), 1)
         matrix = torch.diag_embed(torch.stack(diagonal, -1).flatten(1)) + upper + upper.mT
         return 1.02 * torch.linalg.eigvalsh(matrix)[:, -1].view(-1, 1, 1, 1)
@@ -200,6 +213,23 @@ class Deconvolution(Operator):
         if self.mask is not None:
             largest = largest * self.mask.square().amax((1, 2, 3), keepdim=True)
         return largest.expand(b.shape[0], 1, 1, 1)
+
+    def curvature(self) -> float | Tensor:
+        # Squares in double: those of small filters are 0 in float32.
+        largest = float(self.f.detach().double().square().sum((1, 2, 3)).amax())
+        if self.mask is None:
+            return largest
+        seen = largest * _mean_square(self.mask.detach().double())
+        return seen if len(seen) > 1 else float(seen)
+
+    def normalised(self) -> tuple[Operator, int]:
+        of_filters = exponent(magnitude(self.f))
+        of_mask = 0 if self.mask is None else exponent(magnitude(self.mask))
+        if of_filters == of_mask == 0:
+            return self, 0
+        f = times_power(self.f, -of_filters)
+        mask = self.mask if self.mask is None else times_power(self.mask, -of_mask)
+        return Deconvolution(f, self.boundary, mask), of_filters + of_mask
 
     def __getitem__(self, images: slice) -> Deconvolution:
         if self.mask is None or len(self.mask) == 1:
@@ -379,6 +409,13 @@ class Scaling(Operator):
 
     adjoint = __call__
 
+    def curvature(self) -> float | Tensor:
+        return self.factor**2
+
+    def normalised(self) -> tuple[Operator, int]:
+        e = exponent(abs(self.factor))
+        return (Scaling(math.ldexp(self.factor, -e)), e) if e else (self, 0)
+
 
 class Composition(Operator):
     """outer after inner: z -> outer(inner(z))."""
@@ -396,6 +433,15 @@ class Composition(Operator):
 
     def adjoint(self, y: Tensor) -> Tensor:
         return self.inner.adjoint(self.outer.adjoint(y))
+
+    def curvature(self) -> float | Tensor:
+        return self.outer.curvature() * self.inner.curvature()
+
+    def normalised(self) -> tuple[Operator, int]:
+        (outer, of_outer), (inner, of_inner) = self.outer.normalised(), self.inner.normalised()
+        if of_outer == of_inner == 0:
+            return self, 0
+        return Composition(outer, inner), of_outer + of_inner
 
 
 class Stack(Operator):
@@ -423,6 +469,20 @@ class Stack(Operator):
         each = zip(self.operators, self.weights, parts, self.shapes, strict=True)
         return sum(A.adjoint(w * part.reshape(-1, *shape)) for A, w, part, shape in each)
 
+    def curvature(self) -> float | Tensor:
+        each = zip(self.weights, self.operators, strict=True)
+        return sum(w**2 * A.curvature() for w, A in each)
+
+    def normalised(self) -> tuple[Operator, int]:
+        parts, of_parts = zip(*(A.normalised() for A in self.operators), strict=True)
+        weights = [math.ldexp(w, e) for w, e in zip(self.weights, of_parts, strict=True)]
+        e = exponent(max(map(abs, weights)))
+        if e == 0 and not any(of_parts):
+            return self, 0
+        some = copy.copy(self)
+        some.operators, some.weights = list(parts), [math.ldexp(w, -e) for w in weights]
+        return some, e
+
     def join(self, targets: list[Tensor]) -> Tensor:
         """The targets of the operators, weighted and end to end."""
         each = zip(self.weights, targets, strict=True)
@@ -444,7 +504,7 @@ def conjugate_gradients(
     Stops when the residual of every image is at most `tolerance` times the norm of its d. An image
     that is there stands still, so that its result does not depend on the others in the batch.
     """
-    w = torch.zeros_like(d) if start is None else start
+    w, tiny = torch.zeros_like(d) if start is None else start, torch.finfo(d.dtype).tiny
     r = d if start is None else d - system(w)
     goal = (tolerance * norm(d)).square()
     direction, rz = None, None
@@ -454,15 +514,12 @@ def conjugate_gradients(
             break
         s = r if preconditioner is None else preconditioner(r)
         rz_old, rz = rz, dot(r, s)
-        direction = s if direction is None else s + (rz / rz_old.clamp(min=_TINY)) * direction
+        direction = s if direction is None else s + (rz / rz_old.clamp(min=tiny)) * direction
         q = system(direction)
-        alpha = going * rz / dot(direction, q).clamp(min=_TINY)
+        alpha = going * rz / dot(direction, q).clamp(min=tiny)
         w = w + alpha * direction
         r = r - alpha * q
     return w
-
-
-_TINY = torch.finfo(torch.float32).tiny
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:

@@ -169,6 +169,10 @@ class Preprocessing(torch.nn.Module):
             pixels.append(self._undo(_cut(planes[index], frame), inside))
         return _join(pixels, groups, y.shape)
 
+    def check_size(self, size: tuple[int, int]) -> None:
+        """Refuse images of H x W pixels that are too small for one of the steps."""
+        _check_size("images", size, self.settings)
+
     def _undo(self, planes: Tensor, record: Record) -> Tensor:
         """Pixels from planes that fill their images, before division by scale."""
         for step, kept in zip(reversed(self.settings.steps), reversed(record), strict=True):
@@ -255,16 +259,16 @@ class Spread:
         counts, squares, largest = zip(*parts, strict=True)
         return Spread(sum(counts), sum(squares), max(largest))
 
-    def scale(self, kind: str) -> float:
+    def scale(self, kind: str, *, least: float = 1e-6) -> float:
         """Their root mean square ("rms") or largest magnitude ("max").
 
-        1 for "none", and where there is next to nothing: a scale of 1e-8 would blow up the first
-        real image.
+        1 for "none", and where there is next to nothing, at most `least`: a scale of 1e-8 would
+        blow up the first real picture, whose pixels are in [0, 1].
         """
         if kind == "none":
             return 1.0
         scale = self.largest if kind == "max" else math.sqrt(self.squares / max(self.count, 1))
-        return scale if scale > 1e-6 else 1.0
+        return scale if scale > least else 1.0
 
 
 def to_color(images: Tensor, color: str) -> Tensor:

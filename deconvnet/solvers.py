@@ -49,6 +49,7 @@ from deconvnet.modes import plain
 from deconvnet.operators import Deconvolution, Operator, conjugate_gradients, dot, norm
 from deconvnet.pooling import Window
 from deconvnet.sparsity import Prior, shrink
+from deconvnet.units import Units, exponent, magnitude, times_power
 
 METHODS = ("admm", "half_quadratic", "fista", "ista", "coordinate")
 Z_STEPS = ("exact", "cg")
@@ -61,6 +62,9 @@ PART = 2**24
 GROWTH, CAUTION = 1.02, 0.9
 # ADMM converges only if its beta is left alone in the end.
 ADAPT_UNTIL = 100
+# Its coupling is a rule of thumb: for filters whose squared norm is one up to this factor it holds
+# as it is, beyond that beta follows the norm.
+UNIT_NORM = 2.5
 
 Callback = Callable[[int, Tensor, Tensor], None]
 
@@ -86,14 +90,17 @@ class SolverSettings:
     # most this share of its objective, which is then so near the minimum for certain (float32 can
     # show it down to about 1e-6)
     gap: float | None = None
-    # admm: beta / lam, the weight of the coupling of z and x
+    # admm: the weight of the coupling of z and x, as a share of the curvature of the data term:
+    # beta / (lam ||f||^2), with the largest norm of a filter (1 where it is about 1)
     coupling: float = 2.5
     # admm: over-relaxation, 1 (none) to 1.9
     relaxation: float = 1.8
     # admm with p = 1: balance the residuals of new images by changing beta, in 100 iterations;
     # fista, ista: let the step follow the curvature that is met, far beyond what is always safe
     adaptive: bool = True
-    # half_quadratic: the first beta, the factor from one to the next, and the bound of all
+    # half_quadratic: the first beta, the factor from one to the next, and the bound of all. In the
+    # units of z^(p-2), or, where a share is given in place of lam, of share * lam * ||f||^2, so
+    # that those of the data do not matter
     beta_start: float = 1.0
     beta_factor: float = 6.0
     beta_end: float = 1e5
@@ -236,9 +243,10 @@ def sparse_code(
     weights = None if weights is None else weights.to(images)
     p, group = as_number(p, "p"), whole(group, "group")
     prior = dict(p=p, weights=weights, group=group, non_negative=non_negative)
+    settings = settings or default_solver(images, p)
     if share is not None:
         lam = lam_of_share(A, b, share, **prior)
-    settings = settings or default_solver(images, p)
+        settings = relative_schedule(settings, A, lam, share)
     return solve(A, b, lam=lam, settings=settings, chunk=chunk, **prior)
 
 
@@ -262,14 +270,31 @@ def lam_of_share(A: Operator, b: Tensor, share: float, **prior: Any) -> float:
     """
     if not 0 < as_number(share, "share") <= 1:
         raise ValueError(f"share={share}: must lie in (0, 1]")
-    data = A.adjoint(b)
     asked = Prior(**prior)
+    (A, of_filters), of_data = A.normalised(), exponent(magnitude(b))
+    data = A.adjoint(times_power(b, -of_data))
     asked.check(data.shape)
     largest = float(asked.dual_norm(data).max())
     if not 0 < largest < math.inf:
         why = "all weights to be positive" if largest > 0 else "images that the filters can explain"
         raise ValueError(f"share={share}: needs {why}")
-    return 1 / (float(share) * largest)
+    if share == 1:
+        # By more than the rounding of correlations, so that not one entry is left.
+        largest *= 1 + 32 * torch.finfo(b.dtype).eps
+    return math.ldexp(1 / (float(share) * largest), -of_data - of_filters)
+
+
+def relative_schedule(
+    settings: SolverSettings, A: Operator, lam: float, share: float
+) -> SolverSettings:
+    """The settings with the schedule of half_quadratic in units of share * lam * ||f||^2, of which
+    1 is the beta whose threshold is the largest entry that explains any image alone.
+    """
+    if settings.method != "half_quadratic":
+        return settings
+    unit = share * lam * float(torch.as_tensor(A.curvature()).max())
+    start, end = unit * settings.beta_start, unit * settings.beta_end
+    return dataclasses.replace(settings, beta_start=start, beta_end=end)
 
 
 @plain
@@ -309,15 +334,74 @@ def solve(
         )
     start = A.zeros(b) if state is None else state
     prior.check(start.shape)
-    options = dict(lam=lam, settings=settings, training=training, callback=callback)
     step = settings.step if step is None else step
-    if callback or (settings.method == "coordinate" and chunk is None):
-        return _solve(A, b, start, step=step, **options, **fields)
+    A, of_filters = A.normalised()
+    units = Units.of(b, of_filters, lam, p, weights)
+    given = dict(lam=lam, settings=settings, step=step, callback=callback, weights=weights)
+    if units.ordinary:
+        return _solve_parts(A, b, start, training=training, chunk=chunk, **{**fields, **given})
+    own = {**fields, **_in_units(units, **given)}
+    b, start = times_power(b, -units.data), times_power(start, -units.maps)
+    found = _solve_parts(A, b, start, training=training, chunk=chunk, **own)
+    return _in_units_of_the_caller(units, found, lam)
+
+
+def _in_units(
+    units: Units,
+    *,
+    lam: float,
+    settings: SolverSettings,
+    step: Tensor | float | None,
+    callback: Callback | None,
+    weights: Tensor | None,
+) -> dict[str, Any]:
+    """Arguments of `solve` in other units; the callback goes on to see those of the caller."""
+
+    def watch(i: int, z: Tensor, beta: Tensor) -> None:
+        callback(i, times_power(z, units.maps), beta.double() / units.beta(1.0))
+
+    schedule = units.beta(settings.beta_start), units.beta(settings.beta_end)
+    return dict(
+        lam=units.lam(lam),
+        settings=dataclasses.replace(settings, beta_start=schedule[0], beta_end=schedule[1]),
+        step=step if step is None else units.step(step),
+        callback=callback and watch,
+        weights=units.weights(weights),
+    )
+
+
+def _in_units_of_the_caller(units: Units, found: Solution, lam: float) -> Solution:
+    z = times_power(found.z, units.maps)
+    return dataclasses.replace(
+        found,
+        z=z,
+        residual=times_power(found.residual, units.data),
+        reconstruction=units.cost(found.reconstruction),
+        sparsity=units.cost(found.sparsity),
+        state=z if found.state is found.z else times_power(found.state, units.maps),
+        step=found.step if found.step is None else units.step(found.step, back=True),
+        gap=found.gap if found.gap is None else units.cost(found.gap),
+        lam=lam,
+    )
+
+
+def _solve_parts(
+    A: Operator,
+    b: Tensor,
+    start: Tensor,
+    *,
+    step: Tensor | float | None,
+    chunk: int | None,
+    weights: Tensor | None,
+    **options: Any,
+) -> Solution:
+    """`solve` of all images together, or of some at a time."""
+    if options["callback"] or (options["settings"].method == "coordinate" and chunk is None):
+        return _solve(A, b, start, step=step, weights=weights, **options)
     found = []
     for images in _parts(A, b, start, chunk):
-        own = {**fields, "weights": _some(weights, images)}
-        some = _some(step, images)
-        found.append(_solve(A[images], b[images], start[images], step=some, **options, **own))
+        own = dict(step=_some(step, images), weights=_some(weights, images))
+        found.append(_solve(A[images], b[images], start[images], **own, **options))
     return _joined(found)
 
 
@@ -355,7 +439,7 @@ def _solve(
     elif settings.method == "admm":
         z, state, count = admm(
             *(A, b, start),
-            beta=settings.coupling * lam,
+            beta=settings.coupling * lam * _norm_to_follow(A.curvature()),
             relaxation=settings.relaxation,
             # Where the prior is not convex a beta that keeps moving loses its way.
             adaptive=settings.adaptive and prior.convex and not training,
@@ -379,6 +463,15 @@ def _solve(
         # At the minimum rounding takes it below 0.
         gap = (sum(cost) - _dual(A, b, residual, lam, prior)).clamp(min=0)
     return Solution(z, residual, *cost, count, state, step, gap, lam)
+
+
+def _norm_to_follow(squared: float | Tensor) -> float | Tensor:
+    """The squared norm of filters, 1 where it is near one."""
+    if not isinstance(squared, Tensor):
+        near = 1 / UNIT_NORM <= squared <= UNIT_NORM
+        return 1.0 if near or squared == 0 else squared
+    near = (squared >= 1 / UNIT_NORM) & (squared <= UNIT_NORM)
+    return torch.where(near | (squared == 0), 1.0, squared)
 
 
 def _parts(A: Operator, b: Tensor, z: Tensor, chunk: int | None) -> list[slice]:
@@ -453,7 +546,7 @@ def admm(
     state: Tensor,
     *,
     lam: float,
-    beta: float,
+    beta: float | Tensor,
     relaxation: float = 1.8,
     adaptive: bool = False,
     iterations: int,
@@ -476,6 +569,7 @@ def admm(
     times its objective.
     """
     prior = Prior(**prior)
+    beta = _per_image(beta, b) if isinstance(beta, Tensor) else beta
     beta_given, beta = beta, _per_image(beta, b)
     t, x, w = state, prior.shrink(state, beta), None
     done, some_done = torch.zeros_like(beta, dtype=torch.bool), False
@@ -490,8 +584,8 @@ def admm(
         if callback:
             callback(count, x, beta)
         if count % CHECK_EVERY == 0 and (adaptive or tolerance or gap):
-            primal = norm(z - x) / torch.maximum(norm(z), norm(x)).clamp(min=_TINY)
-            dual = norm(x - x_old) / norm(t - x).clamp(min=_TINY)
+            primal = norm(z - x) / torch.maximum(norm(z), norm(x)).clamp(min=_tiny(z))
+            dual = norm(x - x_old) / norm(t - x).clamp(min=_tiny(z))
             done = done | (torch.maximum(primal, dual) <= tolerance)
             if gap:
                 done = done | _certified(A, b, x, b - A(x), lam, prior, gap)
@@ -599,8 +693,10 @@ def _acts(mask: Tensor) -> bool:
 
 
 def _curvature(move: Tensor, seen: Tensor, lam: float) -> Tensor:
-    """lam ||A d||^2 / ||d||^2 of a move d of the maps, seen = A d; never quite 0."""
-    return lam * dot(seen, seen) / dot(move, move).clamp(min=_TINY) + _TINY
+    """lam ||A d||^2 / ||d||^2 of a move d of the maps, seen = A d; never quite 0, so that a step
+    of its inverse can be multiplied by lam.
+    """
+    return lam * dot(seen, seen) / dot(move, move).clamp(min=_tiny(move)) + 1e-30
 
 
 @plain
@@ -612,11 +708,17 @@ def duality_gap(A: Operator, b: Tensor, z: Tensor, lam: float, **prior: Any) -> 
     it. No scaling does that where a weight is 0 and A'v is not: the gap is infinite, and with
     weights of 0 it hardly ever is not.
     """
-    prior = Prior(**prior)
-    if not prior.convex:
-        raise ValueError(f"p={prior.p}, window={prior.window}: only p=1 has a dual, and no window")
+    asked = Prior(**prior)
+    if not asked.convex:
+        raise ValueError(f"p={asked.p}, window={asked.window}: only p=1 has a dual, and no window")
+    A, of_filters = A.normalised()
+    units = Units.of(b, of_filters, lam, 1.0, asked.weights)
+    b, z, lam = times_power(b, -units.data), times_power(z, -units.maps), units.lam(lam)
+    asked = dataclasses.replace(asked, weights=units.weights(asked.weights))
     residual = b - A(z)
-    return data_term(residual, lam) + prior(z) - _dual(A, b, residual, lam, prior)
+    gap = data_term(residual, lam) + asked(z) - _dual(A, b, residual, lam, asked)
+    # At the minimum rounding takes it below 0.
+    return units.cost(gap.clamp(min=0))
 
 
 def _dual(A: Operator, b: Tensor, residual: Tensor, lam: float, prior: Prior) -> Tensor:
@@ -641,7 +743,9 @@ def data_term(residual: Tensor, lam: float) -> Tensor:
     return lam / 2 * residual.double().square().sum((1, 2, 3))
 
 
-_TINY = torch.finfo(torch.float32).tiny
+def _tiny(x: Tensor) -> float:
+    """The least that a positive number of x divides by."""
+    return torch.finfo(x.dtype).tiny
 
 
 def _z_step(
@@ -669,7 +773,7 @@ def _balance(
     t: Tensor, x: Tensor, beta: Tensor, primal: Tensor, dual: Tensor, done: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Residual balancing: raise beta where z and x disagree, lower it where x still moves."""
-    factor = (primal / dual.clamp(min=_TINY)).sqrt().clamp(0.2, 5)
+    factor = (primal / dual.clamp(min=_tiny(t))).sqrt().clamp(0.2, 5)
     unchanged = done | ((factor > 0.8) & (factor < 1.25))
     factor = torch.where(unchanged, torch.ones_like(factor), factor)
     return x + (t - x) / factor, beta * factor

@@ -1,10 +1,15 @@
 """Images that are too large to be explained at once: in tiles that overlap.
 
-A layer couples all places of an image, but what happens far away hardly matters: its filters reach
-so far, and the maps that answer them a few times as far. So a tile is explained together with a
-margin of what is around it, and where the inner parts of two tiles meet one goes over into the
+Layer 1 needs no tiles on a CPU: `adaptive` solves it as one problem, of which only the entries that
+are not zero are kept. Which of two nearly equal entries of a window is its maximum is so the same
+for all layers above, wherever tiles begin.
+
+A layer above couples all places of an image, but what happens far away hardly matters: its filters
+reach so far, and the maps that answer them a few times as far. So a tile is explained together with
+a margin of what is around it, and where the inner parts of two tiles meet one goes over into the
 other, so that there is no seam. Tiles begin where windows of pooling begin: every window, and so
-every switch, is whole.
+every switch, is whole. Where layer 1 must not be solved so (p < 1, pooling in its loop, a GPU), it
+is explained in the same tiles.
 
 Mathematics stays where it was: `network` explains a tile as it explains any image. This module
 decides how large tiles are and how their results are put together.
@@ -21,20 +26,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deconvnet.codes import Codes
+from deconvnet.adaptive import SparseSolution, Thresholds, explain
+from deconvnet.codes import Codes, LayerCodes
 from deconvnet.network import DeconvNet, Layer, Progress, snr
+from deconvnet.solvers import Solution, default_solver
 
 GIB = 2**30
 # What commands and functions take for `memory` unless they are told.
 MEMORY = 4.0
 # The margin of a tile, in reaches of all filters.
-REACHES = 4
+REACHES = 6
 # Bytes for every number of the maps of a layer while these are inferred, by the solver's method;
 # and for every number of a map below that is there beside it. Measured, and rounded up.
 OF_MAPS = {"admm": 60, "half_quadratic": 60, "fista": 80, "ista": 80, "coordinate": 48}
 BESIDE = 24
-# Bytes for every value of the planes of an image.
-OF_PLANES = 80
+# Bytes for every value of the planes of an image; of what layer 1 takes beside when it is solved
+# without maps, for every value and, a tenth of the entries not being zero, for every map.
+OF_PLANES, OF_SOLVING, OF_ENTRIES = 80, 60, 4
 
 
 @dataclass(frozen=True)
@@ -125,16 +133,17 @@ def reconstruct(
     """Images (N, 1 or 3, H, W) in [0, 1], one by one, from the maps of a layer (default: the
     highest), as `net.infer` and `net.reconstruct` make them, but in no more than `memory` GiB.
 
-    What fits is explained as a whole, and is the same to the bit. Else it is explained in tiles:
-    preprocessing is that of the whole image, and the maps are as near to it as the solver of the
-    network goes to its minimum. ValueError, before any work, for an image too large even for that.
-    progress(done, total) hears of every tile of every image.
+    What fits is explained as a whole, and is the same to the bit. Else the module says how, and
+    docs/restoration.md how near that comes. ValueError, before any work, for an image too large
+    even for that. progress(done, total) hears of every tile of every image.
     """
     layer = net.depth if layer is None else layer
     net.layer(layer)
     if len(images) == 0:
         raise ValueError("0 images: must be at least 1")
-    cut = plan(net, tuple(images.shape[2:]), layer, memory)
+    size = tuple(images.shape[2:])
+    whole = fits(net, size, layer, memory)
+    cut = [Tile.whole(*size)] if whole else plan_image(net, size, layer, memory)
     found = []
     for n, image in enumerate(images.split(1)):
 
@@ -142,7 +151,8 @@ def reconstruct(
             if progress:
                 progress(n * len(cut) + done, len(images) * len(cut))
 
-        found.append(_reconstruct(net, image, layer, cut, report))
+        made = _at_once if whole else _in_tiles
+        found.append(made(net, image, layer, cut, report))
     pixels, y, painted = (
         torch.cat([getattr(each, key) for each in found]) for key in ("pixels", "y", "painted")
     )
@@ -150,21 +160,88 @@ def reconstruct(
     return Reconstruction(pixels, y, painted, density, len(found) * len(cut))
 
 
-def _reconstruct(
+def _at_once(
+    net: DeconvNet, image: Tensor, layer: int, cut: list[Tile], report: Callable[[int], None]
+) -> Reconstruction:
+    codes = net.infer(image, depth=layer)
+    report(1)
+    pixels, density = net.reconstruct(codes), codes.layer(layer).density
+    return Reconstruction(pixels, codes.y, net.paint(codes, layer), density, 1)
+
+
+def _in_tiles(
     net: DeconvNet, image: Tensor, layer: int, cut: list[Tile], report: Callable[[int], None]
 ) -> Reconstruction:
     base = net.infer(image, depth=0)
-    painted, active = torch.zeros_like(base.y), 0.0
-    for n, tile in enumerate(cut, 1):
-        codes = Codes((), base.y[:, :, tile.rows, tile.columns], [])
-        for _ in range(layer):
-            codes = net.extend(codes)
-        share = tile.share.to(painted)
-        painted[:, :, tile.rows, tile.columns] += share * net.paint(codes, layer)
-        active += codes.layer(layer).density * float(share.sum())
-        report(n)
+    first = _first(net, base.y) if _is_sparse(net) else None
+    if first is not None and layer == 1:
+        painted, density = base.y - first.residual, len(first.entries.g) / math.prod(first.shape)
+        report(1)
+    else:
+        painted, active = torch.zeros_like(base.y), 0.0
+        for n, tile in enumerate(cut, 1):
+            below = () if first is None else (pooled_part(net, first, tile),)
+            codes = Codes(below, base.y[:, :, tile.rows, tile.columns], [])
+            while len(codes.layers) < layer:
+                codes = net.extend(codes)
+            share = tile.share.to(painted)
+            painted[:, :, tile.rows, tile.columns] += share * net.paint(codes, layer)
+            active += codes.layer(layer).density * float(share.sum())
+            report(n)
+        density = active / image[0, 0].numel()
     pixels = net.preprocessing.inverse(painted, base.record).clamp_(0, 1)
-    return Reconstruction(pixels, base.y, painted, active / image[0, 0].numel(), len(cut))
+    return Reconstruction(pixels, base.y, painted, density, len(cut))
+
+
+def _is_sparse(net: DeconvNet) -> bool:
+    """Whether layer 1 can be solved without its maps."""
+    settings = net.layer(1).settings
+    return net.device.type == "cpu" and settings.p == 1 and settings.window is None
+
+
+def _first(net: DeconvNet, y: Tensor) -> SparseSolution:
+    """Layer 1 of one preprocessed image."""
+    layer, settings = net.layer(1), net.layer(1).settings
+    solver = settings.solver if settings.solver.method == "coordinate" else default_solver(y)
+    ones = torch.ones(len(layer.filters)).to(y)
+    return explain(
+        *(layer.operator(), y, Thresholds(ones, ones, settings.group)),
+        lam=settings.lam,
+        non_negative=settings.non_negative,
+        iterations=solver.iterations,
+        tolerance=solver.tolerance,
+        gap=settings.solver.gap,
+    )
+
+
+def pooled_part(net: DeconvNet, first: SparseSolution, tile: Tile) -> LayerCodes:
+    """The codes of layer 1 that paint a tile; first: a solution that knows maps, shape, cost."""
+    layer = net.layer(1)
+    more = layer.settings.filter_size - 1 if layer.settings.boundary == "valid" else 0
+    rows, columns = (slice(of.start, of.stop + more) for of in (tile.rows, tile.columns))
+    z, cost = first.maps(rows, columns), (first.reconstruction, first.sparsity)
+    return layer.codes(Solution(z, first.residual, *cost, first.iterations, z))
+
+
+def fits(net: DeconvNet, size: tuple[int, int], depth: int, memory: float) -> bool:
+    """Whether an image of H x W pixels can be explained at once."""
+    check_memory(memory)
+    each = OF_PLANES * 3 + bytes_of_a_pixel(list(net.layers[:depth]))
+    return each * math.prod(size) <= memory * GIB
+
+
+def plan_image(net: DeconvNet, size: tuple[int, int], depth: int, memory: float) -> list[Tile]:
+    """The tiles of `reconstruct` for an image that does not fit; ValueError if even they do not."""
+    if not _is_sparse(net):
+        return plan(net, size, depth, memory)
+    C, K = net.preprocessing.channels, len(net.layer(1).filters)
+    planes = (OF_PLANES * 3 + OF_SOLVING * C + OF_ENTRIES * K) * math.prod(size) / GIB
+    if planes > memory:
+        refuse(size, planes, memory)
+    net.check_size(size, depth)
+    if depth == 1:
+        return [Tile.whole(*size)]
+    return plan(net, size, depth, memory, first=2, planes=planes)
 
 
 def plan(
@@ -181,6 +258,7 @@ def plan(
     ValueError says how much even the smallest tiles would take.
     """
     check_memory(memory)
+    net.check_size(size, depth)
     layers = list(net.layers[:depth])
     if planes is None:
         planes = OF_PLANES * 3 * size[0] * size[1] / GIB
@@ -194,11 +272,11 @@ def plan(
     needed = (planes + each * least) / GIB
     if needed > memory:
         refuse(size, needed, memory)
-    for number, each_layer in enumerate(layers, 1):
-        if each_layer.settings.boundary == "circular":
+    for number, layer in enumerate(layers, 1):
+        if layer.settings.boundary == "circular":
             raise ValueError(
                 f"layer{number}.boundary=circular: an image of {size[0]}x{size[1]} pixels needs "
-                f"{(planes + each * size[0] * size[1]) / GIB:.1f} GiB, memory={memory} allows "
+                f"{(planes + each * size[0] * size[1]) / GIB:.1f} GiB, memory={memory:g} allows "
                 "less, and one that goes on at its other side cannot be cut into tiles"
             )
     side = int(math.sqrt((memory * GIB - planes) / each))
@@ -240,6 +318,6 @@ def check_memory(memory: float) -> None:
 def refuse(size: tuple[int, int], needed: float, memory: float) -> None:
     """ValueError that says what would be enough."""
     raise ValueError(
-        f"an image of {size[0]}x{size[1]} pixels needs {needed:.2f} GiB, memory={memory} allows "
+        f"an image of {size[0]}x{size[1]} pixels needs {needed:.2f} GiB, memory={memory:g} allows "
         f"less: give memory={math.ceil(10 * needed) / 10:g} or more, or a smaller image"
     )

@@ -36,13 +36,14 @@ from deconvnet.learning import (
     update_filters_by_cg,
 )
 from deconvnet.modes import plain
-from deconvnet.monitor import EpochStats, RankLoad, memory_used
+from deconvnet.monitor import EpochStats, RankLoad, decibels, memory_used
 from deconvnet.network import DeconvNet, Layer, Target, check_size, seeded
 from deconvnet.operators import Identity, Operator
 from deconvnet.pooling import Window, pooled_shape
 from deconvnet.schedule import Schedule
 from deconvnet.solvers import Solution
 from deconvnet.states import FileStates, States, all_states
+from deconvnet.units import exponent, magnitude, times_power
 from deconvnet.visualization.evolution import Peaks, Snapshot, Watch
 
 RECENTER_EVERY = 4
@@ -509,7 +510,9 @@ class _Seen:
         self.error += float(solution.residual.double().square().sum())
         self.signal += float(b.double().square().sum())
         # Each plane pairwise in its own type, which is exact enough and needs no copy.
-        energy = solution.z.square().sum((2, 3)).double().sum(0)
+        e = exponent(magnitude(solution.z))
+        energy = times_power(solution.z, -e).square().sum((2, 3)).double().sum(0)
+        energy = times_power(energy, 2 * e)
         self.energy = energy if self.energy is None else self.energy + energy
 
     def add_peaks(self, z: Tensor, images: Tensor, watch: Watch) -> None:
@@ -553,14 +556,13 @@ class _Seen:
         )
 
     def stats(self, trainer: LayerTrainer, *, dead: int, double: int) -> EpochStats:
-        ratio = self.signal / max(self.error, 1e-30)
         return EpochStats(
             layer=trainer.number,
             epoch=trainer.epoch,
             epochs=trainer.settings.epochs,
             reconstruction=self.reconstruction / self.images,
             sparsity=self.sparsity / self.images,
-            snr=float(10 * torch.log10(torch.tensor(max(ratio, 1e-30)))),
+            snr=decibels(self.signal, self.error),
             density=self.nonzero / self.entries,
             dead=dead,
             double=double,

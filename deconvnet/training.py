@@ -21,7 +21,7 @@ from deconvnet.codes import Codes
 from deconvnet.corpus import Corpus, Source
 from deconvnet.distributed import ALONE, Ranks
 from deconvnet.modes import plain
-from deconvnet.monitor import InferencePoint, LayerResult, Monitor
+from deconvnet.monitor import InferencePoint, LayerResult, Monitor, decibels
 from deconvnet.network import DeconvNet, Layer, Target
 from deconvnet.preprocessing import Spread
 from deconvnet.run import Run
@@ -369,7 +369,7 @@ class _Tally:
         return LayerResult(
             layer=number,
             objective=self.objective / self.images,
-            snr=float(10 * torch.log10(torch.tensor(signal / max(self.error, 1e-300)))),
+            snr=decibels(signal, self.error),
             density=self.nonzero / self.entries,
             dead=int((self.active == 0).sum()),
             seconds=seconds,

@@ -19,11 +19,10 @@ if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
 
 import torch
 
-from deconvnet import config, load
+from deconvnet import config, files, load
 from deconvnet.ablation import MEANINGS, Ablation, ablate
-from deconvnet.data import load_images
+from deconvnet.applications.pictures import learned_images
 from deconvnet.monitor import save_picture
-from deconvnet.run import training_data
 from deconvnet.visualization.figures import labelled_images
 
 config.register()
@@ -31,7 +30,7 @@ config.register()
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="ablate")
 def main(cfg: DictConfig) -> None:
-    with config.one_line_errors(ValueError, OSError):
+    with config.one_line_errors(ValueError, OSError), config.interruptible():
         run(config.read_command(cfg))
 
 
@@ -40,6 +39,8 @@ def run(settings: config.AblateConfig) -> None:
     net = load(folder).to(config.device(settings.device))
     if net.depth < 2 or not any(layer.settings.pool for layer in net.layers[:-1]):
         raise ValueError(f"run={folder}: its layers have no pooling between them")
+    path = folder / "pictures" / "switches.png"
+    files.check(path)
     images, frames = training_images(folder, settings.count)
     codes = net.infer(images, frames=frames, chunk=settings.chunk)
     found = ablate(net, codes, chunk=settings.chunk)
@@ -49,20 +50,16 @@ def run(settings: config.AblateConfig) -> None:
     # The fairer ones, where there are two.
     shown = [a for a in shown if a.inferred] or shown
     rows = [("preprocessed", codes.y), *((f"{a.kind}\n{a.snr:.1f} dB", a.images) for a in shown)]
-    path = folder / "pictures" / "switches.png"
     save_picture(path, labelled_images(net, rows))
     print(f"\nfrom layer {net.depth}, as a picture: {path}")
 
 
 def training_images(folder: Path, count: int) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Some of the images that a run was trained on, evenly among all, and their frames."""
-    settings = training_data(folder)
-    if settings is None:
+    found = learned_images(folder, count)
+    if found is None:
         raise ValueError(f"run={folder}: not a run folder of scripts/train.py with a checkpoint")
-    data = load_images(settings)
-    last = len(data.images) - 1
-    chosen = torch.linspace(0, last, min(count, last + 1)).round().long()
-    return data.images[chosen], None if data.frames is None else data.frames[chosen]
+    return found
 
 
 def table(found: list[Ablation], depth: int) -> str:

@@ -20,16 +20,19 @@ if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
 
 import numpy as np
 
-from deconvnet import checkpoint, config, load
+from deconvnet import config, files, load
 from deconvnet.applications.classification import Scores, draw_split
 from deconvnet.applications.labelled import Features, Images, judge
-from deconvnet.applications.pictures import confusion_picture
+from deconvnet.applications.pictures import check_targets, confusion_picture
 from deconvnet.distributed import RankLost, Ranks, started
 from deconvnet.monitor import save_picture
 from deconvnet.strict_json import to_json
 
 # Seconds that a process waits for another: one may be a piece of images behind.
 PATIENCE = 3600.0
+AGAIN = "the same command again goes on with the features that were found"
+
+PICTURE, SCORES = "confusion.png", "scores.json"
 
 config.register()
 
@@ -38,7 +41,7 @@ config.register()
 def main(cfg: DictConfig) -> None:
     with config.one_line_errors(ValueError, OSError, RankLost):
         settings = config.read_command(cfg)
-        with started(patience=PATIENCE) as ranks:
+        with started(patience=PATIENCE) as ranks, config.interruptible(AGAIN):
             classify(settings, ranks)
 
 
@@ -53,13 +56,17 @@ def classify(settings: config.ClassifyConfig, ranks: Ranks) -> None:
             if f"{name}layer {layer}" in found:
                 raise ValueError(f"beside={settings.beside}: two networks are called {called}")
             found[f"{name}layer {layer}"] = features, layer
+    folder = results(runs[0], settings)
+    if ranks.first:
+        images = next(iter(found.values()))[0].images
+        check_targets([folder / name for name in (PICTURE, SCORES)], [*runs, *images.files])
     for features in dict.fromkeys(features for features, _ in found.values()):
         features.learn_codebooks()
         features.count_words()
     if ranks.first:
         scores = judge(found, settings)
         names = next(iter(found.values()))[0].images.names
-        report(scores, names, settings, results(runs[0], settings))
+        report(scores, names, settings, folder)
 
 
 def features_of(run: Path, settings: config.ClassifyConfig, ranks: Ranks) -> Features:
@@ -111,7 +118,7 @@ def report(
     )
     best = max(scores, key=lambda name: scores[name].mean)
     picture = confusion_picture(scores[best].confusions.sum(0), names)
-    save_picture(folder / "confusion.png", picture)
+    save_picture(folder / PICTURE, picture)
     table = {
         "settings": dataclasses.asdict(settings),
         "classes": names,
@@ -125,9 +132,9 @@ def report(
             for name, score in scores.items()
         },
     }
-    checkpoint.write(folder / "scores.json", to_json(table, indent=2).encode())
+    files.write(folder / SCORES, to_json(table, indent=2).encode())
     print("\n".join(lines))
-    print(f"{folder / 'confusion.png'} ({best}), {folder / 'scores.json'}")
+    print(f"{folder / PICTURE} ({best}), {folder / SCORES}")
 
 
 def mean_of_splits(by_class: np.ndarray) -> list[float]:

@@ -22,28 +22,35 @@ from torch import Tensor
 from deconvnet import config
 from deconvnet.applications.pictures import LEVELS, Restored, restore
 from deconvnet.applications.restoration import Restorer, estimate_noise
+from deconvnet.network import Progress
+
+# In grey levels: rounding to whole ones alone makes noise of 0.3.
+LEAST_NOISE = 0.5
 
 config.register()
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="denoise")
 def main(cfg: DictConfig) -> None:
-    with config.one_line_errors(ValueError, OSError):
+    with config.one_line_errors(ValueError, OSError), config.interruptible():
         denoise(config.read_command(cfg))
 
 
 def denoise(settings: config.DenoiseConfig) -> None:
     generator = torch.Generator().manual_seed(settings.seed)
 
-    def job(restorer: Restorer, image: Tensor, depth: int) -> Restored:
+    def job(restorer: Restorer, image: Tensor, depth: int, progress: Progress) -> Restored:
         given, clean = image, None
         if settings.noise is not None:
             noise = torch.randn(image.shape, generator=generator).to(image)
             given, clean = image + settings.noise / LEVELS * noise, image
             given = given.clamp(0, 1) if settings.clip else given
         level = settings.sigma or settings.noise
-        sigma = level / LEVELS if level else float(estimate_noise(given))
-        layers = restorer.denoise(given, sigma, depth=depth)
+        # An image without noise is no reason to stop.
+        estimate = None if level else max(float(estimate_noise(given)), LEAST_NOISE / LEVELS)
+        sigma = level / LEVELS if level else estimate
+        options = dict(depth=depth, memory=settings.memory, progress=progress)
+        layers = restorer.denoise(given, sigma, **options)
         return Restored(given, layers, clean, f"sigma {LEVELS * sigma:.1f}")
 
     restore(

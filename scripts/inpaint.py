@@ -5,7 +5,6 @@ python scripts/inpaint.py run=runs/denoise-rgb image=photo.png missing=scratches
 
 import os
 import signal
-from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
@@ -21,31 +20,33 @@ import torch
 from torch import Tensor
 
 from deconvnet import config
-from deconvnet.applications.pictures import LEVELS, Restored, restore, seen
+from deconvnet.applications.pictures import LEVELS, Restored, mask_file, restore, seen
 from deconvnet.applications.restoration import Restorer
+from deconvnet.network import Progress
 
 config.register()
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="inpaint")
 def main(cfg: DictConfig) -> None:
-    with config.one_line_errors(ValueError, OSError):
+    with config.one_line_errors(ValueError, OSError), config.interruptible():
         inpaint(config.read_command(cfg))
 
 
 def inpaint(settings: config.InpaintConfig) -> None:
     generator = torch.Generator().manual_seed(settings.seed)
 
-    def job(restorer: Restorer, image: Tensor, depth: int) -> Restored:
+    def job(restorer: Restorer, image: Tensor, depth: int, progress: Progress) -> Restored:
         mask, known = seen(settings.missing, image, generator)
-        layers = restorer.inpaint(image, mask, settings.sigma / LEVELS, depth=depth)
+        options = dict(depth=depth, memory=settings.memory, progress=progress)
+        layers = restorer.inpaint(image, mask, settings.sigma / LEVELS, **options)
         missing = float((mask == 0).float().mean())
         return Restored(mask * image, layers, image if known else None, f"{missing:.1%} missing")
 
     restore(
         *(settings.run, settings.image, job),
         folder="inpainted",
-        inputs=[Path(settings.missing).expanduser()],
+        mask=mask_file(settings.missing),
         device=config.device(settings.device),
         **settings.common(),
     )

@@ -16,8 +16,10 @@ from sklearn.svm import LinearSVC
 from torch.testing import assert_close
 
 from deconvnet import checkpoint
+from deconvnet.applications import labelled
 from deconvnet.applications.classification import (
     CLIP,
+    ClassData,
     Codebook,
     FeatureSettings,
     Scores,
@@ -463,6 +465,48 @@ def test_the_command_scores_layers_alone_and_together_and_goes_on_with_its_featu
     assert faster.code == 0 and {p.stat().st_mtime_ns for p in files} >= set(times.values()) - {
         times[p] for p in made
     }
+
+
+def test_an_image_that_has_changed_under_its_name_is_computed_anew_and_others_are_not(
+    folder, tmp_path, monkeypatch
+):
+    """Also if it has as many bytes as before; what was learned from others stays."""
+    random = np.random.default_rng(1)
+    for name, angle in zip(CLASSES, ANGLES, strict=True):
+        for n in range(6):
+            (tmp_path / "images" / name).mkdir(parents=True, exist_ok=True)
+            pixels = (255 * stripes(angle, random)[:32]).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / name / f"{n}.bmp")
+    monkeypatch.setattr(labelled, "PIECE", 4)
+    net = load(folder / "net.safetensors")
+    data = ClassData(path=str(tmp_path / "images"), size=40)
+    settings = ClassifySettings(
+        data=data, layers=[1], words=8, step=4, train=3, test=2, splits=1, codebook_images=4
+    )
+
+    def find():
+        images = Images.of(tmp_path, data)
+        split = draw_split(images.labels, images.names, train=3, test=2, seed=0)
+        features = Features(net, images, [split], [1], settings, tmp_path / "features")
+        features.learn_codebooks()
+        features.count_words()
+        files = {p: p.read_bytes() for p in (tmp_path / "features").rglob("*.npz")}
+        return features.counts(1, 0, split.test), split, images, files
+
+    before, split, images, files = find()
+    tested = images.files[split.test[0]]
+    size = tested.stat().st_size
+    Image.fromarray(np.flipud(np.asarray(Image.open(tested)))).save(tested)
+    assert tested.stat().st_size == size
+    after, _, _, again = find()
+    assert not torch.equal(after[0], before[0]) and torch.equal(after[1:], before[1:])
+    changed = [path.name for path in files if again[path] != files[path]]
+    assert set(again) == set(files) and len(changed) == 1 and changed[0].startswith("counts")
+    # Of what the words were learned from, all is anew.
+    for path in (images.files[n] for n in split.train):
+        Image.fromarray(np.flipud(np.asarray(Image.open(path)))).save(path)
+    *_, last = find()
+    assert all(last[path] != again[path] for path in files if path.name.startswith("codebook"))
 
 
 def test_the_command_takes_a_given_test_set_and_one_codebook(script, folder):

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -175,6 +176,30 @@ def test_looking_at_maps_in_strips_changes_nothing(boundary, name, monkeypatch):
     found = solve(A, b, lam=LAM, settings=settings(1e-4), **options)
     assert_close(found.z, expected.z, rtol=0, atol=1e-11)
     assert_close(found.gap, expected.gap, rtol=1e-6, atol=1e-10)
+
+
+@pytest.mark.parametrize("group", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("each", [False, True])
+def test_with_a_weight_of_zero_the_gap_is_that_of_the_duality_gap(group, dtype, each):
+    A, b = problem(N=2)
+    A, b = Deconvolution(A.f.to(dtype)), b.to(dtype)
+    weights = torch.tensor([0.0, 0.0, 1.0, 1.0], dtype=dtype)
+    if each:
+        weights = weights.view(4, 1, 1).expand(A.zeros(b).shape).contiguous()
+    options = dict(weights=weights, group=group)
+    found = solve(A, b, lam=LAM, settings=settings(1e-4, iterations=20), **options)
+    assert (found.gap == math.inf).all()
+    assert (duality_gap(A, b, found.z, LAM, **options) == math.inf).all()
+
+
+def test_no_gap_is_negative():
+    A, b = problem(N=16)
+    A, b = Deconvolution(A.f.float()), b.float()
+    for lam in (0.05, 0.3, 5.0):
+        found = solve(A, b, lam=lam, settings=settings(1e-9, iterations=40))
+        assert (found.gap >= 0).all()
+        assert (duality_gap(A, b, found.z, lam) >= 0).all()
 
 
 def test_a_weight_of_zero_leaves_an_entry_free():
@@ -417,28 +442,76 @@ def test_sparse_code_and_the_settings_know_it():
 # Footprints, and the compiled code
 
 
+def pairs(axis, place):
+    """(pixel, tap) of all that an impulse at this place paints along an axis."""
+    runs = zip(axis.pixel[place], axis.tap[place], axis.length[place], strict=True)
+    return [(pixel + m, tap + m) for pixel, tap, length in runs for m in range(length)]
+
+
 @every_boundary
 @pytest.mark.parametrize(
-    ("image", "size"), [((7, 6), (3, 2)), ((5, 9), (1, 5)), ((4, 3), (4, 3)), ((1, 2), (1, 1))]
+    ("image", "size"),
+    [((7, 6), (3, 2)), ((5, 9), (1, 5)), ((4, 3), (4, 3)), ((1, 2), (1, 1)), ((6, 5), (6, 4))],
 )
 def test_the_footprints_of_both_axes_are_the_dense_matrix(boundary, image, size):
     f = rand(1, 1, *size)
     rows, columns = (kernels.footprint(boundary, *of) for of in zip(image, size, strict=True))
     maps = map_size(image, size, boundary)
-    assert (len(rows.count), len(columns.count)) == maps
+    assert (len(rows.first), len(columns.first)) == maps
     painted = torch.zeros(*image, *maps, dtype=torch.float64)
     for i, j in np.ndindex(*maps):
-        for m, q in itertools.product(range(rows.count[i]), range(columns.count[j])):
-            value = f[0, 0, rows.tap[i, m], columns.tap[j, q]]
-            painted[rows.pixel[i, m], columns.pixel[j, q], i, j] += value
+        for (x, u), (y, v) in itertools.product(pairs(rows, i), pairs(columns, j)):
+            painted[x, y, i, j] += f[0, 0, u, v]
     expected = convolution_matrix(f, image, boundary=boundary).view(*image, *maps)
     assert_close(painted, expected, rtol=0, atol=1e-14)
     # Where `first` is told, the taps fall on the pixels from there on.
     for axis, taps in ((rows, size[0]), (columns, size[1])):
-        for place in np.flatnonzero(axis.first >= 0):
-            assert axis.count[place] == taps
-            pixels = dict(zip(axis.tap[place][:taps], axis.pixel[place][:taps], strict=True))
-            assert pixels == {tap: axis.first[place] + tap for tap in range(taps)}
+        whole = [sorted(pairs(axis, place)) for place in range(len(axis.first))]
+        for first, of in zip(axis.first, whole, strict=True):
+            consecutive = [pixel for pixel, _ in of] == list(range(of[0][0], of[0][0] + taps))
+            consecutive &= [tap for _, tap in of] == list(range(taps))
+            assert first == (of[0][0] if consecutive else -1)
+
+
+def test_filters_larger_than_the_image_have_a_footprint_too():
+    # Only with boundary "valid" they may be.
+    for pixels, taps in ((2, 5), (1, 3)):
+        axis = kernels.footprint("valid", pixels, taps)
+        expected = [
+            [(x, x - place + taps - 1) for x in range(pixels) if 0 <= x - place + taps - 1 < taps]
+            for place in range(pixels + taps - 1)
+        ]
+        assert [pairs(axis, place) for place in range(pixels + taps - 1)] == expected
+        assert (axis.first == -1).all()
+
+
+@every_boundary
+def test_the_footprint_of_a_long_signal_takes_a_few_arrays_of_its_length(boundary):
+    started = time.process_time()
+    axis = kernels.footprint(boundary, 1_000_000, 128)
+    assert time.process_time() - started < 1
+    assert sum(of.nbytes for of in axis) <= 40 * 1_000_200
+    for place in (0, 63, 500_000, 999_999):
+        assert len(pairs(axis, place)) <= 3 * 128
+    assert (axis.first >= 0).sum() == 1_000_000 - (129 if boundary == "reflect" else 127)
+
+
+@pytest.mark.parametrize(
+    ("K", "C", "size", "image", "group"),
+    [
+        (2, 1, (1, 1001), (1, 1100), 1),
+        (2, 1, (70, 2), (80, 5), 1),
+        (2, 1024, (1, 2), (2, 6), 1),
+        (66, 1, (2, 2), (4, 5), 66),
+    ],
+)
+def test_long_filters_many_channels_and_large_groups_are_coded(K, C, size, image, group):
+    A, b = problem(K=K, C=C, size=size, image=image, N=1)
+    lam = 10 / A.adjoint(b).abs().max().item()
+    found = solve(A, b, lam=lam, group=group, settings=settings(1e-4))
+    assert torch.count_nonzero(found.z) > 0
+    gap = duality_gap(A, b, found.z, lam, group=group)
+    assert (gap <= 1.01e-4 * found.objective).all()
 
 
 @pytest.mark.slow

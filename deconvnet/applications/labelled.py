@@ -1,8 +1,10 @@
 """A labelled set of image files put into classes, with what is found on the way kept in files.
 
 Images: the files and their classes. Features: the counts of the words of every image, in a folder
-named by a digest of all they depend on, so that the same work again goes on where it stopped.
-judge: the scores of layers, alone and together. classification.py has the mathematics.
+named by a digest of network and settings, so that the same work again goes on where it stopped.
+Every file says of which images it is, by their content: what was made of an image that has changed
+since is made anew, and the rest stays. judge: the scores of layers, alone and together.
+classification.py has the mathematics.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ import math
 import zipfile
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +26,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from deconvnet import checkpoint
+from deconvnet import files
 from deconvnet.applications.classification import (
     KERNELS,
     SVMS,
@@ -38,7 +42,7 @@ from deconvnet.applications.classification import (
     pyramid,
 )
 from deconvnet.codes import Codes
-from deconvnet.data import find_images, fit_size, pad_size, read_image
+from deconvnet.data import digest_file, find_images, fit_size, pad_size, read_image
 from deconvnet.distributed import ALONE, Ranks
 from deconvnet.monitor import hidden
 from deconvnet.network import DeconvNet, seeded
@@ -47,6 +51,10 @@ from deconvnet.run import training_data
 # Images whose features make one file, and pyramids that are compared at a time.
 PIECE = 64
 ROWS = 512
+# Threads that read files for their digests.
+READERS = 4
+# How files of features begin, however much of them is left: an archive of one of these arrays.
+ARCHIVE, ARRAYS = b"PK\x03\x04", ("of.npy", "counts.npy", "d.npy", "centers.npy")
 # Windows of the training images that a codebook is learned from, for each of its words.
 WINDOWS = 100
 # Windows of a layer and a side in pixels, which have words of their own.
@@ -113,11 +121,11 @@ class Images:
             parts.append((data.test, tested := _classes("data.test", data.test)))
             for name in sorted(set(tested) - set(names)):
                 raise ValueError(f"data.test={data.test}: no class {name} in data.path={data.path}")
-        files, labels, fixed = [], [], []
+        paths, labels, fixed = [], [], []
         for number, (path, inside) in enumerate(parts):
             for name in inside:
                 found = find_images(Path(path).expanduser() / name)
-                files += found
+                paths += found
                 labels += len(found) * [names.index(name)]
                 fixed += len(found) * [number == 1]
         learned = training_data(run)
@@ -126,7 +134,18 @@ class Images:
         size = data.size if data.size is not None or learned is None else learned.size
         fit = data.fit or (learned.fit if learned else "pad")
         given = np.array(fixed) if data.test is not None else None
-        return cls(files, np.array(labels), names, given, size, fit)
+        return cls(paths, np.array(labels), names, given, size, fit)
+
+    @cached_property
+    def digests(self) -> list[str]:
+        """Of the content of every file."""
+        with ThreadPoolExecutor(READERS) as pool:
+            return list(pool.map(digest_file, self.files))
+
+    def key(self, indices: np.ndarray, *parts: str) -> str:
+        """A digest of the content of some images, and of whatever else."""
+        content = [[n, self.digests[n]] for n in indices.tolist()]
+        return hashlib.sha256(json.dumps([content, *parts]).encode()).hexdigest()
 
     def read(self, index: int) -> tuple[Tensor, tuple[int, ...]]:
         """An image (3, H, W) and the frame of the picture in it."""
@@ -144,8 +163,9 @@ class Images:
 class Features:
     """The counts of words of all images in the cells of the finest grid, kept in files.
 
-    A folder holds what belongs together, named by a digest of all that it depends on. Files that
-    are damaged or cut off are made again. ranks: processes that share the work, of one machine or
+    A folder holds what belongs together, named by a digest of all that it depends on but for the
+    content of the images, which every file knows. Files that are damaged, cut off or of images
+    that have changed are made again. ranks: processes that share the work, of one machine or
     with one file system; all of them make the same calls.
     """
 
@@ -169,11 +189,12 @@ class Features:
     def learn_codebooks(self) -> None:
         """Find, or read, the words of every kind, from training images of every split."""
         images, words = self.settings.codebook_images, self.settings.words
-        chosen = []
+        chosen: list[np.ndarray] = []
         for number, split in enumerate(self.splits[: self.books]):
             random = np.random.default_rng([self.settings.seed, number])
             some = min(images, len(split.train))
             chosen.append(np.sort(random.choice(split.train, some, replace=False)))
+        self.book_keys = [self.images.key(of) for of in chosen]
         each = -(-WINDOWS * words // len(chosen[0]))
         kinds = [(layer, patch) for layer in self.layers for patch in self.settings.patch]
         missing = [kind for kind in kinds if not self._read_codebooks(kind)]
@@ -213,19 +234,19 @@ class Features:
                     d, words, normalize=self.settings.normalize, seed=self.settings.seed
                 )
                 floor = np.nan if book.floor is None else book.floor
-                values = np.array([floor, book.spread])
-                _write(self._codebook(kind, number), centers=book.centers.numpy(), values=values)
+                arrays = {"centers": book.centers.numpy(), "values": [floor, book.spread]}
+                _write(self._codebook(kind, number), self.book_keys[number], **arrays)
         for kind in missing:
             for path in self._of(kind).glob("windows-*.npz"):
-                path.unlink()
+                files.remove(path)
 
     def count_words(self) -> None:
         """Count, or find counted, the words of all images of the splits."""
-        used = np.unique(np.concatenate([np.concatenate([s.train, s.test]) for s in self.splits]))
+        used = self.used
         starts = range(0, len(self.images.files), PIECE)[self.ranks.rank :: self.ranks.count]
         with self._bar("images", int(np.isin(used // PIECE * PIECE, list(starts)).sum())) as bar:
             for start in starts:
-                piece = used[(used >= start) & (used < start + PIECE)]
+                piece = self._used_in(start)
                 missing = [n for n in self.layers if len(piece) and not self._counted(n, start)]
                 if not missing:
                     bar.update(len(piece))
@@ -239,7 +260,8 @@ class Features:
                     bar.update()
                 for layer in missing:
                     for book in range(self.books):
-                        _write(self._piece(layer, book, start), counts=found[layer][book])
+                        path, key = self._piece(layer, book, start), self._piece_key(book, start)
+                        _write(path, key, counts=found[layer][book])
         self.ranks.gathered(None)
 
     def counts(self, layer: int, split: int, indices: np.ndarray) -> Tensor:
@@ -248,9 +270,10 @@ class Features:
         pieces = indices // PIECE * PIECE
         result = np.empty((len(indices), *self.shape), np.float32)
         for start in np.unique(pieces).tolist():
-            found = _read(self._piece(layer, book, start), counts=(PIECE, *self.shape))
+            path, key = self._piece(layer, book, start), self._piece_key(book, start)
+            found = _read(path, key, counts=(PIECE, *self.shape))
             if found is None:
-                raise ValueError(f"{self._piece(layer, book, start)}: damaged; start again")
+                raise ValueError(f"{path}: damaged; start again")
             result[pieces == start] = found["counts"][indices[pieces == start] - start]
         return torch.from_numpy(result).to(self.net.device)
 
@@ -279,9 +302,9 @@ class Features:
         Kept until the codebooks are there, so that an interrupted run goes on.
         """
         paths = {kind: self._of(kind) / f"windows-{piece[0]:06d}.npz" for kind in kinds}
-        result = {}
+        result, key = {}, self.images.key(piece)
         for kind, path in paths.items():
-            found = _read(path, sizes=(len(piece),))
+            found = _read(path, key, sizes=(len(piece),))
             if found is not None and "d" in found:
                 result[kind] = np.split(found["d"], np.cumsum(found["sizes"])[:-1])
         missing = [kind for kind in kinds if kind not in result]
@@ -301,7 +324,7 @@ class Features:
             bar.update()
         for kind in missing:
             sizes = np.array([len(d) for d in samples[kind]])
-            _write(paths[kind], d=np.concatenate(samples[kind]), sizes=sizes)
+            _write(paths[kind], key, d=np.concatenate(samples[kind]), sizes=sizes)
         return {**result, **samples}
 
     def _some(self, parts: list[Tensor], each: int, kind: Kind, index: int) -> np.ndarray:
@@ -369,7 +392,7 @@ class Features:
     def _read_codebooks(self, kind: Kind) -> bool:
         books = []
         for number in range(self.books):
-            found = _read(self._codebook(kind, number), values=(2,))
+            found = _read(self._codebook(kind, number), self.book_keys[number], values=(2,))
             if found is None or len(found.get("centers", ())) != self.settings.words:
                 return False
             floor, spread = found["values"].tolist()
@@ -380,8 +403,22 @@ class Features:
 
     def _counted(self, layer: int, start: int) -> bool:
         shape = (PIECE, *self.shape)
-        paths = (self._piece(layer, book, start) for book in range(self.books))
-        return all(_read(path, counts=shape) is not None for path in paths)
+        return all(
+            _read(self._piece(layer, book, start), self._piece_key(book, start), counts=shape)
+            for book in range(self.books)
+        )
+
+    @cached_property
+    def used(self) -> np.ndarray:
+        """The images that take part in some split."""
+        return np.unique(np.concatenate([np.concatenate([s.train, s.test]) for s in self.splits]))
+
+    def _used_in(self, start: int) -> np.ndarray:
+        return self.used[(self.used >= start) & (self.used < start + PIECE)]
+
+    def _piece_key(self, book: int, start: int) -> str:
+        """What the counts of a piece under a codebook depend on."""
+        return self.images.key(self._used_in(start), self.book_keys[book])
 
     def _of(self, kind: Kind) -> Path:
         return self.folder / f"layer{kind[0]}" / f"patch{kind[1]}"
@@ -393,12 +430,12 @@ class Features:
         return self.folder / f"layer{layer}" / f"counts-{book}-{start:06d}.npz"
 
     def _digest(self) -> str:
-        """Of the network, the images by their paths and sizes, and the settings that count."""
+        """Of the network, the paths of the images, and the settings that count."""
         table = {k: v for k, v in dataclasses.asdict(self.settings).items() if k not in FREE}
         table |= {"size": self.images.size, "fit": self.images.fit}
-        files = [[str(path), path.stat().st_size] for path in self.images.files]
+        paths = [str(path) for path in self.images.files]
         tensors, layers = self.net.to_parts()
-        digest = hashlib.sha256(json.dumps([table, files, layers]).encode())
+        digest = hashlib.sha256(json.dumps([table, paths, layers]).encode())
         for name in sorted(tensors):
             digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
         return digest.hexdigest()[:16]
@@ -447,18 +484,30 @@ def _classes(key: str, path: str) -> list[str]:
     return names
 
 
-def _write(path: Path, **arrays: np.ndarray) -> None:
+def _write(path: Path, key: str, **arrays: object) -> None:
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
-    checkpoint.write(path, buffer.getbuffer())
+    np.savez_compressed(buffer, of=np.array(key), **arrays)
+    files.write(path, buffer.getbuffer(), ours=_is_features)
 
 
-def _read(path: Path, **shapes: tuple[int, ...]) -> dict[str, np.ndarray] | None:
-    """The arrays of a file, those that are named of these shapes; None if there is no sound one."""
+def _is_features(path: Path) -> bool:
+    """Whether a file is one of ours, sound or not: what is damaged is to be made anew."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(64)
+    except OSError:
+        return False
+    return head.startswith(ARCHIVE) and head[30:].startswith(tuple(map(str.encode, ARRAYS)))
+
+
+def _read(path: Path, key: str, **shapes: tuple[int, ...]) -> dict[str, np.ndarray] | None:
+    """The arrays of a file, those that are named of these shapes; None if there is no sound one
+    that was made of what the key says.
+    """
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error):
         return None
     sound = all(name in arrays and arrays[name].shape == shapes[name] for name in shapes)
-    return arrays if sound else None
+    return arrays if sound and str(arrays.get("of")) == key else None

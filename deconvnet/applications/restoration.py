@@ -37,7 +37,7 @@ from torch.nn import functional
 
 from deconvnet import tiling
 from deconvnet.adaptive import SparseSolution, Thresholds, explain
-from deconvnet.codes import Codes, LayerCodes
+from deconvnet.codes import Codes
 from deconvnet.filtering import low_frequencies
 from deconvnet.inputs import as_tensor, as_weights
 from deconvnet.modes import plain
@@ -137,7 +137,8 @@ class Restorer:
         """
         images = self._checked(images)
         sigma = self._sigma(images, sigma)
-        cut, y = self._plan(images, depth, memory), self._planes(images)
+        y = self._planes(images)
+        cut = self.check(tuple(y.shape[2:]), depth, memory, planes=len(y))
         solves = 1 + _lattices(LAYER_1, self.filters)
         if depth > 1:
             solves += 1 + (depth - 1) * (len(cut) + _lattices(ABOVE, self.filters))
@@ -189,7 +190,8 @@ class Restorer:
         mask = self._checked_mask(images, mask)
         seen = torch.where(mask > 0, images, torch.zeros_like(images))
         seen, sigma = self._checked(seen), self._sigma(seen, sigma)
-        cut, y = self._plan(seen, depth, memory), self._planes(seen)
+        y = self._planes(seen)
+        cut = self.check(tuple(y.shape[2:]), depth, memory, planes=len(y))
         own = mask.expand(len(images), -1, -1, -1).to(y)
         own = own.repeat_interleave(len(y) // len(images), 0)
         parts = list(zip(*map(self._parts, (y, own, sigma)), strict=True))
@@ -222,18 +224,24 @@ class Restorer:
         """One by one on a CPU, whose memory this bounds; together on a GPU, which is faster."""
         return planes.split(1 if self.filters.device.type == "cpu" else len(planes))
 
-    def _plan(self, images: Tensor, depth: int, memory: float) -> list[Tile]:
-        """The tiles of the layers above the first; ValueError where memory is not enough."""
+    def check(
+        self, size: tuple[int, int], depth: int, memory: float = MEMORY, *, planes: int = 3
+    ) -> list[Tile]:
+        """Refuse, before any work, images of H x W pixels that are too small, or too large for so
+        many GiB; else the tiles of the layers above the first. planes: of all images that are
+        restored together, a grey network restoring one by one.
+        """
         self.net.layer(depth)
+        self._check_size(size)
         tiling.check_memory(memory)
-        size, pixels = tuple(images.shape[2:]), images[0, 0].numel()
+        pixels = math.prod(size)
         device = self.filters.device
         if device.type == "cpu":
             needed = OF_A_PIXEL * self.filters.shape[1] * pixels / tiling.GIB
         else:
             # All at once, and what there is of memory is that of the device.
             memory = torch.cuda.get_device_properties(device).total_memory / tiling.GIB
-            needed = DENSE * len(self.filters) * len(self._planes(images)) * pixels / tiling.GIB
+            needed = DENSE * len(self.filters) * planes * pixels / tiling.GIB
         if needed > memory:
             tiling.refuse(size, needed, memory)
         if depth == 1:
@@ -245,9 +253,9 @@ class Restorer:
         self._check_shape(images)
         if not torch.isfinite(images).all():
             raise ValueError("images must be finite: there are NaN or infinite values")
-        (H, W), size = images.shape[2:], max(self.filters.shape[2:])
-        if min(H, W) < size:
-            raise ValueError(f"images of {H}x{W} are smaller than the {size}x{size} filters")
+        if len(images) == 0:
+            raise ValueError("0 images: must be at least 1")
+        self._check_size(tuple(images.shape[2:]))
         return images
 
     def _check_shape(self, images: Tensor) -> None:
@@ -258,6 +266,11 @@ class Restorer:
             )
         if images.numel() == 0:
             raise ValueError(f"images must not be empty, got the shape {tuple(images.shape)}")
+
+    def _check_size(self, size: tuple[int, int]) -> None:
+        (H, W), side = size, max(self.filters.shape[2:])
+        if min(H, W) < side:
+            raise ValueError(f"images of {H}x{W} are smaller than the {side}x{side} filters")
 
     def _checked_mask(self, images: Tensor, mask: Tensor) -> Tensor:
         fits = mask.ndim == 4 and mask.shape[1] == 1 and len(mask) in (1, len(images))
@@ -274,7 +287,14 @@ class Restorer:
 
     def _sigma(self, images: Tensor, sigma: float | Tensor | None) -> Tensor:
         """That of every plane that is explained by itself, (planes, 1, 1, 1)."""
-        sigma = estimate_noise(images) if sigma is None else as_weights(sigma, "sigma")
+        if sigma is None:
+            sigma = estimate_noise(images)
+            if not (sigma > 0).all():
+                raise ValueError(
+                    f"sigma=None: image {int((sigma == 0).nonzero()[0])} has no noise that could "
+                    "be estimated; give sigma"
+                )
+        sigma = as_weights(sigma, "sigma")
         if sigma.numel() not in (1, len(images)):
             raise ValueError(
                 f"sigma of the shape {tuple(sigma.shape)}: must be one number, or one for each of "
@@ -414,7 +434,7 @@ class Restorer:
         steps = steps or _Steps(None, 1)
         whole = [torch.zeros_like(b) for _ in range(2, depth + 1)]
         for tile in cut or [Tile.whole(*b.shape[2:])]:
-            below = self._pooled(found, tile.rows, tile.columns)
+            below = tiling.pooled_part(self.net, found, tile)
             dense = None if below.dense is None else below.dense * factor
             below = replace(below, pooled=below.pooled * factor, dense=dense)
             part = (slice(None), slice(None), tile.rows, tile.columns)
@@ -430,15 +450,6 @@ class Restorer:
                 total[part] += tile.share.to(b) * self.net.paint(codes, number) / factor
                 steps.solved()
         return whole
-
-    def _pooled(self, found: SparseSolution | _Dense, rows: slice, columns: slice) -> LayerCodes:
-        """The codes of layer 1 that paint some rows and columns of the image."""
-        layer = self.net.layer(1)
-        more = layer.settings.filter_size - 1 if layer.settings.boundary == "valid" else 0
-        rows, columns = (slice(of.start, of.stop + more) for of in (rows, columns))
-        cost = found.reconstruction, found.sparsity
-        z = found.maps(rows, columns)
-        return layer.codes(Solution(z, found.residual, *cost, found.iterations, z))
 
     def _pooled_size(self, found: SparseSolution | _Dense) -> Tensor:
         """(N, 1, 1, 1): the root mean square of the pooled maps of layer 1, strip by strip."""
@@ -559,5 +570,7 @@ def estimate_noise(images: Tensor) -> Tensor:
 
 
 def psnr(clean: Tensor, image: Tensor) -> Tensor:
-    """10 log10(1 / mean squared error) in dB of every image (N,), for pixels in [0, 1]."""
+    """10 log10(1 / mean squared error) in dB of every image (N,), for pixels in [0, 1]; inf where
+    the two are equal.
+    """
     return -10 * (clean.double() - image.double()).square().mean((1, 2, 3)).log10()

@@ -1,0 +1,116 @@
+"""Powers of two that bring data, filters and weights near one, so that float32 holds their squares.
+
+The problem has no scale of its own (p the exponent of the prior):
+
+    b = s b'    A = k A'    prior = v prior'    z = (s/k) z'
+
+    lam' = lam s^(2-p) k^p / v    beta' = beta (s/k)^(2-p) / v    objective' = objective (k/s)^p / v
+
+is the same problem. But numbers have a scale: the square of 1e-20 is 0 in float32. With powers of
+two nothing is rounded on the way there and back, and data of an ordinary size stay as they are.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Between 2^-ORDINARY and 2^ORDINARY nothing is done; a number of several such factors is still
+# far from the ends of float32.
+ORDINARY = 20
+# Exponents are multiples of this, so that their roots, and halves and quarters of them, are exact.
+STEP = 8
+
+
+def exponent(value: float, *, ordinary: int = ORDINARY) -> int:
+    """e with value = 2^e times a number near one; 0 for an ordinary value, for 0, NaN, infinity."""
+    if not 0 < value < math.inf:
+        return 0
+    e = math.frexp(value)[1]
+    return 0 if abs(e) <= ordinary else STEP * round(e / STEP)
+
+
+def magnitude(x: Tensor) -> float:
+    """The largest magnitude in x, 0 where there is nothing; NaN if there is one."""
+    if not x.numel():
+        return 0.0
+    # Without a copy of x.
+    lowest, highest = torch.aminmax(x.detach())
+    return float(torch.maximum(-lowest, highest))
+
+
+def times_power(x: Tensor, e: int) -> Tensor:
+    """x 2^e, where 2^e itself may be too large for the numbers of x; x itself for e = 0."""
+    while e:
+        part = max(-120, min(120, e))
+        x, e = x * 2.0**part, e - part
+    return x
+
+
+@dataclass(frozen=True)
+class Units:
+    """The exponents of s (data), k (filters) and v (prior) of a problem with the exponent p."""
+
+    data: int
+    filters: int
+    prior: int
+    p: float
+
+    @classmethod
+    def of(cls, b: Tensor, filters: int, lam: float, p: float, weights: Tensor | None) -> Units:
+        """Those of data b; filters: what `Operator.normalised` took out of A.
+
+        In units of data and filters, lam tells the size of the weights: what is as large as they
+        are is just not zero.
+        """
+        data = exponent(magnitude(b))
+        found = cls(data, filters, 0, p)
+        prior = 0 if weights is None else exponent(found.lam(lam), ordinary=2 * ORDINARY)
+        return cls(data, filters, prior, p)
+
+    @property
+    def ordinary(self) -> bool:
+        return not (self.data or self.filters or self.prior)
+
+    @property
+    def maps(self) -> int:
+        return self.data - self.filters
+
+    def lam(self, lam: float) -> float:
+        """lam'."""
+        return _times(lam, (2 - self.p) * self.data + self.p * self.filters - self.prior)
+
+    def beta(self, beta: float) -> float:
+        """beta', and the inverse of a gradient step in its units."""
+        return _times(beta, (2 - self.p) * self.maps - self.prior)
+
+    def step(self, step: Tensor | float, *, back: bool = False) -> Tensor | float:
+        """A gradient step in units of the problem or, `back`, in those of the caller.
+
+        float64 if it is a tensor: steps leave the range of float32 long before maps do.
+        """
+        e = self.prior - (2 - self.p) * self.maps
+        e = -e if back else e
+        return step.double() * _times(1.0, e) if isinstance(step, Tensor) else _times(step, e)
+
+    def cost(self, cost: Tensor) -> Tensor:
+        """A cost (N,), float64, in units of the caller."""
+        return cost * _times(1.0, self.p * self.maps + self.prior)
+
+    def weights(self, weights: Tensor | None) -> Tensor | None:
+        """The weights of the prior'."""
+        if weights is None or not self.prior:
+            return weights
+        # What forbids an entry goes on to forbid it.
+        return times_power(weights, -self.prior).clamp(max=torch.finfo(weights.dtype).max)
+
+
+def _times(value: float, e: float) -> float:
+    """value 2^e; infinity or 0 beyond the range of float64."""
+    try:
+        return math.ldexp(value, int(e)) if e == int(e) else value * 2.0**e
+    except OverflowError:
+        return math.inf
