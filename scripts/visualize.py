@@ -38,6 +38,7 @@ from deconvnet.run import training_data
 from deconvnet.survey import default_layers, file_name, layers_of, projector_of, survey
 from deconvnet.visualization.evolution import Evolution, evolution, load_evolution
 from deconvnet.visualization.models import WEIGHT_FILES, Subject, digest, load_model
+from deconvnet.visualization.projection import choose_among
 
 LIST = "?"
 
@@ -197,6 +198,8 @@ def described(data: DataSettings) -> str:
 def list_layers(settings: config.VisualizeConfig, subject: Subject, images: LazyImages) -> None:
     """Print the layers that can be named, with their maps and receptive fields."""
     infos = layers_of(projector_of(subject, settings), images[0])
+    if not infos:
+        raise ValueError(f"layers=[?]: {choose_among('', [])}")
     chosen = set(default_layers(infos))
     print(f"  {'layer':28} {'kind':20} {'maps':>14}   receptive field (* by default)")
     for info in infos:

@@ -161,18 +161,20 @@ def test_a_pass_that_was_stopped_goes_on_where_it_was(tmp_path, workers):
 
 
 def test_a_pass_that_was_killed_loses_only_what_came_after_it_was_last_saved(tmp_path, monkeypatch):
-    projector, images, path = Projector(network()), pictures(14), tmp_path / "top.npz"
+    projector, images, path = Projector(network()), pictures(14), tmp_path / "whole" / "top.npz"
     monkeypatch.setattr(mining, "SAVE_SECONDS", -1)
-    killed = tmp_path / "killed.npz"
+    killed = tmp_path / "killed" / "top.npz"
 
     def progress(done, total):
         if done == 8:
-            shutil.copy(path, killed)
+            shutil.copytree(path.parent, killed.parent)
 
     tops = mine(projector, images, LAYERS, batch=4, path=path, progress=progress)
     assert Mined.load(killed).done == 8
     assert equal(mine(projector, images, LAYERS, batch=4, path=killed), tops)
-    assert [file.name for file in sorted(tmp_path.iterdir())] == ["killed.npz", "top.npz"]
+    for folder in (path.parent, killed.parent):
+        assert {file.name for file in folder.iterdir()} == {".deconvnet", "top.npz"}
+        assert {file.name for file in (folder / ".deconvnet").iterdir()} == {"made"}
 
 
 @pytest.mark.parametrize(

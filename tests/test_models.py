@@ -523,6 +523,10 @@ def test_a_file_that_is_no_such_network_is_refused_with_what_to_do(tmp_path, zfn
     torch.save(tensors, tmp_path / "bare.pth")
     for name in ("bare.safetensors", "bare.pth"):
         refused("torchvision/NAME", f"weights={tmp_path / name}", spec=tmp_path / name)
+    (tmp_path / "lfs.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    refused("lfs.safetensors: a pointer of Git LFS", spec=tmp_path / "lfs.safetensors")
+    (tmp_path / "page.safetensors").write_text("<html>404</html>")
+    refused("page.safetensors: a page of HTML", spec=tmp_path / "page.safetensors")
     refused("leave options out", spec=path, options={"classes": 3})
     refused("weights=V1", spec=path, weights="V1")
     with pytest.raises(ValueError, match="only a ZFNet can be saved, not Conv2d"):

@@ -2,6 +2,7 @@
 it leaves, goes on with, and says when something is wrong."""
 
 import importlib.util
+import io
 import json
 import linecache
 import os
@@ -237,9 +238,14 @@ def test_the_gallery_has_all_the_files_that_it_shows(seen):
     assert [path.parent.name for path in gallery.rglob("filters.*")] == ["1-conv1"]
 
 
-def test_bars_say_what_is_done_and_come_to_their_end(images, tmp_path, capfd):
+def test_bars_say_what_is_done_and_come_to_their_end(images, tmp_path, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
     survey(subject_of(seeded(Small)), images, settings_of(progress=True), tmp_path)
-    said = capfd.readouterr().err
+    said = sys.stderr.getvalue()
     for name in (
         *("searching", "searching, control", "projecting relu1", "projecting relu2"),
         *("projecting relu1, control", "projecting relu2, control", "gallery"),
@@ -985,6 +991,16 @@ def test_layers_are_listed_with_their_receptive_fields(
     said, _, *rows = capsys.readouterr().out.splitlines()
     assert said == "reading the images that the network was trained on: photos"
     assert [row.split()[:3] for row in rows] == [["*", "layer1", "Layer"], ["*", "layer2", "Layer"]]
+
+
+def test_a_model_without_layers_is_said_to_have_none(place, tmp_path, monkeypatch, visualize):
+    (tmp_path / "bare.py").write_text(
+        "from torch import nn\ndef make():\n    return nn.Conv2d(3, 4, 3)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    for layers in (["?"], None, ["conv"]):
+        with pytest.raises(ValueError, match="the model calls no module that gives maps"):
+            visualize(model="bare:make", images=str(place / "photos"), layers=layers)
 
 
 def test_help_says_every_setting(place, script):

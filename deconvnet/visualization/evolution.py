@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deconvnet.checkpoint import write
 from deconvnet.codes import Codes
 from deconvnet.convolution import deconvolve, map_size
+from deconvnet.files import NotOurs, write
 from deconvnet.modes import plain
 from deconvnet.network import DeconvNet
 from deconvnet.visualization.features import cut_square, layer_field
@@ -299,11 +299,15 @@ def project_snapshot(
 def append(path: Path, column: Evolution) -> None:
     """Write one more column to the file of a layer.
 
-    From its epoch on the file is forgotten: that was left by a run which then went back.
+    From its epoch on the file is forgotten: that was left by a run which then went back. A file
+    that is damaged, or somebody else's, stays as it is, with a warning.
     """
     known = recorded(path)
     kept = sum(epoch < column.epochs[0] for epoch in known.epochs) if known else 0
-    (joined([known.head(kept), column]) if kept else column).save(path)
+    try:
+        (joined([known.head(kept), column]) if kept else column).save(path)
+    except NotOurs as error:
+        log.warning("%s (epoch %s is left out)", error, column.epochs[0])
 
 
 def recorded(path: Path) -> Evolution | None:

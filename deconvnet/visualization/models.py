@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from deconvnet import checkpoint
 from deconvnet.data import INTERPOLATIONS, Crop
 from deconvnet.visualization.normalization import Normalization
-from deconvnet.visualization.weights import load_state_dict
+from deconvnet.visualization.weights import load_state_dict, no_weights
 from deconvnet.visualization.zfnet import ZFNet
 
 WEIGHT_FILES = (".pt", ".pth", ".bin", ".safetensors")
@@ -313,6 +313,8 @@ def _file(spec: str, weights: str | Path, options: dict) -> Subject:
     remedy = f"give torchvision/NAME, timm/NAME or package.module:factory, and weights={spec}"
     if path.suffix != ".safetensors":
         raise ValueError(f"model={spec}: holds parameters of a network, not which it is; {remedy}")
+    if (says := no_weights(path)) is not None:
+        raise ValueError(f"model={spec}: {says}")
     try:
         tensors, settings = checkpoint.load_network(path)
     except checkpoint.CheckpointError as error:

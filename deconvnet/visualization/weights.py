@@ -76,6 +76,18 @@ def load_state_dict(file: Path) -> dict[str, Tensor]:
     return dict(found)
 
 
+def no_weights(file: Path) -> str | None:
+    """What a file is that cannot hold parameters, and what to do, in words; None if it may."""
+    with open(file, "rb") as opened:
+        first = opened.read(1024)
+    try:
+        if not first.startswith(ZIP) and not _is_safetensors(first):
+            _check_pickle(first)
+    except _Refused as error:
+        return str(error)
+    return None
+
+
 class _Refused(Exception):
     """A file is something else than parameters."""
 
