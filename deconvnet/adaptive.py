@@ -175,8 +175,9 @@ class _Pixels(_Work):
         if self.pilot is None:
             super()._set_limits(images, shape)
             return
-        self.limits, self.inverse = None, np.ones(shape[1], self.number)
+        self.limits, self.inverse, self.free = None, np.ones(shape[1], self.number), False
         paints = torch.from_numpy(self.inner > 0).repeat_interleave(self.G).view(-1, 1, 1)
+        self.least = torch.finfo(self.f.dtype).tiny
         self.never = torch.where(paints, 0.0, torch.inf).to(self.f)
         self.base, self.gain = (
             of.to(self.f).view(-1, self.G).numpy()
@@ -197,7 +198,7 @@ class _Pixels(_Work):
         if limits is None:
             # The strips of residual and pilot are the same, since their shapes are.
             of = next(self.strips)[2][0]
-            limits = (self.thresholds.of_entries(of) / self.lam).clamp_(min=1e-12) + self.never
+            limits = (self.thresholds.of_entries(of) / self.lam).clamp_(min=self.least) + self.never
             if self.keeps:
                 self.kept[rows.start] = limits
         c /= limits

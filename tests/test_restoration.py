@@ -2,7 +2,9 @@
 
 import math
 import os
+import runpy
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,9 +14,10 @@ from skimage import data, restoration, transform
 from torch.nn import functional
 from torch.testing import assert_close
 
+from deconvnet import checkpoint
 from deconvnet.adaptive import WORST
 from deconvnet.applications import restoration as applied
-from deconvnet.applications.pictures import pictures, seen, strip
+from deconvnet.applications.pictures import ENOUGH, fit, pictures, seen, strip
 from deconvnet.applications.restoration import (
     LAYER_1,
     PSI,
@@ -26,13 +29,14 @@ from deconvnet.convolution import deconvolve
 from deconvnet.dictionary import learn_filters
 from deconvnet.filtering import low_frequencies
 from deconvnet.learning import LearningSettings, normalize
-from deconvnet.network import DeconvNet, LayerSettings
+from deconvnet.network import DeconvNet, LayerSettings, load, snr
 from deconvnet.operators import Deconvolution
 from deconvnet.preprocessing import PreprocessingSettings
 from deconvnet.solvers import SolverSettings, sparse_code
 from deconvnet.sparsity import shrink
 
 SIGMA = 25 / 255
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 
 
 def rand(*shape, seed=0):
@@ -477,6 +481,137 @@ def test_a_wrong_command_says_what_would_be_right_in_one_line(
     assert result.code == 1
     lines = (result.out + result.err).strip().splitlines()
     assert len(lines) == 1 and message in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("denoise.py", ["image=camera.png", "noise=25"]),
+        ("inpaint.py", ["image=camera.png", "missing=0.5"]),
+        ("reconstruct.py", ["images=camera.png", "layer=1"]),
+    ],
+)
+def test_a_command_that_is_interrupted_says_so_in_one_line(
+    run_folder, monkeypatch, capfd, name, arguments
+):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    for made in ("deconvnet.tiling.reconstruct", "deconvnet.applications.restoration.explain"):
+        monkeypatch.setattr(made, interrupt)
+    monkeypatch.chdir(run_folder)
+    monkeypatch.setattr("sys.argv", [name, "run=net.safetensors", "output=interrupted", *arguments])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(SCRIPTS / name), run_name="__main__")
+    assert end.value.code == 130
+    out, err = capfd.readouterr()
+    assert out == "" and err.startswith("stopped; ") and len(err.splitlines()) == 1
+
+
+def test_a_run_whose_images_are_gone_serves_unfitted_and_downloads_nothing(
+    run_folder, tmp_path, monkeypatch, capsys
+):
+    """It says what it would read: the run may be a stranger's."""
+    net = load(run_folder / "net.safetensors")
+    tensors, settings = net.to_parts()
+
+    def run(**data):
+        folder = tmp_path / data["name"]
+        data = {"size": 40, **data}
+        saved = {"network": {"tensors": tensors, "settings": settings}, "settings": {"data": data}}
+        checkpoint.save(folder / "checkpoints", 1, saved)
+        restorer = Restorer(net)
+        fit(restorer, folder, [])
+        return restorer.weights, capsys.readouterr().out
+
+    gone = str(tmp_path / "gone")
+    weights, said = run(name="a", source="folder", path=gone)
+    assert (weights == 1).all() and gone in said.splitlines()[0] and "not fitted" in said
+    weights, said = run(name="b", source="torchvision", dataset="CIFAR10", path=gone, download=True)
+    assert (weights == 1).all() and "torchvision" in said.splitlines()[0] and "not fitted" in said
+    assert not (tmp_path / "gone").exists()
+    shutil.copytree(run_folder, tmp_path / "there", ignore=lambda *_: ["net.safetensors", "o"])
+    weights, said = run(name="c", source="folder", path=str(tmp_path / "there"), size=40)
+    assert (weights != 1).any() and len(said.splitlines()) == 1
+    # Of a thousand images a few are read.
+    read = []
+    monkeypatch.setattr(
+        "deconvnet.applications.pictures.stream_images", lambda _: Stream(read, 1000)
+    )
+    run(name="d", source="folder", path=gone)
+    assert len(read) == ENOUGH
+
+
+class Stream:
+    """Many images, of which it is noted which are read."""
+
+    def __init__(self, read, count):
+        self.numbers, self.count = read, count
+
+    def __len__(self):
+        return self.count
+
+    def read(self, indices):
+        self.numbers += indices.tolist()
+        return 0.5 + 0.1 * rand(len(indices), 3, 40, 40), None
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("denoise.py", ["image=[camera.png,tiny.png]", "noise=9"], "tiny.png: images of 1x1"),
+        ("denoise.py", ["image=[camera.png,text.png]", "noise=9"], "cannot read text.png"),
+        ("denoise.py", ["image=camera.png", "noise=9", "memory=1e-5"], "memory=1e-05 allows less"),
+        ("denoise.py", ["image=camera.png", "noise=9", "memory=0"], "memory=0.0: is in GiB"),
+        ("denoise.py", ["image=camera.png", "output=net.safetensors"], "net.safetensors"),
+        ("inpaint.py", ["image=[camera.png,cat.png]", "missing=holes.png"], "cat.png has 40x60"),
+        ("inpaint.py", ["image=camera.png", "missing=black.png"], "nothing is seen"),
+        ("reconstruct.py", ["images=[camera.png,tiny.png]"], "tiny.png: images of 1x1"),
+        ("reconstruct.py", ["images=camera.png", "memory=1e-5"], "memory=1e-05 allows less"),
+        ("reconstruct.py", ["images=camera.png", "memory=1e-5", "parts=true"], "parts=true"),
+    ],
+)
+def test_what_is_wrong_with_any_image_is_said_before_the_first_is_restored(
+    script, run_folder, name, arguments, message
+):
+    Image.new("L", (1, 1)).save(run_folder / "tiny.png")
+    Image.new("L", (70, 64)).save(run_folder / "black.png")
+    (run_folder / "text.png").write_text("no image")
+    arguments = ["output=early", *arguments] if "output" not in str(arguments) else arguments
+    result = script(run_folder, name, "run=net.safetensors", *arguments)
+    assert result.code == 1 and result.out == "", result
+    assert message in result.err and len(result.err.splitlines()) == 1
+    assert not any((run_folder / "early").glob("*.png"))
+
+
+def test_an_image_without_noise_does_not_stop_the_others(script, run_folder):
+    Image.new("L", (50, 40), 90).save(run_folder / "flat.png")
+    result = script(
+        *(run_folder, "denoise.py", "run=net.safetensors", "image=flat.png"),
+        *("layer=1", "output=flat", "strength=1"),
+    )
+    assert result.code == 0 and "sigma 0.5" in result.out, result
+    assert (np.asarray(Image.open(run_folder / "flat/flat-layer1.png")) == 90).all()
+
+
+def test_an_image_without_noise_is_no_estimate(learned):
+    with pytest.raises(ValueError, match="image 1 has no noise"):
+        learned.denoise(torch.cat([rand(1, 1, 40, 40), torch.ones(1, 1, 40, 40)]))
+
+
+def test_equal_images_are_infinitely_near():
+    image = torch.full((2, 1, 4, 4), 0.3)
+    assert (psnr(image, image) == math.inf).all()
+    assert snr(image, image) == math.inf and snr(image, image + 0.1) == -math.inf
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_nothing_in_an_image_is_restored_as_nothing(learned, depth):
+    """Also where the maps of layer 1, whose size layer 2 goes by, are all zero."""
+    net = with_a_layer_above(learned.filters, rand(1, 1, 48, 50).sigmoid(), target="image")
+    flat = torch.full((1, 1, 48, 50), 0.4)
+    for found in Restorer(net).denoise(flat, 0.1, depth=depth):
+        assert_close(found, flat, rtol=0, atol=1e-4)
 
 
 def test_grey_files_are_grey_and_a_mask_is_as_large_as_its_image(run_folder):
