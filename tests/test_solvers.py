@@ -16,6 +16,7 @@ from deconvnet.pooling import max_pool, unpool
 from deconvnet.solvers import (
     SolverSettings,
     admm,
+    default_solver,
     duality_gap,
     half_quadratic,
     proximal_gradient,
@@ -581,10 +582,27 @@ def test_sparse_code_is_solve_on_the_deconvolution_of_the_filters():
     for boundary in BOUNDARIES:
         found = sparse_code(b, f.float(), lam=5.0, p=0.9, boundary=boundary)
         A = Deconvolution(f.float().double(), boundary)
-        expected = solve(A, b, lam=5.0, p=0.9, settings=SolverSettings())
+        expected = solve(A, b, lam=5.0, p=0.9, settings=default_solver(b, 0.9))
         assert torch.equal(found.z, expected.z) and found.z.dtype == torch.float64
         assert torch.equal(found.residual, b - A(found.z))
         assert (found.z == 0).any() and (found.z != 0).any()
+
+
+def test_the_default_without_coordinate_descent_is_of_the_accuracy_of_that_with_it(textures):
+    y = textures(1, 1, 48, 48).double()
+    y = y - torch.nn.functional.avg_pool2d(y, 9, 1, 4, count_include_pad=False)
+    patches = y.unfold(2, 7, 5).unfold(3, 7, 5).reshape(-1, 1, 7, 7)
+    f = unit(patches[:: len(patches) // 12][:12] + 1e-3)
+    elsewhere = default_solver(torch.empty(0, device="meta"))
+    assert elsewhere.method == "admm" and elsewhere.gap is None
+    for share in (0.1, 0.01, 0.003):
+        certain = SolverSettings("coordinate", iterations=2000, gap=1e-6)
+        minimum = sparse_code(y, f, share=share, settings=certain).objective
+        here, there = (
+            (sparse_code(y, f, share=share, settings=settings).objective / minimum - 1).item()
+            for settings in (None, elsewhere)
+        )
+        assert there < 3 * here + 2e-5, share
 
 
 @pytest.mark.parametrize("name", CHEAP)

@@ -40,7 +40,7 @@ from deconvnet.filtering import low_frequencies
 from deconvnet.network import DeconvNet, check_size
 from deconvnet.operators import Deconvolution
 from deconvnet.preprocessing import to_color
-from deconvnet.solvers import Solution, default_solver, solve
+from deconvnet.solvers import Solution, SolverSettings, default_solver, solve
 
 # Of the first look, found on photographs with noise of 25/255 and filters that had learned from
 # others: strengths of 3 and 3.6 cost 0.1 dB, psi 2 costs 0.2.
@@ -283,6 +283,8 @@ class Restorer:
         solver = default_solver(b)
         if solver.method == "coordinate":
             solver = replace(solver, iterations=ITERATIONS, tolerance=TOLERANCE)
+        else:
+            solver = SolverSettings()
         return solve(
             A,
             b,
