@@ -214,7 +214,7 @@ class _Work:
         seen = self.residual if len(images) == len(self.images) else self.residual[images]
         if self.mask is not None:
             seen = self.mask[images] * seen
-        reach = dict.fromkeys(images, 0.0)
+        reach, by_row = dict.fromkeys(images, 0.0), {}
         for part, rows, c in correlate_strips(seen, self.f, self.boundary):
             if self.prior.non_negative:
                 c.clamp_(min=0)
@@ -222,7 +222,14 @@ class _Work:
             for n, of in each:
                 self._relate(n, rows, of)
                 # Without its own entries, each place shows the strongest that could be taken in.
-                reach[n] = max(reach[n], self._take_out(n, of.numpy(), rows))
+                here = slice(None)
+                if rows != slice(0, self.maps_shape[1]):
+                    if n not in by_row:
+                        order = self.entries[n].i.argsort(kind="stable")
+                        by_row[n] = order, self.entries[n].i[order]
+                    order, i = by_row[n]
+                    here = order[slice(*np.searchsorted(i, (rows.start, rows.stop)))]
+                reach[n] = max(reach[n], self._take_out(n, of.numpy(), rows.start, here))
             tasks = [self._find_strongest(n, of.numpy(), rows) for n, of in each]
             _share([task for image in tasks for task in image])
         if self.certified:
@@ -234,14 +241,13 @@ class _Work:
         if self.limits is not None:
             c /= self.limits[n if len(self.limits) > 1 else 0][..., rows, :]
 
-    def _take_out(self, n: int, c: np.ndarray, rows: slice) -> float:
-        """Set the correlations of the entries to zero; the largest, as a share of its limit."""
+    def _take_out(self, n: int, c: np.ndarray, top: int, here: slice | np.ndarray) -> float:
+        """Set the correlations of these entries to zero, in maps from the row `top` on; the
+        largest, as a share of its limit.
+        """
         e = self.entries[n]
-        here = slice(None)
-        if rows != slice(0, self.maps_shape[1]):
-            here = np.flatnonzero((e.i >= rows.start) & (e.i < rows.stop))
         g, i, j = e.g[here], e.i[here], e.j[here]
-        at = g[:, None] * self.G + np.arange(self.G), i[:, None] - rows.start, j[:, None]
+        at = g[:, None] * self.G + np.arange(self.G), i[:, None] - top, j[:, None]
         with np.errstate(over="ignore"):
             share = np.linalg.norm(c[at], axis=1) * self.inverse[g]
         c[at] = 0

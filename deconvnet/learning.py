@@ -470,10 +470,14 @@ def _gram_product(gram: Tensor, size: tuple[int, int]) -> Callable[[Tensor], Ten
     """v (K, C, h, w) -> Z'Z v, a convolution with the gram, one matrix product per frequency."""
     h, w = size
     grid = fourier_size((2 * h - 1, 2 * w - 1))
-    kernel = F.pad(gram, (0, grid[1] - 2 * w + 1, 0, grid[0] - 2 * h + 1)).roll(
-        (1 - h, 1 - w), (2, 3)
-    )
-    spectrum = torch.fft.rfft2(kernel).permute(2, 3, 0, 1).contiguous()
+    K = len(gram)
+    spectrum = gram.new_empty(grid[0], grid[1] // 2 + 1, K, K, dtype=torch.complex128)
+    # Some rows of pairs at a time, so that beside the gram there is its spectrum and little more.
+    some = max(1, BLOCK // (K * grid[0] * grid[1]))
+    for k in range(0, K, some):
+        kernel = F.pad(gram[k : k + some], (0, grid[1] - 2 * w + 1, 0, grid[0] - 2 * h + 1))
+        kernel = kernel.roll((1 - h, 1 - w), (2, 3))
+        spectrum[:, :, k : k + some] = torch.fft.rfft2(kernel).permute(2, 3, 0, 1)
 
     def product(v: Tensor) -> Tensor:
         moved = spectrum @ torch.fft.rfft2(v, grid).permute(2, 3, 0, 1)

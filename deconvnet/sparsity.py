@@ -101,7 +101,26 @@ class Prior:
         return (v.unflatten(1, (-1, self.group)) * kept[:, :, None]).flatten(1, 2)
 
     def __call__(self, z: Tensor) -> Tensor:
-        """The value for every image, (N,) in float64."""
+        """The value for every image, (N,) in float64; infinity where z is not allowed: negative
+        with non_negative, or with several entries that are not zero in a window.
+        """
+        value = self.value(z)
+        if self.window is None and not self.non_negative:
+            return value
+        broken = (self.feasible(z) != z).flatten(1).any(1) & ~value.isnan()
+        return torch.where(broken, torch.inf, value)
+
+    def feasible(self, z: Tensor) -> Tensor:
+        """The nearest maps that are allowed: z >= 0, the strongest entry of each window."""
+        if self.non_negative:
+            z = z.clamp(min=0)
+        if self.window is None:
+            return z
+        switches = strongest(z, self.window)
+        return unpool(pool(z, switches), switches, z.shape)
+
+    def value(self, z: Tensor) -> Tensor:
+        """The value for every image of maps that are allowed, (N,) in float64."""
         x = z if self.group == 1 else self._lengths(z)
         if self.entry_weights is None:
             return penalties(x, self.p)

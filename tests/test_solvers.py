@@ -16,13 +16,14 @@ from deconvnet.pooling import max_pool, unpool
 from deconvnet.solvers import (
     SolverSettings,
     admm,
+    default_solver,
     duality_gap,
     half_quadratic,
     proximal_gradient,
     solve,
     sparse_code,
 )
-from deconvnet.sparsity import penalty, shrink
+from deconvnet.sparsity import Prior, penalty, shrink
 
 EXACT = ("admm", "fista", "ista")
 BOUNDARIES = ("valid", "circular")
@@ -581,10 +582,27 @@ def test_sparse_code_is_solve_on_the_deconvolution_of_the_filters():
     for boundary in BOUNDARIES:
         found = sparse_code(b, f.float(), lam=5.0, p=0.9, boundary=boundary)
         A = Deconvolution(f.float().double(), boundary)
-        expected = solve(A, b, lam=5.0, p=0.9, settings=SolverSettings())
+        expected = solve(A, b, lam=5.0, p=0.9, settings=default_solver(b, 0.9))
         assert torch.equal(found.z, expected.z) and found.z.dtype == torch.float64
         assert torch.equal(found.residual, b - A(found.z))
         assert (found.z == 0).any() and (found.z != 0).any()
+
+
+def test_the_default_without_coordinate_descent_is_of_the_accuracy_of_that_with_it(textures):
+    y = textures(1, 1, 48, 48).double()
+    y = y - torch.nn.functional.avg_pool2d(y, 9, 1, 4, count_include_pad=False)
+    patches = y.unfold(2, 7, 5).unfold(3, 7, 5).reshape(-1, 1, 7, 7)
+    f = unit(patches[:: len(patches) // 12][:12] + 1e-3)
+    elsewhere = default_solver(torch.empty(0, device="meta"))
+    assert elsewhere.method == "admm" and elsewhere.gap is None
+    for share in (0.1, 0.01, 0.003):
+        certain = SolverSettings("coordinate", iterations=2000, gap=1e-6)
+        minimum = sparse_code(y, f, share=share, settings=certain).objective
+        here, there = (
+            (sparse_code(y, f, share=share, settings=settings).objective / minimum - 1).item()
+            for settings in (None, elsewhere)
+        )
+        assert there < 3 * here + 2e-5, share
 
 
 @pytest.mark.parametrize("name", CHEAP)
@@ -737,3 +755,80 @@ def test_the_schedule_ends_at_its_bound_and_never_above():
     )
     assert SolverSettings(beta_start=2, beta_factor=3, beta_end=53).betas() == [2, 6, 18]
     assert SolverSettings(beta_start=2, beta_end=2).betas() == [2]
+
+
+@pytest.mark.parametrize("gap", [None, 1e-6])
+@pytest.mark.parametrize("method", ["fista", "ista", "admm", "coordinate"])
+def test_a_start_with_negative_entries_ends_at_the_minimum_without_them(method, gap):
+    A, b = problem(image=(8, 9))
+    start = solve(A, b, lam=20.0, settings=to_the_end("fista", 300)).z
+    assert (start < 0).any()
+    options = dict(lam=20.0, non_negative=True)
+    settings = dataclasses.replace(to_the_end(method, 2000), gap=gap, tolerance=1e-9)
+    expected = solve(
+        A, b, settings=SolverSettings("coordinate", iterations=500, gap=1e-9), **options
+    )
+    found = solve(A, b, settings=settings, state=start, **options)
+    assert (found.z >= 0).all()
+    assert_close(found.objective, expected.objective, rtol=1e-4, atol=0)
+    assert (duality_gap(A, b, start, 20.0, non_negative=True) == torch.inf).all()
+
+
+@pytest.mark.parametrize("method", ["fista", "ista"])
+@pytest.mark.parametrize("non_negative", [False, True])
+def test_a_start_with_several_entries_in_a_window_ends_with_one(method, non_negative):
+    A, b = problem(image=(8, 9))
+    start = solve(A, b, lam=20.0, settings=to_the_end("fista", 300)).z
+    prior = Prior(window=(1, 2, 2), non_negative=non_negative)
+    assert (prior(start) == torch.inf).all() and torch.isfinite(prior.value(start)).all()
+    options = dict(lam=20.0, window=(1, 2, 2), non_negative=non_negative)
+    found = solve(A, b, settings=to_the_end(method, 200), state=start, **options)
+    p, switches = max_pool(found.z, (1, 2, 2))
+    assert torch.equal(unpool(p, switches, found.z.shape), found.z)
+    assert torch.isfinite(prior(found.z)).all()
+    begun = prior.feasible(start)
+    before = 10.0 * (b - A(begun)).square().sum((1, 2, 3)) + prior(begun)
+    assert (found.objective <= before * (1 + 1e-12)).all()
+
+
+def test_what_the_prior_does_not_allow_costs_infinity_and_what_it_allows_its_value():
+    z = torch.tensor([[0.0, 2.0, 0.0, -1.0], [0.0, 2.0, 0.0, 1.0]]).view(2, 1, 1, 4)
+    assert Prior()(z).tolist() == [3.0, 3.0]
+    assert Prior(non_negative=True)(z).tolist() == [torch.inf, 3.0]
+    assert Prior(window=(1, 1, 2))(z).tolist() == [3.0, 3.0]
+    assert Prior(window=(1, 1, 4))(z).tolist() == [torch.inf, torch.inf]
+    assert torch.equal(Prior(window=(1, 1, 4)).feasible(z), z * (z.abs() == 2))
+
+
+@pytest.mark.parametrize("offset", [0.5, 10.0, 1e3])
+@pytest.mark.parametrize("method", ["coordinate", "admm", "fista"])
+def test_a_constant_that_no_filter_explains_does_not_stop_it_early(method, offset):
+    f = rand(4, 1, 5, 5, seed=1)
+    f = unit(f - f.mean((2, 3), keepdim=True))
+    b = rand(2, 1, 24, 25, seed=2)
+    b = b - b.mean((2, 3), keepdim=True)
+    settings = SolverSettings(method, iterations=500, tolerance=1e-4)
+    plain, found = (
+        sparse_code(y, f, lam=2.0, boundary="circular", settings=settings) for y in (b, b + offset)
+    )
+    assert norm(found.z - plain.z).max() < 1e-2 * norm(plain.z).min()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("method", ["coordinate", "fista", "ista"])
+def test_a_share_of_one_leaves_nothing(method, dtype):
+    for seed in range(20):
+        A, b = problem(seed=seed, C=1 + seed % 2)
+        for options in ({}, {"group": 3}, {"non_negative": True}):
+            found = sparse_code(
+                b.to(dtype), A.f.to(dtype), share=1.0, settings=SolverSettings(method), **options
+            )
+            assert not found.z.any()
+
+
+def test_a_solution_of_nothing_can_be_printed():
+    for image in (torch.zeros(2, 1, 9, 9), torch.zeros(2, 1, 9, 9).double()):
+        found = sparse_code(
+            image, problem()[0].f, lam=5.0, settings=SolverSettings("coordinate", gap=0.01)
+        )
+        assert str(found).endswith("at most 0.00% above the minimum")
