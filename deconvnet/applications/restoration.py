@@ -46,7 +46,7 @@ from deconvnet.network import DeconvNet, Progress, check_size
 from deconvnet.operators import Deconvolution
 from deconvnet.pooling import max_pool
 from deconvnet.preprocessing import to_color
-from deconvnet.solvers import Solution, SolverSettings, solve
+from deconvnet.solvers import Solution, SolverSettings, default_solver, solve
 from deconvnet.tiling import MEMORY, Tile
 
 # Of the first look, found on photographs with noise of 25/255 and filters that had learned from
