@@ -24,6 +24,7 @@ import re
 import stat
 import zipfile
 from collections import OrderedDict
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -33,7 +34,6 @@ import torch
 from torch import Tensor
 
 from deconvnet import files
-from deconvnet.files import write  # noqa: F401
 
 CHECKPOINT_FORMAT = "deconvnet checkpoint"
 CHECKPOINT_VERSION = 1
@@ -185,8 +185,14 @@ def load_network(path: Path) -> tuple[dict[str, Tensor], dict]:
     return {name: tensors[name] for name in sorted(tensors)}, settings
 
 
-def save_arrays(path: Path, arrays: dict[str, np.ndarray], *, compressed: bool = False) -> None:
-    """Write arrays to an .npz file, whole or not at all, where nothing of a stranger's is."""
+def save_arrays(
+    path: Path,
+    arrays: dict[str, np.ndarray],
+    *,
+    compressed: bool = False,
+    ours: Callable[[Path], bool] | None = None,
+) -> None:
+    """Write arrays to an .npz file by `files.write`, whose argument `ours` is."""
     buffer = io.BytesIO()
     if compressed:
         np.savez_compressed(buffer, **arrays)
@@ -196,7 +202,7 @@ def save_arrays(path: Path, arrays: dict[str, np.ndarray], *, compressed: bool =
             compressed, buffer = False, io.BytesIO()
     if not compressed:
         np.savez(buffer, **arrays)
-    files.write(Path(path), buffer.getbuffer())
+    files.write(path, buffer.getbuffer(), ours=ours)
 
 
 def load_arrays(path: Path) -> dict[str, np.ndarray]:

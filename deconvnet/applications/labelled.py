@@ -11,11 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import json
 import math
-import zipfile
-import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -26,7 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from deconvnet import files
+from deconvnet import checkpoint, files
 from deconvnet.applications.classification import (
     KERNELS,
     SVMS,
@@ -485,9 +482,9 @@ def _classes(key: str, path: str) -> list[str]:
 
 
 def _write(path: Path, key: str, **arrays: object) -> None:
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, of=np.array(key), **arrays)
-    files.write(path, buffer.getbuffer(), ours=_is_features)
+    named = {name: np.asarray(value) for name, value in arrays.items()}
+    of = {"of": np.array(key)}
+    checkpoint.save_arrays(path, {**of, **named}, compressed=True, ours=_is_features)
 
 
 def _is_features(path: Path) -> bool:
@@ -505,9 +502,8 @@ def _read(path: Path, key: str, **shapes: tuple[int, ...]) -> dict[str, np.ndarr
     that was made of what the key says.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error):
+        arrays = checkpoint.load_arrays(path)
+    except (OSError, ValueError):
         return None
     sound = all(name in arrays and arrays[name].shape == shapes[name] for name in shapes)
     return arrays if sound and str(arrays.get("of")) == key else None

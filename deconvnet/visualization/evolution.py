@@ -10,7 +10,6 @@ A layer of our own is followed while it learns, at no inference beyond that of l
 
 from __future__ import annotations
 
-import io
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -21,9 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deconvnet import checkpoint
 from deconvnet.codes import Codes
 from deconvnet.convolution import deconvolve, map_size
-from deconvnet.files import NotOurs, write
+from deconvnet.files import NotOurs
 from deconvnet.modes import plain
 from deconvnet.network import DeconvNet
 from deconvnet.visualization.features import cut_square, layer_field
@@ -94,24 +94,21 @@ class Evolution:
         # Projections of deep networks can be beyond the range of float16: each in units of its own.
         units = self.tiles.float().flatten(2).abs().amax(2)
         units[units == 0] = 1
-        buffer = io.BytesIO()
-        np.savez(
-            buffer,
-            tiles=(self.tiles.float() / units[..., None, None, None]).half().cpu().numpy(),
-            units=units.cpu().numpy(),
-            epochs=np.array(self.epochs),
-            maps=np.array(self.maps),
-            boxes=self.boxes.cpu().numpy(),
-            values=self.values.cpu().numpy(),
-        )
-        write(Path(path), buffer.getbuffer())
+        arrays = {
+            "tiles": (self.tiles.float() / units[..., None, None, None]).half().cpu().numpy(),
+            "units": units.cpu().numpy(),
+            "epochs": np.array(self.epochs),
+            "maps": np.array(self.maps),
+            "boxes": self.boxes.cpu().numpy(),
+            "values": self.values.cpu().numpy(),
+        }
+        checkpoint.save_arrays(path, arrays)
 
 
 def load_evolution(path: str | Path) -> Evolution:
     """What `Evolution.save` wrote; ValueError where the file is anything else."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            found = {name: file[name] for name in file.files}
+        found = checkpoint.load_arrays(path)
         tiles, units, boxes, values = (
             torch.from_numpy(found[name]) for name in ("tiles", "units", "boxes", "values")
         )

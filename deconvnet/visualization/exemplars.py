@@ -6,7 +6,6 @@ data has kept places, not pictures.
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -72,9 +71,8 @@ class Exemplars:
         }
         arrays = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         arrays = {name: value for name, value in arrays.items() if isinstance(value, np.ndarray)}
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, header=json.dumps(header), **arrays)
-        checkpoint.write(Path(path), buffer.getbuffer())
+        arrays["header"] = np.array(json.dumps(header))
+        checkpoint.save_arrays(path, arrays, compressed=True)
 
 
 def load_exemplars(path: Path, key: dict[str, object] | None = None) -> Exemplars | None:
@@ -83,13 +81,12 @@ def load_exemplars(path: Path, key: dict[str, object] | None = None) -> Exemplar
     if not path.exists():
         return None
     try:
-        with np.load(path, allow_pickle=False) as file:
-            header = json.loads(str(file["header"]))
-            if header.get("format") != FORMAT:
-                raise ValueError("of another kind")
-            if key is not None and header["key"] != json.loads(json.dumps(key)):
-                return None
-            arrays = {name: file[name] for name in file.files if name != "header"}
+        arrays = checkpoint.load_arrays(path)
+        header = json.loads(str(arrays.pop("header")))
+        if header.get("format") != FORMAT:
+            raise ValueError("of another kind")
+        if key is not None and header["key"] != json.loads(json.dumps(key)):
+            return None
         report = dict(header["report"])
         pairs = ("kernel", "stride", "period")
         report["uneven"] = tuple(

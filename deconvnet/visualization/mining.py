@@ -9,7 +9,6 @@ a data set, as processes beside each other make them, are merged by the same rul
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import time
@@ -84,22 +83,20 @@ class Mined:
             for entry in fields(Top)
         }
         header = {"format": FORMAT, "layers": list(self.tops), "done": self.done, "key": self.key}
-        buffer = io.BytesIO()
-        np.savez(buffer, header=json.dumps(header), **arrays)
-        checkpoint.write(Path(path), buffer.getbuffer())
+        checkpoint.save_arrays(path, {"header": np.array(json.dumps(header)), **arrays})
 
     @classmethod
     def load(cls, path: Path) -> Mined:
         """What `save` wrote; ValueError in one line where the file is anything else."""
         try:
-            with np.load(path, allow_pickle=False) as file:
-                header = json.loads(str(file["header"]))
-                if header.get("format") != FORMAT:
-                    raise ValueError("of another kind")
-                tops = {
-                    layer: Top(**{e.name: file[f"{number}/{e.name}"] for e in fields(Top)})
-                    for number, layer in enumerate(header["layers"])
-                }
+            arrays = checkpoint.load_arrays(path)
+            header = json.loads(str(arrays["header"]))
+            if header.get("format") != FORMAT:
+                raise ValueError("of another kind")
+            tops = {
+                layer: Top(**{e.name: arrays[f"{number}/{e.name}"] for e in fields(Top)})
+                for number, layer in enumerate(header["layers"])
+            }
         except FileNotFoundError:
             raise ValueError(f"{path}: no such file of strongest activations") from None
         except Exception as error:  # zipfile, zlib, json and numpy have errors of their own
