@@ -376,15 +376,20 @@ def test_only_what_makes_networks_is_called(tiny, tmp_path, monkeypatch):
     (tmp_path / "hostile.py").write_text(
         "import functools, os, subprocess\nfrom pathlib import Path\nfrom os import mkdir\n"
         "from my_networks.small import Tiny\nmake = functools.partial(os.mkdir)\n"
+        "from torchvision.models import squeezenet1_1\n"
+        "small = functools.partial(squeezenet1_1, num_classes=7)\n"
         "nets = functools.partial(Tiny)\ndef net(classes=3):\n    return Tiny(classes)\n"
     )
     for spec in ("os:mkdir", "subprocess:run", "os.path:join", "hostile:mkdir", "hostile:make"):
         path = {"path": str(called)} if "mkdir" in spec or "make" in spec else {}
         refused(f"model={spec}: ", spec=spec, options=path)
         assert not called.exists()
-    refused("comes from pathlib, not from hostile", spec="hostile:Path")
+    refused("hostile takes it from pathlib, which makes no networks", spec="hostile:Path")
     assert load_model("hostile:net", options={"classes": 4}).module[3].out_features == 4
     assert load_model("hostile:Tiny").module[0].out_channels == 5
+    # What others have written makes networks too, where a module only passes it on.
+    assert load_model("hostile:small").module.classifier[1].out_channels == 7
+    assert type(load_model("hostile:squeezenet1_1").module).__name__ == "SqueezeNet"
 
 
 def test_counts_of_batches_may_be_missing(tmp_path):

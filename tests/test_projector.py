@@ -649,6 +649,7 @@ COMPUTED = {
     "data": in_place_on_the_data,
     "in place in no_grad": in_place_without_a_gradient,
     "own function": Mul.apply,
+    "graph of its own": lambda y: y.detach().relu().requires_grad_() * 1 + y,
     "number": lambda y: y * float(y.detach().max()),
     "number computed with": lambda y: y * (1 / y.detach().std().item()),
     "array": lambda y: y * torch.from_numpy((y.detach().numpy() > 0) * 1.0),
@@ -674,8 +675,19 @@ def test_a_constant_that_was_computed_from_the_pixels_is_no_constant(name):
     assert Projector(model)(x, "a", unit).report.faithful, "nothing of it lies below"
 
 
+def after_many_others(y):
+    """Where a constant lies in memory something of the pixels may have lain before."""
+    for _ in range(50):
+        passing = y.detach() > 0, y.detach() * 2
+        del passing
+        y = y * torch.ones(y.shape) * torch.tensor(1.0)
+    return y
+
+
 CONSTANT = {
     "number": lambda y: y * 3,
+    "learned, though no parameter": lambda y: y + torch.ones(4, 1, 1).to(y).requires_grad_(),
+    "made where others have been": after_many_others,
     "of a shape": lambda y: y * torch.ones_like(y) * y.new_full((4, 1, 1), 2) * y.shape[1],
     "places": lambda y: y * torch.arange(y.shape[3]).to(y),
     "array": lambda y: y * torch.from_numpy(np.linspace(0, 1, y.shape[3])),

@@ -146,9 +146,9 @@ def _source(spec: str) -> Callable[[str, str | Path, dict], Subject]:
         return _imported
     from torchvision import models
 
-    known = [f"torchvision/{name}" for name in models.list_models(module=models)]
-    close = difflib.get_close_matches(f"torchvision/{spec.rpartition('/')[2]}", known, n=1)
-    hint = f"; did you mean {close[0]}?" if close else ""
+    known = models.list_models(module=models)
+    close = difflib.get_close_matches(spec.rpartition("/")[2], known, n=1)
+    hint = f"; did you mean torchvision/{close[0]}?" if close else ""
     raise ValueError(f"model={spec}: give {FORMS}{hint}")
 
 
@@ -290,17 +290,21 @@ def _imported(spec: str, weights: str | Path, options: dict) -> Subject:
 
 
 def _check_factory(spec: str, package: ModuleType, factory: object) -> None:
-    """Refuse to call what was not written to make networks: it runs with the rights of the user."""
+    """Refuse to call what cannot make networks, such as os.system under another name: it runs with
+    the rights of the user.
+
+    Functions of any package but Python itself may, also where a module only passes them on.
+    """
     if not callable(factory):
         raise ValueError(f"model={spec}: neither a network nor callable")
     if isinstance(factory, type) and issubclass(factory, nn.Module):
         return
     written = getattr(factory, "func", factory)  # of functools.partial
     where = getattr(written, "__module__", None) or ""
-    if where.partition(".")[0] != package.__name__.partition(".")[0]:
+    if not where or where.partition(".")[0] in sys.stdlib_module_names:
         raise ValueError(
-            f"model={spec}: {factory!r} comes from {where or 'elsewhere'}, not from "
-            f"{package.__name__}; give a torch.nn.Module or a function of that package"
+            f"model={spec}: {package.__name__} takes it from {where or 'elsewhere'}, which makes "
+            "no networks; give a torch.nn.Module, or a function that returns one"
         )
 
 

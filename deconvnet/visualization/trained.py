@@ -349,7 +349,7 @@ class TrainedNetwork:
                 leaves.append(leaf)
                 raise _Reached
 
-        watched = Dependence(self._suspects.get(layer, frozenset()))
+        watched = Dependence(self._suspects.get(layer))
         self._pass(x, note, {name}, watched)
         if not reached:
             raise ValueError(f"layer {layer!r}: the model does not call it for these images")
