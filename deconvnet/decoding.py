@@ -344,6 +344,9 @@ class _Samples:
                 f"a TIFF of {bits}-bit colour in separate planes without compression; save it "
                 "with interleaved planes, or compressed"
             )
+        if tags.get(PLANES) == SEPARATE and picture.mode in ("LA", "La", "PA"):
+            # Pillow reads the plane of the pixels only, so that all of them would be transparent.
+            raise ValueError("a grey TIFF with alpha in a separate plane; save it interleaved")
         if not packed and photometric == YCBCR and len(picture.getbands()) == 3:
             stored = tags.get(STRIP_BYTES) or tags.get(TILE_BYTES) or ()
             if sum(stored) < 3 * math.prod(picture.size):
