@@ -1113,6 +1113,46 @@ def test_the_model_is_left_as_it_was(small, use):
     assert torch.equal(x, kept) and not x.requires_grad and x.grad is None
 
 
+class Counting(nn.Module):
+    """It counts the images that it has seen, in a buffer and not in its output."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, y):
+        self.seen += len(y)
+        return self.conv(y).relu()
+
+
+def test_buffers_that_a_model_writes_into_are_as_they_were():
+    net, x = seeded(Counting), rand(2, 3, 9, 9)
+    net(x)
+    before, projector = net.seen, Projector(net)
+    projector.layers(x)
+    projector.outputs(x)
+    projector(x, "conv", [(1, 2, 3, 3)])
+    assert net.seen is before and net.seen == 2
+    net(x)
+    assert net.seen == 4
+
+
+def test_hooks_on_gradients_of_the_model_are_not_called_and_change_nothing(small):
+    net, x, unit = copy.deepcopy(small[0]), small[1], [(1, 2, 2, 2)]
+    expected, called = Projector(net)(x, "c4", unit), []
+
+    def hook(*given):
+        called.append(given)
+        return (torch.zeros_like(given[1][0]),)
+
+    net.relu.register_full_backward_hook(hook)
+    net.c2.register_full_backward_pre_hook(lambda module, above: called.append(above))
+    found = Projector(net)(x, "c4", unit)
+    assert torch.equal(found.images, expected.images) and found.report.faithful and not called
+    assert len(net.relu._backward_hooks) == len(net.c2._backward_pre_hooks) == 1
+
+
 def test_a_model_in_training_is_used_as_if_it_were_not(small):
     net, x = copy.deepcopy(small[0]), small[1]
     expected, scores = Projector(net)(x, "c4", [(1, 2, 2, 2)]), net(x)

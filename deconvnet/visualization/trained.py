@@ -8,7 +8,7 @@ output afterwards, plays no part.
 from __future__ import annotations
 
 import logging
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -506,8 +506,8 @@ class TrainedNetwork:
 
     @contextmanager
     def _working(self) -> Iterator[None]:
-        """In evaluation mode, parameters frozen, without autocast and compilation; everything as it
-        was after."""
+        """In evaluation mode, parameters frozen, without autocast, compilation and hooks on
+        gradients; afterwards everything is as it was."""
         modes = [(module, module.training) for module in self.model.modules()]
         learned = [(p, p.requires_grad) for p in self.model.parameters()]
         try:
@@ -518,6 +518,8 @@ class TrainedNetwork:
                 torch.inference_mode(False),
                 torch.autocast(self.device.type, enabled=False),
                 _uncompiled(self.model),
+                _without_backward_hooks(self.model),
+                _buffers_kept(self.model),
             ):
                 yield
         finally:
@@ -525,6 +527,42 @@ class TrainedNetwork:
                 module.training = mode
             for p, learns in learned:
                 p.requires_grad_(learns)
+
+
+@contextmanager
+def _without_backward_hooks(model: nn.Module) -> Iterator[None]:
+    """Hooks on gradients, as of Grad-CAM, neither see nor change what goes down here."""
+    kinds = ("_backward_hooks", "_backward_pre_hooks")
+    hooked = [
+        (module, kind, getattr(module, kind))
+        for module in model.modules()
+        for kind in kinds
+        if getattr(module, kind, None)
+    ]
+    try:
+        for module, kind, _ in hooked:
+            setattr(module, kind, OrderedDict())
+        yield
+    finally:
+        for module, kind, hooks in hooked:
+            setattr(module, kind, hooks)
+
+
+@contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    """What a model writes into its buffers, such as counts and averages, is undone."""
+    kept = [
+        (buffer, buffer._version, buffer.clone())
+        for buffer in model.buffers()
+        if not buffer.is_inference()
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, version, values in kept:
+                if buffer._version != version:
+                    buffer.copy_(values)
 
 
 @contextmanager
