@@ -38,8 +38,10 @@ MEMORY = 4.0
 REACHES = 6
 # Bytes for every number of the maps of a layer while these are inferred, by the solver's method;
 # and for every number of a map below that is there beside it. Measured, and rounded up.
-OF_MAPS = {"admm": 60, "half_quadratic": 60, "fista": 80, "ista": 80, "coordinate": 48}
+OF_MAPS = {"admm": 60, "half_quadratic": 60, "fista": 80, "ista": 80, "coordinate": 64}
 BESIDE = 24
+# Bytes for every pair of maps below, at every place, of the systems that ADMM's z-step solves.
+OF_PAIRS = 24
 # Bytes for every value of the planes of an image; of what layer 1 takes beside when it is solved
 # without maps, for every value and, a tenth of the entries not being zero, for every map.
 OF_PLANES, OF_SOLVING, OF_ENTRIES = 80, 60, 4
@@ -301,7 +303,10 @@ def bytes_of_a_pixel(layers: list[Layer], first: int = 1) -> int:
         numbers = settings.num_maps / area
         through = beside if settings.target != "maps" else 0.0
         if number >= first:
-            own = OF_MAPS[settings.solver.method] * (numbers + through)
+            method = settings.solver.method
+            own = OF_MAPS[method] * (numbers + through)
+            if method in ("admm", "half_quadratic"):
+                own += OF_PAIRS * layer.filters.shape[1] ** 2 / area
             most = max(most, own + BESIDE * beside)
         else:
             most = max(most, BESIDE * numbers)

@@ -500,6 +500,8 @@ def test_a_command_that_is_interrupted_says_so_in_one_line(
     for made in ("deconvnet.tiling.reconstruct", "deconvnet.applications.restoration.explain"):
         monkeypatch.setattr(made, interrupt)
     monkeypatch.chdir(run_folder)
+    # Which the command sets for itself, and other tests must not see.
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
     monkeypatch.setattr("sys.argv", [name, "run=net.safetensors", "output=interrupted", *arguments])
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(SCRIPTS / name), run_name="__main__")
