@@ -1460,6 +1460,24 @@ class ChannelsLast(nn.Module):
         return self.head(y.mean((1, 2) if self.last else (2, 3)))
 
 
+def test_weights_of_attention_are_not_taken_for_maps_in_the_last_axis():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv, self.drop = nn.Conv2d(3, 18, 1), nn.Dropout()
+            self.out = nn.Conv2d(6, 5, 1)
+
+        def forward(self, x):
+            q, k, v = self.qkv(x).flatten(2).unflatten(1, (3, 2, 3)).unbind(1)
+            weights = self.drop((q.transpose(-1, -2) @ k).softmax(-1))
+            return self.out((weights @ v.transpose(-1, -2)).transpose(-1, -2).reshape(-1, 6, 4, 4))
+
+    shapes = {
+        info.name: info.shape for info in Projector(Attention()).layers(rand(1, 3, 4, 4).float())
+    }
+    assert shapes == {"qkv": (18, 4, 4), "drop": (2, 16, 16), "out": (5, 4, 4)}
+
+
 @pytest.mark.parametrize("method", ["deconv", "guided", "gradient"])
 def test_maps_are_found_where_a_network_has_its_channels_last(method):
     last = seeded(lambda: ChannelsLast(True))
