@@ -478,7 +478,7 @@ def test_parts_of_a_file_are_one_stream_with_zeros_between(tmp_path):
             file.seek(place)
             assert file.read(length) == whole[place : place + length]
     short = Content(tmp_path / "file", "file", ((0, 4990, 30),), 30)
-    with pytest.raises(ValueError, match="cannot read file: its file ends 20 bytes too early"):
+    with pytest.raises(ValueError, match="cannot read file: the file ends 20 bytes too early"):
         short.digest()
 
 

@@ -1,10 +1,10 @@
-"""What a model computes from the pixels without a gradient, and then computes with.
+"""Tracks what a model computes from the pixels without a gradient and then uses as a constant.
 
-The graph of autograd holds what is recorded. A mask that multiplies maps, `x * (x > 0)`, is a
-constant there, though it comes from the pixels: seen from the graph the product is linear, and
-it is a rectifier. So during the forward pass every tensor is followed that comes from the pixels,
-recorded or not, and the operations that mix the two kinds are marked. Values that leave PyTorch
-(numbers, arrays of NumPy) cannot be followed: they are found by what differs for another image.
+The autograd graph holds only recorded operations. A mask that multiplies maps, `x * (x > 0)`, is a
+constant there although it comes from the pixels, so the product looks linear but is a rectifier.
+During the forward pass we therefore follow every tensor that comes from the pixels, recorded or
+not, and mark the operations that mix the two kinds. Values that leave PyTorch (numbers, NumPy
+arrays) cannot be followed; we find them by comparing the constants of two images.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from torch.autograd.graph import Node
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# They take of a tensor its shape only.
+# These use only the shape of a tensor.
 SHAPES_ONLY = {
     *("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like"),
     *("randint_like", "new_empty", "new_empty_strided", "new_zeros", "new_ones", "new_full"),
 }
-# With something random, sums are as linear as with a bias.
+# Adding something random is as linear as adding a bias.
 SUMS = {"add", "sub", "rsub"}
 PIXELS = "by what was computed from the pixels without a gradient"
 RANDOM = "by what is drawn at random"
-# Constants that are the same for all images agree to rounding.
+# Constants that are the same for all images agree up to rounding.
 TOLERANCE = 1e-4
 
 T = TypeVar("T")
@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 @dataclass
 class _Call:
-    """An operation on the recorded way, and the constants in it."""
+    """A recorded operation, and the constants in it."""
 
     name: str
     numbers: tuple[float, ...]
@@ -47,7 +47,7 @@ class _Call:
 
 @dataclass(frozen=True)
 class _Traits:
-    """What is always the same of an operation: where it writes, by place and name of arguments."""
+    """What never changes about an operation; writes: the arguments it writes to, place and name."""
 
     name: str
     is_random: bool
@@ -55,11 +55,11 @@ class _Traits:
 
 
 class Dependence(TorchDispatchMode):
-    """Within it a forward pass is watched; `marked` then says of nodes of the graph what entered
-    there beside the recorded way of the pixels.
+    """Watches a forward pass; `marked` then says which nodes of the graph use something that came
+    from the pixels by another way than the recorded one, and what it is.
 
-    suspects: numbers of calls on the recorded way whose constants are known to depend on the image;
-    None: not known yet, and the constants of all calls are kept in `calls` to be compared.
+    suspects: numbers of recorded calls whose constants are known to depend on the image; None: not
+    known yet, and the constants of all calls are kept in `calls` to be compared.
     """
 
     def __init__(self, suspects: frozenset[int] | None = None):
@@ -69,7 +69,7 @@ class Dependence(TorchDispatchMode):
         self.calls: list[_Call] = []
         self._count = 0
         self._pixels: Tensor | None = None
-        # What the last operation has made, and what is to be said of it, until it has its node.
+        # The results of the last operation and what to mark them with, until they have their node.
         self._made: list[Tensor] = []
         self._says: str | None = None
         # By storage, since views share what they hold.
@@ -82,7 +82,7 @@ class Dependence(TorchDispatchMode):
         self._pixels = pixels
 
     def finish(self) -> None:
-        """To be called when the pass has ended."""
+        """Call this when the pass has ended."""
         for t in self._made:
             # What is done in place to a view is in the graph of what it is a view of.
             t = t if t._base is None else t._base
@@ -129,7 +129,7 @@ class Dependence(TorchDispatchMode):
         self, name: str, values: tuple, given: list[Tensor], sources: list[str | None]
     ) -> None:
         """An operation on the recorded way; sources: the origins of what it is given."""
-        # What a model itself has begun to record is no more of the recorded way than a constant.
+        # A tensor at which the model itself starts recording counts as a constant.
         others = [
             (t, source)
             for t, source in zip(given, sources, strict=True)
@@ -178,8 +178,8 @@ class _ByStorage(Generic[T]):
 def differing(one: Dependence, other: Dependence) -> frozenset[int]:
     """The numbers of the calls whose constants differ between the passes of two images.
 
-    None of them if the passes are not of the same operations: a model may go other ways for other
-    images, and each is projected along its own.
+    None if the passes consist of different operations: a model may take different branches for
+    different images, and each image is projected along its own.
     """
     if [call.name for call in one.calls] != [call.name for call in other.calls]:
         return frozenset()
@@ -204,7 +204,7 @@ def _alike(a: Tensor, b: Tensor) -> bool:
 
 
 def _each(values: Sequence, kind: type | tuple[type, ...]) -> list:
-    """What is of a kind in arguments and the lists among them."""
+    """All arguments of a kind, also those within lists."""
     found = []
     for value in values:
         if isinstance(value, kind):

@@ -258,7 +258,7 @@ def _timm(spec: str, weights: str | Path, options: dict) -> Subject:
 def _imported(spec: str, weights: str | Path, options: dict) -> Subject:
     where, _, name = spec.partition(":")
     if where.partition(".")[0] in sys.stdlib_module_names:
-        raise ValueError(f"model={spec}: {where} is a module of Python itself, not of networks")
+        raise ValueError(f"model={spec}: {where} is part of Python itself and builds no networks")
     file = _weights_file(weights)
     if file is None and _lower(weights) not in ("default", "none"):
         raise ValueError(f"weights={weights}: model={spec} takes a file of weights, or default")
@@ -290,10 +290,10 @@ def _imported(spec: str, weights: str | Path, options: dict) -> Subject:
 
 
 def _check_factory(spec: str, package: ModuleType, factory: object) -> None:
-    """Refuse to call what cannot make networks, such as os.system under another name: it runs with
-    the rights of the user.
+    """Refuse to call what cannot build a network, such as os.system under another name.
 
-    Functions of any package but Python itself may, also where a module only passes them on.
+    It would run with the rights of the user. Functions from any package except Python's own are
+    allowed, including those that a module only re-exports.
     """
     if not callable(factory):
         raise ValueError(f"model={spec}: neither a network nor callable")
@@ -303,8 +303,8 @@ def _check_factory(spec: str, package: ModuleType, factory: object) -> None:
     where = getattr(written, "__module__", None) or ""
     if not where or where.partition(".")[0] in sys.stdlib_module_names:
         raise ValueError(
-            f"model={spec}: {package.__name__} takes it from {where or 'elsewhere'}, which makes "
-            "no networks; give a torch.nn.Module, or a function that returns one"
+            f"model={spec}: {package.__name__} imports it from {where or 'elsewhere'}, which "
+            "builds no networks; give a torch.nn.Module, or a function that returns one"
         )
 
 

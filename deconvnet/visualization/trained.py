@@ -395,7 +395,7 @@ class TrainedNetwork:
         if part is None or any(_split(each)[0] == name for each in known):
             return no_such_layer(layer, known)
         if isinstance(part, torch.jit.ScriptModule):
-            says = "it is TorchScript, which cannot be looked into"
+            says = "it is TorchScript, which cannot be inspected"
         else:
             says = self._others.get(name, self._uncalled)
         return ValueError(f"layer {layer!r}: {says}; {choose_among(layer, known)}")
@@ -497,7 +497,7 @@ class TrainedNetwork:
         if self.strict and self.method != "gradient" and found.unsupported:
             names = ", ".join(f"{name} x{n}" for name, n in sorted(found.unsupported.items()))
             remedy = (
-                "compiled parts hide what they do, give the model uncompiled"
+                "compiled parts hide their operations; pass the uncompiled model"
                 if any("compiled" in name for name in found.unsupported)
                 else "strict=False uses their gradients and reports them, method='gradient' needs "
                 "no rules"
@@ -656,14 +656,14 @@ def checked_model(model: nn.Module) -> nn.Module:
         raise ValueError(f"model is {kind}: expected torch.nn.Module{hint}")
     if isinstance(model, torch.jit.ScriptModule):
         raise ValueError(
-            f"model is TorchScript ({kind}), whose layers cannot be looked into: build the Python "
-            "class that it was made of, and load its state_dict()"
+            f"model is TorchScript ({kind}), whose layers cannot be inspected: build the Python "
+            "class that it was made from and load its state_dict()"
         )
     for name, part in model.named_modules():
         if "quantized" in type(part).__module__.split("."):
             raise ValueError(
                 f"model is quantised ({name or kind}: {type(part).__name__}), which has no "
-                "gradients: give it as it was before"
+                "gradients: pass the model from before quantisation"
             )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if is_lazy(tensor):
