@@ -226,7 +226,9 @@ def load_arrays(path: Path) -> dict[str, np.ndarray]:
 
 def is_network(path: Path) -> bool:
     """Whether a file is a network file, sound or not, as far as its first bytes tell."""
-    with suppress(OSError, ValueError), open(path, "rb") as file:
+    # Of a file of others the header may be any JSON, however deep.
+    errors = (OSError, ValueError, RecursionError, AttributeError)
+    with suppress(*errors), files.opened(path) as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(min(size, MOST_HEADER)))
         return header.get("__metadata__", {}).get("format") == NETWORK_FORMAT
@@ -235,7 +237,7 @@ def is_network(path: Path) -> bool:
 
 def is_checkpoint(path: Path) -> bool:
     """Whether a file is a checkpoint, sound or not, as far as its first bytes tell."""
-    with suppress(OSError), open(path, "rb") as file:
+    with suppress(OSError, ValueError), files.opened(path) as file:
         # torch.save puts the pickle first, uncompressed, and its first words say what it is.
         begin = file.read(4096)
         return begin.startswith(ZIP) and CHECKPOINT_FORMAT.encode() in begin

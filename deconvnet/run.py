@@ -87,6 +87,8 @@ class Run:
         self.initial = _parts(init) if init and self.state is None else None
         self._adopt()
         self._check_place()
+        if resume != "auto":
+            self._check_links()
         where = os.path.relpath(self.folder) if resume == "auto" else resume
         other = self._other_settings(where, elsewhere=resume != "auto", by_images=digests)
         self.images = digests and _as_tensor(digests())
@@ -182,8 +184,37 @@ class Run:
             ahead = path.stem.removeprefix("step-") > f"{step:08d}"
             if ahead and not checkpoint.is_checkpoint(path):
                 files.check(path)
-        if os.path.lexists(self.network) and not checkpoint.is_network(self.network):
+        if not self._is_replaceable(self.network):
             files.check(self.network)
+
+    def _is_replaceable(self, path: Path) -> bool:
+        """Whether a file in the place of the finished network is that of this run, if damaged, and
+        no other network that somebody has put there.
+        """
+        if self.state is None or not checkpoint.is_network(path):
+            return False
+        try:
+            tensors, _ = checkpoint.load_network(path)
+        except checkpoint.CheckpointError:
+            return True
+        known = _network_of(self.state)[0]
+        return tensors.keys() == known.keys() and all(
+            torch.equal(tensors[name], known[name]) for name in known
+        )
+
+    def _check_links(self) -> None:
+        """Refuse to archive what lies behind links: it would stay where it is, and be taken for a
+        part of the new run.
+        """
+        for pattern in MADE:
+            for path in self.folder.glob(pattern):
+                folder = self.folder / path.relative_to(self.folder).parts[0]
+                linked = next((each for each in (folder, path) if each.is_symlink()), None)
+                if linked is not None:
+                    raise files.NotOurs(
+                        f"{linked}: is a link, and what lies behind it cannot be archived; move "
+                        "the link away, or choose another name=..."
+                    )
 
     def _begin_from(self, source: Path) -> None:
         """Make the newest checkpoint of this folder the one that this run resumes from."""
@@ -253,6 +284,10 @@ class Run:
         numbers = (path.name.removeprefix("previous-") for path in self.folder.glob("previous-*"))
         number = 1 + max((int(n) for n in numbers if n.isdigit()), default=0)
         archive = files.claim(self.folder / f"previous-{number}")
+        for path in self.checkpoints.glob("step-*.pt"):
+            # One that was copied here: whoever resumes would take it for one of the new run.
+            if checkpoint.is_checkpoint(path) and not files.is_ours(path):
+                files.record(path, grows=False)
         made = [
             path.relative_to(files.absolute(self.folder)) for path in files.made_in(self.folder)
         ]

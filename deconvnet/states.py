@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deconvnet.files import NotOurs
+from deconvnet.files import NotOurs, is_regular
 from deconvnet.pooling import Window, max_pool, pooled_shape, unpool
 
 log = logging.getLogger(__name__)
@@ -243,7 +243,7 @@ class FileStates(States):
 def is_file_of_states(path: Path) -> bool:
     """Whether a path is a file of states of inference, no link to one."""
     with suppress(OSError):
-        if stat.S_ISREG(os.lstat(path).st_mode):
+        if is_regular(path):
             with open(path, "rb") as file:
                 return file.read(len(MAGIC)) == MAGIC
     return False

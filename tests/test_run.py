@@ -287,3 +287,65 @@ def test_a_run_folder_never_says_that_something_is_to_be_downloaded(tmp_path):
     data = {"source": "torchvision", "dataset": "MNIST", "path": "x", "download": True}
     checkpoint.save(tmp_path / "checkpoints", 1, {"settings": {"data": data}})
     assert training_data(tmp_path).download is False
+
+
+@pytest.mark.parametrize("name", ["network.safetensors", "checkpoints/step-00000001.pt"])
+@pytest.mark.parametrize("resume", ["auto", "false"])
+def test_a_pipe_in_a_run_folder_is_not_waited_for(images, tmp_path, name, resume):
+    learn(tmp_path, images)
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    if "step" in name and resume == "auto":
+        learn(tmp_path, images)  # from the newer one
+    else:
+        with pytest.raises(files.NotOurs, match=name):
+            learn(tmp_path, images, resume=resume)
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_another_network_in_the_place_of_the_finished_one_is_not_written_over(
+    images, tmp_path, finished
+):
+    if finished:
+        learn(tmp_path / "run", images)
+        (tmp_path / "run" / "network.safetensors").unlink()
+    (tmp_path / "run").mkdir(exist_ok=True)
+    network(num_maps=2).save(tmp_path / "mine.safetensors")
+    (tmp_path / "mine.safetensors").rename(tmp_path / "run" / "network.safetensors")
+    before = snapshot(tmp_path)
+    with pytest.raises(files.NotOurs, match="network.safetensors"):
+        learn(tmp_path / "run", images)
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "pictures", "evolution", "inference"])
+def test_what_lies_behind_links_is_neither_archived_nor_written_over(images, tmp_path, name):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).symlink_to(tmp_path / "disk")
+    expected = learn(tmp_path / "run", images)
+    before = snapshot(tmp_path)
+    with pytest.raises(files.NotOurs, match=f"{name}: is a link"):
+        learn(tmp_path / "run", images, resume="false", epochs=1)
+    assert snapshot(tmp_path) == before
+    assert_same_network(learn(tmp_path / "run", images), expected)
+
+
+def test_a_checkpoint_that_was_copied_into_a_run_is_archived_with_it(images, tmp_path):
+    learn(tmp_path / "long", images, epochs=5)
+    learn(tmp_path / "run", images)
+    for path in (tmp_path / "long" / "checkpoints").glob("*.pt"):
+        (tmp_path / "run" / "checkpoints" / path.name).write_bytes(path.read_bytes())
+    expected = learn(tmp_path / "run", images, resume="false", epochs=2)
+    assert_same_network(learn(tmp_path / "run", images, epochs=2), expected)
+    assert len(list((tmp_path / "run" / "previous-1" / "checkpoints").iterdir())) == 4
+
+
+def test_a_damaged_line_of_the_metrics_costs_itself_alone(images, tmp_path):
+    learn(tmp_path, images, stop=6)
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[0][:9] + b"\xff\0\n" + b"".join(lines[1:]) + b'{"step"')
+    learn(tmp_path, images)
+    assert len(lines) == 2
+    assert path.read_bytes().splitlines(keepends=True)[0] == lines[1]
