@@ -19,6 +19,7 @@ import dataclasses
 import logging
 import os
 import re
+import shlex
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ import torch
 
 from deconvnet import checkpoint, files
 from deconvnet.data import DataSettings
+from deconvnet.network import network_of
 from deconvnet.states import is_file_of_states
 
 log = logging.getLogger(__name__)
@@ -84,6 +86,8 @@ class Run:
         self.checkpoints = self.folder / "checkpoints"
         self._check_folders()
         self.state: dict | None = None if resume == "false" else self._find(resume)
+        if self.state is not None:
+            _check_state(self.state, self.folder if resume == "auto" else resume)
         self.initial = _parts(init) if init and self.state is None else None
         self._adopt()
         self._check_place()
@@ -147,14 +151,17 @@ class Run:
             found = checkpoint.newest(self.checkpoints)
             return found and found[0]
         path = Path(resume).expanduser()
-        if path.is_file():
-            return checkpoint.load(path)
-        found = checkpoint.newest(path / "checkpoints")
+        if checkpoint.is_network(path):
+            raise ValueError(
+                f"resume={resume}: a network, and no checkpoint to resume from; "
+                f"{_typed('init', resume)} starts from its filters"
+            )
+        found = _state_at(path)
         if found is None:
             raise ValueError(
                 f"resume={resume}: no checkpoint there; give a run folder or a .pt file"
             )
-        return found[0]
+        return found
 
     def _adopt(self) -> None:
         """Record the files of a run from before there was a record of them."""
@@ -181,6 +188,8 @@ class Run:
                 files.check(path)
         step = -1 if self.state is None else self.state["step"]
         for path in self.checkpoints.glob("step-*.pt"):
+            if not checkpoint.CHECKPOINT_NAME.fullmatch(path.name):
+                continue
             ahead = path.stem.removeprefix("step-") > f"{step:08d}"
             if ahead and not checkpoint.is_checkpoint(path):
                 files.check(path)
@@ -258,9 +267,7 @@ class Run:
         goes_on = elsewhere and all(LEARNED_LONGER.match(line) for line in different)
         if different and not goes_on:
             raise ValueError(
-                f"{where} holds a run of other settings ({', '.join(different)}): choose another "
-                f"name=..., with init={where} to start from its filters, or resume=false to "
-                "archive that run and start from the beginning"
+                f"{where} holds a run of other settings ({', '.join(different)}): {_ways_on(where)}"
             )
         return different
 
@@ -271,9 +278,7 @@ class Run:
         changes = _changes(self.state["images"].tolist(), self.images.tolist())
         if changes and not elsewhere:
             raise ValueError(
-                f"{where} has learned from other images ({changes} since then): choose another "
-                f"name=..., with init={where} to start from its filters, or resume=false to "
-                "archive that run and start from the beginning"
+                f"{where} has learned from other images ({changes} since then): {_ways_on(where)}"
             )
         return [f"images: {changes}"] if changes else []
 
@@ -310,25 +315,82 @@ def training_data(run: str | Path) -> DataSettings | None:
     found = checkpoint.newest(Path(run) / "checkpoints")
     if found is None:
         return None
-    return dataclasses.replace(DataSettings(**found[0]["settings"]["data"]), download=False)
+    try:
+        return dataclasses.replace(DataSettings(**found[0]["settings"]["data"]), download=False)
+    except (TypeError, KeyError, ValueError) as error:
+        raise checkpoint.CheckpointError(
+            f"{found[1]}: what it says of its images is no data settings ({error}); give images "
+            "of your own"
+        ) from None
 
 
 def _parts(init: str) -> tuple[dict, dict]:
     """(tensors, settings) of the network of a run folder, a checkpoint or a network file."""
     path = Path(init).expanduser()
-    if path.is_file() and path.suffix == ".safetensors":
-        return checkpoint.load_network(path)
-    found = None
-    if path.is_file():
-        found = checkpoint.load(path)
-    elif newest := checkpoint.newest(path / "checkpoints"):
-        found = newest[0]
+    if path.suffix == ".safetensors" and path.exists() and not path.is_dir():
+        parts = checkpoint.load_network(path)
+        network_of(path, *parts)
+        return parts
+    found = _state_at(path)
     if found is None:
         raise ValueError(
             f"init={init}: nothing to start from there; give a run folder, a .pt or a .safetensors "
             "file"
         )
+    _check_state(found, path)
     return _network_of(found)
+
+
+def _check_state(state: object, where: str | Path) -> None:
+    """CheckpointError where a checkpoint, which may be a stranger's, holds no state of a run."""
+    kinds = {"settings": dict, "network": dict, "layer": int, "step": int, "results": list}
+    kinds |= {"trainer": dict | None, "token": str | None}
+    state = state if isinstance(state, dict) else {}
+    wrong = [key for key, kind in kinds.items() if not isinstance(state.get(key), kind)]
+    wrong += [key for key in ("layer", "step") if key not in wrong and state[key] < 0]
+    if isinstance(state.get("trainer"), dict) and not isinstance(
+        state["trainer"].get("codes"), dict
+    ):
+        wrong.append("trainer")
+    images = state.get("images")
+    if images is not None and not _is_digests(images):
+        wrong.append("images")
+    if wrong:
+        raise checkpoint.CheckpointError(
+            f"{where}: its checkpoint is no state of a run of this version ({', '.join(wrong)}); "
+            "resume from another one"
+        )
+    network_of(where, state["network"].get("tensors"), state["network"].get("settings"))
+
+
+def _is_digests(images: object) -> bool:
+    return (
+        isinstance(images, torch.Tensor)
+        and images.dtype == torch.uint8
+        and images.ndim == 2
+        and images.shape[1] == DIGEST
+    )
+
+
+def _ways_on(where: Path | str) -> str:
+    """What to do instead of resuming a run."""
+    return (
+        f"choose another name=..., with {_typed('init', where)} to start from its filters, or "
+        "resume=false to archive that run and start from the beginning"
+    )
+
+
+def _state_at(path: Path) -> dict | None:
+    """The state in a checkpoint, or in the newest of a run folder; None where there is none."""
+    if path.exists() and not path.is_dir():
+        return checkpoint.load(path)
+    found = checkpoint.newest(path / "checkpoints")
+    return found and found[0]
+
+
+def _typed(key: str, path: Path | str) -> str:
+    """A setting as it is typed in a shell."""
+    return shlex.quote(f"{key}={path}")
 
 
 def _network_of(state: dict) -> tuple[dict, dict]:

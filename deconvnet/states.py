@@ -256,7 +256,10 @@ def _opened(path: Path) -> int:
         # Another rank may have made it a moment ago.
         empty = stat.S_ISREG(found.st_mode) and found.st_size == 0
         if not empty and not is_file_of_states(path):
-            raise NotOurs(f"{path}: is in the way of the states of inference; move it away")
+            raise NotOurs(
+                f"{path}: is in the way of the states of inference; move it away (if an earlier "
+                "deconvnet wrote it, the inference of its images then starts from the beginning)"
+            )
     file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         os.pwrite(file, MAGIC, 0)

@@ -1,6 +1,7 @@
 """A run folder: what it learns from, what may change when it is resumed, and whose files are in
 it."""
 
+import math
 import os
 
 import pytest
@@ -12,6 +13,7 @@ from torch.testing import assert_close
 from deconvnet import checkpoint, files
 from deconvnet.checkpoint import is_network
 from deconvnet.corpus import Source
+from deconvnet.dictionary import learn_filters
 from deconvnet.learning import LearningSettings
 from deconvnet.monitor import Monitor
 from deconvnet.network import DeconvNet, LayerSettings, load
@@ -349,3 +351,64 @@ def test_a_damaged_line_of_the_metrics_costs_itself_alone(images, tmp_path):
     learn(tmp_path, images)
     assert len(lines) == 2
     assert path.read_bytes().splitlines(keepends=True)[0] == lines[1]
+
+
+@pytest.mark.parametrize("key", ["resume", "init"])
+def test_what_a_run_cannot_start_from_is_named_and_not_waited_for(images, tmp_path, key):
+    os.mkfifo(tmp_path / "pipe.pt")
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    for name in ("pipe.pt", "pipe.safetensors"):
+        with pytest.raises(ValueError, match=f"{name}: not a regular file"):
+            learn(tmp_path / "run", images, **{key: str(tmp_path / name)})
+    network().save(tmp_path / "a net.safetensors")
+    if key == "resume":
+        with pytest.raises(ValueError, match="a network, .*; 'init=.*a net.safetensors' starts"):
+            learn(tmp_path / "run", images, resume=str(tmp_path / "a net.safetensors"))
+
+
+JUNK = {
+    "network": lambda state: state.pop("network"),
+    "layer": lambda state: state.update(layer="x"),
+    "step": lambda state: state.update(step=-5),
+    "settings": lambda state: state.update(settings=[1]),
+    "images": lambda state: state.update(images=torch.zeros(3)),
+    "token": lambda state: state.update(token=5),
+    "trainer": lambda state: state.update(trainer={"a": 1}),
+    "unexpected": lambda state: state.update(results=[{"a": 1}]),
+    "not finite": lambda state: state["network"]["tensors"]["layers.0.filters"].fill_(math.nan),
+    "shape": lambda state: state["network"]["tensors"].update({"layers.0.filters": torch.ones(1)}),
+}
+
+
+@pytest.mark.parametrize("said", JUNK)
+def test_a_checkpoint_that_holds_something_else_is_an_error_in_one_line(images, tmp_path, said):
+    learn(tmp_path, images)
+    for path in (tmp_path / "checkpoints").iterdir():
+        state = checkpoint.load(path)
+        JUNK[said](state)
+        checkpoint.save(tmp_path / "checkpoints", int(path.stem[5:]), state, keep=9)
+    with pytest.raises(ValueError, match=f"version .*{said}"):
+        learn(tmp_path, images)
+
+
+def test_filters_of_one_layer_alone_are_no_network_to_start_from(images, tmp_path):
+    learned = learn_filters(images, 3, 5, learning=LearningSettings(epochs=1))
+    learned.save(tmp_path / "filters.safetensors")
+    with pytest.raises(ValueError, match="holds filters of learn_filters"):
+        learn(tmp_path / "run", images, init=str(tmp_path / "filters.safetensors"))
+
+
+@pytest.mark.parametrize("size", [0, 3, 100])
+def test_a_newest_checkpoint_of_which_little_is_left_is_written_again(images, tmp_path, size):
+    expected = learn(tmp_path, images)
+    newest = max((tmp_path / "checkpoints").iterdir())
+    os.truncate(newest, size)
+    assert_same_network(learn(tmp_path, images), expected)
+    checkpoint.load(newest)
+
+
+def test_what_a_run_says_of_its_images_may_be_nonsense(tmp_path):
+    for data in (5, {"source": "nothing"}, {"a": 1}):
+        checkpoint.save(tmp_path / "checkpoints", 1, {"settings": {"data": data}})
+        with pytest.raises(ValueError, match="is no data settings"):
+            training_data(tmp_path)
