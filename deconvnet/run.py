@@ -52,6 +52,8 @@ NEEDED = ("metrics.jsonl", "train.log", "evolution/layer*.npz", ".hydra/*.yaml")
 FOLDERS = ("checkpoints", "pictures", "evolution", "inference", ".hydra")
 # Settings of which other values in a run elsewhere mean to go on learning from its filters.
 LEARNED_LONGER = re.compile(r"model\.layer\d+\.learning\.(epochs|batch_size):")
+# Earlier runs; what is called otherwise is a user's.
+PREVIOUS = re.compile(r"previous-([0-9]{1,9})")
 # Bytes of the digest of an image that a checkpoint keeps.
 DIGEST = 8
 
@@ -286,8 +288,8 @@ class Run:
         """Move what an earlier run made into previous-N, its checkpoints last."""
         if not self.checkpoints.exists():
             return
-        numbers = (path.name.removeprefix("previous-") for path in self.folder.glob("previous-*"))
-        number = 1 + max((int(n) for n in numbers if n.isdigit()), default=0)
+        found = (PREVIOUS.fullmatch(path.name) for path in self.folder.glob("previous-*"))
+        number = 1 + max((int(match[1]) for match in found if match), default=0)
         archive = files.claim(self.folder / f"previous-{number}")
         for path in self.checkpoints.glob("step-*.pt"):
             # One that was copied here: whoever resumes would take it for one of the new run.

@@ -392,7 +392,7 @@ def test_a_checkpoint_that_holds_something_else_is_an_error_in_one_line(images, 
 
 
 def test_filters_of_one_layer_alone_are_no_network_to_start_from(images, tmp_path):
-    learned = learn_filters(images, 3, 5, learning=LearningSettings(epochs=1))
+    learned = learn_filters(images, 3, 5, lam=1.0, learning=LearningSettings(epochs=1))
     learned.save(tmp_path / "filters.safetensors")
     with pytest.raises(ValueError, match="holds filters of learn_filters"):
         learn(tmp_path / "run", images, init=str(tmp_path / "filters.safetensors"))
@@ -412,3 +412,12 @@ def test_what_a_run_says_of_its_images_may_be_nonsense(tmp_path):
         checkpoint.save(tmp_path / "checkpoints", 1, {"settings": {"data": data}})
         with pytest.raises(ValueError, match="is no data settings"):
             training_data(tmp_path)
+
+
+def test_folders_that_are_called_like_earlier_runs_are_in_nobodys_way(images, tmp_path):
+    learn(tmp_path, images)
+    for name in ("previous-\u00b2", "previous-" + "9" * 200, "previous-3"):
+        (tmp_path / name).write_text("mine")
+    learn(tmp_path, images, resume="false")
+    assert (tmp_path / "previous-4" / "checkpoints").is_dir()
+    assert (tmp_path / "previous-3").read_text() == "mine"
