@@ -43,6 +43,8 @@ NETWORK_VERSION = "1"
 CHECKPOINT_NAME = re.compile(r"step-(\d{8,})\.pt")
 # How many times its size an .npz file may hold.
 MOST_RATIO = 200
+# Bytes of a checkpoint in which nothing of the state is said yet.
+STUMP = 256
 # How a zip archive begins, and the most bytes of JSON that a network file may begin with.
 ZIP = b"PK\x03\x04"
 MOST_HEADER = 2**24
@@ -226,7 +228,9 @@ def load_arrays(path: Path) -> dict[str, np.ndarray]:
 
 def is_network(path: Path) -> bool:
     """Whether a file is a network file, sound or not, as far as its first bytes tell."""
-    with suppress(OSError, ValueError), open(path, "rb") as file:
+    # Of a file of others the header may be any JSON, however deep.
+    errors = (OSError, ValueError, RecursionError, AttributeError)
+    with suppress(*errors), files.opened(path) as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(min(size, MOST_HEADER)))
         return header.get("__metadata__", {}).get("format") == NETWORK_FORMAT
@@ -235,10 +239,12 @@ def is_network(path: Path) -> bool:
 
 def is_checkpoint(path: Path) -> bool:
     """Whether a file is a checkpoint, sound or not, as far as its first bytes tell."""
-    with suppress(OSError), open(path, "rb") as file:
+    with suppress(OSError, ValueError), files.opened(path) as file:
         # torch.save puts the pickle first, uncompressed, and its first words say what it is.
         begin = file.read(4096)
-        return begin.startswith(ZIP) and CHECKPOINT_FORMAT.encode() in begin
+        # What is left of one that was cut off before them, perhaps nothing, is no loss to anybody.
+        stump = len(begin) < STUMP and begin[: len(ZIP)] == ZIP[: len(begin)]
+        return stump or (begin.startswith(ZIP) and CHECKPOINT_FORMAT.encode() in begin)
     return False
 
 

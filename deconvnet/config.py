@@ -249,7 +249,8 @@ def register() -> None:
 def _inside(name: object) -> str:
     """The name of a run as a path below the folder of runs: no way out of it."""
     parts = str(name).replace("\\", "/").split("/")
-    if not str(name).isprintable() or not parts[0] or {".", "..", "~"} & set(parts):
+    no_name = {".", "..", "~", files.OWN}
+    if not str(name).isprintable() or not parts[0] or no_name & set(parts):
         raise ValueError(f"name={str(name)!r}: must be the name of a folder inside runs")
     return str(name)
 

@@ -49,6 +49,7 @@ from deconvnet.decoding import (
     without_ghostscript,
 )
 from deconvnet.decoding import decode as _decoded  # noqa: F401 - programs know it by this name
+from deconvnet.files import others
 from deconvnet.preprocessing import Frame, local_moments
 from deconvnet.shards import Damage, Member, read_index
 
@@ -362,12 +363,18 @@ def find_images(path: str | Path, *, key: str = "data.path") -> list[Path]:
     """The image files of a folder and of the folders in it, sorted; SUFFIXES says which they are.
 
     Hidden files and folders are left out. Links to folders are followed, but none is entered twice.
+    So are pictures that this package has made, where there are others: results that lie among the
+    images that they were made from. A folder of nothing else is read as it is.
     key: the setting that named the folder, for messages.
     """
     found = _files(path, SUFFIXES, key)
     if not found:
         raise ValueError(f"{_given(path, key)}: no image in this folder ({' '.join(SUFFIXES)})")
-    return found
+    images = others(found) or found
+    if len(images) < len(found):
+        made = len(found) - len(images)
+        logger.warning("%s: %d pictures that deconvnet made are left out", _given(path, key), made)
+    return images
 
 
 def without_download(settings: DataSettings) -> DataSettings:

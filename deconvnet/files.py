@@ -21,14 +21,17 @@ import errno
 import hashlib
 import itertools
 import json
+import logging
 import os
 import platform
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import filelock
 
@@ -41,8 +44,15 @@ NAMED = 3
 # What file managers leave in every folder that somebody looks into.
 LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")
 
-# Numbers the temporary files of this process.
-_serial = itertools.count()
+# Bytes of a record: millions of files.
+MOST_RECORD = 2**28
+# Seconds after which a temporary file is left from a kill: others may write beside the one process
+# that has the lock, and theirs are there for moments.
+STALE = 3600.0
+# What file systems that have no locks answer.
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
+
+log = logging.getLogger(__name__)
 
 
 class NotOurs(ValueError):
@@ -58,9 +68,13 @@ def claim(folder: str | Path) -> Path:
     folder = absolute(folder)
     folder.mkdir(parents=True, exist_ok=True)
     own = folder / OWN
-    if own.is_symlink() or (own.exists() and not own.is_dir()):
+    if os.path.lexists(own) and not _is_own(own):
         raise NotOurs(f"{own}: is in the way of the record of results; move it away")
     own.mkdir(exist_ok=True)
+    # A run folder may come from somebody else: nothing in it leads us to write elsewhere.
+    for name in (RECORD, "lock", "writer"):
+        if os.path.lexists(own / name) and not is_regular(own / name):
+            raise NotOurs(f"{own / name}: is in the way of the record of results; move it away")
     return folder
 
 
@@ -80,9 +94,9 @@ def write(
     path = absolute(path)
     if ours is None or not (path.is_file() and not path.is_symlink() and ours(path)):
         check(path)
-    root = _root(path.parent)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        root = _writable_root(path.parent)
         if root is None and ours is None:
             root = claim(path.parent)
         if root is not None:
@@ -127,13 +141,21 @@ def check_inputs(targets: Iterable[str | Path], inputs: Iterable[str | Path]) ->
                 )
 
 
+def is_regular(path: str | Path) -> bool:
+    """Whether a path is a file itself: no link, and no pipe or device, whose opening may hang."""
+    try:
+        return stat.S_ISREG(os.lstat(path).st_mode)
+    except (OSError, ValueError):
+        return False
+
+
 def is_ours(path: str | Path) -> bool:
     """Whether a path is a file that this package made and that nobody has changed since."""
     path = absolute(path)
     root = _root(path.parent)
     try:
         found = os.lstat(path)
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a record may speak of names that cannot be
         return False
     if root is None or not stat.S_ISREG(found.st_mode):
         return False
@@ -145,13 +167,26 @@ def is_ours(path: str | Path) -> bool:
     return _written.get(path) == _signature(found) or _digest_of(path) in digests
 
 
+def others(paths: Iterable[Path]) -> list[Path]:
+    """Those of some files that are not ours."""
+    roots: dict[Path, Path | None] = {}
+    found = []
+    for path in paths:
+        parent = absolute(path).parent
+        if parent not in roots:
+            roots[parent] = _root(parent)
+        if roots[parent] is None or not is_ours(path):
+            found.append(path)
+    return found
+
+
 def record(path: str | Path, *, grows: bool = True) -> None:
     """Say of a file that others write for us, a log or TensorBoard's, that it is ours.
 
     grows: whether it may change; else it is ours as it is now.
     """
     path = absolute(path)
-    root = _root(path.parent) or claim(path.parent)
+    root = _writable_root(path.parent) or claim(path.parent)
     digest = GROWS if grows else _digest_of(path)
     if digest is not None:
         _record(root, [(digest, path)])
@@ -193,7 +228,7 @@ def move(path: str | Path, target: str | Path) -> bool:
         raise NotOurs(f"{target}: is there already; move it away")
     digests = _made(_root(path.parent))[_relative(_root(path.parent), path)]
     target.parent.mkdir(parents=True, exist_ok=True)
-    root = _root(target.parent) or claim(target.parent)
+    root = _writable_root(target.parent) or claim(target.parent)
     _record(root, [(digest, target) for digest in digests])
     os.rename(path, target)
     _record(_root(path.parent), [(None, path)])
@@ -220,7 +255,7 @@ def rebuilt(folder: str | Path) -> Iterator[Path]:
     NotOurs, before anything is done, where that holds anything but files of ours.
     """
     folder = absolute(folder)
-    root = _root(folder.parent) or claim(folder.parent)
+    root = _writable_root(folder.parent) or claim(folder.parent)
     new, old = (root / OWN / f"{folder.name}.{kind}" for kind in ("new", "old"))
     # A kill between the two renamings below.
     if old.exists() and not os.path.lexists(folder):
@@ -231,6 +266,8 @@ def rebuilt(folder: str | Path) -> Iterator[Path]:
     new.mkdir(parents=True)
     try:
         yield new
+        # What somebody has put there in the meantime.
+        check_replaceable(folder)
         files = [path for path in new.rglob("*") if path.is_file()]
         _record(root, [(_digest_of(path), folder / path.relative_to(new)) for path in files])
         if folder.exists():
@@ -278,23 +315,31 @@ def locked(folder: str | Path) -> Iterator[None]:
     try:
         lock.acquire()
     except filelock.Timeout:
-        who = writer.read_text() if writer.is_file() else "unknown"
+        who = "unknown"
+        with suppress(OSError):
+            who = writer.read_text(errors="replace")[:100]
         raise Busy(
             f"{folder}: another process ({who}) is writing to this folder; wait until it has "
             "ended, or choose another one with name=..."
         ) from None
-    except NotImplementedError:
-        # A file system without locks must not stop the work.
+    except (NotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+            raise
+        # That must not stop the work.
+        log.warning("%s: the file system has no locks: let no other process write there", folder)
         yield
         return
     try:
         writer.write_text(f"process {os.getpid()} on {platform.node()}")
-        # Nobody else is writing: these are left from a kill.
-        for stale in (folder / OWN).glob("*.tmp"):
-            stale.unlink(missing_ok=True)
+        for left in (folder / OWN).glob("*.tmp"):
+            with suppress(OSError):
+                if is_regular(left) and os.lstat(left).st_mtime < time.time() - STALE:
+                    left.unlink()
         yield
     finally:
-        writer.unlink(missing_ok=True)
+        # What the work has done is done, also if the disk fails now.
+        with suppress(OSError):
+            writer.unlink(missing_ok=True)
         lock.release()
 
 
@@ -302,11 +347,18 @@ def read(path: str | Path) -> bytes:
     """The content of a regular file; ValueError for a pipe, a device or a folder, which would hang
     or never end, OSError as usual.
     """
+    with opened(path) as file:
+        return file.read()
+
+
+@contextmanager
+def opened(path: str | Path) -> Iterator[BinaryIO]:
+    """A regular file to read; errors as in `read`."""
     path = Path(path)
     with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise ValueError(f"{path}: not a regular file")
-        return file.read()
+        yield file
 
 
 # Of files that this process wrote: what the file system said of them then, so that they need not
@@ -318,7 +370,20 @@ _read: dict[Path, tuple[int, int, dict[str, set[str]]]] = {}
 
 def _root(folder: Path) -> Path | None:
     """The folder with the nearest record, this one or one above it."""
-    return next((above for above in (folder, *folder.parents) if (above / OWN).is_dir()), None)
+    return next((above for above in (folder, *folder.parents) if _is_own(above / OWN)), None)
+
+
+def _writable_root(folder: Path) -> Path | None:
+    """The same for a new entry; None where that is the record of somebody else, whose folder this
+    one is in.
+    """
+    root = _root(folder)
+    return root if root is not None and os.access(root / OWN, os.W_OK) else None
+
+
+def _is_own(path: Path) -> bool:
+    """Whether a path is a folder, and no link to one."""
+    return path.is_dir() and not path.is_symlink()
 
 
 def _relative(root: Path, path: Path) -> str:
@@ -342,9 +407,13 @@ def _made(root: Path) -> dict[str, set[str]]:
     are those of a kill between record and file.
     """
     path = root / OWN / RECORD
+    if os.path.lexists(path) and not is_regular(path):
+        raise NotOurs(f"{path}: is in the way of the record of results; move it away")
     try:
         with open(path, "rb") as file:
             found = os.fstat(file.fileno())
+            if found.st_size > MOST_RECORD:
+                raise NotOurs(f"{path}: {found.st_size} bytes are no record; move it away")
             inode, offset, entries = _read.get(path, (-1, 0, {}))
             if inode != found.st_ino or offset > found.st_size:
                 offset, entries = 0, {}
@@ -355,7 +424,7 @@ def _made(root: Path) -> dict[str, set[str]]:
     whole = text[: text.rfind(b"\n") + 1]
     for line in whole.splitlines():
         # A line that a kill has cut off says nothing.
-        with suppress(ValueError, TypeError):
+        with suppress(ValueError, TypeError, RecursionError):
             digest, name = json.loads(line)
             if digest is None:
                 entries.pop(name, None)
@@ -390,7 +459,8 @@ def _record(root: Path, files: list[tuple[str | None, Path]]) -> None:
 def _temporary(root: Path | None, path: Path) -> Path:
     """A new file on the file system of a path."""
     if root is not None and os.stat(root / OWN).st_dev == os.stat(path.parent).st_dev:
-        return root / OWN / f"{os.getpid()}-{next(_serial)}.tmp"
+        # Processes of two machines may have one number.
+        return root / OWN / f"{os.getpid()}-{os.urandom(6).hex()}.tmp"
     descriptor, name = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=path.parent)
     os.close(descriptor)
     # That is readable by its owner alone, unlike what a program writes by itself.

@@ -321,8 +321,8 @@ def memory_used(device: torch.device) -> float:
 
 
 def _cut(path: Path, step: int, layer: int) -> None:
-    """Take from a file of metrics what an interrupted run wrote beyond a step, or half wrote, and
-    the results of layers from this one on.
+    """Take from a file of metrics what an interrupted run wrote beyond a step, lines that are
+    damaged or half written, and the results of layers from this one on.
     """
     if not path.exists():
         return
@@ -331,9 +331,9 @@ def _cut(path: Path, step: int, layer: int) -> None:
         try:
             found = json.loads(line)
             if found["step"] > step or ("result" in found and found["layer"] >= layer):
-                break
-        except (ValueError, KeyError, TypeError):
-            break
+                continue
+        except (ValueError, KeyError, TypeError, RecursionError):
+            continue
         kept.append(line + "\n")
     files.write(path, "".join(kept).encode())
 

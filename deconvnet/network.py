@@ -492,14 +492,22 @@ def load(path: str | Path) -> DeconvNet:
     elif path.is_file():
         source = path
         tensors, settings = checkpoint.load_network(path)
-        if settings.get("kind") == FILTERS:
-            raise checkpoint.CheckpointError(
-                f"{path}: holds filters of learn_filters or learn_online, not a network; use "
-                "deconvnet.Learned.load"
-            )
     else:
         raise ValueError(f"{path}: no such run folder or network file")
+    return network_of(source, tensors, settings)
+
+
+def network_of(source: str | Path, tensors: dict[str, Tensor], settings: dict) -> DeconvNet:
+    """`DeconvNet.from_parts` of what a file holds; CheckpointError where that is no network."""
+    if isinstance(settings, dict) and settings.get("kind") == FILTERS:
+        raise checkpoint.CheckpointError(
+            f"{source}: holds filters of learn_filters or learn_online, not a network; use "
+            "deconvnet.Learned.load"
+        )
     try:
+        for name, tensor in tensors.items():
+            if not torch.isfinite(tensor).all():
+                raise ValueError(f"{name} is not finite")
         return DeconvNet.from_parts(tensors, settings)
     except Exception as error:  # settings of any type and size may go wrong anywhere
         reason = " ".join(str(error).split()) or type(error).__name__

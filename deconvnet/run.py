@@ -19,6 +19,7 @@ import dataclasses
 import logging
 import os
 import re
+import shlex
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ import torch
 
 from deconvnet import checkpoint, files
 from deconvnet.data import DataSettings
+from deconvnet.network import network_of
 from deconvnet.states import is_file_of_states
 
 log = logging.getLogger(__name__)
@@ -50,6 +52,8 @@ NEEDED = ("metrics.jsonl", "train.log", "evolution/layer*.npz", ".hydra/*.yaml")
 FOLDERS = ("checkpoints", "pictures", "evolution", "inference", ".hydra")
 # Settings of which other values in a run elsewhere mean to go on learning from its filters.
 LEARNED_LONGER = re.compile(r"model\.layer\d+\.learning\.(epochs|batch_size):")
+# Earlier runs; what is called otherwise is a user's.
+PREVIOUS = re.compile(r"previous-([0-9]{1,9})")
 # Bytes of the digest of an image that a checkpoint keeps.
 DIGEST = 8
 
@@ -84,9 +88,13 @@ class Run:
         self.checkpoints = self.folder / "checkpoints"
         self._check_folders()
         self.state: dict | None = None if resume == "false" else self._find(resume)
+        if self.state is not None:
+            _check_state(self.state, self.folder if resume == "auto" else resume)
         self.initial = _parts(init) if init and self.state is None else None
         self._adopt()
         self._check_place()
+        if resume != "auto":
+            self._check_links()
         where = os.path.relpath(self.folder) if resume == "auto" else resume
         other = self._other_settings(where, elsewhere=resume != "auto", by_images=digests)
         self.images = digests and _as_tensor(digests())
@@ -145,14 +153,17 @@ class Run:
             found = checkpoint.newest(self.checkpoints)
             return found and found[0]
         path = Path(resume).expanduser()
-        if path.is_file():
-            return checkpoint.load(path)
-        found = checkpoint.newest(path / "checkpoints")
+        if checkpoint.is_network(path):
+            raise ValueError(
+                f"resume={resume}: a network, and no checkpoint to resume from; "
+                f"{_typed('init', resume)} starts from its filters"
+            )
+        found = _state_at(path)
         if found is None:
             raise ValueError(
                 f"resume={resume}: no checkpoint there; give a run folder or a .pt file"
             )
-        return found[0]
+        return found
 
     def _adopt(self) -> None:
         """Record the files of a run from before there was a record of them."""
@@ -179,11 +190,42 @@ class Run:
                 files.check(path)
         step = -1 if self.state is None else self.state["step"]
         for path in self.checkpoints.glob("step-*.pt"):
+            if not checkpoint.CHECKPOINT_NAME.fullmatch(path.name):
+                continue
             ahead = path.stem.removeprefix("step-") > f"{step:08d}"
             if ahead and not checkpoint.is_checkpoint(path):
                 files.check(path)
-        if os.path.lexists(self.network) and not checkpoint.is_network(self.network):
+        if not self._is_replaceable(self.network):
             files.check(self.network)
+
+    def _is_replaceable(self, path: Path) -> bool:
+        """Whether a file in the place of the finished network is that of this run, if damaged, and
+        no other network that somebody has put there.
+        """
+        if self.state is None or not checkpoint.is_network(path):
+            return False
+        try:
+            tensors, _ = checkpoint.load_network(path)
+        except checkpoint.CheckpointError:
+            return True
+        known = _network_of(self.state)[0]
+        return tensors.keys() == known.keys() and all(
+            torch.equal(tensors[name], known[name]) for name in known
+        )
+
+    def _check_links(self) -> None:
+        """Refuse to archive what lies behind links: it would stay where it is, and be taken for a
+        part of the new run.
+        """
+        for pattern in MADE:
+            for path in self.folder.glob(pattern):
+                folder = self.folder / path.relative_to(self.folder).parts[0]
+                linked = next((each for each in (folder, path) if each.is_symlink()), None)
+                if linked is not None:
+                    raise files.NotOurs(
+                        f"{linked}: is a link, and what lies behind it cannot be archived; move "
+                        "the link away, or choose another name=..."
+                    )
 
     def _begin_from(self, source: Path) -> None:
         """Make the newest checkpoint of this folder the one that this run resumes from."""
@@ -227,9 +269,7 @@ class Run:
         goes_on = elsewhere and all(LEARNED_LONGER.match(line) for line in different)
         if different and not goes_on:
             raise ValueError(
-                f"{where} holds a run of other settings ({', '.join(different)}): choose another "
-                f"name=..., with init={where} to start from its filters, or resume=false to "
-                "archive that run and start from the beginning"
+                f"{where} holds a run of other settings ({', '.join(different)}): {_ways_on(where)}"
             )
         return different
 
@@ -240,9 +280,7 @@ class Run:
         changes = _changes(self.state["images"].tolist(), self.images.tolist())
         if changes and not elsewhere:
             raise ValueError(
-                f"{where} has learned from other images ({changes} since then): choose another "
-                f"name=..., with init={where} to start from its filters, or resume=false to "
-                "archive that run and start from the beginning"
+                f"{where} has learned from other images ({changes} since then): {_ways_on(where)}"
             )
         return [f"images: {changes}"] if changes else []
 
@@ -250,9 +288,13 @@ class Run:
         """Move what an earlier run made into previous-N, its checkpoints last."""
         if not self.checkpoints.exists():
             return
-        numbers = (path.name.removeprefix("previous-") for path in self.folder.glob("previous-*"))
-        number = 1 + max((int(n) for n in numbers if n.isdigit()), default=0)
+        found = (PREVIOUS.fullmatch(path.name) for path in self.folder.glob("previous-*"))
+        number = 1 + max((int(match[1]) for match in found if match), default=0)
         archive = files.claim(self.folder / f"previous-{number}")
+        for path in self.checkpoints.glob("step-*.pt"):
+            # One that was copied here: whoever resumes would take it for one of the new run.
+            if checkpoint.is_checkpoint(path) and not files.is_ours(path):
+                files.record(path, grows=False)
         made = [
             path.relative_to(files.absolute(self.folder)) for path in files.made_in(self.folder)
         ]
@@ -275,25 +317,82 @@ def training_data(run: str | Path) -> DataSettings | None:
     found = checkpoint.newest(Path(run) / "checkpoints")
     if found is None:
         return None
-    return dataclasses.replace(DataSettings(**found[0]["settings"]["data"]), download=False)
+    try:
+        return dataclasses.replace(DataSettings(**found[0]["settings"]["data"]), download=False)
+    except (TypeError, KeyError, ValueError) as error:
+        raise checkpoint.CheckpointError(
+            f"{found[1]}: what it says of its images is no data settings ({error}); give images "
+            "of your own"
+        ) from None
 
 
 def _parts(init: str) -> tuple[dict, dict]:
     """(tensors, settings) of the network of a run folder, a checkpoint or a network file."""
     path = Path(init).expanduser()
-    if path.is_file() and path.suffix == ".safetensors":
-        return checkpoint.load_network(path)
-    found = None
-    if path.is_file():
-        found = checkpoint.load(path)
-    elif newest := checkpoint.newest(path / "checkpoints"):
-        found = newest[0]
+    if path.suffix == ".safetensors" and path.exists() and not path.is_dir():
+        parts = checkpoint.load_network(path)
+        network_of(path, *parts)
+        return parts
+    found = _state_at(path)
     if found is None:
         raise ValueError(
             f"init={init}: nothing to start from there; give a run folder, a .pt or a .safetensors "
             "file"
         )
+    _check_state(found, path)
     return _network_of(found)
+
+
+def _check_state(state: object, where: str | Path) -> None:
+    """CheckpointError where a checkpoint, which may be a stranger's, holds no state of a run."""
+    kinds = {"settings": dict, "network": dict, "layer": int, "step": int, "results": list}
+    kinds |= {"trainer": dict | None, "token": str | None}
+    state = state if isinstance(state, dict) else {}
+    wrong = [key for key, kind in kinds.items() if not isinstance(state.get(key), kind)]
+    wrong += [key for key in ("layer", "step") if key not in wrong and state[key] < 0]
+    if isinstance(state.get("trainer"), dict) and not isinstance(
+        state["trainer"].get("codes"), dict
+    ):
+        wrong.append("trainer")
+    images = state.get("images")
+    if images is not None and not _is_digests(images):
+        wrong.append("images")
+    if wrong:
+        raise checkpoint.CheckpointError(
+            f"{where}: its checkpoint is no state of a run of this version ({', '.join(wrong)}); "
+            "resume from another one"
+        )
+    network_of(where, state["network"].get("tensors"), state["network"].get("settings"))
+
+
+def _is_digests(images: object) -> bool:
+    return (
+        isinstance(images, torch.Tensor)
+        and images.dtype == torch.uint8
+        and images.ndim == 2
+        and images.shape[1] == DIGEST
+    )
+
+
+def _ways_on(where: Path | str) -> str:
+    """What to do instead of resuming a run."""
+    return (
+        f"choose another name=..., with {_typed('init', where)} to start from its filters, or "
+        "resume=false to archive that run and start from the beginning"
+    )
+
+
+def _state_at(path: Path) -> dict | None:
+    """The state in a checkpoint, or in the newest of a run folder; None where there is none."""
+    if path.exists() and not path.is_dir():
+        return checkpoint.load(path)
+    found = checkpoint.newest(path / "checkpoints")
+    return found and found[0]
+
+
+def _typed(key: str, path: Path | str) -> str:
+    """A setting as it is typed in a shell."""
+    return shlex.quote(f"{key}={path}")
 
 
 def _network_of(state: dict) -> tuple[dict, dict]:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deconvnet.files import NotOurs
+from deconvnet.files import NotOurs, is_regular
 from deconvnet.pooling import Window, max_pool, pooled_shape, unpool
 
 log = logging.getLogger(__name__)
@@ -243,7 +243,7 @@ class FileStates(States):
 def is_file_of_states(path: Path) -> bool:
     """Whether a path is a file of states of inference, no link to one."""
     with suppress(OSError):
-        if stat.S_ISREG(os.lstat(path).st_mode):
+        if is_regular(path):
             with open(path, "rb") as file:
                 return file.read(len(MAGIC)) == MAGIC
     return False
@@ -256,7 +256,10 @@ def _opened(path: Path) -> int:
         # Another rank may have made it a moment ago.
         empty = stat.S_ISREG(found.st_mode) and found.st_size == 0
         if not empty and not is_file_of_states(path):
-            raise NotOurs(f"{path}: is in the way of the states of inference; move it away")
+            raise NotOurs(
+                f"{path}: is in the way of the states of inference; move it away (if an earlier "
+                "deconvnet wrote it, the inference of its images then starts from the beginning)"
+            )
     file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         os.pwrite(file, MAGIC, 0)

@@ -300,9 +300,15 @@ class _Position:
         """That of a saved state, or the beginning."""
         if state is None:
             return cls(1, 0, [])
-        results = [LayerResult(**result) for result in state["results"]]
-        pooled = state.get("pooled")
-        return cls(state["layer"], state["step"], results, pooled and Spread(**pooled))
+        try:
+            results = [LayerResult(**result) for result in state["results"]]
+            pooled = state.get("pooled")
+            return cls(state["layer"], state["step"], results, pooled and Spread(**pooled))
+        except TypeError as error:
+            raise checkpoint.CheckpointError(
+                f"the checkpoint is no state of a run of this version ({error}); resume from "
+                "another one"
+            ) from None
 
     def save(self, run: Run | None, net: DeconvNet, trainer: LayerTrainer | None = None) -> None:
         """Write it down, of all ranks, by the first."""

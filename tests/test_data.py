@@ -30,6 +30,7 @@ from deconvnet.data import (
     stream_images,
     without_download,
 )
+from deconvnet.monitor import save_picture
 from deconvnet.preprocessing import Preprocessing, PreprocessingSettings, local_moments
 
 
@@ -886,3 +887,19 @@ def test_images_know_their_class_by_their_folder_or_data_set(tmp_path):
     assert all(numbered.label(index) in map(str, range(10)) for index in range(3))
     with pytest.raises(ValueError, match="astronaut.*has no class"):
         lazy_images(DataSettings()).label(0)
+
+
+def test_results_among_the_images_that_they_were_made_from_are_no_images(tmp_path, caplog):
+    for name in ("a.png", "b/c.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    for name in ("a-layer1.png", "b/runs/r/pictures/layer1-filters.png"):
+        save_picture(tmp_path / name, torch.zeros(3, 8, 8))
+    assert find_images(tmp_path) == [tmp_path / "a.png", tmp_path / "b" / "c.png"]
+    assert "2 pictures that deconvnet made are left out" in caplog.text
+    # They are images where they are asked for, or edited.
+    assert find_images(tmp_path / "b" / "runs") == [
+        tmp_path / "b" / "runs" / "r" / "pictures" / "layer1-filters.png"
+    ]
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a-layer1.png")
+    assert tmp_path / "a-layer1.png" in find_images(tmp_path)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -62,6 +63,70 @@ def test_the_record_outlives_the_process_and_goes_with_the_folder(folder, tmp_pa
     os.rename(folder, tmp_path / "moved")
     assert files.is_ours(tmp_path / "moved" / "in" / "a.png")
     assert files.made_in(tmp_path / "moved") == [tmp_path / "moved" / "in" / "a.png"]
+
+
+@pytest.mark.parametrize("name", ["made", "lock", "writer"])
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
+def test_a_record_that_is_no_file_is_neither_followed_nor_waited_for(folder, tmp_path, name, kind):
+    path, other = folder / files.OWN / name, tmp_path / "thesis.txt"
+    other.write_bytes(b"thesis")
+    if kind == "link":
+        path.symlink_to(other)
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.mkdir()
+    with pytest.raises(NotOurs, match=name), files.locked(folder):
+        pass
+    if name == "made":
+        with pytest.raises(NotOurs, match="made: is in the way"):
+            files.write(folder / "a.png", b"picture")
+    assert other.read_bytes() == b"thesis"
+
+
+def test_a_folder_of_records_that_is_a_link_is_not_followed(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / files.OWN).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(NotOurs, match=files.OWN):
+        files.write(tmp_path / "a.png", b"picture")
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_a_record_of_nonsense_says_nothing(folder):
+    record = folder / files.OWN / files.RECORD
+    record.write_text("[" * 100_000 + '\n["", "a\\u0000b"]\n[null, []]\n["", {}]\n[[], "a"]\n3\n')
+    assert files.made_in(folder) == []
+    os.truncate(record, files.MOST_RECORD + 1)
+    with pytest.raises(NotOurs, match="are no record"):
+        files.made_in(folder)
+
+
+def test_the_record_of_somebody_elses_folder_above_is_not_needed(folder, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != folder / files.OWN)
+    path = folder / "mine" / "a.png"
+    files.write(path, b"one")
+    files.write(path, b"two")
+    assert path.read_bytes() == b"two"
+    assert not (folder / files.OWN / files.RECORD).exists()
+
+
+def test_what_is_put_into_a_folder_while_it_is_rebuilt_is_not_replaced(folder):
+    with files.rebuilt(folder / "gallery") as new:
+        fill(new, "index.html")
+    with pytest.raises(NotOurs, match="notes"), files.rebuilt(folder / "gallery") as new:
+        fill(new, "index.html")
+        fill(folder / "gallery", "notes.txt")
+    assert (folder / "gallery" / "notes.txt").exists()
+
+
+def test_a_file_system_without_locks_stops_no_work(folder, monkeypatch, caplog):
+    def refused(lock):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files.filelock.FileLock, "acquire", refused)
+    with files.locked(folder):
+        files.write(folder / "a.png", b"one")
+    assert "has no locks" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["link", "dangling", "looping", "folder", "pipe", "hard link"])
@@ -246,12 +311,16 @@ def test_one_process_has_the_lock(folder):
         "import sys; from deconvnet import files\n"
         f"with files.locked({str(folder)!r}): print('in', flush=True); sys.stdin.read()"
     )
-    (folder / files.OWN / "7-7.tmp").write_bytes(b"left from a kill")
+    left, new = folder / files.OWN / "7-7.tmp", folder / files.OWN / "8-8.tmp"
+    for path in (left, new):
+        path.write_bytes(b"half")
+    os.utime(left, (0, 0))
     other = subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert other.stdout.readline() == "in\n"
-    assert not (folder / files.OWN / "7-7.tmp").exists()
+    # The new one may be what another command is writing in this moment.
+    assert not left.exists() and new.exists()
     with pytest.raises(Busy, match=f"process {other.pid} on .* is writing"), files.locked(folder):
         pass
     other.kill()

@@ -1,6 +1,7 @@
 """A run folder: what it learns from, what may change when it is resumed, and whose files are in
 it."""
 
+import math
 import os
 
 import pytest
@@ -12,6 +13,7 @@ from torch.testing import assert_close
 from deconvnet import checkpoint, files
 from deconvnet.checkpoint import is_network
 from deconvnet.corpus import Source
+from deconvnet.dictionary import learn_filters
 from deconvnet.learning import LearningSettings
 from deconvnet.monitor import Monitor
 from deconvnet.network import DeconvNet, LayerSettings, load
@@ -287,3 +289,135 @@ def test_a_run_folder_never_says_that_something_is_to_be_downloaded(tmp_path):
     data = {"source": "torchvision", "dataset": "MNIST", "path": "x", "download": True}
     checkpoint.save(tmp_path / "checkpoints", 1, {"settings": {"data": data}})
     assert training_data(tmp_path).download is False
+
+
+@pytest.mark.parametrize("name", ["network.safetensors", "checkpoints/step-00000001.pt"])
+@pytest.mark.parametrize("resume", ["auto", "false"])
+def test_a_pipe_in_a_run_folder_is_not_waited_for(images, tmp_path, name, resume):
+    learn(tmp_path, images)
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    if "step" in name and resume == "auto":
+        learn(tmp_path, images)  # from the newer one
+    else:
+        with pytest.raises(files.NotOurs, match=name):
+            learn(tmp_path, images, resume=resume)
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_another_network_in_the_place_of_the_finished_one_is_not_written_over(
+    images, tmp_path, finished
+):
+    if finished:
+        learn(tmp_path / "run", images)
+        (tmp_path / "run" / "network.safetensors").unlink()
+    (tmp_path / "run").mkdir(exist_ok=True)
+    network(num_maps=2).save(tmp_path / "mine.safetensors")
+    (tmp_path / "mine.safetensors").rename(tmp_path / "run" / "network.safetensors")
+    before = snapshot(tmp_path)
+    with pytest.raises(files.NotOurs, match="network.safetensors"):
+        learn(tmp_path / "run", images)
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "pictures", "evolution", "inference"])
+def test_what_lies_behind_links_is_neither_archived_nor_written_over(images, tmp_path, name):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).symlink_to(tmp_path / "disk")
+    expected = learn(tmp_path / "run", images)
+    before = snapshot(tmp_path)
+    with pytest.raises(files.NotOurs, match=f"{name}: is a link"):
+        learn(tmp_path / "run", images, resume="false", epochs=1)
+    assert snapshot(tmp_path) == before
+    assert_same_network(learn(tmp_path / "run", images), expected)
+
+
+def test_a_checkpoint_that_was_copied_into_a_run_is_archived_with_it(images, tmp_path):
+    learn(tmp_path / "long", images, epochs=5)
+    learn(tmp_path / "run", images)
+    for path in (tmp_path / "long" / "checkpoints").glob("*.pt"):
+        (tmp_path / "run" / "checkpoints" / path.name).write_bytes(path.read_bytes())
+    expected = learn(tmp_path / "run", images, resume="false", epochs=2)
+    assert_same_network(learn(tmp_path / "run", images, epochs=2), expected)
+    assert len(list((tmp_path / "run" / "previous-1" / "checkpoints").iterdir())) == 4
+
+
+def test_a_damaged_line_of_the_metrics_costs_itself_alone(images, tmp_path):
+    learn(tmp_path, images, stop=6)
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[0][:9] + b"\xff\0\n" + b"".join(lines[1:]) + b'{"step"')
+    learn(tmp_path, images)
+    assert len(lines) == 2
+    assert path.read_bytes().splitlines(keepends=True)[0] == lines[1]
+
+
+@pytest.mark.parametrize("key", ["resume", "init"])
+def test_what_a_run_cannot_start_from_is_named_and_not_waited_for(images, tmp_path, key):
+    os.mkfifo(tmp_path / "pipe.pt")
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    for name in ("pipe.pt", "pipe.safetensors"):
+        with pytest.raises(ValueError, match=f"{name}: not a regular file"):
+            learn(tmp_path / "run", images, **{key: str(tmp_path / name)})
+    network().save(tmp_path / "a net.safetensors")
+    if key == "resume":
+        with pytest.raises(ValueError, match="a network, .*; 'init=.*a net.safetensors' starts"):
+            learn(tmp_path / "run", images, resume=str(tmp_path / "a net.safetensors"))
+
+
+JUNK = {
+    "network": lambda state: state.pop("network"),
+    "layer": lambda state: state.update(layer="x"),
+    "step": lambda state: state.update(step=-5),
+    "settings": lambda state: state.update(settings=[1]),
+    "images": lambda state: state.update(images=torch.zeros(3)),
+    "token": lambda state: state.update(token=5),
+    "trainer": lambda state: state.update(trainer={"a": 1}),
+    "unexpected": lambda state: state.update(results=[{"a": 1}]),
+    "not finite": lambda state: state["network"]["tensors"]["layers.0.filters"].fill_(math.nan),
+    "shape": lambda state: state["network"]["tensors"].update({"layers.0.filters": torch.ones(1)}),
+}
+
+
+@pytest.mark.parametrize("said", JUNK)
+def test_a_checkpoint_that_holds_something_else_is_an_error_in_one_line(images, tmp_path, said):
+    learn(tmp_path, images)
+    for path in (tmp_path / "checkpoints").iterdir():
+        state = checkpoint.load(path)
+        JUNK[said](state)
+        checkpoint.save(tmp_path / "checkpoints", int(path.stem[5:]), state, keep=9)
+    with pytest.raises(ValueError, match=f"version .*{said}"):
+        learn(tmp_path, images)
+
+
+def test_filters_of_one_layer_alone_are_no_network_to_start_from(images, tmp_path):
+    learned = learn_filters(images, 3, 5, lam=1.0, learning=LearningSettings(epochs=1))
+    learned.save(tmp_path / "filters.safetensors")
+    with pytest.raises(ValueError, match="holds filters of learn_filters"):
+        learn(tmp_path / "run", images, init=str(tmp_path / "filters.safetensors"))
+
+
+@pytest.mark.parametrize("size", [0, 3, 100])
+def test_a_newest_checkpoint_of_which_little_is_left_is_written_again(images, tmp_path, size):
+    expected = learn(tmp_path, images)
+    newest = max((tmp_path / "checkpoints").iterdir())
+    os.truncate(newest, size)
+    assert_same_network(learn(tmp_path, images), expected)
+    checkpoint.load(newest)
+
+
+def test_what_a_run_says_of_its_images_may_be_nonsense(tmp_path):
+    for data in (5, {"source": "nothing"}, {"a": 1}):
+        checkpoint.save(tmp_path / "checkpoints", 1, {"settings": {"data": data}})
+        with pytest.raises(ValueError, match="is no data settings"):
+            training_data(tmp_path)
+
+
+def test_folders_that_are_called_like_earlier_runs_are_in_nobodys_way(images, tmp_path):
+    learn(tmp_path, images)
+    for name in ("previous-\u00b2", "previous-" + "9" * 200, "previous-3"):
+        (tmp_path / name).write_text("mine")
+    learn(tmp_path, images, resume="false")
+    assert (tmp_path / "previous-4" / "checkpoints").is_dir()
+    assert (tmp_path / "previous-3").read_text() == "mine"

@@ -151,3 +151,14 @@ def test_results_beside_their_inputs_leave_these_alone(home, script, tmp_path):
         after = snapshot(folder)
         assert before == {path: after.get(path) for path in before}, name
         assert result.code in (0, 1) and "Traceback" not in result.err
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in COMMANDS if name != "train with states on the disk"]
+)
+def test_a_list_of_runs_of_somebody_else_is_not_written_over(home, script, tmp_path, name):
+    (tmp_path / "multirun.yaml").write_text("mine: 1")
+    command, *settings = COMMANDS[name]
+    result = script(tmp_path, command, "-m", *settings, "hydra.sweep.dir=.")
+    assert result.code == 1 and "multirun.yaml: is there already" in result.err
+    assert (tmp_path / "multirun.yaml").read_text() == "mine: 1"

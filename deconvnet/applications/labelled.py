@@ -490,9 +490,9 @@ def _write(path: Path, key: str, **arrays: object) -> None:
 def _is_features(path: Path) -> bool:
     """Whether a file is ours, intact or not: a damaged one is recomputed."""
     try:
-        with open(path, "rb") as file:
+        with files.opened(path) as file:
             head = file.read(64)
-    except OSError:
+    except (OSError, ValueError):
         return False
     return head.startswith(ARCHIVE) and head[30:].startswith(tuple(map(str.encode, ARRAYS)))
 
