@@ -313,7 +313,7 @@ class DeconvNet(nn.Module):
 
     def layer(self, number: int) -> Layer:
         """One layer, counted from 1."""
-        if not 1 <= number <= self.depth:
+        if not 1 <= (number := whole(number, "layer")) <= self.depth:
             raise ValueError(f"layer={number}: this network has layers 1 to {self.depth}")
         return self.layers[number - 1]
 
@@ -340,7 +340,7 @@ class DeconvNet(nn.Module):
         if images.numel() == 0:
             raise ValueError(f"images must not be empty, got the shape {tuple(images.shape)}")
         depth = self.depth if depth is None else depth
-        if not 0 <= depth <= self.depth:
+        if not 0 <= (depth and whole(depth, "depth")) <= self.depth:
             raise ValueError(f"depth={depth}: this network has layers 1 to {self.depth}")
         if images.is_floating_point():
             images = images.to(self.preprocessing.scale.dtype)
