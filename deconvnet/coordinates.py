@@ -274,8 +274,8 @@ class _Work:
             return
         share = 1 / max(reach, 1.0)
         dual = share * float((b * r).sum()) - share**2 / 2 * float(r.square().sum())
-        # At the minimum rounding takes it below 0.
-        self.gaps[n] = max(0.0, self.costs[n] - self.lam * dual)
+        # At the minimum rounding takes it below 0; a NaN stays one.
+        self.gaps[n] = np.maximum(self.costs[n] - self.lam * dual, 0)
 
     def _descend(self, images: list[int]) -> None:
         """Steps 2 and 3. Threads share the images or, of a few, the bands."""

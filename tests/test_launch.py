@@ -67,7 +67,7 @@ def allocate():
         (RuntimeError("std::bad_alloc"), "error: out of memory"),
         (allocate, "error: out of memory"),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_a_situation_of_the_user_ends_in_one_line(launch, error, expected):
     code, said = launch(error)

