@@ -198,11 +198,11 @@ def test_functions_of_tensors_refuse_two_types_devices_and_shapes_that_do_not_fi
 def test_networks_and_restorers_refuse_numbers_that_are_none_in_one_line(pixels, net):
     restorer = Restorer(net)
     for call, message in {
-        lambda: net.layer("a"): "layer='a': must be a whole number",
-        lambda: net.layer(1.0): "layer=1.0: must be a whole number",
-        lambda: net.layer(0): "layer=0: must be at least 1",
+        lambda: net.layer("a"): "layer='a': this network has layers 1 to 1",
+        lambda: net.layer(1.0): "layer=1.0: this network has layers 1 to 1",
+        lambda: net.layer(0): "layer=0: this network has layers 1 to 1",
         lambda: net.layer(2): "layer=2: this network has layers 1 to 1",
-        lambda: net.infer(pixels, depth=0.5): "depth=0.5: must be a whole number",
+        lambda: net.infer(pixels, depth=0.5): "depth=0.5: this network has layers 1 to 1",
         lambda: restorer.denoise(pixels, 0.1, depth="a"): "depth='a': must be a whole number",
         lambda: restorer.denoise(pixels, 0.1, depth=1.5): "depth=1.5: must be a whole number",
         lambda: restorer.denoise(pixels, 0.1, memory="a"): "memory='a': must be a number",
