@@ -664,11 +664,14 @@ def _item(content: Content, name: str, label: str | None, path: Path | None = No
 def _list_items(path: str) -> Iterator[Item]:
     """The lines of a text file of paths, which are relative to it; "#" starts a comment line."""
     file = user_path(path)
-    lines = [line.strip() for line in re.split(r"\r\n|\r|\n", _text(file, path))]
-    lines = [line for line in lines if line and not line.startswith("#")]
+    lines = re.split(r"\r\n|\r|\n", _text(file, path))
+    lines = [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if not lines:
         raise ValueError(f"{_given(path)}: this list names no image")
     for line in lines:
+        # Spaces around a name are a part of it only where there is such a file.
+        if line != line.strip() and not os.path.lexists(file.parent / user_path(line)):
+            line = line.strip()
         image = file.parent / user_path(line)
         yield _item(Content(image, str(image)), line, None, path=image)
 

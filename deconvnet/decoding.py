@@ -2,10 +2,10 @@
 
     H, W pixels     images (3, H, W) float32 in [0, 1], RGB
 
-A file, and a member of a shard, are read by one and the same way (`Content`): Pillow is given a
-stream and never a path, for which it has faster ways that do not always give the same pixels. Only
-the formats of SUFFIXES are tried, whatever a file is called: Pillow knows others that start
-programs. Where Pillow leaves a meaning of the numbers to its callers, this module decides:
+Files and members of shards are read in the same way (`Content`): Pillow is given a stream and never
+a path, because its faster ways of reading a path do not always give the same pixels. Only the
+formats of SUFFIXES are tried, whatever a file is called: Pillow knows others that start programs.
+Where Pillow leaves a meaning of the numbers to its callers, this module decides:
 
 - grey is repeated to three planes; what is transparent shows white; of several frames it takes the
   first; the orientation that the camera noted is applied;
@@ -55,10 +55,10 @@ COMPRESSION, PHOTOMETRIC, PLANES, SAMPLES = 259, 262, 284, 339
 STRIP_BYTES, TILE_BYTES, BITS = 279, 325, 258
 WHITE_IS_ZERO, YCBCR, SEPARATE, UNSIGNED, SIGNED = 0, 6, 2, 1, 2
 
-# How many threads are within `without_ghostscript`, and what Pillow knew of it before the first.
+# How many threads are within `without_ghostscript`, and the setting of Pillow before the first.
 _guard, _guards, _ghostscript = threading.Lock(), 0, None
 
-# Of characters that a name is not shown with: control, surrogate, and those that break a line.
+# Categories of characters that are escaped in names: control, surrogate, line breaks.
 HIDDEN = ("Cc", "Cs", "Zl", "Zp")
 
 
@@ -166,7 +166,7 @@ class _Parts(io.RawIOBase):
             done = first + (count or 0)
             if done < last:
                 if done == begin:
-                    raise ValueError(f"its file ends {last - done} bytes too early")
+                    raise ValueError(f"the file ends {last - done} bytes too early")
                 break
         else:
             view[done - begin :] = bytes(end - done)
@@ -235,7 +235,7 @@ def to_tensor(image: Image.Image | np.ndarray | Tensor) -> Tensor:
 
 @contextmanager
 def without_ghostscript() -> Iterator[None]:
-    """While code of others opens pictures, Pillow does not start Ghostscript for any of them."""
+    """Keep Pillow from starting Ghostscript while other libraries open pictures."""
     global _guards, _ghostscript
     with _guard:
         if _guards == 0:
@@ -280,7 +280,7 @@ def _escaped(path: object) -> bool:
 
 @lru_cache(maxsize=1)
 def _apply_limit(text: str | None) -> None:
-    """Once for each value, so that a program that sets Pillow's own limit later has its way."""
+    """Once for each value, so that a program can still set Pillow's own limit later."""
     if text is None:
         return
     if not re.fullmatch(r"[1-9]\d*", text.strip()):
@@ -344,6 +344,9 @@ class _Samples:
                 f"a TIFF of {bits}-bit colour in separate planes without compression; save it "
                 "with interleaved planes, or compressed"
             )
+        if tags.get(PLANES) == SEPARATE and picture.mode in ("LA", "La", "PA"):
+            # Pillow reads the plane of the pixels only, so that all of them would be transparent.
+            raise ValueError("a grey TIFF with alpha in a separate plane; save it interleaved")
         if not packed and photometric == YCBCR and len(picture.getbands()) == 3:
             stored = tags.get(STRIP_BYTES) or tags.get(TILE_BYTES) or ()
             if sum(stored) < 3 * math.prod(picture.size):

@@ -125,5 +125,5 @@ def _answered() -> Iterator[None]:
     except (RuntimeError, ValueError) as error:
         raise RankLost(
             "another rank has failed or does not answer: look for its message; the same command "
-            f"goes on from the last checkpoint ({' '.join(str(error).split())[:120]})"
+            f"resumes from the last checkpoint ({' '.join(str(error).split())[:120]})"
         ) from error

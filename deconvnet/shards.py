@@ -1,12 +1,11 @@
 """Where the images of a tar file lie in it.
 
-A shard is gone through once, header by header; an image is then read by itself, whatever the order.
-Nothing is left out silently: Python's tarfile ends where it does not understand a header, and GNU
-tar where an archive says that it ends; here the first is an error that names the place, and
-archives that were joined (`cat a.tar b.tar`) are read one after the other. As with `tar x`, a
-member that comes again replaces the first, and links to other members have their content. What
-`find_images` leaves out in a folder is left out here: hidden names, and what is no image by its
-name.
+A shard is scanned once, header by header; images can then be read in any order. Nothing is left out
+silently: Python's tarfile stops at a header that it does not understand, and GNU tar at the mark
+for the end of the archive. Here the first is an error that names the place, and archives that were
+joined (`cat a.tar b.tar`) are read one after the other. As with `tar x`, a member that comes again
+replaces the first, and links to other members have their content. What `find_images` leaves out in
+a folder is left out here: hidden names, and what is no image by its name.
 """
 
 from __future__ import annotations
@@ -61,8 +60,8 @@ class Damage:
 def read_index(shard: Path, name: str) -> Iterator[Member | Damage]:
     """The images of an uncompressed tar file in their order, and the places that are damaged.
 
-    name: of the shard, for messages. After a damaged place it goes on at the next header that is
-    sound. OSError where a disk fails.
+    name: of the shard, for messages. After a damaged place, reading continues at the next intact
+    header. OSError where a disk fails.
     """
     found: dict[str, Content | str | None] = {}
     links: dict[str, str] = {}
@@ -89,7 +88,7 @@ def read_index(shard: Path, name: str) -> Iterator[Member | Damage]:
         if not entry.isdir() and _is_image(path):
             images.append((path, entry.name))
     if repeated:
-        logger.warning("%s: %d names come again; the last of each counts", name, repeated)
+        logger.warning("%s: %d names occur more than once; the last of each counts", name, repeated)
     yield from _resolved(images, found, links, name)
 
 
@@ -195,8 +194,8 @@ def _walk(shard: Path) -> Iterator[tarfile.TarInfo | Damage]:
             if place + zeros >= size:
                 if zeros == 0:
                     yield Damage(
-                        f"ends at byte {size}{before} without the mark of its end: it may be cut "
-                        "off there"
+                        f"ends at byte {size}{before} without an end-of-archive mark: it may be "
+                        "truncated"
                     )
                 return
             if zeros:
@@ -220,7 +219,7 @@ def _walk(shard: Path) -> Iterator[tarfile.TarInfo | Damage]:
                         return
             try:
                 member, following = archive.member_at(place)
-            except Exception as error:  # of whatever kind: tarfile is not made for damaged files
+            except Exception as error:  # any kind: tarfile is not made for damaged files
                 what = f"is damaged at byte {place}{before}"
                 if place == 0:
                     what = NO_SHARD
@@ -264,7 +263,7 @@ def _next_header(archive: _Archive, file, place: int, size: int) -> int | None:
     while place < size:
         file.seek(place)
         chunk = file.read(CHUNK)
-        # Only those of POSIX and GNU, which have a word in them that is found fast.
+        # Only POSIX and GNU headers, which contain a word that is fast to find.
         begin = chunk.find(b"ustar")
         while begin >= 0:
             block, within = divmod(begin, BLOCK)

@@ -166,7 +166,7 @@ class FileStates(States):
         self.passes[lost] = -1
         if lost:
             log.warning(
-                "%s does not have the states of %d images that the checkpoint speaks of: their "
+                "%s does not have the states of %d images that the checkpoint refers to: their "
                 "inference starts from the beginning",
                 *(self.folder, len(lost)),
             )
@@ -236,7 +236,7 @@ class FileStates(States):
         except OSError as error:
             raise OSError(
                 f"{self.folder}: {error.strerror}: the states of inference do not fit; make room, "
-                "and the same command goes on"
+                "then run the same command again to resume"
             ) from None
 
 

@@ -8,10 +8,10 @@
 <folder>/visualization/events.out.tfevents.* TensorBoard
 <folder>/gallery/index.html                  everything as a page
 
-Every step leaves its file, and a survey that was stopped goes on behind the last of them. A file of
-another network, other images or other settings is made anew, and what is left in these folders of
-other layers or settings is removed: what lies there is what the manifest speaks of. Files that
-others have put there, or have changed, are left alone (`files`).
+Every step writes its file, and a survey that was stopped resumes after the last of them. Files for
+another network, other images or other settings are recomputed, and what earlier surveys left in
+these folders for other layers or settings is removed, so the folders hold what the manifest
+describes. Files that others have put there, or have changed, are left alone (`files`).
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ def survey(
             )
     elif (Path(folder) / "gallery").exists():
         log.warning(
-            "%s is of an earlier survey: gallery=true makes it anew", Path(folder) / "gallery"
+            "%s is from an earlier survey: gallery=true rebuilds it", Path(folder) / "gallery"
         )
     return written
 
@@ -242,7 +242,7 @@ def _try(projector: Projector, image: Tensor, layers: list[str]) -> None:
 
 
 def _check_places(folder: Path, place: Path, layers: list[str], settings: SurveySettings) -> None:
-    """Refuse before the work begins where files of others are in the way of the results."""
+    """Before the work begins, refuse to replace files that are not ours."""
     names = {}
     for layer in layers:
         other = names.setdefault(file_name(layer), layer)
@@ -265,7 +265,7 @@ def _check_places(folder: Path, place: Path, layers: list[str], settings: Survey
 
 
 def _remove_others(state: Findings, place: Path) -> None:
-    """Remove what earlier surveys have made of other layers, or with other settings."""
+    """Remove what earlier surveys made for other layers or with other settings."""
     arrays = {f"{file_name(layer)}.npz" for layer in state.found}
     kept = {place / "figures" / f"{file_name(name)}.png" for name in state.pictures}
     kept |= {place / "projections" / name for name in arrays}
@@ -379,8 +379,8 @@ def _network_key(subject: Subject) -> list[object]:
 
 
 def _code(module: nn.Module) -> str:
-    """A digest of the source of all classes of a network but those of PyTorch: of networks of one's
-    own the parameters may stay as they were, and what is done with them change."""
+    """A digest of the source of all classes of a network except those of PyTorch: users may change
+    what a network of their own computes and keep its parameters."""
     found = hashlib.sha256()
     classes = {type(part) for part in module.modules()}
     for kind in sorted(classes, key=lambda kind: f"{kind.__module__}.{kind.__qualname__}"):

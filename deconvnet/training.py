@@ -244,7 +244,7 @@ def _place_for_states(
     elif kept:
         raise ValueError(
             f"memory={memory:g}, disk={disk:g}: layer {number} learns with the states of inference "
-            f"of {ground.images} images, and goes on with memory={1.01 * needed:.3g} or "
+            f"of {ground.images} images; resume with memory={1.01 * needed:.3g} or "
             f"disk={1.01 * on_disk:.3g} (GiB)"
         )
     else:

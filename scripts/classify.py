@@ -30,7 +30,7 @@ from deconvnet.strict_json import to_json
 
 # Seconds that a process waits for another: one may be a piece of images behind.
 PATIENCE = 3600.0
-AGAIN = "the same command again goes on with the features that were found"
+AGAIN = "run the same command again to resume; the features computed so far are kept"
 
 PICTURE, SCORES = "confusion.png", "scores.json"
 

@@ -57,7 +57,7 @@ def main(cfg: DictConfig) -> None:
                 if ranks.first:
                     # Neither resume=false nor a path: the run is here now.
                     again = arguments.again("resume")
-                    log.warning("stopped and saved; this goes on from here: %s", again)
+                    log.warning("stopped and saved; to resume: %s", again)
                 raise SystemExit(130) from None
     if ranks.first:
         summarize(results, folder)

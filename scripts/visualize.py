@@ -52,7 +52,7 @@ def main(cfg: DictConfig) -> None:
             visualize(config.read_visualize(cfg), ranks)
         except KeyboardInterrupt:
             if ranks.first:
-                print(f"\nstopped; this goes on from here: {arguments.again()}")
+                print(f"\nstopped; to resume: {arguments.again()}")
             raise SystemExit(130) from None
 
 
@@ -84,12 +84,12 @@ def visualize(settings: config.VisualizeConfig, ranks: Ranks = ALONE) -> None:
 
 
 def check_images(settings: config.VisualizeConfig) -> None:
-    """Refuse before anything is loaded, or fetched, what names no images."""
+    """Before anything is loaded or downloaded, refuse settings that name no images."""
     given = settings.images
     if given is None and settings.model and not is_file(settings.model):
         raise ValueError(
-            f"images=null: {settings.model} does not say what it has learned from; give a folder "
-            "of images with images=..."
+            f"images=null: {settings.model} does not say which images it was trained on; give a "
+            "folder of images with images=..."
         )
     for path in given if isinstance(given, list) else [given] if given is not None else []:
         if not os.path.lexists(os.path.expanduser(str(path))):
@@ -97,7 +97,7 @@ def check_images(settings: config.VisualizeConfig) -> None:
 
 
 def is_file(model: str) -> bool:
-    """Whether a model is named by a file, which may say what it has learned from."""
+    """Whether a model is named by a file, which may say which images it was trained on."""
     return Path(model).suffix in WEIGHT_FILES or Path(model).is_file()
 
 
@@ -181,14 +181,14 @@ def data_of(settings: config.VisualizeConfig, subject: Subject) -> DataSettings 
             data = without_download(DataSettings(**data)) if data else None
         except (TypeError, ValueError) as error:
             raise ValueError(
-                f"{settings.run or settings.model}: what it says of its images is no data settings "
+                f"{settings.run or settings.model}: its record of the training images is not valid "
                 f"({error}); give a folder of images with images=..."
             ) from error
     return replace(data, fit="crop") if data else None
 
 
 def described(data: DataSettings) -> str:
-    """Where images come from, for the eye."""
+    """Where images come from, to be printed."""
     if data.source == "photographs":
         return "the photographs that come with scikit-image and scikit-learn"
     name = f"{data.dataset} in " if data.source == "torchvision" else ""

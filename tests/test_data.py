@@ -440,6 +440,15 @@ def test_a_list_names_images_relative_to_itself(tmp_path):
     assert torch.equal(loaded.images[0], loaded.images[2])
 
 
+def test_spaces_around_a_name_in_a_list_are_part_of_it_where_there_is_such_a_file(tmp_path):
+    for seed, name in enumerate((" first.png", "first.png", "last .png", "\u2028line.png")):
+        save(tmp_path / name, pixels(seed=seed))
+    (tmp_path / "list.txt").write_text(" first.png\n  first.png\t\n\u2028line.png\n # of none\n")
+    loaded = load_images(settings("list", tmp_path / "list.txt"))
+    for image, seed in zip(loaded.images, (0, 1, 3), strict=True):
+        torch.testing.assert_close(image, expected(pixels(seed=seed)))
+
+
 def test_a_list_that_cannot_be_used_and_a_missing_image_are_named(tmp_path):
     (tmp_path / "list.txt").write_text("absent.png\n")
     with pytest.raises(ValueError, match="1 of the images.*absent.png: No such file"):

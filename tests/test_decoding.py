@@ -246,6 +246,19 @@ def test_colour_tiffs_are_read_interleaved_and_in_planes_or_refused(tmp_path, or
                 read(content, tmp_path)
 
 
+@pytest.mark.parametrize("compression", [1, 8])
+@pytest.mark.parametrize("extra", [1, 2])
+def test_grey_with_alpha_in_a_plane_of_its_own_is_refused(tmp_path, compression, extra):
+    """Pillow reads one of the planes and takes all pixels for transparent."""
+    planes = [numbers(plane, "u1") for plane in (GREY, np.ones((H, W)))]
+    planes = [zlib.compress(plane) if compression == 8 else plane for plane in planes]
+    meaning = {"bits": [8, 8], "photometric": 1, "samples": 2, "planes": 2, "extra": extra}
+    content = tiff(b"", H, W, strips=planes, compression=compression, **meaning)
+    with pytest.raises(ValueError, match="alpha in a separate plane|not an image") as error:
+        read(content, tmp_path)
+    assert "\n" not in str(error.value)
+
+
 def test_tiles_and_the_predictor_and_the_first_of_several_pages(tmp_path):
     for kind, bits in (("u1", 8), ("u2", 16)):
         full = np.zeros((32, 32))
@@ -465,7 +478,7 @@ def test_parts_of_a_file_are_one_stream_with_zeros_between(tmp_path):
             file.seek(place)
             assert file.read(length) == whole[place : place + length]
     short = Content(tmp_path / "file", "file", ((0, 4990, 30),), 30)
-    with pytest.raises(ValueError, match="cannot read file: its file ends 20 bytes too early"):
+    with pytest.raises(ValueError, match="cannot read file: the file ends 20 bytes too early"):
         short.digest()
 
 

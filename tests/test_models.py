@@ -262,7 +262,7 @@ def test_files_that_are_no_parameters_are_refused_in_one_line(tmp_path):
     for name, reason in (
         *(("whole.pth", "may run code"), ("list.pt", "not a state_dict")),
         *(("number.pt", "not a state_dict"), ("empty.pt", "is empty")),
-        *(("text.safetensors", "no file of weights"), ("absent.pt", "no such file")),
+        *(("text.safetensors", "not a file of weights"), ("absent.pt", "no such file")),
     ):
         refused(f"weights={tmp_path / name}: ", reason, spec=SMALL, weights=tmp_path / name)
 
@@ -289,25 +289,25 @@ def zipped(path, **files):
     ("content", "says"),
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 5\n", "git lfs pull"),
-        (b"<!DOCTYPE html><html><body>404</body></html>", "a page of HTML or XML"),
-        (b"\n  <html><head>", "a page of HTML or XML"),
-        (b'<?xml version="1.0"?><Error>AccessDenied</Error>', "a page of HTML or XML"),
+        (b"<!DOCTYPE html><html><body>404</body></html>", "an HTML or XML page"),
+        (b"\n  <html><head>", "an HTML or XML page"),
+        (b'<?xml version="1.0"?><Error>AccessDenied</Error>', "an HTML or XML page"),
         (b"", "is empty"),
         (bytes(5000), "begins with zeros"),
         (b'{"weight_map": {"a": "model-1.safetensors"}}', "JSON"),
         (b'{       "a": 1}', "JSON"),
         (b"[1, 2]", "JSON"),
-        (b"these are words", "no file of weights: it begins with b'these are wo'"),
-        (b"\x1f\x8b\x08\x00", "compressed by gzip"),
+        (b"these are words", "not a file of weights: it begins with b'these are wo'"),
+        (b"\x1f\x8b\x08\x00", "compressed with gzip"),
         (b"\x89HDF\r\n\x1a\n", "HDF5"),
-        (b"half a download", "no file of weights"),
-        (pickle.dumps(print), "torch.save has not written"),
-        (pickle.dumps({"a": 1}), "torch.save has not written"),
+        (b"half a download", "not a file of weights"),
+        (pickle.dumps(print), "not written by torch.save"),
+        (pickle.dumps({"a": 1}), "not written by torch.save"),
         (pickle.dumps({"a": 1}, protocol=2), "cannot be read"),
-        (lambda path: path.write_bytes(in_numpy(np.save, np.zeros(3))), "an array of NumPy"),
+        (lambda path: path.write_bytes(in_numpy(np.save, np.zeros(3))), "a NumPy array"),
         (
             lambda path: path.write_bytes(in_numpy(np.savez, np.zeros(3))),
-            r"arrays of NumPy \(.npz\)",
+            r"NumPy arrays \(.npz\)",
         ),
         (lambda path: zipped(path, **{"a.txt": "b"}), r"a zip archive of something else \(a.txt\)"),
         (lambda path: torch.jit.script(nn.Conv2d(1, 1, 1)).save(path), "a TorchScript archive"),
@@ -341,7 +341,9 @@ def test_a_file_that_was_cut_off_is_told_so(tmp_path):
         save(own, tmp_path / name)
         whole = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(whole[: len(whole) * 2 // 3])
-        with pytest.raises(ValueError, match="cannot be read, perhaps cut off; get it again"):
+        with pytest.raises(
+            ValueError, match="cannot be read and may be truncated; download it again"
+        ):
             load_state_dict(tmp_path / name)
 
 
@@ -376,15 +378,20 @@ def test_only_what_makes_networks_is_called(tiny, tmp_path, monkeypatch):
     (tmp_path / "hostile.py").write_text(
         "import functools, os, subprocess\nfrom pathlib import Path\nfrom os import mkdir\n"
         "from my_networks.small import Tiny\nmake = functools.partial(os.mkdir)\n"
+        "from torchvision.models import squeezenet1_1\n"
+        "small = functools.partial(squeezenet1_1, num_classes=7)\n"
         "nets = functools.partial(Tiny)\ndef net(classes=3):\n    return Tiny(classes)\n"
     )
     for spec in ("os:mkdir", "subprocess:run", "os.path:join", "hostile:mkdir", "hostile:make"):
         path = {"path": str(called)} if "mkdir" in spec or "make" in spec else {}
         refused(f"model={spec}: ", spec=spec, options=path)
         assert not called.exists()
-    refused("comes from pathlib, not from hostile", spec="hostile:Path")
+    refused("hostile imports it from pathlib, which builds no networks", spec="hostile:Path")
     assert load_model("hostile:net", options={"classes": 4}).module[3].out_features == 4
     assert load_model("hostile:Tiny").module[0].out_channels == 5
+    # What others have written makes networks too, where a module only passes it on.
+    assert load_model("hostile:small").module.classifier[1].out_channels == 7
+    assert type(load_model("hostile:squeezenet1_1").module).__name__ == "SqueezeNet"
 
 
 def test_counts_of_batches_may_be_missing(tmp_path):
@@ -524,9 +531,9 @@ def test_a_file_that_is_no_such_network_is_refused_with_what_to_do(tmp_path, zfn
     for name in ("bare.safetensors", "bare.pth"):
         refused("torchvision/NAME", f"weights={tmp_path / name}", spec=tmp_path / name)
     (tmp_path / "lfs.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
-    refused("lfs.safetensors: a pointer of Git LFS", spec=tmp_path / "lfs.safetensors")
+    refused("lfs.safetensors: a Git LFS pointer", spec=tmp_path / "lfs.safetensors")
     (tmp_path / "page.safetensors").write_text("<html>404</html>")
-    refused("page.safetensors: a page of HTML", spec=tmp_path / "page.safetensors")
+    refused("page.safetensors: an HTML or XML page", spec=tmp_path / "page.safetensors")
     refused("leave options out", spec=path, options={"classes": 3})
     refused("weights=V1", spec=path, weights="V1")
     with pytest.raises(ValueError, match="only a ZFNet can be saved, not Conv2d"):

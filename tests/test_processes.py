@@ -109,7 +109,7 @@ def test_all_processes_save_and_stop_when_one_is_asked_to(place, ranks, number):
     os.kill(running[1].pid, number)
     ends = [each.wait() for each in running]
     assert [end.code for end in ends] == [130, 130], ends
-    assert "stopped and saved; this goes on from here: torchrun --nproc-per-node=2" in ends[0].out
+    assert "stopped and saved; to resume: torchrun --nproc-per-node=2" in ends[0].out
     assert "Traceback" not in ends[0].err + ends[1].err
     kept = sorted((place / "runs" / name / "checkpoints").iterdir())
     step = int(kept[-1].stem.removeprefix("step-"))

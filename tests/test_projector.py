@@ -649,6 +649,7 @@ COMPUTED = {
     "data": in_place_on_the_data,
     "in place in no_grad": in_place_without_a_gradient,
     "own function": Mul.apply,
+    "graph of its own": lambda y: y.detach().relu().requires_grad_() * 1 + y,
     "number": lambda y: y * float(y.detach().max()),
     "number computed with": lambda y: y * (1 / y.detach().std().item()),
     "array": lambda y: y * torch.from_numpy((y.detach().numpy() > 0) * 1.0),
@@ -674,8 +675,19 @@ def test_a_constant_that_was_computed_from_the_pixels_is_no_constant(name):
     assert Projector(model)(x, "a", unit).report.faithful, "nothing of it lies below"
 
 
+def after_many_others(y):
+    """Where a constant lies in memory something of the pixels may have lain before."""
+    for _ in range(50):
+        passing = y.detach() > 0, y.detach() * 2
+        del passing
+        y = y * torch.ones(y.shape) * torch.tensor(1.0)
+    return y
+
+
 CONSTANT = {
     "number": lambda y: y * 3,
+    "learned, though no parameter": lambda y: y + torch.ones(4, 1, 1).to(y).requires_grad_(),
+    "made where others have been": after_many_others,
     "of a shape": lambda y: y * torch.ones_like(y) * y.new_full((4, 1, 1), 2) * y.shape[1],
     "places": lambda y: y * torch.arange(y.shape[3]).to(y),
     "array": lambda y: y * torch.from_numpy(np.linspace(0, 1, y.shape[3])),
@@ -1101,6 +1113,46 @@ def test_the_model_is_left_as_it_was(small, use):
     assert torch.equal(x, kept) and not x.requires_grad and x.grad is None
 
 
+class Counting(nn.Module):
+    """It counts the images that it has seen, in a buffer and not in its output."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, y):
+        self.seen += len(y)
+        return self.conv(y).relu()
+
+
+def test_buffers_that_a_model_writes_into_are_as_they_were():
+    net, x = seeded(Counting), rand(2, 3, 9, 9)
+    net(x)
+    before, projector = net.seen, Projector(net)
+    projector.layers(x)
+    projector.outputs(x)
+    projector(x, "conv", [(1, 2, 3, 3)])
+    assert net.seen is before and net.seen == 2
+    net(x)
+    assert net.seen == 4
+
+
+def test_hooks_on_gradients_of_the_model_are_not_called_and_change_nothing(small):
+    net, x, unit = copy.deepcopy(small[0]), small[1], [(1, 2, 2, 2)]
+    expected, called = Projector(net)(x, "c4", unit), []
+
+    def hook(*given):
+        called.append(given)
+        return (torch.zeros_like(given[1][0]),)
+
+    net.relu.register_full_backward_hook(hook)
+    net.c2.register_full_backward_pre_hook(lambda module, above: called.append(above))
+    found = Projector(net)(x, "c4", unit)
+    assert torch.equal(found.images, expected.images) and found.report.faithful and not called
+    assert len(net.relu._backward_hooks) == len(net.c2._backward_pre_hooks) == 1
+
+
 def test_a_model_in_training_is_used_as_if_it_were_not(small):
     net, x = copy.deepcopy(small[0]), small[1]
     expected, scores = Projector(net)(x, "c4", [(1, 2, 2, 2)]), net(x)
@@ -1406,6 +1458,24 @@ class ChannelsLast(nn.Module):
             x, y = x.permute(0, 2, 3, 1), y.movedim(1, -1).contiguous()
         y = self.block(x + self.scale * self.drop(self.down(self.act(self.up(y)))))
         return self.head(y.mean((1, 2) if self.last else (2, 3)))
+
+
+def test_weights_of_attention_are_not_taken_for_maps_in_the_last_axis():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv, self.drop = nn.Conv2d(3, 18, 1), nn.Dropout()
+            self.out = nn.Conv2d(6, 5, 1)
+
+        def forward(self, x):
+            q, k, v = self.qkv(x).flatten(2).unflatten(1, (3, 2, 3)).unbind(1)
+            weights = self.drop((q.transpose(-1, -2) @ k).softmax(-1))
+            return self.out((weights @ v.transpose(-1, -2)).transpose(-1, -2).reshape(-1, 6, 4, 4))
+
+    shapes = {
+        info.name: info.shape for info in Projector(Attention()).layers(rand(1, 3, 4, 4).float())
+    }
+    assert shapes == {"qkv": (18, 4, 4), "drop": (2, 16, 16), "out": (5, 4, 4)}
 
 
 @pytest.mark.parametrize("method", ["deconv", "guided", "gradient"])

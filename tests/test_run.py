@@ -121,7 +121,7 @@ def test_a_layer_that_began_without_states_goes_on_without(images, tmp_path):
 
 def test_where_states_no_longer_fit_it_says_what_would_do(images, tmp_path):
     learn(tmp_path, images, stop=2)
-    with pytest.raises(ValueError, match=r"goes on with memory=.* or disk=.* \(GiB\)"):
+    with pytest.raises(ValueError, match=r"resume with memory=.* or disk=.* \(GiB\)"):
         learn(tmp_path, images, memory=0)
 
 

@@ -114,11 +114,11 @@ def test_damage_is_named_with_its_place_and_what_can_be_read_is_taken_on_demand(
     cases = {
         "header": (bytes(flipped), f"is damaged at byte {second.offset}, after 0.png", ["1.png"]),
         "within": (data[: second.offset_data + 100], "early, inside 1.png", ["1.png", "2.png"]),
-        "between": (data[: second.offset], "without the mark of its end", ["1.png", "2.png"]),
+        "between": (data[: second.offset], "without an end-of-archive mark", ["1.png", "2.png"]),
         "garbage": (data + b"x" * 700, "zeros where a header should be", []),
         "no end": (
             data.rstrip(b"\0").ljust(-(-len(data.rstrip(b"\0")) // BLOCK) * BLOCK, b"\0"),
-            "without the mark of its end",
+            "without an end-of-archive mark",
             [],
         ),
     }
@@ -251,7 +251,9 @@ def test_a_name_that_comes_again_replaces_the_first_as_tar_does(tmp_path, caplog
         found = read(path)
     write(tmp_path / "t.tar", ["b.png", "./a.png"], contents=contents[1:])
     assert found == read(tmp_path / "t.tar")
-    assert ["1 names come again" in record.getMessage() for record in caplog.records] == [True]
+    assert ["1 names occur more than once" in record.getMessage() for record in caplog.records] == [
+        True
+    ]
 
 
 def test_long_and_foreign_names_hidden_files_and_folders_of_shards(tmp_path):

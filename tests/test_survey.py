@@ -422,7 +422,7 @@ def test_an_older_gallery_is_spoken_of_where_none_is_made(images, tmp_path, capl
     page = (tmp_path / "gallery/index.html").read_bytes()
     options = settings_of(layers=["relu2"], control=False, gallery=False, method="guided")
     survey(subject, images, options, tmp_path)
-    assert "gallery is of an earlier survey: gallery=true makes it anew" in caplog.text
+    assert "gallery is from an earlier survey: gallery=true rebuilds it" in caplog.text
     assert (tmp_path / "gallery/index.html").read_bytes() == page
 
 
@@ -936,7 +936,7 @@ def test_a_file_that_says_where_its_images_are_is_followed_aloud_and_never_downl
     net = replace(net, normalization=Normalization((0.5,), (0.5,), "grey"))
     for extra, says in (
         ({"download": True}, "FashionMNIST"),
-        ({"downlaod": True}, "what it says of its images is no data settings"),
+        ({"downlaod": True}, "its record of the training images is not valid"),
     ):
         save_model(tmp_path / "hostile.safetensors", replace(net, training={"data": data | extra}))
         with pytest.raises(ValueError, match=says):
@@ -1080,7 +1080,10 @@ def test_wrong_settings_end_in_one_line_and_leave_nothing(
             ["network.safetensors: not a convolutional network"],
         ),
         ({**MAKE, "weights": "nowhere.pt"}, ["weights=nowhere.pt: no such file"]),
-        ({**MAKE, "weights": "nets.py"}, ["weights=nets.py: no file of weights: it begins with"]),
+        (
+            {**MAKE, "weights": "nets.py"},
+            ["weights=nets.py: not a file of weights: it begins with"],
+        ),
         ({**MAKE, "weights": "photos"}, ["weights=photos", "takes a file of weights"]),
         ({**MAKE, "weights": "epoch-1.pt", "options": {"maps": 6}}, ["not of this network"]),
         ({**MAKE, "checkpoints": ["epoch-1.pt", "no.pt"]}, ["weights=no.pt: no such file"]),
@@ -1143,7 +1146,7 @@ def test_an_interrupted_search_says_how_to_go_on_and_keeps_what_it_has_found(
     (tmp_path / "interrupt").write_text("5")
     result = script(tmp_path, "visualize.py", *arguments)
     assert result.code == 130 and result.err == "", result
-    assert "stopped; this goes on from here: python" in result.out
+    assert "stopped; to resume: python" in result.out
     assert "visualize.py model=nets:make" in result.out
     assert Mined.load(path).done == 3
     (tmp_path / "interrupt").unlink()

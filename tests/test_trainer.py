@@ -603,7 +603,7 @@ def test_states_that_are_not_in_the_files_start_from_the_beginning(textures, tmp
         trainer.update()
     state = trainer.state_dict()
     again = LayerTrainer(layer, b, folder=tmp_path / "elsewhere", state=state)
-    assert "does not have the states of 8 images that the checkpoint speaks of" in caplog.text
+    assert "does not have the states of 8 images that the checkpoint refers to" in caplog.text
     assert again.codes[torch.tensor([0, 7])].count_nonzero() == 0
     while not again.done:
         again.update()

@@ -1,9 +1,9 @@
 """A labelled set of image files put into classes, with what is found on the way kept in files.
 
 Images: the files and their classes. Features: the counts of the words of every image, in a folder
-named by a digest of network and settings, so that the same work again goes on where it stopped.
-Every file says of which images it is, by their content: what was made of an image that has changed
-since is made anew, and the rest stays. judge: the scores of layers, alone and together.
+named by a digest of network and settings, so that the same work can be resumed. Every file records
+the content of the images that it was made from: if an image has changed, what was computed from it
+is recomputed, and the rest stays. judge: the scores of layers, alone and together.
 classification.py has the mathematics.
 """
 
@@ -50,7 +50,7 @@ PIECE = 64
 ROWS = 512
 # Threads that read files for their digests.
 READERS = 4
-# How files of features begin, however much of them is left: an archive of one of these arrays.
+# How a file of features begins, even a truncated one: an archive of one of these arrays.
 ARCHIVE, ARRAYS = b"PK\x03\x04", ("of.npy", "counts.npy", "d.npy", "centers.npy")
 # Windows of the training images that a codebook is learned from, for each of its words.
 WINDOWS = 100
@@ -140,7 +140,7 @@ class Images:
             return list(pool.map(digest_file, self.files))
 
     def key(self, indices: np.ndarray, *parts: str) -> str:
-        """A digest of the content of some images, and of whatever else."""
+        """A digest of the content of some images and of other values."""
         content = [[n, self.digests[n]] for n in indices.tolist()]
         return hashlib.sha256(json.dumps([content, *parts]).encode()).hexdigest()
 
@@ -427,7 +427,7 @@ class Features:
         return self.folder / f"layer{layer}" / f"counts-{book}-{start:06d}.npz"
 
     def _digest(self) -> str:
-        """Of the network, the paths of the images, and the settings that count."""
+        """A digest of the network, the paths of the images, and the settings that matter."""
         table = {k: v for k, v in dataclasses.asdict(self.settings).items() if k not in FREE}
         table |= {"size": self.images.size, "fit": self.images.fit}
         paths = [str(path) for path in self.images.files]
@@ -488,7 +488,7 @@ def _write(path: Path, key: str, **arrays: object) -> None:
 
 
 def _is_features(path: Path) -> bool:
-    """Whether a file is one of ours, sound or not: what is damaged is to be made anew."""
+    """Whether a file is ours, intact or not: a damaged one is recomputed."""
     try:
         with open(path, "rb") as file:
             head = file.read(64)

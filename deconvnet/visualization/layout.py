@@ -1,8 +1,8 @@
 """Which axis of a tensor its maps are: the second, or the last, as in (N, H, W, C).
 
-ConvNeXt, Swin and others pass between the two, so that the shape of an output does not tell its
-maps. They are followed through the graph of autograd from where they are certain: behind a
-convolution they are the second axis, behind a linear layer and a LayerNorm of one axis the last.
+ConvNeXt, Swin and others switch between the two, so the shape of an output does not say which axis
+holds the maps. We follow them through the autograd graph from where they are certain: after a
+convolution they are the second axis, after a linear layer or a LayerNorm over one axis the last.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SECOND = {
 
 
 class Layouts:
-    """Where the maps are in what the operations of one forward pass give, each looked at once."""
+    """Which axis holds the maps in the outputs of the operations of one forward pass."""
 
     def __init__(self) -> None:
         self._known: dict[Node, int | None] = {}
@@ -52,8 +52,13 @@ class Layouts:
         rank = len(shape)
         if op.name in SECOND:
             return 1 if rank > 2 else None
-        if op.name in PRODUCTS:
+        if op.name in PRODUCTS and len(op.inputs) < 2:
             return rank - 1
+        if op.name in PRODUCTS:
+            # Attention weights have no axis of maps, and what they weight keeps its own.
+            node, nr = op.inputs[-1]
+            kept = self._known.get(node) == len(shape_of(node, nr)) - 1
+            return rank - 1 if kept else None
         if op.name == "NativeLayerNorm" and len(op.saved("normalized_shape")) == 1:
             return rank - 1
         given = [(self._known.get(node), shape_of(node, nr)) for node, nr in op.inputs]

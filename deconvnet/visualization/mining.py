@@ -209,7 +209,7 @@ def _resumed(path: Path | None, key: dict[str, object]) -> Mined:
         found = Mined.load(path)
         if found.key == key:
             return found
-        log.info("%s is of another pass and is made anew", path)
+        log.info("%s is from another pass and is recomputed", path)
     return Mined({}, 0, key)
 
 

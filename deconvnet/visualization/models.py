@@ -146,9 +146,9 @@ def _source(spec: str) -> Callable[[str, str | Path, dict], Subject]:
         return _imported
     from torchvision import models
 
-    known = [f"torchvision/{name}" for name in models.list_models(module=models)]
-    close = difflib.get_close_matches(f"torchvision/{spec.rpartition('/')[2]}", known, n=1)
-    hint = f"; did you mean {close[0]}?" if close else ""
+    known = models.list_models(module=models)
+    close = difflib.get_close_matches(spec.rpartition("/")[2], known, n=1)
+    hint = f"; did you mean torchvision/{close[0]}?" if close else ""
     raise ValueError(f"model={spec}: give {FORMS}{hint}")
 
 
@@ -258,7 +258,7 @@ def _timm(spec: str, weights: str | Path, options: dict) -> Subject:
 def _imported(spec: str, weights: str | Path, options: dict) -> Subject:
     where, _, name = spec.partition(":")
     if where.partition(".")[0] in sys.stdlib_module_names:
-        raise ValueError(f"model={spec}: {where} is a module of Python itself, not of networks")
+        raise ValueError(f"model={spec}: {where} is part of Python itself and builds no networks")
     file = _weights_file(weights)
     if file is None and _lower(weights) not in ("default", "none"):
         raise ValueError(f"weights={weights}: model={spec} takes a file of weights, or default")
@@ -290,17 +290,21 @@ def _imported(spec: str, weights: str | Path, options: dict) -> Subject:
 
 
 def _check_factory(spec: str, package: ModuleType, factory: object) -> None:
-    """Refuse to call what was not written to make networks: it runs with the rights of the user."""
+    """Refuse to call what cannot build a network, such as os.system under another name.
+
+    It would run with the rights of the user. Functions from any package except Python's own are
+    allowed, including those that a module only re-exports.
+    """
     if not callable(factory):
         raise ValueError(f"model={spec}: neither a network nor callable")
     if isinstance(factory, type) and issubclass(factory, nn.Module):
         return
     written = getattr(factory, "func", factory)  # of functools.partial
     where = getattr(written, "__module__", None) or ""
-    if where.partition(".")[0] != package.__name__.partition(".")[0]:
+    if not where or where.partition(".")[0] in sys.stdlib_module_names:
         raise ValueError(
-            f"model={spec}: {factory!r} comes from {where or 'elsewhere'}, not from "
-            f"{package.__name__}; give a torch.nn.Module or a function of that package"
+            f"model={spec}: {package.__name__} imports it from {where or 'elsewhere'}, which "
+            "builds no networks; give a torch.nn.Module, or a function that returns one"
         )
 
 

@@ -8,7 +8,7 @@ output afterwards, plays no part.
 from __future__ import annotations
 
 import logging
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -349,7 +349,7 @@ class TrainedNetwork:
                 leaves.append(leaf)
                 raise _Reached
 
-        watched = Dependence(self._suspects.get(layer, frozenset()))
+        watched = Dependence(self._suspects.get(layer))
         self._pass(x, note, {name}, watched)
         if not reached:
             raise ValueError(f"layer {layer!r}: the model does not call it for these images")
@@ -395,7 +395,7 @@ class TrainedNetwork:
         if part is None or any(_split(each)[0] == name for each in known):
             return no_such_layer(layer, known)
         if isinstance(part, torch.jit.ScriptModule):
-            says = "it is TorchScript, which cannot be looked into"
+            says = "it is TorchScript, which cannot be inspected"
         else:
             says = self._others.get(name, self._uncalled)
         return ValueError(f"layer {layer!r}: {says}; {choose_among(layer, known)}")
@@ -497,7 +497,7 @@ class TrainedNetwork:
         if self.strict and self.method != "gradient" and found.unsupported:
             names = ", ".join(f"{name} x{n}" for name, n in sorted(found.unsupported.items()))
             remedy = (
-                "compiled parts hide what they do, give the model uncompiled"
+                "compiled parts hide their operations; pass the uncompiled model"
                 if any("compiled" in name for name in found.unsupported)
                 else "strict=False uses their gradients and reports them, method='gradient' needs "
                 "no rules"
@@ -506,8 +506,8 @@ class TrainedNetwork:
 
     @contextmanager
     def _working(self) -> Iterator[None]:
-        """In evaluation mode, parameters frozen, without autocast and compilation; everything as it
-        was after."""
+        """In evaluation mode, parameters frozen, without autocast, compilation and hooks on
+        gradients; afterwards everything is as it was."""
         modes = [(module, module.training) for module in self.model.modules()]
         learned = [(p, p.requires_grad) for p in self.model.parameters()]
         try:
@@ -518,6 +518,8 @@ class TrainedNetwork:
                 torch.inference_mode(False),
                 torch.autocast(self.device.type, enabled=False),
                 _uncompiled(self.model),
+                _without_backward_hooks(self.model),
+                _buffers_kept(self.model),
             ):
                 yield
         finally:
@@ -525,6 +527,42 @@ class TrainedNetwork:
                 module.training = mode
             for p, learns in learned:
                 p.requires_grad_(learns)
+
+
+@contextmanager
+def _without_backward_hooks(model: nn.Module) -> Iterator[None]:
+    """Hooks on gradients, as of Grad-CAM, neither see nor change what goes down here."""
+    kinds = ("_backward_hooks", "_backward_pre_hooks")
+    hooked = [
+        (module, kind, getattr(module, kind))
+        for module in model.modules()
+        for kind in kinds
+        if getattr(module, kind, None)
+    ]
+    try:
+        for module, kind, _ in hooked:
+            setattr(module, kind, OrderedDict())
+        yield
+    finally:
+        for module, kind, hooks in hooked:
+            setattr(module, kind, hooks)
+
+
+@contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    """What a model writes into its buffers, such as counts and averages, is undone."""
+    kept = [
+        (buffer, buffer._version, buffer.clone())
+        for buffer in model.buffers()
+        if not buffer.is_inference()
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, version, values in kept:
+                if buffer._version != version:
+                    buffer.copy_(values)
 
 
 @contextmanager
@@ -618,14 +656,14 @@ def checked_model(model: nn.Module) -> nn.Module:
         raise ValueError(f"model is {kind}: expected torch.nn.Module{hint}")
     if isinstance(model, torch.jit.ScriptModule):
         raise ValueError(
-            f"model is TorchScript ({kind}), whose layers cannot be looked into: build the Python "
-            "class that it was made of, and load its state_dict()"
+            f"model is TorchScript ({kind}), whose layers cannot be inspected: build the Python "
+            "class that it was made from and load its state_dict()"
         )
     for name, part in model.named_modules():
         if "quantized" in type(part).__module__.split("."):
             raise ValueError(
                 f"model is quantised ({name or kind}: {type(part).__name__}), which has no "
-                "gradients: give it as it was before"
+                "gradients: pass the model from before quantisation"
             )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if is_lazy(tensor):

@@ -1,7 +1,7 @@
-"""Parameters of networks in files that others have written, read without running what is in them.
+"""Parameters of networks in files from others, read without running any code in them.
 
-What a file is, its first bytes say, not its name: a pointer of Git LFS, a page of HTML, or a JSON
-index often has the name of the weights that it stands for, and each wants another remedy.
+The first bytes of a file say what it is; its name does not. A Git LFS pointer, an HTML page or a
+JSON index often has the name of the weights that it stands for, and each needs a different remedy.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-# What others put around the parameters.
+# Keys under which others store the parameters.
 WRAPPERS = ("state_dict", "model_state_dict", "model")
 
 ZIP = b"PK\x03\x04"
 PICKLE = b"\x80"
-# The first bytes of files that are no weights, and what to do about it.
+# The first bytes of files that are not weights, and what to do about them.
 OTHERS = {
-    b"version https://git-lfs": "a pointer of Git LFS, not the file itself; run git lfs pull",
-    b"\x93NUMPY": "an array of NumPy, not a state_dict of names and tensors",
+    b"version https://git-lfs": "a Git LFS pointer, not the file itself; run git lfs pull",
+    b"\x93NUMPY": "a NumPy array, not a state_dict of names and tensors",
     b"\x89HDF": "HDF5, as Keras writes it; convert it to a state_dict of PyTorch",
     b"GGUF": "GGUF; convert it to a state_dict of PyTorch",
-    b"\x1f\x8b": "compressed by gzip; unpack it first",
-    b"BZh": "compressed by bzip2; unpack it first",
-    b"\xfd7zXZ": "compressed by xz; unpack it first",
-    b"7z\xbc\xaf": "an archive of 7-Zip; unpack it first",
-    b"Rar!": "an archive of RAR; unpack it first",
+    b"\x1f\x8b": "compressed with gzip; unpack it first",
+    b"BZh": "compressed with bzip2; unpack it first",
+    b"\xfd7zXZ": "compressed with xz; unpack it first",
+    b"7z\xbc\xaf": "a 7-Zip archive; unpack it first",
+    b"Rar!": "a RAR archive; unpack it first",
 }
-# Before, files that are no zip archives could run code even so (CVE-2025-32434).
+# In earlier versions, files that are not zip archives could run code all the same (CVE-2025-32434).
 SAFE = (2, 6)
 
 
@@ -54,7 +54,7 @@ def load_state_dict(file: Path) -> dict[str, Tensor]:
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, pickle.UnpicklingError) and "nsupported operand" in reason:
             raise ValueError(
-                f"weights={file}: a pickle that torch.save has not written; save a state_dict() "
+                f"weights={file}: a pickle that was not written by torch.save; save a state_dict() "
                 "with torch.save"
             ) from error
         if isinstance(error, pickle.UnpicklingError) and "nsupported" in reason:
@@ -63,7 +63,8 @@ def load_state_dict(file: Path) -> dict[str, Tensor]:
                 "pickled network; save its state_dict() instead"
             ) from error
         raise ValueError(
-            f"weights={file}: cannot be read, perhaps cut off; get it again ({reason[:200]})"
+            f"weights={file}: cannot be read and may be truncated; download it again "
+            f"({reason[:200]})"
         ) from error
     for key in WRAPPERS:
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
@@ -77,7 +78,7 @@ def load_state_dict(file: Path) -> dict[str, Tensor]:
 
 
 def no_weights(file: Path) -> str | None:
-    """What a file is that cannot hold parameters, and what to do, in words; None if it may."""
+    """Why a file cannot hold parameters, and what to do about it; None if it can."""
     with open(file, "rb") as opened:
         first = opened.read(1024)
     try:
@@ -89,7 +90,7 @@ def no_weights(file: Path) -> str | None:
 
 
 class _Refused(Exception):
-    """A file is something else than parameters."""
+    """A file does not hold parameters."""
 
 
 def _loaded(file: Path, first: bytes) -> object:
@@ -105,7 +106,7 @@ def _loaded(file: Path, first: bytes) -> object:
 
 
 def _check_archive(file: Path) -> None:
-    """Refuse zip archives of others than torch.save."""
+    """Refuse zip archives that torch.save did not write."""
     with zipfile.ZipFile(file) as archive:
         names = archive.namelist()
     if any(name.endswith("/constants.pkl") for name in names):
@@ -113,35 +114,35 @@ def _check_archive(file: Path) -> None:
             "a TorchScript archive; load it with torch.jit.load and save its state_dict()"
         )
     if any(name.endswith(".npy") for name in names):
-        raise _Refused("arrays of NumPy (.npz), not a state_dict of names and tensors")
+        raise _Refused("NumPy arrays (.npz), not a state_dict of names and tensors")
     if not any(name.endswith("data.pkl") for name in names):
         some = ", ".join(names[:3]) or "nothing"
         raise _Refused(f"a zip archive of something else ({some}); unpack it first")
 
 
 def _check_pickle(first: bytes) -> None:
-    """Refuse what is no pickle of torch.save, from its first bytes."""
+    """Refuse what is not a pickle of torch.save, judging by its first bytes."""
     for start, says in OTHERS.items():
         if first.startswith(start):
             raise _Refused(says)
     text = first.lstrip(b"\xef\xbb\xbf \t\r\n")
     if not first:
-        raise _Refused("is empty; get it again")
+        raise _Refused("is empty; download it again")
     if not any(first):
-        raise _Refused("begins with zeros, as after a download that was cut off; get it again")
+        raise _Refused("begins with zeros, as after an incomplete download; download it again")
     if re.match(rb"<(!doctype|html|head|\?xml|!--)", text, re.IGNORECASE):
-        raise _Refused("a page of HTML or XML, not the weights; download the file itself")
+        raise _Refused("an HTML or XML page, not the weights; download the file itself")
     if text[:1] in (b"{", b"["):
-        raise _Refused("JSON, perhaps an index of weights in several files; give weights")
+        raise _Refused("JSON, perhaps the index of a sharded model; give a file of weights")
     if first[257:262] == b"ustar":
-        raise _Refused("a tar archive; unpack it first, or save its state_dict() anew")
+        raise _Refused("a tar archive; unpack it first, or save its state_dict() again")
     if not first.startswith(PICKLE):
-        raise _Refused(f"no file of weights: it begins with {first[:12]!r}")
+        raise _Refused(f"not a file of weights: it begins with {first[:12]!r}")
     version = tuple(map(int, re.findall(r"\d+", torch.__version__)[:2]))
     if version < SAFE:
         raise _Refused(
             "in the format of PyTorch before 1.6, which PyTorch before 2.6 cannot read safely; "
-            "save it anew with torch.save, or update PyTorch"
+            "save it again with torch.save, or update PyTorch"
         )
 
 
