@@ -31,6 +31,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deconvnet.inputs import check_tensors
+
 Boundary = Literal["valid", "circular", "zero", "reflect"]
 Method = Literal["spatial", "fourier"]
 
@@ -59,6 +61,7 @@ def deconvolve(
     z: (N, K, H+h-1, W+w-1), or (N, K, H, W) unless the boundary is "valid"; f: (K, C, h, w); g: (K,
     C) or None for full connectivity. Raises ValueError where the shapes do not fit.
     """
+    check_tensors(z=z, f=f)
     _check(f, boundary, method, z=z)
     f = connected(f, g)
     h, w = f.shape[2:]
@@ -91,6 +94,7 @@ def correlate(
     y: (N, C, H, W); f: (K, C, h, w). Returns (N, K, H+h-1, W+w-1), or (N, K, H, W) unless the
     boundary is "valid". <deconvolve(z, f), y> = <z, correlate(y, f)>.
     """
+    check_tensors(y=y, f=f)
     _check(f, boundary, method, y=y)
     f = connected(f, g)
     h, w = f.shape[2:]
@@ -115,6 +119,7 @@ def correlate_strips(
     On a CPU, what fits into its cache takes half the time, and whoever needs the maps but once
     never has them all in memory. "reflect", whose border is folded back, comes in one piece.
     """
+    check_tensors(y=y, f=f)
     _check(f, boundary, "spatial", y=y)
     N, (h, w) = len(y), f.shape[2:]
     rows, columns = map_size(y.shape[2:], (h, w), boundary)
@@ -151,6 +156,12 @@ def filter_gradient(
     the factor lam it is the gradient of the reconstruction term (Zeiler et al. 2010).
     """
     h, w = (size, size) if isinstance(size, int) else size
+    check_tensors(z=z, y=y)
+    if z.ndim != 4 or y.ndim != 4:
+        raise ValueError(
+            f"maps (N, K, rows, columns) and images (N, C, H, W) have four axes, got "
+            f"{tuple(z.shape)} and {tuple(y.shape)}"
+        )
     expected = map_size(y.shape[2:], (h, w), boundary)
     if z.shape[0] != y.shape[0] or tuple(z.shape[2:]) != expected:
         raise ValueError(
@@ -284,6 +295,8 @@ def _conv2d(z: Tensor, f: Tensor) -> Tensor:
 def _in_strips(y: Tensor, f: Tensor, boundary: Boundary) -> Tensor:
     """`correlate`, in one piece unless it is large and on a CPU."""
     shape = (len(y), len(f), *map_size(y.shape[2:], f.shape[2:], boundary))
+    if not math.prod(shape):
+        return y.new_zeros(shape)
     if y.device.type != "cpu" or math.prod(shape) <= 4 * STRIP or _differentiated(y, f):
         return next(correlate_strips(y, f, boundary, numbers=max(1, math.prod(shape))))[2]
     maps = y.new_empty(shape)
@@ -325,7 +338,7 @@ def _check(
         raise ValueError(f"boundary={boundary!r}: choose {choices}")
     if method not in ("spatial", "fourier"):
         raise ValueError(f"method={method!r}: choose 'spatial' or 'fourier'")
-    if f.ndim != 4:
+    if f.ndim != 4 or f.numel() == 0:
         raise ValueError(f"filters must have the shape (K, C, h, w), got {tuple(f.shape)}")
     K, C, h, w = f.shape
     if z is not None:

@@ -14,23 +14,66 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deconvnet.modes import autocasts
+
 FLOATS = (torch.float32, torch.float64)
 
 
 def as_tensor(value: Any, name: str) -> Tensor:
-    """A tensor or numpy array of real numbers, of any shape, as a tensor without a gradient.
+    """A tensor or numpy array of real numbers, of any shape, as a plain tensor without a gradient.
 
-    It shares the memory of an array where it can.
+    It shares the memory of an array where it can. Subclasses of Tensor are left behind, so that
+    what comes back is a tensor and no image of torchvision, say.
     """
     if isinstance(value, np.ndarray):
         return _of_array(value, name)
     if not isinstance(value, Tensor):
         raise ValueError(f"{name} must be a tensor or a numpy array, got {_kind(value, name)}")
+    check_numbers(value, name)
+    value = value.detach()
+    # numpy, to which loops on the CPU hand over, knows no lazy sign.
+    return (value if type(value) is Tensor else value.as_subclass(Tensor)).resolve_neg()
+
+
+def check_numbers(value: Tensor, name: str) -> None:
+    """Refuse tensors that do not hold real numbers one by one."""
     if value.layout != torch.strided:
         raise ValueError(f"{name} must be dense, got {value.layout}: use {name}.to_dense()")
     if value.is_complex():
         raise ValueError(f"{name} must be real, got {value.dtype}: use {name}.real or {name}.abs()")
-    return value.detach()
+    if value.is_quantized:
+        raise ValueError(
+            f"{name} must be plain numbers, got {value.dtype}: use {name}.dequantize()"
+        )
+    if value.is_meta:
+        raise ValueError(f"{name} is on the device meta and has no numbers: must be on another")
+
+
+def check_tensors(**given: Any) -> None:
+    """Refuse what the functions of the mathematics cannot compute with: they take tensors alone,
+    floating ones, of one type and on one device, and leave gradients as they are.
+    """
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            use = f": use torch.from_numpy({name})" if isinstance(value, np.ndarray) else ""
+            raise ValueError(f"{name} must be a tensor, got {_kind(value, name)}{use}")
+        if value.layout != torch.strided or not value.is_floating_point():
+            check_numbers(value, name)
+            raise ValueError(
+                f"{name} must be floating, got {value.dtype}: use {_floats(value, name)}"
+            )
+    (first, one), *others = given.items()
+    for name, value in others:
+        if value.device != one.device:
+            raise ValueError(
+                f"{first} is on {one.device} and {name} on {value.device}: must be one"
+            )
+        # autocast brings them to one type.
+        if value.dtype != one.dtype and not autocasts(value.device.type):
+            raise ValueError(
+                f"{first} is {one.dtype} and {name} {value.dtype}: must be one, for example by "
+                f"{name}.to({first})"
+            )
 
 
 def as_images(value: Any, name: str = "images") -> Tensor:

@@ -38,6 +38,7 @@ from deconvnet.convolution import (
 )
 from deconvnet.distributed import ALONE, Ranks
 from deconvnet.entries import Entries
+from deconvnet.inputs import check_tensors
 from deconvnet.operators import Operator, conjugate_gradients
 from deconvnet.units import exponent, magnitude, times_power
 
@@ -282,6 +283,9 @@ def normalize(
     Before it is scaled it loses its negative entries (non_negative), or every plane its mean
     (zero_mean): together that is the nearest filter of the kind.
     """
+    check_tensors(f=f)
+    if f.ndim != 4:
+        raise ValueError(f"filters must have the shape (K, C, h, w), got {tuple(f.shape)}")
     axes = (2, 3) if norm == "plane" else (1, 2, 3)
     given = f
     if non_negative:

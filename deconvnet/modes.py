@@ -30,7 +30,7 @@ def full_precision(function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         with contextlib.ExitStack() as stack:
-            for device in filter(_autocasts, DEVICES):
+            for device in filter(autocasts, DEVICES):
                 stack.enter_context(torch.autocast(device, enabled=False))
             if default_device().type != "cpu":
                 stack.enter_context(torch.device("cpu"))
@@ -44,7 +44,8 @@ def default_device() -> torch.device:
     return torch.empty(0).device
 
 
-def _autocasts(device: str) -> bool:
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for a device."""
     try:
         return torch.is_autocast_enabled(device)
     except TypeError:  # torch before 2.4 asks by the name of the function

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -313,9 +314,17 @@ class DeconvNet(nn.Module):
 
     def layer(self, number: int) -> Layer:
         """One layer, counted from 1."""
-        if not 1 <= number <= self.depth:
-            raise ValueError(f"layer={number}: this network has layers 1 to {self.depth}")
-        return self.layers[number - 1]
+        return self.layers[self._checked("layer", number, least=1) - 1]
+
+    def _checked(self, name: str, number: int, *, least: int) -> int:
+        """The number of a layer, or of layers."""
+        try:
+            index = operator.index(number)
+        except TypeError:
+            index = -1
+        if not least <= index <= self.depth:
+            raise ValueError(f"{name}={number!r}: this network has layers 1 to {self.depth}")
+        return index
 
     @plain
     def infer(
@@ -339,9 +348,7 @@ class DeconvNet(nn.Module):
         chunk = whole(chunk, "chunk")
         if images.numel() == 0:
             raise ValueError(f"images must not be empty, got the shape {tuple(images.shape)}")
-        depth = self.depth if depth is None else depth
-        if not 0 <= depth <= self.depth:
-            raise ValueError(f"depth={depth}: this network has layers 1 to {self.depth}")
+        depth = self._checked("depth", self.depth if depth is None else depth, least=0)
         if images.is_floating_point():
             images = images.to(self.preprocessing.scale.dtype)
         y, record = self.preprocessing(images.to(self.device), frames)

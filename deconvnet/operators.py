@@ -30,6 +30,7 @@ from deconvnet.convolution import (
     fourier_size,
     map_size,
 )
+from deconvnet.inputs import as_tensor, check_tensors
 from deconvnet.units import exponent, magnitude, times_power
 
 # torch multiplies matrices of n x c and c x d numbers by its own loop if n c d is below this.
@@ -142,6 +143,7 @@ class Deconvolution(Operator):
     """
 
     def __init__(self, f: Tensor, boundary: Boundary = "valid", mask: Tensor | None = None):
+        check_tensors(f=f)
         self.f = f
         self.boundary = boundary
         self.mask = mask if mask is None else _checked_mask(mask, f)
@@ -332,6 +334,7 @@ def _times(spectrum: Tensor, matrices: Tensor) -> Tensor:
 
 def _checked_mask(mask: Tensor, f: Tensor) -> Tensor:
     """The mask in the numbers of the filters."""
+    mask = as_tensor(mask, "mask")
     if mask.ndim != 4 or mask.shape[1] not in (1, f.shape[1]):
         channels = "1" if f.shape[1] == 1 else f"1 or {f.shape[1]}"
         raise ValueError(

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deconvnet.inputs import check_tensors
+
 Window = tuple[int, int, int]
 
 UNPOOLINGS = ("switches", "no_map", "no_place", "centre", "average", "everywhere")
@@ -26,9 +28,10 @@ UNPOOLINGS = ("switches", "no_map", "no_place", "centre", "average", "everywhere
 
 def max_pool(z: Tensor, window: Window) -> tuple[Tensor, Tensor]:
     """(pooled maps, switches), both (N, ceil(K/groups), ceil(H/h), ceil(W/w)): [p, s] = P(z)."""
-    if z.ndim != 4:
+    check_tensors(z=z)
+    if z.ndim != 4 or 0 in z.shape[1:]:
         raise ValueError(f"maps must have the shape (N, K, H, W), got {tuple(z.shape)}")
-    if len(window) != 3 or min(window) < 1:
+    if not isinstance(window, (tuple, list)) or len(window) != 3 or not all(map(_is_size, window)):
         raise ValueError(
             f"pooling window {window}: expected three numbers (groups, h, w), each at least 1"
         )
@@ -37,6 +40,10 @@ def max_pool(z: Tensor, window: Window) -> tuple[Tensor, Tensor]:
     positive = largest >= smallest
     pooled = torch.where(positive, largest, -smallest)
     return pooled, torch.where(positive, where_largest, where_smallest)
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and value >= 1
 
 
 def strongest(z: Tensor, window: Window) -> Tensor:

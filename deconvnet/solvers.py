@@ -272,7 +272,7 @@ def lam_of_share(A: Operator, b: Tensor, share: float, **prior: Any) -> float:
     """
     if not 0 < as_number(share, "share") <= 1:
         raise ValueError(f"share={share}: must lie in (0, 1]")
-    asked = Prior(**prior)
+    b, asked = as_images(b, "b"), Prior(**prior)
     (A, of_filters), of_data = A.normalised(), exponent(magnitude(b))
     data = A.adjoint(times_power(b, -of_data))
     asked.check(data.shape)
@@ -294,7 +294,9 @@ def relative_schedule(
     """
     if settings.method != "half_quadratic":
         return settings
-    unit = share * lam * float(torch.as_tensor(A.curvature()).max())
+    largest = A.curvature()
+    # A number stays one: as a tensor it would have the type that is the default of torch.
+    unit = share * lam * float(largest.max() if isinstance(largest, Tensor) else largest)
     start, end = unit * settings.beta_start, unit * settings.beta_end
     return dataclasses.replace(settings, beta_start=start, beta_end=end)
 
@@ -337,11 +339,11 @@ def solve(
             f"solver.gap={settings.gap}: only a minimum for p=1 without a window has a duality gap,"
             f" not for p={p}, window={window}"
         )
-    start = _zeros(A, b, settings.method) if state is None else state
+    start = _zeros(A, b, settings.method) if state is None else _checked_maps(A, b, state, "state")
     prior.check(start.shape)
     if state is not None and settings.method in ("fista", "ista", "coordinate"):
         # Steps that never raise the objective would stay where it is lower than it can be.
-        start = prior.feasible(state)
+        start = prior.feasible(start)
     step = settings.step if step is None else step
     A, of_filters = A.normalised()
     units = Units.of(b, of_filters, lam, p, weights)
@@ -352,6 +354,22 @@ def solve(
     b, start = times_power(b, -units.data), times_power(start, -units.maps)
     found = _solve_parts(A, b, start, training=training, chunk=chunk, **own)
     return _in_units_of_the_caller(units, found, lam)
+
+
+def _checked_maps(A: Operator, b: Tensor, z: Any, name: str) -> Tensor:
+    """Maps for these data, in their type."""
+    z = as_tensor(z, name).to(b)
+    if isinstance(A, Deconvolution):
+        size = map_size(b.shape[2:], A.f.shape[2:], A.boundary)
+        expected = (len(b), len(A.f), *size)
+        if tuple(z.shape) != expected:
+            raise ValueError(f"{name} of shape {tuple(z.shape)}: expected maps of {expected}")
+    elif z.ndim != 4 or len(z) != len(b):
+        raise ValueError(
+            f"{name} of shape {tuple(z.shape)}: expected maps (N, K, rows, columns) of {len(b)} "
+            "images"
+        )
+    return z
 
 
 def _zeros(A: Operator, b: Tensor, method: str) -> Tensor:
@@ -727,6 +745,9 @@ def duality_gap(A: Operator, b: Tensor, z: Tensor, lam: float, **prior: Any) -> 
     asked = Prior(**prior)
     if not asked.convex:
         raise ValueError(f"p={asked.p}, window={asked.window}: only p=1 has a dual, and no window")
+    b, lam = as_images(b, "b"), positive(lam, "lam")
+    z = _checked_maps(A, b, z, "z")
+    asked.check(z.shape)
     A, of_filters = A.normalised()
     units = Units.of(b, of_filters, lam, 1.0, asked.weights)
     b, z, lam = times_power(b, -units.data), times_power(z, -units.maps), units.lam(lam)

@@ -27,6 +27,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from deconvnet.inputs import as_number, as_weights, check_numbers, check_tensors, whole
 from deconvnet.pooling import Window, pool, strongest, unpool
 
 
@@ -48,15 +49,17 @@ class Prior:
 
     def __post_init__(self) -> None:
         check_exponent(self.p)
-        if self.group < 1:
-            raise ValueError(f"group={self.group}: must be at least 1")
+        whole(self.group, "group")
         if self.window is not None and (self.group > 1 or self.weights is not None):
             raise ValueError(
                 f"window={tuple(self.window)}: not together with weights or group={self.group}"
             )
-        w = self.weights
-        if w is None:
+        if self.weights is None:
             return
+        if not isinstance(self.weights, Tensor):
+            object.__setattr__(self, "weights", as_weights(self.weights))
+        w = self.weights
+        check_numbers(w, "weights")
         if len(wrong := w[~((w >= 0) & (w < torch.inf))]):
             raise ValueError(f"weights={float(wrong[0])}: must be finite and not negative")
         if self.group > 1 and not self._one_for_each_group():
@@ -72,6 +75,8 @@ class Prior:
 
     def check(self, shape: tuple[int, ...]) -> None:
         """Refuse maps of a shape (N, K, H, W) that weights or groups do not fit."""
+        if len(shape) != 4:
+            raise ValueError(f"maps must have the shape (N, K, H, W), got {tuple(shape)}")
         if shape[1] % self.group:
             raise ValueError(f"group={self.group}: must divide the {shape[1]} maps")
         if self.weights is None:
@@ -227,12 +232,13 @@ def shrink(
     tie, the result is 0.
     """
     check_exponent(p)
+    check_tensors(v=v)
     if window is not None:
         switches = strongest(v.clamp(min=0) if non_negative else v, window)
         kept = shrink(pool(v, switches), beta, p, non_negative=non_negative)
         return unpool(kept, switches, v.shape)
     if not isinstance(beta, Tensor):
-        if not beta > 0:
+        if not as_number(beta, "beta") > 0:
             raise ValueError(f"beta={beta}: must be positive")
         if p == 1:
             return _soft_threshold(v, 1 / beta, non_negative)
@@ -263,7 +269,7 @@ def threshold(beta: float | Tensor, p: float) -> tuple[float | Tensor, float | T
 
 
 def check_exponent(p: float) -> None:
-    if not 0 <= p <= 1:
+    if not 0 <= as_number(p, "p") <= 1:
         raise ValueError(f"p={p}: the exponent of the sparse prior must lie between 0 and 1")
 
 

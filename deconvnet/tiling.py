@@ -28,6 +28,7 @@ from torch import Tensor
 
 from deconvnet.adaptive import SparseSolution, Thresholds, explain
 from deconvnet.codes import Codes, LayerCodes
+from deconvnet.inputs import as_number
 from deconvnet.network import DeconvNet, Layer, Progress, snr
 from deconvnet.solvers import Solution, default_solver
 
@@ -316,7 +317,7 @@ def bytes_of_a_pixel(layers: list[Layer], first: int = 1) -> int:
 
 
 def check_memory(memory: float) -> None:
-    if not 0 < memory < math.inf:
+    if not 0 < as_number(memory, "memory") < math.inf:
         raise ValueError(f"memory={memory}: is in GiB, must be a positive number")
 
 

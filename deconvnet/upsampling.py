@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deconvnet.inputs import check_tensors
+
 MODES = ("nearest", "bilinear")
 
 
@@ -143,5 +145,6 @@ def _check(**values: int) -> None:
 
 
 def _check_maps(x: Tensor, channels: int) -> None:
+    check_tensors(maps=x)
     if x.ndim != 4 or x.shape[1] != channels:
         raise ValueError(f"maps must have the shape (N, {channels}, H, W), got {tuple(x.shape)}")

@@ -22,9 +22,14 @@ from deconvnet import (
     sparse_code,
 )
 from deconvnet.applications.restoration import Restorer, estimate_noise
+from deconvnet.convolution import correlate, deconvolve, filter_gradient
+from deconvnet.learning import normalize
 from deconvnet.operators import Deconvolution
+from deconvnet.pooling import max_pool
 from deconvnet.sklearn import DeconvNetTransformer
-from deconvnet.solvers import METHODS, solve
+from deconvnet.solvers import METHODS, duality_gap, lam_of_share, solve
+from deconvnet.sparsity import Prior, shrink
+from deconvnet.upsampling import BilinearUpsampling, ResizeConvolution
 from deconvnet.visualization.projector import Projector
 
 ONCE = LearningSettings(epochs=1)
@@ -58,6 +63,10 @@ def read_only(array):
     return array
 
 
+class Subclass(torch.Tensor):
+    """As the images of torchvision."""
+
+
 ARRAYS = {
     "numpy": lambda y: y.numpy(),
     "numpy_float64": lambda y: y.numpy().astype("float64"),
@@ -73,6 +82,8 @@ ARRAYS = {
     "expanded": lambda y: y[:1].expand(len(y), -1, -1, -1),
     "requires_grad": lambda y: y.clone().requires_grad_(),
     "parameter": lambda y: torch.nn.Parameter(y.clone()),
+    "subclass": lambda y: y.clone().as_subclass(Subclass),
+    "lazy_sign": lambda y: torch._neg_view(-y),
 }
 
 
@@ -88,11 +99,125 @@ def test_images_are_coded_and_learned_from_in_every_kind_of_array(pixels, y, f, 
         online = learn_online([given], 4, 5, lam=5.0)
         codes = net.infer(ARRAYS[kind](pixels))
     assert torch.equal(found.z, sparse_code(plain, f, lam=5.0).z)
+    for tensor in (found.z, found.residual, learned.filters, online.filters):
+        assert type(tensor) is torch.Tensor and not tensor.requires_grad
     expected = learn_filters(plain, 4, 5, lam=5.0, learning=ONCE)
     assert torch.equal(learned.filters, expected.filters)
     assert torch.equal(learned.encode(given).z, expected.encode(plain).z)
     assert torch.equal(online.filters, learn_online([plain], 4, 5, lam=5.0).filters)
     assert net.reconstruct(codes).shape == pixels.shape
+
+
+@pytest.mark.parametrize("kind", ARRAYS)
+def test_filters_and_states_are_taken_in_every_kind_of_array_and_left_as_they_are(y, f, kind):
+    settings = SolverSettings("fista", iterations=12)
+    given, state = ARRAYS[kind](f), ARRAYS[kind](torch.zeros(3, 4, 20, 22))
+    plain = torch.tensor(given.tolist())
+    before = [torch.tensor(each.tolist()) for each in (given, state)]
+    found = sparse_code(y, given, lam=5.0)
+    assert torch.equal(found.z, sparse_code(y, plain, lam=5.0).z)
+    A = Deconvolution(plain)
+    for method in METHODS:
+        own = SolverSettings(method, iterations=2)
+        warm = solve(A, y, lam=5.0, state=state, settings=own)
+        assert torch.equal(warm.z, solve(A, y, lam=5.0, settings=own).z)
+        assert warm.z.dtype == warm.state.dtype == y.dtype
+    # What is asked of an operator is asked in its type.
+    A = Deconvolution(plain.double() if kind == "numpy_float64" else plain)
+    gap = duality_gap(A, ARRAYS[kind](y[:, :, :9, :9]), state[:, :, :13, :13], 5.0)
+    assert gap.shape == (3,) and (gap > 0).all()
+    assert lam_of_share(A, ARRAYS[kind](y), 0.1) > 0
+    for each, expected in zip((given, state), before, strict=True):
+        assert torch.equal(torch.tensor(each.tolist()), expected)
+    A = Deconvolution(plain)
+    assert solve(A, y, lam=5.0, state=found.z.double(), settings=settings).z.dtype == y.dtype
+
+
+NO_TENSORS = {
+    "numpy": (lambda x: x.numpy(), "must be a tensor, got ndarray: use torch.from_numpy"),
+    "list": (lambda x: x.tolist(), "must be a tensor, got a list"),
+    "None": (lambda x: None, "must be a tensor, got NoneType"),
+    "text": (lambda x: "photo.png", "must be a tensor, got str"),
+    "sparse": (lambda x: x.to_sparse(), "must be dense"),
+    "complex": (lambda x: x.to(torch.complex64), "must be real"),
+    "whole": (lambda x: x.long(), "must be floating, got torch.int64"),
+    "bool": (lambda x: x > 0, "must be floating, got torch.bool"),
+}
+MATHEMATICS = {
+    "deconvolve": lambda x: deconvolve(x, torch.ones(4, 1, 3, 3)),
+    "filters": lambda x: deconvolve(torch.ones(1, 4, 9, 9), x),
+    "correlate": lambda x: correlate(x, torch.ones(2, 4, 3, 3)),
+    "filter_gradient": lambda x: filter_gradient(x, torch.ones(3, 1, 7, 7), 3),
+    "max_pool": lambda x: max_pool(x, (1, 2, 2)),
+    "shrink": lambda x: shrink(x, 1.0),
+    "normalize": normalize,
+    "operator": Deconvolution,
+}
+
+
+@pytest.mark.parametrize("kind", NO_TENSORS)
+@pytest.mark.parametrize("function", MATHEMATICS)
+def test_functions_of_tensors_refuse_what_is_none_in_one_line(function, kind):
+    convert, message = NO_TENSORS[kind]
+    with pytest.raises(ValueError, match=message) as error:
+        MATHEMATICS[function](convert(torch.ones(3, 4, 9, 9)))
+    assert "\n" not in str(error.value)
+
+
+def test_functions_of_tensors_refuse_two_types_devices_and_shapes_that_do_not_fit(y, f):
+    for call, message in {
+        lambda: correlate(y.double(), f): r"y is torch.float64 and f torch.float32: .* f.to\(y\)",
+        lambda: correlate(y.to("meta"), f): "y is on meta and f on cpu",
+        lambda: deconvolve(y, torch.ones(1, 1, 0, 3)): "filters must have the shape",
+        lambda: max_pool(y, 2): "pooling window 2: expected three",
+        lambda: max_pool(y, (1, 2.5, 2)): "pooling window",
+        lambda: max_pool(y[:, :, :0], (1, 2, 2)): "maps must have the shape",
+        lambda: normalize(f[0]): "filters must have the shape",
+        lambda: filter_gradient(y[0], y, 3): "four axes",
+        lambda: shrink(y, "a"): "beta='a': must be a number",
+        lambda: shrink(y, 1.0, "a"): "p='a': must be a number",
+        lambda: Prior(group=1.5): "group=1.5: must be a whole number",
+        lambda: Prior(weights="heavy"): "weights must be a tensor",
+        lambda: Prior(weights=[1.0, -1.0]): "weights=-1.0: must be finite and not negative",
+        lambda: sparse_code(y.to("meta"), f, lam=5.0): "images is on the device meta",
+        lambda: solve(
+            Deconvolution(f), y, lam=5.0, state=y, settings=SolverSettings()
+        ): r"state of shape .* expected maps of \(3, 4, 20, 22\)",
+        lambda: duality_gap(Deconvolution(f), y, y, 5.0): "z of shape",
+        lambda: duality_gap(Deconvolution(f), y, f, "a"): "lam='a': must be a number",
+    }.items():
+        with pytest.raises(ValueError, match=message) as error:
+            call()
+        assert "\n" not in str(error.value)
+    # autocast brings tensors of two types to one, and no image has no maps.
+    with torch.autocast("cpu", torch.bfloat16):
+        assert correlate(y.bfloat16(), f).dtype == torch.bfloat16
+    assert correlate(y[:0], f).shape == (0, 4, 20, 22)
+
+
+def test_networks_and_restorers_refuse_numbers_that_are_none_in_one_line(pixels, net):
+    restorer = Restorer(net)
+    for call, message in {
+        lambda: net.layer("a"): "layer='a': this network has layers 1 to 1",
+        lambda: net.layer(1.0): "layer=1.0: this network has layers 1 to 1",
+        lambda: net.layer(0): "layer=0: this network has layers 1 to 1",
+        lambda: net.layer(2): "layer=2: this network has layers 1 to 1",
+        lambda: net.infer(pixels, depth=0.5): "depth=0.5: this network has layers 1 to 1",
+        lambda: restorer.denoise(pixels, 0.1, depth="a"): "depth='a': must be a whole number",
+        lambda: restorer.denoise(pixels, 0.1, depth=1.5): "depth=1.5: must be a whole number",
+        lambda: restorer.denoise(pixels, 0.1, memory="a"): "memory='a': must be a number",
+        lambda: restorer.denoise(pixels, 0.1, memory=None): "memory=None: must be a number",
+        lambda: Restorer(net, strength="a"): "strength='a': must be a number",
+        lambda: Restorer(net, psi=0): "psi=0.0: must be positive",
+        lambda: estimate_noise(pixels[0]): r"images must have the shape \(N, C, H, W\)",
+        lambda: estimate_noise((255 * pixels).byte()): "images must be float32 or float64",
+        lambda: BilinearUpsampling(1, 2)(pixels.numpy()): "maps must be a tensor, got ndarray",
+        lambda: ResizeConvolution(1, 1, 3, 2)(pixels.long()): "maps must be floating",
+    }.items():
+        with pytest.raises(ValueError, match=message) as error:
+            call()
+        assert "\n" not in str(error.value)
+    assert len(Restorer(net, strength=np.float32(3)).denoise(pixels, 0.1, depth=np.int64(1))) == 1
 
 
 @pytest.mark.parametrize("convert", [torch.Tensor.numpy, torch.Tensor.double, torch.Tensor.half])

@@ -327,8 +327,8 @@ def test_where_nothing_is_missing_noise_is_taken_out_all_the_same(learned, noisy
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda r: Restorer(r.net, strength=0), "strength=0: must be a positive"),
-        (lambda r: Restorer(r.net, psi=math.nan), "psi=nan: must be a positive"),
+        (lambda r: Restorer(r.net, strength=0), "strength=0.0: must be positive"),
+        (lambda r: Restorer(r.net, psi=math.nan), "psi=nan: must be positive"),
         (lambda r: r.denoise(torch.rand(1, 1, 20, 20), 0.0), "sigma=0.0: must be positive"),
         (lambda r: r.denoise(torch.rand(1, 1, 20, 20), math.nan), "sigma=nan: must be positive"),
         (lambda r: r.denoise(torch.rand(1, 1, 5, 20), 0.1), "5x20 are smaller than the 9x9"),

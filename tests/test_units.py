@@ -3,8 +3,10 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
+from scipy.optimize import minimize
 from torch.testing import assert_close
 
 from deconvnet import LearningSettings, learn_filters, learn_online
@@ -150,6 +152,75 @@ def test_state_step_and_callback_are_in_the_units_of_the_caller(method):
             assert torch.equal(found.step, s * expected.step.double())
     for (i, z, beta), (j, w, gamma) in zip(large[3], plain[3], strict=True):
         assert i == j and torch.equal(z, s * w) and torch.equal(beta, gamma.double() / s)
+
+
+def least(y, f, lam, weights, mask):
+    """The minimum of the problem of one image (H, W), boundary "valid", by L-BFGS-B in numpy."""
+    (H, W), (K, h, w) = y.shape, f.shape
+    painted = np.zeros((K, H + h - 1, W + w - 1, H + h - 1 + h - 1, W + w - 1 + w - 1))
+    for k, i, j in np.ndindex(painted.shape[:3]):
+        painted[k, i, j, i : i + h, j : j + w] = f[k]
+    A = mask.ravel() * painted[..., h - 1 : h - 1 + H, w - 1 : w - 1 + W].reshape(-1, H * W)
+    b, n = (mask * y).ravel(), len(A)
+    price = np.repeat(weights, n // K)
+
+    def cost(parts):
+        r = (parts[:n] - parts[n:]) @ A - b
+        slope = lam * A @ r
+        value = lam / 2 * r @ r + price @ (parts[:n] + parts[n:])
+        return value, np.concatenate([slope + price, price - slope])
+
+    # z = z+ - z-, both >= 0.
+    asked = dict(maxiter=20000, maxfun=40000, ftol=1e-14, gtol=1e-9)
+    bounds = [(0, None)] * (2 * n)
+    return minimize(
+        cost, np.zeros(2 * n), jac=True, method="L-BFGS-B", bounds=bounds, options=asked
+    ).fun
+
+
+UNEVEN = {
+    "as they are": dict(),
+    "one norm of 1e3": dict(norms=[1e3, 1.0]),
+    "one norm of 1e-3": dict(norms=[1.0, 1e-3]),
+    "weights of two sizes": dict(weights=[1.0, 1e-3]),
+    "a mask of two sizes": dict(mask=1e3),
+    "other units in the batch": dict(images=[1.0, 1e-6]),
+    "an image of zeros": dict(images=[1.0, 0.0]),
+    "a constant on an image": dict(constant=1e4),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", UNEVEN)
+def test_certificates_hold_against_a_minimum_that_others_found(kind, dtype):
+    asked = UNEVEN[kind]
+    y, f = rand(2, 1, 6, 5, seed=1), normalize(rand(2, 1, 3, 3, seed=2))
+    f = f * torch.tensor(asked.get("norms", [1.0, 1.0])).double().view(-1, 1, 1, 1)
+    y = y * torch.tensor(asked.get("images", [1.0, 1.0])).double().view(-1, 1, 1, 1)
+    y[1] += asked.get("constant", 0.0)
+    mask = torch.ones(1, 1, 6, 5).double()
+    mask[..., :2], mask[..., 3, 3] = asked.get("mask", 1.0), 0.0
+    weights = torch.tensor(asked.get("weights", [1.0, 1.0])).double()
+    first = None
+    for s, k, v in ((1e-30, 1.0, 1.0), (1e30, 1e3, 1e-12)):
+        given = dict(mask=mask.to(dtype), weights=(v * weights).to(dtype), share=0.1)
+        y_, f_ = (s * y).to(dtype), (k * f).to(dtype)
+        for method in ("coordinate", "admm", "fista"):
+            settings = dataclasses.replace(CERTIFIED[method], iterations=500)
+            found = sparse_code(y_, f_, settings=settings, **given)
+            unit = s / k * v
+            if first is None:
+                lam = found.lam * s * k / v
+                problems = [(image[0].numpy(), f[:, 0].numpy()) for image in y]
+                more = weights.numpy(), mask[0, 0].numpy()
+                first = torch.tensor([least(*problem, lam, *more) for problem in problems])
+            # The rounding of the data themselves: lam is that of the brightest image.
+            rounding = (1e-4 if dtype == torch.float32 else 1e-7) * first
+            above = found.objective / unit - first
+            assert (above >= -rounding).all(), (method, s, k, v)
+            assert (above <= found.gap / unit + rounding).all(), (method, s, k, v)
+            if kind not in ("one norm of 1e3", "a mask of two sizes"):
+                assert (found.gap <= 1.1 * GAP * found.objective).all(), (method, s, k, v)
 
 
 @pytest.mark.parametrize("method", ["admm", "fista"])

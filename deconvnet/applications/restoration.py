@@ -40,7 +40,7 @@ from deconvnet import tiling
 from deconvnet.adaptive import SparseSolution, Thresholds, explain
 from deconvnet.codes import Codes
 from deconvnet.filtering import low_frequencies
-from deconvnet.inputs import as_tensor, as_weights
+from deconvnet.inputs import as_images, as_tensor, as_weights, positive, whole
 from deconvnet.modes import plain
 from deconvnet.network import DeconvNet, Progress, check_size
 from deconvnet.operators import Deconvolution
@@ -93,11 +93,10 @@ class Restorer:
         if not isinstance(net, DeconvNet):
             raise ValueError(f"net must be a DeconvNet, got {type(net).__name__}")
         for key, value in (("strength", strength), ("psi", psi)):
-            if not 0 < value < math.inf:
-                raise ValueError(f"{key}={value}: must be a positive number")
+            positive(value, key)
         if (color := net.preprocessing.settings.color) not in ("rgb", "grey"):
             raise ValueError(f"preprocessing.color={color}: use a network for rgb or grey")
-        self.net, self.strength, self.psi = net, strength, psi
+        self.net, self.strength, self.psi = net, float(strength), float(psi)
         self.filters = net.layer(1).filters
         self.weights = torch.ones_like(self.filters[:, 0, 0, 0])
 
@@ -232,7 +231,7 @@ class Restorer:
         many GiB; else the tiles of the layers above the first. planes: of all images that are
         restored together, a grey network restoring one by one.
         """
-        self.net.layer(depth)
+        self.net.layer(whole(depth, "depth"))
         self._check_size(size)
         tiling.check_memory(memory)
         pixels = math.prod(size)
@@ -565,7 +564,7 @@ def estimate_noise(images: Tensor) -> Tensor:
     """
     from skimage.restoration import estimate_sigma
 
-    images = as_tensor(images, "images").detach()
+    images = as_images(images)
     planes = images.cpu().double().numpy()
     with warnings.catch_warnings():
         # The median of nothing.
