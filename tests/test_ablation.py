@@ -303,7 +303,7 @@ def test_the_script_changes_nothing_of_the_run_but_one_picture(copy, script):
         (["run=nowhere"], ["nowhere: no such run folder or network file"]),
         (["run=copy/train.log"], ["train.log", ".safetensors"]),
         (["run=copy/network.safetensors"], ["network.safetensors: not a run folder", "train.py"]),
-        (["run=copy", "count=0"], ["count=0: must be a whole number, at least 1"]),
+        (["run=copy", "count=0"], ["count=0: must be at least 1"]),
         (["run=copy", "chunk=0"], ["chunk=0", "at least 1"]),
         (["run=copy", "device=nosuch"], ["device=nosuch"]),
         (["run=copy", "cuont=2"], ["cuont"]),
@@ -318,7 +318,7 @@ def test_wrong_settings_of_the_script_end_in_one_line(copy, script, arguments, p
 @pytest.mark.parametrize("wrong", ["count=many", "count=2.5", "count=null", "chunk=many"])
 def test_a_count_that_is_no_whole_number_ends_in_one_line(copy, script, wrong):
     result = script(copy.parent, "ablate.py", "run=copy", wrong)
-    assert_one_line(result, *wrong.replace("null", "None").split("="))
+    assert_one_line(result, *wrong.split("="))
 
 
 @pytest.mark.parametrize("pools", [[[1, 2, 2]], [None, [1, 2, 2]], [None, None, None]])

@@ -202,7 +202,7 @@ def test_a_pass_of_anything_else_is_made_anew(tmp_path, other, caplog):
     assert equal(
         mine(projector, images, **options), mine(projector, images, **options | {"path": None})
     )
-    assert "of another pass" in caplog.text
+    assert "is from another pass and is recomputed" in caplog.text
 
 
 def test_a_damaged_file_is_refused_in_one_line_and_never_believed(tmp_path):

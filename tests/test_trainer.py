@@ -306,8 +306,8 @@ def test_learn_filters_recovers_planted_filters_up_to_sign_shift_and_order():
 def test_learn_filters_refuses_what_is_not_finite_or_not_images(b):
     wrong = b.clone()
     wrong[0, 0, 0, 0] = float("nan")
-    for images in (wrong, b[0]):
-        with pytest.raises(ValueError, match=r"finite and \(N, C, H, W\)"):
+    for images, message in ((wrong, "must be finite"), (b[0], r"the shape \(N, C, H, W\)")):
+        with pytest.raises(ValueError, match=message):
             learn_filters(images, 3, 5, lam=1.0)
     with pytest.raises(ValueError, match="24x24 are smaller than the 25x25 filters"):
         learn_filters(b, 3, 25, lam=1.0)
