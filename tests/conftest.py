@@ -18,9 +18,9 @@ torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Importing torch takes seconds, so it happens once: every run is a fork of this process, with its
-# own arguments, working folder and standard streams, and ends as any Python process does.
+# own arguments, working folder and standard streams.
 SERVER = """
-import gc, json, os, runpy, sys
+import atexit, gc, json, os, runpy, sys, threading
 import torch.utils.tensorboard, skimage.data, skimage.transform, sklearn.datasets
 import torch.fx.experimental.symbolic_shapes  # as every backward pass does
 import deconvnet.training, deconvnet.config
@@ -46,7 +46,20 @@ for number, name in enumerate(("/dev/null", order["out"], order["err"])):
     os.dup2(os.open(name, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT), number)
 os.chdir(order["folder"])
 sys.argv = order["command"]
-runpy.run_path(sys.argv[0], run_name="__main__")
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+    code = 0
+except SystemExit as end:
+    code = end.code or 0
+    if not isinstance(code, int):
+        print(code, file=sys.stderr)
+        code = 1
+# What a Python process does at its end, but for taking all modules apart, which takes a second.
+threading._shutdown()
+atexit._run_exitfuncs()
+sys.stdout.flush()
+sys.stderr.flush()
+os._exit(code)
 """
 
 
