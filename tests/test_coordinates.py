@@ -2,10 +2,7 @@
 
 import itertools
 import math
-import os
 import re
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -512,32 +509,6 @@ def test_long_filters_many_channels_and_large_groups_are_coded(K, C, size, image
     assert torch.count_nonzero(found.z) > 0
     gap = duality_gap(A, b, found.z, lam, group=group)
     assert (gap <= 1.01e-4 * found.objective).all()
-
-
-@pytest.mark.slow
-def test_a_second_process_finds_the_compiled_loops_on_disk(tmp_path):
-    source = """
-import torch
-from deconvnet import kernels
-from deconvnet.solvers import SolverSettings, sparse_code
-generator = torch.Generator().manual_seed(0)
-b, f = torch.randn(1, 1, 6, 6, generator=generator), torch.randn(2, 1, 2, 2, generator=generator)
-sparse_code(b, f, lam=5.0, settings=SolverSettings(method="coordinate", iterations=2))
-loops = [kernels.descend, kernels.subtract, kernels.strongest, kernels.curvatures]
-print(*[sum(of.stats.cache_hits.values()) for of in loops])
-print(*[sum(of.stats.cache_misses.values()) for of in loops])
-"""
-    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    runs = []
-    for _ in range(2):
-        run = subprocess.run(
-            [sys.executable, "-c", source], env=environment, capture_output=True, text=True
-        )
-        assert run.returncode == 0, run.stderr
-        runs.append([list(map(int, line.split())) for line in run.stdout.splitlines()])
-    (hits, misses), (hits_again, misses_again) = runs
-    assert not any(hits) and all(misses)
-    assert all(hits_again) and not any(misses_again)
 
 
 # Learning
