@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numba
-from numba.core import sigutils
+from numba.core import event, sigutils
 from numba.core.caching import CompileResultCacheImpl, FunctionCache
 from numba.core.serialize import dumps
 
@@ -41,9 +41,30 @@ def compiled(**options: Any) -> Callable[[Callable], Callable]:
         # Under NUMBA_DISABLE_JIT it is the function itself.
         if hasattr(dispatcher, "_cache"):
             dispatcher._cache = CodeCache(function)
+            _announced.add(function)
         return dispatcher
 
     return decorate
+
+
+class _Announcement(event.Listener):
+    """Says, once in a process, why a first call takes its time."""
+
+    said = False
+
+    def on_start(self, event: event.Event) -> None:
+        if event.data["dispatcher"].py_func in _announced and not self.said:
+            self.said = True
+            logger.info("compiling loops, once: this takes some seconds")
+
+    def on_end(self, event: event.Event) -> None:
+        pass
+
+
+# The functions that are compiled here, and not by other packages in the process.
+_announced: set[Callable] = set()
+announcement = _Announcement()
+event.register("numba:compile", announcement)
 
 
 class CodeCache:

@@ -9,15 +9,11 @@ once for each size of filters, and kept on disk where that is possible (compilin
 
 from __future__ import annotations
 
-import logging
 from typing import NamedTuple
 
 import numpy as np
-from numba.core import event
 
 from deconvnet.compiling import compiled
-
-logger = logging.getLogger(__name__)
 
 # Sums may be taken in any order, but a NaN stays one.
 _MATH = {"reassoc", "contract", "arcp", "nsz"}
@@ -419,21 +415,3 @@ def descend(r, filters, grid, entries, starts, bands, sweeps, lam, p, positive):
                         else:
                             _paint_at(r, -d, f, k, rows, columns, mask, i[n], j[n])
                         z[n, u] += d
-
-
-class _Announcement(event.Listener):
-    """Says, once, why the first call of a size of filters takes its time."""
-
-    said = False
-
-    def on_start(self, event: event.Event) -> None:
-        compiled = event.data["dispatcher"].py_func
-        if compiled.__module__ == __name__ and not self.said:
-            _Announcement.said = True
-            logger.info("compiling for filters of this size, once: some seconds")
-
-    def on_end(self, event: event.Event) -> None:
-        pass
-
-
-event.register("numba:compile", _Announcement())

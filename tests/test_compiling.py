@@ -163,3 +163,12 @@ def test_the_package_is_imported_and_computes_where_nothing_can_be_written(tmp_p
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(str(package))
+
+
+def test_the_first_call_that_compiles_says_so_and_no_other(places, caplog, monkeypatch):
+    monkeypatch.setattr(compiling.announcement, "said", False)
+    caplog.set_level("INFO")
+    function = twice(places)
+    function(2.0)
+    function(2)  # for other arguments it is compiled again
+    assert caplog.text.count("compiling loops, once") == 1
