@@ -38,11 +38,18 @@ class Source:
     digests: Callable[[], Sequence[str]] | None = None
 
     @classmethod
-    def of(cls, images: Tensor, frames: Tensor | None = None) -> Source:
+    def of(
+        cls,
+        images: Tensor,
+        frames: Tensor | None = None,
+        digests: Callable[[], Sequence[str]] | None = None,
+    ) -> Source:
         """Those of a tensor (N, 3, H, W) in memory."""
-        return cls(
-            len(images), lambda some: (images[some], None if frames is None else frames[some])
-        )
+
+        def read(some: Tensor) -> tuple[Tensor, Tensor | None]:
+            return images[some], None if frames is None else frames[some]
+
+        return cls(len(images), read, digests=digests)
 
 
 class Corpus:

@@ -54,9 +54,9 @@ from deconvnet.solvers import (
 )
 from deconvnet.trainer import Diverged, LayerTrainer
 
-# After so many batches of a stream filters are first moved to the middle of their frames, and again
-# each time that it has become longer by this factor: nobody knows where a stream ends, and what is
-# moved has to learn anew what it knew of its maps.
+# Filters are moved to the middle of their frames first after this many batches of a stream, then
+# each time the stream has grown by this factor: its length is unknown, and a filter that is moved
+# loses the sums over its maps.
 RECENTER_FIRST, RECENTER_GROWTH = 16, 1.5
 
 
@@ -113,10 +113,10 @@ class Learned:
         progress: bool = False,
     ) -> Learned:
         """`learn_filters` from these filters on, with their lam and prior, from the same images or
-        others (N, C, H, W). The history is that of both.
+        others (N, C, H, W). The history covers both.
 
-        solver, learning: by default those of before, and so as many epochs again. Maps and sums
-        over images start anew.
+        solver, learning: by default the earlier ones, so as many epochs again. Maps and sums over
+        images start from zero.
         """
         more = learn_filters(images, **self._asked(solver, learning, seed, progress))
         return dataclasses.replace(more, history=[*self.history, *more.history])
@@ -182,7 +182,7 @@ class Learned:
         seed: int,
         progress: bool,
     ) -> dict[str, Any]:
-        """The arguments that go on with what was asked for before."""
+        """The arguments that continue what was learned before."""
         return dict(
             filters=self.filters,
             lam=self.settings.lam,
@@ -221,7 +221,7 @@ def learn_filters(
     under the filters that the learning starts from (`lam_of_share`). group, non_negative: the prior
     of the maps; those of the filters are in `learning`. solver: by default what is fastest on the
     device. `encode` of what is returned infers the maps of these or of other images, `learn_more`
-    goes on. Raises Diverged where the objective is no longer finite.
+    continues. Raises Diverged where the objective is no longer finite.
     """
     images = _checked(images, "images")
     settings = _settings(
@@ -238,9 +238,8 @@ def learn_filters(
         learning=learning,
     )
     layer = Layer(settings, images.shape[1], seeded(seed, 1)).to(images)
-    trainer = LayerTrainer(layer, images, seed=seed)
-    if filters is not None:
-        layer.set_filters(_first(filters, layer))
+    first = None if filters is None else _first(filters, layer)
+    trainer = LayerTrainer(layer, images, seed=seed, filters=first)
     if share is not None:
         _take_share(layer, images, share)
     history = []
@@ -285,7 +284,7 @@ def learn_online(
 
     Only one batch and the sums over those before are in memory; the sums are a mean over about the
     last `memory` batches. Of `learning` counts what concerns one update: init, update_iterations,
-    norm, non_negative, zero_mean, revive (filters that the batches leave unused start anew as
+    norm, non_negative, zero_mean, revive (filters that the batches leave unused are replaced by
     patches of the last) and recenter (filters that have settled off centre are moved after 16, 24,
     36, 54, ... batches). A share is that of the first batch. The history has one entry for each
     batch. Raises Diverged where the objective is no longer finite.
@@ -403,7 +402,7 @@ class _Stream:
         )
 
     def _revive(self, dead: list[int], images: Tensor) -> None:
-        """Start unused filters anew, from patches of these images."""
+        """Replace unused filters by patches of these images."""
         f = self.layer.filters.clone()
         shuffle = seeded(self.seed, 1, 2, self.count)
         draw = patches_of(images, self.settings.filter_size, shuffle)

@@ -6,7 +6,6 @@ import os
 import shlex
 import signal
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -35,7 +34,7 @@ from deconvnet.training import Interrupted, train
 
 log = logging.getLogger("train")
 
-# Settings that may differ between the commands that go on with one run: they do not change what it
+# Settings that may differ between the commands that resume one run: they do not change what it
 # learns.
 FREE = (
     *("layers", "device", "resume", "chunk", "progress", "patience", "name"),
@@ -74,8 +73,11 @@ def run(settings: config.Config, cfg: DictConfig, folder: Path, ranks: Ranks) ->
         images = cache(lambda: source(settings.data, device))
         saved = None
         if ranks.first:
-            digests = lambda: images().digests()  # noqa: E731
-            saved = Run(folder, record, settings.resume, init=settings.init, digests=digests)
+            saved = Run(
+                *(folder, record, settings.resume),
+                init=settings.init,
+                digests=lambda: images().digests(),
+            )
             stack.enter_context(config.logged(cfg, folder))
         log.info(
             "%d images of %dx%d on %s, layers of %s maps; run folder %s",
@@ -111,7 +113,7 @@ def source(settings: DataSettings, device: torch.device) -> Source:
         streamed = stream_images(settings)
         return Source(len(streamed), streamed.read, streamed.ahead, lambda: streamed.digests)
     data = load_images(settings)
-    return replace(Source.of(data.images.to(device), data.frames), digests=lambda: data.digests)
+    return Source.of(data.images.to(device), data.frames, lambda: data.digests)
 
 
 def summarize(results: list[LayerResult], folder: Path) -> None:
