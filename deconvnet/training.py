@@ -251,9 +251,9 @@ def _place_for_states(
         folder, where = None, "every visit infers from the beginning"
     if ranks.first:
         log.info(
-            "layer %d: the states of inference of %d images would take %.3g GiB, which is more "
-            "than memory=%g: %s",
-            *(number, ground.images, needed, memory, where),
+            "layer %d: the states of inference of %d images would take %.3g GiB%s: %s",
+            *(number, ground.images, needed),
+            *(f", which is more than memory={memory:g}" if needed > memory else "", where),
         )
         if folder:
             _check_room(folder, on_disk)
@@ -261,8 +261,8 @@ def _place_for_states(
 
 
 def _states_of(resumed: dict | None) -> tuple[bool | None, bool]:
-    """Whether a layer that goes on learning keeps states, None if that is open, and whether they
-    are on the disk.
+    """Whether a layer that is resumed keeps states, None if that is open, and whether they are on
+    disk.
     """
     if resumed is None:
         return None, False
