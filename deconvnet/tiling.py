@@ -33,18 +33,19 @@ from deconvnet.network import DeconvNet, Layer, Progress, snr
 from deconvnet.solvers import Solution, default_solver
 
 GIB = 2**30
-# What commands and functions take for `memory` unless they are told.
+# The default of `memory`.
 MEMORY = 4.0
 # The margin of a tile, in reaches of all filters.
 REACHES = 6
-# Bytes for every number of the maps of a layer while these are inferred, by the solver's method;
-# and for every number of a map below that is there beside it. Measured, and rounded up.
+# Bytes for every number of the maps of a layer while these are inferred, by the solver's method,
+# and for every number of a map below that is held as well. Rounded up from measurements at 400x400
+# (ADMM, FISTA, coordinate descent; those of the other methods are taken from these).
 OF_MAPS = {"admm": 60, "half_quadratic": 60, "fista": 80, "ista": 80, "coordinate": 64}
 BESIDE = 24
 # Bytes for every pair of maps below, at every place, of the systems that ADMM's z-step solves.
 OF_PAIRS = 24
-# Bytes for every value of the planes of an image; of what layer 1 takes beside when it is solved
-# without maps, for every value and, a tenth of the entries not being zero, for every map.
+# Bytes for every value of the planes of an image and, where layer 1 is solved without maps, for
+# every value and for every map (a tenth of the coefficients being non-zero). Estimates.
 OF_PLANES, OF_SOLVING, OF_ENTRIES = 80, 60, 4
 
 
@@ -138,7 +139,7 @@ def reconstruct(
 
     What fits is explained as a whole, and is the same to the bit. Else the module says how, and
     docs/restoration.md how near that comes. ValueError, before any work, for an image too large
-    even for that. progress(done, total) hears of every tile of every image.
+    even for that. progress(done, total) is called after every tile of every image.
     """
     layer = net.depth if layer is None else layer
     net.layer(layer)
@@ -280,7 +281,7 @@ def plan(
             raise ValueError(
                 f"layer{number}.boundary=circular: an image of {size[0]}x{size[1]} pixels needs "
                 f"{(planes + each * size[0] * size[1]) / GIB:.1f} GiB, memory={memory:g} allows "
-                "less, and one that goes on at its other side cannot be cut into tiles"
+                "less, and an image that wraps around cannot be cut into tiles"
             )
     side = int(math.sqrt((memory * GIB - planes) / each))
     return tiles(size, max(side, 3 * margin + step), margin, step)
