@@ -31,7 +31,7 @@ from deconvnet.sparsity import Prior
 
 # Thresholds of entries rise by no more than this factor.
 WORST = 50.0
-# Limits of so many bytes are kept from one look to the next; more are made anew each time.
+# Limits of up to this many bytes are kept between rounds; larger ones are recomputed each time.
 KEPT = 2**27
 
 

@@ -1,11 +1,11 @@
 """The event files of TensorBoard: how they are named and written.
 
-TensorBoard reads the files of a folder in the order of their names, which begin with the time, and
-a file that goes on with a run hides what those before it have beyond its step. With a clock that
-was set back the newest file would be read first, and the older ones would hide it. So no file is
-named by an earlier time than one that is there already.
+TensorBoard reads the files of a folder in the order of their names, which begin with the time. The
+file of a resumed run hides the events of earlier files beyond the step at which it resumes. If the
+clock was set back, the newest file would be read first, and the older ones would hide it. So no
+file gets a name with an earlier time than an existing one.
 
-Events are written at once, by the caller: what a full disk refuses is an error there and then.
+Events are written at once, by the caller, so a full disk raises an error immediately.
 """
 
 from __future__ import annotations

@@ -396,7 +396,7 @@ def _inside(relative: str) -> bool:
 
 
 def _through_link(path: Path) -> bool:
-    """Whether a folder between a file and its record is a link: what is there is elsewhere."""
+    """Whether a folder between a file and its record is a link, so that the file lies elsewhere."""
     root = _root(path.parent)
     between = itertools.takewhile(lambda above: above != root, path.parents)
     return any(above.is_symlink() for above in between)

@@ -50,7 +50,7 @@ MADE = (
 GROWING = ("metrics.jsonl", "train.log", "events.out.tfevents.*")
 NEEDED = ("metrics.jsonl", "train.log", "evolution/layer*.npz", ".hydra/*.yaml")
 FOLDERS = ("checkpoints", "pictures", "evolution", "inference", ".hydra")
-# Settings of which other values in a run elsewhere mean to go on learning from its filters.
+# If only these settings of a run elsewhere differ, learning continues from its filters.
 LEARNED_LONGER = re.compile(r"model\.layer\d+\.learning\.(epochs|batch_size):")
 # Earlier runs; what is called otherwise is a user's.
 PREVIOUS = re.compile(r"previous-([0-9]{1,9})")
@@ -253,8 +253,8 @@ class Run:
     def _other_settings(
         self, where: Path | str, *, elsewhere: bool, by_images: object
     ) -> list[str]:
-        """The settings of which others mean to go on learning from the filters that are there;
-        ValueError for those that only another run can have.
+        """The settings that differ where learning continues from the filters of another run;
+        ValueError where a run with these settings cannot be resumed.
         """
         if self.state is None:
             return []
@@ -266,15 +266,15 @@ class Run:
             for line in _differences(self.state["settings"], self.settings)
             if not _is_above(line, self._begun) and line.partition(":")[0] not in free
         ]
-        goes_on = elsewhere and all(LEARNED_LONGER.match(line) for line in different)
-        if different and not goes_on:
+        continues = elsewhere and all(LEARNED_LONGER.match(line) for line in different)
+        if different and not continues:
             raise ValueError(
                 f"{where} holds a run of other settings ({', '.join(different)}): {_ways_on(where)}"
             )
         return different
 
     def _other_images(self, where: Path | str, *, elsewhere: bool) -> list[str]:
-        """How the images differ, where this means to go on learning from the filters there."""
+        """How the images differ where learning continues from the filters of another run."""
         if self.state is None or self.images is None or self.state.get("images") is None:
             return []
         changes = _changes(self.state["images"].tolist(), self.images.tolist())
@@ -292,7 +292,7 @@ class Run:
         number = 1 + max((int(match[1]) for match in found if match), default=0)
         archive = files.claim(self.folder / f"previous-{number}")
         for path in self.checkpoints.glob("step-*.pt"):
-            # One that was copied here: whoever resumes would take it for one of the new run.
+            # A copy that somebody put here would be taken for a checkpoint of the new run.
             if checkpoint.is_checkpoint(path) and not files.is_ours(path):
                 files.record(path, grows=False)
         made = [

@@ -268,7 +268,7 @@ def lam_of_share(A: Operator, b: Tensor, share: float, **prior: Any) -> float:
     With share 1 all maps are zero; the smaller, the denser they are. The brightest image decides
     for all. If the data are scaled by s so is this largest lambda: with the same share the maps are
     scaled by s and otherwise the same, while a lam that is given would have to be divided by s.
-    ADMM, whose maps come to zero by and by, may leave some entries with a share of 1.
+    With a share of 1 ADMM, whose maps only approach zero, may leave a few small entries.
     """
     if not 0 < as_number(share, "share") <= 1:
         raise ValueError(f"share={share}: must lie in (0, 1]")
@@ -389,7 +389,7 @@ def _in_units(
     callback: Callback | None,
     weights: Tensor | None,
 ) -> dict[str, Any]:
-    """Arguments of `solve` in other units; the callback goes on to see those of the caller."""
+    """Arguments of `solve` in other units; the callback still sees those of the caller."""
 
     def watch(i: int, z: Tensor, beta: Tensor) -> None:
         callback(i, times_power(z, units.maps), beta.double() / units.beta(1.0))

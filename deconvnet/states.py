@@ -19,7 +19,7 @@ from deconvnet.pooling import Window, max_pool, pooled_shape, unpool
 
 log = logging.getLogger(__name__)
 
-# How a file of states begins: so it is known as ours, whoever looks.
+# The first bytes of a file of states, by which it is recognised as ours.
 MAGIC = b"deconvnet states of inference\n".ljust(64, b"\0")
 # A record begins with the number of its pass and a checksum.
 HEADER = 16

@@ -104,7 +104,7 @@ class Units:
         """The weights of the prior'."""
         if weights is None or not self.prior:
             return weights
-        # What forbids an entry goes on to forbid it.
+        # A weight that forbids an entry must still forbid it.
         return times_power(weights, -self.prior).clamp(max=torch.finfo(weights.dtype).max)
 
 

@@ -498,8 +498,8 @@ def _is_features(path: Path) -> bool:
 
 
 def _read(path: Path, key: str, **shapes: tuple[int, ...]) -> dict[str, np.ndarray] | None:
-    """The arrays of a file, those that are named of these shapes; None if there is no sound one
-    that was made of what the key says.
+    """The arrays of a file, the named ones of these shapes; None if the file is damaged or missing,
+    or was computed for another key.
     """
     try:
         arrays = checkpoint.load_arrays(path)

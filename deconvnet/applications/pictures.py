@@ -179,7 +179,7 @@ def named(path: Path) -> Iterator[None]:
 
 @contextmanager
 def progress_bar(name: str, unit: str = "step") -> Iterator[Progress]:
-    """A bar on a terminal, which hears of progress(done, total)."""
+    """A progress bar on a terminal, as a function progress(done, total)."""
     done = 0
     with tqdm(desc=name, unit=unit, leave=False, dynamic_ncols=True, disable=None) as bar:
 
