@@ -5,7 +5,7 @@ python benchmarks/features.py --dataset shifted --grid 1
 python benchmarks/features.py --dataset fashion --train 10000 --test 10000 --steps contrast
 
 Every method sees the same preprocessed images, learns its filters without labels from the first
---learn training images, and makes maps of one size (deconvnet/applications/baselines.py). What
+--learn training images, and makes maps of one size (benchmarks/baselines.py). What
 counts of a map is its mean magnitude in each cell of a grid. Then, for every method alike: the
 power 1 or 1/2 of the features, each divided by its maximum in training, a linear SVM
 (scikit-learn's LinearSVC) with C of 0.01, 0.1, 1, 10. Power and C are those that are best on the
@@ -35,9 +35,11 @@ from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
+import baselines
 import clocks
 import numpy as np
 import torch
+from baselines import Method
 from sklearn.datasets import load_digits
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.pipeline import make_pipeline
@@ -45,12 +47,10 @@ from sklearn.preprocessing import FunctionTransformer, MaxAbsScaler
 from sklearn.svm import LinearSVC
 from torch import Tensor
 
-from deconvnet import config
-from deconvnet.applications import baselines
-from deconvnet.applications.baselines import Method
-from deconvnet.applications.pyramid import grid_features
-from deconvnet.preprocessing import STEPS, PreprocessingSettings
-from deconvnet.strict_json import to_json
+from deconvnet.applications.classification.pyramid import grid_features
+from deconvnet.cli import config
+from deconvnet.images.preprocessing import STEPS, PreprocessingSettings
+from deconvnet.monitoring.strict_json import to_json
 
 DATASETS = ("digits", "shifted", "fashion")
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")

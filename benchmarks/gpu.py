@@ -51,10 +51,10 @@ import torch
 from torch import Tensor
 
 from deconvnet import LayerSettings, LearningSettings, SolverSettings, learn_filters
-from deconvnet.network import DeconvNet, seeded
-from deconvnet.preprocessing import PreprocessingSettings
-from deconvnet.solvers import Solution, sparse_code
-from deconvnet.strict_json import to_json
+from deconvnet.images.preprocessing import PreprocessingSettings
+from deconvnet.monitoring.strict_json import to_json
+from deconvnet.network.network import DeconvNet, seeded
+from deconvnet.sparse_coding.solvers import Solution, sparse_code
 
 METHODS = ("admm", "fista")
 # Arrays of the size of z that an iteration has to read or write: see above.

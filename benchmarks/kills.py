@@ -32,12 +32,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from deconvnet import checkpoint, load
+from deconvnet import load
+from deconvnet.storage import formats
 
 # Imported before the first fork, so that a life begins in no time.
 for module in ("skimage.transform", "sklearn.datasets", "torch.utils.tensorboard"):
     importlib.import_module(module)
-importlib.import_module("deconvnet.config")
+importlib.import_module("deconvnet.cli.config")
 
 TRAIN = Path(__file__).resolve().parents[1] / "scripts" / "train.py"
 SETTINGS = [
@@ -173,8 +174,8 @@ def broken(folder: Path) -> int:
     count = 0
     for path in folder.glob("step-*.pt"):
         try:
-            checkpoint.load(path)
-        except checkpoint.CheckpointError as error:
+            formats.load(path)
+        except formats.CheckpointError as error:
             print(error)
             count += 1
     return count

@@ -19,10 +19,10 @@ from clocks import Clock, Due, Enough, Recorder, Snapshots
 from problems import Objective, Problem
 
 from deconvnet import LayerSettings, LearningSettings, SolverSettings
-from deconvnet.network import Layer, seeded
-from deconvnet.operators import Deconvolution
-from deconvnet.solvers import METHODS, solve
-from deconvnet.trainer import LayerTrainer
+from deconvnet.network.network import Layer, seeded
+from deconvnet.operators.linear import Deconvolution
+from deconvnet.sparse_coding.solvers import METHODS, solve
+from deconvnet.training.layer_trainer import LayerTrainer
 
 ENDLESS = 10**6
 # The solver of coordinates, where there is one, runs on the CPU alone.

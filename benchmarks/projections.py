@@ -24,9 +24,9 @@ import torchvision
 from captum.attr import LayerActivation, NeuronDeconvolution
 from torch import Tensor, nn
 
-from deconvnet.data import DataSettings, load_images
-from deconvnet.visualization.mining import Top, mine
-from deconvnet.visualization.projector import Projector
+from deconvnet.images.datasets import DataSettings, load_images
+from deconvnet.visualization.projection.projector import Projector
+from deconvnet.visualization.search.top_activations import Top, mine
 
 LAYERS = {
     "alexnet": ["features.3", "features.8"],

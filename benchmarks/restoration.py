@@ -36,14 +36,15 @@ from skimage import data, restoration, transform
 from sklearn.datasets import load_sample_images
 from torch import Tensor
 
-from deconvnet import config, load
-from deconvnet.applications.pictures import strip
+from deconvnet import load
 from deconvnet.applications.restoration import Restorer, psnr
-from deconvnet.monitor import Monitor, save_picture
-from deconvnet.network import DeconvNet, snr
-from deconvnet.run import Run
-from deconvnet.strict_json import to_json
-from deconvnet.training import train
+from deconvnet.applications.restored_pictures import strip
+from deconvnet.cli import config
+from deconvnet.monitoring.monitor import Monitor, save_picture
+from deconvnet.monitoring.strict_json import to_json
+from deconvnet.network.network import DeconvNet, snr
+from deconvnet.training.loop import train
+from deconvnet.training.run_folder import Run
 
 PHOTOGRAPHS = ("astronaut", "camera", "chelsea", "coffee", "coins", "rocket")
 SPORCO_IMAGES = ("barbara.png", "kodim23.png", "monarch.png", "sail.png", "tulips.png")
@@ -104,7 +105,7 @@ def images_of(kind: str) -> dict[str, Tensor]:
 
         folder = Path(util.__file__).parent / "data"
         files = {Path(name).stem: folder / name for name in SPORCO_IMAGES}
-        from deconvnet.data import read_image
+        from deconvnet.images.datasets import read_image
 
         return {name: half(read_image(path).mean(0).numpy()) for name, path in files.items()}
     found = {}
@@ -290,7 +291,7 @@ def inpaint(
     options: argparse.Namespace,
 ) -> dict:
     """PSNR of complete images by what was missing, method and photograph."""
-    from deconvnet.applications.pictures import seen
+    from deconvnet.applications.restored_pictures import seen
 
     found = {}
     for missing in ("0.5", "0.8", "box"):

@@ -44,13 +44,13 @@ import torch
 from ours import synchronizer
 
 from deconvnet import LayerSettings, LearningSettings, SolverSettings
-from deconvnet.learning import random_filters
-from deconvnet.network import DeconvNet, Layer, seeded
-from deconvnet.operators import Deconvolution
-from deconvnet.preprocessing import PreprocessingSettings
-from deconvnet.solvers import Solution, default_solver, duality_gap, sparse_code
-from deconvnet.strict_json import to_json
-from deconvnet.trainer import Ground, LayerTrainer
+from deconvnet.filters.update import random_filters
+from deconvnet.images.preprocessing import PreprocessingSettings
+from deconvnet.monitoring.strict_json import to_json
+from deconvnet.network.network import DeconvNet, Layer, seeded
+from deconvnet.operators.linear import Deconvolution
+from deconvnet.sparse_coding.solvers import Solution, default_solver, duality_gap, sparse_code
+from deconvnet.training.layer_trainer import Ground, LayerTrainer
 
 AXES = {
     "images": (1, 2, 4, 8, 16),

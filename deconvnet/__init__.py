@@ -1,10 +1,10 @@
 """deconvnet: learn a hierarchy of visual features from unlabelled images, and see what they are."""
 
 from deconvnet.dictionary import Learned, learn_filters, learn_online
-from deconvnet.learning import LearningSettings
-from deconvnet.network import Codes, DeconvNet, LayerSettings, load
-from deconvnet.preprocessing import PreprocessingSettings
-from deconvnet.solvers import Solution, SolverSettings, sparse_code
+from deconvnet.filters.update import LearningSettings
+from deconvnet.images.preprocessing import PreprocessingSettings
+from deconvnet.network.network import Codes, DeconvNet, LayerSettings, load
+from deconvnet.sparse_coding.solvers import Solution, SolverSettings, sparse_code
 
 __version__ = "0.1.0"
 

@@ -19,18 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deconvnet import checkpoint
-from deconvnet.convolution import Boundary
-from deconvnet.inputs import (
-    as_filters,
-    as_images,
-    as_number,
-    check_settings,
-    images_of_batch,
-    positive,
-    whole,
-)
-from deconvnet.learning import (
+from deconvnet.filters.update import (
     FilterSums,
     LearningSettings,
     dead_filters,
@@ -41,10 +30,10 @@ from deconvnet.learning import (
     shift,
     update_filters,
 )
-from deconvnet.modes import plain
-from deconvnet.monitor import EpochStats, Monitor, decibels
-from deconvnet.network import FILTERS, Layer, LayerSettings, Target, layer_settings, seeded
-from deconvnet.solvers import (
+from deconvnet.monitoring.monitor import EpochStats, Monitor, decibels
+from deconvnet.network.network import FILTERS, Layer, LayerSettings, Target, layer_settings, seeded
+from deconvnet.operators.convolution import Boundary
+from deconvnet.sparse_coding.solvers import (
     Solution,
     SolverSettings,
     default_solver,
@@ -52,7 +41,18 @@ from deconvnet.solvers import (
     relative_schedule,
     sparse_code,
 )
-from deconvnet.trainer import Diverged, LayerTrainer
+from deconvnet.storage import formats
+from deconvnet.support.modes import plain
+from deconvnet.support.validation import (
+    as_filters,
+    as_images,
+    as_number,
+    check_settings,
+    images_of_batch,
+    positive,
+    whole,
+)
+from deconvnet.training.layer_trainer import Diverged, LayerTrainer
 
 # Filters are moved to the middle of their frames first after this many batches of a stream, then
 # each time the stream has grown by this factor: its length is unknown, and a filter that is moved
@@ -147,14 +147,14 @@ class Learned:
             "layer": dataclasses.asdict(self.settings),
             "history": history,
         }
-        checkpoint.save_network(Path(path), {"filters": self.filters}, settings)
+        formats.save_network(Path(path), {"filters": self.filters}, settings)
 
     @classmethod
     def load(cls, path: str | Path) -> Learned:
         """What `save` has written, on the CPU; else CheckpointError, in one line."""
-        tensors, settings = checkpoint.load_network(Path(path))
+        tensors, settings = formats.load_network(Path(path))
         if settings.get("kind") != FILTERS:
-            raise checkpoint.CheckpointError(
+            raise formats.CheckpointError(
                 f"{path}: holds no filters of Learned.save; a network is read by deconvnet.load"
             )
         try:
@@ -165,7 +165,7 @@ class Learned:
             history = [EpochStats(**{**of, "loads": ()}) for of in settings["history"]]
         except Exception as error:  # settings of any type may go wrong anywhere
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise checkpoint.CheckpointError(
+            raise formats.CheckpointError(
                 f"{path}: not filters of this version ({reason})"
             ) from None
         return cls(filters, history, layer)

@@ -27,17 +27,17 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 from torch.nn.functional import pad
 
-from deconvnet import config
-from deconvnet.applications.pyramid import Grid, cells, grid_features
-from deconvnet.codes import Codes
-from deconvnet.inputs import as_tensor
-from deconvnet.learning import LearningSettings
-from deconvnet.modes import plain
-from deconvnet.monitor import EpochStats
-from deconvnet.network import DeconvNet, LayerSettings
-from deconvnet.preprocessing import PreprocessingSettings
-from deconvnet.solvers import default_solver
-from deconvnet.trainer import learn_layers
+from deconvnet.applications.classification.pyramid import Grid, cells, grid_features
+from deconvnet.cli import config
+from deconvnet.filters.update import LearningSettings
+from deconvnet.images.preprocessing import PreprocessingSettings
+from deconvnet.monitoring.monitor import EpochStats
+from deconvnet.network.codes import Codes
+from deconvnet.network.network import DeconvNet, LayerSettings
+from deconvnet.sparse_coding.solvers import default_solver
+from deconvnet.support.modes import plain
+from deconvnet.support.validation import as_tensor
+from deconvnet.training.layer_trainer import learn_layers
 
 FLOATS = (np.float64, np.float32)
 # Images are inferred together up to this many, and up to so many entries of maps (64 MiB).

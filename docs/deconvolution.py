@@ -20,11 +20,11 @@ from PIL import Image
 from torch import Tensor
 
 import deconvnet
-from deconvnet.arithmetic import correlation_matrix, undoing_padding
-from deconvnet.convolution import correlate, deconvolve
-from deconvnet.data import DataSettings, load_images
-from deconvnet.preprocessing import Preprocessing, PreprocessingSettings, to_color
-from deconvnet.visualization.tiles import reach, symmetric
+from deconvnet.images.datasets import DataSettings, load_images
+from deconvnet.images.preprocessing import Preprocessing, PreprocessingSettings, to_color
+from deconvnet.operators.arithmetic import correlation_matrix, undoing_padding
+from deconvnet.operators.convolution import correlate, deconvolve
+from deconvnet.visualization.pictures.canvas import reach, symmetric
 
 INCH = 0.31  # side of a cell
 DPI = 110

@@ -19,13 +19,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from deconvnet.data import DataSettings, lazy_images
-from deconvnet.visualization.control import randomised
-from deconvnet.visualization.exemplars import Exemplars, checkerboard, load_exemplars
-from deconvnet.visualization.grids import displayed, exemplar_grid, with_control
-from deconvnet.visualization.models import Subject, load_model
-from deconvnet.visualization.projector import Projector
-from deconvnet.visualization.tiles import below, beside, resized, sheet, titled
+from deconvnet.images.datasets import DataSettings, lazy_images
+from deconvnet.visualization.models.zoo import Subject, load_model
+from deconvnet.visualization.pictures.canvas import below, beside, resized, sheet, titled
+from deconvnet.visualization.pictures.grids import displayed, exemplar_grid, with_control
+from deconvnet.visualization.projection.projector import Projector
+from deconvnet.visualization.search.randomization import randomised
+from deconvnet.visualization.search.top_projections import Exemplars, checkerboard, load_exemplars
 
 HERE = Path(__file__).parent
 # Maps that show well what the layers are about, and their rows in the files.

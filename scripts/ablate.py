@@ -19,11 +19,13 @@ if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
 
 import torch
 
-from deconvnet import config, files, load
-from deconvnet.ablation import MEANINGS, Ablation, ablate
-from deconvnet.applications.pictures import learned_images
-from deconvnet.monitor import save_picture
-from deconvnet.visualization.figures import labelled_images
+from deconvnet import load
+from deconvnet.applications.restored_pictures import learned_images
+from deconvnet.cli import config
+from deconvnet.monitoring.monitor import save_picture
+from deconvnet.network.ablation import MEANINGS, Ablation, ablate
+from deconvnet.storage import ownership
+from deconvnet.visualization.pictures.figures import labelled_images
 
 config.register()
 
@@ -40,7 +42,7 @@ def run(settings: config.AblateConfig) -> None:
     if net.depth < 2 or not any(layer.settings.pool for layer in net.layers[:-1]):
         raise ValueError(f"run={folder}: its layers have no pooling between them")
     path = folder / "pictures" / "switches.png"
-    files.check(path)
+    ownership.check(path)
     images, frames = training_images(folder, settings.count)
     codes = net.infer(images, frames=frames, chunk=settings.chunk)
     found = ablate(net, codes, chunk=settings.chunk)

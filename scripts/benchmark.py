@@ -28,17 +28,24 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 import torch
 from hydra import compose, initialize_config_dir
 
-from deconvnet import LayerSettings, SolverSettings, config, load
-from deconvnet.corpus import Corpus, Source
-from deconvnet.data import DataSettings, load_images
-from deconvnet.distributed import started
-from deconvnet.monitor import EpochStats
-from deconvnet.network import DeconvNet, snr
-from deconvnet.operators import Deconvolution, Operator, dot
-from deconvnet.preprocessing import PreprocessingSettings
-from deconvnet.solvers import Solution, data_term, duality_gap, proximal_gradient, solve
-from deconvnet.sparsity import penalties, shrink
-from deconvnet.trainer import LayerTrainer
+from deconvnet import LayerSettings, SolverSettings, load
+from deconvnet.cli import config
+from deconvnet.images.datasets import DataSettings, load_images
+from deconvnet.images.preprocessing import PreprocessingSettings
+from deconvnet.monitoring.monitor import EpochStats
+from deconvnet.network.network import DeconvNet, snr
+from deconvnet.operators.linear import Deconvolution, Operator, dot
+from deconvnet.sparse_coding.prior import penalties, shrink
+from deconvnet.sparse_coding.solvers import (
+    Solution,
+    data_term,
+    duality_gap,
+    proximal_gradient,
+    solve,
+)
+from deconvnet.support.communicator import started
+from deconvnet.training.layer_trainer import LayerTrainer
+from deconvnet.training.training_set import Corpus, Source
 
 SOLVERS = {
     "half_quadratic, paper (beta x6, 2 CG)": dict(method="half_quadratic", z_step="cg"),

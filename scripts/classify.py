@@ -20,13 +20,15 @@ if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
 
 import numpy as np
 
-from deconvnet import config, files, load
-from deconvnet.applications.classification import Scores, draw_split
-from deconvnet.applications.labelled import Features, Images, judge
-from deconvnet.applications.pictures import check_targets, confusion_picture
-from deconvnet.distributed import RankLost, Ranks, started
-from deconvnet.monitor import save_picture
-from deconvnet.strict_json import to_json
+from deconvnet import load
+from deconvnet.applications.classification.classifier import Scores, draw_split
+from deconvnet.applications.classification.pipeline import Features, Images, judge
+from deconvnet.applications.restored_pictures import check_targets, confusion_picture
+from deconvnet.cli import config
+from deconvnet.monitoring.monitor import save_picture
+from deconvnet.monitoring.strict_json import to_json
+from deconvnet.storage import ownership
+from deconvnet.support.communicator import RankLost, Ranks, started
 
 # Seconds that a process waits for another: one may be a piece of images behind.
 PATIENCE = 3600.0
@@ -132,7 +134,7 @@ def report(
             for name, score in scores.items()
         },
     }
-    files.write(folder / SCORES, to_json(table, indent=2).encode())
+    ownership.write(folder / SCORES, to_json(table, indent=2).encode())
     print("\n".join(lines))
     print(f"{folder / PICTURE} ({best}), {folder / SCORES}")
 

@@ -19,10 +19,10 @@ if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
 import torch
 from torch import Tensor
 
-from deconvnet import config
-from deconvnet.applications.pictures import LEVELS, Restored, restore
 from deconvnet.applications.restoration import Restorer, estimate_noise
-from deconvnet.network import Progress
+from deconvnet.applications.restored_pictures import LEVELS, Restored, restore
+from deconvnet.cli import config
+from deconvnet.network.network import Progress
 
 # In grey levels: rounding to whole ones alone makes noise of 0.3.
 LEAST_NOISE = 0.5

@@ -19,10 +19,10 @@ if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
 import torch
 from torch import Tensor
 
-from deconvnet import config
-from deconvnet.applications.pictures import LEVELS, Restored, mask_file, restore, seen
 from deconvnet.applications.restoration import Restorer
-from deconvnet.network import Progress
+from deconvnet.applications.restored_pictures import LEVELS, Restored, mask_file, restore, seen
+from deconvnet.cli import config
+from deconvnet.network.network import Progress
 
 config.register()
 

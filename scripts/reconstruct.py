@@ -16,8 +16,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-from deconvnet import config
-from deconvnet.applications.pictures import reconstruct
+from deconvnet.applications.restored_pictures import reconstruct
+from deconvnet.cli import config
 
 config.register()
 

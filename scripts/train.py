@@ -22,15 +22,16 @@ if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
 
 import torch
 
-from deconvnet import arguments, config, files
-from deconvnet.corpus import Source
-from deconvnet.data import DataSettings, load_images, stream_images
-from deconvnet.distributed import RankLost, Ranks, started
-from deconvnet.monitor import LayerResult, Monitor
-from deconvnet.network import DeconvNet
-from deconvnet.run import Run
-from deconvnet.trainer import Diverged
-from deconvnet.training import Interrupted, train
+from deconvnet.cli import arguments, config
+from deconvnet.images.datasets import DataSettings, load_images, stream_images
+from deconvnet.monitoring.monitor import LayerResult, Monitor
+from deconvnet.network.network import DeconvNet
+from deconvnet.storage import ownership
+from deconvnet.support.communicator import RankLost, Ranks, started
+from deconvnet.training.layer_trainer import Diverged
+from deconvnet.training.loop import Interrupted, train
+from deconvnet.training.run_folder import Run
+from deconvnet.training.training_set import Source
 
 log = logging.getLogger("train")
 
@@ -65,7 +66,7 @@ def main(cfg: DictConfig) -> None:
 def run(settings: config.Config, cfg: DictConfig, folder: Path, ranks: Ranks) -> list[LayerResult]:
     with ExitStack() as stack:
         if ranks.first:
-            stack.enter_context(files.locked(folder))
+            stack.enter_context(ownership.locked(folder))
         device = config.device(settings.device)
         layers = settings.layer_settings()
         net = DeconvNet(layers, settings.preprocessing, seed=settings.seed)

@@ -29,13 +29,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from deconvnet import config, files
-from deconvnet.data import Crop, DataSettings, LazyImages, lazy_images
-from deconvnet.monitor import hidden, save_picture
-from deconvnet.visualization.models import Subject, save_model
-from deconvnet.visualization.normalization import Normalization
-from deconvnet.visualization.tiles import grid, symmetric
-from deconvnet.visualization.zfnet import ZFNet, limit_filters
+from deconvnet.cli import config
+from deconvnet.images.datasets import Crop, DataSettings, LazyImages, lazy_images
+from deconvnet.monitoring.monitor import hidden, save_picture
+from deconvnet.storage import ownership
+from deconvnet.visualization.models.normalization import Normalization
+from deconvnet.visualization.models.zfnet import ZFNet, limit_filters
+from deconvnet.visualization.models.zoo import Subject, save_model
+from deconvnet.visualization.pictures.canvas import grid, symmetric
 
 log = logging.getLogger("train_cnn")
 
@@ -116,7 +117,7 @@ def main(cfg: DictConfig) -> None:
             config.check_keys(cfg)
             config.check_complete(cfg)
             settings = OmegaConf.to_object(cfg)
-            with files.locked(folder):
+            with ownership.locked(folder):
                 check_places(settings, folder)
                 with config.logged(cfg, folder):
                     run(settings, folder)
@@ -166,7 +167,7 @@ def check_places(settings: CnnSettings, folder: Path) -> None:
         raise ValueError(f"{folder} holds a network already: choose another name=..., or remove it")
     for epoch in {*settings.checkpoints, settings.epochs}:
         if epoch <= settings.epochs:
-            files.check(picture(folder, epoch))
+            ownership.check(picture(folder, epoch))
 
 
 def picture(folder: Path, epoch: int) -> Path:

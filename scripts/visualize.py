@@ -22,8 +22,9 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-from deconvnet import arguments, config, load
-from deconvnet.data import (
+from deconvnet import load
+from deconvnet.cli import arguments, config
+from deconvnet.images.datasets import (
     Crop,
     DataSettings,
     Item,
@@ -32,13 +33,19 @@ from deconvnet.data import (
     read_image,
     without_download,
 )
-from deconvnet.decoding import shown_name
-from deconvnet.distributed import ALONE, RankLost, Ranks, started
-from deconvnet.run import training_data
-from deconvnet.survey import default_layers, file_name, layers_of, projector_of, survey
-from deconvnet.visualization.evolution import Evolution, evolution, load_evolution
-from deconvnet.visualization.models import WEIGHT_FILES, Subject, digest, load_model
-from deconvnet.visualization.projection import choose_among
+from deconvnet.images.decoding import shown_name
+from deconvnet.support.communicator import ALONE, RankLost, Ranks, started
+from deconvnet.training.run_folder import training_data
+from deconvnet.visualization.models.zoo import WEIGHT_FILES, Subject, digest, load_model
+from deconvnet.visualization.pictures.evolution import Evolution, evolution, load_evolution
+from deconvnet.visualization.projection.projection import choose_among
+from deconvnet.visualization.report import (
+    default_layers,
+    file_name,
+    layers_of,
+    projector_of,
+    survey,
+)
 
 LIST = "?"
 

@@ -23,7 +23,7 @@ SERVER = """
 import atexit, gc, json, os, runpy, sys, threading
 import torch.utils.tensorboard, skimage.data, skimage.transform, sklearn.datasets
 import torch.fx.experimental.symbolic_shapes  # as every backward pass does
-import deconvnet.training, deconvnet.config
+import deconvnet.training.loop, deconvnet.cli.config
 
 gc.collect()
 gc.freeze()
@@ -61,15 +61,6 @@ sys.stdout.flush()
 sys.stderr.flush()
 os._exit(code)
 """
-
-
-def strict_json(text):
-    """What a JSON text holds, for a reader that knows neither NaN nor Infinity."""
-
-    def refuse(constant):
-        raise ValueError(constant)
-
-    return json.loads(text, parse_constant=refuse)
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,12 @@ from deconvnet import (
     load,
     sparse_code,
 )
-from deconvnet.checkpoint import CheckpointError, save_network
-from deconvnet.convolution import deconvolve
-from deconvnet.network import Layer, LayerSettings, seeded
-from deconvnet.operators import Deconvolution
-from deconvnet.solvers import lam_of_share
-from deconvnet.trainer import Diverged
+from deconvnet.network.network import Layer, LayerSettings, seeded
+from deconvnet.operators.convolution import deconvolve
+from deconvnet.operators.linear import Deconvolution
+from deconvnet.sparse_coding.solvers import lam_of_share
+from deconvnet.storage.formats import CheckpointError, save_network
+from deconvnet.training.layer_trainer import Diverged
 
 
 @pytest.fixture
@@ -108,13 +108,13 @@ def test_images_of_whole_numbers_and_of_half_precision_are_refused_by_name(image
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_a_forked_process_does_not_wait_for_threads_that_it_does_not_have(images):
-    from deconvnet import coordinates
+    from deconvnet.sparse_coding import coordinate_descent
 
-    coordinates._pool(1).submit(int).result()
+    coordinate_descent._pool(1).submit(int).result()
     child = os.fork()
     if child == 0:
         signal.alarm(20)
-        coordinates._pool(1).submit(int).result()
+        coordinate_descent._pool(1).submit(int).result()
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
 

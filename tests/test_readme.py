@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from deconvnet import DeconvNet, LayerSettings, LearningSettings
-from deconvnet.monitor import Monitor
-from deconvnet.run import Run
-from deconvnet.training import train
+from deconvnet.monitoring.monitor import Monitor
+from deconvnet.training.loop import train
+from deconvnet.training.run_folder import Run
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -77,11 +77,12 @@ def test_functions_named_in_the_mathematics_exist():
     import importlib
 
     text = (ROOT / "docs/mathematics.md").read_text()
-    modules = {path.stem for path in (ROOT / "deconvnet").glob("*.py")}
+    paths = (path.relative_to(ROOT) for path in (ROOT / "deconvnet").rglob("*.py"))
+    modules = {path.stem: ".".join(path.with_suffix("").parts) for path in paths}
     named = {m for m in re.findall(r"\b([a-z]+)\.(\w+(?:\.\w+)?)", text) if m[0] in modules}
     assert len(named) > 30
     for module, name in named:
-        thing = importlib.import_module(f"deconvnet.{module}")
+        thing = importlib.import_module(modules[module])
         for part in name.split("."):
             if part in ("py", "md"):
                 break

@@ -26,8 +26,8 @@ from deconvnet import (
     SolverSettings,
     sparse_code,
 )
-from deconvnet.applications.pyramid import cells, grid_features
-from deconvnet.codes import Codes
+from deconvnet.applications.classification.pyramid import cells, grid_features
+from deconvnet.network.codes import Codes
 from deconvnet.sklearn import DeconvNetTransformer
 
 QUICK = dict(num_maps=6, filter_size=5, epochs=2)

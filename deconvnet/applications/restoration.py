@@ -36,18 +36,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from deconvnet import tiling
-from deconvnet.adaptive import SparseSolution, Thresholds, explain
-from deconvnet.codes import Codes
-from deconvnet.filtering import low_frequencies
-from deconvnet.inputs import as_images, as_tensor, as_weights, positive, whole
-from deconvnet.modes import plain
-from deconvnet.network import DeconvNet, Progress, check_size
-from deconvnet.operators import Deconvolution
-from deconvnet.pooling import max_pool
-from deconvnet.preprocessing import to_color
-from deconvnet.solvers import Solution, SolverSettings, default_solver, solve
-from deconvnet.tiling import MEMORY, Tile
+from deconvnet.images.highpass import low_frequencies
+from deconvnet.images.preprocessing import to_color
+from deconvnet.network import tiling
+from deconvnet.network.codes import Codes
+from deconvnet.network.network import DeconvNet, Progress, check_size
+from deconvnet.network.tiling import MEMORY, Tile
+from deconvnet.operators.linear import Deconvolution
+from deconvnet.operators.pooling import max_pool
+from deconvnet.sparse_coding.adaptive import SparseSolution, Thresholds, explain
+from deconvnet.sparse_coding.solvers import Solution, SolverSettings, default_solver, solve
+from deconvnet.support.modes import plain
+from deconvnet.support.validation import as_images, as_tensor, as_weights, positive, whole
 
 # Of the first look, found on photographs with noise of 25/255 and filters that had learned from
 # others: strengths of 3 and 3.6 cost 0.1 dB, psi 2 costs 0.2.

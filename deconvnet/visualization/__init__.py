@@ -1,19 +1,25 @@
 """Pictures of what a network has learned: of ours, and of any other."""
 
-from deconvnet.visualization.control import randomised
-from deconvnet.visualization.correspondence import correspondence
-from deconvnet.visualization.evolution import evolution
-from deconvnet.visualization.exemplars import collect
-from deconvnet.visualization.features import Features, pixel_features
-from deconvnet.visualization.figures import filter_grid, layer_pictures
-from deconvnet.visualization.grids import exemplar_grid
-from deconvnet.visualization.invariance import invariance
-from deconvnet.visualization.mining import mine
-from deconvnet.visualization.models import load_model
-from deconvnet.visualization.normalization import Normalization
-from deconvnet.visualization.occlusion import occlusion
-from deconvnet.visualization.parts import Units, parts_picture, project, strongest, supporters
-from deconvnet.visualization.projector import Projector
+from deconvnet.visualization.experiments.correspondence import correspondence
+from deconvnet.visualization.experiments.invariance import invariance
+from deconvnet.visualization.experiments.occlusion import occlusion
+from deconvnet.visualization.models.normalization import Normalization
+from deconvnet.visualization.models.zoo import load_model
+from deconvnet.visualization.pictures.evolution import evolution
+from deconvnet.visualization.pictures.features import Features, pixel_features
+from deconvnet.visualization.pictures.figures import filter_grid, layer_pictures
+from deconvnet.visualization.pictures.grids import exemplar_grid
+from deconvnet.visualization.pictures.parts import (
+    Units,
+    parts_picture,
+    project,
+    strongest,
+    supporters,
+)
+from deconvnet.visualization.projection.projector import Projector
+from deconvnet.visualization.search.randomization import randomised
+from deconvnet.visualization.search.top_activations import mine
+from deconvnet.visualization.search.top_projections import collect
 
 __all__ = [
     "Features",

@@ -1,0 +1,452 @@
+"""Maps by this package and by other ways to learn or draw filters, all behind two methods.
+
+    fit(images)     learns from images (N, 1 or 3, H, W), floats in [0, 1], without labels
+    maps(images)    maps (N, K, H+h-1, W+w-1) of these or other images, float32, on the device
+
+    N images · C planes · K maps · H, W pixels · h = w = filter_size     y preprocessed images
+
+So that only the method differs, all see the same images: `Preprocessing` with the same settings,
+fitted to the same images. All maps have one size, that of the package's own: an entry for every
+place at which a filter touches the image. Where a patch sticks out, methods that look at patches
+see the pixels of the border repeated; sparse inference explains no pixel there, and the
+autoencoder sees zeros.
+
+| class | filters | maps |
+|---|---|---|
+| `SparseMaps` | the network's, learned layer by layer | its sparse inference |
+| `LearnedFilters` | those of one such layer | the same inference, or rectified correlation |
+| `RandomFilters` | Gaussian noise of unit norm | the same two |
+| `PatchDictionary` | dictionary of patches (Mairal et al. 2009) | the same two |
+| `PatchPCA` | principal components of patches | correlation |
+| `KMeansMaps` | k-means of whitened patches (Coates, Lee, Ng 2011) | "triangle" |
+| `Autoencoder` | by gradients, its pooling inverted by switches | rectified, before pooling |
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from sklearn.cluster import KMeans
+from sklearn.decomposition import PCA, MiniBatchDictionaryLearning
+from torch import Tensor, nn
+from torch.nn import functional
+
+from deconvnet.filters.update import LearningSettings, random_filters
+from deconvnet.images.preprocessing import Preprocessing, PreprocessingSettings
+from deconvnet.network.codes import Codes
+from deconvnet.network.network import DeconvNet, LayerSettings, Target, seeded
+from deconvnet.operators.convolution import correlate, deconvolve
+from deconvnet.operators.pooling import pool, strongest, unpool
+from deconvnet.sparse_coding.solvers import default_solver
+from deconvnet.support.modes import plain
+from deconvnet.training.layer_trainer import learn_layers
+
+# Pixels of the images whose maps are made together: 83 images of 28x28, 7 of 96x96.
+PIXELS = 2**16
+# Patches that k-means, PCA and dictionaries of patches learn from.
+PATCHES = 50_000
+DICTIONARY_PATCHES = 20_000
+
+
+def one_layer(
+    num_maps: int,
+    filter_size: int,
+    *,
+    lam: float = 2.0,
+    epochs: int = 5,
+    seed: int = 0,
+    preprocessing: PreprocessingSettings | None = None,
+    device: str | torch.device = "cpu",
+) -> DeconvNet:
+    """A network of one layer with the solver that is fastest on the device; not learned yet."""
+    layer = LayerSettings(
+        num_maps,
+        filter_size,
+        lam,
+        solver=default_solver(torch.empty(0, device=device)),
+        learning=LearningSettings(epochs=epochs, batch_size=32),
+    )
+    return DeconvNet([layer], preprocessing, seed=seed).to(device)
+
+
+class Method(ABC):
+    """fit and maps; what a method adds is how it learns from y and what maps it makes of y."""
+
+    def __init__(self, preprocessing: Preprocessing, seed: int):
+        self.preprocessing, self.seed = preprocessing, seed
+        self.fitted = False
+
+    @property
+    def device(self) -> torch.device:
+        return self.preprocessing.scale.device
+
+    def fit(self, images: Tensor) -> Method:
+        """Learn from images (N, 1 or 3, H, W) in [0, 1], with the same result for the same seed."""
+        self.preprocessing.fit(images)
+        self._learn(self._explained(images))
+        self.fitted = True
+        return self
+
+    @plain
+    def maps(self, images: Tensor) -> Tensor:
+        """(N, K, H+h-1, W+w-1) of images (N, 1 or 3, H, W) in [0, 1]."""
+        if not self.fitted:
+            raise ValueError(f"{type(self).__name__}: has not learned yet; call fit(images) first")
+        return torch.cat(
+            [self._maps(self._explained(part)) for part in images.split(_together(images))]
+        )
+
+    def _explained(self, images: Tensor) -> Tensor:
+        return self.preprocessing(images.to(self.device))[0]
+
+    @abstractmethod
+    def _learn(self, y: Tensor) -> None: ...
+
+    @abstractmethod
+    def _maps(self, y: Tensor) -> Tensor: ...
+
+
+class SparseMaps(Method):
+    """The sparse maps of a layer of a network, by default the highest, before its pooling.
+
+    fit learns the network anew, from preprocessing to this layer; one that has learned elsewhere
+    needs no fit. What the maps of higher layers measure is the size that pooling leaves.
+    """
+
+    def __init__(self, net: DeconvNet, layer: int | None = None, *, seed: int = 0):
+        super().__init__(net.preprocessing, seed)
+        self.net, self.depth = net, net.depth if layer is None else layer
+        net.layer(self.depth)
+        self.fitted = True
+
+    def _learn(self, y: Tensor) -> None:
+        learn_layers(self.net, y, depth=self.depth, seed=self.seed, chunk=_together(y))
+
+    def _maps(self, y: Tensor) -> Tensor:
+        codes = Codes((), y, [])
+        for _ in range(self.depth):
+            codes = self.net.extend(codes, chunk=len(y))
+        return codes.layer(self.depth).z
+
+
+class FilterMaps(Method):
+    """One layer of filters, however found, with the inference of this package or without it.
+
+    rectified: instead of sparse inference the correlations c of the image with the filters, shrunk
+    towards zero by `threshold` times the root mean square of their map over the images of fit:
+    sign(c) max(0, |c| - t_k). Both halves of a two-sided rectification are in it, told apart by
+    their sign. epochs: of learning, where there is any.
+    """
+
+    def __init__(
+        self,
+        num_maps: int,
+        filter_size: int,
+        *,
+        rectified: bool = False,
+        threshold: float = 1.0,
+        lam: float = 2.0,
+        epochs: int = 5,
+        seed: int = 0,
+        preprocessing: PreprocessingSettings | None = None,
+        device: str | torch.device = "cpu",
+    ):
+        if not threshold >= 0:
+            raise ValueError(f"threshold={threshold}: must not be negative")
+        self.net = one_layer(
+            num_maps,
+            filter_size,
+            lam=lam,
+            epochs=epochs,
+            seed=seed,
+            preprocessing=preprocessing,
+            device=device,
+        )
+        super().__init__(self.net.preprocessing, seed)
+        self.rectified, self.threshold = rectified, threshold
+        self.thresholds = torch.zeros(num_maps, 1, 1)
+
+    @property
+    def filters(self) -> Tensor:
+        """(K, C, h, w), of unit norm."""
+        return self.net.layer(1).filters
+
+    def _learn(self, y: Tensor) -> None:
+        self.net.layer(1).set_filters(self._filters(y).to(y))
+        squares = sum(
+            correlations(part, self.filters).double().square().sum((0, 2, 3))
+            for part in y.split(_together(y))
+        )
+        size = self.filters.shape[2]
+        places = len(y) * (y.shape[2] + size - 1) * (y.shape[3] + size - 1)
+        self.thresholds = self.threshold * (squares / places).sqrt().to(y).view(-1, 1, 1)
+
+    def _maps(self, y: Tensor) -> Tensor:
+        if not self.rectified:
+            return self.net.layer(1).infer(Target(y)).z
+        c = correlations(y, self.filters)
+        return c.sign() * (c.abs() - self.thresholds).clamp(min=0)
+
+    @abstractmethod
+    def _filters(self, y: Tensor) -> Tensor: ...
+
+
+class LearnedFilters(FilterMaps):
+    """The filters of this package: with its inference `SparseMaps` of one layer, else without."""
+
+    def _filters(self, y: Tensor) -> Tensor:
+        learn_layers(self.net, y, seed=self.seed, chunk=_together(y))
+        return self.filters
+
+
+class RandomFilters(FilterMaps):
+    """Gaussian filters of unit norm: what inference alone is worth, without any learning."""
+
+    def _filters(self, y: Tensor) -> Tensor:
+        num_maps, _, size, _ = self.filters.shape
+        return random_filters(num_maps, y, size, "random", seeded(self.seed, 1))
+
+
+class PatchDictionary(FilterMaps):
+    """The atoms of a dictionary under which single patches are sparse, as filters.
+
+    scikit-learn's online learning of the package's own cost, 1/2 ||patch - sum z_k f_k||^2 + 1/lam
+    sum |z_k|, but patch by patch: an atom is learned at every shift anew.
+    """
+
+    def _filters(self, y: Tensor) -> Tensor:
+        num_maps, _, size, _ = self.filters.shape
+        patches = draw_patches(y, size, DICTIONARY_PATCHES, seeded(self.seed, 2))
+        layer = self.net.layer(1).settings
+        learner = MiniBatchDictionaryLearning(
+            num_maps,
+            alpha=1 / layer.lam,
+            batch_size=256,
+            max_iter=layer.learning.epochs,
+            fit_algorithm="cd",
+            random_state=self.seed,
+        )
+        atoms = learner.fit(patches.flatten(1).cpu().double().numpy()).components_
+        return torch.from_numpy(atoms).view(self.filters.shape)
+
+
+class PatchPCA(Method):
+    """How far each patch goes along the principal components of patches; the first ones.
+
+    maps: (patch - mean patch) . component, components of unit norm.
+    """
+
+    def __init__(
+        self,
+        num_maps: int,
+        filter_size: int,
+        *,
+        seed: int = 0,
+        preprocessing: PreprocessingSettings | None = None,
+        device: str | torch.device = "cpu",
+    ):
+        super().__init__(_preprocessing(preprocessing, device), seed)
+        self.num_maps, self.filter_size = _whole(num_maps=num_maps, filter_size=filter_size)
+        numbers = self.preprocessing.channels * filter_size**2
+        if num_maps > numbers:
+            raise ValueError(
+                f"num_maps={num_maps}: must be at most {numbers}, the numbers of a patch of "
+                f"filter_size={filter_size}"
+            )
+
+    def _learn(self, y: Tensor) -> None:
+        patches = draw_patches(y, self.filter_size, PATCHES, seeded(self.seed, 2))
+        found = PCA(self.num_maps, svd_solver="full").fit(patches.flatten(1).cpu().double().numpy())
+        shape = (self.num_maps, *patches.shape[1:])
+        self.filters = torch.from_numpy(found.components_).view(shape).to(y)
+        self.offset = torch.from_numpy(found.components_ @ found.mean_).to(y)
+
+    def _maps(self, y: Tensor) -> Tensor:
+        return correlations(y, self.filters) - self.offset.view(-1, 1, 1)
+
+
+class KMeansMaps(Method):
+    """How much nearer than the mean of all each centroid is to a patch (Coates, Lee, Ng 2011).
+
+    maps: max(0, mean_j d_j - d_k), d_k = ||x - c_k||, of patches x that have lost their mean, are
+    divided by their deviation and whitened (ZCA). As there, 0.1 is added to all variances of the
+    whitening; the 10 of 0..255 squared that is added to the variance of a patch is here a hundredth
+    of the mean variance of all patches.
+    """
+
+    def __init__(
+        self,
+        num_maps: int,
+        filter_size: int,
+        *,
+        seed: int = 0,
+        preprocessing: PreprocessingSettings | None = None,
+        device: str | torch.device = "cpu",
+    ):
+        super().__init__(_preprocessing(preprocessing, device), seed)
+        self.num_maps, self.filter_size = _whole(num_maps=num_maps, filter_size=filter_size)
+
+    def _learn(self, y: Tensor) -> None:
+        patches = draw_patches(y, self.filter_size, PATCHES, seeded(self.seed, 2)).flatten(1)
+        self.floor = float(0.01 * patches.var(1, correction=0).mean().clamp(min=1e-12))
+        even = self._normalised(patches).double()
+        self.mean = even.mean(0)
+        variances, directions = torch.linalg.eigh((even - self.mean).T.cov(correction=0))
+        gains = (variances.clamp(min=0) + 0.1).rsqrt()
+        self.whitening = ((directions * gains) @ directions.T).to(y)
+        self.mean = self.mean.to(y)
+        white = self._white(patches)
+        found = KMeans(self.num_maps, n_init=1, max_iter=100, random_state=self.seed)
+        centroids = found.fit(white.cpu().double().numpy()).cluster_centers_
+        self.centroids = torch.from_numpy(centroids).to(y)
+
+    def _maps(self, y: Tensor) -> Tensor:
+        patches = functional.unfold(_repeated(y, self.filter_size), self.filter_size)
+        white = self._white(patches.transpose(1, 2))
+        squares = white.square().sum(-1, keepdim=True) + self.centroids.square().sum(1)
+        distance = (squares - 2 * white @ self.centroids.T).clamp(min=0).sqrt()
+        nearer = (distance.mean(-1, keepdim=True) - distance).clamp(min=0)
+        rows, columns = (side + self.filter_size - 1 for side in y.shape[2:])
+        return nearer.transpose(1, 2).reshape(len(y), -1, rows, columns)
+
+    def _normalised(self, patches: Tensor) -> Tensor:
+        """Patches (..., numbers) without their mean, of variance 1 where there is contrast."""
+        even = patches - patches.mean(-1, keepdim=True)
+        return even / (even.square().mean(-1, keepdim=True) + self.floor).sqrt()
+
+    def _white(self, patches: Tensor) -> Tensor:
+        return (self._normalised(patches) - self.mean) @ self.whitening
+
+
+class WhatWhere(nn.Module):
+    """One layer up and down: what is largest in a window goes through, where it was goes around.
+
+    z = max(0, F_up' y + bias)   pooled, switches = P(z)   painted = F_down U_s pooled
+    """
+
+    def __init__(
+        self, num_maps: int, channels: int, size: int, window: int, generator: torch.Generator
+    ):
+        super().__init__()
+        shape = (num_maps, channels, size, size)
+        self.window = (1, window, window)
+        self.up = nn.Parameter(torch.randn(shape, generator=generator) / (shape[1] ** 0.5 * size))
+        self.bias = nn.Parameter(torch.zeros(num_maps, 1, 1))
+        self.down = nn.Parameter(torch.randn(shape, generator=generator) / (num_maps**0.5 * size))
+
+    def encode(self, y: Tensor) -> Tensor:
+        """z (N, K, H+h-1, W+w-1), >= 0."""
+        return functional.relu(correlate(y, self.up) + self.bias)
+
+    def pool(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """What is largest in each window, and its switches."""
+        switches = strongest(z.detach(), self.window)
+        return pool(z, switches), switches
+
+    def decode(self, pooled: Tensor, switches: Tensor, shape: torch.Size) -> Tensor:
+        """What pooled values paint from the places of the switches; shape: that of the maps."""
+        return deconvolve(unpool(pooled, switches, shape), self.down)
+
+    def forward(self, y: Tensor) -> Tensor:
+        z = self.encode(y)
+        return self.decode(*self.pool(z), z.shape)
+
+
+class Autoencoder(Method):
+    """The maps of a convolutional autoencoder that pools, and unpools with its switches.
+
+    The lowest layer of the stacked what-where autoencoders of Zhao et al. 2015, without labels:
+    Adam on the mean squared error of y, no other loss. maps: the rectified ones before pooling.
+    After `fit`: history, the mean squared error of every epoch, each batch before its step.
+    """
+
+    def __init__(
+        self,
+        num_maps: int,
+        filter_size: int,
+        *,
+        window: int = 2,
+        epochs: int = 5,
+        batch_size: int = 32,
+        rate: float = 3e-3,
+        seed: int = 0,
+        preprocessing: PreprocessingSettings | None = None,
+        device: str | torch.device = "cpu",
+    ):
+        super().__init__(_preprocessing(preprocessing, device), seed)
+        num_maps, filter_size, window, self.epochs, self.batch_size = _whole(
+            num_maps=num_maps,
+            filter_size=filter_size,
+            window=window,
+            epochs=epochs,
+            batch_size=batch_size,
+        )
+        if not rate > 0:
+            raise ValueError(f"rate={rate}: must be positive")
+        self.rate = rate
+        self._shape = (num_maps, self.preprocessing.channels, filter_size, window)
+        self.history: list[float] = []
+
+    @torch.enable_grad()
+    def _learn(self, y: Tensor) -> None:
+        self.model = WhatWhere(*self._shape, seeded(self.seed, 1)).to(y.device)
+        optimizer = torch.optim.Adam(self.model.parameters(), lr=self.rate)
+        self.history = []
+        for epoch in range(self.epochs):
+            order = torch.randperm(len(y), generator=seeded(self.seed, 2, epoch))
+            total = 0.0
+            for chosen in order.split(self.batch_size):
+                loss = functional.mse_loss(self.model(y[chosen]), y[chosen])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                total += loss.item() * len(chosen)
+            self.history.append(total / len(y))
+
+    def _maps(self, y: Tensor) -> Tensor:
+        return self.model.encode(y)
+
+
+def correlations(y: Tensor, f: Tensor) -> Tensor:
+    """(N, K, H+h-1, W+w-1): images (N, C, H, W) correlated with filters (K, C, h, w), not flipped.
+
+    Unlike `convolution.correlate` this repeats the border: beyond it is no edge.
+    """
+    return functional.conv2d(_repeated(y, f.shape[2]), f)
+
+
+def draw_patches(y: Tensor, size: int, num: int, generator: torch.Generator) -> Tensor:
+    """(num, C, size, size): patches at random places inside of images (N, C, H, W)."""
+    if min(y.shape[2:]) < size:
+        raise ValueError(
+            f"filter_size={size}: must be at most the smaller side of images of "
+            f"{y.shape[2]}x{y.shape[3]} pixels"
+        )
+    everywhere = y.unfold(2, size, 1).unfold(3, size, 1)
+    n, i, j = (
+        torch.randint(everywhere.shape[axis], (num,), generator=generator).to(y.device)
+        for axis in (0, 2, 3)
+    )
+    return everywhere[n, :, i, j]
+
+
+def _together(images: Tensor) -> int:
+    return max(1, PIXELS // (images.shape[2] * images.shape[3]))
+
+
+def _repeated(y: Tensor, size: int) -> Tensor:
+    return functional.pad(y, (size - 1,) * 4, mode="replicate")
+
+
+def _preprocessing(
+    settings: PreprocessingSettings | None, device: str | torch.device
+) -> Preprocessing:
+    return Preprocessing(settings).to(device)
+
+
+def _whole(**values: int) -> list[int]:
+    for key, value in values.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{key}={value!r}: must be a whole number from 1")
+    return list(values.values())

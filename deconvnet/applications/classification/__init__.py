@@ -1,0 +1,1 @@
+"""Classifiers on sparse codes: words, spatial pyramids and linear SVMs."""

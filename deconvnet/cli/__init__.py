@@ -1,0 +1,1 @@
+"""The commands: their settings, their arguments, and how they are launched."""

@@ -1,0 +1,485 @@
+"""What is done to images before they are explained, and how it is undone.
+
+    N images · C planes (1 for "grey", else 3) · H, W pixels
+    images (N, 1 or 3, H, W) in [0, 1]     y (N, C, H, W), the normalised domain
+    frames (N, 4) whole numbers: top, left, height, width of the picture in every image, the rest of
+    which is no part of it; None: pictures fill their images
+
+The steps run in the order of the settings, after the change of colour, before division by `scale`:
+
+- "mean": every plane of every image loses its mean. (The authors' toolbox then scales to [-1, 1] by
+  one number for the whole data set; `scale` has that place here.)
+- "laplacian": 3x3 high-pass filter on every plane, Zeiler et al. 2010.
+- "contrast": local subtractive and divisive normalisation, Zeiler et al. 2011.
+- "whiten": a linear filter, learned from training images, that makes their patches nearly white.
+
+What a step takes away and y does not hold goes into a record: a list with one dict of tensors for
+every step. Images are the first axis of all of them, so a record is sliced and joined like images.
+
+With frames every picture is preprocessed as if it were alone, and then padded with zeros (Zeiler et
+al. 2011: to 150x150). The record ends with one more dict, {"frame": frames}.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from deconvnet.images import highpass
+from deconvnet.support.communicator import ALONE, Ranks
+from deconvnet.support.modes import full_precision, plain
+
+COLORS = ("rgb", "grey", "ycbcr")
+STEPS = ("mean", "laplacian", "contrast", "whiten")
+SCALES = ("rms", "max", "none")
+
+Record = list[dict[str, Tensor]]
+Frame = tuple[int, int, int, int]  # top, left, height, width in pixels
+Groups = list[tuple[Tensor, Frame]]  # frames, and the indices of the images that have them
+
+# A local deviation below this counts as 0: it is a quarter of a grey level of 256, and
+# E[x^2] - E[x]^2 in float32 leaves a few 1e-4 where it should leave 0.
+FLAT = 1e-3
+
+
+@dataclass
+class PreprocessingSettings:
+    color: str = "rgb"  # planes to explain: rgb | grey | ycbcr
+    steps: list[str] = field(  # any of mean, laplacian, contrast, whiten, in order
+        default_factory=lambda: ["contrast"]
+    )
+    window: int = 13  # contrast: side of the Gaussian window in pixels, odd
+    sigma: float = 4.773  # contrast: its standard deviation in pixels, 3 * 1.591 as in Zeiler 2011
+    divide: bool = True  # contrast: divide by the local deviation; false: only subtract the mean
+    whitening_size: int = 7  # whiten: side of the filter in pixels, odd
+    whitening_floor: float = 0.01  # whiten: added to all variances, relative to the largest
+    scale: str = "rms"  # what becomes 1 over all images: rms | max, the largest magnitude | none
+
+    def __post_init__(self) -> None:
+        if self.color not in COLORS:
+            raise ValueError(f"preprocessing.color={self.color!r}: choose {', '.join(COLORS)}")
+        if self.scale not in SCALES:
+            raise ValueError(f"preprocessing.scale={self.scale!r}: choose {', '.join(SCALES)}")
+        steps = list(self.steps)
+        if set(steps) - set(STEPS) or len(set(steps)) < len(steps):
+            raise ValueError(
+                f"preprocessing.steps={steps}: choose from {', '.join(STEPS)}, each at most once"
+            )
+        for key in ("window", "whitening_size"):
+            value = getattr(self, key)
+            if value < 3 or value % 2 == 0:
+                raise ValueError(f"preprocessing.{key}={value}: must be odd and at least 3")
+        for key in ("sigma", "whitening_floor"):
+            value = getattr(self, key)
+            if not 0 < value < math.inf:
+                raise ValueError(f"preprocessing.{key}={value}: must be a positive number")
+
+
+class Preprocessing(torch.nn.Module):
+    """Images to the normalised domain and back; what `fit` learned is in the state_dict.
+
+    scale: () float32, the number by which all values are divided, so that lam means the same on any
+    data. whitening: (C, C, size, size) float32, the filter of "whiten". Until `fit`: 1, an impulse.
+    """
+
+    def __init__(self, settings: PreprocessingSettings | None = None) -> None:
+        super().__init__()
+        self.settings = settings or PreprocessingSettings()
+        self.register_buffer("scale", torch.ones((), dtype=torch.float32))
+        self.register_buffer("whitening", _impulse(self.channels, self.settings.whitening_size))
+
+    @property
+    def channels(self) -> int:
+        """The number of planes of y: 1 for grey, 3 for colour."""
+        return 1 if self.settings.color == "grey" else 3
+
+    def fit(self, images: Tensor, frames: Tensor | None = None) -> "Preprocessing":
+        """Learns the whitening filter, then the scale, from images (N, 1 or 3, H, W); returns self.
+
+        scale is the root mean square of all preprocessed values, or their largest magnitude; of
+        what is outside the frames (N, 4) nothing counts.
+        One image at a time, summed in float64 on the CPU: memory does not grow with N.
+        """
+        if len(images) == 0:
+            raise ValueError("preprocessing cannot be fitted to 0 images")
+        return self.fit_parts(lambda: [(images, frames)])
+
+    @plain
+    def fit_parts(
+        self,
+        parts: Callable[[], Iterable[tuple[Tensor, Tensor | None]]],
+        ranks: Ranks = ALONE,
+    ) -> "Preprocessing":
+        """`fit` to images that come in parts, images and frames; parts() goes through them all.
+
+        With ranks, to the images of all of them; a rank may have none.
+        """
+
+        def planes(steps: Sequence[str]) -> Iterator[Tensor]:
+            for images, frames in parts():
+                _check(images, frames, self.settings)
+                for picture in _pictures(images, frames):
+                    yield self._preprocess(picture, steps)[0]
+
+        steps = list(self.settings.steps)
+        if "whiten" in steps:
+            before = planes(steps[: steps.index("whiten")])
+            size, floor = self.settings.whitening_size, self.settings.whitening_floor
+            self.whitening.copy_(whitening_filter(before, size, floor=floor, ranks=ranks))
+        spread = Spread()
+        for values in planes(steps):
+            spread.add(values)
+        self.scale.fill_(spread.shared(ranks).scale(self.settings.scale))
+        return self
+
+    @full_precision
+    def forward(self, images: Tensor, frames: Tensor | None = None) -> tuple[Tensor, Record]:
+        """y (N, C, H, W) and its record, from images (N, 1 or 3, H, W) in [0, 1].
+
+        Grey images are repeated for a colour network, colour images turned grey for a grey one.
+        With frames (N, 4), y and the planes of the record are 0 outside of them.
+        """
+        _check(images, frames, self.settings)
+        if frames is None:
+            planes, record = self._preprocess(images, self.settings.steps)
+        else:
+            planes, record = self._preprocess_in_frames(images, frames.to(images.device))
+        return planes / self.scale, record
+
+    @full_precision
+    def inverse(self, y: Tensor, record: Record) -> Tensor:
+        """Pixels (N, 1 or 3, H, W), grey or RGB, from y (N, C, H, W) and the record of its images.
+
+        Undoes `forward` up to rounding. Nothing is clamped: a y that is not the image's own, like
+        that of a reconstruction, can lead outside [0, 1]. Outside frames all is black, whatever y
+        has there.
+        """
+        self._check_record(y, record)
+        planes = y * self.scale
+        if not _has_frames(record):
+            return self._undo(planes, record)
+        *record, framed = record
+        groups = _groups(framed["frame"])
+        pixels = []
+        for index, frame in groups:
+            inside = [{key: _cut(kept[key][index], frame) for key in kept} for kept in record]
+            pixels.append(self._undo(_cut(planes[index], frame), inside))
+        return _join(pixels, groups, y.shape)
+
+    def check_size(self, size: tuple[int, int]) -> None:
+        """Refuse images of H x W pixels that are too small for one of the steps."""
+        _check_size("images", size, self.settings)
+
+    def _undo(self, planes: Tensor, record: Record) -> Tensor:
+        """Pixels from planes that fill their images, before division by scale."""
+        for step, kept in zip(reversed(self.settings.steps), reversed(record), strict=True):
+            if step == "mean":
+                planes = planes + kept["mean"]
+            elif step == "contrast":
+                planes = planes * kept["deviation"] + kept["mean"]
+            else:
+                planes = highpass.undo(planes, kept["low"], self._filter(step))
+        return ycbcr_to_rgb(planes) if self.settings.color == "ycbcr" else planes
+
+    def _preprocess(self, images: Tensor, steps: list[str]) -> tuple[Tensor, Record]:
+        planes, record = to_color(images, self.settings.color), []
+        for step in steps:
+            if step == "mean":
+                mean = planes.mean((2, 3), keepdim=True)
+                planes, kept = planes - mean, {"mean": mean}
+            elif step == "contrast":
+                mean, deviation = local_moments(planes, self.settings.window, self.settings.sigma)
+                deviation = (
+                    _floored(deviation) if self.settings.divide else torch.ones_like(deviation)
+                )
+                planes = (planes - mean) / deviation
+                kept = {"mean": mean, "deviation": deviation}
+            else:
+                kept = {"low": highpass.blur(planes)}
+                planes = highpass.correlate(planes, self._filter(step))
+            record.append(kept)
+        return planes, record
+
+    def _preprocess_in_frames(self, images: Tensor, frames: Tensor) -> tuple[Tensor, Record]:
+        """As if every picture were alone; those of one frame have one size and go together."""
+        groups = _groups(frames)
+        parts = [
+            self._preprocess(_cut(images[index], frame), self.settings.steps)
+            for index, frame in groups
+        ]
+        planes = _join([planes for planes, _ in parts], groups, images.shape)
+        record = [
+            {key: _join([kept[key] for kept in step], groups, images.shape) for key in step[0]}
+            for step in zip(*(record for _, record in parts), strict=True)
+        ]
+        return planes, [*record, {"frame": frames}]
+
+    def _filter(self, step: str) -> Tensor:
+        return self.whitening if step == "whiten" else _laplacian(self.channels).to(self.whitening)
+
+    def _check_record(self, y: Tensor, record: Record) -> None:
+        if y.ndim != 4 or y.shape[1] != self.channels:
+            raise ValueError(
+                f"y must have the shape (N, {self.channels}, H, W), got {tuple(y.shape)}"
+            )
+        steps = record[:-1] if _has_frames(record) else record
+        if len(steps) != len(self.settings.steps):
+            raise ValueError(f"record of {len(steps)} steps, expected {list(self.settings.steps)}")
+        if _has_frames(record):
+            _check_frames(record[-1]["frame"], y)
+        for shape in (tensor.shape for kept in steps for tensor in kept.values()):
+            if shape[0] != y.shape[0] or shape[2:] not in ((1, 1), y.shape[2:]):
+                raise ValueError(
+                    f"record with a tensor of shape {tuple(shape)} does not belong to y of shape "
+                    f"{tuple(y.shape)}"
+                )
+
+
+@dataclass
+class Spread:
+    """How large some values are: how many, the sum of their squares, their largest magnitude."""
+
+    count: int = 0
+    squares: float = 0.0
+    largest: float = 0.0
+
+    def add(self, values: Tensor) -> None:
+        # Image by image, so that it makes no difference which images come together.
+        squares = sum(float(image.double().square().sum()) for image in values)
+        self.count += values.numel()
+        self.squares += squares
+        self.largest = max(self.largest, float(values.abs().max()))
+
+    def shared(self, ranks: Ranks) -> "Spread":
+        """Of the values of all ranks."""
+        parts = ranks.gathered((self.count, self.squares, self.largest))
+        counts, squares, largest = zip(*parts, strict=True)
+        return Spread(sum(counts), sum(squares), max(largest))
+
+    def scale(self, kind: str, *, least: float = 1e-6) -> float:
+        """Their root mean square ("rms") or largest magnitude ("max").
+
+        1 for "none", and where there is next to nothing, at most `least`: a scale of 1e-8 would
+        blow up the first real picture, whose pixels are in [0, 1].
+        """
+        if kind == "none":
+            return 1.0
+        scale = self.largest if kind == "max" else math.sqrt(self.squares / max(self.count, 1))
+        return scale if scale > least else 1.0
+
+
+def to_color(images: Tensor, color: str) -> Tensor:
+    """The planes to explain, (N, 1 or 3, H, W), of grey or RGB images (N, 1 or 3, H, W)."""
+    if color == "grey":
+        return images if images.shape[1] == 1 else _luma(images)
+    rgb = images.expand(-1, 3, -1, -1)
+    return rgb_to_ycbcr(rgb) if color == "ycbcr" else rgb
+
+
+def rgb_to_ycbcr(rgb: Tensor) -> Tensor:
+    """Y, Cb and Cr of (N, 3, H, W), all in [0, 1], grey at Cb = Cr = 1/2 (Rec. 601, full range)."""
+    luma = _luma(rgb)
+    return torch.cat(
+        [luma, (rgb[:, 2:] - luma) / 1.772 + 0.5, (rgb[:, :1] - luma) / 1.402 + 0.5], 1
+    )
+
+
+def ycbcr_to_rgb(ycbcr: Tensor) -> Tensor:
+    """RGB of (N, 3, H, W), the inverse of `rgb_to_ycbcr` up to rounding; not clamped."""
+    luma, blue, red = ycbcr.split(1, 1)
+    red = luma + 1.402 * (red - 0.5)
+    blue = luma + 1.772 * (blue - 0.5)
+    return torch.cat([red, (luma - 0.299 * red - 0.114 * blue) / 0.587, blue], 1)
+
+
+def local_moments(images: Tensor, window: int, sigma: float) -> tuple[Tensor, Tensor]:
+    """Gaussian-weighted local mean (N, C, H, W) and deviation (N, 1, H, W) of images (N, C, H, W).
+
+    The window is window x window; the border is reflected and the edge not repeated. The variance
+    is averaged over the planes: one deviation for all keeps the hue. It is E[x^2] - E[x]^2 as in
+    the authors' code, but of values that first lose their plane's mean (equal, and less
+    cancellation); a deviation below FLAT is 0.
+    """
+    offset = images.mean((2, 3), keepdim=True)
+    centred = images - offset
+    mean = _gaussian(centred, window, sigma)
+    variance = _gaussian(centred.square(), window, sigma) - mean.square()
+    deviation = variance.mean(1, keepdim=True).clamp(min=0).sqrt()
+    return mean + offset, torch.where(deviation < FLAT, 0.0, deviation)
+
+
+def whitening_filter(
+    images: Iterable[Tensor], size: int, *, floor: float, ranks: Ranks = ALONE
+) -> Tensor:
+    """The filter (C, C, size, size) that whitens the patches of images, tensors of (N, C, H, W).
+
+    W = V (E + floor max(E))^(-1/2) V' with V E V' the covariance of all size x size x C patches;
+    the filter is the row of W for the middle pixel of each plane (zero-phase, "ZCA"). Patches count
+    together with their mirror images: that makes the filter symmetric in both axes, so it commutes
+    with mirroring the image at its border and can be undone exactly. No variance: an impulse.
+    """
+    count, total, products = 0, 0.0, 0.0
+    for image in images:
+        patches = functional.unfold(image.cpu().double(), size).transpose(1, 2).flatten(0, 1)
+        count += len(patches)
+        total, products = total + patches.sum(0), products + patches.T @ patches
+    found = [each for each in ranks.gathered((count, total, products)) if each[0]]
+    count, total, products = (sum(each) for each in zip(*found, strict=True))
+    channels = len(total) // size**2
+    covariance = products / count - torch.outer(total, total) / count**2
+    covariance = covariance.view(channels, size, size, channels, size, size)
+    for axes in ((1, 4), (2, 5)):
+        covariance = (covariance + covariance.flip(axes)) / 2
+    variances, directions = torch.linalg.eigh(covariance.reshape(channels * size**2, -1))
+    if variances[-1] < 1e-10:
+        return _impulse(channels, size)
+    gains = (variances.clamp(min=0) + floor * variances[-1]).rsqrt()
+    rows = ((directions * gains) @ directions.T).view(covariance.shape)
+    return rows[:, size // 2, size // 2].float()
+
+
+def _floored(deviation: Tensor) -> Tensor:
+    """The deviation (N, 1, H, W), nowhere below its median over the image.
+
+    Where the median is 0, the median of what is not 0 counts; an image without contrast gets 1.
+    """
+    floors = []
+    for values in deviation.flatten(1):
+        floor = _median(values)
+        if floor == 0 and values.any():
+            floor = _median(values[values > 0])
+        floors.append(floor if floor > 0 else torch.ones_like(floor))
+    return torch.maximum(deviation, torch.stack(floors)[:, None, None, None])
+
+
+def _median(values: Tensor) -> Tensor:
+    # By sorting: torch.median takes the lower of two, and quantile refuses more than 2^24 values.
+    return values.sort().values[[(len(values) - 1) // 2, len(values) // 2]].mean()
+
+
+def _gaussian(planes: Tensor, window: int, sigma: float) -> Tensor:
+    """Every plane averaged under a Gaussian window; the border reflected, the edge not repeated."""
+    offsets = torch.arange(window, dtype=torch.float64) - window // 2
+    weights = torch.softmax(-offsets.square() / (2 * sigma**2), 0).to(planes)
+    padded = functional.pad(planes, (window // 2,) * 4, mode="reflect").flatten(0, 1)[:, None]
+    rows = functional.conv2d(padded, weights.view(1, 1, -1, 1))
+    return functional.conv2d(rows, weights.view(1, 1, 1, -1)).view(planes.shape)
+
+
+def _laplacian(channels: int) -> Tensor:
+    """Matlab's fspecial('laplacian', 0.2) for each plane alone, (channels, channels, 3, 3)."""
+    alpha = 0.2
+    corner, edge = alpha / 4, (1 - alpha) / 4
+    rows = [[corner, edge, corner], [edge, -1.0, edge], [corner, edge, corner]]
+    f = torch.tensor(rows, dtype=torch.float32)
+    return torch.eye(channels, dtype=torch.float32)[:, :, None, None] * f * 4 / (alpha + 1)
+
+
+def _impulse(channels: int, size: int) -> Tensor:
+    f = torch.zeros(channels, channels, size, size, dtype=torch.float32)
+    f[..., size // 2, size // 2] = torch.eye(channels)
+    return f
+
+
+def _luma(rgb: Tensor) -> Tensor:
+    """Grey (N, 1, H, W) of RGB (N, 3, H, W) with the weights of Rec. 601."""
+    return 0.299 * rgb[:, :1] + 0.587 * rgb[:, 1:2] + 0.114 * rgb[:, 2:]
+
+
+def _pictures(images: Tensor, frames: Tensor | None) -> list[Tensor]:
+    """Every picture alone, (1, C, height, width)."""
+    if frames is None:
+        return list(images.split(1))
+    return [
+        _cut(image, frame) for image, frame in zip(images.split(1), frames.tolist(), strict=True)
+    ]
+
+
+def _groups(frames: Tensor) -> Groups:
+    return [
+        ((frames == frame).all(1).nonzero()[:, 0], tuple(frame.tolist()))
+        for frame in frames.unique(dim=0)
+    ]
+
+
+def _cut(planes: Tensor, frame: Frame) -> Tensor:
+    """The part of planes (N, C, H, W) inside a frame, not copied; one number a plane stays."""
+    if planes.shape[2:] == (1, 1):
+        return planes
+    top, left, height, width = frame
+    return planes[:, :, top : top + height, left : left + width]
+
+
+def _join(parts: list[Tensor], groups: Groups, shape: torch.Size) -> Tensor:
+    """The planes (N, C, H, W) that `_cut` makes the parts of, 0 outside the frames; N, H, W as in
+    `shape`."""
+    size = (1, 1) if parts[0].shape[2:] == (1, 1) else shape[2:]
+    joined = parts[0].new_zeros(shape[0], parts[0].shape[1], *size)
+    for part, (index, frame) in zip(parts, groups, strict=True):
+        _cut(joined, frame)[index] = part
+    return joined
+
+
+def _has_frames(record: Record) -> bool:
+    return bool(record) and "frame" in record[-1]
+
+
+def _check(images: Tensor, frames: Tensor | None, settings: PreprocessingSettings) -> None:
+    if images.ndim != 4 or images.shape[1] not in (1, 3):
+        raise ValueError(f"images must have the shape (N, 1 or 3, H, W), got {tuple(images.shape)}")
+    if not images.is_floating_point():
+        raise ValueError(
+            f"images are {images.dtype}: must be floats in [0, 1]; divide 0..255 by 255"
+        )
+    if frames is None:
+        _check_size("images", images.shape[2:], settings)
+    else:
+        _check_frames(frames, images)
+        for index, (_, _, *size) in enumerate(frames.tolist()):
+            _check_size(f"image {index}", size, settings)
+    low, high = images.flatten(1).aminmax(dim=1)
+    # Resampling in float32 can overstep the range by rounding. What is NaN is not inside either.
+    outside = ~((low >= -1e-3) & (high <= 1 + 1e-3))
+    if outside.any():
+        index = int(outside.nonzero()[0])
+        if not (low[index].isfinite() and high[index].isfinite()):
+            raise ValueError(f"image {index} has pixels that are NaN or infinite")
+        raise ValueError(
+            f"image {index} has values from {low[index]:.4g} to {high[index]:.4g}: must be in "
+            "[0, 1]; divide images of 0..255 by 255"
+        )
+
+
+def _check_size(what: str, size: Sequence[int], settings: PreprocessingSettings) -> None:
+    """Every step needs its border: a mirror image has no more pixels than the picture."""
+    margins = {
+        "laplacian": 3,
+        "contrast": settings.window // 2 + 1,
+        "whiten": settings.whitening_size,
+    }
+    for step, margin in ((step, margins.get(step, 1)) for step in settings.steps):
+        if min(size) < margin:
+            raise ValueError(
+                f"{what} of {size[0]}x{size[1]} pixels: too small for the step {step!r}, "
+                f"which needs at least {margin}x{margin}"
+            )
+
+
+def _check_frames(frames: Tensor, images: Tensor) -> None:
+    number, (height, width) = len(images), images.shape[2:]
+    if frames.shape != (number, 4) or frames.dtype != torch.int64:
+        raise ValueError(
+            f"frames must be whole numbers (int64) of shape ({number}, 4): top, left, height, "
+            f"width; got {frames.dtype} of shape {tuple(frames.shape)}"
+        )
+    for index, (top, left, h, w) in enumerate(frames.tolist()):
+        inside = 0 <= top <= height - h and 0 <= left <= width - w
+        # A record tells planes from single numbers by their size.
+        if not inside or min(h, w) < 2:
+            raise ValueError(
+                f"frame {index} is {[top, left, h, w]}: top, left, height, width must be those of "
+                f"2x2 pixels or more inside {height}x{width}"
+            )

@@ -1,0 +1,91 @@
+"""The event files of TensorBoard: how they are named and written.
+
+TensorBoard reads the files of a folder in the order of their names, which begin with the time. The
+file of a resumed run hides the events of earlier files beyond the step at which it resumes. If the
+clock was set back, the newest file would be read first, and the older ones would hide it. So no
+file gets a name with an earlier time than an existing one.
+
+Events are written at once, by the caller, so a full disk raises an error immediately.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import socket
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deconvnet.storage import ownership
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+_NAME = re.compile(r"events\.out\.tfevents\.(\d+)\..*")
+_serial = itertools.count()
+
+
+def event_writer(folder: Path, purge_step: int | None = None) -> SummaryWriter:
+    """A new event file in a folder, recorded as ours.
+
+    purge_step: the events of older files from this step on are hidden.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    class Writer(SummaryWriter):
+        def _get_file_writer(self) -> _EventFile:
+            if self.file_writer is None:
+                self.file_writer = _EventFile(Path(self.log_dir), self.purge_step)
+                self.all_writers = {self.log_dir: self.file_writer}
+            return self.file_writer
+
+    return Writer(str(folder), purge_step=purge_step)
+
+
+class _EventFile:
+    """What SummaryWriter asks of its FileWriter, without the queue and the thread of that."""
+
+    def __init__(self, folder: Path, purge_step: int | None) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._event = Event
+        folder.mkdir(parents=True, exist_ok=True)
+        begin = _begin(folder)
+        # On from there, however far behind the clock is.
+        self._ahead = max(0.0, begin - time.time())
+        name = f"{begin:010d}.{socket.gethostname()}.{os.getpid()}.{next(_serial)}"
+        self.path = folder / f"events.out.tfevents.{name}"
+        ownership.record(self.path)
+        self._file = open(self.path, "xb", buffering=0)  # noqa: SIM115
+        self._records = RecordWriter(self._file)
+        self.add_event(Event(file_version="brain.Event:2"), purge_step)
+        if purge_step is not None:
+            self.add_event(Event(session_log=SessionLog(status=SessionLog.START)), purge_step)
+
+    def add_summary(self, summary: Any, step: int | None = None, walltime: None = None) -> None:
+        self.add_event(self._event(summary=summary), step)
+
+    def add_event(self, event: Any, step: int | None = None, walltime: None = None) -> None:
+        event.wall_time = time.time() + self._ahead
+        if step is not None:
+            event.step = int(step)
+        try:
+            self._records.write(event.SerializeToString())
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _begin(folder: Path) -> int:
+    """The seconds to name a new file by: now, or after the newest file that is there."""
+    names = (_NAME.fullmatch(path.name) for path in folder.iterdir())
+    newest = max((int(name[1]) for name in names if name), default=-1)
+    return max(int(time.time()), newest + 1)

@@ -1,0 +1,1 @@
+"""A deconvolutional network: layers, inference, codes and reconstruction."""

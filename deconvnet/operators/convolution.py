@@ -1,0 +1,363 @@
+"""Deconvolution of feature maps into images, and its adjoints towards maps and towards filters.
+
+This module decides what "convolution" means in the whole package; nobody else flips, pads or crops.
+
+    N images · C channels of what is explained · K maps · H, W pixels · h, w filter
+    y image (N, C, H, W)     f filters (K, C, h, w)     g connectivity (K, C) of 0 and 1
+    z maps  (N, K, H+h-1, W+w-1) with boundary "valid", (N, K, H, W) with all others
+
+It is a true convolution: an impulse in map k paints filter f[k] into the image as it is stored,
+unflipped.
+
+- "valid" (both papers): the maps are larger than the image, every filter that touches the image has
+  its own coefficient, nothing wraps. An impulse at (i, j) paints f[k] with its top left corner at
+  pixel (i-h+1, j-w+1).
+- "circular" (Fourier packages): maps and image have one size and the border wraps. An impulse at
+  (i, j) paints f[k] with its top left corner at pixel (i, j).
+- "zero": maps and image have one size and there is nothing beyond the border, neither of the image
+  nor of the maps. The frame is centred: an impulse at (i, j) paints f[k] with its top left corner
+  at pixel (i-(h-1)//2, j-(w-1)//2).
+- "reflect": as "zero", but the maps go on beyond the border as their mirror image, in which the
+  border itself is not repeated (torch's padding mode "reflect").
+
+Every operation has a spatial form and a Fourier form; both are exact and agree to rounding.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deconvnet.support.validation import check_tensors
+
+Boundary = Literal["valid", "circular", "zero", "reflect"]
+Method = Literal["spatial", "fourier"]
+
+BOUNDARIES = ("valid", "circular", "zero", "reflect")
+# Those whose maps are first continued beyond the border, and then painted as "valid" ones.
+CONTINUED = ("zero", "reflect")
+# Up to so many channels (and h times as many rows of them) painting by rows is faster.
+FEW_CHANNELS = 16
+# Maps are made so many numbers at a time where there are many: as many as a cache holds.
+STRIP = 2**20
+# Up to so many numbers torch convolves a single image by another routine than several.
+SMALL = 20480
+
+
+def deconvolve(
+    z: Tensor,
+    f: Tensor,
+    g: Tensor | None = None,
+    *,
+    boundary: Boundary = "valid",
+    method: Method = "spatial",
+) -> Tensor:
+    """The image (N, C, H, W) that the maps paint: y_c = sum_k g_kc (z_k * f_kc).
+
+    The model of Zeiler et al. 2010.
+    z: (N, K, H+h-1, W+w-1), or (N, K, H, W) unless the boundary is "valid"; f: (K, C, h, w); g: (K,
+    C) or None for full connectivity. Raises ValueError where the shapes do not fit.
+    """
+    check_tensors(z=z, f=f)
+    _check(f, boundary, method, z=z)
+    f = connected(f, g)
+    h, w = f.shape[2:]
+    if boundary in CONTINUED:
+        z, boundary = continued(z, (h, w), boundary), "valid"
+    if method == "fourier":
+        size = fourier_size(z.shape[2:], boundary)
+        spectrum = torch.fft.rfft2(z, size)
+        painted = torch.fft.irfft2(_mix(spectrum, torch.fft.rfft2(f, size)), size)
+        if boundary == "circular":
+            return painted
+        return painted[..., h - 1 : z.shape[2], w - 1 : z.shape[3]]
+    if boundary == "circular":
+        z = F.pad(z, (w - 1, 0, h - 1, 0), mode="circular")
+    if f.shape[1] <= FEW_CHANNELS:
+        return _paint_by_rows(z, f)
+    return _conv2d(z, f.flip(2, 3).transpose(0, 1))
+
+
+def correlate(
+    y: Tensor,
+    f: Tensor,
+    g: Tensor | None = None,
+    *,
+    boundary: Boundary = "valid",
+    method: Method = "spatial",
+) -> Tensor:
+    """The adjoint of `deconvolve` towards the maps: F'y, the image correlated with every filter.
+
+    y: (N, C, H, W); f: (K, C, h, w). Returns (N, K, H+h-1, W+w-1), or (N, K, H, W) unless the
+    boundary is "valid". <deconvolve(z, f), y> = <z, correlate(y, f)>.
+    """
+    check_tensors(y=y, f=f)
+    _check(f, boundary, method, y=y)
+    f = connected(f, g)
+    h, w = f.shape[2:]
+    if method == "spatial" and boundary != "reflect":
+        return _in_strips(y, f, boundary)
+    if boundary in CONTINUED:
+        return _folded(correlate(y, f, method=method), (h, w), boundary)
+    shape = map_size(y.shape[2:], (h, w), boundary)
+    size = fourier_size(shape, boundary)
+    if boundary == "valid":
+        y = F.pad(y, (w - 1, 0, h - 1, 0))
+    spectrum = torch.fft.rfft2(f, size).conj()
+    maps = torch.fft.irfft2(_mix(torch.fft.rfft2(y, size), spectrum.transpose(0, 1)), size)
+    return maps[..., : shape[0], : shape[1]]
+
+
+def correlate_strips(
+    y: Tensor, f: Tensor, boundary: Boundary = "valid", *, numbers: int = STRIP
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """`correlate` by and by: (images, rows, maps of these), of about so many numbers each.
+
+    On a CPU, what fits into its cache takes half the time, and whoever needs the maps but once
+    never has them all in memory. "reflect", whose border is folded back, comes in one piece.
+    """
+    check_tensors(y=y, f=f)
+    _check(f, boundary, "spatial", y=y)
+    N, (h, w) = len(y), f.shape[2:]
+    rows, columns = map_size(y.shape[2:], (h, w), boundary)
+    if boundary == "reflect":
+        yield slice(0, N), slice(0, rows), correlate(y, f, boundary=boundary)
+        return
+    if boundary == "circular":
+        y = F.pad(y, (0, w - 1, 0, h - 1), mode="circular")
+    else:
+        whole = (w - 1, w - 1, h - 1, h - 1)
+        left, right, top, bottom = _beyond((h, w)) if boundary == "zero" else whole
+        y = F.pad(y, (right, left, bottom, top))
+    images = max(1, numbers // (len(f) * rows * columns))
+    step = rows if images > 1 else min(rows, max(h, numbers // (len(f) * columns)))
+    for n in range(0, N, images):
+        for i in range(0, rows, step):
+            part = y[n : n + images, :, i : min(i + step, rows) + h - 1]
+            yield slice(n, n + images), slice(i, min(i + step, rows)), _conv2d(part, f)
+
+
+def filter_gradient(
+    z: Tensor,
+    y: Tensor,
+    size: int | tuple[int, int],
+    g: Tensor | None = None,
+    *,
+    boundary: Boundary = "valid",
+    method: Method = "spatial",
+) -> Tensor:
+    """The adjoint of `deconvolve` towards the filters: Z'y (K, C, h, w), summed over the images.
+
+    z: maps as in `deconvolve`; y: (N, C, H, W); size: (h, w) of the filters, or one number for
+    square ones. <deconvolve(z, f), y> = <f, filter_gradient(z, y, size)>. With y the residual and
+    the factor lam it is the gradient of the reconstruction term (Zeiler et al. 2010).
+    """
+    h, w = (size, size) if isinstance(size, int) else size
+    check_tensors(z=z, y=y)
+    if z.ndim != 4 or y.ndim != 4:
+        raise ValueError(
+            f"maps (N, K, rows, columns) and images (N, C, H, W) have four axes, got "
+            f"{tuple(z.shape)} and {tuple(y.shape)}"
+        )
+    expected = map_size(y.shape[2:], (h, w), boundary)
+    if z.shape[0] != y.shape[0] or tuple(z.shape[2:]) != expected:
+        raise ValueError(
+            f"maps of shape {tuple(z.shape)} do not fit images of shape {tuple(y.shape)} and "
+            f"{h}x{w} filters with boundary {boundary!r}: expected "
+            f"({y.shape[0]}, K, {expected[0]}, {expected[1]})"
+        )
+    if boundary in CONTINUED:
+        z, boundary = continued(z, (h, w), boundary), "valid"
+    if method == "fourier":
+        size = fourier_size(z.shape[2:], boundary)
+        if boundary == "valid":
+            y = F.pad(y, (w - 1, 0, h - 1, 0))
+        product = torch.einsum(
+            "nkuv,ncuv->kcuv", torch.fft.rfft2(z, size).conj(), torch.fft.rfft2(y, size)
+        )
+        gradient = torch.fft.irfft2(product, size)[..., :h, :w]
+    else:
+        if boundary == "circular":
+            z = F.pad(z, (w - 1, 0, h - 1, 0), mode="circular")
+        shape = (y.shape[1], z.shape[1], h, w)
+        gradient = torch.nn.grad.conv2d_weight(z, shape, y).flip(2, 3).transpose(0, 1)
+    return connected(gradient, g)
+
+
+def map_size(
+    image: tuple[int, int], filter_size: tuple[int, int], boundary: Boundary = "valid"
+) -> tuple[int, int]:
+    """Height and width of the maps that explain an image of the given height and width."""
+    (H, W), (h, w) = image, filter_size
+    return (H + h - 1, W + w - 1) if boundary == "valid" else (H, W)
+
+
+def fourier_size(maps: tuple[int, int], boundary: Boundary = "valid") -> tuple[int, int]:
+    """The transform size for maps of this size: with small prime factors, unless it must wrap.
+
+    Padding to the size of the maps is enough with boundary "valid": what wraps falls on the h-1
+    rows that are cropped. With "zero" and "reflect" the maps are the continued ones.
+    """
+    return tuple(maps) if boundary == "circular" else (_fast_length(maps[0]), _fast_length(maps[1]))
+
+
+def continued(z: Tensor, filter_size: tuple[int, int], boundary: Boundary) -> Tensor:
+    """Maps (N, K, H+h-1, W+w-1) that paint with boundary "valid" what z paints with its own.
+
+    z: (N, K, H, W) with boundary "zero" or "reflect"; with any other it is returned as it is.
+    """
+    if boundary not in CONTINUED:
+        return z
+    mode = "constant" if boundary == "zero" else "reflect"
+    return F.pad(z, _beyond(filter_size), mode=mode)
+
+
+def per_channel(f: Tensor, channels: int) -> Tensor:
+    """Grey filters f (K, 1, h, w) for images of several channels: (K*C, C, h, w).
+
+    Filter k*C + c is f_k in channel c and zero in the others, so that each channel has maps of its
+    own. With group = C in the prior the maps of the channels are active at the same places.
+    """
+    if f.ndim != 4 or f.shape[1] != 1:
+        raise ValueError(f"filters must have the shape (K, 1, h, w), got {tuple(f.shape)}")
+    if channels < 1:
+        raise ValueError(f"channels={channels}: must be at least 1")
+    own = torch.eye(channels, dtype=f.dtype, device=f.device)
+    return (f[:, :, None] * own[:, :, None, None]).flatten(0, 1)
+
+
+def connected(f: Tensor, g: Tensor | None) -> Tensor:
+    """The filters, zero in the planes that g (K, C) disconnects; f itself where g is None."""
+    if g is None:
+        return f
+    if g.shape != f.shape[:2]:
+        raise ValueError(
+            f"connectivity of shape {tuple(g.shape)} does not fit filters of shape {tuple(f.shape)}"
+        )
+    return f * g[:, :, None, None].to(f.dtype)
+
+
+def _beyond(filter_size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """(left, right, top, bottom): how far filters of a centred frame need maps beyond the border.
+
+    They sum to w-1 and h-1; an even filter, whose frame has no middle, needs one more on the left
+    and at the top.
+    """
+    h, w = filter_size
+    return w // 2, (w - 1) // 2, h // 2, (h - 1) // 2
+
+
+def _folded(z: Tensor, filter_size: tuple[int, int], boundary: Boundary) -> Tensor:
+    """The adjoint of `continued`: what is beyond the border is lost, or added to what it mirrors.
+
+    Written out: torch's own adjoint adds in no fixed order on a GPU.
+    """
+    left, right, top, bottom = _beyond(filter_size)
+    for axis, before, after in ((2, top, bottom), (3, left, right)):
+        size = z.shape[axis] - before - after
+        inside = z.narrow(axis, before, size)
+        if boundary == "reflect":
+            inside = inside.clone()
+            inside.narrow(axis, 1, before).add_(z.narrow(axis, 0, before).flip(axis))
+            inside.narrow(axis, size - 1 - after, after).add_(
+                z.narrow(axis, before + size, after).flip(axis)
+            )
+        z = inside
+    return z
+
+
+def _paint_by_rows(z: Tensor, f: Tensor) -> Tensor:
+    """Valid deconvolution as the sum of what each row of the filters paints, moved into place.
+
+    The convolution routines of a CPU are slow where they make few channels: h rows of C channels
+    at once, and h additions, take about a third of the time for one channel, half for five.
+    """
+    K, C, h, w = f.shape
+    rows = _conv2d(z, f.flip(2, 3).permute(2, 1, 0, 3).reshape(h * C, K, 1, w))
+    height = z.shape[2] - h + 1
+    painted = rows[:, :C, :height].clone()
+    for m in range(1, h):
+        painted += rows[:, m * C : (m + 1) * C, m : m + height]
+    return painted
+
+
+def _conv2d(z: Tensor, f: Tensor) -> Tensor:
+    """conv2d that rounds an image as if it were alone: a small one comes twice, since torch has
+    another routine for a single one than for several.
+    """
+    alone = len(z) == 1 and z.numel() <= SMALL and z.device.type == "cpu"
+    return F.conv2d(torch.cat([z, z]), f)[:1] if alone else F.conv2d(z, f)
+
+
+def _in_strips(y: Tensor, f: Tensor, boundary: Boundary) -> Tensor:
+    """`correlate`, in one piece unless it is large and on a CPU."""
+    shape = (len(y), len(f), *map_size(y.shape[2:], f.shape[2:], boundary))
+    if not math.prod(shape):
+        return y.new_zeros(shape)
+    if y.device.type != "cpu" or math.prod(shape) <= 4 * STRIP or _differentiated(y, f):
+        return next(correlate_strips(y, f, boundary, numbers=max(1, math.prod(shape))))[2]
+    maps = y.new_empty(shape)
+    for images, rows, part in correlate_strips(y, f, boundary):
+        maps[images, :, rows] = part
+    return maps
+
+
+def _differentiated(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _mix(spectrum: Tensor, filters: Tensor) -> Tensor:
+    return torch.einsum("nkuv,kcuv->ncuv", spectrum, filters)
+
+
+def _fast_length(length: int) -> int:
+    """The smallest number >= length whose prime factors are 2, 3, 5 and 7."""
+    while True:
+        rest = length
+        for prime in (2, 3, 5, 7):
+            while rest % prime == 0:
+                rest //= prime
+        if rest == 1:
+            return length
+        length += 1
+
+
+def _check(
+    f: Tensor,
+    boundary: Boundary,
+    method: Method,
+    *,
+    z: Tensor | None = None,
+    y: Tensor | None = None,
+) -> None:
+    if boundary not in BOUNDARIES:
+        choices = " or ".join(map(repr, BOUNDARIES))
+        raise ValueError(f"boundary={boundary!r}: choose {choices}")
+    if method not in ("spatial", "fourier"):
+        raise ValueError(f"method={method!r}: choose 'spatial' or 'fourier'")
+    if f.ndim != 4 or f.numel() == 0:
+        raise ValueError(f"filters must have the shape (K, C, h, w), got {tuple(f.shape)}")
+    K, C, h, w = f.shape
+    if z is not None:
+        if z.ndim != 4 or z.shape[1] != K:
+            raise ValueError(
+                f"maps must have the shape (N, {K}, rows, columns) for {K} filters, "
+                f"got {tuple(z.shape)}"
+            )
+        if z.shape[2] < h or z.shape[3] < w:
+            raise ValueError(
+                f"maps of {z.shape[2]}x{z.shape[3]} are smaller than the {h}x{w} filters"
+            )
+    if y is not None:
+        if y.ndim != 4 or y.shape[1] != C:
+            raise ValueError(
+                f"images must have the shape (N, {C}, H, W) for filters of {C} channels, "
+                f"got {tuple(y.shape)}"
+            )
+        if boundary != "valid" and (y.shape[2] < h or y.shape[3] < w):
+            raise ValueError(
+                f"images of {y.shape[2]}x{y.shape[3]} are smaller than the {h}x{w} filters"
+            )

@@ -1,0 +1,535 @@
+"""Linear operators from feature maps to what they explain.
+
+Every inference and every picture in this package is one of these operators, composed from
+deconvolutions F, unpoolings U and scalings:
+
+    layer l explains the maps below     A = F_l
+    layer l explains the image          A = R_l = F_1 U_1 S_2 F_2 U_2 S_3 ... F_l
+    layer l explains both               A = the two stacked, each with its weight
+
+An operator has an adjoint, a norm and a solve of (beta I + lam A A') w = d; operators compose with
+@. It works on batches, z (N, ...) -> y (N, ...), every image by itself.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from deconvnet.operators import pooling
+from deconvnet.operators.convolution import (
+    CONTINUED,
+    Boundary,
+    correlate,
+    deconvolve,
+    fourier_size,
+    map_size,
+)
+from deconvnet.support.units import exponent, magnitude, times_power
+from deconvnet.support.validation import as_tensor, check_tensors
+
+# torch multiplies matrices of n x c and c x d numbers by its own loop if n c d is below this.
+OWN_PRODUCTS = 400
+
+
+class Operator(ABC):
+    """A linear map A from maps z to images (or maps below) y, with its adjoint A'.
+
+    warm_steps: how many steps of `solve` from the last solution keep ADMM on its course (measured:
+    with a good preconditioner one step converges in as many iterations as an exact solve). inside:
+    the most numbers of an image that it holds on the way from z to y, as far as it knows.
+    """
+
+    warm_steps = 4
+    inside = 0
+
+    def __getitem__(self, images: slice) -> Operator:
+        """The operator for these images of the batch."""
+        return self
+
+    @abstractmethod
+    def __call__(self, z: Tensor) -> Tensor:
+        """A z."""
+
+    @abstractmethod
+    def adjoint(self, y: Tensor) -> Tensor:
+        """A'y, with <A z, y> = <z, A'y>."""
+
+    def zeros(self, y: Tensor) -> Tensor:
+        """Maps of zeros in the shape of A'y."""
+        return torch.zeros_like(self.adjoint(y))
+
+    def __matmul__(self, inner: Operator) -> Operator:
+        """The composition: (A @ B)(z) = A(B(z))."""
+        return self if isinstance(inner, Identity) else Composition(self, inner)
+
+    def curvature(self) -> float | Tensor:
+        """||A e||^2 of the unit impulse e that paints most, as far as one can say without painting:
+        the product over the parts of A, 1 for unit filters. (N, 1, 1, 1) with a mask of each image.
+        """
+        return 1.0
+
+    def normalised(self) -> tuple[Operator, int]:
+        """(A', e) with A = 2^e A' and filters, masks and factors of an ordinary size in A'; A
+        itself where they are.
+        """
+        return self, 0
+
+    def solve(
+        self,
+        d: Tensor,
+        lam: float,
+        beta: float | Tensor,
+        start: Tensor | None = None,
+        *,
+        tolerance: float = 1e-6,
+        max_iterations: int = 100,
+    ) -> Tensor:
+        """w with (beta I + lam A A') w = d, in the space of the images.
+
+        beta: one for all images, or (N, 1, 1, 1), one for each. By conjugate gradients from
+        `start` until the residual of every image is below `tolerance` times its d; operators that
+        know better override this.
+        """
+        return conjugate_gradients(
+            lambda w: beta * w + lam * self(self.adjoint(w)),
+            d,
+            start,
+            tolerance=tolerance,
+            max_iterations=max_iterations,
+        )
+
+    def squared_norm(self, b: Tensor, *, steps: int = 30) -> Tensor:
+        """||A||^2 (N, 1, 1, 1), the largest eigenvalue of A A', for each image in the shape of b.
+
+        By Lanczos' method from one fixed start, which comes far closer than as many power
+        iterations. It approaches from below, so it is rounded up by 2%: after 30 steps
+        1 / (lam ||A||^2) is a step that does not raise the objective.
+        """
+        generator = torch.Generator().manual_seed(0)
+        y = torch.randn(b.shape[1:], generator=generator, dtype=torch.float32).to(b).expand_as(b)
+        y, before, beside = y / norm(y), torch.zeros_like(y), torch.zeros_like(b[:, :1, :1, :1])
+        diagonal, off_diagonal = [], []
+        for _ in range(steps):
+            moved = self(self.adjoint(y)) - beside * before
+            diagonal.append(dot(y, moved))
+            moved = moved - diagonal[-1] * y
+            beside = norm(moved)
+            off_diagonal.append(beside)
+            before, y = y, moved / beside.clamp(min=torch.finfo(b.dtype).tiny)
+        upper = torch.diag_embed(torch.stack(off_diagonal[:-1], -1).flatten(1), 1)
+        matrix = torch.diag_embed(torch.stack(diagonal, -1).flatten(1)) + upper + upper.mT
+        return 1.02 * torch.linalg.eigvalsh(matrix)[:, -1].view(-1, 1, 1, 1)
+
+
+class Deconvolution(Operator):
+    """F: maps (N, K, ...) -> image (N, C, H, W), the sum over the maps of map * filter.
+
+    f: (K, C, h, w), disconnected planes being zero. mask: (N or 1, C or 1, H, W) of numbers >= 0,
+    M F instead of F: errors ||M F z - M y||^2 weigh mask^2, and what is masked by 0 is explained by
+    nothing. Raises ValueError for a mask that is negative, not finite, or does not fit.
+
+    The solve is exact by one division per frequency where the border wraps; with boundary "valid" A
+    A' is the same filter with zeros around the image, and the wrapping solution is the
+    preconditioner of a few conjugate gradient steps. Both act on C channels, not on K maps, also
+    with a mask. With "zero" and "reflect" it only preconditions, and a step takes A and A'.
+
+    warm_steps: measured on photographs; steps on C channels are cheap, those through A are not.
+    """
+
+    def __init__(self, f: Tensor, boundary: Boundary = "valid", mask: Tensor | None = None):
+        check_tensors(f=f)
+        self.f = f
+        self.boundary = boundary
+        self.mask = mask if mask is None else _checked_mask(mask, f)
+        if boundary in CONTINUED:
+            self.warm_steps = 2 if mask is None else 4
+        else:
+            self.warm_steps = 1 if mask is None else 6
+        # By grid: F F' at every frequency, its eigenvectors and eigenvalues, and the last inverse.
+        self._grams: dict[tuple[int, int], Tensor] = {}
+        self._eigensystems: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._inverse: tuple[tuple, Tensor] | None = None
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return self._masked(deconvolve(z, self.f, boundary=self.boundary))
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        return correlate(self._masked(y), self.f, boundary=self.boundary)
+
+    def zeros(self, y: Tensor) -> Tensor:
+        size = map_size(y.shape[2:], self.f.shape[2:], self.boundary)
+        return y.new_zeros(len(y), len(self.f), *size)
+
+    def solve(
+        self,
+        d: Tensor,
+        lam: float,
+        beta: float | Tensor,
+        start: Tensor | None = None,
+        *,
+        tolerance: float = 1e-6,
+        max_iterations: int = 100,
+    ) -> Tensor:
+        grid = self._grid(tuple(d.shape[2:]))
+        # Where the mask is 0 so is d, and w has to stay so.
+        seen = None if self.mask is None else self.mask > 0
+        weight = lam if self.mask is None else lam * _mean_square(self.mask)
+
+        def precondition(r: Tensor) -> Tensor:
+            r = self._filter_inverse(r, grid, beta, weight)
+            return r if seen is None else r * seen
+
+        if self.boundary == "circular" and self.mask is None:
+            return precondition(d)
+
+        def system(w: Tensor) -> Tensor:
+            if self.boundary in CONTINUED:
+                return beta * w + lam * self(self.adjoint(w))
+            return beta * w + lam * self._masked(self._filter(self._masked(w), grid))
+
+        return conjugate_gradients(
+            system,
+            d,
+            start,
+            tolerance=tolerance,
+            max_iterations=max_iterations,
+            preconditioner=precondition,
+        )
+
+    def squared_norm(self, b: Tensor, *, steps: int = 30) -> Tensor:
+        """The largest gain over the frequencies: exact where the border wraps, else a close bound
+        from above; with "reflect", whose maps count more than once at the border, by Lanczos'
+        method. With a mask the largest mask^2 times that.
+        """
+        if self.boundary == "reflect":
+            plain = Deconvolution(self.f, self.boundary)
+            largest = Operator.squared_norm(plain, b[:1], steps=steps)
+        else:
+            largest = self._eigen(self._grid(tuple(b.shape[2:])))[1].amax()
+        if self.mask is not None:
+            largest = largest * self.mask.square().amax((1, 2, 3), keepdim=True)
+        return largest.expand(b.shape[0], 1, 1, 1)
+
+    def curvature(self) -> float | Tensor:
+        # Squares in double: those of small filters are 0 in float32.
+        largest = float(self.f.detach().double().square().sum((1, 2, 3)).amax())
+        if self.mask is None:
+            return largest
+        seen = largest * _mean_square(self.mask.detach().double())
+        return seen if len(seen) > 1 else float(seen)
+
+    def normalised(self) -> tuple[Operator, int]:
+        of_filters = exponent(magnitude(self.f))
+        of_mask = 0 if self.mask is None else exponent(magnitude(self.mask))
+        if of_filters == of_mask == 0:
+            return self, 0
+        f = times_power(self.f, -of_filters)
+        mask = self.mask if self.mask is None else times_power(self.mask, -of_mask)
+        return Deconvolution(f, self.boundary, mask), of_filters + of_mask
+
+    def __getitem__(self, images: slice) -> Deconvolution:
+        if self.mask is None or len(self.mask) == 1:
+            return self
+        some = copy.copy(self)
+        some.mask = self.mask[images]
+        return some
+
+    def _masked(self, y: Tensor) -> Tensor:
+        return y if self.mask is None else self.mask * y
+
+    def _grid(self, image: tuple[int, int]) -> tuple[int, int]:
+        """The image where the border wraps, else a grid that also holds the reach of F F' beyond
+        one side: nothing wraps into the image.
+        """
+        if self.boundary == "circular":
+            return image
+        h, w = self.f.shape[2:]
+        return fourier_size((image[0] + h - 1, image[1] + w - 1))
+
+    def _filter(self, y: Tensor, grid: tuple[int, int]) -> Tensor:
+        """F F' y with zeros around the images up to the grid."""
+        return _wrapped(y, grid, lambda spectrum: _times(spectrum, self._gram(grid)))
+
+    def _filter_inverse(
+        self, y: Tensor, grid: tuple[int, int], beta: float | Tensor, weight: float | Tensor
+    ) -> Tensor:
+        """(beta I + weight F F')^-1 y with zeros around the images up to the grid.
+
+        By the inverse at every frequency, or, with a beta or weight for each image, by
+        eigenvectors, which serve all of them and cost several times as much to find.
+        """
+        if isinstance(beta, Tensor) or isinstance(weight, Tensor):
+            vectors, values = self._eigen(grid)
+            gains = 1 / (beta + weight * values)
+            return _wrapped(y, grid, lambda s: _times(_times(s, vectors.mH) * gains, vectors))
+        return _wrapped(y, grid, lambda s: _times(s, self._inverted(grid, beta, weight)))
+
+    def _gram(self, grid: tuple[int, int]) -> Tensor:
+        """F F' (u, v, C, C) at every frequency of a grid, once for a grid."""
+        if grid not in self._grams:
+            spectrum = torch.fft.rfft2(self.f, grid).permute(2, 3, 1, 0).contiguous()
+            self._grams[grid] = spectrum @ spectrum.mH
+        return self._grams[grid]
+
+    def _eigen(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Eigenvectors (u, v, C, C) and eigenvalues (u, v, C) of F F', once for a grid."""
+        if grid not in self._eigensystems:
+            gram = self._gram(grid)
+            alone = gram.shape[-1] == 1
+            values, vectors = (
+                (gram[..., 0].real, torch.ones_like(gram)) if alone else torch.linalg.eigh(gram)
+            )
+            self._eigensystems[grid] = vectors, values.clamp(min=0)
+        return self._eigensystems[grid]
+
+    def _inverted(self, grid: tuple[int, int], beta: float, weight: float) -> Tensor:
+        """(beta I + weight F F')^-1 (u, v, C, C) at every frequency; the last one is kept."""
+        key = (grid, beta, weight)
+        if self._inverse is None or self._inverse[0] != key:
+            gram = self._gram(grid)
+            eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+            factor, failed = torch.linalg.cholesky_ex(beta * eye + weight * gram)
+            if failed.any():
+                # Positive definite but for rounding, which eigenvalues can be cleared of.
+                vectors, values = self._eigen(grid)
+                found = (vectors / (beta + weight * values)[..., None, :]) @ vectors.mH
+            else:
+                found = torch.cholesky_inverse(factor)
+            self._inverse = key, found
+        return self._inverse[1]
+
+
+def _wrapped(y: Tensor, grid: tuple[int, int], change: Callable[[Tensor], Tensor]) -> Tensor:
+    """y (N, C, H, W) after a change of its spectrum (N, u, v, C) on a grid, cropped to its size."""
+    spectrum = change(torch.fft.rfft2(y, grid).permute(0, 2, 3, 1))
+    return torch.fft.irfft2(spectrum.permute(0, 3, 1, 2), grid)[..., : y.shape[2], : y.shape[3]]
+
+
+def _times(spectrum: Tensor, matrices: Tensor) -> Tensor:
+    """(N, u, v, C), at every frequency matrices (u, v, C, C) times spectrum (N, u, v, C).
+
+    Each image is rounded as if it were alone, so that its maps do not depend on the batch by a
+    bit. For that every product must be taken by one routine: torch has its own for small ones,
+    and the others, of two and more images, go to the library.
+    """
+    C = matrices.shape[-1]
+    if C == 1:
+        return spectrum * matrices[..., 0].real
+    # (u, v, N, C) in this order in memory, without which torch takes several times as long.
+    rows, columns = spectrum.permute(1, 2, 0, 3).contiguous(), matrices.mT
+    some = (OWN_PRODUCTS - 1) // C**2
+    if some > 1:
+        product = torch.cat([part @ columns for part in rows.split(some, 2)], 2)
+    else:
+        pair = rows.expand(-1, -1, 2, -1) if rows.shape[2] == 1 else rows
+        product = (pair @ columns)[:, :, : rows.shape[2]]
+    return product.permute(2, 0, 1, 3)
+
+
+def _checked_mask(mask: Tensor, f: Tensor) -> Tensor:
+    """The mask in the numbers of the filters."""
+    mask = as_tensor(mask, "mask")
+    if mask.ndim != 4 or mask.shape[1] not in (1, f.shape[1]):
+        channels = "1" if f.shape[1] == 1 else f"1 or {f.shape[1]}"
+        raise ValueError(
+            f"mask must have the shape (N or 1, {channels}, H, W), got {tuple(mask.shape)}"
+        )
+    mask = mask.to(f)
+    if len(wrong := mask[~((mask >= 0) & (mask < math.inf))]):
+        raise ValueError(f"mask={float(wrong[0])}: must be finite and not negative")
+    return mask
+
+
+def _mean_square(mask: Tensor) -> Tensor:
+    """(N or 1, 1, 1, 1): the mean of mask^2 where it is not 0."""
+    total = mask.square().sum((1, 2, 3), keepdim=True)
+    return total / (mask > 0).sum((1, 2, 3), keepdim=True).clamp(min=1)
+
+
+class Unpooling(Operator):
+    """U_s: pooled maps -> maps of the given (K, H, W) shape, with the switches of a batch."""
+
+    def __init__(self, switches: Tensor, shape: tuple[int, int, int]):
+        self.switches = switches
+        self.shape = tuple(shape)
+        self.inside = math.prod(self.shape)
+
+    def __getitem__(self, images: slice) -> Unpooling:
+        return Unpooling(self.switches[images], self.shape)
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return pooling.unpool(z, self.switches, (z.shape[0], *self.shape))
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        return pooling.pool(y, self.switches)
+
+
+class Spreading(Operator):
+    """U_w: pooled maps -> maps, every value at all places of its window, with weights there."""
+
+    def __init__(self, weights: Tensor, window: pooling.Window):
+        self.weights = weights
+        self.window = window
+        self.inside = weights[0].numel()
+
+    def __getitem__(self, images: slice) -> Spreading:
+        alike = len(self.weights) == 1
+        return self if alike else Spreading(self.weights[images], self.window)
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return pooling.spread(z, self.weights, self.window)
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        return pooling.gather(y, self.weights, self.window)
+
+
+class Identity(Operator):
+    """Nothing at all: Identity() @ A is A itself, with what A knows about its norm and solve."""
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return z
+
+    adjoint = __call__
+
+    def __matmul__(self, inner: Operator) -> Operator:
+        return inner
+
+
+class Scaling(Operator):
+    """Multiplication by a number: the explicit rescaling between two layers."""
+
+    def __init__(self, factor: float):
+        self.factor = factor
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return self.factor * z
+
+    adjoint = __call__
+
+    def curvature(self) -> float | Tensor:
+        return self.factor**2
+
+    def normalised(self) -> tuple[Operator, int]:
+        e = exponent(abs(self.factor))
+        return (Scaling(math.ldexp(self.factor, -e)), e) if e else (self, 0)
+
+
+class Composition(Operator):
+    """outer after inner: z -> outer(inner(z))."""
+
+    def __init__(self, outer: Operator, inner: Operator):
+        self.outer = outer
+        self.inner = inner
+        self.inside = max(outer.inside, inner.inside)
+
+    def __getitem__(self, images: slice) -> Composition:
+        return Composition(self.outer[images], self.inner[images])
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return self.outer(self.inner(z))
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        return self.inner.adjoint(self.outer.adjoint(y))
+
+    def curvature(self) -> float | Tensor:
+        return self.outer.curvature() * self.inner.curvature()
+
+    def normalised(self) -> tuple[Operator, int]:
+        (outer, of_outer), (inner, of_inner) = self.outer.normalised(), self.inner.normalised()
+        if of_outer == of_inner == 0:
+            return self, 0
+        return Composition(outer, inner), of_outer + of_inner
+
+
+class Stack(Operator):
+    """Several operators on the same maps, one below the other: z -> (w_1 A_1 z, w_2 A_2 z, ...).
+
+    What they make has different shapes, so it is laid end to end, (N, numbers, 1, 1); `join` does
+    this to what they should make, whose squared errors then add with the weights w^2.
+    """
+
+    def __init__(self, operators: list[Operator], weights: list[float], shapes: list[torch.Size]):
+        self.operators, self.weights = operators, weights
+        self.shapes = [tuple(shape[1:]) for shape in shapes]
+        self.inside = max(A.inside for A in operators)
+
+    def __getitem__(self, images: slice) -> Stack:
+        some = copy.copy(self)
+        some.operators = [A[images] for A in self.operators]
+        return some
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return self.join([A(z) for A in self.operators])
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        parts = y.flatten(1).split([math.prod(shape) for shape in self.shapes], 1)
+        each = zip(self.operators, self.weights, parts, self.shapes, strict=True)
+        return sum(A.adjoint(w * part.reshape(-1, *shape)) for A, w, part, shape in each)
+
+    def curvature(self) -> float | Tensor:
+        each = zip(self.weights, self.operators, strict=True)
+        return sum(w**2 * A.curvature() for w, A in each)
+
+    def normalised(self) -> tuple[Operator, int]:
+        parts, of_parts = zip(*(A.normalised() for A in self.operators), strict=True)
+        weights = [math.ldexp(w, e) for w, e in zip(self.weights, of_parts, strict=True)]
+        e = exponent(max(map(abs, weights)))
+        if e == 0 and not any(of_parts):
+            return self, 0
+        some = copy.copy(self)
+        some.operators, some.weights = list(parts), [math.ldexp(w, -e) for w in weights]
+        return some, e
+
+    def join(self, targets: list[Tensor]) -> Tensor:
+        """The targets of the operators, weighted and end to end."""
+        each = zip(self.weights, targets, strict=True)
+        return torch.cat([w * target.flatten(1) for w, target in each], 1)[..., None, None]
+
+
+def conjugate_gradients(
+    system: Callable[[Tensor], Tensor],
+    d: Tensor,
+    start: Tensor | None = None,
+    *,
+    tolerance: float,
+    max_iterations: int,
+    preconditioner: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """w with system(w) = d for a symmetric positive definite system, every image (first axis) by
+    itself.
+
+    Stops when the residual of every image is at most `tolerance` times the norm of its d. An image
+    that is there stands still, so that its result does not depend on the others in the batch.
+    """
+    w, tiny = torch.zeros_like(d) if start is None else start, torch.finfo(d.dtype).tiny
+    r = d if start is None else d - system(w)
+    goal = (tolerance * norm(d)).square()
+    direction, rz = None, None
+    for _ in range(max_iterations):
+        going = dot(r, r) > goal
+        if tolerance and not going.any():
+            break
+        s = r if preconditioner is None else preconditioner(r)
+        rz_old, rz = rz, dot(r, s)
+        direction = s if direction is None else s + (rz / rz_old.clamp(min=tiny)) * direction
+        q = system(direction)
+        alpha = going * rz / dot(direction, q).clamp(min=tiny)
+        w = w + alpha * direction
+        r = r - alpha * q
+    return w
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """<a, b> of every image, (N, 1, 1, 1)."""
+    return (a * b).sum((1, 2, 3), keepdim=True)
+
+
+def norm(a: Tensor) -> Tensor:
+    """The Euclidean norm of every image, (N, 1, 1, 1)."""
+    return dot(a, a).sqrt()

@@ -1,0 +1,149 @@
+"""Max pooling that remembers where each maximum was, and unpooling that puts it back there.
+
+    N images · K maps · H, W size of a map · (groups, h, w) size of a pooling window
+
+A window spans `groups` consecutive maps and h x w positions of each. Windows do not overlap; those
+at the borders, and the last group of maps, may be partial, so the pooled size is ceil(size /
+window). What survives of a window is its element of largest magnitude, with its sign; of two
+equally large ones the positive, then the first (Zeiler et al. 2011, and the authors' toolbox).
+
+Switches are the flat indices of the survivors into the (K, H, W) maps of their image, int64, in the
+shape of the pooled maps. With the switches fixed, pooling and unpooling are linear and each other's
+adjoint: U = P'.
+
+To see what the switches are worth there are unpoolings that forget a part of them and spread a
+value over the places that are left, with weights that each window has for itself (`spread`).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deconvnet.support.validation import check_tensors
+
+Window = tuple[int, int, int]
+
+UNPOOLINGS = ("switches", "no_map", "no_place", "centre", "average", "everywhere")
+
+
+def max_pool(z: Tensor, window: Window) -> tuple[Tensor, Tensor]:
+    """(pooled maps, switches), both (N, ceil(K/groups), ceil(H/h), ceil(W/w)): [p, s] = P(z)."""
+    check_tensors(z=z)
+    if z.ndim != 4 or 0 in z.shape[1:]:
+        raise ValueError(f"maps must have the shape (N, K, H, W), got {tuple(z.shape)}")
+    if not isinstance(window, (tuple, list)) or len(window) != 3 or not all(map(_is_size, window)):
+        raise ValueError(
+            f"pooling window {window}: expected three numbers (groups, h, w), each at least 1"
+        )
+    largest, where_largest = _pool3d(z, window)
+    smallest, where_smallest = _pool3d(-z, window)
+    positive = largest >= smallest
+    pooled = torch.where(positive, largest, -smallest)
+    return pooled, torch.where(positive, where_largest, where_smallest)
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and value >= 1
+
+
+def strongest(z: Tensor, window: Window) -> Tensor:
+    """The switches of `max_pool` alone, in about half its time; of equal magnitudes any may win."""
+    return _pool3d(z.abs(), window)[1]
+
+
+def pool(z: Tensor, switches: Tensor) -> Tensor:
+    """The maps' values at the switches, in their shape: p = P_s z, the adjoint of `unpool`."""
+    return z.flatten(1).gather(1, switches.flatten(1)).view(switches.shape)
+
+
+def unpool(pooled: Tensor, switches: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Maps (N, K, H, W) with every pooled value at its switch and zeros elsewhere: z = U_s p.
+
+    shape: that of the maps.
+    Deterministic on every device: the switches of one image are all different, so the scatter
+    writes no place twice.
+    """
+    if pooled.shape != switches.shape:
+        raise ValueError(
+            f"pooled maps of shape {tuple(pooled.shape)} do not fit switches of shape "
+            f"{tuple(switches.shape)}"
+        )
+    if pooled.shape[0] != shape[0]:
+        raise ValueError(
+            f"{pooled.shape[0]} pooled images cannot be unpooled to the shape {tuple(shape)}"
+        )
+    z = pooled.new_zeros(shape)
+    z.flatten(1).scatter_(1, switches.flatten(1), pooled.flatten(1))
+    return z
+
+
+def spread(pooled: Tensor, weights: Tensor, window: Window) -> Tensor:
+    """Maps with every pooled value at all places of its window: z_i = w_i p.
+
+    weights: (N or 1, K, H, W), in the shape of the maps.
+    """
+    z = pooled
+    for axis, size in enumerate(window, 1):
+        z = z.repeat_interleave(size, axis).narrow(axis, 0, weights.shape[axis])
+    return weights * z
+
+
+def gather(z: Tensor, weights: Tensor, window: Window) -> Tensor:
+    """The adjoint of `spread`: p = sum of w_i z_i over each window."""
+    return _sum_windows(weights * z, window)
+
+
+def spreading_weights(
+    kind: str, switches: Tensor, shape: tuple[int, int, int], window: Window
+) -> Tensor:
+    """The weights (N, K, H, W) of an unpooling that knows less than the switches, float32.
+
+    no_map: the place of the maximum in all maps of its group; no_place: all places of its map;
+    centre: the middle of the window, whatever the switch; average: all places of the window. Their
+    squares sum to 1 in each window, so that pooling with them undoes unpooling. everywhere: the
+    value itself at all places.
+    """
+    if kind not in UNPOOLINGS:
+        raise ValueError(f"unpooling={kind}: choose one of {', '.join(UNPOOLINGS)}")
+    if kind == "centre":
+        switches = _centres(shape, window, switches.device).expand_as(switches)
+    if kind in ("average", "everywhere"):
+        weights = torch.ones(1, *shape, device=switches.device)
+    else:
+        ones = torch.ones_like(switches, dtype=torch.float32)
+        weights = unpool(ones, switches, (len(ones), *shape))
+    forgotten = {"no_map": (window[0], 1, 1), "no_place": (1, *window[1:])}.get(kind)
+    if forgotten is not None:
+        weights = spread(_sum_windows(weights, forgotten), torch.ones_like(weights), forgotten)
+    if kind == "everywhere":
+        return weights
+    length = _sum_windows(weights.square(), window).sqrt()
+    return weights / spread(length, torch.ones_like(weights), window)
+
+
+def pooled_shape(shape: tuple[int, int, int], window: Window) -> tuple[int, int, int]:
+    """(K, H, W) after pooling maps of the given (K, H, W) with this window."""
+    return tuple(-(-size // step) for size, step in zip(shape, window, strict=True))
+
+
+def _pool3d(z: Tensor, window: Window) -> tuple[Tensor, Tensor]:
+    """(maxima, flat indices) of windows over maps, rows and columns; of equals the first."""
+    largest, where = F.max_pool3d(z[:, None], window, ceil_mode=True, return_indices=True)
+    return largest[:, 0], where[:, 0]
+
+
+def _sum_windows(z: Tensor, window: Window) -> Tensor:
+    (N, *shape), (k, h, w) = z.shape, window
+    K, H, W = pooled_shape(shape, window)
+    z = F.pad(z, (0, W * w - shape[2], 0, H * h - shape[1], 0, K * k - shape[0]))
+    return z.view(N, K, k, H, h, W, w).sum((2, 4, 6))
+
+
+def _centres(shape: tuple[int, int, int], window: Window, device: torch.device) -> Tensor:
+    """(1, K', H', W'): switches to the middle of every window, or of what there is of it."""
+    middles = []
+    for size, step in zip(shape, window, strict=True):
+        first = torch.arange(0, size, step, device=device)
+        middles.append((first + (first + step).clamp(max=size) - 1) // 2)
+    plane, row, column = middles
+    return (plane.view(-1, 1, 1) * shape[1] + row.view(-1, 1)) * shape[2] + column[None, None]

@@ -1,0 +1,417 @@
+"""Compiled loops over the few entries of sparse maps that are not zero, on the CPU.
+
+    r residual (C, H, W)   c correlations (K, rows, columns)   G maps of a group
+
+Where an entry paints is told axis by axis by a `Footprint`, which is all that these loops know of a
+boundary. They release the interpreter's lock, so that threads may share the work. They are compiled
+once for each size of filters, and kept on disk where that is possible (compiling.py).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from deconvnet.support.compiling import compiled
+
+# Sums may be taken in any order, but a NaN stays one.
+_MATH = {"reassoc", "contract", "arcp", "nsz"}
+_compiled = compiled(fastmath=_MATH, error_model="numpy", nogil=True)
+
+
+# Sides, channels and groups that the compiler knows: it takes seconds for some hundred, and refuses
+# more than a thousand.
+UNROLLED = 64
+
+
+class Footprint(NamedTuple):
+    """Which pixels of one axis an impulse at each place of the maps paints, with which tap.
+
+    pixel, tap, length (places, runs): consecutive taps fall on consecutive pixels, in one run or,
+    where maps go on beyond their border, up to three; a run of length 0 is none. first (places,):
+    the pixel of tap 0 where all taps are one run and there is no other, else -1.
+    """
+
+    pixel: np.ndarray
+    tap: np.ndarray
+    length: np.ndarray
+    first: np.ndarray
+
+
+class Grid(NamedTuple):
+    """Where entries of an image paint, and how much of it counts: mask (C, H, W), or empty."""
+
+    rows: Footprint
+    columns: Footprint
+    mask: np.ndarray
+
+
+class Filters(NamedTuple):
+    """f (K, C, h, w) in groups of G maps; planes (K, C): the channels in which each is not zero,
+    then -1.
+
+    C, h, w and G are tuples of so many Nones: the length of a tuple is a part of its type, so that
+    the compiler knows it and unrolls. Above UNROLLED, where that wins nothing, they are arrays of
+    that length, and one compiled loop serves all.
+    """
+
+    f: np.ndarray
+    planes: np.ndarray
+    C: tuple[None, ...] | np.ndarray
+    h: tuple[None, ...] | np.ndarray
+    w: tuple[None, ...] | np.ndarray
+    G: tuple[None, ...] | np.ndarray
+
+    @classmethod
+    def of(cls, f: np.ndarray, group: int) -> Filters:
+        empty = ~f.any((2, 3))
+        order = empty.argsort(1, kind="stable")
+        planes = np.where(np.take_along_axis(empty, order, 1), -1, order).astype(np.int32)
+        return cls(f, planes, *map(_length, (*f.shape[1:], group)))
+
+
+def _length(number: int) -> tuple[None, ...] | np.ndarray:
+    """What has this length."""
+    return (None,) * number if number <= UNROLLED else np.zeros(number, np.bool_)
+
+
+class Entries(NamedTuple):
+    """Some places of the maps of an image: group g, row i, column j (n,) int32, the values z (n, G)
+    there, the curvature L (n,) of the data term and the weight (n,) of the prior.
+    """
+
+    g: np.ndarray
+    i: np.ndarray
+    j: np.ndarray
+    z: np.ndarray
+    L: np.ndarray
+    weight: np.ndarray
+
+    def take(self, chosen: np.ndarray) -> Entries:
+        return Entries(*(column[chosen] for column in self))
+
+    def join(self, other: Entries) -> Entries:
+        return Entries(*map(np.concatenate, zip(self, other, strict=True)))
+
+
+def footprint(boundary: str, pixels: int, taps: int) -> Footprint:
+    """The footprint along an axis of `pixels` of filters with so many taps (convolution.py)."""
+    places = np.arange(pixels + taps - 1 if boundary == "valid" else pixels)
+    shift = {"valid": taps - 1, "circular": 0}.get(boundary, (taps - 1) // 2)
+    # Where a place stands in a frame that goes on beyond its borders, in rising order.
+    at = [places]
+    if boundary == "circular":
+        at = [places - pixels, places]
+    elif boundary == "reflect":
+        left, right = -places, 2 * (pixels - 1) - places
+        # The border itself is its own image.
+        at = [np.where(places > 0, left, -taps), places]
+        at += [np.where(places < pixels - 1, right, pixels + taps)]
+    corner = np.stack(at, 1) - shift
+    tap = np.clip(-corner, 0, taps)
+    length = np.clip(pixels - corner, 0, taps) - tap
+    if boundary == "circular":
+        # Taps before those that wrap.
+        corner, tap, length = (of[:, ::-1] for of in (corner, tap, length))
+    length = np.maximum(length, 0)
+    alone = (length > 0).sum(1) == 1
+    first = np.where(alone & (length == taps).any(1), (corner * (length == taps)).sum(1), -1)
+    runs = (np.ascontiguousarray(of, np.int32) for of in (np.maximum(corner, 0), tap, length))
+    return Footprint(*runs, first.astype(np.int32))
+
+
+@_compiled
+def _shrunk(magnitude, beta, p):
+    """argmin_x |x|^p + beta/2 (x - magnitude)^2 for a magnitude >= 0 and p < 1, as in sparsity."""
+    smallest = (2 * (1 - p) / beta) ** (1 / (2 - p))
+    if magnitude <= smallest + p / beta * smallest ** (p - 1):
+        return 0 * magnitude
+    x = magnitude
+    if p > 0:
+        for _ in range(6):
+            slope = p * x ** (p - 1)
+            x -= (slope + beta * (x - magnitude)) / (beta - (1 - p) * slope / x)
+    return x
+
+
+@_compiled
+def active(z, G):
+    """(g, i, j) of the entries of maps z (K, rows, columns) whose group is not all zero."""
+    count = 0
+    for _ in range(2):
+        found = np.empty((3, count), np.int32)
+        count = 0
+        for g in range(z.shape[0] // G):
+            for i in range(z.shape[1]):
+                for j in range(z.shape[2]):
+                    some = z[g * G, i, j] != 0
+                    for u in range(1, G):
+                        some |= z[g * G + u, i, j] != 0
+                    if some:
+                        if found.shape[1]:
+                            found[0, count], found[1, count], found[2, count] = g, i, j
+                        count += 1
+    return found[0], found[1], found[2]
+
+
+@_compiled
+def strongest(c, inverse, G, best, which, top, bottom):
+    """best (rows, columns): the largest magnitude times `inverse` (groups,) over the groups of the
+    correlations c (K, rows, columns) at each place, and `which` group has it; in some rows.
+    """
+    for i in range(top, bottom):
+        for j in range(c.shape[2]):
+            best[i, j], which[i, j] = 0, 0
+        for g in range(c.shape[0] // G):
+            for j in range(c.shape[2]):
+                if G == 1:
+                    v = abs(c[g, i, j]) * inverse[g]
+                else:
+                    v = c.dtype.type(0)
+                    for u in range(g * G, (g + 1) * G):
+                        v += c[u, i, j] ** 2
+                    v = np.sqrt(v) * inverse[g]
+                if v > best[i, j]:
+                    best[i, j], which[i, j] = v, g
+
+
+@_compiled
+def leaders(best, tile):
+    """(rows, columns) of the largest in each tile of places, where it is above 1."""
+    H, W = best.shape
+    most = -(-H // tile) * -(-W // tile)
+    rows, columns = np.empty(most, np.int32), np.empty(most, np.int32)
+    n = 0
+    for top in range(0, H, tile):
+        for left in range(0, W, tile):
+            lead = best.dtype.type(1)
+            for i in range(top, min(top + tile, H)):
+                for j in range(left, min(left + tile, W)):
+                    if best[i, j] > lead:
+                        lead, rows[n], columns[n] = best[i, j], i, j
+            n += lead > 1
+    return rows[:n], columns[:n]
+
+
+@_compiled
+def by_bands(i, j, H, W, bands):
+    """(order, starts): entries sorted by band of rows, then by column, as they are swept."""
+    starts = np.zeros(bands * W + 1, np.int64)
+    key = np.empty(len(i), np.int64)
+    for n in range(len(i)):
+        key[n] = i[n] * bands // H * W + j[n]
+        starts[key[n] + 1] += 1
+    starts = np.cumsum(starts)
+    order, at = np.empty(len(i), np.int64), starts.copy()
+    for n in range(len(i)):
+        order[at[key[n]]] = n
+        at[key[n]] += 1
+    return order, starts[::W].copy()
+
+
+@_compiled
+def correlations(k, i, j, z, starts, own, gram):
+    """gram (K, K, 2h-1, 2w-1) += sums of z_k[i] z_l[i + shift] over pairs of entries of one image.
+
+    k, i, j, z (n,) sorted by row, then column; starts (rows + 1,): where each row begins. own (n,):
+    whether it counts as the first of a pair, or only continues the maps beyond their border.
+    """
+    h, w = (gram.shape[2] + 1) // 2, (gram.shape[3] + 1) // 2
+    for n in range(len(k)):
+        if not own[n]:
+            continue
+        for row in range(max(i[n] - h + 1, 0), min(i[n] + h, len(starts) - 1)):
+            # The first entry of that row which is near enough, by bisection.
+            m, end = starts[row], starts[row + 1]
+            while m < end:
+                middle = (m + end) // 2
+                if j[middle] <= j[n] - w:
+                    m = middle + 1
+                else:
+                    end = middle
+            while m < starts[row + 1] and j[m] < j[n] + w:
+                gram[k[n], k[m], row - i[n] + h - 1, j[m] - j[n] + w - 1] += z[n] * z[m]
+                m += 1
+
+
+@_compiled
+def towards_filters(gradient, y, g, i, j, z, rows, columns):
+    """gradient (K, C, h, w) += Z'y, the image y (C, H, W) as each entry sees it."""
+    for n in range(len(g)):
+        for c in range(y.shape[0]):
+            for a in range(rows.length.shape[1]):
+                for m in range(rows.length[i[n], a]):
+                    x, u = rows.pixel[i[n], a] + m, rows.tap[i[n], a] + m
+                    for b in range(columns.length.shape[1]):
+                        left, v = columns.pixel[j[n], b], columns.tap[j[n], b]
+                        for q in range(columns.length[j[n], b]):
+                            gradient[g[n], c, u, v + q] += z[n] * y[c, x, left + q]
+
+
+@_compiled
+def _dot(r, f, planes, k, top, left, C, h, w):
+    """<r, what a unit impulse of map k paints>, all its taps being painted from (top, left)."""
+    total = r.dtype.type(0)
+    for s in range(len(C)):
+        c = planes[k, s]
+        if c < 0:
+            break
+        for m in range(len(h)):
+            for q in range(len(w)):
+                total += r[c, top + m, left + q] * f[k, c, m, q]
+    return total
+
+
+@_compiled
+def _paint(r, amount, f, planes, k, top, left, C, h, w):
+    """r += amount * what a unit impulse of map k paints, all its taps from (top, left)."""
+    for s in range(len(C)):
+        c = planes[k, s]
+        if c < 0:
+            break
+        for m in range(len(h)):
+            for q in range(len(w)):
+                r[c, top + m, left + q] += amount * f[k, c, m, q]
+
+
+@_compiled
+def _dot_at(r, f, k, rows, columns, mask, i, j):
+    """<mask r, what a unit impulse at (i, j) of map k paints>, wherever that is."""
+    total = r.dtype.type(0)
+    for c in range(f.shape[1]):
+        for a in range(rows.length.shape[1]):
+            for m in range(rows.length[i, a]):
+                x, u = rows.pixel[i, a] + m, rows.tap[i, a] + m
+                for b in range(columns.length.shape[1]):
+                    left, v = columns.pixel[j, b], columns.tap[j, b]
+                    for q in range(columns.length[j, b]):
+                        value = r[c, x, left + q] * f[k, c, u, v + q]
+                        total += value * mask[c, x, left + q] if mask.size else value
+    return total
+
+
+@_compiled
+def _paint_at(r, amount, f, k, rows, columns, mask, i, j):
+    """r += amount * mask * what a unit impulse at (i, j) of map k paints, wherever that is."""
+    for c in range(f.shape[1]):
+        for a in range(rows.length.shape[1]):
+            for m in range(rows.length[i, a]):
+                x, u = rows.pixel[i, a] + m, rows.tap[i, a] + m
+                for b in range(columns.length.shape[1]):
+                    left, v = columns.pixel[j, b], columns.tap[j, b]
+                    for q in range(columns.length[j, b]):
+                        value = amount * f[k, c, u, v + q]
+                        r[c, x, left + q] += value * mask[c, x, left + q] if mask.size else value
+
+
+@_compiled
+def subtract(r, filters, grid, entries):
+    """r -= A z."""
+    f, planes, C, h, w, _ = filters
+    g, i, j, z, _, _ = entries
+    rows, columns, mask = grid
+    tops, lefts, masked = rows.first, columns.first, mask.size > 0
+    for n in range(len(g)):
+        top, left = tops[i[n]], lefts[j[n]]
+        whole = top >= 0 and left >= 0 and not masked
+        for u in range(z.shape[1]):
+            if z[n, u] != 0:
+                k = g[n] * z.shape[1] + u
+                if whole:
+                    _paint(r, -z[n, u], f, planes, k, top, left, C, h, w)
+                else:
+                    _paint_at(r, -z[n, u], f, k, rows, columns, mask, i[n], j[n])
+
+
+@_compiled
+def correlations_at(y, f, rows, columns, G, g, i, j):
+    """(n, G): the correlations of an image y (C, H, W) with the filters of some groups, at some
+    places.
+    """
+    c, everything = np.empty((len(g), G), y.dtype), np.empty((0, 0, 0), y.dtype)
+    for n in range(len(g)):
+        for u in range(G):
+            c[n, u] = _dot_at(y, f, g[n] * G + u, rows, columns, everything, i[n], j[n])
+    return c
+
+
+@_compiled
+def curvatures(filters, inner, grid, g, i, j, scratch):
+    """L (n,): of entries that paint all their taps that of `inner` (groups,); of the others the
+    squared norm of what a unit impulse paints, added up over a group.
+
+    scratch (C, H, W): zeros, and zeros again afterwards.
+    """
+    f, G = filters.f, len(filters.G)
+    rows, columns, mask = grid
+    L = np.empty(len(g), f.dtype)
+    for n in range(len(g)):
+        whole = rows.first[i[n]] >= 0 and columns.first[j[n]] >= 0
+        if whole and mask.size == 0:
+            L[n] = inner[g[n]]
+            continue
+        L[n] = 0
+        for k in range(g[n] * G, (g[n] + 1) * G):
+            _paint_at(scratch, f.dtype.type(1), f, k, rows, columns, mask, i[n], j[n])
+            L[n] += _dot_at(scratch, f, k, rows, columns, mask, i[n], j[n])
+            for a in range(rows.length.shape[1]):
+                top = rows.pixel[i[n], a]
+                for b in range(columns.length.shape[1]):
+                    left = columns.pixel[j[n], b]
+                    bottom, right = top + rows.length[i[n], a], left + columns.length[j[n], b]
+                    scratch[:, top:bottom, left:right] = 0
+    return L
+
+
+@_compiled
+def descend(r, filters, grid, entries, starts, bands, sweeps, lam, p, positive):
+    """Minimise over one entry after the other, so often in each of these bands, which do not touch;
+    z and r change in place.
+    """
+    # Taken out once: a named tuple that is passed on or looked into costs more than a step.
+    f, planes, C, h, w, _ = filters
+    g, i, j, z, L, weight = entries
+    rows, columns, mask = grid
+    tops, lefts, masked = rows.first, columns.first, mask.size > 0
+    G = len(filters.G)
+    v = np.empty(G, z.dtype)
+    for s in bands:
+        for _ in range(sweeps):
+            for n in range(starts[s], starts[s + 1]):
+                if not L[n] > 0:
+                    # It paints nothing: its filter is zero, or all that it would paint is masked.
+                    for u in range(G):
+                        z[n, u] = 0
+                    continue
+                top, left = tops[i[n]], lefts[j[n]]
+                whole = top >= 0 and left >= 0 and not masked
+                length = z.dtype.type(0)
+                for u in range(G):
+                    k = g[n] * G + u
+                    if whole:
+                        c = _dot(r, f, planes, k, top, left, C, h, w)
+                    else:
+                        c = _dot_at(r, f, k, rows, columns, mask, i[n], j[n])
+                    v[u] = z[n, u] + c / L[n]
+                    if positive and v[u] < 0:
+                        v[u] = 0
+                    length += v[u] * v[u]
+                length = abs(v[0]) if G == 1 else np.sqrt(length)
+                if p == 1:
+                    kept = max(length - weight[n] / (lam * L[n]), 0 * length)
+                else:
+                    kept = _shrunk(length, lam * L[n] / weight[n], p) if weight[n] > 0 else length
+                for u in range(G):
+                    if G == 1:
+                        x = z.dtype.type(kept if v[u] > 0 else -kept)
+                    else:
+                        x = z.dtype.type(kept / length * v[u] if kept > 0 else kept)
+                    d = x - z[n, u]
+                    if d != 0:
+                        k = g[n] * G + u
+                        if whole:
+                            _paint(r, -d, f, planes, k, top, left, C, h, w)
+                        else:
+                            _paint_at(r, -d, f, k, rows, columns, mask, i[n], j[n])
+                        z[n, u] += d

@@ -1,0 +1,312 @@
+"""The sparse prior sum |x|^p: its value and its proximal map for every 0 <= p <= 1.
+
+`Prior` is all that may be asked of the maps: weights, maps whose magnitude is one, signs, a pooling
+window. Everything else here is the plain sum, of which it is made.
+
+    x, v maps of any shape · beta > 0 weight of the quadratic term · p the exponent, 0^0 = 0, so
+    that p = 0 counts
+
+For p = 1 the map is the soft threshold, for p = 0 the hard one. Between, the minimiser jumps from 0
+to a finite value at a threshold tau and the equation beyond it is solved by Newton's method, to
+rounding, on every device: no look-up table (that of Krishnan and Fergus, NIPS 2009, is too coarse
+where beta is large).
+
+With a pooling window the prior also allows at most one entry that is not zero in each window. Its
+proximal map is the shrinkage of the largest entry of each window, and zero elsewhere: among the
+entries of a window, beta/2 v^2 - min_x (|x|^p + beta/2 (x - v)^2) is what keeping one gains, and it
+grows with |v|. So pooling and unpooling after every shrinkage, as Zeiler et al. 2011 do it, is no
+departure from proximal gradient steps but the proximal map of this prior.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from deconvnet.operators.pooling import Window, pool, strongest, unpool
+from deconvnet.support.validation import as_number, as_weights, check_numbers, check_tensors, whole
+
+
+@dataclass(frozen=True, eq=False)
+class Prior:
+    """sum_i w_i |z_i|^p, or the same of the l2 norms of groups of maps, over maps z (N, K, H, W).
+
+    weights: w >= 0, (K,) or whatever broadcasts to z; 0 leaves an entry free; None: all 1. group:
+    so many consecutive maps share one magnitude, their l2 norm at each place, and one weight.
+    non_negative: over z >= 0 only. window: at most one entry that is not zero in each window, as in
+    `shrink`; without weights and groups. Raises ValueError for what does not fit together.
+    """
+
+    p: float = 1.0
+    window: Window | None = None
+    weights: Tensor | None = None
+    group: int = 1
+    non_negative: bool = False
+
+    def __post_init__(self) -> None:
+        check_exponent(self.p)
+        whole(self.group, "group")
+        if self.window is not None and (self.group > 1 or self.weights is not None):
+            raise ValueError(
+                f"window={tuple(self.window)}: not together with weights or group={self.group}"
+            )
+        if self.weights is None:
+            return
+        if not isinstance(self.weights, Tensor):
+            object.__setattr__(self, "weights", as_weights(self.weights))
+        w = self.weights
+        check_numbers(w, "weights")
+        if len(wrong := w[~((w >= 0) & (w < torch.inf))]):
+            raise ValueError(f"weights={float(wrong[0])}: must be finite and not negative")
+        if self.group > 1 and not self._one_for_each_group():
+            raise ValueError(
+                f"weights of shape {tuple(w.shape)}: the {self.group} maps of a group have one "
+                "weight at each place"
+            )
+
+    @property
+    def convex(self) -> bool:
+        """Whether there is one minimum, which a duality gap can certify."""
+        return self.p == 1 and self.window is None
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Refuse maps of a shape (N, K, H, W) that weights or groups do not fit."""
+        if len(shape) != 4:
+            raise ValueError(f"maps must have the shape (N, K, H, W), got {tuple(shape)}")
+        if shape[1] % self.group:
+            raise ValueError(f"group={self.group}: must divide the {shape[1]} maps")
+        if self.weights is None:
+            return
+        w = _at_maps(self.weights)
+        fits = w.ndim <= len(shape) and all(
+            a in (1, b) for a, b in zip(reversed(w.shape), reversed(shape), strict=False)
+        )
+        if not fits:
+            raise ValueError(
+                f"weights of shape {tuple(self.weights.shape)}: expected ({shape[1]},), or what "
+                f"broadcasts to maps of shape {tuple(shape)}"
+            )
+
+    def shrink(self, v: Tensor, beta: float | Tensor) -> Tensor:
+        """argmin_x prior(x) + beta/2 ||x - v||^2, the proximal map; beta: number or (N, 1, 1, 1).
+
+        Weights are thresholds of their own, beta / w entry by entry. The norm of a group depends on
+        its length alone, so the length is shrunk and the direction stays, for every p.
+        """
+        if self.group == 1:
+            return self._shrink_entries(v, beta)
+        if self.non_negative:
+            v = v.clamp(min=0)
+        length = self._lengths(v)
+        kept = self._shrink_entries(length, beta) / length.clamp(min=torch.finfo(v.dtype).tiny)
+        return (v.unflatten(1, (-1, self.group)) * kept[:, :, None]).flatten(1, 2)
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """The value for every image, (N,) in float64; infinity where z is not allowed: negative
+        with non_negative, or with several entries that are not zero in a window.
+        """
+        value = self.value(z)
+        if self.window is None and not self.non_negative:
+            return value
+        broken = (self.feasible(z) != z).flatten(1).any(1) & ~value.isnan()
+        return torch.where(broken, torch.inf, value)
+
+    def feasible(self, z: Tensor) -> Tensor:
+        """The nearest maps that are allowed: z >= 0, the strongest entry of each window."""
+        if self.non_negative:
+            z = z.clamp(min=0)
+        if self.window is None:
+            return z
+        switches = strongest(z, self.window)
+        return unpool(pool(z, switches), switches, z.shape)
+
+    def value(self, z: Tensor) -> Tensor:
+        """The value for every image of maps that are allowed, (N,) in float64."""
+        x = z if self.group == 1 else self._lengths(z)
+        if self.entry_weights is None:
+            return penalties(x, self.p)
+        magnitude = (x != 0).to(x.dtype) if self.p == 0 else x.abs()
+        if 0 < self.p < 1:
+            magnitude = _power(magnitude, self.p)
+        return (self.entry_weights.to(x) * magnitude).sum((1, 2, 3)).double()
+
+    def dual_norm(self, c: Tensor) -> Tensor:
+        """(N,): for p = 1 the smallest s for which c / s is a subgradient at z = 0.
+
+        max |c_i| / w_i, of c clamped at 0 if z is not negative, of the lengths of groups. Where a
+        weight is 0 and c is not, it is infinite.
+        """
+        if self.p != 1:
+            raise ValueError(f"p={self.p}: only the prior with p=1 has a dual norm")
+        if self.non_negative:
+            c = c.clamp(min=0)
+        c = c.abs() if self.group == 1 else self._lengths(c)
+        if self.entry_weights is not None:
+            # 0 / 0 is nothing that is asked of c.
+            c = torch.where(c > 0, c / self.entry_weights.to(c), c)
+        return c.flatten(1).amax(1)
+
+    def _shrink_entries(self, v: Tensor, beta: float | Tensor) -> Tensor:
+        """The proximal map of the entries, or of the lengths of groups."""
+        w = None if self.entry_weights is None else self.entry_weights.to(v)
+        if self.p == 1 and self.window is None and (w is not None or isinstance(beta, Tensor)):
+            # The bits of `shrink` where there are no weights, several times as fast.
+            tau = 1 / beta if w is None else w * (1 / beta)
+            positive = (v - tau).relu_()
+            if self.non_negative:
+                return positive
+            negative = (v + tau).neg_().relu_()
+            # A gradient is made of what relu_ has left.
+            return positive - negative if positive.requires_grad else positive.sub_(negative)
+        if w is None:
+            return shrink(v, beta, self.p, non_negative=self.non_negative, window=self.window)
+        some = w.clamp(min=1e-30)
+        x = shrink(v, beta / some, self.p, non_negative=self.non_negative)
+        free = v.clamp(min=0) if self.non_negative else v
+        return torch.where(w > 0, x, free)
+
+    def _lengths(self, v: Tensor) -> Tensor:
+        """(N, K / group, H, W): the l2 norm of every group of maps."""
+        # Not vector_norm, which takes fifty times as long over an axis in the middle.
+        return _root(v.unflatten(1, (-1, self.group)).square().sum(2))
+
+    @cached_property
+    def entry_weights(self) -> Tensor | None:
+        """The weights of entries, or of groups, as they broadcast; None where they are all 1."""
+        if self.weights is None or (self.weights == 1).all():
+            return None
+        w = _at_maps(self.weights)
+        by_map = self.group > 1 and w.ndim >= 3 and w.shape[-3] > 1
+        return w[..., :: self.group, :, :] if by_map else w
+
+    def _one_for_each_group(self) -> bool:
+        """Whether the weights of the maps of every group are the same."""
+        w = _at_maps(self.weights)
+        if w.ndim < 3 or w.shape[-3] == 1:
+            return True
+        if w.shape[-3] % self.group:
+            return False
+        groups = w.unflatten(-3, (-1, self.group))
+        return bool((groups == groups[..., :1, :, :]).all())
+
+
+def _at_maps(weights: Tensor) -> Tensor:
+    return weights[:, None, None] if weights.ndim == 1 else weights
+
+
+def penalty(x: Tensor, p: float = 1.0) -> Tensor:
+    """sum |x|^p over all entries, a float64 scalar; p = 0 counts the entries that are not zero."""
+    return penalties(x.flatten()[None], p)[0]
+
+
+def penalties(x: Tensor, p: float = 1.0) -> Tensor:
+    """`penalty` of every image of x (N, ...): (N,) in float64."""
+    check_exponent(p)
+    axes = tuple(range(1, x.ndim))
+    if p == 0:
+        return torch.count_nonzero(x, axes).double()
+    magnitude = x.abs()
+    if p != 1:
+        magnitude = _power(magnitude, p)
+    # Summed pairwise, to 1e-7, in a quarter of the time that conversion takes.
+    return magnitude.sum(axes).double()
+
+
+def shrink(
+    v: Tensor,
+    beta: float | Tensor,
+    p: float = 1.0,
+    *,
+    non_negative: bool = False,
+    window: Window | None = None,
+) -> Tensor:
+    """argmin_x |x|^p + beta/2 (x - v)^2, element by element  (Zeiler et al. 2010, the x-step).
+
+    beta: a positive number, or a tensor (N, 1, 1, 1). With non_negative the minimum over x >= 0;
+    with window = (groups, h, w) over the maps x (N, K, H, W) that have at most one entry that is
+    not zero in each window of `pooling.max_pool`. At the threshold itself, where two minimisers
+    tie, the result is 0.
+    """
+    check_exponent(p)
+    check_tensors(v=v)
+    if window is not None:
+        switches = strongest(v.clamp(min=0) if non_negative else v, window)
+        kept = shrink(pool(v, switches), beta, p, non_negative=non_negative)
+        return unpool(kept, switches, v.shape)
+    if not isinstance(beta, Tensor):
+        if not as_number(beta, "beta") > 0:
+            raise ValueError(f"beta={beta}: must be positive")
+        if p == 1:
+            return _soft_threshold(v, 1 / beta, non_negative)
+    if non_negative:
+        v = v.clamp(min=0)
+    magnitude = v.abs()
+    _, tau = threshold(beta, p)
+    if p == 1:
+        result = magnitude - tau
+    elif p == 0:
+        result = magnitude
+    else:
+        result = _largest_root(magnitude, beta, p, tau)
+    # <= and not >, so that a NaN stays one.
+    return torch.where(magnitude <= tau, torch.zeros_like(result), result).copysign(v)
+
+
+def threshold(beta: float | Tensor, p: float) -> tuple[float | Tensor, float | Tensor]:
+    """(x, tau): up to |v| = tau the minimiser is 0, and just beyond it jumps to x (0 for p = 1).
+
+    x = (2 (1-p) / beta)^(1/(2-p)) and tau = x + p/beta x^(p-1): there the cost of x equals that of
+    0.
+    """
+    if p == 1:
+        return 0.0 * beta, 1 / beta
+    x = (2 * (1 - p) / beta) ** (1 / (2 - p))
+    return x, x + p / beta * x ** (p - 1)
+
+
+def check_exponent(p: float) -> None:
+    if not 0 <= as_number(p, "p") <= 1:
+        raise ValueError(f"p={p}: the exponent of the sparse prior must lie between 0 and 1")
+
+
+def _soft_threshold(v: Tensor, tau: float, non_negative: bool) -> Tensor:
+    # One fused kernel each: this is called on every map in every iteration.
+    return torch.relu(v - tau) if non_negative else torch.nn.functional.softshrink(v, tau)
+
+
+def _largest_root(magnitude: Tensor, beta: float | Tensor, p: float, tau: float | Tensor) -> Tensor:
+    """The root of p x^(p-1) + beta (x - |v|) = 0 that is the minimum, for |v| beyond the threshold.
+
+    From x = |v| Newton's method descends to it monotonically, the left side being increasing and
+    convex there; six steps reach rounding for every p and beta. Entries below the threshold tau get
+    the root for tau: Newton's method would lead them below 0, and their gradient, which nobody
+    asks for, would be NaN times 0.
+    """
+    tau = torch.as_tensor(tau, dtype=magnitude.dtype, device=magnitude.device)
+    x = magnitude = torch.maximum(magnitude, tau)
+    for _ in range(6):
+        slope = p * x ** (p - 1)
+        x = x - (slope + beta * (x - magnitude)) / (beta - (1 - p) * slope / x)
+    return x
+
+
+def _root(squares: Tensor) -> Tensor:
+    """The square root; its gradient at 0 is 0, a subgradient of a length."""
+    return _away_from_zero(squares, torch.sqrt)
+
+
+def _power(magnitude: Tensor, p: float) -> Tensor:
+    """magnitude^p for 0 < p < 1; its gradient at 0, where it rises without bound, is 0."""
+    return _away_from_zero(magnitude, lambda x: x**p)
+
+
+def _away_from_zero(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """A function that is 0 at 0; so is its gradient there, and not infinite."""
+    if not x.requires_grad:
+        return function(x)
+    zero = x == 0
+    return function(x.masked_fill(zero, 1)).masked_fill(zero, 0)

@@ -1,0 +1,1 @@
+"""Files that outlive a process: which of them may be replaced, and what they contain."""

@@ -1,0 +1,219 @@
+"""What callers hand over, checked once at the doors of the package.
+
+Arrays may be tensors or numpy arrays, and are tensors inside. Whatever cannot be used raises
+ValueError in one line: the name of the argument, what it is, and what would be right.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deconvnet.support.modes import autocasts
+
+FLOATS = (torch.float32, torch.float64)
+
+
+def as_tensor(value: Any, name: str) -> Tensor:
+    """A tensor or numpy array of real numbers, of any shape, as a plain tensor without a gradient.
+
+    It shares the memory of an array where it can. Subclasses of Tensor are left behind, so that
+    what comes back is a tensor and no image of torchvision, say.
+    """
+    if isinstance(value, np.ndarray):
+        return _of_array(value, name)
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} must be a tensor or a numpy array, got {_kind(value, name)}")
+    check_numbers(value, name)
+    value = value.detach()
+    # numpy, to which loops on the CPU hand over, knows no lazy sign.
+    return (value if type(value) is Tensor else value.as_subclass(Tensor)).resolve_neg()
+
+
+def check_numbers(value: Tensor, name: str) -> None:
+    """Refuse tensors that do not hold real numbers one by one."""
+    if value.layout != torch.strided:
+        raise ValueError(f"{name} must be dense, got {value.layout}: use {name}.to_dense()")
+    if value.is_complex():
+        raise ValueError(f"{name} must be real, got {value.dtype}: use {name}.real or {name}.abs()")
+    if value.is_quantized:
+        raise ValueError(
+            f"{name} must be plain numbers, got {value.dtype}: use {name}.dequantize()"
+        )
+    if value.is_meta:
+        raise ValueError(f"{name} is on the device meta and has no numbers: must be on another")
+
+
+def check_tensors(**given: Any) -> None:
+    """Refuse what the functions of the mathematics cannot compute with: they take tensors alone,
+    floating ones, of one type and on one device, and leave gradients as they are.
+    """
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            use = f": use torch.from_numpy({name})" if isinstance(value, np.ndarray) else ""
+            raise ValueError(f"{name} must be a tensor, got {_kind(value, name)}{use}")
+        if value.layout != torch.strided or not value.is_floating_point():
+            check_numbers(value, name)
+            raise ValueError(
+                f"{name} must be floating, got {value.dtype}: use {_floats(value, name)}"
+            )
+    (first, one), *others = given.items()
+    for name, value in others:
+        if value.device != one.device:
+            raise ValueError(
+                f"{first} is on {one.device} and {name} on {value.device}: must be one"
+            )
+        # autocast brings them to one type.
+        if value.dtype != one.dtype and not autocasts(value.device.type):
+            raise ValueError(
+                f"{first} is {one.dtype} and {name} {value.dtype}: must be one, for example by "
+                f"{name}.to({first})"
+            )
+
+
+def as_images(value: Any, name: str = "images") -> Tensor:
+    """Images (N, C, H, W) of float32 or float64, at least one of one pixel, as a tensor."""
+    images = as_tensor(value, name)
+    if images.ndim != 4:
+        more = {2: f": use {name}[None, None]", 3: f": use {name}[:, None] for grey (N, H, W)"}
+        raise ValueError(
+            f"{name} must have the shape (N, C, H, W), got {tuple(images.shape)}"
+            f"{more.get(images.ndim, '')}"
+        )
+    if images.dtype not in FLOATS:
+        raise ValueError(
+            f"{name} must be float32 or float64, got {images.dtype}: use {_floats(value, name)}"
+        )
+    if images.numel() == 0:
+        raise ValueError(f"{name} must not be empty, got the shape {tuple(images.shape)}")
+    return images
+
+
+def as_filters(value: Any, channels: int, name: str = "filters") -> Tensor:
+    """Filters (K, C, h, w) for images of so many channels, at least one, as a tensor."""
+    filters = as_tensor(value, name)
+    if filters.ndim != 4 or filters.shape[1] != channels:
+        raise ValueError(
+            f"{name} must have the shape (K, {channels}, h, w) for images of {channels} channels, "
+            f"got {tuple(filters.shape)}"
+        )
+    if filters.numel() == 0:
+        raise ValueError(f"{name} must not be empty, got the shape {tuple(filters.shape)}")
+    return filters
+
+
+def as_weights(value: Any, name: str = "weights") -> Tensor:
+    """Weights as a tensor: also a number, or a list of numbers."""
+    if isinstance(value, (list, tuple, int, float, np.generic)):
+        try:
+            value = torch.tensor(value)
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(f"{name} must be numbers, got {_kind(value, name)}") from None
+    return as_tensor(value, name)
+
+
+def images_of_batch(batch: Any, name: str) -> Tensor:
+    """The images of what a DataLoader yields: a tensor, or a list or tuple of it and labels.
+
+    Only the first element of a list is looked at, and it must be alone in being images.
+    """
+    if isinstance(batch, dict):
+        keys = ", ".join(map(repr, batch))
+        raise ValueError(
+            f"{name} is a dict of {keys}: give its images alone, for example by "
+            "(batch['image'] for batch in batches)"
+        )
+    if isinstance(batch, (list, tuple)):
+        dimensions = [getattr(each, "ndim", 0) for each in batch]
+        if not dimensions or dimensions[0] < 4 or max(dimensions[1:], default=0) > 3:
+            raise ValueError(
+                f"{name} is {_kind(batch, name)}: must be images (N, C, H, W), or a list or tuple "
+                "of images and their labels, which are not looked at"
+            )
+        batch = batch[0]
+    return as_tensor(batch, name)
+
+
+def positive(value: Any, name: str) -> float:
+    """A positive finite number: of Python, numpy, or a tensor of one element."""
+    number = as_number(value, name)
+    if not 0 < number < math.inf:
+        raise ValueError(f"{name}={number}: must be positive and finite")
+    return number
+
+
+def as_number(value: Any, name: str) -> float:
+    """A real number of Python, numpy, or a tensor of one element."""
+    try:
+        if isinstance(value, (str, bytes)):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name}={_short(value)}: must be a number") from None
+
+
+def whole(value: Any, name: str, why: str = "") -> int:
+    """A whole number from 1; why: the end of the sentence for what is none."""
+    try:
+        number, whole_number = operator.index(value), True
+    except TypeError:
+        number, whole_number = 0, False
+    if number < 1:
+        right = "at least 1" if whole_number else f"a whole number from 1{why}"
+        raise ValueError(f"{name}={_short(value)}: must be {right}")
+    return number
+
+
+def check_settings(value: Any, kind: type, name: str, *, optional: bool = True) -> None:
+    """Refuse what are no settings of this kind; None, where they are optional, is right."""
+    if isinstance(value, kind) or (optional and value is None):
+        return
+    use = f"use {kind.__name__}({value!r})" if isinstance(value, str) else ""
+    raise ValueError(f"{name}={_short(value)}: {use or f'must be {kind.__name__}(...)'}")
+
+
+def _of_array(value: np.ndarray, name: str) -> Tensor:
+    if isinstance(value, np.ma.MaskedArray):
+        raise ValueError(
+            f"{name} is a masked array: use {name}.filled(0), and its mask by itself if need be"
+        )
+    if value.dtype.kind not in "buif":
+        raise ValueError(f"{name} must be real numbers, got an array of {value.dtype}")
+    if value.dtype.itemsize > 8:
+        raise ValueError(f"{name} must be float32 or float64, got an array of {value.dtype}")
+    # torch knows no other order of bytes, no negative strides, and warns of read-only memory.
+    native = value.dtype.newbyteorder("=")
+    return torch.from_numpy(np.require(value, native, requirements=["C", "W", "E"]))
+
+
+def _floats(value: Any, name: str) -> str:
+    """How to make floats of an array of another type."""
+    floats = f"{name}.float()" if isinstance(value, Tensor) else f"{name}.astype('float32')"
+    return f"{floats} / 255" if str(value.dtype).endswith("uint8") else floats
+
+
+def _kind(value: Any, name: str) -> str:
+    """What a value is, in words, and what to make of it."""
+    kind = type(value).__name__
+    if isinstance(value, (list, tuple)):
+        inside = sorted({type(each).__name__ for each in value})
+        if inside == ["Tensor"]:
+            shapes = ", ".join(str(tuple(each.shape)) for each in value[:3])
+            return f"a {kind} of {len(value)} tensors of {shapes}: torch.stack or torch.cat them"
+        return f"a {kind} of {len(value)} {' and '.join(inside[:3]) or 'things'}"
+    if hasattr(value, "__iter__") and hasattr(value, "batch_size"):
+        return f"{kind}: batches are for learn_online"
+    return kind
+
+
+def _short(value: Any) -> str:
+    """What a value is, in the line of an error."""
+    if isinstance(value, (Tensor, np.ndarray)) and math.prod(value.shape) != 1:
+        return f"{type(value).__name__} of shape {tuple(value.shape)}"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,1 @@
+"""The experiments of Zeiler and Fergus (ECCV 2014)."""

@@ -1,0 +1,365 @@
+"""What a model loses when a part of the image is covered (Zeiler & Fergus 2014, section 4.2).
+
+A grey square slides over the image. For each of its places: how active is the map that was
+strongest in the whole image, how likely is the correct class, and which class is the most likely?
+If a map stands for the object that its projection shows, covering that object silences it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deconvnet.visualization.experiments.perturbation import (
+    check_images,
+    chunks,
+    grey,
+    layer_title,
+    masked,
+    probabilities,
+    targets,
+)
+from deconvnet.visualization.pictures.canvas import (
+    GAP,
+    LINE,
+    PAPER,
+    below,
+    beside,
+    reach,
+    resized,
+    symmetric,
+    text,
+)
+from deconvnet.visualization.pictures.charts import (
+    LEGEND,
+    SCALE,
+    Cells,
+    color,
+    heat_map,
+    label_map,
+    shortened,
+)
+from deconvnet.visualization.projection.projector import Projector
+
+PANEL = 240
+FRAME = 2
+BLUE, RED = 0, 5  # numbers of colours in `charts`
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Occlusion:
+    """An image of (H, W) pixels under a grey square in each of P x Q places.
+
+    corners: (P,) and (Q,), the first row and column of the square; window: its rows and columns. At
+    the bottom and on the right it may reach beyond the image. layer, unit: the activation (map,
+    row, column) that is strongest in the whole image; field: (4,), the pixels that it sees, top,
+    left, bottom, right, clipped to the image. activity: (P, Q), the sum of its map, and
+    base_activity that of the whole image. projection: (3, H, W), the activation in pixels, signed.
+    tiles: (1 + M, 3, h, w), the same cut to the field, and of the strongest activation of that map
+    in each of M other images.
+
+    None if the model tells no classes: target, the correct class; probability: (P, Q), its
+    probability; label: (P, Q), the most likely class; base_probabilities: (classes,), those of the
+    whole image.
+    """
+
+    image: tuple[int, int]
+    window: tuple[int, int]
+    corners: tuple[Tensor, Tensor]
+    layer: str
+    unit: tuple[int, int, int]
+    field: Tensor
+    activity: Tensor
+    base_activity: float
+    projection: Tensor
+    tiles: Tensor
+    target: int | None = None
+    probability: Tensor | None = None
+    label: Tensor | None = None
+    base_probabilities: Tensor | None = None
+
+    @property
+    def boxes(self) -> Tensor:
+        """(P, Q, 4): the squares, clipped to the image."""
+        return _boxes(self.corners, self.window, self.image)
+
+    @property
+    def worst(self) -> tuple[int, int]:
+        """The place (p, q) of the square where the map is least active; of equals the first."""
+        return divmod(int(self.activity.argmin()), self.activity.shape[1])
+
+    @property
+    def activity_drop(self) -> Tensor:
+        """(H, W): the activity lost, on average over the squares that cover a pixel."""
+        return self.drop(self.activity, self.base_activity)
+
+    @property
+    def probability_drop(self) -> Tensor | None:
+        """(H, W): the probability lost, on average over the squares that cover a pixel."""
+        if self.probability is None:
+            return None
+        return self.drop(self.probability, float(self.base_probabilities[self.target]))
+
+    def drop(self, values: Tensor, base: float) -> Tensor:
+        """(H, W): base - values (P, Q), on average over the squares that cover a pixel.
+
+        What is called the attribution by occlusion elsewhere. A square is one box, so what covers a
+        pixel is the product of what covers its row and what covers its column.
+        """
+        rows, columns = (
+            ((first[:, None] <= pixel) & (pixel < first[:, None] + size)).double()
+            for first, size, pixel in zip(
+                self.corners, self.window, map(torch.arange, self.image), strict=True
+            )
+        )
+        lost = base - values.double()
+        return rows.T @ lost @ columns / torch.outer(rows.sum(0), columns.sum(0))
+
+
+def occlusion(
+    projector: Projector,
+    x: Tensor,
+    *,
+    layer: str,
+    feature: int | None = None,
+    target: int | None = None,
+    classes: bool = True,
+    window: int | tuple[int, int] | None = None,
+    stride: int | tuple[int, int] | None = None,
+    fill: float | Tensor | None = None,
+    others: Tensor | None = None,
+    progress: Progress | None = None,
+) -> Occlusion:
+    """What becomes of a map and of the class of one image x (1, C, H, W) under a grey square.
+
+    feature: the number of the map, by default of the one with the strongest activation in the whole
+    image (the paper's "strongest response"). target: the correct class, by default the most likely
+    one; classes=False leaves classes out, where the output of the model is something else.
+
+    The square stands at 0, stride, 2 stride, ... until it reaches the border. window, stride:
+    pixels, or rows and columns; by default a quarter of the shorter side and a quarter of the
+    window, as the paper does not say. fill: see `experiments.grey`.
+
+    others: (M, C, H, W), images for more projections of the map. progress: called with the number
+    of squares done and of all.
+    """
+    check_images(x)
+    if len(x) > 1:
+        raise ValueError(f"{len(x)} images: occlusion is of one image, as x[:1]")
+    if others is not None and others.shape[1:] != x.shape[1:]:
+        raise ValueError(
+            f"others of shape {tuple(others.shape)}: expected images of {tuple(x.shape[1:])} as x"
+        )
+    image = (x.shape[2], x.shape[3])
+    window = _window(window, image)
+    corners = _corners(image, window, _stride(stride, window))
+    boxes, fill = _boxes(corners, window, image).flatten(0, 1), grey(projector, x, fill)
+
+    images = x if others is None else torch.cat([x, others])
+    found = [projector.responses(one, [layer])[layer][0] for one in images.split(1)]
+    unit = _strongest(found[0], feature)
+    units = [(n, *_strongest(maps, unit[0])) for n, maps in enumerate(found)]
+    projected = projector(images, layer, units)
+
+    base = probabilities(projector, x) if classes else None
+    if base is None and target is not None:
+        raise ValueError(f"target {target}: this model tells no classes")
+    correct = None if base is None else int(targets(base, None if target is None else [target]))
+
+    activity, probability, label = [], [], []
+    for chunk in chunks(len(boxes), projector.batch):
+        covered = masked(x.expand(len(boxes[chunk]), -1, -1, -1), boxes[chunk], fill)
+        maps = projector.responses(covered, [layer])[layer]
+        activity.append(_activity(maps, unit[0]).cpu())
+        if base is not None:
+            answers = probabilities(projector, covered).cpu()
+            probability.append(answers[:, correct])
+            label.append(answers.argmax(1))
+        if progress:
+            progress(chunk.stop, len(boxes))
+
+    def positions(parts: list[Tensor]) -> Tensor | None:
+        return torch.cat(parts).view(len(corners[0]), len(corners[1])) if parts else None
+
+    return Occlusion(
+        image=image,
+        window=window,
+        corners=corners,
+        layer=layer,
+        unit=unit,
+        field=projected.boxes[0].cpu(),
+        activity=positions(activity),
+        base_activity=float(_activity(found[0][None], unit[0])),
+        projection=projector.signed_rgb(projected.images[:1])[0].cpu(),
+        tiles=projector.signed_rgb(projected.tiles()).cpu(),
+        target=correct,
+        probability=positions(probability),
+        label=positions(label),
+        base_probabilities=None if base is None else base[0].cpu(),
+    )
+
+
+def occlusion_picture(
+    result: Occlusion, pixels: Tensor, *, names: Sequence[str] | dict[int, str] | None = None
+) -> Tensor:
+    """The panels (a) to (e) of figure 7 in a row, (a) to (c) of a model that tells no classes.
+
+    pixels: (1 or 3, H, W) in [0, 1], the image. names: of the classes.
+
+    (a) the image, the square where it silences the map the most, drawn in mid-grey, and in a blue
+    frame the field of the strongest activation. (b) the sum of the map, (d) the probability of the
+    correct class and (e) the most likely class for every place of the square, in the frame of the
+    image, about the middle of the square; a triangle beside a scale is at the value of the whole
+    image. (c) the projection of the strongest activation, with the square of (a) in a red frame; if
+    there are those of other images too, all cut to their fields, this image's in the blue frame.
+    """
+    H, W = result.image
+    if pixels.shape not in ((1, H, W), (3, H, W)):
+        raise ValueError(f"pixels of shape {tuple(pixels.shape)}: expected (1 or 3, {H}, {W})")
+    box = result.boxes[result.worst]
+    example = pixels[None].detach().cpu().float().clamp(0, 1).expand(-1, 3, -1, -1)
+    example = _panel(masked(example, box[None], example.new_full((1, 1, 1, 1), 0.5)))
+    example = framed(example, result.field, result.image, color(BLUE))
+    cells, size = _cells(result), (example.shape[1], example.shape[2])
+    feature, whole = f"map {result.unit[0]}, {layer_title(result.layer)}", result.base_activity
+    activity = heat_map(
+        result.activity, cells, size=size, limits=_limits(result.activity, whole), marked=whole
+    )
+    panels = [
+        (f"(a) covered: what costs\nmap {result.unit[0]} the most", example, 0),
+        (f"(b) sum of\n{feature}", activity, SCALE),
+        (f"(c) strongest activation of\n{feature}", _projected(result, box), 0),
+    ]
+    if result.probability is not None:
+        names = _named(names)
+        correct, first = (
+            shortened(str(names.get(label, label)), 26)
+            for label in (result.target, int(result.base_probabilities.argmax()))
+        )
+        base = float(result.base_probabilities[result.target])
+        limits = (0.0, _limits(result.probability, base)[1])
+        probability = heat_map(result.probability, cells, size=size, limits=limits, marked=base)
+        labels = label_map(result.label, cells, names, size=size)
+        panels += [
+            (f"(d) probability of\n{correct}", probability, SCALE),
+            (f"(e) most likely class;\nof the whole: {first}", labels, LEGEND),
+        ]
+    # Columns of fixed widths: rows of several images are in line, below one another.
+    return beside([_column(title, panel, PANEL + more) for title, panel, more in panels], 2 * GAP)
+
+
+def _strongest(found: Tensor, feature: int | None) -> tuple[int, int, int]:
+    """(map, row, column) of the largest of responses (K, H, W), or of one of its maps."""
+    K, H, W = found.shape
+    if feature is not None and not 0 <= feature < K:
+        raise ValueError(f"feature {feature}: the layer has {K} maps, numbered from 0")
+    place = int(found.argmax() if feature is None else found[feature].argmax() + feature * H * W)
+    return place // (H * W), place // W % H, place % W
+
+
+def _activity(found: Tensor, feature: int) -> Tensor:
+    """(N,): the sum of one map of responses (N, K, H, W)."""
+    return found[:, feature].double().sum((1, 2))
+
+
+def _window(window: int | tuple[int, int] | None, image: tuple[int, int]) -> tuple[int, int]:
+    rows, columns = _pair(max(1, round(min(image) / 4)) if window is None else window)
+    if not (1 <= rows <= image[0] and 1 <= columns <= image[1]):
+        raise ValueError(f"window {rows} x {columns}: expected 1 to {image[0]} x {image[1]} pixels")
+    return rows, columns
+
+
+def _stride(stride: int | tuple[int, int] | None, window: tuple[int, int]) -> tuple[int, int]:
+    rows, columns = _pair(tuple(max(1, size // 4) for size in window) if stride is None else stride)
+    if not (1 <= rows <= window[0] and 1 <= columns <= window[1]):
+        raise ValueError(
+            f"stride {rows} x {columns}: expected 1 to {window[0]} x {window[1]}, the window, "
+            "or pixels between the squares are never covered"
+        )
+    return rows, columns
+
+
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def _corners(
+    image: tuple[int, int], window: tuple[int, int], stride: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """The first rows (P,) and columns (Q,) of the squares: the last is the first at the border."""
+    rows, columns = (
+        step * torch.arange(-(-(size - length) // step) + 1)
+        for size, length, step in zip(image, window, stride, strict=True)
+    )
+    return rows, columns
+
+
+def _boxes(
+    corners: tuple[Tensor, Tensor], window: tuple[int, int], image: tuple[int, int]
+) -> Tensor:
+    """(P, Q, 4): top, left, bottom, right of each square, clipped to the image."""
+    top, left = torch.meshgrid(*corners, indexing="ij")
+    bottom, right = (top + window[0]).clamp(max=image[0]), (left + window[1]).clamp(max=image[1])
+    return torch.stack([top, left, bottom, right], 2)
+
+
+def _cells(result: Occlusion) -> Cells:
+    """Every place about the middle of its square, with no gaps to its neighbours."""
+    strides = tuple(
+        float(first[1] - first[0]) if len(first) > 1 else float(size)
+        for first, size in zip(result.corners, result.window, strict=True)
+    )
+    return Cells(result.image, (result.window[0] / 2, result.window[1] / 2), strides)
+
+
+def _projected(result: Occlusion, box: Tensor) -> Tensor:
+    """Panel (c), with the square as a frame, or as a grid if there are other images."""
+    if len(result.tiles) == 1:
+        whole = result.projection[None]
+        return framed(_panel(symmetric(whole, reach(whole))), box, result.image, color(RED))
+    columns = math.ceil(math.sqrt(len(result.tiles)))
+    shown = [_panel(t[None], columns) for t in symmetric(result.tiles, reach(result.tiles))]
+    h, w = shown[0].shape[1:]
+    shown[0] = framed(shown[0], torch.tensor([0, 0, h, w]), (h, w), color(BLUE))
+    return below([beside(shown[n : n + columns], GAP) for n in range(0, len(shown), columns)], GAP)
+
+
+def framed(picture: Tensor, box: Tensor, image: tuple[int, int], paint: Tensor) -> Tensor:
+    """A picture (3, h, w) of an image of (H, W) pixels with a box of pixels as a frame."""
+    scale = torch.tensor([n / size for n, size in zip(picture.shape[1:], image, strict=True)])
+    top, left, bottom, right = (box * scale.repeat(2)).round().long().tolist()
+    rows, columns = (torch.arange(n) for n in picture.shape[1:])
+
+    def inside(width: int) -> Tensor:
+        across = (rows >= top + width) & (rows < bottom - width)
+        return across[:, None] & (columns >= left + width) & (columns < right - width)
+
+    return torch.where(inside(0) & ~inside(FRAME), paint[:, None, None], picture)
+
+
+def _panel(tile: Tensor, columns: int = 1) -> Tensor:
+    """A tile (1, 3, h, w) as large as one of so many columns and rows of a panel: (3, h, w)."""
+    h, w = tile.shape[2:]
+    side = (PANEL - (columns - 1) * GAP) // columns
+    return resized(tile, max(1, side * w // max(h, w)))[0]
+
+
+def _column(title: str, panel: Tensor, width: int) -> Tensor:
+    """A panel below two lines of text, `width` pixels wide: there may be paper on its right."""
+    panel = F.pad(panel, (0, width - panel.shape[2]), value=PAPER)
+    return below([text(title, width, 2 * LINE), panel])
+
+
+def _limits(values: Tensor, base: float) -> tuple[float, float]:
+    """From the least to the largest, that of the whole image among them."""
+    return min(float(values.min()), base), max(float(values.max()), base)
+
+
+def _named(names: Sequence[str] | dict[int, str] | None) -> dict[int, str]:
+    return names if isinstance(names, dict) else dict(enumerate(names or ()))

@@ -1,0 +1,479 @@
+"""The gallery: one folder with a page that shows a network, layer by layer and map by map.
+
+`index.html` opens from a file path, without a server and without a network. Beside it lie
+
+    gallery.css, gallery.js     the look and the clicks
+    layers/<n>-<name>/          for each layer: sheets with one tile of every map, maps.js with
+                                everything said of the maps, and for each map its own sheets
+    images/<n>/                 for each image: its picture, what the layers make of it, its parts
+    figures/                    other pictures
+
+A page from a file path may not read other files, but it may show pictures and run scripts: so what
+is said of the maps comes as small scripts, loaded when a layer or an image is opened, and tiles
+come as sheets, one of a layer and one of a map instead of one file for each tile.
+
+Pictures come in the forms that `sheets` takes, which makes files of them.
+
+N images · K maps · k tiles of a map · S side of a tile in pixels
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import re
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from pathlib import Path
+from urllib.parse import quote
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from deconvnet.images.decoding import shown_name
+from deconvnet.storage import ownership
+from deconvnet.visualization.gallery.sprites import (
+    GAP,
+    Picture,
+    checked,
+    sprite,
+    tile_of,
+    tiles_of,
+    write_picture,
+    write_sheet,
+)
+
+log = logging.getLogger(__name__)
+
+Facts = Mapping[str, str | float]
+
+TEMPLATES = Path(__file__).parent / "templates"
+# What the page says of its maker.
+GENERATOR = "deconvnet gallery"
+
+# The largest sides in pixels: tiles of maps, parts of images, whole pictures.
+TILE = 84
+PART = 144
+PICTURE = 512
+FIGURE = 2400
+THUMBNAILS = 12
+SLAB = 96
+
+
+@dataclass(frozen=True)
+class Caption:
+    """Where a tile comes from: the image, the value of the activation, its place in words."""
+
+    image: str
+    value: float
+    place: str = ""
+
+
+@dataclass(frozen=True)
+class GalleryMap:
+    """One map of a layer: its strongest activations, strongest first, each in pixel space.
+
+    projections, patches: (k, 3, S, S), what an activation paints and the image in that place; None
+    for a map that is never active. captions: k of them, or none. filter: (3, h, w). control: the
+    same kind of pictures of this map with random weights, as many as you like. evolution:
+    (E, 3, S, S), the map in the course of training, with E labels in `epochs`. statistics: text is
+    shown as it is; maps can be sorted by those that are numbers, largest first.
+    """
+
+    number: int
+    projections: Picture | None
+    patches: Picture | None
+    captions: Sequence[Caption] = ()
+    statistics: Facts = dataclasses.field(default_factory=dict)
+    filter: Picture | None = None
+    control: Picture | None = None
+    evolution: Picture | None = None
+    epochs: Sequence[str | int] = ()
+
+
+@dataclass(frozen=True)
+class GalleryLayer:
+    """One layer, from the lowest to the highest; its maps are asked for one at a time.
+
+    shape: (K, H, W) of its maps; field, stride: (rows, columns) in pixels of the images; None where
+    there is none, or where it is not known.
+    """
+
+    name: str
+    title: str
+    maps: Iterable[GalleryMap]
+    kind: str = ""
+    shape: tuple[int, int, int] | None = None
+    field: tuple[int, int] | None = None
+    stride: tuple[int, int] | None = None
+    facts: Facts = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Part:
+    """An activation of an image alone: its map, its value, what it paints.
+
+    box: what `picture` shows of the image as top, left, bottom, right in pixels, the last two
+    exclusive; None if it shows all of it.
+    """
+
+    map: int
+    value: float
+    picture: Picture
+    box: Sequence[int] | None = None
+
+
+@dataclass(frozen=True)
+class ImageLayer:
+    """An image as one layer sees it.
+
+    name: of the layer; reconstruction: what the layer makes of the image, None where there is no
+    such thing; maps: (number, picture) of the strongest ones, strongest first, black where they are
+    zero; parts: of the strongest activations, strongest first.
+    """
+
+    name: str
+    reconstruction: Picture | None = None
+    facts: Facts = dataclasses.field(default_factory=dict)
+    maps: Sequence[tuple[int, Picture]] = ()
+    parts: Sequence[Part] = ()
+
+
+@dataclass(frozen=True)
+class GalleryImage:
+    """An image to explore; picture: (3, H, W) as the network is shown it."""
+
+    name: str
+    picture: Picture
+    layers: Sequence[ImageLayer] = ()
+
+
+def write_gallery(
+    folder: str | Path,
+    *,
+    title: str,
+    layers: Iterable[GalleryLayer],
+    images: Iterable[GalleryImage] = (),
+    facts: Facts | None = None,
+    figures: Mapping[str, Picture] | None = None,
+    notes: Sequence[str] = (),
+) -> Path:
+    """The path of the page, `folder/index.html`.
+
+    Layers, their maps and images are taken one after the other, so that of the large pictures only
+    those of one map or image need to be in memory. figures: other pictures by their captions;
+    notes: paragraphs. An older gallery in the folder stays until the new one is complete. Raises
+    ValueError where something does not fit, and for a folder that holds anything but a gallery that
+    nobody has changed.
+    """
+    folder = ownership.absolute(folder)
+    with ownership.rebuilt(folder) as new:
+        _write(new, title, layers, images, facts or {}, figures or {}, notes)
+    sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+    log.info("%s: %d files, %.1f MB", folder, len(sizes), sum(sizes) / 1e6)
+    return folder / "index.html"
+
+
+def _write(
+    root: Path,
+    title: str,
+    layers: Iterable[GalleryLayer],
+    images: Iterable[GalleryImage],
+    facts: Facts,
+    figures: Mapping[str, Picture],
+    notes: Sequence[str],
+) -> None:
+    """All files of a gallery into an empty folder."""
+    shown_layers: list[dict] = []
+    for number, layer in enumerate(layers, 1):
+        if any(layer.name == other["name"] for other in shown_layers):
+            raise ValueError(f"layer {layer.name!r}: twice; every layer needs a name of its own")
+        shown_layers.append(_write_layer(root, number, layer))
+    if not shown_layers:
+        raise ValueError("layers: a gallery needs at least one")
+    names = [layer["name"] for layer in shown_layers]
+    shown_images = [_write_image(root, n, image, names) for n, image in enumerate(images, 1)]
+    shown_figures = []
+    for number, (caption, figure) in enumerate(figures.items(), 1):
+        figure = checked(figure, f"figure {caption!r}")
+        picture = write_picture(root, f"figures/{number}", figure, FIGURE)
+        shown_figures.append({"caption": caption, **picture})
+    _draw_flow(shown_layers, shown_images[0]["picture"] if shown_images else None)
+    data = {
+        "title": title,
+        "gap": GAP,
+        "layers": [{k: v for k, v in layer.items() if k in LAYER_DATA} for layer in shown_layers],
+        "images": shown_images,
+    }
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("index.html.j2").render(
+        generator=GENERATOR,
+        title=title,
+        facts=_facts(facts),
+        layers=shown_layers,
+        images=shown_images,
+        figures=shown_figures,
+        notes=[notes] if isinstance(notes, str) else list(notes),
+        controlled=any("control" in layer["sheets"] for layer in shown_layers),
+        data=Markup(_json(data)),
+        sprite=sprite,
+        address=_address,
+    )
+    for name in ("gallery.css", "gallery.js"):
+        shutil.copyfile(TEMPLATES / name, root / name)
+    # Whatever names are, the page is text.
+    (root / "index.html").write_text(page, encoding="utf-8", errors="backslashreplace")
+
+
+# What the script of the page knows of a layer before it is opened.
+LAYER_DATA = ("name", "title", "facts", "maps", "sort", "sheets", "script")
+
+
+def _write_layer(root: Path, number: int, layer: GalleryLayer) -> dict:
+    """The files of one layer, and what the page says of it."""
+    place = f"layers/{number}-{_safe(layer.name)}"
+    (root / place).mkdir(parents=True)
+    overview: dict[str, list[np.ndarray | None]] = {
+        kind: [] for kind in ("projections", "patches", "control", "filters")
+    }
+    numbers: list[int] = []
+    statistics: list[Facts] = []
+    with open(root / place / "maps.js", "w", encoding="utf-8") as script:
+        script.write(f"gallery.add({_json(place)}, [\n")
+        for shown in layer.maps:
+            where = f"layer {layer.name!r}, map {shown.number}"
+            if shown.number in numbers:
+                raise ValueError(f"{where}: twice; every map is shown once")
+            numbers.append(shown.number)
+            statistics.append(shown.statistics)
+            script.write(_json(_write_map(root, place, shown, overview, where)) + ",\n")
+        script.write("]);\n")
+    if not numbers:
+        raise ValueError(f"layer {layer.name!r}: no maps; leave the layer out")
+    sheets = {
+        kind: write_sheet(root, f"{place}/{kind}", tiles, photographs=kind == "patches")
+        for kind, tiles in overview.items()
+        if any(tile is not None for tile in tiles)
+    }
+    return {
+        "name": layer.name,
+        "title": layer.title,
+        "shape": layer.shape,
+        "field": layer.field,
+        "facts": _layer_facts(layer, len(numbers)),
+        "maps": numbers,
+        "sort": _sort_keys(statistics),
+        "sheets": sheets,
+        "script": f"{place}/maps.js",
+        "thumbnails": _thumbnails(root, place, overview, numbers),
+    }
+
+
+def _write_map(
+    root: Path,
+    place: str,
+    shown: GalleryMap,
+    overview: dict[str, list[np.ndarray | None]],
+    where: str,
+) -> dict:
+    """The files of one map, and what the page says of it; its first tiles go to the overview."""
+    tiles = {
+        "projections": tiles_of(shown.projections, f"{where}, projections", TILE),
+        "patches": tiles_of(shown.patches, f"{where}, patches", TILE),
+        "control": tiles_of(shown.control, f"{where}, control", TILE),
+        "evolution": tiles_of(shown.evolution, f"{where}, evolution", TILE),
+    }
+    count = len(tiles["projections"])
+    for kind, length in (("patches", len(tiles["patches"])), ("captions", len(shown.captions))):
+        if length not in (0, count):
+            raise ValueError(f"{where}: {count} projections and {length} {kind}; give as many")
+    if len(shown.epochs) != len(tiles["evolution"]):
+        raise ValueError(
+            f"{where}: {len(tiles['evolution'])} pictures of its evolution and "
+            f"{len(shown.epochs)} epochs; give as many"
+        )
+    sheets = {
+        kind: write_sheet(
+            root, f"{place}/{shown.number}-{kind}", each, photographs=kind == "patches"
+        )
+        for kind, each in tiles.items()
+        if len(each)
+    }
+    for kind in ("projections", "patches", "control"):
+        overview[kind].append(tiles[kind][0] if len(tiles[kind]) else None)
+    filters = shown.filter
+    overview["filters"].append(
+        None if filters is None else tile_of(filters, f"{where}, filter", TILE)
+    )
+    return {
+        "sheets": sheets,
+        "captions": [[shown_name(c.image), _text(c.value), c.place] for c in shown.captions],
+        "statistics": _facts(shown.statistics),
+        "epochs": [str(epoch) for epoch in shown.epochs],
+    }
+
+
+def _write_image(root: Path, number: int, image: GalleryImage, names: list[str]) -> dict:
+    """The files of one image, and what the page says of it before it is opened."""
+    place, where = f"images/{number}", f"image {image.name!r}"
+    layers = []
+    for count, seen in enumerate(image.layers, 1):
+        if seen.name not in names:
+            raise ValueError(
+                f"{where}: layer {seen.name!r} is not in this gallery; it has {', '.join(names)}"
+            )
+        at, here = f"{place}/{count}-{_safe(seen.name)}", f"{where}, layer {seen.name!r}"
+        shown = {"name": seen.name, "facts": _facts(seen.facts)}
+        if seen.reconstruction is not None:
+            made = checked(seen.reconstruction, f"{here}, reconstruction")
+            shown["reconstruction"] = write_picture(root, at, made, PICTURE)
+        maps = [tile_of(p, f"{here}, map {n}", PART) for n, p in seen.maps]
+        parts = [tile_of(p.picture, f"{here}, part of map {p.map}", PART) for p in seen.parts]
+        shown["maps"] = [n for n, _ in seen.maps]
+        shown["parts"] = [
+            [part.map, _text(part.value), None if part.box is None else [int(n) for n in part.box]]
+            for part in seen.parts
+        ]
+        shown["sheets"] = {
+            kind: write_sheet(root, f"{at}-{kind}", tiles)
+            for kind, tiles in (("maps", maps), ("parts", parts))
+            if tiles
+        }
+        layers.append(shown)
+    (root / place).mkdir(parents=True, exist_ok=True)
+    script = f"{place}/layers.js"
+    text = f"gallery.add({_json(place)}, {_json(layers)});\n"
+    (root / script).write_text(text, encoding="utf-8")
+    picture = write_picture(
+        root, f"{place}/picture", checked(image.picture, where), PICTURE, photographs=True
+    )
+    return {"name": shown_name(image.name), "picture": picture, "script": script}
+
+
+def _layer_facts(layer: GalleryLayer, count: int) -> list[tuple[str, str]]:
+    """What is known of a layer, as pairs of words."""
+    facts: dict[str, str | float] = {}
+    if layer.kind:
+        facts["kind"] = layer.kind
+    if layer.shape is None:
+        facts["maps"] = count
+    else:
+        K, H, W = layer.shape
+        facts["maps"] = K if count == K else f"{K}, of which {count} are shown"
+        facts["size of a map"] = f"{H}×{W}"
+    if layer.field is not None:
+        facts["receptive field"] = "{}×{} pixels".format(*layer.field)
+    if layer.stride is not None:
+        facts["stride"] = "{}×{} pixels".format(*layer.stride)
+    return _facts({**facts, **layer.facts})
+
+
+def _sort_keys(statistics: list[Facts]) -> list[dict]:
+    """The statistics that maps can be sorted by: those that are numbers wherever they are given."""
+    names = list(dict.fromkeys(name for each in statistics for name in each))
+    keys = []
+    for name in names:
+        given = [each.get(name) for each in statistics]
+        if all(value is None or _is_number(value) for value in given):
+            finite = [value is not None and math.isfinite(value) for value in given]
+            values = [
+                float(f"{v:.6g}") if ok else None for v, ok in zip(given, finite, strict=True)
+            ]
+            keys.append({"name": name, "values": values})
+    return keys
+
+
+def _thumbnails(
+    root: Path, place: str, overview: dict[str, list[np.ndarray | None]], numbers: list[int]
+) -> dict[str, object] | None:
+    """A few maps from all over a layer, dead ones left out, in small sheets of their own.
+
+    Their projections, or filters where there are none, and below them the control.
+    """
+    for kind in ("projections", "filters"):
+        alive = [index for index, tile in enumerate(overview[kind]) if tile is not None]
+        if alive:
+            break
+    else:
+        return None
+    steps = np.linspace(0, len(alive) - 1, min(THUMBNAILS, len(alive))).round().astype(int)
+    chosen = [alive[step] for step in steps]
+    control = [overview["control"][index] for index in chosen]
+    few = {"maps": [numbers[index] for index in chosen], "control": None}
+    few["sheet"] = write_sheet(root, f"{place}/few", [overview[kind][index] for index in chosen])
+    if not any(tile is None for tile in control):
+        few["control"] = write_sheet(root, f"{place}/few-control", control)
+    return few
+
+
+def _draw_flow(layers: list[dict], picture: dict | None) -> None:
+    """Add to each layer how it is drawn: a pile of sheets, in the scale of the image.
+
+    drawing: width and height of a sheet in pixels, number of sheets; cutout: SVG paths in an
+    image 100 wide, `edge` of the field of a unit in its middle, `around` it all of the rest.
+    """
+    shapes = [layer["shape"] for layer in layers if layer["shape"]]
+    sides = [side for shape in shapes for side in shape[1:]]
+    largest = max([*sides, *(picture["pixels"] if picture else ())], default=1)
+    for layer in layers:
+        K, H, W = layer["shape"] or (len(layer["maps"]), largest, largest)
+        layer["drawing"] = {
+            "width": max(5, round(SLAB * W / largest)),
+            # Outputs without a place, as those of a classifier, are a column.
+            "height": SLAB if H == W == 1 else max(5, round(SLAB * H / largest)),
+            "sheets": 1 if H == W == 1 else min(8, 1 + round(math.log2(max(K, 1)))),
+        }
+        layer["cutout"] = None
+        if layer["field"] is not None and picture is not None:
+            high = 100 * picture["pixels"][0] / picture["pixels"][1]
+            fields = zip((high, 100), layer["field"], picture["pixels"], strict=True)
+            h, w = (whole * min(1, side / pixels) for whole, side, pixels in fields)
+            top, left = (high - h) / 2, (100 - w) / 2
+            outline = f"M{left:.2f} {top:.2f}h{w:.2f}v{h:.2f}h{-w:.2f}z"
+            layer["cutout"] = {"around": f"M0 0h100v{high:.2f}h-100z{outline}", "edge": outline}
+
+
+def _address(layer: str, number: int | None = None) -> str:
+    """The address of a layer or a map in the page, as its script writes it."""
+    name = quote(layer, safe="!'()*~")
+    return f"#layer={name}" if number is None else f"#layer={name}&map={number}"
+
+
+def _facts(facts: Facts) -> list[tuple[str, str]]:
+    return [(name, _text(value)) for name, value in facts.items()]
+
+
+def _text(value: str | float) -> str:
+    """Words and whole numbers as they are, other numbers to three digits."""
+    if isinstance(value, str | Integral) or not _is_number(value):
+        return str(value)
+    digits = ".0f" if 1000 <= abs(value) < 1e6 else ".3g"
+    return f"{value:{digits}}".replace("-", "−")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _json(value: object) -> str:
+    """JSON that cannot end the script it stands in, whatever the names of images are."""
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    for character in "<>&":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def _safe(name: str) -> str:
+    """A name of a layer as a part of a file's: nothing that a path or an address understands."""
+    return re.sub(r"[^A-Za-z0-9.-]+", "_", name)[:60].strip("._") or "layer"

@@ -1,0 +1,1 @@
+"""Networks by name, their normalization, and files of weights."""

@@ -1,0 +1,118 @@
+"""The pictures of a layer, as arrays (3, H, W) in [0, 1]: filters, patches, reconstructions, maps.
+
+Filters and features are scaled each by itself, so that contrast between tiles means nothing and
+shape everything.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from deconvnet.network.codes import Codes
+from deconvnet.network.network import DeconvNet, snr
+from deconvnet.operators.pooling import max_pool
+from deconvnet.visualization.pictures.canvas import (
+    below,
+    beside,
+    grid,
+    reach,
+    signed_rgb,
+    symmetric,
+    text,
+)
+from deconvnet.visualization.pictures.features import pixel_features
+from deconvnet.visualization.pictures.parts import parts_picture
+
+SHOWN_IMAGES = 6
+FEATURE = 84
+
+
+def layer_pictures(net: DeconvNet, codes: Codes, images: Tensor, number: int) -> dict[str, Tensor]:
+    """The pictures of one finished layer, by name.
+
+    layerN/filters: its filters in pixel space; layerN/patches (upper layers): the image patches
+    where they are strongest; layerN/parts (upper layers): what one image is made of;
+    layerN/reconstructed: some images and what each layer makes of them; layerN/maps: the feature
+    maps of one image.
+    """
+    pictures = {}
+    if number == 1:
+        pictures["layer1/filters"] = filter_picture(net)
+    else:
+        features = pixel_features(net, codes, number).cropped(tuple(images.shape[2:]))
+        tiles, patches = signed_rgb(net, features.tiles), features.patches(images)
+        tiles = symmetric(tiles, reach(tiles))
+        pictures[f"layer{number}/filters"] = grid(tiles, tile=FEATURE)
+        pictures[f"layer{number}/patches"] = grid(patches.expand(-1, 3, -1, -1), tile=FEATURE)
+    shown = torch.linspace(0, len(images) - 1, min(SHOWN_IMAGES, len(images))).round().long()
+    some = codes.select(shown.to(net.device))
+    if number > 1:
+        clearest = _clearest(net, some, number)
+        one = some.select(slice(clearest, clearest + 1))
+        pictures[f"layer{number}/parts"] = parts_picture(net, one, images[shown[clearest]], number)
+    pictures[f"layer{number}/reconstructed"] = reconstructions(net, some, images[shown])
+    busiest = some.layer(number).z.abs().sum((1, 2, 3)).argmax()
+    pictures[f"layer{number}/maps"] = map_grid(some.layer(number).z[busiest])
+    return pictures
+
+
+def filter_picture(net: DeconvNet) -> Tensor:
+    """The filters of the first layer, as they are."""
+    return filter_grid(signed_rgb(net, net.layer(1).filters))
+
+
+def filter_grid(f: Tensor, *, columns: int | None = None) -> Tensor:
+    """Filters (K, 1 or 3, h, w) as a grid, each about mid-grey and by its own largest magnitude."""
+    return grid(symmetric(f), columns=columns)
+
+
+def map_grid(z: Tensor, *, columns: int | None = None) -> Tensor:
+    """The maps (K, H, W) of one image as a grid: grey is zero, white positive, black negative.
+
+    A sparse map is next to invisible as it is: of every 2x2 places the strongest is shown, and nine
+    in ten of all non-zero values are within the range from black to white, the same for all maps.
+    """
+    strongest = max_pool(z[None], (1, 2, 2))[0][0]
+    return grid(symmetric(strongest[:, None], reach(strongest[None], 0.9)), columns=columns)
+
+
+def reconstructions(net: DeconvNet, codes: Codes, images: Tensor) -> Tensor:
+    """Rows of images: as they came, preprocessed, from every layer, and back to pixels.
+
+    The middle rows are what the layers explain, and their SNR is written beside them. The last row
+    undoes the preprocessing, with what it recorded of these images (of contrast normalisation the
+    local means and deviations).
+    """
+    y, top = codes.y, len(codes.layers)
+    explained = [("preprocessed", y)]
+    for number, layer in enumerate(codes.layers, 1):
+        made = net.paint(codes, number)
+        label = f"layer {number}\n{snr(y, made):.1f} dB\n{layer.density:.1%} of z"
+        explained.append((label, made))
+    return below(
+        [
+            _labelled_row("image", images),
+            labelled_images(net, explained),
+            _labelled_row(f"layer {top}\nto pixels", net.reconstruct(codes, top)),
+        ]
+    )
+
+
+def labelled_images(net: DeconvNet, rows: list[tuple[str, Tensor]]) -> Tensor:
+    """Rows of preprocessed images (N, C, H, W) with their labels, all in the scale of the first."""
+    white = 3 * rows[0][1].std().clamp(min=1e-12)
+    return below(
+        [_labelled_row(label, symmetric(signed_rgb(net, row), white)) for label, row in rows]
+    )
+
+
+def _labelled_row(label: str, images: Tensor) -> Tensor:
+    page = grid(images.clamp(0, 1).expand(-1, 3, -1, -1), columns=len(images), tile=96)
+    return beside([text(label, 110, page.shape[1]), page])
+
+
+def _clearest(net: DeconvNet, codes: Codes, number: int) -> int:
+    """The image that a layer reconstructs best."""
+    made = net.paint(codes, number)
+    return max(range(len(made)), key=lambda n: snr(codes.y[n], made[n]))

@@ -1,0 +1,124 @@
+"""The papers' grids: for each map 3x3 projections beside the 3x3 patches of the images.
+
+Every projection is shown symmetrically about grey, which is zero, by the magnitude within which
+almost all of its own pixels stay: contrast between tiles means nothing, shape everything.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from deconvnet.visualization.pictures.canvas import (
+    GAP,
+    PAPER,
+    below,
+    beside,
+    reach,
+    resized,
+    sheet,
+    symmetric,
+    titled,
+)
+from deconvnet.visualization.projection.projector import Projector
+from deconvnet.visualization.search.top_projections import Exemplars
+
+CONTRAST = 0.995
+TILE = 56
+COLUMNS = 2
+
+
+def displayed(tiles: np.ndarray | Tensor, *, contrast: float = CONTRAST) -> Tensor:
+    """Signed tiles (M, 3, h, w) as colours in [0, 1]: grey is zero; a tile of zeros is all grey.
+
+    contrast: of the pixels of a tile that are not zero the share that stays short of black and
+    white.
+    """
+    signed = torch.as_tensor(np.asarray(tiles), dtype=torch.float32)
+    signed = torch.nan_to_num(signed, 0.0, 0.0, 0.0)
+    return symmetric(signed, reach(signed, contrast))
+
+
+def exemplar_grid(
+    found: Exemplars,
+    rows: Sequence[int] | None = None,
+    *,
+    columns: int = COLUMNS,
+    tile: int = TILE,
+    contrast: float = CONTRAST,
+) -> Tensor:
+    """A picture (3, H, W): for each map its projections beside the patches, in the same order.
+
+    rows: which of the maps of `found`, by default all. Hatched: a map has fewer activations.
+    """
+    rows = range(len(found.maps)) if rows is None else rows
+    blocks = [_block(found, row, tile, contrast) for row in rows]
+    lines = [beside(blocks[n : n + columns], 4 * GAP) for n in range(0, len(blocks), columns)]
+    return below(lines, 2 * GAP)
+
+
+def with_control(learned: Tensor, control: Tensor, *, layer: str) -> Tensor:
+    """The grid of a layer beside that of the same layer with shuffled weights."""
+    return beside(
+        [
+            titled(f"{layer}: strongest activations, projected, and the image there", learned),
+            titled("the same, all weights in a random order: what the images alone give", control),
+        ],
+        8 * GAP,
+    )
+
+
+def first_filters(projector: Projector) -> tuple[str, Tensor] | None:
+    """The layer whose filters see pixels, and they (K, 3, h, w), as signed red, green and blue.
+
+    Of a torch module the first convolution that takes as many planes as an image has; None if there
+    is none.
+    """
+    if projector.learned:
+        return "layer1", projector.signed_rgb(projector.model.layer(1).filters).cpu()
+    planes = 1 if projector.normalization.order == "grey" else 3
+    for name, module in projector.model.named_modules():
+        if isinstance(module, nn.Conv2d) and module.in_channels == planes and module.groups == 1:
+            return name, projector.signed_rgb(module.weight.detach().float()).cpu()
+    return None
+
+
+def chosen_maps(dead: np.ndarray, count: int | None, *, seed: int = 0) -> list[int]:
+    """So many of the maps that are not dead, at random, in their order; all if they are fewer."""
+    alive = np.flatnonzero(~dead)
+    if count is None or len(alive) <= count:
+        return alive.tolist()
+    order = torch.randperm(len(alive), generator=torch.Generator().manual_seed(seed))
+    return sorted(alive[order[:count].numpy()].tolist())
+
+
+def _block(found: Exemplars, row: int, tile: int, contrast: float) -> Tensor:
+    count, k = found.count(row), found.values.shape[1]
+    side = math.ceil(math.sqrt(k))
+    patches = torch.from_numpy(found.patches[row]).float() / 255
+    pair = []
+    for tiles in (displayed(found.tiles[row], contrast=contrast), patches):
+        tiles = _of_width(tiles, tile)
+        tiles[count:] = _hatched(tiles.shape[2:])
+        pair.append(sheet(tiles, side))
+    values = found.values[row, :count]
+    title = f"map {found.maps[row]}"
+    if count:
+        title += f"   {values[0]:.3g} to {values[-1]:.3g}"
+    return titled(title, beside(pair))
+
+
+def _of_width(tiles: Tensor, width: int) -> Tensor:
+    """All tiles about this wide: enlarged by a whole number without smoothing, or reduced."""
+    w = tiles.shape[3]
+    return resized(tiles, max(1, round(width / w)) * w if w < width else width)
+
+
+def _hatched(size: tuple[int, int]) -> Tensor:
+    """A tile for what is not there."""
+    rows, columns = torch.meshgrid(*(torch.arange(n) for n in size), indexing="ij")
+    return torch.where((rows + columns) % 8 < 1, 0.75, PAPER).expand(3, -1, -1)

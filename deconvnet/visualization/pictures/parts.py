@@ -1,0 +1,230 @@
+"""What one image is made of: the activations of a layer, and what each is made of further down.
+
+The whole of an image is the sum of its parts, layer by layer (Zeiler et al. 2011, figure 1): every
+operator on the way to pixels is linear once the switches are fixed, so the projections of all
+activations of a layer add up to the reconstruction, and the projections of all that supports one
+activation in a layer below add up to the projection of that activation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deconvnet.network.codes import Codes
+from deconvnet.network.network import DeconvNet, snr
+from deconvnet.support.modes import plain
+from deconvnet.visualization.pictures.canvas import (
+    GAP,
+    LINE,
+    PAPER,
+    below,
+    beside,
+    reach,
+    resized,
+    sheet,
+    signed_rgb,
+    symmetric,
+    titled,
+)
+from deconvnet.visualization.pictures.features import project_each, project_fields
+
+COUNTS = (5, 25, 125)
+SHOWN_UNITS = 10
+PANEL = 300
+# What stands beside a panel: three panels wide, and two rows of tiles of half a panel with labels.
+ROOM = (PANEL + 2 * LINE + 3 * GAP, 3 * PANEL + 2 * GAP)
+LABEL = 96
+MOST_ZOOM = 20
+
+
+@dataclass(frozen=True)
+class Units:
+    """Entries of the maps of one image: map, row, column, value, (M,) each; maps counted from 0."""
+
+    maps: Tensor
+    rows: Tensor
+    columns: Tensor
+    values: Tensor
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, chosen: slice | Tensor) -> Units:
+        return Units(
+            self.maps[chosen], self.rows[chosen], self.columns[chosen], self.values[chosen]
+        )
+
+    @property
+    def places(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(image, map, row, column), of the only image."""
+        return torch.zeros_like(self.maps), self.maps, self.rows, self.columns
+
+
+def strongest(codes: Codes, layer: int, count: int) -> Units:
+    """The activations of a layer of one image with the largest |z|, strongest first.
+
+    As many as `count`, or all that are not zero if they are fewer.
+    """
+    return _strongest(_only(codes).layer(layer).z[0], count)
+
+
+@plain
+def project(net: DeconvNet, codes: Codes, layer: int, units: Units) -> Tensor:
+    """(M, C, H, W): R_l of each unit alone, with its value and the switches of the one image."""
+    projections = list(project_each(net, _only(codes), layer, units.places, units.values))
+    return torch.stack(projections) if projections else codes.y[:0]
+
+
+@plain
+def supporters(
+    net: DeconvNet, codes: Codes, layer: int, unit: Units, *, counts: tuple[int, ...] = COUNTS
+) -> list[Units]:
+    """What one activation is made of in layers l-1, l-2, ...: the strongest counts[0], counts[1],
+    ... units of each, as far down as there are layers and counts.
+
+    The activation alone, a one in its place times its value, is projected down with the switches of
+    the image, one layer at a time:
+
+        z_(l-1) = U_(l-1) S_l F_l z_l,    z_(l-2) = U_(l-2) S_(l-1) F_(l-1) z_(l-1),    ...
+
+    and the supporters in a layer are the entries of these maps with the largest magnitude, each
+    with its coefficient there. It is always the whole activation that is projected further, so that
+    all the entries of any layer together have the projection of the activation. The coefficients
+    are what this activation asks for; what inference found in the layer below is another thing.
+    """
+    levels = supporting_maps(net, codes, layer, unit)
+    return [_strongest(z, count) for count, z in zip(counts, levels, strict=False)]
+
+
+def supporting_maps(net: DeconvNet, codes: Codes, layer: int, unit: Units) -> Iterator[Tensor]:
+    """One activation projected to the maps (K, H, W) of layer l-1, then of layer l-2, ... of 1."""
+    if len(unit) != 1:
+        raise ValueError(f"{len(unit)} units: supporters are those of one, as units[:1]")
+    found = _only(codes).layer(layer)
+    z = codes.y.new_zeros(1, *found.shape)
+    z[0, unit.maps, unit.rows, unit.columns] = unit.values
+    for level in range(layer, 1, -1):
+        pooled = float(net.layer(level).scale) * net.layer(level).operator()(z)
+        z = net.layer(level - 1).unpooling(codes.layer(level - 1))(pooled)
+        yield z[0]
+
+
+@plain
+def parts_picture(net: DeconvNet, codes: Codes, image: Tensor, layer: int) -> Tensor:
+    """One image, the strongest activations of a layer that make it, and what makes the strongest.
+
+    codes: of this image only; image: (1 or 3, H, W) in [0, 1]. On the left parts, each alone, cut
+    to its field and in a scale of its own; on the right what they are together. Below the strongest
+    activation its supporters in each lower layer, and their sum in the place and scale of the
+    activation, with the share of its squared norm that the sum explains.
+    """
+    y = _only(codes).y
+    made = net.paint(codes, layer)
+    units = strongest(codes, layer, SHOWN_UNITS)
+    projected = project(net, codes, layer, units)
+    together = projected.sum(0, keepdim=True)
+
+    def panel(title: str, signed: Tensor, white: Tensor) -> Tensor:
+        return _panel(title, symmetric(signed_rgb(net, signed), white))
+
+    total, white = torch.count_nonzero(codes.layer(layer).z), 3 * y.std().clamp(min=1e-12)
+    panels = [
+        _panel("image", image[None].expand(-1, 3, -1, -1)),
+        panel("preprocessed", y, white),
+        panel(f"layer {layer}: {total} activations, {snr(y, made):.1f} dB", made, white),
+        panel(f"the strongest {len(units)} of them: {snr(y, together):.1f} dB", together, white),
+    ]
+    rows = [beside(panels, GAP)]
+    if len(units) == 0:
+        return rows[0]
+
+    top, white = projected[:1], reach(signed_rgb(net, projected[:1]))
+    name = f"map {units.maps[0]}"
+    tiles = _fields(net, codes, layer, units)
+    title = f"layer {layer}: the strongest {len(units)} activations, each alone"
+    whole = panel(f"layer {layer}, {name}: the strongest of all", top, white)
+    rows.append(_parts_and_whole(title, tiles, _labels(units), whole))
+
+    levels = supporting_maps(net, codes, layer, units[:1])
+    for level, count, z in zip(range(layer - 1, 0, -1), COUNTS, levels, strict=False):
+        kept = _strongest(z, count)
+        if len(kept) == 0:
+            break
+        together = project(net, codes, level, kept).sum(0, keepdim=True)
+        title = (
+            f"layer {level}: the strongest {len(kept)} of the {torch.count_nonzero(z)} parts of "
+            f"{name}, each alone"
+        )
+        labels = _labels(kept) if len(kept) <= SHOWN_UNITS else None
+        whole = panel(
+            f"these {len(kept)} together: {_share(top, together):.0%} of {name}", together, white
+        )
+        tiles = _fields(net, codes, level, kept)
+        rows.append(_parts_and_whole(title, tiles, labels, whole))
+    return below(rows, 4 * GAP)
+
+
+def _fields(net: DeconvNet, codes: Codes, layer: int, units: Units) -> Tensor:
+    """Tiles (M, 3, S, S) of units, each alone, cut to its field or to the image if that is less."""
+    fields = project_fields(net, codes, layer, units.places, units.values, units.values)
+    shown = signed_rgb(net, fields.cropped(tuple(codes.y.shape[2:]), share=1.0, among=1.0).tiles)
+    return symmetric(shown, reach(shown))
+
+
+def _strongest(z: Tensor, count: int) -> Units:
+    """The entries of maps (K, H, W) with the largest magnitude, of equals the first; no zeros."""
+    order = z.abs().flatten().sort(descending=True, stable=True).indices[:count]
+    order = order[z.flatten()[order] != 0]
+    K, H, W = z.shape
+    return Units(order // (H * W), order // W % H, order % W, z.flatten()[order])
+
+
+def _share(whole: Tensor, part: Tensor) -> float:
+    """1 - |whole - part|^2 / |whole|^2: negative if the part is further from it than nothing is."""
+    whole, part = whole.double(), part.double()
+    return float(1 - (whole - part).square().sum() / whole.square().sum())
+
+
+def _labels(units: Units) -> list[str]:
+    each = zip(units.maps.tolist(), units.values.tolist(), strict=True)
+    return [f"map {number}: {value:+.2g}" for number, value in each]
+
+
+def _panel(title: str, picture: Tensor) -> Tensor:
+    h, w = picture.shape[2:]
+    return _widened(titled(title, resized(picture, max(1, PANEL * w // max(h, w)))[0]), PANEL)
+
+
+def _parts_and_whole(title: str, tiles: Tensor, labels: list[str] | None, whole: Tensor) -> Tensor:
+    """A row of the picture: tiles (M, 3, h, w) as large as there is room for, and a panel."""
+    count, _, h, w = tiles.shape
+    line, narrowest = (LINE, LABEL) if labels else (0, 1)
+
+    def width(columns: int) -> int:
+        high = (ROOM[0] - GAP) // -(-count // columns) - GAP - line
+        wide = (ROOM[1] - GAP) // columns - GAP
+        size = min(wide, high * w // h, MOST_ZOOM * w)
+        return 0 if wide < narrowest else size // w * w or max(1, size)
+
+    columns = max(range(1, count + 1), key=lambda n: (width(n), -(-count % n), n))
+    tiles = resized(tiles, max(1, width(columns)))
+    if labels:
+        each = [titled(label, tile) for label, tile in zip(labels, tiles, strict=True)]
+        tiles = torch.stack([_widened(tile, max(LABEL, tiles.shape[3])) for tile in each])
+    return beside([_widened(titled(title, sheet(tiles, columns)), ROOM[1]), whole], GAP)
+
+
+def _widened(picture: Tensor, width: int) -> Tensor:
+    """Of exactly this width: paper on the right, or cut off there."""
+    return F.pad(picture, (0, width - picture.shape[2]), value=PAPER)
+
+
+def _only(codes: Codes) -> Codes:
+    if len(codes.y) != 1:
+        raise ValueError(f"codes of {len(codes.y)} images: take those of one, codes.select([n])")
+    return codes

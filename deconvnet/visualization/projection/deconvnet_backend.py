@@ -1,0 +1,132 @@
+"""Projections of networks that were learned by deconvolution: the way down is the model itself.
+
+What a unit stands for needs no rules here. The model says how maps become an image: R_l, with the
+switches of inference (Zeiler et al. 2011), a linear map; one activation goes through it alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from deconvnet.network.codes import Codes, join_codes
+from deconvnet.network.network import DeconvNet
+from deconvnet.operators.convolution import map_size
+from deconvnet.operators.pooling import pooled_shape
+from deconvnet.support.modes import plain
+from deconvnet.visualization.pictures.features import layer_field, project_each
+from deconvnet.visualization.projection.projection import (
+    LayerInfo,
+    Projection,
+    check_units,
+    no_such_layer,
+)
+from deconvnet.visualization.projection.rules import Report
+
+# Images whose maps are kept.
+KEPT = 64
+NONE = Codes((), torch.zeros(0), [])
+
+
+class LearnedNetwork:
+    """Layers, activations and projections of a deconvolutional network; see `Projector`."""
+
+    def __init__(self, net: DeconvNet, *, batch: int):
+        self.model, self.batch = net, batch
+        self.names = [f"layer{number}" for number in range(1, net.depth + 1)]
+        self._known: dict[bytes, Codes] = {}
+        self._version: list[tuple[int, int]] = []
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def layers(self, x: Tensor) -> list[LayerInfo]:
+        found, below = [], tuple(x.shape[2:])
+        for number, name in enumerate(self.names, 1):
+            settings = self.model.layer(number).settings
+            size = (settings.filter_size, settings.filter_size)
+            shape = (settings.num_maps, *map_size(below, size, settings.boundary))
+            below = pooled_shape(shape, tuple(settings.pool))[1:] if settings.pool else shape[1:]
+            rows, columns = (layer_field(self.model, number, axis) for axis in (0, 1))
+            field, stride, offset = (
+                (getattr(rows, key), getattr(columns, key)) for key in ("size", "stride", "offset")
+            )
+            found.append(LayerInfo(name, "Layer", shape, field, stride, offset))
+        return found
+
+    def responses(
+        self, x: Tensor, layers: list[str], reduce: Callable[[str, Tensor], object]
+    ) -> dict[str, object]:
+        numbers = {name: self._number(name) for name in layers}
+        codes = self.codes(x, max(numbers.values()))
+        return {name: reduce(name, codes.layer(number).z.abs()) for name, number in numbers.items()}
+
+    def codes(self, x: Tensor, depth: int) -> Codes:
+        """The maps of images up to a layer, as they were found when an image first came: of the
+        last images they are kept, since inference is what takes the time."""
+        version = [(buffer.data_ptr(), buffer._version) for buffer in self.model.buffers()]
+        if version != self._version:  # the network has learned
+            self._known, self._version = {}, version
+        keys = [_key(image) for image in x]
+        known = {key: self._known[key] for key in keys if key in self._known}
+        missing = [n for n, key in enumerate(keys) if len(known.get(key, NONE).layers) < depth]
+        if missing:
+            new = self.model.infer(x[missing], depth=depth, chunk=self.batch)
+            known |= {keys[n]: new.select(slice(at, at + 1)) for at, n in enumerate(missing)}
+        self._known |= known
+        for key in list(self._known)[:-KEPT]:
+            del self._known[key]
+        shallow = [replace(known[key], layers=known[key].layers[:depth]) for key in keys]
+        return join_codes(shallow)
+
+    def outputs(self, x: Tensor) -> Tensor | None:
+        return None
+
+    @plain
+    def project(
+        self, x: Tensor, layer: str, units: Tensor | list, seeds: Tensor | None
+    ) -> Projection:
+        number, net = self._number(layer), self.model
+        shape = self.layers(x)[number - 1].shape
+        units = check_units(units, len(x), layer, shape)
+        if len(units) == 0:
+            return Projection(units, x[:0], units, units, x.new_zeros(0), self._report(number))
+        images, n = torch.unique(units[:, 0], return_inverse=True)
+        codes = self.codes(x[images.to(x.device)], number)
+        places = tuple(index.to(net.device) for index in (n, *units[:, 1:].unbind(1)))
+        values = codes.layer(number).z[places]
+        coefficients = values if seeds is None else seeds.to(values)
+        painted = torch.stack(list(project_each(net, codes, number, places, coefficients)))
+        fields = self._fields(number, units)
+        limits = torch.tensor(x.shape[2:]).repeat(2)
+        boxes = torch.minimum(fields.clamp(min=0), limits)
+        return Projection(units, painted, boxes, fields, values, self._report(number))
+
+    def _fields(self, number: int, units: Tensor) -> Tensor:
+        rows, columns = (layer_field(self.model, number, axis) for axis in (0, 1))
+        top, left = (
+            rows.offset + rows.stride * units[:, 2],
+            columns.offset + columns.stride * units[:, 3],
+        )
+        return torch.stack([top, left, top + rows.size, left + columns.size], 1)
+
+    def _report(self, number: int) -> Report:
+        layers = [self.model.layer(level) for level in range(1, number)]
+        switched = sum(layer.settings.pool is not None for layer in layers)
+        exact = {"deconvolution": number} | ({"unpooling": switched} if switched else {})
+        return Report("generative", exact, switched=switched)
+
+    def _number(self, name: str) -> int:
+        if name not in self.names:
+            raise no_such_layer(name, self.names)
+        return self.names.index(name) + 1
+
+
+def _key(image: Tensor) -> bytes:
+    pixels = image.detach().cpu().contiguous()
+    return hashlib.sha1(pixels.view(torch.uint8).numpy()).digest() + str(image.shape).encode()

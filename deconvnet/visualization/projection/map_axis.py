@@ -1,0 +1,108 @@
+"""Which axis of a tensor its maps are: the second, or the last, as in (N, H, W, C).
+
+ConvNeXt, Swin and others switch between the two, so the shape of an output does not say which axis
+holds the maps. We follow them through the autograd graph from where they are certain: after a
+convolution they are the second axis, after a linear layer or a LayerNorm over one axis the last.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch.autograd.graph import Node
+
+from deconvnet.visualization.projection.autograd_graph import (
+    LEAF,
+    NORMALIZATIONS,
+    SWITCHES,
+    Operation,
+    in_order,
+    inputs_of,
+    name_of,
+    shape_of,
+)
+
+VIEWS = {"View", "UnsafeView", "Reshape", "ReshapeAlias"}
+PRODUCTS = {"Addmm", "Mm", "Bmm", "Linear", "MkldnnLinear"}
+SECOND = {
+    *("Convolution", "MkldnnConvolution", "AvgPool2D", "AdaptiveAvgPool2D", "PixelShuffle"),
+    *("PixelUnshuffle", "UpsampleNearest2D", "UpsampleBilinear2D", "UpsampleBicubic2D"),
+    *("UpsampleNearestExact2D", "NativeGroupNorm", LEAF),
+    *(NORMALIZATIONS | SWITCHES),
+}
+
+
+class Layouts:
+    """Which axis holds the maps in the outputs of the operations of one forward pass."""
+
+    def __init__(self) -> None:
+        self._known: dict[Node, int | None] = {}
+
+    def last(self, node: Node | None) -> bool:
+        """Whether what a node gives is (N, H, W, C)."""
+        if node is None or len(shape_of(node, 0)) != 4:
+            return False
+        for op in reversed(in_order(node, self._known)):
+            if op.node not in self._known:
+                self._known[op.node] = self._axis(op)
+        return self._known[node] == 3
+
+    def _axis(self, op: Operation) -> int | None:
+        shape = shape_of(op.node, 0)
+        rank = len(shape)
+        if op.name in SECOND:
+            return 1 if rank > 2 else None
+        if op.name in PRODUCTS and len(op.inputs) < 2:
+            return rank - 1
+        if op.name in PRODUCTS:
+            # Attention weights have no axis of maps, and what they weight keeps its own.
+            node, nr = op.inputs[-1]
+            kept = self._known.get(node) == len(shape_of(node, nr)) - 1
+            return rank - 1 if kept else None
+        if op.name == "NativeLayerNorm" and len(op.saved("normalized_shape")) == 1:
+            return rank - 1
+        given = [(self._known.get(node), shape_of(node, nr)) for node, nr in op.inputs]
+        given = [(axis, below) for axis, below in given if axis is not None]
+        if op.name in VIEWS:
+            return _viewed(*given[0], shape) if given else None
+        # Of what is broadcast the one that has the shape of the result.
+        given = sorted(
+            (pair for pair in given if len(pair[1]) == rank), key=lambda p: p[1] != shape
+        )
+        if not given:
+            return None
+        axis = given[0][0]
+        if op.name == "Permute":
+            return [dim % rank for dim in op.saved("dims")].index(axis)
+        if op.name == "Transpose":
+            one, other = (op.saved(key) % rank for key in ("dim0", "dim1"))
+            return {one: other, other: one}.get(axis, axis)
+        return axis
+
+
+def _viewed(axis: int, below: tuple[int, ...], shape: tuple[int, ...]) -> int | None:
+    """The axis of the maps after a view, if they are one axis of it."""
+    if shape[: axis + 1] == below[: axis + 1]:
+        return axis
+    is_last = axis == len(below) - 1 and shape[-1:] == below[-1:]
+    return len(shape) - 1 if is_last else None
+
+
+def rows_of(node: Node) -> tuple[int, ...] | None:
+    """(N, H, W), if a node gives a table (N H W, C) of maps in the layout (N, H, W, C).
+
+    So linear layers do their work on such maps.
+    """
+    name, shape = name_of(node), shape_of(node, 0)
+    if len(shape) != 2:
+        return None
+    if name in PRODUCTS:
+        tables = [below for below, _ in inputs_of(node) if name_of(below) in VIEWS]
+        return rows_of(tables[0]) if len(tables) == 1 else None
+    if name not in VIEWS:
+        return None
+    below, nr = inputs_of(node)[0]
+    maps = shape_of(below, nr)
+    if len(maps) != 4 or maps[3] != shape[1] or maps[1] * maps[2] < 2:
+        return None
+    return maps[:3] if math.prod(maps[:3]) == shape[0] else None

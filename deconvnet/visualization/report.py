@@ -1,0 +1,554 @@
+"""A survey of a network: what drives its maps, as files, pictures, a TensorBoard page, a gallery.
+
+<folder>/visualization/topk.npz              the strongest activations of every map
+<folder>/visualization/projections/*.npz     of each layer: projections, patches, places, values
+<folder>/visualization/control/              the same of the network with its weights shuffled
+<folder>/visualization/figures/*.png         the pictures
+<folder>/visualization/manifest.json         how each tile was made
+<folder>/visualization/events.out.tfevents.* TensorBoard
+<folder>/gallery/index.html                  everything as a page
+
+Every step writes its file, and a survey that was stopped resumes after the last of them. Files for
+another network, other images or other settings are recomputed, and what earlier surveys left in
+these folders for other layers or settings is removed, so the folders hold what the manifest
+describes. Files that others have put there, or have changed, are left alone (`files`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from deconvnet.images.datasets import LazyImages
+from deconvnet.images.decoding import shown_name
+from deconvnet.monitoring.event_files import event_writer
+from deconvnet.monitoring.monitor import save_picture
+from deconvnet.monitoring.strict_json import to_json
+from deconvnet.network.network import DeconvNet
+from deconvnet.storage import ownership
+from deconvnet.support.communicator import ALONE, Ranks
+from deconvnet.visualization.experiments.invariance import invariance, invariance_picture
+from deconvnet.visualization.experiments.occlusion import occlusion, occlusion_picture
+from deconvnet.visualization.gallery.content import Findings, write_pages
+from deconvnet.visualization.models.zoo import Subject
+from deconvnet.visualization.pictures.evolution import Evolution, evolution_picture
+from deconvnet.visualization.pictures.figures import filter_grid
+from deconvnet.visualization.pictures.grids import (
+    chosen_maps,
+    exemplar_grid,
+    first_filters,
+    with_control,
+)
+from deconvnet.visualization.projection.cnn_backend import GATES
+from deconvnet.visualization.projection.projection import LayerInfo, choose_among
+from deconvnet.visualization.projection.projector import Projector
+from deconvnet.visualization.projection.rules import METHODS, OVERLAPS
+from deconvnet.visualization.search.randomization import randomised
+from deconvnet.visualization.search.top_activations import Top, merge, mine, of_one_size
+from deconvnet.visualization.search.top_projections import Exemplars, collect, load_exemplars
+
+log = logging.getLogger(__name__)
+
+# What gives no features of its own: its units are those of the layer before.
+PASSING = re.compile(r"pool|dropout|identity|flatten", re.IGNORECASE)
+MOST_LAYERS = 6
+INSIDE = (
+    "Only activations whose receptive field lies inside the image were searched, in layers where "
+    "at least a quarter of the units are such."
+)
+
+
+@dataclass
+class SurveySettings:
+    """What to look for and to show."""
+
+    # dotted names of layers; null: all of a deconvolutional network, else the last of each size
+    layers: Any = field(default=None, metadata={"texts": True})
+    # strongest activations of each map
+    k: int = 9
+    # only activations whose receptive field lies inside the image, where a layer has enough of them
+    inside: bool = True
+    # maps of each layer to project: so many at random, or all if it has fewer; null: all
+    maps: int | None = 150
+    # maps in the grid of a layer, of those that are projected
+    shown: int = 16
+    # of a trained network: deconv | guided | gradient
+    method: str = "deconv"
+    # refuse layers below which stands an operation that the method has no rule for
+    strict: bool = True
+    # sigmoids that multiply maps: constant | gradient
+    gates: str = "constant"
+    # transposed convolutions: sum | normalised, which divides out their checkerboard
+    overlap: str = "sum"
+    # of the pixels of a tile that are not zero the share that stays short of black and white
+    contrast: float = 0.995
+    # the same of the network with its weights shuffled, beside every grid
+    control: bool = True
+    # images of which a grey square is slid over, and images that are shifted, scaled and turned
+    occlusion: int = 0
+    invariance: int = 0
+    # images in the explorer of the gallery
+    explored: int = 8
+    # write the gallery
+    gallery: bool = True
+    # images that go through the network at a time, which bounds memory; processes that read them
+    batch: int = 8
+    workers: int = 0
+    # of what is drawn at random: maps, the control
+    seed: int = 0
+    # show progress bars
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        # One name without the brackets of a list is a list of one.
+        self.layers = [self.layers] if isinstance(self.layers, str) else self.layers
+        if self.layers is not None and not (
+            isinstance(self.layers, list | tuple)
+            and self.layers
+            and all(isinstance(name, str) for name in self.layers)
+        ):
+            raise ValueError(
+                f"layers={self.layers}: give names as [name,name]; layers=[?] lists them"
+            )
+        self.layers = None if self.layers is None else list(self.layers)
+        for key in ("k", "shown", "batch"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key}={getattr(self, key)}: must be at least 1")
+        for key in ("occlusion", "invariance", "explored", "workers", "seed"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"{key}={getattr(self, key)}: must not be negative")
+        if self.maps is not None and self.maps < 1:
+            raise ValueError(f"maps={self.maps}: must be at least 1, or null for all")
+        if not 0 < self.contrast <= 1:
+            raise ValueError(f"contrast={self.contrast}: must be above 0 and at most 1")
+        for key, choices in (("method", METHODS), ("gates", GATES), ("overlap", OVERLAPS)):
+            if getattr(self, key) not in choices:
+                raise ValueError(f"{key}={getattr(self, key)}: choose one of {', '.join(choices)}")
+
+
+def survey(
+    subject: Subject,
+    images: LazyImages,
+    settings: SurveySettings,
+    folder: Path,
+    *,
+    evolutions: Mapping[str, Evolution] | None = None,
+    ranks: Ranks = ALONE,
+) -> dict[str, Path]:
+    """What a network responds to on some images, written into a folder; the files by what they are.
+
+    evolutions: of layers by name, for their pictures. ranks: processes that share the search, each
+    in a part of the images; the first one writes.
+    """
+    projector = projector_of(subject, settings)
+    infos = {info.name: info for info in layers_of(projector, images[0])}
+    chosen = settings.layers or default_layers(list(infos.values()))
+    if not chosen:
+        among = f"choose among {', '.join(infos)}" if infos else choose_among("", [])
+        raise ValueError(f"layers=null: {subject.name} has no layer of maps; {among}")
+    _try(projector, images[0], chosen)
+    place = Path(folder) / "visualization"
+    if ranks.first:
+        _check_places(Path(folder), place, chosen, settings)
+    state = Findings(
+        subject,
+        projector,
+        images,
+        {name: infos[name] for name in chosen},
+        settings.contrast,
+        {name: found for name, found in (evolutions or {}).items() if name in chosen},
+    )
+    if ranks.first:
+        names = ", ".join(state.infos)
+        log.info("%s: what drives the maps of %s, in %d images", subject.name, names, len(images))
+    state.tops = _mine(state, settings, projector, subject, place, ranks)
+    if settings.control:
+        control = randomised_subject(subject, settings.seed)
+        shuffled = projector_of(control, settings)
+        control_tops = _mine(state, settings, shuffled, control, place / "control", ranks)
+    if not ranks.first:
+        return {}
+    state.found = _collect(state, settings, projector, subject, state.tops, place)
+    if not state.found:
+        raise ValueError(
+            f"layers {', '.join(state.infos)}: none of their maps is ever active on these "
+            f"{len(images)} images"
+        )
+    if settings.control:
+        same = {layer: control_tops[layer] for layer in state.found}
+        state.control = _collect(state, settings, shuffled, control, same, place / "control")
+    _draw(state, settings, place / "figures")
+    _remove_others(state, place)
+    written = {"pictures": place / "figures", "manifest": _write_manifest(state, settings, place)}
+    _write_events(state, place)
+    if settings.gallery:
+        with _bar(settings, "gallery", "page", None) as progress:
+            written["gallery"] = write_pages(
+                Path(folder) / "gallery",
+                state,
+                explored=settings.explored,
+                notes=[INSIDE] if settings.inside else [],
+                progress=progress,
+            )
+    elif (Path(folder) / "gallery").exists():
+        log.warning(
+            "%s is from an earlier survey: gallery=true rebuilds it", Path(folder) / "gallery"
+        )
+    return written
+
+
+def default_layers(infos: list[LayerInfo]) -> list[str]:
+    """Of the layers with maps of the same size the last, from the first size to the last; all of a
+    deconvolutional network.
+
+    Left out are those that only pass on what they are given, what ends with one of them, and
+    vectors.
+    """
+    if all(info.kind == "Layer" for info in infos):
+        return [info.name for info in infos]
+    last: dict[tuple[int, ...], str] = {}
+    passing: LayerInfo | None = None
+    for info in infos:
+        ends = passing and passing.name.startswith(f"{info.name}.") and passing.shape == info.shape
+        passing = info if ends or PASSING.search(info.kind) else None
+        if passing is None and min(info.shape[1:]) > 1:
+            last[info.shape[1:]] = info.name
+    return list(last.values())[:MOST_LAYERS]
+
+
+def layers_of(projector: Projector, image: Tensor) -> list[LayerInfo]:
+    """`Projector.layers` for an image (3, H, W) in [0, 1]; ValueError if the model fails on it."""
+    return projector.layers(projector.prepare(image[None]))
+
+
+def _try(projector: Projector, image: Tensor, layers: list[str]) -> None:
+    """Refuse layers that do not exist or cannot be projected before the work begins."""
+    x = projector.prepare(image[None])
+    for layer in layers:
+        projector(x, layer, [(0, 0, 0, 0)])
+
+
+def _check_places(folder: Path, place: Path, layers: list[str], settings: SurveySettings) -> None:
+    """Before the work begins, refuse to replace files that are not ours."""
+    names = {}
+    for layer in layers:
+        other = names.setdefault(file_name(layer), layer)
+        if other != layer:
+            raise ValueError(
+                f"layers {other!r} and {layer!r}: their files would have the same name; survey one "
+                "of them with another output=..."
+            )
+    paths = [place / "topk.npz", place / "manifest.json"]
+    for name in names:
+        paths += [place / "projections" / f"{name}.npz", place / "figures" / f"{name}.png"]
+    if settings.control:
+        paths += [
+            place / "control" / path.relative_to(place) for path in paths if path.suffix == ".npz"
+        ]
+    for path in paths:
+        ownership.check(path)
+    if settings.gallery:
+        ownership.check_replaceable(folder / "gallery")
+
+
+def _remove_others(state: Findings, place: Path) -> None:
+    """Remove what earlier surveys made for other layers or with other settings."""
+    arrays = {f"{file_name(layer)}.npz" for layer in state.found}
+    kept = {place / "figures" / f"{file_name(name)}.png" for name in state.pictures}
+    kept |= {place / "projections" / name for name in arrays}
+    if state.control:
+        kept |= {place / "control" / "projections" / name for name in arrays}
+    for folder in (place / "figures", place / "projections", place / "control" / "projections"):
+        for path in folder.glob("*"):
+            if path not in kept:
+                ownership.remove(path)
+        ownership.prune(folder)
+    if not state.control:
+        ownership.remove(place / "control" / "topk.npz")
+        ownership.prune(place / "control")
+
+
+def projector_of(subject: Subject, settings: SurveySettings) -> Projector:
+    """What projects the units of a network as the settings say."""
+    if isinstance(subject.module, DeconvNet):
+        return Projector(subject.module, batch=settings.batch)
+    return Projector(
+        subject.module,
+        method=settings.method,
+        strict=settings.strict,
+        gates=settings.gates,
+        overlap=settings.overlap,
+        normalization=subject.normalization,
+        batch=settings.batch,
+    )
+
+
+def randomised_subject(subject: Subject, seed: int) -> Subject:
+    """The control of a network: the same with the entries of every weight in a random order."""
+    module = randomised(subject.module, seed=seed)
+    digest = f"{subject.digest} shuffled by {seed}"
+    return replace(subject, module=module, weights="shuffled", digest=digest)
+
+
+def _mine(
+    state: Findings,
+    settings: SurveySettings,
+    projector: Projector,
+    subject: Subject,
+    place: Path,
+    ranks: Ranks,
+) -> dict[str, Top]:
+    """The strongest activations, those of all processes together."""
+    rank, count = ranks.rank, ranks.count
+    name = "topk.npz" if count == 1 else f"topk-{rank}-of-{count}.npz"
+    what = "searching" if subject is state.subject else "searching, control"
+    total = len(range(rank, len(state.images), count))
+    with _bar(settings, what, "image", total, hidden=not ranks.first) as progress:
+        part = mine(
+            projector,
+            state.images,
+            list(state.infos),
+            k=settings.k,
+            inside=settings.inside,
+            batch=settings.batch,
+            workers=settings.workers,
+            shard=(rank, count),
+            path=place / name,
+            key={"network": _network_key(subject), "data": state.images.fingerprint},
+            progress=progress,
+        )
+    return merge(ranks.gathered(part), k=settings.k)
+
+
+def _collect(
+    state: Findings,
+    settings: SurveySettings,
+    projector: Projector,
+    subject: Subject,
+    tops: dict[str, Top],
+    place: Path,
+) -> dict[str, Exemplars]:
+    """The projections of every layer; those of an earlier survey where they are the same."""
+    whose = "" if tops is state.tops else ", control"
+    found = {}
+    for layer, top in tops.items():
+        if layer in state.found:
+            maps = state.found[layer].maps.tolist()
+        else:
+            maps = chosen_maps(top.dead, settings.maps, seed=settings.seed)
+        total = sum(len(top.units(m)) for m in maps)
+        if total == 0:
+            log.warning("layer %s%s: none of its maps is ever active", layer, whose)
+            continue
+        key = {
+            "top": _digest(top.values, top.images, top.rows, top.columns),
+            "maps": maps,
+            "method": [projector.method, settings.gates, settings.overlap],
+            "network": _network_key(subject),
+            "data": state.images.fingerprint,
+        }
+        path = place / "projections" / f"{file_name(layer)}.npz"
+        known = load_exemplars(path, key)
+        if known is None:
+            with _bar(settings, f"projecting {layer}{whose}", "unit", total) as progress:
+                known = collect(projector, state.images, layer, top, maps=maps, progress=progress)
+            known.save(path, key)
+        found[layer] = known
+    return found
+
+
+def _network_key(subject: Subject) -> list[object]:
+    """What responses and projections depend on: parameters, what is done with them, and pixels."""
+    module = subject.module
+    built = module.to_parts()[1] if isinstance(module, DeconvNet) else [str(module), _code(module)]
+    text = hashlib.sha256(json.dumps(built).encode()).hexdigest()[:16]
+    return [subject.digest, text, asdict(subject.normalization)]
+
+
+def _code(module: nn.Module) -> str:
+    """A digest of the source of all classes of a network except those of PyTorch: users may change
+    what a network of their own computes and keep its parameters."""
+    found = hashlib.sha256()
+    classes = {type(part) for part in module.modules()}
+    for kind in sorted(classes, key=lambda kind: f"{kind.__module__}.{kind.__qualname__}"):
+        if kind.__module__.partition(".")[0] == "torch":
+            continue
+        try:
+            found.update(inspect.getsource(kind).encode("utf-8", "surrogateescape"))
+        except (OSError, TypeError):  # of a class that was made in an interpreter
+            found.update(f"{kind.__module__}.{kind.__qualname__}".encode())
+    return found.hexdigest()[:16]
+
+
+def _draw(state: Findings, settings: SurveySettings, folder: Path) -> None:
+    """All pictures, as PNG files."""
+    pictures = state.pictures
+    filters = first_filters(state.projector)
+    if filters is not None:
+        pictures[f"{filters[0]}-filters"] = filter_grid(filters[1])
+    for layer, found in state.found.items():
+        rows = _shown_rows(found, settings)
+        grid = exemplar_grid(found, rows, contrast=settings.contrast)
+        if layer in state.control:
+            beside = exemplar_grid(state.control[layer], rows, contrast=settings.contrast)
+            grid = with_control(grid, beside, layer=layer)
+        pictures[layer] = grid
+    for layer, e in state.evolutions.items():
+        pictures[f"{layer}-evolution"] = evolution_picture(e)
+    _occlude(state, settings)
+    _move(state, settings)
+    for name, picture in pictures.items():
+        save_picture(folder / f"{file_name(name)}.png", picture)
+
+
+def _occlude(state: Findings, settings: SurveySettings) -> None:
+    """What a grey square does to the highest layer, in the first images."""
+    projector, layer = state.projector, list(state.found)[-1]
+    for number in range(min(settings.occlusion, len(state.images))):
+        pixels = state.images[number]
+        with _bar(settings, f"covering image {number}", "place", None) as progress:
+            x = projector.prepare(pixels[None])
+            found = occlusion(projector, x, layer=layer, progress=progress)
+        labels = state.subject.labels and tuple(map(shown_name, state.subject.labels))
+        picture = occlusion_picture(found, pixels, names=labels)
+        state.pictures[f"occlusion-{number}"] = picture
+
+
+def _move(state: Findings, settings: SurveySettings) -> None:
+    """What shifts, zooms and turns do to the lowest and the highest layer, in the first images."""
+    if settings.invariance == 0:
+        return
+    layers = list(dict.fromkeys([list(state.found)[0], list(state.found)[-1]]))
+    some = [state.images[number] for number in range(len(state.images))[: settings.invariance]]
+    count = len(next(of_one_size(some)))
+    pixels = torch.stack(some[:count])
+    with _bar(settings, "moving images", "step", None) as progress:
+        x = state.projector.prepare(pixels)
+        found = invariance(state.projector, x, layers, progress=progress)
+    names = [shown_name(Path(name).stem) for name in state.images.names[:count]]
+    state.pictures["invariance"] = invariance_picture(found, pixels, names=names)
+
+
+def _write_manifest(state: Findings, settings: SurveySettings, place: Path) -> Path:
+    path = place / "manifest.json"
+    text = to_json(_manifest(state, settings), indent=1, ensure_ascii=False)
+    # Names of files may be no text; names of networks and layers, too.
+    ownership.write(path, text.encode("utf-8", "backslashreplace"))
+    return path
+
+
+def _manifest(state: Findings, settings: SurveySettings) -> dict:
+    """How each tile was made."""
+    subject, names = state.subject, state.images.names
+    layers = {}
+    for layer, found in state.found.items():
+        info = state.infos[layer]
+        layers[layer] = {
+            "kind": info.kind,
+            "shape": info.shape,
+            "field": info.field,
+            "stride": info.stride,
+            "figure": f"figures/{file_name(layer)}.png",
+            "arrays": f"projections/{file_name(layer)}.npz",
+            "report": asdict(found.report),
+            "says": str(found.report),
+            "tile_scale": found.scale,
+            "dead_maps": np.flatnonzero(state.tops[layer].dead).tolist(),
+            "shown": found.maps[_shown_rows(found, settings)].tolist(),
+            "maps": [_map_entry(found, row, names) for row in range(len(found.maps))],
+        }
+    return {
+        "network": {
+            "name": subject.name,
+            "weights": subject.weights,
+            "sha256": subject.digest,
+            "normalization": asdict(subject.normalization),
+        },
+        "images": {"count": len(names), "sha256": state.images.fingerprint},
+        "settings": asdict(settings),
+        "display": (
+            "zero is grey (0.5); each tile reaches black or white at the magnitude within which "
+            f"{settings.contrast:.1%} of its pixels that are not zero stay"
+        ),
+        "control": "the same with the entries of every weight in a random order"
+        if state.control
+        else None,
+        "layers": layers,
+    }
+
+
+def _map_entry(found: Exemplars, row: int, names: tuple[str, ...]) -> dict:
+    tiles = []
+    for rank in range(found.count(row)):
+        image, _, i, j = found.units[row, rank].tolist()
+        board = float(found.checkerboard[row, rank])
+        tiles.append(
+            {
+                "rank": rank,
+                "value": float(found.values[row, rank]),
+                "image": image,
+                "name": shown_name(names[image]),
+                "unit": [i, j],
+                "box": found.boxes[row, rank].tolist(),
+                **({} if np.isnan(board) else {"checkerboard": round(board, 4)}),
+            }
+        )
+    return {"map": int(found.maps[row]), "row": row, "tiles": tiles}
+
+
+def _write_events(state: Findings, folder: Path) -> None:
+    for old in folder.glob("events.out.tfevents.*"):
+        ownership.remove(old)
+    with event_writer(folder) as writer:
+        for name, picture in state.pictures.items():
+            pixels = (picture.clamp(0, 1) * 255).round().byte()
+            writer.add_image(f"visualization/{name}", pixels, 0)
+        reports = "\n".join(f"| {name} | {e.report} |" for name, e in state.found.items())
+        writer.add_text("visualization", f"| layer | how |\n|---|---|\n{reports}", 0)
+
+
+def _shown_rows(found: Exemplars, settings: SurveySettings) -> list[int]:
+    """The rows of the maps in the grid: some at random, in their order."""
+    dead = np.zeros(len(found.maps), dtype=bool)
+    return chosen_maps(dead, settings.shown, seed=settings.seed)
+
+
+def file_name(layer: str) -> str:
+    """The name of a layer as that of a file."""
+    return re.sub(r"[^\w.-]+", "-", layer)
+
+
+def _digest(*arrays: np.ndarray) -> str:
+    found = hashlib.sha256()
+    for array in arrays:
+        found.update(np.ascontiguousarray(array).tobytes())
+    return found.hexdigest()
+
+
+@contextmanager
+def _bar(
+    settings: SurveySettings, name: str, unit: str, total: int | None, *, hidden: bool = False
+) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar as what is told (done, total)."""
+    # On a terminal only: a file would get all that the bar draws over itself.
+    disable = True if hidden or not settings.progress else None
+    with tqdm(desc=name, total=total, unit=unit, disable=disable, dynamic_ncols=True) as bar:
+
+        def progress(done: int, whole: int) -> None:
+            bar.total = whole
+            bar.update(done - bar.n)
+
+        yield progress

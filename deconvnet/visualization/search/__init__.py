@@ -1,0 +1,1 @@
+"""The images that activate a map most, and their projections."""

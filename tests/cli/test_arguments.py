@@ -1,0 +1,319 @@
+"""Text on the command line arrives as it was typed; what is wrong there is said in one line."""
+
+import itertools
+import random
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+
+from deconvnet.cli import arguments, config
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+# What a shell may deliver in one argument.
+NUMBERS = ("1.10", "83e2010", "12e3456", "1_000", "1e5", "0x10", "007", "2024.10", "2024-10-01")
+WORDS = ("true", "False", "off", "on", "no", "~", "inf", "nan", "12:30:45", "+5", "-5", ".5", "5.")
+FILES = (
+    *("photo (1).jpg", "a,b.png", "a=b", "a:b", "[a].jpg", "a[1", "a]b", "{a}", "it's", 'a"b'),
+    *(
+        "a$b",
+        "$HOME",
+        "${",
+        "a${b.png",
+        "日本.png",
+        "é ü.jpg",
+        "#1",
+        "50%",
+        "a\\b",
+        "a\\",
+        "C:\\x\\",
+    ),
+    *(
+        " a",
+        "a ",
+        "a  b",
+        "a\tb",
+        "~/photos",
+        "~nobody/x",
+        "a&b",
+        "a;b",
+        "a|b",
+        "a*?",
+        "!x",
+        "choice",
+    ),
+    *("choice(1).png", "range(1,2)", "(1)", "a\nb", "-x", "@x", "'", '"', "\\'", "null.png"),
+)
+TYPED = (*NUMBERS, *WORDS, *FILES)
+
+SCHEMAS = {
+    "train": config.Config,
+    "reconstruct": config.ReconstructConfig,
+    "ablate": config.AblateConfig,
+    "denoise": config.DenoiseConfig,
+    "inpaint": config.InpaintConfig,
+    "classify": config.ClassifyConfig,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hydra():
+    config.register()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        yield
+
+
+def read(name, *typed):
+    return compose(name, arguments.for_hydra(list(typed), SCHEMAS[name]))
+
+
+def value(argument, schema=config.Config):
+    """What Hydra reads in one argument."""
+    (ready,) = arguments.for_hydra([argument], schema)
+    return OverridesParser.create().parse_override(ready).value()
+
+
+def swept(argument, schema=config.Config):
+    """What Hydra reads in one argument of a sweep."""
+    _, ready = arguments.for_hydra(["-m", argument], schema)
+    parser = OverridesParser.create()
+    strings = parser.parse_override(ready).sweep_string_iterator()
+    return [parser.parse_override(f"x={string}").value() for string in strings]
+
+
+def told(name, *typed):
+    """What is said of arguments that Hydra refuses."""
+    with pytest.raises(HydraException) as caught:
+        read(name, *typed)
+    return arguments.explain(caught.value, SCHEMAS[name]) or config._one_line(caught.value)
+
+
+@pytest.mark.parametrize("prefix", ["", "+", "++"])
+def test_every_text_arrives_as_it_was_typed(prefix):
+    for text in TYPED:
+        assert value(f"{prefix}name={text}") == text.replace("${", r"\${"), text
+        assert value(f"{prefix}images={text}", config.VisualizeConfig) == value(f"name={text}")
+
+
+def test_texts_of_any_characters_arrive_as_they_were_typed():
+    draw = random.Random(0)
+    for _ in range(1500):
+        text = "".join(draw.choices("ab1.0e_-/\\'\" ,=()[]{}$:~#%é\n\t", k=draw.randint(1, 8)))
+        whole = text[0] in "'\"" and text[0] == text[-1] and len(text) > 1
+        if not whole and "${" not in text:
+            assert value(f"name={text}") == text, repr(text)
+
+
+def test_settings_hold_the_texts_that_were_typed():
+    for text in ("1.10", "83e2010", "007", "true", "photo (1).jpg", "a\nb", "it's ${"):
+        cfg = read("train", f"name={text}", f"data.path={text}", f"resume={text}")
+        assert (cfg.name, cfg.data.path, cfg.resume) == (text, text, text)
+    cfg = read("classify", "run=1_0", "data.path=1e5", "beside=[1.10,2.20]", "output=0x1")
+    assert (cfg.run, cfg.data.path, list(cfg.beside)) == ("1_0", "1e5", ["1.10", "2.20"])
+    assert cfg.output == "0x1" and cfg.layers is None
+
+
+def test_the_run_folder_has_the_name_that_was_typed():
+    cfg = compose("train", arguments.for_hydra(["name=1.10"], config.Config), True)
+    folder = OmegaConf.to_container(cfg.hydra.run, resolve=False)["dir"]
+    assert OmegaConf.create({"name": cfg.name, "dir": folder}).dir == "runs/1.10"
+    assert value("hydra.run.dir=2024.10") == "2024.10"
+    assert value("hydra.run.dir=~/runs") == str(Path.home() / "runs")
+
+
+def test_nothing_but_null_without_quotes_is_no_value_where_there_may_be_none():
+    for text in ("null", "NULL"):
+        assert value(f"output={text}", config.ReconstructConfig) is None
+        assert value(f"layers={text}", config.VisualizeConfig) is None
+        assert value(f"name={text}") == text
+    assert value("output='null'", config.ReconstructConfig) == "null"
+
+
+def test_quotes_around_a_whole_value_are_taken_off():
+    for quote in "'\"":
+        for text in ("null", "1.10", "lam=2", "[a,b]", "a b"):
+            assert value(f"images={quote}{text}{quote}", config.VisualizeConfig) == text
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        ("[1e5,b.png]", ["1e5", "b.png"]),
+        ("[photo (1).jpg, a=b.png ]", ["photo (1).jpg", "a=b.png"]),
+        ("['a,b.png',\"c,d\",it's,b's]", ["a,b.png", "c,d", "it's", "b's"]),
+        ("[a[1].png,b)]", ["a[1].png", "b)"]),
+        ("[true,null,0x10]", ["true", "null", "0x10"]),
+        ("[]", []),
+    ],
+)
+def test_lists_hold_the_texts_that_were_typed(typed, expected):
+    assert value(f"images={typed}", config.VisualizeConfig) == expected
+    assert value(f"layers={typed}", config.VisualizeConfig) == expected
+    assert value(f"image={typed}", config.DenoiseConfig) == expected
+
+
+def test_a_value_without_brackets_is_a_list_of_one_where_only_a_list_will_do():
+    assert value("checkpoints=a (1).pt", config.VisualizeConfig) == ["a (1).pt"]
+    assert value("beside=1.10", config.ClassifyConfig) == ["1.10"]
+    assert value("preprocessing.steps=mean") == ["mean"]
+    assert value("mean=0.5,0.4", config.VisualizeConfig) == [0.5, 0.4]
+    assert value("layers=1,4", config.ClassifyConfig) == [1, 4]
+    assert value("model.layer1.pool=[2,2,2]") == [2, 2, 2]
+    assert value("layers=2") == 2
+
+
+def test_a_reference_to_another_setting_is_no_text():
+    cfg = read("train", "data.name=1.10", "name=${data.name}-wide (2)")
+    assert cfg.name == "1.10-wide (2)"
+    assert read("train", "name=a${b.png").name == "a${b.png"
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        ("name=1.10,1.1", ["1.10", "1.1"]),
+        ("name=a b,(c)", ["a b", "(c)"]),
+        ("name='a,b',c", ["a,b", "c"]),
+        ("name=choice(1.10,1.1,a=b)", ["1.10", "1.1", "a=b"]),
+        ("name=choice(it's,(c))", ["it's", "(c)"]),
+        ("name=sort(1.10,1.2,reverse=true)", ["1.2", "1.10"]),
+        ("name=shuffle(choice(1.10,a b))", ["1.10", "a b"]),
+        ("name=range(1,3)", [1, 2]),
+        ("++name=1_000,0x10", ["1_000", "0x10"]),
+        ("seed=0,1", [0, 1]),
+    ],
+)
+def test_a_sweep_goes_over_the_texts_that_were_typed(typed, expected):
+    found = swept(typed)
+    assert (sorted(found) if "shuffle" in typed else found) == expected
+
+
+def test_a_sweep_goes_over_lists_too():
+    assert swept("layers=[a,1.10],[c]", config.VisualizeConfig) == [["a", "1.10"], ["c"]]
+    assert swept("layers=[1],[1,4]", config.ClassifyConfig) == [[1], [1, 4]]
+
+
+def test_numbers_groups_and_the_options_of_hydra_are_left_as_they_are():
+    typed = ["model.layer1.lam=1.10", "model=cvpr2010", "+experiment=cvpr2010", "seed=1_0", "-m"]
+    typed += ["~model.layer3", "hydra/launcher=basic", "--config-dir", "name=1", "data={path: 1}"]
+    assert arguments.for_hydra(typed, config.Config) == typed
+
+
+@pytest.mark.parametrize("typed", ["name=", "data.path=", "+data.path=", "resume="])
+def test_a_text_without_a_value_is_refused(typed):
+    with pytest.raises(ValueError, match=r"= has no value"):
+        arguments.for_hydra([typed], config.Config)
+
+
+def test_a_printed_setting_is_read_back_as_it_was():
+    texts = (*TYPED, "[a,b]", "'a'", '"a b"', "null", "${name}", "runs/lam=2", "runs/my run")
+    for text, (key, schema) in itertools.product(
+        texts, [("run", config.VisualizeConfig), ("images", config.ReconstructConfig)]
+    ):
+        (typed,) = shlex.split(arguments.setting(key, text))
+        found = OmegaConf.create({"x": value(typed, schema)}).x
+        assert found == text, typed
+    assert arguments.setting("run", Path("runs/a")) == "run=runs/a"
+    assert arguments.setting("layer", 2) == "layer=2"
+
+
+def test_the_command_that_goes_on_is_the_one_that_was_typed(monkeypatch):
+    typed = ["my scripts/train.py", "name=lam=2", "data.path=photo (1)", "++resume=false"]
+    monkeypatch.setattr(sys, "argv", list(typed))
+    monkeypatch.setattr(arguments, "_read_files_as_typed", lambda schema: None)
+    monkeypatch.setattr(arguments, "_typed", [])
+    arguments.make_ready(config.Config)
+    assert sys.argv[1] == "name='lam=2'"
+    assert shlex.split(arguments.again("resume")) == ["python", *typed[:3]]
+    assert shlex.split(arguments.beside("reconstruct.py")) == ["my scripts/reconstruct.py"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    expected = ["torchrun", "--nproc-per-node=2", *typed]
+    assert shlex.split(arguments.again()) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "typed", "expected"),
+    [
+        ("train", "lam=3", "lam: no such setting; did you mean model.layer1.lam?"),
+        (
+            "train",
+            "epochs=3",
+            "epochs: no such setting; did you mean model.layer1.learning.epochs?",
+        ),
+        ("train", "model.layer2.num_map=3", "did you mean model.layer2.num_maps?"),
+        ("train", "model.layer2.iterations=3", "did you mean model.layer2.solver.iterations?"),
+        ("train", "model.layer9.lam=3", "model.layer9.lam: model has no layer9 here"),
+        ("train", "path=x", "path: no such setting; did you mean data.path?"),
+        ("train", "nonsense=1", "nonsense: no such setting; there are name, model, data"),
+        ("train", "photos", "photos: settings are given as key=value"),
+        ("train", "data=photos", "data=folder data.path=photos"),
+        ("train", "data=~/my photos (1)", "data=folder 'data.path=~/my photos (1)'"),
+        ("train", "model=nope", "there is no model/nope; choose cvpr2010"),
+        ("train", "experiment=cvpr2010", "use +experiment=cvpr2010"),
+        ("train", "+layers=2.5", "layers=2.5: must be a whole number"),
+        ("train", "model.layer1.lam=much", "model.layer1.lam=much: must be a number"),
+        ("train", "progress=maybe", "progress=maybe: must be true or false"),
+        ("denoise", "images=a.png", "images: no such setting; did you mean image?"),
+        ("reconstruct", "image=a.png", "image: no such setting; did you mean images?"),
+        ("classify", "data=photos", "data: is no setting itself; there are data.path"),
+        ("ablate", "layers=2", "layers: no such setting; there are run, count"),
+    ],
+)
+def test_what_hydra_refuses_is_explained_by_what_would_be_right(name, typed, expected):
+    found = told(name, typed)
+    assert expected in found and "\n" not in found
+
+
+@pytest.mark.parametrize("name", ["reconstruct", "ablate"])
+def test_every_command_refuses_keys_that_are_none_and_values_of_other_types(name):
+    given = ["run=x", *(["images=y"] if name == "reconstruct" else [])]
+    assert config.read_command(read(name, *given)).run == "x"
+    with pytest.raises(ValueError, match="layr: no such setting"):
+        config.read_command(read(name, *given, "+layr=2"))
+    key = "layer" if name == "reconstruct" else "count"
+    assert told(name, *given, f"{key}=two") == f"{key}=two: must be a whole number"
+    with pytest.raises(ValueError, match="run has no value"):
+        config.read_command(read(name, *given[1:]))
+
+
+def test_a_file_of_settings_holds_texts_as_they_are_written():
+    source = "name: 1.10  # a version\ndata:\n  path: 1_000\n  size: 24\nresume: off\nseed: 1_0\n"
+    found = OmegaConf.create(arguments.as_typed(source, config.Config))
+    assert found == {
+        "name": "1.10",
+        "data": {"path": "1_000", "size": 24},
+        "resume": "off",
+        "seed": 10,
+    }
+    source = "path: 2024-10-01\nname: null\nsplit: '1.10'\n"
+    found = OmegaConf.create(arguments.as_typed(source, config.Config, "data"))
+    assert found == {"path": "2024-10-01", "name": None, "split": "1.10"}
+    source = "layers: [1.10, 'a', b]\nimages: 1e5\n"
+    found = OmegaConf.create(arguments.as_typed(source, config.VisualizeConfig))
+    assert found == {"layers": ["1.10", "a", "b"], "images": "1e5"}
+    for path in CONFIGS.rglob("*.yaml"):
+        package = "" if path.parent == CONFIGS else path.parent.name
+        source = path.read_text(encoding="utf-8")
+        changed = arguments.as_typed(source, config.Config, package)
+        assert OmegaConf.create(changed) == OmegaConf.create(source), path
+
+
+def test_hydra_reads_texts_in_files_as_they_are_written(tmp_path, script):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "wide.yaml").write_text("# @package _global_\nname: 1.10\nlayers: 1\n")
+    (tmp_path / "mine" / "bad.yaml").write_text("name: [1\n")
+    (tmp_path / "mine" / "latin.yaml").write_bytes(b"name: \xff\n")
+    given = ["--config-dir", tmp_path, "--cfg", "job"]
+    result = script(tmp_path, "train.py", *given, "+mine=wide")
+    assert result.code == 0 and "name: '1.10'" in result.out and "layers: 1\n" in result.out
+    for name in ("bad", "latin"):
+        result = script(tmp_path, "train.py", *given, f"+mine={name}")
+        assert result.code == 1 and result.err.count("\n") == 1, result.err
+        assert f"{name}.yaml: is no configuration in YAML" in result.err

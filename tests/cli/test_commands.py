@@ -1,0 +1,459 @@
+"""The scripts as a user runs them: what they say, leave and return, and the one line they say when
+something is wrong."""
+
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from deconvnet import load
+from deconvnet.storage import formats
+from deconvnet.storage.ownership import OWN
+
+ROOT = Path(__file__).resolve().parents[2]
+
+SMALL = [
+    *("progress=false", "device=cpu"),
+    *(f"model.layer{n}.{key}" for n in (1, 2, 3) for key in ("num_maps=4", "filter_size=3")),
+    *(f"model.layer{n}.learning.epochs=2" for n in (1, 2, 3)),
+    *(f"model.layer{n}.solver.iterations=10" for n in (1, 2, 3)),
+]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory, textures):
+    """A folder of four small colour images."""
+    folder = tmp_path_factory.mktemp("photos")
+    for number, image in enumerate(textures(4, 3, 40, 48)):
+        save(folder / f"photo-{number}.png", image)
+    return folder
+
+
+def save(path, image):
+    pixels = (image * 255).round().byte().permute(1, 2, 0).numpy()
+    Image.fromarray(pixels).save(path)
+
+
+def on(photos, *arguments):
+    return ["data=folder", f"data.path={photos}", "data.size=32", *SMALL, *arguments]
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory, photos, script):
+    """(folder, result) of a command that trained two layers into <folder>/runs/folder."""
+    folder = tmp_path_factory.mktemp("begun")
+    return folder, script(folder, "train.py", *on(photos, "+layers=2"))
+
+
+@pytest.fixture
+def again(begun, tmp_path):
+    """A folder with a copy of that run."""
+    shutil.copytree(begun[0] / "runs", tmp_path / "runs")
+    return tmp_path
+
+
+def checkpoints(folder, run="folder"):
+    return sorted((folder / "runs" / run / "checkpoints").iterdir())
+
+
+def state(folder, run="folder"):
+    return load(folder / "runs" / run).state_dict()
+
+
+def assert_equal_networks(one, two):
+    assert one.keys() == two.keys()
+    for name in one:
+        assert torch.equal(one[name], two[name]), name
+
+
+def assert_one_line(result, *parts):
+    """The user did something wrong: exit code 1 and one line that says what, no traceback."""
+    assert result.code == 1, result
+    assert result.err.endswith("\n") and result.err.count("\n") == 1, result.err
+    assert "Traceback" not in result.err + result.out
+    for part in parts:
+        assert str(part) in result.err
+
+
+def test_two_layers_are_trained_on_photographs_from_any_folder(tmp_path):
+    command = [sys.executable, ROOT / "scripts" / "train.py", "+layers=2", *SMALL]
+    command += ["data.max_images=3", "data.size=32"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""
+    rows = [line.split() for line in done.stdout.splitlines() if " dB " in line]
+    assert [row[0] for row in rows] == ["1", "2"]
+    # A few filters and steps explain little of an image, but something.
+    assert all(float(row[1]) > 0.5 for row in rows)
+    run = tmp_path / "runs" / "photographs"
+    for name in ("pictures/layer2-filters.png", "network.safetensors", ".hydra/config.yaml"):
+        assert (run / name).is_file()
+    assert f"run={run.relative_to(tmp_path)}" in done.stdout
+    assert load(run).depth == 2
+
+
+def test_a_finished_run_says_where_its_pictures_and_network_are(begun):
+    folder, result = begun
+    assert result.code == 0 and result.err == ""
+    for path in ("runs/folder/pictures", "runs/folder/network.safetensors"):
+        assert path in result.out and (folder / path).exists()
+    assert "SNR" in result.out and "tensorboard --logdir runs" in result.out
+    assert "4 images of 32x32" in result.out and "layers of 4 and 4 maps" in result.out
+
+
+def test_the_same_command_again_and_more_layers_go_on_with_the_run(again, begun, photos, script):
+    result = script(again, "train.py", *on(photos, "layers=2"))
+    assert result.code == 0
+    assert_equal_networks(state(again), state(begun[0]))
+    result = script(again, "train.py", *on(photos, "++layers=3", "chunk=2"))
+    assert result.code == 0 and len(checkpoints(again)) == 2
+    deeper, before = state(again), state(begun[0])
+    assert "layers.2.filters" in deeper
+    for name in before:
+        assert torch.equal(deeper[name], before[name])
+
+
+def test_a_run_can_be_begun_anew(again, photos, script):
+    result = script(again, "train.py", *on(photos, "+layers=1", "resume=false", "seed=5"))
+    assert result.code == 0
+    assert load(again / "runs" / "folder" / "previous-1").depth == 2
+    assert load(again / "runs" / "folder").depth == 1
+
+
+def test_a_sweep_makes_a_folder_for_every_run(tmp_path, photos, script):
+    result = script(tmp_path, "train.py", "-m", *on(photos, "seed=0,1", "+layers=1"))
+    assert result.code == 0
+    nets = [load(tmp_path / "runs" / "sweep" / f"folder-{n}").layer(1).filters for n in (0, 1)]
+    assert not torch.equal(*nets)
+
+
+def test_help_says_how_many_layers_and_names_every_choice_and_key(tmp_path, script):
+    result = script(tmp_path, "train.py", "--help")
+    assert result.code == 0 and result.err == ""
+    assert "+layers=2" in result.out
+    for path in (ROOT / "configs").glob("*/*.yaml"):
+        assert path.stem in result.out and path.parent.name in result.out
+    for key in ("num_maps", "lam", "max_images", "resume", "chunk"):
+        assert key in result.out
+    result = script(tmp_path, "reconstruct.py", "--help")
+    assert result.code == 0 and "layer=2" in result.out and "images=" in result.out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_run_says_so_and_goes_on_to_the_same_filters(
+    tmp_path, begun, photos, script, start
+):
+    folder = tmp_path / "here"
+    folder.mkdir()
+    # Slow enough to be caught: many epochs of one layer.
+    arguments = on(photos, "+layers=1", "model.layer1.learning.epochs=50")
+    # The command that goes on must not begin anew.
+    running = start(folder, "train.py", *arguments, "resume=false")
+    deadline = time.monotonic() + 60
+    found = folder / "runs" / "folder" / "checkpoints"
+    while not list(found.glob("step-*.pt")) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.kill(running.pid, signal.SIGINT)
+    result = running.wait()
+    assert result.code == 130, result
+    assert "Traceback" not in result.err and "to resume: " in result.out
+    assert arguments[-1] in result.out and "resume=false" not in result.out
+    assert not (folder / "runs" / "folder" / "network.safetensors").exists()
+    assert script(folder, "train.py", *arguments).code == 0
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    assert script(whole, "train.py", *arguments).code == 0
+    assert_equal_networks(state(folder), state(whole))
+
+
+def test_layers_that_explain_the_image_with_switches_in_the_loop_train_and_resume(
+    tmp_path, photos, script
+):
+    arguments = on(
+        photos,
+        "+layers=2",
+        *(f"model.layer{n}.pooling=in_loop" for n in (1, 2)),
+        *(f"model.layer{n}.pool=[2,2,2]" for n in (1, 2)),
+        *(f"model.layer{n}.solver.method=fista" for n in (1, 2)),
+        *(f"model.layer{n}.learning.update=cg" for n in (1, 2)),
+        "model.layer2.connectivity=full",
+        "model.layer2.target=image",
+        "model.layer2.scale=none",
+    )
+    result = script(tmp_path, "train.py", *arguments)
+    assert result.code == 0 and result.err == "", result
+    rows = [line.split() for line in result.out.splitlines() if " dB " in line]
+    assert [row[0] for row in rows] == ["1", "2"]
+    net = load(tmp_path / "runs" / "folder")
+    settings = net.layer(2).settings
+    assert (settings.target, settings.pooling, settings.pool) == ("image", "in_loop", [2, 2, 2])
+    assert net.layer(2).scale == 1 and net.layer(2).filters.shape == (4, 2, 3, 3)
+    # From the checkpoint before the last, as after a damage, and to the same filters.
+    expected = state(tmp_path)
+    checkpoints(tmp_path)[-1].unlink()
+    (tmp_path / "runs" / "folder" / "network.safetensors").unlink()
+    assert script(tmp_path, "train.py", *arguments).code == 0
+    assert_equal_networks(state(tmp_path), expected)
+    result = script(tmp_path, "reconstruct.py", "run=runs/folder", f"images={photos}", "output=out")
+    assert result.code == 0 and len(list((tmp_path / "out").glob("*.png"))) == 4
+    result = script(tmp_path, "train.py", *arguments, "model.layer2.target=both")
+    assert_one_line(result, "model.layer2.target", "image there, both now")
+
+
+def test_whole_pictures_of_different_shapes_train_resume_and_are_reconstructed(
+    tmp_path, textures, script
+):
+    folder = tmp_path / "shapes"
+    folder.mkdir()
+    for number, shape in enumerate([(40, 24), (20, 36), (32, 32)]):
+        save(folder / f"photo-{number}.png", textures(1, 3, *shape, seed=number)[0])
+    arguments = on(folder, "data.fit=pad", "preprocessing.window=5")
+    for name, depths in (("once", [2]), ("by-and-by", [1, 2])):
+        for depth in depths:
+            result = script(tmp_path, "train.py", *arguments, f"layers={depth}", f"name={name}")
+            assert result.code == 0 and result.err == "", result
+            assert "3 images of 32x32" in result.out
+    assert_equal_networks(state(tmp_path, "once"), state(tmp_path, "by-and-by"))
+    # Crops of the same pictures are another run.
+    result = script(tmp_path, "train.py", *arguments, "layers=2", "name=once", "data.fit=crop")
+    assert_one_line(result, "data.fit", "pad there, crop now")
+    found = ["run=runs/once", f"images={folder}", "output=out"]
+    result = script(tmp_path, "reconstruct.py", *found)
+    assert result.code == 0 and len(list((tmp_path / "out").glob("*.png"))) == 3, result
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["model.layer2.target=pixels"], ["model.layer2.target=pixels", "maps, image, both"]),
+        (["model.layer2.image_weight=0"], ["model.layer2.image_weight=0", "must be positive"]),
+        (["model.layer1.solver.step=-1"], ["model.layer1.solver.step=-1", "must be positive"]),
+        (
+            ["model.layer1.pool=null", "model.layer1.pooling=in_loop"],
+            ["model.layer1.pooling=in_loop: needs pool=[maps, rows, columns]"],
+        ),
+        (["+layers=9"], ["layers=9: this model defines 3 layers; choose 1 to 3"]),
+        (["+layers=0"], ["layers=0", "choose 1 to 3"]),
+        (["+layers=two"], ["layers=two: must be a whole number"]),
+        (["+layer=2"], ["layer: no such setting", "layers"]),
+        (["model.layer1.num_map=3"], ["num_map"]),
+        (["model=nope"], ["model/nope", "cvpr2010"]),
+        (["data=folder"], ["data.path"]),
+        (["data=folder", "data.path=nowhere"], ["data.path=nowhere", "no such folder"]),
+        (["device=nosuch"], ["device=nosuch", "cpu"]),
+        (["resume=nowhere", *SMALL], ["resume=nowhere", "no checkpoint"]),
+        (["model.layer1.num_maps=["], ["no viable"]),
+        (["data=[1]"], ["there is no data/[1]", "photographs"]),
+        (["name=../../elsewhere"], ["name='../../elsewhere'", "inside runs"]),
+        (["name=/tmp/elsewhere"], ["name='/tmp/elsewhere'", "inside runs"]),
+    ],
+    ids=lambda value: value[-1] if isinstance(value[-1], str) else None,
+)
+def test_wrong_settings_end_in_one_line(tmp_path, script, arguments, parts):
+    folder = tmp_path / "here"
+    folder.mkdir()
+    assert_one_line(script(folder, "train.py", *arguments), *parts)
+    left = [path for path in folder.rglob("*") if path.is_file() and path.name != "train.log"]
+    assert [path for path in left if OWN not in path.parts] == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_graphics_card_that_is_not_there_ends_in_one_line(tmp_path, script):
+    assert_one_line(script(tmp_path, "train.py", "device=cuda"), "device=cuda", "device=cpu")
+
+
+def test_a_folder_without_images_ends_in_one_line(tmp_path, script):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    result = script(tmp_path, "train.py", *on(empty))
+    assert_one_line(result, f"data.path={empty}: no image in this folder")
+
+
+def test_files_that_are_no_images_are_all_named_in_one_line_or_left_out(tmp_path, photos, script):
+    folder = tmp_path / "mixed"
+    shutil.copytree(photos, folder)
+    (folder / "words.jpg").write_text("these are words")
+    noise = np.random.default_rng(0).integers(0, 256, (90, 90, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(folder / "cut.jpg")
+    (folder / "cut.jpg").write_bytes((folder / "cut.jpg").read_bytes()[:2000])
+    result = script(tmp_path, "train.py", *on(folder, "+layers=1"))
+    assert_one_line(result, "words.jpg", "cut.jpg", "data.skip_unreadable=true")
+    result = script(tmp_path, "train.py", *on(folder, "+layers=1", "data.skip_unreadable=true"))
+    assert result.code == 0 and "left out 2 unreadable images" in result.out
+    assert "4 images of 32x32" in result.out
+
+
+def test_images_smaller_than_a_filter_end_in_one_line(tmp_path, textures, script):
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    save(folder / "tiny.png", textures(1, 3, 5, 5)[0])
+    arguments = on(folder, "data.size=null", "preprocessing=mean", "model.layer1.filter_size=7")
+    result = script(tmp_path, "train.py", *arguments)
+    assert_one_line(result, "images of 5x5 are smaller than the 7x7 filters of layer 1")
+    result = script(tmp_path, "train.py", *on(folder, "data.size=null", "preprocessing.window=13"))
+    assert_one_line(result, "5x5", "'contrast'")
+
+
+def test_a_run_of_other_settings_ends_in_one_line_that_names_them(again, photos, script):
+    before = [path.read_bytes() for path in checkpoints(again)]
+    result = script(again, "train.py", *on(photos, "+layers=2", "model.layer1.lam=9", "seed=4"))
+    assert_one_line(result, "model.layer1.lam", "9.0 now", "seed", "resume=false", "name=")
+    assert [path.read_bytes() for path in checkpoints(again)] == before
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def flip(path):
+    """Turn one bit of the filters, which the archive holds uncompressed."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def infect(path):
+    """The checkpoint with a pickle that creates a file when it is loaded without care."""
+
+    class Payload:
+        def __reduce__(self):
+            return os.mkdir, (str(path.parent / "executed"),)
+
+    changed = path.with_suffix(".new")
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(changed, "w") as new:
+        for name in old.namelist():
+            content = old.read(name)
+            if name.endswith("data.pkl"):
+                content = pickle.dumps(Payload(), protocol=2)
+            new.writestr(name, content)
+    changed.replace(path)
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, infect])
+def test_damaged_checkpoints_are_not_loaded_and_end_in_one_line(again, photos, script, damage):
+    for path in checkpoints(again):
+        damage(path)
+    result = script(again, "train.py", *on(photos, "+layers=2"))
+    assert_one_line(result, "runs/folder/checkpoints", "none of its 2 checkpoints can be loaded")
+    result = script(again, "reconstruct.py", "run=runs/folder", f"images={photos}")
+    assert result.code == 1 and "Traceback" not in result.err
+    assert "none of its 2 checkpoints can be loaded" in result.err
+    assert not (checkpoints(again)[0].parent / "executed").exists()
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_goes_on(
+    again, begun, photos, script
+):
+    newest = checkpoints(again)[-1]
+    truncate(newest)
+    result = script(again, "train.py", *on(photos, "+layers=2"))
+    assert result.code == 0 and newest.name in result.out and "falling back" in result.out
+    assert_equal_networks(state(again), state(begun[0]))
+
+
+def test_a_file_in_place_of_the_output_folder_ends_in_one_line(tmp_path, photos, script):
+    (tmp_path / "runs").write_text("")
+    assert_one_line(script(tmp_path, "train.py", *on(photos)), "runs")
+
+
+def test_a_network_whose_training_diverges_ends_in_one_line(tmp_path, photos, script):
+    result = script(tmp_path, "train.py", *on(photos, "+layers=1", "model.layer1.lam=1e38"))
+    assert_one_line(result, "layer 1, epoch 1", "model.layer1.lam")
+
+
+def test_images_are_reconstructed_from_every_layer(begun, photos, tmp_path, script):
+    folder = begun[0]
+    for layer in (1, 2):
+        result = script(
+            tmp_path,
+            "reconstruct.py",
+            f"run={folder / 'runs' / 'folder'}",
+            f"layer={layer}",
+            f"images={photos / 'photo-1.png'}",
+            "output=out",
+        )
+        assert result.code == 0, result
+        target = Path("out") / f"photo-1-layer{layer}.png"
+        assert str(target) in result.out and " dB" in result.out
+        found = np.asarray(Image.open(tmp_path / target)) / 255
+        expected = np.asarray(Image.open(photos / "photo-1.png")) / 255
+        assert found.shape == expected.shape
+        # The local mean alone, which preprocessing keeps, brings it this near.
+        assert np.abs(found - expected).mean() < 0.15
+
+
+def test_a_folder_of_images_is_reconstructed_from_a_network_file(again, photos, script):
+    network = again / "runs" / "folder" / "network.safetensors"
+    shutil.move(network, again / "shared.safetensors")
+    result = script(again, "reconstruct.py", "run=shared.safetensors", f"images={photos}")
+    assert result.code == 0, result
+    names = {path.name for path in (again / "reconstructions").glob("*.*g")}
+    assert names == {f"photo-{number}-layer2.png" for number in range(4)}
+    listed = f"images=[{photos / 'photo-0.png'},{photos / 'photo-3.png'}]"
+    result = script(again, "reconstruct.py", "run=shared.safetensors", listed, "output=listed")
+    assert len(list((again / "listed").glob("*.png"))) == 2
+
+
+def test_a_run_folder_named_by_a_number_is_a_run_folder(again, photos, script):
+    (again / "runs" / "folder").rename(again / "2024")
+    result = script(again, "reconstruct.py", "run=2024", f"images={photos}", "output=7")
+    assert result.code == 0, result
+    assert len(list((again / "7").glob("*.png"))) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["layer=3"], ["layer=3: this network has layers 1 to 2"]),
+        (["layer=0"], ["layer=0"]),
+        (["layer=one"], ["layer=one", "whole number"]),
+        (["layer=true"], ["layer=true", "whole number"]),
+        (["images=nowhere.jpg"], ["nowhere.jpg", "No such file"]),
+        (["run=nowhere"], ["nowhere: no such run folder or network file"]),
+        (["run=runs"], ["runs: no checkpoint in this folder"]),
+        (["device=nosuch"], ["device=nosuch"]),
+        (["run=runs/folder/train.log"], ["train.log", ".safetensors"]),
+        (["output=runs/folder/train.log"], ["train.log"]),
+        (["leyer=1"], ["leyer"]),
+    ],
+    ids=lambda value: value[0] if "=" in value[0] else None,
+)
+def test_wrong_settings_of_a_reconstruction_end_in_one_line(
+    begun, photos, script, arguments, parts
+):
+    right = {"run": "run=runs/folder", "images": f"images={photos}"}
+    given = {argument.split("=")[0] for argument in arguments}
+    arguments = [value for key, value in right.items() if key not in given] + arguments
+    assert_one_line(script(begun[0], "reconstruct.py", *arguments), *parts)
+
+
+@pytest.mark.parametrize("key", ["run", "images"])
+def test_a_reconstruction_without_what_it_needs_says_what(begun, photos, script, key):
+    right = {"run": "run=runs/folder", "images": f"images={photos}"}
+    del right[key]
+    assert_one_line(script(begun[0], "reconstruct.py", *right.values()), key)
+
+
+def test_images_too_small_for_the_network_cannot_be_reconstructed(
+    begun, tmp_path, textures, script
+):
+    save(tmp_path / "tiny.png", textures(1, 3, 2, 9)[0])
+    result = script(
+        begun[0], "reconstruct.py", "run=runs/folder", f"images={tmp_path / 'tiny.png'}"
+    )
+    assert_one_line(result, "2x9")
+
+
+def test_a_checkpoint_holds_the_settings_in_plain_words(begun):
+    settings = formats.load(checkpoints(begun[0])[-1])["settings"]
+    assert settings["model"]["layer1"]["num_maps"] == 4
+    assert settings["data"]["size"] == 32

@@ -1,0 +1,67 @@
+"""What tests of several folders share."""
+
+import json
+import os
+import signal
+
+import torch
+
+from deconvnet.monitoring.monitor import Monitor
+from deconvnet.storage import ownership
+
+
+def snapshot(folder):
+    """Everything below a folder but our own records, with the targets of links."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if ownership.OWN in path.parts:
+            continue
+        if path.is_symlink():
+            found[path] = os.readlink(path)
+        elif path.is_file():
+            found[path] = path.read_bytes(), path.stat().st_ino
+        else:
+            found[path] = None
+    return found
+
+
+class StopAt(Monitor):
+    """A monitor during which the user presses Ctrl-C, once, at a certain moment."""
+
+    moment = ("advance", 1)
+
+    def __init__(self, folder, moment):
+        super().__init__(folder, progress=False)
+        self.left = dict([moment])
+
+    def _count(self, kind):
+        self.left[kind] = self.left.get(kind, 0) - 1
+        if self.left[kind] == 0:
+            signal.raise_signal(signal.SIGINT)
+
+    def advance(self):
+        super().advance()
+        self._count("update")
+
+    def inferred(self, done, total):
+        super().inferred(done, total)
+        self._count("inference")
+
+    def result(self, result, z, step):
+        super().result(result, z, step)
+        self._count("result")
+
+
+def assert_same_network(found, expected):
+    expected = expected.state_dict()
+    for name, tensor in found.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def strict_json(text):
+    """What a JSON text holds, for a reader that knows neither NaN nor Infinity."""
+
+    def refuse(constant):
+        raise ValueError(constant)
+
+    return json.loads(text, parse_constant=refuse)

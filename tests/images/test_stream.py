@@ -1,0 +1,204 @@
+"""Images that are read while a network learns: the same ones, the same network, and no more memory
+for more of them."""
+
+import io
+import json
+import tarfile
+
+import pytest
+import torch
+
+from deconvnet import (
+    DeconvNet,
+    LayerSettings,
+    LearningSettings,
+    PreprocessingSettings,
+    SolverSettings,
+    load,
+)
+from deconvnet.images.datasets import DataSettings, load_images, stream_images
+from deconvnet.monitoring.monitor import memory_used, save_picture
+from deconvnet.training.layer_trainer import LayerTrainer
+from deconvnet.training.training_set import Corpus, Source
+
+QUICK = [
+    *("progress=false", "device=cpu", "data.size=24", "layers=2"),
+    *(f"model.layer{n}.{key}" for n in (1, 2) for key in ("num_maps=4", "filter_size=5")),
+    *(f"model.layer{n}.solver.iterations=10" for n in (1, 2)),
+    *(f"model.layer{n}.learning.epochs=2" for n in (1, 2)),
+    *(f"model.layer{n}.learning.batch_size=3" for n in (1, 2)),
+]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, textures):
+    """A folder with photos/ in folders a and b, and the same in shards/ of two .tar files."""
+    folder = tmp_path_factory.mktemp("place")
+    for number, image in enumerate(textures(7, 3, 30, 34)):
+        name = f"{'ab'[number > 3]}/{number}.png"
+        save_picture(folder / "photos" / name, image)
+    (folder / "shards").mkdir()
+    for label in "ab":
+        with tarfile.open(folder / "shards" / f"{label}.tar", "w") as shard:
+            shard.add(folder / "photos" / label, label)
+    return folder
+
+
+def settings_of(place, source, **options):
+    kind = {"photos": "folder", "shards": "shards"}[source]
+    return DataSettings(
+        **{"source": kind, "path": str(place / source), "size": 24, "max_images": None, **options}
+    )
+
+
+@pytest.mark.parametrize("source", ["photos", "shards"])
+@pytest.mark.parametrize("fit", ["crop", "pad"])
+def test_streamed_images_are_those_of_memory_in_any_order(place, source, fit):
+    everything = load_images(settings_of(place, "photos", fit=fit))
+    stream = stream_images(settings_of(place, source, fit=fit, stream=True, workers=3))
+    assert len(stream) == 7
+    for numbers in ([0], [6, 2, 3], list(range(7))):
+        some = torch.tensor(numbers)
+        stream.ahead(torch.tensor([2, 5]))
+        images, frames = stream.read(some)
+        assert torch.equal(images, everything.images[some])
+        assert (frames is None) == (everything.frames is None)
+        assert frames is None or torch.equal(frames, everything.frames[some])
+
+
+def test_what_was_announced_is_read_once_and_what_was_not_asked_for_is_forgotten(place):
+    stream = stream_images(settings_of(place, "photos", stream=True))
+    asked = []
+    one = stream._one
+    stream._one = lambda number: (asked.append(number), one(number))[1]
+    stream.ahead(torch.tensor([1, 2, 3]))
+    stream.ahead(torch.tensor([2, 3, 4]))
+    stream.read(torch.tensor([2, 3]))
+    assert asked.count(2) == asked.count(3) == 1
+    assert set(stream._coming) == {4}
+
+
+def test_shards_say_the_classes_of_their_folders_and_names(place):
+    stream = stream_images(settings_of(place, "shards", stream=True))
+    assert [item.name for item in stream.items][::6] == ["a.tar/a/0.png", "b.tar/b/6.png"]
+    assert [item.read_label() for item in stream.items] == [*"aaaabbb"]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: path.write_bytes(b"no archive at all"), "a.tar is no readable, uncompressed"),
+        (lambda path: tarfile.open(path, "w:gz").close(), "a.tar is no readable, uncompressed"),
+        (lambda path: tarfile.open(path, "w").close(), "no image in 1 .tar files"),
+        (lambda path: None, "no .tar file in this folder"),
+    ],
+    ids=["garbage", "compressed", "empty", "none"],
+)
+def test_what_is_no_shard_is_refused_in_one_line(tmp_path, make, message):
+    make(tmp_path / "a.tar")
+    with pytest.raises(ValueError, match=message) as error:
+        stream_images(DataSettings(source="shards", path=str(tmp_path), size=24, max_images=None))
+    assert "\n" not in str(error.value)
+
+
+def test_an_image_that_cannot_be_read_is_named_when_its_turn_has_come(tmp_path, place):
+    with tarfile.open(tmp_path / "a.tar", "w") as shard:
+        for name, data in (("good.png", None), ("bad\n.png", b"rubbish")):
+            data = data or (place / "photos" / "a" / "0.png").read_bytes()
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            shard.addfile(info, io.BytesIO(data))
+    settings = settings_of(place, "shards", stream=True)
+    settings = DataSettings(**{**vars(settings), "path": str(tmp_path)})
+    stream = stream_images(settings)
+    stream.read(torch.tensor([0]))
+    with pytest.raises(ValueError, match=r"cannot read a.tar/bad\\n.png: not an image"):
+        stream.read(torch.tensor([0, 1]))
+    left = stream_images(DataSettings(**{**vars(settings), "skip_unreadable": True}))
+    assert [item.name for item in left.items] == ["a.tar/good.png"]
+
+
+def test_a_network_learns_the_same_from_images_in_memory_in_files_and_in_shards(place, script):
+    runs = {
+        "memory": ["data=folder", "data.path=photos"],
+        "files": ["data=folder", "data.path=photos", "data.stream=true"],
+        "shards": ["data=shards", "data.path=shards", "data.workers=3"],
+    }
+    found = {}
+    for name, order in runs.items():
+        result = script(place, "train.py", *QUICK, *order, f"name={name}")
+        assert result.code == 0, result.err
+        found[name] = load(place / "runs" / name / "network.safetensors").state_dict()
+    for name in ("files", "shards"):
+        for key, tensor in found["memory"].items():
+            assert torch.equal(found[name][key], tensor), (name, key)
+    lines = [(place / "runs" / name / "metrics.jsonl").read_text().splitlines() for name in found]
+    objectives = [[json.loads(line).get("objective") for line in each] for each in lines]
+    assert objectives[0] == objectives[1] == objectives[2]
+
+
+def test_where_states_do_not_fit_every_visit_infers_from_the_beginning(place, script):
+    order = [*QUICK, "data=folder", "data.path=photos", "layers=1"]
+    kept = script(place, "train.py", *order, "name=kept")
+    assert kept.code == 0 and "from the beginning" not in kept.out
+    found = script(place, "train.py", *order, "name=anew", "memory=0")
+    assert found.code == 0, found.err
+    assert (
+        "layer 1: the states of inference of 7 images would take 8.18e-05 GiB, which is more than "
+        "memory=0: every visit infers from the beginning" in found.out
+    )
+    networks = [load(place / "runs" / name) for name in ("kept", "anew")]
+    filters = [net.layer(1).filters for net in networks]
+    assert not torch.equal(*filters)
+    # Both learn: the maps that are inferred in the end explain the images about as well.
+    lines = [
+        json.loads((place / "runs" / name / "metrics.jsonl").read_text().splitlines()[-1])
+        for name in ("kept", "anew")
+    ]
+    assert lines[1]["result"]["objective"] < 1.2 * lines[0]["result"]["objective"]
+
+
+def test_where_states_are_kept_on_the_disk_nothing_is_different(place, script):
+    order = [*QUICK, "data=folder", "data.path=photos", "layers=1"]
+    kept = script(place, "train.py", *order, "name=within")
+    found = script(place, "train.py", *order, "name=beside", "memory=0", "disk=1")
+    assert kept.code == found.code == 0, found.err
+    assert "which is more than memory=0: they are in " in found.out
+    assert "runs/beside/states/layer1, 0.000245 GiB at most" in found.out
+    one, two = (load(place / "runs" / name).state_dict() for name in ("within", "beside"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert not (place / "runs" / "beside" / "states").exists()
+    # A run that is put aside does not take its states along.
+    states = place / "runs" / "beside" / "states" / "layer1"
+    states.mkdir(parents=True)
+    again = script(place, "train.py", *order, "name=beside", "resume=false")
+    assert again.code == 0 and not list((place / "runs" / "beside").rglob("states"))
+    small = script(place, "train.py", *order, "name=small", "memory=0", "disk=1e-4")
+    assert "every visit infers from the beginning" in small.out
+
+
+@pytest.mark.slow
+def test_a_run_over_a_hundred_thousand_images_holds_its_memory(tmp_path):
+    """Images that are made when they are asked for; memory is that of the process, by epochs."""
+    number = 100_000
+    pictures = torch.rand(64, 1, 8, 8)
+    seen = set()
+
+    def read(indices):
+        seen.update(indices.tolist())
+        return pictures[indices % 64].expand(-1, 3, -1, -1), None
+
+    solver = SolverSettings(iterations=1, training_iterations=1)
+    learning = LearningSettings(epochs=1, batch_size=500)
+    plain = PreprocessingSettings("grey", steps=["mean"])
+    net = DeconvNet([LayerSettings(2, 3, solver=solver, learning=learning)], plain)
+    corpus = Corpus(net, Source(number, read), chunk=500, hold=False)
+    corpus.settle(corpus.own_for(1), 0)
+    trainer = LayerTrainer(net.layer(1), corpus.ground(1), chunk=500, keep=False)
+    used = []
+    while not trainer.done:
+        trainer.update()
+        used.append(memory_used(torch.device("cpu")))
+    assert len(seen) == number
+    # All images would take 77 MB and their maps 80 MB.
+    assert used[-1] - used[len(used) // 10] < 20

@@ -1,0 +1,342 @@
+"""What is written, replaced, moved or removed is ours; what is a stranger's stays as it is."""
+
+import errno
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from helpers import snapshot
+
+from deconvnet.storage import ownership
+from deconvnet.storage.ownership import Busy, NotOurs
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return ownership.claim(tmp_path / "results")
+
+
+def test_a_file_of_ours_is_replaced_and_a_strangers_is_not(folder):
+    ownership.write(folder / "a.png", b"one")
+    ownership.write(folder / "a.png", b"two")
+    assert (folder / "a.png").read_bytes() == b"two"
+    (folder / "b.png").write_bytes(b"mine")
+    before = snapshot(folder)
+    with pytest.raises(NotOurs, match="b.png: is there already"):
+        ownership.write(folder / "b.png", b"three")
+    assert snapshot(folder) == before
+
+
+def test_a_file_of_ours_that_somebody_has_edited_is_a_strangers(folder):
+    path = folder / "a.png"
+    ownership.write(path, b"one")
+    path.write_bytes(b"edited")
+    assert not ownership.is_ours(path)
+    with pytest.raises(NotOurs):
+        ownership.write(path, b"two")
+    assert not ownership.remove(path)
+    assert path.read_bytes() == b"edited"
+
+
+def test_the_record_outlives_the_process_and_goes_with_the_folder(folder, tmp_path):
+    ownership.write(folder / "in" / "a.png", b"one")
+    ownership._written.clear()
+    ownership._read.clear()
+    assert ownership.is_ours(folder / "in" / "a.png")
+    os.rename(folder, tmp_path / "moved")
+    assert ownership.is_ours(tmp_path / "moved" / "in" / "a.png")
+    assert ownership.made_in(tmp_path / "moved") == [tmp_path / "moved" / "in" / "a.png"]
+
+
+@pytest.mark.parametrize("name", ["made", "lock", "writer"])
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
+def test_a_record_that_is_no_file_is_neither_followed_nor_waited_for(folder, tmp_path, name, kind):
+    path, other = folder / ownership.OWN / name, tmp_path / "thesis.txt"
+    other.write_bytes(b"thesis")
+    if kind == "link":
+        path.symlink_to(other)
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.mkdir()
+    with pytest.raises(NotOurs, match=name), ownership.locked(folder):
+        pass
+    if name == "made":
+        with pytest.raises(NotOurs, match="made: is in the way"):
+            ownership.write(folder / "a.png", b"picture")
+    assert other.read_bytes() == b"thesis"
+
+
+def test_a_folder_of_records_that_is_a_link_is_not_followed(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / ownership.OWN).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(NotOurs, match=ownership.OWN):
+        ownership.write(tmp_path / "a.png", b"picture")
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_a_record_of_nonsense_says_nothing(folder):
+    record = folder / ownership.OWN / ownership.RECORD
+    record.write_text("[" * 100_000 + '\n["", "a\\u0000b"]\n[null, []]\n["", {}]\n[[], "a"]\n3\n')
+    assert ownership.made_in(folder) == []
+    os.truncate(record, ownership.MOST_RECORD + 1)
+    with pytest.raises(NotOurs, match="are no record"):
+        ownership.made_in(folder)
+
+
+def test_the_record_of_somebody_elses_folder_above_is_not_needed(folder, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != folder / ownership.OWN)
+    path = folder / "mine" / "a.png"
+    ownership.write(path, b"one")
+    ownership.write(path, b"two")
+    assert path.read_bytes() == b"two"
+    assert not (folder / ownership.OWN / ownership.RECORD).exists()
+
+
+def test_what_is_put_into_a_folder_while_it_is_rebuilt_is_not_replaced(folder):
+    with ownership.rebuilt(folder / "gallery") as new:
+        fill(new, "index.html")
+    with pytest.raises(NotOurs, match="notes"), ownership.rebuilt(folder / "gallery") as new:
+        fill(new, "index.html")
+        fill(folder / "gallery", "notes.txt")
+    assert (folder / "gallery" / "notes.txt").exists()
+
+
+def test_a_file_system_without_locks_stops_no_work(folder, monkeypatch, caplog):
+    def refused(lock):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(ownership.filelock.FileLock, "acquire", refused)
+    with ownership.locked(folder):
+        ownership.write(folder / "a.png", b"one")
+    assert "has no locks" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling", "looping", "folder", "pipe", "hard link"])
+def test_what_is_no_file_of_ours_is_neither_written_over_nor_removed(folder, tmp_path, kind):
+    path, other = folder / "a.png", tmp_path / "thesis.txt"
+    other.write_bytes(b"thesis")
+    if kind == "link":
+        path.symlink_to(other)
+    elif kind == "dangling":
+        path.symlink_to(tmp_path / "nothing")
+    elif kind == "looping":
+        path.symlink_to(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        os.link(other, path)
+    before = snapshot(tmp_path)
+    with pytest.raises(NotOurs, match="a.png"):
+        ownership.write(path, b"picture")
+    assert not ownership.remove(path)
+    with pytest.raises(NotOurs):
+        ownership.check(path)
+    assert snapshot(tmp_path) == before
+
+
+def test_a_link_in_the_place_of_a_file_of_ours_is_a_strangers(folder, tmp_path):
+    path, other = folder / "a.png", tmp_path / "thesis.txt"
+    ownership.write(path, b"one")
+    other.write_bytes(b"one")
+    path.unlink()
+    path.symlink_to(other)
+    with pytest.raises(NotOurs):
+        ownership.write(path, b"two")
+    assert not ownership.remove(path)
+    assert other.read_bytes() == b"one"
+
+
+def test_what_lies_behind_a_linked_folder_is_written_but_neither_removed_nor_moved(
+    folder, tmp_path
+):
+    (tmp_path / "disk").mkdir()
+    (folder / "pictures").symlink_to(tmp_path / "disk")
+    path = folder / "pictures" / "a.png"
+    ownership.write(path, b"one")
+    ownership.write(path, b"two")
+    assert (tmp_path / "disk" / "a.png").read_bytes() == b"two"
+    assert not ownership.remove(path)
+    assert not ownership.move(path, folder / "b.png")
+    assert ownership.made_in(folder) == []
+    ownership.prune(folder / "pictures")
+    assert (tmp_path / "disk" / "a.png").exists()
+
+
+def test_a_record_that_leads_out_of_its_folder_is_not_followed(folder, tmp_path):
+    """A run folder may come from somebody else."""
+    other = tmp_path / "thesis.txt"
+    other.write_bytes(b"thesis")
+    with open(folder / ownership.OWN / ownership.RECORD, "a") as file:
+        file.write(f'["", "../thesis.txt"]\n["", "{other}"]\n["", 3]\n[1, 2\nnothing\n')
+    assert ownership.made_in(folder) == []
+    with pytest.raises(NotOurs):
+        ownership.write(other, b"picture")
+
+
+def test_a_line_of_the_record_that_a_kill_cut_off_costs_nothing(folder):
+    ownership.write(folder / "a.png", b"one")
+    with open(folder / ownership.OWN / ownership.RECORD, "ab") as file:
+        file.write(b'["0123')
+    ownership.write(folder / "b.png", b"two")
+    ownership._read.clear()
+    assert ownership.is_ours(folder / "a.png")
+    assert ownership.is_ours(folder / "b.png")
+
+
+def test_a_full_disk_leaves_the_old_file_no_temporary_one_and_an_error_with_the_path(
+    folder, monkeypatch
+):
+    ownership.write(folder / "a.png", b"one")
+
+    def full(path, data):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(ownership, "_put", full)
+    with pytest.raises(OSError, match=r"No space left on device: .*a\.png"):
+        ownership.write(folder / "a.png", b"two")
+    assert (folder / "a.png").read_bytes() == b"one"
+    assert ownership.is_ours(folder / "a.png")
+    assert list((folder / ownership.OWN).glob("*.tmp")) == []
+
+
+def test_a_log_grows_and_a_strangers_does_not(folder):
+    ownership.append(folder / "metrics.jsonl", "1\n")
+    ownership.append(folder / "metrics.jsonl", "2\n")
+    assert (folder / "metrics.jsonl").read_text() == "1\n2\n"
+    (folder / "train.log").write_text("mine\n")
+    with pytest.raises(NotOurs, match="train.log"):
+        ownership.append(folder / "train.log", "theirs\n")
+    assert (folder / "train.log").read_text() == "mine\n"
+
+
+def test_a_move_takes_the_record_along_and_covers_nothing(folder):
+    ownership.write(folder / "a.png", b"one")
+    old = ownership.claim(folder / "previous-1")
+    assert ownership.move(folder / "a.png", old / "a.png")
+    assert ownership.is_ours(old / "a.png")
+    ownership.write(folder / "a.png", b"two")
+    with pytest.raises(NotOurs):
+        ownership.move(folder / "a.png", old / "a.png")
+    (folder / "mine.txt").write_text("mine")
+    assert not ownership.move(folder / "mine.txt", old / "mine.txt")
+    assert (folder / "mine.txt").exists()
+
+
+def fill(folder, *names):
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+
+
+def test_a_folder_is_rebuilt_as_a_whole(folder):
+    for names in (("index.html", "layers/1.png"), ("index.html", "layers/2.png")):
+        with ownership.rebuilt(folder / "gallery") as new:
+            fill(new, *names)
+    assert ownership.strangers(folder / "gallery") == []
+    found = {path.name for path in (folder / "gallery").rglob("*") if path.is_file()}
+    assert found == {"index.html", "2.png"}
+    with pytest.raises(KeyError), ownership.rebuilt(folder / "gallery") as new:
+        fill(new, "index.html")
+        raise KeyError
+    assert (folder / "gallery" / "layers" / "2.png").exists()
+
+
+@pytest.mark.parametrize("kind", ["file", "edited", "link", "deep", "is a file", "is a link"])
+def test_a_folder_with_anything_of_a_strangers_is_not_rebuilt(folder, tmp_path, kind):
+    gallery = folder / "gallery"
+    if kind.startswith("is"):
+        (tmp_path / "thesis").mkdir()
+        fill(tmp_path / "thesis", "thesis.txt")
+        gallery.symlink_to(tmp_path / "thesis") if "link" in kind else gallery.write_text("mine")
+    else:
+        with ownership.rebuilt(gallery) as new:
+            fill(new, "index.html", "layers/1.png")
+        if kind == "link":
+            (gallery / "mine").symlink_to(tmp_path)
+        else:
+            place = {"file": "notes.txt", "edited": "index.html", "deep": "layers/notes.txt"}[kind]
+            (gallery / place).write_text("mine")
+    before = snapshot(tmp_path)
+    with pytest.raises(NotOurs, match="gallery"), ownership.rebuilt(gallery) as new:
+        fill(new, "index.html")
+    assert snapshot(tmp_path) == before
+
+
+def test_a_kill_between_the_renamings_costs_no_folder(folder):
+    with ownership.rebuilt(folder / "gallery") as new:
+        fill(new, "index.html")
+    os.rename(folder / "gallery", folder / ownership.OWN / "gallery.old")
+    with pytest.raises(KeyError), ownership.rebuilt(folder / "gallery"):
+        raise KeyError
+    assert (folder / "gallery" / "index.html").exists()
+
+
+def test_an_input_is_not_written_over_by_whatever_path(tmp_path):
+    photo = tmp_path / "a.png"
+    photo.write_bytes(b"photo")
+    (tmp_path / "link").symlink_to(tmp_path)
+    os.link(photo, tmp_path / "hard.png")
+    (tmp_path / "soft.png").symlink_to(photo)
+    paths = ("a.png", "link/a.png", "../" + tmp_path.name + "/a.png", "hard.png", "soft.png")
+    for name in paths:
+        with pytest.raises(NotOurs, match="is an input itself"):
+            ownership.check_inputs([tmp_path / "new.png", tmp_path / name], [photo])
+    ownership.check_inputs([tmp_path / "new.png"], [photo, tmp_path / "nothing.png"])
+
+
+def test_one_process_has_the_lock(folder):
+    code = (
+        "import sys; from deconvnet import files\n"
+        f"with files.locked({str(folder)!r}): print('in', flush=True); sys.stdin.read()"
+    )
+    left, new = folder / ownership.OWN / "7-7.tmp", folder / ownership.OWN / "8-8.tmp"
+    for path in (left, new):
+        path.write_bytes(b"half")
+    os.utime(left, (0, 0))
+    other = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout.readline() == "in\n"
+    # The new one may be what another command is writing in this moment.
+    assert not left.exists() and new.exists()
+    with (
+        pytest.raises(Busy, match=f"process {other.pid} on .* is writing"),
+        ownership.locked(folder),
+    ):
+        pass
+    other.kill()
+    other.communicate()
+    with ownership.locked(folder):
+        pass
+
+
+def test_several_threads_write_side_by_side(folder):
+    def work(n):
+        for k in range(20):
+            ownership.write(folder / f"{n}.png", f"{n} {k}".encode())
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    ownership._written.clear()
+    ownership._read.clear()
+    assert len(ownership.made_in(folder)) == 4
+
+
+def test_what_is_no_file_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero"):
+        with pytest.raises(ValueError, match="not a regular file"):
+            ownership.read(path)
+    with pytest.raises(OSError):
+        ownership.read(tmp_path)

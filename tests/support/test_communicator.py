@@ -1,0 +1,284 @@
+"""What is learned does not depend on how many processes share the work, nor on how it is cut."""
+
+import threading
+from dataclasses import asdict, dataclass, field
+
+import pytest
+import torch
+
+from deconvnet import (
+    DeconvNet,
+    LayerSettings,
+    LearningSettings,
+    PreprocessingSettings,
+    SolverSettings,
+)
+from deconvnet.monitoring.monitor import Monitor
+from deconvnet.network.network import Layer, seeded
+from deconvnet.support.communicator import Ranks
+from deconvnet.training.layer_trainer import Diverged, Ground, LayerTrainer
+from deconvnet.training.loop import train
+from deconvnet.training.run_folder import Run
+from deconvnet.visualization.pictures.evolution import load_evolution
+
+ADMM = SolverSettings(iterations=20, training_iterations=3)
+FISTA = SolverSettings("fista", iterations=20, training_iterations=3)
+
+
+class Meeting:
+    """Where threads that play ranks exchange what they have; `calls` counts the sums."""
+
+    def __init__(self, count):
+        self.barrier, self.values, self.calls = threading.Barrier(count), [None] * count, 0
+
+    def exchange(self, rank, value):
+        self.values[rank] = value
+        self.barrier.wait(60)
+        found = list(self.values)
+        self.barrier.wait(60)
+        return found
+
+
+@dataclass(frozen=True)
+class Threads(Ranks):
+    """Ranks that are threads of this process: the same calls, without the price of processes."""
+
+    meeting: Meeting | None = field(default=None, compare=False)
+
+    def summed(self, *tensors):
+        if self.first:
+            self.meeting.calls += 1
+        parts = self.meeting.exchange(self.rank, [tensor.double() for tensor in tensors])
+        return [sum(each[1:], each[0]) for each in zip(*parts, strict=True)]
+
+    def gathered(self, value):
+        return self.meeting.exchange(self.rank, value)
+
+    def collected(self, value):
+        found = self.meeting.exchange(self.rank, value)
+        return found if self.first else None
+
+    def told(self, value):
+        return self.meeting.exchange(self.rank, value)[0]
+
+
+def together(count, work):
+    """The results of work(ranks) in every rank."""
+    meeting, results, errors = Meeting(count), [None] * count, []
+
+    def one(rank):
+        try:
+            results[rank] = work(Threads(rank, count, meeting))
+        except BaseException as error:
+            errors.append(error)
+            meeting.barrier.abort()
+
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for error in errors:
+        if not isinstance(error, threading.BrokenBarrierError):
+            raise error
+    return results
+
+
+def network(kind):
+    learning = dict(epochs=3, batch_size=3)
+    if kind == "maps":
+        layers = [
+            LayerSettings(4, 5, pool=[1, 2, 2], solver=ADMM, learning=LearningSettings(**learning)),
+            LayerSettings(5, 3, solver=ADMM, learning=LearningSettings(**learning)),
+        ]
+    else:
+        learning |= dict(update="cg") if kind == "image, cg" else {}
+        common = dict(solver=FISTA, learning=LearningSettings(**learning))
+        layers = [
+            LayerSettings(4, 5, pool=[2, 2, 2], pooling="in_loop", **common),
+            LayerSettings(5, 3, lam=5.0, target="image", **common),
+        ]
+    return DeconvNet(layers, PreprocessingSettings("grey", steps=["mean", "whiten"]))
+
+
+@pytest.fixture(scope="module")
+def images(textures):
+    return textures(7, 3, 20, 20)
+
+
+def learned(kind, images, folder, count=1, **options):
+    """(networks of all ranks, results of the first)."""
+
+    def work(ranks):
+        net = network(kind)
+        run = Run(folder, {}) if ranks.first else None
+        place = folder if ranks.first else None
+        with Monitor(place, progress=False) as monitor:
+            return net, train(net, images, run, monitor, ranks=ranks, **options)
+
+    found = together(count, work) if count > 1 else [work(Ranks())]
+    return [net for net, _ in found], found[0][1]
+
+
+@pytest.fixture(scope="module", params=["maps", "image", "image, cg"])
+def alone(request, images, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone")
+    nets, results = learned(request.param, images, folder)
+    return request.param, folder, nets[0], results
+
+
+def same_results(found, expected):
+    for one, other in zip(found, expected, strict=True):
+        left, right = ({**asdict(each), "seconds": 0} for each in (one, other))
+        assert left == pytest.approx(right, rel=1e-9)
+
+
+@pytest.mark.parametrize("count", [4, 9])
+def test_any_number_of_ranks_learns_the_same_filters_bit_by_bit(alone, images, tmp_path, count):
+    kind, folder, net, results = alone
+    # Of four, each keeps its states in the same files.
+    room = dict(memory=0, disk=1) if count == 4 else {}
+    nets, found = learned(kind, images, tmp_path, count, **room)
+    for each in nets:
+        for key, tensor in net.state_dict().items():
+            assert torch.equal(each.state_dict()[key], tensor), key
+    same_results(found, results)
+    for number in (1, 2):
+        name = f"evolution/layer{number}.npz"
+        left, right = (load_evolution(place / name) for place in (tmp_path, folder))
+        assert torch.equal(left.tiles, right.tiles) and torch.equal(left.boxes, right.boxes)
+    pictures = sorted(path.name for path in (folder / "pictures").iterdir())
+    assert pictures == sorted(path.name for path in (tmp_path / "pictures").iterdir())
+    for name in pictures:
+        left, right = ((place / "pictures" / name).read_bytes() for place in (folder, tmp_path))
+        assert left == right, name
+
+
+@pytest.mark.parametrize("options", [dict(chunk=1), dict(hold=False, memory=0, disk=1)])
+def test_it_makes_no_difference_how_many_images_come_at_a_time_or_where_they_are_kept(
+    alone, images, tmp_path, options
+):
+    kind, _, net, results = alone
+    nets, found = learned(kind, images, tmp_path, **options)
+    for key, tensor in net.state_dict().items():
+        assert torch.equal(nets[0].state_dict()[key], tensor), key
+    same_results(found, results)
+
+
+def layer_of(**learning):
+    settings = LayerSettings(
+        4, 5, solver=ADMM, learning=LearningSettings(**{"epochs": 3, "batch_size": 3, **learning})
+    )
+    return Layer(settings, 3, seeded(0, 1))
+
+
+def shared(b, ranks, state=None, layer=None):
+    return LayerTrainer(layer or layer_of(), b, ranks=ranks, state=state)
+
+
+@pytest.mark.parametrize(("first", "second"), [(1, 3), (2, 1), (3, 2)])
+@pytest.mark.parametrize("stop", [2, 4])
+def test_learning_goes_on_with_another_number_of_ranks_bit_by_bit(images, first, second, stop):
+    def begin(ranks):
+        trainer = shared(images, ranks)
+        for _ in range(stop):
+            trainer.update()
+        return trainer.state_dict(), trainer.layer.filters
+
+    def finish(ranks):
+        layer = layer_of()
+        layer.filters.copy_(filters)
+        trainer = shared(images, ranks, state, layer)
+        history = []
+        while not trainer.done:
+            history.append(trainer.update())
+        return trainer.layer.filters, [stats for stats in history if stats]
+
+    def whole(ranks):
+        trainer = shared(images, ranks)
+        history = []
+        while not trainer.done:
+            history.append(trainer.update())
+        return trainer.layer.filters, [stats for stats in history if stats]
+
+    state, filters = together(first, begin)[0]
+    expected, history = together(1, whole)[0]
+    for found, stats in together(second, finish):
+        assert torch.equal(found, expected)
+        left, right = (
+            {**each.numbers, "seconds_per_image": 0} for each in (stats[-1], history[-1])
+        )
+        assert left == pytest.approx(right, rel=1e-9)
+
+
+def test_all_ranks_hear_that_one_was_asked_to_stop(images):
+    def work(ranks):
+        trainer = shared(images, ranks)
+        trainer.update()
+        before = trainer.stopping
+        trainer.update(stop=ranks.rank == 2)
+        return before, trainer.stopping
+
+    assert together(3, work) == 3 * [(False, True)]
+
+
+def test_all_ranks_stop_before_an_update_where_one_of_them_diverges(images):
+    def work(ranks):
+        some = images.clone()
+        trainer = shared(some, ranks)
+        trainer.update()
+        before = trainer.layer.filters.clone()
+        some[trainer.schedule.batch(0, 1)[:1] if ranks.rank == 1 else []] = float("nan")
+        with pytest.raises(Diverged, match="not finite"):
+            trainer.update()
+        return torch.equal(trainer.layer.filters, before)
+
+    assert together(2, work) == [True, True]
+
+
+@pytest.mark.parametrize("number", [7, 21])
+def test_an_update_is_one_message_whose_size_is_that_of_the_filters(textures, number):
+    b = textures(number, 3, 20, 20)
+
+    def work(ranks):
+        trainer = shared(b, ranks)
+        before = ranks.meeting.calls
+        sizes = []
+        told = Threads.summed
+
+        def summed(self, *tensors):
+            sizes.append(sum(8 * tensor.numel() for tensor in tensors))
+            return told(self, *tensors)
+
+        if ranks.first:
+            Threads.summed = summed
+        try:
+            ranks.meeting.barrier.wait(60)
+            trainer.update()
+            trainer.update()
+        finally:
+            Threads.summed = told
+        return ranks.meeting.calls - before, trainer.message, set(sizes)
+
+    calls, message, sizes = together(2, work)[0]
+    assert calls == 2 and sizes == {message}
+    # 4 filters of 3 planes of 5x5, the correlations of their maps, two flags.
+    assert message == 8 * (4 * 3 * 25 + 4 * 4 * 81 + 2)
+
+
+def test_ground_of_a_rank_reads_its_own_images_only(images):
+    def work(ranks):
+        asked = set()
+
+        def target(part):
+            asked.update(part.tolist())
+            return Ground.of(images).target(part)
+
+        trainer = shared(Ground.of(images, target), ranks)
+        while not trainer.done:
+            trainer.update()
+        return asked
+
+    found = together(3, work)
+    assert set.union(*found) == set(range(7))
+    assert sum(map(len, found)) == 7

@@ -1,0 +1,174 @@
+"""Compiled code is kept on disk where that is possible, and works where it is not."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+import deconvnet
+from deconvnet.support import compiling
+
+SOURCE = "def twice(x):\n    return x + x\n"
+# Damage that a crash, a full disk or a stray command leaves behind.
+DAMAGE = {
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-9]),
+    "half": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "empty": lambda path: path.write_bytes(b""),
+    "garbage": lambda path: path.write_bytes(bytes(range(255, 0, -1)) * 20),
+    "text": lambda path: path.write_text("cos\nnothing\n"),
+    "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "zeros_inside": lambda path: _overwrite(path, bytes(64)),
+    "another_number": lambda path: _overwrite(path, b"7"),
+    "folder": lambda path: (path.unlink(), path.mkdir()),
+    "gone": lambda path: path.unlink(),
+}
+
+
+def _overwrite(path, data):
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + len(data)] = data
+    path.write_bytes(bytes(content))
+
+
+@pytest.fixture
+def places(tmp_path, monkeypatch):
+    """A module with a function, a home that cannot be written, and a folder of temporary files."""
+    (tmp_path / "module.py").write_text(SOURCE)
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setenv("HOME", os.devnull)
+    monkeypatch.setenv("XDG_CACHE_HOME", os.devnull)
+    monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
+    monkeypatch.setattr(compiling.CodeCache, "_told", False)
+    return tmp_path
+
+
+def twice(places):
+    """The function, compiled as in a new process."""
+    spec = importlib.util.spec_from_file_location("module", places / "module.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return compiling.compiled(nogil=True)(module.twice)
+
+
+def found_on_disk(function):
+    """Whether the code that a call needed came from a file."""
+    assert function(2.0) == 4.0
+    return sum(function.stats.cache_hits.values()) == 1
+
+
+def without_a_place_beside_the_source(places):
+    shutil.rmtree(places / "__pycache__", ignore_errors=True)
+    (places / "__pycache__").write_text("")
+
+
+def test_code_is_found_beside_the_source_by_the_next_process(places):
+    assert not found_on_disk(twice(places))
+    assert found_on_disk(twice(places))
+    assert not list((places / "temporary").iterdir())
+
+
+def test_code_is_kept_among_temporary_files_where_no_other_folder_can_be_written(places):
+    without_a_place_beside_the_source(places)
+    assert not found_on_disk(twice(places))
+    (kept,) = (places / "temporary").iterdir()
+    assert kept.stat().st_mode & 0o077 == 0
+    assert found_on_disk(twice(places))
+
+
+def test_code_in_a_temporary_folder_that_others_may_write_to_is_not_run(places, caplog):
+    without_a_place_beside_the_source(places)
+    assert not found_on_disk(twice(places))
+    (kept,) = (places / "temporary").iterdir()
+    kept.chmod(0o777)
+    assert not found_on_disk(twice(places))
+    assert "set NUMBA_CACHE_DIR to a folder that can be written" in caplog.text
+
+
+def test_without_any_folder_code_is_compiled_in_the_process_and_one_line_says_so(places, caplog):
+    without_a_place_beside_the_source(places)
+    shutil.rmtree(places / "temporary")
+    (places / "temporary").write_text("")
+    assert not found_on_disk(twice(places))
+    assert not found_on_disk(twice(places))
+    assert len(caplog.records) == 1 and "compiled in every process" in caplog.text
+
+
+def test_a_folder_that_the_user_names_is_used(places, monkeypatch):
+    import numba
+
+    without_a_place_beside_the_source(places)
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(places / "named"))
+    assert not found_on_disk(twice(places))
+    assert list((places / "named").rglob("*.nbc"))
+    assert found_on_disk(twice(places))
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+@pytest.mark.parametrize("suffix", ["nbi", "nbc"])
+def test_a_damaged_file_is_compiled_again_and_replaced(places, suffix, kind):
+    assert not found_on_disk(twice(places))
+    (path,) = (places / "__pycache__").glob(f"*.{suffix}")
+    DAMAGE[kind](path)
+    found_on_disk(twice(places))
+    assert found_on_disk(twice(places))
+
+
+def test_code_for_other_arguments_under_this_name_is_not_run(places):
+    """As where two processes compile for the first time at once, and each takes the first name."""
+    function = twice(places)
+    assert function(2.0) == 4.0 and function(2) == 4
+    first, second = sorted((places / "__pycache__").glob("*.nbc"))
+    shutil.copy(second, first)
+    again = twice(places)
+    assert again(2.5) == 5.0 and not again.stats.cache_hits
+    assert found_on_disk(twice(places))
+
+
+def test_a_full_disk_costs_the_cache_and_nothing_else(places, caplog):
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    function = twice(places)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        value = function(2.0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert value == 4.0 and "File too large" in caplog.text
+    assert not found_on_disk(twice(places))
+    assert found_on_disk(twice(places))
+
+
+def test_the_package_is_imported_and_computes_where_nothing_can_be_written(tmp_path):
+    package = tmp_path / "deconvnet"
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(Path(deconvnet.__file__).parent, package, ignore=ignored)
+    for folder in [package, *filter(Path.is_dir, list(package.rglob("*")))]:
+        (folder / "__pycache__").write_text("")
+    nowhere = dict.fromkeys(("HOME", "XDG_CACHE_HOME", "TMPDIR"), os.devnull)
+    env = {key: value for key, value in os.environ.items() if not key.startswith("NUMBA")}
+    env |= nowhere | {"PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
+    code = (
+        "import deconvnet, numpy as np; from deconvnet import kernels;"
+        "print(deconvnet.__file__, kernels.leaders(np.eye(4), 2))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(str(package))
+
+
+def test_the_first_call_that_compiles_says_so_and_no_other(places, caplog, monkeypatch):
+    monkeypatch.setattr(compiling.announcement, "said", False)
+    caplog.set_level("INFO")
+    function = twice(places)
+    function(2.0)
+    function(2)  # for other arguments it is compiled again
+    assert caplog.text.count("compiling loops, once") == 1

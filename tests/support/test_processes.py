@@ -1,0 +1,173 @@
+"""Training in several processes as torchrun starts them: the same network, one folder, and what
+happens when one of them is stopped, killed or hangs."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from deconvnet import load
+from deconvnet.monitoring.monitor import save_picture
+from deconvnet.storage import formats
+
+ROOT = Path(__file__).resolve().parents[2]
+
+QUICK = [
+    *("progress=false", "device=cpu", "data=folder", "data.size=32", "layers=2"),
+    *(f"model.layer{n}.{key}" for n in (1, 2) for key in ("num_maps=4", "filter_size=5")),
+    *(f"model.layer{n}.solver.iterations=10" for n in (1, 2)),
+    *(f"model.layer{n}.learning.epochs=6" for n in (1, 2)),
+    *(f"model.layer{n}.learning.batch_size=3" for n in (1, 2)),
+]
+# So long that a test can do something to it, in the first layer.
+LONG = "model.layer1.learning.epochs=2000"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, textures):
+    """A folder with a folder `photos` of seven small images."""
+    folder = tmp_path_factory.mktemp("place")
+    for number, image in enumerate(textures(7, 3, 34, 40)):
+        save_picture(folder / "photos" / f"{number}.png", image)
+    return folder
+
+
+def free_port():
+    with socket.socket() as any_port:
+        any_port.bind(("127.0.0.1", 0))
+        return any_port.getsockname()[1]
+
+
+@pytest.fixture
+def ranks(place, start):
+    """ranks(count, *arguments): the processes of train.py on the photos, started."""
+
+    def run(count, *arguments):
+        shared = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(), WORLD_SIZE=count)
+        command = ["train.py", "data.path=photos", *QUICK, *arguments]
+        return [
+            start(place, *command, RANK=rank, LOCAL_RANK=rank, LOCAL_WORLD_SIZE=count, **shared)
+            for rank in range(count)
+        ]
+
+    return run
+
+
+def learned(place, name):
+    return load(place / "runs" / name / "network.safetensors").state_dict()
+
+
+def assert_equal(one, two):
+    assert one.keys() == two.keys()
+    for key in one:
+        assert torch.equal(one[key], two[key]), key
+
+
+def wait_for(path, seconds=60):
+    """Until something matches a pattern."""
+    end = time.monotonic() + seconds
+    while not list(path.parent.glob(path.name)):
+        assert time.monotonic() < end, f"no {path}"
+        time.sleep(0.02)
+
+
+def signals(running, number, count=1):
+    for each in running[:count]:
+        os.kill(each.pid, number)
+
+
+def test_processes_learn_what_one_process_learns_bit_by_bit(place, ranks, script):
+    count = 2
+    alone = script(place, "train.py", "data.path=photos", *QUICK, f"name=alone-{count}")
+    assert alone.code == 0, alone.err
+    ends = [each.wait() for each in ranks(count, f"name=shared-{count}")]
+    assert [end.code for end in ends] == count * [0], ends
+    assert_equal(learned(place, f"shared-{count}"), learned(place, f"alone-{count}"))
+    # The first one speaks, and says what passes between them.
+    first, *others = ends
+    assert f"on {count} ranks, cpu" in first.out
+    assert (
+        "layer 1: in an update one message of 0.01 MB, whatever the number of images" in first.out
+    )
+    assert all(end.out == end.err == "" for end in others), others
+    names = {path.name for path in (place / "runs" / f"shared-{count}").iterdir()}
+    assert names >= {"train.log", ".hydra", "network.safetensors", "checkpoints"}
+    assert len([name for name in names if name.startswith("events")]) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_all_processes_save_and_stop_when_one_is_asked_to(place, ranks, number):
+    name = f"stopped-{number.name}"
+    running = ranks(2, f"name={name}", LONG)
+    wait_for(place / "runs" / name / "checkpoints" / "step-*.pt")
+    # The second one is asked, and the first one saves.
+    os.kill(running[1].pid, number)
+    ends = [each.wait() for each in running]
+    assert [end.code for end in ends] == [130, 130], ends
+    assert "stopped and saved; to resume: torchrun --nproc-per-node=2" in ends[0].out
+    assert "Traceback" not in ends[0].err + ends[1].err
+    kept = sorted((place / "runs" / name / "checkpoints").iterdir())
+    step = int(kept[-1].stem.removeprefix("step-"))
+    state = formats.load(kept[-1])
+    assert state["step"] == step and state["trainer"]["codes"]["images"].tolist() == list(range(7))
+
+
+def test_a_process_that_dies_ends_the_others_with_one_line(place, ranks):
+    running = ranks(2, "name=killed", LONG)
+    wait_for(place / "runs" / "killed" / "checkpoints" / "step-*.pt")
+    os.kill(running[1].pid, signal.SIGKILL)
+    first, second = (each.wait() for each in running)
+    assert second.code == -signal.SIGKILL
+    assert first.code == 1 and "another rank has failed or does not answer" in first.err
+    assert "Traceback" not in first.err
+
+
+def test_a_process_that_hangs_is_given_up_after_the_patience(place, ranks):
+    running = ranks(2, "name=hung", LONG, "patience=2")
+    wait_for(place / "runs" / "hung" / "checkpoints" / "step-*.pt")
+    os.kill(running[1].pid, signal.SIGSTOP)
+    started = time.monotonic()
+    first = running[0].wait()
+    assert time.monotonic() - started < 20
+    os.kill(running[1].pid, signal.SIGKILL)
+    running[1].wait()
+    assert first.code == 1 and "another rank has failed or does not answer" in first.err
+    assert "Traceback" not in first.err
+
+
+@pytest.mark.slow
+def test_torchrun_starts_again_after_a_process_was_killed_and_ends_as_if_it_had_not(place, script):
+    more = ["model.layer1.learning.epochs=20"]
+    alone = script(place, "train.py", "data.path=photos", *QUICK, *more, "name=never")
+    assert alone.code == 0, alone.err
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    command += ["--max-restarts=2", f"--master-port={free_port()}", "--log-dir=logs"]
+    command += [str(ROOT / "scripts" / "train.py"), "data.path=photos", *QUICK, *more, "name=often"]
+    process = subprocess.Popen(
+        command, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    wait_for(place / "runs" / "often" / "checkpoints" / "step-*.pt")
+    workers = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
+    ).stdout.split()
+    assert len(workers) == 2
+    os.kill(int(workers[0]), signal.SIGKILL)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert_equal(learned(place, "often"), learned(place, "never"))
+
+
+@pytest.mark.slow
+def test_runs_that_are_killed_at_any_moment_end_like_one_that_was_not(tmp_path):
+    command = [sys.executable, str(ROOT / "benchmarks" / "kills.py"), "--kills", "2"]
+    command += ["--epochs", "5", "--ranks", "2", "--folder", str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    *_, last = ended.stdout.splitlines()
+    assert last.startswith("2 kills in") and "0 unreadable checkpoints" in last

@@ -1,0 +1,788 @@
+"""The learning of one layer: the objective falls, nothing but the seed decides the filters, and it
+goes on where it was stopped as if it had not been."""
+
+import copy
+import errno
+import os
+from dataclasses import asdict
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from deconvnet import (
+    DeconvNet,
+    LayerSettings,
+    LearningSettings,
+    PreprocessingSettings,
+    SolverSettings,
+    learn_filters,
+    sparse_code,
+)
+from deconvnet.filters.update import normalize, off_center
+from deconvnet.monitoring.monitor import Monitor
+from deconvnet.network.network import Layer, Target, seeded
+from deconvnet.operators.convolution import deconvolve
+from deconvnet.operators.pooling import max_pool, pooled_shape, unpool
+from deconvnet.storage import formats
+from deconvnet.storage.ownership import NotOurs
+from deconvnet.training.layer_trainer import Diverged, Ground, LayerTrainer
+from deconvnet.training.loop import train
+from deconvnet.training.run_folder import Run
+from deconvnet.training.warm_starts import FileStates, States, all_states
+
+FAST = SolverSettings(iterations=20, training_iterations=3)
+EXACT = SolverSettings(iterations=300, tolerance=1e-5)
+# The images of `b`.
+EVERY = torch.arange(8)
+
+# The two presets of the CVPR 2010 paper, in small.
+PAPER = {
+    "solver": SolverSettings(method="half_quadratic", iterations=1, z_step="cg"),
+    "learning": LearningSettings(
+        epochs=2,
+        batch_size=1,
+        update="cg",
+        update_iterations=2,
+        init="random",
+        norm="plane",
+        revive=False,
+    ),
+    "scale": "max",
+}
+
+
+@pytest.fixture(scope="module")
+def b(textures):
+    """Grey images without their mean, eight of them."""
+    images = textures(8, 1, 24, 24)
+    images = images - images.mean((2, 3), keepdim=True)
+    return images / images.square().mean().sqrt()
+
+
+def layer(channels=1, *, num_maps=6, seed=0, epochs=3, batch_size=4, connectivity="full", **other):
+    learning = {
+        key: other.pop(key)
+        for key in ("update", "memory", "init", "norm", "revive", "update_iterations")
+        if key in other
+    }
+    learning = LearningSettings(epochs=epochs, batch_size=batch_size, **learning)
+    settings = LayerSettings(
+        num_maps,
+        5,
+        connectivity=connectivity,
+        **{"solver": FAST, "learning": learning, **other},
+    )
+    return Layer(settings, channels, seeded(seed, 1))
+
+
+def trained(b, *, seed=0, chunk=8, **settings):
+    """(filters, statistics of every epoch)."""
+    trainer = LayerTrainer(layer(b.shape[1], seed=seed, **settings), b, seed=seed, chunk=chunk)
+    history = []
+    while not trainer.done:
+        history.append(trainer.update())
+    return trainer.layer.filters, [stats for stats in history if stats]
+
+
+def objective(b, f, lam=2.0):
+    return float(sparse_code(b, f, lam=lam, settings=EXACT).objective.sum())
+
+
+def lengths(f, axes=(1, 2, 3)):
+    return torch.linalg.vector_norm(f, dim=axes)
+
+
+def timeless(stats):
+    return {k: v for k, v in asdict(stats).items() if "seconds" not in k and k != "loads"}
+
+
+@pytest.mark.parametrize("batch_size", [None, 4])
+def test_the_objective_of_the_training_set_falls_from_epoch_to_epoch(b, batch_size):
+    trainer = LayerTrainer(layer(epochs=5, batch_size=batch_size, init="random"), b)
+    values = [objective(b, trainer.layer.filters)]
+    while not trainer.done:
+        if trainer.update():
+            values.append(objective(b, trainer.layer.filters))
+    # Each value is inferred anew, to about 1e-4 of the minimum; re-seeded filters cost nothing,
+    # their maps having been next to empty.
+    for before, after in zip(values, values[1:], strict=False):
+        assert after < before * 1.001
+    assert values[-1] < 0.85 * values[0]
+
+
+@pytest.mark.parametrize("norm", ["filter", "plane"])
+@pytest.mark.parametrize("update", ["proximal", "cg"])
+def test_filters_have_unit_norm_and_their_connections_after_every_update(textures, update, norm):
+    b = textures(4, 3, 16, 16) - 0.4
+    small = layer(
+        3, update=update, norm=norm, num_maps=6, connectivity="singles_and_doubles", init="random"
+    )
+    trainer = LayerTrainer(small, b)
+    while not trainer.done:
+        before = small.filters.clone()
+        trainer.update()
+        planes = small.connectivity.bool()
+        assert (small.filters[~planes] == 0).all()
+        found = (
+            lengths(small.filters, (2, 3))[planes] if norm == "plane" else lengths(small.filters)
+        )
+        assert_close(found, torch.ones_like(found), rtol=0, atol=1e-6)
+        assert not torch.equal(small.filters, before)
+
+
+def test_the_image_order_of_every_epoch_is_new_and_visits_every_image(b):
+    trainer = LayerTrainer(layer(epochs=2, batch_size=1), b)
+    orders = []
+    for _ in range(2):
+        visited = []
+        for _ in range(8):
+            before = trainer.codes[EVERY]
+            trainer.update()
+            changed = trainer.codes[EVERY] - (0 if before is None else before)
+            visited += torch.nonzero(changed.flatten(1).any(1)).flatten().tolist()
+        orders.append(visited)
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(8))
+    assert orders[0] != orders[1]
+
+
+def test_what_an_epoch_saw_is_the_sum_over_its_visits(b):
+    trainer = LayerTrainer(layer(batch_size=None), b)
+    solution = sparse_code(
+        b,
+        trainer.layer.filters.clone(),
+        lam=2.0,
+        settings=SolverSettings(iterations=3, tolerance=0, adaptive=False),
+    )
+    stats = trainer.update()
+    assert stats.layer == 1 and stats.epoch == 1 and stats.epochs == 3
+    assert stats.reconstruction == pytest.approx(solution.reconstruction.mean().item(), rel=1e-5)
+    assert stats.sparsity == pytest.approx(solution.sparsity.mean().item(), rel=1e-5)
+    assert stats.density == pytest.approx((solution.z != 0).float().mean().item(), rel=1e-5)
+    ratio = b.square().sum() / solution.residual.square().sum()
+    assert stats.snr == pytest.approx(10 * ratio.log10().item(), abs=1e-3)
+    assert stats.objective == stats.reconstruction + stats.sparsity
+    assert stats.seconds_per_image > 0
+
+
+@pytest.mark.parametrize("revive", [True, False])
+def test_a_dead_filter_is_noticed_and_started_anew(b, revive):
+    trainer = LayerTrainer(layer(batch_size=None, revive=revive), b)
+    trainer.layer.filters[2] = 0
+    stats = trainer.update()
+    assert stats.dead == 1 and stats.double == 0
+    if not revive:
+        assert (trainer.layer.filters[2] == 0).all()
+        return
+    assert_close(lengths(trainer.layer.filters), torch.ones(6), rtol=0, atol=1e-6)
+    assert (trainer.codes[EVERY][:, 2] == 0).all() and trainer.sums.energy[2] == 0
+    assert trainer.update().dead == 0
+    assert trainer.codes[EVERY][:, 2].any()
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("update", ["proximal", "cg"])
+def test_of_two_equal_filters_one_is_noticed_and_started_anew(b, sign, update):
+    trainer = LayerTrainer(layer(batch_size=None, update=update), b)
+    others = [0, 2, 3, 5]
+    # Filters that are equal before an update are equal after it, their maps being equal.
+    trainer.layer.filters[4] = sign * trainer.layer.filters[1]
+    kept = trainer.layer.filters.clone()
+    stats = trainer.update()
+    assert stats.dead == 0 and stats.double == 1
+    found = trainer.layer.filters
+    likeness = (found[1] * found[4]).sum().abs()
+    assert likeness < 0.97
+    assert (found[others] - kept[others]).abs().max() > 0
+    # One of the pair is as it was learned, the other is another patch: nothing known of its maps.
+    fresh = [k for k in (1, 4) if not trainer.codes[EVERY][:, k].any()]
+    assert len(fresh) == 1
+
+
+def test_filters_are_left_alone_at_the_end_of_the_last_epoch(b):
+    trainer = LayerTrainer(layer(epochs=1, batch_size=None), b)
+    trainer.layer.filters[2] = 0
+    assert trainer.update().dead == 1
+    assert trainer.done and (trainer.layer.filters[2] == 0).all()
+
+
+@pytest.mark.parametrize("init", ["patches", "random"])
+def test_the_seed_alone_decides_the_filters(b, init):
+    torch.manual_seed(1)
+    filters, history = trained(b, init=init)
+    torch.manual_seed(2)
+    same, same_history = trained(b, init=init)
+    other, _ = trained(b, seed=1, init=init)
+    assert torch.equal(filters, same)
+    assert [timeless(stats) for stats in history] == [timeless(stats) for stats in same_history]
+    assert not torch.allclose(filters, other, atol=1e-2)
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_the_number_of_images_inferred_at_a_time_does_not_change_the_filters(b, chunk):
+    expected, history = trained(b)
+    filters, same = trained(b, chunk=chunk)
+    # Sums over images are float64, but the terms of one chunk are added in float32.
+    assert_close(filters, expected, rtol=0, atol=1e-5)
+    assert same[-1].objective == pytest.approx(history[-1].objective, rel=1e-5)
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3, 5])
+@pytest.mark.parametrize("update", ["proximal", "cg"])
+def test_a_trainer_that_was_saved_and_loaded_goes_on_bit_by_bit(b, tmp_path, update, stop):
+    settings = {"update": update, "batch_size": 3}
+    expected, history = trained(b, **settings)
+    first = LayerTrainer(layer(**settings), b)
+    stats = [first.update() for _ in range(stop)]
+    state = {"trainer": first.state_dict(), "filters": first.layer.filters}
+    state = formats.load(formats.save(tmp_path, stop, state))
+    same = layer(**settings)
+    same.filters.copy_(state["filters"])
+    second = LayerTrainer(same, b, state=state["trainer"])
+    assert second.updates_done == stop and second.updates == 9
+    while not second.done:
+        stats.append(second.update())
+    assert torch.equal(second.layer.filters, expected)
+    assert [timeless(s) for s in stats if s] == [timeless(s) for s in history]
+
+
+def test_an_objective_that_is_not_finite_stops_before_the_filters_change(b):
+    images = b.clone()
+    trainer = LayerTrainer(layer(batch_size=None), images)
+    trainer.update()
+    before = trainer.layer.filters.clone()
+    images[5, 0, 3, 3] = float("inf")
+    with pytest.raises(Diverged, match=r"layer 1, epoch 2: .*model\.layer1\.lam \(2\.0\)"):
+        trainer.update()
+    assert torch.equal(trainer.layer.filters, before)
+
+
+@pytest.mark.parametrize("solver", [None, SolverSettings()])
+def test_images_beyond_what_float32_can_square_teach_the_same_filters(b, solver):
+    learning = LearningSettings(epochs=2)
+    plain, large = (
+        learn_filters(s * b, 3, 5, share=0.1, solver=solver, learning=learning)
+        for s in (1.0, 2.0**100)
+    )
+    assert torch.equal(large.filters, plain.filters)
+    assert large.history[-1].snr == pytest.approx(plain.history[-1].snr)
+
+
+def test_images_without_any_contrast_are_survived(textures):
+    filters, history = trained(torch.zeros(2, 1, 12, 12))
+    assert torch.isfinite(filters).all()
+    assert history[-1].objective == 0 and history[-1].dead == 6
+
+
+@pytest.mark.parametrize("boundary", ["valid", "circular"])
+def test_learn_filters_lowers_the_objective_below_that_of_random_filters(b, boundary):
+    learning = LearningSettings(epochs=5, init="random")
+    learned = learn_filters(b, 6, 5, lam=2.0, boundary=boundary, learning=learning)
+    assert learned.filters.shape == (6, 1, 5, 5) and torch.isfinite(learned.filters).all()
+    assert_close(lengths(learned.filters), torch.ones(6), rtol=0, atol=1e-6)
+    assert [stats.epoch for stats in learned.history] == [1, 2, 3, 4, 5]
+    assert learned.history[-1].objective < 0.8 * learned.history[0].objective
+    noise = torch.randn(6, 1, 5, 5, generator=torch.Generator().manual_seed(0))
+    random = noise / lengths(noise).view(-1, 1, 1, 1)
+    assert objective(b, learned.filters) < 0.8 * objective(b, random)
+
+
+def test_learn_filters_recovers_planted_filters_up_to_sign_shift_and_order():
+    """Four 5x5 filters behind sparse maps, learned from the images alone in frames of 7x7."""
+    for seed in (0, 1):
+        generator = torch.Generator().manual_seed(seed)
+        planted = normalize(torch.randn(4, 1, 5, 5, generator=generator))
+        z = torch.randn(12, 4, 36, 36, generator=generator)
+        z = z.sign() * (1 + z.abs()) * (torch.rand(z.shape, generator=generator) < 0.006)
+        images = deconvolve(z, planted)
+        learning = LearningSettings(epochs=30, batch_size=6)
+        found = learn_filters(images, 4, 7, lam=3.0, learning=learning, seed=seed).filters
+        alike = torch.nn.functional.conv2d(planted, found, padding=6).abs().amax((2, 3))
+        # Every planted filter has a found one of its own, nearly equal at the best shift.
+        assert alike.amax(1).min() > 0.98
+        assert sorted(alike.argmax(1).tolist()) == [0, 1, 2, 3]
+
+
+def test_learn_filters_refuses_what_is_not_finite_or_not_images(b):
+    wrong = b.clone()
+    wrong[0, 0, 0, 0] = float("nan")
+    for images, message in ((wrong, "must be finite"), (b[0], r"the shape \(N, C, H, W\)")):
+        with pytest.raises(ValueError, match=message):
+            learn_filters(images, 3, 5, lam=1.0)
+    with pytest.raises(ValueError, match="24x24 are smaller than the 25x25 filters"):
+        learn_filters(b, 3, 25, lam=1.0)
+
+
+@pytest.mark.parametrize("p", [1.0, 0.8])
+def test_the_settings_of_the_paper_train_two_layers_to_finite_filters(textures, tmp_path, p):
+    layers = [
+        LayerSettings(3, 5, lam=1.0, p=p, **PAPER),
+        LayerSettings(6, 5, lam=1.0, connectivity="singles_and_doubles", **PAPER),
+    ]
+    net = DeconvNet(layers, PreprocessingSettings(steps=["mean", "laplacian"], scale="max"))
+    with Monitor(progress=False) as monitor:
+        results = train(net, textures(2, 3, 20, 20), Run(tmp_path, {}), monitor)
+    for number, result in enumerate(results, 1):
+        filters = net.layer(number).filters
+        assert torch.isfinite(filters).all()
+        norms = lengths(filters, (2, 3))[net.layer(number).connectivity.bool()]
+        assert_close(norms, torch.ones_like(norms), rtol=0, atol=1e-5)
+        assert 0 < result.density < 1 and result.objective > 0
+    # A short schedule of betas is far from the minimum, but explains something of the images.
+    assert results[0].snr > 1
+
+
+# Layers that explain the image, and pooling in the loop of inference
+
+IN_LOOP = {"pool": [2, 2, 2], "pooling": "in_loop"}
+WINDOW = (2, 2, 2)
+
+
+@pytest.fixture(scope="module")
+def below(textures):
+    """(settings of a first layer, its learned tensors, codes of six images): maps to stand on."""
+    images = textures(6, 3, 18, 17)
+    first = LayerSettings(
+        4,
+        5,
+        pool=[2, 2, 2],
+        pooling="in_loop",
+        solver=SolverSettings(method="fista", iterations=20),
+        learning=LearningSettings(epochs=1, batch_size=3),
+    )
+    net = DeconvNet([first], PreprocessingSettings(color="grey"))
+    net.preprocessing.fit(images)
+    trainer = LayerTrainer(net.layer(1), net.infer(images, depth=0).y)
+    trainer.update()
+    return first, net.to_parts()[0], net.infer(images)
+
+
+def second(below, *, method="fista", seed=0, state=None, filters=None, chunk=2, **settings):
+    """(network, trainer of its second layer)."""
+    first, tensors, codes = below
+    learning = {
+        key: settings.pop(key)
+        for key in ("update", "update_iterations", "epochs", "batch_size", "revive", "recenter")
+        if key in settings
+    }
+    top = LayerSettings(
+        5,
+        3,
+        solver=SolverSettings(method=method, training_iterations=5),
+        learning=LearningSettings(**{"epochs": 3, "batch_size": 3, **learning}),
+        **{"lam": 5.0, "target": "image", **settings},
+    )
+    net = DeconvNet([first, top], PreprocessingSettings(color="grey"), seed=seed)
+    net.load_parts(tensors)
+    net.layer(2).fit_scale(codes.layer(1).pooled)
+    trainer = LayerTrainer(
+        net.layer(2),
+        Ground.over(net, codes, 2),
+        seed=seed,
+        number=2,
+        chunk=chunk,
+        state=state,
+    )
+    if filters is not None:
+        net.layer(2).filters.copy_(filters)
+    return net, trainer
+
+
+def to_the_end(trainer):
+    history = []
+    while not trainer.done:
+        history.append(trainer.update())
+    return [stats for stats in history if stats]
+
+
+def assert_one_entry_per_window(z, window=WINDOW):
+    assert torch.equal(unpool(*max_pool(z, window), z.shape), z) and z.any()
+
+
+@pytest.mark.parametrize("target", ["image", "both"])
+@pytest.mark.parametrize("update", ["proximal", "cg"])
+@pytest.mark.parametrize("pooled", [{}, IN_LOOP], ids=["not pooled", "in the loop"])
+def test_a_layer_that_explains_the_image_learns_to(below, target, update, pooled):
+    codes = below[2]
+    # More steps of cg fit a batch at any length of the filters, and their norm comes after.
+    iterations = 10 if update == "proximal" else 1
+    net, trainer = second(
+        below,
+        target=target,
+        update=update,
+        update_iterations=iterations,
+        epochs=4,
+        revive=False,
+        recenter=False,
+        **pooled,
+    )
+    before = net.extend(codes).layer(2).objective.sum().item()
+    history = to_the_end(trainer)
+    values = [stats.objective for stats in history]
+    assert all(b < a for a, b in zip(values, values[1:], strict=False))
+    assert_close(lengths(net.layer(2).filters), torch.ones(5), rtol=0, atol=1e-6)
+    # Inferred anew, from zero.
+    after = net.extend(codes).layer(2).objective.sum().item()
+    assert after < 0.97 * before
+
+
+def test_what_an_epoch_saw_through_the_layers_below_is_in_terms_of_the_image(below):
+    net, trainer = second(below, batch_size=None, target="image", update="cg")
+    codes = below[2]
+    start = net.layer(2).filters.clone()
+    solver = SolverSettings(method="fista", iterations=5, tolerance=0)
+    found = net.layer(2).infer(net.target(codes, 2), settings=solver)
+    stats = trainer.update()
+    assert not torch.equal(net.layer(2).filters, start)
+    assert stats.reconstruction == pytest.approx(found.reconstruction.mean().item(), rel=1e-4)
+    ratio = codes.y.square().sum() / found.residual.square().sum()
+    assert stats.snr == pytest.approx(10 * ratio.log10().item(), abs=1e-2)
+    # lam/2 times the squared error of the image, not of the maps.
+    assert stats.reconstruction == pytest.approx(
+        2.5 * found.residual.double().square().sum().item() / 6, rel=1e-4
+    )
+
+
+@pytest.mark.parametrize("update", ["proximal", "cg"])
+@pytest.mark.parametrize("method", ["fista", "ista"])
+def test_states_that_are_kept_pooled_give_the_same_filters_as_whole_ones(below, update, method):
+    settings = {"update": update, "method": method, "epochs": 5, **IN_LOOP}
+    net, trainer = second(below, **settings)
+    assert trainer.codes.window == WINDOW
+    dense_net, dense = second(below, **settings)
+    dense.codes = States(torch.arange(6))
+    history, expected = to_the_end(trainer), to_the_end(dense)
+    assert torch.equal(net.layer(2).filters, dense_net.layer(2).filters)
+    assert [timeless(s) for s in history] == [timeless(s) for s in expected]
+    every = torch.arange(6)
+    assert torch.equal(trainer.codes[every], dense.codes[every])
+    kept = sum(tensor.numel() for tensor in trainer.codes.kept)
+    assert kept == 2 * 6 * torch.Size(pooled_shape((5, *dense.codes.shape[1:]), WINDOW)).numel()
+    assert 2 * kept < dense.codes.kept[0].numel()
+
+
+def test_states_give_back_what_was_put_in_for_any_images_in_any_order():
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(5, 5, 6, 7, generator=generator)
+    z = unpool(*max_pool(z * (z.abs() > 1), WINDOW), z.shape)
+    for window in (None, WINDOW):
+        states = States(torch.arange(5), window)
+        assert states[torch.tensor([1, 2])] is None
+        states[torch.tensor([3, 1])] = z[[3, 1]]
+        # Images that were not visited yet have maps of zeros.
+        assert not states[torch.tensor([0, 2, 4])].any()
+        assert torch.equal(states[torch.tensor([1, 3])], z[[1, 3]])
+        states[torch.tensor([0, 4, 2])] = z[[0, 4, 2]]
+        assert torch.equal(states[torch.arange(5)], z)
+        given = states[torch.tensor([2])]
+        given.zero_()
+        assert torch.equal(states[torch.tensor([2])], z[2:3])
+        again = States(torch.arange(5), window)
+        again.load_state_dict(states.state_dict(), torch.device("cpu"))
+        assert torch.equal(again[torch.arange(5)], z)
+
+
+def test_numbers_are_known_where_every_image_has_had_one():
+    states = States(torch.arange(4))
+    assert states.number("step", torch.tensor([0])) is None
+    states.set_number("step", torch.tensor([2, 0]), torch.tensor([0.2, 0.1]).view(2, 1, 1, 1))
+    found = states.number("step", torch.tensor([0, 2])).flatten().tolist()
+    assert found == pytest.approx([0.1, 0.2])
+    assert states.number("step", torch.tensor([0, 1])) is None
+    again = States(torch.arange(4))
+    again.load_state_dict(states.state_dict(), torch.device("cpu"))
+    assert again.number("step", torch.tensor([2])).item() == pytest.approx(0.2)
+    assert again.number("step", torch.tensor([3])) is None
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_the_states_of_all_ranks_are_those_of_all_images(kept):
+    parts = [States(torch.tensor(images)) for images in ([0, 3], [], [1, 2])]
+    for part in parts[::2]:
+        values = part.images.view(-1, 1, 1, 1).float()
+        part.set_number("curvature", part.images, values)
+        if kept:
+            part[part.images] = values.expand(-1, 2, 3, 3)
+    state = all_states([part.state_dict() for part in parts])
+    for images in ([0, 1], [2, 3]):
+        some = States(torch.tensor(images))
+        some.load_state_dict(state, torch.device("cpu"))
+        assert some.number("curvature", some.images).flatten().tolist() == images
+        assert not kept or some[some.images][:, 0, 0, 0].tolist() == images
+
+
+@pytest.mark.parametrize("window", [None, (1, 2, 2)])
+def test_states_in_files_are_those_in_memory(tmp_path, window):
+    images = torch.tensor([1, 4, 5, 9])
+    kept, files = States(images, window), FileStates(images, window, tmp_path / "states")
+    assert files[images] is None
+    for turn in range(5):
+        for part in (images[:2], images[3:]) if turn == 0 else images.split(3):
+            state = torch.randn(len(part), 3, 4, 6)
+            kept[part] = files[part] = state
+        files.turn()
+        some = images[[0, 3, 2]]
+        assert torch.equal(files[some], kept[some])
+    assert len(list((tmp_path / "states").iterdir())) == FileStates.FILES
+    files.close()
+
+
+def lively(textures):
+    """(layer, images, options) of a trainer whose epochs end with filters revived and moved."""
+    learning = LearningSettings(epochs=6, batch_size=3)
+    solver = SolverSettings("fista", iterations=10, training_iterations=2)
+    settings = LayerSettings(6, 5, lam=2.0, pool=[1, 2, 2], solver=solver, learning=learning)
+    layer = Layer(settings, 1, seeded(0, 1))
+    return layer, textures(8, 1, 14, 15) - 0.5
+
+
+@pytest.mark.parametrize("stop", [1, 3, 4, 5, 6, 8, 9, 11, 12])
+def test_states_in_files_go_on_bit_by_bit_from_a_checkpoint_that_others_followed(
+    textures, tmp_path, monkeypatch, stop
+):
+    # States are moved at the ends of the second and the fourth of six epochs of three batches.
+    monkeypatch.setattr("deconvnet.training.layer_trainer.RECENTER_EVERY", 2)
+    layer, b = lively(textures)
+    whole = LayerTrainer(layer, b)
+    while not whole.done:
+        whole.update()
+    expected = layer.filters.clone()
+
+    layer, _ = lively(textures)
+    trainer = LayerTrainer(layer, b, folder=tmp_path)
+    for _ in range(stop):
+        trainer.update()
+    state, filters = copy.deepcopy(trainer.state_dict()), layer.filters.clone()
+    # What is lost when it is killed before the checkpoint of the end of the epoch, at the latest.
+    lost = 3 - stop % 3
+    for _ in range(lost):
+        trainer.update()
+    trainer.close()
+
+    layer.filters.copy_(filters)
+    again = LayerTrainer(layer, b, folder=tmp_path, state=state)
+    while not again.done:
+        again.update()
+    assert torch.equal(layer.filters, expected)
+
+
+@pytest.mark.parametrize("moved", [(), (1,), (2,), (1, 2)])
+def test_what_a_checkpoint_speaks_of_is_left_alone_until_the_next(tmp_path, moved):
+    images = torch.arange(4)
+    files = FileStates(images, None, tmp_path)
+
+    def epoch(number, parts):
+        for part in parts:
+            files[part] = torch.randn(len(part), 1, 2, 2)
+        files.turn()
+        if number in moved:
+            files[images] = torch.randn(4, 1, 2, 2)
+        files.turn()
+
+    epoch(0, images.split(2))
+    epoch(1, images.split(2))
+    # A checkpoint in the middle of the third epoch, which goes on to its end and is lost.
+    files[images[:2]] = torch.randn(2, 1, 2, 2)
+    state, expected = files.state_dict(), files[images]
+    epoch(2, [images[2:]])
+    again = FileStates(images, None, tmp_path)
+    again.load_state_dict(state, torch.device("cpu"))
+    assert torch.equal(again[images], expected)
+    # Cut off or full of holes, the files do not have what is asked for.
+    for path in tmp_path.iterdir():
+        os.truncate(path, 0)
+        os.truncate(path, 64 + 4 * (16 + 16))
+    again.load_state_dict(state, torch.device("cpu"))
+    assert again[images].count_nonzero() == 0 and set(again.passes.tolist()) == {-1}
+
+
+def test_states_that_are_not_in_the_files_start_from_the_beginning(textures, tmp_path, caplog):
+    layer, b = lively(textures)
+    trainer = LayerTrainer(layer, b, folder=tmp_path / "there")
+    for _ in range(4):
+        trainer.update()
+    state = trainer.state_dict()
+    again = LayerTrainer(layer, b, folder=tmp_path / "elsewhere", state=state)
+    assert "does not have the states of 8 images that the checkpoint refers to" in caplog.text
+    assert again.codes[torch.tensor([0, 7])].count_nonzero() == 0
+    while not again.done:
+        again.update()
+
+
+@pytest.mark.parametrize("window", [None, (1, 2, 2)])
+def test_damaged_states_and_those_of_another_run_start_from_the_beginning(tmp_path, caplog, window):
+    images, state = torch.arange(3), torch.randn(3, 2, 4, 4)
+    files = FileStates(images, window, tmp_path, "one")
+    files[images] = state
+    saved, expected = files.state_dict(), files[images]
+    (path,) = (path for path in tmp_path.iterdir() if path.stat().st_size > 64)
+    size = (path.stat().st_size - 64) // 3
+    data = bytearray(path.read_bytes())
+    data[64 + size + size // 2] ^= 4
+    path.write_bytes(data)
+    again = FileStates(images, window, tmp_path, "one")
+    again.load_state_dict(saved, torch.device("cpu"))
+    found = again[images]
+    assert torch.equal(found[[0, 2]], expected[[0, 2]]) and found[1].count_nonzero() == 0
+    assert "damaged or of another run" in caplog.text
+    other = FileStates(images, window, tmp_path, "two")
+    other.load_state_dict(saved, torch.device("cpu"))
+    assert other[images].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("window", [None, (1, 2, 2)])
+def test_states_of_a_checkpoint_are_taken_into_files(tmp_path, window):
+    images = torch.tensor([1, 4, 5])
+    kept = States(images, window)
+    kept[images] = torch.randn(3, 2, 4, 4)
+    kept.set_number("step", images, torch.rand(3, 1, 1, 1))
+    files = FileStates(images[1:], window, tmp_path)
+    files.load_state_dict(kept.state_dict(), torch.device("cpu"))
+    assert torch.equal(files[images[1:]], kept[images[1:]])
+    assert torch.equal(files.number("step", images[1:]), kept.number("step", images[1:]))
+    empty = FileStates(images, window, tmp_path / "empty")
+    empty.load_state_dict(States(images, window).state_dict(), torch.device("cpu"))
+    assert empty[images] is None
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "folder"])
+def test_a_strangers_file_in_the_place_of_states_stays(tmp_path, kind):
+    other, path = tmp_path / "thesis.txt", tmp_path / "states" / "0.states"
+    other.write_bytes(b"thesis")
+    path.parent.mkdir()
+    if kind == "link":
+        path.symlink_to(other)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.write_bytes(b"mine")
+    with pytest.raises(NotOurs, match="in the way"):
+        FileStates(torch.arange(2), None, tmp_path / "states")
+    assert other.read_bytes() == b"thesis" and path.is_dir() == (kind == "folder")
+
+
+def test_a_full_disk_is_said_in_one_line_and_short_writes_go_on(tmp_path, monkeypatch):
+    files, one = FileStates(torch.arange(2), None, tmp_path), torch.tensor([1])
+    state, write = torch.randn(1, 2, 3, 3), os.pwrite
+    monkeypatch.setattr("os.pwrite", lambda file, data, place: write(file, data[:7], place))
+    files[one] = state
+    assert torch.equal(files[one], state)
+
+    def full(file, data, place):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("os.pwrite", full)
+    with pytest.raises(OSError, match="No space left on device: the states of .* make room"):
+        files[one] = state
+
+
+def test_states_of_some_images_are_taken_from_those_of_all():
+    z = torch.randn(6, 2, 3, 3)
+    states = States(torch.arange(6))
+    states[torch.arange(6)] = z
+    some = States(torch.tensor([1, 4, 5]))
+    some.load_state_dict(states.state_dict(), torch.device("cpu"))
+    assert torch.equal(some[torch.tensor([5, 1])], z[[5, 1]])
+
+
+@pytest.mark.parametrize("method", ["fista", "ista"])
+def test_each_visit_begins_with_the_maps_and_the_steps_of_the_last(below, method):
+    net, trainer = second(below, batch_size=None, chunk=6, method=method, **IN_LOOP)
+    trainer.update()
+    order = trainer.schedule.batch(1, 0)
+    expected = net.layer(2).infer(
+        net.target(below[2], 2, order),
+        state=trainer.codes[order],
+        step=trainer.codes.number("step", order),
+        training=True,
+    )
+    trainer.update()
+    assert torch.equal(trainer.codes.number("step", order), expected.step)
+    kept = trainer.codes[order]
+    # But for filters that were started anew at the end of the epoch.
+    learned = [k for k in range(5) if kept[:, k].any()]
+    assert len(learned) > 2 and torch.equal(kept[:, learned], expected.z[:, learned])
+
+
+@pytest.mark.parametrize("stop", [2, 3])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"update": "cg", **IN_LOOP},
+        {"update": "proximal", "target": "both", **IN_LOOP},
+        {"update": "proximal", "method": "ista"},
+        {"update": "cg", "method": "admm", **IN_LOOP},
+    ],
+    ids=lambda settings: " ".join(str(v) for v in settings.values() if isinstance(v, str)),
+)
+def test_learning_through_the_layers_below_goes_on_bit_by_bit(below, tmp_path, settings, stop):
+    net, trainer = second(below, **settings)
+    history = to_the_end(trainer)
+    same, first = second(below, **settings)
+    stats = [first.update() for _ in range(stop)]
+    state = {"trainer": first.state_dict(), "filters": same.layer(2).filters}
+    state = formats.load(formats.save(tmp_path, stop, state))
+    again, trainer = second(below, state=state["trainer"], filters=state["filters"], **settings)
+    stats += to_the_end(trainer)
+    assert torch.equal(again.layer(2).filters, net.layer(2).filters)
+    assert [timeless(s) for s in stats if s] == [timeless(s) for s in history]
+
+
+@pytest.mark.parametrize("update", ["proximal", "cg"])
+def test_filters_that_are_started_anew_leave_maps_with_one_entry_per_window(below, update):
+    settings = {"batch_size": None, "update": update, **IN_LOOP}
+    net, trainer = second(below, **settings)
+    _, other = second(below, revive=False, **settings)
+    every = torch.arange(6)
+    for one in (trainer, other):
+        one.layer.filters[2] = 0
+        assert one.update().dead == 1
+    after, expected = trainer.codes[every], other.codes[every]
+    assert_one_entry_per_window(after)
+    fresh = [k for k in range(5) if not after[:, k].any()]
+    assert 2 in fresh and len(fresh) < 5
+    expected[:, fresh] = 0
+    assert torch.equal(after, expected)
+    assert_close(lengths(net.layer(2).filters), torch.ones(5), rtol=0, atol=1e-6)
+    assert trainer.update().dead == 0
+    assert_one_entry_per_window(trainer.codes[every])
+
+
+def test_filters_that_are_moved_leave_maps_with_one_entry_per_window(below):
+    net, trainer = second(below, batch_size=None, epochs=12, revive=False, update="cg", **IN_LOOP)
+    for _ in range(3):
+        trainer.update()
+    before = trainer.codes[torch.arange(6)]
+    # The third epoch is over; let three filters sit at a side of their frames.
+    off = torch.zeros_like(net.layer(2).filters)
+    off[:, :, 1, 1] = 1
+    for k, place in {0: (0, 1), 1: (2, 2), 3: (1, 0)}.items():
+        off[k] = 0
+        off[k, :, place[0], place[1]] = 1
+    net.layer(2).set_filters(off)
+    moves = off_center(net.layer(2).filters)
+    assert moves == {0: (1, 0), 1: (-1, -1), 3: (0, 1)}
+    trainer._recenter()
+    after = trainer.codes[torch.arange(6)]
+    assert_one_entry_per_window(after)
+    assert off_center(net.layer(2).filters) == {}
+    moved = before.clone()
+    for k, (rows, columns) in moves.items():
+        moved[:, k] = before[:, k].roll((-rows, -columns), (1, 2))
+        if rows:
+            moved[:, k, slice(-1, None) if rows > 0 else slice(0, 1)] = 0
+        if columns:
+            moved[:, k, :, slice(-1, None) if columns > 0 else slice(0, 1)] = 0
+    # Of those that now meet in a window the strongest is left.
+    assert torch.equal(after, unpool(*max_pool(moved, WINDOW), moved.shape))
+    assert torch.count_nonzero(after) < torch.count_nonzero(moved)
+
+
+def test_a_target_of_its_own_is_explained_in_place_of_what_is_below(b):
+    trainer = LayerTrainer(layer(batch_size=None), Ground.of(b, lambda images: Target(-b[images])))
+    negative = layer(batch_size=None)
+    plain = LayerTrainer(negative, b)
+    assert torch.equal(trainer.layer.filters, plain.layer.filters)
+    trainer.update(), plain.update()
+    assert_close(trainer.codes[EVERY], -plain.codes[EVERY], rtol=1e-4, atol=1e-5)
+    assert_close(trainer.layer.filters, plain.layer.filters, rtol=0, atol=1e-5)

@@ -1,0 +1,551 @@
+"""What drives maps, projected and cut out: tiles, their control, their grids, and their files."""
+
+import copy
+import json
+import math
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from numpy.testing import assert_allclose, assert_array_equal
+from torch import nn
+
+from deconvnet import DeconvNet, LayerSettings, PreprocessingSettings, SolverSettings
+from deconvnet.visualization.models.normalization import Normalization
+from deconvnet.visualization.pictures.grids import (
+    chosen_maps,
+    displayed,
+    exemplar_grid,
+    first_filters,
+    with_control,
+)
+from deconvnet.visualization.projection.projector import Projector
+from deconvnet.visualization.projection.rules import Report, Uneven
+from deconvnet.visualization.search import top_projections
+from deconvnet.visualization.search.randomization import randomised
+from deconvnet.visualization.search.top_activations import mine
+from deconvnet.visualization.search.top_projections import (
+    Exemplars,
+    checkerboard,
+    collect,
+    load_exemplars,
+)
+
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
+
+
+def seeded(make, seed=0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return make()
+
+
+def two_layers():
+    """Fields of 3 and 8 pixels."""
+    return nn.Sequential(
+        *(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(4, 5, 3, padding=1), nn.ReLU()),
+    )
+
+
+class TwoSizes(nn.Module):
+    """Maps of a 1x1 and of a 5x5 convolution, side by side, as in an Inception module."""
+
+    def __init__(self):
+        super().__init__()
+        self.small, self.large = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 5, padding=2)
+        self.both = nn.ReLU()
+
+    def forward(self, x):
+        return self.both(torch.cat([self.small(x), self.large(x)], 1))
+
+
+@pytest.fixture(scope="module")
+def trained(textures):
+    """(projector, images, tops) of a small network that takes blue first, normalised."""
+    normalization = Normalization(MEAN, STD, "bgr")
+    projector = Projector(seeded(two_layers), normalization=normalization, batch=3)
+    images = list(textures(7, 3, 12, 14))
+    return projector, images, mine(projector, images, ["1", "4"], k=4)
+
+
+@pytest.fixture(scope="module")
+def learned(textures):
+    """(network, images): two layers with pooling between, grey."""
+    solver = SolverSettings(iterations=15)
+    layers = [
+        LayerSettings(4, 5, lam=5.0, pool=[2, 2, 2], solver=solver),
+        LayerSettings(3, 3, lam=20.0, solver=solver),
+    ]
+    net = DeconvNet(layers, PreprocessingSettings(steps=["mean"], color="grey"), seed=0)
+    images = textures(4, 3, 20, 24)
+    net.preprocessing.fit(images)
+    return net, list(images)
+
+
+def cut_out(image, top, left, h, w, fill):
+    """A rectangle of an image (C, H, W), pixel by pixel."""
+    C, H, W = image.shape
+    part = torch.full((C, h, w), fill)
+    for i in range(max(top, 0), min(top + h, H)):
+        for j in range(max(left, 0), min(left + w, W)):
+            part[:, i - top, j - left] = image[:, i, j]
+    return part
+
+
+# Layer 1: 3 pixels, from i - 1 on. Layer 4: 3 and 1 of the pooling and 2 * 2 more, from 2i - 3 on.
+@pytest.mark.parametrize(("layer", "side", "stride", "offset"), [("1", 3, 1, -1), ("4", 8, 2, -3)])
+def test_tiles_and_patches_are_projections_and_pixels_in_the_exact_field(
+    trained, layer, side, stride, offset
+):
+    projector, images, tops = trained
+    top = tops[layer]
+    found = collect(projector, images, layer, top, maps=[3, 0])
+    assert found.maps.tolist() == [3, 0] and found.layer == layer and found.scale == 1
+    assert found.tiles.shape == found.patches.shape == (2, 4, 3, side, side)
+    reached_beyond = 0
+    for row, m in enumerate([3, 0]):
+        units = top.units(m)
+        assert found.count(row) == len(units)
+        assert list(map(tuple, found.units[row, : len(units)].tolist())) == units
+        for place, (number, _, i, j) in enumerate(units):
+            x = projector.prepare(images[number][None])
+            alone = projector(x, layer, [(0, m, i, j)])
+            # Blue first, in units of the standard deviations of blue, green and red.
+            pixels = (alone.images[0] * torch.tensor(STD)[:, None, None]).flip(0)
+            at = offset + stride * i, offset + stride * j
+            tile = cut_out(pixels, *at, side, side, 0.0)
+            assert_allclose(
+                found.tiles[row, place].astype(float), tile / tile.abs().max(), atol=1e-3
+            )
+            patch = cut_out(images[number], *at, side, side, 0.5)
+            assert_allclose(found.patches[row, place] / 255, patch, atol=0.5 / 255 + 1e-6)
+            box = [max(at[0], 0), max(at[1], 0), min(at[0] + side, 12), min(at[1] + side, 14)]
+            assert found.boxes[row, place].tolist() == box
+            assert found.values[row, place] == pytest.approx(top.values[m, place])
+            reached_beyond += at[0] < 0 or at[1] < 0
+    assert reached_beyond, "no unit stands at the border"
+
+
+def test_units_of_fewer_pixels_than_their_layer_keep_their_scale(textures, monkeypatch):
+    projector = Projector(seeded(TwoSizes))
+    images = list(textures(3, 3, 11, 12))
+    top = mine(projector, images, ["both"], k=3, inside=True)["both"]
+    whole = collect(projector, images, "both", top)
+    assert whole.tiles.shape[3:] == (5, 5)
+    # Also where only small ones come together.
+    monkeypatch.setattr(top_projections, "CHUNK", 1)
+    alone = collect(projector, images, "both", top)
+    for found in (whole, alone):
+        for m in range(3):
+            for place in range(found.count(m)):
+                number, _, i, j = found.units[m, place]
+                assert found.boxes[m, place].tolist() == [i, j, i + 1, j + 1]
+                tile = found.tiles[m, place].copy()
+                assert np.abs(tile[:, 2, 2]).max() == 1
+                tile[:, 2, 2] = 0
+                assert not tile.any()
+                around = cut_out(images[number], i - 2, j - 2, 5, 5, 0.5)
+                assert_allclose(found.patches[m, place] / 255, around, atol=0.003)
+    assert_array_equal(whole.tiles, alone.tiles)
+
+
+def test_images_of_different_sizes_give_tiles_of_one_size(textures):
+    projector = Projector(seeded(two_layers), batch=4)
+    images = [*textures(2, 3, 12, 14), *textures(2, 3, 16, 10, seed=1), *textures(2, 3, 12, 14)]
+    top = mine(projector, images, ["4"], k=6)["4"]
+    found = collect(projector, images, "4", top)
+    assert found.tiles.shape[3:] == (8, 8)
+    for m in range(5):
+        for place, (number, _, i, j) in enumerate(top.units(m)):
+            patch = cut_out(images[number], 2 * i - 3, 2 * j - 3, 8, 8, 0.5)
+            assert_allclose(found.patches[m, place] / 255, patch, atol=0.003)
+    assert set(found.units[..., 0].flatten()) >= {0, 1, 2, 3}
+
+
+def test_only_some_units_and_images_are_projected_at_a_time(trained, monkeypatch):
+    projector, images, tops = trained
+    expected = collect(projector, images, "4", tops["4"])
+    monkeypatch.setattr(top_projections, "CHUNK", 2)
+    asked, told = [], []
+
+    class Watched(Projector):
+        def __call__(self, x, layer, units, **options):
+            asked.append((len(x), len(units)))
+            return super().__call__(x, layer, units, **options)
+
+    watched = Watched(projector.model, normalization=projector.normalization, batch=2)
+    found = collect(watched, images, "4", tops["4"], progress=lambda *at: told.append(at))
+    assert max(asked)[0] == 2 and max(units for _, units in asked) == 2
+    total = int(np.isfinite(expected.values).sum())
+    assert told[-1] == (total, total) and [done for done, _ in told] == sorted({d for d, _ in told})
+    for entry in fields(Exemplars):
+        one, other = getattr(found, entry.name), getattr(expected, entry.name)
+        if isinstance(one, np.ndarray):
+            # The report of convolutions on other batches is rounded differently.
+            assert_allclose(one.astype(float), other.astype(float), atol=1e-3, err_msg=entry.name)
+
+
+def test_maps_that_are_not_active_in_enough_images_leave_their_places_empty(trained):
+    projector, images, _ = trained
+    net = copy.deepcopy(projector.model)
+    with torch.no_grad():
+        peaks = torch.cat([net[:4](projector.prepare(image[None])) for image in images])[:, 2]
+        peaks = peaks.amax((1, 2)).sort().values
+        net[3].bias[2] -= (peaks[-2] + peaks[-3]) / 2  # active in two images alone
+        net[3].bias[1] = -1e6
+    shy = Projector(net, normalization=projector.normalization)
+    top = mine(shy, images, ["4"], k=4)["4"]
+    found = collect(shy, images, "4", top, maps=[2, 1])
+    assert [found.count(row) for row in (0, 1)] == [2, 0]
+    assert np.isnan(found.values[0, 2:]).all() and np.isnan(found.values[1]).all()
+    for name, empty in (("units", -1), ("boxes", -1), ("tiles", 0), ("patches", 128)):
+        array = getattr(found, name)
+        assert (array[0, 2:] == empty).all() and (array[1] == empty).all()
+        assert (array[0, :2] != empty).any((1, *range(2, array.ndim - 1))).all()
+    with pytest.raises(ValueError, match="layer '4': none of its 1 maps is ever active"):
+        collect(shy, images, "4", top, maps=[1])
+
+
+def test_values_of_learned_networks_have_signs_and_so_have_their_tiles(learned):
+    net, images = learned
+    projector = Projector(net, batch=2)
+    top = mine(projector, images, ["layer2"], k=4)["layer2"]
+    found = collect(projector, images, "layer2", top)
+    assert found.tiles.shape[2] == 1 and found.patches.shape[2] == 3
+    assert (found.values < 0).any() and (found.values > 0).any()
+    assert_allclose(np.abs(found.values), top.values, rtol=1e-5)
+    assert found.report.method == "generative"
+    for m, place in np.ndindex(*found.values.shape):
+        number, _, i, j = found.units[m, place]
+        codes = net.infer(images[number][None])
+        one = torch.zeros_like(codes.layer(2).z)
+        one[0, m, i, j] = found.values[m, place].item()
+        painted = net.operator(codes, 2)(one)[0]
+        # 5 pixels, 3 steps of 2, from 2i - 8 on.
+        tile = cut_out(painted, 2 * i - 8, 2 * j - 8, 10, 10, 0.0)
+        assert_allclose(found.tiles[m, place], tile / tile.abs().max(), atol=2e-3)
+
+
+def test_a_data_set_that_gives_other_images_than_before_is_refused(trained):
+    projector, images, tops = trained
+    with pytest.raises(ValueError) as caught:
+        collect(projector, images[1:] + images[:1], "4", tops["4"])
+    message = str(caught.value)
+    assert "not shuffled, not augmented" in message and "\n" not in message
+    assert "when the data set was searched" in message
+
+
+def test_large_tiles_are_reduced(textures, monkeypatch):
+    monkeypatch.setattr(top_projections, "LARGEST", 10)
+    net = nn.Sequential(seeded(two_layers), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    projector, images = Projector(net), list(textures(3, 3, 20, 28))
+    top = mine(projector, images, ["2"], k=2)["2"]
+    found = collect(projector, images, "2", top)
+    # Each unit sees the whole image, whose longer side becomes 10 pixels.
+    assert found.tiles.shape == (5, 2, 3, 7, 10) and found.scale == 10 / 28
+    number = found.units[0, 0, 0]
+    assert found.boxes[0, 0].tolist() == [0, 0, 20, 28]
+    expected = F.interpolate(images[number][None], (7, 10), mode="bilinear", antialias=True)[0]
+    assert_allclose(found.patches[0, 0] / 255, expected, atol=0.003)
+
+
+# Files.
+
+
+def exemplars_of(count=3, k=4, side=3):
+    """Made up: the numbers tell where each comes from."""
+    generator = np.random.default_rng(0)
+    return Exemplars(
+        layer="features.8",
+        maps=np.arange(10, 10 + count),
+        tiles=generator.normal(size=(count, k, 3, side, side)).astype(np.float16),
+        patches=generator.integers(0, 256, (count, k, 3, side, side), dtype=np.uint8),
+        units=generator.integers(0, 9, (count, k, 4)),
+        boxes=generator.integers(0, 9, (count, k, 4)),
+        values=-np.sort(-generator.random((count, k), dtype=np.float32)),
+        checkerboard=np.full((count, k), np.nan, dtype=np.float32),
+        scale=0.5,
+        report=Report(
+            "deconv",
+            {"relu": 2},
+            rectified=3,
+            uneven=(Uneven("conv1", (3, 3), (2, 2), (2, 2)),),
+        ),
+    )
+
+
+def assert_same(one, two):
+    for entry in fields(Exemplars):
+        a, b = getattr(one, entry.name), getattr(two, entry.name)
+        if isinstance(a, np.ndarray):
+            assert a.dtype == b.dtype
+            assert_array_equal(a, b)
+        else:
+            assert a == b
+
+
+def test_what_was_collected_comes_back_from_its_file(tmp_path):
+    path, key = tmp_path / "there" / "a.npz", {"network": ("a", 1), "maps": [1, 2]}
+    one = exemplars_of()
+    one.save(path, key)
+    assert_same(load_exemplars(path), one)
+    assert_same(load_exemplars(path, key), one)
+    assert load_exemplars(path, {**key, "maps": [1]}) is None
+    assert load_exemplars(tmp_path / "nowhere.npz", key) is None
+    assert {file.name for file in path.parent.iterdir()} == {".deconvnet", "a.npz"}
+
+
+def test_a_damaged_file_of_exemplars_is_refused_in_one_line_and_never_believed(tmp_path):
+    path, one = tmp_path / "a.npz", exemplars_of()
+    one.save(path)
+    whole = path.read_bytes()
+    damaged = [b"", b"no archive", whole[:-9], whole[:200]]
+    for at in range(0, len(whole), 41):
+        damaged.append(whole[:at] + bytes([whole[at] ^ 16]) + whole[at + 1 :])
+    refused = 0
+    for content in damaged:
+        path.write_bytes(content)
+        try:
+            assert_same(load_exemplars(path), one)
+        except ValueError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+            assert "remove it" in str(error)
+            refused += 1
+    assert refused > len(damaged) / 2
+    np.savez(path, header=json.dumps({"format": "another"}))
+    with pytest.raises(ValueError, match="not a file of exemplars"):
+        load_exemplars(path)
+
+
+# The checkerboard.
+
+
+@pytest.mark.parametrize("size", [(6, 6), (7, 5), (1, 3)])
+@pytest.mark.parametrize("period", [(2, 2), (4, 3), (1, 1), (0, 2)])
+def test_what_is_the_same_everywhere_has_no_checkerboard(size, period):
+    images = torch.tensor([0.0, 0.3, -2.0]).view(3, 1, 1, 1).expand(3, 3, *size)
+    assert_allclose(checkerboard(images, period), 0, atol=1e-12)
+
+
+def test_the_checkerboard_is_the_spread_of_the_phases_whatever_the_scale():
+    images = torch.randn(4, 3, 7, 8, generator=torch.Generator().manual_seed(0))
+    magnitude = images.abs().mean(1).double().numpy()
+    phases = np.array(
+        [[m[i::3, j::2].mean() for i in range(3) for j in range(2)] for m in magnitude]
+    )
+    expected = phases.std(1) / phases.mean(1)
+    assert_allclose(checkerboard(images, (3, 2)), expected, rtol=1e-6)
+    for scale in (1e-12, -3.0, 1e12):
+        assert_allclose(checkerboard(scale * images, (3, 2)), expected, rtol=1e-5)
+
+
+def test_an_uneven_convolution_has_a_checkerboard_that_normalising_takes_away(textures):
+    net = nn.Sequential(nn.Conv2d(3, 2, 3, stride=2), nn.ReLU(), nn.Conv2d(2, 2, 5), nn.ReLU())
+    for p in net.parameters():
+        nn.init.ones_(p)
+    images = list(textures(2, 3, 17, 17))
+    boards = {}
+    for overlap in ("sum", "normalised"):
+        projector = Projector(net, overlap=overlap)
+        top = mine(projector, images, ["3"], k=2)["3"]
+        found = collect(projector, images, "3", top)
+        boards[overlap] = found.checkerboard
+    # Of 11 pixels the odd ones are painted once and the even ones twice, the outermost once.
+    means = np.outer([10 / 6, 1], [10 / 6, 1])
+    assert_allclose(boards["sum"], means.std() / means.mean(), rtol=1e-5)
+    assert (boards["normalised"] < 0.5 * boards["sum"]).all()
+    even = Projector(seeded(two_layers))
+    top = mine(even, images, ["4"], k=2)["4"]
+    assert np.isnan(collect(even, images, "4", top).checkerboard).all()
+
+
+# The control.
+
+
+def test_a_control_has_the_same_entries_in_every_filter_in_another_order():
+    net = seeded(
+        lambda: nn.Sequential(two_layers(), nn.BatchNorm2d(5), nn.Flatten(), nn.Linear(80, 6))
+    )
+    with torch.no_grad():
+        net[1].running_mean.normal_()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    control = randomised(net, seed=3)
+    for name, value in control.state_dict().items():
+        assert torch.equal(net.state_dict()[name], before[name]), "the original was touched"
+        if value.dim() < 2:
+            assert torch.equal(value, before[name]), name
+            continue
+        assert not torch.equal(value, before[name])
+        one, two = (each.flatten(1).sort(1).values for each in (value, before[name]))
+        assert torch.equal(one, two), name
+    # Over space and channels, not in one of them only.
+    moved, was = control[0][0].weight[0], net[0][0].weight[0]
+    assert not torch.equal(moved.flatten(1).sort(1).values, was.flatten(1).sort(1).values)
+    assert not torch.equal(moved.sum((1, 2)), was.sum((1, 2)))
+
+
+def test_a_control_depends_on_its_seed_alone():
+    net = seeded(two_layers)
+    torch.manual_seed(1)
+    one = randomised(net, seed=3)
+    torch.manual_seed(2)
+    again, other = randomised(net, seed=3), randomised(net, seed=4)
+    assert torch.equal(one[3].weight, again[3].weight)
+    assert not torch.equal(one[3].weight, other[3].weight)
+    assert isinstance(one, nn.Sequential) and one.training == net.training
+
+
+def test_the_control_of_a_learned_network_keeps_its_connections_and_norms(learned):
+    net = copy.deepcopy(learned[0])
+    settings = [replace(layer.settings) for layer in net.layers]
+    settings[1].num_maps, settings[1].connectivity = 4, "random_doubles"
+    settings[0].num_maps = 6
+    net = DeconvNet(settings, net.preprocessing.settings, seed=1)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    control = randomised(net, seed=0)
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, before[name])
+        if "filters" not in name:
+            assert torch.equal(control.state_dict()[name], value)
+    for layer, original in zip(control.layers, net.layers, strict=True):
+        f, was = layer.filters, original.filters
+        assert not torch.equal(f, was)
+        assert torch.equal(f.flatten(1).sort(1).values, was.flatten(1).sort(1).values)
+        assert_allclose(f.flatten(1).norm(dim=1), was.flatten(1).norm(dim=1), rtol=1e-6)
+        assert not f[layer.connectivity == 0].any()
+    assert (control.layer(2).connectivity == 0).any()
+
+
+# Grids.
+
+
+def test_a_tile_of_zeros_is_all_grey_and_what_is_not_a_number_too():
+    shown = displayed(np.zeros((2, 3, 4, 5), dtype=np.float16))
+    assert torch.equal(shown, torch.full((2, 3, 4, 5), 0.5))
+    tile = torch.zeros(3, 1, 4, 4)
+    tile[:, 0, 1, 1] = torch.tensor([math.nan, math.inf, 1e-30])
+    shown = displayed(tile)
+    assert shown.shape == (3, 3, 4, 4) and torch.isfinite(shown).all()
+    assert torch.equal(shown[:2], torch.full((2, 3, 4, 4), 0.5))
+    assert (shown[2, :, 1, 1] == 1).all()
+
+
+@pytest.mark.parametrize("contrast", [0.5, 0.995, 1.0])
+def test_zero_is_grey_and_the_opposite_tile_has_the_opposite_colours(contrast):
+    tiles = torch.randn(5, 3, 9, 9, generator=torch.Generator().manual_seed(0)) ** 3
+    tiles[:, :, 2] = 0
+    tiles *= 10.0 ** torch.arange(-6, 4, 2)[:, None, None, None]
+    shown = displayed(tiles, contrast=contrast)
+    assert torch.equal(shown[:, :, 2], torch.full((5, 3, 9), 0.5))
+    assert_allclose(displayed(-tiles, contrast=contrast), 1 - shown, atol=1e-7)
+    # So many of the pixels that are not zero are neither black nor white.
+    full = ((shown == 0) | (shown == 1)).flatten(1).sum(1)
+    nonzero = int((tiles[0] != 0).sum())
+    assert (full - (1 - contrast) * nonzero).abs().max() <= 2
+    assert ((shown - 0.5) * tiles >= 0).all()
+
+
+def colours(found):
+    """The mean colour of every patch as three bytes."""
+    return [tuple(patch.mean((1, 2)).round().astype(int)) for row in found.patches for patch in row]
+
+
+def test_maps_and_their_activations_stand_in_their_order_projections_beside_patches():
+    M, k = 5, 9
+    found = exemplars_of(M, k, side=4)
+    number = np.arange(M * k).reshape(M, k)
+    sign = np.where(number * 7 % 3 == 0, 1, -1)
+    colour = np.stack([10 + number, 200 - number, 60 + 2 * number], -1)
+    found = replace(
+        found,
+        tiles=np.ones((M, k, 3, 4, 4), np.float16) * sign[..., None, None, None],
+        patches=np.ones((M, k, 3, 4, 4), np.uint8) * colour[..., None, None].astype(np.uint8),
+        values=np.ones((M, k), np.float32),
+    )
+    rows = [3, 0, 4]
+    picture = (exemplar_grid(found, rows, columns=2, tile=12) * 255).round().int()
+    corners = {}
+    for row in rows:
+        for rank in range(k):
+            same = (picture == torch.tensor(colour[row, rank]).view(3, 1, 1)).all(0).nonzero()
+            assert len(same) == 12 * 12, "each patch once"
+            corners[row, rank] = same[0].tolist()
+    step = corners[3, 1][1] - corners[3, 0][1]
+    for row in rows:
+        top, left = corners[row, 0]
+        for rank in range(k):
+            assert corners[row, rank] == [top + rank // 3 * step, left + rank % 3 * step]
+            # Its projection is in the same place of the sheet on its left.
+            tile = picture[:, top + rank // 3 * step :, left + (rank % 3 - 3) * step :][:, :9, :6]
+            expected = 255 if sign[row, rank] > 0 else 0
+            assert (tile == expected).all(), (row, rank)
+    # Two maps in a line, then the next.
+    assert corners[3, 0][0] == corners[0, 0][0] < corners[4, 0][0]
+    assert corners[3, 0][1] == corners[4, 0][1] < corners[0, 0][1]
+
+
+def test_places_without_an_activation_are_hatched():
+    found = exemplars_of(1, 9, side=4)
+    values = found.values.copy()
+    values[0, 7:] = np.nan
+    found = replace(found, values=values)
+    picture = exemplar_grid(found, tile=12)
+    last = picture[:, -15:, :]  # the third line of tiles
+    sheets = last[:, :, :48], last[:, :, 48:]
+    for part in sheets:
+        first, *empty = (part[:, 2:11, 4 + 15 * n : 13 + 15 * n] for n in range(3))
+        assert len(first.unique()) > 2
+        for tile in empty:
+            assert tile.unique().tolist() == [0.75, 1.0]
+    assert torch.isfinite(picture).all() and picture.min() >= 0 and picture.max() <= 1
+
+
+def test_a_grid_and_its_control_stand_side_by_side():
+    one, two = (exemplar_grid(exemplars_of(2), [n]) for n in (0, 1))
+    both = with_control(one, two, layer="features.8")
+    h, w = one.shape[1:]
+    assert torch.equal(both[:, -h:, :w], one)
+    assert any(
+        torch.equal(both[:, -h:, left : left + two.shape[2]], two)
+        for left in range(w, both.shape[2] - two.shape[2] + 1)
+    )
+
+
+def test_some_maps_are_chosen_at_random_but_the_same_for_the_same_seed():
+    dead = np.zeros(50, dtype=bool)
+    dead[10:30] = True
+    chosen = chosen_maps(dead, 8, seed=1)
+    assert chosen == sorted(set(chosen)) == chosen_maps(dead, 8, seed=1) and len(chosen) == 8
+    assert not dead[chosen].any()
+    assert chosen != chosen_maps(dead, 8, seed=2) and chosen != list(range(8))
+    alive = [*range(10), *range(30, 50)]
+    assert chosen_maps(dead, None) == chosen_maps(dead, 30) == chosen_maps(dead, 99) == alive
+    assert chosen_maps(~np.zeros(3, dtype=bool), 2) == []
+
+
+def test_the_first_filters_are_in_the_colours_of_pixels():
+    net = nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU())
+    nn.init.zeros_(net[0].weight)
+    net[0].weight.data[0, 0] = 2.0  # sees blue
+    net[0].weight.data[1, 2] = -1.0  # sees that red is missing
+    name, filters = first_filters(Projector(net, normalization=Normalization(MEAN, STD, "bgr")))
+    assert name == "0" and filters.shape == (2, 3, 3, 3) and not filters.requires_grad
+    assert_allclose(filters[0].mean((1, 2)), [0, 0, 2 * STD[0]])
+    assert_allclose(filters[1].mean((1, 2)), [-STD[2], 0, 0])
+
+
+def test_first_filters_are_those_that_see_the_planes_of_an_image(learned):
+    gate = nn.Conv2d(1, 1, 3, padding=1)
+    depthwise = nn.Conv2d(3, 3, 3, groups=3)
+    net = nn.Sequential(gate, depthwise, nn.Conv2d(3, 4, 3))
+    assert first_filters(Projector(net))[0] == "2"
+    grey = Projector(net, normalization=Normalization((0.5,), (0.5,), "grey"))
+    assert first_filters(grey)[0] == "0"
+    assert first_filters(grey)[1].shape == (1, 3, 3, 3)
+    assert first_filters(Projector(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)))) is None
+    name, filters = first_filters(Projector(learned[0]))
+    assert name == "layer1"
+    assert torch.equal(filters, learned[0].layer(1).filters.expand(-1, 3, -1, -1))
