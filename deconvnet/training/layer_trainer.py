@@ -35,7 +35,7 @@ from deconvnet.filters.update import (
 from deconvnet.monitoring.monitor import memory_used
 from deconvnet.monitoring.records import EpochStats, RankLoad, decibels
 from deconvnet.network.codes import Codes
-from deconvnet.network.network import DeconvNet, Layer, Target, check_size, seeded
+from deconvnet.network.network import DeconvNet, Layer, LayerProblem, check_size, seeded
 from deconvnet.operators.convolution import map_size
 from deconvnet.operators.linear import Identity, Operator
 from deconvnet.operators.pooling import Window, pooled_shape
@@ -77,25 +77,25 @@ class Ground:
     shape: torch.Size
     device: torch.device
     below: Callable[[Tensor], Tensor]
-    target: Callable[[Tensor], Target]
+    target: Callable[[Tensor], LayerProblem]
     # told which images will be asked for next, where that helps
     ahead: Callable[[Tensor], None] | None = None
 
     @classmethod
-    def of(cls, below: Tensor, target: Callable[[Tensor], Target] | None = None) -> Ground:
+    def of(cls, below: Tensor, target: Callable[[Tensor], LayerProblem] | None = None) -> Ground:
         """Of tensors (N, C, H, W) in memory; by default what is below is what is explained."""
         return cls(
             len(below),
             below.shape[1:],
             below.device,
             lambda images: below[images],
-            target or (lambda images: Target(below[images])),
+            target or (lambda images: LayerProblem(below[images])),
         )
 
     @classmethod
     def over(cls, net: DeconvNet, codes: Codes, number: int) -> Ground:
         """Of layer `number` of a network over the codes of the layers below."""
-        return cls.of(net.below(codes, number), partial(net.target, codes, number))
+        return cls.of(net.layer_input(codes, number), partial(net.layer_problem, codes, number))
 
 
 def states_size(layer: Layer, ground: Ground) -> int:
@@ -583,7 +583,7 @@ def learn_layers(
     for number in range(1, (net.depth if depth is None else depth) + 1):
         layer = net.layer(number)
         if number > 1:
-            codes = net.extend(codes, chunk=chunk)
+            codes = net.infer_next_layer(codes, chunk=chunk)
             layer.fit_scale(codes.layers[-1].pooled)
         ground = Ground.over(net, codes, number)
         trainer = LayerTrainer(layer, ground, seed=seed, number=number, chunk=chunk)

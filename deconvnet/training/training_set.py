@@ -15,7 +15,7 @@ from torch import Tensor
 
 from deconvnet.images.preprocessing import Spread
 from deconvnet.network.codes import ALL, Codes, join, join_codes
-from deconvnet.network.network import DeconvNet, Target
+from deconvnet.network.network import DeconvNet, LayerProblem
 from deconvnet.support.communicator import ALONE, Ranks
 from deconvnet.training.layer_trainer import Ground
 from deconvnet.training.sampler import Schedule
@@ -122,11 +122,11 @@ class Corpus:
 
         def below(images: Tensor) -> Tensor:
             codes, rows = self._found(images, depth)
-            return self.net.below(codes, number, rows)
+            return self.net.layer_input(codes, number, rows)
 
-        def target(images: Tensor) -> Target:
+        def target(images: Tensor) -> LayerProblem:
             codes, rows = self._found(images, depth)
-            return self.net.target(codes, number, rows)
+            return self.net.layer_problem(codes, number, rows)
 
         shape = below(self.some(1)).shape[1:]
         ahead = None if self.hold else self.images.ahead
@@ -141,7 +141,7 @@ class Corpus:
         time."""
         parts, done = [], 0
         for some in self._chunks(self.own):
-            codes = self.net.extend(self.codes_of(some, number - 1), chunk=self.chunk)
+            codes = self.net.infer_next_layer(self.codes_of(some, number - 1), chunk=self.chunk)
             if self.hold:
                 parts.append(codes.layers[-1])
             yield codes
