@@ -32,7 +32,7 @@ from deconvnet import LayerSettings, SolverSettings, load
 from deconvnet.cli import config
 from deconvnet.images.datasets import DataSettings, load_images
 from deconvnet.images.preprocessing import PreprocessingSettings
-from deconvnet.monitoring.monitor import EpochStats
+from deconvnet.monitoring.records import EpochStats
 from deconvnet.network.network import DeconvNet, snr
 from deconvnet.operators.linear import Deconvolution, LinearOperator, dot
 from deconvnet.sparse_coding.prior import penalties, shrink

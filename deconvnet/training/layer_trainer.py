@@ -32,7 +32,8 @@ from deconvnet.filters.update import (
     update_filters,
     update_filters_by_cg,
 )
-from deconvnet.monitoring.monitor import EpochStats, RankLoad, decibels, memory_used
+from deconvnet.monitoring.monitor import memory_used
+from deconvnet.monitoring.records import EpochStats, RankLoad, decibels
 from deconvnet.network.codes import Codes
 from deconvnet.network.network import DeconvNet, Layer, Target, check_size, seeded
 from deconvnet.operators.convolution import map_size

@@ -13,7 +13,7 @@ from deconvnet import LearningSettings, learn_filters, learn_online
 from deconvnet.dictionary import Learned
 from deconvnet.filters.update import normalize, update_filters_by_cg
 from deconvnet.images.highpass import low_frequencies
-from deconvnet.monitoring.monitor import decibels
+from deconvnet.monitoring.records import decibels
 from deconvnet.network.network import LayerSettings
 from deconvnet.operators.linear import Deconvolution, Identity, Scaling, Unpooling, VerticalStack
 from deconvnet.operators.pooling import max_pool
