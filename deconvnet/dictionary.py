@@ -30,7 +30,8 @@ from deconvnet.filters.update import (
     shift,
     update_filters,
 )
-from deconvnet.monitoring.monitor import EpochStats, Monitor, decibels
+from deconvnet.monitoring.monitor import Monitor
+from deconvnet.monitoring.records import EpochStats, decibels
 from deconvnet.network.network import FILTERS, Layer, LayerSettings, Target, layer_settings, seeded
 from deconvnet.operators.convolution import Boundary
 from deconvnet.sparse_coding.solvers import (

@@ -31,7 +31,7 @@ from deconvnet.applications.classification.pyramid import Grid, cells, grid_feat
 from deconvnet.cli import config
 from deconvnet.filters.update import LearningSettings
 from deconvnet.images.preprocessing import PreprocessingSettings
-from deconvnet.monitoring.monitor import EpochStats
+from deconvnet.monitoring.records import EpochStats
 from deconvnet.network.codes import Codes
 from deconvnet.network.network import DeconvNet, LayerSettings
 from deconvnet.sparse_coding.solvers import default_solver

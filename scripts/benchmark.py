@@ -32,9 +32,9 @@ from deconvnet import LayerSettings, SolverSettings, load
 from deconvnet.cli import config
 from deconvnet.images.datasets import DataSettings, load_images
 from deconvnet.images.preprocessing import PreprocessingSettings
-from deconvnet.monitoring.monitor import EpochStats
+from deconvnet.monitoring.records import EpochStats
 from deconvnet.network.network import DeconvNet, snr
-from deconvnet.operators.linear import Deconvolution, Operator, dot
+from deconvnet.operators.linear import Deconvolution, LinearOperator, dot
 from deconvnet.sparse_coding.prior import penalties, shrink
 from deconvnet.sparse_coding.solvers import (
     Solution,
@@ -296,7 +296,7 @@ def steps(options: argparse.Namespace) -> None:
 
 
 def _adjoint_start(
-    A: Operator, b: torch.Tensor, lam: float, window: tuple[int, int, int] | None
+    A: LinearOperator, b: torch.Tensor, lam: float, window: tuple[int, int, int] | None
 ) -> torch.Tensor:
     """A feed-forward guess of z: A'b shrunk at the best of four thresholds, in its best scale."""
     seen, found = A.adjoint(b), None

@@ -24,7 +24,8 @@ import torch
 
 from deconvnet.cli import arguments, config
 from deconvnet.images.datasets import DataSettings, load_images, stream_images
-from deconvnet.monitoring.monitor import LayerResult, Monitor
+from deconvnet.monitoring.monitor import Monitor
+from deconvnet.monitoring.records import LayerResult
 from deconvnet.network.network import DeconvNet
 from deconvnet.storage import ownership
 from deconvnet.support.communicator import Communicator, RankLost, started

@@ -37,7 +37,7 @@ from deconvnet.operators.convolution import (
     filter_gradient,
     fourier_size,
 )
-from deconvnet.operators.linear import Operator, conjugate_gradients
+from deconvnet.operators.linear import LinearOperator, conjugate_gradients
 from deconvnet.support.communicator import SINGLE, Communicator
 from deconvnet.support.units import exponent, magnitude, times_power
 from deconvnet.support.validation import check_tensors
@@ -48,7 +48,7 @@ NORMS = ("filter", "plane")
 BLOCK, BLOCK_ON_CPU = 2**22, 2**17
 
 # z, the residual b - T Z f, and T of some images.
-Batch = tuple[Tensor, Tensor, Operator]
+Batch = tuple[Tensor, Tensor, LinearOperator]
 
 
 # More epochs, or steps of an update, can only be a mistake.

@@ -18,7 +18,7 @@ import os
 import shutil
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 
@@ -28,6 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from deconvnet.monitoring.event_files import event_writer
+from deconvnet.monitoring.records import EpochStats, InferencePoint, LayerResult
 from deconvnet.monitoring.strict_json import to_json
 from deconvnet.storage import ownership
 
@@ -42,84 +43,6 @@ WIDE, MIDDLE = 120, 56
 
 # One JSON object a line: what every epoch saw and cost, and what every layer reached.
 METRICS = "metrics.jsonl"
-
-
-def decibels(signal: float, error: float) -> float:
-    """The signal-to-noise ratio 10 log10(signal / error) of two energies, within +-300 dB."""
-    if error <= 1e-30 * signal:
-        return 300.0 if signal > 0 else -300.0
-    return 10 * math.log10(max(signal / error, 1e-30))
-
-
-@dataclass(frozen=True)
-class RankLoad:
-    """What an epoch has cost one process: seconds by phase, and the most memory that the process
-    has ever used, on a GPU that of the GPU, in MB.
-    """
-
-    seconds: dict[str, float]
-    memory: float
-
-
-@dataclass(frozen=True)
-class EpochStats:
-    """What one epoch of a layer saw, each image when it was visited.
-
-    reconstruction, sparsity: the terms of the objective, means per image; snr: 10 log10 of the
-    energy of what the layer explains over that of the error; density: share of the entries of z
-    that are not zero; dead, double: filters that no map uses, and that repeat another; loads: of
-    every rank.
-    """
-
-    layer: int
-    epoch: int
-    epochs: int
-    reconstruction: float
-    sparsity: float
-    snr: float
-    density: float
-    dead: int
-    double: int
-    seconds_per_image: float
-    loads: tuple[RankLoad, ...] = field(default=(), compare=False)
-
-    @property
-    def objective(self) -> float:
-        return self.reconstruction + self.sparsity
-
-    @property
-    def numbers(self) -> dict[str, float]:
-        """What of it is drawn over the epochs, by name."""
-        left_out = ("layer", "epoch", "epochs", "loads")
-        values = {key: value for key, value in vars(self).items() if key not in left_out}
-        return {**values, "objective": self.objective}
-
-
-@dataclass(frozen=True)
-class LayerResult:
-    """What a layer reached at the end, with the maps of all training images inferred anew.
-
-    objective: mean per image; snr: in dB, of the image reconstructed from this layer, preprocessed
-    domain; density: share of the entries of z that are not zero; dead: maps that are zero on all
-    images; seconds: of its training.
-    """
-
-    layer: int
-    objective: float
-    snr: float
-    density: float
-    dead: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class InferencePoint:
-    """One iteration of inference: objective (mean per image), beta (mean), density of z."""
-
-    iteration: int
-    objective: float
-    beta: float
-    density: float
 
 
 class Monitor:

@@ -34,18 +34,18 @@ from deconvnet.operators.convolution import BOUNDARIES, map_size
 from deconvnet.operators.linear import (
     Deconvolution,
     Identity,
-    Operator,
+    LinearOperator,
     Scaling,
-    Spreading,
-    Stack,
     Unpooling,
+    VerticalStack,
+    WeightedUnpooling,
 )
 from deconvnet.operators.pooling import (
     UNPOOLINGS,
     Window,
     max_pool,
     pooled_shape,
-    spreading_weights,
+    unpooling_weights,
 )
 from deconvnet.sparse_coding.prior import check_exponent
 from deconvnet.sparse_coding.solvers import Solution, SolverSettings, solve
@@ -168,7 +168,7 @@ class Target:
     """
 
     b: Tensor
-    T: Operator = Identity()
+    T: LinearOperator = Identity()
 
 
 class Layer(nn.Module):
@@ -272,7 +272,7 @@ class Layer(nn.Module):
         lossless = self.settings.window is not None
         return LayerCodes(*max_pool(z, tuple(pool)), shape, *cost, None if lossless else z)
 
-    def unpooling(self, codes: LayerCodes, images: Images = ALL) -> Operator:
+    def unpooling(self, codes: LayerCodes, images: Images = ALL) -> LinearOperator:
         """U, from the pooled maps of some images to maps; the identity without pooling."""
         if codes.switches is None:
             return Identity()
@@ -280,8 +280,8 @@ class Layer(nn.Module):
         if kind == "switches":
             return Unpooling(switches, codes.shape)
         window = tuple(self.settings.pool)
-        weights = spreading_weights(kind, switches, codes.shape, window).to(self.filters.dtype)
-        return Spreading(weights, window)
+        weights = unpooling_weights(kind, switches, codes.shape, window).to(self.filters.dtype)
+        return WeightedUnpooling(weights, window)
 
 
 class DeconvNet(nn.Module):
@@ -401,23 +401,25 @@ class DeconvNet(nn.Module):
         if settings.target == "image":
             return Target(y, down)
         maps = self.below(codes, number, images)
-        both = Stack([Identity(), down], [1.0, settings.image_weight**0.5], [maps.shape, y.shape])
+        both = VerticalStack(
+            [Identity(), down], [1.0, settings.image_weight**0.5], [maps.shape, y.shape]
+        )
         return Target(both.join([maps, y]), both)
 
-    def down(self, codes: Codes, number: int, images: Images = ALL) -> Operator:
+    def down(self, codes: Codes, number: int, images: Images = ALL) -> LinearOperator:
         """T: what layer `number` paints -> preprocessed images, with the switches of these codes.
 
         T = F_1 U_1 S_2 ... F_(number-1) U_(number-1) S_number
         """
         self.layer(number)
-        T: Operator = Identity()
+        T: LinearOperator = Identity()
         for level in range(1, number):
             layer, scale = self.layer(level), float(self.layer(level + 1).scale)
             T = T @ layer.operator() @ layer.unpooling(codes.layer(level), images)
             T = T if scale == 1 else T @ Scaling(scale)
         return T
 
-    def operator(self, codes: Codes, layer: int) -> Operator:
+    def operator(self, codes: Codes, layer: int) -> LinearOperator:
         """R_l: maps of layer l -> preprocessed images, with the switches of these codes."""
         return self.down(codes, layer) @ self.layer(layer).operator()
 

@@ -32,11 +32,12 @@ from deconvnet.filters.update import (
     update_filters,
     update_filters_by_cg,
 )
-from deconvnet.monitoring.monitor import EpochStats, RankLoad, decibels, memory_used
+from deconvnet.monitoring.monitor import memory_used
+from deconvnet.monitoring.records import EpochStats, RankLoad, decibels
 from deconvnet.network.codes import Codes
 from deconvnet.network.network import DeconvNet, Layer, Target, check_size, seeded
 from deconvnet.operators.convolution import map_size
-from deconvnet.operators.linear import Identity, Operator
+from deconvnet.operators.linear import Identity, LinearOperator
 from deconvnet.operators.pooling import Window, pooled_shape
 from deconvnet.sparse_coding.solvers import Solution
 from deconvnet.support.communicator import SINGLE, Communicator
@@ -320,7 +321,7 @@ class LayerTrainer:
                 "last checkpoint is from before"
             )
 
-    def _curvature(self, part: Tensor, T: Operator) -> Tensor | None:
+    def _curvature(self, part: Tensor, T: LinearOperator) -> Tensor | None:
         """||T||^2 of these images, which stays the same while this layer learns."""
         if isinstance(T, Identity):
             return None
@@ -357,7 +358,7 @@ class LayerTrainer:
         # Exact: what the other ranks add is zero.
         return self.communicator.all_reduce_sum(patches)[0].to(patches.dtype)
 
-    def _visit(self, part: Tensor) -> tuple[Solution, Operator]:
+    def _visit(self, part: Tensor) -> tuple[Solution, LinearOperator]:
         """Go on inferring the maps of some images; what was found, and their T."""
         target = self.ground.target(part)
         solution = self.layer.infer(

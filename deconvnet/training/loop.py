@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from deconvnet.images.preprocessing import Spread
-from deconvnet.monitoring.monitor import InferencePoint, LayerResult, Monitor, decibels
+from deconvnet.monitoring.monitor import Monitor
+from deconvnet.monitoring.records import InferencePoint, LayerResult, decibels
 from deconvnet.network.codes import Codes
 from deconvnet.network.network import DeconvNet, Layer, Target
 from deconvnet.sparse_coding.prior import Prior

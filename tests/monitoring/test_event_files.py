@@ -10,7 +10,8 @@ from tensorboard.backend.event_processing.event_multiplexer import EventMultiple
 
 from deconvnet.monitoring import event_files
 from deconvnet.monitoring.event_files import event_writer
-from deconvnet.monitoring.monitor import EpochStats, Monitor
+from deconvnet.monitoring.monitor import Monitor
+from deconvnet.monitoring.records import EpochStats
 from deconvnet.storage import ownership
 
 NOW = 1_800_000_000

@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 
 from deconvnet.monitoring import monitor
-from deconvnet.monitoring.monitor import EpochStats, Monitor, not_in_bar
+from deconvnet.monitoring.monitor import Monitor, not_in_bar
+from deconvnet.monitoring.records import EpochStats
 
 
 class Terminal(io.StringIO):

@@ -8,7 +8,8 @@ import pytest
 import torch
 from helpers import strict_json
 
-from deconvnet.monitoring.monitor import EpochStats, LayerResult, Monitor, RankLoad, _cut
+from deconvnet.monitoring.monitor import Monitor, _cut
+from deconvnet.monitoring.records import EpochStats, LayerResult, RankLoad
 from deconvnet.monitoring.strict_json import to_json
 
 

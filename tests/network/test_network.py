@@ -10,7 +10,7 @@ from deconvnet.monitoring.monitor import Monitor
 from deconvnet.network.codes import join
 from deconvnet.network.network import Target, seeded
 from deconvnet.operators.arithmetic import convolution_matrix
-from deconvnet.operators.linear import Deconvolution, Identity, Operator
+from deconvnet.operators.linear import Deconvolution, Identity, LinearOperator
 from deconvnet.operators.pooling import UNPOOLINGS, max_pool, unpool
 from deconvnet.sparse_coding.solvers import solve
 from deconvnet.storage.formats import CheckpointError
@@ -387,7 +387,7 @@ def test_a_layer_without_a_window_cannot_be_pooled_in_the_loop():
 # What a layer explains
 
 
-class Dense(Operator):
+class Dense(LinearOperator):
     """A matrix for each image in place of an operator: it knows nothing of layers."""
 
     def __init__(self, matrices, maps, image):

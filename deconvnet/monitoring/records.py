@@ -1,0 +1,86 @@
+"""What is recorded of a run: statistics of its epochs, layers and inference."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+
+def decibels(signal: float, error: float) -> float:
+    """The signal-to-noise ratio 10 log10(signal / error) of two energies, within +-300 dB."""
+    if error <= 1e-30 * signal:
+        return 300.0 if signal > 0 else -300.0
+    return 10 * math.log10(max(signal / error, 1e-30))
+
+
+@dataclass(frozen=True)
+class RankLoad:
+    """What an epoch cost one process.
+
+    seconds: by phase; memory: the peak memory of the process so far in MB, on a GPU that of the
+    GPU.
+    """
+
+    seconds: dict[str, float]
+    memory: float
+
+
+@dataclass(frozen=True)
+class EpochStats:
+    """Statistics of one epoch of a layer, over all images, each at the time of its visit.
+
+    reconstruction, sparsity: the two terms of the objective, means per image; snr: in dB, 10 log10
+    of the energy of what the layer explains over the energy of the error; density: fraction of
+    non-zero coefficients; dead: number of filters that no map uses; double: number of filters that
+    duplicate another; loads: one per rank.
+    """
+
+    layer: int
+    epoch: int
+    epochs: int
+    reconstruction: float
+    sparsity: float
+    snr: float
+    density: float
+    dead: int
+    double: int
+    seconds_per_image: float
+    loads: tuple[RankLoad, ...] = field(default=(), compare=False)
+
+    @property
+    def objective(self) -> float:
+        return self.reconstruction + self.sparsity
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """The statistics that are plotted over the epochs, by name."""
+        not_plotted = ("layer", "epoch", "epochs", "loads")
+        values = {key: value for key, value in vars(self).items() if key not in not_plotted}
+        return {**values, "objective": self.objective}
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """The final statistics of a layer, with the maps of all training images inferred again.
+
+    objective: mean per image; snr: in dB, of the images reconstructed from this layer, in the
+    preprocessed domain; density: fraction of non-zero coefficients; dead: number of maps that are
+    zero on all images; seconds: training time.
+    """
+
+    layer: int
+    objective: float
+    snr: float
+    density: float
+    dead: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class InferencePoint:
+    """One iteration of inference: objective (mean per image), beta (mean), density of z."""
+
+    iteration: int
+    objective: float
+    beta: float
+    density: float
