@@ -373,19 +373,19 @@ def _scaling_rank(options: argparse.Namespace) -> None:
     device = config.device(options.device)
     net = DeconvNet(settings.layer_settings(), settings.preprocessing).to(device)
     found = []
-    with started() as ranks:
+    with started() as communicator:
         source = Source.of(load_images(settings.data).images.to(device))
-        corpus = Corpus(net, source, ranks=ranks)
+        corpus = Corpus(net, source, communicator=communicator)
         corpus.fit_preprocessing()
         for number in (1, 2):
             corpus.settle(corpus.own_for(number), number - 1)
             if number > 1:
                 net.layer(number).fit_scale(corpus.pooled(number - 1))
             trainer = LayerTrainer(
-                net.layer(number), corpus.ground(number), number=number, ranks=ranks
+                net.layer(number), corpus.ground(number), number=number, communicator=communicator
             )
             _epoch(trainer)
-            ranks.gathered(None)
+            communicator.all_gather(None)
             start = time.perf_counter()
             loads = [_epoch(trainer).loads for _ in "ab"]
             synchronize(device)
