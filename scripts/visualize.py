@@ -34,7 +34,7 @@ from deconvnet.images.datasets import (
     without_download,
 )
 from deconvnet.images.decoding import shown_name
-from deconvnet.support.communicator import ALONE, RankLost, Ranks, started
+from deconvnet.support.communicator import SINGLE, Communicator, RankLost, started
 from deconvnet.training.run_folder import training_data
 from deconvnet.visualization.models.zoo import WEIGHT_FILES, LoadedModel, digest, load_model
 from deconvnet.visualization.pictures.evolution import Evolution, evolution, load_evolution
@@ -54,20 +54,20 @@ config.register()
 
 @hydra.main(version_base="1.3", config_path=".", config_name="visualize")
 def main(cfg: DictConfig) -> None:
-    with config.one_line_errors(ValueError, OSError, RankLost), started() as ranks:
+    with config.one_line_errors(ValueError, OSError, RankLost), started() as communicator:
         try:
-            visualize(config.read_visualize(cfg), ranks)
+            visualize(config.read_visualize(cfg), communicator)
         except KeyboardInterrupt:
-            if ranks.first:
+            if communicator.is_main:
                 print(f"\nstopped; to resume: {arguments.again()}")
             raise SystemExit(130) from None
 
 
-def visualize(settings: config.VisualizeConfig, ranks: Ranks = ALONE) -> None:
+def visualize(settings: config.VisualizeConfig, communicator: Communicator = SINGLE) -> None:
     check_images(settings)
     subject = learned(settings) if settings.run else trained(settings)
     subject.module.to(config.device(settings.device))
-    images = images_of(settings, subject, ranks)
+    images = images_of(settings, subject, communicator)
     if settings.layers == [LIST]:
         return list_layers(settings, subject, images)
     folder = output(settings)
@@ -77,8 +77,8 @@ def visualize(settings: config.VisualizeConfig, ranks: Ranks = ALONE) -> None:
         settings,
         folder,
         # The first process draws.
-        evolutions=evolutions(settings, subject, images) if ranks.first else {},
-        ranks=ranks,
+        evolutions=evolutions(settings, subject, images) if communicator.is_main else {},
+        communicator=communicator,
     )
     if written:
         names = {"pictures": "pictures", "manifest": "how each was made", "gallery": "gallery"}
@@ -130,7 +130,7 @@ def trained(settings: config.VisualizeConfig, weights: str | None = None) -> Loa
 
 
 def images_of(
-    settings: config.VisualizeConfig, subject: LoadedModel, ranks: Ranks = ALONE
+    settings: config.VisualizeConfig, subject: LoadedModel, communicator: Communicator = SINGLE
 ) -> LazyImages:
     """The images of the settings, or those that the network has learned from, cropped.
 
@@ -144,7 +144,7 @@ def images_of(
                 f"images=null: {settings.run or settings.model} does not say what it has learned "
                 "from; give a folder of images with images=..."
             )
-        if ranks.first:
+        if communicator.is_main:
             print(f"reading the images that the network was trained on: {described(data)}")
         skip = data.skip_unreadable or settings.skip_unreadable
         # Photographs are crops already.

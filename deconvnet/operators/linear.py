@@ -37,18 +37,19 @@ from deconvnet.support.validation import as_tensor, check_tensors
 OWN_PRODUCTS = 400
 
 
-class Operator(ABC):
+class LinearOperator(ABC):
     """A linear map A from maps z to images (or maps below) y, with its adjoint A'.
 
-    warm_steps: how many steps of `solve` from the last solution keep ADMM on its course (measured:
-    with a good preconditioner one step converges in as many iterations as an exact solve). inside:
-    the most numbers of an image that it holds on the way from z to y, as far as it knows.
+    inexact_cg_steps: how many steps of `solve` from the last solution ADMM needs in an iteration
+    (measured: with a good preconditioner, one step converges in as many iterations as an exact
+    solve). max_intermediate_numel: the size per image of the largest array between z and y, as far
+    as the operator knows.
     """
 
-    warm_steps = 4
-    inside = 0
+    inexact_cg_steps = 4
+    max_intermediate_numel = 0
 
-    def __getitem__(self, images: slice) -> Operator:
+    def __getitem__(self, images: slice) -> LinearOperator:
         """The operator for these images of the batch."""
         return self
 
@@ -64,7 +65,7 @@ class Operator(ABC):
         """Maps of zeros in the shape of A'y."""
         return torch.zeros_like(self.adjoint(y))
 
-    def __matmul__(self, inner: Operator) -> Operator:
+    def __matmul__(self, inner: LinearOperator) -> LinearOperator:
         """The composition: (A @ B)(z) = A(B(z))."""
         return self if isinstance(inner, Identity) else Composition(self, inner)
 
@@ -74,7 +75,7 @@ class Operator(ABC):
         """
         return 1.0
 
-    def normalised(self) -> tuple[Operator, int]:
+    def normalised(self) -> tuple[LinearOperator, int]:
         """(A', e) with A = 2^e A' and filters, masks and factors of an ordinary size in A'; A
         itself where they are.
         """
@@ -127,7 +128,7 @@ class Operator(ABC):
         return 1.02 * torch.linalg.eigvalsh(matrix)[:, -1].view(-1, 1, 1, 1)
 
 
-class Deconvolution(Operator):
+class Deconvolution(LinearOperator):
     """F: maps (N, K, ...) -> image (N, C, H, W), the sum over the maps of map * filter.
 
     f: (K, C, h, w), disconnected planes being zero. mask: (N or 1, C or 1, H, W) of numbers >= 0,
@@ -139,7 +140,8 @@ class Deconvolution(Operator):
     preconditioner of a few conjugate gradient steps. Both act on C channels, not on K maps, also
     with a mask. With "zero" and "reflect" it only preconditions, and a step takes A and A'.
 
-    warm_steps: measured on photographs; steps on C channels are cheap, those through A are not.
+    inexact_cg_steps: measured on photographs. Steps on C channels are cheap; steps through A are
+    not.
     """
 
     def __init__(self, f: Tensor, boundary: Boundary = "valid", mask: Tensor | None = None):
@@ -148,9 +150,9 @@ class Deconvolution(Operator):
         self.boundary = boundary
         self.mask = mask if mask is None else _checked_mask(mask, f)
         if boundary in CONTINUED:
-            self.warm_steps = 2 if mask is None else 4
+            self.inexact_cg_steps = 2 if mask is None else 4
         else:
-            self.warm_steps = 1 if mask is None else 6
+            self.inexact_cg_steps = 1 if mask is None else 6
         # By grid: F F' at every frequency, its eigenvectors and eigenvalues, and the last inverse.
         self._grams: dict[tuple[int, int], Tensor] = {}
         self._eigensystems: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
@@ -209,7 +211,7 @@ class Deconvolution(Operator):
         """
         if self.boundary == "reflect":
             plain = Deconvolution(self.f, self.boundary)
-            largest = Operator.squared_norm(plain, b[:1], steps=steps)
+            largest = LinearOperator.squared_norm(plain, b[:1], steps=steps)
         else:
             largest = self._eigen(self._grid(tuple(b.shape[2:])))[1].amax()
         if self.mask is not None:
@@ -224,7 +226,7 @@ class Deconvolution(Operator):
         seen = largest * _mean_square(self.mask.detach().double())
         return seen if len(seen) > 1 else float(seen)
 
-    def normalised(self) -> tuple[Operator, int]:
+    def normalised(self) -> tuple[LinearOperator, int]:
         of_filters = exponent(magnitude(self.f))
         of_mask = 0 if self.mask is None else exponent(magnitude(self.mask))
         if of_filters == of_mask == 0:
@@ -352,13 +354,13 @@ def _mean_square(mask: Tensor) -> Tensor:
     return total / (mask > 0).sum((1, 2, 3), keepdim=True).clamp(min=1)
 
 
-class Unpooling(Operator):
+class Unpooling(LinearOperator):
     """U_s: pooled maps -> maps of the given (K, H, W) shape, with the switches of a batch."""
 
     def __init__(self, switches: Tensor, shape: tuple[int, int, int]):
         self.switches = switches
         self.shape = tuple(shape)
-        self.inside = math.prod(self.shape)
+        self.max_intermediate_numel = math.prod(self.shape)
 
     def __getitem__(self, images: slice) -> Unpooling:
         return Unpooling(self.switches[images], self.shape)
@@ -370,26 +372,26 @@ class Unpooling(Operator):
         return pooling.pool(y, self.switches)
 
 
-class Spreading(Operator):
+class WeightedUnpooling(LinearOperator):
     """U_w: pooled maps -> maps, every value at all places of its window, with weights there."""
 
     def __init__(self, weights: Tensor, window: pooling.Window):
         self.weights = weights
         self.window = window
-        self.inside = weights[0].numel()
+        self.max_intermediate_numel = weights[0].numel()
 
-    def __getitem__(self, images: slice) -> Spreading:
+    def __getitem__(self, images: slice) -> WeightedUnpooling:
         alike = len(self.weights) == 1
-        return self if alike else Spreading(self.weights[images], self.window)
+        return self if alike else WeightedUnpooling(self.weights[images], self.window)
 
     def __call__(self, z: Tensor) -> Tensor:
-        return pooling.spread(z, self.weights, self.window)
+        return pooling.weighted_unpool(z, self.weights, self.window)
 
     def adjoint(self, y: Tensor) -> Tensor:
-        return pooling.gather(y, self.weights, self.window)
+        return pooling.weighted_pool(y, self.weights, self.window)
 
 
-class Identity(Operator):
+class Identity(LinearOperator):
     """Nothing at all: Identity() @ A is A itself, with what A knows about its norm and solve."""
 
     def __call__(self, z: Tensor) -> Tensor:
@@ -397,11 +399,11 @@ class Identity(Operator):
 
     adjoint = __call__
 
-    def __matmul__(self, inner: Operator) -> Operator:
+    def __matmul__(self, inner: LinearOperator) -> LinearOperator:
         return inner
 
 
-class Scaling(Operator):
+class Scaling(LinearOperator):
     """Multiplication by a number: the explicit rescaling between two layers."""
 
     def __init__(self, factor: float):
@@ -415,18 +417,20 @@ class Scaling(Operator):
     def curvature(self) -> float | Tensor:
         return self.factor**2
 
-    def normalised(self) -> tuple[Operator, int]:
+    def normalised(self) -> tuple[LinearOperator, int]:
         e = exponent(abs(self.factor))
         return (Scaling(math.ldexp(self.factor, -e)), e) if e else (self, 0)
 
 
-class Composition(Operator):
+class Composition(LinearOperator):
     """outer after inner: z -> outer(inner(z))."""
 
-    def __init__(self, outer: Operator, inner: Operator):
+    def __init__(self, outer: LinearOperator, inner: LinearOperator):
         self.outer = outer
         self.inner = inner
-        self.inside = max(outer.inside, inner.inside)
+        self.max_intermediate_numel = max(
+            outer.max_intermediate_numel, inner.max_intermediate_numel
+        )
 
     def __getitem__(self, images: slice) -> Composition:
         return Composition(self.outer[images], self.inner[images])
@@ -440,26 +444,28 @@ class Composition(Operator):
     def curvature(self) -> float | Tensor:
         return self.outer.curvature() * self.inner.curvature()
 
-    def normalised(self) -> tuple[Operator, int]:
+    def normalised(self) -> tuple[LinearOperator, int]:
         (outer, of_outer), (inner, of_inner) = self.outer.normalised(), self.inner.normalised()
         if of_outer == of_inner == 0:
             return self, 0
         return Composition(outer, inner), of_outer + of_inner
 
 
-class Stack(Operator):
+class VerticalStack(LinearOperator):
     """Several operators on the same maps, one below the other: z -> (w_1 A_1 z, w_2 A_2 z, ...).
 
     What they make has different shapes, so it is laid end to end, (N, numbers, 1, 1); `join` does
     this to what they should make, whose squared errors then add with the weights w^2.
     """
 
-    def __init__(self, operators: list[Operator], weights: list[float], shapes: list[torch.Size]):
+    def __init__(
+        self, operators: list[LinearOperator], weights: list[float], shapes: list[torch.Size]
+    ):
         self.operators, self.weights = operators, weights
         self.shapes = [tuple(shape[1:]) for shape in shapes]
-        self.inside = max(A.inside for A in operators)
+        self.max_intermediate_numel = max(A.max_intermediate_numel for A in operators)
 
-    def __getitem__(self, images: slice) -> Stack:
+    def __getitem__(self, images: slice) -> VerticalStack:
         some = copy.copy(self)
         some.operators = [A[images] for A in self.operators]
         return some
@@ -476,7 +482,7 @@ class Stack(Operator):
         each = zip(self.weights, self.operators, strict=True)
         return sum(w**2 * A.curvature() for w, A in each)
 
-    def normalised(self) -> tuple[Operator, int]:
+    def normalised(self) -> tuple[LinearOperator, int]:
         parts, of_parts = zip(*(A.normalised() for A in self.operators), strict=True)
         weights = [math.ldexp(w, e) for w, e in zip(self.weights, of_parts, strict=True)]
         e = exponent(max(map(abs, weights)))

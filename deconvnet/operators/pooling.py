@@ -11,8 +11,8 @@ Switches are the flat indices of the survivors into the (K, H, W) maps of their 
 shape of the pooled maps. With the switches fixed, pooling and unpooling are linear and each other's
 adjoint: U = P'.
 
-To see what the switches are worth there are unpoolings that forget a part of them and spread a
-value over the places that are left, with weights that each window has for itself (`spread`).
+To measure what the switches contribute, other unpoolings forget part of them and spread a value
+over the remaining places of its window, with weights (`weighted_unpool`).
 """
 
 import torch
@@ -77,7 +77,7 @@ def unpool(pooled: Tensor, switches: Tensor, shape: tuple[int, ...]) -> Tensor:
     return z
 
 
-def spread(pooled: Tensor, weights: Tensor, window: Window) -> Tensor:
+def weighted_unpool(pooled: Tensor, weights: Tensor, window: Window) -> Tensor:
     """Maps with every pooled value at all places of its window: z_i = w_i p.
 
     weights: (N or 1, K, H, W), in the shape of the maps.
@@ -88,12 +88,12 @@ def spread(pooled: Tensor, weights: Tensor, window: Window) -> Tensor:
     return weights * z
 
 
-def gather(z: Tensor, weights: Tensor, window: Window) -> Tensor:
-    """The adjoint of `spread`: p = sum of w_i z_i over each window."""
+def weighted_pool(z: Tensor, weights: Tensor, window: Window) -> Tensor:
+    """The adjoint of `weighted_unpool`: p = sum of w_i z_i over each window."""
     return _sum_windows(weights * z, window)
 
 
-def spreading_weights(
+def unpooling_weights(
     kind: str, switches: Tensor, shape: tuple[int, int, int], window: Window
 ) -> Tensor:
     """The weights (N, K, H, W) of an unpooling that knows less than the switches, float32.
@@ -114,11 +114,13 @@ def spreading_weights(
         weights = unpool(ones, switches, (len(ones), *shape))
     forgotten = {"no_map": (window[0], 1, 1), "no_place": (1, *window[1:])}.get(kind)
     if forgotten is not None:
-        weights = spread(_sum_windows(weights, forgotten), torch.ones_like(weights), forgotten)
+        weights = weighted_unpool(
+            _sum_windows(weights, forgotten), torch.ones_like(weights), forgotten
+        )
     if kind == "everywhere":
         return weights
     length = _sum_windows(weights.square(), window).sqrt()
-    return weights / spread(length, torch.ones_like(weights), window)
+    return weights / weighted_unpool(length, torch.ones_like(weights), window)
 
 
 def pooled_shape(shape: tuple[int, int, int], window: Window) -> tuple[int, int, int]:

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from deconvnet.operators.convolution import correlate, correlate_strips
-from deconvnet.operators.linear import Deconvolution, Operator
+from deconvnet.operators.linear import Deconvolution, LinearOperator
 from deconvnet.sparse_coding import kernels
 from deconvnet.sparse_coding.kernels import Entries
 from deconvnet.sparse_coding.prior import Prior, threshold
@@ -48,7 +48,7 @@ GROWTH = 3
 TOGETHER = 2**25
 
 
-def check_coordinate_descent(A: Operator, b: Tensor, prior: Prior) -> None:
+def check_coordinate_descent(A: LinearOperator, b: Tensor, prior: Prior) -> None:
     """Refuse what coordinate descent cannot do, with what to use instead."""
     instead = "use solver.method=fista or admm"
     if not isinstance(A, Deconvolution):

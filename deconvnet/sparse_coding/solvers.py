@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from deconvnet.operators.convolution import Boundary, map_size
-from deconvnet.operators.linear import Deconvolution, Operator, conjugate_gradients, dot, norm
+from deconvnet.operators.linear import Deconvolution, LinearOperator, conjugate_gradients, dot, norm
 from deconvnet.operators.pooling import Window
 from deconvnet.sparse_coding.coordinate_descent import coordinate_descent
 from deconvnet.sparse_coding.prior import Prior, shrink
@@ -260,7 +260,7 @@ def default_solver(images: Tensor, p: float = 1.0) -> SolverSettings:
 
 
 @plain
-def lam_of_share(A: Operator, b: Tensor, share: float, **prior: Any) -> float:
+def lam_of_share(A: LinearOperator, b: Tensor, share: float, **prior: Any) -> float:
     """The lam whose lambda = 1/lam is this share, in (0, 1], of the smallest that makes z = 0.
 
         lam = 1 / (share * max over the images of prior.dual_norm(A'b))                    p = 1
@@ -287,7 +287,7 @@ def lam_of_share(A: Operator, b: Tensor, share: float, **prior: Any) -> float:
 
 
 def relative_schedule(
-    settings: SolverSettings, A: Operator, lam: float, share: float
+    settings: SolverSettings, A: LinearOperator, lam: float, share: float
 ) -> SolverSettings:
     """The settings with the schedule of half_quadratic in units of share * lam * ||f||^2, of which
     1 is the beta whose threshold is the largest entry that explains any image alone.
@@ -303,7 +303,7 @@ def relative_schedule(
 
 @plain
 def solve(
-    A: Operator,
+    A: LinearOperator,
     b: Tensor,
     *,
     lam: float,
@@ -356,7 +356,7 @@ def solve(
     return _in_units_of_the_caller(units, found, lam)
 
 
-def _checked_maps(A: Operator, b: Tensor, z: Any, name: str) -> Tensor:
+def _checked_maps(A: LinearOperator, b: Tensor, z: Any, name: str) -> Tensor:
     """Maps for these data, in their type."""
     z = as_tensor(z, name).to(b)
     if isinstance(A, Deconvolution):
@@ -372,7 +372,7 @@ def _checked_maps(A: Operator, b: Tensor, z: Any, name: str) -> Tensor:
     return z
 
 
-def _zeros(A: Operator, b: Tensor, method: str) -> Tensor:
+def _zeros(A: LinearOperator, b: Tensor, method: str) -> Tensor:
     """Maps to start from; for coordinate descent, which only reads them, without their memory."""
     if method != "coordinate" or not isinstance(A, Deconvolution):
         return A.zeros(b)
@@ -420,7 +420,7 @@ def _in_units_of_the_caller(units: Units, found: Solution, lam: float) -> Soluti
 
 
 def _solve_parts(
-    A: Operator,
+    A: LinearOperator,
     b: Tensor,
     start: Tensor,
     *,
@@ -440,7 +440,7 @@ def _solve_parts(
 
 
 def _solve(
-    A: Operator,
+    A: LinearOperator,
     b: Tensor,
     start: Tensor,
     *,
@@ -508,11 +508,11 @@ def _norm_to_follow(squared: float | Tensor) -> float | Tensor:
     return torch.where(near | (squared == 0), 1.0, squared)
 
 
-def _parts(A: Operator, b: Tensor, z: Tensor, chunk: int | None) -> list[slice]:
+def _parts(A: LinearOperator, b: Tensor, z: Tensor, chunk: int | None) -> list[slice]:
     """At most `chunk` images each, and on a CPU as many as keep an array of maps within PART."""
     together = max(1, len(b)) if chunk is None else chunk
     if b.device.type == "cpu" and len(b) > 0:
-        numbers = max(z[0].numel(), b[0].numel(), A.inside)
+        numbers = max(z[0].numel(), b[0].numel(), A.max_intermediate_numel)
         together = max(1, min(together, PART // (numbers * b.element_size())))
     return [slice(n, n + together) for n in range(0, max(1, len(b)), together)]
 
@@ -535,7 +535,7 @@ def _joined(parts: list[Solution]) -> Solution:
 
 
 def half_quadratic(
-    A: Operator,
+    A: LinearOperator,
     b: Tensor,
     z: Tensor,
     *,
@@ -575,7 +575,7 @@ def half_quadratic(
 
 
 def admm(
-    A: Operator,
+    A: LinearOperator,
     b: Tensor,
     state: Tensor,
     *,
@@ -611,7 +611,7 @@ def admm(
     for count in range(1, iterations + 1):
         # Each line is one pass over the maps: v = 2x - t, and t + relaxation (z - x).
         v, of_step = t.lerp(x, 2.0), beta if adaptive else beta_given
-        z, w = _z_step(A, b, v, lam, of_step, w, max_iterations=A.warm_steps)
+        z, w = _z_step(A, b, v, lam, of_step, w, max_iterations=A.inexact_cg_steps)
         t_new = t.add(z - x, alpha=relaxation)
         t = torch.where(done, t, t_new) if some_done else t_new
         x_old, x = x, prior.shrink(t, beta)
@@ -632,7 +632,7 @@ def admm(
 
 
 def proximal_gradient(
-    A: Operator,
+    A: LinearOperator,
     b: Tensor,
     z: Tensor,
     *,
@@ -734,7 +734,7 @@ def _curvature(move: Tensor, seen: Tensor, lam: float) -> Tensor:
 
 
 @plain
-def duality_gap(A: Operator, b: Tensor, z: Tensor, lam: float, **prior: Any) -> Tensor:
+def duality_gap(A: LinearOperator, b: Tensor, z: Tensor, lam: float, **prior: Any) -> Tensor:
     """An upper bound (N,) on the objective of z above the minimum, for p = 1; 0 at the minimum.
 
     The dual of the problem is  maximise <b, v> - ||v||^2 / (2 lam)  over prior.dual_norm(A'v) <= 1,
@@ -758,7 +758,7 @@ def duality_gap(A: Operator, b: Tensor, z: Tensor, lam: float, **prior: Any) -> 
     return units.cost(gap.clamp(min=0))
 
 
-def _dual(A: Operator, b: Tensor, residual: Tensor, lam: float, prior: Prior) -> Tensor:
+def _dual(A: LinearOperator, b: Tensor, residual: Tensor, lam: float, prior: Prior) -> Tensor:
     """The dual objective (N,) of the residual of some z, -inf where no scaling is feasible."""
     v = lam * residual.double()
     reach = prior.dual_norm(A.adjoint(lam * residual)).double()
@@ -768,7 +768,7 @@ def _dual(A: Operator, b: Tensor, residual: Tensor, lam: float, prior: Prior) ->
 
 
 def _certified(
-    A: Operator, b: Tensor, z: Tensor, residual: Tensor, lam: float, prior: Prior, gap: float
+    A: LinearOperator, b: Tensor, z: Tensor, residual: Tensor, lam: float, prior: Prior, gap: float
 ) -> Tensor:
     """Whether the duality gap of every image is at most `gap` times its objective, (N, 1, 1, 1)."""
     cost = data_term(residual, lam) + prior.value(z)
@@ -786,7 +786,7 @@ def _tiny(x: Tensor) -> float:
 
 
 def _z_step(
-    A: Operator,
+    A: LinearOperator,
     b: Tensor,
     v: Tensor,
     lam: float,

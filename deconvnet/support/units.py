@@ -61,7 +61,7 @@ class Units:
 
     @classmethod
     def of(cls, b: Tensor, filters: int, lam: float, p: float, weights: Tensor | None) -> Units:
-        """Those of data b; filters: what `Operator.normalised` took out of A.
+        """Those of data b; filters: what `LinearOperator.normalised` took out of A.
 
         In units of data and filters, lam tells the size of the weights: what is as large as they
         are is just not zero.

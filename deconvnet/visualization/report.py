@@ -39,7 +39,7 @@ from deconvnet.monitoring.monitor import save_picture
 from deconvnet.monitoring.strict_json import to_json
 from deconvnet.network.network import DeconvNet
 from deconvnet.storage import ownership
-from deconvnet.support.communicator import ALONE, Ranks
+from deconvnet.support.communicator import SINGLE, Communicator
 from deconvnet.visualization.experiments.invariance import invariance, invariance_picture
 from deconvnet.visualization.experiments.occlusion import occlusion, occlusion_picture
 from deconvnet.visualization.gallery.content import VisualizationResult, write_pages
@@ -155,12 +155,12 @@ def visualize_network(
     folder: Path,
     *,
     evolutions: Mapping[str, Evolution] | None = None,
-    ranks: Ranks = ALONE,
+    communicator: Communicator = SINGLE,
 ) -> dict[str, Path]:
     """What a network responds to on some images, written into a folder; the files by what they are.
 
-    evolutions: of layers by name, for their pictures. ranks: processes that share the search, each
-    in a part of the images; the first one writes.
+    evolutions: of layers by name, for their pictures. communicator: processes that share the
+    search, each in a part of the images; rank 0 writes.
     """
     projector = projector_of(subject, settings)
     infos = {info.name: info for info in layers_of(projector, images[0])}
@@ -170,7 +170,7 @@ def visualize_network(
         raise ValueError(f"layers=null: {subject.name} has no layer of maps; {among}")
     _try(projector, images[0], chosen)
     place = Path(folder) / "visualization"
-    if ranks.first:
+    if communicator.is_main:
         _check_places(Path(folder), place, chosen, settings)
     state = VisualizationResult(
         subject,
@@ -180,15 +180,15 @@ def visualize_network(
         settings.contrast,
         {name: found for name, found in (evolutions or {}).items() if name in chosen},
     )
-    if ranks.first:
+    if communicator.is_main:
         names = ", ".join(state.infos)
         log.info("%s: what drives the maps of %s, in %d images", subject.name, names, len(images))
-    state.tops = _mine(state, settings, projector, subject, place, ranks)
+    state.tops = _mine(state, settings, projector, subject, place, communicator)
     if settings.control:
         control = shuffled_model(subject, settings.seed)
         shuffled = projector_of(control, settings)
-        control_tops = _mine(state, settings, shuffled, control, place / "control", ranks)
-    if not ranks.first:
+        control_tops = _mine(state, settings, shuffled, control, place / "control", communicator)
+    if not communicator.is_main:
         return {}
     state.found = _collect(state, settings, projector, subject, state.tops, place)
     if not state.found:
@@ -320,14 +320,14 @@ def _mine(
     projector: Projector,
     subject: LoadedModel,
     place: Path,
-    ranks: Ranks,
+    communicator: Communicator,
 ) -> dict[str, TopActivations]:
     """The strongest activations, those of all processes together."""
-    rank, count = ranks.rank, ranks.count
+    rank, count = communicator.rank, communicator.world_size
     name = "topk.npz" if count == 1 else f"topk-{rank}-of-{count}.npz"
     what = "searching" if subject is state.subject else "searching, control"
     total = len(range(rank, len(state.images), count))
-    with _bar(settings, what, "image", total, hidden=not ranks.first) as progress:
+    with _bar(settings, what, "image", total, hidden=not communicator.is_main) as progress:
         part = find_top_activations(
             projector,
             state.images,
@@ -341,7 +341,7 @@ def _mine(
             key={"network": _network_key(subject), "data": state.images.fingerprint},
             progress=progress,
         )
-    return merge(ranks.gathered(part), k=settings.k)
+    return merge(communicator.all_gather(part), k=settings.k)
 
 
 def _collect(

@@ -20,7 +20,7 @@ from deconvnet.filters.update import (
     update_filters,
     update_filters_by_cg,
 )
-from deconvnet.network.network import Layer, LayerSettings, Target
+from deconvnet.network.network import Layer, LayerProblem, LayerSettings
 from deconvnet.operators.arithmetic import convolution_matrix, receptive_field
 from deconvnet.operators.convolution import (
     correlate,
@@ -29,8 +29,14 @@ from deconvnet.operators.convolution import (
     map_size,
     per_channel,
 )
-from deconvnet.operators.linear import Deconvolution, Identity, Spreading, Stack, Unpooling
-from deconvnet.operators.pooling import max_pool, spreading_weights
+from deconvnet.operators.linear import (
+    Deconvolution,
+    Identity,
+    Unpooling,
+    VerticalStack,
+    WeightedUnpooling,
+)
+from deconvnet.operators.pooling import max_pool, unpooling_weights
 from deconvnet.sparse_coding import solvers
 from deconvnet.sparse_coding.prior import Prior, shrink
 from deconvnet.sparse_coding.solvers import (
@@ -449,8 +455,8 @@ def test_few_warm_steps_keep_admm_on_the_course_of_the_exact_solve(boundary, mas
     hidden = (uniform(2, 1, 18, 20, seed=4) > 0.3).float() if mask else None
     A, b = Deconvolution(f, boundary, hidden), y if hidden is None else hidden * y
     costs = []
-    for steps in (A.warm_steps, 20):
-        A.warm_steps = steps
+    for steps in (A.inexact_cg_steps, 20):
+        A.inexact_cg_steps = steps
         settings = SolverSettings(iterations=30, tolerance=0)
         costs.append(solve(A, b, lam=30.0, settings=settings).objective)
     assert (costs[0] < 1.15 * costs[1]).all(), costs
@@ -667,7 +673,7 @@ def test_a_layer_passes_on_what_its_settings_ask_of_the_maps(boundary):
     settings = LayerSettings(4, 3, lam=20.0, boundary=boundary, group=2, non_negative=True)
     layer = Layer(settings, 1, torch.Generator().manual_seed(0))
     b = rand(2, 1, 6, 7).float()
-    found = layer.infer(Target(b))
+    found = layer.infer(LayerProblem(b))
     asked = dict(boundary=boundary, group=2, non_negative=True, settings=SolverSettings())
     expected = sparse_code(b, layer.filters, lam=20.0, **asked)
     assert torch.equal(found.z, expected.z) and (found.z >= 0).all() and found.z.any()
@@ -726,9 +732,9 @@ def test_images_that_are_solved_some_at_a_time_are_those_of_the_whole_batch(
         pooled, switches = max_pool(maps, (1, 2, 2))
         A = first @ Unpooling(switches, maps.shape[1:]) @ above
         if "spread" in through:
-            spreading = spreading_weights("no_place", switches, maps.shape[1:], (1, 2, 2))
-            down = first @ Spreading(spreading.double(), (1, 2, 2))
-            both = Stack([Identity(), down], [1.0, 0.7], [pooled.shape, b.shape])
+            spreading = unpooling_weights("no_place", switches, maps.shape[1:], (1, 2, 2))
+            down = first @ WeightedUnpooling(spreading.double(), (1, 2, 2))
+            both = VerticalStack([Identity(), down], [1.0, 0.7], [pooled.shape, b.shape])
             A, b = both @ above, both.join([pooled, b])
     step = torch.linspace(0.01, 0.02, 5, dtype=b.dtype).view(-1, 1, 1, 1)
     settings = SolverSettings(method=method, iterations=30)
@@ -737,7 +743,9 @@ def test_images_that_are_solved_some_at_a_time_are_those_of_the_whole_batch(
     sizes = []
     original = type(A).__call__
     monkeypatch.setattr(type(A), "__call__", lambda A, z: sizes.append(len(z)) or original(A, z))
-    monkeypatch.setattr(solvers, "PART", 2 * 8 * max(A.inside, A.zeros(b)[0].numel()))
+    monkeypatch.setattr(
+        solvers, "PART", 2 * 8 * max(A.max_intermediate_numel, A.zeros(b)[0].numel())
+    )
     parts = run()
     assert set(sizes) == {2, 1}
     for key, expected in vars(whole).items():

@@ -14,13 +14,13 @@ from deconvnet.operators.linear import (
     Deconvolution,
     Identity,
     Scaling,
-    Spreading,
-    Stack,
     Unpooling,
+    VerticalStack,
+    WeightedUnpooling,
     conjugate_gradients,
     norm,
 )
-from deconvnet.operators.pooling import max_pool, spreading_weights
+from deconvnet.operators.pooling import max_pool, unpooling_weights
 
 N = 2
 
@@ -66,8 +66,8 @@ def unpooling(shape, window):
 
 def spreading(kind, shape, window):
     p, switches = max_pool(rand(N, *shape, seed=3), window)
-    weights = spreading_weights(kind, switches, shape, window).double()
-    return Spreading(weights, window), p.shape[1:], shape
+    weights = unpooling_weights(kind, switches, shape, window).double()
+    return WeightedUnpooling(weights, window), p.shape[1:], shape
 
 
 def pile(num_layers, image, windows):
@@ -77,7 +77,7 @@ def pile(num_layers, image, windows):
     assert isinstance(F, Deconvolution)
     shapes = F(torch.zeros(N, *maps, dtype=F.f.dtype)).shape, torch.Size((N, *image))
     numbers = sum(shape[1:].numel() for shape in shapes)
-    return Stack([F, R], [1.0, 1.7], list(shapes)), maps, (numbers, 1, 1)
+    return VerticalStack([F, R], [1.0, 1.7], list(shapes)), maps, (numbers, 1, 1)
 
 
 def with_shapes(A, image):
@@ -131,11 +131,11 @@ def alone(A, image):
     """The operator of one image of the batch: only unpoolings differ between images."""
     if isinstance(A, Composition):
         return alone(A.outer, image) @ alone(A.inner, image)
-    if isinstance(A, Stack):
+    if isinstance(A, VerticalStack):
         shapes = [torch.Size((1, *shape)) for shape in A.shapes]
-        return Stack([alone(part, image) for part in A.operators], A.weights, shapes)
-    if isinstance(A, Spreading):
-        return Spreading(A.weights.expand(N, -1, -1, -1)[image], A.window)
+        return VerticalStack([alone(part, image) for part in A.operators], A.weights, shapes)
+    if isinstance(A, WeightedUnpooling):
+        return WeightedUnpooling(A.weights.expand(N, -1, -1, -1)[image], A.window)
     return Unpooling(A.switches[image], A.shape) if isinstance(A, Unpooling) else A
 
 
@@ -239,7 +239,7 @@ def inferred(request, textures):
     codes = net.infer(images, depth=1)
     for number in (2, 3, 4):
         net.layer(number).fit_scale(codes.layers[-1].pooled)
-        codes = net.extend(codes)
+        codes = net.infer_next_layer(codes)
     return net, codes
 
 

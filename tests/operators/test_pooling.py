@@ -10,14 +10,14 @@ from torch.testing import assert_close
 
 from deconvnet.operators.pooling import (
     UNPOOLINGS,
-    gather,
     max_pool,
     pool,
     pooled_shape,
-    spread,
-    spreading_weights,
     strongest,
     unpool,
+    unpooling_weights,
+    weighted_pool,
+    weighted_unpool,
 )
 
 CASES = {
@@ -206,7 +206,7 @@ def weights_by_a_loop(kind, switches, shape, window):
 def test_weights_forget_what_their_kind_says_and_have_unit_length_in_every_window(name, kind):
     shape, window = CASES[name]
     _, switches = max_pool(rand(2, *shape), window)
-    weights = spreading_weights(kind, switches, shape, window)
+    weights = unpooling_weights(kind, switches, shape, window)
     assert weights.dtype == torch.float32
     expected = weights_by_a_loop(kind, switches, shape, window)
     assert_close(weights.double().expand_as(expected), expected, rtol=2e-7, atol=0)
@@ -217,20 +217,21 @@ def test_weights_forget_what_their_kind_says_and_have_unit_length_in_every_windo
 
 
 @cases
-def test_gather_is_the_adjoint_of_spread_for_any_weights(name):
+def test_weighted_pooling_is_the_adjoint_of_weighted_unpooling(name):
     shape, window = CASES[name]
     pooled = rand(2, *pooled_shape(shape, window), seed=1)
     z = rand(2, *shape, seed=2)
     for weights in (rand(2, *shape, seed=3), rand(1, *shape, seed=4)):
-        spreaded, gathered = spread(pooled, weights, window), gather(z, weights, window)
-        assert spreaded.shape == z.shape and gathered.shape == pooled.shape
-        left, right = (spreaded * z).sum((1, 2, 3)), (pooled * gathered).sum((1, 2, 3))
-        scale = spreaded.flatten(1).norm(dim=1) * z.flatten(1).norm(dim=1)
+        unpooled = weighted_unpool(pooled, weights, window)
+        pooled_back = weighted_pool(z, weights, window)
+        assert unpooled.shape == z.shape and pooled_back.shape == pooled.shape
+        left, right = (unpooled * z).sum((1, 2, 3)), (pooled * pooled_back).sum((1, 2, 3))
+        scale = unpooled.flatten(1).norm(dim=1) * z.flatten(1).norm(dim=1)
         assert ((left - right).abs() <= 1e-12 * scale).all()
         for place, (maps, rows, columns) in windows_of(shape, window):
             value = pooled[(slice(None), *place)].view(2, 1, 1, 1)
             inside = weights.expand_as(z)[:, maps][:, :, rows][..., columns]
-            found = spreaded[:, maps][:, :, rows][..., columns]
+            found = unpooled[:, maps][:, :, rows][..., columns]
             assert_close(found, inside * value, rtol=1e-14, atol=0)
 
 
@@ -239,9 +240,9 @@ def test_gather_is_the_adjoint_of_spread_for_any_weights(name):
 def test_gathering_with_the_weights_undoes_spreading(name, kind):
     shape, window = CASES[name]
     pooled, switches = max_pool(rand(2, *shape), window)
-    weights = spreading_weights(kind, switches, shape, window).double()
+    weights = unpooling_weights(kind, switches, shape, window).double()
     # The weights are float32.
-    found = gather(spread(pooled, weights, window), weights, window)
+    found = weighted_pool(weighted_unpool(pooled, weights, window), weights, window)
     assert_close(found, pooled, rtol=1e-6, atol=0)
 
 
@@ -252,9 +253,9 @@ def test_gathering_with_the_weights_undoes_spreading(name, kind):
 def test_where_there_is_nothing_to_forget_spreading_is_unpooling(kind, window):
     shape = (5, 7, 8)
     pooled, switches = max_pool(rand(2, *shape), window)
-    weights = spreading_weights(kind, switches, shape, window).double()
+    weights = unpooling_weights(kind, switches, shape, window).double()
     expected = unpool(pooled, switches, (2, *shape))
-    assert torch.equal(spread(pooled, weights, window), expected)
+    assert torch.equal(weighted_unpool(pooled, weights, window), expected)
 
 
 @cases
@@ -287,4 +288,4 @@ def test_wrong_shapes_and_windows_are_refused():
         unpool(pooled, switches, (3, 3, 4, 5))
     choices = ", ".join(UNPOOLINGS)
     with refused(f"unpooling=random: choose one of {choices}"):
-        spreading_weights("random", switches, (3, 4, 5), (1, 2, 2))
+        unpooling_weights("random", switches, (3, 4, 5), (1, 2, 2))

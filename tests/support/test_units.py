@@ -15,7 +15,7 @@ from deconvnet.filters.update import normalize, update_filters_by_cg
 from deconvnet.images.highpass import low_frequencies
 from deconvnet.monitoring.records import decibels
 from deconvnet.network.network import LayerSettings
-from deconvnet.operators.linear import Deconvolution, Identity, Scaling, Stack, Unpooling
+from deconvnet.operators.linear import Deconvolution, Identity, Scaling, Unpooling, VerticalStack
 from deconvnet.operators.pooling import max_pool
 from deconvnet.sparse_coding.solvers import (
     METHODS,
@@ -244,7 +244,7 @@ def test_weights_masks_and_layers_of_any_units_go_along(method):
         down = Deconvolution(k * f) @ Unpooling(switches, (4, 11, 10)) @ Scaling(s)
         if target == "image":
             return down @ Deconvolution(above), y
-        both = Stack([Scaling(k * s), down], [1.0, 0.7], [pooled.shape, y.shape])
+        both = VerticalStack([Scaling(k * s), down], [1.0, 0.7], [pooled.shape, y.shape])
         return both @ Deconvolution(above), both.join([pooled, y])
 
     for target in ("image", "both"):
@@ -340,14 +340,19 @@ def test_the_curvature_of_an_operator_is_that_of_what_an_impulse_paints():
         torch.tensor([4.0, 1.0]).double(),
     )
     assert (Scaling(3.0) @ Deconvolution(f)).curvature() == pytest.approx(9 * largest)
-    both = Stack([Identity(), Scaling(3.0)], [1.0, 0.5], [torch.Size((1, 2))] * 2)
+    both = VerticalStack([Identity(), Scaling(3.0)], [1.0, 0.5], [torch.Size((1, 2))] * 2)
     assert both.curvature() == pytest.approx(1 + 9 / 4)
 
 
 def test_the_parts_of_an_operator_are_normalised_and_ordinary_ones_left_alone():
     f, z = rand(4, 1, 3, 3, seed=2), rand(2, 4, 7, 6)
     ordinary = Deconvolution(f)
-    for A in (ordinary, Scaling(0.7) @ ordinary, Identity(), Stack([ordinary], [1.0], [z.shape])):
+    for A in (
+        ordinary,
+        Scaling(0.7) @ ordinary,
+        Identity(),
+        VerticalStack([ordinary], [1.0], [z.shape]),
+    ):
         assert A.normalised() == (A, 0)
     for A in (
         Deconvolution(1e-20 * f),
@@ -357,7 +362,9 @@ def test_the_parts_of_an_operator_are_normalised_and_ordinary_ones_left_alone():
         B, e = A.normalised()
         assert torch.equal(A(z), times_power(B(z), e)) and e != 0
         assert exponent(magnitude(B(z))) == 0
-    two = Stack([Deconvolution(1e-20 * f), ordinary], [1e20, 1.0], [torch.Size((2, 1, 5, 4))] * 2)
+    two = VerticalStack(
+        [Deconvolution(1e-20 * f), ordinary], [1e20, 1.0], [torch.Size((2, 1, 5, 4))] * 2
+    )
     B, e = two.normalised()
     assert_close(times_power(B(z), e), two(z))
 

@@ -31,7 +31,7 @@ from deconvnet.images.preprocessing import Frame
 from deconvnet.network.codes import Codes
 from deconvnet.network.network import DeconvNet
 from deconvnet.operators.arithmetic import Field
-from deconvnet.operators.linear import Operator, Scaling
+from deconvnet.operators.linear import LinearOperator, Scaling
 from deconvnet.support.compiling import compiled
 from deconvnet.support.modes import plain
 from deconvnet.visualization.pictures.features import layer_field
@@ -215,7 +215,7 @@ def projected(net: DeconvNet, codes: Codes, image: int, layer: int, count: int) 
         yield to_first(net, codes, layer, torch.full_like(places, image))(one)
 
 
-def to_first(net: DeconvNet, codes: Codes, layer: int, images: Tensor) -> Operator:
+def to_first(net: DeconvNet, codes: Codes, layer: int, images: Tensor) -> LinearOperator:
     """U_1 S_2 F_2 U_2 ... S_l F_l: maps of layer l >= 2 -> maps of layer 1, R_l without F_1.
 
     images: (M,) whose switches each of M maps takes.
