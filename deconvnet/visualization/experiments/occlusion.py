@@ -180,7 +180,7 @@ def occlusion(
         activity.append(_activity(maps, unit[0]).cpu())
         if base is not None:
             answers = probabilities(projector, covered).cpu()
-            probability.append(answers[:, correct])
+            probability.append(answers[:, class_index])
             label.append(answers.argmax(1))
         if progress:
             progress(chunk.stop, len(boxes))
