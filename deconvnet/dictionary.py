@@ -133,7 +133,7 @@ class Learned:
         self,
         batches: Iterable[Tensor],
         *,
-        memory: float = 50.0,
+        averaging_batches: float = 50.0,
         solver: SolverSettings | None = None,
         learning: LearningSettings | None = None,
         seed: int = 0,
@@ -141,7 +141,7 @@ class Learned:
     ) -> Learned:
         """`learn_online` from these filters on, as `learn_more`, from batches of images."""
         asked = self._asked(solver, learning, seed, progress)
-        more = learn_online(batches, memory=memory, **asked)
+        more = learn_online(batches, averaging_batches=averaging_batches, **asked)
         return dataclasses.replace(more, history=[*self.history, *more.history])
 
     def save(self, path: str | Path) -> None:
@@ -278,7 +278,7 @@ def learn_online(
     boundary: Boundary = "valid",
     group: int = 1,
     non_negative: bool = False,
-    memory: float = 50.0,
+    averaging_batches: float = 50.0,
     solver: SolverSettings | None = None,
     learning: LearningSettings | None = None,
     seed: int = 0,
@@ -291,15 +291,15 @@ def learn_online(
     first element counts. One without images is left out.
 
     Only one batch and the sums over those before are in memory; the sums are a mean over about the
-    last `memory` batches. Of `learning` counts what concerns one update: init, update_iterations,
-    norm, non_negative, zero_mean, revive (filters that the batches leave unused are replaced by
+    last `averaging_batches` batches. Of `learning` counts what concerns one update: init,
+    update_iterations, norm, non_negative, zero_mean, revive (filters that the batches leave unused are replaced by
     patches of the last) and recenter (filters that have settled off centre are moved after 16, 24,
     36, 54, ... batches). A share is that of the first batch. The history has one entry for each
     batch. Raises Diverged where the objective is no longer finite.
     """
-    memory = as_number(memory, "memory")
-    if not memory >= 1:
-        raise ValueError(f"memory={memory:g}: must be at least 1 batch")
+    averaging_batches = as_number(averaging_batches, "averaging_batches")
+    if not averaging_batches >= 1:
+        raise ValueError(f"averaging_batches={averaging_batches:g}: must be at least 1 batch")
     asked = dict(
         filters=filters,
         lam=lam,
@@ -321,7 +321,7 @@ def learn_online(
                 images = _checked(images, name)
                 if stream is None:
                     settings.solver = solver or default_solver(images, p)
-                    stream = _Stream(settings, images, filters, share, seed, memory)
+                    stream = _Stream(settings, images, filters, share, seed, averaging_batches)
                 history.append(stream.learn(images, name))
                 monitor.epoch(history[-1], step=len(history))
             monitor.advance()
@@ -340,10 +340,10 @@ class _Stream:
         filters: Tensor | None,
         share: float | None,
         seed: int,
-        memory: float,
+        averaging_batches: float,
     ):
         self.settings, self.learning = settings, settings.learning
-        self.seed, self.memory = seed, memory
+        self.seed, self.averaging_batches = seed, averaging_batches
         self.layer = Layer(settings, images.shape[1], seeded(seed, 1)).to(images)
         self.sums: FilterSums | None = None
         self.count, self.next_look = 0, RECENTER_FIRST
@@ -389,7 +389,7 @@ class _Stream:
             )
 
     def _add(self, found: Solution, images: Tensor) -> None:
-        kept = 1 - 1 / min(self.count, self.memory)
+        kept = 1 - 1 / min(self.count, self.averaging_batches)
         new = filter_sums(
             found.z, found.residual, self.layer.filters, boundary=self.settings.boundary
         )

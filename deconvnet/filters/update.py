@@ -39,6 +39,7 @@ from deconvnet.operators.convolution import (
 )
 from deconvnet.operators.linear import LinearOperator, conjugate_gradients
 from deconvnet.support.communicator import SINGLE, Communicator
+from deconvnet.support.renaming import renamed
 from deconvnet.support.units import exponent, magnitude, times_power
 from deconvnet.support.validation import check_tensors
 
@@ -55,6 +56,7 @@ Batch = tuple[Tensor, Tensor, LinearOperator]
 MOST_STEPS = 1_000_000
 
 
+@renamed(memory="averaging_epochs")
 @dataclass
 class LearningSettings:
     """How the filters of a layer are learned."""
@@ -68,8 +70,9 @@ class LearningSettings:
     update: str = "proximal"
     # steps of one update (the authors' toolbox: 2 or 4 of cg)
     update_iterations: int = 10
-    # proximal: the sums of earlier batches fade over about this many epochs; 0 forgets them at once
-    memory: float = 1.0
+    # proximal: the statistics of earlier batches are averaged over about this many epochs; 0: only
+    # the current batch counts
+    averaging_epochs: float = 1.0
     # patches: filters start as pieces of what is explained; random: as Gaussian noise (the papers)
     init: str = "patches"
     # unit norm of each whole filter, or of each of its 2-D planes (the CVPR 2010 paper)
@@ -102,8 +105,10 @@ class LearningSettings:
             raise ValueError(
                 "learning.zero_mean=True: not with learning.non_negative, which leaves only zeros"
             )
-        if not self.memory >= 0:
-            raise ValueError(f"learning.memory={self.memory}: must not be negative")
+        if not self.averaging_epochs >= 0:
+            raise ValueError(
+                f"learning.averaging_epochs={self.averaging_epochs}: must not be negative"
+            )
 
 
 @dataclass(frozen=True)

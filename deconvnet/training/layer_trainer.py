@@ -257,8 +257,8 @@ class LayerTrainer:
         self._seen.clock.end("exchange")
         self._heed(flags)
         sums = FilterSums(linear, gram)
-        # Each update lets 1 / (updates in `memory` epochs) of what came before fade.
-        fade = max(0.0, 1 - 1 / max(self.settings.memory * self.schedule.batches, 1))
+        # Each update lets 1 / (updates in `averaging_epochs` epochs) of what came before fade.
+        fade = max(0.0, 1 - 1 / max(self.settings.averaging_epochs * self.schedule.batches, 1))
         self.sums = sums if self.sums is None or fade == 0 else self.sums * fade + sums
         f.copy_(
             update_filters(

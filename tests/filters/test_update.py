@@ -558,13 +558,13 @@ def test_planted_filters_are_recovered_up_to_sign_shift_and_order(boundary):
         (dict(epochs=0), "learning.epochs=0: must be at least 1"),
         (dict(update_iterations=0), "learning.update_iterations=0: must be at least 1"),
         (dict(batch_size=0), "learning.batch_size=0: must be at least 1, or null"),
-        (dict(memory=-0.5), "learning.memory=-0.5: must not be negative"),
+        (dict(averaging_epochs=-0.5), "learning.averaging_epochs=-0.5: must not be negative"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         LearningSettings(**settings)
-    LearningSettings(batch_size=None, memory=0)
+    LearningSettings(batch_size=None, averaging_epochs=0)
 
 
 def test_off_center_filters_are_found_and_moved_to_the_middle_without_changing_the_image():
