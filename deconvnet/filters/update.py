@@ -38,7 +38,7 @@ from deconvnet.operators.convolution import (
     fourier_size,
 )
 from deconvnet.operators.linear import LinearOperator, conjugate_gradients
-from deconvnet.support.communicator import ALONE, Ranks
+from deconvnet.support.communicator import SINGLE, Communicator
 from deconvnet.support.renaming import renamed
 from deconvnet.support.units import exponent, magnitude, times_power
 from deconvnet.support.validation import check_tensors
@@ -231,14 +231,14 @@ def update_filters_by_cg(
     boundary: Boundary = "valid",
     non_negative: bool = False,
     zero_mean: bool = False,
-    ranks: Ranks = ALONE,
+    communicator: Communicator = SINGLE,
 ) -> Tensor:
     """Filters after some conjugate gradient steps on Z'T'T Z f = Z'T'b from f, then unit norm and
     what else `normalize` may ask of them.
 
     The update of Zeiler et al. 2010 (T = I) and 2011, gradient R_(l-1)' of the residual correlated
     with z_l. batches() goes through (z, b - T Z f, T) of the images; every step does it once, and
-    with ranks sends one message of the size of the filters.
+    with a communicator sends one message of the size of the filters.
     """
     size = tuple(f.shape[2:])
 
@@ -251,7 +251,7 @@ def update_filters_by_cg(
             for one in range(len(z)):
                 part = slice(one, one + 1)
                 total += filter_gradient(z[part], y[part], size, g, boundary=boundary)
-        return ranks.summed(total)[0].flatten(2)[None]
+        return communicator.all_reduce_sum(total)[0].flatten(2)[None]
 
     def system(v: Tensor) -> Tensor:
         v = v[0].view(f.shape).to(f.dtype)
