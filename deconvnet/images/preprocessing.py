@@ -308,10 +308,11 @@ def ycbcr_to_rgb(ycbcr: Tensor) -> Tensor:
 def local_moments(images: Tensor, size: int, sigma: float) -> tuple[Tensor, Tensor]:
     """Gaussian-weighted local mean (N, C, H, W) and deviation (N, 1, H, W) of images (N, C, H, W).
 
-    The Gaussian is cut off at size x size pixels; the border is reflected and the edge not repeated. The variance
-    is averaged over the planes: one deviation for all keeps the hue. It is E[x^2] - E[x]^2 as in
-    the authors' code, but of values that first lose their plane's mean (equal, and less
-    cancellation); a deviation below FLAT is 0.
+    The Gaussian is cut off at size x size pixels; the border is reflected and the edge not
+    repeated. The variance is averaged over the planes, since one deviation for all of them keeps
+    the hue. It is E[x^2] - E[x]^2 as in the authors' code, but of values from which the mean of
+    their plane is subtracted first (the same result with less cancellation). Deviations below FLAT
+    become 0.
     """
     offset = images.mean((2, 3), keepdim=True)
     centred = images - offset
@@ -371,7 +372,10 @@ def _median(values: Tensor) -> Tensor:
 
 
 def _gaussian(planes: Tensor, size: int, sigma: float) -> Tensor:
-    """Every plane averaged under a Gaussian of size x size pixels; the border reflected, the edge not repeated."""
+    """Planes averaged under a Gaussian of size x size pixels, cut off there.
+
+    The border is reflected and the edge not repeated.
+    """
     offsets = torch.arange(size, dtype=torch.float64) - size // 2
     weights = torch.softmax(-offsets.square() / (2 * sigma**2), 0).to(planes)
     padded = functional.pad(planes, (size // 2,) * 4, mode="reflect").flatten(0, 1)[:, None]
