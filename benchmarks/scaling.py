@@ -268,19 +268,19 @@ def _through_layers(case: Case) -> dict:
     net.preprocessing.fit(images)
     codes = net.to(case.device).infer(images, depth=0)
     for number in range(1, case.layers):
-        net.layer(number).initialize(net.below(codes, number), seeded(0, number))
-        codes = net.extend(codes)
+        net.layer(number).initialize(net.layer_input(codes, number), seeded(0, number))
+        codes = net.infer_next_layer(codes)
     number, layer = case.layers, net.layer(case.layers)
     if number > 1:
         layer.fit_scale(codes.layers[-1].pooled)
-    layer.initialize(net.below(codes, number), seeded(0, number))
+    layer.initialize(net.layer_input(codes, number), seeded(0, number))
     if case.method == EPOCH:
         data = LayerData.from_codes(net, codes, number)
         return _epochs(case, lambda: LayerTrainer(layer, data, number=number))
 
     def infer(iterations: int) -> Solution:
         settings = replace(solver, iterations=iterations)
-        return layer.infer(net.target(codes, number), settings=settings)
+        return layer.infer(net.layer_problem(codes, number), settings=settings)
 
     infer(2)
     used = peak_of(lambda: infer(MEMORY_ITERATIONS), case.device)

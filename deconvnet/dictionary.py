@@ -32,7 +32,14 @@ from deconvnet.filters.update import (
 )
 from deconvnet.monitoring.monitor import Monitor
 from deconvnet.monitoring.records import EpochStats, decibels
-from deconvnet.network.network import FILTERS, Layer, LayerSettings, Target, layer_settings, seeded
+from deconvnet.network.network import (
+    FILTERS,
+    Layer,
+    LayerProblem,
+    LayerSettings,
+    layer_settings,
+    seeded,
+)
 from deconvnet.operators.convolution import Boundary
 from deconvnet.sparse_coding.solvers import (
     Solution,
@@ -353,7 +360,7 @@ class _Stream:
         self._check(images, name)
         started = time.perf_counter()
         images = images.to(self.layer.filters)
-        found = self.layer.infer(Target(images))
+        found = self.layer.infer(LayerProblem(images))
         if not torch.isfinite(found.objective).all():
             raise _diverged(name, self.settings)
         self.count += 1

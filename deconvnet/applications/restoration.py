@@ -440,14 +440,14 @@ class Restorer:
             part = (slice(None), slice(None), tile.rows, tile.columns)
             codes = Codes((below,), b[part] * factor, [])
             for number, total in enumerate(whole, 2):
-                layer, target = self.net.layer(number), self.net.target(codes, number)
-                check_size(self.net.below(codes, number).shape, layer, number)
+                layer, problem = self.net.layer(number), self.net.layer_problem(codes, number)
+                check_size(self.net.layer_input(codes, number).shape, layer, number)
                 solver = layer.settings.solver
-                if solver.method == "coordinate" and target.b.device.type != "cpu":
-                    solver = default_solver(target.b)
-                above = layer.codes(layer.infer(target, settings=solver))
+                if solver.method == "coordinate" and problem.b.device.type != "cpu":
+                    solver = default_solver(problem.b)
+                above = layer.codes(layer.infer(problem, settings=solver))
                 codes = Codes((*codes.layers, above), codes.y, codes.record)
-                total[part] += tile.share.to(b) * self.net.paint(codes, number) / factor
+                total[part] += tile.share.to(b) * self.net.synthesize(codes, number) / factor
                 steps.solved()
         return whole
 

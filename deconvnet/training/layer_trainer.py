@@ -35,7 +35,7 @@ from deconvnet.filters.update import (
 from deconvnet.monitoring.monitor import memory_used
 from deconvnet.monitoring.records import EpochStats, RankLoad, decibels
 from deconvnet.network.codes import Codes
-from deconvnet.network.network import DeconvNet, Layer, Target, check_size, seeded
+from deconvnet.network.network import DeconvNet, Layer, LayerProblem, check_size, seeded
 from deconvnet.operators.convolution import map_size
 from deconvnet.operators.linear import Identity, LinearOperator
 from deconvnet.operators.pooling import Window, pooled_shape
@@ -77,25 +77,29 @@ class LayerData:
     shape: torch.Size
     device: torch.device
     below: Callable[[Tensor], Tensor]
-    target: Callable[[Tensor], Target]
+    target: Callable[[Tensor], LayerProblem]
     # told which images will be asked for next, where that helps
     ahead: Callable[[Tensor], None] | None = None
 
     @classmethod
-    def of(cls, below: Tensor, target: Callable[[Tensor], Target] | None = None) -> LayerData:
+    def from_tensor(
+        cls, below: Tensor, target: Callable[[Tensor], LayerProblem] | None = None
+    ) -> LayerData:
         """Of tensors (N, C, H, W) in memory; by default what is below is what is explained."""
         return cls(
             len(below),
             below.shape[1:],
             below.device,
             lambda images: below[images],
-            target or (lambda images: Target(below[images])),
+            target or (lambda images: LayerProblem(below[images])),
         )
 
     @classmethod
-    def over(cls, net: DeconvNet, codes: Codes, number: int) -> LayerData:
+    def from_codes(cls, net: DeconvNet, codes: Codes, number: int) -> LayerData:
         """Of layer `number` of a network over the codes of the layers below."""
-        return cls.of(net.below(codes, number), partial(net.target, codes, number))
+        return cls.from_tensor(
+            net.layer_input(codes, number), partial(net.layer_problem, codes, number)
+        )
 
 
 def warm_starts_size(layer: Layer, data: LayerData) -> int:
@@ -591,7 +595,7 @@ def learn_layers(
     for number in range(1, (net.depth if depth is None else depth) + 1):
         layer = net.layer(number)
         if number > 1:
-            codes = net.extend(codes, chunk=chunk)
+            codes = net.infer_next_layer(codes, chunk=chunk)
             layer.fit_scale(codes.layers[-1].pooled)
         data = LayerData.from_codes(net, codes, number)
         trainer = LayerTrainer(layer, data, seed=seed, number=number, chunk=chunk)

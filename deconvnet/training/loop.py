@@ -20,7 +20,7 @@ from deconvnet.images.preprocessing import Spread
 from deconvnet.monitoring.monitor import Monitor
 from deconvnet.monitoring.records import InferencePoint, LayerResult, decibels
 from deconvnet.network.codes import Codes
-from deconvnet.network.network import DeconvNet, Layer, Target
+from deconvnet.network.network import DeconvNet, Layer, LayerProblem
 from deconvnet.sparse_coding.prior import Prior
 from deconvnet.sparse_coding.solvers import data_term
 from deconvnet.storage import formats
@@ -365,7 +365,7 @@ class LayerEvaluation:
         self.pixels += y.numel()
         self.values += float(y.sum())
         self.squares += float(y.square().sum())
-        self.error += float((y - net.paint(codes, len(codes.layers))).square().sum())
+        self.error += float((y - net.synthesize(codes, len(codes.layers))).square().sum())
         active = (z != 0).sum((0, 2, 3)).cpu()
         self.active = active if self.active is None else self.active + active
         self.pooled.add(found.pooled)
@@ -456,8 +456,8 @@ def _show(
     if run is None:
         return
     monitor.result(position.results[-1], codes.layer(number).values, position.step)
-    target = net.target(codes, number, slice(CURVE_IMAGES))
-    monitor.inference(number, _inference_curve(net.layer(number), target))
+    problem = net.layer_problem(codes, number, slice(CURVE_IMAGES))
+    monitor.inference(number, _inference_curve(net.layer(number), problem))
     pixels, _ = training_set.images.read(some)
     pictures = layer_pictures(net, codes, pixels.to(net.device), number)
     learned = recorded(run.evolution(number))
@@ -467,18 +467,18 @@ def _show(
         monitor.picture(name, picture, position.step)
 
 
-def _inference_curve(layer: Layer, target: Target) -> list[InferencePoint]:
+def _inference_curve(layer: Layer, problem: LayerProblem) -> list[InferencePoint]:
     """How the objective falls while the maps of some images are inferred, beta beside it."""
-    A, settings = target.T @ layer.operator(), layer.settings
+    A, settings = problem.T @ layer.operator(), layer.settings
     prior = Prior(settings.p, group=settings.group)
     curve = []
 
     def watch(iteration: int, z: Tensor, beta: Tensor) -> None:
-        cost = data_term(target.b - A(z), settings.lam) + prior(z)
+        cost = data_term(problem.b - A(z), settings.lam) + prior(z)
         density = float(torch.count_nonzero(z)) / z.numel()
         curve.append(InferencePoint(iteration, float(cost.mean()), float(beta.mean()), density))
 
-    layer.infer(target, settings=replace(settings.solver, tolerance=0.0), callback=watch)
+    layer.infer(problem, settings=replace(settings.solver, tolerance=0.0), callback=watch)
     return curve
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from deconvnet.images.preprocessing import Spread
 from deconvnet.network.codes import ALL, Codes, join, join_codes
-from deconvnet.network.network import DeconvNet, Target
+from deconvnet.network.network import DeconvNet, LayerProblem
 from deconvnet.support.communicator import SINGLE, Communicator
 from deconvnet.training.layer_trainer import LayerData
 from deconvnet.training.sampler import BatchSampler
@@ -38,7 +38,7 @@ class ImageSource:
     digests: Callable[[], Sequence[str]] | None = None
 
     @classmethod
-    def of(
+    def from_tensor(
         cls,
         images: Tensor,
         frames: Tensor | None = None,
@@ -109,7 +109,7 @@ class TrainingSet:
         codes, rows = self._found(images, depth)
         return codes.select(rows)
 
-    def collected(self, images: Tensor, depth: int) -> Codes | None:
+    def gather_codes(self, images: Tensor, depth: int) -> Codes | None:
         """`codes_of` images, ascending, each from the rank whose own it is; for the first rank."""
         mine = images[torch.isin(images, self.own)]
         found = [self.codes_of(some, depth) for some in self._chunks(mine)]
@@ -120,23 +120,23 @@ class TrainingSet:
         order = torch.cat([mine for mine, _ in parts]).argsort()
         return join_codes([codes for _, codes in parts]).select(order).to(self.net.device)
 
-    def data(self, number: int) -> LayerData:
+    def layer_data(self, number: int) -> LayerData:
         """What layer `number` stands on, in one's own images."""
         depth = number - 1
 
         def below(images: Tensor) -> Tensor:
             codes, rows = self._found(images, depth)
-            return self.net.below(codes, number, rows)
+            return self.net.layer_input(codes, number, rows)
 
-        def target(images: Tensor) -> Target:
+        def target(images: Tensor) -> LayerProblem:
             codes, rows = self._found(images, depth)
-            return self.net.target(codes, number, rows)
+            return self.net.layer_problem(codes, number, rows)
 
-        shape = below(self.some(1)).shape[1:]
+        shape = below(self.sample_indices(1)).shape[1:]
         ahead = None if self.hold else self.images.ahead
         return LayerData(len(self), shape, self.net.device, below, target, ahead)
 
-    def some(self, count: int) -> Tensor:
+    def sample_indices(self, count: int) -> Tensor:
         """The numbers of so many images, evenly among all."""
         return torch.linspace(0, len(self) - 1, min(count, len(self))).round().long()
 
@@ -145,7 +145,7 @@ class TrainingSet:
         time."""
         parts, done = [], 0
         for some in self._chunks(self.own):
-            codes = self.net.extend(self.codes_of(some, number - 1), chunk=self.chunk)
+            codes = self.net.infer_next_layer(self.codes_of(some, number - 1), chunk=self.chunk)
             if self.hold:
                 parts.append(codes.layers[-1])
             yield codes
@@ -156,7 +156,7 @@ class TrainingSet:
             layers = (*self.codes.layers, join(parts))
             self.codes = Codes(layers, self.codes.y, self.codes.record)
 
-    def pooled(self, depth: int) -> Spread:
+    def pooled_spread(self, depth: int) -> Spread:
         """How large the pooled maps of a layer are, on all images."""
         spread = Spread()
         for some in self._chunks(self.own):

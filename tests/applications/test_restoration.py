@@ -249,7 +249,7 @@ def with_a_layer_above(filters, image, *, pool=(1, 2, 2), pooling="after", **set
     net = network(filters, above=[LayerSettings(20, 3, **settings)], pool=pool, pooling=pooling)
     codes = net.infer(image.clamp(0, 1), depth=1)
     net.layer(2).fit_scale(codes.layers[-1].pooled)
-    net.layer(2).initialize(net.below(codes, 2), torch.Generator().manual_seed(0))
+    net.layer(2).initialize(net.layer_input(codes, 2), torch.Generator().manual_seed(0))
     return net
 
 

@@ -20,7 +20,7 @@ from deconvnet.filters.update import (
     update_filters,
     update_filters_by_cg,
 )
-from deconvnet.network.network import Layer, LayerSettings, Target
+from deconvnet.network.network import Layer, LayerProblem, LayerSettings
 from deconvnet.operators.arithmetic import convolution_matrix, receptive_field
 from deconvnet.operators.convolution import (
     correlate,
@@ -673,7 +673,7 @@ def test_a_layer_passes_on_what_its_settings_ask_of_the_maps(boundary):
     settings = LayerSettings(4, 3, lam=20.0, boundary=boundary, group=2, non_negative=True)
     layer = Layer(settings, 1, torch.Generator().manual_seed(0))
     b = rand(2, 1, 6, 7).float()
-    found = layer.infer(Target(b))
+    found = layer.infer(LayerProblem(b))
     asked = dict(boundary=boundary, group=2, non_negative=True, settings=SolverSettings())
     expected = sparse_code(b, layer.filters, lam=20.0, **asked)
     assert torch.equal(found.z, expected.z) and (found.z >= 0).all() and found.z.any()

@@ -21,7 +21,7 @@ from deconvnet import (
 )
 from deconvnet.filters.update import normalize, off_center
 from deconvnet.monitoring.monitor import Monitor
-from deconvnet.network.network import Layer, Target, seeded
+from deconvnet.network.network import Layer, LayerProblem, seeded
 from deconvnet.operators.convolution import deconvolve
 from deconvnet.operators.pooling import max_pool, pooled_shape, unpool
 from deconvnet.storage import formats
@@ -416,13 +416,13 @@ def test_a_layer_that_explains_the_image_learns_to(below, target, update, pooled
         recenter=False,
         **pooled,
     )
-    before = net.extend(codes).layer(2).objective.sum().item()
+    before = net.infer_next_layer(codes).layer(2).objective.sum().item()
     history = to_the_end(trainer)
     values = [stats.objective for stats in history]
     assert all(b < a for a, b in zip(values, values[1:], strict=False))
     assert_close(lengths(net.layer(2).filters), torch.ones(5), rtol=0, atol=1e-6)
     # Inferred anew, from zero.
-    after = net.extend(codes).layer(2).objective.sum().item()
+    after = net.infer_next_layer(codes).layer(2).objective.sum().item()
     assert after < 0.97 * before
 
 
@@ -431,7 +431,7 @@ def test_what_an_epoch_saw_through_the_layers_below_is_in_terms_of_the_image(bel
     codes = below[2]
     start = net.layer(2).filters.clone()
     solver = SolverSettings(method="fista", iterations=5, tolerance=0)
-    found = net.layer(2).infer(net.target(codes, 2), settings=solver)
+    found = net.layer(2).infer(net.layer_problem(codes, 2), settings=solver)
     stats = trainer.update()
     assert not torch.equal(net.layer(2).filters, start)
     assert stats.reconstruction == pytest.approx(found.reconstruction.mean().item(), rel=1e-4)
@@ -692,7 +692,7 @@ def test_each_visit_begins_with_the_maps_and_the_steps_of_the_last(below, method
     trainer.update()
     order = trainer.sampler.batch(1, 0)
     expected = net.layer(2).infer(
-        net.target(below[2], 2, order),
+        net.layer_problem(below[2], 2, order),
         state=trainer.warm_starts[order],
         step=trainer.warm_starts.scalar("step", order),
         training=True,
@@ -781,7 +781,7 @@ def test_filters_that_are_moved_leave_maps_with_one_entry_per_window(below):
 
 def test_a_target_of_its_own_is_explained_in_place_of_what_is_below(b):
     trainer = LayerTrainer(
-        layer(batch_size=None), LayerData.from_tensor(b, lambda images: Target(-b[images]))
+        layer(batch_size=None), LayerData.from_tensor(b, lambda images: LayerProblem(-b[images]))
     )
     negative = layer(batch_size=None)
     plain = LayerTrainer(negative, b)

@@ -242,7 +242,7 @@ def _reconstruction(state: Findings, x: Tensor, layer: str) -> tuple[Tensor | No
         return None, {}
     net, number = projector.model, int(layer.removeprefix("layer"))
     codes = projector.network.codes(x, number)
-    made, white = net.paint(codes, number), 3 * codes.y.std().clamp(min=1e-12)
+    made, white = net.synthesize(codes, number), 3 * codes.y.std().clamp(min=1e-12)
     facts = {
         "SNR": f"{snr(codes.y, made):.1f} dB",
         "not zero": f"{codes.layer(number).density:.2%} of z",

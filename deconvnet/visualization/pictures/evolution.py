@@ -286,7 +286,7 @@ def project_snapshot(
             one = f.new_zeros(1, 1, *shape)
             one[..., peaks.rows[k], peaks.columns[k]] = peaks.values[k].sign()
             painted.append(deconvolve(one, f[k : k + 1], boundary=boundary))
-        y = net.down(codes, layer, places[maps])(torch.cat(painted))
+        y = net.decoder(codes, layer, places[maps])(torch.cat(painted))
         tiles += _tiles(y, boxes[maps])
     return _column(
         snapshot.epoch, range(len(f)), signed_rgb(net, torch.stack(tiles)), boxes, peaks.values
