@@ -58,7 +58,7 @@ class WarmStarts:
         for tensor, values in zip(self.kept, new, strict=True):
             tensor[self._rows(part)] = values
 
-    def number(self, name: str, part: Tensor) -> Tensor | None:
+    def scalar(self, name: str, part: Tensor) -> Tensor | None:
         """A number of these images (N, 1, 1, 1), if all have one."""
         values = self.numbers.get(name)
         values = None if values is None else values[self._rows(part)]

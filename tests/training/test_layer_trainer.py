@@ -485,15 +485,15 @@ def test_states_give_back_what_was_put_in_for_any_images_in_any_order():
 
 def test_numbers_are_known_where_every_image_has_had_one():
     states = WarmStarts(torch.arange(4))
-    assert states.number("step", torch.tensor([0])) is None
+    assert states.scalar("step", torch.tensor([0])) is None
     states.set_scalar("step", torch.tensor([2, 0]), torch.tensor([0.2, 0.1]).view(2, 1, 1, 1))
-    found = states.number("step", torch.tensor([0, 2])).flatten().tolist()
+    found = states.scalar("step", torch.tensor([0, 2])).flatten().tolist()
     assert found == pytest.approx([0.1, 0.2])
-    assert states.number("step", torch.tensor([0, 1])) is None
+    assert states.scalar("step", torch.tensor([0, 1])) is None
     again = WarmStarts(torch.arange(4))
     again.load_state_dict(states.state_dict(), torch.device("cpu"))
-    assert again.number("step", torch.tensor([2])).item() == pytest.approx(0.2)
-    assert again.number("step", torch.tensor([3])) is None
+    assert again.scalar("step", torch.tensor([2])).item() == pytest.approx(0.2)
+    assert again.scalar("step", torch.tensor([3])) is None
 
 
 @pytest.mark.parametrize("kept", [True, False])
@@ -508,7 +508,7 @@ def test_the_states_of_all_ranks_are_those_of_all_images(kept):
     for images in ([0, 1], [2, 3]):
         some = WarmStarts(torch.tensor(images))
         some.load_state_dict(state, torch.device("cpu"))
-        assert some.number("curvature", some.images).flatten().tolist() == images
+        assert some.scalar("curvature", some.images).flatten().tolist() == images
         assert not kept or some[some.images][:, 0, 0, 0].tolist() == images
 
 
