@@ -44,7 +44,7 @@ import torch
 from ours import synchronizer
 
 from deconvnet import LayerSettings, LearningSettings, SolverSettings
-from deconvnet.filters.update import random_filters
+from deconvnet.filters.update import initial_filters
 from deconvnet.images.preprocessing import PreprocessingSettings
 from deconvnet.monitoring.strict_json import to_json
 from deconvnet.network.network import DeconvNet, Layer, seeded
@@ -360,7 +360,7 @@ def data(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     chosen = np.arange(case.images) * len(tiles) // case.images
     y = torch.from_numpy(np.ascontiguousarray(tiles[chosen], np.float32)).to(case.device)
     others = torch.from_numpy(problems.crops(problems.OTHERS, 10, 128, 1))
-    f = random_filters(case.maps, others, case.size, "patches", torch.Generator().manual_seed(0))
+    f = initial_filters(case.maps, others, case.size, "patches", torch.Generator().manual_seed(0))
     return y, f.to(case.device)
 
 

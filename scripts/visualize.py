@@ -36,7 +36,7 @@ from deconvnet.images.datasets import (
 from deconvnet.images.decoding import shown_name
 from deconvnet.support.communicator import SINGLE, Communicator, RankLost, started
 from deconvnet.training.run_folder import training_data
-from deconvnet.visualization.models.zoo import WEIGHT_FILES, Subject, digest, load_model
+from deconvnet.visualization.models.zoo import WEIGHT_FILES, LoadedModel, digest, load_model
 from deconvnet.visualization.pictures.evolution import Evolution, evolution, load_evolution
 from deconvnet.visualization.projection.projection import choose_among
 from deconvnet.visualization.report import (
@@ -44,7 +44,7 @@ from deconvnet.visualization.report import (
     file_name,
     layers_of,
     projector_of,
-    survey,
+    visualize_network,
 )
 
 LIST = "?"
@@ -71,7 +71,7 @@ def visualize(settings: config.VisualizeConfig, communicator: Communicator = SIN
     if settings.layers == [LIST]:
         return list_layers(settings, subject, images)
     folder = output(settings)
-    written = survey(
+    written = visualize_network(
         subject,
         images,
         settings,
@@ -108,15 +108,15 @@ def is_file(model: str) -> bool:
     return Path(model).suffix in WEIGHT_FILES or Path(model).is_file()
 
 
-def learned(settings: config.VisualizeConfig) -> Subject:
+def learned(settings: config.VisualizeConfig) -> LoadedModel:
     """The network of a run."""
     path = Path(settings.run)
     net = load(path)
     name = path.resolve().name if path.is_dir() else path.stem
-    return Subject(net, name, shown(path).as_posix(), digest=digest(net))
+    return LoadedModel(net, name, shown(path).as_posix(), digest=digest(net))
 
 
-def trained(settings: config.VisualizeConfig, weights: str | None = None) -> Subject:
+def trained(settings: config.VisualizeConfig, weights: str | None = None) -> LoadedModel:
     """The network that `model` names."""
     return load_model(
         settings.model,
@@ -130,7 +130,7 @@ def trained(settings: config.VisualizeConfig, weights: str | None = None) -> Sub
 
 
 def images_of(
-    settings: config.VisualizeConfig, subject: Subject, communicator: Communicator = SINGLE
+    settings: config.VisualizeConfig, subject: LoadedModel, communicator: Communicator = SINGLE
 ) -> LazyImages:
     """The images of the settings, or those that the network has learned from, cropped.
 
@@ -178,7 +178,7 @@ def named_images(settings: config.VisualizeConfig, crop: Crop | None) -> LazyIma
     )
 
 
-def data_of(settings: config.VisualizeConfig, subject: Subject) -> DataSettings | None:
+def data_of(settings: config.VisualizeConfig, subject: LoadedModel) -> DataSettings | None:
     """What the network has learned from; of pictures with zeros around them, their crops."""
     if settings.run and Path(settings.run).is_dir():
         data = training_data(settings.run)
@@ -202,7 +202,7 @@ def described(data: DataSettings) -> str:
     return f"{name}{shown_name(data.path)}"
 
 
-def list_layers(settings: config.VisualizeConfig, subject: Subject, images: LazyImages) -> None:
+def list_layers(settings: config.VisualizeConfig, subject: LoadedModel, images: LazyImages) -> None:
     """Print the layers that can be named, with their maps and receptive fields."""
     infos = layers_of(projector_of(subject, settings), images[0])
     if not infos:
@@ -214,7 +214,7 @@ def list_layers(settings: config.VisualizeConfig, subject: Subject, images: Lazy
 
 
 def evolutions(
-    settings: config.VisualizeConfig, subject: Subject, images: LazyImages
+    settings: config.VisualizeConfig, subject: LoadedModel, images: LazyImages
 ) -> dict[str, Evolution]:
     """The features of layers over the epochs of a run, or over the checkpoints of a model."""
     if settings.run:

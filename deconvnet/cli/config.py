@@ -38,7 +38,7 @@ from deconvnet.monitoring.monitor import not_in_bar
 from deconvnet.network.network import LARGEST, LayerSettings
 from deconvnet.network.tiling import MEMORY, check_memory
 from deconvnet.storage import ownership
-from deconvnet.visualization.report import SurveySettings
+from deconvnet.visualization.report import VisualizationSettings
 
 # Settings of scripts/visualize.py that a network learned here leaves nothing to.
 OF_MODELS = {
@@ -84,7 +84,7 @@ class Config:
 
 
 @dataclass
-class VisualizeConfig(SurveySettings):
+class VisualizeConfig(VisualizationSettings):
     """Everything that scripts/visualize.py needs to know: what to look at, beside how."""
 
     # a run folder of scripts/train.py, or a network file; or else `model`

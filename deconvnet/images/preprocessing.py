@@ -183,7 +183,7 @@ class Preprocessing(torch.nn.Module):
             elif step == "contrast":
                 planes = planes * kept["deviation"] + kept["mean"]
             else:
-                planes = highpass.undo(planes, kept["low"], self._filter(step))
+                planes = highpass.invert(planes, kept["low"], self._filter(step))
         return ycbcr_to_rgb(planes) if self.settings.color == "ycbcr" else planes
 
     def _preprocess(self, images: Tensor, steps: list[str]) -> tuple[Tensor, Record]:

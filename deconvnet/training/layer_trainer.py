@@ -21,13 +21,13 @@ from torch import Tensor
 
 from deconvnet.filters.update import (
     Batch,
-    FilterSums,
+    FilterStatistics,
     LearningSettings,
     dead_filters,
-    double_filters,
-    draw_places,
-    filter_sums,
+    duplicate_filters,
+    filter_statistics,
     off_center,
+    random_patch_positions,
     shift,
     update_filters,
     update_filters_by_cg,
@@ -169,11 +169,11 @@ class LayerTrainer:
             DiskWarmStarts(own, window, folder, token) if folder else WarmStarts(own, window)
         )
         self.snapshot: Snapshot | None = None
-        self.sums: FilterSums | None = None
+        self.sums: FilterStatistics | None = None
         self._seen = EpochAccumulator()
         if state is None:
             if filters is None:
-                filters = self._fresh_filters(layer.settings.num_maps, seeded(seed, number, 1))
+                filters = self._draw_filters(layer.settings.num_maps, seeded(seed, number, 1))
             layer.set_filters(filters.to(layer.filters))
         else:
             self.load_state_dict(state)
@@ -240,7 +240,7 @@ class LayerTrainer:
 
     def _update_by_sums(self, chosen: Tensor, stop: bool) -> None:
         layer, f = self.layer, self.layer.filters
-        sums, finite = FilterSums.none(f), True
+        sums, finite = FilterStatistics.none(f), True
         for part in self._parts(chosen):
             self._seen.clock.end("sums")
             solution, T = self._visit(part)
@@ -248,7 +248,7 @@ class LayerTrainer:
             if not torch.isfinite(solution.objective).all():
                 finite = False
                 continue
-            sums += filter_sums(
+            sums += filter_statistics(
                 solution.z,
                 T.adjoint(solution.residual),
                 f,
@@ -262,9 +262,9 @@ class LayerTrainer:
         )
         self._seen.clock.end("exchange")
         self._check_flags(flags)
-        sums = FilterSums(linear, gram)
+        sums = FilterStatistics(linear, gram)
         # Each update lets 1 / (updates in `memory` epochs) of what came before fade.
-        fade = max(0.0, 1 - 1 / max(self.settings.memory * self.sampler.batches, 1))
+        fade = max(0.0, 1 - 1 / max(self.settings.averaging_epochs * self.sampler.batches, 1))
         self.sums = sums if self.sums is None or fade == 0 else self.sums * fade + sums
         f.copy_(
             update_filters(
@@ -340,15 +340,15 @@ class LayerTrainer:
     def _parts(self, images: Tensor) -> Iterator[Tensor]:
         return iter(images.split(self.chunk) if len(images) else ())
 
-    def _fresh_filters(self, num: int, generator: torch.Generator) -> Tensor:
+    def _draw_filters(self, num: int, generator: torch.Generator) -> Tensor:
         """So many filters as learning starts with."""
         H, W = self.data.shape[1:]
         images, size = self.data.images, self.layer.settings.filter_size
 
         def draw(number: int) -> Tensor:
-            return self._patches(draw_places(number, images, (H, W), size, generator))
+            return self._patches(random_patch_positions(number, images, (H, W), size, generator))
 
-        return self.layer.fresh_filters(num, draw, generator)
+        return self.layer.draw_filters(num, draw, generator)
 
     def _patches(self, places: Tensor) -> Tensor:
         """(P, C, h, w): the pieces of what is below at places (P, 3), image, row, column."""
@@ -385,27 +385,27 @@ class LayerTrainer:
     def _end_epoch(self) -> EpochStats:
         seen, self._seen = self._seen.shared(self.communicator), EpochAccumulator()
         dead = dead_filters(seen.energy)
-        double = double_filters(self.layer.filters, seen.energy)
+        double = duplicate_filters(self.layer.filters, seen.energy)
         double = [k for k in double if k not in dead]
         self.epoch, self.batch = self.epoch + 1, 0
         if seen.peaks is not None:
             self.snapshot = Snapshot(self.epoch, seen.peaks, self.layer.filters.clone())
         self.warm_starts.next_pass()
-        if self.settings.revive and not self.done:
-            self._revive(sorted([*dead, *double]))
+        if self.settings.reinit_unused and not self.done:
+            self._reinitialize(sorted([*dead, *double]))
         early = 3 * self.epoch <= 2 * self.settings.epochs
         if self.settings.recenter and early and self.epoch % RECENTER_EVERY == 0:
             self._recenter()
         self.warm_starts.next_pass()
         return seen.stats(self, dead=len(dead), double=len(double))
 
-    def _revive(self, filters: list[int]) -> None:
+    def _reinitialize(self, filters: list[int]) -> None:
         """Start these filters anew, and forget what was known of their maps."""
         if not filters:
             return
         layer = self.layer
         generator = seeded(self.seed, self.number, 3, self.epoch)
-        fresh = self._fresh_filters(len(filters), generator)
+        fresh = self._draw_filters(len(filters), generator)
         f = layer.filters.clone()
         f[filters] = fresh
         layer.set_filters(f)
@@ -469,7 +469,7 @@ class LayerTrainer:
         self.epoch, self.batch = state["epoch"], state["batch"]
         self.warm_starts.load_state_dict(state["codes"], device)
         sums = state["sums"]
-        self.sums = sums and FilterSums(sums["linear"].to(device), sums["gram"].to(device))
+        self.sums = sums and FilterStatistics(sums["linear"].to(device), sums["gram"].to(device))
         # What all have seen counts once.
         self._seen = (
             EpochAccumulator.of(state["seen"], device)

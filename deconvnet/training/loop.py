@@ -412,7 +412,7 @@ def _learn(
             if stats.objective > RISE * before and training_set.communicator.is_main:
                 log.warning(
                     "layer %d, epoch %d: the objective has risen from %.4g to %.4g; if it goes on, "
-                    "use larger batches (learning.batch_size) or a longer learning.memory",
+                    "use larger learning.batch_size or learning.averaging_epochs",
                     *(trainer.number, stats.epoch, before, stats.objective),
                 )
             before = stats.objective

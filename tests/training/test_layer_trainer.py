@@ -46,7 +46,7 @@ PAPER = {
         update_iterations=2,
         init="random",
         norm="plane",
-        revive=False,
+        reinit_unused=False,
     ),
     "scale": "max",
 }
@@ -63,7 +63,14 @@ def b(textures):
 def layer(channels=1, *, num_maps=6, seed=0, epochs=3, batch_size=4, connectivity="full", **other):
     learning = {
         key: other.pop(key)
-        for key in ("update", "memory", "init", "norm", "revive", "update_iterations")
+        for key in (
+            "update",
+            "averaging_epochs",
+            "init",
+            "norm",
+            "reinit_unused",
+            "update_iterations",
+        )
         if key in other
     }
     learning = LearningSettings(epochs=epochs, batch_size=batch_size, **learning)
@@ -165,13 +172,13 @@ def test_what_an_epoch_saw_is_the_sum_over_its_visits(b):
     assert stats.seconds_per_image > 0
 
 
-@pytest.mark.parametrize("revive", [True, False])
-def test_a_dead_filter_is_noticed_and_started_anew(b, revive):
-    trainer = LayerTrainer(layer(batch_size=None, revive=revive), b)
+@pytest.mark.parametrize("reinit_unused", [True, False])
+def test_a_dead_filter_is_noticed_and_started_anew(b, reinit_unused):
+    trainer = LayerTrainer(layer(batch_size=None, reinit_unused=reinit_unused), b)
     trainer.layer.filters[2] = 0
     stats = trainer.update()
     assert stats.dead == 1 and stats.double == 0
-    if not revive:
+    if not reinit_unused:
         assert (trainer.layer.filters[2] == 0).all()
         return
     assert_close(lengths(trainer.layer.filters), torch.ones(6), rtol=0, atol=1e-6)
@@ -261,7 +268,7 @@ def test_an_objective_that_is_not_finite_stops_before_the_filters_change(b):
 def test_images_beyond_what_float32_can_square_teach_the_same_filters(b, solver):
     learning = LearningSettings(epochs=2)
     plain, large = (
-        learn_filters(s * b, 3, 5, share=0.1, solver=solver, learning=learning)
+        learn_filters(s * b, 3, 5, lam_ratio=0.1, solver=solver, learning=learning)
         for s in (1.0, 2.0**100)
     )
     assert torch.equal(large.filters, plain.filters)
@@ -362,7 +369,14 @@ def second(below, *, method="fista", seed=0, state=None, filters=None, chunk=2, 
     first, tensors, codes = below
     learning = {
         key: settings.pop(key)
-        for key in ("update", "update_iterations", "epochs", "batch_size", "revive", "recenter")
+        for key in (
+            "update",
+            "update_iterations",
+            "epochs",
+            "batch_size",
+            "reinit_unused",
+            "recenter",
+        )
         if key in settings
     }
     top = LayerSettings(
@@ -412,7 +426,7 @@ def test_a_layer_that_explains_the_image_learns_to(below, target, update, pooled
         update=update,
         update_iterations=iterations,
         epochs=4,
-        revive=False,
+        reinit_unused=False,
         recenter=False,
         **pooled,
     )
@@ -733,7 +747,7 @@ def test_learning_through_the_layers_below_goes_on_bit_by_bit(below, tmp_path, s
 def test_filters_that_are_started_anew_leave_maps_with_one_entry_per_window(below, update):
     settings = {"batch_size": None, "update": update, **IN_LOOP}
     net, trainer = second(below, **settings)
-    _, other = second(below, revive=False, **settings)
+    _, other = second(below, reinit_unused=False, **settings)
     every = torch.arange(6)
     for one in (trainer, other):
         one.layer.filters[2] = 0
@@ -750,7 +764,9 @@ def test_filters_that_are_started_anew_leave_maps_with_one_entry_per_window(belo
 
 
 def test_filters_that_are_moved_leave_maps_with_one_entry_per_window(below):
-    net, trainer = second(below, batch_size=None, epochs=12, revive=False, update="cg", **IN_LOOP)
+    net, trainer = second(
+        below, batch_size=None, epochs=12, reinit_unused=False, update="cg", **IN_LOOP
+    )
     for _ in range(3):
         trainer.update()
     before = trainer.warm_starts[torch.arange(6)]

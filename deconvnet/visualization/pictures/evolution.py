@@ -379,7 +379,7 @@ def _project_checkpoint(
         if peaks is None:
             chosen = _chosen(maps, z.shape[1], layer)
             peaks, first = Peaks.none(z[:, chosen]), (0, z.shape[2], 0, z.shape[3])
-            if inside or projector.learned:
+            if inside or projector.is_deconvnet:
                 (info,) = (info for info in projector.layers(some) if info.name == layer)
                 first = _region(info.inside(tuple(some.shape[2:])))
         peaks = peaks.updated(z[:, chosen], images.to(z.device), first)
