@@ -32,10 +32,10 @@ from sklearn.decomposition import PCA, MiniBatchDictionaryLearning
 from torch import Tensor, nn
 from torch.nn import functional
 
-from deconvnet.filters.update import LearningSettings, random_filters
+from deconvnet.filters.update import LearningSettings, initial_filters
 from deconvnet.images.preprocessing import Preprocessing, PreprocessingSettings
 from deconvnet.network.codes import Codes
-from deconvnet.network.network import DeconvNet, LayerSettings, Target, seeded
+from deconvnet.network.network import DeconvNet, LayerProblem, LayerSettings, seeded
 from deconvnet.operators.convolution import correlate, deconvolve
 from deconvnet.operators.pooling import pool, strongest, unpool
 from deconvnet.sparse_coding.solvers import default_solver
@@ -126,7 +126,7 @@ class SparseMaps(Method):
     def _maps(self, y: Tensor) -> Tensor:
         codes = Codes((), y, [])
         for _ in range(self.depth):
-            codes = self.net.extend(codes, chunk=len(y))
+            codes = self.net.infer_next_layer(codes, chunk=len(y))
         return codes.layer(self.depth).z
 
 
@@ -184,7 +184,7 @@ class FilterMaps(Method):
 
     def _maps(self, y: Tensor) -> Tensor:
         if not self.rectified:
-            return self.net.layer(1).infer(Target(y)).z
+            return self.net.layer(1).infer(LayerProblem(y)).z
         c = correlations(y, self.filters)
         return c.sign() * (c.abs() - self.thresholds).clamp(min=0)
 
@@ -205,7 +205,7 @@ class RandomFilters(FilterMaps):
 
     def _filters(self, y: Tensor) -> Tensor:
         num_maps, _, size, _ = self.filters.shape
-        return random_filters(num_maps, y, size, "random", seeded(self.seed, 1))
+        return initial_filters(num_maps, y, size, "random", seeded(self.seed, 1))
 
 
 class PatchDictionary(FilterMaps):

@@ -239,8 +239,10 @@ def _layers(size: int, count: int, device: torch.device) -> dict:
     codes = net.to(device).infer(images, depth=0)
     before, seconds = _fresh_peak(), []
     for number in range(1, net.depth + 1):
-        net.layer(number).initialize(net.below(codes, number), torch.Generator().manual_seed(0))
-        runs = [timed(lambda c=codes: net.extend(c, chunk=count), device) for _ in "ab"]
+        net.layer(number).initialize(
+            net.layer_input(codes, number), torch.Generator().manual_seed(0)
+        )
+        runs = [timed(lambda c=codes: net.infer_next_layer(c, chunk=count), device) for _ in "ab"]
         codes = runs[0][0]
         seconds.append(min(t for _, t in runs) / len(images))
     return {"seconds": seconds, "mebibytes": (_peak() - before) / len(images)}
@@ -261,10 +263,10 @@ def steps(options: argparse.Namespace) -> None:
     marks = (5, 10, 20, 50)
     print(f"{options.images} images; objective above the lowest that any reached in 200 iterations")
     for number in range(1, net.depth + 1):
-        layer, target = net.layer(number), net.target(codes, number)
-        A, common = target.T @ layer.operator(), layer.settings
-        zero = torch.zeros_like(A.adjoint(target.b))
-        start = _adjoint_start(A, target.b, common.lam, common.window)
+        layer, problem = net.layer(number), net.layer_problem(codes, number)
+        A, common = problem.T @ layer.operator(), layer.settings
+        zero = torch.zeros_like(A.adjoint(problem.b))
+        start = _adjoint_start(A, problem.b, common.lam, common.window)
         ways = {
             "ista, 1 / (lam norm^2)": dict(z=zero, momentum=False, adaptive=False),
             "fista, 1 / (lam norm^2)": dict(z=zero, adaptive=False),
@@ -276,13 +278,13 @@ def steps(options: argparse.Namespace) -> None:
         for name, way in ways.items():
             curve = curves[name] = []
 
-            def watch(i: int, z: torch.Tensor, beta: torch.Tensor, curve=curve, A=A, b=target.b):
+            def watch(i: int, z: torch.Tensor, beta: torch.Tensor, curve=curve, A=A, b=problem.b):
                 cost = data_term(b - A(z), common.lam) + penalties(z, common.p)  # noqa: B023
                 curve.append(float(cost.mean()))
 
             proximal_gradient(
                 A,
-                target.b,
+                problem.b,
                 lam=common.lam,
                 p=common.p,
                 window=common.window,
@@ -375,19 +377,19 @@ def _scaling_rank(options: argparse.Namespace) -> None:
     device = torch_device(options.device)
     net = DeconvNet(settings.layer_settings(), settings.preprocessing).to(device)
     found = []
-    with started() as ranks:
+    with started() as communicator:
         source = Source.of(load_images(settings.data).images.to(device))
-        corpus = Corpus(net, source, ranks=ranks)
+        corpus = Corpus(net, source, communicator=communicator)
         corpus.fit_preprocessing()
         for number in (1, 2):
             corpus.settle(corpus.own_for(number), number - 1)
             if number > 1:
                 net.layer(number).fit_scale(corpus.pooled(number - 1))
             trainer = LayerTrainer(
-                net.layer(number), corpus.ground(number), number=number, ranks=ranks
+                net.layer(number), corpus.ground(number), number=number, communicator=communicator
             )
             _epoch(trainer)
-            ranks.gathered(None)
+            communicator.all_gather(None)
             start = time.perf_counter()
             loads = [_epoch(trainer).loads for _ in "ab"]
             synchronize(device)

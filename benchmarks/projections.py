@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from deconvnet.images.datasets import DataSettings, load_images
 from deconvnet.visualization.projection.projector import Projector
-from deconvnet.visualization.search.top_activations import Top, mine
+from deconvnet.visualization.search.top_activations import TopActivations, find_top_activations
 
 LAYERS = {
     "alexnet": ["features.3", "features.8"],
@@ -65,7 +65,9 @@ def main() -> None:
     for name in options.models:
         torch.manual_seed(0)
         model = torchvision.models.get_model(name, weights=None).eval()
-        tops = mine(Projector(model), images, LAYERS[name], k=K, batch=options.batch)
+        tops = find_top_activations(
+            Projector(model), images, LAYERS[name], k=K, batch=options.batch
+        )
         for layer in LAYERS[name]:
             print(projecting(name, model, layer, images, tops[layer], options))
     print("\n| network | search, s an image | of Captum's LayerActivation |\n|---|---|---|")
@@ -78,7 +80,12 @@ def main() -> None:
 
 
 def projecting(
-    name: str, model: nn.Module, layer: str, images: Tensor, top: Top, options: argparse.Namespace
+    name: str,
+    model: nn.Module,
+    layer: str,
+    images: Tensor,
+    top: TopActivations,
+    options: argparse.Namespace,
 ) -> str:
     """A row: one unit at a time, and nine units of each of 64 maps."""
     projector = Projector(model, batch=options.batch)
@@ -117,7 +124,9 @@ def projecting(
     )
 
 
-def by_captum(captum: NeuronDeconvolution, images: Tensor, units: list[Unit], top: Top) -> Tensor:
+def by_captum(
+    captum: NeuronDeconvolution, images: Tensor, units: list[Unit], top: TopActivations
+) -> Tensor:
     """Some units, each of the copy of its image, times their activations: Captum's seed is 1."""
     n, k, i, j = (torch.tensor(each) for each in zip(*units, strict=True))
     values = []
@@ -136,7 +145,7 @@ def searching(name: str, model: nn.Module, images: Tensor, options: argparse.Nam
     captum = LayerActivation(model, [model.get_submodule(layer) for layer in layers])
 
     def ours() -> object:
-        return mine(projector, images, layers, k=K, batch=options.batch)
+        return find_top_activations(projector, images, layers, k=K, batch=options.batch)
 
     @torch.no_grad()
     def others() -> object:

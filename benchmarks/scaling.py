@@ -44,7 +44,7 @@ import torch
 from ours import synchronizer
 
 from deconvnet import LayerSettings, LearningSettings, SolverSettings
-from deconvnet.filters.update import random_filters
+from deconvnet.filters.update import initial_filters
 from deconvnet.images.preprocessing import PreprocessingSettings
 from deconvnet.monitoring.strict_json import to_json
 from deconvnet.network.network import DeconvNet, Layer, seeded
@@ -268,19 +268,19 @@ def _through_layers(case: Case) -> dict:
     net.preprocessing.fit(images)
     codes = net.to(case.device).infer(images, depth=0)
     for number in range(1, case.layers):
-        net.layer(number).initialize(net.below(codes, number), seeded(0, number))
-        codes = net.extend(codes)
+        net.layer(number).initialize(net.layer_input(codes, number), seeded(0, number))
+        codes = net.infer_next_layer(codes)
     number, layer = case.layers, net.layer(case.layers)
     if number > 1:
         layer.fit_scale(codes.layers[-1].pooled)
-    layer.initialize(net.below(codes, number), seeded(0, number))
+    layer.initialize(net.layer_input(codes, number), seeded(0, number))
     if case.method == EPOCH:
         ground = Ground.over(net, codes, number)
         return _epochs(case, lambda: LayerTrainer(layer, ground, number=number))
 
     def infer(iterations: int) -> Solution:
         settings = replace(solver, iterations=iterations)
-        return layer.infer(net.target(codes, number), settings=settings)
+        return layer.infer(net.layer_problem(codes, number), settings=settings)
 
     infer(2)
     used = peak_of(lambda: infer(MEMORY_ITERATIONS), case.device)
@@ -360,7 +360,7 @@ def data(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     chosen = np.arange(case.images) * len(tiles) // case.images
     y = torch.from_numpy(np.ascontiguousarray(tiles[chosen], np.float32)).to(case.device)
     others = torch.from_numpy(problems.crops(problems.OTHERS, 10, 128, 1))
-    f = random_filters(case.maps, others, case.size, "patches", torch.Generator().manual_seed(0))
+    f = initial_filters(case.maps, others, case.size, "patches", torch.Generator().manual_seed(0))
     return y, f.to(case.device)
 
 

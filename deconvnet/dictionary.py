@@ -20,19 +20,26 @@ import torch
 from torch import Tensor
 
 from deconvnet.filters.update import (
-    FilterSums,
+    FilterStatistics,
     LearningSettings,
     dead_filters,
-    filter_sums,
+    filter_statistics,
     normalize,
     off_center,
-    patches_of,
+    patch_sampler,
     shift,
     update_filters,
 )
 from deconvnet.monitoring.monitor import Monitor
 from deconvnet.monitoring.records import EpochStats, decibels
-from deconvnet.network.network import FILTERS, Layer, LayerSettings, Target, layer_settings, seeded
+from deconvnet.network.network import (
+    FILTERS,
+    Layer,
+    LayerProblem,
+    LayerSettings,
+    layer_settings,
+    seeded,
+)
 from deconvnet.operators.convolution import Boundary
 from deconvnet.sparse_coding.solvers import (
     Solution,
@@ -126,7 +133,7 @@ class Learned:
         self,
         batches: Iterable[Tensor],
         *,
-        memory: float = 50.0,
+        averaging_batches: float = 50.0,
         solver: SolverSettings | None = None,
         learning: LearningSettings | None = None,
         seed: int = 0,
@@ -134,7 +141,7 @@ class Learned:
     ) -> Learned:
         """`learn_online` from these filters on, as `learn_more`, from batches of images."""
         asked = self._asked(solver, learning, seed, progress)
-        more = learn_online(batches, memory=memory, **asked)
+        more = learn_online(batches, averaging_batches=averaging_batches, **asked)
         return dataclasses.replace(more, history=[*self.history, *more.history])
 
     def save(self, path: str | Path) -> None:
@@ -271,7 +278,7 @@ def learn_online(
     boundary: Boundary = "valid",
     group: int = 1,
     non_negative: bool = False,
-    memory: float = 50.0,
+    averaging_batches: float = 50.0,
     solver: SolverSettings | None = None,
     learning: LearningSettings | None = None,
     seed: int = 0,
@@ -283,16 +290,16 @@ def learn_online(
     these are. A batch may be a list or tuple of images and labels, as a DataLoader yields it: its
     first element counts. One without images is left out.
 
-    Only one batch and the sums over those before are in memory; the sums are a mean over about the
-    last `memory` batches. Of `learning` counts what concerns one update: init, update_iterations,
-    norm, non_negative, zero_mean, revive (filters that the batches leave unused are replaced by
-    patches of the last) and recenter (filters that have settled off centre are moved after 16, 24,
-    36, 54, ... batches). A share is that of the first batch. The history has one entry for each
-    batch. Raises Diverged where the objective is no longer finite.
+    Memory holds one batch and the sums over the batches before it; the sums are a mean over about
+    the last `averaging_batches` batches. Of `learning`, these settings apply: init,
+    update_iterations, norm, non_negative, zero_mean, reinit_unused (filters that the batches leave
+    unused are replaced by patches of the last batch) and recenter (filters that have settled off
+    centre are moved after 16, 24, 36, 54, ... batches). A share refers to the first batch. The
+    history has one entry for each batch. Raises Diverged where the objective is no longer finite.
     """
-    memory = as_number(memory, "memory")
-    if not memory >= 1:
-        raise ValueError(f"memory={memory:g}: must be at least 1 batch")
+    averaging_batches = as_number(averaging_batches, "averaging_batches")
+    if not averaging_batches >= 1:
+        raise ValueError(f"averaging_batches={averaging_batches:g}: must be at least 1 batch")
     asked = dict(
         filters=filters,
         lam=lam,
@@ -314,7 +321,7 @@ def learn_online(
                 images = _checked(images, name)
                 if stream is None:
                     settings.solver = solver or default_solver(images, p)
-                    stream = _Stream(settings, images, filters, share, seed, memory)
+                    stream = _Stream(settings, images, filters, share, seed, averaging_batches)
                 history.append(stream.learn(images, name))
                 monitor.epoch(history[-1], step=len(history))
             monitor.advance()
@@ -333,12 +340,12 @@ class _Stream:
         filters: Tensor | None,
         share: float | None,
         seed: int,
-        memory: float,
+        averaging_batches: float,
     ):
         self.settings, self.learning = settings, settings.learning
-        self.seed, self.memory = seed, memory
+        self.seed, self.averaging_batches = seed, averaging_batches
         self.layer = Layer(settings, images.shape[1], seeded(seed, 1)).to(images)
-        self.sums: FilterSums | None = None
+        self.sums: FilterStatistics | None = None
         self.count, self.next_look = 0, RECENTER_FIRST
         self._check(images, "batch 1")
         if filters is None:
@@ -353,15 +360,15 @@ class _Stream:
         self._check(images, name)
         started = time.perf_counter()
         images = images.to(self.layer.filters)
-        found = self.layer.infer(Target(images))
+        found = self.layer.infer(LayerProblem(images))
         if not torch.isfinite(found.objective).all():
             raise _diverged(name, self.settings)
         self.count += 1
         self._add(found, images)
         dead = dead_filters(self.sums.energy)
         self._update()
-        if dead and self.learning.revive:
-            self._revive(dead, images)
+        if dead and self.learning.reinit_unused:
+            self._reinitialize(dead, images)
         if self.learning.recenter and self.count == self.next_look:
             self._recenter()
             self.next_look = math.ceil(RECENTER_GROWTH * self.count)
@@ -382,8 +389,8 @@ class _Stream:
             )
 
     def _add(self, found: Solution, images: Tensor) -> None:
-        kept = 1 - 1 / min(self.count, self.memory)
-        new = filter_sums(
+        kept = 1 - 1 / min(self.count, self.averaging_batches)
+        new = filter_statistics(
             found.z, found.residual, self.layer.filters, boundary=self.settings.boundary
         )
         new = new * (1 / len(images))
@@ -402,12 +409,12 @@ class _Stream:
             )
         )
 
-    def _revive(self, dead: list[int], images: Tensor) -> None:
+    def _reinitialize(self, dead: list[int], images: Tensor) -> None:
         """Replace unused filters by patches of these images."""
         f = self.layer.filters.clone()
         shuffle = seeded(self.seed, 1, 2, self.count)
-        draw = patches_of(images, self.settings.filter_size, shuffle)
-        f[dead] = self.layer.fresh_filters(len(dead), draw, shuffle)
+        draw = patch_sampler(images, self.settings.filter_size, shuffle)
+        f[dead] = self.layer.draw_filters(len(dead), draw, shuffle)
         self.layer.set_filters(f)
         self.sums = self.sums.without(dead)
 

@@ -303,7 +303,7 @@ class DeconvNetTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
         """z (N, K, rows, columns) of the top layer; of signals the row that is not zero."""
         codes = Codes((), self._explained(net, images), [])
         for _ in net.layers:
-            codes = net.extend(codes, chunk=len(images))
+            codes = net.infer_next_layer(codes, chunk=len(images))
         return pad(codes.layer(net.depth).z, _negative(self._map_margin))
 
     def _paint(self, z: Tensor) -> Tensor:

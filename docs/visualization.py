@@ -20,12 +20,16 @@ from PIL import Image
 from torch import Tensor
 
 from deconvnet.images.datasets import DataSettings, lazy_images
-from deconvnet.visualization.models.zoo import Subject, load_model
+from deconvnet.visualization.models.zoo import LoadedModel, load_model
 from deconvnet.visualization.pictures.canvas import below, beside, resized, sheet, titled
-from deconvnet.visualization.pictures.grids import displayed, exemplar_grid, with_control
+from deconvnet.visualization.pictures.grids import displayed, projection_grid, with_control
 from deconvnet.visualization.projection.projector import Projector
-from deconvnet.visualization.search.randomization import randomised
-from deconvnet.visualization.search.top_projections import Exemplars, checkerboard, load_exemplars
+from deconvnet.visualization.search.randomization import shuffle_weights
+from deconvnet.visualization.search.top_projections import (
+    TopProjections,
+    checkerboard,
+    load_top_projections,
+)
 
 HERE = Path(__file__).parent
 # Maps that show well what the layers are about, and their rows in the files.
@@ -43,12 +47,12 @@ def main() -> None:
         pixels = torch.from_numpy(np.array(Image.open(figures / f"{name}.png").convert("RGB")))
         few_colors(pixels.permute(2, 0, 1) / 255, name.removeprefix("relu5-"))
     found, control = (
-        load_exemplars(learned / "visualization" / place / "layer2.npz")
+        load_top_projections(learned / "visualization" / place / "layer2.npz")
         for place in ("projections", "control/projections")
     )
     rows = range(24, 32)
     grid = with_control(
-        *(exemplar_grid(each, rows, tile=40) for each in (found, control)), layer="layer2"
+        *(projection_grid(each, rows, tile=40) for each in (found, control)), layer="layer2"
     )
     few_colors(grid, "layer2")
 
@@ -58,18 +62,18 @@ def grids(place: Path) -> None:
     parts = []
     for layer, count in MAPS.items():
         found, control = (
-            load_exemplars(place / folder / f"{layer}.npz")
+            load_top_projections(place / folder / f"{layer}.npz")
             for folder in ("projections", "control/projections")
         )
         rows = sorted(range(len(found.maps)), key=lambda row: -found.values[row].min())[:count]
-        pair = (exemplar_grid(each, rows, tile=56) for each in (found, control))
+        pair = (projection_grid(each, rows, tile=56) for each in (found, control))
         parts.append(with_control(*pair, layer=layer))
     few_colors(below(parts, 12), "grid")
 
 
 def checkerboards(network: Path, place: Path) -> None:
     """The same units with and without what uneven transposed convolutions leave."""
-    found = load_exemplars(place / "projections" / "relu4.npz")
+    found = load_top_projections(place / "projections" / "relu4.npz")
     rows = (-found.checkerboard[:, 0]).argsort()[:6]
     pages = []
     for overlap in ("sum", "normalised"):
@@ -86,11 +90,11 @@ def table(network: Path, place: Path) -> None:
     for name, folder in (("trained", "projections"), ("shuffled", "control/projections")):
         subject = load_model(network)
         if name == "shuffled":
-            subject = replace(subject, module=randomised(subject.module))
+            subject = replace(subject, module=shuffle_weights(subject.module))
         for overlap in ("sum", "normalised"):
             cells = []
             for layer in layers:
-                found = load_exemplars(place / folder / f"{layer}.npz")
+                found = load_top_projections(place / folder / f"{layer}.npz")
                 rows = [row for row in range(len(found.maps)) if found.count(row)]
                 tiles = projected(subject, found, rows, overlap, place)
                 cells.append(f"{checkerboard(tiles, (2, 2)).median():.3f}")
@@ -98,7 +102,7 @@ def table(network: Path, place: Path) -> None:
 
 
 def projected(
-    subject: Subject, found: Exemplars, rows: Sequence[int], overlap: str, place: Path
+    subject: LoadedModel, found: TopProjections, rows: Sequence[int], overlap: str, place: Path
 ) -> Tensor:
     """The strongest unit of the maps in some rows, as signed RGB tiles."""
     images = lazy_images(DataSettings(**subject.training["data"]), crop=subject.crop)

@@ -88,8 +88,8 @@ def test_a_stream_is_refused_without_batches_or_with_one_that_is_not_finite(imag
         learn_online([], 4, 5, lam=1.0)
     with pytest.raises(ValueError, match="batch 2: must be finite"):
         learn_online([images, images * float("nan")], 4, 5, lam=1.0)
-    with pytest.raises(ValueError, match="memory=0: must be at least 1 batch"):
-        learn_online([images], 4, 5, lam=1.0, memory=0)
+    with pytest.raises(ValueError, match="averaging_batches=0: must be at least 1 batch"):
+        learn_online([images], 4, 5, lam=1.0, averaging_batches=0)
 
 
 def test_filters_that_require_gradients_code_images_as_others_do(images):

@@ -137,14 +137,14 @@ def test_two_layers_give_the_maps_of_the_network_and_go_back_through_both(images
     model = DeconvNetTransformer(layers).fit(images)
     net, features = model.net_, model.transform(images)
     y = torch.from_numpy((images - images.mean()) / images.std()).float()[:, None]
-    codes = net.extend(net.extend(Codes((), y, [])))
+    codes = net.infer_next_layer(net.infer_next_layer(Codes((), y, [])))
     assert_allclose(features, codes.layer(2).z.flatten(1).numpy(), atol=1e-3)
     below = codes.layer(1).z.numpy()
     assert float(net.layer(2).scale) == pytest.approx(np.sqrt(np.mean(below**2)), rel=1e-3)
     assert [stats.layer for stats in model.history_] == [1, 2]
 
     back = model.inverse_transform(features)
-    expected = net.paint(codes, 2)[:, 0].numpy() * images.std() + images.mean()
+    expected = net.synthesize(codes, 2)[:, 0].numpy() * images.std() + images.mean()
     assert_allclose(back, expected, rtol=1e-4)
     assert np.linalg.norm(back - images) < 0.7 * np.linalg.norm(images - images.mean())
 
@@ -244,7 +244,7 @@ def test_preprocessing_is_that_of_the_network(textures):
     features = model.fit(X).transform(X)
     codes = model.net_.infer(torch.from_numpy(X))
     assert_allclose(features, codes.layer(1).z.flatten(1).numpy(), atol=1e-4)
-    painted = model.net_.paint(codes, 1) * model.net_.preprocessing.scale
+    painted = model.net_.synthesize(codes, 1) * model.net_.preprocessing.scale
     assert_allclose(model.inverse_transform(features), painted.numpy(), atol=1e-4)
     with pytest.raises(ValueError, match=r"must be in \[0, 1\]"):
         model.transform(255 * X)

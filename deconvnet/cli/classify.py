@@ -18,7 +18,7 @@ from deconvnet.monitoring.monitor import save_picture
 from deconvnet.monitoring.strict_json import to_json
 from deconvnet.network.network import load
 from deconvnet.storage import ownership
-from deconvnet.support.communicator import RankLost, Ranks, started
+from deconvnet.support.communicator import Communicator, RankLost, started
 from deconvnet.support.devices import torch_device
 
 # Seconds that a process waits for another: one may be a piece of images behind.
@@ -31,15 +31,15 @@ PICTURE, SCORES = "confusion.png", "scores.json"
 def main(cfg: DictConfig) -> None:
     with one_line_errors(ValueError, OSError, RankLost):
         settings = read_settings(cfg)
-        with started(patience=PATIENCE) as ranks, interruptible(AGAIN):
-            classify(settings, ranks)
+        with started(patience=PATIENCE) as communicator, interruptible(AGAIN):
+            classify(settings, communicator)
 
 
-def classify(settings: ClassifyConfig, ranks: Ranks) -> None:
+def classify(settings: ClassifyConfig, communicator: Communicator) -> None:
     found: dict[str, tuple[Features, int]] = {}
     runs = [Path(run) for run in (settings.run, *settings.beside)]
     for run in runs:
-        features = features_of(run, settings, ranks)
+        features = features_of(run, settings, communicator)
         called = run.name if run.is_dir() else run.stem
         name = "" if run == runs[0] else f"{called} "
         for layer in features.layers:
@@ -47,19 +47,19 @@ def classify(settings: ClassifyConfig, ranks: Ranks) -> None:
                 raise ValueError(f"beside={settings.beside}: two networks are called {called}")
             found[f"{name}layer {layer}"] = features, layer
     folder = results(runs[0], settings)
-    if ranks.first:
+    if communicator.is_main:
         images = next(iter(found.values()))[0].images
         check_targets([folder / name for name in (PICTURE, SCORES)], [*runs, *images.files])
     for features in dict.fromkeys(features for features, _ in found.values()):
         features.learn_codebooks()
         features.count_words()
-    if ranks.first:
+    if communicator.is_main:
         scores = judge(found, settings)
         names = next(iter(found.values()))[0].images.names
         report(scores, names, settings, folder)
 
 
-def features_of(run: Path, settings: ClassifyConfig, ranks: Ranks) -> Features:
+def features_of(run: Path, settings: ClassifyConfig, communicator: Communicator) -> Features:
     """Those of the layers of a network, nothing of which is made yet."""
     net = load(run).to(torch_device(settings.device))
     layers = settings.layers or list(range(1, net.depth + 1))
@@ -78,7 +78,7 @@ def features_of(run: Path, settings: ClassifyConfig, ranks: Ranks) -> Features:
         for number in range(settings.splits)
     ]
     return Features(
-        net, images, splits, layers, settings, results(run, settings) / "features", ranks
+        net, images, splits, layers, settings, results(run, settings) / "features", communicator
     )
 
 

@@ -24,7 +24,7 @@ from deconvnet.images.preprocessing import PreprocessingSettings
 from deconvnet.network.network import LARGEST, LayerSettings
 from deconvnet.network.tiling import MEMORY, check_memory
 from deconvnet.storage import ownership
-from deconvnet.visualization.report import SurveySettings
+from deconvnet.visualization.report import VisualizationSettings
 
 # Settings of `deconvnet visualize` that a network learned here leaves nothing to.
 OF_MODELS = {
@@ -92,7 +92,7 @@ class TrainConfig:
 
 
 @dataclass
-class VisualizeConfig(SurveySettings):
+class VisualizeConfig(VisualizationSettings):
     """Everything that `deconvnet visualize` needs to know: what to look at, beside how."""
 
     # a run folder of `deconvnet train`, or a network file; or else `model`

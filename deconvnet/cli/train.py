@@ -21,7 +21,7 @@ from deconvnet.monitoring.monitor import Monitor
 from deconvnet.monitoring.records import LayerResult
 from deconvnet.network.network import DeconvNet
 from deconvnet.storage import ownership
-from deconvnet.support.communicator import RankLost, Ranks, started
+from deconvnet.support.communicator import Communicator, RankLost, started
 from deconvnet.support.devices import torch_device
 from deconvnet.training.layer_trainer import Diverged
 from deconvnet.training.loop import Interrupted, train
@@ -42,22 +42,24 @@ def main(cfg: DictConfig) -> None:
     folder = Path(HydraConfig.get().runtime.output_dir)
     with one_line_errors(ValueError, OSError, Diverged, RankLost):
         settings = read_settings(cfg)
-        with started(patience=settings.patience) as ranks:
+        with started(patience=settings.patience) as communicator:
             try:
-                results = run(settings, cfg, folder, ranks)
+                results = run(settings, cfg, folder, communicator)
             except Interrupted:
-                if ranks.first:
+                if communicator.is_main:
                     # Neither resume=false nor a path: the run is here now.
                     again = arguments.again("resume")
                     log.warning("stopped and saved; to resume: %s", again)
                 raise SystemExit(130) from None
-    if ranks.first:
+    if communicator.is_main:
         summarize(results, folder)
 
 
-def run(settings: TrainConfig, cfg: DictConfig, folder: Path, ranks: Ranks) -> list[LayerResult]:
+def run(
+    settings: TrainConfig, cfg: DictConfig, folder: Path, communicator: Communicator
+) -> list[LayerResult]:
     with ExitStack() as stack:
-        if ranks.first:
+        if communicator.is_main:
             stack.enter_context(ownership.locked(folder))
         device = torch_device(settings.device)
         layers = settings.layer_settings()
@@ -65,7 +67,7 @@ def run(settings: TrainConfig, cfg: DictConfig, folder: Path, ranks: Ranks) -> l
         record = {k: v for k, v in dataclasses.asdict(settings).items() if k not in FREE}
         images = cache(lambda: source(settings.data, device))
         saved = None
-        if ranks.first:
+        if communicator.is_main:
             saved = Run(
                 *(folder, record, settings.resume),
                 init=settings.init,
@@ -76,13 +78,15 @@ def run(settings: TrainConfig, cfg: DictConfig, folder: Path, ranks: Ranks) -> l
             "%d images of %dx%d on %s, layers of %s maps; run folder %s",
             images().count,
             *images().read(torch.arange(1))[0].shape[2:],
-            device if ranks.count == 1 else f"{ranks.count} ranks, {device}",
+            device
+            if communicator.world_size == 1
+            else f"{communicator.world_size} ranks, {device}",
             " and ".join(str(layer.num_maps) for layer in layers),
             shown(folder),
         )
         monitor = Monitor(
-            folder if ranks.first else None,
-            progress=settings.progress and ranks.first,
+            folder if communicator.is_main else None,
+            progress=settings.progress and communicator.is_main,
             config=OmegaConf.to_yaml(cfg, resolve=True),
             settings=flat(record),
         )
@@ -93,7 +97,7 @@ def run(settings: TrainConfig, cfg: DictConfig, folder: Path, ranks: Ranks) -> l
             stack.enter_context(monitor),
             seed=settings.seed,
             chunk=settings.chunk,
-            ranks=ranks,
+            communicator=communicator,
             hold=not settings.data.stream,
             memory=settings.memory,
             disk=settings.disk,

@@ -26,7 +26,7 @@ from deconvnet.storage import ownership
 from deconvnet.support.devices import torch_device
 from deconvnet.visualization.models.normalization import Normalization
 from deconvnet.visualization.models.zfnet import ZFNet, limit_filters
-from deconvnet.visualization.models.zoo import Subject, save_model
+from deconvnet.visualization.models.zoo import LoadedModel, save_model
 from deconvnet.visualization.pictures.canvas import grid, symmetric
 
 log = logging.getLogger("train_cnn")
@@ -64,7 +64,7 @@ def run(settings: TrainCnnConfig, folder: Path) -> None:
     torch.manual_seed(settings.seed)
     channels, size = train.pixels.shape[1:3]
     net = ZFNet(channels, len(labels), size=size, width=settings.width, dropout=settings.dropout)
-    subject = Subject(
+    subject = LoadedModel(
         net.to(device),
         settings.name,
         "trained",
@@ -155,7 +155,7 @@ def normalization_of(examples: Examples) -> Normalization:
     return Normalization(tuple(mean), tuple(std), "grey" if len(mean) == 1 else "rgb")
 
 
-def learn(subject: Subject, examples: Examples, settings: TrainCnnConfig) -> Iterator[float]:
+def learn(subject: LoadedModel, examples: Examples, settings: TrainCnnConfig) -> Iterator[float]:
     """The mean loss of each epoch, after it."""
     net = subject.module
     steps = settings.epochs * -(-len(examples.targets) // settings.batch)
@@ -199,7 +199,7 @@ def varied(pixels: Tensor, settings: TrainCnnConfig) -> Tensor:
 
 
 @torch.no_grad()
-def share_correct(subject: Subject, examples: Examples, batch: int) -> float:
+def share_correct(subject: LoadedModel, examples: Examples, batch: int) -> float:
     subject.module.eval()
     correct = 0
     for pixels, targets in examples.batches(batch, torch.arange(len(examples.targets))):
@@ -208,5 +208,5 @@ def share_correct(subject: Subject, examples: Examples, batch: int) -> float:
     return correct / len(examples.targets)
 
 
-def prepared(subject: Subject, pixels: Tensor) -> Tensor:
+def prepared(subject: LoadedModel, pixels: Tensor) -> Tensor:
     return subject.normalization.apply(pixels.to(subject.module.conv1.weight.device))

@@ -27,10 +27,10 @@ from deconvnet.images.datasets import (
 )
 from deconvnet.images.decoding import shown_name
 from deconvnet.network.network import load
-from deconvnet.support.communicator import ALONE, RankLost, Ranks, started
+from deconvnet.support.communicator import SINGLE, Communicator, RankLost, started
 from deconvnet.support.devices import torch_device
 from deconvnet.training.run_folder import training_data
-from deconvnet.visualization.models.zoo import WEIGHT_FILES, Subject, digest, load_model
+from deconvnet.visualization.models.zoo import WEIGHT_FILES, LoadedModel, digest, load_model
 from deconvnet.visualization.pictures.evolution import Evolution, evolution, load_evolution
 from deconvnet.visualization.projection.projection import choose_among
 from deconvnet.visualization.report import (
@@ -38,38 +38,38 @@ from deconvnet.visualization.report import (
     file_name,
     layers_of,
     projector_of,
-    survey,
+    visualize_network,
 )
 
 LIST = "?"
 
 
 def main(cfg: DictConfig) -> None:
-    with one_line_errors(ValueError, OSError, RankLost), started() as ranks:
+    with one_line_errors(ValueError, OSError, RankLost), started() as communicator:
         try:
-            visualize(read_settings(cfg), ranks)
+            visualize(read_settings(cfg), communicator)
         except KeyboardInterrupt:
-            if ranks.first:
+            if communicator.is_main:
                 print(f"\nstopped; to resume: {arguments.again()}")
             raise SystemExit(130) from None
 
 
-def visualize(settings: VisualizeConfig, ranks: Ranks = ALONE) -> None:
+def visualize(settings: VisualizeConfig, communicator: Communicator = SINGLE) -> None:
     check_images(settings)
     subject = learned(settings) if settings.run else trained(settings)
     subject.module.to(torch_device(settings.device))
-    images = images_of(settings, subject, ranks)
+    images = images_of(settings, subject, communicator)
     if settings.layers == [LIST]:
         return list_layers(settings, subject, images)
     folder = output(settings)
-    written = survey(
+    written = visualize_network(
         subject,
         images,
         settings,
         folder,
         # The first process draws.
-        evolutions=evolutions(settings, subject, images) if ranks.first else {},
-        ranks=ranks,
+        evolutions=evolutions(settings, subject, images) if communicator.is_main else {},
+        communicator=communicator,
     )
     if written:
         names = {"pictures": "pictures", "manifest": "how each was made", "gallery": "gallery"}
@@ -99,15 +99,15 @@ def is_file(model: str) -> bool:
     return Path(model).suffix in WEIGHT_FILES or Path(model).is_file()
 
 
-def learned(settings: VisualizeConfig) -> Subject:
+def learned(settings: VisualizeConfig) -> LoadedModel:
     """The network of a run."""
     path = Path(settings.run)
     net = load(path)
     name = path.resolve().name if path.is_dir() else path.stem
-    return Subject(net, name, shown(path).as_posix(), digest=digest(net))
+    return LoadedModel(net, name, shown(path).as_posix(), digest=digest(net))
 
 
-def trained(settings: VisualizeConfig, weights: str | None = None) -> Subject:
+def trained(settings: VisualizeConfig, weights: str | None = None) -> LoadedModel:
     """The network that `model` names."""
     return load_model(
         settings.model,
@@ -120,7 +120,9 @@ def trained(settings: VisualizeConfig, weights: str | None = None) -> Subject:
     )
 
 
-def images_of(settings: VisualizeConfig, subject: Subject, ranks: Ranks = ALONE) -> LazyImages:
+def images_of(
+    settings: VisualizeConfig, subject: LoadedModel, communicator: Communicator = SINGLE
+) -> LazyImages:
     """The images of the settings, or those that the network has learned from, cropped.
 
     Of more images than `max_images` some evenly among all.
@@ -133,7 +135,7 @@ def images_of(settings: VisualizeConfig, subject: Subject, ranks: Ranks = ALONE)
                 f"images=null: {settings.run or settings.model} does not say what it has learned "
                 "from; give a folder of images with images=..."
             )
-        if ranks.first:
+        if communicator.is_main:
             print(f"reading the images that the network was trained on: {described(data)}")
         skip = data.skip_unreadable or settings.skip_unreadable
         # Photographs are crops already.
@@ -167,7 +169,7 @@ def named_images(settings: VisualizeConfig, crop: Crop | None) -> LazyImages:
     )
 
 
-def data_of(settings: VisualizeConfig, subject: Subject) -> DataSettings | None:
+def data_of(settings: VisualizeConfig, subject: LoadedModel) -> DataSettings | None:
     """What the network has learned from; of pictures with zeros around them, their crops."""
     if settings.run and Path(settings.run).is_dir():
         data = training_data(settings.run)
@@ -191,7 +193,7 @@ def described(data: DataSettings) -> str:
     return f"{name}{shown_name(data.path)}"
 
 
-def list_layers(settings: VisualizeConfig, subject: Subject, images: LazyImages) -> None:
+def list_layers(settings: VisualizeConfig, subject: LoadedModel, images: LazyImages) -> None:
     """Print the layers that can be named, with their maps and receptive fields."""
     infos = layers_of(projector_of(subject, settings), images[0])
     if not infos:
@@ -203,7 +205,7 @@ def list_layers(settings: VisualizeConfig, subject: Subject, images: LazyImages)
 
 
 def evolutions(
-    settings: VisualizeConfig, subject: Subject, images: LazyImages
+    settings: VisualizeConfig, subject: LoadedModel, images: LazyImages
 ) -> dict[str, Evolution]:
     """The features of layers over the epochs of a run, or over the checkpoints of a model."""
     if settings.run:

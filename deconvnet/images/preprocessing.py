@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from deconvnet.images import highpass
-from deconvnet.support.communicator import ALONE, Ranks
+from deconvnet.support.communicator import SINGLE, Communicator
 from deconvnet.support.modes import full_precision, plain
 
 COLORS = ("rgb", "grey", "ycbcr")
@@ -111,11 +111,11 @@ class Preprocessing(torch.nn.Module):
     def fit_parts(
         self,
         parts: Callable[[], Iterable[tuple[Tensor, Tensor | None]]],
-        ranks: Ranks = ALONE,
+        communicator: Communicator = SINGLE,
     ) -> "Preprocessing":
         """`fit` to images that come in parts, images and frames; parts() goes through them all.
 
-        With ranks, to the images of all of them; a rank may have none.
+        With a communicator, to the images of all ranks; a rank may have none.
         """
 
         def planes(steps: Sequence[str]) -> Iterator[Tensor]:
@@ -128,11 +128,13 @@ class Preprocessing(torch.nn.Module):
         if "whiten" in steps:
             before = planes(steps[: steps.index("whiten")])
             size, floor = self.settings.whitening_size, self.settings.whitening_floor
-            self.whitening.copy_(whitening_filter(before, size, floor=floor, ranks=ranks))
+            self.whitening.copy_(
+                whitening_filter(before, size, floor=floor, communicator=communicator)
+            )
         spread = Spread()
         for values in planes(steps):
             spread.add(values)
-        self.scale.fill_(spread.shared(ranks).scale(self.settings.scale))
+        self.scale.fill_(spread.shared(communicator).scale(self.settings.scale))
         return self
 
     @full_precision
@@ -181,7 +183,7 @@ class Preprocessing(torch.nn.Module):
             elif step == "contrast":
                 planes = planes * kept["deviation"] + kept["mean"]
             else:
-                planes = highpass.undo(planes, kept["low"], self._filter(step))
+                planes = highpass.invert(planes, kept["low"], self._filter(step))
         return ycbcr_to_rgb(planes) if self.settings.color == "ycbcr" else planes
 
     def _preprocess(self, images: Tensor, steps: list[str]) -> tuple[Tensor, Record]:
@@ -253,9 +255,9 @@ class Spread:
         self.squares += squares
         self.largest = max(self.largest, float(values.abs().max()))
 
-    def shared(self, ranks: Ranks) -> "Spread":
+    def shared(self, communicator: Communicator) -> "Spread":
         """Of the values of all ranks."""
-        parts = ranks.gathered((self.count, self.squares, self.largest))
+        parts = communicator.all_gather((self.count, self.squares, self.largest))
         counts, squares, largest = zip(*parts, strict=True)
         return Spread(sum(counts), sum(squares), max(largest))
 
@@ -312,7 +314,7 @@ def local_moments(images: Tensor, window: int, sigma: float) -> tuple[Tensor, Te
 
 
 def whitening_filter(
-    images: Iterable[Tensor], size: int, *, floor: float, ranks: Ranks = ALONE
+    images: Iterable[Tensor], size: int, *, floor: float, communicator: Communicator = SINGLE
 ) -> Tensor:
     """The filter (C, C, size, size) that whitens the patches of images, tensors of (N, C, H, W).
 
@@ -326,7 +328,7 @@ def whitening_filter(
         patches = functional.unfold(image.cpu().double(), size).transpose(1, 2).flatten(0, 1)
         count += len(patches)
         total, products = total + patches.sum(0), products + patches.T @ patches
-    found = [each for each in ranks.gathered((count, total, products)) if each[0]]
+    found = [each for each in communicator.all_gather((count, total, products)) if each[0]]
     count, total, products = (sum(each) for each in zip(*found, strict=True))
     channels = len(total) // size**2
     covariance = products / count - torch.outer(total, total) / count**2

@@ -53,7 +53,7 @@ def ablate(net: DeconvNet, codes: Codes, *, chunk: int = 8) -> list[Ablation]:
                 found.append(_seen(net, codes, kind, number, inferred=False))
                 if net.layer(number).settings.target != "maps":
                     below = replace(codes, layers=codes.layers[: number - 1])
-                    anew = net.extend(below, chunk=chunk)
+                    anew = net.infer_next_layer(below, chunk=chunk)
                     found.append(_seen(net, anew, kind, number, inferred=True))
     return found
 
@@ -72,5 +72,5 @@ def unpooling(net: DeconvNet, kind: str) -> Iterator[None]:
 
 
 def _seen(net: DeconvNet, codes: Codes, kind: str, layer: int, *, inferred: bool) -> Ablation:
-    made = net.paint(codes, layer)
+    made = net.synthesize(codes, layer)
     return Ablation(kind, layer, inferred, made, snr(codes.y, made))

@@ -2,7 +2,7 @@
 
     down    R_l = F_1 U_1 S_2 F_2 U_2 S_3 ... F_l, from the maps of layer l to preprocessed images:
             deconvolutions F, unpoolings U with the switches of inference, rescalings S
-    up      z_l explains its target b through T, T F_l z_l = b:
+    up      z_l explains b through T, T F_l z_l = b:
             target "maps"   b = pooled z_(l-1) / scale_l, T = I                     (CVPR 2010)
             target "image"  b = the preprocessed image, T = R_(l-1) U_(l-1) S_l     (ICCV 2011)
             target "both"   the two, one below the other
@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from deconvnet.filters.update import LearningSettings, first_filters, normalize, patches_of
+from deconvnet.filters.update import LearningSettings, draw_filters, normalize, patch_sampler
 from deconvnet.images.preprocessing import (
     SCALES,
     Preprocessing,
@@ -160,7 +160,7 @@ class LayerSettings:
 
 
 @dataclass(frozen=True)
-class Target:
+class LayerProblem:
     """What a layer explains, and through what: its maps minimise lam/2 ||T F z - b||^2 + |z|^p.
 
     b: (N, C, H, W), or (N, numbers, 1, 1) where it is several things at once; T: from what the
@@ -222,17 +222,17 @@ class Layer(nn.Module):
 
     def initialize(self, b: Tensor, generator: torch.Generator) -> None:
         """Start the filters as the settings say, from what the layer has to explain."""
-        draw = patches_of(b, self.settings.filter_size, generator)
-        self.set_filters(self.fresh_filters(self.settings.num_maps, draw, generator))
+        draw = patch_sampler(b, self.settings.filter_size, generator)
+        self.set_filters(self.draw_filters(self.settings.num_maps, draw, generator))
 
-    def fresh_filters(
+    def draw_filters(
         self, num: int, draw: Callable[[int], Tensor], generator: torch.Generator
     ) -> Tensor:
         """So many filters (num, C, h, w) as learning starts with: noise, or patches of what is
         explained, draw(number) -> (number, C, h, w).
         """
         learning = self.settings.learning
-        return first_filters(
+        return draw_filters(
             num,
             self.filters,
             learning.init,
@@ -246,12 +246,12 @@ class Layer(nn.Module):
         """F, with the filters as they are now."""
         return Deconvolution(self.filters, self.settings.boundary)
 
-    def infer(self, target: Target, **options: object) -> Solution:
-        """The maps that explain the target; options: state, step, training, callback of `solve`."""
+    def infer(self, problem: LayerProblem, **options: object) -> Solution:
+        """The maps that solve the problem; options: state, step, training, callback of `solve`."""
         settings = self.settings
         return solve(
-            target.T @ self.operator(),
-            target.b,
+            problem.T @ self.operator(),
+            problem.b,
             **{
                 "lam": settings.lam,
                 "p": settings.p,
@@ -361,18 +361,20 @@ class DeconvNet(nn.Module):
         self.check_size(tuple(y.shape[2:]), depth)
         codes = Codes((), y, record)
         for _ in range(depth):
-            codes = self.extend(codes, chunk=chunk, progress=progress)
+            codes = self.infer_next_layer(codes, chunk=chunk, progress=progress)
         return codes
 
     @plain
-    def extend(self, codes: Codes, *, chunk: int = 8, progress: Progress | None = None) -> Codes:
+    def infer_next_layer(
+        self, codes: Codes, *, chunk: int = 8, progress: Progress | None = None
+    ) -> Codes:
         """The codes with the maps of one more layer."""
         number = len(codes.layers) + 1
         layer = self.layer(number)
-        check_size(self.below(codes, number).shape, layer, number)
+        check_size(self.layer_input(codes, number).shape, layer, number)
         parts = []
         for images in torch.arange(len(codes.y), device=self.device).split(chunk):
-            parts.append(layer.codes(layer.infer(self.target(codes, number, images))))
+            parts.append(layer.codes(layer.infer(self.layer_problem(codes, number, images))))
             if progress:
                 progress(min(len(parts) * chunk, len(codes.y)), len(codes.y))
         return Codes((*codes.layers, join(parts)), codes.y, codes.record)
@@ -386,27 +388,27 @@ class DeconvNet(nn.Module):
             if settings.pool is not None:
                 size = pooled_shape((1, *size), (1, *settings.pool[1:]))[1:]
 
-    def below(self, codes: Codes, number: int, images: Images = ALL) -> Tensor:
+    def layer_input(self, codes: Codes, number: int, images: Images = ALL) -> Tensor:
         """What layer `number` stands on: the rescaled pooled maps below it, or the image."""
         if number == 1:
             return codes.y[images]
         return codes.layer(number - 1).pooled[images] / self.layer(number).scale
 
-    def target(self, codes: Codes, number: int, images: Images = ALL) -> Target:
+    def layer_problem(self, codes: Codes, number: int, images: Images = ALL) -> LayerProblem:
         """What layer `number` has to explain, by its settings, given the layers below."""
         settings = self.layer(number).settings
         if number == 1 or settings.target == "maps":
-            return Target(self.below(codes, number, images))
-        y, down = codes.y[images], self.down(codes, number, images)
+            return LayerProblem(self.layer_input(codes, number, images))
+        y, decoder = codes.y[images], self.decoder(codes, number, images)
         if settings.target == "image":
-            return Target(y, down)
-        maps = self.below(codes, number, images)
+            return LayerProblem(y, decoder)
+        maps = self.layer_input(codes, number, images)
         both = VerticalStack(
-            [Identity(), down], [1.0, settings.image_weight**0.5], [maps.shape, y.shape]
+            [Identity(), decoder], [1.0, settings.image_weight**0.5], [maps.shape, y.shape]
         )
-        return Target(both.join([maps, y]), both)
+        return LayerProblem(both.join([maps, y]), both)
 
-    def down(self, codes: Codes, number: int, images: Images = ALL) -> LinearOperator:
+    def decoder(self, codes: Codes, number: int, images: Images = ALL) -> LinearOperator:
         """T: what layer `number` paints -> preprocessed images, with the switches of these codes.
 
         T = F_1 U_1 S_2 ... F_(number-1) U_(number-1) S_number
@@ -421,10 +423,10 @@ class DeconvNet(nn.Module):
 
     def operator(self, codes: Codes, layer: int) -> LinearOperator:
         """R_l: maps of layer l -> preprocessed images, with the switches of these codes."""
-        return self.down(codes, layer) @ self.layer(layer).operator()
+        return self.decoder(codes, layer) @ self.layer(layer).operator()
 
     @plain
-    def paint(self, codes: Codes, layer: int, *, chunk: int = 8) -> Tensor:
+    def synthesize(self, codes: Codes, layer: int, *, chunk: int = 8) -> Tensor:
         """R_l z_l (N, C, H, W), what one layer makes of the preprocessed images, some at a time."""
         parts = (codes.select(slice(n, n + chunk)) for n in range(0, len(codes.y), chunk))
         return torch.cat([self.operator(part, layer)(part.layer(layer).z) for part in parts])
@@ -435,13 +437,13 @@ class DeconvNet(nn.Module):
         if not isinstance(codes, Codes):
             raise ValueError(f"codes must be Codes of `infer`, got {type(codes).__name__}")
         layer = len(codes.layers) if layer is None else layer
-        y = self.paint(codes, layer)
+        y = self.synthesize(codes, layer)
         return self.preprocessing.inverse(y, codes.record).clamp(0, 1)
 
     @plain
     def snr(self, codes: Codes, layer: int) -> float:
         """SNR in dB of what one layer makes of the preprocessed images, over all of them."""
-        return snr(codes.y, self.paint(codes, layer))
+        return snr(codes.y, self.synthesize(codes, layer))
 
     @property
     def device(self) -> torch.device:

@@ -170,7 +170,7 @@ def _at_once(
     codes = net.infer(image, depth=layer)
     report(1)
     pixels, density = net.reconstruct(codes), codes.layer(layer).density
-    return Reconstruction(pixels, codes.y, net.paint(codes, layer), density, 1)
+    return Reconstruction(pixels, codes.y, net.synthesize(codes, layer), density, 1)
 
 
 def _in_tiles(
@@ -187,9 +187,9 @@ def _in_tiles(
             below = () if first is None else (pooled_part(net, first, tile),)
             codes = Codes(below, base.y[:, :, tile.rows, tile.columns], [])
             while len(codes.layers) < layer:
-                codes = net.extend(codes)
+                codes = net.infer_next_layer(codes)
             share = tile.share.to(painted)
-            painted[:, :, tile.rows, tile.columns] += share * net.paint(codes, layer)
+            painted[:, :, tile.rows, tile.columns] += share * net.synthesize(codes, layer)
             active += codes.layer(layer).density * float(share.sum())
             report(n)
         density = active / image[0, 0].numel()

@@ -1,8 +1,9 @@
-"""Several processes that share one piece of work; the only module that knows torch.distributed.
+"""Communication between processes that share one computation; only this module knows
+torch.distributed.
 
-Under torchrun each process has a rank. Without it there is one, of rank 0, and nothing is started.
-What they tell each other goes through `Ranks`, which is handed to the work that is shared: code
-that was not given any works alone, also inside of a program that has ranks for its own purposes.
+Under torchrun each process has a rank; otherwise there is a single process, rank 0, and no process
+group is started. Code takes part only through the `Communicator` that it is given, so code without
+one runs on its own even inside a program that uses torch.distributed for other purposes.
 """
 
 from __future__ import annotations
@@ -25,105 +26,112 @@ PATIENCE = 600.0
 
 
 class RankLost(RuntimeError):
-    """Another rank has failed, or has not answered in time."""
+    """Another rank has failed or has not answered in time."""
 
 
 @dataclass(frozen=True)
-class Ranks:
-    """This process among those that share the work. All of them make the same calls in turn."""
+class Communicator:
+    """This process among those that share the work. All of them must make the same calls, in the
+    same order.
+    """
 
     rank: int = 0
-    count: int = 1
+    world_size: int = 1
 
     @property
-    def first(self) -> bool:
-        """Whether this is the rank that writes files and shows progress."""
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which writes files and shows progress."""
         return self.rank == 0
 
-    def summed(self, *tensors: Tensor) -> list[Tensor]:
-        """The sums over all ranks, in float64 and in one message; alone, the tensors in float64."""
+    def all_reduce_sum(self, *tensors: Tensor) -> list[Tensor]:
+        """The sums over all ranks in float64, exchanged in one message.
+
+        With a single process: the tensors in float64.
+        """
         tensors = [tensor.double() for tensor in tensors]
-        if self.count == 1:
+        if self.world_size == 1:
             return tensors
         buffer = torch.cat([tensor.flatten() for tensor in tensors])
-        with _answered():
+        with _rank_lost_on_failure():
             dist.all_reduce(buffer)
         sizes = [tensor.numel() for tensor in tensors]
         parts = zip(buffer.split(sizes), tensors, strict=True)
         return [part.view(tensor.shape) for part, tensor in parts]
 
-    def gathered(self, value: Value) -> list[Value]:
-        """The values of all ranks in their order. Small ones: they are pickled."""
-        if self.count == 1:
+    def all_gather(self, value: Value) -> list[Value]:
+        """The values of all ranks, in rank order. They are pickled, so keep them small."""
+        if self.world_size == 1:
             return [value]
-        values: list[Value | None] = [None] * self.count
-        with _answered():
+        values: list[Value | None] = [None] * self.world_size
+        with _rank_lost_on_failure():
             dist.all_gather_object(values, value)
         return values
 
-    def collected(self, value: Value) -> list[Value] | None:
-        """`gathered` for the first rank alone; None for the others."""
-        if self.count == 1:
+    def gather(self, value: Value) -> list[Value] | None:
+        """The values of all ranks, in rank order, on rank 0; None on the others."""
+        if self.world_size == 1:
             return [value]
-        values: list[Value | None] | None = [None] * self.count if self.first else None
-        with _answered():
+        values: list[Value | None] | None = [None] * self.world_size if self.is_main else None
+        with _rank_lost_on_failure():
             dist.gather_object(value, values)
         return values
 
-    def told(self, value: Value | None) -> Value:
-        """What the first rank has; what the others give is not looked at."""
-        if self.count == 1:
+    def broadcast(self, value: Value | None) -> Value:
+        """The value of rank 0; the values of the others are ignored."""
+        if self.world_size == 1:
             return value
-        values = [value if self.first else None]
-        with _answered():
+        values = [value if self.is_main else None]
+        with _rank_lost_on_failure():
             dist.broadcast_object_list(values)
         return values[0]
 
 
-ALONE = Ranks()
+SINGLE = Communicator()
 
 
 @contextmanager
-def started(*, patience: float = PATIENCE) -> Iterator[Ranks]:
-    """Within it the processes of torchrun can reach each other; without torchrun, ALONE.
+def started(*, patience: float = PATIENCE) -> Iterator[Communicator]:
+    """A context in which the processes of torchrun can communicate; SINGLE without torchrun.
 
     patience: seconds that a rank waits for the others before it raises RankLost.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        yield ALONE
+        yield SINGLE
         return
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(local_rank() % torch.cuda.device_count())
     limit = timedelta(seconds=patience)
-    with _answered():
-        store, rank, count = next(dist.rendezvous("env://", timeout=limit))
-        # When torchrun starts all anew, the store may still have the addresses of the dead.
+    with _rank_lost_on_failure():
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=limit))
+        # After torchrun restarts the processes, the store may still hold the addresses of the
+        # old ones.
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo",
             store=store,
             rank=rank,
-            world_size=count,
+            world_size=world_size,
             timeout=limit,
         )
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size())
+        yield Communicator(dist.get_rank(), dist.get_world_size())
     finally:
         dist.destroy_process_group()
 
 
 def local_rank() -> int:
-    """Of the processes on this machine, which this is."""
+    """The rank of this process among those on this machine."""
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
 @contextmanager
-def _answered() -> Iterator[None]:
+def _rank_lost_on_failure() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError) as error:
         raise RankLost(
-            "another rank has failed or does not answer: look for its message; the same command "
-            f"resumes from the last checkpoint ({' '.join(str(error).split())[:120]})"
+            "another rank has failed or does not answer: look for its message; run the same "
+            "command again to resume from the last checkpoint "
+            f"({' '.join(str(error).split())[:120]})"
         ) from error

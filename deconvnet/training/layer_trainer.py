@@ -21,13 +21,13 @@ from torch import Tensor
 
 from deconvnet.filters.update import (
     Batch,
-    FilterSums,
+    FilterStatistics,
     LearningSettings,
     dead_filters,
-    double_filters,
-    draw_places,
-    filter_sums,
+    duplicate_filters,
+    filter_statistics,
     off_center,
+    random_patch_positions,
     shift,
     update_filters,
     update_filters_by_cg,
@@ -35,12 +35,12 @@ from deconvnet.filters.update import (
 from deconvnet.monitoring.monitor import memory_used
 from deconvnet.monitoring.records import EpochStats, RankLoad, decibels
 from deconvnet.network.codes import Codes
-from deconvnet.network.network import DeconvNet, Layer, Target, check_size, seeded
+from deconvnet.network.network import DeconvNet, Layer, LayerProblem, check_size, seeded
 from deconvnet.operators.convolution import map_size
 from deconvnet.operators.linear import Identity, LinearOperator
 from deconvnet.operators.pooling import Window, pooled_shape
 from deconvnet.sparse_coding.solvers import Solution
-from deconvnet.support.communicator import ALONE, Ranks
+from deconvnet.support.communicator import SINGLE, Communicator
 from deconvnet.support.modes import plain
 from deconvnet.support.units import exponent, magnitude, times_power
 from deconvnet.training.sampler import Schedule
@@ -77,25 +77,25 @@ class Ground:
     shape: torch.Size
     device: torch.device
     below: Callable[[Tensor], Tensor]
-    target: Callable[[Tensor], Target]
+    target: Callable[[Tensor], LayerProblem]
     # told which images will be asked for next, where that helps
     ahead: Callable[[Tensor], None] | None = None
 
     @classmethod
-    def of(cls, below: Tensor, target: Callable[[Tensor], Target] | None = None) -> Ground:
+    def of(cls, below: Tensor, target: Callable[[Tensor], LayerProblem] | None = None) -> Ground:
         """Of tensors (N, C, H, W) in memory; by default what is below is what is explained."""
         return cls(
             len(below),
             below.shape[1:],
             below.device,
             lambda images: below[images],
-            target or (lambda images: Target(below[images])),
+            target or (lambda images: LayerProblem(below[images])),
         )
 
     @classmethod
     def over(cls, net: DeconvNet, codes: Codes, number: int) -> Ground:
         """Of layer `number` of a network over the codes of the layers below."""
-        return cls.of(net.below(codes, number), partial(net.target, codes, number))
+        return cls.of(net.layer_input(codes, number), partial(net.layer_problem, codes, number))
 
 
 def states_size(layer: Layer, ground: Ground) -> int:
@@ -138,7 +138,7 @@ class LayerTrainer:
         number: int = 1,
         chunk: int = 8,
         watch: Watch | None = None,
-        ranks: Ranks = ALONE,
+        communicator: Communicator = SINGLE,
         keep: bool = True,
         folder: Path | None = None,
         token: str = "",
@@ -148,14 +148,14 @@ class LayerTrainer:
         self.ground = Ground.of(ground) if isinstance(ground, Tensor) else ground
         check_size(self.ground.shape, layer, number)
         self.layer, self.seed, self.number, self.chunk = layer, seed, number, chunk
-        self.watch, self.ranks, self.keep = watch, ranks, keep
+        self.watch, self.communicator, self.keep = watch, communicator, keep
         self.settings: LearningSettings = layer.settings.learning
         self.schedule = Schedule(
             self.ground.images,
             self.settings.batch_size,
             (seed, number, 2),
-            ranks.rank,
-            ranks.count,
+            communicator.rank,
+            communicator.world_size,
         )
         self.epoch, self.batch = 0, 0
         # Whether some rank was asked to stop, as of the last update.
@@ -163,11 +163,11 @@ class LayerTrainer:
         own, window = self.schedule.own.to(self.ground.device), state_window(layer)
         self.codes = FileStates(own, window, folder, token) if folder else States(own, window)
         self.snapshot: Snapshot | None = None
-        self.sums: FilterSums | None = None
+        self.sums: FilterStatistics | None = None
         self._seen = _Seen()
         if state is None:
             if filters is None:
-                filters = self._fresh_filters(layer.settings.num_maps, seeded(seed, number, 1))
+                filters = self._draw_filters(layer.settings.num_maps, seeded(seed, number, 1))
             layer.set_filters(filters.to(layer.filters))
         else:
             self.load_state_dict(state)
@@ -234,7 +234,7 @@ class LayerTrainer:
 
     def _update_by_sums(self, chosen: Tensor, stop: bool) -> None:
         layer, f = self.layer, self.layer.filters
-        sums, finite = FilterSums.none(f), True
+        sums, finite = FilterStatistics.none(f), True
         for part in self._parts(chosen):
             self._seen.clock.end("sums")
             solution, T = self._visit(part)
@@ -242,7 +242,7 @@ class LayerTrainer:
             if not torch.isfinite(solution.objective).all():
                 finite = False
                 continue
-            sums += filter_sums(
+            sums += filter_statistics(
                 solution.z,
                 T.adjoint(solution.residual),
                 f,
@@ -251,12 +251,14 @@ class LayerTrainer:
                 curvature=self._curvature(part, T),
             )
         self._seen.clock.end("sums")
-        linear, gram, flags = self.ranks.summed(sums.linear, sums.gram, self._flags(finite, stop))
+        linear, gram, flags = self.communicator.all_reduce_sum(
+            sums.linear, sums.gram, self._flags(finite, stop)
+        )
         self._seen.clock.end("exchange")
         self._heed(flags)
-        sums = FilterSums(linear, gram)
+        sums = FilterStatistics(linear, gram)
         # Each update lets 1 / (updates in `memory` epochs) of what came before fade.
-        fade = max(0.0, 1 - 1 / max(self.settings.memory * self.schedule.batches, 1))
+        fade = max(0.0, 1 - 1 / max(self.settings.averaging_epochs * self.schedule.batches, 1))
         self.sums = sums if self.sums is None or fade == 0 else self.sums * fade + sums
         f.copy_(
             update_filters(
@@ -279,7 +281,7 @@ class LayerTrainer:
             z = None if self.keep and self.codes.window else solution.z
             visited.append((part, z, solution.residual))
         self._seen.clock.end("inference")
-        flags = self.ranks.summed(self._flags(finite, stop))
+        flags = self.communicator.all_reduce_sum(self._flags(finite, stop))
         self._seen.clock.end("exchange")
         self._heed(*flags)
 
@@ -297,7 +299,7 @@ class LayerTrainer:
                 boundary=layer.settings.boundary,
                 non_negative=self.settings.non_negative,
                 zero_mean=self.settings.zero_mean,
-                ranks=self.ranks,
+                communicator=self.communicator,
             )
         )
 
@@ -332,15 +334,15 @@ class LayerTrainer:
     def _parts(self, images: Tensor) -> Iterator[Tensor]:
         return iter(images.split(self.chunk) if len(images) else ())
 
-    def _fresh_filters(self, num: int, generator: torch.Generator) -> Tensor:
+    def _draw_filters(self, num: int, generator: torch.Generator) -> Tensor:
         """So many filters as learning starts with."""
         H, W = self.ground.shape[1:]
         images, size = self.ground.images, self.layer.settings.filter_size
 
         def draw(number: int) -> Tensor:
-            return self._patches(draw_places(number, images, (H, W), size, generator))
+            return self._patches(random_patch_positions(number, images, (H, W), size, generator))
 
-        return self.layer.fresh_filters(num, draw, generator)
+        return self.layer.draw_filters(num, draw, generator)
 
     def _patches(self, places: Tensor) -> Tensor:
         """(P, C, h, w): the pieces of what is below at places (P, 3), image, row, column."""
@@ -354,7 +356,7 @@ class LayerTrainer:
                     i, j = places[p, 1:].tolist()
                     patches[p] = image[:, i : i + size, j : j + size]
         # Exact: what the other ranks add is zero.
-        return self.ranks.summed(patches)[0].to(patches.dtype)
+        return self.communicator.all_reduce_sum(patches)[0].to(patches.dtype)
 
     def _visit(self, part: Tensor) -> tuple[Solution, LinearOperator]:
         """Go on inferring the maps of some images; what was found, and their T."""
@@ -375,29 +377,29 @@ class LayerTrainer:
         return solution, target.T
 
     def _end_epoch(self) -> EpochStats:
-        seen, self._seen = self._seen.shared(self.ranks), _Seen()
+        seen, self._seen = self._seen.shared(self.communicator), _Seen()
         dead = dead_filters(seen.energy)
-        double = double_filters(self.layer.filters, seen.energy)
+        double = duplicate_filters(self.layer.filters, seen.energy)
         double = [k for k in double if k not in dead]
         self.epoch, self.batch = self.epoch + 1, 0
         if seen.peaks is not None:
             self.snapshot = Snapshot(self.epoch, seen.peaks, self.layer.filters.clone())
         self.codes.turn()
-        if self.settings.revive and not self.done:
-            self._revive(sorted([*dead, *double]))
+        if self.settings.reinit_unused and not self.done:
+            self._reinitialize(sorted([*dead, *double]))
         early = 3 * self.epoch <= 2 * self.settings.epochs
         if self.settings.recenter and early and self.epoch % RECENTER_EVERY == 0:
             self._recenter()
         self.codes.turn()
         return seen.stats(self, dead=len(dead), double=len(double))
 
-    def _revive(self, filters: list[int]) -> None:
+    def _reinitialize(self, filters: list[int]) -> None:
         """Start these filters anew, and forget what was known of their maps."""
         if not filters:
             return
         layer = self.layer
         generator = seeded(self.seed, self.number, 3, self.epoch)
-        fresh = self._fresh_filters(len(filters), generator)
+        fresh = self._draw_filters(len(filters), generator)
         f = layer.filters.clone()
         f[filters] = fresh
         layer.set_filters(f)
@@ -435,8 +437,8 @@ class LayerTrainer:
         """Everything beside the filters that `load_state_dict` needs to go on exactly from here,
         with any number of ranks; of all ranks, for the first one.
         """
-        seen = self._seen.shared(self.ranks)
-        parts = self.ranks.collected(self.codes.state_dict())
+        seen = self._seen.shared(self.communicator)
+        parts = self.communicator.gather(self.codes.state_dict())
         if parts is None:
             return None
         sums = self.sums and {"linear": self.sums.linear.cpu(), "gram": self.sums.gram.cpu()}
@@ -461,9 +463,9 @@ class LayerTrainer:
         self.epoch, self.batch = state["epoch"], state["batch"]
         self.codes.load_state_dict(state["codes"], device)
         sums = state["sums"]
-        self.sums = sums and FilterSums(sums["linear"].to(device), sums["gram"].to(device))
+        self.sums = sums and FilterStatistics(sums["linear"].to(device), sums["gram"].to(device))
         # What all have seen counts once.
-        self._seen = _Seen.of(state["seen"], device) if self.ranks.first else _Seen()
+        self._seen = _Seen.of(state["seen"], device) if self.communicator.is_main else _Seen()
 
 
 class _Clock:
@@ -520,13 +522,13 @@ class _Seen:
         peaks = Peaks.none(z) if self.peaks is None else self.peaks
         self.peaks = peaks.updated(z, images, watch.first)
 
-    def shared(self, ranks: Ranks) -> _Seen:
+    def shared(self, communicator: Communicator) -> _Seen:
         """What all ranks have seen, and what each had to do."""
         device = torch.device("cpu") if self.energy is None else self.energy.device
         load = RankLoad(dict(self.clock.seconds), memory_used(device))
-        if ranks.count == 1:
+        if communicator.world_size == 1:
             return replace(self, loads=[load])
-        found = ranks.gathered((self.state_dict(), load))
+        found = communicator.all_gather((self.state_dict(), load))
         parts = [_Seen.of(part, device) for part, _ in found]
         energies = [part.energy for part in parts if part.energy is not None]
         peaks = [part.peaks for part in parts if part.peaks is not None]
@@ -583,7 +585,7 @@ def learn_layers(
     for number in range(1, (net.depth if depth is None else depth) + 1):
         layer = net.layer(number)
         if number > 1:
-            codes = net.extend(codes, chunk=chunk)
+            codes = net.infer_next_layer(codes, chunk=chunk)
             layer.fit_scale(codes.layers[-1].pooled)
         ground = Ground.over(net, codes, number)
         trainer = LayerTrainer(layer, ground, seed=seed, number=number, chunk=chunk)

@@ -20,11 +20,11 @@ from deconvnet.images.preprocessing import Spread
 from deconvnet.monitoring.monitor import Monitor
 from deconvnet.monitoring.records import InferencePoint, LayerResult, decibels
 from deconvnet.network.codes import Codes
-from deconvnet.network.network import DeconvNet, Layer, Target
+from deconvnet.network.network import DeconvNet, Layer, LayerProblem
 from deconvnet.sparse_coding.prior import Prior
 from deconvnet.sparse_coding.solvers import data_term
 from deconvnet.storage import formats
-from deconvnet.support.communicator import ALONE, Ranks
+from deconvnet.support.communicator import SINGLE, Communicator
 from deconvnet.support.modes import plain
 from deconvnet.training.layer_trainer import Ground, LayerTrainer, states_size
 from deconvnet.training.run_folder import Run
@@ -64,7 +64,7 @@ def train(
     frames: Tensor | None = None,
     seed: int = 0,
     chunk: int = 8,
-    ranks: Ranks = ALONE,
+    communicator: Communicator = SINGLE,
     hold: bool = True,
     memory: float = math.inf,
     disk: float = 0.0,
@@ -85,10 +85,10 @@ def train(
     images = Source.of(images, frames) if isinstance(images, Tensor) else images
     if run:
         run.claim()
-    state = ranks.told(run and run.state)
+    state = communicator.broadcast(run and run.state)
     if state is not None:
         net.load_parts(state["network"]["tensors"])
-    initial = _initial_filters(net, ranks.told(run and run.initial))
+    initial = _initial_filters(net, communicator.broadcast(run and run.initial))
     position = _Position.of(state)
     if position.layer > net.depth:
         log.info(
@@ -109,7 +109,9 @@ def train(
             if stop_requested():
                 raise Interrupted
 
-        corpus = Corpus(net, images, ranks=ranks, chunk=chunk, hold=hold, progress=watch)
+        corpus = Corpus(
+            net, images, communicator=communicator, chunk=chunk, hold=hold, progress=watch
+        )
         if state is None:
             corpus.fit_preprocessing()
         resumed = state and state["trainer"]
@@ -150,7 +152,9 @@ def _train_layer(
     if resumed is None and number > 1:
         layer.fit_scale(position.pooled or corpus.pooled(number - 1))
     ground = corpus.ground(number)
-    keep, folder = _place_for_states(layer, ground, corpus.ranks, run, number, *room, resumed)
+    keep, folder = _place_for_states(
+        layer, ground, corpus.communicator, run, number, *room, resumed
+    )
     trainer = LayerTrainer(
         layer,
         ground,
@@ -158,14 +162,14 @@ def _train_layer(
         number=number,
         chunk=corpus.chunk,
         watch=layer_watch(net, corpus.codes_of(corpus.some(1), number - 1), number),
-        ranks=corpus.ranks,
+        communicator=corpus.communicator,
         keep=keep,
         folder=folder,
-        token=corpus.ranks.told(run and run.token) or "",
+        token=corpus.communicator.broadcast(run and run.token) or "",
         filters=initial,
         state=resumed,
     )
-    if corpus.ranks.count > 1 and corpus.ranks.first:
+    if corpus.communicator.world_size > 1 and corpus.communicator.is_main:
         log.info("layer %d: %s", number, trainer.traffic)
     try:
         _learn(net, corpus, trainer, position, run, monitor, stop_requested)
@@ -174,11 +178,11 @@ def _train_layer(
     tally = _Tally()
     for codes in corpus.climb(number):
         tally.add(net, codes)
-    tally = tally.shared(corpus.ranks)
+    tally = tally.shared(corpus.communicator)
     position.pooled = tally.pooled
     result = tally.result(number, time.perf_counter() - started)
     position.results.append(result)
-    if result.dead and corpus.ranks.first:
+    if result.dead and corpus.communicator.is_main:
         log.warning(
             "layer %d: %d of its %d maps are zero on all images (dead): fewer num_maps, or a "
             "larger lam",
@@ -222,7 +226,7 @@ def _save_again(net: DeconvNet, path: Path) -> None:
 def _place_for_states(
     layer: Layer,
     ground: Ground,
-    ranks: Ranks,
+    communicator: Communicator,
     run: Run | None,
     number: int,
     memory: float,
@@ -235,7 +239,7 @@ def _place_for_states(
     """
     needed = states_size(layer, ground) / 2**30
     on_disk = FileStates.FILES * needed
-    root = ranks.told(run and str(run.states))
+    root = communicator.broadcast(run and str(run.states))
     folder = root and Path(root) / f"layer{number}"
     kept, there = _states_of(resumed)
     if kept is not False and not there and needed <= memory:
@@ -250,7 +254,7 @@ def _place_for_states(
         )
     else:
         folder, where = None, "every visit infers from the beginning"
-    if ranks.first:
+    if communicator.is_main:
         log.info(
             "layer %d: the states of inference of %d images would take %.3g GiB%s: %s",
             *(number, ground.images, needed),
@@ -357,15 +361,15 @@ class _Tally:
         self.pixels += y.numel()
         self.values += float(y.sum())
         self.squares += float(y.square().sum())
-        self.error += float((y - net.paint(codes, len(codes.layers))).square().sum())
+        self.error += float((y - net.synthesize(codes, len(codes.layers))).square().sum())
         active = (z != 0).sum((0, 2, 3)).cpu()
         self.active = active if self.active is None else self.active + active
         self.pooled.add(found.pooled)
 
-    def shared(self, ranks: Ranks) -> _Tally:
+    def shared(self, communicator: Communicator) -> _Tally:
         """Over the images of all ranks."""
-        pooled = self.pooled.shared(ranks)
-        parts = [part for part in ranks.gathered(self) if part.images]
+        pooled = self.pooled.shared(communicator)
+        parts = [part for part in communicator.all_gather(self) if part.images]
         summed = [key for key in vars(self) if key != "pooled"]
         return _Tally(
             **{key: sum(getattr(part, key) for part in parts) for key in summed}, pooled=pooled
@@ -401,10 +405,10 @@ def _learn(
         monitor.advance()
         if stats:
             monitor.epoch(stats, position.step)
-            if stats.objective > RISE * before and corpus.ranks.first:
+            if stats.objective > RISE * before and corpus.communicator.is_main:
                 log.warning(
                     "layer %d, epoch %d: the objective has risen from %.4g to %.4g; if it goes on, "
-                    "use larger batches (learning.batch_size) or a longer learning.memory",
+                    "use larger learning.batch_size or learning.averaging_epochs",
                     *(trainer.number, stats.epoch, before, stats.objective),
                 )
             before = stats.objective
@@ -414,7 +418,7 @@ def _learn(
                 # Before the checkpoint: a run that goes on from it has these columns.
                 _show_snapshot(net, corpus, trainer, run)
         # Alone there is no need to ask the others.
-        stopping = trainer.stopping or (corpus.ranks.count == 1 and stop_requested())
+        stopping = trainer.stopping or (corpus.communicator.world_size == 1 and stop_requested())
         if stats or stopping:
             monitor.flush()
             position.save(run, net, trainer)
@@ -440,8 +444,8 @@ def _show(
     if run is None:
         return
     monitor.result(position.results[-1], codes.layer(number).values, position.step)
-    target = net.target(codes, number, slice(CURVE_IMAGES))
-    monitor.inference(number, _inference_curve(net.layer(number), target))
+    problem = net.layer_problem(codes, number, slice(CURVE_IMAGES))
+    monitor.inference(number, _inference_curve(net.layer(number), problem))
     pixels, _ = corpus.images.read(some)
     pictures = layer_pictures(net, codes, pixels.to(net.device), number)
     learned = recorded(run.evolution(number))
@@ -451,18 +455,18 @@ def _show(
         monitor.picture(name, picture, position.step)
 
 
-def _inference_curve(layer: Layer, target: Target) -> list[InferencePoint]:
+def _inference_curve(layer: Layer, problem: LayerProblem) -> list[InferencePoint]:
     """How the objective falls while the maps of some images are inferred, beta beside it."""
-    A, settings = target.T @ layer.operator(), layer.settings
+    A, settings = problem.T @ layer.operator(), layer.settings
     prior = Prior(settings.p, group=settings.group)
     curve = []
 
     def watch(iteration: int, z: Tensor, beta: Tensor) -> None:
-        cost = data_term(target.b - A(z), settings.lam) + prior(z)
+        cost = data_term(problem.b - A(z), settings.lam) + prior(z)
         density = float(torch.count_nonzero(z)) / z.numel()
         curve.append(InferencePoint(iteration, float(cost.mean()), float(beta.mean()), density))
 
-    layer.infer(target, settings=replace(settings.solver, tolerance=0.0), callback=watch)
+    layer.infer(problem, settings=replace(settings.solver, tolerance=0.0), callback=watch)
     return curve
 
 

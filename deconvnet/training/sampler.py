@@ -32,7 +32,7 @@ class Schedule:
     batch_size: int | None
     seeds: tuple[int, ...] = (0,)
     rank: int = 0
-    ranks: int = 1
+    world_size: int = 1
 
     @property
     def places(self) -> int:
@@ -47,7 +47,7 @@ class Schedule:
     @property
     def own_places(self) -> range:
         """The places of this rank: some that are neighbours; none where there are more ranks."""
-        first, last = (self.places * rank // self.ranks for rank in (self.rank, self.rank + 1))
+        first, last = (self.places * rank // self.world_size for rank in (self.rank, self.rank + 1))
         return range(first, last)
 
     @property

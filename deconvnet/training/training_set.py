@@ -15,8 +15,8 @@ from torch import Tensor
 
 from deconvnet.images.preprocessing import Spread
 from deconvnet.network.codes import ALL, Codes, join, join_codes
-from deconvnet.network.network import DeconvNet, Target
-from deconvnet.support.communicator import ALONE, Ranks
+from deconvnet.network.network import DeconvNet, LayerProblem
+from deconvnet.support.communicator import SINGLE, Communicator
 from deconvnet.training.layer_trainer import Ground
 from deconvnet.training.sampler import Schedule
 
@@ -64,12 +64,12 @@ class Corpus:
         net: DeconvNet,
         images: Source,
         *,
-        ranks: Ranks = ALONE,
+        communicator: Communicator = SINGLE,
         chunk: int = 8,
         hold: bool = True,
         progress: Callable[[int, int], None] | None = None,
     ):
-        self.net, self.images, self.ranks = net, images, ranks
+        self.net, self.images, self.communicator = net, images, communicator
         self.chunk, self.hold, self.progress = chunk, hold, progress
         self.own = torch.arange(0)
         self.codes: Codes | None = None
@@ -79,19 +79,23 @@ class Corpus:
 
     def fit_preprocessing(self) -> None:
         """Learn the preprocessing from all images, each rank from some of them."""
-        own = Schedule(len(self), None, (), self.ranks.rank, self.ranks.count).own
+        own = Schedule(
+            len(self), None, (), self.communicator.rank, self.communicator.world_size
+        ).own
 
         def parts() -> Iterator[tuple[Tensor, Tensor | None]]:
             for some in self._chunks(own):
                 images, frames = self.images.read(some)
                 yield images.to(self.net.device), frames
 
-        self.net.preprocessing.fit_parts(parts, self.ranks)
+        self.net.preprocessing.fit_parts(parts, self.communicator)
 
     def own_for(self, number: int) -> Tensor:
         """The images that are this rank's own while layer `number` learns, ascending."""
         batch_size = self.net.layer(number).settings.learning.batch_size
-        return Schedule(len(self), batch_size, (), self.ranks.rank, self.ranks.count).own
+        return Schedule(
+            len(self), batch_size, (), self.communicator.rank, self.communicator.world_size
+        ).own
 
     def settle(self, own: Tensor, depth: int) -> None:
         """Take these images for one's own, with the maps of the lowest `depth` layers."""
@@ -109,7 +113,7 @@ class Corpus:
         """`codes_of` images, ascending, each from the rank whose own it is; for the first rank."""
         mine = images[torch.isin(images, self.own)]
         found = [self.codes_of(some, depth) for some in self._chunks(mine)]
-        parts = self.ranks.collected((mine, join_codes(found).to("cpu") if found else None))
+        parts = self.communicator.gather((mine, join_codes(found).to("cpu") if found else None))
         if parts is None:
             return None
         parts = [part for part in parts if part[1] is not None]
@@ -122,11 +126,11 @@ class Corpus:
 
         def below(images: Tensor) -> Tensor:
             codes, rows = self._found(images, depth)
-            return self.net.below(codes, number, rows)
+            return self.net.layer_input(codes, number, rows)
 
-        def target(images: Tensor) -> Target:
+        def target(images: Tensor) -> LayerProblem:
             codes, rows = self._found(images, depth)
-            return self.net.target(codes, number, rows)
+            return self.net.layer_problem(codes, number, rows)
 
         shape = below(self.some(1)).shape[1:]
         ahead = None if self.hold else self.images.ahead
@@ -141,7 +145,7 @@ class Corpus:
         time."""
         parts, done = [], 0
         for some in self._chunks(self.own):
-            codes = self.net.extend(self.codes_of(some, number - 1), chunk=self.chunk)
+            codes = self.net.infer_next_layer(self.codes_of(some, number - 1), chunk=self.chunk)
             if self.hold:
                 parts.append(codes.layers[-1])
             yield codes
@@ -157,7 +161,7 @@ class Corpus:
         spread = Spread()
         for some in self._chunks(self.own):
             spread.add(self.codes_of(some, depth).layer(depth).pooled)
-        return spread.shared(self.ranks)
+        return spread.shared(self.communicator)
 
     def _found(self, images: Tensor, depth: int) -> tuple[Codes, Tensor | slice]:
         """Codes, and where in them these images stand."""

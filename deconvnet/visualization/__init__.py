@@ -8,7 +8,7 @@ from deconvnet.visualization.models.zoo import load_model
 from deconvnet.visualization.pictures.evolution import evolution
 from deconvnet.visualization.pictures.features import Features, pixel_features
 from deconvnet.visualization.pictures.figures import filter_grid, layer_pictures
-from deconvnet.visualization.pictures.grids import exemplar_grid
+from deconvnet.visualization.pictures.grids import projection_grid
 from deconvnet.visualization.pictures.parts import (
     Units,
     parts_picture,
@@ -17,29 +17,29 @@ from deconvnet.visualization.pictures.parts import (
     supporters,
 )
 from deconvnet.visualization.projection.projector import Projector
-from deconvnet.visualization.search.randomization import randomised
-from deconvnet.visualization.search.top_activations import mine
-from deconvnet.visualization.search.top_projections import collect
+from deconvnet.visualization.search.randomization import shuffle_weights
+from deconvnet.visualization.search.top_activations import find_top_activations
+from deconvnet.visualization.search.top_projections import project_top_activations
 
 __all__ = [
     "Features",
     "Normalization",
     "Projector",
     "Units",
-    "collect",
+    "project_top_activations",
     "correspondence",
     "evolution",
-    "exemplar_grid",
+    "projection_grid",
     "filter_grid",
     "invariance",
     "layer_pictures",
     "load_model",
-    "mine",
+    "find_top_activations",
     "occlusion",
     "parts_picture",
     "pixel_features",
     "project",
-    "randomised",
+    "shuffle_weights",
     "strongest",
     "supporters",
 ]

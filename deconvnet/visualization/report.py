@@ -39,26 +39,35 @@ from deconvnet.monitoring.monitor import save_picture
 from deconvnet.monitoring.strict_json import to_json
 from deconvnet.network.network import DeconvNet
 from deconvnet.storage import ownership
-from deconvnet.support.communicator import ALONE, Ranks
+from deconvnet.support.communicator import SINGLE, Communicator
 from deconvnet.visualization.experiments.invariance import invariance, invariance_picture
 from deconvnet.visualization.experiments.occlusion import occlusion, occlusion_picture
-from deconvnet.visualization.gallery.content import Findings, write_pages
-from deconvnet.visualization.models.zoo import Subject
+from deconvnet.visualization.gallery.content import VisualizationResult, write_pages
+from deconvnet.visualization.models.zoo import LoadedModel
 from deconvnet.visualization.pictures.evolution import Evolution, evolution_picture
 from deconvnet.visualization.pictures.figures import filter_grid
 from deconvnet.visualization.pictures.grids import (
     chosen_maps,
-    exemplar_grid,
     first_filters,
+    projection_grid,
     with_control,
 )
 from deconvnet.visualization.projection.cnn_backend import GATES
 from deconvnet.visualization.projection.projection import LayerInfo, choose_among
 from deconvnet.visualization.projection.projector import Projector
 from deconvnet.visualization.projection.rules import METHODS, OVERLAPS
-from deconvnet.visualization.search.randomization import randomised
-from deconvnet.visualization.search.top_activations import Top, merge, mine, of_one_size
-from deconvnet.visualization.search.top_projections import Exemplars, collect, load_exemplars
+from deconvnet.visualization.search.randomization import shuffle_weights
+from deconvnet.visualization.search.top_activations import (
+    TopActivations,
+    find_top_activations,
+    merge,
+    of_one_size,
+)
+from deconvnet.visualization.search.top_projections import (
+    TopProjections,
+    load_top_projections,
+    project_top_activations,
+)
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +81,7 @@ INSIDE = (
 
 
 @dataclass
-class SurveySettings:
+class VisualizationSettings:
     """What to look for and to show."""
 
     # dotted names of layers; null: all of a deconvolutional network, else the last of each size
@@ -139,19 +148,19 @@ class SurveySettings:
                 raise ValueError(f"{key}={getattr(self, key)}: choose one of {', '.join(choices)}")
 
 
-def survey(
-    subject: Subject,
+def visualize_network(
+    subject: LoadedModel,
     images: LazyImages,
-    settings: SurveySettings,
+    settings: VisualizationSettings,
     folder: Path,
     *,
     evolutions: Mapping[str, Evolution] | None = None,
-    ranks: Ranks = ALONE,
+    communicator: Communicator = SINGLE,
 ) -> dict[str, Path]:
     """What a network responds to on some images, written into a folder; the files by what they are.
 
-    evolutions: of layers by name, for their pictures. ranks: processes that share the search, each
-    in a part of the images; the first one writes.
+    evolutions: of layers by name, for their pictures. communicator: processes that share the
+    search, each in a part of the images; rank 0 writes.
     """
     projector = projector_of(subject, settings)
     infos = {info.name: info for info in layers_of(projector, images[0])}
@@ -161,9 +170,9 @@ def survey(
         raise ValueError(f"layers=null: {subject.name} has no layer of maps; {among}")
     _try(projector, images[0], chosen)
     place = Path(folder) / "visualization"
-    if ranks.first:
+    if communicator.is_main:
         _check_places(Path(folder), place, chosen, settings)
-    state = Findings(
+    state = VisualizationResult(
         subject,
         projector,
         images,
@@ -171,15 +180,15 @@ def survey(
         settings.contrast,
         {name: found for name, found in (evolutions or {}).items() if name in chosen},
     )
-    if ranks.first:
+    if communicator.is_main:
         names = ", ".join(state.infos)
         log.info("%s: what drives the maps of %s, in %d images", subject.name, names, len(images))
-    state.tops = _mine(state, settings, projector, subject, place, ranks)
+    state.tops = _mine(state, settings, projector, subject, place, communicator)
     if settings.control:
-        control = randomised_subject(subject, settings.seed)
+        control = shuffled_model(subject, settings.seed)
         shuffled = projector_of(control, settings)
-        control_tops = _mine(state, settings, shuffled, control, place / "control", ranks)
-    if not ranks.first:
+        control_tops = _mine(state, settings, shuffled, control, place / "control", communicator)
+    if not communicator.is_main:
         return {}
     state.found = _collect(state, settings, projector, subject, state.tops, place)
     if not state.found:
@@ -241,7 +250,9 @@ def _try(projector: Projector, image: Tensor, layers: list[str]) -> None:
         projector(x, layer, [(0, 0, 0, 0)])
 
 
-def _check_places(folder: Path, place: Path, layers: list[str], settings: SurveySettings) -> None:
+def _check_places(
+    folder: Path, place: Path, layers: list[str], settings: VisualizationSettings
+) -> None:
     """Before the work begins, refuse to replace files that are not ours."""
     names = {}
     for layer in layers:
@@ -264,7 +275,7 @@ def _check_places(folder: Path, place: Path, layers: list[str], settings: Survey
         ownership.check_replaceable(folder / "gallery")
 
 
-def _remove_others(state: Findings, place: Path) -> None:
+def _remove_others(state: VisualizationResult, place: Path) -> None:
     """Remove what earlier surveys made for other layers or with other settings."""
     arrays = {f"{file_name(layer)}.npz" for layer in state.found}
     kept = {place / "figures" / f"{file_name(name)}.png" for name in state.pictures}
@@ -281,7 +292,7 @@ def _remove_others(state: Findings, place: Path) -> None:
         ownership.prune(place / "control")
 
 
-def projector_of(subject: Subject, settings: SurveySettings) -> Projector:
+def projector_of(subject: LoadedModel, settings: VisualizationSettings) -> Projector:
     """What projects the units of a network as the settings say."""
     if isinstance(subject.module, DeconvNet):
         return Projector(subject.module, batch=settings.batch)
@@ -296,28 +307,28 @@ def projector_of(subject: Subject, settings: SurveySettings) -> Projector:
     )
 
 
-def randomised_subject(subject: Subject, seed: int) -> Subject:
+def shuffled_model(subject: LoadedModel, seed: int) -> LoadedModel:
     """The control of a network: the same with the entries of every weight in a random order."""
-    module = randomised(subject.module, seed=seed)
+    module = shuffle_weights(subject.module, seed=seed)
     digest = f"{subject.digest} shuffled by {seed}"
     return replace(subject, module=module, weights="shuffled", digest=digest)
 
 
 def _mine(
-    state: Findings,
-    settings: SurveySettings,
+    state: VisualizationResult,
+    settings: VisualizationSettings,
     projector: Projector,
-    subject: Subject,
+    subject: LoadedModel,
     place: Path,
-    ranks: Ranks,
-) -> dict[str, Top]:
+    communicator: Communicator,
+) -> dict[str, TopActivations]:
     """The strongest activations, those of all processes together."""
-    rank, count = ranks.rank, ranks.count
+    rank, count = communicator.rank, communicator.world_size
     name = "topk.npz" if count == 1 else f"topk-{rank}-of-{count}.npz"
     what = "searching" if subject is state.subject else "searching, control"
     total = len(range(rank, len(state.images), count))
-    with _bar(settings, what, "image", total, hidden=not ranks.first) as progress:
-        part = mine(
+    with _bar(settings, what, "image", total, hidden=not communicator.is_main) as progress:
+        part = find_top_activations(
             projector,
             state.images,
             list(state.infos),
@@ -330,17 +341,17 @@ def _mine(
             key={"network": _network_key(subject), "data": state.images.fingerprint},
             progress=progress,
         )
-    return merge(ranks.gathered(part), k=settings.k)
+    return merge(communicator.all_gather(part), k=settings.k)
 
 
 def _collect(
-    state: Findings,
-    settings: SurveySettings,
+    state: VisualizationResult,
+    settings: VisualizationSettings,
     projector: Projector,
-    subject: Subject,
-    tops: dict[str, Top],
+    subject: LoadedModel,
+    tops: dict[str, TopActivations],
     place: Path,
-) -> dict[str, Exemplars]:
+) -> dict[str, TopProjections]:
     """The projections of every layer; those of an earlier survey where they are the same."""
     whose = "" if tops is state.tops else ", control"
     found = {}
@@ -361,16 +372,18 @@ def _collect(
             "data": state.images.fingerprint,
         }
         path = place / "projections" / f"{file_name(layer)}.npz"
-        known = load_exemplars(path, key)
+        known = load_top_projections(path, key)
         if known is None:
             with _bar(settings, f"projecting {layer}{whose}", "unit", total) as progress:
-                known = collect(projector, state.images, layer, top, maps=maps, progress=progress)
+                known = project_top_activations(
+                    projector, state.images, layer, top, maps=maps, progress=progress
+                )
             known.save(path, key)
         found[layer] = known
     return found
 
 
-def _network_key(subject: Subject) -> list[object]:
+def _network_key(subject: LoadedModel) -> list[object]:
     """What responses and projections depend on: parameters, what is done with them, and pixels."""
     module = subject.module
     built = module.to_parts()[1] if isinstance(module, DeconvNet) else [str(module), _code(module)]
@@ -393,7 +406,7 @@ def _code(module: nn.Module) -> str:
     return found.hexdigest()[:16]
 
 
-def _draw(state: Findings, settings: SurveySettings, folder: Path) -> None:
+def _draw(state: VisualizationResult, settings: VisualizationSettings, folder: Path) -> None:
     """All pictures, as PNG files."""
     pictures = state.pictures
     filters = first_filters(state.projector)
@@ -401,9 +414,9 @@ def _draw(state: Findings, settings: SurveySettings, folder: Path) -> None:
         pictures[f"{filters[0]}-filters"] = filter_grid(filters[1])
     for layer, found in state.found.items():
         rows = _shown_rows(found, settings)
-        grid = exemplar_grid(found, rows, contrast=settings.contrast)
+        grid = projection_grid(found, rows, contrast=settings.contrast)
         if layer in state.control:
-            beside = exemplar_grid(state.control[layer], rows, contrast=settings.contrast)
+            beside = projection_grid(state.control[layer], rows, contrast=settings.contrast)
             grid = with_control(grid, beside, layer=layer)
         pictures[layer] = grid
     for layer, e in state.evolutions.items():
@@ -414,7 +427,7 @@ def _draw(state: Findings, settings: SurveySettings, folder: Path) -> None:
         save_picture(folder / f"{file_name(name)}.png", picture)
 
 
-def _occlude(state: Findings, settings: SurveySettings) -> None:
+def _occlude(state: VisualizationResult, settings: VisualizationSettings) -> None:
     """What a grey square does to the highest layer, in the first images."""
     projector, layer = state.projector, list(state.found)[-1]
     for number in range(min(settings.occlusion, len(state.images))):
@@ -427,7 +440,7 @@ def _occlude(state: Findings, settings: SurveySettings) -> None:
         state.pictures[f"occlusion-{number}"] = picture
 
 
-def _move(state: Findings, settings: SurveySettings) -> None:
+def _move(state: VisualizationResult, settings: VisualizationSettings) -> None:
     """What shifts, zooms and turns do to the lowest and the highest layer, in the first images."""
     if settings.invariance == 0:
         return
@@ -442,7 +455,9 @@ def _move(state: Findings, settings: SurveySettings) -> None:
     state.pictures["invariance"] = invariance_picture(found, pixels, names=names)
 
 
-def _write_manifest(state: Findings, settings: SurveySettings, place: Path) -> Path:
+def _write_manifest(
+    state: VisualizationResult, settings: VisualizationSettings, place: Path
+) -> Path:
     path = place / "manifest.json"
     text = to_json(_manifest(state, settings), indent=1, ensure_ascii=False)
     # Names of files may be no text; names of networks and layers, too.
@@ -450,7 +465,7 @@ def _write_manifest(state: Findings, settings: SurveySettings, place: Path) -> P
     return path
 
 
-def _manifest(state: Findings, settings: SurveySettings) -> dict:
+def _manifest(state: VisualizationResult, settings: VisualizationSettings) -> dict:
     """How each tile was made."""
     subject, names = state.subject, state.images.names
     layers = {}
@@ -490,7 +505,7 @@ def _manifest(state: Findings, settings: SurveySettings) -> dict:
     }
 
 
-def _map_entry(found: Exemplars, row: int, names: tuple[str, ...]) -> dict:
+def _map_entry(found: TopProjections, row: int, names: tuple[str, ...]) -> dict:
     tiles = []
     for rank in range(found.count(row)):
         image, _, i, j = found.units[row, rank].tolist()
@@ -509,7 +524,7 @@ def _map_entry(found: Exemplars, row: int, names: tuple[str, ...]) -> dict:
     return {"map": int(found.maps[row]), "row": row, "tiles": tiles}
 
 
-def _write_events(state: Findings, folder: Path) -> None:
+def _write_events(state: VisualizationResult, folder: Path) -> None:
     for old in folder.glob("events.out.tfevents.*"):
         ownership.remove(old)
     with event_writer(folder) as writer:
@@ -520,7 +535,7 @@ def _write_events(state: Findings, folder: Path) -> None:
         writer.add_text("visualization", f"| layer | how |\n|---|---|\n{reports}", 0)
 
 
-def _shown_rows(found: Exemplars, settings: SurveySettings) -> list[int]:
+def _shown_rows(found: TopProjections, settings: VisualizationSettings) -> list[int]:
     """The rows of the maps in the grid: some at random, in their order."""
     dead = np.zeros(len(found.maps), dtype=bool)
     return chosen_maps(dead, settings.shown, seed=settings.seed)
@@ -540,7 +555,12 @@ def _digest(*arrays: np.ndarray) -> str:
 
 @contextmanager
 def _bar(
-    settings: SurveySettings, name: str, unit: str, total: int | None, *, hidden: bool = False
+    settings: VisualizationSettings,
+    name: str,
+    unit: str,
+    total: int | None,
+    *,
+    hidden: bool = False,
 ) -> Iterator[Callable[[int, int], None]]:
     """A progress bar as what is told (done, total)."""
     # On a terminal only: a file would get all that the bar draws over itself.

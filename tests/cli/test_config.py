@@ -340,7 +340,7 @@ HUGE = 10**12
     [
         (LayerSettings, ("num_maps", "filter_size", "group"), (0, -1, HUGE)),
         (LearningSettings, ("epochs", "update_iterations"), (0, -1, HUGE)),
-        (LearningSettings, ("memory",), (math.nan, -1.0)),
+        (LearningSettings, ("averaging_epochs",), (math.nan, -1.0)),
         (SolverSettings, ("iterations", "training_iterations", "cg_iterations"), (0, -1, HUGE)),
         (LayerSettings, ("lam", "image_weight"), (0.0, -1.0, math.nan, math.inf)),
         (LayerSettings, ("p",), (-1.0, 2.0, math.nan)),

@@ -158,7 +158,10 @@ KEYS = [
     *(f"model.layer1.{key}" for key in ("num_maps", "filter_size", "lam", "p", "group", "pool")),
     *(f"model.layer1.{key}" for key in ("connectivity", "boundary", "target", "pooling", "scale")),
     *(f"model.layer1.solver.{key}" for key in ("method", "iterations", "tolerance", "relaxation")),
-    *(f"model.layer1.learning.{key}" for key in ("epochs", "batch_size", "update", "memory")),
+    *(
+        f"model.layer1.learning.{key}"
+        for key in ("epochs", "batch_size", "update", "averaging_epochs")
+    ),
     *("model.layer9.lam", "hydra.run.dir", "nonsense", "model.layer1", "+experiment", "~model"),
 ]
 VALUES = [

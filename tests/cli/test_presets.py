@@ -70,7 +70,7 @@ def test_the_iccv_2011_layers_are_those_of_the_papers_table(iccv):
         assert solver.tolerance == 0
         assert (learning.epochs, learning.norm, learning.init) == (10, "plane", "random")
         assert (learning.update, learning.update_iterations) == ("cg", 2)
-        assert learning.batch_size is None and not learning.revive and not learning.recenter
+        assert learning.batch_size is None and not learning.reinit_unused and not learning.recenter
 
 
 def test_the_iccv_2011_images_are_grey_with_the_papers_contrast_normalisation(iccv):
@@ -192,7 +192,7 @@ def test_the_cvpr_2010_layers_are_those_of_the_paper(cvpr):
         assert (learning.update, learning.update_iterations) == ("cg", 2)
         assert (learning.epochs, learning.batch_size) == (3, 1)
         assert (learning.norm, learning.init) == ("plane", "random")
-        assert not learning.revive and not learning.recenter
+        assert not learning.reinit_unused and not learning.recenter
     assert (cvpr.data.size, cvpr.data.max_images) == (100, 10)
     preprocessing = cvpr.preprocessing
     assert (preprocessing.color, preprocessing.scale) == ("rgb", "max")

@@ -35,7 +35,7 @@ def learn(net, images):
         trainer = LayerTrainer(layer, Ground.over(net, codes, number), number=number)
         while not trainer.done:
             trainer.update()
-        codes = net.extend(codes)
+        codes = net.infer_next_layer(codes)
     return codes
 
 
@@ -97,7 +97,7 @@ def test_maps_inferred_anew_are_those_of_a_network_with_this_unpooling(trained, 
     other = DeconvNet(settings, net.preprocessing.settings)
     other.load_state_dict(net.state_dict())
     for number in (2, 3):
-        z = other.layer(number).infer(other.target(codes, number)).z
+        z = other.layer(number).infer(other.layer_problem(codes, number)).z
         A = other.operator(codes, number)
         a = by_place(found)[kind, number, True]
         assert torch.equal(a.images, A(z))
@@ -120,12 +120,12 @@ def test_maps_inferred_for_an_unpooling_reach_a_lower_objective_than_those_of_th
     for kind in UNPOOLINGS[1:]:
         with unpooling(net, kind):
             for number in (2, 3):
-                layer, target = net.layer(number), net.target(codes, number)
+                layer, problem = net.layer(number), net.layer_problem(codes, number)
                 z = codes.layer(number).z
-                residual = target.b - net.operator(codes, number)(z)
+                residual = problem.b - net.operator(codes, number)(z)
                 squares = residual.double().square().sum((1, 2, 3))
                 before = layer.settings.lam / 2 * squares + z.double().abs().sum((1, 2, 3))
-                assert (layer.infer(target).objective < before).all()
+                assert (layer.infer(problem).objective < before).all()
 
 
 @pytest.mark.parametrize("target", ["maps", "image"])

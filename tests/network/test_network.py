@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from deconvnet import DeconvNet, LayerSettings, PreprocessingSettings, SolverSettings, load
 from deconvnet.monitoring.monitor import Monitor
 from deconvnet.network.codes import join
-from deconvnet.network.network import Target, seeded
+from deconvnet.network.network import LayerProblem, seeded
 from deconvnet.operators.arithmetic import convolution_matrix
 from deconvnet.operators.linear import Deconvolution, Identity, LinearOperator
 from deconvnet.operators.pooling import UNPOOLINGS, max_pool, unpool
@@ -226,11 +226,11 @@ def test_going_on_layer_by_layer_is_the_same_as_inferring_all(net, codes, images
     grown = net.infer(images, depth=0)
     assert grown.layers == () and torch.equal(grown.y, codes.y)
     for _ in range(3):
-        grown = net.extend(grown)
+        grown = net.infer_next_layer(grown)
     for found, expected in zip(grown.layers, codes.layers, strict=True):
         assert torch.equal(found.z, expected.z) and torch.equal(found.objective, expected.objective)
     with pytest.raises(ValueError, match="layer=4: this network has layers 1 to 3"):
-        net.extend(grown)
+        net.infer_next_layer(grown)
 
 
 def test_selected_codes_are_those_of_the_selected_images(net, codes):
@@ -418,7 +418,7 @@ def tiny(small, *, pooling="in_loop", depth=2, **top):
     codes = net.infer(small, depth=1)
     for number in range(2, depth + 1):
         net.layer(number).fit_scale(codes.layers[-1].pooled)
-        codes = net.extend(codes) if number < depth else codes
+        codes = net.infer_next_layer(codes) if number < depth else codes
     return net, codes
 
 
@@ -452,7 +452,7 @@ def test_a_layer_that_explains_the_image_solves_the_problem_of_the_whole_way_dow
     solver = SolverSettings(method="fista", iterations=30, tolerance=0)
     net, below = tiny(small, depth=depth)
     net.layers[-1].settings = LayerSettings(4, 2, lam=5.0, target="image", solver=solver, **pooled)
-    codes = net.extend(below)
+    codes = net.infer_next_layer(below)
     found = codes.layer(depth)
     R = way_down(net, codes, depth)
     A = Dense(R, found.shape, codes.y.shape[1:])
@@ -464,13 +464,13 @@ def test_a_layer_that_explains_the_image_solves_the_problem_of_the_whole_way_dow
     # More of the image is explained than by maps that explain the maps below.
     snr = net.snr(codes, depth)
     net.layer(depth).settings.target = "maps"
-    assert snr > net.snr(net.extend(below), depth)
+    assert snr > net.snr(net.infer_next_layer(below), depth)
 
 
 @pytest.mark.parametrize("weight", [0.3, 4.0])
 def test_a_layer_that_explains_both_minimises_the_weighted_sum_of_their_errors(small, weight):
     net, below = tiny(small, target="both", image_weight=weight)
-    codes, layer = net.extend(below), net.layer(2)
+    codes, layer = net.infer_next_layer(below), net.layer(2)
     found = codes.layer(2)
     maps = below.layer(1).pooled / layer.scale
     F2 = convolution_matrix(layer.filters, tuple(maps.shape[2:])).expand(2, -1, -1)
@@ -489,9 +489,9 @@ def test_of_maps_and_image_the_heavier_is_explained_better(small):
     for weight in (1e-3, 1.0, 1e3):
         solver = SolverSettings(method="fista", iterations=300)
         net, below = tiny(small, target="both", image_weight=weight, lam=50.0, solver=solver)
-        painted = net.layer(2).operator()(net.extend(below).layer(2).z)
+        painted = net.layer(2).operator()(net.infer_next_layer(below).layer(2).z)
         maps = below.layer(1).pooled / net.layer(2).scale
-        image = net.down(below, 2)(painted)
+        image = net.decoder(below, 2)(painted)
         errors.append(((maps - painted).square().sum(), (below.y - image).square().sum()))
     maps, image = zip(*errors, strict=True)
     assert maps[0] < maps[1] < maps[2] and image[0] > image[1] > image[2]
@@ -503,9 +503,9 @@ def test_a_layer_that_explains_maps_sees_nothing_but_the_maps_below(small, metho
     net, below = tiny(small, solver=solver, pooling="after")
     maps = below.layer(1).pooled / net.layer(2).scale
     expected = solve(Deconvolution(net.layer(2).filters), maps, lam=5.0, settings=solver)
-    found = net.extend(below).layer(2)
+    found = net.infer_next_layer(below).layer(2)
     assert torch.equal(found.z, expected.z) and torch.equal(found.objective, expected.objective)
-    directly = net.layer(2).infer(Target(maps))
+    directly = net.layer(2).infer(LayerProblem(maps))
     assert torch.equal(found.z, directly.z)
 
 
@@ -517,21 +517,23 @@ def test_for_the_first_layer_the_image_is_what_is_below(images, target):
 
 
 def test_nothing_is_between_the_first_layer_and_the_image(net, codes):
-    assert isinstance(net.down(codes, 1), Identity)
+    assert isinstance(net.decoder(codes, 1), Identity)
     assert isinstance(net.operator(codes, 1), Deconvolution)
     with pytest.raises(ValueError, match="layer=4"):
-        net.down(codes, 4)
+        net.decoder(codes, 4)
 
 
 def test_the_target_of_some_images_is_theirs(small):
     for target in ("maps", "image", "both"):
         net, codes = tiny(small, target=target)
-        whole, part = net.target(codes, 2), net.target(codes, 2, torch.tensor([1]))
+        whole, part = net.layer_problem(codes, 2), net.layer_problem(codes, 2, torch.tensor([1]))
         assert torch.equal(part.b[0], whole.b[1])
         v = torch.randn(codes.layer(1).pooled.shape, generator=seeded(1)).double()
         assert_close(part.T(v[1:]), whole.T(v)[1:])
         assert_close(part.T.adjoint(part.b), whole.T.adjoint(whole.b)[1:])
-        assert torch.equal(net.below(codes, 2, torch.tensor([1]))[0], net.below(codes, 2)[1])
+        assert torch.equal(
+            net.layer_input(codes, 2, torch.tensor([1]))[0], net.layer_input(codes, 2)[1]
+        )
 
 
 @pytest.mark.parametrize("method", ["admm", "fista", "ista", "half_quadratic"])
@@ -576,7 +578,7 @@ def test_codes_that_are_taken_apart_and_joined_are_the_same(images, pooling):
 @pytest.mark.parametrize("kind", UNPOOLINGS)
 def test_images_are_reconstructed_whatever_unpooling_forgets(small, kind):
     net, below = tiny(small, lam=30.0, target="image")
-    codes = net.extend(below)
+    codes = net.infer_next_layer(below)
     expected = net.operator(codes, 2)(codes.layer(2).z)
     net.layer(1).settings.unpooling = kind
     pixels, A = net.reconstruct(codes, 2), net.operator(codes, 2)

@@ -14,13 +14,13 @@ from torch.testing import assert_close
 
 from deconvnet.filters.update import (
     LearningSettings,
-    filter_sums,
+    filter_statistics,
+    initial_filters,
     normalize,
-    random_filters,
     update_filters,
     update_filters_by_cg,
 )
-from deconvnet.network.network import Layer, LayerSettings, Target
+from deconvnet.network.network import Layer, LayerProblem, LayerSettings
 from deconvnet.operators.arithmetic import convolution_matrix, receptive_field
 from deconvnet.operators.convolution import (
     correlate,
@@ -451,7 +451,7 @@ def test_what_the_mask_hides_does_not_matter(boundary):
 )
 def test_few_warm_steps_keep_admm_on_the_course_of_the_exact_solve(boundary, mask, textures):
     y = textures(2, 1, 18, 20) - 0.5
-    f = random_filters(6, y, 5, "patches", torch.Generator().manual_seed(1))
+    f = initial_filters(6, y, 5, "patches", torch.Generator().manual_seed(1))
     hidden = (uniform(2, 1, 18, 20, seed=4) > 0.3).float() if mask else None
     A, b = Deconvolution(f, boundary, hidden), y if hidden is None else hidden * y
     costs = []
@@ -548,7 +548,7 @@ def test_one_of_lam_and_share_is_given_and_the_share_is_one():
 def sums_of(A, b, seed=3):
     z = rand(*A.adjoint(b).shape, seed=seed)
     z = z * (z.abs() > 1)
-    return z, filter_sums(z, b - A(z), A.f, boundary=A.boundary)
+    return z, filter_statistics(z, b - A(z), A.f, boundary=A.boundary)
 
 
 def model_cost(f, sums):
@@ -646,7 +646,7 @@ def test_many_updates_end_where_no_step_along_the_constraints_goes_lower(constra
 def test_filters_start_as_they_are_asked_to_be(constraint, init):
     generator = torch.Generator().manual_seed(0)
     for b in (rand(3, 2, 9, 9), -uniform(3, 2, 9, 9), torch.zeros(3, 2, 9, 9).double()):
-        assert holds(random_filters(5, b, 4, init, generator, **constraint), constraint)
+        assert holds(initial_filters(5, b, 4, init, generator, **constraint), constraint)
     settings = LayerSettings(5, 3, learning=LearningSettings(init=init, **constraint))
     layer = Layer(settings, 2, generator).double()
     first = layer.filters.clone()
@@ -673,7 +673,7 @@ def test_a_layer_passes_on_what_its_settings_ask_of_the_maps(boundary):
     settings = LayerSettings(4, 3, lam=20.0, boundary=boundary, group=2, non_negative=True)
     layer = Layer(settings, 1, torch.Generator().manual_seed(0))
     b = rand(2, 1, 6, 7).float()
-    found = layer.infer(Target(b))
+    found = layer.infer(LayerProblem(b))
     asked = dict(boundary=boundary, group=2, non_negative=True, settings=SolverSettings())
     expected = sparse_code(b, layer.filters, lam=20.0, **asked)
     assert torch.equal(found.z, expected.z) and (found.z >= 0).all() and found.z.any()

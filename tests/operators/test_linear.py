@@ -239,7 +239,7 @@ def inferred(request, textures):
     codes = net.infer(images, depth=1)
     for number in (2, 3, 4):
         net.layer(number).fit_scale(codes.layers[-1].pooled)
-        codes = net.extend(codes)
+        codes = net.infer_next_layer(codes)
     return net, codes
 
 

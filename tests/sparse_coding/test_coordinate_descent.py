@@ -539,7 +539,9 @@ def test_learning_recovers_planted_filters():
 
 def test_learning_on_all_images_lowers_the_objective_in_every_epoch():
     _, b = problem(N=3, image=(14, 12))
-    learning = LearningSettings(epochs=6, batch_size=None, memory=0, revive=False, recenter=False)
+    learning = LearningSettings(
+        epochs=6, batch_size=None, averaging_epochs=0, reinit_unused=False, recenter=False
+    )
     solver = SolverSettings(method="coordinate", training_iterations=3)
     history = learn_filters(b, 4, 3, lam=LAM, solver=solver, learning=learning).history
     costs = [stats.objective for stats in history]

@@ -15,7 +15,7 @@ from deconvnet import (
 )
 from deconvnet.monitoring.monitor import Monitor
 from deconvnet.network.network import Layer, seeded
-from deconvnet.support.communicator import Ranks
+from deconvnet.support.communicator import Communicator
 from deconvnet.training.layer_trainer import Diverged, Ground, LayerTrainer
 from deconvnet.training.loop import train
 from deconvnet.training.run_folder import Run
@@ -40,30 +40,30 @@ class Meeting:
 
 
 @dataclass(frozen=True)
-class Threads(Ranks):
-    """Ranks that are threads of this process: the same calls, without the price of processes."""
+class Threads(Communicator):
+    """Ranks that are threads of this process: the same calls without the cost of processes."""
 
     meeting: Meeting | None = field(default=None, compare=False)
 
-    def summed(self, *tensors):
-        if self.first:
+    def all_reduce_sum(self, *tensors):
+        if self.is_main:
             self.meeting.calls += 1
         parts = self.meeting.exchange(self.rank, [tensor.double() for tensor in tensors])
         return [sum(each[1:], each[0]) for each in zip(*parts, strict=True)]
 
-    def gathered(self, value):
+    def all_gather(self, value):
         return self.meeting.exchange(self.rank, value)
 
-    def collected(self, value):
-        found = self.meeting.exchange(self.rank, value)
-        return found if self.first else None
+    def gather(self, value):
+        values = self.meeting.exchange(self.rank, value)
+        return values if self.is_main else None
 
-    def told(self, value):
+    def broadcast(self, value):
         return self.meeting.exchange(self.rank, value)[0]
 
 
 def together(count, work):
-    """The results of work(ranks) in every rank."""
+    """The results of work(communicator) in every rank."""
     meeting, results, errors = Meeting(count), [None] * count, []
 
     def one(rank):
@@ -109,14 +109,14 @@ def images(textures):
 def learned(kind, images, folder, count=1, **options):
     """(networks of all ranks, results of the first)."""
 
-    def work(ranks):
+    def work(communicator):
         net = network(kind)
-        run = Run(folder, {}) if ranks.first else None
-        place = folder if ranks.first else None
+        run = Run(folder, {}) if communicator.is_main else None
+        place = folder if communicator.is_main else None
         with Monitor(place, progress=False) as monitor:
-            return net, train(net, images, run, monitor, ranks=ranks, **options)
+            return net, train(net, images, run, monitor, communicator=communicator, **options)
 
-    found = together(count, work) if count > 1 else [work(Ranks())]
+    found = together(count, work) if count > 1 else [work(Communicator())]
     return [net for net, _ in found], found[0][1]
 
 
@@ -172,30 +172,30 @@ def layer_of(**learning):
     return Layer(settings, 3, seeded(0, 1))
 
 
-def shared(b, ranks, state=None, layer=None):
-    return LayerTrainer(layer or layer_of(), b, ranks=ranks, state=state)
+def shared(b, communicator, state=None, layer=None):
+    return LayerTrainer(layer or layer_of(), b, communicator=communicator, state=state)
 
 
 @pytest.mark.parametrize(("first", "second"), [(1, 3), (2, 1), (3, 2)])
 @pytest.mark.parametrize("stop", [2, 4])
 def test_learning_goes_on_with_another_number_of_ranks_bit_by_bit(images, first, second, stop):
-    def begin(ranks):
-        trainer = shared(images, ranks)
+    def begin(communicator):
+        trainer = shared(images, communicator)
         for _ in range(stop):
             trainer.update()
         return trainer.state_dict(), trainer.layer.filters
 
-    def finish(ranks):
+    def finish(communicator):
         layer = layer_of()
         layer.filters.copy_(filters)
-        trainer = shared(images, ranks, state, layer)
+        trainer = shared(images, communicator, state, layer)
         history = []
         while not trainer.done:
             history.append(trainer.update())
         return trainer.layer.filters, [stats for stats in history if stats]
 
-    def whole(ranks):
-        trainer = shared(images, ranks)
+    def whole(communicator):
+        trainer = shared(images, communicator)
         history = []
         while not trainer.done:
             history.append(trainer.update())
@@ -212,23 +212,23 @@ def test_learning_goes_on_with_another_number_of_ranks_bit_by_bit(images, first,
 
 
 def test_all_ranks_hear_that_one_was_asked_to_stop(images):
-    def work(ranks):
-        trainer = shared(images, ranks)
+    def work(communicator):
+        trainer = shared(images, communicator)
         trainer.update()
         before = trainer.stopping
-        trainer.update(stop=ranks.rank == 2)
+        trainer.update(stop=communicator.rank == 2)
         return before, trainer.stopping
 
     assert together(3, work) == 3 * [(False, True)]
 
 
 def test_all_ranks_stop_before_an_update_where_one_of_them_diverges(images):
-    def work(ranks):
+    def work(communicator):
         some = images.clone()
-        trainer = shared(some, ranks)
+        trainer = shared(some, communicator)
         trainer.update()
         before = trainer.layer.filters.clone()
-        some[trainer.schedule.batch(0, 1)[:1] if ranks.rank == 1 else []] = float("nan")
+        some[trainer.schedule.batch(0, 1)[:1] if communicator.rank == 1 else []] = float("nan")
         with pytest.raises(Diverged, match="not finite"):
             trainer.update()
         return torch.equal(trainer.layer.filters, before)
@@ -240,25 +240,25 @@ def test_all_ranks_stop_before_an_update_where_one_of_them_diverges(images):
 def test_an_update_is_one_message_whose_size_is_that_of_the_filters(textures, number):
     b = textures(number, 3, 20, 20)
 
-    def work(ranks):
-        trainer = shared(b, ranks)
-        before = ranks.meeting.calls
+    def work(communicator):
+        trainer = shared(b, communicator)
+        before = communicator.meeting.calls
         sizes = []
-        told = Threads.summed
+        all_reduce_sum = Threads.all_reduce_sum
 
-        def summed(self, *tensors):
+        def recorded(self, *tensors):
             sizes.append(sum(8 * tensor.numel() for tensor in tensors))
-            return told(self, *tensors)
+            return all_reduce_sum(self, *tensors)
 
-        if ranks.first:
-            Threads.summed = summed
+        if communicator.is_main:
+            Threads.all_reduce_sum = recorded
         try:
-            ranks.meeting.barrier.wait(60)
+            communicator.meeting.barrier.wait(60)
             trainer.update()
             trainer.update()
         finally:
-            Threads.summed = told
-        return ranks.meeting.calls - before, trainer.message, set(sizes)
+            Threads.all_reduce_sum = all_reduce_sum
+        return communicator.meeting.calls - before, trainer.message, set(sizes)
 
     calls, message, sizes = together(2, work)[0]
     assert calls == 2 and sizes == {message}
@@ -267,14 +267,14 @@ def test_an_update_is_one_message_whose_size_is_that_of_the_filters(textures, nu
 
 
 def test_ground_of_a_rank_reads_its_own_images_only(images):
-    def work(ranks):
+    def work(communicator):
         asked = set()
 
         def target(part):
             asked.update(part.tolist())
             return Ground.of(images).target(part)
 
-        trainer = shared(Ground.of(images, target), ranks)
+        trainer = shared(Ground.of(images, target), communicator)
         while not trainer.done:
             trainer.update()
         return asked

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from deconvnet import LearningSettings, learn_filters, learn_online
 from deconvnet.dictionary import Learned
 from deconvnet.filters.update import normalize, update_filters_by_cg
-from deconvnet.images.highpass import low_frequencies
+from deconvnet.images.highpass import tikhonov_lowpass
 from deconvnet.monitoring.records import decibels
 from deconvnet.network.network import LayerSettings
 from deconvnet.operators.linear import Deconvolution, Identity, Scaling, Unpooling, VerticalStack
@@ -401,8 +401,8 @@ def test_conjugate_gradients_of_filters_and_of_pixels_scale_with_the_data():
     assert_close(found[1], found[0], rtol=0, atol=1e-5)
     planes, mask = rand(1, 1, 12, 11, seed=6).float(), torch.ones(1, 1, 12, 11)
     mask[..., 3:5] = 0
-    low = low_frequencies(planes, 2.0, mask)
-    assert torch.equal(low_frequencies(2.0**-96 * planes, 2.0, mask), 2.0**-96 * low)
+    low = tikhonov_lowpass(planes, 2.0, mask)
+    assert torch.equal(tikhonov_lowpass(2.0**-96 * planes, 2.0, mask), 2.0**-96 * low)
 
 
 def test_filters_of_any_size_are_normalised():

@@ -21,7 +21,7 @@ from deconvnet import (
 )
 from deconvnet.filters.update import normalize, off_center
 from deconvnet.monitoring.monitor import Monitor
-from deconvnet.network.network import Layer, Target, seeded
+from deconvnet.network.network import Layer, LayerProblem, seeded
 from deconvnet.operators.convolution import deconvolve
 from deconvnet.operators.pooling import max_pool, pooled_shape, unpool
 from deconvnet.storage import formats
@@ -46,7 +46,7 @@ PAPER = {
         update_iterations=2,
         init="random",
         norm="plane",
-        revive=False,
+        reinit_unused=False,
     ),
     "scale": "max",
 }
@@ -63,7 +63,14 @@ def b(textures):
 def layer(channels=1, *, num_maps=6, seed=0, epochs=3, batch_size=4, connectivity="full", **other):
     learning = {
         key: other.pop(key)
-        for key in ("update", "memory", "init", "norm", "revive", "update_iterations")
+        for key in (
+            "update",
+            "averaging_epochs",
+            "init",
+            "norm",
+            "reinit_unused",
+            "update_iterations",
+        )
         if key in other
     }
     learning = LearningSettings(epochs=epochs, batch_size=batch_size, **learning)
@@ -165,13 +172,13 @@ def test_what_an_epoch_saw_is_the_sum_over_its_visits(b):
     assert stats.seconds_per_image > 0
 
 
-@pytest.mark.parametrize("revive", [True, False])
-def test_a_dead_filter_is_noticed_and_started_anew(b, revive):
-    trainer = LayerTrainer(layer(batch_size=None, revive=revive), b)
+@pytest.mark.parametrize("reinit_unused", [True, False])
+def test_a_dead_filter_is_noticed_and_started_anew(b, reinit_unused):
+    trainer = LayerTrainer(layer(batch_size=None, reinit_unused=reinit_unused), b)
     trainer.layer.filters[2] = 0
     stats = trainer.update()
     assert stats.dead == 1 and stats.double == 0
-    if not revive:
+    if not reinit_unused:
         assert (trainer.layer.filters[2] == 0).all()
         return
     assert_close(lengths(trainer.layer.filters), torch.ones(6), rtol=0, atol=1e-6)
@@ -362,7 +369,14 @@ def second(below, *, method="fista", seed=0, state=None, filters=None, chunk=2, 
     first, tensors, codes = below
     learning = {
         key: settings.pop(key)
-        for key in ("update", "update_iterations", "epochs", "batch_size", "revive", "recenter")
+        for key in (
+            "update",
+            "update_iterations",
+            "epochs",
+            "batch_size",
+            "reinit_unused",
+            "recenter",
+        )
         if key in settings
     }
     top = LayerSettings(
@@ -412,17 +426,17 @@ def test_a_layer_that_explains_the_image_learns_to(below, target, update, pooled
         update=update,
         update_iterations=iterations,
         epochs=4,
-        revive=False,
+        reinit_unused=False,
         recenter=False,
         **pooled,
     )
-    before = net.extend(codes).layer(2).objective.sum().item()
+    before = net.infer_next_layer(codes).layer(2).objective.sum().item()
     history = to_the_end(trainer)
     values = [stats.objective for stats in history]
     assert all(b < a for a, b in zip(values, values[1:], strict=False))
     assert_close(lengths(net.layer(2).filters), torch.ones(5), rtol=0, atol=1e-6)
     # Inferred anew, from zero.
-    after = net.extend(codes).layer(2).objective.sum().item()
+    after = net.infer_next_layer(codes).layer(2).objective.sum().item()
     assert after < 0.97 * before
 
 
@@ -431,7 +445,7 @@ def test_what_an_epoch_saw_through_the_layers_below_is_in_terms_of_the_image(bel
     codes = below[2]
     start = net.layer(2).filters.clone()
     solver = SolverSettings(method="fista", iterations=5, tolerance=0)
-    found = net.layer(2).infer(net.target(codes, 2), settings=solver)
+    found = net.layer(2).infer(net.layer_problem(codes, 2), settings=solver)
     stats = trainer.update()
     assert not torch.equal(net.layer(2).filters, start)
     assert stats.reconstruction == pytest.approx(found.reconstruction.mean().item(), rel=1e-4)
@@ -691,7 +705,7 @@ def test_each_visit_begins_with_the_maps_and_the_steps_of_the_last(below, method
     trainer.update()
     order = trainer.schedule.batch(1, 0)
     expected = net.layer(2).infer(
-        net.target(below[2], 2, order),
+        net.layer_problem(below[2], 2, order),
         state=trainer.codes[order],
         step=trainer.codes.number("step", order),
         training=True,
@@ -732,7 +746,7 @@ def test_learning_through_the_layers_below_goes_on_bit_by_bit(below, tmp_path, s
 def test_filters_that_are_started_anew_leave_maps_with_one_entry_per_window(below, update):
     settings = {"batch_size": None, "update": update, **IN_LOOP}
     net, trainer = second(below, **settings)
-    _, other = second(below, revive=False, **settings)
+    _, other = second(below, reinit_unused=False, **settings)
     every = torch.arange(6)
     for one in (trainer, other):
         one.layer.filters[2] = 0
@@ -749,7 +763,9 @@ def test_filters_that_are_started_anew_leave_maps_with_one_entry_per_window(belo
 
 
 def test_filters_that_are_moved_leave_maps_with_one_entry_per_window(below):
-    net, trainer = second(below, batch_size=None, epochs=12, revive=False, update="cg", **IN_LOOP)
+    net, trainer = second(
+        below, batch_size=None, epochs=12, reinit_unused=False, update="cg", **IN_LOOP
+    )
     for _ in range(3):
         trainer.update()
     before = trainer.codes[torch.arange(6)]
@@ -779,7 +795,9 @@ def test_filters_that_are_moved_leave_maps_with_one_entry_per_window(below):
 
 
 def test_a_target_of_its_own_is_explained_in_place_of_what_is_below(b):
-    trainer = LayerTrainer(layer(batch_size=None), Ground.of(b, lambda images: Target(-b[images])))
+    trainer = LayerTrainer(
+        layer(batch_size=None), Ground.of(b, lambda images: LayerProblem(-b[images]))
+    )
     negative = layer(batch_size=None)
     plain = LayerTrainer(negative, b)
     assert torch.equal(trainer.layer.filters, plain.layer.filters)

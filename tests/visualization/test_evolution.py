@@ -154,7 +154,7 @@ WATCH = Watch((1, 3), (4, 16, 4, 16))
 
 
 def test_a_snapshot_has_what_the_epoch_has_seen_and_costs_the_learning_nothing(b):
-    plain, watched = (trainer_of(b, w, revive=False, recenter=False) for w in (None, WATCH))
+    plain, watched = (trainer_of(b, w, reinit_unused=False, recenter=False) for w in (None, WATCH))
     for _ in range(2):
         plain.update(), watched.update()
     snapshot, z = watched.snapshot, plain.codes[torch.arange(8)]
@@ -170,7 +170,9 @@ def test_a_snapshot_has_what_the_epoch_has_seen_and_costs_the_learning_nothing(b
 def test_a_snapshot_is_of_the_filters_before_they_are_moved_or_started_anew(b):
     watch = Watch((4,), (0, 20, 0, 20))
     settings = {"epochs": 12, "batch_size": None}
-    cared, left = (trainer_of(b, watch, revive=c, recenter=c, **settings) for c in (True, False))
+    cared, left = (
+        trainer_of(b, watch, reinit_unused=c, recenter=c, **settings) for c in (True, False)
+    )
     for trainer in (cared, left):
         for epoch in range(4):
             if epoch == 3:

@@ -22,7 +22,7 @@ from deconvnet.visualization.models.normalization import Normalization
 from deconvnet.visualization.models.weights import load_state_dict
 from deconvnet.visualization.models.zfnet import ZFNet, limit_filters
 from deconvnet.visualization.models.zoo import (
-    Subject,
+    LoadedModel,
     digest,
     load_model,
     save_model,
@@ -490,7 +490,7 @@ def test_where_timm_is_not_installed_one_line_says_so(monkeypatch):
 @pytest.fixture
 def zfnet():
     torch.manual_seed(7)
-    return Subject(
+    return LoadedModel(
         ZFNet(1, 3, size=24, width=4),
         *("shapes", "trained", Normalization((0.3,), (0.4,), "grey"), Crop(24, 24)),
         labels=("round", "square", "long"),
@@ -537,7 +537,7 @@ def test_a_file_that_is_no_such_network_is_refused_with_what_to_do(tmp_path, zfn
     refused("leave options out", spec=path, options={"classes": 3})
     refused("weights=V1", spec=path, weights="V1")
     with pytest.raises(ValueError, match="only a ZFNet can be saved, not Conv2d"):
-        save_model(path, Subject(nn.Conv2d(1, 1, 1), "a", "b"))
+        save_model(path, LoadedModel(nn.Conv2d(1, 1, 1), "a", "b"))
 
 
 @pytest.mark.parametrize("size", [24, 28, 33, 64])

@@ -1874,7 +1874,7 @@ def test_all_units_of_a_learned_layer_are_the_reconstruction(learned):
     units = [(1, *place) for place in codes.layer(2).z[1].nonzero().tolist()]
     found = Projector(net)(images, "layer2", units)
     assert len(units) > 20
-    assert_close(found.images.sum(0), net.paint(codes, 2)[1], rtol=0, atol=1e-10)
+    assert_close(found.images.sum(0), net.synthesize(codes, 2)[1], rtol=0, atol=1e-10)
     ones = Projector(net)(images, "layer2", units[:3], seeds=torch.tensor([1.0, -1.0, 2.0]))
     expected = found.images[:3] / found.values[:3, None, None, None]
     assert_close(ones.images, expected * torch.tensor([1.0, -1, 2]).view(3, 1, 1, 1))

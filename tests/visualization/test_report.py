@@ -28,13 +28,13 @@ from deconvnet.images.datasets import Crop, DataSettings, Item, LazyImages, lazy
 from deconvnet.visualization import report as module
 from deconvnet.visualization.models.normalization import Normalization
 from deconvnet.visualization.models.zfnet import ZFNet
-from deconvnet.visualization.models.zoo import Subject, digest, save_model
+from deconvnet.visualization.models.zoo import LoadedModel, digest, save_model
 from deconvnet.visualization.pictures.evolution import Evolution
 from deconvnet.visualization.pictures.grids import chosen_maps
 from deconvnet.visualization.projection.projector import Projector
-from deconvnet.visualization.report import SurveySettings, default_layers, survey
-from deconvnet.visualization.search.top_activations import Mined, mine
-from deconvnet.visualization.search.top_projections import load_exemplars
+from deconvnet.visualization.report import VisualizationSettings, default_layers, visualize_network
+from deconvnet.visualization.search.top_activations import SearchState, find_top_activations
+from deconvnet.visualization.search.top_projections import load_top_projections
 
 ROOT = Path(__file__).resolve().parents[2]
 NORMALIZATION = Normalization((0.5,), (0.25,))
@@ -68,7 +68,7 @@ def seeded(make, seed=0):
 
 
 def subject_of(net, normalization=NORMALIZATION):
-    return Subject(net.eval(), "small net", "random", normalization, digest=digest(net))
+    return LoadedModel(net.eval(), "small net", "random", normalization, digest=digest(net))
 
 
 def lazy(images, **options):
@@ -80,7 +80,7 @@ def lazy(images, **options):
 
 def settings_of(**options):
     given = {"k": 4, "progress": False, "explored": 2, "layers": ["relu1", "relu2"]}
-    return SurveySettings(**{**given, **options})
+    return VisualizationSettings(**{**given, **options})
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def seen(tmp_path_factory, images):
     subject = subject_of(seeded(Small))
     settings = settings_of(layers=["conv1", "relu2", "dead", "fc"], shown=2, occlusion=1)
     settings.invariance = 1
-    return folder, subject, images, settings, survey(subject, images, settings, folder)
+    return folder, subject, images, settings, visualize_network(subject, images, settings, folder)
 
 
 @pytest.fixture
@@ -169,10 +169,10 @@ def test_the_manifest_says_of_every_tile_where_it_is_from(seen):
     # A layer that is never active has nothing to show.
     assert list(said["layers"]) == ["conv1", "relu2", "fc"]
     projector = Projector(subject.module, normalization=subject.normalization)
-    tops = mine(projector, images, settings.layers, k=4, inside=True)
+    tops = find_top_activations(projector, images, settings.layers, k=4, inside=True)
     for layer, about in said["layers"].items():
         place = folder / "visualization"
-        found, top = load_exemplars(place / about["arrays"]), tops[layer]
+        found, top = load_top_projections(place / about["arrays"]), tops[layer]
         assert (place / about["figure"]).is_file()
         (info,) = (info for info in projector.layers(_x(subject, images)) if info.name == layer)
         assert about["shape"] == list(info.shape)
@@ -244,7 +244,7 @@ def test_bars_say_what_is_done_and_come_to_their_end(images, tmp_path, monkeypat
             return True
 
     monkeypatch.setattr(sys, "stderr", Terminal())
-    survey(subject_of(seeded(Small)), images, settings_of(progress=True), tmp_path)
+    visualize_network(subject_of(seeded(Small)), images, settings_of(progress=True), tmp_path)
     said = sys.stderr.getvalue()
     for name in (
         *("searching", "searching, control", "projecting relu1", "projecting relu2"),
@@ -264,9 +264,9 @@ def fail(*_, **__):
 def test_a_second_survey_finds_everything_in_its_files(copied, monkeypatch):
     folder, subject, images, settings, _ = copied
     before, said = times(folder), manifest(folder)
-    monkeypatch.setattr(module, "collect", fail)
+    monkeypatch.setattr(module, "project_top_activations", fail)
     monkeypatch.setattr("deconvnet.visualization.search.top_activations._strongest", fail)
-    survey(subject, images, replace(settings, occlusion=0, invariance=0), folder)
+    visualize_network(subject, images, replace(settings, occlusion=0, invariance=0), folder)
     assert times(folder) == before
     assert manifest(folder)["layers"] == said["layers"]
     assert len(list((folder / "visualization").glob("events.out.tfevents.*"))) == 1
@@ -290,7 +290,7 @@ CONTROLS = {f"control/{name}" for name in ALL}
 def first(tmp_path_factory, images):
     """A folder with a survey without a gallery."""
     folder = tmp_path_factory.mktemp("first") / "out"
-    survey(subject_of(seeded(Small)), images, settings_of(gallery=False), folder)
+    visualize_network(subject_of(seeded(Small)), images, settings_of(gallery=False), folder)
     return folder
 
 
@@ -325,7 +325,7 @@ def test_what_depends_on_other_settings_is_made_anew_and_nothing_else(
     net.conv2.padding = (options.pop("padding", 1),) * 2
     subject = subject_of(net, options.pop("normalization", NORMALIZATION))
     data = LazyImages(images.items[: options.pop("images", 6)], crop=options.pop("crop", None))
-    survey(subject, data, settings_of(gallery=False, **options), folder)
+    visualize_network(subject, data, settings_of(gallery=False, **options), folder)
     assert changed(folder, before) == made_anew
 
 
@@ -336,7 +336,7 @@ def test_a_damaged_file_stops_a_survey_in_one_line(copied):
         whole = path.read_bytes()
         path.write_bytes(whole[: len(whole) // 2])
         with pytest.raises(ValueError, match=f"{name}: is there already and is not as"):
-            survey(subject, images, settings, folder)
+            visualize_network(subject, images, settings, folder)
         path.write_bytes(whole)
 
 
@@ -349,8 +349,12 @@ def test_an_image_that_was_changed_under_its_name_is_searched_anew(textures, tmp
 
     def surveyed(place):
         images = lazy_images(DataSettings(source="folder", path=str(folder), size=None))
-        survey(subject_of(seeded(Small)), images, settings_of(gallery=False), tmp_path / place)
-        return times(tmp_path / place), Mined.load(tmp_path / place / "visualization/topk.npz")
+        visualize_network(
+            subject_of(seeded(Small)), images, settings_of(gallery=False), tmp_path / place
+        )
+        return times(tmp_path / place), SearchState.load(
+            tmp_path / place / "visualization/topk.npz"
+        )
 
     before, old = surveyed("out")
     again, _ = surveyed("out")
@@ -385,7 +389,7 @@ def test_a_network_whose_code_was_changed_is_searched_anew(images, tmp_path, mon
         monkeypatch.setitem(sys.modules, "own", own)
         linecache.clearcache()
         options = settings_of(layers="b", gallery=False, control=False)
-        survey(subject_of(seeded(own.Own)), images, options, tmp_path / "out")
+        visualize_network(subject_of(seeded(own.Own)), images, options, tmp_path / "out")
         found.append(times(tmp_path / "out"))
     assert found[0] != found[1] and found[1] == found[2]
 
@@ -395,13 +399,15 @@ def test_what_other_layers_and_settings_have_left_is_removed_and_nothing_of_othe
 ):
     subject, folder = subject_of(seeded(Small)), tmp_path / "visualization"
     first = settings_of(layers=["conv1", "relu2"], occlusion=1, gallery=True)
-    survey(subject, images, first, tmp_path)
+    visualize_network(subject, images, first, tmp_path)
     (folder / "figures" / "mine.png").write_bytes(b"precious")
     (folder / "projections" / "relu2.npz.bak").write_bytes(b"precious")
     (folder / "figures" / "conv1.png").write_bytes(b"drawn over by hand")
     (folder / "events.out.tfevents.1.mine").write_bytes(b"precious")
     old_events = [path for path in folder.glob("events.*") if path.stat().st_size > 100]
-    survey(subject, images, settings_of(layers=["relu2"], control=False, gallery=False), tmp_path)
+    visualize_network(
+        subject, images, settings_of(layers=["relu2"], control=False, gallery=False), tmp_path
+    )
     assert {path.name for path in (folder / "figures").iterdir()} == {
         *("mine.png", "conv1.png", "conv1-filters.png", "relu2.png"),
     }
@@ -417,11 +423,11 @@ def test_what_other_layers_and_settings_have_left_is_removed_and_nothing_of_othe
 
 def test_an_older_gallery_is_spoken_of_where_none_is_made(images, tmp_path, caplog):
     subject = subject_of(seeded(Small))
-    survey(subject, images, settings_of(layers=["relu2"], control=False), tmp_path)
+    visualize_network(subject, images, settings_of(layers=["relu2"], control=False), tmp_path)
     assert "earlier survey" not in caplog.text
     page = (tmp_path / "gallery/index.html").read_bytes()
     options = settings_of(layers=["relu2"], control=False, gallery=False, method="guided")
-    survey(subject, images, options, tmp_path)
+    visualize_network(subject, images, options, tmp_path)
     assert "gallery is from an earlier survey: gallery=true rebuilds it" in caplog.text
     assert (tmp_path / "gallery/index.html").read_bytes() == page
 
@@ -442,13 +448,15 @@ def test_an_older_gallery_is_spoken_of_where_none_is_made(images, tmp_path, capl
 def test_files_of_others_are_in_the_way_before_the_work_begins(
     images, tmp_path, monkeypatch, name, linked
 ):
-    monkeypatch.setattr(module, "mine", fail)
+    monkeypatch.setattr(module, "find_top_activations", fail)
     path, precious = tmp_path / "out" / name, tmp_path / "precious"
     path.parent.mkdir(parents=True)
     precious.write_bytes(b"precious")
     path.symlink_to(precious) if linked else path.write_bytes(b"precious")
     with pytest.raises(ValueError, match="did not make|not as deconvnet wrote it|deconvnet made"):
-        survey(subject_of(seeded(Small)), images, settings_of(layers=["relu2"]), tmp_path / "out")
+        visualize_network(
+            subject_of(seeded(Small)), images, settings_of(layers=["relu2"]), tmp_path / "out"
+        )
     assert path.read_bytes() == precious.read_bytes() == b"precious"
     assert path.is_symlink() == linked
 
@@ -466,7 +474,7 @@ def test_names_of_images_that_are_no_text_are_shown_all_the_same(textures, tmp_p
     labels = tuple(os.fsdecode(b"caf\xe9-%d" % n) for n in range(5))
     subject = replace(subject_of(seeded(Small)), labels=labels)
     options = settings_of(layers=["relu2"], explored=3, occlusion=1, invariance=1, control=False)
-    survey(subject, images, options, tmp_path / "out")
+    visualize_network(subject, images, options, tmp_path / "out")
     tiles = [t for m in manifest(tmp_path / "out")["layers"]["relu2"]["maps"] for t in m["tiles"]]
     assert any(tile["name"].endswith(r"caf\xe9.png") for tile in tiles)
     page = (tmp_path / "out/gallery/index.html").read_text(encoding="utf-8")
@@ -475,7 +483,9 @@ def test_names_of_images_that_are_no_text_are_shown_all_the_same(textures, tmp_p
 
 def test_one_layer_may_be_given_without_the_brackets_of_a_list(images, tmp_path):
     assert settings_of(layers="relu2").layers == ["relu2"]
-    survey(subject_of(seeded(Small)), images, settings_of(layers="relu2", control=False), tmp_path)
+    visualize_network(
+        subject_of(seeded(Small)), images, settings_of(layers="relu2", control=False), tmp_path
+    )
     assert list(manifest(tmp_path)["layers"]) == ["relu2"]
     for wrong in ([], [3], {"relu2": 1}, 5):
         with pytest.raises(ValueError, match="layers=.*: give names as"):
@@ -487,7 +497,7 @@ def test_one_layer_may_be_given_without_the_brackets_of_a_list(images, tmp_path)
 
 def test_layers_maps_control_and_gallery_are_what_the_settings_say(images, tmp_path):
     settings = settings_of(layers=["relu2"], maps=3, control=False, gallery=False, seed=5)
-    written = survey(subject_of(seeded(Small)), images, settings, tmp_path)
+    written = visualize_network(subject_of(seeded(Small)), images, settings, tmp_path)
     assert set(written) == {"pictures", "manifest"} and not (tmp_path / "gallery").exists()
     assert sorted(times(tmp_path)) == [
         "visualization/projections/relu2.npz",
@@ -506,10 +516,10 @@ def test_method_and_overlap_are_those_of_the_projections(images, tmp_path):
     for method, overlap in (("deconv", "sum"), ("gradient", "sum"), ("deconv", "normalised")):
         folder = tmp_path / f"{method} {overlap}"
         settings = settings_of(layers=["2"], method=method, overlap=overlap, control=False)
-        survey(subject_of(net), images, replace(settings, gallery=False), folder)
+        visualize_network(subject_of(net), images, replace(settings, gallery=False), folder)
         report = manifest(folder)["layers"]["2"]["report"]
         assert (report["method"], report["overlap"]) == (method, overlap)
-        found = load_exemplars(folder / "visualization" / "projections" / "2.npz")
+        found = load_top_projections(folder / "visualization" / "projections" / "2.npz")
         tiles[method, overlap] = found.tiles.astype(float)
     assert np.abs(tiles["deconv", "normalised"] - tiles["deconv", "sum"]).max() > 0.05
     projector = Projector(net, method="gradient", normalization=NORMALIZATION)
@@ -538,7 +548,9 @@ def test_gates_and_what_has_no_rule_go_down_as_the_settings_say(images, tmp_path
     said = {}
     for gates in ("constant", "gradient"):
         settings = settings_of(layers=["out"], gates=gates, strict=False, control=False)
-        survey(subject_of(seeded(Gated)), images, replace(settings, gallery=False), tmp_path)
+        visualize_network(
+            subject_of(seeded(Gated)), images, replace(settings, gallery=False), tmp_path
+        )
         said[gates] = manifest(tmp_path)["layers"]["out"]["says"]
         assert "unsupported: gelu x1" in said[gates]
     assert "sigmoid as a constant gate" in said["constant"]
@@ -560,7 +572,7 @@ def test_gates_and_what_has_no_rule_go_down_as_the_settings_say(images, tmp_path
 )
 def test_settings_that_mean_nothing_are_refused(options, message):
     with pytest.raises(ValueError) as caught:
-        SurveySettings(**options)
+        VisualizationSettings(**options)
     assert str(caught.value) == message
 
 
@@ -637,7 +649,7 @@ def test_a_deconvolutional_network_is_surveyed_in_all_layers_with_what_it_makes_
     )
     settings = settings_of(layers=None, explored=1)
     evolutions = {"layer2": learning, "layer3": learning}  # of a layer that is not looked at
-    survey(subject_of(learned), data, settings, tmp_path, evolutions=evolutions)
+    visualize_network(subject_of(learned), data, settings, tmp_path, evolutions=evolutions)
     said = manifest(tmp_path)
     assert list(said["layers"]) == ["layer1", "layer2"]
     values = [
@@ -655,22 +667,22 @@ def test_a_deconvolutional_network_is_surveyed_in_all_layers_with_what_it_makes_
 def test_another_solver_of_the_same_filters_is_searched_anew(learned, textures, tmp_path):
     data = lazy(textures(3, 3, 18, 20))
     settings = settings_of(layers=["layer1"], gallery=False, control=False)
-    survey(subject_of(learned), data, settings, tmp_path)
+    visualize_network(subject_of(learned), data, settings, tmp_path)
     tensors, parts = learned.to_parts()
     other = DeconvNet.from_parts(tensors, json.loads(json.dumps(parts)))
     before = times(tmp_path)
-    survey(subject_of(other), data, settings, tmp_path)
+    visualize_network(subject_of(other), data, settings, tmp_path)
     assert times(tmp_path) == before
     other.layer(1).settings.lam = 1.0
     assert digest(other) == digest(learned)
-    survey(subject_of(other), data, settings, tmp_path)
+    visualize_network(subject_of(other), data, settings, tmp_path)
     assert all(value != before[name] for name, value in times(tmp_path).items())
 
 
 def test_a_network_of_grey_images_and_one_with_depthwise_filters_are_surveyed(images, tmp_path):
     grey = subject_of(seeded(lambda: Small(1)), Normalization((0.5,), (0.5,), "grey"))
-    survey(grey, images, settings_of(layers=["conv1", "relu2"]), tmp_path / "grey")
-    found = load_exemplars(tmp_path / "grey" / "visualization" / "projections" / "relu2.npz")
+    visualize_network(grey, images, settings_of(layers=["conv1", "relu2"]), tmp_path / "grey")
+    found = load_top_projections(tmp_path / "grey" / "visualization" / "projections" / "relu2.npz")
     assert found.tiles.shape[2] == 1 and found.patches.shape[2] == 3
     filters = picture(tmp_path / "grey" / "visualization" / "figures" / "conv1-filters.png")
     assert (filters == filters[..., :1]).all()
@@ -681,7 +693,7 @@ def test_a_network_of_grey_images_and_one_with_depthwise_filters_are_surveyed(im
         )
     )
     settings = settings_of(layers=["0", "4", "6"], explored=1)
-    survey(subject_of(net), images, settings, tmp_path / "depthwise")
+    visualize_network(subject_of(net), images, settings, tmp_path / "depthwise")
     gallery = tmp_path / "depthwise" / "gallery"
     assert not list(gallery.rglob("filters.*"))
 
@@ -692,7 +704,7 @@ def test_images_of_different_sizes_are_surveyed(textures, tmp_path):
         lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 3), nn.ReLU())
     )
     settings = settings_of(layers=["1", "3"], explored=4, occlusion=1, invariance=3)
-    survey(subject_of(net), data, settings, tmp_path)
+    visualize_network(subject_of(net), data, settings, tmp_path)
     tiles = manifest(tmp_path)["layers"]["3"]["maps"][0]["tiles"]
     assert {tile["image"] for tile in tiles} == {0, 1, 2, 3}
 
@@ -700,11 +712,13 @@ def test_images_of_different_sizes_are_surveyed(textures, tmp_path):
 def test_layers_that_are_never_active_are_left_out_with_a_warning(images, tmp_path, caplog):
     net = seeded(Small)
     settings = settings_of(layers=["dead", "relu2"], gallery=False, occlusion=1)
-    survey(subject_of(net), images, settings, tmp_path)
+    visualize_network(subject_of(net), images, settings, tmp_path)
     assert "layer dead: none of its maps is ever active" in caplog.text
     assert list(manifest(tmp_path)["layers"]) == ["relu2"]
     with pytest.raises(ValueError) as caught:
-        survey(subject_of(net), images, replace(settings, layers=["dead"]), tmp_path / "all")
+        visualize_network(
+            subject_of(net), images, replace(settings, layers=["dead"]), tmp_path / "all"
+        )
     message = "layers dead: none of their maps is ever active on these 6 images"
     assert str(caught.value) == message
 
@@ -730,9 +744,9 @@ def test_layers_that_are_never_active_are_left_out_with_a_warning(images, tmp_pa
 def test_what_cannot_be_surveyed_is_refused_before_the_work_begins(
     images, tmp_path, monkeypatch, make, options, message
 ):
-    monkeypatch.setattr(module, "mine", fail)
+    monkeypatch.setattr(module, "find_top_activations", fail)
     with pytest.raises(ValueError) as caught:
-        survey(subject_of(seeded(make)), images, settings_of(**options), tmp_path)
+        visualize_network(subject_of(seeded(make)), images, settings_of(**options), tmp_path)
     assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
@@ -902,7 +916,7 @@ def test_a_network_file_of_a_trained_network_knows_what_it_has_learned_from(
     data = asdict(DataSettings(source="folder", path="photos", size=20, max_images=3))
     for epoch in (1, 2):
         net = seeded(lambda: ZFNet(1, 2, size=16, width=2), epoch)
-        subject = Subject(net, "zf", "", Normalization((0.5,), (0.3,), "grey"), Crop(16, 16))
+        subject = LoadedModel(net, "zf", "", Normalization((0.5,), (0.3,), "grey"), Crop(16, 16))
         path = tmp_path / f"epoch-{epoch}.safetensors"
         save_model(path, replace(subject, training={"data": data}))
     monkeypatch.chdir(place)
@@ -1148,11 +1162,11 @@ def test_an_interrupted_search_says_how_to_go_on_and_keeps_what_it_has_found(
     assert result.code == 130 and result.err == "", result
     assert "stopped; to resume: python" in result.out
     assert "visualize.py model=nets:make" in result.out
-    assert Mined.load(path).done == 3
+    assert SearchState.load(path).done == 3
     (tmp_path / "interrupt").unlink()
     monkeypatch.chdir(tmp_path)
     visualize(**MAKE, layers=["1"], batch=1, output="out")
-    assert Mined.load(path).done == 5
+    assert SearchState.load(path).done == 5
 
 
 def free_port():
@@ -1181,7 +1195,7 @@ def test_two_processes_find_what_one_finds(place, tmp_path, monkeypatch, visuali
     assert one == two
     for layer in one:
         one_layer, two_layers = (
-            load_exemplars(tmp_path / name / "visualization" / "projections" / f"{layer}.npz")
+            load_top_projections(tmp_path / name / "visualization" / "projections" / f"{layer}.npz")
             for name in ("one", "two")
         )
         assert_array_equal(one_layer.units, two_layers.units)

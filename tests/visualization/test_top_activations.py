@@ -15,7 +15,12 @@ from deconvnet.images.datasets import Item, LazyImages
 from deconvnet.visualization.projection.projection import LayerInfo
 from deconvnet.visualization.projection.projector import Projector
 from deconvnet.visualization.search import top_activations
-from deconvnet.visualization.search.top_activations import Mined, Top, merge, mine
+from deconvnet.visualization.search.top_activations import (
+    SearchState,
+    TopActivations,
+    find_top_activations,
+    merge,
+)
 
 LAYERS = ["0", "1", "3"]
 
@@ -47,7 +52,7 @@ def equal(one, two):
         if key == "density"
         else np.array_equal(getattr(one[layer], key), getattr(two[layer], key))
         for layer in one
-        for key in Top.__dataclass_fields__
+        for key in TopActivations.__dataclass_fields__
     )
 
 
@@ -88,7 +93,7 @@ def assert_is(top, expected):
 @pytest.mark.parametrize("k", [1, 4, 30])
 def test_the_table_is_that_of_a_search_over_all_activations(k):
     net, images = network(), pictures(14)
-    tops = mine(Projector(net), images, LAYERS, k=k)
+    tops = find_top_activations(Projector(net), images, LAYERS, k=k)
     assert list(tops) == LAYERS
     for layer in LAYERS:
         assert_is(tops[layer], search(net, images, layer, k))
@@ -98,9 +103,9 @@ def test_the_table_is_that_of_a_search_over_all_activations(k):
 
 def test_neither_batches_nor_processes_change_a_number_and_of_equals_the_earlier_image_wins():
     projector, images = Projector(network()), pictures(14)
-    tops = mine(projector, images, LAYERS, k=6, batch=1)
+    tops = find_top_activations(projector, images, LAYERS, k=6, batch=1)
     for options in ({"batch": 7}, {"batch": 32}, {"batch": 3, "workers": 2}):
-        assert equal(mine(projector, images, LAYERS, k=6, **options), tops), options
+        assert equal(find_top_activations(projector, images, LAYERS, k=6, **options), tops), options
     same = {1, 5, 9, 13}
     together = 0
     for values, numbers in zip(tops["1"].values, tops["1"].images, strict=True):
@@ -114,9 +119,12 @@ def test_neither_batches_nor_processes_change_a_number_and_of_equals_the_earlier
 @pytest.mark.parametrize("ranks", [2, 3, 20])
 def test_shards_together_are_the_whole_also_if_some_have_no_image(ranks):
     projector, images = Projector(network()), pictures(14)
-    parts = [mine(projector, images, LAYERS, k=5, shard=(rank, ranks)) for rank in range(ranks)]
+    parts = [
+        find_top_activations(projector, images, LAYERS, k=5, shard=(rank, ranks))
+        for rank in range(ranks)
+    ]
     assert [part == {} for part in parts] == [rank >= 14 for rank in range(ranks)]
-    assert equal(merge(parts, k=5), mine(projector, images, LAYERS, k=5))
+    assert equal(merge(parts, k=5), find_top_activations(projector, images, LAYERS, k=5))
 
 
 class Stopped(Exception):
@@ -147,16 +155,18 @@ def test_a_pass_that_was_stopped_goes_on_where_it_was(tmp_path, workers):
     projector, images, path = Projector(network()), Counted(pictures(14)), tmp_path / "top.npz"
     options = {"k": 5, "batch": 3, "path": path, "key": {"network": ("a", 1)}, "workers": workers}
     with pytest.raises(Stopped):
-        mine(projector, images, LAYERS, progress=stop_after(6), **options)
-    assert Mined.load(path).done == 6
+        find_top_activations(projector, images, LAYERS, progress=stop_after(6), **options)
+    assert SearchState.load(path).done == 6
     images.reads, seen = 0, []
-    tops = mine(projector, images, LAYERS, progress=lambda *at: seen.append(at), **options)
+    tops = find_top_activations(
+        projector, images, LAYERS, progress=lambda *at: seen.append(at), **options
+    )
     assert images.reads == (0 if workers else 8)
     assert seen == [(6, 14), (9, 14), (12, 14), (14, 14)]
-    assert equal(tops, mine(projector, images, LAYERS, k=5))
+    assert equal(tops, find_top_activations(projector, images, LAYERS, k=5))
     # Once it is whole, nothing is read again, and the file is left alone.
     written, images.reads = path.stat().st_mtime_ns, 0
-    assert equal(mine(projector, images, LAYERS, **options), tops)
+    assert equal(find_top_activations(projector, images, LAYERS, **options), tops)
     assert images.reads == 0 and path.stat().st_mtime_ns == written
 
 
@@ -169,9 +179,9 @@ def test_a_pass_that_was_killed_loses_only_what_came_after_it_was_last_saved(tmp
         if done == 8:
             shutil.copytree(path.parent, killed.parent)
 
-    tops = mine(projector, images, LAYERS, batch=4, path=path, progress=progress)
-    assert Mined.load(killed).done == 8
-    assert equal(mine(projector, images, LAYERS, batch=4, path=killed), tops)
+    tops = find_top_activations(projector, images, LAYERS, batch=4, path=path, progress=progress)
+    assert SearchState.load(killed).done == 8
+    assert equal(find_top_activations(projector, images, LAYERS, batch=4, path=killed), tops)
     for folder in (path.parent, killed.parent):
         assert {file.name for file in folder.iterdir()} == {".deconvnet", "top.npz"}
         assert {file.name for file in (folder / ".deconvnet").iterdir()} == {"made"}
@@ -195,19 +205,20 @@ def test_a_pass_of_anything_else_is_made_anew(tmp_path, other, caplog):
     projector, images, path = Projector(network()), pictures(14), tmp_path / "top.npz"
     options = {"layers": LAYERS, "k": 5, "key": {"network": "a"}, "path": path}
     with pytest.raises(Stopped):
-        mine(projector, images, batch=4, progress=stop_after(8), **options)
-    assert Mined.load(path).done == 8
+        find_top_activations(projector, images, batch=4, progress=stop_after(8), **options)
+    assert SearchState.load(path).done == 8
     options |= other
     images = images[: options.pop("images", 14)]
     assert equal(
-        mine(projector, images, **options), mine(projector, images, **options | {"path": None})
+        find_top_activations(projector, images, **options),
+        find_top_activations(projector, images, **options | {"path": None}),
     )
     assert "is from another pass and is recomputed" in caplog.text
 
 
 def test_a_damaged_file_is_refused_in_one_line_and_never_believed(tmp_path):
     projector, images, path = Projector(network()), pictures(6), tmp_path / "top.npz"
-    tops = mine(projector, images, LAYERS, path=path)
+    tops = find_top_activations(projector, images, LAYERS, path=path)
     whole = path.read_bytes()
     damaged = [b"", b"some words", whole[:-10], whole[: len(whole) // 2], json.dumps({}).encode()]
     for at in range(0, len(whole), 89):
@@ -218,7 +229,7 @@ def test_a_damaged_file_is_refused_in_one_line_and_never_believed(tmp_path):
     for content in damaged:
         path.write_bytes(content)
         try:
-            found = Mined.load(path)
+            found = SearchState.load(path)
         except ValueError as error:
             message = str(error)
             assert str(path) in message and "\n" not in message and "remove it" in message
@@ -228,9 +239,9 @@ def test_a_damaged_file_is_refused_in_one_line_and_never_believed(tmp_path):
     assert refused > len(damaged) / 2
     np.savez(path, header=json.dumps({"format": "another"}))
     with pytest.raises(ValueError, match="top.npz: damaged or not a file of strongest activations"):
-        mine(projector, images, LAYERS, path=path)
+        find_top_activations(projector, images, LAYERS, path=path)
     with pytest.raises(ValueError, match="nowhere.npz: no such file"):
-        Mined.load(tmp_path / "nowhere.npz")
+        SearchState.load(tmp_path / "nowhere.npz")
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
@@ -241,8 +252,8 @@ def test_what_is_not_finite_is_refused_with_its_image_and_what_was_found_before_
     images[6] = images[6].clone()
     images[6][1, 4, 4] = wrong
     with pytest.raises(ValueError, match="layer '0': not finite on image 6 of the data set"):
-        mine(Projector(network()), images, ["0", "1"], batch=2, path=path)
-    assert Mined.load(path).done == 6
+        find_top_activations(Projector(network()), images, ["0", "1"], batch=2, path=path)
+    assert SearchState.load(path).done == 6
 
 
 def test_an_image_that_cannot_be_read_is_the_same_line_from_another_process(tmp_path):
@@ -254,7 +265,7 @@ def test_an_image_that_cannot_be_read_is_the_same_line_from_another_process(tmp_
     images = LazyImages([*items, Item("lost.png", lost)])
     for workers in (0, 1):
         with pytest.raises(ValueError) as caught:
-            mine(Projector(network()), images, ["1"], batch=2, workers=workers)
+            find_top_activations(Projector(network()), images, ["1"], batch=2, workers=workers)
         assert str(caught.value) == "cannot read lost.png: truncated"
 
 
@@ -263,7 +274,7 @@ def test_an_image_that_cannot_be_read_is_the_same_line_from_another_process(tmp_
 
 def test_only_units_whose_field_lies_inside_the_image_are_searched():
     net, images = network(), pictures(10)
-    tops = mine(Projector(net), images, ["1", "3"], k=5, inside=True)
+    tops = find_top_activations(Projector(net), images, ["1", "3"], k=5, inside=True)
     # 3x3 with stride 2 and padding 1 on 11x13 pixels: of 6x7 units only the first row and column
     # begin before the image, and the last ones end beyond it.
     allowed = np.zeros((6, 7), dtype=bool)
@@ -285,9 +296,9 @@ def test_a_layer_with_few_units_inside_is_searched_everywhere():
     # Of 5x5 units of layer 1 nine are inside, of 3x3 units of layer 3 one is.
     (info,) = (info for info in Projector(net).layers(images[0][None]) if info.name == "3")
     assert info.inside((9, 9)).sum() == 1
-    tops = mine(Projector(net), images, ["1", "3"], k=5, inside=True)
-    assert equal({"3": tops["3"]}, mine(Projector(net), images, ["3"], k=5))
-    assert not equal({"1": tops["1"]}, mine(Projector(net), images, ["1"], k=5))
+    tops = find_top_activations(Projector(net), images, ["1", "3"], k=5, inside=True)
+    assert equal({"3": tops["3"]}, find_top_activations(Projector(net), images, ["3"], k=5))
+    assert not equal({"1": tops["1"]}, find_top_activations(Projector(net), images, ["1"], k=5))
 
 
 def test_a_quarter_of_the_units_is_enough():
@@ -298,7 +309,7 @@ def test_a_quarter_of_the_units_is_enough():
     net = nn.Sequential(nn.Conv2d(3, 2, 4, stride=2, padding=2), nn.ReLU())
     images = pictures(3, 6, 6)
     assert net(images[0][None]).shape[2:] == (4, 4)
-    tops = mine(Projector(net), images, ["1"], inside=True)
+    tops = find_top_activations(Projector(net), images, ["1"], inside=True)
     for key in ("rows", "columns"):
         assert set(getattr(tops["1"], key).flatten()) <= {1, 2}
 
@@ -306,11 +317,14 @@ def test_a_quarter_of_the_units_is_enough():
 def test_images_of_different_sizes_are_searched_each_with_its_own_border():
     net = network()
     images = [*pictures(3, 11, 13), *pictures(2, 15, 9, seed=1), *pictures(3, 11, 13, seed=2)]
-    tops = mine(Projector(net), images, LAYERS, k=4, batch=8)
+    tops = find_top_activations(Projector(net), images, LAYERS, k=4, batch=8)
     for layer in LAYERS:
         assert_is(tops[layer], search(net, images, layer, 4))
-    inside = mine(Projector(net), images, ["1"], k=8, inside=True, batch=8)["1"]
-    assert equal({"1": inside}, mine(Projector(net), images, ["1"], k=8, inside=True, batch=1))
+    inside = find_top_activations(Projector(net), images, ["1"], k=8, inside=True, batch=8)["1"]
+    assert equal(
+        {"1": inside},
+        find_top_activations(Projector(net), images, ["1"], k=8, inside=True, batch=1),
+    )
     for number, image in enumerate(images):
         rows, columns = (
             getattr(inside, key)[inside.images == number] for key in ("rows", "columns")
@@ -327,8 +341,8 @@ def test_labels_are_left_aside_and_vectors_are_maps_of_one_place():
     net = nn.Sequential(*network(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 3))
     images = pictures(6)
     labelled = [(image, "a class") for image in images]
-    tops = mine(Projector(net), labelled, ["3", "6"], k=2)
-    assert equal(tops, mine(Projector(net), images, ["3", "6"], k=2))
+    tops = find_top_activations(Projector(net), labelled, ["3", "6"], k=2)
+    assert equal(tops, find_top_activations(Projector(net), images, ["3", "6"], k=2))
     with torch.no_grad():
         scores = net(torch.stack(images)).numpy()
     order = np.argsort(-scores, 0, kind="stable")[:2].T
@@ -339,7 +353,7 @@ def test_labels_are_left_aside_and_vectors_are_maps_of_one_place():
 
 def test_only_activations_above_zero_are_units():
     net, images = network(), pictures(9)
-    top = mine(Projector(net), images, ["0"], k=9)["0"]
+    top = find_top_activations(Projector(net), images, ["0"], k=9)["0"]
     assert (top.values < 0).any(), "before a rectifier, where all is kept"
     for m in range(4):
         kept = zip(
@@ -366,7 +380,7 @@ def learned(textures):
 def test_in_a_deconvolutional_network_magnitudes_are_searched(learned, inside):
     net, images = learned
     layers = ["layer1", "layer2"]
-    tops = mine(Projector(net), list(images), layers, k=3, inside=inside, batch=2)
+    tops = find_top_activations(Projector(net), list(images), layers, k=3, inside=inside, batch=2)
     codes = net.infer(images, chunk=2)
     for number, layer in enumerate(layers, 1):
         z, top = codes.layer(number).z.abs().numpy(), tops[layer]
@@ -393,6 +407,6 @@ def test_in_a_deconvolutional_network_magnitudes_are_searched(learned, inside):
 def test_what_cannot_be_searched_is_refused(options):
     options = {"images": pictures(2), **options}
     with pytest.raises(ValueError, match="must be at least 1"):
-        mine(Projector(network()), options.pop("images"), ["1"], **options)
+        find_top_activations(Projector(network()), options.pop("images"), ["1"], **options)
     with pytest.raises(ValueError, match="layer 'x': no such layer"):
-        mine(Projector(network()), pictures(2), ["x"])
+        find_top_activations(Projector(network()), pictures(2), ["x"])

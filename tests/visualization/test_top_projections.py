@@ -17,20 +17,20 @@ from deconvnet.visualization.models.normalization import Normalization
 from deconvnet.visualization.pictures.grids import (
     chosen_maps,
     displayed,
-    exemplar_grid,
     first_filters,
+    projection_grid,
     with_control,
 )
 from deconvnet.visualization.projection.projector import Projector
 from deconvnet.visualization.projection.rules import Report, Uneven
 from deconvnet.visualization.search import top_projections
-from deconvnet.visualization.search.randomization import randomised
-from deconvnet.visualization.search.top_activations import mine
+from deconvnet.visualization.search.randomization import shuffle_weights
+from deconvnet.visualization.search.top_activations import find_top_activations
 from deconvnet.visualization.search.top_projections import (
-    Exemplars,
+    TopProjections,
     checkerboard,
-    collect,
-    load_exemplars,
+    load_top_projections,
+    project_top_activations,
 )
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
@@ -68,7 +68,7 @@ def trained(textures):
     normalization = Normalization(MEAN, STD, "bgr")
     projector = Projector(seeded(two_layers), normalization=normalization, batch=3)
     images = list(textures(7, 3, 12, 14))
-    return projector, images, mine(projector, images, ["1", "4"], k=4)
+    return projector, images, find_top_activations(projector, images, ["1", "4"], k=4)
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def test_tiles_and_patches_are_projections_and_pixels_in_the_exact_field(
 ):
     projector, images, tops = trained
     top = tops[layer]
-    found = collect(projector, images, layer, top, maps=[3, 0])
+    found = project_top_activations(projector, images, layer, top, maps=[3, 0])
     assert found.maps.tolist() == [3, 0] and found.layer == layer and found.scale == 1
     assert found.tiles.shape == found.patches.shape == (2, 4, 3, side, side)
     reached_beyond = 0
@@ -132,12 +132,12 @@ def test_tiles_and_patches_are_projections_and_pixels_in_the_exact_field(
 def test_units_of_fewer_pixels_than_their_layer_keep_their_scale(textures, monkeypatch):
     projector = Projector(seeded(TwoSizes))
     images = list(textures(3, 3, 11, 12))
-    top = mine(projector, images, ["both"], k=3, inside=True)["both"]
-    whole = collect(projector, images, "both", top)
+    top = find_top_activations(projector, images, ["both"], k=3, inside=True)["both"]
+    whole = project_top_activations(projector, images, "both", top)
     assert whole.tiles.shape[3:] == (5, 5)
     # Also where only small ones come together.
     monkeypatch.setattr(top_projections, "CHUNK", 1)
-    alone = collect(projector, images, "both", top)
+    alone = project_top_activations(projector, images, "both", top)
     for found in (whole, alone):
         for m in range(3):
             for place in range(found.count(m)):
@@ -155,8 +155,8 @@ def test_units_of_fewer_pixels_than_their_layer_keep_their_scale(textures, monke
 def test_images_of_different_sizes_give_tiles_of_one_size(textures):
     projector = Projector(seeded(two_layers), batch=4)
     images = [*textures(2, 3, 12, 14), *textures(2, 3, 16, 10, seed=1), *textures(2, 3, 12, 14)]
-    top = mine(projector, images, ["4"], k=6)["4"]
-    found = collect(projector, images, "4", top)
+    top = find_top_activations(projector, images, ["4"], k=6)["4"]
+    found = project_top_activations(projector, images, "4", top)
     assert found.tiles.shape[3:] == (8, 8)
     for m in range(5):
         for place, (number, _, i, j) in enumerate(top.units(m)):
@@ -167,7 +167,7 @@ def test_images_of_different_sizes_give_tiles_of_one_size(textures):
 
 def test_only_some_units_and_images_are_projected_at_a_time(trained, monkeypatch):
     projector, images, tops = trained
-    expected = collect(projector, images, "4", tops["4"])
+    expected = project_top_activations(projector, images, "4", tops["4"])
     monkeypatch.setattr(top_projections, "CHUNK", 2)
     asked, told = [], []
 
@@ -177,11 +177,13 @@ def test_only_some_units_and_images_are_projected_at_a_time(trained, monkeypatch
             return super().__call__(x, layer, units, **options)
 
     watched = Watched(projector.model, normalization=projector.normalization, batch=2)
-    found = collect(watched, images, "4", tops["4"], progress=lambda *at: told.append(at))
+    found = project_top_activations(
+        watched, images, "4", tops["4"], progress=lambda *at: told.append(at)
+    )
     assert max(asked)[0] == 2 and max(units for _, units in asked) == 2
     total = int(np.isfinite(expected.values).sum())
     assert told[-1] == (total, total) and [done for done, _ in told] == sorted({d for d, _ in told})
-    for entry in fields(Exemplars):
+    for entry in fields(TopProjections):
         one, other = getattr(found, entry.name), getattr(expected, entry.name)
         if isinstance(one, np.ndarray):
             # The report of convolutions on other batches is rounded differently.
@@ -197,8 +199,8 @@ def test_maps_that_are_not_active_in_enough_images_leave_their_places_empty(trai
         net[3].bias[2] -= (peaks[-2] + peaks[-3]) / 2  # active in two images alone
         net[3].bias[1] = -1e6
     shy = Projector(net, normalization=projector.normalization)
-    top = mine(shy, images, ["4"], k=4)["4"]
-    found = collect(shy, images, "4", top, maps=[2, 1])
+    top = find_top_activations(shy, images, ["4"], k=4)["4"]
+    found = project_top_activations(shy, images, "4", top, maps=[2, 1])
     assert [found.count(row) for row in (0, 1)] == [2, 0]
     assert np.isnan(found.values[0, 2:]).all() and np.isnan(found.values[1]).all()
     for name, empty in (("units", -1), ("boxes", -1), ("tiles", 0), ("patches", 128)):
@@ -206,14 +208,14 @@ def test_maps_that_are_not_active_in_enough_images_leave_their_places_empty(trai
         assert (array[0, 2:] == empty).all() and (array[1] == empty).all()
         assert (array[0, :2] != empty).any((1, *range(2, array.ndim - 1))).all()
     with pytest.raises(ValueError, match="layer '4': none of its 1 maps is ever active"):
-        collect(shy, images, "4", top, maps=[1])
+        project_top_activations(shy, images, "4", top, maps=[1])
 
 
 def test_values_of_learned_networks_have_signs_and_so_have_their_tiles(learned):
     net, images = learned
     projector = Projector(net, batch=2)
-    top = mine(projector, images, ["layer2"], k=4)["layer2"]
-    found = collect(projector, images, "layer2", top)
+    top = find_top_activations(projector, images, ["layer2"], k=4)["layer2"]
+    found = project_top_activations(projector, images, "layer2", top)
     assert found.tiles.shape[2] == 1 and found.patches.shape[2] == 3
     assert (found.values < 0).any() and (found.values > 0).any()
     assert_allclose(np.abs(found.values), top.values, rtol=1e-5)
@@ -232,7 +234,7 @@ def test_values_of_learned_networks_have_signs_and_so_have_their_tiles(learned):
 def test_a_data_set_that_gives_other_images_than_before_is_refused(trained):
     projector, images, tops = trained
     with pytest.raises(ValueError) as caught:
-        collect(projector, images[1:] + images[:1], "4", tops["4"])
+        project_top_activations(projector, images[1:] + images[:1], "4", tops["4"])
     message = str(caught.value)
     assert "not shuffled, not augmented" in message and "\n" not in message
     assert "when the data set was searched" in message
@@ -242,8 +244,8 @@ def test_large_tiles_are_reduced(textures, monkeypatch):
     monkeypatch.setattr(top_projections, "LARGEST", 10)
     net = nn.Sequential(seeded(two_layers), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     projector, images = Projector(net), list(textures(3, 3, 20, 28))
-    top = mine(projector, images, ["2"], k=2)["2"]
-    found = collect(projector, images, "2", top)
+    top = find_top_activations(projector, images, ["2"], k=2)["2"]
+    found = project_top_activations(projector, images, "2", top)
     # Each unit sees the whole image, whose longer side becomes 10 pixels.
     assert found.tiles.shape == (5, 2, 3, 7, 10) and found.scale == 10 / 28
     number = found.units[0, 0, 0]
@@ -258,7 +260,7 @@ def test_large_tiles_are_reduced(textures, monkeypatch):
 def exemplars_of(count=3, k=4, side=3):
     """Made up: the numbers tell where each comes from."""
     generator = np.random.default_rng(0)
-    return Exemplars(
+    return TopProjections(
         layer="features.8",
         maps=np.arange(10, 10 + count),
         tiles=generator.normal(size=(count, k, 3, side, side)).astype(np.float16),
@@ -278,7 +280,7 @@ def exemplars_of(count=3, k=4, side=3):
 
 
 def assert_same(one, two):
-    for entry in fields(Exemplars):
+    for entry in fields(TopProjections):
         a, b = getattr(one, entry.name), getattr(two, entry.name)
         if isinstance(a, np.ndarray):
             assert a.dtype == b.dtype
@@ -291,10 +293,10 @@ def test_what_was_collected_comes_back_from_its_file(tmp_path):
     path, key = tmp_path / "there" / "a.npz", {"network": ("a", 1), "maps": [1, 2]}
     one = exemplars_of()
     one.save(path, key)
-    assert_same(load_exemplars(path), one)
-    assert_same(load_exemplars(path, key), one)
-    assert load_exemplars(path, {**key, "maps": [1]}) is None
-    assert load_exemplars(tmp_path / "nowhere.npz", key) is None
+    assert_same(load_top_projections(path), one)
+    assert_same(load_top_projections(path, key), one)
+    assert load_top_projections(path, {**key, "maps": [1]}) is None
+    assert load_top_projections(tmp_path / "nowhere.npz", key) is None
     assert {file.name for file in path.parent.iterdir()} == {".deconvnet", "a.npz"}
 
 
@@ -309,7 +311,7 @@ def test_a_damaged_file_of_exemplars_is_refused_in_one_line_and_never_believed(t
     for content in damaged:
         path.write_bytes(content)
         try:
-            assert_same(load_exemplars(path), one)
+            assert_same(load_top_projections(path), one)
         except ValueError as error:
             assert str(path) in str(error) and "\n" not in str(error)
             assert "remove it" in str(error)
@@ -317,7 +319,7 @@ def test_a_damaged_file_of_exemplars_is_refused_in_one_line_and_never_believed(t
     assert refused > len(damaged) / 2
     np.savez(path, header=json.dumps({"format": "another"}))
     with pytest.raises(ValueError, match="not a file of exemplars"):
-        load_exemplars(path)
+        load_top_projections(path)
 
 
 # The checkerboard.
@@ -350,16 +352,16 @@ def test_an_uneven_convolution_has_a_checkerboard_that_normalising_takes_away(te
     boards = {}
     for overlap in ("sum", "normalised"):
         projector = Projector(net, overlap=overlap)
-        top = mine(projector, images, ["3"], k=2)["3"]
-        found = collect(projector, images, "3", top)
+        top = find_top_activations(projector, images, ["3"], k=2)["3"]
+        found = project_top_activations(projector, images, "3", top)
         boards[overlap] = found.checkerboard
     # Of 11 pixels the odd ones are painted once and the even ones twice, the outermost once.
     means = np.outer([10 / 6, 1], [10 / 6, 1])
     assert_allclose(boards["sum"], means.std() / means.mean(), rtol=1e-5)
     assert (boards["normalised"] < 0.5 * boards["sum"]).all()
     even = Projector(seeded(two_layers))
-    top = mine(even, images, ["4"], k=2)["4"]
-    assert np.isnan(collect(even, images, "4", top).checkerboard).all()
+    top = find_top_activations(even, images, ["4"], k=2)["4"]
+    assert np.isnan(project_top_activations(even, images, "4", top).checkerboard).all()
 
 
 # The control.
@@ -372,7 +374,7 @@ def test_a_control_has_the_same_entries_in_every_filter_in_another_order():
     with torch.no_grad():
         net[1].running_mean.normal_()
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    control = randomised(net, seed=3)
+    control = shuffle_weights(net, seed=3)
     for name, value in control.state_dict().items():
         assert torch.equal(net.state_dict()[name], before[name]), "the original was touched"
         if value.dim() < 2:
@@ -390,9 +392,9 @@ def test_a_control_has_the_same_entries_in_every_filter_in_another_order():
 def test_a_control_depends_on_its_seed_alone():
     net = seeded(two_layers)
     torch.manual_seed(1)
-    one = randomised(net, seed=3)
+    one = shuffle_weights(net, seed=3)
     torch.manual_seed(2)
-    again, other = randomised(net, seed=3), randomised(net, seed=4)
+    again, other = shuffle_weights(net, seed=3), shuffle_weights(net, seed=4)
     assert torch.equal(one[3].weight, again[3].weight)
     assert not torch.equal(one[3].weight, other[3].weight)
     assert isinstance(one, nn.Sequential) and one.training == net.training
@@ -405,7 +407,7 @@ def test_the_control_of_a_learned_network_keeps_its_connections_and_norms(learne
     settings[0].num_maps = 6
     net = DeconvNet(settings, net.preprocessing.settings, seed=1)
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    control = randomised(net, seed=0)
+    control = shuffle_weights(net, seed=0)
     for name, value in net.state_dict().items():
         assert torch.equal(value, before[name])
         if "filters" not in name:
@@ -466,7 +468,7 @@ def test_maps_and_their_activations_stand_in_their_order_projections_beside_patc
         values=np.ones((M, k), np.float32),
     )
     rows = [3, 0, 4]
-    picture = (exemplar_grid(found, rows, columns=2, tile=12) * 255).round().int()
+    picture = (projection_grid(found, rows, columns=2, tile=12) * 255).round().int()
     corners = {}
     for row in rows:
         for rank in range(k):
@@ -492,7 +494,7 @@ def test_places_without_an_activation_are_hatched():
     values = found.values.copy()
     values[0, 7:] = np.nan
     found = replace(found, values=values)
-    picture = exemplar_grid(found, tile=12)
+    picture = projection_grid(found, tile=12)
     last = picture[:, -15:, :]  # the third line of tiles
     sheets = last[:, :, :48], last[:, :, 48:]
     for part in sheets:
@@ -504,7 +506,7 @@ def test_places_without_an_activation_are_hatched():
 
 
 def test_a_grid_and_its_control_stand_side_by_side():
-    one, two = (exemplar_grid(exemplars_of(2), [n]) for n in (0, 1))
+    one, two = (projection_grid(exemplars_of(2), [n]) for n in (0, 1))
     both = with_control(one, two, layer="features.8")
     h, w = one.shape[1:]
     assert torch.equal(both[:, -h:, :w], one)

@@ -42,7 +42,7 @@ from deconvnet.monitoring.monitor import hidden
 from deconvnet.network.codes import Codes
 from deconvnet.network.network import DeconvNet, seeded
 from deconvnet.storage import formats, ownership
-from deconvnet.support.communicator import ALONE, Ranks
+from deconvnet.support.communicator import SINGLE, Communicator
 from deconvnet.training.run_folder import training_data
 
 # Images whose features make one file, and pyramids that are compared at a time.
@@ -162,7 +162,7 @@ class Features:
 
     A folder holds what belongs together, named by a digest of all that it depends on but for the
     content of the images, which every file knows. Files that are damaged, cut off or of images
-    that have changed are made again. ranks: processes that share the work, of one machine or
+    that have changed are made again. communicator: processes that share the work, of one machine or
     with one file system; all of them make the same calls.
     """
 
@@ -174,9 +174,9 @@ class Features:
         layers: list[int],
         settings: ClassifySettings,
         folder: Path,
-        ranks: Ranks = ALONE,
+        communicator: Communicator = SINGLE,
     ):
-        self.net, self.images, self.splits, self.ranks = net, images, splits, ranks
+        self.net, self.images, self.splits, self.communicator = net, images, splits, communicator
         self.layers, self.settings = layers, settings
         self.books = 1 if settings.codebooks == "shared" else len(splits)
         self.shape = (settings.levels[-1] ** 2, len(settings.patch) * settings.words)
@@ -199,16 +199,16 @@ class Features:
             return
         used = np.unique(np.concatenate(chosen))
         pieces = [used[start : start + PIECE] for start in range(0, len(used), PIECE)]
-        if self.ranks.count > 1:
+        if self.communicator.world_size > 1:
             # Each some of them into files; from these the first finds the words.
-            mine = pieces[self.ranks.rank :: self.ranks.count]
+            mine = pieces[self.communicator.rank :: self.communicator.world_size]
             with self._bar("windows", sum(map(len, mine))) as bar:
                 for piece in mine:
                     self._samples(piece, missing, each, bar)
-            self.ranks.gathered(None)
-        if self.ranks.first:
+            self.communicator.all_gather(None)
+        if self.communicator.is_main:
             self._learn_codebooks(missing, chosen, pieces, each)
-        self.ranks.gathered(None)
+        self.communicator.all_gather(None)
         for kind in missing:
             self._read_codebooks(kind)
 
@@ -240,7 +240,9 @@ class Features:
     def count_words(self) -> None:
         """Count, or find counted, the words of all images of the splits."""
         used = self.used
-        starts = range(0, len(self.images.files), PIECE)[self.ranks.rank :: self.ranks.count]
+        starts = range(0, len(self.images.files), PIECE)[
+            self.communicator.rank :: self.communicator.world_size
+        ]
         with self._bar("images", int(np.isin(used // PIECE * PIECE, list(starts)).sum())) as bar:
             for start in starts:
                 piece = self._used_in(start)
@@ -259,7 +261,7 @@ class Features:
                     for book in range(self.books):
                         path, key = self._piece(layer, book, start), self._piece_key(book, start)
                         _write(path, key, counts=found[layer][book])
-        self.ranks.gathered(None)
+        self.communicator.all_gather(None)
 
     def counts(self, layer: int, split: int, indices: np.ndarray) -> Tensor:
         """(N, side^2, V) of some images in a layer under the codebook of a split."""
@@ -438,7 +440,7 @@ class Features:
         return digest.hexdigest()[:16]
 
     def _bar(self, name: str, total: int) -> tqdm:
-        disable = hidden(self.ranks.first)
+        disable = hidden(self.communicator.is_main)
         return tqdm(desc=name, total=total, unit="image", leave=False, disable=disable)
 
 

@@ -16,12 +16,12 @@ from torch import Tensor
 from deconvnet.visualization.experiments.perturbation import (
     check_images,
     chunks,
+    class_indices,
     grey,
     layer_title,
     probabilities,
     rotated,
     shifted,
-    targets,
     zoomed,
 )
 from deconvnet.visualization.pictures.canvas import GAP, below, beside, resized, titled
@@ -103,7 +103,7 @@ def invariance(
     originals, base = _answers(projector, x, layers, classes is not False)
     if base is None and not isinstance(classes, bool):
         raise ValueError("classes: this model tells none")
-    true = None if base is None else targets(base, None if classes is True else classes)
+    true = None if base is None else class_indices(base, None if classes is True else classes)
 
     done, total = 0, sum(map(len, strengths.values()))
     curves = []

@@ -87,7 +87,7 @@ def probabilities(projector: Projector, x: Tensor) -> Tensor | None:
     return outputs.softmax(1)
 
 
-def targets(base: Tensor, classes: Tensor | None) -> Tensor:
+def class_indices(base: Tensor, classes: Tensor | None) -> Tensor:
     """(N,): the classes that a user named as the true ones, or the most likely of `base` (N, K)."""
     N, K = base.shape
     if classes is None:

@@ -28,14 +28,14 @@ from deconvnet.visualization.gallery.gallery import (
     Part,
     write_gallery,
 )
-from deconvnet.visualization.models.zoo import Subject
+from deconvnet.visualization.models.zoo import LoadedModel
 from deconvnet.visualization.pictures.canvas import reach, signed_rgb, symmetric
 from deconvnet.visualization.pictures.evolution import Evolution
 from deconvnet.visualization.pictures.grids import CONTRAST, displayed, first_filters
 from deconvnet.visualization.projection.projection import LayerInfo, tile_boxes
 from deconvnet.visualization.projection.projector import Projector
-from deconvnet.visualization.search.top_activations import Progress, Top
-from deconvnet.visualization.search.top_projections import Exemplars
+from deconvnet.visualization.search.top_activations import Progress, TopActivations
+from deconvnet.visualization.search.top_projections import TopProjections
 
 # Of each image that is explored, and each layer.
 SHOWN_PARTS = 12
@@ -45,7 +45,7 @@ MAP_SIDE = 120
 
 
 @dataclass
-class Findings:
+class VisualizationResult:
     """What is known of a network: who drives its maps, in which images, and the pictures of it.
 
     infos: the layers that were looked at; tops, found, control: of each the strongest activations,
@@ -53,21 +53,21 @@ class Findings:
     layers, in the course of training; pictures: by name, those of a layer under its own.
     """
 
-    subject: Subject
+    subject: LoadedModel
     projector: Projector
     images: LazyImages
     infos: dict[str, LayerInfo]
     contrast: float = CONTRAST
     evolutions: Mapping[str, Evolution] = field(default_factory=dict)
-    tops: dict[str, Top] = field(default_factory=dict)
-    found: dict[str, Exemplars] = field(default_factory=dict)
-    control: dict[str, Exemplars] = field(default_factory=dict)
+    tops: dict[str, TopActivations] = field(default_factory=dict)
+    found: dict[str, TopProjections] = field(default_factory=dict)
+    control: dict[str, TopProjections] = field(default_factory=dict)
     pictures: dict[str, Tensor] = field(default_factory=dict)
 
 
 def write_pages(
     folder: Path,
-    state: Findings,
+    state: VisualizationResult,
     *,
     explored: int = 8,
     notes: Sequence[str] = (),
@@ -103,7 +103,9 @@ def write_pages(
     )
 
 
-def _gallery_layer(state: Findings, layer: str, step: Callable[[], None]) -> GalleryLayer:
+def _gallery_layer(
+    state: VisualizationResult, layer: str, step: Callable[[], None]
+) -> GalleryLayer:
     info, top, found = state.infos[layer], state.tops[layer], state.found[layer]
     first = first_filters(state.projector)
     on_pixels = first is not None and first[0] == layer.partition("#")[0]
@@ -128,15 +130,19 @@ def _gallery_layer(state: Findings, layer: str, step: Callable[[], None]) -> Gal
     )
 
 
-def _kind(state: Findings, info: LayerInfo) -> str:
-    if not state.projector.learned:
+def _kind(state: VisualizationResult, info: LayerInfo) -> str:
+    if not state.projector.is_deconvnet:
         return info.kind
     settings = state.projector.model.layer(int(info.name.removeprefix("layer"))).settings
     return f"deconvolution, {settings.filter_size}x{settings.filter_size} filters"
 
 
 def _gallery_map(
-    state: Findings, layer: str, row: int, filters: Tensor | None, step: Callable[[], None]
+    state: VisualizationResult,
+    layer: str,
+    row: int,
+    filters: Tensor | None,
+    step: Callable[[], None],
 ) -> GalleryMap:
     found, top, names = state.found[layer], state.tops[layer], state.images.names
     count, number = found.count(row), int(found.maps[row])
@@ -178,14 +184,14 @@ def _strip(e: Evolution, row: int) -> Tensor:
     return symmetric(tiles, reach(tiles))
 
 
-def _explored(state: Findings, number: int, step: Callable[[], None]) -> GalleryImage:
+def _explored(state: VisualizationResult, number: int, step: Callable[[], None]) -> GalleryImage:
     pixels = state.images[number]
     layers = [_image_layer(state, pixels, layer) for layer in state.found]
     step()
     return GalleryImage(shown_name(Path(state.images.names[number]).name), pixels, layers)
 
 
-def _image_layer(state: Findings, pixels: Tensor, layer: str) -> ImageLayer:
+def _image_layer(state: VisualizationResult, pixels: Tensor, layer: str) -> ImageLayer:
     """What a layer makes of one image: reconstruction, strongest maps, strongest activations."""
     projector = state.projector
     x = projector.prepare(pixels[None])
@@ -193,7 +199,7 @@ def _image_layer(state: Findings, pixels: Tensor, layer: str) -> ImageLayer:
     peaks, places = strength.flatten(1).max(1)
     order = peaks.argsort(descending=True, stable=True)[:SHOWN_MAPS]
     order = order[peaks[order] > 0]
-    if projector.learned:
+    if projector.is_deconvnet:
         units = _strongest_units(strength)
     else:
         # Neighbours of one map would be next to the same: the strongest of each map.
@@ -235,14 +241,16 @@ def _map_picture(z: Tensor, white: float) -> Tensor:
     return (z[0] / max(white, 1e-12)).clamp(0, 1).expand(3, -1, -1)
 
 
-def _reconstruction(state: Findings, x: Tensor, layer: str) -> tuple[Tensor | None, dict]:
+def _reconstruction(
+    state: VisualizationResult, x: Tensor, layer: str
+) -> tuple[Tensor | None, dict]:
     """What a layer of a deconvolutional network makes of an image, in the preprocessed domain."""
     projector = state.projector
-    if not projector.learned:
+    if not projector.is_deconvnet:
         return None, {}
     net, number = projector.model, int(layer.removeprefix("layer"))
     codes = projector.network.codes(x, number)
-    made, white = net.paint(codes, number), 3 * codes.y.std().clamp(min=1e-12)
+    made, white = net.synthesize(codes, number), 3 * codes.y.std().clamp(min=1e-12)
     facts = {
         "SNR": f"{snr(codes.y, made):.1f} dB",
         "not zero": f"{codes.layer(number).density:.2%} of z",

@@ -41,7 +41,7 @@ FORMS = (
 
 
 @dataclass(frozen=True)
-class Subject:
+class LoadedModel:
     """A network to look into, and how images become what it takes.
 
     module: in evaluation mode; weights: where its parameters come from, in words; crop: what it
@@ -71,7 +71,7 @@ def load_model(
     crop: Crop | None = None,
     labels: Sequence[str] | None = None,
     seed: int = 0,
-) -> Subject:
+) -> LoadedModel:
     """The network that a text names:
 
     - torchvision/vgg16: a classifier of torchvision
@@ -109,7 +109,7 @@ def load_model(
     )
 
 
-def save_model(path: str | Path, subject: Subject) -> None:
+def save_model(path: str | Path, subject: LoadedModel) -> None:
     """Write a ZFNet to a .safetensors file that `load_model` reads by its path alone."""
     if not isinstance(subject.module, ZFNet):
         raise ValueError(f"{path}: only a ZFNet can be saved, not {type(subject.module).__name__}")
@@ -134,7 +134,7 @@ def digest(module: nn.Module) -> str:
     return found.hexdigest()[:16]
 
 
-def _source(spec: str) -> Callable[[str, str | Path, dict], Subject]:
+def _source(spec: str) -> Callable[[str, str | Path, dict], LoadedModel]:
     """What loads a network of this form of name, from (spec, weights, options)."""
     if spec.startswith("torchvision/"):
         return _torchvision
@@ -152,7 +152,7 @@ def _source(spec: str) -> Callable[[str, str | Path, dict], Subject]:
     raise ValueError(f"model={spec}: give {FORMS}{hint}")
 
 
-def _torchvision(spec: str, weights: str | Path, options: dict) -> Subject:
+def _torchvision(spec: str, weights: str | Path, options: dict) -> LoadedModel:
     from torchvision import models
 
     name = spec.removeprefix("torchvision/")
@@ -190,7 +190,7 @@ def _torchvision(spec: str, weights: str | Path, options: dict) -> Subject:
         _load_parameters(module, file)
     transform = (member or known.DEFAULT).transforms()
     labels = member and member.meta.get("categories")
-    return Subject(
+    return LoadedModel(
         module,
         spec,
         file.name if file else member.name if member else "none",
@@ -200,7 +200,7 @@ def _torchvision(spec: str, weights: str | Path, options: dict) -> Subject:
     )
 
 
-def _timm(spec: str, weights: str | Path, options: dict) -> Subject:
+def _timm(spec: str, weights: str | Path, options: dict) -> LoadedModel:
     try:
         import timm
     except ImportError as error:
@@ -242,7 +242,7 @@ def _timm(spec: str, weights: str | Path, options: dict) -> Subject:
         normalization = Normalization((sum(mean) / len(mean),), (sum(std) / len(std),), "grey")
     else:
         normalization = Normalization(mean, std)
-    return Subject(
+    return LoadedModel(
         module,
         spec,
         file.name if file else (tag or "default") if pretrained else "none",
@@ -255,7 +255,7 @@ def _timm(spec: str, weights: str | Path, options: dict) -> Subject:
     )
 
 
-def _imported(spec: str, weights: str | Path, options: dict) -> Subject:
+def _imported(spec: str, weights: str | Path, options: dict) -> LoadedModel:
     where, _, name = spec.partition(":")
     if where.partition(".")[0] in sys.stdlib_module_names:
         raise ValueError(f"model={spec}: {where} is part of Python itself and builds no networks")
@@ -286,7 +286,7 @@ def _imported(spec: str, weights: str | Path, options: dict) -> Subject:
         )
     if file is not None:
         _load_parameters(module, file)
-    return Subject(module, spec, file.name if file else "as built")
+    return LoadedModel(module, spec, file.name if file else "as built")
 
 
 def _check_factory(spec: str, package: ModuleType, factory: object) -> None:
@@ -308,7 +308,7 @@ def _check_factory(spec: str, package: ModuleType, factory: object) -> None:
         )
 
 
-def _file(spec: str, weights: str | Path, options: dict) -> Subject:
+def _file(spec: str, weights: str | Path, options: dict) -> LoadedModel:
     path = Path(spec)
     if not path.is_file():
         raise ValueError(f"model={spec}: no such file")
@@ -344,7 +344,7 @@ def _file(spec: str, weights: str | Path, options: dict) -> Subject:
         raise ValueError(f"weights={weights}: give a file, none, or default for those in {spec}")
     source = file.name if file else path.name if _lower(weights) == "default" else "none"
     labels = labels and tuple(labels)
-    return Subject(module, name, source, normalization, crop, labels, training=training)
+    return LoadedModel(module, name, source, normalization, crop, labels, training=training)
 
 
 def _load_parameters(module: nn.Module, file: Path) -> None:

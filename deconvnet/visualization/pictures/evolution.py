@@ -286,7 +286,7 @@ def project_snapshot(
             one = f.new_zeros(1, 1, *shape)
             one[..., peaks.rows[k], peaks.columns[k]] = peaks.values[k].sign()
             painted.append(deconvolve(one, f[k : k + 1], boundary=boundary))
-        y = net.down(codes, layer, places[maps])(torch.cat(painted))
+        y = net.decoder(codes, layer, places[maps])(torch.cat(painted))
         tiles += _tiles(y, boxes[maps])
     return _column(
         snapshot.epoch, range(len(f)), signed_rgb(net, torch.stack(tiles)), boxes, peaks.values
@@ -379,7 +379,7 @@ def _project_checkpoint(
         if peaks is None:
             chosen = _chosen(maps, z.shape[1], layer)
             peaks, first = Peaks.none(z[:, chosen]), (0, z.shape[2], 0, z.shape[3])
-            if inside or projector.learned:
+            if inside or projector.is_deconvnet:
                 (info,) = (info for info in projector.layers(some) if info.name == layer)
                 first = _region(info.inside(tuple(some.shape[2:])))
         peaks = peaks.updated(z[:, chosen], images.to(z.device), first)

@@ -87,7 +87,7 @@ def reconstructions(net: DeconvNet, codes: Codes, images: Tensor) -> Tensor:
     y, top = codes.y, len(codes.layers)
     explained = [("preprocessed", y)]
     for number, layer in enumerate(codes.layers, 1):
-        made = net.paint(codes, number)
+        made = net.synthesize(codes, number)
         label = f"layer {number}\n{snr(y, made):.1f} dB\n{layer.density:.1%} of z"
         explained.append((label, made))
     return below(
@@ -114,5 +114,5 @@ def _labelled_row(label: str, images: Tensor) -> Tensor:
 
 def _clearest(net: DeconvNet, codes: Codes, number: int) -> int:
     """The image that a layer reconstructs best."""
-    made = net.paint(codes, number)
+    made = net.synthesize(codes, number)
     return max(range(len(made)), key=lambda n: snr(codes.y[n], made[n]))

@@ -25,7 +25,7 @@ from deconvnet.visualization.pictures.canvas import (
     titled,
 )
 from deconvnet.visualization.projection.projector import Projector
-from deconvnet.visualization.search.top_projections import Exemplars
+from deconvnet.visualization.search.top_projections import TopProjections
 
 CONTRAST = 0.995
 TILE = 56
@@ -43,8 +43,8 @@ def displayed(tiles: np.ndarray | Tensor, *, contrast: float = CONTRAST) -> Tens
     return symmetric(signed, reach(signed, contrast))
 
 
-def exemplar_grid(
-    found: Exemplars,
+def projection_grid(
+    found: TopProjections,
     rows: Sequence[int] | None = None,
     *,
     columns: int = COLUMNS,
@@ -78,7 +78,7 @@ def first_filters(projector: Projector) -> tuple[str, Tensor] | None:
     Of a torch module the first convolution that takes as many planes as an image has; None if there
     is none.
     """
-    if projector.learned:
+    if projector.is_deconvnet:
         return "layer1", projector.signed_rgb(projector.model.layer(1).filters).cpu()
     planes = 1 if projector.normalization.order == "grey" else 3
     for name, module in projector.model.named_modules():
@@ -96,7 +96,7 @@ def chosen_maps(dead: np.ndarray, count: int | None, *, seed: int = 0) -> list[i
     return sorted(alive[order[:count].numpy()].tolist())
 
 
-def _block(found: Exemplars, row: int, tile: int, contrast: float) -> Tensor:
+def _block(found: TopProjections, row: int, tile: int, contrast: float) -> Tensor:
     count, k = found.count(row), found.values.shape[1]
     side = math.ceil(math.sqrt(k))
     patches = torch.from_numpy(found.patches[row]).float() / 255

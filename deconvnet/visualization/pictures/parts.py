@@ -124,7 +124,7 @@ def parts_picture(net: DeconvNet, codes: Codes, image: Tensor, layer: int) -> Te
     activation, with the share of its squared norm that the sum explains.
     """
     y = _only(codes).y
-    made = net.paint(codes, layer)
+    made = net.synthesize(codes, layer)
     units = strongest(codes, layer, SHOWN_UNITS)
     projected = project(net, codes, layer, units)
     together = projected.sum(0, keepdim=True)

@@ -64,7 +64,7 @@ class _Unlike(Exception):
     """A model does not treat a window as it treats the image."""
 
 
-class TrainedNetwork:
+class CnnBackend:
     """Layers, activations and projections of a torch module; see `Projector`."""
 
     def __init__(

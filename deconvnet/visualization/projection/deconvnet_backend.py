@@ -32,7 +32,7 @@ KEPT = 64
 NONE = Codes((), torch.zeros(0), [])
 
 
-class LearnedNetwork:
+class DeconvNetBackend:
     """Layers, activations and projections of a deconvolutional network; see `Projector`."""
 
     def __init__(self, net: DeconvNet, *, batch: int):

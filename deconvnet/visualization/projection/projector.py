@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from deconvnet.network.network import DeconvNet
 from deconvnet.visualization.models.normalization import Normalization
 from deconvnet.visualization.pictures.canvas import signed_rgb
-from deconvnet.visualization.projection.cnn_backend import TrainedNetwork
-from deconvnet.visualization.projection.deconvnet_backend import LearnedNetwork
+from deconvnet.visualization.projection.cnn_backend import CnnBackend
+from deconvnet.visualization.projection.deconvnet_backend import DeconvNetBackend
 from deconvnet.visualization.projection.projection import LayerInfo, Projection, Units, check_input
 
 
@@ -56,16 +56,16 @@ class Projector:
         if batch < 1:
             raise ValueError(f"batch={batch}: must be at least 1")
         self.normalization = normalization or Normalization()
-        self.learned = isinstance(model, DeconvNet)
+        self.is_deconvnet = isinstance(model, DeconvNet)
         self.batch = batch
-        if self.learned:
+        if self.is_deconvnet:
             if method not in (None, "generative"):
                 raise ValueError(f"method={method}: of a DeconvNet it is always generative")
             self.method = "generative"
-            self.network = LearnedNetwork(model, batch=batch)
+            self.network = DeconvNetBackend(model, batch=batch)
         else:
             self.method = method or "deconv"
-            self.network = TrainedNetwork(
+            self.network = CnnBackend(
                 model,
                 method=self.method,
                 strict=strict,
@@ -130,10 +130,10 @@ class Projector:
     def prepare(self, pixels: Tensor) -> Tensor:
         """RGB pixels (N, 3, H, W) in [0, 1] as the model takes them, on its device."""
         pixels = pixels.to(self.device)
-        return pixels if self.learned else self.normalization.apply(pixels)
+        return pixels if self.is_deconvnet else self.normalization.apply(pixels)
 
     def signed_rgb(self, images: Tensor) -> Tensor:
         """Projections (U, C, H, W) as signed red, green and blue (U, 3, H, W); zero is grey."""
-        if self.learned:
+        if self.is_deconvnet:
             return signed_rgb(self.model, images).expand(-1, 3, -1, -1)
         return self.normalization.signed_rgb(images)

@@ -18,7 +18,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 @torch.no_grad()
-def randomised(model: Model, *, seed: int = 0) -> Model:
+def shuffle_weights(model: Model, *, seed: int = 0) -> Model:
     """A copy of a network with the entries of every weight in a random order.
 
     Weights keep their values, and with them their mean and norm, and lose all structure: of every

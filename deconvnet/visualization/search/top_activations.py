@@ -35,7 +35,7 @@ ENOUGH = 0.25
 
 
 @dataclass(frozen=True)
-class Top:
+class TopActivations:
     """The strongest activations of every map of one layer, strongest first.
 
     values: (K, k), fewer columns where there were fewer images; images: (K, k) their numbers in the
@@ -68,10 +68,10 @@ class Top:
 
 
 @dataclass(frozen=True)
-class Mined:
+class SearchState:
     """The tables of some layers after `done` images of a pass, and the pass they belong to."""
 
-    tops: dict[str, Top]
+    tops: dict[str, TopActivations]
     done: int
     key: dict[str, object] = field(default_factory=dict)
 
@@ -80,13 +80,13 @@ class Mined:
         arrays = {
             f"{number}/{entry.name}": getattr(top, entry.name)
             for number, top in enumerate(self.tops.values())
-            for entry in fields(Top)
+            for entry in fields(TopActivations)
         }
         header = {"format": FORMAT, "layers": list(self.tops), "done": self.done, "key": self.key}
         formats.save_arrays(path, {"header": np.array(json.dumps(header)), **arrays})
 
     @classmethod
-    def load(cls, path: Path) -> Mined:
+    def load(cls, path: Path) -> SearchState:
         """What `save` wrote; ValueError in one line where the file is anything else."""
         try:
             arrays = formats.load_arrays(path)
@@ -94,7 +94,9 @@ class Mined:
             if header.get("format") != FORMAT:
                 raise ValueError("of another kind")
             tops = {
-                layer: Top(**{e.name: arrays[f"{number}/{e.name}"] for e in fields(Top)})
+                layer: TopActivations(
+                    **{e.name: arrays[f"{number}/{e.name}"] for e in fields(TopActivations)}
+                )
                 for number, layer in enumerate(header["layers"])
             }
         except FileNotFoundError:
@@ -108,7 +110,7 @@ class Mined:
         return cls(tops, header["done"], header["key"])
 
 
-def mine(
+def find_top_activations(
     projector: Projector,
     images: Sequence,
     layers: Sequence[str],
@@ -121,7 +123,7 @@ def mine(
     path: Path | None = None,
     key: dict[str, object] | None = None,
     progress: Progress | None = None,
-) -> dict[str, Top]:
+) -> dict[str, TopActivations]:
     """The strongest activations of some layers over a data set.
 
     images: a data set whose items are images (3, H, W) in [0, 1], or (image, label), the same each
@@ -168,7 +170,7 @@ def mine(
                 new = _strongest(projector, found, some, numbers, layers, allowed.get(size, {}))
                 known = {name: [tops[name]] if name in tops else [] for name in new}
                 tops = {name: _joined([*known[name], new[name]], k) for name in new}
-            state = Mined(tops, state.done + len(found), key)
+            state = SearchState(tops, state.done + len(found), key)
             if path is not None and time.monotonic() - saved_at > SAVE_SECONDS:
                 state.save(path)
                 saved, saved_at = state, time.monotonic()
@@ -181,7 +183,7 @@ def mine(
     return state.tops
 
 
-def merge(parts: Sequence[dict[str, Top]], *, k: int = 9) -> dict[str, Top]:
+def merge(parts: Sequence[dict[str, TopActivations]], *, k: int = 9) -> dict[str, TopActivations]:
     """The tables of a whole data set from those of its parts."""
     parts = [part for part in parts if part]
     return {layer: _joined([part[layer] for part in parts], k) for layer in parts[0]}
@@ -204,13 +206,13 @@ class _Some:
             return error
 
 
-def _resumed(path: Path | None, key: dict[str, object]) -> Mined:
+def _resumed(path: Path | None, key: dict[str, object]) -> SearchState:
     if path is not None and Path(path).exists():
-        found = Mined.load(path)
+        found = SearchState.load(path)
         if found.key == key:
             return found
         log.info("%s is from another pass and is recomputed", path)
-    return Mined({}, 0, key)
+    return SearchState({}, 0, key)
 
 
 def image_of(item: object) -> Tensor:
@@ -236,12 +238,12 @@ def _strongest(
     numbers: Tensor,
     layers: Sequence[str],
     allowed: dict[str, Tensor],
-) -> dict[str, Top]:
+) -> dict[str, TopActivations]:
     """The table of some images of a batch, with a column for each; allowed: places by layer."""
     x = projector.prepare(torch.stack([images[place] for place in some]))
     numbers = numbers[some].numpy()
 
-    def reduce(layer: str, maps: Tensor) -> Top:
+    def reduce(layer: str, maps: Tensor) -> TopActivations:
         """Of maps (N, K, H, W) their strongest units."""
         mask = allowed.get(layer)
         searched = maps if mask is None else maps.masked_fill(~mask.to(maps.device), -torch.inf)
@@ -254,7 +256,7 @@ def _strongest(
         if wrong.any():
             image = int(numbers[wrong.argmax()])
             raise ValueError(f"layer {layer!r}: not finite on image {image} of the data set")
-        return Top(
+        return TopActivations(
             values,
             np.broadcast_to(numbers, values.shape),
             places // maps.shape[3],
@@ -277,7 +279,7 @@ def _allowed(projector: Projector, image: Tensor, layers: Sequence[str]) -> dict
     return {name: mask for name, mask in masks.items() if mask.float().mean() >= ENOUGH}
 
 
-def _joined(tables: list[Top], k: int) -> Top:
+def _joined(tables: list[TopActivations], k: int) -> TopActivations:
     """One table: the k strongest of all, of equals those of earlier images."""
     values, images, rows, columns = (
         np.concatenate([getattr(table, name) for table in tables], 1)
@@ -289,4 +291,4 @@ def _joined(tables: list[Top], k: int) -> Top:
         sum(getattr(table, name) for table in tables)
         for name in ("seen", "active", "total", "density")
     )
-    return Top(*kept, *sums)
+    return TopActivations(*kept, *sums)

@@ -20,7 +20,12 @@ from deconvnet.storage import formats
 from deconvnet.visualization.projection.projection import Projection
 from deconvnet.visualization.projection.projector import Projector
 from deconvnet.visualization.projection.rules import Report, Uneven
-from deconvnet.visualization.search.top_activations import Progress, Top, image_of, of_one_size
+from deconvnet.visualization.search.top_activations import (
+    Progress,
+    TopActivations,
+    image_of,
+    of_one_size,
+)
 
 FORMAT = "deconvnet exemplars"
 # Units that are projected at a time: their images are as large as the input.
@@ -32,7 +37,7 @@ TOLERANCE = 1e-2
 
 
 @dataclass(frozen=True)
-class Exemplars:
+class TopProjections:
     """The strongest activations of M maps of a layer, k each.
 
     maps: (M,); tiles: (M, k, C, h, w) float16, the projections as signed RGB, or grey where the
@@ -75,7 +80,7 @@ class Exemplars:
         formats.save_arrays(path, arrays, compressed=True)
 
 
-def load_exemplars(path: Path, key: dict[str, object] | None = None) -> Exemplars | None:
+def load_top_projections(path: Path, key: dict[str, object] | None = None) -> TopProjections | None:
     """What `Exemplars.save` wrote; None if there is no file, or one with another key."""
     path = Path(path)
     if not path.exists():
@@ -94,7 +99,7 @@ def load_exemplars(path: Path, key: dict[str, object] | None = None) -> Exemplar
             for each in report["uneven"]
         )
         report = Report(**report)
-        return Exemplars(**arrays, layer=header["layer"], scale=header["scale"], report=report)
+        return TopProjections(**arrays, layer=header["layer"], scale=header["scale"], report=report)
     except Exception as error:  # zipfile, zlib, json and numpy have errors of their own
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
@@ -102,15 +107,15 @@ def load_exemplars(path: Path, key: dict[str, object] | None = None) -> Exemplar
         ) from error
 
 
-def collect(
+def project_top_activations(
     projector: Projector,
     images: Sequence,
     layer: str,
-    top: Top,
+    top: TopActivations,
     *,
     maps: Sequence[int] | None = None,
     progress: Progress | None = None,
-) -> Exemplars:
+) -> TopProjections:
     """The kept activations of some maps (by default all), projected each alone.
 
     images: the data set that was searched. Raises ValueError where an image no longer gives the
@@ -169,12 +174,12 @@ def checkerboard(images: Tensor, period: tuple[int, int]) -> Tensor:
     return torch.where(mean > 0, phases.std(1, correction=0) / mean.clamp(min=1e-300), 0)
 
 
-Entry = tuple[int, int, tuple[int, int, int, int]]
+RankedUnit = tuple[int, int, tuple[int, int, int, int]]
 
 
 def _with_images(
-    units: list[Entry], images: Sequence, count: int
-) -> Iterator[tuple[list[Entry], Tensor]]:
+    units: list[RankedUnit], images: Sequence, count: int
+) -> Iterator[tuple[list[RankedUnit], Tensor]]:
     """Units, sorted by image, in parts of a few images each, with these (n, 3, H, W)."""
     for some in _by_image(units, count):
         numbers = sorted({unit[0] for _, _, unit in some})
@@ -185,9 +190,9 @@ def _with_images(
             yield together, torch.stack([read[place] for place in places])
 
 
-def _by_image(units: list[Entry], images: int) -> Iterator[list[Entry]]:
+def _by_image(units: list[RankedUnit], images: int) -> Iterator[list[RankedUnit]]:
     """Units, sorted by image, in parts of a few images each."""
-    some: list[Entry] = []
+    some: list[RankedUnit] = []
     for entry in units:
         numbers = {unit[0] for _, _, unit in some}
         if entry[2][0] not in numbers and len(numbers) == images:
@@ -198,13 +203,13 @@ def _by_image(units: list[Entry], images: int) -> Iterator[list[Entry]]:
         yield some
 
 
-def _empty(layer: str, maps: list[int], k: int, tiles: Tensor, report: Report) -> Exemplars:
+def _empty(layer: str, maps: list[int], k: int, tiles: Tensor, report: Report) -> TopProjections:
     planes, *tile = tiles.shape[1:]
     scale = min(1.0, LARGEST / max(tile))
     size = tuple(max(1, round(side * scale)) for side in tile)
     places = (len(maps), k)
     units = np.full((*places, 4), -1, dtype=np.int64)
-    return Exemplars(
+    return TopProjections(
         layer,
         np.array(maps),
         np.zeros((*places, planes, *size), dtype=np.float16),
@@ -219,7 +224,11 @@ def _empty(layer: str, maps: list[int], k: int, tiles: Tensor, report: Report) -
 
 
 def _put(
-    result: Exemplars, part: list[Entry], found: Projection, tiles: Tensor, patches: Tensor
+    result: TopProjections,
+    part: list[RankedUnit],
+    found: Projection,
+    tiles: Tensor,
+    patches: Tensor,
 ) -> None:
     """Write projections into their places."""
     size = result.tiles.shape[3:]
@@ -250,7 +259,7 @@ def _reduced(tiles: Tensor, size: tuple[int, ...]) -> Tensor:
     return F.interpolate(tiles, size, mode="bilinear", antialias=True)
 
 
-def _check(values: Tensor, expected: list[float], part: list[Entry]) -> None:
+def _check(values: Tensor, expected: list[float], part: list[RankedUnit]) -> None:
     found = values.detach().cpu().abs().double()
     wrong = (found - torch.tensor(expected).double().abs()).abs() > TOLERANCE * found.max()
     if wrong.any():
