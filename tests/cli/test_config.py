@@ -345,7 +345,7 @@ HUGE = 10**12
         (LayerSettings, ("lam", "image_weight"), (0.0, -1.0, math.nan, math.inf)),
         (LayerSettings, ("p",), (-1.0, 2.0, math.nan)),
         (LayerSettings, ("pool",), ([1, 2, HUGE], [0, 2, 2])),
-        (SolverSettings, ("coupling", "step", "gap"), (0.0, -1.0, math.nan, math.inf)),
+        (SolverSettings, ("rho", "step", "gap"), (0.0, -1.0, math.nan, math.inf)),
         (SolverSettings, ("tolerance", "relaxation", "beta_start"), (-1.0, math.nan, math.inf)),
         (PreprocessingSettings, ("sigma", "whitening_floor"), (0.0, math.nan, math.inf)),
         (DataSettings, ("size",), (0, -1, HUGE)),

@@ -268,7 +268,7 @@ def test_an_objective_that_is_not_finite_stops_before_the_filters_change(b):
 def test_images_beyond_what_float32_can_square_teach_the_same_filters(b, solver):
     learning = LearningSettings(epochs=2)
     plain, large = (
-        learn_filters(s * b, 3, 5, share=0.1, solver=solver, learning=learning)
+        learn_filters(s * b, 3, 5, lam_ratio=0.1, solver=solver, learning=learning)
         for s in (1.0, 2.0**100)
     )
     assert torch.equal(large.filters, plain.filters)
