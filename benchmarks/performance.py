@@ -1,11 +1,13 @@
 """Measure on real photographs: what solvers cost, what they reach, how long they take.
 
-python scripts/benchmark.py solvers    objective above the true minimum, density, SNR of each solver
-python scripts/benchmark.py z-step     the exact z-step against conjugate gradients, interleaved
-python scripts/benchmark.py speed      seconds per image of inference and of learning, and memory
-python scripts/benchmark.py layers     four layers of the ICCV 2011 paper: seconds, memory, scaling
-python scripts/benchmark.py steps --run runs/iccv2011-small    gradient steps and starts compared
-python scripts/benchmark.py scaling    learning shared by several processes, of one thread each
+python benchmarks/performance.py WHAT, where WHAT is
+
+solvers    objective above the true minimum, density, SNR of each solver
+z-step     the exact z-step against conjugate gradients, interleaved
+speed      seconds per image of inference and of learning, and memory
+layers     four layers of the ICCV 2011 paper: seconds, memory, scaling
+steps      gradient steps and starts compared, with --run runs/iccv2011-small
+scaling    learning shared by several processes, of one thread each
 """
 
 import argparse
@@ -29,7 +31,8 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from deconvnet import LayerSettings, SolverSettings, load
-from deconvnet.cli import config
+from deconvnet.cli.errors import one_line_errors
+from deconvnet.cli.settings import read_settings, register
 from deconvnet.images.datasets import DataSettings, load_images
 from deconvnet.images.preprocessing import PreprocessingSettings
 from deconvnet.monitoring.records import EpochStats
@@ -44,6 +47,7 @@ from deconvnet.sparse_coding.solvers import (
     solve,
 )
 from deconvnet.support.communicator import started
+from deconvnet.support.devices import torch_device
 from deconvnet.training.layer_trainer import LayerTrainer
 from deconvnet.training.training_set import ImageSource, TrainingSet
 
@@ -87,11 +91,11 @@ def main() -> None:
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    with config.one_line_errors(ValueError, OSError):
+    with one_line_errors(ValueError, OSError):
         if options.what in ("layers", "steps", "scaling"):
             modes[options.what](options)
             return
-        layer, y = problem(options, config.device(options.device))
+        layer, y = problem(options, torch_device(options.device))
     print(
         f"{len(y)} images {y.shape[1]}x{y.shape[2]}x{y.shape[3]}, {options.maps} maps of 7x7, "
         f"lam {options.lam}, torch {torch.__version__} on {y.device}, "
@@ -200,7 +204,7 @@ def layers(options: argparse.Namespace) -> None:
     Every row is a process of its own, so that its peak of memory is its own.
     """
     if options.size:
-        print(json.dumps(_layers(options.size, options.images, config.device(options.device))))
+        print(json.dumps(_layers(options.size, options.images, torch_device(options.device))))
         return
     print("seconds per image and layer: 15, 50, 100, 150 maps of 7x7, ten ISTA iterations")
     print("| images | pixels | threads | layer 1 | layer 2 | layer 3 | layer 4 | MiB per image |")
@@ -364,11 +368,11 @@ def _launch(count: int, options: argparse.Namespace) -> list[dict]:
 @torch.no_grad()
 def _scaling_rank(options: argparse.Namespace) -> None:
     """One of the processes: two epochs of each layer after a first one, which is not timed."""
-    config.register()
+    register()
     with initialize_config_dir(str(Path(__file__).parents[1] / "configs"), version_base="1.3"):
         learning = [f"model.layer{n}.learning.batch_size={options.batch}" for n in (1, 2)]
-        settings = config.read(compose("train", ["layers=2", *learning]))
-    device = config.device(options.device)
+        settings = read_settings(compose("train", ["layers=2", *learning]))
+    device = torch_device(options.device)
     net = DeconvNet(settings.layer_settings(), settings.preprocessing).to(device)
     found = []
     with started() as communicator:
