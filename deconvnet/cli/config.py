@@ -20,7 +20,6 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
@@ -327,24 +326,6 @@ def check_complete(cfg: DictConfig) -> None:
     """Refuse a configuration that leaves a value to the user, who has not given it."""
     for key in sorted(OmegaConf.missing_keys(cfg)):
         raise ValueError(f"{key} has no value: give one with {key}=...")
-
-
-def device(name: str) -> torch.device:
-    """The torch device of a name; "auto" is cuda, else cpu."""
-    cuda = torch.cuda.is_available()
-    if name == "auto":
-        return torch.device("cuda" if cuda else "cpu")
-    try:
-        found = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device={name}: no such device; try auto, cpu or cuda") from None
-    if found.type == "mps":
-        raise ValueError(f"device={name}: the sums need float64, which mps lacks; use device=cpu")
-    here = {"cpu": True, "cuda": cuda}.get(found.type, False)
-    count = torch.cuda.device_count() if found.type == "cuda" else 1
-    if not here or (found.index or 0) >= count:
-        raise ValueError(f"device={name}: this machine has none; use device=auto or device=cpu")
-    return found
 
 
 def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
