@@ -45,7 +45,7 @@ from deconvnet.sparse_coding.solvers import (
     Solution,
     SolverSettings,
     default_solver,
-    lam_of_share,
+    lam_from_ratio,
     relative_schedule,
     sparse_code,
 )
@@ -210,7 +210,7 @@ def learn_filters(
     *,
     filters: Tensor | None = None,
     lam: float | None = None,
-    share: float | None = None,
+    lam_ratio: float | None = None,
     p: float = 1.0,
     boundary: Boundary = "valid",
     group: int = 1,
@@ -225,11 +225,11 @@ def learn_filters(
     images: (N, C, H, W) of float32 or float64, a tensor or a numpy array, explained as they are:
     remove at least their mean. filters: (K, C, h, h) to begin with, in place of num_maps and
     filter_size; they are given the norm and the signs that `learning` asks for, whose `init` then
-    does not count. lam weighs the reconstruction; or share, in (0, 1], of what leaves all maps zero
-    under the filters that the learning starts from (`lam_of_share`). group, non_negative: the prior
-    of the maps; those of the filters are in `learning`. solver: by default what is fastest on the
-    device. `encode` of what is returned infers the maps of these or of other images, `learn_more`
-    continues. Raises Diverged where the objective is no longer finite.
+    does not count. lam weighs the reconstruction; or lam_ratio, in (0, 1], relative to the lambda
+    that leaves all maps zero under the initial filters (`lam_from_ratio`). group, non_negative: the
+    prior of the maps; those of the filters are in `learning`. solver: by default what is fastest on
+    the device. `encode` of the result infers the maps of these or of other images, `learn_more`
+    continues learning. Raises Diverged where the objective is no longer finite.
     """
     images = _checked(images, "images")
     settings = _settings(
@@ -237,7 +237,7 @@ def learn_filters(
         filter_size,
         filters=filters,
         lam=lam,
-        share=share,
+        lam_ratio=lam_ratio,
         p=p,
         boundary=boundary,
         group=group,
@@ -248,8 +248,8 @@ def learn_filters(
     layer = Layer(settings, images.shape[1], seeded(seed, 1)).to(images)
     first = None if filters is None else _first(filters, layer)
     trainer = LayerTrainer(layer, images, seed=seed, filters=first)
-    if share is not None:
-        _take_share(layer, images, share)
+    if lam_ratio is not None:
+        _set_lam_from_ratio(layer, images, lam_ratio)
     history = []
     with Monitor(progress=progress) as monitor:
         monitor.layer(1, 0, trainer.updates)
@@ -273,7 +273,7 @@ def learn_online(
     *,
     filters: Tensor | None = None,
     lam: float | None = None,
-    share: float | None = None,
+    lam_ratio: float | None = None,
     p: float = 1.0,
     boundary: Boundary = "valid",
     group: int = 1,
@@ -294,7 +294,7 @@ def learn_online(
     the last `averaging_batches` batches. Of `learning`, these settings apply: init,
     update_iterations, norm, non_negative, zero_mean, reinit_unused (filters that the batches leave
     unused are replaced by patches of the last batch) and recenter (filters that have settled off
-    centre are moved after 16, 24, 36, 54, ... batches). A share refers to the first batch. The
+    centre are moved after 16, 24, 36, 54, ... batches). lam_ratio refers to the first batch. The
     history has one entry for each batch. Raises Diverged where the objective is no longer finite.
     """
     averaging_batches = as_number(averaging_batches, "averaging_batches")
@@ -303,7 +303,7 @@ def learn_online(
     asked = dict(
         filters=filters,
         lam=lam,
-        share=share,
+        lam_ratio=lam_ratio,
         p=p,
         boundary=boundary,
         group=group,
@@ -321,7 +321,7 @@ def learn_online(
                 images = _checked(images, name)
                 if stream is None:
                     settings.solver = solver or default_solver(images, p)
-                    stream = _Stream(settings, images, filters, share, seed, averaging_batches)
+                    stream = _Stream(settings, images, filters, lam_ratio, seed, averaging_batches)
                 history.append(stream.learn(images, name))
                 monitor.epoch(history[-1], step=len(history))
             monitor.advance()
@@ -338,7 +338,7 @@ class _Stream:
         settings: LayerSettings,
         images: Tensor,
         filters: Tensor | None,
-        share: float | None,
+        lam_ratio: float | None,
         seed: int,
         averaging_batches: float,
     ):
@@ -352,8 +352,8 @@ class _Stream:
             self.layer.initialize(images, seeded(seed, 1, 1))
         else:
             self.layer.set_filters(_first(filters, self.layer))
-        if share is not None:
-            _take_share(self.layer, images, share)
+        if lam_ratio is not None:
+            _set_lam_from_ratio(self.layer, images, lam_ratio)
 
     def learn(self, images: Tensor, name: str) -> EpochStats:
         """Infer the maps of a batch, add it to the sums, and update the filters."""
@@ -449,15 +449,15 @@ def _settings(
     *,
     filters: Tensor | None,
     lam: float | None,
-    share: float | None,
+    lam_ratio: float | None,
     p: float,
     solver: SolverSettings,
     learning: LearningSettings | None,
     **layer: Any,
 ) -> LayerSettings:
-    """Those of the layer; with a share its lam is yet to be found."""
-    if (lam is None) == (share is None):
-        raise ValueError(f"lam={lam}, share={share}: give one of the two")
+    """The settings of the layer; with a lam_ratio its lam is still to be computed."""
+    if (lam is None) == (lam_ratio is None):
+        raise ValueError(f"lam={lam}, lam_ratio={lam_ratio}: give one of the two")
     check_settings(learning, LearningSettings, "learning")
     check_settings(solver, SolverSettings, "solver", optional=False)
     if filters is not None:
@@ -506,12 +506,12 @@ def _first(filters: Tensor, layer: Layer) -> Tensor:
     return filters
 
 
-def _take_share(layer: Layer, images: Tensor, share: float) -> None:
-    """Set lam to a share under the filters as they are now, and what counts in its units."""
+def _set_lam_from_ratio(layer: Layer, images: Tensor, lam_ratio: float) -> None:
+    """Set lam from its ratio under the current filters, and the schedule in its units."""
     A, settings = layer.operator(), layer.settings
     prior = dict(p=settings.p, group=settings.group, non_negative=settings.non_negative)
-    settings.lam = lam_of_share(A, images, share, **prior)
-    settings.solver = relative_schedule(settings.solver, A, settings.lam, share)
+    settings.lam = lam_from_ratio(A, images, lam_ratio, **prior)
+    settings.solver = relative_schedule(settings.solver, A, settings.lam, lam_ratio)
 
 
 def _diverged(where: str, settings: LayerSettings) -> Diverged:

@@ -1,11 +1,9 @@
-"""Which device a name stands for, and whether this machine has it."""
-
-from __future__ import annotations
+"""The torch device that a setting names."""
 
 import torch
 
 
-def resolve_device(name: str) -> torch.device:
+def torch_device(name: str) -> torch.device:
     """The torch device of a name; "auto" is cuda where there is one, else cpu.
 
     Raises ValueError where torch knows no such device or this machine has none.

@@ -22,7 +22,8 @@ from omegaconf.errors import OmegaConfBaseException
 from PIL import Image
 
 from deconvnet import DeconvNet, LayerSettings, PreprocessingSettings, load
-from deconvnet.cli import config
+from deconvnet.cli.errors import raised_in
+from deconvnet.cli.settings import _inside, read_settings, register
 from deconvnet.images.datasets import DataSettings, load_images, read_image, stream_images
 from deconvnet.storage import formats
 
@@ -183,16 +184,16 @@ VALUES = [
     )
 )
 def test_settings_are_read_or_refused_in_one_line(overrides):
-    config.register()
+    register()
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         try:
             cfg = compose("train", overrides)
-            found = config.read(cfg)
+            found = read_settings(cfg)
         except (HydraException, OmegaConfBaseException):
             # What Hydra says `launch` makes one line of.
             return
         except (TypeError, AttributeError, AssertionError) as error:
-            assert config._raised_in(error, ("hydra", "omegaconf"))
+            assert raised_in(error, ("hydra", "omegaconf"))
             return
         except ValueError as error:
             one_line(error)
@@ -204,7 +205,7 @@ def test_settings_are_read_or_refused_in_one_line(overrides):
 @pytest.mark.parametrize("name", ["../x", "/tmp/x", "a/../../x", "~/x", "..", "a\nb", ""])
 def test_the_name_of_a_run_leads_nowhere_else(name, tmp_path):
     with pytest.raises(ValueError, match="must be the name of a folder inside runs") as error:
-        config._inside(name)
+        _inside(name)
     one_line(error.value)
 
 

@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.testing import assert_close
 
 from deconvnet import DeconvNet, load
-from deconvnet.cli import config
+from deconvnet.cli.settings import read_settings, register
 from deconvnet.images.datasets import load_images
 from deconvnet.network.codes import Codes, LayerCodes
 from deconvnet.operators.arithmetic import receptive_field
@@ -24,9 +24,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def read(experiment, *overrides):
-    config.register()
+    register()
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        return config.read(compose("train", [f"+experiment={experiment}", *overrides]))
+        return read_settings(compose("train", [f"+experiment={experiment}", *overrides]))
 
 
 def untrained(settings):

@@ -432,7 +432,7 @@ def test_what_it_cannot_do_is_refused_with_what_can():
 def test_sparse_code_and_the_settings_know_it():
     assert SolverSettings(method="coordinate", gap=1e-3).gap == 1e-3
     A, b = problem("reflect", C=2)
-    found = sparse_code(b, A.f, share=0.2, boundary="reflect", group=2, settings=settings(1e-6))
+    found = sparse_code(b, A.f, lam_ratio=0.2, boundary="reflect", group=2, settings=settings(1e-6))
     gap = duality_gap(A, b, found.z, found.lam, group=2)
     assert (gap <= 1.01e-6 * found.objective).all()
 
