@@ -50,7 +50,8 @@ from deconvnet.monitoring.strict_json import to_json
 from deconvnet.network.network import DeconvNet, Layer, seeded
 from deconvnet.operators.linear import Deconvolution
 from deconvnet.sparse_coding.solvers import Solution, default_solver, duality_gap, sparse_code
-from deconvnet.training.layer_trainer import LayerData, LayerTrainer
+from deconvnet.training.layer_data import LayerData
+from deconvnet.training.layer_trainer import LayerTrainer
 
 AXES = {
     "images": (1, 2, 4, 8, 16),
@@ -306,7 +307,9 @@ def _epochs(case: Case, start: Callable[[], LayerTrainer]) -> dict:
     used = peak_of(first, case.device)
     (trainer,) = held
     _, seconds = timed(lambda: epoch(trainer), case)
-    z = trainer.layer.operator().zeros(trainer.data.below(torch.arange(trainer.data.images)))
+    z = trainer.layer.operator().zeros(
+        trainer.data.layer_input(torch.arange(trainer.data.num_images))
+    )
     return {
         "seconds": seconds,
         "bytes": used,
