@@ -24,8 +24,8 @@ from deconvnet.monitoring.peaks import Peaks, Region, Snapshot, Watch
 from deconvnet.network.codes import Codes
 from deconvnet.network.network import DeconvNet
 from deconvnet.operators.convolution import deconvolve, map_size
-from deconvnet.storage import formats
-from deconvnet.storage.ownership import NotOurs
+from deconvnet.storage.array_files import load_arrays, save_arrays
+from deconvnet.storage.ownership import ForeignFileError
 from deconvnet.support.modes import plain
 from deconvnet.visualization.pictures.canvas import (
     GAP,
@@ -100,13 +100,13 @@ class Evolution:
             "boxes": self.boxes.cpu().numpy(),
             "values": self.values.cpu().numpy(),
         }
-        formats.save_arrays(path, arrays)
+        save_arrays(path, arrays)
 
 
 def load_evolution(path: str | Path) -> Evolution:
     """What `Evolution.save` wrote; ValueError where the file is anything else."""
     try:
-        found = formats.load_arrays(path)
+        found = load_arrays(path)
         tiles, units, boxes, values = (
             torch.from_numpy(found[name]) for name in ("tiles", "units", "boxes", "values")
         )
@@ -215,7 +215,7 @@ def append(path: Path, column: Evolution) -> None:
     kept = sum(epoch < column.epochs[0] for epoch in known.epochs) if known else 0
     try:
         (joined([known.head(kept), column]) if kept else column).save(path)
-    except NotOurs as error:
+    except ForeignFileError as error:
         log.warning("%s (epoch %s is left out)", error, column.epochs[0])
 
 
