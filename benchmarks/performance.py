@@ -49,7 +49,7 @@ from deconvnet.sparse_coding.solvers import (
 from deconvnet.support.communicator import started
 from deconvnet.support.devices import torch_device
 from deconvnet.training.layer_trainer import LayerTrainer
-from deconvnet.training.training_set import Corpus, Source
+from deconvnet.training.training_set import ImageSource, TrainingSet
 
 SOLVERS = {
     "half_quadratic, paper (beta x6, 2 CG)": dict(method="half_quadratic", z_step="cg"),
@@ -182,11 +182,9 @@ def speed(trainer: LayerTrainer, y: torch.Tensor, options: argparse.Namespace) -
     infer = SolverSettings(iterations=60, tolerance=0.0)
     work = {
         "inference, 60 iterations of admm": lambda: solve(A, y, lam=lam, settings=infer),
-        "one epoch of learning": lambda: [
-            trainer.update() for _ in range(trainer.schedule.batches)
-        ],
+        "one epoch of learning": lambda: [trainer.update() for _ in range(trainer.sampler.batches)],
     }
-    counts = {"one epoch of learning": trainer.ground.images}
+    counts = {"one epoch of learning": trainer.data.images}
     for name, run in work.items():
         times = [timed(run, y.device)[1] / counts.get(name, len(y)) for _ in range(options.repeats)]
         print(
@@ -378,15 +376,18 @@ def _scaling_rank(options: argparse.Namespace) -> None:
     net = DeconvNet(settings.layer_settings(), settings.preprocessing).to(device)
     found = []
     with started() as communicator:
-        source = Source.of(load_images(settings.data).images.to(device))
-        corpus = Corpus(net, source, communicator=communicator)
-        corpus.fit_preprocessing()
+        source = ImageSource.from_tensor(load_images(settings.data).images.to(device))
+        training_set = TrainingSet(net, source, communicator=communicator)
+        training_set.fit_preprocessing()
         for number in (1, 2):
-            corpus.settle(corpus.own_for(number), number - 1)
+            training_set.hold_codes(training_set.own_images(number), number - 1)
             if number > 1:
-                net.layer(number).fit_scale(corpus.pooled(number - 1))
+                net.layer(number).fit_scale(training_set.pooled_spread(number - 1))
             trainer = LayerTrainer(
-                net.layer(number), corpus.ground(number), number=number, communicator=communicator
+                net.layer(number),
+                training_set.layer_data(number),
+                number=number,
+                communicator=communicator,
             )
             _epoch(trainer)
             communicator.all_gather(None)
@@ -402,7 +403,7 @@ def _scaling_rank(options: argparse.Namespace) -> None:
                     "message": trainer.message,
                 }
             )
-            for _ in corpus.climb(number):
+            for _ in training_set.infer_next_layer(number):
                 pass
     print(json.dumps(found))
 

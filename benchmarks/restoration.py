@@ -44,7 +44,7 @@ from deconvnet.monitoring.monitor import Monitor, save_picture
 from deconvnet.monitoring.strict_json import to_json
 from deconvnet.network.network import DeconvNet, snr
 from deconvnet.training.loop import train
-from deconvnet.training.run_folder import Run
+from deconvnet.training.run_folder import RunFolder
 
 PHOTOGRAPHS = ("astronaut", "camera", "chelsea", "coffee", "coins", "rocket")
 SPORCO_IMAGES = ("barbara.png", "kodim23.png", "monarch.png", "sail.png", "tulips.png")
@@ -171,7 +171,7 @@ def network(crops: Tensor, folder: Path, options: argparse.Namespace) -> DeconvN
     net.preprocessing.fit(crops)
     started = time.perf_counter()
     with Monitor(folder) as monitor:
-        train(net, crops, Run(folder, {}), monitor)
+        train(net, crops, RunFolder(folder, {}), monitor)
     print(f"{folder}: learned in {(time.perf_counter() - started) / 60:.1f} minutes")
     return net
 

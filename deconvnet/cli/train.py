@@ -25,8 +25,8 @@ from deconvnet.support.communicator import Communicator, RankLost, started
 from deconvnet.support.devices import torch_device
 from deconvnet.training.layer_trainer import Diverged
 from deconvnet.training.loop import Interrupted, train
-from deconvnet.training.run_folder import Run
-from deconvnet.training.training_set import Source
+from deconvnet.training.run_folder import RunFolder
+from deconvnet.training.training_set import ImageSource
 
 log = logging.getLogger("train")
 
@@ -68,7 +68,7 @@ def run(
         images = cache(lambda: source(settings.data, device))
         saved = None
         if communicator.is_main:
-            saved = Run(
+            saved = RunFolder(
                 *(folder, record, settings.resume),
                 init=settings.init,
                 digests=lambda: images().digests(),
@@ -104,13 +104,13 @@ def run(
         )
 
 
-def source(settings: DataSettings, device: torch.device) -> Source:
+def source(settings: DataSettings, device: torch.device) -> ImageSource:
     """The training images: all in memory, or each read when its turn has come."""
     if settings.stream:
         streamed = stream_images(settings)
-        return Source(len(streamed), streamed.read, streamed.ahead, lambda: streamed.digests)
+        return ImageSource(len(streamed), streamed.read, streamed.ahead, lambda: streamed.digests)
     data = load_images(settings)
-    return Source.of(data.images.to(device), data.frames, lambda: data.digests)
+    return ImageSource.from_tensor(data.images.to(device), data.frames, lambda: data.digests)
 
 
 def summarize(results: list[LayerResult], folder: Path) -> None:

@@ -13,7 +13,7 @@ from deconvnet import DeconvNet, LayerSettings, LearningSettings, PreprocessingS
 from deconvnet.network.ablation import MEANINGS, ablate, unpooling
 from deconvnet.operators.pooling import UNPOOLINGS
 from deconvnet.sparse_coding.solvers import SolverSettings
-from deconvnet.training.layer_trainer import Ground, LayerTrainer
+from deconvnet.training.layer_trainer import LayerData, LayerTrainer
 
 FAST = SolverSettings(method="fista", iterations=20)
 
@@ -32,7 +32,7 @@ def learn(net, images):
     for number, layer in enumerate(net.layers, 1):
         if number > 1:
             layer.fit_scale(codes.layers[-1].pooled)
-        trainer = LayerTrainer(layer, Ground.over(net, codes, number), number=number)
+        trainer = LayerTrainer(layer, LayerData.from_codes(net, codes, number), number=number)
         while not trainer.done:
             trainer.update()
         codes = net.infer_next_layer(codes)
