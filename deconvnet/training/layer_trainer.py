@@ -33,6 +33,7 @@ from deconvnet.filters.update import (
     update_filters_by_cg,
 )
 from deconvnet.monitoring.monitor import memory_used
+from deconvnet.monitoring.peaks import Peaks, Snapshot, Watch
 from deconvnet.monitoring.records import EpochStats, RankLoad, decibels
 from deconvnet.network.codes import Codes
 from deconvnet.network.network import DeconvNet, Layer, LayerProblem, check_size, seeded
@@ -45,7 +46,6 @@ from deconvnet.support.modes import plain
 from deconvnet.support.units import exponent, magnitude, times_power
 from deconvnet.training.sampler import BatchSampler
 from deconvnet.training.warm_starts import DiskWarmStarts, WarmStarts, merge_state_dicts
-from deconvnet.visualization.pictures.evolution import Peaks, Snapshot, Watch
 
 RECENTER_EVERY = 4
 # Steps of Lanczos' method for ||T||^2: within 5% of it, at the price of two visits.
@@ -263,7 +263,7 @@ class LayerTrainer:
         self._seen.clock.end("exchange")
         self._check_flags(flags)
         sums = FilterStatistics(linear, gram)
-        # Each update lets 1 / (updates in `memory` epochs) of what came before fade.
+        # Each update lets 1 / (updates in `averaging_epochs` epochs) of what came before fade.
         fade = max(0.0, 1 - 1 / max(self.settings.averaging_epochs * self.sampler.batches, 1))
         self.sums = sums if self.sums is None or fade == 0 else self.sums * fade + sums
         f.copy_(

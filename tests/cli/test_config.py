@@ -211,7 +211,7 @@ def test_the_topmost_layer_can_be_taken_out_but_no_gap_be_made():
         ("model.layer2.unpooling=random", ["model.layer2.unpooling=random", "no_map, no_place"]),
         ("model.layer2.learning.epochs=0", ["model.layer2.learning.epochs=0", "at least 1"]),
         ("preprocessing.steps=[blur]", ["preprocessing.steps", "blur", "whiten"]),
-        ("preprocessing.window=4", ["preprocessing.window=4", "odd"]),
+        ("preprocessing.contrast_size=4", ["preprocessing.contrast_size=4", "odd"]),
         ("data.size=2", ["data.size=2", "at least 8"]),
         ("data.name=a/b", ["data.name", "without slashes"]),
         ("data=folder", ["data.path"]),

@@ -154,7 +154,12 @@ KEYS = [
     *("name", "layers", "seed", "device", "resume", "chunk", "memory", "patience", "progress"),
     *("data.name", "data.source", "data.size", "data.fit", "data.scale", "data.max_images"),
     *("data.path", "data.stream", "data.workers", "data.split", "data", "model", "preprocessing"),
-    *("preprocessing.color", "preprocessing.steps", "preprocessing.window", "preprocessing.scale"),
+    *(
+        "preprocessing.color",
+        "preprocessing.steps",
+        "preprocessing.contrast_size",
+        "preprocessing.scale",
+    ),
     *(f"model.layer1.{key}" for key in ("num_maps", "filter_size", "lam", "p", "group", "pool")),
     *(f"model.layer1.{key}" for key in ("connectivity", "boundary", "target", "pooling", "scale")),
     *(f"model.layer1.solver.{key}" for key in ("method", "iterations", "tolerance", "relaxation")),

@@ -77,8 +77,8 @@ def test_the_iccv_2011_images_are_grey_with_the_papers_contrast_normalisation(ic
     assert iccv.data.size == 150
     preprocessing = iccv.preprocessing
     assert preprocessing.color == "grey" and preprocessing.steps == ["contrast"]
-    assert preprocessing.divide and preprocessing.scale == "rms"
-    assert (preprocessing.window, preprocessing.sigma) == (13, 4.773)
+    assert preprocessing.contrast_divide and preprocessing.scale == "rms"
+    assert (preprocessing.contrast_size, preprocessing.contrast_sigma) == (13, 4.773)
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 4])

@@ -187,7 +187,7 @@ def test_unpoolings_within_each_other_end_in_the_right_order(images):
 # The script
 
 TINY = [
-    *("progress=false", "device=cpu", "data.size=24", "preprocessing.window=5"),
+    *("progress=false", "device=cpu", "data.size=24", "preprocessing.contrast_size=5"),
     *(f"model.layer{n}.{key}" for n in (1, 2, 3) for key in ("num_maps=3", "filter_size=3")),
     *(f"model.layer{n}.learning.epochs=1" for n in (1, 2, 3)),
     *(f"model.layer{n}.solver.iterations=10" for n in (1, 2, 3)),

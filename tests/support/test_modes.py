@@ -82,7 +82,7 @@ def network():
         LayerSettings(4, 5, pool=[1, 2, 2], learning=ONCE),
         LayerSettings(6, 3, target="both", learning=ONCE),
     ]
-    return DeconvNet(layers, PreprocessingSettings(color="grey", window=5))
+    return DeconvNet(layers, PreprocessingSettings(color="grey", contrast_size=5))
 
 
 def through_a_network(images):

@@ -18,6 +18,7 @@ from deconvnet import (
     PreprocessingSettings,
     SolverSettings,
 )
+from deconvnet.monitoring.peaks import Peaks, Snapshot, Watch
 from deconvnet.network.codes import Codes
 from deconvnet.network.network import Layer, seeded
 from deconvnet.storage import formats
@@ -27,9 +28,6 @@ from deconvnet.visualization.pictures.canvas import GAP, LINE, PAGE, signed_rgb
 from deconvnet.visualization.pictures.evolution import (
     LABEL,
     Evolution,
-    Peaks,
-    Snapshot,
-    Watch,
     append,
     evolution,
     evolution_picture,
