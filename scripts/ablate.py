@@ -25,7 +25,7 @@ from deconvnet.cli import config
 from deconvnet.monitoring.monitor import save_picture
 from deconvnet.network.ablation import MEANINGS, Ablation, ablate
 from deconvnet.storage import ownership
-from deconvnet.visualization.pictures.figures import labelled_images
+from deconvnet.visualization.pictures.layer_pictures import labelled_images
 
 config.register()
 

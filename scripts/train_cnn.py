@@ -36,7 +36,7 @@ from deconvnet.storage import ownership
 from deconvnet.visualization.models.normalization import Normalization
 from deconvnet.visualization.models.zfnet import ZFNet, limit_filters
 from deconvnet.visualization.models.zoo import LoadedModel, save_model
-from deconvnet.visualization.pictures.canvas import grid, symmetric
+from deconvnet.visualization.pictures.canvas import shade_signed, tile_grid
 
 log = logging.getLogger("train_cnn")
 
@@ -156,7 +156,7 @@ def run(settings: CnnSettings, folder: Path) -> None:
         training = {"epoch": epoch, "test_accuracy": accuracy, "data": asdict(settings.data)}
         save_model(path, replace(subject, training=training))
         filters = subject.normalization.signed_rgb(net.conv1.weight.detach().cpu())
-        save_picture(picture(folder, epoch), grid(symmetric(filters)))
+        save_picture(picture(folder, epoch), tile_grid(shade_signed(filters)))
         seconds, shown = time.perf_counter() - begun, os.path.relpath(path)
         tqdm.write(f"{epoch:>5}   {loss:>4.2f}   {accuracy:>13.1%}   {seconds:>7.0f}   {shown}")
 

@@ -38,7 +38,7 @@ from deconvnet.monitoring.monitor import not_in_bar
 from deconvnet.network.network import LARGEST, LayerSettings
 from deconvnet.network.tiling import MEMORY, check_memory
 from deconvnet.storage import ownership
-from deconvnet.visualization.report import VisualizationSettings
+from deconvnet.visualization.settings import VisualizationSettings
 
 # Settings of scripts/visualize.py that a network learned here leaves nothing to.
 OF_MODELS = {

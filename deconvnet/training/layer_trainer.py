@@ -45,7 +45,7 @@ from deconvnet.support.modes import plain
 from deconvnet.support.units import exponent, magnitude, times_power
 from deconvnet.training.sampler import Schedule
 from deconvnet.training.warm_starts import FileStates, States, all_states
-from deconvnet.visualization.pictures.evolution import Peaks, Snapshot, Watch
+from deconvnet.visualization.evolution.snapshots import Peaks, Snapshot, SnapshotPlan
 
 RECENTER_EVERY = 4
 # Steps of Lanczos' method for ||T||^2: within 5% of it, at the price of two visits.
@@ -137,7 +137,7 @@ class LayerTrainer:
         seed: int = 0,
         number: int = 1,
         chunk: int = 8,
-        watch: Watch | None = None,
+        watch: SnapshotPlan | None = None,
         communicator: Communicator = SINGLE,
         keep: bool = True,
         folder: Path | None = None,
@@ -518,7 +518,7 @@ class _Seen:
         energy = times_power(energy, 2 * e)
         self.energy = energy if self.energy is None else self.energy + energy
 
-    def add_peaks(self, z: Tensor, images: Tensor, watch: Watch) -> None:
+    def add_peaks(self, z: Tensor, images: Tensor, watch: SnapshotPlan) -> None:
         peaks = Peaks.none(z) if self.peaks is None else self.peaks
         self.peaks = peaks.updated(z, images, watch.first)
 

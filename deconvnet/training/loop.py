@@ -30,14 +30,10 @@ from deconvnet.training.layer_trainer import Ground, LayerTrainer, states_size
 from deconvnet.training.run_folder import Run
 from deconvnet.training.training_set import Corpus, Source
 from deconvnet.training.warm_starts import FileStates
-from deconvnet.visualization.pictures.evolution import (
-    append,
-    evolution_picture,
-    layer_watch,
-    project_snapshot,
-    recorded,
-)
-from deconvnet.visualization.pictures.figures import filter_picture, layer_pictures
+from deconvnet.visualization.evolution.evolution import append_epoch, load_if_valid
+from deconvnet.visualization.evolution.snapshots import plan_snapshots, project_snapshot
+from deconvnet.visualization.pictures.evolution_picture import evolution_picture
+from deconvnet.visualization.pictures.layer_pictures import filter_picture, layer_pictures
 
 log = logging.getLogger(__name__)
 
@@ -161,7 +157,7 @@ def _train_layer(
         seed=seed,
         number=number,
         chunk=corpus.chunk,
-        watch=layer_watch(net, corpus.codes_of(corpus.some(1), number - 1), number),
+        watch=plan_snapshots(net, corpus.codes_of(corpus.some(1), number - 1), number),
         communicator=corpus.communicator,
         keep=keep,
         folder=folder,
@@ -432,7 +428,7 @@ def _show_snapshot(net: DeconvNet, corpus: Corpus, trainer: LayerTrainer, run: R
     codes = corpus.collected(images, number - 1)
     if run:
         column = project_snapshot(net, codes, number, trainer.snapshot, images)
-        append(run.evolution(number), column)
+        append_epoch(run.evolution(number), column)
 
 
 def _show(
@@ -448,7 +444,7 @@ def _show(
     monitor.inference(number, _inference_curve(net.layer(number), problem))
     pixels, _ = corpus.images.read(some)
     pictures = layer_pictures(net, codes, pixels.to(net.device), number)
-    learned = recorded(run.evolution(number))
+    learned = load_if_valid(run.evolution(number))
     if learned:
         pictures[f"layer{number}/evolution"] = evolution_picture(learned)
     for name, picture in pictures.items():
