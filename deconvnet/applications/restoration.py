@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from deconvnet.images.highpass import low_frequencies
+from deconvnet.images.highpass import tikhonov_lowpass
 from deconvnet.images.preprocessing import to_color
 from deconvnet.network import tiling
 from deconvnet.network.codes import Codes
@@ -106,7 +106,7 @@ class Restorer:
         total = torch.zeros_like(self.weights, dtype=torch.float64)
         for image in images:
             for y in self._parts(self._planes(self._checked(as_tensor(image, "image")[None]))):
-                found = self._infer(y - low_frequencies(y, self.psi), threshold=SIGMA)
+                found = self._infer(y - tikhonov_lowpass(y, self.psi), threshold=SIGMA)
                 total += found.magnitudes().to(total)
         if not total.any():
             raise ValueError("images: there are none, or nothing in them that the filters explain")
@@ -151,7 +151,7 @@ class Restorer:
         self, y: Tensor, sigma: Tensor, depth: int, cut: list[Tile], steps: _Steps
     ) -> list[Tensor]:
         """`denoise` of planes that are explained together."""
-        low = low_frequencies(y, self.psi)
+        low = tikhonov_lowpass(y, self.psi)
         b = (y - low) / sigma
         rough = low + sigma * (b - self._infer(b, pilot=b, steps=steps).residual)
         low, b, known = self._parted(y, rough, sigma)
@@ -206,7 +206,7 @@ class Restorer:
         """`inpaint` of planes that are explained together."""
         y = y / sigma
         psi = (PSI_BY_SIGMA * sigma).clamp(max=self.psi)
-        low, painted, found = low_frequencies(y, psi, own), None, None
+        low, painted, found = tikhonov_lowpass(y, psi, own), None, None
         for count in range(sum(ROUNDS)):
             found = self._infer(
                 *(own * (y - low), own),
@@ -216,7 +216,7 @@ class Restorer:
                 steps=steps,
             )
             painted = found.painted()
-            low = low_frequencies(y - painted, psi, own)
+            low = tikhonov_lowpass(y - painted, psi, own)
         layers = [painted, *self._above(found, painted, depth, cut, steps)]
         return [sigma * (low + layer) for layer in layers]
 
@@ -330,7 +330,7 @@ class Restorer:
         """The low frequencies of what is known of the images, which have less noise than those of
         the images y, and, in units of sigma, what these and what is known have beside them.
         """
-        low = low_frequencies(known, self.psi)
+        low = tikhonov_lowpass(known, self.psi)
         return low, (y - low) / sigma, (known - low) / sigma
 
     def _averaged(

@@ -69,7 +69,8 @@ _WANTED = {
     "is not a ListConfig": "a list such as [1,2]",
 }
 
-# sys.argv before it was made ready for Hydra.
+# What the user typed: the call, such as ("deconvnet", "train"), and the arguments after it.
+_call: tuple[str, ...] = ("deconvnet", "train")
 _typed: list[str] = []
 
 
@@ -87,12 +88,14 @@ class _Kind:
     group: bool = False
 
 
-def make_ready(schema: type) -> None:
+def make_ready(schema: type, call: tuple[str, ...]) -> None:
     """Rewrite sys.argv so that Hydra, whose main comes next, reads text as it was typed.
 
-    schema: the dataclass of the command's settings. Raises ValueError for a text without value.
+    schema: the dataclass of the command's settings. call: how the user typed the command, such as
+    ("deconvnet", "train"). Raises ValueError for a text without value.
     """
-    _typed[:] = sys.argv
+    global _call, _typed
+    _call, _typed = call, sys.argv[1:]
     sys.argv[1:] = for_hydra(sys.argv[1:], schema)
     _read_files_as_typed(schema)
 
@@ -122,18 +125,28 @@ def setting(key: str, value: object) -> str:
     return shlex.quote(f"{key}={text}")
 
 
-def beside(script: str) -> str:
-    """Another script of the folder of the one that runs, as typed in a shell."""
-    return shlex.quote(str(Path(_typed[0] if _typed else "scripts/train.py").with_name(script)))
+def beside(command: str) -> str:
+    """Another command in the form in which the user called this one, for the shell."""
+    if _call[-1].endswith(".py"):
+        script = Path(_call[-1]).with_name(f"{command.replace('-', '_')}.py")
+        return shlex.join([*_call[:-1], str(script)])
+    return shlex.join([*_call[:-1], command])
 
 
 def again(*without: str) -> str:
-    """The command that was typed, for the shell, without some of its settings."""
-    kept = [a for a in _typed or sys.argv if a.lstrip("+").partition("=")[0] not in without]
-    here = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    launcher = ["python"] if alone else ["torchrun", f"--nproc-per-node={here}"]
-    return shlex.join([*launcher, *kept])
+    """The command that the user typed, for the shell, without some of its settings."""
+    typed = [a for a in _typed if a.lstrip("+").partition("=")[0] not in without]
+    return shlex.join([*_launcher(), *typed])
+
+
+def _launcher() -> list[str]:
+    """The call, through torchrun where it started several processes."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return list(_call)
+    torchrun = ["torchrun", f"--nproc-per-node={os.environ.get('LOCAL_WORLD_SIZE', '1')}"]
+    if _call[0] == "python":
+        return [*torchrun, *_call[1:]]
+    return [*torchrun, "--no-python", *_call]
 
 
 def has(schema: type, key: str) -> bool:

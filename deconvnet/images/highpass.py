@@ -38,7 +38,7 @@ def correlate(planes: Tensor, f: Tensor) -> Tensor:
     return functional.conv2d(planes, f.to(planes))
 
 
-def undo(filtered: Tensor, low: Tensor, f: Tensor) -> Tensor:
+def invert(filtered: Tensor, low: Tensor, f: Tensor) -> Tensor:
     """The planes (N, C, H, W) of which f makes `filtered` and `blur` makes `low`, least squares:
 
         minimise |K x - filtered|^2 + weight |B x - low|^2,
@@ -95,7 +95,7 @@ def _mix(gain: Tensor, spectrum: Tensor) -> Tensor:
     return torch.einsum("uvcd,nduv->ncuv", gain.to(spectrum.dtype), spectrum)
 
 
-def low_frequencies(planes: Tensor, psi: float | Tensor, mask: Tensor | None = None) -> Tensor:
+def tikhonov_lowpass(planes: Tensor, psi: float | Tensor, mask: Tensor | None = None) -> Tensor:
     """The map z0 (N, C, H, W) of the low frequencies of planes (Zeiler et al. 2010, its prior):
 
         minimise 1/2 ||mask (z0 - planes)||^2 + psi/2 ||grad z0||^2

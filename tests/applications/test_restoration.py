@@ -25,7 +25,7 @@ from deconvnet.applications.restoration import (
 from deconvnet.applications.restored_pictures import ENOUGH, fit, pictures, seen, strip
 from deconvnet.dictionary import learn_filters
 from deconvnet.filters.update import LearningSettings, normalize
-from deconvnet.images.highpass import low_frequencies
+from deconvnet.images.highpass import tikhonov_lowpass
 from deconvnet.images.preprocessing import PreprocessingSettings
 from deconvnet.network.network import DeconvNet, LayerSettings, load, snr
 from deconvnet.operators.convolution import deconvolve
@@ -68,7 +68,7 @@ def learned():
         image = photograph(name)
         crops += [image[i : i + 64, j : j + 64] for i in (0, 60) for j in (0, 64, 128)]
     crops = torch.stack([crop for crop in crops if crop.shape == (64, 64)])[:, None]
-    high = crops - low_frequencies(crops, PSI)
+    high = crops - tikhonov_lowpass(crops, PSI)
     learning = LearningSettings(epochs=5, batch_size=4)
     filters = learn_filters(high, 48, 9, lam=10.0, learning=learning).filters
     return Restorer(network(filters)).fit(crops)
@@ -96,7 +96,7 @@ def gradients(H, W):
 def test_low_frequencies_are_those_of_a_dense_solve(shape, masked):
     y = rand(2, 2, *shape).double()
     mask = (rand(2, 1, *shape, seed=1) > -0.5).double() if masked else None
-    found = low_frequencies(y, 3.0, mask)
+    found = tikhonov_lowpass(y, 3.0, mask)
     D = gradients(*shape)
     for n in range(2):
         M = torch.diag(torch.ones(math.prod(shape)) if mask is None else mask[n].flatten()).double()
@@ -108,7 +108,7 @@ def test_what_a_mask_hides_does_not_reach_the_low_frequencies():
     y, mask = rand(1, 1, 12, 9), torch.ones(1, 1, 12, 9)
     mask[..., 3:6, 2:7] = 0
     hidden = torch.where(mask > 0, y, torch.full_like(y, math.nan))
-    assert_close(low_frequencies(hidden, 2.0, mask), low_frequencies(mask * y, 2.0, mask))
+    assert_close(tikhonov_lowpass(hidden, 2.0, mask), tikhonov_lowpass(mask * y, 2.0, mask))
 
 
 # Denoising.
@@ -123,10 +123,10 @@ def test_with_one_filter_of_one_pixel_denoising_is_thresholding_of_what_is_not_l
         fit = pilot.abs().clamp(min=level / WORST)
         return low + shrink(image - low, fit / level**2)
 
-    low = low_frequencies(image, PSI)
+    low = tikhonov_lowpass(image, PSI)
     rough = look(low, image - low, 2 * sigma)
     _, share, own = LAYER_1
-    low = low_frequencies(rough, PSI)
+    low = tikhonov_lowpass(rough, PSI)
     pilot = own * (image - low) + (1 - own) * (rough - low)
     assert_close(found, look(low, pilot, 2 * share * sigma), rtol=0, atol=1e-5)
     # What stands out is shrunk less, what does not is gone.
@@ -261,7 +261,7 @@ def test_layers_with_pooling_and_other_targets_restore_too(learned, noisy, targe
     settings = dict(target=target, lam=1e3, solver=solver)
     net = with_a_layer_above(learned.filters, image, pooling=pooling, **settings)
     restorer = Restorer(net)
-    b = (image - low_frequencies(image, PSI)) / SIGMA
+    b = (image - tikhonov_lowpass(image, PSI)) / SIGMA
     found = restorer._infer(b, pilot=b)
     (above,), below = restorer._above(found, b, 2), b - found.residual
     # It explains a good part of what layer 1 made.

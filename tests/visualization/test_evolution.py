@@ -18,6 +18,7 @@ from deconvnet import (
     PreprocessingSettings,
     SolverSettings,
 )
+from deconvnet.monitoring.peaks import Peaks, Snapshot, SnapshotPlan
 from deconvnet.network.codes import Codes
 from deconvnet.network.network import Layer, seeded
 from deconvnet.storage import formats
@@ -32,9 +33,6 @@ from deconvnet.visualization.evolution.evolution import (
     load_if_valid,
 )
 from deconvnet.visualization.evolution.snapshots import (
-    Peaks,
-    Snapshot,
-    SnapshotPlan,
     plan_snapshots,
     project_snapshot,
     shown_epochs,
@@ -156,7 +154,7 @@ WATCH = SnapshotPlan((1, 3), (4, 16, 4, 16))
 
 
 def test_a_snapshot_has_what_the_epoch_has_seen_and_costs_the_learning_nothing(b):
-    plain, watched = (trainer_of(b, w, revive=False, recenter=False) for w in (None, WATCH))
+    plain, watched = (trainer_of(b, w, reinit_unused=False, recenter=False) for w in (None, WATCH))
     for _ in range(2):
         plain.update(), watched.update()
     snapshot, z = watched.snapshot, plain.codes[torch.arange(8)]
@@ -172,7 +170,9 @@ def test_a_snapshot_has_what_the_epoch_has_seen_and_costs_the_learning_nothing(b
 def test_a_snapshot_is_of_the_filters_before_they_are_moved_or_started_anew(b):
     watch = SnapshotPlan((4,), (0, 20, 0, 20))
     settings = {"epochs": 12, "batch_size": None}
-    cared, left = (trainer_of(b, watch, revive=c, recenter=c, **settings) for c in (True, False))
+    cared, left = (
+        trainer_of(b, watch, reinit_unused=c, recenter=c, **settings) for c in (True, False)
+    )
     for trainer in (cared, left):
         for epoch in range(4):
             if epoch == 3:

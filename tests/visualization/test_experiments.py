@@ -92,7 +92,9 @@ def rectangle(top, left, bottom, right, shape):
 @pytest.mark.parametrize(("window", "stride"), [*SQUARES, ((13, 17), (1, 1))])
 def test_every_place_of_the_square_is_measured_as_if_it_were_the_only_one(window, stride):
     x, projector = image(), classifier()
-    found = occlusion(projector, x, layer="act", window=window, stride=stride, target=2, fill=0.3)
+    found = occlusion(
+        projector, x, layer="act", window=window, stride=stride, class_index=2, fill=0.3
+    )
     assert found.activity.shape == tuple(
         math.ceil((size - w) / s) + 1 for size, w, s in zip((13, 17), window, stride, strict=True)
     )
@@ -128,7 +130,7 @@ def test_the_unit_is_the_strongest_of_all_or_of_the_map_that_was_asked_for():
 @pytest.mark.parametrize(("window", "stride"), SQUARES)
 def test_the_drop_of_a_pixel_is_the_mean_over_the_squares_that_cover_it(window, stride):
     found = occlusion(classifier(), image(), layer="act", window=window, stride=stride)
-    base = float(found.base_probabilities[found.target])
+    base = float(found.base_probabilities[found.class_index])
     for drop, values, whole in (
         (found.activity_drop, found.activity, found.base_activity),
         (found.probability_drop, found.probability, base),
@@ -147,7 +149,9 @@ def test_the_drop_of_a_pixel_is_the_mean_over_the_squares_that_cover_it(window, 
 def test_the_drop_is_the_attribution_that_captum_finds(window, stride):
     attr = pytest.importorskip("captum.attr")
     x, projector = image(), classifier()
-    found = occlusion(projector, x, layer="act", window=window, stride=stride, target=1, fill=0.2)
+    found = occlusion(
+        projector, x, layer="act", window=window, stride=stride, class_index=1, fill=0.2
+    )
     model = projector.model
     given = {
         "sliding_window_shapes": (3, *window),
@@ -187,7 +191,7 @@ def test_a_planted_block_of_pixels_is_found():
     projector = Projector(Planted(), normalization=CENTRED, strict=False, method="gradient")
     x = torch.ones(1, 3, 16, 20)
     found = occlusion(projector, x, layer="seen", window=6, stride=1)
-    assert found.base_activity == 48.0 and found.target == 1
+    assert found.base_activity == 48.0 and found.class_index == 1
     for p, q in product(*map(range, found.activity.shape)):
         rows = max(0, min(p + 6, 10) - max(p, 6))
         columns = max(0, min(q + 6, 13) - max(q, 9))
@@ -237,7 +241,7 @@ def test_a_model_without_classes_has_maps_of_activity_only():
     ):
         found = occlusion(projector, x, layer="act", window=4, **options)
         assert torch.equal(found.activity, with_classes.activity)
-        assert found.target is found.probability is found.label is None
+        assert found.class_index is found.probability is found.label is None
         assert found.base_probabilities is found.probability_drop is None
 
 
@@ -295,7 +299,7 @@ def test_progress_counts_every_place_once():
         ({"window": 4, "stride": 5}, "stride 5 x 5: expected 1 to 4 x 4"),
         ({"stride": 0}, "stride 0 x 0"),
         ({"feature": 8}, "feature 8: the layer has 8 maps"),
-        ({"target": 4}, r"classes \[4\]: the model has 4, numbered from 0"),
+        ({"class_index": 4}, r"classes \[4\]: the model has 4, numbered from 0"),
         ({"fill": torch.zeros(2)}, r"fill of shape \(2,\): one number, or one for each of 3"),
         ({"others": torch.zeros(2, 3, 5, 5)}, r"others of shape \(2, 3, 5, 5\)"),
         ({"layer": "akt"}, "no such layer"),
@@ -309,8 +313,8 @@ def test_what_occlusion_cannot_do_is_said(options, message):
 def test_occlusion_is_of_one_image_and_a_target_needs_classes():
     with pytest.raises(ValueError, match="2 images: occlusion is of one"):
         occlusion(classifier(), image(N=2), layer="act")
-    with pytest.raises(ValueError, match="target 1: this model tells no classes"):
-        occlusion(classifier(kind=Features), image(), layer="act", target=1)
+    with pytest.raises(ValueError, match="class_index 1: this model tells no classes"):
+        occlusion(classifier(kind=Features), image(), layer="act", class_index=1)
     with pytest.raises(ValueError, match=r"images of shape \(3, 13, 17\)"):
         occlusion(classifier(), image()[0], layer="act")
 
@@ -377,7 +381,7 @@ def test_a_model_with_classes_has_two_more_panels_and_rows_of_several_images_are
     label = torch.zeros(4, 6).long()
     label[0, 0] = 3
     classes = {
-        "target": 0,
+        "class_index": 0,
         "probability": torch.rand(4, 6),
         "label": label,
         "base_probabilities": torch.tensor([0.7, 0.1, 0.1, 0.1]),

@@ -23,7 +23,7 @@ from torch import nn
 from torchvision.models import resnet, vgg
 
 from deconvnet import DeconvNet, LayerSettings, PreprocessingSettings, SolverSettings, load
-from deconvnet.cli.config import VisualizeConfig
+from deconvnet.cli.settings import VisualizeConfig
 from deconvnet.images.datasets import Crop, DataSettings, Item, LazyImages, lazy_images
 from deconvnet.visualization import report as module
 from deconvnet.visualization.evolution.evolution import Evolution

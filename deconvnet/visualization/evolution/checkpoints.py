@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from deconvnet.monitoring.peaks import Peaks
 from deconvnet.visualization.evolution.evolution import (
     Evolution,
     bounding_region,
@@ -16,7 +17,6 @@ from deconvnet.visualization.evolution.evolution import (
     join_evolutions,
     square_boxes,
 )
-from deconvnet.visualization.evolution.snapshots import Peaks
 from deconvnet.visualization.projection.projector import Projector
 
 # Images at a time: more are slower because their maps no longer fit into the cache.

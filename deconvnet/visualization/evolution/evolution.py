@@ -16,14 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deconvnet.monitoring.peaks import Region
 from deconvnet.storage import formats
 from deconvnet.storage.ownership import NotOurs
 from deconvnet.visualization.projection.pixel_features import crop_square
 
 log = logging.getLogger(__name__)
-
-# Positions in a map: top, bottom, left, right; bottom and right are exclusive.
-Region = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ class Occlusion:
     tiles: (1 + M, 3, h, w), the same cut to the field, and of the strongest activation of that map
     in each of M other images.
 
-    None if the model tells no classes: target, the correct class; probability: (P, Q), its
+    None if the model tells no classes: class_index, the correct class; probability: (P, Q), its
     probability; label: (P, Q), the most likely class; base_probabilities: (classes,), those of the
     whole image.
     """
@@ -79,7 +79,7 @@ class Occlusion:
     base_activity: float
     projection: Tensor
     tiles: Tensor
-    target: int | None = None
+    class_index: int | None = None
     probability: Tensor | None = None
     label: Tensor | None = None
     base_probabilities: Tensor | None = None
@@ -104,7 +104,7 @@ class Occlusion:
         """(H, W): the probability lost, on average over the squares that cover a pixel."""
         if self.probability is None:
             return None
-        return self.drop(self.probability, float(self.base_probabilities[self.target]))
+        return self.drop(self.probability, float(self.base_probabilities[self.class_index]))
 
     def drop(self, values: Tensor, base: float) -> Tensor:
         """(H, W): base - values (P, Q), on average over the squares that cover a pixel.
@@ -128,7 +128,7 @@ def occlusion(
     *,
     layer: str,
     feature: int | None = None,
-    target: int | None = None,
+    class_index: int | None = None,
     classes: bool = True,
     window: int | tuple[int, int] | None = None,
     stride: int | tuple[int, int] | None = None,
@@ -139,8 +139,8 @@ def occlusion(
     """What becomes of a map and of the class of one image x (1, C, H, W) under a grey square.
 
     feature: the number of the map, by default of the one with the strongest activation in the whole
-    image (the paper's "strongest response"). target: the correct class, by default the most likely
-    one; classes=False leaves classes out, where the output of the model is something else.
+    image (the paper's "strongest response"). class_index: the correct class, by default the most
+    likely one; classes=False leaves classes out, where the output of the model is something else.
 
     The square stands at 0, stride, 2 stride, ... until it reaches the border. window, stride:
     pixels, or rows and columns; by default a quarter of the shorter side and a quarter of the
@@ -168,11 +168,10 @@ def occlusion(
     projected = projector(images, layer, units)
 
     base = class_probabilities(projector, x) if classes else None
-    if base is None and target is not None:
-        raise ValueError(f"target {target}: this model tells no classes")
-    correct = (
-        None if base is None else int(class_indices(base, None if target is None else [target]))
-    )
+    if base is None and class_index is not None:
+        raise ValueError(f"class_index {class_index}: this model tells no classes")
+    if base is not None:
+        class_index = int(class_indices(base, None if class_index is None else [class_index]))
 
     activity, probability, label = [], [], []
     for chunk in chunks(len(boxes), projector.batch):
@@ -181,7 +180,7 @@ def occlusion(
         activity.append(_activity(maps, unit[0]).cpu())
         if base is not None:
             answers = class_probabilities(projector, covered).cpu()
-            probability.append(answers[:, correct])
+            probability.append(answers[:, class_index])
             label.append(answers.argmax(1))
         if progress:
             progress(chunk.stop, len(boxes))
@@ -200,7 +199,7 @@ def occlusion(
         base_activity=float(_activity(found[0][None], unit[0])),
         projection=projector.signed_rgb(projected.images[:1])[0].cpu(),
         tiles=projector.signed_rgb(projected.tiles()).cpu(),
-        target=correct,
+        class_index=class_index,
         probability=positions(probability),
         label=positions(label),
         base_probabilities=None if base is None else base[0].cpu(),
@@ -242,9 +241,9 @@ def occlusion_picture(
         names = _named(names)
         correct, first = (
             shortened(str(names.get(label, label)), 26)
-            for label in (result.target, int(result.base_probabilities.argmax()))
+            for label in (result.class_index, int(result.base_probabilities.argmax()))
         )
-        base = float(result.base_probabilities[result.target])
+        base = float(result.base_probabilities[result.class_index])
         limits = (0.0, _limits(result.probability, base)[1])
         probability = heat_map(result.probability, cells, size=size, limits=limits, marked=base)
         labels = label_map(result.label, cells, names, size=size)
