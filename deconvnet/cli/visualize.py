@@ -13,7 +13,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from deconvnet.cli import arguments
+from deconvnet.cli import printed_commands
 from deconvnet.cli.errors import one_line_errors
 from deconvnet.cli.settings import VisualizeConfig, read_settings
 from deconvnet.images.datasets import (
@@ -51,7 +51,7 @@ def main(cfg: DictConfig) -> None:
             visualize(read_settings(cfg), communicator)
         except KeyboardInterrupt:
             if communicator.is_main:
-                print(f"\nstopped; to resume: {arguments.again()}")
+                print(f"\nstopped; to resume: {printed_commands.again()}")
             raise SystemExit(130) from None
 
 
