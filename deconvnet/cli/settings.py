@@ -24,7 +24,7 @@ from deconvnet.images.preprocessing import PreprocessingSettings
 from deconvnet.network.network import LARGEST, LayerSettings
 from deconvnet.network.tiling import MEMORY, check_memory
 from deconvnet.storage import ownership
-from deconvnet.visualization.report import VisualizationSettings
+from deconvnet.visualization.settings import VisualizationSettings
 
 # Settings of `deconvnet visualize` that a network learned here leaves nothing to.
 OF_MODELS = {
