@@ -16,7 +16,7 @@ from deconvnet.network.ablation import MEANINGS, Ablation, ablate
 from deconvnet.network.network import load
 from deconvnet.storage import ownership
 from deconvnet.support.devices import torch_device
-from deconvnet.visualization.pictures.figures import labelled_images
+from deconvnet.visualization.pictures.layer_pictures import labelled_images
 
 
 def main(cfg: DictConfig) -> None:

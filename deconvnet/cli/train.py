@@ -12,7 +12,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from deconvnet.cli import arguments
+from deconvnet.cli import printed_commands
 from deconvnet.cli.errors import one_line_errors
 from deconvnet.cli.run_files import logged
 from deconvnet.cli.settings import TrainConfig, flat, read_settings
@@ -48,7 +48,7 @@ def main(cfg: DictConfig) -> None:
             except Interrupted:
                 if communicator.is_main:
                     # Neither resume=false nor a path: the run is here now.
-                    again = arguments.again("resume")
+                    again = printed_commands.again("resume")
                     log.warning("stopped and saved; to resume: %s", again)
                 raise SystemExit(130) from None
     if communicator.is_main:
@@ -131,8 +131,8 @@ def summarize(results: list[LayerResult], folder: Path) -> None:
         f"network       {place}/network.safetensors",
         f"look          tensorboard --logdir {shlex.quote(str(shown(folder.parent)))} "
         "--samples_per_plugin images=99",
-        f"reconstruct   {arguments.beside('reconstruct')} "
-        f"{arguments.setting('run', place)} layer={len(results)} images=photo.jpg",
+        f"reconstruct   {printed_commands.beside('reconstruct')} "
+        f"{printed_commands.setting('run', place)} layer={len(results)} images=photo.jpg",
     ]
     print("\n".join(lines))
 

@@ -33,7 +33,7 @@ from deconvnet.filters.update import (
     update_filters_by_cg,
 )
 from deconvnet.monitoring.monitor import memory_used
-from deconvnet.monitoring.peaks import Peaks, Snapshot, Watch
+from deconvnet.monitoring.peaks import Peaks, Snapshot, SnapshotPlan
 from deconvnet.monitoring.records import EpochStats, RankLoad, decibels
 from deconvnet.network.codes import Codes
 from deconvnet.network.network import DeconvNet, Layer, LayerProblem, check_size, seeded
@@ -141,7 +141,7 @@ class LayerTrainer:
         seed: int = 0,
         number: int = 1,
         chunk: int = 8,
-        watch: Watch | None = None,
+        watch: SnapshotPlan | None = None,
         communicator: Communicator = SINGLE,
         keep: bool = True,
         folder: Path | None = None,
@@ -528,7 +528,7 @@ class EpochAccumulator:
         energy = times_power(energy, 2 * e)
         self.energy = energy if self.energy is None else self.energy + energy
 
-    def add_peaks(self, z: Tensor, images: Tensor, watch: Watch) -> None:
+    def add_peaks(self, z: Tensor, images: Tensor, watch: SnapshotPlan) -> None:
         peaks = Peaks.none(z) if self.peaks is None else self.peaks
         self.peaks = peaks.updated(z, images, watch.first)
 

@@ -31,14 +31,10 @@ from deconvnet.training.layer_trainer import LayerData, LayerTrainer, warm_start
 from deconvnet.training.run_folder import RunFolder
 from deconvnet.training.training_set import ImageSource, TrainingSet
 from deconvnet.training.warm_starts import DiskWarmStarts
-from deconvnet.visualization.pictures.evolution import (
-    append,
-    evolution_picture,
-    layer_watch,
-    project_snapshot,
-    recorded,
-)
-from deconvnet.visualization.pictures.figures import filter_picture, layer_pictures
+from deconvnet.visualization.evolution.evolution import append_epoch, load_if_valid
+from deconvnet.visualization.evolution.snapshots import plan_snapshots, project_snapshot
+from deconvnet.visualization.pictures.evolution_picture import evolution_picture
+from deconvnet.visualization.pictures.layer_pictures import filter_picture, layer_pictures
 
 log = logging.getLogger(__name__)
 
@@ -162,7 +158,7 @@ def _train_layer(
         seed=seed,
         number=number,
         chunk=training_set.chunk,
-        watch=layer_watch(
+        watch=plan_snapshots(
             net, training_set.codes_of(training_set.sample_indices(1), number - 1), number
         ),
         communicator=training_set.communicator,
@@ -441,7 +437,7 @@ def _show_snapshot(
     codes = training_set.gather_codes(images, number - 1)
     if run:
         column = project_snapshot(net, codes, number, trainer.snapshot, images)
-        append(run.evolution(number), column)
+        append_epoch(run.evolution(number), column)
 
 
 def _show(
@@ -461,7 +457,7 @@ def _show(
     monitor.inference(number, _inference_curve(net.layer(number), problem))
     pixels, _ = training_set.images.read(some)
     pictures = layer_pictures(net, codes, pixels.to(net.device), number)
-    learned = recorded(run.evolution(number))
+    learned = load_if_valid(run.evolution(number))
     if learned:
         pictures[f"layer{number}/evolution"] = evolution_picture(learned)
     for name, picture in pictures.items():

@@ -29,7 +29,7 @@ from deconvnet.storage.checkpoint_files import load_checkpoint, save_checkpoint
 from deconvnet.storage.integrity import InvalidFileError
 from deconvnet.training.loop import Interrupted, train
 from deconvnet.training.run_folder import RunFolder
-from deconvnet.visualization.pictures.evolution import load_evolution
+from deconvnet.visualization.evolution.evolution import load_evolution
 
 FAST = SolverSettings(iterations=20, training_iterations=3)
 

@@ -28,7 +28,7 @@ from deconvnet.images.datasets import INTERPOLATIONS, Crop
 from deconvnet.storage.integrity import InvalidFileError
 from deconvnet.storage.network_files import load_network, save_network
 from deconvnet.visualization.models.normalization import Normalization
-from deconvnet.visualization.models.weights import load_state_dict, no_weights
+from deconvnet.visualization.models.weights import load_state_dict, why_not_weights
 from deconvnet.visualization.models.zfnet import ZFNet
 
 WEIGHT_FILES = (".pt", ".pth", ".bin", ".safetensors")
@@ -318,7 +318,7 @@ def _file(spec: str, weights: str | Path, options: dict) -> LoadedModel:
     remedy = f"give torchvision/NAME, timm/NAME or package.module:factory, and weights={spec}"
     if path.suffix != ".safetensors":
         raise ValueError(f"model={spec}: holds parameters of a network, not which it is; {remedy}")
-    if (says := no_weights(path)) is not None:
+    if (says := why_not_weights(path)) is not None:
         raise ValueError(f"model={spec}: {says}")
     try:
         tensors, settings = load_network(path)
