@@ -16,7 +16,7 @@ from deconvnet.network.ablation import MEANINGS, Ablation, ablate
 from deconvnet.network.network import load
 from deconvnet.storage import ownership
 from deconvnet.support.devices import torch_device
-from deconvnet.visualization.pictures.figures import labelled_images
+from deconvnet.visualization.pictures.layer_pictures import labelled_images
 
 
 def main(cfg: DictConfig) -> None:
@@ -30,7 +30,7 @@ def run(settings: AblateConfig) -> None:
     if net.depth < 2 or not any(layer.settings.pool for layer in net.layers[:-1]):
         raise ValueError(f"run={folder}: its layers have no pooling between them")
     path = folder / "pictures" / "switches.png"
-    ownership.check(path)
+    ownership.check_writable(path)
     images, frames = training_images(folder, settings.count)
     codes = net.infer(images, frames=frames, chunk=settings.chunk)
     found = ablate(net, codes, chunk=settings.chunk)

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from deconvnet.cli import arguments
+from deconvnet.cli.keys import has
+from deconvnet.cli.refusals import explain_refusal
 
 # Settings by which a command takes less memory, and what libraries say when there is none left.
 LARGE = ("chunk", "batch", "memory", "data.size", "data.max_images", "max_images", "count")
@@ -23,12 +24,12 @@ WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 def explain(error: Exception, schema: type) -> str | None:
     """What a user can do about an error, in one line; None if it is a fault of this package."""
     if is_memory(error):
-        keys = [key for key in LARGE if arguments.has(schema, key)]
+        keys = [key for key in LARGE if has(schema, key)]
         lower = f"lower {' or '.join(f'{key}=' for key in keys)}" if keys else "use smaller images"
         said = one_line(error)[:200]
         return f"error: out of memory: {lower}" + (f" ({said})" if said else "")
     if isinstance(error, HydraException | OmegaConfBaseException | OSError | ValueError):
-        return f"configuration error: {arguments.explain(error, schema) or one_line(error)}"
+        return f"configuration error: {explain_refusal(error, schema) or one_line(error)}"
     inside = ("hydra", "omegaconf", "yaml", "antlr4")
     if isinstance(error, RecursionError) and raised_in(error, inside):
         return "configuration error: nested too deeply, or with a reference to itself"

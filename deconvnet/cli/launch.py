@@ -7,14 +7,18 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import hydra
 
-from deconvnet.cli import arguments
+from deconvnet.cli.arguments import for_hydra
+from deconvnet.cli.config_files import read_files_as_written
 from deconvnet.cli.errors import WANTS_TRACEBACK, explain
+from deconvnet.cli.printed_commands import remember
 from deconvnet.cli.settings import SCHEMAS, register
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -52,14 +56,18 @@ def run(main: Callable[[], None], schema: type, call: tuple[str, ...]) -> None:
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         # Commands are silent while they load their libraries; from here on there is more to do.
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    rank = int(os.environ.get("RANK", 0))
     try:
-        arguments.make_ready(schema, call)
-        if int(os.environ.get("RANK", 0)) > 0:
-            # Of several processes under torchrun the first writes and speaks; the others warn.
-            sys.argv += ["hydra.output_subdir=null", "hydra/job_logging=stdout"]
-            sys.argv += ["hydra.verbose=false"]
-            logging.disable(logging.INFO)
-        main()
+        with _one_line_warnings(silent=rank > 0):
+            remember(call, sys.argv[1:])
+            sys.argv[1:] = for_hydra(sys.argv[1:], schema)
+            read_files_as_written(schema)
+            if rank > 0:
+                # Of several processes under torchrun the first writes and speaks; the others warn.
+                sys.argv += ["hydra.output_subdir=null", "hydra/job_logging=stdout"]
+                sys.argv += ["hydra.verbose=false"]
+                logging.disable(logging.INFO)
+            main()
         if sys.stdout is not None:
             sys.stdout.flush()
     except KeyboardInterrupt:
@@ -72,6 +80,22 @@ def run(main: Callable[[], None], schema: type, call: tuple[str, ...]) -> None:
         if WANTS_TRACEBACK or not (message := explain(error, schema)):
             raise
         _finish(message, 1)
+
+
+@contextmanager
+def _one_line_warnings(silent: bool) -> Iterator[None]:
+    """Within it, what is said of settings that were renamed is one line, without a line of code."""
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def show_in_one_line(message: Warning, category: type[Warning], *place: Any) -> None:
+            if category is not FutureWarning:
+                show(message, category, *place)
+            elif not silent:
+                print(f"warning: {message}", file=sys.stderr)
+
+        warnings.showwarning = show_in_one_line
+        yield
 
 
 def _finish(message: str, code: int) -> NoReturn:

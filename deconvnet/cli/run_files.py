@@ -21,7 +21,7 @@ def logged(cfg: DictConfig, folder: Path) -> Iterator[None]:
     """Within it what is logged goes to <folder>/<script>.log as well; the configuration is in
     <folder>/.hydra.
 
-    Hydra would do both by itself, whatever stands in the folder. NotOurs where that is a
+    Hydra would do both by itself, whatever stands in the folder. ForeignFileError where that is a
     stranger's.
     """
     job = HydraConfig.get()
@@ -60,7 +60,7 @@ class SweepFolder(Callback):
 
     def on_multirun_start(self, config: DictConfig, **_: object) -> None:
         path = Path(config.hydra.sweep.dir) / "multirun.yaml"
-        if os.path.lexists(path) and not _is_sweep(path, config.hydra.job.config_name):
+        if os.path.lexists(path) and not _is_sweep(path, config.hydra.job.name):
             # Hydra turns other errors of a callback into warnings.
             raise SystemExit(
                 f"error: {path}: is there already and is no list of runs of this command; move it "
@@ -73,6 +73,6 @@ def _is_sweep(path: Path, name: str) -> bool:
     if path.is_symlink() or not path.is_file():
         return False
     try:
-        return OmegaConf.select(OmegaConf.load(path), "hydra.job.config_name") == name
+        return OmegaConf.select(OmegaConf.load(path), "hydra.job.name") == name
     except Exception:  # whatever is wrong with it, it is another file
         return False

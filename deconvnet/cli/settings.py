@@ -18,13 +18,13 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from deconvnet.applications.classification.classifier import ClassData
 from deconvnet.applications.classification.pipeline import ClassifySettings
 from deconvnet.applications.restoration import STRENGTH
-from deconvnet.cli import arguments
+from deconvnet.cli.keys import TEXTS
 from deconvnet.images.datasets import DataSettings
 from deconvnet.images.preprocessing import PreprocessingSettings
 from deconvnet.network.network import LARGEST, LayerSettings
 from deconvnet.network.tiling import MEMORY, check_memory
 from deconvnet.storage import ownership
-from deconvnet.visualization.report import VisualizationSettings
+from deconvnet.visualization.settings import VisualizationSettings
 
 # Settings of `deconvnet visualize` that a network learned here leaves nothing to.
 OF_MODELS = {
@@ -109,7 +109,7 @@ class VisualizeConfig(VisualizationSettings):
     std: list[float] | None = None
     order: str | None = None
     # a folder of images, a file, or a list of files; null: those that the run has learned from
-    images: Any = field(default=None, metadata=arguments.TEXTS)
+    images: Any = field(default=None, metadata=TEXTS)
     # side of the squares that images are cropped to; null: as the network takes them
     size: int | None = None
     # so many images, evenly among all; null: all
@@ -151,10 +151,10 @@ class RestoreConfig:
     """What `deconvnet denoise` and `deconvnet inpaint` have in common; their configs say more."""
 
     run: str
-    image: Any = field(metadata=arguments.TEXTS)
+    image: Any = field(metadata=TEXTS)
     layer: int | None = None
     strength: float = STRENGTH
-    clean: Any = field(default=None, metadata=arguments.TEXTS)
+    clean: Any = field(default=None, metadata=TEXTS)
     memory: float = MEMORY
     seed: int = 0
     output: str | None = None
@@ -199,7 +199,7 @@ class ReconstructConfig:
     """The settings of `deconvnet reconstruct`; configs/reconstruct.yaml says what they mean."""
 
     run: str
-    images: Any = field(metadata=arguments.TEXTS)
+    images: Any = field(metadata=TEXTS)
     layer: int | None = None
     parts: bool = False
     memory: float = MEMORY
@@ -316,7 +316,7 @@ def register() -> None:
 def _inside(name: object) -> str:
     """The name of a run as a path below the folder of runs: no way out of it."""
     parts = str(name).replace("\\", "/").split("/")
-    no_name = {".", "..", "~", ownership.OWN}
+    no_name = {".", "..", "~", ownership.RECORD_FOLDER}
     if not str(name).isprintable() or not parts[0] or no_name & set(parts):
         raise ValueError(f"name={str(name)!r}: must be the name of a folder inside runs")
     return str(name)

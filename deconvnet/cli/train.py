@@ -12,7 +12,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from deconvnet.cli import arguments
+from deconvnet.cli import printed_commands
 from deconvnet.cli.errors import one_line_errors
 from deconvnet.cli.run_files import logged
 from deconvnet.cli.settings import TrainConfig, flat, read_settings
@@ -49,7 +49,7 @@ def main(cfg: DictConfig) -> None:
             except Interrupted:
                 if communicator.is_main:
                     # Neither resume=false nor a path: the run is here now.
-                    again = arguments.again("resume")
+                    again = printed_commands.again("resume")
                     log.warning("stopped and saved; to resume: %s", again)
                 raise SystemExit(130) from None
     if communicator.is_main:
@@ -61,7 +61,7 @@ def run(
 ) -> list[LayerResult]:
     with ExitStack() as stack:
         if communicator.is_main:
-            stack.enter_context(ownership.locked(folder))
+            stack.enter_context(ownership.locked_folder(folder))
         device = torch_device(settings.device)
         layers = settings.layer_settings()
         net = DeconvNet(layers, settings.preprocessing, seed=settings.seed)
@@ -134,8 +134,8 @@ def summarize(results: list[LayerResult], folder: Path) -> None:
         f"network       {place}/network.safetensors",
         f"look          tensorboard --logdir {shlex.quote(str(shown(folder.parent)))} "
         "--samples_per_plugin images=99",
-        f"reconstruct   {arguments.beside('reconstruct')} "
-        f"{arguments.setting('run', place)} layer={len(results)} images=photo.jpg",
+        f"reconstruct   {printed_commands.beside('reconstruct')} "
+        f"{printed_commands.setting('run', place)} layer={len(results)} images=photo.jpg",
     ]
     print("\n".join(lines))
 

@@ -27,7 +27,7 @@ from deconvnet.support.devices import torch_device
 from deconvnet.visualization.models.normalization import Normalization
 from deconvnet.visualization.models.zfnet import ZFNet, limit_filters
 from deconvnet.visualization.models.zoo import LoadedModel, save_model
-from deconvnet.visualization.pictures.canvas import grid, symmetric
+from deconvnet.visualization.pictures.canvas import shade_signed, tile_grid
 
 log = logging.getLogger("train_cnn")
 
@@ -48,7 +48,7 @@ def main(cfg: DictConfig) -> None:
     try:
         with one_line_errors(ValueError, OSError):
             settings = read_settings(cfg)
-            with ownership.locked(folder):
+            with ownership.locked_folder(folder):
                 check_places(settings, folder)
                 with logged(cfg, folder):
                     run(settings, folder)
@@ -87,7 +87,7 @@ def run(settings: TrainCnnConfig, folder: Path) -> None:
         training = {"epoch": epoch, "test_accuracy": accuracy, "data": asdict(settings.data)}
         save_model(path, replace(subject, training=training))
         filters = subject.normalization.signed_rgb(net.conv1.weight.detach().cpu())
-        save_picture(picture(folder, epoch), grid(symmetric(filters)))
+        save_picture(picture(folder, epoch), tile_grid(shade_signed(filters)))
         seconds, shown = time.perf_counter() - begun, os.path.relpath(path)
         tqdm.write(f"{epoch:>5}   {loss:>4.2f}   {accuracy:>13.1%}   {seconds:>7.0f}   {shown}")
 
@@ -98,7 +98,7 @@ def check_places(settings: TrainCnnConfig, folder: Path) -> None:
         raise ValueError(f"{folder} holds a network already: choose another name=..., or remove it")
     for epoch in {*settings.checkpoints, settings.epochs}:
         if epoch <= settings.epochs:
-            ownership.check(picture(folder, epoch))
+            ownership.check_writable(picture(folder, epoch))
 
 
 def picture(folder: Path, epoch: int) -> Path:

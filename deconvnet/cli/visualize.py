@@ -13,7 +13,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from deconvnet.cli import arguments
+from deconvnet.cli import printed_commands
 from deconvnet.cli.errors import one_line_errors
 from deconvnet.cli.settings import VisualizeConfig, read_settings
 from deconvnet.images.datasets import (
@@ -30,14 +30,15 @@ from deconvnet.network.network import load
 from deconvnet.support.communicator import SINGLE, Communicator, RankLost, started
 from deconvnet.support.devices import torch_device
 from deconvnet.training.run_folder import training_data
+from deconvnet.visualization.evolution.checkpoints import project_checkpoints
+from deconvnet.visualization.evolution.evolution import Evolution, load_evolution
+from deconvnet.visualization.manifest import layer_file_name
 from deconvnet.visualization.models.zoo import WEIGHT_FILES, LoadedModel, digest, load_model
-from deconvnet.visualization.pictures.evolution import Evolution, evolution, load_evolution
-from deconvnet.visualization.projection.projection import choose_among
+from deconvnet.visualization.projection.projection import suggest_layers
 from deconvnet.visualization.report import (
     default_layers,
-    file_name,
-    layers_of,
-    projector_of,
+    make_projector,
+    projectable_layers,
     visualize_network,
 )
 
@@ -50,7 +51,7 @@ def main(cfg: DictConfig) -> None:
             visualize(read_settings(cfg), communicator)
         except KeyboardInterrupt:
             if communicator.is_main:
-                print(f"\nstopped; to resume: {arguments.again()}")
+                print(f"\nstopped; to resume: {printed_commands.again()}")
             raise SystemExit(130) from None
 
 
@@ -195,9 +196,9 @@ def described(data: DataSettings) -> str:
 
 def list_layers(settings: VisualizeConfig, subject: LoadedModel, images: LazyImages) -> None:
     """Print the layers that can be named, with their maps and receptive fields."""
-    infos = layers_of(projector_of(subject, settings), images[0])
+    infos = projectable_layers(make_projector(subject, settings), images[0])
     if not infos:
-        raise ValueError(f"layers=[?]: {choose_among('', [])}")
+        raise ValueError(f"layers=[?]: {suggest_layers('', [])}")
     chosen = set(default_layers(infos))
     print(f"  {'layer':28} {'kind':20} {'maps':>14}   receptive field (* by default)")
     for info in infos:
@@ -215,7 +216,7 @@ def evolutions(
         return {}
     layers = settings.layers
     if layers is None:
-        layers = default_layers(layers_of(projector_of(subject, settings), images[0]))
+        layers = default_layers(projectable_layers(make_projector(subject, settings), images[0]))
     # The epochs that files are named by, if they are.
     found = [re.findall(r"\d+", Path(path).stem) for path in settings.checkpoints]
     numbers = [int(each[-1]) for each in found if each]
@@ -227,10 +228,12 @@ def evolutions(
         for path in settings.checkpoints:
             some = trained(settings, path)
             some.module.to(device)
-            yield projector_of(some, settings)
+            yield make_projector(some, settings)
 
     return {
-        layer: evolution(projectors(), images, layer, epochs=numbers, inside=settings.inside)
+        layer: project_checkpoints(
+            projectors(), images, layer, epochs=numbers, inside=settings.inside
+        )
         for layer in layers
     }
 
@@ -242,7 +245,9 @@ def output(settings: VisualizeConfig) -> Path:
         path = Path(settings.run)
         return path if path.is_dir() else path.with_suffix("")
     path = Path(settings.model)
-    return path.with_suffix("") if path.is_file() else Path("runs") / file_name(settings.model)
+    return (
+        path.with_suffix("") if path.is_file() else Path("runs") / layer_file_name(settings.model)
+    )
 
 
 def shown(path: Path) -> Path:

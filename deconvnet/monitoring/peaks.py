@@ -15,7 +15,7 @@ Region = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
-class Watch:
+class SnapshotPlan:
     """What to look out for while a layer learns: in which epochs, and where in the maps first."""
 
     epochs: tuple[int, ...]

@@ -13,7 +13,9 @@ from torch import Tensor
 from deconvnet.images.preprocessing import Spread
 from deconvnet.monitoring.records import LayerResult
 from deconvnet.network.network import DeconvNet, network_of
-from deconvnet.storage import formats
+from deconvnet.storage.checkpoint_files import load_checkpoint, load_newest_checkpoint
+from deconvnet.storage.integrity import InvalidFileError
+from deconvnet.storage.network_files import load_network
 
 if TYPE_CHECKING:
     from deconvnet.training.layer_trainer import LayerTrainer
@@ -46,7 +48,7 @@ class TrainingState:
             pooled = state.get("pooled")
             return cls(state["layer"], state["step"], results, pooled and Spread(**pooled))
         except TypeError as error:
-            raise formats.CheckpointError(
+            raise InvalidFileError(
                 f"the checkpoint does not hold a run of this version ({error}); resume from "
                 "another one"
             ) from None
@@ -71,7 +73,7 @@ class TrainingState:
 
 
 def check_state(state: object, where: str | Path) -> None:
-    """Raise CheckpointError unless a checkpoint, which may be anybody's, holds the state of a run.
+    """Raise InvalidFileError unless a checkpoint, which may be anybody's, holds the state of a run.
 
     where: the checkpoint or run folder, for the message.
     """
@@ -88,7 +90,7 @@ def check_state(state: object, where: str | Path) -> None:
     if images is not None and not _are_digests(images):
         wrong.append("images")
     if wrong:
-        raise formats.CheckpointError(
+        raise InvalidFileError(
             f"{where}: its checkpoint does not hold a run of this version ({', '.join(wrong)}); "
             "resume from another one"
         )
@@ -98,8 +100,8 @@ def check_state(state: object, where: str | Path) -> None:
 def state_at(path: Path) -> dict | None:
     """The state in a checkpoint file, or in the newest of a run folder; None if there is none."""
     if path.exists() and not path.is_dir():
-        return formats.load(path)
-    newest = formats.newest(path / "checkpoints")
+        return load_checkpoint(path)
+    newest = load_newest_checkpoint(path / "checkpoints")
     return newest and newest[0]
 
 
@@ -107,7 +109,7 @@ def network_parts(init: str) -> tuple[dict, dict]:
     """(tensors, settings) of the network in a run folder, a checkpoint or a network file."""
     path = Path(init).expanduser()
     if path.suffix == ".safetensors" and path.exists() and not path.is_dir():
-        parts = formats.load_network(path)
+        parts = load_network(path)
         network_of(path, *parts)
         return parts
     state = state_at(path)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deconvnet.monitoring.monitor import memory_used
-from deconvnet.monitoring.peaks import Peaks, Watch
+from deconvnet.monitoring.peaks import Peaks, SnapshotPlan
 from deconvnet.monitoring.records import EpochStats, RankLoad, decibels
 from deconvnet.sparse_coding.solvers import Solution
 from deconvnet.support.communicator import Communicator
@@ -76,10 +76,10 @@ class EpochAccumulator:
         energy = times_power(energy, 2 * e)
         self.energy = energy if self.energy is None else self.energy + energy
 
-    def add_peaks(self, z: Tensor, images: Tensor, watch: Watch) -> None:
+    def add_peaks(self, z: Tensor, images: Tensor, plan: SnapshotPlan) -> None:
         """Update the strongest activations with the maps z (n, K, H, W) of these images (n,)."""
         peaks = Peaks.none(z) if self.peaks is None else self.peaks
-        self.peaks = peaks.updated(z, images, watch.first)
+        self.peaks = peaks.updated(z, images, plan.first)
 
     def reduced(self, communicator: Communicator) -> EpochAccumulator:
         """The sums over all ranks, with the load of each."""

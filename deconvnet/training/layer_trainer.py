@@ -28,7 +28,7 @@ from deconvnet.filters.update import (
     update_filters,
     update_filters_by_cg,
 )
-from deconvnet.monitoring.peaks import Snapshot, Watch
+from deconvnet.monitoring.peaks import Snapshot, SnapshotPlan
 from deconvnet.monitoring.records import EpochStats
 from deconvnet.network.network import Layer, check_size, seeded
 from deconvnet.operators.linear import Identity, LinearOperator
@@ -63,11 +63,11 @@ class LayerTrainer:
     """Learns the filters of one layer; each call of `update` is one filter update.
 
     data: what the layer is learned from; a tensor (N, C, H, W) is both its input and what it
-    explains. watch: the epochs after which a `snapshot` is taken, available until the next update.
-    communicator: the processes that share the work; all of them must make the same calls.
-    placement: whether and where the maps of each image are kept, for the next visit to start from.
-    filters: (K, C, h, w), the initial filters; None: as the settings say. state: from `state_dict`,
-    to resume; the filters of the layer are then left as they are.
+    explains. snapshot_plan: the epochs after which a `snapshot` is taken, which is available until
+    the next update. communicator: the processes that share the work; all of them must make the
+    same calls. placement: whether and where the maps of each image are kept, for its next visit to
+    start from. filters: (K, C, h, w), the initial filters; None: as the settings say. state: from
+    `state_dict`, to resume; the filters of the layer are then left as they are.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class LayerTrainer:
         seed: int = 0,
         number: int = 1,
         chunk: int = 8,
-        watch: Watch | None = None,
+        snapshot_plan: SnapshotPlan | None = None,
         communicator: Communicator = SINGLE,
         placement: Placement = IN_MEMORY,
         filters: Tensor | None = None,
@@ -87,7 +87,11 @@ class LayerTrainer:
         self.data = LayerData.from_tensor(data) if isinstance(data, Tensor) else data
         check_size(self.data.shape, layer, number)
         self.layer, self.seed, self.number, self.chunk = layer, seed, number, chunk
-        self.watch, self.communicator, self.keep = watch, communicator, placement.keep
+        self.snapshot_plan, self.communicator, self.keep = (
+            snapshot_plan,
+            communicator,
+            placement.keep,
+        )
         self.settings: LearningSettings = layer.settings.learning
         self.sampler = BatchSampler(
             self.data.num_images,
@@ -278,8 +282,8 @@ class LayerTrainer:
             if solution.step is not None:
                 self.warm_starts.set_scalar("step", images, solution.step)
         self._accumulator.add(solution, problem.b)
-        if self.watch and self.epoch + 1 in self.watch.epochs:
-            self._accumulator.add_peaks(solution.z, images, self.watch)
+        if self.snapshot_plan and self.epoch + 1 in self.snapshot_plan.epochs:
+            self._accumulator.add_peaks(solution.z, images, self.snapshot_plan)
         return solution, problem.T
 
     def _curvature(self, images: Tensor, T: LinearOperator) -> Tensor | None:

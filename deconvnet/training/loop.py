@@ -15,7 +15,8 @@ from torch import Tensor
 from deconvnet.monitoring.monitor import Monitor
 from deconvnet.monitoring.records import EpochStats, LayerResult
 from deconvnet.network.network import DeconvNet
-from deconvnet.storage import formats
+from deconvnet.storage.integrity import InvalidFileError
+from deconvnet.storage.network_files import load_network
 from deconvnet.support.communicator import SINGLE, Communicator
 from deconvnet.support.modes import plain
 from deconvnet.training.checkpoint import TrainingState, initial_filters
@@ -25,14 +26,10 @@ from deconvnet.training.run_folder import RunFolder
 from deconvnet.training.session import UNLIMITED, Limits, Session, stop_requests
 from deconvnet.training.training_set import ImageSource, TrainingSet
 from deconvnet.training.warm_start_placement import place_warm_starts
-from deconvnet.visualization.pictures.evolution import (
-    append,
-    evolution_picture,
-    layer_watch,
-    project_snapshot,
-    recorded,
-)
-from deconvnet.visualization.pictures.figures import filter_picture, layer_pictures
+from deconvnet.visualization.evolution.evolution import append_epoch, load_if_valid
+from deconvnet.visualization.evolution.snapshots import plan_snapshots, project_snapshot
+from deconvnet.visualization.pictures.evolution_picture import evolution_picture
+from deconvnet.visualization.pictures.layer_pictures import filter_picture, layer_pictures
 
 log = logging.getLogger(__name__)
 
@@ -154,13 +151,16 @@ def _layer_trainer(
 ) -> LayerTrainer:
     net, data, communicator = session.net, session.data, session.communicator
     layer_data = data.layer_data(number)
+    example = data.codes_of(data.sample_indices(1), number - 1)
     trainer = LayerTrainer(
         net.layer(number),
         layer_data,
         seed=session.seed,
         number=number,
         chunk=session.limits.chunk,
-        watch=layer_watch(net, data.codes_of(data.sample_indices(1), number - 1), number),
+        snapshot_plan=plan_snapshots(
+            net, data.codes_of(data.sample_indices(1), number - 1), number
+        ),
         communicator=communicator,
         placement=place_warm_starts(session, layer_data, number, resumed),
         filters=initial,
@@ -225,7 +225,7 @@ def _save_snapshot(session: Session, trainer: LayerTrainer) -> None:
     codes = session.data.gather_codes(images, number - 1)
     if session.run:
         column = project_snapshot(session.net, codes, number, snapshot, images)
-        append(session.run.evolution(number), column)
+        append_epoch(session.run.evolution(number), column)
 
 
 def _show_layer(session: Session, state: TrainingState) -> None:
@@ -240,7 +240,7 @@ def _show_layer(session: Session, state: TrainingState) -> None:
     monitor.inference(number, inference_curve(net.layer(number), problem))
     pixels, _ = session.data.images.read(images)
     pictures = layer_pictures(net, codes, pixels.to(net.device), number)
-    evolution = recorded(session.run.evolution(number))
+    evolution = load_if_valid(session.run.evolution(number))
     if evolution:
         pictures[f"layer{number}/evolution"] = evolution_picture(evolution)
     for name, picture in pictures.items():
@@ -273,9 +273,9 @@ def _finished(net: DeconvNet, state: TrainingState, run: RunFolder | None) -> li
 def _restore_network_file(net: DeconvNet, path: Path) -> None:
     """Write the file of a finished network again if it is missing, damaged or different."""
     try:
-        tensors, _ = formats.load_network(path)
+        tensors, _ = load_network(path)
         same = all(torch.equal(tensors[name], value) for name, value in net.to_parts()[0].items())
-    except (formats.CheckpointError, KeyError):
+    except (InvalidFileError, KeyError):
         same = False
     if not same:
         if path.exists():

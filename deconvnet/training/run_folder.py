@@ -27,7 +27,15 @@ from typing import Any
 import torch
 
 from deconvnet.images.datasets import DataSettings
-from deconvnet.storage import formats, ownership
+from deconvnet.storage import ownership
+from deconvnet.storage.checkpoint_files import NAME as CHECKPOINT_NAME
+from deconvnet.storage.checkpoint_files import (
+    is_checkpoint,
+    load_newest_checkpoint,
+    save_checkpoint,
+)
+from deconvnet.storage.integrity import InvalidFileError
+from deconvnet.storage.network_files import is_network, load_network
 from deconvnet.training.checkpoint import check_state, network_parts, parts_of, state_at, typed
 from deconvnet.training.run_comparison import (
     LEARNED_LONGER,
@@ -68,7 +76,7 @@ class RunFolder:
     the network whose filters it starts from; None if there is none.
 
     Raises, before anything is written or moved, ValueError if the folder or path holds a run with
-    different settings or images, and NotOurs if somebody else's files are in the way.
+    different settings or images, and ForeignFileError if somebody else's files are in the way.
     """
 
     def __init__(
@@ -106,12 +114,12 @@ class RunFolder:
 
     def claim(self) -> None:
         """Record what is made in this folder from here on as ours."""
-        ownership.claim(self.folder)
+        ownership.claim_folder(self.folder)
 
     def save(self, step: int, state: dict) -> Path:
         """Write a checkpoint after `step` filter updates."""
         of_run = {"settings": self.settings, "images": self.images, "token": self.token}
-        return formats.save(self.checkpoints, step, {**state, **of_run})
+        return save_checkpoint(self.checkpoints, step, {**state, **of_run})
 
     @property
     def network(self) -> Path:
@@ -145,10 +153,10 @@ class RunFolder:
 
     def _load_state(self, resume: str) -> dict | None:
         if resume == "auto":
-            newest = formats.newest(self.checkpoints)
+            newest = load_newest_checkpoint(self.checkpoints)
             return newest and newest[0]
         path = Path(resume).expanduser()
-        if formats.is_network(path):
+        if is_network(path):
             raise ValueError(
                 f"resume={resume}: a network, and no checkpoint to resume from; "
                 f"{typed('init', resume)} starts from its filters"
@@ -162,9 +170,9 @@ class RunFolder:
 
     def _record_unrecorded(self) -> None:
         """Record the files of a run that was made before there were records."""
-        if (self.folder / ownership.OWN / ownership.RECORD).exists():
+        if (self.folder / ownership.RECORD_FOLDER / ownership.RECORD_FILE).exists():
             return
-        if not any(formats.is_checkpoint(path) for path in self.checkpoints.glob("step-*.pt")):
+        if not any(is_checkpoint(path) for path in self.checkpoints.glob("step-*.pt")):
             return
         self.claim()
         for pattern in MADE:
@@ -176,7 +184,7 @@ class RunFolder:
         for name in FOLDERS:
             path = self.folder / name
             if os.path.lexists(path) and not path.is_dir():
-                raise ownership.NotOurs(
+                raise ownership.ForeignFileError(
                     f"{path}: is in the way of a folder of this run; move it away"
                 )
 
@@ -184,26 +192,26 @@ class RunFolder:
         """Refuse a folder in which a file is in the way now rather than after hours of work."""
         for pattern in NEEDED:
             for path in self.folder.glob(pattern):
-                ownership.check(path)
+                ownership.check_writable(path)
         step = -1 if self.state is None else self.state["step"]
         for path in self.checkpoints.glob("step-*.pt"):
-            if not formats.CHECKPOINT_NAME.fullmatch(path.name):
+            if not CHECKPOINT_NAME.fullmatch(path.name):
                 continue
             ahead = path.stem.removeprefix("step-") > f"{step:08d}"
-            if ahead and not formats.is_checkpoint(path):
-                ownership.check(path)
+            if ahead and not is_checkpoint(path):
+                ownership.check_writable(path)
         if not self._is_replaceable(self.network):
-            ownership.check(self.network)
+            ownership.check_writable(self.network)
 
     def _is_replaceable(self, path: Path) -> bool:
         """Whether a network file is that of this run, damaged or not, rather than another network
         that somebody has put there.
         """
-        if self.state is None or not formats.is_network(path):
+        if self.state is None or not is_network(path):
             return False
         try:
-            tensors, _ = formats.load_network(path)
-        except formats.CheckpointError:
+            tensors, _ = load_network(path)
+        except InvalidFileError:
             return True
         own = parts_of(self.state)[0]
         return tensors.keys() == own.keys() and all(
@@ -219,7 +227,7 @@ class RunFolder:
                 parent = self.folder / path.relative_to(self.folder).parts[0]
                 link = next((link for link in (parent, path) if link.is_symlink()), None)
                 if link is not None:
-                    raise ownership.NotOurs(
+                    raise ownership.ForeignFileError(
                         f"{link}: is a link, and the files behind it cannot be archived; move the "
                         "link away, or choose another name=..."
                     )
@@ -273,7 +281,11 @@ class RunFolder:
         folder = _folder_of(source)
         layers = range(1, self._begun + 1)
         paths = {number: _evolution(folder, number) for number in layers}
-        return {number: ownership.read(path) for number, path in paths.items() if path.is_file()}
+        return {
+            number: ownership.read_regular_file(path)
+            for number, path in paths.items()
+            if path.is_file()
+        }
 
     @property
     def _begun(self) -> int:
@@ -286,14 +298,14 @@ class RunFolder:
             return
         matches = (PREVIOUS.fullmatch(path.name) for path in self.folder.glob("previous-*"))
         number = 1 + max((int(match[1]) for match in matches if match), default=0)
-        archive = ownership.claim(self.folder / f"previous-{number}")
+        archive = ownership.claim_folder(self.folder / f"previous-{number}")
         for path in self.checkpoints.glob("step-*.pt"):
             # A copy that somebody put here would be mistaken for a checkpoint of the new run.
-            if formats.is_checkpoint(path) and not ownership.is_ours(path):
+            if is_checkpoint(path) and not ownership.is_ours(path):
                 ownership.record(path, grows=False)
         recorded = [
             path.relative_to(ownership.absolute(self.folder))
-            for path in ownership.made_in(self.folder)
+            for path in ownership.own_files_in(self.folder)
         ]
         made = [path for path in recorded if any(path.match(pattern) for pattern in MADE)]
         for path in sorted(made, key=lambda path: (path.parts[0] == "checkpoints", path)):
@@ -311,14 +323,14 @@ def training_data(run: str | Path) -> DataSettings | None:
     """
     if not Path(run).is_dir():
         return None
-    newest = formats.newest(Path(run) / "checkpoints")
+    newest = load_newest_checkpoint(Path(run) / "checkpoints")
     if newest is None:
         return None
     state, path = newest
     try:
         return dataclasses.replace(DataSettings(**state["settings"]["data"]), download=False)
     except (TypeError, KeyError, ValueError) as error:
-        raise formats.CheckpointError(
+        raise InvalidFileError(
             f"{path}: its data settings are not valid ({error}); give images of your own"
         ) from None
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from deconvnet.network.network import LayerSettings
 from deconvnet.operators.pooling import Window, max_pool, pooled_shape, unpool
-from deconvnet.storage.ownership import NotOurs, is_regular
+from deconvnet.storage.ownership import ForeignFileError, is_regular
 
 log = logging.getLogger(__name__)
 
@@ -138,7 +138,8 @@ class DiskWarmStarts(WarmStarts):
     record that the checkpoint refers to is missing or damaged, the inference of that image starts
     from zero maps.
 
-    token: marks the records of this run. Raises NotOurs if a file that is not ours is in the way.
+    token: marks the records of this run. Raises ForeignFileError if a file that is not ours is in
+    the way.
     """
 
     NUM_FILES = 3
@@ -315,7 +316,7 @@ def _open_file(path: Path) -> int:
         # Another rank may have created it a moment ago.
         empty = stat.S_ISREG(status.st_mode) and status.st_size == 0
         if not empty and not is_warm_start_file(path):
-            raise NotOurs(
+            raise ForeignFileError(
                 f"{path}: is in the way of the states of inference; move it away (if an earlier "
                 "deconvnet wrote it, the inference of its images then starts from the beginning)"
             )

@@ -3,7 +3,6 @@
 import itertools
 import random
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,8 +11,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from deconvnet.cli import arguments
+from deconvnet.cli import printed_commands
+from deconvnet.cli.arguments import for_hydra
+from deconvnet.cli.config_files import as_written
 from deconvnet.cli.errors import one_line
+from deconvnet.cli.refusals import explain_refusal
 from deconvnet.cli.settings import (
     AblateConfig,
     ClassifyConfig,
@@ -82,18 +84,18 @@ def hydra():
 
 
 def read(name, *typed):
-    return compose(name, arguments.for_hydra(list(typed), SCHEMAS[name]))
+    return compose(name, for_hydra(list(typed), SCHEMAS[name]))
 
 
 def value(argument, schema=TrainConfig):
     """What Hydra reads in one argument."""
-    (ready,) = arguments.for_hydra([argument], schema)
+    (ready,) = for_hydra([argument], schema)
     return OverridesParser.create().parse_override(ready).value()
 
 
 def swept(argument, schema=TrainConfig):
     """What Hydra reads in one argument of a sweep."""
-    _, ready = arguments.for_hydra(["-m", argument], schema)
+    _, ready = for_hydra(["-m", argument], schema)
     parser = OverridesParser.create()
     strings = parser.parse_override(ready).sweep_string_iterator()
     return [parser.parse_override(f"x={string}").value() for string in strings]
@@ -103,7 +105,7 @@ def told(name, *typed):
     """What is said of arguments that Hydra refuses."""
     with pytest.raises(HydraException) as caught:
         read(name, *typed)
-    return arguments.explain(caught.value, SCHEMAS[name]) or one_line(caught.value)
+    return explain_refusal(caught.value, SCHEMAS[name]) or one_line(caught.value)
 
 
 @pytest.mark.parametrize("prefix", ["", "+", "++"])
@@ -132,7 +134,7 @@ def test_settings_hold_the_texts_that_were_typed():
 
 
 def test_the_run_folder_has_the_name_that_was_typed():
-    cfg = compose("train", arguments.for_hydra(["name=1.10"], TrainConfig), True)
+    cfg = compose("train", for_hydra(["name=1.10"], TrainConfig), True)
     folder = OmegaConf.to_container(cfg.hydra.run, resolve=False)["dir"]
     assert OmegaConf.create({"name": cfg.name, "dir": folder}).dir == "runs/1.10"
     assert value("hydra.run.dir=2024.10") == "2024.10"
@@ -214,13 +216,13 @@ def test_a_sweep_goes_over_lists_too():
 def test_numbers_groups_and_the_options_of_hydra_are_left_as_they_are():
     typed = ["model.layer1.lam=1.10", "model=cvpr2010", "+experiment=cvpr2010", "seed=1_0", "-m"]
     typed += ["~model.layer3", "hydra/launcher=basic", "--config-dir", "name=1", "data={path: 1}"]
-    assert arguments.for_hydra(typed, TrainConfig) == typed
+    assert for_hydra(typed, TrainConfig) == typed
 
 
 @pytest.mark.parametrize("typed", ["name=", "data.path=", "+data.path=", "resume="])
 def test_a_text_without_a_value_is_refused(typed):
     with pytest.raises(ValueError, match=r"= has no value"):
-        arguments.for_hydra([typed], TrainConfig)
+        for_hydra([typed], TrainConfig)
 
 
 def test_a_printed_setting_is_read_back_as_it_was():
@@ -228,26 +230,40 @@ def test_a_printed_setting_is_read_back_as_it_was():
     for text, (key, schema) in itertools.product(
         texts, [("run", VisualizeConfig), ("images", ReconstructConfig)]
     ):
-        (typed,) = shlex.split(arguments.setting(key, text))
+        (typed,) = shlex.split(printed_commands.setting(key, text))
         found = OmegaConf.create({"x": value(typed, schema)}).x
         assert found == text, typed
-    assert arguments.setting("run", Path("runs/a")) == "run=runs/a"
-    assert arguments.setting("layer", 2) == "layer=2"
+    assert printed_commands.setting("run", Path("runs/a")) == "run=runs/a"
+    assert printed_commands.setting("layer", 2) == "layer=2"
 
 
-def test_the_command_that_goes_on_is_the_one_that_was_typed(monkeypatch):
-    typed = ["my scripts/train.py", "name=lam=2", "data.path=photo (1)", "++resume=false"]
-    monkeypatch.setattr(sys, "argv", list(typed))
-    monkeypatch.setattr(arguments, "_read_files_as_typed", lambda schema: None)
-    monkeypatch.setattr(arguments, "_typed", [])
-    arguments.make_ready(TrainConfig)
-    assert sys.argv[1] == "name='lam=2'"
-    assert shlex.split(arguments.again("resume")) == ["python", *typed[:3]]
-    assert shlex.split(arguments.beside("reconstruct.py")) == ["my scripts/reconstruct.py"]
+def test_the_command_that_resumes_is_the_one_that_was_typed(monkeypatch):
+    typed = ["name=lam=2", "data.path=photo (1)", "++resume=false"]
+    monkeypatch.setattr(printed_commands, "_call", ())
+    monkeypatch.setattr(printed_commands, "_typed", [])
+    for call, other in (
+        (["python", "my scripts/train.py"], ["python", "my scripts/train_cnn.py"]),
+        (["deconvnet", "train"], ["deconvnet", "train-cnn"]),
+        (["python", "-m", "deconvnet", "train"], ["python", "-m", "deconvnet", "train-cnn"]),
+    ):
+        printed_commands.remember(tuple(call), typed)
+        assert shlex.split(printed_commands.again("resume")) == [*call, *typed[:2]]
+        assert shlex.split(printed_commands.beside("train-cnn")) == other
+
+
+def test_the_command_that_resumes_several_processes_starts_several(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    expected = ["torchrun", "--nproc-per-node=2", *typed]
-    assert shlex.split(arguments.again()) == expected
+    monkeypatch.setattr(printed_commands, "_call", ())
+    monkeypatch.setattr(printed_commands, "_typed", [])
+    for call, launched in (
+        (["python", "scripts/train.py"], ["scripts/train.py"]),
+        (["python", "-m", "deconvnet", "train"], ["-m", "deconvnet", "train"]),
+        (["deconvnet", "train"], ["--no-python", "deconvnet", "train"]),
+    ):
+        printed_commands.remember(tuple(call), ["seed=1"])
+        expected = ["torchrun", "--nproc-per-node=2", *launched, "seed=1"]
+        assert shlex.split(printed_commands.again()) == expected
 
 
 @pytest.mark.parametrize(
@@ -297,7 +313,7 @@ def test_every_command_refuses_keys_that_are_none_and_values_of_other_types(name
 
 def test_a_file_of_settings_holds_texts_as_they_are_written():
     source = "name: 1.10  # a version\ndata:\n  path: 1_000\n  size: 24\nresume: off\nseed: 1_0\n"
-    found = OmegaConf.create(arguments.as_typed(source, TrainConfig))
+    found = OmegaConf.create(as_written(source, TrainConfig))
     assert found == {
         "name": "1.10",
         "data": {"path": "1_000", "size": 24},
@@ -305,15 +321,15 @@ def test_a_file_of_settings_holds_texts_as_they_are_written():
         "seed": 10,
     }
     source = "path: 2024-10-01\nname: null\nsplit: '1.10'\n"
-    found = OmegaConf.create(arguments.as_typed(source, TrainConfig, "data"))
+    found = OmegaConf.create(as_written(source, TrainConfig, "data"))
     assert found == {"path": "2024-10-01", "name": None, "split": "1.10"}
     source = "layers: [1.10, 'a', b]\nimages: 1e5\n"
-    found = OmegaConf.create(arguments.as_typed(source, VisualizeConfig))
+    found = OmegaConf.create(as_written(source, VisualizeConfig))
     assert found == {"layers": ["1.10", "a", "b"], "images": "1e5"}
     for path in CONFIGS.rglob("*.yaml"):
         package = "" if path.parent == CONFIGS else path.parent.name
         source = path.read_text(encoding="utf-8")
-        changed = arguments.as_typed(source, TrainConfig, package)
+        changed = as_written(source, TrainConfig, package)
         assert OmegaConf.create(changed) == OmegaConf.create(source), path
 
 

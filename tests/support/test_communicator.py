@@ -21,7 +21,7 @@ from deconvnet.training.layer_trainer import Diverged, LayerTrainer
 from deconvnet.training.loop import train
 from deconvnet.training.run_folder import RunFolder
 from deconvnet.training.session import UNLIMITED, Limits
-from deconvnet.visualization.pictures.evolution import load_evolution
+from deconvnet.visualization.evolution.evolution import load_evolution
 
 ADMM = SolverSettings(iterations=20, training_iterations=3)
 FISTA = SolverSettings("fista", iterations=20, training_iterations=3)

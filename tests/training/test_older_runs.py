@@ -14,7 +14,7 @@ import torch
 from torch.testing import assert_close
 
 from deconvnet import load
-from deconvnet.storage import formats
+from deconvnet.storage.network_files import load_network
 from deconvnet.support.renaming import current_name
 from deconvnet.training.run_folder import training_data
 
@@ -51,8 +51,8 @@ def with_new_names(arguments):
 
 def assert_same_as_before(path, name):
     """Bit by bit where the fixture was made, and up to rounding elsewhere."""
-    tensors, _ = formats.load_network(path)
-    expected, _ = formats.load_network(FIXTURE / name)
+    tensors, _ = load_network(path)
+    expected, _ = load_network(FIXTURE / name)
     assert tensors.keys() == expected.keys()
     version = ".".join(torch.__version__.split(".")[:2])
     exact = (version, torch.backends.cpu.get_cpu_capability()) == MEASURED_WITH
