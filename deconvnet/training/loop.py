@@ -158,9 +158,7 @@ def _layer_trainer(
         seed=session.seed,
         number=number,
         chunk=session.limits.chunk,
-        snapshot_plan=plan_snapshots(
-            net, data.codes_of(data.sample_indices(1), number - 1), number
-        ),
+        snapshot_plan=plan_snapshots(net, example, number),
         communicator=communicator,
         placement=place_warm_starts(session, layer_data, number, resumed),
         filters=initial,
