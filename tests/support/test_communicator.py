@@ -13,10 +13,11 @@ from deconvnet import (
     PreprocessingSettings,
     SolverSettings,
 )
+from deconvnet.filters.update import Diverged
 from deconvnet.monitoring.monitor import Monitor
 from deconvnet.network.network import Layer, seeded
 from deconvnet.support.communicator import Communicator
-from deconvnet.training.layer_trainer import Diverged, LayerData, LayerTrainer
+from deconvnet.training.layer_trainer import LayerData, LayerTrainer
 from deconvnet.training.loop import train
 from deconvnet.training.run_folder import RunFolder
 from deconvnet.visualization.evolution.evolution import load_evolution
