@@ -22,7 +22,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from deconvnet.filters.update import LearningSettings, draw_filters, normalize, patch_sampler
+from deconvnet.filters.constraint import FilterConstraint
+from deconvnet.filters.initial import initial_filters
+from deconvnet.filters.update import LearningSettings
 from deconvnet.images.preprocessing import (
     SCALES,
     Preprocessing,
@@ -204,14 +206,20 @@ class Layer(nn.Module):
         """The connectivity, or None where it is full."""
         return None if self.settings.connectivity == "full" else self.connectivity
 
+    @property
+    def constraint(self) -> FilterConstraint:
+        """What the filters satisfy, by the settings and the connectivity."""
+        return self.settings.learning.constraint(self.g)
+
     def set_filters(self, f: Tensor) -> None:
-        """Take f (K, C, h, w), disconnected planes set to zero, with the norm of the settings and
-        what else they ask of filters; one of which nothing is left stays as it was.
+        """Take f (K, C, h, w), projected onto `constraint`.
+
+        Under a constraint on signs or means, a filter of which nothing is left stays as it was.
         """
-        learning, g = self.settings.learning, self.connectivity[..., None, None]
-        asked = dict(non_negative=learning.non_negative, zero_mean=learning.zero_mean)
-        kept = self.filters * g if any(asked.values()) else None
-        self.filters.copy_(normalize(f * g, learning.norm, fallback=kept, **asked))
+        constraint = self.constraint
+        constrained = constraint.non_negative or constraint.zero_mean
+        fallback = self.filters if constrained else None
+        self.filters.copy_(constraint.project(f, fallback=fallback))
 
     def fit_scale(self, below: Tensor | Spread) -> None:
         """Choose the scale from all the maps below (N, C, H, W), or from what is known of them."""
@@ -224,25 +232,16 @@ class Layer(nn.Module):
 
     def initialize(self, b: Tensor, generator: torch.Generator) -> None:
         """Start the filters as the settings say, from what the layer has to explain."""
-        draw = patch_sampler(b, self.settings.filter_size, generator)
-        self.set_filters(self.draw_filters(self.settings.num_maps, draw, generator))
-
-    def draw_filters(
-        self, num: int, draw: Callable[[int], Tensor], generator: torch.Generator
-    ) -> Tensor:
-        """So many filters (num, C, h, w) as learning starts with: noise, or patches of what is
-        explained, draw(number) -> (number, C, h, w).
-        """
-        learning = self.settings.learning
-        return draw_filters(
-            num,
-            self.filters,
+        settings, learning = self.settings, self.settings.learning
+        f = initial_filters(
+            settings.num_maps,
+            b,
+            settings.filter_size,
             learning.init,
             generator,
-            draw,
-            non_negative=learning.non_negative,
-            zero_mean=learning.zero_mean,
+            constraint=learning.constraint(),
         )
+        self.set_filters(f)
 
     def operator(self) -> Deconvolution:
         """F, with the filters as they are now."""

@@ -15,16 +15,19 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from deconvnet.filters.update import (
-    Batch,
-    FilterStatistics,
-    LearningSettings,
+from deconvnet.filters.care import (
+    centring_shifts,
     dead_filters,
     duplicate_filters,
-    filter_statistics,
-    off_center,
-    random_patch_positions,
     shift,
+    shift_filters,
+)
+from deconvnet.filters.initial import draw_filters, random_patch_positions
+from deconvnet.filters.statistics import FilterStatistics, filter_statistics
+from deconvnet.filters.update import (
+    Batch,
+    Diverged,
+    LearningSettings,
     update_filters,
     update_filters_by_cg,
 )
@@ -53,10 +56,6 @@ NORM_STEPS = 12
 FLAGS = 2
 # The order of images that a checkpoint relies on, as it is written in the file.
 ORDER = "places"
-
-
-class Diverged(RuntimeError):
-    """The objective is no longer finite. The filters are still those before the update."""
 
 
 class LayerTrainer:
@@ -179,7 +178,7 @@ class LayerTrainer:
     def _update_by_sums(self, images: Tensor, stop: bool) -> None:
         """Update the filters with the running sums of statistics over batches."""
         layer, f, clock = self.layer, self.layer.filters, self._accumulator.clock
-        sums, finite = FilterStatistics.none(f), True
+        sums, finite = FilterStatistics.zeros(f), True
         for chunk in self._chunks(images):
             clock.end("sums")
             solution, T = self._visit(chunk)
@@ -207,13 +206,7 @@ class LayerTrainer:
         self.sums = sums if self.sums is None or fade == 0 else self.sums * fade + sums
         f.copy_(
             update_filters(
-                f,
-                self.sums,
-                layer.g,
-                norm=self.settings.norm,
-                iterations=self.settings.update_iterations,
-                non_negative=self.settings.non_negative,
-                zero_mean=self.settings.zero_mean,
+                f, self.sums, layer.constraint, iterations=self.settings.update_iterations
             )
         )
 
@@ -240,12 +233,9 @@ class LayerTrainer:
             update_filters_by_cg(
                 layer.filters,
                 batches,
-                layer.g,
-                norm=self.settings.norm,
+                layer.constraint,
                 iterations=self.settings.update_iterations,
                 boundary=layer.settings.boundary,
-                non_negative=self.settings.non_negative,
-                zero_mean=self.settings.zero_mean,
                 communicator=self.communicator,
             )
         )
@@ -338,17 +328,14 @@ class LayerTrainer:
     def _recenter(self) -> None:
         """Shift off-centre filters to the middle of their frames, and their maps the other way."""
         layer = self.layer
-        shifts = off_center(layer.filters)
-        f = layer.filters.clone()
+        shifts = centring_shifts(layer.filters)
         wrap = layer.settings.boundary == "circular"
-        for k, (rows, columns) in shifts.items():
-            f[k] = shift(f[k], rows, columns)
         for images, state in self._states():
             for k, (rows, columns) in shifts.items():
                 state[:, k] = shift(state[:, k], -rows, -columns, wrap=wrap)
             # With pooled states, several shifted values may meet in a window: the largest stays.
             self.warm_starts[images] = state
-        layer.set_filters(f)
+        layer.set_filters(shift_filters(layer.filters, shifts))
         if self.sums is not None:
             self.sums = self.sums.without(list(shifts))
 
@@ -357,10 +344,17 @@ class LayerTrainer:
         H, W = self.data.shape[1:]
         images, size = self.data.num_images, self.layer.settings.filter_size
 
-        def draw(number: int) -> Tensor:
+        def draw_patches(number: int) -> Tensor:
             return self._patches(random_patch_positions(number, images, (H, W), size, generator))
 
-        return self.layer.draw_filters(num, draw, generator)
+        return draw_filters(
+            num,
+            self.layer.filters,
+            self.settings.init,
+            draw_patches,
+            generator,
+            constraint=self.layer.constraint,
+        )
 
     def _patches(self, positions: Tensor) -> Tensor:
         """(P, C, h, w): patches of the layer's input at positions (P, 3), image, row, column."""

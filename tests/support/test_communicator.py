@@ -13,11 +13,12 @@ from deconvnet import (
     PreprocessingSettings,
     SolverSettings,
 )
+from deconvnet.filters.update import Diverged
 from deconvnet.monitoring.monitor import Monitor
 from deconvnet.network.network import Layer, seeded
 from deconvnet.support.communicator import Communicator
 from deconvnet.training.layer_data import LayerData
-from deconvnet.training.layer_trainer import Diverged, LayerTrainer
+from deconvnet.training.layer_trainer import LayerTrainer
 from deconvnet.training.loop import train
 from deconvnet.training.run_folder import RunFolder
 from deconvnet.training.session import UNLIMITED, Limits
