@@ -37,7 +37,7 @@ __all__ = [
 _MODULES = {
     "Codes": "deconvnet.network.codes",
     "DeconvNet": "deconvnet.network.network",
-    "LayerSettings": "deconvnet.network.network",
+    "LayerSettings": "deconvnet.network.layer",
     "Learned": "deconvnet.dictionary",
     "LearningSettings": "deconvnet.filters.update",
     "PreprocessingSettings": "deconvnet.images.preprocessing",

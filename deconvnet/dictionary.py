@@ -31,15 +31,10 @@ from deconvnet.filters.update import (
     update_filters,
 )
 from deconvnet.monitoring.monitor import Monitor
-from deconvnet.monitoring.records import EpochStats, decibels
-from deconvnet.network.network import (
-    FILTERS,
-    Layer,
-    LayerProblem,
-    LayerSettings,
-    layer_settings,
-    seeded,
-)
+from deconvnet.monitoring.records import EpochStats
+from deconvnet.network.layer import Layer, LayerProblem, LayerSettings
+from deconvnet.network.metrics import decibels
+from deconvnet.network.network import FILTERS
 from deconvnet.operators.convolution import Boundary
 from deconvnet.sparse_coding.solvers import (
     Solution,
@@ -52,6 +47,7 @@ from deconvnet.sparse_coding.solvers import (
 from deconvnet.storage.integrity import InvalidFileError
 from deconvnet.storage.network_files import load_network, save_network
 from deconvnet.support.modes import plain
+from deconvnet.support.seeding import seeded_generator
 from deconvnet.support.validation import (
     as_filters,
     as_images,
@@ -167,7 +163,10 @@ class Learned:
                 f"{path}: holds no filters of Learned.save; a network is read by deconvnet.load"
             )
         try:
-            filters, layer = tensors["filters"], layer_settings(settings["layer"])
+            filters, layer = (
+                tensors["filters"],
+                LayerSettings.from_dict(settings["layer"], f"{path}: layer"),
+            )
             size = layer.filter_size
             if filters.ndim != 4 or filters.shape[::2] != (layer.num_maps, size):
                 raise ValueError(f"filters of the shape {tuple(filters.shape)}")
@@ -244,7 +243,7 @@ def learn_filters(
         solver=solver or default_solver(images, p),
         learning=learning,
     )
-    layer = Layer(settings, images.shape[1], seeded(seed, 1)).to(images)
+    layer = Layer(settings, images.shape[1], seeded_generator(seed, 1)).to(images)
     first = None if filters is None else _first(filters, layer)
     trainer = LayerTrainer(layer, images, seed=seed, filters=first)
     if lam_ratio is not None:
@@ -343,12 +342,12 @@ class _Stream:
     ):
         self.settings, self.learning = settings, settings.learning
         self.seed, self.averaging_batches = seed, averaging_batches
-        self.layer = Layer(settings, images.shape[1], seeded(seed, 1)).to(images)
+        self.layer = Layer(settings, images.shape[1], seeded_generator(seed, 1)).to(images)
         self.sums: FilterStatistics | None = None
         self.count, self.next_look = 0, RECENTER_FIRST
         self._check(images, "batch 1")
         if filters is None:
-            self.layer.initialize(images, seeded(seed, 1, 1))
+            self.layer.initialize(images, seeded_generator(seed, 1, 1))
         else:
             self.layer.set_filters(_first(filters, self.layer))
         if lam_ratio is not None:
@@ -411,7 +410,7 @@ class _Stream:
     def _reinitialize(self, dead: list[int], images: Tensor) -> None:
         """Replace unused filters by patches of these images."""
         f = self.layer.filters.clone()
-        shuffle = seeded(self.seed, 1, 2, self.count)
+        shuffle = seeded_generator(self.seed, 1, 2, self.count)
         draw = patch_sampler(images, self.settings.filter_size, shuffle)
         f[dead] = self.layer.draw_filters(len(dead), draw, shuffle)
         self.layer.set_filters(f)

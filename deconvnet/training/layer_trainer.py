@@ -34,15 +34,18 @@ from deconvnet.filters.update import (
 )
 from deconvnet.monitoring.monitor import memory_used
 from deconvnet.monitoring.peaks import Peaks, Snapshot, SnapshotPlan
-from deconvnet.monitoring.records import EpochStats, RankLoad, decibels
+from deconvnet.monitoring.records import EpochStats, RankLoad
 from deconvnet.network.codes import Codes
-from deconvnet.network.network import DeconvNet, Layer, LayerProblem, check_size, seeded
+from deconvnet.network.layer import Layer, LayerProblem, check_input_size
+from deconvnet.network.metrics import decibels
+from deconvnet.network.network import DeconvNet
 from deconvnet.operators.convolution import map_size
 from deconvnet.operators.linear import Identity, LinearOperator
 from deconvnet.operators.pooling import Window, pooled_shape
 from deconvnet.sparse_coding.solvers import Solution
 from deconvnet.support.communicator import SINGLE, Communicator
 from deconvnet.support.modes import plain
+from deconvnet.support.seeding import seeded_generator
 from deconvnet.support.units import exponent, magnitude, times_power
 from deconvnet.training.sampler import BatchSampler
 from deconvnet.training.warm_starts import DiskWarmStarts, WarmStarts, merge_state_dicts
@@ -150,7 +153,7 @@ class LayerTrainer:
         state: dict | None = None,
     ):
         self.data = LayerData.from_tensor(data) if isinstance(data, Tensor) else data
-        check_size(self.data.shape, layer, number)
+        check_input_size(self.data.shape, layer, number)
         self.layer, self.seed, self.number, self.chunk = layer, seed, number, chunk
         self.watch, self.communicator, self.keep = watch, communicator, keep
         self.settings: LearningSettings = layer.settings.learning
@@ -173,7 +176,9 @@ class LayerTrainer:
         self._seen = EpochAccumulator()
         if state is None:
             if filters is None:
-                filters = self._draw_filters(layer.settings.num_maps, seeded(seed, number, 1))
+                filters = self._draw_filters(
+                    layer.settings.num_maps, seeded_generator(seed, number, 1)
+                )
             layer.set_filters(filters.to(layer.filters))
         else:
             self.load_state_dict(state)
@@ -404,7 +409,7 @@ class LayerTrainer:
         if not filters:
             return
         layer = self.layer
-        generator = seeded(self.seed, self.number, 3, self.epoch)
+        generator = seeded_generator(self.seed, self.number, 3, self.epoch)
         fresh = self._draw_filters(len(filters), generator)
         f = layer.filters.clone()
         f[filters] = fresh

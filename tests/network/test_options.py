@@ -20,7 +20,7 @@ from deconvnet.filters.update import (
     update_filters,
     update_filters_by_cg,
 )
-from deconvnet.network.network import Layer, LayerProblem, LayerSettings
+from deconvnet.network.layer import Layer, LayerProblem, LayerSettings
 from deconvnet.operators.arithmetic import convolution_matrix, receptive_field
 from deconvnet.operators.convolution import (
     correlate,
