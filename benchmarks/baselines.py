@@ -32,7 +32,8 @@ from sklearn.decomposition import PCA, MiniBatchDictionaryLearning
 from torch import Tensor, nn
 from torch.nn import functional
 
-from deconvnet.filters.update import LearningSettings, initial_filters
+from deconvnet.filters.initial import initial_filters
+from deconvnet.filters.update import LearningSettings
 from deconvnet.images.preprocessing import Preprocessing, PreprocessingSettings
 from deconvnet.network.codes import Codes
 from deconvnet.network.layer import LayerProblem, LayerSettings

@@ -19,17 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deconvnet.filters.update import (
-    FilterStatistics,
-    LearningSettings,
-    dead_filters,
-    filter_statistics,
-    normalize,
-    off_center,
-    patch_sampler,
-    shift,
-    update_filters,
-)
+from deconvnet.filters.care import centring_shifts, dead_filters, shift_filters
+from deconvnet.filters.initial import initial_filters
+from deconvnet.filters.statistics import FilterStatistics, filter_statistics
+from deconvnet.filters.update import Diverged, LearningSettings, update_filters
 from deconvnet.monitoring.monitor import Monitor
 from deconvnet.monitoring.records import EpochStats
 from deconvnet.network.layer import Layer, LayerProblem, LayerSettings
@@ -57,7 +50,7 @@ from deconvnet.support.validation import (
     positive,
     whole,
 )
-from deconvnet.training.layer_trainer import Diverged, LayerTrainer
+from deconvnet.training.layer_trainer import LayerTrainer
 
 # Filters are moved to the middle of their frames first after this many batches of a stream, then
 # each time the stream has grown by this factor: its length is unknown, and a filter that is moved
@@ -395,37 +388,32 @@ class _Stream:
         self.sums = new if self.sums is None else self.sums * kept + new * (1 - kept)
 
     def _update(self) -> None:
-        learning = self.learning
-        self.layer.set_filters(
-            update_filters(
-                self.layer.filters,
-                self.sums,
-                norm=learning.norm,
-                iterations=learning.update_iterations,
-                non_negative=learning.non_negative,
-                zero_mean=learning.zero_mean,
-            )
+        layer = self.layer
+        iterations = self.learning.update_iterations
+        layer.set_filters(
+            update_filters(layer.filters, self.sums, layer.constraint, iterations=iterations)
         )
 
     def _reinitialize(self, dead: list[int], images: Tensor) -> None:
         """Replace unused filters by patches of these images."""
         f = self.layer.filters.clone()
-        shuffle = seeded_generator(self.seed, 1, 2, self.count)
-        draw = patch_sampler(images, self.settings.filter_size, shuffle)
-        f[dead] = self.layer.draw_filters(len(dead), draw, shuffle)
+        f[dead] = initial_filters(
+            len(dead),
+            images,
+            self.settings.filter_size,
+            self.learning.init,
+            seeded_generator(self.seed, 1, 2, self.count),
+            constraint=self.layer.constraint,
+        )
         self.layer.set_filters(f)
         self.sums = self.sums.without(dead)
 
     def _recenter(self) -> None:
-        """Move filters to the middle of their frames, and forget what was known of their maps."""
-        moves = off_center(self.layer.filters)
-        if not moves:
-            return
-        f = self.layer.filters.clone()
-        for k, (rows, columns) in moves.items():
-            f[k] = shift(f[k], rows, columns)
-        self.layer.set_filters(f)
-        self.sums = self.sums.without(list(moves))
+        """Shift filters to the middle of their frames, and drop the sums over their maps."""
+        shifts = centring_shifts(self.layer.filters)
+        if shifts:
+            self.layer.set_filters(shift_filters(self.layer.filters, shifts))
+            self.sums = self.sums.without(list(shifts))
 
 
 # The keywords of the prior of the maps, and of the border.
@@ -494,13 +482,12 @@ def _first(filters: Tensor, layer: Layer) -> Tensor:
     filters = as_filters(filters, layer.filters.shape[1]).to(layer.filters)
     if not torch.isfinite(filters).all():
         raise ValueError("filters must be finite: there are NaN or infinite values")
-    learning = layer.settings.learning
-    asked = dict(non_negative=learning.non_negative, zero_mean=learning.zero_mean)
-    nothing = ~normalize(filters, learning.norm, **asked).flatten(1).any(1)
-    if nothing.any():
-        of = ", ".join(key for key, value in asked.items() if value)
-        why = f" with learning.{of}=True" if of else ""
-        raise ValueError(f"filters[{int(nothing.nonzero()[0])}]: nothing of it is left{why}")
+    constraint = layer.constraint
+    empty = ~constraint.project(filters).flatten(1).any(1)
+    if empty.any():
+        keys = [key for key in ("non_negative", "zero_mean") if getattr(constraint, key)]
+        why = f" with learning.{keys[0]}=True" if keys else ""
+        raise ValueError(f"filters[{int(empty.nonzero()[0])}]: nothing of it is left{why}")
     return filters
 
 

@@ -19,6 +19,7 @@ from deconvnet import (
     load,
     sparse_code,
 )
+from deconvnet.filters.update import Diverged
 from deconvnet.network.layer import Layer, LayerSettings
 from deconvnet.operators.convolution import deconvolve
 from deconvnet.operators.linear import Deconvolution
@@ -26,7 +27,6 @@ from deconvnet.sparse_coding.solvers import lam_from_ratio
 from deconvnet.storage.integrity import InvalidFileError
 from deconvnet.storage.network_files import save_network
 from deconvnet.support.seeding import seeded_generator
-from deconvnet.training.layer_trainer import Diverged
 
 
 @pytest.fixture

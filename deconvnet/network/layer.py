@@ -6,14 +6,16 @@ N images · C channels of the layer's input · K maps · H, W pixels · h, w fil
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from deconvnet.filters.update import LearningSettings, draw_filters, normalize, patch_sampler
+from deconvnet.filters.constraint import FilterConstraint
+from deconvnet.filters.initial import initial_filters
+from deconvnet.filters.update import LearningSettings
 from deconvnet.images.preprocessing import SCALES, Spread
 from deconvnet.network.codes import ALL, Images, LayerCodes
 from deconvnet.operators.convolution import BOUNDARIES
@@ -187,16 +189,20 @@ class Layer(nn.Module):
         """The connectivity (K, C), or None if it is full."""
         return None if self.settings.connectivity == "full" else self.connectivity
 
-    def set_filters(self, f: Tensor) -> None:
-        """Project f (K, C, h, w) onto the constraints of the settings and store it.
+    @property
+    def constraint(self) -> FilterConstraint:
+        """What the filters satisfy, by the settings and the connectivity."""
+        return self.settings.learning.constraint(self.g)
 
-        Disconnected planes become zero. A filter that vanishes under the constraints keeps its
-        previous value.
+    def set_filters(self, f: Tensor) -> None:
+        """Store the projection of f (K, C, h, w) onto `constraint`.
+
+        A filter that vanishes under a constraint on signs or means keeps its previous value.
         """
-        learning, g = self.settings.learning, self.connectivity[..., None, None]
-        constraints = dict(non_negative=learning.non_negative, zero_mean=learning.zero_mean)
-        fallback = self.filters * g if any(constraints.values()) else None
-        self.filters.copy_(normalize(f * g, learning.norm, fallback=fallback, **constraints))
+        constraint = self.constraint
+        constrained = constraint.non_negative or constraint.zero_mean
+        fallback = self.filters if constrained else None
+        self.filters.copy_(constraint.project(f, fallback=fallback))
 
     def fit_scale(self, pooled: Tensor | Spread) -> None:
         """Set the scale from all pooled maps below (N, C, H, W), or from their statistics."""
@@ -209,26 +215,16 @@ class Layer(nn.Module):
 
     def initialize(self, b: Tensor, generator: torch.Generator) -> None:
         """Set the initial filters as the settings say, from the layer's input b (N, C, H, W)."""
-        draw = patch_sampler(b, self.settings.filter_size, generator)
-        self.set_filters(self.draw_filters(self.settings.num_maps, draw, generator))
-
-    def draw_filters(
-        self, num: int, draw: Callable[[int], Tensor], generator: torch.Generator
-    ) -> Tensor:
-        """Initial filters (num, C, h, w): noise, or patches of the layer's input.
-
-        draw(n) returns n random patches (n, C, h, w).
-        """
-        learning = self.settings.learning
-        return draw_filters(
-            num,
-            self.filters,
+        settings, learning = self.settings, self.settings.learning
+        f = initial_filters(
+            settings.num_maps,
+            b,
+            settings.filter_size,
             learning.init,
             generator,
-            draw,
-            non_negative=learning.non_negative,
-            zero_mean=learning.zero_mean,
+            constraint=learning.constraint(),
         )
+        self.set_filters(f)
 
     def operator(self) -> Deconvolution:
         """F: maps z (N, K, ...) -> the layer's input (N, C, H, W), with the current filters."""

@@ -19,16 +19,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from deconvnet.filters.update import (
-    Batch,
-    FilterStatistics,
-    LearningSettings,
+from deconvnet.filters.care import (
+    centring_shifts,
     dead_filters,
     duplicate_filters,
-    filter_statistics,
-    off_center,
-    random_patch_positions,
     shift,
+    shift_filters,
+)
+from deconvnet.filters.initial import draw_filters, random_patch_positions
+from deconvnet.filters.statistics import FilterStatistics, filter_statistics
+from deconvnet.filters.update import (
+    Batch,
+    Diverged,
+    LearningSettings,
     update_filters,
     update_filters_by_cg,
 )
@@ -61,10 +64,6 @@ ORDER = "places"
 PHASES = ("inference", "sums", "exchange", "update")
 # What is added up over the images of an epoch.
 SUMMED = ("images", "entries", "nonzero", "reconstruction", "sparsity", "error", "signal")
-
-
-class Diverged(RuntimeError):
-    """The objective is no longer finite; the filters are those of before."""
 
 
 @dataclass(frozen=True)
@@ -245,7 +244,7 @@ class LayerTrainer:
 
     def _update_by_sums(self, chosen: Tensor, stop: bool) -> None:
         layer, f = self.layer, self.layer.filters
-        sums, finite = FilterStatistics.none(f), True
+        sums, finite = FilterStatistics.zeros(f), True
         for part in self._parts(chosen):
             self._seen.clock.end("sums")
             solution, T = self._visit(part)
@@ -273,13 +272,7 @@ class LayerTrainer:
         self.sums = sums if self.sums is None or fade == 0 else self.sums * fade + sums
         f.copy_(
             update_filters(
-                f,
-                self.sums,
-                layer.g,
-                norm=self.settings.norm,
-                iterations=self.settings.update_iterations,
-                non_negative=self.settings.non_negative,
-                zero_mean=self.settings.zero_mean,
+                f, self.sums, layer.constraint, iterations=self.settings.update_iterations
             )
         )
 
@@ -304,12 +297,9 @@ class LayerTrainer:
             update_filters_by_cg(
                 layer.filters,
                 batches,
-                layer.g,
-                norm=self.settings.norm,
+                layer.constraint,
                 iterations=self.settings.update_iterations,
                 boundary=layer.settings.boundary,
-                non_negative=self.settings.non_negative,
-                zero_mean=self.settings.zero_mean,
                 communicator=self.communicator,
             )
         )
@@ -350,10 +340,17 @@ class LayerTrainer:
         H, W = self.data.shape[1:]
         images, size = self.data.images, self.layer.settings.filter_size
 
-        def draw(number: int) -> Tensor:
+        def draw_patches(number: int) -> Tensor:
             return self._patches(random_patch_positions(number, images, (H, W), size, generator))
 
-        return self.layer.draw_filters(num, draw, generator)
+        return draw_filters(
+            num,
+            self.layer.filters,
+            self.settings.init,
+            draw_patches,
+            generator,
+            constraint=self.layer.constraint,
+        )
 
     def _patches(self, places: Tensor) -> Tensor:
         """(P, C, h, w): the pieces of what is below at places (P, 3), image, row, column."""
@@ -423,19 +420,16 @@ class LayerTrainer:
     def _recenter(self) -> None:
         """Move filters to the middle of their frames, and their maps the other way."""
         layer = self.layer
-        moves = off_center(layer.filters)
-        f = layer.filters.clone()
+        shifts = centring_shifts(layer.filters)
         wrap = layer.settings.boundary == "circular"
-        for k, (rows, columns) in moves.items():
-            f[k] = shift(f[k], rows, columns)
         for part, state in self._states():
-            for k, (rows, columns) in moves.items():
+            for k, (rows, columns) in shifts.items():
                 state[:, k] = shift(state[:, k], -rows, -columns, wrap=wrap)
             # With a window, of the moved entries that now share one the strongest stays.
             self.warm_starts[part] = state
-        layer.set_filters(f)
+        layer.set_filters(shift_filters(layer.filters, shifts))
         if self.sums is not None:
-            self.sums = self.sums.without(list(moves))
+            self.sums = self.sums.without(list(shifts))
 
     def _states(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(indices, states of inference) of the images, some at a time."""

@@ -18,7 +18,8 @@ from deconvnet.applications import restoration as applied
 from deconvnet.applications.restoration import LAYER_1, PSI, Restorer, estimate_noise
 from deconvnet.applications.restored_pictures import ENOUGH, fit, pictures, seen, strip
 from deconvnet.dictionary import learn_filters
-from deconvnet.filters.update import LearningSettings, normalize
+from deconvnet.filters.constraint import normalize
+from deconvnet.filters.update import LearningSettings
 from deconvnet.images.highpass import tikhonov_lowpass
 from deconvnet.images.preprocessing import PreprocessingSettings
 from deconvnet.network.layer import LayerSettings

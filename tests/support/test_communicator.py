@@ -13,11 +13,12 @@ from deconvnet import (
     PreprocessingSettings,
     SolverSettings,
 )
+from deconvnet.filters.update import Diverged
 from deconvnet.monitoring.monitor import Monitor
 from deconvnet.network.layer import Layer
 from deconvnet.support.communicator import Communicator
 from deconvnet.support.seeding import seeded_generator
-from deconvnet.training.layer_trainer import Diverged, LayerData, LayerTrainer
+from deconvnet.training.layer_trainer import LayerData, LayerTrainer
 from deconvnet.training.loop import train
 from deconvnet.training.run_folder import RunFolder
 from deconvnet.visualization.evolution.evolution import load_evolution

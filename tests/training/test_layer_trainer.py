@@ -19,7 +19,9 @@ from deconvnet import (
     learn_filters,
     sparse_code,
 )
-from deconvnet.filters.update import normalize, off_center
+from deconvnet.filters.care import centring_shifts
+from deconvnet.filters.constraint import normalize
+from deconvnet.filters.update import Diverged
 from deconvnet.monitoring.monitor import Monitor
 from deconvnet.network.layer import Layer, LayerProblem
 from deconvnet.operators.convolution import deconvolve
@@ -27,7 +29,7 @@ from deconvnet.operators.pooling import max_pool, pooled_shape, unpool
 from deconvnet.storage.checkpoint_files import load_checkpoint, save_checkpoint
 from deconvnet.storage.ownership import ForeignFileError
 from deconvnet.support.seeding import seeded_generator
-from deconvnet.training.layer_trainer import Diverged, LayerData, LayerTrainer
+from deconvnet.training.layer_trainer import LayerData, LayerTrainer
 from deconvnet.training.loop import train
 from deconvnet.training.run_folder import RunFolder
 from deconvnet.training.warm_starts import DiskWarmStarts, WarmStarts, merge_state_dicts
@@ -778,12 +780,12 @@ def test_filters_that_are_moved_leave_maps_with_one_entry_per_window(below):
         off[k] = 0
         off[k, :, place[0], place[1]] = 1
     net.layer(2).set_filters(off)
-    moves = off_center(net.layer(2).filters)
+    moves = centring_shifts(net.layer(2).filters)
     assert moves == {0: (1, 0), 1: (-1, -1), 3: (0, 1)}
     trainer._recenter()
     after = trainer.warm_starts[torch.arange(6)]
     assert_one_entry_per_window(after)
-    assert off_center(net.layer(2).filters) == {}
+    assert centring_shifts(net.layer(2).filters) == {}
     moved = before.clone()
     for k, (rows, columns) in moves.items():
         moved[:, k] = before[:, k].roll((-rows, -columns), (1, 2))
