@@ -24,15 +24,10 @@ from deconvnet.filters.initial import initial_filters
 from deconvnet.filters.statistics import FilterStatistics, filter_statistics
 from deconvnet.filters.update import Diverged, LearningSettings, update_filters
 from deconvnet.monitoring.monitor import Monitor
-from deconvnet.monitoring.records import EpochStats, decibels
-from deconvnet.network.network import (
-    FILTERS,
-    Layer,
-    LayerProblem,
-    LayerSettings,
-    layer_settings,
-    seeded,
-)
+from deconvnet.monitoring.records import EpochStats
+from deconvnet.network.layer import Layer, LayerProblem, LayerSettings
+from deconvnet.network.metrics import decibels
+from deconvnet.network.network import FILTERS
 from deconvnet.operators.convolution import Boundary
 from deconvnet.sparse_coding.solvers import (
     Solution,
@@ -45,6 +40,7 @@ from deconvnet.sparse_coding.solvers import (
 from deconvnet.storage.integrity import InvalidFileError
 from deconvnet.storage.network_files import load_network, save_network
 from deconvnet.support.modes import plain
+from deconvnet.support.seeding import seeded_generator
 from deconvnet.support.validation import (
     as_filters,
     as_images,
@@ -160,7 +156,10 @@ class Learned:
                 f"{path}: holds no filters of Learned.save; a network is read by deconvnet.load"
             )
         try:
-            filters, layer = tensors["filters"], layer_settings(settings["layer"])
+            filters, layer = (
+                tensors["filters"],
+                LayerSettings.from_dict(settings["layer"], f"{path}: layer"),
+            )
             size = layer.filter_size
             if filters.ndim != 4 or filters.shape[::2] != (layer.num_maps, size):
                 raise ValueError(f"filters of the shape {tuple(filters.shape)}")
@@ -237,7 +236,7 @@ def learn_filters(
         solver=solver or default_solver(images, p),
         learning=learning,
     )
-    layer = Layer(settings, images.shape[1], seeded(seed, 1)).to(images)
+    layer = Layer(settings, images.shape[1], seeded_generator(seed, 1)).to(images)
     first = None if filters is None else _first(filters, layer)
     trainer = LayerTrainer(layer, images, seed=seed, filters=first)
     if lam_ratio is not None:
@@ -336,12 +335,12 @@ class _Stream:
     ):
         self.settings, self.learning = settings, settings.learning
         self.seed, self.averaging_batches = seed, averaging_batches
-        self.layer = Layer(settings, images.shape[1], seeded(seed, 1)).to(images)
+        self.layer = Layer(settings, images.shape[1], seeded_generator(seed, 1)).to(images)
         self.sums: FilterStatistics | None = None
         self.count, self.next_look = 0, RECENTER_FIRST
         self._check(images, "batch 1")
         if filters is None:
-            self.layer.initialize(images, seeded(seed, 1, 1))
+            self.layer.initialize(images, seeded_generator(seed, 1, 1))
         else:
             self.layer.set_filters(_first(filters, self.layer))
         if lam_ratio is not None:
@@ -403,7 +402,7 @@ class _Stream:
             images,
             self.settings.filter_size,
             self.learning.init,
-            seeded(self.seed, 1, 2, self.count),
+            seeded_generator(self.seed, 1, 2, self.count),
             constraint=self.layer.constraint,
         )
         self.layer.set_filters(f)

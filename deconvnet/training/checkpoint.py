@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deconvnet.images.preprocessing import Spread
 from deconvnet.monitoring.records import LayerResult
-from deconvnet.network.network import DeconvNet, network_of
+from deconvnet.network.network import DeconvNet, restore_network
 from deconvnet.storage.checkpoint_files import load_checkpoint, load_newest_checkpoint
 from deconvnet.storage.integrity import InvalidFileError
 from deconvnet.storage.network_files import load_network
@@ -94,7 +94,7 @@ def check_state(state: object, where: str | Path) -> None:
             f"{where}: its checkpoint does not hold a run of this version ({', '.join(wrong)}); "
             "resume from another one"
         )
-    network_of(where, state["network"].get("tensors"), state["network"].get("settings"))
+    restore_network(where, state["network"].get("tensors"), state["network"].get("settings"))
 
 
 def state_at(path: Path) -> dict | None:
@@ -110,7 +110,7 @@ def network_parts(init: str) -> tuple[dict, dict]:
     path = Path(init).expanduser()
     if path.suffix == ".safetensors" and path.exists() and not path.is_dir():
         parts = load_network(path)
-        network_of(path, *parts)
+        restore_network(path, *parts)
         return parts
     state = state_at(path)
     if state is None:

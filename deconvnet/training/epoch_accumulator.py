@@ -11,7 +11,8 @@ from torch import Tensor
 
 from deconvnet.monitoring.monitor import memory_used
 from deconvnet.monitoring.peaks import Peaks, SnapshotPlan
-from deconvnet.monitoring.records import EpochStats, RankLoad, decibels
+from deconvnet.monitoring.records import EpochStats, RankLoad
+from deconvnet.network.metrics import decibels
 from deconvnet.sparse_coding.solvers import Solution
 from deconvnet.support.communicator import Communicator
 from deconvnet.support.units import exponent, magnitude, times_power

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from deconvnet.network.codes import Codes
-from deconvnet.network.network import DeconvNet, LayerProblem
+from deconvnet.network.layer import LayerProblem
+from deconvnet.network.network import DeconvNet
 
 
 @dataclass(frozen=True)

@@ -33,11 +33,12 @@ from deconvnet.filters.update import (
 )
 from deconvnet.monitoring.peaks import Snapshot, SnapshotPlan
 from deconvnet.monitoring.records import EpochStats
-from deconvnet.network.network import Layer, check_size, seeded
+from deconvnet.network.layer import Layer, check_input_size
 from deconvnet.operators.linear import Identity, LinearOperator
 from deconvnet.sparse_coding.solvers import Solution
 from deconvnet.support.communicator import SINGLE, Communicator
 from deconvnet.support.modes import plain
+from deconvnet.support.seeding import seeded_generator
 from deconvnet.training.epoch_accumulator import EpochAccumulator
 from deconvnet.training.layer_data import LayerData
 from deconvnet.training.sampler import BatchSampler
@@ -84,7 +85,7 @@ class LayerTrainer:
         state: dict | None = None,
     ):
         self.data = LayerData.from_tensor(data) if isinstance(data, Tensor) else data
-        check_size(self.data.shape, layer, number)
+        check_input_size(self.data.shape, layer, number)
         self.layer, self.seed, self.number, self.chunk = layer, seed, number, chunk
         self.snapshot_plan, self.communicator, self.keep = (
             snapshot_plan,
@@ -109,7 +110,9 @@ class LayerTrainer:
         self._accumulator = EpochAccumulator()
         if state is None:
             if filters is None:
-                filters = self._draw_filters(layer.settings.num_maps, seeded(seed, number, 1))
+                filters = self._draw_filters(
+                    layer.settings.num_maps, seeded_generator(seed, number, 1)
+                )
             layer.set_filters(filters.to(layer.filters))
         else:
             self.load_state_dict(state)
@@ -315,7 +318,7 @@ class LayerTrainer:
         if not filters:
             return
         layer = self.layer
-        generator = seeded(self.seed, self.number, 3, self.epoch)
+        generator = seeded_generator(self.seed, self.number, 3, self.epoch)
         f = layer.filters.clone()
         f[filters] = self._draw_filters(len(filters), generator)
         layer.set_filters(f)

@@ -11,7 +11,7 @@ import torch
 
 from deconvnet.images.datasets import DataSettings
 from deconvnet.images.preprocessing import PreprocessingSettings
-from deconvnet.network.network import LayerSettings
+from deconvnet.network.layer import LayerSettings
 from deconvnet.support.renaming import with_current_names
 from deconvnet.training.checkpoint import DIGEST
 

@@ -16,7 +16,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from deconvnet.network.network import seeded
+from deconvnet.support.seeding import seeded_generator
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,6 @@ def _orders(sampler: BatchSampler, epoch: int) -> list[Tensor]:
     orders = []
     for slot in sampler.own_slots:
         images = torch.arange(slot, sampler.num_images, sampler.slots)
-        shuffle = seeded(*sampler.seeds, epoch, slot)
+        shuffle = seeded_generator(*sampler.seeds, epoch, slot)
         orders.append(images[torch.randperm(len(images), generator=shuffle)])
     return orders

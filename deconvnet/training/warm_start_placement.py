@@ -7,7 +7,7 @@ import math
 import shutil
 from pathlib import Path
 
-from deconvnet.network.network import Layer
+from deconvnet.network.layer import Layer
 from deconvnet.operators.convolution import map_size
 from deconvnet.operators.pooling import pooled_shape
 from deconvnet.training.layer_data import LayerData

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deconvnet.network.network import LayerSettings
+from deconvnet.network.layer import LayerSettings
 from deconvnet.operators.pooling import Window, max_pool, pooled_shape, unpool
 from deconvnet.storage.ownership import ForeignFileError, is_regular
 

@@ -16,7 +16,7 @@ from deconvnet.filters.constraint import FilterConstraint, normalize
 from deconvnet.filters.initial import initial_filters
 from deconvnet.filters.statistics import filter_statistics
 from deconvnet.filters.update import LearningSettings, update_filters, update_filters_by_cg
-from deconvnet.network.network import Layer, LayerProblem, LayerSettings
+from deconvnet.network.layer import Layer, LayerProblem, LayerSettings
 from deconvnet.operators.arithmetic import convolution_matrix, receptive_field
 from deconvnet.operators.convolution import (
     correlate,

@@ -15,8 +15,9 @@ from deconvnet import (
 )
 from deconvnet.filters.update import Diverged
 from deconvnet.monitoring.monitor import Monitor
-from deconvnet.network.network import Layer, seeded
+from deconvnet.network.layer import Layer
 from deconvnet.support.communicator import Communicator
+from deconvnet.support.seeding import seeded_generator
 from deconvnet.training.layer_data import LayerData
 from deconvnet.training.layer_trainer import LayerTrainer
 from deconvnet.training.loop import train
@@ -174,7 +175,7 @@ def layer_of(**learning):
     settings = LayerSettings(
         4, 5, solver=ADMM, learning=LearningSettings(**{"epochs": 3, "batch_size": 3, **learning})
     )
-    return Layer(settings, 3, seeded(0, 1))
+    return Layer(settings, 3, seeded_generator(0, 1))
 
 
 def shared(b, communicator, state=None, layer=None):

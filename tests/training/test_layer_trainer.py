@@ -23,11 +23,12 @@ from deconvnet.filters.care import centring_shifts
 from deconvnet.filters.constraint import normalize
 from deconvnet.filters.update import Diverged
 from deconvnet.monitoring.monitor import Monitor
-from deconvnet.network.network import Layer, LayerProblem, seeded
+from deconvnet.network.layer import Layer, LayerProblem
 from deconvnet.operators.convolution import deconvolve
 from deconvnet.operators.pooling import max_pool, pooled_shape, unpool
 from deconvnet.storage.checkpoint_files import load_checkpoint, save_checkpoint
 from deconvnet.storage.ownership import ForeignFileError
+from deconvnet.support.seeding import seeded_generator
 from deconvnet.training.layer_data import LayerData
 from deconvnet.training.layer_trainer import LayerTrainer
 from deconvnet.training.loop import train
@@ -83,7 +84,7 @@ def layer(channels=1, *, num_maps=6, seed=0, epochs=3, batch_size=4, connectivit
         connectivity=connectivity,
         **{"solver": FAST, "learning": learning, **other},
     )
-    return Layer(settings, channels, seeded(seed, 1))
+    return Layer(settings, channels, seeded_generator(seed, 1))
 
 
 def trained(b, *, seed=0, chunk=8, **settings):
@@ -550,7 +551,7 @@ def lively(textures):
     learning = LearningSettings(epochs=6, batch_size=3)
     solver = SolverSettings("fista", iterations=10, training_iterations=2)
     settings = LayerSettings(6, 5, lam=2.0, pool=[1, 2, 2], solver=solver, learning=learning)
-    layer = Layer(settings, 1, seeded(0, 1))
+    layer = Layer(settings, 1, seeded_generator(0, 1))
     return layer, textures(8, 1, 14, 15) - 0.5
 
 
