@@ -1779,7 +1779,7 @@ def test_modules_that_are_no_layers_are_told_from_names_that_do_not_exist():
     assert refused(model, x, "flat").startswith(
         "layer 'flat': its output is (N, 4, 20): tokens, not maps; "
     )
-    assert "its output is (4, 4, 12): no maps (N, K, H, W)" in refused(model, x[:1], "fold")
+    assert "its output is (4, 4, 12): not maps (N, K, H, W)" in refused(model, x[:1], "fold")
     assert "layer 'none': it gives no tensor" in refused(model, x, "none")
     assert "layer 'unused': the model does not call it" in refused(model, x, "unused")
     assert "did you mean blocks.1, blocks.0?" in refused(model, x, "blocks")
