@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from deconvnet.applications.restoration import Restorer, psnr
+from deconvnet.applications.restoration import Restorer
 from deconvnet.images.datasets import (
     distinct_names,
     image_files,
@@ -23,7 +23,8 @@ from deconvnet.images.datasets import (
 )
 from deconvnet.monitoring.monitor import hidden, save_picture
 from deconvnet.network import tiling
-from deconvnet.network.network import Progress, load, snr
+from deconvnet.network.metrics import psnr, snr
+from deconvnet.network.network import Progress, load
 from deconvnet.network.tiling import MEMORY
 from deconvnet.storage import ownership
 from deconvnet.training.run_folder import training_data
@@ -161,9 +162,9 @@ def reconstruct(
 
 def check_targets(targets: list[Path], inputs: list[Path]) -> None:
     """Refuse, before any work, results that could not be written or would replace an input."""
-    ownership.check_inputs(targets, inputs)
+    ownership.check_not_inputs(targets, inputs)
     for path in targets:
-        ownership.check(path)
+        ownership.check_writable(path)
     for folder in dict.fromkeys(path.parent for path in targets):
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):

@@ -15,25 +15,22 @@ from torch.nn import functional
 from torch.testing import assert_close
 
 from deconvnet.applications import restoration as applied
-from deconvnet.applications.restoration import (
-    LAYER_1,
-    PSI,
-    Restorer,
-    estimate_noise,
-    psnr,
-)
+from deconvnet.applications.restoration import LAYER_1, PSI, Restorer, estimate_noise
 from deconvnet.applications.restored_pictures import ENOUGH, fit, pictures, seen, strip
 from deconvnet.dictionary import learn_filters
-from deconvnet.filters.update import LearningSettings, normalize
+from deconvnet.filters.constraint import normalize
+from deconvnet.filters.update import LearningSettings
 from deconvnet.images.highpass import tikhonov_lowpass
 from deconvnet.images.preprocessing import PreprocessingSettings
-from deconvnet.network.network import DeconvNet, LayerSettings, load, snr
+from deconvnet.network.layer import LayerSettings
+from deconvnet.network.metrics import psnr, snr
+from deconvnet.network.network import DeconvNet, load
 from deconvnet.operators.convolution import deconvolve
 from deconvnet.operators.linear import Deconvolution
 from deconvnet.sparse_coding.adaptive import WORST
 from deconvnet.sparse_coding.prior import shrink
 from deconvnet.sparse_coding.solvers import SolverSettings, sparse_code
-from deconvnet.storage import formats
+from deconvnet.storage.checkpoint_files import save_checkpoint
 
 SIGMA = 25 / 255
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
@@ -524,7 +521,7 @@ def test_a_run_whose_images_are_gone_serves_unfitted_and_downloads_nothing(
         folder = tmp_path / data["name"]
         data = {"size": 40, **data}
         saved = {"network": {"tensors": tensors, "settings": settings}, "settings": {"data": data}}
-        formats.save(folder / "checkpoints", 1, saved)
+        save_checkpoint(folder / "checkpoints", 1, saved)
         restorer = Restorer(net)
         fit(restorer, folder, [])
         return restorer.weights, capsys.readouterr().out

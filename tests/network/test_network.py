@@ -8,12 +8,13 @@ from torch.testing import assert_close
 from deconvnet import DeconvNet, LayerSettings, PreprocessingSettings, SolverSettings, load
 from deconvnet.monitoring.monitor import Monitor
 from deconvnet.network.codes import join
-from deconvnet.network.network import LayerProblem, seeded
+from deconvnet.network.layer import LayerProblem
 from deconvnet.operators.arithmetic import convolution_matrix
 from deconvnet.operators.linear import Deconvolution, Identity, LinearOperator
 from deconvnet.operators.pooling import UNPOOLINGS, max_pool, unpool
 from deconvnet.sparse_coding.solvers import solve
-from deconvnet.storage.formats import CheckpointError
+from deconvnet.storage.integrity import InvalidFileError
+from deconvnet.support.seeding import seeded_generator
 from deconvnet.training.loop import train
 from deconvnet.training.run_folder import RunFolder
 
@@ -528,7 +529,7 @@ def test_the_target_of_some_images_is_theirs(small):
         net, codes = tiny(small, target=target)
         whole, part = net.layer_problem(codes, 2), net.layer_problem(codes, 2, torch.tensor([1]))
         assert torch.equal(part.b[0], whole.b[1])
-        v = torch.randn(codes.layer(1).pooled.shape, generator=seeded(1)).double()
+        v = torch.randn(codes.layer(1).pooled.shape, generator=seeded_generator(1)).double()
         assert_close(part.T(v[1:]), whole.T(v)[1:])
         assert_close(part.T.adjoint(part.b), whole.T.adjoint(whole.b)[1:])
         assert torch.equal(
@@ -663,17 +664,18 @@ def test_a_path_without_a_network_is_refused_by_its_name(tmp_path):
 
 
 def test_settings_of_another_version_are_refused_with_the_file(net, tmp_path):
-    from deconvnet.storage.formats import save_network
+    from deconvnet.storage.network_files import save_network
 
     tensors, settings = net.to_parts()
     settings["layers"][0]["stride"] = 2
     save_network(tmp_path / "new.safetensors", tensors, settings)
-    with pytest.raises(CheckpointError, match="new.safetensors: not a network of this version.*st"):
+    message = "new.safetensors: not a network of this version.*stride"
+    with pytest.raises(InvalidFileError, match=message):
         load(tmp_path / "new.safetensors")
     tensors, settings = net.to_parts()
     del tensors["layers.1.filters"]
     save_network(tmp_path / "part.safetensors", tensors, settings)
-    with pytest.raises(CheckpointError, match="part.safetensors: not a network of this version"):
+    with pytest.raises(InvalidFileError, match="part.safetensors: not a network of this version"):
         load(tmp_path / "part.safetensors")
 
 

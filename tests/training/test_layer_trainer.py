@@ -19,14 +19,17 @@ from deconvnet import (
     learn_filters,
     sparse_code,
 )
-from deconvnet.filters.update import normalize, off_center
+from deconvnet.filters.care import centring_shifts
+from deconvnet.filters.constraint import normalize
+from deconvnet.filters.update import Diverged
 from deconvnet.monitoring.monitor import Monitor
-from deconvnet.network.network import Layer, LayerProblem, seeded
+from deconvnet.network.layer import Layer, LayerProblem
 from deconvnet.operators.convolution import deconvolve
 from deconvnet.operators.pooling import max_pool, pooled_shape, unpool
-from deconvnet.storage import formats
-from deconvnet.storage.ownership import NotOurs
-from deconvnet.training.layer_trainer import Diverged, LayerData, LayerTrainer
+from deconvnet.storage.checkpoint_files import load_checkpoint, save_checkpoint
+from deconvnet.storage.ownership import ForeignFileError
+from deconvnet.support.seeding import seeded_generator
+from deconvnet.training.layer_trainer import LayerData, LayerTrainer
 from deconvnet.training.loop import train
 from deconvnet.training.run_folder import RunFolder
 from deconvnet.training.warm_starts import DiskWarmStarts, WarmStarts, merge_state_dicts
@@ -80,7 +83,7 @@ def layer(channels=1, *, num_maps=6, seed=0, epochs=3, batch_size=4, connectivit
         connectivity=connectivity,
         **{"solver": FAST, "learning": learning, **other},
     )
-    return Layer(settings, channels, seeded(seed, 1))
+    return Layer(settings, channels, seeded_generator(seed, 1))
 
 
 def trained(b, *, seed=0, chunk=8, **settings):
@@ -242,7 +245,7 @@ def test_a_trainer_that_was_saved_and_loaded_goes_on_bit_by_bit(b, tmp_path, upd
     first = LayerTrainer(layer(**settings), b)
     stats = [first.update() for _ in range(stop)]
     state = {"trainer": first.state_dict(), "filters": first.layer.filters}
-    state = formats.load(formats.save(tmp_path, stop, state))
+    state = load_checkpoint(save_checkpoint(tmp_path, stop, state))
     same = layer(**settings)
     same.filters.copy_(state["filters"])
     second = LayerTrainer(same, b, state=state["trainer"])
@@ -547,7 +550,7 @@ def lively(textures):
     learning = LearningSettings(epochs=6, batch_size=3)
     solver = SolverSettings("fista", iterations=10, training_iterations=2)
     settings = LayerSettings(6, 5, lam=2.0, pool=[1, 2, 2], solver=solver, learning=learning)
-    layer = Layer(settings, 1, seeded(0, 1))
+    layer = Layer(settings, 1, seeded_generator(0, 1))
     return layer, textures(8, 1, 14, 15) - 0.5
 
 
@@ -671,7 +674,7 @@ def test_a_strangers_file_in_the_place_of_states_stays(tmp_path, kind):
         path.mkdir()
     else:
         path.write_bytes(b"mine")
-    with pytest.raises(NotOurs, match="in the way"):
+    with pytest.raises(ForeignFileError, match="in the way"):
         DiskWarmStarts(torch.arange(2), None, tmp_path / "states")
     assert other.read_bytes() == b"thesis" and path.is_dir() == (kind == "folder")
 
@@ -736,7 +739,7 @@ def test_learning_through_the_layers_below_goes_on_bit_by_bit(below, tmp_path, s
     same, first = second(below, **settings)
     stats = [first.update() for _ in range(stop)]
     state = {"trainer": first.state_dict(), "filters": same.layer(2).filters}
-    state = formats.load(formats.save(tmp_path, stop, state))
+    state = load_checkpoint(save_checkpoint(tmp_path, stop, state))
     again, trainer = second(below, state=state["trainer"], filters=state["filters"], **settings)
     stats += to_the_end(trainer)
     assert torch.equal(again.layer(2).filters, net.layer(2).filters)
@@ -777,12 +780,12 @@ def test_filters_that_are_moved_leave_maps_with_one_entry_per_window(below):
         off[k] = 0
         off[k, :, place[0], place[1]] = 1
     net.layer(2).set_filters(off)
-    moves = off_center(net.layer(2).filters)
+    moves = centring_shifts(net.layer(2).filters)
     assert moves == {0: (1, 0), 1: (-1, -1), 3: (0, 1)}
     trainer._recenter()
     after = trainer.warm_starts[torch.arange(6)]
     assert_one_entry_per_window(after)
-    assert off_center(net.layer(2).filters) == {}
+    assert centring_shifts(net.layer(2).filters) == {}
     moved = before.clone()
     for k, (rows, columns) in moves.items():
         moved[:, k] = before[:, k].roll((-rows, -columns), (1, 2))

@@ -40,9 +40,11 @@ from deconvnet.applications.classification.classifier import (
 from deconvnet.images.datasets import digest_file, find_images, fit_size, pad_size, read_image
 from deconvnet.monitoring.monitor import hidden
 from deconvnet.network.codes import Codes
-from deconvnet.network.network import DeconvNet, seeded
-from deconvnet.storage import formats, ownership
+from deconvnet.network.network import DeconvNet
+from deconvnet.storage import ownership
+from deconvnet.storage.array_files import load_arrays, save_arrays
 from deconvnet.support.communicator import SINGLE, Communicator
+from deconvnet.support.seeding import seeded_generator
 from deconvnet.training.run_folder import training_data
 
 # Images whose features make one file, and pyramids that are compared at a time.
@@ -328,7 +330,7 @@ class Features:
 
     def _some(self, parts: list[Tensor], each: int, kind: Kind, index: int) -> np.ndarray:
         """At most `each` random windows of an image that are not zero, as many of every part."""
-        generator = seeded(self.settings.seed, *kind, index)
+        generator = seeded_generator(self.settings.seed, *kind, index)
         share = -(-each // max(1, len(parts)))
         # Maps that are all zero have no windows.
         kept = [np.empty((0, self._width(kind[0])), np.float32)]
@@ -486,13 +488,13 @@ def _classes(key: str, path: str) -> list[str]:
 def _write(path: Path, key: str, **arrays: object) -> None:
     named = {name: np.asarray(value) for name, value in arrays.items()}
     of = {"of": np.array(key)}
-    formats.save_arrays(path, {**of, **named}, compressed=True, ours=_is_features)
+    save_arrays(path, {**of, **named}, compressed=True, ours=_is_features)
 
 
 def _is_features(path: Path) -> bool:
     """Whether a file is ours, intact or not: a damaged one is recomputed."""
     try:
-        with ownership.opened(path) as file:
+        with ownership.open_regular_file(path) as file:
             head = file.read(64)
     except (OSError, ValueError):
         return False
@@ -504,7 +506,7 @@ def _read(path: Path, key: str, **shapes: tuple[int, ...]) -> dict[str, np.ndarr
     or was computed for another key.
     """
     try:
-        arrays = formats.load_arrays(path)
+        arrays = load_arrays(path)
     except (OSError, ValueError):
         return None
     sound = all(name in arrays and arrays[name].shape == shapes[name] for name in shapes)

@@ -24,7 +24,8 @@ import torch
 from torch import nn
 
 from deconvnet.images.datasets import INTERPOLATIONS, Crop
-from deconvnet.storage import formats
+from deconvnet.storage.integrity import InvalidFileError
+from deconvnet.storage.network_files import load_network, save_network
 from deconvnet.visualization.models.normalization import Normalization
 from deconvnet.visualization.models.weights import (
     WEIGHT_FILES,
@@ -123,7 +124,7 @@ def save_model(path: str | Path, model: LoadedModel) -> None:
         "labels": model.labels,
         "training": dict(model.training),
     }
-    formats.save_network(Path(path), model.module.state_dict(), settings)
+    save_network(Path(path), model.module.state_dict(), settings)
 
 
 def digest(module: nn.Module) -> str:
@@ -324,8 +325,8 @@ def _file(spec: str, weights: str | Path, options: dict) -> LoadedModel:
     if (reason := why_not_weights(path)) is not None:
         raise ValueError(f"model={spec}: {reason}")
     try:
-        tensors, settings = formats.load_network(path)
-    except formats.CheckpointError as error:
+        tensors, settings = load_network(path)
+    except InvalidFileError as error:
         raise ValueError(f"model={error}; if these are the parameters of one, {remedy}") from error
     if settings.get("cnn") != "ZFNet":
         raise ValueError(
