@@ -32,7 +32,7 @@ from sklearn.decomposition import PCA, MiniBatchDictionaryLearning
 from torch import Tensor, nn
 from torch.nn import functional
 
-from deconvnet.filters.update import LearningSettings, random_filters
+from deconvnet.filters.update import LearningSettings, initial_filters
 from deconvnet.images.preprocessing import Preprocessing, PreprocessingSettings
 from deconvnet.network.codes import Codes
 from deconvnet.network.network import DeconvNet, LayerProblem, LayerSettings, seeded
@@ -205,7 +205,7 @@ class RandomFilters(FilterMaps):
 
     def _filters(self, y: Tensor) -> Tensor:
         num_maps, _, size, _ = self.filters.shape
-        return random_filters(num_maps, y, size, "random", seeded(self.seed, 1))
+        return initial_filters(num_maps, y, size, "random", seeded(self.seed, 1))
 
 
 class PatchDictionary(FilterMaps):

@@ -48,9 +48,9 @@ from sklearn.svm import LinearSVC
 from torch import Tensor
 
 from deconvnet.applications.classification.pyramid import grid_features
-from deconvnet.cli import config
 from deconvnet.images.preprocessing import STEPS, PreprocessingSettings
 from deconvnet.monitoring.strict_json import to_json
+from deconvnet.support.devices import torch_device
 
 DATASETS = ("digits", "shifted", "fashion")
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
@@ -165,7 +165,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{key} {getattr(options, key)}: must be at least 1 (train: 2)")
     try:
         options.preprocessing = PreprocessingSettings(color="grey", steps=options.steps)
-        options.device = config.device(options.device)
+        options.device = torch_device(options.device)
     except ValueError as error:
         parser.error(str(error))
     options.output = options.output or Path(f"runs/benchmark/features-{options.dataset}.json")

@@ -19,7 +19,6 @@ import importlib
 import json
 import os
 import random
-import runpy
 import signal
 import socket
 import sys
@@ -33,14 +32,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from deconvnet import load
+from deconvnet.cli.commands import run
 from deconvnet.storage import formats
 
 # Imported before the first fork, so that a life begins in no time.
 for module in ("skimage.transform", "sklearn.datasets", "torch.utils.tensorboard"):
     importlib.import_module(module)
-importlib.import_module("deconvnet.cli.config")
+importlib.import_module("deconvnet.cli.launch")
 
-TRAIN = Path(__file__).resolve().parents[1] / "scripts" / "train.py"
 SETTINGS = [
     *("progress=false", "device=cpu", "data.size=32", "data.max_images=7", "layers=2"),
     *(f"model.layer{n}.{key}" for n in (1, 2) for key in ("num_maps=5", "filter_size=5")),
@@ -145,10 +144,10 @@ def begin(settings: list[str], rank: int, ranks: int, port: int) -> int:
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)
-    sys.argv = [str(TRAIN), *settings]
+    sys.argv = ["deconvnet", *settings]
     code = 0
     try:
-        runpy.run_path(sys.argv[0], run_name="__main__")
+        run("train", ("deconvnet", "train"))
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
     except BaseException:

@@ -39,12 +39,12 @@ from torch import Tensor
 from deconvnet import load
 from deconvnet.applications.restoration import Restorer, psnr
 from deconvnet.applications.restored_pictures import strip
-from deconvnet.cli import config
+from deconvnet.cli.settings import read_settings, register
 from deconvnet.monitoring.monitor import Monitor, save_picture
 from deconvnet.monitoring.strict_json import to_json
 from deconvnet.network.network import DeconvNet, snr
 from deconvnet.training.loop import train
-from deconvnet.training.run_folder import Run
+from deconvnet.training.run_folder import RunFolder
 
 PHOTOGRAPHS = ("astronaut", "camera", "chelsea", "coffee", "coins", "rocket")
 SPORCO_IMAGES = ("barbara.png", "kodim23.png", "monarch.png", "sail.png", "tulips.png")
@@ -160,18 +160,18 @@ def network(crops: Tensor, folder: Path, options: argparse.Namespace) -> DeconvN
     folder = folder.with_name(f"{folder.name}-depth-{options.depth}")
     small = ["model.layer1.num_maps=16", "model.layer2.num_maps=8"]
     small += [f"model.layer{n}.learning.epochs=1" for n in (1, 2)]
-    config.register()
+    register()
     with initialize_config_dir(str(Path(__file__).parents[1] / "configs"), version_base="1.3"):
         asked = ["+experiment=denoise", "preprocessing.color=grey", f"layers={options.depth}"]
         asked += small if options.quick else []
-        settings = config.read(compose("train", asked))
+        settings = read_settings(compose("train", asked))
     if (folder / "network.safetensors").is_file():
         return load(folder / "network.safetensors")
     net = DeconvNet(settings.layer_settings(), settings.preprocessing, seed=settings.seed)
     net.preprocessing.fit(crops)
     started = time.perf_counter()
     with Monitor(folder) as monitor:
-        train(net, crops, Run(folder, {}), monitor)
+        train(net, crops, RunFolder(folder, {}), monitor)
     print(f"{folder}: learned in {(time.perf_counter() - started) / 60:.1f} minutes")
     return net
 

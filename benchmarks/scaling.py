@@ -44,13 +44,13 @@ import torch
 from ours import synchronizer
 
 from deconvnet import LayerSettings, LearningSettings, SolverSettings
-from deconvnet.filters.update import random_filters
+from deconvnet.filters.update import initial_filters
 from deconvnet.images.preprocessing import PreprocessingSettings
 from deconvnet.monitoring.strict_json import to_json
 from deconvnet.network.network import DeconvNet, Layer, seeded
 from deconvnet.operators.linear import Deconvolution
 from deconvnet.sparse_coding.solvers import Solution, default_solver, duality_gap, sparse_code
-from deconvnet.training.layer_trainer import Ground, LayerTrainer
+from deconvnet.training.layer_trainer import LayerData, LayerTrainer
 
 AXES = {
     "images": (1, 2, 4, 8, 16),
@@ -275,8 +275,8 @@ def _through_layers(case: Case) -> dict:
         layer.fit_scale(codes.layers[-1].pooled)
     layer.initialize(net.layer_input(codes, number), seeded(0, number))
     if case.method == EPOCH:
-        ground = Ground.over(net, codes, number)
-        return _epochs(case, lambda: LayerTrainer(layer, ground, number=number))
+        data = LayerData.from_codes(net, codes, number)
+        return _epochs(case, lambda: LayerTrainer(layer, data, number=number))
 
     def infer(iterations: int) -> Solution:
         settings = replace(solver, iterations=iterations)
@@ -306,7 +306,7 @@ def _epochs(case: Case, start: Callable[[], LayerTrainer]) -> dict:
     used = peak_of(first, case.device)
     (trainer,) = held
     _, seconds = timed(lambda: epoch(trainer), case)
-    z = trainer.layer.operator().zeros(trainer.ground.below(torch.arange(trainer.ground.images)))
+    z = trainer.layer.operator().zeros(trainer.data.below(torch.arange(trainer.data.images)))
     return {
         "seconds": seconds,
         "bytes": used,
@@ -315,7 +315,7 @@ def _epochs(case: Case, start: Callable[[], LayerTrainer]) -> dict:
 
 
 def epoch(trainer: LayerTrainer) -> None:
-    for _ in range(trainer.schedule.batches):
+    for _ in range(trainer.sampler.batches):
         trainer.update()
 
 
@@ -360,7 +360,7 @@ def data(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     chosen = np.arange(case.images) * len(tiles) // case.images
     y = torch.from_numpy(np.ascontiguousarray(tiles[chosen], np.float32)).to(case.device)
     others = torch.from_numpy(problems.crops(problems.OTHERS, 10, 128, 1))
-    f = random_filters(case.maps, others, case.size, "patches", torch.Generator().manual_seed(0))
+    f = initial_filters(case.maps, others, case.size, "patches", torch.Generator().manual_seed(0))
     return y, f.to(case.device)
 
 

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 from deconvnet.filters.update import (
-    FilterSums,
+    FilterStatistics,
     LearningSettings,
     dead_filters,
-    filter_sums,
+    filter_statistics,
     normalize,
     off_center,
-    patches_of,
+    patch_sampler,
     shift,
     update_filters,
 )
@@ -45,7 +45,7 @@ from deconvnet.sparse_coding.solvers import (
     Solution,
     SolverSettings,
     default_solver,
-    lam_of_share,
+    lam_from_ratio,
     relative_schedule,
     sparse_code,
 )
@@ -133,7 +133,7 @@ class Learned:
         self,
         batches: Iterable[Tensor],
         *,
-        memory: float = 50.0,
+        averaging_batches: float = 50.0,
         solver: SolverSettings | None = None,
         learning: LearningSettings | None = None,
         seed: int = 0,
@@ -141,7 +141,7 @@ class Learned:
     ) -> Learned:
         """`learn_online` from these filters on, as `learn_more`, from batches of images."""
         asked = self._asked(solver, learning, seed, progress)
-        more = learn_online(batches, memory=memory, **asked)
+        more = learn_online(batches, averaging_batches=averaging_batches, **asked)
         return dataclasses.replace(more, history=[*self.history, *more.history])
 
     def save(self, path: str | Path) -> None:
@@ -210,7 +210,7 @@ def learn_filters(
     *,
     filters: Tensor | None = None,
     lam: float | None = None,
-    share: float | None = None,
+    lam_ratio: float | None = None,
     p: float = 1.0,
     boundary: Boundary = "valid",
     group: int = 1,
@@ -225,11 +225,11 @@ def learn_filters(
     images: (N, C, H, W) of float32 or float64, a tensor or a numpy array, explained as they are:
     remove at least their mean. filters: (K, C, h, h) to begin with, in place of num_maps and
     filter_size; they are given the norm and the signs that `learning` asks for, whose `init` then
-    does not count. lam weighs the reconstruction; or share, in (0, 1], of what leaves all maps zero
-    under the filters that the learning starts from (`lam_of_share`). group, non_negative: the prior
-    of the maps; those of the filters are in `learning`. solver: by default what is fastest on the
-    device. `encode` of what is returned infers the maps of these or of other images, `learn_more`
-    continues. Raises Diverged where the objective is no longer finite.
+    does not count. lam weighs the reconstruction; or lam_ratio, in (0, 1], relative to the lambda
+    that leaves all maps zero under the initial filters (`lam_from_ratio`). group, non_negative: the
+    prior of the maps; those of the filters are in `learning`. solver: by default what is fastest on
+    the device. `encode` of the result infers the maps of these or of other images, `learn_more`
+    continues learning. Raises Diverged where the objective is no longer finite.
     """
     images = _checked(images, "images")
     settings = _settings(
@@ -237,7 +237,7 @@ def learn_filters(
         filter_size,
         filters=filters,
         lam=lam,
-        share=share,
+        lam_ratio=lam_ratio,
         p=p,
         boundary=boundary,
         group=group,
@@ -248,8 +248,8 @@ def learn_filters(
     layer = Layer(settings, images.shape[1], seeded(seed, 1)).to(images)
     first = None if filters is None else _first(filters, layer)
     trainer = LayerTrainer(layer, images, seed=seed, filters=first)
-    if share is not None:
-        _take_share(layer, images, share)
+    if lam_ratio is not None:
+        _set_lam_from_ratio(layer, images, lam_ratio)
     history = []
     with Monitor(progress=progress) as monitor:
         monitor.layer(1, 0, trainer.updates)
@@ -273,12 +273,12 @@ def learn_online(
     *,
     filters: Tensor | None = None,
     lam: float | None = None,
-    share: float | None = None,
+    lam_ratio: float | None = None,
     p: float = 1.0,
     boundary: Boundary = "valid",
     group: int = 1,
     non_negative: bool = False,
-    memory: float = 50.0,
+    averaging_batches: float = 50.0,
     solver: SolverSettings | None = None,
     learning: LearningSettings | None = None,
     seed: int = 0,
@@ -290,20 +290,20 @@ def learn_online(
     these are. A batch may be a list or tuple of images and labels, as a DataLoader yields it: its
     first element counts. One without images is left out.
 
-    Only one batch and the sums over those before are in memory; the sums are a mean over about the
-    last `memory` batches. Of `learning` counts what concerns one update: init, update_iterations,
-    norm, non_negative, zero_mean, revive (filters that the batches leave unused are replaced by
-    patches of the last) and recenter (filters that have settled off centre are moved after 16, 24,
-    36, 54, ... batches). A share is that of the first batch. The history has one entry for each
-    batch. Raises Diverged where the objective is no longer finite.
+    Memory holds one batch and the sums over the batches before it; the sums are a mean over about
+    the last `averaging_batches` batches. Of `learning`, these settings apply: init,
+    update_iterations, norm, non_negative, zero_mean, reinit_unused (filters that the batches leave
+    unused are replaced by patches of the last batch) and recenter (filters that have settled off
+    centre are moved after 16, 24, 36, 54, ... batches). lam_ratio refers to the first batch. The
+    history has one entry for each batch. Raises Diverged where the objective is no longer finite.
     """
-    memory = as_number(memory, "memory")
-    if not memory >= 1:
-        raise ValueError(f"memory={memory:g}: must be at least 1 batch")
+    averaging_batches = as_number(averaging_batches, "averaging_batches")
+    if not averaging_batches >= 1:
+        raise ValueError(f"averaging_batches={averaging_batches:g}: must be at least 1 batch")
     asked = dict(
         filters=filters,
         lam=lam,
-        share=share,
+        lam_ratio=lam_ratio,
         p=p,
         boundary=boundary,
         group=group,
@@ -321,7 +321,7 @@ def learn_online(
                 images = _checked(images, name)
                 if stream is None:
                     settings.solver = solver or default_solver(images, p)
-                    stream = _Stream(settings, images, filters, share, seed, memory)
+                    stream = _Stream(settings, images, filters, lam_ratio, seed, averaging_batches)
                 history.append(stream.learn(images, name))
                 monitor.epoch(history[-1], step=len(history))
             monitor.advance()
@@ -338,22 +338,22 @@ class _Stream:
         settings: LayerSettings,
         images: Tensor,
         filters: Tensor | None,
-        share: float | None,
+        lam_ratio: float | None,
         seed: int,
-        memory: float,
+        averaging_batches: float,
     ):
         self.settings, self.learning = settings, settings.learning
-        self.seed, self.memory = seed, memory
+        self.seed, self.averaging_batches = seed, averaging_batches
         self.layer = Layer(settings, images.shape[1], seeded(seed, 1)).to(images)
-        self.sums: FilterSums | None = None
+        self.sums: FilterStatistics | None = None
         self.count, self.next_look = 0, RECENTER_FIRST
         self._check(images, "batch 1")
         if filters is None:
             self.layer.initialize(images, seeded(seed, 1, 1))
         else:
             self.layer.set_filters(_first(filters, self.layer))
-        if share is not None:
-            _take_share(self.layer, images, share)
+        if lam_ratio is not None:
+            _set_lam_from_ratio(self.layer, images, lam_ratio)
 
     def learn(self, images: Tensor, name: str) -> EpochStats:
         """Infer the maps of a batch, add it to the sums, and update the filters."""
@@ -367,8 +367,8 @@ class _Stream:
         self._add(found, images)
         dead = dead_filters(self.sums.energy)
         self._update()
-        if dead and self.learning.revive:
-            self._revive(dead, images)
+        if dead and self.learning.reinit_unused:
+            self._reinitialize(dead, images)
         if self.learning.recenter and self.count == self.next_look:
             self._recenter()
             self.next_look = math.ceil(RECENTER_GROWTH * self.count)
@@ -389,8 +389,8 @@ class _Stream:
             )
 
     def _add(self, found: Solution, images: Tensor) -> None:
-        kept = 1 - 1 / min(self.count, self.memory)
-        new = filter_sums(
+        kept = 1 - 1 / min(self.count, self.averaging_batches)
+        new = filter_statistics(
             found.z, found.residual, self.layer.filters, boundary=self.settings.boundary
         )
         new = new * (1 / len(images))
@@ -409,12 +409,12 @@ class _Stream:
             )
         )
 
-    def _revive(self, dead: list[int], images: Tensor) -> None:
+    def _reinitialize(self, dead: list[int], images: Tensor) -> None:
         """Replace unused filters by patches of these images."""
         f = self.layer.filters.clone()
         shuffle = seeded(self.seed, 1, 2, self.count)
-        draw = patches_of(images, self.settings.filter_size, shuffle)
-        f[dead] = self.layer.fresh_filters(len(dead), draw, shuffle)
+        draw = patch_sampler(images, self.settings.filter_size, shuffle)
+        f[dead] = self.layer.draw_filters(len(dead), draw, shuffle)
         self.layer.set_filters(f)
         self.sums = self.sums.without(dead)
 
@@ -449,15 +449,15 @@ def _settings(
     *,
     filters: Tensor | None,
     lam: float | None,
-    share: float | None,
+    lam_ratio: float | None,
     p: float,
     solver: SolverSettings,
     learning: LearningSettings | None,
     **layer: Any,
 ) -> LayerSettings:
-    """Those of the layer; with a share its lam is yet to be found."""
-    if (lam is None) == (share is None):
-        raise ValueError(f"lam={lam}, share={share}: give one of the two")
+    """The settings of the layer; with a lam_ratio its lam is still to be computed."""
+    if (lam is None) == (lam_ratio is None):
+        raise ValueError(f"lam={lam}, lam_ratio={lam_ratio}: give one of the two")
     check_settings(learning, LearningSettings, "learning")
     check_settings(solver, SolverSettings, "solver", optional=False)
     if filters is not None:
@@ -506,12 +506,12 @@ def _first(filters: Tensor, layer: Layer) -> Tensor:
     return filters
 
 
-def _take_share(layer: Layer, images: Tensor, share: float) -> None:
-    """Set lam to a share under the filters as they are now, and what counts in its units."""
+def _set_lam_from_ratio(layer: Layer, images: Tensor, lam_ratio: float) -> None:
+    """Set lam from its ratio under the current filters, and the schedule in its units."""
     A, settings = layer.operator(), layer.settings
     prior = dict(p=settings.p, group=settings.group, non_negative=settings.non_negative)
-    settings.lam = lam_of_share(A, images, share, **prior)
-    settings.solver = relative_schedule(settings.solver, A, settings.lam, share)
+    settings.lam = lam_from_ratio(A, images, lam_ratio, **prior)
+    settings.solver = relative_schedule(settings.solver, A, settings.lam, lam_ratio)
 
 
 def _diverged(where: str, settings: LayerSettings) -> Diverged:

@@ -28,13 +28,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from deconvnet.applications.classification.pyramid import Grid, cells, grid_features
-from deconvnet.cli import config
 from deconvnet.filters.update import LearningSettings
 from deconvnet.images.preprocessing import PreprocessingSettings
 from deconvnet.monitoring.records import EpochStats
 from deconvnet.network.codes import Codes
 from deconvnet.network.network import DeconvNet, LayerSettings
 from deconvnet.sparse_coding.solvers import default_solver
+from deconvnet.support.devices import torch_device
 from deconvnet.support.modes import plain
 from deconvnet.support.validation import as_tensor
 from deconvnet.training.layer_trainer import learn_layers
@@ -118,7 +118,7 @@ class DeconvNetTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
         if self.grid is not None:
             cells(self.grid)
         images = self._images(X, reset=True)
-        device = config.device(self.device)
+        device = torch_device(self.device)
         self._device = str(device)
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         layers = self._layers(len(images), device)

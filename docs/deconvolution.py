@@ -24,7 +24,7 @@ from deconvnet.images.datasets import DataSettings, load_images
 from deconvnet.images.preprocessing import Preprocessing, PreprocessingSettings, to_color
 from deconvnet.operators.arithmetic import correlation_matrix, undoing_padding
 from deconvnet.operators.convolution import correlate, deconvolve
-from deconvnet.visualization.pictures.canvas import reach, symmetric
+from deconvnet.visualization.pictures.canvas import quantile_magnitude, shade_signed
 
 INCH = 0.31  # side of a cell
 DPI = 110
@@ -157,13 +157,13 @@ def coding() -> Figure:
     density = torch.count_nonzero(z) / z.numel()
 
     figure, axes = canvas(28.3, 24.9)
-    white = reach(patch)
+    white = quantile_magnitude(patch)
     picture(axes, 5, 1.2, 5.2, rgb(photograph), "photograph")
     sign(axes, 11.1, 3.8, "→")
-    picture(axes, 12, 1.2, 5.2, symmetric(patch, white)[0], "y: its local contrast")
+    picture(axes, 12, 1.2, 5.2, shade_signed(patch, white)[0], "y: its local contrast")
     sign(axes, 18.1, 3.8, "≈")
     title = f"all 16 parts added: {decibels:.0f} dB"
-    picture(axes, 19, 1.2, 5.2, symmetric(together, white)[0], title)
+    picture(axes, 19, 1.2, 5.2, shade_signed(together, white)[0], title)
 
     notes = {
         8.3: "filter $f_k$",
@@ -175,10 +175,16 @@ def coding() -> Figure:
     for place, k in enumerate(z.abs().sum((1, 2)).argsort(descending=True)[:5].tolist()):
         left = 5 + 4.7 * place
         part = deconvolve(solution.z[:, k : k + 1], f[k : k + 1])
-        picture(axes, left, 7.5, 2, symmetric(f[k : k + 1])[0])
-        picture(axes, left, 10.1, 4.4, symmetric(correlated[None, k : k + 1])[0])
-        picture(axes, left, 14.9, 4.4, symmetric(z[None, k : k + 1], reach(z[None], 0.9))[0])
-        picture(axes, left, 19.7, 4.4, symmetric(part, white)[0])
+        picture(axes, left, 7.5, 2, shade_signed(f[k : k + 1])[0])
+        picture(axes, left, 10.1, 4.4, shade_signed(correlated[None, k : k + 1])[0])
+        picture(
+            axes,
+            left,
+            14.9,
+            4.4,
+            shade_signed(z[None, k : k + 1], quantile_magnitude(z[None], 0.9))[0],
+        )
+        picture(axes, left, 19.7, 4.4, shade_signed(part, white)[0])
     for middle, lines in notes.items():
         note(axes, 0.3, middle + 0.3, lines)
     return figure
@@ -204,7 +210,7 @@ def upsampling() -> Figure:
         decibels = -10 * torch.log10((large - truth).square().mean())
         picture(axes, left, 1.2, width, rgb(large), f"{name} kernel: {decibels:.1f} dB")
         side = len(kernel)
-        picture(axes, left, 9.2, 0.3 * side, symmetric(kernel[None, None])[0])
+        picture(axes, left, 9.2, 0.3 * side, shade_signed(kernel[None, None])[0])
         note(axes, left + 0.3 * side + 0.2, 9.5, f"{side}x{side}")
     picture(axes, 21.3, 1.2, width, rgb(truth), "what was reduced to 24x24")
     lines = (

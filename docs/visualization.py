@@ -21,8 +21,18 @@ from torch import Tensor
 
 from deconvnet.images.datasets import DataSettings, lazy_images
 from deconvnet.visualization.models.zoo import LoadedModel, load_model
-from deconvnet.visualization.pictures.canvas import below, beside, resized, sheet, titled
-from deconvnet.visualization.pictures.grids import displayed, projection_grid, with_control
+from deconvnet.visualization.pictures.canvas import (
+    arrange_tiles,
+    hstack,
+    resize_tiles,
+    vstack,
+    with_title,
+)
+from deconvnet.visualization.pictures.projection_grids import (
+    projection_grid,
+    shade_projections,
+    with_control,
+)
 from deconvnet.visualization.projection.projector import Projector
 from deconvnet.visualization.search.randomization import shuffle_weights
 from deconvnet.visualization.search.top_projections import (
@@ -68,7 +78,7 @@ def grids(place: Path) -> None:
         rows = sorted(range(len(found.maps)), key=lambda row: -found.values[row].min())[:count]
         pair = (projection_grid(each, rows, tile=56) for each in (found, control))
         parts.append(with_control(*pair, layer=layer))
-    few_colors(below(parts, 12), "grid")
+    few_colors(vstack(parts, 12), "grid")
 
 
 def checkerboards(network: Path, place: Path) -> None:
@@ -78,9 +88,9 @@ def checkerboards(network: Path, place: Path) -> None:
     pages = []
     for overlap in ("sum", "normalised"):
         tiles = projected(load_model(network), found, rows, overlap, place)
-        page = sheet(resized(displayed(tiles), 128), 3)
-        pages.append(titled(f'overlap="{overlap}"', page))
-    few_colors(beside(pages, 12), "checkerboard")
+        page = arrange_tiles(resize_tiles(shade_projections(tiles), 128), 3)
+        pages.append(with_title(f'overlap="{overlap}"', page))
+    few_colors(hstack(pages, 12), "checkerboard")
 
 
 def table(network: Path, place: Path) -> None:

@@ -20,10 +20,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Importing torch takes seconds, so it happens once: every run is a fork of this process, with its
 # own arguments, working folder and standard streams.
 SERVER = """
-import atexit, gc, json, os, runpy, sys, threading
+import atexit, gc, json, os, sys, threading
 import torch.utils.tensorboard, skimage.data, skimage.transform, sklearn.datasets
 import torch.fx.experimental.symbolic_shapes  # as every backward pass does
-import deconvnet.training.loop, deconvnet.cli.config
+import deconvnet.training.loop, deconvnet.cli.launch
+from deconvnet.cli.commands import run
 
 gc.collect()
 gc.freeze()
@@ -45,9 +46,9 @@ os.environ.update(order["env"])
 for number, name in enumerate(("/dev/null", order["out"], order["err"])):
     os.dup2(os.open(name, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT), number)
 os.chdir(order["folder"])
-sys.argv = order["command"]
+sys.argv = ["deconvnet", *order["arguments"]]
 try:
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    run(order["command"], ("deconvnet", order["command"]))
     code = 0
 except SystemExit as end:
     code = end.code or 0
@@ -100,7 +101,8 @@ def start():
         count += 1
         out, err = (Path(folder).parent / f".{count}.{kind}" for kind in ("out", "err"))
         order = {
-            "command": [str(ROOT / "scripts" / name), *map(str, arguments)],
+            "command": name.removesuffix(".py").replace("_", "-"),
+            "arguments": list(map(str, arguments)),
             "folder": str(folder),
             "out": str(out),
             "err": str(err),

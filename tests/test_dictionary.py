@@ -22,7 +22,7 @@ from deconvnet import (
 from deconvnet.network.network import Layer, LayerSettings, seeded
 from deconvnet.operators.convolution import deconvolve
 from deconvnet.operators.linear import Deconvolution
-from deconvnet.sparse_coding.solvers import lam_of_share
+from deconvnet.sparse_coding.solvers import lam_from_ratio
 from deconvnet.storage.formats import CheckpointError, save_network
 from deconvnet.training.layer_trainer import Diverged
 
@@ -53,11 +53,11 @@ def test_encode_uses_the_lam_and_the_prior_of_the_learning(images):
     assert torch.equal(found.z, expected.z) and found.lam == 3.0 and (found.z >= 0).all()
 
 
-def test_a_share_is_that_of_the_filters_that_learning_starts_from(images):
+def test_a_lam_ratio_refers_to_the_initial_filters(images):
     layer = Layer(LayerSettings(4, 5), 1, seeded(0, 1))
     layer.initialize(images, seeded(0, 1, 1))
-    learned = learn_online([images], 4, 5, share=0.25)
-    expected = lam_of_share(layer.operator(), images, 0.25)
+    learned = learn_online([images], 4, 5, lam_ratio=0.25)
+    expected = lam_from_ratio(layer.operator(), images, 0.25)
     assert learned.settings.lam == pytest.approx(expected, rel=1e-5)
 
 
@@ -65,7 +65,7 @@ def test_filters_that_start_anew_keep_the_norm_that_is_asked_for(images):
     color = images.repeat(1, 2, 1, 1)
     # So sparse that most filters stay unused.
     planes = LearningSettings(norm="plane")
-    learned = learn_online([color] * 3, 12, 5, share=0.9, learning=planes)
+    learned = learn_online([color] * 3, 12, 5, lam_ratio=0.9, learning=planes)
     assert learned.history[-1].dead > 0
     lengths = torch.linalg.vector_norm(learned.filters, dim=(2, 3))
     assert_close(lengths, torch.ones(12, 2))
@@ -73,7 +73,7 @@ def test_filters_that_start_anew_keep_the_norm_that_is_asked_for(images):
 
 @pytest.mark.parametrize("learn", [learn_filters, lambda y, *a, **k: learn_online([y], *a, **k)])
 def test_what_does_not_go_together_is_refused_before_anything_is_learned(images, learn):
-    with pytest.raises(ValueError, match="share=None: give one of the two"):
+    with pytest.raises(ValueError, match="lam_ratio=None: give one of the two"):
         learn(images, 4, 5)
     with pytest.raises(ValueError, match="learning.zero_mean=True: filter_size=1"):
         learn(images, 4, 1, lam=1.0, learning=LearningSettings(zero_mean=True))
@@ -88,8 +88,8 @@ def test_a_stream_is_refused_without_batches_or_with_one_that_is_not_finite(imag
         learn_online([], 4, 5, lam=1.0)
     with pytest.raises(ValueError, match="batch 2: must be finite"):
         learn_online([images, images * float("nan")], 4, 5, lam=1.0)
-    with pytest.raises(ValueError, match="memory=0: must be at least 1 batch"):
-        learn_online([images], 4, 5, lam=1.0, memory=0)
+    with pytest.raises(ValueError, match="averaging_batches=0: must be at least 1 batch"):
+        learn_online([images], 4, 5, lam=1.0, averaging_batches=0)
 
 
 def test_filters_that_require_gradients_code_images_as_others_do(images):
@@ -137,7 +137,7 @@ def worst_match(f, found):
 
 def test_a_stream_finds_planted_filters_that_start_off_centre():
     images, f = planted(100)
-    asked = dict(share=0.1, boundary="circular")
+    asked = dict(lam_ratio=0.1, boundary="circular")
     stream = images.split(4) * 7
     found = learn_online(iter(stream), 4, 7, **asked)
     fixed = learn_online(stream, 4, 7, **asked, learning=LearningSettings(recenter=False))
@@ -166,11 +166,13 @@ def test_learning_begins_with_given_filters(images, learner):
 
 
 @pytest.mark.parametrize("learner", ["images", "stream"])
-def test_a_share_is_that_of_the_given_filters(images, learner):
+def test_a_lam_ratio_refers_to_the_given_filters(images, learner):
     f = learn_filters(images, 4, 5, lam=5.0, learning=LearningSettings(epochs=1)).filters
     first = images if learner == "images" else images[:2]
-    learned = learners(images)[learner](filters=f, share=0.25, learning=LearningSettings(epochs=1))
-    expected = lam_of_share(Deconvolution(f), first, 0.25)
+    learned = learners(images)[learner](
+        filters=f, lam_ratio=0.25, learning=LearningSettings(epochs=1)
+    )
+    expected = lam_from_ratio(Deconvolution(f), first, 0.25)
     assert learned.settings.lam == pytest.approx(expected, rel=1e-5)
 
 
@@ -217,7 +219,7 @@ def test_filters_to_begin_with_that_do_not_fit_are_refused(images, learner, kind
 def test_what_was_learned_learns_more_from_the_same_and_from_other_images(images):
     few = LearningSettings(epochs=2, zero_mean=True)
     asked = dict(boundary="circular", non_negative=True, group=2)
-    first = learn_filters(images[:4], 4, 5, share=0.1, learning=few, **asked)
+    first = learn_filters(images[:4], 4, 5, lam_ratio=0.1, learning=few, **asked)
     for more in (first.learn_more(images[4:]), first.learn_more_online(images.split(2))):
         assert more.settings.lam == first.settings.lam
         assert (more.settings.boundary, more.settings.group) == ("circular", 2)
@@ -239,7 +241,7 @@ def test_what_was_learned_is_the_same_to_the_bit_after_it_was_saved(images, dtyp
     assert loaded.settings == learned.settings and loaded.history == learned.history
     assert torch.equal(loaded.encode(y).z, learned.encode(y).z)
     assert len(loaded.learn_more(y).history) == 4
-    stream = learn_online([y], 4, 5, share=0.1)
+    stream = learn_online([y], 4, 5, lam_ratio=0.1)
     stream.save(tmp_path / "stream.safetensors")
     assert Learned.load(tmp_path / "stream.safetensors").history == stream.history
 

@@ -10,7 +10,7 @@ import torch
 from deconvnet import DeconvNet, LayerSettings, LearningSettings
 from deconvnet.monitoring.monitor import Monitor
 from deconvnet.training.loop import train
-from deconvnet.training.run_folder import Run
+from deconvnet.training.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -34,7 +34,7 @@ def test_the_python_of_the_readme_runs_from_top_to_bottom(tmp_path, monkeypatch,
         LayerSettings(4, 3, learning=quick),
     ]
     with Monitor(progress=False) as monitor:
-        train(DeconvNet(layers), images, Run(Path("runs/photographs"), {}), monitor)
+        train(DeconvNet(layers), images, RunFolder(Path("runs/photographs"), {}), monitor)
     names = {"images": images}
     for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
         exec(compile(block, "README.md", "exec"), names)

@@ -27,8 +27,8 @@ from deconvnet.network.network import Progress, load, snr
 from deconvnet.network.tiling import MEMORY
 from deconvnet.storage import ownership
 from deconvnet.training.run_folder import training_data
-from deconvnet.visualization import parts_picture
-from deconvnet.visualization.pictures.canvas import LINE, below, beside, text
+from deconvnet.visualization import image_parts_picture
+from deconvnet.visualization.pictures.canvas import LINE, hstack, text_block, vstack
 
 # Grey levels of an image file.
 LEVELS = 255
@@ -148,7 +148,7 @@ def reconstruct(
         with progress_bar(name, "tile") as progress:
             made = tiling.reconstruct(net, image, layer, memory=memory, progress=progress)
         if parts:
-            picture = parts_picture(net, net.infer(image, depth=layer), image[0], layer)
+            picture = image_parts_picture(net, net.infer(image, depth=layer), image[0], layer)
             save_picture(folder / f"{name}-layer{layer}-parts.png", picture)
         target = folder / f"{name}-layer{layer}.png"
         save_picture(target, made.pixels[0])
@@ -332,8 +332,8 @@ def strip(columns: list[tuple[str, Tensor]]) -> Tensor:
     parts = []
     for label, image in columns:
         pixels = image[0].clamp(0, 1).cpu().expand(3, -1, -1)
-        parts.append(below([text(label, pixels.shape[2], LABEL), pixels]))
-    return beside(parts, gap=4)
+        parts.append(vstack([text_block(label, pixels.shape[2], LABEL), pixels]))
+    return hstack(parts, gap=4)
 
 
 def confusion_picture(matrix: np.ndarray, names: list[str]) -> Tensor:
@@ -350,8 +350,8 @@ def confusion_picture(matrix: np.ndarray, names: list[str]) -> Tensor:
     cells = cells.repeat_interleave(side, 1).repeat_interleave(side, 2)
     cells[:, ::side], cells[:, :, ::side] = 0.9, 0.9
     width = 9 * max(map(len, names)) + 8
-    labels = [text(name, width, side) for name in names]
+    labels = [text_block(name, width, side) for name in names]
     above = torch.cat([torch.rot90(label, 1, (1, 2)) for label in labels], 2)
     corner = torch.ones(3, width, width)
-    rows = beside([below(labels), cells])
-    return below([beside([corner, above]), rows])
+    rows = hstack([vstack(labels), cells])
+    return vstack([hstack([corner, above]), rows])

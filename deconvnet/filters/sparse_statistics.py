@@ -17,11 +17,11 @@ from deconvnet.operators.convolution import Boundary
 from deconvnet.sparse_coding import kernels
 
 # Up to this share of entries that are not zero; beyond it Fourier is faster.
-FEW = 0.02
+MAX_DENSITY = 0.02
 
 
 @dataclass(frozen=True)
-class Entries:
+class SparseMaps:
     """The entries of maps z of the given shape (N, K, rows, columns) that are not zero."""
 
     image: np.ndarray
@@ -32,9 +32,9 @@ class Entries:
     shape: tuple[int, int, int, int]
 
     @classmethod
-    def of(cls, z: Tensor) -> Entries | None:
+    def from_dense(cls, z: Tensor) -> SparseMaps | None:
         """Those of z, or None if it is not on the CPU or they are not few."""
-        if z.device.type != "cpu" or torch.count_nonzero(z) > FEW * z.numel():
+        if z.device.type != "cpu" or torch.count_nonzero(z) > MAX_DENSITY * z.numel():
             return None
         image, k, i, j = (index.numpy() for index in z.nonzero(as_tuple=True))
         k, i, j = (index.astype(np.int32) for index in (k, i, j))

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deconvnet.filters.sparse_statistics import Entries
+from deconvnet.filters.sparse_statistics import SparseMaps
 from deconvnet.operators.convolution import (
     Boundary,
     connected,
@@ -39,6 +39,7 @@ from deconvnet.operators.convolution import (
 )
 from deconvnet.operators.linear import LinearOperator, conjugate_gradients
 from deconvnet.support.communicator import SINGLE, Communicator
+from deconvnet.support.renaming import renamed
 from deconvnet.support.units import exponent, magnitude, times_power
 from deconvnet.support.validation import check_tensors
 
@@ -55,6 +56,7 @@ Batch = tuple[Tensor, Tensor, LinearOperator]
 MOST_STEPS = 1_000_000
 
 
+@renamed(revive="reinit_unused", memory="averaging_epochs")
 @dataclass
 class LearningSettings:
     """How the filters of a layer are learned."""
@@ -68,8 +70,8 @@ class LearningSettings:
     update: str = "proximal"
     # steps of one update (the authors' toolbox: 2 or 4 of cg)
     update_iterations: int = 10
-    # proximal: the sums of earlier batches fade over about this many epochs; 0 forgets them at once
-    memory: float = 1.0
+    # proximal: an update uses the mean of the sums of about this many epochs; 0: of its batch alone
+    averaging_epochs: float = 1.0
     # patches: filters start as pieces of what is explained; random: as Gaussian noise (the papers)
     init: str = "patches"
     # unit norm of each whole filter, or of each of its 2-D planes (the CVPR 2010 paper)
@@ -79,7 +81,7 @@ class LearningSettings:
     # filters whose every 2-D plane has the mean zero; not with non_negative
     zero_mean: bool = False
     # re-seed filters that no map uses or that repeat another, at the end of each epoch but the last
-    revive: bool = True
+    reinit_unused: bool = True
     # move filters that have settled off centre to the middle of their frame, every fourth epoch in
     # the first two thirds: a filter that is cut off by its frame is a local minimum
     recenter: bool = True
@@ -102,29 +104,31 @@ class LearningSettings:
             raise ValueError(
                 "learning.zero_mean=True: not with learning.non_negative, which leaves only zeros"
             )
-        if not self.memory >= 0:
-            raise ValueError(f"learning.memory={self.memory}: must not be negative")
+        if not self.averaging_epochs >= 0:
+            raise ValueError(
+                f"learning.averaging_epochs={self.averaging_epochs}: must not be negative"
+            )
 
 
 @dataclass(frozen=True)
-class FilterSums:
+class FilterStatistics:
     """The quadratic cost of the filters, 1/2 f'(gram)f - (linear)'f, summed over images."""
 
     linear: Tensor
     gram: Tensor
 
     @classmethod
-    def none(cls, f: Tensor) -> FilterSums:
+    def none(cls, f: Tensor) -> FilterStatistics:
         """The sums over no image, for filters (K, C, h, w)."""
         K, _, h, w = f.shape
         gram = f.new_zeros(K, K, 2 * h - 1, 2 * w - 1, dtype=torch.float64)
         return cls(torch.zeros_like(f, dtype=torch.float64), gram)
 
-    def __add__(self, other: FilterSums) -> FilterSums:
-        return FilterSums(self.linear + other.linear, self.gram + other.gram)
+    def __add__(self, other: FilterStatistics) -> FilterStatistics:
+        return FilterStatistics(self.linear + other.linear, self.gram + other.gram)
 
-    def __mul__(self, factor: float) -> FilterSums:
-        return FilterSums(self.linear * factor, self.gram * factor)
+    def __mul__(self, factor: float) -> FilterStatistics:
+        return FilterStatistics(self.linear * factor, self.gram * factor)
 
     @property
     def energy(self) -> Tensor:
@@ -132,14 +136,14 @@ class FilterSums:
         h, w = self.linear.shape[2:]
         return self.gram[..., h - 1, w - 1].diagonal()
 
-    def without(self, filters: list[int]) -> FilterSums:
+    def without(self, filters: list[int]) -> FilterStatistics:
         """The same with nothing known of these filters."""
         linear, gram = self.linear.clone(), self.gram.clone()
         linear[filters], gram[filters], gram[:, filters] = 0, 0, 0
-        return FilterSums(linear, gram)
+        return FilterStatistics(linear, gram)
 
 
-def filter_sums(
+def filter_statistics(
     z: Tensor,
     residual: Tensor,
     f: Tensor,
@@ -147,7 +151,7 @@ def filter_sums(
     *,
     boundary: Boundary = "valid",
     curvature: Tensor | None = None,
-) -> FilterSums:
+) -> FilterStatistics:
     """The sums over a batch whose maps z leave the residual b - A z (N, C, H, W) under filters f.
 
     Through layers below, residual is T'(b - A z) and curvature ||T||^2 (N, 1, 1, 1).
@@ -158,18 +162,18 @@ def filter_sums(
     other. `linear` is chosen so that the gradient at f is the true one, -Z'(b - A z).
     """
     h, w = f.shape[2:]
-    few = None if boundary == "reflect" or curvature is not None else Entries.of(z)
+    few = None if boundary == "reflect" or curvature is not None else SparseMaps.from_dense(z)
     if few is None:
         gradient, gram = _map_sums(z, -residual, (h, w), boundary, curvature)
     else:
         gradient = few.filter_gradient(-residual, (h, w), boundary)
         gram = few.correlations((h, w), wrap=boundary == "circular")
-    return FilterSums(_gram_product(gram, (h, w))(f.double()) - connected(gradient, g), gram)
+    return FilterStatistics(_gram_product(gram, (h, w))(f.double()) - connected(gradient, g), gram)
 
 
 def update_filters(
     f: Tensor,
-    sums: FilterSums,
+    sums: FilterStatistics,
     g: Tensor | None = None,
     *,
     norm: str = "filter",
@@ -308,7 +312,7 @@ def length_of(f: Tensor, axes: tuple[int, ...]) -> Tensor:
     return times_power(torch.linalg.vector_norm(times_power(f, -e), dim=axes, keepdim=True), e)
 
 
-def random_filters(
+def initial_filters(
     num: int,
     b: Tensor,
     size: int,
@@ -318,13 +322,13 @@ def random_filters(
     non_negative: bool = False,
     zero_mean: bool = False,
 ) -> Tensor:
-    """`first_filters` (num, C, size, size) for what is explained, b (N, C, H, W)."""
+    """`draw_filters` (num, C, size, size) for what is explained, b (N, C, H, W)."""
     like = b.new_empty(num, b.shape[1], size, size)
     asked = dict(non_negative=non_negative, zero_mean=zero_mean)
-    return first_filters(num, like, init, generator, patches_of(b, size, generator), **asked)
+    return draw_filters(num, like, init, generator, patch_sampler(b, size, generator), **asked)
 
 
-def first_filters(
+def draw_filters(
     num: int,
     like: Tensor,
     init: str,
@@ -358,17 +362,17 @@ def _noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float32)
 
 
-def patches_of(b: Tensor, size: int, generator: torch.Generator) -> Callable[[int], Tensor]:
+def patch_sampler(b: Tensor, size: int, generator: torch.Generator) -> Callable[[int], Tensor]:
     """So many random patches (number, C, size, size) of b (N, C, H, W), when they are asked for."""
 
     def draw(number: int) -> Tensor:
-        places = draw_places(number, len(b), b.shape[2:], size, generator).tolist()
+        places = random_patch_positions(number, len(b), b.shape[2:], size, generator).tolist()
         return torch.stack([b[n, :, i : i + size, j : j + size] for n, i, j in places])
 
     return draw
 
 
-def draw_places(
+def random_patch_positions(
     num: int, images: int, shape: tuple[int, int], size: int, generator: torch.Generator
 ) -> Tensor:
     """(num, 3): image, row and column of random patches, size x size, of images of H x W."""
@@ -382,7 +386,7 @@ def dead_filters(energy: Tensor) -> list[int]:
     return torch.nonzero(energy <= 1e-6 * energy.mean()).flatten().tolist()
 
 
-def double_filters(f: Tensor, energy: Tensor, *, similarity: float = 0.97) -> list[int]:
+def duplicate_filters(f: Tensor, energy: Tensor, *, similarity: float = 0.97) -> list[int]:
     """Filters that equal one with a stronger map up to sign and shift: the weaker of each pair."""
     h, w = f.shape[2:]
     f = normalize(f)

@@ -31,6 +31,7 @@ from torch.nn import functional
 from deconvnet.images import highpass
 from deconvnet.support.communicator import SINGLE, Communicator
 from deconvnet.support.modes import full_precision, plain
+from deconvnet.support.renaming import renamed
 
 COLORS = ("rgb", "grey", "ycbcr")
 STEPS = ("mean", "laplacian", "contrast", "whiten")
@@ -45,15 +46,18 @@ Groups = list[tuple[Tensor, Frame]]  # frames, and the indices of the images tha
 FLAT = 1e-3
 
 
+@renamed(window="contrast_size", sigma="contrast_sigma", divide="contrast_divide")
 @dataclass
 class PreprocessingSettings:
     color: str = "rgb"  # planes to explain: rgb | grey | ycbcr
     steps: list[str] = field(  # any of mean, laplacian, contrast, whiten, in order
         default_factory=lambda: ["contrast"]
     )
-    window: int = 13  # contrast: side of the Gaussian window in pixels, odd
-    sigma: float = 4.773  # contrast: its standard deviation in pixels, 3 * 1.591 as in Zeiler 2011
-    divide: bool = True  # contrast: divide by the local deviation; false: only subtract the mean
+    contrast_size: int = 13  # contrast: side of the Gaussian neighbourhood in pixels, odd
+    # contrast: standard deviation of the Gaussian in pixels, 3 * 1.591 as in Zeiler 2011
+    contrast_sigma: float = 4.773
+    # contrast: divide by the local standard deviation; false: only subtract the local mean
+    contrast_divide: bool = True
     whitening_size: int = 7  # whiten: side of the filter in pixels, odd
     whitening_floor: float = 0.01  # whiten: added to all variances, relative to the largest
     scale: str = "rms"  # what becomes 1 over all images: rms | max, the largest magnitude | none
@@ -68,11 +72,11 @@ class PreprocessingSettings:
             raise ValueError(
                 f"preprocessing.steps={steps}: choose from {', '.join(STEPS)}, each at most once"
             )
-        for key in ("window", "whitening_size"):
+        for key in ("contrast_size", "whitening_size"):
             value = getattr(self, key)
             if value < 3 or value % 2 == 0:
                 raise ValueError(f"preprocessing.{key}={value}: must be odd and at least 3")
-        for key in ("sigma", "whitening_floor"):
+        for key in ("contrast_sigma", "whitening_floor"):
             value = getattr(self, key)
             if not 0 < value < math.inf:
                 raise ValueError(f"preprocessing.{key}={value}: must be a positive number")
@@ -193,9 +197,13 @@ class Preprocessing(torch.nn.Module):
                 mean = planes.mean((2, 3), keepdim=True)
                 planes, kept = planes - mean, {"mean": mean}
             elif step == "contrast":
-                mean, deviation = local_moments(planes, self.settings.window, self.settings.sigma)
+                mean, deviation = local_moments(
+                    planes, self.settings.contrast_size, self.settings.contrast_sigma
+                )
                 deviation = (
-                    _floored(deviation) if self.settings.divide else torch.ones_like(deviation)
+                    _floored(deviation)
+                    if self.settings.contrast_divide
+                    else torch.ones_like(deviation)
                 )
                 planes = (planes - mean) / deviation
                 kept = {"mean": mean, "deviation": deviation}
@@ -297,18 +305,19 @@ def ycbcr_to_rgb(ycbcr: Tensor) -> Tensor:
     return torch.cat([red, (luma - 0.299 * red - 0.114 * blue) / 0.587, blue], 1)
 
 
-def local_moments(images: Tensor, window: int, sigma: float) -> tuple[Tensor, Tensor]:
+def local_moments(images: Tensor, size: int, sigma: float) -> tuple[Tensor, Tensor]:
     """Gaussian-weighted local mean (N, C, H, W) and deviation (N, 1, H, W) of images (N, C, H, W).
 
-    The window is window x window; the border is reflected and the edge not repeated. The variance
-    is averaged over the planes: one deviation for all keeps the hue. It is E[x^2] - E[x]^2 as in
-    the authors' code, but of values that first lose their plane's mean (equal, and less
-    cancellation); a deviation below FLAT is 0.
+    The Gaussian is cut off at size x size pixels; the border is reflected and the edge not
+    repeated. The variance is averaged over the planes, since one deviation for all of them keeps
+    the hue. It is E[x^2] - E[x]^2 as in the authors' code, but of values from which the mean of
+    their plane is subtracted first (the same result with less cancellation). Deviations below FLAT
+    become 0.
     """
     offset = images.mean((2, 3), keepdim=True)
     centred = images - offset
-    mean = _gaussian(centred, window, sigma)
-    variance = _gaussian(centred.square(), window, sigma) - mean.square()
+    mean = _gaussian(centred, size, sigma)
+    variance = _gaussian(centred.square(), size, sigma) - mean.square()
     deviation = variance.mean(1, keepdim=True).clamp(min=0).sqrt()
     return mean + offset, torch.where(deviation < FLAT, 0.0, deviation)
 
@@ -362,11 +371,14 @@ def _median(values: Tensor) -> Tensor:
     return values.sort().values[[(len(values) - 1) // 2, len(values) // 2]].mean()
 
 
-def _gaussian(planes: Tensor, window: int, sigma: float) -> Tensor:
-    """Every plane averaged under a Gaussian window; the border reflected, the edge not repeated."""
-    offsets = torch.arange(window, dtype=torch.float64) - window // 2
+def _gaussian(planes: Tensor, size: int, sigma: float) -> Tensor:
+    """Planes averaged under a Gaussian of size x size pixels, cut off there.
+
+    The border is reflected and the edge not repeated.
+    """
+    offsets = torch.arange(size, dtype=torch.float64) - size // 2
     weights = torch.softmax(-offsets.square() / (2 * sigma**2), 0).to(planes)
-    padded = functional.pad(planes, (window // 2,) * 4, mode="reflect").flatten(0, 1)[:, None]
+    padded = functional.pad(planes, (size // 2,) * 4, mode="reflect").flatten(0, 1)[:, None]
     rows = functional.conv2d(padded, weights.view(1, 1, -1, 1))
     return functional.conv2d(rows, weights.view(1, 1, 1, -1)).view(planes.shape)
 
@@ -459,7 +471,7 @@ def _check_size(what: str, size: Sequence[int], settings: PreprocessingSettings)
     """Every step needs its border: a mirror image has no more pixels than the picture."""
     margins = {
         "laplacian": 3,
-        "contrast": settings.window // 2 + 1,
+        "contrast": settings.contrast_size // 2 + 1,
         "whiten": settings.whitening_size,
     }
     for step, margin in ((step, margins.get(step, 1)) for step in settings.steps):

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from deconvnet.filters.update import LearningSettings, first_filters, normalize, patches_of
+from deconvnet.filters.update import LearningSettings, draw_filters, normalize, patch_sampler
 from deconvnet.images.preprocessing import (
     SCALES,
     Preprocessing,
@@ -222,17 +222,17 @@ class Layer(nn.Module):
 
     def initialize(self, b: Tensor, generator: torch.Generator) -> None:
         """Start the filters as the settings say, from what the layer has to explain."""
-        draw = patches_of(b, self.settings.filter_size, generator)
-        self.set_filters(self.fresh_filters(self.settings.num_maps, draw, generator))
+        draw = patch_sampler(b, self.settings.filter_size, generator)
+        self.set_filters(self.draw_filters(self.settings.num_maps, draw, generator))
 
-    def fresh_filters(
+    def draw_filters(
         self, num: int, draw: Callable[[int], Tensor], generator: torch.Generator
     ) -> Tensor:
         """So many filters (num, C, h, w) as learning starts with: noise, or patches of what is
         explained, draw(number) -> (number, C, h, w).
         """
         learning = self.settings.learning
-        return first_filters(
+        return draw_filters(
             num,
             self.filters,
             learning.init,

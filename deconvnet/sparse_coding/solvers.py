@@ -39,6 +39,7 @@ from deconvnet.operators.pooling import Window
 from deconvnet.sparse_coding.coordinate_descent import coordinate_descent
 from deconvnet.sparse_coding.prior import Prior, shrink
 from deconvnet.support.modes import plain
+from deconvnet.support.renaming import renamed
 from deconvnet.support.units import Units, exponent, magnitude, times_power
 from deconvnet.support.validation import (
     as_filters,
@@ -73,6 +74,7 @@ Callback = Callable[[int, Tensor, Tensor], None]
 MOST_ITERATIONS = 1_000_000
 
 
+@renamed(coupling="rho")
 @dataclass
 class SolverSettings:
     """How maps are inferred. The same in every layer unless a layer says otherwise."""
@@ -90,17 +92,17 @@ class SolverSettings:
     # most this share of its objective, which is then so near the minimum for certain (float32 can
     # show it down to about 1e-6)
     gap: float | None = None
-    # admm: the weight of the coupling of z and x, as a share of the curvature of the data term:
+    # admm: the penalty that couples z and x, relative to the curvature of the data term:
     # beta / (lam ||f||^2), with the largest norm of a filter (1 where it is about 1)
-    coupling: float = 2.5
+    rho: float = 2.5
     # admm: over-relaxation, 1 (none) to 1.9
     relaxation: float = 1.8
     # admm with p = 1: balance the residuals of new images by changing beta, in 100 iterations;
     # fista, ista: let the step follow the curvature that is met, far beyond what is always safe
     adaptive: bool = True
-    # half_quadratic: the first beta, the factor from one to the next, and the bound of all. In the
-    # units of z^(p-2), or, where a share is given in place of lam, of share * lam * ||f||^2, so
-    # that those of the data do not matter
+    # half_quadratic: the first beta, the factor from one to the next, and the upper bound. In units
+    # of z^(p-2) or, where lam_ratio is given in place of lam, of lam_ratio * lam * ||f||^2, so that
+    # the units of the data do not matter
     beta_start: float = 1.0
     beta_factor: float = 6.0
     beta_end: float = 1e5
@@ -120,7 +122,7 @@ class SolverSettings:
                     f"solver.{key}={getattr(self, key)}: must be at least 1, and at most "
                     f"{MOST_ITERATIONS}"
                 )
-        for key in ("coupling", "beta_start", "step", "gap"):
+        for key in ("rho", "beta_start", "step", "gap"):
             if getattr(self, key) is not None and not 0 < getattr(self, key) < math.inf:
                 raise ValueError(f"solver.{key}={getattr(self, key)}: must be positive and finite")
         if self.gap is not None and self.method == "half_quadratic":
@@ -186,9 +188,9 @@ class Solution:
         )
         if self.gap is None:
             return line
-        # Where nothing is to be explained the objective is 0, which is the minimum.
-        share = float(self.gap.sum()) / total if total > 0 else 0.0
-        return f"{line}, at most {share:.2%} above the minimum"
+        # Where there is nothing to explain the objective is 0, which is the minimum.
+        relative_gap = float(self.gap.sum()) / total if total > 0 else 0.0
+        return f"{line}, at most {relative_gap:.2%} above the minimum"
 
 
 @plain
@@ -197,7 +199,7 @@ def sparse_code(
     filters: Tensor,
     *,
     lam: float | None = None,
-    share: float | None = None,
+    lam_ratio: float | None = None,
     p: float = 1.0,
     boundary: Boundary = "valid",
     mask: Tensor | None = None,
@@ -214,7 +216,8 @@ def sparse_code(
     images: (N, C, H, W) of float32 or float64, explained as they are; filters: (K, C, h, w);
     tensors or numpy arrays, but what comes back are tensors. lam weighs the
     reconstruction, as in the papers: SPORCO's lambda is 1/lam, and its objective 1/lam times this
-    one. share instead of lam, in (0, 1], is relative to what makes all maps zero (`lam_of_share`).
+    one. lam_ratio instead of lam, in (0, 1]: lambda relative to the smallest that makes all maps
+    zero (`lam_from_ratio`).
     mask: (N or 1, C or 1, H, W), >= 0; where it is 0 a pixel is not explained and may be anything.
     p, weights (K,) or as the maps, group and non_negative: the prior, `sparsity.Prior`.
     settings: by default those of `default_solver`. chunk: at most so many images at a time, which
@@ -226,8 +229,8 @@ def sparse_code(
     mask = None if mask is None else as_tensor(mask, "mask")
     weights = None if weights is None else as_weights(weights)
     check_settings(settings, SolverSettings, "settings")
-    if (lam is None) == (share is None):
-        raise ValueError(f"lam={lam}, share={share}: give one of the two")
+    if (lam is None) == (lam_ratio is None):
+        raise ValueError(f"lam={lam}, lam_ratio={lam_ratio}: give one of the two")
     A, b = Deconvolution(filters.to(images), boundary, mask), images
     if mask is not None:
         each = zip(mask.shape, images.shape, strict=True)
@@ -243,9 +246,9 @@ def sparse_code(
     p, group = as_number(p, "p"), whole(group, "group")
     prior = dict(p=p, weights=weights, group=group, non_negative=non_negative)
     settings = settings or default_solver(images, p)
-    if share is not None:
-        lam = lam_of_share(A, b, share, **prior)
-        settings = relative_schedule(settings, A, lam, share)
+    if lam_ratio is not None:
+        lam = lam_from_ratio(A, b, lam_ratio, **prior)
+        settings = relative_schedule(settings, A, lam, lam_ratio)
     return solve(A, b, lam=lam, settings=settings, chunk=chunk, **prior)
 
 
@@ -260,18 +263,19 @@ def default_solver(images: Tensor, p: float = 1.0) -> SolverSettings:
 
 
 @plain
-def lam_of_share(A: LinearOperator, b: Tensor, share: float, **prior: Any) -> float:
-    """The lam whose lambda = 1/lam is this share, in (0, 1], of the smallest that makes z = 0.
+def lam_from_ratio(A: LinearOperator, b: Tensor, lam_ratio: float, **prior: Any) -> float:
+    """The lam with lambda = 1/lam = lam_ratio * lambda_max, the smallest lambda that makes z = 0.
 
-        lam = 1 / (share * max over the images of prior.dual_norm(A'b))                    p = 1
+        lam = 1 / (lam_ratio * max over the images of prior.dual_norm(A'b))                p = 1
 
-    With share 1 all maps are zero; the smaller, the denser they are. The brightest image decides
-    for all. If the data are scaled by s so is this largest lambda: with the same share the maps are
-    scaled by s and otherwise the same, while a lam that is given would have to be divided by s.
-    With a share of 1 ADMM, whose maps only approach zero, may leave a few small entries.
+    lam_ratio: in (0, 1]. With 1 all maps are zero; the smaller it is, the denser they are. The
+    brightest image decides for all. If the data are scaled by s, so is lambda_max: with the same
+    ratio the maps are scaled by s and otherwise unchanged, while a given lam would have to be
+    divided by s. With a ratio of 1 ADMM, whose maps only approach zero, may leave a few small
+    coefficients.
     """
-    if not 0 < as_number(share, "share") <= 1:
-        raise ValueError(f"share={share}: must lie in (0, 1]")
+    if not 0 < as_number(lam_ratio, "lam_ratio") <= 1:
+        raise ValueError(f"lam_ratio={lam_ratio}: must lie in (0, 1]")
     b, asked = as_images(b, "b"), Prior(**prior)
     (A, of_filters), of_data = A.normalised(), exponent(magnitude(b))
     data = A.adjoint(times_power(b, -of_data))
@@ -279,24 +283,26 @@ def lam_of_share(A: LinearOperator, b: Tensor, share: float, **prior: Any) -> fl
     largest = float(asked.dual_norm(data).max())
     if not 0 < largest < math.inf:
         why = "all weights to be positive" if largest > 0 else "images that the filters can explain"
-        raise ValueError(f"share={share}: needs {why}")
-    if share == 1:
+        raise ValueError(f"lam_ratio={lam_ratio}: needs {why}")
+    if lam_ratio == 1:
         # By more than the rounding of correlations, so that not one entry is left.
         largest *= 1 + 32 * torch.finfo(b.dtype).eps
-    return math.ldexp(1 / (float(share) * largest), -of_data - of_filters)
+    return math.ldexp(1 / (float(lam_ratio) * largest), -of_data - of_filters)
 
 
 def relative_schedule(
-    settings: SolverSettings, A: LinearOperator, lam: float, share: float
+    settings: SolverSettings, A: LinearOperator, lam: float, lam_ratio: float
 ) -> SolverSettings:
-    """The settings with the schedule of half_quadratic in units of share * lam * ||f||^2, of which
-    1 is the beta whose threshold is the largest entry that explains any image alone.
+    """The settings with the schedule of half_quadratic in units of lam_ratio * lam * ||f||^2.
+
+    In these units 1 is the beta whose threshold is the largest coefficient that explains any image
+    alone.
     """
     if settings.method != "half_quadratic":
         return settings
     largest = A.curvature()
     # A number stays one: as a tensor it would have the type that is the default of torch.
-    unit = share * lam * float(largest.max() if isinstance(largest, Tensor) else largest)
+    unit = lam_ratio * lam * float(largest.max() if isinstance(largest, Tensor) else largest)
     start, end = unit * settings.beta_start, unit * settings.beta_end
     return dataclasses.replace(settings, beta_start=start, beta_end=end)
 
@@ -473,7 +479,7 @@ def _solve(
     elif settings.method == "admm":
         z, state, count = admm(
             *(A, b, start),
-            beta=settings.coupling * lam * _norm_to_follow(A.curvature()),
+            beta=settings.rho * lam * _norm_to_follow(A.curvature()),
             relaxation=settings.relaxation,
             # Where the prior is not convex a beta that keeps moving loses its way.
             adaptive=settings.adaptive and prior.convex and not training,

@@ -21,18 +21,19 @@ from torch import Tensor
 
 from deconvnet.filters.update import (
     Batch,
-    FilterSums,
+    FilterStatistics,
     LearningSettings,
     dead_filters,
-    double_filters,
-    draw_places,
-    filter_sums,
+    duplicate_filters,
+    filter_statistics,
     off_center,
+    random_patch_positions,
     shift,
     update_filters,
     update_filters_by_cg,
 )
 from deconvnet.monitoring.monitor import memory_used
+from deconvnet.monitoring.peaks import Peaks, Snapshot, SnapshotPlan
 from deconvnet.monitoring.records import EpochStats, RankLoad, decibels
 from deconvnet.network.codes import Codes
 from deconvnet.network.network import DeconvNet, Layer, LayerProblem, check_size, seeded
@@ -43,9 +44,8 @@ from deconvnet.sparse_coding.solvers import Solution
 from deconvnet.support.communicator import SINGLE, Communicator
 from deconvnet.support.modes import plain
 from deconvnet.support.units import exponent, magnitude, times_power
-from deconvnet.training.sampler import Schedule
-from deconvnet.training.warm_starts import FileStates, States, all_states
-from deconvnet.visualization.pictures.evolution import Peaks, Snapshot, Watch
+from deconvnet.training.sampler import BatchSampler
+from deconvnet.training.warm_starts import DiskWarmStarts, WarmStarts, merge_state_dicts
 
 RECENTER_EVERY = 4
 # Steps of Lanczos' method for ||T||^2: within 5% of it, at the price of two visits.
@@ -65,7 +65,7 @@ class Diverged(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Ground:
+class LayerData:
     """What a layer stands on and has to explain, of the images that are asked for by their indices.
 
     images: how many there are. below: (n, C, H, W), what is below the layer, in the space that its
@@ -82,7 +82,9 @@ class Ground:
     ahead: Callable[[Tensor], None] | None = None
 
     @classmethod
-    def of(cls, below: Tensor, target: Callable[[Tensor], LayerProblem] | None = None) -> Ground:
+    def from_tensor(
+        cls, below: Tensor, target: Callable[[Tensor], LayerProblem] | None = None
+    ) -> LayerData:
         """Of tensors (N, C, H, W) in memory; by default what is below is what is explained."""
         return cls(
             len(below),
@@ -93,22 +95,24 @@ class Ground:
         )
 
     @classmethod
-    def over(cls, net: DeconvNet, codes: Codes, number: int) -> Ground:
+    def from_codes(cls, net: DeconvNet, codes: Codes, number: int) -> LayerData:
         """Of layer `number` of a network over the codes of the layers below."""
-        return cls.of(net.layer_input(codes, number), partial(net.layer_problem, codes, number))
+        return cls.from_tensor(
+            net.layer_input(codes, number), partial(net.layer_problem, codes, number)
+        )
 
 
-def states_size(layer: Layer, ground: Ground) -> int:
+def warm_starts_size(layer: Layer, data: LayerData) -> int:
     """Bytes that the states of inference of all images take while a layer learns."""
     settings, size = layer.settings, layer.settings.filter_size
-    maps = (settings.num_maps, *map_size(ground.shape[1:], (size, size), settings.boundary))
-    window = state_window(layer)
+    maps = (settings.num_maps, *map_size(data.shape[1:], (size, size), settings.boundary))
+    window = pooling_window(layer)
     # A pooled value and its switch.
     each = 4 * math.prod(maps) if window is None else 12 * math.prod(pooled_shape(maps, window))
-    return ground.images * each
+    return data.images * each
 
 
-def state_window(layer: Layer) -> Window | None:
+def pooling_window(layer: Layer) -> Window | None:
     """The window by which states of inference are kept pooled, if they are."""
     proximal = layer.settings.solver.method in ("fista", "ista")
     return layer.settings.window if proximal else None
@@ -132,12 +136,12 @@ class LayerTrainer:
     def __init__(
         self,
         layer: Layer,
-        ground: Ground | Tensor,
+        data: LayerData | Tensor,
         *,
         seed: int = 0,
         number: int = 1,
         chunk: int = 8,
-        watch: Watch | None = None,
+        watch: SnapshotPlan | None = None,
         communicator: Communicator = SINGLE,
         keep: bool = True,
         folder: Path | None = None,
@@ -145,13 +149,13 @@ class LayerTrainer:
         filters: Tensor | None = None,
         state: dict | None = None,
     ):
-        self.ground = Ground.of(ground) if isinstance(ground, Tensor) else ground
-        check_size(self.ground.shape, layer, number)
+        self.data = LayerData.from_tensor(data) if isinstance(data, Tensor) else data
+        check_size(self.data.shape, layer, number)
         self.layer, self.seed, self.number, self.chunk = layer, seed, number, chunk
         self.watch, self.communicator, self.keep = watch, communicator, keep
         self.settings: LearningSettings = layer.settings.learning
-        self.schedule = Schedule(
-            self.ground.images,
+        self.sampler = BatchSampler(
+            self.data.images,
             self.settings.batch_size,
             (seed, number, 2),
             communicator.rank,
@@ -160,14 +164,16 @@ class LayerTrainer:
         self.epoch, self.batch = 0, 0
         # Whether some rank was asked to stop, as of the last update.
         self.stopping = False
-        own, window = self.schedule.own.to(self.ground.device), state_window(layer)
-        self.codes = FileStates(own, window, folder, token) if folder else States(own, window)
+        own, window = self.sampler.own.to(self.data.device), pooling_window(layer)
+        self.warm_starts = (
+            DiskWarmStarts(own, window, folder, token) if folder else WarmStarts(own, window)
+        )
         self.snapshot: Snapshot | None = None
-        self.sums: FilterSums | None = None
-        self._seen = _Seen()
+        self.sums: FilterStatistics | None = None
+        self._seen = EpochAccumulator()
         if state is None:
             if filters is None:
-                filters = self._fresh_filters(layer.settings.num_maps, seeded(seed, number, 1))
+                filters = self._draw_filters(layer.settings.num_maps, seeded(seed, number, 1))
             layer.set_filters(filters.to(layer.filters))
         else:
             self.load_state_dict(state)
@@ -179,11 +185,11 @@ class LayerTrainer:
     @property
     def updates(self) -> int:
         """Filter updates in all epochs."""
-        return self.settings.epochs * self.schedule.batches
+        return self.settings.epochs * self.sampler.batches
 
     @property
     def updates_done(self) -> int:
-        return self.epoch * self.schedule.batches + self.batch
+        return self.epoch * self.sampler.batches + self.batch
 
     @property
     def message(self) -> int:
@@ -203,7 +209,7 @@ class LayerTrainer:
 
     def close(self) -> None:
         """Nothing more is learned: files of states are closed."""
-        self.codes.close()
+        self.warm_starts.close()
 
     @plain
     def update(self, *, stop: bool = False) -> EpochStats | None:
@@ -214,7 +220,7 @@ class LayerTrainer:
         """
         self.snapshot = None
         self._seen.clock.start()
-        chosen = self.schedule.batch(self.epoch, self.batch).to(self.ground.device)
+        chosen = self.sampler.batch(self.epoch, self.batch).to(self.data.device)
         self._announce_next(chosen)
         if self.settings.update == "cg":
             self._update_by_cg(chosen, stop)
@@ -222,19 +228,19 @@ class LayerTrainer:
             self._update_by_sums(chosen, stop)
         self._seen.clock.end("update")
         self.batch += 1
-        return self._end_epoch() if self.batch == self.schedule.batches else None
+        return self._end_epoch() if self.batch == self.sampler.batches else None
 
     def _announce_next(self, chosen: Tensor) -> None:
         """Say which images will be asked for: those of this batch and the next."""
-        if self.ground.ahead is None:
+        if self.data.ahead is None:
             return
-        over = self.batch + 1 == self.schedule.batches
+        over = self.batch + 1 == self.sampler.batches
         following = (self.epoch + 1, 0) if over else (self.epoch, self.batch + 1)
-        self.ground.ahead(torch.cat([chosen.cpu(), self.schedule.batch(*following)]))
+        self.data.ahead(torch.cat([chosen.cpu(), self.sampler.batch(*following)]))
 
     def _update_by_sums(self, chosen: Tensor, stop: bool) -> None:
         layer, f = self.layer, self.layer.filters
-        sums, finite = FilterSums.none(f), True
+        sums, finite = FilterStatistics.none(f), True
         for part in self._parts(chosen):
             self._seen.clock.end("sums")
             solution, T = self._visit(part)
@@ -242,7 +248,7 @@ class LayerTrainer:
             if not torch.isfinite(solution.objective).all():
                 finite = False
                 continue
-            sums += filter_sums(
+            sums += filter_statistics(
                 solution.z,
                 T.adjoint(solution.residual),
                 f,
@@ -255,10 +261,10 @@ class LayerTrainer:
             sums.linear, sums.gram, self._flags(finite, stop)
         )
         self._seen.clock.end("exchange")
-        self._heed(flags)
-        sums = FilterSums(linear, gram)
-        # Each update lets 1 / (updates in `memory` epochs) of what came before fade.
-        fade = max(0.0, 1 - 1 / max(self.settings.memory * self.schedule.batches, 1))
+        self._check_flags(flags)
+        sums = FilterStatistics(linear, gram)
+        # Each update lets 1 / (updates in `averaging_epochs` epochs) of what came before fade.
+        fade = max(0.0, 1 - 1 / max(self.settings.averaging_epochs * self.sampler.batches, 1))
         self.sums = sums if self.sums is None or fade == 0 else self.sums * fade + sums
         f.copy_(
             update_filters(
@@ -278,16 +284,16 @@ class LayerTrainer:
             solution, _ = self._visit(part)
             finite = finite and bool(torch.isfinite(solution.objective).all())
             # Maps that are kept pooled are unpooled again when they are needed.
-            z = None if self.keep and self.codes.window else solution.z
+            z = None if self.keep and self.warm_starts.window else solution.z
             visited.append((part, z, solution.residual))
         self._seen.clock.end("inference")
         flags = self.communicator.all_reduce_sum(self._flags(finite, stop))
         self._seen.clock.end("exchange")
-        self._heed(*flags)
+        self._check_flags(*flags)
 
         def batches() -> Iterator[Batch]:
             for part, z, residual in visited:
-                yield self.codes[part] if z is None else z, residual, self.ground.target(part).T
+                yield self.warm_starts[part] if z is None else z, residual, self.data.target(part).T
 
         layer.filters.copy_(
             update_filters_by_cg(
@@ -306,9 +312,9 @@ class LayerTrainer:
     def _flags(self, finite: bool, stop: bool) -> Tensor:
         """What a rank has to say beside its sums: (FLAGS,)."""
         flags = [float(not finite), float(stop)]
-        return torch.tensor(flags, dtype=torch.float64, device=self.ground.device)
+        return torch.tensor(flags, dtype=torch.float64, device=self.data.device)
 
-    def _heed(self, flags: Tensor) -> None:
+    def _check_flags(self, flags: Tensor) -> None:
         """Act upon the sum of all flags, as all ranks do."""
         bad, stop = flags.tolist()
         self.stopping = stop > 0
@@ -325,32 +331,32 @@ class LayerTrainer:
         """||T||^2 of these images, which stays the same while this layer learns."""
         if isinstance(T, Identity):
             return None
-        found = self.codes.number("curvature", part)
+        found = self.warm_starts.scalar("curvature", part)
         if found is None:
-            found = 1.05 * T.squared_norm(self.ground.target(part).b, steps=NORM_STEPS)
-            self.codes.set_number("curvature", part, found)
+            found = 1.05 * T.squared_norm(self.data.target(part).b, steps=NORM_STEPS)
+            self.warm_starts.set_scalar("curvature", part, found)
         return found
 
     def _parts(self, images: Tensor) -> Iterator[Tensor]:
         return iter(images.split(self.chunk) if len(images) else ())
 
-    def _fresh_filters(self, num: int, generator: torch.Generator) -> Tensor:
+    def _draw_filters(self, num: int, generator: torch.Generator) -> Tensor:
         """So many filters as learning starts with."""
-        H, W = self.ground.shape[1:]
-        images, size = self.ground.images, self.layer.settings.filter_size
+        H, W = self.data.shape[1:]
+        images, size = self.data.images, self.layer.settings.filter_size
 
         def draw(number: int) -> Tensor:
-            return self._patches(draw_places(number, images, (H, W), size, generator))
+            return self._patches(random_patch_positions(number, images, (H, W), size, generator))
 
-        return self.layer.fresh_filters(num, draw, generator)
+        return self.layer.draw_filters(num, draw, generator)
 
     def _patches(self, places: Tensor) -> Tensor:
         """(P, C, h, w): the pieces of what is below at places (P, 3), image, row, column."""
         size = self.layer.settings.filter_size
-        patches = self.layer.filters.new_zeros(len(places), self.ground.shape[0], size, size)
-        drawn, own = places[:, 0], self.codes.images.cpu()
+        patches = self.layer.filters.new_zeros(len(places), self.data.shape[0], size, size)
+        drawn, own = places[:, 0], self.warm_starts.images.cpu()
         for part in self._parts(own[torch.isin(own, drawn)]):
-            below = self.ground.below(part.to(self.ground.device))
+            below = self.data.below(part.to(self.data.device))
             for n, image in zip(part.tolist(), below, strict=True):
                 for p in (drawn == n).nonzero()[:, 0].tolist():
                     i, j = places[p, 1:].tolist()
@@ -360,52 +366,52 @@ class LayerTrainer:
 
     def _visit(self, part: Tensor) -> tuple[Solution, LinearOperator]:
         """Go on inferring the maps of some images; what was found, and their T."""
-        target = self.ground.target(part)
+        target = self.data.target(part)
         solution = self.layer.infer(
             target,
-            state=self.codes[part],
-            step=self.codes.number("step", part),
+            state=self.warm_starts[part],
+            step=self.warm_starts.scalar("step", part),
             training=self.keep,
         )
         if self.keep:
-            self.codes[part] = solution.state
+            self.warm_starts[part] = solution.state
             if solution.step is not None:
-                self.codes.set_number("step", part, solution.step)
+                self.warm_starts.set_scalar("step", part, solution.step)
         self._seen.add(solution, target.b)
         if self.watch and self.epoch + 1 in self.watch.epochs:
             self._seen.add_peaks(solution.z, part, self.watch)
         return solution, target.T
 
     def _end_epoch(self) -> EpochStats:
-        seen, self._seen = self._seen.shared(self.communicator), _Seen()
+        seen, self._seen = self._seen.shared(self.communicator), EpochAccumulator()
         dead = dead_filters(seen.energy)
-        double = double_filters(self.layer.filters, seen.energy)
+        double = duplicate_filters(self.layer.filters, seen.energy)
         double = [k for k in double if k not in dead]
         self.epoch, self.batch = self.epoch + 1, 0
         if seen.peaks is not None:
             self.snapshot = Snapshot(self.epoch, seen.peaks, self.layer.filters.clone())
-        self.codes.turn()
-        if self.settings.revive and not self.done:
-            self._revive(sorted([*dead, *double]))
+        self.warm_starts.next_pass()
+        if self.settings.reinit_unused and not self.done:
+            self._reinitialize(sorted([*dead, *double]))
         early = 3 * self.epoch <= 2 * self.settings.epochs
         if self.settings.recenter and early and self.epoch % RECENTER_EVERY == 0:
             self._recenter()
-        self.codes.turn()
+        self.warm_starts.next_pass()
         return seen.stats(self, dead=len(dead), double=len(double))
 
-    def _revive(self, filters: list[int]) -> None:
+    def _reinitialize(self, filters: list[int]) -> None:
         """Start these filters anew, and forget what was known of their maps."""
         if not filters:
             return
         layer = self.layer
         generator = seeded(self.seed, self.number, 3, self.epoch)
-        fresh = self._fresh_filters(len(filters), generator)
+        fresh = self._draw_filters(len(filters), generator)
         f = layer.filters.clone()
         f[filters] = fresh
         layer.set_filters(f)
         for part, state in self._states():
             state[:, filters] = 0
-            self.codes[part] = state
+            self.warm_starts[part] = state
         if self.sums is not None:
             self.sums = self.sums.without(filters)
 
@@ -421,15 +427,15 @@ class LayerTrainer:
             for k, (rows, columns) in moves.items():
                 state[:, k] = shift(state[:, k], -rows, -columns, wrap=wrap)
             # With a window, of the moved entries that now share one the strongest stays.
-            self.codes[part] = state
+            self.warm_starts[part] = state
         layer.set_filters(f)
         if self.sums is not None:
             self.sums = self.sums.without(list(moves))
 
     def _states(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(indices, states of inference) of the images, some at a time."""
-        for part in self._parts(self.codes.images):
-            state = self.codes[part]
+        for part in self._parts(self.warm_starts.images):
+            state = self.warm_starts[part]
             if state is not None:
                 yield part, state
 
@@ -438,7 +444,7 @@ class LayerTrainer:
         with any number of ranks; of all ranks, for the first one.
         """
         seen = self._seen.shared(self.communicator)
-        parts = self.communicator.gather(self.codes.state_dict())
+        parts = self.communicator.gather(self.warm_starts.state_dict())
         if parts is None:
             return None
         sums = self.sums and {"linear": self.sums.linear.cpu(), "gram": self.sums.gram.cpu()}
@@ -447,7 +453,7 @@ class LayerTrainer:
             "keep": self.keep,
             "epoch": self.epoch,
             "batch": self.batch,
-            "codes": all_states(parts),
+            "codes": merge_state_dicts(parts),
             "sums": sums,
             "seen": seen.state_dict(),
         }
@@ -459,13 +465,17 @@ class LayerTrainer:
                 "images in another order: go on with the one that wrote it, or start anew "
                 "(resume=false)"
             )
-        device = self.ground.device
+        device = self.data.device
         self.epoch, self.batch = state["epoch"], state["batch"]
-        self.codes.load_state_dict(state["codes"], device)
+        self.warm_starts.load_state_dict(state["codes"], device)
         sums = state["sums"]
-        self.sums = sums and FilterSums(sums["linear"].to(device), sums["gram"].to(device))
+        self.sums = sums and FilterStatistics(sums["linear"].to(device), sums["gram"].to(device))
         # What all have seen counts once.
-        self._seen = _Seen.of(state["seen"], device) if self.communicator.is_main else _Seen()
+        self._seen = (
+            EpochAccumulator.of(state["seen"], device)
+            if self.communicator.is_main
+            else EpochAccumulator()
+        )
 
 
 class _Clock:
@@ -486,7 +496,7 @@ class _Clock:
 
 
 @dataclass
-class _Seen:
+class EpochAccumulator:
     """Sums over the images of an epoch, as they were visited, and what stood out.
 
     energy: (K,) of every map; peaks: the strongest activations, if they are looked out for.
@@ -518,21 +528,21 @@ class _Seen:
         energy = times_power(energy, 2 * e)
         self.energy = energy if self.energy is None else self.energy + energy
 
-    def add_peaks(self, z: Tensor, images: Tensor, watch: Watch) -> None:
+    def add_peaks(self, z: Tensor, images: Tensor, watch: SnapshotPlan) -> None:
         peaks = Peaks.none(z) if self.peaks is None else self.peaks
         self.peaks = peaks.updated(z, images, watch.first)
 
-    def shared(self, communicator: Communicator) -> _Seen:
+    def shared(self, communicator: Communicator) -> EpochAccumulator:
         """What all ranks have seen, and what each had to do."""
         device = torch.device("cpu") if self.energy is None else self.energy.device
         load = RankLoad(dict(self.clock.seconds), memory_used(device))
         if communicator.world_size == 1:
             return replace(self, loads=[load])
         found = communicator.all_gather((self.state_dict(), load))
-        parts = [_Seen.of(part, device) for part, _ in found]
+        parts = [EpochAccumulator.of(part, device) for part, _ in found]
         energies = [part.energy for part in parts if part.energy is not None]
         peaks = [part.peaks for part in parts if part.peaks is not None]
-        return _Seen(
+        return EpochAccumulator(
             **{key: sum(getattr(part, key) for part in parts) for key in SUMMED},
             loads=[load for _, load in found],
             clock=self.clock,
@@ -549,7 +559,7 @@ class _Seen:
         }
 
     @classmethod
-    def of(cls, state: dict, device: torch.device | None) -> _Seen:
+    def of(cls, state: dict, device: torch.device | None) -> EpochAccumulator:
         energy, peaks = state["energy"], state["peaks"]
         return cls(
             **{key: state[key] for key in SUMMED},
@@ -587,8 +597,8 @@ def learn_layers(
         if number > 1:
             codes = net.infer_next_layer(codes, chunk=chunk)
             layer.fit_scale(codes.layers[-1].pooled)
-        ground = Ground.over(net, codes, number)
-        trainer = LayerTrainer(layer, ground, seed=seed, number=number, chunk=chunk)
+        data = LayerData.from_codes(net, codes, number)
+        trainer = LayerTrainer(layer, data, seed=seed, number=number, chunk=chunk)
         while not trainer.done:
             history += filter(None, [trainer.update()])
     return history

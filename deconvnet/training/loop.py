@@ -26,18 +26,14 @@ from deconvnet.sparse_coding.solvers import data_term
 from deconvnet.storage import formats
 from deconvnet.support.communicator import SINGLE, Communicator
 from deconvnet.support.modes import plain
-from deconvnet.training.layer_trainer import Ground, LayerTrainer, states_size
-from deconvnet.training.run_folder import Run
-from deconvnet.training.training_set import Corpus, Source
-from deconvnet.training.warm_starts import FileStates
-from deconvnet.visualization.pictures.evolution import (
-    append,
-    evolution_picture,
-    layer_watch,
-    project_snapshot,
-    recorded,
-)
-from deconvnet.visualization.pictures.figures import filter_picture, layer_pictures
+from deconvnet.training.layer_trainer import LayerData, LayerTrainer, warm_starts_size
+from deconvnet.training.run_folder import RunFolder
+from deconvnet.training.training_set import ImageSource, TrainingSet
+from deconvnet.training.warm_starts import DiskWarmStarts
+from deconvnet.visualization.evolution.evolution import append_epoch, load_if_valid
+from deconvnet.visualization.evolution.snapshots import plan_snapshots, project_snapshot
+from deconvnet.visualization.pictures.evolution_picture import evolution_picture
+from deconvnet.visualization.pictures.layer_pictures import filter_picture, layer_pictures
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +53,8 @@ class Interrupted(Exception):
 @plain
 def train(
     net: DeconvNet,
-    images: Tensor | Source,
-    run: Run | None,
+    images: Tensor | ImageSource,
+    run: RunFolder | None,
     monitor: Monitor,
     *,
     frames: Tensor | None = None,
@@ -82,14 +78,14 @@ def train(
     in the run folder where that is too little. Where they would take more, every visit infers from
     the beginning.
     """
-    images = Source.of(images, frames) if isinstance(images, Tensor) else images
+    images = ImageSource.from_tensor(images, frames) if isinstance(images, Tensor) else images
     if run:
         run.claim()
     state = communicator.broadcast(run and run.state)
     if state is not None:
         net.load_parts(state["network"]["tensors"])
     initial = _initial_filters(net, communicator.broadcast(run and run.initial))
-    position = _Position.of(state)
+    position = TrainingState.of(state)
     if position.layer > net.depth:
         log.info(
             "all %d layers were trained before; for another run choose another name=..., to learn "
@@ -99,7 +95,7 @@ def train(
         if run:
             _save_again(net, run.network)
         if run and state["trainer"] is None:
-            run.forget_states()
+            run.remove_warm_starts()
         return position.results[: net.depth]
     monitor.start(position.step, position.layer)
     with _stop_requests() as stop_requested:
@@ -109,17 +105,17 @@ def train(
             if stop_requested():
                 raise Interrupted
 
-        corpus = Corpus(
+        training_set = TrainingSet(
             net, images, communicator=communicator, chunk=chunk, hold=hold, progress=watch
         )
         if state is None:
-            corpus.fit_preprocessing()
+            training_set.fit_preprocessing()
         resumed = state and state["trainer"]
         if run:
-            run.forget_states(keep=position.layer)
+            run.remove_warm_starts(keep=position.layer)
         while position.layer <= net.depth:
             _train_layer(
-                *(net, corpus, position, run, monitor, stop_requested, seed, (memory, disk)),
+                *(net, training_set, position, run, monitor, stop_requested, seed, (memory, disk)),
                 *(resumed, initial.get(position.layer)),
             )
             resumed = None
@@ -127,7 +123,7 @@ def train(
             monitor.flush()
             position.save(run, net)
             if run:
-                run.forget_states(keep=position.layer)
+                run.remove_warm_starts(keep=position.layer)
     if run:
         net.save(run.network)
     return position.results
@@ -135,9 +131,9 @@ def train(
 
 def _train_layer(
     net: DeconvNet,
-    corpus: Corpus,
-    position: _Position,
-    run: Run | None,
+    training_set: TrainingSet,
+    position: TrainingState,
+    run: RunFolder | None,
     monitor: Monitor,
     stop_requested: Callable[[], bool],
     seed: int,
@@ -148,47 +144,49 @@ def _train_layer(
     """Learn one layer, infer its maps of all images, and show them."""
     started = time.perf_counter()
     number, layer = position.layer, net.layer(position.layer)
-    corpus.settle(corpus.own_for(number), number - 1)
+    training_set.hold_codes(training_set.own_images(number), number - 1)
     if resumed is None and number > 1:
-        layer.fit_scale(position.pooled or corpus.pooled(number - 1))
-    ground = corpus.ground(number)
+        layer.fit_scale(position.pooled or training_set.pooled_spread(number - 1))
+    data = training_set.layer_data(number)
     keep, folder = _place_for_states(
-        layer, ground, corpus.communicator, run, number, *room, resumed
+        layer, data, training_set.communicator, run, number, *room, resumed
     )
     trainer = LayerTrainer(
         layer,
-        ground,
+        data,
         seed=seed,
         number=number,
-        chunk=corpus.chunk,
-        watch=layer_watch(net, corpus.codes_of(corpus.some(1), number - 1), number),
-        communicator=corpus.communicator,
+        chunk=training_set.chunk,
+        watch=plan_snapshots(
+            net, training_set.codes_of(training_set.sample_indices(1), number - 1), number
+        ),
+        communicator=training_set.communicator,
         keep=keep,
         folder=folder,
-        token=corpus.communicator.broadcast(run and run.token) or "",
+        token=training_set.communicator.broadcast(run and run.token) or "",
         filters=initial,
         state=resumed,
     )
-    if corpus.communicator.world_size > 1 and corpus.communicator.is_main:
+    if training_set.communicator.world_size > 1 and training_set.communicator.is_main:
         log.info("layer %d: %s", number, trainer.traffic)
     try:
-        _learn(net, corpus, trainer, position, run, monitor, stop_requested)
+        _learn(net, training_set, trainer, position, run, monitor, stop_requested)
     finally:
         trainer.close()
-    tally = _Tally()
-    for codes in corpus.climb(number):
+    tally = LayerEvaluation()
+    for codes in training_set.infer_next_layer(number):
         tally.add(net, codes)
-    tally = tally.shared(corpus.communicator)
+    tally = tally.shared(training_set.communicator)
     position.pooled = tally.pooled
     result = tally.result(number, time.perf_counter() - started)
     position.results.append(result)
-    if result.dead and corpus.communicator.is_main:
+    if result.dead and training_set.communicator.is_main:
         log.warning(
             "layer %d: %d of its %d maps are zero on all images (dead): fewer num_maps, or a "
             "larger lam",
             *(number, result.dead, layer.settings.num_maps),
         )
-    _show(net, corpus, position, run, monitor)
+    _show(net, training_set, position, run, monitor)
 
 
 def _initial_filters(net: DeconvNet, parts: tuple[dict, dict] | None) -> dict[int, Tensor]:
@@ -225,9 +223,9 @@ def _save_again(net: DeconvNet, path: Path) -> None:
 
 def _place_for_states(
     layer: Layer,
-    ground: Ground,
+    data: LayerData,
     communicator: Communicator,
-    run: Run | None,
+    run: RunFolder | None,
     number: int,
     memory: float,
     disk: float,
@@ -237,8 +235,8 @@ def _place_for_states(
 
     While a layer learns this does not change: with states or without, it learns something else.
     """
-    needed = states_size(layer, ground) / 2**30
-    on_disk = FileStates.FILES * needed
+    needed = warm_starts_size(layer, data) / 2**30
+    on_disk = DiskWarmStarts.NUM_FILES * needed
     root = communicator.broadcast(run and str(run.states))
     folder = root and Path(root) / f"layer{number}"
     kept, there = _states_of(resumed)
@@ -249,7 +247,7 @@ def _place_for_states(
     elif kept:
         raise ValueError(
             f"memory={memory:g}, disk={disk:g}: layer {number} learns with the states of inference "
-            f"of {ground.images} images; resume with memory={1.01 * needed:.3g} or "
+            f"of {data.images} images; resume with memory={1.01 * needed:.3g} or "
             f"disk={1.01 * on_disk:.3g} (GiB)"
         )
     else:
@@ -257,7 +255,7 @@ def _place_for_states(
     if communicator.is_main:
         log.info(
             "layer %d: the states of inference of %d images would take %.3g GiB%s: %s",
-            *(number, ground.images, needed),
+            *(number, data.images, needed),
             *(f", which is more than memory={memory:g}" if needed > memory else "", where),
         )
         if folder:
@@ -290,7 +288,7 @@ def _check_room(folder: Path, needed: float) -> None:
 
 
 @dataclass
-class _Position:
+class TrainingState:
     """Where a run is, beside the filters: layer being learned, filter updates so far, results, and
     how large the pooled maps below are.
     """
@@ -301,7 +299,7 @@ class _Position:
     pooled: Spread | None = None
 
     @classmethod
-    def of(cls, state: dict | None) -> _Position:
+    def of(cls, state: dict | None) -> TrainingState:
         """That of a saved state, or the beginning."""
         if state is None:
             return cls(1, 0, [])
@@ -315,7 +313,9 @@ class _Position:
                 "another one"
             ) from None
 
-    def save(self, run: Run | None, net: DeconvNet, trainer: LayerTrainer | None = None) -> None:
+    def save(
+        self, run: RunFolder | None, net: DeconvNet, trainer: LayerTrainer | None = None
+    ) -> None:
         """Write it down, of all ranks, by the first."""
         learning = trainer and trainer.state_dict()
         if run is None:
@@ -334,7 +334,7 @@ class _Position:
 
 
 @dataclass
-class _Tally:
+class LayerEvaluation:
     """What the maps of a finished layer are like, summed over images.
 
     active: (K,) entries of every map that are not zero; pooled: of what the next layer stands on.
@@ -366,12 +366,12 @@ class _Tally:
         self.active = active if self.active is None else self.active + active
         self.pooled.add(found.pooled)
 
-    def shared(self, communicator: Communicator) -> _Tally:
+    def shared(self, communicator: Communicator) -> LayerEvaluation:
         """Over the images of all ranks."""
         pooled = self.pooled.shared(communicator)
         parts = [part for part in communicator.all_gather(self) if part.images]
         summed = [key for key in vars(self) if key != "pooled"]
-        return _Tally(
+        return LayerEvaluation(
             **{key: sum(getattr(part, key) for part in parts) for key in summed}, pooled=pooled
         )
 
@@ -389,10 +389,10 @@ class _Tally:
 
 def _learn(
     net: DeconvNet,
-    corpus: Corpus,
+    training_set: TrainingSet,
     trainer: LayerTrainer,
-    position: _Position,
-    run: Run | None,
+    position: TrainingState,
+    run: RunFolder | None,
     monitor: Monitor,
     stop_requested: Callable[[], bool],
 ) -> None:
@@ -405,10 +405,10 @@ def _learn(
         monitor.advance()
         if stats:
             monitor.epoch(stats, position.step)
-            if stats.objective > RISE * before and corpus.communicator.is_main:
+            if stats.objective > RISE * before and training_set.communicator.is_main:
                 log.warning(
                     "layer %d, epoch %d: the objective has risen from %.4g to %.4g; if it goes on, "
-                    "use larger batches (learning.batch_size) or a longer learning.memory",
+                    "use larger learning.batch_size or learning.averaging_epochs",
                     *(trainer.number, stats.epoch, before, stats.objective),
                 )
             before = stats.objective
@@ -416,9 +416,11 @@ def _learn(
                 monitor.picture("layer1/filters", filter_picture(net), position.step)
             if trainer.snapshot:
                 # Before the checkpoint: a run that goes on from it has these columns.
-                _show_snapshot(net, corpus, trainer, run)
+                _show_snapshot(net, training_set, trainer, run)
         # Alone there is no need to ask the others.
-        stopping = trainer.stopping or (corpus.communicator.world_size == 1 and stop_requested())
+        stopping = trainer.stopping or (
+            training_set.communicator.world_size == 1 and stop_requested()
+        )
         if stats or stopping:
             monitor.flush()
             position.save(run, net, trainer)
@@ -426,29 +428,35 @@ def _learn(
             raise Interrupted
 
 
-def _show_snapshot(net: DeconvNet, corpus: Corpus, trainer: LayerTrainer, run: Run | None) -> None:
+def _show_snapshot(
+    net: DeconvNet, training_set: TrainingSet, trainer: LayerTrainer, run: RunFolder | None
+) -> None:
     """Add what the maps look like after this epoch to the file of the layer."""
     number, images = trainer.number, trainer.snapshot.peaks.images.clamp(min=0).unique().cpu()
-    codes = corpus.collected(images, number - 1)
+    codes = training_set.gather_codes(images, number - 1)
     if run:
         column = project_snapshot(net, codes, number, trainer.snapshot, images)
-        append(run.evolution(number), column)
+        append_epoch(run.evolution(number), column)
 
 
 def _show(
-    net: DeconvNet, corpus: Corpus, position: _Position, run: Run | None, monitor: Monitor
+    net: DeconvNet,
+    training_set: TrainingSet,
+    position: TrainingState,
+    run: RunFolder | None,
+    monitor: Monitor,
 ) -> None:
     """Everything that a finished layer has to show, of some of the images if they are many."""
-    number, some = position.layer, corpus.some(SHOWN_IMAGES)
-    codes = corpus.collected(some, number)
+    number, some = position.layer, training_set.sample_indices(SHOWN_IMAGES)
+    codes = training_set.gather_codes(some, number)
     if run is None:
         return
     monitor.result(position.results[-1], codes.layer(number).values, position.step)
     problem = net.layer_problem(codes, number, slice(CURVE_IMAGES))
     monitor.inference(number, _inference_curve(net.layer(number), problem))
-    pixels, _ = corpus.images.read(some)
+    pixels, _ = training_set.images.read(some)
     pictures = layer_pictures(net, codes, pixels.to(net.device), number)
-    learned = recorded(run.evolution(number))
+    learned = load_if_valid(run.evolution(number))
     if learned:
         pictures[f"layer{number}/evolution"] = evolution_picture(learned)
     for name, picture in pictures.items():

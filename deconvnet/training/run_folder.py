@@ -29,7 +29,7 @@ import torch
 from deconvnet.images.datasets import DataSettings
 from deconvnet.network.network import network_of
 from deconvnet.storage import formats, ownership
-from deconvnet.training.warm_starts import is_file_of_states
+from deconvnet.training.warm_starts import is_warm_start_file
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ PREVIOUS = re.compile(r"previous-([0-9]{1,9})")
 DIGEST = 8
 
 
-class Run:
+class RunFolder:
     """A run folder: its checkpoints, and the rule that one folder holds one run.
 
     resume: "auto" resumes from the newest valid checkpoint of the folder, if there is one; "false"
@@ -107,7 +107,7 @@ class Run:
         if self.state is not None and resume != "auto":
             self._begin_from(Path(resume))
         elif self.state is None and resume != "auto":
-            self.forget_states()
+            self.remove_warm_starts()
             self._archive()
 
     def claim(self) -> None:
@@ -129,7 +129,7 @@ class Run:
         """The folder of the states of inference that are kept on the disk."""
         return self.folder / "states"
 
-    def forget_states(self, keep: int | None = None) -> None:
+    def remove_warm_starts(self, keep: int | None = None) -> None:
         """Remove the states of inference on the disk, which are large and of use to nobody else, of
         all layers but one.
         """
@@ -138,7 +138,7 @@ class Run:
             if not ours or folder.name == f"layer{keep}":
                 continue
             for path in folder.glob("*.states"):
-                if is_file_of_states(path):
+                if is_warm_start_file(path):
                     path.unlink()
             ownership.prune(folder)
         if not self.states.is_symlink() and self.states.is_dir() and not any(self.states.iterdir()):
@@ -233,7 +233,7 @@ class Run:
         """Make the newest checkpoint of this folder the one that this run resumes from."""
         kept = self._evolution_in(source.expanduser())
         if _folder_of(source.expanduser()).resolve() != self.folder.resolve():
-            self.forget_states()
+            self.remove_warm_starts()
         self._archive()
         self.claim()
         for number, data in kept.items():

@@ -21,7 +21,7 @@ from deconvnet.network.network import seeded
 
 
 @dataclass(frozen=True)
-class Schedule:
+class BatchSampler:
     """The batches of N images for one of several ranks.
 
     batch_size: B, at most N, or None for all images in one batch. seeds: what the orders are made
@@ -45,7 +45,7 @@ class Schedule:
         return -(-self.images // self.places)
 
     @property
-    def own_places(self) -> range:
+    def own_slots(self) -> range:
         """The places of this rank: some that are neighbours; none where there are more ranks."""
         first, last = (self.places * rank // self.world_size for rank in (self.rank, self.rank + 1))
         return range(first, last)
@@ -54,7 +54,7 @@ class Schedule:
     def own(self) -> Tensor:
         """The images of this rank, ascending."""
         starts = torch.arange(0, self.images, self.places)[:, None]
-        own = (starts + torch.tensor(self.own_places, dtype=torch.int64)).flatten()
+        own = (starts + torch.tensor(self.own_slots, dtype=torch.int64)).flatten()
         return own[own < self.images]
 
     def batch(self, epoch: int, number: int) -> Tensor:
@@ -66,11 +66,11 @@ class Schedule:
 
 
 @lru_cache(maxsize=2)
-def _order(schedule: Schedule, epoch: int) -> list[Tensor]:
+def _order(sampler: BatchSampler, epoch: int) -> list[Tensor]:
     """The images of each of the own places, as they come in an epoch."""
     orders = []
-    for place in schedule.own_places:
-        images = torch.arange(place, schedule.images, schedule.places)
-        shuffle = seeded(*schedule.seeds, epoch, place)
+    for place in sampler.own_slots:
+        images = torch.arange(place, sampler.images, sampler.places)
+        shuffle = seeded(*sampler.seeds, epoch, place)
         orders.append(images[torch.randperm(len(images), generator=shuffle)])
     return orders

@@ -1,8 +1,8 @@
-"""The images that a network learns from, and what its layers have found in them.
+"""The training images, and the codes that the finished layers inferred from them.
 
-Every rank has its own images (`Schedule.own`). What the layers below have found in them is held in
-memory, or found again whenever it is asked for: inference starts from zero maps and looks at every
-image by itself, so that this makes no difference but that of time.
+Every rank has its own images (`BatchSampler.own`). Their codes are held in memory or inferred again
+whenever they are needed. Inference starts from zero maps and treats each image separately, so both
+ways give the same result and differ only in time.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from deconvnet.images.preprocessing import Spread
 from deconvnet.network.codes import ALL, Codes, join, join_codes
 from deconvnet.network.network import DeconvNet, LayerProblem
 from deconvnet.support.communicator import SINGLE, Communicator
-from deconvnet.training.layer_trainer import Ground
-from deconvnet.training.sampler import Schedule
+from deconvnet.training.layer_trainer import LayerData
+from deconvnet.training.sampler import BatchSampler
 
 # Images, and the frames of the pictures in them or None, by indices.
 Read = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
 
 @dataclass(frozen=True)
-class Source:
+class ImageSource:
     """Training images: how many, and how to get those (n, 3, H, W) of some indices (n,), with the
     frames (n, 4) of the pictures in them, or None where they fill their images.
     """
@@ -38,12 +38,12 @@ class Source:
     digests: Callable[[], Sequence[str]] | None = None
 
     @classmethod
-    def of(
+    def from_tensor(
         cls,
         images: Tensor,
         frames: Tensor | None = None,
         digests: Callable[[], Sequence[str]] | None = None,
-    ) -> Source:
+    ) -> ImageSource:
         """Those of a tensor (N, 3, H, W) in memory."""
 
         def read(some: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -52,7 +52,7 @@ class Source:
         return cls(len(images), read, digests=digests)
 
 
-class Corpus:
+class TrainingSet:
     """The images of all ranks, seen through the layers of a network that have been learned.
 
     hold: keep what the layers found in the images of this rank in memory. progress(done, total)
@@ -62,7 +62,7 @@ class Corpus:
     def __init__(
         self,
         net: DeconvNet,
-        images: Source,
+        images: ImageSource,
         *,
         communicator: Communicator = SINGLE,
         chunk: int = 8,
@@ -79,7 +79,7 @@ class Corpus:
 
     def fit_preprocessing(self) -> None:
         """Learn the preprocessing from all images, each rank from some of them."""
-        own = Schedule(
+        own = BatchSampler(
             len(self), None, (), self.communicator.rank, self.communicator.world_size
         ).own
 
@@ -90,14 +90,14 @@ class Corpus:
 
         self.net.preprocessing.fit_parts(parts, self.communicator)
 
-    def own_for(self, number: int) -> Tensor:
+    def own_images(self, number: int) -> Tensor:
         """The images that are this rank's own while layer `number` learns, ascending."""
         batch_size = self.net.layer(number).settings.learning.batch_size
-        return Schedule(
+        return BatchSampler(
             len(self), batch_size, (), self.communicator.rank, self.communicator.world_size
         ).own
 
-    def settle(self, own: Tensor, depth: int) -> None:
+    def hold_codes(self, own: Tensor, depth: int) -> None:
         """Take these images for one's own, with the maps of the lowest `depth` layers."""
         if not torch.equal(own, self.own):
             self.own, self.codes = own, None
@@ -109,7 +109,7 @@ class Corpus:
         codes, rows = self._found(images, depth)
         return codes.select(rows)
 
-    def collected(self, images: Tensor, depth: int) -> Codes | None:
+    def gather_codes(self, images: Tensor, depth: int) -> Codes | None:
         """`codes_of` images, ascending, each from the rank whose own it is; for the first rank."""
         mine = images[torch.isin(images, self.own)]
         found = [self.codes_of(some, depth) for some in self._chunks(mine)]
@@ -120,7 +120,7 @@ class Corpus:
         order = torch.cat([mine for mine, _ in parts]).argsort()
         return join_codes([codes for _, codes in parts]).select(order).to(self.net.device)
 
-    def ground(self, number: int) -> Ground:
+    def layer_data(self, number: int) -> LayerData:
         """What layer `number` stands on, in one's own images."""
         depth = number - 1
 
@@ -132,15 +132,15 @@ class Corpus:
             codes, rows = self._found(images, depth)
             return self.net.layer_problem(codes, number, rows)
 
-        shape = below(self.some(1)).shape[1:]
+        shape = below(self.sample_indices(1)).shape[1:]
         ahead = None if self.hold else self.images.ahead
-        return Ground(len(self), shape, self.net.device, below, target, ahead)
+        return LayerData(len(self), shape, self.net.device, below, target, ahead)
 
-    def some(self, count: int) -> Tensor:
+    def sample_indices(self, count: int) -> Tensor:
         """The numbers of so many images, evenly among all."""
         return torch.linspace(0, len(self) - 1, min(count, len(self))).round().long()
 
-    def climb(self, number: int) -> Iterator[Codes]:
+    def infer_next_layer(self, number: int) -> Iterator[Codes]:
         """The codes of one's own images with the maps of one more layer, `number`, some at a
         time."""
         parts, done = [], 0
@@ -156,7 +156,7 @@ class Corpus:
             layers = (*self.codes.layers, join(parts))
             self.codes = Codes(layers, self.codes.y, self.codes.record)
 
-    def pooled(self, depth: int) -> Spread:
+    def pooled_spread(self, depth: int) -> Spread:
         """How large the pooled maps of a layer are, on all images."""
         spread = Spread()
         for some in self._chunks(self.own):

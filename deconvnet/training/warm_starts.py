@@ -25,7 +25,7 @@ MAGIC = b"deconvnet states of inference\n".ljust(64, b"\0")
 HEADER = 16
 
 
-class States:
+class WarmStarts:
     """The state of inference of images, so that each visit starts where the last one ended, and
     numbers that go with it.
 
@@ -58,13 +58,13 @@ class States:
         for tensor, values in zip(self.kept, new, strict=True):
             tensor[self._rows(part)] = values
 
-    def number(self, name: str, part: Tensor) -> Tensor | None:
+    def scalar(self, name: str, part: Tensor) -> Tensor | None:
         """A number of these images (N, 1, 1, 1), if all have one."""
         values = self.numbers.get(name)
         values = None if values is None else values[self._rows(part)]
         return None if values is None or values.isnan().any() else values
 
-    def set_number(self, name: str, part: Tensor, values: Tensor) -> None:
+    def set_scalar(self, name: str, part: Tensor, values: Tensor) -> None:
         if name not in self.numbers:
             self.numbers[name] = values.new_full((len(self.images), 1, 1, 1), math.nan)
         self.numbers[name][self._rows(part)] = values
@@ -84,7 +84,7 @@ class States:
         self.kept = [tensor[rows].to(device) for tensor in state["kept"]]
         self.numbers = {name: v[rows].to(device) for name, v in state["numbers"].items()}
 
-    def turn(self) -> None:
+    def next_pass(self) -> None:
         """One pass over the images is over, and another begins."""
 
     def close(self) -> None:
@@ -94,7 +94,7 @@ class States:
         return torch.searchsorted(self.images, part)
 
 
-class FileStates(States):
+class DiskWarmStarts(WarmStarts):
     """The same in files of a folder, for more of them than memory holds.
 
     A checkpoint knows of every image in which pass its state was written. What is written after it
@@ -107,13 +107,13 @@ class FileStates(States):
     Raises NotOurs where a file is in the way that is none of states.
     """
 
-    FILES = 3
+    NUM_FILES = 3
 
     def __init__(self, images: Tensor, window: Window | None, folder: Path, run: str = ""):
         super().__init__(images, window)
         self.folder, self.mark = folder, zlib.crc32(run.encode())
         folder.mkdir(parents=True, exist_ok=True)
-        self.files = [_opened(folder / f"{number}.states") for number in range(self.FILES)]
+        self.files = [_opened(folder / f"{number}.states") for number in range(self.NUM_FILES)]
         self.warned = False
         # What was never written reads as 0.
         self.now = 1
@@ -142,7 +142,7 @@ class FileStates(States):
             self._write(record, len(MAGIC) + image * len(record))
         self.passes[self._rows(part).cpu()] = self.now
 
-    def turn(self) -> None:
+    def next_pass(self) -> None:
         # One that has written nothing goes on, or else three files would not be enough.
         self.now += bool((self.passes == self.now).any())
 
@@ -173,7 +173,7 @@ class FileStates(States):
 
     def _take_over(self, state: dict) -> None:
         """Write down the states of a checkpoint that has them in itself, which were in memory."""
-        memory = States(self.images.cpu(), self.window)
+        memory = WarmStarts(self.images.cpu(), self.window)
         memory.load_state_dict(state, torch.device("cpu"))
         self.shape, self.kept = None, []
         if memory.shape is not None:
@@ -184,7 +184,7 @@ class FileStates(States):
         """Whether there is the record of a pass, if there has to be one."""
         if turn < 0:
             return True
-        file, size = self.files[turn % self.FILES], sum(self._sizes)
+        file, size = self.files[turn % self.NUM_FILES], sum(self._sizes)
         place = len(MAGIC) + int(self.images[n]) * size
         whole = os.fstat(file).st_size >= place + size
         return whole and os.pread(file, 8, place) == np.int64(turn).tobytes()
@@ -206,7 +206,7 @@ class FileStates(States):
     def _read(self, image: int, turn: int) -> Tensor:
         sizes = self._sizes
         place = len(MAGIC) + image * sum(sizes)
-        record = bytearray(os.pread(self.files[turn % self.FILES], sum(sizes), place))
+        record = bytearray(os.pread(self.files[turn % self.NUM_FILES], sum(sizes), place))
         header, body = record[:HEADER], record[HEADER:]
         if len(record) < sum(sizes) or header != self._header(image, turn, body):
             self._warn_of_damage()
@@ -231,7 +231,7 @@ class FileStates(States):
         view = memoryview(record)
         try:
             while view:
-                written = os.pwrite(self.files[self.now % self.FILES], view, place)
+                written = os.pwrite(self.files[self.now % self.NUM_FILES], view, place)
                 view, place = view[written:], place + written
         except OSError as error:
             raise OSError(
@@ -240,7 +240,7 @@ class FileStates(States):
             ) from None
 
 
-def is_file_of_states(path: Path) -> bool:
+def is_warm_start_file(path: Path) -> bool:
     """Whether a path is a file of states of inference, no link to one."""
     with suppress(OSError):
         if is_regular(path):
@@ -255,7 +255,7 @@ def _opened(path: Path) -> int:
         found = os.lstat(path)
         # Another rank may have made it a moment ago.
         empty = stat.S_ISREG(found.st_mode) and found.st_size == 0
-        if not empty and not is_file_of_states(path):
+        if not empty and not is_warm_start_file(path):
             raise NotOurs(
                 f"{path}: is in the way of the states of inference; move it away (if an earlier "
                 "deconvnet wrote it, the inference of its images then starts from the beginning)"
@@ -269,7 +269,7 @@ def _opened(path: Path) -> int:
     return file
 
 
-def all_states(parts: list[dict]) -> dict:
+def merge_state_dicts(parts: list[dict]) -> dict:
     """The states of the images of all ranks as those of one."""
     # A rank without images has nothing of any shape.
     parts = [part for part in parts if len(part["images"])]

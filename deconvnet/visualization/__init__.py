@@ -1,45 +1,91 @@
-"""Pictures of what a network has learned: of ours, and of any other."""
+"""What a network has learned, made visible: of ours, and of any other convolutional network.
 
-from deconvnet.visualization.experiments.correspondence import correspondence
-from deconvnet.visualization.experiments.invariance import invariance
-from deconvnet.visualization.experiments.occlusion import occlusion
-from deconvnet.visualization.models.normalization import Normalization
-from deconvnet.visualization.models.zoo import load_model
-from deconvnet.visualization.pictures.evolution import evolution
-from deconvnet.visualization.pictures.features import Features, pixel_features
-from deconvnet.visualization.pictures.figures import filter_grid, layer_pictures
-from deconvnet.visualization.pictures.grids import projection_grid
-from deconvnet.visualization.pictures.parts import (
-    Units,
-    parts_picture,
-    project,
-    strongest,
-    supporters,
-)
-from deconvnet.visualization.projection.projector import Projector
-from deconvnet.visualization.search.randomization import shuffle_weights
-from deconvnet.visualization.search.top_activations import find_top_activations
-from deconvnet.visualization.search.top_projections import project_top_activations
+The names below are loaded when they are first used, so that importing this package is cheap.
+"""
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from deconvnet.visualization.evolution.checkpoints import project_checkpoints
+    from deconvnet.visualization.experiments.correspondence import correspondence
+    from deconvnet.visualization.experiments.invariance import invariance
+    from deconvnet.visualization.experiments.occlusion import occlusion
+    from deconvnet.visualization.models.normalization import Normalization
+    from deconvnet.visualization.models.zoo import load_model
+    from deconvnet.visualization.pictures.image_parts import (
+        Activations,
+        image_parts_picture,
+        project_activations,
+        strongest_activations,
+        supporting_activations,
+    )
+    from deconvnet.visualization.pictures.layer_pictures import filter_grid, layer_pictures
+    from deconvnet.visualization.pictures.projection_grids import projection_grid
+    from deconvnet.visualization.projection.pixel_features import PixelFeatures, pixel_features
+    from deconvnet.visualization.projection.projector import Projector
+    from deconvnet.visualization.report import visualize_network
+    from deconvnet.visualization.search.randomization import shuffle_weights
+    from deconvnet.visualization.search.top_activations import find_top_activations
+    from deconvnet.visualization.search.top_projections import project_top_activations
+    from deconvnet.visualization.settings import VisualizationSettings
+
+# The module that defines each public name, below this package.
+MODULES = {
+    "Activations": "pictures.image_parts",
+    "Normalization": "models.normalization",
+    "PixelFeatures": "projection.pixel_features",
+    "Projector": "projection.projector",
+    "VisualizationSettings": "settings",
+    "correspondence": "experiments.correspondence",
+    "filter_grid": "pictures.layer_pictures",
+    "find_top_activations": "search.top_activations",
+    "image_parts_picture": "pictures.image_parts",
+    "invariance": "experiments.invariance",
+    "layer_pictures": "pictures.layer_pictures",
+    "load_model": "models.zoo",
+    "occlusion": "experiments.occlusion",
+    "pixel_features": "projection.pixel_features",
+    "project_activations": "pictures.image_parts",
+    "project_checkpoints": "evolution.checkpoints",
+    "project_top_activations": "search.top_projections",
+    "projection_grid": "pictures.projection_grids",
+    "shuffle_weights": "search.randomization",
+    "strongest_activations": "pictures.image_parts",
+    "supporting_activations": "pictures.image_parts",
+    "visualize_network": "report",
+}
 __all__ = [
-    "Features",
+    "Activations",
     "Normalization",
+    "PixelFeatures",
     "Projector",
-    "Units",
-    "project_top_activations",
+    "VisualizationSettings",
     "correspondence",
-    "evolution",
-    "projection_grid",
     "filter_grid",
+    "find_top_activations",
+    "image_parts_picture",
     "invariance",
     "layer_pictures",
     "load_model",
-    "find_top_activations",
     "occlusion",
-    "parts_picture",
     "pixel_features",
-    "project",
+    "project_activations",
+    "project_checkpoints",
+    "project_top_activations",
+    "projection_grid",
     "shuffle_weights",
-    "strongest",
-    "supporters",
+    "strongest_activations",
+    "supporting_activations",
+    "visualize_network",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name not in MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *MODULES])

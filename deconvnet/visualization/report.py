@@ -23,9 +23,8 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -36,38 +35,39 @@ from deconvnet.images.datasets import LazyImages
 from deconvnet.images.decoding import shown_name
 from deconvnet.monitoring.event_files import event_writer
 from deconvnet.monitoring.monitor import save_picture
-from deconvnet.monitoring.strict_json import to_json
 from deconvnet.network.network import DeconvNet
 from deconvnet.storage import ownership
 from deconvnet.support.communicator import SINGLE, Communicator
+from deconvnet.visualization.evolution.evolution import Evolution
 from deconvnet.visualization.experiments.invariance import invariance, invariance_picture
 from deconvnet.visualization.experiments.occlusion import occlusion, occlusion_picture
-from deconvnet.visualization.gallery.content import VisualizationResult, write_pages
+from deconvnet.visualization.gallery.content import write_result_gallery
+from deconvnet.visualization.manifest import layer_file_name, rows_in_grid, write_manifest
 from deconvnet.visualization.models.zoo import LoadedModel
-from deconvnet.visualization.pictures.evolution import Evolution, evolution_picture
-from deconvnet.visualization.pictures.figures import filter_grid
-from deconvnet.visualization.pictures.grids import (
-    chosen_maps,
-    first_filters,
+from deconvnet.visualization.pictures.evolution_picture import evolution_picture
+from deconvnet.visualization.pictures.layer_pictures import filter_grid
+from deconvnet.visualization.pictures.projection_grids import (
+    pixel_filters,
     projection_grid,
+    sample_maps,
     with_control,
 )
-from deconvnet.visualization.projection.cnn_backend import GATES
-from deconvnet.visualization.projection.projection import LayerInfo, choose_among
+from deconvnet.visualization.projection.projection import LayerInfo, suggest_layers
 from deconvnet.visualization.projection.projector import Projector
-from deconvnet.visualization.projection.rules import METHODS, OVERLAPS
+from deconvnet.visualization.result import VisualizationResult
 from deconvnet.visualization.search.randomization import shuffle_weights
 from deconvnet.visualization.search.top_activations import (
     TopActivations,
     find_top_activations,
-    merge,
-    of_one_size,
+    group_by_size,
+    merge_top_activations,
 )
 from deconvnet.visualization.search.top_projections import (
     TopProjections,
     load_top_projections,
     project_top_activations,
 )
+from deconvnet.visualization.settings import VisualizationSettings
 
 log = logging.getLogger(__name__)
 
@@ -78,74 +78,6 @@ INSIDE = (
     "Only activations whose receptive field lies inside the image were searched, in layers where "
     "at least a quarter of the units are such."
 )
-
-
-@dataclass
-class VisualizationSettings:
-    """What to look for and to show."""
-
-    # dotted names of layers; null: all of a deconvolutional network, else the last of each size
-    layers: Any = field(default=None, metadata={"texts": True})
-    # strongest activations of each map
-    k: int = 9
-    # only activations whose receptive field lies inside the image, where a layer has enough of them
-    inside: bool = True
-    # maps of each layer to project: so many at random, or all if it has fewer; null: all
-    maps: int | None = 150
-    # maps in the grid of a layer, of those that are projected
-    shown: int = 16
-    # of a trained network: deconv | guided | gradient
-    method: str = "deconv"
-    # refuse layers below which stands an operation that the method has no rule for
-    strict: bool = True
-    # sigmoids that multiply maps: constant | gradient
-    gates: str = "constant"
-    # transposed convolutions: sum | normalised, which divides out their checkerboard
-    overlap: str = "sum"
-    # of the pixels of a tile that are not zero the share that stays short of black and white
-    contrast: float = 0.995
-    # the same of the network with its weights shuffled, beside every grid
-    control: bool = True
-    # images of which a grey square is slid over, and images that are shifted, scaled and turned
-    occlusion: int = 0
-    invariance: int = 0
-    # images in the explorer of the gallery
-    explored: int = 8
-    # write the gallery
-    gallery: bool = True
-    # images that go through the network at a time, which bounds memory; processes that read them
-    batch: int = 8
-    workers: int = 0
-    # of what is drawn at random: maps, the control
-    seed: int = 0
-    # show progress bars
-    progress: bool = True
-
-    def __post_init__(self) -> None:
-        # One name without the brackets of a list is a list of one.
-        self.layers = [self.layers] if isinstance(self.layers, str) else self.layers
-        if self.layers is not None and not (
-            isinstance(self.layers, list | tuple)
-            and self.layers
-            and all(isinstance(name, str) for name in self.layers)
-        ):
-            raise ValueError(
-                f"layers={self.layers}: give names as [name,name]; layers=[?] lists them"
-            )
-        self.layers = None if self.layers is None else list(self.layers)
-        for key in ("k", "shown", "batch"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key}={getattr(self, key)}: must be at least 1")
-        for key in ("occlusion", "invariance", "explored", "workers", "seed"):
-            if getattr(self, key) < 0:
-                raise ValueError(f"{key}={getattr(self, key)}: must not be negative")
-        if self.maps is not None and self.maps < 1:
-            raise ValueError(f"maps={self.maps}: must be at least 1, or null for all")
-        if not 0 < self.contrast <= 1:
-            raise ValueError(f"contrast={self.contrast}: must be above 0 and at most 1")
-        for key, choices in (("method", METHODS), ("gates", GATES), ("overlap", OVERLAPS)):
-            if getattr(self, key) not in choices:
-                raise ValueError(f"{key}={getattr(self, key)}: choose one of {', '.join(choices)}")
 
 
 def visualize_network(
@@ -162,11 +94,11 @@ def visualize_network(
     evolutions: of layers by name, for their pictures. communicator: processes that share the
     search, each in a part of the images; rank 0 writes.
     """
-    projector = projector_of(subject, settings)
-    infos = {info.name: info for info in layers_of(projector, images[0])}
+    projector = make_projector(subject, settings)
+    infos = {info.name: info for info in projectable_layers(projector, images[0])}
     chosen = settings.layers or default_layers(list(infos.values()))
     if not chosen:
-        among = f"choose among {', '.join(infos)}" if infos else choose_among("", [])
+        among = f"choose among {', '.join(infos)}" if infos else suggest_layers("", [])
         raise ValueError(f"layers=null: {subject.name} has no layer of maps; {among}")
     _try(projector, images[0], chosen)
     place = Path(folder) / "visualization"
@@ -186,7 +118,7 @@ def visualize_network(
     state.tops = _mine(state, settings, projector, subject, place, communicator)
     if settings.control:
         control = shuffled_model(subject, settings.seed)
-        shuffled = projector_of(control, settings)
+        shuffled = make_projector(control, settings)
         control_tops = _mine(state, settings, shuffled, control, place / "control", communicator)
     if not communicator.is_main:
         return {}
@@ -201,11 +133,11 @@ def visualize_network(
         state.control = _collect(state, settings, shuffled, control, same, place / "control")
     _draw(state, settings, place / "figures")
     _remove_others(state, place)
-    written = {"pictures": place / "figures", "manifest": _write_manifest(state, settings, place)}
+    written = {"pictures": place / "figures", "manifest": write_manifest(state, settings, place)}
     _write_events(state, place)
     if settings.gallery:
         with _bar(settings, "gallery", "page", None) as progress:
-            written["gallery"] = write_pages(
+            written["gallery"] = write_result_gallery(
                 Path(folder) / "gallery",
                 state,
                 explored=settings.explored,
@@ -238,7 +170,7 @@ def default_layers(infos: list[LayerInfo]) -> list[str]:
     return list(last.values())[:MOST_LAYERS]
 
 
-def layers_of(projector: Projector, image: Tensor) -> list[LayerInfo]:
+def projectable_layers(projector: Projector, image: Tensor) -> list[LayerInfo]:
     """`Projector.layers` for an image (3, H, W) in [0, 1]; ValueError if the model fails on it."""
     return projector.layers(projector.prepare(image[None]))
 
@@ -256,7 +188,7 @@ def _check_places(
     """Before the work begins, refuse to replace files that are not ours."""
     names = {}
     for layer in layers:
-        other = names.setdefault(file_name(layer), layer)
+        other = names.setdefault(layer_file_name(layer), layer)
         if other != layer:
             raise ValueError(
                 f"layers {other!r} and {layer!r}: their files would have the same name; survey one "
@@ -277,8 +209,8 @@ def _check_places(
 
 def _remove_others(state: VisualizationResult, place: Path) -> None:
     """Remove what earlier surveys made for other layers or with other settings."""
-    arrays = {f"{file_name(layer)}.npz" for layer in state.found}
-    kept = {place / "figures" / f"{file_name(name)}.png" for name in state.pictures}
+    arrays = {f"{layer_file_name(layer)}.npz" for layer in state.found}
+    kept = {place / "figures" / f"{layer_file_name(name)}.png" for name in state.pictures}
     kept |= {place / "projections" / name for name in arrays}
     if state.control:
         kept |= {place / "control" / "projections" / name for name in arrays}
@@ -292,7 +224,7 @@ def _remove_others(state: VisualizationResult, place: Path) -> None:
         ownership.prune(place / "control")
 
 
-def projector_of(subject: LoadedModel, settings: VisualizationSettings) -> Projector:
+def make_projector(subject: LoadedModel, settings: VisualizationSettings) -> Projector:
     """What projects the units of a network as the settings say."""
     if isinstance(subject.module, DeconvNet):
         return Projector(subject.module, batch=settings.batch)
@@ -341,7 +273,7 @@ def _mine(
             key={"network": _network_key(subject), "data": state.images.fingerprint},
             progress=progress,
         )
-    return merge(communicator.all_gather(part), k=settings.k)
+    return merge_top_activations(communicator.all_gather(part), k=settings.k)
 
 
 def _collect(
@@ -359,7 +291,7 @@ def _collect(
         if layer in state.found:
             maps = state.found[layer].maps.tolist()
         else:
-            maps = chosen_maps(top.dead, settings.maps, seed=settings.seed)
+            maps = sample_maps(top.dead, settings.maps, seed=settings.seed)
         total = sum(len(top.units(m)) for m in maps)
         if total == 0:
             log.warning("layer %s%s: none of its maps is ever active", layer, whose)
@@ -371,7 +303,7 @@ def _collect(
             "network": _network_key(subject),
             "data": state.images.fingerprint,
         }
-        path = place / "projections" / f"{file_name(layer)}.npz"
+        path = place / "projections" / f"{layer_file_name(layer)}.npz"
         known = load_top_projections(path, key)
         if known is None:
             with _bar(settings, f"projecting {layer}{whose}", "unit", total) as progress:
@@ -409,11 +341,11 @@ def _code(module: nn.Module) -> str:
 def _draw(state: VisualizationResult, settings: VisualizationSettings, folder: Path) -> None:
     """All pictures, as PNG files."""
     pictures = state.pictures
-    filters = first_filters(state.projector)
+    filters = pixel_filters(state.projector)
     if filters is not None:
         pictures[f"{filters[0]}-filters"] = filter_grid(filters[1])
     for layer, found in state.found.items():
-        rows = _shown_rows(found, settings)
+        rows = rows_in_grid(found, settings)
         grid = projection_grid(found, rows, contrast=settings.contrast)
         if layer in state.control:
             beside = projection_grid(state.control[layer], rows, contrast=settings.contrast)
@@ -424,7 +356,7 @@ def _draw(state: VisualizationResult, settings: VisualizationSettings, folder: P
     _occlude(state, settings)
     _move(state, settings)
     for name, picture in pictures.items():
-        save_picture(folder / f"{file_name(name)}.png", picture)
+        save_picture(folder / f"{layer_file_name(name)}.png", picture)
 
 
 def _occlude(state: VisualizationResult, settings: VisualizationSettings) -> None:
@@ -446,82 +378,13 @@ def _move(state: VisualizationResult, settings: VisualizationSettings) -> None:
         return
     layers = list(dict.fromkeys([list(state.found)[0], list(state.found)[-1]]))
     some = [state.images[number] for number in range(len(state.images))[: settings.invariance]]
-    count = len(next(of_one_size(some)))
+    count = len(next(group_by_size(some)))
     pixels = torch.stack(some[:count])
     with _bar(settings, "moving images", "step", None) as progress:
         x = state.projector.prepare(pixels)
         found = invariance(state.projector, x, layers, progress=progress)
     names = [shown_name(Path(name).stem) for name in state.images.names[:count]]
     state.pictures["invariance"] = invariance_picture(found, pixels, names=names)
-
-
-def _write_manifest(
-    state: VisualizationResult, settings: VisualizationSettings, place: Path
-) -> Path:
-    path = place / "manifest.json"
-    text = to_json(_manifest(state, settings), indent=1, ensure_ascii=False)
-    # Names of files may be no text; names of networks and layers, too.
-    ownership.write(path, text.encode("utf-8", "backslashreplace"))
-    return path
-
-
-def _manifest(state: VisualizationResult, settings: VisualizationSettings) -> dict:
-    """How each tile was made."""
-    subject, names = state.subject, state.images.names
-    layers = {}
-    for layer, found in state.found.items():
-        info = state.infos[layer]
-        layers[layer] = {
-            "kind": info.kind,
-            "shape": info.shape,
-            "field": info.field,
-            "stride": info.stride,
-            "figure": f"figures/{file_name(layer)}.png",
-            "arrays": f"projections/{file_name(layer)}.npz",
-            "report": asdict(found.report),
-            "says": str(found.report),
-            "tile_scale": found.scale,
-            "dead_maps": np.flatnonzero(state.tops[layer].dead).tolist(),
-            "shown": found.maps[_shown_rows(found, settings)].tolist(),
-            "maps": [_map_entry(found, row, names) for row in range(len(found.maps))],
-        }
-    return {
-        "network": {
-            "name": subject.name,
-            "weights": subject.weights,
-            "sha256": subject.digest,
-            "normalization": asdict(subject.normalization),
-        },
-        "images": {"count": len(names), "sha256": state.images.fingerprint},
-        "settings": asdict(settings),
-        "display": (
-            "zero is grey (0.5); each tile reaches black or white at the magnitude within which "
-            f"{settings.contrast:.1%} of its pixels that are not zero stay"
-        ),
-        "control": "the same with the entries of every weight in a random order"
-        if state.control
-        else None,
-        "layers": layers,
-    }
-
-
-def _map_entry(found: TopProjections, row: int, names: tuple[str, ...]) -> dict:
-    tiles = []
-    for rank in range(found.count(row)):
-        image, _, i, j = found.units[row, rank].tolist()
-        board = float(found.checkerboard[row, rank])
-        tiles.append(
-            {
-                "rank": rank,
-                "value": float(found.values[row, rank]),
-                "image": image,
-                "name": shown_name(names[image]),
-                "unit": [i, j],
-                "box": found.boxes[row, rank].tolist(),
-                **({} if np.isnan(board) else {"checkerboard": round(board, 4)}),
-            }
-        )
-    return {"map": int(found.maps[row]), "row": row, "tiles": tiles}
 
 
 def _write_events(state: VisualizationResult, folder: Path) -> None:
@@ -533,17 +396,6 @@ def _write_events(state: VisualizationResult, folder: Path) -> None:
             writer.add_image(f"visualization/{name}", pixels, 0)
         reports = "\n".join(f"| {name} | {e.report} |" for name, e in state.found.items())
         writer.add_text("visualization", f"| layer | how |\n|---|---|\n{reports}", 0)
-
-
-def _shown_rows(found: TopProjections, settings: VisualizationSettings) -> list[int]:
-    """The rows of the maps in the grid: some at random, in their order."""
-    dead = np.zeros(len(found.maps), dtype=bool)
-    return chosen_maps(dead, settings.shown, seed=settings.seed)
-
-
-def file_name(layer: str) -> str:
-    """The name of a layer as that of a file."""
-    return re.sub(r"[^\w.-]+", "-", layer)
 
 
 def _digest(*arrays: np.ndarray) -> str:

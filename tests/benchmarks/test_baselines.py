@@ -33,7 +33,7 @@ from deconvnet.network.network import DeconvNet, seeded
 from deconvnet.operators.pooling import max_pool
 
 GREY = PreprocessingSettings(color="grey", steps=["mean"])
-COLOUR = PreprocessingSettings(window=5)
+COLOUR = PreprocessingSettings(contrast_size=5)
 
 
 def sparse(num_maps, size, *, seed=0, preprocessing=GREY):

@@ -3,7 +3,6 @@
 import itertools
 import random
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,22 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from deconvnet.cli import arguments, config
+from deconvnet.cli import printed_commands
+from deconvnet.cli.arguments import for_hydra
+from deconvnet.cli.config_files import as_written
+from deconvnet.cli.errors import one_line
+from deconvnet.cli.refusals import explain_refusal
+from deconvnet.cli.settings import (
+    AblateConfig,
+    ClassifyConfig,
+    DenoiseConfig,
+    InpaintConfig,
+    ReconstructConfig,
+    TrainConfig,
+    VisualizeConfig,
+    read_settings,
+    register,
+)
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -53,35 +67,35 @@ FILES = (
 TYPED = (*NUMBERS, *WORDS, *FILES)
 
 SCHEMAS = {
-    "train": config.Config,
-    "reconstruct": config.ReconstructConfig,
-    "ablate": config.AblateConfig,
-    "denoise": config.DenoiseConfig,
-    "inpaint": config.InpaintConfig,
-    "classify": config.ClassifyConfig,
+    "train": TrainConfig,
+    "reconstruct": ReconstructConfig,
+    "ablate": AblateConfig,
+    "denoise": DenoiseConfig,
+    "inpaint": InpaintConfig,
+    "classify": ClassifyConfig,
 }
 
 
 @pytest.fixture(scope="module", autouse=True)
 def hydra():
-    config.register()
+    register()
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         yield
 
 
 def read(name, *typed):
-    return compose(name, arguments.for_hydra(list(typed), SCHEMAS[name]))
+    return compose(name, for_hydra(list(typed), SCHEMAS[name]))
 
 
-def value(argument, schema=config.Config):
+def value(argument, schema=TrainConfig):
     """What Hydra reads in one argument."""
-    (ready,) = arguments.for_hydra([argument], schema)
+    (ready,) = for_hydra([argument], schema)
     return OverridesParser.create().parse_override(ready).value()
 
 
-def swept(argument, schema=config.Config):
+def swept(argument, schema=TrainConfig):
     """What Hydra reads in one argument of a sweep."""
-    _, ready = arguments.for_hydra(["-m", argument], schema)
+    _, ready = for_hydra(["-m", argument], schema)
     parser = OverridesParser.create()
     strings = parser.parse_override(ready).sweep_string_iterator()
     return [parser.parse_override(f"x={string}").value() for string in strings]
@@ -91,14 +105,14 @@ def told(name, *typed):
     """What is said of arguments that Hydra refuses."""
     with pytest.raises(HydraException) as caught:
         read(name, *typed)
-    return arguments.explain(caught.value, SCHEMAS[name]) or config._one_line(caught.value)
+    return explain_refusal(caught.value, SCHEMAS[name]) or one_line(caught.value)
 
 
 @pytest.mark.parametrize("prefix", ["", "+", "++"])
 def test_every_text_arrives_as_it_was_typed(prefix):
     for text in TYPED:
         assert value(f"{prefix}name={text}") == text.replace("${", r"\${"), text
-        assert value(f"{prefix}images={text}", config.VisualizeConfig) == value(f"name={text}")
+        assert value(f"{prefix}images={text}", VisualizeConfig) == value(f"name={text}")
 
 
 def test_texts_of_any_characters_arrive_as_they_were_typed():
@@ -120,7 +134,7 @@ def test_settings_hold_the_texts_that_were_typed():
 
 
 def test_the_run_folder_has_the_name_that_was_typed():
-    cfg = compose("train", arguments.for_hydra(["name=1.10"], config.Config), True)
+    cfg = compose("train", for_hydra(["name=1.10"], TrainConfig), True)
     folder = OmegaConf.to_container(cfg.hydra.run, resolve=False)["dir"]
     assert OmegaConf.create({"name": cfg.name, "dir": folder}).dir == "runs/1.10"
     assert value("hydra.run.dir=2024.10") == "2024.10"
@@ -129,16 +143,16 @@ def test_the_run_folder_has_the_name_that_was_typed():
 
 def test_nothing_but_null_without_quotes_is_no_value_where_there_may_be_none():
     for text in ("null", "NULL"):
-        assert value(f"output={text}", config.ReconstructConfig) is None
-        assert value(f"layers={text}", config.VisualizeConfig) is None
+        assert value(f"output={text}", ReconstructConfig) is None
+        assert value(f"layers={text}", VisualizeConfig) is None
         assert value(f"name={text}") == text
-    assert value("output='null'", config.ReconstructConfig) == "null"
+    assert value("output='null'", ReconstructConfig) == "null"
 
 
 def test_quotes_around_a_whole_value_are_taken_off():
     for quote in "'\"":
         for text in ("null", "1.10", "lam=2", "[a,b]", "a b"):
-            assert value(f"images={quote}{text}{quote}", config.VisualizeConfig) == text
+            assert value(f"images={quote}{text}{quote}", VisualizeConfig) == text
 
 
 @pytest.mark.parametrize(
@@ -153,17 +167,17 @@ def test_quotes_around_a_whole_value_are_taken_off():
     ],
 )
 def test_lists_hold_the_texts_that_were_typed(typed, expected):
-    assert value(f"images={typed}", config.VisualizeConfig) == expected
-    assert value(f"layers={typed}", config.VisualizeConfig) == expected
-    assert value(f"image={typed}", config.DenoiseConfig) == expected
+    assert value(f"images={typed}", VisualizeConfig) == expected
+    assert value(f"layers={typed}", VisualizeConfig) == expected
+    assert value(f"image={typed}", DenoiseConfig) == expected
 
 
 def test_a_value_without_brackets_is_a_list_of_one_where_only_a_list_will_do():
-    assert value("checkpoints=a (1).pt", config.VisualizeConfig) == ["a (1).pt"]
-    assert value("beside=1.10", config.ClassifyConfig) == ["1.10"]
+    assert value("checkpoints=a (1).pt", VisualizeConfig) == ["a (1).pt"]
+    assert value("beside=1.10", ClassifyConfig) == ["1.10"]
     assert value("preprocessing.steps=mean") == ["mean"]
-    assert value("mean=0.5,0.4", config.VisualizeConfig) == [0.5, 0.4]
-    assert value("layers=1,4", config.ClassifyConfig) == [1, 4]
+    assert value("mean=0.5,0.4", VisualizeConfig) == [0.5, 0.4]
+    assert value("layers=1,4", ClassifyConfig) == [1, 4]
     assert value("model.layer1.pool=[2,2,2]") == [2, 2, 2]
     assert value("layers=2") == 2
 
@@ -195,47 +209,61 @@ def test_a_sweep_goes_over_the_texts_that_were_typed(typed, expected):
 
 
 def test_a_sweep_goes_over_lists_too():
-    assert swept("layers=[a,1.10],[c]", config.VisualizeConfig) == [["a", "1.10"], ["c"]]
-    assert swept("layers=[1],[1,4]", config.ClassifyConfig) == [[1], [1, 4]]
+    assert swept("layers=[a,1.10],[c]", VisualizeConfig) == [["a", "1.10"], ["c"]]
+    assert swept("layers=[1],[1,4]", ClassifyConfig) == [[1], [1, 4]]
 
 
 def test_numbers_groups_and_the_options_of_hydra_are_left_as_they_are():
     typed = ["model.layer1.lam=1.10", "model=cvpr2010", "+experiment=cvpr2010", "seed=1_0", "-m"]
     typed += ["~model.layer3", "hydra/launcher=basic", "--config-dir", "name=1", "data={path: 1}"]
-    assert arguments.for_hydra(typed, config.Config) == typed
+    assert for_hydra(typed, TrainConfig) == typed
 
 
 @pytest.mark.parametrize("typed", ["name=", "data.path=", "+data.path=", "resume="])
 def test_a_text_without_a_value_is_refused(typed):
     with pytest.raises(ValueError, match=r"= has no value"):
-        arguments.for_hydra([typed], config.Config)
+        for_hydra([typed], TrainConfig)
 
 
 def test_a_printed_setting_is_read_back_as_it_was():
     texts = (*TYPED, "[a,b]", "'a'", '"a b"', "null", "${name}", "runs/lam=2", "runs/my run")
     for text, (key, schema) in itertools.product(
-        texts, [("run", config.VisualizeConfig), ("images", config.ReconstructConfig)]
+        texts, [("run", VisualizeConfig), ("images", ReconstructConfig)]
     ):
-        (typed,) = shlex.split(arguments.setting(key, text))
+        (typed,) = shlex.split(printed_commands.setting(key, text))
         found = OmegaConf.create({"x": value(typed, schema)}).x
         assert found == text, typed
-    assert arguments.setting("run", Path("runs/a")) == "run=runs/a"
-    assert arguments.setting("layer", 2) == "layer=2"
+    assert printed_commands.setting("run", Path("runs/a")) == "run=runs/a"
+    assert printed_commands.setting("layer", 2) == "layer=2"
 
 
-def test_the_command_that_goes_on_is_the_one_that_was_typed(monkeypatch):
-    typed = ["my scripts/train.py", "name=lam=2", "data.path=photo (1)", "++resume=false"]
-    monkeypatch.setattr(sys, "argv", list(typed))
-    monkeypatch.setattr(arguments, "_read_files_as_typed", lambda schema: None)
-    monkeypatch.setattr(arguments, "_typed", [])
-    arguments.make_ready(config.Config)
-    assert sys.argv[1] == "name='lam=2'"
-    assert shlex.split(arguments.again("resume")) == ["python", *typed[:3]]
-    assert shlex.split(arguments.beside("reconstruct.py")) == ["my scripts/reconstruct.py"]
+def test_the_command_that_resumes_is_the_one_that_was_typed(monkeypatch):
+    typed = ["name=lam=2", "data.path=photo (1)", "++resume=false"]
+    monkeypatch.setattr(printed_commands, "_call", ())
+    monkeypatch.setattr(printed_commands, "_typed", [])
+    for call, other in (
+        (["python", "my scripts/train.py"], ["python", "my scripts/train_cnn.py"]),
+        (["deconvnet", "train"], ["deconvnet", "train-cnn"]),
+        (["python", "-m", "deconvnet", "train"], ["python", "-m", "deconvnet", "train-cnn"]),
+    ):
+        printed_commands.remember(tuple(call), typed)
+        assert shlex.split(printed_commands.again("resume")) == [*call, *typed[:2]]
+        assert shlex.split(printed_commands.beside("train-cnn")) == other
+
+
+def test_the_command_that_resumes_several_processes_starts_several(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    expected = ["torchrun", "--nproc-per-node=2", *typed]
-    assert shlex.split(arguments.again()) == expected
+    monkeypatch.setattr(printed_commands, "_call", ())
+    monkeypatch.setattr(printed_commands, "_typed", [])
+    for call, launched in (
+        (["python", "scripts/train.py"], ["scripts/train.py"]),
+        (["python", "-m", "deconvnet", "train"], ["-m", "deconvnet", "train"]),
+        (["deconvnet", "train"], ["--no-python", "deconvnet", "train"]),
+    ):
+        printed_commands.remember(tuple(call), ["seed=1"])
+        expected = ["torchrun", "--nproc-per-node=2", *launched, "seed=1"]
+        assert shlex.split(printed_commands.again()) == expected
 
 
 @pytest.mark.parametrize(
@@ -274,18 +302,18 @@ def test_what_hydra_refuses_is_explained_by_what_would_be_right(name, typed, exp
 @pytest.mark.parametrize("name", ["reconstruct", "ablate"])
 def test_every_command_refuses_keys_that_are_none_and_values_of_other_types(name):
     given = ["run=x", *(["images=y"] if name == "reconstruct" else [])]
-    assert config.read_command(read(name, *given)).run == "x"
+    assert read_settings(read(name, *given)).run == "x"
     with pytest.raises(ValueError, match="layr: no such setting"):
-        config.read_command(read(name, *given, "+layr=2"))
+        read_settings(read(name, *given, "+layr=2"))
     key = "layer" if name == "reconstruct" else "count"
     assert told(name, *given, f"{key}=two") == f"{key}=two: must be a whole number"
     with pytest.raises(ValueError, match="run has no value"):
-        config.read_command(read(name, *given[1:]))
+        read_settings(read(name, *given[1:]))
 
 
 def test_a_file_of_settings_holds_texts_as_they_are_written():
     source = "name: 1.10  # a version\ndata:\n  path: 1_000\n  size: 24\nresume: off\nseed: 1_0\n"
-    found = OmegaConf.create(arguments.as_typed(source, config.Config))
+    found = OmegaConf.create(as_written(source, TrainConfig))
     assert found == {
         "name": "1.10",
         "data": {"path": "1_000", "size": 24},
@@ -293,15 +321,15 @@ def test_a_file_of_settings_holds_texts_as_they_are_written():
         "seed": 10,
     }
     source = "path: 2024-10-01\nname: null\nsplit: '1.10'\n"
-    found = OmegaConf.create(arguments.as_typed(source, config.Config, "data"))
+    found = OmegaConf.create(as_written(source, TrainConfig, "data"))
     assert found == {"path": "2024-10-01", "name": None, "split": "1.10"}
     source = "layers: [1.10, 'a', b]\nimages: 1e5\n"
-    found = OmegaConf.create(arguments.as_typed(source, config.VisualizeConfig))
+    found = OmegaConf.create(as_written(source, VisualizeConfig))
     assert found == {"layers": ["1.10", "a", "b"], "images": "1e5"}
     for path in CONFIGS.rglob("*.yaml"):
         package = "" if path.parent == CONFIGS else path.parent.name
         source = path.read_text(encoding="utf-8")
-        changed = arguments.as_typed(source, config.Config, package)
+        changed = as_written(source, TrainConfig, package)
         assert OmegaConf.create(changed) == OmegaConf.create(source), path
 
 

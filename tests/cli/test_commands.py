@@ -216,7 +216,7 @@ def test_whole_pictures_of_different_shapes_train_resume_and_are_reconstructed(
     folder.mkdir()
     for number, shape in enumerate([(40, 24), (20, 36), (32, 32)]):
         save(folder / f"photo-{number}.png", textures(1, 3, *shape, seed=number)[0])
-    arguments = on(folder, "data.fit=pad", "preprocessing.window=5")
+    arguments = on(folder, "data.fit=pad", "preprocessing.contrast_size=5")
     for name, depths in (("once", [2]), ("by-and-by", [1, 2])):
         for depth in depths:
             result = script(tmp_path, "train.py", *arguments, f"layers={depth}", f"name={name}")
@@ -299,7 +299,9 @@ def test_images_smaller_than_a_filter_end_in_one_line(tmp_path, textures, script
     arguments = on(folder, "data.size=null", "preprocessing=mean", "model.layer1.filter_size=7")
     result = script(tmp_path, "train.py", *arguments)
     assert_one_line(result, "images of 5x5 are smaller than the 7x7 filters of layer 1")
-    result = script(tmp_path, "train.py", *on(folder, "data.size=null", "preprocessing.window=13"))
+    result = script(
+        tmp_path, "train.py", *on(folder, "data.size=null", "preprocessing.contrast_size=13")
+    )
     assert_one_line(result, "5x5", "'contrast'")
 
 

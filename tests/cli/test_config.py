@@ -14,12 +14,22 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from deconvnet import load
-from deconvnet.cli import config
+from deconvnet.cli.errors import one_line, one_line_errors
+from deconvnet.cli.settings import (
+    ClassifyConfig,
+    DenoiseConfig,
+    TrainConfig,
+    VisualizeConfig,
+    flat,
+    read_settings,
+    register,
+)
 from deconvnet.filters.update import LearningSettings
 from deconvnet.images.datasets import DataSettings
 from deconvnet.images.preprocessing import PreprocessingSettings
 from deconvnet.network.network import DeconvNet, LayerSettings
 from deconvnet.sparse_coding.solvers import SolverSettings
+from deconvnet.support.devices import torch_device
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -46,20 +56,20 @@ SETTINGS = (
 
 @pytest.fixture(scope="module", autouse=True)
 def hydra():
-    config.register()
+    register()
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         yield
 
 
 def read(*overrides):
-    return config.read(compose("train", list(overrides)))
+    return read_settings(compose("train", list(overrides)))
 
 
 def message(*overrides):
     """What a user is told about overrides that are wrong, in one line."""
     with pytest.raises((ValueError, HydraException, OmegaConfBaseException)) as caught:
         read(*overrides)
-    return config._one_line(caught.value)
+    return one_line(caught.value)
 
 
 def test_every_way_to_say_two_layers_means_two_layers():
@@ -201,7 +211,7 @@ def test_the_topmost_layer_can_be_taken_out_but_no_gap_be_made():
         ("model.layer2.unpooling=random", ["model.layer2.unpooling=random", "no_map, no_place"]),
         ("model.layer2.learning.epochs=0", ["model.layer2.learning.epochs=0", "at least 1"]),
         ("preprocessing.steps=[blur]", ["preprocessing.steps", "blur", "whiten"]),
-        ("preprocessing.window=4", ["preprocessing.window=4", "odd"]),
+        ("preprocessing.contrast_size=4", ["preprocessing.contrast_size=4", "odd"]),
         ("data.size=2", ["data.size=2", "at least 8"]),
         ("data.name=a/b", ["data.name", "without slashes"]),
         ("data=folder", ["data.path"]),
@@ -246,22 +256,22 @@ def test_reading_the_same_configuration_twice_gives_equal_settings_of_their_own(
 
 
 def test_a_device_is_found_by_its_name_or_refused_by_it():
-    assert config.device("cpu") == torch.device("cpu")
-    assert config.device("auto").type in ("cpu", "cuda")
+    assert torch_device("cpu") == torch.device("cpu")
+    assert torch_device("auto").type in ("cpu", "cuda")
     with pytest.raises(ValueError, match="device=nosuch: no such device; try auto"):
-        config.device("nosuch")
+        torch_device("nosuch")
     with pytest.raises(ValueError, match="device=cuda:99: this machine has none"):
-        config.device("cuda:99")
+        torch_device("cuda:99")
     with pytest.raises(ValueError, match="device=mps: the sums need float64"):
-        config.device("mps")
+        torch_device("mps")
     with pytest.raises(ValueError, match="device=meta"):
-        config.device("meta")
+        torch_device("meta")
 
 
 def test_flat_settings_have_dotted_names_and_plain_values():
     nested = {"a": 1, "b": {"c": {"d": 0.5}, "e": None}, "f": [1, 2], "g": True, "h": "text"}
     expected = {"a": 1, "b.c.d": 0.5, "b.e": "None", "f": "[1, 2]", "g": True, "h": "text"}
-    assert config.flat(nested) == expected
+    assert flat(nested) == expected
 
 
 def commented(lines, number):
@@ -310,15 +320,15 @@ def test_every_file_of_a_group_says_what_it_is_in_its_first_lines():
 
 def test_the_defaults_in_python_and_in_yaml_do_not_contradict_each_other():
     settings = read()
-    for field in dataclasses.fields(config.Config):
+    for field in dataclasses.fields(TrainConfig):
         if field.name not in ("name", "model", "data", "preprocessing"):
             assert getattr(settings, field.name) == field.default
 
 
 def test_errors_of_the_named_kinds_end_in_one_line_and_others_pass():
-    with pytest.raises(SystemExit, match="error: 3 is odd"), config.one_line_errors(ValueError):
+    with pytest.raises(SystemExit, match="error: 3 is odd"), one_line_errors(ValueError):
         raise ValueError("3 is odd")
-    with pytest.raises(KeyError), config.one_line_errors(ValueError):
+    with pytest.raises(KeyError), one_line_errors(ValueError):
         raise KeyError("a bug")
 
 
@@ -330,12 +340,12 @@ HUGE = 10**12
     [
         (LayerSettings, ("num_maps", "filter_size", "group"), (0, -1, HUGE)),
         (LearningSettings, ("epochs", "update_iterations"), (0, -1, HUGE)),
-        (LearningSettings, ("memory",), (math.nan, -1.0)),
+        (LearningSettings, ("averaging_epochs",), (math.nan, -1.0)),
         (SolverSettings, ("iterations", "training_iterations", "cg_iterations"), (0, -1, HUGE)),
         (LayerSettings, ("lam", "image_weight"), (0.0, -1.0, math.nan, math.inf)),
         (LayerSettings, ("p",), (-1.0, 2.0, math.nan)),
         (LayerSettings, ("pool",), ([1, 2, HUGE], [0, 2, 2])),
-        (SolverSettings, ("coupling", "step", "gap"), (0.0, -1.0, math.nan, math.inf)),
+        (SolverSettings, ("rho", "step", "gap"), (0.0, -1.0, math.nan, math.inf)),
         (SolverSettings, ("tolerance", "relaxation", "beta_start"), (-1.0, math.nan, math.inf)),
         (PreprocessingSettings, ("sigma", "whitening_floor"), (0.0, math.nan, math.inf)),
         (DataSettings, ("size",), (0, -1, HUGE)),
@@ -367,9 +377,9 @@ def test_the_largest_seed_draws():
 @pytest.mark.parametrize("value", [-1, 10**30])
 def test_every_command_refuses_seeds_that_draw_nothing(value):
     for build in (
-        lambda: config.DenoiseConfig("run", "image", seed=value),
-        lambda: config.VisualizeConfig(run="run", seed=value),
-        lambda: config.ClassifyConfig(run="run", seed=value),
+        lambda: DenoiseConfig("run", "image", seed=value),
+        lambda: VisualizeConfig(run="run", seed=value),
+        lambda: ClassifyConfig(run="run", seed=value),
     ):
         with pytest.raises(ValueError, match=f"seed={value}: must not be negative"):
             build()
@@ -387,7 +397,7 @@ def test_a_network_file_that_asks_for_endless_inference_is_refused(tmp_path):
 def test_the_users_folder_is_meant_by_a_tilde_in_every_path():
     home = str(Path.home())
     assert read("resume='~/runs/a'").resume == f"{home}/runs/a"
-    found = config.read_command(
+    found = read_settings(
         compose("classify", ["run='~/a'", "data.path=b", "beside=['~/c','d~']", "output='~'"])
     )
     assert (found.run, found.beside, found.output) == (f"{home}/a", [f"{home}/c", "d~"], home)

@@ -22,7 +22,8 @@ from omegaconf.errors import OmegaConfBaseException
 from PIL import Image
 
 from deconvnet import DeconvNet, LayerSettings, PreprocessingSettings, load
-from deconvnet.cli import config
+from deconvnet.cli.errors import raised_in
+from deconvnet.cli.settings import _inside, read_settings, register
 from deconvnet.images.datasets import DataSettings, load_images, read_image, stream_images
 from deconvnet.storage import formats
 
@@ -153,11 +154,19 @@ KEYS = [
     *("name", "layers", "seed", "device", "resume", "chunk", "memory", "patience", "progress"),
     *("data.name", "data.source", "data.size", "data.fit", "data.scale", "data.max_images"),
     *("data.path", "data.stream", "data.workers", "data.split", "data", "model", "preprocessing"),
-    *("preprocessing.color", "preprocessing.steps", "preprocessing.window", "preprocessing.scale"),
+    *(
+        "preprocessing.color",
+        "preprocessing.steps",
+        "preprocessing.contrast_size",
+        "preprocessing.scale",
+    ),
     *(f"model.layer1.{key}" for key in ("num_maps", "filter_size", "lam", "p", "group", "pool")),
     *(f"model.layer1.{key}" for key in ("connectivity", "boundary", "target", "pooling", "scale")),
     *(f"model.layer1.solver.{key}" for key in ("method", "iterations", "tolerance", "relaxation")),
-    *(f"model.layer1.learning.{key}" for key in ("epochs", "batch_size", "update", "memory")),
+    *(
+        f"model.layer1.learning.{key}"
+        for key in ("epochs", "batch_size", "update", "averaging_epochs")
+    ),
     *("model.layer9.lam", "hydra.run.dir", "nonsense", "model.layer1", "+experiment", "~model"),
 ]
 VALUES = [
@@ -180,16 +189,16 @@ VALUES = [
     )
 )
 def test_settings_are_read_or_refused_in_one_line(overrides):
-    config.register()
+    register()
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         try:
             cfg = compose("train", overrides)
-            found = config.read(cfg)
+            found = read_settings(cfg)
         except (HydraException, OmegaConfBaseException):
             # What Hydra says `launch` makes one line of.
             return
         except (TypeError, AttributeError, AssertionError) as error:
-            assert config._raised_in(error, ("hydra", "omegaconf"))
+            assert raised_in(error, ("hydra", "omegaconf"))
             return
         except ValueError as error:
             one_line(error)
@@ -201,7 +210,7 @@ def test_settings_are_read_or_refused_in_one_line(overrides):
 @pytest.mark.parametrize("name", ["../x", "/tmp/x", "a/../../x", "~/x", "..", "a\nb", ""])
 def test_the_name_of_a_run_leads_nowhere_else(name, tmp_path):
     with pytest.raises(ValueError, match="must be the name of a folder inside runs") as error:
-        config._inside(name)
+        _inside(name)
     one_line(error.value)
 
 

@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from deconvnet.cli import config
+from deconvnet.cli import errors
+from deconvnet.cli.errors import one_line_errors
+from deconvnet.cli.launch import run as run_main
+from deconvnet.cli.settings import AblateConfig, TrainConfig, VisualizeConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -28,19 +31,19 @@ class Small:
 def launch(monkeypatch, capsys):
     """launch(error, schema): the code and the line with which a command ends that raises it."""
     monkeypatch.setattr(sys, "argv", ["train.py"])
-    monkeypatch.setattr(config, "WANTS_TRACEBACK", False)
+    monkeypatch.setattr(errors, "WANTS_TRACEBACK", False)
     monkeypatch.setattr(logging, "raiseExceptions", True)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
 
-    def run(error, schema=config.Config):
+    def run(error, schema=TrainConfig):
         def main():
-            with config.one_line_errors(ValueError, OSError):
+            with one_line_errors(ValueError, OSError):
                 if callable(error) and not isinstance(error, type):
                     error()
                 raise error
 
         with pytest.raises(SystemExit) as caught:
-            config.launch(main, schema)
+            run_main(main, schema, ("deconvnet", "train"))
         said, code = capsys.readouterr().err, caught.value.code
         return (1, f"{code}\n") if isinstance(code, str) else (code, said)
 
@@ -75,9 +78,9 @@ def test_a_situation_of_the_user_ends_in_one_line(launch, error, expected):
 
 
 def test_out_of_memory_names_settings_that_the_command_has(launch):
-    assert "lower batch= or max_images=" in launch(MemoryError(), config.VisualizeConfig)[1]
+    assert "lower batch= or max_images=" in launch(MemoryError(), VisualizeConfig)[1]
     assert launch(MemoryError(), Small)[1] == "error: out of memory: use smaller images\n"
-    assert "lower chunk= or count=" in launch(MemoryError(), config.AblateConfig)[1]
+    assert "lower chunk= or count=" in launch(MemoryError(), AblateConfig)[1]
 
 
 @pytest.mark.parametrize("error", [KeyError("x"), RuntimeError("a bug"), TypeError("a bug")])
@@ -102,8 +105,8 @@ def test_a_reader_that_has_seen_enough_ends_a_command_quietly(launch, monkeypatc
 
 def test_characters_that_the_terminal_lacks_are_no_error(tmp_path):
     program = (
-        "import sys; from deconvnet import config; sys.argv[1:] = []\n"
-        "config.launch(lambda: print('\\udcff ±'), config.Config)"
+        "import sys; from deconvnet.cli import launch, settings; sys.argv[1:] = []\n"
+        "launch.run(lambda: print('\\udcff ±'), settings.TrainConfig, ('deconvnet', 'train'))"
     )
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(

@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.testing import assert_close
 
 from deconvnet import DeconvNet, load
-from deconvnet.cli import config
+from deconvnet.cli.settings import read_settings, register
 from deconvnet.images.datasets import load_images
 from deconvnet.network.codes import Codes, LayerCodes
 from deconvnet.operators.arithmetic import receptive_field
@@ -24,9 +24,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def read(experiment, *overrides):
-    config.register()
+    register()
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        return config.read(compose("train", [f"+experiment={experiment}", *overrides]))
+        return read_settings(compose("train", [f"+experiment={experiment}", *overrides]))
 
 
 def untrained(settings):
@@ -70,15 +70,15 @@ def test_the_iccv_2011_layers_are_those_of_the_papers_table(iccv):
         assert solver.tolerance == 0
         assert (learning.epochs, learning.norm, learning.init) == (10, "plane", "random")
         assert (learning.update, learning.update_iterations) == ("cg", 2)
-        assert learning.batch_size is None and not learning.revive and not learning.recenter
+        assert learning.batch_size is None and not learning.reinit_unused and not learning.recenter
 
 
 def test_the_iccv_2011_images_are_grey_with_the_papers_contrast_normalisation(iccv):
     assert iccv.data.size == 150
     preprocessing = iccv.preprocessing
     assert preprocessing.color == "grey" and preprocessing.steps == ["contrast"]
-    assert preprocessing.divide and preprocessing.scale == "rms"
-    assert (preprocessing.window, preprocessing.sigma) == (13, 4.773)
+    assert preprocessing.contrast_divide and preprocessing.scale == "rms"
+    assert (preprocessing.contrast_size, preprocessing.contrast_sigma) == (13, 4.773)
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 4])
@@ -192,7 +192,7 @@ def test_the_cvpr_2010_layers_are_those_of_the_paper(cvpr):
         assert (learning.update, learning.update_iterations) == ("cg", 2)
         assert (learning.epochs, learning.batch_size) == (3, 1)
         assert (learning.norm, learning.init) == ("plane", "random")
-        assert not learning.revive and not learning.recenter
+        assert not learning.reinit_unused and not learning.recenter
     assert (cvpr.data.size, cvpr.data.max_images) == (100, 10)
     preprocessing = cvpr.preprocessing
     assert (preprocessing.color, preprocessing.scale) == ("rgb", "max")

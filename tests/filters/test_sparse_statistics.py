@@ -6,8 +6,8 @@ import torch
 from torch.testing import assert_close
 
 from deconvnet.filters import sparse_statistics, update
-from deconvnet.filters.sparse_statistics import Entries
-from deconvnet.filters.update import filter_sums, normalize
+from deconvnet.filters.sparse_statistics import SparseMaps
+from deconvnet.filters.update import filter_statistics, normalize
 from deconvnet.operators.convolution import connected, deconvolve, filter_gradient, map_size
 
 BOUNDARIES = ("valid", "circular", "zero")
@@ -26,7 +26,7 @@ cases = pytest.mark.parametrize("name", SHAPES)
 @pytest.fixture(autouse=True)
 def many_count_as_few(monkeypatch):
     """Tiny maps have room for more than one entry in fifty."""
-    monkeypatch.setattr(sparse_statistics, "FEW", 0.2)
+    monkeypatch.setattr(sparse_statistics, "MAX_DENSITY", 0.2)
 
 
 def rand(*shape, seed=0):
@@ -48,7 +48,7 @@ def problem(name, boundary, N=3):
 def test_the_gradient_is_that_of_whole_maps(name, boundary):
     z, f, y = problem(name, boundary)
     size = tuple(f.shape[2:])
-    found = Entries.of(z).filter_gradient(y, size, boundary)
+    found = SparseMaps.from_dense(z).filter_gradient(y, size, boundary)
     assert found.dtype == torch.float64 and found.any()
     assert_close(found, filter_gradient(z, y, size, boundary=boundary), rtol=1e-10, atol=1e-11)
 
@@ -68,7 +68,7 @@ def test_the_gradient_is_that_of_a_loop_over_entries(name, boundary):
                 row, column = row % H, column % W
             if 0 <= row < H and 0 <= column < W:
                 expected[k, :, a, c] += z[n, k, i, j] * y[n, :, row, column]
-    found = Entries.of(z).filter_gradient(y, (h, w), boundary)
+    found = SparseMaps.from_dense(z).filter_gradient(y, (h, w), boundary)
     assert_close(found, expected, rtol=1e-10, atol=1e-11)
 
 
@@ -76,7 +76,7 @@ def test_the_gradient_is_that_of_a_loop_over_entries(name, boundary):
 @boundaries
 def test_the_gradient_is_the_adjoint_of_painting(name, boundary):
     z, f, y = problem(name, boundary)
-    found = Entries.of(z).filter_gradient(y, tuple(f.shape[2:]), boundary)
+    found = SparseMaps.from_dense(z).filter_gradient(y, tuple(f.shape[2:]), boundary)
     painted = deconvolve(z, f, boundary=boundary)
     assert_close((found * f).sum(), (y * painted).sum(), rtol=1e-10, atol=1e-11)
 
@@ -86,7 +86,7 @@ def test_the_gradient_is_the_adjoint_of_painting(name, boundary):
 def test_the_correlations_are_those_by_way_of_fourier(name, boundary):
     z, f, y = problem(name, boundary)
     size = tuple(f.shape[2:])
-    found = Entries.of(z).correlations(size, wrap=boundary == "circular")
+    found = SparseMaps.from_dense(z).correlations(size, wrap=boundary == "circular")
     assert found.dtype == torch.float64
     _, expected = update._map_sums(z, y, size, boundary, None)
     assert_close(found, expected, rtol=1e-10, atol=1e-10)
@@ -106,7 +106,7 @@ def test_the_correlations_are_those_of_a_loop_over_pairs(name, wrap):
                 row, column = row % rows, column % columns
             if 0 <= row < rows and 0 <= column < columns:
                 expected[k, :, a, c] += z[n, k, i, j] * z[n, :, row, column]
-    found = Entries.of(z).correlations((h, w), wrap)
+    found = SparseMaps.from_dense(z).correlations((h, w), wrap)
     assert_close(found, expected, rtol=1e-10, atol=1e-11)
 
 
@@ -117,12 +117,12 @@ def test_the_sums_of_an_update_are_equal_both_ways(boundary, dtype, monkeypatch)
     g = torch.tensor([[1.0, 0.0], [1.0, 1.0]], dtype=dtype)
     residual = y - deconvolve(z, connected(f, g), boundary=boundary)
     for connectivity in (None, g):
-        monkeypatch.setattr(sparse_statistics, "FEW", 0.2)
-        assert Entries.of(z) is not None
-        few = filter_sums(z, residual, f, connectivity, boundary=boundary)
-        monkeypatch.setattr(sparse_statistics, "FEW", -1.0)
-        assert Entries.of(z) is None
-        whole = filter_sums(z, residual, f, connectivity, boundary=boundary)
+        monkeypatch.setattr(sparse_statistics, "MAX_DENSITY", 0.2)
+        assert SparseMaps.from_dense(z) is not None
+        few = filter_statistics(z, residual, f, connectivity, boundary=boundary)
+        monkeypatch.setattr(sparse_statistics, "MAX_DENSITY", -1.0)
+        assert SparseMaps.from_dense(z) is None
+        whole = filter_statistics(z, residual, f, connectivity, boundary=boundary)
         near = 1e-10 if dtype == torch.float64 else 1e-4
         assert_close(few.linear, whole.linear, rtol=near, atol=near)
         assert_close(few.gram, whole.gram, rtol=near, atol=near)
@@ -133,23 +133,23 @@ def test_the_order_in_memory_does_not_matter():
     moved = z.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
     assert not moved.is_contiguous()
     for of in (moved, z.repeat(2, 1, 1, 1)[::2][[0]]):
-        few, size = Entries.of(of), tuple(f.shape[2:])
+        few, size = SparseMaps.from_dense(of), tuple(f.shape[2:])
         images = y[: len(of)]
         expected = filter_gradient(of, images, size)
         assert_close(few.filter_gradient(images, size, "valid"), expected, rtol=1e-10, atol=1e-11)
     strided = y.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
-    found = Entries.of(z).filter_gradient(strided, size, "valid")
+    found = SparseMaps.from_dense(z).filter_gradient(strided, size, "valid")
     assert_close(found, filter_gradient(z, y, size), rtol=1e-10, atol=1e-11)
 
 
 def test_dense_maps_are_not_few_and_empty_ones_sum_to_zero(monkeypatch):
-    monkeypatch.setattr(sparse_statistics, "FEW", 0.02)
+    monkeypatch.setattr(sparse_statistics, "MAX_DENSITY", 0.02)
     z = torch.zeros(1, 1, 10, 10)
     z[0, 0, 0, :2] = 1
-    assert Entries.of(z).shape == (1, 1, 10, 10)
+    assert SparseMaps.from_dense(z).shape == (1, 1, 10, 10)
     z[0, 0, 1, 0] = float("nan")
-    assert Entries.of(z) is None
-    assert Entries.of(torch.zeros(2, 3, 4, 5, device="meta")) is None
-    none = Entries.of(torch.zeros(2, 3, 6, 5))
+    assert SparseMaps.from_dense(z) is None
+    assert SparseMaps.from_dense(torch.zeros(2, 3, 4, 5, device="meta")) is None
+    none = SparseMaps.from_dense(torch.zeros(2, 3, 6, 5))
     assert not none.correlations((3, 2), wrap=True).any()
     assert not none.filter_gradient(torch.ones(2, 1, 4, 4), (3, 2), "valid").any()

@@ -10,11 +10,11 @@ from torch.testing import assert_close
 from deconvnet.filters.update import (
     LearningSettings,
     dead_filters,
-    double_filters,
-    filter_sums,
+    duplicate_filters,
+    filter_statistics,
+    initial_filters,
     normalize,
     off_center,
-    random_filters,
     shift,
     update_filters,
     update_filters_by_cg,
@@ -47,7 +47,7 @@ def true_cost(f, z, b, boundary, g=None):
 
 def sums_of(z, f, b, boundary, g=None):
     residual = b - deconvolve(z, f, g, boundary=boundary)
-    return filter_sums(z, residual, f, g, boundary=boundary)
+    return filter_statistics(z, residual, f, g, boundary=boundary)
 
 
 def batch(z, f, b, boundary, g=None):
@@ -373,7 +373,7 @@ def test_the_sums_of_a_bound_lie_above_the_cost_through_a_layer_and_touch_it(bou
     for z, b, T in batches:
         residual = b - T(deconvolve(z, f, boundary=boundary))
         curvature = T.squared_norm(b)
-        new = filter_sums(z, T.adjoint(residual), f, boundary=boundary, curvature=curvature)
+        new = filter_statistics(z, T.adjoint(residual), f, boundary=boundary, curvature=curvature)
         sums = new if sums is None else sums + new
     leaf = f.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(cost_through(batches, leaf, boundary=boundary), leaf)
@@ -398,7 +398,10 @@ def test_a_curvature_of_one_is_no_bound_but_the_sums_themselves():
     z, f, b = problem("valid")
     residual = b - deconvolve(z, f)
     ones = torch.ones(len(z), 1, 1, 1, dtype=z.dtype)
-    plain, bound = filter_sums(z, residual, f), filter_sums(z, residual, f, curvature=ones)
+    plain, bound = (
+        filter_statistics(z, residual, f),
+        filter_statistics(z, residual, f, curvature=ones),
+    )
     assert torch.equal(plain.gram, bound.gram) and torch.equal(plain.linear, bound.linear)
 
 
@@ -456,12 +459,12 @@ def test_double_filters_are_the_weaker_ones_of_pairs_equal_up_to_sign_and_shift(
     f[4, :, 2:5, 2:5] += rand(2, 3, 3, seed=2)
     f[5] = rand(2, 7, 7, seed=3)
     energy = torch.tensor([2.0, 3.0, 1.0, 5.0, 0.0, 9.0])
-    assert double_filters(normalize(f), energy) == [0, 2]
-    assert double_filters(normalize(f), energy.flip(0)) == [1, 2]
-    assert double_filters(normalize(f[[3, 4, 5]]), energy[:3]) == []
-    assert double_filters(7 * f, energy) == [0, 2]
+    assert duplicate_filters(normalize(f), energy) == [0, 2]
+    assert duplicate_filters(normalize(f), energy.flip(0)) == [1, 2]
+    assert duplicate_filters(normalize(f[[3, 4, 5]]), energy[:3]) == []
+    assert duplicate_filters(7 * f, energy) == [0, 2]
     # Equal energies: the first stays.
-    assert double_filters(normalize(f), torch.ones(6)) == [1, 2]
+    assert duplicate_filters(normalize(f), torch.ones(6)) == [1, 2]
 
 
 @pytest.mark.parametrize("init", ["random", "patches"])
@@ -469,20 +472,20 @@ def test_first_filters_are_of_unit_norm_and_follow_the_generator(init):
     b = rand(3, 2, 20, 16).float()
 
     def draw(seed):
-        return random_filters(8, b, 5, init, torch.Generator().manual_seed(seed))
+        return initial_filters(8, b, 5, init, torch.Generator().manual_seed(seed))
 
     f = draw(0)
     assert f.shape == (8, 2, 5, 5) and f.dtype == torch.float32
     assert_close(torch.linalg.vector_norm(f, dim=(1, 2, 3)), torch.ones(8))
     torch.manual_seed(5)
     assert torch.equal(f, draw(0)) and not torch.equal(f, draw(1))
-    assert double_filters(f, torch.ones(8), similarity=0.999) == []
+    assert duplicate_filters(f, torch.ones(8), similarity=0.999) == []
 
 
 def test_patches_are_strong_pieces_of_what_is_explained():
     b = rand(2, 1, 30, 30)
     b[:, :, :, :15] *= 1e-3
-    f = random_filters(6, b, 5, "patches", torch.Generator().manual_seed(0))
+    f = initial_filters(6, b, 5, "patches", torch.Generator().manual_seed(0))
     pieces = normalize(b.unfold(2, 5, 1).unfold(3, 5, 1).reshape(-1, 1, 5, 5)).flatten(1)
     similar = pieces @ f.flatten(1).T
     # Up to the trace of noise; and none from the dark half.
@@ -492,7 +495,7 @@ def test_patches_are_strong_pieces_of_what_is_explained():
 
 
 def test_patches_of_an_empty_image_still_have_unit_norm():
-    f = random_filters(4, torch.zeros(1, 1, 9, 9), 3, "patches", torch.Generator().manual_seed(0))
+    f = initial_filters(4, torch.zeros(1, 1, 9, 9), 3, "patches", torch.Generator().manual_seed(0))
     assert_close(torch.linalg.vector_norm(f, dim=(1, 2, 3)), torch.ones(4))
 
 
@@ -514,13 +517,15 @@ def similarities(found, planted):
 
 def learn(b, boundary, seed):
     """(filters, solution) after 30 visits to all images, from pieces of them."""
-    f = random_filters(4, b, 7, "patches", torch.Generator().manual_seed(seed))
+    f = initial_filters(4, b, 7, "patches", torch.Generator().manual_seed(seed))
     state = None
     for _ in range(30):
         A, settings = Deconvolution(f, boundary), SolverSettings(training_iterations=10)
         solution = solve(A, b, lam=3.0, settings=settings, state=state, training=True)
         state = solution.state
-        f = update_filters(f, filter_sums(solution.z, solution.residual, f, boundary=boundary))
+        f = update_filters(
+            f, filter_statistics(solution.z, solution.residual, f, boundary=boundary)
+        )
     return f, solution
 
 
@@ -535,7 +540,7 @@ def test_planted_filters_are_recovered_up_to_sign_shift_and_order(boundary):
     z = rand(12, 4, *map_size((24, 24), (5, 5), boundary), seed=23)
     z = z.sign() * (1 + z.abs()) * (torch.rand(z.shape, generator=generator) < 0.008)
     b = deconvolve(z, planted, boundary=boundary)
-    first = random_filters(4, b, 7, "patches", torch.Generator().manual_seed(24))
+    first = initial_filters(4, b, 7, "patches", torch.Generator().manual_seed(24))
     assert similarities(first, planted).amax(1).min() < 0.85
 
     # The cost has local minima where a filter sits at the edge of its frame, so of several starts
@@ -558,13 +563,13 @@ def test_planted_filters_are_recovered_up_to_sign_shift_and_order(boundary):
         (dict(epochs=0), "learning.epochs=0: must be at least 1"),
         (dict(update_iterations=0), "learning.update_iterations=0: must be at least 1"),
         (dict(batch_size=0), "learning.batch_size=0: must be at least 1, or null"),
-        (dict(memory=-0.5), "learning.memory=-0.5: must not be negative"),
+        (dict(averaging_epochs=-0.5), "learning.averaging_epochs=-0.5: must not be negative"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         LearningSettings(**settings)
-    LearningSettings(batch_size=None, memory=0)
+    LearningSettings(batch_size=None, averaging_epochs=0)
 
 
 def test_off_center_filters_are_found_and_moved_to_the_middle_without_changing_the_image():

@@ -384,7 +384,7 @@ def test_frames_that_are_none_of_these_images_are_refused(shapes, frames, messag
 
 
 def test_a_picture_too_small_for_a_border_is_named_and_the_needed_size(shapes):
-    model = preprocessing(["contrast"], window=15)
+    model = preprocessing(["contrast"], contrast_size=15)
     message = "image 3 of 13x7 pixels: too small for the step 'contrast'.*at least 8x8"
     for use in (model, model.fit):
         with pytest.raises(ValueError, match=message):
@@ -422,10 +422,10 @@ def test_a_record_of_other_images_is_refused(photographs):
         ("color", "hsv"),
         ("steps", ["sharpen"]),
         ("steps", ["mean", "mean"]),
-        ("window", 12),
-        ("window", 1),
-        ("sigma", 0.0),
-        ("sigma", float("nan")),
+        ("contrast_size", 12),
+        ("contrast_size", 1),
+        ("contrast_sigma", 0.0),
+        ("contrast_sigma", float("nan")),
         ("whitening_size", 4),
         ("whitening_floor", 0.0),
     ],

@@ -19,7 +19,7 @@ from deconvnet import (
 from deconvnet.images.datasets import DataSettings, load_images, stream_images
 from deconvnet.monitoring.monitor import memory_used, save_picture
 from deconvnet.training.layer_trainer import LayerTrainer
-from deconvnet.training.training_set import Corpus, Source
+from deconvnet.training.training_set import ImageSource, TrainingSet
 
 QUICK = [
     *("progress=false", "device=cpu", "data.size=24", "layers=2"),
@@ -192,9 +192,9 @@ def test_a_run_over_a_hundred_thousand_images_holds_its_memory(tmp_path):
     learning = LearningSettings(epochs=1, batch_size=500)
     plain = PreprocessingSettings("grey", steps=["mean"])
     net = DeconvNet([LayerSettings(2, 3, solver=solver, learning=learning)], plain)
-    corpus = Corpus(net, Source(number, read), chunk=500, hold=False)
-    corpus.settle(corpus.own_for(1), 0)
-    trainer = LayerTrainer(net.layer(1), corpus.ground(1), chunk=500, keep=False)
+    training_set = TrainingSet(net, ImageSource(number, read), chunk=500, hold=False)
+    training_set.hold_codes(training_set.own_images(1), 0)
+    trainer = LayerTrainer(net.layer(1), training_set.layer_data(1), chunk=500, keep=False)
     used = []
     while not trainer.done:
         trainer.update()

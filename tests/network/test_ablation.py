@@ -13,7 +13,7 @@ from deconvnet import DeconvNet, LayerSettings, LearningSettings, PreprocessingS
 from deconvnet.network.ablation import MEANINGS, ablate, unpooling
 from deconvnet.operators.pooling import UNPOOLINGS
 from deconvnet.sparse_coding.solvers import SolverSettings
-from deconvnet.training.layer_trainer import Ground, LayerTrainer
+from deconvnet.training.layer_trainer import LayerData, LayerTrainer
 
 FAST = SolverSettings(method="fista", iterations=20)
 
@@ -32,7 +32,7 @@ def learn(net, images):
     for number, layer in enumerate(net.layers, 1):
         if number > 1:
             layer.fit_scale(codes.layers[-1].pooled)
-        trainer = LayerTrainer(layer, Ground.over(net, codes, number), number=number)
+        trainer = LayerTrainer(layer, LayerData.from_codes(net, codes, number), number=number)
         while not trainer.done:
             trainer.update()
         codes = net.infer_next_layer(codes)
@@ -187,7 +187,7 @@ def test_unpoolings_within_each_other_end_in_the_right_order(images):
 # The script
 
 TINY = [
-    *("progress=false", "device=cpu", "data.size=24", "preprocessing.window=5"),
+    *("progress=false", "device=cpu", "data.size=24", "preprocessing.contrast_size=5"),
     *(f"model.layer{n}.{key}" for n in (1, 2, 3) for key in ("num_maps=3", "filter_size=3")),
     *(f"model.layer{n}.learning.epochs=1" for n in (1, 2, 3)),
     *(f"model.layer{n}.solver.iterations=10" for n in (1, 2, 3)),

@@ -15,7 +15,7 @@ from deconvnet.operators.pooling import UNPOOLINGS, max_pool, unpool
 from deconvnet.sparse_coding.solvers import solve
 from deconvnet.storage.formats import CheckpointError
 from deconvnet.training.loop import train
-from deconvnet.training.run_folder import Run
+from deconvnet.training.run_folder import RunFolder
 
 FAST = SolverSettings(iterations=20)
 
@@ -645,7 +645,7 @@ def test_a_run_folder_loads_as_the_network_that_it_trained(textures, tmp_path):
         layer.learning.epochs = 1
     net, images = DeconvNet(settings), textures(2, 3, 16, 16)
     with Monitor(progress=False) as monitor:
-        train(net, images, Run(tmp_path, {}), monitor)
+        train(net, images, RunFolder(tmp_path, {}), monitor)
     expected = net.infer(images)
     for path in (tmp_path, str(tmp_path), tmp_path / "network.safetensors"):
         found = load(path).infer(images)

@@ -14,9 +14,9 @@ from torch.testing import assert_close
 
 from deconvnet.filters.update import (
     LearningSettings,
-    filter_sums,
+    filter_statistics,
+    initial_filters,
     normalize,
-    random_filters,
     update_filters,
     update_filters_by_cg,
 )
@@ -42,7 +42,7 @@ from deconvnet.sparse_coding.prior import Prior, shrink
 from deconvnet.sparse_coding.solvers import (
     SolverSettings,
     duality_gap,
-    lam_of_share,
+    lam_from_ratio,
     solve,
     sparse_code,
 )
@@ -451,7 +451,7 @@ def test_what_the_mask_hides_does_not_matter(boundary):
 )
 def test_few_warm_steps_keep_admm_on_the_course_of_the_exact_solve(boundary, mask, textures):
     y = textures(2, 1, 18, 20) - 0.5
-    f = random_filters(6, y, 5, "patches", torch.Generator().manual_seed(1))
+    f = initial_filters(6, y, 5, "patches", torch.Generator().manual_seed(1))
     hidden = (uniform(2, 1, 18, 20, seed=4) > 0.3).float() if mask else None
     A, b = Deconvolution(f, boundary, hidden), y if hidden is None else hidden * y
     costs = []
@@ -500,46 +500,46 @@ def test_a_gap_is_asked_for_only_where_there_is_one():
     assert visit.gap is None and visit.iterations == 5
 
 
-# lam as a share
+# lam as a ratio
 
 
 @pytest.mark.parametrize("options", [{}, {"group": 2}, {"non_negative": True}])
-def test_just_below_share_one_all_maps_are_zero_no_longer(options):
+def test_just_below_a_lam_ratio_of_one_some_maps_are_non_zero(options):
     A, b = problem(C=2)
     options = dict(options, weights=torch.tensor([0.5, 0.5, 2.0, 2.0]).double())
     settings = SolverSettings(method="fista", iterations=300, tolerance=0)
-    for share, alive in ((1.0, False), (0.99, True)):
-        found = sparse_code(b, A.f, share=share, settings=settings, **options)
+    for lam_ratio, alive in ((1.0, False), (0.99, True)):
+        found = sparse_code(b, A.f, lam_ratio=lam_ratio, settings=settings, **options)
         assert bool((found.z.abs() > 1e-9).any()) is alive
-        assert found.lam == lam_of_share(A, b, share, **options)
+        assert found.lam == lam_from_ratio(A, b, lam_ratio, **options)
 
 
-def test_a_share_keeps_its_meaning_when_the_data_are_rescaled():
+def test_a_lam_ratio_keeps_its_meaning_when_the_data_are_rescaled():
     A, b = problem(C=2)
     settings = SolverSettings(iterations=50)
-    found = sparse_code(b, A.f, share=0.1, settings=settings)
-    scaled = sparse_code(50 * b, A.f, share=0.1, settings=settings)
+    found = sparse_code(b, A.f, lam_ratio=0.1, settings=settings)
+    scaled = sparse_code(50 * b, A.f, lam_ratio=0.1, settings=settings)
     assert scaled.lam == pytest.approx(found.lam / 50)
     assert_close(scaled.z, 50 * found.z, rtol=1e-6, atol=1e-6)
     brightest = A.adjoint(b).abs().max().item()
     assert found.lam == pytest.approx(1 / (0.1 * brightest))
 
 
-def test_one_of_lam_and_share_is_given_and_the_share_is_one():
+def test_either_lam_or_lam_ratio_is_given_and_the_ratio_lies_between_0_and_1():
     A, b = problem()
-    with refused("lam=None, share=None: give one of the two"):
+    with refused("lam=None, lam_ratio=None: give one of the two"):
         sparse_code(b, A.f)
-    with refused("lam=1.0, share=0.1: give one of the two"):
-        sparse_code(b, A.f, lam=1.0, share=0.1)
-    for share in (0.0, 1.1, math.nan):
-        with refused(f"share={share}: must lie in (0, 1]"):
-            sparse_code(b, A.f, share=share)
-    with refused("share=0.1: needs all weights to be positive"):
-        sparse_code(b, A.f, share=0.1, weights=torch.tensor([0.0, 1.0, 1.0, 1.0]))
-    with refused("share=0.1: needs images that the filters can explain"):
-        sparse_code(0 * b, A.f, share=0.1)
+    with refused("lam=1.0, lam_ratio=0.1: give one of the two"):
+        sparse_code(b, A.f, lam=1.0, lam_ratio=0.1)
+    for lam_ratio in (0.0, 1.1, math.nan):
+        with refused(f"lam_ratio={lam_ratio}: must lie in (0, 1]"):
+            sparse_code(b, A.f, lam_ratio=lam_ratio)
+    with refused("lam_ratio=0.1: needs all weights to be positive"):
+        sparse_code(b, A.f, lam_ratio=0.1, weights=torch.tensor([0.0, 1.0, 1.0, 1.0]))
+    with refused("lam_ratio=0.1: needs images that the filters can explain"):
+        sparse_code(0 * b, A.f, lam_ratio=0.1)
     with refused("p=0.5: only the prior with p=1"):
-        sparse_code(b, A.f, share=0.1, p=0.5)
+        sparse_code(b, A.f, lam_ratio=0.1, p=0.5)
 
 
 # Filters
@@ -548,7 +548,7 @@ def test_one_of_lam_and_share_is_given_and_the_share_is_one():
 def sums_of(A, b, seed=3):
     z = rand(*A.adjoint(b).shape, seed=seed)
     z = z * (z.abs() > 1)
-    return z, filter_sums(z, b - A(z), A.f, boundary=A.boundary)
+    return z, filter_statistics(z, b - A(z), A.f, boundary=A.boundary)
 
 
 def model_cost(f, sums):
@@ -646,7 +646,7 @@ def test_many_updates_end_where_no_step_along_the_constraints_goes_lower(constra
 def test_filters_start_as_they_are_asked_to_be(constraint, init):
     generator = torch.Generator().manual_seed(0)
     for b in (rand(3, 2, 9, 9), -uniform(3, 2, 9, 9), torch.zeros(3, 2, 9, 9).double()):
-        assert holds(random_filters(5, b, 4, init, generator, **constraint), constraint)
+        assert holds(initial_filters(5, b, 4, init, generator, **constraint), constraint)
     settings = LayerSettings(5, 3, learning=LearningSettings(init=init, **constraint))
     layer = Layer(settings, 2, generator).double()
     first = layer.filters.clone()

@@ -432,7 +432,7 @@ def test_what_it_cannot_do_is_refused_with_what_can():
 def test_sparse_code_and_the_settings_know_it():
     assert SolverSettings(method="coordinate", gap=1e-3).gap == 1e-3
     A, b = problem("reflect", C=2)
-    found = sparse_code(b, A.f, share=0.2, boundary="reflect", group=2, settings=settings(1e-6))
+    found = sparse_code(b, A.f, lam_ratio=0.2, boundary="reflect", group=2, settings=settings(1e-6))
     gap = duality_gap(A, b, found.z, found.lam, group=2)
     assert (gap <= 1.01e-6 * found.objective).all()
 
@@ -539,7 +539,9 @@ def test_learning_recovers_planted_filters():
 
 def test_learning_on_all_images_lowers_the_objective_in_every_epoch():
     _, b = problem(N=3, image=(14, 12))
-    learning = LearningSettings(epochs=6, batch_size=None, memory=0, revive=False, recenter=False)
+    learning = LearningSettings(
+        epochs=6, batch_size=None, averaging_epochs=0, reinit_unused=False, recenter=False
+    )
     solver = SolverSettings(method="coordinate", training_iterations=3)
     history = learn_filters(b, 4, 3, lam=LAM, solver=solver, learning=learning).history
     costs = [stats.objective for stats in history]

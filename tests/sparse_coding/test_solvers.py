@@ -595,14 +595,16 @@ def test_the_default_without_coordinate_descent_is_of_the_accuracy_of_that_with_
     f = unit(patches[:: len(patches) // 12][:12] + 1e-3)
     elsewhere = default_solver(torch.empty(0, device="meta"))
     assert elsewhere.method == "admm" and elsewhere.gap is None
-    for share in (0.1, 0.01, 0.003):
+    for lam_ratio in (0.1, 0.01, 0.003):
         certain = SolverSettings("coordinate", iterations=2000, gap=1e-6)
-        minimum = sparse_code(y, f, share=share, settings=certain).objective
+        minimum = sparse_code(y, f, lam_ratio=lam_ratio, settings=certain).objective
         here, there = (
-            (sparse_code(y, f, share=share, settings=settings).objective / minimum - 1).item()
+            (
+                sparse_code(y, f, lam_ratio=lam_ratio, settings=settings).objective / minimum - 1
+            ).item()
             for settings in (None, elsewhere)
         )
-        assert there < 3 * here + 2e-5, share
+        assert there < 3 * here + 2e-5, lam_ratio
 
 
 @pytest.mark.parametrize("name", CHEAP)
@@ -733,7 +735,7 @@ def test_wrong_images_filters_and_weights_are_refused():
         (dict(iterations=0), "solver.iterations=0: must be at least 1"),
         (dict(training_iterations=0), "solver.training_iterations=0: must be at least 1"),
         (dict(cg_iterations=-1), "solver.cg_iterations=-1: must be at least 1"),
-        (dict(coupling=0.0), "solver.coupling=0.0: must be positive"),
+        (dict(rho=0.0), "solver.rho=0.0: must be positive"),
         (dict(step=-1.0), "solver.step=-1.0: must be positive"),
         (dict(step=0.0), "solver.step=0.0: must be positive"),
         (dict(beta_start=-1.0), "solver.beta_start=-1.0: must be positive"),
@@ -816,12 +818,16 @@ def test_a_constant_that_no_filter_explains_does_not_stop_it_early(method, offse
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("method", ["coordinate", "fista", "ista"])
-def test_a_share_of_one_leaves_nothing(method, dtype):
+def test_a_lam_ratio_of_one_leaves_nothing(method, dtype):
     for seed in range(20):
         A, b = problem(seed=seed, C=1 + seed % 2)
         for options in ({}, {"group": 3}, {"non_negative": True}):
             found = sparse_code(
-                b.to(dtype), A.f.to(dtype), share=1.0, settings=SolverSettings(method), **options
+                b.to(dtype),
+                A.f.to(dtype),
+                lam_ratio=1.0,
+                settings=SolverSettings(method),
+                **options,
             )
             assert not found.z.any()
 

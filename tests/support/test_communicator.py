@@ -16,10 +16,10 @@ from deconvnet import (
 from deconvnet.monitoring.monitor import Monitor
 from deconvnet.network.network import Layer, seeded
 from deconvnet.support.communicator import Communicator
-from deconvnet.training.layer_trainer import Diverged, Ground, LayerTrainer
+from deconvnet.training.layer_trainer import Diverged, LayerData, LayerTrainer
 from deconvnet.training.loop import train
-from deconvnet.training.run_folder import Run
-from deconvnet.visualization.pictures.evolution import load_evolution
+from deconvnet.training.run_folder import RunFolder
+from deconvnet.visualization.evolution.evolution import load_evolution
 
 ADMM = SolverSettings(iterations=20, training_iterations=3)
 FISTA = SolverSettings("fista", iterations=20, training_iterations=3)
@@ -111,7 +111,7 @@ def learned(kind, images, folder, count=1, **options):
 
     def work(communicator):
         net = network(kind)
-        run = Run(folder, {}) if communicator.is_main else None
+        run = RunFolder(folder, {}) if communicator.is_main else None
         place = folder if communicator.is_main else None
         with Monitor(place, progress=False) as monitor:
             return net, train(net, images, run, monitor, communicator=communicator, **options)
@@ -228,7 +228,7 @@ def test_all_ranks_stop_before_an_update_where_one_of_them_diverges(images):
         trainer = shared(some, communicator)
         trainer.update()
         before = trainer.layer.filters.clone()
-        some[trainer.schedule.batch(0, 1)[:1] if communicator.rank == 1 else []] = float("nan")
+        some[trainer.sampler.batch(0, 1)[:1] if communicator.rank == 1 else []] = float("nan")
         with pytest.raises(Diverged, match="not finite"):
             trainer.update()
         return torch.equal(trainer.layer.filters, before)
@@ -272,9 +272,9 @@ def test_ground_of_a_rank_reads_its_own_images_only(images):
 
         def target(part):
             asked.update(part.tolist())
-            return Ground.of(images).target(part)
+            return LayerData.from_tensor(images).target(part)
 
-        trainer = shared(Ground.of(images, target), communicator)
+        trainer = shared(LayerData.from_tensor(images, target), communicator)
         while not trainer.done:
             trainer.update()
         return asked

@@ -21,7 +21,7 @@ from deconvnet import (
 from deconvnet.operators.convolution import correlate, deconvolve
 from deconvnet.operators.linear import Deconvolution
 from deconvnet.sparse_coding.prior import Prior, penalties, shrink, threshold
-from deconvnet.sparse_coding.solvers import METHODS, duality_gap, lam_of_share, solve
+from deconvnet.sparse_coding.solvers import METHODS, duality_gap, lam_from_ratio, solve
 
 ONCE = LearningSettings(epochs=1)
 
@@ -82,7 +82,7 @@ def network():
         LayerSettings(4, 5, pool=[1, 2, 2], learning=ONCE),
         LayerSettings(6, 3, target="both", learning=ONCE),
     ]
-    return DeconvNet(layers, PreprocessingSettings(color="grey", window=5))
+    return DeconvNet(layers, PreprocessingSettings(color="grey", contrast_size=5))
 
 
 def through_a_network(images):
@@ -123,7 +123,7 @@ def in_scikit_learn(images):
 
 def dictionaries(images):
     y = images - images.mean()
-    learned = learn_filters(y, 4, 5, share=0.1, learning=ONCE)
+    learned = learn_filters(y, 4, 5, lam_ratio=0.1, learning=ONCE)
     random = LearningSettings(epochs=1, init="random")
     online = learn_online(y.split(1), 4, 5, lam=5.0, learning=random)
     return [learned.filters, online.filters, learned.encode(y).z]
@@ -163,9 +163,9 @@ def test_a_network_is_made_on_the_default_device_and_computes_where_it_is(images
 @pytest.mark.parametrize("method", METHODS)
 def test_every_solver_gives_the_maps_and_objectives_that_it_gives_in_no_mode(y, f, method, mode):
     settings = SolverSettings(method, iterations=20)
-    plain = sparse_code(y, f, share=0.1, settings=settings)
+    plain = sparse_code(y, f, lam_ratio=0.1, settings=settings)
     with MODES[mode]():
-        changed = sparse_code(y, f, share=0.1, settings=settings)
+        changed = sparse_code(y, f, lam_ratio=0.1, settings=settings)
     assert torch.equal(plain.z, changed.z) and torch.equal(plain.objective, changed.objective)
 
 
@@ -184,7 +184,7 @@ def test_codes_of_what_requires_a_gradient_are_plain_tensors(y, f, method, given
         assert not isinstance(value, torch.Tensor) or not value.requires_grad
     direct = solve(Deconvolution(f), y, lam=5.0, settings=settings)
     assert not direct.z.requires_grad and not duality_gap(Deconvolution(f), y, found.z, 5.0).grad_fn
-    assert isinstance(lam_of_share(Deconvolution(f), y, 0.1), float)
+    assert isinstance(lam_from_ratio(Deconvolution(f), y, 0.1), float)
 
 
 def test_filters_that_were_learned_from_feature_maps_are_plain_tensors():

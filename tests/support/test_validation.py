@@ -29,7 +29,7 @@ from deconvnet.operators.pooling import max_pool
 from deconvnet.operators.upsampling import BilinearUpsampling, ResizeConvolution
 from deconvnet.sklearn import DeconvNetTransformer
 from deconvnet.sparse_coding.prior import Prior, shrink
-from deconvnet.sparse_coding.solvers import METHODS, duality_gap, lam_of_share, solve
+from deconvnet.sparse_coding.solvers import METHODS, duality_gap, lam_from_ratio, solve
 from deconvnet.visualization.projection.projector import Projector
 
 ONCE = LearningSettings(epochs=1)
@@ -126,7 +126,7 @@ def test_filters_and_states_are_taken_in_every_kind_of_array_and_left_as_they_ar
     A = Deconvolution(plain.double() if kind == "numpy_float64" else plain)
     gap = duality_gap(A, ARRAYS[kind](y[:, :, :9, :9]), state[:, :, :13, :13], 5.0)
     assert gap.shape == (3,) and (gap > 0).all()
-    assert lam_of_share(A, ARRAYS[kind](y), 0.1) > 0
+    assert lam_from_ratio(A, ARRAYS[kind](y), 0.1) > 0
     for each, expected in zip((given, state), before, strict=True):
         assert torch.equal(torch.tensor(each.tolist()), expected)
     A = Deconvolution(plain)
@@ -312,8 +312,8 @@ BAD_ARGUMENTS = {
     "lam text": (dict(lam="5"), "lam='5': must be a number"),
     "lam complex": (dict(lam=1j), "lam=1j: must be a number"),
     "lams": (dict(lam=torch.ones(2)), r"lam=Tensor of shape \(2,\): must be a number"),
-    "share text": (dict(lam=None, share="a"), "share='a': must be a number"),
-    "share nan": (dict(lam=None, share=math.nan), r"share=nan: must lie in \(0, 1\]"),
+    "lam_ratio text": (dict(lam=None, lam_ratio="a"), "lam_ratio='a': must be a number"),
+    "lam_ratio nan": (dict(lam=None, lam_ratio=math.nan), r"lam_ratio=nan: must lie in \(0, 1\]"),
     "p text": (dict(p="1"), "p='1': must be a number"),
     "p nan": (dict(p=math.nan), "p=nan"),
     "group half": (dict(group=2.5), "group=2.5: must be a whole number from 1"),
@@ -342,8 +342,8 @@ def test_a_number_may_come_from_numpy_or_torch(y, f, lam, tmp_path):
     learned = learn_filters(y, np.int64(4), torch.tensor(5), lam=lam, learning=ONCE)
     assert type(learned.settings.lam) is float and type(learned.settings.num_maps) is int
     learned.save(tmp_path / "learned.safetensors")
-    share = sparse_code(y, f, share=np.float32(0.25))
-    assert share.lam == sparse_code(y, f, share=0.25).lam
+    solution = sparse_code(y, f, lam_ratio=np.float32(0.25))
+    assert solution.lam == sparse_code(y, f, lam_ratio=0.25).lam
 
 
 @pytest.mark.parametrize("method", METHODS)

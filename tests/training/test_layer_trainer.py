@@ -26,10 +26,10 @@ from deconvnet.operators.convolution import deconvolve
 from deconvnet.operators.pooling import max_pool, pooled_shape, unpool
 from deconvnet.storage import formats
 from deconvnet.storage.ownership import NotOurs
-from deconvnet.training.layer_trainer import Diverged, Ground, LayerTrainer
+from deconvnet.training.layer_trainer import Diverged, LayerData, LayerTrainer
 from deconvnet.training.loop import train
-from deconvnet.training.run_folder import Run
-from deconvnet.training.warm_starts import FileStates, States, all_states
+from deconvnet.training.run_folder import RunFolder
+from deconvnet.training.warm_starts import DiskWarmStarts, WarmStarts, merge_state_dicts
 
 FAST = SolverSettings(iterations=20, training_iterations=3)
 EXACT = SolverSettings(iterations=300, tolerance=1e-5)
@@ -46,7 +46,7 @@ PAPER = {
         update_iterations=2,
         init="random",
         norm="plane",
-        revive=False,
+        reinit_unused=False,
     ),
     "scale": "max",
 }
@@ -63,7 +63,14 @@ def b(textures):
 def layer(channels=1, *, num_maps=6, seed=0, epochs=3, batch_size=4, connectivity="full", **other):
     learning = {
         key: other.pop(key)
-        for key in ("update", "memory", "init", "norm", "revive", "update_iterations")
+        for key in (
+            "update",
+            "averaging_epochs",
+            "init",
+            "norm",
+            "reinit_unused",
+            "update_iterations",
+        )
         if key in other
     }
     learning = LearningSettings(epochs=epochs, batch_size=batch_size, **learning)
@@ -137,9 +144,9 @@ def test_the_image_order_of_every_epoch_is_new_and_visits_every_image(b):
     for _ in range(2):
         visited = []
         for _ in range(8):
-            before = trainer.codes[EVERY]
+            before = trainer.warm_starts[EVERY]
             trainer.update()
-            changed = trainer.codes[EVERY] - (0 if before is None else before)
+            changed = trainer.warm_starts[EVERY] - (0 if before is None else before)
             visited += torch.nonzero(changed.flatten(1).any(1)).flatten().tolist()
         orders.append(visited)
     assert sorted(orders[0]) == sorted(orders[1]) == list(range(8))
@@ -165,19 +172,19 @@ def test_what_an_epoch_saw_is_the_sum_over_its_visits(b):
     assert stats.seconds_per_image > 0
 
 
-@pytest.mark.parametrize("revive", [True, False])
-def test_a_dead_filter_is_noticed_and_started_anew(b, revive):
-    trainer = LayerTrainer(layer(batch_size=None, revive=revive), b)
+@pytest.mark.parametrize("reinit_unused", [True, False])
+def test_a_dead_filter_is_noticed_and_started_anew(b, reinit_unused):
+    trainer = LayerTrainer(layer(batch_size=None, reinit_unused=reinit_unused), b)
     trainer.layer.filters[2] = 0
     stats = trainer.update()
     assert stats.dead == 1 and stats.double == 0
-    if not revive:
+    if not reinit_unused:
         assert (trainer.layer.filters[2] == 0).all()
         return
     assert_close(lengths(trainer.layer.filters), torch.ones(6), rtol=0, atol=1e-6)
-    assert (trainer.codes[EVERY][:, 2] == 0).all() and trainer.sums.energy[2] == 0
+    assert (trainer.warm_starts[EVERY][:, 2] == 0).all() and trainer.sums.energy[2] == 0
     assert trainer.update().dead == 0
-    assert trainer.codes[EVERY][:, 2].any()
+    assert trainer.warm_starts[EVERY][:, 2].any()
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -195,7 +202,7 @@ def test_of_two_equal_filters_one_is_noticed_and_started_anew(b, sign, update):
     assert likeness < 0.97
     assert (found[others] - kept[others]).abs().max() > 0
     # One of the pair is as it was learned, the other is another patch: nothing known of its maps.
-    fresh = [k for k in (1, 4) if not trainer.codes[EVERY][:, k].any()]
+    fresh = [k for k in (1, 4) if not trainer.warm_starts[EVERY][:, k].any()]
     assert len(fresh) == 1
 
 
@@ -261,7 +268,7 @@ def test_an_objective_that_is_not_finite_stops_before_the_filters_change(b):
 def test_images_beyond_what_float32_can_square_teach_the_same_filters(b, solver):
     learning = LearningSettings(epochs=2)
     plain, large = (
-        learn_filters(s * b, 3, 5, share=0.1, solver=solver, learning=learning)
+        learn_filters(s * b, 3, 5, lam_ratio=0.1, solver=solver, learning=learning)
         for s in (1.0, 2.0**100)
     )
     assert torch.equal(large.filters, plain.filters)
@@ -321,7 +328,7 @@ def test_the_settings_of_the_paper_train_two_layers_to_finite_filters(textures, 
     ]
     net = DeconvNet(layers, PreprocessingSettings(steps=["mean", "laplacian"], scale="max"))
     with Monitor(progress=False) as monitor:
-        results = train(net, textures(2, 3, 20, 20), Run(tmp_path, {}), monitor)
+        results = train(net, textures(2, 3, 20, 20), RunFolder(tmp_path, {}), monitor)
     for number, result in enumerate(results, 1):
         filters = net.layer(number).filters
         assert torch.isfinite(filters).all()
@@ -362,7 +369,14 @@ def second(below, *, method="fista", seed=0, state=None, filters=None, chunk=2, 
     first, tensors, codes = below
     learning = {
         key: settings.pop(key)
-        for key in ("update", "update_iterations", "epochs", "batch_size", "revive", "recenter")
+        for key in (
+            "update",
+            "update_iterations",
+            "epochs",
+            "batch_size",
+            "reinit_unused",
+            "recenter",
+        )
         if key in settings
     }
     top = LayerSettings(
@@ -377,7 +391,7 @@ def second(below, *, method="fista", seed=0, state=None, filters=None, chunk=2, 
     net.layer(2).fit_scale(codes.layer(1).pooled)
     trainer = LayerTrainer(
         net.layer(2),
-        Ground.over(net, codes, 2),
+        LayerData.from_codes(net, codes, 2),
         seed=seed,
         number=2,
         chunk=chunk,
@@ -412,7 +426,7 @@ def test_a_layer_that_explains_the_image_learns_to(below, target, update, pooled
         update=update,
         update_iterations=iterations,
         epochs=4,
-        revive=False,
+        reinit_unused=False,
         recenter=False,
         **pooled,
     )
@@ -448,17 +462,18 @@ def test_what_an_epoch_saw_through_the_layers_below_is_in_terms_of_the_image(bel
 def test_states_that_are_kept_pooled_give_the_same_filters_as_whole_ones(below, update, method):
     settings = {"update": update, "method": method, "epochs": 5, **IN_LOOP}
     net, trainer = second(below, **settings)
-    assert trainer.codes.window == WINDOW
+    assert trainer.warm_starts.window == WINDOW
     dense_net, dense = second(below, **settings)
-    dense.codes = States(torch.arange(6))
+    dense.warm_starts = WarmStarts(torch.arange(6))
     history, expected = to_the_end(trainer), to_the_end(dense)
     assert torch.equal(net.layer(2).filters, dense_net.layer(2).filters)
     assert [timeless(s) for s in history] == [timeless(s) for s in expected]
     every = torch.arange(6)
-    assert torch.equal(trainer.codes[every], dense.codes[every])
-    kept = sum(tensor.numel() for tensor in trainer.codes.kept)
-    assert kept == 2 * 6 * torch.Size(pooled_shape((5, *dense.codes.shape[1:]), WINDOW)).numel()
-    assert 2 * kept < dense.codes.kept[0].numel()
+    assert torch.equal(trainer.warm_starts[every], dense.warm_starts[every])
+    kept = sum(tensor.numel() for tensor in trainer.warm_starts.kept)
+    maps = pooled_shape((5, *dense.warm_starts.shape[1:]), WINDOW)
+    assert kept == 2 * 6 * torch.Size(maps).numel()
+    assert 2 * kept < dense.warm_starts.kept[0].numel()
 
 
 def test_states_give_back_what_was_put_in_for_any_images_in_any_order():
@@ -466,7 +481,7 @@ def test_states_give_back_what_was_put_in_for_any_images_in_any_order():
     z = torch.randn(5, 5, 6, 7, generator=generator)
     z = unpool(*max_pool(z * (z.abs() > 1), WINDOW), z.shape)
     for window in (None, WINDOW):
-        states = States(torch.arange(5), window)
+        states = WarmStarts(torch.arange(5), window)
         assert states[torch.tensor([1, 2])] is None
         states[torch.tensor([3, 1])] = z[[3, 1]]
         # Images that were not visited yet have maps of zeros.
@@ -477,53 +492,53 @@ def test_states_give_back_what_was_put_in_for_any_images_in_any_order():
         given = states[torch.tensor([2])]
         given.zero_()
         assert torch.equal(states[torch.tensor([2])], z[2:3])
-        again = States(torch.arange(5), window)
+        again = WarmStarts(torch.arange(5), window)
         again.load_state_dict(states.state_dict(), torch.device("cpu"))
         assert torch.equal(again[torch.arange(5)], z)
 
 
 def test_numbers_are_known_where_every_image_has_had_one():
-    states = States(torch.arange(4))
-    assert states.number("step", torch.tensor([0])) is None
-    states.set_number("step", torch.tensor([2, 0]), torch.tensor([0.2, 0.1]).view(2, 1, 1, 1))
-    found = states.number("step", torch.tensor([0, 2])).flatten().tolist()
+    states = WarmStarts(torch.arange(4))
+    assert states.scalar("step", torch.tensor([0])) is None
+    states.set_scalar("step", torch.tensor([2, 0]), torch.tensor([0.2, 0.1]).view(2, 1, 1, 1))
+    found = states.scalar("step", torch.tensor([0, 2])).flatten().tolist()
     assert found == pytest.approx([0.1, 0.2])
-    assert states.number("step", torch.tensor([0, 1])) is None
-    again = States(torch.arange(4))
+    assert states.scalar("step", torch.tensor([0, 1])) is None
+    again = WarmStarts(torch.arange(4))
     again.load_state_dict(states.state_dict(), torch.device("cpu"))
-    assert again.number("step", torch.tensor([2])).item() == pytest.approx(0.2)
-    assert again.number("step", torch.tensor([3])) is None
+    assert again.scalar("step", torch.tensor([2])).item() == pytest.approx(0.2)
+    assert again.scalar("step", torch.tensor([3])) is None
 
 
 @pytest.mark.parametrize("kept", [True, False])
 def test_the_states_of_all_ranks_are_those_of_all_images(kept):
-    parts = [States(torch.tensor(images)) for images in ([0, 3], [], [1, 2])]
+    parts = [WarmStarts(torch.tensor(images)) for images in ([0, 3], [], [1, 2])]
     for part in parts[::2]:
         values = part.images.view(-1, 1, 1, 1).float()
-        part.set_number("curvature", part.images, values)
+        part.set_scalar("curvature", part.images, values)
         if kept:
             part[part.images] = values.expand(-1, 2, 3, 3)
-    state = all_states([part.state_dict() for part in parts])
+    state = merge_state_dicts([part.state_dict() for part in parts])
     for images in ([0, 1], [2, 3]):
-        some = States(torch.tensor(images))
+        some = WarmStarts(torch.tensor(images))
         some.load_state_dict(state, torch.device("cpu"))
-        assert some.number("curvature", some.images).flatten().tolist() == images
+        assert some.scalar("curvature", some.images).flatten().tolist() == images
         assert not kept or some[some.images][:, 0, 0, 0].tolist() == images
 
 
 @pytest.mark.parametrize("window", [None, (1, 2, 2)])
 def test_states_in_files_are_those_in_memory(tmp_path, window):
     images = torch.tensor([1, 4, 5, 9])
-    kept, files = States(images, window), FileStates(images, window, tmp_path / "states")
+    kept, files = WarmStarts(images, window), DiskWarmStarts(images, window, tmp_path / "states")
     assert files[images] is None
     for turn in range(5):
         for part in (images[:2], images[3:]) if turn == 0 else images.split(3):
             state = torch.randn(len(part), 3, 4, 6)
             kept[part] = files[part] = state
-        files.turn()
+        files.next_pass()
         some = images[[0, 3, 2]]
         assert torch.equal(files[some], kept[some])
-    assert len(list((tmp_path / "states").iterdir())) == FileStates.FILES
+    assert len(list((tmp_path / "states").iterdir())) == DiskWarmStarts.NUM_FILES
     files.close()
 
 
@@ -569,15 +584,15 @@ def test_states_in_files_go_on_bit_by_bit_from_a_checkpoint_that_others_followed
 @pytest.mark.parametrize("moved", [(), (1,), (2,), (1, 2)])
 def test_what_a_checkpoint_speaks_of_is_left_alone_until_the_next(tmp_path, moved):
     images = torch.arange(4)
-    files = FileStates(images, None, tmp_path)
+    files = DiskWarmStarts(images, None, tmp_path)
 
     def epoch(number, parts):
         for part in parts:
             files[part] = torch.randn(len(part), 1, 2, 2)
-        files.turn()
+        files.next_pass()
         if number in moved:
             files[images] = torch.randn(4, 1, 2, 2)
-        files.turn()
+        files.next_pass()
 
     epoch(0, images.split(2))
     epoch(1, images.split(2))
@@ -585,7 +600,7 @@ def test_what_a_checkpoint_speaks_of_is_left_alone_until_the_next(tmp_path, move
     files[images[:2]] = torch.randn(2, 1, 2, 2)
     state, expected = files.state_dict(), files[images]
     epoch(2, [images[2:]])
-    again = FileStates(images, None, tmp_path)
+    again = DiskWarmStarts(images, None, tmp_path)
     again.load_state_dict(state, torch.device("cpu"))
     assert torch.equal(again[images], expected)
     # Cut off or full of holes, the files do not have what is asked for.
@@ -604,7 +619,7 @@ def test_states_that_are_not_in_the_files_start_from_the_beginning(textures, tmp
     state = trainer.state_dict()
     again = LayerTrainer(layer, b, folder=tmp_path / "elsewhere", state=state)
     assert "does not have the states of 8 images that the checkpoint refers to" in caplog.text
-    assert again.codes[torch.tensor([0, 7])].count_nonzero() == 0
+    assert again.warm_starts[torch.tensor([0, 7])].count_nonzero() == 0
     while not again.done:
         again.update()
 
@@ -612,7 +627,7 @@ def test_states_that_are_not_in_the_files_start_from_the_beginning(textures, tmp
 @pytest.mark.parametrize("window", [None, (1, 2, 2)])
 def test_damaged_states_and_those_of_another_run_start_from_the_beginning(tmp_path, caplog, window):
     images, state = torch.arange(3), torch.randn(3, 2, 4, 4)
-    files = FileStates(images, window, tmp_path, "one")
+    files = DiskWarmStarts(images, window, tmp_path, "one")
     files[images] = state
     saved, expected = files.state_dict(), files[images]
     (path,) = (path for path in tmp_path.iterdir() if path.stat().st_size > 64)
@@ -620,12 +635,12 @@ def test_damaged_states_and_those_of_another_run_start_from_the_beginning(tmp_pa
     data = bytearray(path.read_bytes())
     data[64 + size + size // 2] ^= 4
     path.write_bytes(data)
-    again = FileStates(images, window, tmp_path, "one")
+    again = DiskWarmStarts(images, window, tmp_path, "one")
     again.load_state_dict(saved, torch.device("cpu"))
     found = again[images]
     assert torch.equal(found[[0, 2]], expected[[0, 2]]) and found[1].count_nonzero() == 0
     assert "damaged or of another run" in caplog.text
-    other = FileStates(images, window, tmp_path, "two")
+    other = DiskWarmStarts(images, window, tmp_path, "two")
     other.load_state_dict(saved, torch.device("cpu"))
     assert other[images].count_nonzero() == 0
 
@@ -633,15 +648,15 @@ def test_damaged_states_and_those_of_another_run_start_from_the_beginning(tmp_pa
 @pytest.mark.parametrize("window", [None, (1, 2, 2)])
 def test_states_of_a_checkpoint_are_taken_into_files(tmp_path, window):
     images = torch.tensor([1, 4, 5])
-    kept = States(images, window)
+    kept = WarmStarts(images, window)
     kept[images] = torch.randn(3, 2, 4, 4)
-    kept.set_number("step", images, torch.rand(3, 1, 1, 1))
-    files = FileStates(images[1:], window, tmp_path)
+    kept.set_scalar("step", images, torch.rand(3, 1, 1, 1))
+    files = DiskWarmStarts(images[1:], window, tmp_path)
     files.load_state_dict(kept.state_dict(), torch.device("cpu"))
     assert torch.equal(files[images[1:]], kept[images[1:]])
-    assert torch.equal(files.number("step", images[1:]), kept.number("step", images[1:]))
-    empty = FileStates(images, window, tmp_path / "empty")
-    empty.load_state_dict(States(images, window).state_dict(), torch.device("cpu"))
+    assert torch.equal(files.scalar("step", images[1:]), kept.scalar("step", images[1:]))
+    empty = DiskWarmStarts(images, window, tmp_path / "empty")
+    empty.load_state_dict(WarmStarts(images, window).state_dict(), torch.device("cpu"))
     assert empty[images] is None
 
 
@@ -657,12 +672,12 @@ def test_a_strangers_file_in_the_place_of_states_stays(tmp_path, kind):
     else:
         path.write_bytes(b"mine")
     with pytest.raises(NotOurs, match="in the way"):
-        FileStates(torch.arange(2), None, tmp_path / "states")
+        DiskWarmStarts(torch.arange(2), None, tmp_path / "states")
     assert other.read_bytes() == b"thesis" and path.is_dir() == (kind == "folder")
 
 
 def test_a_full_disk_is_said_in_one_line_and_short_writes_go_on(tmp_path, monkeypatch):
-    files, one = FileStates(torch.arange(2), None, tmp_path), torch.tensor([1])
+    files, one = DiskWarmStarts(torch.arange(2), None, tmp_path), torch.tensor([1])
     state, write = torch.randn(1, 2, 3, 3), os.pwrite
     monkeypatch.setattr("os.pwrite", lambda file, data, place: write(file, data[:7], place))
     files[one] = state
@@ -678,9 +693,9 @@ def test_a_full_disk_is_said_in_one_line_and_short_writes_go_on(tmp_path, monkey
 
 def test_states_of_some_images_are_taken_from_those_of_all():
     z = torch.randn(6, 2, 3, 3)
-    states = States(torch.arange(6))
+    states = WarmStarts(torch.arange(6))
     states[torch.arange(6)] = z
-    some = States(torch.tensor([1, 4, 5]))
+    some = WarmStarts(torch.tensor([1, 4, 5]))
     some.load_state_dict(states.state_dict(), torch.device("cpu"))
     assert torch.equal(some[torch.tensor([5, 1])], z[[5, 1]])
 
@@ -689,16 +704,16 @@ def test_states_of_some_images_are_taken_from_those_of_all():
 def test_each_visit_begins_with_the_maps_and_the_steps_of_the_last(below, method):
     net, trainer = second(below, batch_size=None, chunk=6, method=method, **IN_LOOP)
     trainer.update()
-    order = trainer.schedule.batch(1, 0)
+    order = trainer.sampler.batch(1, 0)
     expected = net.layer(2).infer(
         net.layer_problem(below[2], 2, order),
-        state=trainer.codes[order],
-        step=trainer.codes.number("step", order),
+        state=trainer.warm_starts[order],
+        step=trainer.warm_starts.scalar("step", order),
         training=True,
     )
     trainer.update()
-    assert torch.equal(trainer.codes.number("step", order), expected.step)
-    kept = trainer.codes[order]
+    assert torch.equal(trainer.warm_starts.scalar("step", order), expected.step)
+    kept = trainer.warm_starts[order]
     # But for filters that were started anew at the end of the epoch.
     learned = [k for k in range(5) if kept[:, k].any()]
     assert len(learned) > 2 and torch.equal(kept[:, learned], expected.z[:, learned])
@@ -732,12 +747,12 @@ def test_learning_through_the_layers_below_goes_on_bit_by_bit(below, tmp_path, s
 def test_filters_that_are_started_anew_leave_maps_with_one_entry_per_window(below, update):
     settings = {"batch_size": None, "update": update, **IN_LOOP}
     net, trainer = second(below, **settings)
-    _, other = second(below, revive=False, **settings)
+    _, other = second(below, reinit_unused=False, **settings)
     every = torch.arange(6)
     for one in (trainer, other):
         one.layer.filters[2] = 0
         assert one.update().dead == 1
-    after, expected = trainer.codes[every], other.codes[every]
+    after, expected = trainer.warm_starts[every], other.warm_starts[every]
     assert_one_entry_per_window(after)
     fresh = [k for k in range(5) if not after[:, k].any()]
     assert 2 in fresh and len(fresh) < 5
@@ -745,14 +760,16 @@ def test_filters_that_are_started_anew_leave_maps_with_one_entry_per_window(belo
     assert torch.equal(after, expected)
     assert_close(lengths(net.layer(2).filters), torch.ones(5), rtol=0, atol=1e-6)
     assert trainer.update().dead == 0
-    assert_one_entry_per_window(trainer.codes[every])
+    assert_one_entry_per_window(trainer.warm_starts[every])
 
 
 def test_filters_that_are_moved_leave_maps_with_one_entry_per_window(below):
-    net, trainer = second(below, batch_size=None, epochs=12, revive=False, update="cg", **IN_LOOP)
+    net, trainer = second(
+        below, batch_size=None, epochs=12, reinit_unused=False, update="cg", **IN_LOOP
+    )
     for _ in range(3):
         trainer.update()
-    before = trainer.codes[torch.arange(6)]
+    before = trainer.warm_starts[torch.arange(6)]
     # The third epoch is over; let three filters sit at a side of their frames.
     off = torch.zeros_like(net.layer(2).filters)
     off[:, :, 1, 1] = 1
@@ -763,7 +780,7 @@ def test_filters_that_are_moved_leave_maps_with_one_entry_per_window(below):
     moves = off_center(net.layer(2).filters)
     assert moves == {0: (1, 0), 1: (-1, -1), 3: (0, 1)}
     trainer._recenter()
-    after = trainer.codes[torch.arange(6)]
+    after = trainer.warm_starts[torch.arange(6)]
     assert_one_entry_per_window(after)
     assert off_center(net.layer(2).filters) == {}
     moved = before.clone()
@@ -780,11 +797,11 @@ def test_filters_that_are_moved_leave_maps_with_one_entry_per_window(below):
 
 def test_a_target_of_its_own_is_explained_in_place_of_what_is_below(b):
     trainer = LayerTrainer(
-        layer(batch_size=None), Ground.of(b, lambda images: LayerProblem(-b[images]))
+        layer(batch_size=None), LayerData.from_tensor(b, lambda images: LayerProblem(-b[images]))
     )
     negative = layer(batch_size=None)
     plain = LayerTrainer(negative, b)
     assert torch.equal(trainer.layer.filters, plain.layer.filters)
     trainer.update(), plain.update()
-    assert_close(trainer.codes[EVERY], -plain.codes[EVERY], rtol=1e-4, atol=1e-5)
+    assert_close(trainer.warm_starts[EVERY], -plain.warm_starts[EVERY], rtol=1e-4, atol=1e-5)
     assert_close(trainer.layer.filters, plain.layer.filters, rtol=0, atol=1e-5)

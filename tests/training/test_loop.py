@@ -28,8 +28,8 @@ from deconvnet.network.network import Layer, seeded
 from deconvnet.storage import formats
 from deconvnet.storage.formats import CheckpointError
 from deconvnet.training.loop import Interrupted, train
-from deconvnet.training.run_folder import Run
-from deconvnet.visualization.pictures.evolution import load_evolution
+from deconvnet.training.run_folder import RunFolder
+from deconvnet.visualization.evolution.evolution import load_evolution
 
 FAST = SolverSettings(iterations=20, training_iterations=3)
 
@@ -61,7 +61,7 @@ def train_in(folder, images, depth=2, *, settings=SETTINGS, resume="auto", stop=
     net = network(depth)
     monitor = StopAt(folder, stop) if stop else Monitor(folder, progress=False, config="some: text")
     with monitor:
-        results = train(net, images, Run(folder, settings, resume), monitor, **options)
+        results = train(net, images, RunFolder(folder, settings, resume), monitor, **options)
     return net, results
 
 
@@ -195,14 +195,14 @@ class Dies(Monitor):
 
 def test_settings_of_a_layer_that_has_not_begun_may_still_change(images, tmp_path):
     with pytest.raises(MemoryError), Dies(tmp_path, progress=False) as monitor:
-        train(network(), images, Run(tmp_path, SETTINGS), monitor)
+        train(network(), images, RunFolder(tmp_path, SETTINGS), monitor)
     # What was not learned is not in what was saved.
     assert load(tmp_path).depth == 1
     settings = {**SETTINGS, "model": {**SETTINGS["model"], "layer2": {"lam": 0.5}}}
     wider = network()
     wider.layers[1] = Layer(LayerSettings(7, 3, solver=FAST), 4, seeded(0, 2))
     with Monitor(tmp_path, progress=False) as monitor:
-        results = train(wider, images, Run(tmp_path, settings), monitor)
+        results = train(wider, images, RunFolder(tmp_path, settings), monitor)
     assert len(results) == 2 and load(tmp_path).layer(2).filters.shape == (7, 4, 3, 3)
 
 
@@ -271,7 +271,7 @@ def test_a_run_whose_layers_explain_the_image_goes_on_bit_by_bit(images, tmp_pat
         net = iccv()
         monitor = StopAt(folder, stop) if stop else Monitor(folder, progress=False)
         with monitor:
-            return net, train(net, images, Run(folder, {}), monitor)
+            return net, train(net, images, RunFolder(folder, {}), monitor)
 
     expected, results = run(tmp_path / "whole")
     assert len(results) == 3 and expected.layer(2).scale == 1 != expected.layer(3).scale
@@ -402,14 +402,14 @@ def test_a_second_request_to_stop_acts_at_once(images, tmp_path):
                 signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt), Impatient(tmp_path, ("update", 1)) as monitor:
-        train(network(), images, Run(tmp_path, SETTINGS), monitor)
+        train(network(), images, RunFolder(tmp_path, SETTINGS), monitor)
 
 
 def test_a_run_of_other_settings_is_refused_with_the_keys_that_differ(images, tmp_path):
     train_in(tmp_path, images, depth=1)
     other = {"seed": 1, "model": {"layer1": {"lam": 5.0}, "layer2": {"lam": 2.0}}, "extra": True}
     with pytest.raises(ValueError) as caught:
-        Run(tmp_path, other)
+        RunFolder(tmp_path, other)
     message = str(caught.value)
     assert os.path.relpath(tmp_path) in message and "resume=false" in message and "name=" in message
     assert "seed: 0 there, 1 now" in message
@@ -422,7 +422,7 @@ def test_settings_of_an_upper_layer_that_has_begun_are_refused(images, tmp_path)
         train_in(tmp_path, images, stop=("update", 7))
     settings = {**SETTINGS, "model": {**SETTINGS["model"], "layer2": {"lam": 0.5}}}
     with pytest.raises(ValueError, match=r"model\.layer2\.lam: 2\.0 there, 0\.5 now"):
-        Run(tmp_path, settings)
+        RunFolder(tmp_path, settings)
 
 
 def test_without_resuming_the_earlier_run_is_archived_whole(images, tmp_path):
@@ -433,7 +433,7 @@ def test_without_resuming_the_earlier_run_is_archived_whole(images, tmp_path):
     assert {path.name for path in (tmp_path / "previous-1").iterdir()} == names
     assert_same_network(load(tmp_path / "previous-1"), first)
     assert not torch.equal(load(tmp_path).layer(1).filters, first.layer(1).filters)
-    Run(tmp_path, SETTINGS, "false")
+    RunFolder(tmp_path, SETTINGS, "false")
     assert_same_network(load(tmp_path / "previous-2"), again)
     assert_same_network(load(tmp_path / "previous-1"), first)
 
@@ -441,7 +441,7 @@ def test_without_resuming_the_earlier_run_is_archived_whole(images, tmp_path):
 def test_archived_runs_are_never_mixed_when_an_older_one_was_deleted(tmp_path):
     for number in range(4):
         formats.save(tmp_path / "checkpoints", number, {"layer": 1, "settings": {}})
-        Run(tmp_path, {}, "false")
+        RunFolder(tmp_path, {}, "false")
         if number == 1:
             shutil.rmtree(tmp_path / "previous-1")
     asides = [path for path in tmp_path.iterdir() if path.name.startswith("previous-")]
@@ -470,7 +470,7 @@ def test_a_run_can_go_back_to_an_older_checkpoint_of_its_own(finished, images, t
 
 
 def test_nothing_is_archived_where_there_is_no_run(tmp_path):
-    run = Run(tmp_path, SETTINGS, "false")
+    run = RunFolder(tmp_path, SETTINGS, "false")
     assert run.state is None and list(tmp_path.iterdir()) == []
 
 
@@ -484,7 +484,7 @@ def test_a_run_can_go_on_from_the_checkpoint_or_the_folder_of_another(finished, 
         assert_same_results(results, finished[2])
         assert_same_evolution(tmp_path / name, finished[0])
     with pytest.raises(ValueError, match="resume=nowhere: no checkpoint there"):
-        Run(tmp_path / "four", SETTINGS, "nowhere")
+        RunFolder(tmp_path / "four", SETTINGS, "nowhere")
 
 
 def test_a_checkpoint_without_its_run_folder_goes_on_with_the_columns_to_come(
@@ -504,7 +504,7 @@ def test_only_layers_that_had_begun_are_taken_over_from_another_run(images, tmp_
     checkpoints, evolution = (tmp_path / "one" / name for name in ("checkpoints", "evolution"))
     state = formats.load(max(checkpoints.iterdir()))
     earlier = formats.save(checkpoints, 6, {**state, "layer": 2, "step": 6, "trainer": None})
-    Run(tmp_path / "two", SETTINGS, str(earlier))
+    RunFolder(tmp_path / "two", SETTINGS, str(earlier))
     (copy,) = (tmp_path / "two" / "evolution").iterdir()
     assert copy.name == "layer1.npz"
     assert copy.read_bytes() == (evolution / "layer1.npz").read_bytes()
@@ -529,12 +529,14 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_anew(images, tmp
     for path in (tmp_path / "checkpoints").iterdir():
         path.write_bytes(b"")
     with pytest.raises(CheckpointError, match="none of its 2 checkpoints can be loaded"):
-        Run(tmp_path, SETTINGS)
+        RunFolder(tmp_path, SETTINGS)
 
 
 def test_images_of_one_colour_are_trained_on_without_a_crash(tmp_path):
     with Monitor(tmp_path, progress=False) as monitor:
-        results = train(network(), torch.full((2, 3, 20, 20), 0.5), Run(tmp_path, {}), monitor)
+        results = train(
+            network(), torch.full((2, 3, 20, 20), 0.5), RunFolder(tmp_path, {}), monitor
+        )
     assert [result.dead for result in results] == [4, 3]
     assert (tmp_path / "network.safetensors").exists()
 
@@ -559,5 +561,5 @@ def test_networks_of_every_colour_train_and_are_pictured(textures, tmp_path, col
         PreprocessingSettings(color=color),
     )
     with Monitor(tmp_path, progress=False) as monitor:
-        train(net, textures(2, 3, 20, 20), Run(tmp_path, {}), monitor)
+        train(net, textures(2, 3, 20, 20), RunFolder(tmp_path, {}), monitor)
     assert len(list((tmp_path / "pictures").iterdir())) == 10

@@ -18,8 +18,8 @@ from deconvnet.sparse_coding.solvers import SolverSettings
 from deconvnet.storage import formats, ownership
 from deconvnet.storage.formats import is_network
 from deconvnet.training.loop import Interrupted, train
-from deconvnet.training.run_folder import Run, training_data
-from deconvnet.training.training_set import Source
+from deconvnet.training.run_folder import RunFolder, training_data
+from deconvnet.training.training_set import ImageSource
 from deconvnet.training.warm_starts import MAGIC
 
 SOLVER = SolverSettings("fista", iterations=5, training_iterations=2)
@@ -47,7 +47,7 @@ def digests_of(images):
 
 def learn(folder, images, settings=None, resume="auto", *, stop=None, epochs=3, init=None, **more):
     """The network that a command learns in a folder, or None where it is stopped."""
-    run = Run(
+    run = RunFolder(
         *(folder, settings or settings_of(epochs), resume),
         init=init,
         digests=lambda: digests_of(images),
@@ -55,7 +55,7 @@ def learn(folder, images, settings=None, resume="auto", *, stop=None, epochs=3, 
     net = network(epochs)
     with StopAt(folder, ("update", stop)) if stop else Monitor(folder, progress=False) as monitor:
         try:
-            train(net, Source.of(images), run, monitor, **more)
+            train(net, ImageSource.from_tensor(images), run, monitor, **more)
         except Interrupted:
             return None
     return net
@@ -98,7 +98,7 @@ def test_where_images_cannot_be_compared_their_path_is(images, tmp_path):
     learn(tmp_path, images, stop=2)
     other = settings_of(data={"path": "others", "workers": 2})
     with pytest.raises(ValueError, match="data.path: photos there, others now"):
-        Run(tmp_path, other)
+        RunFolder(tmp_path, other)
 
 
 @pytest.mark.parametrize("stop", [1, 3, 5])
@@ -143,15 +143,15 @@ def test_a_new_run_starts_from_the_filters_of_another(images, tmp_path, kind):
             super().layer(number, done, total)
 
     net = network(epochs=5)
-    run = Run(tmp_path / "two", settings_of(5), init=str(source))
+    run = RunFolder(tmp_path / "two", settings_of(5), init=str(source))
     with Watch(tmp_path / "two", progress=False) as monitor:
         train(net, images[:3] * 0.9, run, monitor)
     # But for rounding, by which their norms are 1 again.
     assert_close(start[1], first.layer(1).filters)
     # Once it has begun, it is resumed without them.
-    assert Run(tmp_path / "two", settings_of(5), init="gone").initial is None
+    assert RunFolder(tmp_path / "two", settings_of(5), init="gone").initial is None
     with pytest.raises(ValueError, match="init=gone: nothing to start from"):
-        Run(tmp_path / "three", settings_of(5), init="gone")
+        RunFolder(tmp_path / "three", settings_of(5), init="gone")
 
 
 def test_filters_of_another_shape_are_refused_with_both(images, tmp_path):

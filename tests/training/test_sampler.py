@@ -4,7 +4,7 @@ evenly."""
 import pytest
 import torch
 
-from deconvnet.training.sampler import Schedule
+from deconvnet.training.sampler import BatchSampler
 
 cases = pytest.mark.parametrize(
     ("images", "batch_size"), [(1, 8), (7, 3), (8, 8), (24, 8), (25, 8), (10, 1), (9, None)]
@@ -13,7 +13,7 @@ cases = pytest.mark.parametrize(
 
 def epoch_of(images, batch_size, ranks, epoch=0):
     """For every batch the set of its images, and how many each rank has of them."""
-    shares = [Schedule(images, batch_size, (5,), rank, ranks) for rank in range(ranks)]
+    shares = [BatchSampler(images, batch_size, (5,), rank, ranks) for rank in range(ranks)]
     found = []
     for number in range(shares[0].batches):
         parts = [share.batch(epoch, number).tolist() for share in shares]
@@ -56,7 +56,7 @@ def test_no_rank_has_more_than_one_image_more_of_a_full_batch(images, batch_size
 @cases
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_every_image_belongs_to_one_rank_and_stays_its_own(images, batch_size, ranks):
-    shares = [Schedule(images, batch_size, (0,), rank, ranks) for rank in range(ranks)]
+    shares = [BatchSampler(images, batch_size, (0,), rank, ranks) for rank in range(ranks)]
     assert sorted(torch.cat([share.own for share in shares]).tolist()) == list(range(images))
     for share in shares:
         assert torch.equal(share.own, share.own.sort().values)
@@ -67,8 +67,8 @@ def test_every_image_belongs_to_one_rank_and_stays_its_own(images, batch_size, r
 
 def test_orders_differ_between_epochs_and_seeds_and_are_the_same_again():
     def order(seed, epoch):
-        schedule = Schedule(64, 8, (seed,))
-        return torch.cat([schedule.batch(epoch, n) for n in range(8)]).tolist()
+        sampler = BatchSampler(64, 8, (seed,))
+        return torch.cat([sampler.batch(epoch, n) for n in range(8)]).tolist()
 
     assert order(0, 0) == order(0, 0)
     assert order(0, 0) != order(0, 1)

@@ -18,28 +18,28 @@ from deconvnet import (
     PreprocessingSettings,
     SolverSettings,
 )
+from deconvnet.monitoring.peaks import Peaks, Snapshot, SnapshotPlan
 from deconvnet.network.codes import Codes
 from deconvnet.network.network import Layer, seeded
 from deconvnet.storage import formats
 from deconvnet.training.layer_trainer import LayerTrainer
 from deconvnet.visualization import pixel_features
-from deconvnet.visualization.pictures.canvas import GAP, LINE, PAGE, signed_rgb
-from deconvnet.visualization.pictures.evolution import (
-    LABEL,
+from deconvnet.visualization.evolution.checkpoints import project_checkpoints
+from deconvnet.visualization.evolution.evolution import (
     Evolution,
-    Peaks,
-    Snapshot,
-    Watch,
-    append,
-    evolution,
-    evolution_picture,
-    joined,
-    layer_watch,
+    append_epoch,
+    join_evolutions,
     load_evolution,
+    load_if_valid,
+)
+from deconvnet.visualization.evolution.snapshots import (
+    plan_snapshots,
     project_snapshot,
-    recorded,
     shown_epochs,
 )
+from deconvnet.visualization.pictures.canvas import GAP, LINE, PAGE
+from deconvnet.visualization.pictures.evolution_picture import LABEL, evolution_picture
+from deconvnet.visualization.projection.pixel_features import signed_rgb
 from deconvnet.visualization.projection.projector import Projector
 
 FAST = SolverSettings(iterations=15, training_iterations=3)
@@ -150,11 +150,11 @@ def assert_same_snapshots(found, expected):
             assert torch.equal(value, vars(other.peaks)[name]), name
 
 
-WATCH = Watch((1, 3), (4, 16, 4, 16))
+WATCH = SnapshotPlan((1, 3), (4, 16, 4, 16))
 
 
 def test_a_snapshot_has_what_the_epoch_has_seen_and_costs_the_learning_nothing(b):
-    plain, watched = (trainer_of(b, w, revive=False, recenter=False) for w in (None, WATCH))
+    plain, watched = (trainer_of(b, w, reinit_unused=False, recenter=False) for w in (None, WATCH))
     for _ in range(2):
         plain.update(), watched.update()
     snapshot, z = watched.snapshot, plain.codes[torch.arange(8)]
@@ -168,9 +168,11 @@ def test_a_snapshot_has_what_the_epoch_has_seen_and_costs_the_learning_nothing(b
 
 
 def test_a_snapshot_is_of_the_filters_before_they_are_moved_or_started_anew(b):
-    watch = Watch((4,), (0, 20, 0, 20))
+    watch = SnapshotPlan((4,), (0, 20, 0, 20))
     settings = {"epochs": 12, "batch_size": None}
-    cared, left = (trainer_of(b, watch, revive=c, recenter=c, **settings) for c in (True, False))
+    cared, left = (
+        trainer_of(b, watch, reinit_unused=c, recenter=c, **settings) for c in (True, False)
+    )
     for trainer in (cared, left):
         for epoch in range(4):
             if epoch == 3:
@@ -240,7 +242,7 @@ def inferred(net, images):
 
 
 def snapshot_of(net, codes, layer, epoch=1):
-    z, first = codes.layer(layer).z, layer_watch(net, lower(codes, layer), layer).first
+    z, first = codes.layer(layer).z, plan_snapshots(net, lower(codes, layer), layer).first
     peaks = Peaks.none(z).updated(z, torch.arange(len(z)), first)
     return Snapshot(epoch, peaks, net.layer(layer).filters)
 
@@ -362,39 +364,39 @@ def test_columns_are_appended_and_those_of_later_epochs_forgotten(tmp_path):
     path = tmp_path / "evolution" / "layer1.npz"
     columns = {n: some_evolution((n,), seed=n) for n in (1, 2, 5, 10)}
     for n in (1, 2, 5, 10):
-        append(path, columns[n])
+        append_epoch(path, columns[n])
     written = load_evolution(path)
     assert written.epochs == (1, 2, 5, 10)
     # A run that went back to an epoch before the second, and sees another future.
     other = some_evolution((2,), seed=20)
-    append(path, other)
+    append_epoch(path, other)
     found = load_evolution(path)
     assert found.epochs == (1, 2)
     assert torch.equal(found.tiles[0], written.tiles[0])
     assert torch.equal(found.values, torch.cat([columns[1].values, other.values]))
     # A layer that begins anew may have other maps.
-    append(path, some_evolution((1,), maps=(0, 1, 2, 3), side=7))
+    append_epoch(path, some_evolution((1,), maps=(0, 1, 2, 3), side=7))
     assert load_evolution(path).tiles.shape == (1, 4, 3, 7, 7)
 
 
 def test_a_damaged_file_of_a_run_costs_its_columns_and_not_the_training(tmp_path, caplog):
     path = tmp_path / "layer1.npz"
-    assert recorded(path) is None and not caplog.records
+    assert load_if_valid(path) is None and not caplog.records
     path.write_bytes(b"damaged")
     with caplog.at_level(logging.WARNING):
-        append(path, some_evolution((5,)))
+        append_epoch(path, some_evolution((5,)))
     assert "its columns are left out" in caplog.text and "epoch 5 is left out" in caplog.text
     assert caplog.text.count(str(path)) >= 2 and path.read_bytes() == b"damaged"
     path.unlink()
-    append(path, some_evolution((6,)))
-    assert recorded(path).epochs == (6,)
+    append_epoch(path, some_evolution((6,)))
+    assert load_if_valid(path).epochs == (6,)
 
 
 def test_columns_of_different_networks_are_not_joined():
     e = some_evolution()
     for other in (some_evolution((3,), maps=(0, 4, 8)), some_evolution((3,), side=6)):
         with pytest.raises(ValueError, match="epoch 3 has 3 maps in tiles of.*one network"):
-            joined([e, other])
+            join_evolutions([e, other])
 
 
 # Any network, over its checkpoints
@@ -418,7 +420,7 @@ def x(textures):
 
 def test_the_evolution_of_a_network_is_its_strongest_projections_checkpoint_by_checkpoint(x):
     models = [cnn(0), cnn(1)]
-    e = evolution(map(Projector, models), x, "4", epochs=(10, 20))
+    e = project_checkpoints(map(Projector, models), x, "4", epochs=(10, 20))
     assert e.epochs == (10, 20) and e.maps == tuple(range(6))
     # The field of a unit: 5 pixels at a stride of 2, pooled by 2, three of them at a stride of 4.
     assert e.tiles.shape == (2, 6, 3, 15, 15)
@@ -443,7 +445,7 @@ def test_the_evolution_of_a_network_is_its_strongest_projections_checkpoint_by_c
 
 def test_units_whose_field_lies_inside_the_image_come_first_if_asked_for(x):
     model = cnn(0)
-    e = evolution([Projector(model)], x, "4", maps=range(6), inside=True)
+    e = project_checkpoints([Projector(model)], x, "4", maps=range(6), inside=True)
     responses = model(x).detach()
     # Fields of 15 at a stride of 4 from -5 on, in images of 30x26.
     places = [[i for i in range(7) if -5 + 4 * i >= 0 and 10 + 4 * i <= size] for size in (30, 26)]
@@ -461,18 +463,18 @@ def test_one_network_may_take_the_weights_of_each_checkpoint_in_turn(x):
             model.load_state_dict(state)
             yield Projector(model)
 
-    expected = evolution([Projector(cnn(0)), Projector(cnn(1))], x, "3")
+    expected = project_checkpoints([Projector(cnn(0)), Projector(cnn(1))], x, "3")
     assert expected.epochs == (1, 2)
-    assert_same(evolution(projectors(), x, "3"), expected)
+    assert_same(project_checkpoints(projectors(), x, "3"), expected)
 
 
 def test_a_data_set_is_prepared_for_the_network_image_by_image(x):
     pixels = x + 0.4
     projector = Projector(cnn(0))
-    expected = evolution([projector], projector.prepare(pixels), "3")
-    assert_same(evolution([projector], list(pixels), "3"), expected)
+    expected = project_checkpoints([projector], projector.prepare(pixels), "3")
+    assert_same(project_checkpoints([projector], list(pixels), "3"), expected)
     labelled = [(image, 7) for image in pixels]
-    assert_same(evolution([projector], labelled, "3"), expected)
+    assert_same(project_checkpoints([projector], labelled, "3"), expected)
 
 
 @pytest.mark.parametrize("layer", ["3", "4"], ids=["before the rectifier", "after"])
@@ -480,12 +482,12 @@ def test_maps_that_are_never_active_have_no_image_and_others_are_chosen_evenly(x
     model = cnn(0, maps=40)
     with torch.no_grad():
         model[3].bias[:] = torch.where(torch.arange(40) == 13, -100.0, 100.0)
-    e = evolution([Projector(model)], x[:3], layer)
+    e = project_checkpoints([Projector(model)], x[:3], layer)
     assert e.maps == (0, 3, 5, 8, 10, 13, 16, 18, 21, 23, 26, 29, 31, 34, 36, 39)
     assert e.images[0].ge(0).tolist() == [k != 13 for k in e.maps]
     assert e.tiles[0].flatten(1).any(1).tolist() == [k != 13 for k in e.maps]
     assert e.values[0, 5] == 0
-    chosen = evolution([Projector(model)], x[:3], layer, maps=[13, 39])
+    chosen = project_checkpoints([Projector(model)], x[:3], layer, maps=[13, 39])
     assert_same(
         chosen,
         replace(
@@ -494,7 +496,7 @@ def test_maps_that_are_never_active_have_no_image_and_others_are_chosen_evenly(x
             **{name: getattr(e, name)[:, [5, 15]] for name in ("tiles", "boxes", "values")},
         ),
     )
-    nothing = evolution([Projector(model)], x[:3], layer, maps=[13])
+    nothing = project_checkpoints([Projector(model)], x[:3], layer, maps=[13])
     assert not nothing.tiles.any() and nothing.tiles.shape == (1, 1, 3, 15, 15)
 
 
@@ -504,7 +506,7 @@ def test_checkpoints_of_a_learned_network_show_what_its_features_show(textures, 
     net = network("ycbcr")
     codes = inferred(net, images)
     expected = pixel_features(net, codes, layer)
-    e = evolution([Projector(net)], images, f"layer{layer}")
+    e = project_checkpoints([Projector(net)], images, f"layer{layer}")
     assert torch.equal(e.boxes[0], expected.boxes)
     assert_close(e.values[0], expected.values, rtol=1e-4, atol=1e-5)
     tiles = signed_rgb(net, expected.tiles * expected.values.abs()[:, None, None, None])
@@ -514,7 +516,7 @@ def test_checkpoints_of_a_learned_network_show_what_its_features_show(textures, 
 def test_what_does_not_fit_is_refused_in_one_line(x):
     projector, broken = Projector(cnn(0)), Projector(cnn(0))
     broken.model[3].weight.data[2] = torch.nan
-    run = partial(evolution, x=x[:2], layer="4")
+    run = partial(project_checkpoints, x=x[:2], layer="4")
     for arguments, message in (
         ({"projectors": []}, "0 projectors: expected at least one"),
         ({"projectors": [projector], "epochs": [1, 2]}, r"1 projectors.*epochs=\[1, 2\]"),

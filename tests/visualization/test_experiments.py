@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from deconvnet import DeconvNet, LayerSettings, PreprocessingSettings, SolverSettings
 from deconvnet.visualization.experiments.correspondence import (
     RANDOM,
-    Score,
+    CorrespondenceScore,
     correspondence,
     correspondence_picture,
     correspondence_table,
@@ -28,10 +28,10 @@ from deconvnet.visualization.experiments.occlusion import (
     occlusion_picture,
 )
 from deconvnet.visualization.experiments.perturbation import (
-    grey,
+    class_probabilities,
+    cover_boxes,
+    fill_values,
     layer_title,
-    masked,
-    probabilities,
     rotated,
     shifted,
     zoomed,
@@ -235,7 +235,10 @@ def test_no_more_images_pass_the_model_at_a_time_than_the_projector_allows():
 
 def test_a_model_without_classes_has_maps_of_activity_only():
     x, with_classes = image(), occlusion(classifier(), image(), layer="act", window=4)
-    for projector, options in ((classifier(kind=Features), {}), (classifier(), {"classes": False})):
+    for projector, options in (
+        (classifier(kind=Features), {}),
+        (classifier(), {"classes": False}),
+    ):
         found = occlusion(projector, x, layer="act", window=4, **options)
         assert torch.equal(found.activity, with_classes.activity)
         assert found.class_index is found.probability is found.label is None
@@ -259,7 +262,7 @@ def test_networks_learned_by_deconvolution_can_be_asked_all_three_questions(lear
     x = projector.prepare(images)
     found = occlusion(projector, x[:1], layer="layer2", window=8, stride=5)
     box = found.boxes[1, 2]
-    covered = masked(x[:1], box[None], x[:1].mean((2, 3), keepdim=True))
+    covered = cover_boxes(x[:1], box[None], x[:1].mean((2, 3), keepdim=True))
     maps = projector.model.infer(covered).layer(2).z.abs()
     assert_close(
         found.activity[1, 2].item(), float(maps[0, found.unit[0]].sum()), rtol=1e-4, atol=0
@@ -423,7 +426,7 @@ def test_the_picture_wants_the_image_that_was_covered():
 def test_a_mask_fills_the_box_of_each_image_and_nothing_else():
     x, fill = image(N=2), torch.tensor([1.0, 2.0]).double().view(2, 1, 1, 1).expand(2, 3, 1, 1)
     boxes = torch.tensor([[0, 2, 5, 9], [4, 4, 13, 17]])
-    covered = masked(x, boxes, fill)
+    covered = cover_boxes(x, boxes, fill)
     for n, box in enumerate(boxes.tolist()):
         inside = rectangle(*box, (13, 17))
         assert (covered[n][:, inside] == n + 1).all()
@@ -434,13 +437,18 @@ def test_mean_grey_is_zero_where_the_mean_is_taken_away_and_the_mean_of_the_imag
     learned,
 ):
     x = image(N=2)
-    assert (grey(classifier(), x) == 0).all() and grey(classifier(), x).shape == (2, 3, 1, 1)
+    assert (fill_values(classifier(), x) == 0).all() and fill_values(classifier(), x).shape == (
+        2,
+        3,
+        1,
+        1,
+    )
     plain = Projector(Classifier().double())
-    assert_close(grey(plain, x)[:, :, 0, 0], x.mean((2, 3)))
-    assert_close(grey(learned[0], learned[1])[:, :, 0, 0], learned[1].mean((2, 3)))
+    assert_close(fill_values(plain, x)[:, :, 0, 0], x.mean((2, 3)))
+    assert_close(fill_values(learned[0], learned[1])[:, :, 0, 0], learned[1].mean((2, 3)))
     given = torch.tensor([0.1, 0.2, 0.3])
-    assert_close(grey(plain, x, given)[1, :, 0, 0], given.double())
-    assert (grey(plain, x, 0.7) == 0.7).all()
+    assert_close(fill_values(plain, x, given)[1, :, 0, 0], given.double())
+    assert (fill_values(plain, x, 0.7) == 0.7).all()
 
 
 def test_what_is_a_distribution_is_not_softmaxed_again():
@@ -456,8 +464,8 @@ def test_what_is_a_distribution_is_not_softmaxed_again():
     x = 5 * image(N=3)
     wanted = x.mean((2, 3)).softmax(1)
     for kind in ("scores", "soft", "log"):
-        assert_close(probabilities(Projector(Outputs(kind)), x), wanted)
-    assert probabilities(classifier(kind=Features), x) is None
+        assert_close(class_probabilities(Projector(Outputs(kind)), x), wanted)
+    assert class_probabilities(classifier(kind=Features), x) is None
 
 
 @pytest.mark.parametrize("rows", [0, 1, -1, 5, -12, 13, -40])
@@ -748,7 +756,7 @@ def test_means_deviations_and_errors_are_those_of_plain_loops():
     generator = torch.Generator().manual_seed(0)
     half = torch.rand(2, 5, 5, generator=generator).double()
     distances = half + half.mT
-    score = Score(distances, torch.ones(2, 5))
+    score = CorrespondenceScore(distances, torch.ones(2, 5))
 
     def values(without=None):
         kept = [n for n in range(5) if n != without]
@@ -764,7 +772,7 @@ def test_means_deviations_and_errors_are_those_of_plain_loops():
     middle = sum(means) / 5
     error = math.sqrt(4 / 5 * sum((m - middle) ** 2 for m in means))
     assert score.error == pytest.approx(error)
-    two = Score(distances[:, :2, :2], torch.ones(2, 2))
+    two = CorrespondenceScore(distances[:, :2, :2], torch.ones(2, 2))
     assert math.isnan(two.error)
 
 
@@ -774,7 +782,7 @@ def test_the_error_is_that_of_the_mean_over_many_samples_of_images():
     means, errors = [], []
     for _ in range(400):
         a = torch.rand(6, generator=generator).double()
-        score = Score((a[:, None] + a)[None], torch.ones(1, 6))
+        score = CorrespondenceScore((a[:, None] + a)[None], torch.ones(1, 6))
         means.append(score.mean)
         errors.append(score.error**2)
     spread = torch.tensor(means).std().item()

@@ -494,7 +494,7 @@ def test_reading_leaves_nothing_behind_in_the_graph():
     net, x = network(NETS["in place on a part"]).requires_grad_(False), image().requires_grad_()
     y = net(x)
     before = torch.autograd.grad(y.sum(), x, retain_graph=True)[0]
-    found = autograd_graph.read(y)
+    found = autograd_graph.read_operations(y)
     assert found.exact == {"convolution": 2, "relu": 1}
     assert all(p.grad is None for p in (x, *net.parameters()))
     assert torch.equal(torch.autograd.grad(y.sum(), x)[0], before)

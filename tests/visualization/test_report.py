@@ -23,18 +23,19 @@ from torch import nn
 from torchvision.models import resnet, vgg
 
 from deconvnet import DeconvNet, LayerSettings, PreprocessingSettings, SolverSettings, load
-from deconvnet.cli.config import VisualizeConfig
+from deconvnet.cli.settings import VisualizeConfig
 from deconvnet.images.datasets import Crop, DataSettings, Item, LazyImages, lazy_images
 from deconvnet.visualization import report as module
+from deconvnet.visualization.evolution.evolution import Evolution
 from deconvnet.visualization.models.normalization import Normalization
 from deconvnet.visualization.models.zfnet import ZFNet
 from deconvnet.visualization.models.zoo import LoadedModel, digest, save_model
-from deconvnet.visualization.pictures.evolution import Evolution
-from deconvnet.visualization.pictures.grids import chosen_maps
+from deconvnet.visualization.pictures.projection_grids import sample_maps
 from deconvnet.visualization.projection.projector import Projector
-from deconvnet.visualization.report import VisualizationSettings, default_layers, visualize_network
+from deconvnet.visualization.report import default_layers, visualize_network
 from deconvnet.visualization.search.top_activations import SearchState, find_top_activations
 from deconvnet.visualization.search.top_projections import load_top_projections
+from deconvnet.visualization.settings import VisualizationSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 NORMALIZATION = Normalization((0.5,), (0.25,))
@@ -507,7 +508,7 @@ def test_layers_maps_control_and_gallery_are_what_the_settings_say(images, tmp_p
     assert said["control"] is None and list(said["layers"]) == ["relu2"]
     chosen = [entry["map"] for entry in said["layers"]["relu2"]["maps"]]
     alive = np.zeros(5, dtype=bool)
-    assert chosen == chosen_maps(alive, 3, seed=5) != chosen_maps(alive, 3, seed=0)
+    assert chosen == sample_maps(alive, 3, seed=5) != sample_maps(alive, 3, seed=0)
 
 
 def test_method_and_overlap_are_those_of_the_projections(images, tmp_path):

@@ -19,7 +19,7 @@ from deconvnet.visualization.search.top_activations import (
     SearchState,
     TopActivations,
     find_top_activations,
-    merge,
+    merge_top_activations,
 )
 
 LAYERS = ["0", "1", "3"]
@@ -124,7 +124,9 @@ def test_shards_together_are_the_whole_also_if_some_have_no_image(ranks):
         for rank in range(ranks)
     ]
     assert [part == {} for part in parts] == [rank >= 14 for rank in range(ranks)]
-    assert equal(merge(parts, k=5), find_top_activations(projector, images, LAYERS, k=5))
+    assert equal(
+        merge_top_activations(parts, k=5), find_top_activations(projector, images, LAYERS, k=5)
+    )
 
 
 class Stopped(Exception):

@@ -14,15 +14,15 @@ from torch import nn
 
 from deconvnet import DeconvNet, LayerSettings, PreprocessingSettings, SolverSettings
 from deconvnet.visualization.models.normalization import Normalization
-from deconvnet.visualization.pictures.grids import (
-    chosen_maps,
-    displayed,
-    first_filters,
+from deconvnet.visualization.pictures.projection_grids import (
+    pixel_filters,
     projection_grid,
+    sample_maps,
+    shade_projections,
     with_control,
 )
+from deconvnet.visualization.projection.projection import ProjectionReport, UnevenOverlap
 from deconvnet.visualization.projection.projector import Projector
-from deconvnet.visualization.projection.rules import Report, Uneven
 from deconvnet.visualization.search import top_projections
 from deconvnet.visualization.search.randomization import shuffle_weights
 from deconvnet.visualization.search.top_activations import find_top_activations
@@ -270,11 +270,11 @@ def exemplars_of(count=3, k=4, side=3):
         values=-np.sort(-generator.random((count, k), dtype=np.float32)),
         checkerboard=np.full((count, k), np.nan, dtype=np.float32),
         scale=0.5,
-        report=Report(
+        report=ProjectionReport(
             "deconv",
             {"relu": 2},
             rectified=3,
-            uneven=(Uneven("conv1", (3, 3), (2, 2), (2, 2)),),
+            uneven=(UnevenOverlap("conv1", (3, 3), (2, 2), (2, 2)),),
         ),
     )
 
@@ -425,11 +425,11 @@ def test_the_control_of_a_learned_network_keeps_its_connections_and_norms(learne
 
 
 def test_a_tile_of_zeros_is_all_grey_and_what_is_not_a_number_too():
-    shown = displayed(np.zeros((2, 3, 4, 5), dtype=np.float16))
+    shown = shade_projections(np.zeros((2, 3, 4, 5), dtype=np.float16))
     assert torch.equal(shown, torch.full((2, 3, 4, 5), 0.5))
     tile = torch.zeros(3, 1, 4, 4)
     tile[:, 0, 1, 1] = torch.tensor([math.nan, math.inf, 1e-30])
-    shown = displayed(tile)
+    shown = shade_projections(tile)
     assert shown.shape == (3, 3, 4, 4) and torch.isfinite(shown).all()
     assert torch.equal(shown[:2], torch.full((2, 3, 4, 4), 0.5))
     assert (shown[2, :, 1, 1] == 1).all()
@@ -440,9 +440,9 @@ def test_zero_is_grey_and_the_opposite_tile_has_the_opposite_colours(contrast):
     tiles = torch.randn(5, 3, 9, 9, generator=torch.Generator().manual_seed(0)) ** 3
     tiles[:, :, 2] = 0
     tiles *= 10.0 ** torch.arange(-6, 4, 2)[:, None, None, None]
-    shown = displayed(tiles, contrast=contrast)
+    shown = shade_projections(tiles, contrast=contrast)
     assert torch.equal(shown[:, :, 2], torch.full((5, 3, 9), 0.5))
-    assert_allclose(displayed(-tiles, contrast=contrast), 1 - shown, atol=1e-7)
+    assert_allclose(shade_projections(-tiles, contrast=contrast), 1 - shown, atol=1e-7)
     # So many of the pixels that are not zero are neither black nor white.
     full = ((shown == 0) | (shown == 1)).flatten(1).sum(1)
     nonzero = int((tiles[0] != 0).sum())
@@ -519,13 +519,13 @@ def test_a_grid_and_its_control_stand_side_by_side():
 def test_some_maps_are_chosen_at_random_but_the_same_for_the_same_seed():
     dead = np.zeros(50, dtype=bool)
     dead[10:30] = True
-    chosen = chosen_maps(dead, 8, seed=1)
-    assert chosen == sorted(set(chosen)) == chosen_maps(dead, 8, seed=1) and len(chosen) == 8
+    chosen = sample_maps(dead, 8, seed=1)
+    assert chosen == sorted(set(chosen)) == sample_maps(dead, 8, seed=1) and len(chosen) == 8
     assert not dead[chosen].any()
-    assert chosen != chosen_maps(dead, 8, seed=2) and chosen != list(range(8))
+    assert chosen != sample_maps(dead, 8, seed=2) and chosen != list(range(8))
     alive = [*range(10), *range(30, 50)]
-    assert chosen_maps(dead, None) == chosen_maps(dead, 30) == chosen_maps(dead, 99) == alive
-    assert chosen_maps(~np.zeros(3, dtype=bool), 2) == []
+    assert sample_maps(dead, None) == sample_maps(dead, 30) == sample_maps(dead, 99) == alive
+    assert sample_maps(~np.zeros(3, dtype=bool), 2) == []
 
 
 def test_the_first_filters_are_in_the_colours_of_pixels():
@@ -533,7 +533,7 @@ def test_the_first_filters_are_in_the_colours_of_pixels():
     nn.init.zeros_(net[0].weight)
     net[0].weight.data[0, 0] = 2.0  # sees blue
     net[0].weight.data[1, 2] = -1.0  # sees that red is missing
-    name, filters = first_filters(Projector(net, normalization=Normalization(MEAN, STD, "bgr")))
+    name, filters = pixel_filters(Projector(net, normalization=Normalization(MEAN, STD, "bgr")))
     assert name == "0" and filters.shape == (2, 3, 3, 3) and not filters.requires_grad
     assert_allclose(filters[0].mean((1, 2)), [0, 0, 2 * STD[0]])
     assert_allclose(filters[1].mean((1, 2)), [-STD[2], 0, 0])
@@ -543,11 +543,11 @@ def test_first_filters_are_those_that_see_the_planes_of_an_image(learned):
     gate = nn.Conv2d(1, 1, 3, padding=1)
     depthwise = nn.Conv2d(3, 3, 3, groups=3)
     net = nn.Sequential(gate, depthwise, nn.Conv2d(3, 4, 3))
-    assert first_filters(Projector(net))[0] == "2"
+    assert pixel_filters(Projector(net))[0] == "2"
     grey = Projector(net, normalization=Normalization((0.5,), (0.5,), "grey"))
-    assert first_filters(grey)[0] == "0"
-    assert first_filters(grey)[1].shape == (1, 3, 3, 3)
-    assert first_filters(Projector(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)))) is None
-    name, filters = first_filters(Projector(learned[0]))
+    assert pixel_filters(grey)[0] == "0"
+    assert pixel_filters(grey)[1].shape == (1, 3, 3, 3)
+    assert pixel_filters(Projector(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)))) is None
+    name, filters = pixel_filters(Projector(learned[0]))
     assert name == "layer1"
     assert torch.equal(filters, learned[0].layer(1).filters.expand(-1, 3, -1, -1))

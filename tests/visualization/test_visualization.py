@@ -10,19 +10,28 @@ from deconvnet import DeconvNet, LayerSettings, PreprocessingSettings, SolverSet
 from deconvnet.monitoring.monitor import Monitor
 from deconvnet.network.network import snr
 from deconvnet.visualization import (
-    Features,
-    Units,
+    Activations,
+    PixelFeatures,
     filter_grid,
+    image_parts_picture,
     layer_pictures,
-    parts_picture,
     pixel_features,
-    project,
-    strongest,
-    supporters,
+    project_activations,
+    strongest_activations,
+    supporting_activations,
 )
-from deconvnet.visualization.pictures.canvas import PAGE, grid, reach, symmetric
-from deconvnet.visualization.pictures.figures import labelled_images, map_grid, reconstructions
-from deconvnet.visualization.pictures.parts import supporting_maps
+from deconvnet.visualization.pictures.canvas import (
+    PAGE,
+    quantile_magnitude,
+    shade_signed,
+    tile_grid,
+)
+from deconvnet.visualization.pictures.image_parts import supporting_maps
+from deconvnet.visualization.pictures.layer_pictures import (
+    labelled_images,
+    map_grid,
+    reconstruction_picture,
+)
 
 FAST = SolverSettings(iterations=20)
 GAP = 3
@@ -79,7 +88,7 @@ def tiles_of(page, h, w, columns, count):
 )
 def test_a_grid_has_room_for_every_tile_and_shows_it_unsmoothed(count, columns):
     tiles = torch.rand(count, 3, 4, 5, generator=torch.Generator().manual_seed(0))
-    page = grid(tiles, columns=columns, tile=15)
+    page = tile_grid(tiles, columns=columns, tile=15)
     h, w = 4 * 3, 5 * 3
     columns = columns or (page.shape[2] - GAP) // (w + GAP)
     rows = -(-count // columns)
@@ -94,11 +103,11 @@ def test_a_grid_has_room_for_every_tile_and_shows_it_unsmoothed(count, columns):
 
 def test_a_page_is_never_too_wide_for_a_screen():
     for count, columns in ((150, None), (6, 6), (500, None)):
-        page = grid(torch.rand(count, 3, 270, 270), columns=columns)
+        page = tile_grid(torch.rand(count, 3, 270, 270), columns=columns)
         assert PAGE / 2 < page.shape[2] <= PAGE
     stripes = torch.zeros(10, 3, 1000, 1000)
     stripes[..., ::2] = 1.0
-    page = grid(stripes, columns=10)
+    page = tile_grid(stripes, columns=10)
     (tile, *_) = tiles_of(page, 156, 156, 10, 10)
     assert_close(tile[:, 2:-2, 2:-2], torch.full((3, 152, 152), 0.5), rtol=0, atol=0.05)
 
@@ -107,9 +116,11 @@ def test_a_few_bright_pixels_do_not_leave_a_tile_grey():
     f = torch.zeros(2, 1, 20, 20)
     f[0, 0, :, 10:] = torch.linspace(-1, 1, 200).view(20, 10)
     f[0, 0, 3, 12] = 50.0
-    assert reach(f)[0] == pytest.approx(1.0, abs=0.02) and reach(f)[1] == 1
-    shown = symmetric(f, reach(f))
-    assert_close(shown + symmetric(-f, reach(f)), torch.ones_like(shown))
+    assert (
+        quantile_magnitude(f)[0] == pytest.approx(1.0, abs=0.02) and quantile_magnitude(f)[1] == 1
+    )
+    shown = shade_signed(f, quantile_magnitude(f))
+    assert_close(shown + shade_signed(-f, quantile_magnitude(f)), torch.ones_like(shown))
     assert shown[0].amax() == 1 and shown[0].amin() < 0.01 and (shown[1] == 0.5).all()
 
 
@@ -246,7 +257,7 @@ def test_features_do_not_depend_on_how_many_images_are_looked_at_at_a_time(
     codes = codes.select(torch.tensor([0, 1, 2, 3, 1, 0]))
     for layer in (1, 2):
         expected = pixel_features(net, codes, layer)
-        monkeypatch.setattr("deconvnet.visualization.pictures.features.CHUNK", chunk)
+        monkeypatch.setattr("deconvnet.visualization.projection.pixel_features.CHUNK", chunk)
         found = pixel_features(net, codes, layer)
         monkeypatch.undo()
         assert torch.equal(found.boxes, expected.boxes)
@@ -262,7 +273,7 @@ def squares(image, boxes, inner):
     first = (11 - inner) // 2
     inside = slice(first, first + inner)
     tiles[:, :, inside, inside] = torch.randn(len(boxes), 2, inner, inner, generator=generator)
-    return Features(tiles, torch.tensor(boxes), torch.ones(len(boxes)))
+    return PixelFeatures(tiles, torch.tensor(boxes), torch.ones(len(boxes)))
 
 
 def test_tiles_are_cropped_to_what_most_of_them_need():
@@ -287,7 +298,9 @@ def test_cropped_tiles_lie_in_the_image_and_show_what_was_there():
             for j in range(11):
                 if 0 <= top + i < 13 and 0 <= left + j < 9:
                     tiles[k, :, i, j] = painted[k, :, top + i, left + j]
-    found = Features(tiles, torch.tensor(boxes), torch.ones(4)).cropped(image, share=1.0, among=1.0)
+    found = PixelFeatures(tiles, torch.tensor(boxes), torch.ones(4)).cropped(
+        image, share=1.0, among=1.0
+    )
     assert found.tiles.shape == (4, 2, 9, 9)
     photographs = torch.arange(2 * 13 * 9).view(2, 1, 13, 9).float()
     assert [row[1:] for row in found.boxes.tolist()] == [[0, 0, 9], [4, 0, 9], [4, 0, 9], [2, 0, 9]]
@@ -318,20 +331,20 @@ def test_the_strongest_activations_of_an_image_are_in_the_order_of_their_magnitu
     net, codes, _ = three_layers
     for layer in (1, 2, 3):
         z = codes.layer(layer).z[0]
-        units = strongest(codes, layer, 7)
+        units = strongest_activations(codes, layer, 7)
         expected = sorted(z[z != 0].tolist(), key=abs, reverse=True)
         assert units.values.tolist() == expected[:7]
         assert torch.equal(z[units.maps, units.rows, units.columns], units.values)
-        everything = strongest(codes, layer, z.numel())
+        everything = strongest_activations(codes, layer, z.numel())
         assert everything.values.tolist() == expected and len(everything) < z.numel()
 
 
 def test_the_parts_of_an_image_add_up_to_its_reconstruction(three_layers):
     net, codes, _ = three_layers
     for layer in (1, 2, 3):
-        units = strongest(codes, layer, 100_000)
+        units = strongest_activations(codes, layer, 100_000)
         made = net.operator(codes, layer)(codes.layer(layer).z)
-        parts = project(net, codes, layer, units)
+        parts = project_activations(net, codes, layer, units)
         assert parts.shape == (len(units), *made.shape[1:]) and len(units) > 20
         assert_close(parts.sum(0), made[0], rtol=0, atol=1e-5 * float(made.abs().max()))
 
@@ -339,20 +352,20 @@ def test_the_parts_of_an_image_add_up_to_its_reconstruction(three_layers):
 def test_an_activation_is_the_sum_of_all_its_supporters_in_any_layer_below(three_layers):
     net, codes, _ = three_layers
     for layer in (2, 3):
-        unit = strongest(codes, layer, 3)[1:2]
-        whole = project(net, codes, layer, unit)
-        everything = supporters(net, codes, layer, unit, counts=(100_000,) * 5)
+        unit = strongest_activations(codes, layer, 3)[1:2]
+        whole = project_activations(net, codes, layer, unit)
+        everything = supporting_activations(net, codes, layer, unit, counts=(100_000,) * 5)
         assert len(everything) == layer - 1
         for level, units in zip(range(layer - 1, 0, -1), everything, strict=True):
-            together = project(net, codes, level, units).sum(0, keepdim=True)
+            together = project_activations(net, codes, level, units).sum(0, keepdim=True)
             assert_close(together, whole, rtol=0, atol=1e-5 * float(whole.abs().max()))
 
 
 def test_supporters_are_the_strongest_of_the_activation_in_the_maps_below(three_layers):
     net, codes, _ = three_layers
-    unit = strongest(codes, 3, 1)
-    found = supporters(net, codes, 3, unit, counts=(5, 25))
-    everything = supporters(net, codes, 3, unit, counts=(100_000, 100_000))
+    unit = strongest_activations(codes, 3, 1)
+    found = supporting_activations(net, codes, 3, unit, counts=(5, 25))
+    everything = supporting_activations(net, codes, 3, unit, counts=(100_000, 100_000))
     # By hand: one activation through F_3, S_3 and the switches of layer 2.
     z = torch.zeros_like(codes.layer(3).z)
     z[0, unit.maps, unit.rows, unit.columns] = unit.values
@@ -371,19 +384,19 @@ def test_supporters_are_the_strongest_of_the_activation_in_the_maps_below(three_
         codes.layer(2).shape,
         codes.layer(1).shape,
     ]
-    assert supporters(net, codes, 1, strongest(codes, 1, 1)) == []
+    assert supporting_activations(net, codes, 1, strongest_activations(codes, 1, 1)) == []
 
 
 def test_parts_are_those_of_one_image_and_supporters_those_of_one_activation(images):
     net = network(images)
     codes = net.infer(images)
     with pytest.raises(ValueError, match="4 images"):
-        strongest(codes, 2, 3)
+        strongest_activations(codes, 2, 3)
     one = codes.select(slice(0, 1))
     with pytest.raises(ValueError, match="2 units"):
-        supporters(net, one, 2, strongest(one, 2, 2))
+        supporting_activations(net, one, 2, strongest_activations(one, 2, 2))
     none = torch.zeros(0, dtype=torch.long)
-    nothing = project(net, one, 2, Units(none, none, none, torch.zeros(0)))
+    nothing = project_activations(net, one, 2, Activations(none, none, none, torch.zeros(0)))
     assert nothing.shape == (0, 3, 30, 36)
 
 
@@ -391,7 +404,7 @@ def test_the_picture_of_the_parts_has_a_row_for_every_layer_below(three_layers):
     net, codes, image = three_layers
     heights = []
     for layer in (1, 2, 3):
-        page = parts_picture(net, codes, image, layer)
+        page = image_parts_picture(net, codes, image, layer)
         assert page.isfinite().all() and page.min() >= 0 and page.max() <= 1
         assert page.shape[0] == 3 and 1200 < page.shape[2] < 1300
         heights.append(page.shape[1])
@@ -400,11 +413,11 @@ def test_the_picture_of_the_parts_has_a_row_for_every_layer_below(three_layers):
 
 def test_the_picture_of_the_parts_of_a_silent_layer_is_the_image(three_layers):
     net, codes, image = three_layers
-    full = parts_picture(net, codes, image, 3)
+    full = image_parts_picture(net, codes, image, 3)
     z = codes.layer(3).z
     before = z.clone()
     z.zero_()
-    page = parts_picture(net, codes, image, 3)
+    page = image_parts_picture(net, codes, image, 3)
     z.copy_(before)
     assert page.isfinite().all() and page.shape[1] < 400
     # The image and what preprocessing makes of it stand where they always stand.
@@ -416,7 +429,7 @@ def test_the_picture_of_the_parts_is_of_the_image_that_is_reconstructed_best(ima
     codes = net.infer(images)
     made = net.operator(codes, 2)(codes.layer(2).z)
     best = max(range(4), key=lambda n: snr(codes.y[n], made[n]))
-    expected = parts_picture(net, codes.select(torch.tensor([best])), images[best], 2)
+    expected = image_parts_picture(net, codes.select(torch.tensor([best])), images[best], 2)
     assert torch.equal(layer_pictures(net, codes, images, 2)["layer2/parts"], expected)
 
 
@@ -496,7 +509,7 @@ def test_filters_of_a_ycbcr_network_are_shown_in_their_colours(images):
 
 def test_rows_of_reconstructions_show_the_images_as_they_came(images):
     net = network(images)
-    page = reconstructions(net, net.infer(images, depth=1), images)
+    page = reconstruction_picture(net, net.infer(images, depth=1), images)
     # Behind the margin of the labels: the first row, at twice its size or more.
     zoom = round(96 / 36)
     first = page[:, GAP : GAP + 30 * zoom : zoom, 110 + GAP : 110 + GAP + 36 * zoom : zoom]

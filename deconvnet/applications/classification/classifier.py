@@ -34,7 +34,7 @@ from deconvnet.operators.arithmetic import Field
 from deconvnet.operators.linear import LinearOperator, Scaling
 from deconvnet.support.compiling import compiled
 from deconvnet.support.modes import plain
-from deconvnet.visualization.pictures.features import layer_field
+from deconvnet.visualization.projection.pixel_features import layer_field
 
 STRENGTHS = ("magnitude", "square", "signed")
 UPPER = ("project", "maps")

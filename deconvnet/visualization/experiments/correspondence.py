@@ -16,9 +16,9 @@ from torch import Tensor
 from deconvnet.visualization.experiments.perturbation import (
     check_images,
     chunks,
-    grey,
+    cover_boxes,
+    fill_values,
     layer_title,
-    masked,
 )
 from deconvnet.visualization.pictures.charts import CHART, LEFT, bar_chart
 from deconvnet.visualization.projection.projector import Projector
@@ -32,7 +32,7 @@ GROUP = 120
 
 
 @dataclass(frozen=True)
-class Score:
+class CorrespondenceScore:
     """How differently the features of N images change as a part of each is covered.
 
     distances: (D, N, N), the share of features whose change has another sign in one image than in
@@ -82,7 +82,7 @@ def correspondence(
     fill: float | Tensor | None = None,
     tolerance: float = TOLERANCE,
     progress: Progress | None = None,
-) -> dict[str, dict[str, Score]]:
+) -> dict[str, dict[str, CorrespondenceScore]]:
     """{part: {layer: score}} of images x (N, C, H, W) in which parts are covered, and of "random".
 
     parts: for every part its box (N, 4) in each image, as top, left, bottom, right. With eps_i the
@@ -111,7 +111,7 @@ def correspondence(
     whole = torch.tensor([0, 0, *image]).expand(N, 4)
     within = whole if within is None else _boxes("within", within, N, image)
     generator = generator or torch.Generator().manual_seed(0)
-    fill = grey(projector, x, fill)
+    fill = fill_values(projector, x, fill)
 
     controls = [
         _moved(boxes, within, generator)
@@ -119,7 +119,7 @@ def correspondence(
     ]
     scores = []
     for done, boxes in enumerate((*parts.values(), *controls), 1):
-        signs = _signs(projector, x, masked(x, boxes, fill), layers, tolerance)
+        signs = _signs(projector, x, cover_boxes(x, boxes, fill), layers, tolerance)
         scores.append({layer: _score(each) for layer, each in signs.items()})
         if progress:
             progress(done, len(parts) + len(controls))
@@ -130,7 +130,7 @@ def correspondence(
     return found
 
 
-def correspondence_picture(scores: dict[str, dict[str, Score]]) -> Tensor:
+def correspondence_picture(scores: dict[str, dict[str, CorrespondenceScore]]) -> Tensor:
     """Bars of every part in every layer with their standard errors, the control in grey."""
     layers = list(next(iter(scores.values())))
     bars = {
@@ -142,7 +142,7 @@ def correspondence_picture(scores: dict[str, dict[str, Score]]) -> Tensor:
     return bar_chart(bars, names, ylabel="share of signs that differ", size=size, plain=[RANDOM])
 
 
-def correspondence_table(scores: dict[str, dict[str, Score]]) -> str:
+def correspondence_table(scores: dict[str, dict[str, CorrespondenceScore]]) -> str:
     """The scores as a table in Markdown, mean and standard error as in the paper's table 1."""
     layers = list(next(iter(scores.values())))
     lines = [f"| covered | {' | '.join(layers)} |", "|---" * (len(layers) + 1) + "|"]
@@ -170,14 +170,14 @@ def _signs(
     return {layer: torch.cat(each) for layer, each in signs.items()}
 
 
-def _score(signs: Tensor) -> Score:
+def _score(signs: Tensor) -> CorrespondenceScore:
     """Of signs (N, M)."""
     distances = torch.stack([(signs != one).double().mean(1) for one in signs])
-    return Score(distances[None], (signs != 0).double().mean(1)[None])
+    return CorrespondenceScore(distances[None], (signs != 0).double().mean(1)[None])
 
 
-def _together(scores: list[Score]) -> Score:
-    return Score(
+def _together(scores: list[CorrespondenceScore]) -> CorrespondenceScore:
+    return CorrespondenceScore(
         torch.cat([score.distances for score in scores]),
         torch.cat([score.changed for score in scores]),
     )

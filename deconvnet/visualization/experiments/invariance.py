@@ -17,14 +17,14 @@ from deconvnet.visualization.experiments.perturbation import (
     check_images,
     chunks,
     class_indices,
-    grey,
+    class_probabilities,
+    fill_values,
     layer_title,
-    probabilities,
     rotated,
     shifted,
     zoomed,
 )
-from deconvnet.visualization.pictures.canvas import GAP, below, beside, resized, titled
+from deconvnet.visualization.pictures.canvas import GAP, hstack, resize_tiles, vstack, with_title
 from deconvnet.visualization.pictures.charts import CHART, color, legend_row, line_chart
 from deconvnet.visualization.projection.projector import Projector
 
@@ -42,7 +42,7 @@ FRAME = 2
 
 
 @dataclass(frozen=True)
-class Curves:
+class TransformCurves:
     """What one transformation does to N images at each of T strengths.
 
     transform: its name in TRANSFORMS; strengths: (T,). distances: for every layer (N, T), the
@@ -68,7 +68,7 @@ class Invariance:
     probabilities are told, or None.
     """
 
-    curves: tuple[Curves, ...]
+    curves: tuple[TransformCurves, ...]
     between: dict[str, float]
     classes: Tensor | None
 
@@ -96,7 +96,7 @@ def invariance(
     """
     check_images(x)
     strengths = default_strengths(x.shape[2]) if strengths is None else _checked(strengths)
-    layers, fill = list(layers), grey(projector, x, fill)
+    layers, fill = list(layers), fill_values(projector, x, fill)
     if not layers:
         raise ValueError("layers: name at least one")
 
@@ -121,7 +121,7 @@ def invariance(
                 progress(done, total)
         along = {layer: torch.stack(each, 1) for layer, each in distances.items()}
         curves.append(
-            Curves(
+            TransformCurves(
                 transform,
                 torch.tensor(values, dtype=torch.float64),
                 along,
@@ -169,7 +169,7 @@ def invariance_picture(
         if curves.probabilities is not None:
             shown.append(("probability of the class", curves.probabilities, (0.0, 1.02), math.nan))
         charts = [
-            titled(
+            with_title(
                 title,
                 line_chart(
                     curves.strengths,
@@ -182,10 +182,12 @@ def invariance_picture(
             )
             for title, each, limits, between in shown
         ]
-        rows.append(beside([titled(curves.transform, _examples(curves, pixels)), *charts], 2 * GAP))
+        rows.append(
+            hstack([with_title(curves.transform, _examples(curves, pixels)), *charts], 2 * GAP)
+        )
     dashed = BETWEEN if any(map(math.isfinite, result.between.values())) else None
     legend = legend_row(names, width=max(row.shape[2] for row in rows), reference=dashed)
-    return below([*rows, legend], 2 * GAP)
+    return vstack([*rows, legend], 2 * GAP)
 
 
 def _answers(
@@ -196,7 +198,7 @@ def _answers(
     for chunk in chunks(len(x), projector.batch):
         for layer, found in projector.responses(x[chunk], layers).items():
             features[layer].append(found.flatten(1).cpu())
-        answers.append(probabilities(projector, x[chunk]) if classes else None)
+        answers.append(class_probabilities(projector, x[chunk]) if classes else None)
     joined = {layer: torch.cat(each) for layer, each in features.items()}
     return joined, None if answers[0] is None else torch.cat(answers).cpu()
 
@@ -238,7 +240,7 @@ def _limits(result: Invariance, layer: str) -> tuple[float, float]:
     return 0.0, 1.05 * max(each[each.isfinite()].tolist(), default=0.0) or 1.0
 
 
-def _examples(curves: Curves, pixels: Tensor) -> Tensor:
+def _examples(curves: TransformCurves, pixels: Tensor) -> Tensor:
     """A row for every image, in a frame of its colour: the least, two middle and the most moved."""
     chosen = torch.linspace(0, len(curves.strengths) - 1, EXAMPLES).round().long().unique()
     grey = pixels.new_full((1, 1, 1, 1), 0.5)
@@ -249,7 +251,7 @@ def _examples(curves: Curves, pixels: Tensor) -> Tensor:
             [TRANSFORMS[curves.transform](one, curves.strengths[t].item(), grey) for t in chosen]
         )
         h, w = moved.shape[2:]
-        tiles = resized(moved.clamp(0, 1), max(1, size * w // max(h, w)))
+        tiles = resize_tiles(moved.clamp(0, 1), max(1, size * w // max(h, w)))
         frame = color(number)[:, None, None].expand(
             3, tiles.shape[2] + 2 * FRAME, len(tiles) * (tiles.shape[3] + FRAME) + FRAME
         )
@@ -258,4 +260,4 @@ def _examples(curves: Curves, pixels: Tensor) -> Tensor:
             left = FRAME + t * (tiles.shape[3] + FRAME)
             row[:, FRAME:-FRAME, left : left + tiles.shape[3]] = tile
         rows.append(row)
-    return below(rows, GAP)
+    return vstack(rows, GAP)

@@ -19,21 +19,21 @@ from deconvnet.visualization.experiments.perturbation import (
     check_images,
     chunks,
     class_indices,
-    grey,
+    class_probabilities,
+    cover_boxes,
+    fill_values,
     layer_title,
-    masked,
-    probabilities,
 )
 from deconvnet.visualization.pictures.canvas import (
     GAP,
     LINE,
     PAPER,
-    below,
-    beside,
-    reach,
-    resized,
-    symmetric,
-    text,
+    hstack,
+    quantile_magnitude,
+    resize_tiles,
+    shade_signed,
+    text_block,
+    vstack,
 )
 from deconvnet.visualization.pictures.charts import (
     LEGEND,
@@ -159,7 +159,7 @@ def occlusion(
     image = (x.shape[2], x.shape[3])
     window = _window(window, image)
     corners = _corners(image, window, _stride(stride, window))
-    boxes, fill = _boxes(corners, window, image).flatten(0, 1), grey(projector, x, fill)
+    boxes, fill = _boxes(corners, window, image).flatten(0, 1), fill_values(projector, x, fill)
 
     images = x if others is None else torch.cat([x, others])
     found = [projector.responses(one, [layer])[layer][0] for one in images.split(1)]
@@ -167,7 +167,7 @@ def occlusion(
     units = [(n, *_strongest(maps, unit[0])) for n, maps in enumerate(found)]
     projected = projector(images, layer, units)
 
-    base = probabilities(projector, x) if classes else None
+    base = class_probabilities(projector, x) if classes else None
     if base is None and class_index is not None:
         raise ValueError(f"class_index {class_index}: this model tells no classes")
     if base is not None:
@@ -175,11 +175,11 @@ def occlusion(
 
     activity, probability, label = [], [], []
     for chunk in chunks(len(boxes), projector.batch):
-        covered = masked(x.expand(len(boxes[chunk]), -1, -1, -1), boxes[chunk], fill)
+        covered = cover_boxes(x.expand(len(boxes[chunk]), -1, -1, -1), boxes[chunk], fill)
         maps = projector.responses(covered, [layer])[layer]
         activity.append(_activity(maps, unit[0]).cpu())
         if base is not None:
-            answers = probabilities(projector, covered).cpu()
+            answers = class_probabilities(projector, covered).cpu()
             probability.append(answers[:, class_index])
             label.append(answers.argmax(1))
         if progress:
@@ -225,7 +225,7 @@ def occlusion_picture(
         raise ValueError(f"pixels of shape {tuple(pixels.shape)}: expected (1 or 3, {H}, {W})")
     box = result.boxes[result.worst]
     example = pixels[None].detach().cpu().float().clamp(0, 1).expand(-1, 3, -1, -1)
-    example = _panel(masked(example, box[None], example.new_full((1, 1, 1, 1), 0.5)))
+    example = _panel(cover_boxes(example, box[None], example.new_full((1, 1, 1, 1), 0.5)))
     example = framed(example, result.field, result.image, color(BLUE))
     cells, size = _cells(result), (example.shape[1], example.shape[2])
     feature, whole = f"map {result.unit[0]}, {layer_title(result.layer)}", result.base_activity
@@ -252,7 +252,7 @@ def occlusion_picture(
             (f"(e) most likely class;\nof the whole: {first}", labels, LEGEND),
         ]
     # Columns of fixed widths: rows of several images are in line, below one another.
-    return beside([_column(title, panel, PANEL + more) for title, panel, more in panels], 2 * GAP)
+    return hstack([_column(title, panel, PANEL + more) for title, panel, more in panels], 2 * GAP)
 
 
 def _strongest(found: Tensor, feature: int | None) -> tuple[int, int, int]:
@@ -323,12 +323,17 @@ def _projected(result: Occlusion, box: Tensor) -> Tensor:
     """Panel (c), with the square as a frame, or as a grid if there are other images."""
     if len(result.tiles) == 1:
         whole = result.projection[None]
-        return framed(_panel(symmetric(whole, reach(whole))), box, result.image, color(RED))
+        return framed(
+            _panel(shade_signed(whole, quantile_magnitude(whole))), box, result.image, color(RED)
+        )
     columns = math.ceil(math.sqrt(len(result.tiles)))
-    shown = [_panel(t[None], columns) for t in symmetric(result.tiles, reach(result.tiles))]
+    shown = [
+        _panel(t[None], columns)
+        for t in shade_signed(result.tiles, quantile_magnitude(result.tiles))
+    ]
     h, w = shown[0].shape[1:]
     shown[0] = framed(shown[0], torch.tensor([0, 0, h, w]), (h, w), color(BLUE))
-    return below([beside(shown[n : n + columns], GAP) for n in range(0, len(shown), columns)], GAP)
+    return vstack([hstack(shown[n : n + columns], GAP) for n in range(0, len(shown), columns)], GAP)
 
 
 def framed(picture: Tensor, box: Tensor, image: tuple[int, int], paint: Tensor) -> Tensor:
@@ -348,13 +353,13 @@ def _panel(tile: Tensor, columns: int = 1) -> Tensor:
     """A tile (1, 3, h, w) as large as one of so many columns and rows of a panel: (3, h, w)."""
     h, w = tile.shape[2:]
     side = (PANEL - (columns - 1) * GAP) // columns
-    return resized(tile, max(1, side * w // max(h, w)))[0]
+    return resize_tiles(tile, max(1, side * w // max(h, w)))[0]
 
 
 def _column(title: str, panel: Tensor, width: int) -> Tensor:
     """A panel below two lines of text, `width` pixels wide: there may be paper on its right."""
     panel = F.pad(panel, (0, width - panel.shape[2]), value=PAPER)
-    return below([text(title, width, 2 * LINE), panel])
+    return vstack([text_block(title, width, 2 * LINE), panel])
 
 
 def _limits(values: Tensor, base: float) -> tuple[float, float]:

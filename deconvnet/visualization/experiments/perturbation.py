@@ -16,7 +16,7 @@ from torch import Tensor
 from deconvnet.visualization.projection.projector import Projector
 
 
-def grey(projector: Projector, x: Tensor, fill: float | Tensor | None = None) -> Tensor:
+def fill_values(projector: Projector, x: Tensor, fill: float | Tensor | None = None) -> Tensor:
     """(N, C, 1, 1): what stands in the place of pixels that are taken away.
 
     fill: a number, or one for each channel (C,), as the model takes them. By default mean grey:
@@ -33,7 +33,7 @@ def grey(projector: Projector, x: Tensor, fill: float | Tensor | None = None) ->
     return fill.reshape(1, -1, 1, 1).expand(N, C, 1, 1)
 
 
-def masked(x: Tensor, boxes: Tensor, fill: Tensor) -> Tensor:
+def cover_boxes(x: Tensor, boxes: Tensor, fill: Tensor) -> Tensor:
     """Images (N, C, H, W) with a box of each (N, 4) filled with `fill` (N, C, 1, 1)."""
     rows, columns = (torch.arange(size, device=x.device) for size in x.shape[2:])
     top, left, bottom, right = boxes.to(x.device).unsqueeze(2).unbind(1)
@@ -73,7 +73,7 @@ def _warped(x: Tensor, matrix: list[list[float]], fill: Tensor) -> Tensor:
     return F.grid_sample(x - fill, places, padding_mode="zeros", align_corners=False) + fill
 
 
-def probabilities(projector: Projector, x: Tensor) -> Tensor | None:
+def class_probabilities(projector: Projector, x: Tensor) -> Tensor | None:
     """(N, classes): the model's probabilities, or None of a model that does not tell classes.
 
     The softmax of its outputs, unless these are probabilities already.

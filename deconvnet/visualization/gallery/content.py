@@ -7,18 +7,17 @@ are explored: those go through the network once more.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from deconvnet.images.datasets import LazyImages
 from deconvnet.images.decoding import shown_name
 from deconvnet.network.network import snr
 from deconvnet.operators.pooling import max_pool
+from deconvnet.visualization.evolution.evolution import Evolution
 from deconvnet.visualization.gallery.gallery import (
     Caption,
     GalleryImage,
@@ -28,14 +27,15 @@ from deconvnet.visualization.gallery.gallery import (
     Part,
     write_gallery,
 )
-from deconvnet.visualization.models.zoo import LoadedModel
-from deconvnet.visualization.pictures.canvas import reach, signed_rgb, symmetric
-from deconvnet.visualization.pictures.evolution import Evolution
-from deconvnet.visualization.pictures.grids import CONTRAST, displayed, first_filters
+from deconvnet.visualization.pictures.canvas import quantile_magnitude, shade_signed
+from deconvnet.visualization.pictures.projection_grids import (
+    pixel_filters,
+    shade_projections,
+)
+from deconvnet.visualization.projection.pixel_features import signed_rgb
 from deconvnet.visualization.projection.projection import LayerInfo, tile_boxes
-from deconvnet.visualization.projection.projector import Projector
-from deconvnet.visualization.search.top_activations import Progress, TopActivations
-from deconvnet.visualization.search.top_projections import TopProjections
+from deconvnet.visualization.result import VisualizationResult
+from deconvnet.visualization.search.top_activations import Progress
 
 # Of each image that is explored, and each layer.
 SHOWN_PARTS = 12
@@ -44,28 +44,7 @@ SHOWN_MAPS = 12
 MAP_SIDE = 120
 
 
-@dataclass
-class VisualizationResult:
-    """What is known of a network: who drives its maps, in which images, and the pictures of it.
-
-    infos: the layers that were looked at; tops, found, control: of each the strongest activations,
-    their projections, and those of the network with its weights shuffled; evolutions: of some
-    layers, in the course of training; pictures: by name, those of a layer under its own.
-    """
-
-    subject: LoadedModel
-    projector: Projector
-    images: LazyImages
-    infos: dict[str, LayerInfo]
-    contrast: float = CONTRAST
-    evolutions: Mapping[str, Evolution] = field(default_factory=dict)
-    tops: dict[str, TopActivations] = field(default_factory=dict)
-    found: dict[str, TopProjections] = field(default_factory=dict)
-    control: dict[str, TopProjections] = field(default_factory=dict)
-    pictures: dict[str, Tensor] = field(default_factory=dict)
-
-
-def write_pages(
+def write_result_gallery(
     folder: Path,
     state: VisualizationResult,
     *,
@@ -107,9 +86,9 @@ def _gallery_layer(
     state: VisualizationResult, layer: str, step: Callable[[], None]
 ) -> GalleryLayer:
     info, top, found = state.infos[layer], state.tops[layer], state.found[layer]
-    first = first_filters(state.projector)
+    first = pixel_filters(state.projector)
     on_pixels = first is not None and first[0] == layer.partition("#")[0]
-    filters = symmetric(first[1]) if on_pixels else None
+    filters = shade_signed(first[1]) if on_pixels else None
     facts: dict[str, str | float] = {
         "dead maps": int(top.dead.sum()),
         "maps shown": len(found.maps),
@@ -164,13 +143,13 @@ def _gallery_map(
     step()
     return GalleryMap(
         number,
-        displayed(found.tiles[row, :count], contrast=contrast),
+        shade_projections(found.tiles[row, :count], contrast=contrast),
         torch.from_numpy(found.patches[row, :count]).float() / 255,
         captions,
         statistics,
         filter=None if filters is None else filters[number],
         control=(
-            displayed(control.tiles[row, : control.count(row)], contrast=contrast)
+            shade_projections(control.tiles[row, : control.count(row)], contrast=contrast)
             if control is not None and control.count(row)
             else None
         ),
@@ -181,7 +160,7 @@ def _gallery_map(
 
 def _strip(e: Evolution, row: int) -> Tensor:
     tiles = e.tiles[:, row].float()
-    return symmetric(tiles, reach(tiles))
+    return shade_signed(tiles, quantile_magnitude(tiles))
 
 
 def _explored(state: VisualizationResult, number: int, step: Callable[[], None]) -> GalleryImage:
@@ -208,7 +187,9 @@ def _image_layer(state: VisualizationResult, pixels: Tensor, layer: str) -> Imag
     parts = []
     if units:
         found = projector(x, layer, units)
-        shown = displayed(projector.signed_rgb(found.tiles()).cpu(), contrast=state.contrast)
+        shown = shade_projections(
+            projector.signed_rgb(found.tiles()).cpu(), contrast=state.contrast
+        )
         parts = [
             Part(unit[1], float(value), picture, box=box.tolist())
             for unit, value, picture, box in zip(
@@ -220,7 +201,7 @@ def _image_layer(state: VisualizationResult, pixels: Tensor, layer: str) -> Imag
             )
         ]
     # Nine in ten of what is active in the maps that are shown is short of white.
-    white = float(reach(strength[order].clamp(min=0)[None], 0.9))
+    white = float(quantile_magnitude(strength[order].clamp(min=0)[None], 0.9))
     maps = [(k, _map_picture(strength[k], white)) for k in order.tolist()]
     reconstruction, facts = _reconstruction(state, x, layer)
     return ImageLayer(layer, reconstruction, facts, maps, parts)
@@ -255,4 +236,4 @@ def _reconstruction(
         "SNR": f"{snr(codes.y, made):.1f} dB",
         "not zero": f"{codes.layer(number).density:.2%} of z",
     }
-    return symmetric(signed_rgb(net, made), white)[0].cpu(), facts
+    return shade_signed(signed_rgb(net, made), white)[0].cpu(), facts

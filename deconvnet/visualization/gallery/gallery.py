@@ -40,12 +40,12 @@ from deconvnet.storage import ownership
 from deconvnet.visualization.gallery.sprites import (
     GAP,
     Picture,
-    checked,
-    sprite,
-    tile_of,
-    tiles_of,
+    check_picture,
+    sprite_style,
+    to_tile,
+    to_tiles,
     write_picture,
-    write_sheet,
+    write_sprite_sheet,
 )
 
 log = logging.getLogger(__name__)
@@ -200,7 +200,7 @@ def _write(
     shown_images = [_write_image(root, n, image, names) for n, image in enumerate(images, 1)]
     shown_figures = []
     for number, (caption, figure) in enumerate(figures.items(), 1):
-        figure = checked(figure, f"figure {caption!r}")
+        figure = check_picture(figure, f"figure {caption!r}")
         picture = write_picture(root, f"figures/{number}", figure, FIGURE)
         shown_figures.append({"caption": caption, **picture})
     _draw_flow(shown_layers, shown_images[0]["picture"] if shown_images else None)
@@ -227,7 +227,7 @@ def _write(
         notes=[notes] if isinstance(notes, str) else list(notes),
         controlled=any("control" in layer["sheets"] for layer in shown_layers),
         data=Markup(_json(data)),
-        sprite=sprite,
+        sprite=sprite_style,
         address=_address,
     )
     for name in ("gallery.css", "gallery.js"):
@@ -262,7 +262,7 @@ def _write_layer(root: Path, number: int, layer: GalleryLayer) -> dict:
     if not numbers:
         raise ValueError(f"layer {layer.name!r}: no maps; leave the layer out")
     sheets = {
-        kind: write_sheet(root, f"{place}/{kind}", tiles, photographs=kind == "patches")
+        kind: write_sprite_sheet(root, f"{place}/{kind}", tiles, photographs=kind == "patches")
         for kind, tiles in overview.items()
         if any(tile is not None for tile in tiles)
     }
@@ -289,10 +289,10 @@ def _write_map(
 ) -> dict:
     """The files of one map, and what the page says of it; its first tiles go to the overview."""
     tiles = {
-        "projections": tiles_of(shown.projections, f"{where}, projections", TILE),
-        "patches": tiles_of(shown.patches, f"{where}, patches", TILE),
-        "control": tiles_of(shown.control, f"{where}, control", TILE),
-        "evolution": tiles_of(shown.evolution, f"{where}, evolution", TILE),
+        "projections": to_tiles(shown.projections, f"{where}, projections", TILE),
+        "patches": to_tiles(shown.patches, f"{where}, patches", TILE),
+        "control": to_tiles(shown.control, f"{where}, control", TILE),
+        "evolution": to_tiles(shown.evolution, f"{where}, evolution", TILE),
     }
     count = len(tiles["projections"])
     for kind, length in (("patches", len(tiles["patches"])), ("captions", len(shown.captions))):
@@ -304,7 +304,7 @@ def _write_map(
             f"{len(shown.epochs)} epochs; give as many"
         )
     sheets = {
-        kind: write_sheet(
+        kind: write_sprite_sheet(
             root, f"{place}/{shown.number}-{kind}", each, photographs=kind == "patches"
         )
         for kind, each in tiles.items()
@@ -314,7 +314,7 @@ def _write_map(
         overview[kind].append(tiles[kind][0] if len(tiles[kind]) else None)
     filters = shown.filter
     overview["filters"].append(
-        None if filters is None else tile_of(filters, f"{where}, filter", TILE)
+        None if filters is None else to_tile(filters, f"{where}, filter", TILE)
     )
     return {
         "sheets": sheets,
@@ -336,17 +336,17 @@ def _write_image(root: Path, number: int, image: GalleryImage, names: list[str])
         at, here = f"{place}/{count}-{_safe(seen.name)}", f"{where}, layer {seen.name!r}"
         shown = {"name": seen.name, "facts": _facts(seen.facts)}
         if seen.reconstruction is not None:
-            made = checked(seen.reconstruction, f"{here}, reconstruction")
+            made = check_picture(seen.reconstruction, f"{here}, reconstruction")
             shown["reconstruction"] = write_picture(root, at, made, PICTURE)
-        maps = [tile_of(p, f"{here}, map {n}", PART) for n, p in seen.maps]
-        parts = [tile_of(p.picture, f"{here}, part of map {p.map}", PART) for p in seen.parts]
+        maps = [to_tile(p, f"{here}, map {n}", PART) for n, p in seen.maps]
+        parts = [to_tile(p.picture, f"{here}, part of map {p.map}", PART) for p in seen.parts]
         shown["maps"] = [n for n, _ in seen.maps]
         shown["parts"] = [
             [part.map, _text(part.value), None if part.box is None else [int(n) for n in part.box]]
             for part in seen.parts
         ]
         shown["sheets"] = {
-            kind: write_sheet(root, f"{at}-{kind}", tiles)
+            kind: write_sprite_sheet(root, f"{at}-{kind}", tiles)
             for kind, tiles in (("maps", maps), ("parts", parts))
             if tiles
         }
@@ -356,7 +356,7 @@ def _write_image(root: Path, number: int, image: GalleryImage, names: list[str])
     text = f"gallery.add({_json(place)}, {_json(layers)});\n"
     (root / script).write_text(text, encoding="utf-8")
     picture = write_picture(
-        root, f"{place}/picture", checked(image.picture, where), PICTURE, photographs=True
+        root, f"{place}/picture", check_picture(image.picture, where), PICTURE, photographs=True
     )
     return {"name": shown_name(image.name), "picture": picture, "script": script}
 
@@ -411,9 +411,11 @@ def _thumbnails(
     chosen = [alive[step] for step in steps]
     control = [overview["control"][index] for index in chosen]
     few = {"maps": [numbers[index] for index in chosen], "control": None}
-    few["sheet"] = write_sheet(root, f"{place}/few", [overview[kind][index] for index in chosen])
+    few["sheet"] = write_sprite_sheet(
+        root, f"{place}/few", [overview[kind][index] for index in chosen]
+    )
     if not any(tile is None for tile in control):
-        few["control"] = write_sheet(root, f"{place}/few-control", control)
+        few["control"] = write_sprite_sheet(root, f"{place}/few-control", control)
     return few
 
 

@@ -31,19 +31,19 @@ LEVELS = (4 * ((np.arange(256) - GREY) / 4).round() + GREY).clip(0, 255).astype(
 Z_RLE = 3
 
 
-def tiles_of(pictures: Picture | None, where: str, largest: int) -> list[np.ndarray]:
+def to_tiles(pictures: Picture | None, where: str, largest: int) -> list[np.ndarray]:
     """Pictures of one size as bytes (h, w, 3), made smaller if they are larger than `largest`."""
     if pictures is None:
         return []
-    return [tile_of(picture, where, largest) for picture in pictures]
+    return [to_tile(picture, where, largest) for picture in pictures]
 
 
-def tile_of(picture: Picture, where: str, largest: int) -> np.ndarray:
+def to_tile(picture: Picture, where: str, largest: int) -> np.ndarray:
     """A picture as bytes (h, w, 3), neither side above `largest`; `where` it is, for an error."""
-    return _bytes(checked(picture, where), largest)
+    return _bytes(check_picture(picture, where), largest)
 
 
-def checked(picture: Picture, where: str) -> Tensor:
+def check_picture(picture: Picture, where: str) -> Tensor:
     """A picture in either form as (3, H, W) in [0, 1]; ValueError if it is none."""
     if isinstance(picture, np.ndarray):
         picture = torch.from_numpy(np.ascontiguousarray(picture))
@@ -65,7 +65,7 @@ def checked(picture: Picture, where: str) -> Tensor:
     return picture.clamp(0, 1)
 
 
-def write_sheet(
+def write_sprite_sheet(
     root: Path,
     name: str,
     tiles: Sequence[np.ndarray | None],
@@ -115,7 +115,7 @@ def write_picture(
     }
 
 
-def sprite(sheet: dict, index: int) -> str:
+def sprite_style(sheet: dict, index: int) -> str:
     """The style of an element that shows one tile of a sheet, however large the element is."""
     column, row = index % sheet["columns"], index // sheet["columns"]
     rows = -(-sheet["count"] // sheet["columns"])

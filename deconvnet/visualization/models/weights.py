@@ -77,7 +77,7 @@ def load_state_dict(file: Path) -> dict[str, Tensor]:
     return dict(found)
 
 
-def no_weights(file: Path) -> str | None:
+def why_not_weights(file: Path) -> str | None:
     """Why a file cannot hold parameters, and what to do about it; None if it can."""
     with open(file, "rb") as opened:
         first = opened.read(1024)

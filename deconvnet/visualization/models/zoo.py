@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from deconvnet.images.datasets import INTERPOLATIONS, Crop
 from deconvnet.storage import formats
 from deconvnet.visualization.models.normalization import Normalization
-from deconvnet.visualization.models.weights import load_state_dict, no_weights
+from deconvnet.visualization.models.weights import load_state_dict, why_not_weights
 from deconvnet.visualization.models.zfnet import ZFNet
 
 WEIGHT_FILES = (".pt", ".pth", ".bin", ".safetensors")
@@ -317,7 +317,7 @@ def _file(spec: str, weights: str | Path, options: dict) -> LoadedModel:
     remedy = f"give torchvision/NAME, timm/NAME or package.module:factory, and weights={spec}"
     if path.suffix != ".safetensors":
         raise ValueError(f"model={spec}: holds parameters of a network, not which it is; {remedy}")
-    if (says := no_weights(path)) is not None:
+    if (says := why_not_weights(path)) is not None:
         raise ValueError(f"model={spec}: {says}")
     try:
         tensors, settings = formats.load_network(path)

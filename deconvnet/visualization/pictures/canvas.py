@@ -14,9 +14,6 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from deconvnet.images.preprocessing import ycbcr_to_rgb
-from deconvnet.network.network import DeconvNet
-
 PAPER = 1.0
 TILE = 44
 GAP = 3
@@ -25,7 +22,7 @@ FONT = 13
 LINE = 20
 
 
-def grid(
+def tile_grid(
     tiles: Tensor, *, columns: int | None = None, tile: int = TILE, page: int = PAGE
 ) -> Tensor:
     """Tiles (K, 3, h, w) in [0, 1] side by side on white, each about `tile` pixels wide.
@@ -38,10 +35,10 @@ def grid(
     room = (page - GAP) // columns - GAP
     zoom = max(1, round(tile / tiles.shape[3]))
     width = zoom * tiles.shape[3]
-    return sheet(resized(tiles, min(width, max(room, 1))), columns)
+    return arrange_tiles(resize_tiles(tiles, min(width, max(room, 1))), columns)
 
 
-def sheet(tiles: Tensor, columns: int) -> Tensor:
+def arrange_tiles(tiles: Tensor, columns: int) -> Tensor:
     """Tiles (K, 3, h, w) side by side on white as they are."""
     K, _, h, w = tiles.shape
     rows = -(-K // columns)
@@ -52,7 +49,7 @@ def sheet(tiles: Tensor, columns: int) -> Tensor:
     return page
 
 
-def resized(tiles: Tensor, width: int) -> Tensor:
+def resize_tiles(tiles: Tensor, width: int) -> Tensor:
     """Tiles (K, 3, h, w) of at most this width: enlarged by a whole number, or made smaller."""
     tiles = tiles.cpu().float()
     h, w = tiles.shape[2:]
@@ -63,7 +60,7 @@ def resized(tiles: Tensor, width: int) -> Tensor:
     return F.interpolate(tiles, size, mode="bilinear", antialias=True).clamp(0, 1)
 
 
-def symmetric(f: Tensor, reach: float | Tensor | None = None) -> Tensor:
+def shade_signed(f: Tensor, reach: float | Tensor | None = None) -> Tensor:
     """Signed tiles (K, 1 or 3, h, w) as colours (K, 3, h, w): grey is 0, black and white -+ reach.
 
     By default each tile by its own largest magnitude, so that contrast between tiles means nothing
@@ -74,7 +71,7 @@ def symmetric(f: Tensor, reach: float | Tensor | None = None) -> Tensor:
     return (0.5 + 0.5 * f / reach).clamp(0, 1).expand(-1, 3, -1, -1)
 
 
-def reach(f: Tensor, share: float = 0.99) -> Tensor:
+def quantile_magnitude(f: Tensor, share: float = 0.99) -> Tensor:
     """(K, 1, 1, 1): the magnitude that this share of what is not zero in a tile (K, ...) stays
     within. A few bright pixels then do not leave all the others grey.
     """
@@ -86,14 +83,7 @@ def reach(f: Tensor, share: float = 0.99) -> Tensor:
     return torch.stack(limits).view(-1, 1, 1, 1)
 
 
-def signed_rgb(net: DeconvNet, f: Tensor) -> Tensor:
-    """Signed tiles in the network's colour planes as signed red, green and blue."""
-    if net.preprocessing.settings.color != "ycbcr":
-        return f
-    return ycbcr_to_rgb(f) - ycbcr_to_rgb(torch.zeros_like(f))
-
-
-def text(lines: str, width: int, height: int) -> Tensor:
+def text_block(lines: str, width: int, height: int) -> Tensor:
     """Black lines on white."""
     canvas = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(canvas)
@@ -102,19 +92,19 @@ def text(lines: str, width: int, height: int) -> Tensor:
     return torch.from_numpy(np.array(canvas)).permute(2, 0, 1) / 255
 
 
-def titled(title: str, picture: Tensor) -> Tensor:
+def with_title(title: str, picture: Tensor) -> Tensor:
     """A picture below its title, which may be wider."""
     font = ImageFont.load_default(FONT)
     width = max(picture.shape[2], math.ceil(font.getlength(title)) + 2 * GAP)
-    return below([text(title, width, LINE), picture])
+    return vstack([text_block(title, width, LINE), picture])
 
 
-def beside(pictures: list[Tensor], gap: int = 0) -> Tensor:
+def hstack(pictures: list[Tensor], gap: int = 0) -> Tensor:
     """Pictures from left to right, their tops in line."""
-    return below([picture.mT for picture in pictures], gap).mT
+    return vstack([picture.mT for picture in pictures], gap).mT
 
 
-def below(pictures: list[Tensor], gap: int = 0) -> Tensor:
+def vstack(pictures: list[Tensor], gap: int = 0) -> Tensor:
     """Pictures from top to bottom, their left sides in line."""
     width = max(picture.shape[2] for picture in pictures)
     rows = [F.pad(picture, (0, width - picture.shape[2]), value=PAPER) for picture in pictures]

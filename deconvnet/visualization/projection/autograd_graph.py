@@ -100,7 +100,7 @@ class Operations:
         return [op for op in self.order if op.is_convolution and not op.saved("transposed")]
 
 
-def read(
+def read_operations(
     y: Tensor, *, constant_gates: bool = False, marked: Mapping[Node, str] | None = None
 ) -> Operations:
     """The operations that lead from the pixels to y.
@@ -109,16 +109,16 @@ def read(
     nodes what entered there without a gradient (`dependence`).
     """
     marked = marked or {}
-    order = in_order(y.grad_fn)
+    order = topological_order(y.grad_fn)
     gates = {node for op in order for node in gates_of(op)}
     if constant_gates:
-        order = in_order(y.grad_fn, gates)
+        order = topological_order(y.grad_fn, gates)
     if any(op.name == IN_PLACE for op in order):
         _probe([y])
-    know_shapes([y])
+    record_shapes([y])
     found = Operations(order, y.output_nr, gates=list(gates))
     for op in order:
-        is_input = op.name == "Clone" and name_of(op.inputs[0][0]) == LEAF
+        is_input = op.name == "Clone" and operation_name(op.inputs[0][0]) == LEAF
         if op.name == LEAF or (is_input and op.node not in marked):
             continue
         if op.node in gates:
@@ -197,19 +197,21 @@ def gates_of(op: Operation) -> list[Node]:
     if op.name != "Mul" or len(op.inputs) != 2:
         return []
     found = [
-        node for node in (below_moves(node) for node, _ in op.inputs) if name_of(node) in GATES
+        node
+        for node in (skip_moves(node) for node, _ in op.inputs)
+        if operation_name(node) in GATES
     ]
     # x sigmoid(x) is an activation, not a gate.
     return found if len(found) == 1 and inputs_of(found[0])[0] not in op.inputs else []
 
 
-def below_moves(node: Node) -> Node:
-    while name_of(node) in MOVES and len(inputs_of(node)) == 1:
+def skip_moves(node: Node) -> Node:
+    while operation_name(node) in MOVES and len(inputs_of(node)) == 1:
         node = inputs_of(node)[0][0]
     return node
 
 
-def in_order(top: Node | None, ends: Collection[Node] = ()) -> list[Operation]:
+def topological_order(top: Node | None, ends: Collection[Node] = ()) -> list[Operation]:
     """All nodes from the top down, each after all that use it; nothing below `ends`."""
     finished, seen, path = [], set(), [(top, False)]
     while path:
@@ -218,7 +220,7 @@ def in_order(top: Node | None, ends: Collection[Node] = ()) -> list[Operation]:
             continue
         inputs = () if node in ends else inputs_of(node)
         if is_done:
-            finished.append(Operation(node, name_of(node), inputs))
+            finished.append(Operation(node, operation_name(node), inputs))
             continue
         seen.add(node)
         path.append((node, True))
@@ -230,7 +232,7 @@ def inputs_of(node: Node) -> tuple[tuple[Node, int], ...]:
     return tuple((below, nr) for below, nr in node.next_functions if below is not None)
 
 
-def name_of(node: Node) -> str:
+def operation_name(node: Node) -> str:
     # Of the class: in PyTorch 2.2 nodes that are written in Python have no name.
     name = type(node).__name__
     name = node.name().rpartition("::")[2] if name == "CppFunction" else name
@@ -257,9 +259,9 @@ def _snake(name: str) -> str:
     return re.sub(r"(?<=[a-zD])(?=[A-Z][a-z])", "_", name).lower()
 
 
-def shape_of(node: Node, nr: int) -> tuple[int, ...]:
+def output_shape(node: Node, nr: int) -> tuple[int, ...]:
     """The shape of what a node gives, (N, C, H, W) for maps."""
-    if name_of(node) == LEAF:
+    if operation_name(node) == LEAF:
         return tuple(node.variable.shape)
     if _tells_shapes(node):
         return tuple(node._input_metadata[nr].shape)
@@ -267,10 +269,10 @@ def shape_of(node: Node, nr: int) -> tuple[int, ...]:
 
 
 def _tells_shapes(node: Node) -> bool:
-    return hasattr(node, "_input_metadata") or name_of(node) == LEAF
+    return hasattr(node, "_input_metadata") or operation_name(node) == LEAF
 
 
-def know_shapes(outputs: list[Tensor]) -> None:
+def record_shapes(outputs: list[Tensor]) -> None:
     """Make sure that the shapes are known of what all nodes below some tensors give."""
     # In PyTorch 2.2 nodes do not tell them.
     if outputs and not _tells_shapes(outputs[0].grad_fn):
@@ -280,11 +282,11 @@ def know_shapes(outputs: list[Tensor]) -> None:
 def _probe(outputs: list[Tensor]) -> None:
     """Send zeros down, and note in the metadata of nodes what they do not tell by themselves."""
     hidden = _Hidden()
-    nodes = {op.node for y in outputs for op in in_order(y.grad_fn)}
-    leaves = [node.variable for node in nodes if name_of(node) == LEAF]
+    nodes = {op.node for y in outputs for op in topological_order(y.grad_fn)}
+    leaves = [node.variable for node in nodes if operation_name(node) == LEAF]
     with ExitStack() as undo:
         for node in nodes:
-            if name_of(node) != LEAF:
+            if operation_name(node) != LEAF:
                 undo.callback(node.register_prehook(hidden.entering(node)).remove)
                 undo.callback(node.register_hook(hidden.leaving).remove)
         zeros = [torch.zeros_like(y) for y in outputs]
@@ -301,7 +303,7 @@ class _Hidden(TorchDispatchMode):
         def enter(above: tuple[Tensor | None, ...]) -> None:
             shapes = {nr: tuple(s.shape) for nr, s in enumerate(above) if s is not None}
             node.metadata["shapes"] = shapes
-            if name_of(node) == IN_PLACE:
+            if operation_name(node) == IN_PLACE:
                 node.metadata[IN_PLACE] = []
                 self.inside = node
 

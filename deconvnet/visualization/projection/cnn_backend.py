@@ -8,39 +8,43 @@ output afterwards, plays no part.
 from __future__ import annotations
 
 import logging
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
-from torch.nn.parameter import is_lazy
 
 from deconvnet.visualization.projection import autograd_graph
-from deconvnet.visualization.projection.dependence import Dependence, differing
-from deconvnet.visualization.projection.local_windows import Place, place_of
-from deconvnet.visualization.projection.map_axis import Layouts
+from deconvnet.visualization.projection.backward_rules import (
+    METHODS,
+    OVERLAPS,
+    BackwardRules,
+    SkippedNormalization,
+    node_rules,
+    overlaps_unevenly,
+)
+from deconvnet.visualization.projection.hidden_dependence import DependenceTracker, differing_calls
+from deconvnet.visualization.projection.local_windows import WindowPlan, plan_windows
+from deconvnet.visualization.projection.map_axis import MapAxes
+from deconvnet.visualization.projection.model_isolation import check_model, isolated, unwrap
 from deconvnet.visualization.projection.projection import (
     LayerInfo,
     Projection,
+    ProjectionReport,
+    UnevenOverlap,
     check_units,
-    choose_among,
-    cut,
-    no_such_layer,
+    crop,
+    suggest_layers,
+    unknown_layer,
 )
-from deconvnet.visualization.projection.receptive_fields import Lattice, Lattices, fields
-from deconvnet.visualization.projection.rules import (
-    METHODS,
-    OVERLAPS,
-    Report,
-    Rules,
-    SkippedNormalization,
-    Uneven,
-    overlaps_unevenly,
-    rules_at_nodes,
+from deconvnet.visualization.projection.receptive_fields import (
+    FieldGeometries,
+    FieldGeometry,
+    trace_fields,
 )
 
 GATES = ("constant", "gradient")
@@ -85,7 +89,7 @@ class CnnBackend:
         ):
             if value not in choices:
                 raise ValueError(f"{key}={value}: choose one of {', '.join(choices)}")
-        self.model = checked_model(_unwrapped(model))
+        self.model = check_model(unwrap(model))
         # TorchScript takes no hooks: what is scripted is passed, but is no layer.
         self.modules = {
             name: module
@@ -101,7 +105,7 @@ class CnnBackend:
         # What modules give that is no maps, in words.
         self._others: dict[str, str] = {}
         self._uncalled = "the model does not call it for these images"
-        self._places: dict[tuple[str | int, ...], Place | None] = {}
+        self._places: dict[tuple[str | int, ...], WindowPlan | None] = {}
         self._suspects: dict[str, frozenset[int]] = {}
 
     @property
@@ -123,7 +127,7 @@ class CnnBackend:
             layers.append(info)
         return layers
 
-    def _look(self, x: Tensor) -> tuple[list[Seen], Counter[str], Lattices]:
+    def _look(self, x: Tensor) -> tuple[list[Seen], Counter[str], FieldGeometries]:
         """All layers as the first of some images x passes them, and how often each is called."""
         found: list[Seen] = []
         leaves: list[Tensor] = [x]
@@ -133,12 +137,12 @@ class CnnBackend:
             # The node as it is now: what is done in place to y later has a node of its own.
             found.append((name, call, y, y.grad_fn))
 
-        with self._working(), torch.enable_grad():
+        with isolated(self.model), torch.enable_grad():
             calls = self._calls[x.shape[1:]] = self._pass(x[:1].detach(), note)
-            autograd_graph.know_shapes([y for _, _, y, node in found if node is not None])
-        layouts = Layouts()
+            autograd_graph.record_shapes([y for _, _, y, node in found if node is not None])
+        layouts = MapAxes()
         self._last |= {(name, call) for name, call, _, node in found if layouts.last(node)}
-        return found, calls, Lattices(leaves[0], constant_gates=self._constant_gates)
+        return found, calls, FieldGeometries(leaves[0], constant_gates=self._constant_gates)
 
     def _maps(self, y: Tensor, name: str, call: int) -> Tensor:
         """Maps (N, K, H, W) of what a module gives; of vectors (N, K) maps of one place."""
@@ -160,12 +164,12 @@ class CnnBackend:
             if len(found) == len(wanted):
                 raise _Reached
 
-        with self._working(), torch.no_grad():
+        with isolated(self.model), torch.no_grad():
             self._pass(x, note, {name for name, _ in wanted})
         return found
 
     def outputs(self, x: Tensor) -> Tensor | None:
-        with self._working(), torch.no_grad():
+        with isolated(self.model), torch.no_grad():
             try:
                 y = _tensor(self.model(x.detach().clone()))
             except Exception as error:
@@ -179,7 +183,7 @@ class CnnBackend:
         units = check_units(units, len(x), layer)
         images = torch.unique(units[:, 0])
         result = None
-        with self._working(), torch.enable_grad():
+        with isolated(self.model), torch.enable_grad():
             if len(units):
                 self._suspect(x[:1], layer)
             place = self._place(x, layer) if self.local and len(units) else None
@@ -196,26 +200,26 @@ class CnnBackend:
                 result = result or _Result(len(units), x, part)
                 result.put(chosen, part)
         if result is None:
-            report = Report(self.method)
+            report = ProjectionReport(self.method)
             empty = units.new_zeros(0, 4)
             return Projection(units, x[:0], empty, empty, x.new_zeros(0), report)
         return result.projection(units)
 
-    def _place(self, x: Tensor, layer: str) -> Place | None:
+    def _place(self, x: Tensor, layer: str) -> WindowPlan | None:
         """Where the units of a layer lie, if windows of the images are enough for them."""
         key = _place_key(x, layer)
         if key not in self._places:
             leaf, y, _ = self._up_to(x[:1], layer)
-            found = autograd_graph.read(y, constant_gates=self._constant_gates)
+            found = autograd_graph.read_operations(y, constant_gates=self._constant_gates)
             maps = self._maps(y, *_split(layer))
-            lattice = Lattices(leaf, constant_gates=self._constant_gates).of(y.grad_fn)
-            place = place_of(found, tuple(maps.shape[1:]), lattice, tuple(x.shape[2:]))
+            lattice = FieldGeometries(leaf, constant_gates=self._constant_gates).of(y.grad_fn)
+            place = plan_windows(found, tuple(maps.shape[1:]), lattice, tuple(x.shape[2:]))
             if place is not None and not self._answers_alike(x[:1], layer, maps.detach()[0], place):
                 place = None
             self._places[key] = place
         return self._places[key]
 
-    def _answers_alike(self, x: Tensor, layer: str, maps: Tensor, place: Place) -> bool:
+    def _answers_alike(self, x: Tensor, layer: str, maps: Tensor, place: WindowPlan) -> bool:
         """Whether windows give the maps (K, H, W) of the image x, tried where these are strongest
         and in the middle. A model may take coordinates from the size of what it is given, which no
         list of operations tells."""
@@ -225,7 +229,7 @@ class CnnBackend:
             window = place.windows(unit)
             i, j = place.within(unit, window)[0, 2:].tolist()
             try:
-                y = self._up_to(cut(x, window), layer, known=True)[1]
+                y = self._up_to(crop(x, window), layer, known=True)[1]
                 found = self._maps(y, *_split(layer)).detach()[0, :, i, j]
             except Exception:  # whatever a model does with a size that it was not made for
                 return False
@@ -235,7 +239,7 @@ class CnnBackend:
         return True
 
     def _project_in_windows(
-        self, x: Tensor, layer: str, units: Tensor, seeds: Tensor | None, place: Place
+        self, x: Tensor, layer: str, units: Tensor, seeds: Tensor | None, place: WindowPlan
     ) -> Projection:
         """The projections of units from windows of their images, those of one size together.
 
@@ -249,7 +253,7 @@ class CnnBackend:
             count = max(1, self.batch * x.shape[2] * x.shape[3] // (height * width))
             for chosen in (group == number).nonzero()[:, 0].split(min(count, MOST_WINDOWS)):
                 some, boxes = units[chosen], windows[chosen]
-                cropped = cut(x[some[:, 0].to(x.device)], boxes)
+                cropped = crop(x[some[:, 0].to(x.device)], boxes)
                 given = None if seeds is None else seeds[chosen.to(seeds.device)]
                 part = self._project_window(cropped, layer, place.within(some, boxes), given, place)
                 result = result or _Result(len(units), x, part)
@@ -257,14 +261,16 @@ class CnnBackend:
         return result.projection(units)
 
     def _project_window(
-        self, x: Tensor, layer: str, units: Tensor, seeds: Tensor | None, place: Place
+        self, x: Tensor, layer: str, units: Tensor, seeds: Tensor | None, place: WindowPlan
     ) -> Projection:
         """The projections of units of windows x (U, C, h, w), one of each."""
         try:
             leaf, y, watched = self._up_to(x, layer, known=True)
         except Exception as error:  # whatever a model does with a size that it was not made for
             raise _Unlike from error
-        found = autograd_graph.read(y, constant_gates=self._constant_gates, marked=watched.marked)
+        found = autograd_graph.read_operations(
+            y, constant_gates=self._constant_gates, marked=watched.marked
+        )
         if [op.name for op in found.order] != place.operations:
             raise _Unlike
         return self._project_graph(found, leaf, y, torch.arange(len(x)), layer, units, seeds)
@@ -276,7 +282,9 @@ class CnnBackend:
         leaf, y, watched = self._up_to(x[some.to(x.device)], layer)
         shape = tuple(self._maps(y, *_split(layer)).shape[1:])
         check_units(units, len(x), layer, shape)
-        found = autograd_graph.read(y, constant_gates=self._constant_gates, marked=watched.marked)
+        found = autograd_graph.read_operations(
+            y, constant_gates=self._constant_gates, marked=watched.marked
+        )
         return self._project_graph(found, leaf, y, some, layer, units, seeds)
 
     def _project_graph(
@@ -308,7 +316,7 @@ class CnnBackend:
             seed = seed.movedim(1, 3) if last else seed.reshape(y.shape)
             signal, met = self._down(found, y, leaf, seed)
             images[chosen] = signal[n[chosen]]
-        report = Report(
+        report = ProjectionReport(
             self.method,
             found.exact,
             found.linear,
@@ -325,8 +333,8 @@ class CnnBackend:
     def _down(
         self, found: autograd_graph.Operations, y: Tensor, leaf: Tensor, seed: Tensor
     ) -> tuple[Tensor, Counter[str]]:
-        rules = Rules(self.method, overlap=self.overlap, local=self.local)
-        with rules_at_nodes(found, self.method, self.gates), rules:
+        rules = BackwardRules(self.method, overlap=self.overlap, local=self.local)
+        with node_rules(found, self.method, self.gates), rules:
             (signal,) = torch.autograd.grad(
                 y, leaf, seed, retain_graph=True, allow_unused=True, materialize_grads=True
             )
@@ -334,7 +342,7 @@ class CnnBackend:
 
     def _up_to(
         self, x: Tensor, layer: str, *, known: bool = False
-    ) -> tuple[Tensor, Tensor, Dependence]:
+    ) -> tuple[Tensor, Tensor, DependenceTracker]:
         """The leaf that holds x, what the layer makes of it, and what was seen on the way.
 
         known: the name of the layer has been checked, for images of another size.
@@ -349,7 +357,7 @@ class CnnBackend:
                 leaves.append(leaf)
                 raise _Reached
 
-        watched = Dependence(self._suspects.get(layer))
+        watched = DependenceTracker(self._suspects.get(layer))
         self._pass(x, note, {name}, watched)
         if not reached:
             raise ValueError(f"layer {layer!r}: the model does not call it for these images")
@@ -372,7 +380,7 @@ class CnnBackend:
                 other = self._up_to(0.75 * x.flip(1, 2, 3) + 0.1 * noise, layer)[2]
             except Exception:  # whatever a model does with an image that it does not expect
                 break
-            found |= differing(watched, other)
+            found |= differing_calls(watched, other)
         self._suspects[layer] = found
 
     def _wanted(self, x: Tensor, layers: list[str]) -> dict[tuple[str, int], str]:
@@ -393,12 +401,12 @@ class CnnBackend:
         name = _split(layer)[0]
         part = dict(self.model.named_modules()).get(name) if name else None
         if part is None or any(_split(each)[0] == name for each in known):
-            return no_such_layer(layer, known)
+            return unknown_layer(layer, known)
         if isinstance(part, torch.jit.ScriptModule):
             says = "it is TorchScript, which cannot be inspected"
         else:
             says = self._others.get(name, self._uncalled)
-        return ValueError(f"layer {layer!r}: {says}; {choose_among(layer, known)}")
+        return ValueError(f"layer {layer!r}: {says}; {suggest_layers(layer, known)}")
 
     def _failure(self, x: Tensor, error: Exception) -> ValueError:
         """What the model itself raises for images x, in one line."""
@@ -416,7 +424,7 @@ class CnnBackend:
         x: Tensor,
         note: Callable[[str, int, Tensor, Tensor], None],
         names: set[str] | None = None,
-        watched: Dependence | None = None,
+        watched: DependenceTracker | None = None,
     ) -> Counter[str]:
         """Run the model on x; note(name, call, output, leaf) for modules, in their order.
 
@@ -477,12 +485,12 @@ class CnnBackend:
         self, found: autograd_graph.Operations, units: Tensor, leaf: Tensor, clip: bool, last: bool
     ) -> Tensor:
         """(U, 4) top, left, bottom, right."""
-        rows_columns = fields(found, units[:, 1:].numpy(), leaf, clip=clip, last=last)
+        rows_columns = trace_fields(found, units[:, 1:].numpy(), leaf, clip=clip, last=last)
         return torch.from_numpy(np.ascontiguousarray(rows_columns.transpose(0, 2, 1))).flatten(1)
 
-    def _uneven(self, found: autograd_graph.Operations, leaf: Tensor) -> tuple[Uneven, ...]:
+    def _uneven(self, found: autograd_graph.Operations, leaf: Tensor) -> tuple[UnevenOverlap, ...]:
         names = {p.data_ptr(): name for name, p in self.model.named_parameters()}
-        lattices = Lattices(leaf, constant_gates=self._constant_gates)
+        lattices = FieldGeometries(leaf, constant_gates=self._constant_gates)
         uneven = []
         for op in found.convolutions:
             weight, stride = op.saved("weight"), op.pair("stride")
@@ -490,7 +498,9 @@ class CnnBackend:
             if overlaps_unevenly(kernel, stride, op.pair("dilation")):
                 name = names.get(weight.data_ptr(), "a convolution").removesuffix(".weight")
                 lattice = lattices.of(op.node)
-                uneven.append(Uneven(name, kernel, stride, lattice.stride if lattice else (0, 0)))
+                uneven.append(
+                    UnevenOverlap(name, kernel, stride, lattice.stride if lattice else (0, 0))
+                )
         return tuple(uneven)
 
     def _refuse(self, found: autograd_graph.Operations, layer: str) -> None:
@@ -503,88 +513,6 @@ class CnnBackend:
                 "no rules"
             )
             raise ValueError(f"layer {layer!r}: {self.method} has no rule for {names}; {remedy}")
-
-    @contextmanager
-    def _working(self) -> Iterator[None]:
-        """In evaluation mode, parameters frozen, without autocast, compilation and hooks on
-        gradients; afterwards everything is as it was."""
-        modes = [(module, module.training) for module in self.model.modules()]
-        learned = [(p, p.requires_grad) for p in self.model.parameters()]
-        try:
-            self.model.eval()
-            for p, _ in learned:
-                p.requires_grad_(False)
-            with (
-                torch.inference_mode(False),
-                torch.autocast(self.device.type, enabled=False),
-                _uncompiled(self.model),
-                _without_backward_hooks(self.model),
-                _buffers_kept(self.model),
-            ):
-                yield
-        finally:
-            for module, mode in modes:
-                module.training = mode
-            for p, learns in learned:
-                p.requires_grad_(learns)
-
-
-@contextmanager
-def _without_backward_hooks(model: nn.Module) -> Iterator[None]:
-    """Hooks on gradients, as of Grad-CAM, neither see nor change what goes down here."""
-    kinds = ("_backward_hooks", "_backward_pre_hooks")
-    hooked = [
-        (module, kind, getattr(module, kind))
-        for module in model.modules()
-        for kind in kinds
-        if getattr(module, kind, None)
-    ]
-    try:
-        for module, kind, _ in hooked:
-            setattr(module, kind, OrderedDict())
-        yield
-    finally:
-        for module, kind, hooks in hooked:
-            setattr(module, kind, hooks)
-
-
-@contextmanager
-def _buffers_kept(model: nn.Module) -> Iterator[None]:
-    """What a model writes into its buffers, such as counts and averages, is undone."""
-    kept = [
-        (buffer, buffer._version, buffer.clone())
-        for buffer in model.buffers()
-        if not buffer.is_inference()
-    ]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, version, values in kept:
-                if buffer._version != version:
-                    buffer.copy_(values)
-
-
-@contextmanager
-def _uncompiled(model: nn.Module) -> Iterator[None]:
-    """What was compiled runs as it was written: compiled parts hide their operations."""
-    compiled = [
-        (module, module._compiled_call_impl)
-        for module in model.modules()
-        if getattr(module, "_compiled_call_impl", None) is not None
-    ]
-    with ExitStack() as stack:
-        # From PyTorch 2.6 on also for functions; before they are refused by name.
-        if hasattr(torch.compiler, "set_stance"):
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(torch.jit.optimized_execution(False))
-        try:
-            for module, _ in compiled:
-                module._compiled_call_impl = None
-            yield
-        finally:
-            for module, call in compiled:
-                module._compiled_call_impl = call
 
 
 def _place_key(x: Tensor, layer: str) -> tuple[str | int, ...]:
@@ -621,7 +549,7 @@ class _Result:
         return Projection(units, self.images, self.boxes, self.fields, self.values, self.report)
 
 
-def _located(info: LayerInfo, found: Lattice | None) -> LayerInfo:
+def _located(info: LayerInfo, found: FieldGeometry | None) -> LayerInfo:
     if found is None or not any(found.stride) or not all(found.size):
         return info
     return replace(info, field=found.size, stride=found.stride, offset=found.first)
@@ -635,45 +563,6 @@ def _turns(images: Tensor) -> Tensor:
         turns.append(seen[image])
         seen[image] += 1
     return torch.tensor(turns)
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The module itself, out of what distributes or compiles it."""
-    while True:
-        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        else:
-            return model
-
-
-def checked_model(model: nn.Module) -> nn.Module:
-    """A model whose layers can be looked into; ValueError in one line that says why not."""
-    kind = type(model).__name__
-    if not isinstance(model, nn.Module):
-        hint = "; give its .module()" if kind == "ExportedProgram" else ""
-        raise ValueError(f"model is {kind}: expected torch.nn.Module{hint}")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ValueError(
-            f"model is TorchScript ({kind}), whose layers cannot be inspected: build the Python "
-            "class that it was made from and load its state_dict()"
-        )
-    for name, part in model.named_modules():
-        if "quantized" in type(part).__module__.split("."):
-            raise ValueError(
-                f"model is quantised ({name or kind}: {type(part).__name__}), which has no "
-                "gradients: pass the model from before quantisation"
-            )
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if is_lazy(tensor):
-            raise ValueError(f"model: {name} has no shape yet: run it once on an image")
-        if tensor.is_meta:
-            raise ValueError(
-                f"model: {name} is on the meta device, without values: build it on another device "
-                "and load its state_dict()"
-            )
-    return model
 
 
 def _described(y: Tensor | None, images: int) -> str:

@@ -18,14 +18,14 @@ from deconvnet.network.network import DeconvNet
 from deconvnet.operators.convolution import map_size
 from deconvnet.operators.pooling import pooled_shape
 from deconvnet.support.modes import plain
-from deconvnet.visualization.pictures.features import layer_field, project_each
+from deconvnet.visualization.projection.pixel_features import layer_field, project_units
 from deconvnet.visualization.projection.projection import (
     LayerInfo,
     Projection,
+    ProjectionReport,
     check_units,
-    no_such_layer,
+    unknown_layer,
 )
-from deconvnet.visualization.projection.rules import Report
 
 # Images whose maps are kept.
 KEPT = 64
@@ -101,7 +101,7 @@ class DeconvNetBackend:
         places = tuple(index.to(net.device) for index in (n, *units[:, 1:].unbind(1)))
         values = codes.layer(number).z[places]
         coefficients = values if seeds is None else seeds.to(values)
-        painted = torch.stack(list(project_each(net, codes, number, places, coefficients)))
+        painted = torch.stack(list(project_units(net, codes, number, places, coefficients)))
         fields = self._fields(number, units)
         limits = torch.tensor(x.shape[2:]).repeat(2)
         boxes = torch.minimum(fields.clamp(min=0), limits)
@@ -115,15 +115,15 @@ class DeconvNetBackend:
         )
         return torch.stack([top, left, top + rows.size, left + columns.size], 1)
 
-    def _report(self, number: int) -> Report:
+    def _report(self, number: int) -> ProjectionReport:
         layers = [self.model.layer(level) for level in range(1, number)]
         switched = sum(layer.settings.pool is not None for layer in layers)
         exact = {"deconvolution": number} | ({"unpooling": switched} if switched else {})
-        return Report("generative", exact, switched=switched)
+        return ProjectionReport("generative", exact, switched=switched)
 
     def _number(self, name: str) -> int:
         if name not in self.names:
-            raise no_such_layer(name, self.names)
+            raise unknown_layer(name, self.names)
         return self.names.index(name) + 1
 
 

@@ -23,7 +23,7 @@ from deconvnet.visualization.projection.autograd_graph import (
     Operation,
     Operations,
 )
-from deconvnet.visualization.projection.receptive_fields import Lattice
+from deconvnet.visualization.projection.receptive_fields import FieldGeometry
 
 ALIKE = {
     *("MaxPool2DWithIndices", "AvgPool2D", "Add", "Sub", "Neg", "Mul", "Div", "Clone"),
@@ -37,12 +37,12 @@ WORTH = 0.6
 
 
 @dataclass(frozen=True)
-class Place:
+class WindowPlan:
     """Where the units of a layer lie in images of one size: shape (K, H, W) and lattice, and the
     names of the operations that lead to them."""
 
     shape: tuple[int, int, int]
-    lattice: Lattice
+    lattice: FieldGeometry
     image: tuple[int, int]
     operations: list[str]
 
@@ -71,13 +71,16 @@ class Place:
         return start, (start + length).clamp(max=limit)
 
 
-def place_of(
-    found: Operations, shape: tuple[int, int, int], lattice: Lattice | None, image: tuple[int, int]
-) -> Place | None:
+def plan_windows(
+    found: Operations,
+    shape: tuple[int, int, int],
+    lattice: FieldGeometry | None,
+    image: tuple[int, int],
+) -> WindowPlan | None:
     """Where the units of a layer lie; None if windows would not do, or would not be worth it."""
     if lattice is None or min(lattice.stride) < 1 or not all(map(_is_alike, found.order)):
         return None
-    place = Place(shape, lattice, image, [op.name for op in found.order])
+    place = WindowPlan(shape, lattice, image, [op.name for op in found.order])
     middle = torch.tensor([[0, 0, shape[1] // 2, shape[2] // 2]])
     top, left, bottom, right = place.windows(middle)[0].tolist()
     worth = (bottom - top) * (right - left) < WORTH * image[0] * image[1]

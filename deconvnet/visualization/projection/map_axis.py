@@ -16,10 +16,10 @@ from deconvnet.visualization.projection.autograd_graph import (
     NORMALIZATIONS,
     SWITCHES,
     Operation,
-    in_order,
     inputs_of,
-    name_of,
-    shape_of,
+    operation_name,
+    output_shape,
+    topological_order,
 )
 
 VIEWS = {"View", "UnsafeView", "Reshape", "ReshapeAlias"}
@@ -32,7 +32,7 @@ SECOND = {
 }
 
 
-class Layouts:
+class MapAxes:
     """Which axis holds the maps in the outputs of the operations of one forward pass."""
 
     def __init__(self) -> None:
@@ -40,15 +40,15 @@ class Layouts:
 
     def last(self, node: Node | None) -> bool:
         """Whether what a node gives is (N, H, W, C)."""
-        if node is None or len(shape_of(node, 0)) != 4:
+        if node is None or len(output_shape(node, 0)) != 4:
             return False
-        for op in reversed(in_order(node, self._known)):
+        for op in reversed(topological_order(node, self._known)):
             if op.node not in self._known:
                 self._known[op.node] = self._axis(op)
         return self._known[node] == 3
 
     def _axis(self, op: Operation) -> int | None:
-        shape = shape_of(op.node, 0)
+        shape = output_shape(op.node, 0)
         rank = len(shape)
         if op.name in SECOND:
             return 1 if rank > 2 else None
@@ -57,11 +57,11 @@ class Layouts:
         if op.name in PRODUCTS:
             # Attention weights have no axis of maps, and what they weight keeps its own.
             node, nr = op.inputs[-1]
-            kept = self._known.get(node) == len(shape_of(node, nr)) - 1
+            kept = self._known.get(node) == len(output_shape(node, nr)) - 1
             return rank - 1 if kept else None
         if op.name == "NativeLayerNorm" and len(op.saved("normalized_shape")) == 1:
             return rank - 1
-        given = [(self._known.get(node), shape_of(node, nr)) for node, nr in op.inputs]
+        given = [(self._known.get(node), output_shape(node, nr)) for node, nr in op.inputs]
         given = [(axis, below) for axis, below in given if axis is not None]
         if op.name in VIEWS:
             return _viewed(*given[0], shape) if given else None
@@ -88,21 +88,21 @@ def _viewed(axis: int, below: tuple[int, ...], shape: tuple[int, ...]) -> int | 
     return len(shape) - 1 if is_last else None
 
 
-def rows_of(node: Node) -> tuple[int, ...] | None:
+def unflattened_shape(node: Node) -> tuple[int, ...] | None:
     """(N, H, W), if a node gives a table (N H W, C) of maps in the layout (N, H, W, C).
 
     So linear layers do their work on such maps.
     """
-    name, shape = name_of(node), shape_of(node, 0)
+    name, shape = operation_name(node), output_shape(node, 0)
     if len(shape) != 2:
         return None
     if name in PRODUCTS:
-        tables = [below for below, _ in inputs_of(node) if name_of(below) in VIEWS]
-        return rows_of(tables[0]) if len(tables) == 1 else None
+        tables = [below for below, _ in inputs_of(node) if operation_name(below) in VIEWS]
+        return unflattened_shape(tables[0]) if len(tables) == 1 else None
     if name not in VIEWS:
         return None
     below, nr = inputs_of(node)[0]
-    maps = shape_of(below, nr)
+    maps = output_shape(below, nr)
     if len(maps) != 4 or maps[3] != shape[1] or maps[1] * maps[2] < 2:
         return None
     return maps[:3] if math.prod(maps[:3]) == shape[0] else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deconvnet.support.validation import as_tensor
-from deconvnet.visualization.projection.rules import Report
 
 CHOICES = 3
 
@@ -72,7 +71,7 @@ class Projection:
     boxes: Tensor
     fields: Tensor
     values: Tensor
-    report: Report
+    report: ProjectionReport
 
     def __len__(self) -> int:
         return len(self.units)
@@ -82,12 +81,73 @@ class Projection:
 
         Along an axis where the field is larger than the image the tile is the image.
         """
-        return cut(self.images, tile_boxes(self.fields, tuple(self.images.shape[2:])))
+        return crop(self.images, tile_boxes(self.fields, tuple(self.images.shape[2:])))
 
     def patches(self, pixels: Tensor) -> Tensor:
         """(U, C, h, w): the same places of the images (N, C, H, W), grey (0.5) beyond them."""
         boxes = tile_boxes(self.fields, tuple(self.images.shape[2:]))
-        return cut(pixels[self.units[:, 0].to(pixels.device)], boxes, fill=0.5)
+        return crop(pixels[self.units[:, 0].to(pixels.device)], boxes, fill=0.5)
+
+
+@dataclass(frozen=True)
+class UnevenOverlap:
+    """A convolution whose transpose paints some pixels with more terms than others.
+
+    It does where its stride does not divide the (dilated) kernel, and leaves a regular pattern, the
+    checkerboard, whatever the signal. period: of the pattern in pixels, rows and columns,
+    0 if it is not known.
+    """
+
+    layer: str
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    period: tuple[int, int]
+
+    def __str__(self) -> str:
+        kernel, stride, period = (
+            "x".join(map(str, pair)) for pair in (self.kernel, self.stride, self.period)
+        )
+        pattern = f": a pattern of {period} pixels" if all(self.period) else ""
+        return f"{self.layer} ({kernel} with stride {stride}{pattern})"
+
+
+@dataclass(frozen=True)
+class ProjectionReport:
+    """What a projection passed on its way down, and how far it is that of the paper.
+
+    exact: operations that the paper has a rule for; linear: others, linear, reversed by their
+    transpose; extended: others, by a rule made in the spirit of the paper's; skipped: contrast
+    normalisation; unsupported: no rule, the gradient was used; rectified, switched: how often the
+    signal was rectified, and sent through the switches of max pooling; uneven: what may show as a
+    checkerboard; overlap: "normalised" if it was divided out.
+    """
+
+    method: str
+    exact: dict[str, int] = field(default_factory=dict)
+    linear: dict[str, int] = field(default_factory=dict)
+    extended: dict[str, int] = field(default_factory=dict)
+    skipped: dict[str, int] = field(default_factory=dict)
+    unsupported: dict[str, int] = field(default_factory=dict)
+    rectified: int = 0
+    switched: int = 0
+    uneven: tuple[UnevenOverlap, ...] = ()
+    overlap: str = "sum"
+
+    @property
+    def faithful(self) -> bool:
+        """Whether every operation has a rule in the paper or is linear."""
+        return not (self.extended or self.unsupported) and self.overlap == "sum"
+
+    def __str__(self) -> str:
+        lines = [f"{self.method}: rectified {self.rectified}, switched {self.switched} times"]
+        for key in ("exact", "linear", "extended", "skipped", "unsupported"):
+            counts = getattr(self, key)
+            if counts:
+                lines.append(f"{key}: {', '.join(f'{k} x{n}' for k, n in sorted(counts.items()))}")
+        if self.uneven:
+            state = "divided out" if self.overlap == "normalised" else "may show as a checkerboard"
+            lines.append(f"uneven overlap, {state}: {', '.join(map(str, self.uneven))}")
+        return "; ".join(lines)
 
 
 def tile_boxes(fields: Tensor, image: tuple[int, int]) -> Tensor:
@@ -106,7 +166,7 @@ def tile_boxes(fields: Tensor, image: tuple[int, int]) -> Tensor:
     return boxes
 
 
-def cut(images: Tensor, boxes: Tensor, *, fill: float = 0.0) -> Tensor:
+def crop(images: Tensor, boxes: Tensor, *, fill: float = 0.0) -> Tensor:
     """(U, C, h, w) from images (U, C, H, W): boxes (U, 4) of one size, which may reach beyond."""
     parts = []
     H, W = images.shape[2:]
@@ -166,14 +226,14 @@ def check_input(x: Tensor) -> Tensor:
     return x
 
 
-def no_such_layer(name: str, names: Sequence[str]) -> ValueError:
+def unknown_layer(name: str, names: Sequence[str]) -> ValueError:
     """The error for a layer that does not exist, with the names that are close to it."""
     calls = [known for known in names if known.startswith(f"{name}#")]
     if calls:
         return ValueError(
             f"layer {name!r}: called {len(calls)} times; choose {', '.join(calls[:4])}"
         )
-    return ValueError(f"layer {name!r}: no such layer; {choose_among(name, names)}")
+    return ValueError(f"layer {name!r}: no such layer; {suggest_layers(name, names)}")
 
 
 def _has_parts(known: str, parts: list[str]) -> bool:
@@ -182,7 +242,7 @@ def _has_parts(known: str, parts: list[str]) -> bool:
     return all(part in rest for part in parts)
 
 
-def choose_among(name: str, names: Sequence[str]) -> str:
+def suggest_layers(name: str, names: Sequence[str]) -> str:
     """What may be meant by a name, or which names there are."""
     if not names:
         return "the model calls no module that gives maps (N, K, H, W) or vectors (N, K)"

@@ -27,15 +27,15 @@ from deconvnet.visualization.projection.autograd_graph import (
     SPLITS,
     Operation,
     Operations,
-    below_moves,
     gates_of,
-    in_order,
     inputs_of,
-    name_of,
+    operation_name,
+    output_shape,
     pair,
-    shape_of,
+    skip_moves,
+    topological_order,
 )
-from deconvnet.visualization.projection.map_axis import VIEWS, Layouts, rows_of
+from deconvnet.visualization.projection.map_axis import VIEWS, MapAxes, unflattened_shape
 
 Box = np.ndarray
 Shapes = list[tuple[int, ...]]
@@ -43,7 +43,7 @@ Shapes = list[tuple[int, ...]]
 FAR = 1 << 40
 
 
-def fields(
+def trace_fields(
     found: Operations, units: Box, x: Tensor, *, clip: bool = True, last: bool = False
 ) -> Box:
     """(U, 2, 2): rows and columns of the pixels that units can see, the first and last + 1.
@@ -66,10 +66,12 @@ def fields(
         if op.name == LEAF:
             pixels = box if op.node.variable is x else pixels
             continue
-        for (below, nr), seen in zip(op.inputs, _seen(op, box, shape_of(op.node, 0)), strict=True):
+        for (below, nr), seen in zip(
+            op.inputs, _seen(op, box, output_shape(op.node, 0)), strict=True
+        ):
             if seen is None:
                 continue
-            size = shape_of(below, nr)
+            size = output_shape(below, nr)
             if clip and op.name in FOLDS:
                 seen = FOLDS[op.name](seen, np.array(size[2:]))
             if len(size) == 4:
@@ -82,7 +84,7 @@ def fields(
 
 
 @dataclass(frozen=True)
-class Lattice:
+class FieldGeometry:
     """The pixels that units on a regular grid see, (rows, columns): `size` of them from
     first + stride * unit on, borders left aside. A stride of 0: all units see the same."""
 
@@ -91,17 +93,17 @@ class Lattice:
     stride: tuple[int, int]
 
 
-class Lattices:
+class FieldGeometries:
     """The lattices of what the operations of one forward pass give, each looked at once."""
 
     def __init__(self, x: Tensor, *, constant_gates: bool = False):
         self.x, self.constant_gates = x, constant_gates
         self._known: dict[Node, np.ndarray | None] = {}
-        self._layouts = Layouts()
+        self._layouts = MapAxes()
 
-    def of(self, node: Node) -> Lattice | None:
+    def of(self, node: Node) -> FieldGeometry | None:
         """That of the output of a node; None where it does not depend on the image."""
-        for op in reversed(in_order(node, self._known)):
+        for op in reversed(topological_order(node, self._known)):
             if op.node not in self._known:
                 self._known[op.node] = self._pixels(op)
         pixels = self._known[node]
@@ -110,7 +112,7 @@ class Lattices:
         first, second = pixels[0], pixels[1]
         stride = second[:, 0] - first[:, 0]
         each = first[:, 0], first[:, 1] - first[:, 0], stride
-        return Lattice(*(tuple(values.tolist()) for values in each))
+        return FieldGeometry(*(tuple(values.tolist()) for values in each))
 
     def _pixels(self, op: Operation) -> np.ndarray | None:
         """(2, 2, 2): of two neighbouring units the rows and columns, the first and last + 1."""
@@ -121,15 +123,15 @@ class Lattices:
         units = np.roll(units, -1, 1) if self._is_last(op.node) else units
         gates = gates_of(op) if self.constant_gates else ()
         whole = None
-        seen = _seen(op, units, shape_of(op.node, 0))
+        seen = _seen(op, units, output_shape(op.node, 0))
         for (below, nr), box in zip(op.inputs, seen, strict=True):
             known = self._known.get(below)
-            if box is None or known is None or below_moves(below) in gates:
+            if box is None or known is None or skip_moves(below) in gates:
                 continue
-            size = shape_of(below, nr)
+            size = output_shape(below, nr)
             box = _bounded(box, size[1:], False) if len(size) == 4 else box
-            if name_of(below) in SPLITS:
-                box = _unsplit(Operation(below, name_of(below), inputs_of(below)), nr, box)
+            if operation_name(below) in SPLITS:
+                box = _unsplit(Operation(below, operation_name(below), inputs_of(below)), nr, box)
             box = box[:, :2] if self._is_last(below) else box[:, 1:]
             # Where what is below has no places, all of it is seen.
             box = np.where(np.abs(box) > FAR, np.array([0, 1]), box)
@@ -143,7 +145,7 @@ class Lattices:
         return whole
 
     def _is_last(self, node: Node) -> bool:
-        return self._layouts.last(node) or rows_of(node) is not None
+        return self._layouts.last(node) or unflattened_shape(node) is not None
 
 
 def _hull(a: Box, b: Box) -> Box:
@@ -179,7 +181,7 @@ def _union(a: Box | None, b: Box) -> Box:
 def _seen(op: Operation, box: Box, shape: tuple[int, ...]) -> list[Box | None]:
     """Of every input of an operation the part that a box of its result depends on."""
     rule = RULES.get(op.name) or _unknown
-    shapes = [shape_of(node, nr) for node, nr in op.inputs]
+    shapes = [output_shape(node, nr) for node, nr in op.inputs]
     if op.name == "Convolution" and not op.is_convolution:
         rule = _unknown
     empty = (box[..., 1] <= box[..., 0]).any(1)[:, None, None]
@@ -229,7 +231,9 @@ def _across_channels(op: Operation, box: Box, shape: tuple, shapes: Shapes) -> l
     if below == shape and op.name in VIEWS:
         return [box]
     node = op.inputs[0][0] if len(below) == 2 else op.node
-    if {len(shape), len(below)} == {2, 4} and rows_of(node) == max(shape, below, key=len)[:3]:
+    if {len(shape), len(below)} == {2, 4} and unflattened_shape(node) == max(shape, below, key=len)[
+        :3
+    ]:
         return [box]
     kept = min(len(shape), len(below)) > 3 and below[-2:] == shape[-2:]
     return [_all_channels(box)] if kept else _unknown(op, box, shape, shapes)
@@ -258,7 +262,7 @@ def _permute(op: Operation, box: Box, shape: tuple, shapes: Shapes) -> list[Box]
 
 def _table(op: Operation, box: Box, shape: tuple, shapes: Shapes) -> list[Box]:
     """A linear layer on maps (N, H, W, C): the same places in all channels."""
-    if len(shapes) != 1 or rows_of(op.node) is None:
+    if len(shapes) != 1 or unflattened_shape(op.node) is None:
         return _unknown(op, box, shape, shapes)
     return [np.roll(_all_channels(np.roll(box, 1, 1)), -1, 1)]
 
@@ -375,7 +379,7 @@ def _slice(op: Operation, box: Box, shape: tuple, shapes: Shapes) -> list[Box]:
 def _unsplit(op: Operation, nr: int, box: Box) -> Box:
     """A box of one part of a split in the coordinates of the whole."""
     below, below_nr = op.inputs[0]
-    shape = shape_of(below, below_nr)
+    shape = output_shape(below, below_nr)
     dim, size = op.saved("dim"), op.saved("split_size") or op.saved("split_sizes")
     if dim is None or size is None or len(shape) != 4 or dim % 4 == 0:
         return _everything(box, shape)

@@ -163,7 +163,7 @@ def find_top_activations(
                     raise error
             numbers = torch.tensor(order[state.done : state.done + len(found)])
             tops = dict(state.tops)
-            for some in of_one_size(found):
+            for some in group_by_size(found):
                 size = found[some[0]].shape
                 if inside and size not in allowed:
                     allowed[size] = _allowed(projector, found[some[0]], layers)
@@ -183,7 +183,9 @@ def find_top_activations(
     return state.tops
 
 
-def merge(parts: Sequence[dict[str, TopActivations]], *, k: int = 9) -> dict[str, TopActivations]:
+def merge_top_activations(
+    parts: Sequence[dict[str, TopActivations]], *, k: int = 9
+) -> dict[str, TopActivations]:
     """The tables of a whole data set from those of its parts."""
     parts = [part for part in parts if part]
     return {layer: _joined([part[layer] for part in parts], k) for layer in parts[0]}
@@ -201,7 +203,7 @@ class _Some:
 
     def __getitem__(self, place: int) -> Tensor | ValueError:
         try:
-            return image_of(self.images[self.numbers[place]])
+            return get_image(self.images[self.numbers[place]])
         except ValueError as error:
             return error
 
@@ -215,12 +217,12 @@ def _resumed(path: Path | None, key: dict[str, object]) -> SearchState:
     return SearchState({}, 0, key)
 
 
-def image_of(item: object) -> Tensor:
+def get_image(item: object) -> Tensor:
     """The image of what a data set gives, an image or (image, label)."""
     return item[0] if isinstance(item, tuple | list) else item
 
 
-def of_one_size(images: Sequence[Tensor]) -> Iterator[list[int]]:
+def group_by_size(images: Sequence[Tensor]) -> Iterator[list[int]]:
     """The places of images that can go through a network together: neighbours of one size."""
     some: list[int] = []
     for place, image in enumerate(images):

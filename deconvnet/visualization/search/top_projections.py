@@ -17,14 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deconvnet.storage import formats
-from deconvnet.visualization.projection.projection import Projection
+from deconvnet.visualization.projection.projection import (
+    Projection,
+    ProjectionReport,
+    UnevenOverlap,
+)
 from deconvnet.visualization.projection.projector import Projector
-from deconvnet.visualization.projection.rules import Report, Uneven
 from deconvnet.visualization.search.top_activations import (
     Progress,
     TopActivations,
-    image_of,
-    of_one_size,
+    get_image,
+    group_by_size,
 )
 
 FORMAT = "deconvnet exemplars"
@@ -59,7 +62,7 @@ class TopProjections:
     values: np.ndarray
     checkerboard: np.ndarray
     scale: float
-    report: Report
+    report: ProjectionReport
 
     def count(self, row: int) -> int:
         """How many activations the map in this row has."""
@@ -95,10 +98,10 @@ def load_top_projections(path: Path, key: dict[str, object] | None = None) -> To
         report = dict(header["report"])
         pairs = ("kernel", "stride", "period")
         report["uneven"] = tuple(
-            Uneven(each["layer"], *(tuple(each[name]) for name in pairs))
+            UnevenOverlap(each["layer"], *(tuple(each[name]) for name in pairs))
             for each in report["uneven"]
         )
-        report = Report(**report)
+        report = ProjectionReport(**report)
         return TopProjections(**arrays, layer=header["layer"], scale=header["scale"], report=report)
     except Exception as error:  # zipfile, zlib, json and numpy have errors of their own
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -183,8 +186,8 @@ def _with_images(
     """Units, sorted by image, in parts of a few images each, with these (n, 3, H, W)."""
     for some in _by_image(units, count):
         numbers = sorted({unit[0] for _, _, unit in some})
-        read = [image_of(images[number]) for number in numbers]
-        for places in of_one_size(read):
+        read = [get_image(images[number]) for number in numbers]
+        for places in group_by_size(read):
             here = {numbers[place] for place in places}
             together = [entry for entry in some if entry[2][0] in here]
             yield together, torch.stack([read[place] for place in places])
@@ -203,7 +206,9 @@ def _by_image(units: list[RankedUnit], images: int) -> Iterator[list[RankedUnit]
         yield some
 
 
-def _empty(layer: str, maps: list[int], k: int, tiles: Tensor, report: Report) -> TopProjections:
+def _empty(
+    layer: str, maps: list[int], k: int, tiles: Tensor, report: ProjectionReport
+) -> TopProjections:
     planes, *tile = tiles.shape[1:]
     scale = min(1.0, LARGEST / max(tile))
     size = tuple(max(1, round(side * scale)) for side in tile)

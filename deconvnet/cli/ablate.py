@@ -3,42 +3,30 @@
 python scripts/ablate.py run=runs/iccv2011-small
 """
 
-import os
-import signal
 from pathlib import Path
 
-import hydra
+import torch
 from omegaconf import DictConfig
 
-# With another busy process on the machine, threads of OpenMP that spin while they wait cost up to
-# ten times the time; on a quiet machine a short spin is as fast. To be set before torch is loaded.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-# Ctrl-C while libraries are loaded ends the program without a word; `launch` has more to say.
-if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-import torch
-
-from deconvnet import load
 from deconvnet.applications.restored_pictures import learned_images
-from deconvnet.cli import config
+from deconvnet.cli.errors import interruptible, one_line_errors
+from deconvnet.cli.settings import AblateConfig, read_settings
 from deconvnet.monitoring.monitor import save_picture
 from deconvnet.network.ablation import MEANINGS, Ablation, ablate
+from deconvnet.network.network import load
 from deconvnet.storage import ownership
-from deconvnet.visualization.pictures.figures import labelled_images
+from deconvnet.support.devices import torch_device
+from deconvnet.visualization.pictures.layer_pictures import labelled_images
 
-config.register()
 
-
-@hydra.main(version_base="1.3", config_path="../configs", config_name="ablate")
 def main(cfg: DictConfig) -> None:
-    with config.one_line_errors(ValueError, OSError), config.interruptible():
-        run(config.read_command(cfg))
+    with one_line_errors(ValueError, OSError), interruptible():
+        run(read_settings(cfg))
 
 
-def run(settings: config.AblateConfig) -> None:
+def run(settings: AblateConfig) -> None:
     folder = Path(settings.run)
-    net = load(folder).to(config.device(settings.device))
+    net = load(folder).to(torch_device(settings.device))
     if net.depth < 2 or not any(layer.settings.pool for layer in net.layers[:-1]):
         raise ValueError(f"run={folder}: its layers have no pooling between them")
     path = folder / "pictures" / "switches.png"
@@ -74,7 +62,3 @@ def table(found: list[Ablation], depth: int) -> str:
         cells = (values.get((kind, *column), "-") for column in columns)
         lines.append(f"| {kind} | " + " | ".join(cells) + f" | {meaning} |")
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    config.launch(main, config.AblateConfig)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deconvnet.images.preprocessing import ycbcr_to_rgb
 from deconvnet.network.codes import Codes
 from deconvnet.network.network import DeconvNet
 from deconvnet.operators.arithmetic import Field, receptive_field
@@ -24,7 +25,7 @@ CHUNK = 16
 
 
 @dataclass(frozen=True)
-class Features:
+class PixelFeatures:
     """Some activations in pixel space, each in a square of its image; often one for every map.
 
     tiles: (K, C, S, S) the projections, in the preprocessed domain; zeros where a map is never
@@ -38,11 +39,11 @@ class Features:
 
     def patches(self, images: Tensor) -> Tensor:
         """(K, C, S, S): what the tiles explain, cut from images (N, C, H, W), zeros beyond."""
-        return torch.stack([cut_square(images[n], *box) for n, *box in self.boxes.tolist()])
+        return torch.stack([crop_square(images[n], *box) for n, *box in self.boxes.tolist()])
 
     def cropped(
         self, image: tuple[int, int], *, share: float = 0.95, among: float = 0.9
-    ) -> Features:
+    ) -> PixelFeatures:
         """The same in smaller squares of images of (H, W) pixels, of one size for all tiles.
 
         The field of an upper layer is larger than what most of its features paint, and may be
@@ -67,14 +68,14 @@ class Features:
             if (kept >= share * total)[active].sum() >= among * active.sum():
                 break
         places = zip(self.tiles, first.tolist(), strict=True)
-        tiles = torch.stack([cut_square(y, top, left, side) for y, (top, left) in places])
+        tiles = torch.stack([crop_square(y, top, left, side) for y, (top, left) in places])
         corners = self.boxes[:, 1:3] + first
         sides = torch.full_like(corners[:, :1], side)
-        return Features(tiles, torch.cat([self.boxes[:, :1], corners, sides], 1), self.values)
+        return PixelFeatures(tiles, torch.cat([self.boxes[:, :1], corners, sides], 1), self.values)
 
 
 @plain
-def pixel_features(net: DeconvNet, codes: Codes, layer: int) -> Features:
+def pixel_features(net: DeconvNet, codes: Codes, layer: int) -> PixelFeatures:
     """The strongest activation of every map over the images of the codes, in pixel space.
 
     Each with its sign and unit value. Activations whose whole field lies inside the image are
@@ -93,18 +94,18 @@ def project_fields(
     places: tuple[Tensor, Tensor, Tensor, Tensor],
     coefficients: Tensor,
     values: Tensor,
-) -> Features:
+) -> PixelFeatures:
     """Each of some activations alone, cut to its field; places, coefficients as `project_each`."""
     n, _, i, j = places
     rows, columns = (layer_field(net, layer, axis) for axis in (0, 1))
     corners = rows.offset + rows.stride * i, columns.offset + columns.stride * j
     boxes = torch.stack([n, *corners, torch.full_like(n, max(rows.size, columns.size))], 1)
-    painted = project_each(net, codes, layer, places, coefficients)
-    tiles = [cut_square(y, *box) for y, (_, *box) in zip(painted, boxes.tolist(), strict=True)]
-    return Features(torch.stack(tiles), boxes, values)
+    painted = project_units(net, codes, layer, places, coefficients)
+    tiles = [crop_square(y, *box) for y, (_, *box) in zip(painted, boxes.tolist(), strict=True)]
+    return PixelFeatures(torch.stack(tiles), boxes, values)
 
 
-def project_each(
+def project_units(
     net: DeconvNet,
     codes: Codes,
     layer: int,
@@ -127,6 +128,13 @@ def layer_field(net: DeconvNet, layer: int, axis: int) -> Field:
     settings = [net.layer(number).settings for number in range(1, layer + 1)]
     pools = [s.pool[1 + axis] if s.pool else 1 for s in settings[:-1]]
     return receptive_field([s.filter_size for s in settings], pools, [s.boundary for s in settings])
+
+
+def signed_rgb(net: DeconvNet, f: Tensor) -> Tensor:
+    """Signed tiles in the network's colour planes as signed red, green and blue."""
+    if net.preprocessing.settings.color != "ycbcr":
+        return f
+    return ycbcr_to_rgb(f) - ycbcr_to_rgb(torch.zeros_like(f))
 
 
 def _strongest_of_maps(
@@ -200,7 +208,7 @@ def _inside(corners: Tensor, size: int, side: int, image: tuple[int, int]) -> Te
     return (corners + (size - side) // 2).clamp(min=torch.zeros_like(room), max=room)
 
 
-def cut_square(image: Tensor, top: int, left: int, side: int) -> Tensor:
+def crop_square(image: Tensor, top: int, left: int, side: int) -> Tensor:
     """The square (C, side, side) of an image at a place that may reach beyond it, zeros there."""
     H, W = image.shape[1:]
     padding = (max(-left, 0), max(left + side - W, 0), max(-top, 0), max(top + side - H, 0))

@@ -4,94 +4,32 @@ python scripts/train_cnn.py data.download=true
 """
 
 import logging
-import math
 import os
-import signal
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-
-import hydra
-from hydra.core.config_store import ConfigStore
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
-
-# With another busy process on the machine, threads of OpenMP that spin while they wait cost up to
-# ten times the time; on a quiet machine a short spin is as fast. To be set before torch is loaded.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-# Ctrl-C while libraries are loaded ends the program without a word; `launch` has more to say.
-if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 import torch.nn.functional as F
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
 from torch import Tensor
 from tqdm import tqdm
 
-from deconvnet.cli import config
-from deconvnet.images.datasets import Crop, DataSettings, LazyImages, lazy_images
+from deconvnet.cli.errors import one_line_errors
+from deconvnet.cli.run_files import logged
+from deconvnet.cli.settings import TrainCnnConfig, read_settings
+from deconvnet.images.datasets import Crop, LazyImages, lazy_images
 from deconvnet.monitoring.monitor import hidden, save_picture
 from deconvnet.storage import ownership
+from deconvnet.support.devices import torch_device
 from deconvnet.visualization.models.normalization import Normalization
 from deconvnet.visualization.models.zfnet import ZFNet, limit_filters
 from deconvnet.visualization.models.zoo import LoadedModel, save_model
-from deconvnet.visualization.pictures.canvas import grid, symmetric
+from deconvnet.visualization.pictures.canvas import shade_signed, tile_grid
 
 log = logging.getLogger("train_cnn")
-
-# More maps, images of a batch or epochs can only be a mistake.
-MOST = 100_000
-
-
-@dataclass
-class CnnSettings:
-    """What configs/cnn.yaml explains."""
-
-    name: str
-    color: str
-    images: int | None
-    held_out: float
-    width: int
-    dropout: float
-    epochs: int
-    checkpoints: list[int]
-    batch: int
-    learning_rate: float
-    momentum: float
-    weight_decay: float
-    filter_rms: float | None
-    mirror: bool
-    shift: int
-    seed: int
-    device: str
-    progress: bool
-    data: DataSettings = field(default_factory=DataSettings)
-
-    def __post_init__(self) -> None:
-        if self.color not in ("grey", "rgb"):
-            raise ValueError(f"color={self.color!r}: choose grey or rgb")
-        if self.data.source not in ("torchvision", "folder"):
-            raise ValueError(
-                f"data.source={self.data.source}: has no classes to learn; choose torchvision or "
-                "folder"
-            )
-        if self.data.size is None:
-            raise ValueError("data.size=None: a number is needed")
-        config.check_seed(self.seed)
-        for key in ("width", "epochs", "batch"):
-            if not 1 <= getattr(self, key) <= MOST:
-                raise ValueError(f"{key}={getattr(self, key)}: must be at least 1, at most {MOST}")
-        for key in ("held_out", "dropout", "momentum"):
-            if not 0 <= getattr(self, key) < 1:
-                raise ValueError(f"{key}={getattr(self, key)}: must be at least 0 and below 1")
-        if not 0 <= self.shift < self.data.size:
-            raise ValueError(f"shift={self.shift}: must be at least 0 and below data.size")
-        for key in ("images", "learning_rate", "filter_rms"):
-            if getattr(self, key) is not None and not 0 < getattr(self, key) < math.inf:
-                raise ValueError(f"{key}={getattr(self, key)}: must be above 0, and finite")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"weight_decay={self.weight_decay}: must be at least 0, and finite")
 
 
 @dataclass(frozen=True)
@@ -105,29 +43,22 @@ class Examples:
             yield self.pixels[n].expand(-1, 3, -1, -1).float() / 255, self.targets[n]
 
 
-config.register()
-ConfigStore.instance().store(name="cnn_schema", node=CnnSettings)
-
-
-@hydra.main(version_base="1.3", config_path="../configs", config_name="cnn")
 def main(cfg: DictConfig) -> None:
     folder = Path(HydraConfig.get().runtime.output_dir)
     try:
-        with config.one_line_errors(ValueError, OSError):
-            config.check_keys(cfg)
-            config.check_complete(cfg)
-            settings = OmegaConf.to_object(cfg)
+        with one_line_errors(ValueError, OSError):
+            settings = read_settings(cfg)
             with ownership.locked(folder):
                 check_places(settings, folder)
-                with config.logged(cfg, folder):
+                with logged(cfg, folder):
                     run(settings, folder)
     except KeyboardInterrupt:
         log.warning("stopped; the network files of the epochs before are in %s", folder)
         raise SystemExit(130) from None
 
 
-def run(settings: CnnSettings, folder: Path) -> None:
-    device = config.device(settings.device)
+def run(settings: TrainCnnConfig, folder: Path) -> None:
+    device = torch_device(settings.device)
     train, test, labels = examples(settings)
     # Parameters, dropout, order and shifts are drawn from the one generator.
     torch.manual_seed(settings.seed)
@@ -156,12 +87,12 @@ def run(settings: CnnSettings, folder: Path) -> None:
         training = {"epoch": epoch, "test_accuracy": accuracy, "data": asdict(settings.data)}
         save_model(path, replace(subject, training=training))
         filters = subject.normalization.signed_rgb(net.conv1.weight.detach().cpu())
-        save_picture(picture(folder, epoch), grid(symmetric(filters)))
+        save_picture(picture(folder, epoch), tile_grid(shade_signed(filters)))
         seconds, shown = time.perf_counter() - begun, os.path.relpath(path)
         tqdm.write(f"{epoch:>5}   {loss:>4.2f}   {accuracy:>13.1%}   {seconds:>7.0f}   {shown}")
 
 
-def check_places(settings: CnnSettings, folder: Path) -> None:
+def check_places(settings: TrainCnnConfig, folder: Path) -> None:
     """Refuse before the work begins where something is in the way of the results."""
     if any(folder.glob("epoch-*.safetensors")):
         raise ValueError(f"{folder} holds a network already: choose another name=..., or remove it")
@@ -175,7 +106,7 @@ def picture(folder: Path, epoch: int) -> Path:
     return folder / "pictures" / f"conv1-{epoch:03d}.png"
 
 
-def examples(settings: CnnSettings) -> tuple[Examples, Examples, tuple[str, ...]]:
+def examples(settings: TrainCnnConfig) -> tuple[Examples, Examples, tuple[str, ...]]:
     """What to train and to test on, and the names of the classes."""
     images = lazy_images(settings.data)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(settings.seed))
@@ -204,7 +135,7 @@ def examples(settings: CnnSettings) -> tuple[Examples, Examples, tuple[str, ...]
 
 
 def read(
-    images: LazyImages, chosen: list[int], what: str, settings: CnnSettings
+    images: LazyImages, chosen: list[int], what: str, settings: TrainCnnConfig
 ) -> tuple[Tensor, list[str]]:
     """The pixels (n, 1 or 3, S, S) uint8 of some images, and the names of their classes."""
     pixels, labels = [], []
@@ -224,7 +155,7 @@ def normalization_of(examples: Examples) -> Normalization:
     return Normalization(tuple(mean), tuple(std), "grey" if len(mean) == 1 else "rgb")
 
 
-def learn(subject: LoadedModel, examples: Examples, settings: CnnSettings) -> Iterator[float]:
+def learn(subject: LoadedModel, examples: Examples, settings: TrainCnnConfig) -> Iterator[float]:
     """The mean loss of each epoch, after it."""
     net = subject.module
     steps = settings.epochs * -(-len(examples.targets) // settings.batch)
@@ -255,7 +186,7 @@ def learn(subject: LoadedModel, examples: Examples, settings: CnnSettings) -> It
             yield total / len(order)
 
 
-def varied(pixels: Tensor, settings: CnnSettings) -> Tensor:
+def varied(pixels: Tensor, settings: TrainCnnConfig) -> Tensor:
     """The batch, all mirrored and moved together: what a class is does not change."""
     if settings.mirror and torch.rand(()) < 0.5:
         pixels = pixels.flip(3)
@@ -279,7 +210,3 @@ def share_correct(subject: LoadedModel, examples: Examples, batch: int) -> float
 
 def prepared(subject: LoadedModel, pixels: Tensor) -> Tensor:
     return subject.normalization.apply(pixels.to(subject.module.conv1.weight.device))
-
-
-if __name__ == "__main__":
-    config.launch(main, CnnSettings)

@@ -54,7 +54,7 @@ class _Traits:
     writes: tuple[tuple[int, str], ...]
 
 
-class Dependence(TorchDispatchMode):
+class DependenceTracker(TorchDispatchMode):
     """Watches a forward pass; `marked` then says which nodes of the graph use something that came
     from the pixels by another way than the recorded one, and what it is.
 
@@ -175,7 +175,7 @@ class _ByStorage(Generic[T]):
         self._found[reference.cdata] = (reference, value)
 
 
-def differing(one: Dependence, other: Dependence) -> frozenset[int]:
+def differing_calls(one: DependenceTracker, other: DependenceTracker) -> frozenset[int]:
     """The numbers of the calls whose constants differ between the passes of two images.
 
     None if the passes consist of different operations: a model may take different branches for

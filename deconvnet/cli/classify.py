@@ -4,31 +4,22 @@ python scripts/classify.py run=runs/iccv2011 data.path=caltech layers=[1,4]
 """
 
 import dataclasses
-import os
-import signal
 from pathlib import Path
 
-import hydra
+import numpy as np
 from omegaconf import DictConfig
 
-# With another busy process on the machine, threads of OpenMP that spin while they wait cost up to
-# ten times the time; on a quiet machine a short spin is as fast. To be set before torch is loaded.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-# Ctrl-C while libraries are loaded ends the program without a word; `launch` has more to say.
-if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-import numpy as np
-
-from deconvnet import load
 from deconvnet.applications.classification.classifier import Scores, draw_split
 from deconvnet.applications.classification.pipeline import Features, Images, judge
 from deconvnet.applications.restored_pictures import check_targets, confusion_picture
-from deconvnet.cli import config
+from deconvnet.cli.errors import interruptible, one_line_errors
+from deconvnet.cli.settings import ClassifyConfig, read_settings
 from deconvnet.monitoring.monitor import save_picture
 from deconvnet.monitoring.strict_json import to_json
+from deconvnet.network.network import load
 from deconvnet.storage import ownership
 from deconvnet.support.communicator import Communicator, RankLost, started
+from deconvnet.support.devices import torch_device
 
 # Seconds that a process waits for another: one may be a piece of images behind.
 PATIENCE = 3600.0
@@ -36,18 +27,15 @@ AGAIN = "run the same command again to resume; the features computed so far are 
 
 PICTURE, SCORES = "confusion.png", "scores.json"
 
-config.register()
 
-
-@hydra.main(version_base="1.3", config_path="../configs", config_name="classify")
 def main(cfg: DictConfig) -> None:
-    with config.one_line_errors(ValueError, OSError, RankLost):
-        settings = config.read_command(cfg)
-        with started(patience=PATIENCE) as communicator, config.interruptible(AGAIN):
+    with one_line_errors(ValueError, OSError, RankLost):
+        settings = read_settings(cfg)
+        with started(patience=PATIENCE) as communicator, interruptible(AGAIN):
             classify(settings, communicator)
 
 
-def classify(settings: config.ClassifyConfig, communicator: Communicator) -> None:
+def classify(settings: ClassifyConfig, communicator: Communicator) -> None:
     found: dict[str, tuple[Features, int]] = {}
     runs = [Path(run) for run in (settings.run, *settings.beside)]
     for run in runs:
@@ -71,9 +59,9 @@ def classify(settings: config.ClassifyConfig, communicator: Communicator) -> Non
         report(scores, names, settings, folder)
 
 
-def features_of(run: Path, settings: config.ClassifyConfig, communicator: Communicator) -> Features:
+def features_of(run: Path, settings: ClassifyConfig, communicator: Communicator) -> Features:
     """Those of the layers of a network, nothing of which is made yet."""
-    net = load(run).to(config.device(settings.device))
+    net = load(run).to(torch_device(settings.device))
     layers = settings.layers or list(range(1, net.depth + 1))
     for number in layers:
         net.layer(number)
@@ -94,7 +82,7 @@ def features_of(run: Path, settings: config.ClassifyConfig, communicator: Commun
     )
 
 
-def results(run: Path, settings: config.ClassifyConfig) -> Path:
+def results(run: Path, settings: ClassifyConfig) -> Path:
     """The folder of what is found for a network."""
     if settings.output:
         return Path(settings.output).expanduser()
@@ -104,7 +92,7 @@ def results(run: Path, settings: config.ClassifyConfig) -> Path:
 def report(
     scores: dict[str, Scores],
     names: list[str],
-    settings: config.ClassifyConfig,
+    settings: ClassifyConfig,
     folder: Path,
 ) -> None:
     """Say and write down what came out: a table, scores.json, confusion.png of the best."""
@@ -145,7 +133,3 @@ def mean_of_splits(by_class: np.ndarray) -> list[float]:
     count = tested.sum(0)
     total = np.where(tested, by_class, 0).sum(0)
     return np.where(count > 0, total / np.maximum(count, 1), np.nan).tolist()
-
-
-if __name__ == "__main__":
-    config.launch(main, config.ClassifyConfig)

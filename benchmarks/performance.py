@@ -1,11 +1,13 @@
 """Measure on real photographs: what solvers cost, what they reach, how long they take.
 
-python scripts/benchmark.py solvers    objective above the true minimum, density, SNR of each solver
-python scripts/benchmark.py z-step     the exact z-step against conjugate gradients, interleaved
-python scripts/benchmark.py speed      seconds per image of inference and of learning, and memory
-python scripts/benchmark.py layers     four layers of the ICCV 2011 paper: seconds, memory, scaling
-python scripts/benchmark.py steps --run runs/iccv2011-small    gradient steps and starts compared
-python scripts/benchmark.py scaling    learning shared by several processes, of one thread each
+python benchmarks/performance.py WHAT, where WHAT is
+
+solvers    objective above the true minimum, density, SNR of each solver
+z-step     the exact z-step against conjugate gradients, interleaved
+speed      seconds per image of inference and of learning, and memory
+layers     four layers of the ICCV 2011 paper: seconds, memory, scaling
+steps      gradient steps and starts compared, with --run runs/iccv2011-small
+scaling    learning shared by several processes, of one thread each
 """
 
 import argparse
@@ -29,7 +31,8 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from deconvnet import LayerSettings, SolverSettings, load
-from deconvnet.cli import config
+from deconvnet.cli.errors import one_line_errors
+from deconvnet.cli.settings import read_settings, register
 from deconvnet.images.datasets import DataSettings, load_images
 from deconvnet.images.preprocessing import PreprocessingSettings
 from deconvnet.monitoring.records import EpochStats
@@ -44,8 +47,9 @@ from deconvnet.sparse_coding.solvers import (
     solve,
 )
 from deconvnet.support.communicator import started
+from deconvnet.support.devices import torch_device
 from deconvnet.training.layer_trainer import LayerTrainer
-from deconvnet.training.training_set import Corpus, Source
+from deconvnet.training.training_set import ImageSource, TrainingSet
 
 SOLVERS = {
     "half_quadratic, paper (beta x6, 2 CG)": dict(method="half_quadratic", z_step="cg"),
@@ -87,11 +91,11 @@ def main() -> None:
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    with config.one_line_errors(ValueError, OSError):
+    with one_line_errors(ValueError, OSError):
         if options.what in ("layers", "steps", "scaling"):
             modes[options.what](options)
             return
-        layer, y = problem(options, config.device(options.device))
+        layer, y = problem(options, torch_device(options.device))
     print(
         f"{len(y)} images {y.shape[1]}x{y.shape[2]}x{y.shape[3]}, {options.maps} maps of 7x7, "
         f"lam {options.lam}, torch {torch.__version__} on {y.device}, "
@@ -178,11 +182,9 @@ def speed(trainer: LayerTrainer, y: torch.Tensor, options: argparse.Namespace) -
     infer = SolverSettings(iterations=60, tolerance=0.0)
     work = {
         "inference, 60 iterations of admm": lambda: solve(A, y, lam=lam, settings=infer),
-        "one epoch of learning": lambda: [
-            trainer.update() for _ in range(trainer.schedule.batches)
-        ],
+        "one epoch of learning": lambda: [trainer.update() for _ in range(trainer.sampler.batches)],
     }
-    counts = {"one epoch of learning": trainer.ground.images}
+    counts = {"one epoch of learning": trainer.data.images}
     for name, run in work.items():
         times = [timed(run, y.device)[1] / counts.get(name, len(y)) for _ in range(options.repeats)]
         print(
@@ -202,7 +204,7 @@ def layers(options: argparse.Namespace) -> None:
     Every row is a process of its own, so that its peak of memory is its own.
     """
     if options.size:
-        print(json.dumps(_layers(options.size, options.images, config.device(options.device))))
+        print(json.dumps(_layers(options.size, options.images, torch_device(options.device))))
         return
     print("seconds per image and layer: 15, 50, 100, 150 maps of 7x7, ten ISTA iterations")
     print("| images | pixels | threads | layer 1 | layer 2 | layer 3 | layer 4 | MiB per image |")
@@ -366,23 +368,26 @@ def _launch(count: int, options: argparse.Namespace) -> list[dict]:
 @torch.no_grad()
 def _scaling_rank(options: argparse.Namespace) -> None:
     """One of the processes: two epochs of each layer after a first one, which is not timed."""
-    config.register()
+    register()
     with initialize_config_dir(str(Path(__file__).parents[1] / "configs"), version_base="1.3"):
         learning = [f"model.layer{n}.learning.batch_size={options.batch}" for n in (1, 2)]
-        settings = config.read(compose("train", ["layers=2", *learning]))
-    device = config.device(options.device)
+        settings = read_settings(compose("train", ["layers=2", *learning]))
+    device = torch_device(options.device)
     net = DeconvNet(settings.layer_settings(), settings.preprocessing).to(device)
     found = []
     with started() as communicator:
-        source = Source.of(load_images(settings.data).images.to(device))
-        corpus = Corpus(net, source, communicator=communicator)
-        corpus.fit_preprocessing()
+        source = ImageSource.from_tensor(load_images(settings.data).images.to(device))
+        training_set = TrainingSet(net, source, communicator=communicator)
+        training_set.fit_preprocessing()
         for number in (1, 2):
-            corpus.settle(corpus.own_for(number), number - 1)
+            training_set.hold_codes(training_set.own_images(number), number - 1)
             if number > 1:
-                net.layer(number).fit_scale(corpus.pooled(number - 1))
+                net.layer(number).fit_scale(training_set.pooled_spread(number - 1))
             trainer = LayerTrainer(
-                net.layer(number), corpus.ground(number), number=number, communicator=communicator
+                net.layer(number),
+                training_set.layer_data(number),
+                number=number,
+                communicator=communicator,
             )
             _epoch(trainer)
             communicator.all_gather(None)
@@ -398,7 +403,7 @@ def _scaling_rank(options: argparse.Namespace) -> None:
                     "message": trainer.message,
                 }
             )
-            for _ in corpus.climb(number):
+            for _ in training_set.infer_next_layer(number):
                 pass
     print(json.dumps(found))
 

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from deconvnet.visualization.pictures.canvas import (
     GAP,
     PAPER,
-    below,
-    beside,
-    reach,
-    resized,
-    sheet,
-    symmetric,
-    titled,
+    arrange_tiles,
+    hstack,
+    quantile_magnitude,
+    resize_tiles,
+    shade_signed,
+    vstack,
+    with_title,
 )
 from deconvnet.visualization.projection.projector import Projector
 from deconvnet.visualization.search.top_projections import TopProjections
@@ -32,7 +32,7 @@ TILE = 56
 COLUMNS = 2
 
 
-def displayed(tiles: np.ndarray | Tensor, *, contrast: float = CONTRAST) -> Tensor:
+def shade_projections(tiles: np.ndarray | Tensor, *, contrast: float = CONTRAST) -> Tensor:
     """Signed tiles (M, 3, h, w) as colours in [0, 1]: grey is zero; a tile of zeros is all grey.
 
     contrast: of the pixels of a tile that are not zero the share that stays short of black and
@@ -40,7 +40,7 @@ def displayed(tiles: np.ndarray | Tensor, *, contrast: float = CONTRAST) -> Tens
     """
     signed = torch.as_tensor(np.asarray(tiles), dtype=torch.float32)
     signed = torch.nan_to_num(signed, 0.0, 0.0, 0.0)
-    return symmetric(signed, reach(signed, contrast))
+    return shade_signed(signed, quantile_magnitude(signed, contrast))
 
 
 def projection_grid(
@@ -57,22 +57,24 @@ def projection_grid(
     """
     rows = range(len(found.maps)) if rows is None else rows
     blocks = [_block(found, row, tile, contrast) for row in rows]
-    lines = [beside(blocks[n : n + columns], 4 * GAP) for n in range(0, len(blocks), columns)]
-    return below(lines, 2 * GAP)
+    lines = [hstack(blocks[n : n + columns], 4 * GAP) for n in range(0, len(blocks), columns)]
+    return vstack(lines, 2 * GAP)
 
 
 def with_control(learned: Tensor, control: Tensor, *, layer: str) -> Tensor:
     """The grid of a layer beside that of the same layer with shuffled weights."""
-    return beside(
+    return hstack(
         [
-            titled(f"{layer}: strongest activations, projected, and the image there", learned),
-            titled("the same, all weights in a random order: what the images alone give", control),
+            with_title(f"{layer}: strongest activations, projected, and the image there", learned),
+            with_title(
+                "the same, all weights in a random order: what the images alone give", control
+            ),
         ],
         8 * GAP,
     )
 
 
-def first_filters(projector: Projector) -> tuple[str, Tensor] | None:
+def pixel_filters(projector: Projector) -> tuple[str, Tensor] | None:
     """The layer whose filters see pixels, and they (K, 3, h, w), as signed red, green and blue.
 
     Of a torch module the first convolution that takes as many planes as an image has; None if there
@@ -87,7 +89,7 @@ def first_filters(projector: Projector) -> tuple[str, Tensor] | None:
     return None
 
 
-def chosen_maps(dead: np.ndarray, count: int | None, *, seed: int = 0) -> list[int]:
+def sample_maps(dead: np.ndarray, count: int | None, *, seed: int = 0) -> list[int]:
     """So many of the maps that are not dead, at random, in their order; all if they are fewer."""
     alive = np.flatnonzero(~dead)
     if count is None or len(alive) <= count:
@@ -101,21 +103,21 @@ def _block(found: TopProjections, row: int, tile: int, contrast: float) -> Tenso
     side = math.ceil(math.sqrt(k))
     patches = torch.from_numpy(found.patches[row]).float() / 255
     pair = []
-    for tiles in (displayed(found.tiles[row], contrast=contrast), patches):
+    for tiles in (shade_projections(found.tiles[row], contrast=contrast), patches):
         tiles = _of_width(tiles, tile)
         tiles[count:] = _hatched(tiles.shape[2:])
-        pair.append(sheet(tiles, side))
+        pair.append(arrange_tiles(tiles, side))
     values = found.values[row, :count]
     title = f"map {found.maps[row]}"
     if count:
         title += f"   {values[0]:.3g} to {values[-1]:.3g}"
-    return titled(title, beside(pair))
+    return with_title(title, hstack(pair))
 
 
 def _of_width(tiles: Tensor, width: int) -> Tensor:
     """All tiles about this wide: enlarged by a whole number without smoothing, or reduced."""
     w = tiles.shape[3]
-    return resized(tiles, max(1, round(width / w)) * w if w < width else width)
+    return resize_tiles(tiles, max(1, round(width / w)) * w if w < width else width)
 
 
 def _hatched(size: tuple[int, int]) -> Tensor:

@@ -13,16 +13,15 @@ from deconvnet.network.codes import Codes
 from deconvnet.network.network import DeconvNet, snr
 from deconvnet.operators.pooling import max_pool
 from deconvnet.visualization.pictures.canvas import (
-    below,
-    beside,
-    grid,
-    reach,
-    signed_rgb,
-    symmetric,
-    text,
+    hstack,
+    quantile_magnitude,
+    shade_signed,
+    text_block,
+    tile_grid,
+    vstack,
 )
-from deconvnet.visualization.pictures.features import pixel_features
-from deconvnet.visualization.pictures.parts import parts_picture
+from deconvnet.visualization.pictures.image_parts import image_parts_picture
+from deconvnet.visualization.projection.pixel_features import pixel_features, signed_rgb
 
 SHOWN_IMAGES = 6
 FEATURE = 84
@@ -42,16 +41,18 @@ def layer_pictures(net: DeconvNet, codes: Codes, images: Tensor, number: int) ->
     else:
         features = pixel_features(net, codes, number).cropped(tuple(images.shape[2:]))
         tiles, patches = signed_rgb(net, features.tiles), features.patches(images)
-        tiles = symmetric(tiles, reach(tiles))
-        pictures[f"layer{number}/filters"] = grid(tiles, tile=FEATURE)
-        pictures[f"layer{number}/patches"] = grid(patches.expand(-1, 3, -1, -1), tile=FEATURE)
+        tiles = shade_signed(tiles, quantile_magnitude(tiles))
+        pictures[f"layer{number}/filters"] = tile_grid(tiles, tile=FEATURE)
+        pictures[f"layer{number}/patches"] = tile_grid(patches.expand(-1, 3, -1, -1), tile=FEATURE)
     shown = torch.linspace(0, len(images) - 1, min(SHOWN_IMAGES, len(images))).round().long()
     some = codes.select(shown.to(net.device))
     if number > 1:
         clearest = _clearest(net, some, number)
         one = some.select(slice(clearest, clearest + 1))
-        pictures[f"layer{number}/parts"] = parts_picture(net, one, images[shown[clearest]], number)
-    pictures[f"layer{number}/reconstructed"] = reconstructions(net, some, images[shown])
+        pictures[f"layer{number}/parts"] = image_parts_picture(
+            net, one, images[shown[clearest]], number
+        )
+    pictures[f"layer{number}/reconstructed"] = reconstruction_picture(net, some, images[shown])
     busiest = some.layer(number).z.abs().sum((1, 2, 3)).argmax()
     pictures[f"layer{number}/maps"] = map_grid(some.layer(number).z[busiest])
     return pictures
@@ -64,7 +65,7 @@ def filter_picture(net: DeconvNet) -> Tensor:
 
 def filter_grid(f: Tensor, *, columns: int | None = None) -> Tensor:
     """Filters (K, 1 or 3, h, w) as a grid, each about mid-grey and by its own largest magnitude."""
-    return grid(symmetric(f), columns=columns)
+    return tile_grid(shade_signed(f), columns=columns)
 
 
 def map_grid(z: Tensor, *, columns: int | None = None) -> Tensor:
@@ -74,10 +75,12 @@ def map_grid(z: Tensor, *, columns: int | None = None) -> Tensor:
     in ten of all non-zero values are within the range from black to white, the same for all maps.
     """
     strongest = max_pool(z[None], (1, 2, 2))[0][0]
-    return grid(symmetric(strongest[:, None], reach(strongest[None], 0.9)), columns=columns)
+    return tile_grid(
+        shade_signed(strongest[:, None], quantile_magnitude(strongest[None], 0.9)), columns=columns
+    )
 
 
-def reconstructions(net: DeconvNet, codes: Codes, images: Tensor) -> Tensor:
+def reconstruction_picture(net: DeconvNet, codes: Codes, images: Tensor) -> Tensor:
     """Rows of images: as they came, preprocessed, from every layer, and back to pixels.
 
     The middle rows are what the layers explain, and their SNR is written beside them. The last row
@@ -90,7 +93,7 @@ def reconstructions(net: DeconvNet, codes: Codes, images: Tensor) -> Tensor:
         made = net.synthesize(codes, number)
         label = f"layer {number}\n{snr(y, made):.1f} dB\n{layer.density:.1%} of z"
         explained.append((label, made))
-    return below(
+    return vstack(
         [
             _labelled_row("image", images),
             labelled_images(net, explained),
@@ -102,14 +105,14 @@ def reconstructions(net: DeconvNet, codes: Codes, images: Tensor) -> Tensor:
 def labelled_images(net: DeconvNet, rows: list[tuple[str, Tensor]]) -> Tensor:
     """Rows of preprocessed images (N, C, H, W) with their labels, all in the scale of the first."""
     white = 3 * rows[0][1].std().clamp(min=1e-12)
-    return below(
-        [_labelled_row(label, symmetric(signed_rgb(net, row), white)) for label, row in rows]
+    return vstack(
+        [_labelled_row(label, shade_signed(signed_rgb(net, row), white)) for label, row in rows]
     )
 
 
 def _labelled_row(label: str, images: Tensor) -> Tensor:
-    page = grid(images.clamp(0, 1).expand(-1, 3, -1, -1), columns=len(images), tile=96)
-    return beside([text(label, 110, page.shape[1]), page])
+    page = tile_grid(images.clamp(0, 1).expand(-1, 3, -1, -1), columns=len(images), tile=96)
+    return hstack([text_block(label, 110, page.shape[1]), page])
 
 
 def _clearest(net: DeconvNet, codes: Codes, number: int) -> int:

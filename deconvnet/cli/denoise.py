@@ -3,40 +3,27 @@
 python scripts/denoise.py run=runs/denoise-rgb image=photo.png sigma=25
 """
 
-import os
-import signal
-
-import hydra
-from omegaconf import DictConfig
-
-# With another busy process on the machine, threads of OpenMP that spin while they wait cost up to
-# ten times the time; on a quiet machine a short spin is as fast. To be set before torch is loaded.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-# Ctrl-C while libraries are loaded ends the program without a word; `launch` has more to say.
-if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import torch
+from omegaconf import DictConfig
 from torch import Tensor
 
 from deconvnet.applications.restoration import Restorer, estimate_noise
 from deconvnet.applications.restored_pictures import LEVELS, Restored, restore
-from deconvnet.cli import config
+from deconvnet.cli.errors import interruptible, one_line_errors
+from deconvnet.cli.settings import DenoiseConfig, read_settings
 from deconvnet.network.network import Progress
+from deconvnet.support.devices import torch_device
 
 # In grey levels: rounding to whole ones alone makes noise of 0.3.
 LEAST_NOISE = 0.5
 
-config.register()
 
-
-@hydra.main(version_base="1.3", config_path="../configs", config_name="denoise")
 def main(cfg: DictConfig) -> None:
-    with config.one_line_errors(ValueError, OSError), config.interruptible():
-        denoise(config.read_command(cfg))
+    with one_line_errors(ValueError, OSError), interruptible():
+        denoise(read_settings(cfg))
 
 
-def denoise(settings: config.DenoiseConfig) -> None:
+def denoise(settings: DenoiseConfig) -> None:
     generator = torch.Generator().manual_seed(settings.seed)
 
     def job(restorer: Restorer, image: Tensor, depth: int, progress: Progress) -> Restored:
@@ -56,10 +43,6 @@ def denoise(settings: config.DenoiseConfig) -> None:
     restore(
         *(settings.run, settings.image, job),
         folder="denoised",
-        device=config.device(settings.device),
+        device=torch_device(settings.device),
         **settings.common(),
     )
-
-
-if __name__ == "__main__":
-    config.launch(main, config.DenoiseConfig)

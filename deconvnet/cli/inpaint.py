@@ -3,37 +3,24 @@
 python scripts/inpaint.py run=runs/denoise-rgb image=photo.png missing=scratches.png
 """
 
-import os
-import signal
-
-import hydra
-from omegaconf import DictConfig
-
-# With another busy process on the machine, threads of OpenMP that spin while they wait cost up to
-# ten times the time; on a quiet machine a short spin is as fast. To be set before torch is loaded.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-# Ctrl-C while libraries are loaded ends the program without a word; `launch` has more to say.
-if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import torch
+from omegaconf import DictConfig
 from torch import Tensor
 
 from deconvnet.applications.restoration import Restorer
 from deconvnet.applications.restored_pictures import LEVELS, Restored, mask_file, restore, seen
-from deconvnet.cli import config
+from deconvnet.cli.errors import interruptible, one_line_errors
+from deconvnet.cli.settings import InpaintConfig, read_settings
 from deconvnet.network.network import Progress
+from deconvnet.support.devices import torch_device
 
-config.register()
 
-
-@hydra.main(version_base="1.3", config_path="../configs", config_name="inpaint")
 def main(cfg: DictConfig) -> None:
-    with config.one_line_errors(ValueError, OSError), config.interruptible():
-        inpaint(config.read_command(cfg))
+    with one_line_errors(ValueError, OSError), interruptible():
+        inpaint(read_settings(cfg))
 
 
-def inpaint(settings: config.InpaintConfig) -> None:
+def inpaint(settings: InpaintConfig) -> None:
     generator = torch.Generator().manual_seed(settings.seed)
 
     def job(restorer: Restorer, image: Tensor, depth: int, progress: Progress) -> Restored:
@@ -47,10 +34,6 @@ def inpaint(settings: config.InpaintConfig) -> None:
         *(settings.run, settings.image, job),
         folder="inpainted",
         mask=mask_file(settings.missing),
-        device=config.device(settings.device),
+        device=torch_device(settings.device),
         **settings.common(),
     )
-
-
-if __name__ == "__main__":
-    config.launch(main, config.InpaintConfig)

@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -46,67 +45,6 @@ SWITCHES = {
     aten.max_pool2d_with_indices_backward.default,
     aten.adaptive_max_pool2d_backward.default,
 }
-
-
-@dataclass(frozen=True)
-class Uneven:
-    """A convolution whose transpose paints some pixels with more terms than others.
-
-    It does where its stride does not divide the (dilated) kernel, and leaves a regular pattern, the
-    checkerboard, whatever the signal. period: of the pattern in pixels, rows and columns,
-    0 if it is not known.
-    """
-
-    layer: str
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
-    period: tuple[int, int]
-
-    def __str__(self) -> str:
-        kernel, stride, period = (
-            "x".join(map(str, pair)) for pair in (self.kernel, self.stride, self.period)
-        )
-        pattern = f": a pattern of {period} pixels" if all(self.period) else ""
-        return f"{self.layer} ({kernel} with stride {stride}{pattern})"
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a projection passed on its way down, and how far it is that of the paper.
-
-    exact: operations that the paper has a rule for; linear: others, linear, reversed by their
-    transpose; extended: others, by a rule made in the spirit of the paper's; skipped: contrast
-    normalisation; unsupported: no rule, the gradient was used; rectified, switched: how often the
-    signal was rectified, and sent through the switches of max pooling; uneven: what may show as a
-    checkerboard; overlap: "normalised" if it was divided out.
-    """
-
-    method: str
-    exact: dict[str, int] = field(default_factory=dict)
-    linear: dict[str, int] = field(default_factory=dict)
-    extended: dict[str, int] = field(default_factory=dict)
-    skipped: dict[str, int] = field(default_factory=dict)
-    unsupported: dict[str, int] = field(default_factory=dict)
-    rectified: int = 0
-    switched: int = 0
-    uneven: tuple[Uneven, ...] = ()
-    overlap: str = "sum"
-
-    @property
-    def faithful(self) -> bool:
-        """Whether every operation has a rule in the paper or is linear."""
-        return not (self.extended or self.unsupported) and self.overlap == "sum"
-
-    def __str__(self) -> str:
-        lines = [f"{self.method}: rectified {self.rectified}, switched {self.switched} times"]
-        for key in ("exact", "linear", "extended", "skipped", "unsupported"):
-            counts = getattr(self, key)
-            if counts:
-                lines.append(f"{key}: {', '.join(f'{k} x{n}' for k, n in sorted(counts.items()))}")
-        if self.uneven:
-            state = "divided out" if self.overlap == "normalised" else "may show as a checkerboard"
-            lines.append(f"uneven overlap, {state}: {', '.join(map(str, self.uneven))}")
-        return "; ".join(lines)
 
 
 class SkippedResponseNorm(torch.autograd.Function):
@@ -143,7 +81,7 @@ def _local_response_norm(
         return SkippedResponseNorm.apply(input, size, alpha, beta, k)
 
 
-class Rules(TorchDispatchMode):
+class BackwardRules(TorchDispatchMode):
     """Within it a backward pass follows the rules of a method. For the backward pass only.
 
     local: convolutions are computed only where there is a signal, a small part of the image for
@@ -269,7 +207,7 @@ def _placed(first: int, size: int, limit: int) -> tuple[slice, slice]:
 
 
 @contextmanager
-def rules_at_nodes(found: Operations, method: str, gates: str) -> Iterator[None]:
+def node_rules(found: Operations, method: str, gates: str) -> Iterator[None]:
     """The rules that belong to single operations: clamps, which look like nothing else on the way
     down, and gates."""
     with ExitStack() as undo:

@@ -22,16 +22,19 @@ from deconvnet.visualization.pictures.canvas import (
     GAP,
     LINE,
     PAPER,
-    below,
-    beside,
-    reach,
-    resized,
-    sheet,
-    signed_rgb,
-    symmetric,
-    titled,
+    arrange_tiles,
+    hstack,
+    quantile_magnitude,
+    resize_tiles,
+    shade_signed,
+    vstack,
+    with_title,
 )
-from deconvnet.visualization.pictures.features import project_each, project_fields
+from deconvnet.visualization.projection.pixel_features import (
+    project_fields,
+    project_units,
+    signed_rgb,
+)
 
 COUNTS = (5, 25, 125)
 SHOWN_UNITS = 10
@@ -43,7 +46,7 @@ MOST_ZOOM = 20
 
 
 @dataclass(frozen=True)
-class Units:
+class Activations:
     """Entries of the maps of one image: map, row, column, value, (M,) each; maps counted from 0."""
 
     maps: Tensor
@@ -54,8 +57,8 @@ class Units:
     def __len__(self) -> int:
         return len(self.values)
 
-    def __getitem__(self, chosen: slice | Tensor) -> Units:
-        return Units(
+    def __getitem__(self, chosen: slice | Tensor) -> Activations:
+        return Activations(
             self.maps[chosen], self.rows[chosen], self.columns[chosen], self.values[chosen]
         )
 
@@ -65,25 +68,25 @@ class Units:
         return torch.zeros_like(self.maps), self.maps, self.rows, self.columns
 
 
-def strongest(codes: Codes, layer: int, count: int) -> Units:
+def strongest_activations(codes: Codes, layer: int, count: int) -> Activations:
     """The activations of a layer of one image with the largest |z|, strongest first.
 
     As many as `count`, or all that are not zero if they are fewer.
     """
-    return _strongest(_only(codes).layer(layer).z[0], count)
+    return _strongest_in(_only(codes).layer(layer).z[0], count)
 
 
 @plain
-def project(net: DeconvNet, codes: Codes, layer: int, units: Units) -> Tensor:
+def project_activations(net: DeconvNet, codes: Codes, layer: int, units: Activations) -> Tensor:
     """(M, C, H, W): R_l of each unit alone, with its value and the switches of the one image."""
-    projections = list(project_each(net, _only(codes), layer, units.places, units.values))
+    projections = list(project_units(net, _only(codes), layer, units.places, units.values))
     return torch.stack(projections) if projections else codes.y[:0]
 
 
 @plain
-def supporters(
-    net: DeconvNet, codes: Codes, layer: int, unit: Units, *, counts: tuple[int, ...] = COUNTS
-) -> list[Units]:
+def supporting_activations(
+    net: DeconvNet, codes: Codes, layer: int, unit: Activations, *, counts: tuple[int, ...] = COUNTS
+) -> list[Activations]:
     """What one activation is made of in layers l-1, l-2, ...: the strongest counts[0], counts[1],
     ... units of each, as far down as there are layers and counts.
 
@@ -98,10 +101,12 @@ def supporters(
     are what this activation asks for; what inference found in the layer below is another thing.
     """
     levels = supporting_maps(net, codes, layer, unit)
-    return [_strongest(z, count) for count, z in zip(counts, levels, strict=False)]
+    return [_strongest_in(z, count) for count, z in zip(counts, levels, strict=False)]
 
 
-def supporting_maps(net: DeconvNet, codes: Codes, layer: int, unit: Units) -> Iterator[Tensor]:
+def supporting_maps(
+    net: DeconvNet, codes: Codes, layer: int, unit: Activations
+) -> Iterator[Tensor]:
     """One activation projected to the maps (K, H, W) of layer l-1, then of layer l-2, ... of 1."""
     if len(unit) != 1:
         raise ValueError(f"{len(unit)} units: supporters are those of one, as units[:1]")
@@ -115,7 +120,7 @@ def supporting_maps(net: DeconvNet, codes: Codes, layer: int, unit: Units) -> It
 
 
 @plain
-def parts_picture(net: DeconvNet, codes: Codes, image: Tensor, layer: int) -> Tensor:
+def image_parts_picture(net: DeconvNet, codes: Codes, image: Tensor, layer: int) -> Tensor:
     """One image, the strongest activations of a layer that make it, and what makes the strongest.
 
     codes: of this image only; image: (1 or 3, H, W) in [0, 1]. On the left parts, each alone, cut
@@ -125,12 +130,12 @@ def parts_picture(net: DeconvNet, codes: Codes, image: Tensor, layer: int) -> Te
     """
     y = _only(codes).y
     made = net.synthesize(codes, layer)
-    units = strongest(codes, layer, SHOWN_UNITS)
-    projected = project(net, codes, layer, units)
+    units = strongest_activations(codes, layer, SHOWN_UNITS)
+    projected = project_activations(net, codes, layer, units)
     together = projected.sum(0, keepdim=True)
 
     def panel(title: str, signed: Tensor, white: Tensor) -> Tensor:
-        return _panel(title, symmetric(signed_rgb(net, signed), white))
+        return _panel(title, shade_signed(signed_rgb(net, signed), white))
 
     total, white = torch.count_nonzero(codes.layer(layer).z), 3 * y.std().clamp(min=1e-12)
     panels = [
@@ -139,11 +144,11 @@ def parts_picture(net: DeconvNet, codes: Codes, image: Tensor, layer: int) -> Te
         panel(f"layer {layer}: {total} activations, {snr(y, made):.1f} dB", made, white),
         panel(f"the strongest {len(units)} of them: {snr(y, together):.1f} dB", together, white),
     ]
-    rows = [beside(panels, GAP)]
+    rows = [hstack(panels, GAP)]
     if len(units) == 0:
         return rows[0]
 
-    top, white = projected[:1], reach(signed_rgb(net, projected[:1]))
+    top, white = projected[:1], quantile_magnitude(signed_rgb(net, projected[:1]))
     name = f"map {units.maps[0]}"
     tiles = _fields(net, codes, layer, units)
     title = f"layer {layer}: the strongest {len(units)} activations, each alone"
@@ -152,10 +157,10 @@ def parts_picture(net: DeconvNet, codes: Codes, image: Tensor, layer: int) -> Te
 
     levels = supporting_maps(net, codes, layer, units[:1])
     for level, count, z in zip(range(layer - 1, 0, -1), COUNTS, levels, strict=False):
-        kept = _strongest(z, count)
+        kept = _strongest_in(z, count)
         if len(kept) == 0:
             break
-        together = project(net, codes, level, kept).sum(0, keepdim=True)
+        together = project_activations(net, codes, level, kept).sum(0, keepdim=True)
         title = (
             f"layer {level}: the strongest {len(kept)} of the {torch.count_nonzero(z)} parts of "
             f"{name}, each alone"
@@ -166,22 +171,22 @@ def parts_picture(net: DeconvNet, codes: Codes, image: Tensor, layer: int) -> Te
         )
         tiles = _fields(net, codes, level, kept)
         rows.append(_parts_and_whole(title, tiles, labels, whole))
-    return below(rows, 4 * GAP)
+    return vstack(rows, 4 * GAP)
 
 
-def _fields(net: DeconvNet, codes: Codes, layer: int, units: Units) -> Tensor:
+def _fields(net: DeconvNet, codes: Codes, layer: int, units: Activations) -> Tensor:
     """Tiles (M, 3, S, S) of units, each alone, cut to its field or to the image if that is less."""
     fields = project_fields(net, codes, layer, units.places, units.values, units.values)
     shown = signed_rgb(net, fields.cropped(tuple(codes.y.shape[2:]), share=1.0, among=1.0).tiles)
-    return symmetric(shown, reach(shown))
+    return shade_signed(shown, quantile_magnitude(shown))
 
 
-def _strongest(z: Tensor, count: int) -> Units:
+def _strongest_in(z: Tensor, count: int) -> Activations:
     """The entries of maps (K, H, W) with the largest magnitude, of equals the first; no zeros."""
     order = z.abs().flatten().sort(descending=True, stable=True).indices[:count]
     order = order[z.flatten()[order] != 0]
     K, H, W = z.shape
-    return Units(order // (H * W), order // W % H, order % W, z.flatten()[order])
+    return Activations(order // (H * W), order // W % H, order % W, z.flatten()[order])
 
 
 def _share(whole: Tensor, part: Tensor) -> float:
@@ -190,14 +195,16 @@ def _share(whole: Tensor, part: Tensor) -> float:
     return float(1 - (whole - part).square().sum() / whole.square().sum())
 
 
-def _labels(units: Units) -> list[str]:
+def _labels(units: Activations) -> list[str]:
     each = zip(units.maps.tolist(), units.values.tolist(), strict=True)
     return [f"map {number}: {value:+.2g}" for number, value in each]
 
 
 def _panel(title: str, picture: Tensor) -> Tensor:
     h, w = picture.shape[2:]
-    return _widened(titled(title, resized(picture, max(1, PANEL * w // max(h, w)))[0]), PANEL)
+    return _widened(
+        with_title(title, resize_tiles(picture, max(1, PANEL * w // max(h, w)))[0]), PANEL
+    )
 
 
 def _parts_and_whole(title: str, tiles: Tensor, labels: list[str] | None, whole: Tensor) -> Tensor:
@@ -212,11 +219,11 @@ def _parts_and_whole(title: str, tiles: Tensor, labels: list[str] | None, whole:
         return 0 if wide < narrowest else size // w * w or max(1, size)
 
     columns = max(range(1, count + 1), key=lambda n: (width(n), -(-count % n), n))
-    tiles = resized(tiles, max(1, width(columns)))
+    tiles = resize_tiles(tiles, max(1, width(columns)))
     if labels:
-        each = [titled(label, tile) for label, tile in zip(labels, tiles, strict=True)]
+        each = [with_title(label, tile) for label, tile in zip(labels, tiles, strict=True)]
         tiles = torch.stack([_widened(tile, max(LABEL, tiles.shape[3])) for tile in each])
-    return beside([_widened(titled(title, sheet(tiles, columns)), ROOM[1]), whole], GAP)
+    return hstack([_widened(with_title(title, arrange_tiles(tiles, columns)), ROOM[1]), whole], GAP)
 
 
 def _widened(picture: Tensor, width: int) -> Tensor:

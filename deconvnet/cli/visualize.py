@@ -7,23 +7,15 @@ python scripts/visualize.py model=torchvision/vgg16 images=folder layers=[featur
 import os
 import re
 import shlex
-import signal
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import hydra
 from omegaconf import DictConfig
 
-# With another busy process on the machine, threads of OpenMP that spin while they wait cost up to
-# ten times the time; on a quiet machine a short spin is as fast. To be set before torch is loaded.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-# Ctrl-C while libraries are loaded ends the program without a word; `launch` has more to say.
-if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-from deconvnet import load
-from deconvnet.cli import arguments, config
+from deconvnet.cli import printed_commands
+from deconvnet.cli.errors import one_line_errors
+from deconvnet.cli.settings import VisualizeConfig, read_settings
 from deconvnet.images.datasets import (
     Crop,
     DataSettings,
@@ -34,39 +26,39 @@ from deconvnet.images.datasets import (
     without_download,
 )
 from deconvnet.images.decoding import shown_name
+from deconvnet.network.network import load
 from deconvnet.support.communicator import SINGLE, Communicator, RankLost, started
+from deconvnet.support.devices import torch_device
 from deconvnet.training.run_folder import training_data
+from deconvnet.visualization.evolution.checkpoints import project_checkpoints
+from deconvnet.visualization.evolution.evolution import Evolution, load_evolution
+from deconvnet.visualization.manifest import layer_file_name
 from deconvnet.visualization.models.zoo import WEIGHT_FILES, LoadedModel, digest, load_model
-from deconvnet.visualization.pictures.evolution import Evolution, evolution, load_evolution
-from deconvnet.visualization.projection.projection import choose_among
+from deconvnet.visualization.projection.projection import suggest_layers
 from deconvnet.visualization.report import (
     default_layers,
-    file_name,
-    layers_of,
-    projector_of,
+    make_projector,
+    projectable_layers,
     visualize_network,
 )
 
 LIST = "?"
 
-config.register()
 
-
-@hydra.main(version_base="1.3", config_path=".", config_name="visualize")
 def main(cfg: DictConfig) -> None:
-    with config.one_line_errors(ValueError, OSError, RankLost), started() as communicator:
+    with one_line_errors(ValueError, OSError, RankLost), started() as communicator:
         try:
-            visualize(config.read_visualize(cfg), communicator)
+            visualize(read_settings(cfg), communicator)
         except KeyboardInterrupt:
             if communicator.is_main:
-                print(f"\nstopped; to resume: {arguments.again()}")
+                print(f"\nstopped; to resume: {printed_commands.again()}")
             raise SystemExit(130) from None
 
 
-def visualize(settings: config.VisualizeConfig, communicator: Communicator = SINGLE) -> None:
+def visualize(settings: VisualizeConfig, communicator: Communicator = SINGLE) -> None:
     check_images(settings)
     subject = learned(settings) if settings.run else trained(settings)
-    subject.module.to(config.device(settings.device))
+    subject.module.to(torch_device(settings.device))
     images = images_of(settings, subject, communicator)
     if settings.layers == [LIST]:
         return list_layers(settings, subject, images)
@@ -90,7 +82,7 @@ def visualize(settings: config.VisualizeConfig, communicator: Communicator = SIN
         )
 
 
-def check_images(settings: config.VisualizeConfig) -> None:
+def check_images(settings: VisualizeConfig) -> None:
     """Before anything is loaded or downloaded, refuse settings that name no images."""
     given = settings.images
     if given is None and settings.model and not is_file(settings.model):
@@ -108,7 +100,7 @@ def is_file(model: str) -> bool:
     return Path(model).suffix in WEIGHT_FILES or Path(model).is_file()
 
 
-def learned(settings: config.VisualizeConfig) -> LoadedModel:
+def learned(settings: VisualizeConfig) -> LoadedModel:
     """The network of a run."""
     path = Path(settings.run)
     net = load(path)
@@ -116,7 +108,7 @@ def learned(settings: config.VisualizeConfig) -> LoadedModel:
     return LoadedModel(net, name, shown(path).as_posix(), digest=digest(net))
 
 
-def trained(settings: config.VisualizeConfig, weights: str | None = None) -> LoadedModel:
+def trained(settings: VisualizeConfig, weights: str | None = None) -> LoadedModel:
     """The network that `model` names."""
     return load_model(
         settings.model,
@@ -130,7 +122,7 @@ def trained(settings: config.VisualizeConfig, weights: str | None = None) -> Loa
 
 
 def images_of(
-    settings: config.VisualizeConfig, subject: LoadedModel, communicator: Communicator = SINGLE
+    settings: VisualizeConfig, subject: LoadedModel, communicator: Communicator = SINGLE
 ) -> LazyImages:
     """The images of the settings, or those that the network has learned from, cropped.
 
@@ -158,7 +150,7 @@ def images_of(
     return LazyImages([found.items[n] for n in chosen], crop=found.crop)
 
 
-def named_images(settings: config.VisualizeConfig, crop: Crop | None) -> LazyImages:
+def named_images(settings: VisualizeConfig, crop: Crop | None) -> LazyImages:
     """The images of a folder, a file, or a list of files."""
     several = isinstance(settings.images, list)
     paths = [
@@ -178,7 +170,7 @@ def named_images(settings: config.VisualizeConfig, crop: Crop | None) -> LazyIma
     )
 
 
-def data_of(settings: config.VisualizeConfig, subject: LoadedModel) -> DataSettings | None:
+def data_of(settings: VisualizeConfig, subject: LoadedModel) -> DataSettings | None:
     """What the network has learned from; of pictures with zeros around them, their crops."""
     if settings.run and Path(settings.run).is_dir():
         data = training_data(settings.run)
@@ -202,11 +194,11 @@ def described(data: DataSettings) -> str:
     return f"{name}{shown_name(data.path)}"
 
 
-def list_layers(settings: config.VisualizeConfig, subject: LoadedModel, images: LazyImages) -> None:
+def list_layers(settings: VisualizeConfig, subject: LoadedModel, images: LazyImages) -> None:
     """Print the layers that can be named, with their maps and receptive fields."""
-    infos = layers_of(projector_of(subject, settings), images[0])
+    infos = projectable_layers(make_projector(subject, settings), images[0])
     if not infos:
-        raise ValueError(f"layers=[?]: {choose_among('', [])}")
+        raise ValueError(f"layers=[?]: {suggest_layers('', [])}")
     chosen = set(default_layers(infos))
     print(f"  {'layer':28} {'kind':20} {'maps':>14}   receptive field (* by default)")
     for info in infos:
@@ -214,7 +206,7 @@ def list_layers(settings: config.VisualizeConfig, subject: LoadedModel, images: 
 
 
 def evolutions(
-    settings: config.VisualizeConfig, subject: LoadedModel, images: LazyImages
+    settings: VisualizeConfig, subject: LoadedModel, images: LazyImages
 ) -> dict[str, Evolution]:
     """The features of layers over the epochs of a run, or over the checkpoints of a model."""
     if settings.run:
@@ -224,40 +216,40 @@ def evolutions(
         return {}
     layers = settings.layers
     if layers is None:
-        layers = default_layers(layers_of(projector_of(subject, settings), images[0]))
+        layers = default_layers(projectable_layers(make_projector(subject, settings), images[0]))
     # The epochs that files are named by, if they are.
     found = [re.findall(r"\d+", Path(path).stem) for path in settings.checkpoints]
     numbers = [int(each[-1]) for each in found if each]
     if len(set(numbers)) < len(found):
         numbers = list(range(1, len(found) + 1))
-    device = config.device(settings.device)
+    device = torch_device(settings.device)
 
     def projectors():
         for path in settings.checkpoints:
             some = trained(settings, path)
             some.module.to(device)
-            yield projector_of(some, settings)
+            yield make_projector(some, settings)
 
     return {
-        layer: evolution(projectors(), images, layer, epochs=numbers, inside=settings.inside)
+        layer: project_checkpoints(
+            projectors(), images, layer, epochs=numbers, inside=settings.inside
+        )
         for layer in layers
     }
 
 
-def output(settings: config.VisualizeConfig) -> Path:
+def output(settings: VisualizeConfig) -> Path:
     if settings.output is not None:
         return Path(settings.output).expanduser()
     if settings.run:
         path = Path(settings.run)
         return path if path.is_dir() else path.with_suffix("")
     path = Path(settings.model)
-    return path.with_suffix("") if path.is_file() else Path("runs") / file_name(settings.model)
+    return (
+        path.with_suffix("") if path.is_file() else Path("runs") / layer_file_name(settings.model)
+    )
 
 
 def shown(path: Path) -> Path:
     """A path as the user would type it from here."""
     return Path(os.path.relpath(path))
-
-
-if __name__ == "__main__":
-    config.launch(main, config.VisualizeConfig)

@@ -4,35 +4,29 @@ import dataclasses
 import logging
 import os
 import shlex
-import signal
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 
-import hydra
+import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-# With another busy process on the machine, threads of OpenMP that spin while they wait cost up to
-# ten times the time; on a quiet machine a short spin is as fast. To be set before torch is loaded.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-# Ctrl-C while libraries are loaded ends the program without a word; `launch` has more to say.
-if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-import torch
-
-from deconvnet.cli import arguments, config
+from deconvnet.cli import printed_commands
+from deconvnet.cli.errors import one_line_errors
+from deconvnet.cli.run_files import logged
+from deconvnet.cli.settings import TrainConfig, flat, read_settings
 from deconvnet.images.datasets import DataSettings, load_images, stream_images
 from deconvnet.monitoring.monitor import Monitor
 from deconvnet.monitoring.records import LayerResult
 from deconvnet.network.network import DeconvNet
 from deconvnet.storage import ownership
 from deconvnet.support.communicator import Communicator, RankLost, started
+from deconvnet.support.devices import torch_device
 from deconvnet.training.layer_trainer import Diverged
 from deconvnet.training.loop import Interrupted, train
-from deconvnet.training.run_folder import Run
-from deconvnet.training.training_set import Source
+from deconvnet.training.run_folder import RunFolder
+from deconvnet.training.training_set import ImageSource
 
 log = logging.getLogger("train")
 
@@ -43,21 +37,18 @@ FREE = (
     *("memory", "disk", "init"),
 )
 
-config.register()
 
-
-@hydra.main(version_base="1.3", config_path="../configs", config_name="train")
 def main(cfg: DictConfig) -> None:
     folder = Path(HydraConfig.get().runtime.output_dir)
-    with config.one_line_errors(ValueError, OSError, Diverged, RankLost):
-        settings = config.read(cfg)
+    with one_line_errors(ValueError, OSError, Diverged, RankLost):
+        settings = read_settings(cfg)
         with started(patience=settings.patience) as communicator:
             try:
                 results = run(settings, cfg, folder, communicator)
             except Interrupted:
                 if communicator.is_main:
                     # Neither resume=false nor a path: the run is here now.
-                    again = arguments.again("resume")
+                    again = printed_commands.again("resume")
                     log.warning("stopped and saved; to resume: %s", again)
                 raise SystemExit(130) from None
     if communicator.is_main:
@@ -65,24 +56,24 @@ def main(cfg: DictConfig) -> None:
 
 
 def run(
-    settings: config.Config, cfg: DictConfig, folder: Path, communicator: Communicator
+    settings: TrainConfig, cfg: DictConfig, folder: Path, communicator: Communicator
 ) -> list[LayerResult]:
     with ExitStack() as stack:
         if communicator.is_main:
             stack.enter_context(ownership.locked(folder))
-        device = config.device(settings.device)
+        device = torch_device(settings.device)
         layers = settings.layer_settings()
         net = DeconvNet(layers, settings.preprocessing, seed=settings.seed)
         record = {k: v for k, v in dataclasses.asdict(settings).items() if k not in FREE}
         images = cache(lambda: source(settings.data, device))
         saved = None
         if communicator.is_main:
-            saved = Run(
+            saved = RunFolder(
                 *(folder, record, settings.resume),
                 init=settings.init,
                 digests=lambda: images().digests(),
             )
-            stack.enter_context(config.logged(cfg, folder))
+            stack.enter_context(logged(cfg, folder))
         log.info(
             "%d images of %dx%d on %s, layers of %s maps; run folder %s",
             images().count,
@@ -97,7 +88,7 @@ def run(
             folder if communicator.is_main else None,
             progress=settings.progress and communicator.is_main,
             config=OmegaConf.to_yaml(cfg, resolve=True),
-            settings=config.flat(record),
+            settings=flat(record),
         )
         return train(
             net.to(device),
@@ -113,13 +104,13 @@ def run(
         )
 
 
-def source(settings: DataSettings, device: torch.device) -> Source:
+def source(settings: DataSettings, device: torch.device) -> ImageSource:
     """The training images: all in memory, or each read when its turn has come."""
     if settings.stream:
         streamed = stream_images(settings)
-        return Source(len(streamed), streamed.read, streamed.ahead, lambda: streamed.digests)
+        return ImageSource(len(streamed), streamed.read, streamed.ahead, lambda: streamed.digests)
     data = load_images(settings)
-    return Source.of(data.images.to(device), data.frames, lambda: data.digests)
+    return ImageSource.from_tensor(data.images.to(device), data.frames, lambda: data.digests)
 
 
 def summarize(results: list[LayerResult], folder: Path) -> None:
@@ -140,8 +131,8 @@ def summarize(results: list[LayerResult], folder: Path) -> None:
         f"network       {place}/network.safetensors",
         f"look          tensorboard --logdir {shlex.quote(str(shown(folder.parent)))} "
         "--samples_per_plugin images=99",
-        f"reconstruct   python {arguments.beside('reconstruct.py')} "
-        f"{arguments.setting('run', place)} layer={len(results)} images=photo.jpg",
+        f"reconstruct   {printed_commands.beside('reconstruct')} "
+        f"{printed_commands.setting('run', place)} layer={len(results)} images=photo.jpg",
     ]
     print("\n".join(lines))
 
@@ -149,7 +140,3 @@ def summarize(results: list[LayerResult], folder: Path) -> None:
 def shown(path: Path) -> Path:
     """A path as the user would type it from here."""
     return Path(os.path.relpath(path))
-
-
-if __name__ == "__main__":
-    config.launch(main, config.Config)

@@ -1,0 +1,97 @@
+"""The command line: `deconvnet COMMAND key=value ...`.
+
+Nothing here imports torch, so that `deconvnet --help` answers at once, and so that the environment
+of torch's threads is set before torch is loaded.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+from deconvnet import __version__
+
+# The commands, and what each does. Their modules in this folder have the same names.
+COMMANDS = {
+    "train": "Learn a network from images, layer by layer, and show what it learned.",
+    "visualize": "Show what the maps of a network respond to, or those of any CNN.",
+    "reconstruct": "Reconstruct images from the feature maps of one layer.",
+    "ablate": "Measure what the switches of max pooling are worth.",
+    "denoise": "Remove noise from images.",
+    "inpaint": "Fill in missing pixels of images.",
+    "classify": "Measure how well the features of a network separate classes of images.",
+    "train-cnn": "Train a small convolutional network to visualize.",
+}
+
+HELP = """\
+Learn a hierarchy of visual features from unlabelled images, and see what they are.
+
+  deconvnet COMMAND key=value ...
+
+{commands}
+
+  deconvnet COMMAND --help    what the command does, and all its settings
+  deconvnet --version         the version of deconvnet
+
+Start with: deconvnet train +layers=2"""
+
+
+def main() -> None:
+    """The console command `deconvnet`; also `python -m deconvnet`."""
+    first = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if first in ("--help", "-h", "help"):
+        print(_help())
+    elif first in ("--version", "-V"):
+        print(f"deconvnet {__version__}")
+    elif first.replace("_", "-") in COMMANDS:
+        call = (*_program(sys.argv[0]), first)
+        sys.argv[1:] = sys.argv[2:]
+        run(first.replace("_", "-"), call)
+    else:
+        raise SystemExit(f"deconvnet {first}: no such command; {_right_command(first)}")
+
+
+def run(command: str, call: tuple[str, ...] = ()) -> None:
+    """Run a command with the settings in sys.argv.
+
+    call: how the user typed the command, for commands that it prints; by default as the script that
+    is running.
+    """
+    # With another busy process on the machine, threads of OpenMP that spin while they wait cost up
+    # to ten times the time; on a quiet machine a short spin is as fast.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    # Ctrl-C while libraries are loaded ends the program silently; `launch` has more to say.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from deconvnet.cli.launch import launch
+
+    launch(command, call or ("python", sys.argv[0]))
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS)) + 2
+    lines = [f"  {name:{width}}{summary}" for name, summary in COMMANDS.items()]
+    return HELP.format(commands="\n".join(lines))
+
+
+def _program(path: str) -> tuple[str, ...]:
+    """How the user called this program, whose file is at `path`."""
+    if Path(path).name == "__main__.py":
+        return "python", "-m", "deconvnet"
+    name = Path(path).stem
+    found = shutil.which(name)
+    return (name,) if found and Path(found).resolve() == Path(path).resolve() else (path,)
+
+
+def _right_command(name: str) -> str:
+    """What to type instead of a name that is no command."""
+    if "=" in name or name.startswith("+"):
+        return f"the command comes first, as in: deconvnet train {name}"
+    close = difflib.get_close_matches(name, COMMANDS, n=1)
+    if close:
+        return f"did you mean {close[0]}?"
+    return f"there are {', '.join(COMMANDS)}"

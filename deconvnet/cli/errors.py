@@ -1,0 +1,92 @@
+"""Errors that end a command in one line, with the exit code that a shell expects."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from deconvnet.cli.keys import has
+from deconvnet.cli.refusals import explain_refusal
+
+# Settings by which a command takes less memory, and what libraries say when there is none left.
+LARGE = ("chunk", "batch", "memory", "data.size", "data.max_images", "max_images", "count")
+NO_MEMORY = ("out of memory", "allocate memory", "not enough memory", "bad_alloc", "bad allocation")
+# Read before `launch` sets it for its own purpose.
+WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
+
+
+def explain(error: Exception, schema: type) -> str | None:
+    """What a user can do about an error, in one line; None if it is a fault of this package."""
+    if is_memory(error):
+        keys = [key for key in LARGE if has(schema, key)]
+        lower = f"lower {' or '.join(f'{key}=' for key in keys)}" if keys else "use smaller images"
+        said = one_line(error)[:200]
+        return f"error: out of memory: {lower}" + (f" ({said})" if said else "")
+    if isinstance(error, HydraException | OmegaConfBaseException | OSError | ValueError):
+        return f"configuration error: {explain_refusal(error, schema) or one_line(error)}"
+    inside = ("hydra", "omegaconf", "yaml", "antlr4")
+    if isinstance(error, RecursionError) and raised_in(error, inside):
+        return "configuration error: nested too deeply, or with a reference to itself"
+    # Where Hydra did not think of an argument, such as hydra.launcher._target_=x.
+    unforeseen = (TypeError, AttributeError, AssertionError, RuntimeError, ImportError)
+    if isinstance(error, unforeseen) and raised_in(error, inside):
+        what = f"({one_line(error)})"
+        return f"configuration error: Hydra cannot make sense of the arguments {what}"
+    return None
+
+
+def is_memory(error: Exception) -> bool:
+    """Whether there was not enough memory, on whatever device."""
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        return True
+    message = str(error).lower()
+    return isinstance(error, RuntimeError) and any(said in message for said in NO_MEMORY)
+
+
+def raised_in(error: BaseException, packages: tuple[str, ...]) -> bool:
+    """Whether an error comes from code of one of these packages."""
+    trace = error.__traceback__
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace.tb_frame.f_globals.get("__name__", "").partition(".")[0] in packages
+
+
+@contextmanager
+def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
+    """End the program with one line and exit code 1 where an error of these kinds is raised."""
+    try:
+        yield
+    except kinds as error:
+        # What `launch` has better words for.
+        if WANTS_TRACEBACK or isinstance(error, BrokenPipeError) or is_memory(error):
+            raise
+        raise SystemExit(f"error: {' '.join(str(error).splitlines())}") from None
+
+
+@contextmanager
+def interruptible(said: str = "what was finished is there") -> Iterator[None]:
+    """End the program with one line and exit code 130 where Ctrl-C stops it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"stopped; {said}", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def one_line(error: BaseException | None) -> str:
+    """The message of an error and of its causes: Hydra often says only there what is wrong."""
+    messages = []
+    while error is not None:
+        lines = [line.strip() for line in str(error).splitlines()]
+        kept = (line for line in lines if line and not line.startswith(("object_", "reference_")))
+        message = " ".join(kept)
+        if message not in "; ".join(messages):
+            messages.append(message)
+        error = error.__cause__
+    return "; ".join(messages)

@@ -1,0 +1,103 @@
+"""How a command is started: Hydra reads its settings, and whatever ends it ends in one line."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import hydra
+
+from deconvnet.cli.arguments import for_hydra
+from deconvnet.cli.config_files import read_files_as_written
+from deconvnet.cli.errors import WANTS_TRACEBACK, explain
+from deconvnet.cli.printed_commands import remember
+from deconvnet.cli.settings import SCHEMAS, register
+
+PACKAGE = Path(__file__).resolve().parents[1]
+# In an installation configs/ is a part of the package, in a checkout its neighbour.
+CONFIGS = next(p for p in (PACKAGE / "configs", PACKAGE.parent / "configs") if p.is_dir())
+
+
+def launch(command: str, call: tuple[str, ...]) -> None:
+    """Run a command, such as "train-cnn", with the settings in sys.argv.
+
+    call: how the user typed it, for the commands that it prints.
+    """
+    name = command.replace("-", "_")
+    module = importlib.import_module(f"deconvnet.cli.{name}")
+    register()
+    # The settings of `visualize` have a key `model`, which the folder of models would shadow.
+    folder = PACKAGE / "cli" if name == "visualize" else CONFIGS
+    read_settings = hydra.main(version_base="1.3", config_path=str(folder), config_name=name)
+    run(read_settings(module.main), SCHEMAS[name], call)
+
+
+def run(main: Callable[[], None], schema: type, call: tuple[str, ...]) -> None:
+    """Run a Hydra main so that a user's mistake ends in one line and exit code 1.
+
+    schema: the dataclass of its settings. Ctrl-C ends it with 130, and a reader that has seen
+    enough, as in `| head`, with 141, as the shell does. HYDRA_FULL_ERROR=1 in the environment shows
+    tracebacks.
+    """
+    # Hydra then raises instead of printing a traceback of its own.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    logging.raiseExceptions = WANTS_TRACEBACK
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        # Names of files may have characters that the terminal lacks.
+        stream.reconfigure(errors="backslashreplace")
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        # Commands are silent while they load their libraries; from here on there is more to do.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    rank = int(os.environ.get("RANK", 0))
+    try:
+        with _one_line_warnings(silent=rank > 0):
+            remember(call, sys.argv[1:])
+            sys.argv[1:] = for_hydra(sys.argv[1:], schema)
+            read_files_as_written(schema)
+            if rank > 0:
+                # Of several processes under torchrun the first writes and speaks; the others warn.
+                sys.argv += ["hydra.output_subdir=null", "hydra/job_logging=stdout"]
+                sys.argv += ["hydra.verbose=false"]
+                logging.disable(logging.INFO)
+            main()
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        _finish("stopped", 130)
+    except BrokenPipeError:
+        # Python writes what is left at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
+    except Exception as error:
+        if WANTS_TRACEBACK or not (message := explain(error, schema)):
+            raise
+        _finish(message, 1)
+
+
+@contextmanager
+def _one_line_warnings(silent: bool) -> Iterator[None]:
+    """Within it, what is said of settings that were renamed is one line, without a line of code."""
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def show_in_one_line(message: Warning, category: type[Warning], *place: Any) -> None:
+            if category is not FutureWarning:
+                show(message, category, *place)
+            elif not silent:
+                print(f"warning: {message}", file=sys.stderr)
+
+        warnings.showwarning = show_in_one_line
+        yield
+
+
+def _finish(message: str, code: int) -> NoReturn:
+    print(message, file=sys.stderr)
+    raise SystemExit(code)

@@ -1,0 +1,74 @@
+"""What Hydra refuses, in one line that says what would be right."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import fields, is_dataclass
+
+from hydra.errors import MissingConfigException
+
+from deconvnet.cli.keys import annotation_of, has_keys, keys_of, without_none
+from deconvnet.cli.printed_commands import setting
+
+# What is wanted, by what OmegaConf says of a value of another type.
+_WANTED = {
+    "to Integer": "a whole number",
+    "to Float": "a number",
+    "valid bool": "true or false",
+    "is not a ListConfig": "a list such as [1,2]",
+}
+
+
+def explain_refusal(error: BaseException, schema: type) -> str | None:
+    """In one line what is wrong with the arguments that Hydra refused; None where it says so."""
+    message = str(error)
+    if isinstance(error, MissingConfigException):
+        found = re.search(r"Could not find '([^'/]+)/(.*)'$", message, re.MULTILINE)
+        return found and _no_choice(found[1], found[2], sorted(error.options or ()))
+    if found := re.search(r"Could not override '([^']*)'\.$", message, re.MULTILINE):
+        return _no_setting(schema, found[1])
+    if found := re.search(r"Could not override '([^'@]*)'\. No match in the defaults", message):
+        below = annotation_of(schema, found[1])
+        names = [field.name for field in fields(below[0])] if below else []
+        return names and f"{found[1]}: is no setting itself; there are " + ", ".join(
+            f"{found[1]}.{name}" for name in names
+        )
+    if found := re.match(r"Error merging override \+*(.*)$", message, re.MULTILINE):
+        message = f"{message} {error.__cause__}"
+        wanted = next((right for said, right in _WANTED.items() if said in message), None)
+        return wanted and f"{found[1]}: must be {wanted}"
+    if (found := re.search(r"Error parsing override '(.*)'\n", message)) and "=" not in found[1]:
+        return f"{found[1]}: settings are given as key=value; --help shows them"
+    return None
+
+
+def _no_setting(schema: type, key: str) -> str:
+    """Say what a key that is none of a command could have meant."""
+    if annotation_of(schema, key) is not None:
+        parent, _, name = key.rpartition(".")
+        while parent and annotation_of(schema, parent) is not None and "." in parent:
+            parent, _, name = parent.rpartition(".")
+        return f"{key}: {parent or 'the configuration'} has no {name} here"
+    prefix, level, rest = "", schema, key.split(".")
+    while len(rest) > 1 and (below := annotation_of(schema, f"{prefix}{rest[0]}")) is not None:
+        if not has_keys(without_none(below[0])[0]):
+            break
+        prefix, level, rest = f"{prefix}{rest[0]}.", without_none(below[0])[0], rest[1:]
+    known = [field.name for field in fields(level)] if is_dataclass(level) else []
+    everywhere = [path for path in keys_of(schema) if path.split(".")[-1] == rest[-1]]
+    if layer := re.match(r"model\.(layer\d+)\.", key):
+        everywhere = [path.replace("layer1", layer[1]) for path in everywhere]
+    close = [prefix + name for name in difflib.get_close_matches(rest[0], known, n=1)]
+    if meant := everywhere or close:
+        return f"{key}: no such setting; did you mean {' or '.join(meant)}?"
+    there = f"; there are {', '.join(prefix + name for name in known)}" if known else ""
+    return f"{key}: no such setting{there}"
+
+
+def _no_choice(group: str, name: str, choices: list[str]) -> str:
+    files = f"; for images of your own: data=folder {setting('data.path', name)}"
+    return (
+        f"{group}={name}: there is no {group}/{name}; choose {', '.join(choices)}"
+        f"{files if group == 'data' and 'folder' in choices else ''}"
+    )

@@ -1,0 +1,78 @@
+"""The files that Hydra writes beside the results, written so that they replace nobody else's."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+
+from deconvnet.monitoring.monitor import not_in_bar
+from deconvnet.storage import ownership
+
+
+@contextmanager
+def logged(cfg: DictConfig, folder: Path) -> Iterator[None]:
+    """Within it what is logged goes to <folder>/<script>.log as well; the configuration is in
+    <folder>/.hydra.
+
+    Hydra would do both by itself, whatever stands in the folder. NotOurs where that is a
+    stranger's.
+    """
+    job = HydraConfig.get()
+    configurations = {"config": cfg, "hydra": OmegaConf.create({"hydra": job})}
+    for name, node in configurations.items():
+        ownership.write(folder / ".hydra" / f"{name}.yaml", OmegaConf.to_yaml(node).encode())
+    overrides = OmegaConf.to_yaml(job.overrides.task).encode()
+    ownership.write(folder / ".hydra" / "overrides.yaml", overrides)
+    path = folder / f"{job.job.name}.log"
+    ownership.append(path, "")
+    handler = _LogFile(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("[%(asctime)s][%(name)s][%(levelname)s] - %(message)s"))
+    root = logging.getLogger()
+    printing = list(root.handlers)
+    root.addHandler(handler)
+    for other in printing:
+        other.addFilter(not_in_bar)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        for other in printing:
+            other.removeFilter(not_in_bar)
+        handler.close()
+
+
+class _LogFile(logging.FileHandler):
+    """A log that a full disk cuts short, and stops nothing."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+
+class SweepFolder(Callback):
+    """Refuses a folder of several runs in which Hydra would write over somebody's file."""
+
+    def on_multirun_start(self, config: DictConfig, **_: object) -> None:
+        path = Path(config.hydra.sweep.dir) / "multirun.yaml"
+        if os.path.lexists(path) and not _is_sweep(path, config.hydra.job.name):
+            # Hydra turns other errors of a callback into warnings.
+            raise SystemExit(
+                f"error: {path}: is there already and is no list of runs of this command; move it "
+                "away, or choose another hydra.sweep.dir=..."
+            )
+
+
+def _is_sweep(path: Path, name: str) -> bool:
+    """Whether a file is what Hydra writes into a folder of several runs of one command."""
+    if path.is_symlink() or not path.is_file():
+        return False
+    try:
+        return OmegaConf.select(OmegaConf.load(path), "hydra.job.name") == name
+    except Exception:  # whatever is wrong with it, it is another file
+        return False

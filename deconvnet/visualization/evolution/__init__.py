@@ -1,0 +1,1 @@
+"""How the features of a network develop while it is trained."""

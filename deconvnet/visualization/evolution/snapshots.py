@@ -1,0 +1,99 @@
+"""The features of a layer of a deconvolutional network, recorded while the layer learns.
+
+This costs no inference beyond that of learning.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from deconvnet.monitoring.peaks import Snapshot, SnapshotPlan
+from deconvnet.network.codes import Codes
+from deconvnet.network.network import DeconvNet
+from deconvnet.operators.convolution import deconvolve, map_size
+from deconvnet.support.modes import plain
+from deconvnet.visualization.evolution.evolution import (
+    Evolution,
+    bounding_region,
+    crop_boxes,
+    evolution_of_epoch,
+    square_boxes,
+)
+from deconvnet.visualization.projection.pixel_features import layer_field, signed_rgb
+
+# The columns of figure 4.
+EPOCHS = (1, 2, 5, 10, 20, 30, 40, 64)
+# Filters to project at a time.
+CHUNK = 8
+
+
+def shown_epochs(epochs: int) -> tuple[int, ...]:
+    """Which epochs of a layer are shown: those of figure 4 that it reaches, and its last."""
+    return (*(epoch for epoch in EPOCHS if epoch < epochs), epochs)
+
+
+def plan_snapshots(net: DeconvNet, codes: Codes, layer: int) -> SnapshotPlan:
+    """The watch for a layer that is to learn on top of these codes: in `shown_epochs`, and first
+    where the whole field of an activation lies inside the image.
+
+    At the border most of a feature is cut off, and activations are large to make up for it.
+    """
+    rows, columns = (
+        torch.tensor([a >= 0 and b <= size for a, b in map(field.pixels, range(places))])
+        for field, places, size in zip(
+            (layer_field(net, layer, axis) for axis in (0, 1)),
+            _map_size(net, codes, layer),
+            codes.y.shape[2:],
+            strict=True,
+        )
+    )
+    epochs = shown_epochs(net.layer(layer).settings.learning.epochs)
+    return SnapshotPlan(epochs, bounding_region(rows[:, None] & columns))
+
+
+@plain
+def project_snapshot(
+    net: DeconvNet,
+    codes: Codes,
+    layer: int,
+    snapshot: Snapshot,
+    images: Tensor | None = None,
+) -> Evolution:
+    """One column: the strongest activation of every map, with sign and unit value, in pixel space.
+
+    codes: of the layers below, for the images of these numbers, ascending, among which those of
+    the snapshot are; None: for all images. Each activation goes through them with the switches of
+    its own image.
+    """
+    peaks, f = snapshot.peaks, snapshot.filters
+    boundary, shape = net.layer(layer).settings.boundary, _map_size(net, codes, layer)
+    rows, columns = (layer_field(net, layer, axis) for axis in (0, 1))
+    top, left = (
+        rows.offset + rows.stride * peaks.rows,
+        columns.offset + columns.stride * peaks.columns,
+    )
+    boxes = square_boxes(peaks.images, top, left, max(rows.size, columns.size), codes.y.shape[2:])
+    # A map that was not active paints nothing, through whatever switches.
+    images = torch.arange(len(codes.y)) if images is None else images
+    places = torch.searchsorted(images.to(f.device), peaks.images).clamp(max=len(images) - 1)
+    tiles = []
+    for maps in torch.arange(len(f), device=f.device).split(CHUNK):
+        painted = []
+        for k in maps:
+            one = f.new_zeros(1, 1, *shape)
+            one[..., peaks.rows[k], peaks.columns[k]] = peaks.values[k].sign()
+            painted.append(deconvolve(one, f[k : k + 1], boundary=boundary))
+        y = net.decoder(codes, layer, places[maps])(torch.cat(painted))
+        tiles += crop_boxes(y, boxes[maps])
+    return evolution_of_epoch(
+        snapshot.epoch, range(len(f)), signed_rgb(net, torch.stack(tiles)), boxes, peaks.values
+    )
+
+
+def _map_size(net: DeconvNet, codes: Codes, layer: int) -> tuple[int, int]:
+    """(H, W) of the maps of a layer on top of these codes."""
+    below = codes.y if layer == 1 else codes.layer(layer - 1).pooled
+    settings = net.layer(layer).settings
+    size = (settings.filter_size, settings.filter_size)
+    return map_size(tuple(below.shape[2:]), size, settings.boundary)
