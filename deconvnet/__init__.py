@@ -1,13 +1,20 @@
-"""deconvnet: learn a hierarchy of visual features from unlabelled images, and see what they are."""
+"""deconvnet: learn a hierarchy of visual features from unlabelled images, and see what they are.
 
-from importlib import import_module
+Importing the package loads none of its modules. A public name loads its module when it is first
+used, so that a program which only codes images does not wait for training or for charts.
+"""
+
+from __future__ import annotations
+
+import importlib
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # for type checkers and editors; __getattr__ imports the same names
     from deconvnet.dictionary import Learned, learn_filters, learn_online
     from deconvnet.filters.update import LearningSettings
     from deconvnet.images.preprocessing import PreprocessingSettings
-    from deconvnet.network.network import Codes, DeconvNet, LayerSettings, load
+    from deconvnet.network.codes import Codes
+    from deconvnet.network.network import DeconvNet, LayerSettings, load
     from deconvnet.sparse_coding.solvers import Solution, SolverSettings, sparse_code
 
 __version__ = "0.1.0"
@@ -27,24 +34,28 @@ __all__ = [
     "sparse_code",
 ]
 
-# The module of each name above, which is imported when one of its names is first asked for. So the
-# command line answers --help without torch, and sets the environment of torch's threads in time.
 _MODULES = {
-    "deconvnet.dictionary": ("Learned", "learn_filters", "learn_online"),
-    "deconvnet.filters.update": ("LearningSettings",),
-    "deconvnet.images.preprocessing": ("PreprocessingSettings",),
-    "deconvnet.network.network": ("Codes", "DeconvNet", "LayerSettings", "load"),
-    "deconvnet.sparse_coding.solvers": ("Solution", "SolverSettings", "sparse_code"),
+    "Codes": "deconvnet.network.codes",
+    "DeconvNet": "deconvnet.network.network",
+    "LayerSettings": "deconvnet.network.network",
+    "Learned": "deconvnet.dictionary",
+    "LearningSettings": "deconvnet.filters.update",
+    "PreprocessingSettings": "deconvnet.images.preprocessing",
+    "Solution": "deconvnet.sparse_coding.solvers",
+    "SolverSettings": "deconvnet.sparse_coding.solvers",
+    "learn_filters": "deconvnet.dictionary",
+    "learn_online": "deconvnet.dictionary",
+    "load": "deconvnet.network.network",
+    "sparse_code": "deconvnet.sparse_coding.solvers",
 }
 
 
 def __getattr__(name: str) -> object:
-    for module, names in _MODULES.items():
-        if name in names:
-            value = getattr(import_module(module), name)
-            globals()[name] = value
-            return value
-    raise AttributeError(f"module 'deconvnet' has no attribute {name!r}")
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_MODULES[name]), name)
+    globals()[name] = value  # the next access finds it without this function
+    return value
 
 
 def __dir__() -> list[str]:

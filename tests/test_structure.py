@@ -1,6 +1,13 @@
-"""The package is a list of modules and folders, each of which knows only those before it."""
+"""The package is a list of modules and folders, each of which knows only those before it, and an
+import loads no more of it, and of other packages, than it needs.
+"""
 
 import ast
+import json
+import os
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -104,3 +111,83 @@ def test_a_module_imports_only_modules_before_it(path):
 
 def test_there_are_modules_to_check():
     assert {"operators", "network", "visualization", "dictionary"} <= set(map(module_of, SOURCES))
+
+
+CODE = "deconvnet.sparse_code(torch.ones(1, 1, 8, 8), torch.ones(2, 1, 3, 3), lam=1.0"
+CODING = {"support", "operators", "sparse_coding"}
+NETWORK = {*CODING, "storage", "filters", "images", "network"}
+LEARNING = {*NETWORK, "monitoring", "training"}
+FILES = {"filelock", "safetensors", "scipy"}
+# What coordinate descent loads, which alone is compiled.
+NUMBA = {"numba", "llvmlite", "yaml", "scipy"}
+
+
+@pytest.mark.parametrize(
+    ("statement", "modules", "packages"),
+    [
+        ("import deconvnet", set(), set()),
+        (f"import deconvnet; {CODE}, settings=deconvnet.SolverSettings())", CODING, set()),
+        (f"import deconvnet; {CODE})", CODING, NUMBA),
+        ("import deconvnet; deconvnet.load", NETWORK, FILES),
+        ("import deconvnet; deconvnet.learn_filters", {*LEARNING, "dictionary"}, {*FILES, "PIL"}),
+        ("import deconvnet.sklearn", {*LEARNING, "applications", "sklearn"}, {*FILES, "PIL"}),
+    ],
+    ids=["import", "sparse_code", "coordinate descent", "load", "learn_filters", "sklearn"],
+)
+def test_an_import_loads_no_more_than_it_needs(statement, modules, packages):
+    loaded_modules, loaded_packages = loaded_by(statement)
+    assert loaded_modules == modules
+    assert loaded_packages <= {"deconvnet", *packages}
+
+
+def loaded_by(statement):
+    """(places in the order of the modules, packages) that a statement adds in a new process to
+    torch and numpy, and deconvnet.sklearn to scikit-learn.
+    """
+    names = "torch, numpy" + (", sklearn.pipeline" if "deconvnet.sklearn" in statement else "")
+    program = f"""
+    import json, sys
+    import {names}
+    before = set(sys.modules)
+    {statement}
+    loaded = [name.split(".") for name in set(sys.modules) - before]
+    modules = {{name[1] for name in loaded if name[0] == "deconvnet" and len(name) > 1}}
+    packages = {{name[0] for name in loaded}} - {{name.split(".")[0] for name in before}}
+    packages -= set(sys.stdlib_module_names)
+    print(json.dumps([sorted(modules), sorted(packages)]))
+    """
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    modules, packages = json.loads(done.stdout)
+    # Cython registers its runtime under names of its own.
+    return set(modules), {name for name in packages if not name.startswith("_")}
+
+
+def test_every_public_name_is_there_and_is_listed():
+    for name in deconvnet.__all__:
+        assert getattr(deconvnet, name).__name__ == name
+        assert name in dir(deconvnet)
+    assert "__version__" in dir(deconvnet)
+
+
+def test_type_checkers_see_the_public_names_where_they_are_loaded_from():
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    imported = {
+        alias.name: node.module
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("deconvnet")
+        for alias in node.names
+    }
+    assert imported == deconvnet._MODULES
+    assert sorted(imported) == sorted(deconvnet.__all__)
+
+
+def test_an_unknown_name_is_refused_as_by_any_module():
+    with pytest.raises(AttributeError, match="module 'deconvnet' has no attribute 'no_such_name'"):
+        deconvnet.no_such_name  # noqa: B018

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from deconvnet.operators.convolution import Boundary
-from deconvnet.sparse_coding import kernels
 
 # Up to this share of entries that are not zero; beyond it Fourier is faster.
 MAX_DENSITY = 0.02
@@ -42,6 +41,8 @@ class SparseMaps:
 
     def filter_gradient(self, y: Tensor, size: tuple[int, int], boundary: Boundary) -> Tensor:
         """Z'y (K, C, h, w) in float64, of images y (N, C, H, W) (convolution.filter_gradient)."""
+        from deconvnet.sparse_coding import kernels  # loads numba
+
         gradient = np.zeros((self.shape[1], y.shape[1], *size))
         axes = [kernels.footprint(boundary, *of) for of in zip(y.shape[2:], size, strict=True)]
         for part, image in zip(self._by_image(), y.numpy(), strict=True):
@@ -54,6 +55,8 @@ class SparseMaps:
 
         wrap: whether maps go on at their other side.
         """
+        from deconvnet.sparse_coding import kernels  # loads numba
+
         K, (h, w) = self.shape[1], size
         gram = np.zeros((K, K, 2 * h - 1, 2 * w - 1))
         for part in self._by_image():

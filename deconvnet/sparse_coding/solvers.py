@@ -36,7 +36,6 @@ from torch import Tensor
 from deconvnet.operators.convolution import Boundary, map_size
 from deconvnet.operators.linear import Deconvolution, LinearOperator, conjugate_gradients, dot, norm
 from deconvnet.operators.pooling import Window
-from deconvnet.sparse_coding.coordinate_descent import coordinate_descent
 from deconvnet.sparse_coding.prior import Prior, shrink
 from deconvnet.support.modes import plain
 from deconvnet.support.renaming import renamed
@@ -465,6 +464,9 @@ def _solve(
     common = dict(lam=lam, callback=callback, **fields)
     until = dict(iterations=iterations, tolerance=tolerance, gap=gap)
     if settings.method == "coordinate":
+        # Imported here, since it loads numba, which the other methods do without.
+        from deconvnet.sparse_coding.coordinate_descent import coordinate_descent
+
         z, residual, gaps, count = coordinate_descent(
             A, b, start, lam=lam, prior=prior, callback=callback, **until
         )
