@@ -31,6 +31,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from hydra._internal.core_plugins import file_config_source
+from hydra._internal.hydra import Hydra
 from hydra._internal.sources_registry import SourcesRegistry
 from hydra.conf import HydraConf
 from hydra.core.override_parser.types import Quote, QuotedString
@@ -95,6 +96,7 @@ def make_ready(schema: type) -> None:
     _typed[:] = sys.argv
     sys.argv[1:] = for_hydra(sys.argv[1:], schema)
     _read_files_as_typed(schema)
+    _compose_once(sys.argv[1:])
 
 
 def for_hydra(arguments: list[str], schema: type) -> list[str]:
@@ -365,6 +367,22 @@ def _no_choice(group: str, name: str, choices: list[str]) -> str:
         f"{group}={name}: there is no {group}/{name}; choose {', '.join(choices)}"
         f"{files if group == 'data' and 'folder' in choices else ''}"
     )
+
+
+# sys.argv is ready; what Hydra does with it.
+
+_get_mode = Hydra.get_mode
+
+
+def _compose_once(arguments: list[str]) -> None:
+    """Let Hydra compose the configuration once where nobody has set hydra.mode.
+
+    It does so a first time only to read this key, which takes as long as all the rest.
+    """
+    plain = all(
+        argument[0] != "-" and "hydra" not in argument for argument in arguments if argument
+    )
+    Hydra.get_mode = (lambda *_, **__: None) if plain else _get_mode
 
 
 # The same in YAML files.

@@ -1,5 +1,6 @@
 """Images to learn from without reading any, and a fast way to run the scripts as a user does."""
 
+import gc
 import json
 import os
 import subprocess
@@ -20,11 +21,19 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Importing torch takes seconds, so it happens once: every run is a fork of this process, with its
 # own arguments, working folder and standard streams.
 SERVER = """
-import atexit, gc, json, os, runpy, sys, threading
+import atexit, gc, json, os, runpy, sys, threading, weakref
 import torch.utils.tensorboard, skimage.data, skimage.transform, sklearn.datasets
 import torch.fx.experimental.symbolic_shapes  # as every backward pass does
 import deconvnet.training, deconvnet.config
+from hydra import compose, initialize_config_dir
 
+# The grammar of the arguments and the plugins are made ready by the first configuration.
+deconvnet.config.register()
+with initialize_config_dir(sys.argv[1], version_base="1.3"):
+    compose("train", return_hydra_config=True)
+# Of what is done at exit, taking libraries of torch apart is of no use.
+for finalizer in list(weakref.finalize._registry):
+    finalizer.atexit = False
 gc.collect()
 gc.freeze()
 for line in sys.stdin:
@@ -63,6 +72,12 @@ os._exit(code)
 """
 
 
+def pytest_collection_finish():
+    """Modules and tests stay to the end: the garbage collector need not go through them again."""
+    gc.collect()
+    gc.freeze()
+
+
 def strict_json(text):
     """What a JSON text holds, for a reader that knows neither NaN nor Infinity."""
 
@@ -95,7 +110,10 @@ def start():
     if not hasattr(os, "fork"):
         pytest.skip("this system cannot fork")
     server = subprocess.Popen(
-        [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", SERVER, str(ROOT / "configs")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     count = 0
 
