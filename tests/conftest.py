@@ -19,13 +19,21 @@ torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Importing torch takes seconds, so it happens once: every run is a fork of this process, with its
-# own arguments, working folder and standard streams.
+# own arguments, working folder and standard streams. What the scripts import when they first need
+# it is there as well.
 SERVER = """
 import atexit, gc, json, os, runpy, sys, threading, weakref
-import torch.utils.tensorboard, skimage.data, skimage.transform, sklearn.datasets
-import torch.fx.experimental.symbolic_shapes  # as every backward pass does
-import deconvnet.training, deconvnet.config
+import numba, numpy as np
+import PIL.Image, skimage.data, skimage.transform
+import sklearn.cluster, sklearn.datasets, sklearn.linear_model, sklearn.svm
+import hydra._internal.logging_config
 from hydra import compose, initialize_config_dir
+import tensorboard.plugins.hparams.summary_v2, torch.utils.tensorboard
+import torch._dynamo, torch.fx.experimental.symbolic_shapes  # as every backward pass does
+import deconvnet.applications.classification, deconvnet.applications.pictures
+import deconvnet.config, deconvnet.survey, deconvnet.training
+PIL.Image.init()
+numba.njit(lambda x: x[0])(np.ones(1))  # the first of all compilations makes the compiler ready
 
 # The grammar of the arguments and the plugins are made ready by the first configuration.
 deconvnet.config.register()
