@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import run
 
 from deconvnet import checkpoint, load
 from deconvnet.monitor import save_picture
@@ -47,7 +48,7 @@ def free_port():
 def ranks(place, start):
     """ranks(count, *arguments): the processes of train.py on the photos, started."""
 
-    def run(count, *arguments):
+    def begun(count, *arguments):
         shared = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(), WORLD_SIZE=count)
         command = ["train.py", "data.path=photos", *QUICK, *arguments]
         return [
@@ -55,7 +56,7 @@ def ranks(place, start):
             for rank in range(count)
         ]
 
-    return run
+    return begun
 
 
 def learned(place, name):
@@ -141,24 +142,23 @@ def test_a_process_that_hangs_is_given_up_after_the_patience(place, ranks):
 
 
 @pytest.mark.slow
-def test_torchrun_starts_again_after_a_process_was_killed_and_ends_as_if_it_had_not(place, script):
+def test_torchrun_starts_again_after_a_process_was_killed_and_ends_as_if_it_had_not(
+    place, start, script
+):
     more = ["model.layer1.learning.epochs=20"]
     alone = script(place, "train.py", "data.path=photos", *QUICK, *more, "name=never")
     assert alone.code == 0, alone.err
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    command += ["--max-restarts=2", f"--master-port={free_port()}", "--log-dir=logs"]
-    command += [str(ROOT / "scripts" / "train.py"), "data.path=photos", *QUICK, *more, "name=often"]
-    process = subprocess.Popen(
-        command, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    command = ["--nproc-per-node=2", "--max-restarts=2", f"--master-port={free_port()}"]
+    command += ["--log-dir=logs", ROOT / "scripts" / "train.py", "data.path=photos", *QUICK, *more]
+    process = start(place, run.__file__, *command, "name=often")
     wait_for(place / "runs" / "often" / "checkpoints" / "step-*.pt")
     workers = subprocess.run(
         ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
     ).stdout.split()
     assert len(workers) == 2
     os.kill(int(workers[0]), signal.SIGKILL)
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, said
+    result = process.wait()
+    assert result.code == 0, result
     assert_equal(learned(place, "often"), learned(place, "never"))
 
 
