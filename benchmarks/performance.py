@@ -36,7 +36,8 @@ from deconvnet.cli.settings import read_settings, register
 from deconvnet.images.datasets import DataSettings, load_images
 from deconvnet.images.preprocessing import PreprocessingSettings
 from deconvnet.monitoring.records import EpochStats
-from deconvnet.network.network import DeconvNet, snr
+from deconvnet.network.metrics import snr
+from deconvnet.network.network import DeconvNet
 from deconvnet.operators.linear import Deconvolution, LinearOperator, dot
 from deconvnet.sparse_coding.prior import penalties, shrink
 from deconvnet.sparse_coding.solvers import (

@@ -32,7 +32,8 @@ from deconvnet.filters.update import LearningSettings
 from deconvnet.images.preprocessing import PreprocessingSettings
 from deconvnet.monitoring.records import EpochStats
 from deconvnet.network.codes import Codes
-from deconvnet.network.network import DeconvNet, LayerSettings
+from deconvnet.network.layer import LayerSettings
+from deconvnet.network.network import DeconvNet
 from deconvnet.sparse_coding.solvers import default_solver
 from deconvnet.support.devices import torch_device
 from deconvnet.support.modes import plain

@@ -19,30 +19,36 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from deconvnet.filters.update import (
-    Batch,
-    FilterStatistics,
-    LearningSettings,
+from deconvnet.filters.care import (
+    centring_shifts,
     dead_filters,
     duplicate_filters,
-    filter_statistics,
-    off_center,
-    random_patch_positions,
     shift,
+    shift_filters,
+)
+from deconvnet.filters.initial import draw_filters, random_patch_positions
+from deconvnet.filters.statistics import FilterStatistics, filter_statistics
+from deconvnet.filters.update import (
+    Batch,
+    Diverged,
+    LearningSettings,
     update_filters,
     update_filters_by_cg,
 )
 from deconvnet.monitoring.monitor import memory_used
 from deconvnet.monitoring.peaks import Peaks, Snapshot, SnapshotPlan
-from deconvnet.monitoring.records import EpochStats, RankLoad, decibels
+from deconvnet.monitoring.records import EpochStats, RankLoad
 from deconvnet.network.codes import Codes
-from deconvnet.network.network import DeconvNet, Layer, LayerProblem, check_size, seeded
+from deconvnet.network.layer import Layer, LayerProblem, check_input_size
+from deconvnet.network.metrics import decibels
+from deconvnet.network.network import DeconvNet
 from deconvnet.operators.convolution import map_size
 from deconvnet.operators.linear import Identity, LinearOperator
 from deconvnet.operators.pooling import Window, pooled_shape
 from deconvnet.sparse_coding.solvers import Solution
 from deconvnet.support.communicator import SINGLE, Communicator
 from deconvnet.support.modes import plain
+from deconvnet.support.seeding import seeded_generator
 from deconvnet.support.units import exponent, magnitude, times_power
 from deconvnet.training.sampler import BatchSampler
 from deconvnet.training.warm_starts import DiskWarmStarts, WarmStarts, merge_state_dicts
@@ -58,10 +64,6 @@ ORDER = "places"
 PHASES = ("inference", "sums", "exchange", "update")
 # What is added up over the images of an epoch.
 SUMMED = ("images", "entries", "nonzero", "reconstruction", "sparsity", "error", "signal")
-
-
-class Diverged(RuntimeError):
-    """The objective is no longer finite; the filters are those of before."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ class LayerTrainer:
         state: dict | None = None,
     ):
         self.data = LayerData.from_tensor(data) if isinstance(data, Tensor) else data
-        check_size(self.data.shape, layer, number)
+        check_input_size(self.data.shape, layer, number)
         self.layer, self.seed, self.number, self.chunk = layer, seed, number, chunk
         self.watch, self.communicator, self.keep = watch, communicator, keep
         self.settings: LearningSettings = layer.settings.learning
@@ -173,7 +175,9 @@ class LayerTrainer:
         self._seen = EpochAccumulator()
         if state is None:
             if filters is None:
-                filters = self._draw_filters(layer.settings.num_maps, seeded(seed, number, 1))
+                filters = self._draw_filters(
+                    layer.settings.num_maps, seeded_generator(seed, number, 1)
+                )
             layer.set_filters(filters.to(layer.filters))
         else:
             self.load_state_dict(state)
@@ -240,7 +244,7 @@ class LayerTrainer:
 
     def _update_by_sums(self, chosen: Tensor, stop: bool) -> None:
         layer, f = self.layer, self.layer.filters
-        sums, finite = FilterStatistics.none(f), True
+        sums, finite = FilterStatistics.zeros(f), True
         for part in self._parts(chosen):
             self._seen.clock.end("sums")
             solution, T = self._visit(part)
@@ -268,13 +272,7 @@ class LayerTrainer:
         self.sums = sums if self.sums is None or fade == 0 else self.sums * fade + sums
         f.copy_(
             update_filters(
-                f,
-                self.sums,
-                layer.g,
-                norm=self.settings.norm,
-                iterations=self.settings.update_iterations,
-                non_negative=self.settings.non_negative,
-                zero_mean=self.settings.zero_mean,
+                f, self.sums, layer.constraint, iterations=self.settings.update_iterations
             )
         )
 
@@ -299,12 +297,9 @@ class LayerTrainer:
             update_filters_by_cg(
                 layer.filters,
                 batches,
-                layer.g,
-                norm=self.settings.norm,
+                layer.constraint,
                 iterations=self.settings.update_iterations,
                 boundary=layer.settings.boundary,
-                non_negative=self.settings.non_negative,
-                zero_mean=self.settings.zero_mean,
                 communicator=self.communicator,
             )
         )
@@ -345,10 +340,17 @@ class LayerTrainer:
         H, W = self.data.shape[1:]
         images, size = self.data.images, self.layer.settings.filter_size
 
-        def draw(number: int) -> Tensor:
+        def draw_patches(number: int) -> Tensor:
             return self._patches(random_patch_positions(number, images, (H, W), size, generator))
 
-        return self.layer.draw_filters(num, draw, generator)
+        return draw_filters(
+            num,
+            self.layer.filters,
+            self.settings.init,
+            draw_patches,
+            generator,
+            constraint=self.layer.constraint,
+        )
 
     def _patches(self, places: Tensor) -> Tensor:
         """(P, C, h, w): the pieces of what is below at places (P, 3), image, row, column."""
@@ -404,7 +406,7 @@ class LayerTrainer:
         if not filters:
             return
         layer = self.layer
-        generator = seeded(self.seed, self.number, 3, self.epoch)
+        generator = seeded_generator(self.seed, self.number, 3, self.epoch)
         fresh = self._draw_filters(len(filters), generator)
         f = layer.filters.clone()
         f[filters] = fresh
@@ -418,19 +420,16 @@ class LayerTrainer:
     def _recenter(self) -> None:
         """Move filters to the middle of their frames, and their maps the other way."""
         layer = self.layer
-        moves = off_center(layer.filters)
-        f = layer.filters.clone()
+        shifts = centring_shifts(layer.filters)
         wrap = layer.settings.boundary == "circular"
-        for k, (rows, columns) in moves.items():
-            f[k] = shift(f[k], rows, columns)
         for part, state in self._states():
-            for k, (rows, columns) in moves.items():
+            for k, (rows, columns) in shifts.items():
                 state[:, k] = shift(state[:, k], -rows, -columns, wrap=wrap)
             # With a window, of the moved entries that now share one the strongest stays.
             self.warm_starts[part] = state
-        layer.set_filters(f)
+        layer.set_filters(shift_filters(layer.filters, shifts))
         if self.sums is not None:
-            self.sums = self.sums.without(list(moves))
+            self.sums = self.sums.without(list(shifts))
 
     def _states(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(indices, states of inference) of the images, some at a time."""

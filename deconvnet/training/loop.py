@@ -18,9 +18,11 @@ from torch import Tensor
 
 from deconvnet.images.preprocessing import Spread
 from deconvnet.monitoring.monitor import Monitor
-from deconvnet.monitoring.records import InferencePoint, LayerResult, decibels
+from deconvnet.monitoring.records import InferencePoint, LayerResult
 from deconvnet.network.codes import Codes
-from deconvnet.network.network import DeconvNet, Layer, LayerProblem
+from deconvnet.network.layer import Layer, LayerProblem
+from deconvnet.network.metrics import decibels
+from deconvnet.network.network import DeconvNet
 from deconvnet.sparse_coding.prior import Prior
 from deconvnet.sparse_coding.solvers import data_term
 from deconvnet.storage.integrity import InvalidFileError

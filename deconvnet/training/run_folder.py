@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 
 from deconvnet.images.datasets import DataSettings
-from deconvnet.network.network import network_of
+from deconvnet.network.network import restore_network
 from deconvnet.storage import ownership
 from deconvnet.storage.checkpoint_files import NAME as CHECKPOINT_NAME
 from deconvnet.storage.checkpoint_files import (
@@ -347,7 +347,7 @@ def _parts(init: str) -> tuple[dict, dict]:
     path = Path(init).expanduser()
     if path.suffix == ".safetensors" and path.exists() and not path.is_dir():
         parts = load_network(path)
-        network_of(path, *parts)
+        restore_network(path, *parts)
         return parts
     found = _state_at(path)
     if found is None:
@@ -378,7 +378,7 @@ def _check_state(state: object, where: str | Path) -> None:
             f"{where}: its checkpoint is no state of a run of this version ({', '.join(wrong)}); "
             "resume from another one"
         )
-    network_of(where, state["network"].get("tensors"), state["network"].get("settings"))
+    restore_network(where, state["network"].get("tensors"), state["network"].get("settings"))
 
 
 def _is_digests(images: object) -> bool:

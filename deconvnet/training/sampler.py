@@ -17,7 +17,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from deconvnet.network.network import seeded
+from deconvnet.support.seeding import seeded_generator
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,6 @@ def _order(sampler: BatchSampler, epoch: int) -> list[Tensor]:
     orders = []
     for place in sampler.own_slots:
         images = torch.arange(place, sampler.images, sampler.places)
-        shuffle = seeded(*sampler.seeds, epoch, place)
+        shuffle = seeded_generator(*sampler.seeds, epoch, place)
         orders.append(images[torch.randperm(len(images), generator=shuffle)])
     return orders

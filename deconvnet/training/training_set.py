@@ -15,7 +15,8 @@ from torch import Tensor
 
 from deconvnet.images.preprocessing import Spread
 from deconvnet.network.codes import ALL, Codes, join, join_codes
-from deconvnet.network.network import DeconvNet, LayerProblem
+from deconvnet.network.layer import LayerProblem
+from deconvnet.network.network import DeconvNet
 from deconvnet.support.communicator import SINGLE, Communicator
 from deconvnet.training.layer_trainer import LayerData
 from deconvnet.training.sampler import BatchSampler

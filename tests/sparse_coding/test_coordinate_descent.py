@@ -13,7 +13,8 @@ from sklearn.linear_model import Lasso
 from torch.testing import assert_close
 
 from deconvnet import learn_filters
-from deconvnet.filters.update import LearningSettings, normalize
+from deconvnet.filters.constraint import normalize
+from deconvnet.filters.update import LearningSettings
 from deconvnet.operators.arithmetic import convolution_matrix
 from deconvnet.operators.convolution import BOUNDARIES, correlate_strips, deconvolve, map_size
 from deconvnet.operators.linear import Deconvolution, Scaling

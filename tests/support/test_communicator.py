@@ -13,10 +13,12 @@ from deconvnet import (
     PreprocessingSettings,
     SolverSettings,
 )
+from deconvnet.filters.update import Diverged
 from deconvnet.monitoring.monitor import Monitor
-from deconvnet.network.network import Layer, seeded
+from deconvnet.network.layer import Layer
 from deconvnet.support.communicator import Communicator
-from deconvnet.training.layer_trainer import Diverged, LayerData, LayerTrainer
+from deconvnet.support.seeding import seeded_generator
+from deconvnet.training.layer_trainer import LayerData, LayerTrainer
 from deconvnet.training.loop import train
 from deconvnet.training.run_folder import RunFolder
 from deconvnet.visualization.evolution.evolution import load_evolution
@@ -169,7 +171,7 @@ def layer_of(**learning):
     settings = LayerSettings(
         4, 5, solver=ADMM, learning=LearningSettings(**{"epochs": 3, "batch_size": 3, **learning})
     )
-    return Layer(settings, 3, seeded(0, 1))
+    return Layer(settings, 3, seeded_generator(0, 1))
 
 
 def shared(b, communicator, state=None, layer=None):

@@ -19,14 +19,17 @@ from deconvnet import (
     learn_filters,
     sparse_code,
 )
-from deconvnet.filters.update import normalize, off_center
+from deconvnet.filters.care import centring_shifts
+from deconvnet.filters.constraint import normalize
+from deconvnet.filters.update import Diverged
 from deconvnet.monitoring.monitor import Monitor
-from deconvnet.network.network import Layer, LayerProblem, seeded
+from deconvnet.network.layer import Layer, LayerProblem
 from deconvnet.operators.convolution import deconvolve
 from deconvnet.operators.pooling import max_pool, pooled_shape, unpool
 from deconvnet.storage.checkpoint_files import load_checkpoint, save_checkpoint
 from deconvnet.storage.ownership import ForeignFileError
-from deconvnet.training.layer_trainer import Diverged, LayerData, LayerTrainer
+from deconvnet.support.seeding import seeded_generator
+from deconvnet.training.layer_trainer import LayerData, LayerTrainer
 from deconvnet.training.loop import train
 from deconvnet.training.run_folder import RunFolder
 from deconvnet.training.warm_starts import DiskWarmStarts, WarmStarts, merge_state_dicts
@@ -80,7 +83,7 @@ def layer(channels=1, *, num_maps=6, seed=0, epochs=3, batch_size=4, connectivit
         connectivity=connectivity,
         **{"solver": FAST, "learning": learning, **other},
     )
-    return Layer(settings, channels, seeded(seed, 1))
+    return Layer(settings, channels, seeded_generator(seed, 1))
 
 
 def trained(b, *, seed=0, chunk=8, **settings):
@@ -547,7 +550,7 @@ def lively(textures):
     learning = LearningSettings(epochs=6, batch_size=3)
     solver = SolverSettings("fista", iterations=10, training_iterations=2)
     settings = LayerSettings(6, 5, lam=2.0, pool=[1, 2, 2], solver=solver, learning=learning)
-    layer = Layer(settings, 1, seeded(0, 1))
+    layer = Layer(settings, 1, seeded_generator(0, 1))
     return layer, textures(8, 1, 14, 15) - 0.5
 
 
@@ -777,12 +780,12 @@ def test_filters_that_are_moved_leave_maps_with_one_entry_per_window(below):
         off[k] = 0
         off[k, :, place[0], place[1]] = 1
     net.layer(2).set_filters(off)
-    moves = off_center(net.layer(2).filters)
+    moves = centring_shifts(net.layer(2).filters)
     assert moves == {0: (1, 0), 1: (-1, -1), 3: (0, 1)}
     trainer._recenter()
     after = trainer.warm_starts[torch.arange(6)]
     assert_one_entry_per_window(after)
-    assert off_center(net.layer(2).filters) == {}
+    assert centring_shifts(net.layer(2).filters) == {}
     moved = before.clone()
     for k, (rows, columns) in moves.items():
         moved[:, k] = before[:, k].roll((-rows, -columns), (1, 2))

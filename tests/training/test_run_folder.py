@@ -13,7 +13,8 @@ from deconvnet.dictionary import learn_filters
 from deconvnet.filters.update import LearningSettings
 from deconvnet.images.preprocessing import PreprocessingSettings
 from deconvnet.monitoring.monitor import Monitor
-from deconvnet.network.network import DeconvNet, LayerSettings, load
+from deconvnet.network.layer import LayerSettings
+from deconvnet.network.network import DeconvNet, load
 from deconvnet.sparse_coding.solvers import SolverSettings
 from deconvnet.storage import ownership
 from deconvnet.storage.checkpoint_files import load_checkpoint, save_checkpoint

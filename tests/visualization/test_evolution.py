@@ -20,8 +20,9 @@ from deconvnet import (
 )
 from deconvnet.monitoring.peaks import Peaks, Snapshot, SnapshotPlan
 from deconvnet.network.codes import Codes
-from deconvnet.network.network import Layer, seeded
+from deconvnet.network.layer import Layer
 from deconvnet.storage.checkpoint_files import load_checkpoint, save_checkpoint
+from deconvnet.support.seeding import seeded_generator
 from deconvnet.training.layer_trainer import LayerTrainer
 from deconvnet.visualization import pixel_features
 from deconvnet.visualization.evolution.checkpoints import project_checkpoints
@@ -127,7 +128,7 @@ def b(textures):
 def trainer_of(b, watch=None, *, chunk=8, state=None, filters=None, **learning):
     learning = {"epochs": 3, "batch_size": 4, **learning}
     settings = LayerSettings(5, 5, solver=FAST, learning=LearningSettings(**learning))
-    layer = Layer(settings, 1, seeded(0, 1))
+    layer = Layer(settings, 1, seeded_generator(0, 1))
     if filters is not None:
         layer.filters.copy_(filters)
     return LayerTrainer(layer, b, chunk=chunk, watch=watch, state=state)

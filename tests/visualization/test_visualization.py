@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from deconvnet import DeconvNet, LayerSettings, PreprocessingSettings, SolverSettings
 from deconvnet.monitoring.monitor import Monitor
-from deconvnet.network.network import snr
+from deconvnet.network.metrics import snr
 from deconvnet.visualization import (
     Activations,
     PixelFeatures,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from deconvnet.images.decoding import shown_name
-from deconvnet.network.network import snr
+from deconvnet.network.metrics import snr
 from deconvnet.operators.pooling import max_pool
 from deconvnet.visualization.evolution.evolution import Evolution
 from deconvnet.visualization.gallery.gallery import (

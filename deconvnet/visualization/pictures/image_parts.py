@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deconvnet.network.codes import Codes
-from deconvnet.network.network import DeconvNet, snr
+from deconvnet.network.metrics import snr
+from deconvnet.network.network import DeconvNet
 from deconvnet.support.modes import plain
 from deconvnet.visualization.pictures.canvas import (
     GAP,
