@@ -25,8 +25,8 @@ from deconvnet.training.run_folder import RunFolder
 from deconvnet.training.session import UNLIMITED, Limits
 from deconvnet.visualization.evolution.evolution import load_evolution
 
-ADMM = SolverSettings(iterations=20, training_iterations=3)
-FISTA = SolverSettings("fista", iterations=20, training_iterations=3)
+ADMM = SolverSettings(iterations=8, training_iterations=3)
+FISTA = SolverSettings("fista", iterations=8, training_iterations=3)
 
 
 class Meeting:
@@ -89,7 +89,7 @@ def together(count, work):
 
 
 def network(kind):
-    learning = dict(epochs=3, batch_size=3)
+    learning = dict(epochs=2, batch_size=3)
     if kind == "maps":
         layers = [
             LayerSettings(4, 5, pool=[1, 2, 2], solver=ADMM, learning=LearningSettings(**learning)),
