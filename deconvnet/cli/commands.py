@@ -44,9 +44,9 @@ def main() -> None:
     """The console command `deconvnet`; also `python -m deconvnet`."""
     first = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if first in ("--help", "-h", "help"):
-        print(_help())
+        _say(_help())
     elif first in ("--version", "-V"):
-        print(f"deconvnet {__version__}")
+        _say(f"deconvnet {__version__}")
     elif first.replace("_", "-") in COMMANDS:
         call = (*_program(sys.argv[0]), first)
         sys.argv[1:] = sys.argv[2:]
@@ -70,6 +70,15 @@ def run(command: str, call: tuple[str, ...] = ()) -> None:
     from deconvnet.cli.launch import launch
 
     launch(command, call or ("python", sys.argv[0]))
+
+
+def _say(text: str) -> None:
+    """Print a text to a reader who may have seen enough before its end, as in `| head`."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
 
 
 def _help() -> str:
