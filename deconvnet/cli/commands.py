@@ -17,18 +17,19 @@ from deconvnet import __version__
 
 # The commands, and what each does. Their modules in this folder have the same names.
 COMMANDS = {
-    "train": "Learn a network from images, layer by layer, and show what it learned.",
+    "train": "Learn a network from images, layer by layer, and show it.",
     "visualize": "Show what the maps of a network respond to, or those of any CNN.",
     "reconstruct": "Reconstruct images from the feature maps of one layer.",
     "ablate": "Measure what the switches of max pooling are worth.",
     "denoise": "Remove noise from images.",
     "inpaint": "Fill in missing pixels of images.",
-    "classify": "Measure how well the features of a network separate classes of images.",
+    "classify": "Measure how well features separate classes of images.",
     "train-cnn": "Train a small convolutional network to visualize.",
 }
 
 HELP = """\
-Learn a hierarchy of visual features from unlabelled images, and see what they are.
+Learn a hierarchy of visual features from unlabelled images, and see what they
+are: deconvolutional networks and convolutional sparse coding.
 
   deconvnet COMMAND key=value ...
 

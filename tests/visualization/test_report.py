@@ -1158,8 +1158,7 @@ def test_an_interrupted_search_says_how_to_go_on_and_keeps_what_it_has_found(
     (tmp_path / "interrupt").write_text("5")
     result = script(tmp_path, "visualize.py", *arguments)
     assert result.code == 130 and result.err == "", result
-    assert "stopped; to resume: python" in result.out
-    assert "visualize.py model=nets:make" in result.out
+    assert "stopped; to resume: deconvnet visualize model=nets:make" in result.out
     assert SearchState.load(path).done == 3
     (tmp_path / "interrupt").unlink()
     monkeypatch.chdir(tmp_path)
