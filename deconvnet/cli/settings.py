@@ -24,7 +24,7 @@ from deconvnet.cli.help import help_page
 from deconvnet.cli.keys import TEXTS
 from deconvnet.images.datasets import DataSettings
 from deconvnet.images.preprocessing import PreprocessingSettings
-from deconvnet.network.network import LARGEST, LayerSettings
+from deconvnet.network.layer import MAX_SIZE, LayerSettings
 from deconvnet.network.tiling import MEMORY, check_memory
 from deconvnet.storage import ownership
 from deconvnet.visualization.settings import VisualizationSettings
@@ -164,8 +164,8 @@ class VisualizeConfig(VisualizationSettings):
         for key in ("size", "max_images"):
             if getattr(self, key) is not None and getattr(self, key) < 1:
                 raise ValueError(f"{key}={getattr(self, key)}: must be at least 1, or null")
-        if self.size is not None and self.size > LARGEST:
-            raise ValueError(f"size={self.size}: must be at most {LARGEST} pixels")
+        if self.size is not None and self.size > MAX_SIZE:
+            raise ValueError(f"size={self.size}: must be at most {MAX_SIZE} pixels")
 
 
 @dataclass

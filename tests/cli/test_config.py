@@ -29,7 +29,8 @@ from deconvnet.cli.settings import (
 from deconvnet.filters.update import LearningSettings
 from deconvnet.images.datasets import DataSettings
 from deconvnet.images.preprocessing import PreprocessingSettings
-from deconvnet.network.network import DeconvNet, LayerSettings
+from deconvnet.network.layer import LayerSettings
+from deconvnet.network.network import DeconvNet
 from deconvnet.sparse_coding.solvers import SolverSettings
 from deconvnet.support.devices import torch_device
 

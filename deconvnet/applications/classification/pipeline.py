@@ -40,10 +40,11 @@ from deconvnet.applications.classification.classifier import (
 from deconvnet.images.datasets import digest_file, find_images, fit_size, pad_size, read_image
 from deconvnet.monitoring.monitor import hidden
 from deconvnet.network.codes import Codes
-from deconvnet.network.network import DeconvNet, seeded
+from deconvnet.network.network import DeconvNet
 from deconvnet.storage import ownership
 from deconvnet.storage.array_files import load_arrays, save_arrays
 from deconvnet.support.communicator import SINGLE, Communicator
+from deconvnet.support.seeding import seeded_generator
 from deconvnet.training.run_folder import training_data
 
 # Images whose features make one file, and pyramids that are compared at a time.
@@ -342,7 +343,7 @@ class Features:
 
     def _some(self, parts: list[Tensor], each: int, kind: Kind, index: int) -> np.ndarray:
         """At most `each` random windows of an image that are not zero, as many of every part."""
-        generator = seeded(self.settings.seed, *kind, index)
+        generator = seeded_generator(self.settings.seed, *kind, index)
         share = -(-each // max(1, len(parts)))
         # Maps that are all zero have no windows.
         kept = [np.empty((0, self._width(kind[0])), np.float32)]
