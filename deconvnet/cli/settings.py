@@ -24,7 +24,8 @@ from deconvnet.images.preprocessing import PreprocessingSettings
 from deconvnet.network.layer import MAX_SIZE, LayerSettings
 from deconvnet.network.tiling import MEMORY, check_memory
 from deconvnet.storage import ownership
-from deconvnet.visualization.settings import VisualizationSettings
+from deconvnet.support.renaming import renamed
+from deconvnet.visualization.settings import OLD_NAMES, VisualizationSettings
 
 # Settings of `deconvnet visualize` that a network learned here leaves nothing to.
 OF_MODELS = {
@@ -91,6 +92,7 @@ class TrainConfig:
         return [self.model[f"layer{number}"] for number in range(1, depth + 1)]
 
 
+@renamed(**OLD_NAMES)
 @dataclass
 class VisualizeConfig(VisualizationSettings):
     """Everything that `deconvnet visualize` needs to know: what to look at, beside how."""

@@ -32,16 +32,12 @@ from deconvnet.support.devices import torch_device
 from deconvnet.training.run_folder import training_data
 from deconvnet.visualization.evolution.checkpoints import project_checkpoints
 from deconvnet.visualization.evolution.evolution import Evolution, load_evolution
+from deconvnet.visualization.layer_choice import default_layers, projectable_layers
 from deconvnet.visualization.manifest import layer_file_name
 from deconvnet.visualization.models.weights import WEIGHT_FILES
 from deconvnet.visualization.models.zoo import LoadedModel, digest, load_model
 from deconvnet.visualization.projection.projection import suggest_layers
-from deconvnet.visualization.report import (
-    default_layers,
-    make_projector,
-    projectable_layers,
-    visualize_network,
-)
+from deconvnet.visualization.report import make_projector, visualize_network
 
 LIST = "?"
 
