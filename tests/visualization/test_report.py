@@ -23,6 +23,7 @@ from torch import nn
 from torchvision.models import resnet, vgg
 
 from deconvnet import DeconvNet, LayerSettings, PreprocessingSettings, SolverSettings, load
+from deconvnet.cli import visualize as visualize_command
 from deconvnet.cli.settings import VisualizeConfig
 from deconvnet.images.datasets import Crop, DataSettings, Item, LazyImages, lazy_images
 from deconvnet.visualization import report as module
@@ -234,7 +235,7 @@ def test_the_gallery_has_all_the_files_that_it_shows(seen):
     for name in names:
         assert (gallery / name).is_file(), name
     page = (gallery / "index.html").read_text(encoding="utf-8")
-    for words in ("small net", "conv1", "relu2", "fc", seen[1].digest, "lies inside the image"):
+    for words in ("small net", "conv1", "relu2", "fc", seen[1].digest, "lie inside the image"):
         assert words in page, words
     # Filters are shown of the layer that sees pixels alone.
     assert [path.parent.name for path in gallery.rglob("filters.*")] == ["1-conv1"]
@@ -267,7 +268,7 @@ def test_a_second_survey_finds_everything_in_its_files(copied, monkeypatch):
     folder, subject, images, settings, _ = copied
     before, said = times(folder), manifest(folder)
     monkeypatch.setattr(module, "project_top_activations", fail)
-    monkeypatch.setattr("deconvnet.visualization.search.top_activations._strongest", fail)
+    monkeypatch.setattr("deconvnet.visualization.search.top_activations._search", fail)
     visualize_network(subject, images, replace(settings, occlusion=0, invariance=0), folder)
     assert times(folder) == before
     assert manifest(folder)["layers"] == said["layers"]
@@ -834,12 +835,8 @@ def place(tmp_path_factory, textures, script):
 @pytest.fixture(scope="module")
 def visualize():
     """The command without its command line: visualize(**settings), in the current folder."""
-    path = ROOT / "scripts" / "visualize.py"
-    spec = importlib.util.spec_from_file_location("visualize_script", path)
-    source = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(source)
     quick = dict(progress=False, device="cpu", k=3, explorer_images=1, grid_maps=2)
-    return lambda **given: source.visualize(VisualizeConfig(**{**quick, **given}))
+    return lambda **given: visualize_command.visualize(VisualizeConfig(**{**quick, **given}))
 
 
 @pytest.fixture(scope="module")
@@ -1164,8 +1161,7 @@ def test_an_interrupted_search_says_how_to_go_on_and_keeps_what_it_has_found(
     (tmp_path / "interrupt").write_text("5")
     result = script(tmp_path, "visualize.py", *arguments)
     assert result.code == 130 and result.err == "", result
-    assert "stopped; to resume: python" in result.out
-    assert "visualize.py model=nets:make" in result.out
+    assert "stopped; to resume: deconvnet visualize model=nets:make" in result.out
     assert SearchState.load(path).done == 3
     (tmp_path / "interrupt").unlink()
     monkeypatch.chdir(tmp_path)
