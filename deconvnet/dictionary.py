@@ -20,7 +20,8 @@ from torch import Tensor
 from deconvnet.filters.update import Diverged, LearningSettings
 from deconvnet.monitoring.monitor import Monitor
 from deconvnet.monitoring.records import EpochStats
-from deconvnet.network.network import FILTERS, Layer, LayerSettings, layer_settings, seeded
+from deconvnet.network.layer import Layer, LayerSettings
+from deconvnet.network.network import FILTERS
 from deconvnet.operators.convolution import Boundary
 from deconvnet.sparse_coding.solvers import (
     Solution,
@@ -33,6 +34,7 @@ from deconvnet.sparse_coding.solvers import (
 from deconvnet.storage.integrity import InvalidFileError
 from deconvnet.storage.network_files import load_network, save_network
 from deconvnet.support.modes import plain
+from deconvnet.support.seeding import seeded_generator
 from deconvnet.support.validation import (
     as_filters,
     as_images,
@@ -173,7 +175,8 @@ class Learned:
                 f"{path}: holds no filters of Learned.save; a network is read by deconvnet.load"
             )
         try:
-            filters, layer = tensors["filters"], layer_settings(settings["layer"])
+            filters = tensors["filters"]
+            layer = LayerSettings.from_dict(settings["layer"], f"{path}: layer")
             size = layer.filter_size
             if filters.ndim != 4 or filters.shape[::2] != (layer.num_maps, size):
                 raise ValueError(f"filters of the shape {tuple(filters.shape)}")
@@ -326,7 +329,7 @@ def _learn_epochs(
 ) -> Learned:
     images = _finite(images, "images")
     settings.solver = solver or default_solver(images, settings.p)
-    layer = Layer(settings, images.shape[1], seeded(seed, 1)).to(images)
+    layer = Layer(settings, images.shape[1], seeded_generator(seed, 1)).to(images)
     initial = None if filters is None else _initial_filters(filters, layer)
     trainer = LayerTrainer(layer, images, seed=seed, filters=initial)
     if lam_ratio is not None:
@@ -393,10 +396,10 @@ def _started_layer(
     seed: int,
 ) -> Layer:
     """A layer with its initial filters and lam, for a stream that begins with these images."""
-    layer = Layer(settings, images.shape[1], seeded(seed, 1)).to(images)
+    layer = Layer(settings, images.shape[1], seeded_generator(seed, 1)).to(images)
     _check_fit(images, layer, "batch 1")
     if filters is None:
-        layer.initialize(images, seeded(seed, 1, 1))
+        layer.initialize(images, seeded_generator(seed, 1, 1))
     else:
         layer.set_filters(_initial_filters(filters, layer))
     if lam_ratio is not None:

@@ -27,7 +27,9 @@ import torch
 from torch import Tensor
 
 from deconvnet.network.codes import Codes, LayerCodes
-from deconvnet.network.network import DeconvNet, Layer, Progress, snr
+from deconvnet.network.layer import Layer
+from deconvnet.network.metrics import snr
+from deconvnet.network.network import DeconvNet, Progress
 from deconvnet.sparse_coding.adaptive import SparseSolution, Thresholds, explain
 from deconvnet.sparse_coding.solvers import Solution, default_solver
 from deconvnet.support.validation import as_number

@@ -15,10 +15,12 @@ from deconvnet.filters.care import centring_shifts, dead_filters, shift_filters
 from deconvnet.filters.initial import initial_filters
 from deconvnet.filters.statistics import FilterStatistics, filter_statistics
 from deconvnet.filters.update import Diverged, update_filters
-from deconvnet.monitoring.records import EpochStats, decibels
-from deconvnet.network.network import Layer, LayerProblem, seeded
+from deconvnet.monitoring.records import EpochStats
+from deconvnet.network.layer import Layer, LayerProblem
+from deconvnet.network.metrics import decibels
 from deconvnet.sparse_coding.solvers import Solution
 from deconvnet.support.modes import plain
+from deconvnet.support.seeding import seeded_generator
 
 # Filters are centred first after this many batches, then each time the stream has grown by this
 # factor: its length is unknown, and a filter that is shifted loses the sums over its maps.
@@ -89,7 +91,7 @@ class OnlineTrainer:
             images,
             self.layer.settings.filter_size,
             self.learning.init,
-            seeded(self.seed, 1, 2, self.batches),
+            seeded_generator(self.seed, 1, 2, self.batches),
             constraint=self.layer.constraint,
         )
         self.layer.set_filters(f)

@@ -14,8 +14,8 @@ from deconvnet.dictionary import Learned
 from deconvnet.filters.constraint import FilterConstraint, normalize
 from deconvnet.filters.update import update_filters_by_cg
 from deconvnet.images.highpass import tikhonov_lowpass
-from deconvnet.monitoring.records import decibels
-from deconvnet.network.network import LayerSettings
+from deconvnet.network.layer import LayerSettings
+from deconvnet.network.metrics import decibels
 from deconvnet.operators.linear import Deconvolution, Identity, Scaling, Unpooling, VerticalStack
 from deconvnet.operators.pooling import max_pool
 from deconvnet.sparse_coding.solvers import (

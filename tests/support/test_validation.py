@@ -442,7 +442,7 @@ BAD_BATCHES = {
     "small first": (lambda y: [y[..., :4]], "batch 1: images of 16x4 are smaller than the 5x5"),
     "channels": (
         lambda y: [y, y.repeat(1, 2, 1, 1)],
-        "batch 2: images of 2 channels, the first ones had 1",
+        "batch 2: images of 2 channels, but the first ones had 1",
     ),
     "one image": (lambda y: list(y), r"batch 1 must have the shape \(N, C, H, W\)"),
 }
@@ -538,4 +538,5 @@ def test_results_are_shown_in_a_line_without_their_numbers(pixels, y, f):
 
 def test_the_version_is_that_of_the_project():
     text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
-    assert f'version = "{deconvnet.__version__}"' in text
+    assert 'version = { attr = "deconvnet.__version__" }' in text
+    assert re.fullmatch(r"\d+\.\d+\.\d+", deconvnet.__version__)
