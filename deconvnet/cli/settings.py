@@ -19,8 +19,8 @@ from deconvnet.applications.classification.classifier import ClassData
 from deconvnet.applications.classification.pipeline import ClassifySettings
 from deconvnet.applications.restoration import STRENGTH
 from deconvnet.cli.keys import TEXTS
-from deconvnet.images.datasets import DataSettings
 from deconvnet.images.preprocessing import PreprocessingSettings
+from deconvnet.images.sources import DataSettings
 from deconvnet.network.layer import MAX_SIZE, LayerSettings
 from deconvnet.network.tiling import MEMORY, check_memory
 from deconvnet.storage import ownership

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from deconvnet.images.datasets import DataSettings
+from deconvnet.images.sources import DataSettings
 from deconvnet.network.network import restore_network
 from deconvnet.storage import ownership
 from deconvnet.storage.checkpoint_files import NAME as CHECKPOINT_NAME
