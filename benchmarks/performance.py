@@ -186,7 +186,7 @@ def speed(trainer: LayerTrainer, y: torch.Tensor, options: argparse.Namespace) -
         "inference, 60 iterations of admm": lambda: solve(A, y, lam=lam, settings=infer),
         "one epoch of learning": lambda: [trainer.update() for _ in range(trainer.sampler.batches)],
     }
-    counts = {"one epoch of learning": trainer.data.images}
+    counts = {"one epoch of learning": trainer.data.num_images}
     for name, run in work.items():
         times = [timed(run, y.device)[1] / counts.get(name, len(y)) for _ in range(options.repeats)]
         print(
@@ -402,7 +402,7 @@ def _scaling_rank(options: argparse.Namespace) -> None:
                 {
                     "speed": 2 * source.count / seconds,
                     "exchange": exchange / seconds,
-                    "message": trainer.message,
+                    "message": trainer.message_bytes,
                 }
             )
             for _ in training_set.infer_next_layer(number):

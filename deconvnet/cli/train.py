@@ -27,6 +27,7 @@ from deconvnet.support.communicator import Communicator, RankLost, started
 from deconvnet.support.devices import torch_device
 from deconvnet.training.loop import Interrupted, train
 from deconvnet.training.run_folder import RunFolder
+from deconvnet.training.session import Limits
 from deconvnet.training.training_set import ImageSource
 
 log = logging.getLogger("train")
@@ -97,11 +98,13 @@ def run(
             saved,
             stack.enter_context(monitor),
             seed=settings.seed,
-            chunk=settings.chunk,
+            limits=Limits(
+                chunk=settings.chunk,
+                hold_codes=not settings.data.stream,
+                memory=settings.memory,
+                disk=settings.disk,
+            ),
             communicator=communicator,
-            hold=not settings.data.stream,
-            memory=settings.memory,
-            disk=settings.disk,
         )
 
 

@@ -210,8 +210,7 @@ class _Pixels(_Work):
 
     def _from_maps(self, n: int, maps: Tensor) -> Entries:
         if self.start is None:
-            nothing = np.empty(0, np.int32)
-            return self._entries(n, nothing, nothing, nothing)
+            return super()._from_maps(n, maps)
         found = self._entries(n, self.start.g, self.start.i, self.start.j)
         found.z[:] = self.start.z
         return found

@@ -243,13 +243,16 @@ class _Work:
 
     def _take_out(self, n: int, c: np.ndarray, top: int, here: slice | np.ndarray) -> float:
         """Set the correlations of these entries to zero, in maps from the row `top` on; the
-        largest, as a share of its limit.
+        largest, as a share of its limit, where a duality gap asks for it.
         """
-        e = self.entries[n]
-        g, i, j = e.g[here], e.i[here], e.j[here]
-        at = g[:, None] * self.G + np.arange(self.G), i[:, None] - top, j[:, None]
-        with np.errstate(over="ignore"):
-            share = np.linalg.norm(c[at], axis=1) * self.inverse[g]
+        e, share = self.entries[n], np.zeros(0)
+        g, i, j = e.g[here], e.i[here] - top, e.j[here]
+        at = g, i, j
+        if self.G > 1:
+            at = g[:, None] * self.G + np.arange(self.G), i[:, None], j[:, None]
+        if self.certified:
+            with np.errstate(over="ignore"):
+                share = np.linalg.norm(c[at].reshape(-1, self.G), axis=1) * self.inverse[g]
         c[at] = 0
         return float(share.max(initial=0))
 
@@ -313,6 +316,8 @@ class _Work:
         )
 
     def _from_maps(self, n: int, maps: Tensor) -> Entries:
+        if _is_one_zero(maps):
+            return self._entries(n, *np.empty((3, 0), np.int32))
         z = maps.contiguous().numpy()
         g, i, j = kernels.active(z, self.G)
         e = self._entries(n, g, i, j)
@@ -333,6 +338,15 @@ class _Work:
     def _grid(self, n: int) -> kernels.Grid:
         mask = np.empty((0, 0, 0), self.number) if self.mask is None else self.mask[n].numpy()
         return kernels.Grid(*self.axes, mask)
+
+
+def _is_one_zero(maps: Tensor) -> bool:
+    """Whether they are a single zero that is expanded, so that there is nothing to look for.
+
+    A copy of them would have the size of maps, and take longer than a sweep.
+    """
+    sides = zip(maps.shape, maps.stride(), strict=True)
+    return all(size == 1 or stride == 0 for size, stride in sides) and float(maps[0, 0, 0]) == 0
 
 
 def _curvatures(f: Tensor, group: int) -> np.ndarray:

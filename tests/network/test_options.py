@@ -738,7 +738,7 @@ def test_images_that_are_solved_some_at_a_time_are_those_of_the_whole_batch(
             both = VerticalStack([Identity(), down], [1.0, 0.7], [pooled.shape, b.shape])
             A, b = both @ above, both.join([pooled, b])
     step = torch.linspace(0.01, 0.02, 5, dtype=b.dtype).view(-1, 1, 1, 1)
-    settings = SolverSettings(method=method, iterations=30)
+    settings = SolverSettings(method=method, iterations=8)
     run = partial(solve, A, b, lam=5.0, weights=weights, settings=settings, step=step)
     whole = run()
     sizes = []

@@ -158,7 +158,7 @@ def test_a_snapshot_has_what_the_epoch_has_seen_and_costs_the_learning_nothing(b
     plain, watched = (trainer_of(b, w, reinit_unused=False, recenter=False) for w in (None, WATCH))
     for _ in range(2):
         plain.update(), watched.update()
-    snapshot, z = watched.snapshot, plain.codes[torch.arange(8)]
+    snapshot, z = watched.snapshot, plain.warm_starts[torch.arange(8)]
     assert snapshot.epoch == 1 and torch.equal(snapshot.filters, plain.layer.filters)
     assert places(snapshot.peaks) == strongest(z, WATCH.first)
     plain.update(), watched.update()
@@ -182,7 +182,7 @@ def test_a_snapshot_is_of_the_filters_before_they_are_moved_or_started_anew(b):
                 f[:, :, 0, 0] = 1
                 trainer.layer.set_filters(f)
                 for part, state in trainer._states():
-                    trainer.codes[part] = torch.zeros_like(state)
+                    trainer.warm_starts[part] = torch.zeros_like(state)
             trainer.update()
     assert not torch.equal(cared.layer.filters, left.layer.filters)
     assert_same_snapshots([cared.snapshot], [left.snapshot])

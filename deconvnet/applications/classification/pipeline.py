@@ -68,19 +68,32 @@ FREE = ("run", "beside", "layers", "power", "kernel", "svm", "C", "chunk", "outp
 
 @dataclasses.dataclass
 class ClassifySettings(FeatureSettings):
-    """How classes are learned and tested, beside the features; configs/classify.yaml says more."""
+    """How classes are learned and tested, in addition to the features."""
 
     data: ClassData | None = None
+    # layers whose features are tried, each alone and all together, such as [1,4]; null: all
     layers: list[int] | None = None
+    # training images of each class
     train: int = 30
+    # images of each class that are tested, at most; null: all others
     test: int | None = 50
+    # how many times training and test images are drawn again
     splits: int = 5
+    # seed of what is drawn, and of the codebooks
     seed: int = 0
+    # split: a codebook from the training images of every split; shared: that of the first for all,
+    # which is faster, but may have seen, without their classes, images that other splits test
     codebooks: str = "split"
+    # training images from which a codebook is learned, at most
     codebook_images: int = 300
+    # similarity of two pyramids: intersection, or linear (products of square roots; of counts, with
+    # power=1)
     kernel: str = "intersection"
+    # one_vs_rest, or one_vs_one, which is faster
     svm: str = "one_vs_rest"
+    # cost of an error of the support vector machine; kernels are at most 1
     C: float = 10.0
+    # images inferred at a time: bounds memory, changes results by rounding only
     chunk: int = 8
 
     def __post_init__(self) -> None:
