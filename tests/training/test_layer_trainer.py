@@ -29,10 +29,11 @@ from deconvnet.operators.pooling import max_pool, pooled_shape, unpool
 from deconvnet.storage.checkpoint_files import load_checkpoint, save_checkpoint
 from deconvnet.storage.ownership import ForeignFileError
 from deconvnet.support.seeding import seeded_generator
-from deconvnet.training.layer_trainer import LayerData, LayerTrainer
+from deconvnet.training.layer_data import LayerData
+from deconvnet.training.layer_trainer import LayerTrainer
 from deconvnet.training.loop import train
 from deconvnet.training.run_folder import RunFolder
-from deconvnet.training.warm_starts import DiskWarmStarts, WarmStarts, merge_state_dicts
+from deconvnet.training.warm_starts import DiskWarmStarts, Placement, WarmStarts, merge_state_dicts
 
 FAST = SolverSettings(iterations=20, training_iterations=3)
 EXACT = SolverSettings(iterations=300, tolerance=1e-5)
@@ -473,10 +474,10 @@ def test_states_that_are_kept_pooled_give_the_same_filters_as_whole_ones(below, 
     assert [timeless(s) for s in history] == [timeless(s) for s in expected]
     every = torch.arange(6)
     assert torch.equal(trainer.warm_starts[every], dense.warm_starts[every])
-    kept = sum(tensor.numel() for tensor in trainer.warm_starts.kept)
+    kept = sum(tensor.numel() for tensor in trainer.warm_starts.tensors)
     maps = pooled_shape((5, *dense.warm_starts.shape[1:]), WINDOW)
     assert kept == 2 * 6 * torch.Size(maps).numel()
-    assert 2 * kept < dense.warm_starts.kept[0].numel()
+    assert 2 * kept < dense.warm_starts.tensors[0].numel()
 
 
 def test_states_give_back_what_was_put_in_for_any_images_in_any_order():
@@ -567,7 +568,7 @@ def test_states_in_files_go_on_bit_by_bit_from_a_checkpoint_that_others_followed
     expected = layer.filters.clone()
 
     layer, _ = lively(textures)
-    trainer = LayerTrainer(layer, b, folder=tmp_path)
+    trainer = LayerTrainer(layer, b, placement=Placement(folder=tmp_path))
     for _ in range(stop):
         trainer.update()
     state, filters = copy.deepcopy(trainer.state_dict()), layer.filters.clone()
@@ -578,7 +579,7 @@ def test_states_in_files_go_on_bit_by_bit_from_a_checkpoint_that_others_followed
     trainer.close()
 
     layer.filters.copy_(filters)
-    again = LayerTrainer(layer, b, folder=tmp_path, state=state)
+    again = LayerTrainer(layer, b, placement=Placement(folder=tmp_path), state=state)
     while not again.done:
         again.update()
     assert torch.equal(layer.filters, expected)
@@ -616,11 +617,11 @@ def test_what_a_checkpoint_speaks_of_is_left_alone_until_the_next(tmp_path, move
 
 def test_states_that_are_not_in_the_files_start_from_the_beginning(textures, tmp_path, caplog):
     layer, b = lively(textures)
-    trainer = LayerTrainer(layer, b, folder=tmp_path / "there")
+    trainer = LayerTrainer(layer, b, placement=Placement(folder=tmp_path / "there"))
     for _ in range(4):
         trainer.update()
     state = trainer.state_dict()
-    again = LayerTrainer(layer, b, folder=tmp_path / "elsewhere", state=state)
+    again = LayerTrainer(layer, b, placement=Placement(folder=tmp_path / "elsewhere"), state=state)
     assert "does not have the states of 8 images that the checkpoint refers to" in caplog.text
     assert again.warm_starts[torch.tensor([0, 7])].count_nonzero() == 0
     while not again.done:

@@ -37,7 +37,9 @@ from deconvnet.applications.classification.classifier import (
     predict,
     pyramid,
 )
-from deconvnet.images.datasets import digest_file, find_images, fit_size, pad_size, read_image
+from deconvnet.images.decoding import digest_file, read_image
+from deconvnet.images.files import find_images
+from deconvnet.images.fit import crop_to_square, pad_to_square
 from deconvnet.monitoring.monitor import hidden
 from deconvnet.network.codes import Codes
 from deconvnet.network.network import DeconvNet
@@ -66,19 +68,32 @@ FREE = ("run", "beside", "layers", "power", "kernel", "svm", "C", "chunk", "outp
 
 @dataclasses.dataclass
 class ClassifySettings(FeatureSettings):
-    """How classes are learned and tested, beside the features; configs/classify.yaml says more."""
+    """How classes are learned and tested, in addition to the features."""
 
     data: ClassData | None = None
+    # layers whose features are tried, each alone and all together, such as [1,4]; null: all
     layers: list[int] | None = None
+    # training images of each class
     train: int = 30
+    # images of each class that are tested, at most; null: all others
     test: int | None = 50
+    # how many times training and test images are drawn again
     splits: int = 5
+    # seed of what is drawn, and of the codebooks
     seed: int = 0
+    # split: a codebook from the training images of every split; shared: that of the first for all,
+    # which is faster, but may have seen, without their classes, images that other splits test
     codebooks: str = "split"
+    # training images from which a codebook is learned, at most
     codebook_images: int = 300
+    # similarity of two pyramids: intersection, or linear (products of square roots; of counts, with
+    # power=1)
     kernel: str = "intersection"
+    # one_vs_rest, or one_vs_one, which is faster
     svm: str = "one_vs_rest"
+    # cost of an error of the support vector machine; kernels are at most 1
     C: float = 10.0
+    # images inferred at a time: bounds memory, changes results by rounding only
     chunk: int = 8
 
     def __post_init__(self) -> None:
@@ -152,9 +167,9 @@ class Images:
         if self.size is None:
             return image, (0, 0, *image.shape[1:])
         if self.fit == "crop":
-            return fit_size(image, self.size), (0, 0, self.size, self.size)
+            return crop_to_square(image, self.size), (0, 0, self.size, self.size)
         try:
-            return pad_size(image, self.size)
+            return pad_to_square(image, self.size)
         except ValueError as error:
             raise ValueError(f"{self.files[index]}: {error}") from None
 
