@@ -22,8 +22,8 @@ from deconvnet.applications.classification.pipeline import ClassifySettings
 from deconvnet.applications.restoration import STRENGTH
 from deconvnet.cli.help import help_page
 from deconvnet.cli.keys import TEXTS
-from deconvnet.images.datasets import DataSettings
 from deconvnet.images.preprocessing import PreprocessingSettings
+from deconvnet.images.sources import DataSettings
 from deconvnet.network.layer import MAX_SIZE, LayerSettings
 from deconvnet.network.tiling import MEMORY, check_memory
 from deconvnet.storage import ownership

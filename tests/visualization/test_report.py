@@ -25,7 +25,10 @@ from torchvision.models import resnet, vgg
 from deconvnet import DeconvNet, LayerSettings, PreprocessingSettings, SolverSettings, load
 from deconvnet.cli import visualize as visualize_command
 from deconvnet.cli.settings import VisualizeConfig
-from deconvnet.images.datasets import Crop, DataSettings, Item, LazyImages, lazy_images
+from deconvnet.images.datasets import LazyImages, lazy_images
+from deconvnet.images.fit import Crop
+from deconvnet.images.item import Item
+from deconvnet.images.sources import DataSettings
 from deconvnet.visualization import report as module
 from deconvnet.visualization.evolution.evolution import Evolution
 from deconvnet.visualization.layer_choice import default_layers
