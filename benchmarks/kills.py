@@ -33,7 +33,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from deconvnet import load
 from deconvnet.cli.commands import run
-from deconvnet.storage import formats
+from deconvnet.storage.checkpoint_files import load_checkpoint
+from deconvnet.storage.integrity import InvalidFileError
 
 # Imported before the first fork, so that a life begins in no time.
 for module in ("skimage.transform", "sklearn.datasets", "torch.utils.tensorboard"):
@@ -173,8 +174,8 @@ def broken(folder: Path) -> int:
     count = 0
     for path in folder.glob("step-*.pt"):
         try:
-            formats.load(path)
-        except formats.CheckpointError as error:
+            load_checkpoint(path)
+        except InvalidFileError as error:
             print(error)
             count += 1
     return count

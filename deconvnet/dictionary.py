@@ -49,7 +49,8 @@ from deconvnet.sparse_coding.solvers import (
     relative_schedule,
     sparse_code,
 )
-from deconvnet.storage import formats
+from deconvnet.storage.integrity import InvalidFileError
+from deconvnet.storage.network_files import load_network, save_network
 from deconvnet.support.modes import plain
 from deconvnet.support.validation import (
     as_filters,
@@ -155,14 +156,14 @@ class Learned:
             "layer": dataclasses.asdict(self.settings),
             "history": history,
         }
-        formats.save_network(Path(path), {"filters": self.filters}, settings)
+        save_network(Path(path), {"filters": self.filters}, settings)
 
     @classmethod
     def load(cls, path: str | Path) -> Learned:
-        """What `save` has written, on the CPU; else CheckpointError, in one line."""
-        tensors, settings = formats.load_network(Path(path))
+        """What `save` has written, on the CPU; else InvalidFileError, in one line."""
+        tensors, settings = load_network(Path(path))
         if settings.get("kind") != FILTERS:
-            raise formats.CheckpointError(
+            raise InvalidFileError(
                 f"{path}: holds no filters of Learned.save; a network is read by deconvnet.load"
             )
         try:
@@ -173,9 +174,7 @@ class Learned:
             history = [EpochStats(**{**of, "loads": ()}) for of in settings["history"]]
         except Exception as error:  # settings of any type may go wrong anywhere
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise formats.CheckpointError(
-                f"{path}: not filters of this version ({reason})"
-            ) from None
+            raise InvalidFileError(f"{path}: not filters of this version ({reason})") from None
         return cls(filters, history, layer)
 
     @property

@@ -4,17 +4,19 @@ import json
 import os
 import signal
 
+import pytest
 import torch
 
 from deconvnet.monitoring.monitor import Monitor
 from deconvnet.storage import ownership
+from deconvnet.storage.integrity import InvalidFileError
 
 
 def snapshot(folder):
     """Everything below a folder but our own records, with the targets of links."""
     found = {}
     for path in sorted(folder.rglob("*")):
-        if ownership.OWN in path.parts:
+        if ownership.RECORD_FOLDER in path.parts:
             continue
         if path.is_symlink():
             found[path] = os.readlink(path)
@@ -65,3 +67,38 @@ def strict_json(text):
         raise ValueError(constant)
 
     return json.loads(text, parse_constant=refuse)
+
+
+def flip(data, bit):
+    flipped = bytearray(data)
+    flipped[bit // 8] ^= 1 << bit % 8
+    return bytes(flipped)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def assert_same(a, b):
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert list(a) == list(b)
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    else:
+        assert a == b
+
+
+def assert_refused(load_it, path, reason=""):
+    """The file is refused in one line that names it and gives the reason."""
+    with pytest.raises(InvalidFileError) as caught:
+        load_it(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ") and "; " in message and "\n" not in message
+    assert reason in message

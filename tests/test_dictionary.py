@@ -23,7 +23,8 @@ from deconvnet.network.network import Layer, LayerSettings, seeded
 from deconvnet.operators.convolution import deconvolve
 from deconvnet.operators.linear import Deconvolution
 from deconvnet.sparse_coding.solvers import lam_from_ratio
-from deconvnet.storage.formats import CheckpointError, save_network
+from deconvnet.storage.integrity import InvalidFileError
+from deconvnet.storage.network_files import save_network
 from deconvnet.training.layer_trainer import Diverged
 
 
@@ -270,10 +271,10 @@ def test_files_that_hold_no_filters_are_refused_in_one_line(images, tmp_path):
         (tmp_path / "sizes.safetensors", r"not filters of this version .*shape \(4, 1, 5, 5\)"),
         (tmp_path / "nothing.safetensors", "No such file"),
     ):
-        with pytest.raises(CheckpointError, match=message) as refused:
+        with pytest.raises(InvalidFileError, match=message) as refused:
             Learned.load(file)
         assert "\n" not in str(refused.value) and file.name in str(refused.value)
-    with pytest.raises(CheckpointError, match="not a network; use deconvnet.Learned.load"):
+    with pytest.raises(InvalidFileError, match="not a network; use deconvnet.Learned.load"):
         load(path)
     with pytest.raises(ValueError, match="must end in .safetensors"):
         learned.save(tmp_path / "learned.pt")

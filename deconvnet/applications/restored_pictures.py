@@ -161,9 +161,9 @@ def reconstruct(
 
 def check_targets(targets: list[Path], inputs: list[Path]) -> None:
     """Refuse, before any work, results that could not be written or would replace an input."""
-    ownership.check_inputs(targets, inputs)
+    ownership.check_not_inputs(targets, inputs)
     for path in targets:
-        ownership.check(path)
+        ownership.check_writable(path)
     for folder in dict.fromkeys(path.parent for path in targets):
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):

@@ -30,7 +30,7 @@ def run(settings: AblateConfig) -> None:
     if net.depth < 2 or not any(layer.settings.pool for layer in net.layers[:-1]):
         raise ValueError(f"run={folder}: its layers have no pooling between them")
     path = folder / "pictures" / "switches.png"
-    ownership.check(path)
+    ownership.check_writable(path)
     images, frames = training_images(folder, settings.count)
     codes = net.infer(images, frames=frames, chunk=settings.chunk)
     found = ablate(net, codes, chunk=settings.chunk)

@@ -21,7 +21,7 @@ def logged(cfg: DictConfig, folder: Path) -> Iterator[None]:
     """Within it what is logged goes to <folder>/<script>.log as well; the configuration is in
     <folder>/.hydra.
 
-    Hydra would do both by itself, whatever stands in the folder. NotOurs where that is a
+    Hydra would do both by itself, whatever stands in the folder. ForeignFileError where that is a
     stranger's.
     """
     job = HydraConfig.get()

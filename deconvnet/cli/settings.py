@@ -316,7 +316,7 @@ def register() -> None:
 def _inside(name: object) -> str:
     """The name of a run as a path below the folder of runs: no way out of it."""
     parts = str(name).replace("\\", "/").split("/")
-    no_name = {".", "..", "~", ownership.OWN}
+    no_name = {".", "..", "~", ownership.RECORD_FOLDER}
     if not str(name).isprintable() or not parts[0] or no_name & set(parts):
         raise ValueError(f"name={str(name)!r}: must be the name of a folder inside runs")
     return str(name)

@@ -60,7 +60,7 @@ def run(
 ) -> list[LayerResult]:
     with ExitStack() as stack:
         if communicator.is_main:
-            stack.enter_context(ownership.locked(folder))
+            stack.enter_context(ownership.locked_folder(folder))
         device = torch_device(settings.device)
         layers = settings.layer_settings()
         net = DeconvNet(layers, settings.preprocessing, seed=settings.seed)

@@ -48,7 +48,7 @@ def main(cfg: DictConfig) -> None:
     try:
         with one_line_errors(ValueError, OSError):
             settings = read_settings(cfg)
-            with ownership.locked(folder):
+            with ownership.locked_folder(folder):
                 check_places(settings, folder)
                 with logged(cfg, folder):
                     run(settings, folder)
@@ -98,7 +98,7 @@ def check_places(settings: TrainCnnConfig, folder: Path) -> None:
         raise ValueError(f"{folder} holds a network already: choose another name=..., or remove it")
     for epoch in {*settings.checkpoints, settings.epochs}:
         if epoch <= settings.epochs:
-            ownership.check(picture(folder, epoch))
+            ownership.check_writable(picture(folder, epoch))
 
 
 def picture(folder: Path, epoch: int) -> Path:

@@ -51,7 +51,7 @@ from deconvnet.images.decoding import (
 from deconvnet.images.decoding import decode as _decoded  # noqa: F401 - programs know it by this name
 from deconvnet.images.preprocessing import Frame, local_moments
 from deconvnet.images.shards import Damage, Member, read_index
-from deconvnet.storage.ownership import others
+from deconvnet.storage.ownership import foreign_files
 
 SOURCES = ("photographs", "folder", "list", "shards", "torchvision")
 FITS = ("crop", "pad")
@@ -370,7 +370,7 @@ def find_images(path: str | Path, *, key: str = "data.path") -> list[Path]:
     found = _files(path, SUFFIXES, key)
     if not found:
         raise ValueError(f"{_given(path, key)}: no image in this folder ({' '.join(SUFFIXES)})")
-    images = others(found) or found
+    images = foreign_files(found) or found
     if len(images) < len(found):
         made = len(found) - len(images)
         logger.warning("%s: %d pictures that deconvnet made are left out", _given(path, key), made)

@@ -264,7 +264,7 @@ def _cut(path: Path, step: int, layer: int) -> None:
 def save_picture(path: Path, picture: Tensor) -> None:
     """Write a picture (1 or 3, H, W) in [0, 1] to a PNG file, grey or RGB.
 
-    NotOurs where something is there that this package did not make (`files.write`).
+    ForeignFileError where something is there that this package did not make (`files.write`).
     """
     pixels = (picture.clamp(0, 1).cpu() * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
     buffer = io.BytesIO()

@@ -49,7 +49,9 @@ from deconvnet.operators.pooling import (
 )
 from deconvnet.sparse_coding.prior import check_exponent
 from deconvnet.sparse_coding.solvers import Solution, SolverSettings, solve
-from deconvnet.storage import formats
+from deconvnet.storage.checkpoint_files import load_newest_checkpoint
+from deconvnet.storage.integrity import InvalidFileError
+from deconvnet.storage.network_files import load_network, save_network
 from deconvnet.support.modes import default_device, plain
 from deconvnet.support.validation import as_tensor, check_settings, positive, whole
 
@@ -485,7 +487,7 @@ class DeconvNet(nn.Module):
 
     def save(self, path: str | Path) -> None:
         """Write the whole network to a .safetensors file, safe to share and to load."""
-        formats.save_network(Path(path), *self.to_parts())
+        save_network(Path(path), *self.to_parts())
 
 
 def layer_settings(plain: dict) -> LayerSettings:
@@ -498,7 +500,7 @@ def load(path: str | Path) -> DeconvNet:
     """A network from a run folder, its newest valid checkpoint, or from a saved network file."""
     path = Path(path)
     if path.is_dir():
-        found = formats.newest(path / "checkpoints")
+        found = load_newest_checkpoint(path / "checkpoints")
         if found is None:
             raise ValueError(
                 f"{path}: no checkpoint in this folder; expected a run of scripts/train.py"
@@ -508,16 +510,16 @@ def load(path: str | Path) -> DeconvNet:
         tensors, settings = saved.get("tensors"), saved.get("settings")
     elif path.is_file():
         source = path
-        tensors, settings = formats.load_network(path)
+        tensors, settings = load_network(path)
     else:
         raise ValueError(f"{path}: no such run folder or network file")
     return network_of(source, tensors, settings)
 
 
 def network_of(source: str | Path, tensors: dict[str, Tensor], settings: dict) -> DeconvNet:
-    """`DeconvNet.from_parts` of what a file holds; CheckpointError where that is no network."""
+    """`DeconvNet.from_parts` of what a file holds; InvalidFileError where that is no network."""
     if isinstance(settings, dict) and settings.get("kind") == FILTERS:
-        raise formats.CheckpointError(
+        raise InvalidFileError(
             f"{source}: holds filters of learn_filters or learn_online, not a network; use "
             "deconvnet.Learned.load"
         )
@@ -528,9 +530,7 @@ def network_of(source: str | Path, tensors: dict[str, Tensor], settings: dict) -
         return DeconvNet.from_parts(tensors, settings)
     except Exception as error:  # settings of any type and size may go wrong anywhere
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise formats.CheckpointError(
-            f"{source}: not a network of this version ({reason})"
-        ) from None
+        raise InvalidFileError(f"{source}: not a network of this version ({reason})") from None
 
 
 def snr(reference: Tensor, estimate: Tensor) -> float:

@@ -35,17 +35,17 @@ from typing import BinaryIO
 
 import filelock
 
-OWN = ".deconvnet"
-RECORD = "made"
+RECORD_FOLDER = ".deconvnet"
+RECORD_FILE = "made"
 # In the record, in place of a digest: a file that grows.
 GROWS = ""
 # How many strangers a message names.
-NAMED = 3
+MAX_NAMED = 3
 # What file managers leave in every folder that somebody looks into.
-LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")
+FILE_MANAGER_FILES = (".DS_Store", "Thumbs.db", "desktop.ini")
 
 # Bytes of a record: millions of files.
-MOST_RECORD = 2**28
+MAX_RECORD = 2**28
 # Seconds after which a temporary file is left from a kill: others may write beside the one process
 # that has the lock, and theirs are there for moments.
 STALE = 3600.0
@@ -55,26 +55,28 @@ NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 log = logging.getLogger(__name__)
 
 
-class NotOurs(ValueError):
+class ForeignFileError(ValueError):
     """Something that this package did not make is in the way."""
 
 
-class Busy(ValueError):
+class FolderLockedError(ValueError):
     """Another process is writing to the folder."""
 
 
-def claim(folder: str | Path) -> Path:
+def claim_folder(folder: str | Path) -> Path:
     """Make a folder, if need be, with a record of its own; its absolute path."""
     folder = absolute(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    own = folder / OWN
+    own = folder / RECORD_FOLDER
     if os.path.lexists(own) and not _is_own(own):
-        raise NotOurs(f"{own}: is in the way of the record of results; move it away")
+        raise ForeignFileError(f"{own}: is in the way of the record of results; move it away")
     own.mkdir(exist_ok=True)
     # A run folder may come from somebody else: nothing in it leads us to write elsewhere.
-    for name in (RECORD, "lock", "writer"):
+    for name in (RECORD_FILE, "lock", "writer"):
         if os.path.lexists(own / name) and not is_regular(own / name):
-            raise NotOurs(f"{own / name}: is in the way of the record of results; move it away")
+            raise ForeignFileError(
+                f"{own / name}: is in the way of the record of results; move it away"
+            )
     return folder
 
 
@@ -86,25 +88,26 @@ def absolute(path: str | Path) -> Path:
 def write(
     path: str | Path, data: bytes | memoryview, *, ours: Callable[[Path], bool] | None = None
 ) -> None:
-    """Put data at a path, whole or not at all, and record it; NotOurs where that is a stranger's.
+    """Put data at a path, whole or not at all, and record it.
 
-    ours: for a kind of file that tells by itself who made it, how; such a file needs no record. An
-    OSError names the path; what was there before is then intact.
+    ours: for files whose content tells who made them, a function that tells; they need no record.
+    Raises ForeignFileError if somebody else's file is there, and OSError with the path if it cannot
+    be written; what was there before is then intact.
     """
     path = absolute(path)
     if ours is None or not (path.is_file() and not path.is_symlink() and ours(path)):
-        check(path)
+        check_writable(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         root = _writable_root(path.parent)
         if root is None and ours is None:
-            root = claim(path.parent)
+            root = claim_folder(path.parent)
         if root is not None:
             # Before the file: after a kill between the two, a file of ours would be a stranger's.
             _record(root, [(_digest(data), path)])
         temporary = _temporary(root, path)
         try:
-            _put(temporary, data)
+            _write_synced(temporary, data)
             os.replace(temporary, path)
             _sync_folder(path.parent)
         except BaseException:
@@ -113,21 +116,21 @@ def write(
             raise
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
-    _remember(path)
+    _record_signature(path)
 
 
-def check(path: str | Path) -> None:
-    """NotOurs where something is at a path that may not be replaced."""
+def check_writable(path: str | Path) -> None:
+    """ForeignFileError where something is at a path that may not be replaced."""
     path = absolute(path)
     if os.path.lexists(path) and not is_ours(path):
-        raise NotOurs(
+        raise ForeignFileError(
             f"{path}: is there already and is not as deconvnet wrote it; move it away, or choose "
             "another place"
         )
 
 
-def check_inputs(targets: Iterable[str | Path], inputs: Iterable[str | Path]) -> None:
-    """NotOurs where a result would be written over what it is made from, by whatever path."""
+def check_not_inputs(targets: Iterable[str | Path], inputs: Iterable[str | Path]) -> None:
+    """ForeignFileError if a result would overwrite one of its inputs, whatever path leads there."""
     given = {}
     for path in inputs:
         with suppress(OSError):
@@ -135,7 +138,7 @@ def check_inputs(targets: Iterable[str | Path], inputs: Iterable[str | Path]) ->
     for target in targets:
         with suppress(OSError):
             if (source := given.get(_identity(os.stat(target)))) is not None:
-                raise NotOurs(
+                raise ForeignFileError(
                     f"{target}: is an input itself ({source}) and would be written over; choose "
                     "another output=..."
                 )
@@ -159,15 +162,15 @@ def is_ours(path: str | Path) -> bool:
         return False
     if root is None or not stat.S_ISREG(found.st_mode):
         return False
-    digests = _made(root).get(_relative(root, path), ())
+    digests = _digests_by_path(root).get(_relative(root, path), ())
     if GROWS in digests:
         return True
     if not digests:
         return False
-    return _written.get(path) == _signature(found) or _digest_of(path) in digests
+    return _signatures.get(path) == _signature(found) or _digest_of(path) in digests
 
 
-def others(paths: Iterable[Path]) -> list[Path]:
+def foreign_files(paths: Iterable[Path]) -> list[Path]:
     """Those of some files that are not ours."""
     roots: dict[Path, Path | None] = {}
     found = []
@@ -186,18 +189,18 @@ def record(path: str | Path, *, grows: bool = True) -> None:
     grows: whether it may change; else it is ours as it is now.
     """
     path = absolute(path)
-    root = _writable_root(path.parent) or claim(path.parent)
+    root = _writable_root(path.parent) or claim_folder(path.parent)
     digest = GROWS if grows else _digest_of(path)
     if digest is not None:
         _record(root, [(digest, path)])
 
 
 def append(path: str | Path, text: str) -> None:
-    """Add text to a file that grows; NotOurs where that is a stranger's."""
+    """Add text to a file that grows; ForeignFileError where that is a stranger's."""
     path = absolute(path)
     if not os.path.lexists(path):
         record(path)
-    check(path)
+    check_writable(path)
     with open(path, "a", encoding="utf-8") as file:
         file.write(text)
 
@@ -212,10 +215,10 @@ def remove(path: str | Path) -> bool:
     return True
 
 
-def made_in(folder: str | Path) -> list[Path]:
+def own_files_in(folder: str | Path) -> list[Path]:
     """The files that the record of a folder speaks of, those that are still there and ours."""
     folder = absolute(folder)
-    paths = [folder / relative for relative in _made(folder) if _inside(relative)]
+    paths = [folder / relative for relative in _digests_by_path(folder) if _inside(relative)]
     return [path for path in paths if is_ours(path) and not _through_link(path)]
 
 
@@ -225,38 +228,38 @@ def move(path: str | Path, target: str | Path) -> bool:
     if not is_ours(path) or _through_link(path):
         return False
     if os.path.lexists(target):
-        raise NotOurs(f"{target}: is there already; move it away")
-    digests = _made(_root(path.parent))[_relative(_root(path.parent), path)]
+        raise ForeignFileError(f"{target}: is there already; move it away")
+    digests = _digests_by_path(_root(path.parent))[_relative(_root(path.parent), path)]
     target.parent.mkdir(parents=True, exist_ok=True)
-    root = _writable_root(target.parent) or claim(target.parent)
+    root = _writable_root(target.parent) or claim_folder(target.parent)
     _record(root, [(digest, target) for digest in digests])
     os.rename(path, target)
     _record(_root(path.parent), [(None, path)])
     return True
 
 
-def strangers(folder: str | Path) -> list[Path]:
+def foreign_files_in(folder: str | Path) -> list[Path]:
     """What is in a folder, and below it, that is not ours: files, links, whatever else."""
     folder = absolute(folder)
     found = []
     for parent, folders, names in os.walk(folder):
         linked = [name for name in folders if Path(parent, name).is_symlink()]
-        folders[:] = [name for name in folders if name != OWN and name not in linked]
-        paths = [Path(parent, name) for name in names + linked if name not in LITTER]
+        folders[:] = [name for name in folders if name != RECORD_FOLDER and name not in linked]
+        paths = [Path(parent, name) for name in names + linked if name not in FILE_MANAGER_FILES]
         found += [path for path in paths if not is_ours(path)]
     return sorted(found)
 
 
 @contextmanager
-def rebuilt(folder: str | Path) -> Iterator[Path]:
+def rebuilt_folder(folder: str | Path) -> Iterator[Path]:
     """An empty folder to fill, which then takes the place of the one at a path, whole or not at
     all.
 
-    NotOurs, before anything is done, where that holds anything but files of ours.
+    ForeignFileError, before anything is done, where that holds anything but files of ours.
     """
     folder = absolute(folder)
-    root = _writable_root(folder.parent) or claim(folder.parent)
-    new, old = (root / OWN / f"{folder.name}.{kind}" for kind in ("new", "old"))
+    root = _writable_root(folder.parent) or claim_folder(folder.parent)
+    new, old = (root / RECORD_FOLDER / f"{folder.name}.{kind}" for kind in ("new", "old"))
     # A kill between the two renamings below.
     if old.exists() and not os.path.lexists(folder):
         os.rename(old, folder)
@@ -279,16 +282,16 @@ def rebuilt(folder: str | Path) -> Iterator[Path]:
 
 
 def check_replaceable(folder: str | Path) -> None:
-    """NotOurs where something is at a path but a folder that holds files of ours alone."""
+    """ForeignFileError where something is at a path but a folder that holds files of ours alone."""
     folder = absolute(folder)
     if not os.path.lexists(folder):
         return
     if folder.is_symlink() or not folder.is_dir():
-        raise NotOurs(f"{folder}: is not a folder that deconvnet made; move it away")
-    if others := strangers(folder):
-        named = ", ".join(path.relative_to(folder).as_posix() for path in others[:NAMED])
-        more = ", ..." if len(others) > NAMED else ""
-        raise NotOurs(
+        raise ForeignFileError(f"{folder}: is not a folder that deconvnet made; move it away")
+    if foreign := foreign_files_in(folder):
+        named = ", ".join(path.relative_to(folder).as_posix() for path in foreign[:MAX_NAMED])
+        more = ", ..." if len(foreign) > MAX_NAMED else ""
+        raise ForeignFileError(
             f"{folder}: would be replaced, but holds what deconvnet did not make ({named}{more}); "
             "move that away, or choose another place"
         )
@@ -300,25 +303,25 @@ def prune(folder: str | Path) -> None:
     if folder.is_symlink() or not folder.is_dir():
         return
     for child in list(folder.iterdir()):
-        if child.is_dir() and not child.is_symlink() and child.name != OWN:
+        if child.is_dir() and not child.is_symlink() and child.name != RECORD_FOLDER:
             prune(child)
     with suppress(OSError):
         folder.rmdir()
 
 
 @contextmanager
-def locked(folder: str | Path) -> Iterator[None]:
-    """Within it no other process gets a lock on this folder; Busy where one has it."""
-    folder = claim(folder)
-    writer = folder / OWN / "writer"
-    lock = filelock.FileLock(folder / OWN / "lock", blocking=False)
+def locked_folder(folder: str | Path) -> Iterator[None]:
+    """Within it no other process gets a lock on this folder; FolderLockedError where one has it."""
+    folder = claim_folder(folder)
+    writer = folder / RECORD_FOLDER / "writer"
+    lock = filelock.FileLock(folder / RECORD_FOLDER / "lock", blocking=False)
     try:
         lock.acquire()
     except filelock.Timeout:
         who = "unknown"
         with suppress(OSError):
             who = writer.read_text(errors="replace")[:100]
-        raise Busy(
+        raise FolderLockedError(
             f"{folder}: another process ({who}) is writing to this folder; wait until it has "
             "ended, or choose another one with name=..."
         ) from None
@@ -331,7 +334,7 @@ def locked(folder: str | Path) -> Iterator[None]:
         return
     try:
         writer.write_text(f"process {os.getpid()} on {platform.node()}")
-        for left in (folder / OWN).glob("*.tmp"):
+        for left in (folder / RECORD_FOLDER).glob("*.tmp"):
             with suppress(OSError):
                 if is_regular(left) and os.lstat(left).st_mtime < time.time() - STALE:
                     left.unlink()
@@ -343,16 +346,16 @@ def locked(folder: str | Path) -> Iterator[None]:
         lock.release()
 
 
-def read(path: str | Path) -> bytes:
+def read_regular_file(path: str | Path) -> bytes:
     """The content of a regular file; ValueError for a pipe, a device or a folder, which would hang
     or never end, OSError as usual.
     """
-    with opened(path) as file:
+    with open_regular_file(path) as file:
         return file.read()
 
 
 @contextmanager
-def opened(path: str | Path) -> Iterator[BinaryIO]:
+def open_regular_file(path: str | Path) -> Iterator[BinaryIO]:
     """A regular file to read; errors as in `read`."""
     path = Path(path)
     with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
@@ -363,14 +366,16 @@ def opened(path: str | Path) -> Iterator[BinaryIO]:
 
 # Of files that this process wrote: what the file system said of them then, so that they need not
 # be read again to know that nobody has changed them.
-_written: dict[Path, tuple[int, ...]] = {}
+_signatures: dict[Path, tuple[int, ...]] = {}
 # Of every record: which file it is, how far it was read, and what it says.
-_read: dict[Path, tuple[int, int, dict[str, set[str]]]] = {}
+_records: dict[Path, tuple[int, int, dict[str, set[str]]]] = {}
 
 
 def _root(folder: Path) -> Path | None:
     """The folder with the nearest record, this one or one above it."""
-    return next((above for above in (folder, *folder.parents) if _is_own(above / OWN)), None)
+    return next(
+        (above for above in (folder, *folder.parents) if _is_own(above / RECORD_FOLDER)), None
+    )
 
 
 def _writable_root(folder: Path) -> Path | None:
@@ -378,7 +383,7 @@ def _writable_root(folder: Path) -> Path | None:
     one is in.
     """
     root = _root(folder)
-    return root if root is not None and os.access(root / OWN, os.W_OK) else None
+    return root if root is not None and os.access(root / RECORD_FOLDER, os.W_OK) else None
 
 
 def _is_own(path: Path) -> bool:
@@ -402,19 +407,19 @@ def _through_link(path: Path) -> bool:
     return any(above.is_symlink() for above in between)
 
 
-def _made(root: Path) -> dict[str, set[str]]:
+def _digests_by_path(root: Path) -> dict[str, set[str]]:
     """The digests of every file by its path, of which the last is what it should be; earlier ones
     are those of a kill between record and file.
     """
-    path = root / OWN / RECORD
+    path = root / RECORD_FOLDER / RECORD_FILE
     if os.path.lexists(path) and not is_regular(path):
-        raise NotOurs(f"{path}: is in the way of the record of results; move it away")
+        raise ForeignFileError(f"{path}: is in the way of the record of results; move it away")
     try:
         with open(path, "rb") as file:
             found = os.fstat(file.fileno())
-            if found.st_size > MOST_RECORD:
-                raise NotOurs(f"{path}: {found.st_size} bytes are no record; move it away")
-            inode, offset, entries = _read.get(path, (-1, 0, {}))
+            if found.st_size > MAX_RECORD:
+                raise ForeignFileError(f"{path}: {found.st_size} bytes are no record; move it away")
+            inode, offset, entries = _records.get(path, (-1, 0, {}))
             if inode != found.st_ino or offset > found.st_size:
                 offset, entries = 0, {}
             file.seek(offset)
@@ -430,13 +435,13 @@ def _made(root: Path) -> dict[str, set[str]]:
                 entries.pop(name, None)
             elif isinstance(name, str) and isinstance(digest, str):
                 entries.setdefault(name, set()).add(digest)
-    _read[path] = found.st_ino, offset + len(whole), entries
+    _records[path] = found.st_ino, offset + len(whole), entries
     return entries
 
 
 def _record(root: Path, files: list[tuple[str | None, Path]]) -> None:
     """Add lines to the record, on the disk before the files that they speak of."""
-    known = _made(root)
+    known = _digests_by_path(root)
     lines = [
         json.dumps([digest, name]) + "\n"
         for digest, path in files
@@ -444,7 +449,9 @@ def _record(root: Path, files: list[tuple[str | None, Path]]) -> None:
     ]
     if not lines:
         return
-    descriptor = os.open(root / OWN / RECORD, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    descriptor = os.open(
+        root / RECORD_FOLDER / RECORD_FILE, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644
+    )
     try:
         size = os.fstat(descriptor).st_size
         torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
@@ -458,9 +465,9 @@ def _record(root: Path, files: list[tuple[str | None, Path]]) -> None:
 
 def _temporary(root: Path | None, path: Path) -> Path:
     """A new file on the file system of a path."""
-    if root is not None and os.stat(root / OWN).st_dev == os.stat(path.parent).st_dev:
+    if root is not None and os.stat(root / RECORD_FOLDER).st_dev == os.stat(path.parent).st_dev:
         # Processes of two machines may have one number.
-        return root / OWN / f"{os.getpid()}-{os.urandom(6).hex()}.tmp"
+        return root / RECORD_FOLDER / f"{os.getpid()}-{os.urandom(6).hex()}.tmp"
     descriptor, name = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=path.parent)
     os.close(descriptor)
     # That is readable by its owner alone, unlike what a program writes by itself.
@@ -470,7 +477,7 @@ def _temporary(root: Path | None, path: Path) -> Path:
     return Path(name)
 
 
-def _put(path: Path, data: bytes | memoryview) -> None:
+def _write_synced(path: Path, data: bytes | memoryview) -> None:
     with open(path, "wb") as file:
         file.write(data)
         file.flush()
@@ -490,8 +497,8 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _remember(path: Path) -> None:
-    _written[path] = _signature(os.lstat(path))
+def _record_signature(path: Path) -> None:
+    _signatures[path] = _signature(os.lstat(path))
 
 
 def _signature(found: os.stat_result) -> tuple[int, ...]:

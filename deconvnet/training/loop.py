@@ -23,7 +23,8 @@ from deconvnet.network.codes import Codes
 from deconvnet.network.network import DeconvNet, Layer, LayerProblem
 from deconvnet.sparse_coding.prior import Prior
 from deconvnet.sparse_coding.solvers import data_term
-from deconvnet.storage import formats
+from deconvnet.storage.integrity import InvalidFileError
+from deconvnet.storage.network_files import load_network
 from deconvnet.support.communicator import SINGLE, Communicator
 from deconvnet.support.modes import plain
 from deconvnet.training.layer_trainer import LayerData, LayerTrainer, warm_starts_size
@@ -211,9 +212,9 @@ def _initial_filters(net: DeconvNet, parts: tuple[dict, dict] | None) -> dict[in
 def _save_again(net: DeconvNet, path: Path) -> None:
     """Write the file of a finished network unless it is there, whole and the same."""
     try:
-        tensors, _ = formats.load_network(path)
+        tensors, _ = load_network(path)
         same = all(torch.equal(tensors[name], value) for name, value in net.to_parts()[0].items())
-    except (formats.CheckpointError, KeyError):
+    except (InvalidFileError, KeyError):
         same = False
     if not same:
         if path.exists():
@@ -308,7 +309,7 @@ class TrainingState:
             pooled = state.get("pooled")
             return cls(state["layer"], state["step"], results, pooled and Spread(**pooled))
         except TypeError as error:
-            raise formats.CheckpointError(
+            raise InvalidFileError(
                 f"the checkpoint is no state of a run of this version ({error}); resume from "
                 "another one"
             ) from None

@@ -28,7 +28,16 @@ import torch
 
 from deconvnet.images.datasets import DataSettings
 from deconvnet.network.network import network_of
-from deconvnet.storage import formats, ownership
+from deconvnet.storage import ownership
+from deconvnet.storage.checkpoint_files import NAME as CHECKPOINT_NAME
+from deconvnet.storage.checkpoint_files import (
+    is_checkpoint,
+    load_checkpoint,
+    load_newest_checkpoint,
+    save_checkpoint,
+)
+from deconvnet.storage.integrity import InvalidFileError
+from deconvnet.storage.network_files import is_network, load_network
 from deconvnet.training.warm_starts import is_warm_start_file
 
 log = logging.getLogger(__name__)
@@ -72,7 +81,7 @@ class RunFolder:
     starts from; None where there is nothing of the kind.
 
     Raises ValueError, before anything is written or moved, where the folder or the path holds a run
-    of other settings or images, and NotOurs where files of somebody else are in the way.
+    of other settings or images, and ForeignFileError where files of somebody else are in the way.
     """
 
     def __init__(
@@ -112,12 +121,12 @@ class RunFolder:
 
     def claim(self) -> None:
         """Keep a record of what is made in this folder from here on."""
-        ownership.claim(self.folder)
+        ownership.claim_folder(self.folder)
 
     def save(self, step: int, state: dict) -> Path:
         """Write a checkpoint after `step` filter updates."""
         mine = {"settings": self.settings, "images": self.images, "token": self.token}
-        return formats.save(self.checkpoints, step, {**state, **mine})
+        return save_checkpoint(self.checkpoints, step, {**state, **mine})
 
     @property
     def network(self) -> Path:
@@ -150,10 +159,10 @@ class RunFolder:
 
     def _find(self, resume: str) -> dict | None:
         if resume == "auto":
-            found = formats.newest(self.checkpoints)
+            found = load_newest_checkpoint(self.checkpoints)
             return found and found[0]
         path = Path(resume).expanduser()
-        if formats.is_network(path):
+        if is_network(path):
             raise ValueError(
                 f"resume={resume}: a network, and no checkpoint to resume from; "
                 f"{_typed('init', resume)} starts from its filters"
@@ -167,9 +176,9 @@ class RunFolder:
 
     def _adopt(self) -> None:
         """Record the files of a run from before there was a record of them."""
-        if (self.folder / ownership.OWN / ownership.RECORD).exists():
+        if (self.folder / ownership.RECORD_FOLDER / ownership.RECORD_FILE).exists():
             return
-        if not any(formats.is_checkpoint(path) for path in self.checkpoints.glob("step-*.pt")):
+        if not any(is_checkpoint(path) for path in self.checkpoints.glob("step-*.pt")):
             return
         self.claim()
         for pattern in MADE:
@@ -181,7 +190,7 @@ class RunFolder:
         for name in FOLDERS:
             path = self.folder / name
             if os.path.lexists(path) and not path.is_dir():
-                raise ownership.NotOurs(
+                raise ownership.ForeignFileError(
                     f"{path}: is in the way of a folder of this run; move it away"
                 )
 
@@ -189,26 +198,26 @@ class RunFolder:
         """Refuse a folder in which a file is in the way, before hours of work."""
         for pattern in NEEDED:
             for path in self.folder.glob(pattern):
-                ownership.check(path)
+                ownership.check_writable(path)
         step = -1 if self.state is None else self.state["step"]
         for path in self.checkpoints.glob("step-*.pt"):
-            if not formats.CHECKPOINT_NAME.fullmatch(path.name):
+            if not CHECKPOINT_NAME.fullmatch(path.name):
                 continue
             ahead = path.stem.removeprefix("step-") > f"{step:08d}"
-            if ahead and not formats.is_checkpoint(path):
-                ownership.check(path)
+            if ahead and not is_checkpoint(path):
+                ownership.check_writable(path)
         if not self._is_replaceable(self.network):
-            ownership.check(self.network)
+            ownership.check_writable(self.network)
 
     def _is_replaceable(self, path: Path) -> bool:
         """Whether a file in the place of the finished network is that of this run, if damaged, and
         no other network that somebody has put there.
         """
-        if self.state is None or not formats.is_network(path):
+        if self.state is None or not is_network(path):
             return False
         try:
-            tensors, _ = formats.load_network(path)
-        except formats.CheckpointError:
+            tensors, _ = load_network(path)
+        except InvalidFileError:
             return True
         known = _network_of(self.state)[0]
         return tensors.keys() == known.keys() and all(
@@ -224,7 +233,7 @@ class RunFolder:
                 folder = self.folder / path.relative_to(self.folder).parts[0]
                 linked = next((each for each in (folder, path) if each.is_symlink()), None)
                 if linked is not None:
-                    raise ownership.NotOurs(
+                    raise ownership.ForeignFileError(
                         f"{linked}: is a link, and what lies behind it cannot be archived; move "
                         "the link away, or choose another name=..."
                     )
@@ -245,7 +254,11 @@ class RunFolder:
         folder = _folder_of(source)
         layers = range(1, self._begun + 1)
         paths = {number: _evolution(folder, number) for number in layers}
-        return {number: ownership.read(path) for number, path in paths.items() if path.is_file()}
+        return {
+            number: ownership.read_regular_file(path)
+            for number, path in paths.items()
+            if path.is_file()
+        }
 
     @property
     def _begun(self) -> int:
@@ -292,14 +305,14 @@ class RunFolder:
             return
         found = (PREVIOUS.fullmatch(path.name) for path in self.folder.glob("previous-*"))
         number = 1 + max((int(match[1]) for match in found if match), default=0)
-        archive = ownership.claim(self.folder / f"previous-{number}")
+        archive = ownership.claim_folder(self.folder / f"previous-{number}")
         for path in self.checkpoints.glob("step-*.pt"):
             # A copy that somebody put here would be taken for a checkpoint of the new run.
-            if formats.is_checkpoint(path) and not ownership.is_ours(path):
+            if is_checkpoint(path) and not ownership.is_ours(path):
                 ownership.record(path, grows=False)
         made = [
             path.relative_to(ownership.absolute(self.folder))
-            for path in ownership.made_in(self.folder)
+            for path in ownership.own_files_in(self.folder)
         ]
         own = [path for path in made if any(path.match(pattern) for pattern in MADE)]
         for path in sorted(own, key=lambda path: (path.parts[0] == "checkpoints", path)):
@@ -317,13 +330,13 @@ def training_data(run: str | Path) -> DataSettings | None:
     """
     if not Path(run).is_dir():
         return None
-    found = formats.newest(Path(run) / "checkpoints")
+    found = load_newest_checkpoint(Path(run) / "checkpoints")
     if found is None:
         return None
     try:
         return dataclasses.replace(DataSettings(**found[0]["settings"]["data"]), download=False)
     except (TypeError, KeyError, ValueError) as error:
-        raise formats.CheckpointError(
+        raise InvalidFileError(
             f"{found[1]}: what it says of its images is no data settings ({error}); give images "
             "of your own"
         ) from None
@@ -333,7 +346,7 @@ def _parts(init: str) -> tuple[dict, dict]:
     """(tensors, settings) of the network of a run folder, a checkpoint or a network file."""
     path = Path(init).expanduser()
     if path.suffix == ".safetensors" and path.exists() and not path.is_dir():
-        parts = formats.load_network(path)
+        parts = load_network(path)
         network_of(path, *parts)
         return parts
     found = _state_at(path)
@@ -347,7 +360,7 @@ def _parts(init: str) -> tuple[dict, dict]:
 
 
 def _check_state(state: object, where: str | Path) -> None:
-    """CheckpointError where a checkpoint, which may be a stranger's, holds no state of a run."""
+    """InvalidFileError where a checkpoint, which may be a stranger's, holds no state of a run."""
     kinds = {"settings": dict, "network": dict, "layer": int, "step": int, "results": list}
     kinds |= {"trainer": dict | None, "token": str | None}
     state = state if isinstance(state, dict) else {}
@@ -361,7 +374,7 @@ def _check_state(state: object, where: str | Path) -> None:
     if images is not None and not _is_digests(images):
         wrong.append("images")
     if wrong:
-        raise formats.CheckpointError(
+        raise InvalidFileError(
             f"{where}: its checkpoint is no state of a run of this version ({', '.join(wrong)}); "
             "resume from another one"
         )
@@ -388,8 +401,8 @@ def _ways_on(where: Path | str) -> str:
 def _state_at(path: Path) -> dict | None:
     """The state in a checkpoint, or in the newest of a run folder; None where there is none."""
     if path.exists() and not path.is_dir():
-        return formats.load(path)
-    found = formats.newest(path / "checkpoints")
+        return load_checkpoint(path)
+    found = load_newest_checkpoint(path / "checkpoints")
     return found and found[0]
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from deconvnet.operators.pooling import Window, max_pool, pooled_shape, unpool
-from deconvnet.storage.ownership import NotOurs, is_regular
+from deconvnet.storage.ownership import ForeignFileError, is_regular
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ class DiskWarmStarts(WarmStarts):
     have the record of a checkpoint, or has a damaged one, inference starts from the beginning.
 
     run: what the records are marked with, so that those of another run are not taken for them.
-    Raises NotOurs where a file is in the way that is none of states.
+    Raises ForeignFileError where a file is in the way that is none of states.
     """
 
     NUM_FILES = 3
@@ -256,7 +256,7 @@ def _opened(path: Path) -> int:
         # Another rank may have made it a moment ago.
         empty = stat.S_ISREG(found.st_mode) and found.st_size == 0
         if not empty and not is_warm_start_file(path):
-            raise NotOurs(
+            raise ForeignFileError(
                 f"{path}: is in the way of the states of inference; move it away (if an earlier "
                 "deconvnet wrote it, the inference of its images then starts from the beginning)"
             )

@@ -202,7 +202,7 @@ def _check_places(
             place / "control" / path.relative_to(place) for path in paths if path.suffix == ".npz"
         ]
     for path in paths:
-        ownership.check(path)
+        ownership.check_writable(path)
     if settings.gallery:
         ownership.check_replaceable(folder / "gallery")
 

@@ -42,7 +42,7 @@ from deconvnet.images.preprocessing import PreprocessingSettings
 from deconvnet.network.network import DeconvNet, LayerSettings, load
 from deconvnet.operators.linear import Deconvolution
 from deconvnet.sparse_coding.solvers import SolverSettings
-from deconvnet.storage import formats
+from deconvnet.storage.checkpoint_files import save_checkpoint
 
 FEW = SolverSettings(iterations=20)
 CLASSES = ("left", "right", "upright")
@@ -431,7 +431,7 @@ def folder(tmp_path_factory):
     tensors, settings = above.to_parts()
     data = dataclasses.asdict(DataSettings("any", "folder", "images", size=None))
     state = {"network": {"tensors": tensors, "settings": settings}, "settings": {"data": data}}
-    formats.save(folder / "run/checkpoints", 1, state)
+    save_checkpoint(folder / "run/checkpoints", 1, state)
     return folder
 
 

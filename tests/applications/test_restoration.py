@@ -33,7 +33,7 @@ from deconvnet.operators.linear import Deconvolution
 from deconvnet.sparse_coding.adaptive import WORST
 from deconvnet.sparse_coding.prior import shrink
 from deconvnet.sparse_coding.solvers import SolverSettings, sparse_code
-from deconvnet.storage import formats
+from deconvnet.storage.checkpoint_files import save_checkpoint
 
 SIGMA = 25 / 255
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
@@ -524,7 +524,7 @@ def test_a_run_whose_images_are_gone_serves_unfitted_and_downloads_nothing(
         folder = tmp_path / data["name"]
         data = {"size": 40, **data}
         saved = {"network": {"tensors": tensors, "settings": settings}, "settings": {"data": data}}
-        formats.save(folder / "checkpoints", 1, saved)
+        save_checkpoint(folder / "checkpoints", 1, saved)
         restorer = Restorer(net)
         fit(restorer, folder, [])
         return restorer.weights, capsys.readouterr().out

@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 
 from deconvnet import load
-from deconvnet.storage import formats
-from deconvnet.storage.ownership import OWN
+from deconvnet.storage.checkpoint_files import load_checkpoint
+from deconvnet.storage.ownership import RECORD_FOLDER
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -263,7 +263,7 @@ def test_wrong_settings_end_in_one_line(tmp_path, script, arguments, parts):
     folder.mkdir()
     assert_one_line(script(folder, "train.py", *arguments), *parts)
     left = [path for path in folder.rglob("*") if path.is_file() and path.name != "train.log"]
-    assert [path for path in left if OWN not in path.parts] == []
+    assert [path for path in left if RECORD_FOLDER not in path.parts] == []
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -456,6 +456,6 @@ def test_images_too_small_for_the_network_cannot_be_reconstructed(
 
 
 def test_a_checkpoint_holds_the_settings_in_plain_words(begun):
-    settings = formats.load(checkpoints(begun[0])[-1])["settings"]
+    settings = load_checkpoint(checkpoints(begun[0])[-1])["settings"]
     assert settings["model"]["layer1"]["num_maps"] == 4
     assert settings["data"]["size"] == 32

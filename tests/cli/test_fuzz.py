@@ -25,7 +25,7 @@ from deconvnet import DeconvNet, LayerSettings, PreprocessingSettings, load
 from deconvnet.cli.errors import raised_in
 from deconvnet.cli.settings import _inside, read_settings, register
 from deconvnet.images.datasets import DataSettings, load_images, read_image, stream_images
-from deconvnet.storage import formats
+from deconvnet.storage.network_files import save_network
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -280,7 +280,7 @@ def test_a_file_of_other_settings_than_its_tensors_is_refused_in_one_line(
         if isinstance(place, dict) and place:
             place[data.draw(st.sampled_from(sorted(place)))] = data.draw(odd)
     folder = tmp_path_factory.getbasetemp()
-    formats.save_network(folder / "made.safetensors", tensors, asked)
+    save_network(folder / "made.safetensors", tensors, asked)
     loaded(folder, (folder / "made.safetensors").read_bytes())
 
 
@@ -289,7 +289,7 @@ def test_absurd_sizes_are_refused_before_memory_is_asked_for(tmp_path, whole):
     for key in ("num_maps", "filter_size"):
         wrong = json.loads(json.dumps(asked))
         wrong["layers"][0][key] = 10**9
-        formats.save_network(tmp_path / "network.safetensors", tensors, wrong)
+        save_network(tmp_path / "network.safetensors", tensors, wrong)
         with pytest.raises(ValueError, match=f"{key}=1000000000: must be at most"):
             load(tmp_path / "network.safetensors")
 

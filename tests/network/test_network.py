@@ -13,7 +13,7 @@ from deconvnet.operators.arithmetic import convolution_matrix
 from deconvnet.operators.linear import Deconvolution, Identity, LinearOperator
 from deconvnet.operators.pooling import UNPOOLINGS, max_pool, unpool
 from deconvnet.sparse_coding.solvers import solve
-from deconvnet.storage.formats import CheckpointError
+from deconvnet.storage.integrity import InvalidFileError
 from deconvnet.training.loop import train
 from deconvnet.training.run_folder import RunFolder
 
@@ -663,17 +663,18 @@ def test_a_path_without_a_network_is_refused_by_its_name(tmp_path):
 
 
 def test_settings_of_another_version_are_refused_with_the_file(net, tmp_path):
-    from deconvnet.storage.formats import save_network
+    from deconvnet.storage.network_files import save_network
 
     tensors, settings = net.to_parts()
     settings["layers"][0]["stride"] = 2
     save_network(tmp_path / "new.safetensors", tensors, settings)
-    with pytest.raises(CheckpointError, match="new.safetensors: not a network of this version.*st"):
+    message = "new.safetensors: not a network of this version.*stride"
+    with pytest.raises(InvalidFileError, match=message):
         load(tmp_path / "new.safetensors")
     tensors, settings = net.to_parts()
     del tensors["layers.1.filters"]
     save_network(tmp_path / "part.safetensors", tensors, settings)
-    with pytest.raises(CheckpointError, match="part.safetensors: not a network of this version"):
+    with pytest.raises(InvalidFileError, match="part.safetensors: not a network of this version"):
         load(tmp_path / "part.safetensors")
 
 

@@ -14,7 +14,7 @@ import torch
 
 from deconvnet import load
 from deconvnet.monitoring.monitor import save_picture
-from deconvnet.storage import formats
+from deconvnet.storage.checkpoint_files import load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -114,7 +114,7 @@ def test_all_processes_save_and_stop_when_one_is_asked_to(place, ranks, number):
     assert "Traceback" not in ends[0].err + ends[1].err
     kept = sorted((place / "runs" / name / "checkpoints").iterdir())
     step = int(kept[-1].stem.removeprefix("step-"))
-    state = formats.load(kept[-1])
+    state = load_checkpoint(kept[-1])
     assert state["step"] == step and state["trainer"]["codes"]["images"].tolist() == list(range(7))
 
 

@@ -24,8 +24,8 @@ from deconvnet.monitoring.monitor import Monitor
 from deconvnet.network.network import Layer, LayerProblem, seeded
 from deconvnet.operators.convolution import deconvolve
 from deconvnet.operators.pooling import max_pool, pooled_shape, unpool
-from deconvnet.storage import formats
-from deconvnet.storage.ownership import NotOurs
+from deconvnet.storage.checkpoint_files import load_checkpoint, save_checkpoint
+from deconvnet.storage.ownership import ForeignFileError
 from deconvnet.training.layer_trainer import Diverged, LayerData, LayerTrainer
 from deconvnet.training.loop import train
 from deconvnet.training.run_folder import RunFolder
@@ -242,7 +242,7 @@ def test_a_trainer_that_was_saved_and_loaded_goes_on_bit_by_bit(b, tmp_path, upd
     first = LayerTrainer(layer(**settings), b)
     stats = [first.update() for _ in range(stop)]
     state = {"trainer": first.state_dict(), "filters": first.layer.filters}
-    state = formats.load(formats.save(tmp_path, stop, state))
+    state = load_checkpoint(save_checkpoint(tmp_path, stop, state))
     same = layer(**settings)
     same.filters.copy_(state["filters"])
     second = LayerTrainer(same, b, state=state["trainer"])
@@ -671,7 +671,7 @@ def test_a_strangers_file_in_the_place_of_states_stays(tmp_path, kind):
         path.mkdir()
     else:
         path.write_bytes(b"mine")
-    with pytest.raises(NotOurs, match="in the way"):
+    with pytest.raises(ForeignFileError, match="in the way"):
         DiskWarmStarts(torch.arange(2), None, tmp_path / "states")
     assert other.read_bytes() == b"thesis" and path.is_dir() == (kind == "folder")
 
@@ -736,7 +736,7 @@ def test_learning_through_the_layers_below_goes_on_bit_by_bit(below, tmp_path, s
     same, first = second(below, **settings)
     stats = [first.update() for _ in range(stop)]
     state = {"trainer": first.state_dict(), "filters": same.layer(2).filters}
-    state = formats.load(formats.save(tmp_path, stop, state))
+    state = load_checkpoint(save_checkpoint(tmp_path, stop, state))
     again, trainer = second(below, state=state["trainer"], filters=state["filters"], **settings)
     stats += to_the_end(trainer)
     assert torch.equal(again.layer(2).filters, net.layer(2).filters)

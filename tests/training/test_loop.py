@@ -25,8 +25,8 @@ from deconvnet import (
 )
 from deconvnet.monitoring.monitor import METRICS, Monitor
 from deconvnet.network.network import Layer, seeded
-from deconvnet.storage import formats
-from deconvnet.storage.formats import CheckpointError
+from deconvnet.storage.checkpoint_files import load_checkpoint, save_checkpoint
+from deconvnet.storage.integrity import InvalidFileError
 from deconvnet.training.loop import Interrupted, train
 from deconvnet.training.run_folder import RunFolder
 from deconvnet.visualization.evolution.evolution import load_evolution
@@ -440,7 +440,7 @@ def test_without_resuming_the_earlier_run_is_archived_whole(images, tmp_path):
 
 def test_archived_runs_are_never_mixed_when_an_older_one_was_deleted(tmp_path):
     for number in range(4):
-        formats.save(tmp_path / "checkpoints", number, {"layer": 1, "settings": {}})
+        save_checkpoint(tmp_path / "checkpoints", number, {"layer": 1, "settings": {}})
         RunFolder(tmp_path, {}, "false")
         if number == 1:
             shutil.rmtree(tmp_path / "previous-1")
@@ -502,8 +502,8 @@ def test_a_checkpoint_without_its_run_folder_goes_on_with_the_columns_to_come(
 def test_only_layers_that_had_begun_are_taken_over_from_another_run(images, tmp_path):
     train_in(tmp_path / "one", images)
     checkpoints, evolution = (tmp_path / "one" / name for name in ("checkpoints", "evolution"))
-    state = formats.load(max(checkpoints.iterdir()))
-    earlier = formats.save(checkpoints, 6, {**state, "layer": 2, "step": 6, "trainer": None})
+    state = load_checkpoint(max(checkpoints.iterdir()))
+    earlier = save_checkpoint(checkpoints, 6, {**state, "layer": 2, "step": 6, "trainer": None})
     RunFolder(tmp_path / "two", SETTINGS, str(earlier))
     (copy,) = (tmp_path / "two" / "evolution").iterdir()
     assert copy.name == "layer1.npz"
@@ -528,7 +528,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_anew(images, tmp
     train_in(tmp_path, images, depth=1)
     for path in (tmp_path / "checkpoints").iterdir():
         path.write_bytes(b"")
-    with pytest.raises(CheckpointError, match="none of its 2 checkpoints can be loaded"):
+    with pytest.raises(InvalidFileError, match="none of its 2 checkpoints can be loaded"):
         RunFolder(tmp_path, SETTINGS)
 
 

@@ -15,8 +15,9 @@ from deconvnet.images.preprocessing import PreprocessingSettings
 from deconvnet.monitoring.monitor import Monitor
 from deconvnet.network.network import DeconvNet, LayerSettings, load
 from deconvnet.sparse_coding.solvers import SolverSettings
-from deconvnet.storage import formats, ownership
-from deconvnet.storage.formats import is_network
+from deconvnet.storage import ownership
+from deconvnet.storage.checkpoint_files import load_checkpoint, save_checkpoint
+from deconvnet.storage.network_files import is_network
 from deconvnet.training.loop import Interrupted, train
 from deconvnet.training.run_folder import RunFolder, training_data
 from deconvnet.training.training_set import ImageSource
@@ -248,10 +249,10 @@ def test_what_is_in_the_way_of_a_run_is_named_before_it_begins(images, tmp_path,
 
 def test_a_run_from_before_there_were_records_is_resumed_and_archived(images, tmp_path):
     expected = learn(tmp_path, images)
-    for path in (tmp_path / ownership.OWN).iterdir():
+    for path in (tmp_path / ownership.RECORD_FOLDER).iterdir():
         path.unlink()
-    ownership._written.clear()
-    ownership._read.clear()
+    ownership._signatures.clear()
+    ownership._records.clear()
     assert_same_network(learn(tmp_path, images), expected)
     learn(tmp_path, images, resume="false")
     assert {"metrics.jsonl", "pictures", "network.safetensors", "checkpoints"} <= {
@@ -286,7 +287,7 @@ def test_a_network_file_is_known_by_its_first_bytes(tmp_path):
 
 def test_a_run_folder_never_says_that_something_is_to_be_downloaded(tmp_path):
     data = {"source": "torchvision", "dataset": "MNIST", "path": "x", "download": True}
-    formats.save(tmp_path / "checkpoints", 1, {"settings": {"data": data}})
+    save_checkpoint(tmp_path / "checkpoints", 1, {"settings": {"data": data}})
     assert training_data(tmp_path).download is False
 
 
@@ -299,7 +300,7 @@ def test_a_pipe_in_a_run_folder_is_not_waited_for(images, tmp_path, name, resume
     if "step" in name and resume == "auto":
         learn(tmp_path, images)  # from the newer one
     else:
-        with pytest.raises(ownership.NotOurs, match=name):
+        with pytest.raises(ownership.ForeignFileError, match=name):
             learn(tmp_path, images, resume=resume)
 
 
@@ -314,7 +315,7 @@ def test_another_network_in_the_place_of_the_finished_one_is_not_written_over(
     network(num_maps=2).save(tmp_path / "mine.safetensors")
     (tmp_path / "mine.safetensors").rename(tmp_path / "run" / "network.safetensors")
     before = snapshot(tmp_path)
-    with pytest.raises(ownership.NotOurs, match="network.safetensors"):
+    with pytest.raises(ownership.ForeignFileError, match="network.safetensors"):
         learn(tmp_path / "run", images)
     assert snapshot(tmp_path) == before
 
@@ -326,7 +327,7 @@ def test_what_lies_behind_links_is_neither_archived_nor_written_over(images, tmp
     (tmp_path / "run" / name).symlink_to(tmp_path / "disk")
     expected = learn(tmp_path / "run", images)
     before = snapshot(tmp_path)
-    with pytest.raises(ownership.NotOurs, match=f"{name}: is a link"):
+    with pytest.raises(ownership.ForeignFileError, match=f"{name}: is a link"):
         learn(tmp_path / "run", images, resume="false", epochs=1)
     assert snapshot(tmp_path) == before
     assert_same_network(learn(tmp_path / "run", images), expected)
@@ -383,9 +384,9 @@ JUNK = {
 def test_a_checkpoint_that_holds_something_else_is_an_error_in_one_line(images, tmp_path, said):
     learn(tmp_path, images)
     for path in (tmp_path / "checkpoints").iterdir():
-        state = formats.load(path)
+        state = load_checkpoint(path)
         JUNK[said](state)
-        formats.save(tmp_path / "checkpoints", int(path.stem[5:]), state, keep=9)
+        save_checkpoint(tmp_path / "checkpoints", int(path.stem[5:]), state, keep=9)
     with pytest.raises(ValueError, match=f"version .*{said}"):
         learn(tmp_path, images)
 
@@ -403,12 +404,12 @@ def test_a_newest_checkpoint_of_which_little_is_left_is_written_again(images, tm
     newest = max((tmp_path / "checkpoints").iterdir())
     os.truncate(newest, size)
     assert_same_network(learn(tmp_path, images), expected)
-    formats.load(newest)
+    load_checkpoint(newest)
 
 
 def test_what_a_run_says_of_its_images_may_be_nonsense(tmp_path):
     for data in (5, {"source": "nothing"}, {"a": 1}):
-        formats.save(tmp_path / "checkpoints", 1, {"settings": {"data": data}})
+        save_checkpoint(tmp_path / "checkpoints", 1, {"settings": {"data": data}})
         with pytest.raises(ValueError, match="is no data settings"):
             training_data(tmp_path)
 

@@ -21,7 +21,7 @@ from deconvnet import (
 from deconvnet.monitoring.peaks import Peaks, Snapshot, SnapshotPlan
 from deconvnet.network.codes import Codes
 from deconvnet.network.network import Layer, seeded
-from deconvnet.storage import formats
+from deconvnet.storage.checkpoint_files import load_checkpoint, save_checkpoint
 from deconvnet.training.layer_trainer import LayerTrainer
 from deconvnet.visualization import pixel_features
 from deconvnet.visualization.evolution.checkpoints import project_checkpoints
@@ -93,7 +93,7 @@ def test_peaks_are_the_strongest_whatever_the_order_and_the_chunks(first):
 def test_peaks_go_through_a_checkpoint(tmp_path):
     z = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
     half = Peaks.none(z).updated(z[:2], torch.arange(2), (0, 5, 1, 4))
-    state = formats.load(formats.save(tmp_path, 1, half.state_dict()))
+    state = load_checkpoint(save_checkpoint(tmp_path, 1, half.state_dict()))
     again = Peaks.from_state_dict(state, torch.device("cpu"))
     rest = (z[2:], torch.arange(2, 4), (0, 5, 1, 4))
     for name, value in vars(again.updated(*rest)).items():
@@ -196,7 +196,7 @@ def test_snapshots_are_the_same_when_learning_was_stopped_in_an_epoch(b, tmp_pat
     for _ in range(stop):
         first.update()
         found += [first.snapshot] if first.snapshot else []
-    state = formats.load(formats.save(tmp_path, stop, first.state_dict()))
+    state = load_checkpoint(save_checkpoint(tmp_path, stop, first.state_dict()))
     again = trainer_of(b, WATCH, batch_size=3, state=state, filters=first.layer.filters)
     assert again.snapshot is None
     assert_same_snapshots(found + snapshots(again), expected)

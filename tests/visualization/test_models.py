@@ -17,7 +17,7 @@ from torch import nn
 from torchvision import models as torchvision_models
 
 from deconvnet.images.datasets import Crop
-from deconvnet.storage import formats
+from deconvnet.storage.network_files import load_network, save_network
 from deconvnet.visualization.models.normalization import Normalization
 from deconvnet.visualization.models.weights import load_state_dict
 from deconvnet.visualization.models.zfnet import ZFNet, limit_filters
@@ -508,7 +508,7 @@ def test_a_saved_network_is_loaded_by_its_path_alone(tmp_path, zfnet):
     assert again.weights == path.name and again.digest == digest(zfnet.module)
     x = again.normalization.apply(images(2, 3, 24, 24))
     assert torch.equal(again.module(x), zfnet.module.eval()(x))
-    assert formats.load_network(path)[1]["training"] == {"epoch": 3}
+    assert load_network(path)[1]["training"] == {"epoch": 3}
     random = load_model(path, weights="none")
     assert not equal(random.module, zfnet.module) and random.labels == zfnet.labels
 
@@ -520,11 +520,11 @@ def test_a_file_that_is_no_such_network_is_refused_with_what_to_do(tmp_path, zfn
     content[-5] ^= 1
     (tmp_path / "flipped.safetensors").write_bytes(content)
     refused("flipped.safetensors: damaged", spec=tmp_path / "flipped.safetensors")
-    tensors, settings = formats.load_network(path)
-    formats.save_network(tmp_path / "layers.safetensors", tensors, {"layers": []})
+    tensors, settings = load_network(path)
+    save_network(tmp_path / "layers.safetensors", tensors, {"layers": []})
     refused("deconvnet.load", spec=tmp_path / "layers.safetensors")
     settings |= {"arguments": {"sides": 1}}
-    formats.save_network(tmp_path / "new.safetensors", tensors, settings)
+    save_network(tmp_path / "new.safetensors", tensors, settings)
     refused("not a network of this version", spec=tmp_path / "new.safetensors")
     safetensors.torch.save_file(tensors, tmp_path / "bare.safetensors")
     torch.save(tensors, tmp_path / "bare.pth")

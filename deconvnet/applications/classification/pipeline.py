@@ -41,7 +41,8 @@ from deconvnet.images.datasets import digest_file, find_images, fit_size, pad_si
 from deconvnet.monitoring.monitor import hidden
 from deconvnet.network.codes import Codes
 from deconvnet.network.network import DeconvNet, seeded
-from deconvnet.storage import formats, ownership
+from deconvnet.storage import ownership
+from deconvnet.storage.array_files import load_arrays, save_arrays
 from deconvnet.support.communicator import SINGLE, Communicator
 from deconvnet.training.run_folder import training_data
 
@@ -486,13 +487,13 @@ def _classes(key: str, path: str) -> list[str]:
 def _write(path: Path, key: str, **arrays: object) -> None:
     named = {name: np.asarray(value) for name, value in arrays.items()}
     of = {"of": np.array(key)}
-    formats.save_arrays(path, {**of, **named}, compressed=True, ours=_is_features)
+    save_arrays(path, {**of, **named}, compressed=True, ours=_is_features)
 
 
 def _is_features(path: Path) -> bool:
     """Whether a file is ours, intact or not: a damaged one is recomputed."""
     try:
-        with ownership.opened(path) as file:
+        with ownership.open_regular_file(path) as file:
             head = file.read(64)
     except (OSError, ValueError):
         return False
@@ -504,7 +505,7 @@ def _read(path: Path, key: str, **shapes: tuple[int, ...]) -> dict[str, np.ndarr
     or was computed for another key.
     """
     try:
-        arrays = formats.load_arrays(path)
+        arrays = load_arrays(path)
     except (OSError, ValueError):
         return None
     sound = all(name in arrays and arrays[name].shape == shapes[name] for name in shapes)

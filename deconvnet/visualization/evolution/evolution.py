@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from deconvnet.monitoring.peaks import Region
-from deconvnet.storage import formats
-from deconvnet.storage.ownership import NotOurs
+from deconvnet.storage.array_files import load_arrays, save_arrays
+from deconvnet.storage.ownership import ForeignFileError
 from deconvnet.visualization.projection.pixel_features import crop_square
 
 log = logging.getLogger(__name__)
@@ -64,13 +64,13 @@ class Evolution:
             "boxes": self.boxes.cpu().numpy(),
             "values": self.values.cpu().numpy(),
         }
-        formats.save_arrays(path, arrays)
+        save_arrays(path, arrays)
 
 
 def load_evolution(path: str | Path) -> Evolution:
     """What `Evolution.save` wrote; ValueError where the file is anything else."""
     try:
-        found = formats.load_arrays(path)
+        found = load_arrays(path)
         tiles, units, boxes, values = (
             torch.from_numpy(found[name]) for name in ("tiles", "units", "boxes", "values")
         )
@@ -113,7 +113,7 @@ def append_epoch(path: Path, column: Evolution) -> None:
     kept = sum(epoch < column.epochs[0] for epoch in known.epochs) if known else 0
     try:
         (join_evolutions([known.head(kept), column]) if kept else column).save(path)
-    except NotOurs as error:
+    except ForeignFileError as error:
         log.warning("%s (epoch %s is left out)", error, column.epochs[0])
 
 

@@ -172,7 +172,7 @@ def write_gallery(
     nobody has changed.
     """
     folder = ownership.absolute(folder)
-    with ownership.rebuilt(folder) as new:
+    with ownership.rebuilt_folder(folder) as new:
         _write(new, title, layers, images, facts or {}, figures or {}, notes)
     sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
     log.info("%s: %d files, %.1f MB", folder, len(sizes), sum(sizes) / 1e6)

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from deconvnet.images.datasets import INTERPOLATIONS, Crop
-from deconvnet.storage import formats
+from deconvnet.storage.integrity import InvalidFileError
+from deconvnet.storage.network_files import load_network, save_network
 from deconvnet.visualization.models.normalization import Normalization
 from deconvnet.visualization.models.weights import load_state_dict, why_not_weights
 from deconvnet.visualization.models.zfnet import ZFNet
@@ -122,7 +123,7 @@ def save_model(path: str | Path, subject: LoadedModel) -> None:
         "labels": subject.labels,
         "training": dict(subject.training),
     }
-    formats.save_network(Path(path), subject.module.state_dict(), settings)
+    save_network(Path(path), subject.module.state_dict(), settings)
 
 
 def digest(module: nn.Module) -> str:
@@ -320,8 +321,8 @@ def _file(spec: str, weights: str | Path, options: dict) -> LoadedModel:
     if (says := why_not_weights(path)) is not None:
         raise ValueError(f"model={spec}: {says}")
     try:
-        tensors, settings = formats.load_network(path)
-    except formats.CheckpointError as error:
+        tensors, settings = load_network(path)
+    except InvalidFileError as error:
         raise ValueError(f"model={error}; if these are the parameters of one, {remedy}") from error
     if settings.get("cnn") != "ZFNet":
         raise ValueError(

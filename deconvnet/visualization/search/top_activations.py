@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from deconvnet.storage import formats
+from deconvnet.storage.array_files import load_arrays, save_arrays
 from deconvnet.visualization.projection.projector import Projector
 
 log = logging.getLogger(__name__)
@@ -83,13 +83,13 @@ class SearchState:
             for entry in fields(TopActivations)
         }
         header = {"format": FORMAT, "layers": list(self.tops), "done": self.done, "key": self.key}
-        formats.save_arrays(path, {"header": np.array(json.dumps(header)), **arrays})
+        save_arrays(path, {"header": np.array(json.dumps(header)), **arrays})
 
     @classmethod
     def load(cls, path: Path) -> SearchState:
         """What `save` wrote; ValueError in one line where the file is anything else."""
         try:
-            arrays = formats.load_arrays(path)
+            arrays = load_arrays(path)
             header = json.loads(str(arrays["header"]))
             if header.get("format") != FORMAT:
                 raise ValueError("of another kind")

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deconvnet.storage import formats
+from deconvnet.storage.array_files import load_arrays, save_arrays
 from deconvnet.visualization.projection.projection import (
     Projection,
     ProjectionReport,
@@ -80,7 +80,7 @@ class TopProjections:
         arrays = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         arrays = {name: value for name, value in arrays.items() if isinstance(value, np.ndarray)}
         arrays["header"] = np.array(json.dumps(header))
-        formats.save_arrays(path, arrays, compressed=True)
+        save_arrays(path, arrays, compressed=True)
 
 
 def load_top_projections(path: Path, key: dict[str, object] | None = None) -> TopProjections | None:
@@ -89,7 +89,7 @@ def load_top_projections(path: Path, key: dict[str, object] | None = None) -> To
     if not path.exists():
         return None
     try:
-        arrays = formats.load_arrays(path)
+        arrays = load_arrays(path)
         header = json.loads(str(arrays.pop("header")))
         if header.get("format") != FORMAT:
             raise ValueError("of another kind")

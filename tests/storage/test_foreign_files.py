@@ -55,14 +55,14 @@ def home(script, textures, tmp_path_factory):
     result = script(home, *TRAIN, "layers=2", "name=begun")
     assert result.code == 0, result.err
     load(home / "runs" / "begun").save(home / "net.safetensors")
-    shutil.rmtree(home / "photos" / ownership.OWN, ignore_errors=True)
+    shutil.rmtree(home / "photos" / ownership.RECORD_FOLDER, ignore_errors=True)
     return home
 
 
 def copy_of(home, folder):
     """Another user's copy, whose files are as unknown to us as all others."""
     shutil.copytree(
-        home, folder, symlinks=True, ignore=shutil.ignore_patterns(ownership.OWN, "runs")
+        home, folder, symlinks=True, ignore=shutil.ignore_patterns(ownership.RECORD_FOLDER, "runs")
     )
     return folder
 

@@ -1,0 +1,165 @@
+"""Checkpoints: how the state of a run is written, and how it is verified before it is loaded.
+
+A checkpoint, `step-00000120.pt`, is a file of torch.save. It is written to a temporary file first
+and then moved into place, so neither a kill nor a full disk costs an older checkpoint. Loading runs
+no code that the file contains. It also tests the checksums in the archive, which torch.load
+ignores, so a flipped bit never goes unnoticed.
+
+A file that cannot be trusted raises InvalidFileError: one line with the file, what is wrong and
+what to do.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import pickle
+import re
+import zipfile
+from collections import OrderedDict
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from deconvnet.storage import ownership
+from deconvnet.storage.integrity import InvalidFileError, check_version, read_file
+
+FORMAT = "deconvnet checkpoint"
+VERSION = 1
+NAME = re.compile(r"step-(\d{8,})\.pt")
+
+# The first bytes of a zip archive.
+ZIP = b"PK\x03\x04"
+# A checkpoint cut off before this many bytes holds nothing of the state yet.
+EMPTY_SIZE = 256
+
+logger = logging.getLogger(__name__)
+
+
+def save_checkpoint(folder: Path, step: int, state: dict, keep: int = 2) -> Path:
+    """The path of the checkpoint just written, `folder/step-00000120.pt`.
+
+    state: dicts, lists and tuples of str, int, float, bool, None and tensors, nested as you like.
+    Raises OSError with the path where it cannot be written; the older checkpoints are then intact.
+    Of the checkpoints up to this step the newest `keep` stay. Those of later steps, left behind by
+    a run that went back, are neither counted nor deleted.
+    """
+    if keep < 2:
+        raise ValueError(f"keep={keep}: keep at least 2, in case the newest is damaged")
+    if step < 0:
+        raise ValueError(f"step={step}: steps are counted from 0")
+    _check_plain(state, "state")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step-{step:08d}.pt"
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, "version": VERSION, "state": state}, buffer)
+    ownership.write(path, buffer.getbuffer(), ours=is_checkpoint)
+    # Later ones may be the damaged ones that the run fell back from: counting them would leave them
+    # and delete the sound ones.
+    reached = [(number, older) for number, older in _checkpoints(folder) if number <= step]
+    for _, older in reached[:-keep]:
+        if not older.is_symlink() and is_checkpoint(older):
+            older.unlink(missing_ok=True)
+    return path
+
+
+def load_checkpoint(path: Path) -> dict:
+    """The state in a checkpoint, verified, with its tensors on the CPU; else InvalidFileError."""
+    path = Path(path)
+    data = read_file(path)
+    damage = f"{path}: empty, truncated, damaged or not a checkpoint; resume from an older one"
+    try:
+        # torch takes anything that begins otherwise for a format of old, which it reads with fewer
+        # guards.
+        if not data.startswith(ZIP):
+            raise zipfile.BadZipFile("no zip archive")
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            # torch.save does not compress: what is small on the disk is small in memory, too.
+            if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+                raise zipfile.BadZipFile("compressed")
+            damaged = archive.testzip()
+    except Exception as error:  # which of a dozen kinds depends on the byte that is wrong
+        raise InvalidFileError(damage) from error
+    if damaged is not None:
+        raise InvalidFileError(f"{path}: damaged in {damaged!r}; resume from an older checkpoint")
+    try:
+        content = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+    except pickle.UnpicklingError as error:
+        raise InvalidFileError(
+            f"{path}: holds objects that may run code when loaded, which no checkpoint does; "
+            "find out where it comes from"
+        ) from error
+    except Exception as error:  # an archive of something else fails anywhere in torch.load
+        raise InvalidFileError(damage) from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise InvalidFileError(f"{path}: not a deconvnet checkpoint; choose a step-*.pt of a run")
+    check_version(path, content.get("version"), VERSION)
+    if "state" not in content:
+        raise InvalidFileError(damage)
+    return content["state"]
+
+
+def load_newest_checkpoint(folder: Path) -> tuple[dict, Path] | None:
+    """The state of the newest sound checkpoint in the folder and its path; None if there is none.
+
+    Warns about every newer one that is damaged. Raises InvalidFileError if all of them are: a run
+    that then started anew would overwrite what may be worth repairing.
+    """
+    folder = Path(folder)
+    found = _checkpoints(folder)
+    for _, path in reversed(found):
+        try:
+            return load_checkpoint(path), path
+        except InvalidFileError as error:
+            logger.warning("%s (falling back to the checkpoint before it)", error)
+    if not found:
+        return None
+    raise InvalidFileError(
+        f"{folder}: none of its {len(found)} checkpoints can be loaded, see the warnings; "
+        "restore one from a copy, or move them away to start anew"
+    )
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a file is a checkpoint, sound or not, as far as its first bytes tell."""
+    with suppress(OSError, ValueError), ownership.open_regular_file(path) as file:
+        # torch.save puts the pickle first, uncompressed, and its first words say what it is.
+        begin = file.read(4096)
+        # What is left of one that was cut off before them, perhaps nothing, is no loss to anybody.
+        stump = len(begin) < EMPTY_SIZE and begin[: len(ZIP)] == ZIP[: len(begin)]
+        return stump or (begin.startswith(ZIP) and FORMAT.encode() in begin)
+    return False
+
+
+def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """The checkpoints in the folder with their steps, oldest first; none if there is no folder."""
+    paths = _files_named(folder, NAME)
+    return sorted((int(NAME.fullmatch(path.name)[1]), path) for path in paths)
+
+
+def _files_named(folder: Path, pattern: re.Pattern) -> list[Path]:
+    # A folder that cannot be listed must raise: it would look like a run without checkpoints.
+    try:
+        return [path for path in folder.iterdir() if pattern.fullmatch(path.name)]
+    except FileNotFoundError:
+        return []
+
+
+def _check_plain(value: object, where: str) -> None:
+    """Refuse what torch.save would write but `load_checkpoint` could not read."""
+    if type(value) in (dict, OrderedDict):
+        for key, item in value.items():
+            _check_plain(key, f"a key of {where}")
+            _check_plain(item, f"{where}[{key!r}]")
+    elif type(value) in (list, tuple):
+        for index, item in enumerate(value):
+            _check_plain(item, f"{where}[{index}]")
+    elif not isinstance(value, Tensor) and type(value) not in (str, int, float, bool, type(None)):
+        kind = f"{type(value).__module__}.{type(value).__qualname__}"
+        raise ValueError(
+            f"{where} is of type {kind}: a checkpoint holds dict, list, tuple, str, int, float, "
+            "bool, None and tensors"
+        )

@@ -1,0 +1,122 @@
+"""Network files, `*.safetensors`: trained networks to keep and to share.
+
+A network file carries its settings and a digest of tensors and settings, since safetensors itself
+has no checksum. It cannot contain code. It is written to a temporary file first and then moved into
+place, so neither a kill nor a full disk costs an older file.
+
+A file that cannot be trusted raises InvalidFileError: one line with the file, what is wrong and
+what to do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from contextlib import suppress
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from deconvnet.storage import ownership
+from deconvnet.storage.integrity import InvalidFileError, check_version, read_file
+
+FORMAT = "deconvnet"
+VERSION = "1"
+# The most bytes of JSON that a network file may begin with.
+MAX_HEADER = 2**24
+
+
+def save_network(path: Path, tensors: dict[str, Tensor], settings: dict) -> None:
+    """Writes the tensors and settings of a trained network to a file that is safe to share.
+
+    settings: what JSON can hold, with text as keys and finite numbers; tuples come back as lists.
+    """
+    path = _network_path(path)
+    _check_finite(path, tensors, ValueError)
+    try:
+        text = json.dumps(settings, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: settings must be values that JSON can hold: {error}") from error
+    # safetensors takes neither views nor two names for one memory.
+    layout = torch.contiguous_format
+    tensors = {name: t.detach().cpu().clone(memory_format=layout) for name, t in tensors.items()}
+    metadata = {
+        "format": FORMAT,
+        "version": VERSION,
+        "settings": text,
+        "sha256": _digest(tensors, text),
+    }
+    data = _sorted_header(safetensors.torch.save(tensors, metadata))
+    ownership.write(path, data, ours=is_network)
+
+
+def load_network(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """The tensors, on the CPU, and settings of a network file, verified; else InvalidFileError."""
+    path = _network_path(path)
+    data = read_file(path)
+    try:
+        tensors = safetensors.torch.load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        metadata = header.get("__metadata__") or {}
+        settings = json.loads(metadata.get("settings", "null"))
+    except Exception as error:  # the parser's own error, or torch's for a type it does not know
+        raise InvalidFileError(
+            f"{path}: empty, truncated, damaged or not a network file; fetch it again"
+        ) from error
+    if metadata.get("format") != FORMAT or not isinstance(settings, dict):
+        raise InvalidFileError(f"{path}: not a deconvnet network; choose a file of save_network")
+    check_version(path, metadata.get("version"), VERSION)
+    if metadata.get("sha256") != _digest(tensors, metadata["settings"]):
+        raise InvalidFileError(f"{path}: damaged or edited, its digest differs; fetch it again")
+    _check_finite(path, tensors, InvalidFileError)
+    return {name: tensors[name] for name in sorted(tensors)}, settings
+
+
+def is_network(path: Path) -> bool:
+    """Whether a file is a network file, sound or not, as far as its first bytes tell."""
+    # Of a file of others the header may be any JSON, however deep.
+    errors = (OSError, ValueError, RecursionError, AttributeError)
+    with suppress(*errors), ownership.open_regular_file(path) as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(min(size, MAX_HEADER)))
+        return header.get("__metadata__", {}).get("format") == FORMAT
+    return False
+
+
+def _sorted_header(data: bytes) -> bytes:
+    """A safetensors file with its header in one order: the library's own differs from call to call,
+    and files of equal networks would differ.
+    """
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(dict(sorted(header.items())), separators=(",", ":"), ensure_ascii=False)
+    # Tensors begin at a multiple of eight bytes.
+    text = text.encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[start:]
+
+
+def _network_path(path: Path) -> Path:
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path}: a network file must end in .safetensors, not {path.suffix!r}")
+    return path
+
+
+def _digest(tensors: dict[str, Tensor], settings: str) -> str:
+    """SHA-256 over the names, sorted, types, shapes and bytes of tensors, and the settings."""
+    names = sorted(tensors)
+    table = [[name, str(tensors[name].dtype), list(tensors[name].shape)] for name in names]
+    digest = hashlib.sha256(json.dumps([table, settings]).encode())
+    for name in names:
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _check_finite(path: Path, tensors: dict[str, Tensor], kind: type[ValueError]) -> None:
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise kind(f"{path}: tensor {name!r} is not finite; use one from before that")
