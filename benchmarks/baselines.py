@@ -38,7 +38,7 @@ from deconvnet.network.codes import Codes
 from deconvnet.network.network import DeconvNet, LayerProblem, LayerSettings, seeded
 from deconvnet.operators.convolution import correlate, deconvolve
 from deconvnet.operators.pooling import pool, strongest, unpool
-from deconvnet.sparse_coding.solvers import default_solver
+from deconvnet.sparse_coding.solve import default_solver
 from deconvnet.support.modes import plain
 from deconvnet.training.layer_trainer import learn_layers
 

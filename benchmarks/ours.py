@@ -21,7 +21,8 @@ from problems import Objective, Problem
 from deconvnet import LayerSettings, LearningSettings, SolverSettings
 from deconvnet.network.network import Layer, seeded
 from deconvnet.operators.linear import Deconvolution
-from deconvnet.sparse_coding.solvers import METHODS, solve
+from deconvnet.sparse_coding.problem import METHODS
+from deconvnet.sparse_coding.solve import solve
 from deconvnet.training.layer_trainer import LayerTrainer
 
 ENDLESS = 10**6

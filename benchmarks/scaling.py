@@ -49,7 +49,8 @@ from deconvnet.images.preprocessing import PreprocessingSettings
 from deconvnet.monitoring.strict_json import to_json
 from deconvnet.network.network import DeconvNet, Layer, seeded
 from deconvnet.operators.linear import Deconvolution
-from deconvnet.sparse_coding.solvers import Solution, default_solver, duality_gap, sparse_code
+from deconvnet.sparse_coding.problem import Solution, duality_gap
+from deconvnet.sparse_coding.solve import default_solver, sparse_code
 from deconvnet.training.layer_trainer import LayerData, LayerTrainer
 
 AXES = {

@@ -41,9 +41,8 @@ from deconvnet.network.network import (
     seeded,
 )
 from deconvnet.operators.convolution import Boundary
-from deconvnet.sparse_coding.solvers import (
-    Solution,
-    SolverSettings,
+from deconvnet.sparse_coding.problem import Solution, SolverSettings
+from deconvnet.sparse_coding.solve import (
     default_solver,
     lam_from_ratio,
     relative_schedule,
@@ -508,8 +507,7 @@ def _first(filters: Tensor, layer: Layer) -> Tensor:
 def _set_lam_from_ratio(layer: Layer, images: Tensor, lam_ratio: float) -> None:
     """Set lam from its ratio under the current filters, and the schedule in its units."""
     A, settings = layer.operator(), layer.settings
-    prior = dict(p=settings.p, group=settings.group, non_negative=settings.non_negative)
-    settings.lam = lam_from_ratio(A, images, lam_ratio, **prior)
+    settings.lam = lam_from_ratio(A, images, lam_ratio, settings.prior)
     settings.solver = relative_schedule(settings.solver, A, settings.lam, lam_ratio)
 
 

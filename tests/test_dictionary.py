@@ -22,7 +22,7 @@ from deconvnet import (
 from deconvnet.network.network import Layer, LayerSettings, seeded
 from deconvnet.operators.convolution import deconvolve
 from deconvnet.operators.linear import Deconvolution
-from deconvnet.sparse_coding.solvers import lam_from_ratio
+from deconvnet.sparse_coding.solve import lam_from_ratio
 from deconvnet.storage.integrity import InvalidFileError
 from deconvnet.storage.network_files import save_network
 from deconvnet.training.layer_trainer import Diverged

@@ -47,8 +47,9 @@ from deconvnet.operators.pooling import (
     pooled_shape,
     unpooling_weights,
 )
-from deconvnet.sparse_coding.prior import check_exponent
-from deconvnet.sparse_coding.solvers import Solution, SolverSettings, solve
+from deconvnet.sparse_coding.prior import Prior, check_exponent
+from deconvnet.sparse_coding.problem import Solution, SolverSettings
+from deconvnet.sparse_coding.solve import Callback, solve
 from deconvnet.storage.checkpoint_files import load_newest_checkpoint
 from deconvnet.storage.integrity import InvalidFileError
 from deconvnet.storage.network_files import load_network, save_network
@@ -160,6 +161,11 @@ class LayerSettings:
         """The window of the pooling in the loop of inference."""
         return tuple(self.pool) if self.pooling == "in_loop" else None
 
+    @property
+    def prior(self) -> Prior:
+        """The sparse prior of the maps."""
+        return Prior(self.p, window=self.window, group=self.group, non_negative=self.non_negative)
+
 
 @dataclass(frozen=True)
 class LayerProblem:
@@ -248,21 +254,30 @@ class Layer(nn.Module):
         """F, with the filters as they are now."""
         return Deconvolution(self.filters, self.settings.boundary)
 
-    def infer(self, problem: LayerProblem, **options: object) -> Solution:
-        """The maps that solve the problem; options: state, step, training, callback of `solve`."""
-        settings = self.settings
+    def infer(
+        self,
+        problem: LayerProblem,
+        *,
+        settings: SolverSettings | None = None,
+        state: Tensor | None = None,
+        step: Tensor | None = None,
+        training: bool = False,
+        callback: Callback | None = None,
+    ) -> Solution:
+        """The maps that solve the problem; the keywords are those of `solve`.
+
+        settings: by default the solver of the layer.
+        """
         return solve(
             problem.T @ self.operator(),
             problem.b,
-            **{
-                "lam": settings.lam,
-                "p": settings.p,
-                "window": settings.window,
-                "group": settings.group,
-                "non_negative": settings.non_negative,
-                "settings": settings.solver,
-                **options,
-            },
+            lam=self.settings.lam,
+            prior=self.settings.prior,
+            settings=settings or self.settings.solver,
+            state=state,
+            step=step,
+            training=training,
+            callback=callback,
         )
 
     def codes(self, found: Solution) -> LayerCodes:

@@ -65,7 +65,7 @@ def _parts(images: int, together: int) -> list[slice]:
 def _solver(problem: Problem, z: Tensor) -> WorkingSetSolver:
     """The solver of a few images, at the maps z."""
     atoms = Atoms(problem.A, problem.b, problem.prior.group)
-    solver = WorkingSetSolver(problem, atoms, PriorWeights(problem, atoms, z.shape))
+    solver = WorkingSetSolver(problem, atoms, PriorWeights(problem, atoms))
     for n, maps in enumerate(z):
         solver.activate_maps(n, maps)
     solver.refresh_residual(solver.images)
@@ -75,16 +75,16 @@ def _solver(problem: Problem, z: Tensor) -> WorkingSetSolver:
 class PriorWeights:
     """The weights of a prior, and up to which correlation a coefficient stays zero.
 
-    inverse: (groups,), 1 / limit where the limits are the same everywhere, else 1; then correlations
-    are divided by `limits` (1 or N, K, rows, columns) first. has_zeros: whether a weight is 0.
+    inverse: (groups,), 1 / limit where the limits are the same everywhere, else 1; correlations are
+    then divided by `limits` (1 or N, K, rows, columns) first. has_zeros: whether a weight is 0.
     """
 
-    def __init__(self, problem: Problem, atoms: Atoms, shape: torch.Size):
-        N, K, rows, columns = shape
+    def __init__(self, problem: Problem, atoms: Atoms):
+        K, N = len(atoms.f), len(problem.b)
         w = problem.prior.entry_weights
         w = atoms.f.new_ones(()) if w is None else w.to(atoms.f)
         w = w[(None,) * (4 - w.ndim)]
-        self.weights = w.expand(N, K // atoms.group, rows, columns).numpy()
+        self.weights = w.expand(N, K // atoms.group, *atoms.map_size).numpy()
         self.has_zeros = bool((w == 0).any())
         L, lam, p = _curvatures(problem, atoms), problem.lam, problem.prior.p
         # Where a weight is 0, any correlation is too large; with p < 1 the threshold is 0 / 0.

@@ -10,7 +10,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from deconvnet.sparse_coding.problem import Problem
@@ -99,7 +98,9 @@ def iterate(
                 until.callback(count, method)
         if not checked or count % check_every or not (count or check_start):
             continue
-        reached = method.converged(until.tolerance) if until.gap is None else method.certified(until.gap)
+        reached = (
+            method.converged(until.tolerance) if until.gap is None else method.certified(until.gap)
+        )
         reached = reached if stopped is None else stopped | reached
         if reached.all():
             break

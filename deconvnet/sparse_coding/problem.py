@@ -1,8 +1,8 @@
 """The problem of sparse coding, the settings of its solvers, and what a solver returns.
 
-    minimise over z, for every image by itself      lam/2 ||A z - b||^2 + prior(z)
+minimise over z, for every image by itself      lam/2 ||A z - b||^2 + prior(z)
 
-    b what is explained (N, C, H, W)   A operator, maps -> b   z maps (N, K, rows, columns)
+b what is explained (N, C, H, W)   A operator, maps -> b   z maps (N, K, rows, columns)
 """
 
 from __future__ import annotations
@@ -169,9 +169,7 @@ class Problem:
         and A' are applied once each besides.
         """
         A, lam = self.A, self.lam
-        w = A.solve(
-            self.b - A(v), lam, beta, w, tolerance=tolerance, max_iterations=max_iterations
-        )
+        w = A.solve(self.b - A(v), lam, beta, w, tolerance=tolerance, max_iterations=max_iterations)
         return v.add_(A.adjoint(w), alpha=lam), w
 
     def solution(

@@ -130,7 +130,7 @@ class ProximalGradient(Method):
     def _look_ahead(
         self, z_old: Tensor, Az_old: Tensor, step_old: Tensor, rose: Tensor, too_long: Tensor
     ) -> None:
-        """The next y, beyond z; z itself after a rise; the same y after a step that was too long."""
+        """The next y: beyond z; after a rise z itself; after a step that was too long y again."""
         repeated = too_long & ~rose
         t_next = (1 + (1 + 4 * step_old / self.step_size * self.t.square()).sqrt()) / 2
         ahead = torch.where(rose, torch.zeros_like(self.t), (self.t - 1) / t_next)

@@ -1,4 +1,4 @@
-"""Tasks that share the threads of torch; loops that numba compiled release the interpreter's lock."""
+"""Tasks on as many threads as torch has; compiled loops release the interpreter's lock."""
 
 from __future__ import annotations
 

@@ -142,14 +142,14 @@ def solve_whole_image(
     It stops when a round has lowered the objective by at most `tolerance` of it or, with `gap`,
     when the duality gap is at most this fraction of it. on_round() is called after every round.
     """
-    weights = thresholds.per_map() if thresholds.pilot is None else None
-    prior = Prior(weights=weights, group=thresholds.group, non_negative=non_negative)
+    per_map = thresholds.per_map() if thresholds.pilot is None else None
+    prior = Prior(weights=per_map, group=thresholds.group, non_negative=non_negative)
     problem, atoms = Problem(A, b, lam, prior), Atoms(A, b, thresholds.group)
     if thresholds.pilot is None:
-        size = map_size(b.shape[2:], A.f.shape[2:], A.boundary)
-        solver = WorkingSetSolver(problem, atoms, PriorWeights(problem, atoms, (1, len(A.f), *size)))
+        weights = PriorWeights(problem, atoms)
     else:
-        solver = WorkingSetSolver(problem, atoms, PilotWeights(thresholds, lam, atoms))
+        weights = PilotWeights(thresholds, lam, atoms)
+    solver = WorkingSetSolver(problem, atoms, weights)
     if start is not None:
         solver.activate(0, *start.coefficients[:4])
     solver.refresh_residual([0])

@@ -1,22 +1,22 @@
 """Coordinate descent on a working set: the few coefficients that are non-zero, or will be.
 
-    minimise over z      lam/2 ||A z - b||^2 + sum_i w_i |z_i|^p       A one deconvolution, r = b - A z
+    minimise over z      lam/2 ||A z - b||^2 + prior(z)       A one deconvolution, r = b - A z
 
 About one percent of the coefficients of a sparse code are non-zero, and the others need only be
 checked now and then. A round
 
-1. correlates the residual with all filters, c = A'r, the one pass over whole maps, which also yields
+1. correlates the residual with all filters, c = A'r, the one pass over whole maps, which also gives
    the duality gap;
 2. drops the coefficients that have become zero, and adds new ones where |c| says that zero is not
    their minimum: only the strongest in each tile of places, because a coefficient that is added
    explains much of what its neighbours respond to;
-3. minimises over one coefficient after another, sweeping several times over the set. A step costs as
-   much as painting one filter, and uses the curvature of that coefficient, which is many times
+3. minimises over one coefficient after another, sweeping several times over the set. A step costs
+   as much as painting one filter, and uses the curvature of that coefficient, which is many times
    smaller than that of A.
 
 Working sets of violators are those of Massias, Gramfort and Salmon (2018, "celer"), the strongest
-coefficient of each tile that of Moreau, Oudre and Vayatis (2018, "DICOD"). Coefficients are swept by
-bands of rows, first the even bands: bands of one parity do not touch, so that threads may share
+coefficient of each tile that of Moreau, Oudre and Vayatis (2018, "DICOD"). Coefficients are swept
+by bands of rows, first the even bands: bands of one parity do not touch, so that threads may share
 them, and neither the threads nor the batch change the result.
 """
 
@@ -62,6 +62,7 @@ class Atoms:
         self.filters = kernels.Filters.of(self.f.numpy(), group)
         sides = zip(b.shape[2:], self.f.shape[2:], strict=True)
         self.axes = [kernels.footprint(self.boundary, *side) for side in sides]
+        self.map_size = map_size(b.shape[2:], self.f.shape[2:], self.boundary)
         self.curvature = _group_curvatures(self.f, group)
         self._zeros = b.shape[1:]
 
@@ -102,9 +103,8 @@ class WorkingSetSolver(Method):
         self.atoms, self.weights = atoms, weights
         self.b = problem.b.detach().contiguous()
         self.residual = torch.empty_like(self.b)
-        N, _, H, W = self.b.shape
-        K, _, h, w = atoms.f.shape
-        self.maps_shape = (K, *map_size((H, W), (h, w), atoms.boundary))
+        N, h = len(self.b), atoms.f.shape[2]
+        self.maps_shape = (len(atoms.f), *atoms.map_size)
         self.images = list(range(N))
         # A band reaches into the next one only; with an even number of them also where they wrap.
         self.bands = max(1, self.maps_shape[1] // h // 2 * 2)
@@ -131,9 +131,7 @@ class WorkingSetSolver(Method):
         g, i, j = kernels.active(z, group)
         self.activate(n, g, i, j, z.reshape(-1, group, *z.shape[1:])[g, :, i, j])
 
-    def activate(
-        self, n: int, g: np.ndarray, i: np.ndarray, j: np.ndarray, z: np.ndarray
-    ) -> None:
+    def activate(self, n: int, g: np.ndarray, i: np.ndarray, j: np.ndarray, z: np.ndarray) -> None:
         """Start an image from the values z (m, G) of coefficients at these places."""
         self.active[n] = self._active_set(n, g, i, j)
         self.active[n].z[:] = z
@@ -328,7 +326,7 @@ def _is_expanded_zero(maps: Tensor) -> bool:
 
 
 def _tile(best: np.ndarray, size: int, active: int) -> int:
-    """The side of the tiles that add one coefficient each: the set should grow a few times at most."""
+    """The side of tiles that add one coefficient each; the set should grow by a few times at most."""
     places = np.count_nonzero(best > 1)
     most = GROWTH * max(active, best.size // 64)
     return next(

@@ -40,7 +40,7 @@ from deconvnet.network.network import DeconvNet, Layer, LayerProblem, check_size
 from deconvnet.operators.convolution import map_size
 from deconvnet.operators.linear import Identity, LinearOperator
 from deconvnet.operators.pooling import Window, pooled_shape
-from deconvnet.sparse_coding.solvers import Solution
+from deconvnet.sparse_coding.problem import Solution
 from deconvnet.support.communicator import SINGLE, Communicator
 from deconvnet.support.modes import plain
 from deconvnet.support.units import exponent, magnitude, times_power

@@ -21,8 +21,7 @@ from deconvnet.monitoring.monitor import Monitor
 from deconvnet.monitoring.records import InferencePoint, LayerResult, decibels
 from deconvnet.network.codes import Codes
 from deconvnet.network.network import DeconvNet, Layer, LayerProblem
-from deconvnet.sparse_coding.prior import Prior
-from deconvnet.sparse_coding.solvers import data_term
+from deconvnet.sparse_coding.problem import data_term
 from deconvnet.storage.integrity import InvalidFileError
 from deconvnet.storage.network_files import load_network
 from deconvnet.support.communicator import SINGLE, Communicator
@@ -467,11 +466,10 @@ def _show(
 def _inference_curve(layer: Layer, problem: LayerProblem) -> list[InferencePoint]:
     """How the objective falls while the maps of some images are inferred, beta beside it."""
     A, settings = problem.T @ layer.operator(), layer.settings
-    prior = Prior(settings.p, group=settings.group)
     curve = []
 
     def watch(iteration: int, z: Tensor, beta: Tensor) -> None:
-        cost = data_term(problem.b - A(z), settings.lam) + prior(z)
+        cost = data_term(problem.b - A(z), settings.lam) + settings.prior.value(z)
         density = float(torch.count_nonzero(z)) / z.numel()
         curve.append(InferencePoint(iteration, float(cost.mean()), float(beta.mean()), density))
 

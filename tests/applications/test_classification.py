@@ -41,7 +41,7 @@ from deconvnet.images.datasets import DataSettings
 from deconvnet.images.preprocessing import PreprocessingSettings
 from deconvnet.network.network import DeconvNet, LayerSettings, load
 from deconvnet.operators.linear import Deconvolution
-from deconvnet.sparse_coding.solvers import SolverSettings
+from deconvnet.sparse_coding.problem import SolverSettings
 from deconvnet.storage.checkpoint_files import save_checkpoint
 
 FEW = SolverSettings(iterations=20)

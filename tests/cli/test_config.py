@@ -28,7 +28,7 @@ from deconvnet.filters.update import LearningSettings
 from deconvnet.images.datasets import DataSettings
 from deconvnet.images.preprocessing import PreprocessingSettings
 from deconvnet.network.network import DeconvNet, LayerSettings
-from deconvnet.sparse_coding.solvers import SolverSettings
+from deconvnet.sparse_coding.problem import SolverSettings
 from deconvnet.support.devices import torch_device
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

@@ -39,13 +39,8 @@ from deconvnet.operators.linear import (
 from deconvnet.operators.pooling import max_pool, unpooling_weights
 from deconvnet.sparse_coding import solvers
 from deconvnet.sparse_coding.prior import Prior, shrink
-from deconvnet.sparse_coding.solvers import (
-    SolverSettings,
-    duality_gap,
-    lam_from_ratio,
-    solve,
-    sparse_code,
-)
+from deconvnet.sparse_coding.problem import SolverSettings, duality_gap
+from deconvnet.sparse_coding.solve import lam_from_ratio, solve, sparse_code
 
 BOUNDARIES = ("valid", "circular", "zero", "reflect")
 NEW = ("zero", "reflect")
@@ -173,9 +168,9 @@ def test_weights_of_one_change_no_bit(method, p):
     A, b = problem(C=2)
     A, b = Deconvolution(A.f.float()), b.float()
     settings = SolverSettings(method=method, iterations=20 if method != "half_quadratic" else 1)
-    plain = solve(A, b, lam=20.0, p=p, settings=settings)
+    plain = solve(A, b, lam=20.0, prior=Prior(p=p), settings=settings)
     for weights in (torch.ones(4), torch.ones(2, 4, 8, 9)):
-        found = solve(A, b, lam=20.0, p=p, weights=weights, settings=settings)
+        found = solve(A, b, lam=20.0, prior=Prior(p=p, weights=weights), settings=settings)
         for part in ("z", "state", "residual", "objective"):
             assert torch.equal(getattr(found, part), getattr(plain, part))
     ones = Prior(p, weights=torch.ones(4))
@@ -417,8 +412,8 @@ def test_doubled_weights_are_half_the_lam():
     for p in (0.5, 1.0):
         for method in ("fista", "ista"):
             settings = dataclasses.replace(settings, method=method)
-            twice = solve(A, b, lam=20.0, p=p, weights=2 * weights, settings=settings)
-            plain = solve(A, b, lam=10.0, p=p, settings=settings)
+            twice = solve(A, b, lam=20.0, prior=Prior(p=p, weights=2 * weights), settings=settings)
+            plain = solve(A, b, lam=10.0, prior=Prior(p=p), settings=settings)
             assert_close(twice.z, plain.z, rtol=1e-9, atol=1e-12)
             assert_close(twice.objective, 2 * plain.objective, rtol=1e-9, atol=0)
 
@@ -427,11 +422,11 @@ def test_a_map_of_weight_zero_is_free():
     A, b = problem(N=1)
     weights = torch.tensor([0.0, 1.0, 1.0, 1.0]).double()
     settings = SolverSettings(method="fista", iterations=2000, tolerance=1e-7)
-    found = solve(A, b, lam=2.0, weights=weights, settings=settings)
+    found = solve(A, b, lam=2.0, prior=Prior(weights=weights), settings=settings)
     # Nothing that the free map could still explain is left over.
     assert A.adjoint(found.residual)[:, 0].abs().max() < 1e-3 * A.adjoint(b)[:, 0].abs().max()
     assert found.sparsity == pytest.approx(found.z[:, 1:].abs().sum().item())
-    assert duality_gap(A, b, found.z, 2.0, weights=weights) == math.inf
+    assert duality_gap(A, b, found.z, 2.0, prior=Prior(weights=weights)) == math.inf
 
 
 @every_boundary
@@ -489,7 +484,7 @@ def test_a_gap_is_asked_for_only_where_there_is_one():
     A, b = problem()
     for p, window in ((0.5, None), (1.0, (1, 2, 2))):
         with refused("solver.gap=0.01: only a minimum for p=1 without a window"):
-            solve(A, b, lam=2.0, p=p, window=window, settings=SolverSettings(gap=0.01))
+            solve(A, b, lam=2.0, prior=Prior(p=p, window=window), settings=SolverSettings(gap=0.01))
     with refused("solver.gap=0.0: must be positive"):
         SolverSettings(gap=0.0)
     with refused("solver.gap=0.1: half_quadratic"):

@@ -19,7 +19,8 @@ from deconvnet.operators.linear import Deconvolution, Scaling
 from deconvnet.sparse_coding import kernels
 from deconvnet.sparse_coding.coordinate_descent import check_coordinate_descent, coordinate_descent
 from deconvnet.sparse_coding.prior import Prior
-from deconvnet.sparse_coding.solvers import SolverSettings, duality_gap, solve, sparse_code
+from deconvnet.sparse_coding.problem import SolverSettings, duality_gap
+from deconvnet.sparse_coding.solve import solve, sparse_code
 
 # Nearly all tests share few sizes of filters: the loops are compiled once for each.
 every_boundary = pytest.mark.parametrize("boundary", BOUNDARIES)
@@ -159,8 +160,14 @@ def test_weights_of_any_shape_that_broadcasts_are_those_of_all_entries(boundary,
     if len(shape) == 3:
         shape = (4, maps[2], 1)
     weights = 0.5 + uniform(*shape, seed=6)
-    found = solve(A, b, lam=LAM, settings=settings(1e-4), weights=weights)
-    whole = solve(A, b, lam=LAM, settings=settings(1e-4), weights=weights.expand(maps).contiguous())
+    found = solve(A, b, lam=LAM, settings=settings(1e-4), prior=Prior(weights=weights))
+    whole = solve(
+        A,
+        b,
+        lam=LAM,
+        settings=settings(1e-4),
+        prior=Prior(weights=weights.expand(maps).contiguous()),
+    )
     assert_close(found.z, whole.z, rtol=0, atol=1e-12)
 
 
@@ -309,9 +316,9 @@ def test_a_start_from_the_solution_stops_at_once(p):
         assert again.iterations == 0 and torch.equal(again.z, found.z)
         assert_close(again.gap, found.gap, rtol=1e-6, atol=1e-10)
     steady = settings(None, tolerance=1e-9)
-    found = solve(A, b, lam=LAM, p=p, settings=steady)
+    found = solve(A, b, lam=LAM, prior=Prior(p=p), settings=steady)
     assert found.gap is None and 1 < found.iterations < 500
-    again = solve(A, b, lam=LAM, p=p, settings=steady, state=found.state)
+    again = solve(A, b, lam=LAM, prior=Prior(p=p), settings=steady, state=found.state)
     assert again.iterations == 1
     assert_close(again.z, found.z, rtol=0, atol=1e-3)
     assert (again.objective <= found.objective * (1 + 1e-12)).all()
@@ -376,7 +383,7 @@ def test_a_broken_image_is_seen_and_does_not_touch_the_others(p, gap):
     broken = b.clone()
     broken[1, 0, 2, 3] = float("nan")
     limit = settings(gap, iterations=20)
-    found, expected = (solve(A, y, lam=LAM, p=p, settings=limit) for y in (broken, b))
+    found, expected = (solve(A, y, lam=LAM, prior=Prior(p=p), settings=limit) for y in (broken, b))
     assert found.objective[1].isnan() and (gap is None or not found.gap[1] <= 1)
     for n in (0, 2):
         assert_close(found.z[n], expected.z[n], rtol=0, atol=1e-12)
@@ -414,12 +421,12 @@ def test_what_it_cannot_do_is_refused_with_what_can():
     with refused("solver.method=coordinate: not through several layers; use solver.method=fista"):
         solve(A @ Scaling(0.7), b, lam=LAM, settings=settings(), state=A.zeros(b))
     with refused("solver.method=coordinate: not with pooling in the loop; use solver.method=fista"):
-        solve(A, b, lam=LAM, window=(1, 2, 2), settings=settings(None))
+        solve(A, b, lam=LAM, prior=Prior(window=(1, 2, 2)), settings=settings(None))
     elsewhere = torch.empty(2, 1, 8, 7, device="meta")
     with refused("solver.method=coordinate: runs on the CPU, not on meta; use solver.method="):
         check_coordinate_descent(A, elsewhere, Prior())
     with refused("solver.gap=0.01: only a minimum for p=1"):
-        solve(A, b, lam=LAM, p=0.5, settings=settings(0.01))
+        solve(A, b, lam=LAM, prior=Prior(p=0.5), settings=settings(0.01))
     for asked in (
         lambda: solve(A @ Scaling(0.7), b, lam=LAM, settings=settings(), state=A.zeros(b)),
         lambda: check_coordinate_descent(A, elsewhere, Prior()),
@@ -433,7 +440,7 @@ def test_sparse_code_and_the_settings_know_it():
     assert SolverSettings(method="coordinate", gap=1e-3).gap == 1e-3
     A, b = problem("reflect", C=2)
     found = sparse_code(b, A.f, lam_ratio=0.2, boundary="reflect", group=2, settings=settings(1e-6))
-    gap = duality_gap(A, b, found.z, found.lam, group=2)
+    gap = duality_gap(A, b, found.z, found.lam, prior=Prior(group=2))
     assert (gap <= 1.01e-6 * found.objective).all()
 
 
@@ -506,9 +513,9 @@ def test_the_footprint_of_a_long_signal_takes_a_few_arrays_of_its_length(boundar
 def test_long_filters_many_channels_and_large_groups_are_coded(K, C, size, image, group):
     A, b = problem(K=K, C=C, size=size, image=image, N=1)
     lam = 10 / A.adjoint(b).abs().max().item()
-    found = solve(A, b, lam=lam, group=group, settings=settings(1e-4))
+    found = solve(A, b, lam=lam, prior=Prior(group=group), settings=settings(1e-4))
     assert torch.count_nonzero(found.z) > 0
-    gap = duality_gap(A, b, found.z, lam, group=group)
+    gap = duality_gap(A, b, found.z, lam, prior=Prior(group=group))
     assert (gap <= 1.01e-4 * found.objective).all()
 
 

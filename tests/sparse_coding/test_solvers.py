@@ -13,17 +13,12 @@ from deconvnet.operators.arithmetic import convolution_matrix
 from deconvnet.operators.convolution import deconvolve, map_size
 from deconvnet.operators.linear import Deconvolution, Scaling, Unpooling, norm
 from deconvnet.operators.pooling import max_pool, unpool
+from deconvnet.sparse_coding.admm import admm
+from deconvnet.sparse_coding.half_quadratic import half_quadratic
 from deconvnet.sparse_coding.prior import Prior, penalty, shrink
-from deconvnet.sparse_coding.solvers import (
-    SolverSettings,
-    admm,
-    default_solver,
-    duality_gap,
-    half_quadratic,
-    proximal_gradient,
-    solve,
-    sparse_code,
-)
+from deconvnet.sparse_coding.problem import SolverSettings, duality_gap
+from deconvnet.sparse_coding.proximal_gradient import proximal_gradient
+from deconvnet.sparse_coding.solve import default_solver, solve, sparse_code
 
 EXACT = ("admm", "fista", "ista")
 BOUNDARIES = ("valid", "circular")
@@ -152,7 +147,7 @@ def test_ista_never_raises_the_objective(p, make):
         A,
         b,
         lam=20.0,
-        p=p,
+        prior=Prior(p=p),
         settings=SolverSettings(method="ista", iterations=60, tolerance=0),
         callback=lambda i, z, beta: values.append(objective(A, b, z, 20.0, p)),
     )
@@ -238,7 +233,7 @@ def test_with_frozen_switches_the_safe_step_alone_never_raises_the_objective(nam
     assert (values.diff(dim=0) <= 1e-12 * values[:-1]).all()
     # That is what ista does where steps do not adapt, and none has to be shortened.
     settings = SolverSettings(method="ista", iterations=40, tolerance=0, adaptive=False)
-    found = solve(A, b, lam=lam, p=p, settings=settings)
+    found = solve(A, b, lam=lam, prior=Prior(p=p), settings=settings)
     assert_close(found.z, z, rtol=1e-9, atol=1e-10)
     assert_close(found.step, step, rtol=1e-12, atol=0)
 
@@ -363,7 +358,7 @@ def test_maps_found_with_a_window_have_one_entry_in_each_at_most(name, method, p
     A, b = make()
     iterations = 1 if method == "half_quadratic" else 30
     settings = SolverSettings(method=method, iterations=iterations)
-    found = solve(A, b, lam=20.0, p=p, window=window, settings=settings)
+    found = solve(A, b, lam=20.0, prior=Prior(p=p, window=window), settings=settings)
     counts = in_each_window(found.z, window)
     assert counts.sum() == torch.count_nonzero(found.z) > 0
     assert counts.max() == 1
@@ -379,7 +374,7 @@ def test_where_maps_with_a_window_no_longer_move_they_are_the_minimum_of_their_s
     make, window = WINDOWED[name]
     A, b = make()
     lam = 20.0
-    found = solve(A, b, lam=lam, window=window, settings=to_the_end("fista"))
+    found = solve(A, b, lam=lam, prior=Prior(window=window), settings=to_the_end("fista"))
     pooled, switches = max_pool(found.z, window)
     assert torch.equal(unpool(pooled, switches, found.z.shape), found.z)
     frozen = A @ Unpooling(switches, found.z.shape[1:])
@@ -432,7 +427,7 @@ def test_the_schedule_of_the_papers_gives_finite_maps_that_beat_none(z_step, p, 
     A, b = make()
     settings = SolverSettings(method="half_quadratic", z_step=z_step, iterations=1)
     assert settings.betas() == pytest.approx([6.0**i for i in range(7)])
-    solution = solve(A, b, lam=20.0, p=p, settings=settings)
+    solution = solve(A, b, lam=20.0, prior=Prior(p=p), settings=settings)
     assert torch.isfinite(solution.z).all()
     assert (solution.objective < 10 * b.square().sum((1, 2, 3))).all()
     assert solution.iterations == 7
@@ -509,11 +504,11 @@ def test_visits_of_few_iterations_add_up_to_one_long_run():
         SolverSettings(adaptive=False, tolerance=0, iterations=30, training_iterations=5),
         SolverSettings(method="ista", tolerance=0, iterations=30, training_iterations=5),
     ):
-        whole = solve(A, b, lam=20.0, p=0.8, settings=settings)
+        whole = solve(A, b, lam=20.0, prior=Prior(p=0.8), settings=settings)
         state = step = None
         for _ in range(6):
             given = dict(state=state, step=step, training=True)
-            visit = solve(A, b, lam=20.0, p=0.8, settings=settings, **given)
+            visit = solve(A, b, lam=20.0, prior=Prior(p=0.8), settings=settings, **given)
             state, step = visit.state, visit.step
         assert_close(visit.z, whole.z, rtol=1e-10, atol=1e-11)
         assert_close(visit.state, whole.state, rtol=1e-10, atol=1e-11)
@@ -524,7 +519,7 @@ def test_exponents_below_one_give_sparser_maps_at_a_similar_error(method):
     A, b = problem(K=4, image=(10, 10))
     lam, p = 30.0, 0.7
     convex = solve(A, b, lam=lam, settings=to_the_end(method, 1500))
-    found = solve(A, b, lam=lam, p=p, settings=to_the_end(method, 1500))
+    found = solve(A, b, lam=lam, prior=Prior(p=p), settings=to_the_end(method, 1500))
     nonzero = [torch.count_nonzero(s.z) for s in (found, convex)]
     assert nonzero[0] < 0.8 * nonzero[1]
     for solution in (found, convex):
@@ -582,7 +577,7 @@ def test_sparse_code_is_solve_on_the_deconvolution_of_the_filters():
     for boundary in BOUNDARIES:
         found = sparse_code(b, f.float(), lam=5.0, p=0.9, boundary=boundary)
         A = Deconvolution(f.float().double(), boundary)
-        expected = solve(A, b, lam=5.0, p=0.9, settings=default_solver(b, 0.9))
+        expected = solve(A, b, lam=5.0, prior=Prior(p=0.9), settings=default_solver(b, 0.9))
         assert torch.equal(found.z, expected.z) and found.z.dtype == torch.float64
         assert torch.equal(found.residual, b - A(found.z))
         assert (found.z == 0).any() and (found.z != 0).any()
@@ -611,8 +606,10 @@ def test_the_default_without_coordinate_descent_is_of_the_accuracy_of_that_with_
 @pytest.mark.parametrize("p", [1.0, 0.8])
 def test_single_precision_is_kept_and_ends_where_double_does(name, p):
     A, b = problem()
-    double = solve(A, b, lam=20.0, p=p, settings=CHEAP[name])
-    single = solve(Deconvolution(A.f.float()), b.float(), lam=20.0, p=p, settings=CHEAP[name])
+    double = solve(A, b, lam=20.0, prior=Prior(p=p), settings=CHEAP[name])
+    single = solve(
+        Deconvolution(A.f.float()), b.float(), lam=20.0, prior=Prior(p=p), settings=CHEAP[name]
+    )
     assert single.z.dtype == single.state.dtype == single.residual.dtype == torch.float32
     assert single.objective.dtype == torch.float64
     # For p < 1 one rounding can decide whether a coefficient jumps.
@@ -647,9 +644,11 @@ def test_a_broken_image_is_seen_and_does_not_touch_the_others(name, p):
     A, b = problem()
     broken = b.clone()
     broken[0, 0, 2, 3] = float("nan")
-    found = solve(A, broken, lam=20.0, p=p, settings=CHEAP[name])
+    found = solve(A, broken, lam=20.0, prior=Prior(p=p), settings=CHEAP[name])
     assert found.objective[0].isnan()
-    assert torch.equal(found.z[1], solve(A, b, lam=20.0, p=p, settings=CHEAP[name]).z[1])
+    assert torch.equal(
+        found.z[1], solve(A, b, lam=20.0, prior=Prior(p=p), settings=CHEAP[name]).z[1]
+    )
 
 
 @windowed
@@ -773,7 +772,7 @@ def test_a_start_with_negative_entries_ends_at_the_minimum_without_them(method, 
     found = solve(A, b, settings=settings, state=start, **options)
     assert (found.z >= 0).all()
     assert_close(found.objective, expected.objective, rtol=1e-4, atol=0)
-    assert (duality_gap(A, b, start, 20.0, non_negative=True) == torch.inf).all()
+    assert (duality_gap(A, b, start, 20.0, prior=Prior(non_negative=True)) == torch.inf).all()
 
 
 @pytest.mark.parametrize("method", ["fista", "ista"])
