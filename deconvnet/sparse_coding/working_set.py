@@ -326,7 +326,7 @@ def _is_expanded_zero(maps: Tensor) -> bool:
 
 
 def _tile(best: np.ndarray, size: int, active: int) -> int:
-    """The side of tiles that add one coefficient each; the set should grow by a few times at most."""
+    """The side of tiles that add one coefficient each; the set may grow by a factor of GROWTH."""
     places = np.count_nonzero(best > 1)
     most = GROWTH * max(active, best.size // 64)
     return next(

@@ -457,9 +457,8 @@ def test_a_layer_that_explains_the_image_solves_the_problem_of_the_whole_way_dow
     found = codes.layer(depth)
     R = way_down(net, codes, depth)
     A = Dense(R, found.shape, codes.y.shape[1:])
-    expected = solve(
-        A, codes.y, lam=5.0, prior=Prior(window=window and tuple(window)), settings=solver
-    )
+    prior = Prior(window=window and tuple(window))
+    expected = solve(A, codes.y, lam=5.0, prior=prior, settings=solver)
     assert_close(found.z, expected.z, rtol=1e-8, atol=1e-9)
     assert_close(found.reconstruction, 2.5 * squared_error(R, found.z, codes.y))
     assert_close(found.sparsity, found.z.abs().sum((1, 2, 3)))

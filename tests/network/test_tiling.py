@@ -167,9 +167,8 @@ def test_thresholds_made_when_they_are_looked_at_solve_the_problem_of_those_in_m
     weights = thresholds.per_coefficient(Deconvolution(A.f, boundary).adjoint(thresholds.pilot))
     settings = SolverSettings("coordinate", iterations=30, tolerance=1e-4)
     expected = solve(A, b, lam=0.3, prior=Prior(weights=weights, group=group), settings=settings)
-    monkeypatch.setattr(
-        "deconvnet.sparse_coding.whole_image.CACHE_BYTES", 0 if group == 1 else 2**27
-    )
+    cached = 0 if group == 1 else 2**27
+    monkeypatch.setattr("deconvnet.sparse_coding.whole_image.CACHE_BYTES", cached)
     found = solve_whole_image(A, b, thresholds, lam=0.3, iterations=30, tolerance=1e-4)
     assert found.iterations == expected.iterations > 3
     assert_close(found.maps(), expected.z, rtol=1e-4, atol=1e-5)
