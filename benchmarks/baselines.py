@@ -32,15 +32,18 @@ from sklearn.decomposition import PCA, MiniBatchDictionaryLearning
 from torch import Tensor, nn
 from torch.nn import functional
 
-from deconvnet.filters.update import LearningSettings, initial_filters
+from deconvnet.filters.initial import initial_filters
+from deconvnet.filters.update import LearningSettings
 from deconvnet.images.preprocessing import Preprocessing, PreprocessingSettings
 from deconvnet.network.codes import Codes
-from deconvnet.network.network import DeconvNet, LayerProblem, LayerSettings, seeded
+from deconvnet.network.layer import LayerProblem, LayerSettings
+from deconvnet.network.network import DeconvNet
 from deconvnet.operators.convolution import correlate, deconvolve
 from deconvnet.operators.pooling import pool, strongest, unpool
 from deconvnet.sparse_coding.solve import default_solver
 from deconvnet.support.modes import plain
-from deconvnet.training.layer_trainer import learn_layers
+from deconvnet.support.seeding import seeded_generator
+from deconvnet.training.in_memory import learn_layers
 
 # Pixels of the images whose maps are made together: 83 images of 28x28, 7 of 96x96.
 PIXELS = 2**16
@@ -205,7 +208,7 @@ class RandomFilters(FilterMaps):
 
     def _filters(self, y: Tensor) -> Tensor:
         num_maps, _, size, _ = self.filters.shape
-        return initial_filters(num_maps, y, size, "random", seeded(self.seed, 1))
+        return initial_filters(num_maps, y, size, "random", seeded_generator(self.seed, 1))
 
 
 class PatchDictionary(FilterMaps):
@@ -217,7 +220,7 @@ class PatchDictionary(FilterMaps):
 
     def _filters(self, y: Tensor) -> Tensor:
         num_maps, _, size, _ = self.filters.shape
-        patches = draw_patches(y, size, DICTIONARY_PATCHES, seeded(self.seed, 2))
+        patches = draw_patches(y, size, DICTIONARY_PATCHES, seeded_generator(self.seed, 2))
         layer = self.net.layer(1).settings
         learner = MiniBatchDictionaryLearning(
             num_maps,
@@ -256,7 +259,7 @@ class PatchPCA(Method):
             )
 
     def _learn(self, y: Tensor) -> None:
-        patches = draw_patches(y, self.filter_size, PATCHES, seeded(self.seed, 2))
+        patches = draw_patches(y, self.filter_size, PATCHES, seeded_generator(self.seed, 2))
         found = PCA(self.num_maps, svd_solver="full").fit(patches.flatten(1).cpu().double().numpy())
         shape = (self.num_maps, *patches.shape[1:])
         self.filters = torch.from_numpy(found.components_).view(shape).to(y)
@@ -288,7 +291,9 @@ class KMeansMaps(Method):
         self.num_maps, self.filter_size = _whole(num_maps=num_maps, filter_size=filter_size)
 
     def _learn(self, y: Tensor) -> None:
-        patches = draw_patches(y, self.filter_size, PATCHES, seeded(self.seed, 2)).flatten(1)
+        patches = draw_patches(
+            y, self.filter_size, PATCHES, seeded_generator(self.seed, 2)
+        ).flatten(1)
         self.floor = float(0.01 * patches.var(1, correction=0).mean().clamp(min=1e-12))
         even = self._normalised(patches).double()
         self.mean = even.mean(0)
@@ -390,11 +395,11 @@ class Autoencoder(Method):
 
     @torch.enable_grad()
     def _learn(self, y: Tensor) -> None:
-        self.model = WhatWhere(*self._shape, seeded(self.seed, 1)).to(y.device)
+        self.model = WhatWhere(*self._shape, seeded_generator(self.seed, 1)).to(y.device)
         optimizer = torch.optim.Adam(self.model.parameters(), lr=self.rate)
         self.history = []
         for epoch in range(self.epochs):
-            order = torch.randperm(len(y), generator=seeded(self.seed, 2, epoch))
+            order = torch.randperm(len(y), generator=seeded_generator(self.seed, 2, epoch))
             total = 0.0
             for chosen in order.split(self.batch_size):
                 loss = functional.mse_loss(self.model(y[chosen]), y[chosen])

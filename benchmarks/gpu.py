@@ -53,9 +53,10 @@ from torch import Tensor
 from deconvnet import LayerSettings, LearningSettings, SolverSettings, learn_filters
 from deconvnet.images.preprocessing import PreprocessingSettings
 from deconvnet.monitoring.strict_json import to_json
-from deconvnet.network.network import DeconvNet, seeded
+from deconvnet.network.network import DeconvNet
 from deconvnet.sparse_coding.problem import Solution
 from deconvnet.sparse_coding.solve import sparse_code
+from deconvnet.support.seeding import seeded_generator
 
 METHODS = ("admm", "fista")
 # Arrays of the size of z that an iteration has to read or write: see above.
@@ -399,7 +400,7 @@ def memory(options: Namespace) -> tuple[dict, list[str]]:
         net = DeconvNet([layer], PreprocessingSettings("grey"))
         net.preprocessing.fit(images)
         codes = net.to(options.device).infer(images, depth=0)
-        net.layer(1).initialize(codes.y, seeded(0, 1))
+        net.layer(1).initialize(codes.y, seeded_generator(0, 1))
         one = 4 * net.layer(1).operator().zeros(codes.y[:1]).numel()
         for chunk in chunks:
             # Of so many images only: the maps of all that are kept are not what is asked for.

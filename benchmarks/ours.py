@@ -19,10 +19,11 @@ from clocks import Clock, Due, Enough, Recorder, Snapshots
 from problems import Objective, Problem
 
 from deconvnet import LayerSettings, LearningSettings, SolverSettings
-from deconvnet.network.network import Layer, seeded
+from deconvnet.network.layer import Layer
 from deconvnet.operators.linear import Deconvolution
 from deconvnet.sparse_coding.problem import METHODS
 from deconvnet.sparse_coding.solve import solve
+from deconvnet.support.seeding import seeded_generator
 from deconvnet.training.layer_trainer import LayerTrainer
 
 ENDLESS = 10**6
@@ -196,7 +197,7 @@ def learn(
         solver=solver or SolverSettings(),
         learning=LearningSettings(**{"init": "random", **learning}),
     )
-    layer = Layer(settings, y.shape[1], seeded(0, 1)).to(images)
+    layer = Layer(settings, y.shape[1], seeded_generator(0, 1)).to(images)
     recorder.start()
     trainer = LayerTrainer(layer, images)
     if settings.learning.init == "random":

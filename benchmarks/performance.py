@@ -36,7 +36,8 @@ from deconvnet.cli.settings import read_settings, register
 from deconvnet.images.datasets import DataSettings, load_images
 from deconvnet.images.preprocessing import PreprocessingSettings
 from deconvnet.monitoring.records import EpochStats
-from deconvnet.network.network import DeconvNet, snr
+from deconvnet.network.metrics import snr
+from deconvnet.network.network import DeconvNet
 from deconvnet.operators.linear import Deconvolution, LinearOperator, dot
 from deconvnet.sparse_coding.prior import penalties, shrink
 from deconvnet.sparse_coding.problem import Solution, data_term, duality_gap
@@ -179,7 +180,7 @@ def speed(trainer: LayerTrainer, y: torch.Tensor, options: argparse.Namespace) -
         "inference, 60 iterations of admm": lambda: solve(A, y, lam=lam, settings=infer),
         "one epoch of learning": lambda: [trainer.update() for _ in range(trainer.sampler.batches)],
     }
-    counts = {"one epoch of learning": trainer.data.images}
+    counts = {"one epoch of learning": trainer.data.num_images}
     for name, run in work.items():
         times = [timed(run, y.device)[1] / counts.get(name, len(y)) for _ in range(options.repeats)]
         print(
@@ -386,7 +387,7 @@ def _scaling_rank(options: argparse.Namespace) -> None:
                 {
                     "speed": 2 * source.count / seconds,
                     "exchange": exchange / seconds,
-                    "message": trainer.message,
+                    "message": trainer.message_bytes,
                 }
             )
             for _ in training_set.infer_next_layer(number):

@@ -37,12 +37,13 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 
 from deconvnet import load
-from deconvnet.applications.restoration import Restorer, psnr
+from deconvnet.applications.restoration import Restorer
 from deconvnet.applications.restored_pictures import strip
 from deconvnet.cli.settings import read_settings, register
 from deconvnet.monitoring.monitor import Monitor, save_picture
 from deconvnet.monitoring.strict_json import to_json
-from deconvnet.network.network import DeconvNet, snr
+from deconvnet.network.metrics import psnr, snr
+from deconvnet.network.network import DeconvNet
 from deconvnet.training.loop import train
 from deconvnet.training.run_folder import RunFolder
 

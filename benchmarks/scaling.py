@@ -44,14 +44,17 @@ import torch
 from ours import synchronizer
 
 from deconvnet import LayerSettings, LearningSettings, SolverSettings
-from deconvnet.filters.update import initial_filters
+from deconvnet.filters.initial import initial_filters
 from deconvnet.images.preprocessing import PreprocessingSettings
 from deconvnet.monitoring.strict_json import to_json
-from deconvnet.network.network import DeconvNet, Layer, seeded
+from deconvnet.network.layer import Layer
+from deconvnet.network.network import DeconvNet
 from deconvnet.operators.linear import Deconvolution
 from deconvnet.sparse_coding.problem import Solution, duality_gap
 from deconvnet.sparse_coding.solve import default_solver, sparse_code
-from deconvnet.training.layer_trainer import LayerData, LayerTrainer
+from deconvnet.support.seeding import seeded_generator
+from deconvnet.training.layer_data import LayerData
+from deconvnet.training.layer_trainer import LayerTrainer
 
 AXES = {
     "images": (1, 2, 4, 8, 16),
@@ -247,7 +250,7 @@ def _learning(case: Case, y: torch.Tensor) -> dict:
     )
 
     def trainer(y: torch.Tensor) -> LayerTrainer:
-        return LayerTrainer(Layer(settings, 1, seeded(0, 1)).to(y), y)
+        return LayerTrainer(Layer(settings, 1, seeded_generator(0, 1)).to(y), y)
 
     epoch(trainer(y[:1, :, :40, :40]))
     return _epochs(case, lambda: trainer(y))
@@ -269,12 +272,12 @@ def _through_layers(case: Case) -> dict:
     net.preprocessing.fit(images)
     codes = net.to(case.device).infer(images, depth=0)
     for number in range(1, case.layers):
-        net.layer(number).initialize(net.layer_input(codes, number), seeded(0, number))
+        net.layer(number).initialize(net.layer_input(codes, number), seeded_generator(0, number))
         codes = net.infer_next_layer(codes)
     number, layer = case.layers, net.layer(case.layers)
     if number > 1:
         layer.fit_scale(codes.layers[-1].pooled)
-    layer.initialize(net.layer_input(codes, number), seeded(0, number))
+    layer.initialize(net.layer_input(codes, number), seeded_generator(0, number))
     if case.method == EPOCH:
         data = LayerData.from_codes(net, codes, number)
         return _epochs(case, lambda: LayerTrainer(layer, data, number=number))
@@ -307,7 +310,9 @@ def _epochs(case: Case, start: Callable[[], LayerTrainer]) -> dict:
     used = peak_of(first, case.device)
     (trainer,) = held
     _, seconds = timed(lambda: epoch(trainer), case)
-    z = trainer.layer.operator().zeros(trainer.data.below(torch.arange(trainer.data.images)))
+    z = trainer.layer.operator().zeros(
+        trainer.data.layer_input(torch.arange(trainer.data.num_images))
+    )
     return {
         "seconds": seconds,
         "bytes": used,

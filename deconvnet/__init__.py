@@ -14,7 +14,8 @@ if TYPE_CHECKING:  # for type checkers and editors; __getattr__ imports the same
     from deconvnet.filters.update import LearningSettings
     from deconvnet.images.preprocessing import PreprocessingSettings
     from deconvnet.network.codes import Codes
-    from deconvnet.network.network import DeconvNet, LayerSettings, load
+    from deconvnet.network.layer import LayerSettings
+    from deconvnet.network.network import DeconvNet, load
     from deconvnet.sparse_coding.problem import Solution, SolverSettings
     from deconvnet.sparse_coding.solve import sparse_code
 
@@ -38,7 +39,7 @@ __all__ = [
 _MODULES = {
     "Codes": "deconvnet.network.codes",
     "DeconvNet": "deconvnet.network.network",
-    "LayerSettings": "deconvnet.network.network",
+    "LayerSettings": "deconvnet.network.layer",
     "Learned": "deconvnet.dictionary",
     "LearningSettings": "deconvnet.filters.update",
     "PreprocessingSettings": "deconvnet.images.preprocessing",

@@ -19,27 +19,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deconvnet.filters.update import (
-    FilterStatistics,
-    LearningSettings,
-    dead_filters,
-    filter_statistics,
-    normalize,
-    off_center,
-    patch_sampler,
-    shift,
-    update_filters,
-)
+from deconvnet.filters.care import centring_shifts, dead_filters, shift_filters
+from deconvnet.filters.initial import initial_filters
+from deconvnet.filters.statistics import FilterStatistics, filter_statistics
+from deconvnet.filters.update import Diverged, LearningSettings, update_filters
 from deconvnet.monitoring.monitor import Monitor
-from deconvnet.monitoring.records import EpochStats, decibels
-from deconvnet.network.network import (
-    FILTERS,
-    Layer,
-    LayerProblem,
-    LayerSettings,
-    layer_settings,
-    seeded,
-)
+from deconvnet.monitoring.records import EpochStats
+from deconvnet.network.layer import Layer, LayerProblem, LayerSettings
+from deconvnet.network.metrics import decibels
+from deconvnet.network.network import FILTERS
 from deconvnet.operators.convolution import Boundary
 from deconvnet.sparse_coding.problem import Solution, SolverSettings
 from deconvnet.sparse_coding.solve import (
@@ -51,6 +39,7 @@ from deconvnet.sparse_coding.solve import (
 from deconvnet.storage.integrity import InvalidFileError
 from deconvnet.storage.network_files import load_network, save_network
 from deconvnet.support.modes import plain
+from deconvnet.support.seeding import seeded_generator
 from deconvnet.support.validation import (
     as_filters,
     as_images,
@@ -60,7 +49,7 @@ from deconvnet.support.validation import (
     positive,
     whole,
 )
-from deconvnet.training.layer_trainer import Diverged, LayerTrainer
+from deconvnet.training.layer_trainer import LayerTrainer
 
 # Filters are moved to the middle of their frames first after this many batches of a stream, then
 # each time the stream has grown by this factor: its length is unknown, and a filter that is moved
@@ -166,7 +155,10 @@ class Learned:
                 f"{path}: holds no filters of Learned.save; a network is read by deconvnet.load"
             )
         try:
-            filters, layer = tensors["filters"], layer_settings(settings["layer"])
+            filters, layer = (
+                tensors["filters"],
+                LayerSettings.from_dict(settings["layer"], f"{path}: layer"),
+            )
             size = layer.filter_size
             if filters.ndim != 4 or filters.shape[::2] != (layer.num_maps, size):
                 raise ValueError(f"filters of the shape {tuple(filters.shape)}")
@@ -243,7 +235,7 @@ def learn_filters(
         solver=solver or default_solver(images, p),
         learning=learning,
     )
-    layer = Layer(settings, images.shape[1], seeded(seed, 1)).to(images)
+    layer = Layer(settings, images.shape[1], seeded_generator(seed, 1)).to(images)
     first = None if filters is None else _first(filters, layer)
     trainer = LayerTrainer(layer, images, seed=seed, filters=first)
     if lam_ratio is not None:
@@ -342,12 +334,12 @@ class _Stream:
     ):
         self.settings, self.learning = settings, settings.learning
         self.seed, self.averaging_batches = seed, averaging_batches
-        self.layer = Layer(settings, images.shape[1], seeded(seed, 1)).to(images)
+        self.layer = Layer(settings, images.shape[1], seeded_generator(seed, 1)).to(images)
         self.sums: FilterStatistics | None = None
         self.count, self.next_look = 0, RECENTER_FIRST
         self._check(images, "batch 1")
         if filters is None:
-            self.layer.initialize(images, seeded(seed, 1, 1))
+            self.layer.initialize(images, seeded_generator(seed, 1, 1))
         else:
             self.layer.set_filters(_first(filters, self.layer))
         if lam_ratio is not None:
@@ -395,37 +387,32 @@ class _Stream:
         self.sums = new if self.sums is None else self.sums * kept + new * (1 - kept)
 
     def _update(self) -> None:
-        learning = self.learning
-        self.layer.set_filters(
-            update_filters(
-                self.layer.filters,
-                self.sums,
-                norm=learning.norm,
-                iterations=learning.update_iterations,
-                non_negative=learning.non_negative,
-                zero_mean=learning.zero_mean,
-            )
+        layer = self.layer
+        iterations = self.learning.update_iterations
+        layer.set_filters(
+            update_filters(layer.filters, self.sums, layer.constraint, iterations=iterations)
         )
 
     def _reinitialize(self, dead: list[int], images: Tensor) -> None:
         """Replace unused filters by patches of these images."""
         f = self.layer.filters.clone()
-        shuffle = seeded(self.seed, 1, 2, self.count)
-        draw = patch_sampler(images, self.settings.filter_size, shuffle)
-        f[dead] = self.layer.draw_filters(len(dead), draw, shuffle)
+        f[dead] = initial_filters(
+            len(dead),
+            images,
+            self.settings.filter_size,
+            self.learning.init,
+            seeded_generator(self.seed, 1, 2, self.count),
+            constraint=self.layer.constraint,
+        )
         self.layer.set_filters(f)
         self.sums = self.sums.without(dead)
 
     def _recenter(self) -> None:
-        """Move filters to the middle of their frames, and forget what was known of their maps."""
-        moves = off_center(self.layer.filters)
-        if not moves:
-            return
-        f = self.layer.filters.clone()
-        for k, (rows, columns) in moves.items():
-            f[k] = shift(f[k], rows, columns)
-        self.layer.set_filters(f)
-        self.sums = self.sums.without(list(moves))
+        """Shift filters to the middle of their frames, and drop the sums over their maps."""
+        shifts = centring_shifts(self.layer.filters)
+        if shifts:
+            self.layer.set_filters(shift_filters(self.layer.filters, shifts))
+            self.sums = self.sums.without(list(shifts))
 
 
 # The keywords of the prior of the maps, and of the border.
@@ -494,13 +481,12 @@ def _first(filters: Tensor, layer: Layer) -> Tensor:
     filters = as_filters(filters, layer.filters.shape[1]).to(layer.filters)
     if not torch.isfinite(filters).all():
         raise ValueError("filters must be finite: there are NaN or infinite values")
-    learning = layer.settings.learning
-    asked = dict(non_negative=learning.non_negative, zero_mean=learning.zero_mean)
-    nothing = ~normalize(filters, learning.norm, **asked).flatten(1).any(1)
-    if nothing.any():
-        of = ", ".join(key for key, value in asked.items() if value)
-        why = f" with learning.{of}=True" if of else ""
-        raise ValueError(f"filters[{int(nothing.nonzero()[0])}]: nothing of it is left{why}")
+    constraint = layer.constraint
+    empty = ~constraint.project(filters).flatten(1).any(1)
+    if empty.any():
+        keys = [key for key in ("non_negative", "zero_mean") if getattr(constraint, key)]
+        why = f" with learning.{keys[0]}=True" if keys else ""
+        raise ValueError(f"filters[{int(empty.nonzero()[0])}]: nothing of it is left{why}")
     return filters
 
 

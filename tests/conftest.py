@@ -1,5 +1,6 @@
 """Images to learn from without reading any, and a fast way to run the scripts as a user does."""
 
+import gc
 import json
 import os
 import subprocess
@@ -18,14 +19,33 @@ torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Importing torch takes seconds, so it happens once: every run is a fork of this process, with its
-# own arguments, working folder and standard streams.
+# own arguments, working folder and standard streams. What the scripts import when they first need
+# it is there as well.
 SERVER = """
-import atexit, gc, json, os, sys, threading
-import torch.utils.tensorboard, skimage.data, skimage.transform, sklearn.datasets
-import torch.fx.experimental.symbolic_shapes  # as every backward pass does
-import deconvnet.training.loop, deconvnet.cli.launch
-from deconvnet.cli.commands import run
+import atexit, gc, importlib, json, os, sys, threading, weakref
+import numba, numpy as np
+import PIL.Image, skimage.data, skimage.transform
+import sklearn.cluster, sklearn.datasets, sklearn.linear_model, sklearn.svm
+from hydra import compose, initialize_config_dir
+from hydra._internal.hydra import Hydra
+import hydra._internal.logging_config
+import tensorboard.plugins.hparams.summary_v2, torch.utils.tensorboard
+import torch._dynamo, torch.fx.experimental.symbolic_shapes  # as every backward pass does
+from deconvnet.cli.commands import COMMANDS, run
+from deconvnet.cli.launch import CONFIGS
+from deconvnet.cli.settings import register
+for command in COMMANDS:
+    importlib.import_module("deconvnet.cli." + command.replace("-", "_"))
+PIL.Image.init()
+numba.njit(lambda x: x[0])(np.ones(1))  # the first of all compilations makes the compiler ready
 
+# The grammar of the arguments and the plugins are made ready by the first configuration.
+register()
+with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+    compose("train", return_hydra_config=True)
+# Of what is done at exit, taking libraries of torch apart is of no use.
+for finalizer in list(weakref.finalize._registry):
+    finalizer.atexit = False
 gc.collect()
 gc.freeze()
 for line in sys.stdin:
@@ -47,6 +67,9 @@ for number, name in enumerate(("/dev/null", order["out"], order["err"])):
     os.dup2(os.open(name, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT), number)
 os.chdir(order["folder"])
 sys.argv = ["deconvnet", *order["arguments"]]
+# Hydra composes all settings twice, the first time to read hydra.mode, which nobody sets here.
+if not any(argument[:1] == "-" or "hydra" in argument for argument in sys.argv[1:]):
+    Hydra.get_mode = lambda *_, **__: None
 try:
     run(order["command"], ("deconvnet", order["command"]))
     code = 0
@@ -62,6 +85,12 @@ sys.stdout.flush()
 sys.stderr.flush()
 os._exit(code)
 """
+
+
+def pytest_collection_finish():
+    """Modules and tests stay to the end: the garbage collector need not go through them again."""
+    gc.collect()
+    gc.freeze()
 
 
 @dataclass(frozen=True)
@@ -87,7 +116,10 @@ def start():
     if not hasattr(os, "fork"):
         pytest.skip("this system cannot fork")
     server = subprocess.Popen(
-        [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", SERVER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     count = 0
 

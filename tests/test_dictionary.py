@@ -19,13 +19,14 @@ from deconvnet import (
     load,
     sparse_code,
 )
-from deconvnet.network.network import Layer, LayerSettings, seeded
+from deconvnet.filters.update import Diverged
+from deconvnet.network.layer import Layer, LayerSettings
 from deconvnet.operators.convolution import deconvolve
 from deconvnet.operators.linear import Deconvolution
 from deconvnet.sparse_coding.solve import lam_from_ratio
 from deconvnet.storage.integrity import InvalidFileError
 from deconvnet.storage.network_files import save_network
-from deconvnet.training.layer_trainer import Diverged
+from deconvnet.support.seeding import seeded_generator
 
 
 @pytest.fixture
@@ -55,8 +56,8 @@ def test_encode_uses_the_lam_and_the_prior_of_the_learning(images):
 
 
 def test_a_lam_ratio_refers_to_the_initial_filters(images):
-    layer = Layer(LayerSettings(4, 5), 1, seeded(0, 1))
-    layer.initialize(images, seeded(0, 1, 1))
+    layer = Layer(LayerSettings(4, 5), 1, seeded_generator(0, 1))
+    layer.initialize(images, seeded_generator(0, 1, 1))
     learned = learn_online([images], 4, 5, lam_ratio=0.25)
     expected = lam_from_ratio(layer.operator(), images, 0.25)
     assert learned.settings.lam == pytest.approx(expected, rel=1e-5)

@@ -40,7 +40,8 @@ from deconvnet.images.highpass import tikhonov_lowpass
 from deconvnet.images.preprocessing import to_color
 from deconvnet.network import tiling
 from deconvnet.network.codes import Codes
-from deconvnet.network.network import DeconvNet, Progress, check_size
+from deconvnet.network.layer import check_input_size
+from deconvnet.network.network import DeconvNet, Progress
 from deconvnet.network.tiling import MEMORY, Tile
 from deconvnet.operators.linear import Deconvolution
 from deconvnet.operators.pooling import max_pool
@@ -443,7 +444,7 @@ class Restorer:
             codes = Codes((below,), b[part] * factor, [])
             for number, total in enumerate(whole, 2):
                 layer, problem = self.net.layer(number), self.net.layer_problem(codes, number)
-                check_size(self.net.layer_input(codes, number).shape, layer, number)
+                check_input_size(self.net.layer_input(codes, number).shape, layer, number)
                 solver = layer.settings.solver
                 if solver.method == "coordinate" and problem.b.device.type != "cpu":
                     solver = default_solver(problem.b)
@@ -573,10 +574,3 @@ def estimate_noise(images: Tensor) -> Tensor:
     sigma = torch.from_numpy(np.nan_to_num(np.asarray(found)).mean(1))
     rounding = torch.finfo(images.dtype).eps * images.cpu().abs().amax((1, 2, 3))
     return torch.where(sigma > rounding, sigma, 0.0).to(images.dtype)
-
-
-def psnr(clean: Tensor, image: Tensor) -> Tensor:
-    """10 log10(1 / mean squared error) in dB of every image (N,), for pixels in [0, 1]; inf where
-    the two are equal.
-    """
-    return -10 * (clean.double() - image.double()).square().mean((1, 2, 3)).log10()

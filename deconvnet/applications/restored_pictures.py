@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from deconvnet.applications.restoration import Restorer, psnr
+from deconvnet.applications.restoration import Restorer
 from deconvnet.images.datasets import (
     distinct_names,
     image_files,
@@ -23,7 +23,8 @@ from deconvnet.images.datasets import (
 )
 from deconvnet.monitoring.monitor import hidden, save_picture
 from deconvnet.network import tiling
-from deconvnet.network.network import Progress, load, snr
+from deconvnet.network.metrics import psnr, snr
+from deconvnet.network.network import Progress, load
 from deconvnet.network.tiling import MEMORY
 from deconvnet.storage import ownership
 from deconvnet.training.run_folder import training_data

@@ -12,8 +12,8 @@ from deconvnet.applications.restored_pictures import learned_images
 from deconvnet.cli.errors import interruptible, one_line_errors
 from deconvnet.cli.settings import AblateConfig, read_settings
 from deconvnet.monitoring.monitor import save_picture
-from deconvnet.network.ablation import MEANINGS, Ablation, ablate
 from deconvnet.network.network import load
+from deconvnet.network.switch_ablation import MEANINGS, Ablation, ablate
 from deconvnet.storage import ownership
 from deconvnet.support.devices import torch_device
 from deconvnet.visualization.pictures.layer_pictures import labelled_images

@@ -16,6 +16,7 @@ from deconvnet.cli import printed_commands
 from deconvnet.cli.errors import one_line_errors
 from deconvnet.cli.run_files import logged
 from deconvnet.cli.settings import TrainConfig, flat, read_settings
+from deconvnet.filters.update import Diverged
 from deconvnet.images.datasets import DataSettings, load_images, stream_images
 from deconvnet.monitoring.monitor import Monitor
 from deconvnet.monitoring.records import LayerResult
@@ -23,9 +24,9 @@ from deconvnet.network.network import DeconvNet
 from deconvnet.storage import ownership
 from deconvnet.support.communicator import Communicator, RankLost, started
 from deconvnet.support.devices import torch_device
-from deconvnet.training.layer_trainer import Diverged
 from deconvnet.training.loop import Interrupted, train
 from deconvnet.training.run_folder import RunFolder
+from deconvnet.training.session import Limits
 from deconvnet.training.training_set import ImageSource
 
 log = logging.getLogger("train")
@@ -96,11 +97,13 @@ def run(
             saved,
             stack.enter_context(monitor),
             seed=settings.seed,
-            chunk=settings.chunk,
+            limits=Limits(
+                chunk=settings.chunk,
+                hold_codes=not settings.data.stream,
+                memory=settings.memory,
+                disk=settings.disk,
+            ),
             communicator=communicator,
-            hold=not settings.data.stream,
-            memory=settings.memory,
-            disk=settings.disk,
         )
 
 

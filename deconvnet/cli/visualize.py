@@ -33,7 +33,8 @@ from deconvnet.training.run_folder import training_data
 from deconvnet.visualization.evolution.checkpoints import project_checkpoints
 from deconvnet.visualization.evolution.evolution import Evolution, load_evolution
 from deconvnet.visualization.manifest import layer_file_name
-from deconvnet.visualization.models.zoo import WEIGHT_FILES, LoadedModel, digest, load_model
+from deconvnet.visualization.models.weights import WEIGHT_FILES
+from deconvnet.visualization.models.zoo import LoadedModel, digest, load_model
 from deconvnet.visualization.projection.projection import suggest_layers
 from deconvnet.visualization.report import (
     default_layers,

@@ -1,1 +1,1 @@
-"""Learning filters from codes: sums over images, the update, and care of unused filters."""
+"""Filter learning from sparse maps: sums over images, the update, and the care of its filters."""

@@ -2,15 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
-
-
-def decibels(signal: float, error: float) -> float:
-    """The signal-to-noise ratio 10 log10(signal / error) of two energies, within +-300 dB."""
-    if error <= 1e-30 * signal:
-        return 300.0 if signal > 0 else -300.0
-    return 10 * math.log10(max(signal / error, 1e-30))
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,9 @@ import torch
 from torch import Tensor
 
 from deconvnet.network.codes import Codes, LayerCodes
-from deconvnet.network.network import DeconvNet, Layer, Progress, snr
+from deconvnet.network.layer import Layer
+from deconvnet.network.metrics import snr
+from deconvnet.network.network import DeconvNet, Progress
 from deconvnet.sparse_coding.problem import Solution
 from deconvnet.sparse_coding.solve import default_solver
 from deconvnet.sparse_coding.whole_image import SparseSolution, Thresholds, solve_whole_image

@@ -17,7 +17,12 @@ from deconvnet.support.compiling import compiled
 
 # Sums may be taken in any order, but a NaN stays one.
 _MATH = {"reassoc", "contract", "arcp", "nsz"}
-_compiled = compiled(fastmath=_MATH, error_model="numpy", nogil=True)
+_HOW = dict(fastmath=_MATH, error_model="numpy", nogil=True)
+_compiled = compiled(**_HOW)
+# A part of whoever calls it. As a function of its own it would cost a call for each entry, and the
+# process that compiles would run another copy of it, which sums in another order, than those that
+# find the code on disk.
+_inlined = compiled(**_HOW, forceinline=True)
 
 
 # Sides, channels and groups that the compiler knows: it takes seconds for some hundred, and refuses
@@ -121,7 +126,7 @@ def footprint(boundary: str, pixels: int, taps: int) -> Footprint:
     return Footprint(*runs, first.astype(np.int32))
 
 
-@_compiled
+@_inlined
 def _shrunk(magnitude, beta, p):
     """argmin_x |x|^p + beta/2 (x - magnitude)^2 for a magnitude >= 0 and p < 1, as in sparsity."""
     smallest = (2 * (1 - p) / beta) ** (1 / (2 - p))
@@ -249,7 +254,7 @@ def towards_filters(gradient, y, g, i, j, z, rows, columns):
                             gradient[g[n], c, u, v + q] += z[n] * y[c, x, left + q]
 
 
-@_compiled
+@_inlined
 def _dot(r, f, planes, k, top, left, C, h, w):
     """<r, what a unit impulse of map k paints>, all its taps being painted from (top, left)."""
     total = r.dtype.type(0)
@@ -263,7 +268,7 @@ def _dot(r, f, planes, k, top, left, C, h, w):
     return total
 
 
-@_compiled
+@_inlined
 def _paint(r, amount, f, planes, k, top, left, C, h, w):
     """r += amount * what a unit impulse of map k paints, all its taps from (top, left)."""
     for s in range(len(C)):
@@ -275,7 +280,7 @@ def _paint(r, amount, f, planes, k, top, left, C, h, w):
                 r[c, top + m, left + q] += amount * f[k, c, m, q]
 
 
-@_compiled
+@_inlined
 def _dot_at(r, f, k, rows, columns, mask, i, j):
     """<mask r, what a unit impulse at (i, j) of map k paints>, wherever that is."""
     total = r.dtype.type(0)
@@ -291,7 +296,7 @@ def _dot_at(r, f, k, rows, columns, mask, i, j):
     return total
 
 
-@_compiled
+@_inlined
 def _paint_at(r, amount, f, k, rows, columns, mask, i, j):
     """r += amount * mask * what a unit impulse at (i, j) of map k paints, wherever that is."""
     for c in range(f.shape[1]):

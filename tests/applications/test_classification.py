@@ -39,7 +39,8 @@ from deconvnet.applications.classification.classifier import (
 from deconvnet.applications.classification.pipeline import ClassifySettings, Features, Images, judge
 from deconvnet.images.datasets import DataSettings
 from deconvnet.images.preprocessing import PreprocessingSettings
-from deconvnet.network.network import DeconvNet, LayerSettings, load
+from deconvnet.network.layer import LayerSettings
+from deconvnet.network.network import DeconvNet, load
 from deconvnet.operators.linear import Deconvolution
 from deconvnet.sparse_coding.problem import SolverSettings
 from deconvnet.storage.checkpoint_files import save_checkpoint

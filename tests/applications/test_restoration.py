@@ -15,19 +15,16 @@ from torch.nn import functional
 from torch.testing import assert_close
 
 from deconvnet.applications import restoration as applied
-from deconvnet.applications.restoration import (
-    LAYER_1,
-    PSI,
-    Restorer,
-    estimate_noise,
-    psnr,
-)
+from deconvnet.applications.restoration import LAYER_1, PSI, Restorer, estimate_noise
 from deconvnet.applications.restored_pictures import ENOUGH, fit, pictures, seen, strip
 from deconvnet.dictionary import learn_filters
-from deconvnet.filters.update import LearningSettings, normalize
+from deconvnet.filters.constraint import normalize
+from deconvnet.filters.update import LearningSettings
 from deconvnet.images.highpass import tikhonov_lowpass
 from deconvnet.images.preprocessing import PreprocessingSettings
-from deconvnet.network.network import DeconvNet, LayerSettings, load, snr
+from deconvnet.network.layer import LayerSettings
+from deconvnet.network.metrics import psnr, snr
+from deconvnet.network.network import DeconvNet, load
 from deconvnet.operators.convolution import deconvolve
 from deconvnet.operators.linear import Deconvolution
 from deconvnet.sparse_coding.prior import shrink

@@ -29,8 +29,9 @@ from sklearn.preprocessing import FunctionTransformer, MaxAbsScaler
 
 from deconvnet import LayerSettings, LearningSettings, PreprocessingSettings
 from deconvnet.applications.classification.pyramid import grid_features
-from deconvnet.network.network import DeconvNet, seeded
+from deconvnet.network.network import DeconvNet
 from deconvnet.operators.pooling import max_pool
+from deconvnet.support.seeding import seeded_generator
 
 GREY = PreprocessingSettings(color="grey", steps=["mean"])
 COLOUR = PreprocessingSettings(contrast_size=5)
@@ -146,7 +147,7 @@ def test_rectified_maps_are_correlations_shrunk_by_the_root_mean_square_of_their
 def test_maps_of_principal_components_are_those_of_scikit_learn_at_each_patch(images):
     method = PatchPCA(6, 5, seed=2, preprocessing=GREY).fit(images)
     y = method.preprocessing(images)[0]
-    patches = draw_patches(y, 5, 50_000, seeded(2, 2)).flatten(1).double().numpy()
+    patches = draw_patches(y, 5, 50_000, seeded_generator(2, 2)).flatten(1).double().numpy()
     # By the eigenvectors of the covariance, which know nothing of a solver; signs are free.
     mean = patches.mean(0)
     variances, directions = np.linalg.eigh(np.cov(patches.T))
@@ -179,7 +180,9 @@ def test_triangles_of_k_means_are_those_of_distances_computed_one_by_one(images)
 
 def test_what_k_means_sees_is_white_and_does_not_depend_on_brightness_or_contrast(images):
     method = KMeansMaps(6, 5, preprocessing=GREY).fit(images)
-    patches = draw_patches(method.preprocessing(images)[0], 5, 20_000, seeded(9)).flatten(1)
+    patches = draw_patches(method.preprocessing(images)[0], 5, 20_000, seeded_generator(9)).flatten(
+        1
+    )
     before = np.linalg.eigvalsh(np.cov(method._normalised(patches).double().numpy().T))
     after = np.linalg.eigvalsh(np.cov(method._white(patches).double().numpy().T))
     # v / (v + 0.1): the mean of a patch is gone, large variances become 1.
@@ -202,7 +205,7 @@ def test_the_autoencoder_learns_and_every_epoch_paints_the_images_better(images)
 
 def test_the_decoder_puts_every_maximum_back_where_it_was(images):
     """By loops over windows: neither the package's pooling nor its deconvolution."""
-    model = WhatWhere(3, 1, 3, 2, seeded(0))
+    model = WhatWhere(3, 1, 3, 2, seeded_generator(0))
     y = images[:2] - images[:2].mean()
     with torch.no_grad():
         z = model.encode(y)
@@ -227,8 +230,8 @@ def test_the_decoder_puts_every_maximum_back_where_it_was(images):
 
 
 def test_gradients_of_the_autoencoder_are_those_of_finite_differences():
-    model = WhatWhere(2, 1, 3, 2, seeded(1)).double()
-    y = torch.randn(1, 1, 6, 5, generator=seeded(2), dtype=torch.float64)
+    model = WhatWhere(2, 1, 3, 2, seeded_generator(1)).double()
+    y = torch.randn(1, 1, 6, 5, generator=seeded_generator(2), dtype=torch.float64)
 
     def loss(*parameters):
         named = dict(zip(("up", "bias", "down"), parameters, strict=True))

@@ -87,7 +87,9 @@ def test_the_step_of_the_iccv_2011_inference_is_the_printed_one_in_all_iteration
 ):
     betas = []
     layer = iccv_net.layer(number)
-    layer.infer(iccv_net.target(iccv_codes, number), callback=lambda *now: betas.append(now[2]))
+    layer.infer(
+        iccv_net.layer_problem(iccv_codes, number), callback=lambda *now: betas.append(now[2])
+    )
     expected = torch.full((10,), layer.settings.solver.step)
     assert_close(1 / torch.stack(betas).flatten(), expected, rtol=1e-6, atol=0)
 

@@ -5,9 +5,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from deconvnet.filters import sparse_statistics, update
+from deconvnet.filters import sparse_statistics, statistics
+from deconvnet.filters.constraint import normalize
 from deconvnet.filters.sparse_statistics import SparseMaps
-from deconvnet.filters.update import filter_statistics, normalize
+from deconvnet.filters.statistics import filter_statistics
 from deconvnet.operators.convolution import connected, deconvolve, filter_gradient, map_size
 
 BOUNDARIES = ("valid", "circular", "zero")
@@ -88,7 +89,7 @@ def test_the_correlations_are_those_by_way_of_fourier(name, boundary):
     size = tuple(f.shape[2:])
     found = SparseMaps.from_dense(z).correlations(size, wrap=boundary == "circular")
     assert found.dtype == torch.float64
-    _, expected = update._map_sums(z, y, size, boundary, None)
+    _, expected = statistics._sums_by_fourier(z, y, size, boundary, None)
     assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 

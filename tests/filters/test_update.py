@@ -7,18 +7,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from deconvnet.filters.update import (
-    LearningSettings,
-    dead_filters,
-    duplicate_filters,
-    filter_statistics,
-    initial_filters,
-    normalize,
-    off_center,
-    shift,
-    update_filters,
-    update_filters_by_cg,
-)
+from deconvnet.filters.care import centring_shifts, dead_filters, duplicate_filters, shift
+from deconvnet.filters.constraint import FilterConstraint, normalize
+from deconvnet.filters.initial import initial_filters
+from deconvnet.filters.statistics import filter_statistics
+from deconvnet.filters.update import LearningSettings, update_filters, update_filters_by_cg
 from deconvnet.operators.convolution import deconvolve, map_size
 from deconvnet.operators.linear import Deconvolution, Identity, Scaling, Unpooling
 from deconvnet.operators.pooling import max_pool
@@ -139,7 +132,9 @@ def test_updates_never_raise_the_true_cost_and_keep_unit_norms(boundary, norm):
         # Maps of very different energy, as those of rare filters.
         z = z * torch.logspace(0, -3, K, dtype=torch.float64).view(-1, 1, 1)
         f = normalize(f, norm)
-        found = update_filters(f, sums_of(z, f, b, boundary), norm=norm, iterations=1 + seed)
+        found = update_filters(
+            f, sums_of(z, f, b, boundary), FilterConstraint(norm), iterations=1 + seed
+        )
         before, after = (true_cost(v, z, b, boundary).item() for v in (f, found))
         assert after <= before * (1 + 1e-12)
         lowered += after < before * (1 - 1e-3)
@@ -170,7 +165,7 @@ def test_updates_converge_to_a_stationary_point_on_the_spheres(norm):
     z, f, b = problem("circular", N=6)
     f = normalize(f, norm)
     sums = sums_of(z, f, b, "circular")
-    found = update_filters(f, sums, norm=norm, iterations=1000)
+    found = update_filters(f, sums, FilterConstraint(norm), iterations=1000)
     # Z'Z as a matrix between the pixels of two filters, the same for every channel.
     K, C, h, w = f.shape
     impulses = torch.eye(K * h * w, dtype=f.dtype).view(K, h, w, -1).movedim(3, 1)
@@ -196,12 +191,13 @@ def test_disconnected_planes_stay_zero(boundary, norm):
     g = torch.tensor([[1, 0], [0, 1], [1, 1]])
     z, f, b = problem(boundary)
     sums = sums_of(z, f, b, boundary, g)
+    constraint = FilterConstraint(norm, connectivity=g)
     f0 = normalize(f * g[:, :, None, None], norm)
     for start in (f, f0):
         found = [
-            update_filters(start, sums, g, norm=norm),
+            update_filters(start, sums, constraint),
             update_filters_by_cg(
-                start, batch(z, start, b, boundary, g), g, norm=norm, boundary=boundary
+                start, batch(z, start, b, boundary, g), constraint, boundary=boundary
             ),
         ]
         for updated in found:
@@ -211,7 +207,7 @@ def test_disconnected_planes_stay_zero(boundary, norm):
             length = torch.linalg.vector_norm(updated, dim=axes)
             assert_close(length[length > 0], torch.ones_like(length[length > 0]))
     assert true_cost(
-        update_filters(f0, sums_of(z, f0, b, boundary, g), g, norm=norm), z, b, boundary
+        update_filters(f0, sums_of(z, f0, b, boundary, g), constraint), z, b, boundary
     ) < (true_cost(f0, z, b, boundary))
 
 
@@ -228,7 +224,7 @@ def test_cg_to_the_end_is_the_solution_of_the_normal_equations_with_unit_norm(bo
     Z = dense_system(z, f, b, boundary)
     expected = torch.linalg.solve(Z.T @ Z, Z.T @ b.flatten()).view(f.shape)
     found = update_filters_by_cg(
-        f, batch(z, f, b, boundary), norm=norm, iterations=500, boundary=boundary
+        f, batch(z, f, b, boundary), FilterConstraint(norm), iterations=500, boundary=boundary
     )
     # cg stops at a residual of 1e-6; times the condition of Z'Z.
     assert_close(found, normalize(expected, norm), rtol=0, atol=1e-4)
@@ -246,9 +242,7 @@ def test_cg_steps_before_the_norm_are_those_of_the_textbook(boundary):
         alpha = r @ r / (d @ q)
         x, new = x + alpha * d, r - alpha * q
         d, r = new + (new @ new) / (r @ r) * d, new
-    found = update_filters_by_cg(
-        f, batch(z, f, b, boundary), norm="filter", iterations=2, boundary=boundary
-    )
+    found = update_filters_by_cg(f, batch(z, f, b, boundary), iterations=2, boundary=boundary)
     assert_close(found, normalize(x.view(f.shape)), rtol=1e-9, atol=1e-10)
 
 
@@ -258,7 +252,7 @@ def test_a_filter_without_maps_keeps_its_form():
     found = update_filters(f, sums_of(z, f, b, "valid"))
     assert_close(found[1], f[1], rtol=1e-12, atol=1e-14)
     assert (found[0] - f[0]).abs().max() > 1e-3
-    found = update_filters_by_cg(f, batch(z, f, b, "valid"), norm="filter")
+    found = update_filters_by_cg(f, batch(z, f, b, "valid"))
     assert_close(found[1], f[1], rtol=1e-12, atol=1e-14)
 
 
@@ -313,7 +307,7 @@ def test_cg_through_a_layer_ends_at_the_dense_least_squares_solution_with_unit_n
     TZ, b = matrix_through(batches, f, boundary=boundary)
     expected = torch.linalg.lstsq(TZ, b).solution.view(f.shape)
     go, count = visits(batches, f, boundary=boundary)
-    found = update_filters_by_cg(f, go, norm=norm, iterations=300, boundary=boundary)
+    found = update_filters_by_cg(f, go, FilterConstraint(norm), iterations=300, boundary=boundary)
     # cg stops at a residual of 1e-6; times the condition of the normal equations.
     assert_close(found, normalize(expected, norm), rtol=0, atol=1e-4)
     assert 10 < len(count) < 200
@@ -329,7 +323,7 @@ def test_cg_through_a_layer_leaves_out_what_is_disconnected():
     expected = torch.zeros_like(f).flatten()
     expected[connected] = torch.linalg.lstsq(TZ[:, connected], b).solution
     go, _ = visits(batches, f, g)
-    found = update_filters_by_cg(f, go, g, norm="filter", iterations=300)
+    found = update_filters_by_cg(f, go, FilterConstraint(connectivity=g), iterations=300)
     assert_close(found, normalize(expected.view(f.shape)), rtol=0, atol=1e-4)
 
 
@@ -343,7 +337,7 @@ def test_the_first_step_of_cg_goes_down_the_gradient_through_the_whole_chain(bou
     curvature = costs[2] - 2 * costs[1] + costs[0]
     step = (gradient.square().sum() / curvature).item()
     go, count = visits(batches, f, boundary=boundary)
-    found = update_filters_by_cg(f, go, norm="filter", iterations=1, boundary=boundary)
+    found = update_filters_by_cg(f, go, iterations=1, boundary=boundary)
     assert_close(found, normalize(f - step * gradient), rtol=1e-9, atol=1e-10)
     # Once for the right hand side, once for each step.
     assert len(count) == 2
@@ -357,7 +351,10 @@ def test_cg_goes_on_through_the_batches_as_if_they_were_one():
             (z[n : n + 1], b[n : n + 1], alone(T, n)) for z, b, T in batches for n in range(2)
         ]
         one, _ = visits(single[::-1], f)
-        found = [update_filters_by_cg(f, go, iterations=iterations) for go in (split, one)]
+        found = [
+            update_filters_by_cg(f, go, FilterConstraint("plane"), iterations=iterations)
+            for go in (split, one)
+        ]
         assert_close(found[0], found[1], rtol=1e-10, atol=1e-11)
 
 
@@ -504,7 +501,7 @@ def test_normalize_leaves_zeros_or_takes_the_fallback():
     f, other = rand(3, 2, 3, 3), normalize(rand(3, 2, 3, 3, seed=1), "plane")
     f[1], f[2, 0] = 0, 0
     assert (normalize(f)[1] == 0).all() and torch.isfinite(normalize(f)).all()
-    found = normalize(f, "plane", fallback=other)
+    found = FilterConstraint("plane").project(f, fallback=other)
     assert torch.equal(found[1], other[1]) and torch.equal(found[2, 0], other[2, 0])
     assert_close(found[0, 0], f[0, 0] / f[0, 0].norm())
 
@@ -578,7 +575,7 @@ def test_off_center_filters_are_found_and_moved_to_the_middle_without_changing_t
     f[0, :, 0:3, 1:4] = 1.0
     f[1, :, 2:5, 2:5] = 1.0
     f[2, 1, 6, 6] = -1.0
-    moves = off_center(f)
+    moves = centring_shifts(f)
     assert moves == {0: (2, 1), 2: (-3, -3)}
     z = torch.zeros(1, 3, 26, 26, dtype=torch.float64)
     z[0, :, 12, 13] = torch.tensor([1.0, -2.0, 3.0])
@@ -586,7 +583,7 @@ def test_off_center_filters_are_found_and_moved_to_the_middle_without_changing_t
     for k, (rows, columns) in moves.items():
         f[k] = shift(f[k], rows, columns)
         z[:, k] = shift(z[:, k], -rows, -columns)
-    assert off_center(f) == {}
+    assert centring_shifts(f) == {}
     assert torch.equal(deconvolve(z, f), before)
 
 

@@ -20,6 +20,7 @@ from deconvnet.images.datasets import DataSettings, load_images, stream_images
 from deconvnet.monitoring.monitor import memory_used, save_picture
 from deconvnet.training.layer_trainer import LayerTrainer
 from deconvnet.training.training_set import ImageSource, TrainingSet
+from deconvnet.training.warm_starts import Placement
 
 QUICK = [
     *("progress=false", "device=cpu", "data.size=24", "layers=2"),
@@ -194,7 +195,9 @@ def test_a_run_over_a_hundred_thousand_images_holds_its_memory(tmp_path):
     net = DeconvNet([LayerSettings(2, 3, solver=solver, learning=learning)], plain)
     training_set = TrainingSet(net, ImageSource(number, read), chunk=500, hold=False)
     training_set.hold_codes(training_set.own_images(1), 0)
-    trainer = LayerTrainer(net.layer(1), training_set.layer_data(1), chunk=500, keep=False)
+    trainer = LayerTrainer(
+        net.layer(1), training_set.layer_data(1), chunk=500, placement=Placement(keep=False)
+    )
     used = []
     while not trainer.done:
         trainer.update()

@@ -8,13 +8,14 @@ from torch.testing import assert_close
 from deconvnet import DeconvNet, LayerSettings, PreprocessingSettings, SolverSettings, load
 from deconvnet.monitoring.monitor import Monitor
 from deconvnet.network.codes import join
-from deconvnet.network.network import LayerProblem, seeded
+from deconvnet.network.layer import LayerProblem
 from deconvnet.operators.arithmetic import convolution_matrix
 from deconvnet.operators.linear import Deconvolution, Identity, LinearOperator
 from deconvnet.operators.pooling import UNPOOLINGS, max_pool, unpool
 from deconvnet.sparse_coding.prior import Prior
 from deconvnet.sparse_coding.solve import solve
 from deconvnet.storage.integrity import InvalidFileError
+from deconvnet.support.seeding import seeded_generator
 from deconvnet.training.loop import train
 from deconvnet.training.run_folder import RunFolder
 
@@ -530,7 +531,7 @@ def test_the_target_of_some_images_is_theirs(small):
         net, codes = tiny(small, target=target)
         whole, part = net.layer_problem(codes, 2), net.layer_problem(codes, 2, torch.tensor([1]))
         assert torch.equal(part.b[0], whole.b[1])
-        v = torch.randn(codes.layer(1).pooled.shape, generator=seeded(1)).double()
+        v = torch.randn(codes.layer(1).pooled.shape, generator=seeded_generator(1)).double()
         assert_close(part.T(v[1:]), whole.T(v)[1:])
         assert_close(part.T.adjoint(part.b), whole.T.adjoint(whole.b)[1:])
         assert torch.equal(

@@ -12,15 +12,11 @@ import torch
 from sklearn.linear_model import Lasso
 from torch.testing import assert_close
 
-from deconvnet.filters.update import (
-    LearningSettings,
-    filter_statistics,
-    initial_filters,
-    normalize,
-    update_filters,
-    update_filters_by_cg,
-)
-from deconvnet.network.network import Layer, LayerProblem, LayerSettings
+from deconvnet.filters.constraint import FilterConstraint, normalize
+from deconvnet.filters.initial import initial_filters
+from deconvnet.filters.statistics import filter_statistics
+from deconvnet.filters.update import LearningSettings, update_filters, update_filters_by_cg
+from deconvnet.network.layer import Layer, LayerProblem, LayerSettings
 from deconvnet.operators.arithmetic import convolution_matrix, receptive_field
 from deconvnet.operators.convolution import (
     correlate,
@@ -587,24 +583,24 @@ def holds(f, constraint, norm="filter"):
 @pytest.mark.parametrize("norm", ["filter", "plane"])
 def test_a_normalised_filter_is_the_nearest_of_its_kind(constraint, norm):
     f = rand(3, 2, 3, 4)
-    found = normalize(f, norm, **constraint)
+    found = FilterConstraint(norm, **constraint).project(f)
     assert holds(found, constraint, norm)
     distance = (f - found).square().sum()
     for seed in range(200):
         other = found + 10.0 ** (-seed % 4) * rand(*f.shape, seed=seed)
-        other = normalize(other, norm, **constraint)
+        other = FilterConstraint(norm, **constraint).project(other)
         assert (f - other).square().sum() >= distance * (1 - 1e-12)
-    assert_close(normalize(found, norm, **constraint), found, rtol=1e-12, atol=1e-14)
+    assert_close(FilterConstraint(norm, **constraint).project(found), found, rtol=1e-12, atol=1e-14)
 
 
 def test_a_filter_of_which_nothing_is_left_becomes_its_fallback():
     fallback = normalize(rand(2, 1, 3, 3).abs())
     f = torch.stack([-torch.ones(1, 3, 3), torch.ones(1, 3, 3)]).double()
-    found = normalize(f, fallback=fallback, non_negative=True)
+    found = FilterConstraint(non_negative=True).project(f, fallback=fallback)
     assert torch.equal(found[0], fallback[0]) and (found[1] == 1 / 3).all()
-    even = 0.1 * torch.ones(2, 1, 3, 3)
-    assert not normalize(even, zero_mean=True).any()
-    assert torch.equal(normalize(even, fallback=even, zero_mean=True), even)
+    even, zero_mean = 0.1 * torch.ones(2, 1, 3, 3), FilterConstraint(zero_mean=True)
+    assert not zero_mean.project(even).any()
+    assert torch.equal(zero_mean.project(even, fallback=even), even)
 
 
 @pytest.mark.parametrize("constraint", CONSTRAINTS)
@@ -612,16 +608,19 @@ def test_a_filter_of_which_nothing_is_left_becomes_its_fallback():
 @every_boundary
 def test_updates_keep_what_is_asked_of_filters_and_lower_the_cost(constraint, norm, boundary):
     A, b = problem(boundary, K=3, C=2)
-    A = Deconvolution(normalize(A.f, norm, **constraint), boundary)
+    A = Deconvolution(FilterConstraint(norm, **constraint).project(A.f), boundary)
     z, sums = sums_of(A, b)
 
     def cost(f):
         return (b - deconvolve(z, f, boundary=boundary)).square().sum().item()
 
-    found = update_filters(A.f, sums, norm=norm, iterations=20, **constraint)
+    found = update_filters(A.f, sums, FilterConstraint(norm, **constraint), iterations=20)
     assert holds(found, constraint, norm) and cost(found) < cost(A.f)
     by_cg = update_filters_by_cg(
-        A.f, lambda: [(z, b - A(z), Identity())], norm=norm, boundary=boundary, **constraint
+        A.f,
+        lambda: [(z, b - A(z), Identity())],
+        FilterConstraint(norm, **constraint),
+        boundary=boundary,
     )
     assert holds(by_cg, constraint, norm)
 
@@ -630,11 +629,12 @@ def test_updates_keep_what_is_asked_of_filters_and_lower_the_cost(constraint, no
 def test_many_updates_end_where_no_step_along_the_constraints_goes_lower(constraint):
     A, b = problem(K=3)
     sums = sums_of(A, b)[1]
-    settled = update_filters(A.f, sums, iterations=500, **constraint)
+    settled = update_filters(A.f, sums, FilterConstraint(**constraint), iterations=500)
     lowest = model_cost(settled, sums)
     for seed in range(30):
         step = 10.0 ** -(2 + seed % 4) * rand(*A.f.shape, seed=seed)
-        assert model_cost(normalize(settled + step, **constraint), sums) >= lowest - 1e-9
+        other = FilterConstraint(**constraint).project(settled + step)
+        assert model_cost(other, sums) >= lowest - 1e-9
 
 
 @pytest.mark.parametrize("constraint", CONSTRAINTS)
@@ -642,7 +642,8 @@ def test_many_updates_end_where_no_step_along_the_constraints_goes_lower(constra
 def test_filters_start_as_they_are_asked_to_be(constraint, init):
     generator = torch.Generator().manual_seed(0)
     for b in (rand(3, 2, 9, 9), -uniform(3, 2, 9, 9), torch.zeros(3, 2, 9, 9).double()):
-        assert holds(initial_filters(5, b, 4, init, generator, **constraint), constraint)
+        f = initial_filters(5, b, 4, init, generator, constraint=FilterConstraint(**constraint))
+        assert holds(f, constraint)
     settings = LayerSettings(5, 3, learning=LearningSettings(init=init, **constraint))
     layer = Layer(settings, 2, generator).double()
     first = layer.filters.clone()
@@ -655,7 +656,7 @@ def test_filters_start_as_they_are_asked_to_be(constraint, init):
 
 
 def test_filters_cannot_be_both():
-    with refused("learning.zero_mean=True: not with learning.non_negative"):
+    with refused("learning.zero_mean=True: not with non_negative"):
         LearningSettings(zero_mean=True, non_negative=True)
     with refused("learning.zero_mean=True: filter_size=1 leaves only zeros"):
         LayerSettings(4, 1, learning=LearningSettings(zero_mean=True))
@@ -733,7 +734,7 @@ def test_images_that_are_solved_some_at_a_time_are_those_of_the_whole_batch(
             both = VerticalStack([Identity(), down], [1.0, 0.7], [pooled.shape, b.shape])
             A, b = both @ above, both.join([pooled, b])
     step = torch.linspace(0.01, 0.02, 5, dtype=b.dtype).view(-1, 1, 1, 1)
-    settings = SolverSettings(method=method, iterations=30)
+    settings = SolverSettings(method=method, iterations=8)
     prior = Prior(weights=weights)
     run = partial(solve, A, b, lam=5.0, prior=prior, settings=settings, step=step)
     whole = run()

@@ -10,7 +10,8 @@ from deconvnet.applications import restoration as applied
 from deconvnet.applications.restoration import Restorer
 from deconvnet.images.preprocessing import PreprocessingSettings
 from deconvnet.network import tiling
-from deconvnet.network.network import DeconvNet, LayerSettings
+from deconvnet.network.layer import LayerSettings
+from deconvnet.network.network import DeconvNet
 from deconvnet.network.tiling import GIB, reconstruct, tiles
 from deconvnet.operators.convolution import deconvolve
 from deconvnet.operators.linear import Deconvolution

@@ -5,6 +5,7 @@ import math
 import re
 import time
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -12,16 +13,22 @@ from sklearn.linear_model import Lasso
 from torch.testing import assert_close
 
 from deconvnet import learn_filters
-from deconvnet.filters.update import LearningSettings, normalize
+from deconvnet.filters.constraint import normalize
+from deconvnet.filters.update import LearningSettings
 from deconvnet.operators.arithmetic import convolution_matrix
 from deconvnet.operators.convolution import BOUNDARIES, correlate_strips, deconvolve, map_size
 from deconvnet.operators.linear import Deconvolution, Scaling
 from deconvnet.sparse_coding import kernels
-from deconvnet.sparse_coding.coordinate_descent import check_coordinate_descent, coordinate_descent
+from deconvnet.sparse_coding.coordinate_descent import (
+    PriorWeights,
+    check_coordinate_descent,
+    coordinate_descent,
+)
 from deconvnet.sparse_coding.iteration import Start, Until
 from deconvnet.sparse_coding.prior import Prior
 from deconvnet.sparse_coding.problem import Problem, SolverSettings, duality_gap
 from deconvnet.sparse_coding.solve import solve, sparse_code
+from deconvnet.sparse_coding.working_set import Atoms, WorkingSetSolver
 
 # Nearly all tests share few sizes of filters: the loops are compiled once for each.
 every_boundary = pytest.mark.parametrize("boundary", BOUNDARIES)
@@ -561,3 +568,36 @@ def test_learning_on_all_images_lowers_the_objective_in_every_epoch():
     history = learn_filters(b, 4, 3, lam=LAM, solver=solver, learning=learning).history
     costs = [stats.objective for stats in history]
     assert all(after < before for before, after in itertools.pairwise(costs)), costs
+
+
+@pytest.mark.parametrize("number", [0.0, 0.3])
+def test_one_number_that_is_expanded_is_a_start_like_the_same_maps_in_memory(number):
+    A, b = problem()
+    maps = torch.full((1, 1, 1, 1), number).double().expand(A.zeros(b).shape)
+    expanded, copied = (descend(A, b, z, iterations=4) for z in (maps, maps.clone()))
+    assert all(map(torch.equal, expanded[:2], copied[:2]))
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_asking_for_a_gap_changes_no_bit_of_the_maps(name):
+    A, b = problem()
+    prior = prior_of(name, A, b)
+    asked, not_asked = (
+        descend(A, b, A.zeros(b), iterations=2, gap=gap, prior=prior) for gap in (1e-15, None)
+    )
+    assert torch.equal(asked[0], not_asked[0])
+    assert asked[2].isfinite().all() and not_asked[2] is None
+
+
+def test_sweeps_call_no_function_of_which_a_process_may_have_two_copies():
+    """The code on disk must compute the bits of the process that compiled it."""
+    A, b = problem("reflect", K=2, size=(2, 2), N=1)
+    part, atoms = Problem(A, b, LAM), Atoms(A, b, 1)
+    solver = WorkingSetSolver(part, atoms, PriorWeights(part, atoms))
+    sweep = numba.njit(**kernels._HOW)(kernels.descend.py_func)
+    grid, active = atoms.grid(0), solver.active[0]
+    starts, one = np.zeros(solver.bands + 1, np.int64), np.float64(1)
+    sweep(b[0].numpy(), atoms.filters, grid, active, starts, solver.turns[0], 1, one, one, False)
+    (code,) = sweep.inspect_llvm().values()
+    called = re.findall(r"call[^\n]*kernels\w*?(_dot|_paint|_shrunk)", code)
+    assert "define" in code and not called

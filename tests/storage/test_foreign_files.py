@@ -16,6 +16,7 @@ from deconvnet.storage import ownership
 SMALL = (
     *("model.layer1.num_maps=3", "model.layer1.filter_size=5", "model.layer1.learning.epochs=2"),
     *("model.layer2.num_maps=3", "model.layer2.filter_size=3", "model.layer2.learning.epochs=1"),
+    *("model.layer1.solver.iterations=3", "model.layer2.solver.iterations=3"),
     *("data.size=24", "preprocessing=mean", "progress=false"),
 )
 TRAIN = ("train.py", "data=folder", "data.path=photos", *SMALL)

@@ -11,10 +11,11 @@ from torch.testing import assert_close
 
 from deconvnet import LearningSettings, learn_filters, learn_online
 from deconvnet.dictionary import Learned
-from deconvnet.filters.update import normalize, update_filters_by_cg
+from deconvnet.filters.constraint import FilterConstraint, normalize
+from deconvnet.filters.update import update_filters_by_cg
 from deconvnet.images.highpass import tikhonov_lowpass
-from deconvnet.monitoring.records import decibels
-from deconvnet.network.network import LayerSettings
+from deconvnet.network.layer import LayerSettings
+from deconvnet.network.metrics import decibels
 from deconvnet.operators.linear import Deconvolution, Identity, Scaling, Unpooling, VerticalStack
 from deconvnet.operators.pooling import max_pool
 from deconvnet.sparse_coding.prior import Prior
@@ -390,7 +391,9 @@ def test_conjugate_gradients_of_filters_and_of_pixels_scale_with_the_data():
     z, residual = rand(2, 3, 10, 9, seed=3).float(), rand(2, 1, 8, 7, seed=4).float()
     f = normalize(rand(3, 1, 3, 3, seed=5).float())
     found = [
-        update_filters_by_cg(f, lambda s=s: [(s * z, s * residual, Identity())])
+        update_filters_by_cg(
+            f, lambda s=s: [(s * z, s * residual, Identity())], FilterConstraint("plane")
+        )
         for s in (1.0, 2.0**-100)
     ]
     assert_close(found[1], found[0], rtol=0, atol=1e-5)

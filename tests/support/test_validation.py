@@ -22,7 +22,7 @@ from deconvnet import (
     sparse_code,
 )
 from deconvnet.applications.restoration import Restorer, estimate_noise
-from deconvnet.filters.update import normalize
+from deconvnet.filters.constraint import normalize
 from deconvnet.operators.convolution import correlate, deconvolve, filter_gradient
 from deconvnet.operators.linear import Deconvolution
 from deconvnet.operators.pooling import max_pool

@@ -19,17 +19,21 @@ from deconvnet import (
     learn_filters,
     sparse_code,
 )
-from deconvnet.filters.update import normalize, off_center
+from deconvnet.filters.care import centring_shifts
+from deconvnet.filters.constraint import normalize
+from deconvnet.filters.update import Diverged
 from deconvnet.monitoring.monitor import Monitor
-from deconvnet.network.network import Layer, LayerProblem, seeded
+from deconvnet.network.layer import Layer, LayerProblem
 from deconvnet.operators.convolution import deconvolve
 from deconvnet.operators.pooling import max_pool, pooled_shape, unpool
 from deconvnet.storage.checkpoint_files import load_checkpoint, save_checkpoint
 from deconvnet.storage.ownership import ForeignFileError
-from deconvnet.training.layer_trainer import Diverged, LayerData, LayerTrainer
+from deconvnet.support.seeding import seeded_generator
+from deconvnet.training.layer_data import LayerData
+from deconvnet.training.layer_trainer import LayerTrainer
 from deconvnet.training.loop import train
 from deconvnet.training.run_folder import RunFolder
-from deconvnet.training.warm_starts import DiskWarmStarts, WarmStarts, merge_state_dicts
+from deconvnet.training.warm_starts import DiskWarmStarts, Placement, WarmStarts, merge_state_dicts
 
 FAST = SolverSettings(iterations=20, training_iterations=3)
 EXACT = SolverSettings(iterations=300, tolerance=1e-5)
@@ -80,7 +84,7 @@ def layer(channels=1, *, num_maps=6, seed=0, epochs=3, batch_size=4, connectivit
         connectivity=connectivity,
         **{"solver": FAST, "learning": learning, **other},
     )
-    return Layer(settings, channels, seeded(seed, 1))
+    return Layer(settings, channels, seeded_generator(seed, 1))
 
 
 def trained(b, *, seed=0, chunk=8, **settings):
@@ -470,10 +474,10 @@ def test_states_that_are_kept_pooled_give_the_same_filters_as_whole_ones(below, 
     assert [timeless(s) for s in history] == [timeless(s) for s in expected]
     every = torch.arange(6)
     assert torch.equal(trainer.warm_starts[every], dense.warm_starts[every])
-    kept = sum(tensor.numel() for tensor in trainer.warm_starts.kept)
+    kept = sum(tensor.numel() for tensor in trainer.warm_starts.tensors)
     maps = pooled_shape((5, *dense.warm_starts.shape[1:]), WINDOW)
     assert kept == 2 * 6 * torch.Size(maps).numel()
-    assert 2 * kept < dense.warm_starts.kept[0].numel()
+    assert 2 * kept < dense.warm_starts.tensors[0].numel()
 
 
 def test_states_give_back_what_was_put_in_for_any_images_in_any_order():
@@ -547,7 +551,7 @@ def lively(textures):
     learning = LearningSettings(epochs=6, batch_size=3)
     solver = SolverSettings("fista", iterations=10, training_iterations=2)
     settings = LayerSettings(6, 5, lam=2.0, pool=[1, 2, 2], solver=solver, learning=learning)
-    layer = Layer(settings, 1, seeded(0, 1))
+    layer = Layer(settings, 1, seeded_generator(0, 1))
     return layer, textures(8, 1, 14, 15) - 0.5
 
 
@@ -564,7 +568,7 @@ def test_states_in_files_go_on_bit_by_bit_from_a_checkpoint_that_others_followed
     expected = layer.filters.clone()
 
     layer, _ = lively(textures)
-    trainer = LayerTrainer(layer, b, folder=tmp_path)
+    trainer = LayerTrainer(layer, b, placement=Placement(folder=tmp_path))
     for _ in range(stop):
         trainer.update()
     state, filters = copy.deepcopy(trainer.state_dict()), layer.filters.clone()
@@ -575,7 +579,7 @@ def test_states_in_files_go_on_bit_by_bit_from_a_checkpoint_that_others_followed
     trainer.close()
 
     layer.filters.copy_(filters)
-    again = LayerTrainer(layer, b, folder=tmp_path, state=state)
+    again = LayerTrainer(layer, b, placement=Placement(folder=tmp_path), state=state)
     while not again.done:
         again.update()
     assert torch.equal(layer.filters, expected)
@@ -613,11 +617,11 @@ def test_what_a_checkpoint_speaks_of_is_left_alone_until_the_next(tmp_path, move
 
 def test_states_that_are_not_in_the_files_start_from_the_beginning(textures, tmp_path, caplog):
     layer, b = lively(textures)
-    trainer = LayerTrainer(layer, b, folder=tmp_path / "there")
+    trainer = LayerTrainer(layer, b, placement=Placement(folder=tmp_path / "there"))
     for _ in range(4):
         trainer.update()
     state = trainer.state_dict()
-    again = LayerTrainer(layer, b, folder=tmp_path / "elsewhere", state=state)
+    again = LayerTrainer(layer, b, placement=Placement(folder=tmp_path / "elsewhere"), state=state)
     assert "does not have the states of 8 images that the checkpoint refers to" in caplog.text
     assert again.warm_starts[torch.tensor([0, 7])].count_nonzero() == 0
     while not again.done:
@@ -777,12 +781,12 @@ def test_filters_that_are_moved_leave_maps_with_one_entry_per_window(below):
         off[k] = 0
         off[k, :, place[0], place[1]] = 1
     net.layer(2).set_filters(off)
-    moves = off_center(net.layer(2).filters)
+    moves = centring_shifts(net.layer(2).filters)
     assert moves == {0: (1, 0), 1: (-1, -1), 3: (0, 1)}
     trainer._recenter()
     after = trainer.warm_starts[torch.arange(6)]
     assert_one_entry_per_window(after)
-    assert off_center(net.layer(2).filters) == {}
+    assert centring_shifts(net.layer(2).filters) == {}
     moved = before.clone()
     for k, (rows, columns) in moves.items():
         moved[:, k] = before[:, k].roll((-rows, -columns), (1, 2))

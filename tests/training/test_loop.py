@@ -24,9 +24,10 @@ from deconvnet import (
     load,
 )
 from deconvnet.monitoring.monitor import METRICS, Monitor
-from deconvnet.network.network import Layer, seeded
+from deconvnet.network.layer import Layer
 from deconvnet.storage.checkpoint_files import load_checkpoint, save_checkpoint
 from deconvnet.storage.integrity import InvalidFileError
+from deconvnet.support.seeding import seeded_generator
 from deconvnet.training.loop import Interrupted, train
 from deconvnet.training.run_folder import RunFolder
 from deconvnet.visualization.evolution.evolution import load_evolution
@@ -200,7 +201,7 @@ def test_settings_of_a_layer_that_has_not_begun_may_still_change(images, tmp_pat
     assert load(tmp_path).depth == 1
     settings = {**SETTINGS, "model": {**SETTINGS["model"], "layer2": {"lam": 0.5}}}
     wider = network()
-    wider.layers[1] = Layer(LayerSettings(7, 3, solver=FAST), 4, seeded(0, 2))
+    wider.layers[1] = Layer(LayerSettings(7, 3, solver=FAST), 4, seeded_generator(0, 2))
     with Monitor(tmp_path, progress=False) as monitor:
         results = train(wider, images, RunFolder(tmp_path, settings), monitor)
     assert len(results) == 2 and load(tmp_path).layer(2).filters.shape == (7, 4, 3, 3)

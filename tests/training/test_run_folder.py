@@ -13,13 +13,15 @@ from deconvnet.dictionary import learn_filters
 from deconvnet.filters.update import LearningSettings
 from deconvnet.images.preprocessing import PreprocessingSettings
 from deconvnet.monitoring.monitor import Monitor
-from deconvnet.network.network import DeconvNet, LayerSettings, load
+from deconvnet.network.layer import LayerSettings
+from deconvnet.network.network import DeconvNet, load
 from deconvnet.sparse_coding.problem import SolverSettings
 from deconvnet.storage import ownership
 from deconvnet.storage.checkpoint_files import load_checkpoint, save_checkpoint
 from deconvnet.storage.network_files import is_network
 from deconvnet.training.loop import Interrupted, train
 from deconvnet.training.run_folder import RunFolder, training_data
+from deconvnet.training.session import Limits
 from deconvnet.training.training_set import ImageSource
 from deconvnet.training.warm_starts import MAGIC
 
@@ -46,7 +48,9 @@ def digests_of(images):
     return [image.numpy().tobytes().hex()[:32] for image in images]
 
 
-def learn(folder, images, settings=None, resume="auto", *, stop=None, epochs=3, init=None, **more):
+def learn(
+    folder, images, settings=None, resume="auto", *, stop=None, epochs=3, init=None, **limits
+):
     """The network that a command learns in a folder, or None where it is stopped."""
     run = RunFolder(
         *(folder, settings or settings_of(epochs), resume),
@@ -56,7 +60,7 @@ def learn(folder, images, settings=None, resume="auto", *, stop=None, epochs=3, 
     net = network(epochs)
     with StopAt(folder, ("update", stop)) if stop else Monitor(folder, progress=False) as monitor:
         try:
-            train(net, ImageSource.from_tensor(images), run, monitor, **more)
+            train(net, ImageSource.from_tensor(images), run, monitor, limits=Limits(**limits))
         except Interrupted:
             return None
     return net
@@ -410,7 +414,7 @@ def test_a_newest_checkpoint_of_which_little_is_left_is_written_again(images, tm
 def test_what_a_run_says_of_its_images_may_be_nonsense(tmp_path):
     for data in (5, {"source": "nothing"}, {"a": 1}):
         save_checkpoint(tmp_path / "checkpoints", 1, {"settings": {"data": data}})
-        with pytest.raises(ValueError, match="is no data settings"):
+        with pytest.raises(ValueError, match="its data settings are not valid"):
             training_data(tmp_path)
 
 

@@ -20,8 +20,9 @@ from deconvnet import (
 )
 from deconvnet.monitoring.peaks import Peaks, Snapshot, SnapshotPlan
 from deconvnet.network.codes import Codes
-from deconvnet.network.network import Layer, seeded
+from deconvnet.network.layer import Layer
 from deconvnet.storage.checkpoint_files import load_checkpoint, save_checkpoint
+from deconvnet.support.seeding import seeded_generator
 from deconvnet.training.layer_trainer import LayerTrainer
 from deconvnet.visualization import pixel_features
 from deconvnet.visualization.evolution.checkpoints import project_checkpoints
@@ -127,7 +128,7 @@ def b(textures):
 def trainer_of(b, watch=None, *, chunk=8, state=None, filters=None, **learning):
     learning = {"epochs": 3, "batch_size": 4, **learning}
     settings = LayerSettings(5, 5, solver=FAST, learning=LearningSettings(**learning))
-    layer = Layer(settings, 1, seeded(0, 1))
+    layer = Layer(settings, 1, seeded_generator(0, 1))
     if filters is not None:
         layer.filters.copy_(filters)
     return LayerTrainer(layer, b, chunk=chunk, watch=watch, state=state)
@@ -157,7 +158,7 @@ def test_a_snapshot_has_what_the_epoch_has_seen_and_costs_the_learning_nothing(b
     plain, watched = (trainer_of(b, w, reinit_unused=False, recenter=False) for w in (None, WATCH))
     for _ in range(2):
         plain.update(), watched.update()
-    snapshot, z = watched.snapshot, plain.codes[torch.arange(8)]
+    snapshot, z = watched.snapshot, plain.warm_starts[torch.arange(8)]
     assert snapshot.epoch == 1 and torch.equal(snapshot.filters, plain.layer.filters)
     assert places(snapshot.peaks) == strongest(z, WATCH.first)
     plain.update(), watched.update()
@@ -181,7 +182,7 @@ def test_a_snapshot_is_of_the_filters_before_they_are_moved_or_started_anew(b):
                 f[:, :, 0, 0] = 1
                 trainer.layer.set_filters(f)
                 for part, state in trainer._states():
-                    trainer.codes[part] = torch.zeros_like(state)
+                    trainer.warm_starts[part] = torch.zeros_like(state)
             trainer.update()
     assert not torch.equal(cared.layer.filters, left.layer.filters)
     assert_same_snapshots([cared.snapshot], [left.snapshot])

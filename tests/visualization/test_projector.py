@@ -1779,8 +1779,8 @@ def test_modules_that_are_no_layers_are_told_from_names_that_do_not_exist():
     assert refused(model, x, "flat").startswith(
         "layer 'flat': its output is (N, 4, 20): tokens, not maps; "
     )
-    assert "its output is (4, 4, 12): no maps (N, K, H, W)" in refused(model, x[:1], "fold")
-    assert "layer 'none': it gives no tensor" in refused(model, x, "none")
+    assert "its output is (4, 4, 12): not maps (N, K, H, W)" in refused(model, x[:1], "fold")
+    assert "layer 'none': it returns no tensor" in refused(model, x, "none")
     assert "layer 'unused': the model does not call it" in refused(model, x, "unused")
     assert "did you mean blocks.1, blocks.0?" in refused(model, x, "blocks")
     assert refused(model, x, "blocks.relu").startswith("layer 'blocks.relu': no such layer; ")
@@ -1921,7 +1921,7 @@ def test_layers_of_a_learned_network_have_the_shapes_of_their_maps(learned):
 def test_a_learned_network_has_one_method_and_its_own_layers(learned):
     net, images, _ = learned
     for method in ("deconv", "gradient"):
-        with pytest.raises(ValueError, match=f"method={method}: of a DeconvNet it is always"):
+        with pytest.raises(ValueError, match=f"method={method}: a DeconvNet is always"):
             Projector(net, method=method)
     with pytest.raises(ValueError, match="layer 'layer3': no such layer; did you mean layer"):
         Projector(net)(images, "layer3", [(0, 0, 0, 0)])

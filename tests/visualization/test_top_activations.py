@@ -49,7 +49,7 @@ def equal(one, two):
     """Whether two tables are the same; a sum of shares may be rounded in another order."""
     return one.keys() == two.keys() and all(
         np.allclose(getattr(one[layer], key), getattr(two[layer], key), rtol=1e-12, atol=0)
-        if key == "density"
+        if key == "density_sum"
         else np.array_equal(getattr(one[layer], key), getattr(two[layer], key))
         for layer in one
         for key in TopActivations.__dataclass_fields__
@@ -81,7 +81,12 @@ def search(net, images, layer, k, allowed=None):
     values, numbers, rows, columns = np.array(found).transpose(2, 0, 1)
     return {
         **{"values": -values, "images": numbers, "rows": rows, "columns": columns},
-        **{"seen": len(images), "active": active, "total": total, "density": density},
+        **{
+            "num_images": len(images),
+            "active_images": active,
+            "peak_sum": total,
+            "density_sum": density,
+        },
     }
 
 
@@ -215,7 +220,7 @@ def test_a_pass_of_anything_else_is_made_anew(tmp_path, other, caplog):
         find_top_activations(projector, images, **options),
         find_top_activations(projector, images, **options | {"path": None}),
     )
-    assert "is from another pass and is recomputed" in caplog.text
+    assert "is from another search and is recomputed" in caplog.text
 
 
 def test_a_damaged_file_is_refused_in_one_line_and_never_believed(tmp_path):
@@ -362,7 +367,7 @@ def test_only_activations_above_zero_are_units():
             *(each[m] for each in (top.values, top.images, top.rows, top.columns)), strict=True
         )
         expected = [(image, m, row, column) for value, image, row, column in kept if value > 0]
-        assert top.units(m) == expected and len(expected) == top.active[m]
+        assert top.units(m) == expected and len(expected) == top.active_images[m]
 
 
 @pytest.fixture(scope="module")
@@ -397,9 +402,9 @@ def test_in_a_deconvolutional_network_magnitudes_are_searched(learned, inside):
         assert_array_equal(top.images, order)
         # Inference depends on the batch by rounding.
         assert_allclose(top.values, np.take_along_axis(strongest.T, order, 1), rtol=1e-4)
-        assert_allclose(top.density, (z > 0).mean((2, 3)).sum(0), rtol=1e-3)
-        assert_allclose(top.total, strongest.sum(0), rtol=1e-4)
-        assert_array_equal(top.active, (strongest > 0).sum(0))
+        assert_allclose(top.density_sum, (z > 0).mean((2, 3)).sum(0), rtol=1e-3)
+        assert_allclose(top.peak_sum, strongest.sum(0), rtol=1e-4)
+        assert_array_equal(top.active_images, (strongest > 0).sum(0))
         for m, at in np.ndindex(*top.images.shape):
             unit = top.images[m, at], m, top.rows[m, at], top.columns[m, at]
             assert_allclose(z[unit], top.values[m, at], rtol=1e-4)

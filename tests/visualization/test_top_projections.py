@@ -236,7 +236,7 @@ def test_a_data_set_that_gives_other_images_than_before_is_refused(trained):
     with pytest.raises(ValueError) as caught:
         project_top_activations(projector, images[1:] + images[:1], "4", tops["4"])
     message = str(caught.value)
-    assert "not shuffled, not augmented" in message and "\n" not in message
+    assert "neither shuffled nor augmented" in message and "\n" not in message
     assert "when the data set was searched" in message
 
 
@@ -318,7 +318,7 @@ def test_a_damaged_file_of_exemplars_is_refused_in_one_line_and_never_believed(t
             refused += 1
     assert refused > len(damaged) / 2
     np.savez(path, header=json.dumps({"format": "another"}))
-    with pytest.raises(ValueError, match="not a file of exemplars"):
+    with pytest.raises(ValueError, match="not a file of top projections"):
         load_top_projections(path)
 
 

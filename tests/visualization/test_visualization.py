@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from deconvnet import DeconvNet, LayerSettings, PreprocessingSettings, SolverSettings
 from deconvnet.monitoring.monitor import Monitor
-from deconvnet.network.network import snr
+from deconvnet.network.metrics import snr
 from deconvnet.visualization import (
     Activations,
     PixelFeatures,
@@ -286,7 +286,7 @@ def test_tiles_are_cropped_to_what_most_of_them_need():
     assert torch.equal(cropped.tiles, found.tiles[:, :, 3:8, 3:8])
     assert cropped.boxes.tolist() == [[n, t + 3, left + 3, 5] for n, t, left, _ in boxes]
     assert torch.equal(cropped.values, found.values)
-    assert found.cropped((30, 30), share=1.0, among=1.0).tiles.shape[2] == 11
+    assert found.cropped((30, 30), energy_share=1.0, tile_share=1.0).tiles.shape[2] == 11
 
 
 def test_cropped_tiles_lie_in_the_image_and_show_what_was_there():
@@ -299,7 +299,7 @@ def test_cropped_tiles_lie_in_the_image_and_show_what_was_there():
                 if 0 <= top + i < 13 and 0 <= left + j < 9:
                     tiles[k, :, i, j] = painted[k, :, top + i, left + j]
     found = PixelFeatures(tiles, torch.tensor(boxes), torch.ones(4)).cropped(
-        image, share=1.0, among=1.0
+        image, energy_share=1.0, tile_share=1.0
     )
     assert found.tiles.shape == (4, 2, 9, 9)
     photographs = torch.arange(2 * 13 * 9).view(2, 1, 13, 9).float()
@@ -318,7 +318,7 @@ def test_cropped_tiles_lie_in_the_image_and_show_what_was_there():
 def test_cropped_features_keep_their_energy(images):
     net = network(images)
     features = pixel_features(net, net.infer(images), 2)
-    cropped = features.cropped((30, 36), share=0.6)
+    cropped = features.cropped((30, 36), energy_share=0.6)
     side = cropped.tiles.shape[2]
     assert 1 < side < features.tiles.shape[2] and (cropped.boxes[:, 3] == side).all()
     energy = [f.tiles.square().sum((1, 2, 3)) for f in (cropped, features)]

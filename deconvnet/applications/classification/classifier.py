@@ -75,28 +75,34 @@ class ClassData:
 
 @dataclass
 class FeatureSettings:
-    """How an image becomes counts of words; configs/classify.yaml has the numbers."""
+    """How an image becomes counts of words."""
 
-    # sides of windows in pixels, each size with words of its own, and how many cells along a side
+    # sides of windows in pixels; each size has a codebook of its own
     patch: list[int] = field(default_factory=lambda: [16, 24])
+    # cells of a window along a side
     cells: int = 4
-    # from window to window in pixels; on maps that were projected from upper layers
+    # pixels from window to window
     step: int = 2
+    # the same in maps that were projected from upper layers
     projected_step: int = 4
-    # of an entry of a map: magnitude |z| | square z^2 | signed: max(0, z) and max(0, -z) apart
+    # what a coefficient contributes: magnitude |z|, square z^2, or signed: max(0, z) and max(0, -z)
+    # apart
     strength: str = "magnitude"
-    # descriptors of length 1 with no part above 0.2, as SIFT's; false: as they are
+    # true: descriptors of length 1 with no part above 0.2, as SIFT's; false: as they are
     normalize: bool = True
-    # upper layers: project their strongest activations to layer 1, each alone | maps: as layer 1
+    # layers above the first: project, their strongest activations to the maps of layer 1, each
+    # alone; or maps, as layer 1
     upper: str = "project"
-    # so many activations of an image
+    # strongest activations of an image that are projected
     strongest: int = 50
-    # size of the codebook, and the nearest words that share a descriptor; 1: hard assignment
+    # size of a codebook
     words: int = 1000
+    # the nearest words that share a descriptor; 1: hard assignment
     neighbours: int = 5
     # sides of the grids of the pyramid; all must divide the last
     levels: list[int] = field(default_factory=lambda: [1, 2, 4])
-    # counts are raised to it before they are compared; 1: as they are
+    # counts in a cell are raised to this power before they are compared, so that many windows of a
+    # word count little more than a few; 1: as they are (the papers)
     power: float = 0.5
 
     def __post_init__(self) -> None:

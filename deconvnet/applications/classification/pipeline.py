@@ -40,10 +40,11 @@ from deconvnet.applications.classification.classifier import (
 from deconvnet.images.datasets import digest_file, find_images, fit_size, pad_size, read_image
 from deconvnet.monitoring.monitor import hidden
 from deconvnet.network.codes import Codes
-from deconvnet.network.network import DeconvNet, seeded
+from deconvnet.network.network import DeconvNet
 from deconvnet.storage import ownership
 from deconvnet.storage.array_files import load_arrays, save_arrays
 from deconvnet.support.communicator import SINGLE, Communicator
+from deconvnet.support.seeding import seeded_generator
 from deconvnet.training.run_folder import training_data
 
 # Images whose features make one file, and pyramids that are compared at a time.
@@ -65,19 +66,32 @@ FREE = ("run", "beside", "layers", "power", "kernel", "svm", "C", "chunk", "outp
 
 @dataclasses.dataclass
 class ClassifySettings(FeatureSettings):
-    """How classes are learned and tested, beside the features; configs/classify.yaml says more."""
+    """How classes are learned and tested, in addition to the features."""
 
     data: ClassData | None = None
+    # layers whose features are tried, each alone and all together, such as [1,4]; null: all
     layers: list[int] | None = None
+    # training images of each class
     train: int = 30
+    # images of each class that are tested, at most; null: all others
     test: int | None = 50
+    # how many times training and test images are drawn again
     splits: int = 5
+    # seed of what is drawn, and of the codebooks
     seed: int = 0
+    # split: a codebook from the training images of every split; shared: that of the first for all,
+    # which is faster, but may have seen, without their classes, images that other splits test
     codebooks: str = "split"
+    # training images from which a codebook is learned, at most
     codebook_images: int = 300
+    # similarity of two pyramids: intersection, or linear (products of square roots; of counts, with
+    # power=1)
     kernel: str = "intersection"
+    # one_vs_rest, or one_vs_one, which is faster
     svm: str = "one_vs_rest"
+    # cost of an error of the support vector machine; kernels are at most 1
     C: float = 10.0
+    # images inferred at a time: bounds memory, changes results by rounding only
     chunk: int = 8
 
     def __post_init__(self) -> None:
@@ -329,7 +343,7 @@ class Features:
 
     def _some(self, parts: list[Tensor], each: int, kind: Kind, index: int) -> np.ndarray:
         """At most `each` random windows of an image that are not zero, as many of every part."""
-        generator = seeded(self.settings.seed, *kind, index)
+        generator = seeded_generator(self.settings.seed, *kind, index)
         share = -(-each // max(1, len(parts)))
         # Maps that are all zero have no windows.
         kept = [np.empty((0, self._width(kind[0])), np.float32)]

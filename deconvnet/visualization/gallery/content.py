@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from deconvnet.images.decoding import shown_name
-from deconvnet.network.network import snr
+from deconvnet.network.metrics import snr
 from deconvnet.operators.pooling import max_pool
 from deconvnet.visualization.evolution.evolution import Evolution
 from deconvnet.visualization.gallery.gallery import (
@@ -92,7 +92,7 @@ def _gallery_layer(
     facts: dict[str, str | float] = {
         "dead maps": int(top.dead.sum()),
         "maps shown": len(found.maps),
-        "active places": f"{top.density.mean() / top.seen:.2%}",
+        "active places": f"{top.density_sum.mean() / top.num_images:.2%}",
     }
     boards = found.checkerboard[np.isfinite(found.checkerboard)]
     if len(boards):
@@ -134,9 +134,9 @@ def _gallery_map(
     control = state.control.get(layer)
     statistics = {
         "strongest activation": float(np.abs(found.values[row, 0])),
-        "mean of the images' strongest": float(top.total[number] / top.seen),
-        "active in images, %": 100 * float(top.active[number] / top.seen),
-        "active places, %": 100 * float(top.density[number] / top.seen),
+        "mean of the images' strongest": float(top.peak_sum[number] / top.num_images),
+        "active in images, %": 100 * float(top.active_images[number] / top.num_images),
+        "active places, %": 100 * float(top.density_sum[number] / top.num_images),
     }
     e = state.evolutions.get(layer)
     strip = e is not None and number in e.maps
@@ -230,7 +230,7 @@ def _reconstruction(
     if not projector.is_deconvnet:
         return None, {}
     net, number = projector.model, int(layer.removeprefix("layer"))
-    codes = projector.network.codes(x, number)
+    codes = projector.backend.codes(x, number)
     made, white = net.synthesize(codes, number), 3 * codes.y.std().clamp(min=1e-12)
     facts = {
         "SNR": f"{snr(codes.y, made):.1f} dB",

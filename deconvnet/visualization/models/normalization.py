@@ -1,7 +1,7 @@
-"""What a network takes for pixels, and the way back.
+"""Conversion between pixels and the input of a network.
 
-This module decides in which units and in which order of planes the rest deals with images: RGB
-pixels in [0, 1], whatever a network was trained on. Only the network sees its own input space.
+Everywhere else, images are RGB pixels in [0, 1], whatever a network was trained on. Only the
+network sees its own input space.
 
 N images · H W pixels
 """
@@ -18,12 +18,12 @@ ORDERS = ("rgb", "bgr", "grey")
 
 @dataclass(frozen=True)
 class Normalization:
-    """What a network takes for pixels: x = (planes - mean) / std, planes in an order of its own.
+    """The input of a network: x = (planes - mean) / std, with the planes in a given order.
 
-    mean, std: a number for each plane as the network takes them, or one for all. The network of
-    Caffe that takes blue, green and red from 0 to 255 without their means is mean=(103.939/255,
-    116.779/255, 123.68/255), std=(1/255,), order="bgr". order="grey": one plane, the mean of the
-    three. By default pixels are taken as they are.
+    mean, std: one number for each plane, in the order of the network, or one for all. order: rgb,
+    bgr, or grey, which is one plane, the mean of the three. By default, pixels stay as they are. A
+    Caffe network, which takes blue, green and red from 0 to 255 with the mean subtracted, has
+    mean=(103.939/255, 116.779/255, 123.68/255), std=(1/255,), order="bgr".
     """
 
     mean: tuple[float, ...] = (0.0,)
@@ -48,7 +48,7 @@ class Normalization:
             object.__setattr__(self, key, values)
 
     def apply(self, pixels: Tensor) -> Tensor:
-        """x (N, 3 or 1, H, W), what the network takes, of RGB pixels (N, 3, H, W) in [0, 1]."""
+        """Convert RGB pixels (N, 3, H, W) in [0, 1] to the network's input (N, 3 or 1, H, W)."""
         _check_planes("pixels", pixels, 3)
         if self.order == "grey":
             pixels = pixels.mean(1, keepdim=True)
@@ -57,10 +57,10 @@ class Normalization:
         return (pixels - self._column(self.mean, pixels)) / self._column(self.std, pixels)
 
     def signed_rgb(self, images: Tensor) -> Tensor:
-        """Signed red, green, blue (N, 3, H, W) in units of pixels of what is in the space of x.
+        """Convert images in the input space to signed RGB (N, 3, H, W) in units of pixels.
 
-        The inverse without the mean: what a difference of two x is as a difference of pixels. grey
-        is repeated to three planes.
+        This is the inverse of `apply` without the mean: it maps a difference of two inputs to the
+        difference of their pixels. A grey plane is repeated three times.
         """
         _check_planes("images", images, 1 if self.order == "grey" else 3)
         scaled = images * self._column(self.std, images)

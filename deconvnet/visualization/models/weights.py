@@ -1,7 +1,7 @@
-"""Parameters of networks in files from others, read without running any code in them.
+"""Reads files of weights without running any code in them, and loads them into a network.
 
-The first bytes of a file say what it is; its name does not. A Git LFS pointer, an HTML page or a
-JSON index often has the name of the weights that it stands for, and each needs a different remedy.
+A file is identified by its first bytes, not by its name: a Git LFS pointer, an HTML page or a JSON
+index often has the name of the weights that it stands for, and each needs a different remedy.
 """
 
 from __future__ import annotations
@@ -9,19 +9,22 @@ from __future__ import annotations
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-# Keys under which others store the parameters.
+WEIGHT_FILES = (".pt", ".pth", ".bin", ".safetensors")
+# What wrappers put before the names of parameters.
+PREFIXES = ("module.", "_orig_mod.", "model.")
+# Keys under which training scripts store the parameters.
 WRAPPERS = ("state_dict", "model_state_dict", "model")
 
 ZIP = b"PK\x03\x04"
 PICKLE = b"\x80"
-# The first bytes of files that are not weights, and what to do about them.
+# The first bytes of files that are not weights, with what they are and the remedy.
 OTHERS = {
     b"version https://git-lfs": "a Git LFS pointer, not the file itself; run git lfs pull",
     b"\x93NUMPY": "a NumPy array, not a state_dict of names and tensors",
@@ -33,23 +36,65 @@ OTHERS = {
     b"7z\xbc\xaf": "a 7-Zip archive; unpack it first",
     b"Rar!": "a RAR archive; unpack it first",
 }
-# In earlier versions, files that are not zip archives could run code all the same (CVE-2025-32434).
+# Earlier versions may run code from files that are not zip archives (CVE-2025-32434).
 SAFE = (2, 6)
 
 
-def load_state_dict(file: Path) -> dict[str, Tensor]:
-    """The names and tensors in a file, however they are wrapped, on the CPU.
+def load_parameters(module: nn.Module, file: Path) -> None:
+    """Load the parameters in a file into a network, whatever they are wrapped in."""
+    set_parameters(module, load_state_dict(file), file)
 
-    Of PyTorch (.pt, .pth, .bin) or of safetensors, whatever its name. ValueError in one line for
-    any other file, with what it is and what to do.
+
+def set_parameters(module: nn.Module, tensors: dict[str, Tensor], file: Path) -> None:
+    """Set the parameters of a network; ValueError, with the names, unless all of them fit."""
+    own = module.state_dict()
+    for prefix in PREFIXES:
+        if tensors and own.keys().isdisjoint(tensors):
+            stripped = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+            tensors = stripped if len(stripped) == len(tensors) else tensors
+    # Files from before 2018 lack the counts of batches, which evaluation does not need.
+    counts = {name: own[name] for name in own if name.endswith("num_batches_tracked")}
+    tensors = counts | tensors
+    shapes = [
+        f"{name} ({_shape(tensors[name])} in the file, {_shape(own[name])} in the network)"
+        for name in own
+        if name in tensors and tensors[name].shape != own[name].shape
+    ]
+    differences = {
+        "missing": [name for name in own if name not in tensors],
+        "unexpected": [name for name in tensors if name not in own],
+        "of another shape": shapes,
+    }
+    problems = [f"{what}: {enumerated(names)}" for what, names in differences.items() if names]
+    if problems:
+        raise ValueError(f"weights={file}: not of this network; {'; '.join(problems)}")
+    module.load_state_dict(tensors)
+
+
+def weights_file(weights: str | Path) -> Path | None:
+    """The file that `weights` names; None if it is something else."""
+    path = Path(weights).expanduser()
+    means_file = isinstance(weights, Path) or path.suffix in WEIGHT_FILES or len(path.parts) > 1
+    if path.is_file():
+        return path
+    if means_file:
+        raise ValueError(f"weights={weights}: no such file")
+    return None
+
+
+def load_state_dict(file: Path) -> dict[str, Tensor]:
+    """Load the parameters in a file to the CPU, by name, whatever they are wrapped in.
+
+    Reads files of PyTorch (.pt, .pth, .bin) and safetensors, whatever their names. For any other
+    file, raises ValueError with one line that says what the file is and what to do.
     """
     with open(file, "rb") as opened:
         first = opened.read(1024)
     try:
-        found = _loaded(file, first)
+        content = _loaded(file, first)
     except _Refused as error:
         raise ValueError(f"weights={file}: {error}") from None
-    # Damaged files fail anywhere in either library.
+    # A damaged file may fail anywhere in either library.
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, pickle.UnpicklingError) and "nsupported operand" in reason:
@@ -67,18 +112,20 @@ def load_state_dict(file: Path) -> dict[str, Tensor]:
             f"({reason[:200]})"
         ) from error
     for key in WRAPPERS:
-        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
-            found = found[key]
-    if not isinstance(found, Mapping) or not all(isinstance(t, Tensor) for t in found.values()):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping) or not all(
+        isinstance(value, Tensor) for value in content.values()
+    ):
         raise ValueError(
             f"weights={file}: not a state_dict of names and tensors, nor one as "
             f"{', '.join(map(repr, WRAPPERS))}"
         )
-    return dict(found)
+    return dict(content)
 
 
 def why_not_weights(file: Path) -> str | None:
-    """Why a file cannot hold parameters, and what to do about it; None if it can."""
+    """Why a file cannot hold weights, and the remedy; None if it can."""
     with open(file, "rb") as opened:
         first = opened.read(1024)
     try:
@@ -90,7 +137,7 @@ def why_not_weights(file: Path) -> str | None:
 
 
 class _Refused(Exception):
-    """A file does not hold parameters."""
+    """A file does not hold weights; the message says what it is."""
 
 
 def _loaded(file: Path, first: bytes) -> object:
@@ -100,7 +147,7 @@ def _loaded(file: Path, first: bytes) -> object:
         return safetensors.torch.load_file(file)
     else:
         _check_pickle(first)
-    # By its content: newer versions go by the suffix of a path.
+    # As an open file, because newer versions decide by the suffix of a path.
     with open(file, "rb") as opened:
         return torch.load(opened, map_location="cpu", weights_only=True)
 
@@ -116,15 +163,15 @@ def _check_archive(file: Path) -> None:
     if any(name.endswith(".npy") for name in names):
         raise _Refused("NumPy arrays (.npz), not a state_dict of names and tensors")
     if not any(name.endswith("data.pkl") for name in names):
-        some = ", ".join(names[:3]) or "nothing"
-        raise _Refused(f"a zip archive of something else ({some}); unpack it first")
+        content = ", ".join(names[:3]) or "nothing"
+        raise _Refused(f"a zip archive of something else ({content}); unpack it first")
 
 
 def _check_pickle(first: bytes) -> None:
     """Refuse what is not a pickle of torch.save, judging by its first bytes."""
-    for start, says in OTHERS.items():
+    for start, reason in OTHERS.items():
         if first.startswith(start):
-            raise _Refused(says)
+            raise _Refused(reason)
     text = first.lstrip(b"\xef\xbb\xbf \t\r\n")
     if not first:
         raise _Refused("is empty; download it again")
@@ -149,3 +196,13 @@ def _check_pickle(first: bytes) -> None:
 def _is_safetensors(first: bytes) -> bool:
     """Whether a file begins with the length of a header, and the first characters of one."""
     return re.match(rb'\{\s*["}]', first[8:]) is not None and not first.startswith((b"{", b"["))
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "a number"
+
+
+def enumerated(names: Sequence[str], most: int = 4) -> str:
+    """The first names, and the number of the others."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

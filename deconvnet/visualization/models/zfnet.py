@@ -1,4 +1,4 @@
-"""The convolutional network of Zeiler and Fergus (2014), in a size for small images."""
+"""The convolutional network of Zeiler and Fergus (2014), sized for small images."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from torch import Tensor, nn
 class ZFNet(nn.Module):
     """Scores (N, classes) of images (N, channels, size, size); layers conv1, relu1, pool1, ...
 
-    As in the paper: five convolutions, the first of 7x7 filters with stride 2, ReLU after each,
-    maxima of 3x3 places with stride 2 after the first, second and fifth, the first two then divided
-    by the responses of neighbouring maps. Other than there: `width` maps in the first layer and 2,
-    3, 3 and 2 times as many in the others (96, 256, 384, 384 and 256 in the paper); zeros around
-    maps, so that a stride halves them; stride 1 in the second layer, since small images have no
-    pixels to lose; one hidden layer of 8 `width` units instead of two; local response normalisation
-    for contrast normalisation. Weights are drawn from torch's global generator, those of the first
-    layer with the paper's deviation of 0.01, the others after He et al. (2015).
+    As in the paper, there are five convolutions, each followed by a ReLU; the first has 7x7 filters
+    and stride 2. Max pooling over 3x3 positions with stride 2 follows the first, second and fifth,
+    and normalisation over neighbouring maps the first two.
+
+    The differences to the paper: the layers have 1, 2, 3, 3 and 2 times `width` maps (there 96,
+    256, 384, 384 and 256); maps are zero-padded, so that a stride of 2 halves them; the second
+    layer has stride 1, because small images have no pixels to lose; there is one hidden layer of
+    8 `width` units instead of two; local response normalisation replaces contrast normalisation.
+    Weights come from torch's global generator, in the first layer with the paper's standard
+    deviation of 0.01, elsewhere after He et al. (2015).
     """
 
     def __init__(
@@ -60,8 +62,8 @@ class ZFNet(nn.Module):
             if isinstance(layer, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
                 nn.init.zeros_(layer.bias)
-        # Small images are smooth: where they have nothing to say, filters stay the noise they were,
-        # which must then be weak beside what they learn.
+        # Small images are smooth: filters keep their initial noise at frequencies that do not
+        # occur, so the noise must be weak compared to what they learn.
         nn.init.normal_(self.conv1.weight, std=0.01)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -72,12 +74,12 @@ class ZFNet(nn.Module):
 
 @torch.no_grad()
 def limit_filters(net: nn.Module, rms: float) -> None:
-    """Filters of convolutions whose root mean square is above `rms` are scaled back to it.
+    """Scale filters of convolutions whose root mean square exceeds `rms` back to it, in place.
 
-    Zeiler and Fergus 2014, section 3: so that no filter of the first layer dominates the others
-    (0.1 in the paper, for pixels from -128 to 128).
+    This keeps filters of the first layer from dominating the others (Zeiler and Fergus 2014,
+    section 3; 0.1 there, for pixels from -128 to 128).
     """
     for layer in net.modules():
         if isinstance(layer, nn.Conv2d):
-            found = layer.weight.square().mean((1, 2, 3), keepdim=True).sqrt()
-            layer.weight.mul_((rms / found).clamp(max=1))
+            actual = layer.weight.square().mean((1, 2, 3), keepdim=True).sqrt()
+            layer.weight.mul_((rms / actual).clamp(max=1))

@@ -1,9 +1,8 @@
-"""Convolutional networks to look into, by name, and what each takes for an image.
+"""Loads convolutional networks by name, with the normalisation and crop that they expect.
 
-A network that was trained by others expects its pixels normalised in its own way, in a size of its
-own. This module finds both beside the weights, so that the rest deals in RGB pixels in [0, 1], and
-pictures of what is in the network's input space come back in units of pixels. It decides in which
-forms a network is named and which files of weights are read; no file is read that could run code.
+A trained network expects pixels that are normalised in its own way, in its own size. This module
+finds both together with the weights, so that everything else deals with RGB pixels in [0, 1]. It
+never reads a file of weights in a way that could run code.
 """
 
 from __future__ import annotations
@@ -22,19 +21,21 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from deconvnet.images.datasets import INTERPOLATIONS, Crop
 from deconvnet.storage.integrity import InvalidFileError
 from deconvnet.storage.network_files import load_network, save_network
 from deconvnet.visualization.models.normalization import Normalization
-from deconvnet.visualization.models.weights import load_state_dict, why_not_weights
+from deconvnet.visualization.models.weights import (
+    WEIGHT_FILES,
+    enumerated,
+    load_parameters,
+    set_parameters,
+    weights_file,
+    why_not_weights,
+)
 from deconvnet.visualization.models.zfnet import ZFNet
-
-WEIGHT_FILES = (".pt", ".pth", ".bin", ".safetensors")
-
-# What others put before the names of parameters.
-PREFIXES = ("module.", "_orig_mod.", "model.")
 
 FORMS = (
     "torchvision/NAME, timm/NAME, package.module:factory, or a network file of scripts/train_cnn.py"
@@ -43,12 +44,12 @@ FORMS = (
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A network to look into, and how images become what it takes.
+    """A network to visualize, and how images become its input.
 
-    module: in evaluation mode; weights: where its parameters come from, in words; crop: what it
-    takes of an image, None if it takes any size; labels: of its scores, where they are known;
-    digest: of names and values of all parameters and buffers, 16 hexadecimal digits; training: how
-    it came about, where that is known, what JSON can hold; "data" are its data settings.
+    module: in evaluation mode. weights: where its parameters come from, in words. crop: the part of
+    an image that it takes; None if it takes any size. labels: names of its classes, if known.
+    digest: 16 hexadecimal digits for the names and values of all parameters and buffers. training:
+    how it was trained, if known, as JSON values; its "data" are the data settings.
     """
 
     module: nn.Module
@@ -73,70 +74,70 @@ def load_model(
     labels: Sequence[str] | None = None,
     seed: int = 0,
 ) -> LoadedModel:
-    """The network that a text names:
+    """Load the network that `spec` names:
 
     - torchvision/vgg16: a classifier of torchvision
-    - timm/resnet18: one of timm, also with a tag, timm/resnet18.a1_in1k
-    - package.module:factory: what a function, or a class, returns when it is called with `options`,
-      or a module that has that name; packages in the current folder are found
+    - timm/resnet18: a model of timm, optionally with a tag, timm/resnet18.a1_in1k
+    - package.module:factory: what a function or class returns when it is called with `options`, or
+      a module of that name; packages in the current folder are found
     - a network file of scripts/train_cnn.py
 
-    weights: "default": the pretrained ones of torchvision and timm, else as the network is built;
-    the name of other pretrained ones, such as IMAGENET1K_V2 or a tag of timm; a file of parameters;
-    "none": random, the same for the same seed. options: arguments of what builds the network, such
-    as {"num_classes": 10}.
+    weights: "default", the pretrained weights of torchvision and timm, or the network as it is
+    built; the name of other pretrained weights, such as IMAGENET1K_V2 or a tag of timm; a file of
+    weights; "none", random, equal for equal seeds. options: arguments for what builds the network,
+    such as {"num_classes": 10}.
 
-    Normalisation, crop and labels are those of the pretrained weights; with random parameters or
-    those of a file, normalisation and crop of the default ones. mean, std, order, crop and labels
-    take their place. A network with `transform_input` (Inception) changes the normalisation itself;
-    its own input space is what these are about.
+    Normalisation, crop and labels belong to the pretrained weights. With random weights or those
+    from a file, normalisation and crop belong to the default weights. mean, std, order, crop and
+    labels override them. A network with `transform_input` (Inception) normalises a second time
+    itself; these settings describe its own input space.
 
-    ValueError in one line where the name, the weights or a file is wrong.
+    Raises ValueError in one line if the name, the weights or a file is wrong.
     """
     spec, options = str(spec), dict(options or {})
     weights = "none" if weights is None else weights
     with _random_from(seed), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of torchvision, about how it initialises
-        subject = _source(spec)(spec, weights, options)
-    given = {"mean": mean, "std": std, "order": order}
-    given = {key: value for key, value in given.items() if value is not None}
+        warnings.simplefilter("ignore", FutureWarning)  # from torchvision, about initialisation
+        loaded = _source(spec)(spec, weights, options)
+    overrides = {"mean": mean, "std": std, "order": order}
+    overrides = {key: value for key, value in overrides.items() if value is not None}
     return replace(
-        subject,
-        module=subject.module.eval(),
-        normalization=replace(subject.normalization, **given),
-        crop=crop or subject.crop,
-        labels=subject.labels if labels is None else tuple(map(str, labels)),
-        digest=digest(subject.module),
+        loaded,
+        module=loaded.module.eval(),
+        normalization=replace(loaded.normalization, **overrides),
+        crop=crop or loaded.crop,
+        labels=loaded.labels if labels is None else tuple(map(str, labels)),
+        digest=digest(loaded.module),
     )
 
 
-def save_model(path: str | Path, subject: LoadedModel) -> None:
+def save_model(path: str | Path, model: LoadedModel) -> None:
     """Write a ZFNet to a .safetensors file that `load_model` reads by its path alone."""
-    if not isinstance(subject.module, ZFNet):
-        raise ValueError(f"{path}: only a ZFNet can be saved, not {type(subject.module).__name__}")
+    if not isinstance(model.module, ZFNet):
+        raise ValueError(f"{path}: only a ZFNet can be saved, not {type(model.module).__name__}")
     settings = {
         "cnn": "ZFNet",
-        "name": subject.name,
-        "arguments": subject.module.arguments,
-        "normalization": asdict(subject.normalization),
-        "crop": subject.crop and asdict(subject.crop),
-        "labels": subject.labels,
-        "training": dict(subject.training),
+        "name": model.name,
+        "arguments": model.module.arguments,
+        "normalization": asdict(model.normalization),
+        "crop": model.crop and asdict(model.crop),
+        "labels": model.labels,
+        "training": dict(model.training),
     }
-    save_network(Path(path), subject.module.state_dict(), settings)
+    save_network(Path(path), model.module.state_dict(), settings)
 
 
 def digest(module: nn.Module) -> str:
     """16 hexadecimal digits of the names and values of all parameters and buffers of a network."""
-    found = hashlib.sha256()
+    sha256 = hashlib.sha256()
     for name, tensor in module.state_dict().items():
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
-    return found.hexdigest()[:16]
+        sha256.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        sha256.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return sha256.hexdigest()[:16]
 
 
 def _source(spec: str) -> Callable[[str, str | Path, dict], LoadedModel]:
-    """What loads a network of this form of name, from (spec, weights, options)."""
+    """The function of (spec, weights, options) that loads a network with this form of name."""
     if spec.startswith("torchvision/"):
         return _torchvision
     if spec.startswith("timm/"):
@@ -161,9 +162,9 @@ def _torchvision(spec: str, weights: str | Path, options: dict) -> LoadedModel:
     if name not in names:
         raise _unknown(f"model={spec}: torchvision has no such classifier", name, names)
     known = models.get_model_weights(name)
-    file, member = _weights_file(weights), None
+    file, member = weights_file(weights), None
     if file is not None:
-        # A file as it was downloaded: under its own name.
+        # A downloaded file under its original name.
         member = {entry.url.rpartition("/")[2]: entry for entry in known}.get(file.name)
         if member is not None and name in ("googlenet", "inception_v3"):
             options = {"transform_input": True, **options}
@@ -180,7 +181,7 @@ def _torchvision(spec: str, weights: str | Path, options: dict) -> LoadedModel:
         module = models.get_model(name, weights=pretrained, **options)
     except (TypeError, ValueError) as error:
         raise _unbuilt(spec, options, error) from error
-    # No network, no right to write, a damaged or half loaded file: all have the same remedy.
+    # No network, no permission to write, a damaged or partial file: all have the same remedy.
     except Exception as error:
         if pretrained is None:
             raise _unbuilt(spec, options, error) from error
@@ -188,7 +189,7 @@ def _torchvision(spec: str, weights: str | Path, options: dict) -> LoadedModel:
         remedy = f"put {pretrained.url} at {place}, or anywhere and give weights=FILE"
         raise _unavailable(spec, pretrained.name, error, remedy) from error
     if file is not None:
-        _load_parameters(module, file)
+        load_parameters(module, file)
     transform = (member or known.DEFAULT).transforms()
     labels = member and member.meta.get("categories")
     return LoadedModel(
@@ -211,7 +212,7 @@ def _timm(spec: str, weights: str | Path, options: dict) -> LoadedModel:
     if name not in timm.list_models():
         message = f"model={spec}: timm has no such model"
         raise _unknown(message, name, timm.list_models())
-    file = _weights_file(weights)
+    file = weights_file(weights)
     if file is None and _lower(weights) not in ("default", "none"):
         tag = str(weights)
     tags = [entry.partition(".")[2] for entry in timm.list_pretrained(f"{name}.*")]
@@ -225,7 +226,7 @@ def _timm(spec: str, weights: str | Path, options: dict) -> LoadedModel:
         module = timm.create_model(full, pretrained=pretrained, **options)
     except TypeError as error:
         raise _unbuilt(spec, options, error) from error
-    # timm and the hub that it loads from have their own exceptions for every failure.
+    # timm, and the hub that it loads from, have their own exception for every failure.
     except Exception as error:
         if not pretrained:
             raise _unbuilt(spec, options, error) from error
@@ -235,7 +236,7 @@ def _timm(spec: str, weights: str | Path, options: dict) -> LoadedModel:
         remedy = f"get {source} and give weights=FILE"
         raise _unavailable(spec, tag or "default", error, remedy) from error
     if file is not None:
-        _load_parameters(module, file)
+        load_parameters(module, file)
     expected = timm.data.resolve_data_config({}, model=module)
     size, kind = expected["input_size"][-1], expected["interpolation"]
     mean, std = tuple(expected["mean"]), tuple(expected["std"])
@@ -260,23 +261,25 @@ def _imported(spec: str, weights: str | Path, options: dict) -> LoadedModel:
     where, _, name = spec.partition(":")
     if where.partition(".")[0] in sys.stdlib_module_names:
         raise ValueError(f"model={spec}: {where} is part of Python itself and builds no networks")
-    file = _weights_file(weights)
+    file = weights_file(weights)
     if file is None and _lower(weights) not in ("default", "none"):
         raise ValueError(f"weights={weights}: model={spec} takes a file of weights, or default")
     with _current_folder_importable():
         try:
-            # Only the first import runs its code: what that draws must not change what comes next.
+            # Only the first import runs the code; it must not advance the random numbers.
             with torch.random.fork_rng(devices=[]):
-                found = importlib.import_module(where)
+                package = importlib.import_module(where)
         # Whatever the user's own code raises is the user's to read.
         except Exception as error:
-            raise ValueError(f"model={spec}: {where} cannot be imported: {_say(error)}") from error
-        if not hasattr(found, name):
-            names = [key for key in vars(found) if not key.startswith("_")]
+            raise ValueError(
+                f"model={spec}: {where} cannot be imported: {_message(error)}"
+            ) from error
+        if not hasattr(package, name):
+            names = [key for key in vars(package) if not key.startswith("_")]
             raise _unknown(f"model={spec}: {where} has no {name!r}", name, names)
-        module = getattr(found, name)
+        module = getattr(package, name)
         if not isinstance(module, nn.Module):
-            _check_factory(spec, found, module)
+            _check_factory(spec, package, module)
             try:
                 module = module(**options)
             except Exception as error:
@@ -286,22 +289,23 @@ def _imported(spec: str, weights: str | Path, options: dict) -> LoadedModel:
             f"model={spec}: returned {type(module).__name__}, must be a torch.nn.Module"
         )
     if file is not None:
-        _load_parameters(module, file)
+        load_parameters(module, file)
     return LoadedModel(module, spec, file.name if file else "as built")
 
 
 def _check_factory(spec: str, package: ModuleType, factory: object) -> None:
-    """Refuse to call what cannot build a network, such as os.system under another name.
+    """Refuse to call what cannot build a network, such as os.system under another name, which would
+    run with the permissions of the user.
 
-    It would run with the rights of the user. Functions from any package except Python's own are
-    allowed, including those that a module only re-exports.
+    Functions from any package except Python's own are allowed, even if the module only re-exports
+    them.
     """
     if not callable(factory):
         raise ValueError(f"model={spec}: neither a network nor callable")
     if isinstance(factory, type) and issubclass(factory, nn.Module):
         return
-    written = getattr(factory, "func", factory)  # of functools.partial
-    where = getattr(written, "__module__", None) or ""
+    function = getattr(factory, "func", factory)  # of functools.partial
+    where = getattr(function, "__module__", None) or ""
     if not where or where.partition(".")[0] in sys.stdlib_module_names:
         raise ValueError(
             f"model={spec}: {package.__name__} imports it from {where or 'elsewhere'}, which "
@@ -318,8 +322,8 @@ def _file(spec: str, weights: str | Path, options: dict) -> LoadedModel:
     remedy = f"give torchvision/NAME, timm/NAME or package.module:factory, and weights={spec}"
     if path.suffix != ".safetensors":
         raise ValueError(f"model={spec}: holds parameters of a network, not which it is; {remedy}")
-    if (says := why_not_weights(path)) is not None:
-        raise ValueError(f"model={spec}: {says}")
+    if (reason := why_not_weights(path)) is not None:
+        raise ValueError(f"model={spec}: {reason}")
     try:
         tensors, settings = load_network(path)
     except InvalidFileError as error:
@@ -335,12 +339,14 @@ def _file(spec: str, weights: str | Path, options: dict) -> LoadedModel:
         crop = Crop(**settings["crop"]) if settings["crop"] else None
         labels, name, training = (settings[key] for key in ("labels", "name", "training"))
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"model={spec}: not a network of this version ({_say(error)})") from error
-    file = _weights_file(weights)
+        raise ValueError(
+            f"model={spec}: not a network of this version ({_message(error)})"
+        ) from error
+    file = weights_file(weights)
     if file is not None:
-        _load_parameters(module, file)
+        load_parameters(module, file)
     elif _lower(weights) == "default":
-        _take(module, tensors, path)
+        set_parameters(module, tensors, path)
     elif _lower(weights) != "none":
         raise ValueError(f"weights={weights}: give a file, none, or default for those in {spec}")
     source = file.name if file else path.name if _lower(weights) == "default" else "none"
@@ -348,50 +354,9 @@ def _file(spec: str, weights: str | Path, options: dict) -> LoadedModel:
     return LoadedModel(module, name, source, normalization, crop, labels, training=training)
 
 
-def _load_parameters(module: nn.Module, file: Path) -> None:
-    """Take the parameters in a file, however they are wrapped."""
-    _take(module, load_state_dict(file), file)
-
-
-def _take(module: nn.Module, tensors: dict[str, Tensor], file: Path) -> None:
-    own = module.state_dict()
-    for prefix in PREFIXES:
-        if tensors and own.keys().isdisjoint(tensors):
-            stripped = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-            tensors = stripped if len(stripped) == len(tensors) else tensors
-    # Files from before 2018 do not count batches, which evaluation does not need.
-    counts = {name: own[name] for name in own if name.endswith("num_batches_tracked")}
-    tensors = counts | tensors
-    shapes = [
-        f"{name} ({_shape(tensors[name])} in the file, {_shape(own[name])} in the network)"
-        for name in own
-        if name in tensors and tensors[name].shape != own[name].shape
-    ]
-    differences = {
-        "missing": [name for name in own if name not in tensors],
-        "unexpected": [name for name in tensors if name not in own],
-        "of another shape": shapes,
-    }
-    found = [f"{what}: {_some(names)}" for what, names in differences.items() if names]
-    if found:
-        raise ValueError(f"weights={file}: not of this network; {'; '.join(found)}")
-    module.load_state_dict(tensors)
-
-
-def _weights_file(weights: str | Path) -> Path | None:
-    """The file that is meant, if one is."""
-    path = Path(weights).expanduser()
-    means_file = isinstance(weights, Path) or path.suffix in WEIGHT_FILES or len(path.parts) > 1
-    if path.is_file():
-        return path
-    if means_file:
-        raise ValueError(f"weights={weights}: no such file")
-    return None
-
-
 @contextmanager
 def _random_from(seed: int) -> Iterator[None]:
-    """Networks draw their parameters from the global generator, which is left as it was."""
+    """Seed the global generator, from which networks draw parameters; restore it afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
@@ -410,34 +375,25 @@ def _current_folder_importable() -> Iterator[None]:
 def _unknown(message: str, name: str, names: Iterable[str]) -> ValueError:
     names = list(names)
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(close)}?" if close else f"there are {_some(names, 20)}"
+    hint = f"did you mean {' or '.join(close)}?" if close else f"there are {enumerated(names, 20)}"
     return ValueError(f"{message}; {hint}")
 
 
 def _unbuilt(spec: str, options: dict, error: Exception) -> ValueError:
     given = f" with options {options}" if options else ""
-    return ValueError(f"model={spec}: cannot be built{given}: {_say(error)}")
+    return ValueError(f"model={spec}: cannot be built{given}: {_message(error)}")
 
 
 def _unavailable(spec: str, weights: str, error: Exception, remedy: str) -> ValueError:
     return ValueError(
         f"model={spec}: its weights {weights} are not on this machine and could not be loaded "
-        f"({_say(error)}); {remedy}; weights=none builds it with random ones"
+        f"({_message(error)}); {remedy}; weights=none builds it with random ones"
     )
-
-
-def _some(names: Sequence[str], most: int = 4) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
-def _shape(tensor: Tensor) -> str:
-    return "x".join(map(str, tensor.shape)) or "a number"
 
 
 def _lower(weights: str | Path) -> str:
     return str(weights).lower()
 
 
-def _say(error: Exception) -> str:
+def _message(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__

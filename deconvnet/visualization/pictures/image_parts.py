@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deconvnet.network.codes import Codes
-from deconvnet.network.network import DeconvNet, snr
+from deconvnet.network.metrics import snr
+from deconvnet.network.network import DeconvNet
 from deconvnet.support.modes import plain
 from deconvnet.visualization.pictures.canvas import (
     GAP,
@@ -177,7 +178,9 @@ def image_parts_picture(net: DeconvNet, codes: Codes, image: Tensor, layer: int)
 def _fields(net: DeconvNet, codes: Codes, layer: int, units: Activations) -> Tensor:
     """Tiles (M, 3, S, S) of units, each alone, cut to its field or to the image if that is less."""
     fields = project_fields(net, codes, layer, units.places, units.values, units.values)
-    shown = signed_rgb(net, fields.cropped(tuple(codes.y.shape[2:]), share=1.0, among=1.0).tiles)
+    shown = signed_rgb(
+        net, fields.cropped(tuple(codes.y.shape[2:]), energy_share=1.0, tile_share=1.0).tiles
+    )
     return shade_signed(shown, quantile_magnitude(shown))
 
 

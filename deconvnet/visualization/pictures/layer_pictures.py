@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from deconvnet.network.codes import Codes
-from deconvnet.network.network import DeconvNet, snr
+from deconvnet.network.metrics import snr
+from deconvnet.network.network import DeconvNet
 from deconvnet.operators.pooling import max_pool
 from deconvnet.visualization.pictures.canvas import (
     hstack,

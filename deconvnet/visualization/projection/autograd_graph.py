@@ -1,11 +1,11 @@
-"""The operations between the pixels and a unit of a network, read from the graph of autograd.
+"""The operations between the pixels and a unit of a network, read from the autograd graph.
 
-PyTorch records every operation of a forward pass, whatever the code of the model looks like: in the
-list of those that a projection will pass nothing can hide.
+PyTorch records every operation of a forward pass, however the model is written, so the list of
+operations that a projection will pass is complete.
 
-The attributes `_saved_*` and `_input_metadata` of the nodes are used here and nowhere else. A
-backward pass frees them: read the graph before. What nodes do not tell (what is done in place to a
-part of a tensor; in older versions shapes) is found by sending zeros down.
+Only this module uses the attributes `_saved_*` and `_input_metadata` of nodes. A backward pass
+frees them, so the graph is read before. What nodes do not hold (operations in place on a part of a
+tensor; in older versions, shapes) is recorded during a backward pass with zeros.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# Operations whose backward pass is the transpose, so that nothing is to be decided for them.
+# Operations that the paper has a rule for, which is the transpose.
 CONVOLUTIONS = {"Convolution", "Addmm", "Mm", "T"}
 SWITCHES = {"MaxPool2DWithIndices", "AdaptiveMaxPool2D", "MaxPool3DWithIndices"}
 RECTIFIERS = {"Relu", "Threshold"}
 OTHER_RECTIFIERS = {"Hardtanh", "Clamp", "ClampMin", "LeakyRelu", "PreluKernel", "Elu", "Celu"}
-# Bounded below: rectifiers only if the bound, saved under this name, is zero.
+# Operations that are rectifiers only if their lower bound, saved under this name, is zero.
 BOUNDED = {"Hardtanh": "min_val", "Clamp": "min", "ClampMin": "min"}
 GATES = {"Sigmoid", "Hardsigmoid"}
 NORMALIZATIONS = {"NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm", "BatchNorm"}
@@ -44,20 +44,20 @@ SUMS = {
     *("UpsampleNearest2D", "UpsampleBilinear2D", "UpsampleBicubic2D", "UpsampleNearestExact2D"),
     *("UpsampleBilinear2DAa", "UpsampleBicubic2DAa"),
 }
-# Linear where only one of the factors depends on the pixels.
+# Linear if only one of the factors depends on the pixels.
 PRODUCTS = {"Mul", "Div", "Bmm", "Mm", "Addmm", "Convolution"}
 SKIPPED = "SkippedResponseNorm"
 LEAF = "AccumulateGrad"
 CUSTOM = "custom "
-# Something done in place to a part of a tensor, and what goes down through any such node: the part
-# is taken out of the signal, and the result put back.
+# An operation in place on a part of a tensor. The backward pass of any such node takes the part out
+# of the signal and puts the result back, by these operations.
 IN_PLACE = "CopySlices"
-TAKING_OUT = {"new_empty_strided", "copy_", "as_strided", "clone", "zeros_like", "detach"}
+PART_COPIES = {"new_empty_strided", "copy_", "as_strided", "clone", "zeros_like", "detach"}
 
 
 @dataclass(frozen=True)
 class Operation:
-    """One node of the graph: what it is called in the forward pass, and what it was given."""
+    """A node of the graph: its name in the forward pass, and the nodes (and outputs) it takes."""
 
     node: Node
     name: str
@@ -68,20 +68,22 @@ class Operation:
         return tuple(map(_signed, value)) if isinstance(value, tuple) else _signed(value)
 
     def pair(self, key: str) -> tuple[int, int]:
-        """A setting of both axes of maps, of which PyTorch may keep one number."""
+        """A setting for both axes of maps, for which PyTorch may save one number."""
         return pair(self.saved(key))
 
     @property
     def is_convolution(self) -> bool:
-        """Whether it is a two-dimensional convolution, or a transposed one."""
+        """Whether this is a two-dimensional convolution, possibly transposed."""
         return self.name == "Convolution" and self.saved("weight").dim() == 4
 
 
 @dataclass
 class Operations:
-    """All operations between some maps and the pixels, from the maps down, and what they are.
+    """All operations between some maps and the pixels, from the maps down.
 
-    output: which of the outputs of the first operation the maps are.
+    output: the index of the maps among the outputs of the first operation. exact, linear, extended,
+    skipped, unsupported: counts by name, as in `ProjectionReport`. clamps, gates: nodes that need a
+    rule of their own.
     """
 
     order: list[Operation]
@@ -96,17 +98,17 @@ class Operations:
 
     @property
     def convolutions(self) -> list[Operation]:
-        """Those that are two-dimensional convolutions, transposed ones left out."""
+        """The two-dimensional convolutions that are not transposed."""
         return [op for op in self.order if op.is_convolution and not op.saved("transposed")]
 
 
 def read_operations(
     y: Tensor, *, constant_gates: bool = False, marked: Mapping[Node, str] | None = None
 ) -> Operations:
-    """The operations that lead from the pixels to y.
+    """Read the operations that lead from the pixels to y.
 
-    constant_gates: of a sigmoid that multiplies maps nothing is followed further down. marked: of
-    nodes what entered there without a gradient (`dependence`).
+    constant_gates: do not follow a sigmoid that multiplies maps. marked: by node, how the pixels
+    enter it without a gradient (`hidden_dependence`).
     """
     marked = marked or {}
     order = topological_order(y.grad_fn)
@@ -116,7 +118,7 @@ def read_operations(
     if any(op.name == IN_PLACE for op in order):
         _probe([y])
     record_shapes([y])
-    found = Operations(order, y.output_nr, gates=list(gates))
+    operations = Operations(order, y.output_nr, gates=list(gates))
     for op in order:
         is_input = op.name == "Clone" and operation_name(op.inputs[0][0]) == LEAF
         if op.name == LEAF or (is_input and op.node not in marked):
@@ -128,14 +130,15 @@ def read_operations(
             kind, name = _kind(op)
         if op.node in marked and kind not in ("unsupported", "skipped"):
             kind, name = "unsupported", marked[op.node]
-        counts = getattr(found, kind)
+        counts = getattr(operations, kind)
         counts[name] = counts.get(name, 0) + 1
         if op.name.startswith("Clamp") and kind == "extended":
-            found.clamps.append(op.node)
-    return found
+            operations.clamps.append(op.node)
+    return operations
 
 
 def _kind(op: Operation) -> tuple[str, str]:
+    """The field of `Operations` that counts an operation, and its name there."""
     name = op.name
     if name == SKIPPED:
         return "skipped", "local_response_norm"
@@ -144,7 +147,7 @@ def _kind(op: Operation) -> tuple[str, str]:
     if name == "Div" and op.node.next_functions[1][0] is not None:
         return "unsupported", "div by something that depends on the pixels"
     if name in PRODUCTS and _factors(op) > 1:
-        # A product with a gate is linear once the gate is a constant.
+        # A product with a gate is linear if the gate is a constant.
         if gates_of(op):
             return "linear", "gated product"
         return "unsupported", f"{_snake(name)} of two things that depend on the pixels"
@@ -181,48 +184,46 @@ def _kind_in_place(op: Operation) -> tuple[str, str]:
 
 
 def _rectifies(op: Operation) -> bool:
-    """A clamp is a rectifier if it is one at zero, whatever it does to large values."""
+    """Whether a clamp has the lower bound zero, whatever it does to large values."""
     least = op.saved(BOUNDED[op.name])
     return isinstance(least, int | float) and least == 0
 
 
 def _factors(op: Operation) -> int:
-    """How many of the factors of a product depend on the pixels; what is added is no factor."""
+    """The number of factors of a product that depend on the pixels; summands do not count."""
     nodes = op.node.next_functions[op.name == "Addmm" :]
     return sum(node is not None for node, _ in nodes)
 
 
 def gates_of(op: Operation) -> list[Node]:
-    """The sigmoids whose values a product takes as factors, if another factor is none of them."""
+    """The sigmoid that a product has as one factor, if the other factor is something else."""
     if op.name != "Mul" or len(op.inputs) != 2:
         return []
-    found = [
-        node
-        for node in (skip_moves(node) for node, _ in op.inputs)
-        if operation_name(node) in GATES
-    ]
+    nodes = [skip_moves(node) for node, _ in op.inputs]
+    gates = [node for node in nodes if operation_name(node) in GATES]
     # x sigmoid(x) is an activation, not a gate.
-    return found if len(found) == 1 and inputs_of(found[0])[0] not in op.inputs else []
+    return gates if len(gates) == 1 and inputs_of(gates[0])[0] not in op.inputs else []
 
 
 def skip_moves(node: Node) -> Node:
+    """The node below all operations that only move values, starting with this node."""
     while operation_name(node) in MOVES and len(inputs_of(node)) == 1:
         node = inputs_of(node)[0][0]
     return node
 
 
 def topological_order(top: Node | None, ends: Collection[Node] = ()) -> list[Operation]:
-    """All nodes from the top down, each after all that use it; nothing below `ends`."""
-    finished, seen, path = [], set(), [(top, False)]
+    """All nodes from the top down, each after all nodes that use it; none below `ends`."""
+    finished, visited, path = [], set(), [(top, False)]
     while path:
         node, is_done = path.pop()
-        if node is None or (not is_done and node in seen):
+        if node is None or (not is_done and node in visited):
             continue
         inputs = () if node in ends else inputs_of(node)
         if is_done:
             finished.append(Operation(node, operation_name(node), inputs))
             continue
-        seen.add(node)
+        visited.add(node)
         path.append((node, True))
         path += [(below, False) for below, _ in inputs]
     return finished[::-1]
@@ -233,25 +234,25 @@ def inputs_of(node: Node) -> tuple[tuple[Node, int], ...]:
 
 
 def operation_name(node: Node) -> str:
-    # Of the class: in PyTorch 2.2 nodes that are written in Python have no name.
+    # From the class: in PyTorch 2.2, nodes written in Python have no name.
     name = type(node).__name__
     name = node.name().rpartition("::")[2] if name == "CppFunction" else name
     name = re.sub(r"Backwards?\d*$", "", name).lstrip("_")
-    # A function of the model's own has a backward pass of its own, whatever it is called.
-    is_own = isinstance(node, BackwardCFunction) and not (
+    # A custom function of the model has its own backward pass, whatever its name.
+    is_custom = isinstance(node, BackwardCFunction) and not (
         node._forward_cls.__module__.startswith(f"{__package__}.")
     )
-    return f"{CUSTOM}{name}" if is_own else name
+    return f"{CUSTOM}{name}" if is_custom else name
 
 
 def pair(value: int | Sequence[int]) -> tuple[int, int]:
-    """What is set for both axes of maps, rows and columns, of which one number may be given."""
+    """A setting for rows and columns, which may be given as one number."""
     values = (value,) if isinstance(value, int) else tuple(value)
     return values * 2 if len(values) == 1 else values
 
 
 def _signed(value: object) -> object:
-    """Integers below zero come out of a node as unsigned ones."""
+    """Undo that nodes return negative integers as unsigned ones."""
     return value - (1 << 64) if isinstance(value, int) and value >= 1 << 63 else value
 
 
@@ -260,42 +261,42 @@ def _snake(name: str) -> str:
 
 
 def output_shape(node: Node, nr: int) -> tuple[int, ...]:
-    """The shape of what a node gives, (N, C, H, W) for maps."""
+    """The shape of an output of a node, (N, C, H, W) for maps."""
     if operation_name(node) == LEAF:
         return tuple(node.variable.shape)
-    if _tells_shapes(node):
+    if _has_shapes(node):
         return tuple(node._input_metadata[nr].shape)
     return node.metadata["shapes"].get(nr, ())
 
 
-def _tells_shapes(node: Node) -> bool:
+def _has_shapes(node: Node) -> bool:
     return hasattr(node, "_input_metadata") or operation_name(node) == LEAF
 
 
 def record_shapes(outputs: list[Tensor]) -> None:
-    """Make sure that the shapes are known of what all nodes below some tensors give."""
-    # In PyTorch 2.2 nodes do not tell them.
-    if outputs and not _tells_shapes(outputs[0].grad_fn):
+    """Make the output shapes of all nodes below some tensors available."""
+    # In PyTorch 2.2, nodes do not hold them.
+    if outputs and not _has_shapes(outputs[0].grad_fn):
         _probe(outputs)
 
 
 def _probe(outputs: list[Tensor]) -> None:
-    """Send zeros down, and note in the metadata of nodes what they do not tell by themselves."""
-    hidden = _Hidden()
+    """Run a backward pass with zeros, and record in the metadata of nodes what they do not hold."""
+    recorder = _Recorder()
     nodes = {op.node for y in outputs for op in topological_order(y.grad_fn)}
     leaves = [node.variable for node in nodes if operation_name(node) == LEAF]
     with ExitStack() as undo:
         for node in nodes:
             if operation_name(node) != LEAF:
-                undo.callback(node.register_prehook(hidden.entering(node)).remove)
-                undo.callback(node.register_hook(hidden.leaving).remove)
+                undo.callback(node.register_prehook(recorder.entering(node)).remove)
+                undo.callback(node.register_hook(recorder.leaving).remove)
         zeros = [torch.zeros_like(y) for y in outputs]
-        with hidden:
+        with recorder:
             torch.autograd.grad(outputs, leaves, zeros, retain_graph=True, allow_unused=True)
 
 
-class _Hidden(TorchDispatchMode):
-    """Notes the shape of the signal that comes to nodes, and what is done inside some of them."""
+class _Recorder(TorchDispatchMode):
+    """Records the shape of the signal that reaches a node, and the operations inside some nodes."""
 
     inside: Node | None = None
 
@@ -316,6 +317,6 @@ class _Hidden(TorchDispatchMode):
         self, func: object, types: object, args: tuple = (), kwargs: dict | None = None
     ) -> object:
         name = func.overloadpacket.__name__
-        if self.inside is not None and name not in TAKING_OUT:
+        if self.inside is not None and name not in PART_COPIES:
             self.inside.metadata[IN_PLACE].append(name)
         return func(*args, **(kwargs or {}))

@@ -1,8 +1,8 @@
-"""The way down of every operation of a network: what a projection does differently from a gradient.
+"""The rules of the backward pass: where a projection differs from a gradient.
 
 A projection is the backward pass of autograd with other rules for some operations (Zeiler and
-Fergus 2014, section 2.1). Convolutions go down through their transposed filters and max pooling
-through its switches, as in a gradient. What differs:
+Fergus 2014, section 2.1). As in a gradient, the signal passes convolutions through their transposed
+filters and max pooling through its switches. What differs:
 
     rectifier    deconv    max(signal, 0), whatever the units of the forward pass were
                  guided    the same, and only where the unit was active (Springenberg et al. 2015)
@@ -10,8 +10,8 @@ through its switches, as in a gradient. What differs:
     contrast normalisation      skipped: the signal passes as it is
     sigmoid gate of a product   a constant: no signal goes down through the gate itself
 
-The rules act on the operations of the backward pass, not on modules, so that functional, shared and
-in-place rectifiers are all met.
+The rules act on the operations of the backward pass, not on modules, so they also apply to
+functional, shared and in-place rectifiers.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ SWITCHES = {
 
 
 class SkippedResponseNorm(torch.autograd.Function):
-    """Local response normalisation on the way up, nothing on the way down."""
+    """Local response normalisation in the forward pass, the identity in the backward pass."""
 
     @staticmethod
     def forward(ctx: object, x: Tensor, *settings: object) -> Tensor:
@@ -59,11 +59,11 @@ class SkippedResponseNorm(torch.autograd.Function):
         return signal, None, None, None, None
 
 
-assert SkippedResponseNorm.__name__ == SKIPPED, "the graph knows it by its name"
+assert SkippedResponseNorm.__name__ == SKIPPED, "autograd_graph identifies it by its name"
 
 
 class SkippedNormalization(TorchFunctionMode):
-    """Within it contrast normalisation is skipped by what goes down. For the forward pass."""
+    """A mode for the forward pass: its backward pass will skip contrast normalisation."""
 
     def __torch_function__(
         self, func: object, types: object, args: tuple = (), kwargs: dict | None = None
@@ -82,26 +82,27 @@ def _local_response_norm(
 
 
 class BackwardRules(TorchDispatchMode):
-    """Within it a backward pass follows the rules of a method. For the backward pass only.
+    """A mode for the backward pass, which then follows the rules of a method.
 
-    local: convolutions are computed only where there is a signal, a small part of the image for
-    most units; the result is the same up to rounding. rectified, switched: what was met.
+    local: compute convolutions only where there is a signal, which for most units is a small part
+    of the image; the result is the same up to rounding. counts: how often the signal was
+    "rectified" and "switched".
     """
 
     def __init__(self, method: str, *, overlap: str = "sum", local: bool = True):
         super().__init__()
         self.method, self.overlap, self.local = method, overlap, local
-        self.met: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()
 
     def __torch_dispatch__(
         self, func: object, types: object, args: tuple = (), kwargs: dict | None = None
     ) -> object:
         kwargs = kwargs or {}
         if func in RECTIFIERS and not (func is aten.hardtanh_backward.default and args[2] != 0):
-            self.met["rectified"] += 1
+            self.counts["rectified"] += 1
             return func(*args, **kwargs) if self.method == "gradient" else self._rectify(func, args)
         if func in SWITCHES:
-            self.met["switched"] += 1
+            self.counts["switched"] += 1
         elif func is aten.convolution_backward.default:
             return self._convolution(func, args, kwargs)
         return func(*args, **kwargs)
@@ -115,18 +116,18 @@ class BackwardRules(TorchDispatchMode):
         return (signal, None) if func is aten._prelu_kernel_backward.default else signal
 
     def _convolution(self, func: object, args: tuple, kwargs: dict) -> object:
-        signal, given, weight, _, stride, padding, dilation, transposed, _, groups, mask = args
-        plain = not transposed and weight.dim() == 4 and list(mask) == [True, False, False]
-        if not plain:
+        signal, x, weight, _, stride, padding, dilation, transposed, _, groups, mask = args
+        is_plain = not transposed and weight.dim() == 4 and list(mask) == [True, False, False]
+        if not is_plain:
             return func(*args, **kwargs)
         stride, padding, dilation = map(pair, (stride, padding, dilation))
         kernel = tuple(weight.shape[2:])
         if self.overlap == "normalised" and overlaps_unevenly(kernel, stride, dilation):
-            result = _paint(signal, given, weight, stride, padding, dilation, groups)
-            return result / _coverage(given, signal, kernel, stride, padding, dilation), None, None
+            result = _local_transpose(signal, x, weight, stride, padding, dilation, groups)
+            return result / _coverage(x, signal, kernel, stride, padding, dilation), None, None
         if not self.local:
             return func(*args, **kwargs)
-        return _paint(signal, given, weight, stride, padding, dilation, groups), None, None
+        return _local_transpose(signal, x, weight, stride, padding, dilation, groups), None, None
 
 
 def overlaps_unevenly(
@@ -138,93 +139,96 @@ def overlaps_unevenly(
 
 
 def _coverage(
-    given: Tensor,
+    x: Tensor,
     signal: Tensor,
     kernel: tuple[int, int],
     stride: tuple[int, int],
     padding: tuple[int, int],
     dilation: tuple[int, int],
 ) -> Tensor:
-    """(rows, columns): how many terms are summed in each pixel, over their mean inside.
+    """(H, W): the number of terms that are summed in each pixel of x, relative to the mean.
 
-    As if the maps had no border, since there it is not the pattern that makes pixels darker.
+    The maps are taken to have no border: what makes pixels there darker is not the pattern.
     """
     axes = []
     for axis in (0, 1):
-        reach = dilation[axis] * kernel[axis]
-        margin = -(-reach // stride[axis])
-        units = signal.shape[2 + axis] + 2 * margin + given.shape[2 + axis]
+        extent = dilation[axis] * kernel[axis]
+        margin = -(-extent // stride[axis])
+        units = signal.shape[2 + axis] + 2 * margin + x.shape[2 + axis]
         counts = overlap_counts(units, kernel[axis], stride=stride[axis], dilation=dilation[axis])
         start = margin * stride[axis] + padding[axis]
-        counts = counts[start : start + given.shape[2 + axis]].to(given)
+        counts = counts[start : start + x.shape[2 + axis]].to(x)
         axes.append(counts.clamp(min=1) * stride[axis] / kernel[axis])
     return axes[0][:, None] * axes[1]
 
 
-def _paint(
+def _local_transpose(
     signal: Tensor,
-    given: Tensor,
+    x: Tensor,
     weight: Tensor,
     stride: tuple[int, int],
     padding: tuple[int, int],
     dilation: tuple[int, int],
     groups: int,
 ) -> Tensor:
-    """The transposed convolution of a signal that is zero almost everywhere, image by image."""
-    painted = given.new_zeros(given.shape)
-    for one, image in zip(signal, painted, strict=True):
-        extent = _extent(one)
+    """The transposed convolution of a signal that is zero almost everywhere, image by image.
+
+    x: the input of the forward pass, for the shape of the result.
+    """
+    result = x.new_zeros(x.shape)
+    for maps, image in zip(signal, result, strict=True):
+        extent = _extent(maps)
         if extent is None:
             continue
         part = F.conv_transpose2d(
-            one[None, :, slice(*extent[0]), slice(*extent[1])],
+            maps[None, :, slice(*extent[0]), slice(*extent[1])],
             weight,
             stride=stride,
             dilation=dilation,
             groups=groups,
         )[0]
         (rows, part_rows), (columns, part_columns) = (
-            _placed(extent[axis][0] * stride[axis] - padding[axis], size, limit)
+            _overlapping(extent[axis][0] * stride[axis] - padding[axis], size, limit)
             for axis, (size, limit) in enumerate(zip(part.shape[1:], image.shape[1:], strict=True))
         )
         image[:, rows, columns] = part[:, part_rows, part_columns]
-    return painted
+    return result
 
 
 def _extent(signal: Tensor) -> tuple[tuple[int, int], tuple[int, int]] | None:
-    """Rows and columns, first and last + 1, between which a signal (K, H, W) is not zero."""
-    places = signal.ne(0).any(0).nonzero()
-    if len(places) == 0:
+    """The rows and columns, first and last + 1, outside which a signal (K, H, W) is zero."""
+    positions = signal.ne(0).any(0).nonzero()
+    if len(positions) == 0:
         return None
-    first, last = places.amin(0).tolist(), places.amax(0).tolist()
+    first, last = positions.amin(0).tolist(), positions.amax(0).tolist()
     return (first[0], last[0] + 1), (first[1], last[1] + 1)
 
 
-def _placed(first: int, size: int, limit: int) -> tuple[slice, slice]:
-    """Where a part that begins at `first` lies in an image of `limit` pixels, and what of it."""
+def _overlapping(first: int, size: int, limit: int) -> tuple[slice, slice]:
+    """The overlap of a part that starts at `first` with `limit` pixels: slices of both."""
     start, stop = (min(max(end, 0), limit) for end in (first, first + size))
     return slice(start, stop), slice(start - first, stop - first)
 
 
 @contextmanager
-def node_rules(found: Operations, method: str, gates: str) -> Iterator[None]:
-    """The rules that belong to single operations: clamps, which look like nothing else on the way
-    down, and gates."""
+def node_rules(operations: Operations, method: str, gates: str) -> Iterator[None]:
+    """The rules for single nodes of the graph: gates, and clamps, whose backward pass consists of
+    operations that other nodes have, too."""
     with ExitStack() as undo:
         if method != "gradient":
-            rule = _rectified_above if method == "deconv" else _rectified_below
-            for node in found.clamps:
+            rule = _rectify_input if method == "deconv" else _rectify_output
+            for node in operations.clamps:
                 undo.callback(node.register_hook(rule).remove)
         if method != "gradient" and gates == "constant":
-            for node in found.gates:
+            for node in operations.gates:
                 hook = node.register_hook(lambda below, above: (None,) * len(below))
                 undo.callback(hook.remove)
         yield
 
 
-def _rectified_above(below: tuple[Tensor, ...], above: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _rectify_input(below: tuple[Tensor, ...], above: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (above[0].clamp(min=0), *below[1:])
 
 
-def _rectified_below(below: tuple[Tensor, ...], above: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _rectify_output(below: tuple[Tensor, ...], above: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (below[0].clamp(min=0), *below[1:])

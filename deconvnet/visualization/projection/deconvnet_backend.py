@@ -1,7 +1,7 @@
 """Projections of networks that were learned by deconvolution: the way down is the model itself.
 
-What a unit stands for needs no rules here. The model says how maps become an image: R_l, with the
-switches of inference (Zeiler et al. 2011), a linear map; one activation goes through it alone.
+No rules are needed here. The model defines how maps become an image: by R_l, which is linear once
+the switches of inference are fixed (Zeiler et al. 2011). One activation at a time goes through it.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from deconvnet.visualization.projection.projection import (
     unknown_layer,
 )
 
-# Images whose maps are kept.
-KEPT = 64
-NONE = Codes((), torch.zeros(0), [])
+# Images whose codes are cached.
+CACHED = 64
+NO_CODES = Codes((), torch.zeros(0), [])
 
 
 class DeconvNetBackend:
-    """Layers, activations and projections of a deconvolutional network; see `Projector`."""
+    """Layers, responses and projections of a deconvolutional network; see `Projector`."""
 
     def __init__(self, net: DeconvNet, *, batch: int):
         self.model, self.batch = net, batch
         self.names = [f"layer{number}" for number in range(1, net.depth + 1)]
-        self._known: dict[bytes, Codes] = {}
+        self._cache: dict[bytes, Codes] = {}
         self._version: list[tuple[int, int]] = []
 
     @property
@@ -46,7 +46,7 @@ class DeconvNetBackend:
         return self.model.device
 
     def layers(self, x: Tensor) -> list[LayerInfo]:
-        found, below = [], tuple(x.shape[2:])
+        infos, below = [], tuple(x.shape[2:])
         for number, name in enumerate(self.names, 1):
             settings = self.model.layer(number).settings
             size = (settings.filter_size, settings.filter_size)
@@ -56,8 +56,8 @@ class DeconvNetBackend:
             field, stride, offset = (
                 (getattr(rows, key), getattr(columns, key)) for key in ("size", "stride", "offset")
             )
-            found.append(LayerInfo(name, "Layer", shape, field, stride, offset))
-        return found
+            infos.append(LayerInfo(name, "Layer", shape, field, stride, offset))
+        return infos
 
     def responses(
         self, x: Tensor, layers: list[str], reduce: Callable[[str, Tensor], object]
@@ -67,22 +67,21 @@ class DeconvNetBackend:
         return {name: reduce(name, codes.layer(number).z.abs()) for name, number in numbers.items()}
 
     def codes(self, x: Tensor, depth: int) -> Codes:
-        """The maps of images up to a layer, as they were found when an image first came: of the
-        last images they are kept, since inference is what takes the time."""
+        """The codes of images up to a layer. Inference is what takes the time, so the codes of the
+        latest images are cached until the network learns."""
         version = [(buffer.data_ptr(), buffer._version) for buffer in self.model.buffers()]
         if version != self._version:  # the network has learned
-            self._known, self._version = {}, version
+            self._cache, self._version = {}, version
         keys = [_key(image) for image in x]
-        known = {key: self._known[key] for key in keys if key in self._known}
-        missing = [n for n, key in enumerate(keys) if len(known.get(key, NONE).layers) < depth]
+        cached = {key: self._cache[key] for key in keys if key in self._cache}
+        missing = [n for n, key in enumerate(keys) if len(cached.get(key, NO_CODES).layers) < depth]
         if missing:
             new = self.model.infer(x[missing], depth=depth, chunk=self.batch)
-            known |= {keys[n]: new.select(slice(at, at + 1)) for at, n in enumerate(missing)}
-        self._known |= known
-        for key in list(self._known)[:-KEPT]:
-            del self._known[key]
-        shallow = [replace(known[key], layers=known[key].layers[:depth]) for key in keys]
-        return join_codes(shallow)
+            cached |= {keys[n]: new.select(slice(i, i + 1)) for i, n in enumerate(missing)}
+        self._cache |= cached
+        for key in list(self._cache)[:-CACHED]:
+            del self._cache[key]
+        return join_codes([replace(cached[key], layers=cached[key].layers[:depth]) for key in keys])
 
     def outputs(self, x: Tensor) -> Tensor | None:
         return None
@@ -98,16 +97,17 @@ class DeconvNetBackend:
             return Projection(units, x[:0], units, units, x.new_zeros(0), self._report(number))
         images, n = torch.unique(units[:, 0], return_inverse=True)
         codes = self.codes(x[images.to(x.device)], number)
-        places = tuple(index.to(net.device) for index in (n, *units[:, 1:].unbind(1)))
-        values = codes.layer(number).z[places]
+        positions = tuple(index.to(net.device) for index in (n, *units[:, 1:].unbind(1)))
+        values = codes.layer(number).z[positions]
         coefficients = values if seeds is None else seeds.to(values)
-        painted = torch.stack(list(project_units(net, codes, number, places, coefficients)))
+        projected = torch.stack(list(project_units(net, codes, number, positions, coefficients)))
         fields = self._fields(number, units)
         limits = torch.tensor(x.shape[2:]).repeat(2)
         boxes = torch.minimum(fields.clamp(min=0), limits)
-        return Projection(units, painted, boxes, fields, values, self._report(number))
+        return Projection(units, projected, boxes, fields, values, self._report(number))
 
     def _fields(self, number: int, units: Tensor) -> Tensor:
+        """(U, 4): top, left, bottom, right of the receptive fields, not clipped."""
         rows, columns = (layer_field(self.model, number, axis) for axis in (0, 1))
         top, left = (
             rows.offset + rows.stride * units[:, 2],

@@ -1,10 +1,10 @@
-"""Tracks what a model computes from the pixels without a gradient and then uses as a constant.
+"""Finds constants of a model that in fact depend on the pixels, without a gradient.
 
-The autograd graph holds only recorded operations. A mask that multiplies maps, `x * (x > 0)`, is a
-constant there although it comes from the pixels, so the product looks linear but is a rectifier.
-During the forward pass we therefore follow every tensor that comes from the pixels, recorded or
-not, and mark the operations that mix the two kinds. Values that leave PyTorch (numbers, NumPy
-arrays) cannot be followed; we find them by comparing the constants of two images.
+The autograd graph holds only recorded operations. A mask that multiplies maps, as in `x * (x > 0)`,
+is a constant there although it comes from the pixels, so the product looks linear but is a
+rectifier. During the forward pass we therefore follow every tensor that comes from the pixels,
+recorded or not, and mark the operations that mix the two kinds. Values that leave PyTorch (numbers,
+NumPy arrays) cannot be followed; they are found by comparing the constants of two images.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from torch.autograd.graph import Node
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# These use only the shape of a tensor.
+# Operations that use only the shape of a tensor.
 SHAPES_ONLY = {
     *("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like"),
     *("randint_like", "new_empty", "new_empty_strided", "new_zeros", "new_ones", "new_full"),
 }
-# Adding something random is as linear as adding a bias.
+# Adding random values is as linear as adding a bias.
 SUMS = {"add", "sub", "rsub"}
 PIXELS = "by what was computed from the pixels without a gradient"
 RANDOM = "by what is drawn at random"
-# Constants that are the same for all images agree up to rounding.
+# Constants that do not depend on the image agree up to this relative difference.
 TOLERANCE = 1e-4
 
 T = TypeVar("T")
@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 @dataclass
 class _Call:
-    """A recorded operation, and the constants in it."""
+    """A recorded operation and its constants."""
 
     name: str
     numbers: tuple[float, ...]
@@ -47,7 +47,7 @@ class _Call:
 
 @dataclass(frozen=True)
 class _Traits:
-    """What never changes about an operation; writes: the arguments it writes to, place and name."""
+    """Properties of an operation; writes: position and name of the arguments that it writes to."""
 
     name: str
     is_random: bool
@@ -55,11 +55,13 @@ class _Traits:
 
 
 class DependenceTracker(TorchDispatchMode):
-    """Watches a forward pass; `marked` then says which nodes of the graph use something that came
-    from the pixels by another way than the recorded one, and what it is.
+    """Follows the pixels through a forward pass.
 
-    suspects: numbers of recorded calls whose constants are known to depend on the image; None: not
-    known yet, and the constants of all calls are kept in `calls` to be compared.
+    Afterwards `marked` holds the nodes of the graph that use values which came from the pixels by
+    an unrecorded way, and says what they are.
+
+    suspects: indices of recorded calls whose constants are known to depend on the image. If None,
+    they are not known yet, and `calls` collects the constants of all calls for a comparison.
     """
 
     def __init__(self, suspects: frozenset[int] | None = None):
@@ -69,10 +71,10 @@ class DependenceTracker(TorchDispatchMode):
         self.calls: list[_Call] = []
         self._count = 0
         self._pixels: Tensor | None = None
-        # The results of the last operation and what to mark them with, until they have their node.
-        self._made: list[Tensor] = []
-        self._says: str | None = None
-        # By storage, since views share what they hold.
+        # The results of the last operation and their mark, until autograd has made their nodes.
+        self._results: list[Tensor] = []
+        self._mark: str | None = None
+        # By storage, because views share theirs.
         self._origins: _ByStorage[str] = _ByStorage()
         self._nodes: _ByStorage[Node] = _ByStorage()
 
@@ -82,16 +84,16 @@ class DependenceTracker(TorchDispatchMode):
         self._pixels = pixels
 
     def finish(self) -> None:
-        """Call this when the pass has ended."""
-        for t in self._made:
-            # What is done in place to a view is in the graph of what it is a view of.
+        """Process the results of the last operation; to be called at the end of the pass."""
+        for t in self._results:
+            # An operation in place on a view is in the graph of its base.
             t = t if t._base is None else t._base
             if t.grad_fn is None:
                 continue
             self._nodes.put(t, t.grad_fn)
-            if self._says is not None:
-                self.marked.setdefault(t.grad_fn, self._says)
-        self._made, self._says = [], None
+            if self._mark is not None:
+                self.marked.setdefault(t.grad_fn, self._mark)
+        self._results, self._mark = [], None
 
     def __torch_dispatch__(
         self, func: object, types: object, args: tuple = (), kwargs: dict | None = None
@@ -100,19 +102,19 @@ class DependenceTracker(TorchDispatchMode):
         kwargs = kwargs or {}
         traits = _traits(func)
         values = (*args, *kwargs.values()) if kwargs else args
-        given = _each(values, Tensor)
-        sources = [self._origins.get(t) for t in given]
+        inputs = _flatten(values, Tensor)
+        sources = [self._origins.get(t) for t in inputs]
         written = _written(traits, args, kwargs) if traits.writes else []
-        is_recorded = torch.is_grad_enabled() and any(t.requires_grad for t in given)
+        is_recorded = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
         if is_recorded:
-            self._note(traits.name, values, given, sources)
+            self._track(traits.name, values, inputs, sources)
         else:
             for t in written:
                 node = self._nodes.get(t)
                 if node is not None:
                     self.marked.setdefault(node, f"{traits.name} in place without a gradient")
         result = func(*args, **kwargs)
-        made = [result] if isinstance(result, Tensor) else _each((result,), Tensor)
+        outputs = [result] if isinstance(result, Tensor) else _flatten((result,), Tensor)
         if traits.is_random:
             origin = RANDOM
         elif traits.name in SHAPES_ONLY:
@@ -120,71 +122,76 @@ class DependenceTracker(TorchDispatchMode):
         else:
             origin = PIXELS if PIXELS in sources else RANDOM if RANDOM in sources else None
         if origin is not None:
-            for t in (*made, *written):
+            for t in (*outputs, *written):
                 self._origins.put(t, origin)
-        self._made = made if is_recorded else []
+        self._results = outputs if is_recorded else []
         return result
 
-    def _note(
-        self, name: str, values: tuple, given: list[Tensor], sources: list[str | None]
+    def _track(
+        self, name: str, values: tuple, inputs: list[Tensor], sources: list[str | None]
     ) -> None:
-        """An operation on the recorded way; sources: the origins of what it is given."""
-        # A tensor at which the model itself starts recording counts as a constant.
-        others = [
+        """Track a recorded operation; sources: the origins of its inputs."""
+        # A tensor at which the model itself starts recording is a constant.
+        constants = [
             (t, source)
-            for t, source in zip(given, sources, strict=True)
+            for t, source in zip(inputs, sources, strict=True)
             if not t.requires_grad or (t.is_leaf and t is not self._pixels)
         ]
-        if name == "copy" and others and others[0][0] is given[0] and self._is_new(given[0]):
-            others.pop(0)
-        origins = [source for _, source in others]
+        if (
+            name == "copy"
+            and constants
+            and constants[0][0] is inputs[0]
+            and self._is_overwritten(inputs[0])
+        ):
+            constants.pop(0)
+        origins = [source for _, source in constants]
         if PIXELS in origins or (self.suspects and self._count in self.suspects):
-            self._says = f"{name} {PIXELS}"
+            self._mark = f"{name} {PIXELS}"
         elif RANDOM in origins and name not in SUMS:
-            self._says = f"{name} {RANDOM}"
+            self._mark = f"{name} {RANDOM}"
         self._count += 1
         if self.suspects is None:
-            constants = tuple(t for t, source in others if source is None)
-            self.calls.append(_Call(name, tuple(_each(values, (int, float))), constants))
+            tensors = tuple(t for t, source in constants if source is None)
+            self.calls.append(_Call(name, tuple(_flatten(values, (int, float))), tensors))
 
-    def _is_new(self, t: Tensor) -> bool:
-        """Whether what is copied into a tensor is all of it that comes from the pixels."""
+    def _is_overwritten(self, t: Tensor) -> bool:
+        """Whether nothing that came from the pixels remains in a tensor that is copied into."""
         storage = _storage(t)
         whole = storage is not None and t.numel() * t.element_size() == storage.nbytes()
         return whole or self._origins.get(t) is None or self._nodes.get(t) is not None
 
 
 class _ByStorage(Generic[T]):
-    """What is noted of the storages of tensors."""
+    """A dictionary whose keys are the storages of tensors."""
 
     def __init__(self) -> None:
-        # By its address, which is given to no other as long as there is a weak reference to it.
-        self._found: dict[int, tuple[StorageWeakRef, T]] = {}
+        # By address, which no other storage gets as long as there is a weak reference to this one.
+        self._entries: dict[int, tuple[StorageWeakRef, T]] = {}
 
     def get(self, t: Tensor) -> T | None:
         storage = _storage(t)
-        found = None if storage is None else self._found.get(storage._cdata)
-        return None if found is None else found[1]
+        entry = None if storage is None else self._entries.get(storage._cdata)
+        return None if entry is None else entry[1]
 
     def put(self, t: Tensor, value: T) -> None:
         storage = _storage(t)
         if storage is None:
             return
-        known = self._found.get(storage._cdata)
-        reference = StorageWeakRef(storage) if known is None else known[0]
-        self._found[reference.cdata] = (reference, value)
+        entry = self._entries.get(storage._cdata)
+        reference = StorageWeakRef(storage) if entry is None else entry[0]
+        self._entries[reference.cdata] = (reference, value)
 
 
 def differing_calls(one: DependenceTracker, other: DependenceTracker) -> frozenset[int]:
-    """The numbers of the calls whose constants differ between the passes of two images.
+    """The indices of the calls whose constants differ between the passes of two images.
 
-    None if the passes consist of different operations: a model may take different branches for
-    different images, and each image is projected along its own.
+    Empty if the passes consist of different operations: a model may take different branches for
+    different images, and each image is projected along its own branch.
     """
     if [call.name for call in one.calls] != [call.name for call in other.calls]:
         return frozenset()
     pairs = zip(one.calls, other.calls, strict=True)
-    return frozenset(number for number, pair in enumerate(pairs) if _differ(*pair))
+    return frozenset(index for index, pair in enumerate(pairs) if _differ(*pair))
 
 
 def _differ(one: _Call, other: _Call) -> bool:
@@ -203,23 +210,23 @@ def _alike(a: Tensor, b: Tensor) -> bool:
     return torch.allclose(a, b, rtol=TOLERANCE, equal_nan=True)
 
 
-def _each(values: Sequence, kind: type | tuple[type, ...]) -> list:
-    """All arguments of a kind, also those within lists."""
-    found = []
+def _flatten(values: Sequence, kind: type | tuple[type, ...]) -> list:
+    """All values of a type, including those within lists and tuples."""
+    flat = []
     for value in values:
         if isinstance(value, kind):
-            found.append(value)
+            flat.append(value)
         elif isinstance(value, (list, tuple)):
-            found += _each(value, kind)
-    return found
+            flat += _flatten(value, kind)
+    return flat
 
 
 def _written(traits: _Traits, args: tuple, kwargs: dict) -> list[Tensor]:
-    """The arguments that an operation writes into."""
+    """The tensors that an operation writes to."""
     return [
         t
-        for place, name in traits.writes
-        for t in _each((args[place] if place < len(args) else kwargs.get(name),), Tensor)
+        for index, name in traits.writes
+        for t in _flatten((args[index] if index < len(args) else kwargs.get(name),), Tensor)
     ]
 
 
@@ -229,8 +236,8 @@ def _traits(func: object) -> _Traits:
         func.overloadpacket.__name__.rstrip("_"),
         torch.Tag.nondeterministic_seeded in func.tags,
         tuple(
-            (place, argument.name)
-            for place, argument in enumerate(func._schema.arguments)
+            (index, argument.name)
+            for index, argument in enumerate(func._schema.arguments)
             if argument.alias_info is not None and argument.alias_info.is_write
         ),
     )

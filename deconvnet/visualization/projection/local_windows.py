@@ -1,10 +1,10 @@
-"""Windows of an image that are enough to project a unit: its receptive field, and little more.
+"""Windows of an image that suffice to project a unit: little more than its receptive field.
 
-Nothing beyond its field has a part in a unit, nor in whatever stands between the unit and the
-pixels. So where every operation treats all places alike, a window gives the same projection as the
-whole image, if the grids of all strides fall on the same pixels in it and if it ends where the
-image ends wherever the field reaches the border, so that padding stays where it was. A field of 14
-of 224 pixels then costs a two-hundredth of what the image does.
+Pixels beyond its receptive field do not affect a unit, nor anything between the unit and the
+pixels. If every operation treats all positions alike, a window therefore gives the same projection
+as the whole image, provided that all strides sample the same pixels in it, and that it ends at the
+border of the image wherever the field reaches the border, so that padding stays in its place. A
+field of 14 of 224 pixels then costs a two-hundredth of the image.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from deconvnet.visualization.projection.autograd_graph import (
 )
 from deconvnet.visualization.projection.receptive_fields import FieldGeometry
 
+# Operations that treat all positions alike.
 ALIKE = {
     *("MaxPool2DWithIndices", "AvgPool2D", "Add", "Sub", "Neg", "Mul", "Div", "Clone"),
     *RECTIFIERS,
@@ -32,63 +33,67 @@ ALIKE = {
     *NORMALIZATIONS,
     *(SKIPPED, LEAF),
 }
-# Of the pixels of the image: larger windows are not worth it.
-WORTH = 0.6
+# Windows with a larger share of the pixels of the image are not worth it.
+LARGEST_SHARE = 0.6
 
 
 @dataclass(frozen=True)
 class WindowPlan:
-    """Where the units of a layer lie in images of one size: shape (K, H, W) and lattice, and the
-    names of the operations that lead to them."""
+    """The windows of the units of a layer, in images of one size.
+
+    shape: (K, H, W) of the layer; geometry: of its receptive fields; image: (H, W) in pixels;
+    operations: the names of the operations that lead to the layer.
+    """
 
     shape: tuple[int, int, int]
-    lattice: FieldGeometry
+    geometry: FieldGeometry
     image: tuple[int, int]
     operations: list[str]
 
     def windows(self, units: Tensor) -> Tensor:
-        """(U, 4): top, left, bottom, right of the window of each of units (U, 4)."""
+        """(U, 4): top, left, bottom, right of the window of each of the units (U, 4)."""
         sides = [self._sides(units[:, 2 + axis], axis) for axis in (0, 1)]
         (top, bottom), (left, right) = sides
         return torch.stack([top, left, bottom, right], 1)
 
-    def within(self, units: Tensor, windows: Tensor) -> Tensor:
-        """The units as they are called in their windows, each an image of its own."""
-        stride = torch.tensor(self.lattice.stride)
+    def units_in_windows(self, units: Tensor, windows: Tensor) -> Tensor:
+        """(U, 4): the units, with the number of the window as image and positions in the window."""
+        stride = torch.tensor(self.geometry.stride)
         local = units.clone()
         local[:, 0] = torch.arange(len(units))
         local[:, 2:] -= windows[:, :2] // stride
         return local
 
-    def _sides(self, places: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-        lattice, limit = self.lattice, self.image[axis]
-        stride, size = lattice.stride[axis], lattice.size[axis]
-        field = lattice.first[axis] + stride * places
+    def _sides(self, positions: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+        """Start and end of the windows of units at these positions along an axis."""
+        geometry, limit = self.geometry, self.image[axis]
+        stride, size = geometry.stride[axis], geometry.size[axis]
+        field = geometry.offset[axis] + stride * positions
         # A field may lie wholly in the padding.
         start = field.clamp(min=0, max=limit - 1) // stride * stride
-        # The most that a field of this size, wherever it begins in a step of the grid, reaches.
+        # The largest extent of a field of this size, wherever it starts within a stride.
         length = -(-(size + stride - 1) // stride) * stride
         return start, (start + length).clamp(max=limit)
 
 
 def plan_windows(
-    found: Operations,
+    operations: Operations,
     shape: tuple[int, int, int],
-    lattice: FieldGeometry | None,
+    geometry: FieldGeometry | None,
     image: tuple[int, int],
 ) -> WindowPlan | None:
-    """Where the units of a layer lie; None if windows would not do, or would not be worth it."""
-    if lattice is None or min(lattice.stride) < 1 or not all(map(_is_alike, found.order)):
+    """The windows of the units of a layer; None if windows do not suffice or save too little."""
+    if geometry is None or min(geometry.stride) < 1 or not all(map(_is_alike, operations.order)):
         return None
-    place = WindowPlan(shape, lattice, image, [op.name for op in found.order])
+    plan = WindowPlan(shape, geometry, image, [op.name for op in operations.order])
     middle = torch.tensor([[0, 0, shape[1] // 2, shape[2] // 2]])
-    top, left, bottom, right = place.windows(middle)[0].tolist()
-    worth = (bottom - top) * (right - left) < WORTH * image[0] * image[1]
-    return place if worth else None
+    top, left, bottom, right = plan.windows(middle)[0].tolist()
+    is_small = (bottom - top) * (right - left) < LARGEST_SHARE * image[0] * image[1]
+    return plan if is_small else None
 
 
 def _is_alike(op: Operation) -> bool:
-    """Whether an operation treats all places alike."""
+    """Whether an operation treats all positions alike."""
     if op.name == "Convolution":
         return op.is_convolution and not op.saved("transposed")
     if op.name in ("Cat", "Split", "SplitWithSizes"):

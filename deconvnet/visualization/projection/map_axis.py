@@ -1,8 +1,8 @@
-"""Which axis of a tensor its maps are: the second, or the last, as in (N, H, W, C).
+"""Which axis of a tensor holds its maps: the second, or the last, as in (N, H, W, C).
 
-ConvNeXt, Swin and others switch between the two, so the shape of an output does not say which axis
-holds the maps. We follow them through the autograd graph from where they are certain: after a
-convolution they are the second axis, after a linear layer or a LayerNorm over one axis the last.
+ConvNeXt, Swin and others switch between the two, so the shape of an output does not tell. We follow
+the axis through the autograd graph from where it is certain: it is the second axis after a
+convolution, and the last after a linear layer or a LayerNorm over one axis.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ SECOND = {
 
 
 class MapAxes:
-    """Which axis holds the maps in the outputs of the operations of one forward pass."""
+    """The axis of the maps in the outputs of the operations of one forward pass."""
 
     def __init__(self) -> None:
-        self._known: dict[Node, int | None] = {}
+        self._axes: dict[Node, int | None] = {}
 
-    def last(self, node: Node | None) -> bool:
-        """Whether what a node gives is (N, H, W, C)."""
+    def is_last(self, node: Node | None) -> bool:
+        """Whether the output of a node is (N, H, W, C)."""
         if node is None or len(output_shape(node, 0)) != 4:
             return False
-        for op in reversed(topological_order(node, self._known)):
-            if op.node not in self._known:
-                self._known[op.node] = self._axis(op)
-        return self._known[node] == 3
+        for op in reversed(topological_order(node, self._axes)):
+            if op.node not in self._axes:
+                self._axes[op.node] = self._axis(op)
+        return self._axes[node] == 3
 
     def _axis(self, op: Operation) -> int | None:
         shape = output_shape(op.node, 0)
@@ -55,23 +55,23 @@ class MapAxes:
         if op.name in PRODUCTS and len(op.inputs) < 2:
             return rank - 1
         if op.name in PRODUCTS:
-            # Attention weights have no axis of maps, and what they weight keeps its own.
+            # Attention weights have no axis of maps; the values that they weight keep theirs.
             node, nr = op.inputs[-1]
-            kept = self._known.get(node) == len(output_shape(node, nr)) - 1
-            return rank - 1 if kept else None
+            is_last = self._axes.get(node) == len(output_shape(node, nr)) - 1
+            return rank - 1 if is_last else None
         if op.name == "NativeLayerNorm" and len(op.saved("normalized_shape")) == 1:
             return rank - 1
-        given = [(self._known.get(node), output_shape(node, nr)) for node, nr in op.inputs]
-        given = [(axis, below) for axis, below in given if axis is not None]
+        inputs = [(self._axes.get(node), output_shape(node, nr)) for node, nr in op.inputs]
+        inputs = [(axis, below) for axis, below in inputs if axis is not None]
         if op.name in VIEWS:
-            return _viewed(*given[0], shape) if given else None
-        # Of what is broadcast the one that has the shape of the result.
-        given = sorted(
-            (pair for pair in given if len(pair[1]) == rank), key=lambda p: p[1] != shape
+            return _viewed(*inputs[0], shape) if inputs else None
+        # If inputs are broadcast, the one that has the shape of the result.
+        inputs = sorted(
+            (pair for pair in inputs if len(pair[1]) == rank), key=lambda p: p[1] != shape
         )
-        if not given:
+        if not inputs:
             return None
-        axis = given[0][0]
+        axis = inputs[0][0]
         if op.name == "Permute":
             return [dim % rank for dim in op.saved("dims")].index(axis)
         if op.name == "Transpose":
@@ -81,7 +81,7 @@ class MapAxes:
 
 
 def _viewed(axis: int, below: tuple[int, ...], shape: tuple[int, ...]) -> int | None:
-    """The axis of the maps after a view, if they are one axis of it."""
+    """The axis of the maps after a view; None if the view splits or joins it."""
     if shape[: axis + 1] == below[: axis + 1]:
         return axis
     is_last = axis == len(below) - 1 and shape[-1:] == below[-1:]
@@ -89,9 +89,9 @@ def _viewed(axis: int, below: tuple[int, ...], shape: tuple[int, ...]) -> int | 
 
 
 def unflattened_shape(node: Node) -> tuple[int, ...] | None:
-    """(N, H, W), if a node gives a table (N H W, C) of maps in the layout (N, H, W, C).
+    """(N, H, W) if the output of a node is a table (N H W, C) of maps (N, H, W, C), else None.
 
-    So linear layers do their work on such maps.
+    This is how linear layers process such maps.
     """
     name, shape = operation_name(node), output_shape(node, 0)
     if len(shape) != 2:

@@ -1,4 +1,4 @@
-"""Accepting a torch module that is not ours, and running it without leaving a trace in it."""
+"""Accepts a torch module from elsewhere, and runs it without changing it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module itself, out of what distributes or compiles it."""
+    """The module inside wrappers that distribute or compile it."""
     while True:
         if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             model = model.module
@@ -23,7 +23,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def check_model(model: nn.Module) -> nn.Module:
-    """A model whose layers can be looked into; ValueError in one line that says why not."""
+    """Return the model if its layers can be inspected; else raise ValueError with the reason."""
     kind = type(model).__name__
     if not isinstance(model, nn.Module):
         hint = "; give its .module()" if kind == "ExportedProgram" else ""
@@ -52,8 +52,8 @@ def check_model(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def isolated(model: nn.Module) -> Iterator[None]:
-    """Within it the model is in evaluation mode with frozen parameters, without autocast,
-    compilation and hooks on gradients; afterwards everything is as it was.
+    """A context in which the model is in evaluation mode with frozen parameters, without autocast,
+    compilation and gradient hooks. Afterwards the model is as it was.
     """
     modes = [(module, module.training) for module in model.modules()]
     requires_grad = [(p, p.requires_grad) for p in model.parameters()]
@@ -80,7 +80,7 @@ def isolated(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _without_backward_hooks(model: nn.Module) -> Iterator[None]:
-    """Hooks on gradients, as of Grad-CAM, neither see nor change what goes down here."""
+    """Gradient hooks, such as those of Grad-CAM, neither see nor change the projected signal."""
     kinds = ("_backward_hooks", "_backward_pre_hooks")
     hooked = [
         (module, kind, getattr(module, kind))
@@ -99,8 +99,8 @@ def _without_backward_hooks(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _buffers_kept(model: nn.Module) -> Iterator[None]:
-    """What a model writes into its buffers, such as counts and averages, is undone."""
-    kept = [
+    """Undo what a model writes into its buffers, such as counts and averages."""
+    saved = [
         (buffer, buffer._version, buffer.clone())
         for buffer in model.buffers()
         if not buffer.is_inference()
@@ -109,21 +109,21 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         with torch.no_grad():
-            for buffer, version, values in kept:
+            for buffer, version, values in saved:
                 if buffer._version != version:
                     buffer.copy_(values)
 
 
 @contextmanager
 def _uncompiled(model: nn.Module) -> Iterator[None]:
-    """What was compiled runs as it was written: compiled parts hide their operations."""
+    """Run compiled parts as they were written, because compiled code hides its operations."""
     compiled = [
         (module, module._compiled_call_impl)
         for module in model.modules()
         if getattr(module, "_compiled_call_impl", None) is not None
     ]
     with ExitStack() as stack:
-        # From PyTorch 2.6 on also for functions; before they are refused by name.
+        # From PyTorch 2.6 on, this also works for functions; before, they are refused by name.
         if hasattr(torch.compiler, "set_stance"):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.jit.optimized_execution(False))

@@ -1,4 +1,4 @@
-"""What a projection is, whichever network it comes from: pictures, places, values and a report."""
+"""What a projection is, for any network: images, receptive fields, values and a report."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from torch import Tensor
 
 from deconvnet.support.validation import as_tensor
 
-CHOICES = 3
+# Names to suggest for one that does not exist.
+SUGGESTIONS = 3
 
 Units = Sequence[tuple[int, int, int, int]] | Tensor
 
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """A layer whose units can be projected, as it answers to one image.
+    """A layer whose units can be projected, for images of one size.
 
-    name: as the projector takes it; kind: the class of the module; shape: (K, H, W), of vectors
-    (K, 1, 1); field, stride, offset: pixels that a unit sees, that two neighbours are apart, and
-    where the first unit's field begins (negative: before the image), rows and columns; None where
-    a unit sees the whole image or this is not known.
+    name: as the projector takes it; kind: the class of the module; shape: (K, H, W), (K, 1, 1) for
+    vectors. field, stride, offset: in pixels, along rows and columns, the size of the receptive
+    field of a unit, its distance to that of the next unit, and its start for the first unit, which
+    is negative in front of the image; None if a unit sees the whole image, or if unknown.
     """
 
     name: str
@@ -36,7 +37,7 @@ class LayerInfo:
     offset: tuple[int, int] | None = None
 
     def inside(self, image: tuple[int, int]) -> Tensor:
-        """(H, W): whether the field of a unit there lies inside an image of so many pixels."""
+        """(H, W): whether the field of a unit there lies inside an image of these sides."""
         if self.field is None:
             return torch.ones(self.shape[1:], dtype=torch.bool)
         rows, columns = (
@@ -58,12 +59,13 @@ class LayerInfo:
 
 @dataclass(frozen=True)
 class Projection:
-    """Some units of a layer in the space of the input, each alone.
+    """U units of a layer in the space of the input, each on its own.
 
-    units: (U, 4) image, map, row, column; images: (U, C, H, W) in the space that the network sees
-    (normalised, preprocessed), zero where there is nothing; boxes: (U, 4) top, left, bottom, right
-    of the receptive fields in pixels, the last two exclusive, clipped to the image; fields: the
-    same unclipped, of one size for all units; values: (U,) the activations; report: how faithful.
+    units: (U, 4), image, map, row, column. images: (U, C, H, W), the projections in the space that
+    the network sees (normalised, preprocessed); zero where nothing arrives. boxes: (U, 4), the
+    receptive fields in pixels as top, left, bottom, right, the last two exclusive, clipped to the
+    image. fields: (U, 4), the same without clipping, all of one size. values: (U,), the
+    activations. report: how faithful the projection is to the paper.
     """
 
     units: Tensor
@@ -77,25 +79,25 @@ class Projection:
         return len(self.units)
 
     def tiles(self) -> Tensor:
-        """(U, C, h, w): the projections, cut to the fields; zeros beyond the image.
+        """(U, C, h, w): the projections, cropped to the fields; zeros beyond the image.
 
-        Along an axis where the field is larger than the image the tile is the image.
+        Along an axis where the field is larger than the image, the tile shows the whole image.
         """
         return crop(self.images, tile_boxes(self.fields, tuple(self.images.shape[2:])))
 
     def patches(self, pixels: Tensor) -> Tensor:
-        """(U, C, h, w): the same places of the images (N, C, H, W), grey (0.5) beyond them."""
+        """(U, C, h, w): the same crops of the images (N, C, H, W), grey (0.5) beyond them."""
         boxes = tile_boxes(self.fields, tuple(self.images.shape[2:]))
         return crop(pixels[self.units[:, 0].to(pixels.device)], boxes, fill=0.5)
 
 
 @dataclass(frozen=True)
 class UnevenOverlap:
-    """A convolution whose transpose paints some pixels with more terms than others.
+    """A convolution whose transpose sums more terms in some pixels than in others.
 
-    It does where its stride does not divide the (dilated) kernel, and leaves a regular pattern, the
-    checkerboard, whatever the signal. period: of the pattern in pixels, rows and columns,
-    0 if it is not known.
+    This happens if the stride does not divide the (dilated) kernel. It leaves a regular pattern,
+    the checkerboard, whatever the signal. period: of the pattern along rows and columns in pixels;
+    0 if unknown.
     """
 
     layer: str
@@ -113,13 +115,14 @@ class UnevenOverlap:
 
 @dataclass(frozen=True)
 class ProjectionReport:
-    """What a projection passed on its way down, and how far it is that of the paper.
+    """The operations that a projection passed on its way down, and how faithful it is to the paper.
 
-    exact: operations that the paper has a rule for; linear: others, linear, reversed by their
-    transpose; extended: others, by a rule made in the spirit of the paper's; skipped: contrast
-    normalisation; unsupported: no rule, the gradient was used; rectified, switched: how often the
-    signal was rectified, and sent through the switches of max pooling; uneven: what may show as a
-    checkerboard; overlap: "normalised" if it was divided out.
+    Counts of operations by name: exact, those that the paper has a rule for; linear, other linear
+    operations, reversed by their transpose; extended, those with a rule in the spirit of the paper;
+    skipped, contrast normalisation; unsupported, those without a rule, for which the gradient was
+    used. rectified, switched: how often the signal was rectified, and sent through the switches of
+    max pooling. uneven: convolutions that may leave a checkerboard; overlap: "normalised" if it was
+    divided out.
     """
 
     method: str
@@ -135,7 +138,7 @@ class ProjectionReport:
 
     @property
     def faithful(self) -> bool:
-        """Whether every operation has a rule in the paper or is linear."""
+        """Whether every operation has a rule in the paper, is linear, or is skipped."""
         return not (self.extended or self.unsupported) and self.overlap == "sum"
 
     def __str__(self) -> str:
@@ -151,9 +154,10 @@ class ProjectionReport:
 
 
 def tile_boxes(fields: Tensor, image: tuple[int, int]) -> Tensor:
-    """(U, 4) of one size: fields as they are, or the image along an axis that is shorter than they.
+    """(U, 4), boxes of one size: the fields, or the whole image along an axis that is shorter.
 
-    Where fields differ (above an enlargement or an adaptive pooling), as large as the largest.
+    If fields differ in size (above upsampling or adaptive pooling), all boxes are as large as the
+    largest.
     """
     boxes = fields.clone()
     for axis, size in enumerate(image if len(boxes) else ()):
@@ -167,7 +171,8 @@ def tile_boxes(fields: Tensor, image: tuple[int, int]) -> Tensor:
 
 
 def crop(images: Tensor, boxes: Tensor, *, fill: float = 0.0) -> Tensor:
-    """(U, C, h, w) from images (U, C, H, W): boxes (U, 4) of one size, which may reach beyond."""
+    """(U, C, h, w): one box of each image (U, C, H, W); boxes: (U, 4), of one size, which may reach
+    beyond the image, where the result is `fill`."""
     parts = []
     H, W = images.shape[2:]
     for image, (top, left, bottom, right) in zip(images, boxes.tolist(), strict=True):
@@ -183,39 +188,42 @@ def crop(images: Tensor, boxes: Tensor, *, fill: float = 0.0) -> Tensor:
 def check_units(
     units: Units, images: int, layer: str, shape: tuple[int, int, int] | None = None
 ) -> Tensor:
-    """Units as a long tensor (U, 4), if all of them exist; shape: of the layer, if it is known."""
+    """Units as a long tensor (U, 4); raises ValueError if one does not exist.
+
+    images: the number of images; shape: (K, H, W) of the layer, if it is known yet.
+    """
     try:
-        found = torch.as_tensor(units).cpu()
+        units = torch.as_tensor(units).cpu()
     except (TypeError, ValueError) as error:
         raise ValueError(f"units: expected rows of (image, map, row, column): {error}") from None
-    if found.numel() == 0:
-        return found.new_zeros(0, 4, dtype=torch.long)
-    if found.dim() != 2 or found.shape[1] != 4 or found.is_floating_point():
+    if units.numel() == 0:
+        return units.new_zeros(0, 4, dtype=torch.long)
+    if units.dim() != 2 or units.shape[1] != 4 or units.is_floating_point():
         raise ValueError(
-            f"units are {found.dtype} {tuple(found.shape)}: expected rows of integers (image, map, "
+            f"units are {units.dtype} {tuple(units.shape)}: expected rows of integers (image, map, "
             "row, column)"
         )
-    found = found.long()
+    units = units.long()
     if shape is None:
-        wrong = found[(found[:, 0] < 0) | (found[:, 0] >= images)]
+        wrong = units[(units[:, 0] < 0) | (units[:, 0] >= images)]
         if len(wrong):
             raise ValueError(
                 f"unit {tuple(wrong[0].tolist())} (image, map, row, column): there are {images} "
                 "images"
             )
-        return found
+        return units
     limits = torch.tensor([images, *shape])
-    wrong = ((found < 0) | (found >= limits)).any(1).nonzero()
+    wrong = ((units < 0) | (units >= limits)).any(1).nonzero()
     if len(wrong):
         raise ValueError(
-            f"unit {tuple(found[wrong[0, 0]].tolist())} (image, map, row, column): there are "
+            f"unit {tuple(units[wrong[0, 0]].tolist())} (image, map, row, column): there are "
             f"{images} images, and {layer} has {shape[0]} maps of {shape[1]}x{shape[2]}"
         )
-    return found
+    return units
 
 
 def check_input(x: Tensor) -> Tensor:
-    """Images (N, C, H, W) of floating point as a tensor, from one or from a numpy array."""
+    """Images (N, C, H, W) as a floating-point tensor, from a tensor or a NumPy array."""
     if not isinstance(x, (Tensor, np.ndarray)):
         kind = type(x).__name__
         raise ValueError(f"x is {kind}: expected images (N, C, H, W) of floating point")
@@ -227,8 +235,8 @@ def check_input(x: Tensor) -> Tensor:
 
 
 def unknown_layer(name: str, names: Sequence[str]) -> ValueError:
-    """The error for a layer that does not exist, with the names that are close to it."""
-    calls = [known for known in names if known.startswith(f"{name}#")]
+    """The error for a layer that does not exist, with similar names."""
+    calls = [other for other in names if other.startswith(f"{name}#")]
     if calls:
         return ValueError(
             f"layer {name!r}: called {len(calls)} times; choose {', '.join(calls[:4])}"
@@ -236,20 +244,22 @@ def unknown_layer(name: str, names: Sequence[str]) -> ValueError:
     return ValueError(f"layer {name!r}: no such layer; {suggest_layers(name, names)}")
 
 
-def _has_parts(known: str, parts: list[str]) -> bool:
-    """Whether a dotted name has all of some parts, in their order."""
-    rest = iter(known.partition("#")[0].split("."))
-    return all(part in rest for part in parts)
-
-
 def suggest_layers(name: str, names: Sequence[str]) -> str:
-    """What may be meant by a name, or which names there are."""
+    """Suggest names that are similar to a name, or list those that exist."""
     if not names:
         return "the model calls no module that gives maps (N, K, H, W) or vectors (N, K)"
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-    # layer1.relu is part of layer1.0.relu#0; of several the last, whose output is that of the part.
-    within = [known for known in names if _has_parts(known, name.split("."))][: -CHOICES - 1 : -1]
+    # layer1.relu may mean layer1.0.relu#0; the last such layers come first, as they are outputs.
+    within = [other for other in names if _has_parts(other, name.split("."))][
+        : -SUGGESTIONS - 1 : -1
+    ]
     if within or close:
         return f"did you mean {', '.join(within or close)}?"
     more = ", ..." if len(names) > 12 else ""
     return f"there are {', '.join(names[:12])}{more}"
+
+
+def _has_parts(name: str, parts: list[str]) -> bool:
+    """Whether a dotted name contains some parts, in their order."""
+    rest = iter(name.partition("#")[0].split("."))
+    return all(part in rest for part in parts)

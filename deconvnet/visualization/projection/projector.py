@@ -1,12 +1,12 @@
-"""Units of a network in the space of the image: one interface for every network.
+"""Projects units of a network into the space of the image: one interface for every network.
 
     projector = Projector(model)
-    found = projector(x, "features.8", units=[(0, 17, 5, 6)])      image, map, row, column
-    found.images, found.boxes, found.values, found.report
+    projection = projector(x, "features.8", units=[(0, 17, 5, 6)])     image, map, row, column
+    projection.images, projection.boxes, projection.values, projection.report
 
-For a trained network the way down is its own backward pass under the rules of Zeiler and Fergus
-(ECCV 2014, section 2.1; `rules`). For a network learned by deconvolution it is the generative model
-with the switches of inference (Zeiler et al. 2011).
+A trained network is run backwards, under the rules of Zeiler and Fergus (ECCV 2014, section 2.1;
+`backward_rules`). A network that was learned by deconvolution is its own generative model, with the
+switches of inference (Zeiler et al. 2011).
 """
 
 from __future__ import annotations
@@ -28,17 +28,19 @@ class Projector:
     """Projects units of a network into the space of its input.
 
     model: any module that takes images (N, C, H, W), or a DeconvNet, which takes pixels in [0, 1].
-    It is used in evaluation mode, and left as it was.
+    It runs in evaluation mode and is left as it was.
 
-    method: deconv (the default) | guided | gradient; of a DeconvNet always generative.
-    strict: refuse a layer below which stands an operation that the method has no rule for; else
-    its gradient is used, and the report says so. gates: sigmoids that multiply maps (squeeze and
-    excitation) are constant on the way down, or have their "gradient". overlap: "normalised"
-    divides out the pattern that a transposed convolution leaves where its stride does not divide
-    its kernel. normalization: what is done to pixels before the model sees them, for `prepare` and
-    `signed_rgb`. batch: images that go through the model at a time, which bounds memory. local:
-    compute transposed convolutions only where there is a signal: many times faster, equal up to
-    rounding; without it the result is that of the full backward pass to the bit.
+    method: deconv (the default), guided or gradient; a DeconvNet is always generative.
+    strict: refuse a layer if an operation below it has no rule; otherwise the gradient of that
+    operation is used, and the report says so.
+    gates: sigmoids that multiply maps (squeeze and excitation) are constant on the way down, or
+    have their "gradient".
+    overlap: "normalised" divides out the pattern that a transposed convolution leaves if its stride
+    does not divide its kernel.
+    normalization: how pixels are normalised for the model; for `prepare` and `signed_rgb`.
+    batch: images that go through the model at a time, which bounds memory.
+    local: compute transposed convolutions only where there is a signal. This is many times faster
+    and equal up to rounding; without it, the result is bit-equal to the full backward pass.
     """
 
     def __init__(
@@ -60,12 +62,12 @@ class Projector:
         self.batch = batch
         if self.is_deconvnet:
             if method not in (None, "generative"):
-                raise ValueError(f"method={method}: of a DeconvNet it is always generative")
+                raise ValueError(f"method={method}: a DeconvNet is always projected as generative")
             self.method = "generative"
-            self.network = DeconvNetBackend(model, batch=batch)
+            self.backend = DeconvNetBackend(model, batch=batch)
         else:
             self.method = method or "deconv"
-            self.network = CnnBackend(
+            self.backend = CnnBackend(
                 model,
                 method=self.method,
                 strict=strict,
@@ -77,35 +79,34 @@ class Projector:
 
     @property
     def model(self) -> nn.Module:
-        return self.network.model
+        return self.backend.model
 
     @property
     def device(self) -> torch.device:
-        return self.network.device
+        return self.backend.device
 
     def layers(self, x: Tensor) -> list[LayerInfo]:
         """The layers that can be projected, in the order in which x (N, C, H, W) passes them.
 
-        A module that is called more than once has a number behind its name for each call: relu#0.
+        If a module is called more than once, the number of the call follows its name: relu#0.
         """
-        x = check_input(x)
-        return self.network.layers(x)
+        return self.backend.layers(check_input(x))
 
     def __call__(
         self, x: Tensor, layer: str, units: Units, *, seeds: Tensor | None = None
     ) -> Projection:
-        """Units of a layer, each projected alone, with the switches of its image.
+        """Project units of a layer, each on its own, with the switches of its image.
 
         x: (N, C, H, W), as the model takes it. units: rows of (image in x, map, row, column);
-        layers of vectors have row and column 0. seeds: (U,), what goes down from each unit; by
-        default its activation. Of the projection it only sets the scale, as long as it is positive.
+        layers of vectors have row and column 0. seeds: (U,), the value to send down from each unit,
+        by default its activation. A positive seed only scales the projection.
         """
         x = check_input(x)
         if seeds is not None and tuple(seeds.shape) != (len(units),):
             raise ValueError(
                 f"seeds of shape {tuple(seeds.shape)} for {len(units)} units: expected one for each"
             )
-        return self.network.project(x, layer, units, seeds)
+        return self.backend.project(x, layer, units, seeds)
 
     def responses(
         self,
@@ -115,25 +116,24 @@ class Projector:
     ) -> dict[str, Tensor]:
         """{layer: (N, K, H, W)}: how strongly all units of some layers respond to x.
 
-        Activations; of a DeconvNet, whose maps have signs, their magnitudes. Vectors come as maps
-        of one place. reduce: what is kept of the name and the maps of each layer, before the model
-        goes on; by default the maps.
+        Responses are activations; for a DeconvNet, whose maps have signs, their magnitudes. Vectors
+        become maps with one position. reduce: a function of a layer's name and maps; what it
+        returns is kept instead of the maps.
         """
-        x = check_input(x)
-        return self.network.responses(x, layers, reduce)
+        return self.backend.responses(check_input(x), layers, reduce)
 
     def outputs(self, x: Tensor) -> Tensor | None:
-        """(N, classes): what the whole model makes of x; None if it is no such table."""
-        x = check_input(x)
-        return self.network.outputs(x)
+        """(N, classes): the output of the whole model; None if the output is not a table."""
+        return self.backend.outputs(check_input(x))
 
     def prepare(self, pixels: Tensor) -> Tensor:
-        """RGB pixels (N, 3, H, W) in [0, 1] as the model takes them, on its device."""
+        """Convert RGB pixels (N, 3, H, W) in [0, 1] into what the model takes, on its device."""
         pixels = pixels.to(self.device)
         return pixels if self.is_deconvnet else self.normalization.apply(pixels)
 
     def signed_rgb(self, images: Tensor) -> Tensor:
-        """Projections (U, C, H, W) as signed red, green and blue (U, 3, H, W); zero is grey."""
+        """Projections (U, C, H, W) as signed red, green and blue (U, 3, H, W), in units of pixels;
+        zero is grey."""
         if self.is_deconvnet:
             return signed_rgb(self.model, images).expand(-1, 3, -1, -1)
         return self.normalization.signed_rgb(images)

@@ -1,10 +1,10 @@
-"""What a unit of a network can see of the image: interval arithmetic from the unit to the pixels.
+"""Receptive fields: the pixels that a unit sees, by interval arithmetic from the unit downwards.
 
-    U units · a box is an array (U, 3, 2): for channels, rows and columns the first and last + 1,
-              in the order of the axes of what it is a part of, which may be (N, H, W, C)
+    U units · a box is an array (U, 3, 2): first and last + 1 along channels, rows and columns, in
+              the order of the axes of the maps, which may be (N, H, W, C)
 
-Clipped to the maps at every operation the field of a unit is exact. Behind an operation that has no
-rule here a unit is taken to see everything.
+Fields are exact if boxes are clipped to the maps at every operation. Below an operation that has no
+rule here, a unit is taken to see everything.
 """
 
 from __future__ import annotations
@@ -39,45 +39,43 @@ from deconvnet.visualization.projection.map_axis import VIEWS, MapAxes, unflatte
 
 Box = np.ndarray
 Shapes = list[tuple[int, ...]]
-# Beyond every place in every map.
+# Beyond every position in every map.
 FAR = 1 << 40
 
 
 def trace_fields(
-    found: Operations, units: Box, x: Tensor, *, clip: bool = True, last: bool = False
+    operations: Operations, units: Box, x: Tensor, *, clip: bool = True, last: bool = False
 ) -> Box:
-    """(U, 2, 2): rows and columns of the pixels that units can see, the first and last + 1.
+    """(U, 2, 2): for rows and columns, the first and last + 1 of the pixels that units can see.
 
-    units: (U, 3), map, row and column of each in what the operations lead to, (N, K, H, W) or, if
-    `last`, (N, H, W, K). x: the leaf (N, C, H, W). Clipped to the maps at every operation the
-    result is exact. Without, it is that of all maps together: of one size for all units, and it may
-    reach beyond the image. Behind an operation that is not known here a unit is taken to see
-    everything.
+    units: (U, 3), map, row and column in the output of the operations, which is (N, K, H, W) or, if
+    `last`, (N, H, W, K). x: the leaf (N, C, H, W). clip: clip boxes to the maps at every operation,
+    which makes the result exact. Otherwise the result is the field for all maps together: it has
+    one size for all units and may reach beyond the image.
     """
     start = np.stack([units, units + 1], 2)
     start = start if clip else _all_channels(start)
     start = np.roll(start, -1, 1) if last else start
-    boxes = {found.order[0].node: {found.output: start}}
+    boxes = {operations.order[0].node: {operations.output: start}}
     pixels = np.zeros_like(start)
-    for op in found.order:
+    for op in operations.order:
         if op.node not in boxes:
             continue
-        box = _joined(op, boxes.pop(op.node))
+        box = _join_outputs(op, boxes.pop(op.node))
         if op.name == LEAF:
             pixels = box if op.node.variable is x else pixels
             continue
-        for (below, nr), seen in zip(
-            op.inputs, _seen(op, box, output_shape(op.node, 0)), strict=True
-        ):
-            if seen is None:
+        input_boxes = _input_boxes(op, box, output_shape(op.node, 0))
+        for (below, nr), part in zip(op.inputs, input_boxes, strict=True):
+            if part is None:
                 continue
             size = output_shape(below, nr)
             if clip and op.name in FOLDS:
-                seen = FOLDS[op.name](seen, np.array(size[2:]))
+                part = FOLDS[op.name](part, np.array(size[2:]))
             if len(size) == 4:
-                seen = _bounded(seen, size[1:], clip)
-            asked = boxes.setdefault(below, {})
-            asked[nr] = _union(asked.get(nr), seen)
+                part = _bounded(part, size[1:], clip)
+            outputs = boxes.setdefault(below, {})
+            outputs[nr] = _union(outputs.get(nr), part)
     pixels = pixels[:, 1:]
     empty = (pixels[..., 1] <= pixels[..., 0]).any(1)
     return np.where(empty[:, None, None], 0, pixels)
@@ -85,67 +83,73 @@ def trace_fields(
 
 @dataclass(frozen=True)
 class FieldGeometry:
-    """The pixels that units on a regular grid see, (rows, columns): `size` of them from
-    first + stride * unit on, borders left aside. A stride of 0: all units see the same."""
+    """The receptive fields of units on a regular grid, along (rows, columns), ignoring borders.
 
-    first: tuple[int, int]
+    Unit n sees `size` pixels, starting at offset + stride * n. With stride 0, all units see the
+    same pixels.
+    """
+
+    offset: tuple[int, int]
     size: tuple[int, int]
     stride: tuple[int, int]
 
 
 class FieldGeometries:
-    """The lattices of what the operations of one forward pass give, each looked at once."""
+    """The field geometries of the outputs of all operations of one forward pass, computed once.
+
+    x: the leaf. constant_gates: gates of products do not count, as they are constants.
+    """
 
     def __init__(self, x: Tensor, *, constant_gates: bool = False):
         self.x, self.constant_gates = x, constant_gates
-        self._known: dict[Node, np.ndarray | None] = {}
-        self._layouts = MapAxes()
+        self._cache: dict[Node, np.ndarray | None] = {}
+        self._map_axes = MapAxes()
 
-    def of(self, node: Node) -> FieldGeometry | None:
-        """That of the output of a node; None where it does not depend on the image."""
-        for op in reversed(topological_order(node, self._known)):
-            if op.node not in self._known:
-                self._known[op.node] = self._pixels(op)
-        pixels = self._known[node]
+    def at(self, node: Node) -> FieldGeometry | None:
+        """The geometry for the output of a node; None if it does not depend on the image."""
+        for op in reversed(topological_order(node, self._cache)):
+            if op.node not in self._cache:
+                self._cache[op.node] = self._pixels(op)
+        pixels = self._cache[node]
         if pixels is None:
             return None
         first, second = pixels[0], pixels[1]
         stride = second[:, 0] - first[:, 0]
-        each = first[:, 0], first[:, 1] - first[:, 0], stride
-        return FieldGeometry(*(tuple(values.tolist()) for values in each))
+        geometry = first[:, 0], first[:, 1] - first[:, 0], stride
+        return FieldGeometry(*(tuple(values.tolist()) for values in geometry))
 
     def _pixels(self, op: Operation) -> np.ndarray | None:
-        """(2, 2, 2): of two neighbouring units the rows and columns, the first and last + 1."""
+        """(2, 2, 2): of two neighbouring units, rows and columns, the first and last + 1."""
         if op.name == LEAF:
             units = np.array([0, 1])[:, None, None] + np.array([0, 1])
             return units.repeat(2, 1) if op.node.variable is self.x else None
         units = _all_channels(np.array([[0, 0, 0], [0, 1, 1]])[..., None] + np.array([0, 1]))
         units = np.roll(units, -1, 1) if self._is_last(op.node) else units
         gates = gates_of(op) if self.constant_gates else ()
-        whole = None
-        seen = _seen(op, units, output_shape(op.node, 0))
-        for (below, nr), box in zip(op.inputs, seen, strict=True):
-            known = self._known.get(below)
-            if box is None or known is None or skip_moves(below) in gates:
+        pixels = None
+        input_boxes = _input_boxes(op, units, output_shape(op.node, 0))
+        for (below, nr), box in zip(op.inputs, input_boxes, strict=True):
+            fields = self._cache.get(below)
+            if box is None or fields is None or skip_moves(below) in gates:
                 continue
             size = output_shape(below, nr)
             box = _bounded(box, size[1:], False) if len(size) == 4 else box
             if operation_name(below) in SPLITS:
                 box = _unsplit(Operation(below, operation_name(below), inputs_of(below)), nr, box)
             box = box[:, :2] if self._is_last(below) else box[:, 1:]
-            # Where what is below has no places, all of it is seen.
+            # If the input has no positions, all of it is seen.
             box = np.where(np.abs(box) > FAR, np.array([0, 1]), box)
-            stride = known[1, :, 0] - known[0, :, 0]
+            stride = fields[1, :, 0] - fields[0, :, 0]
             first, last = (
-                known[0, :, 0] + stride * box[..., 0],
-                known[0, :, 1] + stride * (box[..., 1] - 1),
+                fields[0, :, 0] + stride * box[..., 0],
+                fields[0, :, 1] + stride * (box[..., 1] - 1),
             )
-            pixels = np.stack([first, last], 2)
-            whole = pixels if whole is None else _hull(whole, pixels)
-        return whole
+            branch = np.stack([first, last], 2)
+            pixels = branch if pixels is None else _hull(pixels, branch)
+        return pixels
 
     def _is_last(self, node: Node) -> bool:
-        return self._layouts.last(node) or unflattened_shape(node) is not None
+        return self._map_axes.is_last(node) or unflattened_shape(node) is not None
 
 
 def _hull(a: Box, b: Box) -> Box:
@@ -153,44 +157,44 @@ def _hull(a: Box, b: Box) -> Box:
 
 
 def _bounded(box: Box, size: tuple[int, ...], clip: bool) -> Box:
-    """A box within maps of this size; unless it is to be clipped, only where it has no end."""
+    """A box within maps of this size. If `clip` is false, only infinite ends are bounded."""
     limits = np.array(size)
     first = np.where((box[..., 0] < -FAR) | clip, box[..., 0].clip(0), box[..., 0])
     last = np.where((box[..., 1] > FAR) | clip, np.minimum(box[..., 1], limits), box[..., 1])
     return np.stack([first, last], 2)
 
 
-def _joined(op: Operation, asked: dict[int, Box]) -> Box:
-    """What is asked of an operation, in the coordinates of what it was given where it splits."""
-    whole = None
-    for nr, box in asked.items():
-        whole = _union(whole, _unsplit(op, nr, box) if op.name in SPLITS else box)
-    return whole
+def _join_outputs(op: Operation, outputs: dict[int, Box]) -> Box:
+    """The box of all outputs of an operation, in the coordinates of the input if it is a split."""
+    joined = None
+    for nr, box in outputs.items():
+        joined = _union(joined, _unsplit(op, nr, box) if op.name in SPLITS else box)
+    return joined
 
 
 def _union(a: Box | None, b: Box) -> Box:
     if a is None:
         return b
-    # An empty box, of a branch that the channel of a unit does not take, adds nothing.
+    # A box is empty in a branch that does not lead to the channel of the unit.
     a_empty = (a[..., 1] <= a[..., 0]).any(1)[:, None, None]
     b_empty = (b[..., 1] <= b[..., 0]).any(1)[:, None, None]
     both = np.stack([np.minimum(a[..., 0], b[..., 0]), np.maximum(a[..., 1], b[..., 1])], 2)
     return np.where(a_empty, b, np.where(b_empty, a, both))
 
 
-def _seen(op: Operation, box: Box, shape: tuple[int, ...]) -> list[Box | None]:
-    """Of every input of an operation the part that a box of its result depends on."""
+def _input_boxes(op: Operation, box: Box, shape: tuple[int, ...]) -> list[Box | None]:
+    """For every input of an operation, the box that a box of its output depends on."""
     rule = RULES.get(op.name) or _unknown
     shapes = [output_shape(node, nr) for node, nr in op.inputs]
     if op.name == "Convolution" and not op.is_convolution:
         rule = _unknown
     empty = (box[..., 1] <= box[..., 0]).any(1)[:, None, None]
-    seen = rule(op, box, shape, shapes)
-    return [None if part is None else np.where(empty, 0, part) for part in seen]
+    inputs = rule(op, box, shape, shapes)
+    return [None if part is None else np.where(empty, 0, part) for part in inputs]
 
 
 def _everything(box: Box, shape: tuple[int, ...]) -> Box:
-    """All of some maps; of what is no maps, without an end."""
+    """All of some maps; a box without ends for anything else."""
     full = np.zeros_like(box)
     if len(shape) == 4:
         full[..., 1] = np.array(shape[1:])
@@ -204,19 +208,19 @@ def _unknown(op: Operation, box: Box, shape: tuple, shapes: Shapes) -> list[Box]
 
 
 def _elementwise(op: Operation, box: Box, shape: tuple, shapes: Shapes) -> list[Box]:
-    """The same places; of an input that was broadcast, its only one."""
-    seen = []
+    """The same positions; in an input that is broadcast, its only position."""
+    result = []
     for below in shapes:
         if below == shape:
-            seen.append(box)
+            result.append(box)
             continue
         wide, narrow = np.array(shape[1:]), np.array(below[1:])
         if (len(shape), len(below)) != (4, 4) or ((narrow != wide) & (narrow != 1)).any():
-            seen.append(_everything(box, below))
+            result.append(_everything(box, below))
         else:
             broadcast = (narrow == 1) & (wide != 1)
-            seen.append(np.where(broadcast[:, None], np.array([0, 1]), box))
-    return seen
+            result.append(np.where(broadcast[:, None], np.array([0, 1]), box))
+    return result
 
 
 def _all_channels(box: Box) -> Box:
@@ -226,7 +230,7 @@ def _all_channels(box: Box) -> Box:
 
 
 def _across_channels(op: Operation, box: Box, shape: tuple, shapes: Shapes) -> list[Box]:
-    """The same places in all channels, where the last two dimensions are left alone."""
+    """The same positions in all channels, if the last two dimensions stay as they are."""
     below = shapes[0]
     if below == shape and op.name in VIEWS:
         return [box]
@@ -235,8 +239,8 @@ def _across_channels(op: Operation, box: Box, shape: tuple, shapes: Shapes) -> l
         :3
     ]:
         return [box]
-    kept = min(len(shape), len(below)) > 3 and below[-2:] == shape[-2:]
-    return [_all_channels(box)] if kept else _unknown(op, box, shape, shapes)
+    is_same = min(len(shape), len(below)) > 3 and below[-2:] == shape[-2:]
+    return [_all_channels(box)] if is_same else _unknown(op, box, shape, shapes)
 
 
 def _transpose(op: Operation, box: Box, shape: tuple, shapes: Shapes) -> list[Box]:
@@ -261,29 +265,31 @@ def _permute(op: Operation, box: Box, shape: tuple, shapes: Shapes) -> list[Box]
 
 
 def _table(op: Operation, box: Box, shape: tuple, shapes: Shapes) -> list[Box]:
-    """A linear layer on maps (N, H, W, C): the same places in all channels."""
+    """A linear layer on maps (N, H, W, C): the same positions in all channels."""
     if len(shapes) != 1 or unflattened_shape(op.node) is None:
         return _unknown(op, box, shape, shapes)
     return [np.roll(_all_channels(np.roll(box, 1, 1)), -1, 1)]
 
 
 def _layer_norm(op: Operation, box: Box, shape: tuple, shapes: Shapes) -> list[Box]:
-    """All of the axes that are normalised, which are the last ones."""
+    """All of the axes that are normalised, which are the last."""
     if len(shape) != 4 or len(shapes) != 1:
         return _unknown(op, box, shape, shapes)
-    seen = box.copy()
-    seen[:, 3 - min(3, len(op.saved("normalized_shape"))) :] = -2 * FAR, 2 * FAR
-    return [seen]
+    result = box.copy()
+    result[:, 3 - min(3, len(op.saved("normalized_shape"))) :] = -2 * FAR, 2 * FAR
+    return [result]
 
 
-def _window(box: Box, kernel: object, stride: object, padding: object, dilation: object) -> Box:
-    """What windows at the rows and columns of a box cover."""
+def _kernel_extent(
+    box: Box, kernel: object, stride: object, padding: object, dilation: object
+) -> Box:
+    """The positions that kernels cover, for outputs at the rows and columns of a box."""
     kernel, stride, padding, dilation = map(np.array, (kernel, stride, padding, dilation))
     first = box[:, 1:, 0] * stride - padding
     last = (box[:, 1:, 1] - 1) * stride - padding + dilation * (kernel - 1)
-    seen = box.copy()
-    seen[:, 1:] = np.stack([first, last + 1], 2)
-    return seen
+    result = box.copy()
+    result[:, 1:] = np.stack([first, last + 1], 2)
+    return result
 
 
 def _convolution(op: Operation, box: Box, shape: tuple, shapes: Shapes) -> list[Box]:
@@ -292,76 +298,77 @@ def _convolution(op: Operation, box: Box, shape: tuple, shapes: Shapes) -> list[
     padding, dilation = np.array(op.pair("padding")), np.array(op.pair("dilation"))
     if op.saved("transposed"):
         # Output o takes input i where o = i stride - padding + dilation tap.
-        reach = dilation * (kernel - 1)
-        first = -((reach - box[:, 1:, 0] - padding) // stride)
+        extent = dilation * (kernel - 1)
+        first = -((extent - box[:, 1:, 0] - padding) // stride)
         last = (box[:, 1:, 1] - 1 + padding) // stride
-        seen = box.copy()
-        seen[:, 1:] = np.stack([first, last + 1], 2)
+        result = box.copy()
+        result[:, 1:] = np.stack([first, last + 1], 2)
     else:
-        seen = _window(box, kernel, stride, padding, dilation)
-    given, made = shapes[0][1] // groups, shape[1] // groups
-    group = np.stack([box[:, 0, 0] // made, (box[:, 0, 1] - 1) // made + 1], 1)
-    seen[:, 0] = group * given
-    return [seen, *(None for _ in shapes[1:])]
+        result = _kernel_extent(box, kernel, stride, padding, dilation)
+    inputs, outputs = shapes[0][1] // groups, shape[1] // groups
+    group = np.stack([box[:, 0, 0] // outputs, (box[:, 0, 1] - 1) // outputs + 1], 1)
+    result[:, 0] = group * inputs
+    return [result, *(None for _ in shapes[1:])]
 
 
 def _pool(op: Operation, box: Box, shape: tuple, shapes: Shapes) -> list[Box]:
     kernel, dilation = op.pair("kernel_size"), op.saved("dilation") or (1, 1)
     stride = op.saved("stride") or kernel
-    return [_window(box, kernel, pair(stride), op.pair("padding"), pair(dilation))]
+    return [_kernel_extent(box, kernel, pair(stride), op.pair("padding"), pair(dilation))]
 
 
 def _adaptive_pool(op: Operation, box: Box, shape: tuple, shapes: Shapes) -> list[Box]:
-    out, given = np.array(shape[2:]), np.array(shapes[0][2:])
-    seen = box.copy()
-    first, last = box[:, 1:, 0] * given // out, -(-box[:, 1:, 1] * given // out)
-    seen[:, 1:] = np.stack([first, last], 2)
-    return [seen]
+    outputs, inputs = np.array(shape[2:]), np.array(shapes[0][2:])
+    result = box.copy()
+    first, last = box[:, 1:, 0] * inputs // outputs, -(-box[:, 1:, 1] * inputs // outputs)
+    result[:, 1:] = np.stack([first, last], 2)
+    return [result]
 
 
 def _zoom(op: Operation, shape: tuple, below: tuple) -> np.ndarray:
-    """(2,): places of the maps below to one of the maps; as given, not as sizes were rounded."""
-    given = zip((op.saved("scales_h"), op.saved("scales_w")), below[2:], shape[2:], strict=True)
-    return np.array([1 / scale if scale else size / out for scale, size, out in given])
+    """(2,): input positions per output position, by the given scale, not by rounded sizes."""
+    scales = op.saved("scales_h"), op.saved("scales_w")
+    axes = zip(scales, below[2:], shape[2:], strict=True)
+    return np.array([1 / scale if scale else inputs / outputs for scale, inputs, outputs in axes])
 
 
 def _nearest(op: Operation, box: Box, shape: tuple, shapes: Shapes) -> list[Box]:
-    # In single precision, as PyTorch finds the places; half a place on for "nearest-exact".
+    # In single precision, as PyTorch computes positions; shifted by a half for "nearest-exact".
     zoom = _zoom(op, shape, shapes[0]).astype(np.float32)
     ends = np.stack([box[:, 1:, 0], box[:, 1:, 1] - 1], 2).astype(np.float32)
     half = np.float32(0.5 if op.name == "UpsampleNearestExact2D" else 0)
-    seen = box.copy()
-    seen[:, 1:] = np.floor((ends + half) * zoom[:, None])
-    seen[:, 1:, 1] += 1
-    return [seen]
+    result = box.copy()
+    result[:, 1:] = np.floor((ends + half) * zoom[:, None])
+    result[:, 1:, 1] += 1
+    return [result]
 
 
 def _bilinear(op: Operation, box: Box, shape: tuple, shapes: Shapes) -> list[Box]:
-    out, given = np.array(shape[2:]), np.array(shapes[0][2:])
+    outputs, inputs = np.array(shape[2:]), np.array(shapes[0][2:])
     ends = np.stack([box[:, 1:, 0], box[:, 1:, 1] - 1], 2).astype(float)
     if op.saved("align_corners"):
-        places = ends * ((given - 1) / np.maximum(out - 1, 1))[:, None]
+        positions = ends * ((inputs - 1) / np.maximum(outputs - 1, 1))[:, None]
     else:
-        places = np.maximum((ends + 0.5) * _zoom(op, shape, shapes[0])[:, None] - 0.5, 0)
-    seen = box.copy()
-    # A place on the grid takes nothing of its neighbour; rounding must not say so by accident.
-    first, last = np.floor(places[..., 0] + 1e-9), np.ceil(places[..., 1] - 1e-9)
-    seen[:, 1:] = np.stack([first, last + 1], 2).astype(np.int64)
-    return [seen]
+        positions = np.maximum((ends + 0.5) * _zoom(op, shape, shapes[0])[:, None] - 0.5, 0)
+    result = box.copy()
+    # A position on the grid does not depend on its neighbour, whatever rounding says.
+    first, last = np.floor(positions[..., 0] + 1e-9), np.ceil(positions[..., 1] - 1e-9)
+    result[:, 1:] = np.stack([first, last + 1], 2).astype(np.int64)
+    return [result]
 
 
 def _cat(op: Operation, box: Box, shape: tuple, shapes: Shapes) -> list[Box]:
     dim = op.saved("dim") % max(len(shape), 1)
-    whole = len(op.inputs) == len(op.node.next_functions)
-    if len(shape) != 4 or dim == 0 or not whole:
+    is_complete = len(op.inputs) == len(op.node.next_functions)
+    if len(shape) != 4 or dim == 0 or not is_complete:
         return _unknown(op, box, shape, shapes)
-    seen, start = [], 0
+    result, start = [], 0
     for below in shapes:
         part = box.copy()
         part[:, dim - 1] = (box[:, dim - 1] - start).clip(0, below[dim])
-        seen.append(part)
+        result.append(part)
         start += below[dim]
-    return seen
+    return result
 
 
 def _slice(op: Operation, box: Box, shape: tuple, shapes: Shapes) -> list[Box]:
@@ -370,14 +377,14 @@ def _slice(op: Operation, box: Box, shape: tuple, shapes: Shapes) -> list[Box]:
     if len(shape) != 4 or dim == 0:
         return [box] if len(shape) == 4 else _unknown(op, box, shape, shapes)
     start = min(max(start + shapes[0][dim], 0) if start < 0 else start, shapes[0][dim])
-    seen = box.copy()
+    result = box.copy()
     first, last = box[:, dim - 1, 0] * step, (box[:, dim - 1, 1] - 1) * step
-    seen[:, dim - 1] = start + np.stack([first, last + 1], 1)
-    return [seen]
+    result[:, dim - 1] = start + np.stack([first, last + 1], 1)
+    return [result]
 
 
 def _unsplit(op: Operation, nr: int, box: Box) -> Box:
-    """A box of one part of a split in the coordinates of the whole."""
+    """A box of one output of a split, in the coordinates of the input."""
     below, below_nr = op.inputs[0]
     shape = output_shape(below, below_nr)
     dim, size = op.saved("dim"), op.saved("split_size") or op.saved("split_sizes")
@@ -396,17 +403,17 @@ def _pad(op: Operation, box: Box, shape: tuple, shapes: Shapes) -> list[Box]:
     pad = op.saved("pad") or op.saved("padding") or ()
     if len(shape) != 4 or len(pad) > 6:
         return _unknown(op, box, shape, shapes)
-    seen = box.copy()
+    result = box.copy()
     # Pairs of before and after, from the last dimension on.
     for axis, before in zip((2, 1, 0), pad[::2], strict=False):
-        seen[:, axis] -= before
-    return [seen]
+        result[:, axis] -= before
+    return [result]
 
 
 def _reflected(box: Box, size: np.ndarray) -> Box:
-    """A box that reaches beyond maps of this size, with the places that are mirrored there."""
-    first, last, seen = box[:, 1:, 0], box[:, 1:, 1], box.copy()
-    # Places within, before and behind the maps; what has no places in it does not count.
+    """A box that reaches beyond maps of this size, extended to the positions mirrored there."""
+    first, last, result = box[:, 1:, 0], box[:, 1:, 1], box.copy()
+    # Positions inside, in front of and behind the maps; empty parts do not count.
     parts = [
         (np.maximum(first, 0), np.minimum(last, size)),
         (1 - np.minimum(last, 0), 1 - first),
@@ -414,23 +421,23 @@ def _reflected(box: Box, size: np.ndarray) -> Box:
     ]
     starts = [np.where(start < stop, start, FAR) for start, stop in parts]
     stops = [np.where(start < stop, stop, -FAR) for start, stop in parts]
-    seen[:, 1:] = np.stack([np.minimum.reduce(starts), np.maximum.reduce(stops)], 2)
-    return seen
+    result[:, 1:] = np.stack([np.minimum.reduce(starts), np.maximum.reduce(stops)], 2)
+    return result
 
 
 def _repeated(box: Box, size: np.ndarray) -> Box:
-    """A box that reaches beyond maps of this size, with the border that is repeated there."""
-    seen = box.copy()
-    seen[:, 1:, 0] = np.minimum(box[:, 1:, 0], size - 1)
-    seen[:, 1:, 1] = np.maximum(box[:, 1:, 1], 1)
-    return seen
+    """A box that reaches beyond maps of this size, extended to the border repeated there."""
+    result = box.copy()
+    result[:, 1:, 0] = np.minimum(box[:, 1:, 0], size - 1)
+    result[:, 1:, 1] = np.maximum(box[:, 1:, 1], 1)
+    return result
 
 
 FOLDS = {"ReflectionPad2D": _reflected, "ReplicationPad2D": _repeated}
 
 
 def _in_place(op: Operation, box: Box, shape: tuple, shapes: Shapes) -> list[Box]:
-    # On a part of the first input: with nothing copied in from elsewhere it stays in its place.
+    # The part belongs to the first input; if nothing is copied in, positions stay the same.
     if len(op.node.next_functions) == 1 and len(shape) == 4:
         return [_all_channels(box)]
     return _unknown(op, box, shape, shapes)

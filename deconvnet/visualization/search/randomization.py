@@ -1,7 +1,8 @@
-"""A network that has learned nothing, to compare pictures with.
+"""The control for projections: the same network with shuffled weights.
 
-Projections follow the edges of the image even where the weights are random (Adebayo et al. 2018;
-Nie et al. 2018), so a picture of a feature is evidence only beside the picture of its control.
+Projections follow the edges of the image even if the weights are random (Adebayo et al. 2018; Nie
+et al. 2018). A projection is therefore evidence only next to that of a network that has learned
+nothing.
 """
 
 from __future__ import annotations
@@ -19,18 +20,18 @@ Model = TypeVar("Model", bound=nn.Module)
 
 @torch.no_grad()
 def shuffle_weights(model: Model, *, seed: int = 0) -> Model:
-    """A copy of a network with the entries of every weight in a random order.
+    """Return a copy of a network in which the entries of every filter are in random order.
 
-    Weights keep their values, and with them their mean and norm, and lose all structure: of every
-    filter over space and channels. Biases and what normalisation knows stay.
+    A filter is shuffled over space and channels: its values, and with them its mean and norm, stay
+    the same, but its structure is lost. Biases and the statistics of normalisation layers stay.
     """
     model = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(seed)
     if isinstance(model, DeconvNet):
         for layer in model.layers:
-            for f, wiring in zip(layer.filters, layer.connectivity, strict=True):
-                # Only among the maps that the filter sees.
-                f[wiring.bool()] = _shuffled(f[wiring.bool()], generator)
+            for f, g in zip(layer.filters, layer.connectivity, strict=True):
+                # Only among the maps that the filter is connected to.
+                f[g.bool()] = _shuffled(f[g.bool()], generator)
         return model
     for p in model.parameters():
         if p.dim() > 1:

@@ -1,10 +1,11 @@
-"""The strongest activations of every map of some layers, over a data set of any size, in one pass.
+"""The strongest activations of every map of some layers, in one pass over a data set of any size.
 
-    K maps · k kept for each · N images     one activation of an image for each map, its strongest
+    K maps · k activations for each map · N images
 
-A table of a few kilobytes is all that is kept. It does not depend on how many images go through the
-network at a time: of equal activations the one of the earlier image comes first. Tables of parts of
-a data set, as processes beside each other make them, are merged by the same rule.
+Every image contributes at most one activation to a map: its strongest. The pass keeps only a table
+of a few kilobytes. The result does not depend on how many images go through the network at a time:
+among equal activations, the one in the earlier image comes first. Tables of parts of a data set,
+such as those of several processes, are merged by the same rule.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ Progress = Callable[[int, int], None]
 
 FORMAT = "deconvnet strongest activations"
 SAVE_SECONDS = 20.0
-# The share of the units of a layer that are enough to leave out those at the border.
+# `inside` leaves out units at the border if at least this share of a layer's units remains.
 ENOUGH = 0.25
 
 
@@ -38,47 +39,58 @@ ENOUGH = 0.25
 class TopActivations:
     """The strongest activations of every map of one layer, strongest first.
 
-    values: (K, k), fewer columns where there were fewer images; images: (K, k) their numbers in the
-    data set; rows, columns: (K, k) the places in the map. Over all `seen` images: active (K,), on
-    how many the map was active; total (K,), the sum of its strongest activations; density (K,), the
-    sum of the shares of its places that were active.
+    values: (K, k), with fewer columns if there were fewer than k images; images: (K, k), their
+    indices in the data set; rows, columns: (K, k), positions in the map. Over all `num_images`
+    images: active_images (K,), the number of images on which the map was active; peak_sum (K,), the
+    sum of the strongest activation in each image; density_sum (K,), the sum of the fraction of
+    active positions in each image.
     """
 
     values: np.ndarray
     images: np.ndarray
     rows: np.ndarray
     columns: np.ndarray
-    seen: int
-    active: np.ndarray
-    total: np.ndarray
-    density: np.ndarray
+    num_images: int
+    active_images: np.ndarray
+    peak_sum: np.ndarray
+    density_sum: np.ndarray
 
     @property
     def dead(self) -> np.ndarray:
-        """(K,): maps that no image has activated."""
-        return self.active == 0
+        """(K,): whether no image has activated the map."""
+        return self.active_images == 0
 
     def units(self, map: int) -> list[tuple[int, int, int, int]]:
-        """(image, map, row, column) of the activations kept for one map, those above zero."""
-        kept = zip(
-            *(each[map].tolist() for each in (self.values, self.images, self.rows, self.columns)),
-            strict=True,
-        )
-        return [(image, map, row, column) for value, image, row, column in kept if value > 0]
+        """(image, map, row, column) of the activations of one map that are above zero."""
+        columns = (self.values, self.images, self.rows, self.columns)
+        table = zip(*(column[map].tolist() for column in columns), strict=True)
+        return [(image, map, row, column) for value, image, row, column in table if value > 0]
+
+
+# The names of the fields in files.
+STORED = {
+    "num_images": "seen",
+    "active_images": "active",
+    "peak_sum": "total",
+    "density_sum": "density",
+}
 
 
 @dataclass(frozen=True)
 class SearchState:
-    """The tables of some layers after `done` images of a pass, and the pass they belong to."""
+    """The state of a search after `done` images: a table for each layer, and what identifies it.
+
+    key: what the tables depend on; a search only resumes from a state with the same key.
+    """
 
     tops: dict[str, TopActivations]
     done: int
     key: dict[str, object] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
-        """Write it to an .npz file, whole or not at all."""
+        """Write the state to an .npz file, atomically."""
         arrays = {
-            f"{number}/{entry.name}": getattr(top, entry.name)
+            f"{number}/{STORED.get(entry.name, entry.name)}": getattr(top, entry.name)
             for number, top in enumerate(self.tops.values())
             for entry in fields(TopActivations)
         }
@@ -87,17 +99,14 @@ class SearchState:
 
     @classmethod
     def load(cls, path: Path) -> SearchState:
-        """What `save` wrote; ValueError in one line where the file is anything else."""
+        """Load what `save` wrote; raises ValueError in one line for any other file."""
         try:
             arrays = load_arrays(path)
             header = json.loads(str(arrays["header"]))
             if header.get("format") != FORMAT:
-                raise ValueError("of another kind")
+                raise ValueError("it has another format")
             tops = {
-                layer: TopActivations(
-                    **{e.name: arrays[f"{number}/{e.name}"] for e in fields(TopActivations)}
-                )
-                for number, layer in enumerate(header["layers"])
+                layer: _from_arrays(arrays, number) for number, layer in enumerate(header["layers"])
             }
         except FileNotFoundError:
             raise ValueError(f"{path}: no such file of strongest activations") from None
@@ -106,8 +115,13 @@ class SearchState:
             raise ValueError(
                 f"{path}: damaged or not a file of strongest activations ({reason}); remove it"
             ) from error
-        tops = {layer: replace(top, seen=int(top.seen)) for layer, top in tops.items()}
         return cls(tops, header["done"], header["key"])
+
+
+def _from_arrays(arrays: dict[str, np.ndarray], number: int) -> TopActivations:
+    names = [entry.name for entry in fields(TopActivations)]
+    values = {name: arrays[f"{number}/{STORED.get(name, name)}"] for name in names}
+    return TopActivations(**{**values, "num_images": int(values["num_images"])})
 
 
 def find_top_activations(
@@ -124,16 +138,16 @@ def find_top_activations(
     key: dict[str, object] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, TopActivations]:
-    """The strongest activations of some layers over a data set.
+    """Search a data set for the strongest activations of some layers.
 
-    images: a data set whose items are images (3, H, W) in [0, 1], or (image, label), the same each
-    time they are asked for. k: kept for each map. inside: only of the units whose receptive field
-    lies inside the image, in layers that have enough of them (a quarter); at the border most of
-    what a unit sees is padding. batch: images at a time, workers: processes that read them. shard:
-    (rank, ranks), every ranks-th image from the rank-th on; {} if there are none for it. path:
-    where the pass is saved every now and then, and goes on from if it was stopped; key: what else
-    the table depends on, such as the digest of the network, in what JSON can hold: a file with
-    another key is not gone on with.
+    images: a data set whose items are images (3, H, W) in [0, 1], or pairs (image, label); an item
+    must be the same every time it is read. k: activations to keep for each map. inside: search only
+    units whose receptive field lies inside the image, in layers where at least a quarter of the
+    units qualify; at the border, most of what a unit sees is padding. batch: images per forward
+    pass; workers: processes that read images. shard: (rank, ranks), to search every ranks-th image
+    starting with the rank-th; the result is {} if the shard is empty. path: a file for the state of
+    the search, from which a stopped search resumes. key: whatever else the result depends on, such
+    as the digest of the network, as JSON values; a file with another key is not used.
     """
     if len(images) == 0 or k < 1 or batch < 1:
         raise ValueError(f"{len(images)} images, k={k}, batch={batch}: all must be at least 1")
@@ -147,37 +161,38 @@ def find_top_activations(
         "inside": inside,
         "shard": [*shard],
     }
-    # As it comes back from a file, where there are no tuples.
+    # As JSON returns it: with lists for tuples.
     key = json.loads(json.dumps(key))
-    state = saved = _resumed(path, key)
+    state = saved = _load_state(path, key)
     saved_at = time.monotonic()
     if progress and state.done:
         progress(state.done, len(order))
-    allowed: dict[torch.Size, dict[str, Tensor]] = {}
-    rest = _Some(images, order[state.done :])
-    loader = DataLoader(rest, batch_size=batch, num_workers=workers, collate_fn=list)
+    masks: dict[torch.Size, dict[str, Tensor]] = {}
+    remaining = _ImageSubset(images, order[state.done :])
+    loader = DataLoader(remaining, batch_size=batch, num_workers=workers, collate_fn=list)
     try:
-        for found in loader:
-            for error in found:
-                if isinstance(error, ValueError):
-                    raise error
-            numbers = torch.tensor(order[state.done : state.done + len(found)])
+        for items in loader:
+            for item in items:
+                if isinstance(item, ValueError):
+                    raise item
+            numbers = torch.tensor(order[state.done : state.done + len(items)])
             tops = dict(state.tops)
-            for some in group_by_size(found):
-                size = found[some[0]].shape
-                if inside and size not in allowed:
-                    allowed[size] = _allowed(projector, found[some[0]], layers)
-                new = _strongest(projector, found, some, numbers, layers, allowed.get(size, {}))
-                known = {name: [tops[name]] if name in tops else [] for name in new}
-                tops = {name: _joined([*known[name], new[name]], k) for name in new}
-            state = SearchState(tops, state.done + len(found), key)
+            for group in group_by_size(items):
+                size = items[group[0]].shape
+                if inside and size not in masks:
+                    masks[size] = _inside_masks(projector, items[group[0]], layers)
+                pixels = torch.stack([items[index] for index in group])
+                new = _search(projector, pixels, numbers[group], layers, masks.get(size, {}))
+                before = {name: [tops[name]] if name in tops else [] for name in new}
+                tops = {name: _merge_tables([*before[name], new[name]], k) for name in new}
+            state = SearchState(tops, state.done + len(items), key)
             if path is not None and time.monotonic() - saved_at > SAVE_SECONDS:
                 state.save(path)
                 saved, saved_at = state, time.monotonic()
             if progress:
                 progress(state.done, len(order))
     finally:
-        # Also what a pass has found that is stopped here.
+        # An interrupted search keeps its tables, too.
         if path is not None and state is not saved:
             state.save(path)
     return state.tops
@@ -186,14 +201,14 @@ def find_top_activations(
 def merge_top_activations(
     parts: Sequence[dict[str, TopActivations]], *, k: int = 9
 ) -> dict[str, TopActivations]:
-    """The tables of a whole data set from those of its parts."""
+    """Merge the tables of the parts of a data set into those of the whole."""
     parts = [part for part in parts if part]
-    return {layer: _joined([part[layer] for part in parts], k) for layer in parts[0]}
+    return {layer: _merge_tables([part[layer] for part in parts], k) for layer in parts[0]}
 
 
-class _Some:
-    """Some images of a data set. One that cannot be read comes as its error: raised in another
-    process it would come with a traceback for its message."""
+class _ImageSubset:
+    """Some images of a data set. An image that cannot be read is returned as its error: an error
+    raised in a worker process would arrive with a traceback for a message."""
 
     def __init__(self, images: Sequence, numbers: range):
         self.images, self.numbers = images, numbers
@@ -201,79 +216,82 @@ class _Some:
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def __getitem__(self, place: int) -> Tensor | ValueError:
+    def __getitem__(self, index: int) -> Tensor | ValueError:
         try:
-            return get_image(self.images[self.numbers[place]])
+            return get_image(self.images[self.numbers[index]])
         except ValueError as error:
             return error
 
 
-def _resumed(path: Path | None, key: dict[str, object]) -> SearchState:
+def _load_state(path: Path | None, key: dict[str, object]) -> SearchState:
+    """The saved state of this search; an empty state if there is none."""
     if path is not None and Path(path).exists():
-        found = SearchState.load(path)
-        if found.key == key:
-            return found
-        log.info("%s is from another pass and is recomputed", path)
+        state = SearchState.load(path)
+        if state.key == key:
+            return state
+        log.info("%s is from another search and is recomputed", path)
     return SearchState({}, 0, key)
 
 
 def get_image(item: object) -> Tensor:
-    """The image of what a data set gives, an image or (image, label)."""
+    """The image of an item of a data set, which is an image or a pair (image, label)."""
     return item[0] if isinstance(item, tuple | list) else item
 
 
 def group_by_size(images: Sequence[Tensor]) -> Iterator[list[int]]:
-    """The places of images that can go through a network together: neighbours of one size."""
-    some: list[int] = []
-    for place, image in enumerate(images):
-        if some and images[some[0]].shape != image.shape:
-            yield some
-            some = []
-        some.append(place)
-    yield some
+    """Indices of images that can go through the network together: consecutive, of one size."""
+    group: list[int] = []
+    for index, image in enumerate(images):
+        if group and images[group[0]].shape != image.shape:
+            yield group
+            group = []
+        group.append(index)
+    yield group
 
 
-def _strongest(
+def _search(
     projector: Projector,
-    images: list[Tensor],
-    some: list[int],
+    pixels: Tensor,
     numbers: Tensor,
     layers: Sequence[str],
-    allowed: dict[str, Tensor],
+    masks: dict[str, Tensor],
 ) -> dict[str, TopActivations]:
-    """The table of some images of a batch, with a column for each; allowed: places by layer."""
-    x = projector.prepare(torch.stack([images[place] for place in some]))
-    numbers = numbers[some].numpy()
+    """The tables of pixels (N, 3, H, W), with one column for each image.
+
+    numbers: (N,), the indices of the images in the data set; masks: by layer, the positions (H, W)
+    to search.
+    """
+    x = projector.prepare(pixels)
+    numbers = numbers.numpy()
 
     def reduce(layer: str, maps: Tensor) -> TopActivations:
-        """Of maps (N, K, H, W) their strongest units."""
-        mask = allowed.get(layer)
+        """The strongest units of maps (N, K, H, W)."""
+        mask = masks.get(layer)
         searched = maps if mask is None else maps.masked_fill(~mask.to(maps.device), -torch.inf)
-        values, places = searched.flatten(2).max(2)
-        density = (maps > 0).double().mean((2, 3)).sum(0)
-        values, places, density = (
-            each.cpu().numpy() for each in (values.float().T, places.T, density)
-        )
-        wrong = ~np.isfinite(values).all(0)
-        if wrong.any():
-            image = int(numbers[wrong.argmax()])
+        values, positions = searched.flatten(2).max(2)
+        density = (maps > 0).double().mean((2, 3)).sum(0).cpu().numpy()
+        values, positions = values.float().T.cpu().numpy(), positions.T.cpu().numpy()
+        invalid = ~np.isfinite(values).all(0)
+        if invalid.any():
+            image = int(numbers[invalid.argmax()])
             raise ValueError(f"layer {layer!r}: not finite on image {image} of the data set")
         return TopActivations(
             values,
             np.broadcast_to(numbers, values.shape),
-            places // maps.shape[3],
-            places % maps.shape[3],
-            len(numbers),
-            (values > 0).sum(1),
-            values.astype(np.float64).sum(1),
-            density,
+            positions // maps.shape[3],
+            positions % maps.shape[3],
+            num_images=len(numbers),
+            active_images=(values > 0).sum(1),
+            peak_sum=values.astype(np.float64).sum(1),
+            density_sum=density,
         )
 
     return projector.responses(x, list(layers), reduce)
 
 
-def _allowed(projector: Projector, image: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
-    """(H, W) for the layers that have enough units whose fields lie inside an image (3, H, W)."""
+def _inside_masks(projector: Projector, image: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
+    """Masks (H, W) of the units whose receptive field lies inside an image (3, H, W), for the
+    layers that have enough of them."""
     infos = projector.layers(projector.prepare(image[None]))
     masks = {
         info.name: info.inside(tuple(image.shape[1:])) for info in infos if info.name in layers
@@ -281,16 +299,13 @@ def _allowed(projector: Projector, image: Tensor, layers: Sequence[str]) -> dict
     return {name: mask for name, mask in masks.items() if mask.float().mean() >= ENOUGH}
 
 
-def _joined(tables: list[TopActivations], k: int) -> TopActivations:
-    """One table: the k strongest of all, of equals those of earlier images."""
+def _merge_tables(tables: list[TopActivations], k: int) -> TopActivations:
+    """One table with the k strongest activations; among equals, those in earlier images."""
     values, images, rows, columns = (
         np.concatenate([getattr(table, name) for table in tables], 1)
         for name in ("values", "images", "rows", "columns")
     )
     order = np.lexsort((images, -values))[:, :k]
-    kept = (np.take_along_axis(each, order, 1) for each in (values, images, rows, columns))
-    sums = (
-        sum(getattr(table, name) for table in tables)
-        for name in ("seen", "active", "total", "density")
-    )
-    return TopActivations(*kept, *sums)
+    top = (np.take_along_axis(array, order, 1) for array in (values, images, rows, columns))
+    sums = {name: sum(getattr(table, name) for table in tables) for name in STORED}
+    return TopActivations(*top, **sums)

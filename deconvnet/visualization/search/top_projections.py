@@ -1,7 +1,7 @@
-"""What drives some maps of a layer: their strongest activations, projected, and the image there.
+"""The strongest activations of some maps of a layer, projected, next to the image patches there.
 
-The images are read again for this, so that only tiles are ever held in memory: the pass over the
-data has kept places, not pictures.
+The search has kept positions, not pictures: the images are read again here, and only tiles are ever
+held in memory.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,26 +32,26 @@ from deconvnet.visualization.search.top_activations import (
 )
 
 FORMAT = "deconvnet exemplars"
-# Units that are projected at a time: their images are as large as the input.
+# Units to project at a time: each projection is as large as the input.
 CHUNK = 32
-# Larger tiles are reduced to this side.
+# Larger tiles are reduced to this side, in pixels.
 LARGEST = 96
-# An activation must come again as it was when the data set was searched, up to rounding.
+# An activation must be the one that the search found, up to this fraction of the largest value.
 TOLERANCE = 1e-2
 
 
 @dataclass(frozen=True)
 class TopProjections:
-    """The strongest activations of M maps of a layer, k each.
+    """The projections of the k strongest activations of M maps of a layer.
 
-    maps: (M,); tiles: (M, k, C, h, w) float16, the projections as signed RGB, or grey where the
-    network sees grey, each divided by its largest magnitude, cut to the receptive field of the
-    layer; patches: (M, k, 3, h, w) uint8, the image in the same place, grey beyond it; units:
-    (M, k, 4) image, map, row, column; boxes: (M, k, 4) top, left, bottom, right of the fields,
-    clipped to the image; values: (M, k) the activations with their signs, NaN where there were
-    fewer; checkerboard: (M, k), of the function of this name, NaN where no convolution leaves one;
-    scale: by which tiles were reduced, 1 if they have the size of the field; report: of the
-    projections.
+    maps: (M,), the numbers of the maps. tiles: (M, k, C, h, w) float16, the projections as signed
+    RGB, or as one plane if the network sees grey, cropped to the receptive field and divided by
+    their largest magnitude. patches: (M, k, 3, h, w) uint8, the image in the same place, grey
+    beyond its border. units: (M, k, 4), image, map, row, column. boxes: (M, k, 4), the receptive
+    fields as top, left, bottom, right, clipped to the image. values: (M, k), the signed
+    activations, NaN where a map has fewer than k. checkerboard: (M, k), see the function of this
+    name; NaN if no convolution on the way down has an uneven overlap. scale: the factor by which
+    tiles were reduced, 1 if they are as large as the field. report: of the projections.
     """
 
     layer: str
@@ -65,11 +66,11 @@ class TopProjections:
     report: ProjectionReport
 
     def count(self, row: int) -> int:
-        """How many activations the map in this row has."""
+        """The number of activations of the map in this row."""
         return int(np.isfinite(self.values[row]).sum())
 
     def save(self, path: Path, key: dict[str, object] | None = None) -> None:
-        """Write it to an .npz file, whole or not at all."""
+        """Write the projections to an .npz file, atomically; key: what they depend on."""
         header = {
             "format": FORMAT,
             "layer": self.layer,
@@ -84,7 +85,7 @@ class TopProjections:
 
 
 def load_top_projections(path: Path, key: dict[str, object] | None = None) -> TopProjections | None:
-    """What `Exemplars.save` wrote; None if there is no file, or one with another key."""
+    """Load what `TopProjections.save` wrote; None if there is no file, or if its key differs."""
     path = Path(path)
     if not path.exists():
         return None
@@ -92,21 +93,21 @@ def load_top_projections(path: Path, key: dict[str, object] | None = None) -> To
         arrays = load_arrays(path)
         header = json.loads(str(arrays.pop("header")))
         if header.get("format") != FORMAT:
-            raise ValueError("of another kind")
+            raise ValueError("it has another format")
         if key is not None and header["key"] != json.loads(json.dumps(key)):
             return None
         report = dict(header["report"])
         pairs = ("kernel", "stride", "period")
         report["uneven"] = tuple(
-            UnevenOverlap(each["layer"], *(tuple(each[name]) for name in pairs))
-            for each in report["uneven"]
+            UnevenOverlap(uneven["layer"], *(tuple(uneven[name]) for name in pairs))
+            for uneven in report["uneven"]
         )
         report = ProjectionReport(**report)
         return TopProjections(**arrays, layer=header["layer"], scale=header["scale"], report=report)
     except Exception as error:  # zipfile, zlib, json and numpy have errors of their own
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
-            f"{path}: damaged or not a file of exemplars ({reason}); remove it"
+            f"{path}: damaged or not a file of top projections ({reason}); remove it"
         ) from error
 
 
@@ -119,37 +120,34 @@ def project_top_activations(
     maps: Sequence[int] | None = None,
     progress: Progress | None = None,
 ) -> TopProjections:
-    """The kept activations of some maps (by default all), projected each alone.
+    """Project the strongest activations of some maps (by default all), each on its own.
 
-    images: the data set that was searched. Raises ValueError where an image no longer gives the
-    activation that the table has: then the data set is shuffled or augmented.
+    images: the data set that was searched. Raises ValueError if an image does not give the
+    activation that the table lists, because the data set is then shuffled or augmented.
     """
     maps = list(range(len(top.values))) if maps is None else list(maps)
     units = [
-        (row, column, unit)
+        RankedUnit(row, rank, unit)
         for row, m in enumerate(maps)
-        for column, unit in enumerate(top.units(m))
+        for rank, unit in enumerate(top.units(m))
     ]
-    units.sort(key=lambda entry: entry[2][0])
+    units.sort(key=lambda ranked: ranked.unit[0])
     result = None
     done = 0
-    for some, pixels in _with_images(units, images, projector.batch):
-        numbers = sorted({unit[0] for _, _, unit in some})
+    for group, pixels in _with_images(units, images, projector.batch):
+        numbers = sorted({ranked.unit[0] for ranked in group})
         x = projector.prepare(pixels)
-        for start in range(0, len(some), CHUNK):
-            part = some[start : start + CHUNK]
-            local = [(numbers.index(unit[0]), *unit[1:]) for _, _, unit in part]
-            found = projector(x, layer, local)
-            _check(
-                found.values,
-                [float(top.values[maps[row], column]) for row, column, _ in part],
-                part,
-            )
-            # Of what is grey one plane is enough.
-            tiles = projector.signed_rgb(found.tiles())[:, : found.images.shape[1]]
-            result = result or _empty(layer, maps, top.values.shape[1], tiles, found.report)
-            _put(result, part, found, tiles, found.patches(pixels))
-            done += len(part)
+        for start in range(0, len(group), CHUNK):
+            chunk = group[start : start + CHUNK]
+            local = [(numbers.index(image), *rest) for image, *rest in (r.unit for r in chunk)]
+            projection = projector(x, layer, local)
+            expected = [float(top.values[maps[ranked.row], ranked.rank]) for ranked in chunk]
+            _check_values(projection.values, expected, chunk)
+            # One plane is enough for what is grey.
+            tiles = projector.signed_rgb(projection.tiles())[:, : projection.images.shape[1]]
+            result = result or _empty(layer, maps, top.values.shape[1], tiles, projection.report)
+            _fill(result, chunk, projection, tiles, projection.patches(pixels))
+            done += len(chunk)
             if progress:
                 progress(done, len(units))
     if result is None:
@@ -158,18 +156,19 @@ def project_top_activations(
 
 
 def checkerboard(images: Tensor, period: tuple[int, int]) -> Tensor:
-    """(U,): how uneven projections (U, C, H, W) are over the phases of a pattern of this period.
+    """(U,): how much the magnitude of projections (U, C, H, W) varies with the phase of a pattern.
 
-    The standard deviation of the mean magnitude in each phase over their mean: 0 where magnitudes
-    do not depend on the phase. Fine structure of the image has some unevenness of its own; take it
-    for what is above that of `overlap="normalised"`.
+    period: of the pattern, in pixels. The result is the standard deviation of the mean magnitude of
+    each phase, divided by the mean over all phases; it is 0 if magnitudes do not depend on the
+    phase. Fine structure in the image also varies with the phase, so only what exceeds the value
+    for `overlap="normalised"` is a checkerboard.
     """
     magnitude = images.abs().double().mean(1)
     rows, columns = (
         torch.arange(size, device=images.device) % max(1, step)
         for size, step in zip(magnitude.shape[1:], period, strict=True)
     )
-    # The last period may be cut off: its phases have fewer pixels.
+    # The last period may be incomplete: its phases have fewer pixels.
     phase = (rows[:, None] * (columns.max() + 1) + columns).flatten()
     sums = magnitude.new_zeros(len(images), int(phase.max()) + 1)
     phases = sums.index_add(1, phase, magnitude.flatten(1)) / phase.bincount()
@@ -177,83 +176,88 @@ def checkerboard(images: Tensor, period: tuple[int, int]) -> Tensor:
     return torch.where(mean > 0, phases.std(1, correction=0) / mean.clamp(min=1e-300), 0)
 
 
-RankedUnit = tuple[int, int, tuple[int, int, int, int]]
+class RankedUnit(NamedTuple):
+    """A unit (image, map, row, column) whose projection belongs into `result.tiles[row, rank]`."""
+
+    row: int
+    rank: int
+    unit: tuple[int, int, int, int]
 
 
 def _with_images(
     units: list[RankedUnit], images: Sequence, count: int
 ) -> Iterator[tuple[list[RankedUnit], Tensor]]:
-    """Units, sorted by image, in parts of a few images each, with these (n, 3, H, W)."""
-    for some in _by_image(units, count):
-        numbers = sorted({unit[0] for _, _, unit in some})
-        read = [get_image(images[number]) for number in numbers]
-        for places in group_by_size(read):
-            here = {numbers[place] for place in places}
-            together = [entry for entry in some if entry[2][0] in here]
-            yield together, torch.stack([read[place] for place in places])
+    """Units, sorted by image, in groups of at most `count` images, with these (n, 3, H, W)."""
+    for group in _by_image(units, count):
+        numbers = sorted({ranked.unit[0] for ranked in group})
+        pixels = [get_image(images[number]) for number in numbers]
+        for indices in group_by_size(pixels):
+            same_size = {numbers[index] for index in indices}
+            members = [ranked for ranked in group if ranked.unit[0] in same_size]
+            yield members, torch.stack([pixels[index] for index in indices])
 
 
-def _by_image(units: list[RankedUnit], images: int) -> Iterator[list[RankedUnit]]:
-    """Units, sorted by image, in parts of a few images each."""
-    some: list[RankedUnit] = []
-    for entry in units:
-        numbers = {unit[0] for _, _, unit in some}
-        if entry[2][0] not in numbers and len(numbers) == images:
-            yield some
-            some = []
-        some.append(entry)
-    if some:
-        yield some
+def _by_image(units: list[RankedUnit], count: int) -> Iterator[list[RankedUnit]]:
+    """Units, sorted by image, in groups of at most `count` images."""
+    group: list[RankedUnit] = []
+    for ranked in units:
+        numbers = {other.unit[0] for other in group}
+        if ranked.unit[0] not in numbers and len(numbers) == count:
+            yield group
+            group = []
+        group.append(ranked)
+    if group:
+        yield group
 
 
 def _empty(
     layer: str, maps: list[int], k: int, tiles: Tensor, report: ProjectionReport
 ) -> TopProjections:
+    """Arrays for k projections of each map; tiles: some of them, for their size."""
     planes, *tile = tiles.shape[1:]
     scale = min(1.0, LARGEST / max(tile))
     size = tuple(max(1, round(side * scale)) for side in tile)
-    places = (len(maps), k)
-    units = np.full((*places, 4), -1, dtype=np.int64)
+    shape = (len(maps), k)
+    units = np.full((*shape, 4), -1, dtype=np.int64)
     return TopProjections(
         layer,
         np.array(maps),
-        np.zeros((*places, planes, *size), dtype=np.float16),
-        np.full((*places, 3, *size), 128, dtype=np.uint8),
+        np.zeros((*shape, planes, *size), dtype=np.float16),
+        np.full((*shape, 3, *size), 128, dtype=np.uint8),
         units,
         units.copy(),
-        np.full(places, np.nan, dtype=np.float32),
-        np.full(places, np.nan, dtype=np.float32),
+        np.full(shape, np.nan, dtype=np.float32),
+        np.full(shape, np.nan, dtype=np.float32),
         scale,
         report,
     )
 
 
-def _put(
+def _fill(
     result: TopProjections,
-    part: list[RankedUnit],
-    found: Projection,
+    chunk: list[RankedUnit],
+    projection: Projection,
     tiles: Tensor,
     patches: Tensor,
 ) -> None:
-    """Write projections into their places."""
+    """Write the projections of some units into the result."""
     size = result.tiles.shape[3:]
-    tiles, patches = (_reduced(each.float().cpu(), size) for each in (tiles, patches))
-    uneven = [each for each in found.report.uneven if all(each.period)]
-    # Of several patterns the finest is the one that the eye sees.
-    board = checkerboard(found.tiles(), uneven[-1].period) if uneven else None
-    for place, (row, column, unit) in enumerate(part):
-        at = row, column
-        result.tiles[at] = _half(tiles[place])
-        result.patches[at] = (patches[place] * 255).round().clamp(0, 255).byte().numpy()
-        result.units[at] = unit
-        result.boxes[at] = found.boxes[place].numpy()
-        result.values[at] = float(found.values[place])
-        if board is not None:
-            result.checkerboard[at] = float(board[place])
+    tiles, patches = (_reduced(t.float().cpu(), size) for t in (tiles, patches))
+    uneven = [overlap for overlap in projection.report.uneven if all(overlap.period)]
+    # Among several patterns, the finest is the one that the eye sees.
+    boards = checkerboard(projection.tiles(), uneven[-1].period) if uneven else None
+    for index, (row, rank, unit) in enumerate(chunk):
+        result.tiles[row, rank] = _normalised_half(tiles[index])
+        result.patches[row, rank] = (patches[index] * 255).round().clamp(0, 255).byte().numpy()
+        result.units[row, rank] = unit
+        result.boxes[row, rank] = projection.boxes[index].numpy()
+        result.values[row, rank] = float(projection.values[index])
+        if boards is not None:
+            result.checkerboard[row, rank] = float(boards[index])
 
 
-def _half(tile: Tensor) -> np.ndarray:
-    """In float16, divided by what keeps it in range: only the shape of a projection means much."""
+def _normalised_half(tile: Tensor) -> np.ndarray:
+    """A tile in float16, divided by its largest magnitude: only its shape has a meaning."""
     peak = float(tile.abs().max())
     return (tile / peak if peak > 0 else tile).half().numpy()
 
@@ -264,13 +268,16 @@ def _reduced(tiles: Tensor, size: tuple[int, ...]) -> Tensor:
     return F.interpolate(tiles, size, mode="bilinear", antialias=True)
 
 
-def _check(values: Tensor, expected: list[float], part: list[RankedUnit]) -> None:
-    found = values.detach().cpu().abs().double()
-    wrong = (found - torch.tensor(expected).double().abs()).abs() > TOLERANCE * found.max()
+def _check_values(values: Tensor, expected: list[float], chunk: list[RankedUnit]) -> None:
+    """Raise ValueError unless the activations are, in magnitude, those that the search found."""
+    magnitudes = values.detach().cpu().abs().double()
+    error = (magnitudes - torch.tensor(expected).double().abs()).abs()
+    wrong = error > TOLERANCE * magnitudes.max()
     if wrong.any():
-        place = int(wrong.nonzero()[0, 0])
+        index = int(wrong.nonzero()[0, 0])
+        image, map, *_ = chunk[index].unit
         raise ValueError(
-            f"image {part[place][2][0]}: map {part[place][2][1]} gives {float(found[place]):.4g}, "
-            f"and gave {expected[place]:.4g} when the data set was searched: it must give the same "
-            "images again, not shuffled, not augmented"
+            f"image {image}: map {map} responds with {float(magnitudes[index]):.4g}, but with "
+            f"{expected[index]:.4g} in the search: the data set must return the same images again, "
+            "neither shuffled nor augmented"
         )

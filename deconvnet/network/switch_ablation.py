@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from deconvnet.network.codes import Codes
-from deconvnet.network.network import DeconvNet, snr
+from deconvnet.network.metrics import snr
+from deconvnet.network.network import DeconvNet
 from deconvnet.operators.pooling import UNPOOLINGS
 from deconvnet.support.modes import plain
 

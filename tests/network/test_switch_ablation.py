@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 
 from deconvnet import DeconvNet, LayerSettings, LearningSettings, PreprocessingSettings, load
-from deconvnet.network.ablation import MEANINGS, ablate, unpooling
+from deconvnet.network.switch_ablation import MEANINGS, ablate, unpooling
 from deconvnet.operators.pooling import UNPOOLINGS
 from deconvnet.sparse_coding.problem import SolverSettings
-from deconvnet.training.layer_trainer import LayerData, LayerTrainer
+from deconvnet.training.layer_data import LayerData
+from deconvnet.training.layer_trainer import LayerTrainer
 
 FAST = SolverSettings(method="fista", iterations=20)
 

@@ -1,0 +1,85 @@
+"""The filters that learning starts from, and those that replace unused ones: noise, or patches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from deconvnet.filters.constraint import FilterConstraint, length_of, normalize
+
+INITS = ("patches", "random")
+# Patches drawn for each filter; filters are chosen from the half with more contrast.
+PATCHES_PER_FILTER = 20
+
+
+def initial_filters(
+    num: int,
+    images: Tensor,
+    size: int,
+    init: str,
+    generator: torch.Generator,
+    *,
+    constraint: FilterConstraint | None = None,
+) -> Tensor:
+    """`draw_filters` (num, C, size, size) for images (N, C, H, W) in memory."""
+    like = images.new_empty(1, images.shape[1], size, size)
+    draw_patches = patch_sampler(images, size, generator)
+    return draw_filters(num, like, init, draw_patches, generator, constraint=constraint)
+
+
+def draw_filters(
+    num: int,
+    like: Tensor,
+    init: str,
+    draw_patches: Callable[[int], Tensor],
+    generator: torch.Generator,
+    *,
+    constraint: FilterConstraint | None = None,
+) -> Tensor:
+    """Random filters (num, C, h, w) of unit norm; shape, type and device as `like` (K, C, h, w).
+
+    init: "random", Gaussian noise (Zeiler et al. 2010), or "patches", of what the layer explains,
+    from the half of `draw_patches(number)` (number, C, h, w) with larger norm. constraint: its
+    signs and means are kept; whole filters get unit norm, and all planes are connected. Where
+    filters must not be negative, noise gives its magnitude and patches their positive part.
+    """
+    constraint = replace(constraint or FilterConstraint(), norm="filter", connectivity=None)
+
+    def noise(shape: torch.Size) -> Tensor:
+        # float32 whatever torch's default type, for the same filters in all of them.
+        values = torch.randn(shape, generator=generator, dtype=torch.float32).to(like)
+        return values.abs() if constraint.non_negative else values
+
+    if init == "random":
+        return constraint.project(noise(torch.Size((num, *like.shape[1:]))))
+    patches = draw_patches(PATCHES_PER_FILTER * num)
+    order = length_of(patches, (1, 2, 3)).flatten().argsort(descending=True, stable=True)
+    stronger = order[: len(patches) // 2]
+    chosen = stronger[torch.randperm(len(stronger), generator=generator)[:num].to(like.device)]
+    patches = patches[chosen]
+    # The trace of noise keeps a patch without any contrast from becoming a filter of zeros.
+    return constraint.project(constraint.project(patches) + 1e-3 * normalize(noise(patches.shape)))
+
+
+def patch_sampler(images: Tensor, size: int, generator: torch.Generator) -> Callable[[int], Tensor]:
+    """The function number -> random patches (number, C, size, size) of images (N, C, H, W)."""
+
+    def draw_patches(number: int) -> Tensor:
+        shape = (images.shape[2], images.shape[3])
+        positions = random_patch_positions(number, len(images), shape, size, generator)
+        return torch.stack(
+            [images[n, :, i : i + size, j : j + size] for n, i, j in positions.tolist()]
+        )
+
+    return draw_patches
+
+
+def random_patch_positions(
+    num: int, images: int, shape: tuple[int, int], size: int, generator: torch.Generator
+) -> Tensor:
+    """(num, 3): image, row and column of random size x size patches in images of H x W pixels."""
+    ends = (images, shape[0] - size + 1, shape[1] - size + 1)
+    return torch.stack([torch.randint(end, (num,), generator=generator) for end in ends], 1)

@@ -1,0 +1,330 @@
+"""One layer of a network: its settings, its filters, and the inference of its maps.
+
+N images · C channels of the layer's input · K maps · H, W pixels · h, w filter
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deconvnet.filters.constraint import FilterConstraint
+from deconvnet.filters.initial import initial_filters
+from deconvnet.filters.update import LearningSettings
+from deconvnet.images.preprocessing import SCALES, Spread
+from deconvnet.network.codes import ALL, Images, LayerCodes
+from deconvnet.operators.convolution import BOUNDARIES
+from deconvnet.operators.linear import (
+    Deconvolution,
+    Identity,
+    LinearOperator,
+    Unpooling,
+    WeightedUnpooling,
+)
+from deconvnet.operators.pooling import UNPOOLINGS, Window, max_pool, unpooling_weights
+from deconvnet.sparse_coding.prior import Prior, check_exponent
+from deconvnet.sparse_coding.problem import Solution, SolverSettings
+from deconvnet.sparse_coding.solve import Callback, solve
+from deconvnet.support.renaming import with_current_names
+from deconvnet.support.validation import check_settings, positive, whole
+
+TARGETS = ("maps", "image", "both")
+POOLINGS = ("after", "in_loop")
+CONNECTIVITIES = ("full", "singles", "doubles", "singles_and_doubles", "random_doubles")
+
+# A larger number of maps or filter side can only be a mistake.
+MAX_SIZE = 100_000
+
+
+@dataclass
+class LayerSettings:
+    """The settings of one layer of a network."""
+
+    # number of feature maps, and so of filters
+    num_maps: int
+    # side of the square filters, in pixels of the layer's input
+    filter_size: int = 7
+    # weight of the reconstruction against the sparsity; larger is less sparse
+    lam: float = 2.0
+    # exponent of the sparse prior sum |z|^p, 0 to 1
+    p: float = 1.0
+    # group sparsity: this many consecutive maps share one magnitude at each position, their l2 norm
+    group: int = 1
+    # restrict the maps to coefficients >= 0
+    non_negative: bool = False
+    # which input channels each filter is connected to: full | singles | doubles |
+    # singles_and_doubles | random_doubles
+    connectivity: str = "full"
+    # valid: maps are larger than the image, by filter_size - 1 (the papers) | maps of the size of
+    # the image that continue beyond its border as circular | zero | reflect
+    boundary: str = "valid"
+    # what the maps reconstruct: maps (the pooled maps below) | image (through all layers below) |
+    # both
+    target: str = "maps"
+    # target both: weight of the squared error of the image; that of the maps has weight 1
+    image_weight: float = 1.0
+    # [maps, rows, columns] of the max pooling between this layer and the next; null: none
+    pool: list[int] | None = None
+    # when maps are pooled: after (inference) | in_loop (at every iteration, so that only the maxima
+    # survive and the switches are inferred with the maps)
+    pooling: str = "after"
+    # where unpooling puts a value: switches | for ablation: no_map | no_place | centre | average |
+    # everywhere
+    unpooling: str = "switches"
+    # which statistic of the input maps is scaled to 1: rms | max (largest magnitude) | none
+    scale: str = "rms"
+    # how maps are inferred
+    solver: SolverSettings = field(default_factory=SolverSettings)
+    # how filters are learned
+    learning: LearningSettings = field(default_factory=LearningSettings)
+
+    def __post_init__(self) -> None:
+        for key in ("num_maps", "filter_size", "group"):
+            # A configuration may still hold text here, such as an interpolation.
+            if not isinstance(value := getattr(self, key), str):
+                square = ", since filters are square" if key == "filter_size" else ""
+                value = whole(value, key, square)
+                if value > MAX_SIZE:
+                    raise ValueError(f"{key}={value}: must be at most {MAX_SIZE}")
+                setattr(self, key, value)
+        for key in ("lam", "image_weight"):
+            setattr(self, key, positive(getattr(self, key), key))
+        check_settings(self.solver, SolverSettings, "solver", optional=False)
+        check_settings(self.learning, LearningSettings, "learning", optional=False)
+        check_exponent(self.p)
+        for key, choices in (
+            ("connectivity", CONNECTIVITIES),
+            ("boundary", BOUNDARIES),
+            ("scale", SCALES),
+            ("target", TARGETS),
+            ("pooling", POOLINGS),
+            ("unpooling", UNPOOLINGS),
+        ):
+            if getattr(self, key) not in choices:
+                raise ValueError(f"{key}={getattr(self, key)}: choose one of {', '.join(choices)}")
+        if isinstance(self.num_maps, int) and self.num_maps % self.group:
+            raise ValueError(f"group={self.group}: must divide num_maps={self.num_maps}")
+        if self.learning.zero_mean and self.filter_size == 1:
+            raise ValueError("learning.zero_mean=True: filter_size=1 leaves only zeros")
+        if self.pool is not None and (
+            len(self.pool) != 3 or min(self.pool) < 1 or max(self.pool) > MAX_SIZE
+        ):
+            raise ValueError(
+                f"pool={list(self.pool)}: expected [maps, rows, columns], each at least 1, or null"
+            )
+        if self.pool is None and self.pooling == "in_loop":
+            raise ValueError("pooling=in_loop: needs pool=[maps, rows, columns]")
+        if self.group > 1 and self.pooling == "in_loop":
+            raise ValueError(f"group={self.group}: must be 1 with pooling=in_loop")
+        if self.solver.gap is not None and (self.p != 1 or self.pooling == "in_loop"):
+            raise ValueError(
+                f"solver.gap={self.solver.gap}: needs p=1 and pooling=after, got p={self.p}, "
+                f"pooling={self.pooling}"
+            )
+
+    @property
+    def window(self) -> Window | None:
+        """The pooling window if pooling is part of inference, else None."""
+        return tuple(self.pool) if self.pooling == "in_loop" else None
+
+    @property
+    def prior(self) -> Prior:
+        """The sparse prior of the maps."""
+        return Prior(self.p, window=self.window, group=self.group, non_negative=self.non_negative)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any], where: str) -> LayerSettings:
+        """The settings that `dataclasses.asdict` turned into a dict, with old names of keys.
+
+        where: the file and the layer, for the warning about an old name.
+        """
+        fields = with_current_names(fields, cls, where)
+        fields["solver"] = SolverSettings(**fields["solver"])
+        fields["learning"] = LearningSettings(**fields["learning"])
+        return cls(**fields)
+
+
+@dataclass(frozen=True)
+class LayerProblem:
+    """What the maps z of a layer reconstruct: they minimise lam/2 ||T F z - b||^2 + sum |z|^p.
+
+    b: (N, C, H, W), or (N, numbers, 1, 1) where maps and image are stacked. T: from F z, which lies
+    in the space of the layer's input, to the space of b.
+    """
+
+    b: Tensor
+    T: LinearOperator = Identity()
+
+
+class Layer(nn.Module):
+    """One layer: filters (K, C, h, w), connectivity (K, C) of 0 and 1, and the scale of its input.
+
+    The layer's input is divided by `scale`, a tensor of shape ().
+    """
+
+    filters: Tensor
+    connectivity: Tensor
+    scale: Tensor
+
+    def __init__(self, settings: LayerSettings, channels: int, generator: torch.Generator):
+        super().__init__()
+        self.settings = settings
+        connectivity = _connectivity(settings.connectivity, settings.num_maps, channels, generator)
+        size = settings.filter_size
+        shape = (settings.num_maps, channels, size, size)
+        filters = torch.randn(shape, generator=generator, dtype=torch.float32)
+        if settings.learning.non_negative:
+            filters = filters.abs()
+        self.register_buffer("connectivity", connectivity)
+        self.register_buffer("filters", filters)
+        self.register_buffer("scale", torch.ones((), dtype=torch.float32))
+        self.set_filters(filters)
+
+    def extra_repr(self) -> str:
+        settings, (K, C, h, w) = self.settings, self.filters.shape
+        pool = "" if settings.pool is None else f", pool={list(settings.pool)}"
+        return f"{K} filters {C}x{h}x{w}, lam={settings.lam:g}, p={settings.p:g}{pool}"
+
+    @property
+    def g(self) -> Tensor | None:
+        """The connectivity (K, C), or None if it is full."""
+        return None if self.settings.connectivity == "full" else self.connectivity
+
+    @property
+    def constraint(self) -> FilterConstraint:
+        """What the filters satisfy, by the settings and the connectivity."""
+        return self.settings.learning.constraint(self.g)
+
+    def set_filters(self, f: Tensor) -> None:
+        """Store the projection of f (K, C, h, w) onto `constraint`.
+
+        A filter that vanishes under a constraint on signs or means keeps its previous value.
+        """
+        constraint = self.constraint
+        constrained = constraint.non_negative or constraint.zero_mean
+        fallback = self.filters if constrained else None
+        self.filters.copy_(constraint.project(f, fallback=fallback))
+
+    def fit_scale(self, pooled: Tensor | Spread) -> None:
+        """Set the scale from all pooled maps below (N, C, H, W), or from their statistics."""
+        if isinstance(pooled, Tensor):
+            spread = Spread()
+            spread.add(pooled)
+            pooled = spread
+        # Maps have the units of the data, so even tiny values are not rounding errors.
+        self.scale.fill_(pooled.scale(self.settings.scale, least=0.0))
+
+    def initialize(self, b: Tensor, generator: torch.Generator) -> None:
+        """Set the initial filters as the settings say, from the layer's input b (N, C, H, W)."""
+        settings, learning = self.settings, self.settings.learning
+        f = initial_filters(
+            settings.num_maps,
+            b,
+            settings.filter_size,
+            learning.init,
+            generator,
+            constraint=learning.constraint(),
+        )
+        self.set_filters(f)
+
+    def operator(self) -> Deconvolution:
+        """F: maps z (N, K, ...) -> the layer's input (N, C, H, W), with the current filters."""
+        return Deconvolution(self.filters, self.settings.boundary)
+
+    def infer(
+        self,
+        problem: LayerProblem,
+        *,
+        settings: SolverSettings | None = None,
+        state: Tensor | None = None,
+        step: Tensor | None = None,
+        training: bool = False,
+        callback: Callback | None = None,
+    ) -> Solution:
+        """The maps that minimise the objective of the problem, as `solve` finds them.
+
+        settings: of the solver, by default those of the layer; the other arguments as of `solve`.
+        """
+        return solve(
+            problem.T @ self.operator(),
+            problem.b,
+            lam=self.settings.lam,
+            prior=self.settings.prior,
+            settings=settings or self.settings.solver,
+            state=state,
+            step=step,
+            training=training,
+            callback=callback,
+        )
+
+    def codes(self, solution: Solution) -> LayerCodes:
+        """The codes of a solution: its maps, pooled as the settings say."""
+        z, pool = solution.z, self.settings.pool
+        cost = (solution.reconstruction, solution.sparsity)
+        shape = tuple(z.shape[1:])
+        if pool is None:
+            return LayerCodes(z, None, shape, *cost)
+        lossless = self.settings.window is not None
+        return LayerCodes(*max_pool(z, tuple(pool)), shape, *cost, None if lossless else z)
+
+    def unpooling(self, codes: LayerCodes, images: Images = ALL) -> LinearOperator:
+        """U: pooled maps of the given images -> maps; the identity if there is no pooling."""
+        if codes.switches is None:
+            return Identity()
+        switches, kind = codes.switches[images], self.settings.unpooling
+        if kind == "switches":
+            return Unpooling(switches, codes.shape)
+        window = tuple(self.settings.pool)
+        weights = unpooling_weights(kind, switches, codes.shape, window).to(self.filters.dtype)
+        return WeightedUnpooling(weights, window)
+
+
+def check_input_size(shape: Sequence[int], layer: Layer, number: int) -> None:
+    """Raise ValueError if the input (..., H, W) of layer `number` is smaller than its filters."""
+    size = layer.settings.filter_size
+    H, W = shape[-2:]
+    if min(H, W) < size:
+        source = "images" if number == 1 else f"the pooled maps of layer {number - 1}"
+        raise ValueError(
+            f"{source} of {H}x{W} are smaller than the {size}x{size} filters of layer {number}: "
+            "use larger images, smaller filters or fewer layers"
+        )
+
+
+def _connectivity(kind: str, num_maps: int, channels: int, generator: torch.Generator) -> Tensor:
+    """(K, C) of 0 and 1: which of C input channels each filter is connected to.
+
+    Zeiler et al. 2010, table of layers.
+    """
+    if kind == "full":
+        return torch.ones(num_maps, channels, dtype=torch.float32)
+    singles = [(c,) for c in range(channels)]
+    doubles = [(c, d) for c in range(channels) for d in range(c + 1, channels)]
+    if kind == "random_doubles":
+        if not doubles:
+            raise ValueError("connectivity=random_doubles: needs at least two input channels")
+        draws = [
+            torch.randperm(len(doubles), generator=generator)
+            for _ in range(num_maps // len(doubles) + 1)
+        ]
+        chosen = [doubles[i] for i in torch.cat(draws)[:num_maps].tolist()]
+    else:
+        chosen = {"singles": singles, "doubles": doubles, "singles_and_doubles": singles + doubles}[
+            kind
+        ]
+        if len(chosen) != num_maps:
+            count = {"singles": channels, "doubles": math.comb(channels, 2)}
+            needed = count.get(kind, channels + math.comb(channels, 2))
+            raise ValueError(
+                f"num_maps={num_maps}: connectivity={kind} over {channels} input channels makes "
+                f"{needed} filters"
+            )
+    g = torch.zeros(num_maps, channels, dtype=torch.float32)
+    for k, connected in enumerate(chosen):
+        g[k, list(connected)] = 1
+    return g

@@ -1,0 +1,314 @@
+"""Forward passes of a torch module: which layers it calls, and their outputs.
+
+The model itself is not changed. Forward hooks stand only on the layers that are asked for, and a
+pass stops once it has reached them: whatever follows, and whatever is done in place to the output
+of a layer afterwards, has no effect.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+
+from deconvnet.visualization.projection import autograd_graph
+from deconvnet.visualization.projection.backward_rules import SkippedNormalization
+from deconvnet.visualization.projection.hidden_dependence import DependenceTracker, differing_calls
+from deconvnet.visualization.projection.map_axis import MapAxes
+from deconvnet.visualization.projection.model_isolation import check_model, unwrap
+from deconvnet.visualization.projection.projection import LayerInfo, suggest_layers, unknown_layer
+from deconvnet.visualization.projection.receptive_fields import FieldGeometries, FieldGeometry
+
+# Other images that are passed, to find constants that depend on the image.
+OTHER_IMAGES = 2
+
+logger = logging.getLogger(__name__)
+
+# Called with the name of a module, the number of its call, its output, and the leaf.
+Note = Callable[[str, int, Tensor, Tensor], None]
+
+
+@dataclass(frozen=True)
+class LayerOutput:
+    """The output of a layer, with the graph that leads to it.
+
+    leaf: (N, C, H, W), the images; y: the output as the module returned it; maps: (N, K, H, W), the
+    same as maps; maps_last: whether y is (N, H, W, K); marked: by node, how the pixels enter it
+    without a gradient.
+    """
+
+    leaf: Tensor
+    y: Tensor
+    maps: Tensor
+    maps_last: bool
+    marked: dict[Node, str]
+
+
+class ForwardPass:
+    """Runs a model on images, up to some of its layers. To be used within `isolated`.
+
+    skip_normalization: the backward pass skips contrast normalisation. constant_gates: sigmoids
+    that multiply maps are constants.
+    """
+
+    def __init__(self, model: nn.Module, *, skip_normalization: bool, constant_gates: bool):
+        self.model = check_model(unwrap(model))
+        self.skip_normalization, self.constant_gates = skip_normalization, constant_gates
+        # TorchScript takes no hooks: a scripted part is passed, but it is not a layer.
+        self.modules = {
+            name: module
+            for name, module in self.model.named_modules()
+            if name and not isinstance(module, torch.jit.ScriptModule)
+        }
+        # By the shape of an image, on which the calls of a model may depend.
+        self._calls: dict[tuple[int, ...], Counter[str]] = {}
+        # Calls of modules whose maps are (N, H, W, K).
+        self._maps_last: set[tuple[str, int]] = set()
+        # Why the output of a module is not maps.
+        self._not_maps: dict[str, str] = {}
+        self._not_called = "the model does not call it for these images"
+        self._suspects: dict[str, frozenset[int]] = {}
+
+    def layers(self, x: Tensor) -> list[LayerInfo]:
+        """The layers that the first of some images x passes, in their order."""
+        outputs: list[tuple[str, int, Tensor, Node | None]] = []
+        leaves: list[Tensor] = [x]
+
+        def note(name: str, call: int, y: Tensor, leaf: Tensor) -> None:
+            leaves[0] = leaf
+            # The node of y now: an operation in place on y later gives it another one.
+            outputs.append((name, call, y, y.grad_fn))
+
+        with torch.enable_grad():
+            calls = self._calls[x.shape[1:]] = self._run(x[:1].detach(), note)
+            autograd_graph.record_shapes([y for *_, y, node in outputs if node is not None])
+        axes = MapAxes()
+        self._maps_last |= {(name, call) for name, call, _, node in outputs if axes.is_last(node)}
+        geometries = FieldGeometries(leaves[0], constant_gates=self.constant_gates)
+        infos = []
+        for name, call, y, node in outputs:
+            # A table that a model makes of its parameters alone is not a layer.
+            if node is None:
+                continue
+            kind, shape = type(self.modules[name]).__name__, tuple(self._maps(y, name, call).shape)
+            info = LayerInfo(_call_name(name, call, calls), kind, shape[1:])
+            infos.append(_located(info, geometries.at(node)) if y.dim() == 4 else info)
+        return infos
+
+    def responses(
+        self, x: Tensor, layers: list[str], reduce: Callable[[str, Tensor], object]
+    ) -> dict[str, object]:
+        """{layer: reduce(layer, maps (N, K, H, W))}; maps of vectors have one position."""
+        wanted = self._resolve(x, layers)
+        results: dict[str, object] = {}
+
+        def note(name: str, call: int, y: Tensor, leaf: Tensor) -> None:
+            layer = wanted.get((name, call))
+            if layer is None:
+                return
+            results[layer] = reduce(layer, self._maps(y, name, call))
+            if len(results) == len(wanted):
+                raise _Reached
+
+        self._run(x, note, {name for name, _ in wanted})
+        return results
+
+    def outputs(self, x: Tensor) -> Tensor | None:
+        """(N, classes): the output of the whole model; None if the output is not a table."""
+        try:
+            y = _first_tensor(self.model(x.detach().clone()))
+        except Exception as error:
+            raise self._failure(x, error) from error
+        return y if y is not None and y.dim() == 2 else None
+
+    def up_to(self, x: Tensor, layer: str, *, checked: bool = False) -> LayerOutput:
+        """The output of a layer for images x (N, C, H, W).
+
+        checked: the name of the layer is known to exist, from images of another size.
+        """
+        name, call = _split(layer)
+        leaf, y, tracker = self._up_to(x, layer, checked=checked)
+        maps_last = (name, call) in self._maps_last
+        return LayerOutput(leaf, y, self._maps(y, name, call), maps_last, tracker.marked)
+
+    def find_suspects(self, x: Tensor, layer: str) -> None:
+        """Find constants below a layer that depend on the image although this cannot be followed:
+        they differ for other images."""
+        if layer in self._suspects:
+            return
+        tracker = self._up_to(x, layer)[2]
+        generator = torch.Generator().manual_seed(0)
+        suspects: frozenset[int] = frozenset()
+        for _ in range(OTHER_IMAGES):
+            noise = torch.rand(x.shape, generator=generator, dtype=torch.float64).to(x)
+            try:
+                other = self._up_to(0.75 * x.flip(1, 2, 3) + 0.1 * noise, layer)[2]
+            except Exception:  # whatever a model raises for an image that it does not expect
+                break
+            suspects |= differing_calls(tracker, other)
+        self._suspects[layer] = suspects
+
+    def _up_to(
+        self, x: Tensor, layer: str, *, checked: bool = False
+    ) -> tuple[Tensor, Tensor, DependenceTracker]:
+        """The leaf that holds x, the output of the layer, and what was tracked on the way."""
+        ((name, call),) = [_split(layer)] if checked else self._resolve(x, [layer])
+        reached: list[tuple[Tensor, Tensor]] = []
+
+        def note(module: str, number: int, y: Tensor, leaf: Tensor) -> None:
+            if (module, number) == (name, call):
+                reached.append((leaf, y))
+                raise _Reached
+
+        tracker = DependenceTracker(self._suspects.get(layer))
+        self._run(x, note, {name}, tracker)
+        if not reached:
+            raise ValueError(f"layer {layer!r}: the model does not call it for these images")
+        leaf, y = reached[0]
+        if y.grad_fn is None:
+            raise ValueError(f"layer {layer!r}: its output does not depend on the image")
+        return leaf, y, tracker
+
+    def _maps(self, y: Tensor, name: str, call: int) -> Tensor:
+        """The output of a module as maps (N, K, H, W); maps of vectors have one position."""
+        if y.dim() == 2:
+            return y[:, :, None, None]
+        return y.movedim(3, 1) if (name, call) in self._maps_last else y
+
+    def _resolve(self, x: Tensor, layers: list[str]) -> dict[tuple[str, int], str]:
+        """{(module, number of the call): layer} for names of layers."""
+        if x.shape[1:] not in self._calls:
+            self.layers(x)
+        calls = self._calls[x.shape[1:]]
+        names = [_call_name(name, call, calls) for name in calls for call in range(calls[name])]
+        for layer in layers:
+            if layer not in names:
+                raise self._no_layer(layer, names)
+        return {_split(layer): layer for layer in layers}
+
+    def _no_layer(self, layer: str, names: list[str]) -> ValueError:
+        """The error for a name that is not a layer, with the reason if it is a module."""
+        name = _split(layer)[0]
+        module = dict(self.model.named_modules()).get(name) if name else None
+        if module is None or any(_split(other)[0] == name for other in names):
+            return unknown_layer(layer, names)
+        if isinstance(module, torch.jit.ScriptModule):
+            reason = "it is TorchScript, which cannot be inspected"
+        else:
+            reason = self._not_maps.get(name, self._not_called)
+        return ValueError(f"layer {layer!r}: {reason}; {suggest_layers(layer, names)}")
+
+    def _failure(self, x: Tensor, error: Exception) -> ValueError:
+        """An error in one line for what the model itself raises on images x."""
+        message = " ".join(str(error).split())[:300]
+        kind = type(error).__name__
+        is_plain = isinstance(error, RuntimeError | ValueError | AssertionError) and message
+        reason = message if is_plain else f"{kind}: {message}" if message else kind
+        shape = "x".join(map(str, x.shape[1:]))
+        return ValueError(
+            f"the model {type(self.model).__name__} fails on images of {shape}: {reason}"
+        )
+
+    def _run(
+        self,
+        x: Tensor,
+        note: Note,
+        names: set[str] | None = None,
+        tracker: DependenceTracker | None = None,
+    ) -> Counter[str]:
+        """Run the model on x; call `note` for the outputs of the named (by default all) modules.
+
+        Returns how often each module was called. If the model fails, the layers before the failure
+        still count: a head often requires one size of images, but the layers below it do not.
+        """
+        calls: Counter[str] = Counter()
+        own_errors: list[Exception] = []
+        leaf = x.detach().clone().requires_grad_(torch.is_grad_enabled())
+
+        def hook(name: str) -> Callable[[nn.Module, tuple, object], None]:
+            def after_call(module: nn.Module, inputs: tuple, output: object) -> None:
+                y = _first_tensor(output)
+                self._not_maps[name] = _description(y, len(leaf))
+                # Not if the model folds something into the dimension of the images.
+                if y is not None and y.dim() in (2, 4) and len(y) == len(leaf):
+                    calls[name] += 1
+                    try:
+                        note(name, calls[name] - 1, y, leaf)
+                    except Exception as error:
+                        own_errors.append(error)
+                        raise
+
+            return after_call
+
+        with ExitStack() as stack:
+            for name, module in self.modules.items():
+                if names is None or name in names:
+                    stack.callback(module.register_forward_hook(hook(name)).remove)
+            if self.skip_normalization:
+                stack.enter_context(SkippedNormalization())
+            if tracker is not None:
+                tracker.begin(leaf)
+                stack.callback(tracker.finish)
+                stack.enter_context(tracker)
+            try:
+                # A copy: a model that begins with an operation in place may not write to a leaf.
+                self.model(leaf.clone())
+            except _Reached:
+                pass
+            except Exception as error:
+                if not own_errors and (names is not None or not calls):
+                    raise self._failure(x, error) from error
+                if not own_errors:
+                    reason = str(error).split("\n")[0] or type(error).__name__
+                    self._not_called = f"the model fails before it: {reason}"
+                    logger.warning("the model fails above its layers: %s", reason)
+            if own_errors:  # which the model may have caught
+                raise own_errors[0]
+        return calls
+
+
+class _Reached(BaseException):
+    """The layer has its output. Not an Exception, so that no model catches it."""
+
+
+def _located(info: LayerInfo, geometry: FieldGeometry | None) -> LayerInfo:
+    if geometry is None or not any(geometry.stride) or not all(geometry.size):
+        return info
+    return replace(info, field=geometry.size, stride=geometry.stride, offset=geometry.offset)
+
+
+def _description(y: Tensor | None, images: int) -> str:
+    """Why the output of a module is not maps."""
+    if y is None:
+        return "it returns no tensor"
+    images_first = y.dim() > 0 and len(y) == images
+    shape = ", ".join(["N"] * images_first + list(map(str, y.shape[images_first:])))
+    kind = "tokens, not maps" if images_first and y.dim() == 3 else "not maps (N, K, H, W)"
+    return f"its output is ({shape}): {kind}"
+
+
+def _first_tensor(output: object) -> Tensor | None:
+    """The output of a module, or the first tensor of several."""
+    if isinstance(output, Tensor):
+        return output
+    values = list(output.values()) if isinstance(output, dict) else output
+    if isinstance(values, list | tuple):
+        return next((value for value in values if isinstance(value, Tensor)), None)
+    return None
+
+
+def _split(layer: str) -> tuple[str, int]:
+    """The name of the module, and the number of the call."""
+    module, _, call = layer.partition("#")
+    return module, int(call) if call.isdigit() else 0
+
+
+def _call_name(name: str, call: int, calls: Counter[str]) -> str:
+    """The name of a module, with the number of the call if it is called more than once."""
+    return f"{name}#{call}" if calls[name] > 1 else name
