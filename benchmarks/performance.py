@@ -33,8 +33,9 @@ from hydra import compose, initialize_config_dir
 from deconvnet import LayerSettings, SolverSettings, load
 from deconvnet.cli.errors import one_line_errors
 from deconvnet.cli.settings import read_settings, register
-from deconvnet.images.datasets import DataSettings, load_images
+from deconvnet.images.datasets import load_images
 from deconvnet.images.preprocessing import PreprocessingSettings
+from deconvnet.images.sources import DataSettings
 from deconvnet.monitoring.records import EpochStats
 from deconvnet.network.metrics import snr
 from deconvnet.network.network import DeconvNet
@@ -102,7 +103,7 @@ def main() -> None:
 
 def problem(options: argparse.Namespace, device: torch.device) -> tuple[LayerTrainer, torch.Tensor]:
     """A layer whose filters have been learned for six epochs, and the preprocessed photographs."""
-    images = load_images(DataSettings()).images
+    images = load_images(DataSettings(scale=0.35, max_images=32)).images
     net = DeconvNet(
         [LayerSettings(options.maps, 7, lam=options.lam)], PreprocessingSettings(options.color)
     )
@@ -249,7 +250,7 @@ def steps(options: argparse.Namespace) -> None:
     On photographs at half size, which is not the size that the experiments learn from.
     """
     if not options.run:
-        raise ValueError("steps needs --run, the folder of a run of scripts/train.py")
+        raise ValueError("steps needs --run, the folder of a run of deconvnet train")
     net = load(options.run)
     images = load_images(DataSettings(size=150, scale=0.5, max_images=None)).images
     chosen = torch.linspace(0, len(images) - 1, options.images).round().long()

@@ -1,4 +1,4 @@
-"""Train a deconvolutional network: python scripts/train.py +layers=2"""
+"""Train a deconvolutional network: deconvnet train +layers=2"""
 
 import dataclasses
 import logging
@@ -17,7 +17,8 @@ from deconvnet.cli.errors import one_line_errors
 from deconvnet.cli.run_files import logged
 from deconvnet.cli.settings import TrainConfig, flat, read_settings
 from deconvnet.filters.update import Diverged
-from deconvnet.images.datasets import DataSettings, load_images, stream_images
+from deconvnet.images.datasets import load_images, stream_images
+from deconvnet.images.sources import DataSettings
 from deconvnet.monitoring.monitor import Monitor
 from deconvnet.monitoring.records import LayerResult
 from deconvnet.network.network import DeconvNet
@@ -111,7 +112,9 @@ def source(settings: DataSettings, device: torch.device) -> ImageSource:
     """The training images: all in memory, or each read when its turn has come."""
     if settings.stream:
         streamed = stream_images(settings)
-        return ImageSource(len(streamed), streamed.read, streamed.ahead, lambda: streamed.digests)
+        return ImageSource(
+            len(streamed), streamed.read, streamed.prefetch, lambda: streamed.digests
+        )
     data = load_images(settings)
     return ImageSource.from_tensor(data.images.to(device), data.frames, lambda: data.digests)
 

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from deconvnet.images.datasets import DataSettings
+from deconvnet.images.sources import DataSettings
 from deconvnet.storage import ownership
 from deconvnet.storage.checkpoint_files import NAME as CHECKPOINT_NAME
 from deconvnet.storage.checkpoint_files import (

@@ -37,8 +37,8 @@ from deconvnet.applications.classification.classifier import (
     to_first,
 )
 from deconvnet.applications.classification.pipeline import ClassifySettings, Features, Images, judge
-from deconvnet.images.datasets import DataSettings
 from deconvnet.images.preprocessing import PreprocessingSettings
+from deconvnet.images.sources import DataSettings
 from deconvnet.network.layer import LayerSettings
 from deconvnet.network.network import DeconvNet, load
 from deconvnet.operators.linear import Deconvolution

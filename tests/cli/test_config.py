@@ -27,8 +27,8 @@ from deconvnet.cli.settings import (
     register,
 )
 from deconvnet.filters.update import LearningSettings
-from deconvnet.images.datasets import DataSettings
 from deconvnet.images.preprocessing import PreprocessingSettings
+from deconvnet.images.sources import DataSettings
 from deconvnet.network.layer import LayerSettings
 from deconvnet.network.network import DeconvNet
 from deconvnet.sparse_coding.problem import SolverSettings

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deconvnet.images.datasets import FITS, LARGEST, SMALLEST
+from deconvnet.images.fit import FITS, MAX_SIDE, MIN_SIDE
 from deconvnet.images.preprocessing import Frame
 from deconvnet.network.codes import Codes
 from deconvnet.network.network import DeconvNet
@@ -65,9 +65,9 @@ class ClassData:
     fit: str | None = None
 
     def __post_init__(self) -> None:
-        if self.size is not None and not SMALLEST <= self.size <= LARGEST:
+        if self.size is not None and not MIN_SIDE <= self.size <= MAX_SIDE:
             raise ValueError(
-                f"data.size={self.size}: must be at least {SMALLEST} and at most {LARGEST}, or null"
+                f"data.size={self.size}: must be from {MIN_SIDE} to {MAX_SIDE}, or null"
             )
         if self.fit is not None and self.fit not in FITS:
             raise ValueError(f"data.fit={self.fit}: choose {', '.join(FITS)}, or null")

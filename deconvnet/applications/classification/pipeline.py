@@ -37,7 +37,9 @@ from deconvnet.applications.classification.classifier import (
     predict,
     pyramid,
 )
-from deconvnet.images.datasets import digest_file, find_images, fit_size, pad_size, read_image
+from deconvnet.images.decoding import digest_file, read_image
+from deconvnet.images.files import find_images
+from deconvnet.images.fit import crop_to_square, pad_to_square
 from deconvnet.monitoring.monitor import hidden
 from deconvnet.network.codes import Codes
 from deconvnet.network.network import DeconvNet
@@ -165,9 +167,9 @@ class Images:
         if self.size is None:
             return image, (0, 0, *image.shape[1:])
         if self.fit == "crop":
-            return fit_size(image, self.size), (0, 0, self.size, self.size)
+            return crop_to_square(image, self.size), (0, 0, self.size, self.size)
         try:
-            return pad_size(image, self.size)
+            return pad_to_square(image, self.size)
         except ValueError as error:
             raise ValueError(f"{self.files[index]}: {error}") from None
 
