@@ -43,7 +43,7 @@ from deconvnet.operators.pooling import pool, strongest, unpool
 from deconvnet.sparse_coding.solvers import default_solver
 from deconvnet.support.modes import plain
 from deconvnet.support.seeding import seeded_generator
-from deconvnet.training.layer_trainer import learn_layers
+from deconvnet.training.in_memory import learn_layers
 
 # Pixels of the images whose maps are made together: 83 images of 28x28, 7 of 96x96.
 PIXELS = 2**16

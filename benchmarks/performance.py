@@ -33,8 +33,9 @@ from hydra import compose, initialize_config_dir
 from deconvnet import LayerSettings, SolverSettings, load
 from deconvnet.cli.errors import one_line_errors
 from deconvnet.cli.settings import read_settings, register
-from deconvnet.images.datasets import DataSettings, load_images
+from deconvnet.images.datasets import load_images
 from deconvnet.images.preprocessing import PreprocessingSettings
+from deconvnet.images.sources import DataSettings
 from deconvnet.monitoring.records import EpochStats
 from deconvnet.network.metrics import snr
 from deconvnet.network.network import DeconvNet
@@ -107,7 +108,7 @@ def main() -> None:
 
 def problem(options: argparse.Namespace, device: torch.device) -> tuple[LayerTrainer, torch.Tensor]:
     """A layer whose filters have been learned for six epochs, and the preprocessed photographs."""
-    images = load_images(DataSettings()).images
+    images = load_images(DataSettings(scale=0.35, max_images=32)).images
     net = DeconvNet(
         [LayerSettings(options.maps, 7, lam=options.lam)], PreprocessingSettings(options.color)
     )
@@ -185,7 +186,7 @@ def speed(trainer: LayerTrainer, y: torch.Tensor, options: argparse.Namespace) -
         "inference, 60 iterations of admm": lambda: solve(A, y, lam=lam, settings=infer),
         "one epoch of learning": lambda: [trainer.update() for _ in range(trainer.sampler.batches)],
     }
-    counts = {"one epoch of learning": trainer.data.images}
+    counts = {"one epoch of learning": trainer.data.num_images}
     for name, run in work.items():
         times = [timed(run, y.device)[1] / counts.get(name, len(y)) for _ in range(options.repeats)]
         print(
@@ -401,7 +402,7 @@ def _scaling_rank(options: argparse.Namespace) -> None:
                 {
                     "speed": 2 * source.count / seconds,
                     "exchange": exchange / seconds,
-                    "message": trainer.message,
+                    "message": trainer.message_bytes,
                 }
             )
             for _ in training_set.infer_next_layer(number):

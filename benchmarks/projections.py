@@ -24,7 +24,8 @@ import torchvision
 from captum.attr import LayerActivation, NeuronDeconvolution
 from torch import Tensor, nn
 
-from deconvnet.images.datasets import DataSettings, load_images
+from deconvnet.images.datasets import load_images
+from deconvnet.images.sources import DataSettings
 from deconvnet.visualization.projection.projector import Projector
 from deconvnet.visualization.search.top_activations import TopActivations, find_top_activations
 

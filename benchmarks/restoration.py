@@ -106,7 +106,7 @@ def images_of(kind: str) -> dict[str, Tensor]:
 
         folder = Path(util.__file__).parent / "data"
         files = {Path(name).stem: folder / name for name in SPORCO_IMAGES}
-        from deconvnet.images.datasets import read_image
+        from deconvnet.images.decoding import read_image
 
         return {name: half(read_image(path).mean(0).numpy()) for name, path in files.items()}
     found = {}

@@ -52,7 +52,8 @@ from deconvnet.network.network import DeconvNet
 from deconvnet.operators.linear import Deconvolution
 from deconvnet.sparse_coding.solvers import Solution, default_solver, duality_gap, sparse_code
 from deconvnet.support.seeding import seeded_generator
-from deconvnet.training.layer_trainer import LayerData, LayerTrainer
+from deconvnet.training.layer_data import LayerData
+from deconvnet.training.layer_trainer import LayerTrainer
 
 AXES = {
     "images": (1, 2, 4, 8, 16),
@@ -308,7 +309,9 @@ def _epochs(case: Case, start: Callable[[], LayerTrainer]) -> dict:
     used = peak_of(first, case.device)
     (trainer,) = held
     _, seconds = timed(lambda: epoch(trainer), case)
-    z = trainer.layer.operator().zeros(trainer.data.below(torch.arange(trainer.data.images)))
+    z = trainer.layer.operator().zeros(
+        trainer.data.layer_input(torch.arange(trainer.data.num_images))
+    )
     return {
         "seconds": seconds,
         "bytes": used,

@@ -38,7 +38,7 @@ from deconvnet.sparse_coding.solvers import default_solver
 from deconvnet.support.devices import torch_device
 from deconvnet.support.modes import plain
 from deconvnet.support.validation import as_tensor
-from deconvnet.training.layer_trainer import learn_layers
+from deconvnet.training.in_memory import learn_layers
 
 FLOATS = (np.float64, np.float32)
 # Images are inferred together up to this many, and up to so many entries of maps (64 MiB).

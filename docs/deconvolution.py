@@ -20,8 +20,9 @@ from PIL import Image
 from torch import Tensor
 
 import deconvnet
-from deconvnet.images.datasets import DataSettings, load_images
+from deconvnet.images.datasets import load_images
 from deconvnet.images.preprocessing import Preprocessing, PreprocessingSettings, to_color
+from deconvnet.images.sources import DataSettings
 from deconvnet.operators.arithmetic import correlation_matrix, undoing_padding
 from deconvnet.operators.convolution import correlate, deconvolve
 from deconvnet.visualization.pictures.canvas import quantile_magnitude, shade_signed
@@ -146,10 +147,10 @@ def projection() -> Figure:
 
 def coding() -> Figure:
     """Sparse maps of a photograph, beside what a correlation with the same filters gives."""
-    images = load_images(DataSettings(max_images=12)).images
+    images = load_images(DataSettings(scale=0.35, max_images=12)).images
     preprocessing = Preprocessing(PreprocessingSettings(color="grey")).fit(images)
     y, _ = preprocessing(images)
-    f = deconvnet.learn_filters(y, 16, 9, lam=5.0).filters
+    f = deconvnet.learn_filters(y, 16, filter_size=9, lam=5.0).filters
     photograph, patch = to_color(images[4:5], "grey")[..., :56, :56], y[4:5, :, :56, :56]
     solution = deconvnet.sparse_code(patch, f, lam=5.0)
     z, together = solution.z[0], patch - solution.residual

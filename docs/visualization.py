@@ -19,7 +19,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from deconvnet.images.datasets import DataSettings, lazy_images
+from deconvnet.images.datasets import lazy_images
+from deconvnet.images.sources import DataSettings
 from deconvnet.visualization.models.zoo import LoadedModel, load_model
 from deconvnet.visualization.pictures.canvas import (
     arrange_tiles,

@@ -13,13 +13,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from deconvnet.applications.restoration import Restorer
-from deconvnet.images.datasets import (
-    distinct_names,
-    image_files,
-    load_images,
-    read_image,
-    stream_images,
-)
+from deconvnet.images.datasets import load_images, stream_images
+from deconvnet.images.decoding import read_image
+from deconvnet.images.files import distinct_names, image_files
 from deconvnet.monitoring.monitor import hidden, save_picture
 from deconvnet.network import tiling
 from deconvnet.network.metrics import psnr, snr

@@ -48,11 +48,12 @@ _FOLDERS = {"hydra.run.dir", "hydra.sweep.dir"}
 
 
 def for_hydra(arguments: list[str], schema: type) -> list[str]:
-    """The arguments with text settings in quotes wherever Hydra needs them.
+    """The arguments with text settings in quotes wherever Hydra needs them, options first.
 
     Settings that were renamed have their current names, with a warning. ValueError for a text
     without value.
     """
+    arguments = _options_first(arguments)
     sweep = any(a == "-m" or a.startswith("--mu") or a == "hydra.mode=MULTIRUN" for a in arguments)
     ready, before = [], ""
     for argument in arguments:
@@ -61,6 +62,16 @@ def for_hydra(arguments: list[str], schema: type) -> list[str]:
         ready.append(argument)
         before = argument
     return ready
+
+
+def _options_first(arguments: list[str]) -> list[str]:
+    """The arguments in an order in which argparse, too, accepts options between settings."""
+    options, settings, before = [], [], ""
+    for argument in arguments:
+        is_option = before in _OPTIONS or (argument.startswith("-") and argument != "-")
+        (options if is_option else settings).append(argument)
+        before = argument
+    return [*options, *settings]
 
 
 def _override(argument: str, schema: type, sweep: bool) -> str:

@@ -17,18 +17,19 @@ from deconvnet import __version__
 
 # The commands, and what each does. Their modules in this folder have the same names.
 COMMANDS = {
-    "train": "Learn a network from images, layer by layer, and show what it learned.",
+    "train": "Learn a network from images, layer by layer, and show it.",
     "visualize": "Show what the maps of a network respond to, or those of any CNN.",
     "reconstruct": "Reconstruct images from the feature maps of one layer.",
     "ablate": "Measure what the switches of max pooling are worth.",
     "denoise": "Remove noise from images.",
     "inpaint": "Fill in missing pixels of images.",
-    "classify": "Measure how well the features of a network separate classes of images.",
+    "classify": "Measure how well features separate classes of images.",
     "train-cnn": "Train a small convolutional network to visualize.",
 }
 
 HELP = """\
-Learn a hierarchy of visual features from unlabelled images, and see what they are.
+Learn a hierarchy of visual features from unlabelled images, and see what they
+are: deconvolutional networks and convolutional sparse coding.
 
   deconvnet COMMAND key=value ...
 
@@ -44,9 +45,9 @@ def main() -> None:
     """The console command `deconvnet`; also `python -m deconvnet`."""
     first = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if first in ("--help", "-h", "help"):
-        print(_help())
+        _say(_help())
     elif first in ("--version", "-V"):
-        print(f"deconvnet {__version__}")
+        _say(f"deconvnet {__version__}")
     elif first.replace("_", "-") in COMMANDS:
         call = (*_program(sys.argv[0]), first)
         sys.argv[1:] = sys.argv[2:]
@@ -70,6 +71,15 @@ def run(command: str, call: tuple[str, ...] = ()) -> None:
     from deconvnet.cli.launch import launch
 
     launch(command, call or ("python", sys.argv[0]))
+
+
+def _say(text: str) -> None:
+    """Print a text to a reader who may have seen enough before its end, as in `| head`."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
 
 
 def _help() -> str:

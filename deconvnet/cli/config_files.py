@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,6 +45,21 @@ def read_files_as_written(schema: type) -> None:
             return result
 
     SourcesRegistry.instance().types["file"] = FileConfigSource
+
+
+def check_names(arguments: list[str], configs: Path) -> None:
+    """Refuse files of the user's own that Hydra would not find behind files of the same names.
+
+    configs: the folder of the files that come with the package.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config-dir", "-cd")
+    folder = parser.parse_known_args(arguments)[0].config_dir
+    for path in sorted(Path(folder).glob("*/*.yaml")) if folder else ():
+        if (configs / path.relative_to(folder)).exists():
+            raise ValueError(
+                f"{path}: deconvnet has a file of this name, which would hide it; give it another"
+            )
 
 
 def as_written(source: str, schema: type, package: str = "", where: str = "") -> str:

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import hydra
 
 from deconvnet.cli.arguments import for_hydra
-from deconvnet.cli.config_files import read_files_as_written
+from deconvnet.cli.config_files import check_names, read_files_as_written
 from deconvnet.cli.errors import WANTS_TRACEBACK, explain
 from deconvnet.cli.printed_commands import remember
 from deconvnet.cli.settings import SCHEMAS, register
@@ -61,6 +61,7 @@ def run(main: Callable[[], None], schema: type, call: tuple[str, ...]) -> None:
         with _one_line_warnings(silent=rank > 0):
             remember(call, sys.argv[1:])
             sys.argv[1:] = for_hydra(sys.argv[1:], schema)
+            check_names(sys.argv[1:], CONFIGS)
             read_files_as_written(schema)
             if rank > 0:
                 # Of several processes under torchrun the first writes and speaks; the others warn.

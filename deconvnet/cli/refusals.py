@@ -34,6 +34,8 @@ def explain_refusal(error: BaseException, schema: type) -> str | None:
         return names and f"{found[1]}: is no setting itself; there are " + ", ".join(
             f"{found[1]}.{name}" for name in names
         )
+    if found := re.match(r"In '(.*?)': .* raised while composing config:$", message, re.MULTILINE):
+        return _in_file(schema, found[1], message)
     if found := re.match(r"Error merging override \+*(.*)$", message, re.MULTILINE):
         message = f"{message} {error.__cause__}"
         wanted = next((right for said, right in _WANTED.items() if said in message), None)
@@ -64,6 +66,15 @@ def _no_setting(schema: type, key: str) -> str:
         return f"{key}: no such setting; did you mean {' or '.join(meant)}?"
     there = f"; there are {', '.join(prefix + name for name in known)}" if known else ""
     return f"{key}: no such setting{there}"
+
+
+def _in_file(schema: type, name: str, message: str) -> str | None:
+    """What is wrong in a YAML file; name: its group and name."""
+    key = re.search(r"full_key: (\S+)$", message, re.MULTILINE)
+    if key and f"Key '{key[1].rpartition('.')[2]}' not in" in message:
+        return f"{name}.yaml: {_no_setting(schema, key[1])}"
+    wanted = next((right for said, right in _WANTED.items() if said in message), None)
+    return key and wanted and f"{name}.yaml: {key[1]}: must be {wanted}"
 
 
 def _no_choice(group: str, name: str, choices: list[str]) -> str:

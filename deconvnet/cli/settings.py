@@ -1,7 +1,9 @@
-"""The settings of a run, and the way from Hydra's configuration to them.
+"""The settings of each command, and the way from Hydra's configuration to them.
 
-The dataclasses of the settings stand beside the code that they steer; here they are put together.
-After `read` the rest of the package sees dataclasses only. Only this folder knows Hydra.
+A setting has its default and its meaning in one place, a dataclass; --help shows both from there.
+The dataclasses stand beside the code that they steer; here are those of the commands themselves.
+Files in configs/ hold published settings. After `read_settings` the rest of the package sees
+dataclasses only; nothing outside this folder knows Hydra.
 """
 
 from __future__ import annotations
@@ -17,9 +19,10 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from deconvnet.applications.classification.settings import ClassData, ClassifySettings
 from deconvnet.applications.restoration import STRENGTH
+from deconvnet.cli.help import help_page
 from deconvnet.cli.keys import TEXTS
-from deconvnet.images.datasets import DataSettings
 from deconvnet.images.preprocessing import PreprocessingSettings
+from deconvnet.images.sources import DataSettings
 from deconvnet.network.layer import MAX_SIZE, LayerSettings
 from deconvnet.network.tiling import MEMORY, check_memory
 from deconvnet.storage import ownership
@@ -42,21 +45,39 @@ COMMON = ("output", "layer", "strength", "clean", "memory")
 
 @dataclass
 class TrainConfig:
-    """The settings of `deconvnet train`; configs/train.yaml says what they mean."""
+    """The settings of `deconvnet train`."""
 
+    # the run folder is runs/<name>
     name: str
+    # the layers: a choice above, or a file of your own
     model: dict[str, LayerSettings]
+    # the images: a choice above
     data: DataSettings = field(default_factory=DataSettings)
+    # what is done to the images before layer 1: a choice above
     preprocessing: PreprocessingSettings = field(default_factory=PreprocessingSettings)
+    # train only this many layers of the model, from the first; null: all. Also +layers=2
     layers: int | None = None
+    # seed of everything that is random
     seed: int = 0
+    # auto (cuda, else cpu), or a torch device such as cpu, cuda, cuda:1
     device: str = "auto"
+    # auto: resume the run in this folder, if there is one; false: archive it in previous-N and
+    # start again; or a checkpoint or run folder to resume from, which gives the filters alone if it
+    # has learned from other images or for other epochs
     resume: str = "auto"
+    # a run folder, checkpoint or network file whose filters a new run starts from; null: as
+    # model.layerN.learning.init says
     init: str | None = None
+    # images inferred at a time: bounds memory, changes results by rounding only
     chunk: int = 8
+    # show progress bars
     progress: bool = True
+    # seconds that a process of torchrun waits for another before it gives up
     patience: float = 600.0
+    # GiB for the states from which the inference of each image is resumed in the next epoch
     memory: float = 4.0
+    # GiB for these states in files of the run folder (three times as much on disk) where memory is
+    # too little; where this is, too, inference starts from the beginning in every epoch
     disk: float = 0.0
 
     def __post_init__(self) -> None:
@@ -92,30 +113,31 @@ class TrainConfig:
 
 @dataclass
 class VisualizeConfig(VisualizationSettings):
-    """Everything that `deconvnet visualize` needs to know: what to look at, beside how."""
+    """The settings of `deconvnet visualize`: what to look at, in addition to how."""
 
-    # a run folder of `deconvnet train`, or a network file; or else `model`
+    # a run folder of `deconvnet train`, or a network file (.safetensors); or else give `model`
     run: str | None = None
-    # torchvision/NAME | timm/NAME | package.module:factory | a network file of train-cnn
+    # torchvision/NAME, timm/NAME, package.module:factory (which runs the code of that package, as
+    # python does: only for code that you trust), or a network file of `deconvnet train-cnn`
     model: str | None = None
-    # of the model: default (pretrained) | the name of others | a file | none (random)
+    # of the model: default (pretrained), the name of others, a file, or none (random)
     weights: str = "default"
-    # arguments of what builds the model, such as {num_classes: 10}; not a dict, to whose keys Hydra
-    # lets nobody add without a plus
-    options: Any = None
-    # what the model takes for pixels: (pixel - mean) / std, planes rgb | bgr | grey; null: its own
+    # arguments of the function that builds the model, such as 'options={num_classes: 10}'
+    options: Any = None  # no dict, to whose keys Hydra lets nobody add without a plus
+    # what the model takes for pixels, (pixel - mean) / std; null: as its weights were trained
     mean: list[float] | None = None
     std: list[float] | None = None
+    # order of the planes that the model takes: rgb, bgr or grey; null: its own
     order: str | None = None
-    # a folder of images, a file, or a list of files; null: those that the run has learned from
+    # a folder of images, a file, or a list of files; null: those that the run learned from
     images: Any = field(default=None, metadata=TEXTS)
     # side of the squares that images are cropped to; null: as the network takes them
     size: int | None = None
-    # so many images, evenly among all; null: all
+    # use at most this many images, evenly among all; null: all
     max_images: int | None = None
-    # of a folder, leave out files that cannot be read; all are read once at the start to know
+    # leave out files of a folder that cannot be read instead of stopping
     skip_unreadable: bool = False
-    # files of weights of the model in the course of its training, for pictures of its features
+    # files of weights of the model during its training, for pictures of its features over them
     checkpoints: list[str] | None = None
     # folder for everything; null: the run folder, or runs/<model>
     output: str | None = None
@@ -147,16 +169,27 @@ class VisualizeConfig(VisualizationSettings):
 
 @dataclass
 class RestoreConfig:
-    """What `deconvnet denoise` and `deconvnet inpaint` have in common; their configs say more."""
+    """The settings that `deconvnet denoise` and `deconvnet inpaint` have in common."""
 
+    # a run folder, or a network file (.safetensors)
     run: str
+    # images: a file, a folder, or a list such as [a.jpg,b.jpg]
     image: Any = field(metadata=TEXTS)
+    # use the maps of layers up to this one; null: all layers of the network
     layer: int | None = None
+    # the threshold in standard deviations of the noise: larger is smoother
     strength: float = STRENGTH
+    # clean images that say which maps are strong: a file, a folder or a list; null: those that the
+    # run learned from
     clean: Any = field(default=None, metadata=TEXTS)
+    # GiB of memory beyond that of the program itself; larger images are processed in tiles, or
+    # refused
     memory: float = MEMORY
+    # seed of what is added or hidden for a test
     seed: int = 0
+    # folder for the pictures; null: <run>/denoised, or <run>/inpainted
     output: str | None = None
+    # auto (cuda, else cpu), or a torch device
     device: str = "auto"
 
     def __post_init__(self) -> None:
@@ -178,31 +211,48 @@ class RestoreConfig:
 
 @dataclass
 class DenoiseConfig(RestoreConfig):
-    """The settings of `deconvnet denoise`; configs/denoise.yaml says what they mean."""
+    """The settings of `deconvnet denoise`."""
 
+    # standard deviation of the noise in grey levels of 0 to 255; null: estimated from each image
     sigma: float | None = None
+    # add noise of this standard deviation in grey levels first, and report how close the result
+    # comes to the image; null: the images are noisy
     noise: float | None = None
+    # clip the noisy pixels to 0 to 255, as a camera does
     clip: bool = False
 
 
 @dataclass
 class InpaintConfig(RestoreConfig):
-    """The settings of `deconvnet inpaint`; configs/inpaint.yaml says what they mean."""
+    """The settings of `deconvnet inpaint`."""
 
+    # which pixels are missing: an image file of the same size, black where they are; or, to hide
+    # pixels of complete images and report how close the result comes: a fraction of all pixels such
+    # as 0.5, box (a quarter of each side, in the middle), or half (the right one)
     missing: str = MISSING
+    # standard deviation of the noise in the observed pixels, in grey levels of 0 to 255
     sigma: float = 2.5
 
 
 @dataclass
 class ReconstructConfig:
-    """The settings of `deconvnet reconstruct`; configs/reconstruct.yaml says what they mean."""
+    """The settings of `deconvnet reconstruct`."""
 
+    # a run folder, or a network file (.safetensors)
     run: str
+    # images: a file, a folder, or a list such as [a.jpg,b.jpg]
     images: Any = field(metadata=TEXTS)
+    # reconstruct from the maps of this layer; null: the highest
     layer: int | None = None
+    # also draw what each image is made of: its strongest activations, and what supports the
+    # strongest
     parts: bool = False
+    # GiB of memory beyond that of the program itself; larger images are processed in tiles, or
+    # refused
     memory: float = MEMORY
+    # folder for the pictures; null: <run>/reconstructions
     output: str | None = None
+    # auto (cuda, else cpu), or a torch device
     device: str = "auto"
 
     def __post_init__(self) -> None:
@@ -213,11 +263,15 @@ class ReconstructConfig:
 
 @dataclass
 class AblateConfig:
-    """The settings of `deconvnet ablate`; configs/ablate.yaml says what they mean."""
+    """The settings of `deconvnet ablate`."""
 
+    # a run folder
     run: str
+    # how many of its training images to reconstruct
     count: int = 6
+    # images inferred at a time: bounds memory
     chunk: int = 8
+    # auto (cuda, else cpu), or a torch device
     device: str = "auto"
 
     def __post_init__(self) -> None:
@@ -228,12 +282,19 @@ class AblateConfig:
 
 @dataclass
 class ClassifyConfig(ClassifySettings):
-    """The settings of `deconvnet classify`; configs/classify.yaml says what they mean."""
+    """The settings of `deconvnet classify`."""
 
+    # a run folder, or a network file (.safetensors)
     run: str = MISSING
-    data: ClassData = MISSING
+    # the images and their classes
+    data: ClassData = field(default_factory=lambda: ClassData(path=MISSING))
+    # other run folders or network files whose layers are tried, too, each alone and all together,
+    # such as [runs/colour]
     beside: list[str] = field(default_factory=list)
+    # folder for the results, and for the features so that the same command resumes; null:
+    # <run>/classified
     output: str | None = None
+    # auto (cuda, else cpu), or a torch device
     device: str = "auto"
 
     def __post_init__(self) -> None:
@@ -243,27 +304,46 @@ class ClassifyConfig(ClassifySettings):
 
 @dataclass
 class TrainCnnConfig:
-    """Everything that train-cnn needs to know; configs/train_cnn.yaml says what it means."""
+    """The settings of `deconvnet train-cnn`."""
 
+    # the run folder is runs/<name>
     name: str
-    color: str
-    images: int | None
-    held_out: float
-    width: int
-    dropout: float
-    epochs: int
-    checkpoints: list[int]
-    batch: int
-    learning_rate: float
-    momentum: float
-    weight_decay: float
-    filter_rms: float | None
-    mirror: bool
-    shift: int
-    seed: int
-    device: str
-    progress: bool
-    data: DataSettings = field(default_factory=DataSettings)
+    # the images and their classes: data=torchvision, or data=folder, whose folders are the classes
+    data: DataSettings
+    # grey: one plane; or rgb
+    color: str = "grey"
+    # train on this many images, drawn at random; null: all
+    images: int | None = 12000
+    # fraction of the images to test on, where the data set has no split of its own
+    held_out: float = 0.1
+    # maps of the first layer; the others have 2, 3, 3, 2 times as many, the hidden layer 8 times
+    width: int = 24
+    # fraction of the units of the hidden layer that are left out at random while training
+    dropout: float = 0.5
+    # passes over the images
+    epochs: int = 10
+    # save a network file after each of these epochs, and after the last
+    checkpoints: list[int] = field(default_factory=lambda: [1, 2, 5, 10, 20, 30, 40, 64])
+    # images per update
+    batch: int = 32
+    # learning rate of the first update; it falls to 0 along half a cosine
+    learning_rate: float = 0.02
+    # momentum of stochastic gradient descent
+    momentum: float = 0.9
+    # weight decay of stochastic gradient descent
+    weight_decay: float = 0.001
+    # largest root mean square of a filter, 0.1 in the paper; null: none
+    filter_rms: float | None = None
+    # flip images left to right at random
+    mirror: bool = True
+    # shift images by up to this many pixels at random
+    shift: int = 4
+    # seed of everything that is random
+    seed: int = 0
+    # auto (cuda, else cpu), or a torch device such as cpu, cuda, cuda:1
+    device: str = "auto"
+    # show progress bars
+    progress: bool = True
 
     def __post_init__(self) -> None:
         if self.color not in ("grey", "rgb"):
@@ -307,6 +387,7 @@ SCHEMAS = {
 def register() -> None:
     """Make the types of the settings known to Hydra, so that wrong keys and values are refused."""
     OmegaConf.register_new_resolver("inside", _inside, replace=True)
+    OmegaConf.register_new_resolver("help", _help, replace=True)
     store = ConfigStore.instance()
     for name, schema in SCHEMAS.items():
         store.store(name=f"{name}_schema", node=schema)
@@ -319,6 +400,11 @@ def _inside(name: object) -> str:
     if not str(name).isprintable() or not parts[0] or no_name & set(parts):
         raise ValueError(f"name={str(name)!r}: must be the name of a folder inside runs")
     return str(name)
+
+
+def _help(command: str, *, _root_: DictConfig) -> str:
+    """The end of a command's --help page, in which Hydra puts values for names after a dollar."""
+    return help_page(SCHEMAS[command], _root_).replace("$", "$$")
 
 
 def read_settings(cfg: DictConfig) -> Any:

@@ -17,7 +17,8 @@ from deconvnet.cli.errors import one_line_errors
 from deconvnet.cli.run_files import logged
 from deconvnet.cli.settings import TrainConfig, flat, read_settings
 from deconvnet.filters.update import Diverged
-from deconvnet.images.datasets import DataSettings, load_images, stream_images
+from deconvnet.images.datasets import load_images, stream_images
+from deconvnet.images.sources import DataSettings
 from deconvnet.monitoring.monitor import Monitor
 from deconvnet.monitoring.records import LayerResult
 from deconvnet.network.network import DeconvNet
@@ -26,6 +27,7 @@ from deconvnet.support.communicator import Communicator, RankLost, started
 from deconvnet.support.devices import torch_device
 from deconvnet.training.loop import Interrupted, train
 from deconvnet.training.run_folder import RunFolder
+from deconvnet.training.session import Limits
 from deconvnet.training.training_set import ImageSource
 
 log = logging.getLogger("train")
@@ -96,11 +98,13 @@ def run(
             saved,
             stack.enter_context(monitor),
             seed=settings.seed,
-            chunk=settings.chunk,
+            limits=Limits(
+                chunk=settings.chunk,
+                hold_codes=not settings.data.stream,
+                memory=settings.memory,
+                disk=settings.disk,
+            ),
             communicator=communicator,
-            hold=not settings.data.stream,
-            memory=settings.memory,
-            disk=settings.disk,
         )
 
 
@@ -108,7 +112,9 @@ def source(settings: DataSettings, device: torch.device) -> ImageSource:
     """The training images: all in memory, or each read when its turn has come."""
     if settings.stream:
         streamed = stream_images(settings)
-        return ImageSource(len(streamed), streamed.read, streamed.ahead, lambda: streamed.digests)
+        return ImageSource(
+            len(streamed), streamed.read, streamed.prefetch, lambda: streamed.digests
+        )
     data = load_images(settings)
     return ImageSource.from_tensor(data.images.to(device), data.frames, lambda: data.digests)
 

@@ -20,7 +20,8 @@ from tqdm import tqdm
 from deconvnet.cli.errors import one_line_errors
 from deconvnet.cli.run_files import logged
 from deconvnet.cli.settings import TrainCnnConfig, read_settings
-from deconvnet.images.datasets import Crop, LazyImages, lazy_images
+from deconvnet.images.datasets import LazyImages, lazy_images
+from deconvnet.images.fit import Crop
 from deconvnet.monitoring.monitor import hidden, save_picture
 from deconvnet.storage import ownership
 from deconvnet.support.devices import torch_device

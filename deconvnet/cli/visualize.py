@@ -16,16 +16,11 @@ from omegaconf import DictConfig
 from deconvnet.cli import printed_commands
 from deconvnet.cli.errors import one_line_errors
 from deconvnet.cli.settings import VisualizeConfig, read_settings
-from deconvnet.images.datasets import (
-    Crop,
-    DataSettings,
-    Item,
-    LazyImages,
-    lazy_images,
-    read_image,
-    without_download,
-)
-from deconvnet.images.decoding import shown_name
+from deconvnet.images.datasets import LazyImages, lazy_images
+from deconvnet.images.decoding import read_image, shown_name
+from deconvnet.images.fit import Crop
+from deconvnet.images.item import Item
+from deconvnet.images.sources import DataSettings, without_download
 from deconvnet.network.network import load
 from deconvnet.support.communicator import SINGLE, Communicator, RankLost, started
 from deconvnet.support.devices import torch_device

@@ -1,20 +1,16 @@
-"""The learning of one layer: batch by batch, infer -> sums -> update, with care for its filters.
+"""Learning the filters of one layer: batch by batch, infer maps, sum statistics, update filters.
 
-The position is two integers, epoch and batch; the images of an epoch come in an order made from
-(seed, layer, epoch), so that a layer whose learning was stopped goes on as if it had not been.
+The position in the training is two integers, epoch and batch. The order of the images in an epoch
+is made from (seed, layer, epoch), so a training that was stopped resumes exactly.
 
-Several processes (ranks) can share it. Each infers the images of a batch that are its own, the sums
-over the batch are all that they tell each other, and each makes the same update of its filters.
+Several processes (ranks) can share the work. Each infers its own images of a batch; the sums over
+the batch are all that ranks exchange, and every rank makes the same update of its copy of the
+filters.
 """
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from functools import partial, reduce
-from pathlib import Path
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -35,104 +31,43 @@ from deconvnet.filters.update import (
     update_filters,
     update_filters_by_cg,
 )
-from deconvnet.monitoring.monitor import memory_used
-from deconvnet.monitoring.peaks import Peaks, Snapshot, SnapshotPlan
-from deconvnet.monitoring.records import EpochStats, RankLoad
-from deconvnet.network.codes import Codes
-from deconvnet.network.layer import Layer, LayerProblem, check_input_size
-from deconvnet.network.metrics import decibels
-from deconvnet.network.network import DeconvNet
-from deconvnet.operators.convolution import map_size
+from deconvnet.monitoring.peaks import Snapshot, SnapshotPlan
+from deconvnet.monitoring.records import EpochStats
+from deconvnet.network.layer import Layer, check_input_size
 from deconvnet.operators.linear import Identity, LinearOperator
-from deconvnet.operators.pooling import Window, pooled_shape
 from deconvnet.sparse_coding.solvers import Solution
 from deconvnet.support.communicator import SINGLE, Communicator
 from deconvnet.support.modes import plain
 from deconvnet.support.seeding import seeded_generator
-from deconvnet.support.units import exponent, magnitude, times_power
+from deconvnet.training.epoch_accumulator import EpochAccumulator
+from deconvnet.training.layer_data import LayerData
 from deconvnet.training.sampler import BatchSampler
-from deconvnet.training.warm_starts import DiskWarmStarts, WarmStarts, merge_state_dicts
+from deconvnet.training.warm_starts import (
+    IN_MEMORY,
+    Placement,
+    merge_state_dicts,
+    open_warm_starts,
+    pooling_window,
+)
 
 RECENTER_EVERY = 4
-# Steps of Lanczos' method for ||T||^2: within 5% of it, at the price of two visits.
+# Steps of Lanczos' method for ||T||^2: accurate to 5%, for the cost of two visits.
 NORM_STEPS = 12
-# Numbers that ranks tell each other beside the sums: not finite, asked to stop.
+# Number of flags that ranks exchange with the sums: objective not finite, asked to stop.
 FLAGS = 2
-# What a checkpoint says of the order of images that it counts on.
+# The order of images that a checkpoint relies on, as it is written in the file.
 ORDER = "places"
-# What the time of an update goes into.
-PHASES = ("inference", "sums", "exchange", "update")
-# What is added up over the images of an epoch.
-SUMMED = ("images", "entries", "nonzero", "reconstruction", "sparsity", "error", "signal")
-
-
-@dataclass(frozen=True)
-class LayerData:
-    """What a layer stands on and has to explain, of the images that are asked for by their indices.
-
-    images: how many there are. below: (n, C, H, W), what is below the layer, in the space that its
-    filters paint in, of the given shape (C, H, W). target: what is to be explained, and through
-    what.
-    """
-
-    images: int
-    shape: torch.Size
-    device: torch.device
-    below: Callable[[Tensor], Tensor]
-    target: Callable[[Tensor], LayerProblem]
-    # told which images will be asked for next, where that helps
-    ahead: Callable[[Tensor], None] | None = None
-
-    @classmethod
-    def from_tensor(
-        cls, below: Tensor, target: Callable[[Tensor], LayerProblem] | None = None
-    ) -> LayerData:
-        """Of tensors (N, C, H, W) in memory; by default what is below is what is explained."""
-        return cls(
-            len(below),
-            below.shape[1:],
-            below.device,
-            lambda images: below[images],
-            target or (lambda images: LayerProblem(below[images])),
-        )
-
-    @classmethod
-    def from_codes(cls, net: DeconvNet, codes: Codes, number: int) -> LayerData:
-        """Of layer `number` of a network over the codes of the layers below."""
-        return cls.from_tensor(
-            net.layer_input(codes, number), partial(net.layer_problem, codes, number)
-        )
-
-
-def warm_starts_size(layer: Layer, data: LayerData) -> int:
-    """Bytes that the states of inference of all images take while a layer learns."""
-    settings, size = layer.settings, layer.settings.filter_size
-    maps = (settings.num_maps, *map_size(data.shape[1:], (size, size), settings.boundary))
-    window = pooling_window(layer)
-    # A pooled value and its switch.
-    each = 4 * math.prod(maps) if window is None else 12 * math.prod(pooled_shape(maps, window))
-    return data.images * each
-
-
-def pooling_window(layer: Layer) -> Window | None:
-    """The window by which states of inference are kept pooled, if they are."""
-    proximal = layer.settings.solver.method in ("fista", "ista")
-    return layer.settings.window if proximal else None
 
 
 class LayerTrainer:
-    """Learns the filters of one layer on what it has to explain.
+    """Learns the filters of one layer; each call of `update` is one filter update.
 
-    ground: what the layer stands on; a tensor (N, C, H, W) is also what it explains. watch: the
-    epochs at whose end there is a `snapshot`, until the next one begins. ranks: processes that
-    share the work; all of them make the same calls. keep: the state of inference of every image
-    (`states_size`); else every visit infers its maps from the beginning. folder: where they are
-    kept in files, in place of memory, until `close`; token: what these are marked with. filters:
-    (K, C, h, w), those that learning starts from, by default as the settings say.
-
-    Holds the state of inference of its images, the energy of every map in this epoch, and the
-    running sums of the filter update. One call of `update` is one filter update. Without a `state`
-    from `state_dict` the filters start as the settings say; with it they stay.
+    data: what the layer is learned from; a tensor (N, C, H, W) is both its input and what it
+    explains. snapshot_plan: the epochs after which a `snapshot` is taken, which is available until
+    the next update. communicator: the processes that share the work; all of them must make the
+    same calls. placement: whether and where the maps of each image are kept, for its next visit to
+    start from. filters: (K, C, h, w), the initial filters; None: as the settings say. state: from
+    `state_dict`, to resume; the filters of the layer are then left as they are.
     """
 
     def __init__(
@@ -143,36 +78,36 @@ class LayerTrainer:
         seed: int = 0,
         number: int = 1,
         chunk: int = 8,
-        watch: SnapshotPlan | None = None,
+        snapshot_plan: SnapshotPlan | None = None,
         communicator: Communicator = SINGLE,
-        keep: bool = True,
-        folder: Path | None = None,
-        token: str = "",
+        placement: Placement = IN_MEMORY,
         filters: Tensor | None = None,
         state: dict | None = None,
     ):
         self.data = LayerData.from_tensor(data) if isinstance(data, Tensor) else data
         check_input_size(self.data.shape, layer, number)
         self.layer, self.seed, self.number, self.chunk = layer, seed, number, chunk
-        self.watch, self.communicator, self.keep = watch, communicator, keep
+        self.snapshot_plan, self.communicator, self.keep = (
+            snapshot_plan,
+            communicator,
+            placement.keep,
+        )
         self.settings: LearningSettings = layer.settings.learning
         self.sampler = BatchSampler(
-            self.data.images,
+            self.data.num_images,
             self.settings.batch_size,
             (seed, number, 2),
             communicator.rank,
             communicator.world_size,
         )
         self.epoch, self.batch = 0, 0
-        # Whether some rank was asked to stop, as of the last update.
+        # Whether any rank had been asked to stop at the last update.
         self.stopping = False
-        own, window = self.sampler.own.to(self.data.device), pooling_window(layer)
-        self.warm_starts = (
-            DiskWarmStarts(own, window, folder, token) if folder else WarmStarts(own, window)
-        )
+        own = self.sampler.own_images.to(self.data.device)
+        self.warm_starts = open_warm_starts(own, pooling_window(layer.settings), placement)
         self.snapshot: Snapshot | None = None
         self.sums: FilterStatistics | None = None
-        self._seen = EpochAccumulator()
+        self._accumulator = EpochAccumulator()
         if state is None:
             if filters is None:
                 filters = self._draw_filters(
@@ -188,7 +123,7 @@ class LayerTrainer:
 
     @property
     def updates(self) -> int:
-        """Filter updates in all epochs."""
+        """The number of filter updates in all epochs."""
         return self.settings.epochs * self.sampler.batches
 
     @property
@@ -196,8 +131,8 @@ class LayerTrainer:
         return self.epoch * self.sampler.batches + self.batch
 
     @property
-    def message(self) -> int:
-        """Bytes of the sums over a batch that ranks add up, however many images there are."""
+    def message_bytes(self) -> int:
+        """The size of the sums that ranks exchange, which does not depend on the images."""
         K, C, h, w = self.layer.filters.shape
         if self.settings.update == "cg":
             return 8 * K * C * h * w
@@ -205,50 +140,52 @@ class LayerTrainer:
 
     @property
     def traffic(self) -> str:
-        """What ranks tell each other in an update, in words."""
-        size = f"{self.message / 1e6:.2f} MB, whatever the number of images"
+        """What ranks exchange for an update, in words."""
+        count = "one message"
         if self.settings.update == "cg":
-            return f"in an update {1 + self.settings.update_iterations} messages of {size}"
-        return f"in an update one message of {size}"
+            count = f"{1 + self.settings.update_iterations} messages"
+        size = f"{self.message_bytes / 1e6:.2f} MB"
+        return f"ranks exchange {count} of {size} per update, whatever the number of images"
 
     def close(self) -> None:
-        """Nothing more is learned: files of states are closed."""
+        """Close the files of warm starts. The trainer cannot be used afterwards."""
         self.warm_starts.close()
 
     @plain
     def update(self, *, stop: bool = False) -> EpochStats | None:
-        """Visit the next batch and update the filters; at the end of an epoch, what it saw.
+        """Infer the next batch and update the filters; returns statistics at the end of an epoch.
 
-        stop: that this rank was asked to stop, which all then know by `stopping`. Raises Diverged,
-        on all ranks and before the update, where an objective is not finite.
+        stop: whether this rank was asked to stop; afterwards all ranks know by `stopping`. Raises
+        Diverged on all ranks, before the filters change, if any objective is not finite.
         """
         self.snapshot = None
-        self._seen.clock.start()
-        chosen = self.sampler.batch(self.epoch, self.batch).to(self.data.device)
-        self._announce_next(chosen)
+        self._accumulator.clock.start()
+        images = self.sampler.batch(self.epoch, self.batch).to(self.data.device)
+        self._prefetch(images)
         if self.settings.update == "cg":
-            self._update_by_cg(chosen, stop)
+            self._update_by_cg(images, stop)
         else:
-            self._update_by_sums(chosen, stop)
-        self._seen.clock.end("update")
+            self._update_by_sums(images, stop)
+        self._accumulator.clock.end("update")
         self.batch += 1
         return self._end_epoch() if self.batch == self.sampler.batches else None
 
-    def _announce_next(self, chosen: Tensor) -> None:
-        """Say which images will be asked for: those of this batch and the next."""
-        if self.data.ahead is None:
+    def _prefetch(self, images: Tensor) -> None:
+        """Announce the images of this batch and the next."""
+        if self.data.prefetch is None:
             return
-        over = self.batch + 1 == self.sampler.batches
-        following = (self.epoch + 1, 0) if over else (self.epoch, self.batch + 1)
-        self.data.ahead(torch.cat([chosen.cpu(), self.sampler.batch(*following)]))
+        last = self.batch + 1 == self.sampler.batches
+        following = (self.epoch + 1, 0) if last else (self.epoch, self.batch + 1)
+        self.data.prefetch(torch.cat([images.cpu(), self.sampler.batch(*following)]))
 
-    def _update_by_sums(self, chosen: Tensor, stop: bool) -> None:
-        layer, f = self.layer, self.layer.filters
+    def _update_by_sums(self, images: Tensor, stop: bool) -> None:
+        """Update the filters with the running sums of statistics over batches."""
+        layer, f, clock = self.layer, self.layer.filters, self._accumulator.clock
         sums, finite = FilterStatistics.zeros(f), True
-        for part in self._parts(chosen):
-            self._seen.clock.end("sums")
-            solution, T = self._visit(part)
-            self._seen.clock.end("inference")
+        for chunk in self._chunks(images):
+            clock.end("sums")
+            solution, T = self._visit(chunk)
+            clock.end("inference")
             if not torch.isfinite(solution.objective).all():
                 finite = False
                 continue
@@ -258,16 +195,16 @@ class LayerTrainer:
                 f,
                 layer.g,
                 boundary=layer.settings.boundary,
-                curvature=self._curvature(part, T),
+                curvature=self._curvature(chunk, T),
             )
-        self._seen.clock.end("sums")
+        clock.end("sums")
         linear, gram, flags = self.communicator.all_reduce_sum(
             sums.linear, sums.gram, self._flags(finite, stop)
         )
-        self._seen.clock.end("exchange")
+        clock.end("exchange")
         self._check_flags(flags)
         sums = FilterStatistics(linear, gram)
-        # Each update lets 1 / (updates in `averaging_epochs` epochs) of what came before fade.
+        # Each update lets 1 / (updates in `averaging_epochs` epochs) of the earlier sums fade.
         fade = max(0.0, 1 - 1 / max(self.settings.averaging_epochs * self.sampler.batches, 1))
         self.sums = sums if self.sums is None or fade == 0 else self.sums * fade + sums
         f.copy_(
@@ -276,22 +213,24 @@ class LayerTrainer:
             )
         )
 
-    def _update_by_cg(self, chosen: Tensor, stop: bool) -> None:
-        layer, visited, finite = self.layer, [], True
-        for part in self._parts(chosen):
-            solution, _ = self._visit(part)
+    def _update_by_cg(self, images: Tensor, stop: bool) -> None:
+        """Update the filters by conjugate gradients on the maps of this batch."""
+        layer, clock, visited, finite = self.layer, self._accumulator.clock, [], True
+        for chunk in self._chunks(images):
+            solution, _ = self._visit(chunk)
             finite = finite and bool(torch.isfinite(solution.objective).all())
             # Maps that are kept pooled are unpooled again when they are needed.
             z = None if self.keep and self.warm_starts.window else solution.z
-            visited.append((part, z, solution.residual))
-        self._seen.clock.end("inference")
+            visited.append((chunk, z, solution.residual))
+        clock.end("inference")
         flags = self.communicator.all_reduce_sum(self._flags(finite, stop))
-        self._seen.clock.end("exchange")
+        clock.end("exchange")
         self._check_flags(*flags)
 
         def batches() -> Iterator[Batch]:
-            for part, z, residual in visited:
-                yield self.warm_starts[part] if z is None else z, residual, self.data.target(part).T
+            for chunk, z, residual in visited:
+                z = self.warm_starts[chunk] if z is None else z
+                yield z, residual, self.data.problem(chunk).T
 
         layer.filters.copy_(
             update_filters_by_cg(
@@ -305,15 +244,15 @@ class LayerTrainer:
         )
 
     def _flags(self, finite: bool, stop: bool) -> Tensor:
-        """What a rank has to say beside its sums: (FLAGS,)."""
+        """The flags of this rank, (FLAGS,), which are summed over ranks."""
         flags = [float(not finite), float(stop)]
         return torch.tensor(flags, dtype=torch.float64, device=self.data.device)
 
     def _check_flags(self, flags: Tensor) -> None:
-        """Act upon the sum of all flags, as all ranks do."""
-        bad, stop = flags.tolist()
+        """Act on the sum of all flags, the same on every rank."""
+        not_finite, stop = flags.tolist()
         self.stopping = stop > 0
-        if bad:
+        if not_finite:
             settings = self.layer.settings
             raise Diverged(
                 f"layer {self.number}, epoch {self.epoch + 1}: the objective is not finite; lower "
@@ -322,23 +261,91 @@ class LayerTrainer:
                 "last checkpoint is from before"
             )
 
-    def _curvature(self, part: Tensor, T: LinearOperator) -> Tensor | None:
-        """||T||^2 of these images, which stays the same while this layer learns."""
+    def _visit(self, images: Tensor) -> tuple[Solution, LinearOperator]:
+        """Infer the maps of some images from where their last visit ended; also returns their T."""
+        problem = self.data.problem(images)
+        solution = self.layer.infer(
+            problem,
+            state=self.warm_starts[images],
+            step=self.warm_starts.scalar("step", images),
+            training=self.keep,
+        )
+        if self.keep:
+            self.warm_starts[images] = solution.state
+            if solution.step is not None:
+                self.warm_starts.set_scalar("step", images, solution.step)
+        self._accumulator.add(solution, problem.b)
+        if self.snapshot_plan and self.epoch + 1 in self.snapshot_plan.epochs:
+            self._accumulator.add_peaks(solution.z, images, self.snapshot_plan)
+        return solution, problem.T
+
+    def _curvature(self, images: Tensor, T: LinearOperator) -> Tensor | None:
+        """||T||^2 of these images, which is constant while this layer learns."""
         if isinstance(T, Identity):
             return None
-        found = self.warm_starts.scalar("curvature", part)
-        if found is None:
-            found = 1.05 * T.squared_norm(self.data.target(part).b, steps=NORM_STEPS)
-            self.warm_starts.set_scalar("curvature", part, found)
-        return found
+        curvature = self.warm_starts.scalar("curvature", images)
+        if curvature is None:
+            curvature = 1.05 * T.squared_norm(self.data.problem(images).b, steps=NORM_STEPS)
+            self.warm_starts.set_scalar("curvature", images, curvature)
+        return curvature
 
-    def _parts(self, images: Tensor) -> Iterator[Tensor]:
-        return iter(images.split(self.chunk) if len(images) else ())
+    def _end_epoch(self) -> EpochStats:
+        epoch = self._accumulator.reduced(self.communicator)
+        self._accumulator = EpochAccumulator()
+        dead = dead_filters(epoch.energy)
+        duplicates = duplicate_filters(self.layer.filters, epoch.energy)
+        duplicates = [k for k in duplicates if k not in dead]
+        self.epoch, self.batch = self.epoch + 1, 0
+        if epoch.peaks is not None:
+            self.snapshot = Snapshot(self.epoch, epoch.peaks, self.layer.filters.clone())
+        self.warm_starts.next_pass()
+        if self.settings.reinit_unused and not self.done:
+            self._reinitialize(sorted([*dead, *duplicates]))
+        early = 3 * self.epoch <= 2 * self.settings.epochs
+        if self.settings.recenter and early and self.epoch % RECENTER_EVERY == 0:
+            self._recenter()
+        self.warm_starts.next_pass()
+        return epoch.stats(
+            layer=self.number,
+            epoch=self.epoch,
+            epochs=self.settings.epochs,
+            dead=len(dead),
+            double=len(duplicates),
+        )
+
+    def _reinitialize(self, filters: list[int]) -> None:
+        """Draw these filters again, and reset their maps and statistics."""
+        if not filters:
+            return
+        layer = self.layer
+        generator = seeded_generator(self.seed, self.number, 3, self.epoch)
+        f = layer.filters.clone()
+        f[filters] = self._draw_filters(len(filters), generator)
+        layer.set_filters(f)
+        for images, state in self._states():
+            state[:, filters] = 0
+            self.warm_starts[images] = state
+        if self.sums is not None:
+            self.sums = self.sums.without(filters)
+
+    def _recenter(self) -> None:
+        """Shift off-centre filters to the middle of their frames, and their maps the other way."""
+        layer = self.layer
+        shifts = centring_shifts(layer.filters)
+        wrap = layer.settings.boundary == "circular"
+        for images, state in self._states():
+            for k, (rows, columns) in shifts.items():
+                state[:, k] = shift(state[:, k], -rows, -columns, wrap=wrap)
+            # With pooled states, several shifted values may meet in a window: the largest stays.
+            self.warm_starts[images] = state
+        layer.set_filters(shift_filters(layer.filters, shifts))
+        if self.sums is not None:
+            self.sums = self.sums.without(list(shifts))
 
     def _draw_filters(self, num: int, generator: torch.Generator) -> Tensor:
-        """So many filters as learning starts with."""
+        """`num` initial filters."""
         H, W = self.data.shape[1:]
-        images, size = self.data.images, self.layer.settings.filter_size
+        images, size = self.data.num_images, self.layer.settings.filter_size
 
         def draw_patches(number: int) -> Tensor:
             return self._patches(random_patch_positions(number, images, (H, W), size, generator))
@@ -352,97 +359,35 @@ class LayerTrainer:
             constraint=self.layer.constraint,
         )
 
-    def _patches(self, places: Tensor) -> Tensor:
-        """(P, C, h, w): the pieces of what is below at places (P, 3), image, row, column."""
+    def _patches(self, positions: Tensor) -> Tensor:
+        """(P, C, h, w): patches of the layer's input at positions (P, 3), image, row, column."""
         size = self.layer.settings.filter_size
-        patches = self.layer.filters.new_zeros(len(places), self.data.shape[0], size, size)
-        drawn, own = places[:, 0], self.warm_starts.images.cpu()
-        for part in self._parts(own[torch.isin(own, drawn)]):
-            below = self.data.below(part.to(self.data.device))
-            for n, image in zip(part.tolist(), below, strict=True):
+        patches = self.layer.filters.new_zeros(len(positions), self.data.shape[0], size, size)
+        drawn, own = positions[:, 0], self.warm_starts.images.cpu()
+        for chunk in self._chunks(own[torch.isin(own, drawn)]):
+            layer_input = self.data.layer_input(chunk.to(self.data.device))
+            for n, image in zip(chunk.tolist(), layer_input, strict=True):
                 for p in (drawn == n).nonzero()[:, 0].tolist():
-                    i, j = places[p, 1:].tolist()
+                    i, j = positions[p, 1:].tolist()
                     patches[p] = image[:, i : i + size, j : j + size]
-        # Exact: what the other ranks add is zero.
+        # Exact: all other ranks contribute zeros.
         return self.communicator.all_reduce_sum(patches)[0].to(patches.dtype)
 
-    def _visit(self, part: Tensor) -> tuple[Solution, LinearOperator]:
-        """Go on inferring the maps of some images; what was found, and their T."""
-        target = self.data.target(part)
-        solution = self.layer.infer(
-            target,
-            state=self.warm_starts[part],
-            step=self.warm_starts.scalar("step", part),
-            training=self.keep,
-        )
-        if self.keep:
-            self.warm_starts[part] = solution.state
-            if solution.step is not None:
-                self.warm_starts.set_scalar("step", part, solution.step)
-        self._seen.add(solution, target.b)
-        if self.watch and self.epoch + 1 in self.watch.epochs:
-            self._seen.add_peaks(solution.z, part, self.watch)
-        return solution, target.T
-
-    def _end_epoch(self) -> EpochStats:
-        seen, self._seen = self._seen.shared(self.communicator), EpochAccumulator()
-        dead = dead_filters(seen.energy)
-        double = duplicate_filters(self.layer.filters, seen.energy)
-        double = [k for k in double if k not in dead]
-        self.epoch, self.batch = self.epoch + 1, 0
-        if seen.peaks is not None:
-            self.snapshot = Snapshot(self.epoch, seen.peaks, self.layer.filters.clone())
-        self.warm_starts.next_pass()
-        if self.settings.reinit_unused and not self.done:
-            self._reinitialize(sorted([*dead, *double]))
-        early = 3 * self.epoch <= 2 * self.settings.epochs
-        if self.settings.recenter and early and self.epoch % RECENTER_EVERY == 0:
-            self._recenter()
-        self.warm_starts.next_pass()
-        return seen.stats(self, dead=len(dead), double=len(double))
-
-    def _reinitialize(self, filters: list[int]) -> None:
-        """Start these filters anew, and forget what was known of their maps."""
-        if not filters:
-            return
-        layer = self.layer
-        generator = seeded_generator(self.seed, self.number, 3, self.epoch)
-        fresh = self._draw_filters(len(filters), generator)
-        f = layer.filters.clone()
-        f[filters] = fresh
-        layer.set_filters(f)
-        for part, state in self._states():
-            state[:, filters] = 0
-            self.warm_starts[part] = state
-        if self.sums is not None:
-            self.sums = self.sums.without(filters)
-
-    def _recenter(self) -> None:
-        """Move filters to the middle of their frames, and their maps the other way."""
-        layer = self.layer
-        shifts = centring_shifts(layer.filters)
-        wrap = layer.settings.boundary == "circular"
-        for part, state in self._states():
-            for k, (rows, columns) in shifts.items():
-                state[:, k] = shift(state[:, k], -rows, -columns, wrap=wrap)
-            # With a window, of the moved entries that now share one the strongest stays.
-            self.warm_starts[part] = state
-        layer.set_filters(shift_filters(layer.filters, shifts))
-        if self.sums is not None:
-            self.sums = self.sums.without(list(shifts))
-
     def _states(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(indices, states of inference) of the images, some at a time."""
-        for part in self._parts(self.warm_starts.images):
-            state = self.warm_starts[part]
+        """(indices, warm starts) of the images of this rank, a chunk at a time."""
+        for images in self._chunks(self.warm_starts.images):
+            state = self.warm_starts[images]
             if state is not None:
-                yield part, state
+                yield images, state
+
+    def _chunks(self, images: Tensor) -> Iterator[Tensor]:
+        return iter(images.split(self.chunk) if len(images) else ())
 
     def state_dict(self) -> dict | None:
-        """Everything beside the filters that `load_state_dict` needs to go on exactly from here,
-        with any number of ranks; of all ranks, for the first one.
+        """All that `load_state_dict` needs, besides the filters, to resume exactly, with any number
+        of ranks. It is gathered from all ranks; None on all but rank 0.
         """
-        seen = self._seen.shared(self.communicator)
+        epoch = self._accumulator.reduced(self.communicator)
         parts = self.communicator.gather(self.warm_starts.state_dict())
         if parts is None:
             return None
@@ -454,14 +399,14 @@ class LayerTrainer:
             "batch": self.batch,
             "codes": merge_state_dicts(parts),
             "sums": sums,
-            "seen": seen.state_dict(),
+            "seen": epoch.state_dict(),
         }
 
     def load_state_dict(self, state: dict) -> None:
         if state.get("order") != ORDER:
             raise ValueError(
-                "this checkpoint was written in the middle of a layer by a deconvnet that visits "
-                "images in another order: go on with the one that wrote it, or start anew "
+                "this checkpoint was written in the middle of a layer by a version of deconvnet "
+                "that visits images in another order: resume with that version, or start again "
                 "(resume=false)"
             )
         device = self.data.device
@@ -469,135 +414,8 @@ class LayerTrainer:
         self.warm_starts.load_state_dict(state["codes"], device)
         sums = state["sums"]
         self.sums = sums and FilterStatistics(sums["linear"].to(device), sums["gram"].to(device))
-        # What all have seen counts once.
-        self._seen = (
-            EpochAccumulator.of(state["seen"], device)
-            if self.communicator.is_main
-            else EpochAccumulator()
-        )
-
-
-class _Clock:
-    """Seconds by phase of this rank's work, and on a GPU when it was asked for, not done."""
-
-    def __init__(self, seconds: dict[str, float] | None = None):
-        self.seconds = dict(seconds or dict.fromkeys(PHASES, 0.0))
-        self._last = time.perf_counter()
-
-    def start(self) -> None:
-        self._last = time.perf_counter()
-
-    def end(self, phase: str) -> None:
-        """What has passed since the last one ended belongs to this phase."""
-        now = time.perf_counter()
-        self.seconds[phase] += now - self._last
-        self._last = now
-
-
-@dataclass
-class EpochAccumulator:
-    """Sums over the images of an epoch, as they were visited, and what stood out.
-
-    energy: (K,) of every map; peaks: the strongest activations, if they are looked out for.
-    """
-
-    images: int = 0
-    entries: int = 0
-    nonzero: int = 0
-    reconstruction: float = 0.0
-    sparsity: float = 0.0
-    error: float = 0.0
-    signal: float = 0.0
-    energy: Tensor | None = None
-    peaks: Peaks | None = None
-    clock: _Clock = field(default_factory=_Clock)
-    loads: list[RankLoad] = field(default_factory=list)
-
-    def add(self, solution: Solution, b: Tensor) -> None:
-        self.images += len(b)
-        self.entries += solution.z.numel()
-        self.nonzero += int(torch.count_nonzero(solution.z))
-        self.reconstruction += float(solution.reconstruction.sum())
-        self.sparsity += float(solution.sparsity.sum())
-        self.error += float(solution.residual.double().square().sum())
-        self.signal += float(b.double().square().sum())
-        # Each plane pairwise in its own type, which is exact enough and needs no copy.
-        e = exponent(magnitude(solution.z))
-        energy = times_power(solution.z, -e).square().sum((2, 3)).double().sum(0)
-        energy = times_power(energy, 2 * e)
-        self.energy = energy if self.energy is None else self.energy + energy
-
-    def add_peaks(self, z: Tensor, images: Tensor, watch: SnapshotPlan) -> None:
-        peaks = Peaks.none(z) if self.peaks is None else self.peaks
-        self.peaks = peaks.updated(z, images, watch.first)
-
-    def shared(self, communicator: Communicator) -> EpochAccumulator:
-        """What all ranks have seen, and what each had to do."""
-        device = torch.device("cpu") if self.energy is None else self.energy.device
-        load = RankLoad(dict(self.clock.seconds), memory_used(device))
-        if communicator.world_size == 1:
-            return replace(self, loads=[load])
-        found = communicator.all_gather((self.state_dict(), load))
-        parts = [EpochAccumulator.of(part, device) for part, _ in found]
-        energies = [part.energy for part in parts if part.energy is not None]
-        peaks = [part.peaks for part in parts if part.peaks is not None]
-        return EpochAccumulator(
-            **{key: sum(getattr(part, key) for part in parts) for key in SUMMED},
-            loads=[load for _, load in found],
-            clock=self.clock,
-            energy=sum(energies[1:], energies[0]) if energies else None,
-            peaks=reduce(Peaks.merged, peaks) if peaks else None,
-        )
-
-    def state_dict(self) -> dict:
-        return {
-            **{key: getattr(self, key) for key in SUMMED},
-            "seconds": self.clock.seconds,
-            "energy": None if self.energy is None else self.energy.cpu(),
-            "peaks": None if self.peaks is None else self.peaks.state_dict(),
-        }
-
-    @classmethod
-    def of(cls, state: dict, device: torch.device | None) -> EpochAccumulator:
-        energy, peaks = state["energy"], state["peaks"]
-        return cls(
-            **{key: state[key] for key in SUMMED},
-            energy=None if energy is None else energy.to(device),
-            peaks=None if peaks is None else Peaks.from_state_dict(peaks, device),
-            clock=_Clock(state["seconds"]),
-        )
-
-    def stats(self, trainer: LayerTrainer, *, dead: int, double: int) -> EpochStats:
-        return EpochStats(
-            layer=trainer.number,
-            epoch=trainer.epoch,
-            epochs=trainer.settings.epochs,
-            reconstruction=self.reconstruction / self.images,
-            sparsity=self.sparsity / self.images,
-            snr=decibels(self.signal, self.error),
-            density=self.nonzero / self.entries,
-            dead=dead,
-            double=double,
-            seconds_per_image=max(sum(load.seconds.values()) for load in self.loads) / self.images,
-            loads=tuple(self.loads),
-        )
-
-
-def learn_layers(
-    net: DeconvNet, y: Tensor, *, depth: int | None = None, seed: int = 0, chunk: int = 8
-) -> list[EpochStats]:
-    """Learn the lowest `depth` layers (None: all) from preprocessed images y, in memory alone.
-
-    What each epoch saw, layer after layer. `training.train` does the same and keeps a run folder.
-    """
-    codes, history = Codes((), y, []), []
-    for number in range(1, (net.depth if depth is None else depth) + 1):
-        layer = net.layer(number)
-        if number > 1:
-            codes = net.infer_next_layer(codes, chunk=chunk)
-            layer.fit_scale(codes.layers[-1].pooled)
-        data = LayerData.from_codes(net, codes, number)
-        trainer = LayerTrainer(layer, data, seed=seed, number=number, chunk=chunk)
-        while not trainer.done:
-            history += filter(None, [trainer.update()])
-    return history
+        # The saved sums are those of all ranks and must count once.
+        if self.communicator.is_main:
+            self._accumulator = EpochAccumulator.from_state_dict(state["seen"], device)
+        else:
+            self._accumulator = EpochAccumulator()

@@ -1,38 +1,31 @@
-"""A training run: layer by layer, learn -> infer -> show -> save, and go on where it stopped."""
+"""A training run, layer by layer: learn filters, infer maps, draw pictures, save; and resume."""
 
 from __future__ import annotations
 
 import logging
 import math
-import shutil
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from deconvnet.images.preprocessing import Spread
 from deconvnet.monitoring.monitor import Monitor
-from deconvnet.monitoring.records import InferencePoint, LayerResult
-from deconvnet.network.codes import Codes
-from deconvnet.network.layer import Layer, LayerProblem
-from deconvnet.network.metrics import decibels
+from deconvnet.monitoring.records import EpochStats, LayerResult
 from deconvnet.network.network import DeconvNet
-from deconvnet.sparse_coding.prior import Prior
-from deconvnet.sparse_coding.solvers import data_term
 from deconvnet.storage.integrity import InvalidFileError
 from deconvnet.storage.network_files import load_network
 from deconvnet.support.communicator import SINGLE, Communicator
 from deconvnet.support.modes import plain
-from deconvnet.training.layer_trainer import LayerData, LayerTrainer, warm_starts_size
+from deconvnet.training.checkpoint import TrainingState, initial_filters
+from deconvnet.training.evaluation import LayerEvaluation, inference_curve
+from deconvnet.training.layer_trainer import LayerTrainer
 from deconvnet.training.run_folder import RunFolder
+from deconvnet.training.session import UNLIMITED, Limits, Session, stop_requests
 from deconvnet.training.training_set import ImageSource, TrainingSet
-from deconvnet.training.warm_starts import DiskWarmStarts
+from deconvnet.training.warm_start_placement import place_warm_starts
 from deconvnet.visualization.evolution.evolution import append_epoch, load_if_valid
 from deconvnet.visualization.evolution.snapshots import plan_snapshots, project_snapshot
 from deconvnet.visualization.pictures.evolution_picture import evolution_picture
@@ -40,12 +33,12 @@ from deconvnet.visualization.pictures.layer_pictures import filter_picture, laye
 
 log = logging.getLogger(__name__)
 
-# How many images the curve of inference is drawn for.
+# The number of images over which the curve of inference is averaged.
 CURVE_IMAGES = 4
-# And how many images the other pictures choose from.
+# The number of images that the other pictures choose from.
 SHOWN_IMAGES = 256
-# An objective that is so many times that of the epoch before has risen. (Filters that are started
-# anew or moved cost a little, too.)
+# An objective has risen if it exceeds that of the epoch before by this factor. (Filters that are
+# drawn again or shifted raise it a little, too.)
 RISE = 1.05
 
 
@@ -57,162 +50,226 @@ class Interrupted(Exception):
 def train(
     net: DeconvNet,
     images: Tensor | ImageSource,
-    run: RunFolder | None,
-    monitor: Monitor,
+    run: RunFolder | None = None,
+    monitor: Monitor | None = None,
     *,
     frames: Tensor | None = None,
     seed: int = 0,
-    chunk: int = 8,
+    limits: Limits = UNLIMITED,
     communicator: Communicator = SINGLE,
-    hold: bool = True,
-    memory: float = math.inf,
-    disk: float = 0.0,
 ) -> list[LayerResult]:
-    """Learn all layers of the network from images (N, 3, H, W) in [0, 1]; what each layer reached.
+    """Learn all layers of the network from images (N, 3, H, W) in [0, 1]; returns their results.
 
-    frames: (N, 4), the place of each picture in its square, or None where they fill it.
-    Goes on from the state of the run, saves after every epoch, leaves <run>/network.safetensors.
-    Raises Interrupted, having saved, when the process is asked to stop (Ctrl-C, SIGTERM).
+    run: where to save; a checkpoint is written after every epoch and network.safetensors at the
+    end, and a run that was stopped resumes from its checkpoint. None: nothing is saved. monitor:
+    shows progress; by default a progress bar, and a TensorBoard page in the run folder. frames:
+    (N, 4), where each picture lies in its image, or None if it fills it (`images.frames`).
 
-    ranks: processes that share the work and end with the same network; the first one writes, and
-    for the others run is None and the monitor has no folder. hold: whether what finished layers
-    found in the images is held in memory, or found again at every visit. memory: GiB that the
-    states of inference of all images may take, in all ranks together; disk: GiB that they may take
-    in the run folder where that is too little. Where they would take more, every visit infers from
-    the beginning.
+    communicator: processes that share the work and end with the same network. Rank 0 writes; on the
+    others run must be None.
+
+    Raises Interrupted, after saving, when the process is asked to stop (Ctrl-C, SIGTERM).
     """
-    images = ImageSource.from_tensor(images, frames) if isinstance(images, Tensor) else images
+    if isinstance(images, Tensor):
+        images = ImageSource.from_tensor(images, frames)
     if run:
         run.claim()
-    state = communicator.broadcast(run and run.state)
-    if state is not None:
-        net.load_parts(state["network"]["tensors"])
-    initial = _initial_filters(net, communicator.broadcast(run and run.initial))
-    position = TrainingState.of(state)
-    if position.layer > net.depth:
-        log.info(
-            "all %d layers were trained before; for another run choose another name=..., to learn "
-            "more of this one more layers=...",
-            net.depth,
+    checkpoint = communicator.broadcast(run and run.state)
+    if checkpoint is not None:
+        net.load_parts(checkpoint["network"]["tensors"])
+    initial = initial_filters(net, communicator.broadcast(run and run.initial))
+    state = TrainingState.from_checkpoint(checkpoint)
+    if state.layer > net.depth:
+        return _finished(net, state, run)
+    if monitor is None:
+        opened = Monitor(run and run.folder, progress=communicator.is_main)
+    else:
+        opened = nullcontext(monitor)
+    with opened as monitor, stop_requests() as stop_requested:
+        monitor.start(state.step, state.layer)
+        data = TrainingSet(
+            *(net, images),
+            communicator=communicator,
+            chunk=limits.chunk,
+            hold=limits.hold_codes,
+            progress=_progress(monitor, stop_requested),
         )
-        if run:
-            _save_again(net, run.network)
-        if run and state["trainer"] is None:
-            run.remove_warm_starts()
-        return position.results[: net.depth]
-    monitor.start(position.step, position.layer)
-    with _stop_requests() as stop_requested:
-
-        def watch(done: int, total: int) -> None:
-            monitor.inferred(done, total)
-            if stop_requested():
-                raise Interrupted
-
-        training_set = TrainingSet(
-            net, images, communicator=communicator, chunk=chunk, hold=hold, progress=watch
-        )
-        if state is None:
-            training_set.fit_preprocessing()
-        resumed = state and state["trainer"]
-        if run:
-            run.remove_warm_starts(keep=position.layer)
-        while position.layer <= net.depth:
-            _train_layer(
-                *(net, training_set, position, run, monitor, stop_requested, seed, (memory, disk)),
-                *(resumed, initial.get(position.layer)),
-            )
-            resumed = None
-            position.layer += 1
-            monitor.flush()
-            position.save(run, net)
-            if run:
-                run.remove_warm_starts(keep=position.layer)
+        session = Session(net, data, run, monitor, limits, seed, stop_requested)
+        if checkpoint is None:
+            data.fit_preprocessing()
+        _train_layers(session, state, checkpoint and checkpoint["trainer"], initial)
     if run:
         net.save(run.network)
-    return position.results
+    return state.results
+
+
+def _train_layers(
+    session: Session, state: TrainingState, resumed: dict | None, initial: dict[int, Tensor]
+) -> None:
+    """Train all layers that are left. resumed: the state of the trainer of the first of them, if it
+    has begun; initial: the filters that layers start from, by number.
+    """
+    run, net = session.run, session.net
+    if run:
+        run.remove_warm_starts(keep=state.layer)
+    while state.layer <= net.depth:
+        _train_layer(session, state, resumed, initial.get(state.layer))
+        resumed = None
+        state.layer += 1
+        session.monitor.flush()
+        state.save(session)
+        if run:
+            run.remove_warm_starts(keep=state.layer)
 
 
 def _train_layer(
-    net: DeconvNet,
-    training_set: TrainingSet,
-    position: TrainingState,
-    run: RunFolder | None,
-    monitor: Monitor,
-    stop_requested: Callable[[], bool],
-    seed: int,
-    room: tuple[float, float],
-    resumed: dict | None,
-    initial: Tensor | None,
+    session: Session, state: TrainingState, resumed: dict | None, initial: Tensor | None
 ) -> None:
-    """Learn one layer, infer its maps of all images, and show them."""
+    """Learn the filters of one layer, infer its maps of all images, and show both."""
     started = time.perf_counter()
-    number, layer = position.layer, net.layer(position.layer)
-    training_set.hold_codes(training_set.own_images(number), number - 1)
+    net, data, number = session.net, session.data, state.layer
+    data.hold_codes(data.own_images(number), number - 1)
     if resumed is None and number > 1:
-        layer.fit_scale(position.pooled or training_set.pooled_spread(number - 1))
-    data = training_set.layer_data(number)
-    keep, folder = _place_for_states(
-        layer, data, training_set.communicator, run, number, *room, resumed
-    )
+        net.layer(number).fit_scale(state.pooled or data.pooled_spread(number - 1))
+    trainer = _layer_trainer(session, number, resumed, initial)
+    try:
+        _learn_filters(session, state, trainer)
+    finally:
+        trainer.close()
+    evaluation = LayerEvaluation()
+    for codes in data.infer_next_layer(number):
+        evaluation.add(net, codes)
+    evaluation = evaluation.reduced(session.communicator)
+    state.pooled = evaluation.pooled
+    state.results.append(evaluation.result(number, time.perf_counter() - started))
+    _warn_of_dead_maps(session, state.results[-1])
+    _show_layer(session, state)
+
+
+def _layer_trainer(
+    session: Session, number: int, resumed: dict | None, initial: Tensor | None
+) -> LayerTrainer:
+    net, data, communicator = session.net, session.data, session.communicator
+    layer_data = data.layer_data(number)
+    example = data.codes_of(data.sample_indices(1), number - 1)
     trainer = LayerTrainer(
-        layer,
-        data,
-        seed=seed,
+        net.layer(number),
+        layer_data,
+        seed=session.seed,
         number=number,
-        chunk=training_set.chunk,
-        watch=plan_snapshots(
-            net, training_set.codes_of(training_set.sample_indices(1), number - 1), number
-        ),
-        communicator=training_set.communicator,
-        keep=keep,
-        folder=folder,
-        token=training_set.communicator.broadcast(run and run.token) or "",
+        chunk=session.limits.chunk,
+        snapshot_plan=plan_snapshots(net, example, number),
+        communicator=communicator,
+        placement=place_warm_starts(session, layer_data, number, resumed),
         filters=initial,
         state=resumed,
     )
-    if training_set.communicator.world_size > 1 and training_set.communicator.is_main:
+    if communicator.world_size > 1 and communicator.is_main:
         log.info("layer %d: %s", number, trainer.traffic)
-    try:
-        _learn(net, training_set, trainer, position, run, monitor, stop_requested)
-    finally:
-        trainer.close()
-    tally = LayerEvaluation()
-    for codes in training_set.infer_next_layer(number):
-        tally.add(net, codes)
-    tally = tally.shared(training_set.communicator)
-    position.pooled = tally.pooled
-    result = tally.result(number, time.perf_counter() - started)
-    position.results.append(result)
-    if result.dead and training_set.communicator.is_main:
-        log.warning(
-            "layer %d: %d of its %d maps are zero on all images (dead): fewer num_maps, or a "
-            "larger lam",
-            *(number, result.dead, layer.settings.num_maps),
+    return trainer
+
+
+def _learn_filters(session: Session, state: TrainingState, trainer: LayerTrainer) -> None:
+    """Make all filter updates of a layer that are left."""
+    monitor = session.monitor
+    monitor.layer(trainer.number, trainer.updates_done, trainer.updates)
+    before = math.inf
+    while not trainer.done:
+        stats = trainer.update(stop=session.stop_requested())
+        state.step += 1
+        monitor.advance()
+        if stats:
+            _show_epoch(session, state, trainer, stats, before)
+            before = stats.objective
+        # A single process can stop now; others learn of the request at the next update.
+        stopping = trainer.stopping or (
+            session.communicator.world_size == 1 and session.stop_requested()
         )
-    _show(net, training_set, position, run, monitor)
+        if stats or stopping:
+            monitor.flush()
+            state.save(session, trainer)
+        if stopping:
+            raise Interrupted
 
 
-def _initial_filters(net: DeconvNet, parts: tuple[dict, dict] | None) -> dict[int, Tensor]:
-    """The filters that layers start from, by their numbers, of a network given by its parts."""
-    if parts is None:
-        return {}
-    start = DeconvNet.from_parts(*parts)
-    found = {}
-    for number in range(1, min(net.depth, start.depth) + 1):
-        own, filters = net.layer(number).filters, start.layer(number).filters
-        if own.shape != filters.shape:
-            here, there = ("x".join(map(str, f.shape)) for f in (own, filters))
-            raise ValueError(
-                f"layer {number} is to start from filters of {there} (maps, channels, rows, "
-                f"columns), but has filters of {here}: use the same num_maps, filter_size and "
-                "colours, and layers=... for fewer layers"
-            )
-        found[number] = filters
-    return found
+def _show_epoch(
+    session: Session,
+    state: TrainingState,
+    trainer: LayerTrainer,
+    stats: EpochStats,
+    before: float,
+) -> None:
+    """Show the statistics of an epoch, and what the layer looks like after it; before: the
+    objective of the epoch before.
+    """
+    session.monitor.epoch(stats, state.step)
+    if stats.objective > RISE * before and session.communicator.is_main:
+        log.warning(
+            "layer %d, epoch %d: the objective has risen from %.4g to %.4g; if it keeps rising, "
+            "use larger learning.batch_size or learning.averaging_epochs",
+            *(trainer.number, stats.epoch, before, stats.objective),
+        )
+    if trainer.number == 1 and session.run:
+        session.monitor.picture("layer1/filters", filter_picture(session.net), state.step)
+    if trainer.snapshot:
+        # Before the checkpoint, so that a run that resumes from it has this column.
+        _save_snapshot(session, trainer)
 
 
-def _save_again(net: DeconvNet, path: Path) -> None:
-    """Write the file of a finished network unless it is there, whole and the same."""
+def _save_snapshot(session: Session, trainer: LayerTrainer) -> None:
+    """Append the features of the layer after this epoch to its file of features over epochs."""
+    number, snapshot = trainer.number, trainer.snapshot
+    images = snapshot.peaks.images.clamp(min=0).unique().cpu()
+    codes = session.data.gather_codes(images, number - 1)
+    if session.run:
+        column = project_snapshot(session.net, codes, number, snapshot, images)
+        append_epoch(session.run.evolution(number), column)
+
+
+def _show_layer(session: Session, state: TrainingState) -> None:
+    """Show the result, the curve of inference and the pictures of a finished layer."""
+    net, monitor, number = session.net, session.monitor, state.layer
+    images = session.data.sample_indices(SHOWN_IMAGES)
+    codes = session.data.gather_codes(images, number)
+    if session.run is None:
+        return
+    monitor.result(state.results[-1], codes.layer(number).values, state.step)
+    problem = net.layer_problem(codes, number, slice(CURVE_IMAGES))
+    monitor.inference(number, inference_curve(net.layer(number), problem))
+    pixels, _ = session.data.images.read(images)
+    pictures = layer_pictures(net, codes, pixels.to(net.device), number)
+    evolution = load_if_valid(session.run.evolution(number))
+    if evolution:
+        pictures[f"layer{number}/evolution"] = evolution_picture(evolution)
+    for name, picture in pictures.items():
+        monitor.picture(name, picture, state.step)
+
+
+def _warn_of_dead_maps(session: Session, result: LayerResult) -> None:
+    if result.dead and session.communicator.is_main:
+        log.warning(
+            "layer %d: %d of its %d maps are zero on all images (dead): use a smaller num_maps, or "
+            "a larger lam",
+            *(result.layer, result.dead, session.net.layer(result.layer).settings.num_maps),
+        )
+
+
+def _finished(net: DeconvNet, state: TrainingState, run: RunFolder | None) -> list[LayerResult]:
+    """The results of a run that has no layer left to train."""
+    log.info(
+        "all %d layers were trained before; choose another name=... for another run, or more "
+        "layers=... to learn more of this one",
+        net.depth,
+    )
+    if run:
+        _restore_network_file(net, run.network)
+        if run.state["trainer"] is None:
+            run.remove_warm_starts()
+    return state.results[: net.depth]
+
+
+def _restore_network_file(net: DeconvNet, path: Path) -> None:
+    """Write the file of a finished network again if it is missing, damaged or different."""
     try:
         tensors, _ = load_network(path)
         same = all(torch.equal(tensors[name], value) for name, value in net.to_parts()[0].items())
@@ -220,283 +277,16 @@ def _save_again(net: DeconvNet, path: Path) -> None:
         same = False
     if not same:
         if path.exists():
-            log.warning("%s was not what this run has learned: it is written again", path)
+            log.warning("%s is not the network that this run learned: it is written again", path)
         net.save(path)
 
 
-def _place_for_states(
-    layer: Layer,
-    data: LayerData,
-    communicator: Communicator,
-    run: RunFolder | None,
-    number: int,
-    memory: float,
-    disk: float,
-    resumed: dict | None,
-) -> tuple[bool, Path | None]:
-    """Whether states of inference are kept, and in which folder, None being memory.
+def _progress(monitor: Monitor, stop_requested: Callable[[], bool]) -> Callable[[int, int], None]:
+    """Progress of inference, which can be interrupted: the layer's filters have been saved."""
 
-    While a layer learns this does not change: with states or without, it learns something else.
-    """
-    needed = warm_starts_size(layer, data) / 2**30
-    on_disk = DiskWarmStarts.NUM_FILES * needed
-    root = communicator.broadcast(run and str(run.states))
-    folder = root and Path(root) / f"layer{number}"
-    kept, there = _states_of(resumed)
-    if kept is not False and not there and needed <= memory:
-        return True, None
-    if folder and (there or (kept is not False and on_disk <= disk)):
-        where = f"they are in {folder}, {on_disk:.3g} GiB at most"
-    elif kept:
-        raise ValueError(
-            f"memory={memory:g}, disk={disk:g}: layer {number} learns with the states of inference "
-            f"of {data.images} images; resume with memory={1.01 * needed:.3g} or "
-            f"disk={1.01 * on_disk:.3g} (GiB)"
-        )
-    else:
-        folder, where = None, "every visit infers from the beginning"
-    if communicator.is_main:
-        log.info(
-            "layer %d: the states of inference of %d images would take %.3g GiB%s: %s",
-            *(number, data.images, needed),
-            *(f", which is more than memory={memory:g}" if needed > memory else "", where),
-        )
-        if folder:
-            _check_room(folder, on_disk)
-    return folder is not None, folder
-
-
-def _states_of(resumed: dict | None) -> tuple[bool | None, bool]:
-    """Whether a layer that is resumed keeps states, None if that is open, and whether they are on
-    disk.
-    """
-    if resumed is None:
-        return None, False
-    codes = resumed["codes"]
-    # Runs of a time before it was written down: they have states if they have any.
-    kept = resumed.get("keep", codes["shape"] is not None or None)
-    return kept, "now" in codes
-
-
-def _check_room(folder: Path, needed: float) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    # What the files occupy, which have holes.
-    there = sum(512 * path.stat().st_blocks for path in folder.iterdir())
-    free = (shutil.disk_usage(folder).free + there) / 2**30
-    if needed > free:
-        raise ValueError(
-            f"disk: {folder} needs up to {needed:.3g} GiB and has {free:.3g}; make room, or "
-            "begin a run with disk=0, or on another disk"
-        )
-
-
-@dataclass
-class TrainingState:
-    """Where a run is, beside the filters: layer being learned, filter updates so far, results, and
-    how large the pooled maps below are.
-    """
-
-    layer: int
-    step: int
-    results: list[LayerResult]
-    pooled: Spread | None = None
-
-    @classmethod
-    def of(cls, state: dict | None) -> TrainingState:
-        """That of a saved state, or the beginning."""
-        if state is None:
-            return cls(1, 0, [])
-        try:
-            results = [LayerResult(**result) for result in state["results"]]
-            pooled = state.get("pooled")
-            return cls(state["layer"], state["step"], results, pooled and Spread(**pooled))
-        except TypeError as error:
-            raise InvalidFileError(
-                f"the checkpoint is no state of a run of this version ({error}); resume from "
-                "another one"
-            ) from None
-
-    def save(
-        self, run: RunFolder | None, net: DeconvNet, trainer: LayerTrainer | None = None
-    ) -> None:
-        """Write it down, of all ranks, by the first."""
-        learning = trainer and trainer.state_dict()
-        if run is None:
-            return
-        # A layer whose training has not begun is no part of what was learned.
-        tensors, settings = net.to_parts(self.layer if trainer else self.layer - 1)
-        state = {
-            "network": {"tensors": tensors, "settings": settings},
-            "layer": self.layer,
-            "step": self.step,
-            "results": [asdict(result) for result in self.results],
-            "pooled": self.pooled and asdict(self.pooled),
-            "trainer": learning,
-        }
-        run.save(self.step, state)
-
-
-@dataclass
-class LayerEvaluation:
-    """What the maps of a finished layer are like, summed over images.
-
-    active: (K,) entries of every map that are not zero; pooled: of what the next layer stands on.
-    """
-
-    images: int = 0
-    objective: float = 0.0
-    entries: int = 0
-    nonzero: int = 0
-    pixels: int = 0
-    values: float = 0.0
-    squares: float = 0.0
-    error: float = 0.0
-    active: Tensor | None = None
-    pooled: Spread = field(default_factory=Spread)
-
-    def add(self, net: DeconvNet, codes: Codes) -> None:
-        found = codes.layers[-1]
-        z, y = found.z, codes.y.double()
-        self.images += len(y)
-        self.objective += float(found.objective.sum())
-        self.entries += z.numel()
-        self.nonzero += int(torch.count_nonzero(z))
-        self.pixels += y.numel()
-        self.values += float(y.sum())
-        self.squares += float(y.square().sum())
-        self.error += float((y - net.synthesize(codes, len(codes.layers))).square().sum())
-        active = (z != 0).sum((0, 2, 3)).cpu()
-        self.active = active if self.active is None else self.active + active
-        self.pooled.add(found.pooled)
-
-    def shared(self, communicator: Communicator) -> LayerEvaluation:
-        """Over the images of all ranks."""
-        pooled = self.pooled.shared(communicator)
-        parts = [part for part in communicator.all_gather(self) if part.images]
-        summed = [key for key in vars(self) if key != "pooled"]
-        return LayerEvaluation(
-            **{key: sum(getattr(part, key) for part in parts) for key in summed}, pooled=pooled
-        )
-
-    def result(self, number: int, seconds: float) -> LayerResult:
-        signal = self.squares - self.values**2 / self.pixels
-        return LayerResult(
-            layer=number,
-            objective=self.objective / self.images,
-            snr=decibels(signal, self.error),
-            density=self.nonzero / self.entries,
-            dead=int((self.active == 0).sum()),
-            seconds=seconds,
-        )
-
-
-def _learn(
-    net: DeconvNet,
-    training_set: TrainingSet,
-    trainer: LayerTrainer,
-    position: TrainingState,
-    run: RunFolder | None,
-    monitor: Monitor,
-    stop_requested: Callable[[], bool],
-) -> None:
-    """All the filter updates of a layer that are left."""
-    monitor.layer(trainer.number, trainer.updates_done, trainer.updates)
-    before = math.inf
-    while not trainer.done:
-        stats = trainer.update(stop=stop_requested())
-        position.step += 1
-        monitor.advance()
-        if stats:
-            monitor.epoch(stats, position.step)
-            if stats.objective > RISE * before and training_set.communicator.is_main:
-                log.warning(
-                    "layer %d, epoch %d: the objective has risen from %.4g to %.4g; if it goes on, "
-                    "use larger learning.batch_size or learning.averaging_epochs",
-                    *(trainer.number, stats.epoch, before, stats.objective),
-                )
-            before = stats.objective
-            if trainer.number == 1 and run:
-                monitor.picture("layer1/filters", filter_picture(net), position.step)
-            if trainer.snapshot:
-                # Before the checkpoint: a run that goes on from it has these columns.
-                _show_snapshot(net, training_set, trainer, run)
-        # Alone there is no need to ask the others.
-        stopping = trainer.stopping or (
-            training_set.communicator.world_size == 1 and stop_requested()
-        )
-        if stats or stopping:
-            monitor.flush()
-            position.save(run, net, trainer)
-        if stopping:
+    def progress(done: int, total: int) -> None:
+        monitor.inferred(done, total)
+        if stop_requested():
             raise Interrupted
 
-
-def _show_snapshot(
-    net: DeconvNet, training_set: TrainingSet, trainer: LayerTrainer, run: RunFolder | None
-) -> None:
-    """Add what the maps look like after this epoch to the file of the layer."""
-    number, images = trainer.number, trainer.snapshot.peaks.images.clamp(min=0).unique().cpu()
-    codes = training_set.gather_codes(images, number - 1)
-    if run:
-        column = project_snapshot(net, codes, number, trainer.snapshot, images)
-        append_epoch(run.evolution(number), column)
-
-
-def _show(
-    net: DeconvNet,
-    training_set: TrainingSet,
-    position: TrainingState,
-    run: RunFolder | None,
-    monitor: Monitor,
-) -> None:
-    """Everything that a finished layer has to show, of some of the images if they are many."""
-    number, some = position.layer, training_set.sample_indices(SHOWN_IMAGES)
-    codes = training_set.gather_codes(some, number)
-    if run is None:
-        return
-    monitor.result(position.results[-1], codes.layer(number).values, position.step)
-    problem = net.layer_problem(codes, number, slice(CURVE_IMAGES))
-    monitor.inference(number, _inference_curve(net.layer(number), problem))
-    pixels, _ = training_set.images.read(some)
-    pictures = layer_pictures(net, codes, pixels.to(net.device), number)
-    learned = load_if_valid(run.evolution(number))
-    if learned:
-        pictures[f"layer{number}/evolution"] = evolution_picture(learned)
-    for name, picture in pictures.items():
-        monitor.picture(name, picture, position.step)
-
-
-def _inference_curve(layer: Layer, problem: LayerProblem) -> list[InferencePoint]:
-    """How the objective falls while the maps of some images are inferred, beta beside it."""
-    A, settings = problem.T @ layer.operator(), layer.settings
-    prior = Prior(settings.p, group=settings.group)
-    curve = []
-
-    def watch(iteration: int, z: Tensor, beta: Tensor) -> None:
-        cost = data_term(problem.b - A(z), settings.lam) + prior(z)
-        density = float(torch.count_nonzero(z)) / z.numel()
-        curve.append(InferencePoint(iteration, float(cost.mean()), float(beta.mean()), density))
-
-    layer.infer(problem, settings=replace(settings.solver, tolerance=0.0), callback=watch)
-    return curve
-
-
-@contextmanager
-def _stop_requests() -> Iterator[Callable[[], bool]]:
-    """A function that says whether SIGINT or SIGTERM has come; a second one acts at once."""
-    requested = False
-
-    def handle(number: int, frame: object) -> None:
-        nonlocal requested
-        requested = True
-        signal.signal(number, before[number])
-
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: requested
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    return progress

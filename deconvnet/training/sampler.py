@@ -1,12 +1,11 @@
-"""Which images make a batch, in what order, and whose work they are.
+"""Which images form a batch, in which order, and which rank each image belongs to.
 
     N images · B images in a batch · R ranks (processes)
 
-A batch has B places, and image i always has the place i mod B: in an epoch every place goes through
-its own images in an order of its own, made from seeds alone. So every batch is new, and yet a place
-and all of its images can belong to one rank, which is the only one to read them and to know their
-maps. What comes out does not depend on R, and of a full batch no rank has more than one image more
-than another.
+A batch has B slots, and image i always has slot i mod B. In each epoch every slot goes through its
+images in a new order, made from seeds alone. So batches differ between epochs, and yet a slot with
+all its images can belong to one rank, the only one to read them and to keep their maps. The batches
+do not depend on R, and in a full batch no rank has more than one image more than another.
 """
 
 from __future__ import annotations
@@ -22,55 +21,57 @@ from deconvnet.support.seeding import seeded_generator
 
 @dataclass(frozen=True)
 class BatchSampler:
-    """The batches of N images for one of several ranks.
+    """The batches of N images, as one of several ranks sees them.
 
-    batch_size: B, at most N, or None for all images in one batch. seeds: what the orders are made
-    from, together with the number of the epoch.
+    batch_size: B, at most N; None for all images in one batch. seeds: determine the orders,
+    together with the number of the epoch.
     """
 
-    images: int
+    num_images: int
     batch_size: int | None
     seeds: tuple[int, ...] = (0,)
     rank: int = 0
     world_size: int = 1
 
     @property
-    def places(self) -> int:
+    def slots(self) -> int:
         """B."""
-        return min(self.batch_size or self.images, self.images)
+        return min(self.batch_size or self.num_images, self.num_images)
 
     @property
     def batches(self) -> int:
-        """Batches in an epoch; the last may be smaller."""
-        return -(-self.images // self.places)
+        """The number of batches in an epoch; the last may be smaller."""
+        return -(-self.num_images // self.slots)
 
     @property
     def own_slots(self) -> range:
-        """The places of this rank: some that are neighbours; none where there are more ranks."""
-        first, last = (self.places * rank // self.world_size for rank in (self.rank, self.rank + 1))
+        """The slots of this rank, which are consecutive; none if there are more ranks than slots
+        and this one is left over.
+        """
+        first, last = (self.slots * rank // self.world_size for rank in (self.rank, self.rank + 1))
         return range(first, last)
 
     @property
-    def own(self) -> Tensor:
-        """The images of this rank, ascending."""
-        starts = torch.arange(0, self.images, self.places)[:, None]
+    def own_images(self) -> Tensor:
+        """The indices of the images of this rank, ascending."""
+        starts = torch.arange(0, self.num_images, self.slots)[:, None]
         own = (starts + torch.tensor(self.own_slots, dtype=torch.int64)).flatten()
-        return own[own < self.images]
+        return own[own < self.num_images]
 
     def batch(self, epoch: int, number: int) -> Tensor:
-        """The images of this rank in a batch, by their places; epochs and batches from 0."""
+        """The images of this rank in a batch, by slot; epochs and batches count from 0."""
         if self.batches == 1:
-            return self.own
-        found = [images[number] for images in _order(self, epoch) if number < len(images)]
-        return torch.stack(found) if found else torch.empty(0, dtype=torch.int64)
+            return self.own_images
+        images = [order[number] for order in _orders(self, epoch) if number < len(order)]
+        return torch.stack(images) if images else torch.empty(0, dtype=torch.int64)
 
 
 @lru_cache(maxsize=2)
-def _order(sampler: BatchSampler, epoch: int) -> list[Tensor]:
-    """The images of each of the own places, as they come in an epoch."""
+def _orders(sampler: BatchSampler, epoch: int) -> list[Tensor]:
+    """For each slot of the rank, its images in the order of an epoch."""
     orders = []
-    for place in sampler.own_slots:
-        images = torch.arange(place, sampler.images, sampler.places)
-        shuffle = seeded_generator(*sampler.seeds, epoch, place)
+    for slot in sampler.own_slots:
+        images = torch.arange(slot, sampler.num_images, sampler.slots)
+        shuffle = seeded_generator(*sampler.seeds, epoch, slot)
         orders.append(images[torch.randperm(len(images), generator=shuffle)])
     return orders

@@ -1,8 +1,8 @@
 """The training images, and the codes that the finished layers inferred from them.
 
-Every rank has its own images (`BatchSampler.own`). Their codes are held in memory or inferred again
-whenever they are needed. Inference starts from zero maps and treats each image separately, so both
-ways give the same result and differ only in time.
+Every rank has its own images (`BatchSampler.own_images`). Their codes are held in memory or
+inferred again whenever they are needed. Inference starts from zero maps and treats each image
+separately, so both ways give the same codes and differ only in time.
 """
 
 from __future__ import annotations
@@ -18,24 +18,23 @@ from deconvnet.network.codes import ALL, Codes, join, join_codes
 from deconvnet.network.layer import LayerProblem
 from deconvnet.network.network import DeconvNet
 from deconvnet.support.communicator import SINGLE, Communicator
-from deconvnet.training.layer_trainer import LayerData
+from deconvnet.training.layer_data import LayerData
 from deconvnet.training.sampler import BatchSampler
-
-# Images, and the frames of the pictures in them or None, by indices.
-Read = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
 
 @dataclass(frozen=True)
 class ImageSource:
-    """Training images: how many, and how to get those (n, 3, H, W) of some indices (n,), with the
-    frames (n, 4) of the pictures in them, or None where they fill their images.
+    """Where the training images come from.
+
+    count: the number of images. read: the images (n, 3, H, W) of some indices (n,), in [0, 1], and
+    their frames (n, 4), or None if every picture fills its image. prefetch: is called with the
+    indices that will be read next, if the images are on disk. digests: of the content of every
+    image in order, hexadecimal.
     """
 
     count: int
-    read: Read
-    # told which images will be read next, for those that are read from a disk
-    ahead: Callable[[Tensor], None] | None = None
-    # a digest of the content of every image, hexadecimal, in their order
+    read: Callable[[Tensor], tuple[Tensor, Tensor | None]]
+    prefetch: Callable[[Tensor], None] | None = None
     digests: Callable[[], Sequence[str]] | None = None
 
     @classmethod
@@ -45,19 +44,19 @@ class ImageSource:
         frames: Tensor | None = None,
         digests: Callable[[], Sequence[str]] | None = None,
     ) -> ImageSource:
-        """Those of a tensor (N, 3, H, W) in memory."""
+        """A source of images (N, 3, H, W) in memory."""
 
-        def read(some: Tensor) -> tuple[Tensor, Tensor | None]:
-            return images[some], None if frames is None else frames[some]
+        def read(indices: Tensor) -> tuple[Tensor, Tensor | None]:
+            return images[indices], None if frames is None else frames[indices]
 
         return cls(len(images), read, digests=digests)
 
 
 class TrainingSet:
-    """The images of all ranks, seen through the layers of a network that have been learned.
+    """The images of all ranks, as the finished layers of a network encode them.
 
-    hold: keep what the layers found in the images of this rank in memory. progress(done, total)
-    hears of every chunk of images whose maps are inferred for a new layer.
+    chunk: images inferred at a time. hold: whether the codes of the images of this rank are held in
+    memory. progress(done, total): is called after each chunk that `infer_next_layer` infers.
     """
 
     def __init__(
@@ -79,78 +78,76 @@ class TrainingSet:
         return self.images.count
 
     def fit_preprocessing(self) -> None:
-        """Learn the preprocessing from all images, each rank from some of them."""
-        own = BatchSampler(
-            len(self), None, (), self.communicator.rank, self.communicator.world_size
-        ).own
+        """Fit the preprocessing to all images, of which each rank reads a part."""
+        own = self._own(None)
 
         def parts() -> Iterator[tuple[Tensor, Tensor | None]]:
-            for some in self._chunks(own):
-                images, frames = self.images.read(some)
+            for chunk in self._chunks(own):
+                images, frames = self.images.read(chunk)
                 yield images.to(self.net.device), frames
 
         self.net.preprocessing.fit_parts(parts, self.communicator)
 
     def own_images(self, number: int) -> Tensor:
-        """The images that are this rank's own while layer `number` learns, ascending."""
-        batch_size = self.net.layer(number).settings.learning.batch_size
-        return BatchSampler(
-            len(self), batch_size, (), self.communicator.rank, self.communicator.world_size
-        ).own
+        """The indices, ascending, of the images of this rank while layer `number` learns."""
+        return self._own(self.net.layer(number).settings.learning.batch_size)
 
     def hold_codes(self, own: Tensor, depth: int) -> None:
-        """Take these images for one's own, with the maps of the lowest `depth` layers."""
+        """Make these the images of this rank, and hold their codes of the lowest `depth` layers."""
         if not torch.equal(own, self.own):
             self.own, self.codes = own, None
         if self.hold and self.codes is None and len(own):
-            self.codes = join_codes([self._infer(some, depth) for some in self._chunks(own)])
+            self.codes = join_codes([self._infer(chunk, depth) for chunk in self._chunks(own)])
 
     def codes_of(self, images: Tensor, depth: int) -> Codes:
-        """What the lowest `depth` layers found in some images, own ones or not."""
-        codes, rows = self._found(images, depth)
+        """The codes of some images, of this rank or not, up to layer `depth`."""
+        codes, rows = self._lookup(images, depth)
         return codes.select(rows)
 
     def gather_codes(self, images: Tensor, depth: int) -> Codes | None:
-        """`codes_of` images, ascending, each from the rank whose own it is; for the first rank."""
-        mine = images[torch.isin(images, self.own)]
-        found = [self.codes_of(some, depth) for some in self._chunks(mine)]
-        parts = self.communicator.gather((mine, join_codes(found).to("cpu") if found else None))
+        """`codes_of` images in ascending order, each inferred by its own rank; None on all ranks
+        but rank 0.
+        """
+        own = images[torch.isin(images, self.own)]
+        codes = [self.codes_of(chunk, depth) for chunk in self._chunks(own)]
+        parts = self.communicator.gather((own, join_codes(codes).to("cpu") if codes else None))
         if parts is None:
             return None
         parts = [part for part in parts if part[1] is not None]
-        order = torch.cat([mine for mine, _ in parts]).argsort()
+        order = torch.cat([own for own, _ in parts]).argsort()
         return join_codes([codes for _, codes in parts]).select(order).to(self.net.device)
 
     def layer_data(self, number: int) -> LayerData:
-        """What layer `number` stands on, in one's own images."""
+        """What layer `number` learns from: the images of this rank, encoded by the layers below."""
         depth = number - 1
 
-        def below(images: Tensor) -> Tensor:
-            codes, rows = self._found(images, depth)
+        def layer_input(images: Tensor) -> Tensor:
+            codes, rows = self._lookup(images, depth)
             return self.net.layer_input(codes, number, rows)
 
-        def target(images: Tensor) -> LayerProblem:
-            codes, rows = self._found(images, depth)
+        def problem(images: Tensor) -> LayerProblem:
+            codes, rows = self._lookup(images, depth)
             return self.net.layer_problem(codes, number, rows)
 
-        shape = below(self.sample_indices(1)).shape[1:]
-        ahead = None if self.hold else self.images.ahead
-        return LayerData(len(self), shape, self.net.device, below, target, ahead)
+        shape = layer_input(self.sample_indices(1)).shape[1:]
+        prefetch = None if self.hold else self.images.prefetch
+        return LayerData(len(self), shape, self.net.device, layer_input, problem, prefetch)
 
     def sample_indices(self, count: int) -> Tensor:
-        """The numbers of so many images, evenly among all."""
+        """The indices of up to `count` images, evenly spaced over all."""
         return torch.linspace(0, len(self) - 1, min(count, len(self))).round().long()
 
     def infer_next_layer(self, number: int) -> Iterator[Codes]:
-        """The codes of one's own images with the maps of one more layer, `number`, some at a
-        time."""
+        """The codes of the images of this rank up to layer `number`, a chunk at a time; the maps of
+        that layer are inferred, and held if codes are.
+        """
         parts, done = [], 0
-        for some in self._chunks(self.own):
-            codes = self.net.infer_next_layer(self.codes_of(some, number - 1), chunk=self.chunk)
+        for chunk in self._chunks(self.own):
+            codes = self.net.infer_next_layer(self.codes_of(chunk, number - 1), chunk=self.chunk)
             if self.hold:
                 parts.append(codes.layers[-1])
             yield codes
-            done += len(some)
+            done += len(chunk)
             if self.progress:
                 self.progress(done, len(self.own))
         if parts:
@@ -158,14 +155,18 @@ class TrainingSet:
             self.codes = Codes(layers, self.codes.y, self.codes.record)
 
     def pooled_spread(self, depth: int) -> Spread:
-        """How large the pooled maps of a layer are, on all images."""
+        """The spread of the pooled maps of layer `depth` over all images."""
         spread = Spread()
-        for some in self._chunks(self.own):
-            spread.add(self.codes_of(some, depth).layer(depth).pooled)
+        for chunk in self._chunks(self.own):
+            spread.add(self.codes_of(chunk, depth).layer(depth).pooled)
         return spread.shared(self.communicator)
 
-    def _found(self, images: Tensor, depth: int) -> tuple[Codes, Tensor | slice]:
-        """Codes, and where in them these images stand."""
+    def _own(self, batch_size: int | None) -> Tensor:
+        rank, world_size = self.communicator.rank, self.communicator.world_size
+        return BatchSampler(len(self), batch_size, (), rank, world_size).own_images
+
+    def _lookup(self, images: Tensor, depth: int) -> tuple[Codes, Tensor | slice]:
+        """Codes that contain these images, and their rows in them."""
         images = images.cpu()
         if self.codes is None or not bool(torch.isin(images, self.own).all()):
             return self._infer(images, depth), ALL

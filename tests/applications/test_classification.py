@@ -43,8 +43,8 @@ from deconvnet.applications.classification.spatial_pyramid import (
 from deconvnet.applications.classification.splits import Split, draw_split
 from deconvnet.applications.classification.svm import predict_classes
 from deconvnet.applications.classification.word_histograms import WordHistograms
-from deconvnet.images.datasets import DataSettings
 from deconvnet.images.preprocessing import PreprocessingSettings
+from deconvnet.images.sources import DataSettings
 from deconvnet.network.layer import LayerSettings
 from deconvnet.network.network import DeconvNet, load
 from deconvnet.operators.linear import Deconvolution

@@ -214,9 +214,13 @@ def test_a_sweep_goes_over_lists_too():
 
 
 def test_numbers_groups_and_the_options_of_hydra_are_left_as_they_are():
-    typed = ["model.layer1.lam=1.10", "model=cvpr2010", "+experiment=cvpr2010", "seed=1_0", "-m"]
-    typed += ["~model.layer3", "hydra/launcher=basic", "--config-dir", "name=1", "data={path: 1}"]
-    assert for_hydra(typed, TrainConfig) == typed
+    typed = ["model.layer1.lam=1.10", "model=cvpr2010", "+experiment=cvpr2010", "seed=1_0"]
+    typed += ["~model.layer3", "hydra/launcher=basic", "data={path: 1}"]
+    options = ["-m", "--config-dir", "name=1"]
+    assert for_hydra([*options, *typed], TrainConfig) == [*options, *typed]
+    # Between settings, argparse would not accept them.
+    assert for_hydra([*typed, *options], TrainConfig) == [*options, *typed]
+    assert for_hydra([*typed[:2], *options, *typed[2:]], TrainConfig) == [*options, *typed]
 
 
 @pytest.mark.parametrize("typed", ["name=", "data.path=", "+data.path=", "resume="])

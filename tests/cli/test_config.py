@@ -11,28 +11,31 @@ import torch
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
+from omegaconf import MISSING
 from omegaconf.errors import OmegaConfBaseException
 
 from deconvnet import load
 from deconvnet.cli.errors import one_line, one_line_errors
+from deconvnet.cli.help import comments
 from deconvnet.cli.settings import (
+    SCHEMAS,
     ClassifyConfig,
     DenoiseConfig,
-    TrainConfig,
     VisualizeConfig,
     flat,
     read_settings,
     register,
 )
 from deconvnet.filters.update import LearningSettings
-from deconvnet.images.datasets import DataSettings
 from deconvnet.images.preprocessing import PreprocessingSettings
+from deconvnet.images.sources import DataSettings
 from deconvnet.network.layer import LayerSettings
 from deconvnet.network.network import DeconvNet
 from deconvnet.sparse_coding.solvers import SolverSettings
 from deconvnet.support.devices import torch_device
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE, CONFIGS = ROOT / "deconvnet", ROOT / "configs"
 
 EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
 MODELS = sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml"))
@@ -294,14 +297,37 @@ def test_every_setting_has_a_comment_that_says_what_it_is(kind):
             assert re.match(r"    \w+: ", lines[number]), f"{field.name} has no comment"
 
 
-@pytest.mark.parametrize("name", ["train", "reconstruct", "ablate"])
-def test_every_key_of_a_script_has_a_comment(name):
-    lines = (CONFIGS / f"{name}.yaml").read_text().splitlines()
+@pytest.mark.parametrize("name", [*SCHEMAS])
+def test_every_setting_of_a_command_has_its_meaning_on_the_help_page(name):
+    meanings = comments(SCHEMAS[name])
+    assert meanings["device"].startswith("auto (cuda, else cpu)")
+    first = None
+    for key, meaning in meanings.items():
+        # A comment may introduce two or three settings, of which the first has it.
+        first = key if meaning else first
+        assert meaning or first, f"{name}: {key} has no comment"
+        assert not meaning.startswith("#") and "\n" not in meaning
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_key_of_a_command_in_yaml_has_a_comment(path):
+    lines = path.read_text().splitlines()
     keys = [key for key in yaml.safe_load("\n".join(lines)) if key not in ("defaults", "hydra")]
-    assert keys
-    for key in keys:
-        number = next(n for n, line in enumerate(lines) if line.startswith(f"{key}:"))
-        assert commented(lines, number), key
+    if path.parent == CONFIGS:
+        for key in keys:
+            number = next(n for n, line in enumerate(lines) if line.startswith(f"{key}:"))
+            assert commented(lines, number) or commented(lines, number + 1), key
+
+
+def test_a_default_stands_in_one_place():
+    for name, schema in SCHEMAS.items():
+        path = (PACKAGE / "cli" if name == "visualize" else CONFIGS) / f"{name}.yaml"
+        for key, value in yaml.safe_load(path.read_text()).items():
+            if key in ("defaults", "hydra"):
+                continue
+            field = next(field for field in dataclasses.fields(schema) if field.name == key)
+            default = field.default in (dataclasses.MISSING, MISSING)
+            assert default and field.default_factory is dataclasses.MISSING, (name, key, value)
 
 
 def test_every_choice_of_a_group_is_named_beside_it():
@@ -317,13 +343,6 @@ def test_every_file_of_a_group_says_what_it_is_in_its_first_lines():
     for path in CONFIGS.glob("*/*.yaml"):
         lines = [line for line in path.read_text().splitlines() if "@package" not in line]
         assert lines[0].startswith("# "), path
-
-
-def test_the_defaults_in_python_and_in_yaml_do_not_contradict_each_other():
-    settings = read()
-    for field in dataclasses.fields(TrainConfig):
-        if field.name not in ("name", "model", "data", "preprocessing"):
-            assert getattr(settings, field.name) == field.default
 
 
 def test_errors_of_the_named_kinds_end_in_one_line_and_others_pass():
@@ -348,7 +367,7 @@ HUGE = 10**12
         (LayerSettings, ("pool",), ([1, 2, HUGE], [0, 2, 2])),
         (SolverSettings, ("rho", "step", "gap"), (0.0, -1.0, math.nan, math.inf)),
         (SolverSettings, ("tolerance", "relaxation", "beta_start"), (-1.0, math.nan, math.inf)),
-        (PreprocessingSettings, ("sigma", "whitening_floor"), (0.0, math.nan, math.inf)),
+        (PreprocessingSettings, ("contrast_sigma", "whitening_floor"), (0.0, math.nan, math.inf)),
         (DataSettings, ("size",), (0, -1, HUGE)),
         (DataSettings, ("scale",), (0.0, math.nan)),
         (DataSettings, ("max_images", "workers"), (0, -1)),

@@ -24,7 +24,9 @@ from PIL import Image
 from deconvnet import DeconvNet, LayerSettings, PreprocessingSettings, load
 from deconvnet.cli.errors import raised_in
 from deconvnet.cli.settings import _inside, read_settings, register
-from deconvnet.images.datasets import DataSettings, load_images, read_image, stream_images
+from deconvnet.images.datasets import load_images, stream_images
+from deconvnet.images.decoding import read_image
+from deconvnet.images.sources import DataSettings
 from deconvnet.storage.network_files import save_network
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

@@ -12,25 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-from deconvnet.images.datasets import (
-    Crop,
-    DataSettings,
-    ImageSet,
-    Item,
-    LazyImages,
-    digest_file,
-    distinct_names,
-    find_images,
-    fit_size,
-    image_files,
-    lazy_images,
-    load_images,
-    pad_size,
-    read_image,
-    stream_images,
-    without_download,
-)
+from deconvnet.images.datasets import ImageSet, LazyImages, lazy_images, load_images, stream_images
+from deconvnet.images.decoding import digest_file, read_image
+from deconvnet.images.files import distinct_names, find_images, image_files
+from deconvnet.images.fit import Crop, crop_to_square, pad_to_square
+from deconvnet.images.item import Item
 from deconvnet.images.preprocessing import Preprocessing, PreprocessingSettings, local_moments
+from deconvnet.images.sources import DataSettings, without_download
 from deconvnet.monitoring.monitor import save_picture
 
 
@@ -78,10 +66,10 @@ def photographs():
 
 
 def test_photographs_are_the_default_and_have_shape_and_range(photographs):
-    assert photographs.images.shape == (32, 3, 96, 96)
+    assert photographs.images.shape == (24, 3, 96, 96)
     assert photographs.images.dtype == torch.float32
     assert photographs.images.min() >= 0 and photographs.images.max() <= 1
-    assert len(set(photographs.names)) == 32
+    assert len(set(photographs.names)) == 24
     assert {name.split("-")[0] for name in photographs.names} == {
         *("astronaut", "chelsea", "coffee", "rocket", "motorcycle", "china", "flower")
     }
@@ -98,7 +86,7 @@ def test_photographs_are_the_same_every_time_and_do_not_touch_global_randomness(
 
 def test_no_two_crops_are_equal_and_all_have_texture(photographs):
     flat = photographs.images.flatten(1)
-    distances = torch.cdist(flat, flat) + torch.eye(32) * 1e9
+    distances = torch.cdist(flat, flat) + torch.eye(24) * 1e9
     assert distances.min() > 1
     deviation = local_moments(photographs.images, 13, 4.773)[1]
     assert deviation.flatten(1).median(1).values.min() > 0.02
@@ -115,7 +103,7 @@ def test_the_crops_kept_are_those_of_most_texture_in_their_order(photographs):
 
 
 def test_crops_cover_a_photograph_from_end_to_end():
-    everything = load_images(DataSettings(max_images=None))
+    everything = load_images(DataSettings(scale=0.35, max_images=None))
     crops = {name: crop for name, crop in zip(everything.names, everything.images, strict=True)}
     # The astronaut is 179 pixels wide after reduction: crops at 0 and 83, 13 columns in common.
     assert [name for name in crops if name.startswith("astronaut-0")] == [
@@ -126,10 +114,10 @@ def test_crops_cover_a_photograph_from_end_to_end():
 
 
 def test_photographs_smaller_than_the_crop_are_skipped_and_none_left_is_an_error():
-    large = load_images(DataSettings(size=170, max_images=None))
+    large = load_images(DataSettings(size=170, scale=0.35, max_images=None))
     assert {name.split("-")[0] for name in large.names} == {"astronaut", "motorcycle"}
     with pytest.raises(ValueError, match="data.size=400.*data.scale=0.35"):
-        load_images(DataSettings(size=400))
+        load_images(DataSettings(size=400, scale=0.35))
 
 
 @pytest.mark.parametrize(
@@ -325,13 +313,13 @@ def test_images_become_square_by_their_short_side_and_centre(tmp_path):
 
 def test_fitting_agrees_with_pillow_and_leaves_the_right_size_alone(photographs):
     image = photographs.images[0]
-    assert torch.equal(fit_size(image, 96), image)
-    assert torch.equal(fit_size(image[:, 5:95], 90), image[:, 5:95, 3:93])
+    assert torch.equal(crop_to_square(image, 96), image)
+    assert torch.equal(crop_to_square(image[:, 5:95], 90), image[:, 5:95, 3:93])
     picture = Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy())
     theirs = expected(np.asarray(picture.resize((40, 40), Image.Resampling.BICUBIC)))
-    torch.testing.assert_close(fit_size(image, 40), theirs, atol=0.01, rtol=0)
+    torch.testing.assert_close(crop_to_square(image, 40), theirs, atol=0.01, rtol=0)
     checker = torch.tensor([0.0, 1.0]).repeat(32)[None, None].expand(3, 64, 64)
-    assert fit_size(checker, 16).std() < 0.05  # antialiased
+    assert crop_to_square(checker, 16).std() < 0.05  # antialiased
 
 
 def test_images_smaller_than_the_crop_are_enlarged_with_one_warning(tmp_path, caplog):
@@ -365,9 +353,9 @@ def test_whole_pictures_stand_in_the_middle_of_their_squares_with_zeros_around(t
 
 def test_padding_agrees_with_pillow_and_leaves_the_right_size_alone(photographs):
     image = photographs.images[0][:, :61]
-    square, frame = pad_size(image, 96)
+    square, frame = pad_to_square(image, 96)
     assert frame == (17, 0, 61, 96) and torch.equal(square[:, 17:78], image)
-    square, frame = pad_size(image, 48)
+    square, frame = pad_to_square(image, 48)
     assert frame == (9, 0, 30, 48)
     picture = Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy())
     theirs = expected(np.asarray(picture.resize((48, 30), Image.Resampling.BICUBIC)))
@@ -614,8 +602,8 @@ def test_a_crop_takes_the_place_of_the_size_of_the_settings(tmp_path):
     save(tmp_path / "a.png", pixels(60, 50))
     image = read_image(tmp_path / "a.png")
     lazy = lazy_images(settings("folder", tmp_path, size=16), crop=Crop(40, 32))
-    assert torch.equal(lazy[0], fit_size(image, 40)[:, 4:36, 4:36])
-    memory = LazyImages.of(ImageSet(image[None], ("a.png",)), crop=Crop(40, 32))
+    assert torch.equal(lazy[0], crop_to_square(image, 40)[:, 4:36, 4:36])
+    memory = LazyImages.from_set(ImageSet(image[None], ("a.png",)), crop=Crop(40, 32))
     assert torch.equal(memory[0], lazy[0]) and memory.names == lazy.names
 
 
@@ -662,7 +650,7 @@ def test_the_fingerprint_tells_sets_of_images_apart_but_not_copies(tmp_path):
     found.append(fingerprint("b"))
     for scale in (0.3, 0.5):  # the same names, other pixels
         crops = ImageSet(torch.full((40, 3, 8, 8), scale), tuple(map(str, range(40))))
-        found.append(LazyImages.of(crops).fingerprint)
+        found.append(LazyImages.from_set(crops).fingerprint)
     assert len(set(found)) == len(found) == 9
 
 
@@ -731,7 +719,7 @@ def test_images_without_bytes_are_told_apart_by_all_their_pixels():
     other = ImageSet(pixels.clone().index_fill(0, torch.tensor(23), 0.5), names)
     assert [a == b for a, b in zip(one.digests, other.digests, strict=True)].index(False) == 23
     assert len(set(one.digests)) == 40 and one.fingerprint != other.fingerprint
-    lazy = LazyImages.of(one)
+    lazy = LazyImages.from_set(one)
     assert lazy.digests == one.digests and lazy.fingerprint == one.fingerprint
     numbered = settings("torchvision", dataset="FakeData", size=16, max_images=3)
     assert len({each.fingerprint for each in every_way(numbered)}) == 1

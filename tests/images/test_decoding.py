@@ -16,8 +16,9 @@ import pytest
 import torch
 from PIL import Image
 
-from deconvnet.images.datasets import DataSettings, load_images
+from deconvnet.images.datasets import load_images
 from deconvnet.images.decoding import Content, digest_file, read_image, shown_name
+from deconvnet.images.sources import DataSettings
 
 H, W = 20, 24
 GREY = np.linspace(0, 1, H * W).reshape(H, W)

@@ -13,7 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from deconvnet.images.datasets import DataSettings, lazy_images, load_images, stream_images
+from deconvnet.images.datasets import lazy_images, load_images, stream_images
+from deconvnet.images.sources import DataSettings
 
 SIDE = 16
 BLOCK = 512

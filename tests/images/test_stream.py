@@ -16,10 +16,12 @@ from deconvnet import (
     SolverSettings,
     load,
 )
-from deconvnet.images.datasets import DataSettings, load_images, stream_images
+from deconvnet.images.datasets import load_images, stream_images
+from deconvnet.images.sources import DataSettings
 from deconvnet.monitoring.monitor import memory_used, save_picture
 from deconvnet.training.layer_trainer import LayerTrainer
 from deconvnet.training.training_set import ImageSource, TrainingSet
+from deconvnet.training.warm_starts import Placement
 
 QUICK = [
     *("progress=false", "device=cpu", "data.size=24", "layers=2"),
@@ -59,7 +61,7 @@ def test_streamed_images_are_those_of_memory_in_any_order(place, source, fit):
     assert len(stream) == 7
     for numbers in ([0], [6, 2, 3], list(range(7))):
         some = torch.tensor(numbers)
-        stream.ahead(torch.tensor([2, 5]))
+        stream.prefetch(torch.tensor([2, 5]))
         images, frames = stream.read(some)
         assert torch.equal(images, everything.images[some])
         assert (frames is None) == (everything.frames is None)
@@ -71,8 +73,8 @@ def test_what_was_announced_is_read_once_and_what_was_not_asked_for_is_forgotten
     asked = []
     one = stream._one
     stream._one = lambda number: (asked.append(number), one(number))[1]
-    stream.ahead(torch.tensor([1, 2, 3]))
-    stream.ahead(torch.tensor([2, 3, 4]))
+    stream.prefetch(torch.tensor([1, 2, 3]))
+    stream.prefetch(torch.tensor([2, 3, 4]))
     stream.read(torch.tensor([2, 3]))
     assert asked.count(2) == asked.count(3) == 1
     assert set(stream._coming) == {4}
@@ -194,7 +196,9 @@ def test_a_run_over_a_hundred_thousand_images_holds_its_memory(tmp_path):
     net = DeconvNet([LayerSettings(2, 3, solver=solver, learning=learning)], plain)
     training_set = TrainingSet(net, ImageSource(number, read), chunk=500, hold=False)
     training_set.hold_codes(training_set.own_images(1), 0)
-    trainer = LayerTrainer(net.layer(1), training_set.layer_data(1), chunk=500, keep=False)
+    trainer = LayerTrainer(
+        net.layer(1), training_set.layer_data(1), chunk=500, placement=Placement(keep=False)
+    )
     used = []
     while not trainer.done:
         trainer.update()

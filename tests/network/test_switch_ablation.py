@@ -13,7 +13,8 @@ from deconvnet import DeconvNet, LayerSettings, LearningSettings, PreprocessingS
 from deconvnet.network.switch_ablation import MEANINGS, ablate, unpooling
 from deconvnet.operators.pooling import UNPOOLINGS
 from deconvnet.sparse_coding.solvers import SolverSettings
-from deconvnet.training.layer_trainer import LayerData, LayerTrainer
+from deconvnet.training.layer_data import LayerData
+from deconvnet.training.layer_trainer import LayerTrainer
 
 FAST = SolverSettings(method="fista", iterations=20)
 

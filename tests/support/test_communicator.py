@@ -18,9 +18,11 @@ from deconvnet.monitoring.monitor import Monitor
 from deconvnet.network.layer import Layer
 from deconvnet.support.communicator import Communicator
 from deconvnet.support.seeding import seeded_generator
-from deconvnet.training.layer_trainer import LayerData, LayerTrainer
+from deconvnet.training.layer_data import LayerData
+from deconvnet.training.layer_trainer import LayerTrainer
 from deconvnet.training.loop import train
 from deconvnet.training.run_folder import RunFolder
+from deconvnet.training.session import UNLIMITED, Limits
 from deconvnet.visualization.evolution.evolution import load_evolution
 
 ADMM = SolverSettings(iterations=8, training_iterations=3)
@@ -108,7 +110,7 @@ def images(textures):
     return textures(7, 3, 20, 20)
 
 
-def learned(kind, images, folder, count=1, **options):
+def learned(kind, images, folder, count=1, limits=UNLIMITED):
     """(networks of all ranks, results of the first)."""
 
     def work(communicator):
@@ -116,7 +118,7 @@ def learned(kind, images, folder, count=1, **options):
         run = RunFolder(folder, {}) if communicator.is_main else None
         place = folder if communicator.is_main else None
         with Monitor(place, progress=False) as monitor:
-            return net, train(net, images, run, monitor, communicator=communicator, **options)
+            return net, train(net, images, run, monitor, communicator=communicator, limits=limits)
 
     found = together(count, work) if count > 1 else [work(Communicator())]
     return [net for net, _ in found], found[0][1]
@@ -139,8 +141,8 @@ def same_results(found, expected):
 def test_any_number_of_ranks_learns_the_same_filters_bit_by_bit(alone, images, tmp_path, count):
     kind, folder, net, results = alone
     # Of four, each keeps its states in the same files.
-    room = dict(memory=0, disk=1) if count == 4 else {}
-    nets, found = learned(kind, images, tmp_path, count, **room)
+    limits = Limits(memory=0, disk=1) if count == 4 else UNLIMITED
+    nets, found = learned(kind, images, tmp_path, count, limits)
     for each in nets:
         for key, tensor in net.state_dict().items():
             assert torch.equal(each.state_dict()[key], tensor), key
@@ -156,12 +158,14 @@ def test_any_number_of_ranks_learns_the_same_filters_bit_by_bit(alone, images, t
         assert left == right, name
 
 
-@pytest.mark.parametrize("options", [dict(chunk=1), dict(hold=False, memory=0, disk=1)])
+@pytest.mark.parametrize(
+    "limits", [Limits(chunk=1), Limits(hold_codes=False, memory=0, disk=1)], ids=["chunk", "disk"]
+)
 def test_it_makes_no_difference_how_many_images_come_at_a_time_or_where_they_are_kept(
-    alone, images, tmp_path, options
+    alone, images, tmp_path, limits
 ):
     kind, _, net, results = alone
-    nets, found = learned(kind, images, tmp_path, **options)
+    nets, found = learned(kind, images, tmp_path, limits=limits)
     for key, tensor in net.state_dict().items():
         assert torch.equal(nets[0].state_dict()[key], tensor), key
     same_results(found, results)
@@ -260,7 +264,7 @@ def test_an_update_is_one_message_whose_size_is_that_of_the_filters(textures, nu
             trainer.update()
         finally:
             Threads.all_reduce_sum = all_reduce_sum
-        return communicator.meeting.calls - before, trainer.message, set(sizes)
+        return communicator.meeting.calls - before, trainer.message_bytes, set(sizes)
 
     calls, message, sizes = together(2, work)[0]
     assert calls == 2 and sizes == {message}
@@ -272,11 +276,11 @@ def test_ground_of_a_rank_reads_its_own_images_only(images):
     def work(communicator):
         asked = set()
 
-        def target(part):
+        def problem(part):
             asked.update(part.tolist())
-            return LayerData.from_tensor(images).target(part)
+            return LayerData.from_tensor(images).problem(part)
 
-        trainer = shared(LayerData.from_tensor(images, target), communicator)
+        trainer = shared(LayerData.from_tensor(images, problem), communicator)
         while not trainer.done:
             trainer.update()
         return asked

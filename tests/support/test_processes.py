@@ -93,7 +93,8 @@ def test_processes_learn_what_one_process_learns_bit_by_bit(place, ranks, script
     first, *others = ends
     assert f"on {count} ranks, cpu" in first.out
     assert (
-        "layer 1: in an update one message of 0.01 MB, whatever the number of images" in first.out
+        "layer 1: ranks exchange one message of 0.01 MB per update, whatever the number of images"
+        in first.out
     )
     assert all(end.out == end.err == "" for end in others), others
     names = {path.name for path in (place / "runs" / f"shared-{count}").iterdir()}

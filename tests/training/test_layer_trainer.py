@@ -29,10 +29,11 @@ from deconvnet.operators.pooling import max_pool, pooled_shape, unpool
 from deconvnet.storage.checkpoint_files import load_checkpoint, save_checkpoint
 from deconvnet.storage.ownership import ForeignFileError
 from deconvnet.support.seeding import seeded_generator
-from deconvnet.training.layer_trainer import LayerData, LayerTrainer
+from deconvnet.training.layer_data import LayerData
+from deconvnet.training.layer_trainer import LayerTrainer
 from deconvnet.training.loop import train
 from deconvnet.training.run_folder import RunFolder
-from deconvnet.training.warm_starts import DiskWarmStarts, WarmStarts, merge_state_dicts
+from deconvnet.training.warm_starts import DiskWarmStarts, Placement, WarmStarts, merge_state_dicts
 
 FAST = SolverSettings(iterations=20, training_iterations=3)
 EXACT = SolverSettings(iterations=300, tolerance=1e-5)
@@ -271,7 +272,7 @@ def test_an_objective_that_is_not_finite_stops_before_the_filters_change(b):
 def test_images_beyond_what_float32_can_square_teach_the_same_filters(b, solver):
     learning = LearningSettings(epochs=2)
     plain, large = (
-        learn_filters(s * b, 3, 5, lam_ratio=0.1, solver=solver, learning=learning)
+        learn_filters(s * b, 3, filter_size=5, lam_ratio=0.1, solver=solver, learning=learning)
         for s in (1.0, 2.0**100)
     )
     assert torch.equal(large.filters, plain.filters)
@@ -287,7 +288,7 @@ def test_images_without_any_contrast_are_survived(textures):
 @pytest.mark.parametrize("boundary", ["valid", "circular"])
 def test_learn_filters_lowers_the_objective_below_that_of_random_filters(b, boundary):
     learning = LearningSettings(epochs=5, init="random")
-    learned = learn_filters(b, 6, 5, lam=2.0, boundary=boundary, learning=learning)
+    learned = learn_filters(b, 6, filter_size=5, lam=2.0, boundary=boundary, learning=learning)
     assert learned.filters.shape == (6, 1, 5, 5) and torch.isfinite(learned.filters).all()
     assert_close(lengths(learned.filters), torch.ones(6), rtol=0, atol=1e-6)
     assert [stats.epoch for stats in learned.history] == [1, 2, 3, 4, 5]
@@ -306,7 +307,9 @@ def test_learn_filters_recovers_planted_filters_up_to_sign_shift_and_order():
         z = z.sign() * (1 + z.abs()) * (torch.rand(z.shape, generator=generator) < 0.006)
         images = deconvolve(z, planted)
         learning = LearningSettings(epochs=30, batch_size=6)
-        found = learn_filters(images, 4, 7, lam=3.0, learning=learning, seed=seed).filters
+        found = learn_filters(
+            images, 4, filter_size=7, lam=3.0, learning=learning, seed=seed
+        ).filters
         alike = torch.nn.functional.conv2d(planted, found, padding=6).abs().amax((2, 3))
         # Every planted filter has a found one of its own, nearly equal at the best shift.
         assert alike.amax(1).min() > 0.98
@@ -318,9 +321,9 @@ def test_learn_filters_refuses_what_is_not_finite_or_not_images(b):
     wrong[0, 0, 0, 0] = float("nan")
     for images, message in ((wrong, "must be finite"), (b[0], r"the shape \(N, C, H, W\)")):
         with pytest.raises(ValueError, match=message):
-            learn_filters(images, 3, 5, lam=1.0)
+            learn_filters(images, 3, filter_size=5, lam=1.0)
     with pytest.raises(ValueError, match="24x24 are smaller than the 25x25 filters"):
-        learn_filters(b, 3, 25, lam=1.0)
+        learn_filters(b, 3, filter_size=25, lam=1.0)
 
 
 @pytest.mark.parametrize("p", [1.0, 0.8])
@@ -473,10 +476,10 @@ def test_states_that_are_kept_pooled_give_the_same_filters_as_whole_ones(below, 
     assert [timeless(s) for s in history] == [timeless(s) for s in expected]
     every = torch.arange(6)
     assert torch.equal(trainer.warm_starts[every], dense.warm_starts[every])
-    kept = sum(tensor.numel() for tensor in trainer.warm_starts.kept)
+    kept = sum(tensor.numel() for tensor in trainer.warm_starts.tensors)
     maps = pooled_shape((5, *dense.warm_starts.shape[1:]), WINDOW)
     assert kept == 2 * 6 * torch.Size(maps).numel()
-    assert 2 * kept < dense.warm_starts.kept[0].numel()
+    assert 2 * kept < dense.warm_starts.tensors[0].numel()
 
 
 def test_states_give_back_what_was_put_in_for_any_images_in_any_order():
@@ -567,7 +570,7 @@ def test_states_in_files_go_on_bit_by_bit_from_a_checkpoint_that_others_followed
     expected = layer.filters.clone()
 
     layer, _ = lively(textures)
-    trainer = LayerTrainer(layer, b, folder=tmp_path)
+    trainer = LayerTrainer(layer, b, placement=Placement(folder=tmp_path))
     for _ in range(stop):
         trainer.update()
     state, filters = copy.deepcopy(trainer.state_dict()), layer.filters.clone()
@@ -578,7 +581,7 @@ def test_states_in_files_go_on_bit_by_bit_from_a_checkpoint_that_others_followed
     trainer.close()
 
     layer.filters.copy_(filters)
-    again = LayerTrainer(layer, b, folder=tmp_path, state=state)
+    again = LayerTrainer(layer, b, placement=Placement(folder=tmp_path), state=state)
     while not again.done:
         again.update()
     assert torch.equal(layer.filters, expected)
@@ -616,11 +619,11 @@ def test_what_a_checkpoint_speaks_of_is_left_alone_until_the_next(tmp_path, move
 
 def test_states_that_are_not_in_the_files_start_from_the_beginning(textures, tmp_path, caplog):
     layer, b = lively(textures)
-    trainer = LayerTrainer(layer, b, folder=tmp_path / "there")
+    trainer = LayerTrainer(layer, b, placement=Placement(folder=tmp_path / "there"))
     for _ in range(4):
         trainer.update()
     state = trainer.state_dict()
-    again = LayerTrainer(layer, b, folder=tmp_path / "elsewhere", state=state)
+    again = LayerTrainer(layer, b, placement=Placement(folder=tmp_path / "elsewhere"), state=state)
     assert "does not have the states of 8 images that the checkpoint refers to" in caplog.text
     assert again.warm_starts[torch.tensor([0, 7])].count_nonzero() == 0
     while not again.done:

@@ -21,6 +21,7 @@ from deconvnet.storage.checkpoint_files import load_checkpoint, save_checkpoint
 from deconvnet.storage.network_files import is_network
 from deconvnet.training.loop import Interrupted, train
 from deconvnet.training.run_folder import RunFolder, training_data
+from deconvnet.training.session import Limits
 from deconvnet.training.training_set import ImageSource
 from deconvnet.training.warm_starts import MAGIC
 
@@ -47,7 +48,9 @@ def digests_of(images):
     return [image.numpy().tobytes().hex()[:32] for image in images]
 
 
-def learn(folder, images, settings=None, resume="auto", *, stop=None, epochs=3, init=None, **more):
+def learn(
+    folder, images, settings=None, resume="auto", *, stop=None, epochs=3, init=None, **limits
+):
     """The network that a command learns in a folder, or None where it is stopped."""
     run = RunFolder(
         *(folder, settings or settings_of(epochs), resume),
@@ -57,7 +60,7 @@ def learn(folder, images, settings=None, resume="auto", *, stop=None, epochs=3, 
     net = network(epochs)
     with StopAt(folder, ("update", stop)) if stop else Monitor(folder, progress=False) as monitor:
         try:
-            train(net, ImageSource.from_tensor(images), run, monitor, **more)
+            train(net, ImageSource.from_tensor(images), run, monitor, limits=Limits(**limits))
         except Interrupted:
             return None
     return net
@@ -393,7 +396,7 @@ def test_a_checkpoint_that_holds_something_else_is_an_error_in_one_line(images, 
 
 
 def test_filters_of_one_layer_alone_are_no_network_to_start_from(images, tmp_path):
-    learned = learn_filters(images, 3, 5, lam=1.0, learning=LearningSettings(epochs=1))
+    learned = learn_filters(images, 3, filter_size=5, lam=1.0, learning=LearningSettings(epochs=1))
     learned.save(tmp_path / "filters.safetensors")
     with pytest.raises(ValueError, match="holds filters of learn_filters"):
         learn(tmp_path / "run", images, init=str(tmp_path / "filters.safetensors"))
@@ -411,7 +414,7 @@ def test_a_newest_checkpoint_of_which_little_is_left_is_written_again(images, tm
 def test_what_a_run_says_of_its_images_may_be_nonsense(tmp_path):
     for data in (5, {"source": "nothing"}, {"a": 1}):
         save_checkpoint(tmp_path / "checkpoints", 1, {"settings": {"data": data}})
-        with pytest.raises(ValueError, match="is no data settings"):
+        with pytest.raises(ValueError, match="its data settings are not valid"):
             training_data(tmp_path)
 
 

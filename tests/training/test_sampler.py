@@ -18,7 +18,8 @@ def epoch_of(images, batch_size, ranks, epoch=0):
     for number in range(shares[0].batches):
         parts = [share.batch(epoch, number).tolist() for share in shares]
         assert all(
-            set(part) <= set(share.own.tolist()) for part, share in zip(parts, shares, strict=True)
+            set(part) <= set(share.own_images.tolist())
+            for part, share in zip(parts, shares, strict=True)
         )
         found.append((parts, sorted(sum(parts, []))))
     return found
@@ -57,12 +58,12 @@ def test_no_rank_has_more_than_one_image_more_of_a_full_batch(images, batch_size
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_every_image_belongs_to_one_rank_and_stays_its_own(images, batch_size, ranks):
     shares = [BatchSampler(images, batch_size, (0,), rank, ranks) for rank in range(ranks)]
-    assert sorted(torch.cat([share.own for share in shares]).tolist()) == list(range(images))
+    assert sorted(torch.cat([share.own_images for share in shares]).tolist()) == list(range(images))
     for share in shares:
-        assert torch.equal(share.own, share.own.sort().values)
+        assert torch.equal(share.own_images, share.own_images.sort().values)
         for epoch in range(3):
             visited = torch.cat([share.batch(epoch, n) for n in range(share.batches)])
-            assert torch.equal(visited.sort().values, share.own)
+            assert torch.equal(visited.sort().values, share.own_images)
 
 
 def test_orders_differ_between_epochs_and_seeds_and_are_the_same_again():

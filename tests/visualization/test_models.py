@@ -16,7 +16,7 @@ from PIL import Image
 from torch import nn
 from torchvision import models as torchvision_models
 
-from deconvnet.images.datasets import Crop
+from deconvnet.images.fit import Crop
 from deconvnet.storage.network_files import load_network, save_network
 from deconvnet.visualization.models.normalization import Normalization
 from deconvnet.visualization.models.weights import load_state_dict

@@ -23,8 +23,12 @@ from torch import nn
 from torchvision.models import resnet, vgg
 
 from deconvnet import DeconvNet, LayerSettings, PreprocessingSettings, SolverSettings, load
+from deconvnet.cli import visualize as visualize_command
 from deconvnet.cli.settings import VisualizeConfig
-from deconvnet.images.datasets import Crop, DataSettings, Item, LazyImages, lazy_images
+from deconvnet.images.datasets import LazyImages, lazy_images
+from deconvnet.images.fit import Crop
+from deconvnet.images.item import Item
+from deconvnet.images.sources import DataSettings
 from deconvnet.visualization import report as module
 from deconvnet.visualization.evolution.evolution import Evolution
 from deconvnet.visualization.models.normalization import Normalization
@@ -831,12 +835,8 @@ def place(tmp_path_factory, textures, script):
 @pytest.fixture(scope="module")
 def visualize():
     """The command without its command line: visualize(**settings), in the current folder."""
-    path = ROOT / "scripts" / "visualize.py"
-    spec = importlib.util.spec_from_file_location("visualize_script", path)
-    source = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(source)
     quick = dict(progress=False, device="cpu", k=3, explored=1, shown=2)
-    return lambda **given: source.visualize(VisualizeConfig(**{**quick, **given}))
+    return lambda **given: visualize_command.visualize(VisualizeConfig(**{**quick, **given}))
 
 
 @pytest.fixture(scope="module")
@@ -1161,8 +1161,7 @@ def test_an_interrupted_search_says_how_to_go_on_and_keeps_what_it_has_found(
     (tmp_path / "interrupt").write_text("5")
     result = script(tmp_path, "visualize.py", *arguments)
     assert result.code == 130 and result.err == "", result
-    assert "stopped; to resume: python" in result.out
-    assert "visualize.py model=nets:make" in result.out
+    assert "stopped; to resume: deconvnet visualize model=nets:make" in result.out
     assert SearchState.load(path).done == 3
     (tmp_path / "interrupt").unlink()
     monkeypatch.chdir(tmp_path)

@@ -11,7 +11,8 @@ from numpy.testing import assert_allclose, assert_array_equal
 from torch import nn
 
 from deconvnet import DeconvNet, LayerSettings, PreprocessingSettings, SolverSettings
-from deconvnet.images.datasets import Item, LazyImages
+from deconvnet.images.datasets import LazyImages
+from deconvnet.images.item import Item
 from deconvnet.visualization.projection.projection import LayerInfo
 from deconvnet.visualization.projection.projector import Projector
 from deconvnet.visualization.search import top_activations

@@ -13,7 +13,9 @@ import numpy as np
 from torch import Tensor
 
 from deconvnet.applications.classification.settings import ClassData
-from deconvnet.images.datasets import digest_file, find_images, fit_size, pad_size, read_image
+from deconvnet.images.decoding import digest_file, read_image
+from deconvnet.images.files import find_images
+from deconvnet.images.fit import crop_to_square, pad_to_square
 from deconvnet.training.run_folder import training_data
 
 # Threads that read files to compute their digests.
@@ -78,9 +80,9 @@ class LabelledImages:
         if self.size is None:
             return image, (0, 0, *image.shape[1:])
         if self.fit == "crop":
-            return fit_size(image, self.size), (0, 0, self.size, self.size)
+            return crop_to_square(image, self.size), (0, 0, self.size, self.size)
         try:
-            return pad_size(image, self.size)
+            return pad_to_square(image, self.size)
         except ValueError as error:
             raise ValueError(f"{self.files[index]}: {error}") from None
 

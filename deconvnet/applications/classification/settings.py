@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from deconvnet.applications.classification.descriptors import STRENGTHS
 from deconvnet.applications.classification.spatial_pyramid import KERNELS, check_levels
 from deconvnet.applications.classification.svm import SVMS
-from deconvnet.images.datasets import FITS, LARGEST, SMALLEST
+from deconvnet.images.fit import FITS, MAX_SIDE, MIN_SIDE
 
 UPPER = ("project", "maps")
 
@@ -25,9 +25,9 @@ class ClassData:
     fit: str | None = None
 
     def __post_init__(self) -> None:
-        if self.size is not None and not SMALLEST <= self.size <= LARGEST:
+        if self.size is not None and not MIN_SIDE <= self.size <= MAX_SIDE:
             raise ValueError(
-                f"data.size={self.size}: must be at least {SMALLEST} and at most {LARGEST}, or null"
+                f"data.size={self.size}: must be from {MIN_SIDE} to {MAX_SIDE}, or null"
             )
         if self.fit is not None and self.fit not in FITS:
             raise ValueError(f"data.fit={self.fit}: choose {', '.join(FITS)}, or null")

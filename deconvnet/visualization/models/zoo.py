@@ -23,7 +23,7 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from deconvnet.images.datasets import INTERPOLATIONS, Crop
+from deconvnet.images.fit import INTERPOLATIONS, Crop
 from deconvnet.storage.integrity import InvalidFileError
 from deconvnet.storage.network_files import load_network, save_network
 from deconvnet.visualization.models.normalization import Normalization

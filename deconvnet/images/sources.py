@@ -1,0 +1,215 @@
+"""Where images come from: photographs, a folder, a list of paths, tar shards, torchvision.
+
+A source yields items in an order that depends on nothing but the settings; `datasets` reads them.
+"""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import NoReturn
+
+from deconvnet.images.decoding import Content, check_file, reason, shown_name, user_path
+from deconvnet.images.files import assignment, files_in, find_images
+from deconvnet.images.fit import FITS, MAX_SIDE, MIN_SIDE
+from deconvnet.images.item import Item
+from deconvnet.images.shards import Damage, Member, read_index
+from deconvnet.images.torchvision_source import torchvision_items
+
+SOURCES = ("photographs", "folder", "list", "shards", "torchvision")
+
+# Bytes of a list that are read first, to see whether it is a text file.
+TEXT_PROBE = 1 << 20
+
+
+@dataclass
+class DataSettings:
+    """Which images to read, and how to bring them to one size."""
+
+    # name of the folder of the run
+    name: str = "photographs"
+    # photographs | folder | list | shards | torchvision
+    source: str = "photographs"
+    # folder: the folder; list: a text file with one path per line; shards: a .tar file, or a folder
+    # of them; torchvision: the root folder
+    path: str | None = None
+    # torchvision: name of the class, such as CIFAR10
+    dataset: str | None = None
+    # torchvision: value of split=, image_set= or train= ("train", "test")
+    split: str | None = None
+    # torchvision: allow a download
+    download: bool = False
+    # side of the squares in pixels; null: as they are, which must be one size
+    size: int | None = 96
+    # how images become squares: crop | pad (the whole picture, with zeros around it)
+    fit: str = "crop"
+    # photographs: factor by which they are reduced before they are cropped, above 0 and at most 1
+    scale: float = 0.5
+    # how many images at most; null: all. photographs: those with the most texture, else the first
+    max_images: int | None = 24
+    # skip images that cannot be used, with a warning, instead of stopping
+    skip_unreadable: bool = False
+    # read images at every visit rather than all at the start, for data sets of any size
+    stream: bool = False
+    # stream: threads that read images ahead
+    workers: int = 2
+
+    def __post_init__(self) -> None:
+        if not self.name.strip(".") or set(self.name) & set("/\\"):
+            raise ValueError(
+                f"data.name={self.name!r}: must be the name of a folder, without slashes"
+            )
+        if self.source not in SOURCES:
+            raise ValueError(f"data.source={self.source!r}: choose {', '.join(SOURCES)}")
+        if self.source in ("folder", "list", "shards") and not self.path:
+            raise ValueError(f"data.path={self.path!r}: data.source={self.source} needs a path")
+        if self.source == "torchvision" and not self.dataset:
+            raise ValueError("data.dataset=None: data.source=torchvision needs the name of a class")
+        if self.source == "photographs" and self.size is None:
+            raise ValueError("data.size=None: the photographs differ in size; give a number")
+        if self.size is not None and not MIN_SIDE <= self.size <= MAX_SIDE:
+            raise ValueError(
+                f"data.size={self.size}: must be at least {MIN_SIDE}, and at most {MAX_SIDE}"
+            )
+        if self.fit not in FITS:
+            raise ValueError(f"data.fit={self.fit!r}: choose {', '.join(FITS)}")
+        if self.fit == "pad" and self.source == "photographs":
+            raise ValueError(
+                "data.fit=pad: the images of data.source=photographs are crops; use crop, or "
+                "another source"
+            )
+        if self.fit == "pad" and self.size is None:
+            raise ValueError("data.size=None: data.fit=pad needs the side of the squares")
+        if self.stream and self.source == "photographs":
+            raise ValueError(
+                "data.stream=true: the images of data.source=photographs are made in memory; "
+                "choose folder, list, shards or torchvision"
+            )
+        if self.workers < 1:
+            raise ValueError(f"data.workers={self.workers}: must be at least 1")
+        if not 0 < self.scale <= 1:
+            raise ValueError(f"data.scale={self.scale}: must be above 0 and at most 1")
+        if self.max_images is not None and self.max_images < 1:
+            raise ValueError(
+                f"data.max_images={self.max_images}: must be at least 1, or null for all"
+            )
+
+
+def without_download(settings: DataSettings) -> DataSettings:
+    """The same settings without data.download.
+
+    For settings from a file, such as a checkpoint: only the command that a user types may start a
+    download.
+    """
+    return replace(settings, download=False)
+
+
+def source_items(settings: DataSettings) -> tuple[Iterator[Item], str]:
+    """The images to read, and the setting that names their source, for messages.
+
+    Not for data.source=photographs, which are made in memory (`photographs.photograph_crops`).
+    """
+    if settings.source == "torchvision":
+        return torchvision_items(settings), f"data.dataset={settings.dataset}"
+    path = settings.path
+    if settings.source == "shards":
+        return _shard_items(path, skip=settings.skip_unreadable), assignment(path)
+    items = {"folder": _folder_items, "list": _list_items}[settings.source](path)
+    return items, assignment(path)
+
+
+def _folder_items(path: str) -> Iterator[Item]:
+    folder = user_path(path)
+    for file in find_images(path):
+        name = file.relative_to(folder).as_posix()
+        label, slash, _ = name.partition("/")
+        yield _item(Content(file, str(file)), name, label if slash else None, path=file)
+
+
+def _item(content: Content, name: str, label: str | None, path: Path | None = None) -> Item:
+    read_label = None if label is None else partial(str, shown_name(label))
+    return Item(name, content.image, path, read_label, content.digest)
+
+
+def _list_items(path: str) -> Iterator[Item]:
+    """The paths in a text file, relative to its folder, one per line; "#" starts a comment line."""
+    file = user_path(path)
+    lines = re.split(r"\r\n|\r|\n", _read_text(file, path))
+    lines = [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if not lines:
+        raise ValueError(f"{assignment(path)}: this list names no image")
+    for line in lines:
+        # Spaces around a name belong to it only if there is such a file.
+        if line != line.strip() and not os.path.lexists(file.parent / user_path(line)):
+            line = line.strip()
+        image = file.parent / user_path(line)
+        yield _item(Content(image, str(image)), line, None, path=image)
+
+
+def _read_text(file: Path, path: str) -> str:
+    """The content of a list; bytes that are not UTF-8 are kept, since file names may have them."""
+    try:
+        check_file(file)
+        with open(file, "rb") as stream:
+            data = stream.read(TEXT_PROBE)
+            if b"\0" in data:
+                raise ValueError("it has zero bytes, which no text in UTF-8 has")
+            data += stream.read()
+    except (OSError, ValueError) as error:
+        message = f"{assignment(path)}: not a readable text file: {reason(error)}"
+        raise ValueError(message) from error
+    return data.decode("utf-8", "surrogateescape").removeprefix("\ufeff")
+
+
+def _shard_items(path: str, *, skip: bool) -> Iterator[Item]:
+    """The images in a .tar file, or in those of a folder, sorted by name; each in its own order.
+
+    Each shard is scanned once for the places of its images, which can then be read in any order
+    without unpacking the shard. skip: yield an unreadable item for damage instead of raising.
+    """
+    place = user_path(path)
+    is_folder = os.path.isdir(place)
+    shards = files_in(path, (".tar",)) if is_folder else [place]
+    if not shards:
+        raise ValueError(f"{assignment(path)}: no .tar file in this folder")
+    count = 0
+    for shard in shards:
+        name = shard.relative_to(place).as_posix() if is_folder else shard.name
+        try:
+            for member in read_index(shard, name):
+                count += 1
+                yield _shard_item(member, name, path, skip)
+        except OSError as error:
+            raise ValueError(f"{assignment(path)}: {shown_name(name)}: {reason(error)}") from error
+    if not count:
+        raise ValueError(f"{assignment(path)}: no image in {len(shards)} .tar files")
+
+
+def _shard_item(member: Member | Damage, shard: str, path: str, skip: bool) -> Item:
+    if isinstance(member, Damage):
+        message = f"{assignment(path)}: {shown_name(shard)} {member.message}"
+        if not skip:
+            raise ValueError(
+                f"{message}; images would be lost (data.skip_unreadable=true uses those that can "
+                "be read)"
+            )
+        return _unreadable_item(shard, message)
+    name = f"{shard}/{member.name}"
+    if member.content is None:
+        return _unreadable_item(name, f"cannot read {shown_name(name)}: {member.problem}")
+    label, slash, _ = posixpath.normpath(member.name).lstrip("/").partition("/")
+    return _item(member.content, name, label if slash else None)
+
+
+def _unreadable_item(name: str, message: str) -> Item:
+    fail = partial(_fail, message)
+    return Item(name, fail, None, None, fail)
+
+
+def _fail(message: str) -> NoReturn:
+    raise ValueError(message)

@@ -1,0 +1,135 @@
+"""Statistics of an epoch, summed while its images are visited, and the time each phase takes."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, replace
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from deconvnet.monitoring.monitor import memory_used
+from deconvnet.monitoring.peaks import Peaks, SnapshotPlan
+from deconvnet.monitoring.records import EpochStats, RankLoad
+from deconvnet.network.metrics import decibels
+from deconvnet.sparse_coding.solvers import Solution
+from deconvnet.support.communicator import Communicator
+from deconvnet.support.units import exponent, magnitude, times_power
+
+# The phases of a filter update that are timed.
+PHASES = ("inference", "sums", "exchange", "update")
+# The fields that are summed over images and ranks.
+SUMMED = ("images", "entries", "nonzero", "reconstruction", "sparsity", "error", "signal")
+
+
+class PhaseClock:
+    """Seconds that this rank spends in each phase. On a GPU, where work is asynchronous, the time
+    at which the work was queued counts, not the time at which it was done.
+    """
+
+    def __init__(self, seconds: dict[str, float] | None = None):
+        self.seconds = dict(seconds or dict.fromkeys(PHASES, 0.0))
+        self._last = time.perf_counter()
+
+    def start(self) -> None:
+        self._last = time.perf_counter()
+
+    def end(self, phase: str) -> None:
+        """Count the time since the last call of `start` or `end` towards this phase."""
+        now = time.perf_counter()
+        self.seconds[phase] += now - self._last
+        self._last = now
+
+
+@dataclass
+class EpochAccumulator:
+    """Sums over the images of an epoch, each at the time of its visit.
+
+    energy: (K,) sum of squares of each map; peaks: the strongest activation of each map, in epochs
+    that are watched; loads: filled by `reduced`, one per rank.
+    """
+
+    images: int = 0
+    entries: int = 0
+    nonzero: int = 0
+    reconstruction: float = 0.0
+    sparsity: float = 0.0
+    error: float = 0.0
+    signal: float = 0.0
+    energy: Tensor | None = None
+    peaks: Peaks | None = None
+    clock: PhaseClock = field(default_factory=PhaseClock)
+    loads: list[RankLoad] = field(default_factory=list)
+
+    def add(self, solution: Solution, b: Tensor) -> None:
+        """Add the solution of some images, b (n, C, H, W) being what it explains."""
+        self.images += len(b)
+        self.entries += solution.z.numel()
+        self.nonzero += int(torch.count_nonzero(solution.z))
+        self.reconstruction += float(solution.reconstruction.sum())
+        self.sparsity += float(solution.sparsity.sum())
+        self.error += float(solution.residual.double().square().sum())
+        self.signal += float(b.double().square().sum())
+        # Each plane is summed pairwise in its own type: accurate enough, and without a copy.
+        e = exponent(magnitude(solution.z))
+        energy = times_power(solution.z, -e).square().sum((2, 3)).double().sum(0)
+        energy = times_power(energy, 2 * e)
+        self.energy = energy if self.energy is None else self.energy + energy
+
+    def add_peaks(self, z: Tensor, images: Tensor, plan: SnapshotPlan) -> None:
+        """Update the strongest activations with the maps z (n, K, H, W) of these images (n,)."""
+        peaks = Peaks.none(z) if self.peaks is None else self.peaks
+        self.peaks = peaks.updated(z, images, plan.first)
+
+    def reduced(self, communicator: Communicator) -> EpochAccumulator:
+        """The sums over all ranks, with the load of each."""
+        device = torch.device("cpu") if self.energy is None else self.energy.device
+        load = RankLoad(dict(self.clock.seconds), memory_used(device))
+        if communicator.world_size == 1:
+            return replace(self, loads=[load])
+        gathered = communicator.all_gather((self.state_dict(), load))
+        parts = [EpochAccumulator.from_state_dict(state, device) for state, _ in gathered]
+        energies = [part.energy for part in parts if part.energy is not None]
+        peaks = [part.peaks for part in parts if part.peaks is not None]
+        return EpochAccumulator(
+            **{key: sum(getattr(part, key) for part in parts) for key in SUMMED},
+            loads=[load for _, load in gathered],
+            clock=self.clock,
+            energy=sum(energies[1:], energies[0]) if energies else None,
+            peaks=reduce(Peaks.merged, peaks) if peaks else None,
+        )
+
+    def stats(self, *, layer: int, epoch: int, epochs: int, dead: int, double: int) -> EpochStats:
+        """The statistics of the epoch: means per image and ratios."""
+        return EpochStats(
+            layer=layer,
+            epoch=epoch,
+            epochs=epochs,
+            reconstruction=self.reconstruction / self.images,
+            sparsity=self.sparsity / self.images,
+            snr=decibels(self.signal, self.error),
+            density=self.nonzero / self.entries,
+            dead=dead,
+            double=double,
+            seconds_per_image=max(sum(load.seconds.values()) for load in self.loads) / self.images,
+            loads=tuple(self.loads),
+        )
+
+    def state_dict(self) -> dict:
+        return {
+            **{key: getattr(self, key) for key in SUMMED},
+            "seconds": self.clock.seconds,
+            "energy": None if self.energy is None else self.energy.cpu(),
+            "peaks": None if self.peaks is None else self.peaks.state_dict(),
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: dict, device: torch.device) -> EpochAccumulator:
+        energy, peaks = state["energy"], state["peaks"]
+        return cls(
+            **{key: state[key] for key in SUMMED},
+            energy=None if energy is None else energy.to(device),
+            peaks=None if peaks is None else Peaks.from_state_dict(peaks, device),
+            clock=PhaseClock(state["seconds"]),
+        )

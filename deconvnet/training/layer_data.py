@@ -1,0 +1,51 @@
+"""The training data of one layer: what its filters are learned from, by image index."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from deconvnet.network.codes import Codes
+from deconvnet.network.layer import LayerProblem
+from deconvnet.network.network import DeconvNet
+
+
+@dataclass(frozen=True)
+class LayerData:
+    """The images as one layer sees them. Both functions take the indices (n,) of images.
+
+    layer_input: the input (n, C, H, W) of the layer, in the space its filters synthesise; shape is
+    (C, H, W). problem: what the layer explains, and the operator between the two. prefetch: is
+    called with the indices that come next, if the images are read from disk.
+    """
+
+    num_images: int
+    shape: torch.Size
+    device: torch.device
+    layer_input: Callable[[Tensor], Tensor]
+    problem: Callable[[Tensor], LayerProblem]
+    prefetch: Callable[[Tensor], None] | None = None
+
+    @classmethod
+    def from_tensor(
+        cls, b: Tensor, problem: Callable[[Tensor], LayerProblem] | None = None
+    ) -> LayerData:
+        """Data in memory: b (N, C, H, W) is the input and, by default, what the layer explains."""
+        return cls(
+            len(b),
+            b.shape[1:],
+            b.device,
+            lambda images: b[images],
+            problem or (lambda images: LayerProblem(b[images])),
+        )
+
+    @classmethod
+    def from_codes(cls, net: DeconvNet, codes: Codes, number: int) -> LayerData:
+        """The data of layer `number`, given the codes of the layers below it."""
+        return cls.from_tensor(
+            net.layer_input(codes, number), partial(net.layer_problem, codes, number)
+        )

@@ -1,0 +1,118 @@
+"""Whether a run can be resumed: how its settings and images differ from those of a checkpoint."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from deconvnet.images.datasets import DataSettings
+from deconvnet.images.preprocessing import PreprocessingSettings
+from deconvnet.network.layer import LayerSettings
+from deconvnet.support.renaming import with_current_names
+from deconvnet.training.checkpoint import DIGEST
+
+# Settings that do not change what is learned, so that a run may be resumed with others.
+NOT_COMPARED = {
+    *("data.workers", "data.stream", "data.download", "data.name", "memory", "disk", "init"),
+}
+# Settings that say where the images are; not compared if the images themselves are.
+LOCATION = {
+    *("data.path", "data.source", "data.dataset", "data.split", "data.max_images", "data.scale"),
+    "data.skip_unreadable",
+}
+# If only these settings of another run differ, learning starts from its filters.
+LEARNED_LONGER = re.compile(r"model\.layer\d+\.learning\.(epochs|batch_size):")
+
+
+def different_settings(
+    state: dict, settings: dict[str, Any], where: object, *, begun: int, images_compared: bool
+) -> list[str]:
+    """The settings in which a run that is resumed differs from its checkpoint, one line for each:
+    "model.layer1.lam: 2.0 there, 1.0 now".
+
+    where: the checkpoint or folder, for warnings of renamed settings. begun: layers that have begun
+    to learn; the settings of those above may still change.
+    """
+    # The oldest checkpoints do not say which images they learned from.
+    images_compared = images_compared and state.get("images") is not None
+    ignored = NOT_COMPARED | LOCATION if images_compared else NOT_COMPARED
+    return [
+        line
+        for line in _differences(_with_current_names(state["settings"], where), settings)
+        if not _is_above(line, begun) and line.partition(":")[0] not in ignored
+    ]
+
+
+def different_images(state: dict, digests: torch.Tensor | None) -> str:
+    """How the images (`digest_tensor`) differ from those of a checkpoint, in words; "" if they do
+    not, or if either is unknown.
+    """
+    if digests is None or state.get("images") is None:
+        return ""
+    return _changes(state["images"].tolist(), digests.tolist())
+
+
+def digest_tensor(digests: Sequence[str]) -> torch.Tensor:
+    """(N, DIGEST) bytes: the beginning of each hexadecimal digest."""
+    data = b"".join(bytes.fromhex(digest)[:DIGEST] for digest in digests)
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8).view(-1, DIGEST)
+
+
+def _with_current_names(settings: dict[str, Any], where: object) -> dict[str, Any]:
+    """The settings of a checkpoint, which an earlier version may have written, under the current
+    names.
+    """
+
+    def renamed(values: Any, kind: type, key: str) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return with_current_names(values, kind, f"{where}: {key}")
+
+    current = dict(settings)
+    for key, kind in (("data", DataSettings), ("preprocessing", PreprocessingSettings)):
+        if key in current:
+            current[key] = renamed(current[key], kind, key)
+    if isinstance(current.get("model"), dict):
+        current["model"] = {
+            name: renamed(layer, LayerSettings, f"model.{name}")
+            for name, layer in current["model"].items()
+        }
+    return current
+
+
+def _changes(old: list[list[int]], new: list[list[int]]) -> str:
+    """How two lists of digests differ, in words; "" if they are equal."""
+    old, new = [bytes(digest) for digest in old], [bytes(digest) for digest in new]
+    if old == new:
+        return ""
+    removed, added = Counter(old) - Counter(new), Counter(new) - Counter(old)
+    counts = {"added": added.total(), "removed": removed.total()}
+    if len(old) == len(new) and removed.total() == sum(
+        a != b for a, b in zip(old, new, strict=True)
+    ):
+        counts = {"changed": removed.total()}
+    words = [f"{count} {what}" for what, count in counts.items() if count]
+    return ", ".join(words) if words else "their order changed"
+
+
+def _differences(old: object, new: object, prefix: str = "") -> list[str]:
+    """What differs between two nested dicts, one line for each dotted name."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return [] if old == new else [f"{prefix}: {old} there, {new} now"]
+    keys = sorted({*old, *new})
+    return [
+        line
+        for key in keys
+        for line in _differences(old.get(key), new.get(key), f"{prefix}.{key}".lstrip("."))
+    ]
+
+
+def _is_above(line: str, layer: int) -> bool:
+    """Whether a difference is in the settings of a layer above this one."""
+    parts = line.split(":")[0].split(".")
+    name = parts[1] if parts[0] == "model" and len(parts) > 1 else ""
+    return name.startswith("layer") and name[5:].isdigit() and int(name[5:]) > layer
