@@ -1,4 +1,7 @@
-"""`deconvnet classify`: how well the features of a network separate classes of images."""
+"""Measure how well the features of a trained network separate classes of images:
+
+deconvnet classify run=runs/iccv2011 data.path=caltech layers=[1,4]
+"""
 
 import dataclasses
 from pathlib import Path
