@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from deconvnet.images.datasets import DataSettings
+from deconvnet.images.sources import DataSettings
 from deconvnet.images.preprocessing import PreprocessingSettings
 from deconvnet.network.layer import LayerSettings
 from deconvnet.support.renaming import with_current_names
