@@ -183,7 +183,9 @@ def _computations(quick: bool) -> dict[str, Computation]:
     def learning(device: str, dtype: torch.dtype) -> list[Tensor]:
         y = small(device, 4, pixels, maps)[0].to(dtype)
         chosen = LearningSettings(epochs=1, batch_size=2)
-        found = learn_filters(y, maps, 8, lam=LAM, solver=SolverSettings(), learning=chosen)
+        found = learn_filters(
+            y, maps, filter_size=8, lam=LAM, solver=SolverSettings(), learning=chosen
+        )
         return [found.filters]
 
     def inference(device: str, dtype: torch.dtype) -> list[Tensor]:

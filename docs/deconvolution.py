@@ -150,7 +150,7 @@ def coding() -> Figure:
     images = load_images(DataSettings(scale=0.35, max_images=12)).images
     preprocessing = Preprocessing(PreprocessingSettings(color="grey")).fit(images)
     y, _ = preprocessing(images)
-    f = deconvnet.learn_filters(y, 16, 9, lam=5.0).filters
+    f = deconvnet.learn_filters(y, 16, filter_size=9, lam=5.0).filters
     photograph, patch = to_color(images[4:5], "grey")[..., :56, :56], y[4:5, :, :56, :56]
     solution = deconvnet.sparse_code(patch, f, lam=5.0)
     z, together = solution.z[0], patch - solution.residual

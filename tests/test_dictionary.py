@@ -37,8 +37,8 @@ def images(textures):
 
 def test_learning_from_a_stream_lowers_the_objective_of_images_that_it_has_not_seen(images):
     stream = [images[n : n + 2] for n in (0, 2, 4)] * 4
-    first = learn_online(stream[:1], 6, 5, lam=5.0)
-    learned = learn_online(iter(stream), 6, 5, lam=5.0)
+    first = learn_online(stream[:1], 6, filter_size=5, lam=5.0)
+    learned = learn_online(iter(stream), 6, filter_size=5, lam=5.0)
     assert len(learned.history) == 12
     unseen = images[6:]
     assert learned.encode(unseen).objective.sum() < 0.99 * first.encode(unseen).objective.sum()
@@ -49,7 +49,7 @@ def test_learning_from_a_stream_lowers_the_objective_of_images_that_it_has_not_s
 def test_encode_uses_the_lam_and_the_prior_of_the_learning(images):
     quick = LearningSettings(epochs=1)
     asked = dict(boundary="circular", non_negative=True, group=2)
-    learned = learn_filters(images, 4, 5, lam=3.0, learning=quick, **asked)
+    learned = learn_filters(images, 4, filter_size=5, lam=3.0, learning=quick, **asked)
     expected = sparse_code(images, learned.filters, lam=3.0, **asked)
     found = learned.encode(images)
     assert torch.equal(found.z, expected.z) and found.lam == 3.0 and (found.z >= 0).all()
@@ -58,7 +58,7 @@ def test_encode_uses_the_lam_and_the_prior_of_the_learning(images):
 def test_a_lam_ratio_refers_to_the_initial_filters(images):
     layer = Layer(LayerSettings(4, 5), 1, seeded_generator(0, 1))
     layer.initialize(images, seeded_generator(0, 1, 1))
-    learned = learn_online([images], 4, 5, lam_ratio=0.25)
+    learned = learn_online([images], 4, filter_size=5, lam_ratio=0.25)
     expected = lam_from_ratio(layer.operator(), images, 0.25)
     assert learned.settings.lam == pytest.approx(expected, rel=1e-5)
 
@@ -67,7 +67,7 @@ def test_filters_that_start_anew_keep_the_norm_that_is_asked_for(images):
     color = images.repeat(1, 2, 1, 1)
     # So sparse that most filters stay unused.
     planes = LearningSettings(norm="plane")
-    learned = learn_online([color] * 3, 12, 5, lam_ratio=0.9, learning=planes)
+    learned = learn_online([color] * 3, 12, filter_size=5, lam_ratio=0.9, learning=planes)
     assert learned.history[-1].dead > 0
     lengths = torch.linalg.vector_norm(learned.filters, dim=(2, 3))
     assert_close(lengths, torch.ones(12, 2))
@@ -76,26 +76,26 @@ def test_filters_that_start_anew_keep_the_norm_that_is_asked_for(images):
 @pytest.mark.parametrize("learn", [learn_filters, lambda y, *a, **k: learn_online([y], *a, **k)])
 def test_what_does_not_go_together_is_refused_before_anything_is_learned(images, learn):
     with pytest.raises(ValueError, match="lam_ratio=None: give one of the two"):
-        learn(images, 4, 5)
+        learn(images, 4, filter_size=5)
     with pytest.raises(ValueError, match="learning.zero_mean=True: filter_size=1"):
-        learn(images, 4, 1, lam=1.0, learning=LearningSettings(zero_mean=True))
+        learn(images, 4, filter_size=1, lam=1.0, learning=LearningSettings(zero_mean=True))
     with pytest.raises(ValueError, match="solver.gap=0.1: needs p=1"):
-        learn(images, 4, 5, lam=1.0, p=0.5, solver=SolverSettings(gap=0.1))
+        learn(images, 4, filter_size=5, lam=1.0, p=0.5, solver=SolverSettings(gap=0.1))
     with pytest.raises(ValueError, match="group=3: must divide"):
-        learn(images, 4, 5, lam=1.0, group=3)
+        learn(images, 4, filter_size=5, lam=1.0, group=3)
 
 
 def test_a_stream_is_refused_without_batches_or_with_one_that_is_not_finite(images):
     with pytest.raises(ValueError, match="batches: there are none"):
-        learn_online([], 4, 5, lam=1.0)
+        learn_online([], 4, filter_size=5, lam=1.0)
     with pytest.raises(ValueError, match="batch 2: must be finite"):
-        learn_online([images, images * float("nan")], 4, 5, lam=1.0)
+        learn_online([images, images * float("nan")], 4, filter_size=5, lam=1.0)
     with pytest.raises(ValueError, match="averaging_batches=0: must be at least 1 batch"):
-        learn_online([images], 4, 5, lam=1.0, averaging_batches=0)
+        learn_online([images], 4, filter_size=5, lam=1.0, averaging_batches=0)
 
 
 def test_filters_that_require_gradients_code_images_as_others_do(images):
-    f = learn_online([images], 4, 5, lam=3.0).filters
+    f = learn_online([images], 4, filter_size=5, lam=3.0).filters
     expected = sparse_code(images, f, lam=3.0).z
     assert torch.equal(sparse_code(images, torch.nn.Parameter(f), lam=3.0).z, expected)
 
@@ -141,8 +141,9 @@ def test_a_stream_finds_planted_filters_that_start_off_centre():
     images, f = planted(100)
     asked = dict(lam_ratio=0.1, boundary="circular")
     stream = images.split(4) * 7
-    found = learn_online(iter(stream), 4, 7, **asked)
-    fixed = learn_online(stream, 4, 7, **asked, learning=LearningSettings(recenter=False))
+    found = learn_online(iter(stream), 4, filter_size=7, **asked)
+    kept = LearningSettings(recenter=False)
+    fixed = learn_online(stream, 4, filter_size=7, **asked, learning=kept)
     assert worst_match(f, found.filters) > 0.99 > 0.95 > worst_match(f, fixed.filters)
     assert found.history[-1].objective < 0.9 * fixed.history[-1].objective
 
@@ -157,19 +158,22 @@ def learners(images):
 @pytest.mark.parametrize("learner", ["images", "stream"])
 def test_learning_begins_with_given_filters(images, learner):
     learn, quick = learners(images)[learner], LearningSettings(epochs=1)
-    before = learn_filters(images, 4, 5, lam=5.0, learning=LearningSettings(epochs=6))
-    fresh = learn(4, 5, lam=5.0, learning=quick)
+    before = learn_filters(images, 4, filter_size=5, lam=5.0, learning=LearningSettings(epochs=6))
+    fresh = learn(4, filter_size=5, lam=5.0, learning=quick)
     more = learn(filters=before.filters, lam=5.0, learning=quick)
     assert more.filters.shape == (4, 1, 5, 5) and more.settings.num_maps == 4
     assert more.encode(images).objective.sum() < fresh.encode(images).objective.sum()
     # Neither their norm counts nor the array that holds them.
-    longer = learn(4, 5, filters=3 * before.filters.double().numpy(), lam=5.0, learning=quick)
+    longer = learn(
+        4, filter_size=5, filters=3 * before.filters.double().numpy(), lam=5.0, learning=quick
+    )
     assert_close(longer.filters, more.filters, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("learner", ["images", "stream"])
 def test_a_lam_ratio_refers_to_the_given_filters(images, learner):
-    f = learn_filters(images, 4, 5, lam=5.0, learning=LearningSettings(epochs=1)).filters
+    quick = LearningSettings(epochs=1)
+    f = learn_filters(images, 4, filter_size=5, lam=5.0, learning=quick).filters
     first = images if learner == "images" else images[:2]
     learned = learners(images)[learner](
         filters=f, lam_ratio=0.25, learning=LearningSettings(epochs=1)
@@ -190,7 +194,7 @@ def test_given_filters_are_what_the_settings_ask_of_filters(images, learner):
 
 
 WRONG_FILTERS = {
-    "oblong": (dict(filters=torch.ones(4, 1, 5, 7)), "filters of 5x7: .* are square"),
+    "oblong": (dict(filters=torch.ones(4, 1, 5, 7)), "filters of 5x7: .* must be square"),
     "maps": (dict(filters=torch.ones(4, 1, 5, 5), num_maps=6), "num_maps=6: .* have 4"),
     "size": (dict(filters=torch.ones(4, 1, 5, 5), filter_size=7), "filter_size=7: .* have 5"),
     "channels": (dict(filters=torch.ones(4, 3, 5, 5)), r"filters must have the shape \(K, 1, h, w"),
@@ -198,15 +202,15 @@ WRONG_FILTERS = {
     "list": (dict(filters=[[1.0]]), "filters must be a tensor or a numpy array, got a list"),
     "none": (dict(filters=torch.ones(0, 1, 5, 5)), "filters must not be empty"),
     "nan": (dict(filters=torch.full((4, 1, 5, 5), torch.nan)), "filters must be finite"),
-    "zero": (dict(filters=torch.eye(4).view(4, 1, 2, 2) * 0), r"filters\[0\]: nothing of it"),
+    "zero": (dict(filters=torch.eye(4).view(4, 1, 2, 2) * 0), r"filters\[0\]: must not be zero"),
     "negative": (
         dict(
             filters=torch.tensor([1.0, -1.0]).view(2, 1, 1, 1).expand(2, 1, 3, 3),
             learning=LearningSettings(non_negative=True),
         ),
-        r"filters\[1\]: nothing of it is left with learning.non_negative=True",
+        r"filters\[1\]: nothing is left of it under learning.non_negative=True",
     ),
-    "neither": (dict(), "num_maps=None, filter_size=None: give both, or filters to begin with"),
+    "neither": (dict(), "num_maps=None, filter_size=None: give both, or filters to start from"),
 }
 
 
@@ -221,7 +225,7 @@ def test_filters_to_begin_with_that_do_not_fit_are_refused(images, learner, kind
 def test_what_was_learned_learns_more_from_the_same_and_from_other_images(images):
     few = LearningSettings(epochs=2, zero_mean=True)
     asked = dict(boundary="circular", non_negative=True, group=2)
-    first = learn_filters(images[:4], 4, 5, lam_ratio=0.1, learning=few, **asked)
+    first = learn_filters(images[:4], 4, filter_size=5, lam_ratio=0.1, learning=few, **asked)
     for more in (first.learn_more(images[4:]), first.learn_more_online(images.split(2))):
         assert more.settings.lam == first.settings.lam
         assert (more.settings.boundary, more.settings.group) == ("circular", 2)
@@ -236,20 +240,20 @@ def test_what_was_learned_is_the_same_to_the_bit_after_it_was_saved(images, dtyp
     y = images.to(dtype)
     asked = dict(p=0.8, boundary="circular", non_negative=True, group=2)
     learning = LearningSettings(epochs=2, norm="plane")
-    learned = learn_filters(y, 4, 5, lam=1 / 3, learning=learning, **asked)
+    learned = learn_filters(y, 4, filter_size=5, lam=1 / 3, learning=learning, **asked)
     learned.save(tmp_path / "learned.safetensors")
     loaded = Learned.load(str(tmp_path / "learned.safetensors"))
     assert torch.equal(loaded.filters, learned.filters) and loaded.filters.dtype == dtype
     assert loaded.settings == learned.settings and loaded.history == learned.history
     assert torch.equal(loaded.encode(y).z, learned.encode(y).z)
     assert len(loaded.learn_more(y).history) == 4
-    stream = learn_online([y], 4, 5, lam_ratio=0.1)
+    stream = learn_online([y], 4, filter_size=5, lam_ratio=0.1)
     stream.save(tmp_path / "stream.safetensors")
     assert Learned.load(tmp_path / "stream.safetensors").history == stream.history
 
 
 def test_files_that_hold_no_filters_are_refused_in_one_line(images, tmp_path):
-    learned = learn_online([images], 4, 5, lam=5.0)
+    learned = learn_online([images], 4, filter_size=5, lam=5.0)
     path, network = tmp_path / "learned.safetensors", tmp_path / "network.safetensors"
     learned.save(path)
     DeconvNet([LayerSettings(4, 5)]).save(network)
@@ -287,4 +291,4 @@ def test_learning_whose_objective_is_not_finite_stops_and_says_what_to_do(images
     where = "epoch 1" if learner == "images" else "batch 1"
     message = rf"{where}: the objective is not finite; lower lam \(5\) .* in the images$"
     with pytest.raises(Diverged, match=message):
-        learners(images.double() * 1e200)[learner](4, 5, lam=5.0)
+        learners(images.double() * 1e200)[learner](4, filter_size=5, lam=5.0)

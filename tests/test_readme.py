@@ -1,6 +1,7 @@
 """What the README and the guides show works as it stands there."""
 
 import ast
+import importlib
 import re
 from pathlib import Path
 
@@ -73,14 +74,28 @@ def test_what_a_page_links_to_exists(page):
         assert link.startswith("http") or (ROOT / page).parent.joinpath(link).is_file(), link
 
 
-def test_functions_named_in_the_mathematics_exist():
-    import importlib
+@pytest.mark.parametrize("page", PAGES)
+def test_sections_that_a_page_links_to_exist(page):
+    text = (ROOT / page).read_text()
+    for link, section in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", text):
+        target = (ROOT / page).parent / link if link else ROOT / page
+        assert section in _sections(target.read_text()), f"{link}#{section}"
 
+
+def _sections(text: str) -> set[str]:
+    """The anchors of the headings of a Markdown page, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_functions_named_in_the_mathematics_exist():
     text = (ROOT / "docs/mathematics.md").read_text()
+    text = re.sub(r"```python\n.*?```", "", text, flags=re.DOTALL)
     paths = (path.relative_to(ROOT) for path in (ROOT / "deconvnet").rglob("*.py"))
     modules = {path.stem: ".".join(path.with_suffix("").parts) for path in paths}
-    named = {m for m in re.findall(r"\b([a-z]+)\.(\w+(?:\.\w+)?)", text) if m[0] in modules}
-    assert len(named) > 30
+    references = re.findall(r"\b([a-z_]+)\.(\w+(?:\.\w+)?)", text)
+    named = {(module, name) for module, name in references if module in modules}
+    assert len(named) > 40
     for module, name in named:
         thing = importlib.import_module(modules[module])
         for part in name.split("."):
@@ -88,3 +103,6 @@ def test_functions_named_in_the_mathematics_exist():
                 break
             assert hasattr(thing, part), f"{module}.{name}"
             thing = getattr(thing, part)
+    # Files that are named by their path.
+    for path in re.findall(r"`((?:configs|tests|visualization)/[\w/]+\.\w+)`", text):
+        assert (ROOT / path).is_file() or (ROOT / "deconvnet" / path).is_file(), path

@@ -1,6 +1,6 @@
 """Put images into classes by the features of a trained network:
 
-python scripts/classify.py run=runs/iccv2011 data.path=caltech layers=[1,4]
+deconvnet classify run=runs/iccv2011 data.path=caltech layers=[1,4]
 """
 
 import dataclasses

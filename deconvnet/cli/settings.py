@@ -27,7 +27,8 @@ from deconvnet.images.sources import DataSettings
 from deconvnet.network.layer import MAX_SIZE, LayerSettings
 from deconvnet.network.tiling import MEMORY, check_memory
 from deconvnet.storage import ownership
-from deconvnet.visualization.settings import VisualizationSettings
+from deconvnet.support.renaming import renamed
+from deconvnet.visualization.settings import OLD_NAMES, VisualizationSettings
 
 # Settings of `deconvnet visualize` that a network learned here leaves nothing to.
 OF_MODELS = {
@@ -112,6 +113,7 @@ class TrainConfig:
         return [self.model[f"layer{number}"] for number in range(1, depth + 1)]
 
 
+@renamed(**OLD_NAMES)
 @dataclass
 class VisualizeConfig(VisualizationSettings):
     """The settings of `deconvnet visualize`: what to look at, in addition to how."""

@@ -67,7 +67,7 @@ def learned():
     crops = torch.stack([crop for crop in crops if crop.shape == (64, 64)])[:, None]
     high = crops - tikhonov_lowpass(crops, PSI)
     learning = LearningSettings(epochs=5, batch_size=4)
-    filters = learn_filters(high, 48, 9, lam=10.0, learning=learning).filters
+    filters = learn_filters(high, 48, filter_size=9, lam=10.0, learning=learning).filters
     return Restorer(network(filters)).fit(crops)
 
 

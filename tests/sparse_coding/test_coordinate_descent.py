@@ -549,7 +549,7 @@ def test_learning_on_all_images_lowers_the_objective_in_every_epoch():
         epochs=6, batch_size=None, averaging_epochs=0, reinit_unused=False, recenter=False
     )
     solver = SolverSettings(method="coordinate", training_iterations=3)
-    history = learn_filters(b, 4, 3, lam=LAM, solver=solver, learning=learning).history
+    history = learn_filters(b, 4, filter_size=3, lam=LAM, solver=solver, learning=learning).history
     costs = [stats.objective for stats in history]
     assert all(after < before for before, after in itertools.pairwise(costs)), costs
 

@@ -123,9 +123,9 @@ def in_scikit_learn(images):
 
 def dictionaries(images):
     y = images - images.mean()
-    learned = learn_filters(y, 4, 5, lam_ratio=0.1, learning=ONCE)
+    learned = learn_filters(y, 4, filter_size=5, lam_ratio=0.1, learning=ONCE)
     random = LearningSettings(epochs=1, init="random")
-    online = learn_online(y.split(1), 4, 5, lam=5.0, learning=random)
+    online = learn_online(y.split(1), 4, filter_size=5, lam=5.0, learning=random)
     return [learned.filters, online.filters, learned.encode(y).z]
 
 
@@ -190,8 +190,8 @@ def test_codes_of_what_requires_a_gradient_are_plain_tensors(y, f, method, given
 def test_filters_that_were_learned_from_feature_maps_are_plain_tensors():
     maps = torch.nn.Conv2d(3, 4, 3)(torch.rand(2, 3, 12, 12))
     for learned in (
-        learn_filters(maps, 4, 5, lam=5.0, learning=ONCE),
-        learn_online([maps, maps], 4, 5, lam=5.0),
+        learn_filters(maps, 4, filter_size=5, lam=5.0, learning=ONCE),
+        learn_online([maps, maps], 4, filter_size=5, lam=5.0),
     ):
         assert not learned.filters.requires_grad
         learned.filters.numpy()

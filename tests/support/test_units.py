@@ -264,11 +264,11 @@ def test_filters_do_not_depend_on_the_units_of_the_images(update, method):
     solver = method and SolverSettings(method)
     learning = LearningSettings(epochs=4, batch_size=2, update=update)
     learned = [
-        learn_filters(s * y, 3, 3, lam_ratio=0.1, learning=learning, solver=solver)
+        learn_filters(s * y, 3, filter_size=3, lam_ratio=0.1, learning=learning, solver=solver)
         for s in (1.0, 2.0**-44, 2.0**-100, 2.0**90)
     ]
     streams = [
-        learn_online([s * y[:2], s * y[2:]], 3, 3, lam_ratio=0.1, solver=solver)
+        learn_online([s * y[:2], s * y[2:]], 3, filter_size=3, lam_ratio=0.1, solver=solver)
         for s in (1.0, 2.0**-100)
     ]
     for expected, *others in (learned, streams):

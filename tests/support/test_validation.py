@@ -95,16 +95,16 @@ def test_images_are_coded_and_learned_from_in_every_kind_of_array(pixels, y, f, 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = sparse_code(given, f, lam=5.0)
-        learned = learn_filters(given, 4, 5, lam=5.0, learning=ONCE)
-        online = learn_online([given], 4, 5, lam=5.0)
+        learned = learn_filters(given, 4, filter_size=5, lam=5.0, learning=ONCE)
+        online = learn_online([given], 4, filter_size=5, lam=5.0)
         codes = net.infer(ARRAYS[kind](pixels))
     assert torch.equal(found.z, sparse_code(plain, f, lam=5.0).z)
     for tensor in (found.z, found.residual, learned.filters, online.filters):
         assert type(tensor) is torch.Tensor and not tensor.requires_grad
-    expected = learn_filters(plain, 4, 5, lam=5.0, learning=ONCE)
+    expected = learn_filters(plain, 4, filter_size=5, lam=5.0, learning=ONCE)
     assert torch.equal(learned.filters, expected.filters)
     assert torch.equal(learned.encode(given).z, expected.encode(plain).z)
-    assert torch.equal(online.filters, learn_online([plain], 4, 5, lam=5.0).filters)
+    assert torch.equal(online.filters, learn_online([plain], 4, filter_size=5, lam=5.0).filters)
     assert net.reconstruct(codes).shape == pixels.shape
 
 
@@ -262,11 +262,11 @@ BAD_IMAGES = {
 @pytest.mark.parametrize("kind", BAD_IMAGES)
 def test_images_that_cannot_be_used_are_refused_by_what_would_be_right(y, f, net, kind):
     make, message = BAD_IMAGES[kind]
-    given, learned = make(y), learn_online([y], 4, 5, lam=5.0)
+    given, learned = make(y), learn_online([y], 4, filter_size=5, lam=5.0)
     for door in (
         lambda: sparse_code(given, f, lam=5.0),
         lambda: sparse_code(given, f, lam=5.0, settings=SolverSettings()),
-        lambda: learn_filters(given, 4, 5, lam=5.0, learning=ONCE),
+        lambda: learn_filters(given, 4, filter_size=5, lam=5.0, learning=ONCE),
         lambda: learned.encode(given),
         lambda: learned.learn_more(given),
     ):
@@ -339,7 +339,7 @@ def test_a_number_may_come_from_numpy_or_torch(y, f, lam, tmp_path):
     found = sparse_code(y, f, lam=lam)
     assert found.lam == 5.0 and type(found.lam) is float
     assert torch.equal(found.z, sparse_code(y, f, lam=5.0).z)
-    learned = learn_filters(y, np.int64(4), torch.tensor(5), lam=lam, learning=ONCE)
+    learned = learn_filters(y, np.int64(4), filter_size=torch.tensor(5), lam=lam, learning=ONCE)
     assert type(learned.settings.lam) is float and type(learned.settings.num_maps) is int
     learned.save(tmp_path / "learned.safetensors")
     solution = sparse_code(y, f, lam_ratio=np.float32(0.25))
@@ -405,7 +405,7 @@ class Pairs(Dataset):
 
 
 def test_the_batches_of_a_data_loader_are_learned_from_and_labels_are_not_looked_at(y):
-    expected = learn_online(y.split(1), 4, 5, lam=5.0).filters
+    expected = learn_online(y.split(1), 4, filter_size=5, lam=5.0).filters
     for batches in (
         DataLoader(y, batch_size=1),
         DataLoader(TensorDataset(y), batch_size=1),
@@ -416,16 +416,16 @@ def test_the_batches_of_a_data_loader_are_learned_from_and_labels_are_not_looked
         [image.numpy() for image in y.split(1)],
         (image for image in y.split(1)),
     ):
-        assert torch.equal(learn_online(batches, 4, 5, lam=5.0).filters, expected)
+        assert torch.equal(learn_online(batches, 4, filter_size=5, lam=5.0).filters, expected)
 
 
 def test_batches_without_images_are_left_out(y):
-    expected = learn_online([y, y], 4, 5, lam=5.0)
+    expected = learn_online([y, y], 4, filter_size=5, lam=5.0)
     for empty in (y[:0], (y[:0], torch.arange(0)), y[:0].numpy(), torch.empty(0)):
-        learned = learn_online([empty, y, empty, y], 4, 5, lam=5.0)
+        learned = learn_online([empty, y, empty, y], 4, filter_size=5, lam=5.0)
         assert torch.equal(learned.filters, expected.filters) and len(learned.history) == 2
-    with pytest.raises(ValueError, match="batches: there are none, or none has images"):
-        learn_online([y[:0]], 4, 5, lam=5.0)
+    with pytest.raises(ValueError, match="batches: there are none, or all of them are empty"):
+        learn_online([y[:0]], 4, filter_size=5, lam=5.0)
 
 
 BAD_BATCHES = {
@@ -442,7 +442,7 @@ BAD_BATCHES = {
     "small first": (lambda y: [y[..., :4]], "batch 1: images of 16x4 are smaller than the 5x5"),
     "channels": (
         lambda y: [y, y.repeat(1, 2, 1, 1)],
-        "batch 2: images of 2 channels, the first ones had 1",
+        "batch 2: images of 2 channels, but the first ones had 1",
     ),
     "one image": (lambda y: list(y), r"batch 1 must have the shape \(N, C, H, W\)"),
 }
@@ -452,7 +452,7 @@ BAD_BATCHES = {
 def test_batches_that_cannot_be_used_are_refused_by_their_number(y, kind):
     make, message = BAD_BATCHES[kind]
     with pytest.raises(ValueError, match=message) as refused:
-        learn_online(make(y), 4, 5, lam=5.0)
+        learn_online(make(y), 4, filter_size=5, lam=5.0)
     assert "\n" not in str(refused.value)
 
 
@@ -522,7 +522,7 @@ def test_results_are_shown_in_a_line_without_their_numbers(pixels, y, f):
     ]
     net = DeconvNet(layers, PreprocessingSettings(color="grey", steps=["mean"]))
     codes = net.infer(pixels)
-    learned = learn_filters(y, 4, 5, lam=5.0, learning=ONCE)
+    learned = learn_filters(y, 4, filter_size=5, lam=5.0, learning=ONCE)
     assert repr(sparse_code(y, f, lam=5.0)).startswith("Solution(3 images, maps 4x20x22, ")
     assert repr(learned).startswith("Learned(4 filters 1x5x5, lam=5, 1 in the history, objective ")
     shown = repr(codes.layer(1))
@@ -538,4 +538,5 @@ def test_results_are_shown_in_a_line_without_their_numbers(pixels, y, f):
 
 def test_the_version_is_that_of_the_project():
     text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
-    assert f'version = "{deconvnet.__version__}"' in text
+    assert 'version = { attr = "deconvnet.__version__" }' in text
+    assert re.fullmatch(r"\d+\.\d+\.\d+", deconvnet.__version__)

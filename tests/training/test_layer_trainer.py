@@ -272,7 +272,7 @@ def test_an_objective_that_is_not_finite_stops_before_the_filters_change(b):
 def test_images_beyond_what_float32_can_square_teach_the_same_filters(b, solver):
     learning = LearningSettings(epochs=2)
     plain, large = (
-        learn_filters(s * b, 3, 5, lam_ratio=0.1, solver=solver, learning=learning)
+        learn_filters(s * b, 3, filter_size=5, lam_ratio=0.1, solver=solver, learning=learning)
         for s in (1.0, 2.0**100)
     )
     assert torch.equal(large.filters, plain.filters)
@@ -288,7 +288,7 @@ def test_images_without_any_contrast_are_survived(textures):
 @pytest.mark.parametrize("boundary", ["valid", "circular"])
 def test_learn_filters_lowers_the_objective_below_that_of_random_filters(b, boundary):
     learning = LearningSettings(epochs=5, init="random")
-    learned = learn_filters(b, 6, 5, lam=2.0, boundary=boundary, learning=learning)
+    learned = learn_filters(b, 6, filter_size=5, lam=2.0, boundary=boundary, learning=learning)
     assert learned.filters.shape == (6, 1, 5, 5) and torch.isfinite(learned.filters).all()
     assert_close(lengths(learned.filters), torch.ones(6), rtol=0, atol=1e-6)
     assert [stats.epoch for stats in learned.history] == [1, 2, 3, 4, 5]
@@ -307,7 +307,9 @@ def test_learn_filters_recovers_planted_filters_up_to_sign_shift_and_order():
         z = z.sign() * (1 + z.abs()) * (torch.rand(z.shape, generator=generator) < 0.006)
         images = deconvolve(z, planted)
         learning = LearningSettings(epochs=30, batch_size=6)
-        found = learn_filters(images, 4, 7, lam=3.0, learning=learning, seed=seed).filters
+        found = learn_filters(
+            images, 4, filter_size=7, lam=3.0, learning=learning, seed=seed
+        ).filters
         alike = torch.nn.functional.conv2d(planted, found, padding=6).abs().amax((2, 3))
         # Every planted filter has a found one of its own, nearly equal at the best shift.
         assert alike.amax(1).min() > 0.98
@@ -319,9 +321,9 @@ def test_learn_filters_refuses_what_is_not_finite_or_not_images(b):
     wrong[0, 0, 0, 0] = float("nan")
     for images, message in ((wrong, "must be finite"), (b[0], r"the shape \(N, C, H, W\)")):
         with pytest.raises(ValueError, match=message):
-            learn_filters(images, 3, 5, lam=1.0)
+            learn_filters(images, 3, filter_size=5, lam=1.0)
     with pytest.raises(ValueError, match="24x24 are smaller than the 25x25 filters"):
-        learn_filters(b, 3, 25, lam=1.0)
+        learn_filters(b, 3, filter_size=25, lam=1.0)
 
 
 @pytest.mark.parametrize("p", [1.0, 0.8])

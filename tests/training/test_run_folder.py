@@ -396,7 +396,7 @@ def test_a_checkpoint_that_holds_something_else_is_an_error_in_one_line(images, 
 
 
 def test_filters_of_one_layer_alone_are_no_network_to_start_from(images, tmp_path):
-    learned = learn_filters(images, 3, 5, lam=1.0, learning=LearningSettings(epochs=1))
+    learned = learn_filters(images, 3, filter_size=5, lam=1.0, learning=LearningSettings(epochs=1))
     learned.save(tmp_path / "filters.safetensors")
     with pytest.raises(ValueError, match="holds filters of learn_filters"):
         learn(tmp_path / "run", images, init=str(tmp_path / "filters.safetensors"))
