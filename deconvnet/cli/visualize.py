@@ -1,7 +1,7 @@
 """Show what the maps of a network respond to:
 
-python scripts/visualize.py run=runs/photographs
-python scripts/visualize.py model=torchvision/vgg16 images=folder layers=[features.8,features.15]
+deconvnet visualize run=runs/photographs
+deconvnet visualize model=torchvision/vgg16 images=folder layers=[features.8,features.15]
 """
 
 import os
