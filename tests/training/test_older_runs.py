@@ -37,7 +37,7 @@ def with_new_names(arguments):
     """The arguments with all settings under their current names."""
     from deconvnet.filters.update import LearningSettings
     from deconvnet.network.network import LayerSettings
-    from deconvnet.sparse_coding.solvers import SolverSettings
+    from deconvnet.sparse_coding.problem import SolverSettings
 
     kinds = {"learning": LearningSettings, "solver": SolverSettings}
     renamed = []
