@@ -255,7 +255,7 @@ def steps(options: argparse.Namespace) -> None:
     On photographs at half size, which is not the size that the experiments learn from.
     """
     if not options.run:
-        raise ValueError("steps needs --run, the folder of a run of scripts/train.py")
+        raise ValueError("steps needs --run, the folder of a run of deconvnet train")
     net = load(options.run)
     images = load_images(DataSettings(size=150, scale=0.5, max_images=None)).images
     chosen = torch.linspace(0, len(images) - 1, options.images).round().long()

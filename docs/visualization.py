@@ -63,7 +63,7 @@ def main() -> None:
     )
     rows = range(24, 32)
     grid = with_control(
-        *(projection_grid(each, rows, tile=40) for each in (found, control)), layer="layer2"
+        *(projection_grid(each, rows, tile_width=40) for each in (found, control)), layer="layer2"
     )
     few_colors(grid, "layer2")
 
@@ -77,7 +77,7 @@ def grids(place: Path) -> None:
             for folder in ("projections", "control/projections")
         )
         rows = sorted(range(len(found.maps)), key=lambda row: -found.values[row].min())[:count]
-        pair = (projection_grid(each, rows, tile=56) for each in (found, control))
+        pair = (projection_grid(each, rows, tile_width=56) for each in (found, control))
         parts.append(with_control(*pair, layer=layer))
     few_colors(vstack(parts, 12), "grid")
 

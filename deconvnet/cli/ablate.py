@@ -1,6 +1,6 @@
 """Show what the switches of max pooling are worth:
 
-python scripts/ablate.py run=runs/iccv2011-small
+deconvnet ablate run=runs/iccv2011-small
 """
 
 from pathlib import Path
@@ -48,7 +48,7 @@ def training_images(folder: Path, count: int) -> tuple[torch.Tensor, torch.Tenso
     """Some of the images that a run was trained on, evenly among all, and their frames."""
     found = learned_images(folder, count)
     if found is None:
-        raise ValueError(f"run={folder}: not a run folder of scripts/train.py with a checkpoint")
+        raise ValueError(f"run={folder}: not a run folder of deconvnet train with a checkpoint")
     return found
 
 

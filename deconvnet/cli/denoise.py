@@ -1,6 +1,6 @@
 """Take noise out of images with the filters of a trained network:
 
-python scripts/denoise.py run=runs/denoise-rgb image=photo.png sigma=25
+deconvnet denoise run=runs/denoise-rgb image=photo.png sigma=25
 """
 
 import torch

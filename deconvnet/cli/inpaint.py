@@ -1,6 +1,6 @@
 """Fill in missing pixels with the filters of a trained network:
 
-python scripts/inpaint.py run=runs/denoise-rgb image=photo.png missing=scratches.png
+deconvnet inpaint run=runs/denoise-rgb image=photo.png missing=scratches.png
 """
 
 import torch

@@ -1,6 +1,6 @@
 """Reconstruct images from the feature maps of a trained network:
 
-python scripts/reconstruct.py run=runs/photographs layer=2 images=photo.jpg
+deconvnet reconstruct run=runs/photographs layer=2 images=photo.jpg
 """
 
 from omegaconf import DictConfig

@@ -17,8 +17,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from deconvnet.applications.classification.classifier import ClassData
-from deconvnet.applications.classification.pipeline import ClassifySettings
+from deconvnet.applications.classification.settings import ClassData, ClassifySettings
 from deconvnet.applications.restoration import STRENGTH
 from deconvnet.cli.help import help_page
 from deconvnet.cli.keys import TEXTS
@@ -27,7 +26,8 @@ from deconvnet.images.sources import DataSettings
 from deconvnet.network.layer import MAX_SIZE, LayerSettings
 from deconvnet.network.tiling import MEMORY, check_memory
 from deconvnet.storage import ownership
-from deconvnet.visualization.settings import VisualizationSettings
+from deconvnet.support.renaming import renamed
+from deconvnet.visualization.settings import OLD_NAMES, VisualizationSettings
 
 # Settings of `deconvnet visualize` that a network learned here leaves nothing to.
 OF_MODELS = {
@@ -112,6 +112,7 @@ class TrainConfig:
         return [self.model[f"layer{number}"] for number in range(1, depth + 1)]
 
 
+@renamed(**OLD_NAMES)
 @dataclass
 class VisualizeConfig(VisualizationSettings):
     """The settings of `deconvnet visualize`: what to look at, in addition to how."""

@@ -1,4 +1,4 @@
-"""Train a deconvolutional network: python scripts/train.py +layers=2"""
+"""Train a deconvolutional network: deconvnet train +layers=2"""
 
 import dataclasses
 import logging

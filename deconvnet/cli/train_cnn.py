@@ -1,6 +1,6 @@
 """Train a small convolutional network to look into:
 
-python scripts/train_cnn.py data.download=true
+deconvnet train-cnn data.download=true
 """
 
 import logging

@@ -1,7 +1,7 @@
 """Show what the maps of a network respond to:
 
-python scripts/visualize.py run=runs/photographs
-python scripts/visualize.py model=torchvision/vgg16 images=folder layers=[features.8,features.15]
+deconvnet visualize run=runs/photographs
+deconvnet visualize model=torchvision/vgg16 images=folder layers=[features.8,features.15]
 """
 
 import os
@@ -27,16 +27,12 @@ from deconvnet.support.devices import torch_device
 from deconvnet.training.run_folder import training_data
 from deconvnet.visualization.evolution.checkpoints import project_checkpoints
 from deconvnet.visualization.evolution.evolution import Evolution, load_evolution
+from deconvnet.visualization.layer_choice import default_layers, projectable_layers
 from deconvnet.visualization.manifest import layer_file_name
 from deconvnet.visualization.models.weights import WEIGHT_FILES
 from deconvnet.visualization.models.zoo import LoadedModel, digest, load_model
 from deconvnet.visualization.projection.projection import suggest_layers
-from deconvnet.visualization.report import (
-    default_layers,
-    make_projector,
-    projectable_layers,
-    visualize_network,
-)
+from deconvnet.visualization.report import make_projector, visualize_network
 
 LIST = "?"
 

@@ -259,7 +259,7 @@ def load(path: str | Path) -> DeconvNet:
         found = load_newest_checkpoint(path / "checkpoints")
         if found is None:
             raise ValueError(
-                f"{path}: no checkpoint in this folder; expected a run of scripts/train.py"
+                f"{path}: no checkpoint in this folder; expected a run of `deconvnet train`"
             )
         state, source = found
         saved = state.get("network", {})

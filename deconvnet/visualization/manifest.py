@@ -1,4 +1,4 @@
-"""The manifest of a visualization: which unit, image and rule each tile comes from."""
+"""The manifest of a visualization: the image, unit and rules behind every tile."""
 
 from __future__ import annotations
 
@@ -18,80 +18,89 @@ from deconvnet.visualization.settings import VisualizationSettings
 
 
 def write_manifest(
-    state: VisualizationResult, settings: VisualizationSettings, place: Path
+    result: VisualizationResult, settings: VisualizationSettings, folder: Path
 ) -> Path:
-    path = place / "manifest.json"
-    text = to_json(_manifest(state, settings), indent=1, ensure_ascii=False)
-    # Names of files may be no text; names of networks and layers, too.
+    """Write `manifest.json` and return its path."""
+    path = folder / "manifest.json"
+    text = to_json(_manifest(result, settings), indent=1, ensure_ascii=False)
+    # Names of files, networks and layers may not be valid text.
     ownership.write(path, text.encode("utf-8", "backslashreplace"))
     return path
 
 
-def _manifest(state: VisualizationResult, settings: VisualizationSettings) -> dict:
-    """How each tile was made."""
-    subject, names = state.subject, state.images.names
-    layers = {}
-    for layer, found in state.found.items():
-        info = state.infos[layer]
-        layers[layer] = {
-            "kind": info.kind,
-            "shape": info.shape,
-            "field": info.field,
-            "stride": info.stride,
-            "figure": f"figures/{layer_file_name(layer)}.png",
-            "arrays": f"projections/{layer_file_name(layer)}.npz",
-            "report": asdict(found.report),
-            "says": str(found.report),
-            "tile_scale": found.scale,
-            "dead_maps": np.flatnonzero(state.tops[layer].dead).tolist(),
-            "shown": found.maps[rows_in_grid(found, settings)].tolist(),
-            "maps": [_map_entry(found, row, names) for row in range(len(found.maps))],
-        }
-    return {
-        "network": {
-            "name": subject.name,
-            "weights": subject.weights,
-            "sha256": subject.digest,
-            "normalization": asdict(subject.normalization),
-        },
-        "images": {"count": len(names), "sha256": state.images.fingerprint},
-        "settings": asdict(settings),
-        "display": (
-            "zero is grey (0.5); each tile reaches black or white at the magnitude within which "
-            f"{settings.contrast:.1%} of its pixels that are not zero stay"
-        ),
-        "control": "the same with the entries of every weight in a random order"
-        if state.control
-        else None,
-        "layers": layers,
-    }
-
-
-def _map_entry(found: TopProjections, row: int, names: tuple[str, ...]) -> dict:
-    tiles = []
-    for rank in range(found.count(row)):
-        image, _, i, j = found.units[row, rank].tolist()
-        board = float(found.checkerboard[row, rank])
-        tiles.append(
-            {
-                "rank": rank,
-                "value": float(found.values[row, rank]),
-                "image": image,
-                "name": shown_name(names[image]),
-                "unit": [i, j],
-                "box": found.boxes[row, rank].tolist(),
-                **({} if np.isnan(board) else {"checkerboard": round(board, 4)}),
-            }
-        )
-    return {"map": int(found.maps[row]), "row": row, "tiles": tiles}
-
-
-def rows_in_grid(found: TopProjections, settings: VisualizationSettings) -> list[int]:
-    """The rows of the maps in the grid: some at random, in their order."""
-    dead = np.zeros(len(found.maps), dtype=bool)
-    return sample_maps(dead, settings.shown, seed=settings.seed)
+def rows_in_grid(projections: TopProjections, settings: VisualizationSettings) -> list[int]:
+    """The rows of the maps in the grid of a layer: a random sample, in ascending order."""
+    dead = np.zeros(len(projections.maps), dtype=bool)
+    return sample_maps(dead, settings.grid_maps, seed=settings.seed)
 
 
 def layer_file_name(layer: str) -> str:
-    """The name of a layer as that of a file."""
+    """The name of a layer as the name of a file."""
     return re.sub(r"[^\w.-]+", "-", layer)
+
+
+def _manifest(result: VisualizationResult, settings: VisualizationSettings) -> dict:
+    model, names = result.model, result.images.names
+    return {
+        "network": {
+            "name": model.name,
+            "weights": model.weights,
+            "sha256": model.digest,
+            "normalization": asdict(model.normalization),
+        },
+        "images": {"count": len(names), "sha256": result.images.fingerprint},
+        "settings": asdict(settings),
+        "display": (
+            "zero is grey (0.5); each tile reaches black or white at the magnitude within which "
+            f"{settings.contrast:.1%} of its non-zero pixels stay"
+        ),
+        "control": "the same network with the entries of every weight in random order"
+        if result.control
+        else None,
+        "layers": {
+            layer: _layer_entry(result, settings, layer, projections)
+            for layer, projections in result.projections.items()
+        },
+    }
+
+
+def _layer_entry(
+    result: VisualizationResult,
+    settings: VisualizationSettings,
+    layer: str,
+    projections: TopProjections,
+) -> dict:
+    info, names = result.infos[layer], result.images.names
+    return {
+        "kind": info.kind,
+        "shape": info.shape,
+        "field": info.field,
+        "stride": info.stride,
+        "figure": f"figures/{layer_file_name(layer)}.png",
+        "arrays": f"projections/{layer_file_name(layer)}.npz",
+        "report": asdict(projections.report),
+        "says": str(projections.report),
+        "tile_scale": projections.scale,
+        "dead_maps": np.flatnonzero(result.top_activations[layer].dead).tolist(),
+        "shown": projections.maps[rows_in_grid(projections, settings)].tolist(),
+        "maps": [_map_entry(projections, row, names) for row in range(len(projections.maps))],
+    }
+
+
+def _map_entry(projections: TopProjections, row: int, names: tuple[str, ...]) -> dict:
+    tiles = []
+    for rank in range(projections.count(row)):
+        image, _, i, j = projections.units[row, rank].tolist()
+        board = float(projections.checkerboard[row, rank])
+        tiles.append(
+            {
+                "rank": rank,
+                "value": float(projections.values[row, rank]),
+                "image": image,
+                "name": shown_name(names[image]),
+                "unit": [i, j],
+                "box": projections.boxes[row, rank].tolist(),
+                **({} if np.isnan(board) else {"checkerboard": round(board, 4)}),
+            }
+        )
+    return {"map": int(projections.maps[row]), "row": row, "tiles": tiles}

@@ -1,4 +1,4 @@
-"""What a visualization has found out about a network."""
+"""The result of a visualization, as far as it has been computed."""
 
 from __future__ import annotations
 
@@ -19,20 +19,21 @@ from deconvnet.visualization.search.top_projections import TopProjections
 
 @dataclass
 class VisualizationResult:
-    """What is known of a network: who drives its maps, in which images, and the pictures of it.
+    """What drives the maps of a network, in which images, and the pictures of it.
 
-    infos: the layers that were looked at; tops, found, control: of each the strongest activations,
-    their projections, and those of the network with its weights shuffled; evolutions: of some
-    layers, in the course of training; pictures: by name, those of a layer under its own.
+    infos: of the layers that were searched. By layer: top_activations, the strongest activations;
+    projections, their projections; control, the projections of the same network with shuffled
+    weights; evolutions, features over the epochs of training, for some layers. pictures: (3, H, W)
+    in [0, 1] by name; the grid of a layer has the name of the layer.
     """
 
-    subject: LoadedModel
+    model: LoadedModel
     projector: Projector
     images: LazyImages
     infos: dict[str, LayerInfo]
     contrast: float = CONTRAST
     evolutions: Mapping[str, Evolution] = field(default_factory=dict)
-    tops: dict[str, TopActivations] = field(default_factory=dict)
-    found: dict[str, TopProjections] = field(default_factory=dict)
+    top_activations: dict[str, TopActivations] = field(default_factory=dict)
+    projections: dict[str, TopProjections] = field(default_factory=dict)
     control: dict[str, TopProjections] = field(default_factory=dict)
     pictures: dict[str, Tensor] = field(default_factory=dict)

@@ -5,53 +5,58 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from deconvnet.support.renaming import renamed
 from deconvnet.visualization.projection.backward_rules import METHODS, OVERLAPS
 from deconvnet.visualization.projection.cnn_backend import GATES
 
+# Current names of settings by their old names.
+OLD_NAMES = {"shown": "grid_maps", "explored": "explorer_images"}
 
+
+@renamed(**OLD_NAMES)
 @dataclass
 class VisualizationSettings:
-    """What to look for and to show."""
+    """What to search for, how to project it and what to draw."""
 
     # dotted names of layers; null: all of a deconvolutional network, else the last of each size
     layers: Any = field(default=None, metadata={"texts": True})
-    # strongest activations of each map
+    # strongest activations to find for each map
     k: int = 9
-    # only activations whose receptive field lies inside the image, where a layer has enough of them
+    # search only units whose receptive field lies inside the image, if a layer has enough of them
     inside: bool = True
-    # maps of each layer to project: so many at random, or all if it has fewer; null: all
+    # maps to project in each layer, drawn at random if there are more; null: all
     maps: int | None = 150
-    # maps in the grid of a layer, of those that are projected
-    shown: int = 16
-    # of a trained network: deconv | guided | gradient
+    # of these, the maps in the grid of a layer
+    grid_maps: int = 16
+    # how to project units of a trained network: deconv | guided | gradient
     method: str = "deconv"
-    # refuse layers below which stands an operation that the method has no rule for
+    # refuse layers if an operation below them has no rule
     strict: bool = True
     # sigmoids that multiply maps: constant | gradient
     gates: str = "constant"
     # transposed convolutions: sum | normalised, which divides out their checkerboard
     overlap: str = "sum"
-    # of the pixels of a tile that are not zero the share that stays short of black and white
+    # fraction of the non-zero pixels of a tile that stay between black and white
     contrast: float = 0.995
-    # the same of the network with its weights shuffled, beside every grid
+    # show every grid next to that of the same network with shuffled weights
     control: bool = True
-    # images of which a grey square is slid over, and images that are shifted, scaled and turned
+    # images for the occlusion experiment, and for the invariance experiment
     occlusion: int = 0
     invariance: int = 0
     # images in the explorer of the gallery
-    explored: int = 8
+    explorer_images: int = 8
     # write the gallery
     gallery: bool = True
     # images that go through the network at a time, which bounds memory; processes that read them
     batch: int = 8
     workers: int = 0
-    # of what is drawn at random: maps, the control
+    # for the random choice of maps, and for the control
     seed: int = 0
     # show progress bars
     progress: bool = True
 
     def __post_init__(self) -> None:
-        # One name without the brackets of a list is a list of one.
+        # A name without the brackets of a list is a list of one name.
         self.layers = [self.layers] if isinstance(self.layers, str) else self.layers
         if self.layers is not None and not (
             isinstance(self.layers, list | tuple)
@@ -62,10 +67,10 @@ class VisualizationSettings:
                 f"layers={self.layers}: give names as [name,name]; layers=[?] lists them"
             )
         self.layers = None if self.layers is None else list(self.layers)
-        for key in ("k", "shown", "batch"):
+        for key in ("k", "grid_maps", "batch"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key}={getattr(self, key)}: must be at least 1")
-        for key in ("occlusion", "invariance", "explored", "workers", "seed"):
+        for key in ("occlusion", "invariance", "explorer_images", "workers", "seed"):
             if getattr(self, key) < 0:
                 raise ValueError(f"{key}={getattr(self, key)}: must not be negative")
         if self.maps is not None and self.maps < 1:

@@ -345,7 +345,7 @@ def test_a_number_of_maps_that_does_not_fit_the_connectivity_names_the_right_one
 
 def test_pairs_of_a_single_map_are_refused():
     grey = PreprocessingSettings(color="grey")
-    with pytest.raises(ValueError, match="layer1: connectivity=random_doubles: .*two maps"):
+    with pytest.raises(ValueError, match="layer1: connectivity=random_doubles: .*two input"):
         DeconvNet([LayerSettings(4, 5, connectivity="random_doubles")], grey)
 
 

@@ -29,7 +29,7 @@ CLASSIFY = (
     *("train=2", "test=null", "splits=1", "words=5", "patch=[8]", "step=4", "levels=[1]"),
 )
 VISUALIZE = (
-    *("visualize.py", "run=net.safetensors", "images=photos", "control=false", "explored=1"),
+    *("visualize.py", "run=net.safetensors", "images=photos", "control=false", "explorer_images=1"),
     "progress=false",
 )
 # What each command writes goes to the folder `place`.

@@ -89,37 +89,37 @@ def rectangle(top, left, bottom, right, shape):
 # --- occlusion
 
 
-@pytest.mark.parametrize(("window", "stride"), [*SQUARES, ((13, 17), (1, 1))])
-def test_every_place_of_the_square_is_measured_as_if_it_were_the_only_one(window, stride):
+@pytest.mark.parametrize(("occluder", "stride"), [*SQUARES, ((13, 17), (1, 1))])
+def test_every_place_of_the_square_is_measured_as_if_it_were_the_only_one(occluder, stride):
     x, projector = image(), classifier()
     found = occlusion(
-        projector, x, layer="act", window=window, stride=stride, class_index=2, fill=0.3
+        projector, x, layer="act", occluder_size=occluder, stride=stride, class_index=2, fill=0.3
     )
     assert found.activity.shape == tuple(
-        math.ceil((size - w) / s) + 1 for size, w, s in zip((13, 17), window, stride, strict=True)
+        math.ceil((size - w) / s) + 1 for size, w, s in zip((13, 17), occluder, stride, strict=True)
     )
     for p, q in product(*map(range, found.activity.shape)):
         top, left = p * stride[0], q * stride[1]
         covered = x.clone()
-        covered[:, :, top : top + window[0], left : left + window[1]] = 0.3
+        covered[:, :, top : top + occluder[0], left : left + occluder[1]] = 0.3
         model = projector.model
         maps = model.act(model.high(model.pool(torch.relu(model.low(covered)))))
         answers = model(covered).softmax(1)[0]
         assert_close(found.activity[p, q], maps[0, found.unit[0]].sum(), atol=1e-12, rtol=0)
         assert_close(found.probability[p, q], answers[2], atol=1e-12, rtol=0)
         assert found.label[p, q] == answers.argmax()
-        box = [top, left, min(top + window[0], 13), min(left + window[1], 17)]
+        box = [top, left, min(top + occluder[0], 13), min(left + occluder[1], 17)]
         assert found.boxes[p, q].tolist() == box
 
 
 def test_the_unit_is_the_strongest_of_all_or_of_the_map_that_was_asked_for():
     x, projector = image(), classifier()
     maps = projector.responses(x, ["act"])["act"][0]
-    found = occlusion(projector, x, layer="act", window=13)
+    found = occlusion(projector, x, layer="act", occluder_size=13)
     assert maps[found.unit] == maps.max()
     assert_close(torch.tensor(found.base_activity), maps[found.unit[0]].sum().float())
     other = (found.unit[0] + 1) % 8
-    asked = occlusion(projector, x, layer="act", window=13, feature=other)
+    asked = occlusion(projector, x, layer="act", occluder_size=13, map_index=other)
     assert asked.unit[0] == other and maps[asked.unit] == maps[other].max()
     assert_close(asked.base_activity, float(maps[other].sum()))
     projected = projector(x, "act", [(0, *asked.unit)])
@@ -127,9 +127,9 @@ def test_the_unit_is_the_strongest_of_all_or_of_the_map_that_was_asked_for():
     assert torch.equal(asked.field, projected.boxes[0])
 
 
-@pytest.mark.parametrize(("window", "stride"), SQUARES)
-def test_the_drop_of_a_pixel_is_the_mean_over_the_squares_that_cover_it(window, stride):
-    found = occlusion(classifier(), image(), layer="act", window=window, stride=stride)
+@pytest.mark.parametrize(("occluder", "stride"), SQUARES)
+def test_the_drop_of_a_pixel_is_the_mean_over_the_squares_that_cover_it(occluder, stride):
+    found = occlusion(classifier(), image(), layer="act", occluder_size=occluder, stride=stride)
     base = float(found.base_probabilities[found.class_index])
     for drop, values, whole in (
         (found.activity_drop, found.activity, found.base_activity),
@@ -139,22 +139,22 @@ def test_the_drop_of_a_pixel_is_the_mean_over_the_squares_that_cover_it(window, 
             lost = [
                 whole - float(values[p, q])
                 for p, q in product(*map(range, values.shape))
-                if p * stride[0] <= row < p * stride[0] + window[0]
-                and q * stride[1] <= column < q * stride[1] + window[1]
+                if p * stride[0] <= row < p * stride[0] + occluder[0]
+                and q * stride[1] <= column < q * stride[1] + occluder[1]
             ]
             assert drop[row, column].item() == pytest.approx(sum(lost) / len(lost), abs=1e-12)
 
 
-@pytest.mark.parametrize(("window", "stride"), SQUARES)
-def test_the_drop_is_the_attribution_that_captum_finds(window, stride):
+@pytest.mark.parametrize(("occluder", "stride"), SQUARES)
+def test_the_drop_is_the_attribution_that_captum_finds(occluder, stride):
     attr = pytest.importorskip("captum.attr")
     x, projector = image(), classifier()
     found = occlusion(
-        projector, x, layer="act", window=window, stride=stride, class_index=1, fill=0.2
+        projector, x, layer="act", occluder_size=occluder, stride=stride, class_index=1, fill=0.2
     )
     model = projector.model
     given = {
-        "sliding_window_shapes": (3, *window),
+        "sliding_window_shapes": (3, *occluder),
         "strides": (3, *stride),
         "baselines": 0.2,
     }
@@ -190,7 +190,7 @@ class Planted(nn.Module):
 def test_a_planted_block_of_pixels_is_found():
     projector = Projector(Planted(), normalization=CENTRED, strict=False, method="gradient")
     x = torch.ones(1, 3, 16, 20)
-    found = occlusion(projector, x, layer="seen", window=6, stride=1)
+    found = occlusion(projector, x, layer="seen", occluder_size=6, stride=1)
     assert found.base_activity == 48.0 and found.class_index == 1
     for p, q in product(*map(range, found.activity.shape)):
         rows = max(0, min(p + 6, 10) - max(p, 6))
@@ -208,7 +208,9 @@ def test_a_planted_block_of_pixels_is_found():
 
 def test_how_many_images_pass_at_a_time_changes_nothing_but_rounding():
     found = [
-        occlusion(classifier(batch), image(), layer="act", window=4, stride=2, others=image(N=2))
+        occlusion(
+            classifier(batch), image(), layer="act", occluder_size=4, stride=2, others=image(N=2)
+        )
         for batch in (1, 7, 500)
     ]
     for other in found[1:]:
@@ -228,18 +230,18 @@ class Bounded(Classifier):
 def test_no_more_images_pass_the_model_at_a_time_than_the_projector_allows():
     projector = classifier(3, Bounded)
     x, boxes = image(N=5), torch.tensor([[2, 3, 6, 7]]).expand(5, 4)
-    occlusion(projector, x[:1], layer="act", window=4, others=x)
+    occlusion(projector, x[:1], layer="act", occluder_size=4, others=x)
     invariance(projector, x, ["act"], strengths={"scale": [1.5]})
     correspondence(projector, x, {"part": boxes}, ["act"], draws=1)
 
 
 def test_a_model_without_classes_has_maps_of_activity_only():
-    x, with_classes = image(), occlusion(classifier(), image(), layer="act", window=4)
+    x, with_classes = image(), occlusion(classifier(), image(), layer="act", occluder_size=4)
     for projector, options in (
         (classifier(kind=Features), {}),
         (classifier(), {"classes": False}),
     ):
-        found = occlusion(projector, x, layer="act", window=4, **options)
+        found = occlusion(projector, x, layer="act", occluder_size=4, **options)
         assert torch.equal(found.activity, with_classes.activity)
         assert found.class_index is found.probability is found.label is None
         assert found.base_probabilities is found.probability_drop is None
@@ -260,7 +262,7 @@ def learned(textures):
 def test_networks_learned_by_deconvolution_can_be_asked_all_three_questions(learned):
     projector, images = learned
     x = projector.prepare(images)
-    found = occlusion(projector, x[:1], layer="layer2", window=8, stride=5)
+    found = occlusion(projector, x[:1], layer="layer2", occluder_size=8, stride=5)
     box = found.boxes[1, 2]
     covered = cover_boxes(x[:1], box[None], x[:1].mean((2, 3), keepdim=True))
     maps = projector.model.infer(covered).layer(2).z.abs()
@@ -286,7 +288,12 @@ def test_networks_learned_by_deconvolution_can_be_asked_all_three_questions(lear
 def test_progress_counts_every_place_once():
     calls = []
     occlusion(
-        classifier(3), image(), layer="act", window=5, stride=4, progress=lambda *c: calls.append(c)
+        classifier(3),
+        image(),
+        layer="act",
+        occluder_size=5,
+        stride=4,
+        progress=lambda *c: calls.append(c),
     )
     assert calls == [(3, 12), (6, 12), (9, 12), (12, 12)]
 
@@ -294,11 +301,11 @@ def test_progress_counts_every_place_once():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"window": 14}, "window 14 x 14: expected 1 to 13 x 17 pixels"),
-        ({"window": (4, 0)}, "window 4 x 0"),
-        ({"window": 4, "stride": 5}, "stride 5 x 5: expected 1 to 4 x 4"),
+        ({"occluder_size": 14}, "occluder_size 14 x 14: expected 1 to 13 x 17 pixels"),
+        ({"occluder_size": (4, 0)}, "occluder_size 4 x 0"),
+        ({"occluder_size": 4, "stride": 5}, "stride 5 x 5: expected 1 to 4 x 4"),
         ({"stride": 0}, "stride 0 x 0"),
-        ({"feature": 8}, "feature 8: the layer has 8 maps"),
+        ({"map_index": 8}, "map_index 8: the layer has 8 maps"),
         ({"class_index": 4}, r"classes \[4\]: the model has 4, numbered from 0"),
         ({"fill": torch.zeros(2)}, r"fill of shape \(2,\): one number, or one for each of 3"),
         ({"others": torch.zeros(2, 3, 5, 5)}, r"others of shape \(2, 3, 5, 5\)"),
@@ -311,9 +318,9 @@ def test_what_occlusion_cannot_do_is_said(options, message):
 
 
 def test_occlusion_is_of_one_image_and_a_target_needs_classes():
-    with pytest.raises(ValueError, match="2 images: occlusion is of one"):
+    with pytest.raises(ValueError, match="2 images: occlusion takes one image"):
         occlusion(classifier(), image(N=2), layer="act")
-    with pytest.raises(ValueError, match="class_index 1: this model tells no classes"):
+    with pytest.raises(ValueError, match="class_index 1: this model has no classes"):
         occlusion(classifier(kind=Features), image(), layer="act", class_index=1)
     with pytest.raises(ValueError, match=r"images of shape \(3, 13, 17\)"):
         occlusion(classifier(), image()[0], layer="act")
@@ -328,7 +335,7 @@ def scene(**changed):
     activity[1, 2] = 0.0
     given = {
         "image": (40, 60),
-        "window": (10, 10),
+        "occluder_size": (10, 10),
         "corners": (10 * torch.arange(4), 10 * torch.arange(6)),
         "layer": "act",
         "unit": (0, 0, 0),
@@ -648,7 +655,7 @@ def test_what_invariance_cannot_do_is_said(options, message):
 
 
 def test_classes_of_a_model_that_tells_none_are_refused():
-    with pytest.raises(ValueError, match="classes: this model tells none"):
+    with pytest.raises(ValueError, match="classes: this model has none"):
         invariance(classifier(kind=Features), image(), ["act"], classes=[0])
 
 

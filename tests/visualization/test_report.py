@@ -31,12 +31,13 @@ from deconvnet.images.item import Item
 from deconvnet.images.sources import DataSettings
 from deconvnet.visualization import report as module
 from deconvnet.visualization.evolution.evolution import Evolution
+from deconvnet.visualization.layer_choice import default_layers
 from deconvnet.visualization.models.normalization import Normalization
 from deconvnet.visualization.models.zfnet import ZFNet
 from deconvnet.visualization.models.zoo import LoadedModel, digest, save_model
 from deconvnet.visualization.pictures.projection_grids import sample_maps
 from deconvnet.visualization.projection.projector import Projector
-from deconvnet.visualization.report import default_layers, visualize_network
+from deconvnet.visualization.report import visualize_network
 from deconvnet.visualization.search.top_activations import SearchState, find_top_activations
 from deconvnet.visualization.search.top_projections import load_top_projections
 from deconvnet.visualization.settings import VisualizationSettings
@@ -84,7 +85,7 @@ def lazy(images, **options):
 
 
 def settings_of(**options):
-    given = {"k": 4, "progress": False, "explored": 2, "layers": ["relu1", "relu2"]}
+    given = {"k": 4, "progress": False, "explorer_images": 2, "layers": ["relu1", "relu2"]}
     return VisualizationSettings(**{**given, **options})
 
 
@@ -98,7 +99,7 @@ def seen(tmp_path_factory, images):
     """(folder, subject, images, settings, files) of a survey that is only looked at."""
     folder = tmp_path_factory.mktemp("seen") / "out"
     subject = subject_of(seeded(Small))
-    settings = settings_of(layers=["conv1", "relu2", "dead", "fc"], shown=2, occlusion=1)
+    settings = settings_of(layers=["conv1", "relu2", "dead", "fc"], grid_maps=2, occlusion=1)
     settings.invariance = 1
     return folder, subject, images, settings, visualize_network(subject, images, settings, folder)
 
@@ -237,7 +238,7 @@ def test_the_gallery_has_all_the_files_that_it_shows(seen):
     for name in names:
         assert (gallery / name).is_file(), name
     page = (gallery / "index.html").read_text(encoding="utf-8")
-    for words in ("small net", "conv1", "relu2", "fc", seen[1].digest, "lies inside the image"):
+    for words in ("small net", "conv1", "relu2", "fc", seen[1].digest, "lie inside the image"):
         assert words in page, words
     # Filters are shown of the layer that sees pixels alone.
     assert [path.parent.name for path in gallery.rglob("filters.*")] == ["1-conv1"]
@@ -270,7 +271,7 @@ def test_a_second_survey_finds_everything_in_its_files(copied, monkeypatch):
     folder, subject, images, settings, _ = copied
     before, said = times(folder), manifest(folder)
     monkeypatch.setattr(module, "project_top_activations", fail)
-    monkeypatch.setattr("deconvnet.visualization.search.top_activations._strongest", fail)
+    monkeypatch.setattr("deconvnet.visualization.search.top_activations._search", fail)
     visualize_network(subject, images, replace(settings, occlusion=0, invariance=0), folder)
     assert times(folder) == before
     assert manifest(folder)["layers"] == said["layers"]
@@ -303,7 +304,7 @@ def first(tmp_path_factory, images):
     ("options", "made_anew"),
     [
         ({}, set()),
-        ({"shown": 1, "contrast": 0.9, "occlusion": 1, "batch": 2}, set()),
+        ({"grid_maps": 1, "contrast": 0.9, "occlusion": 1, "batch": 2}, set()),
         ({"k": 3}, ALL | CONTROLS),
         ({"inside": False}, ALL | CONTROLS),
         ({"maps": 2}, (ALL | CONTROLS) - {"topk.npz", "control/topk.npz"}),
@@ -429,11 +430,11 @@ def test_what_other_layers_and_settings_have_left_is_removed_and_nothing_of_othe
 def test_an_older_gallery_is_spoken_of_where_none_is_made(images, tmp_path, caplog):
     subject = subject_of(seeded(Small))
     visualize_network(subject, images, settings_of(layers=["relu2"], control=False), tmp_path)
-    assert "earlier survey" not in caplog.text
+    assert "earlier visualization" not in caplog.text
     page = (tmp_path / "gallery/index.html").read_bytes()
     options = settings_of(layers=["relu2"], control=False, gallery=False, method="guided")
     visualize_network(subject, images, options, tmp_path)
-    assert "gallery is from an earlier survey: gallery=true rebuilds it" in caplog.text
+    assert "gallery is from an earlier visualization: gallery=true rebuilds it" in caplog.text
     assert (tmp_path / "gallery/index.html").read_bytes() == page
 
 
@@ -478,7 +479,9 @@ def test_names_of_images_that_are_no_text_are_shown_all_the_same(textures, tmp_p
     images = lazy_images(DataSettings(source="folder", path=str(folder), size=None))
     labels = tuple(os.fsdecode(b"caf\xe9-%d" % n) for n in range(5))
     subject = replace(subject_of(seeded(Small)), labels=labels)
-    options = settings_of(layers=["relu2"], explored=3, occlusion=1, invariance=1, control=False)
+    options = settings_of(
+        layers=["relu2"], explorer_images=3, occlusion=1, invariance=1, control=False
+    )
     visualize_network(subject, images, options, tmp_path / "out")
     tiles = [t for m in manifest(tmp_path / "out")["layers"]["relu2"]["maps"] for t in m["tiles"]]
     assert any(tile["name"].endswith(r"caf\xe9.png") for tile in tiles)
@@ -568,7 +571,7 @@ def test_gates_and_what_has_no_rule_go_down_as_the_settings_say(images, tmp_path
         ({"k": 0}, "k=0: must be at least 1"),
         ({"maps": 0}, "maps=0: must be at least 1, or null for all"),
         ({"contrast": 0}, "contrast=0: must be above 0 and at most 1"),
-        ({"explored": -1}, "explored=-1: must not be negative"),
+        ({"explorer_images": -1}, "explorer_images=-1: must not be negative"),
         ({"method": "decon"}, "method=decon: choose one of deconv, guided, gradient"),
         ({"gates": "open"}, "gates=open: choose one of constant, gradient"),
         ({"overlap": "none"}, "overlap=none: choose one of sum, normalised"),
@@ -652,7 +655,7 @@ def test_a_deconvolutional_network_is_surveyed_in_all_layers_with_what_it_makes_
     learning = Evolution(
         tiles, (1, 5), (0, 1, 2), torch.zeros(2, 3, 4, dtype=torch.long), torch.ones(2, 3)
     )
-    settings = settings_of(layers=None, explored=1)
+    settings = settings_of(layers=None, explorer_images=1)
     evolutions = {"layer2": learning, "layer3": learning}  # of a layer that is not looked at
     visualize_network(subject_of(learned), data, settings, tmp_path, evolutions=evolutions)
     said = manifest(tmp_path)
@@ -697,7 +700,7 @@ def test_a_network_of_grey_images_and_one_with_depthwise_filters_are_surveyed(im
             *(nn.Conv2d(4, 4, 3, groups=4), nn.ReLU(), nn.Conv2d(4, 2, 1)),
         )
     )
-    settings = settings_of(layers=["0", "4", "6"], explored=1)
+    settings = settings_of(layers=["0", "4", "6"], explorer_images=1)
     visualize_network(subject_of(net), images, settings, tmp_path / "depthwise")
     gallery = tmp_path / "depthwise" / "gallery"
     assert not list(gallery.rglob("filters.*"))
@@ -708,7 +711,7 @@ def test_images_of_different_sizes_are_surveyed(textures, tmp_path):
     net = seeded(
         lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 3), nn.ReLU())
     )
-    settings = settings_of(layers=["1", "3"], explored=4, occlusion=1, invariance=3)
+    settings = settings_of(layers=["1", "3"], explorer_images=4, occlusion=1, invariance=3)
     visualize_network(subject_of(net), data, settings, tmp_path)
     tiles = manifest(tmp_path)["layers"]["3"]["maps"][0]["tiles"]
     assert {tile["image"] for tile in tiles} == {0, 1, 2, 3}
@@ -790,7 +793,7 @@ TRAINED = [
     *(f"model.layer{n}.learning.epochs=2" for n in (1, 2)),
     *(f"model.layer{n}.solver.iterations=10" for n in (1, 2)),
 ]
-QUICK = ["progress=false", "device=cpu", "k=3", "explored=1", "shown=2"]
+QUICK = ["progress=false", "device=cpu", "k=3", "explorer_images=1", "grid_maps=2"]
 MODEL = ["model=nets:make", "images=photos", "size=24"]
 RUN = {"run": "runs/run"}
 MAKE = {"model": "nets:make", "images": "photos", "size": 24}
@@ -835,7 +838,7 @@ def place(tmp_path_factory, textures, script):
 @pytest.fixture(scope="module")
 def visualize():
     """The command without its command line: visualize(**settings), in the current folder."""
-    quick = dict(progress=False, device="cpu", k=3, explored=1, shown=2)
+    quick = dict(progress=False, device="cpu", k=3, explorer_images=1, grid_maps=2)
     return lambda **given: visualize_command.visualize(VisualizeConfig(**{**quick, **given}))
 
 

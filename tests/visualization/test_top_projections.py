@@ -468,7 +468,7 @@ def test_maps_and_their_activations_stand_in_their_order_projections_beside_patc
         values=np.ones((M, k), np.float32),
     )
     rows = [3, 0, 4]
-    picture = (projection_grid(found, rows, columns=2, tile=12) * 255).round().int()
+    picture = (projection_grid(found, rows, columns=2, tile_width=12) * 255).round().int()
     corners = {}
     for row in rows:
         for rank in range(k):
@@ -494,7 +494,7 @@ def test_places_without_an_activation_are_hatched():
     values = found.values.copy()
     values[0, 7:] = np.nan
     found = replace(found, values=values)
-    picture = projection_grid(found, tile=12)
+    picture = projection_grid(found, tile_width=12)
     last = picture[:, -15:, :]  # the third line of tiles
     sheets = last[:, :, :48], last[:, :, 48:]
     for part in sheets:

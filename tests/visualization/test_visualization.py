@@ -88,7 +88,7 @@ def tiles_of(page, h, w, columns, count):
 )
 def test_a_grid_has_room_for_every_tile_and_shows_it_unsmoothed(count, columns):
     tiles = torch.rand(count, 3, 4, 5, generator=torch.Generator().manual_seed(0))
-    page = tile_grid(tiles, columns=columns, tile=15)
+    page = tile_grid(tiles, columns=columns, tile_width=15)
     h, w = 4 * 3, 5 * 3
     columns = columns or (page.shape[2] - GAP) // (w + GAP)
     rows = -(-count // columns)
@@ -393,7 +393,7 @@ def test_parts_are_those_of_one_image_and_supporters_those_of_one_activation(ima
     with pytest.raises(ValueError, match="4 images"):
         strongest_activations(codes, 2, 3)
     one = codes.select(slice(0, 1))
-    with pytest.raises(ValueError, match="2 units"):
+    with pytest.raises(ValueError, match="2 activations"):
         supporting_activations(net, one, 2, strongest_activations(one, 2, 2))
     none = torch.zeros(0, dtype=torch.long)
     nothing = project_activations(net, one, 2, Activations(none, none, none, torch.zeros(0)))

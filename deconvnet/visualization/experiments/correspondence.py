@@ -1,7 +1,8 @@
-"""Whether a model takes the same part of different images for the same (Zeiler & Fergus 2014, 4.4).
+"""Whether a model establishes correspondence between parts of different images (Zeiler and Fergus
+2014, section 4.4).
 
-Cover the left eye in every one of some faces: if the features stand for parts, covering it changes
-the same features, in the same direction, in all of them. Covering anything does not.
+Cover the left eye in several faces: if features represent parts, this changes the same features in
+the same direction in every face, while covering random places does not.
 """
 
 from __future__ import annotations
@@ -26,19 +27,20 @@ from deconvnet.visualization.projection.projector import Projector
 Progress = Callable[[int, int], None]
 
 RANDOM = "random"
-# Relative to an image's strongest feature; a change below it is rounding, and has no sign.
+# A change below this, relative to the strongest feature of an image, is rounding without a sign.
 TOLERANCE = 1e-5
+# The width of a group of bars, in pixels.
 GROUP = 120
 
 
 @dataclass(frozen=True)
 class CorrespondenceScore:
-    """How differently the features of N images change as a part of each is covered.
+    """How differently the features of N images change when a part of each image is covered.
 
-    distances: (D, N, N), the share of features whose change has another sign in one image than in
-    another; D = 1, or the number of draws of the random control. changed: (D, N), the share of
-    features that change at all: where few do, signs agree for want of any, so a score is to be
-    compared with one of a similar share.
+    distances: (D, N, N), the fraction of features that change with different signs in two images;
+    D is 1, or the number of draws of the random control. changed: (D, N), the fraction of features
+    that change at all. If few features change, most signs agree because both are zero, so a score
+    is comparable only with scores of a similar fraction.
     """
 
     distances: Tensor
@@ -51,22 +53,22 @@ class CorrespondenceScore:
 
     @property
     def deviation(self) -> float:
-        """The standard deviation of the distances over the pairs; of one pair not a number."""
+        """The standard deviation of the distances over the pairs; NaN for a single pair."""
         return float(_pairs(self.distances).std())
 
     @property
     def error(self) -> float:
-        """The standard error of the mean; of fewer than three images not a number.
+        """The standard error of the mean; NaN for fewer than three images.
 
-        Pairs that share an image are not independent, as the deviation over the root of their
-        number would have it. So it is found by leaving out one image at a time (the jackknife):
+        Pairs that share an image are not independent, so the deviation over the root of their
+        number would be too small. The error is instead estimated by the jackknife over images:
         sqrt((N - 1) / N * sum_i (mean without image i - mean of these means)^2).
         """
         N = self.distances.shape[-1]
         if N < 3:
             return math.nan
-        kept = [torch.arange(N) != n for n in range(N)]
-        means = torch.stack([_pairs(self.distances[:, k][:, :, k]).mean() for k in kept])
+        subsets = [torch.arange(N) != n for n in range(N)]
+        means = torch.stack([_pairs(self.distances[:, s][:, :, s]).mean() for s in subsets])
         return float(((N - 1) * means.var(correction=0)).sqrt())
 
 
@@ -83,20 +85,21 @@ def correspondence(
     tolerance: float = TOLERANCE,
     progress: Progress | None = None,
 ) -> dict[str, dict[str, CorrespondenceScore]]:
-    """{part: {layer: score}} of images x (N, C, H, W) in which parts are covered, and of "random".
+    """{part: {layer: score}} for images x (N, C, H, W) with covered parts, and for "random".
 
-    parts: for every part its box (N, 4) in each image, as top, left, bottom, right. With eps_i the
-    change of the features of image i as its box is covered,
+    parts: for every part, its boxes (N, 4) in the images: top, left, bottom, right. Let eps_i be
+    the change of the features of image i when its box is covered. Then
 
         Delta = mean over i != j of H(sign eps_i, sign eps_j) / number of features
 
-    with H the number of entries that differ (of signs -1, 0 and 1). The paper writes a sum over the
-    pairs and reports values that can only be means such as this.
+    where H is the Hamming distance of signs -1, 0 and 1. The paper defines a sum over the pairs,
+    but the values it reports can only be such means.
 
-    The control "random" has the boxes of a part, one part after the other, moved to random places
-    of their images, or within the boxes `within` (N, 4), such as those of the objects, `draws`
-    times; with draws=0 there is none. A change counts as none
-    where it is at most `tolerance` of the strongest feature of its image.
+    The control "random" covers boxes of the same sizes at random positions in their images, or
+    inside the boxes `within` (N, 4), such as those of the objects. There are `draws` of them, which
+    take their sizes from the parts in turn; with draws=0 there is no control. fill: see
+    `perturbation.fill_values`. A change of at most `tolerance` times the strongest feature of its
+    image counts as none.
     """
     check_images(x)
     N, layers = len(x), list(layers)
@@ -120,34 +123,34 @@ def correspondence(
     scores = []
     for done, boxes in enumerate((*parts.values(), *controls), 1):
         signs = _signs(projector, x, cover_boxes(x, boxes, fill), layers, tolerance)
-        scores.append({layer: _score(each) for layer, each in signs.items()})
+        scores.append({layer: _score(s) for layer, s in signs.items()})
         if progress:
             progress(done, len(parts) + len(controls))
-    found = dict(zip(parts, scores, strict=False))
+    results = dict(zip(parts, scores, strict=False))
     if controls:
         drawn = scores[len(parts) :]
-        found[RANDOM] = {layer: _together([score[layer] for score in drawn]) for layer in layers}
-    return found
+        results[RANDOM] = {layer: _merge([score[layer] for score in drawn]) for layer in layers}
+    return results
 
 
 def correspondence_picture(scores: dict[str, dict[str, CorrespondenceScore]]) -> Tensor:
-    """Bars of every part in every layer with their standard errors, the control in grey."""
+    """A bar chart of the scores and their standard errors by layer; the control is grey."""
     layers = list(next(iter(scores.values())))
     bars = {
-        part: [(each[layer].mean, each[layer].error) for layer in layers]
-        for part, each in scores.items()
+        part: [(by_layer[layer].mean, by_layer[layer].error) for layer in layers]
+        for part, by_layer in scores.items()
     }
     size = (CHART[0], max(CHART[1], GROUP * len(layers) + LEFT))
     names = [layer_title(layer) for layer in layers]
-    return bar_chart(bars, names, ylabel="share of signs that differ", size=size, plain=[RANDOM])
+    return bar_chart(bars, names, ylabel="fraction of signs that differ", size=size, plain=[RANDOM])
 
 
 def correspondence_table(scores: dict[str, dict[str, CorrespondenceScore]]) -> str:
-    """The scores as a table in Markdown, mean and standard error as in the paper's table 1."""
+    """The scores as a Markdown table of means and standard errors, like table 1 of the paper."""
     layers = list(next(iter(scores.values())))
     lines = [f"| covered | {' | '.join(layers)} |", "|---" * (len(layers) + 1) + "|"]
-    for part, each in scores.items():
-        cells = [f"{each[layer].mean:.3f} ± {each[layer].error:.3f}" for layer in layers]
+    for part, by_layer in scores.items():
+        cells = [f"{by_layer[layer].mean:.3f} ± {by_layer[layer].error:.3f}" for layer in layers]
         lines.append(f"| {part} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -155,28 +158,29 @@ def correspondence_table(scores: dict[str, dict[str, CorrespondenceScore]]) -> s
 def _signs(
     projector: Projector, x: Tensor, covered: Tensor, layers: list[str], tolerance: float
 ) -> dict[str, Tensor]:
-    """{layer: (N, M)}: -1, 0 or 1 for every feature that falls, stays or rises as x is covered.
+    """{layer: (N, M)}: -1, 0 or 1 for every feature that falls, stays or rises when x is covered.
 
-    Both in the same batches: a convolution then rounds in the same way where nothing has changed.
+    Both are computed in batches of the same size, because a convolution then rounds unchanged
+    values in the same way.
     """
     signs = {layer: [] for layer in layers}
     for chunk in chunks(len(x), projector.batch):
         before, after = (projector.responses(y[chunk], layers) for y in (x, covered))
         for layer in layers:
-            a, b = (found[layer].flatten(1).double() for found in (before, after))
+            a, b = (features[layer].flatten(1).double() for features in (before, after))
             least = tolerance * a.abs().amax(1, keepdim=True)
             change = b - a
             signs[layer].append(torch.where(change.abs() > least, change.sign(), 0).char().cpu())
-    return {layer: torch.cat(each) for layer, each in signs.items()}
+    return {layer: torch.cat(parts) for layer, parts in signs.items()}
 
 
 def _score(signs: Tensor) -> CorrespondenceScore:
-    """Of signs (N, M)."""
-    distances = torch.stack([(signs != one).double().mean(1) for one in signs])
+    """The score of signs (N, M)."""
+    distances = torch.stack([(signs != other).double().mean(1) for other in signs])
     return CorrespondenceScore(distances[None], (signs != 0).double().mean(1)[None])
 
 
-def _together(scores: list[CorrespondenceScore]) -> CorrespondenceScore:
+def _merge(scores: list[CorrespondenceScore]) -> CorrespondenceScore:
     return CorrespondenceScore(
         torch.cat([score.distances for score in scores]),
         torch.cat([score.changed for score in scores]),
@@ -184,15 +188,15 @@ def _together(scores: list[CorrespondenceScore]) -> CorrespondenceScore:
 
 
 def _pairs(distances: Tensor) -> Tensor:
-    """The entries of (D, N, N) above the diagonal: every pair once."""
+    """The entries of distances (D, N, N) above the diagonal: every pair once."""
     rows, columns = torch.triu_indices(*distances.shape[1:], offset=1)
     return distances[:, rows, columns]
 
 
 def _moved(boxes: Tensor, within: Tensor, generator: torch.Generator) -> Tensor:
-    """Boxes (N, 4) of the same sizes at random places within others, all places as likely.
+    """Boxes (N, 4) of the same sizes at random positions inside others, with equal probability.
 
-    A box that is longer than the one that it is to lie in starts where that one does.
+    A box that is longer than the one around it starts where that one does.
     """
     sizes = boxes[:, 2:] - boxes[:, :2]
     room = (within[:, 2:] - within[:, :2] - sizes).clamp(min=0) + 1

@@ -1,7 +1,7 @@
-"""How far features move when the image does (Zeiler & Fergus 2014, section 4.1 and figure 5).
+"""How much features change when the image is transformed (Zeiler and Fergus 2014, figure 5).
 
-Images are shifted up and down, zoomed and rotated. The features of a low layer change with every
-pixel; those of a high layer should not, as long as the image still shows the same thing.
+Images are shifted vertically, zoomed and rotated. The features of a low layer change with every
+pixel; those of a high layer should stay the same as long as the image shows the same thing.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ Progress = Callable[[int, int], None]
 
 TRANSFORMS = {"translation": shifted, "scale": zoomed, "rotation": rotated}
 UNITS = {"translation": "pixels down", "scale": "factor", "rotation": "degrees"}
-# The paper's figure shifts images of 224 pixels by up to 60.
-REACH = 60 / 224
+# The largest shift relative to the image: up to 60 of 224 pixels in the paper.
+LARGEST_SHIFT = 60 / 224
 
 BETWEEN = "between images"
 EXAMPLES = 4
@@ -43,13 +43,13 @@ FRAME = 2
 
 @dataclass(frozen=True)
 class TransformCurves:
-    """What one transformation does to N images at each of T strengths.
+    """The effect of one transformation on N images, at each of T strengths.
 
-    transform: its name in TRANSFORMS; strengths: (T,). distances: for every layer (N, T), the
-    Euclidean distance of the features of the transformed image from those of the original;
-    relative: the same in units of the norm of the original's features, so that 0 is the same and 1
-    as far as no features at all (not finite where the original has none). probabilities: (N, T), of
-    the class of each image; None if the model tells no classes.
+    transform: its name in TRANSFORMS. strengths: (T,). distances: for every layer (N, T), the
+    Euclidean distance between the features of the transformed and of the original image. relative:
+    the same divided by the norm of the original's features: 0 means equal, 1 as far away as no
+    features at all; not finite if the original has none. probabilities: (N, T), of the class of
+    each image; None if the model has no classes.
     """
 
     transform: str
@@ -61,11 +61,11 @@ class TransformCurves:
 
 @dataclass(frozen=True)
 class Invariance:
-    """The curves of every transformation, and what they can be compared with.
+    """The curves of every transformation, and values to compare them with.
 
-    between: for every layer the mean distance of an original to another original, in units of its
-    own norm as `Curves.relative`; not a number for a single image. classes: (N,), the classes whose
-    probabilities are told, or None.
+    between: for every layer, the mean distance between two different original images, relative like
+    `TransformCurves.relative`; NaN for a single image. classes: (N,), the classes of the
+    probabilities, or None.
     """
 
     curves: tuple[TransformCurves, ...]
@@ -83,16 +83,17 @@ def invariance(
     fill: float | Tensor | None = None,
     progress: Progress | None = None,
 ) -> Invariance:
-    """How the features of some layers of images x (N, C, H, W) change as the images are moved.
+    """How the features of some layers change when images x (N, C, H, W) are transformed.
 
-    strengths: for "translation" whole pixels, downwards if positive; for "scale" factors, larger
-    images if above 1; for "rotation" degrees, counter-clockwise; by default those of the paper's
-    figure, `default_strengths`. Transformations that are not named are left out. Images are sampled
-    bilinearly about their middle, and `fill` (see `experiments.grey`) comes in from beyond the
-    border. classes: the true ones, or True for the most likely of the originals, or False for none.
+    strengths: "translation" in whole pixels, downwards if positive; "scale" as factors, which
+    enlarge images if above 1; "rotation" in degrees, counter-clockwise. The default are those of
+    the paper's figure, `default_strengths`; transformations that are not named are left out. Images
+    are transformed about their centre with bilinear interpolation. fill: the colour beyond the
+    border, see `perturbation.fill_values`. classes: the true classes; True for the most likely
+    classes of the originals; False for none.
 
-    The paper plots a "canonical distance" without its definition. It is drawn here relative to the
-    norm of the original's features, so that layers and models can be compared.
+    The paper plots a "canonical distance" that it does not define. Here the distance is relative to
+    the norm of the original's features, so that layers and models can be compared.
     """
     check_images(x)
     strengths = default_strengths(x.shape[2]) if strengths is None else _checked(strengths)
@@ -100,44 +101,44 @@ def invariance(
     if not layers:
         raise ValueError("layers: name at least one")
 
-    originals, base = _answers(projector, x, layers, classes is not False)
+    originals, base = _responses(projector, x, layers, classes is not False)
     if base is None and not isinstance(classes, bool):
-        raise ValueError("classes: this model tells none")
-    true = None if base is None else class_indices(base, None if classes is True else classes)
+        raise ValueError("classes: this model has none")
+    indices = None if base is None else class_indices(base, None if classes is True else classes)
 
     done, total = 0, sum(map(len, strengths.values()))
     curves = []
     for transform, values in strengths.items():
-        distances, probable = {layer: [] for layer in layers}, []
+        distances, class_values = {layer: [] for layer in layers}, []
         for value in values:
-            moved = TRANSFORMS[transform](x, value, fill)
-            found, answers = _answers(projector, moved, layers, base is not None)
+            transformed = TRANSFORMS[transform](x, value, fill)
+            features, probabilities = _responses(projector, transformed, layers, base is not None)
             for layer in layers:
-                distances[layer].append(_norm(found[layer] - originals[layer]))
+                distances[layer].append(_norm(features[layer] - originals[layer]))
             if base is not None:
-                probable.append(answers.gather(1, true[:, None])[:, 0])
+                class_values.append(probabilities.gather(1, indices[:, None])[:, 0])
             done += 1
             if progress:
                 progress(done, total)
-        along = {layer: torch.stack(each, 1) for layer, each in distances.items()}
+        curve = {layer: torch.stack(values, 1) for layer, values in distances.items()}
         curves.append(
             TransformCurves(
                 transform,
                 torch.tensor(values, dtype=torch.float64),
-                along,
-                {name: each / _norm(originals[name])[:, None] for name, each in along.items()},
-                torch.stack(probable, 1) if probable else None,
+                curve,
+                {name: d / _norm(originals[name])[:, None] for name, d in curve.items()},
+                torch.stack(class_values, 1) if class_values else None,
             )
         )
     between = {layer: _between(originals[layer]) for layer in layers}
-    return Invariance(tuple(curves), between, true)
+    return Invariance(tuple(curves), between, indices)
 
 
 def default_strengths(height: int) -> dict[str, list[float]]:
-    """Shifts of up to 60 of 224 pixels, zooms of 1 to 1.8, full turns, as in the paper's figure."""
-    reach = max(1, round(REACH * height))
+    """Shifts by up to 60 of 224 pixels, factors from 1 to 1.8, full turns, as in the paper."""
+    shift = max(1, round(LARGEST_SHIFT * height))
     return {
-        "translation": sorted({round(reach * step / 8) for step in range(-8, 9)}),
+        "translation": sorted({round(shift * step / 8) for step in range(-8, 9)}),
         "scale": [1 + step / 10 for step in range(9)],
         "rotation": [10.0 * step for step in range(36)],
     }
@@ -146,11 +147,11 @@ def default_strengths(height: int) -> dict[str, list[float]]:
 def invariance_picture(
     result: Invariance, pixels: Tensor, *, names: Sequence[str] | None = None
 ) -> Tensor:
-    """For every transformation a row: images that undergo it, a chart of the distances in every
-    layer, and one of the probability of the class if the model tells classes.
+    """A row for every transformation: transformed images, a chart of the distances in every layer,
+    and a chart of the probability of the class if the model has classes.
 
-    pixels: (N, 1 or 3, H, W) in [0, 1], the images; names: of what they show. Each image has a
-    colour, that of its frame and of its lines. Dashed: how far apart two of the images are.
+    pixels: (N, 1 or 3, H, W) in [0, 1], the images; names: of the images. The frame and the lines
+    of an image have one colour. The dashed line is the mean distance between two images.
     """
     count = len(next(iter(result.curves[0].distances.values())))
     names = [f"image {n}" for n in range(count)] if names is None else list(names)
@@ -173,14 +174,14 @@ def invariance_picture(
                 title,
                 line_chart(
                     curves.strengths,
-                    list(zip(names, each, strict=True)),
+                    list(zip(names, values, strict=True)),
                     xlabel=f"{curves.transform} ({UNITS[curves.transform]})",
                     limits=limits,
                     reference=(BETWEEN, between) if math.isfinite(between) else None,
                     legend=False,
                 ),
             )
-            for title, each, limits, between in shown
+            for title, values, limits, between in shown
         ]
         rows.append(
             hstack([with_title(curves.transform, _examples(curves, pixels)), *charts], 2 * GAP)
@@ -190,17 +191,17 @@ def invariance_picture(
     return vstack([*rows, legend], 2 * GAP)
 
 
-def _answers(
+def _responses(
     projector: Projector, x: Tensor, layers: list[str], classes: bool
 ) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Features (N, M) of every layer, and the probabilities (N, classes) if there are any."""
-    features, answers = {layer: [] for layer in layers}, []
+    """Features (N, M) of every layer, and probabilities (N, classes) if the model has classes."""
+    features, probabilities = {layer: [] for layer in layers}, []
     for chunk in chunks(len(x), projector.batch):
-        for layer, found in projector.responses(x[chunk], layers).items():
-            features[layer].append(found.flatten(1).cpu())
-        answers.append(class_probabilities(projector, x[chunk]) if classes else None)
-    joined = {layer: torch.cat(each) for layer, each in features.items()}
-    return joined, None if answers[0] is None else torch.cat(answers).cpu()
+        for layer, maps in projector.responses(x[chunk], layers).items():
+            features[layer].append(maps.flatten(1).cpu())
+        probabilities.append(class_probabilities(projector, x[chunk]) if classes else None)
+    joined = {layer: torch.cat(parts) for layer, parts in features.items()}
+    return joined, None if probabilities[0] is None else torch.cat(probabilities).cpu()
 
 
 def _norm(features: Tensor) -> Tensor:
@@ -210,9 +211,9 @@ def _norm(features: Tensor) -> Tensor:
 
 def _between(originals: Tensor) -> float:
     """The mean of |a - b| / |a| over all pairs of different images."""
-    apart = sum(_norm(originals - one) for one in originals)
+    distances = sum(_norm(originals - other) for other in originals)
     pairs = len(originals) * (len(originals) - 1)
-    return float((apart / _norm(originals)).sum() / pairs) if pairs else math.nan
+    return float((distances / _norm(originals)).sum() / pairs) if pairs else math.nan
 
 
 def _checked(strengths: dict[str, Sequence[float]]) -> dict[str, list[float]]:
@@ -234,24 +235,24 @@ def _checked(strengths: dict[str, Sequence[float]]) -> dict[str, list[float]]:
 
 
 def _limits(result: Invariance, layer: str) -> tuple[float, float]:
-    """Of y, the same for all transformations, so that they can be compared."""
-    each = [curves.relative[layer].flatten() for curves in result.curves]
-    each = torch.cat([*each, torch.tensor([result.between[layer]])])
-    return 0.0, 1.05 * max(each[each.isfinite()].tolist(), default=0.0) or 1.0
+    """The limits of y, the same for all transformations so that they can be compared."""
+    values = [curves.relative[layer].flatten() for curves in result.curves]
+    values = torch.cat([*values, torch.tensor([result.between[layer]])])
+    return 0.0, 1.05 * max(values[values.isfinite()].tolist(), default=0.0) or 1.0
 
 
 def _examples(curves: TransformCurves, pixels: Tensor) -> Tensor:
-    """A row for every image, in a frame of its colour: the least, two middle and the most moved."""
+    """A row for every image, in a frame of its colour, at four strengths from first to last."""
     chosen = torch.linspace(0, len(curves.strengths) - 1, EXAMPLES).round().long().unique()
     grey = pixels.new_full((1, 1, 1, 1), 0.5)
     size = max(SMALLEST, (CHART[0] - GAP) // len(pixels) - GAP - 2 * FRAME)
     rows = []
-    for number, one in enumerate(pixels.split(1)):
-        moved = torch.cat(
-            [TRANSFORMS[curves.transform](one, curves.strengths[t].item(), grey) for t in chosen]
+    for number, image in enumerate(pixels.split(1)):
+        transformed = torch.cat(
+            [TRANSFORMS[curves.transform](image, curves.strengths[t].item(), grey) for t in chosen]
         )
-        h, w = moved.shape[2:]
-        tiles = resize_tiles(moved.clamp(0, 1), max(1, size * w // max(h, w)))
+        h, w = transformed.shape[2:]
+        tiles = resize_tiles(transformed.clamp(0, 1), max(1, size * w // max(h, w)))
         frame = color(number)[:, None, None].expand(
             3, tiles.shape[2] + 2 * FRAME, len(tiles) * (tiles.shape[3] + FRAME) + FRAME
         )

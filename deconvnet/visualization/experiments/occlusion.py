@@ -1,8 +1,8 @@
-"""What a model loses when a part of the image is covered (Zeiler & Fergus 2014, section 4.2).
+"""The effect of covering a part of the image (Zeiler and Fergus 2014, section 4.2).
 
-A grey square slides over the image. For each of its places: how active is the map that was
-strongest in the whole image, how likely is the correct class, and which class is the most likely?
-If a map stands for the object that its projection shows, covering that object silences it.
+A grey square slides over the image. For each of its positions: how active is the map that responds
+most strongly to the whole image, how likely is the correct class, and which class is most likely?
+If a map represents the object that its projection shows, covering this object silences the map.
 """
 
 from __future__ import annotations
@@ -48,29 +48,29 @@ from deconvnet.visualization.projection.projector import Projector
 
 PANEL = 240
 FRAME = 2
-BLUE, RED = 0, 5  # numbers of colours in `charts`
+BLUE, RED = 0, 5  # indices of colours in `charts`
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class Occlusion:
-    """An image of (H, W) pixels under a grey square in each of P x Q places.
+    """An image of (H, W) pixels under a grey square at each of P x Q positions.
 
-    corners: (P,) and (Q,), the first row and column of the square; window: its rows and columns. At
-    the bottom and on the right it may reach beyond the image. layer, unit: the activation (map,
-    row, column) that is strongest in the whole image; field: (4,), the pixels that it sees, top,
-    left, bottom, right, clipped to the image. activity: (P, Q), the sum of its map, and
-    base_activity that of the whole image. projection: (3, H, W), the activation in pixels, signed.
-    tiles: (1 + M, 3, h, w), the same cut to the field, and of the strongest activation of that map
-    in each of M other images.
+    corners: (P,) and (Q,), the first rows and columns of the square. occluder_size: its rows and
+    columns; at the bottom and on the right it may reach beyond the image. layer, unit: the
+    strongest activation (map, row, column) in the whole image. field: (4,), its receptive field:
+    top, left, bottom, right, clipped to the image. activity: (P, Q), the sum of its map;
+    base_activity: the same for the whole image. projection: (3, H, W), of the unit, as signed RGB.
+    tiles: (1 + M, 3, h, w), the same cropped to the field, and those of the strongest activation of
+    the map in each of M other images.
 
-    None if the model tells no classes: class_index, the correct class; probability: (P, Q), its
-    probability; label: (P, Q), the most likely class; base_probabilities: (classes,), those of the
+    None if the model has no classes: class_index, the correct class; probability: (P, Q), its
+    probability; label: (P, Q), the most likely class; base_probabilities: (classes,), those for the
     whole image.
     """
 
     image: tuple[int, int]
-    window: tuple[int, int]
+    occluder_size: tuple[int, int]
     corners: tuple[Tensor, Tensor]
     layer: str
     unit: tuple[int, int, int]
@@ -87,39 +87,39 @@ class Occlusion:
     @property
     def boxes(self) -> Tensor:
         """(P, Q, 4): the squares, clipped to the image."""
-        return _boxes(self.corners, self.window, self.image)
+        return _boxes(self.corners, self.occluder_size, self.image)
 
     @property
     def worst(self) -> tuple[int, int]:
-        """The place (p, q) of the square where the map is least active; of equals the first."""
+        """The position (p, q) of the square at which the map is least active."""
         return divmod(int(self.activity.argmin()), self.activity.shape[1])
 
     @property
     def activity_drop(self) -> Tensor:
-        """(H, W): the activity lost, on average over the squares that cover a pixel."""
+        """(H, W): the loss of activity, averaged over the squares that cover a pixel."""
         return self.drop(self.activity, self.base_activity)
 
     @property
     def probability_drop(self) -> Tensor | None:
-        """(H, W): the probability lost, on average over the squares that cover a pixel."""
+        """(H, W): the loss of probability, averaged over the squares that cover a pixel."""
         if self.probability is None:
             return None
         return self.drop(self.probability, float(self.base_probabilities[self.class_index]))
 
     def drop(self, values: Tensor, base: float) -> Tensor:
-        """(H, W): base - values (P, Q), on average over the squares that cover a pixel.
+        """(H, W): base - values (P, Q), averaged over the squares that cover a pixel.
 
-        What is called the attribution by occlusion elsewhere. A square is one box, so what covers a
-        pixel is the product of what covers its row and what covers its column.
+        Elsewhere this is called attribution by occlusion. Squares are boxes, so the squares that
+        cover a pixel are those that cover both its row and its column.
         """
         rows, columns = (
             ((first[:, None] <= pixel) & (pixel < first[:, None] + size)).double()
             for first, size, pixel in zip(
-                self.corners, self.window, map(torch.arange, self.image), strict=True
+                self.corners, self.occluder_size, map(torch.arange, self.image), strict=True
             )
         )
-        lost = base - values.double()
-        return rows.T @ lost @ columns / torch.outer(rows.sum(0), columns.sum(0))
+        loss = base - values.double()
+        return rows.T @ loss @ columns / torch.outer(rows.sum(0), columns.sum(0))
 
 
 def occlusion(
@@ -127,49 +127,51 @@ def occlusion(
     x: Tensor,
     *,
     layer: str,
-    feature: int | None = None,
+    map_index: int | None = None,
     class_index: int | None = None,
     classes: bool = True,
-    window: int | tuple[int, int] | None = None,
+    occluder_size: int | tuple[int, int] | None = None,
     stride: int | tuple[int, int] | None = None,
     fill: float | Tensor | None = None,
     others: Tensor | None = None,
     progress: Progress | None = None,
 ) -> Occlusion:
-    """What becomes of a map and of the class of one image x (1, C, H, W) under a grey square.
+    """Measure a map and the class of image x (1, C, H, W) while a grey square covers parts of it.
 
-    feature: the number of the map, by default of the one with the strongest activation in the whole
-    image (the paper's "strongest response"). class_index: the correct class, by default the most
-    likely one; classes=False leaves classes out, where the output of the model is something else.
+    map_index: the map; by default, the one with the strongest activation in the whole image (the
+    paper's "strongest response"). class_index: the correct class; by default, the most likely one.
+    classes=False ignores classes, for a model whose output is something else.
 
-    The square stands at 0, stride, 2 stride, ... until it reaches the border. window, stride:
-    pixels, or rows and columns; by default a quarter of the shorter side and a quarter of the
-    window, as the paper does not say. fill: see `experiments.grey`.
+    The square stands at 0, stride, 2 stride, ... until it reaches the border. occluder_size,
+    stride: in pixels, or as rows and columns. The paper does not state them; the defaults are a
+    quarter of the shorter side, and a quarter of the square. fill: its colour, see
+    `perturbation.fill_values`.
 
-    others: (M, C, H, W), images for more projections of the map. progress: called with the number
-    of squares done and of all.
+    others: (M, C, H, W), images for further projections of the map. progress: a function of the
+    number of positions done, and of all positions.
     """
     check_images(x)
     if len(x) > 1:
-        raise ValueError(f"{len(x)} images: occlusion is of one image, as x[:1]")
+        raise ValueError(f"{len(x)} images: occlusion takes one image, as x[:1]")
     if others is not None and others.shape[1:] != x.shape[1:]:
         raise ValueError(
             f"others of shape {tuple(others.shape)}: expected images of {tuple(x.shape[1:])} as x"
         )
     image = (x.shape[2], x.shape[3])
-    window = _window(window, image)
-    corners = _corners(image, window, _stride(stride, window))
-    boxes, fill = _boxes(corners, window, image).flatten(0, 1), fill_values(projector, x, fill)
+    occluder_size = _checked_size(occluder_size, image)
+    corners = _corners(image, occluder_size, _checked_stride(stride, occluder_size))
+    boxes = _boxes(corners, occluder_size, image).flatten(0, 1)
+    fill = fill_values(projector, x, fill)
 
     images = x if others is None else torch.cat([x, others])
-    found = [projector.responses(one, [layer])[layer][0] for one in images.split(1)]
-    unit = _strongest(found[0], feature)
-    units = [(n, *_strongest(maps, unit[0])) for n, maps in enumerate(found)]
-    projected = projector(images, layer, units)
+    responses = [projector.responses(single, [layer])[layer][0] for single in images.split(1)]
+    unit = _strongest(responses[0], map_index)
+    units = [(n, *_strongest(maps, unit[0])) for n, maps in enumerate(responses)]
+    projection = projector(images, layer, units)
 
     base = class_probabilities(projector, x) if classes else None
     if base is None and class_index is not None:
-        raise ValueError(f"class_index {class_index}: this model tells no classes")
+        raise ValueError(f"class_index {class_index}: this model has no classes")
     if base is not None:
         class_index = int(class_indices(base, None if class_index is None else [class_index]))
 
@@ -179,9 +181,9 @@ def occlusion(
         maps = projector.responses(covered, [layer])[layer]
         activity.append(_activity(maps, unit[0]).cpu())
         if base is not None:
-            answers = class_probabilities(projector, covered).cpu()
-            probability.append(answers[:, class_index])
-            label.append(answers.argmax(1))
+            probabilities = class_probabilities(projector, covered).cpu()
+            probability.append(probabilities[:, class_index])
+            label.append(probabilities.argmax(1))
         if progress:
             progress(chunk.stop, len(boxes))
 
@@ -190,15 +192,15 @@ def occlusion(
 
     return Occlusion(
         image=image,
-        window=window,
+        occluder_size=occluder_size,
         corners=corners,
         layer=layer,
         unit=unit,
-        field=projected.boxes[0].cpu(),
+        field=projection.boxes[0].cpu(),
         activity=positions(activity),
-        base_activity=float(_activity(found[0][None], unit[0])),
-        projection=projector.signed_rgb(projected.images[:1])[0].cpu(),
-        tiles=projector.signed_rgb(projected.tiles()).cpu(),
+        base_activity=float(_activity(responses[0][None], unit[0])),
+        projection=projector.signed_rgb(projection.images[:1])[0].cpu(),
+        tiles=projector.signed_rgb(projection.tiles()).cpu(),
         class_index=class_index,
         probability=positions(probability),
         label=positions(label),
@@ -209,16 +211,17 @@ def occlusion(
 def occlusion_picture(
     result: Occlusion, pixels: Tensor, *, names: Sequence[str] | dict[int, str] | None = None
 ) -> Tensor:
-    """The panels (a) to (e) of figure 7 in a row, (a) to (c) of a model that tells no classes.
+    """The panels (a) to (e) of figure 7 in a row; (a) to (c) if the model has no classes.
 
-    pixels: (1 or 3, H, W) in [0, 1], the image. names: of the classes.
+    pixels: (1 or 3, H, W) in [0, 1], the image; names: of the classes.
 
-    (a) the image, the square where it silences the map the most, drawn in mid-grey, and in a blue
-    frame the field of the strongest activation. (b) the sum of the map, (d) the probability of the
-    correct class and (e) the most likely class for every place of the square, in the frame of the
-    image, about the middle of the square; a triangle beside a scale is at the value of the whole
-    image. (c) the projection of the strongest activation, with the square of (a) in a red frame; if
-    there are those of other images too, all cut to their fields, this image's in the blue frame.
+    (a) The image, with the square in mid-grey where it reduces the map the most, and a blue frame
+    around the receptive field of the strongest activation. (b) The sum of the map, (d) the
+    probability of the correct class and (e) the most likely class, for every position of the
+    square. These maps have the frame of the image, with positions at the centre of the square; a
+    triangle at a scale marks the value for the whole image. (c) The projection of the strongest
+    activation, with the square of (a) as a red frame; if there are projections from other images,
+    all are cropped to their fields, and that of this image has a blue frame.
     """
     H, W = result.image
     if pixels.shape not in ((1, H, W), (3, H, W)):
@@ -233,7 +236,7 @@ def occlusion_picture(
         result.activity, cells, size=size, limits=_limits(result.activity, whole), marked=whole
     )
     panels = [
-        (f"(a) covered: what costs\nmap {result.unit[0]} the most", example, 0),
+        (f"(a) occluded where map {result.unit[0]}\nloses the most", example, 0),
         (f"(b) sum of\n{feature}", activity, SCALE),
         (f"(c) strongest activation of\n{feature}", _projected(result, box), 0),
     ]
@@ -249,39 +252,50 @@ def occlusion_picture(
         labels = label_map(result.label, cells, names, size=size)
         panels += [
             (f"(d) probability of\n{correct}", probability, SCALE),
-            (f"(e) most likely class;\nof the whole: {first}", labels, LEGEND),
+            (f"(e) most likely class;\nwhole image: {first}", labels, LEGEND),
         ]
-    # Columns of fixed widths: rows of several images are in line, below one another.
+    # Columns have fixed widths, so that rows of several images line up.
     return hstack([_column(title, panel, PANEL + more) for title, panel, more in panels], 2 * GAP)
 
 
-def _strongest(found: Tensor, feature: int | None) -> tuple[int, int, int]:
-    """(map, row, column) of the largest of responses (K, H, W), or of one of its maps."""
-    K, H, W = found.shape
-    if feature is not None and not 0 <= feature < K:
-        raise ValueError(f"feature {feature}: the layer has {K} maps, numbered from 0")
-    place = int(found.argmax() if feature is None else found[feature].argmax() + feature * H * W)
-    return place // (H * W), place // W % H, place % W
+def _strongest(maps: Tensor, map_index: int | None) -> tuple[int, int, int]:
+    """(map, row, column) of the largest of responses (K, H, W), or of those of one map."""
+    K, H, W = maps.shape
+    if map_index is not None and not 0 <= map_index < K:
+        raise ValueError(f"map_index {map_index}: the layer has {K} maps, numbered from 0")
+    if map_index is None:
+        index = int(maps.argmax())
+    else:
+        index = int(maps[map_index].argmax() + map_index * H * W)
+    return index // (H * W), index // W % H, index % W
 
 
-def _activity(found: Tensor, feature: int) -> Tensor:
+def _activity(maps: Tensor, map_index: int) -> Tensor:
     """(N,): the sum of one map of responses (N, K, H, W)."""
-    return found[:, feature].double().sum((1, 2))
+    return maps[:, map_index].double().sum((1, 2))
 
 
-def _window(window: int | tuple[int, int] | None, image: tuple[int, int]) -> tuple[int, int]:
-    rows, columns = _pair(max(1, round(min(image) / 4)) if window is None else window)
+def _checked_size(
+    occluder_size: int | tuple[int, int] | None, image: tuple[int, int]
+) -> tuple[int, int]:
+    default = max(1, round(min(image) / 4))
+    rows, columns = _pair(default if occluder_size is None else occluder_size)
     if not (1 <= rows <= image[0] and 1 <= columns <= image[1]):
-        raise ValueError(f"window {rows} x {columns}: expected 1 to {image[0]} x {image[1]} pixels")
+        raise ValueError(
+            f"occluder_size {rows} x {columns}: expected 1 to {image[0]} x {image[1]} pixels"
+        )
     return rows, columns
 
 
-def _stride(stride: int | tuple[int, int] | None, window: tuple[int, int]) -> tuple[int, int]:
-    rows, columns = _pair(tuple(max(1, size // 4) for size in window) if stride is None else stride)
-    if not (1 <= rows <= window[0] and 1 <= columns <= window[1]):
+def _checked_stride(
+    stride: int | tuple[int, int] | None, occluder_size: tuple[int, int]
+) -> tuple[int, int]:
+    default = tuple(max(1, size // 4) for size in occluder_size)
+    rows, columns = _pair(default if stride is None else stride)
+    if not (1 <= rows <= occluder_size[0] and 1 <= columns <= occluder_size[1]):
         raise ValueError(
-            f"stride {rows} x {columns}: expected 1 to {window[0]} x {window[1]}, the window, "
-            "or pixels between the squares are never covered"
+            f"stride {rows} x {columns}: expected 1 to {occluder_size[0]} x {occluder_size[1]}, "
+            "the size of the square, or pixels between the squares are never covered"
         )
     return rows, columns
 
@@ -291,36 +305,37 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def _corners(
-    image: tuple[int, int], window: tuple[int, int], stride: tuple[int, int]
+    image: tuple[int, int], occluder_size: tuple[int, int], stride: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """The first rows (P,) and columns (Q,) of the squares: the last is the first at the border."""
+    """The first rows (P,) and columns (Q,) of the squares; the last one reaches the border."""
     rows, columns = (
         step * torch.arange(-(-(size - length) // step) + 1)
-        for size, length, step in zip(image, window, stride, strict=True)
+        for size, length, step in zip(image, occluder_size, stride, strict=True)
     )
     return rows, columns
 
 
 def _boxes(
-    corners: tuple[Tensor, Tensor], window: tuple[int, int], image: tuple[int, int]
+    corners: tuple[Tensor, Tensor], occluder_size: tuple[int, int], image: tuple[int, int]
 ) -> Tensor:
     """(P, Q, 4): top, left, bottom, right of each square, clipped to the image."""
     top, left = torch.meshgrid(*corners, indexing="ij")
-    bottom, right = (top + window[0]).clamp(max=image[0]), (left + window[1]).clamp(max=image[1])
+    bottom = (top + occluder_size[0]).clamp(max=image[0])
+    right = (left + occluder_size[1]).clamp(max=image[1])
     return torch.stack([top, left, bottom, right], 2)
 
 
 def _cells(result: Occlusion) -> Cells:
-    """Every place about the middle of its square, with no gaps to its neighbours."""
+    """A cell for every position, centred in its square, without gaps to the next."""
     strides = tuple(
         float(first[1] - first[0]) if len(first) > 1 else float(size)
-        for first, size in zip(result.corners, result.window, strict=True)
+        for first, size in zip(result.corners, result.occluder_size, strict=True)
     )
-    return Cells(result.image, (result.window[0] / 2, result.window[1] / 2), strides)
+    return Cells(result.image, (result.occluder_size[0] / 2, result.occluder_size[1] / 2), strides)
 
 
 def _projected(result: Occlusion, box: Tensor) -> Tensor:
-    """Panel (c), with the square as a frame, or as a grid if there are other images."""
+    """Panel (c): the projection with the square as a frame, or tiles if there are other images."""
     if len(result.tiles) == 1:
         whole = result.projection[None]
         return framed(
@@ -337,7 +352,7 @@ def _projected(result: Occlusion, box: Tensor) -> Tensor:
 
 
 def framed(picture: Tensor, box: Tensor, image: tuple[int, int], paint: Tensor) -> Tensor:
-    """A picture (3, h, w) of an image of (H, W) pixels with a box of pixels as a frame."""
+    """A picture (3, h, w) of an image of (H, W) pixels, with a frame around a box of its pixels."""
     scale = torch.tensor([n / size for n, size in zip(picture.shape[1:], image, strict=True)])
     top, left, bottom, right = (box * scale.repeat(2)).round().long().tolist()
     rows, columns = (torch.arange(n) for n in picture.shape[1:])
@@ -350,20 +365,20 @@ def framed(picture: Tensor, box: Tensor, image: tuple[int, int], paint: Tensor) 
 
 
 def _panel(tile: Tensor, columns: int = 1) -> Tensor:
-    """A tile (1, 3, h, w) as large as one of so many columns and rows of a panel: (3, h, w)."""
+    """(3, h, w): a tile (1, 3, h, w) resized for one of `columns` columns of a panel."""
     h, w = tile.shape[2:]
     side = (PANEL - (columns - 1) * GAP) // columns
     return resize_tiles(tile, max(1, side * w // max(h, w)))[0]
 
 
 def _column(title: str, panel: Tensor, width: int) -> Tensor:
-    """A panel below two lines of text, `width` pixels wide: there may be paper on its right."""
+    """A panel below two lines of text, padded to `width` pixels."""
     panel = F.pad(panel, (0, width - panel.shape[2]), value=PAPER)
     return vstack([text_block(title, width, 2 * LINE), panel])
 
 
 def _limits(values: Tensor, base: float) -> tuple[float, float]:
-    """From the least to the largest, that of the whole image among them."""
+    """The smallest and the largest value, including that of the whole image."""
     return min(float(values.min()), base), max(float(values.max()), base)
 
 

@@ -1,7 +1,8 @@
-"""What the experiments of Zeiler & Fergus (2014, sections 4.2 to 4.4) do to images.
+"""Perturbations of images for the experiments of Zeiler and Fergus (2014, sections 4.1 to 4.4).
 
-Grey squares, shifts, zooms and rotations, and the probabilities that a model answers with. Images
-are what the model takes, (N, C, H, W); boxes are top, left, bottom, right, the last two exclusive.
+Boxes are covered; images are shifted, zoomed and rotated; and the probabilities of a model are
+computed. Images (N, C, H, W) are as the model takes them; boxes are top, left, bottom, right, the
+last two exclusive.
 """
 
 from __future__ import annotations
@@ -17,16 +18,16 @@ from deconvnet.visualization.projection.projector import Projector
 
 
 def fill_values(projector: Projector, x: Tensor, fill: float | Tensor | None = None) -> Tensor:
-    """(N, C, 1, 1): what stands in the place of pixels that are taken away.
+    """(N, C, 1, 1): the colour that replaces pixels that are removed.
 
-    fill: a number, or one for each channel (C,), as the model takes them. By default mean grey:
-    zero where the projector's normalisation takes the mean of the data away, and the mean colour of
-    each image where the model takes plain pixels, of which zero would be black.
+    fill: one number, or one for each channel (C,), as the model takes them. The default is mean
+    grey: zero if the projector's normalisation subtracts the mean of the data, and the mean colour
+    of each image if the model takes plain pixels, for which zero would be black.
     """
     N, C = x.shape[:2]
     if fill is None:
-        centred = any(projector.normalization.mean)
-        return x.new_zeros(N, C, 1, 1) if centred else x.mean((2, 3), keepdim=True)
+        is_centred = any(projector.normalization.mean)
+        return x.new_zeros(N, C, 1, 1) if is_centred else x.mean((2, 3), keepdim=True)
     fill = torch.as_tensor(fill, dtype=x.dtype, device=x.device)
     if fill.shape not in ((), (C,)):
         raise ValueError(f"fill of shape {tuple(fill.shape)}: one number, or one for each of {C}")
@@ -34,7 +35,7 @@ def fill_values(projector: Projector, x: Tensor, fill: float | Tensor | None = N
 
 
 def cover_boxes(x: Tensor, boxes: Tensor, fill: Tensor) -> Tensor:
-    """Images (N, C, H, W) with a box of each (N, 4) filled with `fill` (N, C, 1, 1)."""
+    """Images (N, C, H, W) with one box each, boxes (N, 4), filled with `fill` (N, C, 1, 1)."""
     rows, columns = (torch.arange(size, device=x.device) for size in x.shape[2:])
     top, left, bottom, right = boxes.to(x.device).unsqueeze(2).unbind(1)
     inside = ((rows >= top) & (rows < bottom))[:, None, :, None]
@@ -43,7 +44,7 @@ def cover_boxes(x: Tensor, boxes: Tensor, fill: Tensor) -> Tensor:
 
 
 def shifted(x: Tensor, rows: float, fill: Tensor) -> Tensor:
-    """Images moved down by whole pixels (up if negative), with `fill` (N, C, 1, 1) behind them."""
+    """Images shifted down by whole pixels (up if negative), with `fill` (N, C, 1, 1) above."""
     H = x.shape[2]
     rows = max(-H, min(H, int(rows)))
     new = fill.expand_as(x).clone()
@@ -52,31 +53,31 @@ def shifted(x: Tensor, rows: float, fill: Tensor) -> Tensor:
 
 
 def zoomed(x: Tensor, factor: float, fill: Tensor) -> Tensor:
-    """Images enlarged about their middle (made smaller if factor < 1), bilinear."""
+    """Images enlarged about their centre (reduced if factor < 1), with bilinear interpolation."""
     return _warped(x, [[1 / factor, 0.0], [0.0, 1 / factor]], fill)
 
 
 def rotated(x: Tensor, degrees: float, fill: Tensor) -> Tensor:
-    """Images turned counter-clockwise about their middle, bilinear, as they lie on the page."""
-    # Of the right angles neither the sine nor the cosine comes out as exactly 0 otherwise.
+    """Images rotated counter-clockwise about their centre, with bilinear interpolation."""
+    # Rounded, because otherwise neither sine nor cosine of a right angle is exactly 0.
     sine, cosine = (round(f(math.radians(degrees)), 15) for f in (math.sin, math.cos))
     return _warped(x, [[cosine, -sine], [sine, cosine]], fill)
 
 
 def _warped(x: Tensor, matrix: list[list[float]], fill: Tensor) -> Tensor:
-    """Pixel (column, row) about the middle shows what lies at matrix * (column, row)."""
+    """Pixel (column, row), relative to the centre, takes the value at matrix * (column, row)."""
     H, W = x.shape[2:]
     (a, b), (c, d) = matrix
-    # grid_sample counts each axis from -1 to 1, whatever its length is.
+    # The coordinates of grid_sample run from -1 to 1 along each axis, whatever its length.
     theta = x.new_tensor([[a, b * H / W, 0.0], [c * W / H, d, 0.0]])
-    places = F.affine_grid(theta.expand(len(x), 2, 3), list(x.shape), align_corners=False)
-    return F.grid_sample(x - fill, places, padding_mode="zeros", align_corners=False) + fill
+    coordinates = F.affine_grid(theta.expand(len(x), 2, 3), list(x.shape), align_corners=False)
+    return F.grid_sample(x - fill, coordinates, padding_mode="zeros", align_corners=False) + fill
 
 
 def class_probabilities(projector: Projector, x: Tensor) -> Tensor | None:
-    """(N, classes): the model's probabilities, or None of a model that does not tell classes.
+    """(N, classes): the probabilities of the model; None if its output is not a table of classes.
 
-    The softmax of its outputs, unless these are probabilities already.
+    These are the softmax of its outputs, unless the outputs are probabilities already.
     """
     outputs = projector.outputs(x)
     if outputs is None:
@@ -88,7 +89,7 @@ def class_probabilities(projector: Projector, x: Tensor) -> Tensor | None:
 
 
 def class_indices(base: Tensor, classes: Tensor | None) -> Tensor:
-    """(N,): the classes that a user named as the true ones, or the most likely of `base` (N, K)."""
+    """(N,): the given classes, or the most likely classes of the probabilities `base` (N, K)."""
     N, K = base.shape
     if classes is None:
         return base.argmax(1)
@@ -101,7 +102,7 @@ def class_indices(base: Tensor, classes: Tensor | None) -> Tensor:
 
 
 def layer_title(layer: str, longest: int = 20) -> str:
-    """The name of a layer in a caption, or the end of it; a number alone needs a word."""
+    """The name of a layer in a caption, shortened to its end; a number gets the word "layer"."""
     if layer.isdigit():
         return f"layer {layer}"
     return layer if len(layer) <= longest else f"…{layer[1 - longest :]}"
@@ -113,6 +114,6 @@ def check_images(x: Tensor) -> None:
 
 
 def chunks(count: int, size: int) -> Iterator[slice]:
-    """Slices of `size` or fewer that cover 0 to count - 1."""
+    """Slices of at most `size` that cover 0 to count - 1."""
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))

@@ -1,7 +1,6 @@
-"""What a survey found as the pages of a gallery.
+"""The content of the gallery: the result of a visualization as layers, maps, images and captions.
 
-Everything here is put together from what lies in files and memory already, but for the images that
-are explored: those go through the network once more.
+Only the images of the explorer go through the network again; everything else is in the result.
 """
 
 from __future__ import annotations
@@ -37,71 +36,77 @@ from deconvnet.visualization.projection.projection import LayerInfo, tile_boxes
 from deconvnet.visualization.result import VisualizationResult
 from deconvnet.visualization.search.top_activations import Progress
 
-# Of each image that is explored, and each layer.
+# For each image of the explorer, and each layer.
 SHOWN_PARTS = 12
 SHOWN_MAPS = 12
-# Larger maps are reduced to this side, the strongest of each window.
+# Larger maps are reduced to this side by max pooling.
 MAP_SIDE = 120
 
 
 def write_result_gallery(
     folder: Path,
-    state: VisualizationResult,
+    result: VisualizationResult,
     *,
-    explored: int = 8,
+    explorer_images: int = 8,
     notes: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Path:
-    """The path of the gallery's page; explored: how many of the images can be looked into."""
-    subject = state.subject
-    count = min(explored, len(state.images))
-    numbers = np.linspace(0, len(state.images) - 1, count).round().astype(int).tolist()
+    """Write the gallery of a result and return the path of its page.
+
+    explorer_images: images in the explorer, spread evenly over all; notes: further paragraphs.
+    """
+    model, projections = result.model, result.projections
+    count = min(explorer_images, len(result.images))
+    numbers = np.linspace(0, len(result.images) - 1, count).round().astype(int).tolist()
     steps = itertools.count(1)
-    total = sum(len(found.maps) for found in state.found.values()) + count
+    total = sum(len(p.maps) for p in projections.values()) + count
 
     def step() -> None:
         if progress:
             progress(next(steps), total)
 
-    figures = {name: picture for name, picture in state.pictures.items() if name not in state.found}
+    figures = {
+        name: picture for name, picture in result.pictures.items() if name not in projections
+    }
     facts = {
-        "network": subject.name,
-        "weights": subject.weights,
-        "sha256 of its parameters": subject.digest,
-        "images searched": len(state.images),
-        "way down": state.projector.method,
+        "network": model.name,
+        "weights": model.weights,
+        "sha256 of its parameters": model.digest,
+        "images searched": len(result.images),
+        "projection method": result.projector.method,
     }
     return write_gallery(
         folder,
-        title=subject.name,
+        title=model.name,
         facts=facts,
-        layers=(_gallery_layer(state, layer, step) for layer in state.found),
-        images=(_explored(state, number, step) for number in numbers),
+        layers=(_gallery_layer(result, layer, step) for layer in projections),
+        images=(_explorer_image(result, number, step) for number in numbers),
         figures=figures,
-        notes=[*(f"{layer}: {found.report}" for layer, found in state.found.items()), *notes],
+        notes=[*(f"{layer}: {p.report}" for layer, p in projections.items()), *notes],
     )
 
 
 def _gallery_layer(
-    state: VisualizationResult, layer: str, step: Callable[[], None]
+    result: VisualizationResult, layer: str, step: Callable[[], None]
 ) -> GalleryLayer:
-    info, top, found = state.infos[layer], state.tops[layer], state.found[layer]
-    first = pixel_filters(state.projector)
-    on_pixels = first is not None and first[0] == layer.partition("#")[0]
-    filters = shade_signed(first[1]) if on_pixels else None
+    info, top = result.infos[layer], result.top_activations[layer]
+    projections = result.projections[layer]
+    filters = pixel_filters(result.projector)
+    is_first = filters is not None and filters[0] == layer.partition("#")[0]
+    tiles = shade_signed(filters[1]) if is_first else None
     facts: dict[str, str | float] = {
         "dead maps": int(top.dead.sum()),
-        "maps shown": len(found.maps),
-        "active places": f"{top.density_sum.mean() / top.num_images:.2%}",
+        "maps shown": len(projections.maps),
+        "active positions": f"{top.density_sum.mean() / top.num_images:.2%}",
     }
-    boards = found.checkerboard[np.isfinite(found.checkerboard)]
+    boards = projections.checkerboard[np.isfinite(projections.checkerboard)]
     if len(boards):
         facts["checkerboard (median)"] = f"{np.median(boards):.2f}"
     return GalleryLayer(
         layer,
         layer,
-        (_gallery_map(state, layer, row, filters, step) for row in range(len(found.maps))),
-        kind=_kind(state, info),
+        (_gallery_map(result, layer, row, tiles, step) for row in range(len(projections.maps))),
+        kind=_kind(result, info),
         shape=info.shape,
         field=info.field,
         stride=info.stride,
@@ -109,42 +114,45 @@ def _gallery_layer(
     )
 
 
-def _kind(state: VisualizationResult, info: LayerInfo) -> str:
-    if not state.projector.is_deconvnet:
+def _kind(result: VisualizationResult, info: LayerInfo) -> str:
+    if not result.projector.is_deconvnet:
         return info.kind
-    settings = state.projector.model.layer(int(info.name.removeprefix("layer"))).settings
-    return f"deconvolution, {settings.filter_size}x{settings.filter_size} filters"
+    number = int(info.name.removeprefix("layer"))
+    size = result.projector.model.layer(number).settings.filter_size
+    return f"deconvolution, {size}x{size} filters"
 
 
 def _gallery_map(
-    state: VisualizationResult,
+    result: VisualizationResult,
     layer: str,
     row: int,
     filters: Tensor | None,
     step: Callable[[], None],
 ) -> GalleryMap:
-    found, top, names = state.found[layer], state.tops[layer], state.images.names
-    count, number = found.count(row), int(found.maps[row])
-    contrast = state.contrast
+    projections, top = result.projections[layer], result.top_activations[layer]
+    names, contrast = result.images.names, result.contrast
+    count, number = projections.count(row), int(projections.maps[row])
     captions = []
     for (image, _, i, j), value in zip(
-        found.units[row, :count].tolist(), found.values[row, :count].tolist(), strict=True
+        projections.units[row, :count].tolist(),
+        projections.values[row, :count].tolist(),
+        strict=True,
     ):
         captions.append(Caption(Path(names[image]).name, value, f"unit at row {i}, column {j}"))
-    control = state.control.get(layer)
+    control = result.control.get(layer)
     statistics = {
-        "strongest activation": float(np.abs(found.values[row, 0])),
-        "mean of the images' strongest": float(top.peak_sum[number] / top.num_images),
+        "strongest activation": float(np.abs(projections.values[row, 0])),
+        "mean of the strongest per image": float(top.peak_sum[number] / top.num_images),
         "active in images, %": 100 * float(top.active_images[number] / top.num_images),
-        "active places, %": 100 * float(top.density_sum[number] / top.num_images),
+        "active positions, %": 100 * float(top.density_sum[number] / top.num_images),
     }
-    e = state.evolutions.get(layer)
-    strip = e is not None and number in e.maps
+    e = result.evolutions.get(layer)
+    has_evolution = e is not None and number in e.maps
     step()
     return GalleryMap(
         number,
-        shade_projections(found.tiles[row, :count], contrast=contrast),
-        torch.from_numpy(found.patches[row, :count]).float() / 255,
+        shade_projections(projections.tiles[row, :count], contrast=contrast),
+        torch.from_numpy(projections.patches[row, :count]).float() / 255,
         captions,
         statistics,
         filter=None if filters is None else filters[number],
@@ -153,57 +161,58 @@ def _gallery_map(
             if control is not None and control.count(row)
             else None
         ),
-        evolution=_strip(e, e.maps.index(number)) if strip else None,
-        epochs=e.epochs if strip else (),
+        evolution=_evolution_tiles(e, e.maps.index(number)) if has_evolution else None,
+        epochs=e.epochs if has_evolution else (),
     )
 
 
-def _strip(e: Evolution, row: int) -> Tensor:
+def _evolution_tiles(e: Evolution, row: int) -> Tensor:
     tiles = e.tiles[:, row].float()
     return shade_signed(tiles, quantile_magnitude(tiles))
 
 
-def _explored(state: VisualizationResult, number: int, step: Callable[[], None]) -> GalleryImage:
-    pixels = state.images[number]
-    layers = [_image_layer(state, pixels, layer) for layer in state.found]
+def _explorer_image(
+    result: VisualizationResult, number: int, step: Callable[[], None]
+) -> GalleryImage:
+    pixels = result.images[number]
+    layers = [_image_layer(result, pixels, layer) for layer in result.projections]
     step()
-    return GalleryImage(shown_name(Path(state.images.names[number]).name), pixels, layers)
+    return GalleryImage(shown_name(Path(result.images.names[number]).name), pixels, layers)
 
 
-def _image_layer(state: VisualizationResult, pixels: Tensor, layer: str) -> ImageLayer:
-    """What a layer makes of one image: reconstruction, strongest maps, strongest activations."""
-    projector = state.projector
+def _image_layer(result: VisualizationResult, pixels: Tensor, layer: str) -> ImageLayer:
+    """One image as a layer sees it: reconstruction, strongest maps, strongest activations."""
+    projector = result.projector
     x = projector.prepare(pixels[None])
     strength = projector.responses(x, [layer])[layer][0].cpu().float()
-    peaks, places = strength.flatten(1).max(1)
+    peaks, positions = strength.flatten(1).max(1)
     order = peaks.argsort(descending=True, stable=True)[:SHOWN_MAPS]
     order = order[peaks[order] > 0]
     if projector.is_deconvnet:
         units = _strongest_units(strength)
     else:
-        # Neighbours of one map would be next to the same: the strongest of each map.
+        # Neighbours in one map would look almost the same: take the strongest of each map.
         W = strength.shape[2]
-        units = [(0, k, int(places[k]) // W, int(places[k]) % W) for k in order.tolist()]
+        units = [(0, k, int(positions[k]) // W, int(positions[k]) % W) for k in order.tolist()]
     parts = []
     if units:
-        found = projector(x, layer, units)
-        shown = shade_projections(
-            projector.signed_rgb(found.tiles()).cpu(), contrast=state.contrast
-        )
+        projection = projector(x, layer, units)
+        tiles = projector.signed_rgb(projection.tiles()).cpu()
+        boxes = tile_boxes(projection.fields, tuple(x.shape[2:]))
         parts = [
             Part(unit[1], float(value), picture, box=box.tolist())
             for unit, value, picture, box in zip(
                 units,
-                found.values,
-                shown,
-                tile_boxes(found.fields, tuple(x.shape[2:])),
+                projection.values,
+                shade_projections(tiles, contrast=result.contrast),
+                boxes,
                 strict=True,
             )
         ]
-    # Nine in ten of what is active in the maps that are shown is short of white.
+    # Of the active positions in the maps that are shown, nine in ten are below white.
     white = float(quantile_magnitude(strength[order].clamp(min=0)[None], 0.9))
     maps = [(k, _map_picture(strength[k], white)) for k in order.tolist()]
-    reconstruction, facts = _reconstruction(state, x, layer)
+    reconstruction, facts = _reconstruction(result, x, layer)
     return ImageLayer(layer, reconstruction, facts, maps, parts)
 
 
@@ -215,7 +224,7 @@ def _strongest_units(strength: Tensor) -> list[tuple[int, int, int, int]]:
 
 
 def _map_picture(z: Tensor, white: float) -> Tensor:
-    """A map (H, W), zero and below black: the strongest of each 2x2 where it is large."""
+    """A map (H, W) as a picture (3, h, w): black is zero or below; large maps are max-pooled."""
     z = z[None, None].clamp(min=0)
     while max(z.shape[2:]) > MAP_SIDE:
         z = max_pool(z, (1, 2, 2))[0]
@@ -223,17 +232,18 @@ def _map_picture(z: Tensor, white: float) -> Tensor:
 
 
 def _reconstruction(
-    state: VisualizationResult, x: Tensor, layer: str
+    result: VisualizationResult, x: Tensor, layer: str
 ) -> tuple[Tensor | None, dict]:
-    """What a layer of a deconvolutional network makes of an image, in the preprocessed domain."""
-    projector = state.projector
+    """The reconstruction of an image by a layer of a deconvolutional network, and its facts."""
+    projector = result.projector
     if not projector.is_deconvnet:
         return None, {}
     net, number = projector.model, int(layer.removeprefix("layer"))
     codes = projector.backend.codes(x, number)
-    made, white = net.synthesize(codes, number), 3 * codes.y.std().clamp(min=1e-12)
+    reconstruction = net.synthesize(codes, number)
+    white = 3 * codes.y.std().clamp(min=1e-12)
     facts = {
-        "SNR": f"{snr(codes.y, made):.1f} dB",
-        "not zero": f"{codes.layer(number).density:.2%} of z",
+        "SNR": f"{snr(codes.y, reconstruction):.1f} dB",
+        "non-zero": f"{codes.layer(number).density:.2%} of z",
     }
-    return shade_signed(signed_rgb(net, made), white)[0].cpu(), facts
+    return shade_signed(signed_rgb(net, reconstruction), white)[0].cpu(), facts

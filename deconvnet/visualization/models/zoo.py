@@ -38,7 +38,7 @@ from deconvnet.visualization.models.weights import (
 from deconvnet.visualization.models.zfnet import ZFNet
 
 FORMS = (
-    "torchvision/NAME, timm/NAME, package.module:factory, or a network file of scripts/train_cnn.py"
+    "torchvision/NAME, timm/NAME, package.module:factory, or a network file of deconvnet train-cnn"
 )
 
 
@@ -80,7 +80,7 @@ def load_model(
     - timm/resnet18: a model of timm, optionally with a tag, timm/resnet18.a1_in1k
     - package.module:factory: what a function or class returns when it is called with `options`, or
       a module of that name; packages in the current folder are found
-    - a network file of scripts/train_cnn.py
+    - a network file of deconvnet train-cnn
 
     weights: "default", the pretrained weights of torchvision and timm, or the network as it is
     built; the name of other pretrained weights, such as IMAGENET1K_V2 or a tag of timm; a file of
@@ -330,7 +330,7 @@ def _file(spec: str, weights: str | Path, options: dict) -> LoadedModel:
         raise ValueError(f"model={error}; if these are the parameters of one, {remedy}") from error
     if settings.get("cnn") != "ZFNet":
         raise ValueError(
-            f"model={spec}: not a convolutional network of scripts/train_cnn.py; a "
+            f"model={spec}: not a convolutional network of deconvnet train-cnn; a "
             "deconvolutional network is loaded by deconvnet.load"
         )
     try:

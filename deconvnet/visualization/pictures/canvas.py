@@ -1,7 +1,7 @@
-"""Tiles, grids and captions: what all figures are made of, as arrays (3, H, W) in [0, 1].
+"""Tiles, grids and captions for all pictures, as tensors (3, H, W) in [0, 1].
 
-Signed tiles are shown symmetrically about mid-grey: grey is zero. Pixels are enlarged by whole
-numbers without smoothing; what is too large is made smaller with smoothing.
+Signed tiles are shaded symmetrically about mid-grey, which is zero. Pixels are enlarged by whole
+factors without smoothing, and reduced with smoothing.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+# The background; all sizes are in pixels.
 PAPER = 1.0
 TILE = 44
 GAP = 3
@@ -23,23 +24,22 @@ LINE = 20
 
 
 def tile_grid(
-    tiles: Tensor, *, columns: int | None = None, tile: int = TILE, page: int = PAGE
+    tiles: Tensor, *, columns: int | None = None, tile_width: int = TILE, page_width: int = PAGE
 ) -> Tensor:
-    """Tiles (K, 3, h, w) in [0, 1] side by side on white, each about `tile` pixels wide.
+    """Tiles (K, 3, h, w) in [0, 1] as a grid on white, each about `tile_width` pixels wide.
 
-    Larger ones are shown in their size, as long as the whole is at most `page` pixels wide.
+    Wider tiles keep their size as long as the grid is at most `page_width` pixels wide.
     """
     tiles = tiles.cpu().float()
-    K = len(tiles)
-    columns = columns or _columns(K)
-    room = (page - GAP) // columns - GAP
-    zoom = max(1, round(tile / tiles.shape[3]))
+    columns = columns or _columns(len(tiles))
+    room = (page_width - GAP) // columns - GAP
+    zoom = max(1, round(tile_width / tiles.shape[3]))
     width = zoom * tiles.shape[3]
     return arrange_tiles(resize_tiles(tiles, min(width, max(room, 1))), columns)
 
 
 def arrange_tiles(tiles: Tensor, columns: int) -> Tensor:
-    """Tiles (K, 3, h, w) side by side on white as they are."""
+    """Tiles (K, 3, h, w) as a grid on white, without resizing them."""
     K, _, h, w = tiles.shape
     rows = -(-K // columns)
     page = torch.full((3, rows * (h + GAP) + GAP, columns * (w + GAP) + GAP), PAPER)
@@ -50,7 +50,7 @@ def arrange_tiles(tiles: Tensor, columns: int) -> Tensor:
 
 
 def resize_tiles(tiles: Tensor, width: int) -> Tensor:
-    """Tiles (K, 3, h, w) of at most this width: enlarged by a whole number, or made smaller."""
+    """Resize tiles (K, 3, h, w) to at most this width: enlarge by a whole factor, or reduce."""
     tiles = tiles.cpu().float()
     h, w = tiles.shape[2:]
     if w <= width:
@@ -60,31 +60,32 @@ def resize_tiles(tiles: Tensor, width: int) -> Tensor:
     return F.interpolate(tiles, size, mode="bilinear", antialias=True).clamp(0, 1)
 
 
-def shade_signed(f: Tensor, reach: float | Tensor | None = None) -> Tensor:
-    """Signed tiles (K, 1 or 3, h, w) as colours (K, 3, h, w): grey is 0, black and white -+ reach.
+def shade_signed(tiles: Tensor, magnitude: float | Tensor | None = None) -> Tensor:
+    """Signed tiles (K, 1 or 3, h, w) as colours (K, 3, h, w): 0 is grey, +magnitude is white.
 
-    By default each tile by its own largest magnitude, so that contrast between tiles means nothing
-    and shape everything.
+    By default, the magnitude is the largest of each tile: then the contrast of a tile means nothing
+    and only its shape does.
     """
-    if reach is None:
-        reach = f.abs().flatten(1).amax(1).clamp(min=1e-12).view(-1, 1, 1, 1)
-    return (0.5 + 0.5 * f / reach).clamp(0, 1).expand(-1, 3, -1, -1)
+    if magnitude is None:
+        magnitude = tiles.abs().flatten(1).amax(1).clamp(min=1e-12).view(-1, 1, 1, 1)
+    return (0.5 + 0.5 * tiles / magnitude).clamp(0, 1).expand(-1, 3, -1, -1)
 
 
-def quantile_magnitude(f: Tensor, share: float = 0.99) -> Tensor:
-    """(K, 1, 1, 1): the magnitude that this share of what is not zero in a tile (K, ...) stays
-    within. A few bright pixels then do not leave all the others grey.
+def quantile_magnitude(tiles: Tensor, quantile: float = 0.99) -> Tensor:
+    """(K, 1, 1, 1): this quantile of the magnitudes of the non-zero values of each tile (K, ...).
+
+    As a scale for `shade_signed`, it keeps a few bright pixels from leaving all others grey.
     """
-    limits = []
-    for tile in f:
-        magnitudes = tile[tile != 0].abs().sort().values
-        last = int(share * (len(magnitudes) - 1))
-        limits.append(magnitudes[last] if len(magnitudes) else tile.new_ones(()))
-    return torch.stack(limits).view(-1, 1, 1, 1)
+    magnitudes = []
+    for tile in tiles:
+        values = tile[tile != 0].abs().sort().values
+        last = int(quantile * (len(values) - 1))
+        magnitudes.append(values[last] if len(values) else tile.new_ones(()))
+    return torch.stack(magnitudes).view(-1, 1, 1, 1)
 
 
 def text_block(lines: str, width: int, height: int) -> Tensor:
-    """Black lines on white."""
+    """Lines of black text on white, (3, height, width)."""
     canvas = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(canvas)
     font = ImageFont.load_default(FONT)
@@ -93,19 +94,19 @@ def text_block(lines: str, width: int, height: int) -> Tensor:
 
 
 def with_title(title: str, picture: Tensor) -> Tensor:
-    """A picture below its title, which may be wider."""
+    """A picture with a title above it, which may be wider than the picture."""
     font = ImageFont.load_default(FONT)
     width = max(picture.shape[2], math.ceil(font.getlength(title)) + 2 * GAP)
     return vstack([text_block(title, width, LINE), picture])
 
 
 def hstack(pictures: list[Tensor], gap: int = 0) -> Tensor:
-    """Pictures from left to right, their tops in line."""
+    """Pictures from left to right, aligned at the top."""
     return vstack([picture.mT for picture in pictures], gap).mT
 
 
 def vstack(pictures: list[Tensor], gap: int = 0) -> Tensor:
-    """Pictures from top to bottom, their left sides in line."""
+    """Pictures from top to bottom, aligned at the left."""
     width = max(picture.shape[2] for picture in pictures)
     rows = [F.pad(picture, (0, width - picture.shape[2]), value=PAPER) for picture in pictures]
     spaced = [row for row in rows for row in (torch.full((3, gap, width), PAPER), row)]
@@ -113,6 +114,6 @@ def vstack(pictures: list[Tensor], gap: int = 0) -> Tensor:
 
 
 def _columns(count: int) -> int:
-    """As many columns as make the page a little wider than high with the fewest gaps at its end."""
+    """The number of columns that makes a grid a bit wider than high with the fewest empty cells."""
     widths = range(math.ceil(math.sqrt(count)), math.ceil(math.sqrt(2.6 * count)) + 1)
     return min(widths, key=lambda width: (-count % width, width))

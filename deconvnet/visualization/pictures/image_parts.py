@@ -1,9 +1,9 @@
-"""What one image is made of: the activations of a layer, and what each is made of further down.
+"""The decomposition of one image into the activations of a layer, and of these into lower layers.
 
-The whole of an image is the sum of its parts, layer by layer (Zeiler et al. 2011, figure 1): every
-operator on the way to pixels is linear once the switches are fixed, so the projections of all
-activations of a layer add up to the reconstruction, and the projections of all that supports one
-activation in a layer below add up to the projection of that activation.
+An image is the sum of its parts, layer by layer (Zeiler et al. 2011, figure 1). Every operator on
+the way to pixels is linear once the switches are fixed. The projections of all activations of a
+layer therefore add up to the reconstruction, and the projections of everything that supports one
+activation in a lower layer add up to the projection of this activation.
 """
 
 from __future__ import annotations
@@ -37,10 +37,12 @@ from deconvnet.visualization.projection.pixel_features import (
     signed_rgb,
 )
 
+# Supporting activations in the layers below, from the first layer down.
 COUNTS = (5, 25, 125)
 SHOWN_UNITS = 10
+# Sizes in pixels.
 PANEL = 300
-# What stands beside a panel: three panels wide, and two rows of tiles of half a panel with labels.
+# Next to a panel: three panels wide, and two rows of labelled tiles of half a panel.
 ROOM = (PANEL + 2 * LINE + 3 * GAP, 3 * PANEL + 2 * GAP)
 LABEL = 96
 MOST_ZOOM = 20
@@ -48,7 +50,7 @@ MOST_ZOOM = 20
 
 @dataclass(frozen=True)
 class Activations:
-    """Entries of the maps of one image: map, row, column, value, (M,) each; maps counted from 0."""
+    """M activations of one image: map (from 0), row, column and value, (M,) each."""
 
     maps: Tensor
     rows: Tensor
@@ -58,29 +60,29 @@ class Activations:
     def __len__(self) -> int:
         return len(self.values)
 
-    def __getitem__(self, chosen: slice | Tensor) -> Activations:
+    def __getitem__(self, index: slice | Tensor) -> Activations:
         return Activations(
-            self.maps[chosen], self.rows[chosen], self.columns[chosen], self.values[chosen]
+            self.maps[index], self.rows[index], self.columns[index], self.values[index]
         )
 
     @property
-    def places(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(image, map, row, column), of the only image."""
+    def positions(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(image, map, row, column), (M,) each; the image is 0."""
         return torch.zeros_like(self.maps), self.maps, self.rows, self.columns
 
 
 def strongest_activations(codes: Codes, layer: int, count: int) -> Activations:
-    """The activations of a layer of one image with the largest |z|, strongest first.
+    """The `count` activations of a layer with the largest |z|, strongest first, in one image.
 
-    As many as `count`, or all that are not zero if they are fewer.
+    Zeros are left out, so there may be fewer.
     """
     return _strongest_in(_only(codes).layer(layer).z[0], count)
 
 
 @plain
 def project_activations(net: DeconvNet, codes: Codes, layer: int, units: Activations) -> Tensor:
-    """(M, C, H, W): R_l of each unit alone, with its value and the switches of the one image."""
-    projections = list(project_units(net, _only(codes), layer, units.places, units.values))
+    """(M, C, H, W): R_l of each activation alone, with its value and the switches of the image."""
+    projections = list(project_units(net, _only(codes), layer, units.positions, units.values))
     return torch.stack(projections) if projections else codes.y[:0]
 
 
@@ -88,18 +90,20 @@ def project_activations(net: DeconvNet, codes: Codes, layer: int, units: Activat
 def supporting_activations(
     net: DeconvNet, codes: Codes, layer: int, unit: Activations, *, counts: tuple[int, ...] = COUNTS
 ) -> list[Activations]:
-    """What one activation is made of in layers l-1, l-2, ...: the strongest counts[0], counts[1],
-    ... units of each, as far down as there are layers and counts.
+    """The activations in layers l-1, l-2, ... that support one activation of layer l.
 
-    The activation alone, a one in its place times its value, is projected down with the switches of
-    the image, one layer at a time:
+    counts: the number of strongest supporting activations in each of these layers; the result is as
+    long as there are layers and counts.
+
+    The activation alone (its value in its position, zeros elsewhere) is projected down with the
+    switches of the image, one layer at a time:
 
         z_(l-1) = U_(l-1) S_l F_l z_l,    z_(l-2) = U_(l-2) S_(l-1) F_(l-1) z_(l-1),    ...
 
-    and the supporters in a layer are the entries of these maps with the largest magnitude, each
-    with its coefficient there. It is always the whole activation that is projected further, so that
-    all the entries of any layer together have the projection of the activation. The coefficients
-    are what this activation asks for; what inference found in the layer below is another thing.
+    The supporting activations in a layer are the entries of these maps with the largest magnitude,
+    with their coefficients there. It is always the whole activation that is projected further, so
+    all entries of any layer together have the projection of the activation. The coefficients are
+    those that this activation requires, not those that inference has found in the lower layer.
     """
     levels = supporting_maps(net, codes, layer, unit)
     return [_strongest_in(z, count) for count, z in zip(counts, levels, strict=False)]
@@ -108,11 +112,10 @@ def supporting_activations(
 def supporting_maps(
     net: DeconvNet, codes: Codes, layer: int, unit: Activations
 ) -> Iterator[Tensor]:
-    """One activation projected to the maps (K, H, W) of layer l-1, then of layer l-2, ... of 1."""
+    """Yield one activation projected to the maps (K, H, W) of layers l-1, l-2, ..., 1."""
     if len(unit) != 1:
-        raise ValueError(f"{len(unit)} units: supporters are those of one, as units[:1]")
-    found = _only(codes).layer(layer)
-    z = codes.y.new_zeros(1, *found.shape)
+        raise ValueError(f"{len(unit)} activations: expected one, as activations[:1]")
+    z = codes.y.new_zeros(1, *_only(codes).layer(layer).shape)
     z[0, unit.maps, unit.rows, unit.columns] = unit.values
     for level in range(layer, 1, -1):
         pooled = float(net.layer(level).scale) * net.layer(level).operator()(z)
@@ -122,15 +125,16 @@ def supporting_maps(
 
 @plain
 def image_parts_picture(net: DeconvNet, codes: Codes, image: Tensor, layer: int) -> Tensor:
-    """One image, the strongest activations of a layer that make it, and what makes the strongest.
+    """One image, its strongest activations in a layer, and what supports the strongest of these.
 
-    codes: of this image only; image: (1 or 3, H, W) in [0, 1]. On the left parts, each alone, cut
-    to its field and in a scale of its own; on the right what they are together. Below the strongest
-    activation its supporters in each lower layer, and their sum in the place and scale of the
-    activation, with the share of its squared norm that the sum explains.
+    codes: of this image only; image: (1 or 3, H, W) in [0, 1]. The left side shows activations,
+    each alone, cropped to its receptive field and on its own scale; the right side shows their sum.
+    Below the strongest activation are its supporting activations in each lower layer, and their
+    sum in the position and on the scale of the activation, with the fraction of its squared norm
+    that the sum explains.
     """
     y = _only(codes).y
-    made = net.synthesize(codes, layer)
+    reconstruction = net.synthesize(codes, layer)
     units = strongest_activations(codes, layer, SHOWN_UNITS)
     projected = project_activations(net, codes, layer, units)
     together = projected.sum(0, keepdim=True)
@@ -142,7 +146,11 @@ def image_parts_picture(net: DeconvNet, codes: Codes, image: Tensor, layer: int)
     panels = [
         _panel("image", image[None].expand(-1, 3, -1, -1)),
         panel("preprocessed", y, white),
-        panel(f"layer {layer}: {total} activations, {snr(y, made):.1f} dB", made, white),
+        panel(
+            f"layer {layer}: {total} activations, {snr(y, reconstruction):.1f} dB",
+            reconstruction,
+            white,
+        ),
         panel(f"the strongest {len(units)} of them: {snr(y, together):.1f} dB", together, white),
     ]
     rows = [hstack(panels, GAP)]
@@ -158,26 +166,28 @@ def image_parts_picture(net: DeconvNet, codes: Codes, image: Tensor, layer: int)
 
     levels = supporting_maps(net, codes, layer, units[:1])
     for level, count, z in zip(range(layer - 1, 0, -1), COUNTS, levels, strict=False):
-        kept = _strongest_in(z, count)
-        if len(kept) == 0:
+        supporting = _strongest_in(z, count)
+        if len(supporting) == 0:
             break
-        together = project_activations(net, codes, level, kept).sum(0, keepdim=True)
+        together = project_activations(net, codes, level, supporting).sum(0, keepdim=True)
         title = (
-            f"layer {level}: the strongest {len(kept)} of the {torch.count_nonzero(z)} parts of "
+            f"layer {level}: the strongest {len(supporting)} of {torch.count_nonzero(z)} parts of "
             f"{name}, each alone"
         )
-        labels = _labels(kept) if len(kept) <= SHOWN_UNITS else None
+        labels = _labels(supporting) if len(supporting) <= SHOWN_UNITS else None
         whole = panel(
-            f"these {len(kept)} together: {_share(top, together):.0%} of {name}", together, white
+            f"these {len(supporting)} together: {_explained_fraction(top, together):.0%} of {name}",
+            together,
+            white,
         )
-        tiles = _fields(net, codes, level, kept)
+        tiles = _fields(net, codes, level, supporting)
         rows.append(_parts_and_whole(title, tiles, labels, whole))
     return vstack(rows, 4 * GAP)
 
 
 def _fields(net: DeconvNet, codes: Codes, layer: int, units: Activations) -> Tensor:
-    """Tiles (M, 3, S, S) of units, each alone, cut to its field or to the image if that is less."""
-    fields = project_fields(net, codes, layer, units.places, units.values, units.values)
+    """Tiles (M, 3, S, S) of activations, each alone, cropped to its field and to the image."""
+    fields = project_fields(net, codes, layer, units.positions, units.values, units.values)
     shown = signed_rgb(
         net, fields.cropped(tuple(codes.y.shape[2:]), energy_share=1.0, tile_share=1.0).tiles
     )
@@ -185,22 +195,22 @@ def _fields(net: DeconvNet, codes: Codes, layer: int, units: Activations) -> Ten
 
 
 def _strongest_in(z: Tensor, count: int) -> Activations:
-    """The entries of maps (K, H, W) with the largest magnitude, of equals the first; no zeros."""
+    """The non-zero entries of maps (K, H, W) with the largest magnitude; the first among equals."""
     order = z.abs().flatten().sort(descending=True, stable=True).indices[:count]
     order = order[z.flatten()[order] != 0]
     K, H, W = z.shape
     return Activations(order // (H * W), order // W % H, order % W, z.flatten()[order])
 
 
-def _share(whole: Tensor, part: Tensor) -> float:
-    """1 - |whole - part|^2 / |whole|^2: negative if the part is further from it than nothing is."""
+def _explained_fraction(whole: Tensor, part: Tensor) -> float:
+    """1 - |whole - part|^2 / |whole|^2, which is negative if the part is farther away than zero."""
     whole, part = whole.double(), part.double()
     return float(1 - (whole - part).square().sum() / whole.square().sum())
 
 
 def _labels(units: Activations) -> list[str]:
-    each = zip(units.maps.tolist(), units.values.tolist(), strict=True)
-    return [f"map {number}: {value:+.2g}" for number, value in each]
+    pairs = zip(units.maps.tolist(), units.values.tolist(), strict=True)
+    return [f"map {number}: {value:+.2g}" for number, value in pairs]
 
 
 def _panel(title: str, picture: Tensor) -> Tensor:
@@ -211,7 +221,7 @@ def _panel(title: str, picture: Tensor) -> Tensor:
 
 
 def _parts_and_whole(title: str, tiles: Tensor, labels: list[str] | None, whole: Tensor) -> Tensor:
-    """A row of the picture: tiles (M, 3, h, w) as large as there is room for, and a panel."""
+    """A row of the picture: tiles (M, 3, h, w), as large as there is room for, and a panel."""
     count, _, h, w = tiles.shape
     line, narrowest = (LINE, LABEL) if labels else (0, 1)
 
@@ -224,17 +234,19 @@ def _parts_and_whole(title: str, tiles: Tensor, labels: list[str] | None, whole:
     columns = max(range(1, count + 1), key=lambda n: (width(n), -(-count % n), n))
     tiles = resize_tiles(tiles, max(1, width(columns)))
     if labels:
-        each = [with_title(label, tile) for label, tile in zip(labels, tiles, strict=True)]
-        tiles = torch.stack([_widened(tile, max(LABEL, tiles.shape[3])) for tile in each])
+        labelled = [with_title(label, tile) for label, tile in zip(labels, tiles, strict=True)]
+        tiles = torch.stack([_widened(tile, max(LABEL, tiles.shape[3])) for tile in labelled])
     return hstack([_widened(with_title(title, arrange_tiles(tiles, columns)), ROOM[1]), whole], GAP)
 
 
 def _widened(picture: Tensor, width: int) -> Tensor:
-    """Of exactly this width: paper on the right, or cut off there."""
+    """A picture padded or cut off on the right to exactly this width."""
     return F.pad(picture, (0, width - picture.shape[2]), value=PAPER)
 
 
 def _only(codes: Codes) -> Codes:
     if len(codes.y) != 1:
-        raise ValueError(f"codes of {len(codes.y)} images: take those of one, codes.select([n])")
+        raise ValueError(
+            f"codes of {len(codes.y)} images: expected those of one, codes.select([n])"
+        )
     return codes

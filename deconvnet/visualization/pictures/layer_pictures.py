@@ -1,7 +1,7 @@
-"""The pictures of a layer, as arrays (3, H, W) in [0, 1]: filters, patches, reconstructions, maps.
+"""The pictures of a layer, as tensors (3, H, W) in [0, 1]: filters, patches, reconstructions, maps.
 
-Filters and features are scaled each by itself, so that contrast between tiles means nothing and
-shape everything.
+Each filter or feature is scaled on its own: the contrast of a tile means nothing, only its shape
+does.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ FEATURE = 84
 
 
 def layer_pictures(net: DeconvNet, codes: Codes, images: Tensor, number: int) -> dict[str, Tensor]:
-    """The pictures of one finished layer, by name.
+    """The pictures of one trained layer, by name.
 
     layerN/filters: its filters in pixel space; layerN/patches (upper layers): the image patches
-    where they are strongest; layerN/parts (upper layers): what one image is made of;
-    layerN/reconstructed: some images and what each layer makes of them; layerN/maps: the feature
-    maps of one image.
+    where they respond most strongly; layerN/parts (upper layers): the parts of one image;
+    layerN/reconstructed: some images and their reconstructions by every layer; layerN/maps: the
+    feature maps of one image.
     """
     pictures = {}
     if number == 1:
@@ -43,37 +43,41 @@ def layer_pictures(net: DeconvNet, codes: Codes, images: Tensor, number: int) ->
         features = pixel_features(net, codes, number).cropped(tuple(images.shape[2:]))
         tiles, patches = signed_rgb(net, features.tiles), features.patches(images)
         tiles = shade_signed(tiles, quantile_magnitude(tiles))
-        pictures[f"layer{number}/filters"] = tile_grid(tiles, tile=FEATURE)
-        pictures[f"layer{number}/patches"] = tile_grid(patches.expand(-1, 3, -1, -1), tile=FEATURE)
-    shown = torch.linspace(0, len(images) - 1, min(SHOWN_IMAGES, len(images))).round().long()
-    some = codes.select(shown.to(net.device))
-    if number > 1:
-        clearest = _clearest(net, some, number)
-        one = some.select(slice(clearest, clearest + 1))
-        pictures[f"layer{number}/parts"] = image_parts_picture(
-            net, one, images[shown[clearest]], number
+        pictures[f"layer{number}/filters"] = tile_grid(tiles, tile_width=FEATURE)
+        pictures[f"layer{number}/patches"] = tile_grid(
+            patches.expand(-1, 3, -1, -1), tile_width=FEATURE
         )
-    pictures[f"layer{number}/reconstructed"] = reconstruction_picture(net, some, images[shown])
-    busiest = some.layer(number).z.abs().sum((1, 2, 3)).argmax()
-    pictures[f"layer{number}/maps"] = map_grid(some.layer(number).z[busiest])
+    shown = torch.linspace(0, len(images) - 1, min(SHOWN_IMAGES, len(images))).round().long()
+    shown_codes = codes.select(shown.to(net.device))
+    if number > 1:
+        clearest = _clearest(net, shown_codes, number)
+        single = shown_codes.select(slice(clearest, clearest + 1))
+        pictures[f"layer{number}/parts"] = image_parts_picture(
+            net, single, images[shown[clearest]], number
+        )
+    pictures[f"layer{number}/reconstructed"] = reconstruction_picture(
+        net, shown_codes, images[shown]
+    )
+    busiest = shown_codes.layer(number).z.abs().sum((1, 2, 3)).argmax()
+    pictures[f"layer{number}/maps"] = map_grid(shown_codes.layer(number).z[busiest])
     return pictures
 
 
 def filter_picture(net: DeconvNet) -> Tensor:
-    """The filters of the first layer, as they are."""
+    """The filters of the first layer."""
     return filter_grid(signed_rgb(net, net.layer(1).filters))
 
 
 def filter_grid(f: Tensor, *, columns: int | None = None) -> Tensor:
-    """Filters (K, 1 or 3, h, w) as a grid, each about mid-grey and by its own largest magnitude."""
+    """Filters (K, 1 or 3, h, w) as a grid, each shaded by its own largest magnitude."""
     return tile_grid(shade_signed(f), columns=columns)
 
 
 def map_grid(z: Tensor, *, columns: int | None = None) -> Tensor:
     """The maps (K, H, W) of one image as a grid: grey is zero, white positive, black negative.
 
-    A sparse map is next to invisible as it is: of every 2x2 places the strongest is shown, and nine
-    in ten of all non-zero values are within the range from black to white, the same for all maps.
+    A sparse map would be almost invisible, so maps are max-pooled over 2x2 positions. Nine in ten
+    of the non-zero values lie between black and white, on the same scale for all maps.
     """
     strongest = max_pool(z[None], (1, 2, 2))[0][0]
     return tile_grid(
@@ -82,29 +86,29 @@ def map_grid(z: Tensor, *, columns: int | None = None) -> Tensor:
 
 
 def reconstruction_picture(net: DeconvNet, codes: Codes, images: Tensor) -> Tensor:
-    """Rows of images: as they came, preprocessed, from every layer, and back to pixels.
+    """Rows of images: original, preprocessed, reconstructed by every layer, and back in pixels.
 
-    The middle rows are what the layers explain, and their SNR is written beside them. The last row
-    undoes the preprocessing, with what it recorded of these images (of contrast normalisation the
-    local means and deviations).
+    The reconstructions are in the preprocessed domain, with their SNR. The last row undoes the
+    preprocessing with what it recorded for these images (for contrast normalisation, the local
+    means and deviations).
     """
     y, top = codes.y, len(codes.layers)
-    explained = [("preprocessed", y)]
+    rows = [("preprocessed", y)]
     for number, layer in enumerate(codes.layers, 1):
-        made = net.synthesize(codes, number)
-        label = f"layer {number}\n{snr(y, made):.1f} dB\n{layer.density:.1%} of z"
-        explained.append((label, made))
+        reconstruction = net.synthesize(codes, number)
+        label = f"layer {number}\n{snr(y, reconstruction):.1f} dB\n{layer.density:.1%} of z"
+        rows.append((label, reconstruction))
     return vstack(
         [
             _labelled_row("image", images),
-            labelled_images(net, explained),
+            labelled_images(net, rows),
             _labelled_row(f"layer {top}\nto pixels", net.reconstruct(codes, top)),
         ]
     )
 
 
 def labelled_images(net: DeconvNet, rows: list[tuple[str, Tensor]]) -> Tensor:
-    """Rows of preprocessed images (N, C, H, W) with their labels, all in the scale of the first."""
+    """Rows of preprocessed images (N, C, H, W) with labels, all on the scale of the first row."""
     white = 3 * rows[0][1].std().clamp(min=1e-12)
     return vstack(
         [_labelled_row(label, shade_signed(signed_rgb(net, row), white)) for label, row in rows]
@@ -112,11 +116,11 @@ def labelled_images(net: DeconvNet, rows: list[tuple[str, Tensor]]) -> Tensor:
 
 
 def _labelled_row(label: str, images: Tensor) -> Tensor:
-    page = tile_grid(images.clamp(0, 1).expand(-1, 3, -1, -1), columns=len(images), tile=96)
+    page = tile_grid(images.clamp(0, 1).expand(-1, 3, -1, -1), columns=len(images), tile_width=96)
     return hstack([text_block(label, 110, page.shape[1]), page])
 
 
 def _clearest(net: DeconvNet, codes: Codes, number: int) -> int:
-    """The image that a layer reconstructs best."""
-    made = net.synthesize(codes, number)
-    return max(range(len(made)), key=lambda n: snr(codes.y[n], made[n]))
+    """The index of the image that a layer reconstructs best."""
+    reconstruction = net.synthesize(codes, number)
+    return max(range(len(reconstruction)), key=lambda n: snr(codes.y[n], reconstruction[n]))

@@ -1,7 +1,7 @@
-"""The papers' grids: for each map 3x3 projections beside the 3x3 patches of the images.
+"""The grids of the papers: for each map, 3x3 projections next to the 3x3 patches of the images.
 
-Every projection is shown symmetrically about grey, which is zero, by the magnitude within which
-almost all of its own pixels stay: contrast between tiles means nothing, shape everything.
+Every projection is shaded about grey, which is zero, by the magnitude within which almost all of
+its own pixels stay: the contrast of a tile means nothing, only its shape does.
 """
 
 from __future__ import annotations
@@ -33,10 +33,9 @@ COLUMNS = 2
 
 
 def shade_projections(tiles: np.ndarray | Tensor, *, contrast: float = CONTRAST) -> Tensor:
-    """Signed tiles (M, 3, h, w) as colours in [0, 1]: grey is zero; a tile of zeros is all grey.
+    """Signed tiles (M, 3, h, w) as colours in [0, 1]; zero is grey.
 
-    contrast: of the pixels of a tile that are not zero the share that stays short of black and
-    white.
+    contrast: the fraction of the non-zero pixels of a tile that stay between black and white.
     """
     signed = torch.as_tensor(np.asarray(tiles), dtype=torch.float32)
     signed = torch.nan_to_num(signed, 0.0, 0.0, 0.0)
@@ -44,41 +43,40 @@ def shade_projections(tiles: np.ndarray | Tensor, *, contrast: float = CONTRAST)
 
 
 def projection_grid(
-    found: TopProjections,
+    projections: TopProjections,
     rows: Sequence[int] | None = None,
     *,
     columns: int = COLUMNS,
-    tile: int = TILE,
+    tile_width: int = TILE,
     contrast: float = CONTRAST,
 ) -> Tensor:
-    """A picture (3, H, W): for each map its projections beside the patches, in the same order.
+    """A picture (3, H, W): for each map, its projections next to the patches, in the same order.
 
-    rows: which of the maps of `found`, by default all. Hatched: a map has fewer activations.
+    rows: the rows of the maps in `projections`, by default all. Tiles are hatched if a map has
+    fewer activations.
     """
-    rows = range(len(found.maps)) if rows is None else rows
-    blocks = [_block(found, row, tile, contrast) for row in rows]
+    rows = range(len(projections.maps)) if rows is None else rows
+    blocks = [_block(projections, row, tile_width, contrast) for row in rows]
     lines = [hstack(blocks[n : n + columns], 4 * GAP) for n in range(0, len(blocks), columns)]
     return vstack(lines, 2 * GAP)
 
 
-def with_control(learned: Tensor, control: Tensor, *, layer: str) -> Tensor:
-    """The grid of a layer beside that of the same layer with shuffled weights."""
+def with_control(grid: Tensor, control: Tensor, *, layer: str) -> Tensor:
+    """The grid of a layer next to that of the same layer with shuffled weights."""
     return hstack(
         [
-            with_title(f"{layer}: strongest activations, projected, and the image there", learned),
-            with_title(
-                "the same, all weights in a random order: what the images alone give", control
-            ),
+            with_title(f"{layer}: strongest activations, projected, and the image there", grid),
+            with_title("the same with shuffled weights: what the images alone produce", control),
         ],
         8 * GAP,
     )
 
 
 def pixel_filters(projector: Projector) -> tuple[str, Tensor] | None:
-    """The layer whose filters see pixels, and they (K, 3, h, w), as signed red, green and blue.
+    """The name of the layer whose filters see pixels, and these filters (K, 3, h, w) as signed RGB.
 
-    Of a torch module the first convolution that takes as many planes as an image has; None if there
-    is none.
+    In a torch module, this is the first convolution with as many input channels as an image; None
+    if there is none.
     """
     if projector.is_deconvnet:
         return "layer1", projector.signed_rgb(projector.model.layer(1).filters).cpu()
@@ -90,7 +88,7 @@ def pixel_filters(projector: Projector) -> tuple[str, Tensor] | None:
 
 
 def sample_maps(dead: np.ndarray, count: int | None, *, seed: int = 0) -> list[int]:
-    """So many of the maps that are not dead, at random, in their order; all if they are fewer."""
+    """A random sample of `count` of the maps that are not dead, in ascending order; None: all."""
     alive = np.flatnonzero(~dead)
     if count is None or len(alive) <= count:
         return alive.tolist()
@@ -98,29 +96,29 @@ def sample_maps(dead: np.ndarray, count: int | None, *, seed: int = 0) -> list[i
     return sorted(alive[order[:count].numpy()].tolist())
 
 
-def _block(found: TopProjections, row: int, tile: int, contrast: float) -> Tensor:
-    count, k = found.count(row), found.values.shape[1]
+def _block(projections: TopProjections, row: int, tile_width: int, contrast: float) -> Tensor:
+    count, k = projections.count(row), projections.values.shape[1]
     side = math.ceil(math.sqrt(k))
-    patches = torch.from_numpy(found.patches[row]).float() / 255
+    patches = torch.from_numpy(projections.patches[row]).float() / 255
     pair = []
-    for tiles in (shade_projections(found.tiles[row], contrast=contrast), patches):
-        tiles = _of_width(tiles, tile)
+    for tiles in (shade_projections(projections.tiles[row], contrast=contrast), patches):
+        tiles = _of_width(tiles, tile_width)
         tiles[count:] = _hatched(tiles.shape[2:])
         pair.append(arrange_tiles(tiles, side))
-    values = found.values[row, :count]
-    title = f"map {found.maps[row]}"
+    values = projections.values[row, :count]
+    title = f"map {projections.maps[row]}"
     if count:
         title += f"   {values[0]:.3g} to {values[-1]:.3g}"
     return with_title(title, hstack(pair))
 
 
 def _of_width(tiles: Tensor, width: int) -> Tensor:
-    """All tiles about this wide: enlarged by a whole number without smoothing, or reduced."""
+    """Tiles resized to about this width: enlarged by a whole factor, or reduced."""
     w = tiles.shape[3]
     return resize_tiles(tiles, max(1, round(width / w)) * w if w < width else width)
 
 
 def _hatched(size: tuple[int, int]) -> Tensor:
-    """A tile for what is not there."""
+    """A tile for a missing activation."""
     rows, columns = torch.meshgrid(*(torch.arange(n) for n in size), indexing="ij")
     return torch.where((rows + columns) % 8 < 1, 0.75, PAPER).expand(3, -1, -1)

@@ -1,0 +1,49 @@
+"""What earlier results depend on: an earlier file is used only if its key is the same."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from dataclasses import asdict
+
+import numpy as np
+from torch import nn
+
+from deconvnet.network.network import DeconvNet
+from deconvnet.visualization.models.zoo import LoadedModel
+from deconvnet.visualization.search.top_activations import TopActivations
+
+
+def network_key(model: LoadedModel) -> list[object]:
+    """What responses and projections depend on: parameters, their use, and the normalisation."""
+    module = model.module
+    if isinstance(module, DeconvNet):
+        structure = module.to_parts()[1]
+    else:
+        structure = [str(module), _source_digest(module)]
+    digest = hashlib.sha256(json.dumps(structure).encode()).hexdigest()[:16]
+    return [model.digest, digest, asdict(model.normalization)]
+
+
+def activations_key(top: TopActivations) -> str:
+    """A digest of a table of activations."""
+    digest = hashlib.sha256()
+    for array in (top.values, top.images, top.rows, top.columns):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def _source_digest(module: nn.Module) -> str:
+    """A digest of the source of all classes of a network except those of PyTorch: users may change
+    what their own network computes but keep its parameters."""
+    digest = hashlib.sha256()
+    classes = {type(part) for part in module.modules()}
+    for kind in sorted(classes, key=lambda kind: f"{kind.__module__}.{kind.__qualname__}"):
+        if kind.__module__.partition(".")[0] == "torch":
+            continue
+        try:
+            digest.update(inspect.getsource(kind).encode("utf-8", "surrogateescape"))
+        except (OSError, TypeError):  # for a class that was defined in an interpreter
+            digest.update(f"{kind.__module__}.{kind.__qualname__}".encode())
+    return digest.hexdigest()[:16]
