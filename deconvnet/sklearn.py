@@ -27,14 +27,14 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 from torch.nn.functional import pad
 
-from deconvnet.applications.classification.pyramid import Grid, cells, grid_features
+from deconvnet.applications.classification.grid_features import Grid, grid_features, num_cells
 from deconvnet.filters.update import LearningSettings
 from deconvnet.images.preprocessing import PreprocessingSettings
 from deconvnet.monitoring.records import EpochStats
 from deconvnet.network.codes import Codes
 from deconvnet.network.layer import LayerSettings
 from deconvnet.network.network import DeconvNet
-from deconvnet.sparse_coding.solvers import default_solver
+from deconvnet.sparse_coding.solve import default_solver
 from deconvnet.support.devices import torch_device
 from deconvnet.support.modes import plain
 from deconvnet.support.validation import as_tensor
@@ -117,7 +117,7 @@ class DeconvNetTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
     def fit(self, X: ArrayLike, y: object = None) -> DeconvNetTransformer:
         """Learn the filters from X, layer by layer; y is not looked at."""
         if self.grid is not None:
-            cells(self.grid)
+            num_cells(self.grid)
         images = self._images(X, reset=True)
         device = torch_device(self.device)
         self._device = str(device)
@@ -188,7 +188,7 @@ class DeconvNetTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
     def _n_features_out(self) -> int:
         if self.grid is None:
             return math.prod(self.map_shape_)
-        return self.map_shape_[0] * cells(self.grid)
+        return self.map_shape_[0] * num_cells(self.grid)
 
     def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()

@@ -26,7 +26,7 @@ from deconvnet import (
     SolverSettings,
     sparse_code,
 )
-from deconvnet.applications.classification.pyramid import cells, grid_features
+from deconvnet.applications.classification.grid_features import grid_features, num_cells
 from deconvnet.network.codes import Codes
 from deconvnet.sklearn import DeconvNetTransformer
 
@@ -178,7 +178,7 @@ def test_cells_are_counted_and_cover_maps_that_they_do_not_divide():
     z = torch.zeros(1, 2, 5, 3)
     z[0, 1, 4, 2] = -6.0
     features = grid_features(z, (1, 2))
-    assert cells((1, 2)) == 5 and features.shape == (1, 10)
+    assert num_cells((1, 2)) == 5 and features.shape == (1, 10)
     assert features[0, :2].tolist() == [0.0, pytest.approx(6 / 15)]
     assert features[0, 2:].tolist() == [0] * 7 + [pytest.approx(6 / 6)]
     for grid in (0, (), (2, 0), 1.5, "2"):
