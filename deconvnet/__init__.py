@@ -16,7 +16,8 @@ if TYPE_CHECKING:  # for type checkers and editors; __getattr__ imports the same
     from deconvnet.network.codes import Codes
     from deconvnet.network.layer import LayerSettings
     from deconvnet.network.network import DeconvNet, load
-    from deconvnet.sparse_coding.solvers import Solution, SolverSettings, sparse_code
+    from deconvnet.sparse_coding.problem import Solution, SolverSettings
+    from deconvnet.sparse_coding.solve import sparse_code
 
 __version__ = "0.1.0"
 
@@ -44,12 +45,12 @@ _MODULES = {
     "Learned": "deconvnet.dictionary",
     "LearningSettings": "deconvnet.filters.update",
     "PreprocessingSettings": "deconvnet.images.preprocessing",
-    "Solution": "deconvnet.sparse_coding.solvers",
-    "SolverSettings": "deconvnet.sparse_coding.solvers",
+    "Solution": "deconvnet.sparse_coding.problem",
+    "SolverSettings": "deconvnet.sparse_coding.problem",
     "learn_filters": "deconvnet.dictionary",
     "learn_online": "deconvnet.dictionary",
     "load": "deconvnet.network.network",
-    "sparse_code": "deconvnet.sparse_coding.solvers",
+    "sparse_code": "deconvnet.sparse_coding.solve",
 }
 
 

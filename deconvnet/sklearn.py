@@ -35,7 +35,7 @@ from deconvnet.monitoring.records import EpochStats
 from deconvnet.network.codes import Codes
 from deconvnet.network.layer import LayerSettings
 from deconvnet.network.network import DeconvNet
-from deconvnet.sparse_coding.solvers import default_solver
+from deconvnet.sparse_coding.solve import default_solver
 from deconvnet.support.devices import torch_device
 from deconvnet.support.modes import plain
 from deconvnet.support.validation import as_tensor
