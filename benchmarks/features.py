@@ -47,7 +47,7 @@ from sklearn.preprocessing import FunctionTransformer, MaxAbsScaler
 from sklearn.svm import LinearSVC
 from torch import Tensor
 
-from deconvnet.applications.classification.pyramid import grid_features
+from deconvnet.applications.classification.grid_features import grid_features
 from deconvnet.images.preprocessing import STEPS, PreprocessingSettings
 from deconvnet.monitoring.strict_json import to_json
 from deconvnet.support.devices import torch_device

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -25,7 +24,7 @@ from deconvnet.network.tiling import MEMORY
 from deconvnet.storage import ownership
 from deconvnet.training.run_folder import training_data
 from deconvnet.visualization import image_parts_picture
-from deconvnet.visualization.pictures.canvas import LINE, hstack, text_block, vstack
+from deconvnet.visualization.pictures.canvas import hstack, text_block, vstack
 
 # Grey levels of an image file.
 LEVELS = 255
@@ -331,24 +330,3 @@ def strip(columns: list[tuple[str, Tensor]]) -> Tensor:
         pixels = image[0].clamp(0, 1).cpu().expand(3, -1, -1)
         parts.append(vstack([text_block(label, pixels.shape[2], LABEL), pixels]))
     return hstack(parts, gap=4)
-
-
-def confusion_picture(matrix: np.ndarray, names: list[str]) -> Tensor:
-    """(3, H, W): row by row what the images of a class were taken for, white none, dark blue all.
-
-    Names of the classes are on the left and, from bottom to top, above.
-    """
-    side = LINE
-    shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
-    dark = torch.tensor([0.03, 0.19, 0.42]).view(3, 1, 1)
-    # A root, so that a few in a hundred are seen.
-    ink = torch.from_numpy(shares).float().sqrt()
-    cells = 1 - ink * (1 - dark)
-    cells = cells.repeat_interleave(side, 1).repeat_interleave(side, 2)
-    cells[:, ::side], cells[:, :, ::side] = 0.9, 0.9
-    width = 9 * max(map(len, names)) + 8
-    labels = [text_block(name, width, side) for name in names]
-    above = torch.cat([torch.rot90(label, 1, (1, 2)) for label in labels], 2)
-    corner = torch.ones(3, width, width)
-    rows = hstack([vstack(labels), cells])
-    return vstack([hstack([corner, above]), rows])

@@ -1,4 +1,4 @@
-"""Put images into classes by the features of a trained network:
+"""Measure how well the features of a trained network separate classes of images:
 
 deconvnet classify run=runs/iccv2011 data.path=caltech layers=[1,4]
 """
@@ -9,9 +9,12 @@ from pathlib import Path
 import numpy as np
 from omegaconf import DictConfig
 
-from deconvnet.applications.classification.classifier import Scores, draw_split
-from deconvnet.applications.classification.pipeline import Features, Images, judge
-from deconvnet.applications.restored_pictures import check_targets, confusion_picture
+from deconvnet.applications.classification.confusion_picture import confusion_picture
+from deconvnet.applications.classification.evaluation import Scores, evaluate
+from deconvnet.applications.classification.labelled_images import LabelledImages
+from deconvnet.applications.classification.splits import draw_split
+from deconvnet.applications.classification.word_histograms import WordHistograms
+from deconvnet.applications.restored_pictures import check_targets
 from deconvnet.cli.errors import interruptible, one_line_errors
 from deconvnet.cli.settings import ClassifyConfig, read_settings
 from deconvnet.monitoring.monitor import save_picture
@@ -21,7 +24,7 @@ from deconvnet.storage import ownership
 from deconvnet.support.communicator import Communicator, RankLost, started
 from deconvnet.support.devices import torch_device
 
-# Seconds that a process waits for another: one may be a piece of images behind.
+# Seconds that a process waits for another, which may still be busy with a block of images.
 PATIENCE = 3600.0
 AGAIN = "run the same command again to resume; the features computed so far are kept"
 
@@ -36,54 +39,54 @@ def main(cfg: DictConfig) -> None:
 
 
 def classify(settings: ClassifyConfig, communicator: Communicator) -> None:
-    found: dict[str, tuple[Features, int]] = {}
+    layers: dict[str, tuple[WordHistograms, int]] = {}
     runs = [Path(run) for run in (settings.run, *settings.beside)]
     for run in runs:
-        features = features_of(run, settings, communicator)
-        called = run.name if run.is_dir() else run.stem
-        name = "" if run == runs[0] else f"{called} "
-        for layer in features.layers:
-            if f"{name}layer {layer}" in found:
-                raise ValueError(f"beside={settings.beside}: two networks are called {called}")
-            found[f"{name}layer {layer}"] = features, layer
-    folder = results(runs[0], settings)
+        histograms = histograms_of(run, settings, communicator)
+        network_name = run.name if run.is_dir() else run.stem
+        prefix = "" if run == runs[0] else f"{network_name} "
+        for layer in histograms.layers:
+            if f"{prefix}layer {layer}" in layers:
+                raise ValueError(
+                    f"beside={settings.beside}: two networks are called {network_name}"
+                )
+            layers[f"{prefix}layer {layer}"] = histograms, layer
+    folder = output_folder(runs[0], settings)
+    images = next(iter(layers.values()))[0].images
     if communicator.is_main:
-        images = next(iter(found.values()))[0].images
         check_targets([folder / name for name in (PICTURE, SCORES)], [*runs, *images.files])
-    for features in dict.fromkeys(features for features, _ in found.values()):
-        features.learn_codebooks()
-        features.count_words()
+    for histograms in dict.fromkeys(histograms for histograms, _ in layers.values()):
+        histograms.learn_codebooks()
+        histograms.count_words()
     if communicator.is_main:
-        scores = judge(found, settings)
-        names = next(iter(found.values()))[0].images.names
-        report(scores, names, settings, folder)
+        report(evaluate(layers, settings), images.class_names, settings, folder)
 
 
-def features_of(run: Path, settings: ClassifyConfig, communicator: Communicator) -> Features:
-    """Those of the layers of a network, nothing of which is made yet."""
+def histograms_of(
+    run: Path, settings: ClassifyConfig, communicator: Communicator
+) -> WordHistograms:
+    """The word histograms of the layers of a network, none of which is computed yet."""
     net = load(run).to(torch_device(settings.device))
     layers = settings.layers or list(range(1, net.depth + 1))
     for number in layers:
         net.layer(number)
-    images = Images.of(run, settings.data)
+    images = LabelledImages.from_settings(run, settings.data)
     splits = [
         draw_split(
             images.labels,
-            images.names,
+            images.class_names,
             train=settings.train,
             test=settings.test,
             seed=settings.seed + number,
-            fixed=images.fixed,
+            is_test=images.is_test,
         )
         for number in range(settings.splits)
     ]
-    return Features(
-        net, images, splits, layers, settings, results(run, settings) / "features", communicator
-    )
+    folder = output_folder(run, settings) / "features"
+    return WordHistograms(net, images, splits, layers, settings, folder, communicator)
 
 
-def results(run: Path, settings: ClassifyConfig) -> Path:
-    """The folder of what is found for a network."""
+def output_folder(run: Path, settings: ClassifyConfig) -> Path:
     if settings.output:
         return Path(settings.output).expanduser()
     return (run if run.is_dir() else run.parent) / "classified"
@@ -91,33 +94,33 @@ def results(run: Path, settings: ClassifyConfig) -> Path:
 
 def report(
     scores: dict[str, Scores],
-    names: list[str],
+    class_names: list[str],
     settings: ClassifyConfig,
     folder: Path,
 ) -> None:
-    """Say and write down what came out: a table, scores.json, confusion.png of the best."""
+    """Print a table; write scores.json, and confusion.png of the best layer."""
     width = max(map(len, scores))
     tested = next(iter(scores.values())).confusions.sum((1, 2))
-    lines = [f"{'':{width}}   accuracy, mean over {len(names)} classes"]
+    lines = [f"{'':{width}}   accuracy, mean over {len(class_names)} classes"]
     for name, score in scores.items():
-        spread = "" if score.spread is None else f" ± {100 * score.spread:.1f}"
+        spread = "" if score.std is None else f" ± {100 * score.std:.1f}"
         lines.append(f"{name:{width}}   {100 * score.mean:.1f}%{spread}")
     lines.append(
-        f"({settings.train} training images of a class, {tested.mean():.0f} tests, "
-        f"{len(tested)} splits; by chance {100 / len(names):.1f}%)"
+        f"({settings.train} training images of each class, {tested.mean():.0f} tests, "
+        f"{len(tested)} splits; chance level {100 / len(class_names):.1f}%)"
     )
     best = max(scores, key=lambda name: scores[name].mean)
-    picture = confusion_picture(scores[best].confusions.sum(0), names)
+    picture = confusion_picture(scores[best].confusions.sum(0), class_names)
     save_picture(folder / PICTURE, picture)
     table = {
         "settings": dataclasses.asdict(settings),
-        "classes": names,
+        "classes": class_names,
         "scores": {
             name: {
                 "mean": score.mean,
-                "std": score.spread,
+                "std": score.std,
                 "splits": score.accuracies.tolist(),
-                "classes": mean_of_splits(score.by_class),
+                "classes": mean_over_splits(score.class_accuracies),
             }
             for name, score in scores.items()
         },
@@ -127,9 +130,9 @@ def report(
     print(f"{folder / PICTURE} ({best}), {folder / SCORES}")
 
 
-def mean_of_splits(by_class: np.ndarray) -> list[float]:
-    """The mean accuracy of every class over the splits (splits, classes) that test it, or NaN."""
-    tested = ~np.isnan(by_class)
+def mean_over_splits(class_accuracies: np.ndarray) -> list[float]:
+    """The mean accuracy (classes,) over the splits that test a class; NaN if none does."""
+    tested = ~np.isnan(class_accuracies)
     count = tested.sum(0)
-    total = np.where(tested, by_class, 0).sum(0)
+    total = np.where(tested, class_accuracies, 0).sum(0)
     return np.where(count > 0, total / np.maximum(count, 1), np.nan).tolist()

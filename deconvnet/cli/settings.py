@@ -17,8 +17,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from deconvnet.applications.classification.classifier import ClassData
-from deconvnet.applications.classification.pipeline import ClassifySettings
+from deconvnet.applications.classification.settings import ClassData, ClassifySettings
 from deconvnet.applications.restoration import STRENGTH
 from deconvnet.cli.help import help_page
 from deconvnet.cli.keys import TEXTS

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from deconvnet.images.datasets import DataSettings
 from deconvnet.images.preprocessing import PreprocessingSettings
+from deconvnet.images.sources import DataSettings
 from deconvnet.network.layer import LayerSettings
 from deconvnet.support.renaming import with_current_names
 from deconvnet.training.checkpoint import DIGEST

@@ -40,15 +40,17 @@ class VisualizationSettings:
     contrast: float = 0.995
     # show every grid next to that of the same network with shuffled weights
     control: bool = True
-    # images for the occlusion experiment, and for the invariance experiment
+    # images over which a grey square slides (the occlusion experiment)
     occlusion: int = 0
+    # images that are shifted, scaled and rotated (the invariance experiment)
     invariance: int = 0
     # images in the explorer of the gallery
     explorer_images: int = 8
     # write the gallery
     gallery: bool = True
-    # images that go through the network at a time, which bounds memory; processes that read them
+    # images that go through the network at a time, which bounds memory
     batch: int = 8
+    # processes that read images
     workers: int = 0
     # for the random choice of maps, and for the control
     seed: int = 0

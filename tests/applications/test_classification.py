@@ -15,34 +15,40 @@ from sklearn.cluster import KMeans
 from sklearn.svm import LinearSVC
 from torch.testing import assert_close
 
-from deconvnet.applications.classification import pipeline
-from deconvnet.applications.classification.classifier import (
+from deconvnet.applications.classification import word_histograms
+from deconvnet.applications.classification.codebook import Codebook
+from deconvnet.applications.classification.descriptors import (
     CLIP,
-    ClassData,
-    Codebook,
-    FeatureSettings,
-    Scores,
-    Split,
-    confusion,
-    counts,
     descriptors,
-    draw_split,
-    image_windows,
-    intersection,
-    linear,
-    normalized,
-    predict,
-    projected,
-    pyramid,
-    to_first,
+    normalize_descriptors,
 )
-from deconvnet.applications.classification.pipeline import ClassifySettings, Features, Images, judge
+from deconvnet.applications.classification.evaluation import Scores, confusion_matrix, evaluate
+from deconvnet.applications.classification.image_descriptors import (
+    image_descriptors,
+    project_strongest,
+    projection_to_layer_1,
+)
+from deconvnet.applications.classification.labelled_images import LabelledImages
+from deconvnet.applications.classification.settings import (
+    ClassData,
+    ClassifySettings,
+    FeatureSettings,
+)
+from deconvnet.applications.classification.spatial_pyramid import (
+    bhattacharyya_kernel,
+    intersection_kernel,
+    pyramid,
+    word_histogram,
+)
+from deconvnet.applications.classification.splits import Split, draw_split
+from deconvnet.applications.classification.svm import predict_classes
+from deconvnet.applications.classification.word_histograms import WordHistograms
 from deconvnet.images.preprocessing import PreprocessingSettings
 from deconvnet.images.sources import DataSettings
 from deconvnet.network.layer import LayerSettings
 from deconvnet.network.network import DeconvNet, load
 from deconvnet.operators.linear import Deconvolution
-from deconvnet.sparse_coding.solvers import SolverSettings
+from deconvnet.sparse_coding.problem import SolverSettings
 from deconvnet.storage.checkpoint_files import save_checkpoint
 
 FEW = SolverSettings(iterations=20)
@@ -84,7 +90,7 @@ def test_normalized_descriptors_have_length_one_no_large_part_and_weak_ones_stay
     d[0, 0] = 100
     d[1] *= 1e-3
     d[2] = 0
-    found = normalized(d, floor=0.5)
+    found = normalize_descriptors(d, norm_floor=0.5)
     length = found.norm(dim=1)
     strong = d.norm(dim=1) >= 0.5
     assert_close(length[strong], torch.ones_like(length[strong]))
@@ -112,7 +118,7 @@ def test_hard_words_are_those_of_scikit_learn(cloud):
     assert (words[:, 0].numpy() == model.predict(cloud.numpy())).all()
     assert (shares == 1).all() and shares.shape == (3000, 1)
     distance = (cloud - book.centers[words[:, 0]]).square().sum(1)
-    assert book.spread == pytest.approx(float(distance.mean()), rel=1e-3)
+    assert book.distortion == pytest.approx(float(distance.mean()), rel=1e-3)
 
 
 def test_soft_words_are_the_nearest_and_the_nearer_has_the_larger_share(cloud):
@@ -121,7 +127,7 @@ def test_soft_words_are_the_nearest_and_the_nearer_has_the_larger_share(cloud):
     squared = torch.cdist(cloud, book.centers).square()
     near = squared.topk(3, largest=False)
     assert (words == near.indices).float().mean() > 0.999
-    weights = torch.exp(-near.values / book.spread)
+    weights = torch.exp(-near.values / book.distortion)
     assert_close(shares, weights / weights.sum(1, keepdim=True), rtol=1e-3, atol=1e-4)
 
 
@@ -133,7 +139,7 @@ def test_a_normalizing_codebook_does_not_see_contrast(cloud):
 
 def test_the_same_seed_finds_the_same_words(cloud):
     one, two = (Codebook.fit(cloud, 5, seed=3) for _ in range(2))
-    assert torch.equal(one.centers, two.centers) and one.floor == two.floor
+    assert torch.equal(one.centers, two.centers) and one.norm_floor == two.norm_floor
 
 
 @pytest.mark.parametrize("d", [torch.ones(50, 4), rand(3, 4)])
@@ -149,7 +155,7 @@ def test_a_pyramid_counts_the_words_in_the_cells_of_all_grids():
     P, V, levels = 200, 7, (1, 2, 4)
     places = torch.rand(P, 2, generator=torch.Generator().manual_seed(0))
     words = torch.randint(V, (P, 1), generator=torch.Generator().manual_seed(1))
-    histogram = counts(words, torch.ones(P, 1), places, torch.ones(P), side=4, size=V)
+    histogram = word_histogram(words, torch.ones(P, 1), places, torch.ones(P), side=4, num_words=V)
     found = pyramid(histogram[None], levels)[0]
     expected = []
     for g, weight in zip(levels, (0.25, 0.25, 0.5), strict=True):
@@ -177,18 +183,20 @@ def test_two_pyramids_that_agree_in_finer_cells_match_more():
     one, near, far = torch.zeros(3, 16, 1).unbind(0)
     one[0], near[1], far[15] = 1, 1, 1
     a, b, c = pyramid(torch.stack([one, near, far]))
-    same, beside, away = (float(intersection(a[None], each[None])) for each in (a, b, c))
+    same, beside, away = (float(intersection_kernel(a[None], each[None])) for each in (a, b, c))
     assert (same, beside, away) == (1.0, 0.5, 0.25)
 
 
 def test_an_image_without_windows_is_like_no_other():
     found = pyramid(torch.stack([torch.zeros(16, 3), torch.ones(16, 3)]))
-    assert torch.isfinite(found).all() and float(intersection(found[:1], found)[0].sum()) == 0
+    assert (
+        torch.isfinite(found).all() and float(intersection_kernel(found[:1], found)[0].sum()) == 0
+    )
 
 
 def test_the_intersection_kernel_is_the_sum_of_the_smaller_entries():
     a, b = rand(5, 2500).abs().double(), rand(700, 2500, seed=1).abs().double()
-    found = intersection(a, b)
+    found = intersection_kernel(a, b)
     for n, m in itertools.product(range(5), (0, 300, 699)):
         smaller = sum(min(x, y) for x, y in zip(a[n].tolist(), b[m].tolist(), strict=True))
         assert float(found[n, m]) == pytest.approx(smaller)
@@ -197,7 +205,7 @@ def test_the_intersection_kernel_is_the_sum_of_the_smaller_entries():
 def test_the_linear_kernel_is_the_product_of_the_roots():
     a, b = rand(5, 60).abs().double(), rand(7, 60, seed=1).abs().double()
     expected = [[sum((x * y).sqrt().tolist()) for y in b] for x in a]
-    assert_close(linear(a, b), torch.tensor(expected, dtype=torch.float64))
+    assert_close(bhattacharyya_kernel(a, b), torch.tensor(expected, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("svm", ["one_vs_rest", "one_vs_one"])
@@ -205,7 +213,7 @@ def test_the_machines_learn_from_kernels_what_points_teach(svm):
     points = rand(90, 2) + 6 * torch.tensor([[0.0, 0], [1, 0], [0, 1]])[torch.arange(90) % 3]
     kernel, labels = (points @ points.T + 1).double().numpy(), np.arange(90) % 3 + 4
     own, tests = kernel[:60, :60], kernel[60:, :60]
-    found = predict(own, labels[:60], tests, C=10.0, svm=svm)
+    found = predict_classes(own, labels[:60], tests, C=10.0, svm=svm)
     assert (found == labels[60:]).mean() > 0.9
 
 
@@ -234,7 +242,7 @@ def test_a_projected_activation_paints_what_all_other_activations_at_zero_paint(
     net, codes = upper
     z = codes.layer(layer).z[1]
     order = z.flatten().abs().argsort(descending=True)[:20]
-    found = torch.cat(list(projected(net, codes, 1, layer, 20)))
+    found = torch.cat(list(project_strongest(net, codes, 1, layer, 20)))
     assert found.shape == (20, 4, *codes.layer(1).shape[1:])
     first = Deconvolution(net.layer(1).filters)
     whole = net.operator(codes.select(slice(1, 2)), layer)
@@ -247,20 +255,20 @@ def test_a_projected_activation_paints_what_all_other_activations_at_zero_paint(
 def test_all_activations_projected_one_by_one_add_up_to_the_layer(upper):
     net, codes = upper
     count = int((codes.layer(3).z[2] != 0).sum())
-    found = list(projected(net, codes, 2, 3, 10**6))
+    found = list(project_strongest(net, codes, 2, 3, 10**6))
     assert sum(map(len, found)) == count > 16
-    whole = to_first(net, codes, 3, torch.tensor([2]))(codes.layer(3).z[2:])
+    whole = projection_to_layer_1(net, codes, 3, torch.tensor([2]))(codes.layer(3).z[2:])
     assert_close(torch.cat(found).sum(0), whole[0], rtol=1e-3, atol=1e-5)
 
 
 def test_projected_windows_are_those_where_something_is_and_every_activation_counts_alike(upper):
     net, codes = upper
     settings = FeatureSettings(patch=[8], projected_step=2, strongest=5, words=2, neighbours=1)
-    parts = list(image_windows(net, codes, 0, 2, settings))
+    parts = list(image_descriptors(net, codes, 0, 2, settings))
     d = torch.cat([part.d for part in parts])
     weights = torch.cat([part.weights for part in parts])
     assert (d != 0).any(1).all() and float(weights.sum()) == pytest.approx(5, rel=1e-5)
-    maps = torch.cat(list(projected(net, codes, 0, 2, 5)))
+    maps = torch.cat(list(project_strongest(net, codes, 0, 2, 5)))
     windows = torch.nn.functional.max_pool2d(maps.abs().amax(1), 8, 2)
     assert len(d) == int((windows > 0).sum()) < windows.numel()
     sums = weights.split((windows > 0).flatten(1).sum(1).tolist())
@@ -270,7 +278,7 @@ def test_projected_windows_are_those_where_something_is_and_every_activation_cou
 def test_an_image_in_which_nothing_was_found_has_no_projected_windows(upper):
     net, _ = upper
     codes = net.infer(torch.zeros(1, 1, 36, 40))
-    assert list(image_windows(net, codes, 0, 3, FeatureSettings(words=2, neighbours=1))) == []
+    assert list(image_descriptors(net, codes, 0, 3, FeatureSettings(words=2, neighbours=1))) == []
 
 
 def test_windows_outside_the_picture_do_not_count():
@@ -278,23 +286,25 @@ def test_windows_outside_the_picture_do_not_count():
     square = torch.zeros(1, 1, 40, 40)
     square[..., 10:30, 5:35] = rand(1, 1, 20, 30).mul(0.1).add(0.5)
     codes = net.infer(square, frames=torch.tensor([[10, 5, 20, 30]]))
-    (found,) = image_windows(net, codes, 0, 1, FeatureSettings(patch=[8], words=2, neighbours=1))
+    (found,) = image_descriptors(
+        net, codes, 0, 1, FeatureSettings(patch=[8], words=2, neighbours=1)
+    )
     # An entry at row i paints rows i - 4 to i.
     inside = codes.layer(1).z[..., 10:34, 5:39]
     assert_close(found.d, descriptors(inside, patch=8).flatten(0, 2))
-    assert_close(found.places[0], torch.tensor([4 / 24, 4 / 34]))
-    assert_close(found.places[-1], torch.tensor([20 / 24, 30 / 34]))
+    assert_close(found.positions[0], torch.tensor([4 / 24, 4 / 34]))
+    assert_close(found.positions[-1], torch.tensor([20 / 24, 30 / 34]))
 
 
 def test_windows_of_upper_maps_are_as_large_in_pixels_as_those_of_layer_one(upper):
     net, codes = upper
     settings = FeatureSettings(patch=[16], step=4, upper="maps", words=2, neighbours=1)
-    (below,), (above,) = (image_windows(net, codes, 0, layer, settings) for layer in (1, 2))
+    (below,), (above,) = (image_descriptors(net, codes, 0, layer, settings) for layer in (1, 2))
     # Stride 2: windows of 8 places, 2 apart.
     H, W = codes.layer(2).shape[1:]
     assert len(above.d) == ((H - 8) // 2 + 1) * ((W - 8) // 2 + 1)
     assert above.d.shape[1] == 6 * 16 and below.d.shape[1] == 4 * 16
-    assert_close(above.places.amin(0), below.places.amin(0), rtol=0, atol=0.06)
+    assert_close(above.positions.amin(0), below.positions.amin(0), rtol=0, atol=0.06)
 
 
 # Classes that pixels do not tell apart.
@@ -329,15 +339,16 @@ def test_textures_are_told_apart_by_words_and_not_by_pixels():
     split = draw_split(labels, CLASSES, train=10, test=None, seed=0)
     net, settings = oriented(), FeatureSettings(patch=[16], words=20, step=4, neighbours=1)
     codes = net.infer(torch.from_numpy(images).float()[:, None])
-    windows = [next(image_windows(net, codes, n, 1, settings)) for n in range(72)]
+    windows = [next(image_descriptors(net, codes, n, 1, settings)) for n in range(72)]
     book = Codebook.fit(torch.cat([windows[n].d for n in split.train.tolist()]), 20)
     histograms = [
-        counts(*book.assign(each.d), each.places, each.weights, side=4, size=20) for each in windows
+        word_histogram(*book.assign(each.d), each.positions, each.weights, side=4, num_words=20)
+        for each in windows
     ]
     pyramids = pyramid(torch.stack(histograms))
     train, tests = pyramids[split.train], pyramids[split.test]
-    kernels = [intersection(each, train).numpy() for each in (train, tests)]
-    found = predict(kernels[0], labels[split.train], kernels[1], C=10.0, svm="one_vs_rest")
+    kernels = [intersection_kernel(each, train).numpy() for each in (train, tests)]
+    found = predict_classes(kernels[0], labels[split.train], kernels[1], C=10.0, svm="one_vs_rest")
     assert (found == labels[split.test]).mean() > 0.9
     pixels = LinearSVC().fit(images[split.train].reshape(30, -1), labels[split.train])
     assert pixels.score(images[split.test].reshape(42, -1), labels[split.test]) < 0.7
@@ -358,7 +369,7 @@ def test_a_split_takes_so_many_of_each_class_and_tests_at_most_so_many_others():
 
 def test_with_a_given_test_set_all_others_may_be_learned_from():
     labels, fixed = np.tile([0, 1], 10), np.arange(20) >= 10
-    split = draw_split(labels, "ab", train=5, test=None, seed=0, fixed=fixed)
+    split = draw_split(labels, "ab", train=5, test=None, seed=0, is_test=fixed)
     assert sorted(split.train) == list(range(10)) and sorted(split.test) == list(range(10, 20))
 
 
@@ -369,13 +380,13 @@ def test_a_class_with_too_few_images_is_named():
 
 def test_accuracy_is_the_mean_over_classes_however_large_they_are():
     truth, found = np.repeat([0, 1], [90, 10]), np.zeros(100, int)
-    matrix = confusion(truth, found, 2)
+    matrix = confusion_matrix(truth, found, 2)
     assert matrix.tolist() == [[90, 0], [10, 0]]
-    perfect = confusion(truth, truth, 2)
+    perfect = confusion_matrix(truth, truth, 2)
     scores = Scores(np.stack([matrix, perfect]))
     assert scores.accuracies.tolist() == [0.5, 1.0]
-    assert scores.mean == 0.75 and scores.spread == pytest.approx(np.std([0.5, 1], ddof=1))
-    assert Scores(matrix[None]).spread is None
+    assert scores.mean == 0.75 and scores.std == pytest.approx(np.std([0.5, 1], ddof=1))
+    assert Scores(matrix[None]).std is None
 
 
 @pytest.mark.parametrize(
@@ -478,7 +489,7 @@ def test_an_image_that_has_changed_under_its_name_is_computed_anew_and_others_ar
             (tmp_path / "images" / name).mkdir(parents=True, exist_ok=True)
             pixels = (255 * stripes(angle, random)[:32]).astype(np.uint8)
             Image.fromarray(pixels).save(tmp_path / "images" / name / f"{n}.bmp")
-    monkeypatch.setattr(pipeline, "PIECE", 4)
+    monkeypatch.setattr(word_histograms, "IMAGES_PER_FILE", 4)
     net = load(folder / "net.safetensors")
     data = ClassData(path=str(tmp_path / "images"), size=40)
     settings = ClassifySettings(
@@ -486,13 +497,13 @@ def test_an_image_that_has_changed_under_its_name_is_computed_anew_and_others_ar
     )
 
     def find():
-        images = Images.of(tmp_path, data)
-        split = draw_split(images.labels, images.names, train=3, test=2, seed=0)
-        features = Features(net, images, [split], [1], settings, tmp_path / "features")
+        images = LabelledImages.from_settings(tmp_path, data)
+        split = draw_split(images.labels, images.class_names, train=3, test=2, seed=0)
+        features = WordHistograms(net, images, [split], [1], settings, tmp_path / "features")
         features.learn_codebooks()
         features.count_words()
         files = {p: p.read_bytes() for p in (tmp_path / "features").rglob("*.npz")}
-        return features.counts(1, 0, split.test), split, images, files
+        return features.histograms(1, 0, split.test), split, images, files
 
     before, split, images, files = find()
     tested = images.files[split.test[0]]
@@ -556,7 +567,7 @@ def test_together_is_the_mean_of_the_kernels(monkeypatch):
     @dataclasses.dataclass
     class Given:
         number: int
-        images = Images([], np.array([0, 1, 0, 1, 0]), ["a", "b"], None, None, "pad")
+        images = LabelledImages([], np.array([0, 1, 0, 1, 0]), ["a", "b"], None, None, "pad")
         splits = (split,)
 
         def kernels(self, layer, number):
@@ -568,8 +579,8 @@ def test_together_is_the_mean_of_the_kernels(monkeypatch):
         seen.append(np.concatenate([kernel, tests]))
         return np.array([1, 0])
 
-    monkeypatch.setattr("deconvnet.applications.classification.pipeline.predict", predict)
-    found = judge({"a": (Given(0), 1), "b": (Given(1), 1)}, ClassifySettings())
+    monkeypatch.setattr("deconvnet.applications.classification.evaluation.predict_classes", predict)
+    found = evaluate({"a": (Given(0), 1), "b": (Given(1), 1)}, ClassifySettings())
     assert list(found) == ["a", "b", "together"]
     np.testing.assert_allclose(seen, [table[0], table[1], table.mean(0)])
     assert found["together"].mean == 1
@@ -579,12 +590,12 @@ def test_windows_of_two_sizes_make_images_as_alike_as_both_do_on_average(folder,
     net = load(folder / "net.safetensors")
     files = sorted((folder / "images").rglob("*.png"))
     labels = np.array([CLASSES.index(path.parent.name) for path in files])
-    images = Images(files, labels, list(CLASSES), None, 40, "pad")
+    images = LabelledImages(files, labels, list(CLASSES), None, 40, "pad")
     splits = [draw_split(labels, CLASSES, train=4, test=2, seed=0)]
 
     def kernels(*patch):
         settings = ClassifySettings(patch=list(patch), words=9, step=4, strongest=3)
-        features = Features(net, images, splits, [1, 2], settings, tmp_path)
+        features = WordHistograms(net, images, splits, [1, 2], settings, tmp_path)
         features.learn_codebooks()
         features.count_words()
         return [features.kernels(layer, 0)[1] for layer in (1, 2)]

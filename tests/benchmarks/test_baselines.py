@@ -28,7 +28,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, MaxAbsScaler
 
 from deconvnet import LayerSettings, LearningSettings, PreprocessingSettings
-from deconvnet.applications.classification.pyramid import grid_features
+from deconvnet.applications.classification.grid_features import grid_features
 from deconvnet.network.network import DeconvNet
 from deconvnet.operators.pooling import max_pool
 from deconvnet.support.seeding import seeded_generator

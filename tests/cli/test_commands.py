@@ -288,7 +288,7 @@ def test_files_that_are_no_images_are_all_named_in_one_line_or_left_out(tmp_path
     result = script(tmp_path, "train.py", *on(folder, "+layers=1"))
     assert_one_line(result, "words.jpg", "cut.jpg", "data.skip_unreadable=true")
     result = script(tmp_path, "train.py", *on(folder, "+layers=1", "data.skip_unreadable=true"))
-    assert result.code == 0 and "left out 2 unreadable images" in result.out
+    assert result.code == 0 and "skipped 2 unreadable images" in result.out
     assert "4 images of 32x32" in result.out
 
 

@@ -62,14 +62,20 @@ def damaged_files(folder):
 
 @pytest.fixture(scope="module")
 def photographs():
-    return load_images(DataSettings())
+    return load_images(DataSettings(scale=0.35, max_images=32))
 
 
-def test_photographs_are_the_default_and_have_shape_and_range(photographs):
-    assert photographs.images.shape == (24, 3, 96, 96)
+def test_the_default_images_are_the_photographs_of_the_command():
+    images = load_images(DataSettings())
+    assert images.images.shape == (24, 3, 96, 96)
+    assert images.fingerprint == load_images(DataSettings(scale=0.5, max_images=24)).fingerprint
+
+
+def test_photographs_have_shape_and_range(photographs):
+    assert photographs.images.shape == (32, 3, 96, 96)
     assert photographs.images.dtype == torch.float32
     assert photographs.images.min() >= 0 and photographs.images.max() <= 1
-    assert len(set(photographs.names)) == 24
+    assert len(set(photographs.names)) == 32
     assert {name.split("-")[0] for name in photographs.names} == {
         *("astronaut", "chelsea", "coffee", "rocket", "motorcycle", "china", "flower")
     }
@@ -77,7 +83,7 @@ def test_photographs_are_the_default_and_have_shape_and_range(photographs):
 
 def test_photographs_are_the_same_every_time_and_do_not_touch_global_randomness(photographs):
     state = torch.random.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
-    again = load_images(DataSettings())
+    again = load_images(DataSettings(scale=0.35, max_images=32))
     assert again.names == photographs.names
     assert torch.equal(again.images, photographs.images)
     assert torch.equal(torch.random.get_rng_state(), state[0])
@@ -86,15 +92,15 @@ def test_photographs_are_the_same_every_time_and_do_not_touch_global_randomness(
 
 def test_no_two_crops_are_equal_and_all_have_texture(photographs):
     flat = photographs.images.flatten(1)
-    distances = torch.cdist(flat, flat) + torch.eye(24) * 1e9
+    distances = torch.cdist(flat, flat) + torch.eye(32) * 1e9
     assert distances.min() > 1
     deviation = local_moments(photographs.images, 13, 4.773)[1]
     assert deviation.flatten(1).median(1).values.min() > 0.02
 
 
 def test_the_crops_kept_are_those_of_most_texture_in_their_order(photographs):
-    everything = load_images(DataSettings(max_images=None))
-    few = load_images(DataSettings(max_images=5))
+    everything = load_images(DataSettings(scale=0.35, max_images=None))
+    few = load_images(DataSettings(scale=0.35, max_images=5))
     texture = local_moments(everything.images, 13, 4.773)[1].flatten(1).numpy()
     best = np.sort(np.argsort(-np.median(texture, axis=1))[:5])
     assert few.names == tuple(everything.names[index] for index in best)
@@ -884,7 +890,7 @@ def test_results_among_the_images_that_they_were_made_from_are_no_images(tmp_pat
     for name in ("a-layer1.png", "b/runs/r/pictures/layer1-filters.png"):
         save_picture(tmp_path / name, torch.zeros(3, 8, 8))
     assert find_images(tmp_path) == [tmp_path / "a.png", tmp_path / "b" / "c.png"]
-    assert "2 pictures that deconvnet made are left out" in caplog.text
+    assert "skipped 2 pictures that deconvnet made" in caplog.text
     # They are images where they are asked for, or edited.
     assert find_images(tmp_path / "b" / "runs") == [
         tmp_path / "b" / "runs" / "r" / "pictures" / "layer1-filters.png"

@@ -55,20 +55,20 @@ def settings_of(place, source, **options):
 
 @pytest.mark.parametrize("source", ["photos", "shards"])
 @pytest.mark.parametrize("fit", ["crop", "pad"])
-def test_streamed_images_are_those_of_memory_in_any_order(place, source, fit):
+def test_streamed_images_equal_those_in_memory_in_any_order(place, source, fit):
     everything = load_images(settings_of(place, "photos", fit=fit))
     stream = stream_images(settings_of(place, source, fit=fit, stream=True, workers=3))
     assert len(stream) == 7
     for numbers in ([0], [6, 2, 3], list(range(7))):
-        some = torch.tensor(numbers)
+        indices = torch.tensor(numbers)
         stream.prefetch(torch.tensor([2, 5]))
-        images, frames = stream.read(some)
-        assert torch.equal(images, everything.images[some])
+        images, frames = stream.read(indices)
+        assert torch.equal(images, everything.images[indices])
         assert (frames is None) == (everything.frames is None)
-        assert frames is None or torch.equal(frames, everything.frames[some])
+        assert frames is None or torch.equal(frames, everything.frames[indices])
 
 
-def test_what_was_announced_is_read_once_and_what_was_not_asked_for_is_forgotten(place):
+def test_announced_images_are_read_once_and_dropped_if_they_are_not_requested(place):
     stream = stream_images(settings_of(place, "photos", stream=True))
     asked = []
     one = stream._one
@@ -80,7 +80,7 @@ def test_what_was_announced_is_read_once_and_what_was_not_asked_for_is_forgotten
     assert set(stream._coming) == {4}
 
 
-def test_shards_say_the_classes_of_their_folders_and_names(place):
+def test_shards_give_the_classes_of_their_folders_and_names(place):
     stream = stream_images(settings_of(place, "shards", stream=True))
     assert [item.name for item in stream.items][::6] == ["a.tar/a/0.png", "b.tar/b/6.png"]
     assert [item.read_label() for item in stream.items] == [*"aaaabbb"]
@@ -96,14 +96,14 @@ def test_shards_say_the_classes_of_their_folders_and_names(place):
     ],
     ids=["garbage", "compressed", "empty", "none"],
 )
-def test_what_is_no_shard_is_refused_in_one_line(tmp_path, make, message):
+def test_a_file_that_is_not_a_shard_is_refused_in_one_line(tmp_path, make, message):
     make(tmp_path / "a.tar")
     with pytest.raises(ValueError, match=message) as error:
         stream_images(DataSettings(source="shards", path=str(tmp_path), size=24, max_images=None))
     assert "\n" not in str(error.value)
 
 
-def test_an_image_that_cannot_be_read_is_named_when_its_turn_has_come(tmp_path, place):
+def test_an_image_that_cannot_be_read_is_named_when_it_is_read(tmp_path, place):
     with tarfile.open(tmp_path / "a.tar", "w") as shard:
         for name, data in (("good.png", None), ("bad\n.png", b"rubbish")):
             data = data or (place / "photos" / "a" / "0.png").read_bytes()
@@ -126,33 +126,35 @@ def test_a_network_learns_the_same_from_images_in_memory_in_files_and_in_shards(
         "files": ["data=folder", "data.path=photos", "data.stream=true"],
         "shards": ["data=shards", "data.path=shards", "data.workers=3"],
     }
-    found = {}
+    networks = {}
     for name, order in runs.items():
         result = script(place, "train.py", *QUICK, *order, f"name={name}")
         assert result.code == 0, result.err
-        found[name] = load(place / "runs" / name / "network.safetensors").state_dict()
+        networks[name] = load(place / "runs" / name / "network.safetensors").state_dict()
     for name in ("files", "shards"):
-        for key, tensor in found["memory"].items():
-            assert torch.equal(found[name][key], tensor), (name, key)
-    lines = [(place / "runs" / name / "metrics.jsonl").read_text().splitlines() for name in found]
-    objectives = [[json.loads(line).get("objective") for line in each] for each in lines]
+        for key, tensor in networks["memory"].items():
+            assert torch.equal(networks[name][key], tensor), (name, key)
+    lines = [
+        (place / "runs" / name / "metrics.jsonl").read_text().splitlines() for name in networks
+    ]
+    objectives = [[json.loads(line).get("objective") for line in run] for run in lines]
     assert objectives[0] == objectives[1] == objectives[2]
 
 
-def test_where_states_do_not_fit_every_visit_infers_from_the_beginning(place, script):
+def test_if_states_do_not_fit_every_visit_infers_from_the_beginning(place, script):
     order = [*QUICK, "data=folder", "data.path=photos", "layers=1"]
-    kept = script(place, "train.py", *order, "name=kept")
-    assert kept.code == 0 and "from the beginning" not in kept.out
-    found = script(place, "train.py", *order, "name=anew", "memory=0")
-    assert found.code == 0, found.err
+    within = script(place, "train.py", *order, "name=kept")
+    assert within.code == 0 and "from the beginning" not in within.out
+    beyond = script(place, "train.py", *order, "name=anew", "memory=0")
+    assert beyond.code == 0, beyond.err
     assert (
         "layer 1: the states of inference of 7 images would take 8.18e-05 GiB, which is more than "
-        "memory=0: every visit infers from the beginning" in found.out
+        "memory=0: every visit infers from the beginning" in beyond.out
     )
     networks = [load(place / "runs" / name) for name in ("kept", "anew")]
     filters = [net.layer(1).filters for net in networks]
     assert not torch.equal(*filters)
-    # Both learn: the maps that are inferred in the end explain the images about as well.
+    # Both learn: the final maps explain the images about equally well.
     lines = [
         json.loads((place / "runs" / name / "metrics.jsonl").read_text().splitlines()[-1])
         for name in ("kept", "anew")
@@ -160,17 +162,17 @@ def test_where_states_do_not_fit_every_visit_infers_from_the_beginning(place, sc
     assert lines[1]["result"]["objective"] < 1.2 * lines[0]["result"]["objective"]
 
 
-def test_where_states_are_kept_on_the_disk_nothing_is_different(place, script):
+def test_states_on_disk_do_not_change_the_result(place, script):
     order = [*QUICK, "data=folder", "data.path=photos", "layers=1"]
-    kept = script(place, "train.py", *order, "name=within")
-    found = script(place, "train.py", *order, "name=beside", "memory=0", "disk=1")
-    assert kept.code == found.code == 0, found.err
-    assert "which is more than memory=0: they are in " in found.out
-    assert "runs/beside/states/layer1, 0.000245 GiB at most" in found.out
+    in_memory = script(place, "train.py", *order, "name=within")
+    on_disk = script(place, "train.py", *order, "name=beside", "memory=0", "disk=1")
+    assert in_memory.code == on_disk.code == 0, on_disk.err
+    assert "which is more than memory=0: they are kept in " in on_disk.out
+    assert "runs/beside/states/layer1, at most 0.000245 GiB" in on_disk.out
     one, two = (load(place / "runs" / name).state_dict() for name in ("within", "beside"))
     assert all(torch.equal(one[key], two[key]) for key in one)
     assert not (place / "runs" / "beside" / "states").exists()
-    # A run that is put aside does not take its states along.
+    # An archived run does not take its states along.
     states = place / "runs" / "beside" / "states" / "layer1"
     states.mkdir(parents=True)
     again = script(place, "train.py", *order, "name=beside", "resume=false")
@@ -180,14 +182,14 @@ def test_where_states_are_kept_on_the_disk_nothing_is_different(place, script):
 
 
 @pytest.mark.slow
-def test_a_run_over_a_hundred_thousand_images_holds_its_memory(tmp_path):
-    """Images that are made when they are asked for; memory is that of the process, by epochs."""
+def test_memory_is_constant_over_a_hundred_thousand_images(tmp_path):
+    """Images are made on request; the memory is that of the process, over the epoch."""
     number = 100_000
     pictures = torch.rand(64, 1, 8, 8)
-    seen = set()
+    visited = set()
 
     def read(indices):
-        seen.update(indices.tolist())
+        visited.update(indices.tolist())
         return pictures[indices % 64].expand(-1, 3, -1, -1), None
 
     solver = SolverSettings(iterations=1, training_iterations=1)
@@ -203,6 +205,6 @@ def test_a_run_over_a_hundred_thousand_images_holds_its_memory(tmp_path):
     while not trainer.done:
         trainer.update()
         used.append(memory_used(torch.device("cpu")))
-    assert len(seen) == number
+    assert len(visited) == number
     # All images would take 77 MB and their maps 80 MB.
     assert used[-1] - used[len(used) // 10] < 20

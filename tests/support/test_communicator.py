@@ -1,4 +1,4 @@
-"""What is learned does not depend on how many processes share the work, nor on how it is cut."""
+"""The result does not depend on how many processes share the work, nor on how it is divided."""
 
 import threading
 from dataclasses import asdict, dataclass, field
@@ -38,9 +38,9 @@ class Meeting:
     def exchange(self, rank, value):
         self.values[rank] = value
         self.barrier.wait(60)
-        found = list(self.values)
+        values = list(self.values)
         self.barrier.wait(60)
-        return found
+        return values
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Threads(Communicator):
         if self.is_main:
             self.meeting.calls += 1
         parts = self.meeting.exchange(self.rank, [tensor.double() for tensor in tensors])
-        return [sum(each[1:], each[0]) for each in zip(*parts, strict=True)]
+        return [sum(terms[1:], terms[0]) for terms in zip(*parts, strict=True)]
 
     def all_gather(self, value):
         return self.meeting.exchange(self.rank, value)
@@ -120,8 +120,8 @@ def learned(kind, images, folder, count=1, limits=UNLIMITED):
         with Monitor(place, progress=False) as monitor:
             return net, train(net, images, run, monitor, communicator=communicator, limits=limits)
 
-    found = together(count, work) if count > 1 else [work(Communicator())]
-    return [net for net, _ in found], found[0][1]
+    learned_by_rank = together(count, work) if count > 1 else [work(Communicator())]
+    return [net for net, _ in learned_by_rank], learned_by_rank[0][1]
 
 
 @pytest.fixture(scope="module", params=["maps", "image", "image, cg"])
@@ -131,22 +131,22 @@ def alone(request, images, tmp_path_factory):
     return request.param, folder, nets[0], results
 
 
-def same_results(found, expected):
-    for one, other in zip(found, expected, strict=True):
-        left, right = ({**asdict(each), "seconds": 0} for each in (one, other))
+def same_results(results, expected):
+    for one, other in zip(results, expected, strict=True):
+        left, right = ({**asdict(result), "seconds": 0} for result in (one, other))
         assert left == pytest.approx(right, rel=1e-9)
 
 
 @pytest.mark.parametrize("count", [4, 9])
 def test_any_number_of_ranks_learns_the_same_filters_bit_by_bit(alone, images, tmp_path, count):
     kind, folder, net, results = alone
-    # Of four, each keeps its states in the same files.
+    # Four ranks keep their states in the same files.
     limits = Limits(memory=0, disk=1) if count == 4 else UNLIMITED
-    nets, found = learned(kind, images, tmp_path, count, limits)
-    for each in nets:
+    nets, shared_results = learned(kind, images, tmp_path, count, limits)
+    for other in nets:
         for key, tensor in net.state_dict().items():
-            assert torch.equal(each.state_dict()[key], tensor), key
-    same_results(found, results)
+            assert torch.equal(other.state_dict()[key], tensor), key
+    same_results(shared_results, results)
     for number in (1, 2):
         name = f"evolution/layer{number}.npz"
         left, right = (load_evolution(place / name) for place in (tmp_path, folder))
@@ -161,14 +161,12 @@ def test_any_number_of_ranks_learns_the_same_filters_bit_by_bit(alone, images, t
 @pytest.mark.parametrize(
     "limits", [Limits(chunk=1), Limits(hold_codes=False, memory=0, disk=1)], ids=["chunk", "disk"]
 )
-def test_it_makes_no_difference_how_many_images_come_at_a_time_or_where_they_are_kept(
-    alone, images, tmp_path, limits
-):
+def test_the_chunk_and_where_codes_are_kept_make_no_difference(alone, images, tmp_path, limits):
     kind, _, net, results = alone
-    nets, found = learned(kind, images, tmp_path, limits=limits)
+    nets, same = learned(kind, images, tmp_path, limits=limits)
     for key, tensor in net.state_dict().items():
         assert torch.equal(nets[0].state_dict()[key], tensor), key
-    same_results(found, results)
+    same_results(same, results)
 
 
 def layer_of(**learning):
@@ -184,7 +182,7 @@ def shared(b, communicator, state=None, layer=None):
 
 @pytest.mark.parametrize(("first", "second"), [(1, 3), (2, 1), (3, 2)])
 @pytest.mark.parametrize("stop", [2, 4])
-def test_learning_goes_on_with_another_number_of_ranks_bit_by_bit(images, first, second, stop):
+def test_training_resumes_with_another_number_of_ranks_bit_by_bit(images, first, second, stop):
     def begin(communicator):
         trainer = shared(images, communicator)
         for _ in range(stop):
@@ -209,15 +207,15 @@ def test_learning_goes_on_with_another_number_of_ranks_bit_by_bit(images, first,
 
     state, filters = together(first, begin)[0]
     expected, history = together(1, whole)[0]
-    for found, stats in together(second, finish):
-        assert torch.equal(found, expected)
+    for learned_filters, stats in together(second, finish):
+        assert torch.equal(learned_filters, expected)
         left, right = (
-            {**each.numbers, "seconds_per_image": 0} for each in (stats[-1], history[-1])
+            {**epoch.numbers, "seconds_per_image": 0} for epoch in (stats[-1], history[-1])
         )
         assert left == pytest.approx(right, rel=1e-9)
 
 
-def test_all_ranks_hear_that_one_was_asked_to_stop(images):
+def test_all_ranks_learn_that_one_was_asked_to_stop(images):
     def work(communicator):
         trainer = shared(images, communicator)
         trainer.update()
@@ -228,13 +226,13 @@ def test_all_ranks_hear_that_one_was_asked_to_stop(images):
     assert together(3, work) == 3 * [(False, True)]
 
 
-def test_all_ranks_stop_before_an_update_where_one_of_them_diverges(images):
+def test_all_ranks_stop_before_the_update_if_one_of_them_diverges(images):
     def work(communicator):
-        some = images.clone()
-        trainer = shared(some, communicator)
+        own = images.clone()
+        trainer = shared(own, communicator)
         trainer.update()
         before = trainer.layer.filters.clone()
-        some[trainer.sampler.batch(0, 1)[:1] if communicator.rank == 1 else []] = float("nan")
+        own[trainer.sampler.batch(0, 1)[:1] if communicator.rank == 1 else []] = float("nan")
         with pytest.raises(Diverged, match="not finite"):
             trainer.update()
         return torch.equal(trainer.layer.filters, before)
@@ -243,7 +241,7 @@ def test_all_ranks_stop_before_an_update_where_one_of_them_diverges(images):
 
 
 @pytest.mark.parametrize("number", [7, 21])
-def test_an_update_is_one_message_whose_size_is_that_of_the_filters(textures, number):
+def test_an_update_sends_one_message_whose_size_depends_on_the_filters_alone(textures, number):
     b = textures(number, 3, 20, 20)
 
     def work(communicator):
@@ -272,7 +270,7 @@ def test_an_update_is_one_message_whose_size_is_that_of_the_filters(textures, nu
     assert message == 8 * (4 * 3 * 25 + 4 * 4 * 81 + 2)
 
 
-def test_ground_of_a_rank_reads_its_own_images_only(images):
+def test_a_rank_reads_only_its_own_images(images):
     def work(communicator):
         asked = set()
 

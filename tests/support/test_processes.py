@@ -25,7 +25,7 @@ QUICK = [
     *(f"model.layer{n}.learning.epochs=6" for n in (1, 2)),
     *(f"model.layer{n}.learning.batch_size=3" for n in (1, 2)),
 ]
-# So long that a test can do something to it, in the first layer.
+# Long enough for a test to interfere, in the first layer.
 LONG = "model.layer1.learning.epochs=2000"
 
 
@@ -70,7 +70,7 @@ def assert_equal(one, two):
 
 
 def wait_for(path, seconds=60):
-    """Until something matches a pattern."""
+    """Wait until a file matches a pattern."""
     end = time.monotonic() + seconds
     while not list(path.parent.glob(path.name)):
         assert time.monotonic() < end, f"no {path}"
@@ -78,18 +78,18 @@ def wait_for(path, seconds=60):
 
 
 def signals(running, number, count=1):
-    for each in running[:count]:
-        os.kill(each.pid, number)
+    for process in running[:count]:
+        os.kill(process.pid, number)
 
 
 def test_processes_learn_what_one_process_learns_bit_by_bit(place, ranks, script):
     count = 2
     alone = script(place, "train.py", "data.path=photos", *QUICK, f"name=alone-{count}")
     assert alone.code == 0, alone.err
-    ends = [each.wait() for each in ranks(count, f"name=shared-{count}")]
+    ends = [process.wait() for process in ranks(count, f"name=shared-{count}")]
     assert [end.code for end in ends] == count * [0], ends
     assert_equal(learned(place, f"shared-{count}"), learned(place, f"alone-{count}"))
-    # The first one speaks, and says what passes between them.
+    # Rank 0 alone prints, also what ranks exchange.
     first, *others = ends
     assert f"on {count} ranks, cpu" in first.out
     assert (
@@ -107,29 +107,29 @@ def test_all_processes_save_and_stop_when_one_is_asked_to(place, ranks, number):
     name = f"stopped-{number.name}"
     running = ranks(2, f"name={name}", LONG)
     wait_for(place / "runs" / name / "checkpoints" / "step-*.pt")
-    # The second one is asked, and the first one saves.
+    # Rank 1 is asked, and rank 0 saves.
     os.kill(running[1].pid, number)
-    ends = [each.wait() for each in running]
+    ends = [process.wait() for process in running]
     assert [end.code for end in ends] == [130, 130], ends
     assert "stopped and saved; to resume: torchrun --nproc-per-node=2" in ends[0].out
     assert "Traceback" not in ends[0].err + ends[1].err
-    kept = sorted((place / "runs" / name / "checkpoints").iterdir())
-    step = int(kept[-1].stem.removeprefix("step-"))
-    state = load_checkpoint(kept[-1])
+    checkpoints = sorted((place / "runs" / name / "checkpoints").iterdir())
+    step = int(checkpoints[-1].stem.removeprefix("step-"))
+    state = load_checkpoint(checkpoints[-1])
     assert state["step"] == step and state["trainer"]["codes"]["images"].tolist() == list(range(7))
 
 
-def test_a_process_that_dies_ends_the_others_with_one_line(place, ranks):
+def test_if_a_process_dies_the_others_stop_with_one_line(place, ranks):
     running = ranks(2, "name=killed", LONG)
     wait_for(place / "runs" / "killed" / "checkpoints" / "step-*.pt")
     os.kill(running[1].pid, signal.SIGKILL)
-    first, second = (each.wait() for each in running)
+    first, second = (process.wait() for process in running)
     assert second.code == -signal.SIGKILL
     assert first.code == 1 and "another rank has failed or does not answer" in first.err
     assert "Traceback" not in first.err
 
 
-def test_a_process_that_hangs_is_given_up_after_the_patience(place, ranks):
+def test_if_a_process_hangs_the_others_give_up_after_their_patience(place, ranks):
     running = ranks(2, "name=hung", LONG, "patience=2")
     wait_for(place / "runs" / "hung" / "checkpoints" / "step-*.pt")
     os.kill(running[1].pid, signal.SIGSTOP)
@@ -143,7 +143,7 @@ def test_a_process_that_hangs_is_given_up_after_the_patience(place, ranks):
 
 
 @pytest.mark.slow
-def test_torchrun_starts_again_after_a_process_was_killed_and_ends_as_if_it_had_not(place, script):
+def test_torchrun_restarts_after_a_process_was_killed_and_the_result_is_the_same(place, script):
     more = ["model.layer1.learning.epochs=20"]
     alone = script(place, "train.py", "data.path=photos", *QUICK, *more, "name=never")
     assert alone.code == 0, alone.err
@@ -159,13 +159,13 @@ def test_torchrun_starts_again_after_a_process_was_killed_and_ends_as_if_it_had_
     ).stdout.split()
     assert len(workers) == 2
     os.kill(int(workers[0]), signal.SIGKILL)
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, said
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
     assert_equal(learned(place, "often"), learned(place, "never"))
 
 
 @pytest.mark.slow
-def test_runs_that_are_killed_at_any_moment_end_like_one_that_was_not(tmp_path):
+def test_runs_that_are_killed_at_any_moment_end_with_the_same_result(tmp_path):
     command = [sys.executable, str(ROOT / "benchmarks" / "kills.py"), "--kills", "2"]
     command += ["--epochs", "5", "--ranks", "2", "--folder", str(tmp_path)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=200)

@@ -1,5 +1,4 @@
-"""A run that was stopped, damaged or deepened goes on as if it had not been, and shows what it
-did."""
+"""A run that was stopped, damaged or extended resumes exactly and shows every step once."""
 
 import json
 import os
@@ -66,15 +65,17 @@ def train_in(folder, images, depth=2, *, settings=SETTINGS, resume="auto", stop=
     return net, results
 
 
-def assert_same_results(found, expected):
-    assert [timeless(result) for result in found] == [timeless(result) for result in expected]
+def assert_same_results(results, expected):
+    assert [timeless(result) for result in results] == [timeless(result) for result in expected]
 
 
 def assert_same_evolution(folder, expected):
     """The features of all layers over the epochs, bit by bit."""
-    found, wanted = (sorted((f / "evolution").iterdir()) for f in (folder, expected))
-    assert [path.name for path in found] == [path.name for path in wanted]
-    for one, other in zip(map(load_evolution, found), map(load_evolution, wanted), strict=True):
+    files, expected_files = (sorted((f / "evolution").iterdir()) for f in (folder, expected))
+    assert [path.name for path in files] == [path.name for path in expected_files]
+    for one, other in zip(
+        map(load_evolution, files), map(load_evolution, expected_files), strict=True
+    ):
         assert (one.epochs, one.maps) == (other.epochs, other.maps)
         for name in ("tiles", "boxes", "values"):
             assert torch.equal(getattr(one, name), getattr(other, name)), name
@@ -87,10 +88,10 @@ def events(folder):
 
 
 def scalars(folder):
-    found = events(folder)
+    page = events(folder)
     return {
-        tag: [(event.step, event.value) for event in found.Scalars(tag)]
-        for tag in found.Tags()["scalars"]
+        tag: [(event.step, event.value) for event in page.Scalars(tag)]
+        for tag in page.Tags()["scalars"]
         if not any(word in tag for word in ("second", "memory"))
     }
 
@@ -104,8 +105,8 @@ def finished(images, tmp_path_factory):
 
 def test_a_run_leaves_checkpoints_pictures_and_the_network(finished, images):
     folder, net, results = finished
-    found = sorted(path.name for path in (folder / "checkpoints").iterdir())
-    assert found == ["step-00000009.pt", "step-00000012.pt"]
+    checkpoints = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert checkpoints == ["step-00000009.pt", "step-00000012.pt"]
     pictures = {path.name for path in (folder / "pictures").iterdir()}
     assert pictures == {
         *(
@@ -121,7 +122,7 @@ def test_a_run_leaves_checkpoints_pictures_and_the_network(finished, images):
     assert_same_network(load(folder / "network.safetensors"), net)
     assert_same_network(load(folder), net)
     codes = net.infer(images)
-    # Each layer explains maps of unit size, and the first the images as they are preprocessed.
+    # Each layer explains maps of unit rms, the first one the preprocessed images.
     assert net.layer(1).scale == 1
     assert_close(net.layer(2).scale, codes.layer(1).pooled.square().mean().sqrt())
     for number, result in enumerate(results, 1):
@@ -134,47 +135,45 @@ def test_a_run_leaves_checkpoints_pictures_and_the_network(finished, images):
 
 def test_a_run_leaves_its_features_after_some_of_the_epochs(finished):
     folder, net, _ = finished
-    found = [load_evolution(folder / "evolution" / f"layer{number}.npz") for number in (1, 2)]
-    for e, maps in zip(found, (4, 3), strict=True):
+    evolutions = [load_evolution(folder / "evolution" / f"layer{number}.npz") for number in (1, 2)]
+    for e, maps in zip(evolutions, (4, 3), strict=True):
         assert e.epochs == (1, 2) and e.maps == tuple(range(maps))
         assert (e.images >= 0).all() and not torch.equal(e.tiles[0], e.tiles[1])
     # A projection of layer 1 is a filter with the sign of the activation, the last as learned.
-    signed = found[0].values[1].sign().view(-1, 1, 1, 1) * net.layer(1).filters
-    assert_close(found[0].tiles[1], signed, rtol=0, atol=1e-3)
+    signed = evolutions[0].values[1].sign().view(-1, 1, 1, 1) * net.layer(1).filters
+    assert_close(evolutions[0].tiles[1], signed, rtol=0, atol=1e-3)
 
 
 def test_the_tensorboard_page_has_curves_pictures_and_the_configuration(finished):
-    found = events(finished[0])
-    tags = found.Tags()
+    page = events(finished[0])
+    tags = page.Tags()
     for number in (1, 2):
         for key in ("objective", "reconstruction", "sparsity", "density", "snr", "dead", "double"):
-            steps = [event.step for event in found.Scalars(f"layer{number}/{key}")]
+            steps = [event.step for event in page.Scalars(f"layer{number}/{key}")]
             # Updates since the run began: three an epoch, two epochs a layer.
             assert steps == ([3, 6] if number == 1 else [9, 12])
         assert f"layer{number}/seconds_per_image" in tags["scalars"]
         assert f"layer{number}/result/text_summary" in tags["tensors"]
         assert f"layer{number}/filters" in tags["images"]
         assert f"layer{number}/reconstructed" in tags["images"]
-        (picture,) = found.Images(f"layer{number}/evolution")
+        (picture,) = page.Images(f"layer{number}/evolution")
         assert picture.step == (6 if number == 1 else 12)
         assert f"layer{number}/nonzero z" in tags["histograms"]
-    text = found.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
+    text = page.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "some: text" in text
 
 
 def test_the_objective_on_the_page_is_that_of_its_two_terms(finished):
-    found = scalars(finished[0])
+    curves = scalars(finished[0])
     for number in (1, 2):
-        terms = (found[f"layer{number}/{key}"] for key in ("reconstruction", "sparsity"))
+        terms = (curves[f"layer{number}/{key}"] for key in ("reconstruction", "sparsity"))
         for (_, a), (_, b), (_, whole) in zip(
-            *terms, found[f"layer{number}/objective"], strict=True
+            *terms, curves[f"layer{number}/objective"], strict=True
         ):
             assert whole == pytest.approx(a + b, rel=1e-6)
 
 
-def test_more_layers_in_the_same_folder_leave_the_first_ones_as_they_are(
-    finished, images, tmp_path
-):
+def test_adding_a_layer_leaves_the_layers_below_unchanged(finished, images, tmp_path):
     _, expected, results = finished
     net, first = train_in(tmp_path, images, depth=1)
     assert_same_results(first, results[:1])
@@ -197,7 +196,7 @@ class Dies(Monitor):
 def test_settings_of_a_layer_that_has_not_begun_may_still_change(images, tmp_path):
     with pytest.raises(MemoryError), Dies(tmp_path, progress=False) as monitor:
         train(network(), images, RunFolder(tmp_path, SETTINGS), monitor)
-    # What was not learned is not in what was saved.
+    # What has not been learned is not saved.
     assert load(tmp_path).depth == 1
     settings = {**SETTINGS, "model": {**SETTINGS["model"], "layer2": {"lam": 0.5}}}
     wider = network()
@@ -207,15 +206,15 @@ def test_settings_of_a_layer_that_has_not_begun_may_still_change(images, tmp_pat
     assert len(results) == 2 and load(tmp_path).layer(2).filters.shape == (7, 4, 3, 3)
 
 
-def test_fewer_layers_in_the_same_folder_are_those_of_the_deeper_run(finished, images, tmp_path):
+def test_fewer_layers_in_the_same_folder_equal_those_of_the_deeper_run(finished, images, tmp_path):
     _, expected, results = finished
     train_in(tmp_path, images, depth=2)
-    net, found = train_in(tmp_path, images, depth=1)
-    assert_same_results(found, results[:1])
+    net, shallower = train_in(tmp_path, images, depth=1)
+    assert_same_results(shallower, results[:1])
     assert torch.equal(net.layer(1).filters, expected.layer(1).filters)
 
 
-def test_the_same_command_again_trains_nothing_and_gives_the_same(finished, images, tmp_path):
+def test_the_same_command_again_trains_nothing_and_returns_the_same(finished, images, tmp_path):
     train_in(tmp_path, images)
     files = sorted((tmp_path / "checkpoints").iterdir())
     net, results = train_in(tmp_path, images)
@@ -232,16 +231,16 @@ def test_the_same_command_again_trains_nothing_and_gives_the_same(finished, imag
     ],
     ids=lambda moment: f"{moment[0]} {moment[1]}",
 )
-def test_a_run_that_was_stopped_goes_on_bit_by_bit(finished, images, tmp_path, moment):
+def test_a_run_that_was_stopped_resumes_bit_by_bit(finished, images, tmp_path, moment):
     _, expected, results = finished
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with pytest.raises(Interrupted):
         train_in(tmp_path, images, stop=moment)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
     assert not (tmp_path / "network.safetensors").exists()
-    net, found = train_in(tmp_path, images)
+    net, resumed = train_in(tmp_path, images)
     assert_same_network(net, expected)
-    assert_same_results(found, results)
+    assert_same_results(resumed, results)
     assert_same_evolution(tmp_path, finished[0])
 
 
@@ -267,7 +266,7 @@ def iccv(depth=3):
     return DeconvNet(layers[:depth], PreprocessingSettings(steps=["mean"]))
 
 
-def test_a_run_whose_layers_explain_the_image_goes_on_bit_by_bit(images, tmp_path):
+def test_a_run_whose_layers_explain_the_image_resumes_bit_by_bit(images, tmp_path):
     def run(folder, stop=None):
         net = iccv()
         monitor = StopAt(folder, stop) if stop else Monitor(folder, progress=False)
@@ -294,7 +293,7 @@ def test_a_run_whose_layers_explain_the_image_goes_on_bit_by_bit(images, tmp_pat
 
 
 @pytest.mark.parametrize("stop", [("update", 3), ("update", 8), None])
-def test_the_curves_of_a_run_that_went_on_have_every_point_once(finished, images, tmp_path, stop):
+def test_the_curves_of_a_resumed_run_have_every_point_once(finished, images, tmp_path, stop):
     if stop:
         with pytest.raises(Interrupted):
             train_in(tmp_path, images, stop=stop)
@@ -305,7 +304,7 @@ def test_the_curves_of_a_run_that_went_on_have_every_point_once(finished, images
     assert scalars(tmp_path) == scalars(finished[0])
 
 
-def test_what_came_after_the_checkpoint_that_a_run_goes_on_from_is_not_shown_twice(
+def test_points_after_the_checkpoint_of_a_resumed_run_are_not_shown_twice(
     finished, images, tmp_path
 ):
     train_in(tmp_path, images)
@@ -319,20 +318,20 @@ def test_what_came_after_the_checkpoint_that_a_run_goes_on_from_is_not_shown_twi
 
 
 @pytest.mark.parametrize("stop", [("update", 3), ("update", 8), None])
-def test_the_metrics_of_a_run_that_went_on_have_every_line_once(finished, images, tmp_path, stop):
+def test_the_metrics_of_a_resumed_run_have_every_line_once(finished, images, tmp_path, stop):
     def lines(folder):
-        found = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+        metrics = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
         timed = ("seconds_per_image", "loads")
-        found = [{k: v for k, v in line.items() if k not in timed} for line in found]
+        metrics = [{k: v for k, v in line.items() if k not in timed} for line in metrics]
         return [
             {**line, "result": {**line["result"], "seconds": 0}} if "result" in line else line
-            for line in found
+            for line in metrics
         ]
 
     if stop:
         with pytest.raises(Interrupted):
             train_in(tmp_path, images, stop=stop)
-        # As a kill in the middle of a line leaves it.
+        # What a kill in the middle of a line leaves.
         with open(tmp_path / METRICS, "a") as file:
             file.write('{"step": 100000, "layer": 7}\n{"step": 1000')
     else:
@@ -342,7 +341,7 @@ def test_the_metrics_of_a_run_that_went_on_have_every_line_once(finished, images
     assert [line["layer"] for line in lines(tmp_path)] == [1, 1, 1, 2, 2, 2]
 
 
-def test_the_metrics_say_what_every_epoch_has_cost(finished):
+def test_the_metrics_hold_the_cost_of_every_epoch(finished):
     first = json.loads((finished[0] / METRICS).read_text().splitlines()[0])
     (load,) = first["loads"]
     assert set(load["seconds"]) == {"inference", "sums", "exchange", "update"}
@@ -354,15 +353,17 @@ def test_the_metrics_say_what_every_epoch_has_cost(finished):
     assert first["seconds_per_image"] == pytest.approx(total / 5)
 
 
-def test_a_layer_whose_objective_rises_is_warned_of(images, tmp_path, caplog, monkeypatch):
+def test_a_rising_objective_is_warned_of(images, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr("deconvnet.training.loop.RISE", 0.0)
     train_in(tmp_path, images)
-    said = [r.message for r in caplog.records if "has risen" in r.message]
+    warnings = [r.message for r in caplog.records if "has risen" in r.message]
     # In the second of two epochs.
-    assert len(said) == 2 and said[0].startswith("layer 1, epoch 2: the objective has risen from")
+    assert len(warnings) == 2 and warnings[0].startswith(
+        "layer 1, epoch 2: the objective has risen from"
+    )
 
 
-def test_the_course_of_inference_is_shown_to_the_end_of_every_layer(finished):
+def test_the_curve_of_inference_is_shown_for_every_layer(finished):
     for number in (1, 2):
         found = scalars(finished[0] / "inference" / f"layer{number}")
         assert len(found) == 3
@@ -372,7 +373,7 @@ def test_the_course_of_inference_is_shown_to_the_end_of_every_layer(finished):
         assert objective[-1] < 0.9 * objective[0] and objective[-1] < 1.01 * min(objective)
 
 
-def test_a_run_that_is_stopped_after_every_update_still_arrives(finished, images, tmp_path):
+def test_a_run_that_is_stopped_after_every_update_still_finishes(finished, images, tmp_path):
     count = 0
     while True:
         try:
@@ -406,7 +407,7 @@ def test_a_second_request_to_stop_acts_at_once(images, tmp_path):
         train(network(), images, RunFolder(tmp_path, SETTINGS), monitor)
 
 
-def test_a_run_of_other_settings_is_refused_with_the_keys_that_differ(images, tmp_path):
+def test_a_run_with_other_settings_is_refused_and_the_differing_keys_are_named(images, tmp_path):
     train_in(tmp_path, images, depth=1)
     other = {"seed": 1, "model": {"layer1": {"lam": 5.0}, "layer2": {"lam": 2.0}}, "extra": True}
     with pytest.raises(ValueError) as caught:
@@ -418,7 +419,7 @@ def test_a_run_of_other_settings_is_refused_with_the_keys_that_differ(images, tm
     assert "extra" in message and "layer2" not in message and "\n" not in message
 
 
-def test_settings_of_an_upper_layer_that_has_begun_are_refused(images, tmp_path):
+def test_other_settings_of_an_upper_layer_that_has_begun_are_refused(images, tmp_path):
     with pytest.raises(Interrupted):
         train_in(tmp_path, images, stop=("update", 7))
     settings = {**SETTINGS, "model": {**SETTINGS["model"], "layer2": {"lam": 0.5}}}
@@ -458,7 +459,7 @@ def test_a_run_that_ended_before_its_network_was_written_writes_it(finished, ima
     assert_same_network(load(tmp_path / "network.safetensors"), finished[1])
 
 
-def test_a_run_can_go_back_to_an_older_checkpoint_of_its_own(finished, images, tmp_path):
+def test_a_run_can_resume_from_an_older_checkpoint_of_its_own(finished, images, tmp_path):
     train_in(tmp_path, images)
     older = min((tmp_path / "checkpoints").iterdir())
     with pytest.raises(Interrupted):
@@ -470,12 +471,12 @@ def test_a_run_can_go_back_to_an_older_checkpoint_of_its_own(finished, images, t
     assert_same_network(load(tmp_path / "previous-1"), finished[1])
 
 
-def test_nothing_is_archived_where_there_is_no_run(tmp_path):
+def test_nothing_is_archived_if_there_is_no_run(tmp_path):
     run = RunFolder(tmp_path, SETTINGS, "false")
     assert run.state is None and list(tmp_path.iterdir()) == []
 
 
-def test_a_run_can_go_on_from_the_checkpoint_or_the_folder_of_another(finished, images, tmp_path):
+def test_a_run_can_resume_from_the_checkpoint_or_the_folder_of_another(finished, images, tmp_path):
     with pytest.raises(Interrupted):
         train_in(tmp_path / "one", images, stop=("update", 4))
     file = max((tmp_path / "one" / "checkpoints").iterdir())
@@ -488,7 +489,7 @@ def test_a_run_can_go_on_from_the_checkpoint_or_the_folder_of_another(finished, 
         RunFolder(tmp_path / "four", SETTINGS, "nowhere")
 
 
-def test_a_checkpoint_without_its_run_folder_goes_on_with_the_columns_to_come(
+def test_a_run_that_resumes_from_a_lone_checkpoint_has_only_later_columns(
     finished, images, tmp_path
 ):
     with pytest.raises(Interrupted):
@@ -500,7 +501,7 @@ def test_a_checkpoint_without_its_run_folder_goes_on_with_the_columns_to_come(
     assert [e.epochs for e in found] == [(2,), (1, 2)]
 
 
-def test_only_layers_that_had_begun_are_taken_over_from_another_run(images, tmp_path):
+def test_only_layers_that_had_begun_are_taken_from_another_run(images, tmp_path):
     train_in(tmp_path / "one", images)
     checkpoints, evolution = (tmp_path / "one" / name for name in ("checkpoints", "evolution"))
     state = load_checkpoint(max(checkpoints.iterdir()))
@@ -511,7 +512,7 @@ def test_only_layers_that_had_begun_are_taken_over_from_another_run(images, tmp_
     assert copy.read_bytes() == (evolution / "layer1.npz").read_bytes()
 
 
-def test_a_damaged_newest_checkpoint_costs_some_updates_and_nothing_else(
+def test_a_damaged_newest_checkpoint_costs_only_the_updates_since_the_one_before(
     finished, images, tmp_path, caplog
 ):
     with pytest.raises(Interrupted):
@@ -525,7 +526,7 @@ def test_a_damaged_newest_checkpoint_costs_some_updates_and_nothing_else(
     assert_same_evolution(tmp_path, finished[0])
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_anew(images, tmp_path):
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_overwritten(images, tmp_path):
     train_in(tmp_path, images, depth=1)
     for path in (tmp_path / "checkpoints").iterdir():
         path.write_bytes(b"")
@@ -533,7 +534,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_anew(images, tmp
         RunFolder(tmp_path, SETTINGS)
 
 
-def test_images_of_one_colour_are_trained_on_without_a_crash(tmp_path):
+def test_training_on_images_of_one_colour_does_not_crash(tmp_path):
     with Monitor(tmp_path, progress=False) as monitor:
         results = train(
             network(), torch.full((2, 3, 20, 20), 0.5), RunFolder(tmp_path, {}), monitor
@@ -553,7 +554,7 @@ def test_training_in_another_thread_works_without_stop_requests(images, tmp_path
 
 
 @pytest.mark.parametrize("color", ["grey", "ycbcr"])
-def test_networks_of_every_colour_train_and_are_pictured(textures, tmp_path, color):
+def test_networks_train_and_draw_pictures_in_every_colour_mode(textures, tmp_path, color):
     net = DeconvNet(
         [
             LayerSettings(3, 5, pool=[2, 2, 2], solver=FAST, learning=LearningSettings(epochs=1)),
@@ -564,3 +565,9 @@ def test_networks_of_every_colour_train_and_are_pictured(textures, tmp_path, col
     with Monitor(tmp_path, progress=False) as monitor:
         train(net, textures(2, 3, 20, 20), RunFolder(tmp_path, {}), monitor)
     assert len(list((tmp_path / "pictures").iterdir())) == 10
+
+
+def test_without_a_monitor_the_page_of_a_run_is_in_its_folder(finished, images, tmp_path):
+    train(network(depth=1), images, RunFolder(tmp_path))
+    expected = {tag: curve for tag, curve in scalars(finished[0]).items() if "layer1" in tag}
+    assert {tag: curve for tag, curve in scalars(tmp_path).items() if "layer1" in tag} == expected

@@ -1,5 +1,5 @@
-"""A run folder: what it learns from, what may change when it is resumed, and whose files are in
-it."""
+"""A run folder: what it learns from, what may change when it is resumed, and whose files it
+holds."""
 
 import math
 import os
@@ -15,7 +15,7 @@ from deconvnet.images.preprocessing import PreprocessingSettings
 from deconvnet.monitoring.monitor import Monitor
 from deconvnet.network.layer import LayerSettings
 from deconvnet.network.network import DeconvNet, load
-from deconvnet.sparse_coding.solvers import SolverSettings
+from deconvnet.sparse_coding.problem import SolverSettings
 from deconvnet.storage import ownership
 from deconvnet.storage.checkpoint_files import load_checkpoint, save_checkpoint
 from deconvnet.storage.network_files import is_network
@@ -51,7 +51,7 @@ def digests_of(images):
 def learn(
     folder, images, settings=None, resume="auto", *, stop=None, epochs=3, init=None, **limits
 ):
-    """The network that a command learns in a folder, or None where it is stopped."""
+    """The network that a command learns in a folder, or None if it is stopped."""
     run = RunFolder(
         *(folder, settings or settings_of(epochs), resume),
         init=init,
@@ -89,7 +89,7 @@ def test_a_run_is_not_resumed_with_other_images(images, tmp_path, change, said):
     assert snapshot(tmp_path) == before
 
 
-def test_a_run_is_resumed_whatever_changes_nothing_of_what_it_learns(images, tmp_path):
+def test_a_run_is_resumed_with_settings_that_do_not_change_what_it_learns(images, tmp_path):
     expected = learn(tmp_path / "whole", images)
     learn(tmp_path / "run", images, stop=2)
     data = {"path": "/elsewhere/photos", "workers": 8, "stream": True, "download": True}
@@ -99,7 +99,7 @@ def test_a_run_is_resumed_whatever_changes_nothing_of_what_it_learns(images, tmp
         learn(tmp_path / "run", images, settings_of(data={**data, "size": 48}))
 
 
-def test_where_images_cannot_be_compared_their_path_is(images, tmp_path):
+def test_if_images_cannot_be_compared_their_path_is(images, tmp_path):
     learn(tmp_path, images, stop=2)
     other = settings_of(data={"path": "others", "workers": 2})
     with pytest.raises(ValueError, match="data.path: photos there, others now"):
@@ -107,7 +107,7 @@ def test_where_images_cannot_be_compared_their_path_is(images, tmp_path):
 
 
 @pytest.mark.parametrize("stop", [1, 3, 5])
-def test_states_move_between_memory_and_disk_and_nothing_is_different(images, tmp_path, stop):
+def test_states_move_between_memory_and_disk_without_changing_the_result(images, tmp_path, stop):
     expected = learn(tmp_path / "whole", images)
     for name, before, after in (
         ("to the disk", {}, {"memory": 0, "disk": 1}),
@@ -119,13 +119,13 @@ def test_states_move_between_memory_and_disk_and_nothing_is_different(images, tm
         assert not (tmp_path / name / "states").exists()
 
 
-def test_a_layer_that_began_without_states_goes_on_without(images, tmp_path):
+def test_a_layer_that_began_without_states_is_resumed_without(images, tmp_path):
     expected = learn(tmp_path / "whole", images, memory=0)
     learn(tmp_path / "run", images, memory=0, stop=4)
     assert_same_network(learn(tmp_path / "run", images, memory=9), expected)
 
 
-def test_where_states_no_longer_fit_it_says_what_would_do(images, tmp_path):
+def test_if_states_no_longer_fit_the_error_says_which_limits_would_do(images, tmp_path):
     learn(tmp_path, images, stop=2)
     with pytest.raises(ValueError, match=r"resume with memory=.* or disk=.* \(GiB\)"):
         learn(tmp_path, images, memory=0)
@@ -151,9 +151,9 @@ def test_a_new_run_starts_from_the_filters_of_another(images, tmp_path, kind):
     run = RunFolder(tmp_path / "two", settings_of(5), init=str(source))
     with Watch(tmp_path / "two", progress=False) as monitor:
         train(net, images[:3] * 0.9, run, monitor)
-    # But for rounding, by which their norms are 1 again.
+    # Up to rounding, because they are normalised again.
     assert_close(start[1], first.layer(1).filters)
-    # Once it has begun, it is resumed without them.
+    # Once it has begun, it is resumed without init.
     assert RunFolder(tmp_path / "two", settings_of(5), init="gone").initial is None
     with pytest.raises(ValueError, match="init=gone: nothing to start from"):
         RunFolder(tmp_path / "three", settings_of(5), init="gone")
@@ -165,9 +165,7 @@ def test_filters_of_another_shape_are_refused_with_both(images, tmp_path):
         learn(tmp_path / "run", images, init=str(tmp_path / "net.safetensors"))
 
 
-def test_a_run_elsewhere_goes_on_learning_with_more_epochs_and_other_images(
-    images, tmp_path, caplog
-):
+def test_a_run_elsewhere_can_be_extended_by_more_epochs_and_other_images(images, tmp_path, caplog):
     caplog.set_level("INFO")
     first = learn(tmp_path / "one", images)
     before = snapshot(tmp_path / "one")
@@ -186,7 +184,7 @@ def test_a_run_elsewhere_goes_on_learning_with_more_epochs_and_other_images(
         learn(tmp_path / "four", more, other, resume=str(tmp_path / "one"))
 
 
-def test_states_of_others_and_links_are_left_alone(images, tmp_path):
+def test_foreign_states_and_links_are_left_alone(images, tmp_path):
     """A folder called states, a link to a large disk, and what is in it."""
     scratch = tmp_path / "scratch"
     for name in ("layer1/data.csv", "layer2/0.states", "layerX/0.states", "precious/thesis.txt"):
@@ -218,7 +216,7 @@ def strangers_folder(folder):
     return snapshot(folder)
 
 
-def test_a_run_lives_in_a_folder_of_the_users_and_touches_nothing_in_it(images, tmp_path):
+def test_a_run_in_a_folder_with_the_users_files_touches_none_of_them(images, tmp_path):
     mine = strangers_folder(tmp_path)
     learn(tmp_path, images, stop=2)
     learn(tmp_path, images)
@@ -237,14 +235,14 @@ def test_a_run_lives_in_a_folder_of_the_users_and_touches_nothing_in_it(images, 
     ],
 )
 @pytest.mark.parametrize("kind", ["file", "link"])
-def test_what_is_in_the_way_of_a_run_is_named_before_it_begins(images, tmp_path, name, kind):
+def test_files_in_the_way_of_a_run_are_named_before_it_begins(images, tmp_path, name, kind):
     path = tmp_path / "run" / name
     path.parent.mkdir(parents=True)
     (tmp_path / "thesis.txt").write_text("mine")
     path.write_text("mine") if kind == "file" else path.symlink_to(tmp_path / "thesis.txt")
     before = snapshot(tmp_path)
     for resume in ("auto", "false"):
-        # Of a checkpoint that is none, its folder is named.
+        # If a checkpoint is not one, its folder is named.
         named = path.parent if "step" in name and resume == "auto" else path
         with pytest.raises(ValueError, match=str(named)):
             learn(tmp_path / "run", images, resume=resume)
@@ -281,7 +279,7 @@ def test_a_damaged_file_of_the_finished_network_is_written_again(images, tmp_pat
     assert (damage == "gone") or "it is written again" in caplog.text
 
 
-def test_a_network_file_is_known_by_its_first_bytes(tmp_path):
+def test_a_network_file_is_recognised_by_its_first_bytes(tmp_path):
     path = tmp_path / "net.safetensors"
     network().save(path)
     assert is_network(path)
@@ -289,7 +287,7 @@ def test_a_network_file_is_known_by_its_first_bytes(tmp_path):
     assert not is_network(path)
 
 
-def test_a_run_folder_never_says_that_something_is_to_be_downloaded(tmp_path):
+def test_a_run_folder_never_causes_a_download(tmp_path):
     data = {"source": "torchvision", "dataset": "MNIST", "path": "x", "download": True}
     save_checkpoint(tmp_path / "checkpoints", 1, {"settings": {"data": data}})
     assert training_data(tmp_path).download is False
@@ -309,7 +307,7 @@ def test_a_pipe_in_a_run_folder_is_not_waited_for(images, tmp_path, name, resume
 
 
 @pytest.mark.parametrize("finished", [False, True])
-def test_another_network_in_the_place_of_the_finished_one_is_not_written_over(
+def test_another_network_in_the_place_of_the_finished_one_is_not_overwritten(
     images, tmp_path, finished
 ):
     if finished:
@@ -325,7 +323,7 @@ def test_another_network_in_the_place_of_the_finished_one_is_not_written_over(
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "pictures", "evolution", "inference"])
-def test_what_lies_behind_links_is_neither_archived_nor_written_over(images, tmp_path, name):
+def test_files_behind_links_are_neither_archived_nor_overwritten(images, tmp_path, name):
     (tmp_path / "disk").mkdir()
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / name).symlink_to(tmp_path / "disk")
@@ -347,7 +345,7 @@ def test_a_checkpoint_that_was_copied_into_a_run_is_archived_with_it(images, tmp
     assert len(list((tmp_path / "run" / "previous-1" / "checkpoints").iterdir())) == 4
 
 
-def test_a_damaged_line_of_the_metrics_costs_itself_alone(images, tmp_path):
+def test_a_damaged_line_of_the_metrics_costs_only_this_line(images, tmp_path):
     learn(tmp_path, images, stop=6)
     path = tmp_path / "metrics.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
@@ -358,7 +356,7 @@ def test_a_damaged_line_of_the_metrics_costs_itself_alone(images, tmp_path):
 
 
 @pytest.mark.parametrize("key", ["resume", "init"])
-def test_what_a_run_cannot_start_from_is_named_and_not_waited_for(images, tmp_path, key):
+def test_a_file_that_a_run_cannot_start_from_is_named_and_not_waited_for(images, tmp_path, key):
     os.mkfifo(tmp_path / "pipe.pt")
     os.mkfifo(tmp_path / "pipe.safetensors")
     for name in ("pipe.pt", "pipe.safetensors"):
@@ -395,7 +393,7 @@ def test_a_checkpoint_that_holds_something_else_is_an_error_in_one_line(images, 
         learn(tmp_path, images)
 
 
-def test_filters_of_one_layer_alone_are_no_network_to_start_from(images, tmp_path):
+def test_a_run_cannot_start_from_filters_without_a_network(images, tmp_path):
     learned = learn_filters(images, 3, filter_size=5, lam=1.0, learning=LearningSettings(epochs=1))
     learned.save(tmp_path / "filters.safetensors")
     with pytest.raises(ValueError, match="holds filters of learn_filters"):
@@ -403,7 +401,7 @@ def test_filters_of_one_layer_alone_are_no_network_to_start_from(images, tmp_pat
 
 
 @pytest.mark.parametrize("size", [0, 3, 100])
-def test_a_newest_checkpoint_of_which_little_is_left_is_written_again(images, tmp_path, size):
+def test_a_truncated_newest_checkpoint_is_written_again(images, tmp_path, size):
     expected = learn(tmp_path, images)
     newest = max((tmp_path / "checkpoints").iterdir())
     os.truncate(newest, size)
@@ -411,14 +409,14 @@ def test_a_newest_checkpoint_of_which_little_is_left_is_written_again(images, tm
     load_checkpoint(newest)
 
 
-def test_what_a_run_says_of_its_images_may_be_nonsense(tmp_path):
+def test_invalid_data_settings_in_a_checkpoint_are_a_one_line_error(tmp_path):
     for data in (5, {"source": "nothing"}, {"a": 1}):
         save_checkpoint(tmp_path / "checkpoints", 1, {"settings": {"data": data}})
         with pytest.raises(ValueError, match="its data settings are not valid"):
             training_data(tmp_path)
 
 
-def test_folders_that_are_called_like_earlier_runs_are_in_nobodys_way(images, tmp_path):
+def test_the_users_folders_named_like_earlier_runs_are_skipped(images, tmp_path):
     learn(tmp_path, images)
     for name in ("previous-\u00b2", "previous-" + "9" * 200, "previous-3"):
         (tmp_path / name).write_text("mine")

@@ -14,15 +14,15 @@ cases = pytest.mark.parametrize(
 def epoch_of(images, batch_size, ranks, epoch=0):
     """For every batch the set of its images, and how many each rank has of them."""
     shares = [BatchSampler(images, batch_size, (5,), rank, ranks) for rank in range(ranks)]
-    found = []
+    batches = []
     for number in range(shares[0].batches):
         parts = [share.batch(epoch, number).tolist() for share in shares]
         assert all(
             set(part) <= set(share.own_images.tolist())
             for part, share in zip(parts, shares, strict=True)
         )
-        found.append((parts, sorted(sum(parts, []))))
-    return found
+        batches.append((parts, sorted(sum(parts, []))))
+    return batches
 
 
 @cases

@@ -584,6 +584,13 @@ def test_settings_that_mean_nothing_are_refused(options, message):
     assert str(caught.value) == message
 
 
+def test_renamed_settings_keep_their_old_names():
+    with pytest.warns(FutureWarning, match="shown is now called grid_maps"):
+        assert VisualizationSettings(shown=3).grid_maps == 3
+    with pytest.warns(FutureWarning, match="explored is now called explorer_images"):
+        assert VisualizeConfig(model="torchvision/vgg16", explored=2).explorer_images == 2
+
+
 # Networks.
 
 
@@ -1024,10 +1031,11 @@ def test_a_model_without_layers_is_said_to_have_none(place, tmp_path, monkeypatc
 def test_help_says_every_setting(place, script):
     result = script(place, "visualize.py", "--help")
     assert result.code == 0
-    words, values = result.out.split("== Settings")
+    _, settings = result.out.split("Settings, with their values")
     for key in VisualizeConfig.__dataclass_fields__:
-        assert re.search(rf"^ *(\w+, )*{key}(, \w+)* ", words, re.MULTILINE), key
-        assert f"\n{key}: " in values, key
+        assert f"\n{key}=" in settings, key
+    for key in VisualizationSettings.__dataclass_fields__:
+        assert re.search(rf"^{key}=\S+ +\w", settings, re.MULTILINE), key
     for words in ("run=runs/photographs", "model=torchvision/vgg16", "layers=[?]", "torchrun"):
         assert words in result.out
 

@@ -1,1 +1,1 @@
-"""Classifiers on sparse codes: words, spatial pyramids and linear SVMs."""
+"""Classification of images by the maps of a network: visual words, spatial pyramids, an SVM."""

@@ -1,0 +1,43 @@
+"""Files of features that are kept between runs, and the key that says what they depend on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from deconvnet.storage import ownership
+from deconvnet.storage.array_files import load_arrays, save_arrays
+
+# How our files begin, even truncated ones: a ZIP archive whose first array is one of these.
+ARCHIVE, ARRAYS = b"PK\x03\x04", ("of.npy", "counts.npy", "d.npy", "centers.npy")
+
+
+def write_features(path: Path, key: str, **arrays: object) -> None:
+    """Save arrays with the key of what they were computed from."""
+    named = {name: np.asarray(value) for name, value in arrays.items()}
+    keyed = {"of": np.array(key), **named}
+    save_arrays(path, keyed, compressed=True, ours=_is_feature_file)
+
+
+def read_features(path: Path, key: str, **shapes: tuple[int, ...]) -> dict[str, np.ndarray] | None:
+    """The arrays of a file; None if it is missing, damaged or was computed for another key.
+
+    shapes: the shapes that some of the arrays must have.
+    """
+    try:
+        arrays = load_arrays(path)
+    except (OSError, ValueError):
+        return None
+    valid = all(name in arrays and arrays[name].shape == shapes[name] for name in shapes)
+    return arrays if valid and str(arrays.get("of")) == key else None
+
+
+def _is_feature_file(path: Path) -> bool:
+    """Whether a file is ours, intact or not: a damaged one is recomputed."""
+    try:
+        with ownership.open_regular_file(path) as file:
+            head = file.read(64)
+    except (OSError, ValueError):
+        return False
+    return head.startswith(ARCHIVE) and head[30:].startswith(tuple(map(str.encode, ARRAYS)))

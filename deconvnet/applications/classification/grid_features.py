@@ -1,0 +1,44 @@
+"""Maps of any size as a fixed number of features: the mean magnitude of each map in each cell.
+
+z maps (N, K, H, W)   a grid of g x g cells covers a map; its cells are as equal as H and W allow
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Integral
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+Grid = int | Sequence[int]
+
+
+def grid_features(z: Tensor, grid: Grid) -> Tensor:
+    """The means of |z| over the cells of one or several grids: (N, K * num_cells(grid)).
+
+    z: (N, K, H, W). grid: g for g x g cells, or several such as (1, 2, 4) for a spatial pyramid
+    (Lazebnik et al. 2006, with means instead of counts). Features are ordered by grid, map, row,
+    column. If a map has fewer than g rows or columns, cells overlap.
+    """
+    if z.ndim != 4:
+        raise ValueError(f"maps must have the shape (N, K, H, W), got {tuple(z.shape)}")
+    magnitude = z.abs()
+    parts = [functional.adaptive_avg_pool2d(magnitude, g).flatten(1) for g in _sides(grid)]
+    return torch.cat(parts, 1)
+
+
+def num_cells(grid: Grid) -> int:
+    """The number of cells of a grid, or of all grids of a pyramid."""
+    return sum(g * g for g in _sides(grid))
+
+
+def _sides(grid: Grid) -> list[int]:
+    sides = [grid] if isinstance(grid, Integral) else grid
+    valid = isinstance(sides, Sequence) and all(isinstance(g, Integral) and g > 0 for g in sides)
+    if not valid or len(sides) == 0:
+        raise ValueError(
+            f"grid={grid!r}: must be a whole number from 1, or several such as (1, 2, 4)"
+        )
+    return [int(g) for g in sides]

@@ -1,0 +1,133 @@
+"""The settings of classification: the images, their features, and how classes are learned."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from deconvnet.applications.classification.descriptors import STRENGTHS
+from deconvnet.applications.classification.spatial_pyramid import KERNELS, check_levels
+from deconvnet.applications.classification.svm import SVMS
+from deconvnet.images.fit import FITS, MAX_SIDE, MIN_SIDE
+
+UPPER = ("project", "maps")
+
+
+@dataclass
+class ClassData:
+    """The images to put into classes: a folder with a folder for every class."""
+
+    path: str
+    # the same of images that are only tested; null: others of `path`
+    test: str | None = None
+    # side of the squares in pixels, and crop | pad; null: as the network has learned
+    size: int | None = None
+    fit: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.size is not None and not MIN_SIDE <= self.size <= MAX_SIDE:
+            raise ValueError(
+                f"data.size={self.size}: must be from {MIN_SIDE} to {MAX_SIDE}, or null"
+            )
+        if self.fit is not None and self.fit not in FITS:
+            raise ValueError(f"data.fit={self.fit}: choose {', '.join(FITS)}, or null")
+
+
+@dataclass
+class FeatureSettings:
+    """How an image becomes counts of words."""
+
+    # sides of windows in pixels; each size has a codebook of its own
+    patch: list[int] = field(default_factory=lambda: [16, 24])
+    # cells of a window along a side
+    cells: int = 4
+    # pixels from window to window
+    step: int = 2
+    # the same in maps that were projected from upper layers
+    projected_step: int = 4
+    # what a coefficient contributes: magnitude |z|, square z^2, or signed: max(0, z) and max(0, -z)
+    # apart
+    strength: str = "magnitude"
+    # true: descriptors of length 1 with no part above 0.2, as SIFT's; false: as they are
+    normalize: bool = True
+    # layers above the first: project, their strongest activations to the maps of layer 1, each
+    # alone; or maps, as layer 1
+    upper: str = "project"
+    # strongest activations of an image that are projected
+    strongest: int = 50
+    # size of a codebook
+    words: int = 1000
+    # the nearest words that share a descriptor; 1: hard assignment
+    neighbours: int = 5
+    # sides of the grids of the pyramid; all must divide the last
+    levels: list[int] = field(default_factory=lambda: [1, 2, 4])
+    # counts in a cell are raised to this power before they are compared, so that many windows of a
+    # word count little more than a few; 1: as they are (the papers)
+    power: float = 0.5
+
+    def __post_init__(self) -> None:
+        sizes = ("cells", "step", "projected_step", "strongest", "words", "neighbours")
+        for key in sizes:
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key}={getattr(self, key)}: must be at least 1")
+        if not self.patch or any(side < 1 or side % self.cells for side in self.patch):
+            raise ValueError(f"patch={self.patch}: must be multiples of cells={self.cells}")
+        if not 2 <= self.words <= 65535:
+            raise ValueError(f"words={self.words}: must be 2 to 65535")
+        if self.neighbours > self.words:
+            raise ValueError(f"neighbours={self.neighbours}: there are words={self.words}")
+        for key, choices in (("strength", STRENGTHS), ("upper", UPPER)):
+            if getattr(self, key) not in choices:
+                raise ValueError(f"{key}={getattr(self, key)}: choose one of {', '.join(choices)}")
+        if not 0 < self.power <= 1:
+            raise ValueError(f"power={self.power}: must be above 0 and at most 1")
+        check_levels(self.levels)
+
+
+@dataclass
+class ClassifySettings(FeatureSettings):
+    """How classes are learned and tested, in addition to the features."""
+
+    data: ClassData | None = None
+    # layers whose features are tried, each alone and all together, such as [1,4]; null: all
+    layers: list[int] | None = None
+    # training images of each class
+    train: int = 30
+    # images of each class that are tested, at most; null: all others
+    test: int | None = 50
+    # how many times training and test images are drawn again
+    splits: int = 5
+    # seed of what is drawn, and of the codebooks
+    seed: int = 0
+    # split: a codebook from the training images of every split; shared: that of the first for all,
+    # which is faster, but may have seen, without their classes, images that other splits test
+    codebooks: str = "split"
+    # training images from which a codebook is learned, at most
+    codebook_images: int = 300
+    # similarity of two pyramids: intersection, or linear (products of square roots; of counts, with
+    # power=1)
+    kernel: str = "intersection"
+    # one_vs_rest, or one_vs_one, which is faster
+    svm: str = "one_vs_rest"
+    # cost of an error of the support vector machine; kernels are at most 1
+    C: float = 10.0
+    # images inferred at a time: bounds memory, changes results by rounding only
+    chunk: int = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in ("train", "test", "splits", "codebook_images", "chunk"):
+            if getattr(self, key) is not None and getattr(self, key) < 1:
+                raise ValueError(f"{key}={getattr(self, key)}: must be at least 1")
+        named = (("kernel", KERNELS), ("svm", SVMS), ("codebooks", ("split", "shared")))
+        for key, choices in named:
+            if getattr(self, key) not in choices:
+                raise ValueError(f"{key}={getattr(self, key)}: choose one of {', '.join(choices)}")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed}: must not be negative")
+        if not 0 < self.C < math.inf:
+            raise ValueError(f"C={self.C}: must be a positive number")
+        if self.layers is not None and not (
+            self.layers and len(set(self.layers)) == len(self.layers)
+        ):
+            raise ValueError(f"layers={self.layers}: give one or several, each once, or null")
