@@ -386,7 +386,7 @@ def test_a_damaged_file_of_a_run_costs_its_columns_and_not_the_training(tmp_path
     path.write_bytes(b"damaged")
     with caplog.at_level(logging.WARNING):
         append_epoch(path, some_evolution((5,)))
-    assert "its columns are left out" in caplog.text and "epoch 5 is left out" in caplog.text
+    assert "its epochs are left out" in caplog.text and "epoch 5 is left out" in caplog.text
     assert caplog.text.count(str(path)) >= 2 and path.read_bytes() == b"damaged"
     path.unlink()
     append_epoch(path, some_evolution((6,)))
