@@ -40,7 +40,7 @@ from deconvnet.network.layer import LayerProblem, LayerSettings
 from deconvnet.network.network import DeconvNet
 from deconvnet.operators.convolution import correlate, deconvolve
 from deconvnet.operators.pooling import pool, strongest, unpool
-from deconvnet.sparse_coding.solvers import default_solver
+from deconvnet.sparse_coding.solve import default_solver
 from deconvnet.support.modes import plain
 from deconvnet.support.seeding import seeded_generator
 from deconvnet.training.in_memory import learn_layers

@@ -54,7 +54,8 @@ from deconvnet import LayerSettings, LearningSettings, SolverSettings, learn_fil
 from deconvnet.images.preprocessing import PreprocessingSettings
 from deconvnet.monitoring.strict_json import to_json
 from deconvnet.network.network import DeconvNet
-from deconvnet.sparse_coding.solvers import Solution, sparse_code
+from deconvnet.sparse_coding.problem import Solution
+from deconvnet.sparse_coding.solve import sparse_code
 from deconvnet.support.seeding import seeded_generator
 
 METHODS = ("admm", "fista")

@@ -21,7 +21,8 @@ from problems import Objective, Problem
 from deconvnet import LayerSettings, LearningSettings, SolverSettings
 from deconvnet.network.layer import Layer
 from deconvnet.operators.linear import Deconvolution
-from deconvnet.sparse_coding.solvers import METHODS, solve
+from deconvnet.sparse_coding.problem import METHODS
+from deconvnet.sparse_coding.solve import solve
 from deconvnet.support.seeding import seeded_generator
 from deconvnet.training.layer_trainer import LayerTrainer
 

@@ -41,13 +41,8 @@ from deconvnet.network.metrics import snr
 from deconvnet.network.network import DeconvNet
 from deconvnet.operators.linear import Deconvolution, LinearOperator, dot
 from deconvnet.sparse_coding.prior import penalties, shrink
-from deconvnet.sparse_coding.solvers import (
-    Solution,
-    data_term,
-    duality_gap,
-    proximal_gradient,
-    solve,
-)
+from deconvnet.sparse_coding.problem import Solution, data_term, duality_gap
+from deconvnet.sparse_coding.solve import solve
 from deconvnet.support.communicator import started
 from deconvnet.support.devices import torch_device
 from deconvnet.training.layer_trainer import LayerTrainer
@@ -268,31 +263,22 @@ def steps(options: argparse.Namespace) -> None:
         zero = torch.zeros_like(A.adjoint(problem.b))
         start = _adjoint_start(A, problem.b, common.lam, common.window)
         ways = {
-            "ista, 1 / (lam norm^2)": dict(z=zero, momentum=False, adaptive=False),
-            "fista, 1 / (lam norm^2)": dict(z=zero, adaptive=False),
-            "ista, adaptive": dict(z=zero, momentum=False),
-            "fista, adaptive": dict(z=zero),
-            "fista, adaptive, from A'b": dict(z=start),
+            "ista, 1 / (lam norm^2)": (zero, "ista", False),
+            "fista, 1 / (lam norm^2)": (zero, "fista", False),
+            "ista, adaptive": (zero, "ista", True),
+            "fista, adaptive": (zero, "fista", True),
+            "fista, adaptive, from A'b": (start, "fista", True),
         }
         curves = {}
-        for name, way in ways.items():
+        for name, (state, method, adaptive) in ways.items():
             curve = curves[name] = []
 
             def watch(i: int, z: torch.Tensor, beta: torch.Tensor, curve=curve, A=A, b=problem.b):
                 cost = data_term(b - A(z), common.lam) + penalties(z, common.p)  # noqa: B023
                 curve.append(float(cost.mean()))
 
-            proximal_gradient(
-                A,
-                problem.b,
-                lam=common.lam,
-                p=common.p,
-                window=common.window,
-                iterations=200,
-                tolerance=0.0,
-                callback=watch,
-                **way,
-            )
+            settings = SolverSettings(method, iterations=200, tolerance=0.0, adaptive=adaptive)
+            layer.infer(problem, settings=settings, state=state, callback=watch)
         lowest = min(curve[-1] for curve in curves.values())
         print(f"\n| layer {number}, iterations | " + " | ".join(map(str, marks)) + " |")
         print("|---" * (len(marks) + 1) + "|")

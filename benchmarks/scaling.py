@@ -50,7 +50,8 @@ from deconvnet.monitoring.strict_json import to_json
 from deconvnet.network.layer import Layer
 from deconvnet.network.network import DeconvNet
 from deconvnet.operators.linear import Deconvolution
-from deconvnet.sparse_coding.solvers import Solution, default_solver, duality_gap, sparse_code
+from deconvnet.sparse_coding.problem import Solution, duality_gap
+from deconvnet.sparse_coding.solve import default_solver, sparse_code
 from deconvnet.support.seeding import seeded_generator
 from deconvnet.training.layer_data import LayerData
 from deconvnet.training.layer_trainer import LayerTrainer

@@ -11,18 +11,20 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # for type checkers and editors; __getattr__ imports the same names
     from deconvnet.dictionary import Learned, learn_filters, learn_online
-    from deconvnet.filters.update import LearningSettings
+    from deconvnet.filters.update import Diverged, LearningSettings
     from deconvnet.images.preprocessing import PreprocessingSettings
     from deconvnet.network.codes import Codes
     from deconvnet.network.layer import LayerSettings
     from deconvnet.network.network import DeconvNet, load
-    from deconvnet.sparse_coding.solvers import Solution, SolverSettings, sparse_code
+    from deconvnet.sparse_coding.problem import Solution, SolverSettings
+    from deconvnet.sparse_coding.solve import sparse_code
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Codes",
     "DeconvNet",
+    "Diverged",
     "LayerSettings",
     "Learned",
     "LearningSettings",
@@ -38,16 +40,17 @@ __all__ = [
 _MODULES = {
     "Codes": "deconvnet.network.codes",
     "DeconvNet": "deconvnet.network.network",
+    "Diverged": "deconvnet.filters.update",
     "LayerSettings": "deconvnet.network.layer",
     "Learned": "deconvnet.dictionary",
     "LearningSettings": "deconvnet.filters.update",
     "PreprocessingSettings": "deconvnet.images.preprocessing",
-    "Solution": "deconvnet.sparse_coding.solvers",
-    "SolverSettings": "deconvnet.sparse_coding.solvers",
+    "Solution": "deconvnet.sparse_coding.problem",
+    "SolverSettings": "deconvnet.sparse_coding.problem",
     "learn_filters": "deconvnet.dictionary",
     "learn_online": "deconvnet.dictionary",
     "load": "deconvnet.network.network",
-    "sparse_code": "deconvnet.sparse_coding.solvers",
+    "sparse_code": "deconvnet.sparse_coding.solve",
 }
 
 

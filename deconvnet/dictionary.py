@@ -23,9 +23,8 @@ from deconvnet.monitoring.records import EpochStats
 from deconvnet.network.layer import Layer, LayerSettings
 from deconvnet.network.network import FILTERS
 from deconvnet.operators.convolution import Boundary
-from deconvnet.sparse_coding.solvers import (
-    Solution,
-    SolverSettings,
+from deconvnet.sparse_coding.problem import Solution, SolverSettings
+from deconvnet.sparse_coding.solve import (
     default_solver,
     lam_from_ratio,
     relative_schedule,
@@ -481,8 +480,7 @@ def _initial_filters(filters: Tensor, layer: Layer) -> Tensor:
 def _set_lam_from_ratio(layer: Layer, images: Tensor, lam_ratio: float) -> None:
     """Set lam from its ratio under the current filters, and the schedule in its units."""
     A, settings = layer.operator(), layer.settings
-    prior = dict(p=settings.p, group=settings.group, non_negative=settings.non_negative)
-    settings.lam = lam_from_ratio(A, images, lam_ratio, **prior)
+    settings.lam = lam_from_ratio(A, images, lam_ratio, settings.prior)
     settings.solver = relative_schedule(settings.solver, A, settings.lam, lam_ratio)
 
 

@@ -45,8 +45,10 @@ from deconvnet.network.network import DeconvNet, Progress
 from deconvnet.network.tiling import MEMORY, Tile
 from deconvnet.operators.linear import Deconvolution
 from deconvnet.operators.pooling import max_pool
-from deconvnet.sparse_coding.adaptive import SparseSolution, Thresholds, explain
-from deconvnet.sparse_coding.solvers import Solution, SolverSettings, default_solver, solve
+from deconvnet.sparse_coding.prior import Prior
+from deconvnet.sparse_coding.problem import Solution, SolverSettings
+from deconvnet.sparse_coding.solve import default_solver, solve
+from deconvnet.sparse_coding.whole_image import SparseSolution, Thresholds, solve_whole_image
 from deconvnet.support.modes import plain
 from deconvnet.support.validation import as_images, as_tensor, as_weights, positive, whole
 
@@ -216,7 +218,7 @@ class Restorer:
                 start=found,
                 steps=steps,
             )
-            painted = found.painted()
+            painted = found.synthesis()
             low = tikhonov_lowpass(y - painted, psi, own)
         layers = [painted, *self._above(found, painted, depth, cut, steps)]
         return [sigma * (low + layer) for layer in layers]
@@ -400,14 +402,14 @@ class Restorer:
         )
         steps = steps or _Steps(None, 1)
         if b.device.type == "cpu":
-            found = explain(
+            found = solve_whole_image(
                 *(A, b, limits),
                 lam=1 / threshold,
                 non_negative=settings.non_negative,
                 iterations=ITERATIONS,
                 tolerance=TOLERANCE,
                 start=start,
-                tick=steps.round,
+                on_round=steps.round,
             )
         else:
             found = _dense(A, b, limits, 1 / threshold, settings.non_negative, start)
@@ -521,7 +523,7 @@ class _Dense:
     def magnitudes(self) -> Tensor:
         return self.solution.z.abs().sum((0, 2, 3), dtype=torch.float64)
 
-    def painted(self) -> Tensor:
+    def synthesis(self) -> Tensor:
         return Deconvolution(self.A.f, self.A.boundary)(self.solution.z)
 
 
@@ -533,18 +535,16 @@ def _dense(
     non_negative: bool,
     start: _Dense | None,
 ) -> _Dense:
-    """What `adaptive.explain` finds, by a method that any device knows."""
+    """What `solve_whole_image` finds, by a method that any device knows."""
     if thresholds.pilot is None:
-        weights = thresholds.of_maps()
+        weights = thresholds.per_map()
     else:
         plain = Deconvolution(A.f, A.boundary)
-        weights = thresholds.of_entries(plain.adjoint(thresholds.pilot))
+        weights = thresholds.per_coefficient(plain.adjoint(thresholds.pilot))
     solution = solve(
         *(A, b),
         lam=lam,
-        weights=weights,
-        group=thresholds.group,
-        non_negative=non_negative,
+        prior=Prior(weights=weights, group=thresholds.group, non_negative=non_negative),
         settings=SolverSettings(),
         state=None if start is None else start.solution.state,
     )

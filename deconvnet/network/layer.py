@@ -27,8 +27,9 @@ from deconvnet.operators.linear import (
     WeightedUnpooling,
 )
 from deconvnet.operators.pooling import UNPOOLINGS, Window, max_pool, unpooling_weights
-from deconvnet.sparse_coding.prior import check_exponent
-from deconvnet.sparse_coding.solvers import Callback, Solution, SolverSettings, solve
+from deconvnet.sparse_coding.prior import Prior, check_exponent
+from deconvnet.sparse_coding.problem import Solution, SolverSettings
+from deconvnet.sparse_coding.solve import Callback, solve
 from deconvnet.support.renaming import with_current_names
 from deconvnet.support.validation import check_settings, positive, whole
 
@@ -130,6 +131,11 @@ class LayerSettings:
     def window(self) -> Window | None:
         """The pooling window if pooling is part of inference, else None."""
         return tuple(self.pool) if self.pooling == "in_loop" else None
+
+    @property
+    def prior(self) -> Prior:
+        """The sparse prior of the maps."""
+        return Prior(self.p, window=self.window, group=self.group, non_negative=self.non_negative)
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any], where: str) -> LayerSettings:
@@ -248,10 +254,7 @@ class Layer(nn.Module):
             problem.T @ self.operator(),
             problem.b,
             lam=self.settings.lam,
-            p=self.settings.p,
-            window=self.settings.window,
-            group=self.settings.group,
-            non_negative=self.settings.non_negative,
+            prior=self.settings.prior,
             settings=settings or self.settings.solver,
             state=state,
             step=step,

@@ -30,8 +30,9 @@ from deconvnet.network.codes import Codes, LayerCodes
 from deconvnet.network.layer import Layer
 from deconvnet.network.metrics import snr
 from deconvnet.network.network import DeconvNet, Progress
-from deconvnet.sparse_coding.adaptive import SparseSolution, Thresholds, explain
-from deconvnet.sparse_coding.solvers import Solution, default_solver
+from deconvnet.sparse_coding.problem import Solution
+from deconvnet.sparse_coding.solve import default_solver
+from deconvnet.sparse_coding.whole_image import SparseSolution, Thresholds, solve_whole_image
 from deconvnet.support.validation import as_number
 
 GIB = 2**30
@@ -181,7 +182,8 @@ def _in_tiles(
     base = net.infer(image, depth=0)
     first = _first(net, base.y) if _is_sparse(net) else None
     if first is not None and layer == 1:
-        painted, density = base.y - first.residual, len(first.entries.g) / math.prod(first.shape)
+        painted = base.y - first.residual
+        density = len(first.coefficients.g) / math.prod(first.shape)
         report(1)
     else:
         painted, active = torch.zeros_like(base.y), 0.0
@@ -210,7 +212,7 @@ def _first(net: DeconvNet, y: Tensor) -> SparseSolution:
     layer, settings = net.layer(1), net.layer(1).settings
     solver = settings.solver if settings.solver.method == "coordinate" else default_solver(y)
     ones = torch.ones(len(layer.filters)).to(y)
-    return explain(
+    return solve_whole_image(
         *(layer.operator(), y, Thresholds(ones, ones, settings.group)),
         lam=settings.lam,
         non_negative=settings.non_negative,

@@ -81,7 +81,7 @@ def _length(number: int) -> tuple[None, ...] | np.ndarray:
     return (None,) * number if number <= UNROLLED else np.zeros(number, np.bool_)
 
 
-class Entries(NamedTuple):
+class ActiveSet(NamedTuple):
     """Some places of the maps of an image: group g, row i, column j (n,) int32, the values z (n, G)
     there, the curvature L (n,) of the data term and the weight (n,) of the prior.
     """
@@ -93,11 +93,11 @@ class Entries(NamedTuple):
     L: np.ndarray
     weight: np.ndarray
 
-    def take(self, chosen: np.ndarray) -> Entries:
-        return Entries(*(column[chosen] for column in self))
+    def take(self, chosen: np.ndarray) -> ActiveSet:
+        return ActiveSet(*(column[chosen] for column in self))
 
-    def join(self, other: Entries) -> Entries:
-        return Entries(*map(np.concatenate, zip(self, other, strict=True)))
+    def join(self, other: ActiveSet) -> ActiveSet:
+        return ActiveSet(*map(np.concatenate, zip(self, other, strict=True)))
 
 
 def footprint(boundary: str, pixels: int, taps: int) -> Footprint:

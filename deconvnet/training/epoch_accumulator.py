@@ -13,7 +13,7 @@ from deconvnet.monitoring.monitor import memory_used
 from deconvnet.monitoring.peaks import Peaks, SnapshotPlan
 from deconvnet.monitoring.records import EpochStats, RankLoad
 from deconvnet.network.metrics import decibels
-from deconvnet.sparse_coding.solvers import Solution
+from deconvnet.sparse_coding.problem import Solution
 from deconvnet.support.communicator import Communicator
 from deconvnet.support.units import exponent, magnitude, times_power
 

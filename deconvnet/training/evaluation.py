@@ -13,8 +13,7 @@ from deconvnet.network.codes import Codes
 from deconvnet.network.layer import Layer, LayerProblem
 from deconvnet.network.metrics import decibels
 from deconvnet.network.network import DeconvNet
-from deconvnet.sparse_coding.prior import Prior
-from deconvnet.sparse_coding.solvers import data_term
+from deconvnet.sparse_coding.problem import data_term
 from deconvnet.support.communicator import Communicator
 
 
@@ -79,11 +78,10 @@ class LayerEvaluation:
 def inference_curve(layer: Layer, problem: LayerProblem) -> list[InferencePoint]:
     """Objective, beta and density after each iteration of inference, means over the images."""
     A, settings = problem.T @ layer.operator(), layer.settings
-    prior = Prior(settings.p, group=settings.group)
     curve = []
 
     def record(iteration: int, z: Tensor, beta: Tensor) -> None:
-        objective = data_term(problem.b - A(z), settings.lam) + prior(z)
+        objective = data_term(problem.b - A(z), settings.lam) + settings.prior.value(z)
         density = float(torch.count_nonzero(z)) / z.numel()
         curve.append(
             InferencePoint(iteration, float(objective.mean()), float(beta.mean()), density)

@@ -35,7 +35,7 @@ from deconvnet.monitoring.peaks import Snapshot, SnapshotPlan
 from deconvnet.monitoring.records import EpochStats
 from deconvnet.network.layer import Layer, check_input_size
 from deconvnet.operators.linear import Identity, LinearOperator
-from deconvnet.sparse_coding.solvers import Solution
+from deconvnet.sparse_coding.problem import Solution
 from deconvnet.support.communicator import SINGLE, Communicator
 from deconvnet.support.modes import plain
 from deconvnet.support.seeding import seeded_generator

@@ -18,7 +18,7 @@ from deconvnet.filters.update import Diverged, update_filters
 from deconvnet.monitoring.records import EpochStats
 from deconvnet.network.layer import Layer, LayerProblem
 from deconvnet.network.metrics import decibels
-from deconvnet.sparse_coding.solvers import Solution
+from deconvnet.sparse_coding.problem import Solution
 from deconvnet.support.modes import plain
 from deconvnet.support.seeding import seeded_generator
 

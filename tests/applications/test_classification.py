@@ -48,7 +48,7 @@ from deconvnet.images.sources import DataSettings
 from deconvnet.network.layer import LayerSettings
 from deconvnet.network.network import DeconvNet, load
 from deconvnet.operators.linear import Deconvolution
-from deconvnet.sparse_coding.solvers import SolverSettings
+from deconvnet.sparse_coding.problem import SolverSettings
 from deconvnet.storage.checkpoint_files import save_checkpoint
 
 FEW = SolverSettings(iterations=20)

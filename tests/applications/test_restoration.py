@@ -27,9 +27,10 @@ from deconvnet.network.metrics import psnr, snr
 from deconvnet.network.network import DeconvNet, load
 from deconvnet.operators.convolution import deconvolve
 from deconvnet.operators.linear import Deconvolution
-from deconvnet.sparse_coding.adaptive import WORST
 from deconvnet.sparse_coding.prior import shrink
-from deconvnet.sparse_coding.solvers import SolverSettings, sparse_code
+from deconvnet.sparse_coding.problem import SolverSettings
+from deconvnet.sparse_coding.solve import sparse_code
+from deconvnet.sparse_coding.whole_image import MAX_RAISE
 from deconvnet.storage.checkpoint_files import save_checkpoint
 
 SIGMA = 25 / 255
@@ -117,7 +118,7 @@ def test_with_one_filter_of_one_pixel_denoising_is_thresholding_of_what_is_not_l
     (found,) = restorer.denoise(image, sigma)
 
     def look(low, pilot, level):
-        fit = pilot.abs().clamp(min=level / WORST)
+        fit = pilot.abs().clamp(min=level / MAX_RAISE)
         return low + shrink(image - low, fit / level**2)
 
     low = tikhonov_lowpass(image, PSI)
@@ -152,7 +153,7 @@ def test_averages_over_lattices_are_those_of_codes_that_must_be_zero_elsewhere(m
                 for each in (b, own * b + (1 - own) * known)
             )
             c = Deconvolution(filters).adjoint(pilot).abs() / gain
-            weights = gain / (c / level).clamp(min=1 / WORST)
+            weights = gain / (c / level).clamp(min=1 / MAX_RAISE)
             off = torch.ones_like(weights, dtype=torch.bool)
             off[..., 1::2, 1::2] = False
             weights = torch.where(off, 1e6, weights)

@@ -31,7 +31,7 @@ from deconvnet.images.preprocessing import PreprocessingSettings
 from deconvnet.images.sources import DataSettings
 from deconvnet.network.layer import LayerSettings
 from deconvnet.network.network import DeconvNet
-from deconvnet.sparse_coding.solvers import SolverSettings
+from deconvnet.sparse_coding.problem import SolverSettings
 from deconvnet.support.devices import torch_device
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,7 +15,8 @@ from deconvnet.filters.update import LearningSettings, update_filters, update_fi
 from deconvnet.operators.convolution import deconvolve, map_size
 from deconvnet.operators.linear import Deconvolution, Identity, Scaling, Unpooling
 from deconvnet.operators.pooling import max_pool
-from deconvnet.sparse_coding.solvers import SolverSettings, solve
+from deconvnet.sparse_coding.problem import SolverSettings
+from deconvnet.sparse_coding.solve import solve
 
 BOUNDARIES = ("valid", "circular")
 boundaries = pytest.mark.parametrize("boundary", BOUNDARIES)

@@ -12,7 +12,8 @@ from deconvnet.network.layer import LayerProblem
 from deconvnet.operators.arithmetic import convolution_matrix
 from deconvnet.operators.linear import Deconvolution, Identity, LinearOperator
 from deconvnet.operators.pooling import UNPOOLINGS, max_pool, unpool
-from deconvnet.sparse_coding.solvers import solve
+from deconvnet.sparse_coding.prior import Prior
+from deconvnet.sparse_coding.solve import solve
 from deconvnet.storage.integrity import InvalidFileError
 from deconvnet.support.seeding import seeded_generator
 from deconvnet.training.loop import train
@@ -457,7 +458,8 @@ def test_a_layer_that_explains_the_image_solves_the_problem_of_the_whole_way_dow
     found = codes.layer(depth)
     R = way_down(net, codes, depth)
     A = Dense(R, found.shape, codes.y.shape[1:])
-    expected = solve(A, codes.y, lam=5.0, window=window and tuple(window), settings=solver)
+    prior = Prior(window=window and tuple(window))
+    expected = solve(A, codes.y, lam=5.0, prior=prior, settings=solver)
     assert_close(found.z, expected.z, rtol=1e-8, atol=1e-9)
     assert_close(found.reconstruction, 2.5 * squared_error(R, found.z, codes.y))
     assert_close(found.sparsity, found.z.abs().sum((1, 2, 3)))

@@ -33,15 +33,9 @@ from deconvnet.operators.linear import (
     WeightedUnpooling,
 )
 from deconvnet.operators.pooling import max_pool, unpooling_weights
-from deconvnet.sparse_coding import solvers
 from deconvnet.sparse_coding.prior import Prior, shrink
-from deconvnet.sparse_coding.solvers import (
-    SolverSettings,
-    duality_gap,
-    lam_from_ratio,
-    solve,
-    sparse_code,
-)
+from deconvnet.sparse_coding.problem import SolverSettings, duality_gap
+from deconvnet.sparse_coding.solve import SOLVERS, lam_from_ratio, solve, sparse_code
 
 BOUNDARIES = ("valid", "circular", "zero", "reflect")
 NEW = ("zero", "reflect")
@@ -169,9 +163,9 @@ def test_weights_of_one_change_no_bit(method, p):
     A, b = problem(C=2)
     A, b = Deconvolution(A.f.float()), b.float()
     settings = SolverSettings(method=method, iterations=20 if method != "half_quadratic" else 1)
-    plain = solve(A, b, lam=20.0, p=p, settings=settings)
+    plain = solve(A, b, lam=20.0, prior=Prior(p=p), settings=settings)
     for weights in (torch.ones(4), torch.ones(2, 4, 8, 9)):
-        found = solve(A, b, lam=20.0, p=p, weights=weights, settings=settings)
+        found = solve(A, b, lam=20.0, prior=Prior(p=p, weights=weights), settings=settings)
         for part in ("z", "state", "residual", "objective"):
             assert torch.equal(getattr(found, part), getattr(plain, part))
     ones = Prior(p, weights=torch.ones(4))
@@ -352,12 +346,12 @@ def objective(A, b, z, lam, prior):
 def test_the_minimum_is_that_of_scikit_learn(boundary, mask, non_negative, weighted):
     A, b = problem(boundary, C=2, N=1, image=(5, 5), mask=mask)
     weights = torch.tensor([0.5, 1.0, 2.0, 8.0]).double() if weighted else None
-    prior = dict(weights=weights, non_negative=non_negative)
+    prior = Prior(weights=weights, non_negative=non_negative)
     lam, expected = 3.0, lasso(A, b, 3.0, weights=weights, positive=non_negative)
-    minimum = objective(A, b, expected, lam, Prior(**prior))
+    minimum = objective(A, b, expected, lam, prior)
     for method in ("admm", "fista"):
-        found = solve(A, b, lam=lam, settings=to_the_end(method), **prior)
-        assert (duality_gap(A, b, found.z, lam, **prior) <= 1.1e-5 * minimum).all(), method
+        found = solve(A, b, lam=lam, settings=to_the_end(method), prior=prior)
+        assert (duality_gap(A, b, found.z, lam, prior) <= 1.1e-5 * minimum).all(), method
         assert_close(found.objective, minimum, rtol=1.1e-5, atol=0)
         assert found.lam == lam
     assert not non_negative or (found.z >= 0).all()
@@ -369,12 +363,14 @@ def test_admm_fista_and_the_certificate_agree_for_every_convex_prior(group, non_
     for boundary, mask in (("circular", True), ("reflect", False)):
         A, b = problem(boundary, C=2, image=(5, 6), mask=mask)
         weights = 0.2 + uniform(2, 4 // group, *map_size((5, 6), (3, 3), boundary), seed=3)
-        prior = dict(
+        prior = Prior(
             weights=weights.repeat_interleave(group, 1), group=group, non_negative=non_negative
         )
-        found = [solve(A, b, lam=3.0, settings=to_the_end(m), **prior) for m in ("admm", "fista")]
+        found = [
+            solve(A, b, lam=3.0, prior=prior, settings=to_the_end(m)) for m in ("admm", "fista")
+        ]
         for one in found:
-            gap = duality_gap(A, b, one.z, 3.0, **prior)
+            gap = duality_gap(A, b, one.z, 3.0, prior)
             assert (gap <= 1.1e-5 * one.objective).all() and (gap > -1e-12).all()
         assert_close(found[0].objective, found[1].objective, rtol=1.1e-5, atol=0)
         alive = found[0].z.unflatten(1, (-1, group)) != 0
@@ -391,17 +387,17 @@ def test_where_the_prior_is_not_convex_fista_still_never_rises_and_all_lower_it(
 ):
     A, b = problem(C=2)
     weights = torch.tensor([0.5, 0.5, 2.0, 2.0]) if weighted else None
-    options = dict(options, p=p, weights=weights)
+    prior = Prior(p, weights=weights, **options)
     costs = []
 
     def watch(_, z, __):
-        costs.append(objective(A, b, z, 20.0, Prior(**options)))
+        costs.append(objective(A, b, z, 20.0, prior))
 
     for method in METHODS:
         settings = SolverSettings(method=method, iterations=1 if method == "half_quadratic" else 20)
-        found = solve(A, b, lam=20.0, settings=settings, callback=watch, **options)
+        found = solve(A, b, lam=20.0, prior=prior, settings=settings, callback=watch)
         assert (found.objective < 10 * b.square().sum((1, 2, 3))).all(), method
-        assert not options.get("non_negative") or (found.z >= 0).all()
+        assert not prior.non_negative or (found.z >= 0).all()
         if method == "fista":
             assert (torch.stack(costs).diff(dim=0) <= 1e-9).all()
         costs.clear()
@@ -413,8 +409,8 @@ def test_doubled_weights_are_half_the_lam():
     for p in (0.5, 1.0):
         for method in ("fista", "ista"):
             settings = dataclasses.replace(settings, method=method)
-            twice = solve(A, b, lam=20.0, p=p, weights=2 * weights, settings=settings)
-            plain = solve(A, b, lam=10.0, p=p, settings=settings)
+            twice = solve(A, b, lam=20.0, prior=Prior(p=p, weights=2 * weights), settings=settings)
+            plain = solve(A, b, lam=10.0, prior=Prior(p=p), settings=settings)
             assert_close(twice.z, plain.z, rtol=1e-9, atol=1e-12)
             assert_close(twice.objective, 2 * plain.objective, rtol=1e-9, atol=0)
 
@@ -423,11 +419,11 @@ def test_a_map_of_weight_zero_is_free():
     A, b = problem(N=1)
     weights = torch.tensor([0.0, 1.0, 1.0, 1.0]).double()
     settings = SolverSettings(method="fista", iterations=2000, tolerance=1e-7)
-    found = solve(A, b, lam=2.0, weights=weights, settings=settings)
+    found = solve(A, b, lam=2.0, prior=Prior(weights=weights), settings=settings)
     # Nothing that the free map could still explain is left over.
     assert A.adjoint(found.residual)[:, 0].abs().max() < 1e-3 * A.adjoint(b)[:, 0].abs().max()
     assert found.sparsity == pytest.approx(found.z[:, 1:].abs().sum().item())
-    assert duality_gap(A, b, found.z, 2.0, weights=weights) == math.inf
+    assert duality_gap(A, b, found.z, 2.0, prior=Prior(weights=weights)) == math.inf
 
 
 @every_boundary
@@ -465,19 +461,19 @@ def test_few_warm_steps_keep_admm_on_the_course_of_the_exact_solve(boundary, mas
 @pytest.mark.parametrize("gap", [0.1, 5e-3])
 def test_an_image_stops_at_its_duality_gap_which_bounds_the_distance_to_the_minimum(method, gap):
     A, b = problem("zero", C=2, N=2)
-    prior = dict(group=2, weights=torch.tensor([1.0, 1.0, 3.0, 3.0]).double())
-    minimum = solve(A, b, lam=5.0, settings=to_the_end("admm"), **prior).objective
+    prior = Prior(group=2, weights=torch.tensor([1.0, 1.0, 3.0, 3.0]).double())
+    minimum = solve(A, b, lam=5.0, settings=to_the_end("admm"), prior=prior).objective
     settings = SolverSettings(method=method, iterations=1000, gap=gap)
-    found = solve(A, b, lam=5.0, settings=settings, **prior)
+    found = solve(A, b, lam=5.0, settings=settings, prior=prior)
     assert found.iterations < 1000 and found.gap.dtype == torch.float64
     assert (found.gap <= gap * found.objective).all()
     assert (found.objective - minimum <= found.gap + 1e-9).all()
     # Each image by itself, and no later than it must.
-    alone = solve(A, b[:1], lam=5.0, settings=settings, **prior)
+    alone = solve(A, b[:1], lam=5.0, settings=settings, prior=prior)
     assert_close(alone.z, found.z[:1], rtol=1e-7, atol=1e-7)
     if alone.iterations > 10:
         fewer = SolverSettings(method=method, iterations=alone.iterations - 10, gap=1e-9)
-        early = solve(A, b[:1], lam=5.0, settings=fewer, **prior)
+        early = solve(A, b[:1], lam=5.0, settings=fewer, prior=prior)
         assert early.gap > gap * early.objective
 
 
@@ -485,7 +481,7 @@ def test_a_gap_is_asked_for_only_where_there_is_one():
     A, b = problem()
     for p, window in ((0.5, None), (1.0, (1, 2, 2))):
         with refused("solver.gap=0.01: only a minimum for p=1 without a window"):
-            solve(A, b, lam=2.0, p=p, window=window, settings=SolverSettings(gap=0.01))
+            solve(A, b, lam=2.0, prior=Prior(p=p, window=window), settings=SolverSettings(gap=0.01))
     with refused("solver.gap=0.0: must be positive"):
         SolverSettings(gap=0.0)
     with refused("solver.gap=0.1: half_quadratic"):
@@ -507,7 +503,7 @@ def test_just_below_a_lam_ratio_of_one_some_maps_are_non_zero(options):
     for lam_ratio, alive in ((1.0, False), (0.99, True)):
         found = sparse_code(b, A.f, lam_ratio=lam_ratio, settings=settings, **options)
         assert bool((found.z.abs() > 1e-9).any()) is alive
-        assert found.lam == lam_from_ratio(A, b, lam_ratio, **options)
+        assert found.lam == lam_from_ratio(A, b, lam_ratio, Prior(**options))
 
 
 def test_a_lam_ratio_keeps_its_meaning_when_the_data_are_rescaled():
@@ -739,14 +735,14 @@ def test_images_that_are_solved_some_at_a_time_are_those_of_the_whole_batch(
             A, b = both @ above, both.join([pooled, b])
     step = torch.linspace(0.01, 0.02, 5, dtype=b.dtype).view(-1, 1, 1, 1)
     settings = SolverSettings(method=method, iterations=8)
-    run = partial(solve, A, b, lam=5.0, weights=weights, settings=settings, step=step)
+    prior = Prior(weights=weights)
+    run = partial(solve, A, b, lam=5.0, prior=prior, settings=settings, step=step)
     whole = run()
     sizes = []
     original = type(A).__call__
     monkeypatch.setattr(type(A), "__call__", lambda A, z: sizes.append(len(z)) or original(A, z))
-    monkeypatch.setattr(
-        solvers, "PART", 2 * 8 * max(A.max_intermediate_numel, A.zeros(b)[0].numel())
-    )
+    largest = max(A.max_intermediate_numel, A.zeros(b)[0].numel())
+    monkeypatch.setattr("deconvnet.sparse_coding.solve.PART", 2 * 8 * largest)
     parts = run()
     assert set(sizes) == {2, 1}
     for key, expected in vars(whole).items():
@@ -761,11 +757,10 @@ def test_a_chunk_bounds_how_many_images_are_in_work_at_a_time(method, monkeypatc
     settings = SolverSettings(method, iterations=30, gap=1e-6)
     whole = sparse_code(b, f, lam=3.0, settings=settings)
     sizes = []
-    original = solvers._solve
+    solver = SOLVERS[method]
     monkeypatch.setattr(
-        solvers,
-        "_solve",
-        lambda A, b, *rest, **o: sizes.append(len(b)) or original(A, b, *rest, **o),
+        "deconvnet.sparse_coding.solve.SOLVERS",
+        {method: lambda problem, *rest: sizes.append(len(problem.b)) or solver(problem, *rest)},
     )
     parts = sparse_code(b, f, lam=3.0, settings=settings, chunk=2)
     assert sizes == [2, 2, 1]

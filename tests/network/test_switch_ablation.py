@@ -12,7 +12,7 @@ from PIL import Image
 from deconvnet import DeconvNet, LayerSettings, LearningSettings, PreprocessingSettings, load
 from deconvnet.network.switch_ablation import MEANINGS, ablate, unpooling
 from deconvnet.operators.pooling import UNPOOLINGS
-from deconvnet.sparse_coding.solvers import SolverSettings
+from deconvnet.sparse_coding.problem import SolverSettings
 from deconvnet.training.layer_data import LayerData
 from deconvnet.training.layer_trainer import LayerTrainer
 

@@ -15,8 +15,10 @@ from deconvnet.network.network import DeconvNet
 from deconvnet.network.tiling import GIB, reconstruct, tiles
 from deconvnet.operators.convolution import deconvolve
 from deconvnet.operators.linear import Deconvolution
-from deconvnet.sparse_coding.adaptive import Thresholds, explain
-from deconvnet.sparse_coding.solvers import SolverSettings, solve
+from deconvnet.sparse_coding.prior import Prior
+from deconvnet.sparse_coding.problem import SolverSettings
+from deconvnet.sparse_coding.solve import solve
+from deconvnet.sparse_coding.whole_image import Thresholds, solve_whole_image
 
 # So near the minimum that what is left is the tiles.
 EXACT = SolverSettings("coordinate", iterations=400, gap=1e-5)
@@ -163,22 +165,23 @@ def test_thresholds_made_when_they_are_looked_at_solve_the_problem_of_those_in_m
     mask = (rand(1, 1, 40, 33, seed=9) > -0.6).float() if masked else None
     A = Deconvolution(A.f, boundary, mask)
     b = b if mask is None else mask * b
-    weights = thresholds.of_entries(Deconvolution(A.f, boundary).adjoint(thresholds.pilot))
+    weights = thresholds.per_coefficient(Deconvolution(A.f, boundary).adjoint(thresholds.pilot))
     settings = SolverSettings("coordinate", iterations=30, tolerance=1e-4)
-    expected = solve(A, b, lam=0.3, weights=weights, group=group, settings=settings)
-    monkeypatch.setattr("deconvnet.sparse_coding.adaptive.KEPT", 0 if group == 1 else 2**27)
-    found = explain(A, b, thresholds, lam=0.3, iterations=30, tolerance=1e-4)
+    expected = solve(A, b, lam=0.3, prior=Prior(weights=weights, group=group), settings=settings)
+    cached = 0 if group == 1 else 2**27
+    monkeypatch.setattr("deconvnet.sparse_coding.whole_image.CACHE_BYTES", cached)
+    found = solve_whole_image(A, b, thresholds, lam=0.3, iterations=30, tolerance=1e-4)
     assert found.iterations == expected.iterations > 3
     assert_close(found.maps(), expected.z, rtol=1e-4, atol=1e-5)
     assert_close(found.residual, expected.residual, rtol=1e-4, atol=1e-5)
     assert_close(found.objective, float(expected.objective), rtol=1e-5, atol=0)
     painted = deconvolve(found.maps(), A.f, boundary=boundary)
-    assert_close(found.painted(), painted, rtol=0, atol=1e-4)
+    assert_close(found.synthesis(), painted, rtol=0, atol=1e-4)
     assert_close(found.magnitudes(), found.maps().double().abs().sum((0, 2, 3)))
     part = found.maps(slice(3, 20), slice(7, 11))
     assert torch.equal(part, found.maps()[:, :, 3:20, 7:11])
     # From there it goes nowhere.
-    again = explain(A, b, thresholds, lam=0.3, iterations=30, tolerance=1e-4, start=found)
+    again = solve_whole_image(A, b, thresholds, lam=0.3, iterations=30, tolerance=1e-4, start=found)
     assert again.iterations <= 1
     assert again.objective <= found.objective * (1 + 1e-6)
 
@@ -200,7 +203,7 @@ def test_denoising_takes_memory_for_pixels_and_not_for_maps(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_zeros", watched(zeros))
     monkeypatch.setattr(torch.Tensor, "new_empty", watched(empty))
     monkeypatch.setattr("deconvnet.operators.convolution.STRIP", 2**12)
-    monkeypatch.setattr("deconvnet.sparse_coding.adaptive.KEPT", 0)
+    monkeypatch.setattr("deconvnet.sparse_coding.whole_image.CACHE_BYTES", 0)
     net = network(LayerSettings(40, 5), steps=())
     image = 0.5 + 0.2 * rand(1, 1, 60, 70)
     restorer = Restorer(net)

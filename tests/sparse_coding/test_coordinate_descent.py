@@ -20,12 +20,15 @@ from deconvnet.operators.convolution import BOUNDARIES, correlate_strips, deconv
 from deconvnet.operators.linear import Deconvolution, Scaling
 from deconvnet.sparse_coding import kernels
 from deconvnet.sparse_coding.coordinate_descent import (
-    _Work,
+    PriorWeights,
     check_coordinate_descent,
     coordinate_descent,
 )
+from deconvnet.sparse_coding.iteration import Start, Until
 from deconvnet.sparse_coding.prior import Prior
-from deconvnet.sparse_coding.solvers import SolverSettings, duality_gap, solve, sparse_code
+from deconvnet.sparse_coding.problem import Problem, SolverSettings, duality_gap
+from deconvnet.sparse_coding.solve import solve, sparse_code
+from deconvnet.sparse_coding.working_set import Atoms, WorkingSetSolver
 
 # Nearly all tests share few sizes of filters: the loops are compiled once for each.
 every_boundary = pytest.mark.parametrize("boundary", BOUNDARIES)
@@ -62,7 +65,7 @@ PRIORS = {
 
 
 def prior_of(name, A, b):
-    return PRIORS[name](A.zeros(b).shape)
+    return Prior(**PRIORS[name](A.zeros(b).shape))
 
 
 def settings(gap=1e-8, **changes):
@@ -73,11 +76,17 @@ def objective(A, b, z, prior=None, lam=LAM):
     return lam / 2 * (b - A(z)).square().sum((1, 2, 3)) + (prior or Prior())(z)
 
 
-def descend(A, b, z=None, *, prior=None, iterations=100, **options):
-    start = A.zeros(b) if z is None else z
-    return coordinate_descent(
-        A, b, start, lam=LAM, prior=prior or Prior(), iterations=iterations, **options
+def descend(A, b, z=None, *, prior=None, iterations=100, gap=None, callback=None):
+    """(z, residual, gap, rounds)."""
+    problem = Problem(A, b, LAM, prior or Prior())
+    watch = callback and (lambda i, method: callback(i, method.maps(), method.penalty()))
+    found = coordinate_descent(
+        problem,
+        Start(A.zeros(b) if z is None else z),
+        SolverSettings("coordinate"),
+        Until(iterations, gap=gap, callback=watch),
     )
+    return found.z, found.residual, found.gap, found.iterations
 
 
 def dense(A, image):
@@ -100,19 +109,19 @@ def refused(message):
 @pytest.mark.parametrize("mask", [False, True])
 def test_it_ends_at_a_certified_minimum(boundary, name, C, mask):
     A, b = problem(boundary, C=C, image=(6, 7), mask=mask)
-    options = prior_of(name, A, b)
-    found = solve(A, b, lam=LAM, settings=settings(1e-5), **options)
-    gap = duality_gap(A, b, found.z, LAM, **options)
+    prior = prior_of(name, A, b)
+    found = solve(A, b, lam=LAM, settings=settings(1e-5), prior=prior)
+    gap = duality_gap(A, b, found.z, LAM, prior)
     assert found.iterations < 500
     assert (gap <= 1.01e-5 * found.objective).all()
     # All that is returned is what it is said to be.
     assert_close(found.gap, gap, rtol=1e-6, atol=1e-11)
     assert_close(found.residual, b - A(found.z), rtol=0, atol=1e-12)
-    assert_close(found.objective, objective(A, b, found.z, Prior(**options)), rtol=1e-12, atol=0)
+    assert_close(found.objective, objective(A, b, found.z, prior), rtol=1e-12, atol=0)
     assert found.gap.dtype == torch.float64 and found.gap.shape == (2,)
     assert found.step is None and found.lam == LAM and torch.equal(found.state, found.z)
     assert 0 < torch.count_nonzero(found.z) < found.z.numel()
-    assert not options.get("non_negative") or (found.z >= 0).all()
+    assert not prior.non_negative or (found.z >= 0).all()
 
 
 @every_boundary
@@ -120,15 +129,16 @@ def test_it_ends_at_a_certified_minimum(boundary, name, C, mask):
 @pytest.mark.parametrize("name", ["plain", "weights of entries", "non-negative"])
 def test_the_minimum_is_that_of_scikit_learn(boundary, mask, name):
     A, b = problem(boundary, C=2, N=1, image=(5, 5), mask=mask)
-    options = prior_of(name, A, b)
-    w = options.get("weights", torch.ones(1).double()).expand(A.zeros(b).shape).flatten().numpy()
+    prior = prior_of(name, A, b)
+    w = torch.ones(1).double() if prior.weights is None else prior.weights
+    w = w.expand(A.zeros(b).shape).flatten().numpy()
     M = dense(A, (5, 5)).numpy() / w
     positive = name == "non-negative"
     alpha = 1 / (LAM * len(M))
     lasso = Lasso(alpha, fit_intercept=False, positive=positive, tol=1e-13, max_iter=200_000)
     expected = torch.from_numpy(lasso.fit(M, b.flatten().numpy()).coef_ / w).view_as(A.zeros(b))
-    minimum = objective(A, b, expected, Prior(**options))
-    found = solve(A, b, lam=LAM, settings=settings(), **options)
+    minimum = objective(A, b, expected, prior)
+    found = solve(A, b, lam=LAM, settings=settings(), prior=prior)
     assert_close(found.objective, minimum, rtol=1e-7, atol=0)
 
 
@@ -136,10 +146,10 @@ def test_the_minimum_is_that_of_scikit_learn(boundary, mask, name):
 @pytest.mark.parametrize(("boundary", "mask"), [("reflect", False), ("valid", True)])
 def test_the_minimum_with_groups_is_that_of_fista(name, boundary, mask):
     A, b = problem(boundary, C=2, mask=mask)
-    options = prior_of(name, A, b)
+    prior = prior_of(name, A, b)
     fista = SolverSettings(method="fista", iterations=2000, gap=1e-5)
-    expected = solve(A, b, lam=LAM, settings=fista, **options)
-    found = solve(A, b, lam=LAM, settings=settings(), **options)
+    expected = solve(A, b, lam=LAM, settings=fista, prior=prior)
+    found = solve(A, b, lam=LAM, settings=settings(), prior=prior)
     assert_close(found.objective, expected.objective, rtol=1.1e-5, atol=0)
     assert (found.objective <= expected.objective + 1e-9).all()
 
@@ -165,8 +175,14 @@ def test_weights_of_any_shape_that_broadcasts_are_those_of_all_entries(boundary,
     if len(shape) == 3:
         shape = (4, maps[2], 1)
     weights = 0.5 + uniform(*shape, seed=6)
-    found = solve(A, b, lam=LAM, settings=settings(1e-4), weights=weights)
-    whole = solve(A, b, lam=LAM, settings=settings(1e-4), weights=weights.expand(maps).contiguous())
+    found = solve(A, b, lam=LAM, settings=settings(1e-4), prior=Prior(weights=weights))
+    whole = solve(
+        A,
+        b,
+        lam=LAM,
+        settings=settings(1e-4),
+        prior=Prior(weights=weights.expand(maps).contiguous()),
+    )
     assert_close(found.z, whole.z, rtol=0, atol=1e-12)
 
 
@@ -174,10 +190,10 @@ def test_weights_of_any_shape_that_broadcasts_are_those_of_all_entries(boundary,
 @pytest.mark.parametrize("name", ["weights of entries", "groups"])
 def test_looking_at_maps_in_strips_changes_nothing(boundary, name, monkeypatch):
     A, b = problem(boundary, C=2, image=(9, 8))
-    options = prior_of(name, A, b)
-    expected = solve(A, b, lam=LAM, settings=settings(1e-4), **options)
+    prior = prior_of(name, A, b)
+    expected = solve(A, b, lam=LAM, settings=settings(1e-4), prior=prior)
     monkeypatch.setitem(correlate_strips.__kwdefaults__, "numbers", 200)
-    found = solve(A, b, lam=LAM, settings=settings(1e-4), **options)
+    found = solve(A, b, lam=LAM, settings=settings(1e-4), prior=prior)
     assert_close(found.z, expected.z, rtol=0, atol=1e-11)
     assert_close(found.gap, expected.gap, rtol=1e-6, atol=1e-10)
 
@@ -191,10 +207,10 @@ def test_with_a_weight_of_zero_the_gap_is_that_of_the_duality_gap(group, dtype, 
     weights = torch.tensor([0.0, 0.0, 1.0, 1.0], dtype=dtype)
     if each:
         weights = weights.view(4, 1, 1).expand(A.zeros(b).shape).contiguous()
-    options = dict(weights=weights, group=group)
-    found = solve(A, b, lam=LAM, settings=settings(1e-4, iterations=20), **options)
+    prior = Prior(weights=weights, group=group)
+    found = solve(A, b, lam=LAM, settings=settings(1e-4, iterations=20), prior=prior)
     assert (found.gap == math.inf).all()
-    assert (duality_gap(A, b, found.z, LAM, **options) == math.inf).all()
+    assert (duality_gap(A, b, found.z, LAM, prior) == math.inf).all()
 
 
 def test_no_gap_is_negative():
@@ -268,9 +284,9 @@ def test_the_objective_never_rises_from_round_to_round(p, boundary, mask, group)
         z, _, _, rounds = descend(
             *(A, b, start), prior=prior, iterations=15, callback=lambda *call: calls.append(call)
         )
-        seen = [start, *(of for _, of, _ in calls)]
-        assert rounds == 15 and len(seen) == 16 and torch.equal(seen[-1], z)
-        costs = torch.stack([objective(A, b, each, prior) for each in seen])
+        maps = [start, *(z for _, z, _ in calls)]
+        assert rounds == 15 and len(maps) == 16 and torch.equal(maps[-1], z)
+        costs = torch.stack([objective(A, b, each, prior) for each in maps])
         assert (costs[1:] <= costs[:-1] * (1 + 1e-12)).all()
         assert (costs[-1] < 0.95 * costs[0]).all()
 
@@ -291,7 +307,7 @@ def test_the_callback_sees_every_round_of_all_images():
 def test_below_one_no_other_value_of_a_single_entry_is_better(p, boundary, non_negative):
     A, b = problem(boundary, image=(9, 8), N=1)
     z, r, gaps, _ = descend(A, b, prior=Prior(p, non_negative=non_negative), iterations=200)
-    assert gaps.isnan().all() and torch.equal(z, z.clamp(min=0)) == non_negative
+    assert gaps is None and torch.equal(z, z.clamp(min=0)) == non_negative
     M, z = dense(A, (9, 8)), z.flatten()
     whole = (M != 0).sum(0) == 9
     x = torch.linspace(-3, 3, 1201, dtype=torch.float64)  # with an exact 0 in the middle
@@ -315,9 +331,9 @@ def test_a_start_from_the_solution_stops_at_once(p):
         assert again.iterations == 0 and torch.equal(again.z, found.z)
         assert_close(again.gap, found.gap, rtol=1e-6, atol=1e-10)
     steady = settings(None, tolerance=1e-9)
-    found = solve(A, b, lam=LAM, p=p, settings=steady)
+    found = solve(A, b, lam=LAM, prior=Prior(p=p), settings=steady)
     assert found.gap is None and 1 < found.iterations < 500
-    again = solve(A, b, lam=LAM, p=p, settings=steady, state=found.state)
+    again = solve(A, b, lam=LAM, prior=Prior(p=p), settings=steady, state=found.state)
     assert again.iterations == 1
     assert_close(again.z, found.z, rtol=0, atol=1e-3)
     assert (again.objective <= found.objective * (1 + 1e-12)).all()
@@ -359,17 +375,17 @@ def test_threads_change_no_bit(boundary, p, N, threads):
 @pytest.mark.parametrize("name", ["plain", "weights of entries"])
 def test_the_maps_of_an_image_do_not_depend_on_its_companions(boundary, name, monkeypatch):
     A, b = problem(boundary, C=2, N=3, mask=True)
-    options = prior_of(name, A, b)
-    together = solve(A, b, lam=LAM, settings=settings(1e-4), **options)
+    prior = prior_of(name, A, b)
+    together = solve(A, b, lam=LAM, settings=settings(1e-4), prior=prior)
     for n in range(3):
         alone = Deconvolution(A.f, boundary, A.mask[n : n + 1])
-        own = dict(options)
-        if own:
-            own["weights"] = own["weights"][n : n + 1]
-        found = solve(alone, b[n : n + 1], lam=LAM, settings=settings(1e-4), **own)
+        own = prior
+        if prior.weights is not None:
+            own = Prior(weights=prior.weights[n : n + 1])
+        found = solve(alone, b[n : n + 1], lam=LAM, settings=settings(1e-4), prior=own)
         assert_close(found.z[0], together.z[n], rtol=0, atol=1e-12)
     monkeypatch.setattr("deconvnet.sparse_coding.coordinate_descent.TOGETHER", 1)
-    by_and_by = solve(A, b, lam=LAM, settings=settings(1e-4), **options)
+    by_and_by = solve(A, b, lam=LAM, settings=settings(1e-4), prior=prior)
     assert_close(by_and_by.z, together.z, rtol=0, atol=1e-12)
 
 
@@ -382,7 +398,7 @@ def test_a_broken_image_is_seen_and_does_not_touch_the_others(p, gap):
     broken = b.clone()
     broken[1, 0, 2, 3] = float("nan")
     limit = settings(gap, iterations=20)
-    found, expected = (solve(A, y, lam=LAM, p=p, settings=limit) for y in (broken, b))
+    found, expected = (solve(A, y, lam=LAM, prior=Prior(p=p), settings=limit) for y in (broken, b))
     assert found.objective[1].isnan() and (gap is None or not found.gap[1] <= 1)
     for n in (0, 2):
         assert_close(found.z[n], expected.z[n], rtol=0, atol=1e-12)
@@ -420,15 +436,15 @@ def test_what_it_cannot_do_is_refused_with_what_can():
     with refused("solver.method=coordinate: not through several layers; use solver.method=fista"):
         solve(A @ Scaling(0.7), b, lam=LAM, settings=settings(), state=A.zeros(b))
     with refused("solver.method=coordinate: not with pooling in the loop; use solver.method=fista"):
-        solve(A, b, lam=LAM, window=(1, 2, 2), settings=settings(None))
+        solve(A, b, lam=LAM, prior=Prior(window=(1, 2, 2)), settings=settings(None))
     elsewhere = torch.empty(2, 1, 8, 7, device="meta")
     with refused("solver.method=coordinate: runs on the CPU, not on meta; use solver.method="):
-        check_coordinate_descent(A, elsewhere, Prior())
+        check_coordinate_descent(Problem(A, elsewhere, LAM))
     with refused("solver.gap=0.01: only a minimum for p=1"):
-        solve(A, b, lam=LAM, p=0.5, settings=settings(0.01))
+        solve(A, b, lam=LAM, prior=Prior(p=0.5), settings=settings(0.01))
     for asked in (
         lambda: solve(A @ Scaling(0.7), b, lam=LAM, settings=settings(), state=A.zeros(b)),
-        lambda: check_coordinate_descent(A, elsewhere, Prior()),
+        lambda: check_coordinate_descent(Problem(A, elsewhere, LAM)),
     ):
         with pytest.raises(ValueError) as error:
             asked()
@@ -439,7 +455,7 @@ def test_sparse_code_and_the_settings_know_it():
     assert SolverSettings(method="coordinate", gap=1e-3).gap == 1e-3
     A, b = problem("reflect", C=2)
     found = sparse_code(b, A.f, lam_ratio=0.2, boundary="reflect", group=2, settings=settings(1e-6))
-    gap = duality_gap(A, b, found.z, found.lam, group=2)
+    gap = duality_gap(A, b, found.z, found.lam, prior=Prior(group=2))
     assert (gap <= 1.01e-6 * found.objective).all()
 
 
@@ -512,9 +528,9 @@ def test_the_footprint_of_a_long_signal_takes_a_few_arrays_of_its_length(boundar
 def test_long_filters_many_channels_and_large_groups_are_coded(K, C, size, image, group):
     A, b = problem(K=K, C=C, size=size, image=image, N=1)
     lam = 10 / A.adjoint(b).abs().max().item()
-    found = solve(A, b, lam=lam, group=group, settings=settings(1e-4))
+    found = solve(A, b, lam=lam, prior=Prior(group=group), settings=settings(1e-4))
     assert torch.count_nonzero(found.z) > 0
-    gap = duality_gap(A, b, found.z, lam, group=group)
+    gap = duality_gap(A, b, found.z, lam, prior=Prior(group=group))
     assert (gap <= 1.01e-4 * found.objective).all()
 
 
@@ -565,22 +581,23 @@ def test_one_number_that_is_expanded_is_a_start_like_the_same_maps_in_memory(num
 @pytest.mark.parametrize("name", PRIORS)
 def test_asking_for_a_gap_changes_no_bit_of_the_maps(name):
     A, b = problem()
-    prior = Prior(**prior_of(name, A, b))
+    prior = prior_of(name, A, b)
     asked, not_asked = (
         descend(A, b, A.zeros(b), iterations=2, gap=gap, prior=prior) for gap in (1e-15, None)
     )
     assert torch.equal(asked[0], not_asked[0])
-    assert asked[2].isfinite().all() and not_asked[2].isnan().all()
+    assert asked[2].isfinite().all() and not_asked[2] is None
 
 
 def test_sweeps_call_no_function_of_which_a_process_may_have_two_copies():
     """The code on disk must compute the bits of the process that compiled it."""
     A, b = problem("reflect", K=2, size=(2, 2), N=1)
-    work = _Work(A, b, A.zeros(b), LAM, Prior(), torch.arange(1))
+    part, atoms = Problem(A, b, LAM), Atoms(A, b, 1)
+    solver = WorkingSetSolver(part, atoms, PriorWeights(part, atoms))
     sweep = numba.njit(**kernels._HOW)(kernels.descend.py_func)
-    grid, entries = work._grid(0), work.entries[0]
-    starts, one = np.zeros(work.bands + 1, np.int64), np.float64(1)
-    sweep(b[0].numpy(), work.filters, grid, entries, starts, work.turns[0], 1, one, one, False)
+    grid, active = atoms.grid(0), solver.active[0]
+    starts, one = np.zeros(solver.bands + 1, np.int64), np.float64(1)
+    sweep(b[0].numpy(), atoms.filters, grid, active, starts, solver.turns[0], 1, one, one, False)
     (code,) = sweep.inspect_llvm().values()
     called = re.findall(r"call[^\n]*kernels\w*?(_dot|_paint|_shrunk)", code)
     assert "define" in code and not called

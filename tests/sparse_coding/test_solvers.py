@@ -13,17 +13,13 @@ from deconvnet.operators.arithmetic import convolution_matrix
 from deconvnet.operators.convolution import deconvolve, map_size
 from deconvnet.operators.linear import Deconvolution, Scaling, Unpooling, norm
 from deconvnet.operators.pooling import max_pool, unpool
+from deconvnet.sparse_coding.admm import admm
+from deconvnet.sparse_coding.half_quadratic import half_quadratic
+from deconvnet.sparse_coding.iteration import Start, Until
 from deconvnet.sparse_coding.prior import Prior, penalty, shrink
-from deconvnet.sparse_coding.solvers import (
-    SolverSettings,
-    admm,
-    default_solver,
-    duality_gap,
-    half_quadratic,
-    proximal_gradient,
-    solve,
-    sparse_code,
-)
+from deconvnet.sparse_coding.problem import METHODS, Problem, SolverSettings, duality_gap
+from deconvnet.sparse_coding.proximal_gradient import fista, ista
+from deconvnet.sparse_coding.solve import SOLVERS, default_solver, solve, sparse_code
 
 EXACT = ("admm", "fista", "ista")
 BOUNDARIES = ("valid", "circular")
@@ -84,6 +80,20 @@ def steady(method, iterations=3000):
     return dataclasses.replace(to_the_end(method, iterations), adaptive=False)
 
 
+def gradient_steps(
+    A, b, z, *, lam, prior=None, momentum, adaptive=True, step=None, iterations, callback=None
+):
+    """(z, step, iterations) of FISTA or ISTA by itself, without what `solve` does around it."""
+    watch = callback and (lambda i, method: callback(i, method.maps(), method.penalty()))
+    found = (fista if momentum else ista)(
+        Problem(A, b, lam, prior or Prior()),
+        Start(z, step),
+        SolverSettings("fista", adaptive=adaptive),
+        Until(iterations, callback=watch),
+    )
+    return found.z, found.step, found.iterations
+
+
 def objective(A, b, z, lam, p=1.0):
     fit = lam / 2 * (b - A(z)).square().sum((1, 2, 3))
     return fit + torch.stack([penalty(image, p) for image in z])
@@ -112,8 +122,13 @@ def test_all_methods_reach_the_certified_minimum_and_that_of_scikit_learn(bounda
         assert (solution.objective <= (1 + bound) * minimum).all(), method
         assert (solution.objective >= (1 - 1e-9) * minimum).all(), method
         assert_close(solution.objective, objective(A, b, solution.z, lam), rtol=1e-12, atol=0)
-    betas = [0.01 * lam * 1.02**i for i in range(500)]
-    x, _ = half_quadratic(A, b, torch.zeros_like(solution.z), lam=lam, betas=betas)
+    first = 0.01 * lam
+    slow = SolverSettings(
+        "half_quadratic", beta_start=first, beta_factor=1.02, beta_end=first * 1.02**499
+    )
+    assert len(slow.betas()) == 500
+    start = Start(torch.zeros_like(solution.z))
+    x = half_quadratic(Problem(A, b, lam), start, slow, Until(1)).z
     # The last steps of the schedule freeze what the earlier ones left undone.
     assert (objective(A, b, x, lam) <= 1.01 * minimum).all()
 
@@ -152,7 +167,7 @@ def test_ista_never_raises_the_objective(p, make):
         A,
         b,
         lam=20.0,
-        p=p,
+        prior=Prior(p=p),
         settings=SolverSettings(method="ista", iterations=60, tolerance=0),
         callback=lambda i, z, beta: values.append(objective(A, b, z, 20.0, p)),
     )
@@ -186,8 +201,10 @@ def test_the_objective_never_rises_while_switches_are_inferred_with_the_maps(nam
         assert in_each_window(z, window).max() <= 1
 
     z = torch.zeros_like(A.adjoint(b))
-    options = dict(lam=lam, p=p, window=window, iterations=50, tolerance=0, callback=watch)
-    proximal_gradient(A, b, z, momentum=momentum, **options)
+    prior = Prior(p, window=window)
+    gradient_steps(
+        *(A, b, z), lam=lam, prior=prior, momentum=momentum, iterations=50, callback=watch
+    )
     values = torch.stack([objective(A, b, z, lam, p), *values])
     assert (values.diff(dim=0) <= 1e-12 * values[:-1]).all()
     assert (values[-1] < 0.9 * values[0]).all()
@@ -204,15 +221,14 @@ def test_the_objective_never_rises_with_switches_that_are_frozen(name, p, moment
     maps = A.adjoint(b)
     start, switches = max_pool(maps, window)
     A, values = A @ Unpooling(switches, maps.shape[1:]), []
-    proximal_gradient(
+    gradient_steps(
         A,
         b,
         torch.zeros_like(start),
         lam=20.0,
-        p=p,
+        prior=Prior(p),
         momentum=momentum,
         iterations=50,
-        tolerance=0,
         callback=lambda i, z, beta: values.append(objective(A, b, z, 20.0, p)),
     )
     values = torch.stack([10.0 * b.square().sum((1, 2, 3)), *values])
@@ -238,7 +254,7 @@ def test_with_frozen_switches_the_safe_step_alone_never_raises_the_objective(nam
     assert (values.diff(dim=0) <= 1e-12 * values[:-1]).all()
     # That is what ista does where steps do not adapt, and none has to be shortened.
     settings = SolverSettings(method="ista", iterations=40, tolerance=0, adaptive=False)
-    found = solve(A, b, lam=lam, p=p, settings=settings)
+    found = solve(A, b, lam=lam, prior=Prior(p=p), settings=settings)
     assert_close(found.z, z, rtol=1e-9, atol=1e-10)
     assert_close(found.step, step, rtol=1e-12, atol=0)
 
@@ -283,13 +299,12 @@ def test_the_step_that_served_is_returned_and_the_next_visit_begins_with_it(meth
         settings = SolverSettings(method=method, training_iterations=5, adaptive=adaptive)
         first = solve(A, b, lam=20.0, settings=settings, training=True)
         assert first.step.shape == (2, 1, 1, 1)
-        options = dict(lam=20.0, momentum=method == "fista", adaptive=adaptive)
-        options |= dict(iterations=5, tolerance=0)
-        z, step, _ = proximal_gradient(A, b, torch.zeros_like(z), **options)
+        options = dict(lam=20.0, momentum=method == "fista", adaptive=adaptive, iterations=5)
+        z, step, _ = gradient_steps(A, b, torch.zeros_like(z), **options)
         assert torch.equal(step, first.step) and torch.equal(z, first.z)
         given = dict(state=first.state, step=first.step)
         again = solve(A, b, lam=20.0, settings=settings, training=True, **given)
-        z, step, _ = proximal_gradient(A, b, z, step=step, **options)
+        z, step, _ = gradient_steps(A, b, z, step=step, **options)
         assert torch.equal(step, again.step) and torch.equal(z, again.z)
         assert (again.objective < first.objective).all()
         if not adaptive:
@@ -324,7 +339,7 @@ def test_methods_without_gradient_steps_return_none(method):
 def test_steps_that_adapt_do_not_fall_behind_those_that_are_always_safe(name, method):
     make, window = WINDOWED[name]
     A, b = make()
-    for options in ({"window": window}, {}):
+    for prior in (Prior(window=window), Prior()):
         found = [
             solve(
                 A,
@@ -333,7 +348,7 @@ def test_steps_that_adapt_do_not_fall_behind_those_that_are_always_safe(name, me
                 settings=SolverSettings(
                     method=method, iterations=10, tolerance=0, adaptive=adaptive
                 ),
-                **options,
+                prior=prior,
             ).objective.sum()
             for adaptive in (True, False)
         ]
@@ -363,7 +378,7 @@ def test_maps_found_with_a_window_have_one_entry_in_each_at_most(name, method, p
     A, b = make()
     iterations = 1 if method == "half_quadratic" else 30
     settings = SolverSettings(method=method, iterations=iterations)
-    found = solve(A, b, lam=20.0, p=p, window=window, settings=settings)
+    found = solve(A, b, lam=20.0, prior=Prior(p=p, window=window), settings=settings)
     counts = in_each_window(found.z, window)
     assert counts.sum() == torch.count_nonzero(found.z) > 0
     assert counts.max() == 1
@@ -379,7 +394,7 @@ def test_where_maps_with_a_window_no_longer_move_they_are_the_minimum_of_their_s
     make, window = WINDOWED[name]
     A, b = make()
     lam = 20.0
-    found = solve(A, b, lam=lam, window=window, settings=to_the_end("fista"))
+    found = solve(A, b, lam=lam, prior=Prior(window=window), settings=to_the_end("fista"))
     pooled, switches = max_pool(found.z, window)
     assert torch.equal(unpool(pooled, switches, found.z.shape), found.z)
     frozen = A @ Unpooling(switches, found.z.shape[1:])
@@ -412,9 +427,12 @@ def test_the_exact_z_step_is_the_cg_z_step_and_a_dense_solve(boundary, channels)
     A, b = problem(boundary, C=channels)
     lam, beta, p = 30.0, 4.0, 0.8
     z = rand(*A.adjoint(b).shape, seed=3)
-    options = dict(lam=lam, p=p, betas=[beta])
-    x, exact = half_quadratic(A, b, z, **options)
-    _, by_cg = half_quadratic(A, b, z, cg_iterations=500, **options)
+    one, start = Problem(A, b, lam, Prior(p)), Start(z)
+    once = SolverSettings("half_quadratic", beta_start=beta, beta_end=beta)
+    solution = half_quadratic(one, start, once, Until(1))
+    x, exact = solution.z, solution.state
+    by_cg = dataclasses.replace(once, z_step="cg", cg_iterations=500)
+    by_cg = half_quadratic(one, start, by_cg, Until(1)).state
     assert torch.equal(x, shrink(exact, beta, p))
     M = convolution_matrix(A.f, b.shape[2:], boundary=boundary)
     system = lam * M.T @ M + beta * torch.eye(M.shape[1], dtype=M.dtype)
@@ -432,7 +450,7 @@ def test_the_schedule_of_the_papers_gives_finite_maps_that_beat_none(z_step, p, 
     A, b = make()
     settings = SolverSettings(method="half_quadratic", z_step=z_step, iterations=1)
     assert settings.betas() == pytest.approx([6.0**i for i in range(7)])
-    solution = solve(A, b, lam=20.0, p=p, settings=settings)
+    solution = solve(A, b, lam=20.0, prior=Prior(p=p), settings=settings)
     assert torch.isfinite(solution.z).all()
     assert (solution.objective < 10 * b.square().sum((1, 2, 3))).all()
     assert solution.iterations == 7
@@ -509,11 +527,11 @@ def test_visits_of_few_iterations_add_up_to_one_long_run():
         SolverSettings(adaptive=False, tolerance=0, iterations=30, training_iterations=5),
         SolverSettings(method="ista", tolerance=0, iterations=30, training_iterations=5),
     ):
-        whole = solve(A, b, lam=20.0, p=0.8, settings=settings)
+        whole = solve(A, b, lam=20.0, prior=Prior(p=0.8), settings=settings)
         state = step = None
         for _ in range(6):
             given = dict(state=state, step=step, training=True)
-            visit = solve(A, b, lam=20.0, p=0.8, settings=settings, **given)
+            visit = solve(A, b, lam=20.0, prior=Prior(p=0.8), settings=settings, **given)
             state, step = visit.state, visit.step
         assert_close(visit.z, whole.z, rtol=1e-10, atol=1e-11)
         assert_close(visit.state, whole.state, rtol=1e-10, atol=1e-11)
@@ -524,7 +542,7 @@ def test_exponents_below_one_give_sparser_maps_at_a_similar_error(method):
     A, b = problem(K=4, image=(10, 10))
     lam, p = 30.0, 0.7
     convex = solve(A, b, lam=lam, settings=to_the_end(method, 1500))
-    found = solve(A, b, lam=lam, p=p, settings=to_the_end(method, 1500))
+    found = solve(A, b, lam=lam, prior=Prior(p=p), settings=to_the_end(method, 1500))
     nonzero = [torch.count_nonzero(s.z) for s in (found, convex)]
     assert nonzero[0] < 0.8 * nonzero[1]
     for solution in (found, convex):
@@ -582,7 +600,7 @@ def test_sparse_code_is_solve_on_the_deconvolution_of_the_filters():
     for boundary in BOUNDARIES:
         found = sparse_code(b, f.float(), lam=5.0, p=0.9, boundary=boundary)
         A = Deconvolution(f.float().double(), boundary)
-        expected = solve(A, b, lam=5.0, p=0.9, settings=default_solver(b, 0.9))
+        expected = solve(A, b, lam=5.0, prior=Prior(p=0.9), settings=default_solver(b, 0.9))
         assert torch.equal(found.z, expected.z) and found.z.dtype == torch.float64
         assert torch.equal(found.residual, b - A(found.z))
         assert (found.z == 0).any() and (found.z != 0).any()
@@ -611,8 +629,10 @@ def test_the_default_without_coordinate_descent_is_of_the_accuracy_of_that_with_
 @pytest.mark.parametrize("p", [1.0, 0.8])
 def test_single_precision_is_kept_and_ends_where_double_does(name, p):
     A, b = problem()
-    double = solve(A, b, lam=20.0, p=p, settings=CHEAP[name])
-    single = solve(Deconvolution(A.f.float()), b.float(), lam=20.0, p=p, settings=CHEAP[name])
+    double = solve(A, b, lam=20.0, prior=Prior(p=p), settings=CHEAP[name])
+    single = solve(
+        Deconvolution(A.f.float()), b.float(), lam=20.0, prior=Prior(p=p), settings=CHEAP[name]
+    )
     assert single.z.dtype == single.state.dtype == single.residual.dtype == torch.float32
     assert single.objective.dtype == torch.float64
     # For p < 1 one rounding can decide whether a coefficient jumps.
@@ -647,9 +667,11 @@ def test_a_broken_image_is_seen_and_does_not_touch_the_others(name, p):
     A, b = problem()
     broken = b.clone()
     broken[0, 0, 2, 3] = float("nan")
-    found = solve(A, broken, lam=20.0, p=p, settings=CHEAP[name])
+    found = solve(A, broken, lam=20.0, prior=Prior(p=p), settings=CHEAP[name])
     assert found.objective[0].isnan()
-    assert torch.equal(found.z[1], solve(A, b, lam=20.0, p=p, settings=CHEAP[name]).z[1])
+    assert torch.equal(
+        found.z[1], solve(A, b, lam=20.0, prior=Prior(p=p), settings=CHEAP[name]).z[1]
+    )
 
 
 @windowed
@@ -659,7 +681,7 @@ def test_with_a_window_too_the_maps_of_an_image_do_not_depend_on_its_companions(
     A, b = make()
     iterations = 1 if method == "half_quadratic" else 40
     settings = SolverSettings(method=method, iterations=iterations, tolerance=1e-2)
-    options = dict(lam=20.0, window=window, settings=settings)
+    options = dict(lam=20.0, prior=Prior(window=window), settings=settings)
     expected = solve(A, b, **options)
     for factor in (50.0, 1e-4, 0.0, float("nan")):
         others = torch.stack([b[0] * factor, b[1]])
@@ -674,9 +696,7 @@ def test_steps_that_are_given_are_used():
     A, b = problem()
     z = torch.zeros_like(A.adjoint(b))
     step = torch.tensor([0.01, 0.002], dtype=torch.float64).view(2, 1, 1, 1)
-    found, used, count = proximal_gradient(
-        A, b, z, lam=5.0, momentum=False, step=step, iterations=1, tolerance=0
-    )
+    found, used, count = gradient_steps(A, b, z, lam=5.0, momentum=False, step=step, iterations=1)
     assert count == 1
     assert_close(found, shrink(step * 5.0 * A.adjoint(b), 1 / step, 1.0))
 
@@ -692,11 +712,10 @@ def test_admm_without_relaxation_is_the_textbook_iteration():
         x = shrink(z + u, beta)
         u = u + z - x
     zeros = torch.zeros_like(A.adjoint(b))
-    found, state, _ = admm(
-        A, b, zeros, lam=lam, beta=beta, relaxation=1.0, iterations=7, tolerance=0
-    )
-    assert_close(found.flatten(1), x, rtol=1e-10, atol=1e-11)
-    assert_close(state.flatten(1), x + u, rtol=1e-10, atol=1e-11)
+    settings = SolverSettings("admm", rho=beta / lam, relaxation=1.0, adaptive=False)
+    found = admm(Problem(A, b, lam), Start(zeros), settings, Until(7))
+    assert_close(found.z.flatten(1), x, rtol=1e-10, atol=1e-11)
+    assert_close(found.state.flatten(1), x + u, rtol=1e-10, atol=1e-11)
 
 
 def refused(message):
@@ -765,7 +784,8 @@ def test_a_start_with_negative_entries_ends_at_the_minimum_without_them(method, 
     A, b = problem(image=(8, 9))
     start = solve(A, b, lam=20.0, settings=to_the_end("fista", 300)).z
     assert (start < 0).any()
-    options = dict(lam=20.0, non_negative=True)
+    prior = Prior(non_negative=True)
+    options = dict(lam=20.0, prior=prior)
     settings = dataclasses.replace(to_the_end(method, 2000), gap=gap, tolerance=1e-9)
     expected = solve(
         A, b, settings=SolverSettings("coordinate", iterations=500, gap=1e-9), **options
@@ -773,7 +793,7 @@ def test_a_start_with_negative_entries_ends_at_the_minimum_without_them(method, 
     found = solve(A, b, settings=settings, state=start, **options)
     assert (found.z >= 0).all()
     assert_close(found.objective, expected.objective, rtol=1e-4, atol=0)
-    assert (duality_gap(A, b, start, 20.0, non_negative=True) == torch.inf).all()
+    assert (duality_gap(A, b, start, 20.0, prior) == torch.inf).all()
 
 
 @pytest.mark.parametrize("method", ["fista", "ista"])
@@ -783,8 +803,7 @@ def test_a_start_with_several_entries_in_a_window_ends_with_one(method, non_nega
     start = solve(A, b, lam=20.0, settings=to_the_end("fista", 300)).z
     prior = Prior(window=(1, 2, 2), non_negative=non_negative)
     assert (prior(start) == torch.inf).all() and torch.isfinite(prior.value(start)).all()
-    options = dict(lam=20.0, window=(1, 2, 2), non_negative=non_negative)
-    found = solve(A, b, settings=to_the_end(method, 200), state=start, **options)
+    found = solve(A, b, lam=20.0, prior=prior, settings=to_the_end(method, 200), state=start)
     p, switches = max_pool(found.z, (1, 2, 2))
     assert torch.equal(unpool(p, switches, found.z.shape), found.z)
     assert torch.isfinite(prior(found.z)).all()
@@ -838,3 +857,7 @@ def test_a_solution_of_nothing_can_be_printed():
             image, problem()[0].f, lam=5.0, settings=SolverSettings("coordinate", gap=0.01)
         )
         assert str(found).endswith("at most 0.00% above the minimum")
+
+
+def test_every_method_of_the_settings_has_its_solver():
+    assert tuple(SOLVERS) == METHODS

@@ -21,7 +21,8 @@ from deconvnet import (
 from deconvnet.operators.convolution import correlate, deconvolve
 from deconvnet.operators.linear import Deconvolution
 from deconvnet.sparse_coding.prior import Prior, penalties, shrink, threshold
-from deconvnet.sparse_coding.solvers import METHODS, duality_gap, lam_from_ratio, solve
+from deconvnet.sparse_coding.problem import METHODS, duality_gap
+from deconvnet.sparse_coding.solve import lam_from_ratio, solve
 
 ONCE = LearningSettings(epochs=1)
 

@@ -18,14 +18,9 @@ from deconvnet.network.layer import LayerSettings
 from deconvnet.network.metrics import decibels
 from deconvnet.operators.linear import Deconvolution, Identity, Scaling, Unpooling, VerticalStack
 from deconvnet.operators.pooling import max_pool
-from deconvnet.sparse_coding.solvers import (
-    METHODS,
-    SolverSettings,
-    duality_gap,
-    lam_from_ratio,
-    solve,
-    sparse_code,
-)
+from deconvnet.sparse_coding.prior import Prior
+from deconvnet.sparse_coding.problem import METHODS, SolverSettings, duality_gap
+from deconvnet.sparse_coding.solve import lam_from_ratio, solve, sparse_code
 from deconvnet.support.units import ORDINARY, Units, exponent, magnitude, times_power
 
 GAP = 1e-4
@@ -303,12 +298,12 @@ def test_admm_is_as_good_for_filters_whose_planes_have_unit_norm_and_through_sca
     nothing = (5.0 * y.square().sum((1, 2, 3)) / 2).sum()
     for A in (Deconvolution(normalize(f, "plane")), Scaling(20.0) @ Deconvolution(f)):
         b = A.factor * y if isinstance(A, Scaling) else y
-        found = solve(A, b, lam=5.0, p=0.5, settings=SolverSettings())
+        found = solve(A, b, lam=5.0, prior=Prior(p=0.5), settings=SolverSettings())
         coordinate = solve(
             Deconvolution(A.f if isinstance(A, Deconvolution) else 20.0 * A.inner.f),
             b,
             lam=5.0,
-            p=0.5,
+            prior=Prior(p=0.5),
             settings=SolverSettings("coordinate"),
         )
         assert found.objective.sum() < nothing

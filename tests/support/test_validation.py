@@ -29,7 +29,8 @@ from deconvnet.operators.pooling import max_pool
 from deconvnet.operators.upsampling import BilinearUpsampling, ResizeConvolution
 from deconvnet.sklearn import DeconvNetTransformer
 from deconvnet.sparse_coding.prior import Prior, shrink
-from deconvnet.sparse_coding.solvers import METHODS, duality_gap, lam_from_ratio, solve
+from deconvnet.sparse_coding.problem import METHODS, duality_gap
+from deconvnet.sparse_coding.solve import lam_from_ratio, solve
 from deconvnet.visualization.projection.projector import Projector
 
 ONCE = LearningSettings(epochs=1)

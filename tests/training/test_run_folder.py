@@ -15,7 +15,7 @@ from deconvnet.images.preprocessing import PreprocessingSettings
 from deconvnet.monitoring.monitor import Monitor
 from deconvnet.network.layer import LayerSettings
 from deconvnet.network.network import DeconvNet, load
-from deconvnet.sparse_coding.solvers import SolverSettings
+from deconvnet.sparse_coding.problem import SolverSettings
 from deconvnet.storage import ownership
 from deconvnet.storage.checkpoint_files import load_checkpoint, save_checkpoint
 from deconvnet.storage.network_files import is_network

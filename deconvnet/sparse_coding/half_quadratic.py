@@ -1,0 +1,71 @@
+"""Half-quadratic splitting, the method of Zeiler et al. 2010 (CVPR)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from deconvnet.operators.linear import conjugate_gradients
+from deconvnet.sparse_coding.iteration import Method, Start, Until, iterate
+from deconvnet.sparse_coding.problem import Problem, Solution, SolverSettings
+
+
+def half_quadratic(
+    problem: Problem, start: Start, settings: SolverSettings, until: Until
+) -> Solution:
+    """Maps after one x-step and one z-step for every beta of the schedule in turn.
+
+        x-step   x = argmin prior(x) + beta/2 ||x - z||^2
+        z-step   z = argmin lam/2 ||A z - b||^2 + beta/2 ||z - x||^2
+
+    A copy x of z carries the prior, z the data; with beta they are pulled together. It ends near
+    z = x but, on a short schedule, far above the minimum (docs/mathematics.md has the table). The
+    paper returns z, which has no zeros but is within the threshold of the last beta; here the
+    solution is one more x-step. until.iterations: passes through the schedule.
+    """
+    betas = settings.betas() * (1 if until.training else until.iterations)
+    method = HalfQuadratic(problem, start.state, betas, settings)
+    # The schedule decides when it ends.
+    iterate(method, Until(len(betas), callback=until.callback))
+    return problem.solution(method.maps(), len(betas), certify=False, state=method.z)
+
+
+class HalfQuadratic(Method):
+    """z: the maps that carry the data. The next beta of the schedule is that of the next step."""
+
+    def __init__(self, problem: Problem, z: Tensor, betas: list[float], settings: SolverSettings):
+        super().__init__(problem)
+        self.z, self.w = z, None
+        self.schedule, self.beta = iter(betas), betas[0]
+        self.cg_iterations = settings.cg_iterations if settings.z_step == "cg" else None
+        self.data = problem.lam * problem.A.adjoint(problem.b)
+
+    def step(self, stopped: Tensor | None) -> None:
+        """x-step and z-step with the next beta."""
+        self.beta = next(self.schedule)
+        x = self.maps()
+        self.z = self._z_step_exact(x) if self.cg_iterations is None else self._z_step_cg(x)
+
+    def _z_step_exact(self, x: Tensor) -> Tensor:
+        beta = self.problem.per_image(self.beta)
+        z, self.w = self.problem.data_proximal(x, beta, self.w, tolerance=1e-5)
+        return z
+
+    def _z_step_cg(self, x: Tensor) -> Tensor:
+        """A few conjugate gradient steps from the last z, as in the paper."""
+        A, lam, beta = self.problem.A, self.problem.lam, self.beta
+        return conjugate_gradients(
+            lambda v: lam * A.adjoint(A(v)) + beta * v,
+            self.data + beta * x,
+            self.z,
+            tolerance=1e-6,
+            max_iterations=self.cg_iterations,
+        )
+
+    def maps(self) -> Tensor:
+        return self.problem.prior.shrink(self.z, self.beta)
+
+    def penalty(self) -> Tensor:
+        return self.problem.per_image(self.beta)
+
+    def converged(self, tolerance: float) -> Tensor:
+        raise NotImplementedError("half_quadratic follows its schedule to the end")

@@ -1,0 +1,109 @@
+"""The loop that all methods share: iterate, show the maps to a callback, stop image by image.
+
+What adapts and what stops does so for each image, so that a result does not depend on the rest of
+the batch.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from deconvnet.sparse_coding.problem import Problem
+
+# Iterations between two checks of whether an image may stop.
+CHECK_EVERY = 10
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a solve starts: the state of an earlier one, or zeros; and its gradient step."""
+
+    state: Tensor
+    step: Tensor | float | None = None
+
+
+@dataclass(frozen=True)
+class Until:
+    """When a solve stops, and who watches it.
+
+    iterations: at most. tolerance: an image stops when the method's own measure of convergence is
+    at most this; gap: it stops instead when its duality gap is at most this fraction of its
+    objective. training: one visit of a training epoch, in which ADMM keeps its beta.
+    callback(count, method) is called after every iteration.
+    """
+
+    iterations: int
+    tolerance: float = 0.0
+    gap: float | None = None
+    training: bool = False
+    callback: Callable[[int, Method], None] | None = None
+
+
+class Method(ABC):
+    """A method at work on a problem: its state, and what one iteration does to it.
+
+    stopped: (N, 1, 1, 1), the images that stay as they are, or None.
+    """
+
+    def __init__(self, problem: Problem):
+        self.problem = problem
+
+    @abstractmethod
+    def step(self, stopped: Tensor | None) -> None:
+        """One iteration."""
+
+    @abstractmethod
+    def maps(self) -> Tensor:
+        """The sparse maps z (N, K, rows, columns) as they are now."""
+
+    @abstractmethod
+    def penalty(self) -> Tensor:
+        """beta (N, 1, 1, 1), the weight of the quadratic term of the last proximal map."""
+
+    @abstractmethod
+    def converged(self, tolerance: float) -> Tensor:
+        """(N, 1, 1, 1): whether the method's own measure of convergence is at most this."""
+
+    def certified(self, gap: float) -> Tensor:
+        """(N, 1, 1, 1): whether the duality gap is at most this fraction of the objective."""
+        z = self.maps()
+        return self.problem.certified(z, self.problem.b - self.problem.A(z), gap)
+
+    def adapt(self, count: int, stopped: Tensor) -> None:  # noqa: B027  most methods do not
+        """Change parameters of the images that go on, after a check."""
+
+
+def iterate(
+    method: Method,
+    until: Until,
+    *,
+    check_every: int = CHECK_EVERY,
+    check_start: bool = False,
+    always_check: bool = False,
+) -> int:
+    """Iterate until every image has stopped; returns the number of iterations.
+
+    always_check: also where no tolerance and no gap asks for it.
+    """
+    checked = bool(until.tolerance or until.gap is not None or always_check)
+    stopped = None
+    for count in range(until.iterations + 1):
+        if count:
+            method.step(stopped)
+            if until.callback:
+                until.callback(count, method)
+        if not checked or count % check_every or not (count or check_start):
+            continue
+        reached = (
+            method.converged(until.tolerance) if until.gap is None else method.certified(until.gap)
+        )
+        reached = reached if stopped is None else stopped | reached
+        if reached.all():
+            break
+        stopped = reached if reached.any() else None
+        method.adapt(count, reached)
+    return count

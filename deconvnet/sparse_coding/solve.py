@@ -1,0 +1,341 @@
+"""Inference of sparse maps: the public functions, and what they do around a method.
+
+`solve` brings the problem into units in which float32 holds its squares, cuts a large batch into
+parts, and calls the method of the settings. `sparse_code` is `solve` for one layer of filters.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from deconvnet.operators.convolution import Boundary, map_size
+from deconvnet.operators.linear import Deconvolution, LinearOperator
+from deconvnet.sparse_coding.admm import admm
+from deconvnet.sparse_coding.half_quadratic import half_quadratic
+from deconvnet.sparse_coding.iteration import Method, Start, Until
+from deconvnet.sparse_coding.prior import Prior
+from deconvnet.sparse_coding.problem import (
+    Problem,
+    Solution,
+    SolverSettings,
+    checked_maps,
+    in_units,
+)
+from deconvnet.sparse_coding.proximal_gradient import fista, ista
+from deconvnet.support.modes import plain
+from deconvnet.support.units import Units, exponent, magnitude, times_power
+from deconvnet.support.validation import (
+    as_filters,
+    as_images,
+    as_number,
+    as_tensor,
+    as_weights,
+    check_settings,
+    positive,
+    whole,
+)
+
+# Above 32 MiB the C library returns the memory of an array when it is freed, and the pages of the
+# next one have to be mapped again, which doubles the time of an iteration; smaller ones are reused.
+PART = 2**24
+
+Callback = Callable[[int, Tensor, Tensor], None]
+Solver = Callable[[Problem, Start, SolverSettings, Until], Solution]
+
+
+def _coordinate_descent(
+    problem: Problem, start: Start, settings: SolverSettings, until: Until
+) -> Solution:
+    # Imported here, since it loads numba, which the other methods do without.
+    from deconvnet.sparse_coding.coordinate_descent import coordinate_descent
+
+    return coordinate_descent(problem, start, settings, until)
+
+
+SOLVERS: Mapping[str, Solver] = MappingProxyType(
+    {
+        "admm": admm,
+        "half_quadratic": half_quadratic,
+        "fista": fista,
+        "ista": ista,
+        "coordinate": _coordinate_descent,
+    }
+)
+
+
+@plain
+def sparse_code(
+    images: Tensor,
+    filters: Tensor,
+    *,
+    lam: float | None = None,
+    lam_ratio: float | None = None,
+    p: float = 1.0,
+    boundary: Boundary = "valid",
+    mask: Tensor | None = None,
+    weights: Tensor | None = None,
+    group: int = 1,
+    non_negative: bool = False,
+    settings: SolverSettings | None = None,
+    chunk: int | None = None,
+) -> Solution:
+    """Sparse maps of images under given filters, without a network.
+
+        minimise over z      lam/2 ||mask * (sum_k f_k * z_k - y)||^2 + prior(z)
+
+    images: (N, C, H, W) of float32 or float64, coded as they are; filters: (K, C, h, w); tensors or
+    numpy arrays, but the solution holds tensors. lam weighs the reconstruction, as in the papers:
+    SPORCO's lambda is 1/lam, and its objective 1/lam times this one. lam_ratio instead of lam, in
+    (0, 1]: lambda relative to the smallest that makes all maps zero (`lam_from_ratio`). mask:
+    (N or 1, C or 1, H, W), >= 0; where it is 0 a pixel is ignored and may have any value.
+    p, weights (K,) or of the shape of the maps, group and non_negative: the prior, `prior.Prior`.
+    settings: by default those of `default_solver`. chunk: at most this many images at a time, which
+    bounds the memory used besides that of the maps and changes results by rounding only; None: what
+    is fast on a CPU, all images on a GPU. Returns plain tensors without a gradient. Raises
+    ValueError where an argument is out of range or does not fit the others.
+    """
+    images = as_images(images)
+    filters = as_filters(filters, images.shape[1])
+    mask = None if mask is None else as_tensor(mask, "mask")
+    weights = None if weights is None else as_weights(weights)
+    check_settings(settings, SolverSettings, "settings")
+    if (lam is None) == (lam_ratio is None):
+        raise ValueError(f"lam={lam}, lam_ratio={lam_ratio}: give one of the two")
+    A, b = Deconvolution(filters.to(images), boundary, mask), images
+    if mask is not None:
+        b = _masked_images(images, mask, A)
+    if not torch.isfinite(b).all() or not torch.isfinite(filters).all():
+        raise ValueError("images and filters must be finite: there are NaN or infinite values")
+    weights = None if weights is None else weights.to(images)
+    p, group = as_number(p, "p"), whole(group, "group")
+    prior = Prior(p, weights=weights, group=group, non_negative=non_negative)
+    settings = settings or default_solver(images, p)
+    if lam_ratio is not None:
+        lam = lam_from_ratio(A, b, lam_ratio, prior)
+        settings = relative_schedule(settings, A, lam, lam_ratio)
+    return solve(A, b, lam=lam, prior=prior, settings=settings, chunk=chunk)
+
+
+def default_solver(images: Tensor, p: float = 1.0) -> SolverSettings:
+    """The fastest settings for one layer: on a CPU with p = 1 coordinate descent, else ADMM, of
+    about the same accuracy (up to 500 iterations; sparse codes take some 50).
+    """
+    if images.device.type != "cpu" or p != 1:
+        return SolverSettings(iterations=500)
+    # One round of a training visit sweeps ten times over the non-zero coefficients.
+    return SolverSettings("coordinate", iterations=200, training_iterations=1, tolerance=1e-4)
+
+
+@plain
+def lam_from_ratio(
+    A: LinearOperator, b: Tensor, lam_ratio: float, prior: Prior | None = None
+) -> float:
+    """The lam with lambda = 1/lam = lam_ratio * lambda_max, the smallest lambda that makes z = 0.
+
+        lam = 1 / (lam_ratio * max over the images of prior.dual_norm(A'b))                p = 1
+
+    lam_ratio: in (0, 1]. With 1 all maps are zero; the smaller it is, the denser they are. The
+    brightest image decides for all. If the data are scaled by s, so is lambda_max: with the same
+    ratio the maps are scaled by s and otherwise unchanged, while a given lam would have to be
+    divided by s. With a ratio of 1 ADMM, whose maps only approach zero, may leave a few small
+    coefficients.
+    """
+    if not 0 < as_number(lam_ratio, "lam_ratio") <= 1:
+        raise ValueError(f"lam_ratio={lam_ratio}: must lie in (0, 1]")
+    b, prior = as_images(b, "b"), prior or Prior()
+    (A, of_filters), of_data = A.normalised(), exponent(magnitude(b))
+    correlations = A.adjoint(times_power(b, -of_data))
+    prior.check(correlations.shape)
+    largest = float(prior.dual_norm(correlations).max())
+    if not 0 < largest < math.inf:
+        why = "all weights to be positive" if largest > 0 else "images that the filters can explain"
+        raise ValueError(f"lam_ratio={lam_ratio}: needs {why}")
+    if lam_ratio == 1:
+        # By more than the rounding of correlations, so that no coefficient is left.
+        largest *= 1 + 32 * torch.finfo(b.dtype).eps
+    return math.ldexp(1 / (float(lam_ratio) * largest), -of_data - of_filters)
+
+
+def relative_schedule(
+    settings: SolverSettings, A: LinearOperator, lam: float, lam_ratio: float
+) -> SolverSettings:
+    """The settings with the schedule of half_quadratic in units of lam_ratio * lam * ||f||^2.
+
+    In these units 1 is the beta whose threshold is the largest coefficient that explains any image
+    alone.
+    """
+    if settings.method != "half_quadratic":
+        return settings
+    largest = A.curvature()
+    # A number stays one: as a tensor it would have torch's default type.
+    unit = lam_ratio * lam * float(largest.max() if isinstance(largest, Tensor) else largest)
+    start, end = unit * settings.beta_start, unit * settings.beta_end
+    return dataclasses.replace(settings, beta_start=start, beta_end=end)
+
+
+@plain
+def solve(
+    A: LinearOperator,
+    b: Tensor,
+    *,
+    lam: float,
+    prior: Prior | None = None,
+    settings: SolverSettings,
+    state: Tensor | None = None,
+    step: Tensor | None = None,
+    training: bool = False,
+    callback: Callback | None = None,
+    chunk: int | None = None,
+) -> Solution:
+    """Infer z by the method of the settings, from z = 0 or from state and step of an earlier one.
+
+        minimise over z, for every image by itself      lam/2 ||A z - b||^2 + prior(z)
+
+    b: (N, C, H, W); prior: by default sum |z|. b, A, lam and weights may be in any units; the
+    schedule of half_quadratic is in those of z. For fista, ista and coordinate the state may be any
+    maps; they are made feasible for the prior first. training: one visit of a training epoch, with
+    few iterations, in which nothing stops early and ADMM keeps its beta. callback(i, z, beta) sees
+    the sparse maps after iteration i = 1, 2, ... and the beta (N, 1, 1, 1) of each image; for fista
+    and ista beta is 1 / step. It sees all images: with a callback there are no chunks. Raises
+    ValueError where an argument is out of range or does not fit the others.
+    """
+    chunk = None if chunk is None else whole(chunk, "chunk")
+    b, lam, prior = as_images(b, "b"), positive(lam, "lam"), prior or Prior()
+    check_settings(settings, SolverSettings, "settings")
+    if settings.gap is not None and not prior.convex:
+        raise ValueError(
+            f"solver.gap={settings.gap}: only a minimum for p=1 without a window has a duality gap,"
+            f" not for p={prior.p}, window={prior.window}"
+        )
+    z = _zeros(A, b, settings.method) if state is None else checked_maps(A, b, state, "state")
+    prior.check(z.shape)
+    if state is not None and settings.method in ("fista", "ista", "coordinate"):
+        # Methods that never raise the objective would stay where it is not yet infinite.
+        z = prior.feasible(z)
+    start = Start(z, settings.step if step is None else step)
+    until = _until(settings, training)
+    A, of_filters = A.normalised()
+    units = Units.of(b, of_filters, lam, prior.p, prior.weights)
+    if callback:
+        until = dataclasses.replace(until, callback=_in_units_of_the_caller(callback, units))
+    problem = Problem(A, b, lam, prior)
+    if units.ordinary:
+        return _solve_parts(problem, start, settings, until, chunk)
+    return _solve_in_units(units, problem, start, settings, until, chunk)
+
+
+def _until(settings: SolverSettings, training: bool) -> Until:
+    if training:
+        return Until(settings.training_iterations, training=True)
+    tolerance = settings.tolerance if settings.gap is None else 0.0
+    return Until(settings.iterations, tolerance, settings.gap)
+
+
+def _zeros(A: LinearOperator, b: Tensor, method: str) -> Tensor:
+    """Maps of zeros; for coordinate descent, which only reads them, without their memory."""
+    if method != "coordinate" or not isinstance(A, Deconvolution):
+        return A.zeros(b)
+    size = map_size(b.shape[2:], A.f.shape[2:], A.boundary)
+    return b.new_zeros(1, 1, 1, 1).expand(len(b), len(A.f), *size)
+
+
+def _masked_images(images: Tensor, mask: Tensor, A: Deconvolution) -> Tensor:
+    """mask * images, 0 where the mask is 0 whatever the pixel. Refuses a mask that does not fit."""
+    sizes = zip(mask.shape, images.shape, strict=True)
+    if not all(m in (1, n) for m, n in sizes) or mask.shape[2:] != images.shape[2:]:
+        raise ValueError(
+            f"mask of shape {tuple(mask.shape)} does not fit images of shape "
+            f"{tuple(images.shape)}: expected (N or 1, C or 1, H, W)"
+        )
+    return torch.where(A.mask > 0, A.mask * images, torch.zeros_like(images))
+
+
+def _solve_in_units(
+    units: Units,
+    problem: Problem,
+    start: Start,
+    settings: SolverSettings,
+    until: Until,
+    chunk: int | None,
+) -> Solution:
+    """The solution, in the units of the caller, of the problem solved in other units."""
+    scaled = Problem(
+        problem.A,
+        times_power(problem.b, -units.data),
+        units.lam(problem.lam),
+        in_units(problem.prior, units),
+    )
+    step = None if start.step is None else units.step(start.step)
+    start = Start(times_power(start.state, -units.maps), step)
+    schedule = units.beta(settings.beta_start), units.beta(settings.beta_end)
+    settings = dataclasses.replace(settings, beta_start=schedule[0], beta_end=schedule[1])
+    solution = _solve_parts(scaled, start, settings, until, chunk)
+    z, state = times_power(solution.z, units.maps), solution.state
+    return dataclasses.replace(
+        solution,
+        z=z,
+        residual=times_power(solution.residual, units.data),
+        reconstruction=units.cost(solution.reconstruction),
+        sparsity=units.cost(solution.sparsity),
+        state=z if state is solution.z else times_power(state, units.maps),
+        step=None if solution.step is None else units.step(solution.step, back=True),
+        gap=None if solution.gap is None else units.cost(solution.gap),
+        lam=problem.lam,
+    )
+
+
+def _in_units_of_the_caller(callback: Callback, units: Units) -> Callable[[int, Method], None]:
+    def watch(count: int, method: Method) -> None:
+        z, beta = method.maps(), method.penalty()
+        if not units.ordinary:
+            z, beta = times_power(z, units.maps), beta.double() / units.beta(1.0)
+        callback(count, z, beta)
+
+    return watch
+
+
+def _solve_parts(
+    problem: Problem, start: Start, settings: SolverSettings, until: Until, chunk: int | None
+) -> Solution:
+    """The solution for all images together, or part by part."""
+    solver = SOLVERS[settings.method]
+    if until.callback or (settings.method == "coordinate" and chunk is None):
+        return solver(problem, start, settings, until)
+    solutions = []
+    for images in _parts(problem, start.state, chunk):
+        step = start.step
+        if isinstance(step, Tensor) and step.ndim == 4 and len(step) > 1:
+            step = step[images]
+        part = Start(start.state[images], step)
+        solutions.append(solver(problem[images], part, settings, until))
+    return _joined(solutions)
+
+
+def _parts(problem: Problem, z: Tensor, chunk: int | None) -> list[slice]:
+    """At most `chunk` images each, and on a CPU as many as keep an array of maps within PART."""
+    A, b = problem.A, problem.b
+    together = max(1, len(b)) if chunk is None else chunk
+    if b.device.type == "cpu" and len(b) > 0:
+        numel = max(z[0].numel(), b[0].numel(), A.max_intermediate_numel)
+        together = max(1, min(together, PART // (numel * b.element_size())))
+    return [slice(n, n + together) for n in range(0, max(1, len(b)), together)]
+
+
+def _joined(parts: list[Solution]) -> Solution:
+    """The solutions of parts of a batch as one solution."""
+    if len(parts) == 1:
+        return parts[0]
+    tensors = {
+        key: torch.cat([getattr(part, key) for part in parts])
+        for key, value in vars(parts[0]).items()
+        if isinstance(value, Tensor)
+    }
+    return dataclasses.replace(
+        parts[0], **tensors, iterations=max(part.iterations for part in parts)
+    )

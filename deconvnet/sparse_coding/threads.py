@@ -1,0 +1,35 @@
+"""Tasks on as many threads as torch has; compiled loops release the interpreter's lock."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+
+def run_all(tasks: list[Callable[[], object]]) -> None:
+    """Run all tasks on as many threads as torch has, including the calling one."""
+    workers = min(torch.get_num_threads(), len(tasks))
+
+    def work(first: int) -> None:
+        for task in tasks[first::workers]:
+            task()
+
+    others = [_pool(workers - 1).submit(work, first) for first in range(1, workers)]
+    if workers:
+        work(0)
+    for other in others:
+        other.result()
+
+
+@functools.lru_cache(maxsize=1)
+def _pool(workers: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(workers, thread_name_prefix="sparse_coding")
+
+
+if hasattr(os, "register_at_fork"):
+    # A forked process has the pool but not its threads, and would wait for them for ever.
+    os.register_at_fork(after_in_child=_pool.cache_clear)

@@ -1,0 +1,334 @@
+"""Coordinate descent on a working set: the few coefficients that are non-zero, or will be.
+
+    minimise over z      lam/2 ||A z - b||^2 + prior(z)       A one deconvolution, r = b - A z
+
+About one percent of the coefficients of a sparse code are non-zero, and the others need only be
+checked now and then. A round
+
+1. correlates the residual with all filters, c = A'r, the one pass over whole maps, which also gives
+   the duality gap;
+2. drops the coefficients that have become zero, and adds new ones where |c| says that zero is not
+   their minimum: only the strongest in each tile of places, because a coefficient that is added
+   explains much of what its neighbours respond to;
+3. minimises over one coefficient after another, sweeping several times over the set. A step costs
+   as much as painting one filter, and uses the curvature of that coefficient, which is many times
+   smaller than that of A.
+
+Working sets of violators are those of Massias, Gramfort and Salmon (2018, "celer"), the strongest
+coefficient of each tile that of Moreau, Oudre and Vayatis (2018, "DICOD"). Coefficients are swept
+by bands of rows, first the even bands: bands of one parity do not touch, so that threads may share
+them, and neither the threads nor the batch change the result.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deconvnet.operators.convolution import correlate_strips, map_size
+from deconvnet.operators.linear import Deconvolution
+from deconvnet.sparse_coding import kernels
+from deconvnet.sparse_coding.iteration import Method
+from deconvnet.sparse_coding.kernels import ActiveSet
+from deconvnet.sparse_coding.problem import Problem
+from deconvnet.sparse_coding.threads import run_all
+
+# Between two passes over all coefficients, which cost as much as several sweeps over the working
+# set, even and odd bands take turns, and in its turn a band is swept this often.
+TURNS, SWEEPS = 5, 2
+# The working set grows at most by about this factor in a round.
+GROWTH = 3
+
+
+class Atoms:
+    """The filters as the compiled loops use them, and what an impulse of each paints.
+
+    curvature: (groups,), the largest squared norm of what coefficients of norm 1 of a group paint
+    where all of it counts.
+    """
+
+    def __init__(self, A: Deconvolution, b: Tensor, group: int):
+        self.f, self.boundary, self.group = A.f.detach().to(b).contiguous(), A.boundary, group
+        self.mask = None
+        if A.mask is not None:
+            self.mask = A.mask.detach().to(b).expand_as(b).contiguous()
+        self.dtype = self.f.numpy().dtype.type
+        self.filters = kernels.Filters.of(self.f.numpy(), group)
+        sides = zip(b.shape[2:], self.f.shape[2:], strict=True)
+        self.axes = [kernels.footprint(self.boundary, *side) for side in sides]
+        self.map_size = map_size(b.shape[2:], self.f.shape[2:], self.boundary)
+        self.curvature = _group_curvatures(self.f, group)
+        self._zeros = b.shape[1:]
+
+    def grid(self, n: int) -> kernels.Grid:
+        """Where the impulses of an image paint, and how much of it counts."""
+        mask = np.empty((0, 0, 0), self.dtype) if self.mask is None else self.mask[n].numpy()
+        return kernels.Grid(*self.axes, mask)
+
+    def curvatures_at(self, n: int, g: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
+        """L (m,) of coefficients at these places of an image."""
+        scratch = np.zeros(self._zeros, self.dtype)
+        return kernels.curvatures(self.filters, self.curvature, self.grid(n), g, i, j, scratch)
+
+
+class Weights(Protocol):
+    """The weights of the prior, and up to which correlation a coefficient stays zero.
+
+    inverse: (groups,), 1 / limit, or 1 where `divide_by_limits` divides. has_zeros: whether some
+    weight is 0.
+    """
+
+    inverse: np.ndarray
+    has_zeros: bool
+
+    def divide_by_limits(self, n: int, rows: slice, c: Tensor) -> None: ...
+
+    def at(self, n: int, g: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray: ...
+
+
+class WorkingSetSolver(Method):
+    """A few images at work, each by itself, with the active set of each.
+
+    problem: of these images; its prior says p, group and sign, and `weights` the weights.
+    """
+
+    def __init__(self, problem: Problem, atoms: Atoms, weights: Weights):
+        super().__init__(problem)
+        self.atoms, self.weights = atoms, weights
+        self.b = problem.b.detach().contiguous()
+        self.residual = torch.empty_like(self.b)
+        N, h = len(self.b), atoms.f.shape[2]
+        self.maps_shape = (len(atoms.f), *atoms.map_size)
+        self.images = list(range(N))
+        # A band reaches into the next one only; with an even number of them also where they wrap.
+        self.bands = max(1, self.maps_shape[1] // h // 2 * 2)
+        bands = np.arange(self.bands)
+        parities = [parity.copy() for parity in (bands[::2], bands[1::2]) if len(parity)]
+        self.turns = parities * TURNS
+        self.best = np.zeros((N, *self.maps_shape[1:]), atoms.dtype)
+        self.which = np.zeros((N, *self.maps_shape[1:]), np.int32)
+        self.costs, self.gaps = np.full(N, math.inf), np.full(N, math.nan)
+        self.costs_before = np.full(N, math.inf)
+        # The objective of z = 0.
+        self.cost_of_zero = problem.lam / 2 * self.b.double().square().sum((1, 2, 3)).numpy()
+        self.starts: list[np.ndarray | None] = [None] * N
+        nowhere = np.empty((3, 0), np.int32)
+        self.active = [self._active_set(n, *nowhere) for n in range(N)]
+        # The images of the last round, and whether their correlations are those of the residual.
+        self.going, self.correlated = self.images, False
+
+    def activate_maps(self, n: int, maps: Tensor) -> None:
+        """Start an image from maps (K, rows, columns)."""
+        if _is_expanded_zero(maps):
+            return
+        z, group = maps.contiguous().numpy(), self.atoms.group
+        g, i, j = kernels.active(z, group)
+        self.activate(n, g, i, j, z.reshape(-1, group, *z.shape[1:])[g, :, i, j])
+
+    def activate(self, n: int, g: np.ndarray, i: np.ndarray, j: np.ndarray, z: np.ndarray) -> None:
+        """Start an image from the values z (m, G) of coefficients at these places."""
+        self.active[n] = self._active_set(n, g, i, j)
+        self.active[n].z[:] = z
+
+    def step(self, stopped: Tensor | None) -> None:
+        """A round: correlate the residual, grow the working set, sweep over it."""
+        if stopped is not None:
+            self.going = (~stopped).flatten().nonzero().flatten().tolist()
+        if not self.correlated:
+            self.correlate_residual(self.going, certify=False)
+        self.sweep(self.going)
+        self.refresh_residual(self.going)
+
+    def maps(self) -> Tensor:
+        return self.write(self.b.new_zeros(len(self.images), *self.maps_shape))
+
+    def penalty(self) -> Tensor:
+        """lam, the curvature of unit filters being 1."""
+        return self.problem.per_image(self.problem.lam)
+
+    def converged(self, tolerance: float) -> Tensor:
+        # A constant that cannot be explained is in the objective, but in no difference.
+        explained = np.maximum(self.cost_of_zero - self.costs, 0)
+        decrease = self.costs_before - self.costs
+        reached = decrease <= tolerance * np.minimum(self.costs, explained)
+        return torch.from_numpy(reached).view(-1, 1, 1, 1)
+
+    def certified(self, gap: float) -> Tensor:
+        self.correlate_residual(self.going, certify=True)
+        return torch.from_numpy(self.gaps <= gap * self.costs).view(-1, 1, 1, 1)
+
+    def write(self, z: Tensor) -> Tensor:
+        """Write the coefficients into maps of zeros z (N, K, rows, columns)."""
+        group = self.atoms.group
+        for maps, e in zip(z, self.active, strict=True):
+            for u in range(group):
+                maps.numpy()[e.g * group + u, e.i, e.j] = e.z[:, u]
+        return z
+
+    def refresh_residual(self, images: list[int]) -> None:
+        """Residual and objective from the coefficients, free of the rounding of many updates."""
+        self.costs_before[images] = self.costs[images]
+        run_all([functools.partial(self._refresh_residual, n) for n in images])
+        self.correlated = False
+
+    def _refresh_residual(self, n: int) -> None:
+        e, r = self.active[n], self.residual[n].copy_(self.b[n]).numpy()
+        kernels.subtract(r, self.atoms.filters, self.atoms.grid(n), e)
+        length, p = np.linalg.norm(e.z.astype(np.float64), axis=1), self.problem.prior.p
+        prior = e.weight @ (length**p if p else (length > 0).astype(np.float64))
+        self.costs[n] = self.problem.lam / 2 * np.square(r, dtype=np.float64).sum() + prior
+
+    def correlate_residual(self, images: list[int], *, certify: bool) -> None:
+        """Step 1: the strongest inactive correlation at every place, and the duality gaps."""
+        atoms = self.atoms
+        r = self.residual if len(images) == len(self.images) else self.residual[images]
+        if atoms.mask is not None:
+            r = atoms.mask[images] * r
+        largest, by_row = dict.fromkeys(images, 0.0), {}
+        for part, rows, c in correlate_strips(r, atoms.f, atoms.boundary):
+            if self.problem.prior.non_negative:
+                c.clamp_(min=0)
+            strips = list(zip(images[part], c, strict=True))
+            for n, strip in strips:
+                self.weights.divide_by_limits(n, rows, strip)
+                # Without the active coefficients, each place shows the strongest that may be added.
+                active = self._active_in(n, rows, by_row)
+                strength = self.mask_active(n, strip.numpy(), rows.start, active, measure=certify)
+                largest[n] = max(largest[n], strength)
+            tasks = [self._find_strongest(n, strip.numpy(), rows) for n, strip in strips]
+            run_all([task for image in tasks for task in image])
+        if certify:
+            for n in images:
+                self._compute_gap(n, max(largest[n], float(self.best[n].max())))
+        self.correlated = True
+
+    def _active_in(
+        self, n: int, rows: slice, by_row: dict[int, tuple[np.ndarray, np.ndarray]]
+    ) -> slice | np.ndarray:
+        """Which active coefficients lie in these rows; by_row keeps their order by row."""
+        if rows == slice(0, self.maps_shape[1]):
+            return slice(None)
+        if n not in by_row:
+            order = self.active[n].i.argsort(kind="stable")
+            by_row[n] = order, self.active[n].i[order]
+        order, i = by_row[n]
+        return order[slice(*np.searchsorted(i, (rows.start, rows.stop)))]
+
+    def mask_active(
+        self, n: int, c: np.ndarray, top: int, active: slice | np.ndarray, *, measure: bool
+    ) -> float:
+        """Set the correlations of these active coefficients to zero, in maps that begin at row top.
+
+        Returns the largest, relative to its limit, if it is to be measured, for a duality gap.
+        """
+        e, group, strength = self.active[n], self.atoms.group, np.zeros(0)
+        g, i, j = e.g[active], e.i[active] - top, e.j[active]
+        at = g, i, j
+        if group > 1:
+            at = g[:, None] * group + np.arange(group), i[:, None], j[:, None]
+        if measure:
+            with np.errstate(over="ignore"):
+                length = np.linalg.norm(c[at].reshape(-1, group), axis=1)
+                strength = length * self.weights.inverse[g]
+        c[at] = 0
+        return float(strength.max(initial=0))
+
+    def _find_strongest(self, n: int, c: np.ndarray, rows: slice) -> list[Callable[[], None]]:
+        """The tasks that fill in some rows of `best` and `which`."""
+        best, which = self.best[n][rows], self.which[n][rows]
+        step = -(-len(best) // torch.get_num_threads())
+        c, inverse, group = c, self.weights.inverse, self.atoms.group
+        return [
+            functools.partial(
+                kernels.strongest,
+                *(c, inverse, group, best, which, top, min(top + step, len(best))),
+            )
+            for top in range(0, len(best), step)
+        ]
+
+    def _compute_gap(self, n: int, largest: float) -> None:
+        """The duality gap for p = 1 (`problem.duality_gap`), A'r being at most `largest` / lam."""
+        b, r, lam = self.b[n].double(), self.residual[n].double(), self.problem.lam
+        if self.weights.has_zeros and largest > np.finfo(self.atoms.dtype).tiny ** -0.5:
+            # No scaling makes a correlation feasible where the weight is 0.
+            self.gaps[n] = math.inf
+            return
+        scale = 1 / max(largest, 1.0)
+        dual = scale * float((b * r).sum()) - scale**2 / 2 * float(r.square().sum())
+        # Rounding can make it negative at the minimum; a NaN stays one.
+        self.gaps[n] = np.maximum(self.costs[n] - lam * dual, 0)
+
+    def sweep(self, images: list[int]) -> None:
+        """Steps 2 and 3. Threads share the images or, if these are few, their bands."""
+        if len(images) >= torch.get_num_threads():
+            run_all([functools.partial(self._sweep_image, n) for n in images])
+            return
+        for n in images:
+            self.grow_working_set(n)
+            for bands in self.turns:
+                # Interleaved, because active coefficients cluster.
+                workers = min(torch.get_num_threads(), len(bands))
+                parts = [bands[first::workers].copy() for first in range(workers)]
+                run_all([functools.partial(self._sweep_bands, n, part) for part in parts])
+
+    def _sweep_image(self, n: int) -> None:
+        self.grow_working_set(n)
+        for bands in self.turns:
+            self._sweep_bands(n, bands)
+
+    def grow_working_set(self, n: int) -> None:
+        """Step 2: the working set of the next sweeps, sorted."""
+        old, best = self.active[n], self.best[n]
+        old = old.take((old.z != 0).any(1))
+        i, j = kernels.leaders(best, _tile(best, self.atoms.f.shape[2], len(old.g)))
+        e = old.join(self._active_set(n, self.which[n][i, j], i, j))
+        order, self.starts[n] = kernels.by_bands(e.i, e.j, *best.shape, self.bands)
+        self.active[n] = e.take(order)
+
+    def _sweep_bands(self, n: int, bands: np.ndarray) -> None:
+        """Step 3, in bands that do not touch."""
+        atoms, prior, number = self.atoms, self.problem.prior, self.atoms.dtype
+        kernels.descend(
+            *(self.residual[n].numpy(), atoms.filters, atoms.grid(n), self.active[n]),
+            *(self.starts[n], bands, SWEEPS),
+            *(number(self.problem.lam), number(prior.p), prior.non_negative),
+        )
+
+    def _active_set(self, n: int, g: np.ndarray, i: np.ndarray, j: np.ndarray) -> ActiveSet:
+        """Coefficients at these places of an image, still zero."""
+        g, i, j = (index.astype(np.int32) for index in (g, i, j))
+        z = np.zeros((len(g), self.atoms.group), self.atoms.dtype)
+        L, weight = self.atoms.curvatures_at(n, g, i, j), self.weights.at(n, g, i, j)
+        return ActiveSet(g, i, j, z, L, weight)
+
+
+def _group_curvatures(f: Tensor, group: int) -> np.ndarray:
+    """(groups,): the largest eigenvalue of what the filters of each group paint at one place."""
+    atoms = f.reshape(len(f) // group, group, -1)
+    if group == 1:
+        return atoms.square().sum((1, 2)).numpy()
+    return 1.0001 * torch.linalg.matrix_norm(atoms, 2).square().numpy()
+
+
+def _is_expanded_zero(maps: Tensor) -> bool:
+    """Whether maps are a single zero that is expanded, in which there is nothing to find.
+
+    A copy of them would take the memory of maps, and longer than a sweep.
+    """
+    sides = zip(maps.shape, maps.stride(), strict=True)
+    return all(size == 1 or stride == 0 for size, stride in sides) and float(maps[0, 0, 0]) == 0
+
+
+def _tile(best: np.ndarray, size: int, active: int) -> int:
+    """The side of tiles that add one coefficient each; the set may grow by a factor of GROWTH."""
+    places = np.count_nonzero(best > 1)
+    most = GROWTH * max(active, best.size // 64)
+    return next(
+        (side for side in (1, size // 4) if side and places <= most * side**2), size // 2 or 1
+    )
