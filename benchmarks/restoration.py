@@ -1,4 +1,4 @@
-"""How well photographs are restored, beside what a user would otherwise pick, in one run.
+"""The quality of restored photographs compared with common alternatives, in one run.
 
 python benchmarks/restoration.py                noise, the paper's experiment, missing pixels
 python benchmarks/restoration.py denoise --sigmas 25
