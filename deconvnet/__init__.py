@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # for type checkers and editors; __getattr__ imports the same names
     from deconvnet.dictionary import Learned, learn_filters, learn_online
-    from deconvnet.filters.update import LearningSettings
+    from deconvnet.filters.update import Diverged, LearningSettings
     from deconvnet.images.preprocessing import PreprocessingSettings
     from deconvnet.network.codes import Codes
     from deconvnet.network.layer import LayerSettings
@@ -24,6 +24,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Codes",
     "DeconvNet",
+    "Diverged",
     "LayerSettings",
     "Learned",
     "LearningSettings",
@@ -39,6 +40,7 @@ __all__ = [
 _MODULES = {
     "Codes": "deconvnet.network.codes",
     "DeconvNet": "deconvnet.network.network",
+    "Diverged": "deconvnet.filters.update",
     "LayerSettings": "deconvnet.network.layer",
     "Learned": "deconvnet.dictionary",
     "LearningSettings": "deconvnet.filters.update",

@@ -1,14 +1,15 @@
-"""A deconvolutional network as a transformer of scikit-learn: images in, sparse features out.
+"""A deconvolutional network as a scikit-learn transformer: images in, sparse features out.
 
     N images · C channels, 1 or 3 · H, W pixels · K maps of the top layer
 
-`fit` learns the filters of one layer or of several, `transform` infers the maps, and
-`inverse_transform` paints images from them. Images lose the mean of each channel over all images of
-`fit` and are divided by one number, so that any units will do, lam means the same in all of them,
-and the way back ends in the units of X.
+`fit` learns the filters of one or more layers, `transform` infers the maps, and `inverse_transform`
+reconstructs images from them. Images are centred by the mean of each channel over all images of
+`fit` and divided by one number, so X may have any units, lam means the same in all of them, and
+reconstructions have the units of X.
 
-Rows that are no images are signals. They are coded by filters of one row: in the middle of as many
-rows of zeros as a filter has, only the middle rows of filters and maps are not zero.
+Rows that are not images are signals, coded by filters of one row: each signal becomes the middle
+row of an image of zeros as high as the filters, and only the middle rows of filters and maps are
+non-zero.
 """
 
 from __future__ import annotations
@@ -41,41 +42,68 @@ from deconvnet.support.validation import as_tensor
 from deconvnet.training.in_memory import learn_layers
 
 FLOATS = (np.float64, np.float32)
-# Images are inferred together up to this many, and up to so many entries of maps (64 MiB).
-TOGETHER, ENTRIES = 64, 2**24
-# Images per filter update: a tenth of all, within these.
-BATCH = (8, 64)
+# Images inferred at a time: at most this many, and at most so many coefficients (64 MiB).
+MAX_CHUNK, MAX_CHUNK_COEFFICIENTS = 64, 2**24
+# Images per filter update: a tenth of all, within these bounds.
+MIN_BATCH, MAX_BATCH = 8, 64
 
 
 class DeconvNetTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
-    """Learns filters from images, and gives for every image its sparse maps, or what they are in
-    the cells of a grid.
+    """Learns filters from images; transforms each image into its sparse maps, or their cell means.
 
-    X: (N, H, W), (N, C, H, W), or rows (N, C*H*W) with an image_shape; an array, a list or a
-    tensor, but what comes back are numpy arrays; real numbers in any units,
-    and with `preprocessing` in [0, 1]. Rows without an image_shape are signals.
+    X: images (N, H, W) or (N, C, H, W), or rows (N, C*H*W) together with `image_shape`: an array, a
+    list or a tensor of real numbers in any units, with `preprocessing` in [0, 1]. Rows without
+    `image_shape` are signals. Results are numpy arrays.
 
-    layers: the settings of every layer, which then say all about learning; None: one layer of
-    num_maps filters of filter_size x filter_size, at most the smaller side of the images (signals:
-    filter_size, at most their length), learned in so many epochs with batch_size images for an
-    update (None: a tenth of the images, 8 to 64). lam weighs the reconstruction: larger is less
-    sparse.
-    preprocessing: None only centres and scales, which can be undone. Sums of few filters are bad at
-    slow changes of brightness: for photographs take PreprocessingSettings(), as networks do, with
-    color="grey" for one channel; but no map holds what it takes away.
-    image_shape: (H, W) or (C, H, W) of a row of X, channels first.
-    grid: None: the features are the maps of the top layer before its pooling, flattened in the
-    order map, row, column; g or (1, 2, 4): see `grid_features`. May be changed after `fit`.
-    random_state: a number for the same filters every time. device: auto (cuda, else cpu) or a torch
-    device.
+    Parameters
+    ----------
+    layers : list of LayerSettings, or None
+        The settings of all layers, including how they learn; num_maps, filter_size, lam, epochs and
+        batch_size are then ignored. None: one layer made of those five.
+    num_maps : int
+        Number of filters, and of maps.
+    filter_size : int
+        Side of the square filters in pixels, at most the smaller side of the images. For signals
+        the length of the filters, at most that of the signals.
+    lam : float
+        Weight of the reconstruction against the sparsity; larger is denser.
+    epochs : int
+        Passes over the images.
+    batch_size : int or None
+        Images per filter update. None: a tenth of the images, at least 8 and at most 64.
+    preprocessing : PreprocessingSettings or None
+        None: only centre and scale, which `inverse_transform` undoes. Sums of a few small filters
+        represent slow changes of brightness poorly: for photographs use PreprocessingSettings(), as
+        networks do (color="grey" for one channel). No map holds what it removes.
+    image_shape : tuple of int, or None
+        (H, W) or (C, H, W) of a row of X, channels first.
+    grid : int, sequence of int, or None
+        None: the features are the maps of the top layer before its pooling, flattened in the order
+        map, row, column. g, or several such as (1, 2, 4): means of |z| over g x g cells of each map
+        (`grid_features`). May be changed after `fit`.
+    random_state : int, RandomState or None
+        An int gives the same filters every time.
+    device : str
+        "auto" (cuda where there is one, else cpu), or a torch device.
 
-    After `fit`: net_, the network, on the CPU, which explains (X - mean_) / scale_, or what its own
-    preprocessing makes of X; mean_ (C, 1, 1) and scale_ (with `preprocessing` 0 and its scale);
-    filters_ (K, C, h, w), those of the lowest layer; history_, what the epochs of all layers saw;
-    image_shape_ (C, H, W); map_shape_ (K, rows, columns) of the top layer; n_features_in_, the
-    numbers of one image.
+    Attributes
+    ----------
+    net_ : DeconvNet
+        The network, on the CPU. It explains (X - mean_) / scale_, or the output of its own
+        preprocessing.
+    mean_, scale_ : array (C, 1, 1) and float
+        With `preprocessing`, 0 and the scale of that.
+    filters_ : array (K, C, h, w)
+        The filters of the lowest layer.
+    history_ : list of EpochStats
+        The statistics of each epoch of each layer.
+    image_shape_ : (C, H, W)
+    map_shape_ : (K, rows, columns)
+        Of the top layer.
+    n_features_in_ : int
+        Numbers per image.
 
-    Memory of `fit`: the maps of all images.
+    `fit` holds the maps of all images in memory.
     """
 
     net_: DeconvNet
@@ -115,7 +143,11 @@ class DeconvNetTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
 
     @plain
     def fit(self, X: ArrayLike, y: object = None) -> DeconvNetTransformer:
-        """Learn the filters from X, layer by layer; y is not looked at."""
+        """Learn the filters from X, layer by layer; y is ignored.
+
+        Raises ValueError where X or a parameter is out of range, and Diverged where the objective
+        becomes infinite or NaN.
+        """
         if self.grid is not None:
             num_cells(self.grid)
         images = self._images(X, reset=True)
@@ -125,64 +157,69 @@ class DeconvNetTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
         layers = self._layers(len(images), device)
         net = DeconvNet(layers, self._preprocessing(), seed=seed).to(device)
         self._fit_center(net, images)
-        entries = max(layer.num_maps for layer in layers) * math.prod(images.shape[2:])
-        self._together = min(TOGETHER, max(1, ENTRIES // entries))
-        y = self._explained(net, images)
-        self.history_ = learn_layers(net, y, seed=seed, chunk=self._together)
-        if any(self._margin):
-            # New filters start with a trace of noise everywhere.
-            row = pad(net.layer(1).filters, _negative(self._margin))
-            net.layer(1).set_filters(pad(row, self._margin))
-        self.filters_ = pad(net.layer(1).filters, _negative(self._margin)).cpu().numpy()
+        coefficients = max(layer.num_maps for layer in layers) * math.prod(images.shape[2:])
+        self._chunk = min(MAX_CHUNK, max(1, MAX_CHUNK_COEFFICIENTS // coefficients))
+        y = self._network_input(net, images)
+        self.history_ = learn_layers(net, y, seed=seed, chunk=self._chunk)
+        if any(self._padding):
+            # Initial filters have a trace of noise in all their rows.
+            row = pad(net.layer(1).filters, _negative(self._padding))
+            net.layer(1).set_filters(pad(row, self._padding))
+        self.filters_ = pad(net.layer(1).filters, _negative(self._padding)).cpu().numpy()
         self.map_shape_ = tuple(self._maps(net, images[:1]).shape[1:])
         self.net_ = net.cpu()
         return self
 
     @plain
     def transform(self, X: ArrayLike) -> np.ndarray:
-        """The features of images, (N, features) in float32; an image has those it has alone."""
+        """The features of images, (N, features) in float32.
+
+        Up to rounding, an image has the same features in any batch.
+        """
         check_is_fitted(self)
         images = self._images(X, reset=False)
-        # Where it was fitted, if that is here; the network itself stays on the CPU for pickle.
+        # On the device of fit, if this machine has it; net_ itself stays on the CPU, for pickle.
         device = self._device if torch.cuda.is_available() else "cpu"
         net = self.net_ if device == "cpu" else copy.deepcopy(self.net_).to(device)
         parts = []
-        for start in range(0, len(images), self._together):
-            z = self._maps(net, images[start : start + self._together])
+        for start in range(0, len(images), self._chunk):
+            z = self._maps(net, images[start : start + self._chunk])
             parts.append(z.flatten(1) if self.grid is None else grid_features(z, self.grid))
         return torch.cat([part.cpu() for part in parts]).numpy()
 
     @plain
     def inverse_transform(self, Z: ArrayLike) -> np.ndarray:
-        """What the maps Z (N, features) paint, in the shape and the units of X.
+        """Images reconstructed from the maps Z (N, features), in the shape and units of X.
 
-        For Z = transform(X) that approximates X, the better the larger lam is. With `preprocessing`
-        it is the image without what the steps have taken away: (N, planes, H, W) for 4-D X, rows
-        for 2-D. Raises ValueError with a grid, and where there is pooling between the layers, whose
-        switches are no part of Z.
+        For Z = transform(X) they approximate X, more closely for larger lam. With `preprocessing`
+        they are the images without what its steps removed: (N, planes, H, W) for 4-D X, rows for
+        2-D. Raises ValueError with a grid, and where there is pooling between layers, whose
+        switches are not part of Z.
         """
         check_is_fitted(self)
         if self.grid is not None:
-            raise ValueError(f"grid={self.grid!r}: a mean does not tell its maps; use grid=None")
+            raise ValueError(
+                f"grid={self.grid!r}: cell means cannot be inverted to maps; use grid=None"
+            )
         *below, _ = self.net_.layers
         for number, layer in enumerate(below, 1):
             if layer.settings.pool is not None:
                 raise ValueError(
-                    f"pool={list(layer.settings.pool)} of layer {number}: its switches are no part "
-                    "of the features; use layers with pool=None, or net_.reconstruct"
+                    f"pool={list(layer.settings.pool)} of layer {number}: its switches are not "
+                    "part of the features; use layers with pool=None, or net_.reconstruct"
                 )
         Z = check_array(_array(Z), dtype=np.float32)
         if Z.shape[1] != self._n_features_out:
             raise ValueError(
-                f"Z has {Z.shape[1]} features, but maps of shape {self.map_shape_} have "
+                f"Z has {Z.shape[1]} features, but maps of the shape {self.map_shape_} have "
                 f"{self._n_features_out}"
             )
         z = torch.from_numpy(np.array(Z)).view(-1, *self.map_shape_)
-        y = torch.cat([self._paint(part) for part in z.split(self._together)])
-        painted = y.numpy() * self.scale_ + self.mean_
-        # Without the channel, or all in a row, as X was.
-        shape = {1: (-1,), 2: painted.shape[2:], 3: painted.shape[1:]}[len(self._shape)]
-        return painted.reshape(len(painted), *shape)
+        y = torch.cat([self._reconstruct(part) for part in z.split(self._chunk)])
+        images = y.numpy() * self.scale_ + self.mean_
+        # As X was: a row each, without the channel, or as they are.
+        shape = {1: (-1,), 2: images.shape[2:], 3: images.shape[1:]}[len(self._fit_shape)]
+        return images.reshape(len(images), *shape)
 
     @property
     def _n_features_out(self) -> int:
@@ -196,7 +233,7 @@ class DeconvNetTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
         return tags
 
     def _images(self, X: ArrayLike, *, reset: bool) -> np.ndarray:
-        """X as (N, C, H, W), checked; with reset, its shape is what is expected from now on."""
+        """X as (N, C, H, W), checked; with reset, later calls must have the same shape."""
         shape, X = None, _array(X)
         if (X.ndim if hasattr(X, "ndim") else np.asarray(X).ndim) in (3, 4):
             X = check_array(X, dtype=FLOATS, allow_nd=True)
@@ -204,55 +241,59 @@ class DeconvNetTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
         rows = validate_data(self, X, dtype=FLOATS, reset=reset)
         if reset:
             self.image_shape_ = self._image_shape(shape, rows.shape[1])
-            self._shape = shape or rows.shape[1:]
+            self._fit_shape = shape or rows.shape[1:]
         elif shape is not None and _with_channels(shape) != self.image_shape_:
-            raise ValueError(f"X has images of {shape}, but those of fit were {self.image_shape_}")
+            raise ValueError(f"X has images of {shape}, but fit had {self.image_shape_}")
         return rows.reshape(-1, *self.image_shape_)
 
     def _image_shape(self, shape: tuple[int, ...] | None, numbers: int) -> tuple[int, int, int]:
-        """(C, H, W) of images of this shape, or of rows of so many numbers."""
-        asked = self.image_shape
-        if asked is None:
-            found = (1, 1, numbers) if shape is None else _with_channels(shape)
+        """(C, H, W) of images of this shape, or of rows of this many numbers where it is None."""
+        given = self.image_shape
+        if given is None:
+            image_shape = (1, 1, numbers) if shape is None else _with_channels(shape)
         else:
-            sides = asked if isinstance(asked, Sequence) else ()
-            if len(sides) not in (2, 3) or not all(map(_is_whole, sides)):
-                raise ValueError(f"image_shape={asked}: must be (H, W) or (C, H, W)")
-            found = _with_channels(asked)
-            if shape is not None and _with_channels(shape) != found:
-                raise ValueError(f"image_shape={asked}: X has images of {shape}")
-            if math.prod(found) != numbers:
-                raise ValueError(f"image_shape={asked}: X has rows of {numbers} numbers")
-        if found[0] not in (1, 3):
+            sides = given if isinstance(given, Sequence) else ()
+            if len(sides) not in (2, 3) or not all(map(_is_positive_int, sides)):
+                raise ValueError(f"image_shape={given}: must be (H, W) or (C, H, W)")
+            image_shape = _with_channels(given)
+            if shape is not None and _with_channels(shape) != image_shape:
+                raise ValueError(f"image_shape={given}: X has images of {shape}")
+            if math.prod(image_shape) != numbers:
+                raise ValueError(f"image_shape={given}: X has rows of {numbers} numbers")
+        if image_shape[0] not in (1, 3):
             raise ValueError(
-                f"images of {found}: the number of channels comes first and must be 1 or 3"
+                f"images of {image_shape}: the number of channels comes first and must be 1 or 3"
             )
-        return found
+        return image_shape
 
     def _layers(self, images: int, device: torch.device) -> list[LayerSettings]:
-        """Those that were given, or one for images of this number and shape."""
-        self._margin = self._map_margin = (0, 0, 0, 0)
+        """A copy of the given layers, or one layer for this many images."""
+        self._padding = self._map_padding = (0, 0, 0, 0)
         if self.layers is not None:
             layers = list(self.layers)
             if not layers or not all(isinstance(layer, LayerSettings) for layer in layers):
-                raise ValueError(f"layers={self.layers}: must be LayerSettings, one at least")
+                raise ValueError(
+                    f"layers={self.layers}: must be a list of LayerSettings, at least one"
+                )
             return copy.deepcopy(layers)
         for key in ("num_maps", "filter_size", "epochs", "batch_size"):
             value = getattr(self, key)
-            if not _is_whole(value) and (key != "batch_size" or value is not None):
+            if not _is_positive_int(value) and (key != "batch_size" or value is not None):
                 raise ValueError(f"{key}={value!r}: must be a whole number from 1")
         if not isinstance(self.lam, Real):
             raise ValueError(f"lam={self.lam!r}: must be a positive number")
-        size = self._fit_margins(int(self.filter_size))
-        batch_size = self.batch_size or min(max(images // 10, BATCH[0]), BATCH[1])
+        size = self._fit_padding(int(self.filter_size))
+        batch_size = self.batch_size or min(max(images // 10, MIN_BATCH), MAX_BATCH)
         learning = LearningSettings(epochs=int(self.epochs), batch_size=int(batch_size))
         solver = default_solver(torch.empty(0, device=device))
         maps, lam = int(self.num_maps), float(self.lam)
         return [LayerSettings(maps, size, lam, solver=solver, learning=learning)]
 
-    def _fit_margins(self, size: int) -> int:
-        """The side of filters that fit; around signals, and around what of their maps is not zero,
-        there are zeros from now on: left, right, top, bottom.
+    def _fit_padding(self, size: int) -> int:
+        """The side of the filters, reduced to fit the images.
+
+        Sets the zeros that surround signals, and the non-zero row of their maps, from now on: left,
+        right, top, bottom.
         """
         _, H, W = self.image_shape_
         if min(H, W) > 1:
@@ -261,12 +302,12 @@ class DeconvNetTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
         before = (size - 1) // 2
         image, maps = (before, size - 1 - before), (size - 1, size - 1)
         none = (0, 0)
-        self._margin = (*none, *image) if H == 1 else (*image, *none)
-        self._map_margin = (*none, *maps) if H == 1 else (*maps, *none)
+        self._padding = (*none, *image) if H == 1 else (*image, *none)
+        self._map_padding = (*none, *maps) if H == 1 else (*maps, *none)
         return size
 
     def _preprocessing(self) -> PreprocessingSettings:
-        """That of the network; what centres and scales is beside it."""
+        """The preprocessing of the network, which leaves centring and scaling to this class."""
         channels = self.image_shape_[0]
         if self.preprocessing is None:
             color = "grey" if channels == 1 else "rgb"
@@ -280,39 +321,39 @@ class DeconvNetTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
     def _fit_center(self, net: DeconvNet, images: np.ndarray) -> None:
         """Choose mean_ and scale_, or fit the preprocessing."""
         if self.preprocessing is None:
-            # Of all places together: a mean image would print its negative into every image.
+            # One mean for all pixels: a mean image would leave its negative in every image.
             self.mean_ = images.mean((0, 2, 3), dtype=np.float64)[:, None, None]
-            # One at a time: X may be large, and its units such that squares of float32 overflow.
+            # In float64, one image at a time: X may be large, and its squares overflow float32.
             squares = sum(float(np.square(image - self.mean_).mean()) for image in images)
             scale = math.sqrt(squares / len(images))
-            # All numbers the same: what is left is rounding.
+            # If all numbers are equal, only rounding errors are left.
             self.scale_ = scale if scale > 1e-12 * np.abs(self.mean_).max() else 1.0
         else:
             net.preprocessing.fit(torch.from_numpy(images.astype(np.float32)).to(net.device))
             self.mean_, self.scale_ = 0.0, float(net.preprocessing.scale)
 
-    def _explained(self, net: DeconvNet, images: np.ndarray) -> Tensor:
-        """y (N, C, H, W), what the maps of images explain; around signals with zeros."""
+    def _network_input(self, net: DeconvNet, images: np.ndarray) -> Tensor:
+        """y (N, C, H, W), what the network explains; signals are surrounded by zeros."""
         if self.preprocessing is None:
             images = (images - self.mean_) / self.scale_
         y = torch.from_numpy(images.astype(np.float32)).to(net.device)
         if self.preprocessing is not None:
             y, _ = net.preprocessing(y)
-        return pad(y, self._margin)
+        return pad(y, self._padding)
 
     def _maps(self, net: DeconvNet, images: np.ndarray) -> Tensor:
-        """z (N, K, rows, columns) of the top layer; of signals the row that is not zero."""
-        codes = Codes((), self._explained(net, images), [])
+        """z (N, K, rows, columns) of the top layer; of signals the non-zero row."""
+        codes = Codes((), self._network_input(net, images), [])
         for _ in net.layers:
             codes = net.infer_next_layer(codes, chunk=len(images))
-        return pad(codes.layer(net.depth).z, _negative(self._map_margin))
+        return pad(codes.layer(net.depth).z, _negative(self._map_padding))
 
-    def _paint(self, z: Tensor) -> Tensor:
-        """R z (N, planes, H, W), through layers without pooling between them."""
-        z = pad(z, self._map_margin)
+    def _reconstruct(self, z: Tensor) -> Tensor:
+        """R z (N, planes, H, W), through layers without pooling in between."""
+        z = pad(z, self._map_padding)
         for layer in reversed(self.net_.layers):
             z = layer.operator()(z) * layer.scale
-        return pad(z, _negative(self._margin))
+        return pad(z, _negative(self._padding))
 
 
 def _with_channels(shape: tuple[int, ...]) -> tuple[int, int, int]:
@@ -320,17 +361,17 @@ def _with_channels(shape: tuple[int, ...]) -> tuple[int, int, int]:
 
 
 def _array(X: ArrayLike) -> ArrayLike:
-    """A tensor, wherever it is and of whatever type, as an array; anything else as it is."""
+    """A tensor of any type and device as an array; anything else as it is."""
     if not isinstance(X, Tensor):
         return X
     X = as_tensor(X, "X").cpu()
     return (X.float() if X.dtype == torch.bfloat16 else X).numpy()
 
 
-def _is_whole(value: object) -> bool:
+def _is_positive_int(value: object) -> bool:
     return isinstance(value, Integral) and value >= 1
 
 
-def _negative(margin: tuple[int, ...]) -> tuple[int, ...]:
-    """The margin that takes this one away again."""
-    return tuple(-side for side in margin)
+def _negative(padding: tuple[int, ...]) -> tuple[int, ...]:
+    """The padding that removes this one."""
+    return tuple(-side for side in padding)

@@ -60,7 +60,7 @@ def convolution() -> Figure:
 
 
 def matrix() -> Figure:
-    """That convolution as a 4x16 matrix, its transpose, and the columns of that folded to 4x4."""
+    """That convolution as a 4x16 matrix, its transpose, and the columns of the latter as 4x4."""
     M = correlation_matrix(KERNEL[None, None], (4, 4))
     filled = [
         [color if weight else EMPTY for weight in row] for row, color in zip(M, COLORS, strict=True)
@@ -78,7 +78,7 @@ def matrix() -> Figure:
 
 
 def transposed() -> Figure:
-    """The transpose by pasting and adding, and as a convolution with the turned kernel."""
+    """The transpose by pasting and adding, and as a convolution with the rotated kernel."""
     figure, axes = canvas(28.1, 14)
     cells(axes, 0.3, 2.2, SMALL, QUARTERS, title="input 2x2")
     total = torch.zeros(4, 4, dtype=torch.long)
@@ -146,7 +146,7 @@ def projection() -> Figure:
 
 
 def coding() -> Figure:
-    """Sparse maps of a photograph, beside what a correlation with the same filters gives."""
+    """Sparse maps of a photograph, next to a correlation with the same filters."""
     images = load_images(DataSettings(scale=0.35, max_images=12)).images
     preprocessing = Preprocessing(PreprocessingSettings(color="grey")).fit(images)
     y, _ = preprocessing(images)
@@ -192,7 +192,7 @@ def coding() -> Figure:
 
 
 def upsampling() -> Figure:
-    """A small photograph four times as large, by a bilinear and by a learned kernel."""
+    """A small photograph enlarged four times, by a bilinear and by a learned kernel."""
     stride = 4
     truth = grey(skimage.data.camera()[60:252, 150:342], 2)
     small = F.avg_pool2d(truth, stride)
@@ -262,7 +262,7 @@ def twice(x: Tensor, kernel: Tensor, window: dict[str, int] | None) -> Tensor:
 
 
 def overlaps() -> Figure:
-    """Which weights meet in an output along an axis, and how many terms outputs of a plane sum."""
+    """Which weights meet in each output along an axis, and how many terms each output sums."""
     figure, axes = canvas(28.3, 18.6)
     for place, (title, ((size, window), (weights, sums))) in enumerate(WAYS.items()):
         left = 0.3 + 9.7 * place
@@ -299,7 +299,7 @@ def checkerboard() -> Figure:
 
 
 def grey(photograph: np.ndarray, reduction: int) -> Tensor:
-    """A photograph (H, W) or (H, W, 3) of bytes as (1, 1, H, W) in [0, 1], made smaller."""
+    """A photograph (H, W) or (H, W, 3) of bytes as (1, 1, H, W) in [0, 1], reduced in size."""
     pixels = torch.from_numpy(photograph.copy()).float() / 255
     pixels = pixels if pixels.ndim == 2 else pixels.mean(2)
     return F.avg_pool2d(pixels[None, None], reduction)
@@ -310,7 +310,7 @@ def rgb(image: Tensor) -> Tensor:
 
 
 def canvas(width: float, height: float) -> tuple[Figure, Axes]:
-    """A page of so many cells, with its origin at the top left."""
+    """A page of the given number of cells, with its origin at the top left."""
     figure = Figure(figsize=(width * INCH, height * INCH))
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, width), ylim=(height, 0), autoscale_on=False)
@@ -328,7 +328,7 @@ def cells(
     blank: bool = True,
     title: str = "",
 ) -> None:
-    """A table of numbers or words, filled with colours; blank: white cells stay empty."""
+    """A table of numbers or words, filled with colours; blank: leave white cells empty."""
     for (row, column), value in np.ndenumerate(np.asarray(values)):
         color = GREY if filled is None else filled[row][column]
         corner = (left + column, top + row)
@@ -357,7 +357,7 @@ def note(axes: Axes, left: float, middle: float, text: str, *, size: float = 10)
 def picture(
     axes: Axes, left: float, top: float, width: float, image: Tensor, title: str = ""
 ) -> None:
-    """An image (3, H, W) in [0, 1], so many cells wide."""
+    """Draw an image (3, H, W) in [0, 1], `width` cells wide."""
     height = width * image.shape[1] / image.shape[2]
     extent = (left, left + width, top + height, top)
     pixels = image.permute(1, 2, 0).numpy()
@@ -366,7 +366,7 @@ def picture(
 
 
 def save(figure: Figure, path: Path) -> None:
-    """A PNG of few colours, which is small."""
+    """Save a small PNG with few colours."""
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=DPI, format="png")
     Image.open(buffer).convert("RGB").quantize(64).save(path, optimize=True)

@@ -1,4 +1,4 @@
-"""What the README and the guides show works as it stands there."""
+"""The code, links and references in the README and the guides work as written."""
 
 import ast
 import importlib
@@ -15,7 +15,7 @@ from deconvnet.training.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-# Guides whose Python is run, and how many values stand in their comments at least.
+# Guides whose Python is run, and the least number of values that their comments give.
 GUIDES = {
     "coding": 30,
     "deconvolution": 30,
@@ -46,7 +46,7 @@ def test_the_python_of_the_readme_runs_from_top_to_bottom(tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize(("guide", "values"), GUIDES.items())
-def test_the_python_of_a_guide_runs_and_every_value_is_what_its_comment_says(guide, values):
+def test_the_python_of_a_guide_runs_and_gives_the_values_in_its_comments(guide, values):
     text = (ROOT / f"docs/{guide}.md").read_text()
     names, checked = {}, 0
     with torch.random.fork_rng():
@@ -67,7 +67,7 @@ PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").g
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_what_a_page_links_to_exists(page):
+def test_files_that_a_page_links_to_exist(page):
     text = (ROOT / page).read_text()
     links = re.findall(r"\]\(([^)#]+)\)", text) + re.findall(r'src="([^"]+)"', text)
     for link in links:
@@ -103,6 +103,6 @@ def test_functions_named_in_the_mathematics_exist():
                 break
             assert hasattr(thing, part), f"{module}.{name}"
             thing = getattr(thing, part)
-    # Files that are named by their path.
+    # Files given by their path.
     for path in re.findall(r"`((?:configs|tests|visualization)/[\w/]+\.\w+)`", text):
         assert (ROOT / path).is_file() or (ROOT / "deconvnet" / path).is_file(), path

@@ -158,7 +158,7 @@ def test_where_pooling_has_lost_the_way_back_it_is_refused(fitted, images):
     top = DeconvNetTransformer(layers[:1]).fit(images)
     assert top.inverse_transform(top.transform(images)).shape == images.shape
     means = clone(fitted).set_params(grid=2).fit(images)
-    with pytest.raises(ValueError, match="grid=2: a mean does not tell"):
+    with pytest.raises(ValueError, match="grid=2: cell means cannot be inverted"):
         means.inverse_transform(means.transform(images))
     with pytest.raises(ValueError, match=r"Z has 4 features, .* have 2160"):
         fitted.inverse_transform(np.zeros((1, 4)))
@@ -325,8 +325,8 @@ def test_what_digits_are_is_in_their_maps_and_less_in_those_of_random_filters(sh
         (dict(lam=-1.0), "lam=-1.0: must be positive"),
         (dict(lam="high"), "lam='high': must be a positive number"),
         (dict(grid=0), "grid=0: must be a whole number from 1"),
-        (dict(layers=[]), r"layers=\[\]: must be LayerSettings, one at least"),
-        (dict(layers=[7]), r"layers=\[7\]: must be LayerSettings"),
+        (dict(layers=[]), r"layers=\[\]: must be a list of LayerSettings, at least one"),
+        (dict(layers=[7]), r"layers=\[7\]: must be a list of LayerSettings"),
         (dict(image_shape=16), r"image_shape=16: must be \(H, W\) or \(C, H, W\)"),
         (dict(image_shape=(14, 16)), r"image_shape=\(14, 16\): X has images of \(16, 14\)"),
         (dict(device="abacus"), "device=abacus: no such device"),
@@ -340,7 +340,7 @@ def test_wrong_settings_are_refused_by_name(images, wrong, message):
 
 
 def test_images_of_another_shape_are_refused(fitted, images):
-    with pytest.raises(ValueError, match=r"images of \(14, 16\), but those of fit"):
+    with pytest.raises(ValueError, match=r"images of \(14, 16\), but fit had"):
         fitted.transform(images.transpose(0, 2, 1))
     with pytest.raises(ValueError, match=r"images of \(16, 14, 2\): the number of channels comes"):
         DeconvNetTransformer().fit(np.stack([images, images], -1))

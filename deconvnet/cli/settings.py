@@ -439,10 +439,10 @@ def _at_home(settings: Any) -> Any:
     """Settings in which ~ is the home folder: the shell leaves it as it is in key=~/file."""
     for key in PATHS & set(vars(settings)):
         value = getattr(settings, key)
-        if isinstance(value, str):
-            setattr(settings, key, os.path.expanduser(value))
-        elif isinstance(value, list):
-            setattr(settings, key, [os.path.expanduser(path) for path in value])
+        several = value if isinstance(value, list) else [value]
+        if all(isinstance(path, str) for path in several):
+            paths = [os.path.expanduser(path) for path in several]
+            setattr(settings, key, paths if isinstance(value, list) else paths[0])
     return settings
 
 

@@ -1,1 +1,1 @@
-"""Training: the order of events in a run, one layer's learning, and what resuming needs."""
+"""Training: learning one layer, a run over all layers, and what it needs to resume exactly."""

@@ -35,7 +35,7 @@ def place_warm_starts(
     if were_kept is not False and not were_on_disk and needed <= limits.memory:
         return Placement(True, None, token)
     if folder and (were_on_disk or (were_kept is not False and on_disk <= limits.disk)):
-        where = f"they are in {folder}, {on_disk:.3g} GiB at most"
+        where = f"they are kept in {folder}, at most {on_disk:.3g} GiB"
     elif were_kept:
         raise ValueError(
             f"memory={limits.memory:g}, disk={limits.disk:g}: layer {number} learns with the "

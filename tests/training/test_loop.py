@@ -565,3 +565,9 @@ def test_networks_train_and_draw_pictures_in_every_colour_mode(textures, tmp_pat
     with Monitor(tmp_path, progress=False) as monitor:
         train(net, textures(2, 3, 20, 20), RunFolder(tmp_path, {}), monitor)
     assert len(list((tmp_path / "pictures").iterdir())) == 10
+
+
+def test_without_a_monitor_the_page_of_a_run_is_in_its_folder(finished, images, tmp_path):
+    train(network(depth=1), images, RunFolder(tmp_path))
+    expected = {tag: curve for tag, curve in scalars(finished[0]).items() if "layer1" in tag}
+    assert {tag: curve for tag, curve in scalars(tmp_path).items() if "layer1" in tag} == expected

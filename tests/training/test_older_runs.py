@@ -63,10 +63,11 @@ def assert_same_as_before(path, name):
             assert_close(tensor, expected[key], rtol=0, atol=1e-3)
 
 
-def test_a_run_of_an_earlier_version_is_resumed_bit_by_bit(place, script):
-    arguments = with_new_names(ARGUMENTS)
-    assert arguments != ARGUMENTS
-    result = script(place, "train.py", *arguments, "name=older")
+@pytest.mark.parametrize("names", ["old", "new"])
+def test_a_run_of_an_earlier_version_is_resumed_bit_by_bit(place, script, names):
+    arguments = {"old": ARGUMENTS, "new": with_new_names(ARGUMENTS)}
+    assert arguments["old"] != arguments["new"]
+    result = script(place, "train.py", *arguments[names], "name=older")
     assert result.code == 0, result.err
     # It resumed in the second layer, and did not start from the beginning.
     assert "layer 1, epoch" not in result.out + result.err
