@@ -43,8 +43,10 @@ CONTINUED = ("zero", "reflect")
 FEW_CHANNELS = 16
 # Maps are made so many numbers at a time where there are many: as many as a cache holds.
 STRIP = 2**20
-# Up to so many numbers torch convolves a single image by another routine than several.
-SMALL = 20480
+# Up to this many numbers torch convolves a single image by another routine than several, with one
+# thread. Measured, not promised: with another torch an image alone and in a batch may differ by
+# rounding (tests/operators/test_rounding_in_batches.py says which version was measured).
+NATIVE_CONVOLUTION = 20480
 
 
 def deconvolve(
@@ -285,10 +287,8 @@ def _paint_by_rows(z: Tensor, f: Tensor) -> Tensor:
 
 
 def _conv2d(z: Tensor, f: Tensor) -> Tensor:
-    """conv2d that rounds an image as if it were alone: a small one comes twice, since torch has
-    another routine for a single one than for several.
-    """
-    alone = len(z) == 1 and z.numel() <= SMALL and z.device.type == "cpu"
+    """conv2d that rounds an image alone as in a batch: a small one is padded to a batch of two."""
+    alone = len(z) == 1 and z.numel() <= NATIVE_CONVOLUTION and z.device.type == "cpu"
     return F.conv2d(torch.cat([z, z]), f)[:1] if alone else F.conv2d(z, f)
 
 

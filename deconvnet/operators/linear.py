@@ -34,7 +34,8 @@ from deconvnet.support.units import exponent, magnitude, times_power
 from deconvnet.support.validation import as_tensor, check_tensors
 
 # torch multiplies matrices of n x c and c x d numbers by its own loop if n c d is below this.
-OWN_PRODUCTS = 400
+# Measured, not promised, as `convolution.NATIVE_CONVOLUTION`.
+NATIVE_PRODUCT = 400
 
 
 class LinearOperator(ABC):
@@ -316,18 +317,19 @@ def _wrapped(y: Tensor, grid: tuple[int, int], change: Callable[[Tensor], Tensor
 def _times(spectrum: Tensor, matrices: Tensor) -> Tensor:
     """(N, u, v, C), at every frequency matrices (u, v, C, C) times spectrum (N, u, v, C).
 
-    Each image is rounded as if it were alone, so that its maps do not depend on the batch by a
-    bit. For that every product must be taken by one routine: torch has its own for small ones,
-    and the others, of two and more images, go to the library.
+    Each image is rounded as if it were alone, so that the batch does not change a bit of its maps
+    (with the torch that was measured; with others it may, by rounding). For that one routine must
+    compute every product: torch has its own for small ones, and the others, of two and more
+    images, go to the library.
     """
     C = matrices.shape[-1]
     if C == 1:
         return spectrum * matrices[..., 0].real
     # (u, v, N, C) in this order in memory, without which torch takes several times as long.
     rows, columns = spectrum.permute(1, 2, 0, 3).contiguous(), matrices.mT
-    some = (OWN_PRODUCTS - 1) // C**2
-    if some > 1:
-        product = torch.cat([part @ columns for part in rows.split(some, 2)], 2)
+    together = (NATIVE_PRODUCT - 1) // C**2
+    if together > 1:
+        product = torch.cat([part @ columns for part in rows.split(together, 2)], 2)
     else:
         pair = rows.expand(-1, -1, 2, -1) if rows.shape[2] == 1 else rows
         product = (pair @ columns)[:, :, : rows.shape[2]]
