@@ -39,7 +39,7 @@ from torch import Tensor
 from deconvnet import load
 from deconvnet.applications.restoration import Restorer
 from deconvnet.applications.restored_pictures import strip
-from deconvnet.cli.settings import read_settings, register
+from deconvnet.cli.reading import read_settings, register
 from deconvnet.monitoring.monitor import Monitor, save_picture
 from deconvnet.monitoring.strict_json import to_json
 from deconvnet.network.metrics import psnr, snr

@@ -1,4 +1,4 @@
-"""Fill in missing pixels with the filters of a trained network:
+"""Fill in missing pixels with the filters of a trained network.
 
 deconvnet inpaint run=runs/denoise-rgb image=photo.png missing=scratches.png
 """
@@ -10,7 +10,8 @@ from torch import Tensor
 from deconvnet.applications.restoration import Restorer
 from deconvnet.applications.restored_pictures import LEVELS, Restored, mask_file, restore, seen
 from deconvnet.cli.errors import interruptible, one_line_errors
-from deconvnet.cli.settings import InpaintConfig, read_settings
+from deconvnet.cli.reading import read_settings
+from deconvnet.cli.settings import InpaintConfig
 from deconvnet.network.network import Progress
 from deconvnet.support.devices import torch_device
 

@@ -1,4 +1,4 @@
-"""Reconstruct images from the feature maps of a trained network:
+"""Reconstruct images from the feature maps of a trained network.
 
 deconvnet reconstruct run=runs/photographs layer=2 images=photo.jpg
 """
@@ -7,7 +7,8 @@ from omegaconf import DictConfig
 
 from deconvnet.applications.restored_pictures import reconstruct
 from deconvnet.cli.errors import interruptible, one_line_errors
-from deconvnet.cli.settings import ReconstructConfig, read_settings
+from deconvnet.cli.reading import read_settings
+from deconvnet.cli.settings import ReconstructConfig
 from deconvnet.support.devices import torch_device
 
 
