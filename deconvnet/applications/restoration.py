@@ -246,7 +246,7 @@ class Restorer:
             memory = torch.cuda.get_device_properties(device).total_memory / tiling.GIB
             needed = DENSE * len(self.filters) * planes * pixels / tiling.GIB
         if needed > memory:
-            tiling.refuse(size, needed, memory)
+            tiling.raise_too_large(size, needed, memory)
         if depth == 1:
             return []
         return tiling.plan(self.net, size, depth, memory, first=2, planes=needed)
@@ -437,7 +437,7 @@ class Restorer:
         steps = steps or _Steps(None, 1)
         whole = [torch.zeros_like(b) for _ in range(2, depth + 1)]
         for tile in cut or [Tile.whole(*b.shape[2:])]:
-            below = tiling.pooled_part(self.net, found, tile)
+            below = tiling.codes_of_tile(self.net, found, tile)
             dense = None if below.dense is None else below.dense * factor
             below = replace(below, pooled=below.pooled * factor, dense=dense)
             part = (slice(None), slice(None), tile.rows, tile.columns)
@@ -450,7 +450,7 @@ class Restorer:
                     solver = default_solver(problem.b)
                 above = layer.codes(layer.infer(problem, settings=solver))
                 codes = Codes((*codes.layers, above), codes.y, codes.record)
-                total[part] += tile.share.to(b) * self.net.synthesize(codes, number) / factor
+                total[part] += tile.weights.to(b) * self.net.synthesize(codes, number) / factor
                 steps.solved()
         return whole
 

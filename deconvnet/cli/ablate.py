@@ -14,7 +14,7 @@ from deconvnet.cli.reading import read_settings
 from deconvnet.cli.settings import AblateConfig
 from deconvnet.monitoring.monitor import save_picture
 from deconvnet.network.network import load
-from deconvnet.network.switch_ablation import MEANINGS, Ablation, ablate
+from deconvnet.network.switch_ablation import DESCRIPTIONS, SwitchAblation, ablate
 from deconvnet.storage import ownership
 from deconvnet.support.devices import torch_device
 from deconvnet.visualization.pictures.layer_pictures import labelled_images
@@ -53,13 +53,13 @@ def training_images(folder: Path, count: int) -> tuple[torch.Tensor, torch.Tenso
     return images
 
 
-def table(results: list[Ablation], depth: int) -> str:
+def table(results: list[SwitchAblation], depth: int) -> str:
     """A row for every unpooling, and two columns for every layer above the first."""
     values = {(a.kind, a.layer, a.inferred): f"{a.snr:.2f}" for a in results}
     columns = [(layer, new) for layer in range(2, depth + 1) for new in (False, True)]
     names = [f"layer {layer}{', maps inferred for it' if new else ''}" for layer, new in columns]
     lines = ["| unpooling | " + " | ".join(names) + " | |", "|---" * (len(names) + 2) + "|"]
-    for kind, meaning in MEANINGS.items():
+    for kind, meaning in DESCRIPTIONS.items():
         cells = (values.get((kind, *column), "-") for column in columns)
         lines.append(f"| {kind} | " + " | ".join(cells) + f" | {meaning} |")
     return "\n".join(lines)

@@ -1,6 +1,6 @@
-"""What inference found: the maps of every layer for a batch of images, and the way back to pixels.
+"""The result of inference: the maps of every layer for a batch of images.
 
-N images · K maps · H, W size of a map · C channels of what is explained
+N images · K maps · H, W size of a map · C channels of the images
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ ALL = slice(None)
 
 @dataclass(frozen=True)
 class LayerCodes:
-    """What inference found in one layer.
+    """The maps of one layer, pooled.
 
-    pooled: the maps after pooling (z itself without it); switches: where the pooled values stood,
-    as `pooling.max_pool` gives them (None without pooling); shape: (K, H, W) of z; reconstruction,
-    sparsity: (N,) the two terms of the objective, float64; dense: z, only where pooling has dropped
-    some of it. Where the switches were inferred with the maps it drops nothing, and 3x3x3 pooling
-    then takes a ninth of the memory of z.
+    pooled: the maps after pooling (z itself if there is none); switches: the positions of the
+    maxima, as `pooling.max_pool` returns them (None if there is no pooling); shape: (K, H, W) of z;
+    reconstruction, sparsity: (N,) float64, the two terms of the objective; dense: z, kept only if
+    pooling lost some of it. If the switches were inferred with the maps, pooling loses nothing, and
+    with 3x3x3 windows the codes take a ninth of the memory of z.
     """
 
     pooled: Tensor
@@ -41,11 +41,11 @@ class LayerCodes:
     def __repr__(self) -> str:
         maps, pooled = ("x".join(map(str, shape)) for shape in (self.shape, self.pooled.shape[1:]))
         pool = "" if self.switches is None else f", pooled to {pooled}"
-        return f"LayerCodes({len(self)} images, maps {maps}{pool}, {self.density:.2%} not zero)"
+        return f"LayerCodes({len(self)} images, maps {maps}{pool}, {self.density:.2%} non-zero)"
 
     @property
     def z(self) -> Tensor:
-        """The sparse maps (N, K, H, W)."""
+        """The sparse maps z (N, K, H, W)."""
         if self.dense is not None:
             return self.dense
         if self.switches is None:
@@ -54,12 +54,12 @@ class LayerCodes:
 
     @property
     def values(self) -> Tensor:
-        """All entries of z that are not zero."""
-        return self._kept[self._kept != 0]
+        """(M,): all non-zero coefficients of z."""
+        return self._stored[self._stored != 0]
 
     @property
-    def _kept(self) -> Tensor:
-        """All entries of z that may not be zero."""
+    def _stored(self) -> Tensor:
+        """A tensor with all non-zero coefficients of z."""
         return self.pooled if self.dense is None else self.dense
 
     @property
@@ -69,14 +69,14 @@ class LayerCodes:
 
     @property
     def density(self) -> float:
-        """The share of the entries of z that are not zero."""
-        entries = len(self) * torch.Size(self.shape).numel()
-        return float(torch.count_nonzero(self._kept)) / max(entries, 1)
+        """The fraction of coefficients of z that are non-zero."""
+        count = len(self) * torch.Size(self.shape).numel()
+        return float(torch.count_nonzero(self._stored)) / max(count, 1)
 
     def select(self, images: Images) -> LayerCodes:
-        """The codes of some images."""
-        chosen = {key: value[images] for key, value in vars(self).items() if _is_tensor(value)}
-        return replace(self, **chosen)
+        """The codes of the given images, by their indices."""
+        selected = {key: value[images] for key, value in vars(self).items() if _is_tensor(value)}
+        return replace(self, **selected)
 
     def to(self, device: torch.device | str) -> LayerCodes:
         """The codes on another device."""
@@ -86,9 +86,9 @@ class LayerCodes:
 
 @dataclass(frozen=True)
 class Codes:
-    """The maps of every layer for a batch of images, and what it takes to get back to their pixels.
+    """The maps of every layer for a batch of images.
 
-    y: (N, C, H, W) the preprocessed images; record: what preprocessing needs to undo itself.
+    y: (N, C, H, W), the preprocessed images; record: what the inverse of preprocessing needs.
     """
 
     layers: tuple[LayerCodes, ...]
@@ -101,7 +101,7 @@ class Codes:
         return "\n".join(lines) + ")"
 
     def select(self, images: Images) -> Codes:
-        """The codes of some images, by their indices."""
+        """The codes of the given images, by their indices."""
         layers = tuple(layer.select(images) for layer in self.layers)
         record = [{key: value[images] for key, value in step.items()} for step in self.record]
         return Codes(layers, self.y[images], record)
@@ -114,13 +114,13 @@ class Codes:
     def layer(self, number: int) -> LayerCodes:
         """The codes of one layer, counted from 1."""
         if not 1 <= number <= len(self.layers):
-            have = f"layers 1 to {len(self.layers)}" if self.layers else "no layers"
-            raise ValueError(f"layer={number}: these codes have {have}")
+            existing = f"layers 1 to {len(self.layers)}" if self.layers else "no layers"
+            raise ValueError(f"layer={number}: these codes have {existing}")
         return self.layers[number - 1]
 
 
 def join(parts: list[LayerCodes]) -> LayerCodes:
-    """The codes of several batches as one."""
+    """The codes of several batches of images concatenated."""
     joined = {
         key: torch.cat([getattr(part, key) for part in parts])
         for key, value in vars(parts[0]).items()
@@ -130,10 +130,14 @@ def join(parts: list[LayerCodes]) -> LayerCodes:
 
 
 def join_codes(parts: list[Codes]) -> Codes:
-    """The codes of several batches of images of one size as one."""
-    layers = tuple(join(list(each)) for each in zip(*(part.layers for part in parts), strict=True))
-    steps = zip(*(part.record for part in parts), strict=True)
-    record = [{key: torch.cat([step[key] for step in each]) for key in each[0]} for each in steps]
+    """The codes of several batches of images of one size concatenated."""
+    layers = tuple(
+        join(list(layer)) for layer in zip(*(part.layers for part in parts), strict=True)
+    )
+    record = [
+        {key: torch.cat([step[key] for step in steps]) for key in steps[0]}
+        for steps in zip(*(part.record for part in parts), strict=True)
+    ]
     return Codes(layers, torch.cat([part.y for part in parts]), record)
 
 

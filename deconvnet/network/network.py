@@ -1,11 +1,14 @@
 """A deconvolutional network: layers of filters, inference of their maps, and reconstruction.
 
-    decoder  R_l = F_1 U_1 S_2 F_2 U_2 S_3 ... F_l, from the maps of layer l to preprocessed images:
-             deconvolutions F, unpoolings U with the inferred switches, rescalings S
-    encoder  z_l minimises lam/2 ||T F_l z_l - b||^2 + sum |z_l|^p, by the setting `target`:
-             maps   b = pooled z_(l-1) / scale_l, T = I                     (Zeiler et al. 2010)
-             image  b = the preprocessed image, T = R_(l-1) U_(l-1) S_l     (Zeiler et al. 2011)
-             both   the two, one above the other
+    D_l = F_1 U_1 S_2 ... F_(l-1) U_(l-1) S_l    input of layer l -> preprocessed images: `decoder`
+    R_l = D_l F_l                                maps of layer l -> preprocessed images: `operator`
+
+with deconvolutions F, unpoolings U that use the inferred switches, and rescalings S. The maps of
+layer l minimise lam/2 ||T F_l z_l - b||^2 + sum |z_l|^p, where `target` sets b and T:
+
+    maps    b = pooled z_(l-1) / scale_l, T = I           (Zeiler et al. 2010)
+    image   b = the preprocessed image, T = D_l           (Zeiler et al. 2011)
+    both    the two stacked
 
 Layers are counted from 1, as in the papers.
 """
@@ -42,7 +45,7 @@ FILTERS = "filters"
 
 
 class DeconvNet(nn.Module):
-    """A stack of layers over a preprocessing; all of its state is in its buffers."""
+    """A stack of layers on top of a preprocessing; buffers hold all of its state."""
 
     def __init__(
         self,
@@ -77,10 +80,10 @@ class DeconvNet(nn.Module):
 
     def layer(self, number: int) -> Layer:
         """One layer, counted from 1."""
-        return self.layers[self._checked("layer", number, least=1) - 1]
+        return self.layers[self._checked_number("layer", number, least=1) - 1]
 
-    def _checked(self, name: str, number: int, *, least: int) -> int:
-        """The number of a layer, or of layers."""
+    def _checked_number(self, name: str, number: int, *, least: int) -> int:
+        """A layer number or a number of layers, from `least` to the depth; else ValueError."""
         try:
             index = operator.index(number)
         except TypeError:
@@ -101,17 +104,17 @@ class DeconvNet(nn.Module):
     ) -> Codes:
         """The sparse maps of images, layer by layer.
 
-        images: (N, 1 or 3, H, W) float in [0, 1], any size not below a filter. frames: (N, 4), the
-        place of each picture in its square, as `load_images` gives them. depth: how many layers
-        (default all; 0 only preprocesses). chunk: images at a time, which bounds memory and changes
-        results by rounding only. progress(done, total) hears of every chunk.
+        images: (N, 1 or 3, H, W) float in [0, 1], at least as large as the filters. frames: (N, 4)
+        int64, the place of each picture in its square, as `load_images` returns them. depth: number
+        of layers (None: all; 0: only preprocess). chunk: images at a time, which bounds memory and
+        changes results by rounding only. progress(done, total) is called after every chunk.
         """
         images = as_tensor(images, "images")
         frames = None if frames is None else as_tensor(frames, "frames")
         chunk = whole(chunk, "chunk")
         if images.numel() == 0:
             raise ValueError(f"images must not be empty, got the shape {tuple(images.shape)}")
-        depth = self._checked("depth", self.depth if depth is None else depth, least=0)
+        depth = self._checked_number("depth", self.depth if depth is None else depth, least=0)
         if images.is_floating_point():
             images = images.to(self.preprocessing.scale.dtype)
         y, record = self.preprocessing(images.to(self.device), frames)
@@ -125,7 +128,7 @@ class DeconvNet(nn.Module):
     def infer_next_layer(
         self, codes: Codes, *, chunk: int = 8, progress: Progress | None = None
     ) -> Codes:
-        """The codes with the maps of one more layer."""
+        """The codes with the maps of the next layer added; arguments as of `infer`."""
         number = len(codes.layers) + 1
         layer = self.layer(number)
         check_input_size(self.layer_input(codes, number).shape, layer, number)
@@ -137,7 +140,7 @@ class DeconvNet(nn.Module):
         return Codes((*codes.layers, join(parts)), codes.y, codes.record)
 
     def check_size(self, size: tuple[int, int], depth: int) -> None:
-        """Refuse images of H x W pixels that are too small for one of the layers up to `depth`."""
+        """Raise ValueError if images of H x W pixels are too small for a layer up to `depth`."""
         for number, layer in enumerate(self.layers[:depth], 1):
             check_input_size(size, layer, number)
             settings = layer.settings
@@ -146,13 +149,13 @@ class DeconvNet(nn.Module):
                 size = pooled_shape((1, *size), (1, *settings.pool[1:]))[1:]
 
     def layer_input(self, codes: Codes, number: int, images: Images = ALL) -> Tensor:
-        """What layer `number` stands on: the rescaled pooled maps below it, or the image."""
+        """The input (N, C, H, W) of layer `number`: the image or the rescaled pooled maps below."""
         if number == 1:
             return codes.y[images]
         return codes.layer(number - 1).pooled[images] / self.layer(number).scale
 
     def layer_problem(self, codes: Codes, number: int, images: Images = ALL) -> LayerProblem:
-        """What layer `number` has to explain, by its settings, given the layers below."""
+        """What the maps of layer `number` solve, given the codes of the layers below."""
         settings = self.layer(number).settings
         if number == 1 or settings.target == "maps":
             return LayerProblem(self.layer_input(codes, number, images))
@@ -166,17 +169,17 @@ class DeconvNet(nn.Module):
         return LayerProblem(both.join([maps, y]), both)
 
     def decoder(self, codes: Codes, number: int, images: Images = ALL) -> LinearOperator:
-        """T: what layer `number` paints -> preprocessed images, with the switches of these codes.
+        """D_l: input of layer `number` -> preprocessed images, with the switches of these codes.
 
-        T = F_1 U_1 S_2 ... F_(number-1) U_(number-1) S_number
+        D_l = F_1 U_1 S_2 ... F_(l-1) U_(l-1) S_l; the identity for layer 1.
         """
         self.layer(number)
-        T: LinearOperator = Identity()
+        D: LinearOperator = Identity()
         for level in range(1, number):
             layer, scale = self.layer(level), float(self.layer(level + 1).scale)
-            T = T @ layer.operator() @ layer.unpooling(codes.layer(level), images)
-            T = T if scale == 1 else T @ Scaling(scale)
-        return T
+            D = D @ layer.operator() @ layer.unpooling(codes.layer(level), images)
+            D = D if scale == 1 else D @ Scaling(scale)
+        return D
 
     def operator(self, codes: Codes, layer: int) -> LinearOperator:
         """R_l: maps of layer l -> preprocessed images, with the switches of these codes."""
@@ -184,22 +187,27 @@ class DeconvNet(nn.Module):
 
     @plain
     def synthesize(self, codes: Codes, layer: int, *, chunk: int = 8) -> Tensor:
-        """R_l z_l (N, C, H, W), what one layer makes of the preprocessed images, some at a time."""
+        """R_l z_l (N, C, H, W), the preprocessed images as the maps of one layer represent them.
+
+        chunk: images at a time, which bounds memory.
+        """
         parts = (codes.select(slice(n, n + chunk)) for n in range(0, len(codes.y), chunk))
         return torch.cat([self.operator(part, layer)(part.layer(layer).z) for part in parts])
 
     @plain
     def reconstruct(self, codes: Codes, layer: int | None = None) -> Tensor:
-        """Pixels (N, 1 or 3, H, W) in [0, 1] from the maps of a layer, by default the highest."""
+        """Pixels (N, 1 or 3, H, W) in [0, 1] from the maps of a layer (default: the highest)."""
         if not isinstance(codes, Codes):
-            raise ValueError(f"codes must be Codes of `infer`, got {type(codes).__name__}")
+            raise ValueError(
+                f"codes must be the Codes that `infer` returns, got {type(codes).__name__}"
+            )
         layer = len(codes.layers) if layer is None else layer
         y = self.synthesize(codes, layer)
         return self.preprocessing.inverse(y, codes.record).clamp(0, 1)
 
     @plain
     def snr(self, codes: Codes, layer: int) -> float:
-        """SNR in dB of what one layer makes of the preprocessed images, over all of them."""
+        """SNR in dB of `synthesize` for one layer, over all preprocessed images."""
         return snr(codes.y, self.synthesize(codes, layer))
 
     @property
@@ -207,7 +215,7 @@ class DeconvNet(nn.Module):
         return self.preprocessing.scale.device
 
     def to_parts(self, depth: int | None = None) -> tuple[dict[str, Tensor], dict]:
-        """(tensors, settings) of the network or of its lowest layers, to build it again."""
+        """(tensors, settings) of the network or of its lowest `depth` layers, for `from_parts`."""
         layers = self.layers[:depth]
         above = tuple(f"layers.{index}." for index in range(len(layers), self.depth))
         tensors = {
@@ -221,7 +229,7 @@ class DeconvNet(nn.Module):
         }
 
     def load_parts(self, tensors: dict[str, Tensor]) -> None:
-        """Take the tensors of a network with the same settings and perhaps fewer or more layers."""
+        """Load the tensors of a network with the same settings and possibly another depth."""
         own = self.state_dict()
         self.load_state_dict({name: tensors.get(name, own[name]) for name in own})
 
@@ -229,7 +237,10 @@ class DeconvNet(nn.Module):
     def from_parts(
         cls, tensors: dict[str, Tensor], settings: dict, source: str | Path = "network"
     ) -> DeconvNet:
-        """The network that `to_parts` described."""
+        """The network that `to_parts` returned, with settings under current or old names.
+
+        source: the file they come from, for warnings about old names.
+        """
         layers = [
             LayerSettings.from_dict(fields, f"{source}: layer{number}")
             for number, fields in enumerate(settings["layers"], 1)
@@ -237,7 +248,7 @@ class DeconvNet(nn.Module):
         fields = settings["preprocessing"]
         fields = with_current_names(fields, PreprocessingSettings, f"{source}: preprocessing")
         preprocessing = PreprocessingSettings(**fields)
-        # Before anything of the sizes in the settings is made: they may be absurd.
+        # Checked before anything is allocated: the sizes in a damaged file may be absurd.
         size = preprocessing.whitening_size
         _check_shape(tensors, "preprocessing.whitening", (None, None, size, size))
         for index, layer in enumerate(layers):
@@ -248,22 +259,22 @@ class DeconvNet(nn.Module):
         return net
 
     def save(self, path: str | Path) -> None:
-        """Write the whole network to a .safetensors file, safe to share and to load."""
+        """Write the whole network to a .safetensors file, which is safe to share and to load."""
         save_network(Path(path), *self.to_parts())
 
 
 def load(path: str | Path) -> DeconvNet:
-    """A network from a run folder, its newest valid checkpoint, or from a saved network file."""
+    """The network in the newest valid checkpoint of a run folder, or in a network file."""
     path = Path(path)
     if path.is_dir():
-        found = load_newest_checkpoint(path / "checkpoints")
-        if found is None:
+        checkpoint = load_newest_checkpoint(path / "checkpoints")
+        if checkpoint is None:
             raise ValueError(
                 f"{path}: no checkpoint in this folder; expected a run of `deconvnet train`"
             )
-        state, source = found
-        saved = state.get("network", {})
-        tensors, settings = saved.get("tensors"), saved.get("settings")
+        state, source = checkpoint
+        network = state.get("network", {})
+        tensors, settings = network.get("tensors"), network.get("settings")
     elif path.is_file():
         source = path
         tensors, settings = load_network(path)
@@ -273,7 +284,7 @@ def load(path: str | Path) -> DeconvNet:
 
 
 def restore_network(source: str | Path, tensors: dict[str, Tensor], settings: dict) -> DeconvNet:
-    """`DeconvNet.from_parts` of what a file holds; InvalidFileError where that is no network."""
+    """`DeconvNet.from_parts` of the content of a file; InvalidFileError if it is no network."""
     if isinstance(settings, dict) and settings.get("kind") == FILTERS:
         raise InvalidFileError(
             f"{source}: holds filters of learn_filters or learn_online, not a network; use "
@@ -290,11 +301,11 @@ def restore_network(source: str | Path, tensors: dict[str, Tensor], settings: di
 
 
 def _check_shape(tensors: dict[str, Tensor], name: str, shape: tuple[int | None, ...]) -> None:
-    """Refuse a tensor that is not what the settings say; None: of any size."""
-    found = tuple(tensors[name].shape)
-    fits = len(found) == len(shape) and all(
-        want in (None, have) for have, want in zip(found, shape, strict=True)
+    """Raise ValueError if a tensor has another shape than the settings say; None: any size."""
+    actual = tuple(tensors[name].shape)
+    fits = len(actual) == len(shape) and all(
+        expected in (None, size) for size, expected in zip(actual, shape, strict=True)
     )
     if not fits:
-        text = ", ".join("any" if want is None else str(want) for want in shape)
-        raise ValueError(f"{name} has the shape {found}, the settings say ({text})")
+        text = ", ".join("any" if expected is None else str(expected) for expected in shape)
+        raise ValueError(f"{name} has the shape {actual}, the settings say ({text})")

@@ -1,4 +1,4 @@
-"""What the switches are worth: the same network with unpoolings that forget a part of them."""
+"""Ablation of the switches: the same network with unpoolings that discard part of them."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ from deconvnet.network.network import DeconvNet
 from deconvnet.operators.pooling import UNPOOLINGS
 from deconvnet.support.modes import plain
 
-MEANINGS = {
-    "switches": "every value back at the place and in the map of its maximum",
+# What each unpooling does with a pooled value.
+DESCRIPTIONS = {
+    "switches": "at the place and in the map of its maximum",
     "no_map": "at the place of the maximum, in all maps of its group",
     "no_place": "in the map of the maximum, at all places of the window",
-    "centre": "in the middle of the window, whatever the switch",
+    "centre": "at the centre of the window, whatever the switch",
     "average": "everywhere in the window, as average pooling has it",
     "everywhere": "everywhere in the window, the full value",
 }
 
 
 @dataclass(frozen=True)
-class Ablation:
-    """One layer seen through one unpooling of all layers below it.
+class SwitchAblation:
+    """Reconstruction from one layer with one kind of unpooling in all layers below it.
 
-    images: (N, C, H, W) what is made of the images, preprocessed domain; snr: in dB, over all of
-    them. With `inferred` the maps are those that explain the images best through this unpooling,
-    else those that were inferred with the switches.
+    images: (N, C, H, W), the reconstructions in the preprocessed domain; snr: in dB, over all
+    images. inferred: whether the maps were inferred again with this unpooling, or are those that
+    were inferred with the switches.
     """
 
     kind: str
@@ -41,37 +42,39 @@ class Ablation:
 
 
 @plain
-def ablate(net: DeconvNet, codes: Codes, *, chunk: int = 8) -> list[Ablation]:
-    """All layers above the first through all unpoolings, in the order of UNPOOLINGS.
+def ablate(net: DeconvNet, codes: Codes, *, chunk: int = 8) -> list[SwitchAblation]:
+    """All layers above the first with all unpoolings, in the order of UNPOOLINGS.
 
-    Maps are inferred anew, `chunk` images at a time, only where a layer explains the image: what it
-    stands on is the same in any case.
+    Maps are inferred again, `chunk` images at a time, only for layers that reconstruct the image:
+    the maps of the others do not depend on the unpooling.
     """
-    found = []
+    results = []
     for kind in UNPOOLINGS:
         with unpooling(net, kind):
             for number in range(2, len(codes.layers) + 1):
-                found.append(_seen(net, codes, kind, number, inferred=False))
+                results.append(_ablated(net, codes, kind, number, inferred=False))
                 if net.layer(number).settings.target != "maps":
-                    below = replace(codes, layers=codes.layers[: number - 1])
-                    anew = net.infer_next_layer(below, chunk=chunk)
-                    found.append(_seen(net, anew, kind, number, inferred=True))
-    return found
+                    codes_below = replace(codes, layers=codes.layers[: number - 1])
+                    inferred = net.infer_next_layer(codes_below, chunk=chunk)
+                    results.append(_ablated(net, inferred, kind, number, inferred=True))
+    return results
 
 
 @contextmanager
 def unpooling(net: DeconvNet, kind: str) -> Iterator[None]:
-    """The network with another unpooling in all layers, for a while."""
-    before = [layer.settings for layer in net.layers]
+    """Use another kind of unpooling in all layers of the network within a `with` block."""
+    previous = [layer.settings for layer in net.layers]
     try:
         for layer in net.layers:
             layer.settings = replace(layer.settings, unpooling=kind)
         yield
     finally:
-        for layer, settings in zip(net.layers, before, strict=True):
+        for layer, settings in zip(net.layers, previous, strict=True):
             layer.settings = settings
 
 
-def _seen(net: DeconvNet, codes: Codes, kind: str, layer: int, *, inferred: bool) -> Ablation:
-    made = net.synthesize(codes, layer)
-    return Ablation(kind, layer, inferred, made, snr(codes.y, made))
+def _ablated(
+    net: DeconvNet, codes: Codes, kind: str, layer: int, *, inferred: bool
+) -> SwitchAblation:
+    images = net.synthesize(codes, layer)
+    return SwitchAblation(kind, layer, inferred, images, snr(codes.y, images))

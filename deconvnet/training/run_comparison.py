@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -29,20 +30,19 @@ LEARNED_LONGER = re.compile(r"model\.layer\d+\.learning\.(epochs|batch_size):")
 
 
 def different_settings(
-    state: dict, settings: dict[str, Any], where: object, *, begun: int, images_compared: bool
+    state: dict, settings: dict[str, Any], *, begun: int, images_compared: bool
 ) -> list[str]:
     """The settings in which a run that is resumed differs from its checkpoint, one line for each:
     "model.layer1.lam: 2.0 there, 1.0 now".
 
-    where: the checkpoint or folder, for warnings of renamed settings. begun: layers that have begun
-    to learn; the settings of those above may still change.
+    begun: layers that have begun to learn; the settings of those above may still change.
     """
     # The oldest checkpoints do not say which images they learned from.
     images_compared = images_compared and state.get("images") is not None
     ignored = NOT_COMPARED | LOCATION if images_compared else NOT_COMPARED
     return [
         line
-        for line in _differences(_with_current_names(state["settings"], where), settings)
+        for line in _differences(_with_current_names(state["settings"]), settings)
         if not _is_above(line, begun) and line.partition(":")[0] not in ignored
     ]
 
@@ -62,7 +62,7 @@ def digest_tensor(digests: Sequence[str]) -> torch.Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.uint8).view(-1, DIGEST)
 
 
-def _with_current_names(settings: dict[str, Any], where: object) -> dict[str, Any]:
+def _with_current_names(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings of a checkpoint, which an earlier version may have written, under the current
     names.
     """
@@ -70,7 +70,10 @@ def _with_current_names(settings: dict[str, Any], where: object) -> dict[str, An
     def renamed(values: Any, kind: type, key: str) -> Any:
         if not isinstance(values, dict):
             return values
-        return with_current_names(values, kind, f"{where}: {key}")
+        with warnings.catch_warnings():
+            # `check_state` has warned of them when it restored the network of the checkpoint.
+            warnings.simplefilter("ignore", FutureWarning)
+            return with_current_names(values, kind, key)
 
     current = dict(settings)
     for key, kind in (("data", DataSettings), ("preprocessing", PreprocessingSettings)):

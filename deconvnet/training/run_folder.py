@@ -244,13 +244,7 @@ class RunFolder:
         Returns the differences with which learning may start from the filters of a run elsewhere;
         raises ValueError if the run cannot be resumed at all.
         """
-        settings = []
-        if self.state is not None:
-            settings = different_settings(
-                *(self.state, self.settings, where),
-                begun=self._begun,
-                images_compared=digests is not None,
-            )
+        settings = self._different_settings(where, images_compared=digests is not None)
         if settings and not (elsewhere and all(map(LEARNED_LONGER.match, settings))):
             raise ValueError(
                 f"{where} holds a run with other settings ({', '.join(settings)}): "
@@ -264,6 +258,19 @@ class RunFolder:
                 f"{_alternatives(where)}"
             )
         return settings + ([f"images: {images}"] if images else [])
+
+    def _different_settings(self, where: str, *, images_compared: bool) -> list[str]:
+        if self.state is None:
+            return []
+        try:
+            return different_settings(
+                self.state, self.settings, begun=self._begun, images_compared=images_compared
+            )
+        except TypeError as error:  # keys that are no names, or an old and a new name of one
+            raise InvalidFileError(
+                f"{where}: its checkpoint does not hold a run of this version (settings: {error}); "
+                "resume from another one"
+            ) from None
 
     def _begin_from(self, source: Path) -> None:
         """Make the checkpoint that this run resumes from the newest one of this folder."""

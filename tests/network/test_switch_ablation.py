@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from deconvnet import DeconvNet, LayerSettings, LearningSettings, PreprocessingSettings, load
-from deconvnet.network.switch_ablation import MEANINGS, ablate, unpooling
+from deconvnet.network.switch_ablation import DESCRIPTIONS, ablate, unpooling
 from deconvnet.operators.pooling import UNPOOLINGS
 from deconvnet.sparse_coding.problem import SolverSettings
 from deconvnet.training.layer_data import LayerData
@@ -69,7 +69,7 @@ def by_place(found):
 def test_all_unpoolings_are_seen_from_all_layers_above_the_first(found):
     every = [(kind, n, new) for kind in UNPOOLINGS for n in (2, 3) for new in (False, True)]
     assert [(a.kind, a.layer, a.inferred) for a in found] == every
-    assert list(MEANINGS) == list(UNPOOLINGS)
+    assert list(DESCRIPTIONS) == list(UNPOOLINGS)
     assert all(a.images.shape == (6, 1, 40, 44) and math.isfinite(a.snr) for a in found)
 
 
@@ -260,7 +260,7 @@ def test_the_script_prints_a_row_for_each_unpooling_and_leaves_a_picture(copy, p
     # Layer 2 explains the maps below: they do not depend on the unpooling.
     assert {row[1] for row in rows.values()} == {"-"}
     for kind, row in rows.items():
-        assert row[4] == MEANINGS[kind]
+        assert row[4] == DESCRIPTIONS[kind]
         assert all(abs(float(row[n])) < 100 for n in (0, 2, 3))
     assert rows["switches"][2] == rows["switches"][3]
     assert "copy/pictures/switches.png" in result.out

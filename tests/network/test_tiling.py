@@ -45,8 +45,8 @@ def test_tiles_cover_every_pixel_once_and_begin_where_windows_do(size, step):
     for tile in cut:
         assert tile.rows.start % step == 0 and tile.columns.start % step == 0
         assert tile.rows.stop - tile.rows.start <= 64 and tile.columns.stop <= size[1]
-        assert tile.share.shape == total[tile.rows, tile.columns].shape
-        total[tile.rows, tile.columns] += tile.share
+        assert tile.weights.shape == total[tile.rows, tile.columns].shape
+        total[tile.rows, tile.columns] += tile.weights
     assert_close(total, torch.ones(size))
     assert len(cut) > 1 or max(size) <= 64
 
@@ -55,8 +55,11 @@ def test_where_two_tiles_meet_one_goes_over_into_the_other():
     left, right = tiles((20, 90), 60, 12, 1)[:2]
     assert left.columns.stop - right.columns.start == 24
     # Next to a border that is none of the image nothing counts, and no step is large.
-    assert (left.right[-6:] == 0).all() and (right.right[:6] == 0).all()
-    assert left.right.diff().abs().max() < 0.1 and right.right.diff().abs().max() < 0.1
+    assert (left.column_weights[-6:] == 0).all() and (right.column_weights[:6] == 0).all()
+    assert (
+        left.column_weights.diff().abs().max() < 0.1
+        and right.column_weights.diff().abs().max() < 0.1
+    )
 
 
 @pytest.mark.parametrize(("layers", "boundary"), [(1, "zero"), (2, "valid"), (2, "reflect")])
@@ -95,10 +98,10 @@ def test_there_is_no_seam_where_tiles_meet(textures, monkeypatch, solver):
     )
     image = textures(1, 1, 190, 24)
     monkeypatch.setattr(tiling, "fits", lambda *_: False)
-    one = reconstruct(net, image).painted
+    one = reconstruct(net, image).estimate
     cut = tiles((190, 24), 3 * 48 + 2, 48, 2)
     monkeypatch.setattr(tiling, "plan", lambda *_, **__: cut)
-    several = reconstruct(net, image).painted
+    several = reconstruct(net, image).estimate
     assert (several - one).norm() < 5e-3 * one.norm()
 
 
@@ -110,8 +113,8 @@ def test_tiles_are_as_small_as_the_memory_asks_for():
     for memory in (100.0, 4.0, 3.0, 2.0):
         cut = tiling.plan(net, size, 2, memory)
         area = max((t.rows.stop - t.rows.start) * (t.columns.stop - t.columns.start) for t in cut)
-        planes = tiling.OF_PLANES * 3 * math.prod(size)
-        assert planes + area * tiling.bytes_of_a_pixel(list(net.layers)) <= memory * GIB
+        planes = tiling.PLANE_BYTES * 3 * math.prod(size)
+        assert planes + area * tiling.bytes_per_pixel(list(net.layers)) <= memory * GIB
         counts.append(len(cut))
     assert counts[0] == 1 and counts == sorted(counts) and counts[1] > 1
 

@@ -504,7 +504,9 @@ def test_the_transformer_takes_tensors_and_lists(pixels):
 
 
 def test_reconstruction_of_what_are_no_codes_is_refused(net, pixels):
-    with pytest.raises(ValueError, match="codes must be Codes of `infer`, got Tensor"):
+    with pytest.raises(
+        ValueError, match="codes must be the Codes that `infer` returns, got Tensor"
+    ):
         net.reconstruct(pixels)
 
 

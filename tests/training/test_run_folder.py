@@ -373,6 +373,7 @@ JUNK = {
     "layer": lambda state: state.update(layer="x"),
     "step": lambda state: state.update(step=-5),
     "settings": lambda state: state.update(settings=[1]),
+    "settings: ": lambda state: state["settings"].update({5: 1}),
     "images": lambda state: state.update(images=torch.zeros(3)),
     "token": lambda state: state.update(token=5),
     "trainer": lambda state: state.update(trainer={"a": 1}),

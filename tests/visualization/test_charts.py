@@ -198,9 +198,9 @@ def test_drawing_leaves_nothing_behind():
 
 def test_what_does_not_fit_is_said_in_one_line():
     x = torch.arange(4.0)
-    with pytest.raises(ValueError, match="line a: 3 values over 4 places"):
+    with pytest.raises(ValueError, match="line a: 3 values over 4 positions"):
         line_chart(x, [("a", x[:3])], xlabel="x")
     with pytest.raises(ValueError, match="bars a: 1 values for 2 groups"):
         bar_chart({"a": [(1, 1)]}, ["g", "h"], ylabel="y")
-    with pytest.raises(ValueError, match="20 x 30 pixels has no room"):
+    with pytest.raises(ValueError, match="20 x 30 pixels is too small"):
         line_chart(x, [("a", x)], xlabel="x", size=(20, 30))

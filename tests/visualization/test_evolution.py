@@ -125,13 +125,13 @@ def b(textures):
     return images - images.mean((2, 3), keepdim=True)
 
 
-def trainer_of(b, watch=None, *, chunk=8, state=None, filters=None, **learning):
+def trainer_of(b, plan=None, *, chunk=8, state=None, filters=None, **learning):
     learning = {"epochs": 3, "batch_size": 4, **learning}
     settings = LayerSettings(5, 5, solver=FAST, learning=LearningSettings(**learning))
     layer = Layer(settings, 1, seeded_generator(0, 1))
     if filters is not None:
         layer.filters.copy_(filters)
-    return LayerTrainer(layer, b, chunk=chunk, watch=watch, state=state)
+    return LayerTrainer(layer, b, chunk=chunk, snapshot_plan=plan, state=state)
 
 
 def snapshots(trainer):
@@ -151,28 +151,28 @@ def assert_same_snapshots(found, expected):
             assert torch.equal(value, vars(other.peaks)[name]), name
 
 
-WATCH = SnapshotPlan((1, 3), (4, 16, 4, 16))
+PLAN = SnapshotPlan((1, 3), (4, 16, 4, 16))
 
 
 def test_a_snapshot_has_what_the_epoch_has_seen_and_costs_the_learning_nothing(b):
-    plain, watched = (trainer_of(b, w, reinit_unused=False, recenter=False) for w in (None, WATCH))
+    plain, recorded = (trainer_of(b, w, reinit_unused=False, recenter=False) for w in (None, PLAN))
     for _ in range(2):
-        plain.update(), watched.update()
-    snapshot, z = watched.snapshot, plain.warm_starts[torch.arange(8)]
+        plain.update(), recorded.update()
+    snapshot, z = recorded.snapshot, plain.warm_starts[torch.arange(8)]
     assert snapshot.epoch == 1 and torch.equal(snapshot.filters, plain.layer.filters)
-    assert places(snapshot.peaks) == strongest(z, WATCH.first)
-    plain.update(), watched.update()
-    assert watched.snapshot is None
-    assert [snapshot.epoch for snapshot in snapshots(watched)] == [3]
+    assert places(snapshot.peaks) == strongest(z, PLAN.first)
+    plain.update(), recorded.update()
+    assert recorded.snapshot is None
+    assert [snapshot.epoch for snapshot in snapshots(recorded)] == [3]
     assert snapshots(plain) == []
-    assert torch.equal(plain.layer.filters, watched.layer.filters)
+    assert torch.equal(plain.layer.filters, recorded.layer.filters)
 
 
 def test_a_snapshot_is_of_the_filters_before_they_are_moved_or_started_anew(b):
-    watch = SnapshotPlan((4,), (0, 20, 0, 20))
+    plan = SnapshotPlan((4,), (0, 20, 0, 20))
     settings = {"epochs": 12, "batch_size": None}
     cared, left = (
-        trainer_of(b, watch, reinit_unused=c, recenter=c, **settings) for c in (True, False)
+        trainer_of(b, plan, reinit_unused=c, recenter=c, **settings) for c in (True, False)
     )
     for trainer in (cared, left):
         for epoch in range(4):
@@ -191,20 +191,20 @@ def test_a_snapshot_is_of_the_filters_before_they_are_moved_or_started_anew(b):
 
 @pytest.mark.parametrize("stop", [1, 2, 3, 5])
 def test_snapshots_are_the_same_when_learning_was_stopped_in_an_epoch(b, tmp_path, stop):
-    expected = snapshots(trainer_of(b, WATCH, batch_size=3))
-    first = trainer_of(b, WATCH, batch_size=3)
+    expected = snapshots(trainer_of(b, PLAN, batch_size=3))
+    first = trainer_of(b, PLAN, batch_size=3)
     found = []
     for _ in range(stop):
         first.update()
         found += [first.snapshot] if first.snapshot else []
     state = load_checkpoint(save_checkpoint(tmp_path, stop, first.state_dict()))
-    again = trainer_of(b, WATCH, batch_size=3, state=state, filters=first.layer.filters)
+    again = trainer_of(b, PLAN, batch_size=3, state=state, filters=first.layer.filters)
     assert again.snapshot is None
     assert_same_snapshots(found + snapshots(again), expected)
 
 
 def test_peaks_do_not_depend_on_how_many_images_are_visited_at_a_time(b):
-    found, expected = (snapshots(trainer_of(b, WATCH, chunk=chunk)) for chunk in (3, 8))
+    found, expected = (snapshots(trainer_of(b, PLAN, chunk=chunk)) for chunk in (3, 8))
     for one, other in zip(found, expected, strict=True):
         assert places(one.peaks) == places(other.peaks)
         assert_close(one.peaks.values, other.peaks.values, rtol=1e-3, atol=1e-4)
@@ -386,7 +386,7 @@ def test_a_damaged_file_of_a_run_costs_its_columns_and_not_the_training(tmp_path
     path.write_bytes(b"damaged")
     with caplog.at_level(logging.WARNING):
         append_epoch(path, some_evolution((5,)))
-    assert "its columns are left out" in caplog.text and "epoch 5 is left out" in caplog.text
+    assert "its epochs are left out" in caplog.text and "epoch 5 is left out" in caplog.text
     assert caplog.text.count(str(path)) >= 2 and path.read_bytes() == b"damaged"
     path.unlink()
     append_epoch(path, some_evolution((6,)))

@@ -21,6 +21,7 @@ from deconvnet.visualization.projection.projector import Projector
 
 # Images at a time: more are slower because their maps no longer fit into the cache.
 CHUNK = 8
+# Maps by default.
 MAPS = 16
 
 
@@ -33,14 +34,13 @@ def project_checkpoints(
     epochs: Sequence[int] | None = None,
     inside: bool = False,
 ) -> Evolution:
-    """The strongest activations of a layer on some images, at several checkpoints.
+    """Project the strongest activations of a layer on some images, at several checkpoints.
 
-    projectors: one for each checkpoint, in their order. Of a generator that loads one after the
-    other only one is in memory. x: the images, as the networks take them (N, C, H, W), or a data
-    set of images (3, H, W) in [0, 1], alone or as (image, label). maps: which maps, by default 16
-    evenly among all. epochs: the number of each checkpoint, by default 1, 2, ... inside: look
-    first where the whole field of a unit lies inside the image, as is always done in networks
-    learned by deconvolution (`layer_watch`).
+    projectors: one for each checkpoint, in order; a generator keeps only one of them in memory. x:
+    images (N, C, H, W) as the networks take them, or a data set of images (3, H, W) in [0, 1] or
+    pairs (image, label). maps: numbers of maps, by default 16 spread evenly over all. epochs: the
+    number of each checkpoint, by default 1, 2, ... inside: prefer units whose receptive field lies
+    inside the image; for deconvolutional networks this is always so (`plan_snapshots`).
     """
     if len(x) == 0:
         raise ValueError("x: no images; expected at least one")
@@ -64,53 +64,56 @@ def _project_checkpoint(
     epoch: int,
     inside: bool,
 ) -> Evolution:
-    """One column, of the network as it is in this projector."""
+    """The evolution of one epoch, for the network of this projector."""
     peaks = None
     for images in torch.arange(len(x)).split(CHUNK):
-        some = _images(projector, x, images)
-        # Before a rectifier a unit below zero is not active.
-        z = projector.responses(some, [layer])[layer].clamp(min=0)
+        batch = _images(projector, x, images)
+        # In front of a rectifier, a unit below zero is not active.
+        z = projector.responses(batch, [layer])[layer].clamp(min=0)
         if z.isnan().any():
             raise ValueError(f"layer {layer}: its responses at checkpoint {epoch} are not numbers")
         if peaks is None:
-            chosen = _chosen(maps, z.shape[1], layer)
-            peaks, first = Peaks.none(z[:, chosen]), (0, z.shape[2], 0, z.shape[3])
+            numbers = _map_numbers(maps, z.shape[1], layer)
+            peaks, preferred = Peaks.none(z[:, numbers]), (0, z.shape[2], 0, z.shape[3])
             if inside or projector.is_deconvnet:
-                (info,) = (info for info in projector.layers(some) if info.name == layer)
-                first = bounding_region(info.inside(tuple(some.shape[2:])))
-        peaks = peaks.updated(z[:, chosen], images.to(z.device), first)
+                (info,) = (info for info in projector.layers(batch) if info.name == layer)
+                preferred = bounding_region(info.inside(tuple(batch.shape[2:])))
+        peaks = peaks.updated(z[:, numbers], images.to(z.device), preferred)
     alive = (peaks.images >= 0).cpu()
     units = torch.stack(
-        [peaks.images.cpu(), torch.tensor(chosen), peaks.rows.cpu(), peaks.columns.cpu()], 1
+        [peaks.images.cpu(), torch.tensor(numbers), peaks.rows.cpu(), peaks.columns.cpu()], 1
     )
     tiles, boxes, values = [], [], []
     for part in units.clamp(min=0).split(CHUNK):
-        images, which = part[:, 0].unique(return_inverse=True)
-        found = projector(
-            _images(projector, x, images), layer, torch.cat([which[:, None], part[:, 1:]], 1)
-        )
-        top, left, bottom, right = found.fields.cpu().unbind(1)
+        images, n = part[:, 0].unique(return_inverse=True)
+        batch = _images(projector, x, images)
+        projection = projector(batch, layer, torch.cat([n[:, None], part[:, 1:]], 1))
+        top, left, bottom, right = projection.fields.cpu().unbind(1)
         side = int(torch.maximum(bottom - top, right - left).max())
-        boxes.append(square_boxes(part[:, 0], top, left, side, found.images.shape[2:]))
-        tiles += crop_boxes(projector.signed_rgb(found.images).cpu(), boxes[-1])
-        values.append(found.values.cpu())
+        boxes.append(square_boxes(part[:, 0], top, left, side, projection.images.shape[2:]))
+        tiles += crop_boxes(projector.signed_rgb(projection.images).cpu(), boxes[-1])
+        values.append(projection.values.cpu())
     tiles, boxes, values = torch.stack(tiles), torch.cat(boxes), torch.cat(values)
     boxes[~alive, 0] = -1
-    return evolution_of_epoch(epoch, chosen, tiles * alive.view(-1, 1, 1, 1), boxes, values * alive)
+    return evolution_of_epoch(
+        epoch, numbers, tiles * alive.view(-1, 1, 1, 1), boxes, values * alive
+    )
 
 
-def _images(projector: Projector, x: Tensor | Sequence, chosen: Tensor) -> Tensor:
-    """Some of the images, as the network takes them."""
+def _images(projector: Projector, x: Tensor | Sequence, indices: Tensor) -> Tensor:
+    """Images by their indices, as the network takes them."""
     if isinstance(x, Tensor):
-        return x[chosen.to(x.device)].to(projector.device)
-    items = (x[index] for index in chosen.tolist())
+        return x[indices.to(x.device)].to(projector.device)
+    items = (x[index] for index in indices.tolist())
     images = [item[0] if isinstance(item, (tuple, list)) else item for item in items]
     if len({image.shape for image in images}) > 1:
-        raise ValueError("x: images of different sizes; expected one, as lazy_images with a crop")
+        raise ValueError(
+            "x: images of different sizes; expected one size, such as lazy_images with a crop"
+        )
     return projector.prepare(torch.stack(images))
 
 
-def _chosen(maps: Sequence[int] | None, count: int, layer: str) -> list[int]:
+def _map_numbers(maps: Sequence[int] | None, count: int, layer: str) -> list[int]:
     if maps is None:
         return evenly_spaced(count, MAPS)
     wrong = [k for k in maps if not 0 <= k < count]

@@ -26,12 +26,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Evolution:
-    """The strongest activations of some maps after some epochs, in pixel space.
+    """The strongest activations of K maps after E epochs, in pixel space.
 
-    tiles: (E, K, C, S, S) the projections, each cut to its field or to the image if that is
-    smaller; signed, grey (C = 1) or red, green, blue; zeros where the map was not active.
-    epochs: (E,). maps: (K,) their numbers, from 0. boxes: (E, K, 4) image, top, left, side S in
-    pixels, as in `Features`; image -1 where the map was not active. values: (E, K) the activations.
+    tiles: (E, K, C, S, S), the projections, cropped to the receptive field, or to the image if that
+    is smaller; signed, grey (C = 1) or RGB; zeros if the map was not active. epochs: (E,). maps:
+    (K,), their numbers, from 0. boxes: (E, K, 4), image, top, left and side S in pixels, as in
+    `PixelFeatures`; image is -1 if the map was not active. values: (E, K), the activations.
     """
 
     tiles: Tensor
@@ -42,18 +42,18 @@ class Evolution:
 
     @property
     def images(self) -> Tensor:
-        """(E, K): the image of each tile, -1 for none."""
+        """(E, K): the index of the image of each tile, -1 for none."""
         return self.boxes[..., 0]
 
-    def head(self, count: int) -> Evolution:
-        """The first columns alone."""
-        chosen = {key: value[:count] for key, value in vars(self).items() if key != "maps"}
-        return replace(self, **chosen)
+    def first_epochs(self, count: int) -> Evolution:
+        """The evolution up to the first `count` epochs."""
+        first = {key: value[:count] for key, value in vars(self).items() if key != "maps"}
+        return replace(self, **first)
 
     def save(self, path: Path) -> None:
-        """Write it to an .npz file, whole or not at all: tiles with eleven bits of precision, the
-        rest exactly."""
-        # Projections of deep networks can be beyond the range of float16: each in units of its own.
+        """Write the evolution to an .npz file, atomically; tiles are stored with 11 bits of
+        precision, everything else exactly."""
+        # Projections of deep networks can exceed the range of float16, so each has its own unit.
         units = self.tiles.float().flatten(2).abs().amax(2)
         units[units == 0] = 1
         arrays = {
@@ -68,27 +68,27 @@ class Evolution:
 
 
 def load_evolution(path: str | Path) -> Evolution:
-    """What `Evolution.save` wrote; ValueError where the file is anything else."""
+    """Load what `Evolution.save` wrote; raises ValueError for any other file."""
     try:
-        found = load_arrays(path)
+        arrays = load_arrays(path)
         tiles, units, boxes, values = (
-            torch.from_numpy(found[name]) for name in ("tiles", "units", "boxes", "values")
+            torch.from_numpy(arrays[name]) for name in ("tiles", "units", "boxes", "values")
         )
-        epochs, maps = (tuple(found[name].tolist()) for name in ("epochs", "maps"))
+        epochs, maps = (tuple(arrays[name].tolist()) for name in ("epochs", "maps"))
         if not tiles.shape[:2] == values.shape == boxes.shape[:2] == (len(epochs), len(maps)):
-            raise ValueError("its arrays do not fit together")
+            raise ValueError("the shapes of its arrays do not match")
         return Evolution(tiles.float() * units[..., None, None, None], epochs, maps, boxes, values)
     except OSError as error:
         reason = error.strerror or "damaged"
         raise ValueError(f"{path}: {reason}; choose a file of features over epochs") from error
-    except Exception as error:  # zipfile, zlib and numpy have a dozen kinds
+    except Exception as error:  # zipfile, zlib and numpy have errors of their own
         raise ValueError(
             f"{path}: damaged or not a file of features over epochs ({error})"
         ) from error
 
 
 def join_evolutions(parts: Sequence[Evolution]) -> Evolution:
-    """The columns of several evolutions of the same maps as one."""
+    """Join evolutions of the same maps along their epochs."""
     maps, shape = parts[0].maps, parts[0].tiles.shape[1:]
     for part in parts:
         if (part.maps, part.tiles.shape[1:]) != (maps, shape):
@@ -103,34 +103,34 @@ def join_evolutions(parts: Sequence[Evolution]) -> Evolution:
     return Evolution(tiles, tuple(e for part in parts for e in part.epochs), maps, boxes, values)
 
 
-def append_epoch(path: Path, column: Evolution) -> None:
-    """Write one more column to the file of a layer.
+def append_epoch(path: Path, epoch: Evolution) -> None:
+    """Add an epoch to the file of a layer.
 
-    From its epoch on the file is forgotten: that was left by a run which then went back. A file
-    that is damaged, or somebody else's, stays as it is, with a warning.
+    The same and later epochs in the file are dropped: they are from a run that then went back. A
+    file that is damaged, or not ours, stays as it is, with a warning.
     """
-    known = load_if_valid(path)
-    kept = sum(epoch < column.epochs[0] for epoch in known.epochs) if known else 0
+    before = load_if_valid(path)
+    count = sum(number < epoch.epochs[0] for number in before.epochs) if before else 0
     try:
-        (join_evolutions([known.head(kept), column]) if kept else column).save(path)
+        (join_evolutions([before.first_epochs(count), epoch]) if count else epoch).save(path)
     except ForeignFileError as error:
-        log.warning("%s (epoch %s is left out)", error, column.epochs[0])
+        log.warning("%s (epoch %s is left out)", error, epoch.epochs[0])
 
 
 def load_if_valid(path: Path) -> Evolution | None:
-    """What is in the file of a layer; None if there is none or, with a warning, a damaged one."""
+    """Load the file of a layer; None if there is none or, with a warning, if it is damaged."""
     try:
         return load_evolution(path) if path.exists() else None
     except ValueError as error:
-        # Some columns of a picture are no reason to stop a training.
-        log.warning("%s (its columns are left out)", error)
+        # A picture is no reason to stop the training.
+        log.warning("%s (its epochs are left out)", error)
         return None
 
 
 def evolution_of_epoch(
     epoch: int, maps: Iterable[int], tiles: Tensor, boxes: Tensor, values: Tensor
 ) -> Evolution:
-    """An evolution of one epoch, tiles (K, C, S, S), boxes (K, 4), values (K,)."""
+    """An evolution of one epoch; tiles: (K, C, S, S), boxes: (K, 4), values: (K,)."""
     parts = (part.cpu()[None] for part in (boxes, values))
     return Evolution(tiles.cpu()[None], (epoch,), tuple(maps), *parts)
 
@@ -138,19 +138,19 @@ def evolution_of_epoch(
 def square_boxes(
     images: Tensor, top: Tensor, left: Tensor, side: int, image: Sequence[int]
 ) -> Tensor:
-    """(K, 4) squares around fields of this side, or around the whole image if it is smaller."""
+    """(K, 4): squares of this side, or around the whole image if that is smaller."""
     if side >= max(image):
         top, left, side = torch.zeros_like(top), torch.zeros_like(left), max(image)
     return torch.stack([images, top, left, torch.full_like(top, side)], 1)
 
 
 def crop_boxes(images: Tensor, boxes: Tensor) -> list[Tensor]:
-    """(C, S, S) each: the box of each image."""
+    """Crop the box of each image: (C, S, S) each."""
     return [crop_square(y, *box) for y, (_, *box) in zip(images, boxes.tolist(), strict=True)]
 
 
 def bounding_region(allowed: Tensor) -> Region:
-    """The rectangle of the places (H, W) that are allowed; all if none is."""
+    """The bounding rectangle of the allowed positions (H, W); everything if none is allowed."""
     ends = []
     for axis in (1, 0):
         inside = allowed.any(axis).nonzero()[:, 0]
@@ -161,5 +161,5 @@ def bounding_region(allowed: Tensor) -> Region:
 
 
 def evenly_spaced(count: int, most: int) -> list[int]:
-    """Up to `most` of `count` numbers, the same distance apart."""
+    """At most `most` of the numbers below `count`, evenly spaced."""
     return torch.linspace(0, count - 1, min(most, count)).round().long().tolist()

@@ -1,6 +1,6 @@
 """The features of a layer of a deconvolutional network, recorded while the layer learns.
 
-This costs no inference beyond that of learning.
+Recording needs no inference beyond that of learning.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ CHUNK = 8
 
 
 def shown_epochs(epochs: int) -> tuple[int, ...]:
-    """Which epochs of a layer are shown: those of figure 4 that it reaches, and its last."""
+    """The epochs of a layer to show: those of figure 4 that it reaches, and its last."""
     return (*(epoch for epoch in EPOCHS if epoch < epochs), epochs)
 
 
 def plan_snapshots(net: DeconvNet, codes: Codes, layer: int) -> SnapshotPlan:
-    """The watch for a layer that is to learn on top of these codes: in `shown_epochs`, and first
-    where the whole field of an activation lies inside the image.
+    """Plan the snapshots of a layer that learns on these codes: after `shown_epochs`, preferring
+    activations whose receptive field lies inside the image.
 
-    At the border most of a feature is cut off, and activations are large to make up for it.
+    At the border most of a feature is cut off, and activations are large to compensate.
     """
     rows, columns = (
-        torch.tensor([a >= 0 and b <= size for a, b in map(field.pixels, range(places))])
-        for field, places, size in zip(
+        torch.tensor([a >= 0 and b <= size for a, b in map(field.pixels, range(length))])
+        for field, length, size in zip(
             (layer_field(net, layer, axis) for axis in (0, 1)),
             _map_size(net, codes, layer),
             codes.y.shape[2:],
@@ -60,11 +60,11 @@ def project_snapshot(
     snapshot: Snapshot,
     images: Tensor | None = None,
 ) -> Evolution:
-    """One column: the strongest activation of every map, with sign and unit value, in pixel space.
+    """Project a snapshot: the strongest activation of every map, with sign and unit magnitude.
 
-    codes: of the layers below, for the images of these numbers, ascending, among which those of
-    the snapshot are; None: for all images. Each activation goes through them with the switches of
-    its own image.
+    codes: of the layers below. images: the indices of the images of the codes, in ascending order,
+    which include those of the snapshot; None if the codes are of all images. Each activation is
+    projected with the switches of its own image. The result has one epoch.
     """
     peaks, f = snapshot.peaks, snapshot.filters
     boundary, shape = net.layer(layer).settings.boundary, _map_size(net, codes, layer)
@@ -74,17 +74,17 @@ def project_snapshot(
         columns.offset + columns.stride * peaks.columns,
     )
     boxes = square_boxes(peaks.images, top, left, max(rows.size, columns.size), codes.y.shape[2:])
-    # A map that was not active paints nothing, through whatever switches.
+    # The projection of a map that was not active is zero, whatever the switches.
     images = torch.arange(len(codes.y)) if images is None else images
-    places = torch.searchsorted(images.to(f.device), peaks.images).clamp(max=len(images) - 1)
+    indices = torch.searchsorted(images.to(f.device), peaks.images).clamp(max=len(images) - 1)
     tiles = []
     for maps in torch.arange(len(f), device=f.device).split(CHUNK):
-        painted = []
+        reconstructed = []
         for k in maps:
-            one = f.new_zeros(1, 1, *shape)
-            one[..., peaks.rows[k], peaks.columns[k]] = peaks.values[k].sign()
-            painted.append(deconvolve(one, f[k : k + 1], boundary=boundary))
-        y = net.decoder(codes, layer, places[maps])(torch.cat(painted))
+            z = f.new_zeros(1, 1, *shape)
+            z[..., peaks.rows[k], peaks.columns[k]] = peaks.values[k].sign()
+            reconstructed.append(deconvolve(z, f[k : k + 1], boundary=boundary))
+        y = net.decoder(codes, layer, indices[maps])(torch.cat(reconstructed))
         tiles += crop_boxes(y, boxes[maps])
     return evolution_of_epoch(
         snapshot.epoch, range(len(f)), signed_rgb(net, torch.stack(tiles)), boxes, peaks.values

@@ -1,1 +1,1 @@
-"""The web page that shows a network."""
+"""The gallery: a web page that shows a network, layer by layer and map by map."""

@@ -1,18 +1,18 @@
-"""The gallery: one folder with a page that shows a network, layer by layer and map by map.
+"""The gallery: a folder with a web page that shows a network, layer by layer and map by map.
 
-`index.html` opens from a file path, without a server and without a network. Beside it lie
+`index.html` opens as a file, without a server and without internet access. Next to it are
 
-    gallery.css, gallery.js     the look and the clicks
-    layers/<n>-<name>/          for each layer: sheets with one tile of every map, maps.js with
-                                everything said of the maps, and for each map its own sheets
-    images/<n>/                 for each image: its picture, what the layers make of it, its parts
+    gallery.css, gallery.js     appearance and behaviour
+    layers/<n>-<name>/          for each layer: sheets with one tile of every map, maps.js with the
+                                data of the maps, and sheets for each map
+    images/<n>/                 for each image: the picture, its reconstructions, maps and parts
     figures/                    other pictures
 
-A page from a file path may not read other files, but it may show pictures and run scripts: so what
-is said of the maps comes as small scripts, loaded when a layer or an image is opened, and tiles
-come as sheets, one of a layer and one of a map instead of one file for each tile.
+A page that is opened as a file may not read other files, but it may show pictures and run scripts.
+The data of the maps are therefore small scripts, loaded when a layer or an image is opened, and
+tiles are in sprite sheets, one for a layer or a map instead of one file for each tile.
 
-Pictures come in the forms that `sheets` takes, which makes files of them.
+`sprites` defines which kinds of picture are accepted.
 
 N images · K maps · k tiles of a map · S side of a tile in pixels
 """
@@ -53,10 +53,10 @@ log = logging.getLogger(__name__)
 Facts = Mapping[str, str | float]
 
 TEMPLATES = Path(__file__).parent / "templates"
-# What the page says of its maker.
+# The generator that the page names.
 GENERATOR = "deconvnet gallery"
 
-# The largest sides in pixels: tiles of maps, parts of images, whole pictures.
+# The largest sides in pixels: of tiles, parts of images, pictures and figures.
 TILE = 84
 PART = 144
 PICTURE = 512
@@ -67,7 +67,7 @@ SLAB = 96
 
 @dataclass(frozen=True)
 class Caption:
-    """Where a tile comes from: the image, the value of the activation, its place in words."""
+    """Where a tile comes from: the image, the value of the activation, its position in words."""
 
     image: str
     value: float
@@ -78,11 +78,11 @@ class Caption:
 class GalleryMap:
     """One map of a layer: its strongest activations, strongest first, each in pixel space.
 
-    projections, patches: (k, 3, S, S), what an activation paints and the image in that place; None
-    for a map that is never active. captions: k of them, or none. filter: (3, h, w). control: the
-    same kind of pictures of this map with random weights, as many as you like. evolution:
-    (E, 3, S, S), the map in the course of training, with E labels in `epochs`. statistics: text is
-    shown as it is; maps can be sorted by those that are numbers, largest first.
+    projections, patches: (k, 3, S, S), the projections of the activations, and the image in the
+    same place; None for a map that is never active. captions: k of them, or none. filter:
+    (3, h, w). control: projections of this map with shuffled weights, any number of them.
+    evolution: (E, 3, S, S), the map during training, with E labels in `epochs`. statistics: text or
+    numbers; maps can be sorted by numbers, largest first.
     """
 
     number: int
@@ -98,10 +98,10 @@ class GalleryMap:
 
 @dataclass(frozen=True)
 class GalleryLayer:
-    """One layer, from the lowest to the highest; its maps are asked for one at a time.
+    """One layer; its maps are read one at a time.
 
-    shape: (K, H, W) of its maps; field, stride: (rows, columns) in pixels of the images; None where
-    there is none, or where it is not known.
+    shape: (K, H, W) of its maps; field, stride: (rows, columns) in pixels of the images; None if
+    there is none, or if it is unknown.
     """
 
     name: str
@@ -116,10 +116,10 @@ class GalleryLayer:
 
 @dataclass(frozen=True)
 class Part:
-    """An activation of an image alone: its map, its value, what it paints.
+    """One activation of an image: its map, its value and its projection.
 
-    box: what `picture` shows of the image as top, left, bottom, right in pixels, the last two
-    exclusive; None if it shows all of it.
+    box: the part of the image that `picture` shows: top, left, bottom, right in pixels, the last
+    two exclusive; None if it shows the whole image.
     """
 
     map: int
@@ -132,9 +132,9 @@ class Part:
 class ImageLayer:
     """An image as one layer sees it.
 
-    name: of the layer; reconstruction: what the layer makes of the image, None where there is no
-    such thing; maps: (number, picture) of the strongest ones, strongest first, black where they are
-    zero; parts: of the strongest activations, strongest first.
+    name: of the layer; reconstruction: of the image by the layer, None if there is none; maps:
+    (number, picture) of the strongest maps, strongest first, black where they are zero; parts: the
+    strongest activations, strongest first.
     """
 
     name: str
@@ -146,7 +146,7 @@ class ImageLayer:
 
 @dataclass(frozen=True)
 class GalleryImage:
-    """An image to explore; picture: (3, H, W) as the network is shown it."""
+    """An image in the explorer; picture: (3, H, W), as the network sees it."""
 
     name: str
     picture: Picture
@@ -163,13 +163,12 @@ def write_gallery(
     figures: Mapping[str, Picture] | None = None,
     notes: Sequence[str] = (),
 ) -> Path:
-    """The path of the page, `folder/index.html`.
+    """Write a gallery and return the path of its page, `folder/index.html`.
 
-    Layers, their maps and images are taken one after the other, so that of the large pictures only
-    those of one map or image need to be in memory. figures: other pictures by their captions;
-    notes: paragraphs. An older gallery in the folder stays until the new one is complete. Raises
-    ValueError where something does not fit, and for a folder that holds anything but a gallery that
-    nobody has changed.
+    Layers, their maps and images are read one at a time, so that only the pictures of one map or
+    image are in memory. figures: other pictures by their captions; notes: paragraphs. An older
+    gallery in the folder stays until the new one is complete. Raises ValueError if something does
+    not match, and if the folder holds anything but an unchanged gallery.
     """
     folder = ownership.absolute(folder)
     with ownership.rebuilt_folder(folder) as new:
@@ -188,7 +187,7 @@ def _write(
     figures: Mapping[str, Picture],
     notes: Sequence[str],
 ) -> None:
-    """All files of a gallery into an empty folder."""
+    """Write all files of a gallery into an empty folder."""
     shown_layers: list[dict] = []
     for number, layer in enumerate(layers, 1):
         if any(layer.name == other["name"] for other in shown_layers):
@@ -232,16 +231,16 @@ def _write(
     )
     for name in ("gallery.css", "gallery.js"):
         shutil.copyfile(TEMPLATES / name, root / name)
-    # Whatever names are, the page is text.
+    # The page is valid text whatever the names are.
     (root / "index.html").write_text(page, encoding="utf-8", errors="backslashreplace")
 
 
-# What the script of the page knows of a layer before it is opened.
+# The data of a layer that the script of the page has before the layer is opened.
 LAYER_DATA = ("name", "title", "facts", "maps", "sort", "sheets", "script")
 
 
 def _write_layer(root: Path, number: int, layer: GalleryLayer) -> dict:
-    """The files of one layer, and what the page says of it."""
+    """Write the files of one layer; returns its data for the page."""
     place = f"layers/{number}-{_safe(layer.name)}"
     (root / place).mkdir(parents=True)
     overview: dict[str, list[np.ndarray | None]] = {
@@ -287,7 +286,7 @@ def _write_map(
     overview: dict[str, list[np.ndarray | None]],
     where: str,
 ) -> dict:
-    """The files of one map, and what the page says of it; its first tiles go to the overview."""
+    """Write the files of one map; returns its data. Its first tiles are added to the overview."""
     tiles = {
         "projections": to_tiles(shown.projections, f"{where}, projections", TILE),
         "patches": to_tiles(shown.patches, f"{where}, patches", TILE),
@@ -297,18 +296,18 @@ def _write_map(
     count = len(tiles["projections"])
     for kind, length in (("patches", len(tiles["patches"])), ("captions", len(shown.captions))):
         if length not in (0, count):
-            raise ValueError(f"{where}: {count} projections and {length} {kind}; give as many")
+            raise ValueError(f"{where}: {count} projections and {length} {kind}; expected as many")
     if len(shown.epochs) != len(tiles["evolution"]):
         raise ValueError(
             f"{where}: {len(tiles['evolution'])} pictures of its evolution and "
-            f"{len(shown.epochs)} epochs; give as many"
+            f"{len(shown.epochs)} epochs; expected as many"
         )
     sheets = {
         kind: write_sprite_sheet(
-            root, f"{place}/{shown.number}-{kind}", each, photographs=kind == "patches"
+            root, f"{place}/{shown.number}-{kind}", pictures, photographs=kind == "patches"
         )
-        for kind, each in tiles.items()
-        if len(each)
+        for kind, pictures in tiles.items()
+        if len(pictures)
     }
     for kind in ("projections", "patches", "control"):
         overview[kind].append(tiles[kind][0] if len(tiles[kind]) else None)
@@ -325,32 +324,32 @@ def _write_map(
 
 
 def _write_image(root: Path, number: int, image: GalleryImage, names: list[str]) -> dict:
-    """The files of one image, and what the page says of it before it is opened."""
+    """Write the files of one image; returns its data for the page before the image is opened."""
     place, where = f"images/{number}", f"image {image.name!r}"
     layers = []
-    for count, seen in enumerate(image.layers, 1):
-        if seen.name not in names:
+    for count, layer in enumerate(image.layers, 1):
+        if layer.name not in names:
             raise ValueError(
-                f"{where}: layer {seen.name!r} is not in this gallery; it has {', '.join(names)}"
+                f"{where}: layer {layer.name!r} is not in this gallery; it has {', '.join(names)}"
             )
-        at, here = f"{place}/{count}-{_safe(seen.name)}", f"{where}, layer {seen.name!r}"
-        shown = {"name": seen.name, "facts": _facts(seen.facts)}
-        if seen.reconstruction is not None:
-            made = check_picture(seen.reconstruction, f"{here}, reconstruction")
-            shown["reconstruction"] = write_picture(root, at, made, PICTURE)
-        maps = [to_tile(p, f"{here}, map {n}", PART) for n, p in seen.maps]
-        parts = [to_tile(p.picture, f"{here}, part of map {p.map}", PART) for p in seen.parts]
-        shown["maps"] = [n for n, _ in seen.maps]
-        shown["parts"] = [
+        at, here = f"{place}/{count}-{_safe(layer.name)}", f"{where}, layer {layer.name!r}"
+        entry = {"name": layer.name, "facts": _facts(layer.facts)}
+        if layer.reconstruction is not None:
+            made = check_picture(layer.reconstruction, f"{here}, reconstruction")
+            entry["reconstruction"] = write_picture(root, at, made, PICTURE)
+        maps = [to_tile(p, f"{here}, map {n}", PART) for n, p in layer.maps]
+        parts = [to_tile(p.picture, f"{here}, part of map {p.map}", PART) for p in layer.parts]
+        entry["maps"] = [n for n, _ in layer.maps]
+        entry["parts"] = [
             [part.map, _text(part.value), None if part.box is None else [int(n) for n in part.box]]
-            for part in seen.parts
+            for part in layer.parts
         ]
-        shown["sheets"] = {
+        entry["sheets"] = {
             kind: write_sprite_sheet(root, f"{at}-{kind}", tiles)
             for kind, tiles in (("maps", maps), ("parts", parts))
             if tiles
         }
-        layers.append(shown)
+        layers.append(entry)
     (root / place).mkdir(parents=True, exist_ok=True)
     script = f"{place}/layers.js"
     text = f"gallery.add({_json(place)}, {_json(layers)});\n"
@@ -362,7 +361,7 @@ def _write_image(root: Path, number: int, image: GalleryImage, names: list[str])
 
 
 def _layer_facts(layer: GalleryLayer, count: int) -> list[tuple[str, str]]:
-    """What is known of a layer, as pairs of words."""
+    """The facts of a layer, as pairs of texts."""
     facts: dict[str, str | float] = {}
     if layer.kind:
         facts["kind"] = layer.kind
@@ -380,15 +379,15 @@ def _layer_facts(layer: GalleryLayer, count: int) -> list[tuple[str, str]]:
 
 
 def _sort_keys(statistics: list[Facts]) -> list[dict]:
-    """The statistics that maps can be sorted by: those that are numbers wherever they are given."""
-    names = list(dict.fromkeys(name for each in statistics for name in each))
+    """The statistics that maps can be sorted by: those whose values are all numbers."""
+    names = list(dict.fromkeys(name for facts in statistics for name in facts))
     keys = []
     for name in names:
-        given = [each.get(name) for each in statistics]
-        if all(value is None or _is_number(value) for value in given):
-            finite = [value is not None and math.isfinite(value) for value in given]
+        column = [facts.get(name) for facts in statistics]
+        if all(value is None or _is_number(value) for value in column):
+            finite = [value is not None and math.isfinite(value) for value in column]
             values = [
-                float(f"{v:.6g}") if ok else None for v, ok in zip(given, finite, strict=True)
+                float(f"{v:.6g}") if ok else None for v, ok in zip(column, finite, strict=True)
             ]
             keys.append({"name": name, "values": values})
     return keys
@@ -397,9 +396,9 @@ def _sort_keys(statistics: list[Facts]) -> list[dict]:
 def _thumbnails(
     root: Path, place: str, overview: dict[str, list[np.ndarray | None]], numbers: list[int]
 ) -> dict[str, object] | None:
-    """A few maps from all over a layer, dead ones left out, in small sheets of their own.
+    """A few maps that are spread over a layer, without dead ones, in small sheets of their own.
 
-    Their projections, or filters where there are none, and below them the control.
+    They show projections, or filters if there are none, and below them the control.
     """
     for kind in ("projections", "filters"):
         alive = [index for index, tile in enumerate(overview[kind]) if tile is not None]
@@ -410,20 +409,20 @@ def _thumbnails(
     steps = np.linspace(0, len(alive) - 1, min(THUMBNAILS, len(alive))).round().astype(int)
     chosen = [alive[step] for step in steps]
     control = [overview["control"][index] for index in chosen]
-    few = {"maps": [numbers[index] for index in chosen], "control": None}
-    few["sheet"] = write_sprite_sheet(
+    thumbnails = {"maps": [numbers[index] for index in chosen], "control": None}
+    thumbnails["sheet"] = write_sprite_sheet(
         root, f"{place}/few", [overview[kind][index] for index in chosen]
     )
     if not any(tile is None for tile in control):
-        few["control"] = write_sprite_sheet(root, f"{place}/few-control", control)
-    return few
+        thumbnails["control"] = write_sprite_sheet(root, f"{place}/few-control", control)
+    return thumbnails
 
 
 def _draw_flow(layers: list[dict], picture: dict | None) -> None:
-    """Add to each layer how it is drawn: a pile of sheets, in the scale of the image.
+    """Add to each layer how it is drawn: as a stack of sheets, on the scale of the image.
 
-    drawing: width and height of a sheet in pixels, number of sheets; cutout: SVG paths in an
-    image 100 wide, `edge` of the field of a unit in its middle, `around` it all of the rest.
+    drawing: width and height of a sheet in pixels, and the number of sheets. cutout: SVG paths in
+    an image 100 wide: `edge` is the receptive field of a unit in its centre, `around` the rest.
     """
     shapes = [layer["shape"] for layer in layers if layer["shape"]]
     sides = [side for shape in shapes for side in shape[1:]]
@@ -432,7 +431,7 @@ def _draw_flow(layers: list[dict], picture: dict | None) -> None:
         K, H, W = layer["shape"] or (len(layer["maps"]), largest, largest)
         layer["drawing"] = {
             "width": max(5, round(SLAB * W / largest)),
-            # Outputs without a place, as those of a classifier, are a column.
+            # Outputs without positions, such as those of a classifier, are a column.
             "height": SLAB if H == W == 1 else max(5, round(SLAB * H / largest)),
             "sheets": 1 if H == W == 1 else min(8, 1 + round(math.log2(max(K, 1)))),
         }
@@ -457,7 +456,7 @@ def _facts(facts: Facts) -> list[tuple[str, str]]:
 
 
 def _text(value: str | float) -> str:
-    """Words and whole numbers as they are, other numbers to three digits."""
+    """Text and whole numbers as they are, other numbers with three digits."""
     if isinstance(value, str | Integral) or not _is_number(value):
         return str(value)
     digits = ".0f" if 1000 <= abs(value) < 1e6 else ".3g"
@@ -469,7 +468,7 @@ def _is_number(value: object) -> bool:
 
 
 def _json(value: object) -> str:
-    """JSON that cannot end the script it stands in, whatever the names of images are."""
+    """JSON that cannot end the script that contains it, whatever the names of images are."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -477,5 +476,5 @@ def _json(value: object) -> str:
 
 
 def _safe(name: str) -> str:
-    """A name of a layer as a part of a file's: nothing that a path or an address understands."""
+    """The name of a layer as part of a file name: no characters that paths or URLs interpret."""
     return re.sub(r"[^A-Za-z0-9.-]+", "_", name)[:60].strip("._") or "layer"

@@ -1,10 +1,10 @@
-"""Pictures as files of a page: many tiles in one sheet, one picture alone.
+"""Picture files of a web page: sprite sheets with many tiles, and single pictures.
 
-This module decides which forms of picture are taken, in which format each is stored, and how tiles
-lie in a sheet; `sprite` finds one there again. How large they may be is for its callers to say.
+This module decides which kinds of picture are accepted, in which format each is stored, and how
+tiles are arranged in a sheet; `sprite_style` finds them there. Callers limit their size.
 
 Pictures are float tensors (3, H, W), or (1, H, W), in [0, 1], or uint8 arrays (H, W, 3); several of
-one size have one more axis in front. Signed ones are shown as they come: grey 0.5 is zero.
+one size have one more axis in front. In signed pictures, zero is grey (0.5).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ Picture = Tensor | np.ndarray
 
 GREY = 128
 GAP = 2
-# Tiles of at least this side are stored in fewer bytes: photographs as JPEG, the signed ones, whose
-# zero must stay one grey, as PNG with 64 levels from black to white. Each is half of what it was.
+# Tiles of at least this side are compressed to half their size: photographs as JPEG, and signed
+# pictures, whose zero must stay a single grey, as PNG with 64 levels from black to white.
 LARGE = 32
 JPEG = {"quality": 85, "subsampling": 0}
 LEVELS = (4 * ((np.arange(256) - GREY) / 4).round() + GREY).clip(0, 255).astype(np.uint8)
@@ -32,19 +32,19 @@ Z_RLE = 3
 
 
 def to_tiles(pictures: Picture | None, where: str, largest: int) -> list[np.ndarray]:
-    """Pictures of one size as bytes (h, w, 3), made smaller if they are larger than `largest`."""
+    """Pictures of one size as bytes (h, w, 3), reduced to a side of at most `largest`."""
     if pictures is None:
         return []
     return [to_tile(picture, where, largest) for picture in pictures]
 
 
 def to_tile(picture: Picture, where: str, largest: int) -> np.ndarray:
-    """A picture as bytes (h, w, 3), neither side above `largest`; `where` it is, for an error."""
+    """A picture as bytes (h, w, 3), reduced to a side of at most `largest`; where: for errors."""
     return _bytes(check_picture(picture, where), largest)
 
 
 def check_picture(picture: Picture, where: str) -> Tensor:
-    """A picture in either form as (3, H, W) in [0, 1]; ValueError if it is none."""
+    """A picture of either kind as (3, H, W) in [0, 1]; ValueError if it is not a picture."""
     if isinstance(picture, np.ndarray):
         picture = torch.from_numpy(np.ascontiguousarray(picture))
     shape = tuple(picture.shape)
@@ -59,7 +59,7 @@ def check_picture(picture: Picture, where: str) -> Tensor:
         raise ValueError(f"{where}: shape {shape} has no pixels")
     picture = picture.detach().cpu().float().expand(3, -1, -1)
     low, high = float(picture.min()), float(picture.max())
-    # Not "low < 0 or high > 1", which no NaN is.
+    # Not "low < 0 or high > 1", which is false for NaN.
     if not (low >= -1e-3 and high <= 1 + 1e-3):
         raise ValueError(f"{where}: values from {low:.4g} to {high:.4g}; expected [0, 1]")
     return picture.clamp(0, 1)
@@ -72,10 +72,10 @@ def write_sprite_sheet(
     *,
     photographs: bool = False,
 ) -> dict:
-    """Tiles (h, w, 3) in one file, with a gap between them, and where they are in it.
+    """Write tiles (h, w, 3) into one file with gaps between them; returns where they are.
 
-    Smaller ones are centred in a cell of the size of the largest; None leaves a cell empty, and the
-    numbers of those cells are in `empty`.
+    All cells have the size of the largest tile; smaller tiles are centred. None leaves a cell
+    empty; the indices of these cells are in `empty`.
     """
     present = [tile for tile in tiles if tile is not None]
     h, w = (max(tile.shape[axis] for tile in present) for axis in (0, 1))
@@ -92,7 +92,7 @@ def write_sprite_sheet(
     if photographs and min(h, w) >= LARGE:
         file = _save(root, name, page, ".jpg", **JPEG)
     else:
-        # Looking for runs alone is ten times faster than the default, and such files are smaller.
+        # Run-length encoding is ten times faster than the default, and these files are smaller.
         page = LEVELS[page] if min(h, w) >= LARGE else page
         file = _save(root, name, page, ".png", compress_type=Z_RLE)
     empty = [number for number, tile in enumerate(tiles) if tile is None]
@@ -103,7 +103,7 @@ def write_sprite_sheet(
 def write_picture(
     root: Path, name: str, picture: Tensor, largest: int, *, photographs: bool = False
 ) -> dict:
-    """One picture in a file of its own; pixels: its rows and columns before it was made smaller."""
+    """Write a picture into its own file; `pixels` are its rows and columns before any reduction."""
     page = _bytes(picture, largest)
     large = photographs and min(page.shape[:2]) >= LARGE
     file = _save(root, name, page, ".jpg", **JPEG) if large else _save(root, name, page, ".png")
@@ -116,7 +116,7 @@ def write_picture(
 
 
 def sprite_style(sheet: dict, index: int) -> str:
-    """The style of an element that shows one tile of a sheet, however large the element is."""
+    """The CSS of an element that shows one tile of a sheet, at any size of the element."""
     column, row = index % sheet["columns"], index // sheet["columns"]
     rows = -(-sheet["count"] // sheet["columns"])
     wide, high = (
@@ -135,7 +135,7 @@ def sprite_style(sheet: dict, index: int) -> str:
 
 
 def _bytes(picture: Tensor, largest: int) -> np.ndarray:
-    """(h, w, 3) uint8 of a picture (3, H, W) in [0, 1], neither side above `largest`."""
+    """(h, w, 3) uint8: a picture (3, H, W) in [0, 1], reduced to a side of at most `largest`."""
     H, W = picture.shape[1:]
     if max(H, W) > largest:
         size = [max(1, round(side * largest / max(H, W))) for side in (H, W)]
@@ -145,7 +145,7 @@ def _bytes(picture: Tensor, largest: int) -> np.ndarray:
 
 
 def _save(root: Path, name: str, page: np.ndarray, suffix: str, **options: int) -> str:
-    """Write a picture (H, W, 3), one channel of it if it has no colour; its path from the page."""
+    """Write a picture (H, W, 3), as grey if it has no colour; returns its path from the page."""
     grey = bool((page == page[..., :1]).all())
     image = Image.fromarray(np.ascontiguousarray(page[..., 0]) if grey else page)
     path = root / f"{name}{suffix}"

@@ -1,10 +1,9 @@
-"""Charts as pictures (3, H, W) in [0, 1], sized in pixels so that they fit beside panels of tiles.
+"""Charts as pictures (3, H, W) in [0, 1], sized in pixels so that they fit next to panels of tiles.
 
-Lines, bars with errors, heat maps with a scale and maps of labels with a legend. Colours can be
-told apart by the colour-blind (Okabe and Ito 2008), lines also by their marks. A map of positions
-is drawn in a frame of the size of the image that it is about, every cell in its place there, so
-that what is seen in the map can be found in the image. Charts carry no titles: `tiles.titled` sets
-those, in the type of all other captions.
+There are lines, bars with errors, heat maps with a scale and label maps with a legend. Colours are
+distinguishable for the colour-blind (Okabe and Ito 2008), and lines also have different markers. A
+map of positions has the frame of its image, so that a place in the map can be found in the image.
+Charts have no titles: `canvas.with_title` adds them in the font of all other captions.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Matplotlib takes a second to load, and most of what imports this package draws no chart.
+# Matplotlib takes a second to load, and most users of this package draw no chart.
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -30,7 +29,7 @@ HEAT = "viridis"
 REFERENCE = {"color": "black", "linewidth": 1, "linestyle": "--"}
 
 DPI = 100
-# Sizes of type in points of 1/72 inch: at this resolution 13 pixels, as in `tiles`, and 11.
+# Font sizes in points of 1/72 inch: 13 pixels at this resolution, as in `canvas`, and 11.
 TYPE, SMALL = 9.4, 8
 CHART = (230, 300)
 SCALE = 74
@@ -42,9 +41,9 @@ MOST_LABELS = 6
 
 @dataclass(frozen=True)
 class Cells:
-    """Where the cells of a map (P, Q) of positions lie in an image of (H, W) pixels.
+    """The cells of a map (P, Q) of positions in an image of (H, W) pixels.
 
-    Cell (p, q) is about row + p * strides[0], column + q * strides[1], and as large as the strides.
+    Cell (p, q) is centred at first + (p, q) * strides and is as large as the strides.
     """
 
     image: tuple[int, int]
@@ -52,7 +51,7 @@ class Cells:
     strides: tuple[float, float]
 
     def extent(self, shape: tuple[int, int]) -> tuple[float, float, float, float]:
-        """(left, right, bottom, top) of all cells of a map of this shape, in pixels."""
+        """(left, right, bottom, top) of a map of this shape, in pixels."""
         top, left = (
             first - stride / 2 for first, stride in zip(self.first, self.strides, strict=True)
         )
@@ -60,7 +59,7 @@ class Cells:
 
 
 def color(number: int) -> Tensor:
-    """(3,): the colour of the line, bar or label of this number; they repeat after seven."""
+    """(3,): the colour of a line, bar or label; colours repeat after seven."""
     return _rgb(COLORS[number % len(COLORS)])
 
 
@@ -75,14 +74,16 @@ def line_chart(
     reference: tuple[str, float] | None = None,
     legend: bool = True,
 ) -> Tensor:
-    """Lines (T,) over x (T,) with their names in a legend, as a picture of (height, width) pixels.
+    """Lines (T,) over x (T,) with a legend, as a picture of `size` (height, width) pixels.
 
-    Places that are not finite are gaps. reference: a name and a value, drawn dashed all the way
-    across. limits: of y, by default from the least to the largest of what is drawn.
+    Values that are not finite leave gaps. limits: of y, by default the range of the lines.
+    reference: name and value of a dashed horizontal line.
     """
     for name, y in lines:
         if y.shape != x.shape:
-            raise ValueError(f"line {name}: {len(y)} values over {len(x)} places; one for each")
+            raise ValueError(
+                f"line {name}: {len(y)} values over {len(x)} positions; expected one for each"
+            )
     figure, axes = _chart(size)
     marked = max(1, len(x) // 12)
     for number, (name, y) in enumerate(lines):
@@ -113,30 +114,30 @@ def bar_chart(
     size: tuple[int, int] = CHART,
     plain: Sequence[str] = (),
 ) -> Tensor:
-    """Bars of several kinds side by side in groups, with their errors.
+    """Groups of bars with errors.
 
-    bars: for every kind (value, error) in each group; an error that is not finite is not drawn.
-    plain: the kinds that are drawn in grey, as controls are.
+    bars: for each kind of bar, (value, error) in every group; an error that is not finite is not
+    drawn. plain: the kinds to draw in grey, such as controls.
     """
     for name, values in bars.items():
         if len(values) != len(groups):
             raise ValueError(
-                f"bars {name}: {len(values)} values for {len(groups)} groups; one for each"
+                f"bars {name}: {len(values)} values for {len(groups)} groups; expected one for each"
             )
     figure, axes = _chart(size)
     width = 0.8 / max(1, len(bars))
     colored = 0
     for number, (name, values) in enumerate(bars.items()):
-        places = np.arange(len(groups)) + (number - (len(bars) - 1) / 2) * width
+        positions = np.arange(len(groups)) + (number - (len(bars) - 1) / 2) * width
         heights, errors = np.asarray(values, dtype=float).reshape(-1, 2).T
         fill = OTHER if name in plain else COLORS[colored % len(COLORS)]
         colored += name not in plain
-        axes.bar(places, heights, 0.9 * width, color=fill, label=name)
-        known = np.isfinite(errors)
+        axes.bar(positions, heights, 0.9 * width, color=fill, label=name)
+        finite = np.isfinite(errors)
         axes.errorbar(
-            places[known],
-            heights[known],
-            errors[known],
+            positions[finite],
+            heights[finite],
+            errors[finite],
             fmt="none",
             ecolor="black",
             elinewidth=1.2,
@@ -152,7 +153,7 @@ def bar_chart(
 
 
 def legend_row(names: Sequence[str], *, width: int, reference: str | None = None) -> Tensor:
-    """The names of the lines of several charts that share them, and of their dashed reference."""
+    """A legend in rows, for several charts with the same lines and dashed reference line."""
     from matplotlib.lines import Line2D
 
     lines = [Line2D([], [], **_line(number)) for number in range(len(names))]
@@ -183,19 +184,20 @@ def heat_map(
     limits: tuple[float, float] | None = None,
     marked: float | None = None,
 ) -> Tensor:
-    """A map (P, Q) over an image in a frame of (height, width) pixels, and its scale on the right.
+    """A map (P, Q) of an image in a frame of `size` (height, width) pixels, with a scale.
 
-    The frame is the top left of the picture, so that it lies beside the image as a tile of this
-    size does; the scale takes another SCALE pixels. Pale grey is where no cell is, and where a
-    value is not finite. marked: a value that the scale points out, such as that of the whole image.
+    The frame is at the top left of the picture, so that it lines up with a tile of this size; the
+    scale adds SCALE pixels on the right. Positions without a cell or a finite value are pale grey.
+    limits: of the scale, by default the range of the values. marked: a value to mark on the scale,
+    such as that of the whole image.
     """
     values = values.detach().cpu().double()
     finite = values[values.isfinite()].tolist()
     low, high = limits or (min(finite, default=0.0), max(finite, default=1.0))
-    if low == high:  # a scale needs a length; the one value is then in its middle
+    if low == high:  # a scale needs a length; the only value is then in its middle
         low, high = low - 0.5, high + 0.5
-    figure, axes, rest = _map_frame(cells, size, SCALE)
-    shown = axes.imshow(
+    figure, axes, left = _map_frame(cells, size, SCALE)
+    image = axes.imshow(
         np.ma.masked_invalid(np.asarray(values)),
         cmap=HEAT,
         vmin=low,
@@ -205,8 +207,8 @@ def heat_map(
         aspect="auto",
     )
     _framed(axes, cells)
-    bar = _axes(figure, 4, rest + 8, size[0] - 8, 12)
-    figure.colorbar(shown, cax=bar)
+    bar = _axes(figure, 4, left + 8, size[0] - 8, 12)
+    figure.colorbar(image, cax=bar)
     bar.tick_params(labelsize=SMALL, length=3)
     bar.yaxis.get_offset_text().set_fontsize(SMALL)
     if marked is not None and low <= marked <= high:
@@ -217,24 +219,25 @@ def heat_map(
 def label_map(
     labels: Tensor, cells: Cells, names: dict[int, str], *, size: tuple[int, int]
 ) -> Tensor:
-    """A map (P, Q) of numbers of labels as areas of colour, with a legend on the right.
+    """A map (P, Q) of labels as coloured areas, with a legend on the right.
 
-    The most frequent labels have a colour each, in the order of their areas, all others are grey.
-    names: of labels; one without a name is shown as its number. The frame as in `heat_map`; the
-    legend takes another LEGEND pixels.
+    The most frequent labels have colours, in the order of their areas; all others are grey. names:
+    of labels; a label without a name appears as its number. The frame is as in `heat_map`; the
+    legend adds LEGEND pixels.
     """
     labels = labels.detach().cpu()
-    found, areas = labels.unique(return_counts=True)
+    present, areas = labels.unique(return_counts=True)
     order = areas.sort(descending=True, stable=True).indices
-    kept = found[order][: MOST_LABELS if len(found) > MOST_LABELS + 1 else len(found)].tolist()
+    count = MOST_LABELS if len(present) > MOST_LABELS + 1 else len(present)
+    coloured = present[order][:count].tolist()
     picture = _rgb(OTHER).expand(*labels.shape, 3).clone()
     entries = []
-    for number, label in enumerate(kept):
+    for number, label in enumerate(coloured):
         picture[labels == label] = color(number)
         entries.append((COLORS[number], str(names.get(label, label))))
-    if len(kept) < len(found):
-        entries.append((OTHER, f"{len(found) - len(kept)} others"))
-    figure, axes, rest = _map_frame(cells, size, LEGEND)
+    if len(coloured) < len(present):
+        entries.append((OTHER, f"{len(present) - len(coloured)} others"))
+    figure, axes, left = _map_frame(cells, size, LEGEND)
     axes.imshow(
         picture.numpy(),
         extent=cells.extent(tuple(labels.shape)),
@@ -242,19 +245,19 @@ def label_map(
         aspect="auto",
     )
     _framed(axes, cells)
-    beside = _axes(figure, 0, rest, size[0], LEGEND)
-    beside.set_axis_off()
-    beside.set_xlim(0, LEGEND)
-    beside.set_ylim(size[0], 0)
+    legend = _axes(figure, 0, left, size[0], LEGEND)
+    legend.set_axis_off()
+    legend.set_xlim(0, LEGEND)
+    legend.set_ylim(size[0], 0)
     for number, (fill, name) in enumerate(entries):
         line = 4 + number * LEGEND_LINE
-        beside.fill([8, 20, 20, 8], [line, line, line + 12, line + 12], color=fill, linewidth=0)
-        beside.text(26, line + 6, shortened(name), fontsize=TYPE, va="center", ha="left")
+        legend.fill([8, 20, 20, 8], [line, line, line + 12, line + 12], color=fill, linewidth=0)
+        legend.text(26, line + 6, shortened(name), fontsize=TYPE, va="center", ha="left")
     return _picture(figure)
 
 
 def _line(number: int) -> dict[str, object]:
-    """How the line of this number is drawn."""
+    """The style of a line."""
     return {
         "color": COLORS[number % len(COLORS)],
         "marker": MARKS[number % len(MARKS)],
@@ -264,7 +267,7 @@ def _line(number: int) -> dict[str, object]:
 
 
 def _chart(size: tuple[int, int]) -> tuple[Figure, Axes]:
-    """A figure of (height, width) pixels and axes with room for what is written about them."""
+    """A figure of (height, width) pixels, and axes with room for their labels."""
     figure = _figure(*size)
     axes = _axes(figure, MARGIN, LEFT, size[0] - MARGIN - BOTTOM, size[1] - LEFT - MARGIN)
     axes.tick_params(labelsize=SMALL, length=3)
@@ -274,17 +277,17 @@ def _chart(size: tuple[int, int]) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _map_frame(cells: Cells, size: tuple[int, int], beside: int) -> tuple[Figure, Axes, int]:
-    """A figure, the axes of a map in its top left corner, and where the rest begins."""
+def _map_frame(cells: Cells, size: tuple[int, int], extra: int) -> tuple[Figure, Axes, int]:
+    """A figure, the axes of a map in its top left corner, and the first column to the right."""
     height, width = size
-    figure = _figure(height, width + beside)
+    figure = _figure(height, width + extra)
     axes = _axes(figure, 0, 0, height, width)
     axes.set_facecolor(NOWHERE)
     return figure, axes, width
 
 
 def _framed(axes: Axes, cells: Cells) -> None:
-    """The axes show the image's pixels, all of them and no more."""
+    """Limit the axes to the pixels of the image."""
     H, W = cells.image
     axes.set_xlim(0, W)
     axes.set_ylim(H, 0)
@@ -309,13 +312,13 @@ def _legend(axes: Axes, columns: int = 1) -> None:
 
 
 def shortened(name: str, longest: int = 17) -> str:
-    """What fits into a legend; of class names like "a, b, c" the first."""
+    """A name that fits into a legend; the first of class names such as "a, b, c"."""
     first = name.split(",")[0]
     return first if len(first) <= longest else first[: longest - 1] + "…"
 
 
 def _rgb(color: str) -> Tensor:
-    """(3,) of a colour written as #RRGGBB."""
+    """(3,): a colour #RRGGBB."""
     return torch.tensor(list(bytes.fromhex(color[1:]))) / 255
 
 
@@ -332,12 +335,12 @@ def _axes(figure: Figure, top: int, left: int, height: int, width: int) -> Axes:
     """Axes that cover these pixels of a figure."""
     W, H = (round(DPI * inches) for inches in figure.get_size_inches())
     if min(height, width) < 1:
-        raise ValueError(f"a chart of {H} x {W} pixels has no room for what it shows")
+        raise ValueError(f"a chart of {H} x {W} pixels is too small for its content")
     return figure.add_axes((left / W, 1 - (top + height) / H, width / W, height / H))
 
 
 def _picture(figure: Figure) -> Tensor:
-    """(3, H, W) in [0, 1]: the figure as it is drawn."""
+    """(3, H, W) in [0, 1]: the drawn figure."""
     figure.canvas.draw()
     pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3]
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255

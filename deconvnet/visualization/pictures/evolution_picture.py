@@ -1,4 +1,4 @@
-"""The picture of how features develop: a row for each map, a column for each epoch."""
+"""The picture of an evolution: a row for each map, a column for each epoch (figure 4)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from deconvnet.visualization.pictures.canvas import (
 )
 
 SHOWN_MAPS = 16
-# Rows in a block; about the width of a tile, and its limit; the width of a map's name.
+# Rows in a block; then in pixels, the typical and the largest width of a tile, and that of a label.
 BLOCK = 8
 TILE = 84
 LARGEST = 112
@@ -30,8 +30,9 @@ LABEL = 62
 def evolution_picture(e: Evolution, *, maps: int = SHOWN_MAPS) -> Tensor:
     """A picture (3, H, W) in [0, 1]: a row for each map, a column for each epoch.
 
-    Of more maps than `maps` some evenly among all. Each tile is symmetric about grey and in a scale
-    of its own. A black line stands where another image won than in the column before.
+    If there are more maps than `maps`, these are spread evenly. Each tile is shaded about grey on
+    its own scale. A black line marks a tile whose image differs from that of the epoch before; a
+    jump there need not be a change of the feature.
     """
     if maps < 1:
         raise ValueError(f"maps={maps}: must be at least 1")
@@ -40,12 +41,14 @@ def evolution_picture(e: Evolution, *, maps: int = SHOWN_MAPS) -> Tensor:
     page = PAGE // len(blocks) - 4 * GAP
     room = min(LARGEST, (page - LABEL) // len(e.epochs) - GAP)
     count = f"{len(rows)} of {len(e.maps)} maps" if len(rows) < len(e.maps) else f"{len(rows)} maps"
-    title = f"{count}, the strongest activation of each epoch; black line: another image won"
-    return with_title(title, hstack([_block(e, some, room) for some in blocks], 4 * GAP))
+    title = (
+        f"{count}, strongest activation in each epoch; black line: from another image than before"
+    )
+    return with_title(title, hstack([_block(e, block, room) for block in blocks], 4 * GAP))
 
 
 def _block(e: Evolution, rows: list[int], room: int) -> Tensor:
-    """Some rows of the picture, with their maps at the left and the epochs above."""
+    """Some rows of the picture, with map numbers on the left and epochs above."""
     tiles, images = e.tiles[:, rows].transpose(0, 1).flatten(0, 1).float(), e.images[:, rows]
     side = tiles.shape[-1]
     width = min(max(1, round(TILE / side)) * side, max(room, 1))

@@ -1,4 +1,4 @@
-// The clicks of the gallery. A view is what the address says after "#": layer=...&map=..., image=...
+// The behaviour of the gallery. The address after "#" selects the view: layer=...&map=..., image=...
 "use strict";
 
 const gallery = (() => {
@@ -10,7 +10,7 @@ const gallery = (() => {
   const KINDS = [
     ["projections", "projection", "Projections"],
     ["patches", "image patch", "Image patches"],
-    ["control", "random weights", "Random weights"],
+    ["control", "shuffled weights", "Shuffled weights"],
     ["filters", "filter", "Filters"],
   ];
   const SIZES = [48, 200];
@@ -39,7 +39,7 @@ const gallery = (() => {
     return made;
   }
 
-  // The width to show a tile in: whole screen pixels for each of its own, or less than all of them.
+  // The width of a tile on the screen: a whole number of screen pixels for each of its own, or reduced.
   function fitted(width, target, room) {
     const ratio = window.devicePixelRatio || 1;
     if (width > room) return room;
@@ -47,7 +47,7 @@ const gallery = (() => {
     return (width * Math.min(most, Math.max(1, Math.round((target * ratio) / width)))) / ratio;
   }
 
-  // One tile of a sheet, `width` pixels wide; a hatched one where the sheet has none.
+  // One tile of a sheet, `width` pixels wide; hatched if the sheet does not have it.
   function tile(sheet, index, label, width) {
     const made = element("span", { class: "tile", role: "img", "aria-label": label });
     made.style.width = `${width}px`;
@@ -90,7 +90,7 @@ const gallery = (() => {
     return at;
   }
 
-  // What is shown of a layer, and in which order, goes along to its maps and back.
+  // The choice of pictures and their order are kept in the addresses of the maps of a layer.
   function link(at) {
     const parts = [];
     for (const key of ["layer", "map", "image", "sort"]) {
@@ -105,7 +105,7 @@ const gallery = (() => {
     return "#";
   }
 
-  // The indices of the maps of a layer in the order asked for: "density" or "-density", the other way.
+  // The indices of the maps of a layer, sorted: "density" or, reversed, "-density".
   function order(layer, sort) {
     const indices = layer.maps.map((_, index) => index);
     const backwards = (sort || "").startsWith("-");
@@ -120,7 +120,7 @@ const gallery = (() => {
     });
   }
 
-  // ---- what is said of maps and images, loaded when it is needed ------------------------------
+  // ---- data of maps and images, loaded on demand ----------------------------------------------
 
   const loaded = new Map();
   const waiting = new Map();
@@ -178,7 +178,7 @@ const gallery = (() => {
     const backwards = (at.sort || "").startsWith("-");
     const current = backwards ? at.sort.slice(1) : at.sort || "number";
     const go = (sort) => location.replace(link({ ...at, sort: sort === "number" ? undefined : sort }));
-    const tools = element("form", { class: "tools", "aria-label": "Which maps, and how", onsubmit: open },
+    const tools = element("form", { class: "tools", "aria-label": "Choice and order of the maps", onsubmit: open },
       element("fieldset", {}, element("legend", {}, "Show"), kinds.map(([kind, , title]) => {
         const on = shown.some(([other]) => other === kind);
         return element("button", {
@@ -192,8 +192,8 @@ const gallery = (() => {
       })),
       element("label", {}, "Sort by ", element("select", { "data-key": "sort", onchange: (event) => go(event.target.value) },
         names.map((name) => element("option", { value: name, selected: name === current }, name)))),
-      element("button", { type: "button", "data-key": "turn", "aria-pressed": String(backwards), "aria-label": "The other way round",
-        title: "The other way round", onclick: () => go(backwards ? current : `-${current}`) }, "⇅"),
+      element("button", { type: "button", "data-key": "turn", "aria-pressed": String(backwards), "aria-label": "Reverse the order",
+        title: "Reverse the order", onclick: () => go(backwards ? current : `-${current}`) }, "⇅"),
       element("label", {}, "Map ", element("input", { type: "search", inputmode: "numeric", size: 5, value: found, placeholder: "number",
         "data-key": "search", oninput: (event) => { found = event.target.value; fill(); } })),
       element("label", {}, "Size ", element("input", { type: "range", min: SIZES[0], max: SIZES[1], value: size,
@@ -220,19 +220,19 @@ const gallery = (() => {
 
   function controlNote(shown, layer) {
     if (shown.some(([kind]) => kind === "control")) {
-      return element("p", { class: "note" }, "Random weights: the same kind of picture from the same network with weights that know nothing. What looks alike in both comes from the image and the architecture, not from learning.");
+      return element("p", { class: "note" }, "Shuffled weights: the same pictures for the same network with its weights in random order. What looks alike in both comes from the image and the architecture, not from learning.");
     }
     if (layer.sheets.control) {
-      return element("p", { class: "note" }, "One tile a map: its strongest activation. Each tile has its own contrast, grey is zero. Compare with “Random weights”.");
+      return element("p", { class: "note" }, "Each tile is the strongest activation of a map. Grey is zero, and each tile has its own contrast. Compare with “Shuffled weights”.");
     }
-    return element("p", { class: "note" }, "One tile a map: its strongest activation. Each tile has its own contrast, grey is zero.");
+    return element("p", { class: "note" }, "Each tile is the strongest activation of a map. Grey is zero, and each tile has its own contrast.");
   }
 
   function neighbour(other, describe) {
     return other === undefined ? null : describe(other);
   }
 
-  // Arrows move the focus in a grid of links, of which one at a time is reached by Tab.
+  // Arrow keys move the focus in a grid of links; Tab reaches one of them at a time.
   function moveInGrid(event) {
     const links = [...event.currentTarget.querySelectorAll("a")];
     const here = links.indexOf(document.activeElement);
@@ -260,14 +260,14 @@ const gallery = (() => {
     const position = sorted.indexOf(index);
     const at2 = (other) => [link({ ...at, map: layer.maps[other] }), `map ${layer.maps[other]}`];
     const where = map.captions;
-    const line = element("p", { class: "line" }, where.length ? "Point at a tile for where it comes from; click to enlarge." : "");
+    const line = element("p", { class: "line" }, where.length ? "Point at a tile to see where it comes from; click to enlarge it." : "");
 
     function light(rank) {
       for (const each of view.querySelectorAll("[data-rank]")) each.classList.toggle("lit", Number(each.dataset.rank) === rank);
       if (rank !== null && where[rank]) line.textContent = `${rank + 1}. ${sentence(where[rank])}`;
     }
 
-    // Strongest first, three in a row; as many panels beside each other as there is room for.
+    // Strongest first, in squares; as many panels side by side as there is room for.
     const kinds = KINDS.filter(([kind]) => map.sheets[kind]);
     const columns = (count) => (count <= 3 ? count : Math.ceil(Math.sqrt(count)));
     const most = Math.max(1, ...kinds.map(([kind]) => columns(map.sheets[kind].count)));
@@ -296,7 +296,7 @@ const gallery = (() => {
       }
       return element("figure", { class: "panel" }, element("figcaption", {}, title), box);
     });
-    if (!panels.length) panels.push(element("p", { class: "notice" }, "This map is never active on these images: there is nothing to project."));
+    if (!panels.length) panels.push(element("p", { class: "notice" }, "This map is never active on these images, so there is nothing to project."));
     if (filtered) {
       panels.unshift(element("figure", { class: "panel" }, element("figcaption", {}, "Filter"),
         tile(filters, index, `filter of map ${at.map}`, fitted(filters.width, 104, 104))));
@@ -306,24 +306,24 @@ const gallery = (() => {
     if (map.sheets.evolution) {
       const sheet = map.sheets.evolution;
       const width = fitted(sheet.width, 72, 120);
-      rest.push(element("section", { "aria-labelledby": "evolution" }, element("h2", { id: "evolution" }, "In the course of training"),
+      rest.push(element("section", { "aria-labelledby": "evolution" }, element("h2", { id: "evolution" }, "During training"),
         element("ol", { class: "strip" }, map.epochs.map((epoch, n) =>
           element("li", {}, tile(sheet, n, `epoch ${epoch}`, width), element("span", { class: "number" }, epoch)))),
-        element("p", { class: "note" }, "Epochs. Each tile is the activation that was strongest then, maybe in another image than the one before.")));
+        element("p", { class: "note" }, "Each tile is the strongest activation after that epoch; its image may differ from that of the tile before.")));
     }
     if (where.length) {
       const images = new Map();
       data.images.forEach((image, n) => images.set(image.name, images.has(image.name) ? null : n + 1));
-      rest.push(element("section", { "aria-labelledby": "activations" }, element("h2", { id: "activations" }, "These activations"),
+      rest.push(element("section", { "aria-labelledby": "activations" }, element("h2", { id: "activations" }, "The activations"),
         element("div", { class: "scroll" }, element("table", {},
-          element("thead", {}, element("tr", {}, ["no.", "value", "image", "place"].map((name) => element("th", { scope: "col" }, name)))),
+          element("thead", {}, element("tr", {}, ["rank", "value", "image", "position"].map((name) => element("th", { scope: "col" }, name)))),
           element("tbody", {}, where.map(([image, value, place], rank) =>
             element("tr", { "data-rank": rank, onmouseenter: () => light(rank), onmouseleave: () => light(null) },
               element("th", { scope: "row" }, rank + 1), element("td", {}, value),
               element("td", {}, images.get(image) ? element("a", { href: link({ image: images.get(image) }) }, image) : image),
               element("td", {}, place))))))));
     }
-    // The maps beside this one are most likely next.
+    // The neighbouring maps are the most likely next ones.
     for (const other of [sorted[position - 1], sorted[position + 1]]) {
       if (other !== undefined) for (const sheet of Object.values(loaded.get(placeOf(layer))[other].sheets)) new Image().src = sheet.file;
     }
@@ -336,7 +336,7 @@ const gallery = (() => {
         statistics(layer, map, index),
         element("div", { class: "panels" }, panels),
         line,
-        kinds.length === 0 ? null : element("p", { class: "note" }, `Strongest first; projections and patches in the same place are the same activation. Grey is zero, and each tile has its own contrast.${map.sheets.control ? " Random weights are the control: what they show comes from the image and the architecture, not from learning." : ""}`),
+        kinds.length === 0 ? null : element("p", { class: "note" }, `Strongest first; projections and patches in the same position belong to the same activation. Grey is zero, and each tile has its own contrast.${map.sheets.control ? " Shuffled weights are the control: what they show comes from the image and the architecture, not from learning." : ""}`),
         ...rest,
       ],
     };
@@ -350,7 +350,7 @@ const gallery = (() => {
     return `${value} in ${image}${place ? `, ${place}` : ""}`;
   }
 
-  // The numbers of a map, each with where it stands among all maps of the layer.
+  // The statistics of a map, each with its rank among all maps of the layer.
   function statistics(layer, map, index) {
     return element("dl", { class: "statistics" }, map.statistics.map(([name, text]) => {
       const key = layer.sort.find((each) => each.name === name);
@@ -367,7 +367,7 @@ const gallery = (() => {
     const at = (value) => 1 + (118 * (value - low)) / (high - low);
     const line = (value, top) => `M${at(value).toFixed(1)} ${top}V12`;
     const better = values.filter((value) => value !== null && value > values[index]).length;
-    return svg("svg", { viewBox: "0 0 120 13", role: "img", "aria-label": `number ${better + 1} of ${values.length} maps` },
+    return svg("svg", { viewBox: "0 0 120 13", role: "img", "aria-label": `rank ${better + 1} of ${values.length} maps` },
       svg("path", { class: "others", d: values.filter((value) => value !== null).map((value) => line(value, 5)).join("") }),
       svg("path", { class: "this", d: line(values[index], 0) }));
   }
@@ -422,11 +422,11 @@ const gallery = (() => {
         }));
       };
       const parts = layer.sheets.parts ? [
-        element("h3", {}, layer.reconstruction ? "Its parts: the strongest activations, each alone in pixel space" : "The strongest activations, each alone in pixel space"),
+        element("h3", {}, layer.reconstruction ? "Parts: the strongest activations, each projected on its own" : "The strongest activations, each projected on its own"),
         tiles("parts", layer.parts.map(([number]) => number), (number, index) => `map ${number}: ${layer.parts[index][1]}`),
       ] : [];
       const maps = layer.sheets.maps ? [
-        element("h3", {}, "The strongest maps, black where they are zero"),
+        element("h3", {}, "The strongest maps; black is zero"),
         tiles("maps", layer.maps, (number) => `map ${number}`),
       ] : [];
       if (!parts.length && !maps.length) return null;
@@ -443,8 +443,8 @@ const gallery = (() => {
       content: [element("div", { class: "image" }, whole, element("div", {},
         rebuilt.length ? reconstructions : null,
         element("p", { class: "note" }, rebuilt.length
-          ? "A reconstruction is the sum of all activations of its layer, each painted to pixels; the parts below are the strongest of them. Grey is zero, and each part has its own contrast."
-          : "There are no reconstructions: the projections of a classifier do not add up to the image. Grey is zero, and each part has its own contrast."),
+          ? "A reconstruction is the sum of the projections of all activations of a layer; the parts below are the strongest of these. Grey is zero, and each part has its own contrast."
+          : "There are no reconstructions, because the projections of a classifier do not add up to the image. Grey is zero, and each part has its own contrast."),
         sections.filter(Boolean)))],
     };
   }
@@ -501,7 +501,7 @@ const gallery = (() => {
     } catch (error) {
       made = { title: "Nothing here", path: [], content: [element("p", { class: "notice" }, error.message)] };
     }
-    if (mine !== turn) return; // another view was asked for while this one was loaded
+    if (mine !== turn) return; // another view was requested while this one was loading
     before = at;
     overview.hidden = made !== null;
     view.hidden = made === null;
@@ -524,7 +524,7 @@ const gallery = (() => {
         made.before || made.after ? element("nav", { "aria-label": "Neighbours" }, side("prev", "←", made.before), side("next", "→", made.after)) : null),
       ...made.content.filter(Boolean));
     if (first) return;
-    // Focus stays on what was used; coming up from a map it is on that map's tile.
+    // The focus stays on the element in use; coming back from a map, it moves to the tile of the map.
     const same = key && view.querySelector(`[data-key="${CSS.escape(key)}"]`);
     const from = last.map !== undefined && at.map === undefined && last.layer === at.layer
       ? view.querySelector(`[data-map="${last.map}"]`) : null;
@@ -534,7 +534,7 @@ const gallery = (() => {
       from.scrollIntoView({ block: "center" });
     } else if (same) same.focus({ preventScroll: true });
     else view.querySelector("h1").focus({ preventScroll: true });
-    // From map to map and from image to image the eye stays where it is.
+    // Between maps, and between images, the scroll position stays the same.
     const kind = (place) => Object.keys(place).filter((name) => ["layer", "map", "image"].includes(name) && place[name] !== undefined).join();
     if (!from && kind(last) !== kind(at)) scrollTo(0, 0);
   }
@@ -569,7 +569,7 @@ const gallery = (() => {
     document.getElementById("main").focus();
   });
 
-  // Light or dark as the system is, until someone chooses.
+  // Light or dark like the system, until the user chooses.
   const theme = document.getElementById("theme");
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const isDark = () => (document.documentElement.dataset.theme || (dark.matches ? "dark" : "light")) === "dark";
