@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from deconvnet.applications.classification.settings import ClassData, ClassifySettings
-from deconvnet.applications.restoration import STRENGTH
+from deconvnet.applications.restoration.restorer import STRENGTH
 from deconvnet.cli.keys import TEXTS
 from deconvnet.images.preprocessing import PreprocessingSettings
 from deconvnet.images.sources import DataSettings
