@@ -113,8 +113,8 @@ class Method(ABC):
 class SparseMaps(Method):
     """The sparse maps of a layer of a network, by default the highest, before its pooling.
 
-    fit learns the network anew, from preprocessing to this layer; one that has learned elsewhere
-    needs no fit. What the maps of higher layers measure is the size that pooling leaves.
+    fit learns the network from scratch, from preprocessing to this layer; a network learned
+    elsewhere needs no fit. What the maps of higher layers measure is the size that pooling leaves.
     """
 
     def __init__(self, net: DeconvNet, layer: int | None = None, *, seed: int = 0):
@@ -215,7 +215,7 @@ class PatchDictionary(FilterMaps):
     """The atoms of a dictionary under which single patches are sparse, as filters.
 
     scikit-learn's online learning of the package's own cost, 1/2 ||patch - sum z_k f_k||^2 + 1/lam
-    sum |z_k|, but patch by patch: an atom is learned at every shift anew.
+    sum |z_k|, but patch by patch: an atom is learned again at every shift.
     """
 
     def _filters(self, y: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""How time and memory are measured, and what is made of the times of several rounds.
+"""Measurement of time and memory, and statistics over several rounds.
 
 A clock runs while a solver works and stands still while its maps are judged. Maps are judged after
 every iteration up to the twentieth, then every 5 % more of them: the time to a level is that of the
@@ -28,7 +28,7 @@ Point = tuple[int, float, float]
 
 
 class Enough(Exception):
-    """Raised in a callback to end a solver that has none of its own for this."""
+    """Raised in a callback to end a solver that has no stopping test of this kind."""
 
 
 class Clock:

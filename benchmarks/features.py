@@ -265,7 +265,7 @@ def measure(name: str, train: Images, test: Images, options: argparse.Namespace,
 
 
 def features(method: Method, images: Tensor, grid: Sequence[int]) -> tuple[np.ndarray, float]:
-    """(N, K * cells) of the maps of a method, and which share of the maps is not zero."""
+    """(N, K * cells) of the maps of a method, and the fraction of non-zero values in the maps."""
     parts, filled, entries = [], 0, 0
     for part in images.split(TOGETHER):
         z = method.maps(part)

@@ -1,17 +1,17 @@
-"""Everything that is to be known on a machine with a GPU, in one call of a few minutes.
+"""All measurements on a machine with a GPU, in one call of a few minutes.
 
 python benchmarks/gpu.py
 python benchmarks/gpu.py --device cpu           the same at tiny size: to see whether it runs
 python benchmarks/gpu.py speed waits            some of it
 
 equal      how far results on the device are from those on the CPU
-speed      seconds per iteration beside what the memory and the arithmetic of the device allow
+speed      seconds per iteration, compared with the limits of memory and arithmetic of the device
 waits      how often an iteration makes the CPU wait for the device
 coding     seconds until the objective of the problem "grey" is within 1e-1 to 1e-4 of the minimum
 memory     the peak of memory by how many images are inferred at a time
 scaling    the tables of benchmarks/scaling.py
 
-Needs no network and no SPORCO. What was found is in <output>/gpu.json, after every part anew; a
+Needs no internet and no SPORCO. The results are in <output>/gpu.json, rewritten after every part; a
 part that fails is reported and the next one goes on.
 
 How little an iteration can move, in arrays of the size of the maps z, if all that acts entry by
@@ -405,9 +405,9 @@ def memory(options: Namespace) -> tuple[dict, list[str]]:
         net.layer(1).initialize(codes.y, seeded_generator(0, 1))
         one = 4 * net.layer(1).operator().zeros(codes.y[:1]).numel()
         for chunk in chunks:
-            # Of so many images only: the maps of all that are kept are not what is asked for.
+            # Of a few images only: memory for the maps of all images is not being measured.
             part = codes.select(slice(0, chunk))
-            infer = partial(net.extend, part, chunk=chunk)
+            infer = partial(net.infer_next_layer, part, chunk=chunk)
             infer()
             used = scaling.peak_of(infer, options.device)
             found[f"{method} {chunk}"] = {"bytes": used, "maps_bytes": one * chunk}

@@ -5,7 +5,7 @@ python benchmarks/kills.py --kills 200 --ranks 2
 
 A small run is trained once without disturbance. Then runs with the same settings are killed
 (SIGKILL) at random moments, while they start, learn and save, and started again by the same
-command, until so many kills have happened. After every kill all checkpoints of the run are loaded;
+command, until the given number of kills has happened. After every kill all checkpoints are loaded;
 at the end of every run its network, its TensorBoard curves, its features over the epochs (bit by
 bit) and its metrics (ten digits) are compared with those of the undisturbed one. With --ranks each
 life has so many processes, one of which, by chance, is killed, and the others are asked to end.
@@ -105,7 +105,7 @@ def life(
     after: float | None = None,
     chance: random.Random | None = None,
 ) -> bool:
-    """Start the run, or go on with it; whether it was killed, so many seconds later, before it
+    """Start or resume the run; returns whether it was killed, this many seconds later, before it
     ended.
     """
     port = free_port()

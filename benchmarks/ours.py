@@ -67,7 +67,7 @@ def code(problem: Problem, recorder: Recorder, *, method: str, boundary: str, de
     A = Deconvolution(f, boundary)
     recorder.start()
     try:
-        # Where nobody looks on, a solver need not keep the maps of all images at hand.
+        # Without a callback, a solver need not keep the maps of all images.
         callback = None if counted else watch
         found = solve(A, y, lam=problem.lam, settings=settings, callback=callback)
         recorder(found.iterations, lambda: found.z.cpu().numpy(), last=True)

@@ -1,4 +1,4 @@
-"""How fast problems are solved and filters are learned, beside SPORCO, on the same work in one run.
+"""The speed of coding and learning compared with SPORCO, on the same problems in one run.
 
 python benchmarks/peers.py                      everything below, at one thread and at two: hours
 python benchmarks/peers.py coding --problems grey dense
@@ -181,7 +181,7 @@ def prepare(options: argparse.Namespace, name: str) -> dict:
 
 
 def child(options: argparse.Namespace, task: str, threads: int, **more) -> dict | list:
-    """What another process of this file finds, with so many threads in all of its pools."""
+    """The result of another process of this file, with `threads` threads in all of its pools."""
     job = {**vars(options), "output": str(options.output), "task": task, **more, "pool": threads}
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump(job, file)
@@ -339,7 +339,7 @@ def learn_once(job: argparse.Namespace) -> dict:
 
 def score(job: argparse.Namespace) -> dict:
     """For every dictionary of some files the objective of the images that it was learned from and
-    of those held out, each coded anew.
+    of those held out, each coded again.
     """
     import ours
 
@@ -454,7 +454,7 @@ def closing(points: list[clocks.Point]) -> str:
 
 
 def say(line: str) -> None:
-    """What goes on; the standard output of a child is for its result."""
+    """Print progress; the standard output of a child is reserved for its result."""
     print(line, file=sys.stderr, flush=True)
 
 

@@ -125,7 +125,7 @@ def solvers(trainer: LayerTrainer, y: torch.Tensor, options: argparse.Namespace)
     lowest = float(exact.objective.mean())
     gap = float(duality_gap(double, b, exact.z, lam).mean())
     print(f"minimum {lowest:.2f} per image (duality gap {gap:.2g})\n")
-    print("| solver | above the minimum | entries of z not zero | SNR | time against the first |")
+    print("| solver | above the minimum | non-zero coefficients | SNR | time against the first |")
     print("|---|---|---|---|---|")
     first = None
     for name, settings in SOLVERS.items():
@@ -198,7 +198,7 @@ def speed(trainer: LayerTrainer, y: torch.Tensor, options: argparse.Namespace) -
 def layers(options: argparse.Namespace) -> None:
     """The paper's four layers, ten ISTA iterations each, for several sizes, images and threads.
 
-    Every row is a process of its own, so that its peak of memory is its own.
+    Every row runs in a separate process, so that its peak memory can be measured.
     """
     if options.size:
         print(json.dumps(_layers(options.size, options.images, torch_device(options.device))))
@@ -333,7 +333,7 @@ def scaling(options: argparse.Namespace) -> None:
 
 
 def _launch(count: int, options: argparse.Namespace) -> list[dict]:
-    """What the first of so many processes has measured."""
+    """The measurements of rank 0 among `count` processes."""
     with socket.socket() as any_port:
         any_port.bind(("127.0.0.1", 0))
         port = any_port.getsockname()[1]

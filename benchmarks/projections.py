@@ -1,4 +1,4 @@
-"""How fast units are projected and searched for, beside Captum, on the same work in one run.
+"""The speed of projection and search compared with Captum, on the same work in one run.
 
 python benchmarks/projections.py                  AlexNet, VGG-16 and ResNet-18 at one thread
 python benchmarks/projections.py --models vgg16 --repeats 5
@@ -35,7 +35,7 @@ LAYERS = {
     "resnet18": ["layer2.1.conv2", "layer3.1.conv2"],
 }
 MAPS, K = 64, 9
-# Captum takes minutes for all units of a layer: it is timed on every so many of them.
+# Captum takes minutes for all units of a layer: it is timed on every n-th of them.
 EVERY = 24
 
 Unit = tuple[int, int, int, int]

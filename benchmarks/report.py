@@ -79,7 +79,7 @@ def _one_problem(problem: dict, runs: list[dict], threads: int) -> list[str]:
     if not others:
         return lines
     # With boundary valid it is another problem, which SPORCO does not have.
-    lines += [f"\n| SPORCO's best (circular) takes so many times as long | {levels} |"]
+    lines += [f"\n| SPORCO's best time (circular) relative to ours | {levels} |"]
     lines += ["|---" * (len(LEVELS) + 1) + "|"]
     fastest = {level: best([by_level[level] for by_level in others]) for level in LEVELS}
     for solver, by_level in times.items():
@@ -150,7 +150,7 @@ def _above(points: list[list[float]], minimum: float) -> tuple[list[float], list
 def learning(found: dict, folder: Path) -> list[str]:
     runs = found["runs"]
     lines = [
-        f"objective of the training images and of images held out, coded anew to a duality gap of "
+        f"objective of the training images and of images held out, coded again to a duality gap of "
         f"{found['gap']:.1e}; the random start: {found['start'][0]:.1f} and "
         f"{found['start'][1]:.1f}"
     ]
@@ -226,7 +226,7 @@ def _plot_learning(by_name: dict[str, list[dict]], threads: int, file: Path) -> 
                 color=color, ms=3.5, lw=1.4, label=name,
             )  # fmt: skip
     for axis, what in zip(axes, ("training images", "images held out"), strict=True):
-        axis.set(xscale="log", xlabel="seconds", title=f"objective of the {what}, coded anew")
+        axis.set(xscale="log", xlabel="seconds", title=f"objective of the {what}, coded again")
         axis.grid(alpha=0.3)
         values = [line.get_ydata()[-1] for line in axis.lines]
         axis.set_ylim(min(values) * 0.985, max(values) * 1.25)

@@ -84,13 +84,13 @@ LAM, TOLERANCE, MOST = 20.0, 1e-3, 200
 MEMORY_ITERATIONS = 12
 # Maps where the other axes have 32, maps that are pooled together, and lam of each layer.
 LAYERS = ((15, 3, 1.0), (50, 2, 0.5), (100, 2, 0.4))
-# A cell is timed again until so many seconds have passed, or all its repeats are done.
+# A cell is timed repeatedly until this many seconds have passed, or all its repeats are done.
 PATIENCE = 1.0
 
 
 @dataclass(frozen=True)
 class Case:
-    """One cell: so many images of pixels x pixels, maps and filters, by one method."""
+    """One cell: the number and size of images, maps and filters, and the method."""
 
     axis: str
     method: str
@@ -165,7 +165,7 @@ def survey(options: argparse.Namespace) -> list[dict]:
 
 
 def cases(options: argparse.Namespace) -> list[Case]:
-    """All cells; but for the axis they lie on they are alike."""
+    """All cells; they differ only in one axis."""
     # On a CPU what takes minutes, on a GPU what is more than the start of its kernels.
     base = dict(images=1, pixels=128, maps=32, size=8)
     if options.device == "cuda":
@@ -185,7 +185,7 @@ def cases(options: argparse.Namespace) -> list[Case]:
 
 
 def alone(run: Callable[[Case], dict], case: Case) -> dict:
-    """What run(case) finds in a process of its own, whose peak of memory is its own."""
+    """The result of run(case) in a separate process, so that its peak memory can be measured."""
     context = multiprocessing.get_context(
         "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     )
@@ -257,7 +257,7 @@ def _learning(case: Case, y: torch.Tensor) -> dict:
 
 
 def _through_layers(case: Case) -> dict:
-    """The top layer of a network of so many, on what those below have found in ten iterations."""
+    """The top layer of a network with several layers, on ten iterations of the layers below."""
     solver = SolverSettings("fista", iterations=10, tolerance=TOLERANCE)
     learning = LearningSettings(epochs=case.repeats + 2)
     common = dict(target="image", pooling="in_loop", solver=solver, learning=learning)
@@ -371,7 +371,7 @@ def data(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def raw_images(case: Case) -> torch.Tensor:
-    """Images (N, 1, H, W) in [0, 1], for a network with a preprocessing of its own."""
+    """Images (N, 1, H, W) in [0, 1], for a network that preprocesses them."""
     both = [problems.photograph(name, 1) for name in problems.CODED]
     step, count = case.pixels, case.images
     places = [(w, i, j) for i in range(512 // step) for j in range(512 // step) for w in both]

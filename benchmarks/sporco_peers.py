@@ -181,7 +181,7 @@ def _example_rho(weight: float) -> dict:
     return {"rho": 50.0 * weight + 0.5}
 
 
-# What is learned by, and for how many of its own iterations.
+# The learning methods, and the number of iterations of each.
 LEARNERS: dict[str, tuple[Learner, int]] = {
     "SPORCO consensus": (partial(learn_batch, methods=("admm", "cns")), 100),
     "SPORCO consensus, its example": (

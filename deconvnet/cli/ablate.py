@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
-from deconvnet.applications.restored_pictures import learned_images
 from deconvnet.cli.errors import interruptible, one_line_errors
 from deconvnet.cli.settings import AblateConfig, read_settings
+from deconvnet.cli.training_images import read_training_images
 from deconvnet.monitoring.monitor import save_picture
 from deconvnet.network.network import load
 from deconvnet.network.switch_ablation import DESCRIPTIONS, SwitchAblation, ablate
@@ -46,7 +46,7 @@ def run(settings: AblateConfig) -> None:
 
 def training_images(folder: Path, count: int) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Some of the images that a run was trained on, evenly among all, and their frames."""
-    found = learned_images(folder, count)
+    found = read_training_images(folder, count)
     if found is None:
         raise ValueError(f"run={folder}: not a run folder of deconvnet train with a checkpoint")
     return found

@@ -18,7 +18,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from deconvnet.applications.classification.settings import ClassData, ClassifySettings
-from deconvnet.applications.restoration import STRENGTH
+from deconvnet.applications.restoration.restorer import STRENGTH
 from deconvnet.cli.help import help_page
 from deconvnet.cli.keys import TEXTS
 from deconvnet.images.preprocessing import PreprocessingSettings

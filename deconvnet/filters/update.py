@@ -194,7 +194,8 @@ def update_filters_by_cg(
         tolerance=1e-6,
         max_iterations=iterations,
     )
-    if not torch.isfinite(change).all():
+    # Conjugate gradients make no step from a right side that is not finite.
+    if not (torch.isfinite(right_side).all() and torch.isfinite(change).all()):
         raise Diverged("the steps of the filter update are not finite")
     start = connected(f.double(), g)
     updated = start + change[0].view(f.shape)

@@ -70,14 +70,14 @@ def test_streamed_images_equal_those_in_memory_in_any_order(place, source, fit):
 
 def test_announced_images_are_read_once_and_dropped_if_they_are_not_requested(place):
     stream = stream_images(settings_of(place, "photos", stream=True))
-    asked = []
-    one = stream._one
-    stream._one = lambda number: (asked.append(number), one(number))[1]
+    numbers = []
+    read = stream._read
+    stream._read = lambda number: (numbers.append(number), read(number))[1]
     stream.prefetch(torch.tensor([1, 2, 3]))
     stream.prefetch(torch.tensor([2, 3, 4]))
     stream.read(torch.tensor([2, 3]))
-    assert asked.count(2) == asked.count(3) == 1
-    assert set(stream._coming) == {4}
+    assert numbers.count(2) == numbers.count(3) == 1
+    assert set(stream._pending) == {4}
 
 
 def test_shards_give_the_classes_of_their_folders_and_names(place):
