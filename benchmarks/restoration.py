@@ -37,9 +37,10 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 
 from deconvnet import load
-from deconvnet.applications.restoration import Restorer
-from deconvnet.applications.restored_pictures import strip
-from deconvnet.cli.settings import read_settings, register
+from deconvnet.applications.restoration.masks import make_mask
+from deconvnet.applications.restoration.restorer import Restorer
+from deconvnet.cli.reading import read_settings, register
+from deconvnet.cli.restore import side_by_side
 from deconvnet.monitoring.monitor import Monitor, save_picture
 from deconvnet.monitoring.strict_json import to_json
 from deconvnet.network.metrics import psnr, snr
@@ -292,14 +293,12 @@ def inpaint(
     options: argparse.Namespace,
 ) -> dict:
     """PSNR of complete images by what was missing, method and photograph."""
-    from deconvnet.applications.restored_pictures import seen
-
     found = {}
     for missing in ("0.5", "0.8", "box"):
         table, masks, pictures = {}, {}, {}
         generator = torch.Generator().manual_seed(0)
         for name, clean in photographs.items():
-            mask, _ = seen(missing, clean, generator)
+            mask, _ = make_mask(missing, tuple(clean.shape[2:]), generator)
             masks[name] = mask * clean
             layers = restorers(name).inpaint(clean, mask, depth=options.depth)
             hidden = (mask == 0)[0, 0].numpy()
@@ -328,7 +327,7 @@ def draw(
     labels = [
         (f"{key}\n{rate(photographs[name], image):.2f} dB", image) for key, image in columns.items()
     ]
-    save_picture(path, strip([*labels, ("clean", photographs[name])]))
+    save_picture(path, side_by_side([*labels, ("clean", photographs[name])]))
 
 
 def as_image(flat: np.ndarray) -> Tensor:

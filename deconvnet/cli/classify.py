@@ -14,9 +14,10 @@ from deconvnet.applications.classification.evaluation import Scores, evaluate
 from deconvnet.applications.classification.labelled_images import LabelledImages
 from deconvnet.applications.classification.splits import draw_split
 from deconvnet.applications.classification.word_histograms import WordHistograms
-from deconvnet.applications.restored_pictures import check_targets
 from deconvnet.cli.errors import interruptible, one_line_errors
-from deconvnet.cli.settings import ClassifyConfig, read_settings
+from deconvnet.cli.image_files import check_outputs, output_folder
+from deconvnet.cli.reading import read_settings
+from deconvnet.cli.settings import ClassifyConfig
 from deconvnet.monitoring.monitor import save_picture
 from deconvnet.monitoring.strict_json import to_json
 from deconvnet.network.network import load
@@ -51,10 +52,10 @@ def classify(settings: ClassifyConfig, communicator: Communicator) -> None:
                     f"beside={settings.beside}: two networks are called {network_name}"
                 )
             layers[f"{prefix}layer {layer}"] = histograms, layer
-    folder = output_folder(runs[0], settings)
+    folder = output_folder(runs[0], settings.output, "classified")
     images = next(iter(layers.values()))[0].images
     if communicator.is_main:
-        check_targets([folder / name for name in (PICTURE, SCORES)], [*runs, *images.files])
+        check_outputs([folder / name for name in (PICTURE, SCORES)], [*runs, *images.files])
     for histograms in dict.fromkeys(histograms for histograms, _ in layers.values()):
         histograms.learn_codebooks()
         histograms.count_words()
@@ -82,14 +83,8 @@ def histograms_of(
         )
         for number in range(settings.splits)
     ]
-    folder = output_folder(run, settings) / "features"
+    folder = output_folder(run, settings.output, "classified") / "features"
     return WordHistograms(net, images, splits, layers, settings, folder, communicator)
-
-
-def output_folder(run: Path, settings: ClassifyConfig) -> Path:
-    if settings.output:
-        return Path(settings.output).expanduser()
-    return (run if run.is_dir() else run.parent) / "classified"
 
 
 def report(

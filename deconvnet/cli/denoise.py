@@ -1,4 +1,4 @@
-"""Take noise out of images with the filters of a trained network:
+"""Remove noise from images with the filters of a trained network.
 
 deconvnet denoise run=runs/denoise-rgb image=photo.png sigma=25
 """
@@ -7,15 +7,17 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from deconvnet.applications.restoration import Restorer, estimate_noise
-from deconvnet.applications.restored_pictures import LEVELS, Restored, restore
+from deconvnet.applications.restoration.noise import estimate_noise
+from deconvnet.applications.restoration.restorer import Restorer
 from deconvnet.cli.errors import interruptible, one_line_errors
-from deconvnet.cli.settings import DenoiseConfig, read_settings
+from deconvnet.cli.reading import read_settings
+from deconvnet.cli.restore import GREY_LEVELS, Restored, restore_files
+from deconvnet.cli.settings import DenoiseConfig
 from deconvnet.network.network import Progress
 from deconvnet.support.devices import torch_device
 
-# In grey levels: rounding to whole ones alone makes noise of 0.3.
-LEAST_NOISE = 0.5
+# In grey levels: rounding to whole levels alone makes noise of 0.3.
+MIN_NOISE = 0.5
 
 
 def main(cfg: DictConfig) -> None:
@@ -26,22 +28,24 @@ def main(cfg: DictConfig) -> None:
 def denoise(settings: DenoiseConfig) -> None:
     generator = torch.Generator().manual_seed(settings.seed)
 
-    def job(restorer: Restorer, image: Tensor, depth: int, progress: Progress) -> Restored:
-        given, clean = image, None
+    def restore(restorer: Restorer, image: Tensor, depth: int, progress: Progress) -> Restored:
+        noisy, clean = image, None
         if settings.noise is not None:
             noise = torch.randn(image.shape, generator=generator).to(image)
-            given, clean = image + settings.noise / LEVELS * noise, image
-            given = given.clamp(0, 1) if settings.clip else given
+            noisy, clean = image + settings.noise / GREY_LEVELS * noise, image
+            noisy = noisy.clamp(0, 1) if settings.clip else noisy
         level = settings.sigma or settings.noise
-        # An image without noise is no reason to stop.
-        estimate = None if level else max(float(estimate_noise(given)), LEAST_NOISE / LEVELS)
-        sigma = level / LEVELS if level else estimate
+        if level:
+            sigma = level / GREY_LEVELS
+        else:
+            # An image without noise is no reason to stop.
+            sigma = max(float(estimate_noise(noisy)), MIN_NOISE / GREY_LEVELS)
         options = dict(depth=depth, memory=settings.memory, progress=progress)
-        layers = restorer.denoise(given, sigma, **options)
-        return Restored(given, layers, clean, f"sigma {LEVELS * sigma:.1f}")
+        layers = restorer.denoise(noisy, sigma, **options)
+        return Restored(noisy, layers, clean, f"sigma {GREY_LEVELS * sigma:.1f}")
 
-    restore(
-        *(settings.run, settings.image, job),
+    restore_files(
+        *(settings.run, settings.image, restore),
         folder="denoised",
         device=torch_device(settings.device),
         **settings.common(),

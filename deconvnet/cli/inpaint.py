@@ -1,4 +1,4 @@
-"""Fill in missing pixels with the filters of a trained network:
+"""Fill in missing pixels with the filters of a trained network.
 
 deconvnet inpaint run=runs/denoise-rgb image=photo.png missing=scratches.png
 """
@@ -7,10 +7,12 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from deconvnet.applications.restoration import Restorer
-from deconvnet.applications.restored_pictures import LEVELS, Restored, mask_file, restore, seen
+from deconvnet.applications.restoration.masks import make_mask, mask_file
+from deconvnet.applications.restoration.restorer import Restorer
 from deconvnet.cli.errors import interruptible, one_line_errors
-from deconvnet.cli.settings import InpaintConfig, read_settings
+from deconvnet.cli.reading import read_settings
+from deconvnet.cli.restore import GREY_LEVELS, Restored, restore_files
+from deconvnet.cli.settings import InpaintConfig
 from deconvnet.network.network import Progress
 from deconvnet.support.devices import torch_device
 
@@ -23,15 +25,17 @@ def main(cfg: DictConfig) -> None:
 def inpaint(settings: InpaintConfig) -> None:
     generator = torch.Generator().manual_seed(settings.seed)
 
-    def job(restorer: Restorer, image: Tensor, depth: int, progress: Progress) -> Restored:
-        mask, known = seen(settings.missing, image, generator)
+    def restore(restorer: Restorer, image: Tensor, depth: int, progress: Progress) -> Restored:
+        mask, is_drawn = make_mask(settings.missing, tuple(image.shape[2:]), generator)
+        mask = mask.to(image.device)
         options = dict(depth=depth, memory=settings.memory, progress=progress)
-        layers = restorer.inpaint(image, mask, settings.sigma / LEVELS, **options)
+        layers = restorer.inpaint(image, mask, settings.sigma / GREY_LEVELS, **options)
         missing = float((mask == 0).float().mean())
-        return Restored(mask * image, layers, image if known else None, f"{missing:.1%} missing")
+        clean = image if is_drawn else None
+        return Restored(mask * image, layers, clean, f"{missing:.1%} missing")
 
-    restore(
-        *(settings.run, settings.image, job),
+    restore_files(
+        *(settings.run, settings.image, restore),
         folder="inpainted",
         mask=mask_file(settings.missing),
         device=torch_device(settings.device),

@@ -1,27 +1,85 @@
-"""Reconstruct images from the feature maps of a trained network:
+"""Reconstruct images from the feature maps of a trained network.
 
 deconvnet reconstruct run=runs/photographs layer=2 images=photo.jpg
 """
 
-from omegaconf import DictConfig
+from pathlib import Path
 
-from deconvnet.applications.restored_pictures import reconstruct
+from omegaconf import DictConfig
+from tqdm import tqdm
+
 from deconvnet.cli.errors import interruptible, one_line_errors
-from deconvnet.cli.settings import ReconstructConfig, read_settings
+from deconvnet.cli.image_files import (
+    check_outputs,
+    errors_naming,
+    image_sizes,
+    output_folder,
+    progress_bar,
+    read_images,
+)
+from deconvnet.cli.reading import read_settings
+from deconvnet.cli.settings import ReconstructConfig
+from deconvnet.images.files import distinct_names, image_files
+from deconvnet.monitoring.monitor import save_picture
+from deconvnet.network import tiling
+from deconvnet.network.metrics import snr
+from deconvnet.network.network import DeconvNet, load
 from deconvnet.support.devices import torch_device
+from deconvnet.visualization import image_parts_picture
 
 
 def main(cfg: DictConfig) -> None:
     with one_line_errors(ValueError, OSError), interruptible():
-        run(read_settings(cfg))
+        reconstruct(read_settings(cfg))
 
 
-def run(settings: ReconstructConfig) -> None:
-    reconstruct(
-        *(settings.run, settings.images),
-        layer=settings.layer,
-        parts=settings.parts,
-        output=settings.output,
-        memory=settings.memory,
-        device=torch_device(settings.device),
-    )
+def reconstruct(settings: ReconstructConfig) -> None:
+    """Save the reconstruction of each image from a layer as NAME-layerN.png.
+
+    With `parts` also NAME-layerN-parts.png, which shows what the image is made of.
+    """
+    path, device = Path(settings.run), torch_device(settings.device)
+    net = load(path).to(device)
+    layer = net.depth if settings.layer is None else settings.layer
+    net.layer(layer)
+    paths = image_files(settings.images)
+    names = distinct_names(paths)
+    folder = output_folder(path, settings.output, "reconstructions")
+    endings = [".png", "-parts.png"] if settings.parts else [".png"]
+    outputs = [folder / f"{name}-layer{layer}{end}" for name in names for end in endings]
+    check_outputs(outputs, [path, *paths])
+    for file, size in image_sizes(paths).items():
+        with errors_naming(file):
+            check_image(net, size, layer, settings)
+    for name, image in read_images(paths, device, as_rgb=True):
+        with progress_bar(name, "tile") as progress:
+            result = tiling.reconstruct(
+                net, image, layer, memory=settings.memory, progress=progress
+            )
+        if settings.parts:
+            picture = image_parts_picture(net, net.infer(image, depth=layer), image[0], layer)
+            save_picture(folder / f"{name}-layer{layer}-parts.png", picture)
+        output = folder / f"{name}-layer{layer}.png"
+        save_picture(output, result.pixels[0])
+        original = image if result.pixels.shape[1] == 3 else image.mean(1, keepdim=True)
+        tqdm.write(
+            f"{output}   layer {layer}: {result.snr:.2f} dB preprocessed, "
+            f"{snr(original, result.pixels):.2f} dB in pixels, "
+            f"{result.density:.2%} non-zero coefficients"
+        )
+
+
+def check_image(
+    net: DeconvNet, size: tuple[int, int], layer: int, settings: ReconstructConfig
+) -> None:
+    """Raise ValueError for an image of H x W pixels that is too small, or too large for memory."""
+    net.preprocessing.check_size(size)
+    net.check_size(size, layer)
+    if tiling.fits(net, size, layer, settings.memory):
+        return
+    if settings.parts:
+        raise ValueError(
+            "parts=true: needs the maps of the whole image at once, for which "
+            f"{size[0]}x{size[1]} pixels are too many with memory={settings.memory:g}"
+        )
+    tiling.plan_image(net, size, layer, settings.memory)

@@ -14,9 +14,12 @@ from skimage import data, restoration, transform
 from torch.nn import functional
 from torch.testing import assert_close
 
-from deconvnet.applications import restoration as applied
-from deconvnet.applications.restoration import LAYER_1, PSI, Restorer, estimate_noise
-from deconvnet.applications.restored_pictures import ENOUGH, fit, pictures, seen, strip
+from deconvnet.applications.restoration import restorer as applied
+from deconvnet.applications.restoration.masks import make_mask
+from deconvnet.applications.restoration.noise import estimate_noise
+from deconvnet.applications.restoration.restorer import PSI, SECOND_PASS, Restorer
+from deconvnet.cli.image_files import read_images
+from deconvnet.cli.restore import FIT_IMAGES, fit_restorer, side_by_side
 from deconvnet.dictionary import learn_filters
 from deconvnet.filters.constraint import normalize
 from deconvnet.filters.update import LearningSettings
@@ -117,16 +120,16 @@ def test_with_one_filter_of_one_pixel_denoising_is_thresholding_of_what_is_not_l
     image, sigma = rand(2, 1, 9, 8), 0.3
     (found,) = restorer.denoise(image, sigma)
 
-    def look(low, pilot, level):
+    def shrunk(low, pilot, level):
         fit = pilot.abs().clamp(min=level / MAX_RAISE)
         return low + shrink(image - low, fit / level**2)
 
     low = tikhonov_lowpass(image, PSI)
-    rough = look(low, image - low, 2 * sigma)
-    _, share, own = LAYER_1
+    rough = shrunk(low, image - low, 2 * sigma)
+    share, own = SECOND_PASS.threshold, SECOND_PASS.noisy_weight
     low = tikhonov_lowpass(rough, PSI)
     pilot = own * (image - low) + (1 - own) * (rough - low)
-    assert_close(found, look(low, pilot, 2 * share * sigma), rtol=0, atol=1e-5)
+    assert_close(found, shrunk(low, pilot, 2 * share * sigma), rtol=0, atol=1e-5)
     # What stands out is shrunk less, what does not is gone.
     assert (found - image)[(image - low).abs() > 1.2].abs().max() < 0.3
     quiet = pilot.abs() < 0.2
@@ -139,9 +142,9 @@ def test_averages_over_lattices_are_those_of_codes_that_must_be_zero_elsewhere(m
     monkeypatch.setattr(applied, "ITERATIONS", 500)
     filters = rand(3, 1, 4, 4, seed=8)
     restorer = Restorer(network(filters))
-    b, known = 4 * rand(1, 1, 10, 9), 4 * rand(1, 1, 10, 9, seed=1)
-    stride, share, own = LAYER_1
-    assert stride == 2
+    b, estimate = 4 * rand(1, 1, 10, 9), 4 * rand(1, 1, 10, 9, seed=1)
+    share, own = SECOND_PASS.threshold, SECOND_PASS.noisy_weight
+    assert SECOND_PASS.stride == 2
     level, gain = share * restorer.strength, filters.flatten(1).norm(dim=1).view(-1, 1, 1)
     expected = torch.zeros_like(b)
     for i in (0, 1):
@@ -150,7 +153,7 @@ def test_averages_over_lattices_are_those_of_codes_that_must_be_zero_elsewhere(m
             margin = (j, 1 - j, i, 2 - i)
             image, pilot = (
                 functional.pad(each, margin, mode="replicate")
-                for each in (b, own * b + (1 - own) * known)
+                for each in (b, own * b + (1 - own) * estimate)
             )
             c = Deconvolution(filters).adjoint(pilot).abs() / gain
             weights = gain / (c / level).clamp(min=1 / MAX_RAISE)
@@ -161,7 +164,7 @@ def test_averages_over_lattices_are_those_of_codes_that_must_be_zero_elsewhere(m
             code = sparse_code(image, filters, lam=1 / level, weights=weights, settings=settings)
             painted = image - code.residual
             expected += painted[..., i : i + 10, j : j + 9] / 4
-    found = restorer._averaged(b, known, LAYER_1)
+    found = restorer._cycle_spin(b, estimate, SECOND_PASS)
     assert expected.norm() > 0.2 * b.norm()
     assert_close(found, expected, rtol=0, atol=0.02 * float(expected.abs().max()))
 
@@ -238,7 +241,7 @@ def test_layers_that_explain_the_maps_well_give_the_image_of_layer_one(learned, 
     net.layer(2).filters.copy_(torch.eye(K)[..., None, None])
     net.layer(2).scale.fill_(0.3)
     seen = torch.ones(1, 1, 40, 40)
-    first, second = Restorer(net).inpaint(image, seen, SIGMA, depth=2, keep=False)
+    first, second = Restorer(net).inpaint(image, seen, SIGMA, depth=2, keep_observed=False)
     assert_close(second, first, rtol=0, atol=2e-3)
 
 
@@ -261,7 +264,7 @@ def test_layers_with_pooling_and_other_targets_restore_too(learned, noisy, targe
     restorer = Restorer(net)
     b = (image - tikhonov_lowpass(image, PSI)) / SIGMA
     found = restorer._infer(b, pilot=b)
-    (above,), below = restorer._above(found, b, 2), b - found.residual
+    (above,), below = restorer._infer_upper(found, b, 2), b - found.residual
     # It explains a good part of what layer 1 made.
     assert float((above * below).sum() / (above.norm() * below.norm())) > 0.5
 
@@ -299,7 +302,7 @@ def test_what_is_hidden_changes_nothing_and_what_is_seen_stays(learned, noisy):
     (same,) = learned.inpaint(torch.where(mask > 0, clean, 1e3 * torch.ones(())), mask)
     assert_close(found, same, rtol=0, atol=0)
     assert torch.equal(found[mask > 0], clean[mask > 0])
-    (smooth,) = learned.inpaint(wild, mask, keep=False)
+    (smooth,) = learned.inpaint(wild, mask, keep_observed=False)
     assert not torch.equal(smooth[mask > 0], clean[mask > 0])
 
 
@@ -317,7 +320,7 @@ def test_half_of_the_pixels_are_filled_in_better_than_by_a_smooth_surface(learne
 def test_where_nothing_is_missing_noise_is_taken_out_all_the_same(learned, noisy):
     clean, image = noisy
     whole = torch.ones(1, 1, *image.shape[2:])
-    (found,) = learned.inpaint(image, whole, SIGMA, keep=False)
+    (found,) = learned.inpaint(image, whole, SIGMA, keep_observed=False)
     assert float(psnr(clean, found)) > float(psnr(clean, image)) + 3
     assert torch.equal(learned.inpaint(image, whole, SIGMA)[0], image)
 
@@ -337,7 +340,10 @@ def test_where_nothing_is_missing_noise_is_taken_out_all_the_same(learned, noisy
         (lambda r: r.denoise(torch.ones(1, 1, 20, 20).byte(), 0.1), "must be floating"),
         (lambda r: r.inpaint(torch.rand(1, 1, 20, 20), torch.ones(20, 20)), "mask of shape"),
         (lambda r: r.inpaint(torch.rand(1, 1, 20, 20), torch.full((1, 1, 20, 20), 0.5)), "0 or 1"),
-        (lambda r: r.inpaint(torch.rand(1, 1, 20, 20), torch.zeros(1, 1, 20, 20)), "nothing is"),
+        (
+            lambda r: r.inpaint(torch.rand(1, 1, 20, 20), torch.zeros(1, 1, 20, 20)),
+            "no observed pixel",
+        ),
         (lambda r: r.fit([]), "there are none"),
         (lambda r: r.fit(torch.zeros(1, 1, 20, 20)), "nothing in them"),
     ],
@@ -497,7 +503,7 @@ def test_a_command_that_is_interrupted_says_so_in_one_line(
 
     for made in (
         "deconvnet.network.tiling.reconstruct",
-        "deconvnet.applications.restoration.explain",
+        "deconvnet.applications.restoration.restorer.solve_whole_image",
     ):
         monkeypatch.setattr(made, interrupt)
     monkeypatch.chdir(run_folder)
@@ -524,7 +530,7 @@ def test_a_run_whose_images_are_gone_serves_unfitted_and_downloads_nothing(
         saved = {"network": {"tensors": tensors, "settings": settings}, "settings": {"data": data}}
         save_checkpoint(folder / "checkpoints", 1, saved)
         restorer = Restorer(net)
-        fit(restorer, folder, [])
+        fit_restorer(restorer, folder, [])
         return restorer.weights, capsys.readouterr().out
 
     gone = str(tmp_path / "gone")
@@ -538,11 +544,9 @@ def test_a_run_whose_images_are_gone_serves_unfitted_and_downloads_nothing(
     assert (weights != 1).any() and len(said.splitlines()) == 1
     # Of a thousand images a few are read.
     read = []
-    monkeypatch.setattr(
-        "deconvnet.applications.restored_pictures.stream_images", lambda _: Stream(read, 1000)
-    )
+    monkeypatch.setattr("deconvnet.cli.training_images.stream_images", lambda _: Stream(read, 1000))
     run(name="d", source="folder", path=gone)
-    assert len(read) == ENOUGH
+    assert len(read) == FIT_IMAGES
 
 
 class Stream:
@@ -568,7 +572,7 @@ class Stream:
         ("denoise.py", ["image=camera.png", "noise=9", "memory=0"], "memory=0.0: is in GiB"),
         ("denoise.py", ["image=camera.png", "output=net.safetensors"], "net.safetensors"),
         ("inpaint.py", ["image=[camera.png,cat.png]", "missing=holes.png"], "cat.png has 40x60"),
-        ("inpaint.py", ["image=camera.png", "missing=black.png"], "nothing is seen"),
+        ("inpaint.py", ["image=camera.png", "missing=black.png"], "no pixel is observed"),
         ("reconstruct.py", ["images=[camera.png,tiny.png]"], "tiny.png: images of 1x1"),
         ("reconstruct.py", ["images=camera.png", "memory=1e-5"], "memory=1e-05 allows less"),
         ("reconstruct.py", ["images=camera.png", "memory=1e-5", "parts=true"], "parts=true"),
@@ -619,9 +623,9 @@ def test_nothing_in_an_image_is_restored_as_nothing(learned, depth):
 
 def test_grey_files_are_grey_and_a_mask_is_as_large_as_its_image(run_folder):
     files = [str(run_folder / name) for name in ("cat.png", "camera.png")]
-    (_, cat), (_, camera) = pictures(files, torch.device("cpu"))
+    (_, cat), (_, camera) = read_images(files, torch.device("cpu"))
     assert cat.shape == (1, 3, 40, 60) and camera.shape == (1, 1, 64, 70)
-    mask, known = seen("box", camera, torch.Generator())
-    assert known and mask.shape == (1, 1, 64, 70)
-    page = strip([("a\nb", cat), ("c", cat)])
+    mask, is_drawn = make_mask("box", (64, 70), torch.Generator())
+    assert is_drawn and mask.shape == (1, 1, 64, 70)
+    page = side_by_side([("a\nb", cat), ("c", cat)])
     assert page.shape[0] == 3 and page.shape[2] == 2 * 60 + 4

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from deconvnet.applications import restoration as applied
-from deconvnet.applications.restoration import Restorer
+from deconvnet.applications.restoration import restorer as applied
+from deconvnet.applications.restoration.restorer import Restorer
 from deconvnet.images.preprocessing import PreprocessingSettings
 from deconvnet.network import tiling
 from deconvnet.network.layer import LayerSettings

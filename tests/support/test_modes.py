@@ -104,7 +104,7 @@ def through_a_network(images):
 
 
 def restored(images):
-    from deconvnet.applications.restoration import Restorer
+    from deconvnet.applications.restoration.restorer import Restorer
 
     net = DeconvNet(
         [LayerSettings(4, 5)], PreprocessingSettings(color="grey", steps=["mean"], scale="none")

@@ -21,7 +21,8 @@ from deconvnet import (
     learn_online,
     sparse_code,
 )
-from deconvnet.applications.restoration import Restorer, estimate_noise
+from deconvnet.applications.restoration.noise import estimate_noise
+from deconvnet.applications.restoration.restorer import Restorer
 from deconvnet.filters.constraint import normalize
 from deconvnet.operators.convolution import correlate, deconvolve, filter_gradient
 from deconvnet.operators.linear import Deconvolution

@@ -1,0 +1,1 @@
+"""Restoration of images with the filters of a network: denoising and inpainting."""
