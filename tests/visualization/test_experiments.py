@@ -1,4 +1,4 @@
-"""Occlusion, invariance and correspondence, compared with plain loops, Captum and planted truths."""
+"""Occlusion, invariance and correspondence against plain loops, Captum and planted truths."""
 
 import math
 from itertools import product

@@ -59,9 +59,10 @@ def equal(one, two):
 
 @torch.no_grad()
 def search(net, images, layer, k, allowed=None):
-    """The result of an exhaustive search: the strongest unit of every image, sorted with the image's number.
+    """The result of an exhaustive search: the strongest unit of every image, sorted.
 
-    One image after the other, and of each map one place after the other.
+
+    Image by image, and position by position.
     """
     strongest, active, density = [], 0, 0
     for number, image in enumerate(images):
