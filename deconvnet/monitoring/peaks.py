@@ -26,7 +26,7 @@ class SnapshotPlan:
 class Snapshot:
     """A layer at the end of an epoch.
 
-    peaks: its strongest activations; filters: (K, C, h, w), before any was shifted or reinitialised.
+    peaks: its strongest activations; filters: (K, C, h, w), before any was moved or reinitialised.
     """
 
     epoch: int
