@@ -166,7 +166,7 @@ def filters(spec: Spec, folder: Path) -> np.ndarray:
         learned = learn_filters(
             torch.from_numpy(crops(OTHERS, 10, 128, spec.channels)),
             spec.maps,
-            spec.size,
+            filter_size=spec.size,
             lam=10.0,
             boundary="circular",
             learning=LearningSettings(epochs=8),
