@@ -1,11 +1,11 @@
-"""Draws the pictures of docs/visualization.md from what scripts/visualize.py has written.
+"""Draws the pictures of docs/visualization.md from the output of `deconvnet visualize`.
 
-python docs/visualization.py NETWORK SURVEY RUN [--checkerboard]
+python docs/visualization.py NETWORK FOLDER RUN [--checkerboard]
 
 for example runs/FashionMNIST/epoch-010.safetensors runs/FashionMNIST/epoch-010 runs/photographs.
-The first is a network of scripts/train_cnn.py, the second the folder of its survey, the third that
-of a run of scripts/train.py after scripts/visualize.py. With --checkerboard: the table of that
-section instead.
+NETWORK is a network file of `deconvnet train-cnn`, FOLDER the output for this network, and RUN a
+run folder of `deconvnet train` with its output. --checkerboard prints the table of that section
+instead.
 """
 
 import json
@@ -43,7 +43,7 @@ from deconvnet.visualization.search.top_projections import (
 )
 
 HERE = Path(__file__).parent
-# Maps that show well what the layers are about, and their rows in the files.
+# Maps to show of each layer.
 MAPS = {"relu2": 4, "relu4": 4}
 
 
@@ -57,79 +57,80 @@ def main() -> None:
     for name in ("relu5-evolution", "occlusion-0", "invariance"):
         pixels = torch.from_numpy(np.array(Image.open(figures / f"{name}.png").convert("RGB")))
         few_colors(pixels.permute(2, 0, 1) / 255, name.removeprefix("relu5-"))
-    found, control = (
+    projections, control = (
         load_top_projections(learned / "visualization" / place / "layer2.npz")
         for place in ("projections", "control/projections")
     )
     rows = range(24, 32)
     grid = with_control(
-        *(projection_grid(each, rows, tile_width=40) for each in (found, control)), layer="layer2"
+        *(projection_grid(p, rows, tile_width=40) for p in (projections, control)), layer="layer2"
     )
     few_colors(grid, "layer2")
 
 
 def grids(place: Path) -> None:
-    """Some maps of two layers, beside those of the same network with its weights shuffled."""
+    """Some maps of two layers, next to those of the same network with shuffled weights."""
     parts = []
     for layer, count in MAPS.items():
-        found, control = (
+        projections, control = (
             load_top_projections(place / folder / f"{layer}.npz")
             for folder in ("projections", "control/projections")
         )
-        rows = sorted(range(len(found.maps)), key=lambda row: -found.values[row].min())[:count]
-        pair = (projection_grid(each, rows, tile_width=56) for each in (found, control))
+        numbers = range(len(projections.maps))
+        rows = sorted(numbers, key=lambda row: -projections.values[row].min())[:count]
+        pair = (projection_grid(p, rows, tile_width=56) for p in (projections, control))
         parts.append(with_control(*pair, layer=layer))
     few_colors(vstack(parts, 12), "grid")
 
 
 def checkerboards(network: Path, place: Path) -> None:
-    """The same units with and without what uneven transposed convolutions leave."""
-    found = load_top_projections(place / "projections" / "relu4.npz")
-    rows = (-found.checkerboard[:, 0]).argsort()[:6]
+    """The same units with and without the pattern of uneven transposed convolutions."""
+    projections = load_top_projections(place / "projections" / "relu4.npz")
+    rows = (-projections.checkerboard[:, 0]).argsort()[:6]
     pages = []
     for overlap in ("sum", "normalised"):
-        tiles = projected(load_model(network), found, rows, overlap, place)
+        tiles = project(load_model(network), projections, rows, overlap, place)
         page = arrange_tiles(resize_tiles(shade_projections(tiles), 128), 3)
         pages.append(with_title(f'overlap="{overlap}"', page))
     few_colors(hstack(pages, 12), "checkerboard")
 
 
 def table(network: Path, place: Path) -> None:
-    """How uneven the strongest unit of every map is, with trained and with shuffled weights."""
+    """Print how uneven the strongest unit of every map is, for trained and shuffled weights."""
     layers = [f"relu{number}" for number in range(1, 6)]
     print("| | " + " | ".join(layers) + " |\n|" + "---|" * (len(layers) + 1))
     for name, folder in (("trained", "projections"), ("shuffled", "control/projections")):
-        subject = load_model(network)
+        model = load_model(network)
         if name == "shuffled":
-            subject = replace(subject, module=shuffle_weights(subject.module))
+            model = replace(model, module=shuffle_weights(model.module))
         for overlap in ("sum", "normalised"):
             cells = []
             for layer in layers:
-                found = load_top_projections(place / folder / f"{layer}.npz")
-                rows = [row for row in range(len(found.maps)) if found.count(row)]
-                tiles = projected(subject, found, rows, overlap, place)
+                projections = load_top_projections(place / folder / f"{layer}.npz")
+                rows = [row for row in range(len(projections.maps)) if projections.count(row)]
+                tiles = project(model, projections, rows, overlap, place)
                 cells.append(f"{checkerboard(tiles, (2, 2)).median():.3f}")
             print(f"| {name}, `{overlap}` | {' | '.join(cells)} |")
 
 
-def projected(
-    subject: LoadedModel, found: TopProjections, rows: Sequence[int], overlap: str, place: Path
+def project(
+    model: LoadedModel, projections: TopProjections, rows: Sequence[int], overlap: str, place: Path
 ) -> Tensor:
-    """The strongest unit of the maps in some rows, as signed RGB tiles."""
-    images = lazy_images(DataSettings(**subject.training["data"]), crop=subject.crop)
-    searched = json.loads((place / "manifest.json").read_text())["images"]["count"]
-    projector = Projector(subject.module, normalization=subject.normalization, overlap=overlap)
+    """Project the strongest unit of the maps in some rows; signed RGB tiles."""
+    images = lazy_images(DataSettings(**model.training["data"]), crop=model.crop)
+    count = json.loads((place / "manifest.json").read_text())["images"]["count"]
+    projector = Projector(model.module, normalization=model.normalization, overlap=overlap)
     tiles = []
     for row in rows:
-        number, *unit = found.units[row, 0].tolist()
-        # Of all images some were searched, evenly among them.
-        x = projector.prepare(images[round(number * (len(images) - 1) / (searched - 1))][None])
-        tiles.append(projector.signed_rgb(projector(x, found.layer, [(0, *unit)]).tiles()))
+        number, *unit = projections.units[row, 0].tolist()
+        # The search took images that are spread evenly over the data set.
+        x = projector.prepare(images[round(number * (len(images) - 1) / (count - 1))][None])
+        tiles.append(projector.signed_rgb(projector(x, projections.layer, [(0, *unit)]).tiles()))
     return torch.cat(tiles)
 
 
 def few_colors(picture: Tensor, name: str) -> None:
-    """A PNG of 64 colours, which takes a third of the bytes."""
+    """Write a PNG with 64 colours, a third of the usual size."""
     pixels = (picture * 255).round().byte().permute(1, 2, 0).numpy()
     target = HERE / f"visualization-{name}.png"
     Image.fromarray(pixels).quantize(64).save(target, optimize=True)

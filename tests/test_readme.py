@@ -22,6 +22,7 @@ GUIDES = {
     "upsampling": 20,
     "sklearn": 10,
     "features": 1,
+    "visualization": 4,
     "classification": 1,
 }
 

@@ -1,18 +1,18 @@
-"""What the bytes of a file become in pixels.
+"""Decoding of image files: from bytes to pixels.
 
     H, W pixels     images (3, H, W) float32 in [0, 1], RGB
 
-Files and members of shards are read in the same way (`Content`): Pillow is given a stream and never
-a path, because its faster ways of reading a path do not always give the same pixels. Only the
-formats of SUFFIXES are tried, whatever a file is called: Pillow knows others that start programs.
-Where Pillow leaves a meaning of the numbers to its callers, this module decides:
+Files and members of shards are read in the same way (`Content`): Pillow gets a stream and never a
+path, because its faster ways of reading a path do not always give the same pixels. Only FORMATS are
+tried, whatever the name of the file, since Pillow knows other formats that start programs. Where
+Pillow leaves the interpretation of the numbers to its callers, this module decides:
 
-- grey is repeated to three planes; what is transparent shows white; of several frames it takes the
-  first; the orientation that the camera noted is applied;
+- grey is repeated to three planes; transparent pixels become white; of several frames the first is
+  used; the EXIF orientation is applied;
 - integers of n bits are divided by 2^n - 1, signed ones by 2^(n-1) - 1 and must not be negative;
-  those of 32 bits with a sign by 65535, since Pillow writes them for 16 bits (its mode I);
-  floats must lie in [0, 1]; 0 is white where a TIFF says so, at every depth;
-- of 16-bit colour Pillow keeps the upper eight bits.
+  signed ones of 32 bits are divided by 65535, since Pillow writes them for 16 bits (its mode I);
+  floats must lie in [0, 1]; 0 is white if a TIFF says so, at every depth;
+- Pillow reduces 16-bit colour to its upper eight bits.
 """
 
 from __future__ import annotations
@@ -44,53 +44,50 @@ SUFFIXES = (
 )
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
-# The environment variable for images larger than Pillow's limit against decompression bombs.
+# The environment variable that raises Pillow's limit against decompression bombs.
 LIMIT = "DECONVNET_MAX_PIXELS"
 
-DIGESTED = 1 << 20  # bytes that are read at a time for a digest
-BUFFERED = 1 << 16  # and for an image, whose decoder wants a few at a time
+DIGEST_CHUNK = 1 << 20  # bytes read at a time for a digest
+DECODER_BUFFER = 1 << 16  # bytes read at a time for a decoder, which asks for a few
 
-# Tags of TIFF, and those of their values that are named below.
+# Tags of TIFF, and the values of them that are used below.
 COMPRESSION, PHOTOMETRIC, PLANES, SAMPLES = 259, 262, 284, 339
 STRIP_BYTES, TILE_BYTES, BITS = 279, 325, 258
 WHITE_IS_ZERO, YCBCR, SEPARATE, UNSIGNED, SIGNED = 0, 6, 2, 1, 2
 
-# How many threads are within `without_ghostscript`, and the setting of Pillow before the first.
+# How many threads are inside `without_ghostscript`, and Pillow's setting before the first entered.
 _guard, _guards, _ghostscript = threading.Lock(), 0, None
 
-# Categories of characters that are escaped in names: control, surrogate, line breaks.
+# Unicode categories that are escaped in names: control characters, surrogates, line breaks.
 HIDDEN = ("Cc", "Cs", "Zl", "Zp")
 
 
 def read_image(path: str | Path) -> Tensor:
-    """The image of a file as RGB (3, H, W), float32 in [0, 1]; of several frames the first.
+    """The image in a file as RGB (3, H, W), float32 in [0, 1]; the first frame if it has several.
 
-    Grey is repeated to three planes, alpha composed over white, the EXIF orientation applied.
-    16-bit grey is divided by 65535; float images must be in [0, 1]. Any failure is a ValueError of
-    one line, "cannot read <path>: <reason>". An image of more than PIL.Image.MAX_IMAGE_PIXELS, 89
-    million, is refused; the environment variable DECONVNET_MAX_PIXELS sets another limit.
+    Grey is repeated to three planes, alpha composed over white, and the EXIF orientation applied.
+    16-bit grey is divided by 65535; float images must be in [0, 1]. Any failure raises a ValueError
+    with one line, "cannot read <path>: <reason>". Images of more than PIL.Image.MAX_IMAGE_PIXELS,
+    89 million, are rejected; the environment variable DECONVNET_MAX_PIXELS sets another limit.
     """
     return Content(user_path(path), str(path)).image()
 
 
 def digest_file(path: str | Path) -> str:
-    """SHA-256 of the bytes of a file, 64 hexadecimal digits, as of every image of a folder.
-
-    ValueError in one line where it cannot be read.
-    """
+    """SHA-256 of the bytes of a file, 64 hexadecimal digits; ValueError if it cannot be read."""
     return Content(user_path(path), str(path)).digest()
 
 
 def user_path(path: str | Path) -> Path:
-    """A path as it was typed, with ~ for the home of a user where there is one of that name."""
+    """A path as the user typed it, with ~ expanded to a home folder if there is one."""
     return Path(os.path.expanduser(path))
 
 
 @dataclass(frozen=True)
 class Content:
-    """The bytes of an image: those of a file, or some parts of it, as in a shard.
+    """The bytes of an image: a whole file, or parts of one, as in a shard.
 
-    parts: (place in the image, place in the file, length), ascending; between them are zeros.
+    parts: (offset in the image, offset in the file, length), ascending, with zeros between them.
     """
 
     path: Path
@@ -100,7 +97,7 @@ class Content:
 
     def image(self) -> Tensor:
         """`read_image` of these bytes."""
-        # Decoders fail with every kind of exception on damaged files: all mean the same here.
+        # Damaged files make decoders raise any kind of exception; all mean the same here.
         try:
             with self.open() as file:
                 return decode(file)
@@ -108,15 +105,15 @@ class Content:
             raise ValueError(f"cannot read {shown_name(self.name)}: {reason(error)}") from error
 
     def digest(self) -> str:
-        """SHA-256 of these bytes, 64 hexadecimal digits; ValueError in one line, as of `image`."""
-        found = hashlib.sha256()
+        """SHA-256 of these bytes, 64 hexadecimal digits; ValueError as for `image`."""
+        digest = hashlib.sha256()
         try:
             with self.open() as file:
-                while part := file.read(DIGESTED):
-                    found.update(part)
+                while part := file.read(DIGEST_CHUNK):
+                    digest.update(part)
         except (OSError, ValueError) as error:
             raise ValueError(f"cannot read {shown_name(self.name)}: {reason(error)}") from error
-        return found.hexdigest()
+        return digest.hexdigest()
 
     def open(self) -> BinaryIO:
         """A stream of these bytes; OSError or ValueError."""
@@ -124,13 +121,13 @@ class Content:
         whole = self.parts is None
         parts = ((0, 0, size),) if whole else self.parts
         stream = _Parts(self.path, parts, size if whole else self.size)
-        return io.BufferedReader(stream, BUFFERED)
+        return io.BufferedReader(stream, DECODER_BUFFER)
 
 
 class _Parts(io.RawIOBase):
-    """A stream of some parts of a file, with zeros between them.
+    """A stream of parts of a file, with zeros between them.
 
-    It has no number of an open file, by which libtiff would read past Pillow.
+    It has no file descriptor, with which libtiff would bypass Pillow.
     """
 
     def __init__(self, path: Path, parts: tuple[tuple[int, int, int], ...], size: int):
@@ -147,7 +144,7 @@ class _Parts(io.RawIOBase):
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         start = {os.SEEK_SET: 0, os.SEEK_CUR: self.place, os.SEEK_END: self.size}[whence]
         if start + offset < 0:
-            raise ValueError(f"no place {start + offset} in a file")
+            raise ValueError(f"no offset {start + offset} in a file")
         self.place = start + offset
         return self.place
 
@@ -180,7 +177,7 @@ class _Parts(io.RawIOBase):
 
 
 def check_file(path: str | Path) -> int:
-    """The bytes of a file, which must be one: to read a pipe or a device might never end."""
+    """The size of a regular file in bytes; ValueError for others, since a pipe may never end."""
     info = os.stat(path)
     if stat.S_ISDIR(info.st_mode):
         raise ValueError("a folder, not a file")
@@ -190,15 +187,15 @@ def check_file(path: str | Path) -> int:
 
 
 def decode(file: BinaryIO) -> Tensor:
-    """The image (3, H, W) of an open stream; any exception where it is damaged."""
+    """The image (3, H, W) in an open stream; any exception if it is damaged."""
     _apply_limit(os.environ.get(LIMIT))
     if not file.read(1):
         raise ValueError("the file is empty")
     file.seek(0)
     try:
         with warnings.catch_warnings():
-            # Pillow only warns of images that take hundreds of megabytes from a small file. What is
-            # to become of warnings all threads share, so that it is no way to an error.
+            # Pillow only warns of images that take hundreds of megabytes from a small file. Threads
+            # share the filters of warnings, so they cannot turn this one into an error.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             picture = Image.open(file, formats=FORMATS)
         with picture:
@@ -212,18 +209,18 @@ def decode(file: BinaryIO) -> Tensor:
 
 
 def to_tensor(image: Image.Image | np.ndarray | Tensor) -> Tensor:
-    """RGB (3, H, W) float32 in [0, 1] of a picture, a (3 or 1, H, W) tensor, an (H, W, 3) array."""
+    """RGB (3, H, W) float32 in [0, 1] of a picture, tensor (1 or 3, H, W) or array (H, W, 3)."""
     if isinstance(image, Image.Image):
         return _pixels(image)
     if isinstance(image, np.ndarray):
         image = torch.from_numpy(np.array(np.atleast_3d(image), order="C")).permute(2, 0, 1)
     if not isinstance(image, Tensor):
-        raise ValueError(f"{type(image).__name__} is no image")
+        raise ValueError(f"{type(image).__name__} is not an image")
     if image.dtype == torch.uint8:
         image = image.float() / 255
     image = image[None] if image.ndim == 2 else image
     if image.ndim != 3 or image.shape[0] not in (1, 3) or not image.is_floating_point():
-        raise ValueError(f"{image.dtype} of shape {tuple(image.shape)} is no image")
+        raise ValueError(f"{image.dtype} of shape {tuple(image.shape)} is not an image")
     image = image.float()
     if not image.isfinite().all():
         raise ValueError("it has pixels that are NaN or infinite")
@@ -235,7 +232,7 @@ def to_tensor(image: Image.Image | np.ndarray | Tensor) -> Tensor:
 
 @contextmanager
 def without_ghostscript() -> Iterator[None]:
-    """Keep Pillow from starting Ghostscript while other libraries open pictures."""
+    """Prevent Pillow from starting Ghostscript while other libraries open pictures."""
     global _guards, _ghostscript
     with _guard:
         if _guards == 0:
@@ -251,21 +248,21 @@ def without_ghostscript() -> Iterator[None]:
 
 
 def shown_name(path: object) -> str:
-    """A path or name as text of one line that every encoding of Unicode can write.
+    """A path or name as one line of text that every encoding of Unicode can write.
 
-    Bytes that are no UTF-8 become \\xe9 and so on, and what breaks a line \\n.
+    Bytes that are not UTF-8 become \\xe9 and so on, and line breaks \\n.
     """
     plain = str(path)
     if plain.isascii() and plain.isprintable():
         return plain
-    # Python keeps bytes of names that are no text as lone surrogates.
+    # Python represents bytes of names that are not text as lone surrogates.
     text = str(path).encode("utf-8", "surrogateescape" if _escaped(path) else "backslashreplace")
     text = text.decode("utf-8", "backslashreplace")
     return "".join(ascii(c)[1:-1] if unicodedata.category(c) in HIDDEN else c for c in text)
 
 
 def reason(error: Exception) -> str:
-    """The message of an error in one line, without the path that the caller names."""
+    """The message of an error in one line, without the path, which the caller adds."""
     if isinstance(error, Image.UnidentifiedImageError):
         return f"not an image that Pillow can read as one of {', '.join(FORMATS)}"
     if isinstance(error, OSError) and error.strerror:
@@ -280,7 +277,7 @@ def _escaped(path: object) -> bool:
 
 @lru_cache(maxsize=1)
 def _apply_limit(text: str | None) -> None:
-    """Once for each value, so that a program can still set Pillow's own limit later."""
+    """Apply the limit once for each value, so that programs can still change Pillow's own later."""
     if text is None:
         return
     if not re.fullmatch(r"[1-9]\d*", text.strip()):
@@ -288,9 +285,9 @@ def _apply_limit(text: str | None) -> None:
     Image.MAX_IMAGE_PIXELS = int(text)
 
 
-def _too_many(said: str, count: int) -> str:
+def _too_many(size: str, count: int) -> str:
     return (
-        f"{said} pixels are more than {Image.MAX_IMAGE_PIXELS}, which may be a decompression bomb; "
+        f"{size} pixels are more than {Image.MAX_IMAGE_PIXELS}, which may be a decompression bomb; "
         f"if the image is your own, set the environment variable {LIMIT}={count} (in Python, "
         "PIL.Image.MAX_IMAGE_PIXELS)"
     )
@@ -298,38 +295,38 @@ def _too_many(said: str, count: int) -> str:
 
 def _pixels(picture: Image.Image) -> Tensor:
     """The image (3, H, W) of a picture that is open and perhaps not yet loaded."""
-    # Before it is loaded, after which Pillow forgets how the numbers stood in the file.
+    # Before it is loaded, since Pillow then forgets how the file stored its numbers.
     samples = _Samples.of(picture)
     return to_tensor(samples.array(ImageOps.exif_transpose(picture)))
 
 
 @dataclass(frozen=True)
 class _Samples:
-    """How the numbers of a picture stand in its file, as far as its mode does not say it."""
+    """How a file stores the numbers of a picture, as far as the mode does not say it."""
 
     bits: int | None = None  # of a grey value; None: as its mode says
     signed: bool = False
-    inverted: bool = False  # Pillow gives the negative
-    swapped: bool = False  # Pillow gives the bytes of a number in the wrong order
-    # a grey value or colour that is transparent, in the numbers that Pillow gives
-    hole: int | tuple[int, ...] | None = None
+    inverted: bool = False  # Pillow returns the negative
+    swapped: bool = False  # Pillow returns the bytes of a number in the wrong order
+    # a grey value or colour that is transparent, in the numbers that Pillow returns
+    transparent: int | tuple[int, ...] | None = None
 
     @classmethod
     def of(cls, picture: Image.Image) -> _Samples:
         if picture.format == "TIFF":
             return cls._of_tiff(picture)
-        hole = picture.info.get("transparency")
-        if picture.mode == "P" or not isinstance(hole, int | tuple):
+        transparent = picture.info.get("transparency")
+        if picture.mode == "P" or not isinstance(transparent, int | tuple):
             return cls()
         raw = _raw_mode(picture)
         if raw in ("L;2", "L;4"):
-            # Pillow stretches the grey values to 0..255 and leaves the one that is transparent.
-            hole *= 255 // (2 ** int(raw[-1]) - 1)
+            # Pillow stretches grey values to 0..255 but not the transparent one.
+            transparent *= 255 // (2 ** int(raw[-1]) - 1)
         if picture.mode == "1":
-            hole = 255 * bool(hole)
-        if isinstance(hole, tuple) and ";16" in raw:
-            hole = tuple(value >> 8 for value in hole)
-        return cls(hole=hole)
+            transparent = 255 * bool(transparent)
+        if isinstance(transparent, tuple) and ";16" in raw:
+            transparent = tuple(value >> 8 for value in transparent)
+        return cls(transparent=transparent)
 
     @classmethod
     def _of_tiff(cls, picture: Image.Image) -> _Samples:
@@ -339,13 +336,13 @@ class _Samples:
         packed = bool(picture.tile) and picture.tile[0][0] == "libtiff"
         photometric = tags.get(PHOTOMETRIC, WHITE_IS_ZERO)
         if not packed and bits > 8 and tags.get(PLANES) == SEPARATE and len(picture.getbands()) > 1:
-            # Pillow takes every half of such a number for a pixel.
+            # Pillow would read each half of such a number as a pixel.
             raise ValueError(
                 f"a TIFF of {bits}-bit colour in separate planes without compression; save it "
                 "with interleaved planes, or compressed"
             )
         if tags.get(PLANES) == SEPARATE and picture.mode in ("LA", "La", "PA"):
-            # Pillow reads the plane of the pixels only, so that all of them would be transparent.
+            # Pillow reads only the plane of the pixels, so all would be transparent.
             raise ValueError("a grey TIFF with alpha in a separate plane; save it interleaved")
         if not packed and photometric == YCBCR and len(picture.getbands()) == 3:
             stored = tags.get(STRIP_BYTES) or tags.get(TILE_BYTES) or ()
@@ -354,25 +351,25 @@ class _Samples:
         return cls(
             bits=bits if picture.mode[0] == "I" or kind == SIGNED else None,
             signed=kind == SIGNED,
-            # Pillow inverts few bits itself; if it comes to do so with more, its name of the order
-            # of the bits will have an I after the semicolon, as for few.
+            # Pillow inverts images of few bits itself; if it ever does so for more, its raw mode
+            # will have an I after the semicolon, as for few bits.
             inverted=photometric == WHITE_IS_ZERO
             and picture.mode[0] in "IF"
             and "I" not in raw.partition(";")[2],
-            # libtiff hands over numbers as this machine has them, Pillow reads those of the file.
+            # libtiff returns numbers in the byte order of this machine; Pillow expects the file's.
             swapped=packed and raw in ("I;16BS", "I;32BS", "F;32BF") and _little_endian(),
         )
 
     def array(self, picture: Image.Image) -> np.ndarray:
-        """Floats (H, W) or (H, W, 3), 1 for white, the range not yet checked."""
+        """Floats (H, W) or (H, W, 3), 1 for white, range not yet checked."""
         if picture.mode[0] in "IF" or self.signed:
-            found = self._grey(picture)
-        elif self.hole is None and picture.has_transparency_data:
+            values = self._grey(picture)
+        elif self.transparent is None and picture.has_transparency_data:
             return _over_white(picture)
         else:
-            found = np.asarray(picture.convert("RGB"), dtype=np.float32) / 255
-        found = 1 - found if self.inverted else found
-        return found if self.hole is None else self._with_hole(found, picture)
+            values = np.asarray(picture.convert("RGB"), dtype=np.float32) / 255
+        values = 1 - values if self.inverted else values
+        return values if self.transparent is None else self._with_white(values, picture)
 
     def _grey(self, picture: Image.Image) -> np.ndarray:
         values = np.asarray(picture)
@@ -382,20 +379,21 @@ class _Samples:
             # 16-bit grey: "I;16" from PNG, "I" from PGM.
             return values.astype(np.float32) / 65535
         kind = f"{'i' if self.signed else 'u'}{2 if self.bits == 12 else self.bits // 8}"
-        # What was widened to 32 bits goes back; of numbers without a sign Pillow has the bits.
+        # Back from 32 bits to the bits of the file; Pillow keeps the bits of unsigned numbers.
         values = values.astype(kind, casting="unsafe")
         values = values.byteswap() if self.swapped else values
         if self.bits == 32:
             return values / (65535 if self.signed else 2**32 - 1)
         return values.astype(np.float32) / (2 ** (self.bits - self.signed) - 1)
 
-    def _with_hole(self, found: np.ndarray, picture: Image.Image) -> np.ndarray:
-        values = np.asarray(picture.convert("L") if picture.mode == "1" else picture)
-        clear = values == np.array(self.hole, dtype=np.int64)
+    def _with_white(self, values: np.ndarray, picture: Image.Image) -> np.ndarray:
+        """The values with transparent pixels set to white."""
+        stored = np.asarray(picture.convert("L") if picture.mode == "1" else picture)
+        clear = stored == np.array(self.transparent, dtype=np.int64)
         clear = clear.all(-1) if clear.ndim == 3 else clear
-        found = found.copy()
-        found[clear] = 1
-        return found
+        values = values.copy()
+        values[clear] = 1
+        return values
 
 
 def _over_white(picture: Image.Image) -> np.ndarray:
@@ -408,7 +406,7 @@ def _over_white(picture: Image.Image) -> np.ndarray:
 
 
 def _raw_mode(picture: Image.Image) -> str:
-    """Pillow's name of how the numbers stand in the file; "" of what is in memory."""
+    """Pillow's raw mode: how the file stores the numbers; "" for pictures in memory."""
     tiles = getattr(picture, "tile", None)
     args = tiles[0][3] if tiles else ""
     first = args[0] if isinstance(args, tuple) and args else args

@@ -1,23 +1,24 @@
-"""What is done to images before they are explained, and how it is undone.
+"""Preprocessing of images, and its inverse.
 
     N images · C planes (1 for "grey", else 3) · H, W pixels
-    images (N, 1 or 3, H, W) in [0, 1]     y (N, C, H, W), the normalised domain
-    frames (N, 4) whole numbers: top, left, height, width of the picture in every image, the rest of
-    which is no part of it; None: pictures fill their images
+    images (N, 1 or 3, H, W) in [0, 1]     y (N, C, H, W), the preprocessed domain
+    frames (N, 4) int64: top, left, height, width of the picture in each image; what is outside does
+    not count; None: pictures fill their images
 
-The steps run in the order of the settings, after the change of colour, before division by `scale`:
+The steps run in the order of the settings, after the colour conversion and before the division by
+`scale`:
 
-- "mean": every plane of every image loses its mean. (The authors' toolbox then scales to [-1, 1] by
-  one number for the whole data set; `scale` has that place here.)
+- "mean": subtract the mean of each plane of each image. (The authors' toolbox then scales to
+  [-1, 1] by one number for the whole data set; here `scale` takes that role.)
 - "laplacian": 3x3 high-pass filter on every plane, Zeiler et al. 2010.
 - "contrast": local subtractive and divisive normalisation, Zeiler et al. 2011.
 - "whiten": a linear filter, learned from training images, that makes their patches nearly white.
 
-What a step takes away and y does not hold goes into a record: a list with one dict of tensors for
-every step. Images are the first axis of all of them, so a record is sliced and joined like images.
+What a step removes is stored in a record: a list with one dict of tensors for each step. The first
+axis of all tensors is that of the images, so a record can be sliced and concatenated like images.
 
-With frames every picture is preprocessed as if it were alone, and then padded with zeros (Zeiler et
-al. 2011: to 150x150). The record ends with one more dict, {"frame": frames}.
+With frames, each picture is preprocessed as if it were alone and then padded with zeros (Zeiler et
+al. 2011: to 150x150). The record then ends with one more dict, {"frame": frames}.
 """
 
 import math
@@ -39,17 +40,19 @@ SCALES = ("rms", "max", "none")
 
 Record = list[dict[str, Tensor]]
 Frame = tuple[int, int, int, int]  # top, left, height, width in pixels
-Groups = list[tuple[Tensor, Frame]]  # frames, and the indices of the images that have them
+Groups = list[tuple[Tensor, Frame]]  # the indices of the images with a frame, and that frame
 
-# A local deviation below this counts as 0: it is a quarter of a grey level of 256, and
-# E[x^2] - E[x]^2 in float32 leaves a few 1e-4 where it should leave 0.
+# A smaller local deviation counts as 0: it is a quarter of one of 256 grey levels, and in float32
+# E[x^2] - E[x]^2 may be a few 1e-4 where it should be 0.
 FLAT = 1e-3
 
 
 @renamed(window="contrast_size", sigma="contrast_sigma", divide="contrast_divide")
 @dataclass
 class PreprocessingSettings:
-    color: str = "rgb"  # planes to explain: rgb | grey | ycbcr
+    """What is done to images before inference."""
+
+    color: str = "rgb"  # the planes of y: rgb | grey | ycbcr
     steps: list[str] = field(  # any of mean, laplacian, contrast, whiten, in order
         default_factory=lambda: ["contrast"]
     )
@@ -60,7 +63,7 @@ class PreprocessingSettings:
     contrast_divide: bool = True
     whitening_size: int = 7  # whiten: side of the filter in pixels, odd
     whitening_floor: float = 0.01  # whiten: added to all variances, relative to the largest
-    scale: str = "rms"  # what becomes 1 over all images: rms | max, the largest magnitude | none
+    scale: str = "rms"  # which statistic of all images is scaled to 1: rms | max (magnitude) | none
 
     def __post_init__(self) -> None:
         if self.color not in COLORS:
@@ -83,10 +86,11 @@ class PreprocessingSettings:
 
 
 class Preprocessing(torch.nn.Module):
-    """Images to the normalised domain and back; what `fit` learned is in the state_dict.
+    """Maps images to the preprocessed domain and back; the state_dict holds what `fit` learned.
 
-    scale: () float32, the number by which all values are divided, so that lam means the same on any
-    data. whitening: (C, C, size, size) float32, the filter of "whiten". Until `fit`: 1, an impulse.
+    scale: () float32, by which all values are divided, so that lam means the same on any data.
+    whitening: (C, C, size, size) float32, the filter of "whiten". Before `fit` they are 1 and an
+    impulse.
     """
 
     def __init__(self, settings: PreprocessingSettings | None = None) -> None:
@@ -101,11 +105,11 @@ class Preprocessing(torch.nn.Module):
         return 1 if self.settings.color == "grey" else 3
 
     def fit(self, images: Tensor, frames: Tensor | None = None) -> "Preprocessing":
-        """Learns the whitening filter, then the scale, from images (N, 1 or 3, H, W); returns self.
+        """Learn the whitening filter, then the scale, from images (N, 1 or 3, H, W); returns self.
 
-        scale is the root mean square of all preprocessed values, or their largest magnitude; of
-        what is outside the frames (N, 4) nothing counts.
-        One image at a time, summed in float64 on the CPU: memory does not grow with N.
+        The scale is the root mean square of all preprocessed values inside the frames (N, 4), or
+        their largest magnitude. Images are processed one at a time and summed in float64 on the
+        CPU, so memory does not grow with N.
         """
         if len(images) == 0:
             raise ValueError("preprocessing cannot be fitted to 0 images")
@@ -117,9 +121,9 @@ class Preprocessing(torch.nn.Module):
         parts: Callable[[], Iterable[tuple[Tensor, Tensor | None]]],
         communicator: Communicator = SINGLE,
     ) -> "Preprocessing":
-        """`fit` to images that come in parts, images and frames; parts() goes through them all.
+        """`fit` to images that come in parts; parts() yields (images, frames), anew at every call.
 
-        With a communicator, to the images of all ranks; a rank may have none.
+        communicator: fit to the images of all ranks, some of which may have none.
         """
 
         def planes(steps: Sequence[str]) -> Iterator[Tensor]:
@@ -145,8 +149,8 @@ class Preprocessing(torch.nn.Module):
     def forward(self, images: Tensor, frames: Tensor | None = None) -> tuple[Tensor, Record]:
         """y (N, C, H, W) and its record, from images (N, 1 or 3, H, W) in [0, 1].
 
-        Grey images are repeated for a colour network, colour images turned grey for a grey one.
-        With frames (N, 4), y and the planes of the record are 0 outside of them.
+        Grey images are repeated for a colour network, colour images converted to grey for a grey
+        one. With frames (N, 4), y and the planes of the record are 0 outside them.
         """
         _check(images, frames, self.settings)
         if frames is None:
@@ -159,35 +163,36 @@ class Preprocessing(torch.nn.Module):
     def inverse(self, y: Tensor, record: Record) -> Tensor:
         """Pixels (N, 1 or 3, H, W), grey or RGB, from y (N, C, H, W) and the record of its images.
 
-        Undoes `forward` up to rounding. Nothing is clamped: a y that is not the image's own, like
-        that of a reconstruction, can lead outside [0, 1]. Outside frames all is black, whatever y
-        has there.
+        The inverse of `forward` up to rounding. Nothing is clamped: for a reconstruction, pixels
+        can lie outside [0, 1]. Outside the frames all pixels are black, whatever y is there.
         """
         self._check_record(y, record)
         planes = y * self.scale
         if not _has_frames(record):
-            return self._undo(planes, record)
-        *record, framed = record
-        groups = _groups(framed["frame"])
+            return self._inverse_steps(planes, record)
+        *record, last = record
+        groups = _groups(last["frame"])
         pixels = []
         for index, frame in groups:
-            inside = [{key: _cut(kept[key][index], frame) for key in kept} for kept in record]
-            pixels.append(self._undo(_cut(planes[index], frame), inside))
+            inside = [
+                {key: _cut(removed[key][index], frame) for key in removed} for removed in record
+            ]
+            pixels.append(self._inverse_steps(_cut(planes[index], frame), inside))
         return _join(pixels, groups, y.shape)
 
     def check_size(self, size: tuple[int, int]) -> None:
-        """Refuse images of H x W pixels that are too small for one of the steps."""
+        """Raise ValueError if images of H x W pixels are too small for one of the steps."""
         _check_size("images", size, self.settings)
 
-    def _undo(self, planes: Tensor, record: Record) -> Tensor:
-        """Pixels from planes that fill their images, before division by scale."""
-        for step, kept in zip(reversed(self.settings.steps), reversed(record), strict=True):
+    def _inverse_steps(self, planes: Tensor, record: Record) -> Tensor:
+        """Pixels from planes that fill their images, already multiplied by the scale."""
+        for step, removed in zip(reversed(self.settings.steps), reversed(record), strict=True):
             if step == "mean":
-                planes = planes + kept["mean"]
+                planes = planes + removed["mean"]
             elif step == "contrast":
-                planes = planes * kept["deviation"] + kept["mean"]
+                planes = planes * removed["deviation"] + removed["mean"]
             else:
-                planes = highpass.invert(planes, kept["low"], self._filter(step))
+                planes = highpass.invert(planes, removed["low"], self._filter(step))
         return ycbcr_to_rgb(planes) if self.settings.color == "ycbcr" else planes
 
     def _preprocess(self, images: Tensor, steps: list[str]) -> tuple[Tensor, Record]:
@@ -195,7 +200,7 @@ class Preprocessing(torch.nn.Module):
         for step in steps:
             if step == "mean":
                 mean = planes.mean((2, 3), keepdim=True)
-                planes, kept = planes - mean, {"mean": mean}
+                planes, removed = planes - mean, {"mean": mean}
             elif step == "contrast":
                 mean, deviation = local_moments(
                     planes, self.settings.contrast_size, self.settings.contrast_sigma
@@ -206,15 +211,15 @@ class Preprocessing(torch.nn.Module):
                     else torch.ones_like(deviation)
                 )
                 planes = (planes - mean) / deviation
-                kept = {"mean": mean, "deviation": deviation}
+                removed = {"mean": mean, "deviation": deviation}
             else:
-                kept = {"low": highpass.blur(planes)}
+                removed = {"low": highpass.blur(planes)}
                 planes = highpass.correlate(planes, self._filter(step))
-            record.append(kept)
+            record.append(removed)
         return planes, record
 
     def _preprocess_in_frames(self, images: Tensor, frames: Tensor) -> tuple[Tensor, Record]:
-        """As if every picture were alone; those of one frame have one size and go together."""
+        """Preprocess each picture as if it were alone; those with equal frames form a batch."""
         groups = _groups(frames)
         parts = [
             self._preprocess(_cut(images[index], frame), self.settings.steps)
@@ -222,7 +227,7 @@ class Preprocessing(torch.nn.Module):
         ]
         planes = _join([planes for planes, _ in parts], groups, images.shape)
         record = [
-            {key: _join([kept[key] for kept in step], groups, images.shape) for key in step[0]}
+            {key: _join([part[key] for part in step], groups, images.shape) for key in step[0]}
             for step in zip(*(record for _, record in parts), strict=True)
         ]
         return planes, [*record, {"frame": frames}]
@@ -240,7 +245,7 @@ class Preprocessing(torch.nn.Module):
             raise ValueError(f"record of {len(steps)} steps, expected {list(self.settings.steps)}")
         if _has_frames(record):
             _check_frames(record[-1]["frame"], y)
-        for shape in (tensor.shape for kept in steps for tensor in kept.values()):
+        for shape in (tensor.shape for step in steps for tensor in step.values()):
             if shape[0] != y.shape[0] or shape[2:] not in ((1, 1), y.shape[2:]):
                 raise ValueError(
                     f"record with a tensor of shape {tuple(shape)} does not belong to y of shape "
@@ -250,30 +255,31 @@ class Preprocessing(torch.nn.Module):
 
 @dataclass
 class Spread:
-    """How large some values are: how many, the sum of their squares, their largest magnitude."""
+    """Statistics of values for a scale: their count, sum of squares and largest magnitude."""
 
     count: int = 0
     squares: float = 0.0
     largest: float = 0.0
 
     def add(self, values: Tensor) -> None:
-        # Image by image, so that it makes no difference which images come together.
+        """Include values (N, ...)."""
+        # Image by image, so that the result does not depend on the batches.
         squares = sum(float(image.double().square().sum()) for image in values)
         self.count += values.numel()
         self.squares += squares
         self.largest = max(self.largest, float(values.abs().max()))
 
     def shared(self, communicator: Communicator) -> "Spread":
-        """Of the values of all ranks."""
+        """The statistics of the values of all ranks."""
         parts = communicator.all_gather((self.count, self.squares, self.largest))
         counts, squares, largest = zip(*parts, strict=True)
         return Spread(sum(counts), sum(squares), max(largest))
 
     def scale(self, kind: str, *, least: float = 1e-6) -> float:
-        """Their root mean square ("rms") or largest magnitude ("max").
+        """The root mean square ("rms") or largest magnitude ("max") of the values; 1 for "none".
 
-        1 for "none", and where there is next to nothing, at most `least`: a scale of 1e-8 would
-        blow up the first real picture, whose pixels are in [0, 1].
+        It is also 1 if it would be at most `least`: dividing by 1e-8 would blow up the first real
+        picture, whose pixels are in [0, 1].
         """
         if kind == "none":
             return 1.0
@@ -282,7 +288,7 @@ class Spread:
 
 
 def to_color(images: Tensor, color: str) -> Tensor:
-    """The planes to explain, (N, 1 or 3, H, W), of grey or RGB images (N, 1 or 3, H, W)."""
+    """Grey or RGB images (N, 1 or 3, H, W) as planes (N, 1 or 3, H, W) of another colour space."""
     if color == "grey":
         return images if images.shape[1] == 1 else _luma(images)
     rgb = images.expand(-1, 3, -1, -1)
@@ -298,7 +304,7 @@ def rgb_to_ycbcr(rgb: Tensor) -> Tensor:
 
 
 def ycbcr_to_rgb(ycbcr: Tensor) -> Tensor:
-    """RGB of (N, 3, H, W), the inverse of `rgb_to_ycbcr` up to rounding; not clamped."""
+    """RGB of YCbCr (N, 3, H, W), the inverse of `rgb_to_ycbcr` up to rounding; not clamped."""
     luma, blue, red = ycbcr.split(1, 1)
     red = luma + 1.402 * (red - 0.5)
     blue = luma + 1.772 * (blue - 0.5)
@@ -325,20 +331,20 @@ def local_moments(images: Tensor, size: int, sigma: float) -> tuple[Tensor, Tens
 def whitening_filter(
     images: Iterable[Tensor], size: int, *, floor: float, communicator: Communicator = SINGLE
 ) -> Tensor:
-    """The filter (C, C, size, size) that whitens the patches of images, tensors of (N, C, H, W).
+    """The filter (C, C, size, size) that whitens the patches of images, tensors (N, C, H, W).
 
     W = V (E + floor max(E))^(-1/2) V' with V E V' the covariance of all size x size x C patches;
-    the filter is the row of W for the middle pixel of each plane (zero-phase, "ZCA"). Patches count
-    together with their mirror images: that makes the filter symmetric in both axes, so it commutes
-    with mirroring the image at its border and can be undone exactly. No variance: an impulse.
+    the filter is the row of W for the middle pixel of each plane (zero-phase, "ZCA"). Mirrored
+    patches are included, which makes the filter symmetric in both axes: it commutes with mirroring
+    the image at its border and can be inverted exactly. An impulse if there is no variance.
     """
     count, total, products = 0, 0.0, 0.0
     for image in images:
         patches = functional.unfold(image.cpu().double(), size).transpose(1, 2).flatten(0, 1)
         count += len(patches)
         total, products = total + patches.sum(0), products + patches.T @ patches
-    found = [each for each in communicator.all_gather((count, total, products)) if each[0]]
-    count, total, products = (sum(each) for each in zip(*found, strict=True))
+    sums = [rank for rank in communicator.all_gather((count, total, products)) if rank[0]]
+    count, total, products = (sum(values) for values in zip(*sums, strict=True))
     channels = len(total) // size**2
     covariance = products / count - torch.outer(total, total) / count**2
     covariance = covariance.view(channels, size, size, channels, size, size)
@@ -353,9 +359,9 @@ def whitening_filter(
 
 
 def _floored(deviation: Tensor) -> Tensor:
-    """The deviation (N, 1, H, W), nowhere below its median over the image.
+    """The deviation (N, 1, H, W), raised to at least its median over the image.
 
-    Where the median is 0, the median of what is not 0 counts; an image without contrast gets 1.
+    If the median is 0, the median of the non-zero values is used; an image without contrast gets 1.
     """
     floors = []
     for values in deviation.flatten(1):
@@ -367,7 +373,7 @@ def _floored(deviation: Tensor) -> Tensor:
 
 
 def _median(values: Tensor) -> Tensor:
-    # By sorting: torch.median takes the lower of two, and quantile refuses more than 2^24 values.
+    # By sorting: torch.median returns the lower of two, and quantile rejects over 2^24 values.
     return values.sort().values[[(len(values) - 1) // 2, len(values) // 2]].mean()
 
 
@@ -384,7 +390,7 @@ def _gaussian(planes: Tensor, size: int, sigma: float) -> Tensor:
 
 
 def _laplacian(channels: int) -> Tensor:
-    """Matlab's fspecial('laplacian', 0.2) for each plane alone, (channels, channels, 3, 3)."""
+    """Matlab's fspecial('laplacian', 0.2) on each plane separately, (channels, channels, 3, 3)."""
     alpha = 0.2
     corner, edge = alpha / 4, (1 - alpha) / 4
     rows = [[corner, edge, corner], [edge, -1.0, edge], [corner, edge, corner]]
@@ -404,7 +410,7 @@ def _luma(rgb: Tensor) -> Tensor:
 
 
 def _pictures(images: Tensor, frames: Tensor | None) -> list[Tensor]:
-    """Every picture alone, (1, C, height, width)."""
+    """Each picture separately, (1, C, height, width)."""
     if frames is None:
         return list(images.split(1))
     return [
@@ -420,7 +426,7 @@ def _groups(frames: Tensor) -> Groups:
 
 
 def _cut(planes: Tensor, frame: Frame) -> Tensor:
-    """The part of planes (N, C, H, W) inside a frame, not copied; one number a plane stays."""
+    """A view of planes (N, C, H, W) inside a frame; planes of one number are returned whole."""
     if planes.shape[2:] == (1, 1):
         return planes
     top, left, height, width = frame
@@ -428,8 +434,7 @@ def _cut(planes: Tensor, frame: Frame) -> Tensor:
 
 
 def _join(parts: list[Tensor], groups: Groups, shape: torch.Size) -> Tensor:
-    """The planes (N, C, H, W) that `_cut` makes the parts of, 0 outside the frames; N, H, W as in
-    `shape`."""
+    """The inverse of `_cut`: planes (N, C, H, W), 0 outside the frames; N, H, W from `shape`."""
     size = (1, 1) if parts[0].shape[2:] == (1, 1) else shape[2:]
     joined = parts[0].new_zeros(shape[0], parts[0].shape[1], *size)
     for part, (index, frame) in zip(parts, groups, strict=True):
@@ -455,7 +460,7 @@ def _check(images: Tensor, frames: Tensor | None, settings: PreprocessingSetting
         for index, (_, _, *size) in enumerate(frames.tolist()):
             _check_size(f"image {index}", size, settings)
     low, high = images.flatten(1).aminmax(dim=1)
-    # Resampling in float32 can overstep the range by rounding. What is NaN is not inside either.
+    # Resampling in float32 can exceed the range by rounding. NaN is not inside either.
     outside = ~((low >= -1e-3) & (high <= 1 + 1e-3))
     if outside.any():
         index = int(outside.nonzero()[0])
@@ -468,7 +473,7 @@ def _check(images: Tensor, frames: Tensor | None, settings: PreprocessingSetting
 
 
 def _check_size(what: str, size: Sequence[int], settings: PreprocessingSettings) -> None:
-    """Every step needs its border: a mirror image has no more pixels than the picture."""
+    """Each step needs a margin, since a mirrored border cannot be wider than the picture."""
     margins = {
         "laplacian": 3,
         "contrast": settings.contrast_size // 2 + 1,
@@ -491,7 +496,7 @@ def _check_frames(frames: Tensor, images: Tensor) -> None:
         )
     for index, (top, left, h, w) in enumerate(frames.tolist()):
         inside = 0 <= top <= height - h and 0 <= left <= width - w
-        # A record tells planes from single numbers by their size.
+        # A record distinguishes planes from single numbers by their size.
         if not inside or min(h, w) < 2:
             raise ValueError(
                 f"frame {index} is {[top, left, h, w]}: top, left, height, width must be those of "

@@ -45,7 +45,7 @@ def event_writer(folder: Path, purge_step: int | None = None) -> SummaryWriter:
 
 
 class _EventFile:
-    """What SummaryWriter asks of its FileWriter, without the queue and the thread of that."""
+    """What SummaryWriter needs of its FileWriter, without that one's queue and thread."""
 
     def __init__(self, folder: Path, purge_step: int | None) -> None:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
@@ -54,7 +54,7 @@ class _EventFile:
         self._event = Event
         folder.mkdir(parents=True, exist_ok=True)
         begin = _begin(folder)
-        # On from there, however far behind the clock is.
+        # Continue from there, however far behind the clock is.
         self._ahead = max(0.0, begin - time.time())
         name = f"{begin:010d}.{socket.gethostname()}.{os.getpid()}.{next(_serial)}"
         self.path = folder / f"events.out.tfevents.{name}"
@@ -78,14 +78,14 @@ class _EventFile:
             raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def flush(self) -> None:
-        """Nothing is held back."""
+        """Nothing to do: events are written at once."""
 
     def close(self) -> None:
         self._file.close()
 
 
 def _begin(folder: Path) -> int:
-    """The seconds to name a new file by: now, or after the newest file that is there."""
+    """The time in seconds to name a new file by: now, or just after the newest file."""
     names = (_NAME.fullmatch(path.name) for path in folder.iterdir())
     newest = max((int(name[1]) for name in names if name), default=-1)
     return max(int(time.time()), newest + 1)

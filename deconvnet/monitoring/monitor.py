@@ -1,11 +1,11 @@
-"""What a user sees of a run while it goes: progress bar, log, TensorBoard page, pictures.
+"""What a user sees of a run in progress: progress bar, log, TensorBoard page and pictures.
 
-On a terminal a bar shows how far a layer is and what the last epoch saw, as much of it as there is
-room for. The log has a line for epochs that are some seconds apart, in the file of a run and, where
-there is no bar, among what is printed.
+On a terminal, a bar shows the progress of a layer and the statistics of the last epoch, as far as
+there is room. The log has a line for an epoch every few seconds, in the log file of the run and, if
+there is no bar, on the terminal.
 
-One global step, the filter updates since the run began, orders everything on the page; going on
-with a run hides what an interrupted one wrote beyond the step where it goes on.
+One global step, the number of filter updates since the run began, orders everything on the page.
+Resuming a run hides what the interrupted one wrote after the step from which it resumes.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ from deconvnet.storage import ownership
 
 log = logging.getLogger(__name__)
 
-# Seconds between the lines of the log that epochs have.
-BETWEEN = 5.0
-# Attribute of a record of the log that a progress bar shows, too.
+# Seconds between the log lines of epochs.
+LOG_INTERVAL = 5.0
+# Attribute of log records that the progress bar shows, too.
 IN_BAR = "in_bar"
-# Columns from which the bar is drawn in full, and from which it says more than the figures.
-WIDE, MIDDLE = 120, 56
+# Columns of a terminal from which the bar is drawn in full, and with its times.
+WIDE, MEDIUM = 120, 56
 
-# One JSON object a line: what every epoch saw and cost, and what every layer reached.
+# One JSON object per line: the statistics and costs of each epoch, and the result of each layer.
 METRICS = "metrics.jsonl"
 
 
 class Monitor:
-    """Shows a run. Without a folder it is a progress bar alone."""
+    """Reports a run; without a folder, only on a progress bar and in the log."""
 
     def __init__(
         self,
@@ -61,34 +61,36 @@ class Monitor:
         self._writer = None
         self._bar: tqdm | None = None
         self._inferred = 0
-        self._said = -math.inf
+        self._last_logged = -math.inf
 
     def start(self, step: int, layer: int = 1) -> None:
-        """Open the TensorBoard file; events after `step` that an earlier run left are hidden, and
-        so is the result of `layer`, which is not finished.
+        """Open the TensorBoard file.
+
+        Hides events after `step` that an interrupted run left, and its result of `layer`, which is
+        not finished.
         """
         if self.folder is None:
             return
         from torch.utils.tensorboard.summary import hparams
 
-        _cut(self.folder / METRICS, step, layer)
+        _truncate_metrics(self.folder / METRICS, step, layer)
         self._writer = event_writer(self.folder, purge_step=step + 1)
         self._writer.add_text("config", f"```yaml\n{self.config}\n```", step)
-        # add_hparams would put them into a run of its own; written by hand they stay in this one.
+        # add_hparams would put them into a separate run.
         for summary in hparams(self.settings, {"layer1/snr": 0.0}):
             self._writer.file_writer.add_summary(summary)
 
     def layer(self, number: int, done: int, total: int) -> None:
-        """A layer begins, or goes on after `done` of its `total` filter updates."""
+        """Report that a layer begins, or resumes after `done` of its `total` filter updates."""
         self._open_bar(f"layer {number}", total, initial=done, unit="update")
 
     def advance(self) -> None:
-        """One more filter update."""
+        """Report one more filter update."""
         self._bar.update()
 
     def epoch(self, stats: EpochStats, step: int) -> None:
-        """An epoch is over."""
-        self._say(stats)
+        """Report the end of an epoch."""
+        self._report_epoch(stats)
         if self._writer is None:
             return
         for key, value in stats.numbers.items():
@@ -99,10 +101,10 @@ class Monitor:
             self._writer.add_scalar(f"memory/rank {rank}, MB", load.memory, step)
         speed = 1 / max(stats.seconds_per_image, 1e-12)
         self._writer.add_scalar("images per second", speed, step)
-        self._note(step, **{**asdict(stats), "objective": stats.objective})
+        self._append_metrics(step, **{**asdict(stats), "objective": stats.objective})
 
     def inferred(self, done: int, total: int) -> None:
-        """Some of the images have their final maps."""
+        """Report that `done` of `total` images have their final maps."""
         if self._inferred == 0:
             self._open_bar("inference", total, unit="image", leave=False)
         self._bar.update(done - self._inferred)
@@ -112,10 +114,10 @@ class Monitor:
             self._close_bar()
 
     def result(self, result: LayerResult, values: Tensor, step: int) -> None:
-        """A layer is finished; values are the entries of its maps that are not zero."""
+        """Report a finished layer; values: the non-zero coefficients of its maps."""
         if self._writer is None:
             return
-        self._note(step, result=asdict(result), layer=result.layer)
+        self._append_metrics(step, result=asdict(result), layer=result.layer)
         rows = [f"| {key} | {value:.6g} |" for key, value in asdict(result).items()]
         table = "\n".join(["| all training images | |", "|---|---|", *rows])
         self._writer.add_text(f"layer{result.layer}/result", table, step)
@@ -123,15 +125,15 @@ class Monitor:
             self._writer.add_histogram(f"layer{result.layer}/nonzero z", values, step)
 
     def inference(self, layer: int, curve: list[InferencePoint]) -> None:
-        """How inference went in a finished layer, over its iterations.
+        """Report the convergence of inference in a finished layer.
 
-        In a sub-folder, which TensorBoard shows as a run of its own: its steps are iterations, not
-        filter updates.
+        It goes to a subfolder, which TensorBoard shows as a separate run, since its steps are
+        iterations rather than filter updates.
         """
         if self.folder is None:
             return
         folder = self.folder / "inference" / f"layer{layer}"
-        # A run that went back shows only its last curve.
+        # After a run was set back, only its last curve is shown.
         with event_writer(folder, purge_step=1) as writer:
             for point in curve:
                 for key in ("objective", "beta", "density"):
@@ -139,7 +141,7 @@ class Monitor:
                     writer.add_scalar(tag, getattr(point, key), point.iteration)
 
     def picture(self, name: str, picture: Tensor, step: int) -> None:
-        """A picture (3, H, W) in [0, 1]: on the page, and as pictures/<name>.png of the run."""
+        """Show a picture (3, H, W) in [0, 1] on the page and save it as pictures/<name>.png."""
         if self.folder is None:
             return
         if not torch.isfinite(picture).all():
@@ -149,12 +151,12 @@ class Monitor:
         save_picture(self.folder / "pictures" / f"{name.replace('/', '-')}.png", picture)
 
     def flush(self) -> None:
-        """Put on the disk what was said so far: before the checkpoint from which a run goes on."""
+        """Write everything reported so far to disk, before the checkpoint that relies on it."""
         if self._writer is not None:
             self._writer.flush()
 
-    def _note(self, step: int, **values: object) -> None:
-        """One line of metrics.jsonl, on the disk before the checkpoint that counts on it."""
+    def _append_metrics(self, step: int, **values: object) -> None:
+        """Append a line to metrics.jsonl, before the checkpoint that relies on it is written."""
         ownership.append(self.folder / METRICS, to_json({"step": step, **values}) + "\n")
 
     def __enter__(self) -> Monitor:
@@ -167,21 +169,21 @@ class Monitor:
         if self._writer is not None:
             self._writer.close()
 
-    def _say(self, stats: EpochStats) -> None:
-        """The figures of an epoch beside the bar, and from time to time in the log."""
+    def _report_epoch(self, stats: EpochStats) -> None:
+        """Show the statistics of an epoch next to the bar, and in the log now and then."""
         text = (
             f"objective {stats.objective:.1f}, SNR {stats.snr:.1f} dB, density {stats.density:.1%}"
         )
         text += f", {stats.dead} dead" if stats.dead else ""
         short = f"{stats.epoch}/{stats.epochs}, obj {stats.objective:.1f}, SNR {stats.snr:.1f} dB"
         columns = _columns()
-        self._bar.bar_format = _bar_format(columns) if columns >= MIDDLE else "{desc}{postfix}"
+        self._bar.bar_format = _bar_format(columns) if columns >= MEDIUM else "{desc}{postfix}"
         if columns >= WIDE:
             self._bar.set_postfix_str(f"epoch {stats.epoch}/{stats.epochs}, {text}")
         else:
-            self._bar.set_postfix_str(f"epoch {short}" if columns >= MIDDLE else short)
-        if stats.epoch == stats.epochs or time.monotonic() >= self._said + BETWEEN:
-            self._said = time.monotonic()
+            self._bar.set_postfix_str(f"epoch {short}" if columns >= MEDIUM else short)
+        if stats.epoch == stats.epochs or time.monotonic() >= self._last_logged + LOG_INTERVAL:
+            self._last_logged = time.monotonic()
             epoch = f"layer {stats.layer}, epoch {stats.epoch}/{stats.epochs}"
             log.info("%s: %s", epoch, text, extra={IN_BAR: not self._bar.disable})
 
@@ -203,28 +205,28 @@ class Monitor:
 
 
 def hidden(progress: bool) -> bool | None:
-    """`disable` of a progress bar: a file would get all that a terminal draws over itself."""
+    """The argument `disable` of a tqdm bar; None hides it where the output is not a terminal."""
     return None if progress else True
 
 
 def not_in_bar(record: logging.LogRecord) -> bool:
-    """For the handlers that write to a terminal: whether a progress bar does not show it there."""
+    """A filter for log handlers of a terminal: whether the progress bar does not show it."""
     return not getattr(record, IN_BAR, False)
 
 
 def _bar_format(columns: int) -> str | None:
-    """The bar without what there is no room for: first the bar itself, then times."""
+    """The format of the bar for this many columns; None: tqdm's own."""
     if columns >= WIDE:
         return None
     return (
         "{desc} {percentage:.0f}% {remaining}{postfix}"
-        if columns >= MIDDLE
+        if columns >= MEDIUM
         else "{desc} {n_fmt}/{total_fmt}{postfix}"
     )
 
 
 def _columns() -> int:
-    """The width of the terminal that the bar is drawn on."""
+    """The width of the terminal in columns."""
     try:
         return os.get_terminal_size(sys.stderr.fileno()).columns
     except (OSError, ValueError, AttributeError):
@@ -232,7 +234,7 @@ def _columns() -> int:
 
 
 def memory_used(device: torch.device) -> float:
-    """The most memory that this process has used so far, in MB; NaN where nobody says."""
+    """The peak memory of this process so far, in MB; NaN if the system does not report it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     if sys.platform == "win32":
@@ -243,28 +245,26 @@ def memory_used(device: torch.device) -> float:
     return used / 1e6 if sys.platform == "darwin" else used / 1e3
 
 
-def _cut(path: Path, step: int, layer: int) -> None:
-    """Take from a file of metrics what an interrupted run wrote beyond a step, lines that are
-    damaged or half written, and the results of layers from this one on.
-    """
+def _truncate_metrics(path: Path, step: int, layer: int) -> None:
+    """Remove lines after a step, results of this layer and later ones, and damaged lines."""
     if not path.exists():
         return
-    kept = []
+    lines = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            found = json.loads(line)
-            if found["step"] > step or ("result" in found and found["layer"] >= layer):
+            entry = json.loads(line)
+            if entry["step"] > step or ("result" in entry and entry["layer"] >= layer):
                 continue
         except (ValueError, KeyError, TypeError, RecursionError):
             continue
-        kept.append(line + "\n")
-    ownership.write(path, "".join(kept).encode())
+        lines.append(line + "\n")
+    ownership.write(path, "".join(lines).encode())
 
 
 def save_picture(path: Path, picture: Tensor) -> None:
     """Write a picture (1 or 3, H, W) in [0, 1] to a PNG file, grey or RGB.
 
-    ForeignFileError where something is there that this package did not make (`files.write`).
+    Raises ForeignFileError if a file that this package did not write is there.
     """
     pixels = (picture.clamp(0, 1).cpu() * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
     buffer = io.BytesIO()

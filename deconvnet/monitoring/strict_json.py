@@ -1,6 +1,6 @@
-"""JSON that every reader takes: null where there is no number.
+"""Strict JSON: null in place of NaN and infinity.
 
-json.dumps writes NaN and Infinity, which are no JSON: browsers, jq and most parsers refuse them.
+json.dumps writes NaN and Infinity, which are not JSON; browsers, jq and most parsers reject them.
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ import math
 
 
 def to_json(value: object, **options: object) -> str:
-    """A value as strict JSON; options: those of json.dumps.
+    """A value as strict JSON; options: as of json.dumps.
 
-    NaN and infinite numbers become null. Tuples are lists; numpy and torch numbers of no dimension
-    are numbers.
+    NaN and infinite numbers become null, tuples lists, and scalars of numpy and torch numbers.
     """
     return json.dumps(_plain(value), allow_nan=False, **options)
 

@@ -24,13 +24,13 @@ def save_arrays(
     compressed: bool = False,
     ours: Callable[[Path], bool] | None = None,
 ) -> None:
-    """Write arrays to an .npz file by `files.write`, whose argument `ours` is."""
+    """Write arrays to an .npz file; ours: as in `ownership.write`."""
     buffer = io.BytesIO()
     if compressed:
         np.savez_compressed(buffer, **arrays)
-        whole = sum(array.nbytes for array in arrays.values())
-        if whole > MAX_RATIO * buffer.tell():
-            # What shrinks more than that would be refused as a bomb.
+        unpacked = sum(array.nbytes for array in arrays.values())
+        if unpacked > MAX_RATIO * buffer.tell():
+            # Reading would refuse it as a zip bomb.
             compressed, buffer = False, io.BytesIO()
     if not compressed:
         np.savez(buffer, **arrays)
@@ -38,19 +38,21 @@ def save_arrays(
 
 
 def load_arrays(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an .npz file; OSError, or ValueError where it is anything else, also where it
-    would unpack to many times its size.
+    """The arrays of an .npz file.
+
+    Raises OSError if it cannot be read, and ValueError if it is something else or would unpack to
+    many times its size.
     """
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise ValueError("not a regular file")
     try:
         with zipfile.ZipFile(path) as archive:
-            whole = sum(info.file_size for info in archive.infolist())
-        if whole > 2 * MAX_RATIO * os.path.getsize(path) + 2**20:
-            raise ValueError(f"it would unpack to {whole} bytes")
+            unpacked = sum(info.file_size for info in archive.infolist())
+        if unpacked > 2 * MAX_RATIO * os.path.getsize(path) + 2**20:
+            raise ValueError(f"it would unpack to {unpacked} bytes")
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
     except OSError:
         raise
-    except Exception as error:  # zipfile, zlib and numpy have a dozen kinds
+    except Exception as error:  # zipfile, zlib and numpy raise a dozen kinds
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error

@@ -39,12 +39,12 @@ logger = logging.getLogger(__name__)
 
 
 def save_checkpoint(folder: Path, step: int, state: dict, keep: int = 2) -> Path:
-    """The path of the checkpoint just written, `folder/step-00000120.pt`.
+    """Write the state to `folder/step-00000120.pt` and return that path.
 
-    state: dicts, lists and tuples of str, int, float, bool, None and tensors, nested as you like.
-    Raises OSError with the path where it cannot be written; the older checkpoints are then intact.
-    Of the checkpoints up to this step the newest `keep` stay. Those of later steps, left behind by
-    a run that went back, are neither counted nor deleted.
+    state: dicts, lists and tuples of str, int, float, bool, None and tensors, nested at will.
+    Keeps the newest `keep` checkpoints up to this step and deletes older ones. Checkpoints of later
+    steps, left by a run that was set back, are neither counted nor deleted. Raises OSError with the
+    path if it cannot be written; the older checkpoints are then intact.
     """
     if keep < 2:
         raise ValueError(f"keep={keep}: keep at least 2, in case the newest is damaged")
@@ -57,8 +57,8 @@ def save_checkpoint(folder: Path, step: int, state: dict, keep: int = 2) -> Path
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, "version": VERSION, "state": state}, buffer)
     ownership.write(path, buffer.getbuffer(), ours=is_checkpoint)
-    # Later ones may be the damaged ones that the run fell back from: counting them would leave them
-    # and delete the sound ones.
+    # Later checkpoints may be damaged ones that the run fell back from: counting them would keep
+    # them and delete sound ones.
     reached = [(number, older) for number, older in _checkpoints(folder) if number <= step]
     for _, older in reached[:-keep]:
         if not older.is_symlink() and is_checkpoint(older):
@@ -67,21 +67,20 @@ def save_checkpoint(folder: Path, step: int, state: dict, keep: int = 2) -> Path
 
 
 def load_checkpoint(path: Path) -> dict:
-    """The state in a checkpoint, verified, with its tensors on the CPU; else InvalidFileError."""
+    """The verified state of a checkpoint, with tensors on the CPU; else InvalidFileError."""
     path = Path(path)
     data = read_file(path)
     damage = f"{path}: empty, truncated, damaged or not a checkpoint; resume from an older one"
     try:
-        # torch takes anything that begins otherwise for a format of old, which it reads with fewer
-        # guards.
+        # torch reads anything that begins differently as an older format, with fewer safeguards.
         if not data.startswith(ZIP):
             raise zipfile.BadZipFile("no zip archive")
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            # torch.save does not compress: what is small on the disk is small in memory, too.
+            # torch.save does not compress, so a compressed archive may be a bomb.
             if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
                 raise zipfile.BadZipFile("compressed")
             damaged = archive.testzip()
-    except Exception as error:  # which of a dozen kinds depends on the byte that is wrong
+    except Exception as error:  # damage raises a dozen kinds of exceptions
         raise InvalidFileError(damage) from error
     if damaged is not None:
         raise InvalidFileError(f"{path}: damaged in {damaged!r}; resume from an older checkpoint")
@@ -89,10 +88,10 @@ def load_checkpoint(path: Path) -> dict:
         content = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
     except pickle.UnpicklingError as error:
         raise InvalidFileError(
-            f"{path}: holds objects that may run code when loaded, which no checkpoint does; "
+            f"{path}: contains objects that may run code when loaded, which no checkpoint does; "
             "find out where it comes from"
         ) from error
-    except Exception as error:  # an archive of something else fails anywhere in torch.load
+    except Exception as error:  # other archives may fail anywhere in torch.load
         raise InvalidFileError(damage) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise InvalidFileError(f"{path}: not a deconvnet checkpoint; choose a step-*.pt of a run")
@@ -103,45 +102,45 @@ def load_checkpoint(path: Path) -> dict:
 
 
 def load_newest_checkpoint(folder: Path) -> tuple[dict, Path] | None:
-    """The state of the newest sound checkpoint in the folder and its path; None if there is none.
+    """The state and the path of the newest valid checkpoint; None if there are no checkpoints.
 
-    Warns about every newer one that is damaged. Raises InvalidFileError if all of them are: a run
-    that then started anew would overwrite what may be worth repairing.
+    Warns about newer ones that are damaged. Raises InvalidFileError if all are damaged, since a new
+    run would overwrite what may be worth repairing.
     """
     folder = Path(folder)
-    found = _checkpoints(folder)
-    for _, path in reversed(found):
+    checkpoints = _checkpoints(folder)
+    for _, path in reversed(checkpoints):
         try:
             return load_checkpoint(path), path
         except InvalidFileError as error:
             logger.warning("%s (falling back to the checkpoint before it)", error)
-    if not found:
+    if not checkpoints:
         return None
     raise InvalidFileError(
-        f"{folder}: none of its {len(found)} checkpoints can be loaded, see the warnings; "
-        "restore one from a copy, or move them away to start anew"
+        f"{folder}: none of its {len(checkpoints)} checkpoints can be loaded, see the warnings; "
+        "restore one from a copy, or move them away to start again"
     )
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a file is a checkpoint, sound or not, as far as its first bytes tell."""
+    """Whether a file is a checkpoint, valid or not, judging by its first bytes."""
     with suppress(OSError, ValueError), ownership.open_regular_file(path) as file:
-        # torch.save puts the pickle first, uncompressed, and its first words say what it is.
+        # torch.save writes the pickle first, uncompressed, and it begins with the format.
         begin = file.read(4096)
-        # What is left of one that was cut off before them, perhaps nothing, is no loss to anybody.
+        # A file cut off before that holds nothing worth keeping.
         stump = len(begin) < EMPTY_SIZE and begin[: len(ZIP)] == ZIP[: len(begin)]
         return stump or (begin.startswith(ZIP) and FORMAT.encode() in begin)
     return False
 
 
 def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """The checkpoints in the folder with their steps, oldest first; none if there is no folder."""
+    """The steps and paths of the checkpoints in a folder, oldest first."""
     paths = _files_named(folder, NAME)
     return sorted((int(NAME.fullmatch(path.name)[1]), path) for path in paths)
 
 
 def _files_named(folder: Path, pattern: re.Pattern) -> list[Path]:
-    # A folder that cannot be listed must raise: it would look like a run without checkpoints.
+    # A folder that cannot be listed must raise, or it would look like a run without checkpoints.
     try:
         return [path for path in folder.iterdir() if pattern.fullmatch(path.name)]
     except FileNotFoundError:

@@ -8,11 +8,12 @@ from deconvnet.storage import ownership
 
 
 class InvalidFileError(ValueError):
-    """A file that is damaged, of another format or unsafe to load."""
+    """A file that is damaged, of another format, or unsafe to load."""
 
 
 def read_file(path: Path) -> bytes:
-    # Read once and as a whole, so that what is verified is what is loaded.
+    """The content of a file; InvalidFileError if it cannot be read."""
+    # Read once, so that the bytes that are verified are those that are loaded.
     try:
         return ownership.read_regular_file(path)
     except ValueError as error:
@@ -21,9 +22,10 @@ def read_file(path: Path) -> bytes:
         raise InvalidFileError(f"{path}: {error.strerror}; choose a file to read") from error
 
 
-def check_version(path: Path, found: object, known: object) -> None:
-    if found != known:
+def check_version(path: Path, version: object, supported: object) -> None:
+    """Raise InvalidFileError unless the file has the supported version of its format."""
+    if version != supported:
         raise InvalidFileError(
-            f"{path}: format version {found!r}, but this deconvnet reads {known!r}; "
+            f"{path}: format version {version!r}, but this deconvnet reads {supported!r}; "
             "use the deconvnet that wrote it"
         )

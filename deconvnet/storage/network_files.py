@@ -29,9 +29,10 @@ MAX_HEADER = 2**24
 
 
 def save_network(path: Path, tensors: dict[str, Tensor], settings: dict) -> None:
-    """Writes the tensors and settings of a trained network to a file that is safe to share.
+    """Write the tensors and settings of a trained network to a file that is safe to share.
 
-    settings: what JSON can hold, with text as keys and finite numbers; tuples come back as lists.
+    settings: values that JSON can hold, with text as keys and finite numbers; tuples come back as
+    lists.
     """
     path = _network_path(path)
     _check_finite(path, tensors, ValueError)
@@ -39,7 +40,7 @@ def save_network(path: Path, tensors: dict[str, Tensor], settings: dict) -> None
         text = json.dumps(settings, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: settings must be values that JSON can hold: {error}") from error
-    # safetensors takes neither views nor two names for one memory.
+    # safetensors accepts neither views nor tensors that share memory.
     layout = torch.contiguous_format
     tensors = {name: t.detach().cpu().clone(memory_format=layout) for name, t in tensors.items()}
     metadata = {
@@ -53,7 +54,7 @@ def save_network(path: Path, tensors: dict[str, Tensor], settings: dict) -> None
 
 
 def load_network(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """The tensors, on the CPU, and settings of a network file, verified; else InvalidFileError."""
+    """The verified tensors, on the CPU, and settings of a file; else InvalidFileError."""
     path = _network_path(path)
     data = read_file(path)
     try:
@@ -61,7 +62,7 @@ def load_network(path: Path) -> tuple[dict[str, Tensor], dict]:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         metadata = header.get("__metadata__") or {}
         settings = json.loads(metadata.get("settings", "null"))
-    except Exception as error:  # the parser's own error, or torch's for a type it does not know
+    except Exception as error:  # of the parser, or of torch for an unknown type
         raise InvalidFileError(
             f"{path}: empty, truncated, damaged or not a network file; fetch it again"
         ) from error
@@ -75,8 +76,8 @@ def load_network(path: Path) -> tuple[dict[str, Tensor], dict]:
 
 
 def is_network(path: Path) -> bool:
-    """Whether a file is a network file, sound or not, as far as its first bytes tell."""
-    # Of a file of others the header may be any JSON, however deep.
+    """Whether a file is a network file, valid or not, judging by its first bytes."""
+    # The header of a foreign file may be any JSON, nested to any depth.
     errors = (OSError, ValueError, RecursionError, AttributeError)
     with suppress(*errors), ownership.open_regular_file(path) as file:
         size = int.from_bytes(file.read(8), "little")
@@ -86,14 +87,15 @@ def is_network(path: Path) -> bool:
 
 
 def _sorted_header(data: bytes) -> bytes:
-    """A safetensors file with its header in one order: the library's own differs from call to call,
-    and files of equal networks would differ.
+    """A safetensors file with its header sorted, so that equal networks have equal files.
+
+    The library's own order differs from call to call.
     """
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:start])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     text = json.dumps(dict(sorted(header.items())), separators=(",", ":"), ensure_ascii=False)
-    # Tensors begin at a multiple of eight bytes.
+    # Tensors must begin at a multiple of eight bytes.
     text = text.encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text + data[start:]
@@ -107,7 +109,7 @@ def _network_path(path: Path) -> Path:
 
 
 def _digest(tensors: dict[str, Tensor], settings: str) -> str:
-    """SHA-256 over the names, sorted, types, shapes and bytes of tensors, and the settings."""
+    """SHA-256 of the sorted names, the types, shapes and bytes of the tensors, and the settings."""
     names = sorted(tensors)
     table = [[name, str(tensors[name].dtype), list(tensors[name].shape)] for name in names]
     digest = hashlib.sha256(json.dumps([table, settings]).encode())
@@ -119,4 +121,4 @@ def _digest(tensors: dict[str, Tensor], settings: str) -> str:
 def _check_finite(path: Path, tensors: dict[str, Tensor], kind: type[ValueError]) -> None:
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
-            raise kind(f"{path}: tensor {name!r} is not finite; use one from before that")
+            raise kind(f"{path}: tensor {name!r} is not finite; use an earlier network")

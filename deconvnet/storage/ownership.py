@@ -1,18 +1,17 @@
-"""The rule for every path that is written: only what this package made is replaced, moved or
-removed.
+"""Which files this package may replace, move or remove: only those that it wrote itself.
 
-A folder of results has a hidden folder `.deconvnet` in it, which holds
+A folder of results contains a hidden folder `.deconvnet` with
 
-    made       a record of all files made in the folder and below it: a line of JSON for each,
+    made       a record of all files written to the folder and below it: one line of JSON for each,
                [digest, path]; the digest is empty for files that grow, such as a log, and null for
-               what was removed
-    *.tmp      what is being written
+               files that were removed
+    *.tmp      files being written
     lock       held by the one process that may write a run
 
-A file is ours if the record nearest above it says so and its content is still what was written. So
-a file of the user's is never touched, nor one of ours that somebody has edited since, nor a link:
-`write` refuses, `remove` and `move` leave it where it is. Whoever reads sees the old content or the
-new one, also after a kill, and a full disk never costs an older file.
+A file is ours if the nearest record above it lists it and its content is still what was written. So
+a user's own file is never touched, nor a file of ours that somebody has edited, nor a link: `write`
+raises an error, `remove` and `move` leave it in place. Readers see the old content or the new one,
+even after a kill, and a full disk never costs an older file.
 """
 
 from __future__ import annotations
@@ -37,26 +36,26 @@ import filelock
 
 RECORD_FOLDER = ".deconvnet"
 RECORD_FILE = "made"
-# In the record, in place of a digest: a file that grows.
+# In the record, in place of a digest: the file grows.
 GROWS = ""
-# How many strangers a message names.
+# How many foreign files a message names.
 MAX_NAMED = 3
-# What file managers leave in every folder that somebody looks into.
+# Files that file managers leave in every folder that somebody opens.
 FILE_MANAGER_FILES = (".DS_Store", "Thumbs.db", "desktop.ini")
 
-# Bytes of a record: millions of files.
+# The largest record in bytes, enough for millions of files.
 MAX_RECORD = 2**28
-# Seconds after which a temporary file is left from a kill: others may write beside the one process
-# that has the lock, and theirs are there for moments.
+# Age in seconds from which a temporary file must be left over from a kill. Processes without the
+# lock may write to the folder too, but their temporary files exist only for moments.
 STALE = 3600.0
-# What file systems that have no locks answer.
+# Errors of file systems without locks.
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 log = logging.getLogger(__name__)
 
 
 class ForeignFileError(ValueError):
-    """Something that this package did not make is in the way."""
+    """A file that this package did not write is in the way."""
 
 
 class FolderLockedError(ValueError):
@@ -64,14 +63,14 @@ class FolderLockedError(ValueError):
 
 
 def claim_folder(folder: str | Path) -> Path:
-    """Make a folder, if need be, with a record of its own; its absolute path."""
+    """Create a folder with a record of its own unless they exist; its absolute path."""
     folder = absolute(folder)
     folder.mkdir(parents=True, exist_ok=True)
     own = folder / RECORD_FOLDER
     if os.path.lexists(own) and not _is_own(own):
         raise ForeignFileError(f"{own}: is in the way of the record of results; move it away")
     own.mkdir(exist_ok=True)
-    # A run folder may come from somebody else: nothing in it leads us to write elsewhere.
+    # A run folder may come from somebody else; no link in it may lead us to write elsewhere.
     for name in (RECORD_FILE, "lock", "writer"):
         if os.path.lexists(own / name) and not is_regular(own / name):
             raise ForeignFileError(
@@ -81,18 +80,18 @@ def claim_folder(folder: str | Path) -> Path:
 
 
 def absolute(path: str | Path) -> Path:
-    """A path from the root, without "..", links not resolved."""
+    """The absolute path without "..", links not resolved."""
     return Path(os.path.abspath(path))
 
 
 def write(
     path: str | Path, data: bytes | memoryview, *, ours: Callable[[Path], bool] | None = None
 ) -> None:
-    """Put data at a path, whole or not at all, and record it.
+    """Write data to a path, completely or not at all, and record it.
 
-    ours: for files whose content tells who made them, a function that tells; they need no record.
+    ours: tells from the content of a file whether this package wrote it; such files need no record.
     Raises ForeignFileError if somebody else's file is there, and OSError with the path if it cannot
-    be written; what was there before is then intact.
+    be written; in both cases the existing file is intact.
     """
     path = absolute(path)
     if ours is None or not (path.is_file() and not path.is_symlink() and ours(path)):
@@ -103,7 +102,7 @@ def write(
         if root is None and ours is None:
             root = claim_folder(path.parent)
         if root is not None:
-            # Before the file: after a kill between the two, a file of ours would be a stranger's.
+            # Recorded first: after a kill between the two, our file would count as foreign.
             _record(root, [(_digest(data), path)])
         temporary = _temporary(root, path)
         try:
@@ -120,24 +119,24 @@ def write(
 
 
 def check_writable(path: str | Path) -> None:
-    """ForeignFileError where something is at a path that may not be replaced."""
+    """Raise ForeignFileError if something is at this path that may not be replaced."""
     path = absolute(path)
     if os.path.lexists(path) and not is_ours(path):
         raise ForeignFileError(
-            f"{path}: is there already and is not as deconvnet wrote it; move it away, or choose "
+            f"{path}: already exists and is not as deconvnet wrote it; move it away, or choose "
             "another place"
         )
 
 
 def check_not_inputs(targets: Iterable[str | Path], inputs: Iterable[str | Path]) -> None:
-    """ForeignFileError if a result would overwrite one of its inputs, whatever path leads there."""
-    given = {}
+    """Raise ForeignFileError if a target is one of the inputs, by whatever path or link."""
+    input_paths = {}
     for path in inputs:
         with suppress(OSError):
-            given[_identity(os.stat(path))] = path
+            input_paths[_identity(os.stat(path))] = path
     for target in targets:
         with suppress(OSError):
-            if (source := given.get(_identity(os.stat(target)))) is not None:
+            if (source := input_paths.get(_identity(os.stat(target)))) is not None:
                 raise ForeignFileError(
                     f"{target}: is an input itself ({source}) and would be written over; choose "
                     "another output=..."
@@ -145,7 +144,7 @@ def check_not_inputs(targets: Iterable[str | Path], inputs: Iterable[str | Path]
 
 
 def is_regular(path: str | Path) -> bool:
-    """Whether a path is a file itself: no link, and no pipe or device, whose opening may hang."""
+    """Whether a path is a regular file: no link, and no pipe or device, which may block."""
     try:
         return stat.S_ISREG(os.lstat(path).st_mode)
     except (OSError, ValueError):
@@ -153,40 +152,40 @@ def is_regular(path: str | Path) -> bool:
 
 
 def is_ours(path: str | Path) -> bool:
-    """Whether a path is a file that this package made and that nobody has changed since."""
+    """Whether this package wrote the file and nobody has changed it since."""
     path = absolute(path)
     root = _root(path.parent)
     try:
-        found = os.lstat(path)
-    except (OSError, ValueError):  # ValueError: a record may speak of names that cannot be
+        info = os.lstat(path)
+    except (OSError, ValueError):  # ValueError: a record may contain impossible names
         return False
-    if root is None or not stat.S_ISREG(found.st_mode):
+    if root is None or not stat.S_ISREG(info.st_mode):
         return False
     digests = _digests_by_path(root).get(_relative(root, path), ())
     if GROWS in digests:
         return True
     if not digests:
         return False
-    return _signatures.get(path) == _signature(found) or _digest_of(path) in digests
+    return _signatures.get(path) == _signature(info) or _digest_of(path) in digests
 
 
 def foreign_files(paths: Iterable[Path]) -> list[Path]:
-    """Those of some files that are not ours."""
+    """Those of the given files that are not ours."""
     roots: dict[Path, Path | None] = {}
-    found = []
+    foreign = []
     for path in paths:
         parent = absolute(path).parent
         if parent not in roots:
             roots[parent] = _root(parent)
         if roots[parent] is None or not is_ours(path):
-            found.append(path)
-    return found
+            foreign.append(path)
+    return foreign
 
 
 def record(path: str | Path, *, grows: bool = True) -> None:
-    """Say of a file that others write for us, a log or TensorBoard's, that it is ours.
+    """Record a file as ours that another library writes for us, such as a log.
 
-    grows: whether it may change; else it is ours as it is now.
+    grows: whether its content may change; otherwise it is ours with its present content.
     """
     path = absolute(path)
     root = _writable_root(path.parent) or claim_folder(path.parent)
@@ -196,7 +195,7 @@ def record(path: str | Path, *, grows: bool = True) -> None:
 
 
 def append(path: str | Path, text: str) -> None:
-    """Add text to a file that grows; ForeignFileError where that is a stranger's."""
+    """Append text to a file that grows; ForeignFileError if somebody else wrote it."""
     path = absolute(path)
     if not os.path.lexists(path):
         record(path)
@@ -206,7 +205,7 @@ def append(path: str | Path, text: str) -> None:
 
 
 def remove(path: str | Path) -> bool:
-    """Remove a file if it is ours; whether it was."""
+    """Remove a file if it is ours, and return whether it was."""
     path = absolute(path)
     if not is_ours(path) or _through_link(path):
         return False
@@ -216,19 +215,19 @@ def remove(path: str | Path) -> bool:
 
 
 def own_files_in(folder: str | Path) -> list[Path]:
-    """The files that the record of a folder speaks of, those that are still there and ours."""
+    """The files in the record of a folder that still exist and are ours."""
     folder = absolute(folder)
     paths = [folder / relative for relative in _digests_by_path(folder) if _inside(relative)]
     return [path for path in paths if is_ours(path) and not _through_link(path)]
 
 
 def move(path: str | Path, target: str | Path) -> bool:
-    """Move a file that is ours to a place where nothing is, with its record; whether it was."""
+    """Move a file with its record to a free path if it is ours, and return whether it was."""
     path, target = absolute(path), absolute(target)
     if not is_ours(path) or _through_link(path):
         return False
     if os.path.lexists(target):
-        raise ForeignFileError(f"{target}: is there already; move it away")
+        raise ForeignFileError(f"{target}: already exists; move it away")
     digests = _digests_by_path(_root(path.parent))[_relative(_root(path.parent), path)]
     target.parent.mkdir(parents=True, exist_ok=True)
     root = _writable_root(target.parent) or claim_folder(target.parent)
@@ -239,28 +238,27 @@ def move(path: str | Path, target: str | Path) -> bool:
 
 
 def foreign_files_in(folder: str | Path) -> list[Path]:
-    """What is in a folder, and below it, that is not ours: files, links, whatever else."""
+    """All entries in a folder and below it that are not ours: files, links and others."""
     folder = absolute(folder)
-    found = []
+    foreign = []
     for parent, folders, names in os.walk(folder):
         linked = [name for name in folders if Path(parent, name).is_symlink()]
         folders[:] = [name for name in folders if name != RECORD_FOLDER and name not in linked]
         paths = [Path(parent, name) for name in names + linked if name not in FILE_MANAGER_FILES]
-        found += [path for path in paths if not is_ours(path)]
-    return sorted(found)
+        foreign += [path for path in paths if not is_ours(path)]
+    return sorted(foreign)
 
 
 @contextmanager
 def rebuilt_folder(folder: str | Path) -> Iterator[Path]:
-    """An empty folder to fill, which then takes the place of the one at a path, whole or not at
-    all.
+    """Yield an empty folder to fill, which then replaces the one at the path as a whole.
 
-    ForeignFileError, before anything is done, where that holds anything but files of ours.
+    Raises ForeignFileError before anything is done if that folder holds foreign files.
     """
     folder = absolute(folder)
     root = _writable_root(folder.parent) or claim_folder(folder.parent)
     new, old = (root / RECORD_FOLDER / f"{folder.name}.{kind}" for kind in ("new", "old"))
-    # A kill between the two renamings below.
+    # Left by a kill between the two renames below.
     if old.exists() and not os.path.lexists(folder):
         os.rename(old, folder)
     check_replaceable(folder)
@@ -269,7 +267,7 @@ def rebuilt_folder(folder: str | Path) -> Iterator[Path]:
     new.mkdir(parents=True)
     try:
         yield new
-        # What somebody has put there in the meantime.
+        # Somebody may have put files there in the meantime.
         check_replaceable(folder)
         files = [path for path in new.rglob("*") if path.is_file()]
         _record(root, [(_digest_of(path), folder / path.relative_to(new)) for path in files])
@@ -282,7 +280,7 @@ def rebuilt_folder(folder: str | Path) -> Iterator[Path]:
 
 
 def check_replaceable(folder: str | Path) -> None:
-    """ForeignFileError where something is at a path but a folder that holds files of ours alone."""
+    """Raise ForeignFileError unless the path is free or a folder of our files alone."""
     folder = absolute(folder)
     if not os.path.lexists(folder):
         return
@@ -292,13 +290,13 @@ def check_replaceable(folder: str | Path) -> None:
         named = ", ".join(path.relative_to(folder).as_posix() for path in foreign[:MAX_NAMED])
         more = ", ..." if len(foreign) > MAX_NAMED else ""
         raise ForeignFileError(
-            f"{folder}: would be replaced, but holds what deconvnet did not make ({named}{more}); "
-            "move that away, or choose another place"
+            f"{folder}: would be replaced, but contains files that deconvnet did not make "
+            f"({named}{more}); move them away, or choose another place"
         )
 
 
 def prune(folder: str | Path) -> None:
-    """Remove a folder if nothing is left in it, and the folders in it likewise."""
+    """Remove a folder and its subfolders as far as they are empty."""
     folder = absolute(folder)
     if folder.is_symlink() or not folder.is_dir():
         return
@@ -311,7 +309,7 @@ def prune(folder: str | Path) -> None:
 
 @contextmanager
 def locked_folder(folder: str | Path) -> Iterator[None]:
-    """Within it no other process gets a lock on this folder; FolderLockedError where one has it."""
+    """Hold the lock of a folder; FolderLockedError if another process holds it."""
     folder = claim_folder(folder)
     writer = folder / RECORD_FOLDER / "writer"
     lock = filelock.FileLock(folder / RECORD_FOLDER / "lock", blocking=False)
@@ -322,14 +320,14 @@ def locked_folder(folder: str | Path) -> Iterator[None]:
         with suppress(OSError):
             who = writer.read_text(errors="replace")[:100]
         raise FolderLockedError(
-            f"{folder}: another process ({who}) is writing to this folder; wait until it has "
-            "ended, or choose another one with name=..."
+            f"{folder}: another process ({who}) is writing to this folder; wait until it "
+            "ends, or choose another folder with name=..."
         ) from None
     except (NotImplementedError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in NO_LOCKS:
             raise
-        # That must not stop the work.
-        log.warning("%s: the file system has no locks: let no other process write there", folder)
+        # No reason to stop the work.
+        log.warning("%s: the file system has no locks; let no other process write there", folder)
         yield
         return
     try:
@@ -340,15 +338,16 @@ def locked_folder(folder: str | Path) -> Iterator[None]:
                     left.unlink()
         yield
     finally:
-        # What the work has done is done, also if the disk fails now.
+        # The work is done, even if the disk fails now.
         with suppress(OSError):
             writer.unlink(missing_ok=True)
         lock.release()
 
 
 def read_regular_file(path: str | Path) -> bytes:
-    """The content of a regular file; ValueError for a pipe, a device or a folder, which would hang
-    or never end, OSError as usual.
+    """The content of a regular file.
+
+    Raises ValueError for a pipe, a device or a folder, which might block, and OSError as usual.
     """
     with open_regular_file(path) as file:
         return file.read()
@@ -356,7 +355,7 @@ def read_regular_file(path: str | Path) -> bytes:
 
 @contextmanager
 def open_regular_file(path: str | Path) -> Iterator[BinaryIO]:
-    """A regular file to read; errors as in `read`."""
+    """A regular file, open for reading; errors as in `read_regular_file`."""
     path = Path(path)
     with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -364,10 +363,10 @@ def open_regular_file(path: str | Path) -> Iterator[BinaryIO]:
         yield file
 
 
-# Of files that this process wrote: what the file system said of them then, so that they need not
-# be read again to know that nobody has changed them.
+# Of each file that this process wrote: its metadata at that time, from which we know without
+# reading it again that nobody has changed it.
 _signatures: dict[Path, tuple[int, ...]] = {}
-# Of every record: which file it is, how far it was read, and what it says.
+# Of each record: its inode, how many bytes were read, and the digests of each path.
 _records: dict[Path, tuple[int, int, dict[str, set[str]]]] = {}
 
 
@@ -379,15 +378,16 @@ def _root(folder: Path) -> Path | None:
 
 
 def _writable_root(folder: Path) -> Path | None:
-    """The same for a new entry; None where that is the record of somebody else, whose folder this
-    one is in.
+    """The folder with the nearest record if we may write to it, else None.
+
+    The folder may lie inside somebody else's folder of results.
     """
     root = _root(folder)
     return root if root is not None and os.access(root / RECORD_FOLDER, os.W_OK) else None
 
 
 def _is_own(path: Path) -> bool:
-    """Whether a path is a folder, and no link to one."""
+    """Whether a path is a folder itself rather than a link to one."""
     return path.is_dir() and not path.is_symlink()
 
 
@@ -396,31 +396,34 @@ def _relative(root: Path, path: Path) -> str:
 
 
 def _inside(relative: str) -> bool:
-    """Whether a path of a record, which may be a stranger's, leads to a place in its folder."""
+    """Whether a path in a record, which may come from others, stays inside its folder."""
     return not relative.startswith("/") and ".." not in Path(relative).parts
 
 
 def _through_link(path: Path) -> bool:
-    """Whether a folder between a file and its record is a link, so that the file lies elsewhere."""
+    """Whether a folder between a file and its record is a link, so the file lies elsewhere."""
     root = _root(path.parent)
     between = itertools.takewhile(lambda above: above != root, path.parents)
     return any(above.is_symlink() for above in between)
 
 
 def _digests_by_path(root: Path) -> dict[str, set[str]]:
-    """The digests of every file by its path, of which the last is what it should be; earlier ones
-    are those of a kill between record and file.
+    """The digests in a record by path.
+
+    A file may have several: a kill between recording and writing leaves the older content.
     """
     path = root / RECORD_FOLDER / RECORD_FILE
     if os.path.lexists(path) and not is_regular(path):
         raise ForeignFileError(f"{path}: is in the way of the record of results; move it away")
     try:
         with open(path, "rb") as file:
-            found = os.fstat(file.fileno())
-            if found.st_size > MAX_RECORD:
-                raise ForeignFileError(f"{path}: {found.st_size} bytes are no record; move it away")
+            info = os.fstat(file.fileno())
+            if info.st_size > MAX_RECORD:
+                raise ForeignFileError(
+                    f"{path}: too large for a record ({info.st_size} bytes); move it away"
+                )
             inode, offset, entries = _records.get(path, (-1, 0, {}))
-            if inode != found.st_ino or offset > found.st_size:
+            if inode != info.st_ino or offset > info.st_size:
                 offset, entries = 0, {}
             file.seek(offset)
             text = file.read()
@@ -428,24 +431,24 @@ def _digests_by_path(root: Path) -> dict[str, set[str]]:
         return {}
     whole = text[: text.rfind(b"\n") + 1]
     for line in whole.splitlines():
-        # A line that a kill has cut off says nothing.
+        # A kill may have cut off a line.
         with suppress(ValueError, TypeError, RecursionError):
             digest, name = json.loads(line)
             if digest is None:
                 entries.pop(name, None)
             elif isinstance(name, str) and isinstance(digest, str):
                 entries.setdefault(name, set()).add(digest)
-    _records[path] = found.st_ino, offset + len(whole), entries
+    _records[path] = info.st_ino, offset + len(whole), entries
     return entries
 
 
 def _record(root: Path, files: list[tuple[str | None, Path]]) -> None:
-    """Add lines to the record, on the disk before the files that they speak of."""
-    known = _digests_by_path(root)
+    """Append lines to the record, synced to disk before the files are written."""
+    recorded = _digests_by_path(root)
     lines = [
         json.dumps([digest, name]) + "\n"
         for digest, path in files
-        if digest not in known.get(name := _relative(root, path), ())
+        if digest not in recorded.get(name := _relative(root, path), ())
     ]
     if not lines:
         return
@@ -464,13 +467,13 @@ def _record(root: Path, files: list[tuple[str | None, Path]]) -> None:
 
 
 def _temporary(root: Path | None, path: Path) -> Path:
-    """A new file on the file system of a path."""
+    """A path for a temporary file on the same file system as `path`."""
     if root is not None and os.stat(root / RECORD_FOLDER).st_dev == os.stat(path.parent).st_dev:
-        # Processes of two machines may have one number.
+        # Random, since processes on two machines may have the same number.
         return root / RECORD_FOLDER / f"{os.getpid()}-{os.urandom(6).hex()}.tmp"
     descriptor, name = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=path.parent)
     os.close(descriptor)
-    # That is readable by its owner alone, unlike what a program writes by itself.
+    # mkstemp makes files readable by their owner only; use the permissions of other files.
     umask = os.umask(0)
     os.umask(umask)
     os.chmod(name, 0o666 & ~umask)
@@ -501,12 +504,12 @@ def _record_signature(path: Path) -> None:
     _signatures[path] = _signature(os.lstat(path))
 
 
-def _signature(found: os.stat_result) -> tuple[int, ...]:
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+def _signature(info: os.stat_result) -> tuple[int, ...]:
+    return info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns
 
 
-def _identity(found: os.stat_result) -> tuple[int, int]:
-    return found.st_dev, found.st_ino
+def _identity(info: os.stat_result) -> tuple[int, int]:
+    return info.st_dev, info.st_ino
 
 
 def _digest(data: bytes | memoryview) -> str:
@@ -514,7 +517,7 @@ def _digest(data: bytes | memoryview) -> str:
 
 
 def _digest_of(path: Path) -> str | None:
-    """The digest of what a file holds; None where it cannot be read."""
+    """The digest of the content of a file; None if it cannot be read."""
     digest = hashlib.blake2b(digest_size=16)
     try:
         with open(path, "rb") as file:

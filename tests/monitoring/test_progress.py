@@ -46,7 +46,7 @@ def test_the_figures_that_matter_fit_on_a_terminal_of_any_width(columns, monkeyp
 @pytest.mark.parametrize("progress", [True, False])
 def test_in_a_file_there_is_a_line_for_epochs_and_no_bar(progress, monkeypatch, caplog):
     monkeypatch.setattr(sys, "stderr", io.StringIO())
-    monkeypatch.setattr(monitor, "BETWEEN", 0)
+    monkeypatch.setattr(monitor, "LOG_INTERVAL", 0)
     with caplog.at_level(logging.INFO):
         learn(progress=progress)
     assert sys.stderr.getvalue() == ""

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import strict_json
 
-from deconvnet.monitoring.monitor import Monitor, _cut
+from deconvnet.monitoring.monitor import Monitor, _truncate_metrics
 from deconvnet.monitoring.records import EpochStats, LayerResult, RankLoad
 from deconvnet.monitoring.strict_json import to_json
 
@@ -43,7 +43,7 @@ def test_the_metrics_of_a_run_on_black_images_are_json_and_the_run_goes_on_from_
     lines = [strict_json(line) for line in path.read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 2]
     assert lines[0]["snr"] is None and lines[2]["result"]["snr"] is None
-    _cut(path, 1, 1)
+    _truncate_metrics(path, 1, 1)
     assert len(path.read_text().splitlines()) == 1
 
 
@@ -51,7 +51,7 @@ def test_metrics_that_an_earlier_version_wrote_are_kept(tmp_path):
     path = tmp_path / "metrics.jsonl"
     with Monitor(tmp_path, progress=False) as monitor:
         monitor.start(0)
-        monitor._note(1, snr=1.0)
+        monitor._append_metrics(1, snr=1.0)
     path.write_text(path.read_text() + '{"step": 2, "snr": -Infinity}\n{"step": 3, "snr": NaN}\n')
-    _cut(path, 2, 1)
+    _truncate_metrics(path, 2, 1)
     assert len(path.read_text().splitlines()) == 2

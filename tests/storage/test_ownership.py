@@ -25,7 +25,7 @@ def test_a_file_of_ours_is_replaced_and_a_strangers_is_not(folder):
     assert (folder / "a.png").read_bytes() == b"two"
     (folder / "b.png").write_bytes(b"mine")
     before = snapshot(folder)
-    with pytest.raises(ForeignFileError, match="b.png: is there already"):
+    with pytest.raises(ForeignFileError, match="b.png: already exists"):
         ownership.write(folder / "b.png", b"three")
     assert snapshot(folder) == before
 
@@ -83,7 +83,7 @@ def test_a_record_of_nonsense_says_nothing(folder):
     record.write_text("[" * 100_000 + '\n["", "a\\u0000b"]\n[null, []]\n["", {}]\n[[], "a"]\n3\n')
     assert ownership.own_files_in(folder) == []
     os.truncate(record, ownership.MAX_RECORD + 1)
-    with pytest.raises(ForeignFileError, match="are no record"):
+    with pytest.raises(ForeignFileError, match="too large for a record"):
         ownership.own_files_in(folder)
 
 

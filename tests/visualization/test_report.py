@@ -341,7 +341,7 @@ def test_a_damaged_file_stops_a_survey_in_one_line(copied):
         path = folder / "visualization" / name
         whole = path.read_bytes()
         path.write_bytes(whole[: len(whole) // 2])
-        with pytest.raises(ValueError, match=f"{name}: is there already and is not as"):
+        with pytest.raises(ValueError, match=f"{name}: already exists and is not as"):
             visualize_network(subject, images, settings, folder)
         path.write_bytes(whole)
 
