@@ -1,13 +1,12 @@
-"""The speed of projection and search compared with Captum, on the same work in one run.
+"""Compare the speed of projecting units and searching for top activations with Captum.
 
 python benchmarks/compare_captum.py                  AlexNet, VGG-16 and ResNet-18 at one thread
 python benchmarks/compare_captum.py --models vgg16 --repeats 5
 
-Needs Captum (pip install captum) and nothing else that is not installed already: photographs come
-with scikit-image, weights are random. The two sides take turns; given are medians of the ratios of
-neighbours in time, and their range. Captum runs the whole network and knows one unit for each image
-of a batch; it has no search, so that beside ours stands what its users write: LayerActivation and a
-maximum.
+Needs Captum (pip install captum); photographs come with scikit-image, weights are random. The two
+sides take turns, and the tables give the median and range of the ratios of consecutive times.
+Captum runs the whole network and projects one unit for each image of a batch. It has no search, so
+ours is compared with what its users write: LayerActivation and a maximum.
 """
 
 from __future__ import annotations

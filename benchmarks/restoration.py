@@ -1,13 +1,13 @@
-"""The quality of restored photographs compared with common alternatives, in one run.
+"""Compare the quality of denoised and inpainted photographs with other methods.
 
 python benchmarks/restoration.py                noise, the paper's experiment, missing pixels
 python benchmarks/restoration.py denoise --sigmas 25
-python benchmarks/restoration.py --quick        small networks, to see whether it runs
+python benchmarks/restoration.py --quick        small networks, to check that it runs
 
 Grey photographs of scikit-image, large ones at half their size. Two networks of
-+experiment=denoise learn from one half of the photographs each, and from three others that are not
-restored, and restore the other half, so that none is restored by a network that has seen it; they
-are kept in the output folder and used again. Beside them
++experiment=denoise are each trained on one half of the photographs and on three others that are not
+restored, and restore the other half, so that no photograph is restored by a network trained on it.
+They are stored in the output folder and used again. The other methods are
 
 - scikit-image's total variation (Chambolle), with the weight that is best on the mean of all the
   photographs at this noise, its wavelets (BayesShrink), non-local means (h = 0.6 sigma), biharmonic
@@ -15,7 +15,7 @@ are kept in the output folder and used again. Beside them
   weights 1/c^2 from the correlations c, lambda 0.048 at sigma 0.1 and in proportion to sigma^3.
   --images sporco restores SPORCO's own example images instead.
 
-Figures are PSNR in dB of pixels cut off at 0 and 1. Needs SPORCO: pip install -e '.[benchmark]'.
+Results are PSNR in dB of pixels clipped to [0, 1]. Needs SPORCO: pip install -e '.[benchmark]'.
 """
 
 from __future__ import annotations
