@@ -12,15 +12,15 @@ memory     the peak of memory by how many images are inferred at a time
 scaling    the tables of benchmarks/scaling.py
 
 Needs no internet and no SPORCO. The results are in <output>/gpu.json, rewritten after every part; a
-part that fails is reported and the next one goes on.
+part that fails is reported and the next one starts.
 
-How little an iteration can move, in arrays of the size of the maps z, if all that acts entry by
-entry were one kernel with the convolution before it, images being nothing beside maps:
+The least memory traffic of an iteration, in arrays of the size of the maps z, if all elementwise
+operations were fused with the preceding convolution, and images are negligible compared with maps:
 
     admm     3: its state t is read to paint v = 2 shrink(t) - t; t is read again and written
     fista    4: z and the z before are read, z is written, and read again to be painted
 
-and how little it can compute: to paint and to correlate once, 4 h w operations for each entry of z
+and the least computation: to paint and to correlate once, 4 h w operations per coefficient of z
 if the sums are done directly. The limits of the device are measured by copying and by multiplying
 matrices in float32.
 """

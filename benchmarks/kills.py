@@ -8,7 +8,7 @@ A small run is trained once without disturbance. Then runs with the same setting
 command, until the given number of kills has happened. After every kill all checkpoints are loaded;
 at the end of every run its network, its TensorBoard curves, its features over the epochs (bit by
 bit) and its metrics (ten digits) are compared with those of the undisturbed one. With --ranks each
-life has so many processes, one of which, by chance, is killed, and the others are asked to end.
+life has that many processes, of which a random one is killed, and the others are asked to end.
 Exits with 1 if anything differs.
 """
 

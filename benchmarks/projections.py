@@ -4,10 +4,10 @@ python benchmarks/projections.py                  AlexNet, VGG-16 and ResNet-18 
 python benchmarks/projections.py --models vgg16 --repeats 5
 
 Needs Captum (pip install captum) and nothing else that is not installed already: photographs come
-with scikit-image, weights are random. The two sides take turns; given are medians of the ratios of
-neighbours in time, and their range. Captum runs the whole network and knows one unit for each image
-of a batch; it has no search, so that beside ours stands what its users write: LayerActivation and a
-maximum.
+with scikit-image, weights are random. The two sides take turns; the results are medians of the
+ratios of neighbouring runs, and their range. Captum runs the whole network and projects one unit
+per image of a batch. It has no search, so ours is compared with what its users write:
+LayerActivation and a maximum.
 """
 
 import argparse
