@@ -32,7 +32,7 @@ from hydra import compose, initialize_config_dir
 
 from deconvnet import LayerSettings, SolverSettings, load
 from deconvnet.cli.errors import one_line_errors
-from deconvnet.cli.settings import read_settings, register
+from deconvnet.cli.reading import read_settings, register
 from deconvnet.images.datasets import load_images
 from deconvnet.images.preprocessing import PreprocessingSettings
 from deconvnet.images.sources import DataSettings

@@ -39,8 +39,8 @@ from torch import Tensor
 from deconvnet import load
 from deconvnet.applications.restoration.masks import make_mask
 from deconvnet.applications.restoration.restorer import Restorer
+from deconvnet.cli.reading import read_settings, register
 from deconvnet.cli.restore import side_by_side
-from deconvnet.cli.settings import read_settings, register
 from deconvnet.monitoring.monitor import Monitor, save_picture
 from deconvnet.monitoring.strict_json import to_json
 from deconvnet.network.metrics import psnr, snr

@@ -22,18 +22,19 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # own arguments, working folder and standard streams. What the scripts import when they first need
 # it is there as well.
 SERVER = """
-import atexit, gc, importlib, json, os, sys, threading, weakref
+import atexit, contextlib, gc, importlib, json, os, sys, threading, weakref
 import numba, numpy as np
 import PIL.Image, skimage.data, skimage.transform
 import sklearn.cluster, sklearn.datasets, sklearn.linear_model, sklearn.svm
 from hydra import compose, initialize_config_dir
 from hydra._internal.hydra import Hydra
-import hydra._internal.logging_config
 import tensorboard.plugins.hparams.summary_v2, torch.utils.tensorboard
 import torch._dynamo, torch.fx.experimental.symbolic_shapes  # as every backward pass does
 from deconvnet.cli.commands import COMMANDS, run
 from deconvnet.cli.launch import CONFIGS
-from deconvnet.cli.settings import register
+from deconvnet.cli.reading import register
+with contextlib.suppress(ImportError):  # of newer versions of Hydra
+    importlib.import_module("hydra._internal.logging_config")
 for command in COMMANDS:
     importlib.import_module("deconvnet.cli." + command.replace("-", "_"))
 PIL.Image.init()

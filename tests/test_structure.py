@@ -29,8 +29,8 @@ ORDER = [
     "training",
     "dictionary",
     "applications",
-    "cli",
     "sklearn",
+    "cli",
 ]
 # The package itself and the command line see everything; nothing sees them.
 ABOVE = {"__init__", "__main__"}

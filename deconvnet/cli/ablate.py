@@ -1,4 +1,4 @@
-"""Show what the switches of max pooling are worth:
+"""Measure what the switches of max pooling are worth.
 
 deconvnet ablate run=runs/iccv2011-small
 """
@@ -9,7 +9,8 @@ import torch
 from omegaconf import DictConfig
 
 from deconvnet.cli.errors import interruptible, one_line_errors
-from deconvnet.cli.settings import AblateConfig, read_settings
+from deconvnet.cli.reading import read_settings
+from deconvnet.cli.settings import AblateConfig
 from deconvnet.cli.training_images import read_training_images
 from deconvnet.monitoring.monitor import save_picture
 from deconvnet.network.network import load
@@ -33,10 +34,10 @@ def run(settings: AblateConfig) -> None:
     ownership.check_writable(path)
     images, frames = training_images(folder, settings.count)
     codes = net.infer(images, frames=frames, chunk=settings.chunk)
-    found = ablate(net, codes, chunk=settings.chunk)
+    results = ablate(net, codes, chunk=settings.chunk)
     print(f"\nSNR in dB of {len(codes.y)} training images, preprocessed domain\n")
-    print(table(found, net.depth))
-    shown = [a for a in found if a.layer == net.depth]
+    print(table(results, net.depth))
+    shown = [a for a in results if a.layer == net.depth]
     # The fairer ones, where there are two.
     shown = [a for a in shown if a.inferred] or shown
     rows = [("preprocessed", codes.y), *((f"{a.kind}\n{a.snr:.1f} dB", a.images) for a in shown)]
@@ -45,16 +46,16 @@ def run(settings: AblateConfig) -> None:
 
 
 def training_images(folder: Path, count: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Some of the images that a run was trained on, evenly among all, and their frames."""
-    found = read_training_images(folder, count)
-    if found is None:
+    """Images that a run was trained on, evenly among all, and their frames."""
+    images = read_training_images(folder, count)
+    if images is None:
         raise ValueError(f"run={folder}: not a run folder of deconvnet train with a checkpoint")
-    return found
+    return images
 
 
-def table(found: list[SwitchAblation], depth: int) -> str:
+def table(results: list[SwitchAblation], depth: int) -> str:
     """A row for every unpooling, and two columns for every layer above the first."""
-    values = {(a.kind, a.layer, a.inferred): f"{a.snr:.2f}" for a in found}
+    values = {(a.kind, a.layer, a.inferred): f"{a.snr:.2f}" for a in results}
     columns = [(layer, new) for layer in range(2, depth + 1) for new in (False, True)]
     names = [f"layer {layer}{', maps inferred for it' if new else ''}" for layer, new in columns]
     lines = ["| unpooling | " + " | ".join(names) + " | |", "|---" * (len(names) + 2) + "|"]

@@ -122,8 +122,8 @@ def _current_settings(settings: dict, key: str, schema: type) -> dict:
 def _value(text: str, kind: Kind, sweep: bool) -> str:
     if not sweep:
         return _element(text, kind)
-    if found := _FUNCTION.fullmatch(text):
-        name, inside = found.groups()
+    if match := _FUNCTION.fullmatch(text):
+        name, inside = match.groups()
         if name == "choice":
             return _value(inside, kind, sweep)
         return _function(text) if kind.text else text
@@ -132,10 +132,10 @@ def _value(text: str, kind: Kind, sweep: bool) -> str:
 
 def _function(text: str) -> str:
     """A function of Hydra over texts, whose results it writes without quotes and reads again."""
-    if not (found := _FUNCTION.fullmatch(text)):
+    if not (match := _FUNCTION.fullmatch(text)):
         ready = _text(text)
         return quoted(ready) if ready == f"'{text}'" and _WORD.fullmatch(text) else ready
-    name, inside = found.groups()
+    name, inside = match.groups()
     if name not in _OF_ELEMENTS:
         return text
     named = re.compile(r"(reverse|list|tags|sweep)\s*=")
@@ -162,14 +162,14 @@ def _text(text: str) -> str:
     """One text, in quotes if Hydra would read it otherwise."""
     if _QUOTED.fullmatch(text) or (PLAIN.fullmatch(text) and text.lower() not in KEYWORDS):
         return text
-    return quoted(text if interpolates(text) else text.replace("${", r"\${"))
+    return quoted(text if _interpolates(text) else text.replace("${", r"\${"))
 
 
 def quoted(text: str) -> str:
     return QuotedString(text, Quote.single).with_quotes()
 
 
-def interpolates(text: str) -> bool:
+def _interpolates(text: str) -> bool:
     """Whether each ${ of a text is the beginning of a reference."""
     try:
         OmegaConf.create({"text": text})
@@ -198,8 +198,8 @@ def _parts(text: str, nested: bool = False) -> list[str]:
     pairs = {"${": "}", **({"(": ")", "[": "]", "{": "}"} if nested else {})}
     while place < len(text):
         blank = not text[begin:place].strip() and not open_
-        if blank and (quoted := _QUOTED.match(text, place)):
-            place = quoted.end()
+        if blank and (quotation := _QUOTED.match(text, place)):
+            place = quotation.end()
             continue
         two, one = text[place : place + 2], text[place]
         if two == "${" or one in pairs:

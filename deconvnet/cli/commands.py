@@ -74,7 +74,7 @@ def run(command: str, call: tuple[str, ...] = ()) -> None:
 
 
 def _say(text: str) -> None:
-    """Print a text to a reader who may have seen enough before its end, as in `| head`."""
+    """Print a text to a reader who may stop before its end, as in `| head`."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
@@ -93,8 +93,8 @@ def _program(path: str) -> tuple[str, ...]:
     if Path(path).name == "__main__.py":
         return "python", "-m", "deconvnet"
     name = Path(path).stem
-    found = shutil.which(name)
-    return (name,) if found and Path(found).resolve() == Path(path).resolve() else (path,)
+    program = shutil.which(name)
+    return (name,) if program and Path(program).resolve() == Path(path).resolve() else (path,)
 
 
 def _right_command(name: str) -> str:

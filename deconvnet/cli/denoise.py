@@ -1,4 +1,4 @@
-"""Take noise out of images with the filters of a trained network:
+"""Remove noise from images with the filters of a trained network.
 
 deconvnet denoise run=runs/denoise-rgb image=photo.png sigma=25
 """
@@ -10,8 +10,9 @@ from torch import Tensor
 from deconvnet.applications.restoration.noise import estimate_noise
 from deconvnet.applications.restoration.restorer import Restorer
 from deconvnet.cli.errors import interruptible, one_line_errors
+from deconvnet.cli.reading import read_settings
 from deconvnet.cli.restore import GREY_LEVELS, Restored, restore_files
-from deconvnet.cli.settings import DenoiseConfig, read_settings
+from deconvnet.cli.settings import DenoiseConfig
 from deconvnet.network.network import Progress
 from deconvnet.support.devices import torch_device
 

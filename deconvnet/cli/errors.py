@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from deconvnet.cli.keys import has
 from deconvnet.cli.refusals import explain_refusal
 
-# Settings by which a command takes less memory, and what libraries say when there is none left.
+# Settings that lower the memory of a command, and what libraries say when there is none left.
 LARGE = ("chunk", "batch", "memory", "data.size", "data.max_images", "max_images", "count")
 NO_MEMORY = ("out of memory", "allocate memory", "not enough memory", "bad_alloc", "bad allocation")
 # Read before `launch` sets it for its own purpose.
@@ -26,8 +26,8 @@ def explain(error: Exception, schema: type) -> str | None:
     if is_memory(error):
         keys = [key for key in LARGE if has(schema, key)]
         lower = f"lower {' or '.join(f'{key}=' for key in keys)}" if keys else "use smaller images"
-        said = one_line(error)[:200]
-        return f"error: out of memory: {lower}" + (f" ({said})" if said else "")
+        details = one_line(error)[:200]
+        return f"error: out of memory: {lower}" + (f" ({details})" if details else "")
     if isinstance(error, HydraException | OmegaConfBaseException | OSError | ValueError):
         return f"configuration error: {explain_refusal(error, schema) or one_line(error)}"
     inside = ("hydra", "omegaconf", "yaml", "antlr4")
@@ -46,7 +46,7 @@ def is_memory(error: Exception) -> bool:
     if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
         return True
     message = str(error).lower()
-    return isinstance(error, RuntimeError) and any(said in message for said in NO_MEMORY)
+    return isinstance(error, RuntimeError) and any(words in message for words in NO_MEMORY)
 
 
 def raised_in(error: BaseException, packages: tuple[str, ...]) -> bool:
@@ -63,19 +63,19 @@ def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
     try:
         yield
     except kinds as error:
-        # What `launch` has better words for.
+        # `run` in launch.py explains these.
         if WANTS_TRACEBACK or isinstance(error, BrokenPipeError) or is_memory(error):
             raise
         raise SystemExit(f"error: {' '.join(str(error).splitlines())}") from None
 
 
 @contextmanager
-def interruptible(said: str = "what was finished is there") -> Iterator[None]:
+def interruptible(message: str = "what was finished is there") -> Iterator[None]:
     """End the program with one line and exit code 130 where Ctrl-C stops it."""
     try:
         yield
     except KeyboardInterrupt:
-        print(f"stopped; {said}", file=sys.stderr)
+        print(f"stopped; {message}", file=sys.stderr)
         raise SystemExit(130) from None
 
 
@@ -84,8 +84,10 @@ def one_line(error: BaseException | None) -> str:
     messages = []
     while error is not None:
         lines = [line.strip() for line in str(error).splitlines()]
-        kept = (line for line in lines if line and not line.startswith(("object_", "reference_")))
-        message = " ".join(kept)
+        telling = (
+            line for line in lines if line and not line.startswith(("object_", "reference_"))
+        )
+        message = " ".join(telling)
         if message not in "; ".join(messages):
             messages.append(message)
         error = error.__cause__

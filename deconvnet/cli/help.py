@@ -108,28 +108,28 @@ def comments(schema: type) -> dict[str, str]:
 
     A field without one belongs to the group before it, whose comment stands at its first field.
     """
-    found: dict[str, str] = {}
+    meanings: dict[str, str] = {}
     for kind in reversed([kind for kind in schema.__mro__ if is_dataclass(kind)]):
-        found.update(_comments_of(kind))
-    return {field.name: found.get(field.name, "") for field in fields(schema)}
+        meanings.update(_comments_of(kind))
+    return {field.name: meanings.get(field.name, "") for field in fields(schema)}
 
 
 def _comments_of(kind: type) -> dict[str, str]:
     source = textwrap.dedent(inspect.getsource(kind))
-    above, found, name = [], {}, None
+    above, meanings, name = [], {}, None
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         line = token.line
         if token.type == tokenize.COMMENT and line.lstrip().startswith("#"):
             above.append(token.string.lstrip("# "))
         elif token.type == tokenize.COMMENT and name:
-            found[name] = " ".join([found.get(name, ""), token.string.lstrip("# ")]).strip()
+            meanings[name] = " ".join([meanings.get(name, ""), token.string.lstrip("# ")]).strip()
         elif token.type == tokenize.NAME and (match := _FIELD.match(line)):
             if match[1] != name and token.string == match[1]:
                 name, above, comment = match[1], [], " ".join(above)
-                found[name] = comment
+                meanings[name] = comment
         elif token.type == tokenize.NAME and line.startswith("    def "):
             break
-    return found
+    return meanings
 
 
 _FIELD = re.compile(r"    (\w+): ")

@@ -1,4 +1,4 @@
-"""Fill in missing pixels with the filters of a trained network:
+"""Fill in missing pixels with the filters of a trained network.
 
 deconvnet inpaint run=runs/denoise-rgb image=photo.png missing=scratches.png
 """
@@ -10,8 +10,9 @@ from torch import Tensor
 from deconvnet.applications.restoration.masks import make_mask, mask_file
 from deconvnet.applications.restoration.restorer import Restorer
 from deconvnet.cli.errors import interruptible, one_line_errors
+from deconvnet.cli.reading import read_settings
 from deconvnet.cli.restore import GREY_LEVELS, Restored, restore_files
-from deconvnet.cli.settings import InpaintConfig, read_settings
+from deconvnet.cli.settings import InpaintConfig
 from deconvnet.network.network import Progress
 from deconvnet.support.devices import torch_device
 

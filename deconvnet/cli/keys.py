@@ -15,7 +15,7 @@ from hydra.conf import HydraConf
 from deconvnet.support.renaming import current_name
 
 _REFERENCE = re.compile(r"\$\{([A-Za-z_][\w.]*)\}")
-# Metadata of a field of any type (Hydra has no type for it) that takes one text or a list of them.
+# Metadata of a field that takes one text or a list of them, for which Hydra has no type.
 TEXTS = {"texts": True}
 
 
@@ -38,10 +38,10 @@ def kind_of(schema: type, key: str) -> Kind | None:
     """What a dotted key takes; None if that is for Hydra to read."""
     if key.startswith("hydra."):
         schema, key = HydraConf, key.removeprefix("hydra.")
-    found = annotation_of(schema, key)
-    if found is None:
+    field = annotation_of(schema, key)
+    if field is None:
         return None
-    annotation, metadata = found
+    annotation, metadata = field
     annotation, empty = without_none(annotation)
     if metadata is TEXTS or metadata.get("texts"):
         return Kind(text=True, one=True, several=True, empty=True)

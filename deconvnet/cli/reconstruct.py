@@ -1,4 +1,4 @@
-"""Reconstruct images from the feature maps of a trained network:
+"""Reconstruct images from the feature maps of a trained network.
 
 deconvnet reconstruct run=runs/photographs layer=2 images=photo.jpg
 """
@@ -17,7 +17,8 @@ from deconvnet.cli.image_files import (
     progress_bar,
     read_images,
 )
-from deconvnet.cli.settings import ReconstructConfig, read_settings
+from deconvnet.cli.reading import read_settings
+from deconvnet.cli.settings import ReconstructConfig
 from deconvnet.images.files import distinct_names, image_files
 from deconvnet.monitoring.monitor import save_picture
 from deconvnet.network import tiling

@@ -24,24 +24,24 @@ def explain_refusal(error: BaseException, schema: type) -> str | None:
     """In one line what is wrong with the arguments that Hydra refused; None where it says so."""
     message = str(error)
     if isinstance(error, MissingConfigException):
-        found = re.search(r"Could not find '([^'/]+)/(.*)'$", message, re.MULTILINE)
-        return found and _no_choice(found[1], found[2], sorted(error.options or ()))
-    if found := re.search(r"Could not override '([^']*)'\.$", message, re.MULTILINE):
-        return _no_setting(schema, found[1])
-    if found := re.search(r"Could not override '([^'@]*)'\. No match in the defaults", message):
-        below = annotation_of(schema, found[1])
+        match = re.search(r"Could not find '([^'/]+)/(.*)'$", message, re.MULTILINE)
+        return match and _no_choice(match[1], match[2], sorted(error.options or ()))
+    if match := re.search(r"Could not override '([^']*)'\.$", message, re.MULTILINE):
+        return _no_setting(schema, match[1])
+    if match := re.search(r"Could not override '([^'@]*)'\. No match in the defaults", message):
+        below = annotation_of(schema, match[1])
         names = [field.name for field in fields(below[0])] if below else []
-        return names and f"{found[1]}: is no setting itself; there are " + ", ".join(
-            f"{found[1]}.{name}" for name in names
+        return names and f"{match[1]}: is no setting itself; there are " + ", ".join(
+            f"{match[1]}.{name}" for name in names
         )
-    if found := re.match(r"In '(.*?)': .* raised while composing config:$", message, re.MULTILINE):
-        return _in_file(schema, found[1], message)
-    if found := re.match(r"Error merging override \+*(.*)$", message, re.MULTILINE):
+    if match := re.match(r"In '(.*?)': .* raised while composing config:$", message, re.MULTILINE):
+        return _in_file(schema, match[1], message)
+    if match := re.match(r"Error merging override \+*(.*)$", message, re.MULTILINE):
         message = f"{message} {error.__cause__}"
-        wanted = next((right for said, right in _WANTED.items() if said in message), None)
-        return wanted and f"{found[1]}: must be {wanted}"
-    if (found := re.search(r"Error parsing override '(.*)'\n", message)) and "=" not in found[1]:
-        return f"{found[1]}: settings are given as key=value; --help shows them"
+        wanted = next((right for words, right in _WANTED.items() if words in message), None)
+        return wanted and f"{match[1]}: must be {wanted}"
+    if (match := re.search(r"Error parsing override '(.*)'\n", message)) and "=" not in match[1]:
+        return f"{match[1]}: settings are given as key=value; --help shows them"
     return None
 
 
@@ -73,7 +73,7 @@ def _in_file(schema: type, name: str, message: str) -> str | None:
     key = re.search(r"full_key: (\S+)$", message, re.MULTILINE)
     if key and f"Key '{key[1].rpartition('.')[2]}' not in" in message:
         return f"{name}.yaml: {_no_setting(schema, key[1])}"
-    wanted = next((right for said, right in _WANTED.items() if said in message), None)
+    wanted = next((right for words, right in _WANTED.items() if words in message), None)
     return key and wanted and f"{name}.yaml: {key[1]}: must be {wanted}"
 
 

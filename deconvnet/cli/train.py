@@ -1,4 +1,7 @@
-"""Train a deconvolutional network: deconvnet train +layers=2"""
+"""Train a deconvolutional network.
+
+deconvnet train +layers=2
+"""
 
 import dataclasses
 import logging
@@ -7,6 +10,7 @@ import shlex
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
@@ -14,8 +18,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from deconvnet.cli import printed_commands
 from deconvnet.cli.errors import one_line_errors
+from deconvnet.cli.reading import read_settings
 from deconvnet.cli.run_files import logged
-from deconvnet.cli.settings import TrainConfig, flat, read_settings
+from deconvnet.cli.settings import TrainConfig
 from deconvnet.filters.update import Diverged
 from deconvnet.images.datasets import load_images, stream_images
 from deconvnet.images.sources import DataSettings
@@ -84,7 +89,7 @@ def run(
             if communicator.world_size == 1
             else f"{communicator.world_size} ranks, {device}",
             " and ".join(str(layer.num_maps) for layer in layers),
-            shown(folder),
+            relative_path(folder),
         )
         monitor = Monitor(
             folder if communicator.is_main else None,
@@ -120,7 +125,7 @@ def source(settings: DataSettings, device: torch.device) -> ImageSource:
 
 
 def summarize(results: list[LayerResult], folder: Path) -> None:
-    place = shown(folder)
+    place = relative_path(folder)
     lines = [
         "",
         "layer   SNR of the image   entries of z not zero   objective   dead maps   seconds",
@@ -135,7 +140,7 @@ def summarize(results: list[LayerResult], folder: Path) -> None:
         "",
         f"pictures      {place}/pictures",
         f"network       {place}/network.safetensors",
-        f"look          tensorboard --logdir {shlex.quote(str(shown(folder.parent)))} "
+        f"look          tensorboard --logdir {shlex.quote(str(relative_path(folder.parent)))} "
         "--samples_per_plugin images=99",
         f"reconstruct   {printed_commands.beside('reconstruct')} "
         f"{printed_commands.setting('run', place)} layer={len(results)} images=photo.jpg",
@@ -143,6 +148,18 @@ def summarize(results: list[LayerResult], folder: Path) -> None:
     print("\n".join(lines))
 
 
-def shown(path: Path) -> Path:
+def relative_path(path: Path) -> Path:
     """A path as the user would type it from here."""
     return Path(os.path.relpath(path))
+
+
+def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
+    """Nested settings as one level of dotted names, lists and null as text."""
+    result = {}
+    for key, value in settings.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            result.update(flat(value, f"{name}."))
+        else:
+            result[name] = value if isinstance(value, bool | int | float | str) else str(value)
+    return result

@@ -1,4 +1,4 @@
-"""Train a small convolutional network to look into:
+"""Train a small convolutional network to visualize.
 
 deconvnet train-cnn data.download=true
 """
@@ -18,8 +18,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from deconvnet.cli.errors import one_line_errors
+from deconvnet.cli.reading import read_settings
 from deconvnet.cli.run_files import logged
-from deconvnet.cli.settings import TrainCnnConfig, read_settings
+from deconvnet.cli.settings import TrainCnnConfig
 from deconvnet.images.datasets import LazyImages, lazy_images
 from deconvnet.images.fit import Crop
 from deconvnet.monitoring.monitor import hidden, save_picture
@@ -128,11 +129,11 @@ def examples(settings: TrainCnnConfig) -> tuple[Examples, Examples, tuple[str, .
             f"{labels[0]}; there must be at least two"
         )
     numbers = {label: number for number, label in enumerate(labels)}
-    found = (
+    both = (
         Examples(pixels, torch.tensor([numbers[name] for name in names]))
         for pixels, names in (train, test)
     )
-    return *found, tuple(labels)
+    return *both, tuple(labels)
 
 
 def read(

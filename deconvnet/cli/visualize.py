@@ -1,4 +1,4 @@
-"""Show what the maps of a network respond to:
+"""Show what the maps of a network respond to.
 
 deconvnet visualize run=runs/photographs
 deconvnet visualize model=torchvision/vgg16 images=folder layers=[features.8,features.15]
@@ -15,7 +15,8 @@ from omegaconf import DictConfig
 
 from deconvnet.cli import printed_commands
 from deconvnet.cli.errors import one_line_errors
-from deconvnet.cli.settings import VisualizeConfig, read_settings
+from deconvnet.cli.reading import read_settings
+from deconvnet.cli.settings import VisualizeConfig
 from deconvnet.images.datasets import LazyImages, lazy_images
 from deconvnet.images.decoding import read_image, shown_name
 from deconvnet.images.fit import Crop
@@ -49,58 +50,57 @@ def main(cfg: DictConfig) -> None:
 
 def visualize(settings: VisualizeConfig, communicator: Communicator = SINGLE) -> None:
     check_images(settings)
-    subject = learned(settings) if settings.run else trained(settings)
+    subject = load_run_network(settings) if settings.run else load_named_model(settings)
     subject.module.to(torch_device(settings.device))
-    images = images_of(settings, subject, communicator)
+    images = select_images(settings, subject, communicator)
     if settings.layers == [LIST]:
         return list_layers(settings, subject, images)
-    folder = output(settings)
+    folder = output_folder(settings)
     written = visualize_network(
         subject,
         images,
         settings,
         folder,
-        # The first process draws.
-        evolutions=evolutions(settings, subject, images) if communicator.is_main else {},
+        # Rank 0 draws.
+        evolutions=load_evolutions(settings, subject, images) if communicator.is_main else {},
         communicator=communicator,
     )
     if written:
         names = {"pictures": "pictures", "manifest": "how each was made", "gallery": "gallery"}
         width = max(map(len, names.values())) + 2
-        lines = [f"{names[key]:{width}}{shown_name(shown(path))}" for key, path in written.items()]
-        print("\n".join(lines))
-        print(
-            f"{'TensorBoard':{width}}tensorboard --logdir {shlex.quote(shown_name(shown(folder)))}"
-        )
+        for key, path in written.items():
+            print(f"{names[key]:{width}}{shown_name(relative_path(path))}")
+        events = shlex.quote(shown_name(relative_path(folder)))
+        print(f"{'TensorBoard':{width}}tensorboard --logdir {events}")
 
 
 def check_images(settings: VisualizeConfig) -> None:
     """Before anything is loaded or downloaded, refuse settings that name no images."""
-    given = settings.images
-    if given is None and settings.model and not is_file(settings.model):
+    images = settings.images
+    if images is None and settings.model and not is_model_file(settings.model):
         raise ValueError(
             f"images=null: {settings.model} does not say which images it was trained on; give a "
             "folder of images with images=..."
         )
-    for path in given if isinstance(given, list) else [given] if given is not None else []:
+    for path in images if isinstance(images, list) else [images] if images is not None else []:
         if not os.path.lexists(os.path.expanduser(str(path))):
             raise ValueError(f"images={shown_name(path)}: no such file or folder")
 
 
-def is_file(model: str) -> bool:
+def is_model_file(model: str) -> bool:
     """Whether a model is named by a file, which may say which images it was trained on."""
     return Path(model).suffix in WEIGHT_FILES or Path(model).is_file()
 
 
-def learned(settings: VisualizeConfig) -> LoadedModel:
+def load_run_network(settings: VisualizeConfig) -> LoadedModel:
     """The network of a run."""
     path = Path(settings.run)
     net = load(path)
     name = path.resolve().name if path.is_dir() else path.stem
-    return LoadedModel(net, name, shown(path).as_posix(), digest=digest(net))
+    return LoadedModel(net, name, relative_path(path).as_posix(), digest=digest(net))
 
 
-def trained(settings: VisualizeConfig, weights: str | None = None) -> LoadedModel:
+def load_named_model(settings: VisualizeConfig, weights: str | None = None) -> LoadedModel:
     """The network that `model` names."""
     return load_model(
         settings.model,
@@ -113,15 +113,15 @@ def trained(settings: VisualizeConfig, weights: str | None = None) -> LoadedMode
     )
 
 
-def images_of(
+def select_images(
     settings: VisualizeConfig, subject: LoadedModel, communicator: Communicator = SINGLE
 ) -> LazyImages:
     """The images of the settings, or those that the network has learned from, cropped.
 
-    Of more images than `max_images` some evenly among all.
+    If there are more than `max_images`, take them evenly among all.
     """
     crop = Crop(settings.size, settings.size) if settings.size else subject.crop
-    data = data_of(settings, subject)
+    data = training_images_of(settings, subject)
     if settings.images is None:
         if data is None:
             raise ValueError(
@@ -129,17 +129,17 @@ def images_of(
                 "from; give a folder of images with images=..."
             )
         if communicator.is_main:
-            print(f"reading the images that the network was trained on: {described(data)}")
+            print(f"reading the images that the network was trained on: {describe_source(data)}")
         skip = data.skip_unreadable or settings.skip_unreadable
         # Photographs are crops already.
-        found = lazy_images(replace(data, skip_unreadable=skip), crop=crop)
+        candidates = lazy_images(replace(data, skip_unreadable=skip), crop=crop)
     else:
         if crop is None and data is not None and data.size is not None:
             crop = Crop(data.size, data.size)
-        found = named_images(settings, crop)
-    count = min(settings.max_images or len(found), len(found))
-    chosen = [round(n * (len(found) - 1) / max(count - 1, 1)) for n in range(count)]
-    return LazyImages([found.items[n] for n in chosen], crop=found.crop)
+        candidates = named_images(settings, crop)
+    count = min(settings.max_images or len(candidates), len(candidates))
+    chosen = [round(n * (len(candidates) - 1) / max(count - 1, 1)) for n in range(count)]
+    return LazyImages([candidates.items[n] for n in chosen], crop=candidates.crop)
 
 
 def named_images(settings: VisualizeConfig, crop: Crop | None) -> LazyImages:
@@ -162,8 +162,8 @@ def named_images(settings: VisualizeConfig, crop: Crop | None) -> LazyImages:
     )
 
 
-def data_of(settings: VisualizeConfig, subject: LoadedModel) -> DataSettings | None:
-    """What the network has learned from; of pictures with zeros around them, their crops."""
+def training_images_of(settings: VisualizeConfig, subject: LoadedModel) -> DataSettings | None:
+    """The training images of a network, as crops where they were padded; None if unknown."""
     if settings.run and Path(settings.run).is_dir():
         data = training_data(settings.run)
     else:
@@ -178,7 +178,7 @@ def data_of(settings: VisualizeConfig, subject: LoadedModel) -> DataSettings | N
     return replace(data, fit="crop") if data else None
 
 
-def described(data: DataSettings) -> str:
+def describe_source(data: DataSettings) -> str:
     """Where images come from, to be printed."""
     if data.source == "photographs":
         return "the photographs that come with scikit-image and scikit-learn"
@@ -197,40 +197,40 @@ def list_layers(settings: VisualizeConfig, subject: LoadedModel, images: LazyIma
         print(f"{'*' if info.name in chosen else ' '} {info}")
 
 
-def evolutions(
+def load_evolutions(
     settings: VisualizeConfig, subject: LoadedModel, images: LazyImages
 ) -> dict[str, Evolution]:
     """The features of layers over the epochs of a run, or over the checkpoints of a model."""
     if settings.run:
-        found = sorted(Path(settings.run).glob("evolution/layer*.npz"))
-        return {path.stem: load_evolution(path) for path in found}
+        paths = sorted(Path(settings.run).glob("evolution/layer*.npz"))
+        return {path.stem: load_evolution(path) for path in paths}
     if not settings.checkpoints:
         return {}
     layers = settings.layers
     if layers is None:
         layers = default_layers(projectable_layers(make_projector(subject, settings), images[0]))
-    # The epochs that files are named by, if they are.
-    found = [re.findall(r"\d+", Path(path).stem) for path in settings.checkpoints]
-    numbers = [int(each[-1]) for each in found if each]
-    if len(set(numbers)) < len(found):
-        numbers = list(range(1, len(found) + 1))
+    # The epochs in the names of the files, if each has another one.
+    names = [re.findall(r"\d+", Path(path).stem) for path in settings.checkpoints]
+    epochs = [int(digits[-1]) for digits in names if digits]
+    if len(set(epochs)) < len(names):
+        epochs = list(range(1, len(names) + 1))
     device = torch_device(settings.device)
 
     def projectors():
         for path in settings.checkpoints:
-            some = trained(settings, path)
-            some.module.to(device)
-            yield make_projector(some, settings)
+            model = load_named_model(settings, path)
+            model.module.to(device)
+            yield make_projector(model, settings)
 
     return {
         layer: project_checkpoints(
-            projectors(), images, layer, epochs=numbers, inside=settings.inside
+            projectors(), images, layer, epochs=epochs, inside=settings.inside
         )
         for layer in layers
     }
 
 
-def output(settings: VisualizeConfig) -> Path:
+def output_folder(settings: VisualizeConfig) -> Path:
     if settings.output is not None:
         return Path(settings.output).expanduser()
     if settings.run:
@@ -242,6 +242,6 @@ def output(settings: VisualizeConfig) -> Path:
     )
 
 
-def shown(path: Path) -> Path:
+def relative_path(path: Path) -> Path:
     """A path as the user would type it from here."""
     return Path(os.path.relpath(path))

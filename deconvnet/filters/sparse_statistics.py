@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from deconvnet.operators.convolution import Boundary
+from deconvnet.sparse_coding.active_set import footprint
 
 # Fourier transforms are faster where a larger fraction of the coefficients is non-zero.
 MAX_DENSITY = 0.02
@@ -53,7 +54,7 @@ class SparseMaps:
 
         gradient = np.zeros((self.shape[1], y.shape[1], *size))
         rows, columns = (
-            kernels.footprint(boundary, pixels, taps)
+            footprint(boundary, pixels, taps)
             for pixels, taps in zip(y.shape[2:], size, strict=True)
         )
         for part, image in zip(self._slices_by_image(), y.numpy(), strict=True):

@@ -1,6 +1,6 @@
 """Deconvolution of feature maps into images, and its adjoints towards maps and towards filters.
 
-This module decides what "convolution" means in the whole package; nobody else flips, pads or crops.
+This module defines "convolution" for the whole package; no other module flips, pads or crops.
 
     N images · C channels of what is explained · K maps · H, W pixels · h, w filter
     y image (N, C, H, W)     f filters (K, C, h, w)     g connectivity (K, C) of 0 and 1
@@ -25,7 +25,7 @@ Every operation has a spatial form and a Fourier form; both are exact and agree 
 
 import math
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -36,15 +36,17 @@ from deconvnet.support.validation import check_tensors
 Boundary = Literal["valid", "circular", "zero", "reflect"]
 Method = Literal["spatial", "fourier"]
 
-BOUNDARIES = ("valid", "circular", "zero", "reflect")
-# Those whose maps are first continued beyond the border, and then painted as "valid" ones.
+BOUNDARIES: tuple[str, ...] = get_args(Boundary)
+# Boundaries whose maps are first continued beyond the border and then used as "valid" ones.
 CONTINUED = ("zero", "reflect")
-# Up to so many channels (and h times as many rows of them) painting by rows is faster.
+# Up to this many channels, painting by rows is faster.
 FEW_CHANNELS = 16
-# Maps are made so many numbers at a time where there are many: as many as a cache holds.
+# Large maps are computed this many numbers at a time, which fit into a cache.
 STRIP = 2**20
-# Up to so many numbers torch convolves a single image by another routine than several.
-SMALL = 20480
+# Up to this many numbers torch convolves a single image by another routine than several, with one
+# thread. Measured, not promised: with another torch an image alone and in a batch may differ by
+# rounding (tests/operators/test_rounding_in_batches.py says which version was measured).
+NATIVE_CONVOLUTION = 20480
 
 
 def deconvolve(
@@ -114,10 +116,11 @@ def correlate(
 def correlate_strips(
     y: Tensor, f: Tensor, boundary: Boundary = "valid", *, numbers: int = STRIP
 ) -> Iterator[tuple[slice, slice, Tensor]]:
-    """`correlate` by and by: (images, rows, maps of these), of about so many numbers each.
+    """`correlate` in strips: (images, rows, their maps), of about `numbers` numbers each.
 
-    On a CPU, what fits into its cache takes half the time, and whoever needs the maps but once
-    never has them all in memory. "reflect", whose border is folded back, comes in one piece.
+    On a CPU, strips that fit into its cache take half the time, and a caller that needs the maps
+    only once never holds them all in memory. "reflect", whose border is folded back, comes in one
+    piece.
     """
     check_tensors(y=y, f=f)
     _check(f, boundary, "spatial", y=y)
@@ -243,17 +246,17 @@ def connected(f: Tensor, g: Tensor | None) -> Tensor:
 def _beyond(filter_size: tuple[int, int]) -> tuple[int, int, int, int]:
     """(left, right, top, bottom): how far filters of a centred frame need maps beyond the border.
 
-    They sum to w-1 and h-1; an even filter, whose frame has no middle, needs one more on the left
-    and at the top.
+    They sum to w-1 and h-1; an even filter, which has no middle, needs one more on the left and at
+    the top.
     """
     h, w = filter_size
     return w // 2, (w - 1) // 2, h // 2, (h - 1) // 2
 
 
 def _folded(z: Tensor, filter_size: tuple[int, int], boundary: Boundary) -> Tensor:
-    """The adjoint of `continued`: what is beyond the border is lost, or added to what it mirrors.
+    """The adjoint of `continued`: values beyond the border are dropped, or added to their mirror.
 
-    Written out: torch's own adjoint adds in no fixed order on a GPU.
+    Written out, because torch's own adjoint adds in no fixed order on a GPU.
     """
     left, right, top, bottom = _beyond(filter_size)
     for axis, before, after in ((2, top, bottom), (3, left, right)):
@@ -272,8 +275,8 @@ def _folded(z: Tensor, filter_size: tuple[int, int], boundary: Boundary) -> Tens
 def _paint_by_rows(z: Tensor, f: Tensor) -> Tensor:
     """Valid deconvolution as the sum of what each row of the filters paints, moved into place.
 
-    The convolution routines of a CPU are slow where they make few channels: h rows of C channels
-    at once, and h additions, take about a third of the time for one channel, half for five.
+    The convolution routines of a CPU are slow for few output channels: h rows of C channels at
+    once, and h additions, take about a third of the time for one channel, half for five.
     """
     K, C, h, w = f.shape
     rows = _conv2d(z, f.flip(2, 3).permute(2, 1, 0, 3).reshape(h * C, K, 1, w))
@@ -285,15 +288,13 @@ def _paint_by_rows(z: Tensor, f: Tensor) -> Tensor:
 
 
 def _conv2d(z: Tensor, f: Tensor) -> Tensor:
-    """conv2d that rounds an image as if it were alone: a small one comes twice, since torch has
-    another routine for a single one than for several.
-    """
-    alone = len(z) == 1 and z.numel() <= SMALL and z.device.type == "cpu"
+    """conv2d that rounds an image alone as in a batch: a small one is padded to a batch of two."""
+    alone = len(z) == 1 and z.numel() <= NATIVE_CONVOLUTION and z.device.type == "cpu"
     return F.conv2d(torch.cat([z, z]), f)[:1] if alone else F.conv2d(z, f)
 
 
 def _in_strips(y: Tensor, f: Tensor, boundary: Boundary) -> Tensor:
-    """`correlate`, in one piece unless it is large and on a CPU."""
+    """`correlate`, in one piece unless the maps are large and on a CPU."""
     shape = (len(y), len(f), *map_size(y.shape[2:], f.shape[2:], boundary))
     if not math.prod(shape):
         return y.new_zeros(shape)
@@ -336,7 +337,7 @@ def _check(
     if boundary not in BOUNDARIES:
         choices = " or ".join(map(repr, BOUNDARIES))
         raise ValueError(f"boundary={boundary!r}: choose {choices}")
-    if method not in ("spatial", "fourier"):
+    if method not in get_args(Method):
         raise ValueError(f"method={method!r}: choose 'spatial' or 'fourier'")
     if f.ndim != 4 or f.numel() == 0:
         raise ValueError(f"filters must have the shape (K, C, h, w), got {tuple(f.shape)}")

@@ -34,7 +34,8 @@ from deconvnet.support.units import exponent, magnitude, times_power
 from deconvnet.support.validation import as_tensor, check_tensors
 
 # torch multiplies matrices of n x c and c x d numbers by its own loop if n c d is below this.
-OWN_PRODUCTS = 400
+# Measured, not promised, as `convolution.NATIVE_CONVOLUTION`.
+NATIVE_PRODUCT = 400
 
 
 class LinearOperator(ABC):
@@ -70,14 +71,16 @@ class LinearOperator(ABC):
         return self if isinstance(inner, Identity) else Composition(self, inner)
 
     def curvature(self) -> float | Tensor:
-        """||A e||^2 of the unit impulse e that paints most, as far as one can say without painting:
-        the product over the parts of A, 1 for unit filters. (N, 1, 1, 1) with a mask of each image.
+        """An estimate of the largest ||A e||^2 of a unit impulse e, the product over parts of A.
+
+        1 for unit filters. (N, 1, 1, 1) if each image has its own mask.
         """
         return 1.0
 
     def normalised(self) -> tuple[LinearOperator, int]:
-        """(A', e) with A = 2^e A' and filters, masks and factors of an ordinary size in A'; A
-        itself where they are.
+        """(A', e) with A = 2^e A', in which filters, masks and factors are of an ordinary size.
+
+        A itself if they already are.
         """
         return self, 0
 
@@ -94,8 +97,8 @@ class LinearOperator(ABC):
         """w with (beta I + lam A A') w = d, in the space of the images.
 
         beta: one for all images, or (N, 1, 1, 1), one for each. By conjugate gradients from
-        `start` until the residual of every image is below `tolerance` times its d; operators that
-        know better override this.
+        `start` until the residual of every image is below `tolerance` times its d; operators with
+        a faster way override this.
         """
         return conjugate_gradients(
             lambda w: beta * w + lam * self(self.adjoint(w)),
@@ -132,13 +135,13 @@ class Deconvolution(LinearOperator):
     """F: maps (N, K, ...) -> image (N, C, H, W), the sum over the maps of map * filter.
 
     f: (K, C, h, w), disconnected planes being zero. mask: (N or 1, C or 1, H, W) of numbers >= 0,
-    M F instead of F: errors ||M F z - M y||^2 weigh mask^2, and what is masked by 0 is explained by
-    nothing. Raises ValueError for a mask that is negative, not finite, or does not fit.
+    M F instead of F: the errors ||M F z - M y||^2 are weighted by mask^2, and pixels where the mask
+    is 0 do not count. Raises ValueError for a mask that is negative, not finite, or does not fit.
 
-    The solve is exact by one division per frequency where the border wraps; with boundary "valid" A
-    A' is the same filter with zeros around the image, and the wrapping solution is the
-    preconditioner of a few conjugate gradient steps. Both act on C channels, not on K maps, also
-    with a mask. With "zero" and "reflect" it only preconditions, and a step takes A and A'.
+    Where the border wraps, the solve is exact: one division per frequency. With boundary "valid"
+    A A' is the same filter with zeros around the image, and the wrapping solution preconditions a
+    few conjugate gradient steps. Both act on C channels, not on K maps, also with a mask. With
+    "zero" and "reflect" the wrapping solution only preconditions, and a step applies A and A'.
 
     inexact_cg_steps: measured on photographs. Steps on C channels are cheap; steps through A are
     not.
@@ -153,7 +156,8 @@ class Deconvolution(LinearOperator):
             self.inexact_cg_steps = 2 if mask is None else 4
         else:
             self.inexact_cg_steps = 1 if mask is None else 6
-        # By grid: F F' at every frequency, its eigenvectors and eigenvalues, and the last inverse.
+        # For each grid: F F' at every frequency, its eigenvectors and eigenvalues; and the last
+        # inverse.
         self._grams: dict[tuple[int, int], Tensor] = {}
         self._eigensystems: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self._inverse: tuple[tuple, Tensor] | None = None
@@ -179,13 +183,13 @@ class Deconvolution(LinearOperator):
         max_iterations: int = 100,
     ) -> Tensor:
         grid = self._grid(tuple(d.shape[2:]))
-        # Where the mask is 0 so is d, and w has to stay so.
-        seen = None if self.mask is None else self.mask > 0
+        # Where the mask is 0, d is 0 too, and w has to stay 0.
+        visible = None if self.mask is None else self.mask > 0
         weight = lam if self.mask is None else lam * _mean_square(self.mask)
 
         def precondition(r: Tensor) -> Tensor:
             r = self._filter_inverse(r, grid, beta, weight)
-            return r if seen is None else r * seen
+            return r if visible is None else r * visible
 
         if self.boundary == "circular" and self.mask is None:
             return precondition(d)
@@ -205,9 +209,9 @@ class Deconvolution(LinearOperator):
         )
 
     def squared_norm(self, b: Tensor, *, steps: int = 30) -> Tensor:
-        """The largest gain over the frequencies: exact where the border wraps, else a close bound
-        from above; with "reflect", whose maps count more than once at the border, by Lanczos'
-        method. With a mask the largest mask^2 times that.
+        """The largest gain over the frequencies: exact where the border wraps, else a close upper
+        bound; with "reflect", whose maps count more than once at the border, by Lanczos' method.
+        With a mask, that times the largest mask^2.
         """
         if self.boundary == "reflect":
             plain = Deconvolution(self.f, self.boundary)
@@ -223,8 +227,8 @@ class Deconvolution(LinearOperator):
         largest = float(self.f.detach().double().square().sum((1, 2, 3)).amax())
         if self.mask is None:
             return largest
-        seen = largest * _mean_square(self.mask.detach().double())
-        return seen if len(seen) > 1 else float(seen)
+        largest = largest * _mean_square(self.mask.detach().double())
+        return largest if len(largest) > 1 else float(largest)
 
     def normalised(self) -> tuple[LinearOperator, int]:
         of_filters = exponent(magnitude(self.f))
@@ -238,16 +242,16 @@ class Deconvolution(LinearOperator):
     def __getitem__(self, images: slice) -> Deconvolution:
         if self.mask is None or len(self.mask) == 1:
             return self
-        some = copy.copy(self)
-        some.mask = self.mask[images]
-        return some
+        part = copy.copy(self)
+        part.mask = self.mask[images]
+        return part
 
     def _masked(self, y: Tensor) -> Tensor:
         return y if self.mask is None else self.mask * y
 
     def _grid(self, image: tuple[int, int]) -> tuple[int, int]:
-        """The image where the border wraps, else a grid that also holds the reach of F F' beyond
-        one side: nothing wraps into the image.
+        """The size of the image where the border wraps; else one that leaves room for F F' beyond
+        one side, so that nothing wraps into the image.
         """
         if self.boundary == "circular":
             return image
@@ -263,8 +267,8 @@ class Deconvolution(LinearOperator):
     ) -> Tensor:
         """(beta I + weight F F')^-1 y with zeros around the images up to the grid.
 
-        By the inverse at every frequency, or, with a beta or weight for each image, by
-        eigenvectors, which serve all of them and cost several times as much to find.
+        By the inverse at every frequency; or, with a beta or weight for each image, by
+        eigenvectors, which serve all images but take several times as long to compute.
         """
         if isinstance(beta, Tensor) or isinstance(weight, Tensor):
             vectors, values = self._eigen(grid)
@@ -273,20 +277,20 @@ class Deconvolution(LinearOperator):
         return _wrapped(y, grid, lambda s: _times(s, self._inverted(grid, beta, weight)))
 
     def _gram(self, grid: tuple[int, int]) -> Tensor:
-        """F F' (u, v, C, C) at every frequency of a grid, once for a grid."""
+        """F F' (u, v, C, C) at every frequency of a grid, computed once."""
         if grid not in self._grams:
             spectrum = torch.fft.rfft2(self.f, grid).permute(2, 3, 1, 0).contiguous()
             self._grams[grid] = spectrum @ spectrum.mH
         return self._grams[grid]
 
     def _eigen(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Eigenvectors (u, v, C, C) and eigenvalues (u, v, C) of F F', once for a grid."""
+        """Eigenvectors (u, v, C, C) and eigenvalues (u, v, C) of F F', computed once per grid."""
         if grid not in self._eigensystems:
             gram = self._gram(grid)
-            alone = gram.shape[-1] == 1
-            values, vectors = (
-                (gram[..., 0].real, torch.ones_like(gram)) if alone else torch.linalg.eigh(gram)
-            )
+            if gram.shape[-1] == 1:
+                values, vectors = gram[..., 0].real, torch.ones_like(gram)
+            else:
+                values, vectors = torch.linalg.eigh(gram)
             self._eigensystems[grid] = vectors, values.clamp(min=0)
         return self._eigensystems[grid]
 
@@ -298,12 +302,12 @@ class Deconvolution(LinearOperator):
             eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
             factor, failed = torch.linalg.cholesky_ex(beta * eye + weight * gram)
             if failed.any():
-                # Positive definite but for rounding, which eigenvalues can be cleared of.
+                # Positive definite up to rounding; eigenvalues can be clamped at 0.
                 vectors, values = self._eigen(grid)
-                found = (vectors / (beta + weight * values)[..., None, :]) @ vectors.mH
+                inverse = (vectors / (beta + weight * values)[..., None, :]) @ vectors.mH
             else:
-                found = torch.cholesky_inverse(factor)
-            self._inverse = key, found
+                inverse = torch.cholesky_inverse(factor)
+            self._inverse = key, inverse
         return self._inverse[1]
 
 
@@ -316,18 +320,19 @@ def _wrapped(y: Tensor, grid: tuple[int, int], change: Callable[[Tensor], Tensor
 def _times(spectrum: Tensor, matrices: Tensor) -> Tensor:
     """(N, u, v, C), at every frequency matrices (u, v, C, C) times spectrum (N, u, v, C).
 
-    Each image is rounded as if it were alone, so that its maps do not depend on the batch by a
-    bit. For that every product must be taken by one routine: torch has its own for small ones,
-    and the others, of two and more images, go to the library.
+    Each image is rounded as if it were alone, so that the batch does not change a bit of its maps
+    (with the torch that was measured; with others it may, by rounding). For that one routine must
+    compute every product: torch has its own for small ones, and the others, of two and more
+    images, go to the library.
     """
     C = matrices.shape[-1]
     if C == 1:
         return spectrum * matrices[..., 0].real
     # (u, v, N, C) in this order in memory, without which torch takes several times as long.
     rows, columns = spectrum.permute(1, 2, 0, 3).contiguous(), matrices.mT
-    some = (OWN_PRODUCTS - 1) // C**2
-    if some > 1:
-        product = torch.cat([part @ columns for part in rows.split(some, 2)], 2)
+    together = (NATIVE_PRODUCT - 1) // C**2
+    if together > 1:
+        product = torch.cat([part @ columns for part in rows.split(together, 2)], 2)
     else:
         pair = rows.expand(-1, -1, 2, -1) if rows.shape[2] == 1 else rows
         product = (pair @ columns)[:, :, : rows.shape[2]]
@@ -335,7 +340,7 @@ def _times(spectrum: Tensor, matrices: Tensor) -> Tensor:
 
 
 def _checked_mask(mask: Tensor, f: Tensor) -> Tensor:
-    """The mask in the numbers of the filters."""
+    """The mask in the type and on the device of the filters."""
     mask = as_tensor(mask, "mask")
     if mask.ndim != 4 or mask.shape[1] not in (1, f.shape[1]):
         channels = "1" if f.shape[1] == 1 else f"1 or {f.shape[1]}"
@@ -373,7 +378,7 @@ class Unpooling(LinearOperator):
 
 
 class WeightedUnpooling(LinearOperator):
-    """U_w: pooled maps -> maps, every value at all places of its window, with weights there."""
+    """U_w: pooled maps -> maps; each value spreads over its window, with weights."""
 
     def __init__(self, weights: Tensor, window: pooling.Window):
         self.weights = weights
@@ -381,8 +386,8 @@ class WeightedUnpooling(LinearOperator):
         self.max_intermediate_numel = weights[0].numel()
 
     def __getitem__(self, images: slice) -> WeightedUnpooling:
-        alike = len(self.weights) == 1
-        return self if alike else WeightedUnpooling(self.weights[images], self.window)
+        shared = len(self.weights) == 1
+        return self if shared else WeightedUnpooling(self.weights[images], self.window)
 
     def __call__(self, z: Tensor) -> Tensor:
         return pooling.weighted_unpool(z, self.weights, self.window)
@@ -392,7 +397,7 @@ class WeightedUnpooling(LinearOperator):
 
 
 class Identity(LinearOperator):
-    """Nothing at all: Identity() @ A is A itself, with what A knows about its norm and solve."""
+    """z -> z. Identity() @ A is A itself, which keeps what A knows about its norm and solve."""
 
     def __call__(self, z: Tensor) -> Tensor:
         return z
@@ -452,10 +457,10 @@ class Composition(LinearOperator):
 
 
 class VerticalStack(LinearOperator):
-    """Several operators on the same maps, one below the other: z -> (w_1 A_1 z, w_2 A_2 z, ...).
+    """Several operators on the same maps, stacked: z -> (w_1 A_1 z, w_2 A_2 z, ...).
 
-    What they make has different shapes, so it is laid end to end, (N, numbers, 1, 1); `join` does
-    this to what they should make, whose squared errors then add with the weights w^2.
+    Their outputs have different shapes, so they are flattened and concatenated, (N, numel, 1, 1);
+    `join` does the same to their targets, whose squared errors then add with the weights w^2.
     """
 
     def __init__(
@@ -466,21 +471,21 @@ class VerticalStack(LinearOperator):
         self.max_intermediate_numel = max(A.max_intermediate_numel for A in operators)
 
     def __getitem__(self, images: slice) -> VerticalStack:
-        some = copy.copy(self)
-        some.operators = [A[images] for A in self.operators]
-        return some
+        part = copy.copy(self)
+        part.operators = [A[images] for A in self.operators]
+        return part
 
     def __call__(self, z: Tensor) -> Tensor:
         return self.join([A(z) for A in self.operators])
 
     def adjoint(self, y: Tensor) -> Tensor:
         parts = y.flatten(1).split([math.prod(shape) for shape in self.shapes], 1)
-        each = zip(self.operators, self.weights, parts, self.shapes, strict=True)
-        return sum(A.adjoint(w * part.reshape(-1, *shape)) for A, w, part, shape in each)
+        stacked = zip(self.operators, self.weights, parts, self.shapes, strict=True)
+        return sum(A.adjoint(w * part.reshape(-1, *shape)) for A, w, part, shape in stacked)
 
     def curvature(self) -> float | Tensor:
-        each = zip(self.weights, self.operators, strict=True)
-        return sum(w**2 * A.curvature() for w, A in each)
+        weighted = zip(self.weights, self.operators, strict=True)
+        return sum(w**2 * A.curvature() for w, A in weighted)
 
     def normalised(self) -> tuple[LinearOperator, int]:
         parts, of_parts = zip(*(A.normalised() for A in self.operators), strict=True)
@@ -488,14 +493,15 @@ class VerticalStack(LinearOperator):
         e = exponent(max(map(abs, weights)))
         if e == 0 and not any(of_parts):
             return self, 0
-        some = copy.copy(self)
-        some.operators, some.weights = list(parts), [math.ldexp(w, -e) for w in weights]
-        return some, e
+        normalised = copy.copy(self)
+        normalised.operators = list(parts)
+        normalised.weights = [math.ldexp(w, -e) for w in weights]
+        return normalised, e
 
     def join(self, targets: list[Tensor]) -> Tensor:
-        """The targets of the operators, weighted and end to end."""
-        each = zip(self.weights, targets, strict=True)
-        return torch.cat([w * target.flatten(1) for w, target in each], 1)[..., None, None]
+        """The targets of the operators, weighted, flattened and concatenated."""
+        weighted = zip(self.weights, targets, strict=True)
+        return torch.cat([w * target.flatten(1) for w, target in weighted], 1)[..., None, None]
 
 
 def conjugate_gradients(
@@ -507,11 +513,10 @@ def conjugate_gradients(
     max_iterations: int,
     preconditioner: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """w with system(w) = d for a symmetric positive definite system, every image (first axis) by
-    itself.
+    """w with system(w) = d for a symmetric positive definite system, image by image (first axis).
 
     Stops when the residual of every image is at most `tolerance` times the norm of its d. An image
-    that is there stands still, so that its result does not depend on the others in the batch.
+    that has converged no longer changes, so that its result does not depend on the batch.
     """
     w, tiny = torch.zeros_like(d) if start is None else start, torch.finfo(d.dtype).tiny
     r = d if start is None else d - system(w)

@@ -4,8 +4,8 @@
 
 A window spans `groups` consecutive maps and h x w positions of each. Windows do not overlap; those
 at the borders, and the last group of maps, may be partial, so the pooled size is ceil(size /
-window). What survives of a window is its element of largest magnitude, with its sign; of two
-equally large ones the positive, then the first (Zeiler et al. 2011, and the authors' toolbox).
+window). Each window keeps its element of largest magnitude, with its sign; of two equally large
+ones the positive, then the first (Zeiler et al. 2011, and the authors' toolbox).
 
 Switches are the flat indices of the survivors into the (K, H, W) maps of their image, int64, in the
 shape of the pooled maps. With the switches fixed, pooling and unpooling are linear and each other's
@@ -96,11 +96,11 @@ def weighted_pool(z: Tensor, weights: Tensor, window: Window) -> Tensor:
 def unpooling_weights(
     kind: str, switches: Tensor, shape: tuple[int, int, int], window: Window
 ) -> Tensor:
-    """The weights (N, K, H, W) of an unpooling that knows less than the switches, float32.
+    """The weights (N, K, H, W) of an unpooling that uses only part of the switches, float32.
 
-    no_map: the place of the maximum in all maps of its group; no_place: all places of its map;
+    no_map: the place of the maximum, in all maps of its group; no_place: all places of its map;
     centre: the middle of the window, whatever the switch; average: all places of the window. Their
-    squares sum to 1 in each window, so that pooling with them undoes unpooling. everywhere: the
+    squares sum to 1 in each window, so that pooling with them inverts unpooling. everywhere: the
     value itself at all places.
     """
     if kind not in UNPOOLINGS:
@@ -142,7 +142,7 @@ def _sum_windows(z: Tensor, window: Window) -> Tensor:
 
 
 def _centres(shape: tuple[int, int, int], window: Window, device: torch.device) -> Tensor:
-    """(1, K', H', W'): switches to the middle of every window, or of what there is of it."""
+    """(1, K', H', W'): switches to the middle of every window; of partial ones, of their part."""
     middles = []
     for size, step in zip(shape, window, strict=True):
         first = torch.arange(0, size, step, device=device)

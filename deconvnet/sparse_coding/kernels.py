@@ -1,15 +1,13 @@
-"""Compiled loops over the few entries of sparse maps that are not zero, on the CPU.
+"""Compiled loops over the few non-zero coefficients of sparse maps, on the CPU.
 
     r residual (C, H, W)   c correlations (K, rows, columns)   G maps of a group
 
-Where an entry paints is told axis by axis by a `Footprint`, which is all that these loops know of a
-boundary. They release the interpreter's lock, so that threads may share the work. They are compiled
-once for each size of filters, and kept on disk where that is possible (compiling.py).
+All that these loops know of a boundary is the `Footprint` of each axis. They release the
+interpreter's lock, so that threads may share the work. They are compiled once for each size of
+filters, and cached on disk where that is possible (support/compiling.py).
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import numpy as np
 
@@ -17,118 +15,17 @@ from deconvnet.support.compiling import compiled
 
 # Sums may be taken in any order, but a NaN stays one.
 _MATH = {"reassoc", "contract", "arcp", "nsz"}
-_HOW = dict(fastmath=_MATH, error_model="numpy", nogil=True)
-_compiled = compiled(**_HOW)
-# A part of whoever calls it. As a function of its own it would cost a call for each entry, and the
-# process that compiles would run another copy of it, which sums in another order, than those that
-# find the code on disk.
-_inlined = compiled(**_HOW, forceinline=True)
-
-
-# Sides, channels and groups that the compiler knows: it takes seconds for some hundred, and refuses
-# more than a thousand.
-UNROLLED = 64
-
-
-class Footprint(NamedTuple):
-    """Which pixels of one axis an impulse at each place of the maps paints, with which tap.
-
-    pixel, tap, length (places, runs): consecutive taps fall on consecutive pixels, in one run or,
-    where maps go on beyond their border, up to three; a run of length 0 is none. first (places,):
-    the pixel of tap 0 where all taps are one run and there is no other, else -1.
-    """
-
-    pixel: np.ndarray
-    tap: np.ndarray
-    length: np.ndarray
-    first: np.ndarray
-
-
-class Grid(NamedTuple):
-    """Where entries of an image paint, and how much of it counts: mask (C, H, W), or empty."""
-
-    rows: Footprint
-    columns: Footprint
-    mask: np.ndarray
-
-
-class Filters(NamedTuple):
-    """f (K, C, h, w) in groups of G maps; planes (K, C): the channels in which each is not zero,
-    then -1.
-
-    C, h, w and G are tuples of so many Nones: the length of a tuple is a part of its type, so that
-    the compiler knows it and unrolls. Above UNROLLED, where that wins nothing, they are arrays of
-    that length, and one compiled loop serves all.
-    """
-
-    f: np.ndarray
-    planes: np.ndarray
-    C: tuple[None, ...] | np.ndarray
-    h: tuple[None, ...] | np.ndarray
-    w: tuple[None, ...] | np.ndarray
-    G: tuple[None, ...] | np.ndarray
-
-    @classmethod
-    def of(cls, f: np.ndarray, group: int) -> Filters:
-        empty = ~f.any((2, 3))
-        order = empty.argsort(1, kind="stable")
-        planes = np.where(np.take_along_axis(empty, order, 1), -1, order).astype(np.int32)
-        return cls(f, planes, *map(_length, (*f.shape[1:], group)))
-
-
-def _length(number: int) -> tuple[None, ...] | np.ndarray:
-    """What has this length."""
-    return (None,) * number if number <= UNROLLED else np.zeros(number, np.bool_)
-
-
-class ActiveSet(NamedTuple):
-    """Some places of the maps of an image: group g, row i, column j (n,) int32, the values z (n, G)
-    there, the curvature L (n,) of the data term and the weight (n,) of the prior.
-    """
-
-    g: np.ndarray
-    i: np.ndarray
-    j: np.ndarray
-    z: np.ndarray
-    L: np.ndarray
-    weight: np.ndarray
-
-    def take(self, chosen: np.ndarray) -> ActiveSet:
-        return ActiveSet(*(column[chosen] for column in self))
-
-    def join(self, other: ActiveSet) -> ActiveSet:
-        return ActiveSet(*map(np.concatenate, zip(self, other, strict=True)))
-
-
-def footprint(boundary: str, pixels: int, taps: int) -> Footprint:
-    """The footprint along an axis of `pixels` of filters with so many taps (convolution.py)."""
-    places = np.arange(pixels + taps - 1 if boundary == "valid" else pixels)
-    shift = {"valid": taps - 1, "circular": 0}.get(boundary, (taps - 1) // 2)
-    # Where a place stands in a frame that goes on beyond its borders, in rising order.
-    at = [places]
-    if boundary == "circular":
-        at = [places - pixels, places]
-    elif boundary == "reflect":
-        left, right = -places, 2 * (pixels - 1) - places
-        # The border itself is its own image.
-        at = [np.where(places > 0, left, -taps), places]
-        at += [np.where(places < pixels - 1, right, pixels + taps)]
-    corner = np.stack(at, 1) - shift
-    tap = np.clip(-corner, 0, taps)
-    length = np.clip(pixels - corner, 0, taps) - tap
-    if boundary == "circular":
-        # Taps before those that wrap.
-        corner, tap, length = (of[:, ::-1] for of in (corner, tap, length))
-    length = np.maximum(length, 0)
-    alone = (length > 0).sum(1) == 1
-    first = np.where(alone & (length == taps).any(1), (corner * (length == taps)).sum(1), -1)
-    runs = (np.ascontiguousarray(of, np.int32) for of in (np.maximum(corner, 0), tap, length))
-    return Footprint(*runs, first.astype(np.int32))
+OPTIONS = dict(fastmath=_MATH, error_model="numpy", nogil=True)
+_compiled = compiled(**OPTIONS)
+# Compiled into its caller. A function of its own would cost a call for each coefficient, and the
+# process that compiles it would run a copy that sums in another order than the one that other
+# processes load from disk.
+_inlined = compiled(**OPTIONS, forceinline=True)
 
 
 @_inlined
 def _shrunk(magnitude, beta, p):
-    """argmin_x |x|^p + beta/2 (x - magnitude)^2 for a magnitude >= 0 and p < 1, as in sparsity."""
+    """argmin_x |x|^p + beta/2 (x - magnitude)^2 for a magnitude >= 0 and p < 1; see `prior`."""
     smallest = (2 * (1 - p) / beta) ** (1 / (2 - p))
     if magnitude <= smallest + p / beta * smallest ** (p - 1):
         return 0 * magnitude
@@ -142,28 +39,29 @@ def _shrunk(magnitude, beta, p):
 
 @_compiled
 def active(z, G):
-    """(g, i, j) of the entries of maps z (K, rows, columns) whose group is not all zero."""
+    """(g, i, j) of the groups in maps z (K, rows, columns) that are not all zero."""
     count = 0
     for _ in range(2):
-        found = np.empty((3, count), np.int32)
+        places = np.empty((3, count), np.int32)
         count = 0
         for g in range(z.shape[0] // G):
             for i in range(z.shape[1]):
                 for j in range(z.shape[2]):
-                    some = z[g * G, i, j] != 0
+                    nonzero = z[g * G, i, j] != 0
                     for u in range(1, G):
-                        some |= z[g * G + u, i, j] != 0
-                    if some:
-                        if found.shape[1]:
-                            found[0, count], found[1, count], found[2, count] = g, i, j
+                        nonzero |= z[g * G + u, i, j] != 0
+                    if nonzero:
+                        if places.shape[1]:
+                            places[0, count], places[1, count], places[2, count] = g, i, j
                         count += 1
-    return found[0], found[1], found[2]
+    return places[0], places[1], places[2]
 
 
 @_compiled
 def strongest(c, inverse, G, best, which, top, bottom):
     """best (rows, columns): the largest magnitude times `inverse` (groups,) over the groups of the
-    correlations c (K, rows, columns) at each place, and `which` group has it; in some rows.
+    correlations c (K, rows, columns) at each place, and `which` group has it; from row `top` to
+    row `bottom`.
     """
     for i in range(top, bottom):
         for j in range(c.shape[2]):
@@ -183,7 +81,7 @@ def strongest(c, inverse, G, best, which, top, bottom):
 
 @_compiled
 def leaders(best, tile):
-    """(rows, columns) of the largest in each tile of places, where it is above 1."""
+    """(rows, columns) of the largest value in each tile of places, where it is above 1."""
     H, W = best.shape
     most = -(-H // tile) * -(-W // tile)
     rows, columns = np.empty(most, np.int32), np.empty(most, np.int32)
@@ -201,7 +99,7 @@ def leaders(best, tile):
 
 @_compiled
 def by_bands(i, j, H, W, bands):
-    """(order, starts): entries sorted by band of rows, then by column, as they are swept."""
+    """(order, starts): coefficients sorted by band of rows, then by column, for the sweeps."""
     starts = np.zeros(bands * W + 1, np.int64)
     key = np.empty(len(i), np.int64)
     for n in range(len(i)):
@@ -217,17 +115,18 @@ def by_bands(i, j, H, W, bands):
 
 @_compiled
 def correlations(k, i, j, z, starts, own, gram):
-    """gram (K, K, 2h-1, 2w-1) += sums of z_k[i] z_l[i + shift] over pairs of entries of one image.
+    """gram (K, K, 2h-1, 2w-1) += sums of z_k[i] z_l[i + shift] over pairs in one image.
 
     k, i, j, z (n,) sorted by row, then column; starts (rows + 1,): where each row begins. own (n,):
-    whether it counts as the first of a pair, or only continues the maps beyond their border.
+    whether a coefficient counts as the first of a pair, or only continues the maps beyond their
+    border.
     """
     h, w = (gram.shape[2] + 1) // 2, (gram.shape[3] + 1) // 2
     for n in range(len(k)):
         if not own[n]:
             continue
         for row in range(max(i[n] - h + 1, 0), min(i[n] + h, len(starts) - 1)):
-            # The first entry of that row which is near enough, by bisection.
+            # The first coefficient of that row that is near enough, by bisection.
             m, end = starts[row], starts[row + 1]
             while m < end:
                 middle = (m + end) // 2
@@ -242,7 +141,7 @@ def correlations(k, i, j, z, starts, own, gram):
 
 @_compiled
 def towards_filters(gradient, y, g, i, j, z, rows, columns):
-    """gradient (K, C, h, w) += Z'y, the image y (C, H, W) as each entry sees it."""
+    """gradient (K, C, h, w) += Z'y for an image y (C, H, W)."""
     for n in range(len(g)):
         for c in range(y.shape[0]):
             for a in range(rows.length.shape[1]):
@@ -256,7 +155,7 @@ def towards_filters(gradient, y, g, i, j, z, rows, columns):
 
 @_inlined
 def _dot(r, f, planes, k, top, left, C, h, w):
-    """<r, what a unit impulse of map k paints>, all its taps being painted from (top, left)."""
+    """<r, what a unit impulse of map k paints>, with all its taps, from pixel (top, left)."""
     total = r.dtype.type(0)
     for s in range(len(C)):
         c = planes[k, s]
@@ -270,7 +169,7 @@ def _dot(r, f, planes, k, top, left, C, h, w):
 
 @_inlined
 def _paint(r, amount, f, planes, k, top, left, C, h, w):
-    """r += amount * what a unit impulse of map k paints, all its taps from (top, left)."""
+    """r += amount * what a unit impulse of map k paints, with all its taps, from (top, left)."""
     for s in range(len(C)):
         c = planes[k, s]
         if c < 0:
@@ -282,7 +181,7 @@ def _paint(r, amount, f, planes, k, top, left, C, h, w):
 
 @_inlined
 def _dot_at(r, f, k, rows, columns, mask, i, j):
-    """<mask r, what a unit impulse at (i, j) of map k paints>, wherever that is."""
+    """<mask r, what a unit impulse at place (i, j) of map k paints>."""
     total = r.dtype.type(0)
     for c in range(f.shape[1]):
         for a in range(rows.length.shape[1]):
@@ -298,7 +197,7 @@ def _dot_at(r, f, k, rows, columns, mask, i, j):
 
 @_inlined
 def _paint_at(r, amount, f, k, rows, columns, mask, i, j):
-    """r += amount * mask * what a unit impulse at (i, j) of map k paints, wherever that is."""
+    """r += amount * mask * what a unit impulse at place (i, j) of map k paints."""
     for c in range(f.shape[1]):
         for a in range(rows.length.shape[1]):
             for m in range(rows.length[i, a]):
@@ -311,10 +210,10 @@ def _paint_at(r, amount, f, k, rows, columns, mask, i, j):
 
 
 @_compiled
-def subtract(r, filters, grid, entries):
+def subtract(r, filters, grid, active_set):
     """r -= A z."""
     f, planes, C, h, w, _ = filters
-    g, i, j, z, _, _ = entries
+    g, i, j, z, _, _ = active_set
     rows, columns, mask = grid
     tops, lefts, masked = rows.first, columns.first, mask.size > 0
     for n in range(len(g)):
@@ -331,9 +230,7 @@ def subtract(r, filters, grid, entries):
 
 @_compiled
 def correlations_at(y, f, rows, columns, G, g, i, j):
-    """(n, G): the correlations of an image y (C, H, W) with the filters of some groups, at some
-    places.
-    """
+    """(n, G): the correlations of an image y (C, H, W) with the filters of groups g, at (i, j)."""
     c, everything = np.empty((len(g), G), y.dtype), np.empty((0, 0, 0), y.dtype)
     for n in range(len(g)):
         for u in range(G):
@@ -343,10 +240,10 @@ def correlations_at(y, f, rows, columns, G, g, i, j):
 
 @_compiled
 def curvatures(filters, inner, grid, g, i, j, scratch):
-    """L (n,): of entries that paint all their taps that of `inner` (groups,); of the others the
-    squared norm of what a unit impulse paints, added up over a group.
+    """L (n,): `inner` (groups,) where a coefficient paints all its taps; elsewhere the squared norm
+    of what a unit impulse paints, summed over the group.
 
-    scratch (C, H, W): zeros, and zeros again afterwards.
+    scratch (C, H, W): zeros, which are restored.
     """
     f, G = filters.f, len(filters.G)
     rows, columns, mask = grid
@@ -370,13 +267,13 @@ def curvatures(filters, inner, grid, g, i, j, scratch):
 
 
 @_compiled
-def descend(r, filters, grid, entries, starts, bands, sweeps, lam, p, positive):
-    """Minimise over one entry after the other, so often in each of these bands, which do not touch;
-    z and r change in place.
+def descend(r, filters, grid, active_set, starts, bands, sweeps, lam, p, positive):
+    """Minimise over one coefficient after another, in place of z and r; each band, which touches no
+    other of `bands`, is swept `sweeps` times.
     """
-    # Taken out once: a named tuple that is passed on or looked into costs more than a step.
+    # Unpacked once: passing a named tuple on, or reading from it, costs more than a step.
     f, planes, C, h, w, _ = filters
-    g, i, j, z, L, weight = entries
+    g, i, j, z, L, weight = active_set
     rows, columns, mask = grid
     tops, lefts, masked = rows.first, columns.first, mask.size > 0
     G = len(filters.G)
@@ -385,7 +282,7 @@ def descend(r, filters, grid, entries, starts, bands, sweeps, lam, p, positive):
         for _ in range(sweeps):
             for n in range(starts[s], starts[s + 1]):
                 if not L[n] > 0:
-                    # It paints nothing: its filter is zero, or all that it would paint is masked.
+                    # It paints nothing: its filter is zero, or everything it would paint is masked.
                     for u in range(G):
                         z[n, u] = 0
                     continue
@@ -404,14 +301,14 @@ def descend(r, filters, grid, entries, starts, bands, sweeps, lam, p, positive):
                     length += v[u] * v[u]
                 length = abs(v[0]) if G == 1 else np.sqrt(length)
                 if p == 1:
-                    kept = max(length - weight[n] / (lam * L[n]), 0 * length)
+                    shrunk = max(length - weight[n] / (lam * L[n]), 0 * length)
                 else:
-                    kept = _shrunk(length, lam * L[n] / weight[n], p) if weight[n] > 0 else length
+                    shrunk = _shrunk(length, lam * L[n] / weight[n], p) if weight[n] > 0 else length
                 for u in range(G):
                     if G == 1:
-                        x = z.dtype.type(kept if v[u] > 0 else -kept)
+                        x = z.dtype.type(shrunk if v[u] > 0 else -shrunk)
                     else:
-                        x = z.dtype.type(kept / length * v[u] if kept > 0 else kept)
+                        x = z.dtype.type(shrunk / length * v[u] if shrunk > 0 else shrunk)
                     d = x - z[n, u]
                     if d != 0:
                         k = g[n] * G + u

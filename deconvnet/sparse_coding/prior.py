@@ -1,7 +1,7 @@
 """The sparse prior sum |x|^p: its value and its proximal map for every 0 <= p <= 1.
 
-`Prior` is all that may be asked of the maps: weights, maps whose magnitude is one, signs, a pooling
-window. Everything else here is the plain sum, of which it is made.
+`Prior` adds weights, groups of maps, signs and a pooling window; everything else here is the plain
+sum on which it builds.
 
     x, v maps of any shape · beta > 0 weight of the quadratic term · p the exponent, 0^0 = 0, so
     that p = 0 counts
@@ -11,11 +11,11 @@ to a finite value at a threshold tau and the equation beyond it is solved by New
 rounding, on every device: no look-up table (that of Krishnan and Fergus, NIPS 2009, is too coarse
 where beta is large).
 
-With a pooling window the prior also allows at most one entry that is not zero in each window. Its
-proximal map is the shrinkage of the largest entry of each window, and zero elsewhere: among the
-entries of a window, beta/2 v^2 - min_x (|x|^p + beta/2 (x - v)^2) is what keeping one gains, and it
-grows with |v|. So pooling and unpooling after every shrinkage, as Zeiler et al. 2011 do it, is no
-departure from proximal gradient steps but the proximal map of this prior.
+With a pooling window the prior also allows at most one non-zero coefficient in each window. Its
+proximal map shrinks the largest coefficient of each window and sets the others to zero: keeping one
+of them lowers the cost by beta/2 v^2 - min_x (|x|^p + beta/2 (x - v)^2), which grows with |v|. So
+pooling and unpooling after every shrinkage, as in Zeiler et al. 2011, does not depart from proximal
+gradient steps: it is the proximal map of this prior.
 """
 
 from __future__ import annotations
@@ -35,10 +35,11 @@ from deconvnet.support.validation import as_number, as_weights, check_numbers, c
 class Prior:
     """sum_i w_i |z_i|^p, or the same of the l2 norms of groups of maps, over maps z (N, K, H, W).
 
-    weights: w >= 0, (K,) or whatever broadcasts to z; 0 leaves an entry free; None: all 1. group:
-    so many consecutive maps share one magnitude, their l2 norm at each place, and one weight.
-    non_negative: over z >= 0 only. window: at most one entry that is not zero in each window, as in
-    `shrink`; without weights and groups. Raises ValueError for what does not fit together.
+    weights: w >= 0, (K,) or any shape that broadcasts to z; 0 leaves a coefficient free; None: all
+    1. group: this many consecutive maps share one magnitude, their l2 norm at each place, and one
+    weight. non_negative: over z >= 0 only. window: at most one non-zero coefficient in each pooling
+    window, as in `shrink`; not together with weights or groups. Raises ValueError where values are
+    out of range or do not fit together.
     """
 
     p: float = 1.0
@@ -74,7 +75,7 @@ class Prior:
         return self.p == 1 and self.window is None
 
     def check(self, shape: tuple[int, ...]) -> None:
-        """Refuse maps of a shape (N, K, H, W) that weights or groups do not fit."""
+        """Raise ValueError if weights or groups do not fit maps of the shape (N, K, H, W)."""
         if len(shape) != 4:
             raise ValueError(f"maps must have the shape (N, K, H, W), got {tuple(shape)}")
         if shape[1] % self.group:
@@ -94,29 +95,29 @@ class Prior:
     def shrink(self, v: Tensor, beta: float | Tensor) -> Tensor:
         """argmin_x prior(x) + beta/2 ||x - v||^2, the proximal map; beta: number or (N, 1, 1, 1).
 
-        Weights are thresholds of their own, beta / w entry by entry. The norm of a group depends on
-        its length alone, so the length is shrunk and the direction stays, for every p.
+        Weights replace beta by beta / w, coefficient by coefficient. The prior of a group depends
+        on its length alone, so the length is shrunk and the direction stays, for every p.
         """
         if self.group == 1:
-            return self._shrink_entries(v, beta)
+            return self._shrink_each(v, beta)
         if self.non_negative:
             v = v.clamp(min=0)
         length = self._lengths(v)
-        kept = self._shrink_entries(length, beta) / length.clamp(min=torch.finfo(v.dtype).tiny)
-        return (v.unflatten(1, (-1, self.group)) * kept[:, :, None]).flatten(1, 2)
+        factor = self._shrink_each(length, beta) / length.clamp(min=torch.finfo(v.dtype).tiny)
+        return (v.unflatten(1, (-1, self.group)) * factor[:, :, None]).flatten(1, 2)
 
     def __call__(self, z: Tensor) -> Tensor:
-        """The value for every image, (N,) in float64; infinity where z is not allowed: negative
-        with non_negative, or with several entries that are not zero in a window.
+        """The value for every image, (N,) in float64; infinity where z is infeasible: negative
+        with non_negative, or with several non-zero coefficients in a window.
         """
         value = self.value(z)
         if self.window is None and not self.non_negative:
             return value
-        broken = (self.feasible(z) != z).flatten(1).any(1) & ~value.isnan()
-        return torch.where(broken, torch.inf, value)
+        infeasible = (self.feasible(z) != z).flatten(1).any(1) & ~value.isnan()
+        return torch.where(infeasible, torch.inf, value)
 
     def feasible(self, z: Tensor) -> Tensor:
-        """The nearest maps that are allowed: z >= 0, the strongest entry of each window."""
+        """The nearest feasible maps: z >= 0, only the strongest coefficient of each window."""
         if self.non_negative:
             z = z.clamp(min=0)
         if self.window is None:
@@ -125,7 +126,7 @@ class Prior:
         return unpool(pool(z, switches), switches, z.shape)
 
     def value(self, z: Tensor) -> Tensor:
-        """The value for every image of maps that are allowed, (N,) in float64."""
+        """The value for every image of feasible maps, (N,) in float64."""
         x = z if self.group == 1 else self._lengths(z)
         if self.entry_weights is None:
             return penalties(x, self.p)
@@ -137,8 +138,8 @@ class Prior:
     def dual_norm(self, c: Tensor) -> Tensor:
         """(N,): for p = 1 the smallest s for which c / s is a subgradient at z = 0.
 
-        max |c_i| / w_i, of c clamped at 0 if z is not negative, of the lengths of groups. Where a
-        weight is 0 and c is not, it is infinite.
+        max |c_i| / w_i; with non_negative of c clamped at 0, with groups of their lengths. Infinite
+        where a weight is 0 and c is not.
         """
         if self.p != 1:
             raise ValueError(f"p={self.p}: only the prior with p=1 has a dual norm")
@@ -146,37 +147,36 @@ class Prior:
             c = c.clamp(min=0)
         c = c.abs() if self.group == 1 else self._lengths(c)
         if self.entry_weights is not None:
-            # 0 / 0 is nothing that is asked of c.
+            # Where c is 0, a weight of 0 asks nothing of it.
             c = torch.where(c > 0, c / self.entry_weights.to(c), c)
         return c.flatten(1).amax(1)
 
-    def _shrink_entries(self, v: Tensor, beta: float | Tensor) -> Tensor:
-        """The proximal map of the entries, or of the lengths of groups."""
+    def _shrink_each(self, v: Tensor, beta: float | Tensor) -> Tensor:
+        """The proximal map of each coefficient, or of the length of each group."""
         w = None if self.entry_weights is None else self.entry_weights.to(v)
         if self.p == 1 and self.window is None and (w is not None or isinstance(beta, Tensor)):
-            # The bits of `shrink` where there are no weights, several times as fast.
+            # The same bits as `shrink` where there are no weights, several times faster.
             tau = 1 / beta if w is None else w * (1 / beta)
             positive = (v - tau).relu_()
             if self.non_negative:
                 return positive
             negative = (v + tau).neg_().relu_()
-            # A gradient is made of what relu_ has left.
+            # Autograd needs what relu_ returned, unchanged.
             return positive - negative if positive.requires_grad else positive.sub_(negative)
         if w is None:
             return shrink(v, beta, self.p, non_negative=self.non_negative, window=self.window)
-        some = w.clamp(min=1e-30)
-        x = shrink(v, beta / some, self.p, non_negative=self.non_negative)
+        x = shrink(v, beta / w.clamp(min=1e-30), self.p, non_negative=self.non_negative)
         free = v.clamp(min=0) if self.non_negative else v
         return torch.where(w > 0, x, free)
 
     def _lengths(self, v: Tensor) -> Tensor:
         """(N, K / group, H, W): the l2 norm of every group of maps."""
-        # Not vector_norm, which takes fifty times as long over an axis in the middle.
+        # vector_norm takes fifty times as long over an axis in the middle.
         return _root(v.unflatten(1, (-1, self.group)).square().sum(2))
 
     @cached_property
     def entry_weights(self) -> Tensor | None:
-        """The weights of entries, or of groups, as they broadcast; None where they are all 1."""
+        """The weights of coefficients, or of groups, as they broadcast; None if they are all 1."""
         if self.weights is None or (self.weights == 1).all():
             return None
         w = _at_maps(self.weights)
@@ -184,7 +184,7 @@ class Prior:
         return w[..., :: self.group, :, :] if by_map else w
 
     def _one_for_each_group(self) -> bool:
-        """Whether the weights of the maps of every group are the same."""
+        """Whether the maps of every group have the same weights."""
         w = _at_maps(self.weights)
         if w.ndim < 3 or w.shape[-3] == 1:
             return True
@@ -199,7 +199,7 @@ def _at_maps(weights: Tensor) -> Tensor:
 
 
 def penalty(x: Tensor, p: float = 1.0) -> Tensor:
-    """sum |x|^p over all entries, a float64 scalar; p = 0 counts the entries that are not zero."""
+    """sum |x|^p over all coefficients, a float64 scalar; p = 0 counts the non-zero ones."""
     return penalties(x.flatten()[None], p)[0]
 
 
@@ -212,7 +212,7 @@ def penalties(x: Tensor, p: float = 1.0) -> Tensor:
     magnitude = x.abs()
     if p != 1:
         magnitude = _power(magnitude, p)
-    # Summed pairwise, to 1e-7, in a quarter of the time that conversion takes.
+    # Summed pairwise, accurate to 1e-7, in a quarter of the time of converting first.
     return magnitude.sum(axes).double()
 
 
@@ -227,16 +227,16 @@ def shrink(
     """argmin_x |x|^p + beta/2 (x - v)^2, element by element  (Zeiler et al. 2010, the x-step).
 
     beta: a positive number, or a tensor (N, 1, 1, 1). With non_negative the minimum over x >= 0;
-    with window = (groups, h, w) over the maps x (N, K, H, W) that have at most one entry that is
-    not zero in each window of `pooling.max_pool`. At the threshold itself, where two minimisers
-    tie, the result is 0.
+    with window = (groups, h, w) over maps x (N, K, H, W) with at most one non-zero coefficient in
+    each window of `pooling.max_pool`. At the threshold itself, where two minimisers tie, the result
+    is 0.
     """
     check_exponent(p)
     check_tensors(v=v)
     if window is not None:
         switches = strongest(v.clamp(min=0) if non_negative else v, window)
-        kept = shrink(pool(v, switches), beta, p, non_negative=non_negative)
-        return unpool(kept, switches, v.shape)
+        x = shrink(pool(v, switches), beta, p, non_negative=non_negative)
+        return unpool(x, switches, v.shape)
     if not isinstance(beta, Tensor):
         if not as_number(beta, "beta") > 0:
             raise ValueError(f"beta={beta}: must be positive")
@@ -257,10 +257,9 @@ def shrink(
 
 
 def threshold(beta: float | Tensor, p: float) -> tuple[float | Tensor, float | Tensor]:
-    """(x, tau): up to |v| = tau the minimiser is 0, and just beyond it jumps to x (0 for p = 1).
+    """(x, tau): up to |v| = tau the minimiser is 0; just beyond tau it jumps to x (0 for p = 1).
 
-    x = (2 (1-p) / beta)^(1/(2-p)) and tau = x + p/beta x^(p-1): there the cost of x equals that of
-    0.
+    x = (2 (1-p) / beta)^(1/(2-p)) and tau = x + p/beta x^(p-1), where x and 0 have the same cost.
     """
     if p == 1:
         return 0.0 * beta, 1 / beta
@@ -274,17 +273,17 @@ def check_exponent(p: float) -> None:
 
 
 def _soft_threshold(v: Tensor, tau: float, non_negative: bool) -> Tensor:
-    # One fused kernel each: this is called on every map in every iteration.
+    # Each is one fused kernel: this runs on all maps in every iteration.
     return torch.relu(v - tau) if non_negative else torch.nn.functional.softshrink(v, tau)
 
 
 def _largest_root(magnitude: Tensor, beta: float | Tensor, p: float, tau: float | Tensor) -> Tensor:
     """The root of p x^(p-1) + beta (x - |v|) = 0 that is the minimum, for |v| beyond the threshold.
 
-    From x = |v| Newton's method descends to it monotonically, the left side being increasing and
-    convex there; six steps reach rounding for every p and beta. Entries below the threshold tau get
-    the root for tau: Newton's method would lead them below 0, and their gradient, which nobody
-    asks for, would be NaN times 0.
+    Newton's method from x = |v| descends to it monotonically, because the left side is increasing
+    and convex there; six steps reach rounding for every p and beta. Below the threshold tau v gets
+    the root for tau: Newton's method would go below 0, and its gradient, which is not used, would
+    be NaN times 0.
     """
     tau = torch.as_tensor(tau, dtype=magnitude.dtype, device=magnitude.device)
     x = magnitude = torch.maximum(magnitude, tau)

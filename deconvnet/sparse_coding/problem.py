@@ -227,8 +227,8 @@ class Solution:
         total = float(self.objective.sum())
         density = float(torch.count_nonzero(self.z)) / max(self.z.numel(), 1)
         line = (
-            f"{len(self.z)} images, maps {'x'.join(map(str, self.z.shape[1:]))}, {density:.2%} not "
-            f"zero, objective {total:.6g}, {self.iterations} iterations"
+            f"{len(self.z)} images, maps {'x'.join(map(str, self.z.shape[1:]))}, {density:.2%} "
+            f"non-zero, objective {total:.6g}, {self.iterations} iterations"
         )
         if self.gap is None:
             return line

@@ -24,9 +24,9 @@ from torch import Tensor
 from deconvnet.operators.convolution import correlate_strips, map_size
 from deconvnet.operators.linear import Deconvolution
 from deconvnet.sparse_coding import kernels
+from deconvnet.sparse_coding.active_set import ActiveSet
 from deconvnet.sparse_coding.coordinate_descent import PriorWeights
 from deconvnet.sparse_coding.iteration import Until, iterate
-from deconvnet.sparse_coding.kernels import ActiveSet
 from deconvnet.sparse_coding.prior import Prior
 from deconvnet.sparse_coding.problem import Problem, data_term
 from deconvnet.sparse_coding.working_set import Atoms, WorkingSetSolver

@@ -34,8 +34,8 @@ from torch import Tensor
 from deconvnet.operators.convolution import correlate_strips, map_size
 from deconvnet.operators.linear import Deconvolution
 from deconvnet.sparse_coding import kernels
+from deconvnet.sparse_coding.active_set import ActiveSet, Filters, Grid, footprint
 from deconvnet.sparse_coding.iteration import Method
-from deconvnet.sparse_coding.kernels import ActiveSet
 from deconvnet.sparse_coding.problem import Problem
 from deconvnet.sparse_coding.threads import run_all
 
@@ -59,17 +59,17 @@ class Atoms:
         if A.mask is not None:
             self.mask = A.mask.detach().to(b).expand_as(b).contiguous()
         self.dtype = self.f.numpy().dtype.type
-        self.filters = kernels.Filters.of(self.f.numpy(), group)
+        self.filters = Filters.from_array(self.f.numpy(), group)
         sides = zip(b.shape[2:], self.f.shape[2:], strict=True)
-        self.axes = [kernels.footprint(self.boundary, *side) for side in sides]
+        self.axes = [footprint(self.boundary, *side) for side in sides]
         self.map_size = map_size(b.shape[2:], self.f.shape[2:], self.boundary)
         self.curvature = _group_curvatures(self.f, group)
         self._zeros = b.shape[1:]
 
-    def grid(self, n: int) -> kernels.Grid:
+    def grid(self, n: int) -> Grid:
         """Where the impulses of an image paint, and how much of it counts."""
         mask = np.empty((0, 0, 0), self.dtype) if self.mask is None else self.mask[n].numpy()
-        return kernels.Grid(*self.axes, mask)
+        return Grid(*self.axes, mask)
 
     def curvatures_at(self, n: int, g: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
         """L (m,) of coefficients at these places of an image."""

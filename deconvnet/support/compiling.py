@@ -1,15 +1,15 @@
-"""Compiled loops, kept on disk where that is possible: a cache saves time and never stops work.
+"""numba with a cache of compiled code on disk that cannot fail: it saves time and never stops work.
 
-numba's own cache ends the program where no folder can be written, where the disk is full and where
-a file of the cache is damaged. Here compiled code is looked for, and written to
+numba's own cache ends the program if no folder is writable, if the disk is full, or if a file of
+the cache is damaged. Here compiled code is read from, and written to
 
-1. where numba keeps it: NUMBA_CACHE_DIR, if that is set, `__pycache__` beside the source, or the
+1. numba's folder: NUMBA_CACHE_DIR if that is set, else `__pycache__` beside the source or the
    user's cache folder;
-2. if that cannot be written, a folder of this user's own among the temporary files;
-3. if neither can, nowhere: the process compiles for itself.
+2. if that is not writable, a folder of this user among the temporary files;
+3. if neither is, nowhere: the process compiles for itself.
 
-What is read from a file is used only if its digest and its signature are right. So a file that is
-truncated or damaged, and one of two processes that wrote at once, is compiled again and replaced.
+Code from a file is used only if its digest and its signature are right. A file that is truncated,
+damaged, or written by two processes at once is compiled again and replaced.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def compiled(**options: Any) -> Callable[[Callable], Callable]:
 
 
 class _Announcement(event.Listener):
-    """Says, once in a process, why a first call takes its time."""
+    """Logs, once in a process, why a first call takes longer."""
 
     said = False
 
@@ -68,9 +68,9 @@ event.register("numba:compile", announcement)
 
 
 class CodeCache:
-    """What numba asks of the cache of one function, over the first folder that will do."""
+    """The cache of one function as numba uses it, in the first folder that works."""
 
-    _told = False
+    _warned = False
 
     def __init__(self, function: Callable):
         self._function = function
@@ -82,9 +82,9 @@ class CodeCache:
         return places[0] if places else None
 
     def load_overload(self, signature: Any, target_context: Any) -> Any:
-        """The compiled code for a signature, or None where no folder has it undamaged."""
+        """The compiled code for a signature, or None if no folder has it undamaged."""
         for cache in filter(None, (self._usual, self._among_temporary_files(make=False))):
-            # Bytes that are no pickle may raise anything at all.
+            # Unpickling damaged bytes may raise any exception.
             with contextlib.suppress(Exception):
                 code = cache.load_overload(signature, target_context)
                 if code is not None and _is_for(code, signature):
@@ -92,7 +92,7 @@ class CodeCache:
         return None
 
     def save_overload(self, signature: Any, code: Any) -> None:
-        """Keep the code in the first folder that takes it; else warn, once in a process."""
+        """Save the code in the first folder that accepts it; else warn, once in a process."""
         reason = "no folder for it can be written"
         for find in (lambda: self._usual, self._among_temporary_files):
             cache = find()
@@ -103,8 +103,8 @@ class CodeCache:
                 return
             except Exception as error:  # a full disk, a damaged index, a folder in place of a file
                 reason = str(error)
-        if not CodeCache._told:
-            CodeCache._told = True
+        if not CodeCache._warned:
+            CodeCache._warned = True
             logger.warning(
                 "compiled code cannot be kept on disk and is compiled in every process (%s); "
                 "set NUMBA_CACHE_DIR to a folder that can be written",
@@ -112,7 +112,7 @@ class CodeCache:
             )
 
     def flush(self) -> None:
-        """Forget what is in the folders."""
+        """Delete the code in the folders."""
         for cache in filter(None, (self._usual, self._temporary)):
             with contextlib.suppress(OSError):
                 cache.flush()
@@ -124,14 +124,14 @@ class CodeCache:
 
 
 class _DigestCode(CompileResultCacheImpl):
-    """Compiled code as bytes that are kept with their digest."""
+    """Compiled code as bytes, stored with their digest."""
 
     def reduce(self, code: Any) -> tuple[bytes, bytes]:
         data = dumps(super().reduce(code))
         return hashlib.sha256(data).digest(), data
 
-    def rebuild(self, target_context: Any, kept: tuple[bytes, bytes]) -> Any:
-        digest, data = kept
+    def rebuild(self, target_context: Any, stored: tuple[bytes, bytes]) -> Any:
+        digest, data = stored
         if hashlib.sha256(data).digest() != digest:
             raise ValueError("damaged code")
         return super().rebuild(target_context, pickle.loads(data))
@@ -144,7 +144,7 @@ class _DigestCache(FunctionCache):
 
     @classmethod
     def of(cls, function: Callable, folder: Path | None = None) -> _DigestCache | None:
-        """In this folder, or where numba says without a NUMBA_CACHE_DIR; None if not possible."""
+        """The cache in this folder, else in numba's own; None if that is not possible."""
         given = numba.config.CACHE_DIR
         try:
             if folder is not None:
@@ -156,7 +156,7 @@ class _DigestCache(FunctionCache):
             numba.config.CACHE_DIR = given
 
     def save_or_replace(self, signature: Any, code: Any) -> None:
-        """Save, into a new index where the old one is damaged."""
+        """Save the code; replace the index if it is damaged."""
         try:
             self.save_overload(signature, code)
         except OSError:
@@ -169,19 +169,19 @@ class _DigestCache(FunctionCache):
 def temporary_folder(*, make: bool) -> Path | None:
     """The folder of this user for compiled code among the temporary files.
 
-    None where it is not there and not to be made, or cannot be. None also where it belongs to
-    another user or others may write to it: what lies in it is run.
+    None if it does not exist and is not to be made, or cannot be made; also if it belongs to
+    another user or others may write to it, because the code in it is executed.
     """
     user = f"-{os.getuid()}" if hasattr(os, "getuid") else ""
     try:
         folder = Path(tempfile.gettempdir()) / f"deconvnet-compiled{user}"
         if make:
             folder.mkdir(mode=0o700, exist_ok=True)
-        found = folder.lstat()
+        status = folder.lstat()
     except OSError:
         return None
-    ours = not user or (found.st_uid == os.getuid() and not found.st_mode & 0o077)
-    return folder if stat.S_ISDIR(found.st_mode) and ours else None
+    ours = not user or (status.st_uid == os.getuid() and not status.st_mode & 0o077)
+    return folder if stat.S_ISDIR(status.st_mode) and ours else None
 
 
 def _is_for(code: Any, signature: Any) -> bool:

@@ -1,8 +1,8 @@
-"""What a caller may have switched on around a call, and which must not change its result.
+"""Modes of torch that a caller may have switched on and that must not change a result.
 
-Inference and learning work on plain tensors in the type of the data: no graph for autograd is made,
-and autocast, which would turn some of the convolutions into float16 or bfloat16, is off inside.
-What is drawn at random is drawn on the CPU, also where torch's default device is another.
+Inference and learning work on plain tensors in the type of the data: they build no graph for
+autograd, and switch off autocast, which would run some of the convolutions in float16 or bfloat16.
+Random numbers are drawn on the CPU, whatever torch's default device is.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def full_precision(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def default_device() -> torch.device:
-    """Where torch makes tensors that nobody gives a device."""
+    """Where torch creates tensors that are given no device."""
     return torch.empty(0).device
 
 

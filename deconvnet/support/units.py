@@ -6,8 +6,8 @@ The problem has no scale of its own (p the exponent of the prior):
 
     lam' = lam s^(2-p) k^p / v    beta' = beta (s/k)^(2-p) / v    objective' = objective (k/s)^p / v
 
-is the same problem. But numbers have a scale: the square of 1e-20 is 0 in float32. With powers of
-two nothing is rounded on the way there and back, and data of an ordinary size stay as they are.
+is the same problem. But floating-point numbers have a scale: the square of 1e-20 is 0 in float32.
+Powers of two round nothing, in either direction, and data of an ordinary size are left alone.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Between 2^-ORDINARY and 2^ORDINARY nothing is done; a number of several such factors is still
-# far from the ends of float32.
+# Between 2^-ORDINARY and 2^ORDINARY nothing is rescaled; a product of several such numbers is still
+# far from the limits of float32.
 ORDINARY = 20
 # Exponents are multiples of this, so that their roots, and halves and quarters of them, are exact.
 STEP = 8
@@ -34,7 +34,7 @@ def exponent(value: float, *, ordinary: int = ORDINARY) -> int:
 
 
 def magnitude(x: Tensor) -> float:
-    """The largest magnitude in x, 0 where there is nothing; NaN if there is one."""
+    """The largest magnitude in x; 0 if x is empty, NaN if it has one."""
     if not x.numel():
         return 0.0
     # Without a copy of x.
@@ -61,14 +61,13 @@ class Units:
 
     @classmethod
     def of(cls, b: Tensor, filters: int, lam: float, p: float, weights: Tensor | None) -> Units:
-        """Those of data b; filters: what `LinearOperator.normalised` took out of A.
+        """The exponents for data b; filters: that of `LinearOperator.normalised`.
 
-        In units of data and filters, lam tells the size of the weights: what is as large as they
-        are is just not zero.
+        In units of data and filters, lam indicates the size of the weights.
         """
         data = exponent(magnitude(b))
-        found = cls(data, filters, 0, p)
-        prior = 0 if weights is None else exponent(found.lam(lam), ordinary=2 * ORDINARY)
+        units = cls(data, filters, 0, p)
+        prior = 0 if weights is None else exponent(units.lam(lam), ordinary=2 * ORDINARY)
         return cls(data, filters, prior, p)
 
     @property
@@ -84,7 +83,7 @@ class Units:
         return _times(lam, (2 - self.p) * self.data + self.p * self.filters - self.prior)
 
     def beta(self, beta: float) -> float:
-        """beta', and the inverse of a gradient step in its units."""
+        """beta', also the inverse of a gradient step."""
         return _times(beta, (2 - self.p) * self.maps - self.prior)
 
     def step(self, step: Tensor | float, *, back: bool = False) -> Tensor | float:

@@ -1,7 +1,7 @@
-"""What callers hand over, checked once at the doors of the package.
+"""Checks of arguments, once, where they enter the package.
 
-Arrays may be tensors or numpy arrays, and are tensors inside. Whatever cannot be used raises
-ValueError in one line: the name of the argument, what it is, and what would be right.
+Arrays may be tensors or numpy arrays; inside they are tensors. An argument that cannot be used
+raises ValueError in one line: its name, what it is, and what would be right.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ FLOATS = (torch.float32, torch.float64)
 def as_tensor(value: Any, name: str) -> Tensor:
     """A tensor or numpy array of real numbers, of any shape, as a plain tensor without a gradient.
 
-    It shares the memory of an array where it can. Subclasses of Tensor are left behind, so that
-    what comes back is a tensor and no image of torchvision, say.
+    It shares the memory of an array where it can. A subclass of Tensor, such as an image of
+    torchvision, is converted to a plain tensor.
     """
     if isinstance(value, np.ndarray):
         return _of_array(value, name)
@@ -31,12 +31,12 @@ def as_tensor(value: Any, name: str) -> Tensor:
         raise ValueError(f"{name} must be a tensor or a numpy array, got {_kind(value, name)}")
     check_numbers(value, name)
     value = value.detach()
-    # numpy, to which loops on the CPU hand over, knows no lazy sign.
+    # The compiled loops use numpy, which knows no lazy sign.
     return (value if type(value) is Tensor else value.as_subclass(Tensor)).resolve_neg()
 
 
 def check_numbers(value: Tensor, name: str) -> None:
-    """Refuse tensors that do not hold real numbers one by one."""
+    """Raise ValueError for a tensor that is not dense, real and unquantised."""
     if value.layout != torch.strided:
         raise ValueError(f"{name} must be dense, got {value.layout}: use {name}.to_dense()")
     if value.is_complex():
@@ -50,8 +50,9 @@ def check_numbers(value: Tensor, name: str) -> None:
 
 
 def check_tensors(**given: Any) -> None:
-    """Refuse what the functions of the mathematics cannot compute with: they take tensors alone,
-    floating ones, of one type and on one device, and leave gradients as they are.
+    """Raise ValueError unless all are floating tensors of one type and on one device.
+
+    For the differentiable functions, which take nothing else and keep gradients.
     """
     for name, value in given.items():
         if not isinstance(value, Tensor):
@@ -62,22 +63,22 @@ def check_tensors(**given: Any) -> None:
             raise ValueError(
                 f"{name} must be floating, got {value.dtype}: use {_floats(value, name)}"
             )
-    (first, one), *others = given.items()
+    (first, reference), *others = given.items()
     for name, value in others:
-        if value.device != one.device:
+        if value.device != reference.device:
             raise ValueError(
-                f"{first} is on {one.device} and {name} on {value.device}: must be one"
+                f"{first} is on {reference.device} and {name} on {value.device}: must be one"
             )
-        # autocast brings them to one type.
-        if value.dtype != one.dtype and not autocasts(value.device.type):
+        # autocast converts them to one type.
+        if value.dtype != reference.dtype and not autocasts(value.device.type):
             raise ValueError(
-                f"{first} is {one.dtype} and {name} {value.dtype}: must be one, for example by "
-                f"{name}.to({first})"
+                f"{first} is {reference.dtype} and {name} {value.dtype}: must be one, for example "
+                f"by {name}.to({first})"
             )
 
 
 def as_images(value: Any, name: str = "images") -> Tensor:
-    """Images (N, C, H, W) of float32 or float64, at least one of one pixel, as a tensor."""
+    """Images (N, C, H, W) of float32 or float64 as a tensor; not empty."""
     images = as_tensor(value, name)
     if images.ndim != 4:
         more = {2: f": use {name}[None, None]", 3: f": use {name}[:, None] for grey (N, H, W)"}
@@ -95,7 +96,7 @@ def as_images(value: Any, name: str = "images") -> Tensor:
 
 
 def as_filters(value: Any, channels: int, name: str = "filters") -> Tensor:
-    """Filters (K, C, h, w) for images of so many channels, at least one, as a tensor."""
+    """Filters (K, C, h, w) for images of this many channels as a tensor; not empty."""
     filters = as_tensor(value, name)
     if filters.ndim != 4 or filters.shape[1] != channels:
         raise ValueError(
@@ -108,7 +109,7 @@ def as_filters(value: Any, channels: int, name: str = "filters") -> Tensor:
 
 
 def as_weights(value: Any, name: str = "weights") -> Tensor:
-    """Weights as a tensor: also a number, or a list of numbers."""
+    """Weights as a tensor, from an array, a number, or a list of numbers."""
     if isinstance(value, (list, tuple, int, float, np.generic)):
         try:
             value = torch.tensor(value)
@@ -118,9 +119,9 @@ def as_weights(value: Any, name: str = "weights") -> Tensor:
 
 
 def images_of_batch(batch: Any, name: str) -> Tensor:
-    """The images of what a DataLoader yields: a tensor, or a list or tuple of it and labels.
+    """The images of a batch of a DataLoader: a tensor, or a list or tuple of images and labels.
 
-    Only the first element of a list is looked at, and it must be alone in being images.
+    The first element of a list is used, and must be the only one with the shape of images.
     """
     if isinstance(batch, dict):
         keys = ", ".join(map(repr, batch))
@@ -129,7 +130,7 @@ def images_of_batch(batch: Any, name: str) -> Tensor:
             "(batch['image'] for batch in batches)"
         )
     if isinstance(batch, (list, tuple)):
-        dimensions = [getattr(each, "ndim", 0) for each in batch]
+        dimensions = [getattr(element, "ndim", 0) for element in batch]
         if not dimensions or dimensions[0] < 4 or max(dimensions[1:], default=0) > 3:
             raise ValueError(
                 f"{name} is {_kind(batch, name)}: must be images (N, C, H, W), or a list or tuple "
@@ -158,7 +159,7 @@ def as_number(value: Any, name: str) -> float:
 
 
 def whole(value: Any, name: str, why: str = "") -> int:
-    """A whole number from 1; why: the end of the sentence for what is none."""
+    """A whole number, at least 1; why: how the message for any other number ends."""
     try:
         number, whole_number = operator.index(value), True
     except TypeError:
@@ -170,7 +171,7 @@ def whole(value: Any, name: str, why: str = "") -> int:
 
 
 def check_settings(value: Any, kind: type, name: str, *, optional: bool = True) -> None:
-    """Refuse what are no settings of this kind; None, where they are optional, is right."""
+    """Raise ValueError unless these are settings of this kind, or None where they are optional."""
     if isinstance(value, kind) or (optional and value is None):
         return
     use = f"use {kind.__name__}({value!r})" if isinstance(value, str) else ""
@@ -186,24 +187,24 @@ def _of_array(value: np.ndarray, name: str) -> Tensor:
         raise ValueError(f"{name} must be real numbers, got an array of {value.dtype}")
     if value.dtype.itemsize > 8:
         raise ValueError(f"{name} must be float32 or float64, got an array of {value.dtype}")
-    # torch knows no other order of bytes, no negative strides, and warns of read-only memory.
+    # torch supports no other byte order and no negative strides, and warns of read-only memory.
     native = value.dtype.newbyteorder("=")
     return torch.from_numpy(np.require(value, native, requirements=["C", "W", "E"]))
 
 
 def _floats(value: Any, name: str) -> str:
-    """How to make floats of an array of another type."""
+    """How to convert an array of another type to floats."""
     floats = f"{name}.float()" if isinstance(value, Tensor) else f"{name}.astype('float32')"
     return f"{floats} / 255" if str(value.dtype).endswith("uint8") else floats
 
 
 def _kind(value: Any, name: str) -> str:
-    """What a value is, in words, and what to make of it."""
+    """What a value is, in words, and how to convert it."""
     kind = type(value).__name__
     if isinstance(value, (list, tuple)):
-        inside = sorted({type(each).__name__ for each in value})
+        inside = sorted({type(element).__name__ for element in value})
         if inside == ["Tensor"]:
-            shapes = ", ".join(str(tuple(each.shape)) for each in value[:3])
+            shapes = ", ".join(str(tuple(element.shape)) for element in value[:3])
             return f"a {kind} of {len(value)} tensors of {shapes}: torch.stack or torch.cat them"
         return f"a {kind} of {len(value)} {' and '.join(inside[:3]) or 'things'}"
     if hasattr(value, "__iter__") and hasattr(value, "batch_size"):
@@ -212,7 +213,7 @@ def _kind(value: Any, name: str) -> str:
 
 
 def _short(value: Any) -> str:
-    """What a value is, in the line of an error."""
+    """A value, short enough for one line of an error."""
     if isinstance(value, (Tensor, np.ndarray)) and math.prod(value.shape) != 1:
         return f"{type(value).__name__} of shape {tuple(value.shape)}"
     text = " ".join(repr(value).split())

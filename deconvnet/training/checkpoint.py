@@ -127,7 +127,7 @@ def parts_of(state: dict) -> tuple[dict, dict]:
     return state["network"]["tensors"], state["network"]["settings"]
 
 
-def initial_filters(net: DeconvNet, parts: tuple[dict, dict] | None) -> dict[int, Tensor]:
+def transferred_filters(net: DeconvNet, parts: tuple[dict, dict] | None) -> dict[int, Tensor]:
     """The filters (K, C, h, w) that each layer of `net` starts from, by number, taken from a
     network given by its parts; layers that are not in it are left out.
     """

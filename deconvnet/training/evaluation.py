@@ -63,7 +63,7 @@ class LayerEvaluation:
         )
 
     def result(self, number: int, seconds: float) -> LayerResult:
-        """The result of layer `number`, which took so many seconds to train."""
+        """The result of layer `number`; seconds: its training time."""
         signal = self.squares - self.values**2 / self.pixels
         return LayerResult(
             layer=number,

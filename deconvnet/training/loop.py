@@ -19,7 +19,7 @@ from deconvnet.storage.integrity import InvalidFileError
 from deconvnet.storage.network_files import load_network
 from deconvnet.support.communicator import SINGLE, Communicator
 from deconvnet.support.modes import plain
-from deconvnet.training.checkpoint import TrainingState, initial_filters
+from deconvnet.training.checkpoint import TrainingState, transferred_filters
 from deconvnet.training.evaluation import LayerEvaluation, inference_curve
 from deconvnet.training.layer_trainer import LayerTrainer
 from deconvnet.training.run_folder import RunFolder
@@ -77,7 +77,7 @@ def train(
     checkpoint = communicator.broadcast(run and run.state)
     if checkpoint is not None:
         net.load_parts(checkpoint["network"]["tensors"])
-    initial = initial_filters(net, communicator.broadcast(run and run.initial))
+    initial = transferred_filters(net, communicator.broadcast(run and run.initial))
     state = TrainingState.from_checkpoint(checkpoint)
     if state.layer > net.depth:
         return _finished(net, state, run)

@@ -15,6 +15,7 @@ from deconvnet.cli import printed_commands
 from deconvnet.cli.arguments import for_hydra
 from deconvnet.cli.config_files import as_written
 from deconvnet.cli.errors import one_line
+from deconvnet.cli.reading import read_settings, register
 from deconvnet.cli.refusals import explain_refusal
 from deconvnet.cli.settings import (
     AblateConfig,
@@ -24,8 +25,6 @@ from deconvnet.cli.settings import (
     ReconstructConfig,
     TrainConfig,
     VisualizeConfig,
-    read_settings,
-    register,
 )
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

@@ -17,15 +17,9 @@ from omegaconf.errors import OmegaConfBaseException
 from deconvnet import load
 from deconvnet.cli.errors import one_line, one_line_errors
 from deconvnet.cli.help import comments
-from deconvnet.cli.settings import (
-    SCHEMAS,
-    ClassifyConfig,
-    DenoiseConfig,
-    VisualizeConfig,
-    flat,
-    read_settings,
-    register,
-)
+from deconvnet.cli.reading import read_settings, register
+from deconvnet.cli.settings import SCHEMAS, ClassifyConfig, DenoiseConfig, VisualizeConfig
+from deconvnet.cli.train import flat
 from deconvnet.filters.update import LearningSettings
 from deconvnet.images.preprocessing import PreprocessingSettings
 from deconvnet.images.sources import DataSettings

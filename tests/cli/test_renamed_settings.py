@@ -14,7 +14,8 @@ from deconvnet.cli.arguments import for_hydra
 from deconvnet.cli.config_files import as_written
 from deconvnet.cli.keys import without_none
 from deconvnet.cli.launch import CONFIGS
-from deconvnet.cli.settings import SCHEMAS, check_keys, register
+from deconvnet.cli.reading import check_keys, register
+from deconvnet.cli.settings import SCHEMAS
 from deconvnet.support.renaming import renamed
 
 

@@ -19,6 +19,7 @@ from deconvnet.operators.arithmetic import convolution_matrix
 from deconvnet.operators.convolution import BOUNDARIES, correlate_strips, deconvolve, map_size
 from deconvnet.operators.linear import Deconvolution, Scaling
 from deconvnet.sparse_coding import kernels
+from deconvnet.sparse_coding.active_set import footprint
 from deconvnet.sparse_coding.coordinate_descent import (
     PriorWeights,
     check_coordinate_descent,
@@ -475,7 +476,7 @@ def pairs(axis, place):
 )
 def test_the_footprints_of_both_axes_are_the_dense_matrix(boundary, image, size):
     f = rand(1, 1, *size)
-    rows, columns = (kernels.footprint(boundary, *of) for of in zip(image, size, strict=True))
+    rows, columns = (footprint(boundary, *of) for of in zip(image, size, strict=True))
     maps = map_size(image, size, boundary)
     assert (len(rows.first), len(columns.first)) == maps
     painted = torch.zeros(*image, *maps, dtype=torch.float64)
@@ -496,7 +497,7 @@ def test_the_footprints_of_both_axes_are_the_dense_matrix(boundary, image, size)
 def test_filters_larger_than_the_image_have_a_footprint_too():
     # Only with boundary "valid" they may be.
     for pixels, taps in ((2, 5), (1, 3)):
-        axis = kernels.footprint("valid", pixels, taps)
+        axis = footprint("valid", pixels, taps)
         expected = [
             [(x, x - place + taps - 1) for x in range(pixels) if 0 <= x - place + taps - 1 < taps]
             for place in range(pixels + taps - 1)
@@ -508,7 +509,7 @@ def test_filters_larger_than_the_image_have_a_footprint_too():
 @every_boundary
 def test_the_footprint_of_a_long_signal_takes_a_few_arrays_of_its_length(boundary):
     started = time.process_time()
-    axis = kernels.footprint(boundary, 1_000_000, 128)
+    axis = footprint(boundary, 1_000_000, 128)
     assert time.process_time() - started < 1
     assert sum(of.nbytes for of in axis) <= 40 * 1_000_200
     for place in (0, 63, 500_000, 999_999):
@@ -594,7 +595,7 @@ def test_sweeps_call_no_function_of_which_a_process_may_have_two_copies():
     A, b = problem("reflect", K=2, size=(2, 2), N=1)
     part, atoms = Problem(A, b, LAM), Atoms(A, b, 1)
     solver = WorkingSetSolver(part, atoms, PriorWeights(part, atoms))
-    sweep = numba.njit(**kernels._HOW)(kernels.descend.py_func)
+    sweep = numba.njit(**kernels.OPTIONS)(kernels.descend.py_func)
     grid, active = atoms.grid(0), solver.active[0]
     starts, one = np.zeros(solver.bands + 1, np.int64), np.float64(1)
     sweep(b[0].numpy(), atoms.filters, grid, active, starts, solver.turns[0], 1, one, one, False)

@@ -45,7 +45,7 @@ def places(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", os.devnull)
     monkeypatch.setenv("XDG_CACHE_HOME", os.devnull)
     monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
-    monkeypatch.setattr(compiling.CodeCache, "_told", False)
+    monkeypatch.setattr(compiling.CodeCache, "_warned", False)
     return tmp_path
 
 

@@ -531,7 +531,7 @@ def test_results_are_shown_in_a_line_without_their_numbers(pixels, y, f):
     assert repr(learned).startswith("Learned(4 filters 1x5x5, lam=5, 1 in the history, objective ")
     shown = repr(codes.layer(1))
     assert re.fullmatch(
-        r"LayerCodes\(3 images, maps 4x20x22, pooled to 4x10x11, [\d.]+% not zero\)", shown
+        r"LayerCodes\(3 images, maps 4x20x22, pooled to 4x10x11, [\d.]+% non-zero\)", shown
     )
     assert repr(codes).startswith("Codes(3 images 1x16x18\n  layer 1: LayerCodes(3 images")
     assert "4 filters 1x5x5, lam=3, p=1, pool=[1, 2, 2]" in repr(net)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from deconvnet import load
+from deconvnet import LayerSettings, LearningSettings, SolverSettings, load
 from deconvnet.storage.network_files import load_network
 from deconvnet.support.renaming import current_name
 from deconvnet.training.run_folder import training_data
@@ -35,10 +35,6 @@ def place(tmp_path):
 
 def with_new_names(arguments):
     """The arguments with all settings under their current names."""
-    from deconvnet.filters.update import LearningSettings
-    from deconvnet.network.network import LayerSettings
-    from deconvnet.sparse_coding.problem import SolverSettings
-
     kinds = {"learning": LearningSettings, "solver": SolverSettings}
     renamed = []
     for argument in arguments:
