@@ -40,8 +40,8 @@ from deconvnet.network.network import DeconvNet
 from deconvnet.operators.convolution import correlate, deconvolve
 from deconvnet.operators.pooling import pool, strongest, unpool
 from deconvnet.sparse_coding.solve import default_solver
-from deconvnet.support.modes import plain
 from deconvnet.support.seeding import seeded_generator
+from deconvnet.support.torch_modes import plain
 from deconvnet.training.in_memory import learn_layers
 
 # Pixels of the images whose maps are computed at a time: 83 images of 28x28, 7 of 96x96.

@@ -34,7 +34,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from deconvnet import load
 from deconvnet.cli.commands import run
 from deconvnet.storage.checkpoint_files import load_checkpoint
-from deconvnet.storage.integrity import InvalidFileError
+from deconvnet.storage.file_checks import InvalidFileError
 
 # Imported before the first fork, so that an attempt starts quickly.
 for module in ("skimage.transform", "sklearn.datasets", "torch.utils.tensorboard"):

@@ -32,11 +32,11 @@ from hydra import compose, initialize_config_dir
 
 from deconvnet import LayerSettings, SolverSettings, load
 from deconvnet.cli.errors import one_line_errors
-from deconvnet.cli.reading import read_settings, register
+from deconvnet.cli.read_settings import read_settings, register
 from deconvnet.images.datasets import load_images
 from deconvnet.images.preprocessing import PreprocessingSettings
 from deconvnet.images.sources import DataSettings
-from deconvnet.monitoring.records import EpochStats
+from deconvnet.monitoring.statistics import EpochStats
 from deconvnet.network.metrics import snr
 from deconvnet.network.network import DeconvNet
 from deconvnet.operators.linear import Deconvolution, LinearOperator, dot

@@ -39,7 +39,7 @@ from torch import Tensor
 from deconvnet import load
 from deconvnet.applications.restoration.masks import make_mask
 from deconvnet.applications.restoration.restorer import Restorer
-from deconvnet.cli.reading import read_settings, register
+from deconvnet.cli.read_settings import read_settings, register
 from deconvnet.cli.restore import side_by_side
 from deconvnet.monitoring.monitor import Monitor, save_picture
 from deconvnet.monitoring.strict_json import to_json

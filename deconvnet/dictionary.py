@@ -19,7 +19,7 @@ from torch import Tensor
 
 from deconvnet.filters.update import Diverged, LearningSettings
 from deconvnet.monitoring.monitor import Monitor
-from deconvnet.monitoring.records import EpochStats
+from deconvnet.monitoring.statistics import EpochStats
 from deconvnet.network.layer import Layer, LayerSettings
 from deconvnet.network.network import FILTERS
 from deconvnet.operators.convolution import Boundary
@@ -30,10 +30,10 @@ from deconvnet.sparse_coding.solve import (
     relative_schedule,
     sparse_code,
 )
-from deconvnet.storage.integrity import InvalidFileError
+from deconvnet.storage.file_checks import InvalidFileError
 from deconvnet.storage.network_files import load_network, save_network
-from deconvnet.support.modes import plain
 from deconvnet.support.seeding import seeded_generator
+from deconvnet.support.torch_modes import plain
 from deconvnet.support.validation import (
     as_filters,
     as_images,

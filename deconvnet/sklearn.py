@@ -31,13 +31,13 @@ from torch.nn.functional import pad
 from deconvnet.applications.classification.grid_features import Grid, grid_features, num_cells
 from deconvnet.filters.update import LearningSettings
 from deconvnet.images.preprocessing import PreprocessingSettings
-from deconvnet.monitoring.records import EpochStats
+from deconvnet.monitoring.statistics import EpochStats
 from deconvnet.network.codes import Codes
 from deconvnet.network.layer import LayerSettings
 from deconvnet.network.network import DeconvNet
 from deconvnet.sparse_coding.solve import default_solver
 from deconvnet.support.devices import torch_device
-from deconvnet.support.modes import plain
+from deconvnet.support.torch_modes import plain
 from deconvnet.support.validation import as_tensor
 from deconvnet.training.in_memory import learn_layers
 

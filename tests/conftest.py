@@ -32,7 +32,7 @@ import tensorboard.plugins.hparams.summary_v2, torch.utils.tensorboard
 import torch._dynamo, torch.fx.experimental.symbolic_shapes  # as every backward pass does
 from deconvnet.cli.commands import COMMANDS, run
 from deconvnet.cli.launch import CONFIGS
-from deconvnet.cli.reading import register
+from deconvnet.cli.read_settings import register
 with contextlib.suppress(ImportError):  # of newer versions of Hydra
     importlib.import_module("hydra._internal.logging_config")
 for command in COMMANDS:

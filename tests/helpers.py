@@ -9,7 +9,7 @@ import torch
 
 from deconvnet.monitoring.monitor import Monitor
 from deconvnet.storage import ownership
-from deconvnet.storage.integrity import InvalidFileError
+from deconvnet.storage.file_checks import InvalidFileError
 
 
 def snapshot(folder):

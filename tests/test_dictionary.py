@@ -24,7 +24,7 @@ from deconvnet.network.layer import Layer, LayerSettings
 from deconvnet.operators.convolution import deconvolve
 from deconvnet.operators.linear import Deconvolution
 from deconvnet.sparse_coding.solve import lam_from_ratio
-from deconvnet.storage.integrity import InvalidFileError
+from deconvnet.storage.file_checks import InvalidFileError
 from deconvnet.storage.network_files import save_network
 from deconvnet.support.seeding import seeded_generator
 
@@ -111,13 +111,13 @@ def test_images_of_whole_numbers_and_of_half_precision_are_refused_by_name(image
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_a_forked_process_does_not_wait_for_threads_that_it_does_not_have(images):
-    from deconvnet.sparse_coding import threads
+    from deconvnet.sparse_coding import thread_pool
 
-    threads._pool(1).submit(int).result()
+    thread_pool._pool(1).submit(int).result()
     child = os.fork()
     if child == 0:
         signal.alarm(20)
-        threads._pool(1).submit(int).result()
+        thread_pool._pool(1).submit(int).result()
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
 

@@ -9,9 +9,9 @@ import torch
 from omegaconf import DictConfig
 
 from deconvnet.cli.errors import interruptible, one_line_errors
-from deconvnet.cli.reading import read_settings
+from deconvnet.cli.images_of_run import read_training_images
+from deconvnet.cli.read_settings import read_settings
 from deconvnet.cli.settings import AblateConfig
-from deconvnet.cli.training_images import read_training_images
 from deconvnet.monitoring.monitor import save_picture
 from deconvnet.network.network import load
 from deconvnet.network.switch_ablation import DESCRIPTIONS, SwitchAblation, ablate

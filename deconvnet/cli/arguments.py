@@ -25,7 +25,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from deconvnet.cli.keys import Kind, kind_of, with_current_key, with_current_references
+from deconvnet.cli.setting_keys import Kind, kind_of, with_current_key, with_current_references
 
 # key=value, with what stands before the key.
 _OVERRIDE = re.compile(r"(\+{0,2})([A-Za-z_$][\w$.-]*)=(.*)", re.DOTALL)

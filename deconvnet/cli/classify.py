@@ -16,7 +16,7 @@ from deconvnet.applications.classification.splits import draw_split
 from deconvnet.applications.classification.word_histograms import WordHistograms
 from deconvnet.cli.errors import interruptible, one_line_errors
 from deconvnet.cli.image_files import check_outputs, output_folder
-from deconvnet.cli.reading import read_settings
+from deconvnet.cli.read_settings import read_settings
 from deconvnet.cli.settings import ClassifyConfig
 from deconvnet.monitoring.monitor import save_picture
 from deconvnet.monitoring.strict_json import to_json

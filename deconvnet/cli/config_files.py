@@ -14,7 +14,7 @@ from hydra.plugins.config_source import ConfigResult
 from omegaconf import OmegaConf
 
 from deconvnet.cli.arguments import KEYWORDS, PLAIN
-from deconvnet.cli.keys import kind_of, with_current_key, with_current_references
+from deconvnet.cli.setting_keys import kind_of, with_current_key, with_current_references
 
 # Words that YAML reads as something else than text.
 _YAML_KEYWORDS = {*KEYWORDS, "yes", "no", "on", "off", "y", "n"}

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from deconvnet.cli.keys import has
-from deconvnet.cli.refusals import explain_refusal
+from deconvnet.cli.hydra_errors import explain_refusal
+from deconvnet.cli.setting_keys import has
 
 # Settings that lower the memory of a command, and what libraries say when there is none left.
 LARGE = ("chunk", "batch", "memory", "data.size", "data.max_images", "max_images", "count")

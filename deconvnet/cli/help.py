@@ -18,7 +18,7 @@ from typing import Any, get_args, get_type_hints
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from deconvnet.cli.keys import without_none
+from deconvnet.cli.setting_keys import without_none
 
 WIDTH = 80
 # Where the meanings begin, unless a key is longer.

@@ -10,7 +10,7 @@ from torch import Tensor
 from deconvnet.applications.restoration.masks import make_mask, mask_file
 from deconvnet.applications.restoration.restorer import Restorer
 from deconvnet.cli.errors import interruptible, one_line_errors
-from deconvnet.cli.reading import read_settings
+from deconvnet.cli.read_settings import read_settings
 from deconvnet.cli.restore import GREY_LEVELS, Restored, restore_files
 from deconvnet.cli.settings import InpaintConfig
 from deconvnet.network.network import Progress

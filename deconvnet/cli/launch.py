@@ -19,7 +19,7 @@ from deconvnet.cli.arguments import for_hydra
 from deconvnet.cli.config_files import check_names, read_files_as_written
 from deconvnet.cli.errors import WANTS_TRACEBACK, explain
 from deconvnet.cli.printed_commands import remember
-from deconvnet.cli.reading import register
+from deconvnet.cli.read_settings import register
 from deconvnet.cli.settings import SCHEMAS
 
 PACKAGE = Path(__file__).resolve().parents[1]

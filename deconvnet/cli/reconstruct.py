@@ -17,7 +17,7 @@ from deconvnet.cli.image_files import (
     progress_bar,
     read_images,
 )
-from deconvnet.cli.reading import read_settings
+from deconvnet.cli.read_settings import read_settings
 from deconvnet.cli.settings import ReconstructConfig
 from deconvnet.images.files import distinct_names, image_files
 from deconvnet.monitoring.monitor import save_picture

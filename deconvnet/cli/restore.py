@@ -20,7 +20,7 @@ from deconvnet.cli.image_files import (
     progress_bar,
     read_images,
 )
-from deconvnet.cli.training_images import read_training_images
+from deconvnet.cli.images_of_run import read_training_images
 from deconvnet.images.files import distinct_names, image_files
 from deconvnet.monitoring.monitor import save_picture
 from deconvnet.network.metrics import psnr, snr

@@ -15,7 +15,7 @@ from omegaconf import MISSING
 
 from deconvnet.applications.classification.settings import ClassData, ClassifySettings
 from deconvnet.applications.restoration.restorer import STRENGTH
-from deconvnet.cli.keys import TEXTS
+from deconvnet.cli.setting_keys import TEXTS
 from deconvnet.images.preprocessing import PreprocessingSettings
 from deconvnet.images.sources import DataSettings
 from deconvnet.network.layer import MAX_SIZE, LayerSettings

@@ -18,14 +18,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from deconvnet.cli import printed_commands
 from deconvnet.cli.errors import one_line_errors
-from deconvnet.cli.reading import read_settings
-from deconvnet.cli.run_files import logged
+from deconvnet.cli.hydra_files import logged
+from deconvnet.cli.read_settings import read_settings
 from deconvnet.cli.settings import TrainConfig
 from deconvnet.filters.update import Diverged
 from deconvnet.images.datasets import load_images, stream_images
 from deconvnet.images.sources import DataSettings
 from deconvnet.monitoring.monitor import Monitor
-from deconvnet.monitoring.records import LayerResult
+from deconvnet.monitoring.statistics import LayerResult
 from deconvnet.network.network import DeconvNet
 from deconvnet.storage import ownership
 from deconvnet.support.communicator import Communicator, RankLost, started

@@ -18,8 +18,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from deconvnet.cli.errors import one_line_errors
-from deconvnet.cli.reading import read_settings
-from deconvnet.cli.run_files import logged
+from deconvnet.cli.hydra_files import logged
+from deconvnet.cli.read_settings import read_settings
 from deconvnet.cli.settings import TrainCnnConfig
 from deconvnet.images.datasets import LazyImages, lazy_images
 from deconvnet.images.fit import Crop

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from deconvnet.cli import printed_commands
 from deconvnet.cli.errors import one_line_errors
-from deconvnet.cli.reading import read_settings
+from deconvnet.cli.read_settings import read_settings
 from deconvnet.cli.settings import VisualizeConfig
 from deconvnet.images.datasets import LazyImages, lazy_images
 from deconvnet.images.decoding import read_image, shown_name
@@ -26,8 +26,8 @@ from deconvnet.network.network import load
 from deconvnet.support.communicator import SINGLE, Communicator, RankLost, started
 from deconvnet.support.devices import torch_device
 from deconvnet.training.run_folder import training_data
-from deconvnet.visualization.evolution.checkpoints import project_checkpoints
 from deconvnet.visualization.evolution.evolution import Evolution, load_evolution
+from deconvnet.visualization.evolution.from_checkpoints import project_checkpoints
 from deconvnet.visualization.layer_choice import default_layers, projectable_layers
 from deconvnet.visualization.manifest import layer_file_name
 from deconvnet.visualization.models.weights import WEIGHT_FILES

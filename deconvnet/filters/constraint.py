@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from deconvnet.operators.convolution import connected
-from deconvnet.support.units import exponent, magnitude, times_power
+from deconvnet.support.scaling import exponent, magnitude, times_power
 from deconvnet.support.validation import check_tensors
 
 NORMS = ("filter", "plane")

@@ -25,7 +25,7 @@ from deconvnet.operators.convolution import Boundary, connected, deconvolve, fil
 from deconvnet.operators.linear import LinearOperator, conjugate_gradients
 from deconvnet.support.communicator import SINGLE, Communicator
 from deconvnet.support.renaming import renamed
-from deconvnet.support.units import exponent, magnitude, times_power
+from deconvnet.support.scaling import exponent, magnitude, times_power
 
 UPDATES = ("proximal", "cg")
 

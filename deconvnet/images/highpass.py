@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from deconvnet.operators.linear import conjugate_gradients
-from deconvnet.support.units import exponent, magnitude, times_power
+from deconvnet.support.scaling import exponent, magnitude, times_power
 
 # The inverse also uses the planes blurred by BLUR_SIGMA pixels; their agreement is weighted by
 # BLUR_WEIGHT times the mean squared gain of the filter. Measured on the default photographs: the

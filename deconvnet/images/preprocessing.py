@@ -31,8 +31,8 @@ from torch.nn import functional
 
 from deconvnet.images import highpass
 from deconvnet.support.communicator import SINGLE, Communicator
-from deconvnet.support.modes import full_precision, plain
 from deconvnet.support.renaming import renamed
+from deconvnet.support.torch_modes import full_precision, plain
 
 COLORS = ("rgb", "grey", "ycbcr")
 STEPS = ("mean", "laplacian", "contrast", "whiten")

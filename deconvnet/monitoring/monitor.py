@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from deconvnet.monitoring.event_files import event_writer
-from deconvnet.monitoring.records import EpochStats, InferencePoint, LayerResult
+from deconvnet.monitoring.statistics import EpochStats, InferencePoint, LayerResult
 from deconvnet.monitoring.strict_json import to_json
 from deconvnet.storage import ownership
 

@@ -31,11 +31,11 @@ from deconvnet.operators.convolution import map_size
 from deconvnet.operators.linear import Identity, LinearOperator, Scaling, VerticalStack
 from deconvnet.operators.pooling import pooled_shape
 from deconvnet.storage.checkpoint_files import load_newest_checkpoint
-from deconvnet.storage.integrity import InvalidFileError
+from deconvnet.storage.file_checks import InvalidFileError
 from deconvnet.storage.network_files import load_network, save_network
-from deconvnet.support.modes import default_device, plain
 from deconvnet.support.renaming import with_current_names
 from deconvnet.support.seeding import seeded_generator
+from deconvnet.support.torch_modes import default_device, plain
 from deconvnet.support.validation import as_tensor, whole
 
 Progress = Callable[[int, int], None]

@@ -12,7 +12,7 @@ from deconvnet.network.codes import Codes
 from deconvnet.network.metrics import snr
 from deconvnet.network.network import DeconvNet
 from deconvnet.operators.pooling import UNPOOLINGS
-from deconvnet.support.modes import plain
+from deconvnet.support.torch_modes import plain
 
 # What each unpooling does with a pooled value.
 DESCRIPTIONS = {

@@ -30,7 +30,7 @@ from deconvnet.operators.convolution import (
     fourier_size,
     map_size,
 )
-from deconvnet.support.units import exponent, magnitude, times_power
+from deconvnet.support.scaling import exponent, magnitude, times_power
 from deconvnet.support.validation import as_tensor, check_tensors
 
 # torch multiplies matrices of n x c and c x d numbers by its own loop if n c d is below this.

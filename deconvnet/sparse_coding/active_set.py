@@ -86,7 +86,8 @@ def footprint(boundary: str, pixels: int, taps: int) -> Footprint:
     The places of the maps are those of `convolution.deconvolve`.
     """
     places = np.arange(pixels + taps - 1 if boundary == "valid" else pixels)
-    shift = {"valid": taps - 1, "circular": 0}.get(boundary, (taps - 1) // 2)
+    centre = (taps - 1) // 2
+    shift = {"valid": taps - 1, "circular": 0, "zero": centre, "reflect": centre}[boundary]
     # The positions of a place in a frame that continues beyond its borders, in rising order.
     at = [places]
     if boundary == "circular":

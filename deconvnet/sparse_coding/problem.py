@@ -18,9 +18,9 @@ from torch import Tensor
 from deconvnet.operators.convolution import map_size
 from deconvnet.operators.linear import Deconvolution, LinearOperator
 from deconvnet.sparse_coding.prior import Prior
-from deconvnet.support.modes import plain
 from deconvnet.support.renaming import renamed
-from deconvnet.support.units import Units, times_power
+from deconvnet.support.scaling import Units, times_power
+from deconvnet.support.torch_modes import plain
 from deconvnet.support.validation import as_images, as_tensor, positive
 
 MethodName = Literal["admm", "half_quadratic", "fista", "ista", "coordinate"]

@@ -28,8 +28,8 @@ from deconvnet.sparse_coding.problem import (
     in_units,
 )
 from deconvnet.sparse_coding.proximal_gradient import fista, ista
-from deconvnet.support.modes import plain
-from deconvnet.support.units import Units, exponent, magnitude, times_power
+from deconvnet.support.scaling import Units, exponent, magnitude, times_power
+from deconvnet.support.torch_modes import plain
 from deconvnet.support.validation import (
     as_filters,
     as_images,

@@ -37,7 +37,7 @@ from deconvnet.sparse_coding import kernels
 from deconvnet.sparse_coding.active_set import ActiveSet, Filters, Grid, footprint
 from deconvnet.sparse_coding.iteration import Method
 from deconvnet.sparse_coding.problem import Problem
-from deconvnet.sparse_coding.threads import run_all
+from deconvnet.sparse_coding.thread_pool import run_all
 
 # Between two passes over all coefficients, which cost as much as several sweeps over the working
 # set, even and odd bands take turns, and in its turn a band is swept this often.

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from deconvnet.storage import ownership
-from deconvnet.storage.integrity import InvalidFileError, check_version, read_file
+from deconvnet.storage.file_checks import InvalidFileError, check_version, read_file
 
 FORMAT = "deconvnet checkpoint"
 VERSION = 1

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from deconvnet.storage import ownership
-from deconvnet.storage.integrity import InvalidFileError, check_version, read_file
+from deconvnet.storage.file_checks import InvalidFileError, check_version, read_file
 
 FORMAT = "deconvnet"
 VERSION = "1"

@@ -19,19 +19,19 @@ Settings = TypeVar("Settings", bound=type)
 def renamed(**names: str) -> Callable[[Settings], Settings]:
     """A decorator for a dataclass of settings; names: the current name of each old one.
 
-    The constructor accepts the old names with a FutureWarning, and raises TypeError where an old
-    and a new name of one setting come together.
+    The constructor accepts the old names, and those of its parents, with a FutureWarning, and raises
+    TypeError where an old and a new name of one setting come together.
     """
 
     def decorate(settings: Settings) -> Settings:
-        construct = settings.__init__
+        construct, current = settings.__init__, getattr(settings, "RENAMED", {}) | names
 
         @functools.wraps(construct)
         def __init__(self: Any, *values: Any, **fields: Any) -> None:
-            construct(self, *values, **_current(fields, names, settings.__name__))
+            construct(self, *values, **_current(fields, current, settings.__name__))
 
         settings.__init__ = __init__
-        settings.RENAMED = names
+        settings.RENAMED = current
         return settings
 
     return decorate

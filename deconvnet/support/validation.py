@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deconvnet.support.modes import autocasts
+from deconvnet.support.torch_modes import autocasts
 
 FLOATS = (torch.float32, torch.float64)
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from deconvnet.images.preprocessing import Spread
-from deconvnet.monitoring.records import LayerResult
+from deconvnet.monitoring.statistics import LayerResult
 from deconvnet.network.network import DeconvNet, restore_network
 from deconvnet.storage.checkpoint_files import load_checkpoint, load_newest_checkpoint
-from deconvnet.storage.integrity import InvalidFileError
+from deconvnet.storage.file_checks import InvalidFileError
 from deconvnet.storage.network_files import load_network
 
 if TYPE_CHECKING:

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from deconvnet.monitoring.monitor import memory_used
-from deconvnet.monitoring.peaks import Peaks, SnapshotPlan
-from deconvnet.monitoring.records import EpochStats, RankLoad
+from deconvnet.monitoring.statistics import EpochStats, RankLoad
+from deconvnet.monitoring.strongest_activations import Peaks, SnapshotPlan
 from deconvnet.network.metrics import decibels
 from deconvnet.sparse_coding.problem import Solution
 from deconvnet.support.communicator import Communicator
-from deconvnet.support.units import exponent, magnitude, times_power
+from deconvnet.support.scaling import exponent, magnitude, times_power
 
 # The phases of a filter update that are timed.
 PHASES = ("inference", "sums", "exchange", "update")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from deconvnet.monitoring.records import EpochStats
+from deconvnet.monitoring.statistics import EpochStats
 from deconvnet.network.codes import Codes
 from deconvnet.network.network import DeconvNet
 from deconvnet.training.layer_data import LayerData

@@ -31,14 +31,14 @@ from deconvnet.filters.update import (
     update_filters,
     update_filters_by_cg,
 )
-from deconvnet.monitoring.peaks import Snapshot, SnapshotPlan
-from deconvnet.monitoring.records import EpochStats
+from deconvnet.monitoring.statistics import EpochStats
+from deconvnet.monitoring.strongest_activations import Snapshot, SnapshotPlan
 from deconvnet.network.layer import Layer, check_input_size
 from deconvnet.operators.linear import Identity, LinearOperator
 from deconvnet.sparse_coding.problem import Solution
 from deconvnet.support.communicator import SINGLE, Communicator
-from deconvnet.support.modes import plain
 from deconvnet.support.seeding import seeded_generator
+from deconvnet.support.torch_modes import plain
 from deconvnet.training.epoch_accumulator import EpochAccumulator
 from deconvnet.training.layer_data import LayerData
 from deconvnet.training.sampler import BatchSampler

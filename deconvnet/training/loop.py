@@ -13,21 +13,21 @@ import torch
 from torch import Tensor
 
 from deconvnet.monitoring.monitor import Monitor
-from deconvnet.monitoring.records import EpochStats, LayerResult
+from deconvnet.monitoring.statistics import EpochStats, LayerResult
 from deconvnet.network.network import DeconvNet
-from deconvnet.storage.integrity import InvalidFileError
+from deconvnet.storage.file_checks import InvalidFileError
 from deconvnet.storage.network_files import load_network
 from deconvnet.support.communicator import SINGLE, Communicator
-from deconvnet.support.modes import plain
+from deconvnet.support.torch_modes import plain
 from deconvnet.training.checkpoint import TrainingState, transferred_filters
-from deconvnet.training.evaluation import LayerEvaluation, inference_curve
+from deconvnet.training.layer_evaluation import LayerEvaluation, inference_curve
 from deconvnet.training.layer_trainer import LayerTrainer
 from deconvnet.training.run_folder import RunFolder
 from deconvnet.training.session import UNLIMITED, Limits, Session, stop_requests
 from deconvnet.training.training_set import ImageSource, TrainingSet
 from deconvnet.training.warm_start_placement import place_warm_starts
 from deconvnet.visualization.evolution.evolution import append_epoch, load_if_valid
-from deconvnet.visualization.evolution.snapshots import plan_snapshots, project_snapshot
+from deconvnet.visualization.evolution.while_learning import plan_snapshots, project_snapshot
 from deconvnet.visualization.pictures.evolution_picture import evolution_picture
 from deconvnet.visualization.pictures.layer_pictures import filter_picture, layer_pictures
 

@@ -15,12 +15,12 @@ from deconvnet.filters.care import centring_shifts, dead_filters, shift_filters
 from deconvnet.filters.initial import initial_filters
 from deconvnet.filters.statistics import FilterStatistics, filter_statistics
 from deconvnet.filters.update import Diverged, update_filters
-from deconvnet.monitoring.records import EpochStats
+from deconvnet.monitoring.statistics import EpochStats
 from deconvnet.network.layer import Layer, LayerProblem
 from deconvnet.network.metrics import decibels
 from deconvnet.sparse_coding.problem import Solution
-from deconvnet.support.modes import plain
 from deconvnet.support.seeding import seeded_generator
+from deconvnet.support.torch_modes import plain
 
 # Filters are centred first after this many batches, then each time the stream has grown by this
 # factor: its length is unknown, and a filter that is shifted loses the sums over its maps.

@@ -34,10 +34,10 @@ from deconvnet.storage.checkpoint_files import (
     load_newest_checkpoint,
     save_checkpoint,
 )
-from deconvnet.storage.integrity import InvalidFileError
+from deconvnet.storage.file_checks import InvalidFileError
 from deconvnet.storage.network_files import is_network, load_network
 from deconvnet.training.checkpoint import check_state, network_parts, parts_of, state_at, typed
-from deconvnet.training.run_comparison import (
+from deconvnet.training.resume_check import (
     LEARNED_LONGER,
     different_images,
     different_settings,

@@ -7,13 +7,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from deconvnet.visualization.evolution.checkpoints import project_checkpoints
+    from deconvnet.visualization.evolution.from_checkpoints import project_checkpoints
     from deconvnet.visualization.experiments.correspondence import correspondence
     from deconvnet.visualization.experiments.invariance import invariance
     from deconvnet.visualization.experiments.occlusion import occlusion
     from deconvnet.visualization.models.normalization import Normalization
     from deconvnet.visualization.models.zoo import load_model
-    from deconvnet.visualization.pictures.image_parts import (
+    from deconvnet.visualization.pictures.image_decomposition import (
         Activations,
         image_parts_picture,
         project_activations,
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     )
     from deconvnet.visualization.pictures.layer_pictures import filter_grid, layer_pictures
     from deconvnet.visualization.pictures.projection_grids import projection_grid
-    from deconvnet.visualization.projection.pixel_features import PixelFeatures, pixel_features
+    from deconvnet.visualization.projection.feature_projection import PixelFeatures, pixel_features
     from deconvnet.visualization.projection.projector import Projector
     from deconvnet.visualization.report import visualize_network
     from deconvnet.visualization.search.randomization import shuffle_weights
@@ -32,27 +32,27 @@ if TYPE_CHECKING:
 
 # The module that defines each public name, below this package.
 MODULES = {
-    "Activations": "pictures.image_parts",
+    "Activations": "pictures.image_decomposition",
     "Normalization": "models.normalization",
-    "PixelFeatures": "projection.pixel_features",
+    "PixelFeatures": "projection.feature_projection",
     "Projector": "projection.projector",
     "VisualizationSettings": "settings",
     "correspondence": "experiments.correspondence",
     "filter_grid": "pictures.layer_pictures",
     "find_top_activations": "search.top_activations",
-    "image_parts_picture": "pictures.image_parts",
+    "image_parts_picture": "pictures.image_decomposition",
     "invariance": "experiments.invariance",
     "layer_pictures": "pictures.layer_pictures",
     "load_model": "models.zoo",
     "occlusion": "experiments.occlusion",
-    "pixel_features": "projection.pixel_features",
-    "project_activations": "pictures.image_parts",
-    "project_checkpoints": "evolution.checkpoints",
+    "pixel_features": "projection.feature_projection",
+    "project_activations": "pictures.image_decomposition",
+    "project_checkpoints": "evolution.from_checkpoints",
     "project_top_activations": "search.top_projections",
     "projection_grid": "pictures.projection_grids",
     "shuffle_weights": "search.randomization",
-    "strongest_activations": "pictures.image_parts",
-    "supporting_activations": "pictures.image_parts",
+    "strongest_activations": "pictures.image_decomposition",
+    "supporting_activations": "pictures.image_decomposition",
     "visualize_network": "report",
 }
 __all__ = [

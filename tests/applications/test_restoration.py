@@ -544,7 +544,7 @@ def test_a_run_whose_images_are_gone_is_used_unfitted_and_downloads_nothing(
     assert (weights != 1).any() and len(said.splitlines()) == 1
     # Of a thousand images a few are read.
     read = []
-    monkeypatch.setattr("deconvnet.cli.training_images.stream_images", lambda _: Stream(read, 1000))
+    monkeypatch.setattr("deconvnet.cli.images_of_run.stream_images", lambda _: Stream(read, 1000))
     run(name="d", source="folder", path=gone)
     assert len(read) == FIT_IMAGES
 

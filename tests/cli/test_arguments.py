@@ -15,8 +15,8 @@ from deconvnet.cli import printed_commands
 from deconvnet.cli.arguments import for_hydra
 from deconvnet.cli.config_files import as_written
 from deconvnet.cli.errors import one_line
-from deconvnet.cli.reading import read_settings, register
-from deconvnet.cli.refusals import explain_refusal
+from deconvnet.cli.hydra_errors import explain_refusal
+from deconvnet.cli.read_settings import read_settings, register
 from deconvnet.cli.settings import (
     AblateConfig,
     ClassifyConfig,

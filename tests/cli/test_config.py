@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from deconvnet import load
 from deconvnet.cli.errors import one_line, one_line_errors
 from deconvnet.cli.help import comments
-from deconvnet.cli.reading import read_settings, register
+from deconvnet.cli.read_settings import read_settings, register
 from deconvnet.cli.settings import SCHEMAS, ClassifyConfig, DenoiseConfig, VisualizeConfig
 from deconvnet.cli.train import flat
 from deconvnet.filters.update import LearningSettings

@@ -23,7 +23,7 @@ from PIL import Image
 
 from deconvnet import DeconvNet, LayerSettings, PreprocessingSettings, load
 from deconvnet.cli.errors import raised_in
-from deconvnet.cli.reading import _inside, read_settings, register
+from deconvnet.cli.read_settings import _inside, read_settings, register
 from deconvnet.images.datasets import load_images, stream_images
 from deconvnet.images.decoding import read_image
 from deconvnet.images.sources import DataSettings

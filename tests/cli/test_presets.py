@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.testing import assert_close
 
 from deconvnet import DeconvNet, load
-from deconvnet.cli.reading import read_settings, register
+from deconvnet.cli.read_settings import read_settings, register
 from deconvnet.images.datasets import load_images
 from deconvnet.network.codes import Codes, LayerCodes
 from deconvnet.operators.arithmetic import receptive_field

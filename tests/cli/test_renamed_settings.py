@@ -12,9 +12,9 @@ from omegaconf import OmegaConf
 
 from deconvnet.cli.arguments import for_hydra
 from deconvnet.cli.config_files import as_written
-from deconvnet.cli.keys import without_none
 from deconvnet.cli.launch import CONFIGS
-from deconvnet.cli.reading import check_keys, register
+from deconvnet.cli.read_settings import check_keys, register
+from deconvnet.cli.setting_keys import without_none
 from deconvnet.cli.settings import SCHEMAS
 from deconvnet.support.renaming import renamed
 

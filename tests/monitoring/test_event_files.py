@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_multiplexer import EventMultiple
 from deconvnet.monitoring import event_files
 from deconvnet.monitoring.event_files import event_writer
 from deconvnet.monitoring.monitor import Monitor
-from deconvnet.monitoring.records import EpochStats
+from deconvnet.monitoring.statistics import EpochStats
 from deconvnet.storage import ownership
 
 NOW = 1_800_000_000

@@ -10,7 +10,7 @@ import pytest
 
 from deconvnet.monitoring import monitor
 from deconvnet.monitoring.monitor import Monitor, not_in_bar
-from deconvnet.monitoring.records import EpochStats
+from deconvnet.monitoring.statistics import EpochStats
 
 
 class Terminal(io.StringIO):

@@ -9,7 +9,7 @@ import torch
 from helpers import strict_json
 
 from deconvnet.monitoring.monitor import Monitor, _truncate_metrics
-from deconvnet.monitoring.records import EpochStats, LayerResult, RankLoad
+from deconvnet.monitoring.statistics import EpochStats, LayerResult, RankLoad
 from deconvnet.monitoring.strict_json import to_json
 
 

@@ -14,7 +14,7 @@ from deconvnet.operators.linear import Deconvolution, Identity, LinearOperator
 from deconvnet.operators.pooling import UNPOOLINGS, max_pool, unpool
 from deconvnet.sparse_coding.prior import Prior
 from deconvnet.sparse_coding.solve import solve
-from deconvnet.storage.integrity import InvalidFileError
+from deconvnet.storage.file_checks import InvalidFileError
 from deconvnet.support.seeding import seeded_generator
 from deconvnet.training.loop import train
 from deconvnet.training.run_folder import RunFolder

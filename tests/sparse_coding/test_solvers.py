@@ -9,6 +9,7 @@ import torch
 from sklearn.linear_model import Lasso
 from torch.testing import assert_close
 
+from deconvnet.network.tiling import MAP_BYTES
 from deconvnet.operators.arithmetic import convolution_matrix
 from deconvnet.operators.convolution import deconvolve, map_size
 from deconvnet.operators.linear import Deconvolution, Scaling, Unpooling, norm
@@ -860,4 +861,4 @@ def test_a_solution_of_nothing_can_be_printed():
 
 
 def test_every_method_of_the_settings_has_its_solver():
-    assert tuple(SOLVERS) == METHODS
+    assert tuple(SOLVERS) == METHODS == tuple(MAP_BYTES)

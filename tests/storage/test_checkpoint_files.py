@@ -20,7 +20,7 @@ from deconvnet.storage.checkpoint_files import (
     load_newest_checkpoint,
     save_checkpoint,
 )
-from deconvnet.storage.integrity import InvalidFileError
+from deconvnet.storage.file_checks import InvalidFileError
 from deconvnet.storage.ownership import ForeignFileError
 
 SAVE_FOREVER = """

@@ -11,7 +11,7 @@ import torch
 from helpers import assert_refused, assert_same, flip, names
 
 from deconvnet.storage import network_files
-from deconvnet.storage.integrity import InvalidFileError
+from deconvnet.storage.file_checks import InvalidFileError
 from deconvnet.storage.network_files import load_network, save_network
 from deconvnet.storage.ownership import ForeignFileError
 

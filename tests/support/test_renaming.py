@@ -67,3 +67,15 @@ def test_nested_fields_of_a_file_come_under_their_current_names_in_their_order()
 def test_the_current_name_of_a_setting():
     assert current_name(Outer, "coupling") == current_name(Outer, "rho") == "rho"
     assert current_name(Outer, "unknown") == "unknown"
+
+
+def test_a_class_with_old_names_of_its_own_knows_those_of_its_parent():
+    @renamed(extra="more")
+    @dataclasses.dataclass(frozen=True)
+    class Child(Inner):
+        more: int = 0
+
+    with pytest.warns(FutureWarning):
+        child = Child(share=0.3, extra=2)
+    assert (child.lam_ratio, child.more) == (0.3, 2)
+    assert current_name(Child, "share") == "lam_ratio" and Inner.RENAMED == {"share": "lam_ratio"}

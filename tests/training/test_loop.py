@@ -25,7 +25,7 @@ from deconvnet import (
 from deconvnet.monitoring.monitor import METRICS, Monitor
 from deconvnet.network.layer import Layer
 from deconvnet.storage.checkpoint_files import load_checkpoint, save_checkpoint
-from deconvnet.storage.integrity import InvalidFileError
+from deconvnet.storage.file_checks import InvalidFileError
 from deconvnet.support.seeding import seeded_generator
 from deconvnet.training.loop import Interrupted, train
 from deconvnet.training.run_folder import RunFolder

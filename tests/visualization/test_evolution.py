@@ -18,14 +18,13 @@ from deconvnet import (
     PreprocessingSettings,
     SolverSettings,
 )
-from deconvnet.monitoring.peaks import Peaks, Snapshot, SnapshotPlan
+from deconvnet.monitoring.strongest_activations import Peaks, Snapshot, SnapshotPlan
 from deconvnet.network.codes import Codes
 from deconvnet.network.layer import Layer
 from deconvnet.storage.checkpoint_files import load_checkpoint, save_checkpoint
 from deconvnet.support.seeding import seeded_generator
 from deconvnet.training.layer_trainer import LayerTrainer
 from deconvnet.visualization import pixel_features
-from deconvnet.visualization.evolution.checkpoints import project_checkpoints
 from deconvnet.visualization.evolution.evolution import (
     Evolution,
     append_epoch,
@@ -33,14 +32,15 @@ from deconvnet.visualization.evolution.evolution import (
     load_evolution,
     load_if_valid,
 )
-from deconvnet.visualization.evolution.snapshots import (
+from deconvnet.visualization.evolution.from_checkpoints import project_checkpoints
+from deconvnet.visualization.evolution.while_learning import (
     plan_snapshots,
     project_snapshot,
     shown_epochs,
 )
 from deconvnet.visualization.pictures.canvas import GAP, LINE, PAGE
 from deconvnet.visualization.pictures.evolution_picture import LABEL, evolution_picture
-from deconvnet.visualization.projection.pixel_features import signed_rgb
+from deconvnet.visualization.projection.feature_projection import signed_rgb
 from deconvnet.visualization.projection.projector import Projector
 
 FAST = SolverSettings(iterations=15, training_iterations=3)

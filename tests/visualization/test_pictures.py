@@ -26,7 +26,7 @@ from deconvnet.visualization.pictures.canvas import (
     shade_signed,
     tile_grid,
 )
-from deconvnet.visualization.pictures.image_parts import supporting_maps
+from deconvnet.visualization.pictures.image_decomposition import supporting_maps
 from deconvnet.visualization.pictures.layer_pictures import (
     labelled_images,
     map_grid,
@@ -255,7 +255,7 @@ def test_features_do_not_depend_on_the_chunk_size(images, chunk, monkeypatch):
     codes = codes.select(torch.tensor([0, 1, 2, 3, 1, 0]))
     for layer in (1, 2):
         expected = pixel_features(net, codes, layer)
-        monkeypatch.setattr("deconvnet.visualization.projection.pixel_features.CHUNK", chunk)
+        monkeypatch.setattr("deconvnet.visualization.projection.feature_projection.CHUNK", chunk)
         found = pixel_features(net, codes, layer)
         monkeypatch.undo()
         assert torch.equal(found.boxes, expected.boxes)

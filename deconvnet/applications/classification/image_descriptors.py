@@ -21,8 +21,8 @@ from deconvnet.network.codes import Codes
 from deconvnet.network.network import DeconvNet
 from deconvnet.operators.arithmetic import Field
 from deconvnet.operators.linear import LinearOperator, Scaling
-from deconvnet.support.modes import plain
-from deconvnet.visualization.projection.pixel_features import layer_field
+from deconvnet.support.torch_modes import plain
+from deconvnet.visualization.projection.feature_projection import layer_field
 
 # Activations projected at a time, which bounds memory.
 ACTIVATIONS_AT_A_TIME = 16

@@ -55,7 +55,7 @@ from deconvnet.operators.linear import Deconvolution
 from deconvnet.operators.pooling import max_pool
 from deconvnet.sparse_coding.solve import default_solver
 from deconvnet.sparse_coding.whole_image import SparseSolution, Thresholds, solve_whole_image
-from deconvnet.support.modes import plain
+from deconvnet.support.torch_modes import plain
 from deconvnet.support.validation import as_tensor, positive, whole
 
 

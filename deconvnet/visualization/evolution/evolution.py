@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deconvnet.monitoring.peaks import Region
+from deconvnet.monitoring.strongest_activations import Region
 from deconvnet.storage.array_files import load_arrays, save_arrays
 from deconvnet.storage.ownership import ForeignFileError
-from deconvnet.visualization.projection.pixel_features import crop_square
+from deconvnet.visualization.projection.feature_projection import crop_square
 
 log = logging.getLogger(__name__)
 

@@ -31,7 +31,7 @@ from deconvnet.visualization.pictures.projection_grids import (
     pixel_filters,
     shade_projections,
 )
-from deconvnet.visualization.projection.pixel_features import signed_rgb
+from deconvnet.visualization.projection.feature_projection import signed_rgb
 from deconvnet.visualization.projection.projection import LayerInfo, tile_boxes
 from deconvnet.visualization.result import VisualizationResult
 from deconvnet.visualization.search.top_activations import Progress

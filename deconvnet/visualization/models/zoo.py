@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from deconvnet.images.fit import INTERPOLATIONS, Crop
-from deconvnet.storage.integrity import InvalidFileError
+from deconvnet.storage.file_checks import InvalidFileError
 from deconvnet.storage.network_files import load_network, save_network
 from deconvnet.visualization.models.normalization import Normalization
 from deconvnet.visualization.models.weights import (

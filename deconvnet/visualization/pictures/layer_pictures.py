@@ -21,8 +21,8 @@ from deconvnet.visualization.pictures.canvas import (
     tile_grid,
     vstack,
 )
-from deconvnet.visualization.pictures.image_parts import image_parts_picture
-from deconvnet.visualization.projection.pixel_features import pixel_features, signed_rgb
+from deconvnet.visualization.pictures.image_decomposition import image_parts_picture
+from deconvnet.visualization.projection.feature_projection import pixel_features, signed_rgb
 
 SHOWN_IMAGES = 6
 FEATURE = 84

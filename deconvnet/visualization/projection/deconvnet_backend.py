@@ -17,8 +17,8 @@ from deconvnet.network.codes import Codes, join_codes
 from deconvnet.network.network import DeconvNet
 from deconvnet.operators.convolution import map_size
 from deconvnet.operators.pooling import pooled_shape
-from deconvnet.support.modes import plain
-from deconvnet.visualization.projection.pixel_features import layer_field, project_units
+from deconvnet.support.torch_modes import plain
+from deconvnet.visualization.projection.feature_projection import layer_field, project_units
 from deconvnet.visualization.projection.projection import (
     LayerInfo,
     Projection,

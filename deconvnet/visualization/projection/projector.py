@@ -20,7 +20,7 @@ from deconvnet.network.network import DeconvNet
 from deconvnet.visualization.models.normalization import Normalization
 from deconvnet.visualization.projection.cnn_backend import CnnBackend
 from deconvnet.visualization.projection.deconvnet_backend import DeconvNetBackend
-from deconvnet.visualization.projection.pixel_features import signed_rgb
+from deconvnet.visualization.projection.feature_projection import signed_rgb
 from deconvnet.visualization.projection.projection import LayerInfo, Projection, Units, check_input
 
 

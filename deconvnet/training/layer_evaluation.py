@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from deconvnet.images.preprocessing import Spread
-from deconvnet.monitoring.records import InferencePoint, LayerResult
+from deconvnet.monitoring.statistics import InferencePoint, LayerResult
 from deconvnet.network.codes import Codes
 from deconvnet.network.layer import Layer, LayerProblem
 from deconvnet.network.metrics import decibels

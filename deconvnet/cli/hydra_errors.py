@@ -8,8 +8,8 @@ from dataclasses import fields, is_dataclass
 
 from hydra.errors import MissingConfigException
 
-from deconvnet.cli.keys import annotation_of, has_keys, keys_of, without_none
 from deconvnet.cli.printed_commands import setting
+from deconvnet.cli.setting_keys import annotation_of, has_keys, keys_of, without_none
 
 # What is wanted, by what OmegaConf says of a value of another type.
 _WANTED = {

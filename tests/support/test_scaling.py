@@ -21,7 +21,7 @@ from deconvnet.operators.pooling import max_pool
 from deconvnet.sparse_coding.prior import Prior
 from deconvnet.sparse_coding.problem import METHODS, SolverSettings, duality_gap
 from deconvnet.sparse_coding.solve import lam_from_ratio, solve, sparse_code
-from deconvnet.support.units import ORDINARY, Units, exponent, magnitude, times_power
+from deconvnet.support.scaling import ORDINARY, Units, exponent, magnitude, times_power
 
 GAP = 1e-4
 CERTIFIED = {

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from deconvnet.monitoring.peaks import Peaks
+from deconvnet.monitoring.strongest_activations import Peaks
 from deconvnet.visualization.evolution.evolution import (
     Evolution,
     bounding_region,

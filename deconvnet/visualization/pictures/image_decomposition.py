@@ -18,7 +18,7 @@ from torch import Tensor
 from deconvnet.network.codes import Codes
 from deconvnet.network.metrics import snr
 from deconvnet.network.network import DeconvNet
-from deconvnet.support.modes import plain
+from deconvnet.support.torch_modes import plain
 from deconvnet.visualization.pictures.canvas import (
     GAP,
     LINE,
@@ -31,7 +31,7 @@ from deconvnet.visualization.pictures.canvas import (
     vstack,
     with_title,
 )
-from deconvnet.visualization.projection.pixel_features import (
+from deconvnet.visualization.projection.feature_projection import (
     project_fields,
     project_units,
     signed_rgb,

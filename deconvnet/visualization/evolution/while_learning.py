@@ -8,11 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deconvnet.monitoring.peaks import Snapshot, SnapshotPlan
+from deconvnet.monitoring.strongest_activations import Snapshot, SnapshotPlan
 from deconvnet.network.codes import Codes
 from deconvnet.network.network import DeconvNet
 from deconvnet.operators.convolution import deconvolve, map_size
-from deconvnet.support.modes import plain
+from deconvnet.support.torch_modes import plain
 from deconvnet.visualization.evolution.evolution import (
     Evolution,
     bounding_region,
@@ -20,7 +20,7 @@ from deconvnet.visualization.evolution.evolution import (
     evolution_of_epoch,
     square_boxes,
 )
-from deconvnet.visualization.projection.pixel_features import layer_field, signed_rgb
+from deconvnet.visualization.projection.feature_projection import layer_field, signed_rgb
 
 # The columns of figure 4.
 EPOCHS = (1, 2, 5, 10, 20, 30, 40, 64)

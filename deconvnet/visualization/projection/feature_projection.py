@@ -19,7 +19,7 @@ from deconvnet.images.preprocessing import ycbcr_to_rgb
 from deconvnet.network.codes import Codes
 from deconvnet.network.network import DeconvNet
 from deconvnet.operators.arithmetic import Field, receptive_field
-from deconvnet.support.modes import plain
+from deconvnet.support.torch_modes import plain
 
 # Activations, or images, at a time.
 CHUNK = 16
