@@ -19,8 +19,8 @@ Settings = TypeVar("Settings", bound=type)
 def renamed(**names: str) -> Callable[[Settings], Settings]:
     """A decorator for a dataclass of settings; names: the current name of each old one.
 
-    The constructor accepts the old names, and those of its parents, with a FutureWarning, and raises
-    TypeError where an old and a new name of one setting come together.
+    The constructor accepts the old names, and those of its parents, with a FutureWarning. It raises
+    TypeError if it gets the old and the new name of one setting.
     """
 
     def decorate(settings: Settings) -> Settings:
