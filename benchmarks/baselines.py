@@ -1,15 +1,14 @@
-"""Maps by this package and by other ways to learn or draw filters, all behind two methods.
+"""Feature maps of this package and of other ways to learn or draw filters, with one interface.
 
-    fit(images)     learns from images (N, 1 or 3, H, W), floats in [0, 1], without labels
+    fit(images)     learns without labels from images (N, 1 or 3, H, W), floats in [0, 1]
     maps(images)    maps (N, K, H+h-1, W+w-1) of these or other images, float32, on the device
 
     N images · C planes · K maps · H, W pixels · h = w = filter_size     y preprocessed images
 
-So that only the method differs, all see the same images: `Preprocessing` with the same settings,
-fitted to the same images. All maps have one size, that of the package's own: an entry for every
-place at which a filter touches the image. Where a patch sticks out, methods that look at patches
-see the pixels of the border repeated; sparse inference explains no pixel there, and the
-autoencoder sees zeros.
+All methods see the same images, preprocessed with the same settings, so only the method differs.
+All maps have the size of the package's own, with a value for each place at which a filter overlaps
+the image. Beyond the border, methods on patches see its pixels repeated; sparse inference has no
+pixel to explain there, and the autoencoder sees zeros.
 
 | class | filters | maps |
 |---|---|---|
@@ -45,9 +44,9 @@ from deconvnet.support.modes import plain
 from deconvnet.support.seeding import seeded_generator
 from deconvnet.training.in_memory import learn_layers
 
-# Pixels of the images whose maps are made together: 83 images of 28x28, 7 of 96x96.
-PIXELS = 2**16
-# Patches that k-means, PCA and dictionaries of patches learn from.
+# Pixels of the images whose maps are computed at a time: 83 images of 28x28, 7 of 96x96.
+PIXELS_AT_A_TIME = 2**16
+# Patches from which k-means, PCA and dictionaries learn.
 PATCHES = 50_000
 DICTIONARY_PATCHES = 20_000
 
@@ -62,7 +61,7 @@ def one_layer(
     preprocessing: PreprocessingSettings | None = None,
     device: str | torch.device = "cpu",
 ) -> DeconvNet:
-    """A network of one layer with the solver that is fastest on the device; not learned yet."""
+    """An untrained network of one layer, with the fastest solver of the device."""
     layer = LayerSettings(
         num_maps,
         filter_size,
@@ -74,7 +73,7 @@ def one_layer(
 
 
 class Method(ABC):
-    """fit and maps; what a method adds is how it learns from y and what maps it makes of y."""
+    """A way to learn filters and compute maps; subclasses implement _learn(y) and _maps(y)."""
 
     def __init__(self, preprocessing: Preprocessing, seed: int):
         self.preprocessing, self.seed = preprocessing, seed
@@ -85,9 +84,9 @@ class Method(ABC):
         return self.preprocessing.scale.device
 
     def fit(self, images: Tensor) -> Method:
-        """Learn from images (N, 1 or 3, H, W) in [0, 1], with the same result for the same seed."""
+        """Learn from images (N, 1 or 3, H, W) in [0, 1]; the seed determines the result."""
         self.preprocessing.fit(images)
-        self._learn(self._explained(images))
+        self._learn(self._preprocess(images))
         self.fitted = True
         return self
 
@@ -97,10 +96,10 @@ class Method(ABC):
         if not self.fitted:
             raise ValueError(f"{type(self).__name__}: has not learned yet; call fit(images) first")
         return torch.cat(
-            [self._maps(self._explained(part)) for part in images.split(_together(images))]
+            [self._maps(self._preprocess(part)) for part in images.split(_images_at_a_time(images))]
         )
 
-    def _explained(self, images: Tensor) -> Tensor:
+    def _preprocess(self, images: Tensor) -> Tensor:
         return self.preprocessing(images.to(self.device))[0]
 
     @abstractmethod
@@ -114,7 +113,7 @@ class SparseMaps(Method):
     """The sparse maps of a layer of a network, by default the highest, before its pooling.
 
     fit learns the network from scratch, from preprocessing to this layer; a network learned
-    elsewhere needs no fit. What the maps of higher layers measure is the size that pooling leaves.
+    elsewhere needs no fit. The maps of higher layers have the size that pooling leaves.
     """
 
     def __init__(self, net: DeconvNet, layer: int | None = None, *, seed: int = 0):
@@ -124,7 +123,7 @@ class SparseMaps(Method):
         self.fitted = True
 
     def _learn(self, y: Tensor) -> None:
-        learn_layers(self.net, y, depth=self.depth, seed=self.seed, chunk=_together(y))
+        learn_layers(self.net, y, depth=self.depth, seed=self.seed, chunk=_images_at_a_time(y))
 
     def _maps(self, y: Tensor) -> Tensor:
         codes = Codes((), y, [])
@@ -134,12 +133,11 @@ class SparseMaps(Method):
 
 
 class FilterMaps(Method):
-    """One layer of filters, however found, with the inference of this package or without it.
+    """One layer of filters, with the sparse inference of this package or rectified correlations.
 
-    rectified: instead of sparse inference the correlations c of the image with the filters, shrunk
-    towards zero by `threshold` times the root mean square of their map over the images of fit:
-    sign(c) max(0, |c| - t_k). Both halves of a two-sided rectification are in it, told apart by
-    their sign. epochs: of learning, where there is any.
+    rectified: maps are the correlations c of the image with the filters, shrunk towards zero by
+    `threshold` times the root mean square of their map over the training images:
+    sign(c) max(0, |c| - t_k), a two-sided rectification. epochs: of learning, if there is any.
     """
 
     def __init__(
@@ -179,7 +177,7 @@ class FilterMaps(Method):
         self.net.layer(1).set_filters(self._filters(y).to(y))
         squares = sum(
             correlations(part, self.filters).double().square().sum((0, 2, 3))
-            for part in y.split(_together(y))
+            for part in y.split(_images_at_a_time(y))
         )
         size = self.filters.shape[2]
         places = len(y) * (y.shape[2] + size - 1) * (y.shape[3] + size - 1)
@@ -196,15 +194,15 @@ class FilterMaps(Method):
 
 
 class LearnedFilters(FilterMaps):
-    """The filters of this package: with its inference `SparseMaps` of one layer, else without."""
+    """The filters that this package learns; with its inference, the same as `SparseMaps`."""
 
     def _filters(self, y: Tensor) -> Tensor:
-        learn_layers(self.net, y, seed=self.seed, chunk=_together(y))
+        learn_layers(self.net, y, seed=self.seed, chunk=_images_at_a_time(y))
         return self.filters
 
 
 class RandomFilters(FilterMaps):
-    """Gaussian filters of unit norm: what inference alone is worth, without any learning."""
+    """Gaussian filters of unit norm: the value of inference without learning."""
 
     def _filters(self, y: Tensor) -> Tensor:
         num_maps, _, size, _ = self.filters.shape
@@ -214,8 +212,8 @@ class RandomFilters(FilterMaps):
 class PatchDictionary(FilterMaps):
     """The atoms of a dictionary under which single patches are sparse, as filters.
 
-    scikit-learn's online learning of the package's own cost, 1/2 ||patch - sum z_k f_k||^2 + 1/lam
-    sum |z_k|, but patch by patch: an atom is learned again at every shift.
+    scikit-learn's online learning minimises the cost of this package for each patch alone,
+    1/2 ||patch - sum z_k f_k||^2 + 1/lam sum |z_k|, so atoms are learned again for each shift.
     """
 
     def _filters(self, y: Tensor) -> Tensor:
@@ -235,9 +233,9 @@ class PatchDictionary(FilterMaps):
 
 
 class PatchPCA(Method):
-    """How far each patch goes along the principal components of patches; the first ones.
+    """The coefficients of each patch in the first principal components of patches.
 
-    maps: (patch - mean patch) . component, components of unit norm.
+    maps: (patch - mean patch) . component, with components of unit norm.
     """
 
     def __init__(
@@ -254,28 +252,28 @@ class PatchPCA(Method):
         numbers = self.preprocessing.channels * filter_size**2
         if num_maps > numbers:
             raise ValueError(
-                f"num_maps={num_maps}: must be at most {numbers}, the numbers of a patch of "
+                f"num_maps={num_maps}: must be at most {numbers}, the values of a patch of "
                 f"filter_size={filter_size}"
             )
 
     def _learn(self, y: Tensor) -> None:
         patches = draw_patches(y, self.filter_size, PATCHES, seeded_generator(self.seed, 2))
-        found = PCA(self.num_maps, svd_solver="full").fit(patches.flatten(1).cpu().double().numpy())
+        pca = PCA(self.num_maps, svd_solver="full").fit(patches.flatten(1).cpu().double().numpy())
         shape = (self.num_maps, *patches.shape[1:])
-        self.filters = torch.from_numpy(found.components_).view(shape).to(y)
-        self.offset = torch.from_numpy(found.components_ @ found.mean_).to(y)
+        self.filters = torch.from_numpy(pca.components_).view(shape).to(y)
+        self.offset = torch.from_numpy(pca.components_ @ pca.mean_).to(y)
 
     def _maps(self, y: Tensor) -> Tensor:
         return correlations(y, self.filters) - self.offset.view(-1, 1, 1)
 
 
 class KMeansMaps(Method):
-    """How much nearer than the mean of all each centroid is to a patch (Coates, Lee, Ng 2011).
+    """How much closer than average each centroid is to a patch (Coates, Lee, Ng 2011).
 
-    maps: max(0, mean_j d_j - d_k), d_k = ||x - c_k||, of patches x that have lost their mean, are
-    divided by their deviation and whitened (ZCA). As there, 0.1 is added to all variances of the
-    whitening; the 10 of 0..255 squared that is added to the variance of a patch is here a hundredth
-    of the mean variance of all patches.
+    maps: max(0, mean_j d_j - d_k), d_k = ||x - c_k||, for patches x with their mean subtracted,
+    divided by their standard deviation and whitened (ZCA). As in the paper, 0.1 is added to the
+    variances of the whitening. The 10 that it adds to the variance of a patch of pixels 0..255 is
+    here a hundredth of the mean variance of all patches.
     """
 
     def __init__(
@@ -295,28 +293,28 @@ class KMeansMaps(Method):
             y, self.filter_size, PATCHES, seeded_generator(self.seed, 2)
         ).flatten(1)
         self.floor = float(0.01 * patches.var(1, correction=0).mean().clamp(min=1e-12))
-        even = self._normalised(patches).double()
-        self.mean = even.mean(0)
-        variances, directions = torch.linalg.eigh((even - self.mean).T.cov(correction=0))
+        normalised = self._normalised(patches).double()
+        self.mean = normalised.mean(0)
+        variances, directions = torch.linalg.eigh((normalised - self.mean).T.cov(correction=0))
         gains = (variances.clamp(min=0) + 0.1).rsqrt()
         self.whitening = ((directions * gains) @ directions.T).to(y)
         self.mean = self.mean.to(y)
         white = self._white(patches)
-        found = KMeans(self.num_maps, n_init=1, max_iter=100, random_state=self.seed)
-        centroids = found.fit(white.cpu().double().numpy()).cluster_centers_
+        kmeans = KMeans(self.num_maps, n_init=1, max_iter=100, random_state=self.seed)
+        centroids = kmeans.fit(white.cpu().double().numpy()).cluster_centers_
         self.centroids = torch.from_numpy(centroids).to(y)
 
     def _maps(self, y: Tensor) -> Tensor:
-        patches = functional.unfold(_repeated(y, self.filter_size), self.filter_size)
+        patches = functional.unfold(_pad_border(y, self.filter_size), self.filter_size)
         white = self._white(patches.transpose(1, 2))
         squares = white.square().sum(-1, keepdim=True) + self.centroids.square().sum(1)
         distance = (squares - 2 * white @ self.centroids.T).clamp(min=0).sqrt()
-        nearer = (distance.mean(-1, keepdim=True) - distance).clamp(min=0)
+        closer = (distance.mean(-1, keepdim=True) - distance).clamp(min=0)
         rows, columns = (side + self.filter_size - 1 for side in y.shape[2:])
-        return nearer.transpose(1, 2).reshape(len(y), -1, rows, columns)
+        return closer.transpose(1, 2).reshape(len(y), -1, rows, columns)
 
     def _normalised(self, patches: Tensor) -> Tensor:
-        """Patches (..., numbers) without their mean, of variance 1 where there is contrast."""
+        """Patches (..., values) with mean 0, and variance 1 where there is contrast."""
         even = patches - patches.mean(-1, keepdim=True)
         return even / (even.square().mean(-1, keepdim=True) + self.floor).sqrt()
 
@@ -325,9 +323,9 @@ class KMeansMaps(Method):
 
 
 class WhatWhere(nn.Module):
-    """One layer up and down: what is largest in a window goes through, where it was goes around.
+    """One layer of a what-where autoencoder: maxima go up, switches tell the decoder their places.
 
-    z = max(0, F_up' y + bias)   pooled, switches = P(z)   painted = F_down U_s pooled
+    z = max(0, F_up' y + bias)   pooled, switches = P(z)   decoded = F_down U_s pooled
     """
 
     def __init__(
@@ -345,12 +343,12 @@ class WhatWhere(nn.Module):
         return functional.relu(correlate(y, self.up) + self.bias)
 
     def pool(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """What is largest in each window, and its switches."""
+        """The maximum of each window, and its switches."""
         switches = strongest(z.detach(), self.window)
         return pool(z, switches), switches
 
     def decode(self, pooled: Tensor, switches: Tensor, shape: torch.Size) -> Tensor:
-        """What pooled values paint from the places of the switches; shape: that of the maps."""
+        """The image decoded from pooled values at their switches; shape: that of the maps."""
         return deconvolve(unpool(pooled, switches, shape), self.down)
 
     def forward(self, y: Tensor) -> Tensor:
@@ -359,11 +357,11 @@ class WhatWhere(nn.Module):
 
 
 class Autoencoder(Method):
-    """The maps of a convolutional autoencoder that pools, and unpools with its switches.
+    """The maps of a convolutional autoencoder that unpools with its pooling switches.
 
     The lowest layer of the stacked what-where autoencoders of Zhao et al. 2015, without labels:
-    Adam on the mean squared error of y, no other loss. maps: the rectified ones before pooling.
-    After `fit`: history, the mean squared error of every epoch, each batch before its step.
+    Adam on the mean squared error of y, no other loss. maps: rectified, before pooling.
+    After `fit`, history holds the mean squared error of each epoch, of each batch before its step.
     """
 
     def __init__(
@@ -401,12 +399,12 @@ class Autoencoder(Method):
         for epoch in range(self.epochs):
             order = torch.randperm(len(y), generator=seeded_generator(self.seed, 2, epoch))
             total = 0.0
-            for chosen in order.split(self.batch_size):
-                loss = functional.mse_loss(self.model(y[chosen]), y[chosen])
+            for batch in order.split(self.batch_size):
+                loss = functional.mse_loss(self.model(y[batch]), y[batch])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-                total += loss.item() * len(chosen)
+                total += loss.item() * len(batch)
             self.history.append(total / len(y))
 
     def _maps(self, y: Tensor) -> Tensor:
@@ -416,31 +414,31 @@ class Autoencoder(Method):
 def correlations(y: Tensor, f: Tensor) -> Tensor:
     """(N, K, H+h-1, W+w-1): images (N, C, H, W) correlated with filters (K, C, h, w), not flipped.
 
-    Unlike `convolution.correlate` this repeats the border: beyond it is no edge.
+    Unlike `convolution.correlate` this repeats the border, so that there is no edge.
     """
-    return functional.conv2d(_repeated(y, f.shape[2]), f)
+    return functional.conv2d(_pad_border(y, f.shape[2]), f)
 
 
 def draw_patches(y: Tensor, size: int, num: int, generator: torch.Generator) -> Tensor:
-    """(num, C, size, size): patches at random places inside of images (N, C, H, W)."""
+    """(num, C, size, size): random patches inside images (N, C, H, W)."""
     if min(y.shape[2:]) < size:
         raise ValueError(
             f"filter_size={size}: must be at most the smaller side of images of "
             f"{y.shape[2]}x{y.shape[3]} pixels"
         )
-    everywhere = y.unfold(2, size, 1).unfold(3, size, 1)
+    windows = y.unfold(2, size, 1).unfold(3, size, 1)
     n, i, j = (
-        torch.randint(everywhere.shape[axis], (num,), generator=generator).to(y.device)
+        torch.randint(windows.shape[axis], (num,), generator=generator).to(y.device)
         for axis in (0, 2, 3)
     )
-    return everywhere[n, :, i, j]
+    return windows[n, :, i, j]
 
 
-def _together(images: Tensor) -> int:
-    return max(1, PIXELS // (images.shape[2] * images.shape[3]))
+def _images_at_a_time(images: Tensor) -> int:
+    return max(1, PIXELS_AT_A_TIME // (images.shape[2] * images.shape[3]))
 
 
-def _repeated(y: Tensor, size: int) -> Tensor:
+def _pad_border(y: Tensor, size: int) -> Tensor:
     return functional.pad(y, (size - 1,) * 4, mode="replicate")
 
 

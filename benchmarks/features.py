@@ -1,24 +1,23 @@
-"""What features are worth to a linear classifier: one harness for this package and for others.
+"""Compare learned features by the accuracy of a linear classifier on them.
 
 python benchmarks/features.py                            digits, 500 to learn from, 500 of others
 python benchmarks/features.py --dataset shifted --grid 1
 python benchmarks/features.py --dataset fashion --train 10000 --test 10000 --steps contrast
 
-Every method sees the same preprocessed images, learns its filters without labels from the first
---learn training images, and makes maps of one size (benchmarks/baselines.py). What
-counts of a map is its mean magnitude in each cell of a grid. Then, for every method alike: the
-power 1 or 1/2 of the features, each divided by its maximum in training, a linear SVM
-(scikit-learn's LinearSVC) with C of 0.01, 0.1, 1, 10. Power and C are those that are best on the
-last fifth of (at most the first 3000) training images, those before being learned from; the test
-images are looked at once. `pixels` are the images themselves.
+Each method (benchmarks/baselines.py) sees the same preprocessed images, learns its filters without
+labels from the first --learn training images, and computes maps of the same size. The features are
+the mean magnitudes of the maps in the cells of a grid, raised to the power 1 or 1/2 and divided by
+their maxima in training. The classifier is scikit-learn's LinearSVC with C of 0.01, 0.1, 1 or 10.
+Power and C are those that are best on the last fifth of (at most the first 3000) training images
+after training on the rest; the test images are used once. `pixels` are the images themselves.
 
-- digits    scikit-learn's, 8x8; as they come, so that the test has other writers
+- digits    scikit-learn's digits, 8x8, in their order, so that the test has other writers
 - shifted   the same, each at a random place of 13x13 pixels
-- fashion   Fashion-MNIST, 28x28, as IDX files in --root: Debian's package dataset-fashion-mnist
-            has them in /usr/share/datasets/fashion-mnist, torchvision.datasets.FashionMNIST("data",
-            download=True) puts them into data/FashionMNIST/raw
+- fashion   Fashion-MNIST, 28x28, as IDX files in --root. Debian's package dataset-fashion-mnist
+            installs them in /usr/share/datasets/fashion-mnist;
+            torchvision.datasets.FashionMNIST("data", download=True) in data/FashionMNIST/raw
 
-Prints a table and writes all figures to --output.
+Prints a table, and writes all results to --output.
 """
 
 from __future__ import annotations
@@ -36,8 +35,8 @@ from pathlib import Path
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import baselines
-import clocks
 import numpy as np
+import timing
 import torch
 from baselines import Method
 from sklearn.datasets import load_digits
@@ -54,45 +53,43 @@ from deconvnet.support.devices import torch_device
 
 DATASETS = ("digits", "shifted", "fashion")
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
-# 8 bits, N images of rows and columns, N labels.
-MAGIC = {"images": 2051, "labels": 2049}
 
 C = (0.01, 0.1, 1.0, 10.0)
 POWERS = (1.0, 0.5)
 VALIDATION = 3000
-# Images whose maps are in memory together.
-TOGETHER = 256
+# Images whose maps are in memory at a time.
+IMAGES_AT_A_TIME = 256
 
 Images = tuple[Tensor, np.ndarray]
 Build = Callable[[argparse.Namespace, int], Method]
 
 
-def _asked(options: argparse.Namespace, seed: int) -> dict:
+def _common_arguments(options: argparse.Namespace, seed: int) -> dict:
     return dict(seed=seed, preprocessing=options.preprocessing, device=options.device)
 
 
 def _filters(kind: type, *, rectified: bool) -> Build:
     def build(options: argparse.Namespace, seed: int) -> Method:
-        asked = dict(_asked(options, seed), rectified=rectified)
-        asked |= dict(lam=options.lam, epochs=options.epochs)
-        return kind(options.maps, options.size, **asked)
+        arguments = dict(_common_arguments(options, seed), rectified=rectified)
+        arguments |= dict(lam=options.lam, epochs=options.epochs)
+        return kind(options.maps, options.size, **arguments)
 
     return build
 
 
 def _pca(options: argparse.Namespace, seed: int) -> Method:
-    """Of patches there are no more components than numbers in a patch."""
+    """At most one component for each pixel of a patch."""
     maps = min(options.maps, options.size**2)
-    return baselines.PatchPCA(maps, options.size, **_asked(options, seed))
+    return baselines.PatchPCA(maps, options.size, **_common_arguments(options, seed))
 
 
 def _kmeans(options: argparse.Namespace, seed: int) -> Method:
-    return baselines.KMeansMaps(options.maps, options.size, **_asked(options, seed))
+    return baselines.KMeansMaps(options.maps, options.size, **_common_arguments(options, seed))
 
 
 def _autoencoder(options: argparse.Namespace, seed: int) -> Method:
-    asked = dict(_asked(options, seed), epochs=options.epochs)
-    return baselines.Autoencoder(options.maps, options.size, **asked)
+    arguments = dict(_common_arguments(options, seed), epochs=options.epochs)
+    return baselines.Autoencoder(options.maps, options.size, **arguments)
 
 
 METHODS: dict[str, Build | None] = {
@@ -109,16 +106,16 @@ METHODS: dict[str, Build | None] = {
 }
 
 
-def main(arguments_: Sequence[str] | None = None) -> None:
-    options = arguments(arguments_)
+def main(command_line: Sequence[str] | None = None) -> None:
+    options = arguments(command_line)
     torch.set_num_threads(options.threads)
     try:
         train, test = images_of(options)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    found = {
+    results = {
         "command": " ".join(sys.argv),
-        "machine": clocks.machine(),
+        "machine": timing.machine(),
         "device": str(options.device),
         "train": len(train[0]),
         "test": len(test[0]),
@@ -127,37 +124,53 @@ def main(arguments_: Sequence[str] | None = None) -> None:
     print(f"{HEAD}\n{'|---' * HEAD.count(' | ')}|---|", flush=True)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     for name in options.methods:
-        # Pixels draw nothing.
+        # Nothing is random with pixels.
         seeds = range(options.repeats if METHODS[name] else 1)
         runs = [measure(name, train, test, options, seed) for seed in seeds]
-        found["results"][name] = runs
+        results["results"][name] = runs
         print(row(name, runs), flush=True)
-        options.output.write_text(to_json(found, indent=1))
+        options.output.write_text(to_json(results, indent=1))
     print(f"\n{options.output}")
 
 
-def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
+def arguments(command_line: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--dataset", choices=DATASETS, default="digits")
     add("--root", type=Path, help="folder of the IDX files of fashion")
-    add("--train", type=int, default=500, help="training images, the first ones (default 500)")
+    add("--train", type=int, default=500, help="training images (default 500)")
     add("--test", type=int, default=500, help="test images (default 500)")
-    add("--learn", type=int, default=1000, help="of the training images those that filters see")
+    add(
+        "--learn",
+        type=int,
+        default=1000,
+        help="training images that filters are learned from (default 1000)",
+    )
     add("--maps", type=int, default=32, help="filters (default 32)")
     add("--size", type=int, default=5, help="their side in pixels (default 5)")
-    add("--lam", type=float, default=2.0, help="of sparse inference: larger is denser (default 2)")
+    add(
+        "--lam",
+        type=float,
+        default=2.0,
+        help="lam of sparse inference: larger is denser (default 2)",
+    )
     add("--epochs", type=int, default=5, help="of deconvnet and autoencoder (default 5)")
-    add("--grid", type=int, nargs="+", default=[4], help="cells a side; several: a pyramid")
+    add(
+        "--grid",
+        type=int,
+        nargs="+",
+        default=[4],
+        help="cells along a side; several: a pyramid (4)",
+    )
     add("--steps", nargs="*", default=["mean"], help=f"preprocessing: {', '.join(STEPS)} (mean)")
-    add("--methods", nargs="+", default=list(METHODS), help=f"of {', '.join(METHODS)}; all")
+    add("--methods", nargs="+", default=list(METHODS), help=f"some of {', '.join(METHODS)} (all)")
     add("--repeats", type=int, default=3, help="draws of filters: seeds 0, 1, ... (default 3)")
     add("--device", default="cpu", help="auto, cpu or cuda (default cpu)")
-    add("--threads", type=int, default=2, help="of the CPU (default 2)")
+    add("--threads", type=int, default=2, help="threads of the CPU (default 2)")
     add("--output", type=Path, help="default runs/benchmark/features-<dataset>.json")
-    options = parser.parse_args(given)
+    options = parser.parse_args(command_line)
     if wrong := set(options.methods) - set(METHODS):
         parser.error(f"--methods {' '.join(sorted(wrong))}: choose from {', '.join(METHODS)}")
     for key in ("train", "test", "learn", "repeats", "threads"):
@@ -173,34 +186,36 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def images_of(options: argparse.Namespace) -> tuple[Images, Images]:
-    """Training and test images (N, 1, H, W) in [0, 1] with their labels, the first of each."""
+    """The first training and test images (N, 1, H, W) in [0, 1], with their labels."""
     if options.dataset == "fashion":
         parts = fashion(options.root, "train"), fashion(options.root, "t10k")
     else:
         images, labels = digits(shifted=options.dataset == "shifted")
         first = options.train
         parts = (images[:first], labels[:first]), (images[first:], labels[first:])
-    asked = {"train": options.train, "test": options.test}
-    for (key, number), (images, _) in zip(asked.items(), parts, strict=True):
+    counts = {"train": options.train, "test": options.test}
+    for (key, number), (images, _) in zip(counts.items(), parts, strict=True):
         if len(images) < number:
-            raise ValueError(f"{key}={number}: {options.dataset} has {len(images)} for it")
+            raise ValueError(
+                f"{key}={number}: {options.dataset} has only {len(images)} images for it"
+            )
     return tuple(
         (images[:number], labels[:number])
-        for number, (images, labels) in zip(asked.values(), parts, strict=True)
+        for number, (images, labels) in zip(counts.values(), parts, strict=True)
     )
 
 
 def digits(*, shifted: bool = False) -> Images:
-    """The 1797 digits of scikit-learn as they come, 8x8, or each somewhere in 13x13 pixels."""
-    found = load_digits()
-    images = found.images / 16
+    """The 1797 digits of scikit-learn, 8x8, or each at a random place of 13x13 pixels."""
+    loaded = load_digits()
+    images = loaded.images / 16
     if shifted:
         places = np.random.RandomState(0).randint(0, 6, (len(images), 2))
         large = np.zeros((len(images), 13, 13))
         for image, digit, (i, j) in zip(large, images, places, strict=True):
             image[i : i + 8, j : j + 8] = digit
         images = large
-    return torch.from_numpy(images).float()[:, None], found.target
+    return torch.from_numpy(images).float()[:, None], loaded.target
 
 
 def fashion(root: Path | None, part: str) -> Images:
@@ -235,7 +250,7 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 def measure(name: str, train: Images, test: Images, options: argparse.Namespace, seed: int) -> dict:
-    """Accuracy of one method with one seed, what was chosen for it, and its seconds."""
+    """The accuracy of a method with one seed, its power and C, and its seconds."""
     build, (images, labels) = METHODS[name], train
     if build is None:
         known, unknown = (part[0].flatten(1).numpy() for part in (train, test))
@@ -266,22 +281,22 @@ def measure(name: str, train: Images, test: Images, options: argparse.Namespace,
 
 def features(method: Method, images: Tensor, grid: Sequence[int]) -> tuple[np.ndarray, float]:
     """(N, K * cells) of the maps of a method, and the fraction of non-zero values in the maps."""
-    parts, filled, entries = [], 0, 0
-    for part in images.split(TOGETHER):
+    parts, non_zero, coefficients = [], 0, 0
+    for part in images.split(IMAGES_AT_A_TIME):
         z = method.maps(part)
-        filled, entries = filled + int(torch.count_nonzero(z)), entries + z.numel()
+        non_zero, coefficients = non_zero + int(torch.count_nonzero(z)), coefficients + z.numel()
         parts.append(grid_features(z, grid).cpu())
-    return torch.cat(parts).numpy(), filled / entries
+    return torch.cat(parts).numpy(), non_zero / coefficients
 
 
 def choose(known: np.ndarray, labels: np.ndarray) -> dict:
     """The power and the C that are best on the last fifth of (the first) training images."""
     known, labels = known[:VALIDATION], labels[:VALIDATION]
-    kept = len(known) - max(1, len(known) // 5)
+    split = len(known) - max(1, len(known) // 5)
     scores = {
         (power, c): classifier(power, c)
-        .fit(known[:kept], labels[:kept])
-        .score(known[kept:], labels[kept:])
+        .fit(known[:split], labels[:split])
+        .score(known[split:], labels[split:])
         for power in POWERS
         for c in C
     }
@@ -295,24 +310,24 @@ def classifier(power: float, c: float):
     return make_pipeline(root, MaxAbsScaler(), svm)
 
 
-HEAD = "| method | right | power | C | features | maps not zero | to learn | an image |"
+HEAD = "| method | accuracy | power | C | features | density | learning | per image |"
 
 
 def row(name: str, runs: list[dict]) -> str:
-    """One line of the table: the mean over the draws, and from the lowest to the highest."""
+    """One line of the table: the mean over the draws, and the lowest and highest value."""
     scores = [run["accuracy"] for run in runs]
-    right = f"{statistics.mean(scores):.1%}"
+    accuracy = f"{statistics.mean(scores):.1%}"
     if len(scores) > 1:
-        right += f" ({min(scores):.1%} to {max(scores):.1%})"
+        accuracy += f" ({min(scores):.1%} to {max(scores):.1%})"
     chosen = [", ".join(f"{v:g}" for v in sorted({r[k] for r in runs})) for k in ("power", "c")]
     if runs[0]["density"] is None:
-        return f"| {name} | {right} | {' | '.join(chosen)} | {runs[0]['features']} | | | |"
+        return f"| {name} | {accuracy} | {' | '.join(chosen)} | {runs[0]['features']} | | | |"
     density, fit, each = (
         statistics.mean(run[key] for run in runs)
         for key in ("density", "fit_seconds", "seconds_per_image")
     )
     cost = f"{density:.1%} | {fit:.1f} s | {1000 * each:.2f} ms"
-    return f"| {name} | {right} | {' | '.join(chosen)} | {runs[0]['features']} | {cost} |"
+    return f"| {name} | {accuracy} | {' | '.join(chosen)} | {runs[0]['features']} | {cost} |"
 
 
 if __name__ == "__main__":

@@ -1,28 +1,28 @@
-"""All measurements on a machine with a GPU, in one call of a few minutes.
+"""Measure on a GPU: agreement with the CPU, speed, waits, memory and scaling, in a few minutes.
 
 python benchmarks/gpu.py
-python benchmarks/gpu.py --device cpu           the same at tiny size: to see whether it runs
-python benchmarks/gpu.py speed waits            some of it
+python benchmarks/gpu.py --device cpu           tiny sizes on the CPU, to check that it runs
+python benchmarks/gpu.py speed waits            only these parts
 
 equal      how far results on the device are from those on the CPU
 speed      seconds per iteration, compared with the limits of memory and arithmetic of the device
 waits      how often an iteration makes the CPU wait for the device
 coding     seconds until the objective of the problem "grey" is within 1e-1 to 1e-4 of the minimum
-memory     the peak of memory by how many images are inferred at a time
+memory     the peak memory against the number of images inferred at a time
 scaling    the tables of benchmarks/scaling.py
 
-Needs no internet and no SPORCO. The results are in <output>/gpu.json, rewritten after every part; a
-part that fails is reported and the next one goes on.
+Needs neither a download nor SPORCO. Results are written to <output>/gpu.json after each part; if a
+part fails, the failure is reported and the next part runs.
 
-How little an iteration can move, in arrays of the size of the maps z, if all that acts entry by
-entry were one kernel with the convolution before it, images being nothing beside maps:
+The least that an iteration must read or write, in arrays of the size of the maps z, if all
+elementwise operations were fused with the convolution before them (images are negligible):
 
-    admm     3: its state t is read to paint v = 2 shrink(t) - t; t is read again and written
-    fista    4: z and the z before are read, z is written, and read again to be painted
+    admm     3: its state t is read to synthesise from v = 2 shrink(t) - t; t is read again, written
+    fista    4: z and the previous z are read, z is written, and read again to synthesise
 
-and how little it can compute: to paint and to correlate once, 4 h w operations for each entry of z
-if the sums are done directly. The limits of the device are measured by copying and by multiplying
-matrices in float32.
+The least that it must compute is one synthesis and one correlation: 4 h w operations for each
+coefficient of z with direct sums. The limits of the device are measured with copies and matrix
+products in float32.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-import clocks
-import ours
+import deconvnet_solvers
 import problems
 import scaling
+import timing
 import torch
 from torch import Tensor
 
@@ -69,29 +69,29 @@ def main() -> None:
     sys.stdout.reconfigure(line_buffering=True)
     options = arguments()
     if options.device == "cuda" and not torch.cuda.is_available():
-        print("torch finds no GPU here; --device cpu runs the same at tiny size")
+        print("torch finds no GPU; --device cpu runs tiny sizes on the CPU")
         sys.exit(2)
     options.output.mkdir(parents=True, exist_ok=True)
-    found = {
+    results = {
         "command": " ".join(sys.argv),
         "date": time.strftime("%Y-%m-%d %H:%M"),
-        "machine": clocks.machine(),
+        "machine": timing.machine(),
         "device": describe(options.device),
         "seconds": {},
     }
-    print("\n".join(f"{key}: {value}" for key, value in found["device"].items()))
+    print("\n".join(f"{key}: {value}" for key, value in results["device"].items()))
     failed = []
     for part in options.what:
         started = time.perf_counter()
         try:
-            found[part], lines = PARTS[part](options)
+            results[part], lines = PARTS[part](options)
         except Exception:
-            # A machine with a GPU is rare: what else can be measured on it is.
+            # Machines with a GPU are rare, so the other parts are measured all the same.
             failed.append(part)
-            found[part], lines = {"failed": traceback.format_exc()}, [traceback.format_exc()]
-        found["seconds"][part] = time.perf_counter() - started
-        (options.output / "gpu.json").write_text(to_json(found, indent=1))
-        print("\n".join([f"\n# {part} ({found['seconds'][part]:.0f} s)\n", *lines]))
+            results[part], lines = {"failed": traceback.format_exc()}, [traceback.format_exc()]
+        results["seconds"][part] = time.perf_counter() - started
+        (options.output / "gpu.json").write_text(to_json(results, indent=1))
+        print("\n".join([f"\n# {part} ({results['seconds'][part]:.0f} s)\n", *lines]))
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 
@@ -104,15 +104,15 @@ def arguments() -> Namespace:
         "what", nargs="*", metavar="what", help=f"{', '.join(PARTS)} (default: all of them)"
     )
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--threads", type=int, help="of the CPU (default: as torch has it)")
+    parser.add_argument("--threads", type=int, help="threads of the CPU (default: those of torch)")
     parser.add_argument("--repeats", type=int, default=3, help="of each timing (default 3)")
     parser.add_argument(
         "--output", type=Path, default=Path("runs/benchmark"),
-        help="folder of the results (default runs/benchmark)",
+        help="folder for the results (default runs/benchmark)",
     )  # fmt: skip
     options = parser.parse_args()
     if unknown := [name for name in options.what if name not in PARTS]:
-        parser.error(f"what={' '.join(unknown)}: choose of {', '.join(PARTS)}")
+        parser.error(f"what={' '.join(unknown)}: choose from {', '.join(PARTS)}")
     for key in ("threads", "repeats"):
         if getattr(options, key) is not None and getattr(options, key) < 1:
             parser.error(f"--{key}={getattr(options, key)}: must be at least 1")
@@ -127,13 +127,13 @@ def arguments() -> Namespace:
 
 
 def describe(device: str) -> dict:
-    """What it is, and what torch does to float32 on it unasked."""
+    """The device, and whether torch rounds float32 on it (TF32)."""
     if device == "cpu":
         return {"name": "cpu", "torch": torch.__version__}
-    of = torch.cuda.get_device_properties(0)
+    properties = torch.cuda.get_device_properties(0)
     return {
-        "name": of.name,
-        "memory, GiB": round(of.total_memory / 2**30, 1),
+        "name": properties.name,
+        "memory, GiB": round(properties.total_memory / 2**30, 1),
         "torch": torch.__version__,
         "CUDA": torch.version.cuda,
         "TF32 in convolutions": torch.backends.cudnn.allow_tf32,
@@ -143,18 +143,20 @@ def describe(device: str) -> dict:
 
 @torch.no_grad()
 def equal(options: Namespace) -> tuple[dict, list[str]]:
-    """The same computations on both: in float64 they should differ by rounding alone; in float32
-    an entry may be zero here and not there, and of two maxima in a window the other be chosen.
+    """Run the same computations on the device and on the CPU.
+
+    In float64 they should differ by rounding only. In float32 a coefficient may be zero on one and
+    not on the other, and a pooling window may choose the other of two maxima.
     """
-    lines = ["| largest difference / largest entry | float64 | float32 |", "|---|---|---|"]
-    found = {}
+    lines = ["| largest difference / largest value | float64 | float32 |", "|---|---|---|"]
+    results = {}
     for name, run in _computations(options.quick).items():
-        found[name] = {}
+        results[name] = {}
         for dtype in (torch.float64, torch.float32):
             pairs = zip(run(options.device, dtype), run("cpu", dtype), strict=True)
-            found[name][str(dtype)] = max(difference(there, here) for there, here in pairs)
-        lines.append(f"| {name} | {' | '.join(f'{d:.1e}' for d in found[name].values())} |")
-    return found, lines
+            results[name][str(dtype)] = max(difference(there, here) for there, here in pairs)
+        lines.append(f"| {name} | {' | '.join(f'{d:.1e}' for d in results[name].values())} |")
+    return results, lines
 
 
 def difference(a: Tensor, b: Tensor) -> float:
@@ -176,24 +178,24 @@ def _computations(quick: bool) -> dict[str, Computation]:
         def run(device: str, dtype: torch.dtype) -> list[Tensor]:
             y, f = (t.to(dtype) for t in small(device, 2, pixels, maps))
             settings = SolverSettings(method, iterations=ITERATIONS, tolerance=0.0)
-            found = sparse_code(y, f, lam=LAM, boundary=boundary, settings=settings)
-            return [found.z, found.objective]
+            solution = sparse_code(y, f, lam=LAM, boundary=boundary, settings=settings)
+            return [solution.z, solution.objective]
 
         return run
 
     def learning(device: str, dtype: torch.dtype) -> list[Tensor]:
         y = small(device, 4, pixels, maps)[0].to(dtype)
         chosen = LearningSettings(epochs=1, batch_size=2)
-        found = learn_filters(
+        learned = learn_filters(
             y, maps, filter_size=8, lam=LAM, solver=SolverSettings(), learning=chosen
         )
-        return [found.filters]
+        return [learned.filters]
 
     def inference(device: str, dtype: torch.dtype) -> list[Tensor]:
         images = scaling.raw_images(case(device, 2, pixels, maps)).to(dtype)
         net = two_layers(quick).to(dtype)
         net.preprocessing.fit(images)
-        # Filters of noise from the same generator: they do not depend on what a device rounds.
+        # Random filters from one generator do not depend on the rounding of a device.
         codes = net.to(device).infer(images)
         return [codes.y, *(layer.pooled for layer in codes.layers)]
 
@@ -210,7 +212,7 @@ def _computations(quick: bool) -> dict[str, Computation]:
 
 
 def two_layers(quick: bool) -> DeconvNet:
-    """A network that explains images through both layers, pooling in the loop."""
+    """A network whose layer 2 explains the image through layer 1, with pooling in the loop."""
     solver = SolverSettings("fista", iterations=10, tolerance=0.0)
     common = dict(target="image", pooling="in_loop", solver=solver)
     first, second = (6, 10) if quick else (15, 50)
@@ -227,9 +229,9 @@ def two_layers(quick: bool) -> DeconvNet:
 def speed(options: Namespace) -> tuple[dict, list[str]]:
     pixels, maps, counts = (40, 8, (1, 2)) if options.quick else (256, 64, (1, 8, 32))
     copied, multiplied = copy_bandwidth(options.device), matrix_rate(options.device)
-    found = {"bytes_per_second": copied, "operations_per_second": multiplied, "runs": []}
+    results = {"bytes_per_second": copied, "operations_per_second": multiplied, "runs": []}
     lines = [
-        f"copies move {copied / 1e9:.0f} GB/s, products of matrices do {multiplied / 1e12:.1f} "
+        f"copies move {copied / 1e9:.0f} GB/s, matrix products reach {multiplied / 1e12:.1f} "
         "TFLOP/s in float32\n",
         f"| {maps} maps of 8x8, {pixels}x{pixels}, float32 | images | ms per iteration | GB/s if "
         "it moved the least | share of the copy bandwidth | share of the arithmetic |",
@@ -248,28 +250,30 @@ def speed(options: Namespace) -> tuple[dict, list[str]]:
                 "bytes": needed,
                 "operations": operations,
             }
-            found["runs"].append(run)
+            results["runs"].append(run)
             lines.append(
                 f"| {method} | {count} | {1e3 * seconds:.3f} | {needed / seconds / 1e9:.0f} | "
                 f"{needed / seconds / copied:.1%} | {operations / seconds / multiplied:.1%} |"
             )
-    return found, lines
+    return results, lines
 
 
 def iteration_seconds(
     y: Tensor, f: Tensor, method: str, repeats: int, device: str
 ) -> tuple[float, int]:
-    """The median seconds of an iteration, and the entries of z: what 3 times the iterations take
-    longer, so that it is free of how a call starts and ends.
+    """The median seconds per iteration, and the number of coefficients of z.
+
+    Measured as the difference between runs of 3 n and n iterations, which cancels the cost of a
+    call.
     """
-    seconds, clock = [], clocks.Clock(ours.synchronizer(device))
+    seconds, clock = [], timing.Clock(deconvnet_solvers.synchronizer(device))
 
     def passed(iterations: int) -> tuple[float, int]:
         before = clock.seconds
         clock.start()
-        found = coded(y, f, method, iterations)
+        solution = coded(y, f, method, iterations)
         clock.stop()
-        return clock.seconds - before, found.z.numel()
+        return clock.seconds - before, solution.z.numel()
 
     _, entries = passed(ITERATIONS)
     for _ in range(repeats):
@@ -285,7 +289,7 @@ def coded(y: Tensor, f: Tensor, method: str, iterations: int) -> Solution:
 
 
 def copy_bandwidth(device: str) -> float:
-    """Bytes per second, read and written, of the best of several copies."""
+    """Bytes per second, read and written, of the fastest of several copies."""
     numbers = 2**20 if device == "cpu" else 2**28
     source = torch.ones(numbers, device=device)
     goal = torch.empty_like(source)
@@ -293,14 +297,14 @@ def copy_bandwidth(device: str) -> float:
 
 
 def matrix_rate(device: str) -> float:
-    """Operations per second of products of matrices in float32."""
+    """Operations per second of matrix products in float32."""
     side = 256 if device == "cpu" else 8192
     a, b = (torch.ones(side, side, device=device) for _ in "ab")
     return 2 * side**3 / _least(lambda: a @ b, device)
 
 
 def _least(run: Callable[[], object], device: str, times: int = 10) -> float:
-    clock, seconds = clocks.Clock(ours.synchronizer(device)), []
+    clock, seconds = timing.Clock(deconvnet_solvers.synchronizer(device)), []
     for _ in range(times):
         before = clock.seconds
         clock.start()
@@ -312,29 +316,27 @@ def _least(run: Callable[[], object], device: str, times: int = 10) -> float:
 
 @torch.no_grad()
 def waits(options: Namespace) -> tuple[dict, list[str]]:
-    """By torch.cuda.set_sync_debug_mode, which warns of every operation that waits; on the CPU
-    there are none.
-    """
+    """Count waits with torch.cuda.set_sync_debug_mode, which warns at each; the CPU has none."""
     pixels, maps = (40, 8) if options.quick else (256, 64)
     y, f = small(options.device, 2, pixels, maps)
-    found, lines = {}, ["| waits for the device | per iteration | where |", "|---|---|---|"]
+    results, lines = {}, ["| waits for the device | per iteration | where |", "|---|---|---|"]
     for method in METHODS:
         coded(y, f, method, ITERATIONS)
         few = waited(lambda m=method: coded(y, f, m, ITERATIONS), options.device)
         many = waited(lambda m=method: coded(y, f, m, 3 * ITERATIONS), options.device)
-        each = {
+        per_iteration = {
             place: (count - few[place]) / (2 * ITERATIONS)
             for place, count in many.most_common()
             if count > few[place]
         }
-        found[method] = {"per iteration": sum(each.values()), "where": each}
-        places = ", ".join(f"{place} {count:.2g}" for place, count in each.items())
-        lines.append(f"| {method} | {found[method]['per iteration']:.2f} | {places or '-'} |")
-    return found, lines
+        results[method] = {"per iteration": sum(per_iteration.values()), "where": per_iteration}
+        places = ", ".join(f"{place} {count:.2g}" for place, count in per_iteration.items())
+        lines.append(f"| {method} | {results[method]['per iteration']:.2f} | {places or '-'} |")
+    return results, lines
 
 
 def waited(run: Callable[[], object], device: str) -> Counter[str]:
-    """How often each line of Python waited for the device."""
+    """The number of times that each line of Python waited for the device."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         if device == "cuda":
@@ -344,58 +346,58 @@ def waited(run: Callable[[], object], device: str) -> Counter[str]:
         finally:
             if device == "cuda":
                 torch.cuda.set_sync_debug_mode("default")
-    told = [w for w in caught if "called a synchronizing" in str(w.message)]
-    return Counter(f"{Path(w.filename).name}:{w.lineno}" for w in told)
+    waits = [w for w in caught if "called a synchronizing" in str(w.message)]
+    return Counter(f"{Path(w.filename).name}:{w.lineno}" for w in waits)
 
 
 def coding(options: Namespace) -> tuple[dict, list[str]]:
-    """As benchmarks/peers.py does it, without SPORCO; the boundary is circular."""
+    """As in benchmarks/compare_sporco.py, without SPORCO and with circular boundaries only."""
     spec = problems.SPECS["grey"].tiny() if options.quick else problems.SPECS["grey"]
     folder = options.output
     problem = problems.make(spec, folder)
-    judge = problems.Objective(problem)
+    objective = problems.Objective(problem)
     patience = 5.0 if options.quick else 60.0
-    lowest = ours.minimum(
+    lowest = deconvnet_solvers.minimum(
         problem, "circular", folder, gap=1e-5, patience=patience, device=options.device
     )
     total = sum(lowest.objective)
-    found = {"minimum": total, "gap": lowest.gap, "runs": []}
+    results = {"minimum": total, "gap": lowest.gap, "runs": []}
     lines = [
         f"{spec.title}; minimum {total:.6g}, duality gap {lowest.gap:.1e}\n",
-        f"| seconds to | {' | '.join(f'{level:.0e}' for level in clocks.LEVELS)} | iterations | ms "
+        f"| seconds to | {' | '.join(f'{level:.0e}' for level in timing.LEVELS)} | iterations | ms "
         "per iteration |",
-        "|---" * (len(clocks.LEVELS) + 3) + "|",
+        "|---" * (len(timing.LEVELS) + 3) + "|",
     ]
-    for name, solver in ours.solvers(options.device).items():
-        if ours.boundary_of(name) != "circular":
+    for name, solver in deconvnet_solvers.solvers(options.device).items():
+        if deconvnet_solvers.boundary_of(name) != "circular":
             continue
-        solver(problem, clocks.Recorder(None, iterations=60))
+        solver(problem, timing.Recorder(None, iterations=60))
         rounds = []
         for _ in range(options.repeats):
-            recorder = clocks.Recorder(
-                judge,
-                goal=total * (1 + clocks.LEVELS[-1]),
+            recorder = timing.Recorder(
+                objective,
+                goal=total * (1 + timing.LEVELS[-1]),
                 limit=patience / 3,
-                synchronize=ours.synchronizer(options.device),
+                synchronize=deconvnet_solvers.synchronizer(options.device),
             )
             solver(problem, recorder)
             rounds.append(recorder.points)
-        found["runs"].append({"solver": name, "points": rounds})
+        results["runs"].append({"solver": name, "points": rounds})
         cells = (
-            clocks.spread([clocks.time_to(points, total, level)[0] for points in rounds], 3)
-            for level in clocks.LEVELS
+            timing.spread([timing.time_to(points, total, level)[0] for points in rounds], 3)
+            for level in timing.LEVELS
         )
         count, seconds, _ = rounds[0][-1]
         each = f"{count} | {1e3 * seconds / max(count, 1):.3f}"
         lines.append(f"| {name} | {' | '.join(cells)} | {each} |")
-    return found, lines
+    return results, lines
 
 
 @torch.no_grad()
 def memory(options: Namespace) -> tuple[dict, list[str]]:
     pixels, maps, chunks = (40, 8, (1, 2, 4)) if options.quick else (256, 64, (1, 2, 4, 8, 16, 32))
     images = scaling.raw_images(case(options.device, chunks[-1], pixels, maps))
-    found, lines = {}, ["| | chunk | peak, MiB | in units of z of a chunk |", "|---|---|---|---|"]
+    results, lines = {}, ["| | chunk | peak, MiB | in units of z of a chunk |", "|---|---|---|---|"]
     for method in METHODS:
         solver = SolverSettings(method, iterations=12, tolerance=0.0)
         layer = LayerSettings(maps, 8, lam=LAM, solver=solver)
@@ -410,19 +412,19 @@ def memory(options: Namespace) -> tuple[dict, list[str]]:
             infer = partial(net.infer_next_layer, part, chunk=chunk)
             infer()
             used = scaling.peak_of(infer, options.device)
-            found[f"{method} {chunk}"] = {"bytes": used, "maps_bytes": one * chunk}
+            results[f"{method} {chunk}"] = {"bytes": used, "maps_bytes": one * chunk}
             units = used / (one * chunk)
             lines.append(f"| {method} | {chunk} | {used / 2**20:.0f} | {units:.1f} |")
-    return found, lines
+    return results, lines
 
 
 def scaled(options: Namespace) -> tuple[dict, list[str]]:
-    found = {
-        "machine": clocks.machine(),
+    results = {
+        "machine": timing.machine(),
         "options": {**vars(options), "output": str(options.output)},
-        "runs": scaling.survey(options),
+        "runs": scaling.measure_all(options),
     }
-    return found, [scaling.show(found)]
+    return results, [scaling.show(results)]
 
 
 def small(device: str, count: int, pixels: int, maps: int) -> tuple[Tensor, Tensor]:

@@ -1,13 +1,13 @@
-"""Measure on real photographs: what solvers cost, what they reach, how long they take.
+"""Measure the cost, the accuracy and the time of solvers and of learning on real photographs.
 
 python benchmarks/performance.py WHAT, where WHAT is
 
-solvers    objective above the true minimum, density, SNR of each solver
+solvers    objective above the true minimum, density and SNR of each solver
 z-step     the exact z-step against conjugate gradients, interleaved
 speed      seconds per image of inference and of learning, and memory
 layers     four layers of the ICCV 2011 paper: seconds, memory, scaling
-steps      gradient steps and starts compared, with --run runs/iccv2011-small
-scaling    learning shared by several processes, of one thread each
+steps      step sizes and starting points of gradient methods, with --run runs/iccv2011-small
+scaling    learning shared by several processes of one thread each
 """
 
 import argparse
@@ -102,7 +102,7 @@ def main() -> None:
 
 
 def problem(options: argparse.Namespace, device: torch.device) -> tuple[LayerTrainer, torch.Tensor]:
-    """A layer whose filters have been learned for six epochs, and the preprocessed photographs."""
+    """A layer after six epochs of learning, and the preprocessed photographs."""
     images = load_images(DataSettings(scale=0.35, max_images=32)).images
     net = DeconvNet(
         [LayerSettings(options.maps, 7, lam=options.lam)], PreprocessingSettings(options.color)
@@ -117,7 +117,7 @@ def problem(options: argparse.Namespace, device: torch.device) -> tuple[LayerTra
 
 @torch.no_grad()
 def solvers(trainer: LayerTrainer, y: torch.Tensor, options: argparse.Namespace) -> None:
-    """Every solver from zero, the faster of two runs; the minimum is a long ADMM run in float64."""
+    """Each solver from zero, the faster of two runs; the minimum is a long float64 run of ADMM."""
     A, lam = trainer.layer.operator(), options.lam
     double = Deconvolution(A.f.double().cpu())
     b = y.double().cpu()
@@ -144,7 +144,7 @@ def solvers(trainer: LayerTrainer, y: torch.Tensor, options: argparse.Namespace)
 
 @torch.no_grad()
 def z_step(trainer: LayerTrainer, y: torch.Tensor, options: argparse.Namespace) -> None:
-    """One pass of the paper's schedule with each z-step, in turns; ratios of neighbours in time."""
+    """One pass of the paper's schedule with each z-step in turn, and the ratios of their times."""
     A, lam = trainer.layer.operator(), options.lam
     for boundary in ("valid", "circular"):
         A = Deconvolution(A.f, boundary)
@@ -174,7 +174,7 @@ def z_step(trainer: LayerTrainer, y: torch.Tensor, options: argparse.Namespace) 
 
 @torch.no_grad()
 def speed(trainer: LayerTrainer, y: torch.Tensor, options: argparse.Namespace) -> None:
-    """Median seconds per image, with the spread, and the peak of memory."""
+    """Median seconds per image with their range, and the peak memory."""
     A, lam = trainer.layer.operator(), options.lam
     infer = SolverSettings(iterations=60, tolerance=0.0)
     work = {
@@ -221,7 +221,7 @@ def layers(options: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def _layers(size: int, count: int, device: torch.device) -> dict:
-    """Seconds per image of each layer, the faster of two, and the peak of memory per image."""
+    """Seconds per image of each layer, the faster of two, and the peak memory per image."""
     solver = SolverSettings("ista", iterations=10, tolerance=0.0)
     common = dict(target="image", pooling="in_loop", solver=solver)
     shapes = [(15, 3, 1.0), (50, 2, 0.5), (100, 2, 0.4), (150, 2, 0.3)]
@@ -245,9 +245,9 @@ def _layers(size: int, count: int, device: torch.device) -> dict:
 
 @torch.no_grad()
 def steps(options: argparse.Namespace) -> None:
-    """The objective of each layer above the lowest that was reached, by iteration.
+    """The objective of each layer above the lowest that any method reached, by iteration.
 
-    On photographs at half size, which is not the size that the experiments learn from.
+    On photographs at half size, which is not the training size of the experiments.
     """
     if not options.run:
         raise ValueError("steps needs --run, the folder of a run of deconvnet train")
@@ -290,24 +290,24 @@ def steps(options: argparse.Namespace) -> None:
 def _adjoint_start(
     A: LinearOperator, b: torch.Tensor, lam: float, window: tuple[int, int, int] | None
 ) -> torch.Tensor:
-    """A feed-forward guess of z: A'b shrunk at the best of four thresholds, in its best scale."""
-    seen, found = A.adjoint(b), None
-    for share in (0.1, 0.2, 0.3, 0.5):
-        threshold = share * seen.abs().flatten(1).amax(1).view(-1, 1, 1, 1)
-        guess = shrink(seen, 1 / threshold, window=window)
-        made = A(guess)
+    """A feed-forward guess of z: A'b shrunk at the best of four thresholds, optimally scaled."""
+    correlations, best = A.adjoint(b), None
+    for ratio in (0.1, 0.2, 0.3, 0.5):
+        threshold = ratio * correlations.abs().flatten(1).amax(1).view(-1, 1, 1, 1)
+        guess = shrink(correlations, 1 / threshold, window=window)
+        image = A(guess)
         l1 = penalties(guess).view(-1, 1, 1, 1)
-        scale = ((lam * dot(made, b) - l1) / (lam * dot(made, made))).clamp(min=0).to(b.dtype)
-        cost = float((data_term(b - scale * made, lam) + penalties(scale * guess)).mean())
-        if found is None or cost < found[0]:
-            found = cost, scale * guess
-    return found[1]
+        scale = ((lam * dot(image, b) - l1) / (lam * dot(image, image))).clamp(min=0).to(b.dtype)
+        cost = float((data_term(b - scale * image, lam) + penalties(scale * guess)).mean())
+        if best is None or cost < best[0]:
+            best = cost, scale * guess
+    return best[1]
 
 
 def scaling(options: argparse.Namespace) -> None:
-    """Images per second and process of learning the first two layers of the default model, by how
-    many processes share it, each with one thread; efficiency is relative to one process alone, in
-    the same round.
+    """Images per second while several processes learn the first two layers of the default model.
+
+    Each process has one thread; efficiency is relative to one process alone in the same round.
     """
     if "RANK" in os.environ:
         _scaling_rank(options)
@@ -355,7 +355,7 @@ def _launch(count: int, options: argparse.Namespace) -> list[dict]:
 
 @torch.no_grad()
 def _scaling_rank(options: argparse.Namespace) -> None:
-    """One of the processes: two epochs of each layer after a first one, which is not timed."""
+    """One of the processes: a warm-up epoch and two timed epochs of each layer."""
     register()
     with initialize_config_dir(str(Path(__file__).parents[1] / "configs"), version_base="1.3"):
         learning = [f"model.layer{n}.learning.batch_size={options.batch}" for n in (1, 2)]
@@ -403,7 +403,7 @@ def _epoch(trainer: LayerTrainer) -> EpochStats:
 
 
 def _fresh_peak() -> float:
-    """Forget the peak of memory so far, where Linux lets us; the peak from here on in MiB."""
+    """Reset the peak memory, where Linux permits it; returns the memory now in use, in MiB."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     return _peak()
@@ -418,7 +418,7 @@ def _peak() -> float:
 
 
 def timed(run: Callable[[], Solution], device: torch.device) -> tuple[Solution, float]:
-    """The result, and the seconds until the device had finished it."""
+    """The result, and the seconds until the device had finished."""
     synchronize(device)
     start = time.perf_counter()
     result = run()

@@ -1,14 +1,13 @@
-"""What is solved: photographs and filters, the objective and its duality gap, in numpy alone.
+"""The benchmark problems: photographs and filters, the objective and its duality gap, in numpy.
 
     minimise over z, for every image      1/2 ||sum_k f_k * z_k - y||^2 + weight sum |z|
 
     y images (N, C, H, W), high-passed   f filters (K, C, h, w) of unit norm   z maps (N, K, ...)
-    weight: what SPORCO calls lambda; deconvnet's lam is 1 / weight, its objective 1 / weight times
-    this one
+    weight: SPORCO's lambda; deconvnet's lam is 1 / weight, and its objective 1 / weight times this
 
-Every solver is judged by `Objective`, in float64 and by Fourier transforms, whatever it says of
-itself. The photographs are files of scikit-image's wheel, so that nothing is downloaded; filters
-are learned on other photographs than those that are coded.
+Every solver is evaluated by `Objective`, in float64 with Fourier transforms, whatever it reports
+itself. The photographs are part of scikit-image's wheel, so nothing is downloaded; filters are
+learned on other photographs than those that are coded.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ OTHERS = ("chelsea", "coffee", "rocket")
 
 @dataclass(frozen=True)
 class Spec:
-    """One problem in words: `count` crops of `pixels`, or one whole photograph reduced to them."""
+    """The specification of a problem: `count` crops of `pixels`, or one reduced photograph."""
 
     name: str
     photograph: str = "camera"
@@ -49,7 +48,7 @@ class Spec:
         )
 
     def tiny(self) -> Spec:
-        """The same in a form that takes a second: to see whether everything runs."""
+        """A version that takes a second, to check that everything runs."""
         return replace(self, pixels=48, count=min(self.count, 3), maps=12)
 
 
@@ -64,7 +63,7 @@ SPECS = {
         Spec("large", photograph="astronaut", pixels=512),
     )
 }
-# Learning has crops for training and, of other photographs, crops that are held out.
+# Learning has crops for training, and held-out crops of other photographs.
 LEARNING = Spec("learning", pixels=128, count=10, maps=32, weight=0.1)
 HELD_OUT = 5
 
@@ -84,7 +83,7 @@ class Problem:
 
     @property
     def digest(self) -> str:
-        """The same for the same numbers: what was found for them can be kept."""
+        """A digest of the numbers, under which results for them can be stored."""
         numbers = (self.y.tobytes(), self.f.tobytes(), repr((self.y.shape, self.weight)).encode())
         return hashlib.sha256(b"".join(numbers)).hexdigest()[:16]
 
@@ -94,7 +93,7 @@ class Problem:
 
 
 def make(spec: Spec, folder: Path) -> Problem:
-    """The images of a problem and its filters, which are learned once and kept in the folder."""
+    """The images of a problem, and its filters, which are learned once and stored in the folder."""
     return Problem(spec.name, images(spec), filters(spec, folder), spec.weight)
 
 
@@ -110,14 +109,12 @@ def images(spec: Spec) -> np.ndarray:
 
 
 def learning_images(spec: Spec, held_out: int) -> tuple[np.ndarray, np.ndarray]:
-    """Crops to learn from, and crops of other photographs."""
+    """Training crops, and held-out crops of other photographs."""
     return images(spec), crops(OTHERS, held_out, spec.pixels, spec.channels)
 
 
 def crops(names: tuple[str, ...], count: int, pixels: int, channels: int) -> np.ndarray:
-    """(count, C, pixels, pixels): of the tiles of some high-passed photographs those that vary
-    most.
-    """
+    """(count, C, pixels, pixels): the tiles with the most contrast of high-passed photographs."""
     tiles = []
     for name in names:
         whole = high_pass(photograph(name, channels))
@@ -126,8 +123,8 @@ def crops(names: tuple[str, ...], count: int, pixels: int, channels: int) -> np.
             for j in range(columns):
                 tiles.append(whole[:, i * pixels :, j * pixels :][:, :pixels, :pixels])
     stacked = np.stack(tiles).astype(np.float32)
-    liveliest = np.argsort(-stacked.std((1, 2, 3)), kind="stable")[:count]
-    return np.ascontiguousarray(stacked[np.sort(liveliest)])
+    highest_contrast = np.argsort(-stacked.std((1, 2, 3)), kind="stable")[:count]
+    return np.ascontiguousarray(stacked[np.sort(highest_contrast)])
 
 
 def photograph(name: str, channels: int) -> np.ndarray:
@@ -139,16 +136,16 @@ def photograph(name: str, channels: int) -> np.ndarray:
 
 
 def reduce(image: np.ndarray, factor: int) -> np.ndarray:
-    """Means of blocks of factor x factor pixels."""
+    """The means of blocks of factor x factor pixels."""
     height, width = (length // factor * factor for length in image.shape[1:])
     blocks = image[:, :height, :width].reshape(len(image), height // factor, factor, -1, factor)
     return blocks.mean((2, 4))
 
 
 def high_pass(image: np.ndarray, strength: float = 5.0, border: int = 16) -> np.ndarray:
-    """The image less its low frequencies, argmin_x ||x - y||^2 + strength ||grad x||^2.
+    """The image minus its low frequencies, argmin_x ||x - y||^2 + strength ||grad x||^2.
 
-    As SPORCO's examples do it (signal.tikhonov_filter), mirrored beyond the border.
+    As in SPORCO's examples (signal.tikhonov_filter), with mirrored borders.
     """
     padded = np.pad(image, ((0, 0), (border, border), (border, border)), "symmetric")
     rows, columns = (2 - 2 * np.cos(2 * np.pi * fft.fftfreq(n)) for n in padded.shape[1:])
@@ -158,28 +155,28 @@ def high_pass(image: np.ndarray, strength: float = 5.0, border: int = 16) -> np.
 
 
 def filters(spec: Spec, folder: Path) -> np.ndarray:
-    """(K, C, h, w) float32 of unit norm, learned by deconvnet on photographs that are not coded."""
+    """(K, C, h, w) float32, unit norm, learned by deconvnet on photographs that are not coded."""
     file = folder / f"filters-{spec.channels}x{spec.maps}x{spec.size}.npy"
     if not file.exists():
-        # Here, since the rest of this module needs numpy alone.
+        # Imported here, since the rest of this module needs only numpy.
         import torch
 
         from deconvnet import LearningSettings, learn_filters
 
-        found = learn_filters(
+        learned = learn_filters(
             torch.from_numpy(crops(OTHERS, 10, 128, spec.channels)),
             spec.maps,
-            spec.size,
+            filter_size=spec.size,
             lam=10.0,
             boundary="circular",
             learning=LearningSettings(epochs=8),
         )
-        np.save(file, found.filters.numpy())
+        np.save(file, learned.filters.numpy())
     return np.load(file)
 
 
 def random_filters(spec: Spec) -> np.ndarray:
-    """(K, C, h, w) float32 of unit norm: the noise that all learning starts from."""
+    """(K, C, h, w) float32, unit norm: the noise from which all learning starts."""
     f = np.random.default_rng(0).standard_normal((spec.maps, spec.channels, spec.size, spec.size))
     return (f / np.sqrt(np.square(f).sum((1, 2, 3), keepdims=True))).astype(np.float32)
 
@@ -187,46 +184,46 @@ def random_filters(spec: Spec) -> np.ndarray:
 class Objective:
     """The objective (N,) of maps z (N, K, rows, columns) of a problem, and its duality gap.
 
-    Maps of the image's size wrap at its border ("circular"); maps that are larger by the size of a
-    filter less 1 reach beyond it ("valid"): the same circular convolution, whose first rows and
-    columns, where it wraps, lie beyond the image.
+    Maps of the image's size wrap around its border ("circular"). Maps larger by the filter size
+    minus 1 extend beyond it ("valid"): this is the same circular convolution without its first rows
+    and columns, where it wraps around.
     """
 
     def __init__(self, problem: Problem, boundary: str = "circular"):
         self.y, self.weight = problem.y.astype(np.float64), problem.weight
         beyond = (n - 1 if boundary == "valid" else 0 for n in problem.f.shape[2:])
         self.offset = tuple(beyond)
-        self.grid = tuple(n + o for n, o in zip(self.y.shape[2:], self.offset, strict=True))
-        self.spectrum = fft.rfft2(problem.f.astype(np.float64), self.grid)
+        self.fft_shape = tuple(n + o for n, o in zip(self.y.shape[2:], self.offset, strict=True))
+        self.spectrum = fft.rfft2(problem.f.astype(np.float64), self.fft_shape)
 
     def __call__(self, z: np.ndarray) -> np.ndarray:
-        error = np.square(self.y - self.paint(z)).sum((1, 2, 3))
+        error = np.square(self.y - self.synthesize(z)).sum((1, 2, 3))
         return error / 2 + self.weight * np.abs(z).sum((1, 2, 3), dtype=np.float64)
 
-    def paint(self, z: np.ndarray) -> np.ndarray:
-        """(N, C, H, W): the sum over k of maps z_k * filters f_k."""
-        painted = np.zeros((len(z), *self.spectrum.shape[1:]), complex)
+    def synthesize(self, z: np.ndarray) -> np.ndarray:
+        """(N, C, H, W): the sum over k of z_k * f_k."""
+        image = np.zeros((len(z), *self.spectrum.shape[1:]), complex)
         for k, f in enumerate(self.spectrum):
             if z[:, k].any():
-                painted += fft.rfft2(z[:, k].astype(np.float64))[:, None] * f
+                image += fft.rfft2(z[:, k].astype(np.float64))[:, None] * f
         top, left = self.offset
-        return fft.irfft2(painted, self.grid)[..., top:, left:]
+        return fft.irfft2(image, self.fft_shape)[..., top:, left:]
 
     def correlate(self, r: np.ndarray) -> np.ndarray:
-        """(N, K, rows, columns): the adjoint of `paint`."""
+        """(N, K, rows, columns): the adjoint of `synthesize`."""
         top, left = self.offset
         spectrum = fft.rfft2(np.pad(r, ((0, 0), (0, 0), (top, 0), (left, 0))))
-        found = (np.sum(spectrum * f.conj(), 1) for f in self.spectrum)
-        return np.stack([fft.irfft2(one, self.grid) for one in found], 1)
+        products = (np.sum(spectrum * f.conj(), 1) for f in self.spectrum)
+        return np.stack([fft.irfft2(product, self.fft_shape) for product in products], 1)
 
     def dual(self, z: np.ndarray) -> np.ndarray:
-        """(N,): a lower bound of every objective, sharp where z is the minimum.
+        """(N,): a lower bound of each minimum, which is attained if z is the minimiser.
 
-        The dual is  maximise <y, v> - 1/2 ||v||^2  over |correlate(v)| <= weight; of the points v
-        along the residual of z it is the best.
+        The dual problem is  maximise <y, v> - 1/2 ||v||^2  over |correlate(v)| <= weight; the bound
+        is the best v along the residual of z.
         """
-        r = self.y - self.paint(z)
-        reach = self.weight / np.maximum(np.abs(self.correlate(r)).max((1, 2, 3)), 1e-300)
+        r = self.y - self.synthesize(z)
+        limit = self.weight / np.maximum(np.abs(self.correlate(r)).max((1, 2, 3)), 1e-300)
         energy, along = np.square(r).sum((1, 2, 3)), (self.y * r).sum((1, 2, 3))
-        scale = np.clip(along / np.maximum(energy, 1e-300), -reach, reach)
+        scale = np.clip(along / np.maximum(energy, 1e-300), -limit, limit)
         return scale * along - scale**2 * energy / 2

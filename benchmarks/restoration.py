@@ -1,13 +1,13 @@
-"""The quality of restored photographs compared with common alternatives, in one run.
+"""Compare the quality of denoised and inpainted photographs with other methods.
 
 python benchmarks/restoration.py                noise, the paper's experiment, missing pixels
 python benchmarks/restoration.py denoise --sigmas 25
-python benchmarks/restoration.py --quick        small networks, to see whether it runs
+python benchmarks/restoration.py --quick        small networks, to check that it runs
 
 Grey photographs of scikit-image, large ones at half their size. Two networks of
-+experiment=denoise learn from one half of the photographs each, and from three others that are not
-restored, and restore the other half, so that none is restored by a network that has seen it; they
-are kept in the output folder and used again. Beside them
++experiment=denoise are each trained on one half of the photographs and on three others that are not
+restored, and restore the other half, so that no photograph is restored by a network trained on it.
+They are stored in the output folder and used again. The other methods are
 
 - scikit-image's total variation (Chambolle), with the weight that is best on the mean of all the
   photographs at this noise, its wavelets (BayesShrink), non-local means (h = 0.6 sigma), biharmonic
@@ -15,7 +15,7 @@ are kept in the output folder and used again. Beside them
   weights 1/c^2 from the correlations c, lambda 0.048 at sigma 0.1 and in proportion to sigma^3.
   --images sporco restores SPORCO's own example images instead.
 
-Figures are PSNR in dB of pixels cut off at 0 and 1. Needs SPORCO: pip install -e '.[benchmark]'.
+Results are PSNR in dB of pixels clipped to [0, 1]. Needs SPORCO: pip install -e '.[benchmark]'.
 """
 
 from __future__ import annotations
@@ -61,15 +61,15 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     photographs = images_of(options.images)
     restorers = networks(photographs, options)
-    found: dict = {"command": " ".join(os.sys.argv), "photographs": list(photographs)}
+    results: dict = {"command": " ".join(os.sys.argv), "photographs": list(photographs)}
     if "denoise" in options.parts:
-        found["denoise"] = denoise(photographs, restorers, options)
+        results["denoise"] = denoise(photographs, restorers, options)
     if "paper" in options.parts:
-        found["paper"] = paper(photographs, restorers, options)
+        results["paper"] = paper(photographs, restorers, options)
     if "inpaint" in options.parts:
-        found["inpaint"] = inpaint(photographs, restorers, options)
+        results["inpaint"] = inpaint(photographs, restorers, options)
     path = options.output / f"restoration-{options.images}-{'-'.join(options.parts)}.json"
-    path.write_text(to_json(found, indent=1))
+    path.write_text(to_json(results, indent=1))
     print(f"\n{path}")
 
 
@@ -84,11 +84,11 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--depth", type=int, choices=[1, 2], default=2, help="layers (default 2)")
     parser.add_argument("--images", choices=["photographs", "sporco"], default="photographs")
-    parser.add_argument("--threads", type=int, default=2, help="of the CPU (default 2)")
-    parser.add_argument("--quick", action="store_true", help="small networks, two photographs")
+    parser.add_argument("--threads", type=int, default=2, help="threads of the CPU (default 2)")
+    parser.add_argument("--quick", action="store_true", help="small networks, one noise level")
     parser.add_argument(
         "--output", type=Path, default=Path("runs/benchmark/restoration"),
-        help="folder of networks and results (default runs/benchmark/restoration)",
+        help="folder for networks and results (default runs/benchmark/restoration)",
     )  # fmt: skip
     options = parser.parse_args()
     if wrong := set(options.parts) - set(parts):
@@ -110,25 +110,22 @@ def images_of(kind: str) -> dict[str, Tensor]:
         from deconvnet.images.decoding import read_image
 
         return {name: half(read_image(path).mean(0).numpy()) for name, path in files.items()}
-    found = {}
-    for name in PHOTOGRAPHS:
-        found[name] = half(grey(getattr(data, name)()))
-    return found
+    return {name: half(grey(getattr(data, name)())) for name in PHOTOGRAPHS}
 
 
-def others() -> list[Tensor]:
-    """Photographs that are only learned from, grey (1, 1, H, W)."""
+def training_photographs() -> list[Tensor]:
+    """Grey photographs (1, 1, H, W) for training only."""
     images = [data.stereo_motorcycle()[0], *load_sample_images().images]
     return [half(grey(image)) for image in images]
 
 
 def grey(image: np.ndarray) -> np.ndarray:
-    """(H, W) in [0, 1] of an image of bytes, grey or colour."""
+    """(H, W) in [0, 1], from a grey or colour image of bytes."""
     return (image @ np.array([0.2125, 0.7154, 0.0721]) if image.ndim == 3 else image) / 255
 
 
 def half(image: np.ndarray) -> Tensor:
-    """At half of its size, odd rows and columns cut off; what is small already as it is."""
+    """An image at half its size, without odd last rows and columns; small images are unchanged."""
     if min(image.shape) > 350:
         H, W = (side // 2 * 2 for side in image.shape)
         image = transform.downscale_local_mean(image[:H, :W], (2, 2))
@@ -138,21 +135,23 @@ def half(image: np.ndarray) -> Tensor:
 def networks(
     photographs: dict[str, Tensor], options: argparse.Namespace
 ) -> Callable[[str], Restorer]:
-    """The restorer for a photograph: of a network that has learned from the other half of them."""
+    """The restorer for a photograph by name, from a network trained on the other half of them."""
     learned = images_of("photographs")
     halves = [list(learned)[::2], list(learned)[1::2]]
     restorers = []
     for number, names in enumerate(halves):
-        crops = torch.cat([cut(image) for image in [*map(learned.get, names), *others()]])
+        crops = torch.cat(
+            [cut(image) for image in [*map(learned.get, names), *training_photographs()]]
+        )
         chosen = torch.linspace(0, len(crops) - 1, min(CROPS, len(crops))).round().long()
         net = network(crops[chosen].clamp(0, 1), options.output / f"half-{number}", options)
         restorers.append(Restorer(net).fit(crops[chosen]))
-    # What neither half has, as SPORCO's images, the first restores.
+    # Images in neither half, such as SPORCO's, are restored by the first network.
     return lambda name: restorers[1 if name in halves[0] else 0]
 
 
 def cut(image: Tensor) -> Tensor:
-    """Crops (N, 1, CROP, CROP), half of each in the next."""
+    """Crops (N, 1, CROP, CROP) that overlap by half."""
     rows = image.unfold(2, CROP, CROP // 2).unfold(3, CROP, CROP // 2)
     return rows.reshape(1, -1, CROP, CROP).transpose(0, 1)
 
@@ -164,9 +163,9 @@ def network(crops: Tensor, folder: Path, options: argparse.Namespace) -> DeconvN
     small += [f"model.layer{n}.learning.epochs=1" for n in (1, 2)]
     register()
     with initialize_config_dir(str(Path(__file__).parents[1] / "configs"), version_base="1.3"):
-        asked = ["+experiment=denoise", "preprocessing.color=grey", f"layers={options.depth}"]
-        asked += small if options.quick else []
-        settings = read_settings(compose("train", asked))
+        overrides = ["+experiment=denoise", "preprocessing.color=grey", f"layers={options.depth}"]
+        overrides += small if options.quick else []
+        settings = read_settings(compose("train", overrides))
     if (folder / "network.safetensors").is_file():
         return load(folder / "network.safetensors")
     net = DeconvNet(settings.layer_settings(), settings.preprocessing, seed=settings.seed)
@@ -184,26 +183,28 @@ def denoise(
     options: argparse.Namespace,
 ) -> dict:
     """PSNR by sigma, method and photograph, printed as tables."""
-    found = {}
+    results = {}
     for level in options.sigmas:
         sigma, table = level / 255, {}
         noisy = with_noise(photographs, sigma)
-        table["noisy"] = {name: rate(photographs[name], noisy[name]) for name in noisy}
+        table["noisy"] = {name: psnr_clipped(photographs[name], noisy[name]) for name in noisy}
         for method, run in methods(noisy, photographs, sigma).items():
             table[method] = {}
             for name in noisy:
                 flat = noisy[name][0, 0].numpy()
-                table[method][name] = rate(photographs[name], as_image(run(flat)))
+                table[method][name] = psnr_clipped(photographs[name], as_image(run(flat)))
         pictures = {}
         for name in noisy:
             layers = restorers(name).denoise(noisy[name], sigma, depth=options.depth)
             for number, layer in enumerate(layers, 1):
-                table.setdefault(f"layer {number}", {})[name] = rate(photographs[name], layer)
+                table.setdefault(f"layer {number}", {})[name] = psnr_clipped(
+                    photographs[name], layer
+                )
             pictures[name] = layers
         show(f"noise of {level:g} grey levels", table)
-        found[str(level)] = table
+        results[str(level)] = table
         draw(options.output / f"denoised-{level:g}.png", photographs, noisy, pictures)
-    return found
+    return results
 
 
 def with_noise(photographs: dict[str, Tensor], sigma: float) -> dict[str, Tensor]:
@@ -217,11 +218,11 @@ def with_noise(photographs: dict[str, Tensor], sigma: float) -> dict[str, Tensor
 def methods(
     noisy: dict[str, Tensor], photographs: dict[str, Tensor], sigma: float
 ) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
-    """What takes noise out of an image (H, W), by name."""
+    """Other denoising methods, functions of an image (H, W), by name."""
 
     def mean_of_tv(weight: float) -> float:
         return statistics.mean(
-            rate(
+            psnr_clipped(
                 photographs[name],
                 as_image(restoration.denoise_tv_chambolle(image[0, 0].numpy(), weight=weight)),
             )
@@ -274,14 +275,14 @@ def paper(
     restorers: Callable[[str], Restorer],
     options: argparse.Namespace,
 ) -> dict:
-    """SNR with the noise of the paper, cut off where the clean image ends, as it was done there."""
+    """SNR with the noise of the paper, clipped to the range of the clean image as in the paper."""
     generator, rows = torch.Generator().manual_seed(0), {}
     for name, clean in photographs.items():
         noise = PAPER * torch.randn(clean.shape, generator=generator)
         given = (clean + noise).clamp(float(clean.min()), float(clean.max()))
         layers = restorers(name).denoise(given, PAPER, depth=options.depth)
-        found = {"noisy": given, **{f"layer {n}": layer for n, layer in enumerate(layers, 1)}}
-        for key, image in found.items():
+        images = {"noisy": given, **{f"layer {n}": layer for n, layer in enumerate(layers, 1)}}
+        for key, image in images.items():
             rows.setdefault(key, {})[name] = snr(clean, image.clamp(0, 1))
     show("SNR in dB, noise of 0.25 in [-1, 1]; the paper (recalled): 13.84, 16.31, 18.01", rows)
     return rows
@@ -292,8 +293,8 @@ def inpaint(
     restorers: Callable[[str], Restorer],
     options: argparse.Namespace,
 ) -> dict:
-    """PSNR of complete images by what was missing, method and photograph."""
-    found = {}
+    """PSNR of the inpainted images, by missing pixels, method and photograph."""
+    results = {}
     for missing in ("0.5", "0.8", "box"):
         table, masks, pictures = {}, {}, {}
         generator = torch.Generator().manual_seed(0)
@@ -306,12 +307,12 @@ def inpaint(
             rows = {"biharmonic": as_image(smooth)}
             rows |= {f"layer {n}": layer for n, layer in enumerate(layers, 1)}
             for key, image in rows.items():
-                table.setdefault(key, {})[name] = rate(clean, image)
+                table.setdefault(key, {})[name] = psnr_clipped(clean, image)
             pictures[name] = layers
         show(f"missing: {missing}", table)
-        found[missing] = table
+        results[missing] = table
         draw(options.output / f"inpainted-{missing}.png", photographs, masks, pictures)
-    return found
+    return results
 
 
 def draw(
@@ -320,12 +321,13 @@ def draw(
     given: dict[str, Tensor],
     layers: dict[str, list[Tensor]],
 ) -> None:
-    """One photograph: given, from every layer, clean."""
+    """Save a picture of one photograph: damaged, restored by each layer, clean."""
     name = next(iter(photographs))
     columns = {"given": given[name]}
     columns |= {f"layer {n}": layer for n, layer in enumerate(layers[name], 1)}
     labels = [
-        (f"{key}\n{rate(photographs[name], image):.2f} dB", image) for key, image in columns.items()
+        (f"{key}\n{psnr_clipped(photographs[name], image):.2f} dB", image)
+        for key, image in columns.items()
     ]
     save_picture(path, side_by_side([*labels, ("clean", photographs[name])]))
 
@@ -334,12 +336,12 @@ def as_image(flat: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(flat)).float()[None, None]
 
 
-def rate(clean: Tensor, image: Tensor) -> float:
+def psnr_clipped(clean: Tensor, image: Tensor) -> float:
     return float(psnr(clean, image.clamp(0, 1)))
 
 
 def show(title: str, table: dict[str, dict[str, float]]) -> None:
-    """A row for every method, a column for every photograph, and the mean."""
+    """Print a table with a row for each method, a column for each photograph, and the mean."""
     names = list(next(iter(table.values())))
     print(f"\n## {title}\n\n| | {' | '.join(names)} | mean |\n{'|---' * (len(names) + 2)}|")
     for method, row in table.items():

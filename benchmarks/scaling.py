@@ -1,20 +1,21 @@
-"""How time and memory grow with the work: images, pixels, maps, the size of filters, layers.
+"""Measure how time and memory grow with images, pixels, maps, filter size and layers.
 
 python benchmarks/scaling.py                    one thread, a few minutes
 python benchmarks/scaling.py --device cuda
-python benchmarks/scaling.py --quick            tiny sizes, to see whether it runs
+python benchmarks/scaling.py --quick            tiny sizes, to check that it runs
 
-Coding is `sparse_code` by each method from zero maps with the same settings at every size: boundary
-valid, lam 20, tolerance 1e-3, at most 200 iterations. An epoch is one of learning a layer with the
-default solver of the device, not the first, which starts from zero maps. Layers are those of a
-small network that explains the image through all layers below, pooling in the loop.
+Coding is `sparse_code` with each method from zero maps, with the same settings at every size:
+boundary valid, lam 20, tolerance 1e-3, at most 200 iterations. An epoch is one epoch of learning a
+layer with the default solver of the device, but not the first, which starts from zero maps. Layers
+are those of a small network that explains the image through all layers below, with pooling in the
+loop.
 
-Images are crops of scikit-image's photographs, high-passed, filters patches of other photographs:
-nothing is learned before. A table has a row for each size, and in each cell the median seconds,
-the milliseconds of an iteration (of a round, with coordinate), and the peak of memory above what
-was in use before, in units of the maps z in float32. Its last row is the exponent of each, the
-slope of a line through the logarithms, with its standard error; that of memory is of the bytes.
-On the CPU every cell has a process of its own.
+Images are high-passed crops of scikit-image's photographs, filters are patches of other
+photographs: nothing is learned beforehand. A table has a row for each size. Each cell gives the
+median seconds, the milliseconds per iteration (per round of coordinate descent), and the peak
+memory above what was in use before, in units of the float32 maps z. The last row gives the
+exponents, the slopes of lines through the logarithms, with their standard errors; that of memory is
+of the bytes. On the CPU each cell has a process of its own.
 """
 
 from __future__ import annotations
@@ -37,11 +38,11 @@ from pathlib import Path
 # Threads that spin while they wait take the time of others. To be set before torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-import clocks
 import numpy as np
 import problems
+import timing
 import torch
-from ours import synchronizer
+from deconvnet_solvers import synchronizer
 
 from deconvnet import LayerSettings, LearningSettings, SolverSettings
 from deconvnet.filters.initial import initial_filters
@@ -115,17 +116,17 @@ def main() -> None:
         print("--device=cuda: torch finds no CUDA device here; use --device cpu")
         sys.exit(2)
     started = time.time()
-    found = {
+    results = {
         "command": " ".join(sys.argv),
         "date": time.strftime("%Y-%m-%d %H:%M"),
-        "machine": clocks.machine(),
+        "machine": timing.machine(),
         "options": {**vars(options), "output": str(options.output)},
-        "runs": survey(options),
+        "runs": measure_all(options),
     }
-    found["minutes"] = (time.time() - started) / 60
+    results["minutes"] = (time.time() - started) / 60
     options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / f"scaling-{options.device}.json").write_text(to_json(found, indent=1))
-    print(show(found))
+    (options.output / f"scaling-{options.device}.json").write_text(to_json(results, indent=1))
+    print(show(results))
 
 
 def arguments() -> argparse.Namespace:
@@ -133,7 +134,7 @@ def arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU (default 1)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of the CPU (default 1)")
     parser.add_argument(
         "--repeats", type=int, default=3,
         help=f"of each timing (default 3; fewer where they take more than {PATIENCE:g} s)",
@@ -152,36 +153,36 @@ def arguments() -> argparse.Namespace:
     return options
 
 
-def survey(options: argparse.Namespace) -> list[dict]:
-    """What every cell took; options: device, threads, repeats, quick."""
-    found = []
+def measure_all(options: argparse.Namespace) -> list[dict]:
+    """The measurements of all cells; options: device, threads, repeats, quick."""
+    results = []
     for case in cases(options):
         once = measure if options.device == "cuda" else partial(alone, measure)
-        found.append({**asdict(case), "value": case.value, **once(case)})
-        seconds = statistics.median(found[-1]["seconds"])
+        results.append({**asdict(case), "value": case.value, **once(case)})
+        seconds = statistics.median(results[-1]["seconds"])
         line = f"{case.axis} {case.value}: {case.method} {seconds:.3g} s"
         print(line, file=sys.stderr, flush=True)
-    return found
+    return results
 
 
 def cases(options: argparse.Namespace) -> list[Case]:
     """All cells; they differ only in one axis."""
-    # On a CPU what takes minutes, on a GPU what is more than the start of its kernels.
+    # Sizes that take minutes on a CPU; on a GPU, sizes that exceed the cost of launching kernels.
     base = dict(images=1, pixels=128, maps=32, size=8)
     if options.device == "cuda":
         base = dict(images=4, pixels=256, maps=64, size=8)
     if options.quick:
         base = dict(images=1, pixels=48, maps=8, size=6)
     common = dict(device=options.device, threads=options.threads, repeats=options.repeats)
-    found = []
+    cells = []
     for axis, values in (QUICK_AXES if options.quick else AXES).items():
         methods = ("fista", EPOCH) if axis == "layers" else (*CODERS, EPOCH)
         if options.device == "cuda":
             methods = tuple(method for method in methods if method != "coordinate")
         for value in values:
             sized = {**base, axis: value}
-            found += [Case(axis, method, **common, **sized) for method in methods]
-    return found
+            cells += [Case(axis, method, **common, **sized) for method in methods]
+    return cells
 
 
 def alone(run: Callable[[Case], dict], case: Case) -> dict:
@@ -191,7 +192,7 @@ def alone(run: Callable[[Case], dict], case: Case) -> dict:
     )
     if context.get_start_method() == "forkserver":
         # It loads torch once, but does nothing with it: its children start their own threads.
-        context.set_forkserver_preload(["deconvnet", "problems", "ours"])
+        context.set_forkserver_preload(["deconvnet", "problems", "deconvnet_solvers"])
         for pool in ("OMP", "MKL", "OPENBLAS"):
             os.environ[f"{pool}_NUM_THREADS"] = str(case.threads)
     here, there = context.Pipe(duplex=False)
@@ -212,7 +213,7 @@ def _answer(there: Connection, run: Callable[[Case], dict], case: Case) -> None:
 
 @torch.no_grad()
 def measure(case: Case) -> dict:
-    """Seconds (a list), iterations, bytes and bytes of z of one cell, and how near the minimum."""
+    """The seconds (a list), iterations, bytes, bytes of z and duality gap of one cell."""
     torch.set_num_threads(case.threads)
     if case.layers:
         return _through_layers(case)
@@ -298,17 +299,17 @@ def _through_layers(case: Case) -> dict:
 
 
 def _epochs(case: Case, start: Callable[[], LayerTrainer]) -> dict:
-    """Of learning: the memory of the first epoch with all that it leaves, the time of the next."""
-    # What is made once, as plans of Fourier transforms are, is no memory of learning.
+    """The memory of the first epoch of learning, and the time of the next."""
+    # Plans of Fourier transforms, which are made once, are not memory of learning.
     epoch(start())
-    held = []
+    trainers = []
 
     def first() -> None:
-        held.append(start())
-        epoch(held[0])
+        trainers.append(start())
+        epoch(trainers[0])
 
     used = peak_of(first, case.device)
-    (trainer,) = held
+    (trainer,) = trainers
     _, seconds = timed(lambda: epoch(trainer), case)
     z = trainer.layer.operator().zeros(
         trainer.data.layer_input(torch.arange(trainer.data.num_images))
@@ -326,8 +327,8 @@ def epoch(trainer: LayerTrainer) -> None:
 
 
 def timed(run: Callable[[], object], case: Case) -> tuple[object, list[float]]:
-    """What it returned last, and the seconds of every run."""
-    clock, seconds = clocks.Clock(synchronizer(case.device)), []
+    """The last result, and the seconds of each run."""
+    clock, seconds = timing.Clock(synchronizer(case.device)), []
     while len(seconds) < case.repeats and sum(seconds) < PATIENCE:
         before = clock.seconds
         clock.start()
@@ -338,7 +339,7 @@ def timed(run: Callable[[], object], case: Case) -> tuple[object, list[float]]:
 
 
 def peak_of(run: Callable[[], object], device: str) -> int:
-    """By how many bytes memory rises above what is in use now while it runs."""
+    """The peak memory of a run above what is in use now, in bytes."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -346,23 +347,23 @@ def peak_of(run: Callable[[], object], device: str) -> int:
         run()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    # What was freed but is still held by the C library would be taken again unseen.
+    # Memory that the C library holds after it was freed would be reused without being counted.
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
-    before = clocks.fresh_peak()
+    before = timing.fresh_peak()
     run()
-    return max(0, int(clocks.peak() - before))
+    return max(0, int(timing.peak() - before))
 
 
 def data(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images (N, 1, H, W), the same tiles again where there are too few, and filters."""
+    """Images (N, 1, H, W), with repeated tiles if there are too few, and filters."""
     if case.axis == "pixels":
         whole = problems.high_pass(problems.photograph("camera", 1))
         top, left = ((length - case.pixels) // 2 for length in whole.shape[1:])
         tiles = whole[None, :, top : top + case.pixels, left : left + case.pixels]
     else:
         tiles = problems.crops(problems.CODED, 16, case.pixels, 1)
-    # Spread over all of them: they are in the order of their photographs.
+    # Evenly spaced, since tiles are ordered by photograph.
     chosen = np.arange(case.images) * len(tiles) // case.images
     y = torch.from_numpy(np.ascontiguousarray(tiles[chosen], np.float32)).to(case.device)
     others = torch.from_numpy(problems.crops(problems.OTHERS, 10, 128, 1))
@@ -385,7 +386,7 @@ def raw_images(case: Case) -> torch.Tensor:
 def exponent(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
     """(slope, its standard error) of the line through log y over log x by least squares.
 
-    The error needs three points, and is NaN of two; a slope needs positive numbers, else both are.
+    The error is NaN for two points; both are NaN unless all numbers are positive.
     """
     if len(x) < 2 or min(*x, *y) <= 0:
         return math.nan, math.nan
@@ -398,16 +399,16 @@ def exponent(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
     return slope, math.sqrt(float(rest @ rest) / (len(x) - 2) / float(u @ u))
 
 
-def show(found: dict) -> str:
-    """The tables as one text."""
-    machine, options = found["machine"], found["options"]
+def show(results: dict) -> str:
+    """The tables as text."""
+    machine, options = results["machine"], results["options"]
     lines = [
         f"\n# scaling\n{machine['processor']}, load {machine['load']} at the start; on "
         f"{options['device']}, {options['threads']} threads, up to {options['repeats']} repeats; "
-        "each cell: seconds | ms per iteration | peak of memory / size of z"
+        "each cell: seconds | ms per iteration | peak memory / size of z"
     ]
-    for axis in dict.fromkeys(run["axis"] for run in found["runs"]):
-        lines += table(axis, [run for run in found["runs"] if run["axis"] == axis])
+    for axis in dict.fromkeys(run["axis"] for run in results["runs"]):
+        lines += table(axis, [run for run in results["runs"] if run["axis"] == axis])
     return "\n".join(lines)
 
 
@@ -426,10 +427,12 @@ def table(axis: str, runs: list[dict]) -> list[str]:
     fits = []
     for method in methods:
         column = [by[value, method] for value in values]
-        what = (_seconds, _each, lambda run: run["bytes"])
+        quantities = (_seconds, _seconds_per_iteration, lambda run: run["bytes"])
         if method == EPOCH:
-            what = (_seconds, lambda run: run["bytes"])
-        fits.append(", ".join(_fit(values, [of(run) for run in column]) for of in what))
+            quantities = (_seconds, lambda run: run["bytes"])
+        fits.append(
+            ", ".join(_fit(values, [quantity(run) for run in column]) for quantity in quantities)
+        )
     return [*lines, f"| exponent | {' | '.join(fits)} |"]
 
 
@@ -437,7 +440,7 @@ def _seconds(run: dict) -> float:
     return statistics.median(run["seconds"])
 
 
-def _each(run: dict) -> float:
+def _seconds_per_iteration(run: dict) -> float:
     return _seconds(run) / run["iterations"]
 
 
@@ -445,7 +448,8 @@ def _cell(run: dict) -> str:
     memory = f"{run['bytes'] / run['maps_bytes']:.1f} z"
     if run["method"] == EPOCH:
         return f"{_seconds(run):.3g} s, {memory}"
-    return f"{_seconds(run):.3g} s, {1e3 * _each(run):.3g} ms x {run['iterations']}, {memory}"
+    per_iteration = f"{1e3 * _seconds_per_iteration(run):.3g} ms"
+    return f"{_seconds(run):.3g} s, {per_iteration} x {run['iterations']}, {memory}"
 
 
 def _fit(x: list[int], y: list[float]) -> str:

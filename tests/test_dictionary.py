@@ -1,4 +1,4 @@
-"""Dictionary learning without a network: streams of batches, refusals, and what encodes."""
+"""Dictionary learning without a network: streams of batches, encoding, files and refusals."""
 
 import dataclasses
 import os
@@ -35,7 +35,7 @@ def images(textures):
     return y - y.mean((1, 2, 3), keepdim=True)
 
 
-def test_learning_from_a_stream_lowers_the_objective_of_images_that_it_has_not_seen(images):
+def test_learning_from_a_stream_lowers_the_objective_of_unseen_images(images):
     stream = [images[n : n + 2] for n in (0, 2, 4)] * 4
     first = learn_online(stream[:1], 6, filter_size=5, lam=5.0)
     learned = learn_online(iter(stream), 6, filter_size=5, lam=5.0)
@@ -48,11 +48,12 @@ def test_learning_from_a_stream_lowers_the_objective_of_images_that_it_has_not_s
 
 def test_encode_uses_the_lam_and_the_prior_of_the_learning(images):
     quick = LearningSettings(epochs=1)
-    asked = dict(boundary="circular", non_negative=True, group=2)
-    learned = learn_filters(images, 4, filter_size=5, lam=3.0, learning=quick, **asked)
-    expected = sparse_code(images, learned.filters, lam=3.0, **asked)
-    found = learned.encode(images)
-    assert torch.equal(found.z, expected.z) and found.lam == 3.0 and (found.z >= 0).all()
+    prior = dict(boundary="circular", non_negative=True, group=2)
+    learned = learn_filters(images, 4, filter_size=5, lam=3.0, learning=quick, **prior)
+    expected = sparse_code(images, learned.filters, lam=3.0, **prior)
+    solution = learned.encode(images)
+    assert torch.equal(solution.z, expected.z) and solution.lam == 3.0
+    assert (solution.z >= 0).all()
 
 
 def test_a_lam_ratio_refers_to_the_initial_filters(images):
@@ -63,7 +64,7 @@ def test_a_lam_ratio_refers_to_the_initial_filters(images):
     assert learned.settings.lam == pytest.approx(expected, rel=1e-5)
 
 
-def test_filters_that_start_anew_keep_the_norm_that_is_asked_for(images):
+def test_reinitialised_filters_keep_the_norm_of_the_settings(images):
     color = images.repeat(1, 2, 1, 1)
     # So sparse that most filters stay unused.
     planes = LearningSettings(norm="plane")
@@ -74,7 +75,7 @@ def test_filters_that_start_anew_keep_the_norm_that_is_asked_for(images):
 
 
 @pytest.mark.parametrize("learn", [learn_filters, lambda y, *a, **k: learn_online([y], *a, **k)])
-def test_what_does_not_go_together_is_refused_before_anything_is_learned(images, learn):
+def test_contradicting_settings_are_refused_before_anything_is_learned(images, learn):
     with pytest.raises(ValueError, match="lam_ratio=None: give one of the two"):
         learn(images, 4, filter_size=5)
     with pytest.raises(ValueError, match="learning.zero_mean=True: filter_size=1"):
@@ -122,7 +123,7 @@ def test_a_forked_process_does_not_wait_for_threads_that_it_does_not_have(images
 
 
 def planted(seed):
-    """(images (24, 1, 32, 32), the four 5x5 filters that they are sparse sums of)."""
+    """(images (24, 1, 32, 32), the four 5x5 filters of which they are sparse sums)."""
     generator = torch.Generator().manual_seed(seed)
     f = torch.randn(4, 1, 5, 5, generator=generator)
     f = f / torch.linalg.vector_norm(f, dim=(2, 3), keepdim=True)
@@ -132,20 +133,20 @@ def planted(seed):
     return y + 0.01 * torch.randn(y.shape, generator=generator), f
 
 
-def worst_match(f, found):
-    """The smallest of the largest correlations of each planted filter with what was found."""
-    return float(F.conv2d(F.pad(found, (4,) * 4), f).abs().amax((2, 3)).amax(0).min())
+def worst_match(f, learned):
+    """The correlation of each planted filter with the best learned one: the worst of these."""
+    return float(F.conv2d(F.pad(learned, (4,) * 4), f).abs().amax((2, 3)).amax(0).min())
 
 
-def test_a_stream_finds_planted_filters_that_start_off_centre():
+def test_a_stream_recovers_planted_filters_that_start_off_centre():
     images, f = planted(100)
-    asked = dict(lam_ratio=0.1, boundary="circular")
+    prior = dict(lam_ratio=0.1, boundary="circular")
     stream = images.split(4) * 7
-    found = learn_online(iter(stream), 4, filter_size=7, **asked)
-    kept = LearningSettings(recenter=False)
-    fixed = learn_online(stream, 4, filter_size=7, **asked, learning=kept)
-    assert worst_match(f, found.filters) > 0.99 > 0.95 > worst_match(f, fixed.filters)
-    assert found.history[-1].objective < 0.9 * fixed.history[-1].objective
+    centred = learn_online(iter(stream), 4, filter_size=7, **prior)
+    fixed_frame = LearningSettings(recenter=False)
+    fixed = learn_online(stream, 4, filter_size=7, **prior, learning=fixed_frame)
+    assert worst_match(f, centred.filters) > 0.99 > 0.95 > worst_match(f, fixed.filters)
+    assert centred.history[-1].objective < 0.9 * fixed.history[-1].objective
 
 
 def learners(images):
@@ -156,14 +157,14 @@ def learners(images):
 
 
 @pytest.mark.parametrize("learner", ["images", "stream"])
-def test_learning_begins_with_given_filters(images, learner):
+def test_learning_starts_from_given_filters(images, learner):
     learn, quick = learners(images)[learner], LearningSettings(epochs=1)
     before = learn_filters(images, 4, filter_size=5, lam=5.0, learning=LearningSettings(epochs=6))
     fresh = learn(4, filter_size=5, lam=5.0, learning=quick)
     more = learn(filters=before.filters, lam=5.0, learning=quick)
     assert more.filters.shape == (4, 1, 5, 5) and more.settings.num_maps == 4
     assert more.encode(images).objective.sum() < fresh.encode(images).objective.sum()
-    # Neither their norm counts nor the array that holds them.
+    # Neither the norm of given filters matters nor the type of the array.
     longer = learn(
         4, filter_size=5, filters=3 * before.filters.double().numpy(), lam=5.0, learning=quick
     )
@@ -183,14 +184,15 @@ def test_a_lam_ratio_refers_to_the_given_filters(images, learner):
 
 
 @pytest.mark.parametrize("learner", ["images", "stream"])
-def test_given_filters_are_what_the_settings_ask_of_filters(images, learner):
+def test_given_filters_are_projected_onto_the_constraint(images, learner):
     f = torch.randn(4, 1, 5, 5, generator=torch.Generator().manual_seed(0))
     for key in ("non_negative", "zero_mean"):
-        asked = LearningSettings(epochs=1, update_iterations=1, **{key: True})
-        found = learners(images)[learner](filters=f, lam=5.0, learning=asked).filters
-        assert_close(found.square().sum((1, 2, 3)), torch.ones(4))
-        held = found.min() >= 0 if key == "non_negative" else found.mean((2, 3)).abs().max() < 1e-6
-        assert held
+        learning = LearningSettings(epochs=1, update_iterations=1, **{key: True})
+        learned = learners(images)[learner](filters=f, lam=5.0, learning=learning)
+        f_learned = learned.filters
+        assert_close(f_learned.square().sum((1, 2, 3)), torch.ones(4))
+        means = f_learned.mean((2, 3)).abs().max()
+        assert f_learned.min() >= 0 if key == "non_negative" else means < 1e-6
 
 
 WRONG_FILTERS = {
@@ -216,16 +218,16 @@ WRONG_FILTERS = {
 
 @pytest.mark.parametrize("kind", WRONG_FILTERS)
 @pytest.mark.parametrize("learner", ["images", "stream"])
-def test_filters_to_begin_with_that_do_not_fit_are_refused(images, learner, kind):
-    asked, message = WRONG_FILTERS[kind]
+def test_initial_filters_that_do_not_fit_are_refused(images, learner, kind):
+    arguments, message = WRONG_FILTERS[kind]
     with pytest.raises(ValueError, match=message):
-        learners(images)[learner](lam=5.0, **asked)
+        learners(images)[learner](lam=5.0, **arguments)
 
 
-def test_what_was_learned_learns_more_from_the_same_and_from_other_images(images):
+def test_learned_filters_learn_more_from_the_same_and_from_other_images(images):
     few = LearningSettings(epochs=2, zero_mean=True)
-    asked = dict(boundary="circular", non_negative=True, group=2)
-    first = learn_filters(images[:4], 4, filter_size=5, lam_ratio=0.1, learning=few, **asked)
+    prior = dict(boundary="circular", non_negative=True, group=2)
+    first = learn_filters(images[:4], 4, filter_size=5, lam_ratio=0.1, learning=few, **prior)
     for more in (first.learn_more(images[4:]), first.learn_more_online(images.split(2))):
         assert more.settings.lam == first.settings.lam
         assert (more.settings.boundary, more.settings.group) == ("circular", 2)
@@ -236,11 +238,11 @@ def test_what_was_learned_learns_more_from_the_same_and_from_other_images(images
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_what_was_learned_is_the_same_to_the_bit_after_it_was_saved(images, dtype, tmp_path):
+def test_learned_filters_are_the_same_bits_after_saving_and_loading(images, dtype, tmp_path):
     y = images.to(dtype)
-    asked = dict(p=0.8, boundary="circular", non_negative=True, group=2)
+    prior = dict(p=0.8, boundary="circular", non_negative=True, group=2)
     learning = LearningSettings(epochs=2, norm="plane")
-    learned = learn_filters(y, 4, filter_size=5, lam=1 / 3, learning=learning, **asked)
+    learned = learn_filters(y, 4, filter_size=5, lam=1 / 3, learning=learning, **prior)
     learned.save(tmp_path / "learned.safetensors")
     loaded = Learned.load(str(tmp_path / "learned.safetensors"))
     assert torch.equal(loaded.filters, learned.filters) and loaded.filters.dtype == dtype

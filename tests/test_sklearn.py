@@ -64,11 +64,11 @@ def test_features_are_the_maps_of_centred_and_scaled_images(fitted, images):
     expected = sparse_code(
         torch.from_numpy(y[:, None]).float(), torch.from_numpy(fitted.filters_), lam=2.0
     )
-    found = fitted.transform(images)
-    assert found.dtype == np.float32 and 0 < (found != 0).mean() < 0.2
-    assert_allclose(found, expected.z.flatten(1).numpy(), atol=1e-3)
+    features = fitted.transform(images)
+    assert features.dtype == np.float32 and 0 < (features != 0).mean() < 0.2
+    assert_allclose(features, expected.z.flatten(1).numpy(), atol=1e-3)
     assert fitted.map_shape_ == (6, 20, 18) == tuple(expected.z.shape[1:])
-    assert len(fitted.get_feature_names_out()) == found.shape[1]
+    assert len(fitted.get_feature_names_out()) == features.shape[1]
 
 
 def test_an_image_has_the_features_alone_that_it_has_among_others(fitted, images):
@@ -124,8 +124,8 @@ def test_the_way_back_is_the_image_in_its_shape_and_units_nearer_the_larger_lam(
     X = units(textures(9, channels, 12, 10)).reshape(shape)
     errors = []
     for lam in (1.0, 10.0, 100.0):
-        asked = dict(QUICK, lam=lam, image_shape=(12, 10) if len(shape) == 2 else None)
-        model = DeconvNetTransformer(**asked).fit(X)
+        parameters = dict(QUICK, lam=lam, image_shape=(12, 10) if len(shape) == 2 else None)
+        model = DeconvNetTransformer(**parameters).fit(X)
         back = model.inverse_transform(model.transform(X))
         assert back.shape == X.shape
         errors.append(np.linalg.norm(back - X) / np.linalg.norm(X - X.mean()))
@@ -167,11 +167,11 @@ def test_where_pooling_has_lost_the_way_back_it_is_refused(fitted, images):
 def test_a_grid_may_change_after_learning_and_gives_the_means_of_the_maps(fitted, images):
     z = np.abs(fitted.transform(images)).reshape(12, *fitted.map_shape_)
     model = pickle.loads(pickle.dumps(fitted)).set_params(grid=(1, 2))
-    found = model.transform(images)
-    assert found.shape == (12, 6 * 5) and len(model.get_feature_names_out()) == 30
-    assert_allclose(found[:, :6], z.mean((2, 3)), rtol=1e-5)
+    features = model.transform(images)
+    assert features.shape == (12, 6 * 5) and len(model.get_feature_names_out()) == 30
+    assert_allclose(features[:, :6], z.mean((2, 3)), rtol=1e-5)
     quarters = [z[:, :, i : i + 10, j : j + 9].mean((2, 3)) for i in (0, 10) for j in (0, 9)]
-    assert_allclose(found[:, 6:].reshape(12, 6, 4), np.stack(quarters, 2), rtol=1e-5, atol=1e-9)
+    assert_allclose(features[:, 6:].reshape(12, 6, 4), np.stack(quarters, 2), rtol=1e-5, atol=1e-9)
 
 
 def test_cells_are_counted_and_cover_maps_that_they_do_not_divide():
@@ -211,7 +211,7 @@ def test_signals_have_the_maps_of_filters_of_one_row(size, upright):
     assert_allclose(back.reshape(X.shape), painted * X.std() + X.mean(), rtol=1e-4)
 
 
-def test_planted_filters_of_signals_are_found():
+def test_planted_filters_of_signals_are_recovered():
     rng = np.random.default_rng(0)
     planted = np.array([[1, 1, 1, 1, 1, 1, 1], [0, 1, -1, 1, -1, 1, 0]]) / [[7**0.5], [5**0.5]]
     z = rng.standard_normal((40, 2, 50)) * (rng.random((40, 2, 50)) < 0.04)
@@ -280,8 +280,8 @@ def test_a_frame_of_pandas_goes_in_and_comes_out(images):
     pandas = pytest.importorskip("pandas")
     frame = pandas.DataFrame(images.reshape(12, -1)).add_prefix("pixel")
     model = DeconvNetTransformer(**QUICK, image_shape=(16, 14), grid=1)
-    found = model.set_output(transform="pandas").fit_transform(frame)
-    assert list(found.columns) == [f"deconvnettransformer{n}" for n in range(6)]
+    features = model.set_output(transform="pandas").fit_transform(frame)
+    assert list(features.columns) == [f"deconvnettransformer{n}" for n in range(6)]
     assert list(model.feature_names_in_) == list(frame.columns)
 
 

@@ -47,7 +47,7 @@ def module_of(path):
 
 def imported_modules(source, folder=()):
     """Places in the order that a source in this folder imports from, also inside functions."""
-    found = set()
+    modules = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -61,11 +61,11 @@ def imported_modules(source, folder=()):
         for name in names:
             package, _, rest = name.partition(".")
             if package == "deconvnet":
-                found.add(rest.partition(".")[0] or "__init__")
-    return found
+                modules.add(rest.partition(".")[0] or "__init__")
+    return modules
 
 
-def test_imports_of_every_form_are_seen():
+def test_imports_of_every_form_are_recognised():
     source = """
 import torch, deconvnet.data
 import deconvnet.pooling as p

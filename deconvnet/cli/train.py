@@ -128,7 +128,7 @@ def summarize(results: list[LayerResult], folder: Path) -> None:
     place = relative_path(folder)
     lines = [
         "",
-        "layer   SNR of the image   entries of z not zero   objective   dead maps   seconds",
+        "layer   SNR of the image   non-zero coefficients   objective   dead maps   seconds",
     ]
     for r in results:
         lines.append(

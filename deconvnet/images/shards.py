@@ -1,11 +1,11 @@
-"""Where the images of a tar file lie in it.
+"""The index of a tar shard: where the bytes of its images are.
 
-A shard is scanned once, header by header; images can then be read in any order. Nothing is left out
-silently: Python's tarfile stops at a header that it does not understand, and GNU tar at the mark
-for the end of the archive. Here the first is an error that names the place, and archives that were
-joined (`cat a.tar b.tar`) are read one after the other. As with `tar x`, a member that comes again
-replaces the first, and links to other members have their content. What `find_images` leaves out in
-a folder is left out here: hidden names, and what is no image by its name.
+A shard is scanned once, header by header; its images can then be read in any order. Nothing is
+skipped silently. Python's tarfile stops at a header that it does not understand, and GNU tar at the
+end-of-archive mark; here the former is reported with its position, and concatenated archives
+(`cat a.tar b.tar`) are all read. As with `tar x`, a later member of the same name replaces an
+earlier one, and links to other members have their content. As in `find_images`, hidden names and
+names that are not those of images are skipped.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ from pathlib import Path
 from deconvnet.images.decoding import SUFFIXES, Content, check_file, reason, shown_name
 
 BLOCK = tarfile.BLOCKSIZE
-# Bytes that GNU tar, and Python, fill up archives to a multiple of.
+# GNU tar and Python pad archives to a multiple of this many bytes.
 RECORD = tarfile.RECORDSIZE
-CHUNK = 1 << 20
+CHUNK = 1 << 20  # bytes read at a time
 
-NO_SHARD = "is no readable, uncompressed .tar file"
+NOT_A_SHARD = "is not a readable, uncompressed .tar file"
 
-# Headers that say something of the member after them, as its name if that is long; how many of them
-# there may be in a row, and of how many bytes, for they are read into memory.
+# Extended headers, which describe the member that follows, such as a long name. They are read into
+# memory, so their number in a row and their size in bytes are limited.
 EXTENDED = (
     *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE),
     tarfile.SOLARIS_XHDTYPE,
 )
-MOST_EXTENDED, LONGEST_EXTENDED = 16, 1 << 20
+MAX_EXTENDED, MAX_EXTENDED_SIZE = 16, 1 << 20
 
-LINKS = 40  # that may lead to one another, as Linux allows
-HOLES = 1 << 30  # bytes that a sparse member may have beyond those that are stored
+MAX_LINKS = 40  # in a chain of links, as in Linux
+MAX_HOLES = 1 << 30  # bytes of a sparse member that are not stored
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Member:
-    """An image of a shard: its name there, and its bytes, or why it has none."""
+    """An image of a shard: its name there and its bytes, or the problem with them."""
 
     name: str
     content: Content | None
@@ -52,18 +52,18 @@ class Member:
 
 @dataclass(frozen=True)
 class Damage:
-    """A place in a shard from which on something cannot be read, in one line."""
+    """A damaged place in a shard, described in one line."""
 
     message: str
 
 
 def read_index(shard: Path, name: str) -> Iterator[Member | Damage]:
-    """The images of an uncompressed tar file in their order, and the places that are damaged.
+    """The images of an uncompressed tar file in order, and the places that are damaged.
 
-    name: of the shard, for messages. After a damaged place, reading continues at the next intact
-    header. OSError where a disk fails.
+    name: of the shard, for messages. After a damaged place, reading continues at the next valid
+    header. Raises OSError if the disk fails.
     """
-    found: dict[str, Content | str | None] = {}
+    contents: dict[str, Content | str | None] = {}
     links: dict[str, str] = {}
     images: list[tuple[str, str] | Damage] = []
     repeated = 0
@@ -72,8 +72,8 @@ def read_index(shard: Path, name: str) -> Iterator[Member | Damage]:
             images.append(entry)
             continue
         path = posixpath.normpath(entry.name).lstrip("/")
-        repeated += path in found or path in links
-        found.pop(path, None)
+        repeated += path in contents or path in links
+        contents.pop(path, None)
         links.pop(path, None)
         if entry.islnk():
             links[path] = posixpath.normpath(entry.linkname).lstrip("/")
@@ -82,42 +82,44 @@ def read_index(shard: Path, name: str) -> Iterator[Member | Damage]:
                 posixpath.join(posixpath.dirname(path), entry.linkname)
             ).lstrip("/")
         elif entry.isfile():
-            found[path] = _content(shard, f"{name}/{entry.name}", entry)
+            contents[path] = _content(shard, f"{name}/{entry.name}", entry)
         elif not entry.isdir():
-            found[path] = "a device or a pipe, not an image"
+            contents[path] = "a device or a pipe, not an image"
         if not entry.isdir() and _is_image(path):
             images.append((path, entry.name))
     if repeated:
         logger.warning("%s: %d names occur more than once; the last of each counts", name, repeated)
-    yield from _resolved(images, found, links, name)
+    yield from _resolved(images, contents, links, name)
 
 
 def _resolved(
     images: list[tuple[str, str] | Damage],
-    found: dict[str, Content | str | None],
+    contents: dict[str, Content | str | None],
     links: dict[str, str],
     name: str,
 ) -> Iterator[Member | Damage]:
-    """The images in their order, of those of one name the last, with what their links lead to."""
+    """The images in order, only the last of each name, with links resolved."""
     last = {image[0]: n for n, image in enumerate(images) if not isinstance(image, Damage)}
     for n, image in enumerate(images):
         if isinstance(image, Damage):
             yield image
         elif last[image[0]] == n:
             path, stored = image
-            target, where = path, f"{name}/{stored}"
-            for _ in range(LINKS):
-                if target not in links:
+            resolved, full_name = path, f"{name}/{stored}"
+            for _ in range(MAX_LINKS):
+                if resolved not in links:
                     break
-                target = links[target]
-            content = found.get(target)
+                resolved = links[resolved]
+            content = contents.get(resolved)
             if content is None:
-                aim = shown_name(links.get(path, target))
-                content = f"a link to {aim}, which is no file in {shown_name(name)}"
+                link = shown_name(links.get(path, resolved))
+                content = f"a link to {link}, which is not a file in {shown_name(name)}"
             if isinstance(content, str):
                 yield Member(stored, None, content)
             else:
-                yield Member(stored, content if target == path else replace(content, name=where))
+                yield Member(
+                    stored, content if resolved == path else replace(content, name=full_name)
+                )
 
 
 def _is_image(path: str) -> bool:
@@ -126,7 +128,7 @@ def _is_image(path: str) -> bool:
 
 
 def _content(shard: Path, name: str, member: tarfile.TarInfo) -> Content | str:
-    """The bytes of a member, or what is wrong with where it says they are."""
+    """The bytes of a member, or the problem with their places in the file."""
     if not member.issparse():
         parts = ((0, member.offset_data, member.size),)
         return Content(shard, name, parts, member.size)
@@ -138,19 +140,19 @@ def _content(shard: Path, name: str, member: tarfile.TarInfo) -> Content | str:
             return "a sparse file whose parts overlap or lie outside it"
         parts.append((offset, member.offset_data + stored, length))
         place, stored = offset + length, stored + length
-    if member.size - stored > HOLES:
+    if member.size - stored > MAX_HOLES:
         return f"a sparse file of {member.size} bytes, {stored} of them stored"
     return Content(shard, name, tuple(parts), member.size)
 
 
 class _Archive(tarfile.TarFile):
-    """A tar file whose headers are asked for by their places, so that it ends nowhere by itself."""
+    """A tar file whose headers are read by position, so that it does not stop by itself."""
 
     def next(self) -> None:
-        """Nothing, to which tarfile would add its own notion of where an archive ends."""
+        """Disabled, since tarfile would decide where the archive ends."""
 
     def member_at(self, place: int) -> tuple[tarfile.TarInfo, int]:
-        """The member whose header begins there, and where the next begins; TarError."""
+        """The member whose header begins at a position, and the position of the next; TarError."""
         self._check_extended(place)
         self.offset = place
         self.fileobj.seek(place)
@@ -160,28 +162,28 @@ class _Archive(tarfile.TarFile):
         return member, self.offset
 
     def _check_extended(self, place: int) -> None:
-        for _ in range(MOST_EXTENDED):
+        for _ in range(MAX_EXTENDED):
             self.fileobj.seek(place)
             block = self.fileobj.read(BLOCK)
-            # The byte of the type, for most headers need no look at the rest here.
+            # The byte of the type; most headers need no further check here.
             if block[156:157] not in EXTENDED:
                 return
             header = tarfile.TarInfo.frombuf(block, self.encoding, self.errors)
-            if not 0 <= header.size <= LONGEST_EXTENDED:
+            if not 0 <= header.size <= MAX_EXTENDED_SIZE:
                 raise tarfile.ReadError(f"an extended header of {header.size} bytes")
             place += BLOCK + -(-header.size // BLOCK) * BLOCK
-        raise tarfile.ReadError(f"more than {MOST_EXTENDED} extended headers in a row")
+        raise tarfile.ReadError(f"more than {MAX_EXTENDED} extended headers in a row")
 
 
 def _walk(shard: Path) -> Iterator[tarfile.TarInfo | Damage]:
-    """All members of a shard in their order, and the damaged places between them."""
+    """All members of a shard in order, and the damaged places between them."""
     try:
         size = check_file(shard)
         if size == 0:
             raise ValueError("the file is empty")
         os.close(os.open(shard, os.O_RDONLY))
     except (OSError, ValueError) as error:
-        yield Damage(f"{NO_SHARD}: {reason(error)}")
+        yield Damage(f"{NOT_A_SHARD}: {reason(error)}")
         return
     with (
         open(shard, "rb") as file,
@@ -219,10 +221,10 @@ def _walk(shard: Path) -> Iterator[tarfile.TarInfo | Damage]:
                         return
             try:
                 member, following = archive.member_at(place)
-            except Exception as error:  # any kind: tarfile is not made for damaged files
+            except Exception as error:  # of any kind: tarfile does not expect damaged files
                 what = f"is damaged at byte {place}{before}"
                 if place == 0:
-                    what = NO_SHARD
+                    what = NOT_A_SHARD
                 yield Damage(f"{what}: {reason(error)}")
                 place = _next_header(archive, file, place + BLOCK, size)
                 if place is None:
@@ -242,7 +244,7 @@ def _walk(shard: Path) -> Iterator[tarfile.TarInfo | Damage]:
 
 
 def _zeros(file, place: int, size: int) -> int:
-    """How many bytes of whole blocks of zeros, or of a part of one at the end, begin there."""
+    """The number of zero bytes at a position, in whole blocks or a part of one at the end."""
     file.seek(place)
     if file.read(BLOCK).strip(b"\0"):
         return 0
@@ -259,11 +261,11 @@ def _zeros(file, place: int, size: int) -> int:
 
 
 def _next_header(archive: _Archive, file, place: int, size: int) -> int | None:
-    """Where the next sound header begins, at this place or behind; None if nowhere."""
+    """The position of the next valid header at or after this one; None if there is none."""
     while place < size:
         file.seek(place)
         chunk = file.read(CHUNK)
-        # Only POSIX and GNU headers, which contain a word that is fast to find.
+        # Only POSIX and GNU headers contain this word, which is fast to find.
         begin = chunk.find(b"ustar")
         while begin >= 0:
             block, within = divmod(begin, BLOCK)

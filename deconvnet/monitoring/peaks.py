@@ -1,6 +1,6 @@
-"""The strongest activation of every map while a layer learns: what its pictures are made of.
+"""The strongest activation of each map while a layer learns, from which its pictures are made.
 
-z maps (N, K, H, W)
+N images · K maps · H, W size of a map     z maps (N, K, H, W)
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Places of a map: from top to bottom and from left to right, the ends exclusive.
+# A region of a map: top, bottom, left, right, the ends exclusive.
 Region = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
 class SnapshotPlan:
-    """What to look out for while a layer learns: in which epochs, and where in the maps first."""
+    """Which epochs to record while a layer learns, and the preferred region of the maps."""
 
     epochs: tuple[int, ...]
     first: Region
@@ -24,8 +24,9 @@ class SnapshotPlan:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A layer at the end of an epoch: its strongest activations, and its filters (K, C, h, w) as
-    they were before any of them was moved or started anew.
+    """A layer at the end of an epoch.
+
+    peaks: its strongest activations; filters: (K, C, h, w), before any was moved or reinitialised.
     """
 
     epoch: int
@@ -35,12 +36,12 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Peaks:
-    """The strongest activation of every map so far, (K,) each.
+    """The strongest activation of each map so far, tensors (K,).
 
-    values: with sign, 0 where there was none; images, rows, columns: where, -1 for nowhere;
-    inside: whether at one of the places that come first, which win over all others. Of equals the
-    first in the image of the lowest number wins: neither the order of the images nor how many come
-    at a time makes a difference.
+    values: signed, 0 if there was none; images, rows, columns: its position, -1 if there was none;
+    inside: whether it lies in the preferred region, which takes precedence over other positions.
+    Ties go to the image with the lowest number and to the first position in it, so the result does
+    not depend on the order of the images or on the batches.
     """
 
     values: Tensor
@@ -51,39 +52,39 @@ class Peaks:
 
     @classmethod
     def none(cls, like: Tensor) -> Peaks:
-        """Of maps (N, K, H, W) of which none was seen yet."""
+        """The peaks before any image, for maps like these (N, K, H, W)."""
         nowhere = torch.full((like.shape[1],), -1, device=like.device)
         values = like.new_zeros(like.shape[1])
         return cls(values, nowhere, nowhere, nowhere, torch.zeros_like(values, dtype=torch.bool))
 
     def updated(self, z: Tensor, images: Tensor, first: Region) -> Peaks:
-        """With the maps z (N, K, H, W) of images (N,) that were not seen before."""
+        """The peaks after the maps z (N, K, H, W) of further images, numbered `images` (N,)."""
         W, (top, bottom, left, right) = z.shape[3], first
         strength = z.abs()
-        most = strength[:, :, top:bottom, left:right].amax((2, 3))
-        inside = (most > 0).any(0)
+        maxima = strength[:, :, top:bottom, left:right].amax((2, 3))
+        inside = (maxima > 0).any(0)
         settled = self.inside | inside
         if not settled.all():
-            most = torch.where(settled, most, strength.amax((2, 3)))
-        best = most.amax(0)
-        image, n = torch.where(most == best, images[:, None], images.max() + 1).min(0)
+            maxima = torch.where(settled, maxima, strength.amax((2, 3)))
+        best = maxima.amax(0)
+        image, n = torch.where(maxima == best, images[:, None], images.max() + 1).min(0)
         before = self.values.abs()
-        again = (best == before) & (best > 0) & (image < self.images)
-        won = ((inside & ~self.inside) | (best > before) | again).nonzero()[:, 0]
-        # The places are looked up in the maps that won alone.
+        tied = (best == before) & (best > 0) & (image < self.images)
+        won = ((inside & ~self.inside) | (best > before) | tied).nonzero()[:, 0]
+        # Only the maps with a new peak are searched for its position.
         n, image, inside = n[won], image[won], inside[won]
         allowed = torch.zeros(z.shape[2:], dtype=torch.bool, device=z.device)
         allowed[top:bottom, left:right] = True
-        places = strength[n, won] * (allowed | ~inside[:, None, None])
-        place = places.flatten(1).argmax(1)
-        row, column = place // W, place % W
-        found = Peaks(z[n, won, row, column], image, row, column, inside)
+        candidates = strength[n, won] * (allowed | ~inside[:, None, None])
+        position = candidates.flatten(1).argmax(1)
+        row, column = position // W, position % W
+        new = Peaks(z[n, won, row, column], image, row, column, inside)
         return Peaks(
-            **{key: old.index_copy(0, won, vars(found)[key]) for key, old in vars(self).items()}
+            **{key: old.index_copy(0, won, vars(new)[key]) for key, old in vars(self).items()}
         )
 
     def merged(self, other: Peaks) -> Peaks:
-        """The stronger of these and those of other images, map by map."""
+        """The stronger of these peaks and those of other images, for each map."""
         before, after = self.values.abs(), other.values.abs()
         equal = (after == before) & (other.images < self.images)
         better = torch.where(other.inside == self.inside, (after > before) | equal, other.inside)

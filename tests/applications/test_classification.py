@@ -1,4 +1,4 @@
-"""Descriptors, words, pyramids, kernels and the command, against loops, scikit-learn and pixels."""
+"""Classification and its command, against explicit loops, scikit-learn and raw pixels."""
 
 import dataclasses
 import itertools
@@ -66,7 +66,7 @@ def rand(*shape, seed=0):
 @pytest.mark.parametrize("shape", [(20, 23), (16, 16), (9, 20)])
 @pytest.mark.parametrize(("patch", "cells", "step"), [(16, 4, 2), (12, 3, 3), (8, 2, 5)])
 @pytest.mark.parametrize("strength", ["magnitude", "square", "signed"])
-def test_descriptors_are_the_means_over_the_cells_of_every_window(
+def test_descriptors_are_the_means_over_the_cells_of_each_patch(
     shape, patch, cells, step, strength
 ):
     z = rand(2, 3, *shape).double()
@@ -85,7 +85,7 @@ def test_descriptors_are_the_means_over_the_cells_of_every_window(
         assert_close(found[:, r, s], expected.flatten(1))
 
 
-def test_normalized_descriptors_have_length_one_no_large_part_and_weak_ones_stay_weak():
+def test_normalized_descriptors_have_length_one_and_are_clipped_and_weak_ones_stay_weak():
     d = rand(50, 60).abs().double()
     d[0, 0] = 100
     d[1] *= 1e-3
@@ -95,10 +95,10 @@ def test_normalized_descriptors_have_length_one_no_large_part_and_weak_ones_stay
     strong = d.norm(dim=1) >= 0.5
     assert_close(length[strong], torch.ones_like(length[strong]))
     assert float(length[1]) == pytest.approx(float(d[1].norm()) / 0.5) and length[2] == 0
-    # Clipped at 0.2 of the first length: the loud part is no louder than the others together.
+    # Clipped at 0.2 of the original length.
     others = found[0, 1:].norm()
     assert found[0, 0] / others <= CLIP / (d[0, 1:] / d[0].norm()).norm() + 1e-9
-    # What has no large part keeps its direction.
+    # A descriptor without large entries keeps its direction.
     assert_close(found[1] / length[1], d[1] / d[1].norm(), rtol=0, atol=2e-2)
 
 
@@ -110,7 +110,7 @@ def cloud():
     return rand(3000, 6) + 4 * rand(12, 6, seed=1)[torch.arange(3000) % 12]
 
 
-def test_hard_words_are_those_of_scikit_learn(cloud):
+def test_hard_assignment_is_that_of_scikit_learn(cloud):
     book = Codebook.fit(cloud, 12, normalize=False)
     model = KMeans(12, n_init=1, init=book.centers.numpy(), max_iter=1).fit(cloud.numpy())
     model.cluster_centers_ = book.centers.numpy()
@@ -121,7 +121,7 @@ def test_hard_words_are_those_of_scikit_learn(cloud):
     assert book.distortion == pytest.approx(float(distance.mean()), rel=1e-3)
 
 
-def test_soft_words_are_the_nearest_and_the_nearer_has_the_larger_share(cloud):
+def test_soft_assignment_weights_the_nearest_words_by_their_distance(cloud):
     book = Codebook.fit(cloud, 12, normalize=False)
     words, shares = book.assign(cloud, 3)
     squared = torch.cdist(cloud, book.centers).square()
@@ -131,19 +131,19 @@ def test_soft_words_are_the_nearest_and_the_nearer_has_the_larger_share(cloud):
     assert_close(shares, weights / weights.sum(1, keepdim=True), rtol=1e-3, atol=1e-4)
 
 
-def test_a_normalizing_codebook_does_not_see_contrast(cloud):
+def test_a_normalizing_codebook_ignores_contrast(cloud):
     d = cloud.abs() + 1
     book = Codebook.fit(d, 8)
     assert (book.assign(d)[0] == book.assign(3 * d)[0]).all()
 
 
-def test_the_same_seed_finds_the_same_words(cloud):
+def test_the_same_seed_gives_the_same_codebook(cloud):
     one, two = (Codebook.fit(cloud, 5, seed=3) for _ in range(2))
     assert torch.equal(one.centers, two.centers) and one.norm_floor == two.norm_floor
 
 
 @pytest.mark.parametrize("d", [torch.ones(50, 4), rand(3, 4)])
-def test_more_words_than_windows_are_refused(d):
+def test_more_words_than_descriptors_are_refused(d):
     with pytest.raises(ValueError, match="words=5: the training images have only [13] different"):
         Codebook.fit(d, 5)
 
@@ -167,7 +167,7 @@ def test_a_pyramid_counts_the_words_in_the_cells_of_all_grids():
     assert float(found.sum()) == pytest.approx(1)
 
 
-def test_counts_are_raised_to_the_power_in_the_cells_of_every_grid():
+def test_counts_are_raised_to_the_power_in_the_cells_of_each_grid():
     histogram = torch.rand(3, 16, 5, generator=torch.Generator().manual_seed(0))
     found = pyramid(histogram, (1, 2, 4), power=0.5)
     for n, table in enumerate(histogram.view(3, 4, 4, 5).numpy()):
@@ -187,7 +187,7 @@ def test_two_pyramids_that_agree_in_finer_cells_match_more():
     assert (same, beside, away) == (1.0, 0.5, 0.25)
 
 
-def test_an_image_without_windows_is_like_no_other():
+def test_an_image_without_patches_has_kernel_zero_with_all_others():
     found = pyramid(torch.stack([torch.zeros(16, 3), torch.ones(16, 3)]))
     assert (
         torch.isfinite(found).all() and float(intersection_kernel(found[:1], found)[0].sum()) == 0
@@ -209,7 +209,7 @@ def test_the_linear_kernel_is_the_product_of_the_roots():
 
 
 @pytest.mark.parametrize("svm", ["one_vs_rest", "one_vs_one"])
-def test_the_machines_learn_from_kernels_what_points_teach(svm):
+def test_svms_on_kernels_separate_clusters_of_points(svm):
     points = rand(90, 2) + 6 * torch.tensor([[0.0, 0], [1, 0], [0, 1]])[torch.arange(90) % 3]
     kernel, labels = (points @ points.T + 1).double().numpy(), np.arange(90) % 3 + 4
     own, tests = kernel[:60, :60], kernel[60:, :60]
@@ -238,7 +238,7 @@ def upper(request):
 
 
 @pytest.mark.parametrize("layer", [2, 3])
-def test_a_projected_activation_paints_what_all_other_activations_at_zero_paint(upper, layer):
+def test_a_projected_activation_reconstructs_as_the_layer_with_all_others_at_zero(upper, layer):
     net, codes = upper
     z = codes.layer(layer).z[1]
     order = z.flatten().abs().argsort(descending=True)[:20]
@@ -261,7 +261,7 @@ def test_all_activations_projected_one_by_one_add_up_to_the_layer(upper):
     assert_close(torch.cat(found).sum(0), whole[0], rtol=1e-3, atol=1e-5)
 
 
-def test_projected_windows_are_those_where_something_is_and_every_activation_counts_alike(upper):
+def test_projected_patches_are_non_zero_and_each_activation_has_the_same_weight(upper):
     net, codes = upper
     settings = FeatureSettings(patch=[8], projected_step=2, strongest=5, words=2, neighbours=1)
     parts = list(image_descriptors(net, codes, 0, 2, settings))
@@ -275,13 +275,13 @@ def test_projected_windows_are_those_where_something_is_and_every_activation_cou
     assert_close(torch.stack([part.sum() for part in sums]), torch.ones(5))
 
 
-def test_an_image_in_which_nothing_was_found_has_no_projected_windows(upper):
+def test_an_image_without_activations_has_no_projected_patches(upper):
     net, _ = upper
     codes = net.infer(torch.zeros(1, 1, 36, 40))
     assert list(image_descriptors(net, codes, 0, 3, FeatureSettings(words=2, neighbours=1))) == []
 
 
-def test_windows_outside_the_picture_do_not_count():
+def test_patches_outside_the_picture_are_left_out():
     net = DeconvNet([LayerSettings(4, 5)], PreprocessingSettings("grey", []))
     square = torch.zeros(1, 1, 40, 40)
     square[..., 10:30, 5:35] = rand(1, 1, 20, 30).mul(0.1).add(0.5)
@@ -296,7 +296,7 @@ def test_windows_outside_the_picture_do_not_count():
     assert_close(found.positions[-1], torch.tensor([20 / 24, 30 / 34]))
 
 
-def test_windows_of_upper_maps_are_as_large_in_pixels_as_those_of_layer_one(upper):
+def test_patches_of_upper_maps_are_as_large_in_pixels_as_those_of_layer_one(upper):
     net, codes = upper
     settings = FeatureSettings(patch=[16], step=4, upper="maps", words=2, neighbours=1)
     (below,), (above,) = (image_descriptors(net, codes, 0, layer, settings) for layer in (1, 2))
@@ -307,7 +307,7 @@ def test_windows_of_upper_maps_are_as_large_in_pixels_as_those_of_layer_one(uppe
     assert_close(above.positions.amin(0), below.positions.amin(0), rtol=0, atol=0.06)
 
 
-# Classes that pixels do not tell apart.
+# Classes that pixels do not separate.
 
 
 def stripes(angle, random, side=40):
@@ -319,7 +319,7 @@ def stripes(angle, random, side=40):
 
 
 def oriented(maps=4, size=7):
-    """A network whose filters are lines in so many directions."""
+    """A network whose filters are lines in several orientations."""
     i, j = np.mgrid[:size, :size] - size // 2
     angles = np.arange(maps) * np.pi / maps
     across = np.stack([i * np.sin(a) + j * np.cos(a) for a in angles])
@@ -332,7 +332,7 @@ def oriented(maps=4, size=7):
     return net
 
 
-def test_textures_are_told_apart_by_words_and_not_by_pixels():
+def test_textures_are_separated_by_words_and_not_by_pixels():
     random = np.random.default_rng(0)
     images = np.stack([stripes(angle, random) for _ in range(24) for angle in ANGLES])
     labels = np.arange(72) % 3
@@ -357,7 +357,7 @@ def test_textures_are_told_apart_by_words_and_not_by_pixels():
 # Splits and scores.
 
 
-def test_a_split_takes_so_many_of_each_class_and_tests_at_most_so_many_others():
+def test_a_split_has_the_given_numbers_of_training_and_test_images_of_each_class():
     labels = np.repeat([0, 1, 2], [9, 5, 30])
     split = draw_split(labels, "abc", train=4, test=10, seed=1)
     assert np.bincount(labels[split.train]).tolist() == [4, 4, 4]
@@ -367,7 +367,7 @@ def test_a_split_takes_so_many_of_each_class_and_tests_at_most_so_many_others():
     assert (split.train == again.train).all() and (split.train != other.train).any()
 
 
-def test_with_a_given_test_set_all_others_may_be_learned_from():
+def test_with_a_given_test_set_all_other_images_can_be_training_images():
     labels, fixed = np.tile([0, 1], 10), np.arange(20) >= 10
     split = draw_split(labels, "ab", train=5, test=None, seed=0, is_test=fixed)
     assert sorted(split.train) == list(range(10)) and sorted(split.test) == list(range(10, 20))
@@ -398,7 +398,7 @@ def test_accuracy_is_the_mean_over_classes_however_large_they_are():
         (dict(strength="loud"), "strength=loud: choose one of magnitude"),
         (dict(upper="down"), "upper=down: choose one of project"),
         (dict(words=1), "words=1: must be 2 to 65535"),
-        (dict(words=4, neighbours=5), "neighbours=5: there are words=4"),
+        (dict(words=4, neighbours=5), "neighbours=5: must be at most words=4"),
     ],
 )
 def test_wrong_settings_are_refused_in_one_line(settings, message):
@@ -450,7 +450,7 @@ def folder(tmp_path_factory):
 COMMON = ("run=net.safetensors", "data.size=40", "words=12", "step=4", "strongest=4", "train=4")
 
 
-def test_the_command_scores_layers_alone_and_together_and_goes_on_with_its_features(script, folder):
+def test_the_command_scores_layers_alone_and_together_and_resumes_with_its_features(script, folder):
     command = ("classify.py", *COMMON, "data.path=images", "splits=2", "layers=[1,2]")
     result = script(folder, *command)
     assert result.code == 0, result.err
@@ -463,7 +463,7 @@ def test_the_command_scores_layers_alone_and_together_and_goes_on_with_its_featu
     assert len(scores["scores"]["together"]["splits"]) == 2
     picture = Image.open(folder / "classified/confusion.png")
     assert picture.mode == "RGB" and min(picture.size) > 3 * 20
-    # Again, with one file damaged, one gone and all else as it was: the same figures.
+    # Again, with one file damaged and one missing: the same scores.
     files = sorted((folder / "classified/features").rglob("*.npz"))
     times = {path: path.stat().st_mtime_ns for path in files}
     gone, damaged = files[0], files[-1]
@@ -479,10 +479,8 @@ def test_the_command_scores_layers_alone_and_together_and_goes_on_with_its_featu
     }
 
 
-def test_an_image_that_has_changed_under_its_name_is_computed_anew_and_others_are_not(
-    folder, tmp_path, monkeypatch
-):
-    """Also if it has as many bytes as before; what was learned from others stays."""
+def test_only_what_depends_on_a_changed_image_is_recomputed(folder, tmp_path, monkeypatch):
+    """Also if its file has as many bytes as before."""
     random = np.random.default_rng(1)
     for name, angle in zip(CLASSES, ANGLES, strict=True):
         for n in range(6):
@@ -514,7 +512,7 @@ def test_an_image_that_has_changed_under_its_name_is_computed_anew_and_others_ar
     assert not torch.equal(after[0], before[0]) and torch.equal(after[1:], before[1:])
     changed = [path.name for path in files if again[path] != files[path]]
     assert set(again) == set(files) and len(changed) == 1 and changed[0].startswith("counts")
-    # Of what the words were learned from, all is anew.
+    # If images that the words were learned from change, everything is recomputed.
     for path in (images.files[n] for n in split.train):
         Image.fromarray(np.flipud(np.asarray(Image.open(path)))).save(path)
     *_, last = find()
@@ -541,7 +539,7 @@ def test_the_command_takes_a_given_test_set_and_one_codebook(script, folder):
     assert scores["scores"]["layer 1"]["mean"] > 0.7
 
 
-def test_the_layers_of_other_networks_are_judged_beside(script, folder, tmp_path):
+def test_the_layers_of_other_networks_are_evaluated_too(script, folder, tmp_path):
     other = load(folder / "net.safetensors")
     other.layer(1).set_filters(torch.randn(other.layer(1).filters.shape))
     other.save(tmp_path / "other.5.safetensors")
@@ -586,7 +584,7 @@ def test_together_is_the_mean_of_the_kernels(monkeypatch):
     assert found["together"].mean == 1
 
 
-def test_windows_of_two_sizes_make_images_as_alike_as_both_do_on_average(folder, tmp_path):
+def test_the_kernel_of_two_patch_sizes_is_the_mean_of_their_kernels(folder, tmp_path):
     net = load(folder / "net.safetensors")
     files = sorted((folder / "images").rglob("*.png"))
     labels = np.array([CLASSES.index(path.parent.name) for path in files])
@@ -605,7 +603,7 @@ def test_windows_of_two_sizes_make_images_as_alike_as_both_do_on_average(folder,
         assert np.abs(small - large).max() > 0.05
 
 
-def test_processes_share_the_images_and_find_what_one_finds(start, script, folder):
+def test_processes_share_the_images_and_get_the_scores_of_one_process(start, script, folder):
     settings = ("run=run", *COMMON[2:], "data.path=images", "splits=2", "test=2", "layers=[1,2]")
     alone = script(folder, "classify.py", *settings, "output=alone")
     assert alone.code == 0, alone.err
@@ -627,7 +625,7 @@ def test_processes_share_the_images_and_find_what_one_finds(start, script, folde
     assert found == expected
 
 
-def test_pictures_of_many_sizes_stay_as_they_are_where_the_network_has_learned_so(script, folder):
+def test_images_keep_their_sizes_if_the_network_was_trained_like_that(script, folder):
     settings = ("run=run", *COMMON[2:], "data.path=images", "splits=1", "test=2", "layers=[1,2]")
     result = script(folder, "classify.py", *settings, "upper=maps", "strength=signed")
     assert result.code == 0, result.err
@@ -658,6 +656,6 @@ def test_a_wrong_command_says_what_would_be_right_in_one_line(script, folder, ar
     result = script(folder, "classify.py", *COMMON, *arguments, "output=wrong")
     assert result.code == 1
     lines = [line for line in (result.out + result.err).splitlines() if line.strip()]
-    # The bar, if there was one, is cleared.
+    # A progress bar, if there was one, is cleared.
     said = [line for line in lines if "%|" not in line]
     assert len(said) == 1 and message in said[0]

@@ -1,4 +1,4 @@
-"""Noise taken out and pixels filled in, against closed forms, dense solves and simple baselines."""
+"""Denoising and inpainting, against closed forms, dense solves and simple baselines."""
 
 import math
 import os
@@ -77,7 +77,7 @@ def learned():
 
 @pytest.fixture(scope="module")
 def noisy():
-    """A photograph that the filters have not seen, clean and with noise."""
+    """A photograph that was not trained on, clean and noisy."""
     clean = photograph("astronaut")[None, None]
     return clean, clean + SIGMA * rand(*clean.shape)
 
@@ -86,7 +86,7 @@ def noisy():
 
 
 def gradients(H, W):
-    """The dense matrices of differences of neighbours, (.., H*W)."""
+    """The dense matrix of differences of neighbouring pixels, (.., H*W)."""
     down = torch.kron(torch.diff(torch.eye(H), dim=0), torch.eye(W))
     right = torch.kron(torch.eye(H), torch.diff(torch.eye(W), dim=0))
     return torch.cat([down, right]).double()
@@ -105,7 +105,7 @@ def test_low_frequencies_are_those_of_a_dense_solve(shape, masked):
         assert_close(found[n].flatten(1), expected, rtol=1e-3 if masked else 1e-9, atol=1e-4)
 
 
-def test_what_a_mask_hides_does_not_reach_the_low_frequencies():
+def test_masked_pixels_do_not_affect_the_low_frequencies():
     y, mask = rand(1, 1, 12, 9), torch.ones(1, 1, 12, 9)
     mask[..., 3:6, 2:7] = 0
     hidden = torch.where(mask > 0, y, torch.full_like(y, math.nan))
@@ -115,7 +115,7 @@ def test_what_a_mask_hides_does_not_reach_the_low_frequencies():
 # Denoising.
 
 
-def test_with_one_filter_of_one_pixel_denoising_is_thresholding_of_what_is_not_low():
+def test_with_one_filter_of_one_pixel_denoising_thresholds_the_high_frequencies():
     restorer = Restorer(network(torch.ones(1, 1, 1, 1)), strength=2.0)
     image, sigma = rand(2, 1, 9, 8), 0.3
     (found,) = restorer.denoise(image, sigma)
@@ -130,14 +130,14 @@ def test_with_one_filter_of_one_pixel_denoising_is_thresholding_of_what_is_not_l
     low = tikhonov_lowpass(rough, PSI)
     pilot = own * (image - low) + (1 - own) * (rough - low)
     assert_close(found, shrunk(low, pilot, 2 * share * sigma), rtol=0, atol=1e-5)
-    # What stands out is shrunk less, what does not is gone.
+    # Strong pixels are shrunk less, weak ones vanish.
     assert (found - image)[(image - low).abs() > 1.2].abs().max() < 0.3
     quiet = pilot.abs() < 0.2
     assert quiet.any()
     assert_close(found[quiet], low[quiet], rtol=0, atol=1e-5)
 
 
-def test_averages_over_lattices_are_those_of_codes_that_must_be_zero_elsewhere(monkeypatch):
+def test_cycle_spinning_averages_codes_that_are_zero_off_each_lattice(monkeypatch):
     monkeypatch.setattr(applied, "TOLERANCE", 1e-6)
     monkeypatch.setattr(applied, "ITERATIONS", 500)
     filters = rand(3, 1, 4, 4, seed=8)
@@ -149,7 +149,7 @@ def test_averages_over_lattices_are_those_of_codes_that_must_be_zero_elsewhere(m
     expected = torch.zeros_like(b)
     for i in (0, 1):
         for j in (0, 1):
-            # To the even numbers of rows and columns that hold it with every shift.
+            # To even numbers of rows and columns that hold the image under every shift.
             margin = (j, 1 - j, i, 2 - i)
             image, pilot = (
                 functional.pad(each, margin, mode="replicate")
@@ -175,7 +175,7 @@ def test_the_threshold_of_a_map_grows_with_the_norm_of_its_filter():
     assert_close(one.denoise(image, 0.2)[0], three.denoise(image, 0.2)[0], rtol=0, atol=1e-5)
 
 
-def test_learned_filters_take_out_more_noise_than_total_variation_does(learned, noisy):
+def test_learned_filters_denoise_better_than_total_variation(learned, noisy):
     clean, image = noisy
     (found,) = learned.denoise(image, SIGMA)
     flat = image[0, 0].numpy()
@@ -188,20 +188,20 @@ def test_learned_filters_take_out_more_noise_than_total_variation_does(learned, 
     assert reached > float(psnr(clean, image)) + 5
 
 
-def test_maps_that_are_strong_in_clean_images_are_spared(learned):
+def test_fitting_gives_maps_different_weights(learned):
     assert learned.weights.min() < 0.9 < 1.1 < learned.weights.max()
 
 
-def test_to_know_which_maps_are_strong_in_clean_images_helps():
-    # Images that the first of eight filters has painted alone.
+def test_fitting_to_clean_images_improves_denoising():
+    # Images synthesised from the first of eight filters alone.
     filters = normalize(rand(8, 1, 7, 7) - rand(8, 1, 7, 7).mean((2, 3), keepdim=True))
     strokes = rand(6, 1, 54, 54, seed=1) * (rand(6, 1, 54, 54, seed=2) > 2.2)
     clean = 0.5 + 0.5 * deconvolve(strokes, filters[:1])
     net = network(filters)
     image = clean[4:] + SIGMA * rand(2, 1, 48, 48, seed=3)
-    knowing, plain = Restorer(net).fit(clean[:4]), Restorer(net)
-    assert knowing.weights.argmin() == 0
-    errors = [psnr(clean[4:], each.denoise(image, SIGMA)[0]) for each in (knowing, plain)]
+    fitted, unfitted = Restorer(net).fit(clean[:4]), Restorer(net)
+    assert fitted.weights.argmin() == 0
+    errors = [psnr(clean[4:], each.denoise(image, SIGMA)[0]) for each in (fitted, unfitted)]
     assert (errors[0] > errors[1]).all()
     assert (errors[0] - errors[1]).mean() > 0.1
 
@@ -232,9 +232,9 @@ def test_a_colour_network_treats_a_grey_image_as_its_grey_filters_would(learned)
     assert_close(colour.denoise(image, 0.1)[0], grey.denoise(image, 0.1)[0], rtol=0, atol=1e-3)
 
 
-def test_layers_that_explain_the_maps_well_give_the_image_of_layer_one(learned, noisy):
+def test_upper_layers_that_reconstruct_the_maps_give_the_image_of_layer_one(learned, noisy):
     image = noisy[1][..., :40, :40]
-    # Filters of one place that hand every map through.
+    # Filters of one pixel that copy every map.
     K = 12
     above = LayerSettings(K, 1, lam=1e4, solver=SolverSettings(iterations=100, tolerance=1e-6))
     net = network(learned.filters[:K], above=[above])
@@ -246,7 +246,7 @@ def test_layers_that_explain_the_maps_well_give_the_image_of_layer_one(learned, 
 
 
 def with_a_layer_above(filters, image, *, pool=(1, 2, 2), pooling="after", **settings):
-    """A network whose layer 2 has patches of the maps of an image for filters."""
+    """A network whose layer 2 has patches of the maps of an image as filters."""
     net = network(filters, above=[LayerSettings(20, 3, **settings)], pool=pool, pooling=pooling)
     codes = net.infer(image.clamp(0, 1), depth=1)
     net.layer(2).fit_scale(codes.layers[-1].pooled)
@@ -265,7 +265,7 @@ def test_layers_with_pooling_and_other_targets_restore_too(learned, noisy, targe
     b = (image - tikhonov_lowpass(image, PSI)) / SIGMA
     found = restorer._infer(b, pilot=b)
     (above,), below = restorer._infer_upper(found, b, 2), b - found.residual
-    # It explains a good part of what layer 1 made.
+    # It reconstructs a good part of the image of layer 1.
     assert float((above * below).sum() / (above.norm() * below.norm())) > 0.5
 
 
@@ -293,7 +293,7 @@ def test_the_estimated_noise_is_within_a_tenth_and_what_denoising_uses(learned, 
 # Missing pixels.
 
 
-def test_what_is_hidden_changes_nothing_and_what_is_seen_stays(learned, noisy):
+def test_masked_pixels_have_no_effect_and_observed_ones_stay(learned, noisy):
     clean, _ = noisy
     clean = clean[..., :40, :44]
     mask = (rand(1, 1, 40, 44, seed=5) > 0).float()
@@ -306,7 +306,7 @@ def test_what_is_hidden_changes_nothing_and_what_is_seen_stays(learned, noisy):
     assert not torch.equal(smooth[mask > 0], clean[mask > 0])
 
 
-def test_half_of_the_pixels_are_filled_in_better_than_by_a_smooth_surface(learned, noisy):
+def test_half_of_the_pixels_are_inpainted_better_than_by_biharmonic_interpolation(learned, noisy):
     clean = noisy[0][..., :96, :96]
     generator = torch.Generator().manual_seed(0)
     mask = (torch.rand(1, 1, *clean.shape[2:], generator=generator) < 0.5).float()
@@ -317,7 +317,7 @@ def test_half_of_the_pixels_are_filled_in_better_than_by_a_smooth_surface(learne
     assert float(psnr(clean, found)) > float(psnr(clean, smooth)) + 0.2
 
 
-def test_where_nothing_is_missing_noise_is_taken_out_all_the_same(learned, noisy):
+def test_inpainting_without_missing_pixels_removes_noise(learned, noisy):
     clean, image = noisy
     whole = torch.ones(1, 1, *image.shape[2:])
     (found,) = learned.inpaint(image, whole, SIGMA, keep_observed=False)
@@ -348,7 +348,7 @@ def test_where_nothing_is_missing_noise_is_taken_out_all_the_same(learned, noisy
         (lambda r: r.fit(torch.zeros(1, 1, 20, 20)), "nothing in them"),
     ],
 )
-def test_what_does_not_fit_is_refused_in_one_line(learned, call, message):
+def test_invalid_input_is_refused_in_one_line(learned, call, message):
     with pytest.raises(ValueError, match=message) as error:
         call(learned)
     assert "\n" not in str(error.value)
@@ -378,7 +378,7 @@ def run_folder(learned, tmp_path_factory):
     return folder
 
 
-def test_the_command_denoises_and_says_what_was_won(script, run_folder):
+def test_the_command_denoises_and_prints_the_quality(script, run_folder):
     result = script(
         run_folder,
         "denoise.py",
@@ -411,7 +411,7 @@ def test_the_command_estimates_noise_where_none_is_given(script, run_folder):
 
 
 @pytest.mark.parametrize("missing", ["0.5", "box", "half", "holes.png"])
-def test_the_command_fills_in_what_is_missing(script, run_folder, missing):
+def test_the_command_inpaints_missing_pixels(script, run_folder, missing):
     result = script(
         run_folder,
         "inpaint.py",
@@ -424,8 +424,8 @@ def test_the_command_fills_in_what_is_missing(script, run_folder, missing):
     assert (run_folder / "inpainted/camera-layer1.png").is_file()
 
 
-def test_no_file_that_is_read_is_written_over(script, run_folder, tmp_path):
-    """Under its own name the result stands beside its image; where it cannot, nothing is done."""
+def test_no_input_file_is_overwritten(script, run_folder, tmp_path):
+    """A result has a name of its own beside its image; if that is an input, nothing is done."""
     for name in ("cat.png", "holes.png", "camera.png"):
         shutil.copy(run_folder / name, tmp_path / name)
     run = f"run={run_folder / 'net.safetensors'}"
@@ -437,7 +437,7 @@ def test_no_file_that_is_read_is_written_over(script, run_folder, tmp_path):
     for name in ("cat-layer1.png", "cat-compared.png"):
         (tmp_path / name).unlink()
     (tmp_path / "out").mkdir()
-    # An input that has the name of a result, a link to one, and the file of what is missing.
+    # An input with the name of a result, a link to one, and the mask file.
     shutil.copy(tmp_path / "cat.png", tmp_path / "cat-layer1.png")
     (tmp_path / "out/camera-compared.png").symlink_to(tmp_path / "camera.png")
     os.link(tmp_path / "holes.png", tmp_path / "out/holes-layer1.png")
@@ -507,7 +507,7 @@ def test_a_command_that_is_interrupted_says_so_in_one_line(
     ):
         monkeypatch.setattr(made, interrupt)
     monkeypatch.chdir(run_folder)
-    # Which the command sets for itself, and other tests must not see.
+    # The command sets it, which other tests must not see.
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
     monkeypatch.setattr("sys.argv", [name, "run=net.safetensors", "output=interrupted", *arguments])
     with pytest.raises(SystemExit) as end:
@@ -517,10 +517,10 @@ def test_a_command_that_is_interrupted_says_so_in_one_line(
     assert out == "" and err.startswith("stopped; ") and len(err.splitlines()) == 1
 
 
-def test_a_run_whose_images_are_gone_serves_unfitted_and_downloads_nothing(
+def test_a_run_whose_images_are_gone_is_used_unfitted_and_downloads_nothing(
     run_folder, tmp_path, monkeypatch, capsys
 ):
-    """It says what it would read: the run may be a stranger's."""
+    """It prints what it would read, since the run may come from a stranger."""
     net = load(run_folder / "net.safetensors")
     tensors, settings = net.to_parts()
 
@@ -550,7 +550,7 @@ def test_a_run_whose_images_are_gone_serves_unfitted_and_downloads_nothing(
 
 
 class Stream:
-    """Many images, of which it is noted which are read."""
+    """Many images that record which of them are read."""
 
     def __init__(self, read, count):
         self.numbers, self.count = read, count
@@ -578,7 +578,7 @@ class Stream:
         ("reconstruct.py", ["images=camera.png", "memory=1e-5", "parts=true"], "parts=true"),
     ],
 )
-def test_what_is_wrong_with_any_image_is_said_before_the_first_is_restored(
+def test_errors_of_all_images_are_raised_before_the_first_is_restored(
     script, run_folder, name, arguments, message
 ):
     Image.new("L", (1, 1)).save(run_folder / "tiny.png")
@@ -601,7 +601,7 @@ def test_an_image_without_noise_does_not_stop_the_others(script, run_folder):
     assert (np.asarray(Image.open(run_folder / "flat/flat-layer1.png")) == 90).all()
 
 
-def test_an_image_without_noise_is_no_estimate(learned):
+def test_no_noise_can_be_estimated_from_a_constant_image(learned):
     with pytest.raises(ValueError, match="image 1 has no noise"):
         learned.denoise(torch.cat([rand(1, 1, 40, 40), torch.ones(1, 1, 40, 40)]))
 
@@ -613,8 +613,8 @@ def test_equal_images_are_infinitely_near():
 
 
 @pytest.mark.parametrize("depth", [1, 2])
-def test_nothing_in_an_image_is_restored_as_nothing(learned, depth):
-    """Also where the maps of layer 1, whose size layer 2 goes by, are all zero."""
+def test_a_constant_image_stays_constant(learned, depth):
+    """Also if the maps of layer 1, by whose size layer 2 is scaled, are all zero."""
     net = with_a_layer_above(learned.filters, rand(1, 1, 48, 50).sigmoid(), target="image")
     flat = torch.full((1, 1, 48, 50), 0.4)
     for found in Restorer(net).denoise(flat, 0.1, depth=depth):

@@ -1,4 +1,4 @@
-"""Other ways to learn features, behind the interface of the package's own; what all are worth."""
+"""The baselines have one interface, and the benchmark of features measures them."""
 
 import gzip
 import json
@@ -267,7 +267,7 @@ def write_idx(path, array):
 
 
 def write_fashion(folder, train=40, test=20):
-    """Four classes of 28x28 by which quarter is bright, half of the files gzipped."""
+    """Four classes of 28x28 images, told by the bright quarter; half of the files are gzipped."""
     random = np.random.default_rng(0)
     for part, count in (("train", train), ("t10k", test)):
         labels = np.arange(count) % 4
@@ -335,7 +335,7 @@ def test_what_is_chosen_for_the_classifier_comes_from_the_training_images_alone(
         ("--train 1", "--train 1: must be at least"),
         ("--steps blur", r"preprocessing.steps=\['blur'\]"),
         ("--device abacus", "device=abacus: no such device"),
-        ("--train 1700", "error: test=500: digits has 97 for it"),
+        ("--train 1700", "error: test=500: digits has only 97 images"),
         ("--dataset fashion --root nowhere", "error: root=nowhere: no train-images-idx3-ubyte"),
     ],
 )

@@ -1,18 +1,18 @@
-"""What benchmarks/ judges solvers by: problems, objective, bounds, clocks and tables."""
+"""The benchmarks: problems, objective, bounds, clocks and tables."""
 
 import argparse
 import math
 import warnings
 from dataclasses import replace
 
-import clocks
+import comparison_tables
 import gpu
 import numpy as np
 import problems
 import pytest
-import report
 import restoration
 import scaling
+import timing
 import torch
 from scipy.signal import convolve2d
 from scipy.stats import linregress
@@ -32,7 +32,7 @@ def maps(problem, boundary, seed=1):
     return np.random.default_rng(seed).standard_normal((N, K, H + grow[0], W + grow[1]))
 
 
-def painted_by_hand(z, f, boundary):
+def synthesized_by_hand(z, f, boundary):
     """By sums of shifted filters (circular), or scipy's direct convolution (valid)."""
     (N, K), (_, C, h, w) = z.shape[:2], f.shape
     image = 0
@@ -49,33 +49,37 @@ def painted_by_hand(z, f, boundary):
 @pytest.mark.parametrize("boundary", ["circular", "valid"])
 def test_the_objective_is_that_of_a_convolution_done_by_hand(problem, boundary):
     z = maps(problem, boundary)
-    error = problem.y - painted_by_hand(z, problem.f.astype(float), boundary)
+    error = problem.y - synthesized_by_hand(z, problem.f.astype(float), boundary)
     expected = np.square(error).sum((1, 2, 3)) / 2 + 0.3 * np.abs(z).sum((1, 2, 3))
     assert np.allclose(problems.Objective(problem, boundary)(z), expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize("boundary", ["circular", "valid"])
-def test_correlating_is_the_adjoint_of_painting(problem, boundary):
-    judge, z = problems.Objective(problem, boundary), maps(problem, boundary)
+def test_correlation_is_the_adjoint_of_synthesis(problem, boundary):
+    objective, z = problems.Objective(problem, boundary), maps(problem, boundary)
     y = np.random.default_rng(2).standard_normal(problem.y.shape)
-    assert (judge.paint(z) * y).sum() == pytest.approx((z * judge.correlate(y)).sum(), rel=1e-12)
+    assert (objective.synthesize(z) * y).sum() == pytest.approx(
+        (z * objective.correlate(y)).sum(), rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("boundary", ["circular", "valid"])
 def test_no_maps_are_below_the_bound_of_any_others(problem, boundary):
-    judge = problems.Objective(problem, boundary)
+    objective = problems.Objective(problem, boundary)
     candidates = [s * maps(problem, boundary, seed) for seed in range(4) for s in (0, 1e-2, 0.1, 1)]
-    lowest = np.min([judge(z) for z in candidates], 0)
-    highest = np.max([judge.dual(z) for z in candidates], 0)
+    lowest = np.min([objective(z) for z in candidates], 0)
+    highest = np.max([objective.dual(z) for z in candidates], 0)
     assert (highest <= lowest).all() and (highest > 0).all()
 
 
 def test_the_bound_touches_the_minimum():
     """Of one filter of one pixel: the minimum is the soft threshold of the image."""
     y = np.random.default_rng(0).standard_normal((2, 1, 6, 6)).astype(np.float32)
-    judge = problems.Objective(problems.Problem("dots", y, np.ones((1, 1, 1, 1), np.float32), 0.5))
+    objective = problems.Objective(
+        problems.Problem("dots", y, np.ones((1, 1, 1, 1), np.float32), 0.5)
+    )
     z = np.sign(y) * np.maximum(np.abs(y.astype(float)) - 0.5, 0)
-    assert np.allclose(judge.dual(z), judge(z), rtol=1e-12)
+    assert np.allclose(objective.dual(z), objective(z), rtol=1e-12)
 
 
 def test_the_low_frequencies_solve_their_normal_equations():
@@ -109,8 +113,8 @@ def test_random_filters_have_unit_norm_and_are_the_same_every_time():
     assert (f == problems.random_filters(problems.LEARNING)).all()
 
 
-def test_every_iteration_is_due_up_to_the_twentieth_and_then_every_twentieth_part_more():
-    due = clocks.Due()
+def test_every_iteration_is_due_up_to_the_twentieth_and_then_after_each_five_percent():
+    due = timing.Due()
     seen = [i for i in range(1, 2000) if due(i)]
     assert seen[:20] == list(range(1, 21))
     late = [(a, b) for a, b in zip(seen, seen[1:], strict=False) if a >= 20]
@@ -118,15 +122,15 @@ def test_every_iteration_is_due_up_to_the_twentieth_and_then_every_twentieth_par
     assert len(seen) < 130
 
 
-def test_the_clock_stands_still_while_maps_are_judged(monkeypatch):
+def test_the_clock_is_paused_while_maps_are_evaluated(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(clocks.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
 
-    def judge(z):
+    def objective(z):
         now[0] += 100
         return np.array([10.0, 10.0])
 
-    recorder = clocks.Recorder(judge, goal=1.0, limit=3.5)
+    recorder = timing.Recorder(objective, goal=1.0, limit=3.5)
     recorder.start()
     stopped = []
     for iteration in range(1, 5):
@@ -137,10 +141,10 @@ def test_the_clock_stands_still_while_maps_are_judged(monkeypatch):
 
 
 def test_a_recorder_stops_at_its_goal_and_without_objective_after_its_iterations():
-    recorder = clocks.Recorder(lambda z: np.array([z]), goal=2.0)
+    recorder = timing.Recorder(lambda z: np.array([z]), goal=2.0)
     recorder.start()
     assert [recorder(i, lambda i=i: 5.0 - i) for i in (1, 2, 3)] == [False, False, True]
-    counting = clocks.Recorder(None, iterations=2)
+    counting = timing.Recorder(None, iterations=2)
     counting.start()
     assert [counting(i, lambda: None) for i in (1, 2)] == [False, True]
 
@@ -149,32 +153,32 @@ def test_snapshots_are_of_the_same_iterations_however_long_these_take(monkeypatc
     kept = []
     for step in (0.1, 10.0):
         now = [0.0]
-        monkeypatch.setattr(clocks.time, "perf_counter", lambda now=now: now[0])
-        snapshots = clocks.Snapshots(iterations=40)
+        monkeypatch.setattr(timing.time, "perf_counter", lambda now=now: now[0])
+        snapshots = timing.Snapshots(iterations=40)
         snapshots.start()
         for i in range(1, 41):
             now[0] += step
             snapshots(i, lambda: np.zeros(1))
-        kept.append([iteration for iteration, _, _ in snapshots.kept])
+        kept.append([iteration for iteration, _, _ in snapshots.recorded])
     assert kept[0] == kept[1] and kept[0][0] == 1 and kept[0][-1] == 40
 
 
 def test_the_time_to_a_level_is_that_of_the_first_maps_below_it():
     points = [(1, 0.1, 20.0), (2, 0.2, 10.9), (3, 0.3, 11.5), (4, 0.4, 10.05)]
-    assert clocks.time_to(points, 10.0, 0.1) == (0.2, 2)
-    assert clocks.time_to(points, 10.0, 0.01) == (0.4, 4)
-    assert clocks.time_to(points, 10.0, 1e-3) == (math.inf, 0)
+    assert timing.time_to(points, 10.0, 0.1) == (0.2, 2)
+    assert timing.time_to(points, 10.0, 0.01) == (0.4, 4)
+    assert timing.time_to(points, 10.0, 1e-3) == (math.inf, 0)
 
 
 def test_ratios_are_those_of_the_best_in_every_round():
-    fastest = clocks.best([[4.0, 9.0], [6.0, 3.0]])
+    fastest = timing.best([[4.0, 9.0], [6.0, 3.0]])
     assert fastest == [4.0, 3.0]
-    assert clocks.ratios(fastest, [2.0, 1.0]) == [2.0, 3.0]
-    assert clocks.spread([3.0, 1.0, 2.0], 1) == "2.0 (1.0 to 3.0)"
-    assert clocks.spread([math.inf, 1.0, math.inf]) == "never"
+    assert timing.ratios(fastest, [2.0, 1.0]) == [2.0, 3.0]
+    assert timing.spread([3.0, 1.0, 2.0], 1) == "2.0 (1.0 to 3.0)"
+    assert timing.spread([math.inf, 1.0, math.inf]) == "never"
 
 
-def test_tables_say_how_many_times_as_long_the_peer_takes_and_a_plot_is_drawn(tmp_path):
+def test_tables_give_the_ratio_of_the_times_and_a_plot_is_drawn(tmp_path):
     curve = [[1, 1.0, 30.0], [2, 2.0, 10.5], [3, 3.0, 10.0]]
     faster = [[i, seconds / 4, value] for i, seconds, value in curve]
     runs = [
@@ -184,12 +188,12 @@ def test_tables_say_how_many_times_as_long_the_peer_takes_and_a_plot_is_drawn(tm
     ]
     minima = {"circular": {"objective": [6.0, 4.0], "gap": 1e-7}}
     found = {
-        "machine": clocks.machine(),
+        "machine": timing.machine(),
         "options": {"device": "cpu", "repeats": 2},
         "problems": {"grey": {"title": "grey", "minima": minima}},
         "runs": runs,
     }
-    text = report.show("coding", found, tmp_path)
+    text = comparison_tables.show("coding", found, tmp_path)
     assert "| deconvnet ADMM | 4.0 (4.0 to 4.0) | 4.0 (4.0 to 4.0) |" in text
     assert "| SPORCO ADMM | 2.00 (2.00 to 2.00) | 3.00 (3.00 to 3.00) |" in text
     assert (tmp_path / "coding-1.png").stat().st_size > 10_000
@@ -208,7 +212,7 @@ def test_the_exponent_of_a_power_is_exact_and_its_error_that_of_a_regression():
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_cells_of_an_axis_differ_by_their_place_on_it_alone(device):
+def test_the_cells_of_an_axis_differ_only_along_it(device):
     options = argparse.Namespace(device=device, threads=1, repeats=3, quick=False)
     cells = scaling.cases(options)
     assert {cell.axis for cell in cells} == set(scaling.AXES)
@@ -236,7 +240,7 @@ def test_layers_of_a_cell_are_inferred_through_those_below():
     assert found["maps_bytes"] == 4 * 12 * 23**2
 
 
-def test_the_peak_is_what_was_taken_meanwhile_also_if_it_was_freed():
+def test_the_peak_counts_memory_that_was_freed_during_the_run():
     scaling.peak_of(lambda: np.ones(2**18), "cpu")
     used = scaling.peak_of(lambda: np.ones(2**23), "cpu")
     # The kernel counts pages in batches.
@@ -273,7 +277,7 @@ def test_computations_that_are_compared_repeat_themselves_and_find_something():
             assert max(gpu.difference(a, b) for a, b in zip(once, again, strict=True)) < 1e-10
 
 
-def test_of_waits_only_those_for_the_device_are_counted_where_they_happen():
+def test_only_waits_for_the_device_are_counted_at_the_line_where_they_happen():
     def run():
         for _ in range(3):
             warnings.warn("called a synchronizing CUDA operation", stacklevel=1)

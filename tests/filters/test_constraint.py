@@ -12,9 +12,9 @@ def test_the_projection_of_a_zero_filter_is_zero_or_the_fallback():
     f, other = rand(3, 2, 3, 3), normalize(rand(3, 2, 3, 3, seed=1), "plane")
     f[1], f[2, 0] = 0, 0
     assert (normalize(f)[1] == 0).all() and torch.isfinite(normalize(f)).all()
-    found = FilterConstraint("plane").project(f, fallback=other)
-    assert torch.equal(found[1], other[1]) and torch.equal(found[2, 0], other[2, 0])
-    assert_close(found[0, 0], f[0, 0] / f[0, 0].norm())
+    projected = FilterConstraint("plane").project(f, fallback=other)
+    assert torch.equal(projected[1], other[1]) and torch.equal(projected[2, 0], other[2, 0])
+    assert_close(projected[0, 0], f[0, 0] / f[0, 0].norm())
 
 
 @pytest.mark.parametrize("norm", ["filter", "plane"])

@@ -49,9 +49,9 @@ def problem(name, boundary, N=3):
 def test_the_gradient_is_that_of_whole_maps(name, boundary):
     z, f, y = problem(name, boundary)
     size = tuple(f.shape[2:])
-    found = SparseMaps.from_dense(z).filter_gradient(y, size, boundary)
-    assert found.dtype == torch.float64 and found.any()
-    assert_close(found, filter_gradient(z, y, size, boundary=boundary), rtol=1e-10, atol=1e-11)
+    gradient = SparseMaps.from_dense(z).filter_gradient(y, size, boundary)
+    assert gradient.dtype == torch.float64 and gradient.any()
+    assert_close(gradient, filter_gradient(z, y, size, boundary=boundary), rtol=1e-10, atol=1e-11)
 
 
 @cases
@@ -69,17 +69,17 @@ def test_the_gradient_is_that_of_a_loop_over_entries(name, boundary):
                 row, column = row % H, column % W
             if 0 <= row < H and 0 <= column < W:
                 expected[k, :, a, c] += z[n, k, i, j] * y[n, :, row, column]
-    found = SparseMaps.from_dense(z).filter_gradient(y, (h, w), boundary)
-    assert_close(found, expected, rtol=1e-10, atol=1e-11)
+    gradient = SparseMaps.from_dense(z).filter_gradient(y, (h, w), boundary)
+    assert_close(gradient, expected, rtol=1e-10, atol=1e-11)
 
 
 @cases
 @boundaries
 def test_the_gradient_is_the_adjoint_of_painting(name, boundary):
     z, f, y = problem(name, boundary)
-    found = SparseMaps.from_dense(z).filter_gradient(y, tuple(f.shape[2:]), boundary)
+    gradient = SparseMaps.from_dense(z).filter_gradient(y, tuple(f.shape[2:]), boundary)
     painted = deconvolve(z, f, boundary=boundary)
-    assert_close((found * f).sum(), (y * painted).sum(), rtol=1e-10, atol=1e-11)
+    assert_close((gradient * f).sum(), (y * painted).sum(), rtol=1e-10, atol=1e-11)
 
 
 @cases
@@ -87,10 +87,10 @@ def test_the_gradient_is_the_adjoint_of_painting(name, boundary):
 def test_the_correlations_are_those_by_way_of_fourier(name, boundary):
     z, f, y = problem(name, boundary)
     size = tuple(f.shape[2:])
-    found = SparseMaps.from_dense(z).correlations(size, wrap=boundary == "circular")
-    assert found.dtype == torch.float64
+    gram = SparseMaps.from_dense(z).correlations(size, wrap=boundary == "circular")
+    assert gram.dtype == torch.float64
     _, expected = statistics._sums_by_fourier(z, y, size, boundary, None)
-    assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    assert_close(gram, expected, rtol=1e-10, atol=1e-10)
 
 
 @cases
@@ -107,8 +107,8 @@ def test_the_correlations_are_those_of_a_loop_over_pairs(name, wrap):
                 row, column = row % rows, column % columns
             if 0 <= row < rows and 0 <= column < columns:
                 expected[k, :, a, c] += z[n, k, i, j] * z[n, :, row, column]
-    found = SparseMaps.from_dense(z).correlations((h, w), wrap)
-    assert_close(found, expected, rtol=1e-10, atol=1e-11)
+    gram = SparseMaps.from_dense(z).correlations((h, w), wrap)
+    assert_close(gram, expected, rtol=1e-10, atol=1e-11)
 
 
 @boundaries
@@ -139,8 +139,8 @@ def test_the_order_in_memory_does_not_matter():
         expected = filter_gradient(of, images, size)
         assert_close(few.filter_gradient(images, size, "valid"), expected, rtol=1e-10, atol=1e-11)
     strided = y.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
-    found = SparseMaps.from_dense(z).filter_gradient(strided, size, "valid")
-    assert_close(found, filter_gradient(z, y, size), rtol=1e-10, atol=1e-11)
+    gradient = SparseMaps.from_dense(z).filter_gradient(strided, size, "valid")
+    assert_close(gradient, filter_gradient(z, y, size), rtol=1e-10, atol=1e-11)
 
 
 def test_dense_maps_are_not_few_and_empty_ones_sum_to_zero(monkeypatch):

@@ -100,8 +100,8 @@ def test_the_sums_of_a_bound_lie_above_the_cost_through_a_layer_and_touch_it(bou
     # So that what lowers the one lowers the other.
     before = cost_through(batches, f, boundary=boundary)
     for iterations in (1, 10, 100):
-        found = update_filters(f, sums, iterations=iterations)
-        assert cost_through(batches, found, boundary=boundary) < before * (1 - 1e-3)
+        updated = update_filters(f, sums, iterations=iterations)
+        assert cost_through(batches, updated, boundary=boundary) < before * (1 - 1e-3)
 
 
 def test_a_curvature_of_one_is_no_bound_but_the_sums_themselves():
@@ -144,7 +144,7 @@ def test_maps_in_single_precision_give_sums_in_double_precision_that_agree():
     z, f, b = problem("valid")
     sums = sums_of(z, f, b, "valid")
     single = sums_of(z.float(), f.float(), b.float(), "valid")
-    for found, expected in ((single.linear, sums.linear), (single.gram, sums.gram)):
-        assert found.dtype == torch.float64
-        assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+    for updated, expected in ((single.linear, sums.linear), (single.gram, sums.gram)):
+        assert updated.dtype == torch.float64
+        assert (updated - expected).abs().max() < 1e-5 * expected.abs().max()
     assert update_filters(f.float(), single).dtype == torch.float32

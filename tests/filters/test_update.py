@@ -51,14 +51,14 @@ def test_updates_never_raise_the_true_cost_and_keep_unit_norms(boundary, norm):
         # Maps of very different energy, as those of rare filters.
         z = z * torch.logspace(0, -3, K, dtype=torch.float64).view(-1, 1, 1)
         f = normalize(f, norm)
-        found = update_filters(
+        updated = update_filters(
             f, sums_of(z, f, b, boundary), FilterConstraint(norm), iterations=1 + seed
         )
-        before, after = (true_cost(v, z, b, boundary).item() for v in (f, found))
+        before, after = (true_cost(v, z, b, boundary).item() for v in (f, updated))
         assert after <= before * (1 + 1e-12)
         lowered += after < before * (1 - 1e-3)
         axes = (2, 3) if norm == "plane" else (1, 2, 3)
-        length = torch.linalg.vector_norm(found, dim=axes)
+        length = torch.linalg.vector_norm(updated, dim=axes)
         assert_close(length, torch.ones_like(length), rtol=1e-12, atol=0)
     assert lowered >= 10
 
@@ -71,8 +71,8 @@ def test_more_iterations_never_end_at_a_higher_cost(boundary):
         # Smooth maps that resemble each other: momentum overshoots.
         z = torch.nn.functional.avg_pool2d(z, 3, 1, padding=1) + 0.5 * z.mean(1, keepdim=True)
         sums = sums_of(z, f, b, boundary)
-        found = [update_filters(f, sums, iterations=n) for n in range(30, 61)]
-        costs = torch.stack([model_cost(f, sums)] + [model_cost(v, sums) for v in found])
+        updates = [update_filters(f, sums, iterations=n) for n in range(30, 61)]
+        costs = torch.stack([model_cost(f, sums)] + [model_cost(v, sums) for v in updates])
         assert (costs.diff() <= 1e-12 * costs.abs().max()).all()
         rose += (costs.diff() == 0).any().item()
     # Some iteration was no better than the one before, so that the best one had to be kept.
@@ -84,7 +84,7 @@ def test_updates_converge_to_a_stationary_point_on_the_spheres(norm):
     z, f, b = problem("circular", N=6)
     f = normalize(f, norm)
     sums = sums_of(z, f, b, "circular")
-    found = update_filters(f, sums, FilterConstraint(norm), iterations=1000)
+    updated = update_filters(f, sums, FilterConstraint(norm), iterations=1000)
     # Z'Z as a matrix between the pixels of two filters, the same for every channel.
     K, C, h, w = f.shape
     impulses = torch.eye(K * h * w, dtype=f.dtype).view(K, h, w, -1).movedim(3, 1)
@@ -96,12 +96,12 @@ def test_updates_converge_to_a_stationary_point_on_the_spheres(norm):
         gradient = (matrix @ pixels).view(K, h, w, C).movedim(3, 1) - sums.linear
         brute = normalize(brute - step * gradient, norm)
     axes = (2, 3) if norm == "plane" else (1, 2, 3)
-    for v in (found, brute):
+    for v in (updated, brute):
         gradient = model_gradient(v, sums)
         tangent = gradient - (gradient * v).sum(axes, keepdim=True) * v
         assert tangent.norm() < 1e-5 * sums.linear.norm()
-    assert_close(model_cost(found, sums), model_cost(brute, sums), rtol=1e-6, atol=0)
-    assert_close(found, brute, rtol=0, atol=1e-3)
+    assert_close(model_cost(updated, sums), model_cost(brute, sums), rtol=1e-6, atol=0)
+    assert_close(updated, brute, rtol=0, atol=1e-3)
 
 
 @boundaries
@@ -113,13 +113,13 @@ def test_disconnected_planes_stay_zero(boundary, norm):
     constraint = FilterConstraint(norm, connectivity=g)
     f0 = normalize(f * g[:, :, None, None], norm)
     for start in (f, f0):
-        found = [
+        updates = [
             update_filters(start, sums, constraint),
             update_filters_by_cg(
                 start, batch(z, start, b, boundary, g), constraint, boundary=boundary
             ),
         ]
-        for updated in found:
+        for updated in updates:
             planes = torch.linalg.vector_norm(updated, dim=(2, 3))
             assert torch.equal(planes != 0, g.bool())
             axes = (2, 3) if norm == "plane" else (1, 2, 3)
@@ -142,11 +142,11 @@ def test_cg_to_the_end_is_the_solution_of_the_normal_equations_with_unit_norm(bo
     z, f, b = problem(boundary, image=(12, 13))
     Z = dense_system(z, f, b, boundary)
     expected = torch.linalg.solve(Z.T @ Z, Z.T @ b.flatten()).view(f.shape)
-    found = update_filters_by_cg(
+    updated = update_filters_by_cg(
         f, batch(z, f, b, boundary), FilterConstraint(norm), iterations=500, boundary=boundary
     )
     # cg stops at a residual of 1e-6; times the condition of Z'Z.
-    assert_close(found, normalize(expected, norm), rtol=0, atol=1e-4)
+    assert_close(updated, normalize(expected, norm), rtol=0, atol=1e-4)
 
 
 @boundaries
@@ -161,18 +161,18 @@ def test_cg_steps_before_the_norm_are_those_of_the_textbook(boundary):
         alpha = r @ r / (d @ q)
         x, new = x + alpha * d, r - alpha * q
         d, r = new + (new @ new) / (r @ r) * d, new
-    found = update_filters_by_cg(f, batch(z, f, b, boundary), iterations=2, boundary=boundary)
-    assert_close(found, normalize(x.view(f.shape)), rtol=1e-9, atol=1e-10)
+    updated = update_filters_by_cg(f, batch(z, f, b, boundary), iterations=2, boundary=boundary)
+    assert_close(updated, normalize(x.view(f.shape)), rtol=1e-9, atol=1e-10)
 
 
 def test_a_filter_without_maps_does_not_change():
     z, f, b = problem("valid")
     z[:, 1] = 0
-    found = update_filters(f, sums_of(z, f, b, "valid"))
-    assert_close(found[1], f[1], rtol=1e-12, atol=1e-14)
-    assert (found[0] - f[0]).abs().max() > 1e-3
-    found = update_filters_by_cg(f, batch(z, f, b, "valid"))
-    assert_close(found[1], f[1], rtol=1e-12, atol=1e-14)
+    updated = update_filters(f, sums_of(z, f, b, "valid"))
+    assert_close(updated[1], f[1], rtol=1e-12, atol=1e-14)
+    assert (updated[0] - f[0]).abs().max() > 1e-3
+    updated = update_filters_by_cg(f, batch(z, f, b, "valid"))
+    assert_close(updated[1], f[1], rtol=1e-12, atol=1e-14)
 
 
 def visits(batches, f, g=None, boundary="valid"):
@@ -194,9 +194,9 @@ def test_cg_through_a_layer_ends_at_the_dense_least_squares_solution_with_unit_n
     TZ, b = matrix_through(batches, f, boundary=boundary)
     expected = torch.linalg.lstsq(TZ, b).solution.view(f.shape)
     go, count = visits(batches, f, boundary=boundary)
-    found = update_filters_by_cg(f, go, FilterConstraint(norm), iterations=300, boundary=boundary)
+    updated = update_filters_by_cg(f, go, FilterConstraint(norm), iterations=300, boundary=boundary)
     # cg stops at a residual of 1e-6; times the condition of the normal equations.
-    assert_close(found, normalize(expected, norm), rtol=0, atol=1e-4)
+    assert_close(updated, normalize(expected, norm), rtol=0, atol=1e-4)
     assert 10 < len(count) < 200
 
 
@@ -210,8 +210,8 @@ def test_cg_through_a_layer_ignores_disconnected_planes():
     expected = torch.zeros_like(f).flatten()
     expected[connected] = torch.linalg.lstsq(TZ[:, connected], b).solution
     go, _ = visits(batches, f, g)
-    found = update_filters_by_cg(f, go, FilterConstraint(connectivity=g), iterations=300)
-    assert_close(found, normalize(expected.view(f.shape)), rtol=0, atol=1e-4)
+    updated = update_filters_by_cg(f, go, FilterConstraint(connectivity=g), iterations=300)
+    assert_close(updated, normalize(expected.view(f.shape)), rtol=0, atol=1e-4)
 
 
 @boundaries
@@ -224,8 +224,8 @@ def test_the_first_step_of_cg_follows_the_gradient_through_the_whole_chain(bound
     curvature = costs[2] - 2 * costs[1] + costs[0]
     step = (gradient.square().sum() / curvature).item()
     go, count = visits(batches, f, boundary=boundary)
-    found = update_filters_by_cg(f, go, iterations=1, boundary=boundary)
-    assert_close(found, normalize(f - step * gradient), rtol=1e-9, atol=1e-10)
+    updated = update_filters_by_cg(f, go, iterations=1, boundary=boundary)
+    assert_close(updated, normalize(f - step * gradient), rtol=1e-9, atol=1e-10)
     # Once for the right hand side, once for each step.
     assert len(count) == 2
 
@@ -238,11 +238,11 @@ def test_cg_treats_the_batches_as_if_they_were_one():
             (z[n : n + 1], b[n : n + 1], alone(T, n)) for z, b, T in batches for n in range(2)
         ]
         one, _ = visits(single[::-1], f)
-        found = [
+        updates = [
             update_filters_by_cg(f, go, FilterConstraint("plane"), iterations=iterations)
             for go in (split, one)
         ]
-        assert_close(found[0], found[1], rtol=1e-10, atol=1e-11)
+        assert_close(updates[0], updates[1], rtol=1e-10, atol=1e-11)
 
 
 def alone(T, n):
@@ -251,11 +251,11 @@ def alone(T, n):
     return F1 @ Unpooling(U.switches[n : n + 1], U.shape) @ S
 
 
-def similarities(found, planted):
-    """Of every planted filter with every found one, the best over sign and shift."""
-    size = found.shape[-1] - 1
-    found, planted = normalize(found), normalize(planted)
-    return torch.nn.functional.conv2d(planted, found, padding=size).abs().amax((2, 3))
+def similarities(learned, planted):
+    """Of every planted filter with every learned one, the best over sign and shift."""
+    size = learned.shape[-1] - 1
+    learned, planted = normalize(learned), normalize(planted)
+    return torch.nn.functional.conv2d(planted, learned, padding=size).abs().amax((2, 3))
 
 
 def learn(b, boundary, seed):
@@ -290,10 +290,10 @@ def test_planted_filters_are_recovered_up_to_sign_shift_and_order(boundary):
     # the one with the lowest cost counts: no knowledge of the truth is used.
     results = [learn(b, boundary, seed) for seed in (24, 1024, 2024)]
     f, solution = min(results, key=lambda result: result[1].objective.sum().item())
-    found = similarities(f, planted)
-    assert found.amax(1).min() > 0.95
+    similarity = similarities(f, planted)
+    assert similarity.amax(1).min() > 0.95
     # One for each: a permutation.
-    assert sorted(found.argmax(1).tolist()) == [0, 1, 2, 3]
+    assert sorted(similarity.argmax(1).tolist()) == [0, 1, 2, 3]
     assert solution.residual.square().sum() < 0.1 * b.square().sum()
 
 

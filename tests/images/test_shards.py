@@ -238,7 +238,7 @@ def test_links_have_the_content_of_what_they_lead_to(tmp_path):
             archive.addfile(info)
     message = read(tmp_path / "s.tar")
     for part in (
-        "s.tar/out.png: a link to etc/passwd, which is no file in s.tar",
+        "s.tar/out.png: a link to etc/passwd, which is not a file in s.tar",
         *("s.tar/x.png: a link to gone.png", "s.tar/loop.png: a link", "s.tar/pipe.png: a device"),
     ):
         assert part in message
@@ -308,6 +308,6 @@ def test_what_is_no_regular_file_is_no_shard(tmp_path):
     os.mkfifo(tmp_path / "pipe.tar")
     (tmp_path / "folder.tar").mkdir()
     write(tmp_path / "folder.tar" / "s.tar", ["0.png"])
-    assert "pipe.tar is no readable, uncompressed .tar file: not a regular" in read(tmp_path)
+    assert "pipe.tar is not a readable, uncompressed .tar file: not a regular" in read(tmp_path)
     assert list(read(tmp_path, skip_unreadable=True)) == ["s.tar/0.png"]
-    assert "absent.tar is no readable" in read(tmp_path / "absent.tar")
+    assert "absent.tar is not a readable" in read(tmp_path / "absent.tar")

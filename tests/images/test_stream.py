@@ -89,8 +89,11 @@ def test_shards_give_the_classes_of_their_folders_and_names(place):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda path: path.write_bytes(b"no archive at all"), "a.tar is no readable, uncompressed"),
-        (lambda path: tarfile.open(path, "w:gz").close(), "a.tar is no readable, uncompressed"),
+        (
+            lambda path: path.write_bytes(b"no archive at all"),
+            "a.tar is not a readable, uncompressed",
+        ),
+        (lambda path: tarfile.open(path, "w:gz").close(), "a.tar is not a readable, uncompressed"),
         (lambda path: tarfile.open(path, "w").close(), "no image in 1 .tar files"),
         (lambda path: None, "no .tar file in this folder"),
     ],

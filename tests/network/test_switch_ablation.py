@@ -303,7 +303,10 @@ def test_the_script_changes_nothing_of_the_run_but_one_picture(copy, script):
         ([], ["run has no value", "run=..."]),
         (["run=nowhere"], ["nowhere: no such run folder or network file"]),
         (["run=copy/train.log"], ["train.log", ".safetensors"]),
-        (["run=copy/network.safetensors"], ["network.safetensors: not a run folder", "train.py"]),
+        (
+            ["run=copy/network.safetensors"],
+            ["network.safetensors: not a run folder", "deconvnet train"],
+        ),
         (["run=copy", "count=0"], ["count=0: must be at least 1"]),
         (["run=copy", "chunk=0"], ["chunk=0", "at least 1"]),
         (["run=copy", "device=nosuch"], ["device=nosuch"]),

@@ -136,7 +136,7 @@ def test_what_does_not_fit_is_refused_with_what_would(memory, message):
 def test_what_goes_on_at_its_other_side_is_not_cut():
     net = network(LayerSettings(24, 7, boundary="circular"))
     assert len(tiling.plan(net, (200, 300), 1, 4.0)) == 1
-    with pytest.raises(ValueError, match="layer1.boundary=circular: .* cannot be cut"):
+    with pytest.raises(ValueError, match="layer1.boundary=circular: .* cannot be split"):
         tiling.plan(net, (2000, 3000), 1, 4.0)
 
 

@@ -547,7 +547,9 @@ def test_learning_recovers_planted_filters():
     z = z.sign() * (1 + z.abs()) * (torch.rand(z.shape, generator=generator) < 0.006)
     images = deconvolve(z, planted)
     learned = learn_filters(
-        *(images, 4, 7),
+        images,
+        4,
+        filter_size=7,
         lam=3.0,
         solver=SolverSettings(method="coordinate"),
         learning=LearningSettings(epochs=30, batch_size=6),

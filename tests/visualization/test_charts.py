@@ -1,4 +1,4 @@
-"""Charts: of the size that was asked for, with every value where and as high as it should be."""
+"""Charts have the requested size and show every value in its position."""
 
 import math
 
@@ -47,7 +47,7 @@ def cells_of(image, window, stride):
     return Cells(image, (window / 2, window / 2), (stride, stride))
 
 
-def test_pictures_are_of_exactly_the_size_that_was_asked_for():
+def test_pictures_have_exactly_the_requested_size():
     x, cells = torch.arange(5.0), cells_of((20, 30), 4, 4)
     lines = line_chart(x, [("a", x)], xlabel="x", size=(171, 233))
     bars = bar_chart({"a": [(1, 0.1)]}, ["g"], ylabel="y", size=(199, 301))
@@ -83,13 +83,13 @@ def test_a_line_has_a_gap_where_a_value_is_not_finite():
     assert longest == pytest.approx(11 / 49 * width, abs=12)
 
 
-def test_lines_of_one_name_are_two_lines():
+def test_two_lines_may_have_the_same_name():
     x = torch.linspace(0, 1, 9)
     picture = line_chart(x, [("cat", x), ("cat", 1 - x)], xlabel="x", legend=False)
     assert painted(picture, color(0)).any() and painted(picture, color(1)).any()
 
 
-def test_a_reference_is_a_dashed_black_line_all_the_way_across():
+def test_a_reference_is_a_dashed_black_line_across_the_chart():
     x = torch.linspace(0, 1, 9)
     given = {"xlabel": "x", "limits": (0, 1), "legend": False}
     plain = line_chart(x, [("a", 0 * x)], **given)
@@ -116,7 +116,7 @@ def test_bars_are_as_high_as_their_values_and_the_control_is_grey():
             assert height == pytest.approx(unit * value, abs=0.05 * unit + 2)
 
 
-def test_errors_reach_from_below_to_above_the_end_of_a_bar_and_unknown_ones_are_left_out():
+def test_error_bars_are_centred_at_the_end_of_a_bar_and_left_out_if_not_finite():
     given = {"groups": ["g"], "ylabel": "y", "size": (400, 300)}
     known, unknown = (
         bar_chart({"a": [(2.0, error)], "b": [(2.5, 0.0)]}, **given) for error in (0.4, math.nan)
@@ -129,7 +129,7 @@ def test_errors_reach_from_below_to_above_the_end_of_a_bar_and_unknown_ones_are_
     assert changed[-1].item() == pytest.approx(top + 0.4 * unit, abs=3)
 
 
-def test_a_heat_map_has_every_value_at_its_place_in_the_image():
+def test_a_heat_map_shows_every_value_at_its_position_in_the_image():
     values = torch.tensor([[0.0, 1.0, 0.5], [0.25, 0.75, math.nan]])
     cells = cells_of((12, 20), 6, 4)  # middles at rows 3, 7 and columns 3, 7, 11
     picture = heat_map(values, cells, size=(120, 200))
@@ -152,7 +152,7 @@ def test_the_limits_of_a_heat_map_are_the_ends_of_its_scale():
         assert_close(picture[:, 40, 40], heat(share).float(), atol=0.01, rtol=0)
 
 
-def test_the_value_of_the_whole_is_marked_at_its_height_beside_the_scale():
+def test_the_value_of_the_whole_image_is_marked_at_the_scale():
     values, cells = torch.tensor([[0.0, 1.0]]), Cells((8, 8), (4, 2), (8, 4))
     plain = heat_map(values, cells, size=(200, 200))
     for share in (0.25, 0.8):
@@ -176,7 +176,7 @@ def test_labels_are_coloured_in_the_order_of_their_areas():
     assert not painted(picture[:, :, 160 + 8 : 160 + 20], OTHER).any()
 
 
-def test_labels_beyond_the_most_frequent_are_others():
+def test_less_frequent_labels_are_grouped_as_others():
     labels = torch.arange(10).repeat_interleave(torch.arange(10, 0, -1))  # of 0 ten, of 1 nine ...
     labels = torch.cat([labels, labels[:1]])
     cells = Cells((4, 56), (2, 0.5), (4, 1))
@@ -186,7 +186,7 @@ def test_labels_beyond_the_most_frequent_are_others():
         assert_close(picture[:, 20, 10 * column + 5], wanted, atol=0.01, rtol=0)
 
 
-def test_drawing_leaves_nothing_behind():
+def test_drawing_leaves_no_open_figures():
     before = dict(matplotlib.rcParams)
     x = torch.arange(4.0)
     first = line_chart(x, [("a", x)], xlabel="x")
@@ -196,7 +196,7 @@ def test_drawing_leaves_nothing_behind():
     assert torch.equal(line_chart(x, [("a", x)], xlabel="x"), first)
 
 
-def test_what_does_not_fit_is_said_in_one_line():
+def test_mismatched_input_is_refused_in_one_line():
     x = torch.arange(4.0)
     with pytest.raises(ValueError, match="line a: 3 values over 4 positions"):
         line_chart(x, [("a", x[:3])], xlabel="x")

@@ -1,5 +1,5 @@
-"""Features over the epochs of training: the strongest activation of every map is found whatever the
-order of the images, projected as everything else is, and kept whatever happens to the run."""
+"""Features over the epochs of training: the strongest activations are found for every order of the
+images, projected like everything else, and survive interruptions of the run."""
 
 import logging
 from dataclasses import replace
@@ -72,7 +72,7 @@ def places(peaks):
 
 
 @pytest.mark.parametrize("first", [(0, 5, 0, 6), (1, 4, 2, 4), (2, 3, 5, 6)])
-def test_peaks_are_the_strongest_whatever_the_order_and_the_chunks(first):
+def test_peaks_are_the_strongest_for_every_order_and_batch_size(first):
     generator = torch.Generator().manual_seed(0)
     # Few different magnitudes, so that there are equals everywhere.
     z = torch.randint(-3, 4, (9, 7, 5, 6), generator=generator).float()
@@ -91,7 +91,7 @@ def test_peaks_are_the_strongest_whatever_the_order_and_the_chunks(first):
             assert peaks.values[k] == (z[place[0], k, place[1], place[2]] if place else 0)
 
 
-def test_peaks_go_through_a_checkpoint(tmp_path):
+def test_peaks_survive_a_checkpoint(tmp_path):
     z = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
     half = Peaks.none(z).updated(z[:2], torch.arange(2), (0, 5, 1, 4))
     state = load_checkpoint(save_checkpoint(tmp_path, 1, half.state_dict()))
@@ -111,7 +111,7 @@ def test_peaks_go_through_a_checkpoint(tmp_path):
         (100, (1, 2, 5, 10, 20, 30, 40, 64, 100)),
     ],
 )
-def test_the_epochs_of_figure_4_that_a_layer_reaches_are_shown_and_its_last(epochs, expected):
+def test_the_epochs_of_figure_4_that_a_layer_reaches_and_its_last_are_shown(epochs, expected):
     assert shown_epochs(epochs) == expected
 
 
@@ -154,7 +154,7 @@ def assert_same_snapshots(found, expected):
 PLAN = SnapshotPlan((1, 3), (4, 16, 4, 16))
 
 
-def test_a_snapshot_has_what_the_epoch_has_seen_and_costs_the_learning_nothing(b):
+def test_a_snapshot_holds_the_peaks_of_its_epoch_and_does_not_change_learning(b):
     plain, recorded = (trainer_of(b, w, reinit_unused=False, recenter=False) for w in (None, PLAN))
     for _ in range(2):
         plain.update(), recorded.update()
@@ -168,7 +168,7 @@ def test_a_snapshot_has_what_the_epoch_has_seen_and_costs_the_learning_nothing(b
     assert torch.equal(plain.layer.filters, recorded.layer.filters)
 
 
-def test_a_snapshot_is_of_the_filters_before_they_are_moved_or_started_anew(b):
+def test_a_snapshot_holds_the_filters_before_they_are_recentred_or_reinitialised(b):
     plan = SnapshotPlan((4,), (0, 20, 0, 20))
     settings = {"epochs": 12, "batch_size": None}
     cared, left = (
@@ -190,7 +190,7 @@ def test_a_snapshot_is_of_the_filters_before_they_are_moved_or_started_anew(b):
 
 
 @pytest.mark.parametrize("stop", [1, 2, 3, 5])
-def test_snapshots_are_the_same_when_learning_was_stopped_in_an_epoch(b, tmp_path, stop):
+def test_snapshots_are_the_same_if_learning_is_interrupted_within_an_epoch(b, tmp_path, stop):
     expected = snapshots(trainer_of(b, PLAN, batch_size=3))
     first = trainer_of(b, PLAN, batch_size=3)
     found = []
@@ -203,14 +203,14 @@ def test_snapshots_are_the_same_when_learning_was_stopped_in_an_epoch(b, tmp_pat
     assert_same_snapshots(found + snapshots(again), expected)
 
 
-def test_peaks_do_not_depend_on_how_many_images_are_visited_at_a_time(b):
+def test_peaks_do_not_depend_on_the_chunk_size(b):
     found, expected = (snapshots(trainer_of(b, PLAN, chunk=chunk)) for chunk in (3, 8))
     for one, other in zip(found, expected, strict=True):
         assert places(one.peaks) == places(other.peaks)
         assert_close(one.peaks.values, other.peaks.values, rtol=1e-3, atol=1e-4)
 
 
-def test_peaks_of_parts_of_the_images_merge_to_those_of_all():
+def test_merged_peaks_of_parts_are_those_of_all_images():
     z = torch.randn(9, 6, 7, 7).round()
     z[:, 4] = 0
     z[:, 5, 2:5, 2:5] = 0
@@ -263,7 +263,7 @@ def lower(codes, layer):
         ("rgb", "circular", (1, 2, 2)),
     ],
 )
-def test_a_column_shows_what_the_features_of_a_finished_layer_show(
+def test_a_snapshot_of_a_trained_layer_shows_its_pixel_features(
     textures, layer, color, boundary, pool
 ):
     """The other way to the same: every layer's dense operator on maps with one entry each."""
@@ -279,7 +279,7 @@ def test_a_column_shows_what_the_features_of_a_finished_layer_show(
     assert found.tiles[0].flatten(1).any(1).all()
 
 
-def test_a_tile_is_the_whole_image_where_the_field_is_larger(textures):
+def test_a_tile_is_the_whole_image_if_the_field_is_larger(textures):
     images = textures(3, 3, 24, 20)
     net = network(pool=(1, 3, 3), size=8)
     codes = inferred(net, images)
@@ -324,7 +324,7 @@ def assert_same(found, expected):
         assert torch.equal(getattr(found, name), getattr(expected, name)), name
 
 
-def test_a_file_keeps_everything_and_tiles_to_eleven_bits_of_any_size(tmp_path):
+def test_a_file_keeps_everything_and_tiles_of_any_magnitude_to_eleven_bits(tmp_path):
     e = some_evolution()
     e.tiles[0, 0] *= 1e-20
     e.tiles[1, 2] *= 1e20
@@ -340,7 +340,7 @@ def test_a_file_keeps_everything_and_tiles_to_eleven_bits_of_any_size(tmp_path):
     assert_same(load_evolution(tmp_path / "again.npz"), found)
 
 
-def test_a_file_that_is_not_of_this_kind_is_refused_in_one_line(tmp_path):
+def test_a_file_of_another_kind_is_refused_in_one_line(tmp_path):
     path = tmp_path / "e.npz"
     some_evolution().save(path)
     whole = path.read_bytes()
@@ -361,7 +361,7 @@ def test_a_file_that_is_not_of_this_kind_is_refused_in_one_line(tmp_path):
         assert str(tmp_path / name) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_columns_are_appended_and_those_of_later_epochs_forgotten(tmp_path):
+def test_epochs_are_appended_and_later_epochs_are_dropped(tmp_path):
     path = tmp_path / "evolution" / "layer1.npz"
     columns = {n: some_evolution((n,), seed=n) for n in (1, 2, 5, 10)}
     for n in (1, 2, 5, 10):
@@ -380,7 +380,7 @@ def test_columns_are_appended_and_those_of_later_epochs_forgotten(tmp_path):
     assert load_evolution(path).tiles.shape == (1, 4, 3, 7, 7)
 
 
-def test_a_damaged_file_of_a_run_costs_its_columns_and_not_the_training(tmp_path, caplog):
+def test_a_damaged_file_loses_its_epochs_but_does_not_stop_the_training(tmp_path, caplog):
     path = tmp_path / "layer1.npz"
     assert load_if_valid(path) is None and not caplog.records
     path.write_bytes(b"damaged")
@@ -393,7 +393,7 @@ def test_a_damaged_file_of_a_run_costs_its_columns_and_not_the_training(tmp_path
     assert load_if_valid(path).epochs == (6,)
 
 
-def test_columns_of_different_networks_are_not_joined():
+def test_evolutions_of_different_networks_are_not_joined():
     e = some_evolution()
     for other in (some_evolution((3,), maps=(0, 4, 8)), some_evolution((3,), side=6)):
         with pytest.raises(ValueError, match="epoch 3 has 3 maps in tiles of.*one network"):
@@ -444,7 +444,7 @@ def test_the_evolution_of_a_network_is_its_strongest_projections_checkpoint_by_c
     assert active >= 8
 
 
-def test_units_whose_field_lies_inside_the_image_come_first_if_asked_for(x):
+def test_units_whose_field_lies_inside_the_image_are_preferred_on_request(x):
     model = cnn(0)
     e = project_checkpoints([Projector(model)], x, "4", maps=range(6), inside=True)
     responses = model(x).detach()
@@ -456,7 +456,7 @@ def test_units_whose_field_lies_inside_the_image_come_first_if_asked_for(x):
     assert_close(e.values[0], torch.where(whole > 0, whole, best.clamp(min=0)))
 
 
-def test_one_network_may_take_the_weights_of_each_checkpoint_in_turn(x):
+def test_one_network_may_load_the_weights_of_each_checkpoint_in_turn(x):
     model, states = cnn(0), [cnn(seed).state_dict() for seed in (0, 1)]
 
     def projectors():
@@ -479,7 +479,7 @@ def test_a_data_set_is_prepared_for_the_network_image_by_image(x):
 
 
 @pytest.mark.parametrize("layer", ["3", "4"], ids=["before the rectifier", "after"])
-def test_maps_that_are_never_active_have_no_image_and_others_are_chosen_evenly(x, layer):
+def test_maps_that_are_never_active_have_no_image_and_default_maps_are_evenly_spaced(x, layer):
     model = cnn(0, maps=40)
     with torch.no_grad():
         model[3].bias[:] = torch.where(torch.arange(40) == 13, -100.0, 100.0)
@@ -502,7 +502,7 @@ def test_maps_that_are_never_active_have_no_image_and_others_are_chosen_evenly(x
 
 
 @pytest.mark.parametrize("layer", [1, 2])
-def test_checkpoints_of_a_learned_network_show_what_its_features_show(textures, layer):
+def test_checkpoints_of_a_deconvnet_show_its_pixel_features(textures, layer):
     images = textures(4, 3, 24, 20)
     net = network("ycbcr")
     codes = inferred(net, images)
@@ -514,7 +514,7 @@ def test_checkpoints_of_a_learned_network_show_what_its_features_show(textures, 
     assert_close(e.tiles[0], tiles, rtol=1e-4, atol=1e-5)
 
 
-def test_what_does_not_fit_is_refused_in_one_line(x):
+def test_mismatched_input_is_refused_in_one_line(x):
     projector, broken = Projector(cnn(0)), Projector(cnn(0))
     broken.model[3].weight.data[2] = torch.nan
     run = partial(project_checkpoints, x=x[:2], layer="4")
@@ -563,13 +563,13 @@ def test_the_picture_has_a_row_for_a_map_and_a_column_for_an_epoch():
             assert torch.equal((shown > 0.5), (tile > 0).expand(3, -1, -1))
 
 
-def test_the_scale_of_a_tile_does_not_show():
+def test_the_magnitude_of_a_tile_does_not_change_the_picture():
     e = some_evolution((1, 2), side=6)
     scaled = replace(e, tiles=e.tiles * torch.tensor([1e-6, 1.0]).view(2, 1, 1, 1, 1))
     assert_close(evolution_picture(scaled), evolution_picture(e), rtol=0, atol=1e-5)
 
 
-def test_a_black_line_stands_where_another_image_has_won():
+def test_a_black_line_marks_a_change_of_the_image():
     e = some_evolution((1, 2, 5), side=7)
     e.boxes[..., 0] = torch.tensor([[3, 3, 3], [3, 4, -1], [3, 4, 3]])
     picture, step = evolution_picture(e), 84 + GAP
@@ -587,7 +587,7 @@ def test_a_black_line_stands_where_another_image_has_won():
 
 
 @pytest.mark.parametrize(("maps", "rows"), [(3, [0, 10, 19]), (1, [0]), (40, list(range(20)))])
-def test_of_many_maps_some_are_shown_evenly(maps, rows):
+def test_a_picture_shows_evenly_spaced_maps(maps, rows):
     e = some_evolution((1,), maps=tuple(range(20)), side=5)
     few = replace(
         e,

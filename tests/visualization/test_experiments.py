@@ -1,4 +1,4 @@
-"""Occlusion, invariance, correspondence: against plain loops, others' code and planted truths."""
+"""Occlusion, invariance and correspondence against plain loops, Captum and planted truths."""
 
 import math
 from itertools import product
@@ -90,7 +90,7 @@ def rectangle(top, left, bottom, right, shape):
 
 
 @pytest.mark.parametrize(("occluder", "stride"), [*SQUARES, ((13, 17), (1, 1))])
-def test_every_place_of_the_square_is_measured_as_if_it_were_the_only_one(occluder, stride):
+def test_every_position_of_the_square_is_measured_independently(occluder, stride):
     x, projector = image(), classifier()
     found = occlusion(
         projector, x, layer="act", occluder_size=occluder, stride=stride, class_index=2, fill=0.3
@@ -112,7 +112,7 @@ def test_every_place_of_the_square_is_measured_as_if_it_were_the_only_one(occlud
         assert found.boxes[p, q].tolist() == box
 
 
-def test_the_unit_is_the_strongest_of_all_or_of_the_map_that_was_asked_for():
+def test_the_unit_is_the_strongest_of_all_maps_or_of_the_given_map():
     x, projector = image(), classifier()
     maps = projector.responses(x, ["act"])["act"][0]
     found = occlusion(projector, x, layer="act", occluder_size=13)
@@ -206,7 +206,7 @@ def test_a_planted_block_of_pixels_is_found():
     assert drop[inside].min() > drop[~inside].max()
 
 
-def test_how_many_images_pass_at_a_time_changes_nothing_but_rounding():
+def test_the_batch_size_changes_nothing_but_rounding():
     found = [
         occlusion(
             classifier(batch), image(), layer="act", occluder_size=4, stride=2, others=image(N=2)
@@ -227,7 +227,7 @@ class Bounded(Classifier):
         return super().forward(x)
 
 
-def test_no_more_images_pass_the_model_at_a_time_than_the_projector_allows():
+def test_no_batch_is_larger_than_the_projector_allows():
     projector = classifier(3, Bounded)
     x, boxes = image(N=5), torch.tensor([[2, 3, 6, 7]]).expand(5, 4)
     occlusion(projector, x[:1], layer="act", occluder_size=4, others=x)
@@ -259,7 +259,7 @@ def learned(textures):
     return Projector(net), images
 
 
-def test_networks_learned_by_deconvolution_can_be_asked_all_three_questions(learned):
+def test_all_three_experiments_work_for_deconvnets(learned):
     projector, images = learned
     x = projector.prepare(images)
     found = occlusion(projector, x[:1], layer="layer2", occluder_size=8, stride=5)
@@ -285,7 +285,7 @@ def test_networks_learned_by_deconvolution_can_be_asked_all_three_questions(lear
     assert 0 < scores["part"]["layer2"].mean < 1
 
 
-def test_progress_counts_every_place_once():
+def test_progress_counts_every_position_once():
     calls = []
     occlusion(
         classifier(3),
@@ -312,12 +312,12 @@ def test_progress_counts_every_place_once():
         ({"layer": "akt"}, "no such layer"),
     ],
 )
-def test_what_occlusion_cannot_do_is_said(options, message):
+def test_invalid_input_of_occlusion_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         occlusion(classifier(), image(), **{"layer": "act", **options})
 
 
-def test_occlusion_is_of_one_image_and_a_target_needs_classes():
+def test_occlusion_takes_one_image_and_a_class_index_needs_classes():
     with pytest.raises(ValueError, match="2 images: occlusion takes one image"):
         occlusion(classifier(), image(N=2), layer="act")
     with pytest.raises(ValueError, match="class_index 1: this model has no classes"):
@@ -348,7 +348,7 @@ def scene(**changed):
     return Occlusion(**{**given, **changed})
 
 
-def test_panels_show_the_square_that_silences_the_map():
+def test_panels_show_the_square_that_reduces_the_map_the_most():
     pixels = torch.ones(3, 40, 60)
     picture = occlusion_picture(scene(), pixels)
     top = picture.shape[1] - 160  # panels of 160 x 240 below their titles
@@ -376,7 +376,7 @@ def test_the_field_of_the_activation_is_framed_in_the_image():
     assert torch.equal(blue, ring)
 
 
-def test_the_scale_reaches_to_the_value_of_the_whole_image():
+def test_the_scale_includes_the_value_of_the_whole_image():
     left = PANEL + 2 * GAP + PANEL  # the triangle is between the map and its scale
     for base, rows in ((-1.0, slice(150, 160)), (0.5, slice(75, 85)), (3.0, slice(0, 10))):
         picture = occlusion_picture(scene(base_activity=base), torch.ones(3, 40, 60))
@@ -384,7 +384,7 @@ def test_the_scale_reaches_to_the_value_of_the_whole_image():
         assert beside[rows].sum() > 5 and beside.sum() == beside[rows].sum()
 
 
-def test_a_model_with_classes_has_two_more_panels_and_rows_of_several_images_are_in_line():
+def test_a_model_with_classes_has_two_more_panels_and_rows_of_several_images_line_up():
     label = torch.zeros(4, 6).long()
     label[0, 0] = 3
     classes = {
@@ -408,7 +408,7 @@ def test_a_model_with_classes_has_two_more_panels_and_rows_of_several_images_are
     )
 
 
-def test_projections_of_other_images_stand_beside_that_of_this_one():
+def test_projections_of_other_images_are_shown_next_to_that_of_this_image():
     tiles = torch.zeros(4, 3, 20, 20)
     tiles[2, :, 5:15, 5:15] = 1.0
     picture = occlusion_picture(scene(tiles=tiles), torch.ones(3, 40, 60))
@@ -422,7 +422,7 @@ def test_projections_of_other_images_stand_beside_that_of_this_one():
     assert blue[:size, :size].any() and not blue[size:].any() and not blue[:, size:].any()
 
 
-def test_the_picture_wants_the_image_that_was_covered():
+def test_the_picture_requires_the_occluded_image():
     with pytest.raises(ValueError, match=r"expected \(1 or 3, 40, 60\)"):
         occlusion_picture(scene(), torch.ones(3, 40, 61))
 
@@ -440,7 +440,7 @@ def test_a_mask_fills_the_box_of_each_image_and_nothing_else():
         assert torch.equal(covered[n][:, ~inside], x[n][:, ~inside])
 
 
-def test_mean_grey_is_zero_where_the_mean_is_taken_away_and_the_mean_of_the_image_elsewhere(
+def test_mean_grey_is_zero_if_the_mean_is_subtracted_and_the_mean_of_the_image_otherwise(
     learned,
 ):
     x = image(N=2)
@@ -458,7 +458,7 @@ def test_mean_grey_is_zero_where_the_mean_is_taken_away_and_the_mean_of_the_imag
     assert (fill_values(plain, x, 0.7) == 0.7).all()
 
 
-def test_what_is_a_distribution_is_not_softmaxed_again():
+def test_outputs_that_are_probabilities_get_no_second_softmax():
     class Outputs(nn.Module):
         def __init__(self, kind):
             super().__init__()
@@ -476,7 +476,7 @@ def test_what_is_a_distribution_is_not_softmaxed_again():
 
 
 @pytest.mark.parametrize("rows", [0, 1, -1, 5, -12, 13, -40])
-def test_shifted_images_are_moved_by_whole_pixels_with_grey_behind_them(rows):
+def test_shifted_images_move_by_whole_pixels_and_leave_grey(rows):
     x, fill = image(N=2), torch.full((2, 3, 1, 1), 7.0).double()
     moved = shifted(x, rows, fill)
     for row in range(13):
@@ -486,7 +486,7 @@ def test_shifted_images_are_moved_by_whole_pixels_with_grey_behind_them(rows):
 
 
 @pytest.mark.parametrize("size", [8, 9])
-def test_turns_by_right_angles_move_pixels_onto_pixels(size):
+def test_rotations_by_right_angles_move_pixels_onto_pixels(size):
     x, fill = image(size, size, N=2), torch.full((2, 3, 1, 1), 3.0).double()
     for quarter in range(5):
         turned = rotated(x, 90 * quarter, fill)
@@ -501,7 +501,7 @@ def ramp(H, W, across, down):
 
 
 @pytest.mark.parametrize("degrees", [0, 17, 90, 133, 270, 350])
-def test_a_turned_ramp_is_a_ramp_in_the_turned_direction(degrees):
+def test_a_rotated_ramp_is_a_ramp_in_the_rotated_direction(degrees):
     x, rows, columns = ramp(21, 33, 2.0, -1.0)
     turned = rotated(x, degrees, torch.zeros(1, 3, 1, 1).double())[0, 0]
     # Counter-clockwise on a page on which rows go down: (c, r) comes from the place turned back.
@@ -516,7 +516,7 @@ def test_a_turned_ramp_is_a_ramp_in_the_turned_direction(degrees):
 
 
 @pytest.mark.parametrize("factor", [1.0, 1.3, 1.8, 0.5])
-def test_a_zoomed_ramp_is_less_steep_about_the_same_middle(factor):
+def test_a_zoomed_ramp_is_less_steep_about_the_same_centre(factor):
     x, rows, columns = ramp(21, 33, 2.0, -1.0)
     larger = zoomed(x + 5, factor, torch.full((1, 3, 1, 1), 5.0).double())[0, 0]
     inside = (columns.abs() <= 16 * factor) & (rows.abs() <= 10 * factor)
@@ -526,7 +526,7 @@ def test_a_zoomed_ramp_is_less_steep_about_the_same_middle(factor):
     assert_close(larger[outside], torch.full_like(larger[outside], 5.0))
 
 
-def test_turns_are_those_of_torchvision():
+def test_rotations_are_those_of_torchvision():
     functional = pytest.importorskip("torchvision.transforms.v2.functional")
     bilinear = functional.InterpolationMode.BILINEAR
     x, zero = image(20, 31, N=2), torch.zeros(2, 3, 1, 1).double()
@@ -549,7 +549,7 @@ class Sums(nn.Module):
         return self.sums(x.sum((2, 3)))
 
 
-def test_features_that_do_not_see_places_do_not_move_with_the_image():
+def test_features_without_positions_are_invariant_to_shifts():
     x = torch.zeros(2, 3, 20, 20)
     x[:, :, 8:12, 7:13] = torch.randint(1, 9, (2, 3, 4, 6)).float()
     found = invariance(
@@ -566,7 +566,7 @@ def test_features_that_do_not_see_places_do_not_move_with_the_image():
     assert_close(scale.relative["sums"], torch.full((2, 1), 3.0).double(), atol=1e-4, rtol=0)
 
 
-def test_distances_are_those_of_the_features_of_the_moved_images():
+def test_distances_are_those_of_the_features_of_the_transformed_images():
     x, projector = image(N=3), classifier()
     strengths = {"scale": [1.0, 1.5], "translation": [0, -2, 3], "rotation": [0, 30]}
     found = invariance(projector, x, ["low", "act"], strengths=strengths, fill=0.5)
@@ -591,7 +591,7 @@ def test_distances_are_those_of_the_features_of_the_moved_images():
                 assert_close(curves.probabilities[n, t], wanted, atol=1e-12, rtol=0)
 
 
-def test_nothing_moves_where_nothing_is_done():
+def test_the_identity_has_distance_zero():
     found = invariance(
         classifier(),
         image(N=2),
@@ -602,7 +602,7 @@ def test_nothing_moves_where_nothing_is_done():
         assert curves.distances["low"].max() < 1e-12
 
 
-def test_different_images_are_as_far_apart_as_a_loop_over_their_pairs_finds():
+def test_the_distance_between_images_is_that_of_a_loop_over_pairs():
     x, projector = image(N=4), classifier()
     features = Features.forward(projector.model, x).flatten(1)
     apart = [
@@ -616,7 +616,7 @@ def test_different_images_are_as_far_apart_as_a_loop_over_their_pairs_finds():
     assert math.isnan(alone.between["act"])
 
 
-def test_the_true_classes_are_followed_if_they_are_named():
+def test_given_classes_are_used():
     x, projector = image(N=2), classifier()
     given = {"strengths": {"scale": [1.0]}}
     named = invariance(projector, x, ["act"], classes=[3, 1], **given)
@@ -649,12 +649,12 @@ def test_the_default_ranges_are_those_of_the_paper():
         ({"layers": []}, "layers: name at least one"),
     ],
 )
-def test_what_invariance_cannot_do_is_said(options, message):
+def test_invalid_input_of_invariance_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         invariance(classifier(), image(N=2), **{"layers": ["act"], **options})
 
 
-def test_classes_of_a_model_that_tells_none_are_refused():
+def test_classes_of_a_model_without_classes_are_refused():
     with pytest.raises(ValueError, match="classes: this model has none"):
         invariance(classifier(kind=Features), image(), ["act"], classes=[0])
 
@@ -678,7 +678,7 @@ def test_the_picture_has_a_row_for_every_transformation_and_a_colour_for_every_i
         invariance_picture(without, torch.rand(3, 1, 13, 17))
 
 
-def test_a_layer_that_never_answers_has_an_empty_chart():
+def test_a_layer_that_never_responds_has_an_empty_chart():
     projector = classifier()
     projector.model.high.bias.data.fill_(-100)
     found = invariance(projector, image(), ["act"], strengths={"scale": [1, 1.5]})
@@ -796,7 +796,7 @@ def test_the_error_is_that_of_the_mean_over_many_samples_of_images():
     assert math.sqrt(sum(errors) / 400) == pytest.approx(spread, rel=0.1)
 
 
-def test_random_boxes_are_of_the_same_sizes_and_stay_within_what_they_are_given():
+def test_random_boxes_keep_their_sizes_and_stay_inside_the_given_boxes():
     seen = []
 
     class Spy(Classifier):
@@ -874,7 +874,7 @@ def test_changes_that_are_rounding_have_no_sign():
         ({"layers": []}, "layers: name at least one"),
     ],
 )
-def test_what_correspondence_cannot_do_is_said(options, message):
+def test_invalid_input_of_correspondence_is_refused(options, message):
     given = {"x": image(N=3), "parts": {"eye": boxes_of(3, 0)}, "layers": ["act"], **options}
     with pytest.raises(ValueError, match=message):
         correspondence(classifier(), given.pop("x"), given.pop("parts"), **given)

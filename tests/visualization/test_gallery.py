@@ -1,4 +1,4 @@
-"""The gallery: its files, what it refuses, and what a browser makes of it."""
+"""The gallery: its files, what it refuses, and how it behaves in a browser."""
 
 import base64
 import io
@@ -193,7 +193,7 @@ def close(tile, picture, tolerance):
     )
 
 
-def test_the_folder_holds_the_files_that_the_page_needs_and_no_others(page):
+def test_the_folder_contains_exactly_the_files_that_the_page_needs(page):
     there = {
         path.relative_to(page.parent).as_posix()
         for path in page.parent.rglob("*")
@@ -202,7 +202,7 @@ def test_the_folder_holds_the_files_that_the_page_needs_and_no_others(page):
     assert needed_files(page) == there
 
 
-def test_the_page_is_well_formed_and_can_be_read_aloud(page):
+def test_the_page_is_well_formed_and_accessible(page):
     outline = Outline(page.read_text())
     ids = [attributes["id"] for _, attributes in outline.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
@@ -216,7 +216,7 @@ def test_the_page_is_well_formed_and_can_be_read_aloud(page):
     assert outline.all("html")[0]["lang"] == "en"
 
 
-def test_nothing_refers_to_another_place(page):
+def test_nothing_refers_to_another_site(page):
     for path in page.parent.rglob("*"):
         if path.suffix in (".html", ".css", ".js"):
             assert not re.search(r"https?:|//[a-z]+\.|@import|fetch\(|XMLHttp", path.read_text()), (
@@ -224,7 +224,7 @@ def test_nothing_refers_to_another_place(page):
             )
 
 
-def test_hostile_names_are_text_and_no_paths(page):
+def test_hostile_names_are_text_and_not_paths(page):
     text = page.read_text()
     outline = Outline(text)
     assert all(a.get("src") != "x" and "onerror" not in a for _, a in outline.elements)
@@ -239,7 +239,7 @@ def test_hostile_names_are_text_and_no_paths(page):
         assert re.fullmatch(r"[A-Za-z0-9_./-]+", name) and ".." not in name
 
 
-def test_tiles_are_where_the_page_says_and_look_as_they_were_given(page):
+def test_tiles_are_where_the_page_says_and_keep_their_pixels(page):
     small, large = page_data(page)["layers"][:2]
     for layer, start, size, tolerance in ((small, 0, 8, 0.51), (large, 20, 40, 2.51)):
         maps = script_data(page, layer["script"])
@@ -310,7 +310,7 @@ def test_numbers_are_shown_to_three_digits(tmp_path):
     assert [key["name"] for key in data["sort"]] == ["a", "b", "c", "d", "e"]
 
 
-def test_maps_are_asked_for_one_at_a_time(tmp_path):
+def test_maps_are_read_one_at_a_time(tmp_path):
     earlier = []
 
     def maps():
@@ -361,7 +361,7 @@ def test_a_kill_leaves_the_old_gallery(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [".deconvnet", "g"]
 
 
-def test_a_kill_between_the_two_renamings_is_undone_by_the_next_writer(tmp_path):
+def test_a_kill_between_the_two_renames_is_undone_by_the_next_writer(tmp_path):
     write(tmp_path / "g")
     (tmp_path / "g").rename(tmp_path / ".deconvnet/g.old")
     with pytest.raises(ValueError, match="at least one"):
@@ -412,7 +412,7 @@ def test_a_gallery_that_somebody_has_added_to_is_not_replaced(tmp_path, what):
     }
 
 
-def test_names_that_are_no_text_are_shown_all_the_same(tmp_path):
+def test_names_that_are_not_valid_text_are_shown(tmp_path):
     name = os.fsdecode(b"caf\xe9 </script>\n.png")
     shown = GalleryMap(0, tones(0, 1), tones(0, 1), [Caption(name, 1.0)])
     layer = GalleryLayer("café", name, [shown], facts={"fact": name})
@@ -451,7 +451,7 @@ def one(*maps, **options):
         (one(some_map(0), images=some_images()), "image .*: layer 'features.8#1' is not in this"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_refused_by_name(tmp_path, options, message):
+def test_mismatched_content_is_refused_by_name(tmp_path, options, message):
     with pytest.raises(ValueError, match=message) as refused:
         write(tmp_path / "g", **options)
     assert "\n" not in str(refused.value)
@@ -726,7 +726,7 @@ def test_every_tile_on_the_screen_is_the_one_it_claims_to_be(browser, page):
 
 
 @pytest.mark.parametrize("width", [320, 360, 1400])
-def test_nothing_is_wider_than_the_window(browser, page, width):
+def test_nothing_is_wider_than_the_browser(browser, page, width):
     everything = "projections,patches,control,filters"
     places = ["", address(LAYERS[1], show=everything), address(LAYERS[1], map=4), "#image=1"]
     for place in places:
@@ -736,7 +736,7 @@ def test_nothing_is_wider_than_the_window(browser, page, width):
     assert browser.problems() == []
 
 
-def test_light_and_dark_follow_the_system_until_one_is_chosen(browser, page):
+def test_light_and_dark_follow_the_system_until_the_user_chooses(browser, page):
     paper = "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)[0]"
     browser.show(page, dark=True)
     assert browser.value(paper) < 60
@@ -750,7 +750,7 @@ def test_light_and_dark_follow_the_system_until_one_is_chosen(browser, page):
     assert browser.value(paper) > 200
 
 
-def test_a_wrong_address_says_so(browser, page):
+def test_a_wrong_address_shows_a_message(browser, page):
     for place, text in (
         ("#layer=nowhere", "no layer nowhere"),
         (address(LAYERS[0], map=1000), "no map 1000"),

@@ -1,5 +1,4 @@
-"""Networks by name: the right parameters, the pixels that they were trained on, one line where
-something is wrong."""
+"""Networks by name have the right parameters and input; errors are one line."""
 
 import io
 import math
@@ -99,7 +98,7 @@ def refused(*parts, **arguments):
 
 
 @pytest.mark.parametrize("name", ["squeezenet1_1", "mobilenet_v3_small", "shufflenet_v2_x0_5"])
-def test_a_network_of_torchvision_sees_what_its_weights_were_trained_on(name):
+def test_a_torchvision_network_gets_the_input_that_its_weights_were_trained_on(name):
     subject = load_model(f"torchvision/{name}", weights="none")
     theirs = torchvision_models.get_model_weights(name).DEFAULT.transforms()
     exact = images(2, 3, subject.crop.size, subject.crop.size)
@@ -118,7 +117,7 @@ def test_crop_and_normalisation_together_are_the_transforms_of_the_weights():
     torch.testing.assert_close(x[0], weights.transforms()(square), atol=1e-5, rtol=0)
 
 
-def test_blue_green_red_up_to_255_is_what_caffe_takes():
+def test_a_caffe_network_gets_blue_green_red_up_to_255():
     pixels = images(2, 3, 5, 6)
     x = Normalization(**CAFFE).apply(pixels)
     theirs = (pixels * 255).numpy()[:, ::-1] - np.array([103.939, 116.779, 123.68]).reshape(3, 1, 1)
@@ -126,7 +125,7 @@ def test_blue_green_red_up_to_255_is_what_caffe_takes():
 
 
 @pytest.mark.parametrize("normalization", KINDS, ids=lambda kind: f"{kind.order}{kind.std[0]:.3f}")
-def test_a_change_of_the_input_comes_back_as_the_change_of_the_pixels(normalization):
+def test_a_change_of_the_input_is_converted_to_the_change_of_the_pixels(normalization):
     p, d = images(2, 3, 4, 5).double(), images(2, 3, 4, 5, seed=1).double() - 0.5
     change = normalization.apply(p + d) - normalization.apply(p)
     assert change.shape[1] == (1 if normalization.order == "grey" else 3)
@@ -152,13 +151,13 @@ def test_pixels_are_taken_as_they_are_by_default():
         ({"mean": (math.nan,)}, "mean=(nan,): must be finite"),
     ],
 )
-def test_a_normalisation_that_makes_no_sense_is_named(arguments, message):
+def test_an_invalid_normalisation_is_refused(arguments, message):
     with pytest.raises(ValueError) as caught:
         Normalization(**arguments)
     assert message in str(caught.value)
 
 
-def test_images_of_a_wrong_shape_are_named():
+def test_images_of_a_wrong_shape_are_refused():
     with pytest.raises(ValueError, match=r"pixels must be \(N, 3, H, W\), got \(2, 1, 4, 4\)"):
         Normalization().apply(images(2, 1, 4, 4))
     with pytest.raises(ValueError, match=r"images must be \(N, 1, H, W\), got \(3, 4, 4\)"):
@@ -177,7 +176,7 @@ def test_random_networks_are_the_same_for_a_seed_and_leave_the_generator_alone(t
         assert len(one.digest) == 16 and one.digest == digest(one.module)
 
 
-def test_the_digest_sees_a_single_value_and_a_buffer():
+def test_the_digest_depends_on_every_value_and_on_buffers():
     net = nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2))
     found = {digest(net)}
     with torch.no_grad():
@@ -216,14 +215,14 @@ def test_weights_that_cannot_be_downloaded_are_named_with_what_to_do(no_network)
     )
 
 
-def test_a_damaged_file_in_the_cache_is_no_traceback(no_network):
+def test_a_damaged_file_in_the_cache_is_one_line(no_network):
     no_network.mkdir(parents=True)
     (no_network / "squeezenet1_1-b8a52dc0.pth").write_bytes(b"half a download")
     refused(no_network / "squeezenet1_1-b8a52dc0.pth", "weights=none", spec=SMALL)
 
 
 @pytest.mark.parametrize("kind", ["plain", "state_dict", "model", "parallel", "compiled", "safe"])
-def test_parameters_are_found_in_a_file_however_they_are_wrapped(tmp_path, kind):
+def test_parameters_are_loaded_from_every_wrapper(tmp_path, kind):
     own = torchvision_models.squeezenet1_1(num_classes=7).state_dict()
     content = {
         "plain": own,
@@ -253,7 +252,7 @@ def test_a_file_of_another_network_is_refused_with_the_names_that_differ(tmp_pat
     )
 
 
-def test_files_that_are_no_parameters_are_refused_in_one_line(tmp_path):
+def test_files_without_parameters_are_refused_in_one_line(tmp_path):
     torch.save(nn.Conv2d(1, 1, 1), tmp_path / "whole.pth")
     torch.save([1, 2], tmp_path / "list.pt")
     torch.save({"state_dict": {"epoch": 3}}, tmp_path / "number.pt")
@@ -321,7 +320,7 @@ def zipped(path, **files):
     ids=lambda value: value if isinstance(value, str) else "",
 )
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-def test_what_is_no_file_of_weights_is_told_for_what_it_is(tmp_path, content, says, suffix):
+def test_a_file_that_is_not_weights_is_identified(tmp_path, content, says, suffix):
     path = tmp_path / f"net{suffix}"
     content(path) if callable(content) else path.write_bytes(content)
     with pytest.raises(ValueError, match=says) as error:
@@ -331,7 +330,7 @@ def test_what_is_no_file_of_weights_is_told_for_what_it_is(tmp_path, content, sa
     assert ("may run code" in message) == (says == "may run code")
 
 
-def test_a_file_that_was_cut_off_is_told_so(tmp_path):
+def test_a_truncated_file_is_reported(tmp_path):
     own = nn.Conv2d(3, 8, 3).state_dict()
     for name, save in (
         ("net.pt", torch.save),
@@ -347,7 +346,7 @@ def test_a_file_that_was_cut_off_is_told_so(tmp_path):
             load_state_dict(tmp_path / name)
 
 
-def test_files_of_weights_are_known_by_what_they_hold_not_by_their_names(tmp_path):
+def test_files_of_weights_are_identified_by_content_not_by_name(tmp_path):
     own = nn.Conv2d(3, 2, 3).state_dict()
     safetensors.torch.save_file(own, tmp_path / "a.pt")
     torch.save(own, tmp_path / "b.safetensors")
@@ -372,7 +371,7 @@ def test_old_formats_are_not_read_by_versions_that_could_run_code(tmp_path, monk
     assert load_state_dict(tmp_path / "old.pt").keys() == own.keys()
 
 
-def test_only_what_makes_networks_is_called(tiny, tmp_path, monkeypatch):
+def test_only_functions_that_can_build_networks_are_called(tiny, tmp_path, monkeypatch):
     called = tmp_path / "called"
     monkeypatch.chdir(tmp_path)
     (tmp_path / "hostile.py").write_text(
@@ -402,7 +401,7 @@ def test_counts_of_batches_may_be_missing(tmp_path):
     assert torch.equal(subject.module.state_dict()["conv1.0.weight"], own["conv1.0.weight"])
 
 
-def test_googlenet_changes_its_input_where_its_weights_were_trained_so(tmp_path):
+def test_googlenet_transforms_its_input_for_weights_that_were_trained_so(tmp_path):
     options = {"init_weights": False}  # which takes seconds
     own = load_model("torchvision/googlenet", weights="none", options=options).module
     assert not own.transform_input
@@ -412,7 +411,7 @@ def test_googlenet_changes_its_input_where_its_weights_were_trained_so(tmp_path)
         assert found.module.transform_input is changes
 
 
-def test_wrong_names_are_told_what_is_close(tmp_path):
+def test_wrong_names_get_suggestions(tmp_path):
     refused("model=torchvision/vg16:", "vgg16", spec="torchvision/vg16")
     refused("model=resnet18:", "did you mean torchvision/resnet18?", spec="resnet18")
     refused("model=xyz: give torchvision/NAME, timm/NAME, package.module:factory", spec="xyz")
@@ -437,7 +436,7 @@ def test_a_network_of_ones_own_is_found_by_its_import_path(tiny, tmp_path):
     assert subject.labels == ("cat", "dog")
 
 
-def test_what_is_wrong_with_an_import_path_is_said_in_one_line(tiny):
+def test_a_wrong_import_path_is_refused_in_one_line(tiny):
     refused("absent_module cannot be imported: No module", spec="absent_module:net")
     refused("broken_module cannot be imported: division", spec="broken_module:net")
     refused("has no 'Tinny'; did you mean Tiny", spec="my_networks.small:Tinny")
@@ -455,7 +454,7 @@ def test_parts_of_a_normalisation_can_be_given(tiny):
     refused("order=rgb takes 1 or 3 numbers, not 2", spec=tiny, mean=[1, 2])
 
 
-def test_a_network_of_timm_sees_what_its_weights_were_trained_on():
+def test_a_timm_network_gets_the_input_that_its_weights_were_trained_on():
     timm = pytest.importorskip("timm")
     subject = load_model("timm/resnet18", weights="none")
     assert subject.crop == Crop(235, 224, "bicubic")
@@ -469,7 +468,7 @@ def test_a_network_of_timm_sees_what_its_weights_were_trained_on():
     assert grey.module(grey.normalization.apply(images(1, 3, 64, 64))).shape == (1, 1000)
 
 
-def test_wrong_names_and_weights_of_timm_are_named(tmp_path, monkeypatch):
+def test_wrong_names_and_weights_of_timm_are_refused(tmp_path, monkeypatch):
     pytest.importorskip("timm")
     refused("model=timm/resnet188:", "resnet18", spec="timm/resnet188")
     refused("weights=a1_in2k:", "a1_in1k", spec="timm/resnet18", weights="a1_in2k")
@@ -482,7 +481,7 @@ def test_wrong_names_and_weights_of_timm_are_named(tmp_path, monkeypatch):
     refused("timm/resnet18.a2_in1k and give weights=FILE", spec="timm/resnet18.a2_in1k")
 
 
-def test_where_timm_is_not_installed_one_line_says_so(monkeypatch):
+def test_a_missing_timm_is_reported_in_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     refused("model=timm/resnet18 needs timm (pip install timm)", spec="timm/resnet18")
 
@@ -513,7 +512,7 @@ def test_a_saved_network_is_loaded_by_its_path_alone(tmp_path, zfnet):
     assert not equal(random.module, zfnet.module) and random.labels == zfnet.labels
 
 
-def test_a_file_that_is_no_such_network_is_refused_with_what_to_do(tmp_path, zfnet):
+def test_a_file_of_another_network_is_refused_with_a_remedy(tmp_path, zfnet):
     path = tmp_path / "net.safetensors"
     save_model(path, zfnet)
     content = bytearray(path.read_bytes())

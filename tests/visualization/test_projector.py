@@ -1,5 +1,5 @@
-"""Projections against networks turned around by hand, against Captum, and by what they must satisfy
-whatever the network; that the model is left as it was, and one line where something is wrong."""
+"""Projections, compared with networks reversed by hand and with Captum, and their properties for
+every network; the model is left as it was, and errors are one line."""
 
 import copy
 import logging
@@ -147,7 +147,7 @@ def plain():
 
 @pytest.mark.parametrize(("maker", "size", "layer"), PLAIN)
 @pytest.mark.parametrize("method", ["deconv", "guided", "gradient"])
-def test_it_is_the_network_turned_around_by_hand(maker, size, layer, method, plain):
+def test_a_projection_is_the_network_reversed_by_hand(maker, size, layer, method, plain):
     layers, x = plain(maker, size)
     exact = Projector(layers, method=method, local=False)
     units = strongest(exact, x, str(layer), 2) + [(1, 5, 0, 0)]
@@ -186,7 +186,7 @@ def test_the_gradient_goes_through_response_normalisation():
     assert_close(found.images[0], value.detach() * torch.autograd.grad(value, x)[0][0])
 
 
-def test_a_unit_of_the_first_convolution_is_its_filter_in_its_place():
+def test_a_unit_of_the_first_convolution_projects_to_its_filter():
     net, x = seeded(lambda: nn.Conv2d(3, 5, (4, 3), stride=(3, 2))), rand(1, 3, 20, 21)
     found = Projector(nn.Sequential(net))(x, "0", [(0, 3, 2, 4)], seeds=torch.tensor([1.0]))
     expected = torch.zeros(3, 20, 21, dtype=DOUBLE)
@@ -195,7 +195,7 @@ def test_a_unit_of_the_first_convolution_is_its_filter_in_its_place():
     assert found.boxes.tolist() == [[6, 8, 10, 11]]
 
 
-def test_windows_that_lie_in_the_padding_paint_nothing():
+def test_kernels_that_lie_in_the_padding_project_to_zero():
     net, x = seeded(lambda: nn.Sequential(nn.Conv2d(3, 4, 2, padding=5))), rand(1, 3, 8, 8)
     places = [(0, 0), (2, 3), (4, 4), (8, 12), (12, 12), (13, 13), (14, 16), (16, 1), (16, 16)]
     units = [(0, 1, i, j) for i, j in places]
@@ -205,7 +205,7 @@ def test_windows_that_lie_in_the_padding_paint_nothing():
     assert quick.boxes[-1].tolist() == [0, 0, 0, 0] and quick.tiles().shape == (9, 3, 2, 2)
 
 
-def test_vectors_are_maps_of_one_place():
+def test_vectors_are_maps_with_one_position():
     net, x = seeded(lambda: ZFNet(size=32, width=4)), rand(2, 3, 32, 32)
     projector = Projector(net, local=False)
     maps = projector.responses(x, ["fc7", "fc6"])
@@ -308,7 +308,7 @@ class PreActivation(nn.Module):
 
 
 @pytest.mark.parametrize("net", [Functional, Shared, PreActivation])
-def test_it_is_right_where_modules_are_not_what_is_computed(net):
+def test_functional_and_shared_operations_are_projected_correctly(net):
     model, x, unit = seeded(net), rand(1, 3, 14, 14), (0, 2, 5, 4)
     found = Projector(model)(x, "b", [unit])
     signal = torch.zeros(1, 4, *model(x).shape[2:], dtype=DOUBLE)
@@ -317,7 +317,7 @@ def test_it_is_right_where_modules_are_not_what_is_computed(net):
 
 
 @pytest.mark.parametrize("net", [Functional, Shared, PreActivation])
-def test_captum_differs_there_without_a_word(net):
+def test_captum_is_silently_wrong_for_them(net):
     """Three of the reasons for rules on operations and not on modules."""
     model, x, unit = seeded(net), rand(1, 3, 14, 14), (0, 2, 5, 4)
     found = Projector(model)(x, "b", [unit])
@@ -399,7 +399,7 @@ TWINS = {
 
 @pytest.mark.parametrize("name", TWINS)
 @pytest.mark.parametrize("method", ["deconv", "guided", "gradient"])
-def test_however_a_rectifier_is_written_the_result_is_the_same(name, method):
+def test_every_way_to_write_a_rectifier_gives_the_same_result(name, method):
     model, x, unit = seeded(TWINS[name]), rand(1, 3, 15, 17), (0, 1, 3, 4)
     found = Projector(model, method=method, local=False)(x, "c", [unit])
     twin = getattr(model, "module", model)
@@ -415,7 +415,7 @@ def test_however_a_rectifier_is_written_the_result_is_the_same(name, method):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["wrapped", "in place", "a part", "a part in place", "a function"])
-def test_a_compiled_model_is_looked_into_as_it_is_without_compilation(kind):
+def test_a_compiled_model_is_projected_as_if_it_were_not_compiled(kind):
     model, x, unit = seeded(lambda: Twin(F.relu)), rand(1, 3, 15, 17), [(0, 1, 3, 4)]
     expected = Projector(model)(x, "c", unit)
     if kind == "wrapped":
@@ -468,7 +468,7 @@ RECTIFIERS = {
 
 @pytest.mark.parametrize("name", RECTIFIERS)
 @pytest.mark.parametrize("method", ["deconv", "guided"])
-def test_what_is_like_a_rectifier_rectifies_and_is_reported(name, method):
+def test_similar_operations_are_rectified_and_reported(name, method):
     model, x, unit = seeded(lambda: Between(RECTIFIERS[name])), rand(1, 3, 9, 9), (0, 2, 3, 2)
     found = Projector(model, method=method)(x, "b", [unit], seeds=torch.ones(1))
     signal = torch.zeros(1, 4, 5, 5, dtype=DOUBLE)
@@ -546,7 +546,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_has_no_rule_is_refused_by_name_or_listed(name):
+def test_an_operation_without_a_rule_is_refused_by_name_or_reported(name):
     middle, expected = REFUSED[name]
     make = middle if isinstance(middle, type) else lambda: copy.deepcopy(middle)
     model, x = seeded(lambda: Between(make())), rand(2, 3, 9, 9)
@@ -663,7 +663,7 @@ COMPUTED = {
 
 
 @pytest.mark.parametrize("name", COMPUTED)
-def test_a_constant_that_was_computed_from_the_pixels_is_no_constant(name):
+def test_a_constant_that_depends_on_the_pixels_is_detected(name):
     middle = COMPUTED[name]
     make = middle if isinstance(middle, type) else lambda: middle
     model, x, unit = seeded(lambda: Between(make())), rand(2, 3, 9, 9), [(1, 2, 3, 2)]
@@ -710,7 +710,7 @@ def standardised(weight):
 
 
 @pytest.mark.parametrize("name", CONSTANT)
-def test_a_true_constant_is_one(name):
+def test_a_true_constant_is_accepted(name):
     model, x, unit = seeded(lambda: Between(CONSTANT[name])), rand(2, 3, 9, 9), [(1, 2, 3, 2)]
     found, gradient = (
         Projector(model, method=method)(x, "b", unit, seeds=torch.ones(1))
@@ -830,7 +830,7 @@ FORMS = {
 
 @pytest.mark.parametrize("name", FORMS)
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
-def test_settings_mean_the_same_in_whatever_form_they_are_given(name):
+def test_settings_of_operations_mean_the_same_in_every_form(name):
     x = rand(1, 3, 16, 15)
     made = []
     for form in FORMS[name]:
@@ -873,7 +873,7 @@ def test_projections_of_a_linear_network_are_its_gradients_and_its_adjoint():
     assert_close(inner, (net(x)[at] * z).detach())
 
 
-def test_where_everything_is_positive_the_projection_is_the_gradient(plain):
+def test_the_projection_is_the_gradient_if_everything_is_positive(plain):
     layers, x = plain(*ALEXNET)
     layers = copy.deepcopy(layers)
     for p in layers.parameters():
@@ -885,7 +885,7 @@ def test_where_everything_is_positive_the_projection_is_the_gradient(plain):
     assert torch.equal(found.images, gradient.images)
 
 
-def test_a_unit_of_a_pooled_map_is_that_of_the_map_below_at_its_switch(plain):
+def test_a_unit_of_a_pooled_map_projects_like_the_unit_at_its_switch(plain):
     layers, x = plain(*ALEXNET)
     y, switches = F.max_pool2d(layers[:2](x), 3, 2, return_indices=True)
     n, k, i, j = unit = (1, 7, 3, 2)
@@ -988,7 +988,7 @@ def test_a_unit_that_is_off_projects_to_nothing(small):
     assert found.report.rectified == 3
 
 
-def test_images_and_units_do_not_see_each_other(small):
+def test_images_and_units_do_not_affect_each_other(small):
     """Neither what else is in the batch, nor its size, nor other units change a bit."""
     net, x = small
     units = [(n, k, i, j) for n in (0, 3, 8) for k, i, j in ((1, 2, 2), (5, 0, 3), (2, 3, 1))]
@@ -1018,7 +1018,7 @@ def test_units_of_one_image_do_not_add_up():
     assert largest_difference(found.images.sum(0), together) > 0.05
 
 
-def test_no_units_are_no_projections(small):
+def test_no_units_give_no_projections(small):
     net, x = small
     found = Projector(net)(x, "c4", [])
     assert len(found) == 0 and found.images.shape == (0, 3, 31, 29)
@@ -1045,7 +1045,7 @@ def test_nothing_is_outside_the_boxes(small):
         assert found.images.any()
 
 
-def test_tiles_and_patches_are_cut_where_the_fields_are(small):
+def test_tiles_and_patches_are_cropped_to_the_fields(small):
     net, x = small
     pixels = torch.rand(9, 3, 31, 29, dtype=DOUBLE)
     found = Projector(net)(x, "relu#1", [(4, 2, 0, 5), (4, 2, 6, 6), (7, 0, 13, 12)])
@@ -1126,7 +1126,7 @@ class Counting(nn.Module):
         return self.conv(y).relu()
 
 
-def test_buffers_that_a_model_writes_into_are_as_they_were():
+def test_buffers_that_a_model_writes_to_are_restored():
     net, x = seeded(Counting), rand(2, 3, 9, 9)
     net(x)
     before, projector = net.seen, Projector(net)
@@ -1138,7 +1138,7 @@ def test_buffers_that_a_model_writes_into_are_as_they_were():
     assert net.seen == 4
 
 
-def test_hooks_on_gradients_of_the_model_are_not_called_and_change_nothing(small):
+def test_gradient_hooks_of_the_model_are_not_called_and_change_nothing(small):
     net, x, unit = copy.deepcopy(small[0]), small[1], [(1, 2, 2, 2)]
     expected, called = Projector(net)(x, "c4", unit), []
 
@@ -1153,7 +1153,7 @@ def test_hooks_on_gradients_of_the_model_are_not_called_and_change_nothing(small
     assert len(net.relu._backward_hooks) == len(net.c2._backward_pre_hooks) == 1
 
 
-def test_a_model_in_training_is_used_as_if_it_were_not(small):
+def test_a_model_in_training_mode_is_used_in_evaluation_mode(small):
     net, x = copy.deepcopy(small[0]), small[1]
     expected, scores = Projector(net)(x, "c4", [(1, 2, 2, 2)]), net(x)
     projector = Projector(net.train())
@@ -1162,7 +1162,7 @@ def test_a_model_in_training_is_used_as_if_it_were_not(small):
     assert torch.equal(projector.responses(x, ["head"])["head"][:, :, 0, 0], scores)
 
 
-def test_gradients_may_be_switched_off_around_it(small):
+def test_projection_works_within_no_grad(small):
     net, x = small
     expected = Projector(net)(x, "c4", [(1, 2, 2, 2)]).images
     with torch.no_grad():
@@ -1180,14 +1180,14 @@ def test_gradients_may_be_switched_off_around_it(small):
         assert torch.is_inference_mode_enabled()
 
 
-def test_the_result_has_no_history(small):
+def test_the_result_requires_no_grad(small):
     net, x = small
     found = Projector(net)(x.clone().requires_grad_(), "c4", [(1, 2, 2, 2)])
     maps = Projector(net).responses(x.clone().requires_grad_(), ["c4"])["c4"]
     assert not (found.images.requires_grad or found.values.requires_grad or maps.requires_grad)
 
 
-def test_autocast_around_it_changes_nothing(small):
+def test_projection_within_autocast_is_unchanged(small):
     net, x = copy.deepcopy(small[0]).float(), small[1].float()
     expected = Projector(net)(x, "c4", [(1, 2, 2, 2)])
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -1204,7 +1204,7 @@ def test_networks_in_half_precision_are_projected(small):
     assert largest_difference(found.images.double(), expected.images) < 0.05
 
 
-def test_a_model_that_writes_into_its_input_does_not_write_into_ours():
+def test_a_model_that_writes_to_its_input_does_not_change_ours():
     net, x = (
         seeded(lambda: nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(3, 4, 3))),
         rand(1, 3, 8, 8),
@@ -1216,14 +1216,14 @@ def test_a_model_that_writes_into_its_input_does_not_write_into_ours():
     assert (found.images >= 0).all() and found.report.rectified == 1
 
 
-def test_an_operation_in_place_behind_a_layer_does_not_reach_its_units(small):
+def test_an_operation_in_place_after_a_layer_does_not_affect_its_units(small):
     net, x = small
     found = Projector(net)(x, "c1", [(0, 0, 0, 0)])
     assert_close(found.values, net.c1(x)[0, :1, 0, 0].detach())
     assert (Projector(net).responses(x, ["c1"])["c1"] < 0).any()
 
 
-def test_a_model_that_swallows_errors_cannot_swallow_the_stop():
+def test_a_model_that_catches_errors_is_still_stopped_at_the_layer():
     class Careless(nn.Module):
         def __init__(self):
             super().__init__()
@@ -1243,7 +1243,7 @@ def test_a_model_that_swallows_errors_cannot_swallow_the_stop():
         Projector(net).responses(x, ["a"], lambda layer, maps: {}[layer])
 
 
-def test_layers_below_a_head_that_wants_another_size_are_there(caplog):
+def test_layers_below_a_head_that_requires_another_size_are_listed(caplog):
     net = seeded(lambda: ZFNet(size=32, width=4))
     projector, x = Projector(net), rand(1, 3, 40, 40)
     with caplog.at_level(logging.WARNING):
@@ -1286,7 +1286,7 @@ def test_how_often_a_module_is_called_may_depend_on_the_size_of_the_image():
         (models.resnet18, "avgpool", 1),
     ],
 )
-def test_the_report_counts_what_the_graph_has(maker, layer, pools):
+def test_the_report_counts_the_operations_of_the_graph(maker, layer, pools):
     options = {"init_weights": False, "aux_logits": False} if maker is models.googlenet else {}
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -1338,7 +1338,7 @@ def constant_seed(kernel, stride, overlap):
     return Projector(net, overlap=overlap)(x, "0", units, seeds=ones).images.sum(0)[0]
 
 
-def test_normalised_overlap_leaves_no_checkerboard():
+def test_normalised_overlap_removes_the_checkerboard():
     inside = slice(4, -4)
     summed = constant_seed(3, 2, "sum")[inside, inside]
     assert sorted(summed.unique().tolist()) == [1, 2, 4]
@@ -1375,7 +1375,7 @@ class Gated(nn.Module):
 
 
 @pytest.mark.parametrize("gate", [nn.Sigmoid, nn.Hardsigmoid])
-def test_gates_are_constants_unless_their_gradient_is_wanted(gate):
+def test_gates_are_constants_unless_their_gradient_is_requested(gate):
     net, x, unit = seeded(lambda: Gated(gate)), rand(2, 3, 16, 16), (1, 2, 5, 6)
     found = Projector(net)(x, "b", [unit], seeds=torch.ones(1))
     signal = torch.zeros(1, 4, 12, 12, dtype=DOUBLE)
@@ -1460,7 +1460,7 @@ class ChannelsLast(nn.Module):
         return self.head(y.mean((1, 2) if self.last else (2, 3)))
 
 
-def test_weights_of_attention_are_not_taken_for_maps_in_the_last_axis():
+def test_attention_weights_are_not_mistaken_for_maps_in_the_last_axis():
     class Attention(nn.Module):
         def __init__(self):
             super().__init__()
@@ -1564,7 +1564,7 @@ def test_layers_are_listed_in_their_order_with_shapes_and_fields(small):
     assert "the whole image" in str(layers["head"])
 
 
-def test_all_calls_of_a_module_are_projected_as_their_own(small):
+def test_every_call_of_a_module_is_projected_as_a_layer_of_its_own(small):
     net, x = small
     projector = Projector(net)
     for call, layer in ((0, "c1"), (1, "bn"), (2, "c3")):
@@ -1574,7 +1574,7 @@ def test_all_calls_of_a_module_are_projected_as_their_own(small):
         assert projector(x, f"relu#{call}", [(0, 0, 1, 1)]).report.rectified == call + 1
 
 
-def test_responses_are_what_the_layers_give(small):
+def test_responses_are_the_outputs_of_the_layers(small):
     net, x = small
     maps = Projector(net).responses(x, ["c4", "c1", "head"])
     assert torch.equal(maps["c1"], net.c1(x))
@@ -1628,7 +1628,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_is_wrong_is_said_in_one_line(small, name):
+def test_invalid_input_is_refused_in_one_line(small, name):
     net, x = small
     wrong, message = WRONG[name]
     wrong = dict(wrong)
@@ -1679,7 +1679,7 @@ def refused(model, x, layer="0"):
     ],
     ids=repr,
 )
-def test_what_a_model_raises_is_one_line_that_names_it_and_the_size_of_the_images(error, says):
+def test_an_error_of_the_model_is_one_line_with_its_name_and_the_size_of_the_images(error, says):
     class Fails(nn.Module):
         def __init__(self):
             super().__init__()
@@ -1701,7 +1701,7 @@ def test_what_a_model_raises_is_one_line_that_names_it_and_the_size_of_the_image
 @pytest.mark.parametrize(
     "kind", ["scripted", "traced", "exported", "quantised", "meta", "lazy", "no"]
 )
-def test_models_that_cannot_be_looked_into_are_refused_with_what_to_do(kind):
+def test_models_that_cannot_be_inspected_are_refused_with_a_remedy(kind):
     net, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval(), torch.rand(1, 3, 9, 9)
     make, says = {
         "scripted": (lambda: torch.jit.script(net), "TorchScript .* load its state_dict"),
@@ -1725,7 +1725,7 @@ def test_models_that_cannot_be_looked_into_are_refused_with_what_to_do(kind):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["scripted", "traced", "graph"])
-def test_what_is_scripted_is_passed_but_is_no_layer(kind):
+def test_a_scripted_part_runs_but_is_not_a_layer(kind):
     x = rand(2, 3, 9, 9)
 
     class Part(nn.Module):
@@ -1759,7 +1759,7 @@ def test_what_is_scripted_is_passed_but_is_no_layer(kind):
         assert "layer 'part': it is TorchScript, which cannot be" in refused(model, x, "part")
 
 
-def test_modules_that_are_no_layers_are_told_from_names_that_do_not_exist():
+def test_modules_that_are_not_layers_are_distinguished_from_names_that_do_not_exist():
     class Tokens(nn.Module):
         def __init__(self):
             super().__init__()
@@ -1787,13 +1787,13 @@ def test_modules_that_are_no_layers_are_told_from_names_that_do_not_exist():
     assert "the model calls no module that gives maps" in refused(nn.Conv2d(3, 4, 1), x.float())
 
 
-def test_a_name_of_a_part_is_told_its_layers():
+def test_a_partial_name_gets_its_layers_as_suggestions():
     model = seeded(lambda: without_head(models.resnet18))
     message = refused(model, rand(1, 3, 33, 33), "layer1.relu")
     assert "layer1.1.relu#1, layer1.1.relu#0, layer1.0.relu#1?" in message
 
 
-def test_outputs_that_are_no_maps_of_the_images_are_no_layers():
+def test_outputs_that_are_not_maps_of_the_images_are_not_layers():
     class Windows(nn.Module):
         def __init__(self):
             super().__init__()
@@ -1808,7 +1808,7 @@ def test_outputs_that_are_no_maps_of_the_images_are_no_layers():
     assert [layer.name for layer in Projector(seeded(Windows)).layers(rand(1, 3, 8, 8))] == ["a"]
 
 
-def test_modules_may_give_several_things():
+def test_modules_may_return_several_tensors():
     class Several(nn.Module):
         def __init__(self):
             super().__init__()
@@ -1849,7 +1849,7 @@ def learned(textures):
 
 @torch.no_grad()
 @pytest.mark.parametrize("number", [1, 2])
-def test_projections_of_a_learned_network_are_its_model(learned, number):
+def test_projections_of_a_deconvnet_are_those_of_its_generative_model(learned, number):
     net, images, codes = learned
     z = codes.layer(number).z
     at = z.abs().flatten(1).argmax(1)
@@ -1869,7 +1869,7 @@ def test_projections_of_a_learned_network_are_its_model(learned, number):
 
 
 @torch.no_grad()
-def test_all_units_of_a_learned_layer_are_the_reconstruction(learned):
+def test_the_projections_of_all_units_of_a_deconvnet_layer_sum_to_the_reconstruction(learned):
     net, images, codes = learned
     units = [(1, *place) for place in codes.layer(2).z[1].nonzero().tolist()]
     found = Projector(net)(images, "layer2", units)
@@ -1880,7 +1880,7 @@ def test_all_units_of_a_learned_layer_are_the_reconstruction(learned):
     assert_close(ones.images, expected * torch.tensor([1.0, -1, 2]).view(3, 1, 1, 1))
 
 
-def test_a_network_that_learned_on_is_inferred_anew(learned):
+def test_codes_are_inferred_again_after_further_learning(learned):
     net, images, _ = learned
     net = copy.deepcopy(net)
     projector, unit = Projector(net), [(0, 1, 5, 5)]
@@ -1894,7 +1894,7 @@ def test_a_network_that_learned_on_is_inferred_anew(learned):
     )
 
 
-def test_responses_of_a_learned_network_are_magnitudes(learned):
+def test_responses_of_a_deconvnet_are_magnitudes(learned):
     net, images, codes = learned
     maps = Projector(net).responses(images, ["layer2", "layer1"])
     for number in (1, 2):
@@ -1902,7 +1902,7 @@ def test_responses_of_a_learned_network_are_magnitudes(learned):
     assert Projector(net).outputs(images) is None
 
 
-def test_layers_of_a_learned_network_have_the_shapes_of_their_maps(learned):
+def test_layers_of_a_deconvnet_have_the_shapes_of_their_maps(learned):
     net, images, codes = learned
     layers = Projector(net).layers(images)
     assert [(layer.name, layer.shape) for layer in layers] == [
@@ -1918,7 +1918,7 @@ def test_layers_of_a_learned_network_have_the_shapes_of_their_maps(learned):
     assert found.fields[1, :2].tolist() == list(layers[1].offset)
 
 
-def test_a_learned_network_has_one_method_and_its_own_layers(learned):
+def test_a_deconvnet_has_one_method_and_its_own_layers(learned):
     net, images, _ = learned
     for method in ("deconv", "gradient"):
         with pytest.raises(ValueError, match=f"method={method}: a DeconvNet is always"):
@@ -1930,7 +1930,7 @@ def test_a_learned_network_has_one_method_and_its_own_layers(learned):
     assert len(Projector(net)(images, "layer2", [])) == 0
 
 
-def test_pixels_are_prepared_and_shown_as_each_network_wants(learned, small):
+def test_pixels_are_prepared_and_shown_as_each_network_requires(learned, small):
     net, images, _ = learned
     projector = Projector(net)
     assert torch.equal(projector.prepare(images), images)
@@ -1942,7 +1942,7 @@ def test_pixels_are_prepared_and_shown_as_each_network_wants(learned, small):
     assert torch.equal(trained.signed_rgb(small[1]), small[1])
 
 
-def test_units_of_low_layers_take_only_windows_of_their_images():
+def test_units_of_low_layers_are_projected_from_windows_of_their_images():
     layers, x = seeded(lambda: models.vgg11().features[:4]), rand(1, 3, 50, 47)
     sizes = []
     layers[0].register_forward_hook(
@@ -1961,7 +1961,7 @@ def test_units_of_low_layers_take_only_windows_of_their_images():
     assert quick.report == exact.report
 
 
-def test_a_model_that_wants_one_size_of_images_is_given_whole_ones():
+def test_a_model_that_requires_one_size_gets_whole_images():
     class Placed(nn.Module):
         def __init__(self):
             super().__init__()
@@ -1976,7 +1976,7 @@ def test_a_model_that_wants_one_size_of_images_is_given_whole_ones():
     assert_close(quick.images, exact.images, rtol=1e-12, atol=1e-15)
 
 
-def test_a_model_that_takes_coordinates_from_the_size_is_given_whole_images():
+def test_a_model_whose_coordinates_depend_on_the_size_gets_whole_images():
     class Coordinates(nn.Module):
         def __init__(self):
             super().__init__()

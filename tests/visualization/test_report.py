@@ -1,5 +1,5 @@
-"""A survey and its files, alone and by several processes, and the command as a user runs it: what
-it leaves, goes on with, and says when something is wrong."""
+"""Visualizations and their files, by one or several processes, and the command as a user runs it:
+what it writes, how it resumes, and its errors."""
 
 import importlib.util
 import io
@@ -96,7 +96,7 @@ def images(textures):
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory, images):
-    """(folder, subject, images, settings, files) of a survey that is only looked at."""
+    """(folder, subject, images, settings, files) of a visualization that tests only read."""
     folder = tmp_path_factory.mktemp("seen") / "out"
     subject = subject_of(seeded(Small))
     settings = settings_of(layers=["conv1", "relu2", "dead", "fc"], grid_maps=2, occlusion=1)
@@ -131,7 +131,7 @@ def picture(path):
 # What is written.
 
 
-def test_a_survey_leaves_its_files_and_says_where(seen):
+def test_a_visualization_writes_its_files_and_returns_their_paths(seen):
     folder, _, _, _, written = seen
     assert written == {
         "pictures": folder / "visualization" / "figures",
@@ -160,7 +160,7 @@ def test_a_survey_leaves_its_files_and_says_where(seen):
     assert {path.name for path in (folder / ".deconvnet").iterdir()} == {"made"}
 
 
-def test_the_manifest_says_of_every_tile_where_it_is_from(seen):
+def test_the_manifest_lists_the_origin_of_every_tile(seen):
     folder, subject, images, settings, _ = seen
     said = manifest(folder)
     assert said["network"] == {
@@ -231,7 +231,7 @@ def referenced(gallery):
     return set(re.findall(r"[\w./#-]+\.(?:png|jpg|js|css)\b", text)) - {"gallery.add"}
 
 
-def test_the_gallery_has_all_the_files_that_it_shows(seen):
+def test_the_gallery_has_every_file_that_it_shows(seen):
     gallery = seen[0] / "gallery"
     names = {name for name in referenced(gallery) if not re.fullmatch(r"image-\d\.png", name)}
     assert len(names) > 20
@@ -244,7 +244,7 @@ def test_the_gallery_has_all_the_files_that_it_shows(seen):
     assert [path.parent.name for path in gallery.rglob("filters.*")] == ["1-conv1"]
 
 
-def test_bars_say_what_is_done_and_come_to_their_end(images, tmp_path, monkeypatch):
+def test_progress_bars_have_names_and_reach_their_ends(images, tmp_path, monkeypatch):
     class Terminal(io.StringIO):
         def isatty(self):
             return True
@@ -267,7 +267,7 @@ def fail(*_, **__):
     raise AssertionError("this was to be found in a file")
 
 
-def test_a_second_survey_finds_everything_in_its_files(copied, monkeypatch):
+def test_a_second_visualization_reads_everything_from_files(copied, monkeypatch):
     folder, subject, images, settings, _ = copied
     before, said = times(folder), manifest(folder)
     monkeypatch.setattr(module, "project_top_activations", fail)
@@ -294,7 +294,7 @@ CONTROLS = {f"control/{name}" for name in ALL}
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory, images):
-    """A folder with a survey without a gallery."""
+    """A folder with a visualization without a gallery."""
     folder = tmp_path_factory.mktemp("first") / "out"
     visualize_network(subject_of(seeded(Small)), images, settings_of(gallery=False), folder)
     return folder
@@ -320,7 +320,7 @@ def first(tmp_path_factory, images):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )
-def test_what_depends_on_other_settings_is_made_anew_and_nothing_else(
+def test_only_what_depends_on_changed_settings_is_recomputed(
     first, images, tmp_path, options, made_anew
 ):
     folder = tmp_path / "out"
@@ -335,7 +335,7 @@ def test_what_depends_on_other_settings_is_made_anew_and_nothing_else(
     assert changed(folder, before) == made_anew
 
 
-def test_a_damaged_file_stops_a_survey_in_one_line(copied):
+def test_a_damaged_file_stops_a_visualization_with_one_line(copied):
     folder, subject, images, settings, _ = copied
     for name in ("topk.npz", "projections/relu2.npz", "control/topk.npz"):
         path = folder / "visualization" / name
@@ -347,13 +347,13 @@ def test_a_damaged_file_stops_a_survey_in_one_line(copied):
 
 
 @pytest.mark.parametrize("name", ["b", "a"])
-def test_an_image_that_was_changed_under_its_name_is_searched_anew(textures, tmp_path, name):
+def test_a_changed_image_of_the_same_name_is_searched_again(textures, tmp_path, name):
     folder = tmp_path / "photos"
     folder.mkdir()
     for each, pixels in zip("abc", textures(3, 3, 18, 20), strict=True):
         save_as(folder / f"{each}.bmp", pixels)
 
-    def surveyed(place):
+    def visualized(place):
         images = lazy_images(DataSettings(source="folder", path=str(folder), size=None))
         visualize_network(
             subject_of(seeded(Small)), images, settings_of(gallery=False), tmp_path / place
@@ -362,13 +362,13 @@ def test_an_image_that_was_changed_under_its_name_is_searched_anew(textures, tmp
             tmp_path / place / "visualization/topk.npz"
         )
 
-    before, old = surveyed("out")
-    again, _ = surveyed("out")
+    before, old = visualized("out")
+    again, _ = visualized("out")
     assert again == before
     save_as(folder / f"{name}.bmp", textures(1, 3, 18, 20, seed=5)[0])
-    after, found = surveyed("out")
+    after, found = visualized("out")
     assert changed(tmp_path / "out", before) == ALL | CONTROLS
-    _, fresh = surveyed("fresh")
+    _, fresh = visualized("fresh")
     for layer in fresh.tops:
         assert np.array_equal(found.tops[layer].values, fresh.tops[layer].values)
         assert not np.array_equal(found.tops[layer].values, old.tops[layer].values)
@@ -379,7 +379,7 @@ def save_as(path, image):
     Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy()).save(path)
 
 
-def test_a_network_whose_code_was_changed_is_searched_anew(images, tmp_path, monkeypatch):
+def test_a_network_whose_code_has_changed_is_searched_again(images, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     text = (
         "from torch import nn\nclass Own(nn.Module):\n    def __init__(self):\n"
@@ -400,9 +400,7 @@ def test_a_network_whose_code_was_changed_is_searched_anew(images, tmp_path, mon
     assert found[0] != found[1] and found[1] == found[2]
 
 
-def test_what_other_layers_and_settings_have_left_is_removed_and_nothing_of_others(
-    images, tmp_path
-):
+def test_files_of_earlier_layers_and_settings_are_removed_but_not_those_of_others(images, tmp_path):
     subject, folder = subject_of(seeded(Small)), tmp_path / "visualization"
     first = settings_of(layers=["conv1", "relu2"], occlusion=1, gallery=True)
     visualize_network(subject, images, first, tmp_path)
@@ -427,7 +425,7 @@ def test_what_other_layers_and_settings_have_left_is_removed_and_nothing_of_othe
     assert set(manifest(tmp_path)["layers"]) == {"relu2"}
 
 
-def test_an_older_gallery_is_spoken_of_where_none_is_made(images, tmp_path, caplog):
+def test_an_older_gallery_that_is_not_rebuilt_gets_a_warning(images, tmp_path, caplog):
     subject = subject_of(seeded(Small))
     visualize_network(subject, images, settings_of(layers=["relu2"], control=False), tmp_path)
     assert "earlier visualization" not in caplog.text
@@ -451,7 +449,7 @@ def test_an_older_gallery_is_spoken_of_where_none_is_made(images, tmp_path, capl
     ],
 )
 @pytest.mark.parametrize("linked", [False, True])
-def test_files_of_others_are_in_the_way_before_the_work_begins(
+def test_files_of_others_are_refused_before_the_work_begins(
     images, tmp_path, monkeypatch, name, linked
 ):
     monkeypatch.setattr(module, "find_top_activations", fail)
@@ -467,7 +465,7 @@ def test_files_of_others_are_in_the_way_before_the_work_begins(
     assert path.is_symlink() == linked
 
 
-def test_names_of_images_that_are_no_text_are_shown_all_the_same(textures, tmp_path):
+def test_image_names_that_are_not_valid_text_are_shown(textures, tmp_path):
     folder = tmp_path / "photos"
     folder.mkdir()
     for number, pixels in enumerate(textures(3, 3, 18, 20)):
@@ -503,7 +501,7 @@ def test_one_layer_may_be_given_without_the_brackets_of_a_list(images, tmp_path)
 # Settings.
 
 
-def test_layers_maps_control_and_gallery_are_what_the_settings_say(images, tmp_path):
+def test_layers_maps_control_and_gallery_follow_the_settings(images, tmp_path):
     settings = settings_of(layers=["relu2"], maps=3, control=False, gallery=False, seed=5)
     written = visualize_network(subject_of(seeded(Small)), images, settings, tmp_path)
     assert set(written) == {"pictures", "manifest"} and not (tmp_path / "gallery").exists()
@@ -518,7 +516,7 @@ def test_layers_maps_control_and_gallery_are_what_the_settings_say(images, tmp_p
     assert chosen == sample_maps(alive, 3, seed=5) != sample_maps(alive, 3, seed=0)
 
 
-def test_method_and_overlap_are_those_of_the_projections(images, tmp_path):
+def test_method_and_overlap_reach_the_projections(images, tmp_path):
     net = seeded(lambda: nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.ReLU(), nn.Conv2d(4, 3, 3)))
     tiles = {}
     for method, overlap in (("deconv", "sum"), ("gradient", "sum"), ("deconv", "normalised")):
@@ -552,7 +550,7 @@ class Gated(nn.Module):
         return self.out(y * self.squeeze(y.mean((2, 3), keepdim=True)).sigmoid())
 
 
-def test_gates_and_what_has_no_rule_go_down_as_the_settings_say(images, tmp_path):
+def test_gates_and_strict_reach_the_projections(images, tmp_path):
     said = {}
     for gates in ("constant", "gradient"):
         settings = settings_of(layers=["out"], gates=gates, strict=False, control=False)
@@ -578,7 +576,7 @@ def test_gates_and_what_has_no_rule_go_down_as_the_settings_say(images, tmp_path
     ],
     ids=str,
 )
-def test_settings_that_mean_nothing_are_refused(options, message):
+def test_invalid_settings_are_refused(options, message):
     with pytest.raises(ValueError) as caught:
         VisualizationSettings(**options)
     assert str(caught.value) == message
@@ -633,7 +631,7 @@ class Layer(nn.Sequential):
     ],
     ids=["VGG", "ResNet", "plain", "named Layer", "many sizes", "vectors"],
 )
-def test_by_default_a_layer_of_every_size_is_looked_at(make, expected):
+def test_by_default_the_last_layer_of_every_size_is_visualized(make, expected):
     projector = Projector(seeded(make))
     assert default_layers(projector.layers(torch.rand(1, 3, 64, 64))) == expected
 
@@ -650,9 +648,7 @@ def learned(textures):
     return net
 
 
-def test_a_deconvolutional_network_is_surveyed_in_all_layers_with_what_it_makes_of_images(
-    learned, textures, tmp_path
-):
+def test_all_layers_of_a_deconvnet_are_visualized_with_reconstructions(learned, textures, tmp_path):
     assert default_layers(Projector(learned).layers(torch.rand(1, 3, 18, 20))) == [
         "layer1",
         "layer2",
@@ -679,7 +675,7 @@ def test_a_deconvolutional_network_is_surveyed_in_all_layers_with_what_it_makes_
     assert '"epochs":["1","5"]' in script.read_text()
 
 
-def test_another_solver_of_the_same_filters_is_searched_anew(learned, textures, tmp_path):
+def test_the_same_filters_with_another_solver_are_searched_again(learned, textures, tmp_path):
     data = lazy(textures(3, 3, 18, 20))
     settings = settings_of(layers=["layer1"], gallery=False, control=False)
     visualize_network(subject_of(learned), data, settings, tmp_path)
@@ -694,7 +690,7 @@ def test_another_solver_of_the_same_filters_is_searched_anew(learned, textures, 
     assert all(value != before[name] for name, value in times(tmp_path).items())
 
 
-def test_a_network_of_grey_images_and_one_with_depthwise_filters_are_surveyed(images, tmp_path):
+def test_networks_with_grey_input_or_depthwise_filters_are_visualized(images, tmp_path):
     grey = subject_of(seeded(lambda: Small(1)), Normalization((0.5,), (0.5,), "grey"))
     visualize_network(grey, images, settings_of(layers=["conv1", "relu2"]), tmp_path / "grey")
     found = load_top_projections(tmp_path / "grey" / "visualization" / "projections" / "relu2.npz")
@@ -713,7 +709,7 @@ def test_a_network_of_grey_images_and_one_with_depthwise_filters_are_surveyed(im
     assert not list(gallery.rglob("filters.*"))
 
 
-def test_images_of_different_sizes_are_surveyed(textures, tmp_path):
+def test_images_of_different_sizes_are_visualized(textures, tmp_path):
     data = lazy([*textures(2, 3, 18, 20), *textures(2, 3, 24, 17, seed=1)])
     net = seeded(
         lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 3), nn.ReLU())
@@ -756,7 +752,7 @@ def test_layers_that_are_never_active_are_left_out_with_a_warning(images, tmp_pa
     ],
     ids=["name", "rule", "channels", "vectors"],
 )
-def test_what_cannot_be_surveyed_is_refused_before_the_work_begins(
+def test_what_cannot_be_visualized_is_refused_before_the_work_begins(
     images, tmp_path, monkeypatch, make, options, message
 ):
     monkeypatch.setattr(module, "find_top_activations", fail)
@@ -854,7 +850,7 @@ def run_seen(place, script):
     return script(place, "visualize.py", "run=runs/run", "max_images=4", *QUICK)
 
 
-def test_a_run_is_seen_on_its_own_images(place, run_seen):
+def test_a_run_is_visualized_on_its_own_images(place, run_seen):
     folder = place / "runs" / "run"
     assert run_seen.code == 0 and run_seen.err == "", run_seen
     for path in (
@@ -877,7 +873,7 @@ def test_a_run_is_seen_on_its_own_images(place, run_seen):
     assert load(folder).depth == 2 and (folder / "pictures" / "layer1-filters.png").is_file()
 
 
-def test_the_same_command_again_is_done_at_once(place, run_seen, script):
+def test_repeating_a_command_recomputes_nothing(place, run_seen, script):
     before = times(place / "runs" / "run")
     again = script(place, "visualize.py", "run=runs/run", "max_images=4", *QUICK)
     assert again.code == 0 and again.out == run_seen.out
@@ -898,7 +894,7 @@ def test_a_network_file_needs_images_and_has_a_folder_of_its_own(
     assert max(max(t["box"]) for e in said["layers"]["layer2"]["maps"] for t in e["tiles"]) <= 20
 
 
-def test_a_model_is_seen_with_its_weights_experiments_and_checkpoints(
+def test_a_model_is_visualized_with_weights_experiments_and_checkpoints(
     place, tmp_path, monkeypatch, visualize, capsys
 ):
     monkeypatch.chdir(place)
@@ -921,7 +917,7 @@ def test_a_model_is_seen_with_its_weights_experiments_and_checkpoints(
     assert f"{os.path.relpath(tmp_path)}/gallery/index.html" in capsys.readouterr().out
 
 
-def test_a_network_file_of_a_trained_network_knows_what_it_has_learned_from(
+def test_the_file_of_a_trained_network_records_its_training_images(
     place, tmp_path, monkeypatch, visualize
 ):
     data = asdict(DataSettings(source="folder", path="photos", size=20, max_images=3))
@@ -942,7 +938,7 @@ def test_a_network_file_of_a_trained_network_knows_what_it_has_learned_from(
 
 
 @pytest.mark.parametrize("given", [{}, {"images": "nowhere"}, {"images": ["photos", "nowhere"]}])
-def test_what_names_no_images_is_said_before_a_network_is_loaded(
+def test_missing_images_are_reported_before_a_network_is_loaded(
     place, monkeypatch, visualize, given
 ):
     monkeypatch.chdir(place)
@@ -951,7 +947,7 @@ def test_what_names_no_images_is_said_before_a_network_is_loaded(
         visualize(model="torchvision/vgg16", **given)
 
 
-def test_a_file_that_says_where_its_images_are_is_followed_aloud_and_never_downloads(
+def test_recorded_images_are_announced_and_never_downloaded(
     place, tmp_path, monkeypatch, visualize, capsys
 ):
     monkeypatch.chdir(tmp_path)
@@ -1018,7 +1014,7 @@ def test_layers_are_listed_with_their_receptive_fields(
     assert [row.split()[:3] for row in rows] == [["*", "layer1", "Layer"], ["*", "layer2", "Layer"]]
 
 
-def test_a_model_without_layers_is_said_to_have_none(place, tmp_path, monkeypatch, visualize):
+def test_a_model_without_layers_is_refused(place, tmp_path, monkeypatch, visualize):
     (tmp_path / "bare.py").write_text(
         "from torch import nn\ndef make():\n    return nn.Conv2d(3, 4, 3)\n"
     )
@@ -1028,7 +1024,7 @@ def test_a_model_without_layers_is_said_to_have_none(place, tmp_path, monkeypatc
             visualize(model="bare:make", images=str(place / "photos"), layers=layers)
 
 
-def test_help_says_every_setting(place, script):
+def test_help_lists_every_setting(place, script):
     result = script(place, "visualize.py", "--help")
     assert result.code == 0
     _, settings = result.out.split("Settings, with their values")
@@ -1066,7 +1062,7 @@ def unchanged(place):
     ],
     ids=" ".join,
 )
-def test_wrong_settings_end_in_one_line_and_leave_nothing(
+def test_wrong_settings_are_refused_in_one_line_and_write_nothing(
     place, unchanged, script, arguments, parts
 ):
     keys = {argument.split("=")[0] for argument in arguments}
@@ -1123,7 +1119,7 @@ def test_wrong_settings_end_in_one_line_and_leave_nothing(
     ],
     ids=lambda value: " ".join(map(str, value.values())) if isinstance(value, dict) else "",
 )
-def test_what_else_may_be_wrong_is_said_in_one_line(
+def test_other_wrong_settings_are_refused_in_one_line(
     place, unchanged, monkeypatch, visualize, given, parts
 ):
     monkeypatch.chdir(place)
@@ -1135,7 +1131,7 @@ def test_what_else_may_be_wrong_is_said_in_one_line(
         assert part in message
 
 
-def test_a_survey_that_was_killed_goes_on_behind_its_last_file(
+def test_a_killed_visualization_resumes_after_its_last_file(
     place, tmp_path, monkeypatch, visualize, script
 ):
     shutil.copytree(place / "photos", tmp_path / "photos")
@@ -1161,7 +1157,7 @@ def test_a_survey_that_was_killed_goes_on_behind_its_last_file(
     assert out["layers"]["1"]["shape"] == [3, 22, 22]
 
 
-def test_an_interrupted_search_says_how_to_go_on_and_keeps_what_it_has_found(
+def test_an_interrupted_search_keeps_its_tables_and_prints_how_to_resume(
     place, tmp_path, monkeypatch, visualize, script
 ):
     shutil.copytree(place / "photos", tmp_path / "photos")
@@ -1187,7 +1183,7 @@ def free_port():
 
 
 @pytest.mark.slow
-def test_two_processes_find_what_one_finds(place, tmp_path, monkeypatch, visualize, start):
+def test_two_processes_find_the_same_as_one(place, tmp_path, monkeypatch, visualize, start):
     arguments = [*MODEL, *QUICK, f"output={tmp_path / 'two'}"]
     shared = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(), WORLD_SIZE=2)
     running = [

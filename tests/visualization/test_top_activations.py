@@ -1,5 +1,5 @@
-"""The strongest activations of a data set: those of a search over all, however it is gone through,
-stopped, shared, or damaged."""
+"""The strongest activations of a data set are those of an exhaustive search, even if the search is
+stopped, shared or damaged."""
 
 import json
 import shutil
@@ -59,9 +59,10 @@ def equal(one, two):
 
 @torch.no_grad()
 def search(net, images, layer, k, allowed=None):
-    """What `mine` is about: the strongest unit of every image, sorted with the image's number.
+    """The result of an exhaustive search: the strongest unit of every image, sorted.
 
-    One image after the other, and of each map one place after the other.
+
+    Image by image, and position by position.
     """
     strongest, active, density = [], 0, 0
     for number, image in enumerate(images):
@@ -97,7 +98,7 @@ def assert_is(top, expected):
 
 
 @pytest.mark.parametrize("k", [1, 4, 30])
-def test_the_table_is_that_of_a_search_over_all_activations(k):
+def test_the_table_is_that_of_an_exhaustive_search(k):
     net, images = network(), pictures(14)
     tops = find_top_activations(Projector(net), images, LAYERS, k=k)
     assert list(tops) == LAYERS
@@ -107,7 +108,7 @@ def test_the_table_is_that_of_a_search_over_all_activations(k):
     assert tops["3"].dead.tolist() == [False] * 4 + [True]
 
 
-def test_neither_batches_nor_processes_change_a_number_and_of_equals_the_earlier_image_wins():
+def test_batches_and_workers_change_nothing_and_the_earlier_of_equals_wins():
     projector, images = Projector(network()), pictures(14)
     tops = find_top_activations(projector, images, LAYERS, k=6, batch=1)
     for options in ({"batch": 7}, {"batch": 32}, {"batch": 3, "workers": 2}):
@@ -123,7 +124,7 @@ def test_neither_batches_nor_processes_change_a_number_and_of_equals_the_earlier
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 20])
-def test_shards_together_are_the_whole_also_if_some_have_no_image(ranks):
+def test_merged_shards_are_the_whole_even_if_some_are_empty(ranks):
     projector, images = Projector(network()), pictures(14)
     parts = [
         find_top_activations(projector, images, LAYERS, k=5, shard=(rank, ranks))
@@ -159,7 +160,7 @@ def stop_after(count):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_pass_that_was_stopped_goes_on_where_it_was(tmp_path, workers):
+def test_a_stopped_search_resumes_where_it_stopped(tmp_path, workers):
     projector, images, path = Projector(network()), Counted(pictures(14)), tmp_path / "top.npz"
     options = {"k": 5, "batch": 3, "path": path, "key": {"network": ("a", 1)}, "workers": workers}
     with pytest.raises(Stopped):
@@ -178,7 +179,7 @@ def test_a_pass_that_was_stopped_goes_on_where_it_was(tmp_path, workers):
     assert images.reads == 0 and path.stat().st_mtime_ns == written
 
 
-def test_a_pass_that_was_killed_loses_only_what_came_after_it_was_last_saved(tmp_path, monkeypatch):
+def test_a_killed_search_loses_only_what_follows_the_last_save(tmp_path, monkeypatch):
     projector, images, path = Projector(network()), pictures(14), tmp_path / "whole" / "top.npz"
     monkeypatch.setattr(top_activations, "SAVE_SECONDS", -1)
     killed = tmp_path / "killed" / "top.npz"
@@ -208,7 +209,7 @@ def test_a_pass_that_was_killed_loses_only_what_came_after_it_was_last_saved(tmp
     ],
     ids=str,
 )
-def test_a_pass_of_anything_else_is_made_anew(tmp_path, other, caplog):
+def test_a_search_with_another_key_is_recomputed(tmp_path, other, caplog):
     caplog.set_level("INFO")
     projector, images, path = Projector(network()), pictures(14), tmp_path / "top.npz"
     options = {"layers": LAYERS, "k": 5, "key": {"network": "a"}, "path": path}
@@ -224,7 +225,7 @@ def test_a_pass_of_anything_else_is_made_anew(tmp_path, other, caplog):
     assert "is from another search and is recomputed" in caplog.text
 
 
-def test_a_damaged_file_is_refused_in_one_line_and_never_believed(tmp_path):
+def test_a_damaged_file_is_refused_in_one_line(tmp_path):
     projector, images, path = Projector(network()), pictures(6), tmp_path / "top.npz"
     tops = find_top_activations(projector, images, LAYERS, path=path)
     whole = path.read_bytes()
@@ -253,9 +254,7 @@ def test_a_damaged_file_is_refused_in_one_line_and_never_believed(tmp_path):
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
-def test_what_is_not_finite_is_refused_with_its_image_and_what_was_found_before_is_kept(
-    tmp_path, wrong
-):
+def test_values_that_are_not_finite_are_refused_and_earlier_tables_kept(tmp_path, wrong):
     images, path = pictures(8), tmp_path / "top.npz"
     images[6] = images[6].clone()
     images[6][1, 4, 4] = wrong
@@ -264,7 +263,7 @@ def test_what_is_not_finite_is_refused_with_its_image_and_what_was_found_before_
     assert SearchState.load(path).done == 6
 
 
-def test_an_image_that_cannot_be_read_is_the_same_line_from_another_process(tmp_path):
+def test_an_unreadable_image_gives_the_same_line_from_a_worker(tmp_path):
     def lost():
         raise ValueError("cannot read lost.png: truncated")
 
@@ -345,7 +344,7 @@ def test_images_of_different_sizes_are_searched_each_with_its_own_border():
 # What is searched.
 
 
-def test_labels_are_left_aside_and_vectors_are_maps_of_one_place():
+def test_labels_are_ignored_and_vectors_are_maps_with_one_position():
     net = nn.Sequential(*network(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 3))
     images = pictures(6)
     labelled = [(image, "a class") for image in images]
@@ -412,7 +411,7 @@ def test_in_a_deconvolutional_network_magnitudes_are_searched(learned, inside):
 
 
 @pytest.mark.parametrize("options", [{"k": 0}, {"batch": 0}, {"images": []}], ids=str)
-def test_what_cannot_be_searched_is_refused(options):
+def test_invalid_searches_are_refused(options):
     options = {"images": pictures(2), **options}
     with pytest.raises(ValueError, match="must be at least 1"):
         find_top_activations(Projector(network()), options.pop("images"), ["1"], **options)

@@ -1,4 +1,4 @@
-"""What drives maps, projected and cut out: tiles, their control, their grids, and their files."""
+"""Projections of the strongest activations: tiles, their control, their grids and their files."""
 
 import copy
 import json
@@ -190,7 +190,7 @@ def test_only_some_units_and_images_are_projected_at_a_time(trained, monkeypatch
             assert_allclose(one.astype(float), other.astype(float), atol=1e-3, err_msg=entry.name)
 
 
-def test_maps_that_are_not_active_in_enough_images_leave_their_places_empty(trained):
+def test_maps_with_fewer_than_k_activations_have_empty_tiles(trained):
     projector, images, _ = trained
     net = copy.deepcopy(projector.model)
     with torch.no_grad():
@@ -211,7 +211,7 @@ def test_maps_that_are_not_active_in_enough_images_leave_their_places_empty(trai
         project_top_activations(shy, images, "4", top, maps=[1])
 
 
-def test_values_of_learned_networks_have_signs_and_so_have_their_tiles(learned):
+def test_values_and_tiles_of_deconvnets_have_signs(learned):
     net, images = learned
     projector = Projector(net, batch=2)
     top = find_top_activations(projector, images, ["layer2"], k=4)["layer2"]
@@ -231,7 +231,7 @@ def test_values_of_learned_networks_have_signs_and_so_have_their_tiles(learned):
         assert_allclose(found.tiles[m, place], tile / tile.abs().max(), atol=2e-3)
 
 
-def test_a_data_set_that_gives_other_images_than_before_is_refused(trained):
+def test_a_data_set_that_returns_other_images_is_refused(trained):
     projector, images, tops = trained
     with pytest.raises(ValueError) as caught:
         project_top_activations(projector, images[1:] + images[:1], "4", tops["4"])
@@ -257,7 +257,7 @@ def test_large_tiles_are_reduced(textures, monkeypatch):
 # Files.
 
 
-def exemplars_of(count=3, k=4, side=3):
+def projections_of(count=3, k=4, side=3):
     """Made up: the numbers tell where each comes from."""
     generator = np.random.default_rng(0)
     return TopProjections(
@@ -289,9 +289,9 @@ def assert_same(one, two):
             assert a == b
 
 
-def test_what_was_collected_comes_back_from_its_file(tmp_path):
+def test_projections_survive_their_file(tmp_path):
     path, key = tmp_path / "there" / "a.npz", {"network": ("a", 1), "maps": [1, 2]}
-    one = exemplars_of()
+    one = projections_of()
     one.save(path, key)
     assert_same(load_top_projections(path), one)
     assert_same(load_top_projections(path, key), one)
@@ -300,8 +300,8 @@ def test_what_was_collected_comes_back_from_its_file(tmp_path):
     assert {file.name for file in path.parent.iterdir()} == {".deconvnet", "a.npz"}
 
 
-def test_a_damaged_file_of_exemplars_is_refused_in_one_line_and_never_believed(tmp_path):
-    path, one = tmp_path / "a.npz", exemplars_of()
+def test_a_damaged_file_of_projections_is_refused_in_one_line(tmp_path):
+    path, one = tmp_path / "a.npz", projections_of()
     one.save(path)
     whole = path.read_bytes()
     damaged = [b"", b"no archive", whole[:-9], whole[:200]]
@@ -327,7 +327,7 @@ def test_a_damaged_file_of_exemplars_is_refused_in_one_line_and_never_believed(t
 
 @pytest.mark.parametrize("size", [(6, 6), (7, 5), (1, 3)])
 @pytest.mark.parametrize("period", [(2, 2), (4, 3), (1, 1), (0, 2)])
-def test_what_is_the_same_everywhere_has_no_checkerboard(size, period):
+def test_a_uniform_projection_has_no_checkerboard(size, period):
     images = torch.tensor([0.0, 0.3, -2.0]).view(3, 1, 1, 1).expand(3, 3, *size)
     assert_allclose(checkerboard(images, period), 0, atol=1e-12)
 
@@ -344,7 +344,7 @@ def test_the_checkerboard_is_the_spread_of_the_phases_whatever_the_scale():
         assert_allclose(checkerboard(scale * images, (3, 2)), expected, rtol=1e-5)
 
 
-def test_an_uneven_convolution_has_a_checkerboard_that_normalising_takes_away(textures):
+def test_an_uneven_convolution_has_a_checkerboard_that_normalising_removes(textures):
     net = nn.Sequential(nn.Conv2d(3, 2, 3, stride=2), nn.ReLU(), nn.Conv2d(2, 2, 5), nn.ReLU())
     for p in net.parameters():
         nn.init.ones_(p)
@@ -400,7 +400,7 @@ def test_a_control_depends_on_its_seed_alone():
     assert isinstance(one, nn.Sequential) and one.training == net.training
 
 
-def test_the_control_of_a_learned_network_keeps_its_connections_and_norms(learned):
+def test_the_control_of_a_deconvnet_keeps_connections_and_norms(learned):
     net = copy.deepcopy(learned[0])
     settings = [replace(layer.settings) for layer in net.layers]
     settings[1].num_maps, settings[1].connectivity = 4, "random_doubles"
@@ -455,9 +455,9 @@ def colours(found):
     return [tuple(patch.mean((1, 2)).round().astype(int)) for row in found.patches for patch in row]
 
 
-def test_maps_and_their_activations_stand_in_their_order_projections_beside_patches():
+def test_a_grid_shows_maps_and_activations_in_order_with_projections_next_to_patches():
     M, k = 5, 9
-    found = exemplars_of(M, k, side=4)
+    found = projections_of(M, k, side=4)
     number = np.arange(M * k).reshape(M, k)
     sign = np.where(number * 7 % 3 == 0, 1, -1)
     colour = np.stack([10 + number, 200 - number, 60 + 2 * number], -1)
@@ -489,8 +489,8 @@ def test_maps_and_their_activations_stand_in_their_order_projections_beside_patc
     assert corners[3, 0][1] == corners[4, 0][1] < corners[0, 0][1]
 
 
-def test_places_without_an_activation_are_hatched():
-    found = exemplars_of(1, 9, side=4)
+def test_missing_activations_are_hatched():
+    found = projections_of(1, 9, side=4)
     values = found.values.copy()
     values[0, 7:] = np.nan
     found = replace(found, values=values)
@@ -505,8 +505,8 @@ def test_places_without_an_activation_are_hatched():
     assert torch.isfinite(picture).all() and picture.min() >= 0 and picture.max() <= 1
 
 
-def test_a_grid_and_its_control_stand_side_by_side():
-    one, two = (projection_grid(exemplars_of(2), [n]) for n in (0, 1))
+def test_a_grid_and_its_control_are_side_by_side():
+    one, two = (projection_grid(projections_of(2), [n]) for n in (0, 1))
     both = with_control(one, two, layer="features.8")
     h, w = one.shape[1:]
     assert torch.equal(both[:, -h:, :w], one)
@@ -516,7 +516,7 @@ def test_a_grid_and_its_control_stand_side_by_side():
     )
 
 
-def test_some_maps_are_chosen_at_random_but_the_same_for_the_same_seed():
+def test_a_sample_of_maps_depends_on_the_seed_alone():
     dead = np.zeros(50, dtype=bool)
     dead[10:30] = True
     chosen = sample_maps(dead, 8, seed=1)

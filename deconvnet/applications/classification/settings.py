@@ -15,10 +15,10 @@ UPPER = ("project", "maps")
 
 @dataclass
 class ClassData:
-    """The images to put into classes: a folder with a folder for every class."""
+    """The labelled images: a folder that holds a folder of images for each class."""
 
     path: str
-    # the same of images that are only tested; null: others of `path`
+    # a folder of test images with the same classes; null: test other images of `path`
     test: str | None = None
     # side of the squares in pixels, and crop | pad; null: as the network has learned
     size: int | None = None
@@ -35,20 +35,20 @@ class ClassData:
 
 @dataclass
 class FeatureSettings:
-    """How an image becomes counts of words."""
+    """How an image becomes a spatial pyramid of visual words."""
 
-    # sides of windows in pixels; each size has a codebook of its own
+    # sides of patches in pixels; each size has a codebook of its own
     patch: list[int] = field(default_factory=lambda: [16, 24])
-    # cells of a window along a side
+    # cells along a side of a patch
     cells: int = 4
-    # pixels from window to window
+    # pixels from patch to patch
     step: int = 2
     # the same in maps that were projected from upper layers
     projected_step: int = 4
     # what a coefficient contributes: magnitude |z|, square z^2, or signed: max(0, z) and max(0, -z)
     # apart
     strength: str = "magnitude"
-    # true: descriptors of length 1 with no part above 0.2, as SIFT's; false: as they are
+    # true: descriptors of length 1, clipped at 0.2, as in SIFT; false: as they are
     normalize: bool = True
     # layers above the first: project, their strongest activations to the maps of layer 1, each
     # alone; or maps, as layer 1
@@ -61,8 +61,8 @@ class FeatureSettings:
     neighbours: int = 5
     # sides of the grids of the pyramid; all must divide the last
     levels: list[int] = field(default_factory=lambda: [1, 2, 4])
-    # counts in a cell are raised to this power before they are compared, so that many windows of a
-    # word count little more than a few; 1: as they are (the papers)
+    # counts in a cell are raised to this power before they are compared, so that many patches with
+    # one word count little more than a few; 1: as they are (the papers)
     power: float = 0.5
 
     def __post_init__(self) -> None:
@@ -75,7 +75,7 @@ class FeatureSettings:
         if not 2 <= self.words <= 65535:
             raise ValueError(f"words={self.words}: must be 2 to 65535")
         if self.neighbours > self.words:
-            raise ValueError(f"neighbours={self.neighbours}: there are words={self.words}")
+            raise ValueError(f"neighbours={self.neighbours}: must be at most words={self.words}")
         for key, choices in (("strength", STRENGTHS), ("upper", UPPER)):
             if getattr(self, key) not in choices:
                 raise ValueError(f"{key}={getattr(self, key)}: choose one of {', '.join(choices)}")
@@ -86,7 +86,7 @@ class FeatureSettings:
 
 @dataclass
 class ClassifySettings(FeatureSettings):
-    """How classes are learned and tested, in addition to the features."""
+    """The settings of features, and how classes are learned and tested."""
 
     data: ClassData | None = None
     # layers whose features are tried, each alone and all together, such as [1,4]; null: all

@@ -1,19 +1,19 @@
-"""The speed of coding and learning compared with SPORCO, on the same problems in one run.
+"""Compare the speed of sparse coding and filter learning with SPORCO, on the same problems.
 
-python benchmarks/peers.py                      everything below, at one thread and at two: hours
-python benchmarks/peers.py coding --problems grey dense
-python benchmarks/peers.py --quick              tiny forms of everything, to see whether it runs
-python benchmarks/peers.py coding --show        the tables and plots of the last run once more
+python benchmarks/compare_sporco.py                  everything below, one and two threads: hours
+python benchmarks/compare_sporco.py coding --problems grey dense
+python benchmarks/compare_sporco.py --quick          tiny versions, to check that it runs
+python benchmarks/compare_sporco.py coding --show    the tables and plots of the last run again
 
 coding     seconds until the objective is within 1e-1 to 1e-4 of the true minimum
-learning   seconds to dictionaries, and how good they are: for the images and for images held out
+learning   seconds to learn dictionaries, and their objective on training and held-out images
 batch      ten images at once against one after the other
-memory     the peak above what was there before, in units of the size of the maps
+memory     the peak memory above what was in use before, in units of the size of the maps
 
-Needs SPORCO (pip install sporco); photographs come with scikit-image. The solvers take turns; every
-number of threads has a process of its own, and so has every learner. What takes part of a second at
-the start of a process (planning of Fourier transforms, compilation, building the solver) is not
-timed on either side, nor is the evaluation of objectives, which is one function for all of them.
+Needs SPORCO (pip install -e '.[benchmark]'); photographs come with scikit-image. The solvers take
+turns; each number of threads and each learner has a process of its own. Planning of Fourier
+transforms, compilation and construction of solvers are not timed on either side, nor is the
+evaluation of objectives, which one function does for all of them.
 """
 
 from __future__ import annotations
@@ -31,15 +31,14 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
-import clocks
+import comparison_tables
 import numpy as np
 import problems
-import report
+import timing
 
 TASKS = ("coding", "learning", "batch", "memory")
 POOLS = ("OMP", "MKL", "OPENBLAS", "NUMEXPR", "NUMBA")
-# The relative duality gap that the true minimum is looked for to, and that of codes which say how
-# good a dictionary is.
+# The relative duality gap of the true minimum, and of the codes by which a dictionary is scored.
 GAP, SCORE_GAP = 1e-6, 1e-3
 MEMORY_ITERATIONS = 30
 
@@ -52,24 +51,24 @@ def main() -> None:
         print(json.dumps(CHILDREN[job["task"]](argparse.Namespace(**job))))
         return
     if not options.show and importlib.util.find_spec("sporco") is None:
-        sys.exit("benchmarks/peers.py needs SPORCO: pip install sporco")
+        sys.exit("benchmarks/compare_sporco.py needs SPORCO: pip install -e '.[benchmark]'")
     options.output.mkdir(parents=True, exist_ok=True)
     for task in options.what:
         file = options.output / f"{task}.json"
         if not options.show:
             started = time.time()
-            found = {
+            results = {
                 "command": " ".join(sys.argv),
                 "date": time.strftime("%Y-%m-%d %H:%M"),
-                "machine": clocks.machine(),
+                "machine": timing.machine(),
                 "options": {**vars(options), "output": str(options.output)},
                 **PARENTS[task](options),
             }
-            found["minutes"] = (time.time() - started) / 60
-            file.write_text(json.dumps(found, indent=1))
+            results["minutes"] = (time.time() - started) / 60
+            file.write_text(json.dumps(results, indent=1))
         elif not file.exists():
             sys.exit(f"--show: there is no {file}; run {task} first")
-        print(report.show(task, json.loads(file.read_text()), options.output))
+        print(comparison_tables.show(task, json.loads(file.read_text()), options.output))
 
 
 def arguments() -> argparse.Namespace:
@@ -81,39 +80,41 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--problems", nargs="+", choices=list(problems.SPECS), default=list(problems.SPECS),
-        help="coding, memory: some of the problems only",
+        help="coding, memory: only these problems",
     )  # fmt: skip
     parser.add_argument(
         "--threads", type=int, nargs="+", default=sorted({1, min(2, os.cpu_count() or 1)}),
-        help="of the CPU, one run for each number (default: 1 and 2)",
+        help="threads of the CPU, one run for each number (default: 1 and 2)",
     )  # fmt: skip
     parser.add_argument(
         "--solvers", nargs="+", metavar="WORD",
-        help="coding, batch: those whose names contain a word, as in: SPORCO coordinate",
+        help="coding, batch: only solvers whose names contain one of these words",
     )  # fmt: skip
     parser.add_argument("--repeats", type=int, default=3, help="rounds (default 3)")
     parser.add_argument(
         "--limit", type=float, default=120.0,
-        help="seconds that a solver has to come within 1e-4 (default 120; learners: three times)",
+        help="seconds within which a solver must reach 1e-4 (default 120; learners: three times)",
     )  # fmt: skip
     parser.add_argument(
         "--patience", type=float, default=600.0,
-        help="seconds to look for the true minimum of a problem, once (default 600)",
+        help="seconds to search for the true minimum of a problem, once (default 600)",
     )  # fmt: skip
     parser.add_argument(
         "--device", choices=["cpu", "cuda"], default="cpu",
-        help="of deconvnet; SPORCO stays on the CPU (default cpu)",
+        help="of deconvnet; SPORCO always runs on the CPU (default cpu)",
     )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="tiny images, two problems, one round")
-    parser.add_argument("--show", action="store_true", help="run nothing, show the last results")
+    parser.add_argument(
+        "--show", action="store_true", help="run nothing, show the results of the last run"
+    )
     parser.add_argument(
         "--output", type=Path, default=Path("runs/benchmark"),
-        help="folder of results, plots, dictionaries and minima (default runs/benchmark)",
+        help="folder for results, plots, dictionaries and minima (default runs/benchmark)",
     )  # fmt: skip
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if unknown := [name for name in options.what if name not in TASKS]:
-        parser.error(f"what={' '.join(unknown)}: choose of {', '.join(TASKS)}")
+        parser.error(f"what={' '.join(unknown)}: choose from {', '.join(TASKS)}")
     for key in ("repeats", "limit", "patience"):
         if not getattr(options, key) > 0:
             parser.error(f"--{key}={getattr(options, key)}: must be positive")
@@ -128,7 +129,7 @@ def arguments() -> argparse.Namespace:
     return options
 
 
-# What the command itself does: to send out children, one at a time, and to gather what they found.
+# The parent process: it starts child processes, one at a time, and gathers their results.
 
 
 def coding(options: argparse.Namespace) -> dict:
@@ -157,7 +158,7 @@ def memory(options: argparse.Namespace) -> dict:
 
 
 def learning(options: argparse.Namespace) -> dict:
-    """Every learner once in each round; then all that they found is judged."""
+    """Run each learner once per round, then score all dictionaries."""
     runs = []
     with tempfile.TemporaryDirectory() as folder:
         names = child(options, "learners", 1)
@@ -168,12 +169,12 @@ def learning(options: argparse.Namespace) -> dict:
                     run = child(options, "learning", threads, learner=name, file=file)
                     runs.append({"turn": turn, **run})
         files = [run["file"] for run in runs]
-        judged = child(options, "score", os.cpu_count() or 1, files=files)
-    for run, points in zip(runs, judged["scores"], strict=True):
+        scored = child(options, "score", os.cpu_count() or 1, files=files)
+    for run, points in zip(runs, scored["scores"], strict=True):
         both = zip(run.pop("seconds"), points, strict=True)
         run["points"] = [[*seconds, *scores] for seconds, scores in both]
         del run["file"]
-    return {"runs": runs, "start": judged["start"], "gap": judged["gap"]}
+    return {"runs": runs, "start": scored["start"], "gap": scored["gap"]}
 
 
 def prepare(options: argparse.Namespace, name: str) -> dict:
@@ -187,7 +188,7 @@ def child(options: argparse.Namespace, task: str, threads: int, **more) -> dict 
         json.dump(job, file)
         file.flush()
         environment = {f"{pool}_NUM_THREADS": str(threads) for pool in POOLS}
-        # Threads that spin while they wait take the time of others.
+        # Threads that spin while they wait slow down other threads.
         environment = {**os.environ, "GOMP_SPINCOUNT": "10000", **environment}
         command = [sys.executable, __file__, "--child", file.name]
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
@@ -197,7 +198,7 @@ def child(options: argparse.Namespace, task: str, threads: int, **more) -> dict 
 
 
 def in_turn(names: list[str], turn: int) -> list[str]:
-    """Another one is first in every round."""
+    """The names, starting with another one in each round."""
     turn %= len(names)
     return names[turn:] + names[:turn]
 
@@ -205,42 +206,45 @@ def in_turn(names: list[str], turn: int) -> list[str]:
 PARENTS = {"coding": coding, "learning": learning, "batch": batch, "memory": memory}
 
 
-# What children do. They import the solvers, whose pools of threads are then of the size of the job.
+# The child processes. They import the solvers, whose thread pools then have the size of the job.
 
 
 def minima_of(job: argparse.Namespace) -> dict:
-    import ours
+    import deconvnet_solvers
 
-    problem, shape = made(job), describe(job)
+    problem, shape = make_problem(job), describe(job)
     shape["minima"] = {}
     compile_search(problem, job.device)
     for boundary in ("circular", "valid"):
-        found = ours.minimum(
+        lowest = deconvnet_solvers.minimum(
             problem, boundary, Path(job.output), gap=GAP, patience=job.patience, device=job.device
         )
-        shape["minima"][boundary] = {**asdict(found), "gap": found.gap}
-        say(f"{job.problem} {boundary}: minimum {sum(found.objective):.6g}, gap {found.gap:.1e}")
+        shape["minima"][boundary] = {**asdict(lowest), "gap": lowest.gap}
+        say(f"{job.problem} {boundary}: minimum {sum(lowest.objective):.6g}, gap {lowest.gap:.1e}")
     return shape
 
 
 def describe(job: argparse.Namespace) -> dict:
-    problem, spec = made(job), spec_of(job)
+    problem, spec = make_problem(job), spec_of(job)
     shape = {"images": problem.y.shape, "filters": problem.f.shape, "weight": problem.weight}
     return {"title": spec.title, **shape, "solvers": list(all_solvers(job))}
 
 
 def code_in_turns(job: argparse.Namespace) -> list[dict]:
-    import ours
+    import deconvnet_solvers
 
-    problem, solvers, runs = made(job), all_solvers(job), []
-    minima = {b: ours.kept_minimum(problem, b, Path(job.output)) for b in ("circular", "valid")}
+    problem, solvers, runs = make_problem(job), all_solvers(job), []
+    minima = {
+        b: deconvnet_solvers.stored_minimum(problem, b, Path(job.output))
+        for b in ("circular", "valid")
+    }
     for name in solvers:
         warm_up(problem, solvers[name])
     for turn in range(job.repeats):
         for name in in_turn(list(solvers), turn):
-            boundary = ours.boundary_of(name)
+            boundary = deconvnet_solvers.boundary_of(name)
             lowest = sum(minima[boundary].objective)
-            points = timed(job, problem, solvers[name], boundary, lowest, clocks.LEVELS[-1])
+            points = timed(job, problem, solvers[name], boundary, lowest, timing.LEVELS[-1])
             runs.append(
                 {
                     "problem": job.problem,
@@ -251,28 +255,28 @@ def code_in_turns(job: argparse.Namespace) -> list[dict]:
                     "points": points,
                 }
             )
-            say(f"{job.problem}, {job.pool} threads, round {turn + 1}: {name} {closing(points)}")
+            say(f"{job.problem}, {job.pool} threads, round {turn + 1}: {name} {last_point(points)}")
     return runs
 
 
 def batch_in_turns(job: argparse.Namespace) -> list[dict]:
-    """Each solver on all images at once, and on one after the other."""
-    import ours
+    """Run each solver on all images at once, and on one after the other."""
+    import deconvnet_solvers
 
-    problem, runs = made(job), []
-    lowest = ours.kept_minimum(problem, "circular", Path(job.output)).objective
+    problem, runs = make_problem(job), []
+    lowest = deconvnet_solvers.stored_minimum(problem, "circular", Path(job.output)).objective
     solvers = {k: run for k, run in all_solvers(job).items() if not k.endswith(", valid")}
     for run in solvers.values():
         warm_up(problem, run)
         warm_up(problem.one(0), run)
-    once = partial(timed, job, boundary="circular", level=report.BATCH_LEVELS[-1])
+    once = partial(timed, job, boundary="circular", level=comparison_tables.BATCH_LEVELS[-1])
     for turn in range(job.repeats):
         for name in in_turn(list(solvers), turn):
             together = once(problem, solvers[name], lowest=sum(lowest))
             single = [
                 once(problem.one(n), solvers[name], lowest=one) for n, one in enumerate(lowest)
             ]
-            say(f"batch, {job.pool} threads, round {turn + 1}: {name} {closing(together)}")
+            say(f"batch, {job.pool} threads, round {turn + 1}: {name} {last_point(together)}")
             runs.append(
                 {
                     "solver": name,
@@ -286,90 +290,100 @@ def batch_in_turns(job: argparse.Namespace) -> list[dict]:
 
 
 def memory_of(job: argparse.Namespace) -> dict:
-    import ours
+    import deconvnet_solvers
 
-    problem, run = made(job), all_solvers(job)[job.solver]
+    problem, run = make_problem(job), all_solvers(job)[job.solver]
     warm_up(problem, run, at_size=False)
-    before, on_device = clocks.fresh_peak(), ours.peak_on_device(job.device)
-    run(problem, clocks.Recorder(None, iterations=MEMORY_ITERATIONS))
-    used = clocks.peak() - before
+    before, on_device = timing.fresh_peak(), deconvnet_solvers.peak_on_device(job.device)
+    run(problem, timing.Recorder(None, iterations=MEMORY_ITERATIONS))
+    used = timing.peak() - before
     if on_device is not None and job.solver.startswith("deconvnet"):
-        used = ours.peak_on_device(job.device)
+        used = deconvnet_solvers.peak_on_device(job.device)
     (N, _, *image), K = problem.y.shape, len(problem.f)
-    found = {"problem": job.problem, "solver": job.solver, "threads": job.pool, "bytes": used}
-    found["maps"] = 4 * N * K * int(np.prod(image))
-    say(f"{job.problem}: {job.solver} {used / found['maps']:.1f} times its maps")
-    return found
+    results = {"problem": job.problem, "solver": job.solver, "threads": job.pool, "bytes": used}
+    results["maps"] = 4 * N * K * int(np.prod(image))
+    say(f"{job.problem}: {job.solver} {used / results['maps']:.1f} times its maps")
+    return results
 
 
 def names_of_learners(job: argparse.Namespace) -> list[str]:
-    import ours
-    import sporco_peers
+    import deconvnet_solvers
+    import sporco_solvers
 
-    return [*sporco_peers.LEARNERS, *ours.LEARNERS]
+    return [*sporco_solvers.LEARNERS, *deconvnet_solvers.LEARNERS]
 
 
 def learn_once(job: argparse.Namespace) -> dict:
-    """Filters and seconds of one learner, which has run for two iterations before."""
-    import ours
-    import sporco_peers
+    """The filters and seconds of one learner, after a warm-up of two iterations."""
+    import deconvnet_solvers
+    import sporco_solvers
 
     spec = learning_spec(job)
     y, f = problems.images(spec), problems.random_filters(spec)
-    ours.torch.set_num_threads(job.pool)
-    sporco_peers.set_threads(job.pool)
-    if job.learner in ours.LEARNERS:
-        settings = ours.LEARNERS[job.learner]
-        run, iterations = partial(ours.learn, device=job.device, **settings), float("inf")
+    deconvnet_solvers.torch.set_num_threads(job.pool)
+    sporco_solvers.set_threads(job.pool)
+    if job.learner in deconvnet_solvers.LEARNERS:
+        settings = deconvnet_solvers.LEARNERS[job.learner]
+        run, iterations = (
+            partial(deconvnet_solvers.learn, device=job.device, **settings),
+            float("inf"),
+        )
     else:
-        learner, iterations = sporco_peers.LEARNERS[job.learner]
+        learner, iterations = sporco_solvers.LEARNERS[job.learner]
         run = partial(learner, threads=job.pool)
     if job.quick:
         iterations = 6
-    run(y, f, spec.weight, clocks.Snapshots(iterations=2))
-    snapshots = clocks.Snapshots(
-        iterations=iterations, limit=3 * job.limit, synchronize=ours.synchronizer(job.device)
+    run(y, f, spec.weight, timing.Snapshots(iterations=2))
+    snapshots = timing.Snapshots(
+        iterations=iterations,
+        limit=3 * job.limit,
+        synchronize=deconvnet_solvers.synchronizer(job.device),
     )
     run(y, f, spec.weight, snapshots)
-    np.savez(job.file, *(filters for _, _, filters in snapshots.kept))
-    seconds = [(iteration, t) for iteration, t, _ in snapshots.kept]
+    np.savez(job.file, *(filters for _, _, filters in snapshots.recorded))
+    seconds = [(iteration, t) for iteration, t, _ in snapshots.recorded]
     say(f"{job.pool} threads: {job.learner} {seconds[-1][0]} iterations, {seconds[-1][1]:.1f} s")
     return {"learner": job.learner, "threads": job.pool, "seconds": seconds, "file": job.file}
 
 
 def score(job: argparse.Namespace) -> dict:
-    """For every dictionary of some files the objective of the images that it was learned from and
-    of those held out, each coded again.
+    """The objectives of training and held-out images for each dictionary in some files.
+
+    The images are coded again for each dictionary.
     """
-    import ours
+    import deconvnet_solvers
 
     spec = learning_spec(job)
     both = problems.learning_images(spec, 2 if job.quick else problems.HELD_OUT)
-    known, widest = {}, 0.0
+    scores_of, widest = {}, 0.0
 
-    def judge(f: np.ndarray) -> list[float]:
+    def score_dictionary(f: np.ndarray) -> list[float]:
         nonlocal widest
         key = f.tobytes()
-        if key not in known:
-            found = []
+        if key not in scores_of:
+            minima = []
             for y in both:
                 problem = problems.Problem("learning", y, f, spec.weight)
-                search = partial(ours.search, problem, "circular", device=job.device)
-                found.append(
-                    search(gap=SCORE_GAP, patience=job.patience / 5, dtype=ours.torch.float32)
+                search = partial(deconvnet_solvers.search, problem, "circular", device=job.device)
+                minima.append(
+                    search(
+                        gap=SCORE_GAP,
+                        patience=job.patience / 5,
+                        dtype=deconvnet_solvers.torch.float32,
+                    )
                 )
-            known[key] = [sum(each.objective) for each in found]
-            widest = max(widest, *(each.gap for each in found))
-        return known[key]
+            scores_of[key] = [sum(minimum.objective) for minimum in minima]
+            widest = max(widest, *(minimum.gap for minimum in minima))
+        return scores_of[key]
 
     start = problems.Problem("learning", both[0], problems.random_filters(spec), spec.weight)
     compile_search(start, job.device)
     scores = []
     for file in job.files:
-        with np.load(file) as kept:
-            scores.append([judge(kept[name]) for name in kept.files])
-        say(f"judged {len(scores)} of {len(job.files)}: {scores[-1][-1][0]:.1f}")
-    return {"scores": scores, "start": judge(start.f), "gap": widest}
+        with np.load(file) as stored:
+            scores.append([score_dictionary(stored[name]) for name in stored.files])
+        say(f"scored {len(scores)} of {len(job.files)}: {scores[-1][-1][0]:.1f}")
+    return {"scores": scores, "start": score_dictionary(start.f), "gap": widest}
 
 
 CHILDREN = {
@@ -385,12 +399,12 @@ CHILDREN = {
 
 
 def all_solvers(job: argparse.Namespace) -> dict[str, Callable]:
-    import ours
-    import sporco_peers
+    import deconvnet_solvers
+    import sporco_solvers
 
-    ours.torch.set_num_threads(job.pool)
-    sporco_peers.set_threads(job.pool)
-    every = {**sporco_peers.SOLVERS, **ours.solvers(job.device)}
+    deconvnet_solvers.torch.set_num_threads(job.pool)
+    sporco_solvers.set_threads(job.pool)
+    every = {**sporco_solvers.SOLVERS, **deconvnet_solvers.solvers(job.device)}
     words = job.solvers or [""]
     return {name: run for name, run in every.items() if any(word in name for word in words)}
 
@@ -404,27 +418,27 @@ def learning_spec(job: argparse.Namespace) -> problems.Spec:
     return problems.LEARNING.tiny() if job.quick else problems.LEARNING
 
 
-def made(job: argparse.Namespace) -> problems.Problem:
+def make_problem(job: argparse.Namespace) -> problems.Problem:
     return problems.make(spec_of(job), Path(job.output))
 
 
 def warm_up(problem: problems.Problem, run: Callable, at_size: bool = True) -> None:
-    """Compile all that a solver comes upon, on a corner; plan for the size of the images."""
-    run(corner(problem), clocks.Recorder(None, iterations=60))
+    """Compile everything that a solver needs, on a corner; plan transforms of the image size."""
+    run(crop_corner(problem), timing.Recorder(None, iterations=60))
     if at_size:
-        run(problem, clocks.Recorder(None, iterations=2))
+        run(problem, timing.Recorder(None, iterations=2))
 
 
 def compile_search(problem: problems.Problem, device: str) -> None:
-    import ours
+    import deconvnet_solvers
 
-    for dtype in (ours.torch.float32, ours.torch.float64):
-        ours.search(
-            corner(problem), "circular", gap=1e-2, patience=60.0, device=device, dtype=dtype
+    for dtype in (deconvnet_solvers.torch.float32, deconvnet_solvers.torch.float64):
+        deconvnet_solvers.search(
+            crop_corner(problem), "circular", gap=1e-2, patience=60.0, device=device, dtype=dtype
         )
 
 
-def corner(problem: problems.Problem) -> problems.Problem:
+def crop_corner(problem: problems.Problem) -> problems.Problem:
     return replace(problem, y=np.ascontiguousarray(problem.y[..., :32, :32]))
 
 
@@ -435,20 +449,20 @@ def timed(
     boundary: str,
     lowest: float,
     level: float,
-) -> list[clocks.Point]:
-    import ours
+) -> list[timing.Point]:
+    import deconvnet_solvers
 
-    recorder = clocks.Recorder(
+    recorder = timing.Recorder(
         problems.Objective(problem, boundary),
         goal=lowest * (1 + level),
         limit=job.limit,
-        synchronize=ours.synchronizer(job.device),
+        synchronize=deconvnet_solvers.synchronizer(job.device),
     )
     run(problem, recorder)
     return recorder.points
 
 
-def closing(points: list[clocks.Point]) -> str:
+def last_point(points: list[timing.Point]) -> str:
     iteration, seconds, value = points[-1]
     return f"{iteration} iterations, {seconds:.2f} s, objective {value:.6g}"
 

@@ -1,27 +1,30 @@
-"""The speed of projection and search compared with Captum, on the same work in one run.
+"""Compare the speed of projecting units and searching for top activations with Captum.
 
-python benchmarks/projections.py                  AlexNet, VGG-16 and ResNet-18 at one thread
-python benchmarks/projections.py --models vgg16 --repeats 5
+python benchmarks/compare_captum.py                  AlexNet, VGG-16 and ResNet-18 at one thread
+python benchmarks/compare_captum.py --models vgg16 --repeats 5
 
-Needs Captum (pip install captum) and nothing else that is not installed already: photographs come
-with scikit-image, weights are random. The two sides take turns; given are medians of the ratios of
-neighbours in time, and their range. Captum runs the whole network and knows one unit for each image
-of a batch; it has no search, so that beside ours stands what its users write: LayerActivation and a
-maximum.
+Needs Captum (pip install captum); photographs come with scikit-image, weights are random. The two
+sides take turns, and the tables give the median and range of the ratios of consecutive times.
+Captum runs the whole network and projects one unit for each image of a batch. It has no search, so
+ours is compared with what its users write: LayerActivation and a maximum.
 """
 
+from __future__ import annotations
+
 import argparse
+import importlib.util
 import os
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
 import torchvision
-from captum.attr import LayerActivation, NeuronDeconvolution
 from torch import Tensor, nn
 
 from deconvnet.images.datasets import load_images
@@ -29,13 +32,16 @@ from deconvnet.images.sources import DataSettings
 from deconvnet.visualization.projection.projector import Projector
 from deconvnet.visualization.search.top_activations import TopActivations, find_top_activations
 
+if TYPE_CHECKING:
+    from captum.attr import NeuronDeconvolution
+
 LAYERS = {
     "alexnet": ["features.3", "features.8"],
     "vgg16": ["features.8", "features.15", "features.22"],
     "resnet18": ["layer2.1.conv2", "layer3.1.conv2"],
 }
 MAPS, K = 64, 9
-# Captum takes minutes for all units of a layer: it is timed on every n-th of them.
+# Captum takes minutes for all units of a layer: it is timed on every 24th.
 EVERY = 24
 
 Unit = tuple[int, int, int, int]
@@ -50,17 +56,19 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=48, help="photographs (default 48)")
     parser.add_argument("--batch", type=int, default=8, help="images at a time (default 8)")
     parser.add_argument("--repeats", type=int, default=3, help="of each timing (default 3)")
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU (default 1)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of the CPU (default 1)")
     options = parser.parse_args()
+    if importlib.util.find_spec("captum") is None:
+        sys.exit("benchmarks/compare_captum.py needs Captum: pip install captum")
     torch.set_num_threads(options.threads)
     settings = DataSettings(size=options.size, scale=1.0, max_images=options.images)
     images = load_images(settings).images
     print(
         f"{len(images)} images of {options.size}x{options.size}, {options.threads} threads, float32"
     )
-    print("seconds of ours; how many times as long Captum takes: median (least to most)\n")
+    print("our seconds, and the time of Captum over ours: median (lowest to highest)\n")
     print(
-        "| network, layer | one unit | of Captum | 9 units of each of 64 maps | of Captum | same? |"
+        "| network, layer | one unit | Captum | 9 units of each of 64 maps | Captum | difference |"
     )
     print("|---|---|---|---|---|---|")
     for name in options.models:
@@ -71,13 +79,13 @@ def main() -> None:
         )
         for layer in LAYERS[name]:
             print(projecting(name, model, layer, images, tops[layer], options))
-    print("\n| network | search, s an image | of Captum's LayerActivation |\n|---|---|---|")
+    print("\n| network | search, s per image | Captum's LayerActivation |\n|---|---|---|")
     for name in options.models:
         torch.manual_seed(0)
         model = torchvision.models.get_model(name, weights=None).eval()
         print(searching(name, model, images, options))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"\npeak of the process, both sides: {peak:.0f} MiB")
+    print(f"\npeak memory of the process, both sides: {peak:.0f} MiB")
 
 
 def projecting(
@@ -89,46 +97,48 @@ def projecting(
     options: argparse.Namespace,
 ) -> str:
     """A row: one unit at a time, and nine units of each of 64 maps."""
+    from captum.attr import NeuronDeconvolution
+
     projector = Projector(model, batch=options.batch)
     captum = NeuronDeconvolution(model, model.get_submodule(layer))
     alive = [k for k in range(len(top.values)) if len(top.units(k)) == K][:MAPS]
     units = sorted(unit for k in alive for unit in top.units(k))
-    some = units[::EVERY]
+    sample = units[::EVERY]
 
     def ours_one() -> Tensor:
-        return torch.cat([projector(images[[n]], layer, [(0, *u)]).images for n, *u in some[:4]])
+        return torch.cat([projector(images[[n]], layer, [(0, *u)]).images for n, *u in sample[:4]])
 
     def captum_one() -> Tensor:
-        return torch.cat([by_captum(captum, images, [unit], top) for unit in some[:4]])
+        return torch.cat([by_captum(captum, images, [unit], top) for unit in sample[:4]])
 
     def ours_all() -> Tensor:
-        # As large as the images are they would fill memory: of each chunk only those compared.
-        kept = []
+        # All would fill the memory: of each chunk only those that are compared are stored.
+        compared = []
         for start in range(0, len(units), 64):
             chunk = units[start : start + 64]
             found = projector(images, layer, chunk)
-            kept += [found.images[chunk.index(unit)] for unit in chunk if unit in some]
-        return torch.stack(kept)
+            compared += [found.images[chunk.index(unit)] for unit in chunk if unit in sample]
+        return torch.stack(compared)
 
     def captum_some() -> Tensor:
-        parts = [some[n : n + options.batch] for n in range(0, len(some), options.batch)]
+        parts = [sample[n : n + options.batch] for n in range(0, len(sample), options.batch)]
         return torch.cat([by_captum(captum, images, part, top) for part in parts])
 
     seconds, ratios, _ = in_turns(ours_one, captum_one, options.repeats)
     all_seconds, all_ratios, (a, b) = in_turns(ours_all, captum_some, options.repeats)
-    scale = len(units) / len(some)
+    scale = len(units) / len(sample)
     difference = float((a - b).abs().max() / b.abs().max())
     every = spread([ratio * scale for ratio in all_ratios])
     return (
         f"| {name} {layer} | {seconds / 4:.3f} | {spread(ratios)} | "
-        f"{all_seconds:.1f} ({len(units)}) | {every} | to {difference:.0e} |"
+        f"{all_seconds:.1f} ({len(units)}) | {every} | {difference:.0e} |"
     )
 
 
 def by_captum(
     captum: NeuronDeconvolution, images: Tensor, units: list[Unit], top: TopActivations
 ) -> Tensor:
-    """Some units, each of the copy of its image, times their activations: Captum's seed is 1."""
+    """Projections of units, times their activations, since Captum starts from a seed of 1."""
     n, k, i, j = (torch.tensor(each) for each in zip(*units, strict=True))
     values = []
 
@@ -142,6 +152,8 @@ def by_captum(
 
 
 def searching(name: str, model: nn.Module, images: Tensor, options: argparse.Namespace) -> str:
+    from captum.attr import LayerActivation
+
     projector, layers = Projector(model), LAYERS[name]
     captum = LayerActivation(model, [model.get_submodule(layer) for layer in layers])
 
@@ -164,7 +176,7 @@ def searching(name: str, model: nn.Module, images: Tensor, options: argparse.Nam
 def in_turns(
     ours: Callable[[], object], others: Callable[[], object], repeats: int
 ) -> tuple[float, list[float], tuple[object, object]]:
-    """The median of our seconds, theirs over ours turn by turn, and the last results."""
+    """The median of our seconds, the ratio of theirs to ours in each turn, and the last results."""
     seconds, ratios, results = [], [], (None, None)
     for turn in range(repeats + 1):
         times, results = [], []
@@ -172,7 +184,7 @@ def in_turns(
             start = time.perf_counter()
             results.append(run())
             times.append(time.perf_counter() - start)
-        if turn:  # the first warms up
+        if turn:  # the first is a warm-up
             seconds.append(times[0])
             ratios.append(times[1] / times[0])
     return statistics.median(seconds), ratios, tuple(results)

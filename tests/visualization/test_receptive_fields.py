@@ -1,5 +1,5 @@
-"""Receptive fields and operations, as read from the graph of autograd, against an oracle that knows
-no operation: pixels that are no numbers, and the units that they reach."""
+"""Receptive fields and operations from the autograd graph, compared with an oracle that knows no
+operation: pixels that are NaN, and the units that they reach."""
 
 import copy
 import logging
@@ -336,7 +336,7 @@ def test_a_box_is_what_a_unit_sees(name, seen):
 
 
 @pytest.mark.parametrize("name", sorted(NETS.keys() - UNLIKE - TOO_LARGE))
-def test_unclipped_fields_are_of_one_size_and_clipped_they_hold_the_box(name, seen):
+def test_unclipped_fields_have_one_size_and_contain_the_box_when_clipped(name, seen):
     net, x, units, _, found = seen(name)
     sizes = found.fields[:, 2:] - found.fields[:, :2]
     assert (sizes == sizes[0]).all()
@@ -370,7 +370,7 @@ def test_projections_stay_inside_their_boxes_and_tiles_are_of_one_size(name, see
         assert_close(found.tiles().sum((1, 2, 3)), found.images.sum((1, 2, 3)))
 
 
-def test_tiles_of_fields_of_several_sizes_have_the_fields_in_their_middle():
+def test_tiles_of_fields_of_several_sizes_have_the_fields_in_their_centre():
     fields = torch.tensor([[2, 3, 6, 9], [4, -1, 9, 3], [-3, 5, 0, 8]])
     boxes = tile_boxes(fields, (20, 20))
     assert (boxes[:, 2:] - boxes[:, :2]).tolist() == [[5, 6]] * 3
@@ -425,7 +425,7 @@ def test_boxes_in_networks_of_torchvision_are_what_units_see(make, layer, size):
     assert found.boxes.tolist() == [bisected(net, layer, x, unit) for unit in units]
 
 
-def test_units_behind_the_whole_image_have_no_field():
+def test_units_that_see_the_whole_image_have_no_field():
     net = nn.Sequential(conv(given=3), nn.AdaptiveAvgPool2d(1), conv(1), nn.Flatten(), nn.ReLU())
     projector = Projector(net.double())
     first, *others = projector.layers(image())
@@ -465,7 +465,7 @@ def test_channels_that_torch_shuffles_are_all_seen():
     assert found.boxes.tolist() == [[4, 4, 13, 13]]
 
 
-def test_a_branch_that_a_unit_does_not_take_adds_nothing_to_its_box():
+def test_a_branch_that_does_not_lead_to_a_unit_adds_nothing_to_its_box():
     net = nn.Sequential(Branches(conv(1, 3, 2), conv(9, 3, 2, padding=4)), conv(3, groups=2))
     found = Projector(net.double())(image(), "1", [(0, 0, 8, 8), (0, 3, 8, 8)])
     assert found.boxes.tolist() == [[8, 8, 11, 11], [4, 4, 15, 15]]
@@ -479,7 +479,7 @@ def test_gates_open_the_whole_image_only_if_they_are_followed():
         assert project(net, x, unit, **options).boxes.tolist() == [[0, 0, H, W]]
 
 
-def test_layers_in_place_are_listed_as_they_were():
+def test_layers_in_place_are_listed_with_their_original_fields():
     net = nn.Sequential(conv(given=3), nn.ReLU(inplace=True), conv(), nn.ReLU(inplace=True))
     assert [layer.field for layer in Projector(net.double()).layers(image())] == [
         (3, 3),

@@ -1,8 +1,8 @@
-"""SPORCO's solvers and learners (github.com/bwohlberg/sporco) behind the calls of ours.py.
+"""SPORCO's solvers and learners (github.com/bwohlberg/sporco), with the calls of our own.
 
-They run as fast as they can: FastSolve leaves out what only its tables of statistics need, and the
-learner that evaluates its objective in any case is kept from it. HighMemSolve is off: measured, it
-brings nothing while rho still changes.
+They run as fast as they can: FastSolve skips what only its statistics need, and the learner that
+always evaluates its objective is kept from doing so. HighMemSolve is off, since it gained nothing
+in our measurements while rho still changes.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from functools import partial
 
 import numpy as np
 import sporco.fft
-from clocks import Recorder, Snapshots
 from problems import Problem
 from sporco.admm import cbpdn
 from sporco.dictlrn import cbpdndl, onlinecdl, prlcnscdl
 from sporco.pgm import cbpdn as pgm_cbpdn
 from sporco.pgm.backtrack import BacktrackRobust, BacktrackStandard
+from timing import Recorder, Snapshots
 
 ENDLESS = 10**6
 
@@ -35,8 +35,8 @@ def admm(problem: Problem, recorder: Recorder) -> None:
 def pgm(problem: Problem, recorder: Recorder) -> None:
     """The proximal gradient method with robust backtracking.
 
-    The first step is the default: measured, it is ahead of that of its example, which has to be
-    shortened again and again.
+    The first step size is the default, which was faster in our measurements than that of its
+    example, which has to be shortened again and again.
     """
     options = {"FastSolve": True, "Backtrack": BacktrackRobust()}
     _code(problem, recorder, pgm_cbpdn.ConvBPDN, options, lambda solver: solver.X)
@@ -65,7 +65,7 @@ def _code(
 
 
 def _images(y: np.ndarray) -> np.ndarray:
-    """(N, C, H, W) -> (H, W[, C][, N]), axes of one entry left out."""
+    """(N, C, H, W) -> (H, W[, C][, N]), without axes of length 1."""
     return np.ascontiguousarray(y.transpose(2, 3, 1, 0)).reshape(
         *y.shape[2:], *(n for n in (y.shape[1], y.shape[0]) if n > 1)
     )
@@ -83,7 +83,7 @@ def _maps(x: np.ndarray) -> np.ndarray:
 
 
 def _from_filters(d: np.ndarray) -> np.ndarray:
-    """What a learner returns, (h, w, 1, 1, K) of one channel, as (K, C, h, w)."""
+    """The filters of a learner, (h, w, 1, 1, K) with one channel -> (K, C, h, w)."""
     return np.ascontiguousarray(d.reshape(*d.shape[:2], 1, -1).transpose(3, 2, 0, 1))
 
 
@@ -101,7 +101,7 @@ def learn_batch(
     coding: Callable[[float], dict] = lambda weight: {},
     updating: dict | None = None,
 ) -> None:
-    """ConvBPDNDictLearn: one step of coding and one of the filters, in turns."""
+    """ConvBPDNDictLearn: coding steps alternate with filter steps."""
     chosen = cbpdndl.ConvBPDNDictLearn.Options(
         {
             "MaxMainIter": ENDLESS,
@@ -126,7 +126,7 @@ def learn_consensus(
     coding: Callable[[float], dict] = lambda weight: {},
     updating: dict | None = None,
 ) -> None:
-    """ConvBPDNDictLearn_Consensus: the images in processes, each of one thread."""
+    """ConvBPDNDictLearn_Consensus: the images in several processes of one thread each."""
     chosen = prlcnscdl.ConvBPDNDictLearn_Consensus.Options(
         {
             "MaxMainIter": ENDLESS,
@@ -147,7 +147,7 @@ def learn_consensus(
 def learn_online(
     y: np.ndarray, f: np.ndarray, weight: float, recorder: Snapshots, threads: int
 ) -> None:
-    """OnlineConvBPDNDictLearn with the settings of its example: one image drawn after the other."""
+    """OnlineConvBPDNDictLearn with the settings of its example: one random image at a time."""
     chosen = onlinecdl.OnlineConvBPDNDictLearn.Options(
         {
             "eta_a": 10.0,

@@ -1,7 +1,7 @@
-"""deconvnet's solvers and learning behind the same calls, and what all are judged by: the minimum.
+"""deconvnet's solvers and learning for the comparison with SPORCO, and the minimum of a problem.
 
-A solver gets a problem and a recorder, starts its clock when it is ready to solve, and calls it
-with every iterate until it has had enough.
+A solver is called with a problem and a recorder. It starts the recorder's clock when it is ready to
+solve, and calls the recorder after each iteration until that returns True.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from clocks import Clock, Due, Enough, Recorder, Snapshots
 from problems import Objective, Problem
+from timing import Clock, Due, Recorder, Snapshots, StopSolver
 
 from deconvnet import LayerSettings, LearningSettings, SolverSettings
 from deconvnet.network.layer import Layer
@@ -27,12 +27,12 @@ from deconvnet.support.seeding import seeded_generator
 from deconvnet.training.layer_trainer import LayerTrainer
 
 ENDLESS = 10**6
-# The solver of coordinates, where there is one, runs on the CPU alone.
+# Coordinate descent runs on the CPU only.
 TIMED = [method for method in ("coordinate", "admm", "fista") if method in METHODS]
 
 
 def solvers(device: str) -> dict[str, Callable[[Problem, Recorder], None]]:
-    """By name; those with boundary valid solve a problem of their own."""
+    """The solvers by name. Those with boundary "valid" solve a problem of their own."""
     methods = [method for method in TIMED if device == "cpu" or method != "coordinate"]
     names = {"admm": "ADMM", "fista": "FISTA", "coordinate": "coordinate"}
     return {
@@ -62,23 +62,24 @@ def code(problem: Problem, recorder: Recorder, *, method: str, boundary: str, de
 
     def watch(iteration: int, z: torch.Tensor, beta: torch.Tensor) -> None:
         if recorder(iteration, lambda: z.cpu().numpy()):
-            raise Enough
+            raise StopSolver
 
     A = Deconvolution(f, boundary)
     recorder.start()
     try:
         # Without a callback, a solver need not keep the maps of all images.
         callback = None if counted else watch
-        found = solve(A, y, lam=problem.lam, settings=settings, callback=callback)
-        recorder(found.iterations, lambda: found.z.cpu().numpy(), last=True)
-    except Enough:
+        solution = solve(A, y, lam=problem.lam, settings=settings, callback=callback)
+        recorder(solution.iterations, lambda: solution.z.cpu().numpy(), last=True)
+    except StopSolver:
         pass
 
 
 @dataclass(frozen=True)
 class Minimum:
-    """The lowest objective (N,) that was reached and the highest lower bound, as lists; seconds of
-    the search.
+    """The lowest objective and the highest lower bound of each image, as lists.
+
+    seconds: how long the search took.
     """
 
     objective: list[float]
@@ -87,31 +88,31 @@ class Minimum:
 
     @property
     def gap(self) -> float:
-        """By how much the sum of the objectives may be above that of the minima, relatively."""
+        """The relative duality gap: how far the sum of the objectives may be above the minimum."""
         return 1 - sum(self.bound) / sum(self.objective)
 
 
 def minimum(
     problem: Problem, boundary: str, folder: Path, *, gap: float, patience: float, device: str
 ) -> Minimum:
-    """The minimum to a relative duality gap, in float64, or as near as `patience` seconds lead.
+    """The minimum to a relative duality gap, in float64, or what `patience` seconds reach.
 
-    It is kept in the folder, and looked for again only where more patience is offered.
+    It is stored in the folder, and searched again only with more patience.
     """
-    found = kept_minimum(problem, boundary, folder)
-    if found is None or (found.gap > gap and found.seconds < patience):
-        found = search(problem, boundary, gap=gap, patience=patience, device=device)
-        kept = {**_kept(folder), _key(problem, boundary): vars(found)}
-        (folder / "minima.json").write_text(json.dumps(kept, indent=1))
-    return found
+    lowest = stored_minimum(problem, boundary, folder)
+    if lowest is None or (lowest.gap > gap and lowest.seconds < patience):
+        lowest = search(problem, boundary, gap=gap, patience=patience, device=device)
+        stored = {**_stored_minima(folder), _key(problem, boundary): vars(lowest)}
+        (folder / "minima.json").write_text(json.dumps(stored, indent=1))
+    return lowest
 
 
-def kept_minimum(problem: Problem, boundary: str, folder: Path) -> Minimum | None:
-    found = _kept(folder).get(_key(problem, boundary))
-    return None if found is None else Minimum(**found)
+def stored_minimum(problem: Problem, boundary: str, folder: Path) -> Minimum | None:
+    stored = _stored_minima(folder).get(_key(problem, boundary))
+    return None if stored is None else Minimum(**stored)
 
 
-def _kept(folder: Path) -> dict:
+def _stored_minima(folder: Path) -> dict:
     file = folder / "minima.json"
     return json.loads(file.read_text()) if file.exists() else {}
 
@@ -130,8 +131,8 @@ def search(
     device: str = "cpu",
     dtype: torch.dtype = torch.float64,
 ) -> Minimum:
-    """The lowest objectives that the best of our solvers reaches, and bounds of the minima."""
-    judge = Objective(problem, boundary)
+    """The lowest objectives that our best solver reaches, and lower bounds of the minima."""
+    objective = Objective(problem, boundary)
     lowest = np.full(len(problem.y), np.inf)
     bound = np.zeros(len(problem.y))
     clock, due = Clock(synchronizer(device)), Due(every=1, growth=1.25)
@@ -141,22 +142,22 @@ def search(
         if not (late or due(iteration)):
             return
         maps = z.cpu().numpy()
-        np.minimum(lowest, judge(maps), out=lowest)
-        np.maximum(bound, judge.dual(maps), out=bound)
+        np.minimum(lowest, objective(maps), out=lowest)
+        np.maximum(bound, objective.dual(maps), out=bound)
         if late or lowest.sum() - bound.sum() <= gap * lowest.sum():
-            raise Enough
+            raise StopSolver
 
     y, f = (torch.from_numpy(array).to(device, dtype) for array in (problem.y, problem.f))
     method = "coordinate" if "coordinate" in METHODS and device == "cpu" else "admm"
     settings = SolverSettings(method=method, iterations=ENDLESS, tolerance=0.0)
     clock.start()
     try:
-        found = solve(
+        solution = solve(
             Deconvolution(f, boundary), y, lam=problem.lam, settings=settings, callback=watch
         )
         due.next = 0
-        watch(found.iterations, found.z, None)
-    except Enough:
+        watch(solution.iterations, solution.z, None)
+    except StopSolver:
         pass
     return Minimum(lowest.tolist(), bound.tolist(), clock.seconds)
 
@@ -184,9 +185,9 @@ def learn(
     solver: SolverSettings | None = None,
     **learning: Any,
 ) -> None:
-    """learn_filters, one update at a time, from filters f or, with init "patches", its own.
+    """Learn filters update by update, from filters f or, with init="patches", from patches of y.
 
-    An iteration is an update of the filters; settings not named in `learning` are the defaults.
+    An iteration is one update of the filters. learning: settings that differ from the defaults.
     """
     images, start = (torch.from_numpy(array).to(device) for array in (y, f))
     settings = LayerSettings(

@@ -1,4 +1,4 @@
-"""The tables and plots of what benchmarks/peers.py has found."""
+"""Tables and plots of the results of benchmarks/compare_sporco.py."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
-from clocks import LEVELS, best, ratios, spread, time_to
+from timing import LEVELS, best, ratios, spread, time_to
 
 BATCH_LEVELS = (1e-2, 1e-3)
-# Ours in strong colours, the others in greys; what solves the same problem has one line style.
+# Ours in colours, the others in greys; one line style for each problem.
 STYLES = {
     "SPORCO ADMM": ("0.35", "-"),
     "SPORCO PGM": ("0.6", "-"),
@@ -28,28 +28,28 @@ STYLES = {
 }
 
 
-def show(task: str, found: dict, folder: Path) -> str:
-    """The tables as one text; plots go to the folder."""
-    machine = found["machine"]
+def show(task: str, results: dict, folder: Path) -> str:
+    """The tables as text; plots are saved in the folder."""
+    machine = results["machine"]
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
     head = (
         f"\n# {task}\n{machine['processor']}, {machine['cores']} cores, load {machine['load']} at "
         f"the start; Python {machine['python']}, {versions}; deconvnet on "
-        f"{found['options']['device']}; {found['options']['repeats']} rounds: medians, in brackets "
-        f"the range\n"
+        f"{results['options']['device']}; {results['options']['repeats']} rounds: medians, the "
+        f"range in brackets\n"
     )
     tables = {"coding": coding, "learning": learning, "batch": batch, "memory": memory}
-    return "\n".join([head, *tables[task](found, folder)])
+    return "\n".join([head, *tables[task](results, folder)])
 
 
-def coding(found: dict, folder: Path) -> list[str]:
+def coding(results: dict, folder: Path) -> list[str]:
     lines = []
-    for threads in dict.fromkeys(run["threads"] for run in found["runs"]):
-        for name, problem in found["problems"].items():
-            runs = [r for r in found["runs"] if (r["problem"], r["threads"]) == (name, threads)]
+    for threads in dict.fromkeys(run["threads"] for run in results["runs"]):
+        for name, problem in results["problems"].items():
+            runs = [r for r in results["runs"] if (r["problem"], r["threads"]) == (name, threads)]
             lines += _one_problem(problem, runs, threads)
         file = folder / f"coding-{threads}.png"
-        _plot_coding(found, threads, file)
+        _plot_coding(results, threads, file)
         lines.append(f"\nplot: {file}")
     return lines
 
@@ -78,7 +78,7 @@ def _one_problem(problem: dict, runs: list[dict], threads: int) -> list[str]:
     others = [by_level for solver, by_level in times.items() if solver.startswith("SPORCO")]
     if not others:
         return lines
-    # With boundary valid it is another problem, which SPORCO does not have.
+    # With boundary "valid" it is another problem, which SPORCO does not solve.
     lines += [f"\n| SPORCO's best time (circular) relative to ours | {levels} |"]
     lines += ["|---" * (len(LEVELS) + 1) + "|"]
     fastest = {level: best([by_level[level] for by_level in others]) for level in LEVELS}
@@ -90,7 +90,7 @@ def _one_problem(problem: dict, runs: list[dict], threads: int) -> list[str]:
 
 
 def _times(problem: dict, runs: list[dict]) -> dict[str, dict[float, list[float]]]:
-    """Of every solver and level the seconds, round by round."""
+    """The seconds of each solver to each level, round by round."""
     times: dict[str, dict[float, list[float]]] = {}
     for run in sorted(runs, key=lambda run: run["turn"]):
         lowest = _lowest(problem, run["boundary"])
@@ -100,8 +100,8 @@ def _times(problem: dict, runs: list[dict]) -> dict[str, dict[float, list[float]
     return {name: times[name] for name in sorted(times, key=_rank)}
 
 
-def _plot_coding(found: dict, threads: int, file: Path) -> None:
-    names, lines = list(found["problems"]), {}
+def _plot_coding(results: dict, threads: int, file: Path) -> None:
+    names, lines = list(results["problems"]), {}
     columns = min(3, len(names))
     rows = -(-len(names) // columns)
     figure, axes = plt.subplots(
@@ -111,9 +111,9 @@ def _plot_coding(found: dict, threads: int, file: Path) -> None:
         if place >= len(names):
             axis.set_axis_off()
             continue
-        problem = found["problems"][names[place]]
+        problem = results["problems"][names[place]]
         axis.set_title(problem["title"], fontsize=9)
-        for run in found["runs"]:
+        for run in results["runs"]:
             if (run["problem"], run["threads"]) != (names[place], threads):
                 continue
             color, style = STYLES.get(run["solver"], ("black", "--"))
@@ -124,7 +124,7 @@ def _plot_coding(found: dict, threads: int, file: Path) -> None:
         axis.set_ylim(LEVELS[-1] / 2, 3)
         axis.grid(alpha=0.3)
         if place % columns == 0:
-            axis.set_ylabel("objective above the minimum,\nrelatively", fontsize=9)
+            axis.set_ylabel("objective above the minimum,\nrelative", fontsize=9)
         if place + columns >= len(names):
             axis.set_xlabel("seconds", fontsize=9)
     order = sorted(lines, key=_rank)
@@ -147,12 +147,12 @@ def _above(points: list[list[float]], minimum: float) -> tuple[list[float], list
     return [s for s, _ in kept], [max(a, LEVELS[-1] / 10) for _, a in kept]
 
 
-def learning(found: dict, folder: Path) -> list[str]:
-    runs = found["runs"]
+def learning(results: dict, folder: Path) -> list[str]:
+    runs = results["runs"]
     lines = [
         f"objective of the training images and of images held out, coded again to a duality gap of "
-        f"{found['gap']:.1e}; the random start: {found['start'][0]:.1f} and "
-        f"{found['start'][1]:.1f}"
+        f"{results['gap']:.1e}; the random start: {results['start'][0]:.1f} and "
+        f"{results['start'][1]:.1f}"
     ]
     for threads in dict.fromkeys(run["threads"] for run in runs):
         by_name: dict[str, list[dict]] = {}
@@ -237,17 +237,17 @@ def _plot_learning(by_name: dict[str, list[dict]], threads: int, file: Path) -> 
     plt.close(figure)
 
 
-def batch(found: dict, folder: Path) -> list[str]:
-    (problem,) = found["problems"].values()
+def batch(results: dict, folder: Path) -> list[str]:
+    (problem,) = results["problems"].values()
     each = problem["minima"]["circular"]["objective"]
     lines = [problem["title"]]
-    for threads in dict.fromkeys(run["threads"] for run in found["runs"]):
+    for threads in dict.fromkeys(run["threads"] for run in results["runs"]):
         lines += [
             f"\n## {_threads(threads)}\n",
-            "| solver | to | all at once, s | one by one, s | one by one takes times as long |",
+            "| solver | to | all at once, s | one by one, s | one by one / all at once |",
             "|---|---|---|---|---|",
         ]
-        runs = [run for run in found["runs"] if run["threads"] == threads]
+        runs = [run for run in results["runs"] if run["threads"] == threads]
         for name in sorted({run["solver"] for run in runs}, key=_rank):
             for level in BATCH_LEVELS:
                 together, single = [], []
@@ -262,15 +262,15 @@ def batch(found: dict, folder: Path) -> list[str]:
     return lines
 
 
-def memory(found: dict, folder: Path) -> list[str]:
-    names = sorted({run["solver"] for run in found["runs"]}, key=_rank)
+def memory(results: dict, folder: Path) -> list[str]:
+    names = sorted({run["solver"] for run in results["runs"]}, key=_rank)
     lines = [
-        "peak above what was in use before, in units of the float32 maps of the image's size\n",
+        "peak memory above what was in use before, in units of the float32 maps\n",
         f"| problem | maps, MiB | {' | '.join(names)} |",
         "|---" * (2 + len(names)) + "|",
     ]
-    for name, problem in found["problems"].items():
-        runs = {run["solver"]: run for run in found["runs"] if run["problem"] == name}
+    for name, problem in results["problems"].items():
+        runs = {run["solver"]: run for run in results["runs"] if run["problem"] == name}
         maps = next(iter(runs.values()))["maps"]
         cells = " | ".join(f"{runs[solver]['bytes'] / maps:.1f}" for solver in names)
         lines.append(f"| {problem['title']} | {maps / 2**20:.0f} | {cells} |")
@@ -282,13 +282,13 @@ def _lowest(problem: dict, boundary: str) -> float:
 
 
 def _ratio(others: list[float], ours: list[float]) -> str:
-    """The spread of the ratios; a dash where ours never arrived, "only this" where others never
+    """The spread of the ratios; "-" if ours never reached the level, "only ours" if others never
     did.
     """
     values = ratios(others, ours)
     if any(map(math.isnan, values)):
         return "-"
-    return "only this" if any(map(math.isinf, values)) else spread(values, 1)
+    return "only ours" if any(map(math.isinf, values)) else spread(values, 1)
 
 
 def _rank(name: str) -> int:

@@ -1,14 +1,14 @@
-"""Kill a training run again and again, at any moment, and see whether it still arrives.
+"""Kill training runs at random moments and check that they resume to the same result.
 
-python benchmarks/kills.py                 50 kills
-python benchmarks/kills.py --kills 200 --ranks 2
+python benchmarks/kill_and_resume.py                 50 kills
+python benchmarks/kill_and_resume.py --kills 200 --ranks 2
 
-A small run is trained once without disturbance. Then runs with the same settings are killed
-(SIGKILL) at random moments, while they start, learn and save, and started again by the same
-command, until the given number of kills has happened. After every kill all checkpoints are loaded;
-at the end of every run its network, its TensorBoard curves, its features over the epochs (bit by
-bit) and its metrics (ten digits) are compared with those of the undisturbed one. With --ranks each
-life has so many processes, one of which, by chance, is killed, and the others are asked to end.
+A small run is trained once without interruption. Then runs with the same settings are killed
+(SIGKILL) at random moments, while they start, learn and save, and restarted with the same command,
+until the given number of kills. After each kill, all checkpoints of the run are loaded. At the end
+of each run, its network, TensorBoard curves and features over the epochs (bit by bit) and its
+metrics (ten digits) are compared with those of the uninterrupted run. With --ranks, each attempt
+has several processes; a random one is killed and the others are terminated.
 Exits with 1 if anything differs.
 """
 
@@ -26,7 +26,7 @@ import tempfile
 import time
 from pathlib import Path
 
-# Several processes with one thread each are what is compared.
+# Processes are compared with one thread each.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -36,7 +36,7 @@ from deconvnet.cli.commands import run
 from deconvnet.storage.checkpoint_files import load_checkpoint
 from deconvnet.storage.integrity import InvalidFileError
 
-# Imported before the first fork, so that a life begins in no time.
+# Imported before the first fork, so that an attempt starts quickly.
 for module in ("skimage.transform", "sklearn.datasets", "torch.utils.tensorboard"):
     importlib.import_module(module)
 importlib.import_module("deconvnet.cli.launch")
@@ -47,7 +47,7 @@ SETTINGS = [
     *(f"model.layer{n}.solver.iterations=10" for n in (1, 2)),
     *(f"model.layer{n}.learning.batch_size=3" for n in (1, 2)),
 ]
-# What the clock has a part in.
+# Curves that depend on the clock.
 TIMED = ("second", "memory")
 
 
@@ -59,28 +59,28 @@ def main() -> None:
     chance = random.Random(options.seed)
     settings = [*SETTINGS, *(f"model.layer{n}.learning.epochs={options.epochs}" for n in (1, 2))]
     started = time.monotonic()
-    life(settings, "undisturbed", 1)
+    attempt(settings, "uninterrupted", 1)
     whole = time.monotonic() - started
-    expected = traces(Path("runs/undisturbed"))
-    print(f"undisturbed: {whole:.1f} s; in {folder}")
+    expected = traces(Path("runs/uninterrupted"))
+    print(f"uninterrupted: {whole:.1f} s; in {folder}")
     kills, unreadable, run, different = 0, 0, 0, []
     while kills < options.kills:
         run += 1
         name = f"killed-{run}"
         while True:
             after = chance.uniform(0, 0.6 * whole) if kills < options.kills else None
-            if not life(settings, name, options.ranks, after, chance):
+            if not attempt(settings, name, options.ranks, after, chance):
                 break
             kills += 1
             unreadable += broken(Path("runs") / name / "checkpoints")
-        found = traces(Path("runs") / name)
-        wrong = [key for key in expected if found[key] != expected[key]]
+        actual = traces(Path("runs") / name)
+        wrong = [key for key in expected if actual[key] != expected[key]]
         different += [f"{name}: {', '.join(wrong)}"] if wrong else []
         how = f"differs in {', '.join(wrong)}" if wrong else "the same"
         print(f"{name}: {kills} kills so far, {how}")
     print(
         f"{kills} kills in {run} runs, {unreadable} unreadable checkpoints, "
-        f"{run - len(different)} of {run} runs end like the undisturbed one"
+        f"{run - len(different)} of {run} runs end like the uninterrupted run"
     )
     if different or unreadable:
         sys.exit(1)
@@ -90,24 +90,26 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--kills", type=int, default=50, help="(default 50)")
+    parser.add_argument("--kills", type=int, default=50, help="number of kills (default 50)")
     parser.add_argument("--ranks", type=int, default=1, help="processes of a run (default 1)")
-    parser.add_argument("--epochs", type=int, default=40, help="of each of two layers (default 40)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments (default 0)")
-    parser.add_argument("--folder", type=Path, help="default: a new one among temporary files")
+    parser.add_argument(
+        "--epochs", type=int, default=40, help="epochs of each of two layers (default 40)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments (default 0)")
+    parser.add_argument(
+        "--folder", type=Path, help="folder of the runs (default: a new temporary folder)"
+    )
     return parser.parse_args()
 
 
-def life(
+def attempt(
     settings: list[str],
     name: str,
     ranks: int,
     after: float | None = None,
     chance: random.Random | None = None,
 ) -> bool:
-    """Start or resume the run; returns whether it was killed, this many seconds later, before it
-    ended.
-    """
+    """Start or resume the run; returns whether it was killed `after` seconds, before it ended."""
     port = free_port()
     children = [begin([*settings, f"name={name}"], rank, ranks, port) for rank in range(ranks)]
     if after is not None:
@@ -120,7 +122,7 @@ def life(
             victim = chance.choice(sorted(left))
             os.kill(victim, signal.SIGKILL)
             for child in left - {victim}:
-                # As torchrun ends the others.
+                # As torchrun terminates the others.
                 os.kill(child, signal.SIGTERM)
             for child in left:
                 os.waitpid(child, 0)
@@ -170,7 +172,7 @@ def free_port() -> int:
 
 
 def broken(folder: Path) -> int:
-    """How many checkpoints cannot be loaded."""
+    """The number of checkpoints that cannot be loaded."""
     count = 0
     for path in folder.glob("step-*.pt"):
         try:
@@ -182,7 +184,7 @@ def broken(folder: Path) -> int:
 
 
 def traces(run: Path) -> dict[str, object]:
-    """What a run has left and must leave again to the last bit."""
+    """The results of a run, which must be the same to the last bit."""
     tensors = load(run / "network.safetensors").state_dict()
     accumulator = EventAccumulator(str(run), size_guidance={"scalars": 0})
     accumulator.Reload()
@@ -207,7 +209,7 @@ def traces(run: Path) -> dict[str, object]:
 
 
 def rounded(value: object) -> object:
-    """Ten digits: a sum that was stopped half way adds up in another order."""
+    """Ten digits: an interrupted sum is added up in another order."""
     if isinstance(value, dict):
         return {key: rounded(item) for key, item in value.items()}
     return float(f"{value:.10g}") if isinstance(value, float) else value

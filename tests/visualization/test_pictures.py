@@ -1,4 +1,4 @@
-"""Pictures: grids that hide nothing, and features that are what the network would paint."""
+"""Pictures: complete grids, and features that are projections of the network."""
 
 import numpy as np
 import pytest
@@ -140,7 +140,7 @@ def test_filters_are_shown_about_grey_each_by_its_own_largest_magnitude(channels
     assert (tiles[5] == 0.5).all()
 
 
-def test_the_maps_of_an_image_share_one_scale_and_none_of_their_places_is_lost():
+def test_the_maps_of_an_image_share_one_scale_and_no_value_is_lost():
     z = torch.zeros(4, 88, 88)
     z[0, 3, 4], z[1, 5, 6], z[2, 7, 8] = 4.0, -2.0, -4.0
     page = map_grid(z, columns=2)
@@ -194,7 +194,7 @@ SHAPES = {
 
 
 @pytest.mark.parametrize(("pool", "boundaries"), SHAPES.values(), ids=SHAPES)
-def test_a_feature_of_the_second_layer_is_all_that_its_activation_alone_paints(
+def test_a_feature_of_the_second_layer_is_the_projection_of_its_activation_alone(
     images, pool, boundaries
 ):
     net = network(images, pool, boundaries=boundaries)
@@ -248,9 +248,7 @@ def test_maps_that_are_never_active_have_empty_tiles(images):
 
 
 @pytest.mark.parametrize("chunk", [1, 3])
-def test_features_do_not_depend_on_how_many_images_are_looked_at_at_a_time(
-    images, chunk, monkeypatch
-):
+def test_features_do_not_depend_on_the_chunk_size(images, chunk, monkeypatch):
     net = network(images)
     codes = net.infer(images)
     # The same image twice: of equal activations the first.
@@ -276,7 +274,7 @@ def squares(image, boxes, inner):
     return PixelFeatures(tiles, torch.tensor(boxes), torch.ones(len(boxes)))
 
 
-def test_tiles_are_cropped_to_what_most_of_them_need():
+def test_tiles_are_cropped_to_the_energy_of_most_of_them():
     boxes = [[k % 3, 4 + k % 7, 3 + k % 5, 11] for k in range(20)]
     found = squares((30, 30), boxes, 5)
     found.tiles[7] = torch.randn(2, 11, 11)  # one in twenty needs more room
@@ -289,7 +287,7 @@ def test_tiles_are_cropped_to_what_most_of_them_need():
     assert found.cropped((30, 30), energy_share=1.0, tile_share=1.0).tiles.shape[2] == 11
 
 
-def test_cropped_tiles_lie_in_the_image_and_show_what_was_there():
+def test_cropped_tiles_lie_in_the_image_and_keep_their_pixels():
     image, boxes = (13, 9), [[0, -6, 2, 11], [1, 5, -2, 11], [0, 8, 5, 11], [1, 1, -1, 11]]
     painted = torch.randn(4, 2, *image, generator=torch.Generator().manual_seed(0))
     tiles = torch.zeros(4, 2, 11, 11)
@@ -327,7 +325,7 @@ def test_cropped_features_keep_their_energy(images):
     assert (corners >= 0).all() and (corners + side <= torch.tensor([30, 36])).all()
 
 
-def test_the_strongest_activations_of_an_image_are_in_the_order_of_their_magnitude(three_layers):
+def test_the_strongest_activations_of_an_image_are_sorted_by_magnitude(three_layers):
     net, codes, _ = three_layers
     for layer in (1, 2, 3):
         z = codes.layer(layer).z[0]
@@ -349,7 +347,7 @@ def test_the_parts_of_an_image_add_up_to_its_reconstruction(three_layers):
         assert_close(parts.sum(0), made[0], rtol=0, atol=1e-5 * float(made.abs().max()))
 
 
-def test_an_activation_is_the_sum_of_all_its_supporters_in_any_layer_below(three_layers):
+def test_an_activation_is_the_sum_of_all_supporting_activations_in_any_lower_layer(three_layers):
     net, codes, _ = three_layers
     for layer in (2, 3):
         unit = strongest_activations(codes, layer, 3)[1:2]
@@ -361,7 +359,7 @@ def test_an_activation_is_the_sum_of_all_its_supporters_in_any_layer_below(three
             assert_close(together, whole, rtol=0, atol=1e-5 * float(whole.abs().max()))
 
 
-def test_supporters_are_the_strongest_of_the_activation_in_the_maps_below(three_layers):
+def test_supporting_activations_are_the_strongest_entries_of_the_supporting_maps(three_layers):
     net, codes, _ = three_layers
     unit = strongest_activations(codes, 3, 1)
     found = supporting_activations(net, codes, 3, unit, counts=(5, 25))
@@ -387,7 +385,7 @@ def test_supporters_are_the_strongest_of_the_activation_in_the_maps_below(three_
     assert supporting_activations(net, codes, 1, strongest_activations(codes, 1, 1)) == []
 
 
-def test_parts_are_those_of_one_image_and_supporters_those_of_one_activation(images):
+def test_parts_need_one_image_and_supporting_activations_need_one_activation(images):
     net = network(images)
     codes = net.infer(images)
     with pytest.raises(ValueError, match="4 images"):
@@ -424,7 +422,7 @@ def test_the_picture_of_the_parts_of_a_silent_layer_is_the_image(three_layers):
     assert torch.equal(page[:, 20:260, :600], full[:, 20:260, :600])
 
 
-def test_the_picture_of_the_parts_is_of_the_image_that_is_reconstructed_best(images):
+def test_the_picture_of_the_parts_shows_the_image_that_is_reconstructed_best(images):
     net = network(images)
     codes = net.infer(images)
     made = net.operator(codes, 2)(codes.layer(2).z)
@@ -449,7 +447,7 @@ def test_labelled_images_share_the_scale_of_the_first_row(images):
     assert_close((second[:, :30] - 0.5)[inside], 0.5 * (expected - 0.5)[inside], rtol=0, atol=1e-6)
 
 
-def test_patches_are_cut_from_the_images_at_the_boxes(images):
+def test_patches_are_cropped_from_the_images_at_the_boxes(images):
     net = network(images)
     features = pixel_features(net, net.infer(images), 2)
     patches = features.patches(images)
@@ -507,7 +505,7 @@ def test_filters_of_a_ycbcr_network_are_shown_in_their_colours(images):
     assert red[0] > 0.9 and red[2] == pytest.approx(0.5, abs=1e-5) and red[1] < 0.5
 
 
-def test_rows_of_reconstructions_show_the_images_as_they_came(images):
+def test_rows_of_reconstructions_start_with_the_original_images(images):
     net = network(images)
     page = reconstruction_picture(net, net.infer(images, depth=1), images)
     # Behind the margin of the labels: the first row, at twice its size or more.

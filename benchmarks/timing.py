@@ -1,8 +1,8 @@
-"""Measurement of time and memory, and statistics over several rounds.
+"""Measuring time and memory, and summarising the times of several rounds.
 
-A clock runs while a solver works and stands still while its maps are judged. Maps are judged after
-every iteration up to the twentieth, then every 5 % more of them: the time to a level is that of the
-first maps that were seen below it.
+A clock runs while a solver works and is paused while its maps are evaluated. Maps are evaluated
+after each of the first twenty iterations, then each time their number has grown by 5 %: the time to
+a level is that of the first evaluated maps below it.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ PACKAGES = ("torch", "numpy", "scipy", "numba", "scikit-image", "sporco", "pyFFT
 Point = tuple[int, float, float]
 
 
-class Enough(Exception):
-    """Raised in a callback to end a solver that has no stopping test of this kind."""
+class StopSolver(Exception):
+    """Raised in a callback to stop a solver."""
 
 
 class Clock:
-    """Seconds that have passed while it ran; `synchronize` waits for what a device still does."""
+    """A stopwatch; `synchronize` waits until a device has finished its work."""
 
     def __init__(self, synchronize: Callable[[], None] = lambda: None):
         self.synchronize = synchronize
@@ -60,7 +60,7 @@ class Clock:
 
 
 class Due:
-    """Which iterations are looked at: all up to `every`, then each `growth` times the last."""
+    """Which iterations are evaluated: all up to `every`, then each `growth` times the last."""
 
     def __init__(self, every: int = 20, growth: float = 1.05):
         self.every, self.growth, self.next = every, growth, 1
@@ -68,17 +68,17 @@ class Due:
     def __call__(self, iteration: int) -> bool:
         if iteration < self.next:
             return False
-        further = iteration if iteration < self.every else math.ceil(self.growth * iteration) - 1
-        self.next = max(iteration, further) + 1
+        last = iteration if iteration < self.every else math.ceil(self.growth * iteration) - 1
+        self.next = max(iteration, last) + 1
         return True
 
 
 class Recorder:
-    """The objective, summed over the images, by the seconds of a solver's own work.
+    """Records the objective, summed over the images, against the seconds that a solver worked.
 
-    Called with the number of the iteration and a function that returns the maps; it says whether
-    the goal or the limit of seconds has been reached. Without an objective it stops a solver after
-    some iterations.
+    It is called with the number of the iteration and a function that returns the maps, and returns
+    whether the solver should stop: at the goal, the time limit or the number of iterations. Without
+    an objective it only counts iterations.
     """
 
     def __init__(
@@ -98,19 +98,19 @@ class Recorder:
         self.clock.start()
 
     def __call__(self, iteration: int, maps: Callable[[], np.ndarray], last: bool = False) -> bool:
-        enough = iteration >= self.iterations
+        stop = iteration >= self.iterations
         if self.objective is None or not (last or self.due(iteration)):
-            return enough
+            return stop
         with self.clock.paused():
             value = float(self.objective(maps()).sum())
             self.points.append((iteration, self.clock.seconds, value))
-        return enough or value <= self.goal or self.clock.seconds > self.limit
+        return stop or value <= self.goal or self.clock.seconds > self.limit
 
 
 class Snapshots:
-    """A recorder of learning: the filters after some of the iterations, and the seconds until then.
+    """Records the filters after some iterations of learning, and the seconds until then.
 
-    The iterations that are kept do not depend on time, so that rounds keep the same filters.
+    Which iterations are recorded does not depend on time, so all rounds record the same filters.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class Snapshots:
     ):
         self.iterations, self.limit = iterations, limit
         self.clock, self.due = Clock(synchronize), Due(every=2, growth=1.3)
-        self.kept: list[tuple[int, float, np.ndarray]] = []
+        self.recorded: list[tuple[int, float, np.ndarray]] = []
 
     def start(self) -> None:
         self.clock.start()
@@ -130,16 +130,17 @@ class Snapshots:
     def __call__(
         self, iteration: int, filters: Callable[[], np.ndarray], last: bool = False
     ) -> bool:
-        enough = last or iteration >= self.iterations or self.clock.seconds > self.limit
-        if self.due(iteration) or enough:
+        stop = last or iteration >= self.iterations or self.clock.seconds > self.limit
+        if self.due(iteration) or stop:
             with self.clock.paused():
-                self.kept.append((iteration, self.clock.seconds, filters()))
-        return enough
+                self.recorded.append((iteration, self.clock.seconds, filters()))
+        return stop
 
 
 def time_to(points: list[Point], minimum: float, level: float) -> tuple[float, int]:
-    """Seconds and iterations until the objective is within `level` of the minimum, relatively;
-    infinite and 0 where it never was.
+    """Seconds and iterations until the objective is within a relative `level` of the minimum.
+
+    (inf, 0) if it never is.
     """
     for iteration, seconds, value in points:
         if value <= minimum * (1 + level):
@@ -148,7 +149,7 @@ def time_to(points: list[Point], minimum: float, level: float) -> tuple[float, i
 
 
 def spread(values: list[float], digits: int = 2) -> str:
-    """The median, and in brackets the least and the most."""
+    """The median, with the lowest and the highest value in brackets."""
     middle = statistics.median(values)
     if math.isinf(middle):
         return "never"
@@ -158,25 +159,25 @@ def spread(values: list[float], digits: int = 2) -> str:
 
 
 def best(rounds: list[list[float]]) -> list[float]:
-    """The least of several solvers, round by round; rounds: one list for each solver."""
+    """The lowest time of several solvers in each round; rounds: one list for each solver."""
     return [min(values) for values in zip(*rounds, strict=True)]
 
 
 def ratios(others: list[float], ours: list[float]) -> list[float]:
-    """How many times as long the others took, round by round; infinite if only ours arrived."""
+    """Time of the others over ours, round by round; inf if only ours reached the level."""
     pairs = zip(others, ours, strict=True)
     return [math.nan if math.isinf(b) else a / b for a, b in pairs]
 
 
 def fresh_peak() -> float:
-    """Forget the peak of memory so far, where Linux lets us; what is in use now, in bytes."""
+    """Reset the peak memory, where Linux permits it; returns the memory now in use, in bytes."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     return peak()
 
 
 def peak() -> float:
-    """The peak of memory of this process in bytes."""
+    """The peak memory of this process in bytes."""
     status = Path("/proc/self/status")
     if not status.exists():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -185,7 +186,7 @@ def peak() -> float:
 
 
 def machine() -> dict:
-    """The processor, its cores, how busy they are, and the versions of what is measured."""
+    """The processor, its cores and load, and the versions of the packages that are measured."""
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
