@@ -28,11 +28,12 @@ import PIL.Image, skimage.data, skimage.transform
 import sklearn.cluster, sklearn.datasets, sklearn.linear_model, sklearn.svm
 from hydra import compose, initialize_config_dir
 from hydra._internal.hydra import Hydra
+from hydra._internal.sources_registry import SourcesRegistry
+from hydra.core.plugins import Plugins
 import tensorboard.plugins.hparams.summary_v2, torch.utils.tensorboard
 import torch._dynamo, torch.fx.experimental.symbolic_shapes  # as every backward pass does
+from deconvnet.cli import launch
 from deconvnet.cli.commands import COMMANDS, run
-from deconvnet.cli.launch import CONFIGS
-from deconvnet.cli.read_settings import register
 with contextlib.suppress(ImportError):  # of newer versions of Hydra
     importlib.import_module("hydra._internal.logging_config")
 for command in COMMANDS:
@@ -40,10 +41,41 @@ for command in COMMANDS:
 PIL.Image.init()
 numba.njit(lambda x: x[0])(np.ones(1))  # the first of all compilations makes the compiler ready
 
-# The grammar of the arguments and the plugins are made ready by the first configuration.
-register()
-with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-    compose("train", return_hydra_config=True)
+# What is the same in every run is done here: the types of the settings become known to Hydra, and
+# the configurations of this package and of Hydra are read. A run takes those from here, once.
+Plugins.instance()
+launch.register()
+launch.register = lambda: None
+ready, wanted = {}, []
+let_files_be_read = launch.read_files_as_written
+
+def read_files_as_written(schema):
+    let_files_be_read(schema)
+    for kind in ("file", "pkg"):
+        source = SourcesRegistry.instance().types[kind]
+        if not hasattr(source, "load_config_from_file"):
+            source.load_config_from_file = source.load_config
+
+        def load_config(self, config_path):
+            key = schema, self.path, config_path
+            wanted.append((key, self))
+            return ready.pop(key, None) or self.load_config_from_file(config_path)
+
+        source.load_config = load_config
+
+launch.read_files_as_written = read_files_as_written
+# Composing also makes the grammar of the arguments and the plugins ready.
+for command in COMMANDS:
+    name = command.replace("-", "_")
+    read_files_as_written(launch.SCHEMAS[name])
+    folder = launch.PACKAGE / "cli" if name == "visualize" else launch.CONFIGS
+    with initialize_config_dir(str(folder), version_base="1.3"):
+        compose(name, return_hydra_config=True)
+        if name in ("train", "train_cnn"):
+            compose(name, ["data=folder"], return_hydra_config=True)
+for (schema, path, name), source in wanted:
+    read_files_as_written(schema)
+    ready[schema, path, name] = source.load_config_from_file(name)
 # Of what is done at exit, taking libraries of torch apart is of no use.
 for finalizer in list(weakref.finalize._registry):
     finalizer.atexit = False
