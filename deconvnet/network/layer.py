@@ -45,7 +45,7 @@ MAX_SIZE = 100_000
 class LayerSettings:
     """The settings of one layer of a network."""
 
-    # number of feature maps, and so of filters
+    # number of feature maps, one per filter
     num_maps: int
     # side of the square filters, in pixels of the layer's input
     filter_size: int = 7
@@ -66,7 +66,7 @@ class LayerSettings:
     # what the maps reconstruct: maps (the pooled maps below) | image (through all layers below) |
     # both
     target: str = "maps"
-    # target both: weight of the squared error of the image; that of the maps has weight 1
+    # target both: weight of the squared error of the image, relative to that of the maps
     image_weight: float = 1.0
     # [maps, rows, columns] of the max pooling between this layer and the next; null: none
     pool: list[int] | None = None
