@@ -174,8 +174,8 @@ class RestoreConfig:
     # clean images to fit the thresholds to: a file, a folder or a list; null: the images that the
     # run was trained on
     clean: Any = field(default=None, metadata=TEXTS)
-    # GiB of memory beyond that of the program itself; larger images are processed in tiles, or
-    # refused
+    # GiB of memory beyond that of the program itself; images that need more are processed in tiles,
+    # or refused
     memory: float = MEMORY
     # seed of the noise that is added, or of the pixels that are hidden, for a test
     seed: int = 0
@@ -239,8 +239,8 @@ class ReconstructConfig:
     # also draw what each image is made of: its strongest activations, and what supports the
     # strongest
     parts: bool = False
-    # GiB of memory beyond that of the program itself; larger images are processed in tiles, or
-    # refused
+    # GiB of memory beyond that of the program itself; images that need more are processed in tiles,
+    # or refused
     memory: float = MEMORY
     # folder for the pictures; null: <run>/reconstructions
     output: str | None = None
@@ -324,7 +324,7 @@ class TrainCnnConfig:
     momentum: float = 0.9
     # weight decay of stochastic gradient descent
     weight_decay: float = 0.001
-    # largest root mean square of a filter, 0.1 in the paper; null: none
+    # upper limit on the root mean square of a filter (the paper: 0.1); null: none
     filter_rms: float | None = None
     # flip images left to right at random
     mirror: bool = True

@@ -60,8 +60,8 @@ class LayerSettings:
     # which input channels each filter is connected to: full | singles | doubles |
     # singles_and_doubles | random_doubles
     connectivity: str = "full"
-    # valid: maps are larger than the image, by filter_size - 1 (the papers) | maps of the size of
-    # the image that continue beyond its border as circular | zero | reflect
+    # valid: maps larger than the image by filter_size - 1, as in the papers | circular | zero |
+    # reflect: maps of the size of the image, continued like this beyond its border
     boundary: str = "valid"
     # what the maps reconstruct: maps (the pooled maps below) | image (through all layers below) |
     # both

@@ -37,7 +37,7 @@ class VisualizationSettings:
     # how transposed convolutions overlap: sum | normalised (divide by the number of terms, against
     # checkerboards)
     overlap: str = "sum"
-    # fraction of the non-zero pixels of a tile that stay between black and white
+    # fraction of the non-zero pixels of a tile that are not clipped to black or white
     contrast: float = 0.995
     # show every grid next to that of the same network with shuffled weights
     control: bool = True

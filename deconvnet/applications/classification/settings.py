@@ -17,6 +17,7 @@ UPPER = ("project", "maps")
 class ClassData:
     """The labelled images: a folder that holds a folder of images for each class."""
 
+    # a folder that holds a folder of images for each class
     path: str
     # a folder of test images with the same classes; null: test other images of `path`
     test: str | None = None
