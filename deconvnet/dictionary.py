@@ -420,7 +420,7 @@ def _layer_settings(
     solver: SolverSettings | None,
     learning: LearningSettings | None,
 ) -> LayerSettings:
-    """The settings of the layer, but for what depends on the images.
+    """The settings of the layer, except those that depend on the images.
 
     That is the lam of a lam_ratio, and the default solver.
     """
@@ -463,7 +463,7 @@ def _sizes_of(filters: Tensor, num_maps: int | None, filter_size: int | None) ->
 def _initial_filters(filters: Tensor, layer: Layer) -> Tensor:
     """Filters to start from, in the type and on the device of the layer.
 
-    Refused if not finite, or if the constraint leaves nothing of one of them.
+    Refused if not finite, or if the constraint reduces one of them to zero.
     """
     filters = as_filters(filters, layer.filters.shape[1]).to(layer.filters)
     if not torch.isfinite(filters).all():

@@ -1,6 +1,6 @@
 """The arguments of a command: from what the shell delivers to Hydra's grammar, and back.
 
-Hydra reads a value by a grammar of its own, in which 1.10 is the number 1.1 and `photo (1).jpg` is
+Hydra parses values with its own grammar, in which 1.10 is the number 1.1 and `photo (1).jpg` is
 a syntax error. Here a setting that is text by its type (a name, a file, a folder, a choice) arrives
 as it was typed, once the shell has delivered it in one argument. It follows that
 

@@ -80,7 +80,7 @@ def interruptible(message: str = "what was finished is there") -> Iterator[None]
 
 
 def one_line(error: BaseException | None) -> str:
-    """The message of an error and of its causes: Hydra often says only there what is wrong."""
+    """The message of an error and of its causes: Hydra often gives the reason only there."""
     messages = []
     while error is not None:
         lines = [line.strip() for line in str(error).splitlines()]

@@ -61,7 +61,7 @@ def _section(values: dict[str, Any], schema: Any, indent: str) -> Iterator[str]:
 
 
 def _layers(layers: dict[str, Any], schema: type, indent: str) -> Iterator[str]:
-    """The first layer, and of the others what differs from it."""
+    """The first layer, and how the other layers differ from it."""
     first = next(iter(layers.values()), {})
     for name, values in layers.items():
         if values is first:
@@ -69,7 +69,7 @@ def _layers(layers: dict[str, Any], schema: type, indent: str) -> Iterator[str]:
             yield from _section(values, schema, indent + "  ")
             continue
         different = " ".join(_different(values, first)) or "nothing"
-        text = f"{indent}{name}, as {next(iter(layers))} but for {different}"
+        text = f"{indent}{name}, as {next(iter(layers))} except {different}"
         yield from textwrap.wrap(text, WIDTH, subsequent_indent=indent + "    ", **_WHOLE)
 
 
@@ -86,7 +86,7 @@ _WHOLE = {"break_long_words": False, "break_on_hyphens": False}
 
 
 def _entry(setting: str, meaning: str) -> list[str]:
-    """One setting, and its meaning in the column beside it or, if it is long, below."""
+    """One setting, with its meaning in the next column or, if the setting is long, below it."""
     lines = textwrap.wrap(meaning, WIDTH - COLUMN, **_WHOLE)
     beside = lines.pop(0) if lines and len(setting) < COLUMN - 1 else ""
     first = f"{setting:{COLUMN}}{beside}".rstrip()

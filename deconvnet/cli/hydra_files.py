@@ -1,4 +1,4 @@
-"""The files that Hydra writes beside the results, written so that they replace nobody else's."""
+"""Write Hydra's files next to the results without replacing files of others."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from deconvnet.storage import ownership
 
 
 def output_folder(run: Path, output: str | None, name: str) -> Path:
-    """The folder for results: `output`, or a folder of this name beside the network."""
+    """The folder for results: `output`, or a folder of this name next to the network."""
     if output:
         return Path(output).expanduser()
     return (run if run.is_dir() else run.parent) / name

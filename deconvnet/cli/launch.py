@@ -48,7 +48,7 @@ def run(main: Callable[[], None], schema: type, call: tuple[str, ...]) -> None:
     enough, as in `| head`, with 141, as the shell does. HYDRA_FULL_ERROR=1 in the environment shows
     tracebacks.
     """
-    # Hydra then raises instead of printing a traceback of its own.
+    # Hydra then raises instead of printing its own traceback.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     logging.raiseExceptions = WANTS_TRACEBACK
     for stream in filter(None, (sys.stdout, sys.stderr)):
@@ -65,7 +65,7 @@ def run(main: Callable[[], None], schema: type, call: tuple[str, ...]) -> None:
             check_names(sys.argv[1:], CONFIGS)
             read_files_as_written(schema)
             if rank > 0:
-                # Of several processes under torchrun the first writes and speaks; the others warn.
+                # Under torchrun rank 0 writes and logs; the other ranks only warn.
                 sys.argv += ["hydra.output_subdir=null", "hydra/job_logging=stdout"]
                 sys.argv += ["hydra.verbose=false"]
                 logging.disable(logging.INFO)
@@ -75,7 +75,7 @@ def run(main: Callable[[], None], schema: type, call: tuple[str, ...]) -> None:
     except KeyboardInterrupt:
         _finish("stopped", 130)
     except BrokenPipeError:
-        # Python writes what is left at its end.
+        # Python flushes the remaining output at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
     except Exception as error:
@@ -86,7 +86,7 @@ def run(main: Callable[[], None], schema: type, call: tuple[str, ...]) -> None:
 
 @contextmanager
 def _one_line_warnings(silent: bool) -> Iterator[None]:
-    """Within it, what is said of settings that were renamed is one line, without a line of code."""
+    """Within it, warnings about renamed settings are one line, without a line of code."""
     with warnings.catch_warnings():
         show = warnings.showwarning
 

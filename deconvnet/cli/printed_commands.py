@@ -27,7 +27,7 @@ def setting(key: str, value: object) -> str:
     return shlex.quote(f"{key}={text}")
 
 
-def beside(command: str) -> str:
+def sibling(command: str) -> str:
     """Another command in the form in which the user called this one, for the shell."""
     if _call[-1].endswith(".py"):
         script = Path(_call[-1]).with_name(f"{command.replace('-', '_')}.py")

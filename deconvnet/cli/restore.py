@@ -64,7 +64,7 @@ def restore_files(
 ) -> None:
     """Call restore(restorer, image (1, 1 or 3, H, W), depth, progress) for each image.
 
-    Pictures go to `output`, by default to this folder beside the run: NAME-layerN.png for each
+    Pictures go to `output`, by default to this folder next to the run: NAME-layerN.png for each
     layer up to `layer` (None: all), and NAME-compared.png with all side by side. Errors that can be
     known in advance are raised before the first image is restored, also if a picture would replace
     a file that is read: an image, a clean one, the network or the mask.

@@ -1,7 +1,8 @@
 """The settings of each command.
 
 A setting has its default and its meaning in one place, a dataclass, from which --help shows both.
-The dataclasses stand beside the code that they steer; here are those of the commands themselves.
+Settings dataclasses are defined next to the code they configure; this module has those of the
+commands.
 Files in configs/ hold published settings.
 """
 
@@ -197,7 +198,7 @@ class RestoreConfig:
         check_seed(self.seed)
 
     def common(self) -> dict[str, Any]:
-        """What does not depend on what is to be restored."""
+        """The settings that do not depend on the task."""
         return {key: getattr(self, key) for key in COMMON}
 
 

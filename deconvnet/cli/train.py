@@ -142,7 +142,7 @@ def summarize(results: list[LayerResult], folder: Path) -> None:
         f"network       {place}/network.safetensors",
         f"look          tensorboard --logdir {shlex.quote(str(relative_path(folder.parent)))} "
         "--samples_per_plugin images=99",
-        f"reconstruct   {printed_commands.beside('reconstruct')} "
+        f"reconstruct   {printed_commands.sibling('reconstruct')} "
         f"{printed_commands.setting('run', place)} layer={len(results)} images=photo.jpg",
     ]
     print("\n".join(lines))

@@ -1,6 +1,6 @@
 """The sums over images from which filters are learned.
 
-    z maps (N, K, H+h-1, W+w-1)   b what is explained (N, C, H, W)   f filters (K, C, h, w)
+    z maps (N, K, H+h-1, W+w-1)   b target (N, C, H, W)   f filters (K, C, h, w)
     g connectivity (K, C)   T from what the layer synthesizes to b: identity or layers below
 
 With the maps fixed, the cost 1/2 ||T Z f - b||^2 is quadratic in the filters. Without T, two sums
@@ -106,7 +106,7 @@ def gram_product(gram: Tensor, size: tuple[int, int]) -> Callable[[Tensor], Tens
     grid = fourier_size((2 * h - 1, 2 * w - 1))
     K = len(gram)
     spectrum = gram.new_empty(grid[0], grid[1] // 2 + 1, K, K, dtype=torch.complex128)
-    # Some rows of pairs at a time, which leaves little in memory beside the gram and its spectrum.
+    # A few rows of pairs at a time: memory holds little more than the gram and its spectrum.
     rows = max(1, BLOCK // (K * grid[0] * grid[1]))
     for k in range(0, K, rows):
         kernel = F.pad(gram[k : k + rows], (0, grid[1] - 2 * w + 1, 0, grid[0] - 2 * h + 1))

@@ -1,6 +1,6 @@
 """The filter update: how filters are learned from maps that are held fixed.
 
-    z maps (N, K, H+h-1, W+w-1)   b what is explained (N, C, H, W)   f filters (K, C, h, w)
+    z maps (N, K, H+h-1, W+w-1)   b target (N, C, H, W)   f filters (K, C, h, w)
     T from what the layer synthesizes to b: the identity, or the layers below
 
 The filters minimise the quadratic cost 1/2 ||T Z f - b||^2 within a `FilterConstraint`; the weight
@@ -53,7 +53,7 @@ class LearningSettings:
     # proximal: sums over earlier batches fade over about this many epochs; 0: each update uses its
     # own batch alone
     averaging_epochs: float = 1.0
-    # filters start as patches of what is explained, or as Gaussian noise (random, the papers)
+    # filters start as patches of the layer's target, or as Gaussian noise (random, the papers)
     init: str = "patches"
     # unit norm of each whole filter, or of each of its 2-D planes (the CVPR 2010 paper)
     norm: str = "filter"

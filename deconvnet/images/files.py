@@ -1,4 +1,4 @@
-"""Image files: which ones a folder or a setting names, and names for what is made from them."""
+"""Image files: which ones a folder or a setting names, and the names of files made from them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def find_images(path: str | Path, *, key: str = "data.path") -> list[Path]:
 
     Hidden files and folders are skipped. Links to folders are followed, but no folder is entered
     twice. Pictures that this package made are skipped too, since results may lie among the images
-    they were made from; a folder that contains nothing else is read as it is.
+    they were made from; a folder that contains nothing else is read in full.
     key: the setting that names the folder, for messages.
     """
     files = files_in(path, SUFFIXES, key)

@@ -121,7 +121,7 @@ class Preprocessing(torch.nn.Module):
         parts: Callable[[], Iterable[tuple[Tensor, Tensor | None]]],
         communicator: Communicator = SINGLE,
     ) -> "Preprocessing":
-        """`fit` to images that come in parts; parts() yields (images, frames), anew at every call.
+        """`fit` to images in parts; every call of parts() yields all (images, frames) again.
 
         communicator: fit to the images of all ranks, some of which may have none.
         """

@@ -93,8 +93,8 @@ def undoing_output_padding(
 ) -> int:
     """The output padding with which the transposed convolution returns to `size`.
 
-    (size + 2 padding - dilation (kernel - 1) - 1) mod stride: so many pixels, those of the padding
-    among them, lie behind the last window of the convolution.
+    (size + 2 padding - dilation (kernel - 1) - 1) mod stride: the number of pixels, padding
+    included, beyond the last window of the convolution.
     """
     # For its checks: at least one window fits.
     convolution_size(size, kernel, stride=stride, padding=padding, dilation=dilation)

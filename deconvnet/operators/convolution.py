@@ -2,7 +2,8 @@
 
 This module defines "convolution" for the whole package; no other module flips, pads or crops.
 
-    N images · C channels of what is explained · K maps · H, W pixels · h, w filter
+    N images · C channels of the target (the image or maps that a layer explains) · K maps
+    H, W pixels · h, w filter
     y image (N, C, H, W)     f filters (K, C, h, w)     g connectivity (K, C) of 0 and 1
     z maps  (N, K, H+h-1, W+w-1) with boundary "valid", (N, K, H, W) with all others
 
@@ -17,8 +18,8 @@ unflipped.
 - "zero": maps and image have one size and there is nothing beyond the border, neither of the image
   nor of the maps. The frame is centred: an impulse at (i, j) paints f[k] with its top left corner
   at pixel (i-(h-1)//2, j-(w-1)//2).
-- "reflect": as "zero", but the maps go on beyond the border as their mirror image, in which the
-  border itself is not repeated (torch's padding mode "reflect").
+- "reflect": as "zero", but the maps are continued beyond the border by their mirror image, in
+  which the border itself is not repeated (torch's padding mode "reflect").
 
 Every operation has a spatial form and a Fourier form; both are exact and agree to rounding.
 """

@@ -8,7 +8,7 @@ deconvolutions F, unpoolings U and scalings:
     layer l explains both               A = the two stacked, each with its weight
 
 An operator has an adjoint, a norm and a solve of (beta I + lam A A') w = d; operators compose with
-@. It works on batches, z (N, ...) -> y (N, ...), every image by itself.
+@. It works on batches, z (N, ...) -> y (N, ...), and treats every image separately.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ before a convolution.
     N images · C channels · H, W pixels · s factor · k = 2s - s mod 2 filter
 
 This module decides what lies beyond the border of maps that are enlarged: their last row or column,
-again and again. So what is the same everywhere stays so, up to the border.
+again and again. A constant image therefore stays constant, up to the border.
 
 Both are layers for networks that are trained elsewhere (`docs/upsampling.md` is a guide). They are
 "deconvolution layers" in the sense of upsampling, a map used forwards; nothing here is inferred.
@@ -46,12 +46,12 @@ def bilinear_filter(factor: int, *, dtype: torch.dtype | None = None) -> Tensor:
 class BilinearUpsampling(nn.Module):
     """Maps (N, C, sH, sW) of maps (N, C, H, W): a transposed convolution, at first bilinear.
 
-    Every channel has a filter of its own, `weight` (C, 1, k, k), and no other channel enters. With
+    Every channel has its own filter, `weight` (C, 1, k, k), and channels do not mix. With
     the weights that it starts from it is
 
         torch.nn.functional.interpolate(x, scale_factor=s, mode="bilinear", align_corners=False)
 
-    to rounding, up to the border, where a transposed convolution by itself adds less and less and
+    to rounding, up to the border, where a plain transposed convolution adds less and less and
     fades: here the border is repeated by one pixel, and what that adds outside is cropped.
 
     channels: C; factor: s, any whole number; learnable: whether `weight` is a parameter, else it is
@@ -94,7 +94,7 @@ class ResizeConvolution(nn.Module):
     """Maps (N, out_channels, sH, sW): the maps enlarged by a fixed rule, and then a convolution.
 
     Odena, Dumoulin and Olah 2016: unlike a transposed convolution of stride s, whose outputs are
-    sums of different weights in turn, it makes no checkerboard of what is even, whatever its
+    sums of different weights in turn, it turns no constant image into a checkerboard, whatever its
     weights are. Filters of 3x3 cost 9 products for an output of a pair of channels, those of a
     transposed convolution with 2s x 2s filters 4.
 

@@ -74,7 +74,7 @@ class Method(ABC):
         return self.problem.certified(z, self.problem.b - self.problem.A(z), gap)
 
     def adapt(self, count: int, stopped: Tensor) -> None:  # noqa: B027  most methods do not
-        """Change parameters of the images that go on, after a check."""
+        """Change the parameters of the images that continue, after a check."""
 
 
 def iterate(

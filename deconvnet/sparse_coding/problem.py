@@ -2,7 +2,7 @@
 
 minimise over z, for every image by itself      lam/2 ||A z - b||^2 + prior(z)
 
-b what is explained (N, C, H, W)   A operator, maps -> b   z maps (N, K, rows, columns)
+b target (N, C, H, W)   A operator, maps -> b   z maps (N, K, rows, columns)
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ class Problem:
         state: Tensor | None = None,
         step: Tensor | None = None,
     ) -> Solution:
-        """The solution with maps z, with its duality gap if it is to be certified."""
+        """The solution with maps z, and its duality gap if `certify` is set."""
         residual = self.b - self.A(z)
         terms = data_term(residual, self.lam), self.prior.value(z)
         gap = None

@@ -93,7 +93,7 @@ class Weights(Protocol):
 
 
 class WorkingSetSolver(Method):
-    """A few images at work, each by itself, with the active set of each.
+    """Solves a few images, each separately with its own active set.
 
     problem: of these images; its prior says p, group and sign, and `weights` the weights.
     """
@@ -225,7 +225,7 @@ class WorkingSetSolver(Method):
     ) -> float:
         """Set the correlations of these active coefficients to zero, in maps that begin at row top.
 
-        Returns the largest, relative to its limit, if it is to be measured, for a duality gap.
+        Returns the largest one relative to its limit if `measure` is set, for the duality gap.
         """
         e, group, strength = self.active[n], self.atoms.group, np.zeros(0)
         g, i, j = e.g[active], e.i[active] - top, e.j[active]

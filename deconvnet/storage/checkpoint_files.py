@@ -32,7 +32,7 @@ NAME = re.compile(r"step-(\d{8,})\.pt")
 
 # The first bytes of a zip archive.
 ZIP = b"PK\x03\x04"
-# A checkpoint cut off before this many bytes holds nothing of the state yet.
+# A checkpoint truncated before this many bytes contains no part of the state.
 EMPTY_SIZE = 256
 
 logger = logging.getLogger(__name__)

@@ -3,7 +3,7 @@
 numba's own cache ends the program if no folder is writable, if the disk is full, or if a file of
 the cache is damaged. Here compiled code is read from, and written to
 
-1. numba's folder: NUMBA_CACHE_DIR if that is set, else `__pycache__` beside the source or the
+1. numba's folder: NUMBA_CACHE_DIR if that is set, else `__pycache__` next to the source or the
    user's cache folder;
 2. if that is not writable, a folder of this user among the temporary files;
 3. if neither is, nowhere: the process compiles for itself.

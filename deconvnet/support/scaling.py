@@ -1,6 +1,6 @@
 """Powers of two that bring data, filters and weights near one, so that float32 holds their squares.
 
-The problem has no scale of its own (p the exponent of the prior):
+The problem is scale-invariant (p is the exponent of the prior):
 
     b = s b'    A = k A'    prior = v prior'    z = (s/k) z'
 
@@ -103,7 +103,7 @@ class Units:
         """The weights of the prior'."""
         if weights is None or not self.prior:
             return weights
-        # A weight that forbids an entry must still forbid it.
+        # A weight that forces a coefficient to zero must still do so.
         return times_power(weights, -self.prior).clamp(max=torch.finfo(weights.dtype).max)
 
 

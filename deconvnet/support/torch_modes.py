@@ -48,6 +48,6 @@ def autocasts(device: str) -> bool:
     """Whether autocast is on for a device."""
     try:
         return torch.is_autocast_enabled(device)
-    except TypeError:  # torch before 2.4 asks by the name of the function
+    except TypeError:  # torch before 2.4 has no argument for the device type
         enabled = {"cpu": torch.is_autocast_cpu_enabled, "cuda": torch.is_autocast_enabled}
         return device in enabled and enabled[device]()

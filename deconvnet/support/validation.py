@@ -181,7 +181,7 @@ def check_settings(value: Any, kind: type, name: str, *, optional: bool = True) 
 def _of_array(value: np.ndarray, name: str) -> Tensor:
     if isinstance(value, np.ma.MaskedArray):
         raise ValueError(
-            f"{name} is a masked array: use {name}.filled(0), and its mask by itself if need be"
+            f"{name} is a masked array: use {name}.filled(0) and pass the mask separately"
         )
     if value.dtype.kind not in "buif":
         raise ValueError(f"{name} must be real numbers, got an array of {value.dtype}")

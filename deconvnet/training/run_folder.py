@@ -47,7 +47,7 @@ from deconvnet.training.warm_starts import is_warm_start_file
 
 log = logging.getLogger(__name__)
 
-# What a run writes, besides warm starts and archives, as far as names tell.
+# The names of the files that a run writes, besides warm starts and archives.
 MADE = (
     *("checkpoints/step-*.pt", "pictures/layer*-*.png", "evolution/layer*.npz"),
     *("network.safetensors", "metrics.jsonl", "train.log", ".hydra/*.yaml"),
@@ -113,7 +113,7 @@ class RunFolder:
             self._archive()
 
     def claim(self) -> None:
-        """Record what is made in this folder from here on as ours."""
+        """Record files created in this folder from now on as ours."""
         ownership.claim_folder(self.folder)
 
     def save(self, step: int, state: dict) -> Path:

@@ -1,4 +1,4 @@
-"""What may be asked of maps, filters, borders and pixels beside the papers' problem."""
+"""Constraints on maps, filters, borders and pixels that go beyond the papers' problem."""
 
 import dataclasses
 import itertools
@@ -468,7 +468,7 @@ def test_an_image_stops_at_its_duality_gap_which_bounds_the_distance_to_the_mini
     assert found.iterations < 1000 and found.gap.dtype == torch.float64
     assert (found.gap <= gap * found.objective).all()
     assert (found.objective - minimum <= found.gap + 1e-9).all()
-    # Each image by itself, and no later than it must.
+    # Each image separately, and no later than necessary.
     alone = solve(A, b[:1], lam=5.0, settings=settings, prior=prior)
     assert_close(alone.z, found.z[:1], rtol=1e-7, atol=1e-7)
     if alone.iterations > 10:
@@ -606,7 +606,7 @@ def test_a_filter_of_which_nothing_is_left_becomes_its_fallback():
 @pytest.mark.parametrize("constraint", CONSTRAINTS)
 @pytest.mark.parametrize("norm", ["filter", "plane"])
 @every_boundary
-def test_updates_keep_what_is_asked_of_filters_and_lower_the_cost(constraint, norm, boundary):
+def test_updates_satisfy_the_constraint_and_lower_the_cost(constraint, norm, boundary):
     A, b = problem(boundary, K=3, C=2)
     A = Deconvolution(FilterConstraint(norm, **constraint).project(A.f), boundary)
     z, sums = sums_of(A, b)
@@ -696,7 +696,7 @@ def test_grey_filters_explain_every_channel_at_the_same_places():
     for k, c, d in np.ndindex(3, 2, 2):
         assert torch.equal(both[2 * k + c, d], f[k, 0] if c == d else torch.zeros(3, 3).double())
     settings = to_the_end("admm", gap=1e-8)
-    # Without groups each channel is by itself,
+    # Without groups each channel is coded separately,
     alone = sparse_code(b, both, lam=2.0, settings=settings)
     for c in range(2):
         one = sparse_code(b[:, c : c + 1], f, lam=2.0, settings=settings)

@@ -68,7 +68,7 @@ def without_a_place_beside_the_source(places):
     (places / "__pycache__").write_text("")
 
 
-def test_code_is_found_beside_the_source_by_the_next_process(places):
+def test_the_next_process_finds_compiled_code_next_to_the_source(places):
     assert not found_on_disk(twice(places))
     assert found_on_disk(twice(places))
     assert not list((places / "temporary").iterdir())

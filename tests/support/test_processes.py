@@ -129,7 +129,7 @@ def test_if_a_process_dies_the_others_stop_with_one_line(place, ranks):
     assert "Traceback" not in first.err
 
 
-def test_if_a_process_hangs_the_others_give_up_after_their_patience(place, ranks):
+def test_if_a_process_hangs_the_others_time_out(place, ranks):
     running = ranks(2, "name=hung", LONG, "patience=2")
     wait_for(place / "runs" / "hung" / "checkpoints" / "step-*.pt")
     os.kill(running[1].pid, signal.SIGSTOP)

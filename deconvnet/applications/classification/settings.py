@@ -97,7 +97,7 @@ class ClassifySettings(FeatureSettings):
     test: int | None = 50
     # how many times training and test images are drawn again
     splits: int = 5
-    # seed of what is drawn, and of the codebooks
+    # seed of the random splits and of the codebooks
     seed: int = 0
     # split: a codebook from the training images of every split; shared: that of the first for all,
     # which is faster, but may have seen, without their classes, images that other splits test

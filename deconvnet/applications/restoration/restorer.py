@@ -164,7 +164,7 @@ class Restorer:
         memory: in GiB, in addition to the images. On a CPU, layer 1 is solved as one problem for an
         image of any size, without maps in memory; upper layers are inferred in tiles (`tiling`) if
         they would not fit. Raises ValueError, before any work, if the memory is not enough.
-        progress(done, total) is called as the work goes on.
+        progress(done, total) is called as the work proceeds.
         """
         images = checked_images(images, self._filter_size)
         sigma = self._sigma_per_plane(noise_level(sigma, images), images)
