@@ -31,7 +31,7 @@ from deconvnet.sparse_coding.prior import Prior, check_exponent
 from deconvnet.sparse_coding.problem import Solution, SolverSettings
 from deconvnet.sparse_coding.solve import Callback, solve
 from deconvnet.support.renaming import with_current_names
-from deconvnet.support.validation import check_settings, positive, whole
+from deconvnet.support.validation import as_positive_integer, as_positive_number, check_settings
 
 TARGETS = ("maps", "image", "both")
 POOLINGS = ("after", "in_loop")
@@ -88,12 +88,12 @@ class LayerSettings:
             # A configuration may still hold text here, such as an interpolation.
             if not isinstance(value := getattr(self, key), str):
                 square = ", since filters are square" if key == "filter_size" else ""
-                value = whole(value, key, square)
+                value = as_positive_integer(value, key, square)
                 if value > MAX_SIZE:
                     raise ValueError(f"{key}={value}: must be at most {MAX_SIZE}")
                 setattr(self, key, value)
         for key in ("lam", "image_weight"):
-            setattr(self, key, positive(getattr(self, key), key))
+            setattr(self, key, as_positive_number(getattr(self, key), key))
         check_settings(self.solver, SolverSettings, "solver", optional=False)
         check_settings(self.learning, LearningSettings, "learning", optional=False)
         check_exponent(self.p)

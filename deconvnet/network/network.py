@@ -36,7 +36,7 @@ from deconvnet.storage.network_files import load_network, save_network
 from deconvnet.support.renaming import with_current_names
 from deconvnet.support.seeding import seeded_generator
 from deconvnet.support.torch_modes import default_device, plain
-from deconvnet.support.validation import as_tensor, whole
+from deconvnet.support.validation import as_positive_integer, as_tensor
 
 Progress = Callable[[int, int], None]
 
@@ -111,7 +111,7 @@ class DeconvNet(nn.Module):
         """
         images = as_tensor(images, "images")
         frames = None if frames is None else as_tensor(frames, "frames")
-        chunk = whole(chunk, "chunk")
+        chunk = as_positive_integer(chunk, "chunk")
         if images.numel() == 0:
             raise ValueError(f"images must not be empty, got the shape {tuple(images.shape)}")
         depth = self._checked_number("depth", self.depth if depth is None else depth, least=0)

@@ -28,7 +28,13 @@ import torch
 from torch import Tensor
 
 from deconvnet.operators.pooling import Window, pool, strongest, unpool
-from deconvnet.support.validation import as_number, as_weights, check_numbers, check_tensors, whole
+from deconvnet.support.validation import (
+    as_number,
+    as_positive_integer,
+    as_weights,
+    check_numbers,
+    check_tensors,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +56,7 @@ class Prior:
 
     def __post_init__(self) -> None:
         check_exponent(self.p)
-        whole(self.group, "group")
+        as_positive_integer(self.group, "group")
         if self.window is not None and (self.group > 1 or self.weights is not None):
             raise ValueError(
                 f"window={tuple(self.window)}: not together with weights or group={self.group}"

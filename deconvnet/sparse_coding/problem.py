@@ -21,7 +21,7 @@ from deconvnet.sparse_coding.prior import Prior
 from deconvnet.support.renaming import renamed
 from deconvnet.support.scaling import Units, times_power
 from deconvnet.support.torch_modes import plain
-from deconvnet.support.validation import as_images, as_tensor, positive
+from deconvnet.support.validation import as_images, as_positive_number, as_tensor
 
 MethodName = Literal["admm", "half_quadratic", "fista", "ista", "coordinate"]
 ZStep = Literal["exact", "cg"]
@@ -254,7 +254,7 @@ def duality_gap(
     prior = prior or Prior()
     if not prior.convex:
         raise ValueError(f"p={prior.p}, window={prior.window}: only p=1 has a dual, and no window")
-    b, lam = as_images(b, "b"), positive(lam, "lam")
+    b, lam = as_images(b, "b"), as_positive_number(lam, "lam")
     z = checked_maps(A, b, z, "z")
     prior.check(z.shape)
     A, of_filters = A.normalised()

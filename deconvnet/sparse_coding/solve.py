@@ -34,11 +34,11 @@ from deconvnet.support.validation import (
     as_filters,
     as_images,
     as_number,
+    as_positive_integer,
+    as_positive_number,
     as_tensor,
     as_weights,
     check_settings,
-    positive,
-    whole,
 )
 
 # Above 32 MiB the C library returns the memory of an array when it is freed, and the pages of the
@@ -113,7 +113,7 @@ def sparse_code(
     if not torch.isfinite(b).all() or not torch.isfinite(filters).all():
         raise ValueError("images and filters must be finite: there are NaN or infinite values")
     weights = None if weights is None else weights.to(images)
-    p, group = as_number(p, "p"), whole(group, "group")
+    p, group = as_number(p, "p"), as_positive_integer(group, "group")
     prior = Prior(p, weights=weights, group=group, non_negative=non_negative)
     settings = settings or default_solver(images, p)
     if lam_ratio is not None:
@@ -205,8 +205,8 @@ def solve(
     and ista beta is 1 / step. It sees all images: with a callback there are no chunks. Raises
     ValueError where an argument is out of range or does not fit the others.
     """
-    chunk = None if chunk is None else whole(chunk, "chunk")
-    b, lam, prior = as_images(b, "b"), positive(lam, "lam"), prior or Prior()
+    chunk = None if chunk is None else as_positive_integer(chunk, "chunk")
+    b, lam, prior = as_images(b, "b"), as_positive_number(lam, "lam"), prior or Prior()
     check_settings(settings, SolverSettings, "settings")
     if settings.gap is not None and not prior.convex:
         raise ValueError(

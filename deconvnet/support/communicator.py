@@ -1,9 +1,9 @@
-"""Communication between processes that share one computation; only this module knows
+"""Communication between the processes of a distributed run; the only module that uses
 torch.distributed.
 
 Under torchrun each process has a rank; otherwise there is a single process, rank 0, and no process
-group is started. Code takes part only through the `Communicator` that it is given, so code without
-one runs on its own even inside a program that uses torch.distributed for other purposes.
+group is started. Code communicates only through the `Communicator` that it is given, so code
+without one runs alone even inside a program that uses torch.distributed for other purposes.
 """
 
 from __future__ import annotations

@@ -450,7 +450,7 @@ def test_no_input_file_is_overwritten(script, run_folder, tmp_path):
     ):
         result = script(tmp_path, command[0], run, "layer=1", *command[1:])
         assert result.code == 1 and len(result.err.splitlines()) == 1, result
-        assert "written over" in result.err and result.out == ""
+        assert "overwritten" in result.err and result.out == ""
     assert all((tmp_path / name).read_bytes() == data for name, data in before.items())
 
 

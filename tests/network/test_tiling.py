@@ -1,4 +1,4 @@
-"""Large images in tiles, without maps in memory: equal to the whole image up to the stated error."""
+"""Tiles of large images, without maps in memory: equal to the whole image up to a stated error."""
 
 import math
 

@@ -56,7 +56,7 @@ from deconvnet.operators.pooling import max_pool
 from deconvnet.sparse_coding.solve import default_solver
 from deconvnet.sparse_coding.whole_image import SparseSolution, Thresholds, solve_whole_image
 from deconvnet.support.torch_modes import plain
-from deconvnet.support.validation import as_tensor, positive, whole
+from deconvnet.support.validation import as_positive_integer, as_positive_number, as_tensor
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Restorer:
         if not isinstance(net, DeconvNet):
             raise ValueError(f"net must be a DeconvNet, got {type(net).__name__}")
         for key, value in (("strength", strength), ("psi", psi)):
-            positive(value, key)
+            as_positive_number(value, key)
         if (color := net.preprocessing.settings.color) not in ("rgb", "grey"):
             raise ValueError(f"preprocessing.color={color}: use a network for rgb or grey")
         self.net, self.strength, self.psi = net, float(strength), float(psi)
@@ -272,7 +272,7 @@ class Restorer:
         Raises ValueError, before any work, if the images are too small, or too large for this
         memory in GiB. planes: the number of planes that are coded together, of all images.
         """
-        self.net.layer(whole(depth, "depth"))
+        self.net.layer(as_positive_integer(depth, "depth"))
         check_size(size, self._filter_size)
         tiling.check_memory(memory)
         pixels = math.prod(size)
