@@ -1,9 +1,8 @@
 """The settings of each command.
 
-A setting has its default and its meaning in one place, a dataclass, from which --help shows both.
-Settings dataclasses are defined next to the code they configure; this module has those of the
-commands.
-Files in configs/ hold published settings.
+The default and the meaning of a setting are defined once, in a dataclass, from which --help shows
+both. Settings dataclasses are defined next to the code that they configure; this module has those
+of the commands. Files in configs/ contain published settings.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ from deconvnet.network.tiling import MEMORY, check_memory
 from deconvnet.support.renaming import renamed
 from deconvnet.visualization.settings import OLD_NAMES, VisualizationSettings
 
-# Settings of `deconvnet visualize` that a network learned here leaves nothing to.
+# Settings of `deconvnet visualize` that do not apply to networks of deconvnet.
 OF_MODELS = {
     *("weights", "options", "mean", "std", "order", "checkpoints"),
     *("method", "strict", "gates", "overlap"),
 }
-# More maps, images of a batch or epochs can only be a mistake.
+# More maps, images per batch or epochs can only be a mistake.
 MOST = 100_000
-# What denoise and inpaint do not decide by themselves.
+# Settings that denoise and inpaint pass to the common code.
 COMMON = ("output", "layer", "strength", "clean", "memory")
 
 
@@ -41,11 +40,11 @@ class TrainConfig:
 
     # the run folder is runs/<name>
     name: str
-    # the layers: a choice above, or a file of your own
+    # the layers: a choice above, or your own file
     model: dict[str, LayerSettings]
     # the images: a choice above
     data: DataSettings = field(default_factory=DataSettings)
-    # what is done to the images before layer 1: a choice above
+    # preprocessing of the images before layer 1: a choice above
     preprocessing: PreprocessingSettings = field(default_factory=PreprocessingSettings)
     # train only this many layers of the model, from the first; null: all. Also +layers=2
     layers: int | None = None
@@ -54,11 +53,11 @@ class TrainConfig:
     # auto (cuda, else cpu), or a torch device such as cpu, cuda, cuda:1
     device: str = "auto"
     # auto: resume the run in this folder, if there is one; false: archive it in previous-N and
-    # start again; or a checkpoint or run folder to resume from, which gives the filters alone if it
-    # has learned from other images or for other epochs
+    # start again; or a checkpoint or run folder to resume from, of which only the filters are used
+    # if it has learned from other images or for another number of epochs
     resume: str = "auto"
-    # a run folder, checkpoint or network file whose filters a new run starts from; null: as
-    # model.layerN.learning.init says
+    # a run folder, checkpoint or network file whose filters a new run starts from; null: those of
+    # model.layerN.learning.init
     init: str | None = None
     # images inferred at a time: bounds memory, changes results by rounding only
     chunk: int = 8
@@ -68,8 +67,8 @@ class TrainConfig:
     patience: float = 600.0
     # GiB for the states from which the inference of each image is resumed in the next epoch
     memory: float = 4.0
-    # GiB for these states in files of the run folder (three times as much on disk) where memory is
-    # too little; where this is, too, inference starts from the beginning in every epoch
+    # GiB for these states in files of the run folder (three times as much on disk) if memory does
+    # not suffice; if this does not either, inference starts from the beginning in every epoch
     disk: float = 0.0
 
     def __post_init__(self) -> None:
@@ -106,31 +105,31 @@ class TrainConfig:
 @renamed(**OLD_NAMES)
 @dataclass
 class VisualizeConfig(VisualizationSettings):
-    """The settings of `deconvnet visualize`: what to look at, in addition to how."""
+    """The settings of `deconvnet visualize`: the network and images, and how to visualize them."""
 
     # a run folder of `deconvnet train`, or a network file (.safetensors); or else give `model`
     run: str | None = None
     # torchvision/NAME, timm/NAME, package.module:factory (which runs the code of that package, as
     # python does: only for code that you trust), or a network file of `deconvnet train-cnn`
     model: str | None = None
-    # of the model: default (pretrained), the name of others, a file, or none (random)
+    # weights of the model: default (pretrained), the name of others, a file, or none (random)
     weights: str = "default"
     # arguments of the function that builds the model, such as 'options={num_classes: 10}'
-    options: Any = None  # no dict, to whose keys Hydra lets nobody add without a plus
-    # what the model takes for pixels, (pixel - mean) / std; null: as its weights were trained
+    options: Any = None  # not a dict, to which Hydra would require a plus to add keys
+    # normalisation of the model's input, (pixel - mean) / std; null: as its weights were trained
     mean: list[float] | None = None
     std: list[float] | None = None
-    # order of the planes that the model takes: rgb, bgr or grey; null: its own
+    # order of the planes of the model's input: rgb, bgr or grey; null: its own
     order: str | None = None
-    # a folder of images, a file, or a list of files; null: those that the run learned from
+    # a folder of images, a file, or a list of files; null: the training images of the run
     images: Any = field(default=None, metadata=TEXTS)
-    # side of the squares that images are cropped to; null: as the network takes them
+    # side of the squares to which images are cropped; null: the input size of the network
     size: int | None = None
-    # use at most this many images, evenly among all; null: all
+    # use at most this many images, evenly spaced; null: all
     max_images: int | None = None
-    # leave out files of a folder that cannot be read instead of stopping
+    # skip files of a folder that cannot be read instead of stopping
     skip_unreadable: bool = False
-    # files of weights of the model during its training, for pictures of its features over them
+    # weight files saved during the training of the model, for pictures of the evolution of features
     checkpoints: list[str] | None = None
     # folder for everything; null: the run folder, or runs/<model>
     output: str | None = None
@@ -172,13 +171,13 @@ class RestoreConfig:
     layer: int | None = None
     # the threshold in standard deviations of the noise: larger is smoother
     strength: float = STRENGTH
-    # clean images that say which maps are strong: a file, a folder or a list; null: those that the
-    # run learned from
+    # clean images that show which maps are strong: a file, a folder or a list; null: the training
+    # images of the run
     clean: Any = field(default=None, metadata=TEXTS)
     # GiB of memory beyond that of the program itself; larger images are processed in tiles, or
     # refused
     memory: float = MEMORY
-    # seed of what is added or hidden for a test
+    # seed of the noise or mask that is generated for a test
     seed: int = 0
     # folder for the pictures; null: <run>/denoised, or <run>/inpainted
     output: str | None = None
@@ -281,10 +280,10 @@ class ClassifyConfig(ClassifySettings):
     run: str = MISSING
     # the images and their classes
     data: ClassData = field(default_factory=lambda: ClassData(path=MISSING))
-    # other run folders or network files whose layers are tried, too, each alone and all together,
-    # such as [runs/colour]
+    # other run folders or network files whose layers are also evaluated, each alone and all
+    # combined, such as [runs/colour]
     beside: list[str] = field(default_factory=list)
-    # folder for the results, and for the features so that the same command resumes; null:
+    # folder for the results and the cached features, from which the same command resumes; null:
     # <run>/classified
     output: str | None = None
     # auto (cuda, else cpu), or a torch device
@@ -307,11 +306,11 @@ class TrainCnnConfig:
     color: str = "grey"
     # train on this many images, drawn at random; null: all
     images: int | None = 12000
-    # fraction of the images to test on, where the data set has no split of its own
+    # fraction of the images to test on, if the data set has no test split
     held_out: float = 0.1
     # maps of the first layer; the others have 2, 3, 3, 2 times as many, the hidden layer 8 times
     width: int = 24
-    # fraction of the units of the hidden layer that are left out at random while training
+    # fraction of the units of the hidden layer that are dropped at random while training
     dropout: float = 0.5
     # passes over the images
     epochs: int = 10
@@ -364,7 +363,7 @@ class TrainCnnConfig:
             raise ValueError(f"weight_decay={self.weight_decay}: must be at least 0, and finite")
 
 
-# What each command reads, by its name.
+# The settings class of each command, by name.
 SCHEMAS = {
     "train": TrainConfig,
     "visualize": VisualizeConfig,

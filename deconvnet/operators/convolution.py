@@ -232,6 +232,12 @@ def per_channel(f: Tensor, channels: int) -> Tensor:
     return (f[:, :, None] * eye[:, :, None, None]).flatten(0, 1)
 
 
+def check_boundary(boundary: str) -> None:
+    """Raise ValueError for an unknown boundary."""
+    if boundary not in BOUNDARIES:
+        raise ValueError(f"boundary={boundary!r}: choose {' or '.join(map(repr, BOUNDARIES))}")
+
+
 def connected(f: Tensor, g: Tensor | None) -> Tensor:
     """The filters, zero in the planes that g (K, C) disconnects; f itself if g is None."""
     if g is None:
@@ -334,9 +340,7 @@ def _check(
     z: Tensor | None = None,
     y: Tensor | None = None,
 ) -> None:
-    if boundary not in BOUNDARIES:
-        choices = " or ".join(map(repr, BOUNDARIES))
-        raise ValueError(f"boundary={boundary!r}: choose {choices}")
+    check_boundary(boundary)
     if method not in get_args(Method):
         raise ValueError(f"method={method!r}: choose 'spatial' or 'fourier'")
     if f.ndim != 4 or f.numel() == 0:

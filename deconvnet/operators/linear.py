@@ -25,6 +25,7 @@ from deconvnet.operators import pooling
 from deconvnet.operators.convolution import (
     CONTINUED,
     Boundary,
+    check_boundary,
     correlate,
     deconvolve,
     fourier_size,
@@ -149,6 +150,7 @@ class Deconvolution(LinearOperator):
 
     def __init__(self, f: Tensor, boundary: Boundary = "valid", mask: Tensor | None = None):
         check_tensors(f=f)
+        check_boundary(boundary)
         self.f = f
         self.boundary = boundary
         self.mask = mask if mask is None else _checked_mask(mask, f)

@@ -184,7 +184,7 @@ def test_weights_of_one_change_no_bit(method, p):
         (dict(group=0), "group=0: must be at least 1"),
         (dict(weights=torch.tensor([1.0, -2.0])), "weights=-2.0: must be finite and not negative"),
         (dict(weights=torch.tensor([1.0, math.nan])), "weights=nan: must be finite"),
-        (dict(weights=torch.tensor([1.0, 2.0]), group=2), "have one weight at each place"),
+        (dict(weights=torch.tensor([1.0, 2.0]), group=2), "have one weight at each position"),
         (dict(window=(1, 2, 2), group=2), "window=(1, 2, 2): not together with"),
         (dict(window=(1, 2, 2), weights=torch.ones(2)), "window=(1, 2, 2): not together with"),
     ],
@@ -196,7 +196,7 @@ def test_a_prior_that_makes_no_sense_is_refused(options, message):
 
 def test_maps_that_do_not_fit_the_prior_are_refused():
     A, b = problem()
-    with refused("weights of shape (3,): expected (4,), or what broadcasts to maps of shape"):
+    with refused("weights of shape (3,): expected (4,), or a shape that broadcasts to maps"):
         sparse_code(b, A.f, lam=2.0, weights=torch.ones(3) * 2)
     with refused("group=3: must divide the 4 maps"):
         sparse_code(b, A.f, lam=2.0, group=3)
@@ -742,7 +742,7 @@ def test_images_that_are_solved_some_at_a_time_are_those_of_the_whole_batch(
     original = type(A).__call__
     monkeypatch.setattr(type(A), "__call__", lambda A, z: sizes.append(len(z)) or original(A, z))
     largest = max(A.max_intermediate_numel, A.zeros(b)[0].numel())
-    monkeypatch.setattr("deconvnet.sparse_coding.solve.PART", 2 * 8 * largest)
+    monkeypatch.setattr("deconvnet.sparse_coding.solve.BATCH_BYTES", 2 * 8 * largest)
     parts = run()
     assert set(sizes) == {2, 1}
     for key, expected in vars(whole).items():

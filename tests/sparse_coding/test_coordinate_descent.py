@@ -385,7 +385,7 @@ def test_the_maps_of_an_image_do_not_depend_on_its_companions(boundary, name, mo
             own = Prior(weights=prior.weights[n : n + 1])
         found = solve(alone, b[n : n + 1], lam=LAM, settings=settings(1e-4), prior=own)
         assert_close(found.z[0], together.z[n], rtol=0, atol=1e-12)
-    monkeypatch.setattr("deconvnet.sparse_coding.coordinate_descent.TOGETHER", 1)
+    monkeypatch.setattr("deconvnet.sparse_coding.coordinate_descent.BATCH_BYTES", 1)
     by_and_by = solve(A, b, lam=LAM, settings=settings(1e-4), prior=prior)
     assert_close(by_and_by.z, together.z, rtol=0, atol=1e-12)
 

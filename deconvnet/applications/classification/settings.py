@@ -15,12 +15,12 @@ UPPER = ("project", "maps")
 
 @dataclass
 class ClassData:
-    """The labelled images: a folder that holds a folder of images for each class."""
+    """The labelled images: a folder with a subfolder of images for each class."""
 
     path: str
     # a folder of test images with the same classes; null: test other images of `path`
     test: str | None = None
-    # side of the squares in pixels, and crop | pad; null: as the network has learned
+    # side of the squares in pixels, and crop | pad; null: as in the training of the network
     size: int | None = None
     fit: str | None = None
 
@@ -37,21 +37,21 @@ class ClassData:
 class FeatureSettings:
     """How an image becomes a spatial pyramid of visual words."""
 
-    # sides of patches in pixels; each size has a codebook of its own
+    # sides of patches in pixels; each size has its own codebook
     patch: list[int] = field(default_factory=lambda: [16, 24])
     # cells along a side of a patch
     cells: int = 4
     # pixels from patch to patch
     step: int = 2
-    # the same in maps that were projected from upper layers
+    # the same in maps projected from upper layers
     projected_step: int = 4
     # what a coefficient contributes: magnitude |z|, square z^2, or signed: max(0, z) and max(0, -z)
-    # apart
+    # separately
     strength: str = "magnitude"
-    # true: descriptors of length 1, clipped at 0.2, as in SIFT; false: as they are
+    # true: descriptors of length 1, clipped at 0.2, as in SIFT; false: not normalised
     normalize: bool = True
-    # layers above the first: project, their strongest activations to the maps of layer 1, each
-    # alone; or maps, as layer 1
+    # layers above the first: project (their strongest activations, separately, to the maps of
+    # layer 1), or maps (as for layer 1)
     upper: str = "project"
     # strongest activations of an image that are projected
     strongest: int = 50
@@ -62,7 +62,7 @@ class FeatureSettings:
     # sides of the grids of the pyramid; all must divide the last
     levels: list[int] = field(default_factory=lambda: [1, 2, 4])
     # counts in a cell are raised to this power before they are compared, so that many patches with
-    # one word count little more than a few; 1: as they are (the papers)
+    # one word count little more than a few; 1: unchanged (the papers)
     power: float = 0.5
 
     def __post_init__(self) -> None:
@@ -89,20 +89,20 @@ class ClassifySettings(FeatureSettings):
     """The settings of features, and how classes are learned and tested."""
 
     data: ClassData | None = None
-    # layers whose features are tried, each alone and all together, such as [1,4]; null: all
+    # layers to evaluate, each alone and all combined, such as [1,4]; null: all
     layers: list[int] | None = None
     # training images of each class
     train: int = 30
-    # images of each class that are tested, at most; null: all others
+    # maximum number of test images of each class; null: all others
     test: int | None = 50
-    # how many times training and test images are drawn again
+    # number of random splits into training and test images
     splits: int = 5
     # seed of the random splits and of the codebooks
     seed: int = 0
     # split: a codebook from the training images of every split; shared: that of the first for all,
     # which is faster, but may have seen, without their classes, images that other splits test
     codebooks: str = "split"
-    # training images from which a codebook is learned, at most
+    # maximum number of training images from which a codebook is learned
     codebook_images: int = 300
     # similarity of two pyramids: intersection, or linear (products of square roots; of counts, with
     # power=1)
