@@ -239,13 +239,13 @@ def correlations_at(y, f, rows, columns, G, g, i, j):
 
 
 @_compiled
-def curvatures(filters, inner, grid, g, i, j, scratch):
-    """L (n,): `inner` (groups,) if a coefficient paints all its taps; otherwise the squared norm of
-    the image of a unit impulse, summed over the group.
+def curvatures(f, group, inner, grid, g, i, j, scratch):
+    """L (n,): `inner` (groups,) where a coefficient paints all its taps; elsewhere the squared norm
+    of what a unit impulse paints, summed over the group.
 
-    scratch (C, H, W): zeros, restored on return.
+    group: `Filters.G`. scratch (C, H, W): zeros, which are restored.
     """
-    f, G = filters.f, len(filters.G)
+    G = len(group)
     rows, columns, mask = grid
     L = np.empty(len(g), f.dtype)
     for n in range(len(g)):

@@ -74,7 +74,8 @@ class Atoms:
     def curvatures_at(self, n: int, g: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
         """L (m,) of coefficients at these positions of an image."""
         scratch = np.zeros(self._zeros, self.dtype)
-        return kernels.curvatures(self.filters, self.curvature, self.grid(n), g, i, j, scratch)
+        f, group, grid = self.filters.f, self.filters.G, self.grid(n)
+        return kernels.curvatures(f, group, self.curvature, grid, g, i, j, scratch)
 
 
 class Weights(Protocol):
