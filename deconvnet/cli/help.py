@@ -25,11 +25,11 @@ WIDTH = 80
 COLUMN = 30
 
 NOTES = """\
-Names and paths arrive as the shell delivers them: 'name=photo (1)'. Several are
-a list: [a,b]. -m runs the command once for each of several values: -m seed=0,1
+Quote names and paths for the shell only: 'name=photo (1)'. Write several as a
+list: [a,b]. -m runs the command once for each of several values: -m seed=0,1
 
-Settings in files of your own: with --config-dir DIR, +GROUP=NAME reads
-DIR/GROUP/NAME.yaml, which begins with the line # @package _global_
+Your own files of settings: with --config-dir DIR, +GROUP=NAME reads
+DIR/GROUP/NAME.yaml, which must begin with the line # @package _global_
 
 """
 

@@ -46,29 +46,29 @@ class TrainConfig:
     data: DataSettings = field(default_factory=DataSettings)
     # what is done to the images before layer 1: a choice above
     preprocessing: PreprocessingSettings = field(default_factory=PreprocessingSettings)
-    # train only this many layers of the model, from the first; null: all. Also +layers=2
+    # number of layers of the model to train, from the first; null: all. +layers=2 means the same
     layers: int | None = None
-    # seed of everything that is random
+    # seed of all random choices
     seed: int = 0
     # auto (cuda, else cpu), or a torch device such as cpu, cuda, cuda:1
     device: str = "auto"
     # auto: resume the run in this folder, if there is one; false: archive it in previous-N and
-    # start again; or a checkpoint or run folder to resume from, which gives the filters alone if it
-    # has learned from other images or for other epochs
+    # start again; or a checkpoint or run folder to resume from, of which only the filters are used
+    # if it was trained on other images or for other numbers of epochs
     resume: str = "auto"
-    # a run folder, checkpoint or network file whose filters a new run starts from; null: as
-    # model.layerN.learning.init says
+    # a run folder, checkpoint or network file from whose filters a new run starts; null: filters
+    # start as model.layerN.learning.init says
     init: str | None = None
     # images inferred at a time: bounds memory, changes results by rounding only
     chunk: int = 8
     # show progress bars
     progress: bool = True
-    # seconds that a process of torchrun waits for another before it gives up
+    # torchrun: seconds that a process waits for another before it gives up
     patience: float = 600.0
-    # GiB for the states from which the inference of each image is resumed in the next epoch
+    # GiB of memory for the states from which inference resumes when an image is visited again
     memory: float = 4.0
-    # GiB for these states in files of the run folder (three times as much on disk) where memory is
-    # too little; where this is, too, inference starts from the beginning in every epoch
+    # GiB on disk, in the run folder, for these states (three times their size) if they do not fit
+    # into memory=; if they do not fit here either, inference starts from zero in every epoch
     disk: float = 0.0
 
     def __post_init__(self) -> None:
@@ -112,26 +112,26 @@ class VisualizeConfig(VisualizationSettings):
     # torchvision/NAME, timm/NAME, package.module:factory (which runs the code of that package, as
     # python does: only for code that you trust), or a network file of `deconvnet train-cnn`
     model: str | None = None
-    # of the model: default (pretrained), the name of others, a file, or none (random)
+    # weights of the model: default (pretrained), the name of other ones, a file, or none (random)
     weights: str = "default"
     # arguments of the function that builds the model, such as 'options={num_classes: 10}'
-    options: Any = None  # no dict, to whose keys Hydra lets nobody add without a plus
-    # what the model takes for pixels, (pixel - mean) / std; null: as its weights were trained
+    options: Any = None
+    # the model is given (pixel - mean) / std, with pixels in [0, 1]; null: those of its weights
     mean: list[float] | None = None
     std: list[float] | None = None
-    # order of the planes that the model takes: rgb, bgr or grey; null: its own
+    # colour planes that the model expects: rgb, bgr or grey; null: those it was trained with
     order: str | None = None
-    # a folder of images, a file, or a list of files; null: those that the run learned from
+    # a folder of images, a file, or a list of files; null: the images that the run was trained on
     images: Any = field(default=None, metadata=TEXTS)
-    # side of the squares that images are cropped to; null: as the network takes them
+    # side in pixels of the squares that images are cropped to; null: what the network expects
     size: int | None = None
-    # use at most this many images, evenly among all; null: all
+    # use at most this many images, evenly spaced among all; null: all
     max_images: int | None = None
-    # leave out files of a folder that cannot be read instead of stopping
+    # skip files of a folder that cannot be read instead of stopping
     skip_unreadable: bool = False
-    # files of weights of the model during its training, for pictures of its features over them
+    # weights of the model at several times of its training, to draw how its features evolve
     checkpoints: list[str] | None = None
-    # folder for everything; null: the run folder, or runs/<model>
+    # folder for all results; null: the run folder, or runs/<model>
     output: str | None = None
     # auto (cuda, else cpu), or a torch device
     device: str = "auto"
@@ -169,15 +169,15 @@ class RestoreConfig:
     image: Any = field(metadata=TEXTS)
     # use the maps of layers up to this one; null: all layers of the network
     layer: int | None = None
-    # the threshold in standard deviations of the noise: larger is smoother
+    # the threshold in standard deviations of the noise; larger is smoother
     strength: float = STRENGTH
-    # clean images that say which maps are strong: a file, a folder or a list; null: those that the
-    # run learned from
+    # clean images to fit the thresholds to: a file, a folder or a list; null: the images that the
+    # run was trained on
     clean: Any = field(default=None, metadata=TEXTS)
-    # GiB of memory beyond that of the program itself; larger images are processed in tiles, or
-    # refused
+    # GiB of memory beyond that of the program itself; images that need more are processed in tiles,
+    # or refused
     memory: float = MEMORY
-    # seed of what is added or hidden for a test
+    # seed of the noise that is added, or of the pixels that are hidden, for a test
     seed: int = 0
     # folder for the pictures; null: <run>/denoised, or <run>/inpainted
     output: str | None = None
@@ -205,10 +205,10 @@ class RestoreConfig:
 class DenoiseConfig(RestoreConfig):
     """The settings of `deconvnet denoise`."""
 
-    # standard deviation of the noise in grey levels of 0 to 255; null: estimated from each image
+    # standard deviation of the noise, in grey levels from 0 to 255; null: estimated from each image
     sigma: float | None = None
-    # add noise of this standard deviation in grey levels first, and report how close the result
-    # comes to the image; null: the images are noisy
+    # to test: first add noise of this standard deviation, in grey levels, and report how close the
+    # result comes to the clean image; null: the images are noisy already
     noise: float | None = None
     # clip the noisy pixels to 0 to 255, as a camera does
     clip: bool = False
@@ -218,11 +218,11 @@ class DenoiseConfig(RestoreConfig):
 class InpaintConfig(RestoreConfig):
     """The settings of `deconvnet inpaint`."""
 
-    # which pixels are missing: an image file of the same size, black where they are; or, to hide
-    # pixels of complete images and report how close the result comes: a fraction of all pixels such
-    # as 0.5, box (a quarter of each side, in the middle), or half (the right one)
+    # which pixels are missing: an image file of the same size, black where pixels are missing. Or,
+    # to hide pixels of complete images and report how close the result comes: a fraction of all
+    # pixels such as 0.5, box (in the middle, a quarter of each side), or half (the right one)
     missing: str = MISSING
-    # standard deviation of the noise in the observed pixels, in grey levels of 0 to 255
+    # standard deviation of the noise in the observed pixels, in grey levels from 0 to 255
     sigma: float = 2.5
 
 
@@ -239,8 +239,8 @@ class ReconstructConfig:
     # also draw what each image is made of: its strongest activations, and what supports the
     # strongest
     parts: bool = False
-    # GiB of memory beyond that of the program itself; larger images are processed in tiles, or
-    # refused
+    # GiB of memory beyond that of the program itself; images that need more are processed in tiles,
+    # or refused
     memory: float = MEMORY
     # folder for the pictures; null: <run>/reconstructions
     output: str | None = None
@@ -259,7 +259,7 @@ class AblateConfig:
 
     # a run folder
     run: str
-    # how many of its training images to reconstruct
+    # number of its training images to reconstruct
     count: int = 6
     # images inferred at a time: bounds memory
     chunk: int = 8
@@ -280,10 +280,10 @@ class ClassifyConfig(ClassifySettings):
     run: str = MISSING
     # the images and their classes
     data: ClassData = field(default_factory=lambda: ClassData(path=MISSING))
-    # other run folders or network files whose layers are tried, too, each alone and all together,
+    # other run folders or network files whose layers are also tested, each alone and all together,
     # such as [runs/colour]
     beside: list[str] = field(default_factory=list)
-    # folder for the results, and for the features so that the same command resumes; null:
+    # folder for the results and for the features, from which the same command resumes; null:
     # <run>/classified
     output: str | None = None
     # auto (cuda, else cpu), or a torch device
@@ -306,11 +306,11 @@ class TrainCnnConfig:
     color: str = "grey"
     # train on this many images, drawn at random; null: all
     images: int | None = 12000
-    # fraction of the images to test on, where the data set has no split of its own
+    # fraction of the images to test on, if the data set has no test split of its own
     held_out: float = 0.1
-    # maps of the first layer; the others have 2, 3, 3, 2 times as many, the hidden layer 8 times
+    # maps of the first layer; the others have 2, 3, 3 and 2 times as many, the hidden layer 8 times
     width: int = 24
-    # fraction of the units of the hidden layer that are left out at random while training
+    # fraction of the units of the hidden layer that are dropped at random in training
     dropout: float = 0.5
     # passes over the images
     epochs: int = 10
@@ -324,13 +324,13 @@ class TrainCnnConfig:
     momentum: float = 0.9
     # weight decay of stochastic gradient descent
     weight_decay: float = 0.001
-    # largest root mean square of a filter, 0.1 in the paper; null: none
+    # upper limit on the root mean square of a filter (the paper: 0.1); null: none
     filter_rms: float | None = None
     # flip images left to right at random
     mirror: bool = True
     # shift images by up to this many pixels at random
     shift: int = 4
-    # seed of everything that is random
+    # seed of all random choices
     seed: int = 0
     # auto (cuda, else cpu), or a torch device such as cpu, cuda, cuda:1
     device: str = "auto"

@@ -45,21 +45,22 @@ class LearningSettings:
     epochs: int = 12
     # images per filter update; null: all, for one update an epoch
     batch_size: int | None = 8
-    # proximal: many steps on sums over images; cg: conjugate gradients on the maps of one batch
-    # (the papers)
+    # proximal: many steps on sums over images; cg: conjugate gradients on the maps of one batch, as
+    # in the papers
     update: str = "proximal"
     # steps of one update (the authors' toolbox: 2 or 4 of cg)
     update_iterations: int = 10
     # proximal: sums over earlier batches fade over about this many epochs; 0: each update uses its
     # own batch alone
     averaging_epochs: float = 1.0
-    # filters start as patches of what is explained, or as Gaussian noise (random, the papers)
+    # initial filters: patches of what the layer explains, or random (Gaussian noise, as in the
+    # papers)
     init: str = "patches"
-    # unit norm of each whole filter, or of each of its 2-D planes (the CVPR 2010 paper)
+    # what has unit norm: each whole filter, or each plane of a filter (the CVPR 2010 paper)
     norm: str = "filter"
     # filters without negative coefficients
     non_negative: bool = False
-    # filters whose every 2-D plane has mean zero; not with non_negative
+    # filters in which every 2-D plane has mean zero; not with non_negative
     zero_mean: bool = False
     # re-initialise filters that no map uses or that duplicate another, at the end of every epoch
     # but the last

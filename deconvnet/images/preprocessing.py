@@ -57,7 +57,7 @@ class PreprocessingSettings:
         default_factory=lambda: ["contrast"]
     )
     contrast_size: int = 13  # contrast: side of the Gaussian neighbourhood in pixels, odd
-    # contrast: standard deviation of the Gaussian in pixels, 3 * 1.591 as in Zeiler 2011
+    # contrast: standard deviation of the Gaussian in pixels (Zeiler et al. 2011: 4.773)
     contrast_sigma: float = 4.773
     # contrast: divide by the local standard deviation; false: only subtract the local mean
     contrast_divide: bool = True

@@ -44,17 +44,18 @@ class DataSettings:
     split: str | None = None
     # torchvision: allow a download
     download: bool = False
-    # side of the squares in pixels; null: as they are, which must be one size
+    # side of the square images in pixels; null: leave them as they are, all of one size
     size: int | None = 96
     # how images become squares: crop | pad (the whole picture, with zeros around it)
     fit: str = "crop"
-    # photographs: factor by which they are reduced before they are cropped, above 0 and at most 1
+    # photographs: scale factor before they are cropped, above 0 and at most 1
     scale: float = 0.5
-    # how many images at most; null: all. photographs: those with the most texture, else the first
+    # use at most this many images: of photographs, the crops with the most texture, else the first
+    # images; null: all
     max_images: int | None = 24
     # skip images that cannot be used, with a warning, instead of stopping
     skip_unreadable: bool = False
-    # read images at every visit rather than all at the start, for data sets of any size
+    # read images whenever they are needed, not all at the start, for data sets of any size
     stream: bool = False
     # stream: threads that read images ahead
     workers: int = 2

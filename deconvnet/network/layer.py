@@ -45,7 +45,7 @@ MAX_SIZE = 100_000
 class LayerSettings:
     """The settings of one layer of a network."""
 
-    # number of feature maps, and so of filters
+    # number of feature maps, one per filter
     num_maps: int
     # side of the square filters, in pixels of the layer's input
     filter_size: int = 7
@@ -60,13 +60,13 @@ class LayerSettings:
     # which input channels each filter is connected to: full | singles | doubles |
     # singles_and_doubles | random_doubles
     connectivity: str = "full"
-    # valid: maps are larger than the image, by filter_size - 1 (the papers) | maps of the size of
-    # the image that continue beyond its border as circular | zero | reflect
+    # valid: maps larger than the image by filter_size - 1, as in the papers | circular | zero |
+    # reflect: maps of the size of the image, continued like this beyond its border
     boundary: str = "valid"
     # what the maps reconstruct: maps (the pooled maps below) | image (through all layers below) |
     # both
     target: str = "maps"
-    # target both: weight of the squared error of the image; that of the maps has weight 1
+    # target both: weight of the squared error of the image, relative to that of the maps
     image_weight: float = 1.0
     # [maps, rows, columns] of the max pooling between this layer and the next; null: none
     pool: list[int] | None = None

@@ -43,33 +43,33 @@ class SolverSettings:
     iterations: int = 50
     # iterations of each visit to an image in training, which starts where the last visit ended
     training_iterations: int = 5
-    # an image stops when its relative residuals (admm), its relative change (fista, ista) or the
-    # relative decrease of its objective in a round (coordinate) are below
+    # an image stops when its relative residuals (admm), the relative change of its maps (fista,
+    # ista) or the relative decrease of its objective in a round (coordinate) fall below this
     tolerance: float = 1e-3
-    # p = 1, all but half_quadratic: if given, an image stops instead when its duality gap is at
-    # most this fraction of its objective, which certifies how near the minimum it is (float32 can
-    # show gaps down to about 1e-6)
+    # p = 1, all but half_quadratic: if given, an image stops instead when its duality gap, a bound
+    # on its distance from the minimum, is at most this fraction of its objective (float32 resolves
+    # gaps down to about 1e-6)
     gap: float | None = None
     # admm: the penalty that couples z and x, relative to the curvature of the data term:
-    # beta / (lam ||f||^2), with the largest norm of a filter (1 where it is about 1)
+    # beta / (lam ||f||^2), where ||f|| is the largest norm of a filter (taken as 1 if it is near 1)
     rho: float = 2.5
     # admm: over-relaxation, 1 (none) to 1.9
     relaxation: float = 1.8
     # admm with p = 1: balance the residuals of new images by changing beta in the first 100
-    # iterations; fista, ista: let the step follow the curvature met so far, which allows steps far
-    # longer than the one that is always safe
+    # iterations; fista, ista: let the step follow the observed curvature, which allows far longer
+    # steps than the one that is always safe
     adaptive: bool = True
-    # half_quadratic: the first beta, the factor from one to the next, and the upper bound. In units
-    # of z^(p-2) or, where lam_ratio is given in place of lam, of lam_ratio * lam * ||f||^2, so that
-    # the units of the data do not matter
+    # half_quadratic: the first beta, the factor from each to the next (beta_factor), and the upper
+    # bound (beta_end). In units of z^(p-2) or, if lam_ratio is given instead of lam, relative to
+    # lam_ratio * lam * ||f||^2, so that the units of the data do not matter
     beta_start: float = 1.0
     beta_factor: float = 6.0
     beta_end: float = 1e5
     # half_quadratic: how the z-step is solved: exact, or cg_iterations of conjugate gradients (cg)
     z_step: str = "exact"
     cg_iterations: int = 2
-    # fista, ista: the first gradient step, which is also the threshold; with adaptive: false, every
-    # step; null: from the curvature, or 1 / (lam ||A||^2)
+    # fista, ista: the first gradient step, which is also the threshold (with adaptive=false: every
+    # step); null: from the curvature (with adaptive=false: 1 / (lam ||A||^2))
     step: float | None = None
 
     def __post_init__(self) -> None:

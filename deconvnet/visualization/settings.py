@@ -26,17 +26,18 @@ class VisualizationSettings:
     inside: bool = True
     # maps to project in each layer, drawn at random if there are more; null: all
     maps: int | None = 150
-    # of these, the maps in the grid of a layer
+    # how many of these maps to draw in the grid of a layer
     grid_maps: int = 16
     # how to project units of a trained network: deconv | guided | gradient
     method: str = "deconv"
     # refuse layers if an operation below them has no rule
     strict: bool = True
-    # sigmoids that multiply maps: constant | gradient
+    # how to treat sigmoids that multiply maps: constant | gradient
     gates: str = "constant"
-    # transposed convolutions: sum | normalised, which divides out their checkerboard
+    # how transposed convolutions overlap: sum | normalised (divide by the number of terms, against
+    # checkerboards)
     overlap: str = "sum"
-    # fraction of the non-zero pixels of a tile that stay between black and white
+    # fraction of the non-zero pixels of a tile that are not clipped to black or white
     contrast: float = 0.995
     # show every grid next to that of the same network with shuffled weights
     control: bool = True
@@ -50,9 +51,9 @@ class VisualizationSettings:
     gallery: bool = True
     # images that go through the network at a time, which bounds memory
     batch: int = 8
-    # processes that read images
+    # processes that read images ahead; 0: the main process reads them
     workers: int = 0
-    # for the random choice of maps, and for the control
+    # seed of the random choice of maps, and of the control
     seed: int = 0
     # show progress bars
     progress: bool = True

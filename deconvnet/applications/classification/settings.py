@@ -17,10 +17,12 @@ UPPER = ("project", "maps")
 class ClassData:
     """The labelled images: a folder that holds a folder of images for each class."""
 
+    # a folder that holds a folder of images for each class
     path: str
     # a folder of test images with the same classes; null: test other images of `path`
     test: str | None = None
-    # side of the squares in pixels, and crop | pad; null: as the network has learned
+    # side of the square images in pixels, and how images become squares (fit): crop | pad; null: as
+    # in the training of the network
     size: int | None = None
     fit: str | None = None
 
@@ -43,21 +45,21 @@ class FeatureSettings:
     cells: int = 4
     # pixels from patch to patch
     step: int = 2
-    # the same in maps that were projected from upper layers
+    # the same for maps that are projected from upper layers
     projected_step: int = 4
-    # what a coefficient contributes: magnitude |z|, square z^2, or signed: max(0, z) and max(0, -z)
-    # apart
+    # what a coefficient contributes: magnitude |z|, square z^2, or signed (max(0, z) and max(0, -z)
+    # separately)
     strength: str = "magnitude"
     # true: descriptors of length 1, clipped at 0.2, as in SIFT; false: as they are
     normalize: bool = True
-    # layers above the first: project, their strongest activations to the maps of layer 1, each
-    # alone; or maps, as layer 1
+    # layers above the first: project their strongest activations, one by one, to the maps of layer
+    # 1, or describe their maps as in layer 1 (maps)
     upper: str = "project"
-    # strongest activations of an image that are projected
+    # how many activations of an image to project, the strongest ones
     strongest: int = 50
     # size of a codebook
     words: int = 1000
-    # the nearest words that share a descriptor; 1: hard assignment
+    # number of nearest words among which a descriptor is divided; 1: hard assignment
     neighbours: int = 5
     # sides of the grids of the pyramid; all must divide the last
     levels: list[int] = field(default_factory=lambda: [1, 2, 4])
@@ -89,27 +91,28 @@ class ClassifySettings(FeatureSettings):
     """The settings of features, and how classes are learned and tested."""
 
     data: ClassData | None = None
-    # layers whose features are tried, each alone and all together, such as [1,4]; null: all
+    # layers whose features are tested, each alone and all together, such as [1,4]; null: all
     layers: list[int] | None = None
     # training images of each class
     train: int = 30
-    # images of each class that are tested, at most; null: all others
+    # at most this many test images of each class; null: all that are not used for training
     test: int | None = 50
-    # how many times training and test images are drawn again
+    # number of random splits into training and test images
     splits: int = 5
-    # seed of what is drawn, and of the codebooks
+    # seed of the splits and of the codebooks
     seed: int = 0
-    # split: a codebook from the training images of every split; shared: that of the first for all,
-    # which is faster, but may have seen, without their classes, images that other splits test
+    # split: learn the codebooks of each split from its own training images; shared: use those of
+    # the first split for all, which is faster, but they may depend on images (not on their classes)
+    # that other splits test
     codebooks: str = "split"
-    # training images from which a codebook is learned, at most
+    # at most this many training images to learn a codebook from
     codebook_images: int = 300
-    # similarity of two pyramids: intersection, or linear (products of square roots; of counts, with
-    # power=1)
+    # similarity of two pyramids: intersection, or linear (sum of products of square roots; with
+    # power=1, of counts)
     kernel: str = "intersection"
     # one_vs_rest, or one_vs_one, which is faster
     svm: str = "one_vs_rest"
-    # cost of an error of the support vector machine; kernels are at most 1
+    # C of the support vector machine; kernel values are at most 1
     C: float = 10.0
     # images inferred at a time: bounds memory, changes results by rounding only
     chunk: int = 8
