@@ -38,10 +38,10 @@ from deconvnet.support.validation import (
     as_filters,
     as_images,
     as_number,
+    as_positive_integer,
+    as_positive_number,
     check_settings,
     images_of_batch,
-    positive,
-    whole,
 )
 from deconvnet.training.layer_trainer import LayerTrainer
 from deconvnet.training.online_trainer import OnlineTrainer
@@ -420,7 +420,7 @@ def _layer_settings(
     solver: SolverSettings | None,
     learning: LearningSettings | None,
 ) -> LayerSettings:
-    """The settings of the layer, but for what depends on the images.
+    """The settings of the layer, except those that depend on the images.
 
     That is the lam of a lam_ratio, and the default solver.
     """
@@ -435,9 +435,9 @@ def _layer_settings(
             f"num_maps={num_maps}, filter_size={filter_size}: give both, or filters to start from"
         )
     return LayerSettings(
-        whole(num_maps, "num_maps"),
-        whole(filter_size, "filter_size", ", since filters are square"),
-        lam=1.0 if lam is None else positive(lam, "lam"),
+        as_positive_integer(num_maps, "num_maps"),
+        as_positive_integer(filter_size, "filter_size", ", since filters are square"),
+        lam=1.0 if lam is None else as_positive_number(lam, "lam"),
         p=as_number(p, "p"),
         boundary=boundary,
         group=group,
@@ -455,7 +455,7 @@ def _sizes_of(filters: Tensor, num_maps: int | None, filter_size: int | None) ->
     if h != w:
         raise ValueError(f"filters of {h}x{w}: filters that are learned must be square")
     for name, value, actual in (("num_maps", num_maps, K), ("filter_size", filter_size, h)):
-        if value is not None and whole(value, name) != actual:
+        if value is not None and as_positive_integer(value, name) != actual:
             raise ValueError(f"{name}={value}: the filters to start from have {actual}")
     return K, h
 
@@ -463,7 +463,7 @@ def _sizes_of(filters: Tensor, num_maps: int | None, filter_size: int | None) ->
 def _initial_filters(filters: Tensor, layer: Layer) -> Tensor:
     """Filters to start from, in the type and on the device of the layer.
 
-    Refused if not finite, or if the constraint leaves nothing of one of them.
+    Refused if not finite, or if the constraint reduces one of them to zero.
     """
     filters = as_filters(filters, layer.filters.shape[1]).to(layer.filters)
     if not torch.isfinite(filters).all():

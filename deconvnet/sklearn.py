@@ -42,7 +42,7 @@ from deconvnet.support.validation import as_tensor
 from deconvnet.training.in_memory import learn_layers
 
 FLOATS = (np.float64, np.float32)
-# Images inferred at a time: at most this many, and at most so many coefficients (64 MiB).
+# Limits on the images inferred at a time: their number, and their number of coefficients (64 MiB).
 MAX_CHUNK, MAX_CHUNK_COEFFICIENTS = 64, 2**24
 # Images per filter update: a tenth of all, within these bounds.
 MIN_BATCH, MAX_BATCH = 8, 64

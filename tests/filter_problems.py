@@ -19,7 +19,7 @@ def rand(*shape, seed=0):
 
 
 def problem(boundary="valid", *, N=3, K=3, C=2, size=(3, 4), image=(7, 9), seed=0):
-    """(sparse maps, filters of unit norm, what is explained)."""
+    """(sparse maps, filters of unit norm, target)."""
     rows, columns = map_size(image, size, boundary)
     z = rand(N, K, rows, columns, seed=seed)
     z = z * (z.abs() > 0.8)

@@ -34,7 +34,7 @@ def built(tmp_path_factory):
 
 
 def kept_out(folder, names):
-    """configs/data is a part of the project, a folder of data beside it is not."""
+    """configs/data is part of the project; a data folder next to it is not."""
     return set(IGNORED(folder, names)) - ({"data"} if Path(folder).name == "configs" else set())
 
 
@@ -117,7 +117,7 @@ def test_an_installed_command_trains_and_reconstructs_in_an_empty_folder(install
     assert (work / "out" / "layer1-filters-layer1.png").is_file()
 
 
-def test_what_is_installed_reads_nothing_of_the_checkout(installed):
+def test_an_installed_package_does_not_read_the_checkout(installed):
     run, place, _ = installed
     program = (
         "import deconvnet, sys\n"

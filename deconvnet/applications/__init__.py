@@ -1,1 +1,1 @@
-"""What sparse maps are good for once they are found."""
+"""Applications of sparse maps: classification and restoration of images."""

@@ -1,1 +1,1 @@
-"""The commands: their settings, their arguments, and how they are launched."""
+"""The commands: their settings, command lines, error messages and launch."""

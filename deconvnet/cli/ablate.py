@@ -1,4 +1,4 @@
-"""Measure what the switches of max pooling are worth.
+"""Measure what the switches of max pooling contribute.
 
 deconvnet ablate run=runs/iccv2011-small
 """
@@ -38,7 +38,7 @@ def run(settings: AblateConfig) -> None:
     print(f"\nSNR in dB of {len(codes.y)} training images, preprocessed domain\n")
     print(table(results, net.depth))
     shown = [a for a in results if a.layer == net.depth]
-    # The fairer ones, where there are two.
+    # Prefer the fairer comparison, with maps inferred again.
     shown = [a for a in shown if a.inferred] or shown
     rows = [("preprocessed", codes.y), *((f"{a.kind}\n{a.snr:.1f} dB", a.images) for a in shown)]
     save_picture(path, labelled_images(net, rows))
@@ -46,7 +46,7 @@ def run(settings: AblateConfig) -> None:
 
 
 def training_images(folder: Path, count: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Images that a run was trained on, evenly among all, and their frames."""
+    """Evenly spaced training images of a run, and their frames."""
     images = read_training_images(folder, count)
     if images is None:
         raise ValueError(f"run={folder}: not a run folder of deconvnet train with a checkpoint")
@@ -54,7 +54,7 @@ def training_images(folder: Path, count: int) -> tuple[torch.Tensor, torch.Tenso
 
 
 def table(results: list[SwitchAblation], depth: int) -> str:
-    """A row for every unpooling, and two columns for every layer above the first."""
+    """A Markdown table: a row per unpooling, and two columns per layer above the first."""
     values = {(a.kind, a.layer, a.inferred): f"{a.snr:.2f}" for a in results}
     columns = [(layer, new) for layer in range(2, depth + 1) for new in (False, True)]
     names = [f"layer {layer}{', maps inferred for it' if new else ''}" for layer, new in columns]

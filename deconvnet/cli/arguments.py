@@ -1,17 +1,17 @@
-"""The arguments of a command: from what the shell delivers to Hydra's grammar, and back.
+"""Conversion of command-line arguments to Hydra's grammar, so that text arrives as typed.
 
-Hydra reads a value by a grammar of its own, in which 1.10 is the number 1.1 and `photo (1).jpg` is
-a syntax error. Here a setting that is text by its type (a name, a file, a folder, a choice) arrives
-as it was typed, once the shell has delivered it in one argument. It follows that
+Hydra parses values with its own grammar, in which 1.10 is the number 1.1 and `photo (1).jpg` is
+a syntax error. Here a setting whose type is text (a name, a file, a folder, a choice) is taken
+literally from the argument that the shell passes, with these exceptions:
 
-- quotes around a whole value are taken off, as Hydra does: name='"null"';
+- quotes around an entire value are removed, as Hydra does: name='"null"';
 - ${key} is the value of another setting;
-- null is no value, where a setting may have none;
-- [a,b] is a list, where there may be several, and a value without brackets is a list of one;
+- null is no value, if the setting is optional;
+- [a,b] is a list, if the setting may be one, and a value without brackets is a list of one;
 - with -m a comma separates the runs of a sweep, and choice(...), shuffle(...), sort(...), tag(...),
   range(...) and glob(...) are Hydra's functions.
 
-Everything else, such as numbers, is left to Hydra. The same rule holds in YAML files.
+Everything else, such as numbers, is left to Hydra. The same rules apply in YAML files.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from deconvnet.cli.setting_keys import Kind, kind_of, with_current_key, with_current_references
 
-# key=value, with what stands before the key.
+# key=value, with the prefix of the key.
 _OVERRIDE = re.compile(r"(\+{0,2})([A-Za-z_$][\w$.-]*)=(.*)", re.DOTALL)
 _DELETION = re.compile(r"~([A-Za-z_$][\w$.-]*)(=.*)?", re.DOTALL)
 _QUOTED = re.compile(r"""(["'])(?:(?!\1)[^\\]|\\.)*\1""", re.DOTALL)
@@ -43,39 +43,38 @@ _OPTIONS = {
     *("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn"),
     *("--config-dir", "-cd", "--experimental-rerun", "--info", "-i"),
 }
-# Folders that Hydra itself makes; elsewhere the code that opens a file knows what ~ is.
+# Folders that Hydra itself creates; for others, the code that opens a file expands ~.
 _FOLDERS = {"hydra.run.dir", "hydra.sweep.dir"}
 
 
 def for_hydra(arguments: list[str], schema: type) -> list[str]:
-    """The arguments with text settings in quotes wherever Hydra needs them, options first.
+    """The arguments with text settings quoted if Hydra needs quotes, options first.
 
-    Settings that were renamed have their current names, with a warning. ValueError for a text
-    without value.
+    Renamed settings get their current names, with a warning. ValueError for a text without value.
     """
     arguments = _options_first(arguments)
     sweep = any(a == "-m" or a.startswith("--mu") or a == "hydra.mode=MULTIRUN" for a in arguments)
-    ready, before = [], ""
+    converted, previous = [], ""
     for argument in arguments:
-        if before not in _OPTIONS:
+        if previous not in _OPTIONS:
             argument = _override(argument, schema, sweep)
-        ready.append(argument)
-        before = argument
-    return ready
+        converted.append(argument)
+        previous = argument
+    return converted
 
 
 def _options_first(arguments: list[str]) -> list[str]:
-    """The arguments in an order in which argparse, too, accepts options between settings."""
-    options, settings, before = [], [], ""
+    """The arguments with options first, since argparse rejects options between settings."""
+    options, settings, previous = [], [], ""
     for argument in arguments:
-        is_option = before in _OPTIONS or (argument.startswith("-") and argument != "-")
+        is_option = previous in _OPTIONS or (argument.startswith("-") and argument != "-")
         (options if is_option else settings).append(argument)
-        before = argument
+        previous = argument
     return [*options, *settings]
 
 
 def _override(argument: str, schema: type, sweep: bool) -> str:
-    """One argument that is no option, nor the value of one."""
+    """Convert an argument that is neither an option nor the value of one."""
     if deleted := _DELETION.fullmatch(argument):
         return f"~{with_current_key(schema, deleted[1])}{deleted[2] or ''}"
     if not (match := _OVERRIDE.fullmatch(argument)):
@@ -96,7 +95,7 @@ def _with_current_inside(argument: str, key: str, schema: type) -> str:
     try:
         override = OverridesParser.create().parse_override(argument)
         settings = override.value()
-    except HydraException:  # Hydra says so itself
+    except HydraException:  # Hydra reports the error itself
         return argument
     if not isinstance(settings, dict):
         return argument
@@ -116,7 +115,7 @@ def _current_settings(settings: dict, key: str, schema: type) -> dict:
     return current
 
 
-# From what was typed to Hydra's grammar.
+# Conversion of values to Hydra's grammar.
 
 
 def _value(text: str, kind: Kind, sweep: bool) -> str:
@@ -131,20 +130,21 @@ def _value(text: str, kind: Kind, sweep: bool) -> str:
 
 
 def _function(text: str) -> str:
-    """A function of Hydra over texts, whose results it writes without quotes and reads again."""
+    """A Hydra function of texts; Hydra writes its results without quotes and parses them again."""
     if not (match := _FUNCTION.fullmatch(text)):
-        ready = _text(text)
-        return quoted(ready) if ready == f"'{text}'" and _WORD.fullmatch(text) else ready
+        converted = _text(text)
+        needs_more = converted == f"'{text}'" and _WORD.fullmatch(text)
+        return quoted(converted) if needs_more else converted
     name, inside = match.groups()
     if name not in _OF_ELEMENTS:
         return text
-    named = re.compile(r"(reverse|list|tags|sweep)\s*=")
+    keyword = re.compile(r"(reverse|list|tags|sweep)\s*=")
     parts = _parts(inside, nested=True)
-    return f"{name}({','.join(p if named.match(p) else _function(p) for p in parts)})"
+    return f"{name}({','.join(p if keyword.match(p) else _function(p) for p in parts)})"
 
 
 def _element(text: str, kind: Kind) -> str:
-    """One value of a setting, no sweep."""
+    """A single value of a setting, outside a sweep."""
     if kind.empty and text.lower() == "null":
         return text
     if not kind.text:
@@ -153,13 +153,13 @@ def _element(text: str, kind: Kind) -> str:
         parts = _parts(text[1:-1])
         return f"[{','.join(_text(part) for part in parts if part)}]"
     if not kind.one:
-        whole = text.startswith("${") and text.endswith("}")
-        return text if whole else f"[{_text(text)}]"
+        is_reference = text.startswith("${") and text.endswith("}")
+        return text if is_reference else f"[{_text(text)}]"
     return _text(text)
 
 
 def _text(text: str) -> str:
-    """One text, in quotes if Hydra would read it otherwise."""
+    """A single text, quoted if Hydra would not take it literally."""
     if _QUOTED.fullmatch(text) or (PLAIN.fullmatch(text) and text.lower() not in KEYWORDS):
         return text
     return quoted(text if _interpolates(text) else text.replace("${", r"\${"))
@@ -179,7 +179,7 @@ def _interpolates(text: str) -> bool:
 
 
 def has_meaning(text: str) -> bool:
-    """Whether a text is read otherwise than as it is typed, in some setting."""
+    """Whether a text has a special meaning in any setting, and needs quotes to be literal."""
     several = text.startswith("[") and text.endswith("]")
     return several or "${" in text or text.lower() == "null" or bool(_QUOTED.fullmatch(text))
 
@@ -189,29 +189,29 @@ def _home(key: str, value: str) -> str:
 
 
 def _parts(text: str, nested: bool = False) -> list[str]:
-    """What commas separate, without the spaces around it.
+    """The parts of a text separated by commas, without the spaces around them.
 
-    Commas in quotes and in ${...} do not count, nor, if nested, those in brackets of any kind;
-    where these are not in pairs they are no brackets.
+    Commas in quotes and in ${...} do not separate, nor, if nested, those in brackets of any kind;
+    unpaired brackets are ordinary characters.
     """
-    parts, begin, place, open_ = [], 0, 0, []
+    parts, begin, position, open_ = [], 0, 0, []
     pairs = {"${": "}", **({"(": ")", "[": "]", "{": "}"} if nested else {})}
-    while place < len(text):
-        blank = not text[begin:place].strip() and not open_
-        if blank and (quotation := _QUOTED.match(text, place)):
-            place = quotation.end()
+    while position < len(text):
+        blank = not text[begin:position].strip() and not open_
+        if blank and (quotation := _QUOTED.match(text, position)):
+            position = quotation.end()
             continue
-        two, one = text[place : place + 2], text[place]
+        two, one = text[position : position + 2], text[position]
         if two == "${" or one in pairs:
             open_.append(pairs["${" if two == "${" else one])
-            place += 1 + (two == "${")
+            position += 1 + (two == "${")
             continue
         if open_ and one == open_[-1]:
             open_.pop()
         elif one == "," and not open_:
-            parts.append(text[begin:place])
-            begin = place + 1
-        place += 1
+            parts.append(text[begin:position])
+            begin = position + 1
+        position += 1
     if open_:
         return [text.strip()] if nested else [part.strip() for part in text.split(",")]
     return [part.strip() for part in (*parts, text[begin:])]

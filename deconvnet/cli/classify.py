@@ -66,7 +66,7 @@ def classify(settings: ClassifyConfig, communicator: Communicator) -> None:
 def histograms_of(
     run: Path, settings: ClassifyConfig, communicator: Communicator
 ) -> WordHistograms:
-    """The word histograms of the layers of a network, none of which is computed yet."""
+    """The word histograms of the layers of a network, not yet computed."""
     net = load(run).to(torch_device(settings.device))
     layers = settings.layers or list(range(1, net.depth + 1))
     for number in layers:

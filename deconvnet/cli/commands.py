@@ -1,7 +1,7 @@
 """The command line: `deconvnet COMMAND key=value ...`.
 
-Nothing here imports torch, so that `deconvnet --help` answers at once, and so that the environment
-of torch's threads is set before torch is loaded.
+This module does not import torch, so that `deconvnet --help` is fast, and so that the environment
+variables of torch's threads are set before torch is loaded.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from pathlib import Path
 
 from deconvnet import __version__
 
-# The commands, and what each does. Their modules in this folder have the same names.
+# The commands and their summaries. Their modules in this folder have the same names.
 COMMANDS = {
     "train": "Learn a network from images, layer by layer, and show it.",
-    "visualize": "Show what the maps of a network respond to, or those of any CNN.",
+    "visualize": "Show what the maps of a network, or of any CNN, respond to.",
     "reconstruct": "Reconstruct images from the feature maps of one layer.",
-    "ablate": "Measure what the switches of max pooling are worth.",
+    "ablate": "Measure what the switches of max pooling contribute.",
     "denoise": "Remove noise from images.",
     "inpaint": "Fill in missing pixels of images.",
     "classify": "Measure how well features separate classes of images.",
@@ -45,9 +45,9 @@ def main() -> None:
     """The console command `deconvnet`; also `python -m deconvnet`."""
     first = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if first in ("--help", "-h", "help"):
-        _say(_help())
+        _print(_help())
     elif first in ("--version", "-V"):
-        _say(f"deconvnet {__version__}")
+        _print(f"deconvnet {__version__}")
     elif first.replace("_", "-") in COMMANDS:
         call = (*_program(sys.argv[0]), first)
         sys.argv[1:] = sys.argv[2:]
@@ -59,13 +59,13 @@ def main() -> None:
 def run(command: str, call: tuple[str, ...] = ()) -> None:
     """Run a command with the settings in sys.argv.
 
-    call: how the user typed the command, for commands that it prints; by default as the script that
-    is running.
+    call: how the user typed the command, for commands that it prints; by default the running
+    script.
     """
-    # With another busy process on the machine, threads of OpenMP that spin while they wait cost up
-    # to ten times the time; on a quiet machine a short spin is as fast.
+    # On a busy machine, OpenMP threads that spin while they wait cost up to ten times the time; on
+    # an idle machine a short spin is as fast.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    # Ctrl-C while libraries are loaded ends the program silently; `launch` has more to say.
+    # Ctrl-C while libraries are loaded ends the program silently; `launch` handles it later.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     from deconvnet.cli.launch import launch
@@ -73,8 +73,8 @@ def run(command: str, call: tuple[str, ...] = ()) -> None:
     launch(command, call or ("python", sys.argv[0]))
 
 
-def _say(text: str) -> None:
-    """Print a text to a reader who may stop before its end, as in `| head`."""
+def _print(text: str) -> None:
+    """Print a text to a reader that may stop before its end, as in `| head`."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
@@ -98,7 +98,7 @@ def _program(path: str) -> tuple[str, ...]:
 
 
 def _right_command(name: str) -> str:
-    """What to type instead of a name that is no command."""
+    """A suggestion for a name that is not a command."""
     if "=" in name or name.startswith("+"):
         return f"the command comes first, as in: deconvnet train {name}"
     close = difflib.get_close_matches(name, COMMANDS, n=1)

@@ -1,4 +1,4 @@
-"""YAML files of settings: text arrives as it is written, and old names of settings still work."""
+"""Reading of YAML files: text settings are taken literally, and old names of settings work."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from omegaconf import OmegaConf
 from deconvnet.cli.arguments import KEYWORDS, PLAIN
 from deconvnet.cli.setting_keys import kind_of, with_current_key, with_current_references
 
-# Words that YAML reads as something else than text.
+# Words that YAML does not read as text.
 _YAML_KEYWORDS = {*KEYWORDS, "yes", "no", "on", "off", "y", "n"}
 _SWEEP = "hydra.sweeper.params"
 
 
 def read_files_as_written(schema: type) -> None:
-    """Let Hydra read YAML files as `as_written` has them.
+    """Make Hydra read YAML files through `as_written`.
 
     schema: the dataclass of the command's settings.
     """
@@ -48,7 +48,7 @@ def read_files_as_written(schema: type) -> None:
 
 
 def check_names(arguments: list[str], configs: Path) -> None:
-    """Refuse files of the user's own that Hydra would not find behind files of the same names.
+    """Raise ValueError for files of the user that are hidden by files of deconvnet.
 
     configs: the folder of the files that come with the package.
     """
@@ -65,9 +65,9 @@ def check_names(arguments: list[str], configs: Path) -> None:
 def as_written(source: str, schema: type, package: str = "", where: str = "") -> str:
     """A YAML text with quotes around the text settings that lack them: name: 1.10.
 
-    Settings that were renamed have their current names, with a warning. package: the dotted key of
-    what the text holds. where: its file, for the warning and for the ValueError where an old and a
-    new name of one setting come together.
+    Renamed settings get their current names, with a warning. package: the dotted key of the
+    settings in the text. where: its file, for the warning and for the ValueError if both the old
+    and the new name of one setting are given.
     """
     edits = {}
     for node, text in _edits(yaml.compose(source), schema, package, where):
@@ -80,7 +80,7 @@ def as_written(source: str, schema: type, package: str = "", where: str = "") ->
 def _edits(
     node: yaml.Node | None, schema: type, key: str, where: str
 ) -> Iterator[tuple[yaml.ScalarNode, str]]:
-    """Scalars of a YAML text, and what is to stand in their place."""
+    """Scalars of a YAML text, and their replacements."""
     if not isinstance(node, yaml.MappingNode):
         yield from ((scalar, _quoted(scalar)) for scalar in _texts(node, schema, key))
         return
@@ -92,7 +92,7 @@ def _edits(
                     f"{where}: {name.value} is the old name of {current}; give {current} alone"
                 )
             yield name, current
-        # What << merges stands on the same level.
+        # << merges settings of the same level.
         below = key if current == "<<" else f"{key}.{current}".lstrip(".")
         several = current == "<<" and isinstance(value, yaml.SequenceNode)
         for part in value.value if several else [value]:
@@ -100,7 +100,7 @@ def _edits(
 
 
 def _current_name(name: str, schema: type, key: str, where: str) -> str:
-    """The current name of a setting below a dotted key; in the list of a sweep its whole key."""
+    """The current name of a setting below a dotted key; in the list of a sweep its full key."""
     if key == _SWEEP:
         return with_current_key(schema, name, where)
     current = with_current_key(schema, f"{key}.{name}".lstrip("."), where)

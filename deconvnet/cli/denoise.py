@@ -38,7 +38,7 @@ def denoise(settings: DenoiseConfig) -> None:
         if level:
             sigma = level / GREY_LEVELS
         else:
-            # An image without noise is no reason to stop.
+            # An image without noise must not stop the command.
             sigma = max(float(estimate_noise(noisy)), MIN_NOISE / GREY_LEVELS)
         options = dict(depth=depth, memory=settings.memory, progress=progress)
         layers = restorer.denoise(noisy, sigma, **options)

@@ -1,4 +1,4 @@
-"""Errors that end a command in one line, with the exit code that a shell expects."""
+"""One-line error messages of commands, with the exit codes that a shell expects."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from omegaconf.errors import OmegaConfBaseException
 from deconvnet.cli.hydra_errors import explain_refusal
 from deconvnet.cli.setting_keys import has
 
-# Settings that lower the memory of a command, and what libraries say when there is none left.
+# Settings that lower the memory of a command, and the messages of libraries that run out of it.
 LARGE = ("chunk", "batch", "memory", "data.size", "data.max_images", "max_images", "count")
 NO_MEMORY = ("out of memory", "allocate memory", "not enough memory", "bad_alloc", "bad allocation")
-# Read before `launch` sets it for its own purpose.
+# Read before `launch` sets this variable.
 WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 
 def explain(error: Exception, schema: type) -> str | None:
-    """What a user can do about an error, in one line; None if it is a fault of this package."""
+    """A one-line message with the remedy for an error; None if it is a bug of this package."""
     if is_memory(error):
         keys = [key for key in LARGE if has(schema, key)]
         lower = f"lower {' or '.join(f'{key}=' for key in keys)}" if keys else "use smaller images"
@@ -33,7 +33,7 @@ def explain(error: Exception, schema: type) -> str | None:
     inside = ("hydra", "omegaconf", "yaml", "antlr4")
     if isinstance(error, RecursionError) and raised_in(error, inside):
         return "configuration error: nested too deeply, or with a reference to itself"
-    # Where Hydra did not think of an argument, such as hydra.launcher._target_=x.
+    # Arguments that Hydra does not handle, such as hydra.launcher._target_=x.
     unforeseen = (TypeError, AttributeError, AssertionError, RuntimeError, ImportError)
     if isinstance(error, unforeseen) and raised_in(error, inside):
         what = f"({one_line(error)})"
@@ -42,7 +42,7 @@ def explain(error: Exception, schema: type) -> str | None:
 
 
 def is_memory(error: Exception) -> bool:
-    """Whether there was not enough memory, on whatever device."""
+    """Whether an error means that a device is out of memory."""
     if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
         return True
     message = str(error).lower()
@@ -59,7 +59,7 @@ def raised_in(error: BaseException, packages: tuple[str, ...]) -> bool:
 
 @contextmanager
 def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
-    """End the program with one line and exit code 1 where an error of these kinds is raised."""
+    """End the program with one line and exit code 1 if an error of these types is raised."""
     try:
         yield
     except kinds as error:
@@ -70,8 +70,8 @@ def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
 
 
 @contextmanager
-def interruptible(message: str = "what was finished is there") -> Iterator[None]:
-    """End the program with one line and exit code 130 where Ctrl-C stops it."""
+def interruptible(message: str = "finished results are kept") -> Iterator[None]:
+    """End the program with one line and exit code 130 if Ctrl-C stops it."""
     try:
         yield
     except KeyboardInterrupt:
@@ -80,14 +80,14 @@ def interruptible(message: str = "what was finished is there") -> Iterator[None]
 
 
 def one_line(error: BaseException | None) -> str:
-    """The message of an error and of its causes: Hydra often says only there what is wrong."""
+    """The message of an error and of its causes: Hydra often gives the reason only there."""
     messages = []
     while error is not None:
         lines = [line.strip() for line in str(error).splitlines()]
-        telling = (
+        informative = (
             line for line in lines if line and not line.startswith(("object_", "reference_"))
         )
-        message = " ".join(telling)
+        message = " ".join(informative)
         if message not in "; ".join(messages):
             messages.append(message)
         error = error.__cause__

@@ -1,6 +1,6 @@
-"""The --help page of a command: each setting with its present value and what it means.
+"""The --help page of a command: each setting with its current value and its meaning.
 
-What a setting means is the comment at its field in the dataclass, so that it is said only there.
+The meaning of a setting is the comment at its field in the dataclass, its only definition.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def _section(values: dict[str, Any], schema: Any, indent: str) -> Iterator[str]:
 
 
 def _layers(layers: dict[str, Any], schema: type, indent: str) -> Iterator[str]:
-    """The first layer, and of the others what differs from it."""
+    """The first layer, and how the other layers differ from it."""
     first = next(iter(layers.values()), {})
     for name, values in layers.items():
         if values is first:
@@ -69,7 +69,7 @@ def _layers(layers: dict[str, Any], schema: type, indent: str) -> Iterator[str]:
             yield from _section(values, schema, indent + "  ")
             continue
         different = " ".join(_different(values, first)) or "nothing"
-        text = f"{indent}{name}, as {next(iter(layers))} but for {different}"
+        text = f"{indent}{name}, as {next(iter(layers))} except {different}"
         yield from textwrap.wrap(text, WIDTH, subsequent_indent=indent + "    ", **_WHOLE)
 
 
@@ -86,15 +86,15 @@ _WHOLE = {"break_long_words": False, "break_on_hyphens": False}
 
 
 def _entry(setting: str, meaning: str) -> list[str]:
-    """One setting, and its meaning in the column beside it or, if it is long, below."""
+    """One setting, with its meaning in the next column or, if the setting is long, below it."""
     lines = textwrap.wrap(meaning, WIDTH - COLUMN, **_WHOLE)
-    beside = lines.pop(0) if lines and len(setting) < COLUMN - 1 else ""
-    first = f"{setting:{COLUMN}}{beside}".rstrip()
+    next_column = lines.pop(0) if lines and len(setting) < COLUMN - 1 else ""
+    first = f"{setting:{COLUMN}}{next_column}".rstrip()
     return [first, *(" " * COLUMN + line for line in lines)]
 
 
 def text_of(value: Any) -> str:
-    """A value as one types it on a command line."""
+    """A value as typed on a command line."""
     if isinstance(value, str):
         return value
     if isinstance(value, list):
@@ -106,7 +106,7 @@ def text_of(value: Any) -> str:
 def comments(schema: type) -> dict[str, str]:
     """The comment at each field of a dataclass, from its source.
 
-    A field without one belongs to the group before it, whose comment stands at its first field.
+    A field without one belongs to the preceding group, whose comment is at its first field.
     """
     meanings: dict[str, str] = {}
     for kind in reversed([kind for kind in schema.__mro__ if is_dataclass(kind)]):

@@ -1,4 +1,4 @@
-"""What Hydra refuses, in one line that says what would be right."""
+"""One-line messages, with the remedy, for arguments that Hydra rejects."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from hydra.errors import MissingConfigException
 from deconvnet.cli.printed_commands import setting
 from deconvnet.cli.setting_keys import annotation_of, has_keys, keys_of, without_none
 
-# What is wanted, by what OmegaConf says of a value of another type.
-_WANTED = {
+# The expected type, by the message of OmegaConf for a value of another type.
+_EXPECTED = {
     "to Integer": "a whole number",
     "to Float": "a number",
     "valid bool": "true or false",
@@ -21,7 +21,7 @@ _WANTED = {
 
 
 def explain_refusal(error: BaseException, schema: type) -> str | None:
-    """In one line what is wrong with the arguments that Hydra refused; None where it says so."""
+    """The one-line reason why Hydra rejected the arguments; None if Hydra's message gives it."""
     message = str(error)
     if isinstance(error, MissingConfigException):
         match = re.search(r"Could not find '([^'/]+)/(.*)'$", message, re.MULTILINE)
@@ -38,15 +38,15 @@ def explain_refusal(error: BaseException, schema: type) -> str | None:
         return _in_file(schema, match[1], message)
     if match := re.match(r"Error merging override \+*(.*)$", message, re.MULTILINE):
         message = f"{message} {error.__cause__}"
-        wanted = next((right for words, right in _WANTED.items() if words in message), None)
-        return wanted and f"{match[1]}: must be {wanted}"
+        expected = next((kind for words, kind in _EXPECTED.items() if words in message), None)
+        return expected and f"{match[1]}: must be {expected}"
     if (match := re.search(r"Error parsing override '(.*)'\n", message)) and "=" not in match[1]:
         return f"{match[1]}: settings are given as key=value; --help shows them"
     return None
 
 
 def _no_setting(schema: type, key: str) -> str:
-    """Say what a key that is none of a command could have meant."""
+    """The message for an unknown key, with suggestions."""
     if annotation_of(schema, key) is not None:
         parent, _, name = key.rpartition(".")
         while parent and annotation_of(schema, parent) is not None and "." in parent:
@@ -69,12 +69,12 @@ def _no_setting(schema: type, key: str) -> str:
 
 
 def _in_file(schema: type, name: str, message: str) -> str | None:
-    """What is wrong in a YAML file; name: its group and name."""
+    """The error in a YAML file; name: its group and name."""
     key = re.search(r"full_key: (\S+)$", message, re.MULTILINE)
     if key and f"Key '{key[1].rpartition('.')[2]}' not in" in message:
         return f"{name}.yaml: {_no_setting(schema, key[1])}"
-    wanted = next((right for words, right in _WANTED.items() if words in message), None)
-    return key and wanted and f"{name}.yaml: {key[1]}: must be {wanted}"
+    expected = next((kind for words, kind in _EXPECTED.items() if words in message), None)
+    return key and expected and f"{name}.yaml: {key[1]}: must be {expected}"
 
 
 def _no_choice(group: str, name: str, choices: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""The files that Hydra writes beside the results, written so that they replace nobody else's."""
+"""Write Hydra's files next to the results without replacing files of others."""
 
 from __future__ import annotations
 
@@ -18,11 +18,10 @@ from deconvnet.storage import ownership
 
 @contextmanager
 def logged(cfg: DictConfig, folder: Path) -> Iterator[None]:
-    """Within it what is logged goes to <folder>/<script>.log as well; the configuration is in
+    """Also log to <folder>/<script>.log within a `with` block; save the configuration to
     <folder>/.hydra.
 
-    Hydra would do both by itself, whatever stands in the folder. ForeignFileError where that is a
-    stranger's.
+    Hydra would do both itself, but overwrite any file. Raises ForeignFileError for files of others.
     """
     job = HydraConfig.get()
     configurations = {"config": cfg, "hydra": OmegaConf.create({"hydra": job})}
@@ -35,44 +34,44 @@ def logged(cfg: DictConfig, folder: Path) -> Iterator[None]:
     handler = _LogFile(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("[%(asctime)s][%(name)s][%(levelname)s] - %(message)s"))
     root = logging.getLogger()
-    printing = list(root.handlers)
+    terminal_handlers = list(root.handlers)
     root.addHandler(handler)
-    for other in printing:
+    for other in terminal_handlers:
         other.addFilter(not_in_bar)
     try:
         yield
     finally:
         root.removeHandler(handler)
-        for other in printing:
+        for other in terminal_handlers:
             other.removeFilter(not_in_bar)
         handler.close()
 
 
 class _LogFile(logging.FileHandler):
-    """A log that a full disk cuts short, and stops nothing."""
+    """A log file whose write errors, such as a full disk, are ignored."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         pass
 
 
 class SweepFolder(Callback):
-    """Refuses a folder of several runs in which Hydra would write over somebody's file."""
+    """Stops a sweep if Hydra would overwrite a foreign file in its folder."""
 
     def on_multirun_start(self, config: DictConfig, **_: object) -> None:
         path = Path(config.hydra.sweep.dir) / "multirun.yaml"
         if os.path.lexists(path) and not _is_sweep(path, config.hydra.job.name):
             # Hydra turns other errors of a callback into warnings.
             raise SystemExit(
-                f"error: {path}: is there already and is no list of runs of this command; move it "
+                f"error: {path}: already exists and is not a list of runs of this command; move it "
                 "away, or choose another hydra.sweep.dir=..."
             )
 
 
 def _is_sweep(path: Path, name: str) -> bool:
-    """Whether a file is what Hydra writes into a folder of several runs of one command."""
+    """Whether a file is the list of runs that Hydra writes for a sweep of this command."""
     if path.is_symlink() or not path.is_file():
         return False
     try:
         return OmegaConf.select(OmegaConf.load(path), "hydra.job.name") == name
-    except Exception:  # whatever is wrong with it, it is another file
+    except Exception:  # any error means that it is another file
         return False

@@ -1,4 +1,4 @@
-"""What commands do with image files: check them before any work, read them, show progress."""
+"""Image files of commands: checks before any work, reading, and progress bars."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from deconvnet.storage import ownership
 
 
 def output_folder(run: Path, output: str | None, name: str) -> Path:
-    """The folder for results: `output`, or a folder of this name beside the network."""
+    """The folder for results: `output`, or a folder of this name next to the network."""
     if output:
         return Path(output).expanduser()
     return (run if run.is_dir() else run.parent) / name
@@ -36,7 +36,7 @@ def check_outputs(outputs: list[Path], inputs: list[Path]) -> None:
     for folder in dict.fromkeys(path.parent for path in outputs):
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
-            raise ValueError(f"output={folder}: nothing can be written to this folder")
+            raise ValueError(f"output={folder}: this folder is not writable")
 
 
 def image_sizes(paths: list[Path]) -> dict[Path, tuple[int, int]]:

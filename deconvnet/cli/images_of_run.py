@@ -1,4 +1,4 @@
-"""The images that a run was trained on, for commands that need a few of them."""
+"""Reading of a few training images of a run."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from deconvnet.training.run_folder import training_data
 
 
 def read_training_images(run: Path, count: int) -> tuple[Tensor, Tensor | None] | None:
-    """Images (n, 3, H, W) that a run was trained on, evenly spaced, and their frames.
+    """Evenly spaced training images (n, 3, H, W) of a run, and their frames.
 
-    None for a network file. Prints what is read, and downloads nothing because a run, which may
-    come from a stranger, says so.
+    None for a network file. Prints the source. Never downloads, whatever the settings of the run,
+    which may come from a stranger.
     """
     data = training_data(run)
     if data is None:

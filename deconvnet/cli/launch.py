@@ -1,4 +1,4 @@
-"""How a command is started: Hydra reads its settings, and whatever ends it ends in one line."""
+"""The launch of a command: Hydra reads its settings, and errors are reported in one line."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from deconvnet.cli.read_settings import register
 from deconvnet.cli.settings import SCHEMAS
 
 PACKAGE = Path(__file__).resolve().parents[1]
-# In an installation configs/ is a part of the package, in a checkout its neighbour.
+# In an installation configs/ is part of the package; in a checkout it is next to it.
 CONFIGS = next(p for p in (PACKAGE / "configs", PACKAGE.parent / "configs") if p.is_dir())
 
 
@@ -42,20 +42,19 @@ def launch(command: str, call: tuple[str, ...]) -> None:
 
 
 def run(main: Callable[[], None], schema: type, call: tuple[str, ...]) -> None:
-    """Run a Hydra main so that a user's mistake ends in one line and exit code 1.
+    """Run a Hydra main so that a user's mistake gives a one-line error and exit code 1.
 
-    schema: the dataclass of its settings. Ctrl-C ends it with 130, and a reader that has seen
-    enough, as in `| head`, with 141, as the shell does. HYDRA_FULL_ERROR=1 in the environment shows
-    tracebacks.
+    schema: the dataclass of its settings. Ctrl-C ends it with 130, and a closed pipe, as in
+    `| head`, with 141, as in the shell. HYDRA_FULL_ERROR=1 in the environment shows tracebacks.
     """
-    # Hydra then raises instead of printing a traceback of its own.
+    # Hydra then raises instead of printing its own traceback.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     logging.raiseExceptions = WANTS_TRACEBACK
     for stream in filter(None, (sys.stdout, sys.stderr)):
-        # Names of files may have characters that the terminal lacks.
+        # File names may have characters that the terminal cannot show.
         stream.reconfigure(errors="backslashreplace")
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-        # Commands are silent while they load their libraries; from here on there is more to do.
+        # Ctrl-C was silent while libraries were loaded; from here on it raises KeyboardInterrupt.
         signal.signal(signal.SIGINT, signal.default_int_handler)
     rank = int(os.environ.get("RANK", 0))
     try:
@@ -65,7 +64,7 @@ def run(main: Callable[[], None], schema: type, call: tuple[str, ...]) -> None:
             check_names(sys.argv[1:], CONFIGS)
             read_files_as_written(schema)
             if rank > 0:
-                # Of several processes under torchrun the first writes and speaks; the others warn.
+                # Under torchrun rank 0 writes and logs; the other ranks only warn.
                 sys.argv += ["hydra.output_subdir=null", "hydra/job_logging=stdout"]
                 sys.argv += ["hydra.verbose=false"]
                 logging.disable(logging.INFO)
@@ -75,7 +74,7 @@ def run(main: Callable[[], None], schema: type, call: tuple[str, ...]) -> None:
     except KeyboardInterrupt:
         _finish("stopped", 130)
     except BrokenPipeError:
-        # Python writes what is left at its end.
+        # Python flushes the remaining output at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
     except Exception as error:
@@ -86,13 +85,13 @@ def run(main: Callable[[], None], schema: type, call: tuple[str, ...]) -> None:
 
 @contextmanager
 def _one_line_warnings(silent: bool) -> Iterator[None]:
-    """Within it, what is said of settings that were renamed is one line, without a line of code."""
+    """Show warnings about renamed settings in one line, without source code, in a `with` block."""
     with warnings.catch_warnings():
         show = warnings.showwarning
 
-        def show_in_one_line(message: Warning, category: type[Warning], *place: Any) -> None:
+        def show_in_one_line(message: Warning, category: type[Warning], *location: Any) -> None:
             if category is not FutureWarning:
-                show(message, category, *place)
+                show(message, category, *location)
             elif not silent:
                 print(f"warning: {message}", file=sys.stderr)
 

@@ -1,4 +1,4 @@
-"""Commands that are printed for the user to type, in the form in which this one was typed."""
+"""Commands printed for the user to type, in the form in which the current one was typed."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def remember(call: tuple[str, ...], arguments: list[str]) -> None:
 
 
 def setting(key: str, value: object) -> str:
-    """`key=value` as a user types it into a shell, which then arrives as it is here."""
+    """`key=value` quoted for the shell and for Hydra, so that the value arrives unchanged."""
     text = str(value)
     if isinstance(value, str | Path) and has_meaning(text):
         text = quoted(text.replace("${", r"\${"))
     return shlex.quote(f"{key}={text}")
 
 
-def beside(command: str) -> str:
+def sibling(command: str) -> str:
     """Another command in the form in which the user called this one, for the shell."""
     if _call[-1].endswith(".py"):
         script = Path(_call[-1]).with_name(f"{command.replace('-', '_')}.py")
@@ -42,7 +42,7 @@ def again(*without: str) -> str:
 
 
 def _launcher() -> list[str]:
-    """The call, through torchrun where it started several processes."""
+    """The call, through torchrun if it started several processes."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return list(_call)
     torchrun = ["torchrun", f"--nproc-per-node={os.environ.get('LOCAL_WORLD_SIZE', '1')}"]

@@ -1,7 +1,6 @@
-"""From Hydra's configuration to the checked settings of a command.
+"""Conversion of Hydra's configuration to the checked settings of a command.
 
-After `read_settings` the rest of the package sees dataclasses only; nothing outside of this folder
-knows Hydra.
+`read_settings` returns dataclasses; no code outside this folder uses Hydra.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ PATHS = {
 
 
 def register() -> None:
-    """Make the types of the settings known to Hydra, so that wrong keys and values are refused."""
+    """Register the types of the settings with Hydra, so that it rejects wrong keys and values."""
     OmegaConf.register_new_resolver("inside", _inside, replace=True)
     OmegaConf.register_new_resolver("help", _help, replace=True)
     store = ConfigStore.instance()
@@ -34,16 +33,16 @@ def register() -> None:
 
 
 def _inside(name: object) -> str:
-    """The name of a run as a path below the folder of runs: no way out of it."""
+    """The name of a run, checked to be a path inside the folder of runs."""
     parts = str(name).replace("\\", "/").split("/")
-    no_name = {".", "..", "~", ownership.RECORD_FOLDER}
-    if not str(name).isprintable() or not parts[0] or no_name & set(parts):
+    forbidden = {".", "..", "~", ownership.RECORD_FOLDER}
+    if not str(name).isprintable() or not parts[0] or forbidden & set(parts):
         raise ValueError(f"name={str(name)!r}: must be the name of a folder inside runs")
     return str(name)
 
 
 def _help(command: str, *, _root_: DictConfig) -> str:
-    """The end of a command's --help page, in which Hydra puts values for names after a dollar."""
+    """The end of a command's --help page; dollars are escaped, since Hydra substitutes names."""
     return help_page(SCHEMAS[command], _root_).replace("$", "$$")
 
 
@@ -65,7 +64,7 @@ def _has_layers(node: Any) -> bool:
 
 
 def _check_layers(layers: DictConfig, key: str) -> None:
-    """Let an error in the settings of a layer name the layer."""
+    """Add the name of the layer to errors in its settings."""
     for name, layer in layers.items():
         try:
             OmegaConf.to_object(layer)
@@ -74,7 +73,7 @@ def _check_layers(layers: DictConfig, key: str) -> None:
 
 
 def _expand_home(settings: Any) -> Any:
-    """The settings with ~ as the home folder in paths: the shell leaves it as it is in key=~/a."""
+    """The settings with ~ expanded in paths, since the shell does not expand it in key=~/a."""
     for key in PATHS & set(vars(settings)):
         value = getattr(settings, key)
         paths = value if isinstance(value, list) else [value]
@@ -85,13 +84,13 @@ def _expand_home(settings: Any) -> Any:
 
 
 def check_complete(cfg: DictConfig) -> None:
-    """Refuse a configuration that leaves a value to the user, who has not given it."""
+    """Raise ValueError if a required value is missing."""
     for key in sorted(OmegaConf.missing_keys(cfg)):
         raise ValueError(f"{key} has no value: give one with {key}=...")
 
 
 def check_keys(node: DictConfig, prefix: str = "") -> None:
-    """Refuse keys that are no settings: Hydra itself lets +key=value add anything anywhere."""
+    """Raise ValueError for unknown keys, which Hydra accepts as +key=value."""
     kind = OmegaConf.get_type(node)
     known = [field.name for field in fields(kind)] if is_dataclass(kind) else list(node)
     for key in node:

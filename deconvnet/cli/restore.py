@@ -1,4 +1,4 @@
-"""What `deconvnet denoise` and `deconvnet inpaint` have in common: files in, pictures out."""
+"""Restoration of image files, the common part of `deconvnet denoise` and `deconvnet inpaint`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from deconvnet.visualization.pictures.canvas import hstack, text_block, vstack
 
 # The largest grey level of an image file.
 GREY_LEVELS = 255
-# Images that a restorer is fitted to, which learns only one number for each map.
+# Images that a restorer is fitted to; few suffice, since it learns only one number per map.
 FIT_IMAGES = 16
 LABEL_HEIGHT = 34
 
@@ -64,10 +64,10 @@ def restore_files(
 ) -> None:
     """Call restore(restorer, image (1, 1 or 3, H, W), depth, progress) for each image.
 
-    Pictures go to `output`, by default to this folder beside the run: NAME-layerN.png for each
-    layer up to `layer` (None: all), and NAME-compared.png with all side by side. Errors that can be
-    known in advance are raised before the first image is restored, also if a picture would replace
-    a file that is read: an image, a clean one, the network or the mask.
+    Pictures go to `output`, by default to this folder next to the run: NAME-layerN.png for each
+    layer up to `layer` (None: all), and NAME-compared.png with all side by side. Foreseeable errors
+    are raised before the first image is restored, also if a picture would replace an input file: an
+    image, a clean one, the network or the mask.
     """
     path = Path(run)
     net = load(path).to(device)
@@ -114,9 +114,9 @@ def _save(restored: Restored, folder: Path, name: str) -> None:
 
 
 def fit_restorer(restorer: Restorer, run: Path, clean: list[Path]) -> None:
-    """Fit a restorer to clean images, or to those that the network of a run was trained on.
+    """Fit a restorer to clean images, or to the training images of a run.
 
-    Without either, as with a network file, all maps keep the same weight.
+    Without either, as for a network file, all maps keep the same weight.
     """
     if clean:
         restorer.fit(image[0] for _, image in read_images(clean, restorer.filters.device))

@@ -15,15 +15,15 @@ from hydra.conf import HydraConf
 from deconvnet.support.renaming import current_name
 
 _REFERENCE = re.compile(r"\$\{([A-Za-z_][\w.]*)\}")
-# Metadata of a field that takes one text or a list of them, for which Hydra has no type.
+# Metadata of a field that accepts one text or a list of texts, for which Hydra has no type.
 TEXTS = {"texts": True}
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What a setting takes: text or numbers, one, several or both, and whether null.
+    """The values that a setting accepts: text or numbers, one, several or both, and null.
 
-    group: it has settings below it, and takes the name of one of the files that set them.
+    group: it has settings below it, and accepts the name of one of the files that set them.
     """
 
     text: bool
@@ -35,7 +35,7 @@ class Kind:
 
 @cache
 def kind_of(schema: type, key: str) -> Kind | None:
-    """What a dotted key takes; None if that is for Hydra to read."""
+    """The values that a dotted key accepts; None if Hydra parses them."""
     if key.startswith("hydra."):
         schema, key = HydraConf, key.removeprefix("hydra.")
     field = annotation_of(schema, key)
@@ -57,7 +57,7 @@ def kind_of(schema: type, key: str) -> Kind | None:
 
 
 def has(schema: type, key: str) -> bool:
-    """Whether a command has a setting of this dotted key."""
+    """Whether a command has a setting with this dotted key."""
     return annotation_of(schema, key) is not None
 
 
@@ -104,14 +104,14 @@ def keys_of(schema: Any, prefix: str = "") -> Iterator[str]:
 
 
 def with_current_key(schema: type, key: str, where: str = "") -> str:
-    """A dotted key with the current names of settings that were renamed, of which it warns.
+    """A dotted key with the current names of renamed settings, with a warning.
 
     where: the file that has the key, for the warning.
     """
     current = _current_key(schema, key)
     if current != key:
-        place = f"{where}: " if where else ""
-        message = f"{place}{key} is now called {current}; the old name will go"
+        prefix = f"{where}: " if where else ""
+        message = f"{prefix}{key} is now called {current}; the old name will go"
         warnings.warn(message, FutureWarning, stacklevel=2)
     return current
 

@@ -1,8 +1,8 @@
 """The settings of each command.
 
-A setting has its default and its meaning in one place, a dataclass, from which --help shows both.
-The dataclasses stand beside the code that they steer; here are those of the commands themselves.
-Files in configs/ hold published settings.
+The default and the meaning of a setting are defined once, in a dataclass, from which --help shows
+both. Settings dataclasses are defined next to the code that they configure; this module has those
+of the commands. Files in configs/ contain published settings.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from deconvnet.network.tiling import MEMORY, check_memory
 from deconvnet.support.renaming import renamed
 from deconvnet.visualization.settings import OLD_NAMES, VisualizationSettings
 
-# Settings of `deconvnet visualize` that a network learned here leaves nothing to.
+# Settings of `deconvnet visualize` that do not apply to networks of deconvnet.
 OF_MODELS = {
     *("weights", "options", "mean", "std", "order", "checkpoints"),
     *("method", "strict", "gates", "overlap"),
 }
-# More maps, images of a batch or epochs can only be a mistake.
+# More maps, images per batch or epochs can only be a mistake.
 MOST = 100_000
-# What denoise and inpaint do not decide by themselves.
+# Settings that denoise and inpaint pass to the common code.
 COMMON = ("output", "layer", "strength", "clean", "memory")
 
 
@@ -40,11 +40,11 @@ class TrainConfig:
 
     # the run folder is runs/<name>
     name: str
-    # the layers: a choice above, or a file of your own
+    # the layers: a choice above, or your own file
     model: dict[str, LayerSettings]
     # the images: a choice above
     data: DataSettings = field(default_factory=DataSettings)
-    # what is done to the images before layer 1: a choice above
+    # preprocessing of the images before layer 1: a choice above
     preprocessing: PreprocessingSettings = field(default_factory=PreprocessingSettings)
     # number of layers of the model to train, from the first; null: all. +layers=2 means the same
     layers: int | None = None
@@ -105,7 +105,7 @@ class TrainConfig:
 @renamed(**OLD_NAMES)
 @dataclass
 class VisualizeConfig(VisualizationSettings):
-    """The settings of `deconvnet visualize`: what to look at, in addition to how."""
+    """The settings of `deconvnet visualize`: the network and images, and how to visualize them."""
 
     # a run folder of `deconvnet train`, or a network file (.safetensors); or else give `model`
     run: str | None = None
@@ -197,7 +197,7 @@ class RestoreConfig:
         check_seed(self.seed)
 
     def common(self) -> dict[str, Any]:
-        """What does not depend on what is to be restored."""
+        """The settings that do not depend on the task."""
         return {key: getattr(self, key) for key in COMMON}
 
 
@@ -363,7 +363,7 @@ class TrainCnnConfig:
             raise ValueError(f"weight_decay={self.weight_decay}: must be at least 0, and finite")
 
 
-# What each command reads, by its name.
+# The settings class of each command, by name.
 SCHEMAS = {
     "train": TrainConfig,
     "visualize": VisualizeConfig,

@@ -37,8 +37,7 @@ from deconvnet.training.training_set import ImageSource
 
 log = logging.getLogger("train")
 
-# Settings that may differ between the commands that resume one run: they do not change what it
-# learns.
+# Settings that may differ when a run is resumed: they do not affect the result.
 FREE = (
     *("layers", "device", "resume", "chunk", "progress", "patience", "name"),
     *("memory", "disk", "init"),
@@ -54,7 +53,7 @@ def main(cfg: DictConfig) -> None:
                 results = run(settings, cfg, folder, communicator)
             except Interrupted:
                 if communicator.is_main:
-                    # Neither resume=false nor a path: the run is here now.
+                    # Omit resume=false or a path: the run is now in this folder.
                     again = printed_commands.again("resume")
                     log.warning("stopped and saved; to resume: %s", again)
                 raise SystemExit(130) from None
@@ -114,7 +113,7 @@ def run(
 
 
 def source(settings: DataSettings, device: torch.device) -> ImageSource:
-    """The training images: all in memory, or each read when its turn has come."""
+    """The training images: all in memory, or each read when it is needed."""
     if settings.stream:
         streamed = stream_images(settings)
         return ImageSource(
@@ -125,7 +124,7 @@ def source(settings: DataSettings, device: torch.device) -> ImageSource:
 
 
 def summarize(results: list[LayerResult], folder: Path) -> None:
-    place = relative_path(folder)
+    run_path = relative_path(folder)
     lines = [
         "",
         "layer   SNR of the image   non-zero coefficients   objective   dead maps   seconds",
@@ -138,18 +137,18 @@ def summarize(results: list[LayerResult], folder: Path) -> None:
     lines += [
         "(SNR and objective in the preprocessed domain, over all training images)",
         "",
-        f"pictures      {place}/pictures",
-        f"network       {place}/network.safetensors",
+        f"pictures      {run_path}/pictures",
+        f"network       {run_path}/network.safetensors",
         f"look          tensorboard --logdir {shlex.quote(str(relative_path(folder.parent)))} "
         "--samples_per_plugin images=99",
-        f"reconstruct   {printed_commands.beside('reconstruct')} "
-        f"{printed_commands.setting('run', place)} layer={len(results)} images=photo.jpg",
+        f"reconstruct   {printed_commands.sibling('reconstruct')} "
+        f"{printed_commands.setting('run', run_path)} layer={len(results)} images=photo.jpg",
     ]
     print("\n".join(lines))
 
 
 def relative_path(path: Path) -> Path:
-    """A path as the user would type it from here."""
+    """A path relative to the current folder."""
     return Path(os.path.relpath(path))
 
 

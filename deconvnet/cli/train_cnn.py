@@ -51,7 +51,7 @@ def main(cfg: DictConfig) -> None:
         with one_line_errors(ValueError, OSError):
             settings = read_settings(cfg)
             with ownership.locked_folder(folder):
-                check_places(settings, folder)
+                check_outputs(settings, folder)
                 with logged(cfg, folder):
                     run(settings, folder)
     except KeyboardInterrupt:
@@ -62,7 +62,7 @@ def main(cfg: DictConfig) -> None:
 def run(settings: TrainCnnConfig, folder: Path) -> None:
     device = torch_device(settings.device)
     train, test, labels = examples(settings)
-    # Parameters, dropout, order and shifts are drawn from the one generator.
+    # Parameters, dropout, order and shifts use the global generator.
     torch.manual_seed(settings.seed)
     channels, size = train.pixels.shape[1:3]
     net = ZFNet(channels, len(labels), size=size, width=settings.width, dropout=settings.dropout)
@@ -80,24 +80,24 @@ def run(settings: TrainCnnConfig, folder: Path) -> None:
         *(device, os.path.relpath(folder)),
     )
     print("\nepoch   loss   test accuracy   seconds   network")
-    begun = time.perf_counter()
+    started = time.perf_counter()
     for epoch, loss in enumerate(learn(subject, train, settings), 1):
         if epoch not in settings.checkpoints and epoch != settings.epochs:
             continue
-        accuracy = share_correct(subject, test, settings.batch)
+        accuracy = accuracy_of(subject, test, settings.batch)
         path = folder / f"epoch-{epoch:03d}.safetensors"
         training = {"epoch": epoch, "test_accuracy": accuracy, "data": asdict(settings.data)}
         save_model(path, replace(subject, training=training))
         filters = subject.normalization.signed_rgb(net.conv1.weight.detach().cpu())
         save_picture(picture(folder, epoch), tile_grid(shade_signed(filters)))
-        seconds, shown = time.perf_counter() - begun, os.path.relpath(path)
-        tqdm.write(f"{epoch:>5}   {loss:>4.2f}   {accuracy:>13.1%}   {seconds:>7.0f}   {shown}")
+        seconds, name = time.perf_counter() - started, os.path.relpath(path)
+        tqdm.write(f"{epoch:>5}   {loss:>4.2f}   {accuracy:>13.1%}   {seconds:>7.0f}   {name}")
 
 
-def check_places(settings: TrainCnnConfig, folder: Path) -> None:
-    """Refuse before the work begins where something is in the way of the results."""
+def check_outputs(settings: TrainCnnConfig, folder: Path) -> None:
+    """Raise ValueError, before any work, if a file is in the way of the results."""
     if any(folder.glob("epoch-*.safetensors")):
-        raise ValueError(f"{folder} holds a network already: choose another name=..., or remove it")
+        raise ValueError(f"{folder} already has a network: choose another name=..., or remove it")
     for epoch in {*settings.checkpoints, settings.epochs}:
         if epoch <= settings.epochs:
             ownership.check_writable(picture(folder, epoch))
@@ -109,7 +109,7 @@ def picture(folder: Path, epoch: int) -> Path:
 
 
 def examples(settings: TrainCnnConfig) -> tuple[Examples, Examples, tuple[str, ...]]:
-    """What to train and to test on, and the names of the classes."""
+    """The training and test examples, and the names of the classes."""
     images = lazy_images(settings.data)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(settings.seed))
     if settings.data.source == "torchvision" and settings.data.split == "train":
@@ -139,7 +139,7 @@ def examples(settings: TrainCnnConfig) -> tuple[Examples, Examples, tuple[str, .
 def read(
     images: LazyImages, chosen: list[int], what: str, settings: TrainCnnConfig
 ) -> tuple[Tensor, list[str]]:
-    """The pixels (n, 1 or 3, S, S) uint8 of some images, and the names of their classes."""
+    """The pixels (n, 1 or 3, S, S) uint8 of these images, and the names of their classes."""
     pixels, labels = [], []
     for index in tqdm(chosen, f"images {what}", disable=hidden(settings.progress), leave=False):
         image = images[index]
@@ -150,7 +150,7 @@ def read(
 
 
 def normalization_of(examples: Examples) -> Normalization:
-    """What makes the planes of these images zero in the mean and one in deviation."""
+    """The normalisation of the planes of these images to mean zero and deviation one."""
     planes = [plane.float() / 255 for plane in examples.pixels.unbind(1)]
     mean, std = ([float(f(plane)) for plane in planes] for f in (torch.mean, torch.std))
     std = [max(value, 1e-3) for value in std]  # of images of one colour
@@ -158,7 +158,7 @@ def normalization_of(examples: Examples) -> Normalization:
 
 
 def learn(subject: LoadedModel, examples: Examples, settings: TrainCnnConfig) -> Iterator[float]:
-    """The mean loss of each epoch, after it."""
+    """Train the network; yields the mean loss after each epoch."""
     net = subject.module
     steps = settings.epochs * -(-len(examples.targets) // settings.batch)
     optimizer = torch.optim.SGD(
@@ -174,7 +174,7 @@ def learn(subject: LoadedModel, examples: Examples, settings: TrainCnnConfig) ->
             total = 0.0
             order = torch.randperm(len(examples.targets))
             for pixels, targets in examples.batches(settings.batch, order):
-                x = prepared(subject, varied(pixels, settings))
+                x = normalized(subject, augmented(pixels, settings))
                 loss = F.cross_entropy(net(x), targets.to(x.device))
                 optimizer.zero_grad()
                 loss.backward()
@@ -188,27 +188,27 @@ def learn(subject: LoadedModel, examples: Examples, settings: TrainCnnConfig) ->
             yield total / len(order)
 
 
-def varied(pixels: Tensor, settings: TrainCnnConfig) -> Tensor:
-    """The batch, all mirrored and moved together: what a class is does not change."""
+def augmented(pixels: Tensor, settings: TrainCnnConfig) -> Tensor:
+    """The batch randomly mirrored and shifted, the same way for all images."""
     if settings.mirror and torch.rand(()) < 0.5:
         pixels = pixels.flip(3)
     if settings.shift:
-        size, room = pixels.shape[3], settings.shift
-        top, left = torch.randint(2 * room + 1, (2,)).tolist()
-        pixels = F.pad(pixels, 4 * [room], mode="replicate")
+        size, margin = pixels.shape[3], settings.shift
+        top, left = torch.randint(2 * margin + 1, (2,)).tolist()
+        pixels = F.pad(pixels, 4 * [margin], mode="replicate")
         pixels = pixels[:, :, top : top + size, left : left + size]
     return pixels
 
 
 @torch.no_grad()
-def share_correct(subject: LoadedModel, examples: Examples, batch: int) -> float:
+def accuracy_of(subject: LoadedModel, examples: Examples, batch: int) -> float:
     subject.module.eval()
     correct = 0
     for pixels, targets in examples.batches(batch, torch.arange(len(examples.targets))):
-        scores = subject.module(prepared(subject, pixels))
+        scores = subject.module(normalized(subject, pixels))
         correct += int((scores.argmax(1).cpu() == targets).sum())
     return correct / len(examples.targets)
 
 
-def prepared(subject: LoadedModel, pixels: Tensor) -> Tensor:
+def normalized(subject: LoadedModel, pixels: Tensor) -> Tensor:
     return subject.normalization.apply(pixels.to(subject.module.conv1.weight.device))

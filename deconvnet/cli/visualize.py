@@ -56,7 +56,7 @@ def visualize(settings: VisualizeConfig, communicator: Communicator = SINGLE) ->
     if settings.layers == [LIST]:
         return list_layers(settings, subject, images)
     folder = output_folder(settings)
-    written = visualize_network(
+    paths = visualize_network(
         subject,
         images,
         settings,
@@ -65,17 +65,17 @@ def visualize(settings: VisualizeConfig, communicator: Communicator = SINGLE) ->
         evolutions=load_evolutions(settings, subject, images) if communicator.is_main else {},
         communicator=communicator,
     )
-    if written:
+    if paths:
         names = {"pictures": "pictures", "manifest": "how each was made", "gallery": "gallery"}
         width = max(map(len, names.values())) + 2
-        for key, path in written.items():
+        for key, path in paths.items():
             print(f"{names[key]:{width}}{shown_name(relative_path(path))}")
         events = shlex.quote(shown_name(relative_path(folder)))
         print(f"{'TensorBoard':{width}}tensorboard --logdir {events}")
 
 
 def check_images(settings: VisualizeConfig) -> None:
-    """Before anything is loaded or downloaded, refuse settings that name no images."""
+    """Raise ValueError, before anything is loaded or downloaded, if no images are given."""
     images = settings.images
     if images is None and settings.model and not is_model_file(settings.model):
         raise ValueError(
@@ -88,7 +88,7 @@ def check_images(settings: VisualizeConfig) -> None:
 
 
 def is_model_file(model: str) -> bool:
-    """Whether a model is named by a file, which may say which images it was trained on."""
+    """Whether a model is a file, which may record the images it was trained on."""
     return Path(model).suffix in WEIGHT_FILES or Path(model).is_file()
 
 
@@ -116,9 +116,9 @@ def load_named_model(settings: VisualizeConfig, weights: str | None = None) -> L
 def select_images(
     settings: VisualizeConfig, subject: LoadedModel, communicator: Communicator = SINGLE
 ) -> LazyImages:
-    """The images of the settings, or those that the network has learned from, cropped.
+    """The images of the settings, or the training images of the network, cropped.
 
-    If there are more than `max_images`, take them evenly among all.
+    If there are more than `max_images`, takes evenly spaced ones.
     """
     crop = Crop(settings.size, settings.size) if settings.size else subject.crop
     data = training_images_of(settings, subject)

@@ -1,4 +1,4 @@
-"""Which filters need care while a layer learns: unused, duplicate, or off-centre ones."""
+"""Detection of unused, duplicate and off-centre filters while a layer learns."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def duplicate_filters(f: Tensor, energy: Tensor, *, similarity: float = 0.97) ->
 def centring_shifts(f: Tensor) -> dict[int, tuple[int, int]]:
     """{filter: (rows, columns)}: the shifts that centre the energy of filters (K, C, h, w).
 
-    In whole pixels, down and right; filters that are centred already are left out.
+    In whole pixels, down and right; filters that are already centred are omitted.
     """
     h, w = f.shape[2:]
     energy = f.double().square().sum(1)
@@ -50,7 +50,7 @@ def centring_shifts(f: Tensor) -> dict[int, tuple[int, int]]:
 
 
 def shift_filters(f: Tensor, shifts: dict[int, tuple[int, int]]) -> Tensor:
-    """A copy of filters f (K, C, h, w) in which some are shifted by {filter: (rows, columns)}."""
+    """A copy of filters f (K, C, h, w), shifted by shifts = {filter: (rows, columns)}."""
     f = f.clone()
     for k, (rows, columns) in shifts.items():
         f[k] = shift(f[k], rows, columns)
@@ -58,7 +58,7 @@ def shift_filters(f: Tensor, shifts: dict[int, tuple[int, int]]) -> Tensor:
 
 
 def shift(planes: Tensor, rows: int, columns: int, *, wrap: bool = False) -> Tensor:
-    """Planes (..., H, W) shifted down and right; zeros come in, or with wrap what went out."""
+    """Planes (..., H, W) shifted down and right, filled with zeros or, with wrap, circularly."""
     shifted = planes.roll((rows, columns), (-2, -1))
     if not wrap:
         for axis, distance in ((-2, rows), (-1, columns)):

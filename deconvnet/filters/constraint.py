@@ -1,4 +1,4 @@
-"""What filters satisfy after every update: unit norm, and constraints on signs, means, connections.
+"""Constraints on filters after every update: unit norm, signs, means and connectivity.
 
 f filters (K, C, h, w)   g connectivity (K, C) of 0 and 1
 """
@@ -43,21 +43,21 @@ class FilterConstraint:
         Sets disconnected planes to zero, sets negative coefficients to zero (non_negative) or
         subtracts the mean of each plane (zero_mean), and scales to unit norm. A filter (or plane)
         that is zero by then is taken from `fallback` (K, C, h, w), or stays zero without one.
-        Raises ValueError where f has another shape.
+        Raises ValueError if f has another shape.
         """
         check_tensors(f=f)
         if f.ndim != 4:
             raise ValueError(f"filters must have the shape (K, C, h, w), got {tuple(f.shape)}")
         axes = (2, 3) if self.norm == "plane" else (1, 2, 3)
-        f = before = connected(f, self.connectivity)
+        f = unprojected = connected(f, self.connectivity)
         if self.non_negative:
             f = f.clamp(min=0)
         if self.zero_mean:
             f = f - f.mean((2, 3), keepdim=True)
         length = length_of(f, axes)
         if self.zero_mean:
-            # A constant plane leaves only rounding errors, which are no filter.
-            rounding = 10 * torch.finfo(f.dtype).eps * before.abs().amax(axes, keepdim=True)
+            # A constant plane leaves only rounding errors, which must not become a filter.
+            rounding = 10 * torch.finfo(f.dtype).eps * unprojected.abs().amax(axes, keepdim=True)
             f = torch.where(length > rounding, f, torch.zeros_like(f))
             length = torch.where(length > rounding, length, torch.zeros_like(length))
         unit = f / torch.where(length > 0, length, torch.ones_like(length))

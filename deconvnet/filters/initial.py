@@ -1,4 +1,4 @@
-"""The filters that learning starts from, and those that replace unused ones: noise, or patches."""
+"""Initial filters, and replacements for unused ones: noise or patches of the images."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ def draw_filters(
     *,
     constraint: FilterConstraint | None = None,
 ) -> Tensor:
-    """Random filters (num, C, h, w) of unit norm; shape, type and device as `like` (K, C, h, w).
+    """Random filters (num, C, h, w) of unit norm; shape, dtype and device as `like` (K, C, h, w).
 
-    init: "random", Gaussian noise (Zeiler et al. 2010), or "patches", of what the layer explains,
-    from the half of `draw_patches(number)` (number, C, h, w) with larger norm. constraint: its
-    signs and means are kept; whole filters get unit norm, and all planes are connected. Where
-    filters must not be negative, noise gives its magnitude and patches their positive part.
+    init: "random", Gaussian noise (Zeiler et al. 2010), or "patches" of the layer's target, from
+    the half of `draw_patches(number)` (number, C, h, w) with larger norm. constraint: its signs and
+    means apply; whole filters get unit norm, and all planes are connected. With non_negative the
+    magnitude of the noise or the positive part of the patches is used.
     """
     constraint = replace(constraint or FilterConstraint(), norm="filter", connectivity=None)
 
     def noise(shape: torch.Size) -> Tensor:
-        # float32 whatever torch's default type, for the same filters in all of them.
+        # float32 whatever torch's default dtype, so that the filters do not depend on it.
         values = torch.randn(shape, generator=generator, dtype=torch.float32).to(like)
         return values.abs() if constraint.non_negative else values
 
@@ -60,7 +60,7 @@ def draw_filters(
     stronger = order[: len(patches) // 2]
     chosen = stronger[torch.randperm(len(stronger), generator=generator)[:num].to(like.device)]
     patches = patches[chosen]
-    # The trace of noise keeps a patch without any contrast from becoming a filter of zeros.
+    # A little noise prevents a patch without contrast from becoming a filter of zeros.
     return constraint.project(constraint.project(patches) + 1e-3 * normalize(noise(patches.shape)))
 
 

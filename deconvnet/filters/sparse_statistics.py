@@ -1,9 +1,10 @@
-"""The sums of statistics.py over sparse maps, from their non-zero coefficients alone; on the CPU.
+"""The sums of statistics.py computed from the non-zero coefficients of sparse maps, on the CPU.
 
     z maps (N, K, rows, columns)   y images (N, C, H, W)   f filters (K, C, h, w)
 
-If one percent of the coefficients are non-zero, two filters meet at few places, and the correlation
-of their maps takes a tenth of the time of Fourier transforms. The sums are float64 and exact.
+If one percent of the coefficients are non-zero, few pairs of coefficients are close to each other,
+and correlating the maps takes a tenth of the time of Fourier transforms. The sums are exact, in
+float64.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 from deconvnet.operators.convolution import Boundary
 from deconvnet.sparse_coding.active_set import footprint
 
-# Fourier transforms are faster where a larger fraction of the coefficients is non-zero.
+# Fourier transforms are faster if a larger fraction of the coefficients is non-zero.
 MAX_DENSITY = 0.02
 
 
@@ -49,7 +50,7 @@ class SparseMaps:
 
         size: (h, w).
         """
-        # Imported here because it loads numba, which dense maps do without.
+        # Imported here because it loads numba, which dense maps do not need.
         from deconvnet.sparse_coding import kernels
 
         gradient = np.zeros((self.shape[1], y.shape[1], *size))
@@ -98,7 +99,7 @@ def _wrapped(
     size: int,
     margin: int,
 ) -> tuple[np.ndarray, ...]:
-    """The coefficients, with copies beyond either end of axis i (of this size) of those near the
+    """The coefficients with copies of those near either end of axis i (of this size) beyond the
     other end; copies are not original.
     """
     at_start, at_end = i < margin, i >= size - margin

@@ -1,6 +1,6 @@
 """The sums over images from which filters are learned.
 
-    z maps (N, K, H+h-1, W+w-1)   b what is explained (N, C, H, W)   f filters (K, C, h, w)
+    z maps (N, K, H+h-1, W+w-1)   b target (N, C, H, W)   f filters (K, C, h, w)
     g connectivity (K, C)   T from what the layer synthesizes to b: identity or layers below
 
 With the maps fixed, the cost 1/2 ||T Z f - b||^2 is quadratic in the filters. Without T, two sums
@@ -9,9 +9,9 @@ over the images determine it, whose size does not depend on the number of images
     linear  Z'b   (K, C, h, w)
     gram    Z'Z   (K, K, 2h-1, 2w-1): the correlation of each pair of maps at all shifts of filters
 
-Sums over batches add up, and nothing else passes from inference to learning. They are float64,
-because they decide. If every image has a T of its own, no sums of fixed size represent the cost;
-an upper bound does, ||T||^2 Z'Z with the true gradient.
+The sums of batches are added, and nothing else passes from inference to learning. They are float64,
+because the filters depend on them alone. If every image has its own T, no sums of fixed size
+represent the cost; an upper bound is used instead, ||T||^2 Z'Z with the true gradient.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor
 from deconvnet.filters.sparse_statistics import SparseMaps
 from deconvnet.operators.convolution import Boundary, connected, continued, fourier_size
 
-# Complex numbers in the products of spectra held at a time: on a CPU, as many as its cache holds.
+# Complex numbers per block of products of spectra; on a CPU a block should fit into the cache.
 BLOCK, BLOCK_ON_CPU = 2**22, 2**17
 
 
@@ -61,7 +61,7 @@ class FilterStatistics:
         return self.gram[..., h - 1, w - 1].diagonal()
 
     def without(self, filters: list[int]) -> FilterStatistics:
-        """The same sums with zeros in all that involves these filters."""
+        """The same sums with all entries that involve these filters set to zero."""
         linear, gram = self.linear.clone(), self.gram.clone()
         linear[filters], gram[filters], gram[:, filters] = 0, 0, 0
         return FilterStatistics(linear, gram)
@@ -76,15 +76,15 @@ def filter_statistics(
     boundary: Boundary = "valid",
     curvature: Tensor | None = None,
 ) -> FilterStatistics:
-    """The sums over a batch of maps z (N, K, H+h-1, W+w-1) that leave this residual under f.
+    """The sums over a batch of maps z (N, K, H+h-1, W+w-1) with this residual for filters f.
 
     residual: b - Z f (N, C, H, W); through layers below, T'(b - T Z f). curvature: (N, 1, 1, 1), an
     upper bound of ||T||^2 for each image; None: T is the identity.
 
-    gram is the correlation of the whole maps, including what they paint beyond the border. Unless
-    the border wraps, it is slightly more than Z'Z, so the quadratic cost lies above the true cost
-    and touches it at f: lowering the one lowers the other. `linear` is chosen so that the gradient
-    at f is the true one, -Z'(b - Z f).
+    gram is the correlation of the whole maps, including the parts painted beyond the border. Unless
+    the border wraps, it slightly exceeds Z'Z, so the quadratic cost is an upper bound of the true
+    cost that is tight at f: lowering the bound lowers the cost. `linear` is chosen so that the
+    gradient at f is the true one, -Z'(b - Z f).
     """
     h, w = f.shape[2:]
     fourier_only = boundary == "reflect" or curvature is not None
@@ -106,7 +106,7 @@ def gram_product(gram: Tensor, size: tuple[int, int]) -> Callable[[Tensor], Tens
     grid = fourier_size((2 * h - 1, 2 * w - 1))
     K = len(gram)
     spectrum = gram.new_empty(grid[0], grid[1] // 2 + 1, K, K, dtype=torch.complex128)
-    # Some rows of pairs at a time, which leaves little in memory beside the gram and its spectrum.
+    # A few rows of pairs at a time: memory holds little more than the gram and its spectrum.
     rows = max(1, BLOCK // (K * grid[0] * grid[1]))
     for k in range(0, K, rows):
         kernel = F.pad(gram[k : k + rows], (0, grid[1] - 2 * w + 1, 0, grid[0] - 2 * h + 1))
@@ -126,9 +126,9 @@ def _sums_by_fourier(
     """Z'y (K, C, h, w), and the sums of z_k[i] z_j[i + shift], (K, K, 2h-1, 2w-1) with shift 0 in
     the middle, each image weighted by its curvature; float64.
 
-    Only a few shifts of the correlations are needed, so products with the rows of a discrete
-    Fourier transform take the place of its inverse. Shifts up equal shifts down with the two maps
-    exchanged. Products are float64, so the result does not depend on which images share a batch.
+    Only a few shifts of the correlations are needed, so the inverse Fourier transform is replaced
+    by products with some of its rows. Shifts up equal shifts down with the two maps exchanged.
+    Products are float64, so the result does not depend on which images share a batch.
     """
     (h, w), K = size, z.shape[1]
     z = continued(z, size, boundary)

@@ -1,6 +1,6 @@
-"""The filter update: how filters are learned from maps that are held fixed.
+"""The filter update: filters that minimise the reconstruction error for fixed maps.
 
-    z maps (N, K, H+h-1, W+w-1)   b what is explained (N, C, H, W)   f filters (K, C, h, w)
+    z maps (N, K, H+h-1, W+w-1)   b target (N, C, H, W)   f filters (K, C, h, w)
     T from what the layer synthesizes to b: the identity, or the layers below
 
 The filters minimise the quadratic cost 1/2 ||T Z f - b||^2 within a `FilterConstraint`; the weight
@@ -93,7 +93,7 @@ class LearningSettings:
             )
 
     def constraint(self, connectivity: Tensor | None = None) -> FilterConstraint:
-        """What filters with this connectivity (K, C) satisfy; None: all planes are connected."""
+        """The constraint on filters with this connectivity (K, C); None: all planes connected."""
         return FilterConstraint(self.norm, self.non_negative, self.zero_mean, connectivity)
 
 
@@ -111,9 +111,9 @@ def update_filters(
     """Filters (K, C, h, w) that lower 1/2 f'(gram)f - (linear)'f within the constraint.
 
     Accelerated projected gradient steps from f. The step of each filter is scaled by the energy of
-    its map, so rare filters learn as fast as frequent ones. The best of all iterates is returned,
-    the first one included, so the cost never rises. constraint: by default unit norm of each
-    filter. Raises Diverged where the cost is not finite.
+    its map, so rare filters learn as fast as frequent ones. The best of all iterates, including the
+    first, is returned, so the cost never rises. constraint: by default unit norm of each filter.
+    Raises Diverged if the cost is not finite.
     """
     constraint = constraint or FilterConstraint()
     product = gram_product(statistics.gram, tuple(f.shape[2:]))
@@ -126,8 +126,8 @@ def update_filters(
     step = scale.square() / eigenvalue
 
     def cost_and_gradient(v: Tensor) -> tuple[float, Tensor]:
-        moved = product(v)
-        return float((v * (0.5 * moved - statistics.linear)).sum()), moved - statistics.linear
+        gram_v = product(v)
+        return float((v * (0.5 * gram_v - statistics.linear)).sum()), gram_v - statistics.linear
 
     x, y, t = start, start, 1.0
     lowest, gradient_x = cost_and_gradient(start)
@@ -165,7 +165,7 @@ def update_filters_by_cg(
     R_(l-1)' of the residual correlated with z_l. batches() iterates over (z, b - T Z f, T) of the
     images; it is called once for the right side and once for each step, and with several processes
     each call exchanges one message of the size of the filters. constraint: by default unit norm of
-    each filter. Raises Diverged where the steps are not finite.
+    each filter. Raises Diverged if the steps are not finite.
     """
     constraint = constraint or FilterConstraint()
     g, size = constraint.connectivity, tuple(f.shape[2:])
@@ -187,7 +187,7 @@ def update_filters_by_cg(
         return correlate((z, T.adjoint(T(y))) for z, y, T in synthesized)
 
     right_side = correlate((z, T.adjoint(residual)) for z, residual, T in batches())
-    # Directions in squared units of the data would lose digits in float32.
+    # Rescale, since directions in squared units of the data would leave the range of float32.
     e = exponent(magnitude(right_side))
     change = conjugate_gradients(
         lambda v: times_power(system(v), -e),

@@ -1,1 +1,1 @@
-"""Images: where they come from, how they are read and resized, and their preprocessing."""
+"""Images: sources, decoding, resizing and preprocessing."""

@@ -1,11 +1,11 @@
-"""Sets of images: read at once, one by one, or streamed by threads.
+"""Image sets: all in memory, read one by one, or streamed by threads.
 
     N images · H, W pixels     images (N, 3, H, W) float32 in [0, 1], RGB
     frames (N, 4): top, left, height, width of the picture in its image, zeros around it
 
-`load_images` reads all images at the start, `lazy_images` each when it is asked for, and
-`stream_images` fits them and reads ahead. All three have the same images in the same order, and one
-fingerprint for them. Nothing here is random.
+`load_images` reads all images at the start, `lazy_images` reads each on access, and `stream_images`
+fits them and reads ahead. All three give the same images in the same order, with the same
+fingerprint. Nothing here is random.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class ImageSet:
 
     @cached_property
     def digests(self) -> tuple[str, ...]:
-        """`Item.digest` of every image, in order: of what was read, before it was fitted."""
+        """`Item.digest` of every image, in order, before it was fitted."""
         if self.items is None:
             return tuple(pixel_digest(image) for image in self.images)
         return _item_digests(self.items)
@@ -66,10 +66,10 @@ class ImageSet:
 
 
 class LazyImages:
-    """Images that are read when they are asked for: images[i] is (3, H, W) float32 in [0, 1].
+    """Images that are read on access: images[i] is (3, H, W) float32 in [0, 1].
 
-    With a crop they have one size. Memory holds only their names and places. Instances can be
-    pickled, so they serve as a data set for torch.utils.data.DataLoader.
+    With a crop they have one size. Memory holds only their names and locations. Instances can be
+    pickled, so they can be used as a data set for torch.utils.data.DataLoader.
     """
 
     def __init__(self, items: Sequence[Item], *, crop: Crop | None = None):
@@ -97,16 +97,16 @@ class LazyImages:
 
     @cached_property
     def digests(self) -> tuple[str, ...]:
-        """`Item.digest` of every image, in order: of what is read, before it is cropped."""
+        """`Item.digest` of every image, in order, before it is cropped."""
         return _item_digests(self.items)
 
     @cached_property
     def fingerprint(self) -> str:
         """64 hexadecimal digits that differ if the images, their order or the crop differ.
 
-        It tells whether results computed image by image still belong to these images: correcting an
-        image under its old name changes it, moving, renaming or copying a folder does not. It reads
-        all files once and decodes none.
+        It shows whether results computed image by image still belong to these images: editing an
+        image changes it; moving, renaming or copying a folder does not. All files are read once,
+        none is decoded.
         """
         return _fingerprint(self.digests, self.crop and astuple(self.crop))
 
@@ -129,10 +129,10 @@ class LazyImages:
 
 
 class StreamedImages:
-    """Fitted images that threads read when they are asked for.
+    """Fitted images that threads read on demand.
 
-    An image that cannot be read raises ValueError when it is asked for. `prefetch` announces which
-    images come next, so that they are ready in time.
+    An image that cannot be read raises ValueError on access. `prefetch` announces the next images,
+    so that they are ready in time.
     """
 
     def __init__(self, items: Sequence[Item], settings: DataSettings):
@@ -156,7 +156,7 @@ class StreamedImages:
     def read(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
         """Images (n, 3, H, W) and their frames (n, 4), or None if all pictures fill their images.
 
-        indices: (n,) whole numbers.
+        indices: (n,) integers.
         """
         numbers = indices.tolist()
         pending = [self._pending.pop(n, None) or self._pool.submit(self._read, n) for n in numbers]
@@ -179,14 +179,14 @@ class StreamedImages:
 
 
 def load_images(settings: DataSettings) -> ImageSet:
-    """The images of the settings, in an order that depends on nothing else."""
+    """The images of the settings, in an order that depends only on the settings."""
     if settings.source == "photographs":
         return _photographs(settings)
     return _read_all(*source_items(settings), settings)
 
 
 def lazy_images(settings: DataSettings, *, crop: Crop | None = None) -> LazyImages:
-    """The images of the settings in the same order, each read when it is asked for.
+    """The images of the settings in the same order, each read on access.
 
     crop replaces data.size. Raises ValueError for data.fit=pad, since the frames would be lost.
     With data.skip_unreadable all images are read once at the start, since their numbers must not
@@ -202,7 +202,7 @@ def lazy_images(settings: DataSettings, *, crop: Crop | None = None) -> LazyImag
 
 
 def stream_images(settings: DataSettings) -> StreamedImages:
-    """The images of `load_images`, in the same order, read when they are asked for.
+    """The images of `load_images`, in the same order, read on demand.
 
     With data.skip_unreadable all images are read once at the start, since their numbers must not
     change later.
@@ -287,7 +287,7 @@ def _fitted(image: Tensor, name: str, settings: DataSettings) -> tuple[Tensor, F
 
 
 def _fitting(settings: DataSettings) -> Fitting:
-    """What `fit_image` does with these settings, as the tuple of a `Crop` where it crops."""
+    """The `Fitting` of `fit_image` with these settings."""
     if settings.size is None:
         return None
     if settings.fit == "pad":
@@ -308,7 +308,7 @@ def _item_digests(items: Sequence[Item]) -> tuple[str, ...]:
         for start in range(0, len(items), DIGEST_BATCH):
             batch = items[start : start + DIGEST_BATCH]
             pending = [pool.submit(item.digest) if item.has_bytes else None for item in batch]
-            # Data sets in memory or with readers of their own need not be safe for threads.
+            # Data sets in memory or with their own readers need not be thread-safe.
             digests += [
                 item.digest() if future is None else future.result()
                 for item, future in zip(batch, pending, strict=True)

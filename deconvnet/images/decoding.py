@@ -3,9 +3,9 @@
     H, W pixels     images (3, H, W) float32 in [0, 1], RGB
 
 Files and members of shards are read in the same way (`Content`): Pillow gets a stream and never a
-path, because its faster ways of reading a path do not always give the same pixels. Only FORMATS are
-tried, whatever the name of the file, since Pillow knows other formats that start programs. Where
-Pillow leaves the interpretation of the numbers to its callers, this module decides:
+path, because its faster code for paths does not always give the same pixels. Only FORMATS are
+tried, whatever the name of the file, since Pillow supports other formats that start programs. If
+Pillow leaves the interpretation of the numbers to its callers, the following rules apply:
 
 - grey is repeated to three planes; transparent pixels become white; of several frames the first is
   used; the EXIF orientation is applied;
@@ -50,7 +50,7 @@ LIMIT = "DECONVNET_MAX_PIXELS"
 DIGEST_CHUNK = 1 << 20  # bytes read at a time for a digest
 DECODER_BUFFER = 1 << 16  # bytes read at a time for a decoder, which asks for a few
 
-# Tags of TIFF, and the values of them that are used below.
+# TIFF tags, and those of their values that are used below.
 COMPRESSION, PHOTOMETRIC, PLANES, SAMPLES = 259, 262, 284, 339
 STRIP_BYTES, TILE_BYTES, BITS = 279, 325, 258
 WHITE_IS_ZERO, YCBCR, SEPARATE, UNSIGNED, SIGNED = 0, 6, 2, 1, 2
@@ -118,9 +118,9 @@ class Content:
     def open(self) -> BinaryIO:
         """A stream of these bytes; OSError or ValueError."""
         size = check_file(self.path)
-        whole = self.parts is None
-        parts = ((0, 0, size),) if whole else self.parts
-        stream = _Parts(self.path, parts, size if whole else self.size)
+        is_file = self.parts is None
+        parts = ((0, 0, size),) if is_file else self.parts
+        stream = _Parts(self.path, parts, size if is_file else self.size)
         return io.BufferedReader(stream, DECODER_BUFFER)
 
 
@@ -133,7 +133,7 @@ class _Parts(io.RawIOBase):
     def __init__(self, path: Path, parts: tuple[tuple[int, int, int], ...], size: int):
         super().__init__()
         self.file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by `close`
-        self.parts, self.size, self.place = parts, size, 0
+        self.parts, self.size, self.position = parts, size, 0
 
     def readable(self) -> bool:
         return True
@@ -142,25 +142,25 @@ class _Parts(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self.place, os.SEEK_END: self.size}[whence]
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.size}[whence]
         if start + offset < 0:
             raise ValueError(f"no offset {start + offset} in a file")
-        self.place = start + offset
-        return self.place
+        self.position = start + offset
+        return self.position
 
     def readinto(self, buffer: memoryview) -> int:
-        wanted = max(0, min(len(buffer), self.size - self.place))
-        view = memoryview(buffer)[:wanted]
-        begin, end = self.place, self.place + wanted
+        count = max(0, min(len(buffer), self.size - self.position))
+        view = memoryview(buffer)[:count]
+        begin, end = self.position, self.position + count
         done = begin
-        for place, source, length in self.parts:
-            first, last = max(done, place), min(end, place + length)
+        for offset, source, length in self.parts:
+            first, last = max(done, offset), min(end, offset + length)
             if first >= last:
                 continue
             view[done - begin : first - begin] = bytes(first - done)
-            self.file.seek(source + first - place)
-            count = self.file.readinto(view[first - begin : last - begin])
-            done = first + (count or 0)
+            self.file.seek(source + first - offset)
+            bytes_read = self.file.readinto(view[first - begin : last - begin])
+            done = first + (bytes_read or 0)
             if done < last:
                 if done == begin:
                     raise ValueError(f"the file ends {last - done} bytes too early")
@@ -168,7 +168,7 @@ class _Parts(io.RawIOBase):
         else:
             view[done - begin :] = bytes(end - done)
             done = end
-        self.place = done
+        self.position = done
         return done - begin
 
     def close(self) -> None:
@@ -277,7 +277,7 @@ def _escaped(path: object) -> bool:
 
 @lru_cache(maxsize=1)
 def _apply_limit(text: str | None) -> None:
-    """Apply the limit once for each value, so that programs can still change Pillow's own later."""
+    """Apply the limit once per value, so that programs can still change Pillow's limit later."""
     if text is None:
         return
     if not re.fullmatch(r"[1-9]\d*", text.strip()):
@@ -295,16 +295,16 @@ def _too_many(size: str, count: int) -> str:
 
 def _pixels(picture: Image.Image) -> Tensor:
     """The image (3, H, W) of a picture that is open and perhaps not yet loaded."""
-    # Before it is loaded, since Pillow then forgets how the file stored its numbers.
+    # Before loading, after which Pillow no longer knows how the file stored its numbers.
     samples = _Samples.of(picture)
     return to_tensor(samples.array(ImageOps.exif_transpose(picture)))
 
 
 @dataclass(frozen=True)
 class _Samples:
-    """How a file stores the numbers of a picture, as far as the mode does not say it."""
+    """How a file stores the numbers of a picture, beyond what Pillow's mode describes."""
 
-    bits: int | None = None  # of a grey value; None: as its mode says
+    bits: int | None = None  # of a grey value; None: defined by the mode
     signed: bool = False
     inverted: bool = False  # Pillow returns the negative
     swapped: bool = False  # Pillow returns the bytes of a number in the wrong order

@@ -1,4 +1,4 @@
-"""Image files: which ones a folder or a setting names, and names for what is made from them."""
+"""Image files: which ones a folder or a setting names, and the names of files made from them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def find_images(path: str | Path, *, key: str = "data.path") -> list[Path]:
 
     Hidden files and folders are skipped. Links to folders are followed, but no folder is entered
     twice. Pictures that this package made are skipped too, since results may lie among the images
-    they were made from; a folder that contains nothing else is read as it is.
+    they were made from; a folder that contains nothing else is read in full.
     key: the setting that names the folder, for messages.
     """
     files = files_in(path, SUFFIXES, key)
@@ -92,14 +92,14 @@ def assignment(path: str | Path, key: str = "data.path") -> str:
 def distinct_names(paths: Sequence[Path]) -> list[str]:
     """A distinct name for the pictures of each file: its stem, numbered if another file has it.
 
-    Names differ even where case and the composition of accents are ignored, as on the file systems
-    of Windows and macOS. They do not depend on the order of the paths.
+    Names differ even if case and the composition of accents are ignored, as on the file systems of
+    Windows and macOS. They do not depend on the order of the paths.
     """
     order = sorted(range(len(paths)), key=lambda n: str(paths[n]))
     stems = [shown_name(path.stem) for path in paths]
     names: dict[int, str] = {}
     taken: set[str] = set()
-    # Every stem that is free is given first, so that no numbered name takes it.
+    # Assign all free stems first, so that no numbered name takes one.
     for n in order:
         if _folded(stems[n]) not in taken:
             taken.add(_folded(stems[n]))

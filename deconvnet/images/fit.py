@@ -1,4 +1,4 @@
-"""Images of many sizes brought to one: cropped, or padded with a frame that says where they are.
+"""Fitting images of many sizes to one: by cropping, or by padding, with a frame for the picture.
 
 H, W pixels     image (3, H, W) float32 in [0, 1]
 frame: top, left, height, width of the picture in its square, with zeros around it
@@ -23,7 +23,7 @@ MAX_SIDE = 100_000  # pixels: a larger side can only be a mistake
 
 @dataclass(frozen=True)
 class Crop:
-    """The centre of an image, as networks of fixed input size take it.
+    """A centre crop, as used by networks of fixed input size.
 
     The short side is resized to `resize` pixels, as in `crop_to_square`; the central square of
     `size` pixels of the result is kept.
@@ -39,7 +39,7 @@ class Crop:
         if self.resize < self.size:
             raise ValueError(
                 f"crop.resize={self.resize}: must be at least crop.size={self.size}, the side of "
-                "the square that is cut out of it"
+                "the square that is cropped from it"
             )
         if self.interpolation not in INTERPOLATIONS:
             raise ValueError(
@@ -87,7 +87,7 @@ def pad_to_square(image: Tensor, size: int) -> tuple[Tensor, Frame]:
 
 
 def fit_image(image: Tensor, name: str, size: int | None, fit: str) -> tuple[Tensor, Frame]:
-    """The image as data.size and data.fit say, and its frame; name: of the image, for messages."""
+    """The image fitted to data.size by data.fit, and its frame; name: for messages."""
     if fit == "pad":
         try:
             return pad_to_square(image, size)

@@ -3,8 +3,8 @@
     N images · C planes · H, W pixels     planes (N, C, H, W)
     f (C, C, size, size), size odd, symmetric in both axes: it commutes with mirroring the planes
 
-To invert a high-pass without amplifying errors at low frequencies, a blurred copy of the planes is
-kept as well.
+To invert a high-pass filter without amplifying errors at low frequencies, the inverse also uses a
+blurred copy of the planes.
 """
 
 import math
@@ -100,11 +100,10 @@ def tikhonov_lowpass(planes: Tensor, psi: float | Tensor, mask: Tensor | None = 
 
         minimise 1/2 ||mask (z0 - planes)||^2 + psi/2 ||grad z0||^2
 
-    where the gradient is the difference of neighbouring pixels, with none across the border.
-    Without a mask this is a division at every frequency of the mirrored planes: a wave of 2 pi
-    sqrt(psi) pixels keeps about half its amplitude. mask: broadcasts to the planes, 0 where they
-    are unknown, not all 0 in any plane; solved by conjugate gradients to 1e-5. psi: one number or
-    (N, 1, 1, 1).
+    where the gradient is the difference of neighbouring pixels, zero across the border. Without a
+    mask this is a division at every frequency of the mirrored planes: a wave of 2 pi sqrt(psi)
+    pixels keeps about half its amplitude. mask: broadcasts to the planes, 0 where they are unknown,
+    not all 0 in any plane; solved by conjugate gradients to 1e-5. psi: one number or (N, 1, 1, 1).
     """
     gradient = psi * _gradient_gain(planes)
     if mask is None:
@@ -131,7 +130,7 @@ def _gradient_gain(planes: Tensor) -> Tensor:
 
 
 def _apply_gain(gain: Tensor, planes: Tensor) -> Tensor:
-    """Planes with their cosine coefficients multiplied by a gain, (H, W) or one for each image.
+    """Planes with their cosine coefficients multiplied by a gain, (H, W) or one per image.
 
     On a CPU by cosine transforms, which take a quarter of the memory of mirrored planes.
     """

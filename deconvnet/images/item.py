@@ -1,4 +1,4 @@
-"""One image that can be read: what sources yield and data sets hold."""
+"""An image that is read on demand: the element of sources and image sets."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from deconvnet.images.decoding import digest_file, shown_name
 class Item:
     """An image that is read when it is needed.
 
-    All functions raise ValueError with a message of one line if they cannot read it.
+    All functions raise ValueError with a one-line message if they cannot read it.
     """
 
     name: str  # stored as `shown_name` of it
     read: Callable[[], Tensor]  # the image (3, H, W) float32 in [0, 1]
-    path: Path | None = None  # its file, if it has one of its own
+    path: Path | None = None  # its file, if it has its own
     read_label: Callable[[], str] | None = None  # the name of its class
     # SHA-256 of its content; None: that of its file, or of its pixels if it has no file
     read_digest: Callable[[], str] | None = None
@@ -33,8 +33,8 @@ class Item:
     def digest(self) -> str:
         """SHA-256 of its content, 64 hexadecimal digits, equal only for equal content.
 
-        The content is the bytes of its file or of its member of a shard, without decoding; where
-        there are no bytes, as in the data sets of torchvision, it is the pixels.
+        The content is the bytes of its file or member of a shard, without decoding; if there are
+        no bytes, as in torchvision's data sets, it is the pixels.
         """
         if self.read_digest is not None:
             return self.read_digest()

@@ -70,7 +70,7 @@ def _reduced_photographs(scale: float) -> Iterator[tuple[str, Tensor]]:
 
 
 def _crop_positions(length: int, size: int) -> list[int]:
-    """Where crops begin along one axis, evenly from end to end; empty if it is too short."""
+    """The first pixels of evenly spaced crops along one axis; empty if it is too short."""
     if length < size:
         return []
     count = max(1, round(1.6 * (length / size - 1)) + 1)

@@ -2,8 +2,8 @@
 
     N images · C planes (1 for "grey", else 3) · H, W pixels
     images (N, 1 or 3, H, W) in [0, 1]     y (N, C, H, W), the preprocessed domain
-    frames (N, 4) int64: top, left, height, width of the picture in each image; what is outside does
-    not count; None: pictures fill their images
+    frames (N, 4) int64: top, left, height, width of the picture in each image; pixels outside are
+    ignored; None: pictures fill their images
 
 The steps run in the order of the settings, after the colour conversion and before the division by
 `scale`:
@@ -14,8 +14,9 @@ The steps run in the order of the settings, after the colour conversion and befo
 - "contrast": local subtractive and divisive normalisation, Zeiler et al. 2011.
 - "whiten": a linear filter, learned from training images, that makes their patches nearly white.
 
-What a step removes is stored in a record: a list with one dict of tensors for each step. The first
-axis of all tensors is that of the images, so a record can be sliced and concatenated like images.
+The components that a step removes are stored in a record: a list with one dict of tensors per step.
+The first axis of all tensors is that of the images, so records can be sliced and concatenated like
+images.
 
 With frames, each picture is preprocessed as if it were alone and then padded with zeros (Zeiler et
 al. 2011: to 150x150). The record then ends with one more dict, {"frame": frames}.
@@ -50,7 +51,7 @@ FLAT = 1e-3
 @renamed(window="contrast_size", sigma="contrast_sigma", divide="contrast_divide")
 @dataclass
 class PreprocessingSettings:
-    """What is done to images before inference."""
+    """The preprocessing of images before inference."""
 
     color: str = "rgb"  # the planes of y: rgb | grey | ycbcr
     steps: list[str] = field(  # any of mean, laplacian, contrast, whiten, in order
@@ -86,9 +87,9 @@ class PreprocessingSettings:
 
 
 class Preprocessing(torch.nn.Module):
-    """Maps images to the preprocessed domain and back; the state_dict holds what `fit` learned.
+    """Maps images to the preprocessed domain and back; the state_dict contains the result of `fit`.
 
-    scale: () float32, by which all values are divided, so that lam means the same on any data.
+    scale: () float32, by which all values are divided, so that lam does not depend on the units.
     whitening: (C, C, size, size) float32, the filter of "whiten". Before `fit` they are 1 and an
     impulse.
     """
@@ -121,7 +122,7 @@ class Preprocessing(torch.nn.Module):
         parts: Callable[[], Iterable[tuple[Tensor, Tensor | None]]],
         communicator: Communicator = SINGLE,
     ) -> "Preprocessing":
-        """`fit` to images that come in parts; parts() yields (images, frames), anew at every call.
+        """`fit` to images in parts; every call of parts() yields all (images, frames) again.
 
         communicator: fit to the images of all ranks, some of which may have none.
         """
@@ -134,10 +135,10 @@ class Preprocessing(torch.nn.Module):
 
         steps = list(self.settings.steps)
         if "whiten" in steps:
-            before = planes(steps[: steps.index("whiten")])
+            unwhitened = planes(steps[: steps.index("whiten")])
             size, floor = self.settings.whitening_size, self.settings.whitening_floor
             self.whitening.copy_(
-                whitening_filter(before, size, floor=floor, communicator=communicator)
+                whitening_filter(unwhitened, size, floor=floor, communicator=communicator)
             )
         spread = Spread()
         for values in planes(steps):
@@ -278,8 +279,8 @@ class Spread:
     def scale(self, kind: str, *, least: float = 1e-6) -> float:
         """The root mean square ("rms") or largest magnitude ("max") of the values; 1 for "none".
 
-        It is also 1 if it would be at most `least`: dividing by 1e-8 would blow up the first real
-        picture, whose pixels are in [0, 1].
+        It is also 1 if it would be at most `least`: dividing by 1e-8 would make the values of real
+        pictures, whose pixels are in [0, 1], huge.
         """
         if kind == "none":
             return 1.0
@@ -426,7 +427,7 @@ def _groups(frames: Tensor) -> Groups:
 
 
 def _cut(planes: Tensor, frame: Frame) -> Tensor:
-    """A view of planes (N, C, H, W) inside a frame; planes of one number are returned whole."""
+    """A view of planes (N, C, H, W) inside a frame; planes of one number are returned unchanged."""
     if planes.shape[2:] == (1, 1):
         return planes
     top, left, height, width = frame

@@ -1,4 +1,4 @@
-"""The index of a tar shard: where the bytes of its images are.
+"""The index of a tar shard: the positions of its images in the file.
 
 A shard is scanned once, header by header; its images can then be read in any order. Nothing is
 skipped silently. Python's tarfile stops at a header that it does not understand, and GNU tar at the
@@ -52,15 +52,15 @@ class Member:
 
 @dataclass(frozen=True)
 class Damage:
-    """A damaged place in a shard, described in one line."""
+    """A damaged part of a shard, described in one line."""
 
     message: str
 
 
 def read_index(shard: Path, name: str) -> Iterator[Member | Damage]:
-    """The images of an uncompressed tar file in order, and the places that are damaged.
+    """The images of an uncompressed tar file in order, and its damaged parts.
 
-    name: of the shard, for messages. After a damaged place, reading continues at the next valid
+    name: of the shard, for messages. After a damaged part, reading continues at the next valid
     header. Raises OSError if the disk fails.
     """
     contents: dict[str, Content | str | None] = {}
@@ -128,42 +128,42 @@ def _is_image(path: str) -> bool:
 
 
 def _content(shard: Path, name: str, member: tarfile.TarInfo) -> Content | str:
-    """The bytes of a member, or the problem with their places in the file."""
+    """The bytes of a member, or the problem with their positions in the file."""
     if not member.issparse():
         parts = ((0, member.offset_data, member.size),)
         return Content(shard, name, parts, member.size)
-    parts, place, stored = [], 0, 0
+    parts, stored_end, stored = [], 0, 0
     for offset, length in member.sparse:
         if length == 0:
             continue
-        if length < 0 or offset < place or offset + length > member.size:
+        if length < 0 or offset < stored_end or offset + length > member.size:
             return "a sparse file whose parts overlap or lie outside it"
         parts.append((offset, member.offset_data + stored, length))
-        place, stored = offset + length, stored + length
+        stored_end, stored = offset + length, stored + length
     if member.size - stored > MAX_HOLES:
         return f"a sparse file of {member.size} bytes, {stored} of them stored"
     return Content(shard, name, tuple(parts), member.size)
 
 
 class _Archive(tarfile.TarFile):
-    """A tar file whose headers are read by position, so that it does not stop by itself."""
+    """A tar file whose headers are read by position, because tarfile stops at damage."""
 
     def next(self) -> None:
         """Disabled, since tarfile would decide where the archive ends."""
 
-    def member_at(self, place: int) -> tuple[tarfile.TarInfo, int]:
+    def member_at(self, position: int) -> tuple[tarfile.TarInfo, int]:
         """The member whose header begins at a position, and the position of the next; TarError."""
-        self._check_extended(place)
-        self.offset = place
-        self.fileobj.seek(place)
+        self._check_extended(position)
+        self.offset = position
+        self.fileobj.seek(position)
         member = self.tarinfo.fromtarfile(self)
-        if member.size < 0 or self.offset <= place:
+        if member.size < 0 or self.offset <= position:
             raise tarfile.ReadError("a size below zero")
         return member, self.offset
 
-    def _check_extended(self, place: int) -> None:
+    def _check_extended(self, position: int) -> None:
         for _ in range(MAX_EXTENDED):
-            self.fileobj.seek(place)
+            self.fileobj.seek(position)
             block = self.fileobj.read(BLOCK)
             # The byte of the type; most headers need no further check here.
             if block[156:157] not in EXTENDED:
@@ -171,12 +171,12 @@ class _Archive(tarfile.TarFile):
             header = tarfile.TarInfo.frombuf(block, self.encoding, self.errors)
             if not 0 <= header.size <= MAX_EXTENDED_SIZE:
                 raise tarfile.ReadError(f"an extended header of {header.size} bytes")
-            place += BLOCK + -(-header.size // BLOCK) * BLOCK
+            position += BLOCK + -(-header.size // BLOCK) * BLOCK
         raise tarfile.ReadError(f"more than {MAX_EXTENDED} extended headers in a row")
 
 
 def _walk(shard: Path) -> Iterator[tarfile.TarInfo | Damage]:
-    """All members of a shard in order, and the damaged places between them."""
+    """All members of a shard in order, and the damaged parts between them."""
     try:
         size = check_file(shard)
         if size == 0:
@@ -189,67 +189,67 @@ def _walk(shard: Path) -> Iterator[tarfile.TarInfo | Damage]:
         open(shard, "rb") as file,
         _Archive(fileobj=file, encoding="utf-8", errors="surrogateescape") as archive,
     ):
-        start = place = 0
-        before = ""
+        start = position = 0
+        suffix = ""
         while True:
-            zeros = _zeros(file, place, size)
-            if place + zeros >= size:
+            zeros = _zeros(file, position, size)
+            if position + zeros >= size:
                 if zeros == 0:
                     yield Damage(
-                        f"ends at byte {size}{before} without an end-of-archive mark: it may be "
+                        f"ends at byte {size}{suffix} without an end-of-archive mark: it may be "
                         "truncated"
                     )
                 return
             if zeros:
-                end = place
-                place += zeros
-                joined = (place - start) % RECORD == 0 or zeros == 2 * BLOCK
-                if joined and _is_header(archive, file, place):
+                end = position
+                position += zeros
+                joined = (position - start) % RECORD == 0 or zeros == 2 * BLOCK
+                if joined and _is_header(archive, file, position):
                     logger.warning(
                         "%s: another archive follows the end of the first, at byte %d; both are "
                         "read",
-                        *(shown_name(shard), place),
+                        *(shown_name(shard), position),
                     )
-                    start = place
+                    start = position
                 else:
                     yield Damage(
-                        f"is damaged at byte {end}{before}: zeros where a header should be, and "
-                        f"other bytes after them, at byte {place}"
+                        f"is damaged at byte {end}{suffix}: zeros where a header should be, and "
+                        f"other bytes after them, at byte {position}"
                     )
-                    place = _next_header(archive, file, place, size)
-                    if place is None:
+                    position = _next_header(archive, file, position, size)
+                    if position is None:
                         return
             try:
-                member, following = archive.member_at(place)
+                member, following = archive.member_at(position)
             except Exception as error:  # of any kind: tarfile does not expect damaged files
-                what = f"is damaged at byte {place}{before}"
-                if place == 0:
+                what = f"is damaged at byte {position}{suffix}"
+                if position == 0:
                     what = NOT_A_SHARD
                 yield Damage(f"{what}: {reason(error)}")
-                place = _next_header(archive, file, place + BLOCK, size)
-                if place is None:
+                position = _next_header(archive, file, position + BLOCK, size)
+                if position is None:
                     return
                 continue
-            before = f", after {shown_name(member.name)}"
+            suffix = f", after {shown_name(member.name)}"
             yield member
             if following > size:
                 yield Damage(
                     f"ends {following - size} bytes too early, inside {shown_name(member.name)}"
                 )
-                place = _next_header(archive, file, member.offset_data, size)
-                if place is None:
+                position = _next_header(archive, file, member.offset_data, size)
+                if position is None:
                     return
                 continue
-            place = following
+            position = following
 
 
-def _zeros(file, place: int, size: int) -> int:
+def _zeros(file, position: int, size: int) -> int:
     """The number of zero bytes at a position, in whole blocks or a part of one at the end."""
-    file.seek(place)
+    file.seek(position)
     if file.read(BLOCK).strip(b"\0"):
         return 0
-    file.seek(place)
-    done = place
+    file.seek(position)
+    done = position
     while chunk := file.read(CHUNK):
         if chunk.count(0) == len(chunk):
             done += len(chunk)
@@ -257,27 +257,27 @@ def _zeros(file, place: int, size: int) -> int:
         first = len(chunk) - len(chunk.lstrip(b"\0"))
         done += first // BLOCK * BLOCK
         break
-    return done - place
+    return done - position
 
 
-def _next_header(archive: _Archive, file, place: int, size: int) -> int | None:
+def _next_header(archive: _Archive, file, position: int, size: int) -> int | None:
     """The position of the next valid header at or after this one; None if there is none."""
-    while place < size:
-        file.seek(place)
+    while position < size:
+        file.seek(position)
         chunk = file.read(CHUNK)
         # Only POSIX and GNU headers contain this word, which is fast to find.
         begin = chunk.find(b"ustar")
         while begin >= 0:
             block, within = divmod(begin, BLOCK)
-            if within == 257 and _is_header(archive, file, place + block * BLOCK):
-                return place + block * BLOCK
+            if within == 257 and _is_header(archive, file, position + block * BLOCK):
+                return position + block * BLOCK
             begin = chunk.find(b"ustar", begin + 1)
-        place += CHUNK
+        position += CHUNK
     return None
 
 
-def _is_header(archive: _Archive, file, place: int) -> bool:
-    file.seek(place)
+def _is_header(archive: _Archive, file, position: int) -> bool:
+    file.seek(position)
     try:
         tarfile.TarInfo.frombuf(file.read(BLOCK), archive.encoding, archive.errors)
     except tarfile.TarError:

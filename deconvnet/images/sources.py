@@ -1,4 +1,4 @@
-"""Where images come from: photographs, a folder, a list of paths, tar shards, torchvision.
+"""Sources of images: photographs, a folder, a list of paths, tar shards, torchvision.
 
 A source yields items in an order that depends on nothing but the settings; `datasets` reads them.
 """
@@ -23,7 +23,7 @@ from deconvnet.images.torchvision_source import torchvision_items
 
 SOURCES = ("photographs", "folder", "list", "shards", "torchvision")
 
-# Bytes of a list that are read first, to see whether it is a text file.
+# Bytes of a list that are read first, to check that it is a text file.
 TEXT_PROBE = 1 << 20
 
 
@@ -104,7 +104,7 @@ class DataSettings:
 def without_download(settings: DataSettings) -> DataSettings:
     """The same settings without data.download.
 
-    For settings from a file, such as a checkpoint: only the command that a user types may start a
+    For settings from a file, such as a checkpoint: only a command that the user types may start a
     download.
     """
     return replace(settings, download=False)
@@ -170,17 +170,17 @@ def _read_text(file: Path, path: str) -> str:
 def _shard_items(path: str, *, skip: bool) -> Iterator[Item]:
     """The images in a .tar file, or in those of a folder, sorted by name; each in its own order.
 
-    Each shard is scanned once for the places of its images, which can then be read in any order
+    Each shard is scanned once for the positions of its images, which can then be read in any order
     without unpacking the shard. skip: yield an unreadable item for damage instead of raising.
     """
-    place = user_path(path)
-    is_folder = os.path.isdir(place)
-    shards = files_in(path, (".tar",)) if is_folder else [place]
+    root = user_path(path)
+    is_folder = os.path.isdir(root)
+    shards = files_in(path, (".tar",)) if is_folder else [root]
     if not shards:
         raise ValueError(f"{assignment(path)}: no .tar file in this folder")
     count = 0
     for shard in shards:
-        name = shard.relative_to(place).as_posix() if is_folder else shard.name
+        name = shard.relative_to(root).as_posix() if is_folder else shard.name
         try:
             for member in read_index(shard, name):
                 count += 1

@@ -53,7 +53,7 @@ def torchvision_items(settings: DataSettings) -> Iterator[Item]:
             failure += " with data.download=true"
             remedy = f"put the files under data.path={settings.path} if they cannot be fetched"
         raise ValueError(f"{failure}: {reason(error)}; {remedy}") from error
-    # Data sets made of a folder have files, whose bytes identify them without decoding.
+    # DatasetFolder has files, whose bytes identify the images without decoding.
     files = samples.samples if isinstance(samples, datasets.DatasetFolder) else None
     for index in range(count):
         read = partial(_read_image, samples, index, settings.dataset)
@@ -63,7 +63,7 @@ def torchvision_items(settings: DataSettings) -> Iterator[Item]:
 
 
 def _arguments(dataset_class: type, settings: DataSettings) -> dict[str, Any]:
-    """The arguments of this class and of its bases, to which EMNIST and others pass them on."""
+    """The arguments of this class and its bases, since EMNIST and others pass arguments on."""
     parameters = {
         name
         for base in dataset_class.__mro__
@@ -77,7 +77,7 @@ def _arguments(dataset_class: type, settings: DataSettings) -> dict[str, Any]:
     if "download" in parameters:
         arguments["download"] = settings.download
     if "loader" in parameters:
-        # Files are read as those of a folder are: upright, and of the same formats.
+        # Read files as in a folder: with the same formats and the EXIF orientation applied.
         arguments["loader"] = read_image
     if settings.split is not None:
         key = next((key for key in ("split", "image_set", "train") if key in parameters), None)

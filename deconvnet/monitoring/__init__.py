@@ -1,1 +1,1 @@
-"""What a run reports while it works: progress, TensorBoard, metrics.jsonl."""
+"""Reports of a run in progress: progress bar, log, TensorBoard, metrics.jsonl."""

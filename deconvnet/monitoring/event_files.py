@@ -1,11 +1,11 @@
-"""The event files of TensorBoard: how they are named and written.
+"""Naming and writing of TensorBoard event files.
 
 TensorBoard reads the files of a folder in the order of their names, which begin with the time. The
 file of a resumed run hides the events of earlier files beyond the step at which it resumes. If the
-clock was set back, the newest file would be read first, and the older ones would hide it. So no
-file gets a name with an earlier time than an existing one.
+clock was set back, the newest file would be read first, and the older ones would hide it. Therefore
+no file gets a name with an earlier time than an existing one.
 
-Events are written at once, by the caller, so a full disk raises an error immediately.
+Events are written immediately, in the caller's thread, so a full disk raises an error at once.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def event_writer(folder: Path, purge_step: int | None = None) -> SummaryWriter:
 
 
 class _EventFile:
-    """What SummaryWriter needs of its FileWriter, without that one's queue and thread."""
+    """The parts of FileWriter that SummaryWriter needs, without its queue and thread."""
 
     def __init__(self, folder: Path, purge_step: int | None) -> None:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
@@ -54,7 +54,7 @@ class _EventFile:
         self._event = Event
         folder.mkdir(parents=True, exist_ok=True)
         begin = _begin(folder)
-        # Continue from there, however far behind the clock is.
+        # Continue from this time, even if the clock is behind it.
         self._ahead = max(0.0, begin - time.time())
         name = f"{begin:010d}.{socket.gethostname()}.{os.getpid()}.{next(_serial)}"
         self.path = folder / f"events.out.tfevents.{name}"
@@ -85,7 +85,7 @@ class _EventFile:
 
 
 def _begin(folder: Path) -> int:
-    """The time in seconds to name a new file by: now, or just after the newest file."""
+    """The time in seconds for the name of a new file: now, or just after the newest file."""
     names = (_NAME.fullmatch(path.name) for path in folder.iterdir())
     newest = max((int(name[1]) for name in names if name), default=-1)
     return max(int(time.time()), newest + 1)

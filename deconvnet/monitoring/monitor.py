@@ -1,11 +1,11 @@
-"""What a user sees of a run in progress: progress bar, log, TensorBoard page and pictures.
+"""Reports of a run in progress: progress bar, log, TensorBoard page and pictures.
 
-On a terminal, a bar shows the progress of a layer and the statistics of the last epoch, as far as
-there is room. The log has a line for an epoch every few seconds, in the log file of the run and, if
-there is no bar, on the terminal.
+On a terminal, a bar shows the progress of a layer and, space permitting, the statistics of the last
+epoch. Every few seconds the statistics of an epoch are logged, to the log file of the run and, if
+there is no bar, to the terminal.
 
-One global step, the number of filter updates since the run began, orders everything on the page.
-Resuming a run hides what the interrupted one wrote after the step from which it resumes.
+All events on the page are ordered by one global step, the number of filter updates since the run
+began. Resuming a run hides the events of the interrupted run after the step from which it resumes.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ class Monitor:
             self._writer.close()
 
     def _report_epoch(self, stats: EpochStats) -> None:
-        """Show the statistics of an epoch next to the bar, and in the log now and then."""
+        """Show the statistics of an epoch next to the bar, and every few seconds in the log."""
         text = (
             f"objective {stats.objective:.1f}, SNR {stats.snr:.1f} dB, density {stats.density:.1%}"
         )
@@ -205,7 +205,7 @@ class Monitor:
 
 
 def hidden(progress: bool) -> bool | None:
-    """The argument `disable` of a tqdm bar; None hides it where the output is not a terminal."""
+    """The argument `disable` of a tqdm bar; None hides it if the output is not a terminal."""
     return None if progress else True
 
 

@@ -1,4 +1,4 @@
-"""What is recorded of a run: statistics of its epochs, layers and inference."""
+"""Statistics of the epochs, layers and inference of a run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class RankLoad:
-    """What an epoch cost one process.
+    """Time and memory of an epoch in one process.
 
     seconds: by phase; memory: the peak memory of the process so far in MB, on a GPU that of the
     GPU.
@@ -22,9 +22,9 @@ class EpochStats:
     """Statistics of one epoch of a layer, over all images, each at the time of its visit.
 
     reconstruction, sparsity: the two terms of the objective, means per image; snr: in dB, 10 log10
-    of the energy of what the layer explains over the energy of the error; density: fraction of
-    non-zero coefficients; dead: number of filters that no map uses; double: number of filters that
-    duplicate another; loads: one per rank.
+    of the energy of the layer's target over the energy of the error; density: fraction of non-zero
+    coefficients; dead: number of filters that no map uses; double: number of filters that duplicate
+    another; loads: one per rank.
     """
 
     layer: int

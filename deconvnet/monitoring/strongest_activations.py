@@ -1,4 +1,4 @@
-"""The strongest activation of each map while a layer learns, from which its pictures are made.
+"""Tracking of the strongest activation of each map while a layer learns, for its pictures.
 
 N images · K maps · H, W size of a map     z maps (N, K, H, W)
 """
@@ -53,9 +53,9 @@ class Peaks:
     @classmethod
     def none(cls, like: Tensor) -> Peaks:
         """The peaks before any image, for maps like these (N, K, H, W)."""
-        nowhere = torch.full((like.shape[1],), -1, device=like.device)
+        unset = torch.full((like.shape[1],), -1, device=like.device)
         values = like.new_zeros(like.shape[1])
-        return cls(values, nowhere, nowhere, nowhere, torch.zeros_like(values, dtype=torch.bool))
+        return cls(values, unset, unset, unset, torch.zeros_like(values, dtype=torch.bool))
 
     def updated(self, z: Tensor, images: Tensor, first: Region) -> Peaks:
         """The peaks after the maps z (N, K, H, W) of further images, numbered `images` (N,)."""

@@ -1,1 +1,1 @@
-"""A deconvolutional network: layers, inference, codes and reconstruction."""
+"""Deconvolutional networks: layers, inference, codes and reconstruction."""

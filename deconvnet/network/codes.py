@@ -1,4 +1,4 @@
-"""The result of inference: the maps of every layer for a batch of images.
+"""Codes, the result of inference: the maps of every layer for a batch of images.
 
 N images · K maps · H, W size of a map · C channels of the images
 """
@@ -23,9 +23,9 @@ class LayerCodes:
 
     pooled: the maps after pooling (z itself if there is none); switches: the positions of the
     maxima, as `pooling.max_pool` returns them (None if there is no pooling); shape: (K, H, W) of z;
-    reconstruction, sparsity: (N,) float64, the two terms of the objective; dense: z, kept only if
-    pooling lost some of it. If the switches were inferred with the maps, pooling loses nothing, and
-    with 3x3x3 windows the codes take a ninth of the memory of z.
+    reconstruction, sparsity: (N,) float64, the two terms of the objective; dense: z, stored only if
+    pooling dropped coefficients. If the switches were inferred with the maps, pooling drops none,
+    and with 3x3x3 windows the codes take a ninth of the memory of z.
     """
 
     pooled: Tensor
@@ -88,7 +88,7 @@ class LayerCodes:
 class Codes:
     """The maps of every layer for a batch of images.
 
-    y: (N, C, H, W), the preprocessed images; record: what the inverse of preprocessing needs.
+    y: (N, C, H, W), the preprocessed images; record: for the inverse of the preprocessing.
     """
 
     layers: tuple[LayerCodes, ...]

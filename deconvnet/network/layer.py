@@ -31,7 +31,7 @@ from deconvnet.sparse_coding.prior import Prior, check_exponent
 from deconvnet.sparse_coding.problem import Solution, SolverSettings
 from deconvnet.sparse_coding.solve import Callback, solve
 from deconvnet.support.renaming import with_current_names
-from deconvnet.support.validation import check_settings, positive, whole
+from deconvnet.support.validation import as_positive_integer, as_positive_number, check_settings
 
 TARGETS = ("maps", "image", "both")
 POOLINGS = ("after", "in_loop")
@@ -49,7 +49,7 @@ class LayerSettings:
     num_maps: int
     # side of the square filters, in pixels of the layer's input
     filter_size: int = 7
-    # weight of the reconstruction against the sparsity; larger is less sparse
+    # weight of the reconstruction relative to the sparsity; larger values give less sparse maps
     lam: float = 2.0
     # exponent of the sparse prior sum |z|^p, 0 to 1
     p: float = 1.0
@@ -88,12 +88,12 @@ class LayerSettings:
             # A configuration may still hold text here, such as an interpolation.
             if not isinstance(value := getattr(self, key), str):
                 square = ", since filters are square" if key == "filter_size" else ""
-                value = whole(value, key, square)
+                value = as_positive_integer(value, key, square)
                 if value > MAX_SIZE:
                     raise ValueError(f"{key}={value}: must be at most {MAX_SIZE}")
                 setattr(self, key, value)
         for key in ("lam", "image_weight"):
-            setattr(self, key, positive(getattr(self, key), key))
+            setattr(self, key, as_positive_number(getattr(self, key), key))
         check_settings(self.solver, SolverSettings, "solver", optional=False)
         check_settings(self.learning, LearningSettings, "learning", optional=False)
         check_exponent(self.p)
@@ -151,10 +151,10 @@ class LayerSettings:
 
 @dataclass(frozen=True)
 class LayerProblem:
-    """What the maps z of a layer reconstruct: they minimise lam/2 ||T F z - b||^2 + sum |z|^p.
+    """The problem that the maps z of a layer solve: minimise lam/2 ||T F z - b||^2 + sum |z|^p.
 
-    b: (N, C, H, W), or (N, numbers, 1, 1) where maps and image are stacked. T: from F z, which lies
-    in the space of the layer's input, to the space of b.
+    b: (N, C, H, W), or (N, numbers, 1, 1) if maps and image are stacked. T: from F z, which is in
+    the space of the layer's input, to the space of b.
     """
 
     b: Tensor
@@ -197,7 +197,7 @@ class Layer(nn.Module):
 
     @property
     def constraint(self) -> FilterConstraint:
-        """What the filters satisfy, by the settings and the connectivity."""
+        """The constraint on the filters, from the settings and the connectivity."""
         return self.settings.learning.constraint(self.g)
 
     def set_filters(self, f: Tensor) -> None:
@@ -216,11 +216,11 @@ class Layer(nn.Module):
             spread = Spread()
             spread.add(pooled)
             pooled = spread
-        # Maps have the units of the data, so even tiny values are not rounding errors.
+        # Maps have the units of the data, so even tiny values need not be rounding errors.
         self.scale.fill_(pooled.scale(self.settings.scale, least=0.0))
 
     def initialize(self, b: Tensor, generator: torch.Generator) -> None:
-        """Set the initial filters as the settings say, from the layer's input b (N, C, H, W)."""
+        """Set the initial filters of the settings, from the layer's input b (N, C, H, W)."""
         settings, learning = self.settings, self.settings.learning
         f = initial_filters(
             settings.num_maps,
@@ -246,9 +246,9 @@ class Layer(nn.Module):
         training: bool = False,
         callback: Callback | None = None,
     ) -> Solution:
-        """The maps that minimise the objective of the problem, as `solve` finds them.
+        """The maps that minimise the objective of the problem, inferred by `solve`.
 
-        settings: of the solver, by default those of the layer; the other arguments as of `solve`.
+        settings: of the solver, by default those of the layer; other arguments as for `solve`.
         """
         return solve(
             problem.T @ self.operator(),
@@ -263,7 +263,7 @@ class Layer(nn.Module):
         )
 
     def codes(self, solution: Solution) -> LayerCodes:
-        """The codes of a solution: its maps, pooled as the settings say."""
+        """The codes of a solution: its maps, pooled according to the settings."""
         z, pool = solution.z, self.settings.pool
         cost = (solution.reconstruction, solution.sparsity)
         shape = tuple(z.shape[1:])
@@ -319,10 +319,10 @@ def _connectivity(kind: str, num_maps: int, channels: int, generator: torch.Gene
         ]
         if len(chosen) != num_maps:
             count = {"singles": channels, "doubles": math.comb(channels, 2)}
-            needed = count.get(kind, channels + math.comb(channels, 2))
+            required = count.get(kind, channels + math.comb(channels, 2))
             raise ValueError(
                 f"num_maps={num_maps}: connectivity={kind} over {channels} input channels makes "
-                f"{needed} filters"
+                f"{required} filters"
             )
     g = torch.zeros(num_maps, channels, dtype=torch.float32)
     for k, connected in enumerate(chosen):

@@ -1,4 +1,4 @@
-"""How close an estimate is to a reference, in decibels."""
+"""SNR and PSNR of an estimate, in decibels."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def snr(reference: Tensor, estimate: Tensor) -> float:
 def psnr(reference: Tensor, estimate: Tensor) -> Tensor:
     """10 log10(1 / mean squared error) in dB of every image (N,), for pixels in [0, 1].
 
-    reference, estimate: (N, C, H, W); inf where the two are equal.
+    reference, estimate: (N, C, H, W); inf if the two are equal.
     """
     return -10 * (reference.double() - estimate.double()).square().mean((1, 2, 3)).log10()
 

@@ -36,16 +36,16 @@ from deconvnet.storage.network_files import load_network, save_network
 from deconvnet.support.renaming import with_current_names
 from deconvnet.support.seeding import seeded_generator
 from deconvnet.support.torch_modes import default_device, plain
-from deconvnet.support.validation import as_tensor, whole
+from deconvnet.support.validation import as_positive_integer, as_tensor
 
 Progress = Callable[[int, int], None]
 
-# `kind` in the settings of a file that `Learned.save` wrote, which holds filters and no network.
+# `kind` in the settings of a file written by `Learned.save`, which contains filters, no network.
 FILTERS = "filters"
 
 
 class DeconvNet(nn.Module):
-    """A stack of layers on top of a preprocessing; buffers hold all of its state."""
+    """A stack of layers on top of a preprocessing; its state is entirely in buffers."""
 
     def __init__(
         self,
@@ -105,13 +105,13 @@ class DeconvNet(nn.Module):
         """The sparse maps of images, layer by layer.
 
         images: (N, 1 or 3, H, W) float in [0, 1], at least as large as the filters. frames: (N, 4)
-        int64, the place of each picture in its square, as `load_images` returns them. depth: number
+        int64, the frame of each picture in its square, as returned by `load_images`. depth: number
         of layers (None: all; 0: only preprocess). chunk: images at a time, which bounds memory and
         changes results by rounding only. progress(done, total) is called after every chunk.
         """
         images = as_tensor(images, "images")
         frames = None if frames is None else as_tensor(frames, "frames")
-        chunk = whole(chunk, "chunk")
+        chunk = as_positive_integer(chunk, "chunk")
         if images.numel() == 0:
             raise ValueError(f"images must not be empty, got the shape {tuple(images.shape)}")
         depth = self._checked_number("depth", self.depth if depth is None else depth, least=0)
@@ -155,7 +155,7 @@ class DeconvNet(nn.Module):
         return codes.layer(number - 1).pooled[images] / self.layer(number).scale
 
     def layer_problem(self, codes: Codes, number: int, images: Images = ALL) -> LayerProblem:
-        """What the maps of layer `number` solve, given the codes of the layers below."""
+        """The problem that the maps of layer `number` solve, given the codes of layers below."""
         settings = self.layer(number).settings
         if number == 1 or settings.target == "maps":
             return LayerProblem(self.layer_input(codes, number, images))
@@ -163,10 +163,10 @@ class DeconvNet(nn.Module):
         if settings.target == "image":
             return LayerProblem(y, decoder)
         maps = self.layer_input(codes, number, images)
-        both = VerticalStack(
+        stack = VerticalStack(
             [Identity(), decoder], [1.0, settings.image_weight**0.5], [maps.shape, y.shape]
         )
-        return LayerProblem(both.join([maps, y]), both)
+        return LayerProblem(stack.join([maps, y]), stack)
 
     def decoder(self, codes: Codes, number: int, images: Images = ALL) -> LinearOperator:
         """D_l: input of layer `number` -> preprocessed images, with the switches of these codes.
@@ -187,7 +187,7 @@ class DeconvNet(nn.Module):
 
     @plain
     def synthesize(self, codes: Codes, layer: int, *, chunk: int = 8) -> Tensor:
-        """R_l z_l (N, C, H, W), the preprocessed images as the maps of one layer represent them.
+        """R_l z_l (N, C, H, W), the preprocessed images reconstructed from the maps of one layer.
 
         chunk: images at a time, which bounds memory.
         """
@@ -230,16 +230,16 @@ class DeconvNet(nn.Module):
 
     def load_parts(self, tensors: dict[str, Tensor]) -> None:
         """Load the tensors of a network with the same settings and possibly another depth."""
-        own = self.state_dict()
-        self.load_state_dict({name: tensors.get(name, own[name]) for name in own})
+        current = self.state_dict()
+        self.load_state_dict({name: tensors.get(name, current[name]) for name in current})
 
     @classmethod
     def from_parts(
         cls, tensors: dict[str, Tensor], settings: dict, source: str | Path = "network"
     ) -> DeconvNet:
-        """The network that `to_parts` returned, with settings under current or old names.
+        """The network with the tensors and settings of `to_parts`; old names of keys are accepted.
 
-        source: the file they come from, for warnings about old names.
+        source: the file that they come from, for warnings about old names.
         """
         layers = [
             LayerSettings.from_dict(fields, f"{source}: layer{number}")
@@ -284,7 +284,7 @@ def load(path: str | Path) -> DeconvNet:
 
 
 def restore_network(source: str | Path, tensors: dict[str, Tensor], settings: dict) -> DeconvNet:
-    """`DeconvNet.from_parts` of the content of a file; InvalidFileError if it is no network."""
+    """`DeconvNet.from_parts` of the content of a file; InvalidFileError if it is not a network."""
     if isinstance(settings, dict) and settings.get("kind") == FILTERS:
         raise InvalidFileError(
             f"{source}: holds filters of learn_filters or learn_online, not a network; use "
@@ -295,13 +295,13 @@ def restore_network(source: str | Path, tensors: dict[str, Tensor], settings: di
             if not torch.isfinite(tensor).all():
                 raise ValueError(f"{name} is not finite")
         return DeconvNet.from_parts(tensors, settings, source)
-    except Exception as error:  # settings of any type and size may go wrong anywhere
+    except Exception as error:  # invalid settings may fail anywhere
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InvalidFileError(f"{source}: not a network of this version ({reason})") from None
 
 
 def _check_shape(tensors: dict[str, Tensor], name: str, shape: tuple[int | None, ...]) -> None:
-    """Raise ValueError if a tensor has another shape than the settings say; None: any size."""
+    """Raise ValueError if the shape of a tensor contradicts the settings; None: any size."""
     actual = tuple(tensors[name].shape)
     fits = len(actual) == len(shape) and all(
         expected in (None, size) for size, expected in zip(actual, shape, strict=True)

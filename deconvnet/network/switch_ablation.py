@@ -14,20 +14,20 @@ from deconvnet.network.network import DeconvNet
 from deconvnet.operators.pooling import UNPOOLINGS
 from deconvnet.support.torch_modes import plain
 
-# What each unpooling does with a pooled value.
+# Where each unpooling puts a pooled value.
 DESCRIPTIONS = {
-    "switches": "at the place and in the map of its maximum",
-    "no_map": "at the place of the maximum, in all maps of its group",
-    "no_place": "in the map of the maximum, at all places of the window",
+    "switches": "at the position and in the map of the maximum",
+    "no_map": "at the position of the maximum, in all maps of its group",
+    "no_place": "in the map of the maximum, at all positions of the window",
     "centre": "at the centre of the window, whatever the switch",
-    "average": "everywhere in the window, as average pooling has it",
+    "average": "everywhere in the window, as in average pooling",
     "everywhere": "everywhere in the window, the full value",
 }
 
 
 @dataclass(frozen=True)
 class SwitchAblation:
-    """Reconstruction from one layer with one kind of unpooling in all layers below it.
+    """Reconstruction from one layer with one unpooling in all layers below it.
 
     images: (N, C, H, W), the reconstructions in the preprocessed domain; snr: in dB, over all
     images. inferred: whether the maps were inferred again with this unpooling, or are those that
@@ -43,7 +43,7 @@ class SwitchAblation:
 
 @plain
 def ablate(net: DeconvNet, codes: Codes, *, chunk: int = 8) -> list[SwitchAblation]:
-    """All layers above the first with all unpoolings, in the order of UNPOOLINGS.
+    """Ablations of all layers above the first with all unpoolings, in the order of UNPOOLINGS.
 
     Maps are inferred again, `chunk` images at a time, only for layers that reconstruct the image:
     the maps of the others do not depend on the unpooling.
@@ -62,7 +62,7 @@ def ablate(net: DeconvNet, codes: Codes, *, chunk: int = 8) -> list[SwitchAblati
 
 @contextmanager
 def unpooling(net: DeconvNet, kind: str) -> Iterator[None]:
-    """Use another kind of unpooling in all layers of the network within a `with` block."""
+    """Use another unpooling in all layers of the network within a `with` block."""
     previous = [layer.settings for layer in net.layers]
     try:
         for layer in net.layers:

@@ -1,19 +1,19 @@
-"""Inference for images too large for memory: in overlapping tiles.
+"""Inference of images that are too large for memory, in overlapping tiles.
 
 On a CPU, layer 1 needs no tiles: `whole_image` solves it for the whole image and stores only its
-non-zero coefficients. Ties between nearly equal maxima of a window are then resolved in one way
-for all layers above, wherever tiles begin.
+non-zero coefficients. Ties between nearly equal maxima of a window are then resolved in the same
+way for all layers above, wherever tiles begin.
 
-The layers above couple all positions of an image, but distant ones hardly matter: the influence of
-a pixel falls off within a few times the reach of the filters. So each tile is inferred together
-with a margin of its surroundings, and adjacent tiles are blended over their overlap, which leaves
-no seams. Tiles begin where pooling windows begin, so that no window is cut. If layer 1 cannot be
-solved sparsely (p < 1, pooling in the loop, or on a GPU), it is inferred in the same tiles.
+The layers above couple all positions of an image, but the influence of a pixel decays within a few
+times the reach of the filters. Each tile is therefore inferred together with a margin of its
+surroundings, and adjacent tiles are blended over their overlap, which leaves no seams. Tiles begin
+where pooling windows begin, so that no window is cut. If layer 1 cannot be solved sparsely (p < 1,
+pooling in the loop, or on a GPU), it is inferred in the same tiles.
 
 Each tile is inferred by `network` as any image is; this module chooses the size of the tiles and
 combines their results.
 
-    memory: in GiB, in addition to what the program itself takes
+    memory: in GiB, in addition to the memory of the program itself
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ MEMORY = 4.0
 # The margin of a tile, as a multiple of the reach of all filters.
 MARGIN_FACTOR = 6
 # Bytes per coefficient of the maps of a layer during inference, by solver, and per coefficient of
-# the maps below that are held meanwhile. Rounded up from measurements at 400x400 (ADMM, FISTA,
-# coordinate descent; the other methods use the same numbers).
+# the maps below that are held at the same time. Rounded up from measurements at 400x400 (ADMM,
+# FISTA, coordinate descent; the other methods use the same numbers).
 MAP_BYTES = {"admm": 60, "half_quadratic": 60, "fista": 80, "ista": 80, "coordinate": 64}
 HELD_MAP_BYTES = 24
 # Bytes per position and pair of input channels, for the systems that the z-step of ADMM solves.
@@ -79,7 +79,7 @@ def tiles(size: tuple[int, int], side: int, margin: int, step: int) -> list[Tile
     """Tiles of at most side x side pixels, margins included, that cover an image of H x W pixels.
 
     Neighbours overlap by two margins and are blended over the middle half of the overlap. All tiles
-    begin at multiples of `step`. Raises ValueError if the margins leave nothing of a tile.
+    begin at multiples of `step`. Raises ValueError if the margins fill a tile entirely.
     """
     margin = step * -(-margin // step)
     inner = (side - 2 * margin) // step * step
@@ -140,7 +140,7 @@ def reconstruct(
 
     images: (N, 1 or 3, H, W) in [0, 1], processed one by one. An image that fits is inferred as a
     whole and equals `net.reconstruct` of `net.infer` bit for bit. A larger one is inferred in
-    tiles; docs/restoration.md says how close that comes. Raises ValueError before any work if even
+    tiles; docs/restoration.md gives the error of this. Raises ValueError before any work if even
     the smallest tiles do not fit. progress(done, total) is called after every tile of every image.
     """
     layer = net.depth if layer is None else layer
@@ -148,9 +148,9 @@ def reconstruct(
     if len(images) == 0:
         raise ValueError("0 images: must be at least 1")
     size = tuple(images.shape[2:])
-    whole = fits(net, size, layer, memory)
-    layout = [Tile.whole(*size)] if whole else plan_image(net, size, layer, memory)
-    reconstruct_image = _reconstruct_whole if whole else _reconstruct_in_tiles
+    in_one_piece = fits(net, size, layer, memory)
+    layout = [Tile.whole(*size)] if in_one_piece else plan_image(net, size, layer, memory)
+    reconstruct_image = _reconstruct_whole if in_one_piece else _reconstruct_in_tiles
     parts = []
     for n, image in enumerate(images.split(1)):
 
@@ -267,8 +267,8 @@ def plan(
 ) -> list[Tile]:
     """The tiles in which layers `first` to `depth` infer an image of H x W pixels in `memory` GiB.
 
-    One tile if the image fits. planes: in GiB, what is needed in addition to the maps (None: for
-    the image planes). If even the smallest tiles do not fit, the ValueError says what they need.
+    One tile if the image fits. planes: in GiB, the memory needed in addition to the maps (None: for
+    the image planes). If even the smallest tiles do not fit, the ValueError gives their memory.
     """
     check_memory(memory)
     net.check_size(size, depth)
@@ -285,12 +285,12 @@ def plan(
     needed = (planes + per_pixel * smallest) / GIB
     if needed > memory:
         raise_too_large(size, needed, memory)
-    whole = (planes + per_pixel * size[0] * size[1]) / GIB
+    whole_memory = (planes + per_pixel * size[0] * size[1]) / GIB
     for number, layer in enumerate(layers, 1):
         if layer.settings.boundary == "circular":
             raise ValueError(
                 f"layer{number}.boundary=circular: an image of {size[0]}x{size[1]} pixels needs "
-                f"{whole:.1f} GiB, memory={memory:g} allows "
+                f"{whole_memory:.1f} GiB, memory={memory:g} allows "
                 "less, and an image that wraps around cannot be split into tiles"
             )
     side = int(math.sqrt((memory * GIB - planes) / per_pixel))
@@ -308,21 +308,21 @@ def tile_margin(layers: list[Layer]) -> tuple[int, int]:
 
 
 def bytes_per_pixel(layers: list[Layer], first: int = 1) -> int:
-    """Bytes per pixel of an image that inference of the layers from `first` on takes."""
-    peak, area, held = 0.0, 1, 0.0
+    """Bytes per pixel of an image that inference of layer `first` and those above takes."""
+    peak, area, coefficients_below = 0.0, 1, 0.0
     for number, layer in enumerate(layers, 1):
         settings = layer.settings
         coefficients = settings.num_maps / area
-        decoded = held if settings.target != "maps" else 0.0
+        decoded = coefficients_below if settings.target != "maps" else 0.0
         if number >= first:
             method = settings.solver.method
-            own = MAP_BYTES[method] * (coefficients + decoded)
+            layer_bytes = MAP_BYTES[method] * (coefficients + decoded)
             if method in ("admm", "half_quadratic"):
-                own += PAIR_BYTES * layer.filters.shape[1] ** 2 / area
-            peak = max(peak, own + HELD_MAP_BYTES * held)
+                layer_bytes += PAIR_BYTES * layer.filters.shape[1] ** 2 / area
+            peak = max(peak, layer_bytes + HELD_MAP_BYTES * coefficients_below)
         else:
             peak = max(peak, HELD_MAP_BYTES * coefficients)
-        held += coefficients
+        coefficients_below += coefficients
         area *= math.prod(settings.pool[1:]) if settings.pool else 1
     return int(peak)
 
@@ -334,7 +334,7 @@ def check_memory(memory: float) -> None:
 
 
 def raise_too_large(size: tuple[int, int], needed: float, memory: float) -> None:
-    """Raise a ValueError that says how much memory would be enough."""
+    """Raise a ValueError that gives the memory that would suffice."""
     raise ValueError(
         f"an image of {size[0]}x{size[1]} pixels needs {needed:.2f} GiB, memory={memory:g} allows "
         f"less: give memory={math.ceil(10 * needed) / 10:g} or more, or a smaller image"

@@ -1,10 +1,10 @@
-"""Sizes, receptive fields and overlaps of convolutions, and convolutions written out as matrices.
+"""Sizes, receptive fields and overlaps of convolutions, and convolutions as dense matrices.
 
-Everything is along one axis but the matrices. "Convolution" and "transposed convolution" are here
-what PyTorch calls so, with its stride, padding, dilation and output padding: the convolution is a
-correlation, without a flip, and its transpose pastes the kernel as it is stored
-(`docs/deconvolution.md` is a guide with pictures). The deconvolution of the sparse models, its own
-sizes and borders, is `deconvolve`; only `convolution_matrix` and `receptive_field` are about it.
+Everything except the matrices is along one axis. "Convolution" and "transposed convolution" are
+PyTorch's, with its stride, padding, dilation and output padding: the convolution is a correlation,
+without a flip, and its transpose pastes the unflipped kernel (`docs/deconvolution.md` is a guide
+with pictures). The deconvolution of the sparse models, which has other sizes and borders, is
+`deconvolve`; only `convolution_matrix` and `receptive_field` refer to it.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def convolution_size(
 ) -> int:
     """Outputs of a convolution: floor((size + 2 padding - dilation (kernel - 1) - 1) / stride) + 1.
 
-    Also of a pooling that leaves out windows which are not whole. Raises ValueError where the
-    kernel does not fit in once.
+    This is also the size of a pooling that skips partial windows. Raises ValueError if the kernel
+    is larger than the padded input.
     """
     _check(size=size, kernel=kernel, stride=stride, padding=padding, dilation=dilation)
     span = dilation * (kernel - 1) + 1
@@ -52,8 +52,9 @@ def transposed_convolution_size(
 
     (size - 1) stride - 2 padding + dilation (kernel - 1) + 1 + output_padding
 
-    Convolutions of several sizes have one number of outputs if stride > 1; output_padding, less
-    than stride or dilation, chooses among the sizes to return to (`undoing_output_padding`).
+    If stride > 1, convolutions of inputs of several sizes have equally many outputs;
+    output_padding, less than stride or dilation, selects the size to return to
+    (`undoing_output_padding`).
     """
     _check(size=size, kernel=kernel, stride=stride, padding=padding, dilation=dilation)
     _check(output_padding=output_padding)
@@ -74,10 +75,10 @@ def transposed_convolution_size(
 def undoing_padding(kernel: int, padding: int, *, dilation: int = 1) -> int:
     """The padding with which a second convolution of stride 1 undoes the size of a first.
 
-    dilation (kernel - 1) - padding. With the kernel turned by 180 degrees, and input and output
-    channels exchanged, the second is the transpose of the first. A first convolution of stride s is
-    undone by the same padding once s - 1 zeros stand between its outputs, and
-    `undoing_output_padding` more behind the last.
+    dilation (kernel - 1) - padding. With the kernel rotated by 180 degrees, and input and output
+    channels exchanged, the second is the transpose of the first. For a first convolution of stride
+    s the padding is the same, after s - 1 zeros are inserted between its outputs and
+    `undoing_output_padding` zeros after the last.
     """
     _check(kernel=kernel, padding=padding, dilation=dilation)
     reach = dilation * (kernel - 1)
@@ -93,10 +94,10 @@ def undoing_output_padding(
 ) -> int:
     """The output padding with which the transposed convolution returns to `size`.
 
-    (size + 2 padding - dilation (kernel - 1) - 1) mod stride: so many pixels, those of the padding
-    among them, lie behind the last window of the convolution.
+    (size + 2 padding - dilation (kernel - 1) - 1) mod stride: the number of pixels, padding
+    included, beyond the last window of the convolution.
     """
-    # For its checks: at least one window fits.
+    # Called for its check that at least one window fits.
     convolution_size(size, kernel, stride=stride, padding=padding, dilation=dilation)
     return (size + 2 * padding - dilation * (kernel - 1) - 1) % stride
 
@@ -110,9 +111,9 @@ def overlap(
     output_padding: int = 0,
     dilation: int = 1,
 ) -> Tensor:
-    """How many terms each output of a transposed convolution sums: a long tensor (outputs,).
+    """The number of terms summed in each output of a transposed convolution: int64 (outputs,).
 
-    size: of its input. On a plane the counts are the products of those of the rows and columns.
+    size: of its input. In two dimensions the counts are the products of those of rows and columns.
     """
     outputs = transposed_convolution_size(
         size,
@@ -122,16 +123,17 @@ def overlap(
         output_padding=output_padding,
         dilation=dilation,
     )
-    places = stride * torch.arange(size)[:, None] + dilation * torch.arange(kernel) - padding
-    return torch.bincount(places[(places >= 0) & (places < outputs)], minlength=outputs)
+    positions = stride * torch.arange(size)[:, None] + dilation * torch.arange(kernel) - padding
+    inside = (positions >= 0) & (positions < outputs)
+    return torch.bincount(positions[inside], minlength=outputs)
 
 
 def is_uneven(kernel: int, *, stride: int, dilation: int = 1) -> bool:
     """Whether the overlaps of a transposed convolution differ between outputs far from the border.
 
-    They do where the stride does not divide the kernel, or has a divisor in common with the
-    dilation, so that some outputs get nothing. The result is a pattern of period `stride`, a
-    checkerboard on a plane, which the weights would have to even out.
+    They do if the stride does not divide the kernel, or has a common divisor with the dilation, so
+    that some outputs receive no terms. The result is a pattern of period `stride`, in two
+    dimensions a checkerboard, which the weights would have to compensate.
     """
     _check(kernel=kernel, stride=stride, dilation=dilation)
     return kernel % stride != 0 or math.gcd(stride, dilation) != 1
@@ -152,10 +154,10 @@ class Window:
 
 @dataclass(frozen=True)
 class Field:
-    """The pixels of an axis that a unit of a layer reaches: `size` of them from offset + stride i.
+    """The receptive field of unit i of a layer along an axis: `size` pixels from offset + stride i.
 
     Some of them lie outside the image: in its padding, or because the maps of a "valid" layer are
-    larger than what they explain. With dilation there may be pixels between that it does not see.
+    larger than their target. With dilation the unit may skip some of the pixels in between.
     """
 
     size: int
@@ -169,10 +171,10 @@ class Field:
 
 
 def chain_field(chain: Sequence[Window | tuple[int, ...]]) -> Field:
-    """The field in pixels of a unit behind a chain of convolutions and poolings, along one axis.
+    """The field in pixels of a unit after a chain of convolutions and poolings, along one axis.
 
-    chain: from the image up, each a Window or (kernel, stride, padding, dilation), of which the
-    last ones may be left out.
+    chain: from the image up, each a Window or (kernel, stride, padding, dilation), the last of
+    which may be omitted.
     """
     size, stride, offset = 1, 1, 0
     for link in chain:
@@ -193,9 +195,9 @@ def receptive_field(
     """The field in pixels of a unit of the top layer of a deconvolutional network, along one axis.
 
     filter_sizes: of the layers from the bottom to the top; pools: of the layers below the top, one
-    fewer; boundary: of all layers, or of each. A unit of layer l paints filter_size units of what
-    is below, each of which may be any of the `pool` units that it stands for. What is mirrored at a
-    border counts where the filter would paint it, outside.
+    fewer; boundary: of all layers, or of each. A unit of layer l paints filter_size units of the
+    layer below, each of which may unpool to any of `pool` units. Pixels mirrored at a border count
+    where the filter would paint them without the border, outside the image.
     """
     if len(pools) != len(filter_sizes) - 1:
         raise ValueError(
@@ -242,8 +244,8 @@ def correlation_matrix(
         )
     C = weight.shape[1] * groups
     impulses = torch.eye(C * image[0] * image[1], dtype=weight.dtype, device=weight.device)
-    seen = F.conv2d(impulses.view(-1, C, *image), weight, None, stride, padding, dilation, groups)
-    return seen.flatten(1).T
+    x = impulses.view(-1, C, *image)
+    return F.conv2d(x, weight, None, stride, padding, dilation, groups).flatten(1).T
 
 
 def convolution_matrix(

@@ -1,24 +1,24 @@
-"""Deconvolution of feature maps into images, and its adjoints towards maps and towards filters.
+"""Deconvolution of feature maps into images, and its adjoints in the maps and in the filters.
 
 This module defines "convolution" for the whole package; no other module flips, pads or crops.
 
-    N images · C channels of what is explained · K maps · H, W pixels · h, w filter
+    N images · C channels of the target (the image or maps that a layer explains) · K maps
+    H, W pixels · h, w filter
     y image (N, C, H, W)     f filters (K, C, h, w)     g connectivity (K, C) of 0 and 1
     z maps  (N, K, H+h-1, W+w-1) with boundary "valid", (N, K, H, W) with all others
 
-It is a true convolution: an impulse in map k paints filter f[k] into the image as it is stored,
-unflipped.
+It is a true convolution: an impulse in map k paints filter f[k] into the image, unflipped.
 
 - "valid" (both papers): the maps are larger than the image, every filter that touches the image has
   its own coefficient, nothing wraps. An impulse at (i, j) paints f[k] with its top left corner at
   pixel (i-h+1, j-w+1).
-- "circular" (Fourier packages): maps and image have one size and the border wraps. An impulse at
-  (i, j) paints f[k] with its top left corner at pixel (i, j).
-- "zero": maps and image have one size and there is nothing beyond the border, neither of the image
-  nor of the maps. The frame is centred: an impulse at (i, j) paints f[k] with its top left corner
-  at pixel (i-(h-1)//2, j-(w-1)//2).
-- "reflect": as "zero", but the maps go on beyond the border as their mirror image, in which the
-  border itself is not repeated (torch's padding mode "reflect").
+- "circular" (Fourier packages): maps and image have the same size and the border wraps. An impulse
+  at (i, j) paints f[k] with its top left corner at pixel (i, j).
+- "zero": maps and image have the same size and both are zero beyond the border. Filters are
+  centred: an impulse at (i, j) paints f[k] with its top left corner at pixel
+  (i-(h-1)//2, j-(w-1)//2).
+- "reflect": as "zero", but the maps are continued beyond the border by their mirror image, in
+  which the border itself is not repeated (torch's padding mode "reflect").
 
 Every operation has a spatial form and a Fourier form; both are exact and agree to rounding.
 """
@@ -39,13 +39,13 @@ Method = Literal["spatial", "fourier"]
 BOUNDARIES: tuple[str, ...] = get_args(Boundary)
 # Boundaries whose maps are first continued beyond the border and then used as "valid" ones.
 CONTINUED = ("zero", "reflect")
-# Up to this many channels, painting by rows is faster.
+# Up to this many channels, `_paint_by_rows` is faster.
 FEW_CHANNELS = 16
 # Large maps are computed this many numbers at a time, which fit into a cache.
 STRIP = 2**20
-# Up to this many numbers torch convolves a single image by another routine than several, with one
-# thread. Measured, not promised: with another torch an image alone and in a batch may differ by
-# rounding (tests/operators/test_rounding_in_batches.py says which version was measured).
+# With one thread and up to this many numbers, torch convolves a single image with another routine
+# than a batch. This was measured, not documented: with another version of torch, an image alone and
+# in a batch may differ by rounding (tests/operators/test_rounding_in_batches.py names the version).
 NATIVE_CONVOLUTION = 20480
 
 
@@ -61,7 +61,7 @@ def deconvolve(
 
     The model of Zeiler et al. 2010.
     z: (N, K, H+h-1, W+w-1), or (N, K, H, W) unless the boundary is "valid"; f: (K, C, h, w); g: (K,
-    C) or None for full connectivity. Raises ValueError where the shapes do not fit.
+    C) or None for full connectivity. Raises ValueError if the shapes do not fit.
     """
     check_tensors(z=z, f=f)
     _check(f, boundary, method, z=z)
@@ -91,7 +91,7 @@ def correlate(
     boundary: Boundary = "valid",
     method: Method = "spatial",
 ) -> Tensor:
-    """The adjoint of `deconvolve` towards the maps: F'y, the image correlated with every filter.
+    """The adjoint of `deconvolve` in the maps: F'y, the image correlated with every filter.
 
     y: (N, C, H, W); f: (K, C, h, w). Returns (N, K, H+h-1, W+w-1), or (N, K, H, W) unless the
     boundary is "valid". <deconvolve(z, f), y> = <z, correlate(y, f)>.
@@ -118,9 +118,9 @@ def correlate_strips(
 ) -> Iterator[tuple[slice, slice, Tensor]]:
     """`correlate` in strips: (images, rows, their maps), of about `numbers` numbers each.
 
-    On a CPU, strips that fit into its cache take half the time, and a caller that needs the maps
-    only once never holds them all in memory. "reflect", whose border is folded back, comes in one
-    piece.
+    On a CPU, strips that fit into the cache take half the time, and a caller that needs the maps
+    only once never holds them all in memory. With "reflect", whose border is folded back, there is
+    a single strip.
     """
     check_tensors(y=y, f=f)
     _check(f, boundary, "spatial", y=y)
@@ -132,8 +132,8 @@ def correlate_strips(
     if boundary == "circular":
         y = F.pad(y, (0, w - 1, 0, h - 1), mode="circular")
     else:
-        whole = (w - 1, w - 1, h - 1, h - 1)
-        left, right, top, bottom = _beyond((h, w)) if boundary == "zero" else whole
+        full = (w - 1, w - 1, h - 1, h - 1)
+        left, right, top, bottom = _beyond((h, w)) if boundary == "zero" else full
         y = F.pad(y, (right, left, bottom, top))
     images = max(1, numbers // (len(f) * rows * columns))
     step = rows if images > 1 else min(rows, max(h, numbers // (len(f) * columns)))
@@ -152,7 +152,7 @@ def filter_gradient(
     boundary: Boundary = "valid",
     method: Method = "spatial",
 ) -> Tensor:
-    """The adjoint of `deconvolve` towards the filters: Z'y (K, C, h, w), summed over the images.
+    """The adjoint of `deconvolve` in the filters: Z'y (K, C, h, w), summed over the images.
 
     z: maps as in `deconvolve`; y: (N, C, H, W); size: (h, w) of the filters, or one number for
     square ones. <deconvolve(z, f), y> = <f, filter_gradient(z, y, size)>. With y the residual and
@@ -199,18 +199,18 @@ def map_size(
 
 
 def fourier_size(maps: tuple[int, int], boundary: Boundary = "valid") -> tuple[int, int]:
-    """The transform size for maps of this size: with small prime factors, unless it must wrap.
+    """The transform size for maps of this size, with small prime factors unless the border wraps.
 
-    Padding to the size of the maps is enough with boundary "valid": what wraps falls on the h-1
-    rows that are cropped. With "zero" and "reflect" the maps are the continued ones.
+    With boundary "valid" padding to the size of the maps suffices: the wrapped values fall on the
+    h-1 rows that are cropped. With "zero" and "reflect" pass the size of the continued maps.
     """
     return tuple(maps) if boundary == "circular" else (_fast_length(maps[0]), _fast_length(maps[1]))
 
 
 def continued(z: Tensor, filter_size: tuple[int, int], boundary: Boundary) -> Tensor:
-    """Maps (N, K, H+h-1, W+w-1) that paint with boundary "valid" what z paints with its own.
+    """Maps (N, K, H+h-1, W+w-1) whose "valid" image is that of z with its own boundary.
 
-    z: (N, K, H, W) with boundary "zero" or "reflect"; with any other it is returned as it is.
+    z: (N, K, H, W) with boundary "zero" or "reflect"; with any other it is returned unchanged.
     """
     if boundary not in CONTINUED:
         return z
@@ -221,19 +221,25 @@ def continued(z: Tensor, filter_size: tuple[int, int], boundary: Boundary) -> Te
 def per_channel(f: Tensor, channels: int) -> Tensor:
     """Grey filters f (K, 1, h, w) for images of several channels: (K*C, C, h, w).
 
-    Filter k*C + c is f_k in channel c and zero in the others, so that each channel has maps of its
-    own. With group = C in the prior the maps of the channels are active at the same places.
+    Filter k*C + c is f_k in channel c and zero in the others, so each channel has its own maps.
+    With group = C in the prior the maps of all channels are active at the same positions.
     """
     if f.ndim != 4 or f.shape[1] != 1:
         raise ValueError(f"filters must have the shape (K, 1, h, w), got {tuple(f.shape)}")
     if channels < 1:
         raise ValueError(f"channels={channels}: must be at least 1")
-    own = torch.eye(channels, dtype=f.dtype, device=f.device)
-    return (f[:, :, None] * own[:, :, None, None]).flatten(0, 1)
+    eye = torch.eye(channels, dtype=f.dtype, device=f.device)
+    return (f[:, :, None] * eye[:, :, None, None]).flatten(0, 1)
+
+
+def check_boundary(boundary: str) -> None:
+    """Raise ValueError for an unknown boundary."""
+    if boundary not in BOUNDARIES:
+        raise ValueError(f"boundary={boundary!r}: choose {' or '.join(map(repr, BOUNDARIES))}")
 
 
 def connected(f: Tensor, g: Tensor | None) -> Tensor:
-    """The filters, zero in the planes that g (K, C) disconnects; f itself where g is None."""
+    """The filters, zero in the planes that g (K, C) disconnects; f itself if g is None."""
     if g is None:
         return f
     if g.shape != f.shape[:2]:
@@ -244,9 +250,9 @@ def connected(f: Tensor, g: Tensor | None) -> Tensor:
 
 
 def _beyond(filter_size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """(left, right, top, bottom): how far filters of a centred frame need maps beyond the border.
+    """(left, right, top, bottom): how far beyond the border centred filters need the maps.
 
-    They sum to w-1 and h-1; an even filter, which has no middle, needs one more on the left and at
+    They sum to w-1 and h-1; an even filter, which has no centre, needs one more on the left and at
     the top.
     """
     h, w = filter_size
@@ -254,9 +260,9 @@ def _beyond(filter_size: tuple[int, int]) -> tuple[int, int, int, int]:
 
 
 def _folded(z: Tensor, filter_size: tuple[int, int], boundary: Boundary) -> Tensor:
-    """The adjoint of `continued`: values beyond the border are dropped, or added to their mirror.
+    """The adjoint of `continued`: values beyond the border are dropped or added to their mirror.
 
-    Written out, because torch's own adjoint adds in no fixed order on a GPU.
+    Written out because torch's own adjoint adds in an undefined order on a GPU.
     """
     left, right, top, bottom = _beyond(filter_size)
     for axis, before, after in ((2, top, bottom), (3, left, right)):
@@ -273,10 +279,10 @@ def _folded(z: Tensor, filter_size: tuple[int, int], boundary: Boundary) -> Tens
 
 
 def _paint_by_rows(z: Tensor, f: Tensor) -> Tensor:
-    """Valid deconvolution as the sum of what each row of the filters paints, moved into place.
+    """Valid deconvolution as the sum of the images painted by each row of the filters, shifted.
 
-    The convolution routines of a CPU are slow for few output channels: h rows of C channels at
-    once, and h additions, take about a third of the time for one channel, half for five.
+    CPU convolution routines are slow for few output channels: one convolution with all h rows of
+    the C channels and h additions take about a third of the time for one channel, half for five.
     """
     K, C, h, w = f.shape
     rows = _conv2d(z, f.flip(2, 3).permute(2, 1, 0, 3).reshape(h * C, K, 1, w))
@@ -288,7 +294,7 @@ def _paint_by_rows(z: Tensor, f: Tensor) -> Tensor:
 
 
 def _conv2d(z: Tensor, f: Tensor) -> Tensor:
-    """conv2d that rounds an image alone as in a batch: a small one is padded to a batch of two."""
+    """conv2d that rounds a single image as in a batch: a small one is padded to a batch of two."""
     alone = len(z) == 1 and z.numel() <= NATIVE_CONVOLUTION and z.device.type == "cpu"
     return F.conv2d(torch.cat([z, z]), f)[:1] if alone else F.conv2d(z, f)
 
@@ -317,11 +323,11 @@ def _mix(spectrum: Tensor, filters: Tensor) -> Tensor:
 def _fast_length(length: int) -> int:
     """The smallest number >= length whose prime factors are 2, 3, 5 and 7."""
     while True:
-        rest = length
+        cofactor = length
         for prime in (2, 3, 5, 7):
-            while rest % prime == 0:
-                rest //= prime
-        if rest == 1:
+            while cofactor % prime == 0:
+                cofactor //= prime
+        if cofactor == 1:
             return length
         length += 1
 
@@ -334,9 +340,7 @@ def _check(
     z: Tensor | None = None,
     y: Tensor | None = None,
 ) -> None:
-    if boundary not in BOUNDARIES:
-        choices = " or ".join(map(repr, BOUNDARIES))
-        raise ValueError(f"boundary={boundary!r}: choose {choices}")
+    check_boundary(boundary)
     if method not in get_args(Method):
         raise ValueError(f"method={method!r}: choose 'spatial' or 'fourier'")
     if f.ndim != 4 or f.numel() == 0:

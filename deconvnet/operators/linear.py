@@ -1,6 +1,6 @@
-"""Linear operators from feature maps to what they explain.
+"""Linear operators from feature maps to the image or maps that they explain.
 
-Every inference and every picture in this package is one of these operators, composed from
+Every inference and every picture in this package uses one of these operators, composed from
 deconvolutions F, unpoolings U and scalings:
 
     layer l explains the maps below     A = F_l
@@ -8,7 +8,7 @@ deconvolutions F, unpoolings U and scalings:
     layer l explains both               A = the two stacked, each with its weight
 
 An operator has an adjoint, a norm and a solve of (beta I + lam A A') w = d; operators compose with
-@. It works on batches, z (N, ...) -> y (N, ...), every image by itself.
+@. It works on batches, z (N, ...) -> y (N, ...), and treats every image separately.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from deconvnet.operators import pooling
 from deconvnet.operators.convolution import (
     CONTINUED,
     Boundary,
+    check_boundary,
     correlate,
     deconvolve,
     fourier_size,
@@ -33,18 +34,17 @@ from deconvnet.operators.convolution import (
 from deconvnet.support.scaling import exponent, magnitude, times_power
 from deconvnet.support.validation import as_tensor, check_tensors
 
-# torch multiplies matrices of n x c and c x d numbers by its own loop if n c d is below this.
-# Measured, not promised, as `convolution.NATIVE_CONVOLUTION`.
+# torch multiplies matrices of n x c and c x d numbers with its own loop if n c d is below this.
+# Measured, not documented, like `convolution.NATIVE_CONVOLUTION`.
 NATIVE_PRODUCT = 400
 
 
 class LinearOperator(ABC):
     """A linear map A from maps z to images (or maps below) y, with its adjoint A'.
 
-    inexact_cg_steps: how many steps of `solve` from the last solution ADMM needs in an iteration
+    inexact_cg_steps: how many steps of `solve` from the last solution ADMM needs per iteration
     (measured: with a good preconditioner, one step converges in as many iterations as an exact
-    solve). max_intermediate_numel: the size per image of the largest array between z and y, as far
-    as the operator knows.
+    solve). max_intermediate_numel: the size per image of the largest known array between z and y.
     """
 
     inexact_cg_steps = 4
@@ -78,7 +78,7 @@ class LinearOperator(ABC):
         return 1.0
 
     def normalised(self) -> tuple[LinearOperator, int]:
-        """(A', e) with A = 2^e A', in which filters, masks and factors are of an ordinary size.
+        """(A', e) with A = 2^e A', in which filters, masks and factors have ordinary magnitude.
 
         A itself if they already are.
         """
@@ -96,9 +96,9 @@ class LinearOperator(ABC):
     ) -> Tensor:
         """w with (beta I + lam A A') w = d, in the space of the images.
 
-        beta: one for all images, or (N, 1, 1, 1), one for each. By conjugate gradients from
-        `start` until the residual of every image is below `tolerance` times its d; operators with
-        a faster way override this.
+        beta: a number for all images, or (N, 1, 1, 1), one per image. Uses conjugate gradients
+        from `start` until the residual of every image is below `tolerance` times the norm of its d;
+        operators with a faster method override this.
         """
         return conjugate_gradients(
             lambda w: beta * w + lam * self(self.adjoint(w)),
@@ -111,21 +111,21 @@ class LinearOperator(ABC):
     def squared_norm(self, b: Tensor, *, steps: int = 30) -> Tensor:
         """||A||^2 (N, 1, 1, 1), the largest eigenvalue of A A', for each image in the shape of b.
 
-        By Lanczos' method from one fixed start, which comes far closer than as many power
-        iterations. It approaches from below, so it is rounded up by 2%: after 30 steps
-        1 / (lam ||A||^2) is a step that does not raise the objective.
+        By Lanczos' method from a fixed start, which is far more accurate than as many power
+        iterations. The estimate approaches from below, so it is increased by 2%: after 30 steps
+        1 / (lam ||A||^2) is a step size that does not raise the objective.
         """
         generator = torch.Generator().manual_seed(0)
         y = torch.randn(b.shape[1:], generator=generator, dtype=torch.float32).to(b).expand_as(b)
-        y, before, beside = y / norm(y), torch.zeros_like(y), torch.zeros_like(b[:, :1, :1, :1])
+        y, previous, beta = y / norm(y), torch.zeros_like(y), torch.zeros_like(b[:, :1, :1, :1])
         diagonal, off_diagonal = [], []
         for _ in range(steps):
-            moved = self(self.adjoint(y)) - beside * before
-            diagonal.append(dot(y, moved))
-            moved = moved - diagonal[-1] * y
-            beside = norm(moved)
-            off_diagonal.append(beside)
-            before, y = y, moved / beside.clamp(min=torch.finfo(b.dtype).tiny)
+            residual = self(self.adjoint(y)) - beta * previous
+            diagonal.append(dot(y, residual))
+            residual = residual - diagonal[-1] * y
+            beta = norm(residual)
+            off_diagonal.append(beta)
+            previous, y = y, residual / beta.clamp(min=torch.finfo(b.dtype).tiny)
         upper = torch.diag_embed(torch.stack(off_diagonal[:-1], -1).flatten(1), 1)
         matrix = torch.diag_embed(torch.stack(diagonal, -1).flatten(1)) + upper + upper.mT
         return 1.02 * torch.linalg.eigvalsh(matrix)[:, -1].view(-1, 1, 1, 1)
@@ -134,14 +134,15 @@ class LinearOperator(ABC):
 class Deconvolution(LinearOperator):
     """F: maps (N, K, ...) -> image (N, C, H, W), the sum over the maps of map * filter.
 
-    f: (K, C, h, w), disconnected planes being zero. mask: (N or 1, C or 1, H, W) of numbers >= 0,
-    M F instead of F: the errors ||M F z - M y||^2 are weighted by mask^2, and pixels where the mask
-    is 0 do not count. Raises ValueError for a mask that is negative, not finite, or does not fit.
+    f: (K, C, h, w), disconnected planes being zero. mask: (N or 1, C or 1, H, W) of numbers >= 0;
+    the operator is then M F: the errors ||M F z - M y||^2 are weighted by mask^2, and pixels where
+    the mask is 0 do not count. Raises ValueError for a mask that is negative, not finite, or does
+    not fit.
 
-    Where the border wraps, the solve is exact: one division per frequency. With boundary "valid"
-    A A' is the same filter with zeros around the image, and the wrapping solution preconditions a
+    If the border wraps, the solve is exact: one division per frequency. With boundary "valid"
+    A A' is the same filter with zeros around the image, and the circular solution preconditions a
     few conjugate gradient steps. Both act on C channels, not on K maps, also with a mask. With
-    "zero" and "reflect" the wrapping solution only preconditions, and a step applies A and A'.
+    "zero" and "reflect" the circular solution only preconditions, and a step applies A and A'.
 
     inexact_cg_steps: measured on photographs. Steps on C channels are cheap; steps through A are
     not.
@@ -149,6 +150,7 @@ class Deconvolution(LinearOperator):
 
     def __init__(self, f: Tensor, boundary: Boundary = "valid", mask: Tensor | None = None):
         check_tensors(f=f)
+        check_boundary(boundary)
         self.f = f
         self.boundary = boundary
         self.mask = mask if mask is None else _checked_mask(mask, f)
@@ -156,8 +158,8 @@ class Deconvolution(LinearOperator):
             self.inexact_cg_steps = 2 if mask is None else 4
         else:
             self.inexact_cg_steps = 1 if mask is None else 6
-        # For each grid: F F' at every frequency, its eigenvectors and eigenvalues; and the last
-        # inverse.
+        # Caches: per grid, F F' at every frequency and its eigenvectors and eigenvalues; and the
+        # last inverse.
         self._grams: dict[tuple[int, int], Tensor] = {}
         self._eigensystems: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self._inverse: tuple[tuple, Tensor] | None = None
@@ -183,7 +185,7 @@ class Deconvolution(LinearOperator):
         max_iterations: int = 100,
     ) -> Tensor:
         grid = self._grid(tuple(d.shape[2:]))
-        # Where the mask is 0, d is 0 too, and w has to stay 0.
+        # Where the mask is 0, d is 0 too, and w must stay 0.
         visible = None if self.mask is None else self.mask > 0
         weight = lam if self.mask is None else lam * _mean_square(self.mask)
 
@@ -209,9 +211,9 @@ class Deconvolution(LinearOperator):
         )
 
     def squared_norm(self, b: Tensor, *, steps: int = 30) -> Tensor:
-        """The largest gain over the frequencies: exact where the border wraps, else a close upper
+        """The largest gain over the frequencies: exact if the border wraps, else a close upper
         bound; with "reflect", whose maps count more than once at the border, by Lanczos' method.
-        With a mask, that times the largest mask^2.
+        With a mask, this value times the largest mask^2.
         """
         if self.boundary == "reflect":
             plain = Deconvolution(self.f, self.boundary)
@@ -231,13 +233,13 @@ class Deconvolution(LinearOperator):
         return largest if len(largest) > 1 else float(largest)
 
     def normalised(self) -> tuple[LinearOperator, int]:
-        of_filters = exponent(magnitude(self.f))
-        of_mask = 0 if self.mask is None else exponent(magnitude(self.mask))
-        if of_filters == of_mask == 0:
+        f_exponent = exponent(magnitude(self.f))
+        mask_exponent = 0 if self.mask is None else exponent(magnitude(self.mask))
+        if f_exponent == mask_exponent == 0:
             return self, 0
-        f = times_power(self.f, -of_filters)
-        mask = self.mask if self.mask is None else times_power(self.mask, -of_mask)
-        return Deconvolution(f, self.boundary, mask), of_filters + of_mask
+        f = times_power(self.f, -f_exponent)
+        mask = self.mask if self.mask is None else times_power(self.mask, -mask_exponent)
+        return Deconvolution(f, self.boundary, mask), f_exponent + mask_exponent
 
     def __getitem__(self, images: slice) -> Deconvolution:
         if self.mask is None or len(self.mask) == 1:
@@ -250,8 +252,8 @@ class Deconvolution(LinearOperator):
         return y if self.mask is None else self.mask * y
 
     def _grid(self, image: tuple[int, int]) -> tuple[int, int]:
-        """The size of the image where the border wraps; else one that leaves room for F F' beyond
-        one side, so that nothing wraps into the image.
+        """The transform size: that of the image if the border wraps; otherwise large enough for
+        F F' to extend beyond one side, so that nothing wraps into the image.
         """
         if self.boundary == "circular":
             return image
@@ -267,8 +269,8 @@ class Deconvolution(LinearOperator):
     ) -> Tensor:
         """(beta I + weight F F')^-1 y with zeros around the images up to the grid.
 
-        By the inverse at every frequency; or, with a beta or weight for each image, by
-        eigenvectors, which serve all images but take several times as long to compute.
+        Uses the inverse at every frequency; or, with a beta or weight per image, eigenvectors,
+        which are shared by all images but take several times as long to compute.
         """
         if isinstance(beta, Tensor) or isinstance(weight, Tensor):
             vectors, values = self._eigen(grid)
@@ -295,7 +297,7 @@ class Deconvolution(LinearOperator):
         return self._eigensystems[grid]
 
     def _inverted(self, grid: tuple[int, int], beta: float, weight: float) -> Tensor:
-        """(beta I + weight F F')^-1 (u, v, C, C) at every frequency; the last one is kept."""
+        """(beta I + weight F F')^-1 (u, v, C, C) at every frequency; the last one is cached."""
         key = (grid, beta, weight)
         if self._inverse is None or self._inverse[0] != key:
             gram = self._gram(grid)
@@ -312,27 +314,27 @@ class Deconvolution(LinearOperator):
 
 
 def _wrapped(y: Tensor, grid: tuple[int, int], change: Callable[[Tensor], Tensor]) -> Tensor:
-    """y (N, C, H, W) after a change of its spectrum (N, u, v, C) on a grid, cropped to its size."""
+    """y (N, C, H, W) with `change` applied to its spectrum (N, u, v, C) on a grid, cropped."""
     spectrum = change(torch.fft.rfft2(y, grid).permute(0, 2, 3, 1))
     return torch.fft.irfft2(spectrum.permute(0, 3, 1, 2), grid)[..., : y.shape[2], : y.shape[3]]
 
 
 def _times(spectrum: Tensor, matrices: Tensor) -> Tensor:
-    """(N, u, v, C), at every frequency matrices (u, v, C, C) times spectrum (N, u, v, C).
+    """(N, u, v, C): matrices (u, v, C, C) times spectrum (N, u, v, C) at every frequency.
 
     Each image is rounded as if it were alone, so that the batch does not change a bit of its maps
-    (with the torch that was measured; with others it may, by rounding). For that one routine must
-    compute every product: torch has its own for small ones, and the others, of two and more
-    images, go to the library.
+    (with the version of torch that was measured; others may round differently). This requires that
+    the same routine computes every product: torch has its own for small products; larger ones, of
+    two or more images, go to the BLAS library.
     """
     C = matrices.shape[-1]
     if C == 1:
         return spectrum * matrices[..., 0].real
-    # (u, v, N, C) in this order in memory, without which torch takes several times as long.
+    # Contiguous (u, v, N, C): otherwise torch takes several times as long.
     rows, columns = spectrum.permute(1, 2, 0, 3).contiguous(), matrices.mT
-    together = (NATIVE_PRODUCT - 1) // C**2
-    if together > 1:
-        product = torch.cat([part @ columns for part in rows.split(together, 2)], 2)
+    batch = (NATIVE_PRODUCT - 1) // C**2
+    if batch > 1:
+        product = torch.cat([part @ columns for part in rows.split(batch, 2)], 2)
     else:
         pair = rows.expand(-1, -1, 2, -1) if rows.shape[2] == 1 else rows
         product = (pair @ columns)[:, :, : rows.shape[2]]
@@ -348,13 +350,13 @@ def _checked_mask(mask: Tensor, f: Tensor) -> Tensor:
             f"mask must have the shape (N or 1, {channels}, H, W), got {tuple(mask.shape)}"
         )
     mask = mask.to(f)
-    if len(wrong := mask[~((mask >= 0) & (mask < math.inf))]):
-        raise ValueError(f"mask={float(wrong[0])}: must be finite and not negative")
+    if len(invalid := mask[~((mask >= 0) & (mask < math.inf))]):
+        raise ValueError(f"mask={float(invalid[0])}: must be finite and not negative")
     return mask
 
 
 def _mean_square(mask: Tensor) -> Tensor:
-    """(N or 1, 1, 1, 1): the mean of mask^2 where it is not 0."""
+    """(N or 1, 1, 1, 1): the mean of mask^2 over the pixels where it is not 0."""
     total = mask.square().sum((1, 2, 3), keepdim=True)
     return total / (mask > 0).sum((1, 2, 3), keepdim=True).clamp(min=1)
 
@@ -378,7 +380,7 @@ class Unpooling(LinearOperator):
 
 
 class WeightedUnpooling(LinearOperator):
-    """U_w: pooled maps -> maps; each value spreads over its window, with weights."""
+    """U_w: pooled maps -> maps; each value is spread over its window with weights."""
 
     def __init__(self, weights: Tensor, window: pooling.Window):
         self.weights = weights
@@ -397,7 +399,7 @@ class WeightedUnpooling(LinearOperator):
 
 
 class Identity(LinearOperator):
-    """z -> z. Identity() @ A is A itself, which keeps what A knows about its norm and solve."""
+    """z -> z. Identity() @ A is A itself, with A's own squared_norm and solve."""
 
     def __call__(self, z: Tensor) -> Tensor:
         return z
@@ -409,7 +411,7 @@ class Identity(LinearOperator):
 
 
 class Scaling(LinearOperator):
-    """Multiplication by a number: the explicit rescaling between two layers."""
+    """Multiplication by a number: the rescaling between two layers."""
 
     def __init__(self, factor: float):
         self.factor = factor
@@ -450,10 +452,11 @@ class Composition(LinearOperator):
         return self.outer.curvature() * self.inner.curvature()
 
     def normalised(self) -> tuple[LinearOperator, int]:
-        (outer, of_outer), (inner, of_inner) = self.outer.normalised(), self.inner.normalised()
-        if of_outer == of_inner == 0:
+        outer, outer_exponent = self.outer.normalised()
+        inner, inner_exponent = self.inner.normalised()
+        if outer_exponent == inner_exponent == 0:
             return self, 0
-        return Composition(outer, inner), of_outer + of_inner
+        return Composition(outer, inner), outer_exponent + inner_exponent
 
 
 class VerticalStack(LinearOperator):
@@ -488,10 +491,10 @@ class VerticalStack(LinearOperator):
         return sum(w**2 * A.curvature() for w, A in weighted)
 
     def normalised(self) -> tuple[LinearOperator, int]:
-        parts, of_parts = zip(*(A.normalised() for A in self.operators), strict=True)
-        weights = [math.ldexp(w, e) for w, e in zip(self.weights, of_parts, strict=True)]
+        parts, exponents = zip(*(A.normalised() for A in self.operators), strict=True)
+        weights = [math.ldexp(w, e) for w, e in zip(self.weights, exponents, strict=True)]
         e = exponent(max(map(abs, weights)))
-        if e == 0 and not any(of_parts):
+        if e == 0 and not any(exponents):
             return self, 0
         normalised = copy.copy(self)
         normalised.operators = list(parts)
@@ -523,14 +526,14 @@ def conjugate_gradients(
     goal = (tolerance * norm(d)).square()
     direction, rz = None, None
     for _ in range(max_iterations):
-        going = dot(r, r) > goal
-        if tolerance and not going.any():
+        active = dot(r, r) > goal
+        if tolerance and not active.any():
             break
         s = r if preconditioner is None else preconditioner(r)
         rz_old, rz = rz, dot(r, s)
         direction = s if direction is None else s + (rz / rz_old.clamp(min=tiny)) * direction
         q = system(direction)
-        alpha = going * rz / dot(direction, q).clamp(min=tiny)
+        alpha = active * rz / dot(direction, q).clamp(min=tiny)
         w = w + alpha * direction
         r = r - alpha * q
     return w

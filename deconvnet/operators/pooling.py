@@ -1,4 +1,4 @@
-"""Max pooling that remembers where each maximum was, and unpooling that puts it back there.
+"""Max pooling with switches, the positions of the maxima, and unpooling to these positions.
 
     N images · K maps · H, W size of a map · (groups, h, w) size of a pooling window
 
@@ -11,8 +11,8 @@ Switches are the flat indices of the survivors into the (K, H, W) maps of their 
 shape of the pooled maps. With the switches fixed, pooling and unpooling are linear and each other's
 adjoint: U = P'.
 
-To measure what the switches contribute, other unpoolings forget part of them and spread a value
-over the remaining places of its window, with weights (`weighted_unpool`).
+To measure what the switches contribute, other unpoolings ignore part of them and spread each value
+with weights over the positions of its window that remain possible (`weighted_unpool`).
 """
 
 import torch
@@ -47,7 +47,7 @@ def _is_size(value: object) -> bool:
 
 
 def strongest(z: Tensor, window: Window) -> Tensor:
-    """The switches of `max_pool` alone, in about half its time; of equal magnitudes any may win."""
+    """The switches of `max_pool` alone, in about half its time; ties are broken arbitrarily."""
     return _pool3d(z.abs(), window)[1]
 
 
@@ -60,8 +60,8 @@ def unpool(pooled: Tensor, switches: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Maps (N, K, H, W) with every pooled value at its switch and zeros elsewhere: z = U_s p.
 
     shape: that of the maps.
-    Deterministic on every device: the switches of one image are all different, so the scatter
-    writes no place twice.
+    Deterministic on every device: the switches of an image are all different, so the scatter never
+    writes to one position twice.
     """
     if pooled.shape != switches.shape:
         raise ValueError(
@@ -78,7 +78,7 @@ def unpool(pooled: Tensor, switches: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def weighted_unpool(pooled: Tensor, weights: Tensor, window: Window) -> Tensor:
-    """Maps with every pooled value at all places of its window: z_i = w_i p.
+    """Maps with every pooled value spread over all positions of its window: z_i = w_i p.
 
     weights: (N or 1, K, H, W), in the shape of the maps.
     """
@@ -96,12 +96,12 @@ def weighted_pool(z: Tensor, weights: Tensor, window: Window) -> Tensor:
 def unpooling_weights(
     kind: str, switches: Tensor, shape: tuple[int, int, int], window: Window
 ) -> Tensor:
-    """The weights (N, K, H, W) of an unpooling that uses only part of the switches, float32.
+    """The weights (N, K, H, W), float32, of an unpooling that uses only part of the switches.
 
-    no_map: the place of the maximum, in all maps of its group; no_place: all places of its map;
-    centre: the middle of the window, whatever the switch; average: all places of the window. Their
-    squares sum to 1 in each window, so that pooling with them inverts unpooling. everywhere: the
-    value itself at all places.
+    no_map: the position of the maximum, in all maps of its group; no_place: all positions in its
+    map; centre: the middle of the window, whatever the switch; average: all positions of the
+    window. Their squares sum to 1 in each window, so that pooling with them inverts unpooling.
+    everywhere: the value itself at all positions.
     """
     if kind not in UNPOOLINGS:
         raise ValueError(f"unpooling={kind}: choose one of {', '.join(UNPOOLINGS)}")
@@ -112,11 +112,9 @@ def unpooling_weights(
     else:
         ones = torch.ones_like(switches, dtype=torch.float32)
         weights = unpool(ones, switches, (len(ones), *shape))
-    forgotten = {"no_map": (window[0], 1, 1), "no_place": (1, *window[1:])}.get(kind)
-    if forgotten is not None:
-        weights = weighted_unpool(
-            _sum_windows(weights, forgotten), torch.ones_like(weights), forgotten
-        )
+    ignored = {"no_map": (window[0], 1, 1), "no_place": (1, *window[1:])}.get(kind)
+    if ignored is not None:
+        weights = weighted_unpool(_sum_windows(weights, ignored), torch.ones_like(weights), ignored)
     if kind == "everywhere":
         return weights
     length = _sum_windows(weights.square(), window).sqrt()
@@ -129,9 +127,9 @@ def pooled_shape(shape: tuple[int, int, int], window: Window) -> tuple[int, int,
 
 
 def _pool3d(z: Tensor, window: Window) -> tuple[Tensor, Tensor]:
-    """(maxima, flat indices) of windows over maps, rows and columns; of equals the first."""
-    largest, where = F.max_pool3d(z[:, None], window, ceil_mode=True, return_indices=True)
-    return largest[:, 0], where[:, 0]
+    """(maxima, flat indices) of windows over maps, rows and columns; ties go to the first."""
+    largest, indices = F.max_pool3d(z[:, None], window, ceil_mode=True, return_indices=True)
+    return largest[:, 0], indices[:, 0]
 
 
 def _sum_windows(z: Tensor, window: Window) -> Tensor:
@@ -142,7 +140,7 @@ def _sum_windows(z: Tensor, window: Window) -> Tensor:
 
 
 def _centres(shape: tuple[int, int, int], window: Window, device: torch.device) -> Tensor:
-    """(1, K', H', W'): switches to the middle of every window; of partial ones, of their part."""
+    """(1, K', H', W'): switches to the middle of every window, for partial ones of their part."""
     middles = []
     for size, step in zip(shape, window, strict=True):
         first = torch.arange(0, size, step, device=device)

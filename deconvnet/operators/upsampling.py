@@ -1,13 +1,13 @@
-"""Layers that enlarge maps: bilinear interpolation as a transposed convolution, and resizing
-before a convolution.
+"""Upsampling layers: bilinear interpolation as a transposed convolution, and resizing followed by
+a convolution.
 
     N images · C channels · H, W pixels · s factor · k = 2s - s mod 2 filter
 
-This module decides what lies beyond the border of maps that are enlarged: their last row or column,
-again and again. So what is the same everywhere stays so, up to the border.
+Beyond the border, the maps are continued by repeating their last row or column. A constant image
+therefore stays constant, up to the border.
 
 Both are layers for networks that are trained elsewhere (`docs/upsampling.md` is a guide). They are
-"deconvolution layers" in the sense of upsampling, a map used forwards; nothing here is inferred.
+"deconvolution layers" in the sense of upsampling, applied forwards; nothing here is inferred.
 """
 
 from __future__ import annotations
@@ -29,34 +29,34 @@ def bilinear_filter(factor: int, *, dtype: torch.dtype | None = None) -> Tensor:
         f(i, j) = t(i) t(j),   t(i) = 1 - |i - (k - 1) / 2| / s,   k = 2s - s mod 2
 
     for factor s: the weights of fully convolutional networks (Long, Shelhamer and Darrell 2015).
-    With padding s // 2 the output is s times as large. It sums to s^2, and what meets in one output
-    to 1. dtype: torch's default if None.
+    With padding s // 2 the output is s times as large. The filter sums to s^2, and the weights that
+    contribute to one output sum to 1. dtype: torch's default if None.
     """
     _check(factor=factor)
     dtype = dtype or torch.get_default_dtype()
     if not dtype.is_floating_point:
-        raise ValueError(f"dtype={dtype}: must be a floating one, such as torch.float32")
+        raise ValueError(f"dtype={dtype}: must be a floating-point type, such as torch.float32")
     size = 2 * factor - factor % 2
-    # In float64, since a third that was rounded to float32 is wrong in float64.
-    places = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
-    ramp = 1 - places.abs() / factor
+    # In float64, since 1/3 rounded to float32 is wrong in float64.
+    positions = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
+    ramp = 1 - positions.abs() / factor
     return torch.outer(ramp, ramp).to(dtype)
 
 
 class BilinearUpsampling(nn.Module):
-    """Maps (N, C, sH, sW) of maps (N, C, H, W): a transposed convolution, at first bilinear.
+    """Maps (N, C, sH, sW) from maps (N, C, H, W): a transposed convolution, initially bilinear.
 
-    Every channel has a filter of its own, `weight` (C, 1, k, k), and no other channel enters. With
-    the weights that it starts from it is
+    Every channel has its own filter, `weight` (C, 1, k, k), and channels do not mix. With the
+    initial weights it equals
 
         torch.nn.functional.interpolate(x, scale_factor=s, mode="bilinear", align_corners=False)
 
-    to rounding, up to the border, where a transposed convolution by itself adds less and less and
-    fades: here the border is repeated by one pixel, and what that adds outside is cropped.
+    to rounding, up to the border, where a plain transposed convolution sums fewer terms and fades:
+    here the border is repeated by one pixel, and the additional output is cropped.
 
-    channels: C; factor: s, any whole number; learnable: whether `weight` is a parameter, else it is
-    a buffer, of the same name in the `state_dict`; dtype: of the weights. To make a layer float64
-    say so here: `.double()` keeps the rounding of float32.
+    channels: C; factor: s, a positive integer; learnable: whether `weight` is a parameter, else it
+    is a buffer with the same name in the `state_dict`; dtype: of the weights. For a float64 layer
+    set it here: `.double()` keeps the rounding of float32.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class BilinearUpsampling(nn.Module):
             self.register_buffer("weight", weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (N, C, H, W). Returns (N, C, sH, sW). Raises ValueError where the shape differs."""
+        """x: (N, C, H, W). Returns (N, C, sH, sW). Raises ValueError if the shape differs."""
         _check_maps(x, self.channels)
         # One pixel is enough: an output lies less than one input away from its nearest input.
         x = F.pad(x, (1, 1, 1, 1), mode="replicate")
@@ -91,16 +91,17 @@ class BilinearUpsampling(nn.Module):
 
 
 class ResizeConvolution(nn.Module):
-    """Maps (N, out_channels, sH, sW): the maps enlarged by a fixed rule, and then a convolution.
+    """Maps (N, out_channels, sH, sW): the maps resized by a fixed rule, followed by a convolution.
 
-    Odena, Dumoulin and Olah 2016: unlike a transposed convolution of stride s, whose outputs are
-    sums of different weights in turn, it makes no checkerboard of what is even, whatever its
-    weights are. Filters of 3x3 cost 9 products for an output of a pair of channels, those of a
-    transposed convolution with 2s x 2s filters 4.
+    Odena, Dumoulin and Olah 2016: unlike a transposed convolution of stride s, whose neighbouring
+    outputs sum different weights, it never turns a constant image into a checkerboard, whatever its
+    weights. 3x3 filters cost 9 products per output and pair of channels; a transposed convolution
+    with 2s x 2s filters costs 4.
 
-    in_channels, out_channels: of the convolution, an `nn.Conv2d` of stride 1 that is drawn as torch
-    draws it; size: of its filters, odd, so that maps keep their size; factor: s, any whole number;
-    mode: "nearest" repeats every pixel, "bilinear" interpolates; bias: whether it has one.
+    in_channels, out_channels: of the convolution, an `nn.Conv2d` of stride 1 with torch's default
+    initialisation; size: of its filters, odd, so that maps keep their size; factor: s, a positive
+    integer; mode: "nearest" repeats every pixel, "bilinear" interpolates; bias: whether the
+    convolution has one.
     """
 
     def __init__(
@@ -130,7 +131,7 @@ class ResizeConvolution(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (N, in_channels, H, W). Raises ValueError where the shape differs."""
+        """x: (N, in_channels, H, W). Raises ValueError if the shape differs."""
         _check_maps(x, self.convolution.in_channels)
         return self.convolution(F.interpolate(x, scale_factor=self.factor, mode=self.mode))
 

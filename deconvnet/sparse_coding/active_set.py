@@ -1,4 +1,4 @@
-"""What the compiled loops work on: the filters, where they paint, and the active coefficients.
+"""Data structures of the compiled loops: filters, the pixels they paint, and active coefficients.
 
 C channels   K maps   h, w filter   G maps of a group
 """
@@ -9,17 +9,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Up to this many rows, columns, channels or maps of a group the compiler knows the number and
-# unrolls the loop: it takes seconds for some hundred, and refuses more than a thousand.
+# Loops of up to this many rows, columns, channels or maps of a group have a compile-time length and
+# are unrolled. The compiler takes seconds for some hundred, and fails for more than a thousand.
 UNROLLED = 64
 
 
 class Footprint(NamedTuple):
-    """Along one axis, the pixels that an impulse at each place of the maps paints, and the taps.
+    """Along one axis, the pixels that an impulse at each position of the maps paints, and the taps.
 
-    pixel, tap, length (places, runs): consecutive taps fall on consecutive pixels, in one run or,
-    where maps continue beyond their border, up to three; a run of length 0 is empty. first
-    (places,): the pixel of tap 0 where all taps form one run and there is no other, else -1.
+    pixel, tap, length (positions, runs): consecutive taps fall on consecutive pixels, in one run
+    or, if maps continue beyond their border, up to three; a run of length 0 is empty. first
+    (positions,): the pixel of tap 0 if a single run has all taps, else -1.
     """
 
     pixel: np.ndarray
@@ -29,7 +29,7 @@ class Footprint(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """Where impulses paint an image, and how much of it counts: mask (C, H, W), or empty."""
+    """The footprints of both axes of an image, and its mask (C, H, W), empty if there is none."""
 
     rows: Footprint
     columns: Footprint
@@ -40,7 +40,7 @@ class Filters(NamedTuple):
     """f (K, C, h, w) in groups of G maps; planes (K, C): the non-zero channels of each, then -1.
 
     C, h, w and G are tuples of that many Nones: the length of a tuple is part of its type, so the
-    compiler knows it and unrolls the loop. Above UNROLLED, where unrolling wins nothing, they are
+    compiler knows it and unrolls the loop. Above UNROLLED, where unrolling gains nothing, they are
     arrays of that length, and one compiled loop serves all sizes.
     """
 
@@ -60,7 +60,7 @@ class Filters(NamedTuple):
 
 
 class ActiveSet(NamedTuple):
-    """Some coefficients of the maps of an image, n of them.
+    """The n coefficients of an image's maps in the working set.
 
     group g, row i and column j (n,) int32; their values z (n, G); the curvature L (n,) of the data
     term and the weight (n,) of the prior.
@@ -83,25 +83,25 @@ class ActiveSet(NamedTuple):
 def footprint(boundary: str, pixels: int, taps: int) -> Footprint:
     """The footprint of filters of this many taps along an axis of this many pixels.
 
-    The places of the maps are those of `convolution.deconvolve`.
+    The positions of the maps are those of `convolution.deconvolve`.
     """
-    places = np.arange(pixels + taps - 1 if boundary == "valid" else pixels)
+    positions = np.arange(pixels + taps - 1 if boundary == "valid" else pixels)
     centre = (taps - 1) // 2
     shift = {"valid": taps - 1, "circular": 0, "zero": centre, "reflect": centre}[boundary]
-    # The positions of a place in a frame that continues beyond its borders, in rising order.
-    at = [places]
+    # Each position and its copies beyond the borders, in increasing order.
+    copies = [positions]
     if boundary == "circular":
-        at = [places - pixels, places]
+        copies = [positions - pixels, positions]
     elif boundary == "reflect":
-        left, right = -places, 2 * (pixels - 1) - places
+        left, right = -positions, 2 * (pixels - 1) - positions
         # The border itself is not repeated.
-        at = [np.where(places > 0, left, -taps), places]
-        at += [np.where(places < pixels - 1, right, pixels + taps)]
-    corner = np.stack(at, 1) - shift
+        copies = [np.where(positions > 0, left, -taps), positions]
+        copies += [np.where(positions < pixels - 1, right, pixels + taps)]
+    corner = np.stack(copies, 1) - shift
     tap = np.clip(-corner, 0, taps)
     length = np.clip(pixels - corner, 0, taps) - tap
     if boundary == "circular":
-        # Taps before those that wrap.
+        # Put the taps that do not wrap first.
         corner, tap, length = (run[:, ::-1] for run in (corner, tap, length))
     length = np.maximum(length, 0)
     single = (length > 0).sum(1) == 1

@@ -9,10 +9,10 @@ from deconvnet.operators.linear import norm
 from deconvnet.sparse_coding.iteration import Method, Start, Until, iterate
 from deconvnet.sparse_coding.problem import Problem, Solution, SolverSettings
 
-# ADMM converges only if its beta is left alone in the end.
+# ADMM converges only if its beta eventually stays constant.
 ADAPT_UNTIL = 100
-# The default rho is a rule of thumb: for filters whose squared norm is 1 up to this factor beta is
-# rho lam; beyond it beta follows the norm.
+# For filters whose squared norm is within this factor of 1, beta is rho lam, since the default rho
+# is only a rule of thumb; outside this range beta is proportional to the squared norm.
 UNIT_NORM = 2.5
 
 
@@ -25,9 +25,9 @@ def admm(problem: Problem, start: Start, settings: SolverSettings, until: Until)
         u-step   u <- u + z - x                                    the scaled multiplier
 
     For p = 1 it converges to the minimum; for p < 1, or with a window, it is a heuristic that works
-    at a fixed beta. An image stops when its relative residuals are at most the tolerance.
+    with a fixed beta. An image stops when its relative residuals are at most the tolerance.
     """
-    # Where the prior is not convex, a beta that keeps changing does not converge.
+    # If the prior is not convex, a beta that keeps changing does not converge.
     adaptive = settings.adaptive and problem.prior.convex and not until.training
     beta = settings.rho * problem.lam * _norm_to_follow(problem.A.curvature())
     method = Admm(problem, start.state, beta, settings.relaxation, adaptive)
@@ -85,7 +85,7 @@ class Admm(Method):
         factor = (primal / dual.clamp(min=_tiny(self.t))).sqrt().clamp(0.2, 5)
         unchanged = stopped | ((factor > 0.8) & (factor < 1.25))
         factor = torch.where(unchanged, torch.ones_like(factor), factor)
-        # The unscaled multiplier beta u stays as it is.
+        # The unscaled multiplier beta u does not change.
         self.t, self.beta = self.x + (self.t - self.x) / factor, self.beta * factor
 
     def _relative_residuals(self) -> tuple[Tensor, Tensor]:
@@ -99,7 +99,7 @@ class Admm(Method):
 
 
 def _norm_to_follow(squared: float | Tensor) -> float | Tensor:
-    """The squared norm of filters, 1 where it is near one."""
+    """The squared norm of filters, replaced by 1 if it is near 1."""
     if not isinstance(squared, Tensor):
         near = 1 / UNIT_NORM <= squared <= UNIT_NORM
         return 1.0 if near or squared == 0 else squared
@@ -108,5 +108,5 @@ def _norm_to_follow(squared: float | Tensor) -> float | Tensor:
 
 
 def _tiny(x: Tensor) -> float:
-    """The smallest positive number of the type of x, to divide by."""
+    """The smallest positive normal number of the dtype of x, to avoid division by zero."""
     return torch.finfo(x.dtype).tiny

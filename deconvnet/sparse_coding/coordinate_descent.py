@@ -1,4 +1,4 @@
-"""Coordinate descent on a working set, from maps to maps: one layer, on the CPU."""
+"""Coordinate descent for one layer on the CPU, with dense maps as input and output."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from deconvnet.sparse_coding.prior import Prior, threshold
 from deconvnet.sparse_coding.problem import Problem, Solution, SolverSettings, data_term
 from deconvnet.sparse_coding.working_set import Atoms, WorkingSetSolver
 
-# Bytes of maps whose images are coded together; more images at a time are no faster.
-TOGETHER = 2**25
+# Images are coded in batches of at most this many bytes of maps; larger batches are no faster.
+BATCH_BYTES = 2**25
 
 
 def coordinate_descent(
@@ -24,19 +24,18 @@ def coordinate_descent(
 ) -> Solution:
     """Maps by minimising over one coefficient after another (`working_set`).
 
-    An image stops when a round has lowered its objective by at most the tolerance times what all
-    rounds have lowered it from that of z = 0, and times the objective. Where the prior is not
-    convex the result is a point that no step of one coefficient alone improves, except for
-    coefficients at a mirrored border, and with groups, whose steps lower a bound of the objective.
-    Not differentiable.
+    An image stops when a round has lowered its objective by at most the tolerance times the
+    objective, and times its total decrease from z = 0. If the prior is not convex, no change of a
+    single coefficient improves the result, except for coefficients at a mirrored border, and with
+    groups, whose steps minimise an upper bound of the objective. Not differentiable.
     """
     check_coordinate_descent(problem)
     b, z = problem.b.detach(), start.state.detach()
     maps, residual = z.new_zeros(z.shape), torch.empty_like(b)
     gaps = torch.full((len(b),), math.nan, dtype=torch.float64)
-    together = max(torch.get_num_threads(), TOGETHER // (z[0].numel() * z.element_size()))
+    batch_size = max(torch.get_num_threads(), BATCH_BYTES // (z[0].numel() * z.element_size()))
     rounds = 0
-    for images in _parts(len(b), len(b) if until.callback else together):
+    for images in _batches(len(b), len(b) if until.callback else batch_size):
         solver = _solver(problem[images], z[images])
         rounds = max(rounds, iterate(solver, until, check_every=1, check_start=True))
         solver.write(maps[images])
@@ -47,7 +46,7 @@ def coordinate_descent(
 
 
 def check_coordinate_descent(problem: Problem) -> None:
-    """Refuse what coordinate descent cannot do, and name the methods that can."""
+    """Raise ValueError for problems that need another method, and name the methods."""
     instead = "use solver.method=fista or admm"
     if not isinstance(problem.A, Deconvolution):
         raise ValueError(f"solver.method=coordinate: not through several layers; {instead}")
@@ -58,12 +57,12 @@ def check_coordinate_descent(problem: Problem) -> None:
         raise ValueError(f"solver.method=coordinate: runs on the CPU, not on {device}; {instead}")
 
 
-def _parts(images: int, together: int) -> list[slice]:
-    return [slice(n, min(n + together, images)) for n in range(0, images, together)]
+def _batches(images: int, size: int) -> list[slice]:
+    return [slice(n, min(n + size, images)) for n in range(0, images, size)]
 
 
 def _solver(problem: Problem, z: Tensor) -> WorkingSetSolver:
-    """The solver of a few images, at the maps z."""
+    """The solver of a batch of images, starting from the maps z."""
     atoms = Atoms(problem.A, problem.b, problem.prior.group)
     solver = WorkingSetSolver(problem, atoms, PriorWeights(problem, atoms))
     for n, maps in enumerate(z):
@@ -73,10 +72,10 @@ def _solver(problem: Problem, z: Tensor) -> WorkingSetSolver:
 
 
 class PriorWeights:
-    """The weights of a prior, and up to which correlation a coefficient stays zero.
+    """The weights of a prior, and the limits up to which a correlation leaves a coefficient zero.
 
-    inverse: (groups,), 1 / limit where the limits are the same everywhere, else 1; correlations are
-    then divided by `limits` (1 or N, K, rows, columns) first. has_zeros: whether a weight is 0.
+    inverse: (groups,), 1 / limit if the limits are the same everywhere, else 1; correlations are
+    then first divided by `limits` (1 or N, K, rows, columns). has_zeros: whether a weight is 0.
     """
 
     def __init__(self, problem: Problem, atoms: Atoms):
@@ -87,7 +86,7 @@ class PriorWeights:
         self.weights = w.expand(N, K // atoms.group, *atoms.map_size).numpy()
         self.has_zeros = bool((w == 0).any())
         L, lam, p = _curvatures(problem, atoms), problem.lam, problem.prior.p
-        # Where a weight is 0, any correlation is too large; with p < 1 the threshold is 0 / 0.
+        # If a weight is 0, any correlation is too large; with p < 1 the threshold would be 0 / 0.
         limits = torch.where(w > 0, L * threshold(lam * L / w, p)[1], 0.0)
         limits = torch.where(L > 0, limits.clamp(min=torch.finfo(limits.dtype).tiny), math.inf)
         self.limits = None
@@ -98,19 +97,19 @@ class PriorWeights:
             self.limits = limits.repeat_interleave(atoms.group, 1)
 
     def divide_by_limits(self, n: int, rows: slice, c: Tensor) -> None:
-        """Divide correlations c (K, rows, columns) of an image by their limits, unless `inverse`
-        holds these.
+        """Divide correlations c (K, rows, columns) of an image by their limits, unless they are in
+        `inverse`.
         """
         if self.limits is not None:
             c /= self.limits[n if len(self.limits) > 1 else 0][..., rows, :]
 
     def at(self, n: int, g: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
-        """The weights (m,) of coefficients at these places of an image."""
+        """The weights (m,) of coefficients at these positions of an image."""
         return self.weights[n, g, i, j]
 
 
 def _curvatures(problem: Problem, atoms: Atoms) -> Tensor:
-    """L (1 or N, groups, rows, columns), or (1, groups, 1, 1) where only the group matters."""
+    """L (1 or N, groups, rows, columns), or (1, groups, 1, 1) if it depends only on the group."""
     L = torch.from_numpy(atoms.curvature).view(1, -1, 1, 1)
     if problem.prior.p == 1 or (atoms.boundary == "circular" and atoms.mask is None):
         return L
@@ -118,12 +117,12 @@ def _curvatures(problem: Problem, atoms: Atoms) -> Tensor:
     visible = torch.ones_like(problem.b[:1]) if atoms.mask is None else atoms.mask.square()
     part = correlate(visible, squares, boundary=atoms.boundary)
     part = part.unflatten(1, (-1, atoms.group)).sum(2)
-    whole = squares.sum((1, 2, 3)).view(1, -1, atoms.group).sum(2).view(L.shape)
-    return part if atoms.mask is not None else torch.where(part > 0.9999 * whole, L, part)
+    total = squares.sum((1, 2, 3)).view(1, -1, atoms.group).sum(2).view(L.shape)
+    return part if atoms.mask is not None else torch.where(part > 0.9999 * total, L, part)
 
 
 def _value_by_image(prior: Prior, z: Tensor) -> Tensor:
-    """The value of the prior (N,), which copies one image at a time where it can."""
+    """The value of the prior (N,), computed image by image if possible, to save memory."""
     if prior.weights is not None or len(z) < 2:
         return prior.value(z)
     return torch.cat([prior.value(image) for image in z.split(1)])

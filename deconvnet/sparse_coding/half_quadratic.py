@@ -12,25 +12,26 @@ from deconvnet.sparse_coding.problem import Problem, Solution, SolverSettings
 def half_quadratic(
     problem: Problem, start: Start, settings: SolverSettings, until: Until
 ) -> Solution:
-    """Maps after one x-step and one z-step for every beta of the schedule in turn.
+    """Maps after one x-step and one z-step for each beta of the schedule.
 
         x-step   x = argmin prior(x) + beta/2 ||x - z||^2
         z-step   z = argmin lam/2 ||A z - b||^2 + beta/2 ||z - x||^2
 
-    A copy x of z carries the prior, z the data; with beta they are pulled together. It ends near
-    z = x but, on a short schedule, far above the minimum (docs/mathematics.md has the table). The
-    paper returns z, which has no zeros but is within the threshold of the last beta; here the
-    solution is one more x-step. until.iterations: passes through the schedule.
+    The prior acts on x, a copy of z, and the data term on z; increasing beta pulls them together.
+    The method ends near z = x but, with a short schedule, far above the minimum (table in
+    docs/mathematics.md). The paper returns z, which has no zeros but is within the threshold of the
+    last beta of x; here the solution is one more x-step. until.iterations: passes through the
+    schedule.
     """
     betas = settings.betas() * (1 if until.training else until.iterations)
     method = HalfQuadratic(problem, start.state, betas, settings)
-    # The schedule decides when it ends.
+    # No tolerance: the schedule determines the number of iterations.
     iterate(method, Until(len(betas), callback=until.callback))
     return problem.solution(method.maps(), len(betas), certify=False, state=method.z)
 
 
 class HalfQuadratic(Method):
-    """z: the maps that carry the data. The next beta of the schedule is that of the next step."""
+    """z: the maps of the data term. Each step uses the next beta of the schedule."""
 
     def __init__(self, problem: Problem, z: Tensor, betas: list[float], settings: SolverSettings):
         super().__init__(problem)

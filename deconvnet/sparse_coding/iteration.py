@@ -1,7 +1,7 @@
-"""The loop that all methods share: iterate, show the maps to a callback, stop image by image.
+"""The iteration loop shared by all methods: step, call the callback, stop image by image.
 
-What adapts and what stops does so for each image, so that a result does not depend on the rest of
-the batch.
+Parameters adapt and images stop individually, so that a result does not depend on the rest of the
+batch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ CHECK_EVERY = 10
 
 @dataclass(frozen=True)
 class Start:
-    """Where a solve starts: the state of an earlier one, or zeros; and its gradient step."""
+    """The start of a solve: the state of an earlier one, or zeros, and its gradient step."""
 
     state: Tensor
     step: Tensor | float | None = None
@@ -28,10 +28,10 @@ class Start:
 
 @dataclass(frozen=True)
 class Until:
-    """When a solve stops, and who watches it.
+    """The stopping criteria of a solve, and its callback.
 
-    iterations: at most. tolerance: an image stops when the method's own measure of convergence is
-    at most this; gap: it stops instead when its duality gap is at most this fraction of its
+    iterations: the maximum. tolerance: an image stops when the method's own measure of convergence
+    is at most this; gap: it stops instead when its duality gap is at most this fraction of its
     objective. training: one visit of a training epoch, in which ADMM keeps its beta.
     callback(count, method) is called after every iteration.
     """
@@ -44,9 +44,9 @@ class Until:
 
 
 class Method(ABC):
-    """A method at work on a problem: its state, and what one iteration does to it.
+    """The state of a method that solves a problem, and its iteration.
 
-    stopped: (N, 1, 1, 1), the images that stay as they are, or None.
+    stopped: (N, 1, 1, 1), the images that no longer change, or None.
     """
 
     def __init__(self, problem: Problem):
@@ -58,7 +58,7 @@ class Method(ABC):
 
     @abstractmethod
     def maps(self) -> Tensor:
-        """The sparse maps z (N, K, rows, columns) as they are now."""
+        """The current sparse maps z (N, K, rows, columns)."""
 
     @abstractmethod
     def penalty(self) -> Tensor:
@@ -74,7 +74,7 @@ class Method(ABC):
         return self.problem.certified(z, self.problem.b - self.problem.A(z), gap)
 
     def adapt(self, count: int, stopped: Tensor) -> None:  # noqa: B027  most methods do not
-        """Change parameters of the images that go on, after a check."""
+        """Change the parameters of the images that continue, after a check."""
 
 
 def iterate(
@@ -87,23 +87,23 @@ def iterate(
 ) -> int:
     """Iterate until every image has stopped; returns the number of iterations.
 
-    always_check: also where no tolerance and no gap asks for it.
+    always_check: check (and adapt) even without a tolerance and a gap.
     """
-    checked = bool(until.tolerance or until.gap is not None or always_check)
+    checks = bool(until.tolerance or until.gap is not None or always_check)
     stopped = None
     for count in range(until.iterations + 1):
         if count:
             method.step(stopped)
             if until.callback:
                 until.callback(count, method)
-        if not checked or count % check_every or not (count or check_start):
+        if not checks or count % check_every or not (count or check_start):
             continue
-        reached = (
+        converged = (
             method.converged(until.tolerance) if until.gap is None else method.certified(until.gap)
         )
-        reached = reached if stopped is None else stopped | reached
-        if reached.all():
+        converged = converged if stopped is None else stopped | converged
+        if converged.all():
             break
-        stopped = reached if reached.any() else None
-        method.adapt(count, reached)
+        stopped = converged if converged.any() else None
+        method.adapt(count, converged)
     return count

@@ -1,10 +1,10 @@
-"""Compiled loops over the few non-zero coefficients of sparse maps, on the CPU.
+"""Compiled loops over the non-zero coefficients of sparse maps, on the CPU.
 
     r residual (C, H, W)   c correlations (K, rows, columns)   G maps of a group
 
-All that these loops know of a boundary is the `Footprint` of each axis. They release the
-interpreter's lock, so that threads may share the work. They are compiled once for each size of
-filters, and cached on disk where that is possible (support/compiling.py).
+The boundary enters these loops only through the `Footprint` of each axis. They release the
+interpreter's lock, so that threads may share the work. They are compiled once for each filter size,
+and cached on disk if possible (support/compiling.py).
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import numpy as np
 
 from deconvnet.support.compiling import compiled
 
-# Sums may be taken in any order, but a NaN stays one.
+# Sums may be reordered, but NaNs must propagate.
 _MATH = {"reassoc", "contract", "arcp", "nsz"}
 OPTIONS = dict(fastmath=_MATH, error_model="numpy", nogil=True)
 _compiled = compiled(**OPTIONS)
-# Compiled into its caller. A function of its own would cost a call for each coefficient, and the
-# process that compiles it would run a copy that sums in another order than the one that other
-# processes load from disk.
+# Inlined into the caller. A separate function would cost a call per coefficient, and the process
+# that compiles it would run a copy that sums in another order than the one that other processes
+# load from disk.
 _inlined = compiled(**OPTIONS, forceinline=True)
 
 
@@ -42,7 +42,7 @@ def active(z, G):
     """(g, i, j) of the groups in maps z (K, rows, columns) that are not all zero."""
     count = 0
     for _ in range(2):
-        places = np.empty((3, count), np.int32)
+        positions = np.empty((3, count), np.int32)
         count = 0
         for g in range(z.shape[0] // G):
             for i in range(z.shape[1]):
@@ -51,16 +51,16 @@ def active(z, G):
                     for u in range(1, G):
                         nonzero |= z[g * G + u, i, j] != 0
                     if nonzero:
-                        if places.shape[1]:
-                            places[0, count], places[1, count], places[2, count] = g, i, j
+                        if positions.shape[1]:
+                            positions[0, count], positions[1, count], positions[2, count] = g, i, j
                         count += 1
-    return places[0], places[1], places[2]
+    return positions[0], positions[1], positions[2]
 
 
 @_compiled
 def strongest(c, inverse, G, best, which, top, bottom):
     """best (rows, columns): the largest magnitude times `inverse` (groups,) over the groups of the
-    correlations c (K, rows, columns) at each place, and `which` group has it; from row `top` to
+    correlations c (K, rows, columns) at each position, and `which` group has it; from row `top` to
     row `bottom`.
     """
     for i in range(top, bottom):
@@ -81,19 +81,19 @@ def strongest(c, inverse, G, best, which, top, bottom):
 
 @_compiled
 def leaders(best, tile):
-    """(rows, columns) of the largest value in each tile of places, where it is above 1."""
+    """(rows, columns) of the largest value in each tile of positions, if it exceeds 1."""
     H, W = best.shape
-    most = -(-H // tile) * -(-W // tile)
-    rows, columns = np.empty(most, np.int32), np.empty(most, np.int32)
+    capacity = -(-H // tile) * -(-W // tile)
+    rows, columns = np.empty(capacity, np.int32), np.empty(capacity, np.int32)
     n = 0
     for top in range(0, H, tile):
         for left in range(0, W, tile):
-            lead = best.dtype.type(1)
+            largest = best.dtype.type(1)
             for i in range(top, min(top + tile, H)):
                 for j in range(left, min(left + tile, W)):
-                    if best[i, j] > lead:
-                        lead, rows[n], columns[n] = best[i, j], i, j
-            n += lead > 1
+                    if best[i, j] > largest:
+                        largest, rows[n], columns[n] = best[i, j], i, j
+            n += largest > 1
     return rows[:n], columns[:n]
 
 
@@ -117,16 +117,16 @@ def by_bands(i, j, H, W, bands):
 def correlations(k, i, j, z, starts, own, gram):
     """gram (K, K, 2h-1, 2w-1) += sums of z_k[i] z_l[i + shift] over pairs in one image.
 
-    k, i, j, z (n,) sorted by row, then column; starts (rows + 1,): where each row begins. own (n,):
-    whether a coefficient counts as the first of a pair, or only continues the maps beyond their
-    border.
+    k, i, j, z (n,) sorted by row, then column; starts (rows + 1,): the index at which each row
+    begins. own (n,): whether a coefficient lies inside the maps and counts as the first of a pair;
+    the others continue the maps beyond their border.
     """
     h, w = (gram.shape[2] + 1) // 2, (gram.shape[3] + 1) // 2
     for n in range(len(k)):
         if not own[n]:
             continue
         for row in range(max(i[n] - h + 1, 0), min(i[n] + h, len(starts) - 1)):
-            # The first coefficient of that row that is near enough, by bisection.
+            # Bisection for the first coefficient of that row within reach.
             m, end = starts[row], starts[row + 1]
             while m < end:
                 middle = (m + end) // 2
@@ -155,7 +155,7 @@ def towards_filters(gradient, y, g, i, j, z, rows, columns):
 
 @_inlined
 def _dot(r, f, planes, k, top, left, C, h, w):
-    """<r, what a unit impulse of map k paints>, with all its taps, from pixel (top, left)."""
+    """<r, the image of a unit impulse of map k>, with all its taps, from pixel (top, left)."""
     total = r.dtype.type(0)
     for s in range(len(C)):
         c = planes[k, s]
@@ -169,7 +169,7 @@ def _dot(r, f, planes, k, top, left, C, h, w):
 
 @_inlined
 def _paint(r, amount, f, planes, k, top, left, C, h, w):
-    """r += amount * what a unit impulse of map k paints, with all its taps, from (top, left)."""
+    """r += amount * the image of a unit impulse of map k, with all its taps, from (top, left)."""
     for s in range(len(C)):
         c = planes[k, s]
         if c < 0:
@@ -181,7 +181,7 @@ def _paint(r, amount, f, planes, k, top, left, C, h, w):
 
 @_inlined
 def _dot_at(r, f, k, rows, columns, mask, i, j):
-    """<mask r, what a unit impulse at place (i, j) of map k paints>."""
+    """<mask r, the image of a unit impulse at (i, j) of map k>."""
     total = r.dtype.type(0)
     for c in range(f.shape[1]):
         for a in range(rows.length.shape[1]):
@@ -197,7 +197,7 @@ def _dot_at(r, f, k, rows, columns, mask, i, j):
 
 @_inlined
 def _paint_at(r, amount, f, k, rows, columns, mask, i, j):
-    """r += amount * mask * what a unit impulse at place (i, j) of map k paints."""
+    """r += amount * mask * the image of a unit impulse at (i, j) of map k."""
     for c in range(f.shape[1]):
         for a in range(rows.length.shape[1]):
             for m in range(rows.length[i, a]):
@@ -218,11 +218,11 @@ def subtract(r, filters, grid, active_set):
     tops, lefts, masked = rows.first, columns.first, mask.size > 0
     for n in range(len(g)):
         top, left = tops[i[n]], lefts[j[n]]
-        whole = top >= 0 and left >= 0 and not masked
+        complete = top >= 0 and left >= 0 and not masked
         for u in range(z.shape[1]):
             if z[n, u] != 0:
                 k = g[n] * z.shape[1] + u
-                if whole:
+                if complete:
                     _paint(r, -z[n, u], f, planes, k, top, left, C, h, w)
                 else:
                     _paint_at(r, -z[n, u], f, k, rows, columns, mask, i[n], j[n])
@@ -231,10 +231,10 @@ def subtract(r, filters, grid, active_set):
 @_compiled
 def correlations_at(y, f, rows, columns, G, g, i, j):
     """(n, G): the correlations of an image y (C, H, W) with the filters of groups g, at (i, j)."""
-    c, everything = np.empty((len(g), G), y.dtype), np.empty((0, 0, 0), y.dtype)
+    c, no_mask = np.empty((len(g), G), y.dtype), np.empty((0, 0, 0), y.dtype)
     for n in range(len(g)):
         for u in range(G):
-            c[n, u] = _dot_at(y, f, g[n] * G + u, rows, columns, everything, i[n], j[n])
+            c[n, u] = _dot_at(y, f, g[n] * G + u, rows, columns, no_mask, i[n], j[n])
     return c
 
 
@@ -249,8 +249,8 @@ def curvatures(f, group, inner, grid, g, i, j, scratch):
     rows, columns, mask = grid
     L = np.empty(len(g), f.dtype)
     for n in range(len(g)):
-        whole = rows.first[i[n]] >= 0 and columns.first[j[n]] >= 0
-        if whole and mask.size == 0:
+        complete = rows.first[i[n]] >= 0 and columns.first[j[n]] >= 0
+        if complete and mask.size == 0:
             L[n] = inner[g[n]]
             continue
         L[n] = 0
@@ -268,10 +268,10 @@ def curvatures(f, group, inner, grid, g, i, j, scratch):
 
 @_compiled
 def descend(r, filters, grid, active_set, starts, bands, sweeps, lam, p, positive):
-    """Minimise over one coefficient after another, in place of z and r; each band, which touches no
-    other of `bands`, is swept `sweeps` times.
+    """Minimise over one coefficient after another, updating z and r in place; each of the `bands`,
+    which do not touch, is swept `sweeps` times.
     """
-    # Unpacked once: passing a named tuple on, or reading from it, costs more than a step.
+    # Unpacked once: passing a named tuple on or reading from it costs more than a step.
     f, planes, C, h, w, _ = filters
     g, i, j, z, L, weight = active_set
     rows, columns, mask = grid
@@ -282,16 +282,16 @@ def descend(r, filters, grid, active_set, starts, bands, sweeps, lam, p, positiv
         for _ in range(sweeps):
             for n in range(starts[s], starts[s + 1]):
                 if not L[n] > 0:
-                    # It paints nothing: its filter is zero, or everything it would paint is masked.
+                    # It paints nothing: its filter is zero, or all its pixels are masked.
                     for u in range(G):
                         z[n, u] = 0
                     continue
                 top, left = tops[i[n]], lefts[j[n]]
-                whole = top >= 0 and left >= 0 and not masked
+                complete = top >= 0 and left >= 0 and not masked
                 length = z.dtype.type(0)
                 for u in range(G):
                     k = g[n] * G + u
-                    if whole:
+                    if complete:
                         c = _dot(r, f, planes, k, top, left, C, h, w)
                     else:
                         c = _dot_at(r, f, k, rows, columns, mask, i[n], j[n])
@@ -312,7 +312,7 @@ def descend(r, filters, grid, active_set, starts, bands, sweeps, lam, p, positiv
                     d = x - z[n, u]
                     if d != 0:
                         k = g[n] * G + u
-                        if whole:
+                        if complete:
                             _paint(r, -d, f, planes, k, top, left, C, h, w)
                         else:
                             _paint_at(r, -d, f, k, rows, columns, mask, i[n], j[n])

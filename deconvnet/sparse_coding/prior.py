@@ -1,15 +1,15 @@
 """The sparse prior sum |x|^p: its value and its proximal map for every 0 <= p <= 1.
 
-`Prior` adds weights, groups of maps, signs and a pooling window; everything else here is the plain
-sum on which it builds.
+`Prior` adds weights, groups of maps, non-negativity and a pooling window; the other functions
+implement the plain sum.
 
-    x, v maps of any shape · beta > 0 weight of the quadratic term · p the exponent, 0^0 = 0, so
-    that p = 0 counts
+    x, v maps of any shape · beta > 0 weight of the quadratic term · p exponent; 0^0 = 0, so p = 0
+    counts non-zero coefficients
 
-For p = 1 the map is the soft threshold, for p = 0 the hard one. Between, the minimiser jumps from 0
-to a finite value at a threshold tau and the equation beyond it is solved by Newton's method, to
-rounding, on every device: no look-up table (that of Krishnan and Fergus, NIPS 2009, is too coarse
-where beta is large).
+For p = 1 the map is the soft threshold, for p = 0 the hard one. In between, the minimiser jumps
+from 0 to a finite value at a threshold tau, beyond which the equation is solved by Newton's method,
+to rounding, on every device. No look-up table is used (that of Krishnan and Fergus, NIPS 2009, is
+too coarse for large beta).
 
 With a pooling window the prior also allows at most one non-zero coefficient in each window. Its
 proximal map shrinks the largest coefficient of each window and sets the others to zero: keeping one
@@ -28,18 +28,24 @@ import torch
 from torch import Tensor
 
 from deconvnet.operators.pooling import Window, pool, strongest, unpool
-from deconvnet.support.validation import as_number, as_weights, check_numbers, check_tensors, whole
+from deconvnet.support.validation import (
+    as_number,
+    as_positive_integer,
+    as_weights,
+    check_numbers,
+    check_tensors,
+)
 
 
 @dataclass(frozen=True, eq=False)
 class Prior:
-    """sum_i w_i |z_i|^p, or the same of the l2 norms of groups of maps, over maps z (N, K, H, W).
+    """sum_i w_i |z_i|^p over maps z (N, K, H, W), or over the l2 norms of groups of maps.
 
-    weights: w >= 0, (K,) or any shape that broadcasts to z; 0 leaves a coefficient free; None: all
-    1. group: this many consecutive maps share one magnitude, their l2 norm at each place, and one
-    weight. non_negative: over z >= 0 only. window: at most one non-zero coefficient in each pooling
-    window, as in `shrink`; not together with weights or groups. Raises ValueError where values are
-    out of range or do not fit together.
+    weights: w >= 0, (K,) or any shape that broadcasts to z; 0 leaves a coefficient unpenalised;
+    None: all 1. group: this many consecutive maps share one magnitude, their l2 norm at each
+    position, and one weight. non_negative: only z >= 0 is feasible. window: at most one non-zero
+    coefficient in each pooling window, as in `shrink`; not together with weights or groups. Raises
+    ValueError if values are out of range or do not fit together.
     """
 
     p: float = 1.0
@@ -50,7 +56,7 @@ class Prior:
 
     def __post_init__(self) -> None:
         check_exponent(self.p)
-        whole(self.group, "group")
+        as_positive_integer(self.group, "group")
         if self.window is not None and (self.group > 1 or self.weights is not None):
             raise ValueError(
                 f"window={tuple(self.window)}: not together with weights or group={self.group}"
@@ -61,12 +67,12 @@ class Prior:
             object.__setattr__(self, "weights", as_weights(self.weights))
         w = self.weights
         check_numbers(w, "weights")
-        if len(wrong := w[~((w >= 0) & (w < torch.inf))]):
-            raise ValueError(f"weights={float(wrong[0])}: must be finite and not negative")
+        if len(invalid := w[~((w >= 0) & (w < torch.inf))]):
+            raise ValueError(f"weights={float(invalid[0])}: must be finite and not negative")
         if self.group > 1 and not self._one_for_each_group():
             raise ValueError(
                 f"weights of shape {tuple(w.shape)}: the {self.group} maps of a group have one "
-                "weight at each place"
+                "weight at each position"
             )
 
     @property
@@ -88,22 +94,22 @@ class Prior:
         )
         if not fits:
             raise ValueError(
-                f"weights of shape {tuple(self.weights.shape)}: expected ({shape[1]},), or what "
-                f"broadcasts to maps of shape {tuple(shape)}"
+                f"weights of shape {tuple(self.weights.shape)}: expected ({shape[1]},), or a shape "
+                f"that broadcasts to maps of shape {tuple(shape)}"
             )
 
     def shrink(self, v: Tensor, beta: float | Tensor) -> Tensor:
         """argmin_x prior(x) + beta/2 ||x - v||^2, the proximal map; beta: number or (N, 1, 1, 1).
 
         Weights replace beta by beta / w, coefficient by coefficient. The prior of a group depends
-        on its length alone, so the length is shrunk and the direction stays, for every p.
+        only on its length, so the length is shrunk and the direction kept, for every p.
         """
         if self.group == 1:
-            return self._shrink_each(v, beta)
+            return self._shrink_elements(v, beta)
         if self.non_negative:
             v = v.clamp(min=0)
         length = self._lengths(v)
-        factor = self._shrink_each(length, beta) / length.clamp(min=torch.finfo(v.dtype).tiny)
+        factor = self._shrink_elements(length, beta) / length.clamp(min=torch.finfo(v.dtype).tiny)
         return (v.unflatten(1, (-1, self.group)) * factor[:, :, None]).flatten(1, 2)
 
     def __call__(self, z: Tensor) -> Tensor:
@@ -138,8 +144,8 @@ class Prior:
     def dual_norm(self, c: Tensor) -> Tensor:
         """(N,): for p = 1 the smallest s for which c / s is a subgradient at z = 0.
 
-        max |c_i| / w_i; with non_negative of c clamped at 0, with groups of their lengths. Infinite
-        where a weight is 0 and c is not.
+        max |c_i| / w_i; with non_negative c is first clamped at 0, with groups |c_i| are their
+        lengths. Infinite if a weight is 0 and its c is not.
         """
         if self.p != 1:
             raise ValueError(f"p={self.p}: only the prior with p=1 has a dual norm")
@@ -147,15 +153,15 @@ class Prior:
             c = c.clamp(min=0)
         c = c.abs() if self.group == 1 else self._lengths(c)
         if self.entry_weights is not None:
-            # Where c is 0, a weight of 0 asks nothing of it.
+            # A zero correlation is feasible even if its weight is 0 (0 / 0).
             c = torch.where(c > 0, c / self.entry_weights.to(c), c)
         return c.flatten(1).amax(1)
 
-    def _shrink_each(self, v: Tensor, beta: float | Tensor) -> Tensor:
-        """The proximal map of each coefficient, or of the length of each group."""
+    def _shrink_elements(self, v: Tensor, beta: float | Tensor) -> Tensor:
+        """The proximal map of the coefficients, or of the lengths of groups."""
         w = None if self.entry_weights is None else self.entry_weights.to(v)
         if self.p == 1 and self.window is None and (w is not None or isinstance(beta, Tensor)):
-            # The same bits as `shrink` where there are no weights, several times faster.
+            # Bit-equal to `shrink` without weights, and several times faster.
             tau = 1 / beta if w is None else w * (1 / beta)
             positive = (v - tau).relu_()
             if self.non_negative:
@@ -212,7 +218,7 @@ def penalties(x: Tensor, p: float = 1.0) -> Tensor:
     magnitude = x.abs()
     if p != 1:
         magnitude = _power(magnitude, p)
-    # Summed pairwise, accurate to 1e-7, in a quarter of the time of converting first.
+    # The pairwise sum is accurate to 1e-7 and takes a quarter of the time of converting first.
     return magnitude.sum(axes).double()
 
 
@@ -252,7 +258,7 @@ def shrink(
         result = magnitude
     else:
         result = _largest_root(magnitude, beta, p, tau)
-    # <= and not >, so that a NaN stays one.
+    # <= and not >, so that NaNs propagate.
     return torch.where(magnitude <= tau, torch.zeros_like(result), result).copysign(v)
 
 
@@ -273,7 +279,7 @@ def check_exponent(p: float) -> None:
 
 
 def _soft_threshold(v: Tensor, tau: float, non_negative: bool) -> Tensor:
-    # Each is one fused kernel: this runs on all maps in every iteration.
+    # Both are single fused kernels: this runs on all maps in every iteration.
     return torch.relu(v - tau) if non_negative else torch.nn.functional.softshrink(v, tau)
 
 
@@ -281,9 +287,9 @@ def _largest_root(magnitude: Tensor, beta: float | Tensor, p: float, tau: float 
     """The root of p x^(p-1) + beta (x - |v|) = 0 that is the minimum, for |v| beyond the threshold.
 
     Newton's method from x = |v| descends to it monotonically, because the left side is increasing
-    and convex there; six steps reach rounding for every p and beta. Below the threshold tau v gets
-    the root for tau: Newton's method would go below 0, and its gradient, which is not used, would
-    be NaN times 0.
+    and convex there; six steps reach rounding for every p and beta. Below the threshold tau the
+    root for tau is returned: Newton's method would go below 0, and its unused gradient would be
+    NaN times 0.
     """
     tau = torch.as_tensor(tau, dtype=magnitude.dtype, device=magnitude.device)
     x = magnitude = torch.maximum(magnitude, tau)
@@ -299,12 +305,12 @@ def _root(squares: Tensor) -> Tensor:
 
 
 def _power(magnitude: Tensor, p: float) -> Tensor:
-    """magnitude^p for 0 < p < 1; its gradient at 0, where it rises without bound, is 0."""
+    """magnitude^p for 0 < p < 1; its gradient at 0, where it is unbounded, is set to 0."""
     return _away_from_zero(magnitude, lambda x: x**p)
 
 
 def _away_from_zero(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """A function that is 0 at 0; so is its gradient there, and not infinite."""
+    """A function that is 0 at 0, with its infinite gradient there replaced by 0."""
     if not x.requires_grad:
         return function(x)
     zero = x == 0

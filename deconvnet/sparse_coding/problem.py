@@ -1,8 +1,8 @@
-"""The problem of sparse coding, the settings of its solvers, and what a solver returns.
+"""The sparse coding problem, the settings of its solvers, and the solution that they return.
 
-minimise over z, for every image by itself      lam/2 ||A z - b||^2 + prior(z)
+minimise over z, separately for every image      lam/2 ||A z - b||^2 + prior(z)
 
-b what is explained (N, C, H, W)   A operator, maps -> b   z maps (N, K, rows, columns)
+b target (N, C, H, W)   A operator, maps -> b   z maps (N, K, rows, columns)
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from deconvnet.sparse_coding.prior import Prior
 from deconvnet.support.renaming import renamed
 from deconvnet.support.scaling import Units, times_power
 from deconvnet.support.torch_modes import plain
-from deconvnet.support.validation import as_images, as_tensor, positive
+from deconvnet.support.validation import as_images, as_positive_number, as_tensor
 
 MethodName = Literal["admm", "half_quadratic", "fista", "ista", "coordinate"]
 ZStep = Literal["exact", "cg"]
 METHODS: tuple[str, ...] = get_args(MethodName)
 Z_STEPS: tuple[str, ...] = get_args(ZStep)
 
-# More can only be a mistake, or a file that is meant to keep its reader busy for ever.
+# More can only be a mistake, or a file designed to keep its reader busy for ever.
 MOST_ITERATIONS = 1_000_000
 
 
@@ -110,9 +110,9 @@ class SolverSettings:
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """minimise over z, for every image by itself      lam/2 ||A z - b||^2 + prior(z)
+    """minimise over z, separately for every image      lam/2 ||A z - b||^2 + prior(z)
 
-    b: (N, C, H, W), in the type and on the device of the computation.
+    b: (N, C, H, W), in the dtype and on the device of the computation.
     """
 
     A: LinearOperator
@@ -128,7 +128,7 @@ class Problem:
         return dataclasses.replace(self, A=self.A[images], b=self.b[images], prior=prior)
 
     def per_image(self, value: float | Tensor) -> Tensor:
-        """A number, or a number for each image, as (N, 1, 1, 1) in the type of b."""
+        """A number, or one number per image, as (N, 1, 1, 1) in the dtype of b."""
         value = torch.as_tensor(value, dtype=self.b.dtype, device=self.b.device)
         return value.expand(self.b.shape[0], 1, 1, 1)
 
@@ -137,9 +137,9 @@ class Problem:
         return data_term(residual, self.lam) + self.prior.value(z)
 
     def dual_objective(self, residual: Tensor) -> Tensor:
-        """(N,) in float64: the dual at the residual b - A z of some z, scaled to be feasible.
+        """(N,) in float64: the dual objective at the residual b - A z, scaled to be feasible.
 
-        -inf where no scaling makes it feasible.
+        -inf if no scaling makes it feasible.
         """
         v = self.lam * residual.double()
         norm = self.prior.dual_norm(self.A.adjoint(self.lam * residual)).double()
@@ -162,7 +162,7 @@ class Problem:
         tolerance: float = 0.0,
         max_iterations: int = 100,
     ) -> tuple[Tensor, Tensor]:
-        """argmin_z lam/2 ||A z - b||^2 + beta/2 ||z - v||^2, written over v; and w to warm start.
+        """argmin_z lam/2 ||A z - b||^2 + beta/2 ||z - v||^2, stored in v; and w for a warm start.
 
         Setting the gradient to zero gives z = v + lam A'w with (beta I + lam A A') w = b - A v: a
         system in the space of the images, with K/C times fewer unknowns than that of the maps. A
@@ -181,12 +181,12 @@ class Problem:
         state: Tensor | None = None,
         step: Tensor | None = None,
     ) -> Solution:
-        """The solution with maps z, with its duality gap if it is to be certified."""
+        """The solution with maps z, and its duality gap if `certify` is set."""
         residual = self.b - self.A(z)
         terms = data_term(residual, self.lam), self.prior.value(z)
         gap = None
         if certify:
-            # Rounding can make it negative at the minimum.
+            # Rounding can make the gap negative at the minimum.
             gap = (sum(terms) - self.dual_objective(residual)).clamp(min=0)
         state = z if state is None else state
         return Solution(z, residual, *terms, iterations, state, step, gap, self.lam)
@@ -194,15 +194,14 @@ class Problem:
 
 @dataclass(frozen=True)
 class Solution:
-    """Sparse maps z and how they were found.
+    """Sparse maps z, with the objective and the state of the solver.
 
     objective: (N,) in float64, and its terms: reconstruction, lam/2 ||A z - b||^2, and sparsity,
     the value of the prior. residual: b - A z, in the shape of b. iterations: the most that any
-    image took. state: what a later call needs to continue from here, in the shape of z. step:
+    image took. state: from which a later call continues, in the shape of z. step:
     (N, 1, 1, 1), the last gradient step of each image, for a later call (fista, ista; else None).
     gap: (N,) in float64, the duality gap: an upper bound on how far the objective is above the
-    minimum (where settings.gap asks for it, but not in training; else None). lam: the weight that
-    was used.
+    minimum (if settings.gap is set, except in training; else None). lam: the weight that was used.
     """
 
     z: Tensor
@@ -223,7 +222,7 @@ class Solution:
         return f"Solution({self})"
 
     def __str__(self) -> str:
-        """A summary in one line, with the duality gap where it was asked for."""
+        """A one-line summary, with the duality gap if it was computed."""
         total = float(self.objective.sum())
         density = float(torch.count_nonzero(self.z)) / max(self.z.numel(), 1)
         line = (
@@ -232,7 +231,7 @@ class Solution:
         )
         if self.gap is None:
             return line
-        # Where there is nothing to explain the objective is 0, which is the minimum.
+        # For an image of zeros the objective is 0, which is the minimum.
         relative_gap = float(self.gap.sum()) / total if total > 0 else 0.0
         return f"{line}, at most {relative_gap:.2%} above the minimum"
 
@@ -247,23 +246,25 @@ def duality_gap(
 
         maximise <b, v> - ||v||^2 / (2 lam)      over prior.dual_norm(A'v) <= 1
 
-    (without weights |A'v| <= 1); the residual lam (b - A z), made feasible by scaling, is a point
-    of it. Where a weight is 0 and A'v is not, no scaling makes it feasible and the gap is infinite;
-    with weights of 0 that is almost always so.
+    (without weights |A'v| <= 1); the gap is computed at the residual lam (b - A z), scaled to be
+    feasible. If a weight is 0 and A'v is not, no scaling makes it feasible and the gap is infinite,
+    which is almost always so with weights of 0.
     """
     prior = prior or Prior()
     if not prior.convex:
-        raise ValueError(f"p={prior.p}, window={prior.window}: only p=1 has a dual, and no window")
-    b, lam = as_images(b, "b"), positive(lam, "lam")
+        raise ValueError(
+            f"p={prior.p}, window={prior.window}: only p=1 without a window has a duality gap"
+        )
+    b, lam = as_images(b, "b"), as_positive_number(lam, "lam")
     z = checked_maps(A, b, z, "z")
     prior.check(z.shape)
-    A, of_filters = A.normalised()
-    units = Units.of(b, of_filters, lam, 1.0, prior.weights)
+    A, filters_exponent = A.normalised()
+    units = Units.of(b, filters_exponent, lam, 1.0, prior.weights)
     z = times_power(z, -units.maps)
     problem = Problem(A, times_power(b, -units.data), units.lam(lam), in_units(prior, units))
     residual = problem.b - A(z)
     objective = data_term(residual, problem.lam) + problem.prior(z)
-    # Rounding can make it negative at the minimum.
+    # Rounding can make the gap negative at the minimum.
     return units.cost((objective - problem.dual_objective(residual)).clamp(min=0))
 
 
@@ -279,7 +280,7 @@ def in_units(prior: Prior, units: Units) -> Prior:
 
 
 def checked_maps(A: LinearOperator, b: Tensor, z: Any, name: str) -> Tensor:
-    """Maps z that fit the data b, in the type of b. Raises ValueError where they do not fit."""
+    """The maps z in the dtype of b. Raises ValueError if they do not fit the data b."""
     z = as_tensor(z, name).to(b)
     if isinstance(A, Deconvolution):
         size = map_size(b.shape[2:], A.f.shape[2:], A.boundary)

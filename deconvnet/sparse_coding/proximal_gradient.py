@@ -1,7 +1,7 @@
 """Proximal gradient methods: ISTA, and FISTA, which adds momentum (Beck and Teboulle 2009).
 
-They need only A and A', and their objective never rises, with a pooling window neither: the methods
-for operators through several layers.
+They need only A and A', and the objective never rises, not even with a pooling window. They are the
+methods for operators through several layers.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from deconvnet.sparse_coding.iteration import Method, Start, Until, iterate
 from deconvnet.sparse_coding.prior import shrink
 from deconvnet.sparse_coding.problem import Problem, Solution, SolverSettings
 
-# The gradient step grows by this factor in an iteration, and falls to this fraction of what the
-# curvature would allow (measured on four layers: 1.5 and more is no faster and often refused).
+# The gradient step grows by this factor per iteration, and falls to this fraction of the longest
+# step that the curvature allows (measured on four layers: a growth of 1.5 or more is no faster, and
+# the steps are often rejected).
 GROWTH, CAUTION = 1.02, 0.9
 
 
@@ -41,18 +42,18 @@ class ProximalGradient(Method):
 
         z <- argmin prior(x) + 1/(2 step) ||x - (y - step lam A'(A y - b))||^2   y = z, or beyond it
 
-    This minimises a bound of the objective that touches it at y if the curvature of the move d that
-    it makes, lam ||A d||^2 / ||d||^2, is at most 1 / step: from y = z the objective then cannot
-    rise, whether or not the prior is convex. A step of 1 / (lam ||A||^2) is always short enough,
-    and is what is used without `adaptive`, unless a step is given. But sparse moves meet far less
-    than the norm of A: with `adaptive` a move is repeated with a shorter step where the step was
-    too long, and the step grows a little otherwise (Scheinberg, Goldfarb and Bai 2014, whose
-    momentum this is); the steps end many times longer. All of this is nearly free: A y is a
-    combination of what was computed before.
+    This minimises an upper bound of the objective that is tight at y, provided that the curvature
+    of its move d, lam ||A d||^2 / ||d||^2, is at most 1 / step: from y = z the objective then
+    cannot rise, whether or not the prior is convex. A step of 1 / (lam ||A||^2) is always short
+    enough, and is used without `adaptive` unless a step is given. But the curvature of sparse moves
+    is far below the norm of A: with `adaptive` a move is repeated with a shorter step if the step
+    was too long, and otherwise the step grows slightly (Scheinberg, Goldfarb and Bai 2014, as is
+    the momentum); the steps become many times longer. This costs almost nothing: A y is a
+    combination of earlier products.
 
-    A move that raises the objective is undone, image by image: from a y beyond z the momentum
-    restarts (O'Donoghue and Candes 2015), from z itself the step is halved. An image stops when its
-    relative change is at most the tolerance.
+    A move that raises the objective is undone, image by image: if y was beyond z, the momentum
+    restarts (O'Donoghue and Candes 2015); if y was z itself, the step is halved. An image stops
+    when its relative change is at most the tolerance.
     """
 
     def __init__(self, problem: Problem, start: Start, settings: SolverSettings, *, momentum: bool):
@@ -66,11 +67,11 @@ class ProximalGradient(Method):
         self.t = torch.ones_like(self.step_size)
 
     def step(self, stopped: Tensor | None) -> None:
-        """A proximal gradient step from y; where it failed, the last z again; then the next y."""
+        """A proximal gradient step from y, undone for images where it failed; then the next y."""
         self.z_before, Az_old, cost_old = self.z, self.Az, self.cost
         z_old, step_old = self.z, self.step_size
         self._move_from_y()
-        # Rounding is no rise, but a NaN is one.
+        # Ignore rounding, but count a NaN as a rise.
         rose = ~(self.cost <= cost_old * (1 + 10 * torch.finfo(z_old.dtype).eps))
         too_long = self._adapt_step() if self.adaptive else torch.zeros_like(rose)
         halved = rose & (self.t == 1) & ~too_long
@@ -117,9 +118,9 @@ class ProximalGradient(Method):
         self.cost = self._objective()
 
     def _adapt_step(self) -> Tensor:
-        """Follow the curvature of the move; (N, 1, 1, 1), where the step was too long for it."""
+        """Adapt the step to the curvature of the move; (N, 1, 1, 1): whether it was too long."""
         step, moved = self.step_size, self.Az - self.Ay
-        # A move that is next to rounding says nothing about the curvature.
+        # The curvature of a move close to rounding is meaningless.
         measurable = norm(moved) > 100 * torch.finfo(moved.dtype).eps * norm(self.Az)
         curvature = _curvature(self.z - self.y, moved, self.problem.lam)
         longest = torch.where(measurable, 1 / curvature, step)
@@ -130,7 +131,7 @@ class ProximalGradient(Method):
     def _look_ahead(
         self, z_old: Tensor, Az_old: Tensor, step_old: Tensor, rose: Tensor, too_long: Tensor
     ) -> None:
-        """The next y: beyond z; after a rise z itself; after a step that was too long y again."""
+        """The next y: beyond z; z itself after a rise; the same y after a step that is too long."""
         repeated = too_long & ~rose
         t_next = (1 + (1 + 4 * step_old / self.step_size * self.t.square()).sqrt()) / 2
         ahead = torch.where(rose, torch.zeros_like(self.t), (self.t - 1) / t_next)
@@ -147,13 +148,13 @@ class ProximalGradient(Method):
 
 
 def _acts(mask: Tensor) -> bool:
-    """Whether a mask has to be applied: on a GPU always, since asking would mean to wait for it."""
+    """Whether a mask must be applied: on a GPU always, since checking would synchronise."""
     return mask.device.type != "cpu" or bool(mask.any())
 
 
 def _curvature(move: Tensor, moved: Tensor, lam: float) -> Tensor:
-    """lam ||A d||^2 / ||d||^2 of a move d of the maps, moved = A d; never quite 0, so that a step
-    of its inverse can be multiplied by lam.
+    """lam ||A d||^2 / ||d||^2 of a move d of the maps, moved = A d; never exactly 0, so that the
+    inverse step stays finite when multiplied by lam.
     """
     squared = dot(move, move).clamp(min=torch.finfo(move.dtype).tiny)
     return lam * dot(moved, moved) / squared + 1e-30

@@ -1,7 +1,7 @@
-"""Inference of sparse maps: the public functions, and what they do around a method.
+"""Inference of sparse maps: the public functions, which call a method from the settings.
 
-`solve` brings the problem into units in which float32 holds its squares, cuts a large batch into
-parts, and calls the method of the settings. `sparse_code` is `solve` for one layer of filters.
+`solve` rescales the problem so that its squares stay within the range of float32, splits a large
+batch, and calls the method of the settings. `sparse_code` is `solve` for one layer of filters.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from deconvnet.support.validation import (
     as_filters,
     as_images,
     as_number,
+    as_positive_integer,
+    as_positive_number,
     as_tensor,
     as_weights,
     check_settings,
-    positive,
-    whole,
 )
 
 # Above 32 MiB the C library returns the memory of an array when it is freed, and the pages of the
-# next one have to be mapped again, which doubles the time of an iteration; smaller ones are reused.
-PART = 2**24
+# next one must be mapped again, which doubles the time of an iteration; smaller ones are reused.
+BATCH_BYTES = 2**24
 
 Callback = Callable[[int, Tensor, Tensor], None]
 Solver = Callable[[Problem, Start, SolverSettings, Until], Solution]
@@ -52,7 +52,7 @@ Solver = Callable[[Problem, Start, SolverSettings, Until], Solution]
 def _coordinate_descent(
     problem: Problem, start: Start, settings: SolverSettings, until: Until
 ) -> Solution:
-    # Imported here, since it loads numba, which the other methods do without.
+    # Imported here because it loads numba, which the other methods do not need.
     from deconvnet.sparse_coding.coordinate_descent import coordinate_descent
 
     return coordinate_descent(problem, start, settings, until)
@@ -89,16 +89,17 @@ def sparse_code(
 
         minimise over z      lam/2 ||mask * (sum_k f_k * z_k - y)||^2 + prior(z)
 
-    images: (N, C, H, W) of float32 or float64, coded as they are; filters: (K, C, h, w); tensors or
-    numpy arrays, but the solution holds tensors. lam weighs the reconstruction, as in the papers:
+    images: (N, C, H, W) of float32 or float64, coded without preprocessing; filters: (K, C, h, w);
+    tensors or numpy arrays, but the solution holds tensors. lam weights the reconstruction, as in
+    the papers:
     SPORCO's lambda is 1/lam, and its objective 1/lam times this one. lam_ratio instead of lam, in
     (0, 1]: lambda relative to the smallest that makes all maps zero (`lam_from_ratio`). mask:
-    (N or 1, C or 1, H, W), >= 0; where it is 0 a pixel is ignored and may have any value.
+    (N or 1, C or 1, H, W), >= 0; pixels where it is 0 are ignored and may have any value.
     p, weights (K,) or of the shape of the maps, group and non_negative: the prior, `prior.Prior`.
     settings: by default those of `default_solver`. chunk: at most this many images at a time, which
-    bounds the memory used besides that of the maps and changes results by rounding only; None: what
-    is fast on a CPU, all images on a GPU. Returns plain tensors without a gradient. Raises
-    ValueError where an argument is out of range or does not fit the others.
+    bounds the memory beyond that of the maps and changes results by rounding only; None: a fast
+    number on a CPU, all images on a GPU. Returns plain tensors without a gradient. Raises
+    ValueError if an argument is out of range or does not fit the others.
     """
     images = as_images(images)
     filters = as_filters(filters, images.shape[1])
@@ -113,7 +114,7 @@ def sparse_code(
     if not torch.isfinite(b).all() or not torch.isfinite(filters).all():
         raise ValueError("images and filters must be finite: there are NaN or infinite values")
     weights = None if weights is None else weights.to(images)
-    p, group = as_number(p, "p"), whole(group, "group")
+    p, group = as_number(p, "p"), as_positive_integer(group, "group")
     prior = Prior(p, weights=weights, group=group, non_negative=non_negative)
     settings = settings or default_solver(images, p)
     if lam_ratio is not None:
@@ -123,8 +124,8 @@ def sparse_code(
 
 
 def default_solver(images: Tensor, p: float = 1.0) -> SolverSettings:
-    """The fastest settings for one layer: on a CPU with p = 1 coordinate descent, else ADMM, of
-    about the same accuracy (up to 500 iterations; sparse codes take some 50).
+    """The fastest settings for one layer: on a CPU with p = 1 coordinate descent, otherwise ADMM
+    with about the same accuracy (up to 500 iterations; sparse codes take about 50).
     """
     if images.device.type != "cpu" or p != 1:
         return SolverSettings(iterations=500)
@@ -141,25 +142,27 @@ def lam_from_ratio(
         lam = 1 / (lam_ratio * max over the images of prior.dual_norm(A'b))                p = 1
 
     lam_ratio: in (0, 1]. With 1 all maps are zero; the smaller it is, the denser they are. The
-    brightest image decides for all. If the data are scaled by s, so is lambda_max: with the same
-    ratio the maps are scaled by s and otherwise unchanged, while a given lam would have to be
-    divided by s. With a ratio of 1 ADMM, whose maps only approach zero, may leave a few small
-    coefficients.
+    image with the largest correlation determines lam for all. If the data are scaled by s, so is
+    lambda_max: with the same ratio the maps are scaled by s and otherwise unchanged, whereas a
+    given lam would have to be divided by s. With a ratio of 1 ADMM, whose maps only approach zero,
+    may leave a few small coefficients.
     """
     if not 0 < as_number(lam_ratio, "lam_ratio") <= 1:
         raise ValueError(f"lam_ratio={lam_ratio}: must lie in (0, 1]")
     b, prior = as_images(b, "b"), prior or Prior()
-    (A, of_filters), of_data = A.normalised(), exponent(magnitude(b))
-    correlations = A.adjoint(times_power(b, -of_data))
+    (A, filters_exponent), data_exponent = A.normalised(), exponent(magnitude(b))
+    correlations = A.adjoint(times_power(b, -data_exponent))
     prior.check(correlations.shape)
     largest = float(prior.dual_norm(correlations).max())
     if not 0 < largest < math.inf:
-        why = "all weights to be positive" if largest > 0 else "images that the filters can explain"
-        raise ValueError(f"lam_ratio={lam_ratio}: needs {why}")
+        need = (
+            "all weights to be positive" if largest > 0 else "images that the filters can explain"
+        )
+        raise ValueError(f"lam_ratio={lam_ratio}: needs {need}")
     if lam_ratio == 1:
-        # By more than the rounding of correlations, so that no coefficient is left.
+        # Exceed the rounding of the correlations, so that no coefficient remains.
         largest *= 1 + 32 * torch.finfo(b.dtype).eps
-    return math.ldexp(1 / (float(lam_ratio) * largest), -of_data - of_filters)
+    return math.ldexp(1 / (float(lam_ratio) * largest), -data_exponent - filters_exponent)
 
 
 def relative_schedule(
@@ -173,7 +176,7 @@ def relative_schedule(
     if settings.method != "half_quadratic":
         return settings
     largest = A.curvature()
-    # A number stays one: as a tensor it would have torch's default type.
+    # Keep a number a number: as a tensor it would have torch's default dtype.
     unit = lam_ratio * lam * float(largest.max() if isinstance(largest, Tensor) else largest)
     start, end = unit * settings.beta_start, unit * settings.beta_end
     return dataclasses.replace(settings, beta_start=start, beta_end=end)
@@ -195,18 +198,18 @@ def solve(
 ) -> Solution:
     """Infer z by the method of the settings, from z = 0 or from state and step of an earlier one.
 
-        minimise over z, for every image by itself      lam/2 ||A z - b||^2 + prior(z)
+        minimise over z, separately for every image      lam/2 ||A z - b||^2 + prior(z)
 
     b: (N, C, H, W); prior: by default sum |z|. b, A, lam and weights may be in any units; the
     schedule of half_quadratic is in those of z. For fista, ista and coordinate the state may be any
     maps; they are made feasible for the prior first. training: one visit of a training epoch, with
-    few iterations, in which nothing stops early and ADMM keeps its beta. callback(i, z, beta) sees
+    few iterations, in which no image stops early and ADMM keeps its beta. callback(i, z, beta) gets
     the sparse maps after iteration i = 1, 2, ... and the beta (N, 1, 1, 1) of each image; for fista
-    and ista beta is 1 / step. It sees all images: with a callback there are no chunks. Raises
-    ValueError where an argument is out of range or does not fit the others.
+    and ista beta is 1 / step. With a callback all images are solved in one batch. Raises ValueError
+    if an argument is out of range or does not fit the others.
     """
-    chunk = None if chunk is None else whole(chunk, "chunk")
-    b, lam, prior = as_images(b, "b"), positive(lam, "lam"), prior or Prior()
+    chunk = None if chunk is None else as_positive_integer(chunk, "chunk")
+    b, lam, prior = as_images(b, "b"), as_positive_number(lam, "lam"), prior or Prior()
     check_settings(settings, SolverSettings, "settings")
     if settings.gap is not None and not prior.convex:
         raise ValueError(
@@ -216,17 +219,17 @@ def solve(
     z = _zeros(A, b, settings.method) if state is None else checked_maps(A, b, state, "state")
     prior.check(z.shape)
     if state is not None and settings.method in ("fista", "ista", "coordinate"):
-        # Methods that never raise the objective would stay where it is not yet infinite.
+        # These methods never raise the objective, and it is infinite at an infeasible start.
         z = prior.feasible(z)
     start = Start(z, settings.step if step is None else step)
     until = _until(settings, training)
-    A, of_filters = A.normalised()
-    units = Units.of(b, of_filters, lam, prior.p, prior.weights)
+    A, filters_exponent = A.normalised()
+    units = Units.of(b, filters_exponent, lam, prior.p, prior.weights)
     if callback:
         until = dataclasses.replace(until, callback=_in_units_of_the_caller(callback, units))
     problem = Problem(A, b, lam, prior)
     if units.ordinary:
-        return _solve_parts(problem, start, settings, until, chunk)
+        return _solve_batches(problem, start, settings, until, chunk)
     return _solve_in_units(units, problem, start, settings, until, chunk)
 
 
@@ -246,7 +249,7 @@ def _zeros(A: LinearOperator, b: Tensor, method: str) -> Tensor:
 
 
 def _masked_images(images: Tensor, mask: Tensor, A: Deconvolution) -> Tensor:
-    """mask * images, 0 where the mask is 0 whatever the pixel. Refuses a mask that does not fit."""
+    """mask * images, 0 where the mask is 0 even if the pixel is NaN. Checks the mask's shape."""
     sizes = zip(mask.shape, images.shape, strict=True)
     if not all(m in (1, n) for m, n in sizes) or mask.shape[2:] != images.shape[2:]:
         raise ValueError(
@@ -264,7 +267,7 @@ def _solve_in_units(
     until: Until,
     chunk: int | None,
 ) -> Solution:
-    """The solution, in the units of the caller, of the problem solved in other units."""
+    """Solve the problem in other units and return the solution in the units of the caller."""
     scaled = Problem(
         problem.A,
         times_power(problem.b, -units.data),
@@ -275,7 +278,7 @@ def _solve_in_units(
     start = Start(times_power(start.state, -units.maps), step)
     schedule = units.beta(settings.beta_start), units.beta(settings.beta_end)
     settings = dataclasses.replace(settings, beta_start=schedule[0], beta_end=schedule[1])
-    solution = _solve_parts(scaled, start, settings, until, chunk)
+    solution = _solve_batches(scaled, start, settings, until, chunk)
     z, state = times_power(solution.z, units.maps), solution.state
     return dataclasses.replace(
         solution,
@@ -300,15 +303,15 @@ def _in_units_of_the_caller(callback: Callback, units: Units) -> Callable[[int, 
     return watch
 
 
-def _solve_parts(
+def _solve_batches(
     problem: Problem, start: Start, settings: SolverSettings, until: Until, chunk: int | None
 ) -> Solution:
-    """The solution for all images together, or part by part."""
+    """The solution of all images, in one batch or several."""
     solver = SOLVERS[settings.method]
     if until.callback or (settings.method == "coordinate" and chunk is None):
         return solver(problem, start, settings, until)
     solutions = []
-    for images in _parts(problem, start.state, chunk):
+    for images in _batches(problem, start.state, chunk):
         step = start.step
         if isinstance(step, Tensor) and step.ndim == 4 and len(step) > 1:
             step = step[images]
@@ -317,18 +320,18 @@ def _solve_parts(
     return _joined(solutions)
 
 
-def _parts(problem: Problem, z: Tensor, chunk: int | None) -> list[slice]:
-    """At most `chunk` images each, and on a CPU as many as keep an array of maps within PART."""
+def _batches(problem: Problem, z: Tensor, chunk: int | None) -> list[slice]:
+    """Batches of at most `chunk` images, on a CPU with maps of at most BATCH_BYTES."""
     A, b = problem.A, problem.b
-    together = max(1, len(b)) if chunk is None else chunk
+    size = max(1, len(b)) if chunk is None else chunk
     if b.device.type == "cpu" and len(b) > 0:
         numel = max(z[0].numel(), b[0].numel(), A.max_intermediate_numel)
-        together = max(1, min(together, PART // (numel * b.element_size())))
-    return [slice(n, n + together) for n in range(0, max(1, len(b)), together)]
+        size = max(1, min(size, BATCH_BYTES // (numel * b.element_size())))
+    return [slice(n, n + size) for n in range(0, max(1, len(b)), size)]
 
 
 def _joined(parts: list[Solution]) -> Solution:
-    """The solutions of parts of a batch as one solution."""
+    """The solutions of several batches as one solution."""
     if len(parts) == 1:
         return parts[0]
     tensors = {

@@ -1,4 +1,4 @@
-"""Tasks on as many threads as torch has; compiled loops release the interpreter's lock."""
+"""A thread pool of torch's size for compiled loops, which release the interpreter's lock."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 def run_all(tasks: list[Callable[[], object]]) -> None:
-    """Run all tasks on as many threads as torch has, including the calling one."""
+    """Run all tasks on as many threads as torch uses, including the calling one."""
     workers = min(torch.get_num_threads(), len(tasks))
 
     def work(first: int) -> None:
@@ -31,5 +31,5 @@ def _pool(workers: int) -> ThreadPoolExecutor:
 
 
 if hasattr(os, "register_at_fork"):
-    # A forked process has the pool but not its threads, and would wait for them for ever.
+    # A forked process inherits the pool but not its threads, and would wait for ever.
     os.register_at_fork(after_in_child=_pool.cache_clear)

@@ -1,13 +1,13 @@
-"""The lasso of one layer for a whole image of any size: coordinate descent without maps in memory.
+"""Sparse coding of one large image with one layer: coordinate descent without maps in memory.
 
     minimise over z      lam/2 ||A z - b||^2 + sum_i w_i |z_i|
     w_i = base / max(|c_i| / (gain level), 1 / MAX_RAISE)    c = F'pilot, the same in every round
 
-The method is that of `coordinate_descent`, round for round, and so is the result. But there maps
-come in and go out, and weights for each coefficient take as much memory again. Here correlations
-and weights are computed in strips of rows when they are needed, and of z only the non-zero
-coefficients are stored. So memory grows with the pixels and with these coefficients, some 1% of the
-maps: an image of any size is solved as one problem, and nothing is cut.
+The method and the result are those of `coordinate_descent`, round for round. But there the input
+and output are dense maps, and weights per coefficient take as much memory again. Here correlations
+and weights are computed in strips of rows when they are needed, and only the non-zero coefficients
+of z are stored. Memory grows with the pixels and with these coefficients, about 1% of the maps: an
+image of any size is solved as one problem, without tiles.
 
     b, pilot image (1, C, H, W)   f filters (K, C, h, w)   base, gain (K,)   z maps (1, K, ...)
 """
@@ -33,18 +33,18 @@ from deconvnet.sparse_coding.working_set import Atoms, WorkingSetSolver
 
 # A pilot raises thresholds by at most this factor.
 MAX_RAISE = 50.0
-# Limits of up to this many bytes are kept between rounds; larger ones are recomputed each time.
+# Limits of up to this many bytes are cached between rounds; larger ones are recomputed each time.
 CACHE_BYTES = 2**27
 
 
 @dataclass(frozen=True)
 class Thresholds:
-    """The weights of the prior, coefficient by coefficient where there is a pilot.
+    """The weights of the prior, one per map or, with a pilot, one per coefficient.
 
-    base: (K,), the threshold of each map where nothing is known about a place; gain: (K,), the
-    norms of the filters; group: consecutive maps that have one weight. pilot: an estimate of the
-    image; level: the correlation with it, of a filter of norm 1, at which a coefficient has its
-    base threshold.
+    base: (K,), the threshold of each map without a pilot; gain: (K,), the norms of the filters;
+    group: the number of consecutive maps that share a weight. pilot: an estimate of the image;
+    level: the correlation with it, of a filter of norm 1, at which a coefficient has its base
+    threshold.
     """
 
     base: Tensor
@@ -58,7 +58,7 @@ class Thresholds:
         return _group_mean(self.base.view(-1, 1, 1), self.group).flatten()
 
     def per_coefficient(self, c: Tensor) -> Tensor:
-        """(.., K, rows, columns): the weights from the correlations c of the pilot there."""
+        """(.., K, rows, columns): the weights for correlations c of the pilot."""
         gain = self.gain.view(-1, 1, 1)
         strength = torch.where(gain > 0, c.abs() / gain, torch.zeros_like(c))
         strength = _group_mean(strength, self.group)
@@ -96,7 +96,7 @@ class SparseSolution:
         return self.objective - self.reconstruction
 
     def maps(self, rows: slice = slice(None), columns: slice = slice(None)) -> Tensor:
-        """The maps (1, K, ...), or some of their rows and columns."""
+        """The maps (1, K, ...), or a crop of them."""
         (top, bottom, _), (left, right, _) = (
             part.indices(size) for part, size in zip((rows, columns), self.shape[1:], strict=True)
         )
@@ -116,7 +116,7 @@ class SparseSolution:
         return torch.from_numpy(total).flatten()
 
     def synthesis(self) -> Tensor:
-        """F z (1, C, H, W), also where a mask hides it."""
+        """F z (1, C, H, W), without the mask."""
         image = torch.zeros_like(self.residual, memory_format=torch.contiguous_format)
         plain = Deconvolution(self.A.f, self.A.boundary)
         atoms = Atoms(plain, image, self.coefficients.z.shape[1])
@@ -163,7 +163,7 @@ def solve_whole_image(
 
 
 class PilotWeights:
-    """Weights that the correlations of a pilot decide, computed where they are needed."""
+    """Weights from the correlations with a pilot, computed when they are needed."""
 
     has_zeros = False
 
@@ -190,7 +190,7 @@ class PilotWeights:
             self.strips = correlate_strips(self.pilot, atoms.f, atoms.boundary)
         limits = self.cache.get(rows.start)
         if limits is None:
-            # The strips of residual and pilot are the same, since their shapes are.
+            # Residual and pilot have the same strips, since they have the same shape.
             pilot = next(self.strips)[2][0]
             weights = self.thresholds.per_coefficient(pilot)
             limits = (weights / self.lam).clamp_(min=self.least) + self.never
@@ -209,7 +209,7 @@ class PilotWeights:
 
 
 def _group_mean(maps: Tensor, group: int) -> Tensor:
-    """(.., K, rows, columns) with the mean over the maps of each group in all of them."""
+    """(.., K, rows, columns): every map replaced by the mean over its group."""
     if group == 1:
         return maps
     return maps.unflatten(-3, (-1, group)).mean(-3).repeat_interleave(group, -3)

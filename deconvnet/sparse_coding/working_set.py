@@ -1,23 +1,23 @@
-"""Coordinate descent on a working set: the few coefficients that are non-zero, or will be.
+"""Coordinate descent on a working set: the coefficients that are non-zero, or may become so.
 
     minimise over z      lam/2 ||A z - b||^2 + prior(z)       A one deconvolution, r = b - A z
 
 About one percent of the coefficients of a sparse code are non-zero, and the others need only be
-checked now and then. A round
+checked occasionally. Each round
 
-1. correlates the residual with all filters, c = A'r, the one pass over whole maps, which also gives
-   the duality gap;
-2. drops the coefficients that have become zero, and adds new ones where |c| says that zero is not
-   their minimum: only the strongest in each tile of places, because a coefficient that is added
-   explains much of what its neighbours respond to;
+1. correlates the residual with all filters, c = A'r, the only pass over dense maps, which also
+   gives the duality gap;
+2. drops the coefficients that have become zero, and adds new ones for which |c| exceeds the limit
+   up to which zero is optimal: only the strongest in each tile of positions, because an added
+   coefficient explains much of what its neighbours respond to;
 3. minimises over one coefficient after another, sweeping several times over the set. A step costs
    as much as painting one filter, and uses the curvature of that coefficient, which is many times
    smaller than that of A.
 
-Working sets of violators are those of Massias, Gramfort and Salmon (2018, "celer"), the strongest
-coefficient of each tile that of Moreau, Oudre and Vayatis (2018, "DICOD"). Coefficients are swept
-by bands of rows, first the even bands: bands of one parity do not touch, so that threads may share
-them, and neither the threads nor the batch change the result.
+Working sets of violators follow Massias, Gramfort and Salmon (2018, "celer"), the strongest
+coefficient of each tile Moreau, Oudre and Vayatis (2018, "DICOD"). Coefficients are swept by bands
+of rows, the even bands first: bands of one parity do not touch, so threads may share them, and
+neither the threads nor the batch change the result.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ from deconvnet.sparse_coding.iteration import Method
 from deconvnet.sparse_coding.problem import Problem
 from deconvnet.sparse_coding.thread_pool import run_all
 
-# Between two passes over all coefficients, which cost as much as several sweeps over the working
-# set, even and odd bands take turns, and in its turn a band is swept this often.
+# A pass over all coefficients costs as much as several sweeps over the working set. Between two
+# passes, even and odd bands alternate TURNS times, and each time a band is swept SWEEPS times.
 TURNS, SWEEPS = 5, 2
 # The working set grows at most by about this factor in a round.
 GROWTH = 3
 
 
 class Atoms:
-    """The filters as the compiled loops use them, and what an impulse of each paints.
+    """The filters as used by the compiled loops, with their footprints and curvatures.
 
-    curvature: (groups,), the largest squared norm of what coefficients of norm 1 of a group paint
-    where all of it counts.
+    curvature: (groups,), the largest squared norm of the image that coefficients of norm 1 of a
+    group paint, far from borders and without a mask.
     """
 
     def __init__(self, A: Deconvolution, b: Tensor, group: int):
@@ -67,22 +67,22 @@ class Atoms:
         self._zeros = b.shape[1:]
 
     def grid(self, n: int) -> Grid:
-        """Where the impulses of an image paint, and how much of it counts."""
+        """The footprints and the mask of an image."""
         mask = np.empty((0, 0, 0), self.dtype) if self.mask is None else self.mask[n].numpy()
         return Grid(*self.axes, mask)
 
     def curvatures_at(self, n: int, g: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
-        """L (m,) of coefficients at these places of an image."""
+        """L (m,) of coefficients at these positions of an image."""
         scratch = np.zeros(self._zeros, self.dtype)
         f, group, grid = self.filters.f, self.filters.G, self.grid(n)
         return kernels.curvatures(f, group, self.curvature, grid, g, i, j, scratch)
 
 
 class Weights(Protocol):
-    """The weights of the prior, and up to which correlation a coefficient stays zero.
+    """The weights of the prior, and the limits up to which a correlation leaves a coefficient zero.
 
-    inverse: (groups,), 1 / limit, or 1 where `divide_by_limits` divides. has_zeros: whether some
-    weight is 0.
+    inverse: (groups,), 1 / limit, or 1 if `divide_by_limits` divides. has_zeros: whether any weight
+    is 0.
     """
 
     inverse: np.ndarray
@@ -94,9 +94,9 @@ class Weights(Protocol):
 
 
 class WorkingSetSolver(Method):
-    """A few images at work, each by itself, with the active set of each.
+    """Solves a few images, each separately with its own active set.
 
-    problem: of these images; its prior says p, group and sign, and `weights` the weights.
+    problem: of these images; its prior defines p, group and sign, and `weights` the weights.
     """
 
     def __init__(self, problem: Problem, atoms: Atoms, weights: Weights):
@@ -107,7 +107,7 @@ class WorkingSetSolver(Method):
         N, h = len(self.b), atoms.f.shape[2]
         self.maps_shape = (len(atoms.f), *atoms.map_size)
         self.images = list(range(N))
-        # A band reaches into the next one only; with an even number of them also where they wrap.
+        # Filters reach at most into the next band, also where they wrap if the number is even.
         self.bands = max(1, self.maps_shape[1] // h // 2 * 2)
         bands = np.arange(self.bands)
         parities = [parity.copy() for parity in (bands[::2], bands[1::2]) if len(parity)]
@@ -119,9 +119,9 @@ class WorkingSetSolver(Method):
         # The objective of z = 0.
         self.cost_of_zero = problem.lam / 2 * self.b.double().square().sum((1, 2, 3)).numpy()
         self.starts: list[np.ndarray | None] = [None] * N
-        nowhere = np.empty((3, 0), np.int32)
-        self.active = [self._active_set(n, *nowhere) for n in range(N)]
-        # The images of the last round, and whether their correlations are those of the residual.
+        no_positions = np.empty((3, 0), np.int32)
+        self.active = [self._active_set(n, *no_positions) for n in range(N)]
+        # The images of the last round, and whether their correlations match the residual.
         self.going, self.correlated = self.images, False
 
     def activate_maps(self, n: int, maps: Tensor) -> None:
@@ -133,7 +133,7 @@ class WorkingSetSolver(Method):
         self.activate(n, g, i, j, z.reshape(-1, group, *z.shape[1:])[g, :, i, j])
 
     def activate(self, n: int, g: np.ndarray, i: np.ndarray, j: np.ndarray, z: np.ndarray) -> None:
-        """Start an image from the values z (m, G) of coefficients at these places."""
+        """Start an image from the values z (m, G) of coefficients at these positions."""
         self.active[n] = self._active_set(n, g, i, j)
         self.active[n].z[:] = z
 
@@ -154,7 +154,7 @@ class WorkingSetSolver(Method):
         return self.problem.per_image(self.problem.lam)
 
     def converged(self, tolerance: float) -> Tensor:
-        # A constant that cannot be explained is in the objective, but in no difference.
+        # A part of the image that cannot be explained is in the objective, but in no difference.
         explained = np.maximum(self.cost_of_zero - self.costs, 0)
         decrease = self.costs_before - self.costs
         reached = decrease <= tolerance * np.minimum(self.costs, explained)
@@ -173,7 +173,7 @@ class WorkingSetSolver(Method):
         return z
 
     def refresh_residual(self, images: list[int]) -> None:
-        """Residual and objective from the coefficients, free of the rounding of many updates."""
+        """Recompute residual and objective from the coefficients, removing accumulated rounding."""
         self.costs_before[images] = self.costs[images]
         run_all([functools.partial(self._refresh_residual, n) for n in images])
         self.correlated = False
@@ -186,7 +186,7 @@ class WorkingSetSolver(Method):
         self.costs[n] = self.problem.lam / 2 * np.square(r, dtype=np.float64).sum() + prior
 
     def correlate_residual(self, images: list[int], *, certify: bool) -> None:
-        """Step 1: the strongest inactive correlation at every place, and the duality gaps."""
+        """Step 1: the strongest inactive correlation at every position, and the duality gaps."""
         atoms = self.atoms
         r = self.residual if len(images) == len(self.images) else self.residual[images]
         if atoms.mask is not None:
@@ -198,7 +198,7 @@ class WorkingSetSolver(Method):
             strips = list(zip(images[part], c, strict=True))
             for n, strip in strips:
                 self.weights.divide_by_limits(n, rows, strip)
-                # Without the active coefficients, each place shows the strongest that may be added.
+                # With the active coefficients masked, the strongest at each position may be added.
                 active = self._active_in(n, rows, by_row)
                 strength = self.mask_active(n, strip.numpy(), rows.start, active, measure=certify)
                 largest[n] = max(largest[n], strength)
@@ -212,7 +212,7 @@ class WorkingSetSolver(Method):
     def _active_in(
         self, n: int, rows: slice, by_row: dict[int, tuple[np.ndarray, np.ndarray]]
     ) -> slice | np.ndarray:
-        """Which active coefficients lie in these rows; by_row keeps their order by row."""
+        """The indices of active coefficients in these rows; by_row caches their order by row."""
         if rows == slice(0, self.maps_shape[1]):
             return slice(None)
         if n not in by_row:
@@ -224,9 +224,9 @@ class WorkingSetSolver(Method):
     def mask_active(
         self, n: int, c: np.ndarray, top: int, active: slice | np.ndarray, *, measure: bool
     ) -> float:
-        """Set the correlations of these active coefficients to zero, in maps that begin at row top.
+        """Set the correlations c of these active coefficients to zero; c begins at row top.
 
-        Returns the largest, relative to its limit, if it is to be measured, for a duality gap.
+        Returns the largest one relative to its limit if `measure` is set, for the duality gap.
         """
         e, group, strength = self.active[n], self.atoms.group, np.zeros(0)
         g, i, j = e.g[active], e.i[active] - top, e.j[active]
@@ -262,7 +262,7 @@ class WorkingSetSolver(Method):
             return
         scale = 1 / max(largest, 1.0)
         dual = scale * float((b * r).sum()) - scale**2 / 2 * float(r.square().sum())
-        # Rounding can make it negative at the minimum; a NaN stays one.
+        # Rounding can make the gap negative at the minimum; NaNs propagate.
         self.gaps[n] = np.maximum(self.costs[n] - lam * dual, 0)
 
     def sweep(self, images: list[int]) -> None:
@@ -284,7 +284,7 @@ class WorkingSetSolver(Method):
             self._sweep_bands(n, bands)
 
     def grow_working_set(self, n: int) -> None:
-        """Step 2: the working set of the next sweeps, sorted."""
+        """Step 2: the sorted working set of the next sweeps."""
         old, best = self.active[n], self.best[n]
         old = old.take((old.z != 0).any(1))
         i, j = kernels.leaders(best, _tile(best, self.atoms.f.shape[2], len(old.g)))
@@ -302,7 +302,7 @@ class WorkingSetSolver(Method):
         )
 
     def _active_set(self, n: int, g: np.ndarray, i: np.ndarray, j: np.ndarray) -> ActiveSet:
-        """Coefficients at these places of an image, still zero."""
+        """Zero coefficients at these positions of an image."""
         g, i, j = (index.astype(np.int32) for index in (g, i, j))
         z = np.zeros((len(g), self.atoms.group), self.atoms.dtype)
         L, weight = self.atoms.curvatures_at(n, g, i, j), self.weights.at(n, g, i, j)
@@ -310,7 +310,7 @@ class WorkingSetSolver(Method):
 
 
 def _group_curvatures(f: Tensor, group: int) -> np.ndarray:
-    """(groups,): the largest eigenvalue of what the filters of each group paint at one place."""
+    """(groups,): the largest eigenvalue of the Gram matrix of the filters of each group."""
     atoms = f.reshape(len(f) // group, group, -1)
     if group == 1:
         return atoms.square().sum((1, 2)).numpy()
@@ -318,9 +318,9 @@ def _group_curvatures(f: Tensor, group: int) -> np.ndarray:
 
 
 def _is_expanded_zero(maps: Tensor) -> bool:
-    """Whether maps are a single zero that is expanded, in which there is nothing to find.
+    """Whether maps are a single expanded zero, so that searching them can be skipped.
 
-    A copy of them would take the memory of maps, and longer than a sweep.
+    A contiguous copy would take the memory of maps, and longer than a sweep.
     """
     sides = zip(maps.shape, maps.stride(), strict=True)
     return all(size == 1 or stride == 0 for size, stride in sides) and float(maps[0, 0, 0]) == 0
@@ -328,8 +328,8 @@ def _is_expanded_zero(maps: Tensor) -> bool:
 
 def _tile(best: np.ndarray, size: int, active: int) -> int:
     """The side of tiles that add one coefficient each; the set may grow by a factor of GROWTH."""
-    places = np.count_nonzero(best > 1)
-    most = GROWTH * max(active, best.size // 64)
+    candidates = np.count_nonzero(best > 1)
+    limit = GROWTH * max(active, best.size // 64)
     return next(
-        (side for side in (1, size // 4) if side and places <= most * side**2), size // 2 or 1
+        (side for side in (1, size // 4) if side and candidates <= limit * side**2), size // 2 or 1
     )

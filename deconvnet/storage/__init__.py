@@ -1,1 +1,1 @@
-"""Files that outlive a process: which of them may be replaced, and what they contain."""
+"""File formats (checkpoints, networks, arrays) and the record of files that we may replace."""

@@ -1,4 +1,4 @@
-"""Files of arrays, `*.npz`: results that take long to compute."""
+"""Array files, `*.npz`, in which results that take long to compute are cached."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from deconvnet.storage import ownership
 
-# An .npz file may unpack to this many times its size; more is taken for a zip bomb.
+# An .npz file may unpack to this many times its size; beyond that it is treated as a zip bomb.
 MAX_RATIO = 200
 
 
@@ -40,7 +40,7 @@ def save_arrays(
 def load_arrays(path: Path) -> dict[str, np.ndarray]:
     """The arrays of an .npz file.
 
-    Raises OSError if it cannot be read, and ValueError if it is something else or would unpack to
+    Raises OSError if it cannot be read, and ValueError if it is not an .npz file or would unpack to
     many times its size.
     """
     if not stat.S_ISREG(os.stat(path).st_mode):
@@ -54,5 +54,5 @@ def load_arrays(path: Path) -> dict[str, np.ndarray]:
             return {name: file[name] for name in file.files}
     except OSError:
         raise
-    except Exception as error:  # zipfile, zlib and numpy raise a dozen kinds
+    except Exception as error:  # zipfile, zlib and numpy raise many types of exceptions
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error

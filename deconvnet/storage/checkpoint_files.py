@@ -1,6 +1,6 @@
-"""Checkpoints: how the state of a run is written, and how it is verified before it is loaded.
+"""Checkpoint files: writing the state of a run, and verifying it before it is loaded.
 
-A checkpoint, `step-00000120.pt`, is a file of torch.save. It is written to a temporary file first
+A checkpoint, `step-00000120.pt`, is written by torch.save. It is written to a temporary file first
 and then moved into place, so neither a kill nor a full disk costs an older checkpoint. Loading runs
 no code that the file contains. It also tests the checksums in the archive, which torch.load
 ignores, so a flipped bit never goes unnoticed.
@@ -32,7 +32,7 @@ NAME = re.compile(r"step-(\d{8,})\.pt")
 
 # The first bytes of a zip archive.
 ZIP = b"PK\x03\x04"
-# A checkpoint cut off before this many bytes holds nothing of the state yet.
+# A checkpoint truncated before this many bytes contains no part of the state.
 EMPTY_SIZE = 256
 
 logger = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ def load_checkpoint(path: Path) -> dict:
             if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
                 raise zipfile.BadZipFile("compressed")
             damaged = archive.testzip()
-    except Exception as error:  # damage raises a dozen kinds of exceptions
+    except Exception as error:  # damaged archives raise many types of exceptions
         raise InvalidFileError(damage) from error
     if damaged is not None:
         raise InvalidFileError(f"{path}: damaged in {damaged!r}; resume from an older checkpoint")
@@ -127,9 +127,9 @@ def is_checkpoint(path: Path) -> bool:
     with suppress(OSError, ValueError), ownership.open_regular_file(path) as file:
         # torch.save writes the pickle first, uncompressed, and it begins with the format.
         begin = file.read(4096)
-        # A file cut off before that holds nothing worth keeping.
-        stump = len(begin) < EMPTY_SIZE and begin[: len(ZIP)] == ZIP[: len(begin)]
-        return stump or (begin.startswith(ZIP) and FORMAT.encode() in begin)
+        # A file truncated before the format contains nothing worth keeping.
+        is_stump = len(begin) < EMPTY_SIZE and begin[: len(ZIP)] == ZIP[: len(begin)]
+        return is_stump or (begin.startswith(ZIP) and FORMAT.encode() in begin)
     return False
 
 
@@ -148,7 +148,7 @@ def _files_named(folder: Path, pattern: re.Pattern) -> list[Path]:
 
 
 def _check_plain(value: object, where: str) -> None:
-    """Refuse what torch.save would write but `load_checkpoint` could not read."""
+    """Raise ValueError for objects that torch.save writes but `load_checkpoint` cannot read."""
     if type(value) in (dict, OrderedDict):
         for key, item in value.items():
             _check_plain(key, f"a key of {where}")

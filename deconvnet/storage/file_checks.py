@@ -1,4 +1,4 @@
-"""What every file that is loaded must pass: it can be read, and its version is known."""
+"""Checks of every file that is loaded: it is readable, and its format version is supported."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class InvalidFileError(ValueError):
 
 def read_file(path: Path) -> bytes:
     """The content of a file; InvalidFileError if it cannot be read."""
-    # Read once, so that the bytes that are verified are those that are loaded.
+    # Read once, so that the verified bytes are the ones that are loaded.
     try:
         return ownership.read_regular_file(path)
     except ValueError as error:

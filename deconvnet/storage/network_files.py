@@ -1,6 +1,6 @@
-"""Network files, `*.safetensors`: trained networks to keep and to share.
+"""Network files, `*.safetensors`: saving and loading trained networks.
 
-A network file carries its settings and a digest of tensors and settings, since safetensors itself
+A network file contains the settings and a digest of tensors and settings, since safetensors itself
 has no checksum. It cannot contain code. It is written to a temporary file first and then moved into
 place, so neither a kill nor a full disk costs an older file.
 
@@ -24,7 +24,7 @@ from deconvnet.storage.file_checks import InvalidFileError, check_version, read_
 
 FORMAT = "deconvnet"
 VERSION = "1"
-# The most bytes of JSON that a network file may begin with.
+# The largest size in bytes of the JSON header of a network file.
 MAX_HEADER = 2**24
 
 
@@ -62,7 +62,7 @@ def load_network(path: Path) -> tuple[dict[str, Tensor], dict]:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         metadata = header.get("__metadata__") or {}
         settings = json.loads(metadata.get("settings", "null"))
-    except Exception as error:  # of the parser, or of torch for an unknown type
+    except Exception as error:  # from the parser, or from torch for an unknown dtype
         raise InvalidFileError(
             f"{path}: empty, truncated, damaged or not a network file; fetch it again"
         ) from error
@@ -89,7 +89,7 @@ def is_network(path: Path) -> bool:
 def _sorted_header(data: bytes) -> bytes:
     """A safetensors file with its header sorted, so that equal networks have equal files.
 
-    The library's own order differs from call to call.
+    The order that safetensors writes differs from call to call.
     """
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:start])

@@ -8,10 +8,10 @@ A folder of results contains a hidden folder `.deconvnet` with
     *.tmp      files being written
     lock       held by the one process that may write a run
 
-A file is ours if the nearest record above it lists it and its content is still what was written. So
-a user's own file is never touched, nor a file of ours that somebody has edited, nor a link: `write`
-raises an error, `remove` and `move` leave it in place. Readers see the old content or the new one,
-even after a kill, and a full disk never costs an older file.
+A file is ours if the nearest record above it lists it and its content is still what was written. A
+user's own file is therefore never touched, nor a file of ours that somebody has edited, nor a link:
+`write` raises an error, `remove` and `move` leave it in place. Readers see the old content or the
+new one, even after a kill, and a full disk never costs an older file.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class FolderLockedError(ValueError):
 
 
 def claim_folder(folder: str | Path) -> Path:
-    """Create a folder with a record of its own unless they exist; its absolute path."""
+    """Create a folder with its own record unless they exist, and return its absolute path."""
     folder = absolute(folder)
     folder.mkdir(parents=True, exist_ok=True)
     own = folder / RECORD_FOLDER
@@ -89,7 +89,7 @@ def write(
 ) -> None:
     """Write data to a path, completely or not at all, and record it.
 
-    ours: tells from the content of a file whether this package wrote it; such files need no record.
+    ours: whether this package wrote a file, judged by its content; such files need no record.
     Raises ForeignFileError if somebody else's file is there, and OSError with the path if it cannot
     be written; in both cases the existing file is intact.
     """
@@ -102,7 +102,7 @@ def write(
         if root is None and ours is None:
             root = claim_folder(path.parent)
         if root is not None:
-            # Recorded first: after a kill between the two, our file would count as foreign.
+            # Record before writing: otherwise a kill in between would leave our file unrecorded.
             _record(root, [(_digest(data), path)])
         temporary = _temporary(root, path)
         try:
@@ -138,7 +138,7 @@ def check_not_inputs(targets: Iterable[str | Path], inputs: Iterable[str | Path]
         with suppress(OSError):
             if (source := input_paths.get(_identity(os.stat(target)))) is not None:
                 raise ForeignFileError(
-                    f"{target}: is an input itself ({source}) and would be written over; choose "
+                    f"{target}: is an input itself ({source}) and would be overwritten; choose "
                     "another output=..."
                 )
 
@@ -183,9 +183,9 @@ def foreign_files(paths: Iterable[Path]) -> list[Path]:
 
 
 def record(path: str | Path, *, grows: bool = True) -> None:
-    """Record a file as ours that another library writes for us, such as a log.
+    """Record as ours a file that another library writes for us, such as a log.
 
-    grows: whether its content may change; otherwise it is ours with its present content.
+    grows: whether its content may change; otherwise only its present content is ours.
     """
     path = absolute(path)
     root = _writable_root(path.parent) or claim_folder(path.parent)
@@ -262,12 +262,12 @@ def rebuilt_folder(folder: str | Path) -> Iterator[Path]:
     if old.exists() and not os.path.lexists(folder):
         os.rename(old, folder)
     check_replaceable(folder)
-    for left in (new, old):
-        shutil.rmtree(left, ignore_errors=True)
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
     new.mkdir(parents=True)
     try:
         yield new
-        # Somebody may have put files there in the meantime.
+        # Somebody may have added files to the old folder in the meantime.
         check_replaceable(folder)
         files = [path for path in new.rglob("*") if path.is_file()]
         _record(root, [(_digest_of(path), folder / path.relative_to(new)) for path in files])
@@ -287,16 +287,16 @@ def check_replaceable(folder: str | Path) -> None:
     if folder.is_symlink() or not folder.is_dir():
         raise ForeignFileError(f"{folder}: is not a folder that deconvnet made; move it away")
     if foreign := foreign_files_in(folder):
-        named = ", ".join(path.relative_to(folder).as_posix() for path in foreign[:MAX_NAMED])
+        names = ", ".join(path.relative_to(folder).as_posix() for path in foreign[:MAX_NAMED])
         more = ", ..." if len(foreign) > MAX_NAMED else ""
         raise ForeignFileError(
             f"{folder}: would be replaced, but contains files that deconvnet did not make "
-            f"({named}{more}); move them away, or choose another place"
+            f"({names}{more}); move them away, or choose another place"
         )
 
 
 def prune(folder: str | Path) -> None:
-    """Remove a folder and its subfolders as far as they are empty."""
+    """Remove the empty folders among a folder and its subfolders."""
     folder = absolute(folder)
     if folder.is_symlink() or not folder.is_dir():
         return
@@ -326,19 +326,19 @@ def locked_folder(folder: str | Path) -> Iterator[None]:
     except (NotImplementedError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in NO_LOCKS:
             raise
-        # No reason to stop the work.
+        # Missing locks are no reason to stop.
         log.warning("%s: the file system has no locks; let no other process write there", folder)
         yield
         return
     try:
         writer.write_text(f"process {os.getpid()} on {platform.node()}")
-        for left in (folder / RECORD_FOLDER).glob("*.tmp"):
+        for leftover in (folder / RECORD_FOLDER).glob("*.tmp"):
             with suppress(OSError):
-                if is_regular(left) and os.lstat(left).st_mtime < time.time() - STALE:
-                    left.unlink()
+                if is_regular(leftover) and os.lstat(leftover).st_mtime < time.time() - STALE:
+                    leftover.unlink()
         yield
     finally:
-        # The work is done, even if the disk fails now.
+        # The work is done: a failing disk must not raise now.
         with suppress(OSError):
             writer.unlink(missing_ok=True)
         lock.release()
@@ -363,17 +363,17 @@ def open_regular_file(path: str | Path) -> Iterator[BinaryIO]:
         yield file
 
 
-# Of each file that this process wrote: its metadata at that time, from which we know without
-# reading it again that nobody has changed it.
+# The metadata of each file when this process wrote it: if unchanged, so is the file, which then
+# need not be read again.
 _signatures: dict[Path, tuple[int, ...]] = {}
-# Of each record: its inode, how many bytes were read, and the digests of each path.
+# For each record: its inode, the number of bytes read, and the digests by path.
 _records: dict[Path, tuple[int, int, dict[str, set[str]]]] = {}
 
 
 def _root(folder: Path) -> Path | None:
     """The folder with the nearest record, this one or one above it."""
     return next(
-        (above for above in (folder, *folder.parents) if _is_own(above / RECORD_FOLDER)), None
+        (parent for parent in (folder, *folder.parents) if _is_own(parent / RECORD_FOLDER)), None
     )
 
 
@@ -403,8 +403,8 @@ def _inside(relative: str) -> bool:
 def _through_link(path: Path) -> bool:
     """Whether a folder between a file and its record is a link, so the file lies elsewhere."""
     root = _root(path.parent)
-    between = itertools.takewhile(lambda above: above != root, path.parents)
-    return any(above.is_symlink() for above in between)
+    between = itertools.takewhile(lambda parent: parent != root, path.parents)
+    return any(parent.is_symlink() for parent in between)
 
 
 def _digests_by_path(root: Path) -> dict[str, set[str]]:
@@ -429,16 +429,16 @@ def _digests_by_path(root: Path) -> dict[str, set[str]]:
             text = file.read()
     except FileNotFoundError:
         return {}
-    whole = text[: text.rfind(b"\n") + 1]
-    for line in whole.splitlines():
-        # A kill may have cut off a line.
+    complete = text[: text.rfind(b"\n") + 1]
+    for line in complete.splitlines():
+        # A kill may have truncated a line.
         with suppress(ValueError, TypeError, RecursionError):
             digest, name = json.loads(line)
             if digest is None:
                 entries.pop(name, None)
             elif isinstance(name, str) and isinstance(digest, str):
                 entries.setdefault(name, set()).add(digest)
-    _records[path] = info.st_ino, offset + len(whole), entries
+    _records[path] = info.st_ino, offset + len(complete), entries
     return entries
 
 
@@ -488,7 +488,7 @@ def _write_synced(path: Path, data: bytes | memoryview) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":  # Windows opens no folders
+    if os.name == "nt":  # Windows cannot open folders
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:

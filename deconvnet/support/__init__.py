@@ -1,1 +1,3 @@
-"""What all else stands on: argument checks, units, autograd modes, processes, compiled code."""
+"""Support code for all other folders: argument checks, scaling, torch modes, processes, compiled
+loops and renamed settings.
+"""

@@ -1,9 +1,9 @@
-"""Communication between processes that share one computation; only this module knows
+"""Communication between the processes of a distributed run; the only module that uses
 torch.distributed.
 
 Under torchrun each process has a rank; otherwise there is a single process, rank 0, and no process
-group is started. Code takes part only through the `Communicator` that it is given, so code without
-one runs on its own even inside a program that uses torch.distributed for other purposes.
+group is started. Code communicates only through the `Communicator` that it is given, so code
+without one runs alone even inside a program that uses torch.distributed for other purposes.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Communicator:
         return values
 
     def gather(self, value: Value) -> list[Value] | None:
-        """The values of all ranks, in rank order, on rank 0; None on the others."""
+        """The values of all ranks, in rank order, on rank 0; None on other ranks."""
         if self.world_size == 1:
             return [value]
         values: list[Value | None] | None = [None] * self.world_size if self.is_main else None
@@ -77,7 +77,7 @@ class Communicator:
         return values
 
     def broadcast(self, value: Value | None) -> Value:
-        """The value of rank 0; the values of the others are ignored."""
+        """The value of rank 0; values of other ranks are ignored."""
         if self.world_size == 1:
             return value
         values = [value if self.is_main else None]

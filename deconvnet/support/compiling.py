@@ -1,15 +1,15 @@
-"""numba with a cache of compiled code on disk that cannot fail: it saves time and never stops work.
+"""`numba.njit` with a disk cache of compiled code whose failures never stop the program.
 
-numba's own cache ends the program if no folder is writable, if the disk is full, or if a file of
-the cache is damaged. Here compiled code is read from, and written to
+numba's own cache ends the program if no folder is writable, if the disk is full, or if a cache file
+is damaged. Here compiled code is read from and written to
 
-1. numba's folder: NUMBA_CACHE_DIR if that is set, else `__pycache__` beside the source or the
+1. numba's folder: NUMBA_CACHE_DIR if that is set, else `__pycache__` next to the source or the
    user's cache folder;
 2. if that is not writable, a folder of this user among the temporary files;
-3. if neither is, nowhere: the process compiles for itself.
+3. if neither is writable, nowhere: every process compiles for itself.
 
-Code from a file is used only if its digest and its signature are right. A file that is truncated,
-damaged, or written by two processes at once is compiled again and replaced.
+Code from a file is used only if its digest and its signature match. A file that is truncated,
+damaged, or written by two processes at once is replaced by newly compiled code.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def compiled(**options: Any) -> Callable[[Callable], Callable]:
 
     def decorate(function: Callable) -> Callable:
         dispatcher = numba.njit(**options)(function)
-        # Under NUMBA_DISABLE_JIT it is the function itself.
+        # Under NUMBA_DISABLE_JIT numba returns the function itself.
         if hasattr(dispatcher, "_cache"):
             dispatcher._cache = CodeCache(function)
             _announced.add(function)
@@ -48,20 +48,20 @@ def compiled(**options: Any) -> Callable[[Callable], Callable]:
 
 
 class _Announcement(event.Listener):
-    """Logs, once in a process, why a first call takes longer."""
+    """Logs, once per process, why a first call takes longer."""
 
-    said = False
+    logged = False
 
     def on_start(self, event: event.Event) -> None:
-        if event.data["dispatcher"].py_func in _announced and not self.said:
-            self.said = True
+        if event.data["dispatcher"].py_func in _announced and not self.logged:
+            self.logged = True
             logger.info("compiling loops, once: this takes some seconds")
 
     def on_end(self, event: event.Event) -> None:
         pass
 
 
-# The functions that are compiled here, and not by other packages in the process.
+# The functions compiled by this module, as opposed to other packages in the process.
 _announced: set[Callable] = set()
 announcement = _Announcement()
 event.register("numba:compile", announcement)
@@ -78,8 +78,8 @@ class CodeCache:
 
     @property
     def cache_path(self) -> str | None:
-        places = [cache.cache_path for cache in (self._usual, self._temporary) if cache]
-        return places[0] if places else None
+        paths = [cache.cache_path for cache in (self._usual, self._temporary) if cache]
+        return paths[0] if paths else None
 
     def load_overload(self, signature: Any, target_context: Any) -> Any:
         """The compiled code for a signature, or None if no folder has it undamaged."""
@@ -92,8 +92,8 @@ class CodeCache:
         return None
 
     def save_overload(self, signature: Any, code: Any) -> None:
-        """Save the code in the first folder that accepts it; else warn, once in a process."""
-        reason = "no folder for it can be written"
+        """Save the code in the first folder that accepts it; else warn, once per process."""
+        reason = "no folder for it is writable"
         for find in (lambda: self._usual, self._among_temporary_files):
             cache = find()
             if cache is None:
@@ -106,8 +106,8 @@ class CodeCache:
         if not CodeCache._warned:
             CodeCache._warned = True
             logger.warning(
-                "compiled code cannot be kept on disk and is compiled in every process (%s); "
-                "set NUMBA_CACHE_DIR to a folder that can be written",
+                "compiled code cannot be saved on disk and is compiled in every process (%s); "
+                "set NUMBA_CACHE_DIR to a writable folder",
                 reason,
             )
 
@@ -150,7 +150,7 @@ class _DigestCache(FunctionCache):
             if folder is not None:
                 numba.config.CACHE_DIR = str(folder)
             return cls(function)
-        except (RuntimeError, OSError):  # no folder can be written, or the source cannot be read
+        except (RuntimeError, OSError):  # no writable folder, or the source cannot be read
             return None
         finally:
             numba.config.CACHE_DIR = given
@@ -169,7 +169,7 @@ class _DigestCache(FunctionCache):
 def temporary_folder(*, make: bool) -> Path | None:
     """The folder of this user for compiled code among the temporary files.
 
-    None if it does not exist and is not to be made, or cannot be made; also if it belongs to
+    None if it does not exist and `make` is false, or if it cannot be created; also if it belongs to
     another user or others may write to it, because the code in it is executed.
     """
     user = f"-{os.getuid()}" if hasattr(os, "getuid") else ""

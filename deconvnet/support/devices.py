@@ -1,12 +1,12 @@
-"""The torch device that a setting names."""
+"""Conversion of a device setting ("auto", "cpu", "cuda:1") to a torch device."""
 
 import torch
 
 
 def torch_device(name: str) -> torch.device:
-    """The torch device of a name; "auto" is cuda where there is one, else cpu.
+    """The torch device with this name; "auto" is cuda if available, else cpu.
 
-    Raises ValueError where torch knows no such device or this machine has none.
+    Raises ValueError if torch does not know the device or this machine does not have it.
     """
     cuda = torch.cuda.is_available()
     if name == "auto":

@@ -1,4 +1,4 @@
-"""Settings that were renamed: the old name still works, and a warning gives the new one.
+"""Renamed settings: the old name still works, with a warning that gives the new one.
 
 A settings class lists its old names once, in its decorator. Its constructor then accepts them, and
 so do the files and command lines that are read through `with_current_names`.
@@ -17,7 +17,7 @@ Settings = TypeVar("Settings", bound=type)
 
 
 def renamed(**names: str) -> Callable[[Settings], Settings]:
-    """A decorator for a dataclass of settings; names: the current name of each old one.
+    """A decorator for a settings dataclass; names: old="new".
 
     The constructor accepts the old names, and those of its parents, with a FutureWarning. It raises
     TypeError if it gets the old and the new name of one setting.
@@ -38,7 +38,7 @@ def renamed(**names: str) -> Callable[[Settings], Settings]:
 
 
 def current_name(settings: type, name: str) -> str:
-    """The current name of a setting of this class; a name that was never renamed comes back."""
+    """The current name of a setting of this class; names that were never renamed are returned."""
     return getattr(settings, "RENAMED", {}).get(name, name)
 
 

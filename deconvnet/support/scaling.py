@@ -1,13 +1,13 @@
-"""Powers of two that bring data, filters and weights near one, so that float32 holds their squares.
+"""Rescaling of a problem by powers of two, so that squares stay within the range of float32.
 
-The problem has no scale of its own (p the exponent of the prior):
+The problem is scale-invariant (p is the exponent of the prior):
 
     b = s b'    A = k A'    prior = v prior'    z = (s/k) z'
 
     lam' = lam s^(2-p) k^p / v    beta' = beta (s/k)^(2-p) / v    objective' = objective (k/s)^p / v
 
-is the same problem. But floating-point numbers have a scale: the square of 1e-20 is 0 in float32.
-Powers of two round nothing, in either direction, and data of an ordinary size are left alone.
+is the same problem. Floating-point numbers are not: the square of 1e-20 is 0 in float32. Scaling by
+powers of two is exact in both directions, and data of ordinary magnitude are not scaled.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ STEP = 8
 
 
 def exponent(value: float, *, ordinary: int = ORDINARY) -> int:
-    """e with value = 2^e times a number near one; 0 for an ordinary value, for 0, NaN, infinity."""
+    """e with value = 2^e times a number near one; 0 for ordinary values, 0, NaN and infinity."""
     if not 0 < value < math.inf:
         return 0
     e = math.frexp(value)[1]
@@ -37,13 +37,13 @@ def magnitude(x: Tensor) -> float:
     """The largest magnitude in x; 0 if x is empty, NaN if it has one."""
     if not x.numel():
         return 0.0
-    # Without a copy of x.
+    # aminmax needs no copy of x, unlike x.abs().max().
     lowest, highest = torch.aminmax(x.detach())
     return float(torch.maximum(-lowest, highest))
 
 
 def times_power(x: Tensor, e: int) -> Tensor:
-    """x 2^e, where 2^e itself may be too large for the numbers of x; x itself for e = 0."""
+    """x 2^e, where 2^e itself may exceed the range of x's type; x itself for e = 0."""
     while e:
         part = max(-120, min(120, e))
         x, e = x * 2.0**part, e - part
@@ -52,7 +52,7 @@ def times_power(x: Tensor, e: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Units:
-    """The exponents of s (data), k (filters) and v (prior) of a problem with the exponent p."""
+    """Exponents of the scales s (data), k (filters) and v (prior), and the prior's exponent p."""
 
     data: int
     filters: int
@@ -103,7 +103,7 @@ class Units:
         """The weights of the prior'."""
         if weights is None or not self.prior:
             return weights
-        # A weight that forbids an entry must still forbid it.
+        # A weight that forces a coefficient to zero must still do so.
         return times_power(weights, -self.prior).clamp(max=torch.finfo(weights.dtype).max)
 
 

@@ -1,4 +1,4 @@
-"""Random generators: one for each purpose, so that no draw depends on another."""
+"""Seeded random generators, one per purpose, so that no draw depends on another."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import torch
 
 
 def seeded_generator(*seeds: int) -> torch.Generator:
-    """A generator on the CPU, from the seed of the run and the numbers of what it is for.
+    """A CPU generator seeded from the seed of the run and numbers that identify its use.
 
-    seeds: such as (seed, layer, purpose, epoch); different numbers give independent generators.
+    seeds: for example (seed, layer, purpose, epoch); different tuples give independent generators.
     """
     seed = 0
     for part in seeds:

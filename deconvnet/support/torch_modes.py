@@ -1,8 +1,9 @@
-"""Modes of torch that a caller may have switched on and that must not change a result.
+"""Decorators that protect results from torch modes set by the caller: autograd, autocast and the
+default device.
 
-Inference and learning work on plain tensors in the type of the data: they build no graph for
-autograd, and switch off autocast, which would run some of the convolutions in float16 or bfloat16.
-Random numbers are drawn on the CPU, whatever torch's default device is.
+Inference and learning work on plain tensors of the data's dtype: they build no autograd graph and
+disable autocast, which would run some of the convolutions in float16 or bfloat16. Random numbers
+are drawn on the CPU, whatever torch's default device is.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def full_precision(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def default_device() -> torch.device:
-    """Where torch creates tensors that are given no device."""
+    """The device on which torch creates tensors when no device is given."""
     return torch.empty(0).device
 
 
@@ -48,6 +49,6 @@ def autocasts(device: str) -> bool:
     """Whether autocast is on for a device."""
     try:
         return torch.is_autocast_enabled(device)
-    except TypeError:  # torch before 2.4 asks by the name of the function
+    except TypeError:  # torch before 2.4 has no argument for the device type
         enabled = {"cpu": torch.is_autocast_cpu_enabled, "cuda": torch.is_autocast_enabled}
         return device in enabled and enabled[device]()

@@ -1,7 +1,7 @@
-"""Checks of arguments, once, where they enter the package.
+"""Checks of arguments at the public functions.
 
-Arrays may be tensors or numpy arrays; inside they are tensors. An argument that cannot be used
-raises ValueError in one line: its name, what it is, and what would be right.
+Arrays may be tensors or numpy arrays; inside the package they are tensors. An invalid argument
+raises a one-line ValueError: its name, its value, and what would be right.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def as_tensor(value: Any, name: str) -> Tensor:
         raise ValueError(f"{name} must be a tensor or a numpy array, got {_kind(value, name)}")
     check_numbers(value, name)
     value = value.detach()
-    # The compiled loops use numpy, which knows no lazy sign.
+    # The compiled loops use numpy, which has no lazy negation.
     return (value if type(value) is Tensor else value.as_subclass(Tensor)).resolve_neg()
 
 
@@ -49,12 +49,12 @@ def check_numbers(value: Tensor, name: str) -> None:
         raise ValueError(f"{name} is on the device meta and has no numbers: must be on another")
 
 
-def check_tensors(**given: Any) -> None:
-    """Raise ValueError unless all are floating tensors of one type and on one device.
+def check_tensors(**tensors: Any) -> None:
+    """Raise ValueError unless all are floating-point tensors of one dtype on one device.
 
-    For the differentiable functions, which take nothing else and keep gradients.
+    For the differentiable functions, which accept only tensors and keep gradients.
     """
-    for name, value in given.items():
+    for name, value in tensors.items():
         if not isinstance(value, Tensor):
             use = f": use torch.from_numpy({name})" if isinstance(value, np.ndarray) else ""
             raise ValueError(f"{name} must be a tensor, got {_kind(value, name)}{use}")
@@ -63,13 +63,13 @@ def check_tensors(**given: Any) -> None:
             raise ValueError(
                 f"{name} must be floating, got {value.dtype}: use {_floats(value, name)}"
             )
-    (first, reference), *others = given.items()
+    (first, reference), *others = tensors.items()
     for name, value in others:
         if value.device != reference.device:
             raise ValueError(
                 f"{first} is on {reference.device} and {name} on {value.device}: must be one"
             )
-        # autocast converts them to one type.
+        # autocast would convert them to one dtype.
         if value.dtype != reference.dtype and not autocasts(value.device.type):
             raise ValueError(
                 f"{first} is {reference.dtype} and {name} {value.dtype}: must be one, for example "
@@ -78,7 +78,7 @@ def check_tensors(**given: Any) -> None:
 
 
 def as_images(value: Any, name: str = "images") -> Tensor:
-    """Images (N, C, H, W) of float32 or float64 as a tensor; not empty."""
+    """Non-empty images (N, C, H, W), float32 or float64, as a tensor."""
     images = as_tensor(value, name)
     if images.ndim != 4:
         more = {2: f": use {name}[None, None]", 3: f": use {name}[:, None] for grey (N, H, W)"}
@@ -96,7 +96,7 @@ def as_images(value: Any, name: str = "images") -> Tensor:
 
 
 def as_filters(value: Any, channels: int, name: str = "filters") -> Tensor:
-    """Filters (K, C, h, w) for images of this many channels as a tensor; not empty."""
+    """Non-empty filters (K, C, h, w) for images of this many channels, as a tensor."""
     filters = as_tensor(value, name)
     if filters.ndim != 4 or filters.shape[1] != channels:
         raise ValueError(
@@ -119,9 +119,9 @@ def as_weights(value: Any, name: str = "weights") -> Tensor:
 
 
 def images_of_batch(batch: Any, name: str) -> Tensor:
-    """The images of a batch of a DataLoader: a tensor, or a list or tuple of images and labels.
+    """The images of a DataLoader batch: a tensor, or a list or tuple of images and labels.
 
-    The first element of a list is used, and must be the only one with the shape of images.
+    The first element of a list is used; it must be the only one with the shape of images.
     """
     if isinstance(batch, dict):
         keys = ", ".join(map(repr, batch))
@@ -134,14 +134,14 @@ def images_of_batch(batch: Any, name: str) -> Tensor:
         if not dimensions or dimensions[0] < 4 or max(dimensions[1:], default=0) > 3:
             raise ValueError(
                 f"{name} is {_kind(batch, name)}: must be images (N, C, H, W), or a list or tuple "
-                "of images and their labels, which are not looked at"
+                "of images and their labels, which are ignored"
             )
         batch = batch[0]
     return as_tensor(batch, name)
 
 
-def positive(value: Any, name: str) -> float:
-    """A positive finite number: of Python, numpy, or a tensor of one element."""
+def as_positive_number(value: Any, name: str) -> float:
+    """A positive finite number from a Python or numpy number or a tensor of one element."""
     number = as_number(value, name)
     if not 0 < number < math.inf:
         raise ValueError(f"{name}={number}: must be positive and finite")
@@ -149,7 +149,7 @@ def positive(value: Any, name: str) -> float:
 
 
 def as_number(value: Any, name: str) -> float:
-    """A real number of Python, numpy, or a tensor of one element."""
+    """A real number from a Python or numpy number or a tensor of one element."""
     try:
         if isinstance(value, (str, bytes)):
             raise TypeError
@@ -158,20 +158,20 @@ def as_number(value: Any, name: str) -> float:
         raise ValueError(f"{name}={_short(value)}: must be a number") from None
 
 
-def whole(value: Any, name: str, why: str = "") -> int:
-    """A whole number, at least 1; why: how the message for any other number ends."""
+def as_positive_integer(value: Any, name: str, why: str = "") -> int:
+    """An integer of at least 1; why: how the message for any other value ends."""
     try:
-        number, whole_number = operator.index(value), True
+        number, is_integer = operator.index(value), True
     except TypeError:
-        number, whole_number = 0, False
+        number, is_integer = 0, False
     if number < 1:
-        right = "at least 1" if whole_number else f"a whole number from 1{why}"
-        raise ValueError(f"{name}={_short(value)}: must be {right}")
+        expected = "at least 1" if is_integer else f"a whole number from 1{why}"
+        raise ValueError(f"{name}={_short(value)}: must be {expected}")
     return number
 
 
 def check_settings(value: Any, kind: type, name: str, *, optional: bool = True) -> None:
-    """Raise ValueError unless these are settings of this kind, or None where they are optional."""
+    """Raise ValueError unless value is an instance of `kind`, or None if it is optional."""
     if isinstance(value, kind) or (optional and value is None):
         return
     use = f"use {kind.__name__}({value!r})" if isinstance(value, str) else ""
@@ -181,7 +181,7 @@ def check_settings(value: Any, kind: type, name: str, *, optional: bool = True) 
 def _of_array(value: np.ndarray, name: str) -> Tensor:
     if isinstance(value, np.ma.MaskedArray):
         raise ValueError(
-            f"{name} is a masked array: use {name}.filled(0), and its mask by itself if need be"
+            f"{name} is a masked array: use {name}.filled(0) and pass the mask separately"
         )
     if value.dtype.kind not in "buif":
         raise ValueError(f"{name} must be real numbers, got an array of {value.dtype}")
@@ -193,13 +193,13 @@ def _of_array(value: np.ndarray, name: str) -> Tensor:
 
 
 def _floats(value: Any, name: str) -> str:
-    """How to convert an array of another type to floats."""
+    """The expression that converts an array of another dtype to floats, for an error."""
     floats = f"{name}.float()" if isinstance(value, Tensor) else f"{name}.astype('float32')"
     return f"{floats} / 255" if str(value.dtype).endswith("uint8") else floats
 
 
 def _kind(value: Any, name: str) -> str:
-    """What a value is, in words, and how to convert it."""
+    """A description of a value for an error, with the way to convert it."""
     kind = type(value).__name__
     if isinstance(value, (list, tuple)):
         inside = sorted({type(element).__name__ for element in value})
@@ -213,7 +213,7 @@ def _kind(value: Any, name: str) -> str:
 
 
 def _short(value: Any) -> str:
-    """A value, short enough for one line of an error."""
+    """The repr of a value, shortened to fit in a one-line error."""
     if isinstance(value, (Tensor, np.ndarray)) and math.prod(value.shape) != 1:
         return f"{type(value).__name__} of shape {tuple(value.shape)}"
     text = " ".join(repr(value).split())

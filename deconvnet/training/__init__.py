@@ -1,1 +1,1 @@
-"""Training: learning one layer, a run over all layers, and what it needs to resume exactly."""
+"""Training: learning one layer, a run over all layers, and the state to resume it exactly."""

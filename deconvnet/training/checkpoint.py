@@ -1,4 +1,4 @@
-"""What a checkpoint of a run holds, how it is checked, and what a new run may start from."""
+"""The content of a run's checkpoint, its checks, and the filters that a new run may start from."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from deconvnet.training.layer_trainer import LayerTrainer
     from deconvnet.training.session import Session
 
-# Bytes of the digest of an image that a checkpoint keeps.
+# Bytes of the digest of an image that a checkpoint stores.
 DIGEST = 8
 
 
 @dataclass
 class TrainingState:
-    """How far a run has come.
+    """The progress of a run.
 
     layer: the layer that is being learned; step: filter updates so far, in all layers; results: of
     the finished layers; pooled: the spread of the pooled maps of the last finished layer.
@@ -73,25 +73,25 @@ class TrainingState:
 
 
 def check_state(state: object, where: str | Path) -> None:
-    """Raise InvalidFileError unless a checkpoint, which may be anybody's, holds the state of a run.
+    """Raise InvalidFileError unless a checkpoint, possibly foreign, holds the state of a run.
 
     where: the checkpoint or run folder, for the message.
     """
     kinds = {"settings": dict, "network": dict, "layer": int, "step": int, "results": list}
     kinds |= {"trainer": dict | None, "token": str | None}
     state = state if isinstance(state, dict) else {}
-    wrong = [key for key, kind in kinds.items() if not isinstance(state.get(key), kind)]
-    wrong += [key for key in ("layer", "step") if key not in wrong and state[key] < 0]
+    invalid = [key for key, kind in kinds.items() if not isinstance(state.get(key), kind)]
+    invalid += [key for key in ("layer", "step") if key not in invalid and state[key] < 0]
     if isinstance(state.get("trainer"), dict) and not isinstance(
         state["trainer"].get("codes"), dict
     ):
-        wrong.append("trainer")
+        invalid.append("trainer")
     images = state.get("images")
     if images is not None and not _are_digests(images):
-        wrong.append("images")
-    if wrong:
+        invalid.append("images")
+    if invalid:
         raise InvalidFileError(
-            f"{where}: its checkpoint does not hold a run of this version ({', '.join(wrong)}); "
+            f"{where}: its checkpoint does not hold a run of this version ({', '.join(invalid)}); "
             "resume from another one"
         )
     restore_network(where, state["network"].get("tensors"), state["network"].get("settings"))
@@ -128,17 +128,17 @@ def parts_of(state: dict) -> tuple[dict, dict]:
 
 
 def transferred_filters(net: DeconvNet, parts: tuple[dict, dict] | None) -> dict[int, Tensor]:
-    """The filters (K, C, h, w) that each layer of `net` starts from, by number, taken from a
-    network given by its parts; layers that are not in it are left out.
+    """The initial filters (K, C, h, w) of the layers of `net`, by number, taken from a network
+    given by its parts; layers that it does not have are omitted.
     """
     if parts is None:
         return {}
     start = DeconvNet.from_parts(*parts)
     initial = {}
     for number in range(1, min(net.depth, start.depth) + 1):
-        own, filters = net.layer(number).filters, start.layer(number).filters
-        if own.shape != filters.shape:
-            here, there = ("x".join(map(str, f.shape)) for f in (own, filters))
+        current, filters = net.layer(number).filters, start.layer(number).filters
+        if current.shape != filters.shape:
+            here, there = ("x".join(map(str, f.shape)) for f in (current, filters))
             raise ValueError(
                 f"layer {number} is to start from filters of {there} (maps, channels, rows, "
                 f"columns), but has filters of {here}: use the same num_maps, filter_size and "
@@ -149,7 +149,7 @@ def transferred_filters(net: DeconvNet, parts: tuple[dict, dict] | None) -> dict
 
 
 def typed(key: str, path: Path | str) -> str:
-    """A setting as it is typed in a shell."""
+    """A setting as typed in a shell."""
     return shlex.quote(f"{key}={path}")
 
 

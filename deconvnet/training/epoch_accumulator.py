@@ -1,4 +1,4 @@
-"""Statistics of an epoch, summed while its images are visited, and the time each phase takes."""
+"""Statistics of an epoch, accumulated while its images are visited, and the time of each phase."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ SUMMED = ("images", "entries", "nonzero", "reconstruction", "sparsity", "error",
 
 
 class PhaseClock:
-    """Seconds that this rank spends in each phase. On a GPU, where work is asynchronous, the time
-    at which the work was queued counts, not the time at which it was done.
+    """Seconds that this rank spends in each phase. On a GPU, where work is asynchronous, this is
+    the time to queue the work, not to execute it.
     """
 
     def __init__(self, seconds: dict[str, float] | None = None):
@@ -36,7 +36,7 @@ class PhaseClock:
         self._last = time.perf_counter()
 
     def end(self, phase: str) -> None:
-        """Count the time since the last call of `start` or `end` towards this phase."""
+        """Add the time since the last call of `start` or `end` to this phase."""
         now = time.perf_counter()
         self.seconds[phase] += now - self._last
         self._last = now
@@ -47,7 +47,7 @@ class EpochAccumulator:
     """Sums over the images of an epoch, each at the time of its visit.
 
     energy: (K,) sum of squares of each map; peaks: the strongest activation of each map, in epochs
-    that are watched; loads: filled by `reduced`, one per rank.
+    with a snapshot; loads: set by `reduced`, one per rank.
     """
 
     images: int = 0
@@ -63,7 +63,7 @@ class EpochAccumulator:
     loads: list[RankLoad] = field(default_factory=list)
 
     def add(self, solution: Solution, b: Tensor) -> None:
-        """Add the solution of some images, b (n, C, H, W) being what it explains."""
+        """Add the solution of some images with the target b (n, C, H, W)."""
         self.images += len(b)
         self.entries += solution.z.numel()
         self.nonzero += int(torch.count_nonzero(solution.z))
@@ -71,7 +71,7 @@ class EpochAccumulator:
         self.sparsity += float(solution.sparsity.sum())
         self.error += float(solution.residual.double().square().sum())
         self.signal += float(b.double().square().sum())
-        # Each plane is summed pairwise in its own type: accurate enough, and without a copy.
+        # Sum each plane pairwise in its own dtype: accurate enough, and without a copy.
         e = exponent(magnitude(solution.z))
         energy = times_power(solution.z, -e).square().sum((2, 3)).double().sum(0)
         energy = times_power(energy, 2 * e)

@@ -1,4 +1,4 @@
-"""Learning all layers in memory, without a run folder: what scikit-learn's `fit` needs."""
+"""Learning all layers in memory, without a run folder, for the scikit-learn estimator."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def learn_layers(
     """Learn the lowest `depth` layers (None: all) from preprocessed images y (N, C, H, W).
 
     Returns the statistics of every epoch, layer after layer. `loop.train` learns the same filters
-    and keeps a run folder.
+    and writes a run folder.
     """
     codes, history = Codes((), y, []), []
     for number in range(1, (net.depth if depth is None else depth) + 1):

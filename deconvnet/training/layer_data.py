@@ -1,4 +1,4 @@
-"""The training data of one layer: what its filters are learned from, by image index."""
+"""The training data of one layer: its inputs and targets, by image index."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from deconvnet.network.network import DeconvNet
 
 @dataclass(frozen=True)
 class LayerData:
-    """The images as one layer sees them. Both functions take the indices (n,) of images.
+    """The training images of one layer. Both functions take the indices (n,) of images.
 
     layer_input: the input (n, C, H, W) of the layer, in the space its filters synthesise; shape is
-    (C, H, W). problem: what the layer explains, and the operator between the two. prefetch: is
-    called with the indices that come next, if the images are read from disk.
+    (C, H, W). problem: the layer's target, and the operator between the two. prefetch: is called
+    with the next indices, if the images are read from disk.
     """
 
     num_images: int
@@ -34,7 +34,7 @@ class LayerData:
     def from_tensor(
         cls, b: Tensor, problem: Callable[[Tensor], LayerProblem] | None = None
     ) -> LayerData:
-        """Data in memory: b (N, C, H, W) is the input and, by default, what the layer explains."""
+        """Data in memory: b (N, C, H, W) is the input and, by default, the target of the layer."""
         return cls(
             len(b),
             b.shape[1:],

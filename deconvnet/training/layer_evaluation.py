@@ -1,4 +1,4 @@
-"""What a finished layer reached: statistics over all images, and the curve of its inference."""
+"""Evaluation of a finished layer: statistics over all images, and the curve of its inference."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from deconvnet.support.communicator import Communicator
 
 @dataclass
 class LayerEvaluation:
-    """Sums over images, of the final maps of a layer.
+    """Sums over images of the final maps of a layer.
 
     active: (K,) non-zero coefficients of each map; values, squares: sums of the preprocessed
-    images; error: squared error of their reconstruction; pooled: spread of the pooled maps, from
-    which the next layer takes its scale.
+    images; error: squared error of their reconstruction; pooled: spread of the pooled maps, which
+    determines the scale of the next layer.
     """
 
     images: int = 0

@@ -1,11 +1,10 @@
 """Learning the filters of one layer: batch by batch, infer maps, sum statistics, update filters.
 
 The position in the training is two integers, epoch and batch. The order of the images in an epoch
-is made from (seed, layer, epoch), so a training that was stopped resumes exactly.
+depends only on (seed, layer, epoch), so training that was stopped resumes exactly.
 
-Several processes (ranks) can share the work. Each infers its own images of a batch; the sums over
-the batch are all that ranks exchange, and every rank makes the same update of its copy of the
-filters.
+Several processes (ranks) can share the work. Each infers its own images of a batch; ranks exchange
+only the sums over the batch, and every rank makes the same update to its copy of the filters.
 """
 
 from __future__ import annotations
@@ -55,19 +54,19 @@ RECENTER_EVERY = 4
 NORM_STEPS = 12
 # Number of flags that ranks exchange with the sums: objective not finite, asked to stop.
 FLAGS = 2
-# The order of images that a checkpoint relies on, as it is written in the file.
+# The identifier, in checkpoints, of the order of images.
 ORDER = "places"
 
 
 class LayerTrainer:
     """Learns the filters of one layer; each call of `update` is one filter update.
 
-    data: what the layer is learned from; a tensor (N, C, H, W) is both its input and what it
-    explains. snapshot_plan: the epochs after which a `snapshot` is taken, which is available until
-    the next update. communicator: the processes that share the work; all of them must make the
-    same calls. placement: whether and where the maps of each image are kept, for its next visit to
-    start from. filters: (K, C, h, w), the initial filters; None: as the settings say. state: from
-    `state_dict`, to resume; the filters of the layer are then left as they are.
+    data: the training data; a tensor (N, C, H, W) is both the input and the target of the layer.
+    snapshot_plan: the epochs after which a `snapshot` is taken, which is available until the next
+    update. communicator: the processes that share the work; all of them must make the same calls.
+    placement: whether and where the maps of each image are stored as warm starts for its next
+    visit. filters: (K, C, h, w), the initial filters; None: drawn according to the settings. state:
+    from `state_dict`, to resume; the filters of the layer are then not changed.
     """
 
     def __init__(
@@ -101,10 +100,10 @@ class LayerTrainer:
             communicator.world_size,
         )
         self.epoch, self.batch = 0, 0
-        # Whether any rank had been asked to stop at the last update.
+        # Whether any rank was asked to stop before the last update.
         self.stopping = False
-        own = self.sampler.own_images.to(self.data.device)
-        self.warm_starts = open_warm_starts(own, pooling_window(layer.settings), placement)
+        own_images = self.sampler.own_images.to(self.data.device)
+        self.warm_starts = open_warm_starts(own_images, pooling_window(layer.settings), placement)
         self.snapshot: Snapshot | None = None
         self.sums: FilterStatistics | None = None
         self._accumulator = EpochAccumulator()
@@ -140,7 +139,7 @@ class LayerTrainer:
 
     @property
     def traffic(self) -> str:
-        """What ranks exchange for an update, in words."""
+        """A description of the messages that ranks exchange for an update."""
         count = "one message"
         if self.settings.update == "cg":
             count = f"{1 + self.settings.update_iterations} messages"
@@ -155,7 +154,7 @@ class LayerTrainer:
     def update(self, *, stop: bool = False) -> EpochStats | None:
         """Infer the next batch and update the filters; returns statistics at the end of an epoch.
 
-        stop: whether this rank was asked to stop; afterwards all ranks know by `stopping`. Raises
+        stop: whether this rank was asked to stop; afterwards `stopping` is set on all ranks. Raises
         Diverged on all ranks, before the filters change, if any objective is not finite.
         """
         self.snapshot = None
@@ -204,7 +203,7 @@ class LayerTrainer:
         clock.end("exchange")
         self._check_flags(flags)
         sums = FilterStatistics(linear, gram)
-        # Each update lets 1 / (updates in `averaging_epochs` epochs) of the earlier sums fade.
+        # Earlier sums decay by 1 / (updates in `averaging_epochs` epochs) per update.
         fade = max(0.0, 1 - 1 / max(self.settings.averaging_epochs * self.sampler.batches, 1))
         self.sums = sums if self.sums is None or fade == 0 else self.sums * fade + sums
         f.copy_(
@@ -219,7 +218,7 @@ class LayerTrainer:
         for chunk in self._chunks(images):
             solution, _ = self._visit(chunk)
             finite = finite and bool(torch.isfinite(solution.objective).all())
-            # Maps that are kept pooled are unpooled again when they are needed.
+            # Maps that are stored pooled are unpooled again when they are needed.
             z = None if self.keep and self.warm_starts.window else solution.z
             visited.append((chunk, z, solution.residual))
         clock.end("inference")
@@ -249,7 +248,7 @@ class LayerTrainer:
         return torch.tensor(flags, dtype=torch.float64, device=self.data.device)
 
     def _check_flags(self, flags: Tensor) -> None:
-        """Act on the sum of all flags, the same on every rank."""
+        """Handle the sum of all flags, in the same way on every rank."""
         not_finite, stop = flags.tolist()
         self.stopping = stop > 0
         if not_finite:
@@ -262,7 +261,7 @@ class LayerTrainer:
             )
 
     def _visit(self, images: Tensor) -> tuple[Solution, LinearOperator]:
-        """Infer the maps of some images from where their last visit ended; also returns their T."""
+        """Infer the maps of these images, starting from their last visit; also returns their T."""
         problem = self.data.problem(images)
         solution = self.layer.infer(
             problem,
@@ -336,7 +335,7 @@ class LayerTrainer:
         for images, state in self._states():
             for k, (rows, columns) in shifts.items():
                 state[:, k] = shift(state[:, k], -rows, -columns, wrap=wrap)
-            # With pooled states, several shifted values may meet in a window: the largest stays.
+            # With pooled states, several shifted values may share a window: the largest is kept.
             self.warm_starts[images] = state
         layer.set_filters(shift_filters(layer.filters, shifts))
         if self.sums is not None:
@@ -363,8 +362,8 @@ class LayerTrainer:
         """(P, C, h, w): patches of the layer's input at positions (P, 3), image, row, column."""
         size = self.layer.settings.filter_size
         patches = self.layer.filters.new_zeros(len(positions), self.data.shape[0], size, size)
-        drawn, own = positions[:, 0], self.warm_starts.images.cpu()
-        for chunk in self._chunks(own[torch.isin(own, drawn)]):
+        drawn, own_images = positions[:, 0], self.warm_starts.images.cpu()
+        for chunk in self._chunks(own_images[torch.isin(own_images, drawn)]):
             layer_input = self.data.layer_input(chunk.to(self.data.device))
             for n, image in zip(chunk.tolist(), layer_input, strict=True):
                 for p in (drawn == n).nonzero()[:, 0].tolist():
@@ -384,8 +383,8 @@ class LayerTrainer:
         return iter(images.split(self.chunk) if len(images) else ())
 
     def state_dict(self) -> dict | None:
-        """All that `load_state_dict` needs, besides the filters, to resume exactly, with any number
-        of ranks. It is gathered from all ranks; None on all but rank 0.
+        """The state, besides the filters, from which `load_state_dict` resumes exactly, with any
+        number of ranks. It is gathered on rank 0; None on other ranks.
         """
         epoch = self._accumulator.reduced(self.communicator)
         parts = self.communicator.gather(self.warm_starts.state_dict())
@@ -414,7 +413,7 @@ class LayerTrainer:
         self.warm_starts.load_state_dict(state["codes"], device)
         sums = state["sums"]
         self.sums = sums and FilterStatistics(sums["linear"].to(device), sums["gram"].to(device))
-        # The saved sums are those of all ranks and must count once.
+        # The saved sums are over all ranks and must be counted only once.
         if self.communicator.is_main:
             self._accumulator = EpochAccumulator.from_state_dict(state["seen"], device)
         else:

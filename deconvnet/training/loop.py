@@ -1,4 +1,4 @@
-"""A training run, layer by layer: learn filters, infer maps, draw pictures, save; and resume."""
+"""The training run: for each layer learn filters, infer maps, draw pictures and save."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ log = logging.getLogger(__name__)
 CURVE_IMAGES = 4
 # The number of images that the other pictures choose from.
 SHOWN_IMAGES = 256
-# An objective has risen if it exceeds that of the epoch before by this factor. (Filters that are
-# drawn again or shifted raise it a little, too.)
+# An objective has risen if it exceeds that of the previous epoch by this factor. (Re-initialised
+# or shifted filters also raise it slightly.)
 RISE = 1.05
 
 
@@ -63,7 +63,7 @@ def train(
     run: where to save; a checkpoint is written after every epoch and network.safetensors at the
     end, and a run that was stopped resumes from its checkpoint. None: nothing is saved. monitor:
     shows progress; by default a progress bar, and a TensorBoard page in the run folder. frames:
-    (N, 4), where each picture lies in its image, or None if it fills it (`images.frames`).
+    (N, 4), the frame of each picture in its image, or None if it fills it (`images.frames`).
 
     communicator: processes that share the work and end with the same network. Rank 0 writes; on the
     others run must be None.
@@ -106,8 +106,8 @@ def train(
 def _train_layers(
     session: Session, state: TrainingState, resumed: dict | None, initial: dict[int, Tensor]
 ) -> None:
-    """Train all layers that are left. resumed: the state of the trainer of the first of them, if it
-    has begun; initial: the filters that layers start from, by number.
+    """Train all remaining layers. resumed: the trainer state of the first of them, if it has begun;
+    initial: the filters that layers start from, by number.
     """
     run, net = session.run, session.net
     if run:
@@ -125,7 +125,7 @@ def _train_layers(
 def _train_layer(
     session: Session, state: TrainingState, resumed: dict | None, initial: Tensor | None
 ) -> None:
-    """Learn the filters of one layer, infer its maps of all images, and show both."""
+    """Learn the filters of one layer, infer its maps for all images, and show both."""
     started = time.perf_counter()
     net, data, number = session.net, session.data, state.layer
     data.hold_codes(data.own_images(number), number - 1)
@@ -170,17 +170,17 @@ def _layer_trainer(
 
 
 def _learn_filters(session: Session, state: TrainingState, trainer: LayerTrainer) -> None:
-    """Make all filter updates of a layer that are left."""
+    """Make all remaining filter updates of a layer."""
     monitor = session.monitor
     monitor.layer(trainer.number, trainer.updates_done, trainer.updates)
-    before = math.inf
+    previous_objective = math.inf
     while not trainer.done:
         stats = trainer.update(stop=session.stop_requested())
         state.step += 1
         monitor.advance()
         if stats:
-            _show_epoch(session, state, trainer, stats, before)
-            before = stats.objective
+            _show_epoch(session, state, trainer, stats, previous_objective)
+            previous_objective = stats.objective
         # A single process can stop now; others learn of the request at the next update.
         stopping = trainer.stopping or (
             session.communicator.world_size == 1 and session.stop_requested()
@@ -197,22 +197,20 @@ def _show_epoch(
     state: TrainingState,
     trainer: LayerTrainer,
     stats: EpochStats,
-    before: float,
+    previous_objective: float,
 ) -> None:
-    """Show the statistics of an epoch, and what the layer looks like after it; before: the
-    objective of the epoch before.
-    """
+    """Show the statistics of an epoch and the filters after it."""
     session.monitor.epoch(stats, state.step)
-    if stats.objective > RISE * before and session.communicator.is_main:
+    if stats.objective > RISE * previous_objective and session.communicator.is_main:
         log.warning(
             "layer %d, epoch %d: the objective has risen from %.4g to %.4g; if it keeps rising, "
             "use larger learning.batch_size or learning.averaging_epochs",
-            *(trainer.number, stats.epoch, before, stats.objective),
+            *(trainer.number, stats.epoch, previous_objective, stats.objective),
         )
     if trainer.number == 1 and session.run:
         session.monitor.picture("layer1/filters", filter_picture(session.net), state.step)
     if trainer.snapshot:
-        # Before the checkpoint, so that a run that resumes from it has this column.
+        # Save before the checkpoint, so that a run that resumes from it has this column.
         _save_snapshot(session, trainer)
 
 
@@ -255,9 +253,9 @@ def _warn_of_dead_maps(session: Session, result: LayerResult) -> None:
 
 
 def _finished(net: DeconvNet, state: TrainingState, run: RunFolder | None) -> list[LayerResult]:
-    """The results of a run that has no layer left to train."""
+    """The results of a run whose layers are all trained."""
     log.info(
-        "all %d layers were trained before; choose another name=... for another run, or more "
+        "all %d layers are already trained; choose another name=... for another run, or more "
         "layers=... to learn more of this one",
         net.depth,
     )

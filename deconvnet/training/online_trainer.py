@@ -1,4 +1,4 @@
-"""Learning one layer from a stream: infer a batch, add it to the running sums, update, forget it.
+"""Online learning of one layer: infer a batch, add it to the running sums, update the filters.
 
 images b (N, C, H, W)   maps z   filters f (K, C, h, w)
 """
@@ -22,21 +22,21 @@ from deconvnet.sparse_coding.problem import Solution
 from deconvnet.support.seeding import seeded_generator
 from deconvnet.support.torch_modes import plain
 
-# Filters are centred first after this many batches, then each time the stream has grown by this
-# factor: its length is unknown, and a filter that is shifted loses the sums over its maps.
+# Filters are recentred first after this many batches, then each time the stream has grown by this
+# factor: its length is unknown, and a shifted filter loses the sums over its maps.
 RECENTER_FIRST, RECENTER_GROWTH = 16, 1.5
 
 
 class OnlineTrainer:
-    """Learns the filters of one layer from batches that it sees once (Mairal et al. 2010).
+    """Learns the filters of one layer from batches that are each used once (Mairal et al. 2010).
 
     layer: with the filters to start from. averaging_batches, at least 1: with S_t the sums over
     batch t divided by its number of images, the filters are updated with
 
         sums_t = (1 - a_t) sums_(t-1) + a_t S_t,    a_t = 1 / min(t, averaging_batches)
 
-    the mean of all batches up to that many, then one in which earlier batches fade. It holds these
-    sums and no batch.
+    the mean of up to that many batches, then a mean in which earlier batches decay. Only these sums
+    are stored, no batch.
     """
 
     def __init__(self, layer: Layer, *, averaging_batches: float = 50.0, seed: int = 0):
@@ -47,9 +47,9 @@ class OnlineTrainer:
 
     @plain
     def update(self, images: Tensor) -> EpochStats:
-        """Learn from one batch of images (N, C, H, W); the statistics of its inference.
+        """Learn from one batch of images (N, C, H, W) and return the statistics of its inference.
 
-        Raises Diverged, before the update, where an objective is not finite.
+        Raises Diverged, before the update, if an objective is not finite.
         """
         started = time.perf_counter()
         images = images.to(self.layer.filters)

@@ -1,4 +1,4 @@
-"""Whether a run can be resumed: how its settings and images differ from those of a checkpoint."""
+"""Comparison of a run's settings and images with those of the checkpoint to resume from."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from deconvnet.network.layer import LayerSettings
 from deconvnet.support.renaming import with_current_names
 from deconvnet.training.checkpoint import DIGEST
 
-# Settings that do not change what is learned, so that a run may be resumed with others.
+# Settings that do not affect the result, so that a resumed run may have other values.
 NOT_COMPARED = {
     *("data.workers", "data.stream", "data.download", "data.name", "memory", "disk", "init"),
 }
-# Settings that say where the images are; not compared if the images themselves are.
+# Settings of the location of the images; not compared if the images themselves are.
 LOCATION = {
     *("data.path", "data.source", "data.dataset", "data.split", "data.max_images", "data.scale"),
     "data.skip_unreadable",
@@ -32,12 +32,12 @@ LEARNED_LONGER = re.compile(r"model\.layer\d+\.learning\.(epochs|batch_size):")
 def different_settings(
     state: dict, settings: dict[str, Any], *, begun: int, images_compared: bool
 ) -> list[str]:
-    """The settings in which a run that is resumed differs from its checkpoint, one line for each:
+    """The settings in which a resumed run differs from its checkpoint, one line each:
     "model.layer1.lam: 2.0 there, 1.0 now".
 
     begun: layers that have begun to learn; the settings of those above may still change.
     """
-    # The oldest checkpoints do not say which images they learned from.
+    # The oldest checkpoints do not identify the images they learned from.
     images_compared = images_compared and state.get("images") is not None
     ignored = NOT_COMPARED | LOCATION if images_compared else NOT_COMPARED
     return [
@@ -63,15 +63,13 @@ def digest_tensor(digests: Sequence[str]) -> torch.Tensor:
 
 
 def _with_current_names(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a checkpoint, which an earlier version may have written, under the current
-    names.
-    """
+    """The settings of a checkpoint, possibly from an earlier version, under the current names."""
 
     def renamed(values: Any, kind: type, key: str) -> Any:
         if not isinstance(values, dict):
             return values
         with warnings.catch_warnings():
-            # `check_state` has warned of them when it restored the network of the checkpoint.
+            # `check_state` already warned when it restored the network of the checkpoint.
             warnings.simplefilter("ignore", FutureWarning)
             return with_current_names(values, kind, key)
 
@@ -103,7 +101,7 @@ def _changes(old: list[list[int]], new: list[list[int]]) -> str:
 
 
 def _differences(old: object, new: object, prefix: str = "") -> list[str]:
-    """What differs between two nested dicts, one line for each dotted name."""
+    """The differences between two nested dicts, one line for each dotted name."""
     if not (isinstance(old, dict) and isinstance(new, dict)):
         return [] if old == new else [f"{prefix}: {old} there, {new} now"]
     keys = sorted({*old, *new})

@@ -1,7 +1,7 @@
-"""A run folder: one folder holds one run, and the same command again resumes it.
+"""Run folders: one folder holds one run, and running the same command again resumes it.
 
 <folder>/checkpoints/step-*.pt    the newest states of the training
-<folder>/pictures/                what was learned, as PNG files
+<folder>/pictures/                pictures of the learned features, as PNG files
 <folder>/evolution/layer*.npz     features of the layers after some epochs
 <folder>/network.safetensors      the finished network
 <folder>/events.out.tfevents.*    TensorBoard
@@ -10,7 +10,7 @@
 <folder>/states/                  with disk=: the warm starts of the layer that is being learned
 <folder>/previous-N/              earlier runs in this folder
 
-The folder may hold other files as well: only what a run made is replaced, moved or removed
+The folder may contain other files as well: only files of a run are replaced, moved or removed
 (`storage.ownership`).
 """
 
@@ -47,13 +47,13 @@ from deconvnet.training.warm_starts import is_warm_start_file
 
 log = logging.getLogger(__name__)
 
-# What a run writes, besides warm starts and archives, as far as names tell.
+# The names of the files that a run writes, besides warm starts and archives.
 MADE = (
     *("checkpoints/step-*.pt", "pictures/layer*-*.png", "evolution/layer*.npz"),
     *("network.safetensors", "metrics.jsonl", "train.log", ".hydra/*.yaml"),
     *("events.out.tfevents.*", "inference/layer*/events.out.tfevents.*"),
 )
-# Those of them that grow, and those that every run needs to write.
+# The subset of them that grows, and the subset that every run must write.
 GROWING = ("metrics.jsonl", "train.log", "events.out.tfevents.*")
 NEEDED = ("metrics.jsonl", "train.log", "evolution/layer*.npz", ".hydra/*.yaml")
 FOLDERS = ("checkpoints", "pictures", "evolution", "inference", ".hydra")
@@ -66,14 +66,14 @@ class RunFolder:
 
     settings: of the run, as nested dicts; a run is resumed only with the same ones. resume: "auto"
     resumes from the newest valid checkpoint of the folder, if there is one; "false" moves an
-    earlier run into a folder previous-N inside and starts from the beginning; a path resumes from
-    that checkpoint or run folder. If that run learned from other images or for another number of
-    epochs, learning starts from its filters. init: a run folder, checkpoint or network file whose
-    filters a new run starts from. digests: returns the digests of the training images, in order; it
-    is called after all other checks. Without it images are not compared.
+    earlier run into a subfolder previous-N and starts from the beginning; a path resumes from that
+    checkpoint or run folder. If that run learned from other images or for another number of epochs,
+    learning starts from its filters. init: a run folder, checkpoint or network file whose filters a
+    new run starts from. digests: returns the digests of the training images, in order; it is called
+    after all other checks. Without it images are not compared.
 
-    Attributes: state, the checkpoint that the run resumes from, and initial, (tensors, settings) of
-    the network whose filters it starts from; None if there is none.
+    Attributes: state, the checkpoint from which the run resumes, and initial, (tensors, settings)
+    of the network from whose filters it starts; None if there is none.
 
     Raises, before anything is written or moved, ValueError if the folder or path holds a run with
     different settings or images, and ForeignFileError if somebody else's files are in the way.
@@ -104,7 +104,7 @@ class RunFolder:
         if differences:
             log.info("%s: %s; learning starts from its filters", where, ", ".join(differences))
             self.initial, self.state = parts_of(self.state), None
-        # Marks the files of warm starts of this run.
+        # Identifies the warm start files of this run.
         self.token = (self.state or {}).get("token") or os.urandom(8).hex()
         if self.state is not None and resume != "auto":
             self._begin_from(Path(resume))
@@ -113,13 +113,13 @@ class RunFolder:
             self._archive()
 
     def claim(self) -> None:
-        """Record what is made in this folder from here on as ours."""
+        """Record files created in this folder from now on as ours."""
         ownership.claim_folder(self.folder)
 
     def save(self, step: int, state: dict) -> Path:
         """Write a checkpoint after `step` filter updates."""
-        of_run = {"settings": self.settings, "images": self.images, "token": self.token}
-        return save_checkpoint(self.checkpoints, step, {**state, **of_run})
+        run_state = {"settings": self.settings, "images": self.images, "token": self.token}
+        return save_checkpoint(self.checkpoints, step, {**state, **run_state})
 
     @property
     def network(self) -> Path:
@@ -128,11 +128,11 @@ class RunFolder:
 
     @property
     def warm_starts(self) -> Path:
-        """The folder of warm starts that are kept on disk."""
+        """The folder of warm starts on disk."""
         return self.folder / "states"
 
     def remove_warm_starts(self, keep: int | None = None) -> None:
-        """Remove the warm starts on disk of all layers but `keep`; they are large, and of no use
+        """Remove the warm starts on disk of all layers except `keep`; they are large, and useless
         once a layer is finished.
         """
         for folder in self.warm_starts.glob("layer*"):
@@ -169,7 +169,7 @@ class RunFolder:
         return state
 
     def _record_unrecorded(self) -> None:
-        """Record the files of a run that was made before there were records."""
+        """Record the files of a run that was written before there were records."""
         if (self.folder / ownership.RECORD_FOLDER / ownership.RECORD_FILE).exists():
             return
         if not any(is_checkpoint(path) for path in self.checkpoints.glob("step-*.pt")):
@@ -189,7 +189,7 @@ class RunFolder:
                 )
 
     def _check_files(self) -> None:
-        """Refuse a folder in which a file is in the way now rather than after hours of work."""
+        """Raise ForeignFileError now, rather than after hours of work, if a file is in the way."""
         for pattern in NEEDED:
             for path in self.folder.glob(pattern):
                 ownership.check_writable(path)
@@ -204,8 +204,8 @@ class RunFolder:
             ownership.check_writable(self.network)
 
     def _is_replaceable(self, path: Path) -> bool:
-        """Whether a network file is that of this run, damaged or not, rather than another network
-        that somebody has put there.
+        """Whether a network file belongs to this run, damaged or not, rather than being another
+        network that somebody saved there.
         """
         if self.state is None or not is_network(path):
             return False
@@ -213,14 +213,14 @@ class RunFolder:
             tensors, _ = load_network(path)
         except InvalidFileError:
             return True
-        own = parts_of(self.state)[0]
-        return tensors.keys() == own.keys() and all(
-            torch.equal(tensors[name], own[name]) for name in own
+        saved = parts_of(self.state)[0]
+        return tensors.keys() == saved.keys() and all(
+            torch.equal(tensors[name], saved[name]) for name in saved
         )
 
     def _check_links(self) -> None:
-        """Refuse to archive a run that lies behind links: its files would stay where they are and
-        be mistaken for those of the new run.
+        """Raise ForeignFileError for a run behind links: its files cannot be moved to the archive,
+        and would be mistaken for those of the new run.
         """
         for pattern in MADE:
             for path in self.folder.glob(pattern):
@@ -266,7 +266,7 @@ class RunFolder:
             return different_settings(
                 self.state, self.settings, begun=self._begun, images_compared=images_compared
             )
-        except TypeError as error:  # keys that are no names, or an old and a new name of one
+        except TypeError as error:  # invalid keys, or the old and the new name of one
             raise InvalidFileError(
                 f"{where}: its checkpoint does not hold a run of this version (settings: {error}); "
                 "resume from another one"
@@ -296,18 +296,18 @@ class RunFolder:
 
     @property
     def _begun(self) -> int:
-        """How many layers had begun to learn."""
+        """The number of layers that have begun to learn."""
         return self.state["layer"] - (self.state["trainer"] is None)
 
     def _archive(self) -> None:
-        """Move what an earlier run made into previous-N, its checkpoints last."""
+        """Move the files of an earlier run into previous-N, its checkpoints last."""
         if not self.checkpoints.exists():
             return
         matches = (PREVIOUS.fullmatch(path.name) for path in self.folder.glob("previous-*"))
         number = 1 + max((int(match[1]) for match in matches if match), default=0)
         archive = ownership.claim_folder(self.folder / f"previous-{number}")
         for path in self.checkpoints.glob("step-*.pt"):
-            # A copy that somebody put here would be mistaken for a checkpoint of the new run.
+            # A copied checkpoint would be mistaken for a checkpoint of the new run.
             if is_checkpoint(path) and not ownership.is_ours(path):
                 ownership.record(path, grows=False)
         recorded = [
@@ -324,9 +324,9 @@ class RunFolder:
 
 
 def training_data(run: str | Path) -> DataSettings | None:
-    """The images that the network of a run folder has learned from; None for a network file.
+    """The data settings of the training images of a run folder; None for a network file.
 
-    Nothing is ever downloaded because a file says so.
+    The settings in a file never cause a download.
     """
     if not Path(run).is_dir():
         return None
@@ -343,7 +343,7 @@ def training_data(run: str | Path) -> DataSettings | None:
 
 
 def _alternatives(where: str) -> str:
-    """What to do instead of resuming a run."""
+    """The alternatives to resuming a run, for an error."""
     return (
         f"choose another name=..., with {typed('init', where)} to start from its filters, or "
         "resume=false to archive that run and start from the beginning"

@@ -1,11 +1,11 @@
-"""Which images form a batch, in which order, and which rank each image belongs to.
+"""The assignment of images to batches and to ranks, and the order of the batches.
 
     N images · B images in a batch · R ranks (processes)
 
-A batch has B slots, and image i always has slot i mod B. In each epoch every slot goes through its
-images in a new order, made from seeds alone. So batches differ between epochs, and yet a slot with
-all its images can belong to one rank, the only one to read them and to keep their maps. The batches
-do not depend on R, and in a full batch no rank has more than one image more than another.
+A batch has B slots, and image i always has slot i mod B. In each epoch every slot visits its images
+in a new order, which depends only on the seeds. Batches therefore differ between epochs, and yet a
+slot with all its images can belong to one rank, the only one to read them and store their maps. The
+batches do not depend on R, and in a full batch the numbers of images per rank differ by at most 1.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from deconvnet.support.seeding import seeded_generator
 
 @dataclass(frozen=True)
 class BatchSampler:
-    """The batches of N images, as one of several ranks sees them.
+    """The share of one rank in the batches of N images.
 
     batch_size: B, at most N; None for all images in one batch. seeds: determine the orders,
     together with the number of the epoch.
@@ -45,9 +45,7 @@ class BatchSampler:
 
     @property
     def own_slots(self) -> range:
-        """The slots of this rank, which are consecutive; none if there are more ranks than slots
-        and this one is left over.
-        """
+        """The consecutive slots of this rank; may be empty if there are more ranks than slots."""
         first, last = (self.slots * rank // self.world_size for rank in (self.rank, self.rank + 1))
         return range(first, last)
 
@@ -55,8 +53,8 @@ class BatchSampler:
     def own_images(self) -> Tensor:
         """The indices of the images of this rank, ascending."""
         starts = torch.arange(0, self.num_images, self.slots)[:, None]
-        own = (starts + torch.tensor(self.own_slots, dtype=torch.int64)).flatten()
-        return own[own < self.num_images]
+        images = (starts + torch.tensor(self.own_slots, dtype=torch.int64)).flatten()
+        return images[images < self.num_images]
 
     def batch(self, epoch: int, number: int) -> Tensor:
         """The images of this rank in a batch, by slot; epochs and batches count from 0."""

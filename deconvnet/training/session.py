@@ -1,4 +1,4 @@
-"""What all steps of a training run share: the network, its data, where results go, its limits."""
+"""The context shared by all steps of a training run: network, data, run folder, monitor, limits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from deconvnet.training.training_set import TrainingSet
 
 @dataclass(frozen=True)
 class Limits:
-    """How much memory and disk a run may use.
+    """Limits on the memory and disk space of a run.
 
     chunk: images inferred at a time. hold_codes: whether the codes of finished layers are held in
     memory; otherwise they are inferred again at every visit. memory: GiB that the warm starts of
@@ -37,7 +37,7 @@ UNLIMITED = Limits()
 
 @dataclass(frozen=True)
 class Session:
-    """A training run in progress. run: its folder, on rank 0 alone; None to write no files.
+    """A training run in progress. run: its folder, only on rank 0; None to write no files.
 
     stop_requested: whether this process was asked to stop.
     """
@@ -57,20 +57,20 @@ class Session:
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
-    """A function that tells whether SIGINT or SIGTERM has arrived; a second signal acts at once."""
+    """A function: whether SIGINT or SIGTERM has arrived; a second signal takes immediate effect."""
     requested = False
 
     def handle(number: int, frame: object) -> None:
         nonlocal requested
         requested = True
-        signal.signal(number, before[number])
+        signal.signal(number, previous[number])
 
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield lambda: requested
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)

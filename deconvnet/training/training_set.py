@@ -24,12 +24,12 @@ from deconvnet.training.sampler import BatchSampler
 
 @dataclass(frozen=True)
 class ImageSource:
-    """Where the training images come from.
+    """The training images: functions that read them and compute their digests.
 
     count: the number of images. read: the images (n, 3, H, W) of some indices (n,), in [0, 1], and
-    their frames (n, 4), or None if every picture fills its image. prefetch: is called with the
-    indices that will be read next, if the images are on disk. digests: of the content of every
-    image in order, hexadecimal.
+    their frames (n, 4), or None if every picture fills its image. prefetch: is called with the next
+    indices, if the images are on disk. digests: of the content of every image in order,
+    hexadecimal.
     """
 
     count: int
@@ -53,7 +53,7 @@ class ImageSource:
 
 
 class TrainingSet:
-    """The images of all ranks, as the finished layers of a network encode them.
+    """The images of all ranks and their codes, inferred by the finished layers of a network.
 
     chunk: images inferred at a time. hold: whether the codes of the images of this rank are held in
     memory. progress(done, total): is called after each chunk that `infer_next_layer` infers.
@@ -79,10 +79,10 @@ class TrainingSet:
 
     def fit_preprocessing(self) -> None:
         """Fit the preprocessing to all images, of which each rank reads a part."""
-        own = self._own(None)
+        own_images = self._own(None)
 
         def parts() -> Iterator[tuple[Tensor, Tensor | None]]:
-            for chunk in self._chunks(own):
+            for chunk in self._chunks(own_images):
                 images, frames = self.images.read(chunk)
                 yield images.to(self.net.device), frames
 
@@ -93,7 +93,7 @@ class TrainingSet:
         return self._own(self.net.layer(number).settings.learning.batch_size)
 
     def hold_codes(self, own: Tensor, depth: int) -> None:
-        """Make these the images of this rank, and hold their codes of the lowest `depth` layers."""
+        """Set the images of this rank, and hold their codes of the lowest `depth` layers."""
         if not torch.equal(own, self.own):
             self.own, self.codes = own, None
         if self.hold and self.codes is None and len(own):
@@ -105,20 +105,24 @@ class TrainingSet:
         return codes.select(rows)
 
     def gather_codes(self, images: Tensor, depth: int) -> Codes | None:
-        """`codes_of` images in ascending order, each inferred by its own rank; None on all ranks
-        but rank 0.
+        """`codes_of` images in ascending order, each inferred by its own rank; None on ranks other
+        than 0.
         """
-        own = images[torch.isin(images, self.own)]
-        codes = [self.codes_of(chunk, depth) for chunk in self._chunks(own)]
-        parts = self.communicator.gather((own, join_codes(codes).to("cpu") if codes else None))
+        own_images = images[torch.isin(images, self.own)]
+        codes = [self.codes_of(chunk, depth) for chunk in self._chunks(own_images)]
+        parts = self.communicator.gather(
+            (own_images, join_codes(codes).to("cpu") if codes else None)
+        )
         if parts is None:
             return None
         parts = [part for part in parts if part[1] is not None]
-        order = torch.cat([own for own, _ in parts]).argsort()
+        order = torch.cat([own_images for own_images, _ in parts]).argsort()
         return join_codes([codes for _, codes in parts]).select(order).to(self.net.device)
 
     def layer_data(self, number: int) -> LayerData:
-        """What layer `number` learns from: the images of this rank, encoded by the layers below."""
+        """The training data of layer `number`: the images of this rank, encoded by the layers
+        below.
+        """
         depth = number - 1
 
         def layer_input(images: Tensor) -> Tensor:

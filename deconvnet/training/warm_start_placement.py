@@ -1,4 +1,4 @@
-"""Where the warm starts of a layer are kept: in memory, in files of the run folder, or nowhere."""
+"""The choice of where to store the warm starts of a layer: in memory, on disk, or nowhere."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def place_warm_starts(
 ) -> Placement:
     """The placement of the warm starts of layer `number` that the limits of the session allow.
 
-    resumed: the state of the trainer if the layer is resumed. Whether warm starts are kept does not
-    change while a layer learns, because it changes what is learned.
+    resumed: the state of the trainer if the layer is resumed. Whether warm starts are kept must not
+    change while a layer learns, because it affects the learned filters.
     """
     run, limits, communicator = session.run, session.limits, session.communicator
     token = communicator.broadcast(run and run.token) or ""
@@ -60,7 +60,7 @@ def warm_starts_size(layer: Layer, data: LayerData) -> int:
     settings, size = layer.settings, layer.settings.filter_size
     maps = (settings.num_maps, *map_size(data.shape[1:], (size, size), settings.boundary))
     window = pooling_window(settings)
-    # A float32 for each place, or a float32 and an int64 switch for each window.
+    # A float32 per position, or a float32 and an int64 switch per window.
     per_image = (
         4 * math.prod(maps) if window is None else 12 * math.prod(pooled_shape(maps, window))
     )
@@ -68,11 +68,11 @@ def warm_starts_size(layer: Layer, data: LayerData) -> int:
 
 
 def _earlier_placement(resumed: dict | None) -> tuple[bool | None, bool]:
-    """Whether the resumed layer keeps warm starts (None: still open), and whether on disk."""
+    """Whether the resumed layer keeps warm starts (None: undecided), and whether on disk."""
     if resumed is None:
         return None, False
     codes = resumed["codes"]
-    # Old checkpoints do not say so; their layers keep warm starts if there are any.
+    # Old checkpoints do not have this key; their layers keep warm starts if there are any.
     keep = resumed.get("keep", codes["shape"] is not None or None)
     return keep, "now" in codes
 
@@ -80,7 +80,7 @@ def _earlier_placement(resumed: dict | None) -> tuple[bool | None, bool]:
 def _check_free_space(folder: Path, needed: float) -> None:
     """Raise ValueError if the disk has less than `needed` GiB for the files in this folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    # The blocks that the files occupy, because they have holes.
+    # Count the blocks that the files occupy, because they have holes.
     occupied = sum(512 * path.stat().st_blocks for path in folder.iterdir())
     free = (shutil.disk_usage(folder).free + occupied) / 2**30
     if needed > free:

@@ -1,6 +1,6 @@
-"""The state of inference of each image between two visits, so that the next one starts from it.
+"""Warm starts: the state of inference of each image, from which its next visit starts.
 
-The states are kept in memory or in files of the run folder.
+The states are stored in memory or in files of the run folder.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from deconvnet.storage.ownership import ForeignFileError, is_regular
 
 log = logging.getLogger(__name__)
 
-# The first bytes of a file of states, by which we recognise it as ours.
+# The first bytes of a warm start file, which identify it as ours.
 MAGIC = b"deconvnet states of inference\n".ljust(64, b"\0")
 # Bytes of the header of a record: the number of its pass and a checksum, int64 each.
 HEADER = 16
@@ -46,7 +46,7 @@ IN_MEMORY = Placement()
 
 
 def open_warm_starts(images: Tensor, window: Window | None, placement: Placement) -> WarmStarts:
-    """Warm starts of these images (N,), which are empty until they are assigned or loaded."""
+    """Warm starts of these images (N,), empty until they are assigned or loaded."""
     if placement.folder:
         return DiskWarmStarts(images, window, placement.folder, placement.token)
     return WarmStarts(images, window)
@@ -61,7 +61,7 @@ class WarmStarts:
     """The states of inference of some images, and scalars that belong to them, in memory.
 
     images: (N,) their indices, ascending; states are read and assigned by index. window: if given,
-    a state is kept as pooled values and switches. This loses nothing, as such a state has one
+    a state is stored as pooled values and switches. This is lossless, as such a state has one
     non-zero value per window, and takes as little as a ninth of the memory.
     """
 
@@ -87,7 +87,7 @@ class WarmStarts:
             self.shape = tuple(state.shape[1:])
             self.tensors = [tensor.new_zeros(len(self.images), *tensor.shape[1:]) for tensor in new]
             if self.window is not None:
-                # The switches of an image must all differ, also before they are assigned.
+                # The switches of an image must all differ, even before they are assigned.
                 self.tensors[1][:] = new[1][:1]
         for tensor, values in zip(self.tensors, new, strict=True):
             tensor[self._rows(images)] = values
@@ -118,7 +118,7 @@ class WarmStarts:
         }
 
     def load_state_dict(self, state: dict, device: torch.device) -> None:
-        """Load the states of these images, which may be some of those in `state`."""
+        """Load the states of these images, which may be a subset of those in `state`."""
         rows = torch.searchsorted(state["images"], self.images.cpu())
         self.shape = state["shape"]
         self.tensors = [tensor[rows].to(device) for tensor in state["kept"]]
@@ -133,13 +133,13 @@ class DiskWarmStarts(WarmStarts):
 
     A checkpoint stores for each image the pass in which its state was written. Later passes must
     not overwrite that state, so passes rotate over three files: at any moment up to two of them
-    hold states that the last checkpoint refers to. All ranks share the files. Each image has a
-    fixed place in them for its record: the number of the pass, a checksum, and the state. If a
+    hold states that the last checkpoint refers to. All ranks share the files. The record of each
+    image has a fixed position in them: the number of the pass, a checksum, and the state. If a
     record that the checkpoint refers to is missing or damaged, the inference of that image starts
     from zero maps.
 
-    token: marks the records of this run. Raises ForeignFileError if a file that is not ours is in
-    the way.
+    token: identifies the records of this run. Raises ForeignFileError if a file that is not ours is
+    in the way.
     """
 
     NUM_FILES = 3
@@ -178,7 +178,7 @@ class DiskWarmStarts(WarmStarts):
         self.passes[self._rows(images).cpu()] = self.current_pass
 
     def next_pass(self) -> None:
-        # A pass that wrote nothing is continued; otherwise three files would not be enough.
+        # Continue a pass that wrote nothing; otherwise three files would not suffice.
         self.current_pass += bool((self.passes == self.current_pass).any())
 
     def close(self) -> None:
@@ -216,7 +216,7 @@ class DiskWarmStarts(WarmStarts):
                 self[images.to(self.images.device)] = memory[images]
 
     def _has(self, n: int, number: int) -> bool:
-        """Whether the record of pass `number` is there, or none is needed."""
+        """Whether the record of pass `number` exists, or none is needed."""
         if number < 0:
             return True
         file, size = self.files[number % self.NUM_FILES], sum(self._sizes)
@@ -285,8 +285,8 @@ def is_warm_start_file(path: Path) -> bool:
 
 
 def merge_state_dicts(parts: list[dict]) -> dict:
-    """The state of the warm starts of all ranks as that of a single one."""
-    # A rank without images knows no shapes.
+    """The warm starts of all ranks merged into the state of a single rank."""
+    # The shape is unknown on a rank without images.
     parts = [part for part in parts if len(part["images"])]
     images = torch.cat([part["images"] for part in parts])
     order = images.argsort()
@@ -303,7 +303,7 @@ def merge_state_dicts(parts: list[dict]) -> dict:
     return {
         "images": images[order],
         "shape": parts[0]["shape"],
-        "kept": [merged(list(of_ranks)) for of_ranks in tensors],
+        "kept": [merged(list(parts_of_ranks)) for parts_of_ranks in tensors],
         "numbers": {name: merged([scalars(name, part) for part in parts]) for name in names},
         **({"now": max(part["now"] for part in parts)} if "now" in parts[0] else {}),
     }

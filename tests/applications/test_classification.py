@@ -194,7 +194,7 @@ def test_an_image_without_patches_has_kernel_zero_with_all_others():
     )
 
 
-def test_the_intersection_kernel_is_the_sum_of_the_smaller_entries():
+def test_the_intersection_kernel_is_the_sum_of_elementwise_minima():
     a, b = rand(5, 2500).abs().double(), rand(700, 2500, seed=1).abs().double()
     found = intersection_kernel(a, b)
     for n, m in itertools.product(range(5), (0, 300, 699)):

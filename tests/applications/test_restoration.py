@@ -425,7 +425,7 @@ def test_the_command_inpaints_missing_pixels(script, run_folder, missing):
 
 
 def test_no_input_file_is_overwritten(script, run_folder, tmp_path):
-    """A result has a name of its own beside its image; if that is an input, nothing is done."""
+    """The result is saved next to its image under its own name; an input is never overwritten."""
     for name in ("cat.png", "holes.png", "camera.png"):
         shutil.copy(run_folder / name, tmp_path / name)
     run = f"run={run_folder / 'net.safetensors'}"
@@ -450,7 +450,7 @@ def test_no_input_file_is_overwritten(script, run_folder, tmp_path):
     ):
         result = script(tmp_path, command[0], run, "layer=1", *command[1:])
         assert result.code == 1 and len(result.err.splitlines()) == 1, result
-        assert "written over" in result.err and result.out == ""
+        assert "overwritten" in result.err and result.out == ""
     assert all((tmp_path / name).read_bytes() == data for name, data in before.items())
 
 
@@ -591,7 +591,7 @@ def test_errors_of_all_images_are_raised_before_the_first_is_restored(
     assert not any((run_folder / "early").glob("*.png"))
 
 
-def test_an_image_without_noise_does_not_stop_the_others(script, run_folder):
+def test_an_image_without_noise_does_not_stop_the_other_images(script, run_folder):
     Image.new("L", (50, 40), 90).save(run_folder / "flat.png")
     result = script(
         *(run_folder, "denoise.py", "run=net.safetensors", "image=flat.png"),

@@ -148,7 +148,7 @@ def test_maps_of_principal_components_are_those_of_scikit_learn_at_each_patch(im
     method = PatchPCA(6, 5, seed=2, preprocessing=GREY).fit(images)
     y = method.preprocessing(images)[0]
     patches = draw_patches(y, 5, 50_000, seeded_generator(2, 2)).flatten(1).double().numpy()
-    # By the eigenvectors of the covariance, which know nothing of a solver; signs are free.
+    # By the eigenvectors of the covariance, which involve no solver; signs are arbitrary.
     mean = patches.mean(0)
     variances, directions = np.linalg.eigh(np.cov(patches.T))
     z = method.maps(images).numpy()
@@ -339,7 +339,7 @@ def test_what_is_chosen_for_the_classifier_comes_from_the_training_images_alone(
         ("--dataset fashion --root nowhere", "error: root=nowhere: no train-images-idx3-ubyte"),
     ],
 )
-def test_wrong_options_end_in_one_line_that_says_what_is_right(given, message, capsys):
+def test_invalid_options_give_a_one_line_error_with_the_valid_ones(given, message, capsys):
     with pytest.raises(SystemExit) as ended:
         features.main([*given.split(), "--threads", "1"])
     last = capsys.readouterr().err.strip().splitlines()[-1:]

@@ -86,7 +86,7 @@ def test_the_low_frequencies_solve_their_normal_equations():
     image = np.random.default_rng(0).standard_normal((1, 40, 30))
     low = image - problems.high_pass(image, strength=5.0, border=16)
     mirrored = np.pad(image, ((0, 0), (16, 16), (16, 16)), "symmetric")
-    # Mirrored again the low frequencies are those of the padded image but for what wraps, far away.
+    # Mirrored again, the low frequencies are those of the padded image, except where it wraps.
     padded = np.pad(low, ((0, 0), (16, 16), (16, 16)), "symmetric")
     neighbours = sum(np.roll(padded, shift, axis) for shift in (1, -1) for axis in (1, 2))
     residual = padded + 5.0 * (4 * padded - neighbours) - mirrored

@@ -251,7 +251,7 @@ def test_the_command_that_resumes_is_the_one_that_was_typed(monkeypatch):
     ):
         printed_commands.remember(tuple(call), typed)
         assert shlex.split(printed_commands.again("resume")) == [*call, *typed[:2]]
-        assert shlex.split(printed_commands.beside("train-cnn")) == other
+        assert shlex.split(printed_commands.sibling("train-cnn")) == other
 
 
 def test_the_command_that_resumes_several_processes_starts_several(monkeypatch):

@@ -110,7 +110,7 @@ def test_a_finished_run_says_where_its_pictures_and_network_are(begun):
     assert "4 images of 32x32" in result.out and "layers of 4 and 4 maps" in result.out
 
 
-def test_the_same_command_again_and_more_layers_go_on_with_the_run(again, begun, photos, script):
+def test_the_same_command_resumes_the_run_also_with_more_layers(again, begun, photos, script):
     result = script(again, "train.py", *on(photos, "layers=2"))
     assert result.code == 0
     assert_equal_networks(state(again), state(begun[0]))
@@ -122,7 +122,7 @@ def test_the_same_command_again_and_more_layers_go_on_with_the_run(again, begun,
         assert torch.equal(deeper[name], before[name])
 
 
-def test_a_run_can_be_begun_anew(again, photos, script):
+def test_a_run_can_be_restarted(again, photos, script):
     result = script(again, "train.py", *on(photos, "+layers=1", "resume=false", "seed=5"))
     assert result.code == 0
     assert load(again / "runs" / "folder" / "previous-1").depth == 2
@@ -149,14 +149,14 @@ def test_help_says_how_many_layers_and_names_every_choice_and_key(tmp_path, scri
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_interrupted_run_says_so_and_goes_on_to_the_same_filters(
+def test_an_interrupted_run_says_so_and_resumes_to_the_same_filters(
     tmp_path, begun, photos, script, start
 ):
     folder = tmp_path / "here"
     folder.mkdir()
     # Slow enough to be caught: many epochs of one layer.
     arguments = on(photos, "+layers=1", "model.layer1.learning.epochs=50")
-    # The command that goes on must not begin anew.
+    # The command that resumes must not start over.
     running = start(folder, "train.py", *arguments, "resume=false")
     deadline = time.monotonic() + 60
     found = folder / "runs" / "folder" / "checkpoints"
@@ -352,7 +352,7 @@ def test_damaged_checkpoints_are_not_loaded_and_end_in_one_line(again, photos, s
     assert not (checkpoints(again)[0].parent / "executed").exists()
 
 
-def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_goes_on(
+def test_a_damaged_newest_checkpoint_is_named_and_the_previous_one_is_resumed(
     again, begun, photos, script
 ):
     newest = checkpoints(again)[-1]

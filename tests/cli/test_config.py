@@ -64,7 +64,7 @@ def read(*overrides):
 
 
 def message(*overrides):
-    """What a user is told about overrides that are wrong, in one line."""
+    """The one-line error that a user gets for invalid overrides."""
     with pytest.raises((ValueError, HydraException, OmegaConfBaseException)) as caught:
         read(*overrides)
     return one_line(caught.value)
@@ -143,7 +143,7 @@ def test_the_papers_have_the_numbers_of_maps_that_they_say():
     assert maps == [9, 45, 150]
 
 
-def test_a_layer_is_changed_without_the_others():
+def test_one_layer_can_be_changed_alone():
     before = read().model
     after = read("model.layer2.num_maps=7", "model.layer2.solver.iterations=3").model
     assert after["layer1"] == before["layer1"] and after["layer3"] == before["layer3"]
@@ -219,7 +219,7 @@ def test_the_topmost_layer_can_be_taken_out_but_no_gap_be_made():
         ("progress=maybe", ["progress", "maybe"]),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line_that_names_it(override, parts):
+def test_errors_are_one_line_that_names_the_cause(override, parts):
     found = message(override)
     assert "\n" not in found and len(found) < 400
     for part in parts:
@@ -313,7 +313,7 @@ def test_every_key_of_a_command_in_yaml_has_a_comment(path):
             assert commented(lines, number) or commented(lines, number + 1), key
 
 
-def test_a_default_stands_in_one_place():
+def test_each_default_is_defined_once():
     for name, schema in SCHEMAS.items():
         path = (PACKAGE / "cli" if name == "visualize" else CONFIGS) / f"{name}.yaml"
         for key, value in yaml.safe_load(path.read_text()).items():
@@ -324,7 +324,7 @@ def test_a_default_stands_in_one_place():
             assert default and field.default_factory is dataclasses.MISSING, (name, key, value)
 
 
-def test_every_choice_of_a_group_is_named_beside_it():
+def test_every_choice_of_a_group_is_listed_next_to_it():
     lines = (CONFIGS / "train.yaml").read_text().splitlines()
     for group in ("model", "data", "preprocessing"):
         line = next(line for line in lines if line.startswith(f"  - {group}:"))

@@ -1,7 +1,7 @@
 """Rubbish in place of images, settings and files of networks: one line that says so, and nothing
 else.
 
-FUZZ_EXAMPLES=1000 in the environment tries so many of each kind.
+FUZZ_EXAMPLES=1000 in the environment tries 1000 of each kind.
 """
 
 import io

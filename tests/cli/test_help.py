@@ -67,7 +67,7 @@ def test_the_help_page_has_values_and_meanings_and_the_first_of_several_layers()
         " layer1",
         " count=1 how many there are; each of them takes a line",
         " other=2",
-        " layer2, as layer1 but for other=5",
+        " layer2, as layer1 except other=5",
     ]
 
 
@@ -91,7 +91,7 @@ def test_every_command_explains_itself_in_80_columns(tmp_path, script, command):
 def test_the_help_page_has_the_values_of_its_command_line(tmp_path, script):
     result = script(tmp_path, "train", "model=iccv2011", "seed=7", "--help")
     assert "seed=7 " in result.out and "num_maps=15 " in result.out
-    assert "layer4, as layer1 but for num_maps=150 lam=0.001" in result.out
+    assert "layer4, as layer1 except num_maps=150 lam=0.001" in result.out
 
 
 def run(*arguments):

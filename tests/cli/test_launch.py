@@ -139,7 +139,7 @@ def test_ctrl_c_is_heard_again_once_the_libraries_are_loaded(launch):
     try:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         assert launch(lambda: os.kill(os.getpid(), signal.SIGINT)) == (130, "stopped\n")
-        # What the shell has told to ignore it goes on to do so.
+        # Signals that the shell ignores stay ignored.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         assert launch(ValueError("x")) == (1, "error: x\n")
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN

@@ -16,7 +16,7 @@ layer4: {num_maps: 3, filter_size: 3, connectivity: random_doubles}
 
 @pytest.fixture
 def mine(tmp_path):
-    """A folder of the user's own settings, beside an empty one to work in."""
+    """A folder with the user's settings, next to an empty working folder."""
     for group in ("model", "preset"):
         (tmp_path / "mine" / group).mkdir(parents=True)
     (tmp_path / "mine" / "model" / "deep.yaml").write_text(DEEP)
@@ -67,7 +67,7 @@ def test_own_settings_are_chosen_by_their_group_and_name(mine, script):
         ("layer1: [\n", ["mine/model/deep.yaml: is no configuration in YAML"]),
     ],
 )
-def test_what_is_wrong_in_a_file_of_the_users_own_is_said_in_one_line(mine, script, text, parts):
+def test_errors_in_a_users_file_are_one_line(mine, script, text, parts):
     (mine / "model" / "deep.yaml").write_text(text)
     result = script(mine.parent, "train", "--config-dir", "mine", "model=deep", "progress=false")
     assert result.code == 1 and result.err.count("\n") == 1, result

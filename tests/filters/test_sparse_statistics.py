@@ -1,4 +1,4 @@
-"""Sums over the few entries of sparse maps against whole maps, Fourier transforms and loops."""
+"""Sums over non-zero coefficients, compared with whole maps, Fourier transforms and loops."""
 
 import numpy as np
 import pytest

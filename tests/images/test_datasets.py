@@ -487,7 +487,7 @@ def test_an_absent_torchvision_data_set_is_not_downloaded_but_explained(tmp_path
 
     monkeypatch.setattr("socket.getaddrinfo", no_network)
     monkeypatch.setattr("socket.socket.connect", no_network)
-    # SEMEION would download unless it is told not to.
+    # SEMEION downloads by default.
     for name in ("CIFAR10", "SEMEION", "EMNIST"):
         with pytest.raises(
             ValueError, match=f"data.dataset={name}: .*data.download=true"
@@ -598,7 +598,7 @@ def test_a_crop_is_what_torchvision_makes_of_an_image_in_evaluation(interpolatio
     crop = Crop(58, 48, interpolation)
     square = expected(pixels(80, 80))
     torch.testing.assert_close(crop(square), theirs(square).clamp(0, 1), atol=1e-6, rtol=0)
-    # Of other shapes the middle is cut out first, less than a pixel of the file beside theirs.
+    # Other shapes are cropped to the middle first, within a pixel of the file of theirs.
     rows, columns = torch.meshgrid(torch.arange(90), torch.arange(121), indexing="ij")
     smooth = (0.5 + 0.4 * torch.sin(rows / 17) * torch.cos(columns / 11)).expand(3, -1, -1)
     torch.testing.assert_close(crop(smooth), theirs(smooth), atol=0.03, rtol=0)
@@ -718,7 +718,7 @@ def test_the_same_images_have_one_fingerprint_whatever_holds_them(tmp_path, monk
     assert len(prints) == 5
 
 
-def test_images_without_bytes_are_told_apart_by_all_their_pixels():
+def test_images_without_bytes_are_distinguished_by_all_their_pixels():
     pixels = torch.rand(40, 3, 8, 8)
     names = tuple(map(str, range(40)))
     one = ImageSet(pixels, names)

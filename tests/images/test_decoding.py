@@ -249,7 +249,7 @@ def test_colour_tiffs_are_read_interleaved_and_in_planes_or_refused(tmp_path, or
 
 @pytest.mark.parametrize("compression", [1, 8])
 @pytest.mark.parametrize("extra", [1, 2])
-def test_grey_with_alpha_in_a_plane_of_its_own_is_refused(tmp_path, compression, extra):
+def test_grey_with_alpha_in_a_separate_plane_is_refused(tmp_path, compression, extra):
     """Pillow reads one of the planes and takes all pixels for transparent."""
     planes = [numbers(plane, "u1") for plane in (GREY, np.ones((H, W)))]
     planes = [zlib.compress(plane) if compression == 8 else plane for plane in planes]

@@ -30,7 +30,7 @@ def noise(*shape, seed=0):
 
 
 def framed(images, frames, seed=9):
-    """The images with noise in the place of all that is outside their frames."""
+    """The images with noise in place of everything outside their frames."""
     result = noise(*images.shape, seed=seed).to(images)
     for image, source, (top, left, height, width) in zip(
         result, images, frames.tolist(), strict=True
@@ -161,7 +161,7 @@ def test_contrast_does_not_depend_on_brightness_and_contrast_of_the_image():
     torch.testing.assert_close(model(image)[0], model(0.3 * image + 0.5)[0], atol=1e-3, rtol=1e-3)
 
 
-def test_the_floor_of_a_mostly_flat_image_is_the_median_of_what_is_not_flat():
+def test_the_floor_of_a_mostly_flat_image_is_the_median_of_its_non_zero_deviations():
     image = torch.ones(1, 1, 64, 64)
     image[..., :12, :12] = noise(12, 12)
     _, deviation = local_moments(image, 13, 4.773)

@@ -22,7 +22,7 @@ def stats(epoch):
 
 
 def learn(folder, steps):
-    """What a run shows that goes on before the first of these steps and is then stopped."""
+    """What a run shows if it resumes before the first of these steps and is then stopped."""
     with Monitor(folder, progress=False) as monitor:
         monitor.start(steps[0] - 1)
         monitor.layer(1, 0, 9)

@@ -118,7 +118,7 @@ def test_codes_do_not_depend_on_how_many_images_are_inferred_at_a_time(net, code
         assert_close(found.objective, expected.objective, rtol=1e-5, atol=0)
 
 
-def test_codes_of_an_image_do_not_depend_on_the_others_of_the_batch(net, codes, images, textures):
+def test_codes_of_an_image_do_not_depend_on_the_rest_of_the_batch(net, codes, images, textures):
     loud = torch.cat([images[2:3], textures(1, 3, 20, 26, seed=9).round()])
     alone, beside = net.infer(images[2:3]), net.infer(loud)
     for number, expected in enumerate(codes.layers, 1):
@@ -308,7 +308,7 @@ def test_two_networks_of_one_seed_are_equal_and_of_two_seeds_are_not():
         assert not torch.equal(one[f"layers.{number}.filters"], other[f"layers.{number}.filters"])
 
 
-def test_nothing_of_the_network_draws_from_the_global_generator(images):
+def test_the_network_never_draws_from_the_global_generator(images):
     state = torch.random.get_rng_state()
     network(images).infer(images, depth=1)
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -390,7 +390,7 @@ def test_a_layer_without_a_window_cannot_be_pooled_in_the_loop():
 
 
 class Dense(LinearOperator):
-    """A matrix for each image in place of an operator: it knows nothing of layers."""
+    """A matrix for each image in place of an operator: it does not know the layers."""
 
     def __init__(self, matrices, maps, image):
         self.matrices, self.maps, self.image = matrices, tuple(maps), tuple(image)
@@ -513,7 +513,7 @@ def test_a_layer_that_explains_maps_sees_nothing_but_the_maps_below(small, metho
 
 
 @pytest.mark.parametrize("target", ["image", "both"])
-def test_for_the_first_layer_the_image_is_what_is_below(images, target):
+def test_the_input_of_the_first_layer_is_the_image(images, target):
     nets = [DeconvNet([LayerSettings(4, 5, target=kind, solver=FAST)]) for kind in ("maps", target)]
     expected, found = (net.infer(images).layer(1) for net in nets)
     assert torch.equal(found.z, expected.z) and torch.equal(found.objective, expected.objective)
@@ -550,7 +550,7 @@ def test_maps_that_were_pooled_in_the_loop_are_no_more_than_their_maxima(images,
         assert found.density == pytest.approx((found.z != 0).double().mean().item(), rel=1e-12)
         assert torch.equal(found.values.sort().values, found.z[found.z != 0].sort().values)
         assert 0 < len(found.values) <= found.pooled.numel()
-    # Pooling after inference loses entries, which are kept beside.
+    # Pooling after inference drops coefficients, which are kept separately.
     net.layer(1).settings.pooling = "after"
     dense = net.infer(images, depth=1).layer(1)
     kept = unpool(dense.pooled, dense.switches, dense.z.shape)

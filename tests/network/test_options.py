@@ -1,4 +1,4 @@
-"""What may be asked of maps, filters, borders and pixels beside the papers' problem."""
+"""Constraints on maps, filters, borders and pixels that go beyond the papers' problem."""
 
 import dataclasses
 import itertools
@@ -184,7 +184,7 @@ def test_weights_of_one_change_no_bit(method, p):
         (dict(group=0), "group=0: must be at least 1"),
         (dict(weights=torch.tensor([1.0, -2.0])), "weights=-2.0: must be finite and not negative"),
         (dict(weights=torch.tensor([1.0, math.nan])), "weights=nan: must be finite"),
-        (dict(weights=torch.tensor([1.0, 2.0]), group=2), "have one weight at each place"),
+        (dict(weights=torch.tensor([1.0, 2.0]), group=2), "have one weight at each position"),
         (dict(window=(1, 2, 2), group=2), "window=(1, 2, 2): not together with"),
         (dict(window=(1, 2, 2), weights=torch.ones(2)), "window=(1, 2, 2): not together with"),
     ],
@@ -196,7 +196,7 @@ def test_a_prior_that_makes_no_sense_is_refused(options, message):
 
 def test_maps_that_do_not_fit_the_prior_are_refused():
     A, b = problem()
-    with refused("weights of shape (3,): expected (4,), or what broadcasts to maps of shape"):
+    with refused("weights of shape (3,): expected (4,), or a shape that broadcasts to maps"):
         sparse_code(b, A.f, lam=2.0, weights=torch.ones(3) * 2)
     with refused("group=3: must divide the 4 maps"):
         sparse_code(b, A.f, lam=2.0, group=3)
@@ -468,7 +468,7 @@ def test_an_image_stops_at_its_duality_gap_which_bounds_the_distance_to_the_mini
     assert found.iterations < 1000 and found.gap.dtype == torch.float64
     assert (found.gap <= gap * found.objective).all()
     assert (found.objective - minimum <= found.gap + 1e-9).all()
-    # Each image by itself, and no later than it must.
+    # Each image separately, and no later than necessary.
     alone = solve(A, b[:1], lam=5.0, settings=settings, prior=prior)
     assert_close(alone.z, found.z[:1], rtol=1e-7, atol=1e-7)
     if alone.iterations > 10:
@@ -606,7 +606,7 @@ def test_a_filter_of_which_nothing_is_left_becomes_its_fallback():
 @pytest.mark.parametrize("constraint", CONSTRAINTS)
 @pytest.mark.parametrize("norm", ["filter", "plane"])
 @every_boundary
-def test_updates_keep_what_is_asked_of_filters_and_lower_the_cost(constraint, norm, boundary):
+def test_updates_satisfy_the_constraint_and_lower_the_cost(constraint, norm, boundary):
     A, b = problem(boundary, K=3, C=2)
     A = Deconvolution(FilterConstraint(norm, **constraint).project(A.f), boundary)
     z, sums = sums_of(A, b)
@@ -696,7 +696,7 @@ def test_grey_filters_explain_every_channel_at_the_same_places():
     for k, c, d in np.ndindex(3, 2, 2):
         assert torch.equal(both[2 * k + c, d], f[k, 0] if c == d else torch.zeros(3, 3).double())
     settings = to_the_end("admm", gap=1e-8)
-    # Without groups each channel is by itself,
+    # Without groups each channel is coded separately,
     alone = sparse_code(b, both, lam=2.0, settings=settings)
     for c in range(2):
         one = sparse_code(b[:, c : c + 1], f, lam=2.0, settings=settings)
@@ -742,7 +742,7 @@ def test_images_that_are_solved_some_at_a_time_are_those_of_the_whole_batch(
     original = type(A).__call__
     monkeypatch.setattr(type(A), "__call__", lambda A, z: sizes.append(len(z)) or original(A, z))
     largest = max(A.max_intermediate_numel, A.zeros(b)[0].numel())
-    monkeypatch.setattr("deconvnet.sparse_coding.solve.PART", 2 * 8 * largest)
+    monkeypatch.setattr("deconvnet.sparse_coding.solve.BATCH_BYTES", 2 * 8 * largest)
     parts = run()
     assert set(sizes) == {2, 1}
     for key, expected in vars(whole).items():

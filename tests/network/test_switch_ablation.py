@@ -83,16 +83,16 @@ def test_the_snr_is_the_one_of_the_images_shown_over_all_of_them(trained, found)
 
 def test_with_the_switches_it_is_the_network_as_it_is(trained, found, images):
     net, codes = trained
-    anew = net.infer(images)
+    reinferred = net.infer(images)
     for number in (2, 3):
         for new in (False, True):
             a = by_place(found)["switches", number, new]
-            assert a.snr == net.snr(codes, number) == net.snr(anew, number)
+            assert a.snr == net.snr(codes, number) == net.snr(reinferred, number)
             assert torch.equal(a.images, net.operator(codes, number)(codes.layer(number).z))
 
 
 @pytest.mark.parametrize("kind", UNPOOLINGS)
-def test_maps_inferred_anew_are_those_of_a_network_with_this_unpooling(trained, found, kind):
+def test_reinferred_maps_are_those_of_a_network_with_this_unpooling(trained, found, kind):
     net, codes = trained
     settings = [replace(layer.settings, unpooling=kind) for layer in net.layers]
     other = DeconvNet(settings, net.preprocessing.settings)
@@ -102,7 +102,7 @@ def test_maps_inferred_anew_are_those_of_a_network_with_this_unpooling(trained, 
         A = other.operator(codes, number)
         a = by_place(found)[kind, number, True]
         assert torch.equal(a.images, A(z))
-        # What is not inferred anew are the maps that were found with the switches.
+        # Maps that are not inferred again are those inferred with the switches.
         before = by_place(found)[kind, number, False]
         assert torch.equal(before.images, A(codes.layer(number).z))
 
@@ -130,7 +130,7 @@ def test_maps_inferred_for_an_unpooling_reach_a_lower_objective_than_those_of_th
 
 
 @pytest.mark.parametrize("target", ["maps", "image"])
-def test_maps_are_inferred_anew_only_where_they_explain_the_image(images, target):
+def test_maps_are_inferred_again_only_if_they_explain_the_image(images, target):
     net = network(target=target, maps=(2, 2, 2), window=(1, 2, 2))
     some = ablate(net, infer(net, images[:1]))
     assert any(a.inferred for a in some) == (target == "image")
@@ -284,7 +284,7 @@ def test_the_numbers_of_the_script_are_those_of_the_network(copy, photos, script
         assert shown == pytest.approx(a.snr, abs=0.02)
 
 
-def test_the_script_changes_nothing_of_the_run_but_one_picture(copy, script):
+def test_the_command_changes_only_one_picture_of_the_run(copy, script):
     def content():
         # But for the record of what was made.
         files = [p for p in copy.rglob("*") if p.is_file() and ".deconvnet" not in p.parts]

@@ -1,4 +1,4 @@
-"""Large images in tiles and without maps in memory: as they are at once, up to what is said."""
+"""Tiles of large images, without maps in memory: equal to the whole image up to a stated error."""
 
 import math
 
@@ -20,7 +20,7 @@ from deconvnet.sparse_coding.problem import SolverSettings
 from deconvnet.sparse_coding.solve import solve
 from deconvnet.sparse_coding.whole_image import Thresholds, solve_whole_image
 
-# So near the minimum that what is left is the tiles.
+# So close to the minimum that the remaining difference is due to the tiles.
 EXACT = SolverSettings("coordinate", iterations=400, gap=1e-5)
 
 
@@ -133,7 +133,7 @@ def test_what_does_not_fit_is_refused_with_what_would(memory, message):
         tiling.plan(net, (2000, 3000), 1, memory)
 
 
-def test_what_goes_on_at_its_other_side_is_not_cut():
+def test_periodic_images_are_not_tiled():
     net = network(LayerSettings(24, 7, boundary="circular"))
     assert len(tiling.plan(net, (200, 300), 1, 4.0)) == 1
     with pytest.raises(ValueError, match="layer1.boundary=circular: .* cannot be split"):

@@ -134,7 +134,7 @@ def test_correlate_and_filter_gradient_are_the_gradients_of_deconvolve(name, bou
 
 @pytest.mark.parametrize("channels", [1, 2])
 @pytest.mark.parametrize("method", ["spatial", "fourier"])
-def test_an_impulse_paints_the_filter_as_it_is_stored(channels, method):
+def test_an_impulse_paints_the_unflipped_filter(channels, method):
     f = rand(2, channels, 3, 4)
     z = torch.zeros(1, 2, 10, 12, dtype=torch.float64)
     z[0, 1, 5, 6] = 1
@@ -261,7 +261,7 @@ def test_wrong_shapes_are_refused_with_what_was_expected():
         filter_gradient(z, y[:1], 5)
 
 
-# Maps by and by
+# Maps in strips
 
 EVERY = ("valid", "circular", "zero", "reflect")
 

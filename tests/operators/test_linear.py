@@ -332,7 +332,7 @@ def test_one_beta_for_all_images_is_solved_as_one_for_each(boundary, beta):
 
 
 @pytest.mark.parametrize("name", ["valid", "valid, 3 channels", "R_2"])
-def test_solve_goes_on_from_where_it_starts(name):
+def test_solve_continues_from_a_warm_start(name):
     A, _, image = OPERATORS[name]()
     d = rand(N, *image, seed=5)
     beta = torch.full((N, 1, 1, 1), 0.7, dtype=torch.float64)
@@ -441,7 +441,7 @@ def test_conjugate_gradients_give_an_image_the_same_bits_alone_and_in_a_batch(pr
     assert torch.equal(run(torch.tensor([3, 1, 0]))[1], batch[1])
 
 
-def test_conjugate_gradients_of_zero_are_zero_and_leave_the_others_alone():
+def test_conjugate_gradients_solve_zero_by_zero_and_do_not_change_other_images():
     A, _, image = OPERATORS["R_2"]()
     d = rand(N, *image, seed=5)
     beta = torch.ones(N, 1, 1, 1, dtype=torch.float64)

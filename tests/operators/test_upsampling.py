@@ -168,7 +168,7 @@ def test_with_one_weight_in_the_middle_a_resize_convolution_is_interpolation(mod
     assert_close(layer(x), mixed + bias[:, None, None], rtol=1e-13, atol=1e-13)
 
 
-def test_with_one_weight_off_the_middle_it_is_shifted_and_the_border_goes_on():
+def test_one_off_centre_weight_shifts_the_image_and_continues_the_border():
     layer = resizing(1, 1, 3, 2, bias=False)
     with torch.no_grad():
         layer.convolution.weight.zero_()

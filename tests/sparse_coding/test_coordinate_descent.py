@@ -168,7 +168,7 @@ def test_small_and_narrow_images_have_bands_too(boundary, image):
 
 @every_boundary
 @pytest.mark.parametrize("shape", [(2, 4, 1, 1), (1, 1, 1, 9), (2, 1, 1, 1), (4, 8, 1)])
-def test_weights_of_any_shape_that_broadcasts_are_those_of_all_entries(boundary, shape):
+def test_weights_of_any_broadcastable_shape_equal_the_expanded_ones(boundary, shape):
     A, b = problem(boundary)
     maps = A.zeros(b).shape
     if shape[-1] == 9:
@@ -246,7 +246,7 @@ def test_a_weight_of_zero_leaves_a_map_free_below_one_too(p):
 
 
 @pytest.mark.parametrize("hidden", ["pixels", "filter"])
-def test_entries_that_paint_nothing_any_more_do_not_stay(hidden):
+def test_coefficients_that_become_zero_leave_the_working_set(hidden):
     A, b = problem("zero")
     start = solve(A, b, lam=LAM, settings=settings(1e-5)).z
     if hidden == "pixels":
@@ -340,7 +340,7 @@ def test_a_start_from_the_solution_stops_at_once(p):
     assert (again.objective <= found.objective * (1 + 1e-12)).all()
 
 
-def test_visits_in_training_are_of_so_many_rounds_and_go_on_from_each_other():
+def test_training_visits_have_the_given_number_of_rounds_and_continue_each_other():
     A, b = problem()
     visit = dict(lam=LAM, settings=settings(1e-8, training_iterations=2), training=True)
     first = solve(A, b, **visit)
@@ -385,14 +385,14 @@ def test_the_maps_of_an_image_do_not_depend_on_its_companions(boundary, name, mo
             own = Prior(weights=prior.weights[n : n + 1])
         found = solve(alone, b[n : n + 1], lam=LAM, settings=settings(1e-4), prior=own)
         assert_close(found.z[0], together.z[n], rtol=0, atol=1e-12)
-    monkeypatch.setattr("deconvnet.sparse_coding.coordinate_descent.TOGETHER", 1)
+    monkeypatch.setattr("deconvnet.sparse_coding.coordinate_descent.BATCH_BYTES", 1)
     by_and_by = solve(A, b, lam=LAM, settings=settings(1e-4), prior=prior)
     assert_close(by_and_by.z, together.z, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("p", [1.0, 0.5])
 @pytest.mark.parametrize("gap", [None, 1e-4])
-def test_a_broken_image_is_seen_and_does_not_touch_the_others(p, gap):
+def test_a_non_finite_image_is_reported_and_leaves_the_other_images_unchanged(p, gap):
     if p != 1 and gap:
         return
     A, b = problem(N=3)
@@ -415,7 +415,7 @@ def test_single_precision_is_kept_and_certified_in_double():
     assert (gap <= 1.1e-4 * found.objective).all()
 
 
-def test_what_is_given_is_left_as_it_is():
+def test_the_arguments_are_not_modified():
     A, b = problem("valid", C=2, mask=True)
     start = rand(*A.zeros(b).shape, seed=8) * (uniform(*A.zeros(b).shape, seed=9) < 0.1)
     given = [each.clone() for each in (start, b, A.f, A.mask)]
@@ -485,7 +485,7 @@ def test_the_footprints_of_both_axes_are_the_dense_matrix(boundary, image, size)
             painted[x, y, i, j] += f[0, 0, u, v]
     expected = convolution_matrix(f, image, boundary=boundary).view(*image, *maps)
     assert_close(painted, expected, rtol=0, atol=1e-14)
-    # Where `first` is told, the taps fall on the pixels from there on.
+    # From `first` on, the taps fall on consecutive pixels.
     for axis, taps in ((rows, size[0]), (columns, size[1])):
         whole = [sorted(pairs(axis, place)) for place in range(len(axis.first))]
         for first, of in zip(axis.first, whole, strict=True):
@@ -555,7 +555,7 @@ def test_learning_recovers_planted_filters():
         learning=LearningSettings(epochs=30, batch_size=6),
     )
     alike = torch.nn.functional.conv2d(planted, learned.filters, padding=6).abs().amax((2, 3))
-    # Every planted filter has a found one of its own, nearly equal at the best shift.
+    # Each planted filter matches a different learned one, nearly equal at the best shift.
     assert alike.amax(1).min() > 0.98
     assert sorted(alike.argmax(1).tolist()) == [0, 1, 2, 3]
     costs = [stats.objective for stats in learned.history]

@@ -66,7 +66,7 @@ def test_shrink_jumps_from_zero_at_the_threshold_where_both_cost_the_same(p, bet
     v = scalar([tau * (1 - 1e-9), tau * (1 + 1e-9)])
     below, above = shrink(v, beta, p).tolist()
     assert below == 0
-    # p = 1 has no jump: what is left is rounding of v - tau.
+    # p = 1 has no jump: the remainder is the rounding of v - tau.
     assert above == pytest.approx(x, rel=1e-6, abs=2e-9 * tau)
     if p < 1:
         assert cost(scalar(x), tau, beta, p) == pytest.approx(beta / 2 * tau**2, rel=1e-9)
@@ -180,7 +180,7 @@ def test_shrink_is_monotone(p, beta):
 
 
 @pytest.mark.parametrize("p", ALL_EXPONENTS)
-def test_non_negative_is_the_minimum_over_what_is_not_negative(p):
+def test_non_negative_gives_the_minimum_over_non_negative_values(p):
     v = 3 * rand(1000)
     for beta in (1.3, scalar([1.3])):
         x = shrink(v, beta, p, non_negative=True)
@@ -247,7 +247,7 @@ def lowest_cost_of_a_window(v, beta, p, non_negative):
 @pytest.mark.parametrize("non_negative", [False, True])
 def test_with_a_window_shrink_is_the_minimum_over_maps_of_one_entry_per_window(p, non_negative):
     window, shape, betas = (2, 2, 3), (3, 3, 4), [0.7, 6.0]
-    # Around the threshold of each image, and two entries that only the sign tells apart.
+    # Around the threshold of each image, and two coefficients that differ only in sign.
     tau = [threshold(beta, p)[1] for beta in betas]
     v = 1.5 * scalar(tau).view(2, 1, 1, 1) * rand(2, *shape, seed=3)
     v[:, 0, 0, 0], v[:, 1, 1, 1] = scalar(tau) * 2, scalar(tau) * -2

@@ -179,7 +179,7 @@ def test_ista_never_raises_the_objective(p, make):
 
 
 def in_each_window(z, window):
-    """(N, K', H', W'): how many entries of each window are not zero."""
+    """(N, K', H', W'): the number of non-zero coefficients of each window."""
     number = (z != 0).double()[:, None]
     volume = window[0] * window[1] * window[2]
     mean = torch.nn.functional.avg_pool3d(
@@ -383,7 +383,7 @@ def test_maps_found_with_a_window_have_one_entry_in_each_at_most(name, method, p
     counts = in_each_window(found.z, window)
     assert counts.sum() == torch.count_nonzero(found.z) > 0
     assert counts.max() == 1
-    # No worse than nothing at all, and in keeping with what is said of it.
+    # No worse than all zeros, and consistent with the reported terms.
     assert_close(found.objective, objective(A, b, found.z, 20.0, p), rtol=1e-10, atol=0)
     assert_close(found.residual, b - A(found.z), rtol=0, atol=0)
     if method in ("fista", "ista"):
@@ -479,7 +479,7 @@ def test_the_maps_of_an_image_do_not_depend_on_its_companions(name, boundary, dt
     together, differently = solve(A, b, **options), solve(A, others, **options)
     for part in ("z", "state", "residual", "objective"):
         assert torch.equal(getattr(together, part)[1], getattr(differently, part)[1]), part
-    # Alone it is the same but for the rounding of transforms, which group images for speed.
+    # Alone it is the same up to the rounding of transforms, which group images for speed.
     alone = solve(A, b[1:2], **options)
     bound = 1e-12 if dtype == torch.float64 else 2e-5
     if dtype == torch.float32 and CHEAP[name].method in ("fista", "ista"):
@@ -664,7 +664,7 @@ def test_images_of_zeros_have_maps_of_zeros():
 
 @pytest.mark.parametrize("name", CHEAP)
 @pytest.mark.parametrize("p", [1.0, 0.8])
-def test_a_broken_image_is_seen_and_does_not_touch_the_others(name, p):
+def test_a_non_finite_image_is_reported_and_leaves_the_other_images_unchanged(name, p):
     A, b = problem()
     broken = b.clone()
     broken[0, 0, 2, 3] = float("nan")
@@ -781,7 +781,7 @@ def test_the_schedule_ends_at_its_bound_and_never_above():
 
 @pytest.mark.parametrize("gap", [None, 1e-6])
 @pytest.mark.parametrize("method", ["fista", "ista", "admm", "coordinate"])
-def test_a_start_with_negative_entries_ends_at_the_minimum_without_them(method, gap):
+def test_a_start_with_negative_coefficients_ends_at_the_non_negative_minimum(method, gap):
     A, b = problem(image=(8, 9))
     start = solve(A, b, lam=20.0, settings=to_the_end("fista", 300)).z
     assert (start < 0).any()
@@ -799,7 +799,7 @@ def test_a_start_with_negative_entries_ends_at_the_minimum_without_them(method, 
 
 @pytest.mark.parametrize("method", ["fista", "ista"])
 @pytest.mark.parametrize("non_negative", [False, True])
-def test_a_start_with_several_entries_in_a_window_ends_with_one(method, non_negative):
+def test_a_start_with_several_coefficients_in_a_window_ends_with_one(method, non_negative):
     A, b = problem(image=(8, 9))
     start = solve(A, b, lam=20.0, settings=to_the_end("fista", 300)).z
     prior = Prior(window=(1, 2, 2), non_negative=non_negative)

@@ -102,7 +102,7 @@ def occupied(folder, paths):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_what_a_command_would_write_over_is_named_and_left_as_it_is(
+def test_a_command_names_and_keeps_the_files_it_would_overwrite(
     home, written, script, tmp_path, name
 ):
     folder = copy_of(home, tmp_path / "home")
@@ -118,9 +118,7 @@ def test_what_a_command_would_write_over_is_named_and_left_as_it_is(
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_command_does_its_work_twice_beside_files_of_others(
-    home, written, script, tmp_path, name
-):
+def test_a_command_works_twice_next_to_foreign_files(home, written, script, tmp_path, name):
     folder = copy_of(home, tmp_path / "home")
     folders = {Path("."), *(path.parent for path in written(name))}
     # A gallery is replaced as a whole, and refuses to be with anything else in it.
@@ -141,7 +139,7 @@ def test_a_command_does_its_work_twice_beside_files_of_others(
         assert before == {path: after.get(path) for path in before}
 
 
-def test_results_beside_their_inputs_leave_these_alone(home, script, tmp_path):
+def test_results_next_to_their_inputs_do_not_change_the_inputs(home, script, tmp_path):
     """output=photos, output=. and a file named as a result of another."""
     folder = copy_of(home, tmp_path / "home")
     for n, name in enumerate(("0-layer1", "0-compared", "0-2", "0-layer2-parts")):

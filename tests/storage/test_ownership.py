@@ -1,4 +1,4 @@
-"""What is written, replaced, moved or removed is ours; what is a stranger's stays as it is."""
+"""Only our own files are written, replaced, moved or removed; foreign files stay unchanged."""
 
 import errno
 import os
@@ -98,7 +98,7 @@ def test_the_record_of_somebody_elses_folder_above_is_not_needed(folder, monkeyp
     assert not (folder / ownership.RECORD_FOLDER / ownership.RECORD_FILE).exists()
 
 
-def test_what_is_put_into_a_folder_while_it_is_rebuilt_is_not_replaced(folder):
+def test_files_added_while_a_folder_is_rebuilt_are_not_replaced(folder):
     with ownership.rebuilt_folder(folder / "gallery") as new:
         fill(new, "index.html")
     with (
@@ -121,7 +121,7 @@ def test_a_file_system_without_locks_stops_no_work(folder, monkeypatch, caplog):
 
 
 @pytest.mark.parametrize("kind", ["link", "dangling", "looping", "folder", "pipe", "hard link"])
-def test_what_is_no_file_of_ours_is_neither_written_over_nor_removed(folder, tmp_path, kind):
+def test_foreign_files_are_neither_overwritten_nor_removed(folder, tmp_path, kind):
     path, other = folder / "a.png", tmp_path / "thesis.txt"
     other.write_bytes(b"thesis")
     if kind == "link":

@@ -68,7 +68,7 @@ def without_a_place_beside_the_source(places):
     (places / "__pycache__").write_text("")
 
 
-def test_code_is_found_beside_the_source_by_the_next_process(places):
+def test_the_next_process_finds_compiled_code_next_to_the_source(places):
     assert not found_on_disk(twice(places))
     assert found_on_disk(twice(places))
     assert not list((places / "temporary").iterdir())
@@ -88,7 +88,7 @@ def test_code_in_a_temporary_folder_that_others_may_write_to_is_not_run(places, 
     (kept,) = (places / "temporary").iterdir()
     kept.chmod(0o777)
     assert not found_on_disk(twice(places))
-    assert "set NUMBA_CACHE_DIR to a folder that can be written" in caplog.text
+    assert "set NUMBA_CACHE_DIR to a writable folder" in caplog.text
 
 
 def test_without_any_folder_code_is_compiled_in_the_process_and_one_line_says_so(places, caplog):
@@ -166,7 +166,7 @@ def test_the_package_is_imported_and_computes_where_nothing_can_be_written(tmp_p
 
 
 def test_the_first_call_that_compiles_says_so_and_no_other(places, caplog, monkeypatch):
-    monkeypatch.setattr(compiling.announcement, "said", False)
+    monkeypatch.setattr(compiling.announcement, "logged", False)
     caplog.set_level("INFO")
     function = twice(places)
     function(2.0)

@@ -129,7 +129,7 @@ def test_if_a_process_dies_the_others_stop_with_one_line(place, ranks):
     assert "Traceback" not in first.err
 
 
-def test_if_a_process_hangs_the_others_give_up_after_their_patience(place, ranks):
+def test_if_a_process_hangs_the_others_time_out(place, ranks):
     running = ranks(2, "name=hung", LONG, "patience=2")
     wait_for(place / "runs" / "hung" / "checkpoints" / "step-*.pt")
     os.kill(running[1].pid, signal.SIGSTOP)
@@ -166,7 +166,7 @@ def test_torchrun_restarts_after_a_process_was_killed_and_the_result_is_the_same
 
 @pytest.mark.slow
 def test_runs_that_are_killed_at_any_moment_end_with_the_same_result(tmp_path):
-    command = [sys.executable, str(ROOT / "benchmarks" / "kills.py"), "--kills", "2"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "kill_and_resume.py"), "--kills", "2"]
     command += ["--epochs", "5", "--ranks", "2", "--folder", str(tmp_path)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert ended.returncode == 0, ended.stdout + ended.stderr

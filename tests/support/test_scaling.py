@@ -310,7 +310,7 @@ def test_admm_is_as_good_for_filters_whose_planes_have_unit_norm_and_through_sca
         assert found.objective.sum() < 1.1 * coordinate.objective.sum()
 
 
-def test_filters_of_about_unit_norm_leave_the_coupling_as_it_is():
+def test_filters_of_about_unit_norm_do_not_change_beta():
     y, f = problem()
     seen = []
     for norm in (1.0, 1.0001, 2.0**0.5, 4.0):

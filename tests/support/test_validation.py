@@ -159,7 +159,7 @@ MATHEMATICS = {
 
 @pytest.mark.parametrize("kind", NO_TENSORS)
 @pytest.mark.parametrize("function", MATHEMATICS)
-def test_functions_of_tensors_refuse_what_is_none_in_one_line(function, kind):
+def test_functions_of_tensors_refuse_other_objects_with_a_one_line_error(function, kind):
     convert, message = NO_TENSORS[kind]
     with pytest.raises(ValueError, match=message) as error:
         MATHEMATICS[function](convert(torch.ones(3, 4, 9, 9)))
@@ -458,7 +458,7 @@ def test_batches_that_cannot_be_used_are_refused_by_their_number(y, kind):
     assert "\n" not in str(refused.value)
 
 
-def test_restorers_take_arrays_and_refuse_what_is_none(pixels, net):
+def test_restorers_accept_arrays_and_refuse_other_objects(pixels, net):
     restorer = Restorer(net).fit([image.numpy() for image in pixels])
     mask = (torch.arange(18) % 4 > 0).expand(1, 1, 16, 18)
     (expected,) = restorer.denoise(pixels, 0.1)

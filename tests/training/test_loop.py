@@ -388,14 +388,14 @@ def test_a_run_that_is_stopped_after_every_update_still_finishes(finished, image
 
 
 @pytest.fixture
-def heeds_interrupts():
+def handles_interrupts():
     """SIGINT as Python handles it, also where the shell started the tests in the background."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.usefixtures("heeds_interrupts")
+@pytest.mark.usefixtures("handles_interrupts")
 def test_a_second_request_to_stop_acts_at_once(images, tmp_path):
     class Impatient(StopAt):
         def _count(self, kind):

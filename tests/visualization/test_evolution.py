@@ -177,7 +177,7 @@ def test_a_snapshot_holds_the_filters_before_they_are_recentred_or_reinitialised
     for trainer in (cared, left):
         for epoch in range(4):
             if epoch == 3:
-                # All alike: of two equal filters one is started anew; in the corner: to be moved.
+                # All alike: one of two equal filters is re-initialised; a corner: recentred.
                 f = torch.zeros(5, 1, 5, 5)
                 f[:, :, 0, 0] = 1
                 trainer.layer.set_filters(f)
@@ -375,7 +375,7 @@ def test_epochs_are_appended_and_later_epochs_are_dropped(tmp_path):
     assert found.epochs == (1, 2)
     assert torch.equal(found.tiles[0], written.tiles[0])
     assert torch.equal(found.values, torch.cat([columns[1].values, other.values]))
-    # A layer that begins anew may have other maps.
+    # A layer that starts over may have other maps.
     append_epoch(path, some_evolution((1,), maps=(0, 1, 2, 3), side=7))
     assert load_evolution(path).tiles.shape == (1, 4, 3, 7, 7)
 

@@ -140,7 +140,7 @@ def page_data(page):
 
 
 def script_data(page, name):
-    """What one of the scripts beside the page adds."""
+    """The data that one of the scripts next to the page adds."""
     text = (page.parent / name).read_text()
     place, content = re.fullmatch(r'gallery\.add\("([^"]*)",\s*(.*)\);\n', text, re.DOTALL).groups()
     assert place == name.rpartition("/")[0]
@@ -461,7 +461,7 @@ def test_mismatched_content_is_refused_by_name(tmp_path, options, message):
 # ---- in a browser ------------------------------------------------------------------------------
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-# A browser speaks through the descriptors 3 and 4; which ones Python has at hand is chance.
+# A browser speaks through the descriptors 3 and 4; which ones Python has open is chance.
 LAUNCH = """
 import os, sys
 for number, name in enumerate(sys.argv[1:3]):
@@ -546,7 +546,7 @@ class Browser:
         self.tell("Emulation.setDeviceMetricsOverride", width=width, height=height, **size)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.tell("Emulation.setEmulatedMedia", features=[scheme])
-        # Another query, so that the page is loaded anew where only the place differs.
+        # Another query, so that the page is reloaded if only the fragment differs.
         self.tell("Page.navigate", url=f"{page.as_uri()}?{self.count}{place}")
         self.until("document.readyState === 'complete' && typeof gallery === 'object'")
         if place:

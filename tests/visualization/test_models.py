@@ -604,7 +604,7 @@ def test_a_network_is_trained_by_one_command_and_loaded_by_its_file(tmp_path, sc
     scores = one.module(one.normalization.apply(torch.stack(seen)))
     assert scores.argmax(1).tolist() == [0, 1]
     again = train(script, folders[0], shapes)
-    assert again.code == 1 and "runs/net holds a network already" in again.err
+    assert again.code == 1 and "runs/net already has a network" in again.err
 
 
 @pytest.mark.parametrize("name", ["pictures/conv1-002.png", "train_cnn.log", ".hydra/config.yaml"])

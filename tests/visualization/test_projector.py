@@ -1485,7 +1485,7 @@ def test_maps_are_found_where_a_network_has_its_channels_last(method):
     first.load_state_dict(
         {n: t.view(first.state_dict()[n].shape) for n, t in last.state_dict().items()}
     )
-    # As many rows as maps: nothing can be told from the shape.
+    # As many rows as maps: the shape is ambiguous.
     x = rand(2, 3, 8, 10)
     one, other = (Projector(net, method=method) for net in (last, first))
     kinds = {layer.name: layer for layer in one.layers(x)}

@@ -264,7 +264,7 @@ def test_progress_bars_have_names_and_reach_their_ends(images, tmp_path, monkeyp
 
 
 def fail(*_, **__):
-    raise AssertionError("this was to be found in a file")
+    raise AssertionError("the result should have been read from a file")
 
 
 def test_a_second_visualization_reads_everything_from_files(copied, monkeypatch):
@@ -301,7 +301,7 @@ def first(tmp_path_factory, images):
 
 
 @pytest.mark.parametrize(
-    ("options", "made_anew"),
+    ("options", "recomputed"),
     [
         ({}, set()),
         ({"grid_maps": 1, "contrast": 0.9, "occlusion": 1, "batch": 2}, set()),

@@ -367,7 +367,7 @@ def test_an_uneven_convolution_has_a_checkerboard_that_normalising_removes(textu
 # The control.
 
 
-def test_a_control_has_the_same_entries_in_every_filter_in_another_order():
+def test_a_control_has_the_same_weights_in_every_filter_in_another_order():
     net = seeded(
         lambda: nn.Sequential(two_layers(), nn.BatchNorm2d(5), nn.Flatten(), nn.Linear(80, 6))
     )
@@ -443,7 +443,7 @@ def test_zero_is_grey_and_the_opposite_tile_has_the_opposite_colours(contrast):
     shown = shade_projections(tiles, contrast=contrast)
     assert torch.equal(shown[:, :, 2], torch.full((5, 3, 9), 0.5))
     assert_allclose(shade_projections(-tiles, contrast=contrast), 1 - shown, atol=1e-7)
-    # So many of the pixels that are not zero are neither black nor white.
+    # This many of the non-zero pixels are neither black nor white.
     full = ((shown == 0) | (shown == 1)).flatten(1).sum(1)
     nonzero = int((tiles[0] != 0).sum())
     assert (full - (1 - contrast) * nonzero).abs().max() <= 2

@@ -23,9 +23,9 @@ DESCRIPTORS_AT_A_TIME = 4096
 
 @dataclass(frozen=True)
 class Codebook:
-    """Words (V, D) found by k-means.
+    """Visual words (V, D), the centres of k-means.
 
-    norm_floor: of `normalize_descriptors`; None: descriptors are used as they are. distortion: the
+    norm_floor: of `normalize_descriptors`; None: descriptors are not normalised. distortion: the
     mean squared distance from a descriptor to its nearest word.
     """
 
@@ -73,7 +73,7 @@ class Codebook:
 
 
 def _kmeans(d: np.ndarray, words: int, seed: int) -> tuple[np.ndarray, float]:
-    """The centres (words, D) of clusters none of which is empty, and the sum of squared distances.
+    """The centres (words, D) of non-empty clusters, and the sum of squared distances.
 
     Random initialisation is as good as k-means++ and takes a third of the time, but it can leave
     clusters empty; then k-means++ is tried.

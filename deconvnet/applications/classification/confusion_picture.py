@@ -10,14 +10,14 @@ from deconvnet.visualization.pictures.canvas import LINE, hstack, text_block, vs
 
 
 def confusion_picture(matrix: np.ndarray, class_names: list[str]) -> Tensor:
-    """(3, H, W): the share of the images of each class (rows) predicted to be of each (columns).
+    """(3, H, W): the share of images of each class (rows) predicted to be of each (columns).
 
-    White is none, dark blue all. Class names stand on the left and, from bottom to top, above.
+    White is none, dark blue all. Class names are on the left and, from bottom to top, above.
     """
     side = LINE
     shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     dark = torch.tensor([0.03, 0.19, 0.42]).view(3, 1, 1)
-    # The square root makes a few in a hundred visible.
+    # The square root makes a few percent visible.
     ink = torch.from_numpy(shares).float().sqrt()
     cells = 1 - ink * (1 - dark)
     cells = cells.repeat_interleave(side, 1).repeat_interleave(side, 2)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 STRENGTHS = ("magnitude", "square", "signed")
 
-# As in SIFT: entries of a descriptor of length 1 are clipped at this value, then it is normalised
+# As in SIFT: entries of a normalised descriptor are clipped at this value, then it is normalised
 # again.
 CLIP = 0.2
 
@@ -26,7 +26,7 @@ def descriptors(
 ) -> Tensor:
     """Mean strengths of the maps in the cells of patches: (N, rows, columns, K cells^2).
 
-    z: (N, K, H, W), padded with zeros at the end to one patch where it is smaller. A patch covers
+    z: (N, K, H, W), padded with zeros at the end to one patch if it is smaller. A patch covers
     patch x patch positions of the maps and has cells x cells cells; patch (r, c) begins at
     (r step, c step). Entries are ordered by map, cell row, cell column. strength="signed" doubles
     the maps: positive parts first, then negative ones.

@@ -1,4 +1,4 @@
-"""How accurately classes are recognised from the features of layers, alone and together."""
+"""Classification accuracy of the features of each layer, and of all layers together."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from deconvnet.applications.classification.splits import Split
 from deconvnet.applications.classification.svm import predict_classes
 from deconvnet.applications.classification.word_histograms import WordHistograms
 
-# The name of the scores of all layers together.
+# The name of the scores of all layers combined.
 TOGETHER = "together"
 
 
@@ -67,9 +67,9 @@ class Scores:
 
     @property
     def class_accuracies(self) -> np.ndarray:
-        """(splits, classes): the fraction of the test images of a class that were recognised.
+        """(splits, classes): the fraction of correctly classified test images of a class.
 
-        NaN where a split tests none.
+        NaN if a split has no test image of the class.
         """
         correct = np.diagonal(self.confusions, axis1=1, axis2=2)
         tested = self.confusions.sum(2)
@@ -77,7 +77,7 @@ class Scores:
 
     @property
     def accuracies(self) -> np.ndarray:
-        """(splits,): the mean over the classes, which count alike whatever their size."""
+        """(splits,): the mean over the classes, with equal weights whatever their size."""
         return np.nanmean(self.class_accuracies, 1)
 
     @property

@@ -1,4 +1,4 @@
-"""Files of features that are kept between runs, and the key that says what they depend on."""
+"""Cache files of features, with a key of the data from which they were computed."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import numpy as np
 from deconvnet.storage import ownership
 from deconvnet.storage.array_files import load_arrays, save_arrays
 
-# How our files begin, even truncated ones: a ZIP archive whose first array is one of these.
+# The beginning of our files, even truncated ones: a ZIP archive with one of these arrays first.
 ARCHIVE, ARRAYS = b"PK\x03\x04", ("of.npy", "counts.npy", "d.npy", "centers.npy")
 
 
 def write_features(path: Path, key: str, **arrays: object) -> None:
-    """Save arrays with the key of what they were computed from."""
-    named = {name: np.asarray(value) for name, value in arrays.items()}
-    keyed = {"of": np.array(key), **named}
-    save_arrays(path, keyed, compressed=True, ours=_is_feature_file)
+    """Save arrays with the key of the data from which they were computed."""
+    contents = {"of": np.array(key)}
+    contents |= {name: np.asarray(value) for name, value in arrays.items()}
+    save_arrays(path, contents, compressed=True, ours=_is_feature_file)
 
 
 def read_features(path: Path, key: str, **shapes: tuple[int, ...]) -> dict[str, np.ndarray] | None:
     """The arrays of a file; None if it is missing, damaged or was computed for another key.
 
-    shapes: the shapes that some of the arrays must have.
+    shapes: the required shapes of the arrays with these names.
     """
     try:
         arrays = load_arrays(path)

@@ -1,6 +1,6 @@
-"""Maps of any size as a fixed number of features: the mean magnitude of each map in each cell.
+"""Features of fixed size from maps of any size: the mean magnitude of each map in each grid cell.
 
-z maps (N, K, H, W)   a grid of g x g cells covers a map; its cells are as equal as H and W allow
+z maps (N, K, H, W)   a grid of g x g cells of (nearly) equal size covers a map
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The patch descriptors of one image in one layer of a network.
 
-The maps of layer 1 mean the same in all images, so their patches are described as they are. The
-maps of upper layers depend on switches, which differ from image to image, so they cannot be
-compared. Instead, the strongest activations of an image are projected to the maps of layer 1, each
-alone, and the patches of each projection are described (Zeiler et al. 2011).
+The maps of layer 1 have the same meaning in all images, so their patches are described directly.
+The maps of upper layers depend on switches, which differ from image to image, so they cannot be
+compared. Instead, the strongest activations of an image are projected separately to the maps of
+layer 1, and the patches of each projection are described (Zeiler et al. 2011).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def image_descriptors(
     Layer 1, and upper layers with upper="maps": all patches over the picture, of weight 1 in total.
     patch and step are in pixels; in maps of stride s they are rounded to positions s pixels apart.
     Upper layers with upper="project": only the patches in which a projected activation is non-zero,
-    some activations at a time.
+    for several batches of activations.
     """
     frame = _frame(codes, image)
     if layer == 1 or settings.upper == "maps":
@@ -67,7 +67,7 @@ def image_descriptors(
 def project_strongest(
     net: DeconvNet, codes: Codes, image: int, layer: int, count: int
 ) -> Iterator[Tensor]:
-    """The strongest |z_l| of an image, each projected alone to the maps of layer 1.
+    """The strongest |z_l| of an image, each projected separately to the maps of layer 1.
 
     Yields (up to ACTIVATIONS_AT_A_TIME, K, H, W), strongest first, `count` in total or as many as
     are non-zero (Zeiler et al. 2011, classification).
@@ -76,11 +76,11 @@ def project_strongest(
     values = z.flatten()
     order = values.abs().topk(min(count, values.numel())).indices
     order = order[values[order] != 0]
-    for places in order.split(ACTIVATIONS_AT_A_TIME) if len(order) else ():
-        isolated = z.new_zeros(len(places), *z.shape)
-        rows = torch.arange(len(places), device=z.device)
-        isolated.flatten(1)[rows, places] = values[places]
-        yield projection_to_layer_1(net, codes, layer, torch.full_like(places, image))(isolated)
+    for indices in order.split(ACTIVATIONS_AT_A_TIME) if len(order) else ():
+        isolated = z.new_zeros(len(indices), *z.shape)
+        rows = torch.arange(len(indices), device=z.device)
+        isolated.flatten(1)[rows, indices] = values[indices]
+        yield projection_to_layer_1(net, codes, layer, torch.full_like(indices, image))(isolated)
 
 
 def projection_to_layer_1(
@@ -88,7 +88,7 @@ def projection_to_layer_1(
 ) -> LinearOperator:
     """U_1 S_2 F_2 U_2 ... S_l F_l: maps of layer l >= 2 -> maps of layer 1, R_l without F_1.
 
-    images: (M,), the image of the codes whose switches each of M maps takes.
+    images: (M,), for each of M maps the image of the codes whose switches are used.
     """
     if layer < 2:
         raise ValueError(f"layer={layer}: only layers from 2 up are projected to layer 1")
@@ -116,7 +116,7 @@ def _describe_all(
 
 
 def _describe_non_zero(z: Tensor, patch: int, settings: FeatureSettings) -> PatchDescriptors:
-    """The patches over projected activations (M, K, H, W) in which something is non-zero."""
+    """The non-zero patches over projected activations (M, K, H, W)."""
     d, positions = _describe(z, patch, settings.projected_step, settings)
     return _chosen(patch, d, positions, (d != 0).any(2))
 
@@ -134,7 +134,7 @@ def _describe(z: Tensor, side: int, step: int, settings: FeatureSettings) -> tup
 
 
 def _chosen(patch: int, d: Tensor, positions: Tensor, mask: Tensor) -> PatchDescriptors:
-    """The patches of a mask (M, P), weighted such that each of M maps counts alike."""
+    """The patches of a mask (M, P), weighted such that each of M maps has the same total weight."""
     weights = mask / mask.sum(1, keepdim=True).clamp(min=1)
     return PatchDescriptors(patch, d[mask], positions[mask], weights[mask])
 
@@ -144,7 +144,7 @@ def _stride(net: DeconvNet, layer: int) -> int:
 
 
 def _frame(codes: Codes, image: int) -> Frame:
-    """Where the picture lies in its image; preprocessing records frames last, if there are any."""
+    """The frame of the picture in its image; the last record of preprocessing, if it is padded."""
     if codes.record and "frame" in codes.record[-1]:
         return tuple(codes.record[-1]["frame"][image].tolist())
     return (0, 0, *codes.y.shape[2:])

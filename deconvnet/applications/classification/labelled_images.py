@@ -1,4 +1,4 @@
-"""Image files with their classes: a folder that holds a folder of images for each class."""
+"""Labelled image files: a folder with a subfolder of images for each class."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class LabelledImages:
     """Image files and their classes.
 
     labels: (N,), indices into class_names. is_test: (N,), which images belong to a given test set;
-    None if there is no such set. size, fit: how images are brought to one size in pixels; size
-    None: they keep their own.
+    None if there is no such set. size, fit: to which size in pixels and how images are fitted;
+    size None: they keep their own.
     """
 
     files: list[Path]
@@ -57,7 +57,9 @@ class LabelledImages:
                 is_test += len(paths) * [number == 1]
         trained_on = training_data(run)
         if trained_on is None and data.size is None:
-            raise ValueError("data.size=None: a network file does not say how images were fitted")
+            raise ValueError(
+                "data.size=None: a network file does not record how images were fitted"
+            )
         size = data.size if data.size is not None or trained_on is None else trained_on.size
         fit = data.fit or (trained_on.fit if trained_on else "pad")
         test_mask = np.array(is_test) if data.test is not None else None

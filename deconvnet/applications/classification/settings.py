@@ -15,7 +15,7 @@ UPPER = ("project", "maps")
 
 @dataclass
 class ClassData:
-    """The labelled images: a folder that holds a folder of images for each class."""
+    """The labelled images: a folder with a subfolder of images for each class."""
 
     # a folder that holds a folder of images for each class
     path: str
@@ -39,7 +39,7 @@ class ClassData:
 class FeatureSettings:
     """How an image becomes a spatial pyramid of visual words."""
 
-    # sides of patches in pixels; each size has a codebook of its own
+    # sides of patches in pixels; each size has its own codebook
     patch: list[int] = field(default_factory=lambda: [16, 24])
     # cells along a side of a patch
     cells: int = 4
@@ -50,7 +50,7 @@ class FeatureSettings:
     # what a coefficient contributes: magnitude |z|, square z^2, or signed (max(0, z) and max(0, -z)
     # separately)
     strength: str = "magnitude"
-    # true: descriptors of length 1, clipped at 0.2, as in SIFT; false: as they are
+    # true: descriptors of length 1, clipped at 0.2, as in SIFT; false: not normalised
     normalize: bool = True
     # layers above the first: project their strongest activations, one by one, to the maps of layer
     # 1, or describe their maps as in layer 1 (maps)
@@ -64,7 +64,7 @@ class FeatureSettings:
     # sides of the grids of the pyramid; all must divide the last
     levels: list[int] = field(default_factory=lambda: [1, 2, 4])
     # counts in a cell are raised to this power before they are compared, so that many patches with
-    # one word count little more than a few; 1: as they are (the papers)
+    # one word count little more than a few; 1: unchanged (the papers)
     power: float = 0.5
 
     def __post_init__(self) -> None:

@@ -36,10 +36,10 @@ def word_histogram(
     side: int,
     num_words: int,
 ) -> Tensor:
-    """(side^2, num_words) float64: how often each word occurs in each cell of a grid.
+    """(side^2, num_words) float64: the weighted count of each word in each cell of a grid.
 
     words, memberships: (P, neighbours), from `Codebook.assign`. positions: (P, 2), row and column
-    in [0, 1) of the picture. weights: (P,), whose sum is that of the histogram.
+    in [0, 1) of the picture. weights: (P,); the histogram has the same sum.
     """
     cell = (positions * side).long().clamp(max=side - 1)
     bins = (cell[:, :1] * side + cell[:, 1:]) * num_words + words
@@ -53,8 +53,8 @@ def pyramid(histograms: Tensor, levels: Sequence[int] = (1, 2, 4), *, power: flo
 
     histograms: (N, side^2, V), counts in the cells of the finest grid. Of L + 1 levels, the first
     has weight 1 / 2^L and level l weight 1 / 2^(L - l + 1). Counts are raised to `power`; below 1,
-    a word that fills a cell counts less, since many patches with one word say little more than a
-    few. An image without patches has a pyramid of zeros.
+    a word that fills a cell counts less, since many patches with one word carry little more
+    information than a few. An image without patches has a pyramid of zeros.
     """
     check_levels(levels)
     N, cells, V = histograms.shape
@@ -110,5 +110,5 @@ def bhattacharyya_kernel(a: Tensor, b: Tensor) -> Tensor:
     return (a.sqrt() @ b.sqrt().T).double().cpu()
 
 
-# By the names that the setting `kernel` takes.
+# By the values of the setting `kernel`.
 KERNELS = {"intersection": intersection_kernel, "linear": bhattacharyya_kernel}

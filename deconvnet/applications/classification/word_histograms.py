@@ -1,8 +1,8 @@
-"""Histograms of visual words for labelled images, kept in files so that the work can be resumed.
+"""Histograms of visual words of labelled images, cached in files so that work can be resumed.
 
-A folder holds the files of one network and one set of settings. Its name is a digest of all that
-they depend on except the content of the images; each file records the content of the images it was
-computed from. If an image changes, only what was computed from it is recomputed.
+A folder contains the files of one network and one set of settings. Its name is a digest of all that
+they depend on except the content of the images; each file records the content of the images from
+which it was computed. If an image changes, only the files that depend on it are recomputed.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ IMAGES_PER_FILE = 64
 PYRAMIDS_AT_A_TIME = 512
 # Descriptors that a codebook is learned from, for each of its words.
 DESCRIPTORS_PER_WORD = 100
-# A layer and a patch size in pixels, which have codebooks of their own.
+# A layer and a patch size in pixels; each pair has its own codebooks.
 CodebookKey = tuple[int, int]
-# Settings that change how images are compared or how the work is done, but not the histograms.
+# Settings that affect the comparison of images or the computation, but not the histograms.
 NOT_HASHED = ("run", "beside", "layers", "power", "kernel", "svm", "C", "chunk", "output", "device")
 
 
 class WordHistograms:
-    """The histograms of words of all images in the cells of the finest grid, kept in files.
+    """The word histograms of all images in the cells of the finest grid, cached in files.
 
     Call `learn_codebooks`, then `count_words`, then `histograms` or `kernels`. Files that are
     missing, damaged, or from images that have changed are recomputed. communicator: processes that
-    share the work, on one machine or with a common file system; all of them make the same calls.
+    share the work, on one machine or with a common file system; all must make the same calls.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class WordHistograms:
         self.codebooks: dict[CodebookKey, list[Codebook]] = {}
 
     def learn_codebooks(self) -> None:
-        """Learn, or read, the codebooks of each layer and patch size from each training set."""
+        """Learn or read the codebooks of each layer and patch size from each training set."""
         samples: list[np.ndarray] = []
         for number, split in enumerate(self.splits[: self.num_codebooks]):
             random = np.random.default_rng([self.settings.seed, number])
@@ -87,9 +87,9 @@ class WordHistograms:
         blocks = [indices[n : n + IMAGES_PER_FILE] for n in range(0, len(indices), IMAGES_PER_FILE)]
         if self.communicator.world_size > 1:
             # Each rank writes the descriptors of some blocks to files; rank 0 reads them all.
-            own = blocks[self.communicator.rank :: self.communicator.world_size]
-            with self._bar("descriptors", sum(map(len, own))) as bar:
-                for block in own:
+            own_blocks = blocks[self.communicator.rank :: self.communicator.world_size]
+            with self._bar("descriptors", sum(map(len, own_blocks))) as bar:
+                for block in own_blocks:
                     self._sample_descriptors(block, missing, per_image, bar)
             self.communicator.all_gather(None)
         if self.communicator.is_main:
@@ -111,7 +111,7 @@ class WordHistograms:
         self.communicator.all_gather(None)
 
     def histograms(self, layer: int, split: int, indices: np.ndarray) -> Tensor:
-        """(N, side^2, V) of some images in a layer, with the codebooks of a split."""
+        """(N, side^2, V) of these images in a layer, with the codebooks of a split."""
         codebook = min(split, self.num_codebooks - 1)
         starts = indices // IMAGES_PER_FILE * IMAGES_PER_FILE
         result = np.empty((len(indices), *self.shape), np.float32)
@@ -189,7 +189,7 @@ class WordHistograms:
     ) -> dict[CodebookKey, list[np.ndarray]]:
         """Random descriptors (at most `per_image`, D) of each image of a block.
 
-        They are kept in files until the codebooks are learned, so that an interrupted run resumes.
+        They are cached in files until the codebooks are learned, so that interrupted runs resume.
         """
         paths = {key: self._codebook_folder(key) / f"windows-{block[0]:06d}.npz" for key in keys}
         result, content = {}, self.images.key(block)
@@ -203,9 +203,9 @@ class WordHistograms:
             return result
         samples: dict[CodebookKey, list[np.ndarray]] = {key: [] for key in missing}
         layers = sorted({layer for layer, _ in missing})
-        for index, codes, place in self._infer(block, max(layers)):
+        for index, codes, position in self._infer(block, max(layers)):
             for layer in layers:
-                patches = list(image_descriptors(self.net, codes, place, layer, self.settings))
+                patches = list(image_descriptors(self.net, codes, position, layer, self.settings))
                 for size in self.settings.patch:
                     if (layer, size) in missing:
                         parts = [part.d for part in patches if part.patch == size]
@@ -261,10 +261,10 @@ class WordHistograms:
             return
         shape = (self.num_codebooks, IMAGES_PER_FILE, *self.shape)
         counts = {layer: np.zeros(shape, np.float32) for layer in missing}
-        for index, codes, place in self._infer(block, max(missing)):
+        for index, codes, position in self._infer(block, max(missing)):
             for layer in missing:
                 numbers = self._codebooks_of(index)
-                histograms = self._image_histograms(codes, place, layer, numbers)
+                histograms = self._image_histograms(codes, position, layer, numbers)
                 for number, histogram in histograms.items():
                     counts[layer][number, index - start] = histogram
             bar.update()
@@ -275,12 +275,12 @@ class WordHistograms:
                 write_features(path, key, counts=counts[layer][number])
 
     def _image_histograms(
-        self, codes: Codes, place: int, layer: int, numbers: list[int]
+        self, codes: Codes, position: int, layer: int, numbers: list[int]
     ) -> dict[int, np.ndarray]:
-        """(side^2, V) float32 of one image of the codes, with each of some codebooks."""
+        """(side^2, V) float32 of one image of the codes, with each of the given codebooks."""
         settings = self.settings
         totals = {n: torch.zeros(self.shape, dtype=torch.float64) for n in numbers}
-        for part in image_descriptors(self.net, codes, place, layer, settings):
+        for part in image_descriptors(self.net, codes, position, layer, settings):
             first = settings.patch.index(part.patch) * settings.words
             for number in numbers:
                 codebook = self.codebooks[layer, part.patch][number]
@@ -294,7 +294,7 @@ class WordHistograms:
         return {number: total.float().numpy() for number, total in totals.items()}
 
     def _infer(self, block: np.ndarray, depth: int) -> Iterator[tuple[int, Codes, int]]:
-        """(index, codes, place in the codes) of some images; equal sizes are inferred together."""
+        """(index, codes, position in the codes) of images; equal sizes are inferred in batches."""
         for start in range(0, len(block), self.settings.chunk):
             chunk = block[start : start + self.settings.chunk].tolist()
             images, frames = zip(*map(self.images.read, chunk), strict=True)
@@ -305,8 +305,8 @@ class WordHistograms:
                 frame = torch.tensor([frames[n] for n in group])
                 unpadded = bool((frame[:, 2:] == torch.tensor(batch.shape[2:])).all())
                 codes = self.net.infer(batch, frames=None if unpadded else frame, depth=depth)
-                for place, n in enumerate(group):
-                    yield chunk[n], codes, place
+                for position, n in enumerate(group):
+                    yield chunk[n], codes, position
 
     def _codebooks_of(self, index: int) -> list[int]:
         """The codebooks of the splits that an image belongs to."""
@@ -325,7 +325,7 @@ class WordHistograms:
             for number in range(self.num_codebooks)
         )
 
-    # Files, and what they depend on.
+    # Files and their keys.
 
     def _block(self, start: int) -> np.ndarray:
         """The images of the splits whose histograms share the file that begins at `start`."""

@@ -1,4 +1,4 @@
-"""The codes of layer 1 with adaptive thresholds for several images, on any device.
+"""Codes of layer 1 with adaptive thresholds for several images, on any device.
 
 `solve_dense` solves the same problem as `sparse_coding.whole_image`, but holds all maps in memory.
 """

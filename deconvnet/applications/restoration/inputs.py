@@ -1,4 +1,4 @@
-"""What `Restorer` accepts: images, masks and noise levels, checked before any work."""
+"""Checks of the arguments of `Restorer`: images, masks and noise levels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Masks of observed pixels: drawn for an experiment, or read from a file."""
+"""Masks of observed pixels: generated for an experiment, or read from a file."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor
 
 from deconvnet.images.decoding import read_image
 
-# Kinds of hidden regions: a box of a quarter of each side in the middle, or the right half.
+# Hidden regions: a box of a quarter of each side in the middle, or the right half.
 REGIONS = ("box", "half")
 
 
 def make_mask(
     missing: str, size: tuple[int, int], generator: torch.Generator
 ) -> tuple[Tensor, bool]:
-    """(mask (1, 1, H, W) of 0 and 1, whether it was drawn rather than read from a file).
+    """(mask (1, 1, H, W) of 0 and 1, whether it was generated rather than read from a file).
 
     missing: the fraction of random pixels to hide, "box", "half", or an image file that is black
     where pixels are missing.

@@ -1,4 +1,4 @@
-"""How much noise is in an image."""
+"""Estimation of the noise level of an image."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def estimate_noise(images: Tensor) -> Tensor:
     images = as_images(images)
     planes = images.cpu().double().numpy()
     with warnings.catch_warnings():
-        # The median of no coefficients.
+        # scikit-image warns of the median of no coefficients.
         warnings.simplefilter("ignore", RuntimeWarning)
         estimates = [estimate_sigma(image, channel_axis=0) for image in planes]
     sigma = torch.from_numpy(np.nan_to_num(np.asarray(estimates)).mean(1))

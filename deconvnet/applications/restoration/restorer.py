@@ -1,4 +1,4 @@
-"""Images restored with the filters of a network: noise removed, missing pixels filled in.
+"""Denoising and inpainting with the filters of a network.
 
     images = clean + white Gaussian noise of standard deviation sigma, observed where mask is 1
 
@@ -6,24 +6,24 @@
         1/2 ||mask (z_0 + F_1 z_1 - images)||^2
             + psi/2 ||grad z_0||^2 + strength sigma sum_i w_i |z_1i|
 
-    z_0     the low frequencies, which no filter has to explain (Zeiler et al. 2010, denoising)
+    z_0     the low frequencies, which the filters need not explain (Zeiler et al. 2010, denoising)
     z_1     the maps of layer 1; w_i is smaller in maps that are strong in clean images, and for
             coefficients whose filter correlates with the pilot, an estimate of the clean image
     z_2 ... explain the maps below them, by the settings of the network
 
-Missing pixels are those of z_0 + R_l z_l, for layer l.
+Missing pixels are filled in from z_0 + R_l z_l, for layer l.
 
-Denoising takes two passes. The first is this minimum, with z_0 from the noisy images. The second
-takes z_0 from the result of the first, which has less noise, and w_i from a mixture of this result
-and the noisy image. It is also cycle spun: coefficients are allowed at every second row and column
-only, and the minima on all such lattices are averaged. One minimum chooses one of many explanations
-that are nearly as good; their mean is closer to the expected image (Simon and Elad 2019). Layer
-l > 1 adds a pass in which w_i also depends on R_l z_l, on coarser lattices; the result of layer l
-is the mean of the second pass and the passes of layers 2 to l.
+Denoising takes two passes. The first computes this minimum, with z_0 from the noisy images. The
+second takes z_0 from the result of the first, which has less noise, and w_i from a mixture of this
+result and the noisy image. It also uses cycle spinning: coefficients are allowed only at every
+second row and column, and the minima on all such lattices are averaged. A single minimum selects
+one of many nearly equally good explanations; their mean is closer to the expected image (Simon and
+Elad 2019). Layer l > 1 adds a pass in which w_i also depends on R_l z_l, on coarser lattices; the
+result of layer l is the mean of the second pass and the passes of layers 2 to l.
 
-Of the network's preprocessing only the colours matter: dividing by the local deviation would
-amplify the noise in flat regions. The best filters are learned from images of which only the low
-frequencies were removed (`+experiment=denoise`).
+Only the colour conversion of the network's preprocessing is used: dividing by the local deviation
+would amplify the noise in flat regions. The best filters are learned from images from which only
+the low frequencies were removed (`+experiment=denoise`).
 """
 
 from __future__ import annotations
@@ -56,15 +56,15 @@ from deconvnet.operators.pooling import max_pool
 from deconvnet.sparse_coding.solve import default_solver
 from deconvnet.sparse_coding.whole_image import SparseSolution, Thresholds, solve_whole_image
 from deconvnet.support.torch_modes import plain
-from deconvnet.support.validation import as_tensor, positive, whole
+from deconvnet.support.validation import as_positive_integer, as_positive_number, as_tensor
 
 
 @dataclass(frozen=True)
 class LatticePass:
-    """A cycle-spun pass: its threshold as a fraction of the strength, and what its pilot is.
+    """A pass with cycle spinning: its threshold, as a fraction of the strength, and its pilot.
 
-    stride: coefficients stand at every stride-th row and column. noisy_weight: the weight of the
-    noisy image in the pilot; the rest is the result of the previous pass.
+    stride: coefficients are allowed at every stride-th row and column. noisy_weight: the weight of
+    the noisy image in the pilot; the rest is the result of the previous pass.
     """
 
     stride: int
@@ -75,33 +75,34 @@ class LatticePass:
         return min(self.stride, *filters.shape[2:]) ** 2
 
 
-# Of the first pass, chosen on photographs with noise of 25/255 and filters learned from others:
-# strengths of 3 and 3.6 cost 0.1 dB, psi 2 costs 0.2 dB.
+# For the first pass, chosen on photographs with noise of 25/255 and filters learned from other
+# images: strengths of 3 and 3.6 cost 0.1 dB, psi 2 costs 0.2 dB.
 STRENGTH = 3.2
 PSI = 4.0
-# The second pass, and those of upper layers. (Coffee and rocket, 25/255, dB: the first pass 29.5;
-# on lattices, with its z_0 and with w_i from the image alone, 29.8; the second pass 30.0.)
+# The second pass, and those of upper layers. (Coffee and rocket, 25/255, in dB: the first pass
+# 29.5; on lattices, with its z_0 and with w_i from the image alone, 29.8; the second pass 30.0.)
 SECOND_PASS = LatticePass(stride=2, threshold=0.72, noisy_weight=0.25)
 UPPER_PASS = LatticePass(stride=3, threshold=0.66, noisy_weight=0.5)
-# Inpainting: the less noise the observed pixels have, the closer the low frequencies follow them:
-# psi is this multiple of sigma, up to PSI (at sigma 0.01, psi 4 costs 0.6 dB). A pilot lowers
-# thresholds from this multiple of the common one on. Rounds without a pilot, then with one.
+# Inpainting: the less noise the observed pixels have, the closer the low frequencies should follow
+# them: psi is PSI_PER_SIGMA sigma, at most PSI (at sigma 0.01, psi 4 costs 0.6 dB). A pilot lowers
+# thresholds where it exceeds INPAINTING_LEVEL times the common threshold. ROUNDS without a pilot,
+# then with one.
 PSI_PER_SIGMA = 30.0
 INPAINTING_LEVEL = 3.0
 ROUNDS = (8, 6)
-# Of coordinate descent: closer to the minimum nothing is gained, and with next to no noise it takes
+# Of coordinate descent: a more accurate minimum gains nothing, and with very little noise it takes
 # minutes.
 ITERATIONS, TOLERANCE = 25, 1e-3
 # The weight of a map is this power of its mean magnitude in clean images, which are coded with a
-# threshold of FIT_THRESHOLD. A Laplacian prior for each map would say -1, which spares strong maps
-# too much.
+# threshold of FIT_THRESHOLD. A Laplacian prior per map would give -1, which penalises strong maps
+# too little.
 WEIGHT_EXPONENT = -0.3
 FIT_THRESHOLD = 0.1
 
 # Rows of pooled maps in memory at a time.
 ROWS_AT_A_TIME = 16
-# Memory of layer 1: on a CPU bytes for each pixel and plane, on a GPU for each pixel and map.
-# Measured, and rounded up.
+# Memory of layer 1: on a CPU bytes per pixel and plane, on a GPU per pixel and map. Measured, and
+# rounded up.
 CPU_BYTES, GPU_BYTES = 100, 60
 
 
@@ -110,16 +111,16 @@ class Restorer:
 
     strength: the threshold of every map, in standard deviations of the noise in it; larger is
     smoother. psi: the weight of the gradient of the low frequencies, in denoising. weights: (K,),
-    those of the maps, all 1 until `fit`.
-    Raises ValueError for a network that does not explain rgb or grey planes: in others, white noise
-    of the pixels is not white.
+    of the maps, all 1 before `fit`.
+    Raises ValueError for a network of other planes than rgb or grey: there, white noise of the
+    pixels is not white.
     """
 
     def __init__(self, net: DeconvNet, *, strength: float = STRENGTH, psi: float = PSI):
         if not isinstance(net, DeconvNet):
             raise ValueError(f"net must be a DeconvNet, got {type(net).__name__}")
         for key, value in (("strength", strength), ("psi", psi)):
-            positive(value, key)
+            as_positive_number(value, key)
         if (color := net.preprocessing.settings.color) not in ("rgb", "grey"):
             raise ValueError(f"preprocessing.color={color}: use a network for rgb or grey")
         self.net, self.strength, self.psi = net, float(strength), float(psi)
@@ -139,7 +140,7 @@ class Restorer:
                 codes = self._infer(y - tikhonov_lowpass(y, self.psi), threshold=FIT_THRESHOLD)
                 total += codes.magnitudes().to(total)
         if not total.any():
-            raise ValueError("images: there are none, or nothing in them that the filters explain")
+            raise ValueError("images: there are none, or the filters explain nothing in them")
         weights = (total / total.mean()).clamp(min=0.01) ** WEIGHT_EXPONENT
         self.weights = weights.to(self.filters)
         return self
@@ -156,15 +157,15 @@ class Restorer:
     ) -> list[Tensor]:
         """The denoised images of each layer up to `depth`: a list of (N, C, H, W).
 
-        images: (N, 1 or 3, H, W) of any size, in units of [0, 1]; they may leave this range, as may
-        the result. sigma: the standard deviation of the noise, one number or one for each image;
+        images: (N, 1 or 3, H, W) of any size, in units of [0, 1]; they and the result may exceed
+        this range. sigma: the standard deviation of the noise, one number or one per image;
         None: estimated (`estimate_noise`). A grey network denoises the planes of colour images one
         by one.
 
         memory: in GiB, in addition to the images. On a CPU, layer 1 is solved as one problem for an
         image of any size, without maps in memory; upper layers are inferred in tiles (`tiling`) if
-        they would not fit. Raises ValueError, before any work, if the memory is not enough.
-        progress(done, total) is called as the work goes on.
+        they would not fit. Raises ValueError, before any work, if the memory is insufficient.
+        progress(done, total) is called as the work proceeds.
         """
         images = checked_images(images, self._filter_size)
         sigma = self._sigma_per_plane(noise_level(sigma, images), images)
@@ -213,10 +214,10 @@ class Restorer:
     ) -> list[Tensor]:
         """Like `denoise`, for images that are observed only where a mask is 1.
 
-        mask: (N or 1, 1, H, W) of 0 and 1; where it is 0, the images may hold anything, NaN
-        included. sigma: of the noise in the observed pixels; 0.01 for clean photographs. The
-        smaller it is, the more the result follows each detail at the edge of a hole.
-        keep_observed: leave observed pixels as they are.
+        mask: (N or 1, 1, H, W) of 0 and 1; where it is 0, the images may have any value, including
+        NaN. sigma: of the noise in the observed pixels; 0.01 for clean photographs. The smaller it
+        is, the more the result follows each detail at the edge of a hole. keep_observed: do not
+        change observed pixels.
         """
         images = as_tensor(images, "images")
         mask = as_tensor(mask, "mask")
@@ -247,7 +248,7 @@ class Restorer:
         tiles: list[Tile],
         counter: _ProgressCounter,
     ) -> list[Tensor]:
-        """`inpaint` for planes that are coded together: z_0 and z_1 are inferred in turn."""
+        """`inpaint` for planes that are coded together: alternates between z_0 and z_1."""
         y = y / sigma
         psi = (PSI_PER_SIGMA * sigma).clamp(max=self.psi)
         low, synthesis, codes = tikhonov_lowpass(y, psi, mask), None, None
@@ -272,7 +273,7 @@ class Restorer:
         Raises ValueError, before any work, if the images are too small, or too large for this
         memory in GiB. planes: the number of planes that are coded together, of all images.
         """
-        self.net.layer(whole(depth, "depth"))
+        self.net.layer(as_positive_integer(depth, "depth"))
         check_size(size, self._filter_size)
         tiling.check_memory(memory)
         pixels = math.prod(size)
@@ -289,7 +290,7 @@ class Restorer:
             return []
         return tiling.plan(self.net, size, depth, memory, first=2, planes=needed)
 
-    # Planes: what the filters explain, and how they become images again.
+    # Conversion between images and the planes that the filters explain.
 
     @property
     def _filter_size(self) -> int:
@@ -300,7 +301,7 @@ class Restorer:
         return planes.split(1 if self.filters.device.type == "cpu" else len(planes))
 
     def _sigma_per_plane(self, sigma: Tensor, images: Tensor) -> Tensor:
-        """The noise (planes, 1, 1, 1) of what is coded, from that of the images (N,)."""
+        """The noise level (planes, 1, 1, 1) of the coded planes, from that of the images (N,)."""
         sigma = sigma.to(self.filters)
         C = self.filters.shape[1]
         if C == 1:
@@ -311,14 +312,14 @@ class Restorer:
         return sigma.view(-1, 1, 1, 1)
 
     def _planes(self, images: Tensor) -> Tensor:
-        """What the filters explain: RGB, grey, or, with grey filters, every plane by itself."""
+        """The planes to code: RGB, grey, or, with grey filters, every plane separately."""
         images = images.to(self.filters)
         if self.filters.shape[1] == 1:
             return images.flatten(0, 1)[:, None]
         return to_color(images, "rgb")
 
     def _pixels(self, y: Tensor, images: Tensor) -> Tensor:
-        """The images (N, C, H, W) of their planes; grey if they were grey."""
+        """The images (N, C, H, W) from their planes; grey if they were grey."""
         if self.filters.shape[1] == 1:
             return y.view(images.shape)
         return y if images.shape[1] == 3 else y.mean(1, keepdim=True)
@@ -342,8 +343,8 @@ class Restorer:
     ) -> Tensor:
         """F_1 z_1 for b (N, C, H, W), averaged over the s^2 lattices on which z_1 may be non-zero.
 
-        With the s x s pixels of a cell as the channels of one place, filters on a lattice are a
-        smaller convolution, and shifting the image gives the other lattices.
+        With the s x s pixels of a cell as the channels of one position, filters on a lattice become
+        a smaller convolution, and shifting the image gives the other lattices.
         """
         s, (H, W) = min(lattice.stride, *self.filters.shape[2:]), b.shape[2:]
         # Whole cells that cover the image under every shift.
@@ -383,12 +384,12 @@ class Restorer:
         filters: Tensor | None = None,
         counter: _ProgressCounter | None = None,
     ) -> SparseSolution | DenseSolution:
-        """z_1, of one plane on a CPU.
+        """z_1; on a CPU of a single plane.
 
         threshold: of a map whose filter has norm 1, by default the strength. filters: by default
         those of layer 1.
-        pilot: an image whose correlations c = F'pilot divide the threshold of each coefficient by
-        c / (level threshold): strong structures are shrunk less, weak ones more (the adaptive
+        pilot: an image with correlations c = F'pilot; the threshold of each coefficient is divided
+        by c / (level threshold): strong structures are shrunk less, weak ones more (the adaptive
         lasso, Zou 2006; SPORCO's denoising divides by c^2).
         """
         threshold = self.strength if threshold is None else threshold
@@ -427,8 +428,8 @@ class Restorer:
     ) -> list[Tensor]:
         """R_l z_l (N, C, H, W) of layers 2 to depth, inferred from the codes of layer 1.
 
-        The maps of each image are scaled to the size on which the network was trained, so that its
-        own settings apply.
+        The maps of each image are scaled to the magnitude on which the network was trained, so that
+        its settings apply.
         """
         if depth == 1:
             return []
@@ -470,19 +471,19 @@ class Restorer:
 
 
 class _ProgressCounter:
-    """Counts problems, of at most ITERATIONS iterations each, and reports them."""
+    """Counts and reports solved problems, of at most ITERATIONS iterations each."""
 
     def __init__(self, progress: Progress | None, problems: int):
         self.progress, self.total = progress, problems * ITERATIONS
         self.problems = self.iterations = 0
 
     def iteration(self) -> None:
-        """One more iteration of a problem."""
+        """Count one more iteration of a problem."""
         self.iterations = min(self.iterations + 1, ITERATIONS - 1)
         self._report()
 
     def solved(self) -> None:
-        """One more problem."""
+        """Count one more solved problem."""
         self.problems, self.iterations = self.problems + 1, 0
         self._report()
 

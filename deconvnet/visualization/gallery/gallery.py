@@ -191,7 +191,7 @@ def _write(
     shown_layers: list[dict] = []
     for number, layer in enumerate(layers, 1):
         if any(layer.name == other["name"] for other in shown_layers):
-            raise ValueError(f"layer {layer.name!r}: twice; every layer needs a name of its own")
+            raise ValueError(f"layer {layer.name!r}: given twice; layer names must be unique")
         shown_layers.append(_write_layer(root, number, layer))
     if not shown_layers:
         raise ValueError("layers: a gallery needs at least one")

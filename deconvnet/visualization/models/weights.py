@@ -168,7 +168,7 @@ def _check_archive(file: Path) -> None:
 
 
 def _check_pickle(first: bytes) -> None:
-    """Refuse what is not a pickle of torch.save, judging by its first bytes."""
+    """Refuse files that are not pickles of torch.save, judging by their first bytes."""
     for start, reason in OTHERS.items():
         if first.startswith(start):
             raise _Refused(reason)

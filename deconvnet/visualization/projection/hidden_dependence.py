@@ -29,7 +29,7 @@ SHAPES_ONLY = {
 # Adding random values is as linear as adding a bias.
 SUMS = {"add", "sub", "rsub"}
 PIXELS = "by what was computed from the pixels without a gradient"
-RANDOM = "by what is drawn at random"
+RANDOM = "by random numbers"
 # Constants that do not depend on the image agree up to this relative difference.
 TOLERANCE = 1e-4
 

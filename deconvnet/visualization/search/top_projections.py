@@ -143,7 +143,7 @@ def project_top_activations(
             projection = projector(x, layer, local)
             expected = [float(top.values[maps[ranked.row], ranked.rank]) for ranked in chunk]
             _check_values(projection.values, expected, chunk)
-            # One plane is enough for what is grey.
+            # One plane is enough for grey pictures.
             tiles = projector.signed_rgb(projection.tiles())[:, : projection.images.shape[1]]
             result = result or _empty(layer, maps, top.values.shape[1], tiles, projection.report)
             _fill(result, chunk, projection, tiles, projection.patches(pixels))
