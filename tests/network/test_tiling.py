@@ -224,13 +224,13 @@ def test_the_layers_above_restore_in_tiles_what_they_restore_at_once(monkeypatch
     image = 0.5 + 0.3 * rand(1, 1, 190, 24)
     mask = (rand(1, 1, 190, 24, seed=1) > -0.5).float()
     restorer = Restorer(net)
-    whole = restorer.inpaint(image, mask, 0.1, depth=2, keep=False)
+    whole = restorer.inpaint(image, mask, 0.1, depth=2, keep_observed=False)
     cut = tiles((190, 24), 3 * 48 + 2, 48, 2)
     assert len(cut) > 1
     monkeypatch.setattr(tiling, "plan", lambda *_, **__: cut)
     heard = []
     parts = restorer.inpaint(
-        image, mask, 0.1, depth=2, keep=False, progress=lambda *now: heard.append(now)
+        image, mask, 0.1, depth=2, keep_observed=False, progress=lambda *now: heard.append(now)
     )
     assert torch.equal(parts[0], whole[0])
     assert (whole[1] - whole[0]).abs().max() > 1e-2
