@@ -237,7 +237,7 @@ def test_a_data_set_that_returns_other_images_is_refused(trained):
         project_top_activations(projector, images[1:] + images[:1], "4", tops["4"])
     message = str(caught.value)
     assert "neither shuffled nor augmented" in message and "\n" not in message
-    assert "when the data set was searched" in message
+    assert "in the search: the data set must return the same images" in message
 
 
 def test_large_tiles_are_reduced(textures, monkeypatch):
