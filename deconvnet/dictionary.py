@@ -1,8 +1,8 @@
-"""Convolutional dictionary learning without a network: images in, filters out, and `encode`.
+"""Convolutional dictionary learning without a network: learn filters from images, encode images.
 
-`learn_filters` keeps the images and their maps in memory and goes through them epoch by epoch;
-`learn_online` sees every batch once, for more images than fit into memory. Both may start from
-given filters. What they return encodes images, learns more, and can be saved.
+`learn_filters` keeps the images and their maps in memory and visits them epoch by epoch;
+`learn_online` uses every batch once, for more images than fit into memory. Both may start from
+given filters. Their result encodes images, learns more, and can be saved.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from deconvnet.training.online_trainer import OnlineTrainer
 
 @dataclass(frozen=True)
 class Learned:
-    """Filters learned from images, with all that is needed to encode images and to learn more.
+    """Filters learned from images, with the settings to encode images and to learn more.
 
     filters: (K, C, h, h). history: the statistics of each epoch (`learn_filters`) or of each batch
     (`learn_online`). settings: those of the layer, with the lam that was used.
@@ -76,10 +76,10 @@ class Learned:
         settings: SolverSettings | None = None,
         chunk: int | None = None,
     ) -> Solution:
-        """The sparse maps of any images (N, C, H, W), under the lam and the prior of the learning.
+        """The sparse maps of any images (N, C, H, W), with the lam and the prior of the learning.
 
-        mask, weights, settings, chunk: as in `sparse_code`; the solver of the learning plays no
-        part. Raises ValueError where an argument is out of range or does not fit the filters.
+        mask, weights, settings, chunk: as in `sparse_code`; the solver of the learning is not used.
+        Raises ValueError if an argument is out of range or does not fit the filters.
         """
         layer = self.settings
         return sparse_code(
@@ -108,8 +108,8 @@ class Learned:
         """`learn_filters` continued from these filters, with the same lam and prior.
 
         images: (N, C, H, W), the same as before or others. solver, learning: by default those of
-        the learning so far, so for as many epochs again. Maps and sums over images start from zero.
-        The history covers both.
+        the learning so far, with the same number of epochs. Maps and sums over images start from
+        zero. The history covers both.
         """
         settings = self._settings_with(solver, learning)
         more = _learn_epochs(
@@ -152,7 +152,7 @@ class Learned:
     def save(self, path: str | Path) -> None:
         """Write filters, settings and history to a .safetensors file, safe to share and to load.
 
-        `Learned.load` reads it. It is no network file, since filters alone have no preprocessing.
+        `Learned.load` reads it. It is not a network file, since filters have no preprocessing.
         """
         history = [dataclasses.asdict(dataclasses.replace(e, loads=())) for e in self.history]
         settings = {
@@ -164,7 +164,7 @@ class Learned:
 
     @classmethod
     def load(cls, path: str | Path) -> Learned:
-        """The filters, settings and history that `save` wrote, on the CPU.
+        """The filters, settings and history of a file of `save`, on the CPU.
 
         Raises InvalidFileError, in one line, for any other file.
         """
@@ -180,7 +180,7 @@ class Learned:
             if filters.ndim != 4 or filters.shape[::2] != (layer.num_maps, size):
                 raise ValueError(f"filters of the shape {tuple(filters.shape)}")
             history = [EpochStats(**{**epoch, "loads": ()}) for epoch in settings["history"]]
-        except Exception as error:  # settings of any type may go wrong anywhere
+        except Exception as error:  # invalid settings may fail anywhere
             reason = " ".join(str(error).split()) or type(error).__name__
             raise InvalidFileError(f"{path}: not filters of this version ({reason})") from None
         return cls(filters, history, layer)
@@ -214,14 +214,14 @@ def learn_filters(
     seed: int = 0,
     progress: bool = False,
 ) -> Learned:
-    """Filters under which the images have sparse maps: one layer, without a network.
+    """Learn filters for which the images have sparse maps: one layer, without a network.
 
         minimise over z, f    lam/2 ||sum_k f_k * z_k - y||^2 + prior(z),    every f_k of unit norm
 
-    images: (N, C, H, W) of float32 or float64, a tensor or a numpy array. They are explained as
-    they are: subtract at least their mean. num_maps, filter_size: learn this many square filters of
-    this side, in pixels; or filters: (K, C, h, h) to start from, projected onto what `learning`
-    asks of filters, whose `init` is then ignored.
+    images: (N, C, H, W) of float32 or float64, a tensor or a numpy array. They are not
+    preprocessed: subtract at least their mean. num_maps, filter_size: learn this many square
+    filters of this side, in pixels; or filters: (K, C, h, h) to start from, projected onto the
+    constraint of `learning`, whose `init` is then ignored.
 
     lam: weight of the reconstruction, larger is denser; or lam_ratio, in (0, 1]: lambda = 1/lam
     relative to the smallest lambda that leaves all maps zero under the initial filters
@@ -230,8 +230,8 @@ def learn_filters(
     batches and the constraint on filters. seed: for the initial filters and the order of the
     images. progress: show a progress bar.
 
-    Raises ValueError where an argument is out of range or does not fit the others, and Diverged
-    where the objective becomes infinite or NaN.
+    Raises ValueError if an argument is out of range or does not fit the others, and Diverged if
+    the objective becomes infinite or NaN.
     """
     settings = _layer_settings(
         num_maps,
@@ -275,7 +275,7 @@ def learn_online(
     seed: int = 0,
     progress: bool = False,
 ) -> Learned:
-    """Filters learned from batches of images that are each seen once (Mairal et al. 2010).
+    """Learn filters from batches of images that are each used once (Mairal et al. 2010).
 
     batches: any iterable of images (N, C, H, W), preprocessed as for `learn_filters`; N, H and W
     may differ. A batch may be a list or tuple of images and labels, as a DataLoader yields it; the
@@ -448,7 +448,7 @@ def _layer_settings(
 
 
 def _sizes_of(filters: Tensor, num_maps: int | None, filter_size: int | None) -> tuple[int, int]:
-    """(K, h) of filters (K, C, h, h); num_maps and filter_size must agree where they are given."""
+    """(K, h) of filters (K, C, h, h); num_maps and filter_size must agree if they are given."""
     shape = tuple(filters.shape) if hasattr(filters, "shape") else ()
     as_filters(filters, shape[1] if len(shape) == 4 else 1)
     K, _, h, w = shape
@@ -461,9 +461,9 @@ def _sizes_of(filters: Tensor, num_maps: int | None, filter_size: int | None) ->
 
 
 def _initial_filters(filters: Tensor, layer: Layer) -> Tensor:
-    """Filters to start from, in the type and on the device of the layer.
+    """Filters to start from, in the dtype and on the device of the layer.
 
-    Refused if not finite, or if the constraint reduces one of them to zero.
+    Raises ValueError if they are not finite, or if the constraint reduces one of them to zero.
     """
     filters = as_filters(filters, layer.filters.shape[1]).to(layer.filters)
     if not torch.isfinite(filters).all():
@@ -478,14 +478,14 @@ def _initial_filters(filters: Tensor, layer: Layer) -> Tensor:
 
 
 def _set_lam_from_ratio(layer: Layer, images: Tensor, lam_ratio: float) -> None:
-    """Set lam from its ratio under the current filters, and the schedule in its units."""
+    """Set lam from its ratio for the current filters, and the schedule in its units."""
     A, settings = layer.operator(), layer.settings
     settings.lam = lam_from_ratio(A, images, lam_ratio, settings.prior)
     settings.solver = relative_schedule(settings.solver, A, settings.lam, lam_ratio)
 
 
 def _check_fit(images: Tensor, layer: Layer, name: str) -> None:
-    """Refuse a batch that the filters do not fit."""
+    """Raise ValueError for a batch that the filters do not fit."""
     (H, W), size = images.shape[2:], layer.settings.filter_size
     if min(H, W) < size:
         raise ValueError(f"{name}: images of {H}x{W} are smaller than the {size}x{size} filters")
@@ -511,7 +511,7 @@ def _diverged(where: str, settings: LayerSettings) -> Diverged:
 
 
 def _length(batches: Iterable[Any]) -> int:
-    """The number of batches, or 0 where it is not known."""
+    """The number of batches, or 0 if it is unknown."""
     try:
         return len(batches)
     except TypeError:

@@ -1,10 +1,10 @@
-"""A deconvolutional network as a scikit-learn transformer: images in, sparse features out.
+"""A deconvolutional network as a scikit-learn transformer from images to sparse features.
 
     N images · C channels, 1 or 3 · H, W pixels · K maps of the top layer
 
 `fit` learns the filters of one or more layers, `transform` infers the maps, and `inverse_transform`
 reconstructs images from them. Images are centred by the mean of each channel over all images of
-`fit` and divided by one number, so X may have any units, lam means the same in all of them, and
+`fit` and divided by one number, so X may have any units, lam does not depend on them, and
 reconstructions have the units of X.
 
 Rows that are not images are signals, coded by filters of one row: each signal becomes the middle
@@ -58,15 +58,15 @@ class DeconvNetTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
     Parameters
     ----------
     layers : list of LayerSettings, or None
-        The settings of all layers, including how they learn; num_maps, filter_size, lam, epochs and
-        batch_size are then ignored. None: one layer made of those five.
+        The settings of all layers, including learning; num_maps, filter_size, lam, epochs and
+        batch_size are then ignored. None: one layer with those five.
     num_maps : int
         Number of filters, and of maps.
     filter_size : int
         Side of the square filters in pixels, at most the smaller side of the images. For signals
         the length of the filters, at most that of the signals.
     lam : float
-        Weight of the reconstruction against the sparsity; larger is denser.
+        Weight of the reconstruction relative to the sparsity; larger values give denser maps.
     epochs : int
         Passes over the images.
     batch_size : int or None
@@ -74,7 +74,7 @@ class DeconvNetTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
     preprocessing : PreprocessingSettings or None
         None: only centre and scale, which `inverse_transform` undoes. Sums of a few small filters
         represent slow changes of brightness poorly: for photographs use PreprocessingSettings(), as
-        networks do (color="grey" for one channel). No map holds what it removes.
+        networks do (color="grey" for one channel). The maps do not represent what it removes.
     image_shape : tuple of int, or None
         (H, W) or (C, H, W) of a row of X, channels first.
     grid : int, sequence of int, or None
@@ -84,12 +84,12 @@ class DeconvNetTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
     random_state : int, RandomState or None
         An int gives the same filters every time.
     device : str
-        "auto" (cuda where there is one, else cpu), or a torch device.
+        "auto" (cuda if available, else cpu), or a torch device.
 
     Attributes
     ----------
     net_ : DeconvNet
-        The network, on the CPU. It explains (X - mean_) / scale_, or the output of its own
+        The network, on the CPU. Its target is (X - mean_) / scale_, or the output of its own
         preprocessing.
     mean_, scale_ : array (C, 1, 1) and float
         With `preprocessing`, 0 and the scale of that.
@@ -145,8 +145,8 @@ class DeconvNetTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
     def fit(self, X: ArrayLike, y: object = None) -> DeconvNetTransformer:
         """Learn the filters from X, layer by layer; y is ignored.
 
-        Raises ValueError where X or a parameter is out of range, and Diverged where the objective
-        becomes infinite or NaN.
+        Raises ValueError if X or a parameter is out of range, and Diverged if the objective becomes
+        infinite or NaN.
         """
         if self.grid is not None:
             num_cells(self.grid)
@@ -162,7 +162,7 @@ class DeconvNetTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
         y = self._network_input(net, images)
         self.history_ = learn_layers(net, y, seed=seed, chunk=self._chunk)
         if any(self._padding):
-            # Initial filters have a trace of noise in all their rows.
+            # Initial filters have a little noise in all their rows.
             row = pad(net.layer(1).filters, _negative(self._padding))
             net.layer(1).set_filters(pad(row, self._padding))
         self.filters_ = pad(net.layer(1).filters, _negative(self._padding)).cpu().numpy()
@@ -193,8 +193,8 @@ class DeconvNetTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
 
         For Z = transform(X) they approximate X, more closely for larger lam. With `preprocessing`
         they are the images without what its steps removed: (N, planes, H, W) for 4-D X, rows for
-        2-D. Raises ValueError with a grid, and where there is pooling between layers, whose
-        switches are not part of Z.
+        2-D. Raises ValueError with a grid, and if there is pooling between layers, whose switches
+        are not part of Z.
         """
         check_is_fitted(self)
         if self.grid is not None:
@@ -217,7 +217,7 @@ class DeconvNetTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
         z = torch.from_numpy(np.array(Z)).view(-1, *self.map_shape_)
         y = torch.cat([self._reconstruct(part) for part in z.split(self._chunk)])
         images = y.numpy() * self.scale_ + self.mean_
-        # As X was: a row each, without the channel, or as they are.
+        # In the shape of X: rows, without the channel, or unchanged.
         shape = {1: (-1,), 2: images.shape[2:], 3: images.shape[1:]}[len(self._fit_shape)]
         return images.reshape(len(images), *shape)
 
@@ -247,7 +247,7 @@ class DeconvNetTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
         return rows.reshape(-1, *self.image_shape_)
 
     def _image_shape(self, shape: tuple[int, ...] | None, numbers: int) -> tuple[int, int, int]:
-        """(C, H, W) of images of this shape, or of rows of this many numbers where it is None."""
+        """(C, H, W) of images of this shape, or of rows of this many numbers if it is None."""
         given = self.image_shape
         if given is None:
             image_shape = (1, 1, numbers) if shape is None else _with_channels(shape)
@@ -333,7 +333,7 @@ class DeconvNetTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
             self.mean_, self.scale_ = 0.0, float(net.preprocessing.scale)
 
     def _network_input(self, net: DeconvNet, images: np.ndarray) -> Tensor:
-        """y (N, C, H, W), what the network explains; signals are surrounded by zeros."""
+        """y (N, C, H, W), the target of the network; signals are surrounded by zeros."""
         if self.preprocessing is None:
             images = (images - self.mean_) / self.scale_
         y = torch.from_numpy(images.astype(np.float32)).to(net.device)
@@ -361,7 +361,7 @@ def _with_channels(shape: tuple[int, ...]) -> tuple[int, int, int]:
 
 
 def _array(X: ArrayLike) -> ArrayLike:
-    """A tensor of any type and device as an array; anything else as it is."""
+    """A tensor of any dtype and device as an array; anything else unchanged."""
     if not isinstance(X, Tensor):
         return X
     X = as_tensor(X, "X").cpu()

@@ -1,4 +1,4 @@
-"""What a network has learned, made visible: of ours, and of any other convolutional network.
+"""Visualization of the features of deconvolutional networks and of any convolutional network.
 
 The names below are loaded when they are first used, so that importing this package is cheap.
 """

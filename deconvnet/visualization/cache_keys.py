@@ -1,4 +1,4 @@
-"""What earlier results depend on: an earlier file is used only if its key is the same."""
+"""Keys of cached results: a file is reused only if the key of its inputs is the same."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from deconvnet.visualization.search.top_activations import TopActivations
 
 
 def network_key(model: LoadedModel) -> list[object]:
-    """What responses and projections depend on: parameters, their use, and the normalisation."""
+    """The key of responses and projections: parameters, structure and normalisation."""
     module = model.module
     if isinstance(module, DeconvNet):
         structure = module.to_parts()[1]
@@ -36,7 +36,7 @@ def activations_key(top: TopActivations) -> str:
 
 def _source_digest(module: nn.Module) -> str:
     """A digest of the source of all classes of a network except those of PyTorch: users may change
-    what their own network computes but keep its parameters."""
+    the code of their own network but keep its parameters."""
     digest = hashlib.sha256()
     classes = {type(part) for part in module.modules()}
     for kind in sorted(classes, key=lambda kind: f"{kind.__module__}.{kind.__qualname__}"):

@@ -1,4 +1,4 @@
-"""Which layers of a network can be visualized, and which of them are by default."""
+"""The layers of a network that can be visualized, and the default choice among them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from deconvnet.visualization.projection.projection import LayerInfo
 from deconvnet.visualization.projection.projector import Projector
 
-# Modules without features of their own: their units are those of the layer before.
+# Modules without their own features: their units are those of the previous layer.
 PASS_THROUGH = re.compile(r"pool|dropout|identity|flatten", re.IGNORECASE)
 MOST_LAYERS = 6
 
@@ -22,16 +22,16 @@ def projectable_layers(projector: Projector, image: Tensor) -> list[LayerInfo]:
 def default_layers(infos: list[LayerInfo]) -> list[str]:
     """All layers of a deconvolutional network; of a CNN, the last layer of each size of maps.
 
-    Not counted are modules that only pass on features, modules that end with one of these, and
-    vectors.
+    Modules that only pass on features, modules that end with one of these, and vectors are ignored.
     """
     if all(info.kind == "Layer" for info in infos):
         return [info.name for info in infos]
     last: dict[tuple[int, ...], str] = {}
-    before: LayerInfo | None = None  # the module before, if it passes on features
+    previous: LayerInfo | None = None  # the previous module, if it passes on features
     for info in infos:
-        ends = before and before.name.startswith(f"{info.name}.") and before.shape == info.shape
-        before = info if ends or PASS_THROUGH.search(info.kind) else None
-        if before is None and min(info.shape[1:]) > 1:
+        is_part = previous and previous.name.startswith(f"{info.name}.")
+        ends = is_part and previous.shape == info.shape
+        previous = info if ends or PASS_THROUGH.search(info.kind) else None
+        if previous is None and min(info.shape[1:]) > 1:
             last[info.shape[1:]] = info.name
     return list(last.values())[:MOST_LAYERS]

@@ -1,4 +1,4 @@
-"""Visualizes a network: what drives its maps, as arrays, pictures, a TensorBoard page, a gallery.
+"""The visualization of a network: arrays, pictures, a TensorBoard page and a gallery of its maps.
 
 <folder>/visualization/topk.npz              the strongest activations of every map
 <folder>/visualization/projections/*.npz     for each layer: projections, patches, positions, values
@@ -8,10 +8,10 @@
 <folder>/visualization/events.out.tfevents.* TensorBoard
 <folder>/gallery/index.html                  everything as a page
 
-Every step writes its file, and a stopped visualization resumes after the last of them. Files for
-another network, other images or other settings are recomputed, and what earlier visualizations left
-for other layers or settings is removed, so that the folders hold what the manifest describes. Files
-that others have put there, or have changed, are never touched (`storage.ownership`).
+Every step writes its file, and a stopped visualization resumes after the last one. Files for
+another network, other images or other settings are recomputed, and files of earlier visualizations
+for other layers or settings are removed, so that the folders match the manifest. Files that others
+have added or changed are never touched (`storage.ownership`).
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def visualize_network(
     evolutions: Mapping[str, Evolution] | None = None,
     communicator: Communicator = SINGLE,
 ) -> dict[str, Path]:
-    """Visualize what a network responds to in some images; returns the paths of what is written.
+    """Visualize what a network responds to in these images; returns the paths of the results.
 
     evolutions: features over the epochs of training, by layer. communicator: of processes that
     share the search, each in a part of the images; rank 0 writes, the others return {}.
@@ -134,12 +134,12 @@ def visualize_network(
         result.control = _project(result, control, settings, tops)
     _draw(result, settings, place / "figures")
     _remove_outdated(result, place)
-    written = {"pictures": place / "figures", "manifest": write_manifest(result, settings, place)}
+    paths = {"pictures": place / "figures", "manifest": write_manifest(result, settings, place)}
     _write_events(result, place)
     gallery = Path(folder) / "gallery"
     if settings.gallery:
         with _progress_bar(settings, "gallery", "page", None) as progress:
-            written["gallery"] = write_result_gallery(
+            paths["gallery"] = write_result_gallery(
                 gallery,
                 result,
                 explorer_images=settings.explorer_images,
@@ -148,7 +148,7 @@ def visualize_network(
             )
     elif gallery.exists():
         log.warning("%s is from an earlier visualization: gallery=true rebuilds it", gallery)
-    return written
+    return paths
 
 
 def make_projector(model: LoadedModel, settings: VisualizationSettings) -> Projector:

@@ -1,4 +1,4 @@
-"""The settings of a visualization: what to search for, how to project it and what to draw."""
+"""The settings of a visualization: search, projection and pictures."""
 
 from __future__ import annotations
 

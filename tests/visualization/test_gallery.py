@@ -438,7 +438,10 @@ def one(*maps, **options):
     "options, message",
     [
         (one(some_map(1), some_map(1)), "layer 'a', map 1: twice"),
-        ({"layers": [GalleryLayer("a", "A", [some_map(0)]) for _ in "ab"]}, "layer 'a': twice"),
+        (
+            {"layers": [GalleryLayer("a", "A", [some_map(0)]) for _ in "ab"]},
+            "layer 'a': given twice",
+        ),
         (one(GalleryMap(7, torch.rand(2, 8, 8), None)), r"7, projections: .*\(8, 8\); expected"),
         (one(GalleryMap(7, torch.zeros(2, 3, 4, 4).long(), None)), "7, projections: torch.int64"),
         (one(GalleryMap(7, tones(0) - 0.5, None)), r"7, projections: .*expected \[0, 1\]"),

@@ -1,1 +1,1 @@
-"""How the features of a network develop while it is trained."""
+"""The evolution of the features of a network during training."""

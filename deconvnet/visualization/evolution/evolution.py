@@ -1,8 +1,8 @@
-"""The features of a layer after several epochs of training, and the file that holds them.
+"""The features of a layer after several epochs of training, and their file.
 
 For every map and every epoch: the strongest activation over all images, projected to pixel space
-(Zeiler and Fergus 2014, figure 4). `snapshots` records them while a layer of a deconvolutional
-network learns, `checkpoints` takes them from the checkpoints of any network.
+(Zeiler and Fergus 2014, figure 4). `while_learning` records them while a layer of a deconvolutional
+network learns, `from_checkpoints` computes them from the checkpoints of any network.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Evolution:
 
 
 def load_evolution(path: str | Path) -> Evolution:
-    """Load what `Evolution.save` wrote; raises ValueError for any other file."""
+    """Load a file of `Evolution.save`; raises ValueError for any other file."""
     try:
         arrays = load_arrays(path)
         tiles, units, boxes, values = (
@@ -81,7 +81,7 @@ def load_evolution(path: str | Path) -> Evolution:
     except OSError as error:
         reason = error.strerror or "damaged"
         raise ValueError(f"{path}: {reason}; choose a file of features over epochs") from error
-    except Exception as error:  # zipfile, zlib and numpy have errors of their own
+    except Exception as error:  # zipfile, zlib and numpy raise their own exceptions
         raise ValueError(
             f"{path}: damaged or not a file of features over epochs ({error})"
         ) from error
@@ -106,13 +106,13 @@ def join_evolutions(parts: Sequence[Evolution]) -> Evolution:
 def append_epoch(path: Path, epoch: Evolution) -> None:
     """Add an epoch to the file of a layer.
 
-    The same and later epochs in the file are dropped: they are from a run that then went back. A
-    file that is damaged, or not ours, stays as it is, with a warning.
+    The same and later epochs in the file are dropped: they are from a run that was then set back. A
+    file that is damaged, or not ours, is not changed, with a warning.
     """
-    before = load_if_valid(path)
-    count = sum(number < epoch.epochs[0] for number in before.epochs) if before else 0
+    earlier = load_if_valid(path)
+    count = sum(number < epoch.epochs[0] for number in earlier.epochs) if earlier else 0
     try:
-        (join_evolutions([before.first_epochs(count), epoch]) if count else epoch).save(path)
+        (join_evolutions([earlier.first_epochs(count), epoch]) if count else epoch).save(path)
     except ForeignFileError as error:
         log.warning("%s (epoch %s is left out)", error, epoch.epochs[0])
 
@@ -122,7 +122,7 @@ def load_if_valid(path: Path) -> Evolution | None:
     try:
         return load_evolution(path) if path.exists() else None
     except ValueError as error:
-        # A picture is no reason to stop the training.
+        # A damaged picture must not stop the training.
         log.warning("%s (its epochs are left out)", error)
         return None
 

@@ -1,4 +1,4 @@
-"""The features of a layer of any network, at several checkpoints of its training."""
+"""The evolution of a layer of any network, from several checkpoints of its training."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def project_checkpoints(
     epochs: Sequence[int] | None = None,
     inside: bool = False,
 ) -> Evolution:
-    """Project the strongest activations of a layer on some images, at several checkpoints.
+    """Project the strongest activations of a layer on these images, at several checkpoints.
 
-    projectors: one for each checkpoint, in order; a generator keeps only one of them in memory. x:
-    images (N, C, H, W) as the networks take them, or a data set of images (3, H, W) in [0, 1] or
-    pairs (image, label). maps: numbers of maps, by default 16 spread evenly over all. epochs: the
-    number of each checkpoint, by default 1, 2, ... inside: prefer units whose receptive field lies
-    inside the image; for deconvolutional networks this is always so (`plan_snapshots`).
+    projectors: one per checkpoint, in order; a generator keeps only one of them in memory. x:
+    images (N, C, H, W) in the input space of the networks, or a data set of images (3, H, W) in
+    [0, 1] or pairs (image, label). maps: numbers of maps, by default 16 evenly spaced ones. epochs:
+    the number of each checkpoint, by default 1, 2, ... inside: prefer units whose receptive field
+    lies inside the image; always true for deconvolutional networks (`plan_snapshots`).
     """
     if len(x) == 0:
         raise ValueError("x: no images; expected at least one")
@@ -68,7 +68,7 @@ def _project_checkpoint(
     peaks = None
     for images in torch.arange(len(x)).split(CHUNK):
         batch = _images(projector, x, images)
-        # In front of a rectifier, a unit below zero is not active.
+        # A unit below zero is not active: a rectifier may follow.
         z = projector.responses(batch, [layer])[layer].clamp(min=0)
         if z.isnan().any():
             raise ValueError(f"layer {layer}: its responses at checkpoint {epoch} are not numbers")
@@ -101,7 +101,7 @@ def _project_checkpoint(
 
 
 def _images(projector: Projector, x: Tensor | Sequence, indices: Tensor) -> Tensor:
-    """Images by their indices, as the network takes them."""
+    """Images by their indices, in the input space of the network."""
     if isinstance(x, Tensor):
         return x[indices.to(x.device)].to(projector.device)
     items = (x[index] for index in indices.tolist())
@@ -116,7 +116,7 @@ def _images(projector: Projector, x: Tensor | Sequence, indices: Tensor) -> Tens
 def _map_numbers(maps: Sequence[int] | None, count: int, layer: str) -> list[int]:
     if maps is None:
         return evenly_spaced(count, MAPS)
-    wrong = [k for k in maps if not 0 <= k < count]
-    if wrong or not len(maps):
+    invalid = [k for k in maps if not 0 <= k < count]
+    if invalid or not len(maps):
         raise ValueError(f"maps={list(maps)}: layer {layer} has maps 0 to {count - 1}")
     return list(maps)

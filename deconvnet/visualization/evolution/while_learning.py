@@ -1,4 +1,4 @@
-"""The features of a layer of a deconvolutional network, recorded while the layer learns.
+"""The evolution of a layer of a deconvolutional network, recorded while the layer learns.
 
 Recording needs no inference beyond that of learning.
 """

@@ -1,8 +1,8 @@
-"""Whether a model establishes correspondence between parts of different images (Zeiler and Fergus
-2014, section 4.4).
+"""The correspondence experiment: do features represent the same part in different images (Zeiler
+and Fergus 2014, section 4.4)?
 
 Cover the left eye in several faces: if features represent parts, this changes the same features in
-the same direction in every face, while covering random places does not.
+the same direction in every face, whereas covering random regions does not.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ GROUP = 120
 
 @dataclass(frozen=True)
 class CorrespondenceScore:
-    """How differently the features of N images change when a part of each image is covered.
+    """The differences between the feature changes of N images when a part of each is covered.
 
     distances: (D, N, N), the fraction of features that change with different signs in two images;
     D is 1, or the number of draws of the random control. changed: (D, N), the fraction of features
@@ -60,8 +60,8 @@ class CorrespondenceScore:
     def error(self) -> float:
         """The standard error of the mean; NaN for fewer than three images.
 
-        Pairs that share an image are not independent, so the deviation over the root of their
-        number would be too small. The error is instead estimated by the jackknife over images:
+        Pairs that share an image are not independent, so the deviation divided by the root of their
+        number would be too small. The error is therefore estimated by the jackknife over images:
         sqrt((N - 1) / N * sum_i (mean without image i - mean of these means)^2).
         """
         N = self.distances.shape[-1]
@@ -96,8 +96,8 @@ def correspondence(
     but the values it reports can only be such means.
 
     The control "random" covers boxes of the same sizes at random positions in their images, or
-    inside the boxes `within` (N, 4), such as those of the objects. There are `draws` of them, which
-    take their sizes from the parts in turn; with draws=0 there is no control. fill: see
+    inside the boxes `within` (N, 4), such as those of the objects. There are `draws` of them, with
+    the sizes of the parts in turn; with draws=0 there is no control. fill: see
     `perturbation.fill_values`. A change of at most `tolerance` times the strongest feature of its
     image counts as none.
     """
@@ -196,7 +196,7 @@ def _pairs(distances: Tensor) -> Tensor:
 def _moved(boxes: Tensor, within: Tensor, generator: torch.Generator) -> Tensor:
     """Boxes (N, 4) of the same sizes at random positions inside others, with equal probability.
 
-    A box that is longer than the one around it starts where that one does.
+    A box that is longer than the enclosing one starts at the same position.
     """
     sizes = boxes[:, 2:] - boxes[:, :2]
     room = (within[:, 2:] - within[:, :2] - sizes).clamp(min=0) + 1

@@ -1,4 +1,5 @@
-"""How much features change when the image is transformed (Zeiler and Fergus 2014, figure 5).
+"""The invariance experiment: how features change when the image is transformed (Zeiler and Fergus
+2014, figure 5).
 
 Images are shifted vertically, zoomed and rotated. The features of a low layer change with every
 pixel; those of a high layer should stay the same as long as the image shows the same thing.
@@ -47,9 +48,9 @@ class TransformCurves:
 
     transform: its name in TRANSFORMS. strengths: (T,). distances: for every layer (N, T), the
     Euclidean distance between the features of the transformed and of the original image. relative:
-    the same divided by the norm of the original's features: 0 means equal, 1 as far away as no
-    features at all; not finite if the original has none. probabilities: (N, T), of the class of
-    each image; None if the model has no classes.
+    the same divided by the norm of the original's features: 0 means equal, 1 as far away as zero
+    features; not finite if the original has none. probabilities: (N, T), of the class of each
+    image; None if the model has no classes.
     """
 
     transform: str
@@ -83,11 +84,11 @@ def invariance(
     fill: float | Tensor | None = None,
     progress: Progress | None = None,
 ) -> Invariance:
-    """How the features of some layers change when images x (N, C, H, W) are transformed.
+    """The changes of the features of these layers when images x (N, C, H, W) are transformed.
 
     strengths: "translation" in whole pixels, downwards if positive; "scale" as factors, which
     enlarge images if above 1; "rotation" in degrees, counter-clockwise. The default are those of
-    the paper's figure, `default_strengths`; transformations that are not named are left out. Images
+    the paper's figure, `default_strengths`; transformations that are not named are omitted. Images
     are transformed about their centre with bilinear interpolation. fill: the colour beyond the
     border, see `perturbation.fill_values`. classes: the true classes; True for the most likely
     classes of the originals; False for none.

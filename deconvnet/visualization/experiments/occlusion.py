@@ -1,4 +1,5 @@
-"""The effect of covering a part of the image (Zeiler and Fergus 2014, section 4.2).
+"""The occlusion experiment: the effect of covering a part of the image (Zeiler and Fergus 2014,
+section 4.2).
 
 A grey square slides over the image. For each of its positions: how active is the map that responds
 most strongly to the whole image, how likely is the correct class, and which class is most likely?
@@ -109,8 +110,8 @@ class Occlusion:
     def drop(self, values: Tensor, base: float) -> Tensor:
         """(H, W): base - values (P, Q), averaged over the squares that cover a pixel.
 
-        Elsewhere this is called attribution by occlusion. Squares are boxes, so the squares that
-        cover a pixel are those that cover both its row and its column.
+        This is known as attribution by occlusion. A square covers a pixel if it covers both its row
+        and its column.
         """
         rows, columns = (
             ((first[:, None] <= pixel) & (pixel < first[:, None] + size)).double()
@@ -142,10 +143,9 @@ def occlusion(
     paper's "strongest response"). class_index: the correct class; by default, the most likely one.
     classes=False ignores classes, for a model whose output is something else.
 
-    The square stands at 0, stride, 2 stride, ... until it reaches the border. occluder_size,
-    stride: in pixels, or as rows and columns. The paper does not state them; the defaults are a
-    quarter of the shorter side, and a quarter of the square. fill: its colour, see
-    `perturbation.fill_values`.
+    The square moves to 0, stride, 2 stride, ... until it reaches the border. occluder_size, stride:
+    in pixels, or as rows and columns. The paper does not state them; the defaults are a quarter of
+    the shorter side, and a quarter of the square. fill: its colour, see `perturbation.fill_values`.
 
     others: (M, C, H, W), images for further projections of the map. progress: a function of the
     number of positions done, and of all positions.

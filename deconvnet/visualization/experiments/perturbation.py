@@ -1,8 +1,8 @@
 """Perturbations of images for the experiments of Zeiler and Fergus (2014, sections 4.1 to 4.4).
 
 Boxes are covered; images are shifted, zoomed and rotated; and the probabilities of a model are
-computed. Images (N, C, H, W) are as the model takes them; boxes are top, left, bottom, right, the
-last two exclusive.
+computed. Images (N, C, H, W) are in the input space of the model; boxes are top, left, bottom,
+right, the last two exclusive.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from deconvnet.visualization.projection.projector import Projector
 
 
 def fill_values(projector: Projector, x: Tensor, fill: float | Tensor | None = None) -> Tensor:
-    """(N, C, 1, 1): the colour that replaces pixels that are removed.
+    """(N, C, 1, 1): the colour that replaces removed pixels.
 
-    fill: one number, or one for each channel (C,), as the model takes them. The default is mean
+    fill: one number, or one per channel (C,), in the input space of the model. The default is mean
     grey: zero if the projector's normalisation subtracts the mean of the data, and the mean colour
-    of each image if the model takes plain pixels, for which zero would be black.
+    of each image if the model's input is plain pixels, for which zero would be black.
     """
     N, C = x.shape[:2]
     if fill is None:
@@ -59,7 +59,7 @@ def zoomed(x: Tensor, factor: float, fill: Tensor) -> Tensor:
 
 def rotated(x: Tensor, degrees: float, fill: Tensor) -> Tensor:
     """Images rotated counter-clockwise about their centre, with bilinear interpolation."""
-    # Rounded, because otherwise neither sine nor cosine of a right angle is exactly 0.
+    # Round, because otherwise neither sine nor cosine of a right angle would be exactly 0.
     sine, cosine = (round(f(math.radians(degrees)), 15) for f in (math.sin, math.cos))
     return _warped(x, [[cosine, -sine], [sine, cosine]], fill)
 

@@ -1,6 +1,7 @@
 """The content of the gallery: the result of a visualization as layers, maps, images and captions.
 
-Only the images of the explorer go through the network again; everything else is in the result.
+Only the images of the explorer are passed through the network again; everything else is in the
+result.
 """
 
 from __future__ import annotations
@@ -181,7 +182,7 @@ def _explorer_image(
 
 
 def _image_layer(result: VisualizationResult, pixels: Tensor, layer: str) -> ImageLayer:
-    """One image as a layer sees it: reconstruction, strongest maps, strongest activations."""
+    """One image in one layer: reconstruction, strongest maps, strongest activations."""
     projector = result.projector
     x = projector.prepare(pixels[None])
     strength = projector.responses(x, [layer])[layer][0].cpu().float()
@@ -209,7 +210,7 @@ def _image_layer(result: VisualizationResult, pixels: Tensor, layer: str) -> Ima
                 strict=True,
             )
         ]
-    # Of the active positions in the maps that are shown, nine in ten are below white.
+    # Nine in ten of the active positions in the shown maps are below white.
     white = float(quantile_magnitude(strength[order].clamp(min=0)[None], 0.9))
     maps = [(k, _map_picture(strength[k], white)) for k in order.tolist()]
     reconstruction, facts = _reconstruction(result, x, layer)

@@ -8,11 +8,11 @@
     images/<n>/                 for each image: the picture, its reconstructions, maps and parts
     figures/                    other pictures
 
-A page that is opened as a file may not read other files, but it may show pictures and run scripts.
-The data of the maps are therefore small scripts, loaded when a layer or an image is opened, and
-tiles are in sprite sheets, one for a layer or a map instead of one file for each tile.
+A page opened as a file may not read other files, but it may show pictures and run scripts. The data
+of the maps are therefore small scripts, loaded when a layer or an image is opened, and tiles are in
+sprite sheets, one per layer or map instead of one file per tile.
 
-`sprites` defines which kinds of picture are accepted.
+`sprites` defines which types of pictures are accepted.
 
 N images · K maps · k tiles of a map · S side of a tile in pixels
 """
@@ -67,7 +67,7 @@ SLAB = 96
 
 @dataclass(frozen=True)
 class Caption:
-    """Where a tile comes from: the image, the value of the activation, its position in words."""
+    """The origin of a tile: the image, the value of the activation, its position in words."""
 
     image: str
     value: float
@@ -78,8 +78,8 @@ class Caption:
 class GalleryMap:
     """One map of a layer: its strongest activations, strongest first, each in pixel space.
 
-    projections, patches: (k, 3, S, S), the projections of the activations, and the image in the
-    same place; None for a map that is never active. captions: k of them, or none. filter:
+    projections, patches: (k, 3, S, S), the projections of the activations, and the image at the
+    same position; None for a map that is never active. captions: k of them, or none. filter:
     (3, h, w). control: projections of this map with shuffled weights, any number of them.
     evolution: (E, 3, S, S), the map during training, with E labels in `epochs`. statistics: text or
     numbers; maps can be sorted by numbers, largest first.
@@ -130,7 +130,7 @@ class Part:
 
 @dataclass(frozen=True)
 class ImageLayer:
-    """An image as one layer sees it.
+    """An image in one layer.
 
     name: of the layer; reconstruction: of the image by the layer, None if there is none; maps:
     (number, picture) of the strongest maps, strongest first, black where they are zero; parts: the
@@ -146,7 +146,7 @@ class ImageLayer:
 
 @dataclass(frozen=True)
 class GalleryImage:
-    """An image in the explorer; picture: (3, H, W), as the network sees it."""
+    """An image in the explorer; picture: (3, H, W), cropped as for the network."""
 
     name: str
     picture: Picture
@@ -231,7 +231,7 @@ def _write(
     )
     for name in ("gallery.css", "gallery.js"):
         shutil.copyfile(TEMPLATES / name, root / name)
-    # The page is valid text whatever the names are.
+    # The page must be valid text whatever the names are.
     (root / "index.html").write_text(page, encoding="utf-8", errors="backslashreplace")
 
 
@@ -241,27 +241,27 @@ LAYER_DATA = ("name", "title", "facts", "maps", "sort", "sheets", "script")
 
 def _write_layer(root: Path, number: int, layer: GalleryLayer) -> dict:
     """Write the files of one layer; returns its data for the page."""
-    place = f"layers/{number}-{_safe(layer.name)}"
-    (root / place).mkdir(parents=True)
+    path = f"layers/{number}-{_safe(layer.name)}"
+    (root / path).mkdir(parents=True)
     overview: dict[str, list[np.ndarray | None]] = {
         kind: [] for kind in ("projections", "patches", "control", "filters")
     }
     numbers: list[int] = []
     statistics: list[Facts] = []
-    with open(root / place / "maps.js", "w", encoding="utf-8") as script:
-        script.write(f"gallery.add({_json(place)}, [\n")
+    with open(root / path / "maps.js", "w", encoding="utf-8") as script:
+        script.write(f"gallery.add({_json(path)}, [\n")
         for shown in layer.maps:
             where = f"layer {layer.name!r}, map {shown.number}"
             if shown.number in numbers:
                 raise ValueError(f"{where}: twice; every map is shown once")
             numbers.append(shown.number)
             statistics.append(shown.statistics)
-            script.write(_json(_write_map(root, place, shown, overview, where)) + ",\n")
+            script.write(_json(_write_map(root, path, shown, overview, where)) + ",\n")
         script.write("]);\n")
     if not numbers:
         raise ValueError(f"layer {layer.name!r}: no maps; leave the layer out")
     sheets = {
-        kind: write_sprite_sheet(root, f"{place}/{kind}", tiles, photographs=kind == "patches")
+        kind: write_sprite_sheet(root, f"{path}/{kind}", tiles, photographs=kind == "patches")
         for kind, tiles in overview.items()
         if any(tile is not None for tile in tiles)
     }
@@ -274,8 +274,8 @@ def _write_layer(root: Path, number: int, layer: GalleryLayer) -> dict:
         "maps": numbers,
         "sort": _sort_keys(statistics),
         "sheets": sheets,
-        "script": f"{place}/maps.js",
-        "thumbnails": _thumbnails(root, place, overview, numbers),
+        "script": f"{path}/maps.js",
+        "thumbnails": _thumbnails(root, path, overview, numbers),
     }
 
 
@@ -335,8 +335,8 @@ def _write_image(root: Path, number: int, image: GalleryImage, names: list[str])
         at, here = f"{place}/{count}-{_safe(layer.name)}", f"{where}, layer {layer.name!r}"
         entry = {"name": layer.name, "facts": _facts(layer.facts)}
         if layer.reconstruction is not None:
-            made = check_picture(layer.reconstruction, f"{here}, reconstruction")
-            entry["reconstruction"] = write_picture(root, at, made, PICTURE)
+            reconstruction = check_picture(layer.reconstruction, f"{here}, reconstruction")
+            entry["reconstruction"] = write_picture(root, at, reconstruction, PICTURE)
         maps = [to_tile(p, f"{here}, map {n}", PART) for n, p in layer.maps]
         parts = [to_tile(p.picture, f"{here}, part of map {p.map}", PART) for p in layer.parts]
         entry["maps"] = [n for n, _ in layer.maps]
@@ -396,7 +396,7 @@ def _sort_keys(statistics: list[Facts]) -> list[dict]:
 def _thumbnails(
     root: Path, place: str, overview: dict[str, list[np.ndarray | None]], numbers: list[int]
 ) -> dict[str, object] | None:
-    """A few maps that are spread over a layer, without dead ones, in small sheets of their own.
+    """A few evenly spaced maps of a layer, without dead ones, in separate small sheets.
 
     They show projections, or filters if there are none, and below them the control.
     """
@@ -439,14 +439,14 @@ def _draw_flow(layers: list[dict], picture: dict | None) -> None:
         if layer["field"] is not None and picture is not None:
             high = 100 * picture["pixels"][0] / picture["pixels"][1]
             fields = zip((high, 100), layer["field"], picture["pixels"], strict=True)
-            h, w = (whole * min(1, side / pixels) for whole, side, pixels in fields)
+            h, w = (total * min(1, side / pixels) for total, side, pixels in fields)
             top, left = (high - h) / 2, (100 - w) / 2
             outline = f"M{left:.2f} {top:.2f}h{w:.2f}v{h:.2f}h{-w:.2f}z"
             layer["cutout"] = {"around": f"M0 0h100v{high:.2f}h-100z{outline}", "edge": outline}
 
 
 def _address(layer: str, number: int | None = None) -> str:
-    """The address of a layer or a map in the page, as its script writes it."""
+    """The fragment of a layer or a map in the page, in the form that its script uses."""
     name = quote(layer, safe="!'()*~")
     return f"#layer={name}" if number is None else f"#layer={name}&map={number}"
 
@@ -456,7 +456,7 @@ def _facts(facts: Facts) -> list[tuple[str, str]]:
 
 
 def _text(value: str | float) -> str:
-    """Text and whole numbers as they are, other numbers with three digits."""
+    """Text and integers unchanged, other numbers with three digits."""
     if isinstance(value, str | Integral) or not _is_number(value):
         return str(value)
     digits = ".0f" if 1000 <= abs(value) < 1e6 else ".3g"

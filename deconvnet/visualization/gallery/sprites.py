@@ -1,7 +1,8 @@
 """Picture files of a web page: sprite sheets with many tiles, and single pictures.
 
-This module decides which kinds of picture are accepted, in which format each is stored, and how
-tiles are arranged in a sheet; `sprite_style` finds them there. Callers limit their size.
+This module defines which types of pictures are accepted, in which format each is stored, and how
+tiles are arranged in a sheet; `sprite_style` gives the CSS that shows one. Callers limit their
+size.
 
 Pictures are float tensors (3, H, W), or (1, H, W), in [0, 1], or uint8 arrays (H, W, 3); several of
 one size have one more axis in front. In signed pictures, zero is grey (0.5).
@@ -72,7 +73,7 @@ def write_sprite_sheet(
     *,
     photographs: bool = False,
 ) -> dict:
-    """Write tiles (h, w, 3) into one file with gaps between them; returns where they are.
+    """Write tiles (h, w, 3) into one file with gaps between them; returns their layout.
 
     All cells have the size of the largest tile; smaller tiles are centred. None leaves a cell
     empty; the indices of these cells are in `empty`.
@@ -124,8 +125,8 @@ def sprite_style(sheet: dict, index: int) -> str:
         for n, side in ((sheet["columns"], sheet["width"]), (rows, sheet["height"]))
     )
     left, top = (
-        100 * n * (side + GAP) / (whole - side) if whole > side else 0
-        for n, side, whole in ((column, sheet["width"], wide), (row, sheet["height"], high))
+        100 * n * (side + GAP) / (total - side) if total > side else 0
+        for n, side, total in ((column, sheet["width"], wide), (row, sheet["height"], high))
     )
     return (
         f"background-image:url({sheet['file']});"

@@ -1,1 +1,1 @@
-"""Networks by name, their normalization, and files of weights."""
+"""Loading of networks by name, their normalisation, and weight files."""

@@ -1,7 +1,7 @@
 """Conversion between pixels and the input of a network.
 
-Everywhere else, images are RGB pixels in [0, 1], whatever a network was trained on. Only the
-network sees its own input space.
+All other code uses RGB pixels in [0, 1], whatever a network was trained on. Only the network uses
+its own input space.
 
 N images · H W pixels
 """
@@ -21,8 +21,8 @@ class Normalization:
     """The input of a network: x = (planes - mean) / std, with the planes in a given order.
 
     mean, std: one number for each plane, in the order of the network, or one for all. order: rgb,
-    bgr, or grey, which is one plane, the mean of the three. By default, pixels stay as they are. A
-    Caffe network, which takes blue, green and red from 0 to 255 with the mean subtracted, has
+    bgr, or grey, which is one plane, the mean of the three. By default, pixels are not changed. A
+    Caffe network, whose input is blue, green and red from 0 to 255 with the mean subtracted, has
     mean=(103.939/255, 116.779/255, 123.68/255), std=(1/255,), order="bgr".
     """
 
@@ -37,9 +37,9 @@ class Normalization:
         for key in ("mean", "std"):
             values = tuple(float(value) for value in getattr(self, key))
             if len(values) not in counts:
-                wanted = " or ".join(map(str, counts))
+                lengths = " or ".join(map(str, counts))
                 raise ValueError(
-                    f"{key}={values}: order={self.order} takes {wanted} numbers, not {len(values)}"
+                    f"{key}={values}: order={self.order} takes {lengths} numbers, not {len(values)}"
                 )
             if not all(map(math.isfinite, values)) or (key == "std" and min(values) <= 0):
                 raise ValueError(

@@ -1,7 +1,7 @@
-"""Reads files of weights without running any code in them, and loads them into a network.
+"""Reading of weight files, without running code in them, and loading them into a network.
 
 A file is identified by its first bytes, not by its name: a Git LFS pointer, an HTML page or a JSON
-index often has the name of the weights that it stands for, and each needs a different remedy.
+index often has the name of a weight file, and each needs a different remedy.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, nn
 
 WEIGHT_FILES = (".pt", ".pth", ".bin", ".safetensors")
-# What wrappers put before the names of parameters.
+# Prefixes that wrappers add to the names of parameters.
 PREFIXES = ("module.", "_orig_mod.", "model.")
 # Keys under which training scripts store the parameters.
 WRAPPERS = ("state_dict", "model_state_dict", "model")
 
 ZIP = b"PK\x03\x04"
 PICKLE = b"\x80"
-# The first bytes of files that are not weights, with what they are and the remedy.
+# The first bytes of files that are not weights, with their type and the remedy.
 OTHERS = {
     b"version https://git-lfs": "a Git LFS pointer, not the file itself; run git lfs pull",
     b"\x93NUMPY": "a NumPy array, not a state_dict of names and tensors",
@@ -147,13 +147,13 @@ def _loaded(file: Path, first: bytes) -> object:
         return safetensors.torch.load_file(file)
     else:
         _check_pickle(first)
-    # As an open file, because newer versions decide by the suffix of a path.
+    # Pass an open file, because newer versions of torch go by the suffix of a path.
     with open(file, "rb") as opened:
         return torch.load(opened, map_location="cpu", weights_only=True)
 
 
 def _check_archive(file: Path) -> None:
-    """Refuse zip archives that torch.save did not write."""
+    """Raise for zip archives that torch.save did not write."""
     with zipfile.ZipFile(file) as archive:
         names = archive.namelist()
     if any(name.endswith("/constants.pkl") for name in names):

@@ -1,8 +1,8 @@
-"""Loads convolutional networks by name, with the normalisation and crop that they expect.
+"""Loading of convolutional networks by name, with the normalisation and crop that they expect.
 
-A trained network expects pixels that are normalised in its own way, in its own size. This module
-finds both together with the weights, so that everything else deals with RGB pixels in [0, 1]. It
-never reads a file of weights in a way that could run code.
+Each trained network expects a particular normalisation and size of its input. This module loads
+both together with the weights, so that all other code uses RGB pixels in [0, 1]. It never reads a
+weight file in a way that could run code.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ FORMS = (
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A network to visualize, and how images become its input.
+    """A network to visualize, and the conversion of images to its input.
 
-    module: in evaluation mode. weights: where its parameters come from, in words. crop: the part of
-    an image that it takes; None if it takes any size. labels: names of its classes, if known.
+    module: in evaluation mode. weights: the origin of its parameters, in words. crop: the crop of
+    an image that is its input; None if it accepts any size. labels: names of its classes, if known.
     digest: 16 hexadecimal digits for the names and values of all parameters and buffers. training:
     how it was trained, if known, as JSON values; its "data" are the data settings.
     """
@@ -78,14 +78,14 @@ def load_model(
 
     - torchvision/vgg16: a classifier of torchvision
     - timm/resnet18: a model of timm, optionally with a tag, timm/resnet18.a1_in1k
-    - package.module:factory: what a function or class returns when it is called with `options`, or
-      a module of that name; packages in the current folder are found
+    - package.module:factory: the result of calling a function or class with `options`, or a module
+      of that name; packages in the current folder are found
     - a network file of deconvnet train-cnn
 
     weights: "default", the pretrained weights of torchvision and timm, or the network as it is
     built; the name of other pretrained weights, such as IMAGENET1K_V2 or a tag of timm; a file of
-    weights; "none", random, equal for equal seeds. options: arguments for what builds the network,
-    such as {"num_classes": 10}.
+    weights; "none", random, equal for equal seeds. options: arguments for the function that builds
+    the network, such as {"num_classes": 10}.
 
     Normalisation, crop and labels belong to the pretrained weights. With random weights or those
     from a file, normalisation and crop belong to the default weights. mean, std, order, crop and
@@ -171,11 +171,11 @@ def _torchvision(spec: str, weights: str | Path, options: dict) -> LoadedModel:
     elif _lower(weights) == "default":
         member = known.DEFAULT
     elif _lower(weights) != "none":
-        wanted = str(weights).rpartition(".")[2]
-        if wanted not in known.__members__:
+        member_name = str(weights).rpartition(".")[2]
+        if member_name not in known.__members__:
             choices = [*known.__members__, "none"]
-            raise _unknown(f"weights={weights}: {name} has no such weights", wanted, choices)
-        member = known[wanted]
+            raise _unknown(f"weights={weights}: {name} has no such weights", member_name, choices)
+        member = known[member_name]
     pretrained = member if file is None else None
     try:
         module = models.get_model(name, weights=pretrained, **options)
@@ -185,8 +185,8 @@ def _torchvision(spec: str, weights: str | Path, options: dict) -> LoadedModel:
     except Exception as error:
         if pretrained is None:
             raise _unbuilt(spec, options, error) from error
-        place = Path(torch.hub.get_dir(), "checkpoints", pretrained.url.rpartition("/")[2])
-        remedy = f"put {pretrained.url} at {place}, or anywhere and give weights=FILE"
+        path = Path(torch.hub.get_dir(), "checkpoints", pretrained.url.rpartition("/")[2])
+        remedy = f"put {pretrained.url} at {path}, or anywhere and give weights=FILE"
         raise _unavailable(spec, pretrained.name, error, remedy) from error
     if file is not None:
         load_parameters(module, file)
@@ -294,8 +294,8 @@ def _imported(spec: str, weights: str | Path, options: dict) -> LoadedModel:
 
 
 def _check_factory(spec: str, package: ModuleType, factory: object) -> None:
-    """Refuse to call what cannot build a network, such as os.system under another name, which would
-    run with the permissions of the user.
+    """Raise ValueError for objects that cannot build a network, such as os.system under another
+    name, which would run with the permissions of the user.
 
     Functions from any package except Python's own are allowed, even if the module only re-exports
     them.
@@ -380,8 +380,8 @@ def _unknown(message: str, name: str, names: Iterable[str]) -> ValueError:
 
 
 def _unbuilt(spec: str, options: dict, error: Exception) -> ValueError:
-    given = f" with options {options}" if options else ""
-    return ValueError(f"model={spec}: cannot be built{given}: {_message(error)}")
+    suffix = f" with options {options}" if options else ""
+    return ValueError(f"model={spec}: cannot be built{suffix}: {_message(error)}")
 
 
 def _unavailable(spec: str, weights: str, error: Exception, remedy: str) -> ValueError:

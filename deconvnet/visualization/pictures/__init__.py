@@ -1,1 +1,1 @@
-"""Arrays of pixels: features, parts, grids and charts."""
+"""Pictures as tensors: features, image decompositions, grids and charts."""

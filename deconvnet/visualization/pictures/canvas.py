@@ -63,8 +63,8 @@ def resize_tiles(tiles: Tensor, width: int) -> Tensor:
 def shade_signed(tiles: Tensor, magnitude: float | Tensor | None = None) -> Tensor:
     """Signed tiles (K, 1 or 3, h, w) as colours (K, 3, h, w): 0 is grey, +magnitude is white.
 
-    By default, the magnitude is the largest of each tile: then the contrast of a tile means nothing
-    and only its shape does.
+    By default, the magnitude is the largest of each tile: then the contrast of a tile has no
+    meaning, only its shape.
     """
     if magnitude is None:
         magnitude = tiles.abs().flatten(1).amax(1).clamp(min=1e-12).view(-1, 1, 1, 1)

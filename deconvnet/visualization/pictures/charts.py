@@ -2,7 +2,7 @@
 
 There are lines, bars with errors, heat maps with a scale and label maps with a legend. Colours are
 distinguishable for the colour-blind (Okabe and Ito 2008), and lines also have different markers. A
-map of positions has the frame of its image, so that a place in the map can be found in the image.
+map of positions has the frame of its image, so that positions in the map correspond to the image.
 Charts have no titles: `canvas.with_title` adds them in the font of all other captions.
 """
 

@@ -30,9 +30,9 @@ LABEL = 62
 def evolution_picture(e: Evolution, *, maps: int = SHOWN_MAPS) -> Tensor:
     """A picture (3, H, W) in [0, 1]: a row for each map, a column for each epoch.
 
-    If there are more maps than `maps`, these are spread evenly. Each tile is shaded about grey on
-    its own scale. A black line marks a tile whose image differs from that of the epoch before; a
-    jump there need not be a change of the feature.
+    If there are more maps than `maps`, evenly spaced ones are shown. Each tile is shaded about grey
+    on its own scale. A black line marks a tile whose image differs from that of the previous epoch;
+    a jump there need not be a change of the feature.
     """
     if maps < 1:
         raise ValueError(f"maps={maps}: must be at least 1")

@@ -81,7 +81,7 @@ def strongest_activations(codes: Codes, layer: int, count: int) -> Activations:
 
 @plain
 def project_activations(net: DeconvNet, codes: Codes, layer: int, units: Activations) -> Tensor:
-    """(M, C, H, W): R_l of each activation alone, with its value and the switches of the image."""
+    """(M, C, H, W): R_l of each separate activation, with its value and the image's switches."""
     projections = list(project_units(net, _only(codes), layer, units.positions, units.values))
     return torch.stack(projections) if projections else codes.y[:0]
 
@@ -101,9 +101,9 @@ def supporting_activations(
         z_(l-1) = U_(l-1) S_l F_l z_l,    z_(l-2) = U_(l-2) S_(l-1) F_(l-1) z_(l-1),    ...
 
     The supporting activations in a layer are the entries of these maps with the largest magnitude,
-    with their coefficients there. It is always the whole activation that is projected further, so
+    with their coefficients there. The whole activation is projected on, not only these entries, so
     all entries of any layer together have the projection of the activation. The coefficients are
-    those that this activation requires, not those that inference has found in the lower layer.
+    those that this activation requires, not those inferred in the lower layer.
     """
     levels = supporting_maps(net, codes, layer, unit)
     return [_strongest_in(z, count) for count, z in zip(counts, levels, strict=False)]
@@ -125,7 +125,7 @@ def supporting_maps(
 
 @plain
 def image_parts_picture(net: DeconvNet, codes: Codes, image: Tensor, layer: int) -> Tensor:
-    """One image, its strongest activations in a layer, and what supports the strongest of these.
+    """One image, its strongest activations in a layer, and the supporting activations of the first.
 
     codes: of this image only; image: (1 or 3, H, W) in [0, 1]. The left side shows activations,
     each alone, cropped to its receptive field and on its own scale; the right side shows their sum.

@@ -1,7 +1,6 @@
 """The pictures of a layer, as tensors (3, H, W) in [0, 1]: filters, patches, reconstructions, maps.
 
-Each filter or feature is scaled on its own: the contrast of a tile means nothing, only its shape
-does.
+Each filter or feature is scaled separately: the contrast of a tile has no meaning, only its shape.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The grids of the papers: for each map, 3x3 projections next to the 3x3 patches of the images.
 
-Every projection is shaded about grey, which is zero, by the magnitude within which almost all of
-its own pixels stay: the contrast of a tile means nothing, only its shape does.
+Every projection is shaded about grey, which is zero, by a magnitude that almost all of its pixels
+do not exceed: the contrast of a tile has no meaning, only its shape.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""From activations back to pixels, for deconvolutional networks and any CNN."""
+"""Projection of activations to pixels, for deconvolutional networks and any CNN."""

@@ -1,11 +1,11 @@
 """The operations between the pixels and a unit of a network, read from the autograd graph.
 
 PyTorch records every operation of a forward pass, however the model is written, so the list of
-operations that a projection will pass is complete.
+operations that a projection passes is complete.
 
 Only this module uses the attributes `_saved_*` and `_input_metadata` of nodes. A backward pass
-frees them, so the graph is read before. What nodes do not hold (operations in place on a part of a
-tensor; in older versions, shapes) is recorded during a backward pass with zeros.
+frees them, so the graph is read first. Information that nodes do not have (operations in place on a
+part of a tensor; in older versions, shapes) is recorded during a backward pass with zeros.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# Operations that the paper has a rule for, which is the transpose.
+# Operations for which the paper has a rule, the transpose.
 CONVOLUTIONS = {"Convolution", "Addmm", "Mm", "T"}
 SWITCHES = {"MaxPool2DWithIndices", "AdaptiveMaxPool2D", "MaxPool3DWithIndices"}
 RECTIFIERS = {"Relu", "Threshold"}
@@ -49,8 +49,8 @@ PRODUCTS = {"Mul", "Div", "Bmm", "Mm", "Addmm", "Convolution"}
 SKIPPED = "SkippedResponseNorm"
 LEAF = "AccumulateGrad"
 CUSTOM = "custom "
-# An operation in place on a part of a tensor. The backward pass of any such node takes the part out
-# of the signal and puts the result back, by these operations.
+# An operation in place on a part of a tensor. The backward pass of such a node extracts the part
+# from the signal and puts the result back, using these operations.
 IN_PLACE = "CopySlices"
 PART_COPIES = {"new_empty_strided", "copy_", "as_strided", "clone", "zeros_like", "detach"}
 
@@ -82,8 +82,8 @@ class Operations:
     """All operations between some maps and the pixels, from the maps down.
 
     output: the index of the maps among the outputs of the first operation. exact, linear, extended,
-    skipped, unsupported: counts by name, as in `ProjectionReport`. clamps, gates: nodes that need a
-    rule of their own.
+    skipped, unsupported: counts by name, as in `ProjectionReport`. clamps, gates: nodes that need
+    their own rule.
     """
 
     order: list[Operation]
@@ -252,7 +252,7 @@ def pair(value: int | Sequence[int]) -> tuple[int, int]:
 
 
 def _signed(value: object) -> object:
-    """Undo that nodes return negative integers as unsigned ones."""
+    """Convert the unsigned integers of nodes back to negative ones."""
     return value - (1 << 64) if isinstance(value, int) and value >= 1 << 63 else value
 
 
@@ -281,7 +281,7 @@ def record_shapes(outputs: list[Tensor]) -> None:
 
 
 def _probe(outputs: list[Tensor]) -> None:
-    """Run a backward pass with zeros, and record in the metadata of nodes what they do not hold."""
+    """Run a backward pass with zeros, and record missing information in the metadata of nodes."""
     recorder = _Recorder()
     nodes = {op.node for y in outputs for op in topological_order(y.grad_fn)}
     leaves = [node.variable for node in nodes if operation_name(node) == LEAF]

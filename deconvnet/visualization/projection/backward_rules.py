@@ -1,14 +1,14 @@
-"""The rules of the backward pass: where a projection differs from a gradient.
+"""The rules of the backward pass in which a projection differs from a gradient.
 
 A projection is the backward pass of autograd with other rules for some operations (Zeiler and
 Fergus 2014, section 2.1). As in a gradient, the signal passes convolutions through their transposed
-filters and max pooling through its switches. What differs:
+filters and max pooling through its switches. The differences are:
 
     rectifier    deconv    max(signal, 0), whatever the units of the forward pass were
                  guided    the same, and only where the unit was active (Springenberg et al. 2015)
                  gradient  where the unit was active, of either sign
-    contrast normalisation      skipped: the signal passes as it is
-    sigmoid gate of a product   a constant: no signal goes down through the gate itself
+    contrast normalisation      skipped: the signal passes unchanged
+    sigmoid gate of a product   a constant: no signal passes through the gate itself
 
 The rules act on the operations of the backward pass, not on modules, so they also apply to
 functional, shared and in-place rectifiers.
@@ -148,7 +148,7 @@ def _coverage(
 ) -> Tensor:
     """(H, W): the number of terms that are summed in each pixel of x, relative to the mean.
 
-    The maps are taken to have no border: what makes pixels there darker is not the pattern.
+    The maps are assumed to have no border: pixels there are darker for other reasons.
     """
     axes = []
     for axis in (0, 1):

@@ -1,6 +1,6 @@
-"""Projections of any trained network: its own backward pass, under other rules.
+"""Projections of any trained network: its backward pass with modified rules.
 
-Where the model allows it, a unit is projected from a window of its image that is little larger than
+If the model allows it, a unit is projected from a window of its image that is little larger than
 its receptive field (`local_windows`), otherwise from the whole image.
 """
 
@@ -161,7 +161,7 @@ class CnnBackend:
         """Project one unit from each of some windows x (U, C, h, w)."""
         try:
             output = self._forward.up_to(x, layer, checked=True)
-        except Exception as error:  # whatever a model raises for a size that it was not made for
+        except Exception as error:  # a model may raise anything for an unexpected size
             raise _WindowMismatch from error
         operations = self._read(output)
         if [op.name for op in operations.order] != plan.operations:
@@ -195,7 +195,7 @@ class CnnBackend:
             try:
                 output = self._forward.up_to(crop(x, window), layer, checked=True)
                 response = output.maps.detach()[0, :, i, j]
-            except Exception:  # whatever a model raises for a size that it was not made for
+            except Exception:  # a model may raise anything for an unexpected size
                 return False
             expected = maps[:, unit[0, 2], unit[0, 3]]
             if (response - expected).abs().max() > ROUNDING * maps.abs().max():
@@ -224,7 +224,7 @@ class CnnBackend:
         values = maps.detach()[n, k, i, j]
         seeds = values if seeds is None else seeds.to(values)
         projections = leaf.new_zeros(len(units), *leaf.shape[1:])
-        # One unit of each image at a time goes down.
+        # Project one unit of each image at a time.
         rounds = _occurrences(units[:, 0])
         for number in range(int(rounds.max()) + 1):
             chosen = (rounds == number).nonzero()[:, 0].to(maps.device)
@@ -250,7 +250,7 @@ class CnnBackend:
     def _backward(
         self, operations: Operations, y: Tensor, leaf: Tensor, seed: Tensor
     ) -> tuple[Tensor, Counter[str]]:
-        """The signal at the leaf if `seed` is sent down from y, and how often rules applied."""
+        """The signal at the leaf for a seed at y, and how often rules were applied."""
         rules = BackwardRules(self.method, overlap=self.overlap, local=self.local)
         with node_rules(operations, self.method, self.gates), rules:
             (signal,) = torch.autograd.grad(

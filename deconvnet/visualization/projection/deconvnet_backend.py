@@ -1,7 +1,7 @@
-"""Projections of networks that were learned by deconvolution: the way down is the model itself.
+"""Projections of deconvolutional networks, by the generative model itself.
 
-No rules are needed here. The model defines how maps become an image: by R_l, which is linear once
-the switches of inference are fixed (Zeiler et al. 2011). One activation at a time goes through it.
+No rules are needed. The model defines the image of its maps, by R_l, which is linear once the
+switches of inference are fixed (Zeiler et al. 2011). It is applied to one activation at a time.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class DeconvNetBackend:
         return {name: reduce(name, codes.layer(number).z.abs()) for name, number in numbers.items()}
 
     def codes(self, x: Tensor, depth: int) -> Codes:
-        """The codes of images up to a layer. Inference is what takes the time, so the codes of the
+        """The codes of images up to a layer. Inference dominates the time, so the codes of the
         latest images are cached until the network learns."""
         version = [(buffer.data_ptr(), buffer._version) for buffer in self.model.buffers()]
         if version != self._version:  # the network has learned

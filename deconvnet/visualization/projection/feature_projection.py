@@ -1,9 +1,9 @@
-"""Activations of a deconvolutional network in pixel space, each projected on its own.
+"""Activations of a deconvolutional network in pixel space, each projected separately.
 
 A filter of an upper layer acts on pooled maps, so its appearance in the image depends on the
 positions of the maxima below. The feature of a map is therefore shown as in the papers (Zeiler et
-al. 2011): find its strongest activation over all images, keep the switches of that image, project
-this activation alone, and crop the result to the receptive field.
+al. 2011): find its strongest activation over all images, project only this activation with the
+switches of its image, and crop the result to the receptive field.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CHUNK = 16
 
 @dataclass(frozen=True)
 class PixelFeatures:
-    """Some activations in pixel space, each in a square of its image; often one for every map.
+    """Activations in pixel space, each in a square of its image; often one for every map.
 
     tiles: (K, C, S, S), the projections in the preprocessed domain; zeros if a map is never active.
     boxes: (K, 4), image index, top, left and side S in pixels of the image; top and left are
@@ -47,8 +47,8 @@ class PixelFeatures:
     ) -> PixelFeatures:
         """Crop the tiles to smaller squares, all of one size, within images of (H, W) pixels.
 
-        The receptive field of an upper layer is larger than what most features cover, and may be
-        larger than the image. The square is centred in the field, but moved into the image. It is
+        The receptive field of an upper layer is larger than most features, and may be larger than
+        the image. The square is centred in the field, but moved into the image. It is
         the smallest square that has at least `energy_share` of the energy of a tile, for at least
         `tile_share` of the tiles with any energy; it is never larger than the field or the image.
         """
@@ -96,7 +96,7 @@ def project_fields(
     coefficients: Tensor,
     values: Tensor,
 ) -> PixelFeatures:
-    """Each of some activations alone, cropped to its field; arguments as in `project_units`."""
+    """Activations projected separately and cropped to their fields; arguments: `project_units`."""
     n, _, i, j = positions
     rows, columns = (layer_field(net, layer, axis) for axis in (0, 1))
     corners = rows.offset + rows.stride * i, columns.offset + columns.stride * j
@@ -113,15 +113,15 @@ def project_units(
     positions: tuple[Tensor, Tensor, Tensor, Tensor],
     coefficients: Tensor,
 ) -> Iterator[Tensor]:
-    """Yield R_l of each of M activations alone, (C, H, W), with the switches of its own image.
+    """Yield R_l of each of M separate activations, (C, H, W), with the switches of its image.
 
     positions: image, map, row and column, (M,) each; coefficients: (M,).
     """
     for chunk in torch.arange(len(coefficients), device=coefficients.device).split(CHUNK):
         n, k, i, j = (index[chunk] for index in positions)
-        one = coefficients.new_zeros(len(chunk), *codes.layer(layer).shape)
-        one[torch.arange(len(chunk), device=one.device), k, i, j] = coefficients[chunk]
-        yield from net.operator(codes.select(n), layer)(one)
+        z = coefficients.new_zeros(len(chunk), *codes.layer(layer).shape)
+        z[torch.arange(len(chunk), device=z.device), k, i, j] = coefficients[chunk]
+        yield from net.operator(codes.select(n), layer)(z)
 
 
 def layer_field(net: DeconvNet, layer: int, axis: int) -> Field:
@@ -147,12 +147,14 @@ def _strongest_of_maps(
     """
     layer_codes = codes.layer(layer)
     K, H, W = layer_codes.shape
-    whole = _whole_fields(net, layer, (H, W), tuple(codes.y.shape[2:])).to(codes.y.device)
+    fields_inside = _whole_fields(net, layer, (H, W), tuple(codes.y.shape[2:])).to(codes.y.device)
     # Among activations with a whole field; and among all, for maps without any of the former.
     best = [_Best.none(K, codes.y) for _ in range(2)]
     for start in range(0, len(layer_codes), CHUNK):
         z = layer_codes.select(slice(start, start + CHUNK)).z.transpose(0, 1)
-        for candidate, allowed in zip(best, (whole, torch.ones_like(whole)), strict=True):
+        for candidate, allowed in zip(
+            best, (fields_inside, torch.ones_like(fields_inside)), strict=True
+        ):
             candidate.update(z, allowed, start)
     inside, anywhere = best
     use = inside.strength > 0

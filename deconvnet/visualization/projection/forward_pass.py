@@ -1,8 +1,8 @@
 """Forward passes of a torch module: which layers it calls, and their outputs.
 
-The model itself is not changed. Forward hooks stand only on the layers that are asked for, and a
-pass stops once it has reached them: whatever follows, and whatever is done in place to the output
-of a layer afterwards, has no effect.
+The model itself is not changed. Only the requested layers have forward hooks, and a pass stops once
+it has reached them, so later operations, including those in place on the output of a layer, have no
+effect.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from deconvnet.visualization.projection.model_isolation import check_model, unwr
 from deconvnet.visualization.projection.projection import LayerInfo, suggest_layers, unknown_layer
 from deconvnet.visualization.projection.receptive_fields import FieldGeometries, FieldGeometry
 
-# Other images that are passed, to find constants that depend on the image.
+# Further images passed through the model to find constants that depend on the image.
 OTHER_IMAGES = 2
 
 logger = logging.getLogger(__name__)
@@ -105,18 +105,18 @@ class ForwardPass:
         self, x: Tensor, layers: list[str], reduce: Callable[[str, Tensor], object]
     ) -> dict[str, object]:
         """{layer: reduce(layer, maps (N, K, H, W))}; maps of vectors have one position."""
-        wanted = self._resolve(x, layers)
+        requested = self._resolve(x, layers)
         results: dict[str, object] = {}
 
         def note(name: str, call: int, y: Tensor, leaf: Tensor) -> None:
-            layer = wanted.get((name, call))
+            layer = requested.get((name, call))
             if layer is None:
                 return
             results[layer] = reduce(layer, self._maps(y, name, call))
-            if len(results) == len(wanted):
+            if len(results) == len(requested):
                 raise _Reached
 
-        self._run(x, note, {name for name, _ in wanted})
+        self._run(x, note, {name for name, _ in requested})
         return results
 
     def outputs(self, x: Tensor) -> Tensor | None:
@@ -149,7 +149,7 @@ class ForwardPass:
             noise = torch.rand(x.shape, generator=generator, dtype=torch.float64).to(x)
             try:
                 other = self._up_to(0.75 * x.flip(1, 2, 3) + 0.1 * noise, layer)[2]
-            except Exception:  # whatever a model raises for an image that it does not expect
+            except Exception:  # a model may raise anything for an unexpected image
                 break
             suspects |= differing_calls(tracker, other)
         self._suspects[layer] = suspects
@@ -205,7 +205,7 @@ class ForwardPass:
         return ValueError(f"layer {layer!r}: {reason}; {suggest_layers(layer, names)}")
 
     def _failure(self, x: Tensor, error: Exception) -> ValueError:
-        """An error in one line for what the model itself raises on images x."""
+        """A one-line error for an exception of the model itself on images x."""
         message = " ".join(str(error).split())[:300]
         kind = type(error).__name__
         is_plain = isinstance(error, RuntimeError | ValueError | AssertionError) and message

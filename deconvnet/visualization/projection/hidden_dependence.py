@@ -1,6 +1,6 @@
-"""Finds constants of a model that in fact depend on the pixels, without a gradient.
+"""Detection of constants of a model that depend on the pixels without a gradient.
 
-The autograd graph holds only recorded operations. A mask that multiplies maps, as in `x * (x > 0)`,
+The autograd graph has only recorded operations. A mask that multiplies maps, as in `x * (x > 0)`,
 is a constant there although it comes from the pixels, so the product looks linear but is a
 rectifier. During the forward pass we therefore follow every tensor that comes from the pixels,
 recorded or not, and mark the operations that mix the two kinds. Values that leave PyTorch (numbers,
@@ -57,8 +57,8 @@ class _Traits:
 class DependenceTracker(TorchDispatchMode):
     """Follows the pixels through a forward pass.
 
-    Afterwards `marked` holds the nodes of the graph that use values which came from the pixels by
-    an unrecorded way, and says what they are.
+    Afterwards `marked` has the nodes of the graph that use values computed from the pixels by
+    unrecorded operations, with a description.
 
     suspects: indices of recorded calls whose constants are known to depend on the image. If None,
     they are not known yet, and `calls` collects the constants of all calls for a comparison.
@@ -157,8 +157,8 @@ class DependenceTracker(TorchDispatchMode):
     def _is_overwritten(self, t: Tensor) -> bool:
         """Whether nothing that came from the pixels remains in a tensor that is copied into."""
         storage = _storage(t)
-        whole = storage is not None and t.numel() * t.element_size() == storage.nbytes()
-        return whole or self._origins.get(t) is None or self._nodes.get(t) is not None
+        is_complete = storage is not None and t.numel() * t.element_size() == storage.nbytes()
+        return is_complete or self._origins.get(t) is None or self._nodes.get(t) is not None
 
 
 class _ByStorage(Generic[T]):

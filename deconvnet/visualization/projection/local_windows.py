@@ -1,10 +1,10 @@
-"""Windows of an image that suffice to project a unit: little more than its receptive field.
+"""Windows of an image that suffice to project a unit, little larger than its receptive field.
 
-Pixels beyond its receptive field do not affect a unit, nor anything between the unit and the
-pixels. If every operation treats all positions alike, a window therefore gives the same projection
-as the whole image, provided that all strides sample the same pixels in it, and that it ends at the
-border of the image wherever the field reaches the border, so that padding stays in its place. A
-field of 14 of 224 pixels then costs a two-hundredth of the image.
+Pixels outside the receptive field affect neither a unit nor any value on which it depends. If every
+operation treats all positions alike, a window therefore gives the same projection as the whole
+image, provided that all strides sample the same pixels in it, and that it ends at the border of the
+image wherever the field reaches the border, so that padding is at the same position. A field of 14
+of 224 pixels then costs a two-hundredth of the image.
 """
 
 from __future__ import annotations

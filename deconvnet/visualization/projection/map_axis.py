@@ -1,6 +1,6 @@
-"""Which axis of a tensor holds its maps: the second, or the last, as in (N, H, W, C).
+"""The axis of a tensor that indexes its maps: the second, or the last, as in (N, H, W, C).
 
-ConvNeXt, Swin and others switch between the two, so the shape of an output does not tell. We follow
+ConvNeXt, Swin and others switch between the two, so the shape of an output is ambiguous. We follow
 the axis through the autograd graph from where it is certain: it is the second axis after a
 convolution, and the last after a linear layer or a LayerNorm over one axis.
 """

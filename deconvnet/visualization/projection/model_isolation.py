@@ -1,4 +1,4 @@
-"""Accepts a torch module from elsewhere, and runs it without changing it."""
+"""Checks of a user's torch module, and a context in which it runs without being changed."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def check_model(model: nn.Module) -> nn.Module:
 @contextmanager
 def isolated(model: nn.Module) -> Iterator[None]:
     """A context in which the model is in evaluation mode with frozen parameters, without autocast,
-    compilation and gradient hooks. Afterwards the model is as it was.
+    compilation and gradient hooks. Afterwards the model is restored.
     """
     modes = [(module, module.training) for module in model.modules()]
     requires_grad = [(p, p.requires_grad) for p in model.parameters()]

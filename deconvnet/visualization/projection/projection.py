@@ -1,4 +1,4 @@
-"""What a projection is, for any network: images, receptive fields, values and a report."""
+"""The result of a projection, for any network: images, receptive fields, values and a report."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ Units = Sequence[tuple[int, int, int, int]] | Tensor
 class LayerInfo:
     """A layer whose units can be projected, for images of one size.
 
-    name: as the projector takes it; kind: the class of the module; shape: (K, H, W), (K, 1, 1) for
+    name: the name for the projector; kind: the class of the module; shape: (K, H, W), (K, 1, 1) for
     vectors. field, stride, offset: in pixels, along rows and columns, the size of the receptive
     field of a unit, its distance to that of the next unit, and its start for the first unit, which
-    is negative in front of the image; None if a unit sees the whole image, or if unknown.
+    may be negative; None if a unit depends on the whole image, or if unknown.
     """
 
     name: str
@@ -59,10 +59,11 @@ class LayerInfo:
 
 @dataclass(frozen=True)
 class Projection:
-    """U units of a layer in the space of the input, each on its own.
+    """U separate units of a layer, projected to the input space.
 
     units: (U, 4), image, map, row, column. images: (U, C, H, W), the projections in the space that
-    the network sees (normalised, preprocessed); zero where nothing arrives. boxes: (U, 4), the
+    of the network's input (normalised, preprocessed); zero where there is no signal. boxes: (U, 4),
+    the
     receptive fields in pixels as top, left, bottom, right, the last two exclusive, clipped to the
     image. fields: (U, 4), the same without clipping, all of one size. values: (U,), the
     activations. report: how faithful the projection is to the paper.
@@ -117,7 +118,7 @@ class UnevenOverlap:
 class ProjectionReport:
     """The operations that a projection passed on its way down, and how faithful it is to the paper.
 
-    Counts of operations by name: exact, those that the paper has a rule for; linear, other linear
+    Counts of operations by name: exact, those with a rule in the paper; linear, other linear
     operations, reversed by their transpose; extended, those with a rule in the spirit of the paper;
     skipped, contrast normalisation; unsupported, those without a rule, for which the gradient was
     used. rectified, switched: how often the signal was rectified, and sent through the switches of
@@ -205,18 +206,18 @@ def check_units(
         )
     units = units.long()
     if shape is None:
-        wrong = units[(units[:, 0] < 0) | (units[:, 0] >= images)]
-        if len(wrong):
+        invalid = units[(units[:, 0] < 0) | (units[:, 0] >= images)]
+        if len(invalid):
             raise ValueError(
-                f"unit {tuple(wrong[0].tolist())} (image, map, row, column): there are {images} "
+                f"unit {tuple(invalid[0].tolist())} (image, map, row, column): there are {images} "
                 "images"
             )
         return units
     limits = torch.tensor([images, *shape])
-    wrong = ((units < 0) | (units >= limits)).any(1).nonzero()
-    if len(wrong):
+    invalid = ((units < 0) | (units >= limits)).any(1).nonzero()
+    if len(invalid):
         raise ValueError(
-            f"unit {tuple(units[wrong[0, 0]].tolist())} (image, map, row, column): there are "
+            f"unit {tuple(units[invalid[0, 0]].tolist())} (image, map, row, column): there are "
             f"{images} images, and {layer} has {shape[0]} maps of {shape[1]}x{shape[2]}"
         )
     return units

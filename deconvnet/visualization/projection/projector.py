@@ -1,12 +1,12 @@
-"""Projects units of a network into the space of the image: one interface for every network.
+"""The projector: projects units of any network to the image, with one interface for all networks.
 
     projector = Projector(model)
     projection = projector(x, "features.8", units=[(0, 17, 5, 6)])     image, map, row, column
     projection.images, projection.boxes, projection.values, projection.report
 
-A trained network is run backwards, under the rules of Zeiler and Fergus (ECCV 2014, section 2.1;
-`backward_rules`). A network that was learned by deconvolution is its own generative model, with the
-switches of inference (Zeiler et al. 2011).
+A CNN is run backwards, with the rules of Zeiler and Fergus (ECCV 2014, section 2.1;
+`backward_rules`). A deconvolutional network is its own generative model, with the switches of
+inference (Zeiler et al. 2011).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Projector:
     """Projects units of a network into the space of its input.
 
     model: any module that takes images (N, C, H, W), or a DeconvNet, which takes pixels in [0, 1].
-    It runs in evaluation mode and is left as it was.
+    It runs in evaluation mode and is not changed.
 
     method: deconv (the default), guided or gradient; a DeconvNet is always generative.
     strict: refuse a layer if an operation below it has no rule; otherwise the gradient of that
@@ -95,11 +95,11 @@ class Projector:
     def __call__(
         self, x: Tensor, layer: str, units: Units, *, seeds: Tensor | None = None
     ) -> Projection:
-        """Project units of a layer, each on its own, with the switches of its image.
+        """Project units of a layer, each separately, with the switches of its image.
 
-        x: (N, C, H, W), as the model takes it. units: rows of (image in x, map, row, column);
-        layers of vectors have row and column 0. seeds: (U,), the value to send down from each unit,
-        by default its activation. A positive seed only scales the projection.
+        x: (N, C, H, W), the model's input. units: rows of (image in x, map, row, column); layers of
+        vectors have row and column 0. seeds: (U,), the starting value at each unit, by default its
+        activation. A positive seed only scales the projection.
         """
         x = check_input(x)
         if seeds is not None and tuple(seeds.shape) != (len(units),):
@@ -114,7 +114,7 @@ class Projector:
         layers: list[str],
         reduce: Callable[[str, Tensor], object] = lambda layer, maps: maps.clone(),
     ) -> dict[str, Tensor]:
-        """{layer: (N, K, H, W)}: how strongly all units of some layers respond to x.
+        """{layer: (N, K, H, W)}: the responses of all units of these layers to x.
 
         Responses are activations; for a DeconvNet, whose maps have signs, their magnitudes. Vectors
         become maps with one position. reduce: a function of a layer's name and maps; what it
@@ -127,7 +127,7 @@ class Projector:
         return self.backend.outputs(check_input(x))
 
     def prepare(self, pixels: Tensor) -> Tensor:
-        """Convert RGB pixels (N, 3, H, W) in [0, 1] into what the model takes, on its device."""
+        """Convert RGB pixels (N, 3, H, W) in [0, 1] to the model's input, on its device."""
         pixels = pixels.to(self.device)
         return pixels if self.is_deconvnet else self.normalization.apply(pixels)
 

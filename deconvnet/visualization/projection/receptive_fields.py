@@ -1,10 +1,10 @@
-"""Receptive fields: the pixels that a unit sees, by interval arithmetic from the unit downwards.
+"""Receptive fields: the pixels that a unit depends on, by interval arithmetic down from the unit.
 
     U units · a box is an array (U, 3, 2): first and last + 1 along channels, rows and columns, in
               the order of the axes of the maps, which may be (N, H, W, C)
 
 Fields are exact if boxes are clipped to the maps at every operation. Below an operation that has no
-rule here, a unit is taken to see everything.
+rule here, a unit is assumed to depend on everything.
 """
 
 from __future__ import annotations

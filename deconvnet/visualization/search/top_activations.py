@@ -138,12 +138,12 @@ def find_top_activations(
     key: dict[str, object] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, TopActivations]:
-    """Search a data set for the strongest activations of some layers.
+    """Search a data set for the strongest activations of these layers.
 
     images: a data set whose items are images (3, H, W) in [0, 1], or pairs (image, label); an item
     must be the same every time it is read. k: activations to keep for each map. inside: search only
     units whose receptive field lies inside the image, in layers where at least a quarter of the
-    units qualify; at the border, most of what a unit sees is padding. batch: images per forward
+    units qualify; at the border, units depend mostly on padding. batch: images per forward
     pass; workers: processes that read images. shard: (rank, ranks), to search every ranks-th image
     starting with the rank-th; the result is {} if the shard is empty. path: a file for the state of
     the search, from which a stopped search resumes. key: whatever else the result depends on, such
@@ -192,7 +192,7 @@ def find_top_activations(
             if progress:
                 progress(state.done, len(order))
     finally:
-        # An interrupted search keeps its tables, too.
+        # Save the tables of an interrupted search, too.
         if path is not None and state is not saved:
             state.save(path)
     return state.tops
@@ -207,8 +207,8 @@ def merge_top_activations(
 
 
 class _ImageSubset:
-    """Some images of a data set. An image that cannot be read is returned as its error: an error
-    raised in a worker process would arrive with a traceback for a message."""
+    """A subset of the images of a data set. An image that cannot be read is returned as its error:
+    an error raised in a worker process would arrive with a traceback as its message."""
 
     def __init__(self, images: Sequence, numbers: range):
         self.images, self.numbers = images, numbers

@@ -1,7 +1,7 @@
-"""The strongest activations of some maps of a layer, projected, next to the image patches there.
+"""Projections of the strongest activations of a layer, with the image patches at their positions.
 
-The search has kept positions, not pictures: the images are read again here, and only tiles are ever
-held in memory.
+The search stores positions, not pictures: the images are read again here, and memory holds only
+tiles.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ FORMAT = "deconvnet exemplars"
 CHUNK = 32
 # Larger tiles are reduced to this side, in pixels.
 LARGEST = 96
-# An activation must be the one that the search found, up to this fraction of the largest value.
+# An activation must equal that of the search, up to this fraction of the largest value.
 TOLERANCE = 1e-2
 
 
@@ -46,7 +46,7 @@ class TopProjections:
 
     maps: (M,), the numbers of the maps. tiles: (M, k, C, h, w) float16, the projections as signed
     RGB, or as one plane if the network sees grey, cropped to the receptive field and divided by
-    their largest magnitude. patches: (M, k, 3, h, w) uint8, the image in the same place, grey
+    their largest magnitude. patches: (M, k, 3, h, w) uint8, the image at the same position, grey
     beyond its border. units: (M, k, 4), image, map, row, column. boxes: (M, k, 4), the receptive
     fields as top, left, bottom, right, clipped to the image. values: (M, k), the signed
     activations, NaN where a map has fewer than k. checkerboard: (M, k), see the function of this
@@ -85,7 +85,7 @@ class TopProjections:
 
 
 def load_top_projections(path: Path, key: dict[str, object] | None = None) -> TopProjections | None:
-    """Load what `TopProjections.save` wrote; None if there is no file, or if its key differs."""
+    """Load a file of `TopProjections.save`; None if there is no file, or if its key differs."""
     path = Path(path)
     if not path.exists():
         return None
@@ -120,7 +120,7 @@ def project_top_activations(
     maps: Sequence[int] | None = None,
     progress: Progress | None = None,
 ) -> TopProjections:
-    """Project the strongest activations of some maps (by default all), each on its own.
+    """Project the strongest activations of these maps (by default all), each separately.
 
     images: the data set that was searched. Raises ValueError if an image does not give the
     activation that the table lists, because the data set is then shuffled or augmented.
@@ -244,7 +244,7 @@ def _fill(
     size = result.tiles.shape[3:]
     tiles, patches = (_reduced(t.float().cpu(), size) for t in (tiles, patches))
     uneven = [overlap for overlap in projection.report.uneven if all(overlap.period)]
-    # Among several patterns, the finest is the one that the eye sees.
+    # Among several patterns, the finest is the most visible.
     boards = checkerboard(projection.tiles(), uneven[-1].period) if uneven else None
     for index, (row, rank, unit) in enumerate(chunk):
         result.tiles[row, rank] = _normalised_half(tiles[index])
@@ -269,7 +269,7 @@ def _reduced(tiles: Tensor, size: tuple[int, ...]) -> Tensor:
 
 
 def _check_values(values: Tensor, expected: list[float], chunk: list[RankedUnit]) -> None:
-    """Raise ValueError unless the activations are, in magnitude, those that the search found."""
+    """Raise ValueError unless the activations have the magnitudes of the search."""
     magnitudes = values.detach().cpu().abs().double()
     error = (magnitudes - torch.tensor(expected).double().abs()).abs()
     wrong = error > TOLERANCE * magnitudes.max()
