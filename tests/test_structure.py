@@ -3,11 +3,11 @@ import loads no more of it, and of other packages, than it needs.
 """
 
 import ast
+import functools
 import json
 import os
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -122,51 +122,72 @@ FILES = {"filelock", "safetensors", "scipy"}
 NUMBA = {"numba", "llvmlite", "yaml", "scipy"}
 
 
-@pytest.mark.parametrize(
-    ("statement", "modules", "packages"),
-    [
-        ("import deconvnet", set(), set()),
-        (f"import deconvnet; {CODE}, settings=deconvnet.SolverSettings())", CODING, set()),
-        (f"import deconvnet; {CODE})", CODING, NUMBA),
-        ("import deconvnet; deconvnet.load", NETWORK, FILES),
-        ("import deconvnet; deconvnet.learn_filters", {*LEARNING, "dictionary"}, {*FILES, "PIL"}),
-        ("import deconvnet.sklearn", {*LEARNING, "applications", "sklearn"}, {*FILES, "PIL"}),
-    ],
-    ids=["import", "sparse_code", "coordinate descent", "load", "learn_filters", "sklearn"],
-)
-def test_an_import_loads_no_more_than_it_needs(statement, modules, packages):
-    loaded_modules, loaded_packages = loaded_by(statement)
-    assert loaded_modules == modules
-    assert loaded_packages <= {"deconvnet", *packages}
+STATEMENTS = {
+    "import": "import deconvnet",
+    "sparse_code": f"import deconvnet; {CODE}, settings=deconvnet.SolverSettings())",
+    "coordinate descent": f"import deconvnet; {CODE})",
+    "load": "import deconvnet; deconvnet.load",
+    "learn_filters": "import deconvnet; deconvnet.learn_filters",
+    "sklearn": "import deconvnet.sklearn",
+}
+# Importing torch takes seconds: each statement runs in a fork of one process that has imported it.
+PROGRAM = """
+import json, os, sys
+import torch, numpy
 
-
-def loaded_by(statement):
-    """(places in the order of the modules, packages) that a statement adds in a new process to
-    torch and numpy, and deconvnet.sklearn to scikit-learn.
-    """
-    names = "torch, numpy" + (", sklearn.pipeline" if "deconvnet.sklearn" in statement else "")
-    program = f"""
-    import json, sys
-    import {names}
+for name, statement in json.loads(sys.argv[1]).items():
+    if os.fork():
+        os.wait()
+        continue
+    if name == "sklearn":
+        import sklearn.pipeline
     before = set(sys.modules)
-    {statement}
-    loaded = [name.split(".") for name in set(sys.modules) - before]
-    modules = {{name[1] for name in loaded if name[0] == "deconvnet" and len(name) > 1}}
-    packages = {{name[0] for name in loaded}} - {{name.split(".")[0] for name in before}}
+    exec(statement)
+    loaded = [module.split(".") for module in set(sys.modules) - before]
+    modules = {parts[1] for parts in loaded if parts[0] == "deconvnet" and len(parts) > 1}
+    packages = {parts[0] for parts in loaded} - {module.split(".")[0] for module in before}
     packages -= set(sys.stdlib_module_names)
-    print(json.dumps([sorted(modules), sorted(packages)]))
+    print(json.dumps([name, sorted(modules), sorted(packages)]), flush=True)
+    os._exit(0)
+"""
+
+
+@functools.cache
+def loaded():
+    """For each statement (places in the order of the modules, packages): what it adds to torch and
+    numpy in a new process, and deconvnet.sklearn to scikit-learn.
     """
-    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
+    if not hasattr(os, "fork"):
+        pytest.skip("this system cannot fork")
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)],
-        env=environment,
+        [sys.executable, "-c", PROGRAM, json.dumps(STATEMENTS)],
+        env={**os.environ, "PYTHONPATH": str(PACKAGE.parent)},
         capture_output=True,
         text=True,
         check=True,
     )
-    modules, packages = json.loads(done.stdout)
     # Cython registers its runtime under names of its own.
-    return set(modules), {name for name in packages if not name.startswith("_")}
+    return {
+        name: (set(modules), {package for package in packages if not package.startswith("_")})
+        for name, modules, packages in map(json.loads, done.stdout.splitlines())
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "modules", "packages"),
+    [
+        ("import", set(), set()),
+        ("sparse_code", CODING, set()),
+        ("coordinate descent", CODING, NUMBA),
+        ("load", NETWORK, FILES),
+        ("learn_filters", {*LEARNING, "dictionary"}, {*FILES, "PIL"}),
+        ("sklearn", {*LEARNING, "applications", "sklearn"}, {*FILES, "PIL"}),
+    ],
+)
+def test_an_import_loads_no_more_than_it_needs(name, modules, packages):
+    loaded_modules, loaded_packages = loaded()[name]
+    assert loaded_modules == modules
+    assert loaded_packages <= {"deconvnet", *packages}
 
 
 def test_every_public_name_is_there_and_is_listed():
