@@ -116,8 +116,8 @@ def projecting(
         compared = []
         for start in range(0, len(units), 64):
             chunk = units[start : start + 64]
-            found = projector(images, layer, chunk)
-            compared += [found.images[chunk.index(unit)] for unit in chunk if unit in sample]
+            projection = projector(images, layer, chunk)
+            compared += [projection.images[chunk.index(unit)] for unit in chunk if unit in sample]
         return torch.stack(compared)
 
     def captum_some() -> Tensor:
@@ -139,7 +139,7 @@ def by_captum(
     captum: NeuronDeconvolution, images: Tensor, units: list[Unit], top: TopActivations
 ) -> Tensor:
     """Projections of units, times their activations, since Captum starts from a seed of 1."""
-    n, k, i, j = (torch.tensor(each) for each in zip(*units, strict=True))
+    n, k, i, j = (torch.tensor(column) for column in zip(*units, strict=True))
     values = []
 
     def select(y: Tensor) -> Tensor:
@@ -147,8 +147,8 @@ def by_captum(
         values.append(chosen.detach())
         return chosen
 
-    found = captum.attribute(images[n].requires_grad_(), neuron_selector=select)
-    return (found * values[-1].view(-1, 1, 1, 1)).detach()
+    projections = captum.attribute(images[n].requires_grad_(), neuron_selector=select)
+    return (projections * values[-1].view(-1, 1, 1, 1)).detach()
 
 
 def searching(name: str, model: nn.Module, images: Tensor, options: argparse.Namespace) -> str:
@@ -162,11 +162,11 @@ def searching(name: str, model: nn.Module, images: Tensor, options: argparse.Nam
 
     @torch.no_grad()
     def others() -> object:
-        found = []
+        maxima = []
         for part in images.split(options.batch):
-            found.append([y.flatten(2).max(2) for y in captum.attribute(part)])
+            maxima.append([y.flatten(2).max(2) for y in captum.attribute(part)])
         return [
-            torch.cat([part[n].values for part in found]).topk(K, 0) for n in range(len(layers))
+            torch.cat([part[n].values for part in maxima]).topk(K, 0) for n in range(len(layers))
         ]
 
     seconds, ratios, _ = in_turns(ours, others, options.repeats)

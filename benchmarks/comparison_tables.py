@@ -143,8 +143,8 @@ def _plot_coding(results: dict, threads: int, file: Path) -> None:
 
 
 def _above(points: list[list[float]], minimum: float) -> tuple[list[float], list[float]]:
-    kept = [(seconds, value / minimum - 1) for _, seconds, value in points]
-    return [s for s, _ in kept], [max(a, LEVELS[-1] / 10) for _, a in kept]
+    relative = [(seconds, value / minimum - 1) for _, seconds, value in points]
+    return [s for s, _ in relative], [max(a, LEVELS[-1] / 10) for _, a in relative]
 
 
 def learning(results: dict, folder: Path) -> list[str]:

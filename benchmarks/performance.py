@@ -214,9 +214,11 @@ def layers(options: argparse.Namespace) -> None:
         command = [sys.executable, __file__, "layers", "--device", options.device]
         command += [f"--size={size}", f"--images={images}", f"--threads={threads}"]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-        found = json.loads(done.stdout.splitlines()[-1])
-        cells = " | ".join(f"{seconds:.3f}" for seconds in found["seconds"])
-        print(f"| {images} | {size}x{size} | {threads} | {cells} | {found['mebibytes']:.0f} |")
+        measurement = json.loads(done.stdout.splitlines()[-1])
+        cells = " | ".join(f"{seconds:.3f}" for seconds in measurement["seconds"])
+        print(
+            f"| {images} | {size}x{size} | {threads} | {cells} | {measurement['mebibytes']:.0f} |"
+        )
 
 
 @torch.no_grad()
@@ -319,14 +321,14 @@ def scaling(options: argparse.Namespace) -> None:
     print("|---|---|---|---|---|---|")
     for index, number in enumerate((1, 2)):
         for count in counts:
-            found = [each[count][index] for each in rounds]
-            alone = [each[1][index]["speed"] for each in rounds]
-            speeds = [each["speed"] for each in found]
+            measurements = [entry[count][index] for entry in rounds]
+            alone = [entry[1][index]["speed"] for entry in rounds]
+            speeds = [entry["speed"] for entry in measurements]
             shares = sorted(s / (count * a) for s, a in zip(speeds, alone, strict=True))
             middle = statistics.median(shares)
-            waits = statistics.median(each["exchange"] for each in found)
+            waits = statistics.median(entry["exchange"] for entry in measurements)
             print(
-                f"| {number} | {count} | {found[0]['message'] / 1e6:.2f} MB | "
+                f"| {number} | {count} | {measurements[0]['message'] / 1e6:.2f} MB | "
                 f"{statistics.median(speeds):.1f} | {middle:.0%} ({shares[0]:.0%} to "
                 f"{shares[-1]:.0%}) | {waits:.0%} of the time |"
             )
@@ -347,10 +349,10 @@ def _launch(count: int, options: argparse.Namespace) -> list[dict]:
         processes.append(
             subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
         )
-    said = [process.communicate()[0] for process in processes]
+    outputs = [process.communicate()[0] for process in processes]
     if any(process.returncode for process in processes):
         raise ValueError(f"ranks={count}: a process has failed, see its message")
-    return json.loads(said[0].splitlines()[-1])
+    return json.loads(outputs[0].splitlines()[-1])
 
 
 @torch.no_grad()
@@ -362,7 +364,7 @@ def _scaling_rank(options: argparse.Namespace) -> None:
         settings = read_settings(compose("train", ["layers=2", *learning]))
     device = torch_device(options.device)
     net = DeconvNet(settings.layer_settings(), settings.preprocessing).to(device)
-    found = []
+    measurements = []
     with started() as communicator:
         source = ImageSource.from_tensor(load_images(settings.data).images.to(device))
         training_set = TrainingSet(net, source, communicator=communicator)
@@ -383,8 +385,10 @@ def _scaling_rank(options: argparse.Namespace) -> None:
             loads = [_epoch(trainer).loads for _ in "ab"]
             synchronize(device)
             seconds = time.perf_counter() - start
-            exchange = max(sum(each[r].seconds["exchange"] for each in loads) for r in (0, -1))
-            found.append(
+            exchange = max(
+                sum(accumulators[r].seconds["exchange"] for accumulators in loads) for r in (0, -1)
+            )
+            measurements.append(
                 {
                     "speed": 2 * source.count / seconds,
                     "exchange": exchange / seconds,
@@ -393,7 +397,7 @@ def _scaling_rank(options: argparse.Namespace) -> None:
             )
             for _ in training_set.infer_next_layer(number):
                 pass
-    print(json.dumps(found))
+    print(json.dumps(measurements))
 
 
 def _epoch(trainer: LayerTrainer) -> EpochStats:
