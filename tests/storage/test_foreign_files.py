@@ -163,5 +163,5 @@ def test_a_list_of_runs_of_somebody_else_is_not_written_over(home, script, tmp_p
     (tmp_path / "multirun.yaml").write_text("mine: 1")
     command, *settings = COMMANDS[name]
     result = script(tmp_path, command, "-m", *settings, "hydra.sweep.dir=.")
-    assert result.code == 1 and "multirun.yaml: is there already" in result.err
+    assert result.code == 1 and "multirun.yaml: already exists" in result.err
     assert (tmp_path / "multirun.yaml").read_text() == "mine: 1"

@@ -155,7 +155,7 @@ def test_the_package_is_imported_and_computes_where_nothing_can_be_written(tmp_p
     env = {key: value for key, value in os.environ.items() if not key.startswith("NUMBA")}
     env |= nowhere | {"PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
     code = (
-        "import deconvnet, numpy as np; from deconvnet import kernels;"
+        "import deconvnet, numpy as np; from deconvnet.sparse_coding import kernels;"
         "print(deconvnet.__file__, kernels.leaders(np.eye(4), 2))"
     )
     done = subprocess.run(

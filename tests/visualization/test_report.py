@@ -321,7 +321,7 @@ def first(tmp_path_factory, images):
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )
 def test_only_what_depends_on_changed_settings_is_recomputed(
-    first, images, tmp_path, options, made_anew
+    first, images, tmp_path, options, recomputed
 ):
     folder = tmp_path / "out"
     shutil.copytree(first, folder, copy_function=shutil.copy2)
@@ -332,7 +332,7 @@ def test_only_what_depends_on_changed_settings_is_recomputed(
     subject = subject_of(net, options.pop("normalization", NORMALIZATION))
     data = LazyImages(images.items[: options.pop("images", 6)], crop=options.pop("crop", None))
     visualize_network(subject, data, settings_of(gallery=False, **options), folder)
-    assert changed(folder, before) == made_anew
+    assert changed(folder, before) == recomputed
 
 
 def test_a_damaged_file_stops_a_visualization_with_one_line(copied):
