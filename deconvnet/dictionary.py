@@ -32,6 +32,7 @@ from deconvnet.sparse_coding.solve import (
 )
 from deconvnet.storage.file_checks import InvalidFileError
 from deconvnet.storage.network_files import load_network, save_network
+from deconvnet.support.renaming import renamed_arguments
 from deconvnet.support.seeding import seeded_generator
 from deconvnet.support.torch_modes import plain
 from deconvnet.support.validation import (
@@ -197,6 +198,7 @@ class Learned:
         )
 
 
+@renamed_arguments(share="lam_ratio")
 def learn_filters(
     images: Tensor,
     num_maps: int | None = None,

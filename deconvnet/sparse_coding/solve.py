@@ -28,6 +28,7 @@ from deconvnet.sparse_coding.problem import (
     in_units,
 )
 from deconvnet.sparse_coding.proximal_gradient import fista, ista
+from deconvnet.support.renaming import renamed_arguments
 from deconvnet.support.scaling import Units, exponent, magnitude, times_power
 from deconvnet.support.torch_modes import plain
 from deconvnet.support.validation import (
@@ -69,6 +70,7 @@ SOLVERS: Mapping[str, Solver] = MappingProxyType(
 )
 
 
+@renamed_arguments(share="lam_ratio")
 @plain
 def sparse_code(
     images: Tensor,

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 Settings = TypeVar("Settings", bound=type)
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def renamed(**names: str) -> Callable[[Settings], Settings]:
@@ -33,6 +34,19 @@ def renamed(**names: str) -> Callable[[Settings], Settings]:
         settings.__init__ = __init__
         settings.RENAMED = current
         return settings
+
+    return decorate
+
+
+def renamed_arguments(**names: str) -> Callable[[Function], Function]:
+    """The same for the keyword arguments of a function: the old names work, with a warning."""
+
+    def decorate(function: Function) -> Function:
+        @functools.wraps(function)
+        def call(*values: Any, **fields: Any) -> Any:
+            return function(*values, **_current(fields, names, function.__name__))
+
+        return call
 
     return decorate
 

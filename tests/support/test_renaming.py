@@ -5,7 +5,9 @@ import inspect
 import warnings
 
 import pytest
+import torch
 
+import deconvnet
 from deconvnet.support.renaming import current_name, renamed, with_current_names
 
 
@@ -79,3 +81,11 @@ def test_a_class_with_old_names_of_its_own_knows_those_of_its_parent():
         child = Child(share=0.3, extra=2)
     assert (child.lam_ratio, child.more) == (0.3, 2)
     assert current_name(Child, "share") == "lam_ratio" and Inner.RENAMED == {"share": "lam_ratio"}
+
+
+def test_a_renamed_argument_of_a_function_works_under_its_old_name():
+    images, filters = torch.rand(1, 1, 8, 8), torch.eye(3)[None, None] / 3**0.5
+    solution = deconvnet.sparse_code(images, filters, lam_ratio=0.5)
+    with pytest.warns(FutureWarning, match="sparse_code: share is now called lam_ratio"):
+        assert torch.equal(deconvnet.sparse_code(images, filters, share=0.5).z, solution.z)
+    assert "share" not in inspect.signature(deconvnet.sparse_code).parameters
