@@ -202,8 +202,8 @@ class Learned:
 def learn_filters(
     images: Tensor,
     num_maps: int | None = None,
-    *,
     filter_size: int | None = None,
+    *,
     filters: Tensor | None = None,
     lam: float | None = None,
     lam_ratio: float | None = None,
@@ -262,8 +262,8 @@ def learn_filters(
 def learn_online(
     batches: Iterable[Tensor],
     num_maps: int | None = None,
-    *,
     filter_size: int | None = None,
+    *,
     filters: Tensor | None = None,
     lam: float | None = None,
     lam_ratio: float | None = None,
