@@ -123,6 +123,7 @@ class Learned:
         )
         return dataclasses.replace(more, history=[*self.history, *more.history])
 
+    @renamed_arguments(memory="averaging_batches")
     def learn_more_online(
         self,
         batches: Iterable[Tensor],
@@ -259,6 +260,7 @@ def learn_filters(
     )
 
 
+@renamed_arguments(share="lam_ratio", memory="averaging_batches")
 def learn_online(
     batches: Iterable[Tensor],
     num_maps: int | None = None,

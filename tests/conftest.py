@@ -18,9 +18,9 @@ ROOT = Path(__file__).resolve().parents[1]
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# Importing torch takes seconds, so it happens once: every run is a fork of this process, with its
-# own arguments, working folder and standard streams. What the scripts import when they first need
-# it is there as well.
+# Importing torch takes seconds, so it happens once: each run is a fork of this process, with its
+# own arguments, working folder and standard streams. Modules that commands import lazily are loaded
+# too.
 SERVER = """
 import atexit, contextlib, gc, importlib, json, os, sys, threading, weakref
 import numba, numpy as np
@@ -39,18 +39,18 @@ with contextlib.suppress(ImportError):  # of newer versions of Hydra
 for command in COMMANDS:
     importlib.import_module("deconvnet.cli." + command.replace("-", "_"))
 PIL.Image.init()
-numba.njit(lambda x: x[0])(np.ones(1))  # the first of all compilations makes the compiler ready
+numba.njit(lambda x: x[0])(np.ones(1))  # the first compilation initialises the compiler
 
-# What is the same in every run is done here: the types of the settings become known to Hydra, and
-# the configurations of this package and of Hydra are read. A run takes those from here, once.
+# Work that is the same for all runs happens here: the schemas are registered with Hydra, and the
+# YAML files of this package and of Hydra are read. Each run takes a file's content from here once.
 Plugins.instance()
 launch.register()
 launch.register = lambda: None
-ready, wanted = {}, []
-let_files_be_read = launch.read_files_as_written
+configs, requests = {}, []
+original_read_files = launch.read_files_as_written
 
 def read_files_as_written(schema):
-    let_files_be_read(schema)
+    original_read_files(schema)
     for kind in ("file", "pkg"):
         source = SourcesRegistry.instance().types[kind]
         if not hasattr(source, "load_config_from_file"):
@@ -58,13 +58,13 @@ def read_files_as_written(schema):
 
         def load_config(self, config_path):
             key = schema, self.path, config_path
-            wanted.append((key, self))
-            return ready.pop(key, None) or self.load_config_from_file(config_path)
+            requests.append((key, self))
+            return configs.pop(key, None) or self.load_config_from_file(config_path)
 
         source.load_config = load_config
 
 launch.read_files_as_written = read_files_as_written
-# Composing also makes the grammar of the arguments and the plugins ready.
+# Composing also loads the grammar of the arguments and the plugins.
 for command in COMMANDS:
     name = command.replace("-", "_")
     read_files_as_written(launch.SCHEMAS[name])
@@ -73,10 +73,10 @@ for command in COMMANDS:
         compose(name, return_hydra_config=True)
         if name in ("train", "train_cnn"):
             compose(name, ["data=folder"], return_hydra_config=True)
-for (schema, path, name), source in wanted:
+for (schema, path, name), source in requests:
     read_files_as_written(schema)
-    ready[schema, path, name] = source.load_config_from_file(name)
-# Of what is done at exit, taking libraries of torch apart is of no use.
+    configs[schema, path, name] = source.load_config_from_file(name)
+# At exit there is no need to unload torch's libraries.
 for finalizer in list(weakref.finalize._registry):
     finalizer.atexit = False
 gc.collect()
@@ -100,7 +100,7 @@ for number, name in enumerate(("/dev/null", order["out"], order["err"])):
     os.dup2(os.open(name, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT), number)
 os.chdir(order["folder"])
 sys.argv = ["deconvnet", *order["arguments"]]
-# Hydra composes all settings twice, the first time to read hydra.mode, which nobody sets here.
+# Hydra composes all settings twice, the first time only to read hydra.mode, which is not set here.
 if not any(argument[:1] == "-" or "hydra" in argument for argument in sys.argv[1:]):
     Hydra.get_mode = lambda *_, **__: None
 try:
@@ -111,7 +111,7 @@ except SystemExit as end:
     if not isinstance(code, int):
         print(code, file=sys.stderr)
         code = 1
-# What a Python process does at its end, but for taking all modules apart, which takes a second.
+# What a Python process does at exit, except unloading all modules, which takes a second.
 threading._shutdown()
 atexit._run_exitfuncs()
 sys.stdout.flush()
@@ -121,7 +121,7 @@ os._exit(code)
 
 
 def pytest_collection_finish():
-    """Modules and tests stay to the end: the garbage collector need not go through them again."""
+    """Keep the garbage collector from scanning modules and tests, which live until the end."""
     gc.collect()
     gc.freeze()
 

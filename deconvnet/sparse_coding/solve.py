@@ -93,10 +93,9 @@ def sparse_code(
 
     images: (N, C, H, W) of float32 or float64, coded without preprocessing; filters: (K, C, h, w);
     tensors or numpy arrays, but the solution holds tensors. lam weights the reconstruction, as in
-    the papers:
-    SPORCO's lambda is 1/lam, and its objective 1/lam times this one. lam_ratio instead of lam, in
-    (0, 1]: lambda relative to the smallest that makes all maps zero (`lam_from_ratio`). mask:
-    (N or 1, C or 1, H, W), >= 0; pixels where it is 0 are ignored and may have any value.
+    the papers: SPORCO's lambda is 1/lam, and its objective 1/lam times this one. lam_ratio instead
+    of lam, in (0, 1]: lambda relative to the smallest that makes all maps zero (`lam_from_ratio`).
+    mask: (N or 1, C or 1, H, W), >= 0; pixels where it is 0 are ignored and may have any value.
     p, weights (K,) or of the shape of the maps, group and non_negative: the prior, `prior.Prior`.
     settings: by default those of `default_solver`. chunk: at most this many images at a time, which
     bounds the memory beyond that of the maps and changes results by rounding only; None: a fast

@@ -88,4 +88,7 @@ def test_a_renamed_argument_of_a_function_works_under_its_old_name():
     solution = deconvnet.sparse_code(images, filters, lam_ratio=0.5)
     with pytest.warns(FutureWarning, match="sparse_code: share is now called lam_ratio"):
         assert torch.equal(deconvnet.sparse_code(images, filters, share=0.5).z, solution.z)
+    with pytest.warns(FutureWarning) as warned:
+        deconvnet.learn_online([images], 2, 3, share=0.5, memory=9.0)
+    assert ["averaging_batches" in str(w.message) for w in warned] == [False, True]
     assert "share" not in inspect.signature(deconvnet.sparse_code).parameters
