@@ -7,8 +7,9 @@ the maps do elsewhere (`survey`), and the images of the explorer pass the networ
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from deconvnet.visualization.gallery.exhibits import (
     Control,
     Example,
     Figure,
+    GalleryImage,
     GalleryLayer,
     GalleryMap,
     Source,
@@ -39,6 +41,7 @@ from deconvnet.visualization.gallery.relatives import (
 )
 from deconvnet.visualization.gallery.survey import Survey, survey_layers
 from deconvnet.visualization.gallery.wording import (
+    METHOD_NAMES,
     border_sentence,
     figure_caption,
     report_sentences,
@@ -51,3 +54,324 @@ from deconvnet.visualization.projection.projection import LayerInfo, crop
 from deconvnet.visualization.result import VisualizationResult
 from deconvnet.visualization.search.top_activations import Progress, get_image
 from deconvnet.visualization.search.top_projections import TopProjections
+
+# Images in the explorer, spread evenly over all.
+EXPLORER = 8
+# Maps of the control to show in each layer.
+CONTROL_MAPS = 6
+
+
+def write_result_gallery(
+    folder: Path,
+    result: VisualizationResult,
+    *,
+    explorer_images: int = EXPLORER,
+    notes: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> Path:
+    """Write the gallery of a result and return the path of its page.
+
+    explorer_images: images in the explorer, spread evenly over all; notes: further paragraphs.
+    """
+    count = min(explorer_images, len(result.images))
+    numbers = np.linspace(0, len(result.images) - 1, count).round().astype(int).tolist()
+    steps = itertools.count(1)
+    total = sum(len(p.maps) for p in result.projections.values()) + count
+
+    def step() -> None:
+        if progress:
+            progress(next(steps), total)
+
+    def images() -> Iterator[GalleryImage]:
+        for number in numbers:
+            yield explorer_image(result, number)
+            step()
+
+    surveys = survey_layers(
+        result.projector, result.images, partial(_searched, result), list(result.projections)
+    )
+    names = [_short_name(name) for name in result.images.names]
+    return write_gallery(
+        folder,
+        title=title_of(result),
+        subtitle=subtitle_of(result),
+        facts=_facts(result),
+        layers=(
+            _gallery_layer(result, layer, surveys[layer], names, step)
+            for layer in result.projections
+        ),
+        images=images(),
+        photographs=Photographs(names, _Pictures(result.images)),
+        figures=[
+            Figure(picture, figure_caption(name, result.projections))
+            for name, picture in result.pictures.items()
+            if name not in result.projections
+        ],
+        notes=[
+            *(
+                f"{layer}, {METHOD_NAMES.get(method, method)}: {report_sentences(report)}"
+                for layer, projections in result.projections.items()
+                for method, report in projections.reports.items()
+            ),
+            *notes,
+        ],
+    )
+
+
+class _Pictures:
+    """The images of a data set without their labels."""
+
+    def __init__(self, images: Sequence):
+        self.images = images
+
+    def __getitem__(self, number: int) -> Tensor:
+        return get_image(self.images[number])
+
+
+def _short_name(name: str) -> str:
+    """The name of an image with its folder, which is often its class."""
+    return "/".join(Path(name).parts[-2:])
+
+
+def _facts(result: VisualizationResult) -> dict[str, str | int]:
+    model = result.model
+    return {
+        "network": model.name,
+        "weights": model.weights,
+        "images searched": len(result.images),
+        "sha256 of its parameters": model.digest,
+    }
+
+
+def _searched(result: VisualizationResult, image: Tensor) -> dict[str, Tensor]:
+    """By layer, the positions (H, W) whose receptive field lies inside an image (3, H, W), for
+    layers of which only these were searched."""
+    return {
+        layer: result.infos[layer].inside(tuple(image.shape[1:]))
+        for layer, projections in result.projections.items()
+        if not projections.border.any()
+    }
+
+
+def _gallery_layer(
+    result: VisualizationResult,
+    layer: str,
+    survey: Survey,
+    names: list[str],
+    step: Callable[[], None],
+) -> GalleryLayer:
+    info, top = result.infos[layer], result.top_activations[layer]
+    projections = result.projections[layer]
+    facts: dict[str, str | float] = {
+        "dead maps": int(top.dead.sum()),
+        "active positions": f"{top.density_sum.mean() / top.num_images:.2%}",
+    }
+    boards = projections.checkerboard[np.isfinite(projections.checkerboard)]
+    if len(boards):
+        facts["checkerboard (median)"] = f"{np.median(boards):.2f}"
+    content = _LayerContent.of(result, layer, survey, names)
+    return GalleryLayer(
+        layer,
+        layer,
+        (content.map(row, step) for row in range(len(projections.maps))),
+        kind=_kind(result, info),
+        shape=info.shape,
+        field=info.field,
+        stride=info.stride,
+        facts=facts,
+        control=_control(result, layer),
+        below=content.below,
+        notes=[note for note in (border_sentence(projections),) if note],
+    )
+
+
+def _kind(result: VisualizationResult, info: LayerInfo) -> str:
+    if not result.projector.is_deconvnet:
+        return info.kind
+    number = int(info.name.removeprefix("layer"))
+    size = result.projector.model.layer(number).settings.filter_size
+    return f"deconvolution, {size}×{size} filters"
+
+
+def _control(result: VisualizationResult, layer: str) -> Control | None:
+    control = result.control.get(layer)
+    if control is None:
+        return None
+    shown = {}
+    for row in range(min(len(control.maps), CONTROL_MAPS)):
+        tiles = _shaded(control, row, control.methods[0], result.contrast)
+        shown[int(control.maps[row])] = tiles if len(tiles) else None
+    return Control(shown)
+
+
+def _shaded(projections: TopProjections, row: int, method: str, contrast: float) -> Tensor:
+    """The tiles of a map by one method, (k, 3, h, w) in [0, 1], with the signs of the activations
+    taken out."""
+    count = projections.count(row)
+    signs = projections.signs[row, :count, None, None, None].astype(np.float32)
+    tiles = torch.from_numpy(projections.tiles[method][row, :count].astype(np.float32) * signs)
+    return shade_projections(tiles, contrast=contrast)
+
+
+@dataclass(frozen=True)
+class _LayerContent:
+    """What the maps of one layer need, computed once.
+
+    filters: of all maps, shaded, if the layer sees pixels; similar, coactive: (M, M) and (K, K);
+    below: the name of the layer that its maps are made of; weights: (K, C), of these.
+    """
+
+    result: VisualizationResult
+    layer: str
+    survey: Survey
+    names: list[str]
+    filters: Tensor | None
+    similar: np.ndarray
+    coactive: np.ndarray | None
+    below: str | None
+    weights: np.ndarray | None
+
+    @classmethod
+    def of(
+        cls, result: VisualizationResult, layer: str, survey: Survey, names: list[str]
+    ) -> _LayerContent:
+        projections, projector = result.projections[layer], result.projector
+        filters = pixel_filters(projector)
+        is_first = filters is not None and filters[0] == layer.partition("#")[0]
+        # Of unit strength, with the sign taken out, zero where there is no activation.
+        tiles = projections.tiles[projections.methods[0]][:, 0].astype(np.float32)
+        strongest = torch.from_numpy(tiles * projections.signs[:, 0, None, None, None])
+        number = int(layer.removeprefix("layer")) if projector.is_deconvnet else 0
+        weights = filter_weights(projector.model, number) if number > 1 else None
+        return cls(
+            result,
+            layer,
+            survey,
+            names,
+            shade_signed(filters[1]) if is_first else None,
+            similarities(strongest),
+            survey.correlations(),
+            f"layer{number - 1}" if number > 1 else None,
+            weights,
+        )
+
+    def map(self, row: int, step: Callable[[], None]) -> GalleryMap:
+        """The map in this row of the projections."""
+        result, projections = self.result, self.result.projections[self.layer]
+        top, number = result.top_activations[self.layer], int(projections.maps[row])
+        count = projections.count(row)
+        spectrum, spectrum_patches = self._spectrum(row)
+        e = result.evolutions.get(self.layer)
+        has_evolution = e is not None and number in e.maps
+        patches = torch.from_numpy(projections.patches[row, :count]).float() / 255
+        step()
+        return GalleryMap(
+            number,
+            {
+                method: _shaded(projections, row, method, result.contrast)
+                for method in projections.methods
+            },
+            patches if count else None,
+            [self._example(row, rank) for rank in range(count)],
+            label=self._label(number),
+            statistics={
+                "strongest activation": float(np.abs(projections.values[row, 0])) if count else 0.0,
+                "mean of the strongest per image": float(top.peak_sum[number] / top.num_images),
+                "active in images, %": 100 * float(top.active_images[number] / top.num_images),
+                "active positions, %": 100 * float(top.density_sum[number] / top.num_images),
+            },
+            filter=None if self.filters is None else self.filters[number],
+            spectrum=spectrum,
+            spectrum_patches=spectrum_patches,
+            histogram=self.survey.histogram(number),
+            similar=closest(self.similar[row], projections.maps, number),
+            coactive=self._coactive(number),
+            sources=self._sources(row) if count else (),
+            evolution=_evolution_tiles(e, e.maps.index(number)) if has_evolution else None,
+            epochs=e.epochs if has_evolution else (),
+        )
+
+    def _label(self, number: int) -> str:
+        """The class of a map, if there is one map for each."""
+        labels, shape = self.result.model.labels, self.result.infos[self.layer].shape
+        is_output = labels is not None and shape[0] == len(labels) and shape[1:] == (1, 1)
+        return labels[number] if is_output else ""
+
+    def _example(self, row: int, rank: int) -> Example:
+        projections = self.result.projections[self.layer]
+        image, _, i, j = projections.units[row, rank].tolist()
+        return Example(
+            self.names[image],
+            float(projections.values[row, rank]),
+            image,
+            (i, j),
+            projections.boxes[row, rank].tolist(),
+            projections.windows[row, rank].tolist(),
+            bool(projections.border[row, rank]),
+        )
+
+    def _spectrum(self, row: int) -> tuple[list[Example], Tensor | None]:
+        """Examples at lower activations, and the image there."""
+        projections, info = self.result.projections[self.layer], self.result.infos[self.layer]
+        number = int(projections.maps[row])
+        strongest = projections.units[row, : projections.count(row), 0].tolist()
+        examples, patches = [], []
+        for share, n in self.survey.spectrum(number, without=strongest):
+            image = int(self.survey.images[n])
+            unit = int(self.survey.rows[n, number]), int(self.survey.columns[n, number])
+            pixels = get_image(self.result.images[image])
+            window = _window_of(unit, info, row, projections)
+            patch = crop(pixels[None], torch.tensor([window]), fill=0.5)[0]
+            size = projections.patches.shape[3:]
+            if tuple(patch.shape[1:]) != size:
+                patch = F.interpolate(patch[None], size, mode="bilinear", antialias=True)[0]
+            patches.append(patch)
+            value = float(self.survey.peaks[n, number])
+            examples.append(
+                Example(self.names[image], value, image, unit, window=window, share=share)
+            )
+        return examples, torch.stack(patches).clamp(0, 1) if patches else None
+
+    def _coactive(self, number: int) -> list[tuple[int, float]]:
+        if self.coactive is None:
+            return []
+        shown = self.result.projections[self.layer].maps
+        return closest(self.coactive[number, shown], shown, number)
+
+    def _sources(self, row: int) -> list[Source]:
+        """The maps below with the largest weights, and what each adds to the strongest example."""
+        if self.weights is None:
+            return []
+        projector, projections = self.result.projector, self.result.projections[self.layer]
+        net, depth = projector.model, int(self.layer.removeprefix("layer"))
+        image, number, i, j = projections.units[row, 0].tolist()
+        channels = np.argsort(-self.weights[number], kind="stable")[:SOURCES]
+        channels = [int(c) for c in channels if self.weights[number, c] > 0]
+        x = projector.prepare(get_image(self.result.images[image])[None])
+        codes = projector.backend.codes(x, depth)
+        parts = separate_sources(net, codes, depth, (0, number, i, j), channels)
+        windows = torch.from_numpy(projections.windows[row, :1]).expand(len(parts), -1)
+        tiles = projector.signed_rgb(crop(parts, windows)).cpu() * float(projections.signs[row, 0])
+        # One scale for all, so that a reader sees which of them matter.
+        shaded = shade_signed(tiles, quantile_magnitude(tiles.flatten()[None], 0.995))
+        return [
+            Source(pooled_maps(net, depth, c), float(self.weights[number, c]), picture)
+            for c, picture in zip(channels, shaded, strict=True)
+        ]
+
+
+def _window_of(
+    unit: tuple[int, int], info: LayerInfo, row: int, projections: TopProjections
+) -> list[int]:
+    """What a tile of a unit (row, column) shows: the window of the strongest example in a row of
+    the projections, moved by the distance of the two units."""
+    window, strongest = projections.windows[row, 0].tolist(), projections.units[row, 0, 2:].tolist()
+    if info.stride is None:  # units without a place of their own see the whole image
+        return window
+    shift = [(n - m) * step for n, m, step in zip(unit, strongest, info.stride, strict=True)]
+    return [edge + shift[axis % 2] for axis, edge in enumerate(window)]
+
+
+def _evolution_tiles(e: Evolution, row: int) -> Tensor:
+    tiles = e.tiles[:, row].float()
+    return shade_signed(tiles, quantile_magnitude(tiles))

@@ -1,9 +1,9 @@
 """The files of an image of the explorer: the picture, its reconstructions, maps and parts.
 
-    images/<n>/picture.webp             the image
-    images/<n>/<m>-<layer>*             its reconstruction, strongest maps and parts in a layer
-    images/<n>/layers.js                their data, for the page
-    images/<n>/repainting-<m>.js        the data of a reconstruction that the page can repaint
+images/<n>/picture.webp             the image
+images/<n>/<m>-<layer>*             its reconstruction, strongest maps and parts in a layer
+images/<n>/layers.js                their data, for the page
+images/<n>/repainting-<m>.js        the data of a reconstruction that the page can repaint
 """
 
 from __future__ import annotations
@@ -68,9 +68,7 @@ def _write_image_layer(root: Path, place: str, count: int, layer: ImageLayer, wh
     entry: dict = {"name": layer.name, "facts": fact_texts(layer.facts)}
     if layer.reconstruction is not None:
         reconstruction = check_picture(layer.reconstruction, f"{where}, reconstruction")
-        entry["reconstruction"] = write_picture(
-            root, at, reconstruction, PICTURE, photographs=True
-        )
+        entry["reconstruction"] = write_picture(root, at, reconstruction, PICTURE, photographs=True)
     if layer.repainting is not None:
         data = repainting_data(layer.repainting)
         entry["repainting"] = write_script(root, f"{place}/repainting-{count}.js", data)

@@ -1,9 +1,9 @@
 """The files of a layer: sheets with one tile of every map, one sheet for each map, and its data.
 
-    layers/<n>-<name>/<method>.webp     one tile of every map; also patches, filters, few, control
-    layers/<n>-<name>/maps/<k>.webp     all tiles of map k; maps/<k>-evolution of its training
-    layers/<n>-<name>/features.json     everything about the maps but the pictures
-    layers/<n>-<name>/features.js       the same for the page, which may not read JSON as a file
+layers/<n>-<name>/<method>.webp     one tile of every map; also patches, filters, few, control
+layers/<n>-<name>/maps/<k>.webp     all tiles of map k; maps/<k>-evolution of its training
+layers/<n>-<name>/features.json     everything about the maps but the pictures
+layers/<n>-<name>/features.js       the same for the page, which may not read JSON as a file
 """
 
 from __future__ import annotations
@@ -167,7 +167,9 @@ def _first_tiles(shown: GalleryMap, where: str) -> dict[str, np.ndarray | None]:
     """The tiles of a map on the wall: its strongest example in each form, and its filter."""
     pictures = {**shown.projections, "patches": shown.patches}
     tiles = {
-        key: to_tile(given[0], f"{where}, {key}", WALL) if given is not None and len(given) else None
+        key: to_tile(given[0], f"{where}, {key}", WALL)
+        if given is not None and len(given)
+        else None
         for key, given in pictures.items()
     }
     filter = shown.filter

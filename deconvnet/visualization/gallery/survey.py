@@ -90,7 +90,9 @@ def survey_layers(
     masks: from an image (3, H, W), by layer, the positions (H, W) to look at; all for a layer that
     is missing.
     """
-    numbers = np.unique(np.linspace(0, len(images) - 1, min(count, len(images))).round().astype(int))
+    numbers = np.unique(
+        np.linspace(0, len(images) - 1, min(count, len(images))).round().astype(int)
+    )
     parts: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {layer: [] for layer in layers}
     widths: dict[str, list[np.ndarray]] = {layer: [] for layer in layers}
     for start in range(0, len(numbers), projector.batch):

@@ -11,6 +11,12 @@ from deconvnet.visualization.projection.projection import ProjectionReport
 from deconvnet.visualization.result import VisualizationResult
 from deconvnet.visualization.search.top_projections import TopProjections
 
+METHOD_NAMES = {
+    "generative": "projection",
+    "deconv": "deconvnet",
+    "guided": "guided backpropagation",
+    "gradient": "gradient",
+}
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
@@ -54,7 +60,9 @@ def report_sentences(report: ProjectionReport) -> str:
     if report.uneven:
         names = ", ".join(uneven.layer for uneven in report.uneven)
         state = (
-            "was divided out" if report.overlap == "normalised" else "may show as a fine checkerboard"
+            "was divided out"
+            if report.overlap == "normalised"
+            else "may show as a fine checkerboard"
         )
         sentences.append(f"The uneven overlap of the strided convolution {names} {state}.")
     return " ".join(sentences)
