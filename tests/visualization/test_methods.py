@@ -32,7 +32,7 @@ def test_layers_above_max_pooling_are_projected_by_deconv_and_others_by_guided()
     assert projector(x, "3", UNITS).report.method == "deconv"
     report = projector(x, "1", UNITS).report
     assert report.method == "guided"
-    assert "guided, because no switch of max pooling is passed: " in str(report)
+    assert "chosen because no switch of max pooling is passed" in str(report)
 
 
 def test_without_switches_deconv_gives_one_picture_for_all_images_and_says_so():
@@ -83,8 +83,9 @@ def test_without_rules_auto_is_the_gradient_and_says_so(caplog):
     projector = Projector(model)
     assert projector.methods_of(x, "3") == ("gradient",)
     found = projector(x, "3", UNITS)
-    reason = "gradient, because deconv has no rule for tanh x1"
-    assert reason in str(found.report) and reason in caplog.text
+    reason = "because deconv has no rule for tanh x1"
+    assert f"gradient: rectified 1, switched 0 times; chosen {reason}" in str(found.report)
+    assert f"layer 3: its gradient is shown, {reason}" in caplog.text
     assert len(caplog.records) == 1, "once for a layer"
     assert_close(found.images, Projector(model, method="gradient")(x, "3", UNITS).images)
     with pytest.raises(ValueError, match="layer '3': guided has no rule for tanh x1; strict=False"):

@@ -129,7 +129,7 @@ class CnnBackend:
                 operations = self._read(self._up_to(x[:1], layer, True), True)
             self._choices[key] = choice = _choice(operations, strict=self.strict)
             if choice.methods == ("gradient",):
-                logger.warning("layer %s: the projection is the %s", layer, choice.reason)
+                logger.warning("layer %s: its gradient is shown, because %s", layer, choice.reason)
         return self._choices[key]
 
     def _reasons(self, x: Tensor, layer: str) -> dict[str, str]:
@@ -450,11 +450,11 @@ class _Result:
 def _choice(operations: Operations, *, strict: bool) -> MethodChoice:
     """The methods for a layer above these operations."""
     if strict and operations.unsupported:
-        reason = f"gradient, because deconv has no rule for {counted(operations.unsupported)}"
+        reason = f"deconv has no rule for {counted(operations.unsupported)}"
         return MethodChoice(("gradient",), reason)
     if operations.switches:
         return MethodChoice(("deconv", "guided"), "")
-    return MethodChoice(("guided", "deconv"), "guided, because no switch of max pooling is passed")
+    return MethodChoice(("guided", "deconv"), "no switch of max pooling is passed")
 
 
 def _key(x: Tensor, layer: str) -> tuple[str | int, ...]:

@@ -158,10 +158,9 @@ class ProjectionReport:
         return not (self.extended or self.unsupported) and self.overlap == "sum"
 
     def __str__(self) -> str:
-        reason = self.reason.removeprefix(self.method)
-        lines = [
-            f"{self.method}{reason}: rectified {self.rectified}, switched {self.switched} times"
-        ]
+        lines = [f"{self.method}: rectified {self.rectified}, switched {self.switched} times"]
+        if self.reason:
+            lines.append(f"chosen because {self.reason}")
         if self.rectified and not self.depends_on_image:
             lines.append(SAME_PICTURE)
         for key in ("exact", "linear", "extended", "skipped", "unsupported"):
