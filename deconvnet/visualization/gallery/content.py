@@ -29,7 +29,6 @@ from deconvnet.visualization.gallery.exhibits import (
 )
 from deconvnet.visualization.gallery.explorer import explorer_image
 from deconvnet.visualization.gallery.gallery import write_gallery
-from deconvnet.visualization.gallery.layer_files import TILE
 from deconvnet.visualization.gallery.photographs import Photographs
 from deconvnet.visualization.gallery.relatives import (
     SOURCES,
@@ -320,11 +319,12 @@ class _LayerContent:
             image = int(self.survey.images[n])
             unit = int(self.survey.rows[n, number]), int(self.survey.columns[n, number])
             pixels = get_image(self.result.images[image])
-            window = _window_of(unit, info, row, projections)
+            size = tuple(pixels.shape[1:])
+            window = _window_of(unit, info, row, projections, size)
             patch = crop(pixels[None], torch.tensor([window]), fill=0.5)[0]
-            size = projections.patches.shape[3:]
-            if tuple(patch.shape[1:]) != size:
-                patch = F.interpolate(patch[None], size, mode="bilinear", antialias=True)[0]
+            tile = projections.patches.shape[3:]
+            if tuple(patch.shape[1:]) != tile:
+                patch = F.interpolate(patch[None], tile, mode="bilinear", antialias=True)[0]
             patches.append(patch)
             value = float(self.survey.peaks[n, number])
             examples.append(
@@ -361,15 +361,24 @@ class _LayerContent:
 
 
 def _window_of(
-    unit: tuple[int, int], info: LayerInfo, row: int, projections: TopProjections
+    unit: tuple[int, int],
+    info: LayerInfo,
+    row: int,
+    projections: TopProjections,
+    image: tuple[int, int],
 ) -> list[int]:
     """What a tile of a unit (row, column) shows: the window of the strongest example in a row of
-    the projections, moved by the distance of the two units."""
-    window, strongest = projections.windows[row, 0].tolist(), projections.units[row, 0, 2:].tolist()
-    if info.stride is None:  # units without a place of their own see the whole image
+    the projections, moved by the distance of the two units; along an axis where it is the whole
+    image, it stays."""
+    window = projections.windows[row, 0].tolist()
+    if info.stride is None:  # units without a place of their own
         return window
-    shift = [(n - m) * step for n, m, step in zip(unit, strongest, info.stride, strict=True)]
-    return [edge + shift[axis % 2] for axis, edge in enumerate(window)]
+    strongest = projections.units[row, 0, 2:].tolist()
+    for axis, (n, m, step) in enumerate(zip(unit, strongest, info.stride, strict=True)):
+        if window[axis::2] != [0, image[axis]]:
+            window[axis] += (n - m) * step
+            window[axis + 2] += (n - m) * step
+    return window
 
 
 def _evolution_tiles(e: Evolution, row: int) -> Tensor:

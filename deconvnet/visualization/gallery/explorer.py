@@ -96,12 +96,14 @@ def _with_reconstruction(result: VisualizationResult, x: Tensor, shown: ImageLay
         "non-zero": f"{codes.layer(number).density:.2%} of z",
     }
     picture = shade_signed(signed_rgb(net, reconstruction), white)[0].cpu()
-    active = bool(torch.count_nonzero(codes.layer(number).z))
+    # Of the first layer, too many activations paint too little each.
+    repainted = number >= min(2, net.depth)
+    repainted = repainted and bool(torch.count_nonzero(codes.layer(number).z))
     return ImageLayer(
         shown.name,
         picture,
         facts,
         shown.maps,
         shown.parts,
-        repainting(net, codes, number) if active else None,
+        repainting(net, codes, number) if repainted else None,
     )

@@ -101,7 +101,7 @@ def figure_caption(name: str, layers: Mapping[str, object]) -> str:
     if layer == "occlusion" and kind.isdigit():
         return (
             f"Occlusion of image {int(kind) + 1}: a grey square slides over the image; where it "
-            "covers what the map responds to, the activity falls (Zeiler and Fergus 2014, figure 7)."
+            "covers what the map responds to, its activity falls (Zeiler and Fergus 2014, fig. 7)."
         )
     return name.replace("-", " ")
 
