@@ -41,8 +41,9 @@ from deconvnet.visualization.gallery.relatives import (
 from deconvnet.visualization.gallery.survey import Survey, survey_layers
 from deconvnet.visualization.gallery.wording import (
     METHOD_NAMES,
-    border_sentence,
+    border_sentences,
     figure_caption,
+    method_sentences,
     report_sentences,
     subtitle_of,
     title_of,
@@ -144,11 +145,13 @@ def _facts(result: VisualizationResult) -> dict[str, str | int]:
 
 def _searched(result: VisualizationResult, image: Tensor) -> dict[str, Tensor]:
     """By layer, the positions (H, W) whose receptive field lies inside an image (3, H, W), for
-    layers of which only these were searched."""
+    layers without border units among their examples."""
+    projector = result.projector
+    infos = projector.layers(projector.prepare(image[None]))
     return {
-        layer: result.infos[layer].inside(tuple(image.shape[1:]))
-        for layer, projections in result.projections.items()
-        if not projections.border.any()
+        info.name: info.inside(tuple(image.shape[1:]))
+        for info in infos
+        if info.name in result.projections and not result.projections[info.name].border.any()
     }
 
 
@@ -180,7 +183,7 @@ def _gallery_layer(
         facts=facts,
         control=_control(result, layer),
         below=content.below,
-        notes=[note for note in (border_sentence(projections),) if note],
+        notes=[*method_sentences(projections), *border_sentences(projections)],
     )
 
 

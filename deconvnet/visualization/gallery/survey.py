@@ -87,18 +87,22 @@ def survey_layers(
 ) -> dict[str, Survey]:
     """Survey some layers on `count` images, spread evenly over all.
 
-    masks: from an image (3, H, W), by layer, the positions (H, W) to look at; all for a layer that
-    is missing.
+    masks: from the first image (3, H, W) of each size, by layer, the positions (H, W) to look at;
+    all for a layer that is missing.
     """
     numbers = np.unique(
         np.linspace(0, len(images) - 1, min(count, len(images))).round().astype(int)
     )
     parts: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {layer: [] for layer in layers}
     widths: dict[str, list[np.ndarray]] = {layer: [] for layer in layers}
+    allowed_by_size: dict[torch.Size, dict[str, Tensor]] = {}
     for start in range(0, len(numbers), projector.batch):
         pixels = [get_image(images[int(n)]) for n in numbers[start : start + projector.batch]]
         for group in group_by_size(pixels):
-            allowed = masks(pixels[group[0]])
+            size = pixels[group[0]].shape
+            if size not in allowed_by_size:
+                allowed_by_size[size] = masks(pixels[group[0]])
+            allowed = allowed_by_size[size]
 
             def reduce(layer: str, maps: Tensor, allowed: dict = allowed) -> None:
                 if layer in allowed:

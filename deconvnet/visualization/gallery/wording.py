@@ -68,16 +68,32 @@ def report_sentences(report: ProjectionReport) -> str:
     return " ".join(sentences)
 
 
-def border_sentence(projections: TopProjections) -> str | None:
-    """Whether examples include units at the border of their image; None if there are none."""
+def method_sentences(projections: TopProjections) -> list[str]:
+    """What a reader should know of the methods of a layer: why the first one is the first, and
+    which of them does not depend on the image."""
+    notes = []
+    for method, report in projections.reports.items():
+        name = METHOD_NAMES.get(method, method)
+        if report.reason:
+            notes.append(f"Shown with {name}, because {report.reason}.")
+        elif method == "deconv" and not report.depends_on_image:
+            notes.append(
+                f"No max pooling lies between this layer and the pixels, so {name} projections of "
+                "a map look the same for every image."
+            )
+    return notes
+
+
+def border_sentences(projections: TopProjections) -> list[str]:
+    """How many examples are units at the border of their image; nothing if there are none."""
     found = np.isfinite(projections.values)
     border = int((projections.border & found).sum())
     if border == 0:
-        return None
-    return (
+        return []
+    return [
         f"Border units are included: in {border} of the {int(found.sum())} strongest examples the "
         "receptive field reaches beyond the image, where a unit sees padding."
-    )
+    ]
 
 
 def figure_caption(name: str, layers: Mapping[str, object]) -> str:

@@ -65,7 +65,7 @@
         photo ? element("span", { class: "photo" }, photo) : null,
         example ? element("span", { class: "number" },
           element("b", {}, number(example.value)), marks.map((mark) => element("i", { class: "badge" }, mark)),
-          element("span", { class: "name" }, example.image)) : null));
+          element("span", { class: "name", title: example.image }, example.image)) : null));
     });
     const list = element("ol", { class: "examples", role: "list", "aria-label": "The strongest activations" }, columns);
     list.addEventListener("keydown", gallery.moveInGrid);
@@ -166,7 +166,7 @@
         const photo = photograph(example);
         return element("li", {}, tile(map.sheets.spectrum, n, `image patch: ${sentence(example)}`),
           photo ? element("a", { class: "photo", href: link({ photo: example.photograph }) }, photo) : null,
-          element("span", { class: "number" }, element("b", {}, `${Math.round(100 * example.share)}%`), ` ${number(example.value)}`, element("span", { class: "name" }, example.image)));
+          element("span", { class: "number" }, element("b", {}, `${Math.round(100 * example.share)}%`), ` ${number(example.value)}`, element("span", { class: "name", title: example.image }, example.image)));
       })));
   }
 

@@ -104,7 +104,8 @@
     function update() {
       const painted = sum();
       paint(canvas, painted, [height, width], stored.white);
-      error.textContent = `${number(decibels(painted))} dB`;
+      const snr = decibels(painted);
+      error.textContent = Number.isFinite(snr) ? `${number(snr)} dB` : "exact";
       const count = parts.filter((part) => part.on).length;
       used.textContent = `${count} of ${parts.length}`;
       buttons.forEach((button, n) => button.setAttribute("aria-pressed", String(parts[n].on)));
