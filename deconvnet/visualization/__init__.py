@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from deconvnet.visualization.projection.feature_projection import PixelFeatures, pixel_features
     from deconvnet.visualization.projection.projector import Projector
     from deconvnet.visualization.report import visualize_network
+    from deconvnet.visualization.search.projecting import project_top_activations
     from deconvnet.visualization.search.randomization import shuffle_weights
     from deconvnet.visualization.search.top_activations import find_top_activations
-    from deconvnet.visualization.search.top_projections import project_top_activations
     from deconvnet.visualization.settings import VisualizationSettings
 
 # The module that defines each public name, below this package.
@@ -48,7 +48,7 @@ MODULES = {
     "pixel_features": "projection.feature_projection",
     "project_activations": "pictures.image_decomposition",
     "project_checkpoints": "evolution.from_checkpoints",
-    "project_top_activations": "search.top_projections",
+    "project_top_activations": "search.projecting",
     "projection_grid": "pictures.projection_grids",
     "shuffle_weights": "search.randomization",
     "strongest_activations": "pictures.image_decomposition",

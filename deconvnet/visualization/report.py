@@ -52,6 +52,7 @@ from deconvnet.visualization.pictures.projection_grids import (
 from deconvnet.visualization.projection.projection import suggest_layers
 from deconvnet.visualization.projection.projector import Projector
 from deconvnet.visualization.result import VisualizationResult
+from deconvnet.visualization.search.projecting import project_top_activations
 from deconvnet.visualization.search.randomization import shuffle_weights
 from deconvnet.visualization.search.top_activations import (
     Progress,
@@ -60,11 +61,7 @@ from deconvnet.visualization.search.top_activations import (
     group_by_size,
     merge_top_activations,
 )
-from deconvnet.visualization.search.top_projections import (
-    TopProjections,
-    load_top_projections,
-    project_top_activations,
-)
+from deconvnet.visualization.search.top_projections import TopProjections, load_top_projections
 from deconvnet.visualization.settings import VisualizationSettings
 
 log = logging.getLogger(__name__)
