@@ -162,7 +162,11 @@ def test_units_of_fewer_pixels_than_their_layer_keep_their_scale(textures, monke
 
 def test_images_of_different_sizes_give_tiles_of_one_size(textures):
     projector = Projector(seeded(two_layers), batch=4)
-    images = [*textures(2, 3, 12, 14), *textures(2, 3, 16, 10, seed=1), *textures(2, 3, 12, 14, seed=2)]
+    images = [
+        *textures(2, 3, 12, 14),
+        *textures(2, 3, 16, 10, seed=1),
+        *textures(2, 3, 12, 14, seed=2),
+    ]
     top = find_top_activations(projector, images, ["4"], k=6)["4"]
     found = project_fields(projector, images, "4", top)
     assert shown(found).shape[3:] == (8, 8)
@@ -180,9 +184,9 @@ def test_only_some_units_and_images_are_projected_at_a_time(trained, monkeypatch
     asked, told = [], []
 
     class Watched(Projector):
-        def __call__(self, x, layer, units, **options):
+        def by_method(self, x, layer, units, **options):
             asked.append((len(x), len(units)))
-            return super().__call__(x, layer, units, **options)
+            return super().by_method(x, layer, units, **options)
 
     watched = Watched(projector.model, normalization=projector.normalization, batch=2)
     found = project_fields(watched, images, "4", tops["4"], progress=lambda *at: told.append(at))

@@ -24,7 +24,7 @@ from deconvnet.visualization.search.top_activations import (
     get_image,
     group_by_size,
 )
-from deconvnet.visualization.search.top_projections import TopProjections
+from deconvnet.visualization.search.top_projections import EMPTY, TopProjections
 
 # Units to project at a time: each projection is as large as the input.
 CHUNK = 32
@@ -183,7 +183,7 @@ def _projections(
         for start in range(0, len(group), CHUNK):
             chunk = group[start : start + CHUNK]
             local = [(numbers.index(image), *rest) for image, *rest in (r.unit for r in chunk)]
-            yield chunk, _by_method(projector, x, layer, local), pixels
+            yield chunk, projector.by_method(x, layer, local), pixels
 
 
 def _measure(
@@ -254,14 +254,6 @@ def _by_image(units: list[RankedUnit], count: int) -> Iterator[list[RankedUnit]]
         yield group
 
 
-def _by_method(
-    projector: Projector, x: Tensor, layer: str, units: list[tuple[int, int, int, int]]
-) -> dict[str, Projection]:
-    if hasattr(projector, "by_method"):
-        return projector.by_method(x, layer, units)
-    return {projector.method: projector(x, layer, units)}
-
-
 def _empty(
     layer: str, maps: list[int], k: int, part: _Part, effective: EffectiveField | None
 ) -> TopProjections:
@@ -328,13 +320,11 @@ def _count(result: TopProjections | None, row: int) -> int:
 
 def _drop_repetitions(result: TopProjections) -> None:
     """Drop activations whose patches look like that of a stronger one of the map."""
-    empty = {"units": -1, "values": np.nan, "boxes": -1, "windows": -1, "border": False}
-    empty |= {"patches": 128, "checkerboard": np.nan}
     for row in range(len(result.maps)):
         kept = _distinct(result.patches[row, : result.count(row)])
         if len(kept) == result.count(row):
             continue
-        for name, value in empty.items():
+        for name, value in EMPTY.items():
             _keep(getattr(result, name)[row], kept, value)
         for tiles in result.tiles.values():
             _keep(tiles[row], kept, 0)

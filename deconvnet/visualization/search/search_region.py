@@ -21,8 +21,8 @@ def searched_units(info: LayerInfo, image: tuple[int, int]) -> Tensor:
     """(H, W): whether the unit there is searched in images of these sides.
 
     These are the units whose receptive field lies inside the image if they are at least a quarter
-    of all; otherwise those in the half of the rows and of the columns that are closest to the middle
-    of the image (see `includes_border`). All if a unit depends on the whole image.
+    of all; otherwise those in the half of the rows and of the columns that are closest to the
+    middle of the image (see `includes_border`). All if a unit depends on the whole image.
     """
     inside = info.inside(image)
     return inside if inside.double().mean() >= ENOUGH else _in_the_middle(info, image)

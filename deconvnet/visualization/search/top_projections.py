@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +73,12 @@ class TopProjections:
         """The number of activations of the map in this row; 0 if it is dead."""
         return int(np.isfinite(self.values[row]).sum())
 
+    def without_activations(self) -> TopProjections:
+        """The same maps, none of which is ever active."""
+        empty = {name: np.full_like(getattr(self, name), EMPTY[name]) for name in EMPTY}
+        tiles = {method: np.zeros_like(tiles) for method, tiles in self.tiles.items()}
+        return replace(self, **empty, tiles=tiles)
+
     def save(self, path: Path, key: dict[str, object] | None = None) -> None:
         """Write the projections to an .npz file, atomically; key: what they depend on."""
         header = {
@@ -89,8 +95,18 @@ class TopProjections:
         save_arrays(path, arrays, compressed=True)
 
 
-# The fields of `TopProjections` that are arrays.
-ARRAYS = ("maps", "units", "values", "boxes", "windows", "border", "patches", "checkerboard")
+# The fields of `TopProjections` that are arrays (M, k, ...), with their values where a map has
+# fewer than k activations.
+EMPTY = {
+    "units": -1,
+    "values": np.nan,
+    "boxes": -1,
+    "windows": -1,
+    "border": False,
+    "patches": 128,
+    "checkerboard": np.nan,
+}
+ARRAYS = ("maps", *EMPTY)
 
 
 def load_top_projections(path: Path, key: dict[str, object] | None = None) -> TopProjections | None:
