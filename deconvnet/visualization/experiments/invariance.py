@@ -201,7 +201,7 @@ def invariance_picture(
         "norm of those of the original; 0: no change. The frame and the lines of an image have the "
         "same colour."
     )
-    return vstack([paragraph(heading, legend.shape[2]), *rows, legend], 2 * GAP)
+    return vstack([paragraph(heading, 2 * CHART[1]), *rows, legend], 2 * GAP)
 
 
 def _responses(

@@ -78,7 +78,8 @@ def layer_grid(
     """
     grid = projection_grid(projections, rows, contrast=contrast)
     width = max(grid.shape[2], PAGE // 2)
-    parts = [*_heading(projections, rows, width, info, num_images), grid]
+    title, caption = grid_caption(projections, rows, info=info, num_images=num_images)
+    parts = [paragraph(title, width, size=TITLE), paragraph(caption, width, size=TEXT), grid]
     if control is not None:
         shown = range(min(CONTROL_MAPS, len(control.maps)))
         parts += [
@@ -94,6 +95,45 @@ def layer_grid(
             ),
         ]
     return vstack(parts, 2 * GAP)
+
+
+def grid_caption(
+    projections: TopProjections,
+    rows: Sequence[int] | None = None,
+    *,
+    info: LayerInfo | None = None,
+    num_images: int | None = None,
+) -> tuple[str, str]:
+    """The title of the grid of a layer, and what its reader has to know, as sentences."""
+    shown = len(projections.maps) if rows is None else len(rows)
+    title = [projections.layer]
+    count = f"{shown} maps"
+    if info is not None:
+        title.append(info.kind)
+        count = f"{shown} of {info.shape[0]} maps" if shown < info.shape[0] else count
+    k = projections.values.shape[1]
+    images = f" in {num_images} images" if num_images else ""
+    sentences = [
+        f"The {k} strongest activations of each map{images}, projected to pixels (grey is zero), "
+        "and the image there.",
+        _size_sentence(projections, info),
+    ]
+    report = projections.reports.get("deconv")
+    if report is not None and report.rectified and not report.depends_on_image:
+        sentences.append(
+            "No max pooling lies below this layer, so deconv shows the same for every image; only "
+            "guided depends on it."
+        )
+    if (projections.values < 0).any():
+        sentences.append(
+            "A minus marks a negative activation, whose projection is shown with the opposite sign."
+        )
+    if projections.border.any():
+        sentences.append(
+            "Units at the border are included; an orange frame marks a receptive field that "
+            "reaches beyond the image."
+        )
+    return "  ·  ".join([*title, count]), " ".join(sentences)
 
 
 def projection_grid(
@@ -146,42 +186,6 @@ def sample_maps(dead: np.ndarray, count: int | None, *, seed: int = 0) -> list[i
     return sorted(alive[order[:count].numpy()].tolist())
 
 
-def _heading(
-    projections: TopProjections,
-    rows: Sequence[int] | None,
-    width: int,
-    info: LayerInfo | None,
-    num_images: int | None,
-) -> list[Tensor]:
-    """The title of a layer and what the reader of its grid has to know."""
-    shown = len(projections.maps) if rows is None else len(rows)
-    title = [projections.layer]
-    count = f"{shown} maps"
-    if info is not None:
-        title.append(info.kind)
-        count = f"{shown} of {info.shape[0]} maps" if shown < info.shape[0] else count
-    values = projections.values
-    sentences = [
-        f"The {values.shape[1]} strongest activations of each map"
-        + (f" in {num_images} images" if num_images else "")
-        + ", projected to pixels, next to the image there; grey is zero.",
-        _size_sentence(projections, info),
-    ]
-    if (values < 0).any():
-        sentences.append(
-            "A minus marks a negative activation; its projection is shown with the opposite sign."
-        )
-    if projections.border.any():
-        sentences.append(
-            "Units at the border are included: an orange frame marks those whose receptive field "
-            "reaches beyond the image."
-        )
-    return [
-        paragraph("  ·  ".join([*title, count]), width, size=TITLE),
-        paragraph(" ".join(sentences), width, size=TEXT),
-    ]
-
-
 def _size_sentence(projections: TopProjections, info: LayerInfo | None) -> str:
     """The receptive field of a layer and what the tiles show of it, in pixels."""
     top, left, bottom, right = projections.windows[np.isfinite(projections.values)][0]
@@ -203,8 +207,7 @@ def _block(
     patches = torch.from_numpy(projections.patches[row]).float() / 255
     patches = resize_tiles(patches, tile_width)
     side = math.ceil(math.sqrt(k))
-    # The sign of an activation is its projection's, which `tile * sign` undoes.
-    signs = np.where(projections.values[row] < 0, -1, 1)[:, None, None, None]
+    signs = projections.signs[row][:, None, None, None]
     sheets = {
         method: shade_projections(tiles[row] * signs, width=tile_width, contrast=contrast)
         for method, tiles in projections.tiles.items()
