@@ -44,10 +44,9 @@ from deconvnet.visualization.models.zoo import LoadedModel
 from deconvnet.visualization.pictures.evolution_picture import evolution_picture
 from deconvnet.visualization.pictures.layer_pictures import filter_grid
 from deconvnet.visualization.pictures.projection_grids import (
+    layer_grid,
     pixel_filters,
-    projection_grid,
     sample_maps,
-    with_control,
 )
 from deconvnet.visualization.projection.projection import suggest_layers
 from deconvnet.visualization.projection.projector import Projector
@@ -294,11 +293,14 @@ def _draw(result: VisualizationResult, settings: VisualizationSettings, folder: 
         pictures[f"{filters[0]}-filters"] = filter_grid(filters[1])
     for layer, projections in result.projections.items():
         rows = rows_in_grid(projections, settings)
-        picture = projection_grid(projections, rows, contrast=settings.contrast)
-        if layer in result.control:
-            control = projection_grid(result.control[layer], rows, contrast=settings.contrast)
-            picture = with_control(picture, control, layer=layer)
-        pictures[layer] = picture
+        pictures[layer] = layer_grid(
+            projections,
+            rows,
+            info=result.infos[layer],
+            num_images=len(result.images),
+            control=result.control.get(layer),
+            contrast=settings.contrast,
+        )
     for layer, e in result.evolutions.items():
         pictures[f"{layer}-evolution"] = evolution_picture(e)
     _draw_occlusion(result, settings)
@@ -360,7 +362,11 @@ def _write_events(result: VisualizationResult, folder: Path) -> None:
         for name, picture in result.pictures.items():
             pixels = (picture.clamp(0, 1) * 255).round().byte()
             writer.add_image(f"visualization/{name}", pixels, 0)
-        reports = "\n".join(f"| {name} | {p.report} |" for name, p in result.projections.items())
+        reports = "\n".join(
+            f"| {name} | {report} |"
+            for name, p in result.projections.items()
+            for report in p.reports.values()
+        )
         writer.add_text("visualization", f"| layer | how |\n|---|---|\n{reports}", 0)
 
 

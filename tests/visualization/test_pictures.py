@@ -21,8 +21,12 @@ from deconvnet.visualization import (
     supporting_activations,
 )
 from deconvnet.visualization.pictures.canvas import (
+    HAIRLINE,
     PAGE,
+    paragraph,
+    plain_number,
     quantile_magnitude,
+    resize_tiles,
     shade_signed,
     tile_grid,
 )
@@ -96,9 +100,11 @@ def test_a_grid_has_room_for_every_tile_and_shows_it_unsmoothed(count, columns):
     for shown, tile in zip(tiles_of(page, h, w, columns, count), tiles, strict=True):
         assert torch.equal(shown[:, 1::3, 1::3], tile)
         assert torch.equal(shown, tile.repeat_interleave(3, 1).repeat_interleave(3, 2))
-    # All else is paper.
-    paper = page.numel() - 9 * tiles.numel()
-    assert page.sum().item() == pytest.approx(paper + 9 * tiles.sum().item(), rel=1e-5)
+    # A hairline around each tile; all else is paper.
+    lines = 3 * count * 2 * (h + w + 2)
+    paper = page.numel() - 9 * tiles.numel() - lines
+    expected = paper + HAIRLINE * lines + 9 * tiles.sum().item()
+    assert page.sum().item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_page_is_never_too_wide_for_a_screen():
@@ -122,6 +128,29 @@ def test_a_few_bright_pixels_do_not_leave_a_tile_grey():
     shown = shade_signed(f, quantile_magnitude(f))
     assert_close(shown + shade_signed(-f, quantile_magnitude(f)), torch.ones_like(shown))
     assert shown[0].amax() == 1 and shown[0].amin() < 0.01 and (shown[1] == 0.5).all()
+
+
+@pytest.mark.parametrize("side", [3, 11, 40, 64, 75, 92, 111, 139, 140, 211])
+def test_a_resized_tile_fills_most_of_its_room_and_keeps_its_range(side):
+    tiles = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(side))
+    tiles[1] *= 1e-3
+    resized = resize_tiles(tiles, 140)
+    assert 112 <= resized.shape[2] == resized.shape[3] <= 140
+    for tile, big in zip(tiles, resized, strict=True):
+        assert tile.min() <= big.min() and big.max() <= tile.max()
+    if 140 // side * side >= 112:
+        zoom = 140 // side
+        assert torch.equal(resized[:, :, ::zoom, ::zoom], tiles)
+
+
+def test_numbers_are_written_plainly_and_texts_fit_their_width():
+    numbers = {1347.2: "1347", 999.7: "1000", 52.31: "52.3", 8.8249: "8.82", 0.0718: "0.0718"}
+    for value, text in numbers.items():
+        assert plain_number(value) == text and plain_number(-value) == f"-{text}"
+    assert plain_number(0.0) == "0"
+    short, long = (paragraph("word " * n, 300) for n in (2, 60))
+    assert short.shape[2] == long.shape[2] == 300 and long.shape[1] > 3 * short.shape[1]
+    assert (long[:, :, -3:] == 1).all(), "a line is cut at the right"
 
 
 @pytest.mark.parametrize("channels", [1, 3])
