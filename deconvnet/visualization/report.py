@@ -49,10 +49,9 @@ from deconvnet.visualization.models.zoo import LoadedModel
 from deconvnet.visualization.pictures.evolution_picture import evolution_picture
 from deconvnet.visualization.pictures.layer_pictures import filter_grid
 from deconvnet.visualization.pictures.projection_grids import (
+    layer_grid,
     pixel_filters,
-    projection_grid,
     sample_maps,
-    with_control,
 )
 from deconvnet.visualization.projection.projection import LayerInfo, suggest_layers
 from deconvnet.visualization.projection.projector import Projector
@@ -344,11 +343,14 @@ def _draw(result: VisualizationResult, settings: VisualizationSettings, folder: 
         pictures[f"{filters[0]}-filters"] = filter_grid(filters[1])
     for layer, projections in result.projections.items():
         rows = rows_in_grid(projections, settings)
-        picture = projection_grid(projections, rows, contrast=settings.contrast)
-        if layer in result.control:
-            control = projection_grid(result.control[layer], rows, contrast=settings.contrast)
-            picture = with_control(picture, control, layer=layer)
-        pictures[layer] = picture
+        pictures[layer] = layer_grid(
+            projections,
+            rows,
+            info=result.infos[layer],
+            num_images=len(result.images),
+            control=result.control.get(layer),
+            contrast=settings.contrast,
+        )
     for layer, e in result.evolutions.items():
         pictures[f"{layer}-evolution"] = evolution_picture(e)
     _draw_occlusion(result, settings)
