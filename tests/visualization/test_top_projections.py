@@ -9,29 +9,37 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib.colors import to_rgb
 from numpy.testing import assert_allclose, assert_array_equal
 from torch import nn
 
 from deconvnet import DeconvNet, LayerSettings, PreprocessingSettings, SolverSettings
 from deconvnet.visualization.models.normalization import Normalization
+from deconvnet.visualization.pictures.canvas import GAP, HAIRLINE, PAGE, PAPER, resize_tiles
 from deconvnet.visualization.pictures.projection_grids import (
+    BORDER,
+    CONTROL_MAPS,
+    MARK,
+    TEXT,
+    grid_caption,
+    layer_grid,
     pixel_filters,
     projection_grid,
     sample_maps,
     shade_projections,
-    with_control,
 )
-from deconvnet.visualization.projection.projection import ProjectionReport, UnevenOverlap
+from deconvnet.visualization.projection.projection import (
+    LayerInfo,
+    ProjectionReport,
+    UnevenOverlap,
+)
 from deconvnet.visualization.projection.projector import Projector
-from deconvnet.visualization.search import top_projections
+from deconvnet.visualization.search import projecting
+from deconvnet.visualization.search.effective_field import EffectiveField
+from deconvnet.visualization.search.projecting import checkerboard, project_top_activations
 from deconvnet.visualization.search.randomization import shuffle_weights
 from deconvnet.visualization.search.top_activations import find_top_activations
-from deconvnet.visualization.search.top_projections import (
-    TopProjections,
-    checkerboard,
-    load_top_projections,
-    project_top_activations,
-)
+from deconvnet.visualization.search.top_projections import TopProjections, load_top_projections
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
 
@@ -85,6 +93,11 @@ def learned(textures):
     return net, list(images)
 
 
+def project_fields(*arguments, **options):
+    """Tiles of whole receptive fields."""
+    return project_top_activations(*arguments, window="field", **options)
+
+
 def shown(found):
     """The tiles of the first method, in units of the largest magnitude of each."""
     return found.tiles[found.methods[0]] / 127
@@ -107,7 +120,7 @@ def test_tiles_and_patches_are_projections_and_pixels_in_the_exact_field(
 ):
     projector, images, tops = trained
     top = tops[layer]
-    found = project_top_activations(projector, images, layer, top, maps=[3, 0])
+    found = project_fields(projector, images, layer, top, maps=[3, 0])
     assert found.maps.tolist() == [3, 0] and found.layer == layer and found.scale == 1
     assert shown(found).shape == found.patches.shape == (2, 4, 3, side, side)
     reached_beyond = 0
@@ -139,11 +152,11 @@ def test_units_of_fewer_pixels_than_their_layer_keep_their_scale(textures, monke
     projector = Projector(seeded(TwoSizes))
     images = list(textures(3, 3, 11, 12))
     top = find_top_activations(projector, images, ["both"], k=3, inside=True)["both"]
-    whole = project_top_activations(projector, images, "both", top)
+    whole = project_fields(projector, images, "both", top)
     assert shown(whole).shape[3:] == (5, 5)
     # Also where only small ones come together.
-    monkeypatch.setattr(top_projections, "CHUNK", 1)
-    alone = project_top_activations(projector, images, "both", top)
+    monkeypatch.setattr(projecting, "CHUNK", 1)
+    alone = project_fields(projector, images, "both", top)
     for found in (whole, alone):
         for m in range(3):
             for place in range(found.count(m)):
@@ -160,9 +173,13 @@ def test_units_of_fewer_pixels_than_their_layer_keep_their_scale(textures, monke
 
 def test_images_of_different_sizes_give_tiles_of_one_size(textures):
     projector = Projector(seeded(two_layers), batch=4)
-    images = [*textures(2, 3, 12, 14), *textures(2, 3, 16, 10, seed=1), *textures(2, 3, 12, 14)]
+    images = [
+        *textures(2, 3, 12, 14),
+        *textures(2, 3, 16, 10, seed=1),
+        *textures(2, 3, 12, 14, seed=2),
+    ]
     top = find_top_activations(projector, images, ["4"], k=6)["4"]
-    found = project_top_activations(projector, images, "4", top)
+    found = project_fields(projector, images, "4", top)
     assert shown(found).shape[3:] == (8, 8)
     for m in range(5):
         for place, (number, _, i, j) in enumerate(top.units(m)):
@@ -173,19 +190,17 @@ def test_images_of_different_sizes_give_tiles_of_one_size(textures):
 
 def test_only_some_units_and_images_are_projected_at_a_time(trained, monkeypatch):
     projector, images, tops = trained
-    expected = project_top_activations(projector, images, "4", tops["4"])
-    monkeypatch.setattr(top_projections, "CHUNK", 2)
+    expected = project_fields(projector, images, "4", tops["4"])
+    monkeypatch.setattr(projecting, "CHUNK", 2)
     asked, told = [], []
 
     class Watched(Projector):
-        def __call__(self, x, layer, units, **options):
+        def by_method(self, x, layer, units, **options):
             asked.append((len(x), len(units)))
-            return super().__call__(x, layer, units, **options)
+            return super().by_method(x, layer, units, **options)
 
     watched = Watched(projector.model, normalization=projector.normalization, batch=2)
-    found = project_top_activations(
-        watched, images, "4", tops["4"], progress=lambda *at: told.append(at)
-    )
+    found = project_fields(watched, images, "4", tops["4"], progress=lambda *at: told.append(at))
     assert max(asked)[0] == 2 and max(units for _, units in asked) == 2
     total = int(np.isfinite(expected.values).sum())
     assert told[-1] == (total, total) and [done for done, _ in told] == sorted({d for d, _ in told})
@@ -207,7 +222,7 @@ def test_maps_with_fewer_than_k_activations_have_empty_tiles(trained):
         net[3].bias[1] = -1e6
     shy = Projector(net, normalization=projector.normalization)
     top = find_top_activations(shy, images, ["4"], k=4)["4"]
-    found = project_top_activations(shy, images, "4", top, maps=[2, 1])
+    found = project_fields(shy, images, "4", top, maps=[2, 1])
     assert [found.count(row) for row in (0, 1)] == [2, 0]
     assert np.isnan(found.values[0, 2:]).all() and np.isnan(found.values[1]).all()
     for name, empty in (("units", -1), ("boxes", -1), ("windows", -1), ("patches", 128)):
@@ -219,14 +234,14 @@ def test_maps_with_fewer_than_k_activations_have_empty_tiles(trained):
     assert not found.border[0, 2:].any() and not found.border[1].any()
     assert found.signs.tolist() == [[1, 1, 0, 0], [0, 0, 0, 0]]
     with pytest.raises(ValueError, match="layer '4': none of its 1 maps is ever active"):
-        project_top_activations(shy, images, "4", top, maps=[1])
+        project_fields(shy, images, "4", top, maps=[1])
 
 
 def test_values_and_tiles_of_deconvnets_have_signs(learned):
     net, images = learned
     projector = Projector(net, batch=2)
     top = find_top_activations(projector, images, ["layer2"], k=4)["layer2"]
-    found = project_top_activations(projector, images, "layer2", top)
+    found = project_fields(projector, images, "layer2", top)
     assert shown(found).shape[2] == 1 and found.patches.shape[2] == 3
     assert (found.values < 0).any() and (found.values > 0).any()
     assert_allclose(np.abs(found.values), top.values, rtol=1e-5)
@@ -245,18 +260,18 @@ def test_values_and_tiles_of_deconvnets_have_signs(learned):
 def test_a_data_set_that_returns_other_images_is_refused(trained):
     projector, images, tops = trained
     with pytest.raises(ValueError) as caught:
-        project_top_activations(projector, images[1:] + images[:1], "4", tops["4"])
+        project_fields(projector, images[1:] + images[:1], "4", tops["4"])
     message = str(caught.value)
     assert "neither shuffled nor augmented" in message and "\n" not in message
     assert "in the search: the data set must return the same images" in message
 
 
 def test_large_tiles_are_reduced(textures, monkeypatch):
-    monkeypatch.setattr(top_projections, "LARGEST", 10)
+    monkeypatch.setattr(projecting, "LARGEST", 10)
     net = nn.Sequential(seeded(two_layers), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     projector, images = Projector(net), list(textures(3, 3, 20, 28))
     top = find_top_activations(projector, images, ["2"], k=2)["2"]
-    found = project_top_activations(projector, images, "2", top)
+    found = project_fields(projector, images, "2", top)
     # Each unit sees the whole image, whose longer side becomes 10 pixels.
     assert shown(found).shape == (5, 2, 3, 7, 10) and found.scale == 10 / 28
     number = found.units[0, 0, 0]
@@ -286,6 +301,7 @@ def projections_of(count=3, k=4, side=3):
         values=-np.sort(-generator.random((count, k), dtype=np.float32)),
         checkerboard=np.full((count, k), np.nan, dtype=np.float32),
         scale=0.5,
+        effective=EffectiveField((-1, 0), (3, 2)),
         reports={
             method: ProjectionReport(
                 method,
@@ -380,7 +396,7 @@ def test_an_uneven_convolution_has_a_checkerboard_that_normalising_removes(textu
     for overlap in ("sum", "normalised"):
         projector = Projector(net, overlap=overlap)
         top = find_top_activations(projector, images, ["3"], k=2)["3"]
-        found = project_top_activations(projector, images, "3", top)
+        found = project_fields(projector, images, "3", top)
         boards[overlap] = found.checkerboard
     # Of 11 pixels the odd ones are painted once and the even ones twice, the outermost once.
     means = np.outer([10 / 6, 1], [10 / 6, 1])
@@ -388,7 +404,7 @@ def test_an_uneven_convolution_has_a_checkerboard_that_normalising_removes(textu
     assert (boards["normalised"] < 0.5 * boards["sum"]).all()
     even = Projector(seeded(two_layers))
     top = find_top_activations(even, images, ["4"], k=2)["4"]
-    assert np.isnan(project_top_activations(even, images, "4", top).checkerboard).all()
+    assert np.isnan(project_fields(even, images, "4", top).checkerboard).all()
 
 
 # The control.
@@ -513,7 +529,8 @@ def test_a_grid_shows_maps_and_activations_in_order_with_projections_next_to_pat
         for rank in range(k):
             assert corners[row, rank] == [top + rank // 3 * step, left + rank % 3 * step]
             # Its projection is in the same place of the sheet on its left.
-            tile = picture[:, top + rank // 3 * step :, left + (rank % 3 - 3) * step :][:, :9, :6]
+            beside = left + (rank % 3 - 3) * step - 3 * GAP
+            tile = picture[:, top + rank // 3 * step :, beside:][:, :12, :12]
             expected = 255 if sign[row, rank] > 0 else 0
             assert (tile == expected).all(), (row, rank)
     # Two maps in a line, then the next.
@@ -528,7 +545,7 @@ def test_missing_activations_are_hatched():
     found = replace(found, values=values)
     picture = projection_grid(found, tile_width=12)
     last = picture[:, -15:, :]  # the third line of tiles
-    sheets = last[:, :, :48], last[:, :, 48:]
+    sheets = (last[:, :, left : left + 48] for left in (0, 54, 108))  # two methods, the image
     for part in sheets:
         first, *empty = (part[:, 2:11, 4 + 15 * n : 13 + 15 * n] for n in range(3))
         assert len(first.unique()) > 2
@@ -537,15 +554,118 @@ def test_missing_activations_are_hatched():
     assert torch.isfinite(picture).all() and picture.min() >= 0 and picture.max() <= 1
 
 
-def test_a_grid_and_its_control_are_side_by_side():
-    one, two = (projection_grid(projections_of(2), [n]) for n in (0, 1))
-    both = with_control(one, two, layer="features.8")
-    h, w = one.shape[1:]
-    assert torch.equal(both[:, -h:, :w], one)
-    assert any(
-        torch.equal(both[:, -h:, left : left + two.shape[2]], two)
-        for left in range(w, both.shape[2] - two.shape[2] + 1)
+def contains(page, part):
+    """Whether a picture is in another one, at its left edge."""
+    h, w = part.shape[1:]
+    return any(
+        torch.equal(page[:, top : top + h, :w], part) for top in range(page.shape[1] - h + 1)
     )
+
+
+def test_the_grid_of_a_layer_is_above_its_control():
+    found = projections_of(5)
+    page = layer_grid(found, [3, 0], control=found)
+    assert contains(page, projection_grid(found, [3, 0]))
+    h = projection_grid(found, range(CONTROL_MAPS)).shape[1]
+    assert torch.equal(page[:, -h:], layer_grid(found, [0, 1, 2])[:, -h:])
+    assert page.shape[2] <= PAGE
+
+
+def test_a_control_that_is_dead_says_so_and_does_not_vanish():
+    found = projections_of(2)
+    dead = replace(found, values=np.full_like(found.values, np.nan))
+    alone, page = layer_grid(found), layer_grid(found, control=dead)
+    assert torch.equal(page[:, : alone.shape[1]], alone)
+    below = page[:, alone.shape[1] :]
+    text, other = (projection_grid(dead, dead=t) for t in ("dead in the control", "-"))
+    assert text.shape[1] < 120 and not torch.equal(text, other)
+    assert below.shape[1] > text.shape[1] + 2 * TEXT and (below[:, -text.shape[1] :] < 0.6).any()
+
+
+def test_every_method_has_a_sheet_in_the_order_of_the_tiles():
+    found = projections_of(1, 4, side=4)
+    shape = found.patches.shape
+    full = np.full(shape, 127, np.int8)
+    found = replace(
+        found,
+        tiles={"guided": full, "deconv": -full},
+        patches=np.full(shape, 51, np.uint8),
+        border=np.zeros((1, 4), bool),
+    )
+    picture = projection_grid(found, tile_width=12)
+    row = picture[0, -8]  # through the last line of tiles
+    filled = [float(v) for v in row if v not in (PAPER, HAIRLINE)]
+    assert filled == pytest.approx([0.0] * 24 + [0.2] * 24)
+    assert (row == PAPER).sum() >= 24, "white tiles of the first method"
+
+
+def test_negative_activations_are_shown_with_the_opposite_sign_and_a_mark():
+    found = projections_of(1, 4, side=20)
+    tiles = found.tiles["guided"]
+    found = replace(
+        found,
+        tiles={"guided": tiles},
+        patches=np.full_like(found.patches, 128),
+        border=found.border,
+    )
+    negative = replace(
+        found,
+        tiles={"guided": tiles * np.array([1, -1, 1, 1], np.int8)[:, None, None, None]},
+        values=found.values * [1, -1, 1, 1],
+    )
+    one, other = (projection_grid(f, tile_width=20) for f in (found, negative))
+    changed = (one != other).any(0)[2 * TEXT + 14 :]  # below caption and heads
+    rows, columns = changed.nonzero().T
+    assert 0 < changed.sum() <= 2 * MARK**2 and rows.max() - rows.min() < MARK
+    assert columns.min() >= 20 + 2 * GAP, "the first tile is not marked"
+
+
+def test_units_at_the_border_are_framed():
+    found = replace(projections_of(1, 4, side=20), border=np.array([[False, True, False, False]]))
+    plain = replace(found, border=np.zeros((1, 4), bool))
+    one, other = (projection_grid(f, tile_width=20) for f in (found, plain))
+    changed = (one != other).any(0)
+    paint = torch.tensor(to_rgb(BORDER))[:, None]
+    assert_allclose(one[:, changed], paint.expand(-1, int(changed.sum())), atol=0.01)
+    assert changed.sum() == 3 * ((20 + 2 * GAP) ** 2 - 20**2)
+
+
+def test_the_caption_of_a_grid_says_what_its_reader_has_to_know():
+    found = projections_of(3, 9)
+    found = replace(
+        found,
+        windows=np.broadcast_to([-2, 4, 62, 68], (3, 9, 4)),
+        border=np.zeros((3, 9), bool),
+        reports={"guided": ProjectionReport("guided", rectified=3, switched=1)},
+    )
+    info = LayerInfo("features.8", "ReLU", (128, 20, 20), (92, 92), (4, 4), (0, 0))
+    title, caption = grid_caption(found, [0, 2], info=info, num_images=300)
+    assert title == "features.8  ·  ReLU  ·  2 of 128 maps"
+    assert caption == (
+        "The 9 strongest activations of each map in 300 images, projected to pixels (grey is "
+        "zero), and the image there. Receptive field: 92x92 pixels; tiles show the 64x64 pixels "
+        "that matter."
+    )
+    small = replace(info, field=(64, 64))
+    assert "the whole receptive field, 64x64 pixels." in grid_caption(found, info=small)[1]
+    assert "sees the whole image" in grid_caption(found, info=replace(info, field=None))[1]
+    marked = replace(
+        found,
+        values=-found.values,
+        border=np.ones((3, 9), bool),
+        reports={"deconv": ProjectionReport("deconv", rectified=3)},
+    )
+    caption = grid_caption(marked)[1]
+    for part in ("A minus marks", "Units at the border", "deconv shows the same for every image"):
+        assert part in caption
+
+
+def test_contrast_is_set_after_a_tile_is_resized():
+    fine = torch.randn(1, 3, 280, 280, generator=torch.Generator().manual_seed(0))
+    small = shade_projections(fine, width=140)
+    assert small.shape == (1, 3, 140, 140)
+    assert (small - 0.5).abs().amax() == pytest.approx(0.5) and small.std() > 0.15
+    assert resize_tiles(shade_projections(fine), 140).std() < 0.12
 
 
 def test_a_sample_of_maps_depends_on_the_seed_alone():
