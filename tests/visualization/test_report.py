@@ -307,7 +307,10 @@ def first(tmp_path_factory, images):
     ("options", "recomputed"),
     [
         ({}, set()),
-        ({"grid_maps": 1, "contrast": 0.9, "occlusion": 1, "batch": 2}, set()),
+        ({"contrast": 0.9, "occlusion": 1, "batch": 2}, set()),
+        # Maps of the grid are projected in full by the control.
+        ({"grid_maps": 1}, CONTROLS - {"control/topk.npz"}),
+        ({"window": "field"}, (ALL | CONTROLS) - {"topk.npz", "control/topk.npz"}),
         ({"k": 3}, ALL | CONTROLS),
         ({"inside": False}, ALL | CONTROLS),
         ({"maps": 2}, (ALL | CONTROLS) - {"topk.npz", "control/topk.npz"}),
@@ -519,6 +522,18 @@ def test_layers_maps_control_and_gallery_follow_the_settings(images, tmp_path):
     assert chosen == sample_maps(alive, 3, seed=5) != sample_maps(alive, 3, seed=0)
 
 
+def test_maps_are_chosen_by_their_numbers(images, tmp_path, caplog):
+    net = seeded(Small)
+    with torch.no_grad():
+        net.conv2.bias[1] = -1e6
+    options = {"layers": ["relu2"], "control": False, "gallery": False}
+    visualize_network(subject_of(net), images, settings_of(maps=[3, 1, 0], **options), tmp_path)
+    chosen = [entry["map"] for entry in manifest(tmp_path)["layers"]["relu2"]["maps"]]
+    assert chosen == [3, 0] and "maps [1]: never active" in caplog.text
+    with pytest.raises(ValueError, match=r"maps=\[3, 5\]: layer 'relu2' has maps 0 to 4"):
+        visualize_network(subject_of(net), images, settings_of(maps=[3, 5], **options), tmp_path)
+
+
 def test_method_and_overlap_reach_the_projections(images, tmp_path):
     net = seeded(lambda: nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.ReLU(), nn.Conv2d(4, 3, 3)))
     tiles = {}
@@ -570,7 +585,15 @@ def test_gates_and_strict_reach_the_projections(images, tmp_path):
     ("options", "message"),
     [
         ({"k": 0}, "k=0: must be at least 1"),
-        ({"maps": 0}, "maps=0: must be at least 1, or null for all"),
+        *(
+            (
+                {"maps": wrong},
+                f"maps={wrong}: must be at least 1, a list of numbers such as [3,7], or null for "
+                "all",
+            )
+            for wrong in (0, [], [3, 3], [-1], "many", 2.5)
+        ),
+        ({"window": "whole"}, "window=whole: choose one of effective, field"),
         ({"contrast": 0}, "contrast=0: must be above 0 and at most 1"),
         ({"explorer_images": -1}, "explorer_images=-1: must not be negative"),
         ({"method": "decon"}, "method=decon: choose one of auto, deconv, guided, gradient"),

@@ -20,7 +20,7 @@ from deconvnet.visualization.pictures.canvas import (
     tile_grid,
     vstack,
 )
-from deconvnet.visualization.pictures.image_decomposition import image_parts_picture
+from deconvnet.visualization.pictures.parts_picture import image_parts_picture
 from deconvnet.visualization.projection.feature_projection import pixel_features, signed_rgb
 
 SHOWN_IMAGES = 6
