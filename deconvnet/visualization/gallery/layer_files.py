@@ -81,6 +81,7 @@ def write_layer(
         "stride": layer.stride,
         "methods": methods,
         "below": layer.below,
+        "sources_are": layer.sources_are,
         "maps": entries,
     }
     text = json.dumps(features, allow_nan=False, separators=(",", ":"))
