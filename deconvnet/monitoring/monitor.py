@@ -266,7 +266,12 @@ def save_picture(path: Path, picture: Tensor) -> None:
 
     Raises ForeignFileError if a file that this package did not write is there.
     """
+    ownership.write(path, png(picture))
+
+
+def png(picture: Tensor) -> bytes:
+    """A picture (1 or 3, H, W) in [0, 1] as the content of a PNG file, grey or RGB."""
     pixels = (picture.clamp(0, 1).cpu() * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
     buffer = io.BytesIO()
     Image.fromarray(pixels[..., 0] if len(picture) == 1 else pixels).save(buffer, "png")
-    ownership.write(path, buffer.getbuffer())
+    return buffer.getvalue()
