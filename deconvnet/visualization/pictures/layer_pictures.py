@@ -5,6 +5,8 @@ Each filter or feature is scaled separately: the contrast of a tile has no meani
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,9 @@ from deconvnet.network.codes import Codes
 from deconvnet.network.metrics import snr
 from deconvnet.network.network import DeconvNet
 from deconvnet.operators.pooling import max_pool
+from deconvnet.visualization.pictures.active_positions import active_map_sheet
 from deconvnet.visualization.pictures.canvas import (
+    GAP,
     hstack,
     quantile_magnitude,
     shade_signed,
@@ -21,50 +25,93 @@ from deconvnet.visualization.pictures.canvas import (
     vstack,
 )
 from deconvnet.visualization.pictures.image_decomposition import image_parts_picture
-from deconvnet.visualization.projection.feature_projection import pixel_features, signed_rgb
+from deconvnet.visualization.pictures.sheet import Sheet, captioned, cut_into_cards, enlarged
+from deconvnet.visualization.projection.feature_projection import (
+    PixelFeatures,
+    pixel_features,
+    signed_rgb,
+)
 
 SHOWN_IMAGES = 6
-FEATURE = 84
+# Sizes in pixels: the smallest width of a filter and of a patch next to it, of an image, and the
+# width of the labels of rows.
+FILTER, PAIR, IMAGE, LABEL = 64, 64, 140, 104
 
 
 def layer_pictures(net: DeconvNet, codes: Codes, images: Tensor, number: int) -> dict[str, Tensor]:
     """The pictures of one trained layer, by name.
 
-    layerN/filters: its filters in pixel space; layerN/patches (upper layers): the image patches
-    where they respond most strongly; layerN/parts (upper layers): the parts of one image;
-    layerN/reconstructed: some images and their reconstructions by every layer; layerN/maps: the
-    feature maps of one image.
+    layerN/filters: its filters in pixel space; layerN/patches (upper layers): the same next to the
+    image patches where they respond most strongly; layerN/parts (upper layers): the parts of one
+    image; layerN/reconstructed: some images, their reconstructions by every layer and the residual;
+    layerN/maps: the strongest maps of one image, over the image.
     """
-    pictures = {}
+    return {name: picture for name, (picture, _) in layer_cards(net, codes, images, number).items()}
+
+
+def layer_cards(
+    net: DeconvNet, codes: Codes, images: Tensor, number: int
+) -> dict[str, tuple[Tensor, list[Tensor]]]:
+    """`layer_pictures`, each with the same picture as cards of TensorBoard."""
+    sheets, pictures = {}, {}
     if number == 1:
-        pictures["layer1/filters"] = filter_picture(net)
+        features = shade_signed(signed_rgb(net, net.layer(1).filters))
+        sheets["filters"] = filter_sheet(features)
     else:
-        features = pixel_features(net, codes, number).cropped(tuple(images.shape[2:]))
-        tiles, patches = signed_rgb(net, features.tiles), features.patches(images)
-        tiles = shade_signed(tiles, quantile_magnitude(tiles))
-        pictures[f"layer{number}/filters"] = tile_grid(tiles, tile_width=FEATURE)
-        pictures[f"layer{number}/patches"] = tile_grid(
-            patches.expand(-1, 3, -1, -1), tile_width=FEATURE
-        )
+        found = pixel_features(net, codes, number).cropped(tuple(images.shape[2:]))
+        features = shade_features(signed_rgb(net, found.tiles), found.values)
+        sheets["filters"] = filter_sheet(features)
+        patches = found.patches(images).expand(-1, 3, -1, -1)
+        sheets["patches"] = patch_sheet(features, patches, found.values)
     shown = torch.linspace(0, len(images) - 1, min(SHOWN_IMAGES, len(images))).round().long()
     shown_codes = codes.select(shown.to(net.device))
+    sheets["reconstructed"] = reconstruction_sheet(net, shown_codes, images[shown])
+    busiest = int(shown_codes.layer(number).z.abs().sum((1, 2, 3)).argmax())
+    z, image = shown_codes.layer(number).z[busiest], images[shown[busiest]]
+    sheets["maps"] = active_map_sheet(net, z, image, features, number)
     if number > 1:
         clearest = _clearest(net, shown_codes, number)
         single = shown_codes.select(slice(clearest, clearest + 1))
-        pictures[f"layer{number}/parts"] = image_parts_picture(
-            net, single, images[shown[clearest]], number
-        )
-    pictures[f"layer{number}/reconstructed"] = reconstruction_picture(
-        net, shown_codes, images[shown]
-    )
-    busiest = shown_codes.layer(number).z.abs().sum((1, 2, 3)).argmax()
-    pictures[f"layer{number}/maps"] = map_grid(shown_codes.layer(number).z[busiest])
+        parts = image_parts_picture(net, single, images[shown[clearest]], number)
+        pictures[f"layer{number}/parts"] = parts, cut_into_cards(parts)
+    for kind, sheet in sheets.items():
+        pictures[f"layer{number}/{kind}"] = sheet.picture(), sheet.cards()
     return pictures
 
 
-def filter_picture(net: DeconvNet) -> Tensor:
-    """The filters of the first layer."""
-    return filter_grid(signed_rgb(net, net.layer(1).filters))
+def shade_features(tiles: Tensor, values: Tensor) -> Tensor:
+    """Projected activations (K, 1 or 3, S, S) as colours, with the sign of a positive activation.
+
+    values: (K,), the activations. A map that is active with both signs has one feature, which
+    would otherwise be shown now as it is, now with light and dark exchanged.
+    """
+    signs = torch.where(values < 0, -1.0, 1.0).view(-1, 1, 1, 1)
+    return shade_signed(signs * tiles, quantile_magnitude(tiles))
+
+
+def filter_sheet(tiles: Tensor, numbers: Sequence[int] | None = None) -> Sheet:
+    """Filters or features (K, 3, h, w) in [0, 1], each above its number, in this order."""
+    numbers = range(len(tiles)) if numbers is None else numbers
+    shown = enlarged(tiles, FILTER)
+    return Sheet([captioned(tile, f"{k}") for tile, k in zip(shown, numbers, strict=True)])
+
+
+def patch_sheet(features: Tensor, patches: Tensor, values: Tensor) -> Sheet:
+    """Features next to image patches (K, 3, S, S), above the number of the map.
+
+    values: (K,), the activations; a minus sign marks a negative one, where the image shows the
+    feature with light and dark exchanged.
+    """
+    cells = []
+    for k, pair in enumerate(zip(enlarged(features, PAIR), enlarged(patches, PAIR), strict=True)):
+        cells.append(captioned(hstack(list(pair)), f"{k} {'-' if values[k] < 0 else ''}"))
+    return Sheet(cells)
+
+
+def snapshot_sheet(features: PixelFeatures, image: tuple[int, int]) -> Sheet:
+    """The features of a layer while it learns, from tiles in RGB; image: (H, W) in pixels."""
+    shown = features.cropped(image)
+    return filter_sheet(shade_features(shown.tiles, shown.values))
 
 
 def filter_grid(f: Tensor, *, columns: int | None = None) -> Tensor:
@@ -85,25 +132,36 @@ def map_grid(z: Tensor, *, columns: int | None = None) -> Tensor:
 
 
 def reconstruction_picture(net: DeconvNet, codes: Codes, images: Tensor) -> Tensor:
-    """Rows of images: original, preprocessed, reconstructed by every layer, and back in pixels.
+    """The picture of `reconstruction_sheet`."""
+    return reconstruction_sheet(net, codes, images).picture()
 
-    The reconstructions are in the preprocessed domain, with their SNR. The last row undoes the
-    preprocessing with what it recorded for these images (for contrast normalisation, the local
-    means and deviations).
+
+def reconstruction_sheet(net: DeconvNet, codes: Codes, images: Tensor) -> Sheet:
+    """Rows of images: original, preprocessed, reconstructed by every layer, residual, pixels.
+
+    The reconstructions are in the preprocessed domain, with their SNR, and the residual is what the
+    highest layer leaves; these rows have one scale. The last row undoes the preprocessing with what
+    it recorded for these images (for contrast normalisation, the local means and deviations).
     """
     y, top = codes.y, len(codes.layers)
-    rows = [("preprocessed", y)]
+    signed = [("preprocessed", y)]
     for number, layer in enumerate(codes.layers, 1):
         reconstruction = net.synthesize(codes, number)
         label = f"layer {number}\n{snr(y, reconstruction):.1f} dB\n{layer.density:.1%} of z"
-        rows.append((label, reconstruction))
-    return vstack(
-        [
-            _labelled_row("image", images),
-            labelled_images(net, rows),
-            _labelled_row(f"layer {top}\nto pixels", net.reconstruct(codes, top)),
-        ]
-    )
+        signed.append((label, reconstruction))
+    signed.append(("residual", y - reconstruction))
+    white = 3 * y.std().clamp(min=1e-12)
+    rows = [
+        ("image", images),
+        *((label, shade_signed(signed_rgb(net, row), white)) for label, row in signed),
+        (f"layer {top}\nin pixels", net.reconstruct(codes, top)),
+    ]
+    shown = [enlarged(row.clamp(0, 1).expand(-1, 3, -1, -1), IMAGE) for _, row in rows]
+    labels = [
+        text_block(label, LABEL, row.shape[2]) for (label, _), row in zip(rows, shown, strict=True)
+    ]
+    columns = [vstack(list(column), GAP) for column in zip(*shown, strict=True)]
+    return Sheet(columns, columns=len(columns), labels=vstack(labels, GAP))
 
 
 def labelled_images(net: DeconvNet, rows: list[tuple[str, Tensor]]) -> Tensor:
