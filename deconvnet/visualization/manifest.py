@@ -78,8 +78,11 @@ def _layer_entry(
         "stride": info.stride,
         "figure": f"figures/{layer_file_name(layer)}.png",
         "arrays": f"projections/{layer_file_name(layer)}.npz",
-        "report": asdict(projections.report),
-        "says": str(projections.report),
+        # The method to show first comes first.
+        "methods": {
+            method: {"report": asdict(report), "says": str(report)}
+            for method, report in projections.reports.items()
+        },
         "tile_scale": projections.scale,
         "dead_maps": np.flatnonzero(result.top_activations[layer].dead).tolist(),
         "shown": projections.maps[rows_in_grid(projections, settings)].tolist(),
@@ -100,6 +103,8 @@ def _map_entry(projections: TopProjections, row: int, names: tuple[str, ...]) ->
                 "name": shown_name(names[image]),
                 "unit": [i, j],
                 "box": projections.boxes[row, rank].tolist(),
+                "window": projections.windows[row, rank].tolist(),
+                "border": bool(projections.border[row, rank]),
                 **({} if np.isnan(board) else {"checkerboard": round(board, 4)}),
             }
         )

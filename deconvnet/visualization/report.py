@@ -360,7 +360,11 @@ def _write_events(result: VisualizationResult, folder: Path) -> None:
         for name, picture in result.pictures.items():
             pixels = (picture.clamp(0, 1) * 255).round().byte()
             writer.add_image(f"visualization/{name}", pixels, 0)
-        reports = "\n".join(f"| {name} | {p.report} |" for name, p in result.projections.items())
+        reports = "\n".join(
+            f"| {name} | {report} |"
+            for name, p in result.projections.items()
+            for report in p.reports.values()
+        )
         writer.add_text("visualization", f"| layer | how |\n|---|---|\n{reports}", 0)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from deconvnet.support.renaming import renamed
-from deconvnet.visualization.projection.backward_rules import METHODS, OVERLAPS
+from deconvnet.visualization.projection.backward_rules import AUTO, METHODS, OVERLAPS
 from deconvnet.visualization.projection.cnn_backend import GATES
 
 # Current names of settings by their old names.
@@ -28,9 +28,11 @@ class VisualizationSettings:
     maps: int | None = 150
     # how many of these maps to draw in the grid of a layer
     grid_maps: int = 16
-    # how to project units of a trained network: deconv | guided | gradient
-    method: str = "deconv"
-    # refuse layers if an operation below them has no rule
+    # how to project units of a trained network: auto (deconv for layers above max pooling, else
+    # guided) | deconv | guided | gradient
+    method: str = "auto"
+    # if an operation below a layer has no rule, refuse deconv and guided, and use the gradient with
+    # auto; false: use the gradient of that operation alone
     strict: bool = True
     # how to treat sigmoids that multiply maps: constant | gradient
     gates: str = "constant"
@@ -80,6 +82,6 @@ class VisualizationSettings:
             raise ValueError(f"maps={self.maps}: must be at least 1, or null for all")
         if not 0 < self.contrast <= 1:
             raise ValueError(f"contrast={self.contrast}: must be above 0 and at most 1")
-        for key, choices in (("method", METHODS), ("gates", GATES), ("overlap", OVERLAPS)):
+        for key, choices in (("method", (AUTO, *METHODS)), ("gates", GATES), ("overlap", OVERLAPS)):
             if getattr(self, key) not in choices:
                 raise ValueError(f"{key}={getattr(self, key)}: choose one of {', '.join(choices)}")

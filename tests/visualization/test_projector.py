@@ -310,7 +310,7 @@ class PreActivation(nn.Module):
 @pytest.mark.parametrize("net", [Functional, Shared, PreActivation])
 def test_functional_and_shared_operations_are_projected_correctly(net):
     model, x, unit = seeded(net), rand(1, 3, 14, 14), (0, 2, 5, 4)
-    found = Projector(model)(x, "b", [unit])
+    found = Projector(model, method="deconv")(x, "b", [unit])
     signal = torch.zeros(1, 4, *model(x).shape[2:], dtype=DOUBLE)
     signal[unit] = model(x)[unit]
     assert_close(found.images, model.down(x, signal).detach(), rtol=0, atol=1e-14)
@@ -554,7 +554,7 @@ def test_an_operation_without_a_rule_is_refused_by_name_or_reported(name):
     with pytest.raises(
         ValueError, match=f"(?s)layer 'b': deconv has no rule for .*({expected})"
     ) as error:
-        Projector(model)(x, "b", unit)
+        Projector(model, method="deconv")(x, "b", unit)
     assert "\n" not in str(error.value)
     found = Projector(model, strict=False)(x, "b", unit)
     assert any(re.search(expected, name) for name in found.report.unsupported)
@@ -668,7 +668,7 @@ def test_a_constant_that_depends_on_the_pixels_is_detected(name):
     make = middle if isinstance(middle, type) else lambda: middle
     model, x, unit = seeded(lambda: Between(make())), rand(2, 3, 9, 9), [(1, 2, 3, 2)]
     with pytest.raises(ValueError, match="layer 'b': deconv has no rule for ") as error:
-        Projector(model)(x, "b", unit)
+        Projector(model, method="deconv")(x, "b", unit)
     assert "\n" not in str(error.value)
     found = Projector(model, strict=False)(x, "b", unit)
     assert found.report.unsupported and not found.report.faithful
@@ -1090,7 +1090,7 @@ def test_the_model_is_left_as_it_was(small, use):
     if use == "broken":
         net.drop = Broken()
     before, values = state_of(net), copy.deepcopy(net.state_dict())
-    projector, kept = Projector(net), x.clone()
+    projector, kept = Projector(net, method="deconv"), x.clone()
     if use == "layers":
         projector.layers(x)
     elif use == "outputs":
@@ -1619,8 +1619,8 @@ WRONG = {
         "x is torch.float32 (3, 31, 29): expected images (N, C, H, W)",
     ),
     "no tensor": ({"x": [[0.0]]}, "x is list: expected images"),
-    "method": ({"method": "lrp"}, "method=lrp: choose one of deconv, guided, gradient"),
-    "generative": ({"method": "generative"}, "method=generative: choose one of deconv"),
+    "method": ({"method": "lrp"}, "method=lrp: choose one of auto, deconv, guided, gradient"),
+    "generative": ({"method": "generative"}, "method=generative: choose one of auto, deconv"),
     "gates": ({"gates": "open"}, "gates=open: choose one of constant, gradient"),
     "overlap": ({"overlap": "mean"}, "overlap=mean: choose one of sum, normalised"),
     "batch": ({"batch": 0}, "batch=0: must be at least 1"),
@@ -1953,7 +1953,7 @@ def test_units_of_low_layers_are_projected_from_windows_of_their_images():
     corners = [(0, 3, i, j) for i in (0, 1, H // 2, H - 1) for j in (0, W // 2 + 1, W - 1)]
     quick = Projector(layers)(x, "3", corners)
     # The names of its layers, where they lie and what depends on the image are found once.
-    windows = sizes[6:]
+    windows = sizes[7:]
     assert windows and max(h * w for h, w in windows) < 0.1 * x.shape[2] * x.shape[3]
     exact = Projector(layers, local=False)(x, "3", corners)
     assert_close(quick.images, exact.images, rtol=0, atol=1e-12 * float(exact.images.abs().max()))

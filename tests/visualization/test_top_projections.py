@@ -85,6 +85,11 @@ def learned(textures):
     return net, list(images)
 
 
+def shown(found):
+    """The tiles of the first method, in units of the largest magnitude of each."""
+    return found.tiles[found.methods[0]] / 127
+
+
 def cut_out(image, top, left, h, w, fill):
     """A rectangle of an image (C, H, W), pixel by pixel."""
     C, H, W = image.shape
@@ -104,7 +109,7 @@ def test_tiles_and_patches_are_projections_and_pixels_in_the_exact_field(
     top = tops[layer]
     found = project_top_activations(projector, images, layer, top, maps=[3, 0])
     assert found.maps.tolist() == [3, 0] and found.layer == layer and found.scale == 1
-    assert found.tiles.shape == found.patches.shape == (2, 4, 3, side, side)
+    assert shown(found).shape == found.patches.shape == (2, 4, 3, side, side)
     reached_beyond = 0
     for row, m in enumerate([3, 0]):
         units = top.units(m)
@@ -117,13 +122,14 @@ def test_tiles_and_patches_are_projections_and_pixels_in_the_exact_field(
             pixels = (alone.images[0] * torch.tensor(STD)[:, None, None]).flip(0)
             at = offset + stride * i, offset + stride * j
             tile = cut_out(pixels, *at, side, side, 0.0)
-            assert_allclose(
-                found.tiles[row, place].astype(float), tile / tile.abs().max(), atol=1e-3
-            )
+            assert_allclose(shown(found)[row, place], tile / tile.abs().max(), atol=5e-3)
             patch = cut_out(images[number], *at, side, side, 0.5)
             assert_allclose(found.patches[row, place] / 255, patch, atol=0.5 / 255 + 1e-6)
             box = [max(at[0], 0), max(at[1], 0), min(at[0] + side, 12), min(at[1] + side, 14)]
             assert found.boxes[row, place].tolist() == box
+            window = [*at, at[0] + side, at[1] + side]
+            assert found.windows[row, place].tolist() == window
+            assert found.border[row, place] == (box != window)
             assert found.values[row, place] == pytest.approx(top.values[m, place])
             reached_beyond += at[0] < 0 or at[1] < 0
     assert reached_beyond, "no unit stands at the border"
@@ -134,7 +140,7 @@ def test_units_of_fewer_pixels_than_their_layer_keep_their_scale(textures, monke
     images = list(textures(3, 3, 11, 12))
     top = find_top_activations(projector, images, ["both"], k=3, inside=True)["both"]
     whole = project_top_activations(projector, images, "both", top)
-    assert whole.tiles.shape[3:] == (5, 5)
+    assert shown(whole).shape[3:] == (5, 5)
     # Also where only small ones come together.
     monkeypatch.setattr(top_projections, "CHUNK", 1)
     alone = project_top_activations(projector, images, "both", top)
@@ -143,13 +149,13 @@ def test_units_of_fewer_pixels_than_their_layer_keep_their_scale(textures, monke
             for place in range(found.count(m)):
                 number, _, i, j = found.units[m, place]
                 assert found.boxes[m, place].tolist() == [i, j, i + 1, j + 1]
-                tile = found.tiles[m, place].copy()
+                tile = shown(found)[m, place].copy()
                 assert np.abs(tile[:, 2, 2]).max() == 1
                 tile[:, 2, 2] = 0
                 assert not tile.any()
                 around = cut_out(images[number], i - 2, j - 2, 5, 5, 0.5)
                 assert_allclose(found.patches[m, place] / 255, around, atol=0.003)
-    assert_array_equal(whole.tiles, alone.tiles)
+    assert_array_equal(shown(whole), shown(alone))
 
 
 def test_images_of_different_sizes_give_tiles_of_one_size(textures):
@@ -157,7 +163,7 @@ def test_images_of_different_sizes_give_tiles_of_one_size(textures):
     images = [*textures(2, 3, 12, 14), *textures(2, 3, 16, 10, seed=1), *textures(2, 3, 12, 14)]
     top = find_top_activations(projector, images, ["4"], k=6)["4"]
     found = project_top_activations(projector, images, "4", top)
-    assert found.tiles.shape[3:] == (8, 8)
+    assert shown(found).shape[3:] == (8, 8)
     for m in range(5):
         for place, (number, _, i, j) in enumerate(top.units(m)):
             patch = cut_out(images[number], 2 * i - 3, 2 * j - 3, 8, 8, 0.5)
@@ -188,6 +194,7 @@ def test_only_some_units_and_images_are_projected_at_a_time(trained, monkeypatch
         if isinstance(one, np.ndarray):
             # The report of convolutions on other batches is rounded differently.
             assert_allclose(one.astype(float), other.astype(float), atol=1e-3, err_msg=entry.name)
+    assert_allclose(shown(found), shown(expected), atol=1.1 / 127)
 
 
 def test_maps_with_fewer_than_k_activations_have_empty_tiles(trained):
@@ -203,10 +210,14 @@ def test_maps_with_fewer_than_k_activations_have_empty_tiles(trained):
     found = project_top_activations(shy, images, "4", top, maps=[2, 1])
     assert [found.count(row) for row in (0, 1)] == [2, 0]
     assert np.isnan(found.values[0, 2:]).all() and np.isnan(found.values[1]).all()
-    for name, empty in (("units", -1), ("boxes", -1), ("tiles", 0), ("patches", 128)):
+    for name, empty in (("units", -1), ("boxes", -1), ("windows", -1), ("patches", 128)):
         array = getattr(found, name)
         assert (array[0, 2:] == empty).all() and (array[1] == empty).all()
         assert (array[0, :2] != empty).any((1, *range(2, array.ndim - 1))).all()
+    assert not shown(found)[0, 2:].any() and not shown(found)[1].any()
+    assert np.abs(shown(found)[0, :2]).max((1, 2, 3)).tolist() == [1, 1]
+    assert not found.border[0, 2:].any() and not found.border[1].any()
+    assert found.signs.tolist() == [[1, 1, 0, 0], [0, 0, 0, 0]]
     with pytest.raises(ValueError, match="layer '4': none of its 1 maps is ever active"):
         project_top_activations(shy, images, "4", top, maps=[1])
 
@@ -216,7 +227,7 @@ def test_values_and_tiles_of_deconvnets_have_signs(learned):
     projector = Projector(net, batch=2)
     top = find_top_activations(projector, images, ["layer2"], k=4)["layer2"]
     found = project_top_activations(projector, images, "layer2", top)
-    assert found.tiles.shape[2] == 1 and found.patches.shape[2] == 3
+    assert shown(found).shape[2] == 1 and found.patches.shape[2] == 3
     assert (found.values < 0).any() and (found.values > 0).any()
     assert_allclose(np.abs(found.values), top.values, rtol=1e-5)
     assert found.report.method == "generative"
@@ -228,7 +239,7 @@ def test_values_and_tiles_of_deconvnets_have_signs(learned):
         painted = net.operator(codes, 2)(one)[0]
         # 5 pixels, 3 steps of 2, from 2i - 8 on.
         tile = cut_out(painted, 2 * i - 8, 2 * j - 8, 10, 10, 0.0)
-        assert_allclose(found.tiles[m, place], tile / tile.abs().max(), atol=2e-3)
+        assert_allclose(shown(found)[m, place], tile / tile.abs().max(), atol=5e-3)
 
 
 def test_a_data_set_that_returns_other_images_is_refused(trained):
@@ -247,7 +258,7 @@ def test_large_tiles_are_reduced(textures, monkeypatch):
     top = find_top_activations(projector, images, ["2"], k=2)["2"]
     found = project_top_activations(projector, images, "2", top)
     # Each unit sees the whole image, whose longer side becomes 10 pixels.
-    assert found.tiles.shape == (5, 2, 3, 7, 10) and found.scale == 10 / 28
+    assert shown(found).shape == (5, 2, 3, 7, 10) and found.scale == 10 / 28
     number = found.units[0, 0, 0]
     assert found.boxes[0, 0].tolist() == [0, 0, 20, 28]
     expected = F.interpolate(images[number][None], (7, 10), mode="bilinear", antialias=True)[0]
@@ -263,19 +274,27 @@ def projections_of(count=3, k=4, side=3):
     return TopProjections(
         layer="features.8",
         maps=np.arange(10, 10 + count),
-        tiles=generator.normal(size=(count, k, 3, side, side)).astype(np.float16),
+        tiles={
+            method: generator.integers(-127, 128, (count, k, 3, side, side), dtype=np.int8)
+            for method in ("deconv", "guided")
+        },
         patches=generator.integers(0, 256, (count, k, 3, side, side), dtype=np.uint8),
         units=generator.integers(0, 9, (count, k, 4)),
         boxes=generator.integers(0, 9, (count, k, 4)),
+        windows=generator.integers(-9, 9, (count, k, 4)),
+        border=generator.random((count, k)) < 0.5,
         values=-np.sort(-generator.random((count, k), dtype=np.float32)),
         checkerboard=np.full((count, k), np.nan, dtype=np.float32),
         scale=0.5,
-        report=ProjectionReport(
-            "deconv",
-            {"relu": 2},
-            rectified=3,
-            uneven=(UnevenOverlap("conv1", (3, 3), (2, 2), (2, 2)),),
-        ),
+        reports={
+            method: ProjectionReport(
+                method,
+                {"relu": 2},
+                rectified=3,
+                uneven=(UnevenOverlap("conv1", (3, 3), (2, 2), (2, 2)),),
+            )
+            for method in ("deconv", "guided")
+        },
     )
 
 
@@ -285,6 +304,11 @@ def assert_same(one, two):
         if isinstance(a, np.ndarray):
             assert a.dtype == b.dtype
             assert_array_equal(a, b)
+        elif entry.name == "tiles":
+            assert list(a) == list(b)
+            for method in a:
+                assert a[method].dtype == b[method].dtype
+                assert_array_equal(a[method], b[method])
         else:
             assert a == b
 
@@ -320,6 +344,9 @@ def test_a_damaged_file_of_projections_is_refused_in_one_line(tmp_path):
     np.savez(path, header=json.dumps({"format": "another"}))
     with pytest.raises(ValueError, match="not a file of top projections"):
         load_top_projections(path)
+    # Files of earlier versions are recomputed.
+    np.savez(path, header=json.dumps({"format": "deconvnet exemplars"}))
+    assert load_top_projections(path) is None
 
 
 # The checkerboard.
@@ -463,7 +490,12 @@ def test_a_grid_shows_maps_and_activations_in_order_with_projections_next_to_pat
     colour = np.stack([10 + number, 200 - number, 60 + 2 * number], -1)
     found = replace(
         found,
-        tiles=np.ones((M, k, 3, 4, 4), np.float16) * sign[..., None, None, None],
+        tiles={
+            "deconv": 127
+            * np.ones((M, k, 3, 4, 4), np.int8)
+            * sign[..., None, None, None].astype(np.int8)
+        },
+        reports={"deconv": found.reports["deconv"]},
         patches=np.ones((M, k, 3, 4, 4), np.uint8) * colour[..., None, None].astype(np.uint8),
         values=np.ones((M, k), np.float32),
     )

@@ -133,6 +133,7 @@ def _gallery_map(
     projections, top = result.projections[layer], result.top_activations[layer]
     names, contrast = result.images.names, result.contrast
     count, number = projections.count(row), int(projections.maps[row])
+    tiles = projections.tiles[projections.methods[0]]
     captions = []
     for (image, _, i, j), value in zip(
         projections.units[row, :count].tolist(),
@@ -152,13 +153,15 @@ def _gallery_map(
     step()
     return GalleryMap(
         number,
-        shade_projections(projections.tiles[row, :count], contrast=contrast),
+        shade_projections(tiles[row, :count], contrast=contrast),
         torch.from_numpy(projections.patches[row, :count]).float() / 255,
         captions,
         statistics,
         filter=None if filters is None else filters[number],
         control=(
-            shade_projections(control.tiles[row, : control.count(row)], contrast=contrast)
+            shade_projections(
+                control.tiles[control.methods[0]][row, : control.count(row)], contrast=contrast
+            )
             if control is not None and control.count(row)
             else None
         ),

@@ -101,7 +101,8 @@ def _block(projections: TopProjections, row: int, tile_width: int, contrast: flo
     side = math.ceil(math.sqrt(k))
     patches = torch.from_numpy(projections.patches[row]).float() / 255
     pair = []
-    for tiles in (shade_projections(projections.tiles[row], contrast=contrast), patches):
+    projected = projections.tiles[projections.methods[0]][row]
+    for tiles in (shade_projections(projected, contrast=contrast), patches):
         tiles = _of_width(tiles, tile_width)
         tiles[count:] = _hatched(tiles.shape[2:])
         pair.append(arrange_tiles(tiles, side))

@@ -101,6 +101,11 @@ class Operations:
         """The two-dimensional convolutions that are not transposed."""
         return [op for op in self.order if op.is_convolution and not op.saved("transposed")]
 
+    @property
+    def switches(self) -> int:
+        """The number of operations with switches, that is, of max pooling."""
+        return sum(op.name in SWITCHES for op in self.order)
+
 
 def read_operations(
     y: Tensor, *, constant_gates: bool = False, marked: Mapping[Node, str] | None = None

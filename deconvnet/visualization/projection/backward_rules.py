@@ -31,6 +31,8 @@ from deconvnet.operators.arithmetic import overlap as overlap_counts
 from deconvnet.visualization.projection.autograd_graph import SKIPPED, Operations, pair
 
 METHODS = ("deconv", "guided", "gradient")
+# The method that depends on the layer.
+AUTO = "auto"
 OVERLAPS = ("sum", "normalised")
 
 aten = torch.ops.aten

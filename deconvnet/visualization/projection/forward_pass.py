@@ -53,13 +53,11 @@ class LayerOutput:
 class ForwardPass:
     """Runs a model on images, up to some of its layers. To be used within `isolated`.
 
-    skip_normalization: the backward pass skips contrast normalisation. constant_gates: sigmoids
-    that multiply maps are constants.
+    skip_normalization, an argument of its methods: the backward pass skips contrast normalisation.
     """
 
-    def __init__(self, model: nn.Module, *, skip_normalization: bool, constant_gates: bool):
+    def __init__(self, model: nn.Module):
         self.model = check_model(unwrap(model))
-        self.skip_normalization, self.constant_gates = skip_normalization, constant_gates
         # TorchScript takes no hooks: a scripted part is passed, but it is not a layer.
         self.modules = {
             name: module
@@ -73,10 +71,15 @@ class ForwardPass:
         # Why the output of a module is not maps.
         self._not_maps: dict[str, str] = {}
         self._not_called = "the model does not call it for these images"
-        self._suspects: dict[str, frozenset[int]] = {}
+        self._suspects: dict[tuple[str, bool], frozenset[int]] = {}
 
-    def layers(self, x: Tensor) -> list[LayerInfo]:
-        """The layers that the first of some images x passes, in their order."""
+    def layers(
+        self, x: Tensor, *, constant_gates: bool, skip_normalization: bool
+    ) -> list[LayerInfo]:
+        """The layers that the first of some images x passes, in their order.
+
+        constant_gates: sigmoids that multiply maps are constants; units see nothing through them.
+        """
         outputs: list[tuple[str, int, Tensor, Node | None]] = []
         leaves: list[Tensor] = [x]
 
@@ -86,11 +89,13 @@ class ForwardPass:
             outputs.append((name, call, y, y.grad_fn))
 
         with torch.enable_grad():
-            calls = self._calls[x.shape[1:]] = self._run(x[:1].detach(), note)
+            calls = self._calls[x.shape[1:]] = self._run(
+                x[:1].detach(), note, skip_normalization=skip_normalization
+            )
             autograd_graph.record_shapes([y for *_, y, node in outputs if node is not None])
         axes = MapAxes()
         self._maps_last |= {(name, call) for name, call, _, node in outputs if axes.is_last(node)}
-        geometries = FieldGeometries(leaves[0], constant_gates=self.constant_gates)
+        geometries = FieldGeometries(leaves[0], constant_gates=constant_gates)
         infos = []
         for name, call, y, node in outputs:
             # A table that a model makes of its parameters alone is not a layer.
@@ -127,35 +132,39 @@ class ForwardPass:
             raise self._failure(x, error) from error
         return y if y is not None and y.dim() == 2 else None
 
-    def up_to(self, x: Tensor, layer: str, *, checked: bool = False) -> LayerOutput:
+    def up_to(
+        self, x: Tensor, layer: str, *, skip_normalization: bool, checked: bool = False
+    ) -> LayerOutput:
         """The output of a layer for images x (N, C, H, W).
 
         checked: the name of the layer is known to exist, from images of another size.
         """
         name, call = _split(layer)
-        leaf, y, tracker = self._up_to(x, layer, checked=checked)
+        leaf, y, tracker = self._up_to(x, layer, skip_normalization, checked=checked)
         maps_last = (name, call) in self._maps_last
         return LayerOutput(leaf, y, self._maps(y, name, call), maps_last, tracker.marked)
 
-    def find_suspects(self, x: Tensor, layer: str) -> None:
+    def find_suspects(self, x: Tensor, layer: str, *, skip_normalization: bool) -> None:
         """Find constants below a layer that depend on the image although this cannot be followed:
         they differ for other images."""
-        if layer in self._suspects:
+        key = layer, skip_normalization
+        if key in self._suspects:
             return
-        tracker = self._up_to(x, layer)[2]
+        tracker = self._up_to(x, layer, skip_normalization)[2]
         generator = torch.Generator().manual_seed(0)
         suspects: frozenset[int] = frozenset()
         for _ in range(OTHER_IMAGES):
             noise = torch.rand(x.shape, generator=generator, dtype=torch.float64).to(x)
             try:
-                other = self._up_to(0.75 * x.flip(1, 2, 3) + 0.1 * noise, layer)[2]
+                image = 0.75 * x.flip(1, 2, 3) + 0.1 * noise
+                other = self._up_to(image, layer, skip_normalization)[2]
             except Exception:  # a model may raise anything for an unexpected image
                 break
             suspects |= differing_calls(tracker, other)
-        self._suspects[layer] = suspects
+        self._suspects[key] = suspects
 
     def _up_to(
-        self, x: Tensor, layer: str, *, checked: bool = False
+        self, x: Tensor, layer: str, skip_normalization: bool, *, checked: bool = False
     ) -> tuple[Tensor, Tensor, DependenceTracker]:
         """The leaf that holds x, the output of the layer, and what was tracked on the way."""
         ((name, call),) = [_split(layer)] if checked else self._resolve(x, [layer])
@@ -166,8 +175,8 @@ class ForwardPass:
                 reached.append((leaf, y))
                 raise _Reached
 
-        tracker = DependenceTracker(self._suspects.get(layer))
-        self._run(x, note, {name}, tracker)
+        tracker = DependenceTracker(self._suspects.get((layer, skip_normalization)))
+        self._run(x, note, {name}, tracker, skip_normalization=skip_normalization)
         if not reached:
             raise ValueError(f"layer {layer!r}: the model does not call it for these images")
         leaf, y = reached[0]
@@ -184,7 +193,7 @@ class ForwardPass:
     def _resolve(self, x: Tensor, layers: list[str]) -> dict[tuple[str, int], str]:
         """{(module, number of the call): layer} for names of layers."""
         if x.shape[1:] not in self._calls:
-            self.layers(x)
+            self.layers(x, constant_gates=True, skip_normalization=True)
         calls = self._calls[x.shape[1:]]
         names = [_call_name(name, call, calls) for name in calls for call in range(calls[name])]
         for layer in layers:
@@ -221,6 +230,8 @@ class ForwardPass:
         note: Note,
         names: set[str] | None = None,
         tracker: DependenceTracker | None = None,
+        *,
+        skip_normalization: bool = False,
     ) -> Counter[str]:
         """Run the model on x; call `note` for the outputs of the named (by default all) modules.
 
@@ -250,7 +261,7 @@ class ForwardPass:
             for name, module in self.modules.items():
                 if names is None or name in names:
                     stack.callback(module.register_forward_hook(hook(name)).remove)
-            if self.skip_normalization:
+            if skip_normalization:
                 stack.enter_context(SkippedNormalization())
             if tracker is not None:
                 tracker.begin(leaf)

@@ -15,6 +15,8 @@ from deconvnet.support.validation import as_tensor
 
 # Names to suggest for one that does not exist.
 SUGGESTIONS = 3
+# What a report says of deconv without switches.
+SAME_PICTURE = "no switch is passed, so the picture is the same whatever the image"
 
 Units = Sequence[tuple[int, int, int, int]] | Tensor
 
@@ -123,7 +125,8 @@ class ProjectionReport:
     skipped, contrast normalisation; unsupported, those without a rule, for which the gradient was
     used. rectified, switched: how often the signal was rectified, and sent through the switches of
     max pooling. uneven: convolutions that may leave a checkerboard; overlap: "normalised" if it was
-    divided out.
+    divided out. reason: why this method was chosen, if it was chosen automatically and is not
+    deconv.
     """
 
     method: str
@@ -136,6 +139,18 @@ class ProjectionReport:
     switched: int = 0
     uneven: tuple[UnevenOverlap, ...] = ()
     overlap: str = "sum"
+    reason: str = ""
+
+    @property
+    def depends_on_image(self) -> bool:
+        """Whether the projection of a unit depends on the image, beyond its scale.
+
+        With deconv, the image enters only through the switches of max pooling, through gates and
+        through gradients. Without any of them, all images give the same picture.
+        """
+        gated = any("gate" in name for name in self.extended)
+        rectified = self.rectified and self.method != "deconv"
+        return bool(self.switched or rectified or gated or self.unsupported)
 
     @property
     def faithful(self) -> bool:
@@ -144,14 +159,23 @@ class ProjectionReport:
 
     def __str__(self) -> str:
         lines = [f"{self.method}: rectified {self.rectified}, switched {self.switched} times"]
+        if self.reason:
+            lines.append(f"chosen because {self.reason}")
+        if self.rectified and not self.depends_on_image:
+            lines.append(SAME_PICTURE)
         for key in ("exact", "linear", "extended", "skipped", "unsupported"):
             counts = getattr(self, key)
             if counts:
-                lines.append(f"{key}: {', '.join(f'{k} x{n}' for k, n in sorted(counts.items()))}")
+                lines.append(f"{key}: {counted(counts)}")
         if self.uneven:
             state = "divided out" if self.overlap == "normalised" else "may show as a checkerboard"
             lines.append(f"uneven overlap, {state}: {', '.join(map(str, self.uneven))}")
         return "; ".join(lines)
+
+
+def counted(counts: dict[str, int]) -> str:
+    """Counts by name, as text."""
+    return ", ".join(f"{name} x{count}" for name, count in sorted(counts.items()))
 
 
 def tile_boxes(fields: Tensor, image: tuple[int, int]) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ from deconvnet.visualization.projection.projection import (
     Projection,
     ProjectionReport,
     UnevenOverlap,
+    tile_boxes,
 )
 from deconvnet.visualization.projection.projector import Projector
 from deconvnet.visualization.search.top_activations import (
@@ -31,11 +32,13 @@ from deconvnet.visualization.search.top_activations import (
     group_by_size,
 )
 
-FORMAT = "deconvnet exemplars"
+FORMAT = "deconvnet top projections"
+# Files of this format hold one method, and are recomputed.
+OLD_FORMAT = "deconvnet exemplars"
 # Units to project at a time: each projection is as large as the input.
 CHUNK = 32
 # Larger tiles are reduced to this side, in pixels.
-LARGEST = 96
+LARGEST = 112
 # An activation must equal that of the search, up to this fraction of the largest value.
 TOLERANCE = 1e-2
 
@@ -44,29 +47,51 @@ TOLERANCE = 1e-2
 class TopProjections:
     """The projections of the k strongest activations of M maps of a layer.
 
-    maps: (M,), the numbers of the maps. tiles: (M, k, C, h, w) float16, the projections as signed
-    RGB, or as one plane if the network sees grey, cropped to the receptive field and divided by
-    their largest magnitude. patches: (M, k, 3, h, w) uint8, the image at the same position, grey
-    beyond its border. units: (M, k, 4), image, map, row, column. boxes: (M, k, 4), the receptive
-    fields as top, left, bottom, right, clipped to the image. values: (M, k), the signed
-    activations, NaN where a map has fewer than k. checkerboard: (M, k), see the function of this
-    name; NaN if no convolution on the way down has an uneven overlap. scale: the factor by which
-    tiles were reduced, 1 if they are as large as the field. report: of the projections.
+    maps: (M,), the numbers of the maps. units: (M, k, 4), image, map, row, column. values: (M, k),
+    the signed activations, NaN where a map has fewer than k. boxes: (M, k, 4), the receptive fields
+    as top, left, bottom, right, clipped to the image. windows: (M, k, 4), what tiles and patches
+    show, which may reach beyond the image. border: (M, k), whether the receptive field reaches
+    beyond the image, so that padding contributes to the activation.
+
+    tiles: by method, the one to show first comes first: (M, k, C, h, w) int8, the projections of
+    the activations as signed RGB, or as one plane if the network sees grey, as fractions of the
+    largest magnitude of each tile in 127ths; zero beyond the image. patches: (M, k, 3, h, w) uint8,
+    the image in the same window, grey beyond its border. scale: the factor by which tiles were
+    reduced, 1 if they are as large as the window. reports: of the projections, by method.
+    checkerboard: (M, k), see the function of this name, for the first method; NaN if no convolution
+    on the way down has an uneven overlap.
     """
 
     layer: str
     maps: np.ndarray
-    tiles: np.ndarray
-    patches: np.ndarray
     units: np.ndarray
-    boxes: np.ndarray
     values: np.ndarray
+    boxes: np.ndarray
+    windows: np.ndarray
+    border: np.ndarray
+    tiles: dict[str, np.ndarray]
+    patches: np.ndarray
     checkerboard: np.ndarray
     scale: float
-    report: ProjectionReport
+    reports: dict[str, ProjectionReport]
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The methods, the one to show first comes first."""
+        return tuple(self.tiles)
+
+    @property
+    def report(self) -> ProjectionReport:
+        """The report of the first method."""
+        return self.reports[self.methods[0]]
+
+    @property
+    def signs(self) -> np.ndarray:
+        """(M, k) int8: the signs of the activations, 0 where there is none."""
+        return np.sign(np.nan_to_num(self.values)).astype(np.int8)
 
     def count(self, row: int) -> int:
-        """The number of activations of the map in this row."""
+        """The number of activations of the map in this row; 0 if it is dead."""
         return int(np.isfinite(self.values[row]).sum())
 
     def save(self, path: Path, key: dict[str, object] | None = None) -> None:
@@ -75,13 +100,17 @@ class TopProjections:
             "format": FORMAT,
             "layer": self.layer,
             "scale": self.scale,
-            "report": asdict(self.report),
+            "reports": {method: asdict(report) for method, report in self.reports.items()},
             "key": key or {},
         }
-        arrays = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        arrays = {name: value for name, value in arrays.items() if isinstance(value, np.ndarray)}
+        arrays = {name: getattr(self, name) for name in ARRAYS}
+        arrays |= {f"tiles/{method}": tiles for method, tiles in self.tiles.items()}
         arrays["header"] = np.array(json.dumps(header))
         save_arrays(path, arrays, compressed=True)
+
+
+# The fields of `TopProjections` that are arrays.
+ARRAYS = ("maps", "units", "values", "boxes", "windows", "border", "patches", "checkerboard")
 
 
 def load_top_projections(path: Path, key: dict[str, object] | None = None) -> TopProjections | None:
@@ -92,23 +121,35 @@ def load_top_projections(path: Path, key: dict[str, object] | None = None) -> To
     try:
         arrays = load_arrays(path)
         header = json.loads(str(arrays.pop("header")))
+        if header.get("format") == OLD_FORMAT:
+            return None
         if header.get("format") != FORMAT:
             raise ValueError("it has another format")
         if key is not None and header["key"] != json.loads(json.dumps(key)):
             return None
-        report = dict(header["report"])
-        pairs = ("kernel", "stride", "period")
-        report["uneven"] = tuple(
-            UnevenOverlap(uneven["layer"], *(tuple(uneven[name]) for name in pairs))
-            for uneven in report["uneven"]
+        reports = {method: _report(values) for method, values in header["reports"].items()}
+        return TopProjections(
+            **{name: arrays[name] for name in ARRAYS},
+            layer=header["layer"],
+            tiles={method: arrays[f"tiles/{method}"] for method in reports},
+            scale=header["scale"],
+            reports=reports,
         )
-        report = ProjectionReport(**report)
-        return TopProjections(**arrays, layer=header["layer"], scale=header["scale"], report=report)
     except Exception as error:  # zipfile, zlib, json and numpy have errors of their own
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
             f"{path}: damaged or not a file of top projections ({reason}); remove it"
         ) from error
+
+
+def _report(values: dict) -> ProjectionReport:
+    """The inverse of `asdict` and JSON."""
+    pairs = ("kernel", "stride", "period")
+    uneven = tuple(
+        UnevenOverlap(overlap["layer"], *(tuple(overlap[name]) for name in pairs))
+        for overlap in values["uneven"]
+    )
+    return ProjectionReport(**{**values, "uneven": uneven})
 
 
 def project_top_activations(
@@ -140,13 +181,18 @@ def project_top_activations(
         for start in range(0, len(group), CHUNK):
             chunk = group[start : start + CHUNK]
             local = [(numbers.index(image), *rest) for image, *rest in (r.unit for r in chunk)]
-            projection = projector(x, layer, local)
+            projections = _by_method(projector, x, layer, local)
+            first = next(iter(projections.values()))
             expected = [float(top.values[maps[ranked.row], ranked.rank]) for ranked in chunk]
-            _check_values(projection.values, expected, chunk)
+            _check_values(first.values, expected, chunk)
             # One plane is enough for grey pictures.
-            tiles = projector.signed_rgb(projection.tiles())[:, : projection.images.shape[1]]
-            result = result or _empty(layer, maps, top.values.shape[1], tiles, projection.report)
-            _fill(result, chunk, projection, tiles, projection.patches(pixels))
+            tiles = {
+                method: projector.signed_rgb(projection.tiles())[:, : projection.images.shape[1]]
+                for method, projection in projections.items()
+            }
+            result = result or _empty(layer, maps, top.values.shape[1], tiles, projections)
+            windows = tile_boxes(first.fields, tuple(first.images.shape[2:]))
+            _fill(result, chunk, first, windows, tiles, first.patches(pixels))
             done += len(chunk)
             if progress:
                 progress(done, len(units))
@@ -177,7 +223,7 @@ def checkerboard(images: Tensor, period: tuple[int, int]) -> Tensor:
 
 
 class RankedUnit(NamedTuple):
-    """A unit (image, map, row, column) whose projection belongs into `result.tiles[row, rank]`."""
+    """A unit (image, map, row, column), and the row and rank of its projection in the result."""
 
     row: int
     rank: int
@@ -210,26 +256,41 @@ def _by_image(units: list[RankedUnit], count: int) -> Iterator[list[RankedUnit]]
         yield group
 
 
+def _by_method(
+    projector: Projector, x: Tensor, layer: str, units: list[tuple[int, int, int, int]]
+) -> dict[str, Projection]:
+    if hasattr(projector, "by_method"):
+        return projector.by_method(x, layer, units)
+    return {projector.method: projector(x, layer, units)}
+
+
 def _empty(
-    layer: str, maps: list[int], k: int, tiles: Tensor, report: ProjectionReport
+    layer: str,
+    maps: list[int],
+    k: int,
+    tiles: dict[str, Tensor],
+    projections: dict[str, Projection],
 ) -> TopProjections:
     """Arrays for k projections of each map; tiles: some of them, for their size."""
-    planes, *tile = tiles.shape[1:]
+    planes, *tile = next(iter(tiles.values())).shape[1:]
     scale = min(1.0, LARGEST / max(tile))
     size = tuple(max(1, round(side * scale)) for side in tile)
     shape = (len(maps), k)
-    units = np.full((*shape, 4), -1, dtype=np.int64)
+    rows = np.full((*shape, 4), -1, dtype=np.int64)
+    numbers = np.full(shape, np.nan, dtype=np.float32)
     return TopProjections(
         layer,
         np.array(maps),
-        np.zeros((*shape, planes, *size), dtype=np.float16),
-        np.full((*shape, 3, *size), 128, dtype=np.uint8),
-        units,
-        units.copy(),
-        np.full(shape, np.nan, dtype=np.float32),
-        np.full(shape, np.nan, dtype=np.float32),
-        scale,
-        report,
+        units=rows,
+        values=numbers,
+        boxes=rows.copy(),
+        windows=rows.copy(),
+        border=np.zeros(shape, dtype=bool),
+        tiles={method: np.zeros((*shape, planes, *size), dtype=np.int8) for method in tiles},
+        patches=np.full((*shape, 3, *size), 128, dtype=np.uint8),
+        checkerboard=numbers.copy(),
+        scale=scale,
+        reports={method: projection.report for method, projection in projections.items()},
     )
 
 
@@ -237,29 +298,42 @@ def _fill(
     result: TopProjections,
     chunk: list[RankedUnit],
     projection: Projection,
-    tiles: Tensor,
+    windows: Tensor,
+    tiles: dict[str, Tensor],
     patches: Tensor,
 ) -> None:
-    """Write the projections of some units into the result."""
-    size = result.tiles.shape[3:]
-    tiles, patches = (_reduced(t.float().cpu(), size) for t in (tiles, patches))
+    """Write the projections of some units into the result; projection: by the first method."""
+    size = result.patches.shape[3:]
+    patches = (_reduced(patches.float().cpu(), size) * 255).round().clamp(0, 255).byte().numpy()
+    reduced = {method: _as_bytes(_reduced(t.float().cpu(), size)) for method, t in tiles.items()}
     uneven = [overlap for overlap in projection.report.uneven if all(overlap.period)]
     # Among several patterns, the finest is the most visible.
     boards = checkerboard(projection.tiles(), uneven[-1].period) if uneven else None
+    border = (projection.boxes != projection.fields).any(1)
     for index, (row, rank, unit) in enumerate(chunk):
-        result.tiles[row, rank] = _normalised_half(tiles[index])
-        result.patches[row, rank] = (patches[index] * 255).round().clamp(0, 255).byte().numpy()
-        result.units[row, rank] = unit
-        result.boxes[row, rank] = projection.boxes[index].numpy()
-        result.values[row, rank] = float(projection.values[index])
+        at = row, rank
+        for method in result.tiles:
+            result.tiles[method][at] = reduced[method][index]
+        result.patches[at] = patches[index]
+        result.units[at] = unit
+        result.boxes[at] = projection.boxes[index].numpy()
+        result.windows[at] = windows[index].numpy()
+        result.border[at] = bool(border[index])
+        result.values[at] = float(projection.values[index])
         if boards is not None:
-            result.checkerboard[row, rank] = float(boards[index])
+            result.checkerboard[at] = float(boards[index])
 
 
-def _normalised_half(tile: Tensor) -> np.ndarray:
-    """A tile in float16, divided by its largest magnitude: only its shape has a meaning."""
-    peak = float(tile.abs().max())
-    return (tile / peak if peak > 0 else tile).half().numpy()
+def _as_bytes(tiles: Tensor) -> np.ndarray:
+    """Tiles (U, C, h, w) in int8: 127 is the largest magnitude of each, since only its shape has a
+    meaning."""
+    peaks = tiles.abs().flatten(1).amax(1).view(-1, 1, 1, 1)
+    return (
+        (127 * tiles / peaks.clamp(min=torch.finfo(tiles.dtype).tiny))
+        .round()
+        .to(torch.int8)
+        .numpy()
+    )
 
 
 def _reduced(tiles: Tensor, size: tuple[int, ...]) -> Tensor:
