@@ -32,8 +32,8 @@ PICTURES = {
     "patches": (
         "1 patches",
         "For each map: its feature, and the part of an image where it responds most strongly. "
-        "- behind a number: the response there is negative, so the image shows the feature with "
-        "light and dark exchanged.",
+        "Negative: the response there is negative, so the image shows the feature with light and "
+        "dark exchanged.",
     ),
     "reconstructed": (
         "2 reconstructed",
@@ -51,8 +51,9 @@ PICTURES = {
     ),
     "maps": (
         "4 maps",
-        "Where the strongest maps of one image are active: red for positive, blue for negative "
-        "coefficients, over the image. Below each, the feature and the number of the map.",
+        "One image (the one that the layer reconstructs best), and where its strongest maps are "
+        "active: red for positive, blue for negative coefficients, the stronger the larger they "
+        "are. Below each: the feature, the number of the map, and its non-zero coefficients.",
     ),
     "parts": (
         "5 parts",

@@ -25,8 +25,8 @@ SHOWN_MAPS = 12
 # Sizes in pixels: the width of an image, of the feature below it, the smallest of a mark.
 IMAGE, FEATURE, MARK = 144, 32, 3
 POSITIVE, NEGATIVE = (0.80, 0.05, 0.05), (0.05, 0.20, 0.85)
-# The darkest grey of the image below the marks.
-PALE = 0.5
+# The darkest grey of the image below the marks, and the smallest opacity of a mark.
+PALE, FAINT = 0.5, 0.12
 
 
 def active_map_sheet(
@@ -44,7 +44,7 @@ def active_map_sheet(
     size = round(IMAGE * image.shape[1] / image.shape[2]), IMAGE
     shown = F.interpolate(image[None], size, mode="bilinear", antialias=True)[0].clamp(0, 1)
     pale = PALE + (1 - PALE) * shown.mean(0)
-    scale = float(quantile_magnitude(z[None], 0.9))
+    scale = float(quantile_magnitude(z[None], 0.95))
     totals = z.abs().sum((1, 2))
     order = [k for k in totals.sort(descending=True, stable=True).indices.tolist() if totals[k] > 0]
     fields = [layer_field(net, layer, axis) for axis in (0, 1)]
@@ -85,8 +85,8 @@ def _dilated(z: Tensor, width: int) -> Tensor:
 
 
 def _marked(pale: Tensor, strength: Tensor) -> Tensor:
-    """A grey image (H, W) with marks whose opacity is |strength| (H, W), at least a third."""
-    opacity = torch.where(strength == 0, 0.0, strength.abs().clamp(1 / 3, 1))
+    """A grey image (H, W) with marks whose opacity is |strength| (H, W), at least FAINT."""
+    opacity = torch.where(strength == 0, 0.0, strength.abs().clamp(FAINT, 1))
     colour = torch.where(
         (strength > 0)[None],
         torch.tensor(POSITIVE).view(3, 1, 1),

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from deconvnet.network.codes import Codes
@@ -17,6 +18,7 @@ from deconvnet.operators.pooling import max_pool
 from deconvnet.visualization.pictures.active_positions import active_map_sheet
 from deconvnet.visualization.pictures.canvas import (
     GAP,
+    PAPER,
     hstack,
     quantile_magnitude,
     shade_signed,
@@ -44,7 +46,7 @@ def layer_pictures(net: DeconvNet, codes: Codes, images: Tensor, number: int) ->
     layerN/filters: its filters in pixel space; layerN/patches (upper layers): the same next to the
     image patches where they respond most strongly; layerN/parts (upper layers): the parts of one
     image; layerN/reconstructed: some images, their reconstructions by every layer and the residual;
-    layerN/maps: the strongest maps of one image, over the image.
+    layerN/maps: where the strongest maps of one image are active.
     """
     return {name: picture for name, (picture, _) in layer_cards(net, codes, images, number).items()}
 
@@ -66,13 +68,12 @@ def layer_cards(
     shown = torch.linspace(0, len(images) - 1, min(SHOWN_IMAGES, len(images))).round().long()
     shown_codes = codes.select(shown.to(net.device))
     sheets["reconstructed"] = reconstruction_sheet(net, shown_codes, images[shown])
-    busiest = int(shown_codes.layer(number).z.abs().sum((1, 2, 3)).argmax())
-    z, image = shown_codes.layer(number).z[busiest], images[shown[busiest]]
+    clearest = _clearest(net, shown_codes, number)
+    z, image = shown_codes.layer(number).z[clearest], images[shown[clearest]]
     sheets["maps"] = active_map_sheet(net, z, image, features, number)
     if number > 1:
-        clearest = _clearest(net, shown_codes, number)
         single = shown_codes.select(slice(clearest, clearest + 1))
-        parts = image_parts_picture(net, single, images[shown[clearest]], number)
+        parts = image_parts_picture(net, single, image, number)
         pictures[f"layer{number}/parts"] = parts, cut_into_cards(parts)
     for kind, sheet in sheets.items():
         pictures[f"layer{number}/{kind}"] = sheet.picture(), sheet.cards()
@@ -99,12 +100,13 @@ def filter_sheet(tiles: Tensor, numbers: Sequence[int] | None = None) -> Sheet:
 def patch_sheet(features: Tensor, patches: Tensor, values: Tensor) -> Sheet:
     """Features next to image patches (K, 3, S, S), above the number of the map.
 
-    values: (K,), the activations; a minus sign marks a negative one, where the image shows the
+    values: (K,), the activations; negative ones are marked, because there the image shows the
     feature with light and dark exchanged.
     """
     cells = []
     for k, pair in enumerate(zip(enlarged(features, PAIR), enlarged(patches, PAIR), strict=True)):
-        cells.append(captioned(hstack(list(pair)), f"{k} {'-' if values[k] < 0 else ''}"))
+        caption = f"{k}, negative" if values[k] < 0 else f"{k}"
+        cells.append(captioned(F.pad(hstack(list(pair)), (0, 2 * GAP), value=PAPER), caption))
     return Sheet(cells)
 
 
@@ -147,7 +149,7 @@ def reconstruction_sheet(net: DeconvNet, codes: Codes, images: Tensor) -> Sheet:
     signed = [("preprocessed", y)]
     for number, layer in enumerate(codes.layers, 1):
         reconstruction = net.synthesize(codes, number)
-        label = f"layer {number}\n{snr(y, reconstruction):.1f} dB\n{layer.density:.1%} of z"
+        label = f"layer {number}\n{snr(y, reconstruction):.1f} dB\n{layer.density:.1%} active"
         signed.append((label, reconstruction))
     signed.append(("residual", y - reconstruction))
     white = 3 * y.std().clamp(min=1e-12)
