@@ -31,11 +31,11 @@ from deconvnet.visualization.evolution.while_learning import plan_snapshots, pro
 from deconvnet.visualization.pictures.canvas import shade_signed
 from deconvnet.visualization.pictures.evolution_picture import evolution_cards, evolution_picture
 from deconvnet.visualization.pictures.layer_pictures import (
-    filter_sheet,
+    filter_cards,
+    filter_picture,
     layer_cards,
-    snapshot_sheet,
+    snapshot_features,
 )
-from deconvnet.visualization.pictures.sheet import Sheet
 from deconvnet.visualization.projection.feature_projection import PixelFeatures, signed_rgb
 
 log = logging.getLogger(__name__)
@@ -217,8 +217,8 @@ def _show_epoch(
             *(trainer.number, stats.epoch, previous_objective, stats.objective),
         )
     if trainer.number == 1 and session.run:
-        f = shade_signed(signed_rgb(session.net, session.net.layer(1).filters))
-        _show_sheet(session, "layer1/filters", filter_sheet(f), state.step)
+        f = signed_rgb(session.net, session.net.layer(1).filters)
+        _show_filters(session, 1, shade_signed(f), state.step)
     if trainer.snapshot:
         # Save before the checkpoint, so that a run that resumes from it has this column.
         _show_snapshot(session, state, trainer)
@@ -237,12 +237,13 @@ def _show_snapshot(session: Session, state: TrainingState, trainer: LayerTrainer
     append_epoch(session.run.evolution(number), column)
     if number > 1 and not trainer.done:
         features = PixelFeatures(column.tiles[0], column.boxes[0], column.values[0])
-        sheet = snapshot_sheet(features, tuple(codes.y.shape[2:]))
-        _show_sheet(session, f"layer{number}/filters", sheet, state.step)
+        shown = snapshot_features(features, tuple(codes.y.shape[2:]))
+        _show_filters(session, number, shown, state.step)
 
 
-def _show_sheet(session: Session, name: str, sheet: Sheet, step: int) -> None:
-    session.monitor.picture(name, sheet.picture(), step, sheet.cards())
+def _show_filters(session: Session, layer: int, tiles: Tensor, step: int) -> None:
+    picture, cards = filter_picture(tiles), filter_cards(tiles)
+    session.monitor.picture(f"layer{layer}/filters", picture, step, cards)
 
 
 def _show_layer(session: Session, state: TrainingState) -> None:

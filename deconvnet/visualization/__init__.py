@@ -15,12 +15,13 @@ if TYPE_CHECKING:
     from deconvnet.visualization.models.zoo import load_model
     from deconvnet.visualization.pictures.image_decomposition import (
         Activations,
-        image_parts_picture,
         project_activations,
         strongest_activations,
         supporting_activations,
     )
+    from deconvnet.visualization.pictures.image_parts import ImageParts, image_parts
     from deconvnet.visualization.pictures.layer_pictures import filter_grid, layer_pictures
+    from deconvnet.visualization.pictures.parts_picture import image_parts_picture
     from deconvnet.visualization.pictures.projection_grids import projection_grid
     from deconvnet.visualization.projection.feature_projection import PixelFeatures, pixel_features
     from deconvnet.visualization.projection.projector import Projector
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 # The module that defines each public name, below this package.
 MODULES = {
     "Activations": "pictures.image_decomposition",
+    "ImageParts": "pictures.image_parts",
     "Normalization": "models.normalization",
     "PixelFeatures": "projection.feature_projection",
     "Projector": "projection.projector",
@@ -40,7 +42,8 @@ MODULES = {
     "correspondence": "experiments.correspondence",
     "filter_grid": "pictures.layer_pictures",
     "find_top_activations": "search.top_activations",
-    "image_parts_picture": "pictures.image_decomposition",
+    "image_parts": "pictures.image_parts",
+    "image_parts_picture": "pictures.parts_picture",
     "invariance": "experiments.invariance",
     "layer_pictures": "pictures.layer_pictures",
     "load_model": "models.zoo",
@@ -57,6 +60,7 @@ MODULES = {
 }
 __all__ = [
     "Activations",
+    "ImageParts",
     "Normalization",
     "PixelFeatures",
     "Projector",
@@ -64,6 +68,7 @@ __all__ = [
     "correspondence",
     "filter_grid",
     "find_top_activations",
+    "image_parts",
     "image_parts_picture",
     "invariance",
     "layer_pictures",

@@ -2,63 +2,92 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from deconvnet.monitoring.event_files import event_writer
 from deconvnet.monitoring.summaries import image_summary, text_summary
 from deconvnet.storage import ownership
-from deconvnet.visualization.pictures.canvas import shade_signed
+from deconvnet.visualization.manifest import rows_in_grid
+from deconvnet.visualization.pictures.canvas import (
+    GAP,
+    LINE,
+    hstack,
+    plain_number,
+    resize_tiles,
+    shade_signed,
+    text_block,
+    vstack,
+    with_title,
+)
 from deconvnet.visualization.pictures.evolution_picture import evolution_cards
-from deconvnet.visualization.pictures.layer_pictures import filter_sheet
-from deconvnet.visualization.pictures.projection_grids import pixel_filters
-from deconvnet.visualization.pictures.sheet import cut_into_cards
+from deconvnet.visualization.pictures.layer_pictures import filter_cards
+from deconvnet.visualization.pictures.projection_grids import (
+    CONTRAST,
+    CONTROL_MAPS,
+    pixel_filters,
+    shade_projections,
+)
+from deconvnet.visualization.pictures.sheet import CARD, MOST_CARDS, cut_into_cards
 from deconvnet.visualization.result import VisualizationResult
+from deconvnet.visualization.search.top_projections import TopProjections
+from deconvnet.visualization.settings import VisualizationSettings
 
-# The groups of pictures, in the order of the page, and what they show.
+# The groups of the page, in their order, and what they show.
+STRONGEST = (
+    "For some maps: the strongest activations in these images, the strongest first, projected to "
+    "pixels by each method, and the part of the image that the units see (image). Every tile has "
+    "its own scale, so only its shape has a meaning. A negative activation is shown with the "
+    "opposite sign."
+)
 GROUPS = {
     "filters": (
         "0 filters",
         "The filters that see pixels, with the number of the map below. Grey is zero; every "
-        "filter has its own scale.",
+        "filter has its own scale, so only its shape has a meaning.",
     ),
-    "layers": (
-        "1 strongest activations",
-        "For some maps: their strongest activations in these images, projected to pixels, next to "
-        "the part of the image that the units see. Every tile has its own scale, so only its "
-        "shape has a meaning. Control: the same for random weights, which shows what the images "
-        "alone produce.",
+    "layers": ("1 strongest activations", STRONGEST),
+    "control": (
+        "2 control",
+        "The same for the network with shuffled weights. What looks alike here and there comes "
+        "from the images, not from what the network has learned.",
     ),
     "evolution": (
-        "2 evolution",
+        "3 evolution",
         "A row for each map, a column for each epoch: the strongest activation, projected to "
-        "pixels. The number of the image is below a tile if it differs from that of the tile "
-        "before.",
+        "pixels as if it were positive. The number of the image is below a tile if it differs from "
+        "that of the tile before.",
     ),
     "occlusion": (
-        "3 occlusion",
+        "4 occlusion",
         "What changes in the network when a grey square covers a part of the image.",
     ),
     "invariance": (
-        "4 invariance",
+        "5 invariance",
         "How far the features move when the image is shifted, scaled or rotated.",
     ),
 }
+# On the card of a map: its activations, and in pixels the width of a tile and of a label.
+SHOWN = 5
+TILE, LABEL = 80, 62
 
 
-def write_event_page(result: VisualizationResult, folder: Path) -> None:
-    """Write all pictures and reports of a visualization to an event file; older ones are removed.
+def write_event_page(
+    result: VisualizationResult, settings: VisualizationSettings, folder: Path
+) -> None:
+    """Write the pictures and reports of a visualization to an event file; older ones are removed.
 
-    A tag has the same picture as the file of that name, cut into cards.
+    Each picture is drawn or cut such that it can be read on a card.
     """
     for old in folder.glob("events.out.tfevents.*"):
         ownership.remove(old)
     with event_writer(folder) as writer:
-        for name, picture in result.pictures.items():
-            group, description = GROUPS[_group(name)]
-            summary = image_summary(f"{group}/{name}", _cards(result, name, picture), description)
-            writer.file_writer.add_summary(summary, 0)
+        for kind, name, cards in _pages(result, settings):
+            group, description = GROUPS[kind]
+            writer.file_writer.add_summary(image_summary(f"{group}/{name}", cards, description), 0)
         rows = [
             f"| {name} | {report} |"
             for name, projections in result.projections.items()
@@ -69,20 +98,42 @@ def write_event_page(result: VisualizationResult, folder: Path) -> None:
         writer.file_writer.add_summary(text_summary("visualization", table, how), 0)
 
 
-def _group(name: str) -> str:
-    for kind in ("occlusion", "invariance"):
-        if name.startswith(kind):
-            return kind
-    for kind in ("filters", "evolution"):
-        if name.endswith(f"-{kind}"):
-            return kind
-    return "layers"
+def _pages(
+    result: VisualizationResult, settings: VisualizationSettings
+) -> Iterator[tuple[str, str, list[Tensor]]]:
+    """Yield the group, the name and the cards of every picture."""
+    filters = pixel_filters(result.projector)
+    if filters is not None:
+        yield "filters", f"{filters[0]}-filters", filter_cards(shade_signed(filters[1]))
+    for layer, projections in result.projections.items():
+        rows = rows_in_grid(projections, settings)[:MOST_CARDS]
+        yield "layers", layer, [map_card(projections, row, settings.contrast) for row in rows]
+    for layer, projections in result.control.items():
+        rows = range(min(CONTROL_MAPS, len(projections.maps)))
+        yield "control", layer, [map_card(projections, row, settings.contrast) for row in rows]
+    for layer, e in result.evolutions.items():
+        yield "evolution", f"{layer}-evolution", evolution_cards(e)
+    for name, picture in result.pictures.items():
+        for kind in ("occlusion", "invariance"):
+            if name.startswith(kind):
+                yield kind, name, cut_into_cards(picture)
 
 
-def _cards(result: VisualizationResult, name: str, picture: Tensor) -> list[Tensor]:
-    layer = name.rpartition("-")[0]
-    if _group(name) == "evolution" and layer in result.evolutions:
-        return evolution_cards(result.evolutions[layer])
-    if _group(name) == "filters":
-        return filter_sheet(shade_signed(pixel_filters(result.projector)[1])).cards()
-    return cut_into_cards(picture)
+def map_card(projections: TopProjections, row: int, contrast: float = CONTRAST) -> Tensor:
+    """The strongest activations of a map on one card: a row for each method, and the image."""
+    count = min(projections.count(row), SHOWN)
+    title = f"map {projections.maps[row]}"
+    if count == 0:
+        return text_block(f"{title}: no image activates it", CARD, LINE)
+    values = [plain_number(float(value)) for value in projections.values[row, :count]]
+    signs = projections.signs[row, :count, None, None, None]
+    tiles = {
+        method: shade_projections(shown[row, :count] * signs, width=TILE, contrast=contrast)
+        for method, shown in projections.tiles.items()
+    }
+    patches = torch.from_numpy(projections.patches[row, :count]).float() / 255
+    tiles["image"] = resize_tiles(patches, TILE)
+    labels = [text_block(name, LABEL, shown.shape[2]) for name, shown in tiles.items()]
+    columns = [vstack(list(column), GAP) for column in zip(*tiles.values(), strict=True)]
+    page = hstack([vstack(labels, GAP), *columns], GAP)
+    return with_title(f"{title}: activations {', '.join(values)}", page)

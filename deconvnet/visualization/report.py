@@ -43,12 +43,11 @@ from deconvnet.visualization.manifest import layer_file_name, rows_in_grid, writ
 from deconvnet.visualization.models.zoo import LoadedModel
 from deconvnet.visualization.pictures.canvas import shade_signed
 from deconvnet.visualization.pictures.evolution_picture import evolution_picture
-from deconvnet.visualization.pictures.layer_pictures import filter_sheet
+from deconvnet.visualization.pictures.layer_pictures import filter_picture
 from deconvnet.visualization.pictures.projection_grids import (
+    layer_grid,
     pixel_filters,
-    projection_grid,
     sample_maps,
-    with_control,
 )
 from deconvnet.visualization.projection.projection import suggest_layers
 from deconvnet.visualization.projection.projector import Projector
@@ -136,7 +135,7 @@ def visualize_network(
     _draw(result, settings, place / "figures")
     _remove_outdated(result, place)
     paths = {"pictures": place / "figures", "manifest": write_manifest(result, settings, place)}
-    write_event_page(result, place)
+    write_event_page(result, settings, place)
     gallery = Path(folder) / "gallery"
     if settings.gallery:
         with _progress_bar(settings, "gallery", "page", None) as progress:
@@ -292,14 +291,17 @@ def _draw(result: VisualizationResult, settings: VisualizationSettings, folder: 
     pictures = result.pictures
     filters = pixel_filters(result.projector)
     if filters is not None:
-        pictures[f"{filters[0]}-filters"] = filter_sheet(shade_signed(filters[1])).picture()
+        pictures[f"{filters[0]}-filters"] = filter_picture(shade_signed(filters[1]))
     for layer, projections in result.projections.items():
         rows = rows_in_grid(projections, settings)
-        picture = projection_grid(projections, rows, contrast=settings.contrast)
-        if layer in result.control:
-            control = projection_grid(result.control[layer], rows, contrast=settings.contrast)
-            picture = with_control(picture, control, layer=layer)
-        pictures[layer] = picture
+        pictures[layer] = layer_grid(
+            projections,
+            rows,
+            info=result.infos[layer],
+            num_images=len(result.images),
+            control=result.control.get(layer),
+            contrast=settings.contrast,
+        )
     for layer, e in result.evolutions.items():
         pictures[f"{layer}-evolution"] = evolution_picture(e)
     _draw_occlusion(result, settings)

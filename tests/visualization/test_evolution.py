@@ -38,7 +38,7 @@ from deconvnet.visualization.evolution.while_learning import (
     project_snapshot,
     shown_epochs,
 )
-from deconvnet.visualization.pictures.canvas import GAP, LINE, PAGE
+from deconvnet.visualization.pictures.canvas import GAP, HAIRLINE, LINE, PAGE
 from deconvnet.visualization.pictures.evolution_picture import LABEL, evolution_picture
 from deconvnet.visualization.projection.feature_projection import signed_rgb
 from deconvnet.visualization.projection.projector import Projector
@@ -578,7 +578,7 @@ def test_a_black_line_marks_a_change_of_the_image():
         for column in range(1, 3):
             left = LABEL + column * step
             gap = picture[:, 2 * LINE + GAP + row * step :, left : left + GAP][:, : step - GAP]
-            assert (gap[:, :, [0, 2]] == 1).all()
+            assert (gap[:, :, [0, 2]] == HAIRLINE).all()
             if (gap[:, :, 1] == 0).all():
                 marked.append((row, column))
             else:

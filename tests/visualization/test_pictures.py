@@ -21,8 +21,12 @@ from deconvnet.visualization import (
     supporting_activations,
 )
 from deconvnet.visualization.pictures.canvas import (
+    HAIRLINE,
     PAGE,
+    paragraph,
+    plain_number,
     quantile_magnitude,
+    resize_tiles,
     shade_signed,
     tile_grid,
 )
@@ -96,9 +100,11 @@ def test_a_grid_has_room_for_every_tile_and_shows_it_unsmoothed(count, columns):
     for shown, tile in zip(tiles_of(page, h, w, columns, count), tiles, strict=True):
         assert torch.equal(shown[:, 1::3, 1::3], tile)
         assert torch.equal(shown, tile.repeat_interleave(3, 1).repeat_interleave(3, 2))
-    # All else is paper.
-    paper = page.numel() - 9 * tiles.numel()
-    assert page.sum().item() == pytest.approx(paper + 9 * tiles.sum().item(), rel=1e-5)
+    # A hairline around each tile; all else is paper.
+    lines = 3 * count * 2 * (h + w + 2)
+    paper = page.numel() - 9 * tiles.numel() - lines
+    expected = paper + HAIRLINE * lines + 9 * tiles.sum().item()
+    assert page.sum().item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_page_is_never_too_wide_for_a_screen():
@@ -122,6 +128,29 @@ def test_a_few_bright_pixels_do_not_leave_a_tile_grey():
     shown = shade_signed(f, quantile_magnitude(f))
     assert_close(shown + shade_signed(-f, quantile_magnitude(f)), torch.ones_like(shown))
     assert shown[0].amax() == 1 and shown[0].amin() < 0.01 and (shown[1] == 0.5).all()
+
+
+@pytest.mark.parametrize("side", [3, 11, 40, 64, 75, 92, 111, 139, 140, 211])
+def test_a_resized_tile_fills_most_of_its_room_and_keeps_its_range(side):
+    tiles = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(side))
+    tiles[1] *= 1e-3
+    resized = resize_tiles(tiles, 140)
+    assert 112 <= resized.shape[2] == resized.shape[3] <= 140
+    for tile, big in zip(tiles, resized, strict=True):
+        assert tile.min() <= big.min() and big.max() <= tile.max()
+    if 140 // side * side >= 112:
+        zoom = 140 // side
+        assert torch.equal(resized[:, :, ::zoom, ::zoom], tiles)
+
+
+def test_numbers_are_written_plainly_and_texts_fit_their_width():
+    numbers = {1347.2: "1347", 999.7: "1000", 52.31: "52.3", 8.8249: "8.82", 0.0718: "0.0718"}
+    for value, text in numbers.items():
+        assert plain_number(value) == text and plain_number(-value) == f"-{text}"
+    assert plain_number(0.0) == "0"
+    short, long = (paragraph("word " * n, 300) for n in (2, 60))
+    assert short.shape[2] == long.shape[2] == 300 and long.shape[1] > 3 * short.shape[1]
+    assert (long[:, :, -3:] == 1).all(), "a line is cut at the right"
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -404,9 +433,12 @@ def test_the_picture_of_the_parts_has_a_row_for_every_layer_below(three_layers):
     for layer in (1, 2, 3):
         page = image_parts_picture(net, codes, image, layer)
         assert page.isfinite().all() and page.min() >= 0 and page.max() <= 1
-        assert page.shape[0] == 3 and 1200 < page.shape[2] < 1300
+        assert page.shape[0] == 3 and page.shape[2] == PAGE
+        # Hardly a row or a column is empty.
+        assert (page == 1).all((0, 1)).double().mean() < 0.03
+        assert (page == 1).all((0, 2)).double().mean() < 0.2
         heights.append(page.shape[1])
-    assert 250 < heights[1] - heights[0] < 400 and 250 < heights[2] - heights[1] < 400
+    assert heights[0] < heights[1] < heights[2]
 
 
 def test_the_picture_of_the_parts_of_a_silent_layer_is_the_image(three_layers):
@@ -418,8 +450,8 @@ def test_the_picture_of_the_parts_of_a_silent_layer_is_the_image(three_layers):
     page = image_parts_picture(net, codes, image, 3)
     z.copy_(before)
     assert page.isfinite().all() and page.shape[1] < 400
-    # The image and what preprocessing makes of it stand where they always stand.
-    assert torch.equal(page[:, 20:260, :600], full[:, 20:260, :600])
+    # What preprocessing makes of the image stands where it always stands.
+    assert torch.equal(page[:, 20:340, 401:800], full[:, 20:340, 401:800])
 
 
 def test_the_picture_of_the_parts_shows_the_image_that_is_reconstructed_best(images):

@@ -9,19 +9,30 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib.colors import to_rgb
 from numpy.testing import assert_allclose, assert_array_equal
 from torch import nn
 
 from deconvnet import DeconvNet, LayerSettings, PreprocessingSettings, SolverSettings
 from deconvnet.visualization.models.normalization import Normalization
+from deconvnet.visualization.pictures.canvas import GAP, HAIRLINE, PAGE, PAPER, resize_tiles
 from deconvnet.visualization.pictures.projection_grids import (
+    BORDER,
+    CONTROL_MAPS,
+    MARK,
+    TEXT,
+    grid_caption,
+    layer_grid,
     pixel_filters,
     projection_grid,
     sample_maps,
     shade_projections,
-    with_control,
 )
-from deconvnet.visualization.projection.projection import ProjectionReport, UnevenOverlap
+from deconvnet.visualization.projection.projection import (
+    LayerInfo,
+    ProjectionReport,
+    UnevenOverlap,
+)
 from deconvnet.visualization.projection.projector import Projector
 from deconvnet.visualization.search import top_projections
 from deconvnet.visualization.search.randomization import shuffle_weights
@@ -513,7 +524,8 @@ def test_a_grid_shows_maps_and_activations_in_order_with_projections_next_to_pat
         for rank in range(k):
             assert corners[row, rank] == [top + rank // 3 * step, left + rank % 3 * step]
             # Its projection is in the same place of the sheet on its left.
-            tile = picture[:, top + rank // 3 * step :, left + (rank % 3 - 3) * step :][:, :9, :6]
+            beside = left + (rank % 3 - 3) * step - 3 * GAP
+            tile = picture[:, top + rank // 3 * step :, beside:][:, :12, :12]
             expected = 255 if sign[row, rank] > 0 else 0
             assert (tile == expected).all(), (row, rank)
     # Two maps in a line, then the next.
@@ -528,7 +540,7 @@ def test_missing_activations_are_hatched():
     found = replace(found, values=values)
     picture = projection_grid(found, tile_width=12)
     last = picture[:, -15:, :]  # the third line of tiles
-    sheets = last[:, :, :48], last[:, :, 48:]
+    sheets = (last[:, :, left : left + 48] for left in (0, 54, 108))  # two methods, the image
     for part in sheets:
         first, *empty = (part[:, 2:11, 4 + 15 * n : 13 + 15 * n] for n in range(3))
         assert len(first.unique()) > 2
@@ -537,15 +549,118 @@ def test_missing_activations_are_hatched():
     assert torch.isfinite(picture).all() and picture.min() >= 0 and picture.max() <= 1
 
 
-def test_a_grid_and_its_control_are_side_by_side():
-    one, two = (projection_grid(projections_of(2), [n]) for n in (0, 1))
-    both = with_control(one, two, layer="features.8")
-    h, w = one.shape[1:]
-    assert torch.equal(both[:, -h:, :w], one)
-    assert any(
-        torch.equal(both[:, -h:, left : left + two.shape[2]], two)
-        for left in range(w, both.shape[2] - two.shape[2] + 1)
+def contains(page, part):
+    """Whether a picture is in another one, at its left edge."""
+    h, w = part.shape[1:]
+    return any(
+        torch.equal(page[:, top : top + h, :w], part) for top in range(page.shape[1] - h + 1)
     )
+
+
+def test_the_grid_of_a_layer_is_above_its_control():
+    found = projections_of(5)
+    page = layer_grid(found, [3, 0], control=found)
+    assert contains(page, projection_grid(found, [3, 0]))
+    h = projection_grid(found, range(CONTROL_MAPS)).shape[1]
+    assert torch.equal(page[:, -h:], layer_grid(found, [0, 1, 2])[:, -h:])
+    assert page.shape[2] <= PAGE
+
+
+def test_a_control_that_is_dead_says_so_and_does_not_vanish():
+    found = projections_of(2)
+    dead = replace(found, values=np.full_like(found.values, np.nan))
+    alone, page = layer_grid(found), layer_grid(found, control=dead)
+    assert torch.equal(page[:, : alone.shape[1]], alone)
+    below = page[:, alone.shape[1] :]
+    text, other = (projection_grid(dead, dead=t) for t in ("dead in the control", "-"))
+    assert text.shape[1] < 120 and not torch.equal(text, other)
+    assert below.shape[1] > text.shape[1] + 2 * TEXT and (below[:, -text.shape[1] :] < 0.6).any()
+
+
+def test_every_method_has_a_sheet_in_the_order_of_the_tiles():
+    found = projections_of(1, 4, side=4)
+    shape = found.patches.shape
+    full = np.full(shape, 127, np.int8)
+    found = replace(
+        found,
+        tiles={"guided": full, "deconv": -full},
+        patches=np.full(shape, 51, np.uint8),
+        border=np.zeros((1, 4), bool),
+    )
+    picture = projection_grid(found, tile_width=12)
+    row = picture[0, -8]  # through the last line of tiles
+    filled = [float(v) for v in row if v not in (PAPER, HAIRLINE)]
+    assert filled == pytest.approx([0.0] * 24 + [0.2] * 24)
+    assert (row == PAPER).sum() >= 24, "white tiles of the first method"
+
+
+def test_negative_activations_are_shown_with_the_opposite_sign_and_a_mark():
+    found = projections_of(1, 4, side=20)
+    tiles = found.tiles["guided"]
+    found = replace(
+        found,
+        tiles={"guided": tiles},
+        patches=np.full_like(found.patches, 128),
+        border=found.border,
+    )
+    negative = replace(
+        found,
+        tiles={"guided": tiles * np.array([1, -1, 1, 1], np.int8)[:, None, None, None]},
+        values=found.values * [1, -1, 1, 1],
+    )
+    one, other = (projection_grid(f, tile_width=20) for f in (found, negative))
+    changed = (one != other).any(0)[2 * TEXT + 14 :]  # below caption and heads
+    rows, columns = changed.nonzero().T
+    assert 0 < changed.sum() <= 2 * MARK**2 and rows.max() - rows.min() < MARK
+    assert columns.min() >= 20 + 2 * GAP, "the first tile is not marked"
+
+
+def test_units_at_the_border_are_framed():
+    found = replace(projections_of(1, 4, side=20), border=np.array([[False, True, False, False]]))
+    plain = replace(found, border=np.zeros((1, 4), bool))
+    one, other = (projection_grid(f, tile_width=20) for f in (found, plain))
+    changed = (one != other).any(0)
+    paint = torch.tensor(to_rgb(BORDER))[:, None]
+    assert_allclose(one[:, changed], paint.expand(-1, int(changed.sum())), atol=0.01)
+    assert changed.sum() == 3 * ((20 + 2 * GAP) ** 2 - 20**2)
+
+
+def test_the_caption_of_a_grid_says_what_its_reader_has_to_know():
+    found = projections_of(3, 9)
+    found = replace(
+        found,
+        windows=np.broadcast_to([-2, 4, 62, 68], (3, 9, 4)),
+        border=np.zeros((3, 9), bool),
+        reports={"guided": ProjectionReport("guided", rectified=3, switched=1)},
+    )
+    info = LayerInfo("features.8", "ReLU", (128, 20, 20), (92, 92), (4, 4), (0, 0))
+    title, caption = grid_caption(found, [0, 2], info=info, num_images=300)
+    assert title == "features.8  ·  ReLU  ·  2 of 128 maps"
+    assert caption == (
+        "The 9 strongest activations of each map in 300 images, projected to pixels (grey is "
+        "zero), and the image there. Receptive field: 92x92 pixels; tiles show the 64x64 pixels "
+        "that matter."
+    )
+    small = replace(info, field=(64, 64))
+    assert "the whole receptive field, 64x64 pixels." in grid_caption(found, info=small)[1]
+    assert "sees the whole image" in grid_caption(found, info=replace(info, field=None))[1]
+    marked = replace(
+        found,
+        values=-found.values,
+        border=np.ones((3, 9), bool),
+        reports={"deconv": ProjectionReport("deconv", rectified=3)},
+    )
+    caption = grid_caption(marked)[1]
+    for part in ("A minus marks", "Units at the border", "deconv shows the same for every image"):
+        assert part in caption
+
+
+def test_contrast_is_set_after_a_tile_is_resized():
+    fine = torch.randn(1, 3, 280, 280, generator=torch.Generator().manual_seed(0))
+    small = shade_projections(fine, width=140)
+    assert small.shape == (1, 3, 140, 140)
+    assert (small - 0.5).abs().amax() == pytest.approx(0.5) and small.std() > 0.15
+    assert resize_tiles(shade_projections(fine), 140).std() < 0.12
 
 
 def test_a_sample_of_maps_depends_on_the_seed_alone():

@@ -30,19 +30,26 @@ PALE, FAINT = 0.5, 0.12
 
 
 def active_map_sheet(
-    net: DeconvNet, z: Tensor, image: Tensor, features: Tensor, layer: int
+    net: DeconvNet,
+    z: Tensor,
+    image: Tensor,
+    preprocessed: Tensor,
+    features: Tensor,
+    layer: int,
 ) -> Sheet:
-    """An image (1 or 3, H, W) in [0, 1], then the maps z (K, H', W') of it with the largest |z|.
+    """An image (1 or 3, H, W) in [0, 1], the same preprocessed, as colours, and then the maps z
+    (K, H', W') of it with the largest |z|.
 
     Every non-zero coefficient is a mark at the centre of its receptive field: red if it is
-    positive, blue if it is negative, and the more opaque the larger it is, on one scale. Below the
-    image are the feature of the map (features: (K, 3, h, w) in [0, 1]), its number and the number
+    positive, blue if it is negative, and the more opaque the larger it is, on one scale. Below each
+    are the feature of the map (features: (K, 3, h, w) in [0, 1]), its number and the number
     of its non-zero coefficients.
     """
     image = image.cpu().float().expand(3, -1, -1)
     z, features = z.cpu().float(), enlarged(features, FEATURE)
     size = round(IMAGE * image.shape[1] / image.shape[2]), IMAGE
-    shown = F.interpolate(image[None], size, mode="bilinear", antialias=True)[0].clamp(0, 1)
+    both = torch.stack([image, preprocessed.cpu().float()])
+    shown, prepared = F.interpolate(both, size, mode="bilinear", antialias=True).clamp(0, 1)
     pale = PALE + (1 - PALE) * shown.mean(0)
     scale = float(quantile_magnitude(z[None], 0.95))
     totals = z.abs().sum((1, 2))
@@ -56,7 +63,10 @@ def active_map_sheet(
     ]
     narrowest = min(f.stride * n / m for f, m, n in zip(fields, image.shape[1:], size, strict=True))
     below = features.shape[2]
-    cells = [vstack([shown, text_block("the image", IMAGE, below)], GAP)]
+    cells = [
+        vstack([picture, text_block(name, IMAGE, below)], GAP)
+        for name, picture in (("image", shown), ("preprocessed", prepared))
+    ]
     for k in order[:SHOWN_MAPS]:
         strength = _dilated(z[k], math.ceil(MARK / narrowest))[units[0]][:, units[1]] / scale
         text = f"map {k}\n{int(torch.count_nonzero(z[k]))} active"

@@ -23,9 +23,9 @@ SHOWN_MAPS = 16
 # Rows in a column of the picture; then in pixels, the typical and the largest width of a tile, and
 # that of a label.
 BLOCK = 8
-TILE = 84
+TILE, CARD_TILE = 84, 40
 LARGEST = 112
-LABEL = 58
+LABEL = 50
 
 
 def evolution_picture(e: Evolution, *, maps: int = SHOWN_MAPS) -> Tensor:
@@ -36,21 +36,21 @@ def evolution_picture(e: Evolution, *, maps: int = SHOWN_MAPS) -> Tensor:
     below a tile if it is not that of the previous epoch; a jump there need not be a change of the
     feature.
     """
-    return _sheet(e, maps, PAGE // 2).picture()
+    return _sheet(e, maps, TILE, PAGE // 2).picture()
 
 
 def evolution_cards(e: Evolution, *, maps: int = SHOWN_MAPS) -> list[Tensor]:
     """The picture as cards of TensorBoard."""
-    return _sheet(e, maps, CARD).cards()
+    return _sheet(e, maps, CARD_TILE, CARD).cards()
 
 
-def _sheet(e: Evolution, maps: int, most: int) -> Sheet:
-    """The rows of the picture as cells that are at most this wide."""
+def _sheet(e: Evolution, maps: int, tile: int, most: int) -> Sheet:
+    """The rows of the picture as cells that are at most `most` wide, with tiles of about `tile`."""
     if maps < 1:
         raise ValueError(f"maps={maps}: must be at least 1")
     e, rows = e.with_positive_values(), evenly_spaced(len(e.maps), maps)
     room = min(LARGEST, (most - LABEL) // len(e.epochs) - 2 * GAP)
-    cells = [_row(e, row, max(room, 1)) for row in rows]
+    cells = [_row(e, row, tile, max(room, 1)) for row in rows]
     step = (cells[0].shape[2] - LABEL) // len(e.epochs)
     heads = [text_block(str(epoch), step, LINE) for epoch in e.epochs]
     count = f"{len(rows)} of {len(e.maps)} maps" if len(rows) < len(e.maps) else f"{len(rows)} maps"
@@ -62,18 +62,18 @@ def _sheet(e: Evolution, maps: int, most: int) -> Sheet:
     )
 
 
-def _row(e: Evolution, row: int, room: int) -> Tensor:
+def _row(e: Evolution, row: int, tile: int, room: int) -> Tensor:
     """A row: the number of the map, and a tile for each epoch above the number of its image."""
     tiles, images = e.tiles[:, row].float(), e.images[:, row].tolist()
     side = tiles.shape[-1]
-    width = min(max(1, round(TILE / side)) * side, room)
+    width = min(max(1, round(tile / side)) * side, room)
     tiles = resize_tiles(shade_signed(tiles, quantile_magnitude(tiles)), width)
     cells = [text_block(f"map {e.maps[row]}", LABEL, tiles.shape[2] + LINE)]
-    for n, tile in enumerate(tiles):
+    for n, shown in enumerate(tiles):
         is_new = images[n] >= 0 and (n == 0 or images[n] != images[n - 1])
-        caption = _caption(images[n], tile.shape[2]) if is_new else ""
-        below = text_block(caption, tile.shape[2], LINE)
-        cells.append(torch.nn.functional.pad(vstack([tile, below]), (0, GAP), value=1.0))
+        caption = _caption(images[n], width) if is_new else ""
+        below = text_block(caption, width, LINE)
+        cells.append(torch.nn.functional.pad(vstack([shown, below]), (0, GAP), value=1.0))
     return hstack(cells)
 
 

@@ -5,7 +5,7 @@ Each filter or feature is scaled separately: the contrast of a tile has no meani
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +21,13 @@ from deconvnet.visualization.pictures.canvas import (
     PAPER,
     hstack,
     quantile_magnitude,
+    resize_tiles,
     shade_signed,
     text_block,
     tile_grid,
     vstack,
 )
-from deconvnet.visualization.pictures.image_decomposition import image_parts_picture
+from deconvnet.visualization.pictures.parts_picture import image_parts_picture
 from deconvnet.visualization.pictures.sheet import Sheet, captioned, cut_into_cards, enlarged
 from deconvnet.visualization.projection.feature_projection import (
     PixelFeatures,
@@ -37,7 +38,9 @@ from deconvnet.visualization.projection.feature_projection import (
 SHOWN_IMAGES = 6
 # Sizes in pixels: the smallest width of a filter and of a patch next to it, of an image, and the
 # width of the labels of rows.
-FILTER, PAIR, IMAGE, LABEL = 64, 64, 140, 104
+FILTER, IMAGE, LABEL = 64, 140, 104
+# The same on cards of TensorBoard, where more of them must fit: of a filter, and of an image.
+CARD_FILTER, CARD_IMAGE = 56, 115
 
 
 def layer_pictures(net: DeconvNet, codes: Codes, images: Tensor, number: int) -> dict[str, Tensor]:
@@ -55,29 +58,42 @@ def layer_cards(
     net: DeconvNet, codes: Codes, images: Tensor, number: int
 ) -> dict[str, tuple[Tensor, list[Tensor]]]:
     """`layer_pictures`, each with the same picture as cards of TensorBoard."""
-    sheets, pictures = {}, {}
+    pictures = {}
     if number == 1:
         features = shade_signed(signed_rgb(net, net.layer(1).filters))
-        sheets["filters"] = filter_sheet(features)
     else:
         found = pixel_features(net, codes, number).cropped(tuple(images.shape[2:]))
         features = shade_features(signed_rgb(net, found.tiles), found.values)
-        sheets["filters"] = filter_sheet(features)
         patches = found.patches(images).expand(-1, 3, -1, -1)
-        sheets["patches"] = patch_sheet(features, patches, found.values)
+        pictures["patches"] = (
+            patch_sheet(features, patches, found.values).picture(),
+            patch_sheet(features, patches, found.values, width=CARD_FILTER).cards(),
+        )
+    pictures["filters"] = filter_picture(features), filter_cards(features)
     shown = torch.linspace(0, len(images) - 1, min(SHOWN_IMAGES, len(images))).round().long()
     shown_codes = codes.select(shown.to(net.device))
-    sheets["reconstructed"] = reconstruction_sheet(net, shown_codes, images[shown])
+    rows = _reconstructions(net, shown_codes, images[shown])
+    preprocessed = rows[1].images
+    pictures["reconstructed"] = _reconstruction_picture(rows), _reconstruction_cards(rows)
     clearest = _clearest(net, shown_codes, number)
     z, image = shown_codes.layer(number).z[clearest], images[shown[clearest]]
-    sheets["maps"] = active_map_sheet(net, z, image, features, number)
+    sheet = active_map_sheet(net, z, image, preprocessed[clearest], features, number)
+    pictures["maps"] = sheet.picture(), sheet.cards()
     if number > 1:
         single = shown_codes.select(slice(clearest, clearest + 1))
         parts = image_parts_picture(net, single, image, number)
-        pictures[f"layer{number}/parts"] = parts, cut_into_cards(parts)
-    for kind, sheet in sheets.items():
-        pictures[f"layer{number}/{kind}"] = sheet.picture(), sheet.cards()
-    return pictures
+        pictures["parts"] = parts, cut_into_cards(parts)
+    return {f"layer{number}/{kind}": drawn for kind, drawn in pictures.items()}
+
+
+def filter_picture(tiles: Tensor) -> Tensor:
+    """Filters or features (K, 3, h, w) in [0, 1], each above the number of its map, in order."""
+    return filter_sheet(tiles).picture()
+
+
+def filter_cards(tiles: Tensor) -> list[Tensor]:
+    """`filter_picture` as cards of TensorBoard."""
+    return filter_sheet(tiles, width=CARD_FILTER).cards()
 
 
 def shade_features(tiles: Tensor, values: Tensor) -> Tensor:
@@ -90,30 +106,31 @@ def shade_features(tiles: Tensor, values: Tensor) -> Tensor:
     return shade_signed(signs * tiles, quantile_magnitude(tiles))
 
 
-def filter_sheet(tiles: Tensor, numbers: Sequence[int] | None = None) -> Sheet:
-    """Filters or features (K, 3, h, w) in [0, 1], each above its number, in this order."""
-    numbers = range(len(tiles)) if numbers is None else numbers
-    shown = enlarged(tiles, FILTER)
-    return Sheet([captioned(tile, f"{k}") for tile, k in zip(shown, numbers, strict=True)])
+def filter_sheet(tiles: Tensor, *, width: int = FILTER) -> Sheet:
+    """Filters or features (K, 3, h, w) in [0, 1], at least this wide, each above its number."""
+    return Sheet([captioned(tile, f"{k}") for k, tile in enumerate(enlarged(tiles, width))])
 
 
-def patch_sheet(features: Tensor, patches: Tensor, values: Tensor) -> Sheet:
+def patch_sheet(features: Tensor, patches: Tensor, values: Tensor, *, width: int = FILTER) -> Sheet:
     """Features next to image patches (K, 3, S, S), above the number of the map.
 
     values: (K,), the activations; negative ones are marked, because there the image shows the
     feature with light and dark exchanged.
     """
     cells = []
-    for k, pair in enumerate(zip(enlarged(features, PAIR), enlarged(patches, PAIR), strict=True)):
+    for k, pair in enumerate(zip(enlarged(features, width), enlarged(patches, width), strict=True)):
         caption = f"{k}, negative" if values[k] < 0 else f"{k}"
-        cells.append(captioned(F.pad(hstack(list(pair)), (0, 2 * GAP), value=PAPER), caption))
+        cells.append(captioned(F.pad(hstack(list(pair)), (0, GAP), value=PAPER), caption))
     return Sheet(cells)
 
 
-def snapshot_sheet(features: PixelFeatures, image: tuple[int, int]) -> Sheet:
-    """The features of a layer while it learns, from tiles in RGB; image: (H, W) in pixels."""
+def snapshot_features(features: PixelFeatures, image: tuple[int, int]) -> Tensor:
+    """(K, 3, S, S): the features of a layer while it learns, whose tiles are in RGB, as colours.
+
+    image: (H, W), the size of the images in pixels.
+    """
     shown = features.cropped(image)
-    return filter_sheet(shade_features(shown.tiles, shown.values))
+    return shade_features(shown.tiles, shown.values)
 
 
 def filter_grid(f: Tensor, *, columns: int | None = None) -> Tensor:
@@ -134,36 +151,67 @@ def map_grid(z: Tensor, *, columns: int | None = None) -> Tensor:
 
 
 def reconstruction_picture(net: DeconvNet, codes: Codes, images: Tensor) -> Tensor:
-    """The picture of `reconstruction_sheet`."""
-    return reconstruction_sheet(net, codes, images).picture()
-
-
-def reconstruction_sheet(net: DeconvNet, codes: Codes, images: Tensor) -> Sheet:
     """Rows of images: original, preprocessed, reconstructed by every layer, residual, pixels.
 
     The reconstructions are in the preprocessed domain, with their SNR, and the residual is what the
     highest layer leaves; these rows have one scale. The last row undoes the preprocessing with what
     it recorded for these images (for contrast normalisation, the local means and deviations).
     """
+    return _reconstruction_picture(_reconstructions(net, codes, images))
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row of the reconstruction picture: images (N, 3, H, W), SNR of all and of each in dB."""
+
+    name: str
+    images: Tensor
+    snr: float | None = None
+    snrs: tuple[float, ...] = ()
+    density: float | None = None
+
+
+def _reconstructions(net: DeconvNet, codes: Codes, images: Tensor) -> list[_Row]:
     y, top = codes.y, len(codes.layers)
-    signed = [("preprocessed", y)]
+    white = 3 * y.std().clamp(min=1e-12)
+
+    def shaded(signed: Tensor) -> Tensor:
+        return shade_signed(signed_rgb(net, signed), white)
+
+    rows = [_Row("image", images), _Row("preprocessed", shaded(y))]
     for number, layer in enumerate(codes.layers, 1):
         reconstruction = net.synthesize(codes, number)
-        label = f"layer {number}\n{snr(y, reconstruction):.1f} dB\n{layer.density:.1%} active"
-        signed.append((label, reconstruction))
-    signed.append(("residual", y - reconstruction))
-    white = 3 * y.std().clamp(min=1e-12)
-    rows = [
-        ("image", images),
-        *((label, shade_signed(signed_rgb(net, row), white)) for label, row in signed),
-        (f"layer {top}\nin pixels", net.reconstruct(codes, top)),
-    ]
-    shown = [enlarged(row.clamp(0, 1).expand(-1, 3, -1, -1), IMAGE) for _, row in rows]
-    labels = [
-        text_block(label, LABEL, row.shape[2]) for (label, _), row in zip(rows, shown, strict=True)
-    ]
+        snrs = tuple(snr(one, other) for one, other in zip(y, reconstruction, strict=True))
+        row = (shaded(reconstruction), snr(y, reconstruction), snrs, layer.density)
+        rows.append(_Row(f"layer {number}", *row))
+    rows.append(_Row("residual", shaded(y - reconstruction)))
+    rows.append(_Row(f"layer {top}, in pixels", net.reconstruct(codes, top)))
+    return [replace(r, images=r.images.clamp(0, 1).expand(-1, 3, -1, -1).cpu()) for r in rows]
+
+
+def _reconstruction_picture(rows: list[_Row]) -> Tensor:
+    shown = [enlarged(row.images, IMAGE) for row in rows]
+    labels = []
+    for row, tiles in zip(rows, shown, strict=True):
+        lines = row.name.replace(", ", "\n")
+        if row.snr is not None:
+            lines += f"\n{row.snr:.1f} dB\n{row.density:.1%} active"
+        labels.append(text_block(lines, LABEL, tiles.shape[2]))
     columns = [vstack(list(column), GAP) for column in zip(*shown, strict=True)]
-    return Sheet(columns, columns=len(columns), labels=vstack(labels, GAP))
+    return Sheet(columns, columns=len(columns), labels=vstack(labels, GAP)).picture()
+
+
+def _reconstruction_cards(rows: list[_Row]) -> list[Tensor]:
+    """A card for each image, with its own SNR."""
+    cards = []
+    for n in range(len(rows[0].images)):
+        cells = []
+        for row in rows:
+            caption = f"{row.name}: {row.snrs[n]:.1f} dB" if row.snrs else row.name
+            tile = resize_tiles(row.images[n : n + 1], CARD_IMAGE)[0]
+            cells.append(captioned(F.pad(tile, (0, CARD_IMAGE - tile.shape[2]), value=1), caption))
+        cards.append(Sheet(cells).cards()[0])
+    return cards
 
 
 def labelled_images(net: DeconvNet, rows: list[tuple[str, Tensor]]) -> Tensor:

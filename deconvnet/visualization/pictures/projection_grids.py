@@ -1,7 +1,9 @@
-"""The grids of the papers: for each map, 3x3 projections next to the 3x3 patches of the images.
+"""The grids of the papers: for each map, its projections next to the patches of the images.
 
 Every projection is shaded about grey, which is zero, by a magnitude that almost all of its pixels
-do not exceed: the contrast of a tile has no meaning, only its shape.
+do not exceed: the contrast of a tile has no meaning, only its shape. Projections of negative
+activations are shown with the opposite sign, and marked, so that a feature does not turn black and
+white within a map.
 """
 
 from __future__ import annotations
@@ -15,61 +17,149 @@ from torch import Tensor, nn
 
 from deconvnet.visualization.pictures.canvas import (
     GAP,
+    PAGE,
     PAPER,
     arrange_tiles,
     hstack,
+    paragraph,
+    plain_number,
     quantile_magnitude,
     resize_tiles,
     shade_signed,
+    text_block,
     vstack,
-    with_title,
 )
+from deconvnet.visualization.pictures.charts import COLORS
+from deconvnet.visualization.projection.projection import LayerInfo
 from deconvnet.visualization.projection.projector import Projector
 from deconvnet.visualization.search.top_projections import TopProjections
 
 CONTRAST = 0.995
-TILE = 56
-COLUMNS = 2
+# In pixels: the largest width of a tile (the least is 112), the sizes of letters, and of a mark.
+TILE = 140
+TITLE, TEXT = 20, 15
+MARK = 13
+# Maps of the control below a grid.
+CONTROL_MAPS = 3
+# Grey of the heads of columns, and the colour of units at the border.
+PALE = "#666666"
+BORDER = COLORS[1]
 
 
-def shade_projections(tiles: np.ndarray | Tensor, *, contrast: float = CONTRAST) -> Tensor:
+def shade_projections(
+    tiles: np.ndarray | Tensor, *, width: int | None = None, contrast: float = CONTRAST
+) -> Tensor:
     """Signed tiles (M, 3, h, w) as colours in [0, 1]; zero is grey.
 
+    width: if given, tiles are resized to at most this many pixels before the contrast is set.
     contrast: the fraction of the non-zero pixels of a tile that stay between black and white.
     """
     signed = torch.as_tensor(np.asarray(tiles), dtype=torch.float32)
     signed = torch.nan_to_num(signed, 0.0, 0.0, 0.0)
+    if width is not None:
+        signed = resize_tiles(signed, width)
     return shade_signed(signed, quantile_magnitude(signed, contrast))
+
+
+def layer_grid(
+    projections: TopProjections,
+    rows: Sequence[int] | None = None,
+    *,
+    info: LayerInfo | None = None,
+    num_images: int | None = None,
+    control: TopProjections | None = None,
+    contrast: float = CONTRAST,
+) -> Tensor:
+    """The page (3, H, W) of a layer: what it shows, the grid of its maps, and that of the control.
+
+    rows: of the maps to show, by default all. info: the layer; num_images: the number of images
+    that were searched. control: projections of the same network with shuffled weights, of which
+    the first three maps are shown, whether or not they are ever active.
+    """
+    grid = projection_grid(projections, rows, contrast=contrast)
+    width = max(grid.shape[2], PAGE // 2)
+    title, caption = grid_caption(projections, rows, info=info, num_images=num_images)
+    parts = [paragraph(title, width, size=TITLE), paragraph(caption, width, size=TEXT), grid]
+    if control is not None:
+        shown = range(min(CONTROL_MAPS, len(control.maps)))
+        parts += [
+            paragraph("Control: the same network with shuffled weights", width, size=TITLE),
+            paragraph(
+                "What looks alike here and above comes from the images, not from what the network "
+                "has learned.",
+                width,
+                size=TEXT,
+            ),
+            projection_grid(
+                control, shown, contrast=contrast, dead="dead in the control: no image activates it"
+            ),
+        ]
+    return vstack(parts, 2 * GAP)
+
+
+def grid_caption(
+    projections: TopProjections,
+    rows: Sequence[int] | None = None,
+    *,
+    info: LayerInfo | None = None,
+    num_images: int | None = None,
+) -> tuple[str, str]:
+    """The title of the grid of a layer, and what its reader has to know, as sentences."""
+    shown = len(projections.maps) if rows is None else len(rows)
+    title = [projections.layer]
+    count = f"{shown} maps"
+    if info is not None:
+        title.append(info.kind)
+        count = f"{shown} of {info.shape[0]} maps" if shown < info.shape[0] else count
+    k = projections.values.shape[1]
+    images = f" in {num_images} images" if num_images else ""
+    sentences = [
+        f"The {k} strongest activations of each map{images}, projected to pixels (grey is zero), "
+        "and the image there.",
+        _size_sentence(projections, info),
+    ]
+    report = projections.reports.get("deconv")
+    if report is not None and report.rectified and not report.depends_on_image:
+        sentences.append(
+            "No max pooling lies below this layer, so deconv shows the same for every image; only "
+            "guided depends on it."
+        )
+    if (projections.values < 0).any():
+        sentences.append(
+            "A minus marks a negative activation, whose projection is shown with the opposite sign."
+        )
+    if projections.border.any():
+        sentences.append(
+            "Units at the border are included; an orange frame marks a receptive field that "
+            "reaches beyond the image."
+        )
+    return "  ·  ".join([*title, count]), " ".join(sentences)
 
 
 def projection_grid(
     projections: TopProjections,
     rows: Sequence[int] | None = None,
     *,
-    columns: int = COLUMNS,
+    columns: int | None = None,
     tile_width: int = TILE,
     contrast: float = CONTRAST,
+    dead: str = "no image activates it",
 ) -> Tensor:
-    """A picture (3, H, W): for each map, its projections next to the patches, in the same order.
+    """A picture (3, H, W): for each map, its projections by every method next to the patches, in
+    the same order.
 
-    rows: the rows of the maps in `projections`, by default all. Tiles are hatched if a map has
-    fewer activations.
+    rows: the rows of the maps in `projections`, by default all. columns: maps next to each other,
+    by default as many as fit on a page. Tiles are hatched if a map has fewer activations; dead: the
+    text in place of the tiles of a map that has none. A minus marks a negative activation, whose
+    projection is shown with the opposite sign; an orange frame marks a unit whose field reaches
+    beyond the image.
     """
     rows = range(len(projections.maps)) if rows is None else rows
-    blocks = [_block(projections, row, tile_width, contrast) for row in rows]
-    lines = [hstack(blocks[n : n + columns], 4 * GAP) for n in range(0, len(blocks), columns)]
-    return vstack(lines, 2 * GAP)
-
-
-def with_control(grid: Tensor, control: Tensor, *, layer: str) -> Tensor:
-    """The grid of a layer next to that of the same layer with shuffled weights."""
-    return hstack(
-        [
-            with_title(f"{layer}: strongest activations, projected, and the image there", grid),
-            with_title("the same with shuffled weights: what the images alone produce", control),
-        ],
-        8 * GAP,
-    )
+    blocks = [_block(projections, row, tile_width, contrast, dead) for row in rows]
+    widest = max((block.shape[2] for block in blocks), default=1)
+    columns = columns or max(1, (PAGE + 8 * GAP) // (widest + 8 * GAP))
+    lines = [hstack(blocks[n : n + columns], 8 * GAP) for n in range(0, len(blocks), columns)]
+    return vstack(lines, 4 * GAP)
 
 
 def pixel_filters(projector: Projector) -> tuple[str, Tensor] | None:
@@ -96,27 +186,71 @@ def sample_maps(dead: np.ndarray, count: int | None, *, seed: int = 0) -> list[i
     return sorted(alive[order[:count].numpy()].tolist())
 
 
-def _block(projections: TopProjections, row: int, tile_width: int, contrast: float) -> Tensor:
+def _size_sentence(projections: TopProjections, info: LayerInfo | None) -> str:
+    """The receptive field of a layer and what the tiles show of it, in pixels."""
+    top, left, bottom, right = projections.windows[np.isfinite(projections.values)][0]
+    window = f"{bottom - top}x{right - left} pixels"
+    if info is None or info.field is None:
+        return f"A unit sees the whole image; tiles show {window}."
+    field = "{}x{}".format(*info.field)
+    if window == f"{field} pixels":
+        return f"Tiles show the whole receptive field, {window}."
+    return f"Receptive field: {field} pixels; tiles show the {window} that matter."
+
+
+def _block(
+    projections: TopProjections, row: int, tile_width: int, contrast: float, dead: str
+) -> Tensor:
+    """A map: its caption, and a sheet of tiles for each method and for the patches."""
     count, k = projections.count(row), projections.values.shape[1]
-    side = math.ceil(math.sqrt(k))
-    patches = torch.from_numpy(projections.patches[row]).float() / 255
-    pair = []
-    projected = projections.tiles[projections.methods[0]][row]
-    for tiles in (shade_projections(projected, contrast=contrast), patches):
-        tiles = _of_width(tiles, tile_width)
-        tiles[count:] = _hatched(tiles.shape[2:])
-        pair.append(arrange_tiles(tiles, side))
     values = projections.values[row, :count]
+    patches = torch.from_numpy(projections.patches[row]).float() / 255
+    patches = resize_tiles(patches, tile_width)
+    side = math.ceil(math.sqrt(k))
+    signs = projections.signs[row][:, None, None, None]
+    sheets = {
+        method: shade_projections(tiles[row] * signs, width=tile_width, contrast=contrast)
+        for method, tiles in projections.tiles.items()
+    }
+    sheets["image"] = patches
+    columns = []
+    for name, tiles in sheets.items():
+        tiles = tiles.clone()
+        tiles[count:] = _hatched(tiles.shape[2:])
+        for rank in np.flatnonzero(values < 0).tolist():
+            tiles[rank, :, :MARK, :MARK] = _minus()
+        page = arrange_tiles(tiles, side)
+        for rank in np.flatnonzero(projections.border[row, :count]).tolist():
+            _frame(page, rank, side, tiles.shape[2:])
+        head = text_block(name, page.shape[2], TEXT + 7, size=TEXT, color=PALE)
+        columns.append(vstack([head, page]))
+    sheet = hstack(columns, 2 * GAP)
     title = f"map {projections.maps[row]}"
     if count:
-        title += f"   {values[0]:.3g} to {values[-1]:.3g}"
-    return with_title(title, hstack(pair))
+        sign = "|activation|" if (values < 0).any() else "activation"
+        first, last = (plain_number(abs(float(value))) for value in (values[0], values[-1]))
+        title += f"   {sign} {first} to {last}" if count > 1 else f"   {sign} {first}"
+    else:
+        sheet = text_block(dead, sheet.shape[2], 2 * TEXT, size=TEXT, color=PALE)
+    return vstack([text_block(title, sheet.shape[2], TEXT + 7, size=TEXT), sheet])
 
 
-def _of_width(tiles: Tensor, width: int) -> Tensor:
-    """Tiles resized to about this width: enlarged by a whole factor, or reduced."""
-    w = tiles.shape[3]
-    return resize_tiles(tiles, max(1, round(width / w)) * w if w < width else width)
+def _frame(page: Tensor, rank: int, columns: int, size: tuple[int, int]) -> None:
+    """Frame a tile of a page of `arrange_tiles` as one at the border."""
+    h, w = size
+    top, left = rank // columns * (h + GAP), rank % columns * (w + GAP)
+    outer = torch.zeros(page.shape[1:], dtype=torch.bool)
+    outer[top : top + h + 2 * GAP, left : left + w + 2 * GAP] = True
+    outer[top + GAP : top + GAP + h, left + GAP : left + GAP + w] = False
+    paint = torch.tensor(list(bytes.fromhex(BORDER[1:]))) / 255
+    page[:, outer] = paint[:, None]
+
+
+def _minus() -> Tensor:
+    """A white minus on black."""
+    mark = torch.zeros(3, MARK, MARK)
+    mark[:, MARK // 2 - 1 : MARK // 2 + 1, 3:-3] = 1
+    return mark
 
 
 def _hatched(size: tuple[int, int]) -> Tensor:

@@ -1,7 +1,7 @@
 """Sheets: pictures of many equal cells, drawn as one picture or as several small ones.
 
-TensorBoard scales a picture to the width of a card, so that the text of a wide picture becomes
-illegible there. A sheet is therefore also drawn as pictures that are about as wide as a card.
+TensorBoard scales a picture to the size of a card, so that the text of a large picture becomes
+illegible there. A sheet is therefore also drawn as pictures that are about as large as a card.
 """
 
 from __future__ import annotations
@@ -23,11 +23,14 @@ from deconvnet.visualization.pictures.canvas import (
     with_title,
 )
 
-# The largest width and height of a card in pixels, and the most cards of a sheet.
-CARD, CARD_HEIGHT = 500, 640
+# The largest width and height of a card in pixels: TensorBoard shows it with about four fifths of
+# this size. The most cards of a sheet.
+CARD, CARD_HEIGHT = 480, 280
 MOST_CARDS = 12
 # Cards are cut out of other pictures where at least so many columns or rows are white.
 CUT = GAP, 10
+# The least size of a piece, so that a title stays with what is below it.
+LEAST = 60
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class Sheet:
         needed = -(-len(self.cells) // columns)
         rows = -(-needed // -(-needed // rows))
         starts = range(0, len(self.cells), rows * columns)[:MOST_CARDS]
+        columns = -(-min(len(self.cells), rows * columns) // rows) if len(starts) == 1 else columns
         return [self._page(self.cells[n : n + rows * columns], columns) for n in starts]
 
     @property
@@ -91,14 +95,16 @@ def enlarged(tiles: Tensor, width: int) -> Tensor:
 
 
 def cut_into_cards(picture: Tensor) -> list[Tensor]:
-    """Any picture (3, H, W) in pieces of at most CARD_HEIGHT x CARD pixels, in reading order.
+    """Any picture (3, H, W), and then its pieces of about CARD_HEIGHT x CARD pixels, in reading
+    order, if it is larger.
 
     It is cut only through white rows, and these pieces through white columns, so a piece may be
     larger.
     """
-    bands = _pieces(picture, 1, CARD_HEIGHT, CUT[1]) if picture.shape[2] > CARD else [picture]
-    pieces = [piece for band in bands for piece in _pieces(band, 2, CARD, CUT[0])]
-    return [piece for piece in pieces if (piece != PAPER).any()][:MOST_CARDS]
+    pieces = []
+    for band in _pieces(picture, 1, CARD_HEIGHT, CUT[1]):
+        pieces += [p for p in _pieces(band, 2, CARD, CUT[0]) if (p != PAPER).any()]
+    return [picture, *pieces][:MOST_CARDS] if len(pieces) > 1 else [picture]
 
 
 def _columns(cells: list[Tensor]) -> int:
@@ -120,7 +126,7 @@ def _pieces(picture: Tensor, axis: int, most: int, gap: int) -> list[Tensor]:
         run = run + 1 if is_white else 0
     size, start, pieces = len(white), 0, []
     while size - start > most:
-        after = [cut for cut in middles if cut > start]
+        after = [cut for cut in middles if cut >= start + LEAST and cut <= size - LEAST]
         if not after:
             break
         end = max([cut for cut in after if cut - start <= most], default=after[0])
