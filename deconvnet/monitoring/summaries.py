@@ -110,19 +110,20 @@ def result_tag(layer: int, key: str) -> str:
 def scalar_summary(tag: str, value: float, description: str) -> Summary:
     from torch.utils.tensorboard.summary import scalar
 
-    return _described(scalar(tag, value), description)
+    return _described(scalar(tag, value), description, "scalars")
 
 
 def histogram_summary(tag: str, values: Tensor, description: str) -> Summary:
     from torch.utils.tensorboard.summary import histogram
 
-    return _described(histogram(tag, values.detach().cpu().numpy(), BINS), description)
+    summary = histogram(tag, values.detach().cpu().numpy(), BINS)
+    return _described(summary, description, "histograms")
 
 
 def text_summary(tag: str, markdown: str, description: str) -> Summary:
     from torch.utils.tensorboard.summary import text
 
-    return _described(text(tag, markdown), description)
+    return _described(text(tag, markdown), description, "text")
 
 
 def image_summary(tag: str, pictures: Sequence[Tensor], description: str) -> Summary:
@@ -189,9 +190,10 @@ def to_png(picture: Tensor) -> bytes:
     return buffer.getvalue()
 
 
-def _described(summary: Summary, description: str) -> Summary:
+def _described(summary: Summary, description: str, plugin: str) -> Summary:
     for value in summary.value:
         value.metadata.summary_description = description
+        value.metadata.plugin_data.plugin_name = plugin
     return summary
 
 

@@ -216,7 +216,8 @@ def _show_epoch(
             "use larger learning.batch_size or learning.averaging_epochs",
             *(trainer.number, stats.epoch, previous_objective, stats.objective),
         )
-    if trainer.number == 1 and session.run:
+    # After the last epoch, all pictures of the layer are shown.
+    if trainer.number == 1 and session.run and not trainer.done:
         f = signed_rgb(session.net, session.net.layer(1).filters)
         _show_filters(session, 1, shade_signed(f), state.step)
     if trainer.snapshot:
@@ -226,8 +227,7 @@ def _show_epoch(
 
 def _show_snapshot(session: Session, state: TrainingState, trainer: LayerTrainer) -> None:
     """Append the features of the layer after this epoch to its file of features over epochs, and
-    show those of an upper layer; after the last epoch all pictures of the layer are shown.
-    """
+    show those of an upper layer."""
     number, snapshot = trainer.number, trainer.snapshot
     images = snapshot.peaks.images.clamp(min=0).unique().cpu()
     codes = session.data.gather_codes(images, number - 1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from deconvnet.visualization.pictures.canvas import (
@@ -51,7 +52,7 @@ class Sheet:
     def picture(self) -> Tensor:
         """All cells in one picture (3, H, W)."""
         columns = self.columns or _columns(self.cells)
-        room = PAGE - (0 if self.labels is None else self.labels.shape[2])
+        room = PAGE - (0 if self.labels is None else self.labels.shape[2] + GAP)
         page = self._page(self.cells, min(columns, max(1, room // self._width)))
         return with_title(self.title, page) if self.title else page
 
@@ -60,7 +61,7 @@ class Sheet:
 
         The first MOST_CARDS of them, so that a large layer does not fill the page.
         """
-        room = CARD - (0 if self.labels is None else self.labels.shape[2])
+        room = CARD - (0 if self.labels is None else self.labels.shape[2] + GAP)
         columns = min(len(self.cells), max(1, room // self._width))
         rows = max(1, CARD_HEIGHT // (self.cells[0].shape[1] + GAP))
         # Cards of about equal size, rather than a last one with a single row.
@@ -76,10 +77,11 @@ class Sheet:
 
     def _page(self, cells: list[Tensor], columns: int) -> Tensor:
         lines = [hstack(cells[n : n + columns], GAP) for n in range(0, len(cells), columns)]
-        if self.head is not None:
-            lines.insert(0, hstack([self.head] * min(columns, len(cells)), GAP))
+        head = None if self.head is None else hstack([self.head] * min(columns, len(cells)), GAP)
         if self.labels is not None:
             lines = [hstack([self.labels, line], GAP) for line in lines]
+            head = None if head is None else F.pad(head, (self.labels.shape[2] + GAP, 0), value=1)
+        lines = lines if head is None else [head, *lines]
         return vstack(lines, GAP)
 
 
