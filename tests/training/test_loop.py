@@ -83,7 +83,9 @@ def assert_same_evolution(folder, expected):
 
 
 def events(folder):
-    accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0})
+    accumulator = EventAccumulator(
+        str(folder), size_guidance=dict.fromkeys(("scalars", "tensors", "histograms"), 0)
+    )
     accumulator.Reload()
     return accumulator
 
