@@ -34,12 +34,9 @@ from deconvnet.visualization.pictures.projection_grids import (
 )
 from deconvnet.visualization.projection.projection import LayerInfo
 from deconvnet.visualization.projection.projector import Projector
+from deconvnet.visualization.search.projecting import checkerboard
 from deconvnet.visualization.search.randomization import shuffle_weights
-from deconvnet.visualization.search.top_projections import (
-    TopProjections,
-    checkerboard,
-    load_top_projections,
-)
+from deconvnet.visualization.search.top_projections import TopProjections, load_top_projections
 
 HERE = Path(__file__).parent
 # Maps to show of each layer.

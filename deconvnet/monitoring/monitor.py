@@ -28,6 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from deconvnet.monitoring.event_files import event_writer
+from deconvnet.monitoring.picture_files import png
 from deconvnet.monitoring.statistics import EpochStats, InferencePoint, LayerResult
 from deconvnet.monitoring.strict_json import to_json
 from deconvnet.monitoring.summaries import (
@@ -44,7 +45,6 @@ from deconvnet.monitoring.summaries import (
     result_tag,
     scalar_summary,
     text_summary,
-    to_png,
 )
 from deconvnet.storage import ownership
 
@@ -317,4 +317,4 @@ def save_picture(path: Path, picture: Tensor) -> None:
 
     Raises ForeignFileError if a file that this package did not write is there.
     """
-    ownership.write(path, to_png(picture))
+    ownership.write(path, png(picture))

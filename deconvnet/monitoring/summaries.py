@@ -6,13 +6,12 @@ the filters. All steps of a run are filter updates; the columns of features over
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-from PIL import Image
 from torch import Tensor
+
+from deconvnet.monitoring.picture_files import png
 
 if TYPE_CHECKING:
     from tensorboard.compat.proto.summary_pb2 import Summary
@@ -134,7 +133,7 @@ def image_summary(tag: str, pictures: Sequence[Tensor], description: str) -> Sum
     from tensorboard.plugins.image.metadata import create_summary_metadata
 
     _, height, width = pictures[0].shape
-    strings = [str(width).encode(), str(height).encode(), *map(to_png, pictures)]
+    strings = [str(width).encode(), str(height).encode(), *map(png, pictures)]
     shape = TensorShapeProto(dim=[TensorShapeProto.Dim(size=len(strings))])
     tensor = TensorProto(dtype="DT_STRING", string_val=strings, tensor_shape=shape)
     metadata = create_summary_metadata(display_name=tag, description=description)
@@ -180,14 +179,6 @@ def layout_summary(layers: Sequence[int]) -> Summary:
         for n in layers
     }
     return custom_scalars(charts)
-
-
-def to_png(picture: Tensor) -> bytes:
-    """A picture (1 or 3, H, W) in [0, 1] as a PNG file, grey or RGB."""
-    pixels = (picture.clamp(0, 1).cpu() * 255).round().permute(1, 2, 0).numpy().astype(np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels[..., 0] if len(picture) == 1 else pixels).save(buffer, "png")
-    return buffer.getvalue()
 
 
 def _described(summary: Summary, description: str, plugin: str) -> Summary:

@@ -245,16 +245,18 @@ def test_the_card_of_a_map_has_a_row_for_each_method_and_the_image(seen):
 
 def referenced(gallery):
     """The files that the page and its scripts name."""
+    scripts = [*gallery.rglob("features.js"), *gallery.rglob("layers.js")]
     text = "\n".join(
-        path.read_text(encoding="utf-8")
-        for path in [gallery / "index.html", *gallery.rglob("maps.js"), *gallery.rglob("layers.js")]
+        path.read_text(encoding="utf-8") for path in [gallery / "index.html", *scripts]
     )
-    return set(re.findall(r"[\w./#-]+\.(?:png|jpg|js|css)\b", text)) - {"gallery.add"}
+    return set(re.findall(r"[\w./#-]+\.(?:png|webp|json|js|css)\b", text)) - {"gallery.add"}
 
 
 def test_the_gallery_has_every_file_that_it_shows(seen):
     gallery = seen[0] / "gallery"
-    names = {name for name in referenced(gallery) if not re.fullmatch(r"image-\d\.png", name)}
+    images = r"(folder/)?image-\d\.png"
+    names = {name for name in referenced(gallery) if not re.fullmatch(images, name)}
+    names -= {"features.json"}
     assert len(names) > 20
     for name in names:
         assert (gallery / name).is_file(), name
@@ -263,6 +265,33 @@ def test_the_gallery_has_every_file_that_it_shows(seen):
         assert words in page, words
     # Filters are shown of the layer that sees pixels alone.
     assert [path.parent.name for path in gallery.rglob("filters.*")] == ["1-conv1"]
+
+
+def test_the_page_shows_what_the_arrays_contain(seen):
+    """Examples, both methods, photographs, the survey of all images and the control."""
+    folder, _, images, _, _ = seen
+    gallery = folder / "gallery"
+    layers = gallery / "layers"
+    for number, name in ((1, "conv1"), (2, "relu2")):
+        features = json.loads((layers / f"{number}-{name}" / "features.json").read_text())
+        found = load_top_projections(folder / "visualization" / "projections" / f"{name}.npz")
+        assert features["layer"] == name and tuple(features["methods"]) == found.methods
+        assert [entry["map"] for entry in features["maps"]] == found.maps.tolist()
+        for row, entry in enumerate(features["maps"]):
+            assert len(entry["examples"]) == found.count(row)
+            for rank, example in enumerate(entry["examples"]):
+                image, _, *unit = found.units[row, rank].tolist()
+                assert example["image"] == images.names[image] and example["unit"] == unit
+                assert example["window"] == found.windows[row, rank].tolist()
+                assert example["value"] == pytest.approx(float(found.values[row, rank]), rel=1e-5)
+                assert example.get("border", False) == bool(found.border[row, rank])
+            histogram = entry["histogram"]
+            assert sum(histogram["counts"]) + histogram["silent"] == len(images)
+            strongest = {example["image"] for example in entry["examples"]}
+            weaker = {example["image"] for example in entry["spectrum"]}
+            assert not strongest & weaker
+            for method in found.methods:
+                assert entry["sheets"][method]["count"] == found.count(row)
 
 
 def test_progress_bars_have_names_and_reach_their_ends(images, tmp_path, monkeypatch):
@@ -325,7 +354,10 @@ def first(tmp_path_factory, images):
     ("options", "recomputed"),
     [
         ({}, set()),
-        ({"grid_maps": 1, "contrast": 0.9, "occlusion": 1, "batch": 2}, set()),
+        ({"contrast": 0.9, "occlusion": 1, "batch": 2}, set()),
+        # Maps of the grid are projected in full by the control.
+        ({"grid_maps": 1}, CONTROLS - {"control/topk.npz"}),
+        ({"window": "field"}, (ALL | CONTROLS) - {"topk.npz", "control/topk.npz"}),
         ({"k": 3}, ALL | CONTROLS),
         ({"inside": False}, ALL | CONTROLS),
         ({"maps": 2}, (ALL | CONTROLS) - {"topk.npz", "control/topk.npz"}),
@@ -537,6 +569,18 @@ def test_layers_maps_control_and_gallery_follow_the_settings(images, tmp_path):
     assert chosen == sample_maps(alive, 3, seed=5) != sample_maps(alive, 3, seed=0)
 
 
+def test_maps_are_chosen_by_their_numbers(images, tmp_path, caplog):
+    net = seeded(Small)
+    with torch.no_grad():
+        net.conv2.bias[1] = -1e6
+    options = {"layers": ["relu2"], "control": False, "gallery": False}
+    visualize_network(subject_of(net), images, settings_of(maps=[3, 1, 0], **options), tmp_path)
+    chosen = [entry["map"] for entry in manifest(tmp_path)["layers"]["relu2"]["maps"]]
+    assert chosen == [3, 0] and "maps [1]: never active" in caplog.text
+    with pytest.raises(ValueError, match=r"maps=\[3, 5\]: layer 'relu2' has maps 0 to 4"):
+        visualize_network(subject_of(net), images, settings_of(maps=[3, 5], **options), tmp_path)
+
+
 def test_method_and_overlap_reach_the_projections(images, tmp_path):
     net = seeded(lambda: nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.ReLU(), nn.Conv2d(4, 3, 3)))
     tiles = {}
@@ -588,7 +632,15 @@ def test_gates_and_strict_reach_the_projections(images, tmp_path):
     ("options", "message"),
     [
         ({"k": 0}, "k=0: must be at least 1"),
-        ({"maps": 0}, "maps=0: must be at least 1, or null for all"),
+        *(
+            (
+                {"maps": wrong},
+                f"maps={wrong}: must be at least 1, a list of numbers such as [3,7], or null for "
+                "all",
+            )
+            for wrong in (0, [], [3, 3], [-1], "many", 2.5)
+        ),
+        ({"window": "whole"}, "window=whole: choose one of effective, field"),
         ({"contrast": 0}, "contrast=0: must be above 0 and at most 1"),
         ({"explorer_images": -1}, "explorer_images=-1: must not be negative"),
         ({"method": "decon"}, "method=decon: choose one of auto, deconv, guided, gradient"),
@@ -692,8 +744,15 @@ def test_all_layers_of_a_deconvnet_are_visualized_with_reconstructions(learned, 
     assert figures == {"layer1-filters.png", "layer1.png", "layer2.png", "layer2-evolution.png"}
     images = list((tmp_path / "gallery" / "images").rglob("layers.js"))
     assert len(images) == 1 and "SNR" in images[0].read_text()
-    (script,) = (tmp_path / "gallery" / "layers").glob("2-*/maps.js")
-    assert '"epochs":["1","5"]' in script.read_text()
+    assert list((tmp_path / "gallery" / "images").rglob("repainting-2.js"))
+    (file,) = (tmp_path / "gallery" / "layers").glob("2-*/features.json")
+    features = json.loads(file.read_text())
+    assert features["below"] == "layer1"
+    for entry in features["maps"]:
+        assert entry["epochs"] == ["1", "5"]
+        # The first layer pools over pairs of maps.
+        assert sorted(source["maps"] for source in entry["sources"]) == [[0, 1], [2, 3]]
+        assert entry["sheets"]["sources"]["count"] == 2
 
 
 def test_the_same_filters_with_another_solver_are_searched_again(learned, textures, tmp_path):
@@ -933,7 +992,7 @@ def test_a_model_is_visualized_with_weights_experiments_and_checkpoints(
         *("1-evolution.png", "4-evolution.png", "7-evolution.png"),
         *("occlusion-0.png", "invariance.png"),
     }
-    (maps,) = (tmp_path / "gallery" / "layers").glob("2-*/maps.js")
+    (maps,) = (tmp_path / "gallery" / "layers").glob("2-*/features.js")
     assert '"epochs":["1","2","10"]' in maps.read_text()
     assert f"{os.path.relpath(tmp_path)}/gallery/index.html" in capsys.readouterr().out
 

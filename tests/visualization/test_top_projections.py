@@ -34,15 +34,12 @@ from deconvnet.visualization.projection.projection import (
     UnevenOverlap,
 )
 from deconvnet.visualization.projection.projector import Projector
-from deconvnet.visualization.search import top_projections
+from deconvnet.visualization.search import projecting
+from deconvnet.visualization.search.effective_field import EffectiveField
+from deconvnet.visualization.search.projecting import checkerboard, project_top_activations
 from deconvnet.visualization.search.randomization import shuffle_weights
 from deconvnet.visualization.search.top_activations import find_top_activations
-from deconvnet.visualization.search.top_projections import (
-    TopProjections,
-    checkerboard,
-    load_top_projections,
-    project_top_activations,
-)
+from deconvnet.visualization.search.top_projections import TopProjections, load_top_projections
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
 
@@ -96,6 +93,11 @@ def learned(textures):
     return net, list(images)
 
 
+def project_fields(*arguments, **options):
+    """Tiles of whole receptive fields."""
+    return project_top_activations(*arguments, window="field", **options)
+
+
 def shown(found):
     """The tiles of the first method, in units of the largest magnitude of each."""
     return found.tiles[found.methods[0]] / 127
@@ -118,7 +120,7 @@ def test_tiles_and_patches_are_projections_and_pixels_in_the_exact_field(
 ):
     projector, images, tops = trained
     top = tops[layer]
-    found = project_top_activations(projector, images, layer, top, maps=[3, 0])
+    found = project_fields(projector, images, layer, top, maps=[3, 0])
     assert found.maps.tolist() == [3, 0] and found.layer == layer and found.scale == 1
     assert shown(found).shape == found.patches.shape == (2, 4, 3, side, side)
     reached_beyond = 0
@@ -150,11 +152,11 @@ def test_units_of_fewer_pixels_than_their_layer_keep_their_scale(textures, monke
     projector = Projector(seeded(TwoSizes))
     images = list(textures(3, 3, 11, 12))
     top = find_top_activations(projector, images, ["both"], k=3, inside=True)["both"]
-    whole = project_top_activations(projector, images, "both", top)
+    whole = project_fields(projector, images, "both", top)
     assert shown(whole).shape[3:] == (5, 5)
     # Also where only small ones come together.
-    monkeypatch.setattr(top_projections, "CHUNK", 1)
-    alone = project_top_activations(projector, images, "both", top)
+    monkeypatch.setattr(projecting, "CHUNK", 1)
+    alone = project_fields(projector, images, "both", top)
     for found in (whole, alone):
         for m in range(3):
             for place in range(found.count(m)):
@@ -171,9 +173,13 @@ def test_units_of_fewer_pixels_than_their_layer_keep_their_scale(textures, monke
 
 def test_images_of_different_sizes_give_tiles_of_one_size(textures):
     projector = Projector(seeded(two_layers), batch=4)
-    images = [*textures(2, 3, 12, 14), *textures(2, 3, 16, 10, seed=1), *textures(2, 3, 12, 14)]
+    images = [
+        *textures(2, 3, 12, 14),
+        *textures(2, 3, 16, 10, seed=1),
+        *textures(2, 3, 12, 14, seed=2),
+    ]
     top = find_top_activations(projector, images, ["4"], k=6)["4"]
-    found = project_top_activations(projector, images, "4", top)
+    found = project_fields(projector, images, "4", top)
     assert shown(found).shape[3:] == (8, 8)
     for m in range(5):
         for place, (number, _, i, j) in enumerate(top.units(m)):
@@ -184,19 +190,17 @@ def test_images_of_different_sizes_give_tiles_of_one_size(textures):
 
 def test_only_some_units_and_images_are_projected_at_a_time(trained, monkeypatch):
     projector, images, tops = trained
-    expected = project_top_activations(projector, images, "4", tops["4"])
-    monkeypatch.setattr(top_projections, "CHUNK", 2)
+    expected = project_fields(projector, images, "4", tops["4"])
+    monkeypatch.setattr(projecting, "CHUNK", 2)
     asked, told = [], []
 
     class Watched(Projector):
-        def __call__(self, x, layer, units, **options):
+        def by_method(self, x, layer, units, **options):
             asked.append((len(x), len(units)))
-            return super().__call__(x, layer, units, **options)
+            return super().by_method(x, layer, units, **options)
 
     watched = Watched(projector.model, normalization=projector.normalization, batch=2)
-    found = project_top_activations(
-        watched, images, "4", tops["4"], progress=lambda *at: told.append(at)
-    )
+    found = project_fields(watched, images, "4", tops["4"], progress=lambda *at: told.append(at))
     assert max(asked)[0] == 2 and max(units for _, units in asked) == 2
     total = int(np.isfinite(expected.values).sum())
     assert told[-1] == (total, total) and [done for done, _ in told] == sorted({d for d, _ in told})
@@ -218,7 +222,7 @@ def test_maps_with_fewer_than_k_activations_have_empty_tiles(trained):
         net[3].bias[1] = -1e6
     shy = Projector(net, normalization=projector.normalization)
     top = find_top_activations(shy, images, ["4"], k=4)["4"]
-    found = project_top_activations(shy, images, "4", top, maps=[2, 1])
+    found = project_fields(shy, images, "4", top, maps=[2, 1])
     assert [found.count(row) for row in (0, 1)] == [2, 0]
     assert np.isnan(found.values[0, 2:]).all() and np.isnan(found.values[1]).all()
     for name, empty in (("units", -1), ("boxes", -1), ("windows", -1), ("patches", 128)):
@@ -230,14 +234,14 @@ def test_maps_with_fewer_than_k_activations_have_empty_tiles(trained):
     assert not found.border[0, 2:].any() and not found.border[1].any()
     assert found.signs.tolist() == [[1, 1, 0, 0], [0, 0, 0, 0]]
     with pytest.raises(ValueError, match="layer '4': none of its 1 maps is ever active"):
-        project_top_activations(shy, images, "4", top, maps=[1])
+        project_fields(shy, images, "4", top, maps=[1])
 
 
 def test_values_and_tiles_of_deconvnets_have_signs(learned):
     net, images = learned
     projector = Projector(net, batch=2)
     top = find_top_activations(projector, images, ["layer2"], k=4)["layer2"]
-    found = project_top_activations(projector, images, "layer2", top)
+    found = project_fields(projector, images, "layer2", top)
     assert shown(found).shape[2] == 1 and found.patches.shape[2] == 3
     assert (found.values < 0).any() and (found.values > 0).any()
     assert_allclose(np.abs(found.values), top.values, rtol=1e-5)
@@ -256,18 +260,18 @@ def test_values_and_tiles_of_deconvnets_have_signs(learned):
 def test_a_data_set_that_returns_other_images_is_refused(trained):
     projector, images, tops = trained
     with pytest.raises(ValueError) as caught:
-        project_top_activations(projector, images[1:] + images[:1], "4", tops["4"])
+        project_fields(projector, images[1:] + images[:1], "4", tops["4"])
     message = str(caught.value)
     assert "neither shuffled nor augmented" in message and "\n" not in message
     assert "in the search: the data set must return the same images" in message
 
 
 def test_large_tiles_are_reduced(textures, monkeypatch):
-    monkeypatch.setattr(top_projections, "LARGEST", 10)
+    monkeypatch.setattr(projecting, "LARGEST", 10)
     net = nn.Sequential(seeded(two_layers), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     projector, images = Projector(net), list(textures(3, 3, 20, 28))
     top = find_top_activations(projector, images, ["2"], k=2)["2"]
-    found = project_top_activations(projector, images, "2", top)
+    found = project_fields(projector, images, "2", top)
     # Each unit sees the whole image, whose longer side becomes 10 pixels.
     assert shown(found).shape == (5, 2, 3, 7, 10) and found.scale == 10 / 28
     number = found.units[0, 0, 0]
@@ -297,6 +301,7 @@ def projections_of(count=3, k=4, side=3):
         values=-np.sort(-generator.random((count, k), dtype=np.float32)),
         checkerboard=np.full((count, k), np.nan, dtype=np.float32),
         scale=0.5,
+        effective=EffectiveField((-1, 0), (3, 2)),
         reports={
             method: ProjectionReport(
                 method,
@@ -391,7 +396,7 @@ def test_an_uneven_convolution_has_a_checkerboard_that_normalising_removes(textu
     for overlap in ("sum", "normalised"):
         projector = Projector(net, overlap=overlap)
         top = find_top_activations(projector, images, ["3"], k=2)["3"]
-        found = project_top_activations(projector, images, "3", top)
+        found = project_fields(projector, images, "3", top)
         boards[overlap] = found.checkerboard
     # Of 11 pixels the odd ones are painted once and the even ones twice, the outermost once.
     means = np.outer([10 / 6, 1], [10 / 6, 1])
@@ -399,7 +404,7 @@ def test_an_uneven_convolution_has_a_checkerboard_that_normalising_removes(textu
     assert (boards["normalised"] < 0.5 * boards["sum"]).all()
     even = Projector(seeded(two_layers))
     top = find_top_activations(even, images, ["4"], k=2)["4"]
-    assert np.isnan(project_top_activations(even, images, "4", top).checkerboard).all()
+    assert np.isnan(project_fields(even, images, "4", top).checkerboard).all()
 
 
 # The control.
@@ -507,6 +512,7 @@ def test_a_grid_shows_maps_and_activations_in_order_with_projections_next_to_pat
             * sign[..., None, None, None].astype(np.int8)
         },
         reports={"deconv": found.reports["deconv"]},
+        border=np.zeros((M, k), bool),
         patches=np.ones((M, k, 3, 4, 4), np.uint8) * colour[..., None, None].astype(np.uint8),
         values=np.ones((M, k), np.float32),
     )
@@ -615,14 +621,18 @@ def test_negative_activations_are_shown_with_the_opposite_sign_and_a_mark():
     assert columns.min() >= 20 + 2 * GAP, "the first tile is not marked"
 
 
-def test_units_at_the_border_are_framed():
+def test_patches_of_units_at_the_border_are_marked():
     found = replace(projections_of(1, 4, side=20), border=np.array([[False, True, False, False]]))
     plain = replace(found, border=np.zeros((1, 4), bool))
     one, other = (projection_grid(f, tile_width=20) for f in (found, plain))
     changed = (one != other).any(0)
     paint = torch.tensor(to_rgb(BORDER))[:, None]
     assert_allclose(one[:, changed], paint.expand(-1, int(changed.sum())), atol=0.01)
-    assert changed.sum() == 3 * ((20 + 2 * GAP) ** 2 - 20**2)
+    assert changed.sum() == MARK * (MARK + 1) / 2
+    rows, columns = changed.nonzero().T
+    # The second patch, to the right of two sheets.
+    left = 2 * (2 * (20 + GAP) + 3 * GAP) + 20 + 2 * GAP
+    assert left <= columns.min() and columns.max() == left + 19
 
 
 def test_the_caption_of_a_grid_says_what_its_reader_has_to_know():
