@@ -1,5 +1,7 @@
 """The choice of the method of a projection, and the same units in several methods."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -112,3 +114,80 @@ def test_a_method_that_is_given_comes_first(method, methods):
 def test_a_wrong_method_of_one_call_is_refused():
     with pytest.raises(ValueError, match="method=auto: choose one of deconv, guided, gradient"):
         Projector(network())(images(), "3", UNITS, method="auto")
+
+
+class Held(nn.Module):
+    """The scale and offset of normalisation as constants, as in batch normalisation."""
+
+    def __init__(self, norm, y):
+        super().__init__()
+        mean, variance = statistics(norm, y)
+        weight = norm.weight.detach()
+        weight = weight[:, None, None] if isinstance(norm, nn.GroupNorm) else weight
+        self.scale = weight / (variance + norm.eps).sqrt()
+        self.offset = -mean * self.scale
+        assert_close(y * self.scale + self.offset, norm(y).detach())
+
+    def forward(self, y):
+        return y * self.scale + self.offset
+
+
+def statistics(norm, y):
+    """Mean and variance by which the maps y are normalised, of a shape that broadcasts with y."""
+    if isinstance(norm, nn.GroupNorm):
+        groups = y.unflatten(1, (norm.num_groups, -1))
+        dims = tuple(range(2, groups.dim()))
+        mean = groups.mean(dims, keepdim=True).expand_as(groups).flatten(1, 2)
+        return mean, groups.var(dims, False, keepdim=True).expand_as(groups).flatten(1, 2)
+    dims = tuple(range(-len(norm.normalized_shape), 0))
+    return y.mean(dims, keepdim=True), y.var(dims, False, keepdim=True)
+
+
+class Last(nn.Module):
+    """A module on (N, H, W, C) for maps (N, C, H, W)."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, y):
+        return self.module(y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("method", ["deconv", "guided"])
+@pytest.mark.parametrize(
+    "norm",
+    [nn.GroupNorm(2, 6), nn.GroupNorm(1, 6), nn.LayerNorm([6, 10, 10]), Last(nn.LayerNorm(6))],
+    ids=["groups", "one group", "layer", "channels"],
+)
+def test_statistics_of_normalisation_are_constants_like_those_of_batch_normalisation(norm, method):
+    x = images()[:1]
+    norm = copy.deepcopy(norm).double()
+    inner = getattr(norm, "module", norm)
+    nn.init.normal_(inner.weight, generator=torch.Generator().manual_seed(2))
+    model = network(norm)
+    y = model[:2](x).detach()
+    y = y.permute(0, 2, 3, 1) if isinstance(norm, Last) else y
+    held = Held(inner, y)
+    twin = network(Last(held) if isinstance(norm, Last) else held)
+    units = [(0, 1, 3, 2), (0, 3, 0, 8)]
+    ones = torch.ones(2, dtype=torch.float64)
+    # Held at the values of the whole image, so no windows of it.
+    found, expected = (
+        Projector(each, method=method, local=False)(x, "3", units, seeds=ones)
+        for each in (model, twin)
+    )
+    assert found.images.any()
+    assert_close(found.images, expected.images, rtol=0, atol=1e-13)
+    assert torch.equal(found.boxes, expected.boxes)
+    name = "group_norm" if isinstance(norm, nn.GroupNorm) else "layer_norm"
+    assert found.report.extended == {name: 1} and not found.report.faithful
+
+
+def test_the_gradient_follows_the_statistics_of_normalisation():
+    x = images()[:1].requires_grad_()
+    model = network(nn.GroupNorm(1, 6).double(), nn.GELU())
+    (expected,) = torch.autograd.grad(model[:4](x)[0, 1, 3, 2], x)
+    found = Projector(model, method="gradient")(x, "3", [(0, 1, 3, 2)], seeds=torch.ones(1))
+    assert_close(found.images, expected, rtol=0, atol=1e-14)
+    assert found.boxes.tolist() == [[0, 0, 12, 12]]

@@ -552,6 +552,7 @@ def test_a_grid_shows_maps_and_activations_in_order_with_projections_next_to_pat
             * sign[..., None, None, None].astype(np.int8)
         },
         reports={"deconv": found.reports["deconv"]},
+        border=np.zeros((M, k), bool),
         patches=np.ones((M, k, 3, 4, 4), np.uint8) * colour[..., None, None].astype(np.uint8),
         values=np.ones((M, k), np.float32),
     )
@@ -660,14 +661,18 @@ def test_negative_activations_are_shown_with_the_opposite_sign_and_a_mark():
     assert columns.min() >= 20 + 2 * GAP, "the first tile is not marked"
 
 
-def test_units_at_the_border_are_framed():
+def test_patches_of_units_at_the_border_are_marked():
     found = replace(projections_of(1, 4, side=20), border=np.array([[False, True, False, False]]))
     plain = replace(found, border=np.zeros((1, 4), bool))
     one, other = (projection_grid(f, tile_width=20) for f in (found, plain))
     changed = (one != other).any(0)
     paint = torch.tensor(to_rgb(BORDER))[:, None]
     assert_allclose(one[:, changed], paint.expand(-1, int(changed.sum())), atol=0.01)
-    assert changed.sum() == 3 * ((20 + 2 * GAP) ** 2 - 20**2)
+    assert changed.sum() == MARK * (MARK + 1) / 2
+    rows, columns = changed.nonzero().T
+    # The second patch, to the right of two sheets.
+    left = 2 * (2 * (20 + GAP) + 3 * GAP) + 20 + 2 * GAP
+    assert left <= columns.min() and columns.max() == left + 19
 
 
 def test_the_caption_of_a_grid_says_what_its_reader_has_to_know():

@@ -106,7 +106,8 @@ def grid_caption(
 ) -> tuple[str, str]:
     """The title of the grid of a layer, and what its reader has to know, as sentences."""
     shown = len(projections.maps) if rows is None else len(rows)
-    title = [projections.layer]
+    name = projections.layer
+    title = [f"layer {name}" if name.isdigit() else name]
     count = f"{shown} maps"
     if info is not None:
         title.append(info.kind)
@@ -130,7 +131,7 @@ def grid_caption(
         )
     if projections.border.any():
         sentences.append(
-            "Units at the border are included; an orange frame marks a receptive field that "
+            "Units at the border are included; an orange corner marks a receptive field that "
             "reaches beyond the image."
         )
     return "  ·  ".join([*title, count]), " ".join(sentences)
@@ -151,7 +152,7 @@ def projection_grid(
     rows: the rows of the maps in `projections`, by default all. columns: maps next to each other,
     by default as many as fit on a page. Tiles are hatched if a map has fewer activations; dead: the
     text in place of the tiles of a map that has none. A minus marks a negative activation, whose
-    projection is shown with the opposite sign; an orange frame marks a unit whose field reaches
+    projection is shown with the opposite sign; an orange corner marks a unit whose field reaches
     beyond the image.
     """
     rows = range(len(projections.maps)) if rows is None else rows
@@ -203,54 +204,51 @@ def _block(
 ) -> Tensor:
     """A map: its caption, and a sheet of tiles for each method and for the patches."""
     count, k = projections.count(row), projections.values.shape[1]
-    values = projections.values[row, :count]
-    patches = torch.from_numpy(projections.patches[row]).float() / 255
-    patches = resize_tiles(patches, tile_width)
     side = math.ceil(math.sqrt(k))
-    signs = projections.signs[row][:, None, None, None]
+    shown = min(k, max(1, -(-count // side)) * side)  # whole lines
+    patches = torch.from_numpy(projections.patches[row, :shown]).float() / 255
+    signs = projections.signs[row, :shown, None, None, None]
     sheets = {
-        method: shade_projections(tiles[row] * signs, width=tile_width, contrast=contrast)
+        method: shade_projections(tiles[row, :shown] * signs, width=tile_width, contrast=contrast)
         for method, tiles in projections.tiles.items()
     }
-    sheets["image"] = patches
+    sheets["image"] = resize_tiles(patches, tile_width)
+    for rank in np.flatnonzero(projections.border[row, :count]).tolist():
+        _mark_border(sheets["image"][rank])
     columns = []
     for name, tiles in sheets.items():
-        tiles = tiles.clone()
         tiles[count:] = _hatched(tiles.shape[2:])
-        for rank in np.flatnonzero(values < 0).tolist():
-            tiles[rank, :, :MARK, :MARK] = _minus()
+        for rank in np.flatnonzero(signs[:, 0, 0, 0] < 0).tolist():
+            _mark_negative(tiles[rank])
         page = arrange_tiles(tiles, side)
-        for rank in np.flatnonzero(projections.border[row, :count]).tolist():
-            _frame(page, rank, side, tiles.shape[2:])
         head = text_block(name, page.shape[2], TEXT + 7, size=TEXT, color=PALE)
         columns.append(vstack([head, page]))
     sheet = hstack(columns, 2 * GAP)
-    title = f"map {projections.maps[row]}"
-    if count:
-        sign = "|activation|" if (values < 0).any() else "activation"
-        first, last = (plain_number(abs(float(value))) for value in (values[0], values[-1]))
-        title += f"   {sign} {first} to {last}" if count > 1 else f"   {sign} {first}"
-    else:
-        sheet = text_block(dead, sheet.shape[2], 2 * TEXT, size=TEXT, color=PALE)
-    return vstack([text_block(title, sheet.shape[2], TEXT + 7, size=TEXT), sheet])
+    title = f"map {projections.maps[row]}   {_strengths(projections.values[row, :count]) or dead}"
+    head = text_block(title, sheet.shape[2], TEXT + 7, size=TEXT)
+    return vstack([head, sheet]) if count else head
 
 
-def _frame(page: Tensor, rank: int, columns: int, size: tuple[int, int]) -> None:
-    """Frame a tile of a page of `arrange_tiles` as one at the border."""
-    h, w = size
-    top, left = rank // columns * (h + GAP), rank % columns * (w + GAP)
-    outer = torch.zeros(page.shape[1:], dtype=torch.bool)
-    outer[top : top + h + 2 * GAP, left : left + w + 2 * GAP] = True
-    outer[top + GAP : top + GAP + h, left + GAP : left + GAP + w] = False
+def _strengths(values: np.ndarray) -> str:
+    """The magnitudes of the activations of a map, strongest first, in words."""
+    if len(values) == 0:
+        return ""
+    name = "|activation|" if (values < 0).any() else "activation"
+    first, last = (plain_number(abs(float(value))) for value in (values[0], values[-1]))
+    return f"{name} {first}" if first == last else f"{name} {first} to {last}"
+
+
+def _mark_negative(tile: Tensor) -> None:
+    """Draw a white minus on black into the top left corner of a tile (3, h, w)."""
+    tile[:, :MARK, :MARK] = 0
+    tile[:, MARK // 2 - 1 : MARK // 2 + 1, 3 : MARK - 3] = 1
+
+
+def _mark_border(tile: Tensor) -> None:
+    """Draw an orange triangle into the top right corner of a tile (3, h, w)."""
     paint = torch.tensor(list(bytes.fromhex(BORDER[1:]))) / 255
-    page[:, outer] = paint[:, None]
-
-
-def _minus() -> Tensor:
-    """A white minus on black."""
-    mark = torch.zeros(3, MARK, MARK)
-    mark[:, MARK // 2 - 1 : MARK // 2 + 1, 3:-3] = 1
-    return mark
+    for row in range(MARK):
+        tile[:, row : row + 1, row - MARK :] = paint[:, None, None]
 
 
 def _hatched(size: tuple[int, int]) -> Tensor:

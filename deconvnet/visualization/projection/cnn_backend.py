@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from deconvnet.visualization.projection.autograd_graph import Operations, read_operations
 from deconvnet.visualization.projection.backward_rules import (
     AUTO,
     METHODS,
@@ -31,6 +30,7 @@ from deconvnet.visualization.projection.backward_rules import (
 from deconvnet.visualization.projection.forward_pass import ForwardPass, LayerOutput
 from deconvnet.visualization.projection.local_windows import WindowPlan, plan_windows
 from deconvnet.visualization.projection.model_isolation import isolated
+from deconvnet.visualization.projection.operations import Operations, read_operations
 from deconvnet.visualization.projection.projection import (
     LayerInfo,
     Projection,
@@ -99,9 +99,7 @@ class CnnBackend:
     def layers(self, x: Tensor) -> list[LayerInfo]:
         modified = self.method != "gradient"
         with isolated(self.model):
-            return self._forward.layers(
-                x, constant_gates=self._constant_gates(modified), skip_normalization=modified
-            )
+            return self._forward.layers(x, skip_normalization=modified, **self._constants(modified))
 
     def responses(
         self, x: Tensor, layers: list[str], reduce: Callable[[str, Tensor], object]
@@ -238,9 +236,9 @@ class CnnBackend:
         key = (*_key(x, task.layer), task.modified)
         if key not in self._plans:
             output = self._up_to(x[:1], task.layer, task.modified)
-            constant_gates = self._constant_gates(task.modified)
-            operations = read_operations(output.y, constant_gates=constant_gates)
-            geometries = FieldGeometries(output.leaf, constant_gates=constant_gates)
+            constants = self._constants(task.modified)
+            operations = read_operations(output.y, **constants)
+            geometries = FieldGeometries(output.leaf, **constants)
             geometry, shape = geometries.at(output.y.grad_fn), tuple(output.maps.shape[1:])
             plan = plan_windows(operations, shape, geometry, tuple(x.shape[2:]))
             maps = output.maps.detach()[0]
@@ -268,9 +266,12 @@ class CnnBackend:
                 return False
         return True
 
-    def _constant_gates(self, modified: bool) -> bool:
-        """modified: whether the rules of deconv and guided apply, not those of the gradient."""
-        return modified and self.gates == "constant"
+    def _constants(self, modified: bool) -> dict[str, bool]:
+        """What is constant on the way down; modified: with deconv and guided, not the gradient."""
+        return {
+            "constant_gates": modified and self.gates == "constant",
+            "constant_statistics": modified,
+        }
 
     def _up_to(
         self, x: Tensor, layer: str, modified: bool, *, checked: bool = False
@@ -278,9 +279,7 @@ class CnnBackend:
         return self._forward.up_to(x, layer, skip_normalization=modified, checked=checked)
 
     def _read(self, output: LayerOutput, modified: bool) -> Operations:
-        return read_operations(
-            output.y, constant_gates=self._constant_gates(modified), marked=output.marked
-        )
+        return read_operations(output.y, marked=output.marked, **self._constants(modified))
 
     def _project_graph(
         self,
@@ -341,7 +340,7 @@ class CnnBackend:
             operations.extended,
             operations.skipped,
             operations.unsupported,
-            rectified=counts["rectified"] + len(operations.clamps),
+            rectified=counts["rectified"] + len(operations.clamps) + len(operations.hand_written),
             switched=counts["switched"],
             uneven=uneven,
             overlap=self.overlap,
@@ -372,7 +371,7 @@ class CnnBackend:
         self, operations: Operations, leaf: Tensor, modified: bool
     ) -> tuple[UnevenOverlap, ...]:
         names = {p.data_ptr(): name for name, p in self.model.named_parameters()}
-        geometries = FieldGeometries(leaf, constant_gates=self._constant_gates(modified))
+        geometries = FieldGeometries(leaf, **self._constants(modified))
         uneven = []
         for op in operations.convolutions:
             weight, stride = op.saved("weight"), op.pair("stride")

@@ -74,11 +74,17 @@ class ForwardPass:
         self._suspects: dict[tuple[str, bool], frozenset[int]] = {}
 
     def layers(
-        self, x: Tensor, *, constant_gates: bool, skip_normalization: bool
+        self,
+        x: Tensor,
+        *,
+        skip_normalization: bool = True,
+        constant_gates: bool = True,
+        constant_statistics: bool = True,
     ) -> list[LayerInfo]:
         """The layers that the first of some images x passes, in their order.
 
-        constant_gates: sigmoids that multiply maps are constants; units see nothing through them.
+        constant_gates, constant_statistics: units see nothing through sigmoids that multiply maps,
+        and through the statistics of layer and group normalisation.
         """
         outputs: list[tuple[str, int, Tensor, Node | None]] = []
         leaves: list[Tensor] = [x]
@@ -95,7 +101,9 @@ class ForwardPass:
             autograd_graph.record_shapes([y for *_, y, node in outputs if node is not None])
         axes = MapAxes()
         self._maps_last |= {(name, call) for name, call, _, node in outputs if axes.is_last(node)}
-        geometries = FieldGeometries(leaves[0], constant_gates=constant_gates)
+        geometries = FieldGeometries(
+            leaves[0], constant_gates=constant_gates, constant_statistics=constant_statistics
+        )
         infos = []
         for name, call, y, node in outputs:
             # A table that a model makes of its parameters alone is not a layer.
@@ -193,7 +201,7 @@ class ForwardPass:
     def _resolve(self, x: Tensor, layers: list[str]) -> dict[tuple[str, int], str]:
         """{(module, number of the call): layer} for names of layers."""
         if x.shape[1:] not in self._calls:
-            self.layers(x, constant_gates=True, skip_normalization=True)
+            self.layers(x)
         calls = self._calls[x.shape[1:]]
         names = [_call_name(name, call, calls) for name in calls for call in range(calls[name])]
         for layer in layers:

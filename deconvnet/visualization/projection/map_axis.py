@@ -13,14 +13,13 @@ from torch.autograd.graph import Node
 
 from deconvnet.visualization.projection.autograd_graph import (
     LEAF,
-    NORMALIZATIONS,
-    SWITCHES,
     Operation,
     inputs_of,
     operation_name,
     output_shape,
     topological_order,
 )
+from deconvnet.visualization.projection.operations import NORMALIZATIONS, SWITCHES
 
 VIEWS = {"View", "UnsafeView", "Reshape", "ReshapeAlias"}
 PRODUCTS = {"Addmm", "Mm", "Bmm", "Linear", "MkldnnLinear"}
