@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import shown_pictures
 from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -30,12 +31,15 @@ from deconvnet.images.fit import Crop
 from deconvnet.images.item import Item
 from deconvnet.images.sources import DataSettings
 from deconvnet.visualization import report as module
+from deconvnet.visualization.event_page import map_card
 from deconvnet.visualization.evolution.evolution import Evolution
 from deconvnet.visualization.layer_choice import default_layers
 from deconvnet.visualization.models.normalization import Normalization
 from deconvnet.visualization.models.zfnet import ZFNet
 from deconvnet.visualization.models.zoo import LoadedModel, digest, save_model
+from deconvnet.visualization.pictures.canvas import GAP, LINE
 from deconvnet.visualization.pictures.projection_grids import sample_maps
+from deconvnet.visualization.pictures.sheet import CARD
 from deconvnet.visualization.projection.projector import Projector
 from deconvnet.visualization.report import visualize_network
 from deconvnet.visualization.search.top_activations import SearchState, find_top_activations
@@ -209,20 +213,34 @@ def _x(subject, images):
     return subject.normalization.apply(images[0][None])
 
 
-def test_tensorboard_shows_the_same_pictures(seen):
+def test_tensorboard_shows_the_same_pictures_with_descriptions(seen):
     folder = seen[0] / "visualization"
-    events = EventAccumulator(str(folder), size_guidance={"images": 0, "tensors": 0}).Reload()
-    tags = events.Tags()
+    events = EventAccumulator(str(folder), size_guidance={"tensors": 0}).Reload()
+    shown = shown_pictures(events)
     names = {path.stem for path in (folder / "figures").iterdir()}
-    assert set(tags["images"]) == {f"visualization/{name}" for name in names}
-    for name in names:
-        (event,) = events.Images(f"visualization/{name}")
-        h, w = picture(folder / "figures" / f"{name}.png").shape[:2]
-        assert (event.height, event.width) == (h, w)
-    (text,) = (tag for tag in tags["tensors"] if "visualization" in tag)
+    controls = {tag for tag in shown if tag.startswith("2 control/")}
+    assert {tag.partition("/")[2] for tag in shown.keys() - controls} == names
+    assert controls and min(shown).startswith("0 filters/")
+    # A card for each map of the grid.
+    assert shown["1 strongest activations/relu2"] == [(0, 2)]
+    for tag in shown:
+        assert events.SummaryMetadata(tag).summary_description.endswith("."), tag
+    (text,) = (tag for tag in events.Tags()["tensors"] if "visualization" in tag)
     said = events.Tensors(text)[0].tensor_proto.string_val[0].decode()
     assert "| relu2 | deconv: rectified 2" in said
     assert len(list(folder.glob("events.out.tfevents.*"))) == 1
+
+
+def test_the_card_of_a_map_has_a_row_for_each_method_and_the_image(seen):
+    result = load_top_projections(seen[0] / "visualization" / "projections" / "relu2.npz")
+    card = map_card(result, 0)
+    rows = len(result.tiles) + 1
+    assert card.shape[0] == 3 and card.shape[2] <= CARD
+    height = (card.shape[1] - LINE + GAP) / rows - GAP
+    assert height == int(height) and card.min() >= 0 and card.max() <= 1
+    # A map that no image activates has no tiles.
+    result.values[0] = np.nan
+    assert result.count(0) == 0 and map_card(result, 0).shape == (3, LINE, CARD)
 
 
 def referenced(gallery):
