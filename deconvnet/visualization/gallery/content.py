@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -40,11 +40,11 @@ from deconvnet.visualization.gallery.relatives import (
 )
 from deconvnet.visualization.gallery.survey import Survey, survey_layers
 from deconvnet.visualization.gallery.wording import (
-    METHOD_NAMES,
     border_sentences,
     figure_caption,
+    how_projected,
+    layer_title,
     method_sentences,
-    report_sentences,
     subtitle_of,
     title_of,
 )
@@ -109,9 +109,9 @@ def write_result_gallery(
         ],
         notes=[
             *(
-                f"{layer}, {METHOD_NAMES.get(method, method)}: {report_sentences(report)}"
+                sentence
                 for layer, projections in result.projections.items()
-                for method, report in projections.reports.items()
+                for sentence in how_projected(layer, projections)
             ),
             *notes,
         ],
@@ -175,7 +175,7 @@ def _gallery_layer(
     content = _LayerContent.of(result, layer, survey, names)
     return GalleryLayer(
         layer,
-        layer,
+        layer_title(layer),
         (content.map(row, step) for row in range(len(projections.maps))),
         kind=_kind(result, info),
         shape=info.shape,
@@ -334,9 +334,9 @@ class _LayerContent:
                 patch = F.interpolate(patch[None], tile, mode="bilinear", antialias=True)[0]
             patches.append(patch)
             value = float(self.survey.peaks[n, number])
-            examples.append(
-                Example(self.names[image], value, image, unit, window=window, share=share)
-            )
+            border = _is_at_border(unit, info, size)
+            example = Example(self.names[image], value, image, unit, window=window, border=border)
+            examples.append(replace(example, share=share))
         return examples, torch.stack(patches).clamp(0, 1) if patches else None
 
     def _coactive(self, number: int) -> list[tuple[int, float]]:
@@ -414,6 +414,15 @@ def _weights(result: VisualizationResult, layer: str, below: str) -> np.ndarray 
             found = projector.contributions(x, layer, units, below)
             weights[chosen] = found.cpu().numpy() / projections.values[chosen, :1]
     return weights if weights.any() else None
+
+
+def _is_at_border(unit: tuple[int, int], info: LayerInfo, image: tuple[int, int]) -> bool:
+    """Whether the receptive field of a unit (row, column) reaches beyond an image of this size."""
+    if info.field is None:
+        return False
+    starts = [o + n * step for o, n, step in zip(info.offset, unit, info.stride, strict=True)]
+    ends = [start + side for start, side in zip(starts, info.field, strict=True)]
+    return min(starts) < 0 or any(end > side for end, side in zip(ends, image, strict=True))
 
 
 def _window_of(

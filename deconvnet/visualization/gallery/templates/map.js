@@ -166,7 +166,7 @@
         const photo = photograph(example);
         return element("li", {}, tile(map.sheets.spectrum, n, `image patch: ${sentence(example)}`),
           photo ? element("a", { class: "photo", href: link({ photo: example.photograph }) }, photo) : null,
-          element("span", { class: "number" }, element("b", {}, `${Math.round(100 * example.share)}%`), ` ${number(example.value)}`, element("span", { class: "name", title: example.image }, example.image)));
+          element("span", { class: "number" }, element("b", {}, `${Math.round(100 * example.share)}%`), ` ${number(example.value)}`, example.border ? element("i", { class: "badge" }, "border") : null, element("span", { class: "name", title: example.image }, example.image)));
       })));
   }
 
@@ -191,14 +191,17 @@
     const note = features.sources_are === "weights"
       ? `The maps of ${below.title} with the largest weights${pictured ? ", and what each of them adds to the strongest projection above; all on one scale" : ""}.`
       : `The maps of ${below.title} that contribute most to its strongest activation, as shares of it (gradient times activation). Other maps and biases make up for the rest and may be negative.`;
+    const title = ({ maps }) => (maps.length > 1 ? `maps ${maps[0]}–${maps[maps.length - 1]}` : `map ${maps[0]}`);
+    const shown = ({ maps }) => maps.find((each) => below.maps.includes(each));
+    const items = map.sources.map((source, n) => (shown(source) === undefined && !pictured ? null : element("li", {}, pictured
+      ? element("span", { class: "pair" }, mapTile(below, shown(source) ?? source.maps[0], title(source)),
+        element("span", { class: "card" }, tile(pictured, n, `what ${title(source)} adds`), element("span", { class: "number" }, "adds this")))
+      : mapTile(below, shown(source), title(source)), element("span", { class: "number" }, weight(features, source)))));
+    // Maps that this gallery does not show.
+    const others = pictured ? [] : map.sources.filter((source) => shown(source) === undefined);
     return section("sources", "What it is made of", element("p", { class: "note" }, note),
-      element("ul", { class: `row${pictured ? " pairs" : ""}`, role: "list" }, map.sources.map((source, n) => {
-        const [first, last] = [source.maps[0], source.maps[source.maps.length - 1]];
-        const known = mapTile(below, source.maps.find((each) => below.maps.includes(each)) ?? first, first < last ? `maps ${first}–${last}` : `map ${first}`);
-        return element("li", {}, pictured
-          ? element("span", { class: "pair" }, known, element("span", { class: "card" }, tile(pictured, n, `what map ${first} adds`), element("span", { class: "number" }, "adds this")))
-          : known, element("span", { class: "number" }, weight(features, source)));
-      })));
+      items.some(Boolean) ? element("ul", { class: `row${pictured ? " pairs" : ""}`, role: "list" }, items) : null,
+      others.length ? element("ul", { class: "chips", role: "list", title: "not shown in this gallery" }, others.map((source) => element("li", {}, `${title(source)} ${weight(features, source)}`))) : null);
   }
 
   function users(layer, map, above, user) {
