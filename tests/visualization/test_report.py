@@ -218,11 +218,12 @@ def test_tensorboard_shows_the_same_pictures_with_descriptions(seen):
     events = EventAccumulator(str(folder), size_guidance={"tensors": 0}).Reload()
     shown = shown_pictures(events)
     names = {path.stem for path in (folder / "figures").iterdir()}
-    controls = {tag for tag in shown if tag.startswith("2 control/")}
-    assert {tag.partition("/")[2] for tag in shown.keys() - controls} == names
+    controls = {tag for tag in shown if tag.startswith("3 control/")}
+    others = {tag.partition("/")[2] for tag in shown.keys() - controls - {"0 filters/conv1"}}
+    assert others == names - {"conv1-filters"} and "0 filters/conv1" in shown
     assert controls and min(shown).startswith("0 filters/")
     # A card for each map of the grid.
-    assert shown["1 strongest activations/relu2"] == [(0, 2)]
+    assert shown["2 strongest activations/relu2"] == [(0, 2)]
     for tag in shown:
         assert events.SummaryMetadata(tag).summary_description.endswith("."), tag
     (text,) = (tag for tag in events.Tags()["tensors"] if "visualization" in tag)
@@ -937,7 +938,7 @@ def test_a_run_is_visualized_on_its_own_images(place, run_seen):
         "runs/run/visualization/figures",
         "runs/run/visualization/manifest.json",
         "runs/run/gallery/index.html",
-        "tensorboard --logdir runs/run",
+        "tensorboard --logdir runs\n",
     ):
         assert path in run_seen.out
     said = manifest(folder)
