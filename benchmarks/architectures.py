@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from deconvnet.visualization.layer_choice import default_layers
 from deconvnet.visualization.models.zoo import load_model
@@ -111,7 +111,8 @@ def main() -> None:
     if not names:
         sys.exit(f"--only {options.only}: no such network; there are {', '.join(NETWORKS)}")
     start = time.perf_counter()
-    print("| network | pixels | layers | method | extended rules | remarks |\n|---|---|---|---|---|---|")
+    print("| network | pixels | layers | method | extended rules | remarks |")
+    print("|---|---|---|---|---|---|")
     outcomes = []
     for name in names:
         outcomes.append(outcome(name))
@@ -125,8 +126,9 @@ def outcome(name: str) -> Outcome:
     side, arguments = OPTIONS.get(name, (SIZE, {}))
     found = Outcome(name, side)
     try:
-        projector = Projector(load_model(name, weights="none", options=arguments).module)
-        x = images(side)
+        model = load_model(name, weights="none", options=arguments).module
+        open_branches(model)
+        projector, x = Projector(model), images(side)
         layers = default_layers(projector.layers(x))
     except ValueError as error:
         found.refused["all"] = str(error)
@@ -142,6 +144,14 @@ def outcome(name: str) -> Outcome:
         elif found.layers[layer].rectified > 1 and same(pictures):
             found.suspect[layer] = "the same for both images"
     return found
+
+
+@torch.no_grad()
+def open_branches(model: nn.Module) -> None:
+    """Set scales of branches that begin at almost zero to one: as they are, nothing passes."""
+    for name, p in model.named_parameters():
+        if p.dim() < 2 and not name.endswith("bias") and p.abs().max() < 0.1:
+            p.fill_(1)
 
 
 def images(side: int) -> Tensor:
@@ -190,9 +200,11 @@ def row(found: Outcome) -> str:
 
 
 def remarks(found: Outcome) -> Iterator[str]:
-    yield from dict.fromkeys(
-        report.reason for report in found.layers.values() if report.method == "gradient"
-    )
+    without_rules = {
+        name.partition(" ")[0] for report in found.layers.values() for name in report.unsupported
+    }
+    if without_rules:
+        yield f"no rule for {', '.join(sorted(without_rules))}"
     for layer, message in found.refused.items():
         yield f"{layer} refused: {message}"
     for layer, what in found.suspect.items():
