@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import shown_pictures
 from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -30,12 +31,15 @@ from deconvnet.images.fit import Crop
 from deconvnet.images.item import Item
 from deconvnet.images.sources import DataSettings
 from deconvnet.visualization import report as module
+from deconvnet.visualization.event_page import map_card
 from deconvnet.visualization.evolution.evolution import Evolution
 from deconvnet.visualization.layer_choice import default_layers
 from deconvnet.visualization.models.normalization import Normalization
 from deconvnet.visualization.models.zfnet import ZFNet
 from deconvnet.visualization.models.zoo import LoadedModel, digest, save_model
+from deconvnet.visualization.pictures.canvas import GAP, LINE
 from deconvnet.visualization.pictures.projection_grids import sample_maps
+from deconvnet.visualization.pictures.sheet import CARD
 from deconvnet.visualization.projection.projector import Projector
 from deconvnet.visualization.report import visualize_network
 from deconvnet.visualization.search.top_activations import SearchState, find_top_activations
@@ -209,34 +213,50 @@ def _x(subject, images):
     return subject.normalization.apply(images[0][None])
 
 
-def test_tensorboard_shows_the_same_pictures(seen):
+def test_tensorboard_shows_the_same_pictures_with_descriptions(seen):
     folder = seen[0] / "visualization"
-    events = EventAccumulator(str(folder), size_guidance={"images": 0, "tensors": 0}).Reload()
-    tags = events.Tags()
+    events = EventAccumulator(str(folder), size_guidance={"tensors": 0}).Reload()
+    shown = shown_pictures(events)
     names = {path.stem for path in (folder / "figures").iterdir()}
-    assert set(tags["images"]) == {f"visualization/{name}" for name in names}
-    for name in names:
-        (event,) = events.Images(f"visualization/{name}")
-        h, w = picture(folder / "figures" / f"{name}.png").shape[:2]
-        assert (event.height, event.width) == (h, w)
-    (text,) = (tag for tag in tags["tensors"] if "visualization" in tag)
+    controls = {tag for tag in shown if tag.startswith("2 control/")}
+    assert {tag.partition("/")[2] for tag in shown.keys() - controls} == names
+    assert controls and min(shown).startswith("0 filters/")
+    # A card for each map of the grid.
+    assert shown["1 strongest activations/relu2"] == [(0, 2)]
+    for tag in shown:
+        assert events.SummaryMetadata(tag).summary_description.endswith("."), tag
+    (text,) = (tag for tag in events.Tags()["tensors"] if "visualization" in tag)
     said = events.Tensors(text)[0].tensor_proto.string_val[0].decode()
     assert "| relu2 | deconv: rectified 2" in said
     assert len(list(folder.glob("events.out.tfevents.*"))) == 1
 
 
+def test_the_card_of_a_map_has_a_row_for_each_method_and_the_image(seen):
+    result = load_top_projections(seen[0] / "visualization" / "projections" / "relu2.npz")
+    card = map_card(result, 0)
+    rows = len(result.tiles) + 1
+    assert card.shape[0] == 3 and card.shape[2] <= CARD
+    height = (card.shape[1] - LINE + GAP) / rows - GAP
+    assert height == int(height) and card.min() >= 0 and card.max() <= 1
+    # A map that no image activates has no tiles.
+    result.values[0] = np.nan
+    assert result.count(0) == 0 and map_card(result, 0).shape == (3, LINE, CARD)
+
+
 def referenced(gallery):
     """The files that the page and its scripts name."""
+    scripts = [*gallery.rglob("features.js"), *gallery.rglob("layers.js")]
     text = "\n".join(
-        path.read_text(encoding="utf-8")
-        for path in [gallery / "index.html", *gallery.rglob("maps.js"), *gallery.rglob("layers.js")]
+        path.read_text(encoding="utf-8") for path in [gallery / "index.html", *scripts]
     )
-    return set(re.findall(r"[\w./#-]+\.(?:png|jpg|js|css)\b", text)) - {"gallery.add"}
+    return set(re.findall(r"[\w./#-]+\.(?:png|webp|json|js|css)\b", text)) - {"gallery.add"}
 
 
 def test_the_gallery_has_every_file_that_it_shows(seen):
     gallery = seen[0] / "gallery"
-    names = {name for name in referenced(gallery) if not re.fullmatch(r"image-\d\.png", name)}
+    images = r"(folder/)?image-\d\.png"
+    names = {name for name in referenced(gallery) if not re.fullmatch(images, name)}
+    names -= {"features.json"}
     assert len(names) > 20
     for name in names:
         assert (gallery / name).is_file(), name
@@ -245,6 +265,33 @@ def test_the_gallery_has_every_file_that_it_shows(seen):
         assert words in page, words
     # Filters are shown of the layer that sees pixels alone.
     assert [path.parent.name for path in gallery.rglob("filters.*")] == ["1-conv1"]
+
+
+def test_the_page_shows_what_the_arrays_contain(seen):
+    """Examples, both methods, photographs, the survey of all images and the control."""
+    folder, _, images, _, _ = seen
+    gallery = folder / "gallery"
+    layers = gallery / "layers"
+    for number, name in ((1, "conv1"), (2, "relu2")):
+        features = json.loads((layers / f"{number}-{name}" / "features.json").read_text())
+        found = load_top_projections(folder / "visualization" / "projections" / f"{name}.npz")
+        assert features["layer"] == name and tuple(features["methods"]) == found.methods
+        assert [entry["map"] for entry in features["maps"]] == found.maps.tolist()
+        for row, entry in enumerate(features["maps"]):
+            assert len(entry["examples"]) == found.count(row)
+            for rank, example in enumerate(entry["examples"]):
+                image, _, *unit = found.units[row, rank].tolist()
+                assert example["image"] == images.names[image] and example["unit"] == unit
+                assert example["window"] == found.windows[row, rank].tolist()
+                assert example["value"] == pytest.approx(float(found.values[row, rank]), rel=1e-5)
+                assert example.get("border", False) == bool(found.border[row, rank])
+            histogram = entry["histogram"]
+            assert sum(histogram["counts"]) + histogram["silent"] == len(images)
+            strongest = {example["image"] for example in entry["examples"]}
+            weaker = {example["image"] for example in entry["spectrum"]}
+            assert not strongest & weaker
+            for method in found.methods:
+                assert entry["sheets"][method]["count"] == found.count(row)
 
 
 def test_progress_bars_have_names_and_reach_their_ends(images, tmp_path, monkeypatch):
@@ -697,8 +744,15 @@ def test_all_layers_of_a_deconvnet_are_visualized_with_reconstructions(learned, 
     assert figures == {"layer1-filters.png", "layer1.png", "layer2.png", "layer2-evolution.png"}
     images = list((tmp_path / "gallery" / "images").rglob("layers.js"))
     assert len(images) == 1 and "SNR" in images[0].read_text()
-    (script,) = (tmp_path / "gallery" / "layers").glob("2-*/maps.js")
-    assert '"epochs":["1","5"]' in script.read_text()
+    assert list((tmp_path / "gallery" / "images").rglob("repainting-2.js"))
+    (file,) = (tmp_path / "gallery" / "layers").glob("2-*/features.json")
+    features = json.loads(file.read_text())
+    assert features["below"] == "layer1"
+    for entry in features["maps"]:
+        assert entry["epochs"] == ["1", "5"]
+        # The first layer pools over pairs of maps.
+        assert sorted(source["maps"] for source in entry["sources"]) == [[0, 1], [2, 3]]
+        assert entry["sheets"]["sources"]["count"] == 2
 
 
 def test_the_same_filters_with_another_solver_are_searched_again(learned, textures, tmp_path):
@@ -938,7 +992,7 @@ def test_a_model_is_visualized_with_weights_experiments_and_checkpoints(
         *("1-evolution.png", "4-evolution.png", "7-evolution.png"),
         *("occlusion-0.png", "invariance.png"),
     }
-    (maps,) = (tmp_path / "gallery" / "layers").glob("2-*/maps.js")
+    (maps,) = (tmp_path / "gallery" / "layers").glob("2-*/features.js")
     assert '"epochs":["1","2","10"]' in maps.read_text()
     assert f"{os.path.relpath(tmp_path)}/gallery/index.html" in capsys.readouterr().out
 

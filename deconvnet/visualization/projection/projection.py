@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,6 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deconvnet.support.validation import as_tensor
+
+if TYPE_CHECKING:
+    from deconvnet.visualization.projection.projector import Projector
 
 # Names to suggest for one that does not exist.
 SUGGESTIONS = 3
@@ -65,10 +70,10 @@ class Projection:
 
     units: (U, 4), image, map, row, column. images: (U, C, H, W), the projections in the space that
     of the network's input (normalised, preprocessed); zero where there is no signal. boxes: (U, 4),
-    the
-    receptive fields in pixels as top, left, bottom, right, the last two exclusive, clipped to the
-    image. fields: (U, 4), the same without clipping, all of one size. values: (U,), the
-    activations. report: how faithful the projection is to the paper.
+    the receptive fields in pixels as top, left, bottom, right, the last two exclusive, clipped to
+    the image. fields: (U, 4), the same without clipping, all of one size. values: (U,), the
+    activations. report: how faithful the projection is to the paper. source: what was projected, as
+    a picture needs it. In a notebook, a projection shows its picture.
     """
 
     units: Tensor
@@ -77,9 +82,31 @@ class Projection:
     fields: Tensor
     values: Tensor
     report: ProjectionReport
+    source: Source | None = field(default=None, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.units)
+
+    def picture(self) -> Tensor:
+        """(3, H, W) in [0, 1]: each unit's projection, and the image there; see
+        `pictures.projection_picture`."""
+        from deconvnet.visualization.pictures.projection_picture import projection_picture
+
+        return projection_picture(self)
+
+    def save(self, path: str | Path) -> None:
+        """Write the picture to a PNG file; raises ForeignFileError rather than replace a file that
+        this package did not write."""
+        from deconvnet.monitoring.monitor import save_picture
+
+        if Path(path).suffix.lower() != ".png":
+            raise ValueError(f"{path}: is written as PNG; give a name that ends in .png")
+        save_picture(Path(path).expanduser(), self.picture())
+
+    def _repr_png_(self) -> bytes:
+        from deconvnet.monitoring.picture_files import png
+
+        return png(self.picture())
 
     def tiles(self) -> Tensor:
         """(U, C, h, w): the projections, cropped to the fields; zeros beyond the image.
@@ -92,6 +119,15 @@ class Projection:
         """(U, C, h, w): the same crops of the images (N, C, H, W), grey (0.5) beyond them."""
         boxes = tile_boxes(self.fields, tuple(self.images.shape[2:]))
         return crop(pixels[self.units[:, 0].to(pixels.device)], boxes, fill=0.5)
+
+
+@dataclass(frozen=True)
+class Source:
+    """What was projected: images x (N, C, H, W), the model's input, from a layer by a projector."""
+
+    projector: Projector
+    x: Tensor
+    layer: str
 
 
 @dataclass(frozen=True)

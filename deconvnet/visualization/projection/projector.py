@@ -13,6 +13,7 @@ inference (Zeiler et al. 2011).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,13 @@ from deconvnet.visualization.projection.backward_rules import AUTO, METHODS
 from deconvnet.visualization.projection.cnn_backend import CnnBackend
 from deconvnet.visualization.projection.deconvnet_backend import DeconvNetBackend
 from deconvnet.visualization.projection.feature_projection import signed_rgb
-from deconvnet.visualization.projection.projection import LayerInfo, Projection, Units, check_input
+from deconvnet.visualization.projection.projection import (
+    LayerInfo,
+    Projection,
+    Source,
+    Units,
+    check_input,
+)
 
 
 class Projector:
@@ -149,7 +156,9 @@ class Projector:
             if method not in known:
                 raise ValueError(f"method={method}: choose one of {', '.join(known)}")
         methods = self.methods_of(x, layer) if methods is None else methods
-        return self.backend.project(x, layer, units, seeds, methods)
+        projections = self.backend.project(x, layer, units, seeds, methods)
+        source = Source(self, x, layer)
+        return {key: replace(found, source=source) for key, found in projections.items()}
 
     def responses(
         self,
@@ -173,6 +182,11 @@ class Projector:
         """Convert RGB pixels (N, 3, H, W) in [0, 1] to the model's input, on its device."""
         pixels = pixels.to(self.device)
         return pixels if self.is_deconvnet else self.normalization.apply(pixels)
+
+    def pixels(self, x: Tensor) -> Tensor:
+        """Convert the model's input (N, C, H, W) to RGB pixels (N, 3, H, W), clipped to [0, 1]."""
+        pixels = x.expand(-1, 3, -1, -1) if self.is_deconvnet else self.normalization.pixels(x)
+        return pixels.clamp(0, 1)
 
     def signed_rgb(self, images: Tensor) -> Tensor:
         """Projections (U, C, H, W) as signed red, green and blue (U, 3, H, W), in units of pixels;
