@@ -25,62 +25,52 @@ from deconvnet.visualization.models.zoo import LoadedModel, load_model
 from deconvnet.visualization.pictures.canvas import (
     arrange_tiles,
     hstack,
-    resize_tiles,
     vstack,
     with_title,
 )
 from deconvnet.visualization.pictures.projection_grids import (
-    projection_grid,
+    layer_grid,
     shade_projections,
-    with_control,
 )
+from deconvnet.visualization.projection.projection import LayerInfo
 from deconvnet.visualization.projection.projector import Projector
+from deconvnet.visualization.search.projecting import checkerboard
 from deconvnet.visualization.search.randomization import shuffle_weights
-from deconvnet.visualization.search.top_projections import (
-    TopProjections,
-    checkerboard,
-    load_top_projections,
-)
+from deconvnet.visualization.search.top_projections import TopProjections, load_top_projections
 
 HERE = Path(__file__).parent
 # Maps to show of each layer.
-MAPS = {"relu2": 4, "relu4": 4}
+MAPS = {"relu2": 2, "relu4": 2}
+LEARNED_MAPS = 6
 
 
 def main() -> None:
     network, trained, learned = map(Path, sys.argv[1:4])
     if "--checkerboard" in sys.argv:
         return table(network, trained / "visualization")
-    grids(trained / "visualization")
+    parts = [grid(trained / "visualization", layer, count) for layer, count in MAPS.items()]
+    few_colors(vstack(parts, 12), "grid")
     checkerboards(network, trained / "visualization")
     figures = trained / "visualization" / "figures"
     for name in ("relu5-evolution", "occlusion-0", "invariance"):
         pixels = torch.from_numpy(np.array(Image.open(figures / f"{name}.png").convert("RGB")))
         few_colors(pixels.permute(2, 0, 1) / 255, name.removeprefix("relu5-"))
+    few_colors(grid(learned / "visualization", "layer2", LEARNED_MAPS), "layer2")
+
+
+def grid(place: Path, layer: str, count: int) -> Tensor:
+    """The maps of a layer whose k-th activations are the strongest, and the control."""
     projections, control = (
-        load_top_projections(learned / "visualization" / place / "layer2.npz")
-        for place in ("projections", "control/projections")
+        load_top_projections(place / folder / f"{layer}.npz")
+        for folder in ("projections", "control/projections")
     )
-    rows = range(24, 32)
-    grid = with_control(
-        *(projection_grid(p, rows, tile_width=40) for p in (projections, control)), layer="layer2"
-    )
-    few_colors(grid, "layer2")
-
-
-def grids(place: Path) -> None:
-    """Some maps of two layers, next to those of the same network with shuffled weights."""
-    parts = []
-    for layer, count in MAPS.items():
-        projections, control = (
-            load_top_projections(place / folder / f"{layer}.npz")
-            for folder in ("projections", "control/projections")
-        )
-        numbers = range(len(projections.maps))
-        rows = sorted(numbers, key=lambda row: -projections.values[row].min())[:count]
-        pair = (projection_grid(p, rows, tile_width=56) for p in (projections, control))
-        parts.append(with_control(*pair, layer=layer))
-    few_colors(vstack(parts, 12), "grid")
+    numbers = range(len(projections.maps))
+    rows = sorted(numbers, key=lambda row: -abs(projections.values[row, -1]))[:count]
+    manifest = json.loads((place / "manifest.json").read_text())
+    entry = manifest["layers"][layer]
+    info = LayerInfo(layer, entry["kind"], tuple(entry["shape"]), tuple(entry["field"]))
+    count = manifest["images"]["count"]
+    return layer_grid(projections, rows, info=info, num_images=count, control=control)
 
 
 def checkerboards(network: Path, place: Path) -> None:
@@ -90,7 +80,7 @@ def checkerboards(network: Path, place: Path) -> None:
     pages = []
     for overlap in ("sum", "normalised"):
         tiles = project(load_model(network), projections, rows, overlap, place)
-        page = arrange_tiles(resize_tiles(shade_projections(tiles), 128), 3)
+        page = arrange_tiles(shade_projections(tiles, width=128), 3)
         pages.append(with_title(f'overlap="{overlap}"', page))
     few_colors(hstack(pages, 12), "checkerboard")
 

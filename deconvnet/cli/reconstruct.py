@@ -17,15 +17,18 @@ from deconvnet.cli.image_files import (
     progress_bar,
     read_images,
 )
+from deconvnet.cli.images_of_run import training_scale
 from deconvnet.cli.read_settings import read_settings
 from deconvnet.cli.settings import ReconstructConfig
 from deconvnet.images.files import distinct_names, image_files
+from deconvnet.images.fit import reduced
 from deconvnet.monitoring.monitor import save_picture
 from deconvnet.network import tiling
 from deconvnet.network.metrics import snr
 from deconvnet.network.network import DeconvNet, load
 from deconvnet.support.devices import torch_device
-from deconvnet.visualization import image_parts_picture
+from deconvnet.visualization.pictures.image_parts import image_parts
+from deconvnet.visualization.pictures.parts_picture import draw_parts
 
 
 def main(cfg: DictConfig) -> None:
@@ -48,17 +51,24 @@ def reconstruct(settings: ReconstructConfig) -> None:
     endings = [".png", "-parts.png"] if settings.parts else [".png"]
     outputs = [folder / f"{name}-layer{layer}{end}" for name in names for end in endings]
     check_outputs(outputs, [path, *paths])
-    for file, size in image_sizes(paths).items():
+    scale = training_scale(path) if settings.parts and settings.rescale else None
+    sizes = image_sizes(paths)
+    for file, size in sizes.items():
         with errors_naming(file):
-            check_image(net, size, layer, settings)
+            check_image(net, scale.size(size) if scale else size, layer, settings)
+    if scale and any(scale.size(size) != size for size in sizes.values()):
+        print(f"larger images are reduced to {scale}; rescale=false keeps them as they are")
     for name, image in read_images(paths, device, as_rgb=True):
-        with progress_bar(name, "tile") as progress:
-            result = tiling.reconstruct(
-                net, image, layer, memory=settings.memory, progress=progress
-            )
+        if scale:
+            image = reduced(image[0], scale.side, fit=scale.fit)[None]
         if settings.parts:
-            picture = image_parts_picture(net, net.infer(image, depth=layer), image[0], layer)
-            save_picture(folder / f"{name}-layer{layer}-parts.png", picture)
+            codes = net.infer(image, depth=layer)
+            result = tiling.reconstruct_from(net, codes, layer)
+        else:
+            with progress_bar(name, "tile") as progress:
+                result = tiling.reconstruct(
+                    net, image, layer, memory=settings.memory, progress=progress
+                )
         output = folder / f"{name}-layer{layer}.png"
         save_picture(output, result.pixels[0])
         original = image if result.pixels.shape[1] == 3 else image.mean(1, keepdim=True)
@@ -67,6 +77,11 @@ def reconstruct(settings: ReconstructConfig) -> None:
             f"{snr(original, result.pixels):.2f} dB in pixels, "
             f"{result.density:.2%} non-zero coefficients"
         )
+        if settings.parts:
+            parts = image_parts(net, codes, layer)
+            output = folder / f"{name}-layer{layer}-parts.png"
+            save_picture(output, draw_parts(net, codes, image[0], layer, parts))
+            tqdm.write(f"{output}   {parts}")
 
 
 def check_image(

@@ -236,9 +236,11 @@ class ReconstructConfig:
     images: Any = field(metadata=TEXTS)
     # reconstruct from the maps of this layer; null: the highest
     layer: int | None = None
-    # also draw what each image is made of: its strongest activations, and what supports the
-    # strongest
+    # also draw what each image is made of: the activations of the layer that explain most of it,
+    # and those of the layers below that support each of these
     parts: bool = False
+    # with parts: first reduce larger images to the scale of those that the run was trained on
+    rescale: bool = True
     # GiB of memory beyond that of the program itself; images that need more are processed in tiles,
     # or refused
     memory: float = MEMORY

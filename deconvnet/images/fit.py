@@ -86,6 +86,21 @@ def pad_to_square(image: Tensor, size: int) -> tuple[Tensor, Frame]:
     return square, (top, left, height, width)
 
 
+def reduced(image: Tensor, side: int, *, fit: str = "crop") -> Tensor:
+    """The whole image (3, H, W), reduced so that its short side has at most `side` pixels.
+
+    fit: "pad" means the long side. Resampled as in `crop_to_square`.
+    """
+    return _resize(image, *reduced_size(tuple(image.shape[1:]), side, fit=fit))
+
+
+def reduced_size(size: tuple[int, int], side: int, *, fit: str = "crop") -> tuple[int, int]:
+    """The size of an image of H x W pixels after `reduced`."""
+    scale = min(1.0, side / (max(size) if fit == "pad" else min(size)))
+    height, width = (max(1, round(length * scale)) for length in size)
+    return height, width
+
+
 def fit_image(image: Tensor, name: str, size: int | None, fit: str) -> tuple[Tensor, Frame]:
     """The image fitted to data.size by data.fit, and its frame; name: for messages."""
     if fit == "pad":

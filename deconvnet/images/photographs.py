@@ -14,6 +14,9 @@ from torch import Tensor
 
 from deconvnet.images.preprocessing import local_moments
 
+# Pixels: the median of the short sides of the photographs, before they are reduced.
+SHORT_SIDE = 427
+
 
 def photograph_crops(
     size: int, scale: float, max_images: int | None

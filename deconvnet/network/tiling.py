@@ -166,13 +166,19 @@ def reconstruct(
     return Reconstruction(pixels, y, estimate, density, len(parts) * len(layout))
 
 
+@torch.no_grad()
+def reconstruct_from(net: DeconvNet, codes: Codes, layer: int) -> Reconstruction:
+    """The same for images that were inferred as a whole."""
+    pixels, density = net.reconstruct(codes, layer), codes.layer(layer).density
+    return Reconstruction(pixels, codes.y, net.synthesize(codes, layer), density, len(codes.y))
+
+
 def _reconstruct_whole(
     net: DeconvNet, image: Tensor, layer: int, layout: list[Tile], report: Callable[[int], None]
 ) -> Reconstruction:
     codes = net.infer(image, depth=layer)
     report(1)
-    pixels, density = net.reconstruct(codes), codes.layer(layer).density
-    return Reconstruction(pixels, codes.y, net.synthesize(codes, layer), density, 1)
+    return reconstruct_from(net, codes, layer)
 
 
 def _reconstruct_in_tiles(

@@ -34,6 +34,11 @@ def rows_in_grid(projections: TopProjections, settings: VisualizationSettings) -
     return sample_maps(dead, settings.grid_maps, seed=settings.seed)
 
 
+def control_rows(projections: TopProjections, settings: VisualizationSettings) -> list[int]:
+    """The rows of the maps whose control is shown next to the grid of a layer."""
+    return rows_in_grid(projections, settings)[: settings.control_maps]
+
+
 def layer_file_name(layer: str) -> str:
     """The name of a layer as the name of a file."""
     return re.sub(r"[^\w.-]+", "-", layer)
@@ -54,7 +59,10 @@ def _manifest(result: VisualizationResult, settings: VisualizationSettings) -> d
             "zero is grey (0.5); each tile reaches black or white at the magnitude within which "
             f"{settings.contrast:.1%} of its non-zero pixels stay"
         ),
-        "control": "the same network with the entries of every weight in random order"
+        "control": (
+            "the same network with the entries of every filter in random order, and the scale and "
+            "bias of every layer set on some of the images"
+        )
         if result.control
         else None,
         "layers": {
@@ -78,13 +86,28 @@ def _layer_entry(
         "stride": info.stride,
         "figure": f"figures/{layer_file_name(layer)}.png",
         "arrays": f"projections/{layer_file_name(layer)}.npz",
-        "report": asdict(projections.report),
-        "says": str(projections.report),
+        # The method to show first comes first.
+        "methods": {
+            method: {"report": asdict(report), "says": str(report)}
+            for method, report in projections.reports.items()
+        },
+        # The box around each unit that tiles show; null: the receptive field.
+        "effective_field": projections.effective and asdict(projections.effective),
         "tile_scale": projections.scale,
+        "border_units_included": bool(projections.border.any()),
         "dead_maps": np.flatnonzero(result.top_activations[layer].dead).tolist(),
+        "dead_in_the_control": _dead_in_the_control(result, layer),
         "shown": projections.maps[rows_in_grid(projections, settings)].tolist(),
         "maps": [_map_entry(projections, row, names) for row in range(len(projections.maps))],
     }
+
+
+def _dead_in_the_control(result: VisualizationResult, layer: str) -> list[int] | None:
+    """The projected maps that are never active in the control; None if there is no control."""
+    control = result.control.get(layer)
+    if control is None:
+        return None
+    return [int(m) for row, m in enumerate(control.maps) if control.count(row) == 0]
 
 
 def _map_entry(projections: TopProjections, row: int, names: tuple[str, ...]) -> dict:
@@ -100,6 +123,8 @@ def _map_entry(projections: TopProjections, row: int, names: tuple[str, ...]) ->
                 "name": shown_name(names[image]),
                 "unit": [i, j],
                 "box": projections.boxes[row, rank].tolist(),
+                "window": projections.windows[row, rank].tolist(),
+                "border": bool(projections.border[row, rank]),
                 **({} if np.isnan(board) else {"checkerboard": round(board, 4)}),
             }
         )

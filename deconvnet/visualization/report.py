@@ -19,7 +19,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -28,31 +28,37 @@ from tqdm import tqdm
 
 from deconvnet.images.datasets import LazyImages
 from deconvnet.images.decoding import shown_name
-from deconvnet.monitoring.event_files import event_writer
 from deconvnet.monitoring.monitor import save_picture
 from deconvnet.network.network import DeconvNet
 from deconvnet.storage import ownership
 from deconvnet.support.communicator import SINGLE, Communicator
 from deconvnet.visualization.cache_keys import activations_key, network_key
+from deconvnet.visualization.event_page import write_event_page
 from deconvnet.visualization.evolution.evolution import Evolution
 from deconvnet.visualization.experiments.invariance import invariance, invariance_picture
 from deconvnet.visualization.experiments.occlusion import occlusion, occlusion_picture
 from deconvnet.visualization.gallery.content import write_result_gallery
 from deconvnet.visualization.layer_choice import default_layers, projectable_layers
-from deconvnet.visualization.manifest import layer_file_name, rows_in_grid, write_manifest
-from deconvnet.visualization.models.zoo import LoadedModel
-from deconvnet.visualization.pictures.evolution_picture import evolution_picture
-from deconvnet.visualization.pictures.layer_pictures import filter_grid
-from deconvnet.visualization.pictures.projection_grids import (
-    pixel_filters,
-    projection_grid,
-    sample_maps,
-    with_control,
+from deconvnet.visualization.manifest import (
+    control_rows,
+    layer_file_name,
+    rows_in_grid,
+    write_manifest,
 )
-from deconvnet.visualization.projection.projection import suggest_layers
+from deconvnet.visualization.models.zoo import LoadedModel
+from deconvnet.visualization.pictures.canvas import shade_signed
+from deconvnet.visualization.pictures.evolution_picture import evolution_picture
+from deconvnet.visualization.pictures.layer_pictures import filter_picture
+from deconvnet.visualization.pictures.projection_grids import (
+    layer_grid,
+    pixel_filters,
+    sample_maps,
+)
+from deconvnet.visualization.projection.projection import LayerInfo, suggest_layers
 from deconvnet.visualization.projection.projector import Projector
 from deconvnet.visualization.result import VisualizationResult
-from deconvnet.visualization.search.randomization import shuffle_weights
+from deconvnet.visualization.search.projecting import project_top_activations
+from deconvnet.visualization.search.randomization import shuffled_control
 from deconvnet.visualization.search.top_activations import (
     Progress,
     TopActivations,
@@ -60,18 +66,19 @@ from deconvnet.visualization.search.top_activations import (
     group_by_size,
     merge_top_activations,
 )
-from deconvnet.visualization.search.top_projections import (
-    TopProjections,
-    load_top_projections,
-    project_top_activations,
-)
+from deconvnet.visualization.search.top_projections import TopProjections, load_top_projections
 from deconvnet.visualization.settings import VisualizationSettings
 
 log = logging.getLogger(__name__)
 
+# The search keeps this many times k activations of each map, for repetitions to be left out.
+CANDIDATES = 2
+# Images on which the scales and biases of the control are set.
+CONTROL_IMAGES = 8
 INSIDE = (
     "In layers where the receptive fields of at least a quarter of the units lie inside the image, "
-    "only these units were searched."
+    "only these units were searched; in the others those in the middle, and border units are "
+    "included."
 )
 
 
@@ -96,6 +103,7 @@ def visualize_network(
         choices = f"choose among {', '.join(infos)}" if infos else suggest_layers("", [])
         raise ValueError(f"layers=null: {model.name} has no layer of maps; {choices}")
     _check_layers(projector, images[0], layers)
+    _check_maps(settings, [infos[layer] for layer in layers])
     place = Path(folder) / "visualization"
     if communicator.is_main:
         _check_places(Path(folder), place, layers, settings)
@@ -116,7 +124,7 @@ def visualize_network(
     searched = _Network(model, projector, place)
     result.top_activations = _search(result, searched, settings, communicator)
     if settings.control:
-        shuffled = shuffled_model(model, settings.seed)
+        shuffled = shuffled_model(model, projector, images, settings.seed)
         control = _Network(
             shuffled, make_projector(shuffled, settings), place / "control", is_control=True
         )
@@ -135,7 +143,7 @@ def visualize_network(
     _draw(result, settings, place / "figures")
     _remove_outdated(result, place)
     paths = {"pictures": place / "figures", "manifest": write_manifest(result, settings, place)}
-    _write_events(result, place)
+    write_event_page(result, settings, place)
     gallery = Path(folder) / "gallery"
     if settings.gallery:
         with _progress_bar(settings, "gallery", "page", None) as progress:
@@ -166,10 +174,16 @@ def make_projector(model: LoadedModel, settings: VisualizationSettings) -> Proje
     )
 
 
-def shuffled_model(model: LoadedModel, seed: int) -> LoadedModel:
-    """The control of a network: the same with the entries of every weight in random order."""
-    module = shuffle_weights(model.module, seed=seed)
-    digest = f"{model.digest} shuffled by {seed}"
+def shuffled_model(
+    model: LoadedModel, projector: Projector, images: LazyImages, seed: int
+) -> LoadedModel:
+    """The control of a network: its weights in random order, set on some of the images."""
+    count = min(CONTROL_IMAGES, len(images))
+    numbers = [round(n * (len(images) - 1) / max(count - 1, 1)) for n in range(count)]
+    chosen = [images[n] for n in numbers]
+    pixels = torch.stack([image for image in chosen if image.shape == chosen[0].shape])
+    module = shuffled_control(model.module, projector.prepare(pixels), seed=seed)
+    digest = f"{model.digest} shuffled by {seed}, set on images {images.fingerprint}"
     return replace(model, module=module, weights="shuffled", digest=digest)
 
 
@@ -193,6 +207,15 @@ def _check_layers(projector: Projector, image: Tensor, layers: list[str]) -> Non
     x = projector.prepare(image[None])
     for layer in layers:
         projector(x, layer, [(0, 0, 0, 0)])
+
+
+def _check_maps(settings: VisualizationSettings, infos: list[LayerInfo]) -> None:
+    """Refuse numbers of maps that a layer does not have before the work begins."""
+    for info in infos if isinstance(settings.maps, list) else ():
+        if max(settings.maps) >= info.shape[0]:
+            raise ValueError(
+                f"maps={settings.maps}: layer {info.name!r} has maps 0 to {info.shape[0] - 1}"
+            )
 
 
 def _check_places(
@@ -237,7 +260,7 @@ def _search(
             network.projector,
             result.images,
             list(result.infos),
-            k=settings.k,
+            k=CANDIDATES * settings.k,
             inside=settings.inside,
             batch=settings.batch,
             workers=settings.workers,
@@ -246,7 +269,7 @@ def _search(
             key={"network": network_key(network.model), "data": result.images.fingerprint},
             progress=progress,
         )
-    return merge_top_activations(communicator.all_gather(part), k=settings.k)
+    return merge_top_activations(communicator.all_gather(part), k=CANDIDATES * settings.k)
 
 
 def _project(
@@ -258,17 +281,26 @@ def _project(
     """The projections for every layer; those of an earlier visualization if they are the same."""
     results = {}
     for layer, top in tops.items():
-        if layer in result.projections:
-            maps = result.projections[layer].maps.tolist()
-        else:
-            maps = sample_maps(top.dead, settings.maps, seed=settings.seed)
-        total = sum(len(top.units(m)) for m in maps)
+        trained = result.projections.get(layer)
+        maps = _chosen_maps(top, settings) if trained is None else trained.maps.tolist()
+        counts = [settings.k] * len(maps)
+        window = settings.window
+        if trained is not None:
+            # The control: of most maps, one projection is enough.
+            shown = control_rows(trained, settings)
+            counts = [settings.k if row in shown else 1 for row in range(len(maps))]
+            window = trained.effective or "field"
+        total = sum(min(count, len(top.units(m))) for m, count in zip(maps, counts, strict=True))
         if total == 0:
             log.warning("layer %s%s: none of its maps is ever active", layer, network.suffix)
+            if trained is not None:
+                results[layer] = trained.without_activations()
             continue
         key = {
             "top": activations_key(top),
             "maps": maps,
+            "counts": counts,
+            "window": window if isinstance(window, str) else asdict(window),
             "method": [network.projector.method, settings.gates, settings.overlap],
             "network": network_key(network.model),
             "data": result.images.fingerprint,
@@ -279,11 +311,31 @@ def _project(
             title = f"projecting {layer}{network.suffix}"
             with _progress_bar(settings, title, "unit", total) as progress:
                 projections = project_top_activations(
-                    network.projector, result.images, layer, top, maps=maps, progress=progress
+                    network.projector,
+                    result.images,
+                    layer,
+                    top,
+                    maps=maps,
+                    k=settings.k,
+                    counts=counts,
+                    window=window,
+                    progress=progress,
                 )
             projections.save(path, key)
+            # As it is in the file, so that a resumed visualization draws the same pictures.
+            projections = load_top_projections(path, key)
         results[layer] = projections
     return results
+
+
+def _chosen_maps(top: TopActivations, settings: VisualizationSettings) -> list[int]:
+    """The maps of a layer to project, without those that are dead."""
+    if not isinstance(settings.maps, list):
+        return sample_maps(top.dead, settings.maps, seed=settings.seed)
+    dead = [m for m in settings.maps if top.dead[m]]
+    if dead:
+        log.warning("maps %s: never active on these images", dead)
+    return [m for m in settings.maps if m not in dead]
 
 
 def _draw(result: VisualizationResult, settings: VisualizationSettings, folder: Path) -> None:
@@ -291,14 +343,17 @@ def _draw(result: VisualizationResult, settings: VisualizationSettings, folder: 
     pictures = result.pictures
     filters = pixel_filters(result.projector)
     if filters is not None:
-        pictures[f"{filters[0]}-filters"] = filter_grid(filters[1])
+        pictures[f"{filters[0]}-filters"] = filter_picture(shade_signed(filters[1]))
     for layer, projections in result.projections.items():
         rows = rows_in_grid(projections, settings)
-        picture = projection_grid(projections, rows, contrast=settings.contrast)
-        if layer in result.control:
-            control = projection_grid(result.control[layer], rows, contrast=settings.contrast)
-            picture = with_control(picture, control, layer=layer)
-        pictures[layer] = picture
+        pictures[layer] = layer_grid(
+            projections,
+            rows,
+            info=result.infos[layer],
+            num_images=len(result.images),
+            control=result.control.get(layer),
+            contrast=settings.contrast,
+        )
     for layer, e in result.evolutions.items():
         pictures[f"{layer}-evolution"] = evolution_picture(e)
     _draw_occlusion(result, settings)
@@ -351,17 +406,6 @@ def _remove_outdated(result: VisualizationResult, place: Path) -> None:
     if not result.control:
         ownership.remove(place / "control" / "topk.npz")
         ownership.prune(place / "control")
-
-
-def _write_events(result: VisualizationResult, folder: Path) -> None:
-    for old in folder.glob("events.out.tfevents.*"):
-        ownership.remove(old)
-    with event_writer(folder) as writer:
-        for name, picture in result.pictures.items():
-            pixels = (picture.clamp(0, 1) * 255).round().byte()
-            writer.add_image(f"visualization/{name}", pixels, 0)
-        reports = "\n".join(f"| {name} | {p.report} |" for name, p in result.projections.items())
-        writer.add_text("visualization", f"| layer | how |\n|---|---|\n{reports}", 0)
 
 
 @contextmanager

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from deconvnet.support.renaming import renamed
-from deconvnet.visualization.projection.backward_rules import METHODS, OVERLAPS
+from deconvnet.visualization.projection.backward_rules import AUTO, METHODS, OVERLAPS
 from deconvnet.visualization.projection.cnn_backend import GATES
+from deconvnet.visualization.search.projecting import WINDOWS
 
 # Current names of settings by their old names.
 OLD_NAMES = {"shown": "grid_maps", "explored": "explorer_images"}
@@ -24,23 +25,32 @@ class VisualizationSettings:
     k: int = 9
     # search only units whose receptive field lies inside the image, if a layer has enough of them
     inside: bool = True
-    # maps to project in each layer, drawn at random if there are more; null: all
-    maps: int | None = 150
+    # maps to project in each layer: how many, drawn at random if there are more; or their numbers,
+    # such as [3,7]; null: all
+    maps: Any = 150
     # how many of these maps to draw in the grid of a layer
     grid_maps: int = 16
-    # how to project units of a trained network: deconv | guided | gradient
-    method: str = "deconv"
-    # refuse layers if an operation below them has no rule
+    # how to project units of a trained network: auto (deconv for layers above max pooling, else
+    # guided) | deconv | guided | gradient
+    method: str = "auto"
+    # if an operation below a layer has no rule, refuse deconv and guided, and use the gradient with
+    # auto; false: use the gradient of that operation alone
     strict: bool = True
     # how to treat sigmoids that multiply maps: constant | gradient
     gates: str = "constant"
     # how transposed convolutions overlap: sum | normalised (divide by the number of terms, against
     # checkerboards)
     overlap: str = "sum"
+    # what tiles show: effective (the box that holds 95% of the energy of the projections of a
+    # layer) | field (the whole receptive field)
+    window: str = "effective"
     # fraction of the non-zero pixels of a tile that are not clipped to black or white
     contrast: float = 0.995
-    # show every grid next to that of the same network with shuffled weights
+    # also search and project a control: the same network with shuffled weights
     control: bool = True
+    # maps of the grid of a layer whose control is shown next to it; of other maps, the control
+    # projects only the strongest activation
+    control_maps: int = 3
     # images over which a grey square slides (the occlusion experiment)
     occlusion: int = 0
     # images that are shifted, scaled and rotated (the invariance experiment)
@@ -70,16 +80,36 @@ class VisualizationSettings:
                 f"layers={self.layers}: give names as [name,name]; layers=[?] lists them"
             )
         self.layers = None if self.layers is None else list(self.layers)
-        for key in ("k", "grid_maps", "batch"):
+        for key in ("k", "grid_maps", "control_maps", "batch"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key}={getattr(self, key)}: must be at least 1")
         for key in ("occlusion", "invariance", "explorer_images", "workers", "seed"):
             if getattr(self, key) < 0:
                 raise ValueError(f"{key}={getattr(self, key)}: must not be negative")
-        if self.maps is not None and self.maps < 1:
-            raise ValueError(f"maps={self.maps}: must be at least 1, or null for all")
+        self.maps = list(self.maps) if isinstance(self.maps, tuple) else self.maps
+        if not _is_choice_of_maps(self.maps):
+            raise ValueError(
+                f"maps={self.maps}: must be at least 1, a list of numbers such as [3,7], or null "
+                "for all"
+            )
         if not 0 < self.contrast <= 1:
             raise ValueError(f"contrast={self.contrast}: must be above 0 and at most 1")
-        for key, choices in (("method", METHODS), ("gates", GATES), ("overlap", OVERLAPS)):
+        for key, choices in (
+            ("method", (AUTO, *METHODS)),
+            ("gates", GATES),
+            ("overlap", OVERLAPS),
+            ("window", WINDOWS),
+        ):
             if getattr(self, key) not in choices:
                 raise ValueError(f"{key}={getattr(self, key)}: choose one of {', '.join(choices)}")
+
+
+def _is_choice_of_maps(maps: object) -> bool:
+    """Whether `maps` is a count, distinct numbers of maps, or None."""
+    if isinstance(maps, list):
+        return bool(maps) and len(set(maps)) == len(maps) and all(_is_whole(n, 0) for n in maps)
+    return maps is None or _is_whole(maps, 1)
+
+
+def _is_whole(number: object, least: int) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and number >= least

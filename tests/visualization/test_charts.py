@@ -162,6 +162,27 @@ def test_the_value_of_the_whole_image_is_marked_at_the_scale():
     assert torch.equal(heat_map(values, cells, size=(200, 200), marked=3.0), plain)
 
 
+def test_an_image_shows_through_a_heat_map():
+    values, cells = torch.full((1, 2), 0.5), Cells((8, 8), (4, 2), (4, 4))
+    image = torch.zeros(3, 80, 80)
+    image[:, :, 40:] = 1.0
+    picture = heat_map(values, cells, size=(80, 80), limits=(0, 1), image=image)
+    for column, grey in ((30, charts.DIMMED[0]), (50, charts.DIMMED[1])):
+        wanted = charts.OPACITY * heat(0.5) + (1 - charts.OPACITY) * grey
+        assert_close(picture[:, 40, column], wanted.float(), atol=0.01, rtol=0)
+        assert_close(picture[:, 5, column], torch.full((3,), grey), atol=0.01, rtol=0)
+
+
+def test_long_names_in_a_legend_do_not_overlap_the_next_entry():
+    names = ["WWWWWWWWWWWWWWWWW", "brontosaurus abcd", "x"]
+    picture = legend_row(names, width=3 * 300)
+    assert picture.shape[1] == LEGEND_LINE
+    ink = (picture < 0.9).any(0).any(0)
+    for number in (1, 2):
+        start = int(painted(picture, color(number)).any(0).nonzero()[0, 0])
+        assert not ink[start - 8 : start - 2].any(), names[number - 1]
+
+
 def test_labels_are_coloured_in_the_order_of_their_areas():
     labels = torch.tensor([[7, 7, 2], [7, 2, 9]])
     cells = cells_of((12, 16), 4, 4)
@@ -174,6 +195,12 @@ def test_labels_are_coloured_in_the_order_of_their_areas():
         line = slice(number * LEGEND_LINE + 4, number * LEGEND_LINE + 16)
         assert painted(picture[:, line, 160:], color(number)).sum() >= 100
     assert not painted(picture[:, :, 160 + 8 : 160 + 20], OTHER).any()
+
+
+def test_the_names_of_labels_end_within_the_legend():
+    cells = cells_of((8, 8), 4, 4)
+    picture = label_map(torch.zeros(2, 2).long(), cells, {0: "W" * 30}, size=(80, 80))
+    assert (picture[:, :, -2:] > 0.95).all() and (picture[:, :, -30:] < 0.5).any()
 
 
 def test_less_frequent_labels_are_grouped_as_others():

@@ -116,15 +116,39 @@ def test_the_unit_is_the_strongest_of_all_maps_or_of_the_given_map():
     x, projector = image(), classifier()
     maps = projector.responses(x, ["act"])["act"][0]
     found = occlusion(projector, x, layer="act", occluder_size=13)
-    assert maps[found.unit] == maps.max()
+    # Of rows 2i - 3 to 2i + 5 and columns 2j - 3 to 2j + 5, these lie inside 13 x 17 pixels.
+    inside = torch.zeros(6, 8, dtype=torch.bool)
+    inside[2:5, 2:7] = True
+    assert maps[found.unit] == maps[:, inside].max() < maps.max()
     assert_close(torch.tensor(found.base_activity), maps[found.unit[0]].sum().float())
     other = (found.unit[0] + 1) % 8
     asked = occlusion(projector, x, layer="act", occluder_size=13, map_index=other)
-    assert asked.unit[0] == other and maps[asked.unit] == maps[other].max()
+    assert asked.unit[0] == other and maps[asked.unit] == maps[other][inside].max()
     assert_close(asked.base_activity, float(maps[other].sum()))
     projected = projector(x, "act", [(0, *asked.unit)])
     assert torch.equal(asked.projection, CENTRED.signed_rgb(projected.images)[0])
     assert torch.equal(asked.field, projected.boxes[0])
+
+
+def test_units_reach_beyond_the_image_as_little_as_a_quarter_of_the_layer():
+    # Of 8 x 9 pixels, all of the 4 x 4 units see less than their field of 8 x 8.
+    x, projector = image(8, 9), classifier()
+    maps = projector.responses(x, ["act"])["act"][0]
+    beyond = [[max(3 - 2 * n, 0) + max(2 * n + 5 - size, 0) for n in range(4)] for size in (8, 9)]
+    total = torch.tensor(beyond[0])[:, None] + torch.tensor(beyond[1])
+    innermost = total <= total.flatten().sort().values[3]
+    assert 4 <= innermost.sum() < 16
+    found = occlusion(projector, x, layer="act", occluder_size=3)
+    assert maps[found.unit] == maps[:, innermost].max()
+
+
+def test_the_activity_of_a_map_is_the_sum_of_its_positive_values():
+    x, projector = image(), classifier()
+    maps = projector.responses(x, ["high"])["high"][0]
+    found = occlusion(projector, x, layer="high", occluder_size=13, map_index=1)
+    assert (maps[1] < 0).any()
+    assert_close(found.base_activity, float(maps[1].clamp(min=0).sum()))
+    assert (found.activity >= 0).all()
 
 
 @pytest.mark.parametrize(("occluder", "stride"), SQUARES)
@@ -353,7 +377,10 @@ def test_panels_show_the_square_that_reduces_the_map_the_most():
     picture = occlusion_picture(scene(), pixels)
     top = picture.shape[1] - 160  # panels of 160 x 240 below their titles
     grey_ = (picture[:, top:, :PANEL] - 0.5).abs().amax(0) < 0.01
-    assert torch.equal(grey_, rectangle(40, 80, 80, 120, (160, 240)))
+    assert torch.equal(grey_, rectangle(42, 82, 78, 118, (160, 240)))
+    red = (picture[:, top:, :PANEL] - color(5)[:, None, None]).abs().amax(0) < 0.02
+    ring = rectangle(40, 80, 80, 120, (160, 240)) & ~rectangle(42, 82, 78, 118, (160, 240))
+    assert torch.equal(red, ring)
     # (b) darkest there, and brightest elsewhere, in line with the image
     left = PANEL + 2 * GAP
     heat = picture[:, top:, left : left + PANEL]
@@ -363,7 +390,6 @@ def test_panels_show_the_square_that_reduces_the_map_the_most():
     left += PANEL + SCALE + 2 * GAP
     frame = picture[:, top:, left : left + PANEL]
     red = (frame - color(5)[:, None, None]).abs().amax(0) < 0.02
-    ring = rectangle(40, 80, 80, 120, (160, 240)) & ~rectangle(42, 82, 78, 118, (160, 240))
     assert torch.equal(red, ring)
     assert picture.shape[2] == left + PANEL
 
@@ -413,7 +439,7 @@ def test_projections_of_other_images_are_shown_next_to_that_of_this_image():
     tiles[2, :, 5:15, 5:15] = 1.0
     picture = occlusion_picture(scene(tiles=tiles), torch.ones(3, 40, 60))
     left = 2 * PANEL + SCALE + 4 * GAP
-    grid = picture[:, 40:, left:]
+    grid = picture[:, -2 * 100 - GAP :, left:]
     size = 20 * (((PANEL - GAP) // 2) // 20)
     second_row = grid[:, size + GAP : 2 * size + GAP, :size]
     assert_close(second_row[:, size // 2, size // 2], torch.ones(3))

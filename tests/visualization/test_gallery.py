@@ -19,15 +19,21 @@ import pytest
 import torch
 from PIL import Image
 
-from deconvnet.visualization.gallery.gallery import (
-    Caption,
+from deconvnet.visualization.gallery.exhibits import (
+    Control,
+    Example,
+    Figure,
     GalleryImage,
     GalleryLayer,
     GalleryMap,
+    Histogram,
     ImageLayer,
     Part,
-    write_gallery,
+    Repainting,
+    Source,
 )
+from deconvnet.visualization.gallery.gallery import write_gallery
+from deconvnet.visualization.gallery.photographs import Photographs
 
 # Names that nobody should have, and everybody has.
 HOSTILE = """</script><img src=x onerror="alert(1)">'&amp;<b>"""
@@ -46,22 +52,38 @@ def tones(start, count=3, **options):
 
 
 def some_map(number, *, start=0, size=8, **options):
+    window = {"box": (0, 4, 12, 16), "window": (-4, 4, 12, 16)}
     given = {
-        "captions": [Caption("a.png", 3.5, "row 1"), Caption(HOSTILE, -2.0), Caption("b", 0.25)],
+        "examples": [
+            Example("a.png", 3.5, 2, (1, 5), border=True, **window),
+            Example(HOSTILE, -2.0, 0),
+            Example("b", 0.25),
+        ],
         "statistics": {"strongest": float(number % 5), HOSTILE: HOSTILE},
-        "control": tones(start + 300, size=size),
+        "similar": [((number + 1) % 12, 0.75)],
+        "coactive": [((number + 2) % 12, 0.5)],
+        "histogram": Histogram([3, 0, 1], [0, 1, 2, 3], silent=2),
+        "spectrum": [Example("c.png", 1.0, 1, share=0.5)],
+        "spectrum_patches": tones(start + 200, 1, size=size),
     }
-    projections, patches = tones(start + number, size=size), tones(start + 100 + number, size=size)
+    projections = {
+        "deconv": tones(start + number, size=size),
+        "guided": tones(start + 300 + number, size=size),
+    }
+    patches = tones(start + 100 + number, size=size)
     return GalleryMap(number, projections, patches, **{**given, **options})
 
 
 def some_layers(*, maps=12, sizes=(8, 40, 8), **options):
     for number, (name, size) in enumerate(zip(LAYERS, sizes, strict=True)):
+        below = [Source([1], 2.0, tone(440, size=size)), Source([2, 3], 1.0)] if number else []
         made = [some_map(k, start=20 * number, size=size, **options) for k in range(maps)]
-        made[3] = GalleryMap(3, None, None, (), {"strongest": float("nan")})
-        made[4] = some_map(4, start=20 * number, evolution=tones(400, 2), epochs=(1, 20))
+        made[3] = GalleryMap(3, statistics={"strongest": float("nan")})
+        made[4] = some_map(
+            4, start=20 * number, evolution=tones(400, 2), epochs=(1, 20), sources=below
+        )
         if number == 0:
-            made[5] = some_map(5, filter=tone(5, size=3))
+            made[5] = some_map(5, filter=tone(5, size=3), label="zebra")
         yield GalleryLayer(
             name,
             f"Layer {number + 1}",
@@ -71,30 +93,61 @@ def some_layers(*, maps=12, sizes=(8, 40, 8), **options):
             field=(7, 7 + 20 * number),
             stride=(1, 2),
             facts={"density": 0.01},
+            control=Control({0: tones(450, 2, size=size), 7: None}),
+            below=LAYERS[number - 1] if number else None,
+            notes=[HOSTILE],
         )
+
+
+def some_repainting():
+    """An image of 2 x 3 pixels and one plane that two activations paint exactly."""
+    image = np.array([[[1.0, 2, 0], [0, -3, 0]]], dtype=np.float32)
+    return Repainting(
+        image,
+        np.zeros((1, 2, 3), np.float32),
+        [image[:, :1, :2], image[:, 1:, 1:2]],
+        [(0, 0, 1, 2), (1, 1, 2, 2)],
+        maps=[1, 99],
+        values=[5.0, -4.0],
+        rgb=np.ones((3, 1)),
+        white=3.0,
+        total=2,
+    )
 
 
 def some_images(count=2):
     for n in range(count):
         parts = [Part(k, 2.0 - k, tone(k), box=(10, 0, 18, 8)) for k in (1, 2, 99)]
+        rebuilt = ImageLayer(
+            *(LAYERS[0], tone(80, size=48), {"SNR": "3 dB"}, [(2, tone(2))], parts),
+            repainting=some_repainting() if n == 0 else None,
+        )
         yield GalleryImage(
             f"{n} {HOSTILE}",
             tone(70 + n, size=48),
             [
-                ImageLayer(LAYERS[0], tone(80, size=48), {"SNR": "3 dB"}, [(2, tone(2))], parts),
+                rebuilt,
                 ImageLayer(LAYERS[1], None, {}, [(0, tone(0)), (1, tone(1))], parts[:1]),
                 ImageLayer(LAYERS[2]),
             ],
+            photograph=2 * n,
         )
+
+
+def some_photographs():
+    names = [HOSTILE, "folder/c.png", "folder/a.png", "unused"]
+    return Photographs(names, [tone(460 + n, size=40) for n in range(3)])
 
 
 def write(folder, **options):
     given = {
         "title": f"A network {HOSTILE}",
+        "subtitle": HOSTILE,
         "facts": {HOSTILE: HOSTILE, "images": 3},
         "layers": some_layers(),
         "images": some_images(),
-        "figures": {HOSTILE: tone(500, size=20)},
+        "photographs": some_photographs(),
+        "figures": [Figure(tone(500, size=20), HOSTILE)],
         "notes": [HOSTILE],
     }
     return write_gallery(folder, **{**given, **options})
@@ -142,16 +195,17 @@ def page_data(page):
 def script_data(page, name):
     """The data that one of the scripts next to the page adds."""
     text = (page.parent / name).read_text()
-    place, content = re.fullmatch(r'gallery\.add\("([^"]*)",\s*(.*)\);\n', text, re.DOTALL).groups()
-    assert place == name.rpartition("/")[0]
-    return json.loads(re.sub(r",\s*\]$", "]", content))
+    file, content = re.fullmatch(r'gallery\.add\("([^"]*)",(.*)\);\n', text, re.DOTALL).groups()
+    assert file == name
+    return json.loads(content)
 
 
 def files_named(value):
-    """All values of "file" and "script" in nested data."""
+    """All values of "file", "script" and others that name files in nested data."""
     if isinstance(value, dict):
         for key, item in value.items():
-            yield from [item] if key in ("file", "script") else files_named(item)
+            is_file = key in ("file", "script", "json", "repainting")
+            yield from [item] if is_file else files_named(item)
     elif isinstance(value, list):
         for item in value:
             yield from files_named(item)
@@ -177,7 +231,7 @@ def tiles_of(page, sheet):
     pixels = np.asarray(Image.open(page.parent / sheet["file"]).convert("RGB"))
     h, w, gap = sheet["height"], sheet["width"], page_data(page)["gap"]
     cells = []
-    for n in range(sheet["count"]):
+    for n in range(sheet["first"], sheet["first"] + sheet["count"]):
         top, left = n // sheet["columns"] * (h + gap), n % sheet["columns"] * (w + gap)
         cells.append(pixels[top : top + h, left : left + w])
         assert cells[-1].shape == (h, w, 3)
@@ -185,7 +239,7 @@ def tiles_of(page, sheet):
 
 
 def close(tile, picture, tolerance):
-    """Whether a tile is a picture, up to rounding; None: up to what JPEG does to edges."""
+    """Whether a tile is a picture, up to rounding; None: up to what WebP does to edges."""
     expected = picture.permute(1, 2, 0).numpy() * 255
     off = np.abs(tile - expected)
     return tile.shape == expected.shape and (
@@ -232,8 +286,8 @@ def test_hostile_names_are_text_and_not_paths(page):
     assert data["title"] == f"A network {HOSTILE}"
     assert [layer["name"] for layer in data["layers"]] == list(LAYERS)
     assert data["images"][0]["name"] == f"0 {HOSTILE}"
-    maps = script_data(page, data["layers"][0]["script"])
-    assert maps[0]["captions"][1][0] == HOSTILE
+    maps = script_data(page, data["layers"][0]["script"])["maps"]
+    assert maps[0]["examples"][1]["image"] == HOSTILE
     assert [HOSTILE, HOSTILE] in maps[0]["statistics"]
     for name in needed_files(page):
         assert re.fullmatch(r"[A-Za-z0-9_./-]+", name) and ".." not in name
@@ -241,30 +295,69 @@ def test_hostile_names_are_text_and_not_paths(page):
 
 def test_tiles_are_where_the_page_says_and_keep_their_pixels(page):
     small, large = page_data(page)["layers"][:2]
-    for layer, start, size, tolerance in ((small, 0, 8, 0.51), (large, 20, 40, 2.51)):
-        maps = script_data(page, layer["script"])
+    for layer, start, size, tolerance in ((small, 0, 8, 0.51), (large, 20, 40, None)):
+        maps = script_data(page, layer["script"])["maps"]
         for k in (0, 7, 11):
-            for kind, first in (("projections", k), ("patches", 100 + k), ("control", 300)):
-                lost = None if kind == "patches" and size > 32 else tolerance
+            for kind, first, count in (
+                *(("deconv", k, 3), ("guided", 300 + k, 3), ("patches", 100 + k, 3)),
+                ("spectrum", 200, 1),
+            ):
                 tiles = tiles_of(page, maps[k]["sheets"][kind])
-                given = tones(start + first, size=size)
-                assert len(tiles) == 3
+                given = tones(start + first, count, size=size)
+                assert len(tiles) == count
                 for tile, picture in zip(tiles, given, strict=True):
-                    assert close(tile, picture, lost)
-                assert close(tiles_of(page, layer["sheets"][kind])[k], given[0], lost)
-        assert tiles_of(page, layer["sheets"]["projections"])[3] is None
+                    assert close(tile, picture, tolerance)
+                if kind != "spectrum":
+                    assert close(tiles_of(page, layer["sheets"][kind])[k], given[0], tolerance)
+        assert tiles_of(page, layer["sheets"]["deconv"])[3] is None
+        for tile, number in zip(tiles_of(page, layer["control"]["sheet"]), (450, 451), strict=True):
+            assert close(tile, tone(number, size=size), tolerance)
+        assert layer["control"]["maps"] == [[0, 0, 2], [7, 2, 0]]
+    evolution, sources = (maps[4]["sheets"][key] for key in ("evolution", "sources"))
+    assert close(tiles_of(page, evolution)[1], tone(401), 0.51)
+    assert close(tiles_of(page, sources)[0], tone(440, size=40), None)
+    assert tiles_of(page, sources)[1] is None
 
 
 def test_zero_is_the_same_grey_everywhere(tmp_path):
-    signed = torch.full((2, 3, 50, 50), 0.5)
-    signed[:, :, 10:20, 10:20] = torch.rand(
-        2, 3, 10, 10, generator=torch.Generator().manual_seed(0)
-    )
-    shown = GalleryMap(0, signed, None)
-    page = write_gallery(tmp_path / "g", title="t", layers=[GalleryLayer("a", "A", [shown])])
-    tile = tiles_of(page, page_data(page)["layers"][0]["sheets"]["projections"])[0]
-    assert (tile[30:] == 128).all() and (tile[:, 30:] == 128).all()
-    assert close(tile, signed[0], 2.51)
+    for size, tolerance in ((20, 0), (64, 4)):  # large tiles are compressed
+        signed = torch.full((2, 3, size, size), 0.5)
+        signed[:, :, 3:8, 3:8] = torch.rand(2, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+        shown = GalleryMap(0, {"deconv": signed})
+        layer = GalleryLayer("a", "A", [shown])
+        page = write_gallery(tmp_path / f"{size}", title="t", layers=[layer])
+        tile = tiles_of(page, page_data(page)["layers"][0]["sheets"]["deconv"])[0].astype(int)
+        assert np.abs(tile[16:] - 128).max() <= tolerance
+        assert np.abs(tile[:, 16:] - 128).max() <= tolerance
+        assert close(tile, signed[0], None if tolerance else 0.51)
+
+
+def test_the_json_of_a_layer_is_what_its_page_shows(page):
+    data = page_data(page)
+    for number, layer in enumerate(data["layers"]):
+        features = json.loads((page.parent / layer["json"]).read_text())
+        assert features == script_data(page, layer["script"])
+        assert features["layer"] == LAYERS[number] and features["methods"] == ["deconv", "guided"]
+        assert [entry["map"] for entry in features["maps"]] == layer["maps"]
+    entry = json.loads((page.parent / data["layers"][1]["json"]).read_text())["maps"][4]
+    first = {"image": "a.png", "value": 3.5, "unit": [1, 5], "border": True, "photograph": 0}
+    assert entry["examples"][0] == {**first, "box": [0, 4, 12, 16], "window": [-4, 4, 12, 16]}
+    assert entry["spectrum"][0]["share"] == 0.5
+    assert entry["histogram"] == {"counts": [3, 0, 1], "edges": [0, 1, 2, 3], "silent": 2}
+    assert (entry["similar"], entry["coactive"]) == ([[5, 0.75]], [[6, 0.5]])
+    assert entry["sources"] == [{"maps": [1], "weight": 2.0}, {"maps": [2, 3], "weight": 1.0}]
+
+
+def test_every_photograph_is_written_once_and_knows_its_maps(page):
+    found = page_data(page)["photographs"]
+    # In the order in which examples mention them; what no example mentions is left out.
+    assert [entry[0] for entry in found["images"]] == ["folder/a.png", HOSTILE, "folder/c.png"]
+    tiles = tiles_of(page, found["sheets"][0])
+    for tile, number in zip(tiles, (462, 460, 461), strict=True):
+        assert close(tile, tone(number, size=40), None)
+    name, pixels, shown, maps = found["images"][0]
+    assert (pixels, shown) == ([40, 40], [40, 40])
+    assert maps == [[layer, k] for layer in range(3) for k in range(12) if k != 3]
 
 
 def test_bytes_and_floats_give_the_same_files(tmp_path):
@@ -273,25 +366,28 @@ def test_bytes_and_floats_give_the_same_files(tmp_path):
     forms = [pictures / 255, pictures.permute(0, 2, 3, 1).numpy()]
     found = []
     for number, form in enumerate(forms):
-        layer = GalleryLayer("a", "A", [GalleryMap(0, form, form, filter=form[0])])
+        layer = GalleryLayer("a", "A", [GalleryMap(0, {"deconv": form}, form, filter=form[0])])
         page = write_gallery(tmp_path / str(number), title="t", layers=[layer])
         found.append(
             {p.relative_to(page.parent): p.read_bytes() for p in page.parent.rglob("*.png")}
         )
-    assert found[0] == found[1] and len(found[0]) == 6
+    assert found[0] == found[1] and len(found[0]) == 5
     sheet = page_data(page)["layers"][0]["sheets"]["filters"]
     assert (tiles_of(page, sheet)[0] == forms[1][0]).all()
 
 
 def test_large_tiles_are_reduced_and_small_ones_kept(tmp_path):
     layers = [
-        GalleryLayer("large", "L", [GalleryMap(0, tones(9, 1, size=200)[..., :100], None)]),
-        GalleryLayer("small", "S", [GalleryMap(0, tones(9, 1, size=3), None)]),
+        GalleryLayer("large", "L", [GalleryMap(0, {"deconv": tones(9, 1, size=200)[..., :100]})]),
+        GalleryLayer("small", "S", [GalleryMap(0, {"deconv": tones(9, 1, size=3)})]),
     ]
     page = write_gallery(tmp_path / "g", title="t", layers=layers)
-    large, small = (layer["sheets"]["projections"] for layer in page_data(page)["layers"])
-    assert (large["height"], large["width"]) == (84, 42)
+    data = page_data(page)
+    large, small = (layer["sheets"]["deconv"] for layer in data["layers"])
+    assert (large["height"], large["width"]) == (128, 64)
     assert (small["height"], small["width"]) == (3, 3)
+    enlarged = script_data(page, data["layers"][0]["script"])["maps"][0]["sheets"]["deconv"]
+    assert (enlarged["height"], enlarged["width"]) == (160, 80)
 
 
 def test_maps_are_sorted_by_numbers_that_json_can_hold(page):
@@ -300,14 +396,17 @@ def test_maps_are_sorted_by_numbers_that_json_can_hold(page):
     assert layer["sort"][0]["values"][:5] == [0, 1, 2, None, 4]
 
 
-def test_numbers_are_shown_to_three_digits(tmp_path):
+def test_facts_are_shown_to_three_digits_and_statistics_stored_with_six(tmp_path):
     given = {"a": 0.012345, "b": -1.5, "c": 12345.6, "d": 7, "e": np.float32(0.25), "f": "1.00"}
-    layer = GalleryLayer("a", "A", [GalleryMap(0, tones(0), None, statistics=given)])
+    shown = GalleryMap(0, {"deconv": tones(0)}, statistics={**given, "g": 0.12345678})
+    layer = GalleryLayer("a", "A", [shown], facts=given)
     page = write_gallery(tmp_path / "g", title="t", layers=[layer])
     data = page_data(page)["layers"][0]
-    shown = dict(script_data(page, data["script"])[0]["statistics"])
-    assert shown == {"a": "0.0123", "b": "−1.5", "c": "12346", "d": "7", "e": "0.25", "f": "1.00"}
-    assert [key["name"] for key in data["sort"]] == ["a", "b", "c", "d", "e"]
+    said = {"a": "0.0123", "b": "−1.5", "c": "12346", "d": "7", "e": "0.25", "f": "1.00"}
+    assert dict(data["facts"]) == {"maps": "1", **said}
+    stored = dict(script_data(page, data["script"])["maps"][0]["statistics"])
+    assert stored == {**given, "g": 0.123457}
+    assert [key["name"] for key in data["sort"]] == ["a", "b", "c", "d", "e", "g"]
 
 
 def test_maps_are_read_one_at_a_time(tmp_path):
@@ -318,7 +417,7 @@ def test_maps_are_read_one_at_a_time(tmp_path):
             # Of all maps before the last one nothing is held.
             assert all(tensor() is None for tensor in earlier[:-1])
             made = some_map(number)
-            earlier.append(weakref.ref(made.projections))
+            earlier.append(weakref.ref(made.projections["deconv"]))
             yield made
             del made
 
@@ -326,9 +425,10 @@ def test_maps_are_read_one_at_a_time(tmp_path):
         for name in "ab":
             yield GalleryLayer(name, name, maps())
             # The layer is written before the next one is asked for.
-            assert list(tmp_path.glob(f".deconvnet/g.new/layers/*-{name}/projections.png"))
+            assert list(tmp_path.glob(f".deconvnet/g.new/layers/*-{name}/deconv.png"))
 
-    write_gallery(tmp_path / "g", title="t", layers=layers())
+    photographs = some_photographs()
+    write_gallery(tmp_path / "g", title="t", layers=layers(), photographs=photographs)
     assert len(earlier) == 8
 
 
@@ -414,7 +514,7 @@ def test_a_gallery_that_somebody_has_added_to_is_not_replaced(tmp_path, what):
 
 def test_names_that_are_not_valid_text_are_shown(tmp_path):
     name = os.fsdecode(b"caf\xe9 </script>\n.png")
-    shown = GalleryMap(0, tones(0, 1), tones(0, 1), [Caption(name, 1.0)])
+    shown = GalleryMap(0, {"deconv": tones(0, 1)}, tones(0, 1), [Example(name, 1.0)])
     layer = GalleryLayer("café", name, [shown], facts={"fact": name})
     image = GalleryImage(name, torch.rand(3, 8, 8))
     page = write_gallery(
@@ -425,9 +525,8 @@ def test_names_that_are_not_valid_text_are_shown(tmp_path):
             path.read_text(encoding="utf-8")
     data = page_data(page)
     assert data["images"][0]["name"] == r"caf\xe9 </script>\n.png"
-    assert script_data(page, data["layers"][0]["script"])[0]["captions"][0][0].startswith(
-        r"caf\xe9"
-    )
+    maps = script_data(page, data["layers"][0]["script"])["maps"]
+    assert maps[0]["examples"][0]["image"].startswith(r"caf\xe9")
 
 
 def one(*maps, **options):
@@ -442,15 +541,18 @@ def one(*maps, **options):
             {"layers": [GalleryLayer("a", "A", [some_map(0)]) for _ in "ab"]},
             "layer 'a': given twice",
         ),
-        (one(GalleryMap(7, torch.rand(2, 8, 8), None)), r"7, projections: .*\(8, 8\); expected"),
-        (one(GalleryMap(7, torch.zeros(2, 3, 4, 4).long(), None)), "7, projections: torch.int64"),
-        (one(GalleryMap(7, tones(0) - 0.5, None)), r"7, projections: .*expected \[0, 1\]"),
-        (one(GalleryMap(7, tones(0) * torch.nan, None)), "values from nan to nan"),
-        (one(GalleryMap(7, tones(0), tones(0, 2))), "3 projections and 2 patches"),
-        (one(GalleryMap(7, tones(0), None, [Caption("a", 1.0)])), "3 projections and 1 captions"),
-        (one(GalleryMap(7, None, None, evolution=tones(0), epochs=(1,))), "3 pictures .* 1 epochs"),
-        (one(GalleryMap(7, None, None, filter=torch.rand(3, 0, 4))), "no pixels"),
-        (one(some_map(0), figures={"f": torch.rand(4, 5)}), "figure 'f'"),
+        (one(GalleryMap(7, {"deconv": torch.rand(2, 8, 8)})), r"7, deconv: .*\(8, 8\); expected"),
+        (one(GalleryMap(7, {"a": torch.zeros(2, 3, 4, 4).long()})), "7, a: torch.int64"),
+        (one(GalleryMap(7, {"a": tones(0) - 0.5})), r"7, a: .*expected \[0, 1\]"),
+        (one(GalleryMap(7, {"a": tones(0) * torch.nan})), "values from nan to nan"),
+        (one(GalleryMap(7, {"a": tones(0)}, tones(0, 2))), "3 projections and 2 patches"),
+        (one(GalleryMap(7, {"a": tones(0), "b": tones(0, 2)})), "3 projections and 2 b"),
+        (one(GalleryMap(7, {"a": tones(0)}, None, [Example("a", 1.0)])), "3 projections and 1 ex"),
+        (one(GalleryMap(7, evolution=tones(0), epochs=(1,))), "3 pictures .* 1 epochs"),
+        (one(GalleryMap(7, spectrum=[Example("a", 1.0)])), "0 patches of its spectrum and 1 exam"),
+        (one(GalleryMap(7, filter=torch.rand(3, 0, 4))), "no pixels"),
+        (one(some_map(0), figures=[Figure(torch.rand(4, 5), "f")]), "figure 'f'"),
+        (one(some_map(0), photographs=Photographs(["a"], [tone(0)])), "photograph 2: there are 1"),
         (one(some_map(0), images=some_images()), "image .*: layer 'features.8#1' is not in this"),
     ],
 )  # fmt: skip
@@ -479,6 +581,7 @@ KEYS = {
     "ArrowUp": 38,
     "ArrowRight": 39,
     "ArrowDown": 40,
+    "/": 191,
 }
 
 
@@ -560,7 +663,7 @@ class Browser:
 
     def press(self, key):
         event = {"key": key, "code": key, "windowsVirtualKeyCode": KEYS[key]}
-        text = {"text": "\r"} if key == "Enter" else {}
+        text = {"text": "\r"} if key == "Enter" else {"text": key} if len(key) == 1 else {}
         self.tell("Input.dispatchKeyEvent", type="keyDown", **event, **text)
         self.tell("Input.dispatchKeyEvent", type="keyUp", **event)
 
@@ -630,10 +733,18 @@ def test_clicks_lead_from_the_network_to_a_layer_a_map_an_activation_an_image(br
     browser.click(".grid [data-map='7']")
     browser.heading("Layer 1, map 7")
     assert browser.value("location.hash") == address(LAYERS[0], map=7)
-    assert browser.value("document.querySelectorAll('.square')[1].children.length") == 3
-    browser.click(".square button")
+    # Three examples: two projections and the patch of each, and a photograph where there is one.
+    assert browser.value("document.querySelectorAll('.examples')[0].children.length") == 3
+    counts = (
+        "[...document.querySelector('.examples').children]"
+        ".map(e => e.querySelectorAll('.tile').length)"
+    )
+    assert browser.value(counts) == [4, 4, 3]
+    browser.click(".examples button")
     browser.until("document.getElementById('zoom').open")
-    assert "3.5 in a.png, row 1" in browser.value("document.getElementById('zoomed').textContent")
+    said = browser.value("document.getElementById('zoomed').textContent")
+    assert said == "1 of 3: 3.5 in a.png, rows 0–12, columns 4–16, at the border"
+    assert browser.value("document.querySelectorAll('#zoom .tile').length") == 4
     browser.press("ArrowRight")
     # Names are text, whatever they look like.
     assert HOSTILE in browser.value("document.getElementById('zoomed').textContent")
@@ -649,10 +760,11 @@ def test_clicks_lead_from_the_network_to_a_layer_a_map_an_activation_an_image(br
     links = "[...document.querySelectorAll('.seen .row a')].map(a => a.hash)"
     assert address(LAYERS[0], map=2) in browser.value(links)
     # Where an activation paints is framed in the image: here in rows 10 to 18 of 48.
-    assert browser.value("document.querySelector('.box').hidden")
+    assert browser.value("document.querySelector('.image .box')") is None
     browser.value("document.querySelector('.seen .row a').focus()")
     top, height = browser.value(
-        "(e => [e.style.top, e.style.height].map(parseFloat))(document.querySelector('.box'))"
+        "(e => [e.style.top, e.style.height].map(parseFloat))"
+        "(document.querySelector('.image .box'))"
     )
     assert (top, height) == pytest.approx((100 * 10 / 48, 100 * 8 / 48), abs=1e-3)
     # A map that this gallery does not have is named, and no link.
@@ -675,7 +787,7 @@ def test_the_keyboard_goes_everywhere(browser, page):
     assert "never active" in browser.value("document.getElementById('view').textContent")
     browser.press("ArrowRight")
     browser.heading("Layer 2, map 4")
-    assert browser.value("document.querySelectorAll('.strip li').length") == 2
+    assert browser.value("document.querySelectorAll('[aria-labelledby=evolution] li').length") == 2
     browser.press("Escape")
     browser.heading("Layer 2")
     # Focus is on the map that one comes from.
@@ -686,9 +798,9 @@ def test_the_keyboard_goes_everywhere(browser, page):
     assert browser.problems() == []
 
 
-def test_maps_are_sorted_searched_and_compared_with_the_control(browser, page):
+def test_maps_are_sorted_found_and_shown_by_both_methods(browser, page):
     shown = "[...document.querySelectorAll('.grid a')].map(a => Number(a.dataset.map))"
-    browser.show(page, address(LAYERS[0], sort="strongest", show="projections,control"))
+    browser.show(page, address(LAYERS[0], sort="strongest", show="deconv,guided"))
     assert browser.value(shown) == [4, 9, 8, 2, 7, 1, 6, 11, 0, 5, 10, 3]
     assert browser.value("document.querySelectorAll('.grid .tile').length") == 24
     browser.click("[data-key='turn']")
@@ -702,10 +814,14 @@ def test_maps_are_sorted_searched_and_compared_with_the_control(browser, page):
     browser.press("Escape")
     browser.heading("Layer 1")
     browser.value(
-        "(() => { const e = document.querySelector('[type=search]'); e.value = '1';"
-        "e.dispatchEvent(new Event('input')) })()"
+        "(() => { window.type = (selector, text) => { const e = document.querySelector(selector);"
+        "e.value = text; e.dispatchEvent(new Event('input')) }; type('[data-key=find]', '1') })()"
     )
     assert browser.value(shown) == [10, 1, 11]
+    # Words are those of labels, and of the images among the examples of a map.
+    for words, found in (("zebra", [5]), ("A.PNG 7", [7]), ("nowhere", []), ("", [0, 5, 10])):
+        browser.value(f"type('[data-key=find]', {json.dumps(words)})")
+        assert browser.value(shown)[:3] == found, words
     assert browser.problems() == []
 
 
@@ -721,17 +837,116 @@ def test_every_tile_on_the_screen_is_the_one_it_claims_to_be(browser, page):
         assert near(browser.color(f"[data-map='{k}'] .tile"), 20 + k), k
     browser.show(page, address(LAYERS[0], map=7))
     for n in range(3):
-        assert near(browser.color(f".panel:nth-child(1) button:nth-child({n + 1}) .tile"), 7 + n)
-        assert near(browser.color(f".panel:nth-child(2) button:nth-child({n + 1}) .tile"), 107 + n)
+        column = f".examples li:nth-child({n + 1}) .tile"
+        assert near(browser.color(f"{column}:nth-child(1)"), 7 + n)
+        assert near(browser.color(f"{column}:nth-child(2)"), 307 + n)
+        assert near(browser.color(f"{column}:nth-child(3)"), 107 + n)
+    assert near(browser.color(".examples li:nth-child(2) .photo .tile"), 460)
+    assert near(browser.color("#spectrum ~ .examples .tile"), 200)
+    assert near(browser.color("#control ~ ul li:nth-child(2) .tile"), 451)
     browser.show(page, "#image=2")
     assert near(browser.color(".framed img"), 71)
     assert near(browser.color(".seen .row li:nth-child(2) .tile"), 2)
 
 
+# The layers and maps that links lead to.
+TARGETS = (
+    "[...document.querySelectorAll('%s')].map(a => gallery.address(a.hash)).map(at =>"
+    "at.layer === undefined ? at.photo : at.map === undefined ? at.layer : [at.layer, at.map])"
+)
+
+
+def test_the_place_of_an_example_is_framed_on_its_photograph(browser, page):
+    browser.show(page, address(LAYERS[1], map=7))
+    frames = (
+        "[...document.querySelectorAll('.examples .box')].map(e =>"
+        "[e.style.top, e.style.left, e.style.height, e.style.width].map(parseFloat))"
+    )
+    # The window reaches from row -4 to 12 and from column 4 to 16 of 40: what lies in the image.
+    assert browser.value(frames) == [pytest.approx([0, 10, 30, 30])]
+    browser.show(page, "#photo=0")
+    maps = [[layer, k] for layer in LAYERS for k in range(12) if k != 3]
+    assert browser.value(TARGETS % "#view .row a") == maps
+    assert browser.problems() == []
+
+
+def test_a_map_leads_to_its_relatives(browser, page):
+    browser.show(page, address(LAYERS[1], map=4))
+    links = "[...document.querySelectorAll('[aria-labelledby=%s] .row a')].map(a => a.hash)"
+    assert browser.value(links % "similar") == [address(LAYERS[1], map=5)]
+    assert browser.value(links % "coactive") == [address(LAYERS[1], map=6)]
+    below = browser.value(links % "sources")
+    assert below == [address(LAYERS[0], map=1), address(LAYERS[0], map=2)]
+    # Maps 2 and 3 are pooled, so both are used.
+    for number, used in ((1, 1), (3, 1), (5, 0)):
+        browser.show(page, address(LAYERS[0], map=number))
+        assert browser.value(links % "users") == [address(LAYERS[1], map=4)] * used
+    bars = "[...document.querySelectorAll('.histogram .bar')].map(e => e.height.baseVal.value)"
+    assert browser.value(bars) == [120, 0, 40]
+    control = browser.value("document.querySelector('.control').textContent")
+    assert "Map 7: dead in the control" in control
+    assert browser.problems() == []
+
+
+def test_search_finds_maps_layers_labels_and_images(browser, page):
+    browser.show(page)
+    browser.press("/")
+    assert browser.value("document.activeElement.id") == "search"
+    for words, found in (
+        ("layer 2", [LAYERS[1]]),
+        ("zebra", [[LAYERS[0], 5]]),
+        ("11", [[layer, 11] for layer in LAYERS]),
+        ("layer map 7", [[layer, 7] for layer in LAYERS]),
+        ("folder/c", [2]),
+        ("nothing of this name", []),
+    ):
+        browser.value(
+            f"(e => {{ e.value = {json.dumps(words)}; e.dispatchEvent(new Event('input')) }})"
+            "(document.getElementById('search'))"
+        )
+        assert browser.value(TARGETS % "#results a")[: max(1, len(found))] == found, words
+    browser.value("(e => { e.value = 'zebra'; e.dispatchEvent(new Event('input')) })(search)")
+    browser.press("Enter")
+    browser.heading("Layer 1, map 5")
+    assert browser.problems() == []
+
+
+def test_activations_are_switched_on_and_off_and_the_error_follows(browser, page):
+    browser.show(page, f"#image=1&repaint={quote(LAYERS[0], safe='')}")
+    error = "document.querySelector('.error').textContent"
+    pixels = (
+        "[...document.querySelector('.framed canvas').getContext('2d').getImageData(0, 0, 3, 2)"
+        ".data].filter((_, n) => n % 4 === 0)"
+    )
+    # The image is (1, 2, 0), (0, -3, 0): white is 3, grey 0, black -3.
+    assert browser.value(pixels) == [170, pytest.approx(212.5, abs=0.5), 128, 128, 0, 128]
+    # Tiles are rounded to 8 bits; `rest` of a real image makes up for it.
+    assert float(browser.value(error).removesuffix(" dB")) > 50
+    browser.click(".part:nth-child(2)")
+    assert browser.value(pixels) == [170, pytest.approx(212.5, abs=0.5), 128, 128, 128, 128]
+    # The mean is 0: 14 of energy, 9 of error.
+    assert browser.value(error) == "1.92 dB"
+    browser.click("[data-key=invert]")
+    assert browser.value(pixels) == [128, 128, 128, 128, 0, 128]
+    browser.click("[data-key=none]")
+    assert browser.value(pixels) == [128] * 6 and browser.value(error) == "0 dB"
+    browser.value(
+        "(e => { e.value = 1; e.dispatchEvent(new Event('input')) })"
+        "(document.querySelector('[data-key=strongest]'))"
+    )
+    assert browser.value(pixels) == [170, pytest.approx(212.5, abs=0.5), 128, 128, 128, 128]
+    assert browser.value("document.querySelector('.controls output:not(.error)').textContent") == (
+        "1 of 2"
+    )
+    assert browser.problems() == []
+
+
 @pytest.mark.parametrize("width", [320, 360, 1400])
 def test_nothing_is_wider_than_the_browser(browser, page, width):
-    everything = "projections,patches,control,filters"
+    everything = "deconv,guided,patches,filters"
+    repaint = f"#image=1&repaint={quote(LAYERS[0], safe='')}"
     places = ["", address(LAYERS[1], show=everything), address(LAYERS[1], map=4), "#image=1"]
+    places += [repaint, "#photo=1"]
     for place in places:
         browser.show(page, place, width=width)
         wide, window = browser.value("[document.documentElement.scrollWidth, innerWidth]")
@@ -758,6 +973,8 @@ def test_a_wrong_address_shows_a_message(browser, page):
         ("#layer=nowhere", "no layer nowhere"),
         (address(LAYERS[0], map=1000), "no map 1000"),
         ("#image=77", "no image 77"),
+        ("#photo=9", "no photograph 9"),
+        ("#image=2&repaint=layer", "no reconstruction by layer"),
     ):
         browser.show(page, place)
         assert text in browser.until("document.querySelector('#view .notice')?.textContent")

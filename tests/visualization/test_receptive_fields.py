@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from torchvision import models
 from torchvision.models.shufflenetv2 import channel_shuffle
 
-from deconvnet.visualization.projection import autograd_graph
+from deconvnet.visualization.projection.operations import read_operations
 from deconvnet.visualization.projection.projection import tile_boxes
 from deconvnet.visualization.projection.projector import Projector
 
@@ -33,6 +33,8 @@ TOO_LARGE = {
     "tokens and back",
     "unbind",
 }
+# Only the gradient follows the statistics of normalisation.
+OPTIONS = {"layer norm of everything": {"method": "gradient"}}
 # At the border they see what lies within it.
 FOLDED = {
     *("reflection", "replication", "circular padding", "convolution with circular padding"),
@@ -233,6 +235,9 @@ NETS = {
     "layer norm of the channels": nn.Sequential(
         Permute(0, 2, 3, 1), nn.LayerNorm(4), Permute(0, 3, 1, 2)
     ),
+    "layer norm of the channels, reversed": Apply(
+        lambda y: F.layer_norm(y.permute(0, 3, 2, 1), (4,)).permute(0, 3, 2, 1)
+    ),
     "layer norm of everything": nn.LayerNorm([4, H, W]),
     "tokens and back": Apply(lambda y: y.flatten(2).transpose(1, 2).transpose(1, 2).view(y.shape)),
     "rows and columns swapped twice": Apply(lambda y: y.transpose(2, 3).transpose(2, 3) * 1),
@@ -313,7 +318,8 @@ def seen():
             units = every_unit(edges.shape[1:])
             expected = torch.stack([edges[:, k, i, j] for _, k, i, j in units])
             expected[(expected[:, 2:] <= expected[:, :2]).any(1)] = 0
-            known[name] = net, x, units, expected, project(net, x, units)
+            found = project(net, x, units, **OPTIONS.get(name, {}))
+            known[name] = net, x, units, expected, found
         return known[name]
 
     return find
@@ -345,7 +351,8 @@ def test_unclipped_fields_have_one_size_and_contain_the_box_when_clipped(name, s
         assert (found.boxes >= found.fields)[some, :2].all()
         assert (found.boxes <= found.fields)[some, 2:].all()
     # They are those of `layers`, which finds them in another way.
-    info = {layer.name: layer for layer in Projector(net, strict=False).layers(x)}["2"]
+    projector = Projector(net, strict=False, **OPTIONS.get(name, {}))
+    info = {layer.name: layer for layer in projector.layers(x)}["2"]
     if info.field is not None:
         assert tuple(sizes[0].tolist()) == info.field
         places = torch.tensor(units)[:, 2:]
@@ -403,12 +410,18 @@ def bisected(net, layer, x, unit):
     return [*least[:2].tolist(), *(size - least)[2:].tolist()]
 
 
+def small_convnext():
+    blocks = [models.convnext.CNBlockConfig(8, 16, 1), models.convnext.CNBlockConfig(16, None, 1)]
+    return models.convnext.ConvNeXt(blocks, num_classes=3)
+
+
 @pytest.mark.parametrize(
     ("make", "layer", "size"),
     [
         (models.squeezenet1_1, "features.7", (65, 50)),
         (models.resnet18, "layer2.0", (41, 34)),
         (models.shufflenet_v2_x0_5, "stage3.0", (49, 42)),
+        (small_convnext, "features.3.0", (49, 42)),
     ],
 )
 def test_boxes_in_networks_of_torchvision_are_what_units_see(make, layer, size):
@@ -494,7 +507,7 @@ def test_reading_leaves_nothing_behind_in_the_graph():
     net, x = network(NETS["in place on a part"]).requires_grad_(False), image().requires_grad_()
     y = net(x)
     before = torch.autograd.grad(y.sum(), x, retain_graph=True)[0]
-    found = autograd_graph.read_operations(y)
+    found = read_operations(y)
     assert found.exact == {"convolution": 2, "relu": 1}
     assert all(p.grad is None for p in (x, *net.parameters()))
     assert torch.equal(torch.autograd.grad(y.sum(), x)[0], before)

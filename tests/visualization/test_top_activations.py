@@ -16,6 +16,7 @@ from deconvnet.images.item import Item
 from deconvnet.visualization.projection.projection import LayerInfo
 from deconvnet.visualization.projection.projector import Projector
 from deconvnet.visualization.search import top_activations
+from deconvnet.visualization.search.search_region import ENOUGH, includes_border, searched_units
 from deconvnet.visualization.search.top_activations import (
     SearchState,
     TopActivations,
@@ -298,21 +299,51 @@ def test_only_units_whose_field_lies_inside_the_image_are_searched():
     assert_is(tops["3"], search(net, images, "3", 5, allowed))
 
 
-def test_a_layer_with_few_units_inside_is_searched_everywhere():
+def test_a_layer_with_few_units_inside_is_searched_in_the_middle():
     net, images = network(), pictures(6, 9, 9)
     # Of 5x5 units of layer 1 nine are inside, of 3x3 units of layer 3 one is.
     (info,) = (info for info in Projector(net).layers(images[0][None]) if info.name == "3")
     assert info.inside((9, 9)).sum() == 1
+    assert includes_border(info, (9, 9)) and not includes_border(info, (11, 11))
     tops = find_top_activations(Projector(net), images, ["1", "3"], k=5, inside=True)
-    assert equal({"3": tops["3"]}, find_top_activations(Projector(net), images, ["3"], k=5))
-    assert not equal({"1": tops["1"]}, find_top_activations(Projector(net), images, ["1"], k=5))
+    allowed = np.zeros((3, 3), dtype=bool)
+    allowed[1, 1] = True
+    assert_is(tops["3"], search(net, images, "3", 5, allowed))
+    allowed = np.zeros((5, 5), dtype=bool)
+    allowed[1:4, 1:4] = True
+    assert_is(tops["1"], search(net, images, "1", 5, allowed))
+
+
+@pytest.mark.parametrize(
+    ("shape", "field", "stride", "offset", "image", "rows", "columns"),
+    [
+        # Fields larger than the image: half of the rows and columns, around the middle.
+        ((7, 7), 435, 32, -201, (224, 224), (2, 5), (2, 5)),
+        # The field of unit 7 is centred in the image.
+        ((14, 14), 211, 16, -105, (224, 224), (4, 11), (4, 11)),
+        # The same share of both sides.
+        ((4, 8), 100, 16, -42, (64, 128), (1, 3), (2, 6)),
+        ((2, 1), 99, 16, -41, (32, 16), (0, 1), (0, 1)),
+        # Without a field, all.
+        ((3, 5), None, 1, 0, (9, 9), (0, 3), (0, 5)),
+    ],
+)
+def test_units_in_the_middle_are_searched_where_most_fields_reach_beyond_the_image(
+    shape, field, stride, offset, image, rows, columns
+):
+    info = LayerInfo("a", "ReLU", (1, *shape))
+    if field is not None:
+        info = LayerInfo("a", "ReLU", (1, *shape), *((n, n) for n in (field, stride, offset)))
+    expected = torch.zeros(shape, dtype=torch.bool)
+    expected[slice(*rows), slice(*columns)] = True
+    assert torch.equal(searched_units(info, image), expected)
 
 
 def test_a_quarter_of_the_units_is_enough():
     # A field of 4 pixels with stride 2 from -2 on, in images of 10: of the four rows of units two
     # are inside, and so of all units four in sixteen.
     info = LayerInfo("1", "ReLU", (1, 4, 4), (4, 4), (2, 2), (-2, -2))
-    assert info.inside((6, 6)).float().mean() == top_activations.ENOUGH == 0.25
+    assert info.inside((6, 6)).float().mean() == ENOUGH == 0.25
     net = nn.Sequential(nn.Conv2d(3, 2, 4, stride=2, padding=2), nn.ReLU())
     images = pictures(3, 6, 6)
     assert net(images[0][None]).shape[2:] == (4, 4)

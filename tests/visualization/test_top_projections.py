@@ -9,29 +9,37 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib.colors import to_rgb
 from numpy.testing import assert_allclose, assert_array_equal
 from torch import nn
 
 from deconvnet import DeconvNet, LayerSettings, PreprocessingSettings, SolverSettings
 from deconvnet.visualization.models.normalization import Normalization
+from deconvnet.visualization.pictures.canvas import GAP, HAIRLINE, PAGE, PAPER, resize_tiles
 from deconvnet.visualization.pictures.projection_grids import (
+    BORDER,
+    CONTROL_MAPS,
+    MARK,
+    TEXT,
+    grid_caption,
+    layer_grid,
     pixel_filters,
     projection_grid,
     sample_maps,
     shade_projections,
-    with_control,
 )
-from deconvnet.visualization.projection.projection import ProjectionReport, UnevenOverlap
+from deconvnet.visualization.projection.projection import (
+    LayerInfo,
+    ProjectionReport,
+    UnevenOverlap,
+)
 from deconvnet.visualization.projection.projector import Projector
-from deconvnet.visualization.search import top_projections
+from deconvnet.visualization.search import projecting
+from deconvnet.visualization.search.effective_field import EffectiveField
+from deconvnet.visualization.search.projecting import checkerboard, project_top_activations
 from deconvnet.visualization.search.randomization import shuffle_weights
 from deconvnet.visualization.search.top_activations import find_top_activations
-from deconvnet.visualization.search.top_projections import (
-    TopProjections,
-    checkerboard,
-    load_top_projections,
-    project_top_activations,
-)
+from deconvnet.visualization.search.top_projections import TopProjections, load_top_projections
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
 
@@ -85,6 +93,16 @@ def learned(textures):
     return net, list(images)
 
 
+def project_fields(*arguments, **options):
+    """Tiles of whole receptive fields."""
+    return project_top_activations(*arguments, window="field", **options)
+
+
+def shown(found):
+    """The tiles of the first method, in units of the largest magnitude of each."""
+    return found.tiles[found.methods[0]] / 127
+
+
 def cut_out(image, top, left, h, w, fill):
     """A rectangle of an image (C, H, W), pixel by pixel."""
     C, H, W = image.shape
@@ -102,9 +120,9 @@ def test_tiles_and_patches_are_projections_and_pixels_in_the_exact_field(
 ):
     projector, images, tops = trained
     top = tops[layer]
-    found = project_top_activations(projector, images, layer, top, maps=[3, 0])
+    found = project_fields(projector, images, layer, top, maps=[3, 0])
     assert found.maps.tolist() == [3, 0] and found.layer == layer and found.scale == 1
-    assert found.tiles.shape == found.patches.shape == (2, 4, 3, side, side)
+    assert shown(found).shape == found.patches.shape == (2, 4, 3, side, side)
     reached_beyond = 0
     for row, m in enumerate([3, 0]):
         units = top.units(m)
@@ -117,13 +135,14 @@ def test_tiles_and_patches_are_projections_and_pixels_in_the_exact_field(
             pixels = (alone.images[0] * torch.tensor(STD)[:, None, None]).flip(0)
             at = offset + stride * i, offset + stride * j
             tile = cut_out(pixels, *at, side, side, 0.0)
-            assert_allclose(
-                found.tiles[row, place].astype(float), tile / tile.abs().max(), atol=1e-3
-            )
+            assert_allclose(shown(found)[row, place], tile / tile.abs().max(), atol=5e-3)
             patch = cut_out(images[number], *at, side, side, 0.5)
             assert_allclose(found.patches[row, place] / 255, patch, atol=0.5 / 255 + 1e-6)
             box = [max(at[0], 0), max(at[1], 0), min(at[0] + side, 12), min(at[1] + side, 14)]
             assert found.boxes[row, place].tolist() == box
+            window = [*at, at[0] + side, at[1] + side]
+            assert found.windows[row, place].tolist() == window
+            assert found.border[row, place] == (box != window)
             assert found.values[row, place] == pytest.approx(top.values[m, place])
             reached_beyond += at[0] < 0 or at[1] < 0
     assert reached_beyond, "no unit stands at the border"
@@ -133,31 +152,35 @@ def test_units_of_fewer_pixels_than_their_layer_keep_their_scale(textures, monke
     projector = Projector(seeded(TwoSizes))
     images = list(textures(3, 3, 11, 12))
     top = find_top_activations(projector, images, ["both"], k=3, inside=True)["both"]
-    whole = project_top_activations(projector, images, "both", top)
-    assert whole.tiles.shape[3:] == (5, 5)
+    whole = project_fields(projector, images, "both", top)
+    assert shown(whole).shape[3:] == (5, 5)
     # Also where only small ones come together.
-    monkeypatch.setattr(top_projections, "CHUNK", 1)
-    alone = project_top_activations(projector, images, "both", top)
+    monkeypatch.setattr(projecting, "CHUNK", 1)
+    alone = project_fields(projector, images, "both", top)
     for found in (whole, alone):
         for m in range(3):
             for place in range(found.count(m)):
                 number, _, i, j = found.units[m, place]
                 assert found.boxes[m, place].tolist() == [i, j, i + 1, j + 1]
-                tile = found.tiles[m, place].copy()
+                tile = shown(found)[m, place].copy()
                 assert np.abs(tile[:, 2, 2]).max() == 1
                 tile[:, 2, 2] = 0
                 assert not tile.any()
                 around = cut_out(images[number], i - 2, j - 2, 5, 5, 0.5)
                 assert_allclose(found.patches[m, place] / 255, around, atol=0.003)
-    assert_array_equal(whole.tiles, alone.tiles)
+    assert_array_equal(shown(whole), shown(alone))
 
 
 def test_images_of_different_sizes_give_tiles_of_one_size(textures):
     projector = Projector(seeded(two_layers), batch=4)
-    images = [*textures(2, 3, 12, 14), *textures(2, 3, 16, 10, seed=1), *textures(2, 3, 12, 14)]
+    images = [
+        *textures(2, 3, 12, 14),
+        *textures(2, 3, 16, 10, seed=1),
+        *textures(2, 3, 12, 14, seed=2),
+    ]
     top = find_top_activations(projector, images, ["4"], k=6)["4"]
-    found = project_top_activations(projector, images, "4", top)
-    assert found.tiles.shape[3:] == (8, 8)
+    found = project_fields(projector, images, "4", top)
+    assert shown(found).shape[3:] == (8, 8)
     for m in range(5):
         for place, (number, _, i, j) in enumerate(top.units(m)):
             patch = cut_out(images[number], 2 * i - 3, 2 * j - 3, 8, 8, 0.5)
@@ -167,19 +190,17 @@ def test_images_of_different_sizes_give_tiles_of_one_size(textures):
 
 def test_only_some_units_and_images_are_projected_at_a_time(trained, monkeypatch):
     projector, images, tops = trained
-    expected = project_top_activations(projector, images, "4", tops["4"])
-    monkeypatch.setattr(top_projections, "CHUNK", 2)
+    expected = project_fields(projector, images, "4", tops["4"])
+    monkeypatch.setattr(projecting, "CHUNK", 2)
     asked, told = [], []
 
     class Watched(Projector):
-        def __call__(self, x, layer, units, **options):
+        def by_method(self, x, layer, units, **options):
             asked.append((len(x), len(units)))
-            return super().__call__(x, layer, units, **options)
+            return super().by_method(x, layer, units, **options)
 
     watched = Watched(projector.model, normalization=projector.normalization, batch=2)
-    found = project_top_activations(
-        watched, images, "4", tops["4"], progress=lambda *at: told.append(at)
-    )
+    found = project_fields(watched, images, "4", tops["4"], progress=lambda *at: told.append(at))
     assert max(asked)[0] == 2 and max(units for _, units in asked) == 2
     total = int(np.isfinite(expected.values).sum())
     assert told[-1] == (total, total) and [done for done, _ in told] == sorted({d for d, _ in told})
@@ -188,6 +209,7 @@ def test_only_some_units_and_images_are_projected_at_a_time(trained, monkeypatch
         if isinstance(one, np.ndarray):
             # The report of convolutions on other batches is rounded differently.
             assert_allclose(one.astype(float), other.astype(float), atol=1e-3, err_msg=entry.name)
+    assert_allclose(shown(found), shown(expected), atol=1.1 / 127)
 
 
 def test_maps_with_fewer_than_k_activations_have_empty_tiles(trained):
@@ -200,23 +222,27 @@ def test_maps_with_fewer_than_k_activations_have_empty_tiles(trained):
         net[3].bias[1] = -1e6
     shy = Projector(net, normalization=projector.normalization)
     top = find_top_activations(shy, images, ["4"], k=4)["4"]
-    found = project_top_activations(shy, images, "4", top, maps=[2, 1])
+    found = project_fields(shy, images, "4", top, maps=[2, 1])
     assert [found.count(row) for row in (0, 1)] == [2, 0]
     assert np.isnan(found.values[0, 2:]).all() and np.isnan(found.values[1]).all()
-    for name, empty in (("units", -1), ("boxes", -1), ("tiles", 0), ("patches", 128)):
+    for name, empty in (("units", -1), ("boxes", -1), ("windows", -1), ("patches", 128)):
         array = getattr(found, name)
         assert (array[0, 2:] == empty).all() and (array[1] == empty).all()
         assert (array[0, :2] != empty).any((1, *range(2, array.ndim - 1))).all()
+    assert not shown(found)[0, 2:].any() and not shown(found)[1].any()
+    assert np.abs(shown(found)[0, :2]).max((1, 2, 3)).tolist() == [1, 1]
+    assert not found.border[0, 2:].any() and not found.border[1].any()
+    assert found.signs.tolist() == [[1, 1, 0, 0], [0, 0, 0, 0]]
     with pytest.raises(ValueError, match="layer '4': none of its 1 maps is ever active"):
-        project_top_activations(shy, images, "4", top, maps=[1])
+        project_fields(shy, images, "4", top, maps=[1])
 
 
 def test_values_and_tiles_of_deconvnets_have_signs(learned):
     net, images = learned
     projector = Projector(net, batch=2)
     top = find_top_activations(projector, images, ["layer2"], k=4)["layer2"]
-    found = project_top_activations(projector, images, "layer2", top)
-    assert found.tiles.shape[2] == 1 and found.patches.shape[2] == 3
+    found = project_fields(projector, images, "layer2", top)
+    assert shown(found).shape[2] == 1 and found.patches.shape[2] == 3
     assert (found.values < 0).any() and (found.values > 0).any()
     assert_allclose(np.abs(found.values), top.values, rtol=1e-5)
     assert found.report.method == "generative"
@@ -228,26 +254,26 @@ def test_values_and_tiles_of_deconvnets_have_signs(learned):
         painted = net.operator(codes, 2)(one)[0]
         # 5 pixels, 3 steps of 2, from 2i - 8 on.
         tile = cut_out(painted, 2 * i - 8, 2 * j - 8, 10, 10, 0.0)
-        assert_allclose(found.tiles[m, place], tile / tile.abs().max(), atol=2e-3)
+        assert_allclose(shown(found)[m, place], tile / tile.abs().max(), atol=5e-3)
 
 
 def test_a_data_set_that_returns_other_images_is_refused(trained):
     projector, images, tops = trained
     with pytest.raises(ValueError) as caught:
-        project_top_activations(projector, images[1:] + images[:1], "4", tops["4"])
+        project_fields(projector, images[1:] + images[:1], "4", tops["4"])
     message = str(caught.value)
     assert "neither shuffled nor augmented" in message and "\n" not in message
     assert "in the search: the data set must return the same images" in message
 
 
 def test_large_tiles_are_reduced(textures, monkeypatch):
-    monkeypatch.setattr(top_projections, "LARGEST", 10)
+    monkeypatch.setattr(projecting, "LARGEST", 10)
     net = nn.Sequential(seeded(two_layers), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     projector, images = Projector(net), list(textures(3, 3, 20, 28))
     top = find_top_activations(projector, images, ["2"], k=2)["2"]
-    found = project_top_activations(projector, images, "2", top)
+    found = project_fields(projector, images, "2", top)
     # Each unit sees the whole image, whose longer side becomes 10 pixels.
-    assert found.tiles.shape == (5, 2, 3, 7, 10) and found.scale == 10 / 28
+    assert shown(found).shape == (5, 2, 3, 7, 10) and found.scale == 10 / 28
     number = found.units[0, 0, 0]
     assert found.boxes[0, 0].tolist() == [0, 0, 20, 28]
     expected = F.interpolate(images[number][None], (7, 10), mode="bilinear", antialias=True)[0]
@@ -263,19 +289,28 @@ def projections_of(count=3, k=4, side=3):
     return TopProjections(
         layer="features.8",
         maps=np.arange(10, 10 + count),
-        tiles=generator.normal(size=(count, k, 3, side, side)).astype(np.float16),
+        tiles={
+            method: generator.integers(-127, 128, (count, k, 3, side, side), dtype=np.int8)
+            for method in ("deconv", "guided")
+        },
         patches=generator.integers(0, 256, (count, k, 3, side, side), dtype=np.uint8),
         units=generator.integers(0, 9, (count, k, 4)),
         boxes=generator.integers(0, 9, (count, k, 4)),
+        windows=generator.integers(-9, 9, (count, k, 4)),
+        border=generator.random((count, k)) < 0.5,
         values=-np.sort(-generator.random((count, k), dtype=np.float32)),
         checkerboard=np.full((count, k), np.nan, dtype=np.float32),
         scale=0.5,
-        report=ProjectionReport(
-            "deconv",
-            {"relu": 2},
-            rectified=3,
-            uneven=(UnevenOverlap("conv1", (3, 3), (2, 2), (2, 2)),),
-        ),
+        effective=EffectiveField((-1, 0), (3, 2)),
+        reports={
+            method: ProjectionReport(
+                method,
+                {"relu": 2},
+                rectified=3,
+                uneven=(UnevenOverlap("conv1", (3, 3), (2, 2), (2, 2)),),
+            )
+            for method in ("deconv", "guided")
+        },
     )
 
 
@@ -285,6 +320,11 @@ def assert_same(one, two):
         if isinstance(a, np.ndarray):
             assert a.dtype == b.dtype
             assert_array_equal(a, b)
+        elif entry.name == "tiles":
+            assert list(a) == list(b)
+            for method in a:
+                assert a[method].dtype == b[method].dtype
+                assert_array_equal(a[method], b[method])
         else:
             assert a == b
 
@@ -298,6 +338,46 @@ def test_projections_survive_their_file(tmp_path):
     assert load_top_projections(path, {**key, "maps": [1]}) is None
     assert load_top_projections(tmp_path / "nowhere.npz", key) is None
     assert {file.name for file in path.parent.iterdir()} == {".deconvnet", "a.npz"}
+
+
+@pytest.mark.parametrize("planes", [1, 3])
+def test_large_tiles_are_stored_in_less_than_half_of_their_bytes_almost_as_they_are(
+    tmp_path, textures, planes
+):
+    M, k, side = 3, 5, 45
+    pixels = textures(M * k, planes, side, side).view(M, k, planes, side, side)
+    signed = ((pixels - 0.5) * 254).round().to(torch.int8).numpy()
+    photographs = (pixels.expand(M, k, 3, side, side) * 255).round().byte().numpy().copy()
+    one = projections_of(M, k)
+    values = one.values.copy()
+    values[1, 2:], values[2] = np.nan, np.nan
+    for tiles, empty in ((signed, 0), (photographs, 128)):
+        tiles[1, 2:], tiles[2] = empty, empty
+    one = replace(
+        one, values=values, tiles={"deconv": signed, "guided": -signed}, patches=photographs
+    )
+    path = tmp_path / "a.npz"
+    one.save(path)
+    two = load_top_projections(path)
+    for method in ("deconv", "guided"):
+        assert_close_tiles(two.tiles[method], one.tiles[method])
+    assert_close_tiles(two.patches, one.patches)
+    assert_array_equal(two.units, one.units)
+    assert_array_equal(two.values, one.values)
+    raw = (2 * signed[:1].nbytes + photographs[:1].nbytes) * 7 / 5
+    assert path.stat().st_size < 0.5 * raw
+    # What is loaded is the same every time.
+    assert_same(load_top_projections(path), two)
+
+
+def assert_close_tiles(tiles, expected):
+    assert tiles.dtype == expected.dtype and tiles.shape == expected.shape
+    # Tiles that are empty stay so.
+    assert_array_equal(tiles[1, 2:], expected[1, 2:])
+    assert_array_equal(tiles[2], expected[2])
+    error = tiles.astype(float) - expected
+    assert error[:2].std() < 0.25 * expected[0].std()
+    assert abs(error[0].mean()) < 2
 
 
 def test_a_damaged_file_of_projections_is_refused_in_one_line(tmp_path):
@@ -320,6 +400,9 @@ def test_a_damaged_file_of_projections_is_refused_in_one_line(tmp_path):
     np.savez(path, header=json.dumps({"format": "another"}))
     with pytest.raises(ValueError, match="not a file of top projections"):
         load_top_projections(path)
+    # Files of earlier versions are recomputed.
+    np.savez(path, header=json.dumps({"format": "deconvnet exemplars"}))
+    assert load_top_projections(path) is None
 
 
 # The checkerboard.
@@ -353,7 +436,7 @@ def test_an_uneven_convolution_has_a_checkerboard_that_normalising_removes(textu
     for overlap in ("sum", "normalised"):
         projector = Projector(net, overlap=overlap)
         top = find_top_activations(projector, images, ["3"], k=2)["3"]
-        found = project_top_activations(projector, images, "3", top)
+        found = project_fields(projector, images, "3", top)
         boards[overlap] = found.checkerboard
     # Of 11 pixels the odd ones are painted once and the even ones twice, the outermost once.
     means = np.outer([10 / 6, 1], [10 / 6, 1])
@@ -361,7 +444,7 @@ def test_an_uneven_convolution_has_a_checkerboard_that_normalising_removes(textu
     assert (boards["normalised"] < 0.5 * boards["sum"]).all()
     even = Projector(seeded(two_layers))
     top = find_top_activations(even, images, ["4"], k=2)["4"]
-    assert np.isnan(project_top_activations(even, images, "4", top).checkerboard).all()
+    assert np.isnan(project_fields(even, images, "4", top).checkerboard).all()
 
 
 # The control.
@@ -463,7 +546,13 @@ def test_a_grid_shows_maps_and_activations_in_order_with_projections_next_to_pat
     colour = np.stack([10 + number, 200 - number, 60 + 2 * number], -1)
     found = replace(
         found,
-        tiles=np.ones((M, k, 3, 4, 4), np.float16) * sign[..., None, None, None],
+        tiles={
+            "deconv": 127
+            * np.ones((M, k, 3, 4, 4), np.int8)
+            * sign[..., None, None, None].astype(np.int8)
+        },
+        reports={"deconv": found.reports["deconv"]},
+        border=np.zeros((M, k), bool),
         patches=np.ones((M, k, 3, 4, 4), np.uint8) * colour[..., None, None].astype(np.uint8),
         values=np.ones((M, k), np.float32),
     )
@@ -481,7 +570,8 @@ def test_a_grid_shows_maps_and_activations_in_order_with_projections_next_to_pat
         for rank in range(k):
             assert corners[row, rank] == [top + rank // 3 * step, left + rank % 3 * step]
             # Its projection is in the same place of the sheet on its left.
-            tile = picture[:, top + rank // 3 * step :, left + (rank % 3 - 3) * step :][:, :9, :6]
+            beside = left + (rank % 3 - 3) * step - 3 * GAP
+            tile = picture[:, top + rank // 3 * step :, beside:][:, :12, :12]
             expected = 255 if sign[row, rank] > 0 else 0
             assert (tile == expected).all(), (row, rank)
     # Two maps in a line, then the next.
@@ -496,7 +586,7 @@ def test_missing_activations_are_hatched():
     found = replace(found, values=values)
     picture = projection_grid(found, tile_width=12)
     last = picture[:, -15:, :]  # the third line of tiles
-    sheets = last[:, :, :48], last[:, :, 48:]
+    sheets = (last[:, :, left : left + 48] for left in (0, 54, 108))  # two methods, the image
     for part in sheets:
         first, *empty = (part[:, 2:11, 4 + 15 * n : 13 + 15 * n] for n in range(3))
         assert len(first.unique()) > 2
@@ -505,15 +595,122 @@ def test_missing_activations_are_hatched():
     assert torch.isfinite(picture).all() and picture.min() >= 0 and picture.max() <= 1
 
 
-def test_a_grid_and_its_control_are_side_by_side():
-    one, two = (projection_grid(projections_of(2), [n]) for n in (0, 1))
-    both = with_control(one, two, layer="features.8")
-    h, w = one.shape[1:]
-    assert torch.equal(both[:, -h:, :w], one)
-    assert any(
-        torch.equal(both[:, -h:, left : left + two.shape[2]], two)
-        for left in range(w, both.shape[2] - two.shape[2] + 1)
+def contains(page, part):
+    """Whether a picture is in another one, at its left edge."""
+    h, w = part.shape[1:]
+    return any(
+        torch.equal(page[:, top : top + h, :w], part) for top in range(page.shape[1] - h + 1)
     )
+
+
+def test_the_grid_of_a_layer_is_above_its_control():
+    found = projections_of(5)
+    page = layer_grid(found, [3, 0], control=found)
+    assert contains(page, projection_grid(found, [3, 0]))
+    h = projection_grid(found, range(CONTROL_MAPS)).shape[1]
+    assert torch.equal(page[:, -h:], layer_grid(found, [0, 1, 2])[:, -h:])
+    assert page.shape[2] <= PAGE
+
+
+def test_a_control_that_is_dead_says_so_and_does_not_vanish():
+    found = projections_of(2)
+    dead = replace(found, values=np.full_like(found.values, np.nan))
+    alone, page = layer_grid(found), layer_grid(found, control=dead)
+    assert torch.equal(page[:, : alone.shape[1]], alone)
+    below = page[:, alone.shape[1] :]
+    text, other = (projection_grid(dead, dead=t) for t in ("dead in the control", "-"))
+    assert text.shape[1] < 120 and not torch.equal(text, other)
+    assert below.shape[1] > text.shape[1] + 2 * TEXT and (below[:, -text.shape[1] :] < 0.6).any()
+
+
+def test_every_method_has_a_sheet_in_the_order_of_the_tiles():
+    found = projections_of(1, 4, side=4)
+    shape = found.patches.shape
+    full = np.full(shape, 127, np.int8)
+    found = replace(
+        found,
+        tiles={"guided": full, "deconv": -full},
+        patches=np.full(shape, 51, np.uint8),
+        border=np.zeros((1, 4), bool),
+    )
+    picture = projection_grid(found, tile_width=12)
+    row = picture[0, -8]  # through the last line of tiles
+    filled = [float(v) for v in row if v not in (PAPER, HAIRLINE)]
+    assert filled == pytest.approx([0.0] * 24 + [0.2] * 24)
+    assert (row == PAPER).sum() >= 24, "white tiles of the first method"
+
+
+def test_negative_activations_are_shown_with_the_opposite_sign_and_a_mark():
+    found = projections_of(1, 4, side=20)
+    tiles = found.tiles["guided"]
+    found = replace(
+        found,
+        tiles={"guided": tiles},
+        patches=np.full_like(found.patches, 128),
+        border=found.border,
+    )
+    negative = replace(
+        found,
+        tiles={"guided": tiles * np.array([1, -1, 1, 1], np.int8)[:, None, None, None]},
+        values=found.values * [1, -1, 1, 1],
+    )
+    one, other = (projection_grid(f, tile_width=20) for f in (found, negative))
+    changed = (one != other).any(0)[2 * TEXT + 14 :]  # below caption and heads
+    rows, columns = changed.nonzero().T
+    assert 0 < changed.sum() <= 2 * MARK**2 and rows.max() - rows.min() < MARK
+    assert columns.min() >= 20 + 2 * GAP, "the first tile is not marked"
+
+
+def test_patches_of_units_at_the_border_are_marked():
+    found = replace(projections_of(1, 4, side=20), border=np.array([[False, True, False, False]]))
+    plain = replace(found, border=np.zeros((1, 4), bool))
+    one, other = (projection_grid(f, tile_width=20) for f in (found, plain))
+    changed = (one != other).any(0)
+    paint = torch.tensor(to_rgb(BORDER))[:, None]
+    assert_allclose(one[:, changed], paint.expand(-1, int(changed.sum())), atol=0.01)
+    assert changed.sum() == MARK * (MARK + 1) / 2
+    rows, columns = changed.nonzero().T
+    # The second patch, to the right of two sheets.
+    left = 2 * (2 * (20 + GAP) + 3 * GAP) + 20 + 2 * GAP
+    assert left <= columns.min() and columns.max() == left + 19
+
+
+def test_the_caption_of_a_grid_says_what_its_reader_has_to_know():
+    found = projections_of(3, 9)
+    found = replace(
+        found,
+        windows=np.broadcast_to([-2, 4, 62, 68], (3, 9, 4)),
+        border=np.zeros((3, 9), bool),
+        reports={"guided": ProjectionReport("guided", rectified=3, switched=1)},
+    )
+    info = LayerInfo("features.8", "ReLU", (128, 20, 20), (92, 92), (4, 4), (0, 0))
+    title, caption = grid_caption(found, [0, 2], info=info, num_images=300)
+    assert title == "features.8  ·  ReLU  ·  2 of 128 maps"
+    assert caption == (
+        "The 9 strongest activations of each map in 300 images, projected to pixels (grey is "
+        "zero), and the image there. Receptive field: 92x92 pixels; tiles show the 64x64 pixels "
+        "that matter."
+    )
+    small = replace(info, field=(64, 64))
+    assert "the whole receptive field, 64x64 pixels." in grid_caption(found, info=small)[1]
+    assert "sees the whole image" in grid_caption(found, info=replace(info, field=None))[1]
+    marked = replace(
+        found,
+        values=-found.values,
+        border=np.ones((3, 9), bool),
+        reports={"deconv": ProjectionReport("deconv", rectified=3)},
+    )
+    caption = grid_caption(marked)[1]
+    for part in ("A minus marks", "Units at the border", "deconv shows the same for every image"):
+        assert part in caption
+
+
+def test_contrast_is_set_after_a_tile_is_resized():
+    fine = torch.randn(1, 3, 280, 280, generator=torch.Generator().manual_seed(0))
+    small = shade_projections(fine, width=140)
+    assert small.shape == (1, 3, 140, 140)
+    assert (small - 0.5).abs().amax() == pytest.approx(0.5) and small.std() > 0.15
+    assert resize_tiles(shade_projections(fine), 140).std() < 0.12
 
 
 def test_a_sample_of_maps_depends_on_the_seed_alone():

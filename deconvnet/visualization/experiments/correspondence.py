@@ -21,6 +21,7 @@ from deconvnet.visualization.experiments.perturbation import (
     fill_values,
     layer_title,
 )
+from deconvnet.visualization.pictures.canvas import GAP, paragraph, vstack
 from deconvnet.visualization.pictures.charts import CHART, LEFT, bar_chart
 from deconvnet.visualization.projection.projector import Projector
 
@@ -29,8 +30,8 @@ Progress = Callable[[int, int], None]
 RANDOM = "random"
 # A change below this, relative to the strongest feature of an image, is rounding without a sign.
 TOLERANCE = 1e-5
-# The width of a group of bars, in pixels.
-GROUP = 120
+# The width of a group of bars, in pixels: room for the longest name of a layer.
+GROUP = 150
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,8 @@ def correspondence(
 
 
 def correspondence_picture(scores: dict[str, dict[str, CorrespondenceScore]]) -> Tensor:
-    """A bar chart of the scores and their standard errors by layer; the control is grey."""
+    """A bar chart of the scores and their standard errors by layer, with a title; the control,
+    random boxes, is grey."""
     layers = list(next(iter(scores.values())))
     bars = {
         part: [(by_layer[layer].mean, by_layer[layer].error) for layer in layers]
@@ -142,7 +144,15 @@ def correspondence_picture(scores: dict[str, dict[str, CorrespondenceScore]]) ->
     }
     size = (CHART[0], max(CHART[1], GROUP * len(layers) + LEFT))
     names = [layer_title(layer) for layer in layers]
-    return bar_chart(bars, names, ylabel="fraction of signs that differ", size=size, plain=[RANDOM])
+    chart = bar_chart(
+        bars, names, ylabel="fraction of signs that differ", size=size, plain=[RANDOM]
+    )
+    images = next(iter(next(iter(scores.values())).values())).distances.shape[-1]
+    heading = (
+        f"Covering a part of {images} images: how differently do their features change? Lower: the "
+        "features represent the part. Bars: mean over pairs of images, and its standard error."
+    )
+    return vstack([paragraph(heading, chart.shape[2]), chart], GAP)
 
 
 def correspondence_table(scores: dict[str, dict[str, CorrespondenceScore]]) -> str:

@@ -25,7 +25,14 @@ from deconvnet.visualization.experiments.perturbation import (
     shifted,
     zoomed,
 )
-from deconvnet.visualization.pictures.canvas import GAP, hstack, resize_tiles, vstack, with_title
+from deconvnet.visualization.pictures.canvas import (
+    GAP,
+    hstack,
+    paragraph,
+    resize_tiles,
+    vstack,
+    with_title,
+)
 from deconvnet.visualization.pictures.charts import CHART, color, legend_row, line_chart
 from deconvnet.visualization.projection.projector import Projector
 
@@ -189,7 +196,12 @@ def invariance_picture(
         )
     dashed = BETWEEN if any(map(math.isfinite, result.between.values())) else None
     legend = legend_row(names, width=max(row.shape[2] for row in rows), reference=dashed)
-    return vstack([*rows, legend], 2 * GAP)
+    heading = (
+        "Distance between the features of the transformed and the original image, divided by the "
+        "norm of those of the original; 0: no change. The frame and the lines of an image have the "
+        "same colour."
+    )
+    return vstack([paragraph(heading, 2 * CHART[1]), *rows, legend], 2 * GAP)
 
 
 def _responses(

@@ -30,6 +30,7 @@ from deconvnet.visualization.pictures.canvas import (
     LINE,
     PAPER,
     hstack,
+    paragraph,
     quantile_magnitude,
     resize_tiles,
     shade_signed,
@@ -45,10 +46,13 @@ from deconvnet.visualization.pictures.charts import (
     label_map,
     shortened,
 )
+from deconvnet.visualization.projection.projection import LayerInfo
 from deconvnet.visualization.projection.projector import Projector
 
 PANEL = 240
 FRAME = 2
+# The least share of the units of a layer among which the strongest is searched.
+INNERMOST = 0.25
 BLUE, RED = 0, 5  # indices of colours in `charts`
 Progress = Callable[[int, int], None]
 
@@ -60,10 +64,10 @@ class Occlusion:
     corners: (P,) and (Q,), the first rows and columns of the square. occluder_size: its rows and
     columns; at the bottom and on the right it may reach beyond the image. layer, unit: the
     strongest activation (map, row, column) in the whole image. field: (4,), its receptive field:
-    top, left, bottom, right, clipped to the image. activity: (P, Q), the sum of its map;
-    base_activity: the same for the whole image. projection: (3, H, W), of the unit, as signed RGB.
-    tiles: (1 + M, 3, h, w), the same cropped to the field, and those of the strongest activation of
-    the map in each of M other images.
+    top, left, bottom, right, clipped to the image. activity: (P, Q), the sum of the positive values
+    of its map; base_activity: the same for the whole image. projection: (3, H, W), of the unit, as
+    signed RGB. tiles: (1 + M, 3, h, w), the same cropped to the field, and those of the strongest
+    activation of the map in each of M other images.
 
     None if the model has no classes: class_index, the correct class; probability: (P, Q), its
     probability; label: (P, Q), the most likely class; base_probabilities: (classes,), those for the
@@ -140,7 +144,9 @@ def occlusion(
     """Measure a map and the class of image x (1, C, H, W) while a grey square covers parts of it.
 
     map_index: the map; by default, the one with the strongest activation in the whole image (the
-    paper's "strongest response"). class_index: the correct class; by default, the most likely one.
+    paper's "strongest response"). At the border, units depend mostly on padding, so the activation
+    is one of those whose receptive fields lie inside the image, or of the quarter that reaches
+    beyond it the least. class_index: the correct class; by default, the most likely one.
     classes=False ignores classes, for a model whose output is something else.
 
     The square moves to 0, stride, 2 stride, ... until it reaches the border. occluder_size, stride:
@@ -165,8 +171,10 @@ def occlusion(
 
     images = x if others is None else torch.cat([x, others])
     responses = [projector.responses(single, [layer])[layer][0] for single in images.split(1)]
-    unit = _strongest(responses[0], map_index)
-    units = [(n, *_strongest(maps, unit[0])) for n, maps in enumerate(responses)]
+    info = {info.name: info for info in projector.layers(x)}[layer]
+    inside = _innermost(info, image).to(x.device)
+    unit = _strongest(responses[0], map_index, inside)
+    units = [(n, *_strongest(maps, unit[0], inside)) for n, maps in enumerate(responses)]
     projection = projector(images, layer, units)
 
     base = class_probabilities(projector, x) if classes else None
@@ -215,52 +223,99 @@ def occlusion_picture(
 
     pixels: (1 or 3, H, W) in [0, 1], the image; names: of the classes.
 
-    (a) The image, with the square in mid-grey where it reduces the map the most, and a blue frame
-    around the receptive field of the strongest activation. (b) The sum of the map, (d) the
-    probability of the correct class and (e) the most likely class, for every position of the
-    square. These maps have the frame of the image, with positions at the centre of the square; a
-    triangle at a scale marks the value for the whole image. (c) The projection of the strongest
-    activation, with the square of (a) as a red frame; if there are projections from other images,
-    all are cropped to their fields, and that of this image has a blue frame.
+    (a) The image, with the square in mid-grey and in a red frame where it reduces the map the most,
+    and a blue frame around the receptive field of the strongest activation. (b) The sum of the
+    map's positive values and (d) the probability of the correct class, over the dimmed image, and
+    (e) the most likely class, for every position of the square. These maps have the frame of the
+    image, with positions at the centre of the square; a triangle at a scale marks the value for the
+    whole image. (c) The projection of the strongest activation, with the same frames; if there are
+    projections from other images, all are cropped to their fields, and that of this image has a
+    blue frame.
     """
     H, W = result.image
     if pixels.shape not in ((1, H, W), (3, H, W)):
         raise ValueError(f"pixels of shape {tuple(pixels.shape)}: expected (1 or 3, {H}, {W})")
     box = result.boxes[result.worst]
     example = pixels[None].detach().cpu().float().clamp(0, 1).expand(-1, 3, -1, -1)
+    whole_image = _panel(example)
     example = _panel(cover_boxes(example, box[None], example.new_full((1, 1, 1, 1), 0.5)))
     example = framed(example, result.field, result.image, color(BLUE))
+    example = framed(example, box, result.image, color(RED))
     cells, size = _cells(result), (example.shape[1], example.shape[2])
-    feature, whole = f"map {result.unit[0]}, {layer_title(result.layer)}", result.base_activity
+    number, whole = result.unit[0], result.base_activity
     activity = heat_map(
-        result.activity, cells, size=size, limits=_limits(result.activity, whole), marked=whole
+        result.activity,
+        cells,
+        size=size,
+        limits=_limits(result.activity, whole),
+        marked=whole,
+        image=whole_image,
     )
     panels = [
-        (f"(a) occluded where map {result.unit[0]}\nloses the most", example, 0),
-        (f"(b) sum of\n{feature}", activity, SCALE),
-        (f"(c) strongest activation of\n{feature}", _projected(result, box), 0),
+        (f"(a) grey square where map {number}\nloses the most", example, 0),
+        (f"(b) sum of map {number}\nby centre of the square", activity, SCALE),
+        (
+            f"(c) projection of the strongest\nactivation of map {number}",
+            _projected(result, box),
+            0,
+        ),
     ]
     if result.probability is not None:
         names = _named(names)
         correct, first = (
-            shortened(str(names.get(label, label)), 26)
+            shortened(str(names.get(label, f"class {label}")), 26)
             for label in (result.class_index, int(result.base_probabilities.argmax()))
         )
         base = float(result.base_probabilities[result.class_index])
         limits = (0.0, _limits(result.probability, base)[1])
-        probability = heat_map(result.probability, cells, size=size, limits=limits, marked=base)
+        probability = heat_map(
+            result.probability, cells, size=size, limits=limits, marked=base, image=whole_image
+        )
         labels = label_map(result.label, cells, names, size=size)
         panels += [
             (f"(d) probability of\n{correct}", probability, SCALE),
             (f"(e) most likely class;\nwhole image: {first}", labels, LEGEND),
         ]
     # Columns have fixed widths, so that rows of several images line up.
-    return hstack([_column(title, panel, PANEL + more) for title, panel, more in panels], 2 * GAP)
+    row = hstack([_column(title, panel, PANEL + more) for title, panel, more in panels], 2 * GAP)
+    heading = paragraph(_heading(result), 3 * PANEL + SCALE + 4 * GAP)
+    return vstack([heading, row], GAP)
 
 
-def _strongest(maps: Tensor, map_index: int | None) -> tuple[int, int, int]:
-    """(map, row, column) of the largest of responses (K, H, W), or of those of one map."""
+def _heading(result: Occlusion) -> str:
+    """What was occluded, in pixels, and the meaning of the frames and triangles."""
+    image, square = ("{}x{}".format(*size) for size in (result.image, result.occluder_size))
+    steps = [int(first[1] - first[0]) for first in result.corners if len(first) > 1]
+    step = f" in steps of {'x'.join(map(str, dict.fromkeys(steps)))} pixels" if steps else ""
+    return (
+        f"Map {result.unit[0]} of {layer_title(result.layer)} while a grey square of {square} "
+        f"pixels moves over an image of {image} pixels{step}. Blue: receptive field of the "
+        "strongest activation; red: the square that reduces the map the most; triangle: value of "
+        "the whole image."
+    )
+
+
+def _innermost(info: LayerInfo, image: tuple[int, int]) -> Tensor:
+    """(H, W): whether a unit's receptive field lies inside an image of these sides, or is in the
+    quarter of the layer that reaches beyond it by the fewest pixels."""
+    if info.field is None:
+        return torch.ones(info.shape[1:], dtype=torch.bool)
+    beyond = []
+    for axis, size in enumerate(info.shape[1:]):
+        first = info.offset[axis] + info.stride[axis] * torch.arange(size)
+        last = first + info.field[axis]
+        beyond.append((-first).clamp(min=0) + (last - image[axis]).clamp(min=0))
+    total = beyond[0][:, None] + beyond[1]
+    return total <= total.double().quantile(INNERMOST, interpolation="lower")
+
+
+def _strongest(maps: Tensor, map_index: int | None, inside: Tensor) -> tuple[int, int, int]:
+    """(map, row, column) of the largest of responses (K, H, W), or of those of one map.
+
+    inside: (H, W), the positions to search.
+    """
     K, H, W = maps.shape
+    maps = maps.masked_fill(~inside, -torch.inf)
     if map_index is not None and not 0 <= map_index < K:
         raise ValueError(f"map_index {map_index}: the layer has {K} maps, numbered from 0")
     if map_index is None:
@@ -271,8 +326,11 @@ def _strongest(maps: Tensor, map_index: int | None) -> tuple[int, int, int]:
 
 
 def _activity(maps: Tensor, map_index: int) -> Tensor:
-    """(N,): the sum of one map of responses (N, K, H, W)."""
-    return maps[:, map_index].double().sum((1, 2))
+    """(N,): the sum of the positive values of one map of responses (N, K, H, W).
+
+    In a layer without a rectifier, negative values would outweigh the few strong ones.
+    """
+    return maps[:, map_index].double().clamp(min=0).sum((1, 2))
 
 
 def _checked_size(
@@ -337,15 +395,11 @@ def _cells(result: Occlusion) -> Cells:
 def _projected(result: Occlusion, box: Tensor) -> Tensor:
     """Panel (c): the projection with the square as a frame, or tiles if there are other images."""
     if len(result.tiles) == 1:
-        whole = result.projection[None]
-        return framed(
-            _panel(shade_signed(whole, quantile_magnitude(whole))), box, result.image, color(RED)
-        )
+        whole = _panel(result.projection[None], signed=True)
+        whole = framed(whole, result.field, result.image, color(BLUE))
+        return framed(whole, box, result.image, color(RED))
     columns = math.ceil(math.sqrt(len(result.tiles)))
-    shown = [
-        _panel(t[None], columns)
-        for t in shade_signed(result.tiles, quantile_magnitude(result.tiles))
-    ]
+    shown = [_panel(tile[None], columns, signed=True) for tile in result.tiles]
     h, w = shown[0].shape[1:]
     shown[0] = framed(shown[0], torch.tensor([0, 0, h, w]), (h, w), color(BLUE))
     return vstack([hstack(shown[n : n + columns], GAP) for n in range(0, len(shown), columns)], GAP)
@@ -364,11 +418,15 @@ def framed(picture: Tensor, box: Tensor, image: tuple[int, int], paint: Tensor) 
     return torch.where(inside(0) & ~inside(FRAME), paint[:, None, None], picture)
 
 
-def _panel(tile: Tensor, columns: int = 1) -> Tensor:
-    """(3, h, w): a tile (1, 3, h, w) resized for one of `columns` columns of a panel."""
+def _panel(tile: Tensor, columns: int = 1, *, signed: bool = False) -> Tensor:
+    """(3, h, w): a tile (1, 3, h, w) resized for one of `columns` columns of a panel.
+
+    signed: whether it is a projection, which is then shaded.
+    """
     h, w = tile.shape[2:]
     side = (PANEL - (columns - 1) * GAP) // columns
-    return resize_tiles(tile, max(1, side * w // max(h, w)))[0]
+    tile = resize_tiles(tile, max(1, side * w // max(h, w)))
+    return (shade_signed(tile, quantile_magnitude(tile)) if signed else tile)[0]
 
 
 def _column(title: str, panel: Tensor, width: int) -> Tensor:

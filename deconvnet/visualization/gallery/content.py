@@ -1,54 +1,71 @@
 """The content of the gallery: the result of a visualization as layers, maps, images and captions.
 
-Only the images of the explorer are passed through the network again; everything else is in the
-result.
+What the search has kept is in the result. One more pass over a sample of the images surveys what
+the maps do elsewhere (`survey`), and the images of the explorer pass the network again.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from deconvnet.images.decoding import shown_name
-from deconvnet.network.metrics import snr
-from deconvnet.operators.pooling import max_pool
 from deconvnet.visualization.evolution.evolution import Evolution
-from deconvnet.visualization.gallery.gallery import (
-    Caption,
+from deconvnet.visualization.gallery.exhibits import (
+    Control,
+    Example,
+    Figure,
     GalleryImage,
     GalleryLayer,
     GalleryMap,
-    ImageLayer,
-    Part,
-    write_gallery,
+    Source,
+)
+from deconvnet.visualization.gallery.explorer import explorer_image
+from deconvnet.visualization.gallery.gallery import write_gallery
+from deconvnet.visualization.gallery.photographs import Photographs
+from deconvnet.visualization.gallery.relatives import (
+    SOURCES,
+    closest,
+    filter_weights,
+    pooled_maps,
+    separate_sources,
+    similarities,
+)
+from deconvnet.visualization.gallery.survey import Survey, survey_layers
+from deconvnet.visualization.gallery.wording import (
+    METHOD_NAMES,
+    border_sentences,
+    figure_caption,
+    method_sentences,
+    report_sentences,
+    subtitle_of,
+    title_of,
 )
 from deconvnet.visualization.pictures.canvas import quantile_magnitude, shade_signed
-from deconvnet.visualization.pictures.projection_grids import (
-    pixel_filters,
-    shade_projections,
-)
-from deconvnet.visualization.projection.feature_projection import signed_rgb
-from deconvnet.visualization.projection.projection import LayerInfo, tile_boxes
+from deconvnet.visualization.pictures.projection_grids import pixel_filters, shade_projections
+from deconvnet.visualization.projection.projection import LayerInfo, crop
 from deconvnet.visualization.result import VisualizationResult
-from deconvnet.visualization.search.top_activations import Progress
+from deconvnet.visualization.search.top_activations import Progress, get_image
+from deconvnet.visualization.search.top_projections import TopProjections
 
-# For each image of the explorer, and each layer.
-SHOWN_PARTS = 12
-SHOWN_MAPS = 12
-# Larger maps are reduced to this side by max pooling.
-MAP_SIDE = 120
+# Images in the explorer, spread evenly over all.
+EXPLORER = 8
+# Maps of the control to show in each layer.
+CONTROL_MAPS = 6
 
 
 def write_result_gallery(
     folder: Path,
     result: VisualizationResult,
     *,
-    explorer_images: int = 8,
+    explorer_images: int = EXPLORER,
     notes: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Path:
@@ -56,62 +73,117 @@ def write_result_gallery(
 
     explorer_images: images in the explorer, spread evenly over all; notes: further paragraphs.
     """
-    model, projections = result.model, result.projections
     count = min(explorer_images, len(result.images))
     numbers = np.linspace(0, len(result.images) - 1, count).round().astype(int).tolist()
     steps = itertools.count(1)
-    total = sum(len(p.maps) for p in projections.values()) + count
+    total = sum(len(p.maps) for p in result.projections.values()) + count
 
     def step() -> None:
         if progress:
             progress(next(steps), total)
 
-    figures = {
-        name: picture for name, picture in result.pictures.items() if name not in projections
-    }
-    facts = {
-        "network": model.name,
-        "weights": model.weights,
-        "sha256 of its parameters": model.digest,
-        "images searched": len(result.images),
-        "projection method": result.projector.method,
-    }
+    def images() -> Iterator[GalleryImage]:
+        for number in numbers:
+            yield explorer_image(result, number)
+            step()
+
+    surveys = survey_layers(
+        result.projector, result.images, partial(_searched, result), list(result.projections)
+    )
+    names = [_short_name(name) for name in result.images.names]
     return write_gallery(
         folder,
-        title=model.name,
-        facts=facts,
-        layers=(_gallery_layer(result, layer, step) for layer in projections),
-        images=(_explorer_image(result, number, step) for number in numbers),
-        figures=figures,
-        notes=[*(f"{layer}: {p.report}" for layer, p in projections.items()), *notes],
+        title=title_of(result),
+        subtitle=subtitle_of(result),
+        facts=_facts(result),
+        layers=(
+            _gallery_layer(result, layer, surveys[layer], names, step)
+            for layer in result.projections
+        ),
+        images=images(),
+        photographs=Photographs(names, _Pictures(result.images)),
+        figures=[
+            Figure(picture, figure_caption(name, result.projections))
+            for name, picture in result.pictures.items()
+            if name not in result.projections
+        ],
+        notes=[
+            *(
+                f"{layer}, {METHOD_NAMES.get(method, method)}: {report_sentences(report)}"
+                for layer, projections in result.projections.items()
+                for method, report in projections.reports.items()
+            ),
+            *notes,
+        ],
     )
 
 
+class _Pictures:
+    """The images of a data set without their labels."""
+
+    def __init__(self, images: Sequence):
+        self.images = images
+
+    def __getitem__(self, number: int) -> Tensor:
+        return get_image(self.images[number])
+
+
+def _short_name(name: str) -> str:
+    """The name of an image with its folder, which is often its class."""
+    return "/".join(Path(name).parts[-2:])
+
+
+def _facts(result: VisualizationResult) -> dict[str, str | int]:
+    model = result.model
+    return {
+        "network": model.name,
+        "weights": model.weights,
+        "images searched": len(result.images),
+        "sha256 of its parameters": model.digest,
+    }
+
+
+def _searched(result: VisualizationResult, image: Tensor) -> dict[str, Tensor]:
+    """By layer, the positions (H, W) whose receptive field lies inside an image (3, H, W), for
+    layers without border units among their examples."""
+    projector = result.projector
+    infos = projector.layers(projector.prepare(image[None]))
+    return {
+        info.name: info.inside(tuple(image.shape[1:]))
+        for info in infos
+        if info.name in result.projections and not result.projections[info.name].border.any()
+    }
+
+
 def _gallery_layer(
-    result: VisualizationResult, layer: str, step: Callable[[], None]
+    result: VisualizationResult,
+    layer: str,
+    survey: Survey,
+    names: list[str],
+    step: Callable[[], None],
 ) -> GalleryLayer:
     info, top = result.infos[layer], result.top_activations[layer]
     projections = result.projections[layer]
-    filters = pixel_filters(result.projector)
-    is_first = filters is not None and filters[0] == layer.partition("#")[0]
-    tiles = shade_signed(filters[1]) if is_first else None
     facts: dict[str, str | float] = {
         "dead maps": int(top.dead.sum()),
-        "maps shown": len(projections.maps),
         "active positions": f"{top.density_sum.mean() / top.num_images:.2%}",
     }
     boards = projections.checkerboard[np.isfinite(projections.checkerboard)]
     if len(boards):
         facts["checkerboard (median)"] = f"{np.median(boards):.2f}"
+    content = _LayerContent.of(result, layer, survey, names)
     return GalleryLayer(
         layer,
         layer,
-        (_gallery_map(result, layer, row, tiles, step) for row in range(len(projections.maps))),
+        (content.map(row, step) for row in range(len(projections.maps))),
         kind=_kind(result, info),
         shape=info.shape,
         field=info.field,
         stride=info.stride,
         facts=facts,
+        control=_control(result, layer),
+        below=content.below,
+        notes=[*method_sentences(projections), *border_sentences(projections)],
     )
 
 
@@ -120,131 +192,198 @@ def _kind(result: VisualizationResult, info: LayerInfo) -> str:
         return info.kind
     number = int(info.name.removeprefix("layer"))
     size = result.projector.model.layer(number).settings.filter_size
-    return f"deconvolution, {size}x{size} filters"
+    return f"deconvolution, {size}×{size} filters"
 
 
-def _gallery_map(
-    result: VisualizationResult,
-    layer: str,
-    row: int,
-    filters: Tensor | None,
-    step: Callable[[], None],
-) -> GalleryMap:
-    projections, top = result.projections[layer], result.top_activations[layer]
-    names, contrast = result.images.names, result.contrast
-    count, number = projections.count(row), int(projections.maps[row])
-    captions = []
-    for (image, _, i, j), value in zip(
-        projections.units[row, :count].tolist(),
-        projections.values[row, :count].tolist(),
-        strict=True,
-    ):
-        captions.append(Caption(Path(names[image]).name, value, f"unit at row {i}, column {j}"))
+def _control(result: VisualizationResult, layer: str) -> Control | None:
     control = result.control.get(layer)
-    statistics = {
-        "strongest activation": float(np.abs(projections.values[row, 0])),
-        "mean of the strongest per image": float(top.peak_sum[number] / top.num_images),
-        "active in images, %": 100 * float(top.active_images[number] / top.num_images),
-        "active positions, %": 100 * float(top.density_sum[number] / top.num_images),
-    }
-    e = result.evolutions.get(layer)
-    has_evolution = e is not None and number in e.maps
-    step()
-    return GalleryMap(
-        number,
-        shade_projections(projections.tiles[row, :count], contrast=contrast),
-        torch.from_numpy(projections.patches[row, :count]).float() / 255,
-        captions,
-        statistics,
-        filter=None if filters is None else filters[number],
-        control=(
-            shade_projections(control.tiles[row, : control.count(row)], contrast=contrast)
-            if control is not None and control.count(row)
-            else None
-        ),
-        evolution=_evolution_tiles(e, e.maps.index(number)) if has_evolution else None,
-        epochs=e.epochs if has_evolution else (),
-    )
+    if control is None:
+        return None
+    shown = {}
+    for row in range(min(len(control.maps), CONTROL_MAPS)):
+        tiles = _shaded(control, row, control.methods[0], result.contrast)
+        shown[int(control.maps[row])] = tiles if len(tiles) else None
+    return Control(shown)
+
+
+def _shaded(projections: TopProjections, row: int, method: str, contrast: float) -> Tensor:
+    """The tiles of a map by one method, (k, 3, h, w) in [0, 1], with the signs of the activations
+    taken out."""
+    count = projections.count(row)
+    signs = projections.signs[row, :count, None, None, None].astype(np.float32)
+    tiles = torch.from_numpy(projections.tiles[method][row, :count].astype(np.float32) * signs)
+    return shade_projections(tiles, contrast=contrast)
+
+
+@dataclass(frozen=True)
+class _LayerContent:
+    """What the maps of one layer need, computed once.
+
+    filters: of all maps, shaded, if the layer sees pixels; similar, coactive: (M, M) and (K, K);
+    below: the name of the layer that its maps are made of; weights: (K, C), of these.
+    """
+
+    result: VisualizationResult
+    layer: str
+    survey: Survey
+    names: list[str]
+    filters: Tensor | None
+    similar: np.ndarray
+    coactive: np.ndarray | None
+    below: str | None
+    weights: np.ndarray | None
+
+    @classmethod
+    def of(
+        cls, result: VisualizationResult, layer: str, survey: Survey, names: list[str]
+    ) -> _LayerContent:
+        projections, projector = result.projections[layer], result.projector
+        filters = pixel_filters(projector)
+        is_first = filters is not None and filters[0] == layer.partition("#")[0]
+        # Of unit strength, with the sign taken out, zero where there is no activation.
+        tiles = projections.tiles[projections.methods[0]][:, 0].astype(np.float32)
+        strongest = torch.from_numpy(tiles * projections.signs[:, 0, None, None, None])
+        number = int(layer.removeprefix("layer")) if projector.is_deconvnet else 0
+        weights = filter_weights(projector.model, number) if number > 1 else None
+        return cls(
+            result,
+            layer,
+            survey,
+            names,
+            shade_signed(filters[1]) if is_first else None,
+            similarities(strongest),
+            survey.correlations(),
+            f"layer{number - 1}" if number > 1 else None,
+            weights,
+        )
+
+    def map(self, row: int, step: Callable[[], None]) -> GalleryMap:
+        """The map in this row of the projections."""
+        result, projections = self.result, self.result.projections[self.layer]
+        top, number = result.top_activations[self.layer], int(projections.maps[row])
+        count = projections.count(row)
+        spectrum, spectrum_patches = self._spectrum(row)
+        e = result.evolutions.get(self.layer)
+        has_evolution = e is not None and number in e.maps
+        patches = torch.from_numpy(projections.patches[row, :count]).float() / 255
+        step()
+        return GalleryMap(
+            number,
+            {
+                method: _shaded(projections, row, method, result.contrast)
+                for method in projections.methods
+            },
+            patches if count else None,
+            [self._example(row, rank) for rank in range(count)],
+            label=self._label(number),
+            statistics={
+                "strongest activation": float(np.abs(projections.values[row, 0])) if count else 0.0,
+                "mean of the strongest per image": float(top.peak_sum[number] / top.num_images),
+                "active in images, %": 100 * float(top.active_images[number] / top.num_images),
+                "active positions, %": 100 * float(top.density_sum[number] / top.num_images),
+            },
+            filter=None if self.filters is None else self.filters[number],
+            spectrum=spectrum,
+            spectrum_patches=spectrum_patches,
+            histogram=self.survey.histogram(number),
+            similar=closest(self.similar[row], projections.maps, number),
+            coactive=self._coactive(number),
+            sources=self._sources(row) if count else (),
+            evolution=_evolution_tiles(e, e.maps.index(number)) if has_evolution else None,
+            epochs=e.epochs if has_evolution else (),
+        )
+
+    def _label(self, number: int) -> str:
+        """The class of a map, if there is one map for each."""
+        labels, shape = self.result.model.labels, self.result.infos[self.layer].shape
+        is_output = labels is not None and shape[0] == len(labels) and shape[1:] == (1, 1)
+        return labels[number] if is_output else ""
+
+    def _example(self, row: int, rank: int) -> Example:
+        projections = self.result.projections[self.layer]
+        image, _, i, j = projections.units[row, rank].tolist()
+        return Example(
+            self.names[image],
+            float(projections.values[row, rank]),
+            image,
+            (i, j),
+            projections.boxes[row, rank].tolist(),
+            projections.windows[row, rank].tolist(),
+            bool(projections.border[row, rank]),
+        )
+
+    def _spectrum(self, row: int) -> tuple[list[Example], Tensor | None]:
+        """Examples at lower activations, and the image there."""
+        projections, info = self.result.projections[self.layer], self.result.infos[self.layer]
+        number = int(projections.maps[row])
+        strongest = projections.units[row, : projections.count(row), 0].tolist()
+        examples, patches = [], []
+        for share, n in self.survey.spectrum(number, without=strongest):
+            image = int(self.survey.images[n])
+            unit = int(self.survey.rows[n, number]), int(self.survey.columns[n, number])
+            pixels = get_image(self.result.images[image])
+            size = tuple(pixels.shape[1:])
+            window = _window_of(unit, info, row, projections, size)
+            patch = crop(pixels[None], torch.tensor([window]), fill=0.5)[0]
+            tile = projections.patches.shape[3:]
+            if tuple(patch.shape[1:]) != tile:
+                patch = F.interpolate(patch[None], tile, mode="bilinear", antialias=True)[0]
+            patches.append(patch)
+            value = float(self.survey.peaks[n, number])
+            examples.append(
+                Example(self.names[image], value, image, unit, window=window, share=share)
+            )
+        return examples, torch.stack(patches).clamp(0, 1) if patches else None
+
+    def _coactive(self, number: int) -> list[tuple[int, float]]:
+        if self.coactive is None:
+            return []
+        shown = self.result.projections[self.layer].maps
+        return closest(self.coactive[number, shown], shown, number)
+
+    def _sources(self, row: int) -> list[Source]:
+        """The maps below with the largest weights, and what each adds to the strongest example."""
+        if self.weights is None:
+            return []
+        projector, projections = self.result.projector, self.result.projections[self.layer]
+        net, depth = projector.model, int(self.layer.removeprefix("layer"))
+        image, number, i, j = projections.units[row, 0].tolist()
+        channels = np.argsort(-self.weights[number], kind="stable")[:SOURCES]
+        channels = [int(c) for c in channels if self.weights[number, c] > 0]
+        x = projector.prepare(get_image(self.result.images[image])[None])
+        codes = projector.backend.codes(x, depth)
+        parts = separate_sources(net, codes, depth, (0, number, i, j), channels)
+        windows = torch.from_numpy(projections.windows[row, :1]).expand(len(parts), -1)
+        tiles = projector.signed_rgb(crop(parts, windows)).cpu() * float(projections.signs[row, 0])
+        # One scale for all, so that a reader sees which of them matter.
+        shaded = shade_signed(tiles, quantile_magnitude(tiles.flatten()[None], 0.995))
+        return [
+            Source(pooled_maps(net, depth, c), float(self.weights[number, c]), picture)
+            for c, picture in zip(channels, shaded, strict=True)
+        ]
+
+
+def _window_of(
+    unit: tuple[int, int],
+    info: LayerInfo,
+    row: int,
+    projections: TopProjections,
+    image: tuple[int, int],
+) -> list[int]:
+    """What a tile of a unit (row, column) shows: the window of the strongest example in a row of
+    the projections, moved by the distance of the two units; along an axis where it is the whole
+    image, it stays."""
+    window = projections.windows[row, 0].tolist()
+    if info.stride is None:  # units without a place of their own
+        return window
+    strongest = projections.units[row, 0, 2:].tolist()
+    for axis, (n, m, step) in enumerate(zip(unit, strongest, info.stride, strict=True)):
+        if window[axis::2] != [0, image[axis]]:
+            window[axis] += (n - m) * step
+            window[axis + 2] += (n - m) * step
+    return window
 
 
 def _evolution_tiles(e: Evolution, row: int) -> Tensor:
     tiles = e.tiles[:, row].float()
     return shade_signed(tiles, quantile_magnitude(tiles))
-
-
-def _explorer_image(
-    result: VisualizationResult, number: int, step: Callable[[], None]
-) -> GalleryImage:
-    pixels = result.images[number]
-    layers = [_image_layer(result, pixels, layer) for layer in result.projections]
-    step()
-    return GalleryImage(shown_name(Path(result.images.names[number]).name), pixels, layers)
-
-
-def _image_layer(result: VisualizationResult, pixels: Tensor, layer: str) -> ImageLayer:
-    """One image in one layer: reconstruction, strongest maps, strongest activations."""
-    projector = result.projector
-    x = projector.prepare(pixels[None])
-    strength = projector.responses(x, [layer])[layer][0].cpu().float()
-    peaks, positions = strength.flatten(1).max(1)
-    order = peaks.argsort(descending=True, stable=True)[:SHOWN_MAPS]
-    order = order[peaks[order] > 0]
-    if projector.is_deconvnet:
-        units = _strongest_units(strength)
-    else:
-        # Neighbours in one map would look almost the same: take the strongest of each map.
-        W = strength.shape[2]
-        units = [(0, k, int(positions[k]) // W, int(positions[k]) % W) for k in order.tolist()]
-    parts = []
-    if units:
-        projection = projector(x, layer, units)
-        tiles = projector.signed_rgb(projection.tiles()).cpu()
-        boxes = tile_boxes(projection.fields, tuple(x.shape[2:]))
-        parts = [
-            Part(unit[1], float(value), picture, box=box.tolist())
-            for unit, value, picture, box in zip(
-                units,
-                projection.values,
-                shade_projections(tiles, contrast=result.contrast),
-                boxes,
-                strict=True,
-            )
-        ]
-    # Nine in ten of the active positions in the shown maps are below white.
-    white = float(quantile_magnitude(strength[order].clamp(min=0)[None], 0.9))
-    maps = [(k, _map_picture(strength[k], white)) for k in order.tolist()]
-    reconstruction, facts = _reconstruction(result, x, layer)
-    return ImageLayer(layer, reconstruction, facts, maps, parts)
-
-
-def _strongest_units(strength: Tensor) -> list[tuple[int, int, int, int]]:
-    _, H, W = strength.shape
-    values, order = strength.flatten().sort(descending=True, stable=True)
-    order = order[:SHOWN_PARTS][values[:SHOWN_PARTS] > 0].tolist()
-    return [(0, n // (H * W), n // W % H, n % W) for n in order]
-
-
-def _map_picture(z: Tensor, white: float) -> Tensor:
-    """A map (H, W) as a picture (3, h, w): black is zero or below; large maps are max-pooled."""
-    z = z[None, None].clamp(min=0)
-    while max(z.shape[2:]) > MAP_SIDE:
-        z = max_pool(z, (1, 2, 2))[0]
-    return (z[0] / max(white, 1e-12)).clamp(0, 1).expand(3, -1, -1)
-
-
-def _reconstruction(
-    result: VisualizationResult, x: Tensor, layer: str
-) -> tuple[Tensor | None, dict]:
-    """The reconstruction of an image by a layer of a deconvolutional network, and its facts."""
-    projector = result.projector
-    if not projector.is_deconvnet:
-        return None, {}
-    net, number = projector.model, int(layer.removeprefix("layer"))
-    codes = projector.backend.codes(x, number)
-    reconstruction = net.synthesize(codes, number)
-    white = 3 * codes.y.std().clamp(min=1e-12)
-    facts = {
-        "SNR": f"{snr(codes.y, reconstruction):.1f} dB",
-        "non-zero": f"{codes.layer(number).density:.2%} of z",
-    }
-    return shade_signed(signed_rgb(net, reconstruction), white)[0].cpu(), facts

@@ -1,8 +1,8 @@
 """Picture files of a web page: sprite sheets with many tiles, and single pictures.
 
-This module defines which types of pictures are accepted, in which format each is stored, and how
-tiles are arranged in a sheet; `sprite_style` gives the CSS that shows one. Callers limit their
-size.
+This module defines which types of pictures are accepted, in which format each is stored (WebP, or
+PNG if tiles are so small that every pixel counts), and how tiles are arranged in a sheet;
+`sprite_style` gives the CSS that shows one. Callers limit their size.
 
 Pictures are float tensors (3, H, W), or (1, H, W), in [0, 1], or uint8 arrays (H, W, 3); several of
 one size have one more axis in front. In signed pictures, zero is grey (0.5).
@@ -11,7 +11,7 @@ one size have one more axis in front. In signed pictures, zero is grey (0.5).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +24,10 @@ Picture = Tensor | np.ndarray
 
 GREY = 128
 GAP = 2
-# Tiles of at least this side are compressed to half their size: photographs as JPEG, and signed
-# pictures, whose zero must stay a single grey, as PNG with 64 levels from black to white.
+# Sheets of smaller tiles are PNG files, which keep every pixel; larger ones are WebP files.
 LARGE = 32
-JPEG = {"quality": 85, "subsampling": 0}
-LEVELS = (4 * ((np.arange(256) - GREY) / 4).round() + GREY).clip(0, 255).astype(np.uint8)
+WEBP = {"quality": 80, "method": 4}
+# Run-length encoding is ten times faster than the default, and these files are smaller.
 Z_RLE = 3
 
 
@@ -66,18 +65,23 @@ def check_picture(picture: Picture, where: str) -> Tensor:
     return picture.clamp(0, 1)
 
 
-def write_sprite_sheet(
-    root: Path,
-    name: str,
-    tiles: Sequence[np.ndarray | None],
-    *,
-    photographs: bool = False,
-) -> dict:
+def write_sprite_sheet(root: Path, name: str, tiles: Sequence[np.ndarray | None]) -> dict:
     """Write tiles (h, w, 3) into one file with gaps between them; returns their layout.
 
     All cells have the size of the largest tile; smaller tiles are centred. None leaves a cell
     empty; the indices of these cells are in `empty`.
     """
+    return write_sprite_sheets(root, name, {"": tiles})[""]
+
+
+def write_sprite_sheets(
+    root: Path, name: str, groups: Mapping[str, Sequence[np.ndarray | None]]
+) -> dict[str, dict]:
+    """The same for several groups of tiles, one after the other in one file; layouts by group.
+
+    `first` is the cell of a group's first tile. Groups without tiles have no layout.
+    """
+    tiles = [tile for group in groups.values() for tile in group]
     present = [tile for tile in tiles if tile is not None]
     h, w = (max(tile.shape[axis] for tile in present) for axis in (0, 1))
     columns = len(tiles) if len(tiles) <= 10 else math.ceil(math.sqrt(len(tiles) * h / w))
@@ -90,15 +94,16 @@ def write_sprite_sheet(
         top = number // columns * (h + GAP) + (h - th) // 2
         left = number % columns * (w + GAP) + (w - tw) // 2
         page[top : top + th, left : left + tw] = tile
-    if photographs and min(h, w) >= LARGE:
-        file = _save(root, name, page, ".jpg", **JPEG)
-    else:
-        # Run-length encoding is ten times faster than the default, and these files are smaller.
-        page = LEVELS[page] if min(h, w) >= LARGE else page
-        file = _save(root, name, page, ".png", compress_type=Z_RLE)
-    empty = [number for number, tile in enumerate(tiles) if tile is None]
-    sheet = {"file": file, "count": len(tiles), "columns": columns, "width": w, "height": h}
-    return {**sheet, "empty": empty} if empty else sheet
+    layout = {"columns": columns, "rows": rows, "width": w, "height": h}
+    layout = {"file": _save(root, name, page, large=min(h, w) >= LARGE), **layout}
+    sheets, first = {}, 0
+    for key, group in groups.items():
+        empty = [number for number, tile in enumerate(group) if tile is None]
+        if group:
+            sheets[key] = {**layout, "first": first, "count": len(group)}
+            sheets[key] |= {"empty": empty} if empty else {}
+        first += len(group)
+    return sheets
 
 
 def write_picture(
@@ -107,9 +112,8 @@ def write_picture(
     """Write a picture into its own file; `pixels` are its rows and columns before any reduction."""
     page = _bytes(picture, largest)
     large = photographs and min(page.shape[:2]) >= LARGE
-    file = _save(root, name, page, ".jpg", **JPEG) if large else _save(root, name, page, ".png")
     return {
-        "file": file,
+        "file": _save(root, name, page, large=large),
         "width": page.shape[1],
         "height": page.shape[0],
         "pixels": [int(side) for side in picture.shape[1:]],
@@ -118,11 +122,10 @@ def write_picture(
 
 def sprite_style(sheet: dict, index: int) -> str:
     """The CSS of an element that shows one tile of a sheet, at any size of the element."""
-    column, row = index % sheet["columns"], index // sheet["columns"]
-    rows = -(-sheet["count"] // sheet["columns"])
+    row, column = divmod(sheet["first"] + index, sheet["columns"])
     wide, high = (
         n * (side + GAP) - GAP
-        for n, side in ((sheet["columns"], sheet["width"]), (rows, sheet["height"]))
+        for n, side in ((sheet["columns"], sheet["width"]), (sheet["rows"], sheet["height"]))
     )
     left, top = (
         100 * n * (side + GAP) / (total - side) if total > side else 0
@@ -145,11 +148,15 @@ def _bytes(picture: Tensor, largest: int) -> np.ndarray:
     return (picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
 
 
-def _save(root: Path, name: str, page: np.ndarray, suffix: str, **options: int) -> str:
-    """Write a picture (H, W, 3), as grey if it has no colour; returns its path from the page."""
-    grey = bool((page == page[..., :1]).all())
-    image = Image.fromarray(np.ascontiguousarray(page[..., 0]) if grey else page)
-    path = root / f"{name}{suffix}"
+def _save(root: Path, name: str, page: np.ndarray, *, large: bool) -> str:
+    """Write a picture (H, W, 3) as WebP if it is large, else as PNG, in which a picture without
+    colour is grey; returns its path from the page."""
+    path = root / f"{name}{'.webp' if large else '.png'}"
     path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path, **options)
+    if large:
+        Image.fromarray(np.ascontiguousarray(page)).save(path, **WEBP)
+    else:
+        grey = bool((page == page[..., :1]).all())
+        page = np.ascontiguousarray(page[..., 0] if grey else page)
+        Image.fromarray(page).save(path, compress_type=Z_RLE)
     return path.relative_to(root).as_posix()

@@ -56,6 +56,12 @@ class Normalization:
             pixels = pixels.flip(1)
         return (pixels - self._column(self.mean, pixels)) / self._column(self.std, pixels)
 
+    def pixels(self, images: Tensor) -> Tensor:
+        """Convert images in the input space (N, 3 or 1, H, W) back to RGB pixels (N, 3, H, W)."""
+        _check_planes("images", images, 1 if self.order == "grey" else 3)
+        planes = images * self._column(self.std, images) + self._column(self.mean, images)
+        return planes.flip(1) if self.order == "bgr" else planes.expand(-1, 3, -1, -1)
+
     def signed_rgb(self, images: Tensor) -> Tensor:
         """Convert images in the input space to signed RGB (N, 3, H, W) in units of pixels.
 

@@ -1,7 +1,8 @@
 """Tiles, grids and captions for all pictures, as tensors (3, H, W) in [0, 1].
 
 Signed tiles are shaded symmetrically about mid-grey, which is zero. Pixels are enlarged by whole
-factors without smoothing, and reduced with smoothing.
+factors without smoothing where this fills the room, and reduced with smoothing. A hairline around
+each tile separates white tiles from the paper.
 """
 
 from __future__ import annotations
@@ -16,11 +17,16 @@ from torch import Tensor
 
 # The background; all sizes are in pixels.
 PAPER = 1.0
+HAIRLINE = 0.75
 TILE = 44
 GAP = 3
 PAGE = 1600
 FONT = 13
 LINE = 20
+# The distance of two lines of a text, relative to the size of its letters.
+SPACING = 1.4
+# The least share of the available width that a tile fills.
+FILLED = 0.8
 
 
 def tile_grid(
@@ -39,25 +45,34 @@ def tile_grid(
 
 
 def arrange_tiles(tiles: Tensor, columns: int) -> Tensor:
-    """Tiles (K, 3, h, w) as a grid on white, without resizing them."""
+    """Tiles (K, 3, h, w) as a grid on white, each in a hairline, without resizing them."""
     K, _, h, w = tiles.shape
     rows = -(-K // columns)
     page = torch.full((3, rows * (h + GAP) + GAP, columns * (w + GAP) + GAP), PAPER)
     for k, picture in enumerate(tiles):
         top, left = GAP + k // columns * (h + GAP), GAP + k % columns * (w + GAP)
+        page[:, top - 1 : top + h + 1, left - 1 : left + w + 1] = HAIRLINE
         page[:, top : top + h, left : left + w] = picture
     return page
 
 
-def resize_tiles(tiles: Tensor, width: int) -> Tensor:
-    """Resize tiles (K, 3, h, w) to at most this width: enlarge by a whole factor, or reduce."""
+def resize_tiles(tiles: Tensor, width: int, *, least: int | None = None) -> Tensor:
+    """Resize tiles (K, 3, h, w) to at most this width, and at least `least`.
+
+    least: by default, four fifths of the width. Tiles are enlarged by a whole factor if one fits,
+    and interpolated otherwise. Values stay in the range of each tile, which may be signed. Set the
+    contrast of a tile after it is resized: the fine structure of a reduced tile averages to little
+    contrast.
+    """
     tiles = tiles.cpu().float()
     h, w = tiles.shape[2:]
-    if w <= width:
-        zoom = width // w
+    zoom = width // w
+    if zoom * w >= (FILLED * width if least is None else least):
         return tiles.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
     size = (max(1, round(h * width / w)), width)
-    return F.interpolate(tiles, size, mode="bilinear", antialias=True).clamp(0, 1)
+    low, high = (bound(tiles.flatten(1), 1).view(-1, 1, 1, 1) for bound in (torch.amin, torch.amax))
+    resized = F.interpolate(tiles, size, mode="bilinear", antialias=True)
+    return torch.minimum(torch.maximum(resized, low), high)
 
 
 def shade_signed(tiles: Tensor, magnitude: float | Tensor | None = None) -> Tensor:
@@ -84,13 +99,33 @@ def quantile_magnitude(tiles: Tensor, quantile: float = 0.99) -> Tensor:
     return torch.stack(magnitudes).view(-1, 1, 1, 1)
 
 
-def text_block(lines: str, width: int, height: int) -> Tensor:
-    """Lines of black text on white, (3, height, width)."""
+def text_block(
+    lines: str, width: int, height: int, *, size: int = FONT, color: str = "black"
+) -> Tensor:
+    """Lines of text on white, (3, height, width)."""
     canvas = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(canvas)
-    font = ImageFont.load_default(FONT)
-    draw.multiline_text((GAP, GAP), lines, fill="black", font=font, spacing=4)
+    font = ImageFont.load_default(size)
+    draw.multiline_text((GAP, GAP), lines, fill=color, font=font, spacing=4)
     return torch.from_numpy(np.array(canvas)).permute(2, 0, 1) / 255
+
+
+def paragraph(text: str, width: int, *, size: int = FONT, color: str = "black") -> Tensor:
+    """(3, height, width): text broken into lines of at most this width."""
+    font, lines = ImageFont.load_default(size), [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".lstrip()
+        if font.getlength(longer) <= width - 2 * GAP or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    step = round(SPACING * size)
+    return vstack([text_block(line, width, step, size=size, color=color) for line in lines])
+
+
+def plain_number(value: float) -> str:
+    """Three significant digits, or all digits before the point: 0.0718, 8.82, 52.3, 1350."""
+    return f"{value:.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
 
 
 def with_title(title: str, picture: Tensor) -> Tensor:

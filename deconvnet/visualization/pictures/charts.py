@@ -8,6 +8,7 @@ Charts have no titles: `canvas.with_title` adds them in the font of all other ca
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -33,10 +34,15 @@ DPI = 100
 TYPE, SMALL = 9.4, 8
 CHART = (230, 300)
 SCALE = 74
-LEGEND = 140
+LEGEND = 160
 LEFT, BOTTOM, MARGIN = 56, 42, 12
 LEGEND_LINE = 20
 MOST_LABELS = 6
+# From the left of a legend's entry to its name, and from its end to the next entry, in pixels.
+ENTRY, BESIDE = 32, 12
+# The opacity of a heat map over an image, and the range of greys of that image.
+OPACITY = 0.6
+DIMMED = (0.2, 0.9)
 
 
 @dataclass(frozen=True)
@@ -145,7 +151,8 @@ def bar_chart(
         )
     axes.set_xticks(range(len(groups)), groups, fontsize=SMALL)
     axes.set_ylabel(ylabel, fontsize=TYPE)
-    axes.set_ylim(0, 1.3 * axes.get_ylim()[1])  # room for the legend
+    legend_rows = -(-len(bars) // 2)
+    axes.set_ylim(0, (1.12 + 0.12 * legend_rows) * axes.get_ylim()[1])  # room for the legend
     axes.grid(axis="y", color=NOWHERE, linewidth=0.8)
     if bars:
         _legend(axes, columns=2)
@@ -153,7 +160,10 @@ def bar_chart(
 
 
 def legend_row(names: Sequence[str], *, width: int, reference: str | None = None) -> Tensor:
-    """A legend in rows, for several charts with the same lines and dashed reference line."""
+    """A legend in rows, for several charts with the same lines and dashed reference line.
+
+    All entries are as wide as the widest, so that no name overlaps the next entry.
+    """
     from matplotlib.lines import Line2D
 
     lines = [Line2D([], [], **_line(number)) for number in range(len(names))]
@@ -161,18 +171,19 @@ def legend_row(names: Sequence[str], *, width: int, reference: str | None = None
     if reference:
         lines.append(Line2D([], [], **REFERENCE))
         names.append(reference)
-    columns = max(1, width // LEGEND)
+    entry = max([LEGEND, *(ENTRY + _text_width(name) + BESIDE for name in names)])
+    columns = max(1, width // entry)
     figure = _figure(LEGEND_LINE * -(-len(lines) // columns), width)
     for number, (line, name) in enumerate(zip(lines, names, strict=True)):
         row, column = divmod(number, columns)
-        axes = _axes(figure, row * LEGEND_LINE, column * LEGEND, LEGEND_LINE, LEGEND)
+        axes = _axes(figure, row * LEGEND_LINE, column * entry, LEGEND_LINE, entry)
         axes.set_axis_off()
-        axes.set_xlim(0, LEGEND)
+        axes.set_xlim(0, entry)
         axes.set_ylim(-1, 1)
         line.set_data([4, 15, 26], [0, 0, 0])
         line.set_markevery([1])
         axes.add_line(line)
-        axes.text(32, 0, name, fontsize=TYPE, va="center_baseline", ha="left")
+        axes.text(ENTRY, 0, name, fontsize=TYPE, va="center_baseline", ha="left")
     return _picture(figure)
 
 
@@ -183,13 +194,14 @@ def heat_map(
     size: tuple[int, int],
     limits: tuple[float, float] | None = None,
     marked: float | None = None,
+    image: Tensor | None = None,
 ) -> Tensor:
     """A map (P, Q) of an image in a frame of `size` (height, width) pixels, with a scale.
 
     The frame is at the top left of the picture, so that it lines up with a tile of this size; the
     scale adds SCALE pixels on the right. Positions without a cell or a finite value are pale grey.
     limits: of the scale, by default the range of the values. marked: a value to mark on the scale,
-    such as that of the whole image.
+    such as that of the whole image. image: (3, h, w) in [0, 1], to show in grey through the map.
     """
     values = values.detach().cpu().double()
     finite = values[values.isfinite()].tolist()
@@ -197,9 +209,12 @@ def heat_map(
     if low == high:  # a scale needs a length; the only value is then in its middle
         low, high = low - 0.5, high + 0.5
     figure, axes, left = _map_frame(cells, size, SCALE)
-    image = axes.imshow(
+    if image is not None:
+        axes.imshow(_dimmed(image), extent=(0, cells.image[1], cells.image[0], 0), aspect="auto")
+    heat = axes.imshow(
         np.ma.masked_invalid(np.asarray(values)),
         cmap=HEAT,
+        alpha=1 if image is None else OPACITY,
         vmin=low,
         vmax=high,
         extent=cells.extent(tuple(values.shape)),
@@ -208,9 +223,10 @@ def heat_map(
     )
     _framed(axes, cells)
     bar = _axes(figure, 4, left + 8, size[0] - 8, 12)
-    figure.colorbar(image, cax=bar)
+    bar.set_facecolor(str(sum(DIMMED) / 2))  # as behind the map, so that colours are equal
+    figure.colorbar(heat, cax=bar)
     bar.tick_params(labelsize=SMALL, length=3)
-    bar.yaxis.get_offset_text().set_fontsize(SMALL)
+    bar.ticklabel_format(axis="y", style="plain", useOffset=False)
     if marked is not None and low <= marked <= high:
         bar.plot(-0.35, marked, marker=">", color="black", clip_on=False, markersize=5)
     return _picture(figure)
@@ -252,8 +268,31 @@ def label_map(
     for number, (fill, name) in enumerate(entries):
         line = 4 + number * LEGEND_LINE
         legend.fill([8, 20, 20, 8], [line, line, line + 12, line + 12], color=fill, linewidth=0)
-        legend.text(26, line + 6, shortened(name), fontsize=TYPE, va="center", ha="left")
+        legend.text(26, line + 6, _fitted(name, LEGEND - 28), fontsize=TYPE, va="center", ha="left")
     return _picture(figure)
+
+
+def _dimmed(image: Tensor) -> np.ndarray:
+    """(h, w, 3): an image (3, h, w) in grey, with less contrast."""
+    low, high = DIMMED
+    grey = low + (high - low) * image.detach().cpu().mean(0, keepdim=True)
+    return grey.expand(3, -1, -1).permute(1, 2, 0).numpy()
+
+
+def _text_width(text: str) -> int:
+    """The width of a text of the size of legends in pixels."""
+    from matplotlib.textpath import TextPath
+
+    # TextPath sizes letters in points; at DPI pixels an inch a point is DPI / 72 pixels.
+    return math.ceil(TextPath((0, 0), text or " ", size=TYPE).get_extents().x1 * DPI / 72)
+
+
+def _fitted(name: str, width: int) -> str:
+    """A name shortened to this width in pixels; the first of class names such as "a, b, c"."""
+    name = shortened(name)
+    while len(name) > 1 and _text_width(name) > width:
+        name = f"{name.removesuffix('…')[:-1]}…"
+    return name
 
 
 def _line(number: int) -> dict[str, object]:

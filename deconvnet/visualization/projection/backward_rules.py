@@ -7,7 +7,9 @@ filters and max pooling through its switches. The differences are:
     rectifier    deconv    max(signal, 0), whatever the units of the forward pass were
                  guided    the same, and only where the unit was active (Springenberg et al. 2015)
                  gradient  where the unit was active, of either sign
+    smooth rectifier            like a rectifier: GELU, SiLU, Hardswish, Mish, ELU
     contrast normalisation      skipped: the signal passes unchanged
+    layer and group norm        the statistics are constants, as those of batch normalisation
     sigmoid gate of a product   a constant: no signal passes through the gate itself
 
 The rules act on the operations of the backward pass, not on modules, so they also apply to
@@ -17,7 +19,7 @@ functional, shared and in-place rectifiers.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -28,9 +30,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from deconvnet.operators.arithmetic import is_uneven
 from deconvnet.operators.arithmetic import overlap as overlap_counts
-from deconvnet.visualization.projection.autograd_graph import SKIPPED, Operations, pair
+from deconvnet.visualization.projection.autograd_graph import pair
+from deconvnet.visualization.projection.hand_written import HandWritten
+from deconvnet.visualization.projection.operations import SKIPPED, Operations
 
 METHODS = ("deconv", "guided", "gradient")
+# The method that depends on the layer.
+AUTO = "auto"
 OVERLAPS = ("sum", "normalised")
 
 aten = torch.ops.aten
@@ -40,6 +46,10 @@ RECTIFIERS = {
     aten.leaky_relu_backward.default,
     aten.elu_backward.default,
     aten._prelu_kernel_backward.default,
+    aten.gelu_backward.default,
+    aten.silu_backward.default,
+    aten.hardswish_backward.default,
+    aten.mish_backward.default,
 }
 SWITCHES = {
     aten.max_pool2d_with_indices_backward.default,
@@ -59,7 +69,7 @@ class SkippedResponseNorm(torch.autograd.Function):
         return signal, None, None, None, None
 
 
-assert SkippedResponseNorm.__name__ == SKIPPED, "autograd_graph identifies it by its name"
+assert SkippedResponseNorm.__name__ == SKIPPED, "operations identifies it by its name"
 
 
 class SkippedNormalization(TorchFunctionMode):
@@ -105,6 +115,8 @@ class BackwardRules(TorchDispatchMode):
             self.counts["switched"] += 1
         elif func is aten.convolution_backward.default:
             return self._convolution(func, args, kwargs)
+        elif func in NORMS and self.method != "gradient":
+            return NORMS[func](*args, **kwargs)
         return func(*args, **kwargs)
 
     def _rectify(self, func: object, args: tuple) -> object:
@@ -128,6 +140,44 @@ class BackwardRules(TorchDispatchMode):
         if not self.local:
             return func(*args, **kwargs)
         return _local_transpose(signal, x, weight, stride, padding, dilation, groups), None, None
+
+
+def _layer_norm(
+    signal: Tensor,
+    x: Tensor,
+    shape: list[int],
+    mean: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    *_: object,
+) -> tuple[Tensor, None, None]:
+    """The way down through (x - mean) scale weight if mean and scale are constants."""
+    signal = signal * scale
+    return signal if weight is None else signal * weight, None, None
+
+
+def _group_norm(
+    signal: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    N: int,
+    C: int,
+    positions: int,
+    groups: int,
+    *_: object,
+) -> tuple[Tensor, None, None]:
+    """The same for groups of channels; scale: (N, groups)."""
+    columns = scale.reshape(N, groups).repeat_interleave(C // groups, 1)
+    columns = columns if weight is None else columns * weight
+    return signal * columns.reshape(N, C, *[1] * (signal.dim() - 2)), None, None
+
+
+NORMS = {
+    aten.native_layer_norm_backward.default: _layer_norm,
+    aten.native_group_norm_backward.default: _group_norm,
+}
 
 
 def overlaps_unevenly(
@@ -212,18 +262,33 @@ def _overlapping(first: int, size: int, limit: int) -> tuple[slice, slice]:
 
 @contextmanager
 def node_rules(operations: Operations, method: str, gates: str) -> Iterator[None]:
-    """The rules for single nodes of the graph: gates, and clamps, whose backward pass consists of
-    operations that other nodes have, too."""
+    """The rules for single nodes of the graph: gates, clamps and activations written by hand, whose
+    backward pass consists of operations that other nodes have, too."""
     with ExitStack() as undo:
         if method != "gradient":
             rule = _rectify_input if method == "deconv" else _rectify_output
             for node in operations.clamps:
                 undo.callback(node.register_hook(rule).remove)
+            for activation in operations.hand_written:
+                hook = _activation_rule(activation, method)
+                undo.callback(activation.node.register_hook(hook).remove)
         if method != "gradient" and gates == "constant":
             for node in operations.gates:
                 hook = node.register_hook(lambda below, above: (None,) * len(below))
                 undo.callback(hook.remove)
         yield
+
+
+def _activation_rule(activation: HandWritten, method: str) -> Callable[[tuple, tuple], tuple]:
+    """The rule for a product x g(x): x gets the signal of a rectifier, and g gets none."""
+
+    def rule(below: tuple[Tensor, ...], above: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+        signal = above[0].clamp(min=0)
+        if method == "guided":
+            signal = signal * activation.is_active()
+        return tuple(signal if slot == activation.slot else None for slot in range(len(below)))
+
+    return rule
 
 
 def _rectify_input(below: tuple[Tensor, ...], above: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -1,20 +1,26 @@
 """Projections of any trained network: its backward pass with modified rules.
 
+The method auto chooses one for each layer, from the operations between the layer and the pixels.
+With deconv, the image enters only through the switches of max pooling, so a network without them
+would give the same picture for every image: there the method is guided.
+
 If the model allows it, a unit is projected from a window of its image that is little larger than
 its receptive field (`local_windows`), otherwise from the whole image.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from deconvnet.visualization.projection.autograd_graph import Operations, read_operations
 from deconvnet.visualization.projection.backward_rules import (
+    AUTO,
     METHODS,
     OVERLAPS,
     BackwardRules,
@@ -24,12 +30,14 @@ from deconvnet.visualization.projection.backward_rules import (
 from deconvnet.visualization.projection.forward_pass import ForwardPass, LayerOutput
 from deconvnet.visualization.projection.local_windows import WindowPlan, plan_windows
 from deconvnet.visualization.projection.model_isolation import isolated
+from deconvnet.visualization.projection.operations import Operations, read_operations
 from deconvnet.visualization.projection.projection import (
     LayerInfo,
     Projection,
     ProjectionReport,
     UnevenOverlap,
     check_units,
+    counted,
     crop,
 )
 from deconvnet.visualization.projection.receptive_fields import FieldGeometries, trace_fields
@@ -40,6 +48,16 @@ MOST_WINDOWS = 64
 # The difference that another input size may make, relative to the largest activation; rounding
 # makes far less.
 ROUNDING = 1e-3
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class MethodChoice:
+    """The methods for a layer, the most informative first, and why, in words."""
+
+    methods: tuple[str, ...]
+    reason: str
 
 
 class CnnBackend:
@@ -57,7 +75,7 @@ class CnnBackend:
         local: bool,
     ):
         for key, value, choices in (
-            ("method", method, METHODS),
+            ("method", method, (AUTO, *METHODS)),
             ("gates", gates, GATES),
             ("overlap", overlap, OVERLAPS),
         ):
@@ -65,11 +83,9 @@ class CnnBackend:
                 raise ValueError(f"{key}={value}: choose one of {', '.join(choices)}")
         self.method, self.strict, self.gates = method, strict, gates
         self.overlap, self.batch, self.local = overlap, batch, local
-        self._constant_gates = gates == "constant" and method != "gradient"
-        self._forward = ForwardPass(
-            model, skip_normalization=method != "gradient", constant_gates=self._constant_gates
-        )
-        self._plans: dict[tuple[str | int, ...], WindowPlan | None] = {}
+        self._forward = ForwardPass(model)
+        self._plans: dict[tuple[str | int | bool, ...], WindowPlan | None] = {}
+        self._choices: dict[tuple[str | int | bool, ...], MethodChoice] = {}
 
     @property
     def model(self) -> nn.Module:
@@ -81,8 +97,9 @@ class CnnBackend:
         return tensors[0].device if tensors else torch.device("cpu")
 
     def layers(self, x: Tensor) -> list[LayerInfo]:
+        modified = self.method != "gradient"
         with isolated(self.model):
-            return self._forward.layers(x)
+            return self._forward.layers(x, skip_normalization=modified, **self._constants(modified))
 
     def responses(
         self, x: Tensor, layers: list[str], reduce: Callable[[str, Tensor], object]
@@ -94,53 +111,98 @@ class CnnBackend:
         with isolated(self.model), torch.no_grad():
             return self._forward.outputs(x)
 
+    def methods_of(self, x: Tensor, layer: str) -> tuple[str, ...]:
+        if self.method == "gradient":
+            return ("gradient",)
+        if self.method != AUTO:
+            return self.method, "guided" if self.method == "deconv" else "deconv"
+        return self._choose(x, layer).methods
+
+    def _choose(self, x: Tensor, layer: str) -> MethodChoice:
+        """The methods for a layer with auto, read from a forward pass of the first image."""
+        key = _key(x, layer)
+        if key not in self._choices:
+            with isolated(self.model), torch.enable_grad():
+                self._forward.find_suspects(x[:1], layer, skip_normalization=True)
+                operations = self._read(self._up_to(x[:1], layer, True), True)
+            self._choices[key] = choice = _choice(operations, strict=self.strict)
+            if choice.methods == ("gradient",):
+                logger.warning("layer %s: its gradient is shown, because %s", layer, choice.reason)
+        return self._choices[key]
+
+    def _reasons(self, x: Tensor, layer: str) -> dict[str, str]:
+        choice = self._choices.get(_key(x, layer))
+        return {choice.methods[0]: choice.reason} if choice else {}
+
     def project(
-        self, x: Tensor, layer: str, units: Tensor | list, seeds: Tensor | None
-    ) -> Projection:
+        self,
+        x: Tensor,
+        layer: str,
+        units: Tensor | list,
+        seeds: Tensor | None,
+        methods: Sequence[str],
+    ) -> dict[str, Projection]:
+        """{method: projection of the units}; deconv and guided share one forward pass."""
         # Maps and positions are checked once the shape of the layer is known.
         units = check_units(units, len(x), layer)
         if len(units) == 0:
             empty = units.new_zeros(0, 4)
-            report = ProjectionReport(self.method)
-            return Projection(units, x[:0], empty, empty, x.new_zeros(0), report)
+            return {
+                method: Projection(
+                    units, x[:0], empty, empty, x.new_zeros(0), ProjectionReport(method)
+                )
+                for method in methods
+            }
+        results: dict[str, Projection] = {}
         with isolated(self.model), torch.enable_grad():
-            self._forward.find_suspects(x[:1], layer)
-            plan = self._window_plan(x, layer) if self.local else None
-            if plan is not None:
-                check_units(units, len(x), layer, plan.shape)
-                try:
-                    return self._project_in_windows(x, layer, units, seeds, plan)
-                except _WindowMismatch:
-                    self._plans[_plan_key(x, layer)] = None
-            return self._project_in_images(x, layer, units, seeds)
+            for modified in (True, False):
+                group = [method for method in methods if (method != "gradient") == modified]
+                if group:
+                    task = _Task(layer, tuple(group), modified, self._reasons(x, layer))
+                    results |= self._project(x, task, units, seeds)
+        return {method: results[method] for method in methods}
+
+    def _project(
+        self, x: Tensor, task: _Task, units: Tensor, seeds: Tensor | None
+    ) -> dict[str, Projection]:
+        self._forward.find_suspects(x[:1], task.layer, skip_normalization=task.modified)
+        plan = self._window_plan(x, task) if self.local else None
+        if plan is not None:
+            check_units(units, len(x), task.layer, plan.shape)
+            try:
+                return self._project_in_windows(x, task, units, seeds, plan)
+            except _WindowMismatch:
+                self._plans[(*_key(x, task.layer), task.modified)] = None
+        return self._project_in_images(x, task, units, seeds)
 
     def _project_in_images(
-        self, x: Tensor, layer: str, units: Tensor, seeds: Tensor | None
-    ) -> Projection:
+        self, x: Tensor, task: _Task, units: Tensor, seeds: Tensor | None
+    ) -> dict[str, Projection]:
         """Project units from their whole images, `batch` images at a time."""
-        result = None
+        results: dict[str, _Result] = {}
         for images in torch.unique(units[:, 0]).split(self.batch):
             chosen = torch.isin(units[:, 0], images).nonzero()[:, 0]
-            output = self._forward.up_to(x[images.to(x.device)], layer)
-            check_units(units[chosen], len(x), layer, tuple(output.maps.shape[1:]))
-            operations = self._read(output)
-            part = self._project_graph(
-                operations, output, images, layer, units[chosen], _select(seeds, chosen)
+            output = self._up_to(x[images.to(x.device)], task.layer, task.modified)
+            check_units(units[chosen], len(x), task.layer, tuple(output.maps.shape[1:]))
+            operations = self._read(output, task.modified)
+            parts = self._project_graph(
+                operations, output, images, task, units[chosen], _select(seeds, chosen)
             )
-            result = result or _Result(len(units), x, part)
-            result.put(chosen, part)
-        return result.projection(units)
+            for method, part in parts.items():
+                result = results.setdefault(method, _Result(len(units), x, part))
+                result.put(chosen, part)
+        return {method: result.projection(units) for method, result in results.items()}
 
     def _project_in_windows(
-        self, x: Tensor, layer: str, units: Tensor, seeds: Tensor | None, plan: WindowPlan
-    ) -> Projection:
+        self, x: Tensor, task: _Task, units: Tensor, seeds: Tensor | None, plan: WindowPlan
+    ) -> dict[str, Projection]:
         """Project units from windows of their images, those of one size together.
 
         Raises _WindowMismatch if the model performs other operations on a window than on the image.
         """
         windows = plan.windows(units)
         sizes, group = torch.unique(windows[:, 2:] - windows[:, :2], dim=0, return_inverse=True)
-        result = None
+        results: dict[str, _Result] = {}
         for number, (height, width) in enumerate(sizes.tolist()):
             # As many pixels at a time as `batch` images have.
             count = max(1, self.batch * x.shape[2] * x.shape[3] // (height * width))
@@ -148,42 +210,44 @@ class CnnBackend:
                 boxes = windows[chosen]
                 local_units = plan.units_in_windows(units[chosen], boxes)
                 cropped = crop(x[units[chosen, 0].to(x.device)], boxes)
-                part = self._project_window(
-                    cropped, layer, local_units, _select(seeds, chosen), plan
+                parts = self._project_window(
+                    cropped, task, local_units, _select(seeds, chosen), plan
                 )
-                result = result or _Result(len(units), x, part)
-                result.put_windows(chosen, part, boxes)
-        return result.projection(units)
+                for method, part in parts.items():
+                    result = results.setdefault(method, _Result(len(units), x, part))
+                    result.put_windows(chosen, part, boxes)
+        return {method: result.projection(units) for method, result in results.items()}
 
     def _project_window(
-        self, x: Tensor, layer: str, units: Tensor, seeds: Tensor | None, plan: WindowPlan
-    ) -> Projection:
+        self, x: Tensor, task: _Task, units: Tensor, seeds: Tensor | None, plan: WindowPlan
+    ) -> dict[str, Projection]:
         """Project one unit from each of some windows x (U, C, h, w)."""
         try:
-            output = self._forward.up_to(x, layer, checked=True)
+            output = self._up_to(x, task.layer, task.modified, checked=True)
         except Exception as error:  # a model may raise anything for an unexpected size
             raise _WindowMismatch from error
-        operations = self._read(output)
+        operations = self._read(output, task.modified)
         if [op.name for op in operations.order] != plan.operations:
             raise _WindowMismatch
-        return self._project_graph(operations, output, torch.arange(len(x)), layer, units, seeds)
+        return self._project_graph(operations, output, torch.arange(len(x)), task, units, seeds)
 
-    def _window_plan(self, x: Tensor, layer: str) -> WindowPlan | None:
+    def _window_plan(self, x: Tensor, task: _Task) -> WindowPlan | None:
         """The windows for the units of a layer; None if they need the whole image."""
-        key = _plan_key(x, layer)
+        key = (*_key(x, task.layer), task.modified)
         if key not in self._plans:
-            output = self._forward.up_to(x[:1], layer)
-            operations = read_operations(output.y, constant_gates=self._constant_gates)
-            geometries = FieldGeometries(output.leaf, constant_gates=self._constant_gates)
+            output = self._up_to(x[:1], task.layer, task.modified)
+            constants = self._constants(task.modified)
+            operations = read_operations(output.y, **constants)
+            geometries = FieldGeometries(output.leaf, **constants)
             geometry, shape = geometries.at(output.y.grad_fn), tuple(output.maps.shape[1:])
             plan = plan_windows(operations, shape, geometry, tuple(x.shape[2:]))
             maps = output.maps.detach()[0]
-            if plan is not None and not self._windows_agree(x[:1], layer, maps, plan):
+            if plan is not None and not self._windows_agree(x[:1], task, maps, plan):
                 plan = None
             self._plans[key] = plan
         return self._plans[key]
 
-    def _windows_agree(self, x: Tensor, layer: str, maps: Tensor, plan: WindowPlan) -> bool:
+    def _windows_agree(self, x: Tensor, task: _Task, maps: Tensor, plan: WindowPlan) -> bool:
         """Whether windows of the image x give its maps (K, H, W), tested at the strongest response
         and in the middle. A model may use coordinates that depend on the size of its input, which
         the list of operations does not show."""
@@ -193,7 +257,7 @@ class CnnBackend:
             window = plan.windows(unit)
             i, j = plan.units_in_windows(unit, window)[0, 2:].tolist()
             try:
-                output = self._forward.up_to(crop(x, window), layer, checked=True)
+                output = self._up_to(crop(x, window), task.layer, task.modified, checked=True)
                 response = output.maps.detach()[0, :, i, j]
             except Exception:  # a model may raise anything for an unexpected size
                 return False
@@ -202,57 +266,93 @@ class CnnBackend:
                 return False
         return True
 
-    def _read(self, output: LayerOutput) -> Operations:
-        return read_operations(output.y, constant_gates=self._constant_gates, marked=output.marked)
+    def _constants(self, modified: bool) -> dict[str, bool]:
+        """What is constant on the way down; modified: with deconv and guided, not the gradient."""
+        return {
+            "constant_gates": modified and self.gates == "constant",
+            "constant_statistics": modified,
+        }
+
+    def _up_to(
+        self, x: Tensor, layer: str, modified: bool, *, checked: bool = False
+    ) -> LayerOutput:
+        return self._forward.up_to(x, layer, skip_normalization=modified, checked=checked)
+
+    def _read(self, output: LayerOutput, modified: bool) -> Operations:
+        return read_operations(output.y, marked=output.marked, **self._constants(modified))
 
     def _project_graph(
         self,
         operations: Operations,
         output: LayerOutput,
         images: Tensor,
-        layer: str,
+        task: _Task,
         units: Tensor,
         seeds: Tensor | None,
-    ) -> Projection:
+    ) -> dict[str, Projection]:
         """Project units through the graph of a forward pass; images: the numbers of its images."""
-        self._refuse_unsupported(operations, layer)
+        self._refuse_unsupported(operations, task)
         leaf, maps = output.leaf, output.maps
         fields, boxes = (self._boxes(operations, units, output, clip) for clip in (False, True))
-        uneven = self._uneven(operations, leaf)
+        uneven = self._uneven(operations, leaf, task.modified)
         n, k, i, j = units.to(maps.device).unbind(1)
         n = torch.searchsorted(images.to(n.device), n.contiguous())
         values = maps.detach()[n, k, i, j]
         seeds = values if seeds is None else seeds.to(values)
-        projections = leaf.new_zeros(len(units), *leaf.shape[1:])
+        projections = {
+            method: leaf.new_zeros(len(units), *leaf.shape[1:]) for method in task.methods
+        }
+        counts: dict[str, Counter[str]] = {}
         # Project one unit of each image at a time.
         rounds = _occurrences(units[:, 0])
         for number in range(int(rounds.max()) + 1):
             chosen = (rounds == number).nonzero()[:, 0].to(maps.device)
             seed = torch.zeros_like(maps)
             seed[n[chosen], k[chosen], i[chosen], j[chosen]] = seeds[chosen]
-            seed = seed.movedim(1, 3) if output.maps_last else seed.reshape(output.y.shape)
-            signal, counts = self._backward(operations, output.y, leaf, seed)
-            projections[chosen] = signal[n[chosen]]
-        report = ProjectionReport(
-            self.method,
+            seed = output.as_output(seed)
+            for method in task.methods:
+                signal, counts[method] = self._backward(method, operations, output.y, leaf, seed)
+                projections[method][chosen] = signal[n[chosen]]
+        return {
+            method: Projection(
+                units,
+                projections[method],
+                boxes,
+                fields,
+                values,
+                self._report(method, operations, counts[method], uneven, task),
+            )
+            for method in task.methods
+        }
+
+    def _report(
+        self,
+        method: str,
+        operations: Operations,
+        counts: Counter[str],
+        uneven: tuple[UnevenOverlap, ...],
+        task: _Task,
+    ) -> ProjectionReport:
+        return ProjectionReport(
+            method,
             operations.exact,
             operations.linear,
             operations.extended,
             operations.skipped,
             operations.unsupported,
-            rectified=counts["rectified"] + len(operations.clamps),
+            rectified=counts["rectified"] + len(operations.clamps) + len(operations.hand_written),
             switched=counts["switched"],
             uneven=uneven,
             overlap=self.overlap,
+            reason=task.reasons.get(method, ""),
         )
-        return Projection(units, projections, boxes, fields, values, report)
 
     def _backward(
-        self, operations: Operations, y: Tensor, leaf: Tensor, seed: Tensor
+        self, method: str, operations: Operations, y: Tensor, leaf: Tensor, seed: Tensor
     ) -> tuple[Tensor, Counter[str]]:
         """The signal at the leaf for a seed at y, and how often rules were applied."""
-        rules = BackwardRules(self.method, overlap=self.overlap, local=self.local)
-        with node_rules(operations, self.method, self.gates), rules:
+        rules = BackwardRules(method, overlap=self.overlap, local=self.local)
+        with node_rules(operations, method, self.gates), rules:
             (signal,) = torch.autograd.grad(
                 y, leaf, seed, retain_graph=True, allow_unused=True, materialize_grads=True
             )
@@ -267,9 +367,11 @@ class CnnBackend:
         )
         return torch.from_numpy(np.ascontiguousarray(fields.transpose(0, 2, 1))).flatten(1)
 
-    def _uneven(self, operations: Operations, leaf: Tensor) -> tuple[UnevenOverlap, ...]:
+    def _uneven(
+        self, operations: Operations, leaf: Tensor, modified: bool
+    ) -> tuple[UnevenOverlap, ...]:
         names = {p.data_ptr(): name for name, p in self.model.named_parameters()}
-        geometries = FieldGeometries(leaf, constant_gates=self._constant_gates)
+        geometries = FieldGeometries(leaf, **self._constants(modified))
         uneven = []
         for op in operations.convolutions:
             weight, stride = op.saved("weight"), op.pair("stride")
@@ -281,17 +383,33 @@ class CnnBackend:
                 uneven.append(UnevenOverlap(name, kernel, stride, period))
         return tuple(uneven)
 
-    def _refuse_unsupported(self, operations: Operations, layer: str) -> None:
+    def _refuse_unsupported(self, operations: Operations, task: _Task) -> None:
         unsupported = operations.unsupported
-        if self.strict and self.method != "gradient" and unsupported:
-            names = ", ".join(f"{name} x{n}" for name, n in sorted(unsupported.items()))
+        if self.strict and task.modified and unsupported:
             remedy = (
                 "compiled parts hide their operations; pass the uncompiled model"
                 if any("compiled" in name for name in unsupported)
                 else "strict=False uses their gradients and reports them, method='gradient' needs "
                 "no rules"
             )
-            raise ValueError(f"layer {layer!r}: {self.method} has no rule for {names}; {remedy}")
+            raise ValueError(
+                f"layer {task.layer!r}: {task.methods[0]} has no rule for "
+                f"{counted(unsupported)}; {remedy}"
+            )
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A layer to project, with methods that share a forward pass.
+
+    modified: whether they are deconv and guided, whose backward pass differs from the gradient.
+    reasons: by method, why it was chosen.
+    """
+
+    layer: str
+    methods: tuple[str, ...]
+    modified: bool
+    reasons: dict[str, str]
 
 
 class _WindowMismatch(Exception):
@@ -328,7 +446,17 @@ class _Result:
         return Projection(units, self.images, self.boxes, self.fields, self.values, self.report)
 
 
-def _plan_key(x: Tensor, layer: str) -> tuple[str | int, ...]:
+def _choice(operations: Operations, *, strict: bool) -> MethodChoice:
+    """The methods for a layer above these operations."""
+    if strict and operations.unsupported:
+        reason = f"deconv has no rule for {counted(operations.unsupported)}"
+        return MethodChoice(("gradient",), reason)
+    if operations.switches:
+        return MethodChoice(("deconv", "guided"), "")
+    return MethodChoice(("guided", "deconv"), "no switch of max pooling is passed")
+
+
+def _key(x: Tensor, layer: str) -> tuple[str | int, ...]:
     return layer, x.shape[2], x.shape[3]
 
 

@@ -7,7 +7,7 @@ switches of inference are fixed (Zeiler et al. 2011). It is applied to one activ
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -86,8 +86,22 @@ class DeconvNetBackend:
     def outputs(self, x: Tensor) -> Tensor | None:
         return None
 
-    @plain
+    def methods_of(self, x: Tensor, layer: str) -> tuple[str, ...]:
+        return ("generative",)
+
     def project(
+        self,
+        x: Tensor,
+        layer: str,
+        units: Tensor | list,
+        seeds: Tensor | None,
+        methods: Sequence[str],
+    ) -> dict[str, Projection]:
+        projection = self._project(x, layer, units, seeds)
+        return dict.fromkeys(methods, projection)
+
+    @plain
+    def _project(
         self, x: Tensor, layer: str, units: Tensor | list, seeds: Tensor | None
     ) -> Projection:
         number, net = self._number(layer), self.model

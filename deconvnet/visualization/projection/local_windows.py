@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deconvnet.visualization.projection.autograd_graph import (
-    LEAF,
+from deconvnet.visualization.projection.autograd_graph import LEAF, Operation, output_shape
+from deconvnet.visualization.projection.map_axis import VIEWS, unflattened_shape
+from deconvnet.visualization.projection.operations import (
     NORMALIZATIONS,
     OTHER_RECTIFIERS,
     RECTIFIERS,
     SKIPPED,
-    Operation,
     Operations,
 )
 from deconvnet.visualization.projection.receptive_fields import FieldGeometry
@@ -98,4 +98,13 @@ def _is_alike(op: Operation) -> bool:
         return op.is_convolution and not op.saved("transposed")
     if op.name in ("Cat", "Split", "SplitWithSizes"):
         return int(op.saved("dim")) in (1, -3)
+    if op.name in ("Permute", "Transpose"):
+        return len(output_shape(op.node, 0)) == 4
+    if op.name in (*VIEWS, "Addmm", "Mm"):
+        # A linear layer on maps (N, H, W, C): it works on a table of their positions.
+        return any(
+            unflattened_shape(node) is not None for node in (op.node, *(n for n, _ in op.inputs))
+        )
+    if op.name == "NativeLayerNorm":
+        return len(op.saved("normalized_shape")) == 1
     return op.name in ALIKE

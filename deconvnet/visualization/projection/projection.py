@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,8 +15,13 @@ from torch import Tensor
 
 from deconvnet.support.validation import as_tensor
 
+if TYPE_CHECKING:
+    from deconvnet.visualization.projection.projector import Projector
+
 # Names to suggest for one that does not exist.
 SUGGESTIONS = 3
+# What a report says of deconv without switches.
+SAME_PICTURE = "no switch is passed, so the picture is the same whatever the image"
 
 Units = Sequence[tuple[int, int, int, int]] | Tensor
 
@@ -63,10 +70,10 @@ class Projection:
 
     units: (U, 4), image, map, row, column. images: (U, C, H, W), the projections in the space that
     of the network's input (normalised, preprocessed); zero where there is no signal. boxes: (U, 4),
-    the
-    receptive fields in pixels as top, left, bottom, right, the last two exclusive, clipped to the
-    image. fields: (U, 4), the same without clipping, all of one size. values: (U,), the
-    activations. report: how faithful the projection is to the paper.
+    the receptive fields in pixels as top, left, bottom, right, the last two exclusive, clipped to
+    the image. fields: (U, 4), the same without clipping, all of one size. values: (U,), the
+    activations. report: how faithful the projection is to the paper. source: what was projected, as
+    a picture needs it. In a notebook, a projection shows its picture.
     """
 
     units: Tensor
@@ -75,9 +82,31 @@ class Projection:
     fields: Tensor
     values: Tensor
     report: ProjectionReport
+    source: Source | None = field(default=None, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.units)
+
+    def picture(self) -> Tensor:
+        """(3, H, W) in [0, 1]: each unit's projection, and the image there; see
+        `pictures.projection_picture`."""
+        from deconvnet.visualization.pictures.projection_picture import projection_picture
+
+        return projection_picture(self)
+
+    def save(self, path: str | Path) -> None:
+        """Write the picture to a PNG file; raises ForeignFileError rather than replace a file that
+        this package did not write."""
+        from deconvnet.monitoring.monitor import save_picture
+
+        if Path(path).suffix.lower() != ".png":
+            raise ValueError(f"{path}: is written as PNG; give a name that ends in .png")
+        save_picture(Path(path).expanduser(), self.picture())
+
+    def _repr_png_(self) -> bytes:
+        from deconvnet.monitoring.picture_files import png
+
+        return png(self.picture())
 
     def tiles(self) -> Tensor:
         """(U, C, h, w): the projections, cropped to the fields; zeros beyond the image.
@@ -90,6 +119,15 @@ class Projection:
         """(U, C, h, w): the same crops of the images (N, C, H, W), grey (0.5) beyond them."""
         boxes = tile_boxes(self.fields, tuple(self.images.shape[2:]))
         return crop(pixels[self.units[:, 0].to(pixels.device)], boxes, fill=0.5)
+
+
+@dataclass(frozen=True)
+class Source:
+    """What was projected: images x (N, C, H, W), the model's input, from a layer by a projector."""
+
+    projector: Projector
+    x: Tensor
+    layer: str
 
 
 @dataclass(frozen=True)
@@ -123,7 +161,8 @@ class ProjectionReport:
     skipped, contrast normalisation; unsupported, those without a rule, for which the gradient was
     used. rectified, switched: how often the signal was rectified, and sent through the switches of
     max pooling. uneven: convolutions that may leave a checkerboard; overlap: "normalised" if it was
-    divided out.
+    divided out. reason: why this method was chosen, if it was chosen automatically and is not
+    deconv.
     """
 
     method: str
@@ -136,6 +175,18 @@ class ProjectionReport:
     switched: int = 0
     uneven: tuple[UnevenOverlap, ...] = ()
     overlap: str = "sum"
+    reason: str = ""
+
+    @property
+    def depends_on_image(self) -> bool:
+        """Whether the projection of a unit depends on the image, beyond its scale.
+
+        With deconv, the image enters only through the switches of max pooling, through gates and
+        through gradients. Without any of them, all images give the same picture.
+        """
+        gated = any("gate" in name for name in self.extended)
+        rectified = self.rectified and self.method != "deconv"
+        return bool(self.switched or rectified or gated or self.unsupported)
 
     @property
     def faithful(self) -> bool:
@@ -144,14 +195,23 @@ class ProjectionReport:
 
     def __str__(self) -> str:
         lines = [f"{self.method}: rectified {self.rectified}, switched {self.switched} times"]
+        if self.reason:
+            lines.append(f"chosen because {self.reason}")
+        if self.rectified and not self.depends_on_image:
+            lines.append(SAME_PICTURE)
         for key in ("exact", "linear", "extended", "skipped", "unsupported"):
             counts = getattr(self, key)
             if counts:
-                lines.append(f"{key}: {', '.join(f'{k} x{n}' for k, n in sorted(counts.items()))}")
+                lines.append(f"{key}: {counted(counts)}")
         if self.uneven:
             state = "divided out" if self.overlap == "normalised" else "may show as a checkerboard"
             lines.append(f"uneven overlap, {state}: {', '.join(map(str, self.uneven))}")
         return "; ".join(lines)
+
+
+def counted(counts: dict[str, int]) -> str:
+    """Counts by name, as text."""
+    return ", ".join(f"{name} x{count}" for name, count in sorted(counts.items()))
 
 
 def tile_boxes(fields: Tensor, image: tuple[int, int]) -> Tensor:

@@ -3,6 +3,7 @@
     projector = Projector(model)
     projection = projector(x, "features.8", units=[(0, 17, 5, 6)])     image, map, row, column
     projection.images, projection.boxes, projection.values, projection.report
+    projector.by_method(x, "features.8", units)["guided"]              the same in several methods
 
 A CNN is run backwards, with the rules of Zeiler and Fergus (ECCV 2014, section 2.1;
 `backward_rules`). A deconvolutional network is its own generative model, with the switches of
@@ -11,17 +12,25 @@ inference (Zeiler et al. 2011).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from deconvnet.network.network import DeconvNet
 from deconvnet.visualization.models.normalization import Normalization
+from deconvnet.visualization.projection.backward_rules import AUTO, METHODS
 from deconvnet.visualization.projection.cnn_backend import CnnBackend
 from deconvnet.visualization.projection.deconvnet_backend import DeconvNetBackend
 from deconvnet.visualization.projection.feature_projection import signed_rgb
-from deconvnet.visualization.projection.projection import LayerInfo, Projection, Units, check_input
+from deconvnet.visualization.projection.projection import (
+    LayerInfo,
+    Projection,
+    Source,
+    Units,
+    check_input,
+)
 
 
 class Projector:
@@ -30,9 +39,12 @@ class Projector:
     model: any module that takes images (N, C, H, W), or a DeconvNet, which takes pixels in [0, 1].
     It runs in evaluation mode and is not changed.
 
-    method: deconv (the default), guided or gradient; a DeconvNet is always generative.
-    strict: refuse a layer if an operation below it has no rule; otherwise the gradient of that
-    operation is used, and the report says so.
+    method: deconv, guided, gradient, or auto (the default), which depends on the layer: deconv if
+    a switch of max pooling lies between the layer and the pixels, else guided, as the picture of
+    deconv would not depend on the image. A DeconvNet is always generative.
+    strict: if an operation below a layer has no rule, refuse deconv and guided, and let auto choose
+    the gradient, with a warning; otherwise the gradient of that operation is used, and the report
+    says so.
     gates: sigmoids that multiply maps (squeeze and excitation) are constant on the way down, or
     have their "gradient".
     overlap: "normalised" divides out the pattern that a transposed convolution leaves if its stride
@@ -66,7 +78,7 @@ class Projector:
             self.method = "generative"
             self.backend = DeconvNetBackend(model, batch=batch)
         else:
-            self.method = method or "deconv"
+            self.method = method or AUTO
             self.backend = CnnBackend(
                 model,
                 method=self.method,
@@ -92,21 +104,61 @@ class Projector:
         """
         return self.backend.layers(check_input(x))
 
+    def methods_of(self, x: Tensor, layer: str) -> tuple[str, ...]:
+        """The methods in which a layer should be shown, its own first; x: (N, C, H, W).
+
+        These are deconv and guided, in the order that auto chooses or that the projector was made
+        with; only gradient where the others have no rules, or if it was asked for; only generative
+        for a DeconvNet. Costs a few forward passes of one image, once for each layer.
+        """
+        return self.backend.methods_of(check_input(x), layer)
+
     def __call__(
-        self, x: Tensor, layer: str, units: Units, *, seeds: Tensor | None = None
+        self,
+        x: Tensor,
+        layer: str,
+        units: Units,
+        *,
+        seeds: Tensor | None = None,
+        method: str | None = None,
     ) -> Projection:
         """Project units of a layer, each separately, with the switches of its image.
 
         x: (N, C, H, W), the model's input. units: rows of (image in x, map, row, column); layers of
         vectors have row and column 0. seeds: (U,), the starting value at each unit, by default its
-        activation. A positive seed only scales the projection.
+        activation. A positive seed only scales the projection. method: by default the first of
+        `methods_of`.
+        """
+        method = method or self.methods_of(x, layer)[0]
+        return self.by_method(x, layer, units, seeds=seeds, methods=[method])[method]
+
+    def by_method(
+        self,
+        x: Tensor,
+        layer: str,
+        units: Units,
+        *,
+        seeds: Tensor | None = None,
+        methods: Sequence[str] | None = None,
+    ) -> dict[str, Projection]:
+        """{method: projection}: the same units in several methods, by default all of `methods_of`.
+
+        deconv and guided share the forward pass, so both together cost less than twice as much as
+        one. Other arguments: see `__call__`.
         """
         x = check_input(x)
         if seeds is not None and tuple(seeds.shape) != (len(units),):
             raise ValueError(
                 f"seeds of shape {tuple(seeds.shape)} for {len(units)} units: expected one for each"
             )
-        return self.backend.project(x, layer, units, seeds)
+        known = ("generative",) if self.is_deconvnet else METHODS
+        for method in methods or ():
+            if method not in known:
+                raise ValueError(f"method={method}: choose one of {', '.join(known)}")
+        methods = self.methods_of(x, layer) if methods is None else methods
+        projections = self.backend.project(x, layer, units, seeds, methods)
+        source = Source(self, x, layer)
+        return {key: replace(found, source=source) for key, found in projections.items()}
 
     def responses(
         self,
@@ -130,6 +182,11 @@ class Projector:
         """Convert RGB pixels (N, 3, H, W) in [0, 1] to the model's input, on its device."""
         pixels = pixels.to(self.device)
         return pixels if self.is_deconvnet else self.normalization.apply(pixels)
+
+    def pixels(self, x: Tensor) -> Tensor:
+        """Convert the model's input (N, C, H, W) to RGB pixels (N, 3, H, W), clipped to [0, 1]."""
+        pixels = x.expand(-1, 3, -1, -1) if self.is_deconvnet else self.normalization.pixels(x)
+        return pixels.clamp(0, 1)
 
     def signed_rgb(self, images: Tensor) -> Tensor:
         """Projections (U, C, H, W) as signed red, green and blue (U, 3, H, W), in units of pixels;

@@ -17,25 +17,28 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from deconvnet.visualization.projection.autograd_graph import (
-    GATES,
     IN_PLACE,
     LEAF,
-    NORMALIZATIONS,
-    OTHER_RECTIFIERS,
-    RECTIFIERS,
-    SKIPPED,
-    SPLITS,
     Operation,
-    Operations,
-    gates_of,
     inputs_of,
     operation_name,
     output_shape,
     pair,
-    skip_moves,
     topological_order,
 )
 from deconvnet.visualization.projection.map_axis import VIEWS, MapAxes, unflattened_shape
+from deconvnet.visualization.projection.operations import (
+    GATES,
+    NORMALIZATIONS,
+    NORMS,
+    OTHER_RECTIFIERS,
+    RECTIFIERS,
+    SKIPPED,
+    SPLITS,
+    Operations,
+    gates_of,
+    skip_moves,
+)
 
 Box = np.ndarray
 Shapes = list[tuple[int, ...]]
@@ -56,6 +59,8 @@ def trace_fields(
     start = np.stack([units, units + 1], 2)
     start = start if clip else _all_channels(start)
     start = np.roll(start, -1, 1) if last else start
+    if len(output_shape(operations.order[0].node, operations.output)) == 3:  # tokens see it all
+        start = _everything(start, ())
     boxes = {operations.order[0].node: {operations.output: start}}
     pixels = np.zeros_like(start)
     for op in operations.order:
@@ -65,7 +70,9 @@ def trace_fields(
         if op.name == LEAF:
             pixels = box if op.node.variable is x else pixels
             continue
-        input_boxes = _input_boxes(op, box, output_shape(op.node, 0))
+        input_boxes = _input_boxes(
+            op, box, output_shape(op.node, 0), operations.constant_statistics
+        )
         for (below, nr), part in zip(op.inputs, input_boxes, strict=True):
             if part is None:
                 continue
@@ -98,10 +105,14 @@ class FieldGeometries:
     """The field geometries of the outputs of all operations of one forward pass, computed once.
 
     x: the leaf. constant_gates: gates of products do not count, as they are constants.
+    constant_statistics: nor do the statistics of normalisation.
     """
 
-    def __init__(self, x: Tensor, *, constant_gates: bool = False):
+    def __init__(
+        self, x: Tensor, *, constant_gates: bool = False, constant_statistics: bool = False
+    ):
         self.x, self.constant_gates = x, constant_gates
+        self.constant_statistics = constant_statistics
         self._cache: dict[Node, np.ndarray | None] = {}
         self._map_axes = MapAxes()
 
@@ -127,7 +138,7 @@ class FieldGeometries:
         units = np.roll(units, -1, 1) if self._is_last(op.node) else units
         gates = gates_of(op) if self.constant_gates else ()
         pixels = None
-        input_boxes = _input_boxes(op, units, output_shape(op.node, 0))
+        input_boxes = _input_boxes(op, units, output_shape(op.node, 0), self.constant_statistics)
         for (below, nr), box in zip(op.inputs, input_boxes, strict=True):
             fields = self._cache.get(below)
             if box is None or fields is None or skip_moves(below) in gates:
@@ -182,9 +193,13 @@ def _union(a: Box | None, b: Box) -> Box:
     return np.where(a_empty, b, np.where(b_empty, a, both))
 
 
-def _input_boxes(op: Operation, box: Box, shape: tuple[int, ...]) -> list[Box | None]:
+def _input_boxes(
+    op: Operation, box: Box, shape: tuple[int, ...], constant_statistics: bool
+) -> list[Box | None]:
     """For every input of an operation, the box that a box of its output depends on."""
     rule = RULES.get(op.name) or _unknown
+    if constant_statistics and op.name in NORMS and not _is_norm_of_channels(op):
+        rule = _elementwise
     shapes = [output_shape(node, nr) for node, nr in op.inputs]
     if op.name == "Convolution" and not op.is_convolution:
         rule = _unknown
@@ -269,6 +284,11 @@ def _table(op: Operation, box: Box, shape: tuple, shapes: Shapes) -> list[Box]:
     if len(shapes) != 1 or unflattened_shape(op.node) is None:
         return _unknown(op, box, shape, shapes)
     return [np.roll(_all_channels(np.roll(box, 1, 1)), -1, 1)]
+
+
+def _is_norm_of_channels(op: Operation) -> bool:
+    """Whether each position has its own statistics, so that nothing beyond it is seen."""
+    return op.name == "NativeLayerNorm" and len(op.saved("normalized_shape")) == 1
 
 
 def _layer_norm(op: Operation, box: Box, shape: tuple, shapes: Shapes) -> list[Box]:
@@ -447,7 +467,7 @@ RULES: dict[str, Callable[[Operation, Box, tuple, Shapes], list[Box | None]]] = 
     **dict.fromkeys(RECTIFIERS | OTHER_RECTIFIERS | GATES, _elementwise),
     **dict.fromkeys(NORMALIZATIONS | {"Add", "Sub", "Rsub", "Neg", "Mul", "Div"}, _elementwise),
     **dict.fromkeys(("Clone", "Alias", "ToCopy", "Expand", "Contiguous", "Copy"), _elementwise),
-    **dict.fromkeys(("Gelu", "Silu", "Hardswish", "Mish", "Softplus", "Tanh"), _elementwise),
+    **dict.fromkeys(("Softplus", "Tanh"), _elementwise),
     **dict.fromkeys(("View", "UnsafeView", "Reshape", "ReshapeAlias"), _across_channels),
     **dict.fromkeys(("ChannelShuffle", "NativeChannelShuffle"), _across_channels),
     **dict.fromkeys(SPLITS, _same),

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 
 from deconvnet.storage.array_files import load_arrays, save_arrays
 from deconvnet.visualization.projection.projector import Projector
+from deconvnet.visualization.search.search_region import searched_units
 
 log = logging.getLogger(__name__)
 
@@ -31,8 +32,6 @@ Progress = Callable[[int, int], None]
 
 FORMAT = "deconvnet strongest activations"
 SAVE_SECONDS = 20.0
-# `inside` leaves out units at the border if at least this share of a layer's units remains.
-ENOUGH = 0.25
 
 
 @dataclass(frozen=True)
@@ -142,9 +141,8 @@ def find_top_activations(
 
     images: a data set whose items are images (3, H, W) in [0, 1], or pairs (image, label); an item
     must be the same every time it is read. k: activations to keep for each map. inside: search only
-    units whose receptive field lies inside the image, in layers where at least a quarter of the
-    units qualify; at the border, units depend mostly on padding. batch: images per forward
-    pass; workers: processes that read images. shard: (rank, ranks), to search every ranks-th image
+    units that see little padding: those of `searched_units`. batch: images per forward pass;
+    workers: processes that read images. shard: (rank, ranks), to search every ranks-th image
     starting with the rank-th; the result is {} if the shard is empty. path: a file for the state of
     the search, from which a stopped search resumes. key: whatever else the result depends on, such
     as the digest of the network, as JSON values; a file with another key is not used.
@@ -180,7 +178,7 @@ def find_top_activations(
             for group in group_by_size(items):
                 size = items[group[0]].shape
                 if inside and size not in masks:
-                    masks[size] = _inside_masks(projector, items[group[0]], layers)
+                    masks[size] = _region_masks(projector, items[group[0]], layers)
                 pixels = torch.stack([items[index] for index in group])
                 new = _search(projector, pixels, numbers[group], layers, masks.get(size, {}))
                 before = {name: [tops[name]] if name in tops else [] for name in new}
@@ -289,14 +287,11 @@ def _search(
     return projector.responses(x, list(layers), reduce)
 
 
-def _inside_masks(projector: Projector, image: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
-    """Masks (H, W) of the units whose receptive field lies inside an image (3, H, W), for the
-    layers that have enough of them."""
+def _region_masks(projector: Projector, image: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
+    """Masks (H, W) of the units of each layer that are searched in an image (3, H, W)."""
     infos = projector.layers(projector.prepare(image[None]))
-    masks = {
-        info.name: info.inside(tuple(image.shape[1:])) for info in infos if info.name in layers
-    }
-    return {name: mask for name, mask in masks.items() if mask.float().mean() >= ENOUGH}
+    size = tuple(image.shape[1:])
+    return {info.name: searched_units(info, size) for info in infos if info.name in layers}
 
 
 def _merge_tables(tables: list[TopActivations], k: int) -> TopActivations:

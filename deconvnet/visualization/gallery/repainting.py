@@ -1,0 +1,116 @@
+"""Repainting: a reconstruction of a deconvolutional network as a sum of single activations.
+
+R_l is linear once the switches are fixed (`network.operator`), so the reconstruction R_l z is the
+sum of the projections of all activations. A page can therefore repaint it with any of them left out
+by adding and subtracting tiles, without the network.
+
+    reconstruction = rest + tile_1 + ... + tile_U       U activations, strongest first
+
+Everything is rounded to integers here (tiles to 8 bits, planes to 16), and `rest` is what the
+rounded tiles leave, so that the sum in the page is the reconstruction up to 16 bits.
+"""
+
+from __future__ import annotations
+
+import base64
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deconvnet.network.codes import Codes
+from deconvnet.network.network import DeconvNet
+from deconvnet.visualization.gallery.exhibits import Repainting
+from deconvnet.visualization.projection.feature_projection import project_units, signed_rgb
+
+# Activations that can be switched on and off, and the number of values of all their tiles together.
+ACTIVATIONS = 80
+LARGEST = 600_000
+# Values below this fraction of the largest in a tile would be rounded to zero.
+VISIBLE = 0.5 / 127
+
+
+def repainting(net: DeconvNet, codes: Codes, layer: int, *, count: int = ACTIVATIONS) -> Repainting:
+    """The reconstruction of one image by a layer, separated into its strongest activations.
+
+    codes: of one image; count: how many activations, fewer if their tiles would be too large.
+    """
+    z = codes.layer(layer).z
+    if len(z) != 1:
+        raise ValueError(f"codes of {len(z)} images: expected one")
+    strongest = z.abs().flatten().argsort(descending=True, stable=True)[:count]
+    strongest = strongest[z.flatten()[strongest] != 0]
+    _, _, H, W = z.shape
+    k, i, j = strongest // (H * W), strongest // W % H, strongest % W
+    values = z.flatten()[strongest]
+    positions = (torch.zeros_like(k), k, i, j)
+    reconstruction = net.synthesize(codes, layer)[0].double().cpu().numpy()
+    rest = reconstruction.copy()
+    tiles, boxes = [], []
+    for projection in project_units(net, codes, layer, positions, values):
+        box = _support(projection)
+        top, left, bottom, right = box
+        tile = projection[:, top:bottom, left:right].cpu().numpy()
+        if sum(t.size for t in tiles) + tile.size > LARGEST:
+            break
+        rest[:, top:bottom, left:right] -= _from_integers(*_to_integers(tile, np.int8))
+        tiles.append(tile)
+        boxes.append(box)
+    planes = torch.eye(len(rest), device=net.device)[:, :, None, None]
+    return Repainting(
+        codes.y[0].cpu().numpy(),
+        rest.astype(np.float32),
+        tiles,
+        boxes,
+        k[: len(tiles)].tolist(),
+        values[: len(tiles)].tolist(),
+        rgb=signed_rgb(net, planes)[..., 0, 0].expand(-1, 3).T.cpu().numpy(),
+        white=float(3 * codes.y.std().clamp(min=1e-12)),
+        total=int(torch.count_nonzero(z)),
+    )
+
+
+def repainting_data(shown: Repainting) -> dict:
+    """A repainting as JSON values: planes as 16-bit and tiles as 8-bit integers in base64, each
+    with the factor that gives its values."""
+
+    def encoded(values: np.ndarray, kind: type) -> dict:
+        integers, factor = _to_integers(values, kind)
+        text = base64.b64encode(integers.astype(np.dtype(kind).newbyteorder("<")).tobytes())
+        return {"data": text.decode(), "factor": factor}
+
+    return {
+        "size": list(shown.image.shape),
+        "image": encoded(shown.image, np.int16),
+        "rest": encoded(shown.rest, np.int16),
+        "rgb": np.asarray(shown.rgb, dtype=float).round(6).tolist(),
+        "white": shown.white,
+        "total": shown.total,
+        "parts": [
+            {"map": int(k), "value": float(value), "box": list(box), **encoded(tile, np.int8)}
+            for k, value, box, tile in zip(
+                shown.maps, shown.values, shown.boxes, shown.tiles, strict=True
+            )
+        ],
+    }
+
+
+def _support(projection: Tensor) -> tuple[int, int, int, int]:
+    """Top, left, bottom, right of the pixels that do not vanish in 8 bits; at least one pixel."""
+    magnitude = projection.abs().amax(0)
+    visible = magnitude > VISIBLE * magnitude.max()
+    if not visible.any():
+        return 0, 0, 1, 1
+    rows, columns = (visible.any(axis).nonzero()[:, 0] for axis in (1, 0))
+    return int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1
+
+
+def _to_integers(values: np.ndarray, kind: type) -> tuple[np.ndarray, float]:
+    """(integers, factor): values = integers * factor up to rounding, over the range of the type."""
+    largest = float(np.abs(values).max(initial=0))
+    factor = largest / np.iinfo(kind).max or 1.0
+    return np.rint(values / factor).astype(kind), factor
+
+
+def _from_integers(integers: np.ndarray, factor: float) -> np.ndarray:
+    return integers.astype(np.float64) * factor

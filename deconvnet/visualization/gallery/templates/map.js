@@ -1,0 +1,228 @@
+// The view of a map: its examples with their photographs, what else activates it, and its relatives.
+"use strict";
+
+{
+  const { data, layers, KINDS, element, svg, tile, photograph, number, place, sentence, mapName, link, mapTile, controlStrip, load } = gallery;
+  const zoom = document.getElementById("zoom");
+
+  gallery.views.map = async (layer, at) => {
+    const index = layer.maps.indexOf(at.map);
+    if (index < 0) throw new Error(`${layer.title} has no map ${at.map} in this gallery`);
+    const features = await load(layer.script);
+    const map = features.maps[index];
+    const sorted = gallery.order(layer, at.sort);
+    const position = sorted.indexOf(index);
+    const beside = (other) => (other === undefined ? null : [link({ ...at, map: layer.maps[other] }), `map ${layer.maps[other]}`]);
+    const user = data.layers[data.layers.indexOf(layer) + 1];
+    const above = user ? await load(user.script) : null;
+    // The neighbouring maps are the most likely next ones.
+    for (const other of [sorted[position - 1], sorted[position + 1]]) {
+      if (other !== undefined) for (const sheet of Object.values(features.maps[other].sheets)) new Image().src = sheet.file;
+    }
+    return {
+      title: `${layer.title}, map ${at.map}`,
+      path: [[layer.title, link({ ...at, map: undefined })], [`map ${at.map}`, link(at)]],
+      before: beside(sorted[position - 1]),
+      after: beside(sorted[position + 1]),
+      content: [
+        map.label ? element("p", { class: "lead" }, map.label) : null,
+        examples(layer, map),
+        element("div", { class: "sections" },
+          activity(layer, map, index),
+          relatives("Maps that look like it", "similar", layer, map.similar, (value) => `cosine ${number(value)}`,
+            "Cosine of the strongest projections, at the shift that makes it largest."),
+          relatives("Maps that are active with it", "coactive", layer, map.coactive, (value) => `correlation ${number(value)}`,
+            "Correlation of the strongest activations over the images surveyed.")),
+        element("div", { class: "sections" }, spectrum(map), sources(layer, map), users(layer, map, above, user), evolution(map)),
+        controlStrip(layer, 9),
+        citation(layer, at),
+      ],
+    };
+  };
+
+  // A section that takes the whole width if it has more than a few things to show.
+  function section(id, title, ...content) {
+    const many = content.some((each) => each && each.children && each.children.length > 4 && each.matches("ol, ul") && !each.matches(".few"));
+    return element("section", { "aria-labelledby": id, class: many ? "wide" : null }, element("h2", { id }, title), ...content);
+  }
+
+  // ---- examples -------------------------------------------------------------------------------
+
+  // A column for each example: its projections, the patch, the photograph, and where it comes from.
+  function examples(layer, map) {
+    const kinds = [...layer.methods, "patches"].filter((kind) => map.sheets[kind]);
+    if (!kinds.length) return element("p", { class: "notice" }, "This map is never active on these images, so there is nothing to project.");
+    const count = Math.max(...kinds.map((kind) => map.sheets[kind].count));
+    const isFound = map.examples.some((example) => photograph(example));
+    const names = [...kinds.map((kind) => (KINDS[kind] || [kind, kind])[1]), ...(isFound ? ["photograph"] : [])];
+    const columns = [...Array(count).keys()].map((rank) => {
+      const example = map.examples[rank];
+      const said = example ? `: ${sentence(example)}` : "";
+      const tiles = kinds.map((kind) => tile(map.sheets[kind], rank, `${(KINDS[kind] || [kind, kind])[1]} ${rank + 1}${said}`));
+      const photo = example && photograph(example);
+      const marks = example ? [example.value < 0 ? "−" : null, example.border ? "border" : null].filter(Boolean) : [];
+      return element("li", {}, element("button", { type: "button", class: "plain", "data-key": `example-${rank}`, "data-rank": rank, "aria-label": `Enlarge example ${rank + 1}${said}`, tabindex: rank ? -1 : 0, onclick: () => enlarge(layer, map, kinds, rank) }, tiles,
+        photo ? element("span", { class: "photo" }, photo) : null,
+        example ? element("span", { class: "number" },
+          element("b", {}, number(example.value)), marks.map((mark) => element("i", { class: "badge" }, mark)),
+          element("span", { class: "name", title: example.image }, example.image)) : null));
+    });
+    const list = element("ol", { class: "examples", role: "list", "aria-label": "The strongest activations" }, columns);
+    list.addEventListener("keydown", gallery.moveInGrid);
+    const negative = map.examples.some((example) => example.value < 0);
+    const border = map.examples.some((example) => example.border);
+    return element("section", { "aria-label": "The strongest activations" },
+      element("p", { class: "note" }, `The ${count === 1 ? "strongest activation" : `${count} strongest activations, one in each image`}. From top to bottom: ${names.join(", ")}. Grey is zero, and each tile has its own contrast. Click one to enlarge it.`,
+        negative ? element("span", {}, " ", element("i", { class: "badge" }, "−"), " marks negative activations; their projections are shown with the sign reversed, so that a feature always looks the same.") : null,
+        border ? element("span", {}, " ", element("i", { class: "badge" }, "border"), " marks units whose receptive field reaches beyond the image.") : null),
+      list,
+      element("details", { class: "methods" }, element("summary", {}, "What these pictures are"),
+        element("dl", {}, kinds.map((kind) => [element("dt", {}, (KINDS[kind] || [kind])[0]), element("dd", {}, (KINDS[kind] || ["", "", ""])[2])]))));
+  }
+
+  function enlarge(layer, map, kinds, start) {
+    const panels = zoom.querySelector(".panels");
+    const count = Math.max(...kinds.map((kind) => map.sheets[kind].count));
+    let rank = start;
+    function show() {
+      const example = map.examples[rank];
+      document.getElementById("zoomed").textContent = `${rank + 1} of ${count}${example ? `: ${sentence(example)}` : ""}`;
+      const photo = example && photograph(example);
+      panels.replaceChildren(
+        ...kinds.filter((kind) => rank < map.sheets[kind].count).map((kind) => element("figure", { class: "panel" },
+          tile(map.sheets[kind], rank, (KINDS[kind] || [kind, kind])[1]), element("figcaption", {}, (KINDS[kind] || [kind])[0]))),
+        ...(photo ? [element("figure", { class: "panel" }, photo, element("figcaption", {}, example.image,
+          element("a", { href: link({ photo: example.photograph }), onclick: () => zoom.close() }, " more of this image")))] : []));
+      panels.style.setProperty("--panels", panels.children.length);
+    }
+    const go = (step) => {
+      if (rank + step >= 0 && rank + step < count) { rank += step; show(); }
+    };
+    zoom.onkeydown = (event) => go({ ArrowLeft: -1, ArrowRight: 1 }[event.key] || 0);
+    zoom.onclick = (event) => {
+      if (event.target === zoom) zoom.close();
+      const step = event.target.dataset && Number(event.target.dataset.step);
+      if (step) go(step);
+    };
+    show();
+    zoom.showModal();
+  }
+
+  // ---- activity -------------------------------------------------------------------------------
+
+  // The statistics of a map, each with its place among all maps of the layer, and its histogram.
+  function activity(layer, map, index) {
+    const table = map.statistics.map(([name, value]) => {
+      const key = layer.sort.find((each) => each.name === name);
+      const values = key ? key.values.filter((each) => each !== null) : [];
+      const [low, high] = [Math.min(...values), Math.max(...values)];
+      const drawn = key && key.values[index] !== null && high > low;
+      return element("div", {}, element("dt", {}, name), element("dd", {}, number(value)),
+        drawn ? element("dd", { class: "among" }, spread(key.values, index, low, high)) : null);
+    });
+    const filters = layer.sheets.filters;
+    const filtered = filters && !(filters.empty || []).includes(index);
+    return section("activity", "How active it is",
+      element("div", { class: "activity" },
+        filtered ? element("figure", { class: "filter" }, tile(filters, index, `filter of map ${map.map}`), element("figcaption", {}, "its filter")) : null,
+        element("dl", { class: "statistics" }, table)),
+      map.histogram && map.histogram.counts.length ? histogram(map.histogram) : null);
+  }
+
+  function spread(values, index, low, high) {
+    const at = (value) => 1 + (118 * (value - low)) / (high - low);
+    const line = (value, top) => `M${at(value).toFixed(1)} ${top}V12`;
+    const better = values.filter((value) => value !== null && value > values[index]).length;
+    const count = values.filter((value) => value !== null).length;
+    return svg("svg", { viewBox: "0 0 120 13", role: "img", "aria-label": `rank ${better + 1} of ${count} maps` },
+      svg("path", { class: "others", d: values.filter((value) => value !== null).map((value) => line(value, 5)).join("") }),
+      svg("path", { class: "this", d: line(values[index], 0) }));
+  }
+
+  function histogram({ counts, edges, silent }) {
+    const total = counts.reduce((sum, count) => sum + count, silent);
+    const most = Math.max(1, ...counts);
+    const [width, height] = [480, 120];
+    const step = width / counts.length;
+    const bars = counts.map((count, n) => {
+      const high = (height * count) / most;
+      const bar = svg("rect", { class: "bar", x: (n * step + 0.5).toFixed(2), y: (height - high).toFixed(2), width: (step - 1).toFixed(2), height: high.toFixed(2) });
+      bar.append(svg("title", {}, `${number(edges[n])} to ${number(edges[n + 1])}: ${count} images`));
+      return bar;
+    });
+    return element("figure", { class: "histogram" },
+      svg("svg", { viewBox: `0 0 ${width} ${height + 1}`, preserveAspectRatio: "none", role: "img", "aria-label": `Histogram of the strongest activation in each of ${total} images` }, ...bars,
+        svg("path", { class: "axis", d: `M0 ${height + 0.5}H${width}` })),
+      element("div", { class: "ends" }, element("span", {}, number(edges[0])), element("span", {}, number(edges[edges.length - 1]))),
+      element("figcaption", {}, `The strongest activation in each of ${total} images${silent ? `; in ${silent} of them it is never active` : ""}.`));
+  }
+
+  // Examples at all levels of activation: the strongest alone mislead about what a map does.
+  function spectrum(map) {
+    if (!map.spectrum.length) return null;
+    return section("spectrum", "Weaker activations",
+      element("p", { class: "note" }, "The strongest activations alone can mislead. These images lie further down: each is stronger than the given share of the images on which the map is active at all."),
+      element("ol", { class: "examples", role: "list" }, map.spectrum.map((example, n) => {
+        const photo = photograph(example);
+        return element("li", {}, tile(map.sheets.spectrum, n, `image patch: ${sentence(example)}`),
+          photo ? element("a", { class: "photo", href: link({ photo: example.photograph }) }, photo) : null,
+          element("span", { class: "number" }, element("b", {}, `${Math.round(100 * example.share)}%`), ` ${number(example.value)}`, element("span", { class: "name", title: example.image }, example.image)));
+      })));
+  }
+
+  // ---- relatives ------------------------------------------------------------------------------
+
+  function relatives(title, id, layer, pairs, text, note) {
+    if (!pairs.length) return null;
+    return section(id, title, element("ul", { class: "row few", role: "list" }, pairs.map(([map, value]) =>
+      element("li", {}, mapTile(layer, map, `map ${map}`), element("span", { class: "number" }, text(value))))), element("p", { class: "note" }, note));
+  }
+
+  function sources(layer, map) {
+    const features = gallery.loaded.get(layer.script);
+    const below = layers.get(features.below);
+    if (!map.sources.length || !below) return null;
+    const pictured = map.sheets.sources;
+    return section("sources", "What it is made of",
+      element("p", { class: "note" }, `The maps of ${below.title} with the largest weights${pictured ? ", and what each of them adds to the strongest projection above; all on one scale" : ""}.`),
+      element("ul", { class: `row pairs${map.sources.length > 2 ? " many" : ""}`, role: "list" }, map.sources.map((source, n) => element("li", {},
+        element("span", { class: "pair" },
+          mapTile(below, source.maps.find((each) => below.maps.includes(each)) ?? source.maps[0], source.maps.length > 1 ? `maps ${source.maps[0]}–${source.maps[source.maps.length - 1]}` : `map ${source.maps[0]}`),
+          pictured ? element("span", { class: "card" }, tile(pictured, n, `what map ${source.maps[0]} adds`), element("span", { class: "number" }, "adds this")) : null),
+        element("span", { class: "number" }, `weight ${number(source.weight)}`)))));
+  }
+
+  function users(layer, map, above, user) {
+    if (!above || above.below !== layer.name) return null;
+    const found = above.maps.map((each) => [each.map, each.sources.find((source) => source.maps.includes(map.map))])
+      .filter(([, source]) => source).sort((a, b) => b[1].weight - a[1].weight).slice(0, 16);
+    if (!found.length) return null;
+    return section("users", `Where ${user.title} uses it`,
+      element("p", { class: "note" }, `Maps of ${user.title} that have this map among their largest weights.`),
+      element("ul", { class: "row", role: "list" }, found.map(([number_, source]) =>
+        element("li", {}, mapTile(user, number_, `map ${number_}`), element("span", { class: "number" }, `weight ${number(source.weight)}`)))));
+  }
+
+  function evolution(map) {
+    const sheet = map.sheets.evolution;
+    if (!sheet) return null;
+    return section("evolution", "During training",
+      element("ol", { class: "row", role: "list" }, map.epochs.map((epoch, n) =>
+        element("li", {}, tile(sheet, n, `epoch ${epoch}`), element("span", { class: "number" }, `epoch ${epoch}`)))),
+      element("p", { class: "note" }, "Each tile is the strongest activation after that epoch; its image may differ from that of the tile before."));
+  }
+
+  function citation(layer, at) {
+    const address = `${location.href.replace(/#.*/, "")}${link({ layer: layer.name, map: at.map })}`;
+    const button = element("button", { type: "button", onclick: async () => {
+      try {
+        await navigator.clipboard.writeText(address);
+        button.textContent = "Copied";
+      } catch (error) {
+        getSelection().selectAllChildren(shown); // a page opened as a file may not write there
+      }
+    } }, "Copy");
+    const shown = element("code", {}, link({ layer: layer.name, map: at.map }));
+    return element("p", { class: "note cite" }, "To cite this map: this page and ", shown, " ", button, ". Its data: ", element("a", { href: layer.json }, layer.json), `, map ${at.map}.`);
+  }
+}
