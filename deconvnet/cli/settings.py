@@ -121,8 +121,8 @@ class VisualizeConfig(VisualizationSettings):
     std: list[float] | None = None
     # colour planes that the model expects: rgb, bgr or grey; null: those it was trained with
     order: str | None = None
-    # names of the classes of the model: a file with one name a line or a JSON list, or a list such as
-    # [cat,dog]; null: those of its weights
+    # names of the classes of the model: a file with one name a line or a JSON list, or a list such
+    # as [cat,dog]; null: those of its weights
     labels: Any = field(default=None, metadata=TEXTS)
     # a folder of images, a file, or a list of files; null: the images that the run was trained on
     images: Any = field(default=None, metadata=TEXTS)

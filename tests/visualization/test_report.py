@@ -684,12 +684,16 @@ class Layer(nn.Sequential):
     ("make", "expected"),
     [
         # The last ReLU before each pooling; `features` as a whole only passes a pooling on.
-        (VGGLike, ["features.1", "features.6", "features.9"]),
+        (
+            lambda: nn.Sequential(vgg.make_layers([4, 4, "M", 4, 4, "M", 6, 6, 6, "M"])),
+            ["0.3", "0.8", "0.15"],
+        ),
+        # Few rectifiers: all.
+        (VGGLike, ["features.1", "features.4", "features.6", "features.9"]),
         (
             lambda: resnet.ResNet(resnet.BasicBlock, [1, 2, 1, 1], num_classes=3),
             ["relu", "layer1", "layer2", "layer3", "layer4"],
         ),
-        # Few rectifiers: all.
         (Small, ["relu1", "relu2", "dead"]),
         (lambda: ZFNet(3, 5, size=64, width=2), [f"relu{n}" for n in range(1, 6)]),
         # The first layers of `layer2`, in front of its stride, have maps of the size of `layer1`.
@@ -709,7 +713,7 @@ class Layer(nn.Sequential):
         (
             lambda: nn.Sequential(
                 *(nn.ZeroPad2d(3), nn.Conv2d(3, 4, 7), nn.BatchNorm2d(4)),
-                nn.Sequential(nn.ZeroPad2d(1), nn.Conv2d(4, 4, 3, stride=2), nn.LayerNorm(32)),
+                nn.Sequential(nn.ZeroPad2d(1), nn.Conv2d(4, 4, 3, stride=2), nn.Identity()),
                 nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.Dropout(), nn.ZeroPad2d(1)),
             ),
             ["2", "4.0"],
@@ -727,16 +731,8 @@ class Layer(nn.Sequential):
         (lambda: nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 64, 5)), []),
     ],
     ids=[
-        "VGG",
-        "ResNet",
-        "plain",
-        "ZFNet",
-        "ResNet50",
-        "MobileNet",
-        "padded",
-        "named Layer",
-        "many sizes",
-        "vectors",
+        *("VGG", "short VGG", "ResNet", "plain", "ZFNet", "ResNet50", "MobileNet", "padded"),
+        *("named Layer", "many sizes", "vectors"),
     ],
 )
 def test_by_default_the_ends_of_stages_are_visualized(make, expected):
