@@ -322,6 +322,8 @@ def _project(
                     progress=progress,
                 )
             projections.save(path, key)
+            # As it is in the file, so that a resumed visualization draws the same pictures.
+            projections = load_top_projections(path, key)
         results[layer] = projections
     return results
 
