@@ -14,6 +14,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from deconvnet.cli import printed_commands
+from deconvnet.cli.class_names import read_class_names
 from deconvnet.cli.errors import one_line_errors
 from deconvnet.cli.read_settings import read_settings
 from deconvnet.cli.settings import VisualizeConfig
@@ -55,6 +56,7 @@ def visualize(settings: VisualizeConfig, communicator: Communicator = SINGLE) ->
     images = select_images(settings, subject, communicator)
     if settings.layers == [LIST]:
         return list_layers(settings, subject, images)
+    check_labels(settings, subject, images)
     folder = output_folder(settings)
     paths = visualize_network(
         subject,
@@ -70,7 +72,10 @@ def visualize(settings: VisualizeConfig, communicator: Communicator = SINGLE) ->
         width = max(map(len, names.values())) + 2
         for key, path in paths.items():
             print(f"{names[key]:{width}}{shown_name(relative_path(path))}")
-        events = shlex.quote(shown_name(relative_path(folder)))
+        # TensorBoard names runs by their paths below this folder.
+        is_run = settings.output is None and settings.run and Path(settings.run).is_dir()
+        shown = Path(folder).parent if is_run else folder
+        events = shlex.quote(shown_name(relative_path(shown)))
         print(f"{'TensorBoard':{width}}tensorboard --logdir {events}")
 
 
@@ -109,6 +114,7 @@ def load_named_model(settings: VisualizeConfig, weights: str | None = None) -> L
         mean=settings.mean,
         std=settings.std,
         order=settings.order,
+        labels=read_class_names(settings.labels),
         seed=settings.seed,
     )
 
@@ -195,6 +201,18 @@ def list_layers(settings: VisualizeConfig, subject: LoadedModel, images: LazyIma
     print(f"  {'layer':28} {'kind':20} {'maps':>14}   receptive field (* by default)")
     for info in infos:
         print(f"{'*' if info.name in chosen else ' '} {info}")
+
+
+def check_labels(settings: VisualizeConfig, subject: LoadedModel, images: LazyImages) -> None:
+    """Raise ValueError unless the model has as many classes as the settings name."""
+    if settings.labels is None:
+        return
+    projector = make_projector(subject, settings)
+    outputs = projector.outputs(projector.prepare(images[0][None]))
+    names = len(subject.labels)
+    if outputs is None or outputs.shape[1] != names:
+        classes = "no classes" if outputs is None else f"{outputs.shape[1]} classes"
+        raise ValueError(f"labels: {names} names, but {settings.model} has {classes}")
 
 
 def load_evolutions(

@@ -36,7 +36,7 @@ from deconvnet.visualization.result import VisualizationResult
 from deconvnet.visualization.search.top_projections import TopProjections
 from deconvnet.visualization.settings import VisualizationSettings
 
-# The groups of the page, in their order, and what they show.
+# The groups of the page, in their order, and what they show; those of a training run lie between.
 STRONGEST = (
     "For some maps: the strongest activations in these images, the strongest first, projected to "
     "pixels by each method, and the part of the image that the units see (image). Every tile has "
@@ -49,30 +49,30 @@ GROUPS = {
         "The filters that see pixels, with the number of the map below. Grey is zero; every "
         "filter has its own scale, so only its shape has a meaning.",
     ),
-    "layers": ("1 strongest activations", STRONGEST),
+    "layers": ("2 strongest activations", STRONGEST),
     "control": (
-        "2 control",
+        "3 control",
         "The same for the network with shuffled weights. What looks alike here and there comes "
         "from the images, not from what the network has learned.",
     ),
     "evolution": (
-        "3 evolution",
+        "4 evolution",
         "A row for each map, a column for each epoch: the strongest activation, projected to "
         "pixels as if it were positive. The number of the image is below a tile if it differs from "
         "that of the tile before.",
     ),
     "occlusion": (
-        "4 occlusion",
+        "8 occlusion",
         "What changes in the network when a grey square covers a part of the image.",
     ),
     "invariance": (
-        "5 invariance",
+        "9 invariance",
         "How far the features move when the image is shifted, scaled or rotated.",
     ),
 }
 # On the card of a map: its activations, and in pixels the width of a tile and of a label.
 SHOWN = 5
-TILE, LABEL = 80, 62
+TILE, LABEL = 78, 74
 
 
 def write_event_page(
@@ -104,7 +104,7 @@ def _pages(
     """Yield the group, the name and the cards of every picture."""
     filters = pixel_filters(result.projector)
     if filters is not None:
-        yield "filters", f"{filters[0]}-filters", filter_cards(shade_signed(filters[1]))
+        yield "filters", filters[0], filter_cards(shade_signed(filters[1]))
     for layer, projections in result.projections.items():
         rows = rows_in_grid(projections, settings)[:MOST_CARDS]
         yield "layers", layer, [map_card(projections, row, settings.contrast) for row in rows]
@@ -112,7 +112,7 @@ def _pages(
         rows = control_rows(projections, settings)
         yield "control", layer, [map_card(projections, row, settings.contrast) for row in rows]
     for layer, e in result.evolutions.items():
-        yield "evolution", f"{layer}-evolution", evolution_cards(e)
+        yield "evolution", layer, evolution_cards(e)
     for name, picture in result.pictures.items():
         for kind in ("occlusion", "invariance"):
             if name.startswith(kind):
