@@ -27,6 +27,20 @@ def snapshot(folder):
     return found
 
 
+def shown_pictures(page):
+    """The pictures of a loaded TensorBoard event file: {tag: [(step, number of samples), ...]}."""
+    tags = [
+        tag
+        for tag in page.Tags()["tensors"]
+        if page.SummaryMetadata(tag).plugin_data.plugin_name == "images"
+    ]
+    # The first two strings are the width and the height.
+    return {
+        tag: [(e.step, len(e.tensor_proto.string_val) - 2) for e in page.Tensors(tag)]
+        for tag in tags
+    }
+
+
 class StopAt(Monitor):
     """A monitor during which the user presses Ctrl-C, once, at a certain moment."""
 

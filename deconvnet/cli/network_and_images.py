@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from deconvnet.cli.class_names import read_class_names
 from deconvnet.cli.settings import (
     CorrespondenceConfig,
     NetworkConfig,
@@ -76,6 +77,7 @@ def load_named_model(settings: NetworkConfig, weights: str | None = None) -> Loa
         mean=settings.mean,
         std=settings.std,
         order=settings.order,
+        labels=read_class_names(settings.labels),
         seed=settings.seed,
     )
 
@@ -171,6 +173,20 @@ def list_layers(projector: Projector, image: Tensor) -> None:
     print(f"  {'layer':28} {'kind':20} {'maps':>14}   receptive field (* by default)")
     for info in infos:
         print(f"{'*' if info.name in chosen else ' '} {info}")
+
+
+def check_labels(
+    settings: NetworkConfig, subject: LoadedModel, projector: Projector, image: Tensor
+) -> None:
+    """Raise ValueError unless the model has as many classes as the settings name; image: (3, H, W),
+    one that it takes."""
+    if settings.labels is None:
+        return
+    outputs = projector.outputs(projector.prepare(image[None]))
+    names = len(subject.labels)
+    if outputs is None or outputs.shape[1] != names:
+        classes = "no classes" if outputs is None else f"{outputs.shape[1]} classes"
+        raise ValueError(f"labels: {names} names, but {settings.model} has {classes}")
 
 
 def make_projector(

@@ -16,6 +16,7 @@ from deconvnet.cli.errors import interruptible, one_line_errors
 from deconvnet.cli.image_files import check_outputs, progress_bar
 from deconvnet.cli.network_and_images import (
     check_images,
+    check_labels,
     list_layers,
     load_subject,
     make_projector,
@@ -52,6 +53,7 @@ def occlude(settings: OcclusionConfig) -> None:
     projector = make_projector(subject, settings)
     if settings.layer in LIST:
         return list_layers(projector, images[0])
+    check_labels(settings, subject, projector, images[0])
     layer = chosen_layer(projector, images[0], settings.layer)
     labels = subject.labels and tuple(map(shown_name, subject.labels))
     class_index = class_named(settings.label, labels)

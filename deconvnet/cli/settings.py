@@ -26,7 +26,7 @@ from deconvnet.visualization.settings import OLD_NAMES, VisualizationSettings
 
 # Settings of `deconvnet visualize` that do not apply to networks of deconvnet.
 OF_MODELS = {
-    *("weights", "options", "mean", "std", "order", "checkpoints"),
+    *("weights", "options", "mean", "std", "order", "labels", "checkpoints"),
     *("method", "strict", "gates", "overlap"),
 }
 # More maps, images per batch or epochs can only be a mistake.
@@ -121,6 +121,9 @@ class NetworkConfig:
     std: list[float] | None = None
     # colour planes that the model expects: rgb, bgr or grey; null: those it was trained with
     order: str | None = None
+    # names of the classes of the model: a file with one name a line or a JSON list, or a list such
+    # as [cat,dog]; null: those of its weights
+    labels: Any = field(default=None, metadata=TEXTS)
     # side in pixels of the squares that images are cropped to; null: what the network expects
     size: int | None = None
 

@@ -42,6 +42,8 @@ FREE = (
     *("layers", "device", "resume", "chunk", "progress", "patience", "name"),
     *("memory", "disk", "init"),
 )
+# Settings of how images are read, which do not affect the result.
+OF_READING = {f"data.{key}" for key in ("download", "skip_unreadable", "stream", "workers")}
 
 
 def main(cfg: DictConfig) -> None:
@@ -94,7 +96,7 @@ def run(
             folder if communicator.is_main else None,
             progress=settings.progress and communicator.is_main,
             config=OmegaConf.to_yaml(cfg, resolve=True),
-            settings=flat(record),
+            settings=hyperparameters(record, len(layers)),
         )
         return train(
             net.to(device),
@@ -150,6 +152,15 @@ def summarize(results: list[LayerResult], folder: Path) -> None:
 def relative_path(path: Path) -> Path:
     """A path relative to the current folder."""
     return Path(os.path.relpath(path))
+
+
+def hyperparameters(record: dict[str, Any], depth: int) -> dict[str, bool | int | float | str]:
+    """The settings of a run of `depth` layers by which runs are compared: flat, without those of
+    layers above, those that are null, and those of how images are read.
+    """
+    model = {f"layer{number}": record["model"][f"layer{number}"] for number in range(1, depth + 1)}
+    values = flat({**record, "model": model})
+    return {k: v for k, v in values.items() if k not in OF_READING and v != "None"}
 
 
 def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:

@@ -14,6 +14,7 @@ from deconvnet.cli import printed_commands
 from deconvnet.cli.errors import one_line_errors
 from deconvnet.cli.network_and_images import (
     check_images,
+    check_labels,
     list_layers,
     load_named_model,
     load_subject,
@@ -52,6 +53,7 @@ def visualize(settings: VisualizeConfig, communicator: Communicator = SINGLE) ->
     images = select_images(settings, subject, communicator)
     if settings.layers == [LIST]:
         return list_layers(make_projector(subject, settings), images[0])
+    check_labels(settings, subject, make_projector(subject, settings), images[0])
     folder = output_folder(settings)
     paths = visualize_network(
         subject,

@@ -10,7 +10,6 @@ began. Resuming a run hides the events of the interrupted run after the step fro
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import math
@@ -18,19 +17,39 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from deconvnet.monitoring.event_files import event_writer
+from deconvnet.monitoring.picture_files import png
 from deconvnet.monitoring.statistics import EpochStats, InferencePoint, LayerResult
 from deconvnet.monitoring.strict_json import to_json
+from deconvnet.monitoring.summaries import (
+    CURVES,
+    INFERENCE,
+    RESULTS,
+    STEP,
+    histogram_summary,
+    hparam_summaries,
+    image_summary,
+    layout_summary,
+    picture_description,
+    picture_tag,
+    result_tag,
+    scalar_summary,
+    text_summary,
+)
 from deconvnet.storage import ownership
+
+if TYPE_CHECKING:
+    from tensorboard.compat.proto.summary_pb2 import Summary
 
 log = logging.getLogger(__name__)
 
@@ -63,21 +82,20 @@ class Monitor:
         self._inferred = 0
         self._last_logged = -math.inf
 
-    def start(self, step: int, layer: int = 1) -> None:
-        """Open the TensorBoard file.
+    def start(self, step: int, layer: int = 1, depth: int = 1) -> None:
+        """Open the TensorBoard file of a run of `depth` layers.
 
         Hides events after `step` that an interrupted run left, and its result of `layer`, which is
         not finished.
         """
         if self.folder is None:
             return
-        from torch.utils.tensorboard.summary import hparams
-
         _truncate_metrics(self.folder / METRICS, step, layer)
         self._writer = event_writer(self.folder, purge_step=step + 1)
-        self._writer.add_text("config", f"```yaml\n{self.config}\n```", step)
-        # add_hparams would put them into a separate run.
-        for summary in hparams(self.settings, {"layer1/snr": 0.0}):
+        config = f"```yaml\n{self.config}\n```"
+        self._show(text_summary("config", config, "All settings of the run."), step)
+        layers = range(1, depth + 1)
+        for summary in (*hparam_summaries(self.settings, layers), layout_summary(layers)):
             self._writer.file_writer.add_summary(summary)
 
     def layer(self, number: int, done: int, total: int) -> None:
@@ -94,13 +112,16 @@ class Monitor:
         if self._writer is None:
             return
         for key, value in stats.numbers.items():
-            self._writer.add_scalar(f"layer{stats.layer}/{key}", value, step)
+            self._curve(f"layer{stats.layer}/{key}", value, step, CURVES[key])
         for rank, load in enumerate(stats.loads):
+            process = f"the process of rank {rank}"
             for phase, seconds in load.seconds.items():
-                self._writer.add_scalar(f"seconds of an epoch/rank {rank}: {phase}", seconds, step)
-            self._writer.add_scalar(f"memory/rank {rank}, MB", load.memory, step)
+                tag = f"seconds of an epoch/rank {rank}: {phase}"
+                self._curve(tag, seconds, step, f"Seconds of an epoch that {process} spent here.")
+            memory = f"The peak memory of {process} so far, in MB."
+            self._curve(f"memory/rank {rank}, MB", load.memory, step, memory)
         speed = 1 / max(stats.seconds_per_image, 1e-12)
-        self._writer.add_scalar("images per second", speed, step)
+        self._curve("speed/images per second", speed, step, "Images visited per second.")
         self._append_metrics(step, **{**asdict(stats), "objective": stats.objective})
 
     def inferred(self, done: int, total: int) -> None:
@@ -120,9 +141,16 @@ class Monitor:
         self._append_metrics(step, result=asdict(result), layer=result.layer)
         rows = [f"| {key} | {value:.6g} |" for key, value in asdict(result).items()]
         table = "\n".join(["| all training images | |", "|---|---|", *rows])
-        self._writer.add_text(f"layer{result.layer}/result", table, step)
+        final = f"layer {result.layer} over all training images, when its training has ended"
+        summary = text_summary(f"layer{result.layer}/result", table, f"Result of {final}.")
+        self._show(summary, step)
+        for key, (name, description) in RESULTS.items():
+            text = f"{name} of {final}: {description}."
+            self._curve(result_tag(result.layer, key), getattr(result, key), step, text)
         if len(values):
-            self._writer.add_histogram(f"layer{result.layer}/nonzero z", values, step)
+            tag = f"layer{result.layer}/nonzero z"
+            text = "The coefficients of the maps that are not zero, with the final filters."
+            self._show(histogram_summary(tag, values, f"{text} {STEP}"), step)
 
     def inference(self, layer: int, curve: list[InferencePoint]) -> None:
         """Report the convergence of inference in a finished layer.
@@ -136,24 +164,47 @@ class Monitor:
         # After a run was set back, only its last curve is shown.
         with event_writer(folder, purge_step=1) as writer:
             for point in curve:
-                for key in ("objective", "beta", "density"):
-                    tag = f"inference/{key} by iteration"
-                    writer.add_scalar(tag, getattr(point, key), point.iteration)
+                for key, description in INFERENCE.items():
+                    tag, value = f"inference/{key} by iteration", getattr(point, key)
+                    text = f"{description} The step counts iterations of inference."
+                    writer.file_writer.add_summary(
+                        scalar_summary(tag, value, text), point.iteration
+                    )
 
-    def picture(self, name: str, picture: Tensor, step: int) -> None:
-        """Show a picture (3, H, W) in [0, 1] on the page and save it as pictures/<name>.png."""
+    def picture(self, name: str, picture: Tensor, step: int, cards: Sequence[Tensor] = ()) -> None:
+        """Save a picture (3, H, W) in [0, 1] as pictures/<name>.png and show it on the page.
+
+        cards: the same as smaller pictures, which the page shows instead.
+        """
         if self.folder is None:
             return
         if not torch.isfinite(picture).all():
             raise ValueError(f"the picture {name} has values that are not finite")
-        picture = picture.clamp(0, 1).cpu()
-        self._writer.add_image(name, picture, step)
+        summary = image_summary(picture_tag(name), cards or [picture], picture_description(name))
+        self._show(summary, step)
         save_picture(self.folder / "pictures" / f"{name.replace('/', '-')}.png", picture)
+
+    def map_energies(self, layer: int, energies: Tensor, step: int) -> None:
+        """Report how much each map is used: energies (K,), the sums of the squares of the maps."""
+        if self._writer is None or not energies.sum() > 0:
+            return
+        tag, shares = f"layer{layer}/energy of each map", energies / energies.mean()
+        text = (
+            "The sum of squares of each map, in units of the mean over the maps: 0 is a dead map."
+        )
+        self._show(histogram_summary(tag, shares, f"{text} {STEP}"), step)
 
     def flush(self) -> None:
         """Write everything reported so far to disk, before the checkpoint that relies on it."""
         if self._writer is not None:
             self._writer.flush()
+
+    def _show(self, summary: Summary, step: int) -> None:
+        self._writer.file_writer.add_summary(summary, step)
+
+    def _curve(self, tag: str, value: float, step: int, description: str) -> None:
+        """Add a point to a curve over the updates."""
+        self._show(scalar_summary(tag, value, f"{description} {STEP}"), step)
 
     def _append_metrics(self, step: int, **values: object) -> None:
         """Append a line to metrics.jsonl, before the checkpoint that relies on it is written."""
@@ -267,11 +318,3 @@ def save_picture(path: Path, picture: Tensor) -> None:
     Raises ForeignFileError if a file that this package did not write is there.
     """
     ownership.write(path, png(picture))
-
-
-def png(picture: Tensor) -> bytes:
-    """A picture (1 or 3, H, W) in [0, 1] as the content of a PNG file, grey or RGB."""
-    pixels = (picture.clamp(0, 1).cpu() * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-    buffer = io.BytesIO()
-    Image.fromarray(pixels[..., 0] if len(picture) == 1 else pixels).save(buffer, "png")
-    return buffer.getvalue()

@@ -28,8 +28,15 @@ from deconvnet.training.training_set import ImageSource, TrainingSet
 from deconvnet.training.warm_start_placement import place_warm_starts
 from deconvnet.visualization.evolution.evolution import append_epoch, load_if_valid
 from deconvnet.visualization.evolution.while_learning import plan_snapshots, project_snapshot
-from deconvnet.visualization.pictures.evolution_picture import evolution_picture
-from deconvnet.visualization.pictures.layer_pictures import filter_picture, layer_pictures
+from deconvnet.visualization.pictures.canvas import shade_signed
+from deconvnet.visualization.pictures.evolution_picture import evolution_cards, evolution_picture
+from deconvnet.visualization.pictures.layer_pictures import (
+    filter_cards,
+    filter_picture,
+    layer_cards,
+    snapshot_features,
+)
+from deconvnet.visualization.projection.feature_projection import PixelFeatures, signed_rgb
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +93,7 @@ def train(
     else:
         opened = nullcontext(monitor)
     with opened as monitor, stop_requests() as stop_requested:
-        monitor.start(state.step, state.layer)
+        monitor.start(state.step, state.layer, net.depth)
         data = TrainingSet(
             *(net, images),
             communicator=communicator,
@@ -201,27 +208,42 @@ def _show_epoch(
 ) -> None:
     """Show the statistics of an epoch and the filters after it."""
     session.monitor.epoch(stats, state.step)
+    if trainer.sums is not None:
+        session.monitor.map_energies(trainer.number, trainer.sums.energy, state.step)
     if stats.objective > RISE * previous_objective and session.communicator.is_main:
         log.warning(
             "layer %d, epoch %d: the objective has risen from %.4g to %.4g; if it keeps rising, "
             "use larger learning.batch_size or learning.averaging_epochs",
             *(trainer.number, stats.epoch, previous_objective, stats.objective),
         )
-    if trainer.number == 1 and session.run:
-        session.monitor.picture("layer1/filters", filter_picture(session.net), state.step)
+    # After the last epoch, all pictures of the layer are shown.
+    if trainer.number == 1 and session.run and not trainer.done:
+        f = signed_rgb(session.net, session.net.layer(1).filters)
+        _show_filters(session, 1, shade_signed(f), state.step)
     if trainer.snapshot:
         # Save before the checkpoint, so that a run that resumes from it has this column.
-        _save_snapshot(session, trainer)
+        _show_snapshot(session, state, trainer)
 
 
-def _save_snapshot(session: Session, trainer: LayerTrainer) -> None:
-    """Append the features of the layer after this epoch to its file of features over epochs."""
+def _show_snapshot(session: Session, state: TrainingState, trainer: LayerTrainer) -> None:
+    """Append the features of the layer after this epoch to its file of features over epochs, and
+    show those of an upper layer."""
     number, snapshot = trainer.number, trainer.snapshot
     images = snapshot.peaks.images.clamp(min=0).unique().cpu()
     codes = session.data.gather_codes(images, number - 1)
-    if session.run:
-        column = project_snapshot(session.net, codes, number, snapshot, images)
-        append_epoch(session.run.evolution(number), column)
+    if session.run is None:
+        return
+    column = project_snapshot(session.net, codes, number, snapshot, images)
+    append_epoch(session.run.evolution(number), column)
+    if number > 1 and not trainer.done:
+        features = PixelFeatures(column.tiles[0], column.boxes[0], column.values[0])
+        shown = snapshot_features(features, tuple(codes.y.shape[2:]))
+        _show_filters(session, number, shown, state.step)
+
+
+def _show_filters(session: Session, layer: int, tiles: Tensor, step: int) -> None:
+    picture, cards = filter_picture(tiles), filter_cards(tiles)
+    session.monitor.picture(f"layer{layer}/filters", picture, step, cards)
 
 
 def _show_layer(session: Session, state: TrainingState) -> None:
@@ -235,12 +257,13 @@ def _show_layer(session: Session, state: TrainingState) -> None:
     problem = net.layer_problem(codes, number, slice(CURVE_IMAGES))
     monitor.inference(number, inference_curve(net.layer(number), problem))
     pixels, _ = session.data.images.read(images)
-    pictures = layer_pictures(net, codes, pixels.to(net.device), number)
+    pictures = layer_cards(net, codes, pixels.to(net.device), number)
     evolution = load_if_valid(session.run.evolution(number))
     if evolution:
-        pictures[f"layer{number}/evolution"] = evolution_picture(evolution)
-    for name, picture in pictures.items():
-        monitor.picture(name, picture, state.step)
+        drawn = evolution_picture(evolution), evolution_cards(evolution)
+        pictures[f"layer{number}/evolution"] = drawn
+    for name, (picture, cards) in pictures.items():
+        monitor.picture(name, picture, state.step, cards)
 
 
 def _warn_of_dead_maps(session: Session, result: LayerResult) -> None:

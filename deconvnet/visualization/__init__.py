@@ -8,9 +8,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from deconvnet.visualization.evolution.from_checkpoints import project_checkpoints
-    from deconvnet.visualization.experiments.correspondence import correspondence
-    from deconvnet.visualization.experiments.invariance import invariance
-    from deconvnet.visualization.experiments.occlusion import occlusion
+    from deconvnet.visualization.experiments.correspondence import (
+        correspondence,
+        correspondence_picture,
+        correspondence_table,
+    )
+    from deconvnet.visualization.experiments.invariance import invariance, invariance_picture
+    from deconvnet.visualization.experiments.occlusion import occlusion, occlusion_picture
     from deconvnet.visualization.models.normalization import Normalization
     from deconvnet.visualization.models.zoo import load_model
     from deconvnet.visualization.pictures.image_decomposition import (
@@ -22,7 +26,7 @@ if TYPE_CHECKING:
     from deconvnet.visualization.pictures.image_parts import ImageParts, image_parts
     from deconvnet.visualization.pictures.layer_pictures import filter_grid, layer_pictures
     from deconvnet.visualization.pictures.parts_picture import image_parts_picture
-    from deconvnet.visualization.pictures.projection_grids import projection_grid
+    from deconvnet.visualization.pictures.projection_grids import layer_grid, projection_grid
     from deconvnet.visualization.projection.feature_projection import PixelFeatures, pixel_features
     from deconvnet.visualization.projection.projector import Projector
     from deconvnet.visualization.report import visualize_network
@@ -41,14 +45,19 @@ MODULES = {
     "Projector": "projection.projector",
     "VisualizationSettings": "settings",
     "correspondence": "experiments.correspondence",
+    "correspondence_picture": "experiments.correspondence",
+    "correspondence_table": "experiments.correspondence",
     "filter_grid": "pictures.layer_pictures",
     "find_top_activations": "search.top_activations",
     "image_parts": "pictures.image_parts",
     "image_parts_picture": "pictures.parts_picture",
     "invariance": "experiments.invariance",
+    "invariance_picture": "experiments.invariance",
+    "layer_grid": "pictures.projection_grids",
     "layer_pictures": "pictures.layer_pictures",
     "load_model": "models.zoo",
     "occlusion": "experiments.occlusion",
+    "occlusion_picture": "experiments.occlusion",
     "pixel_features": "projection.feature_projection",
     "project_activations": "pictures.image_decomposition",
     "project_checkpoints": "evolution.from_checkpoints",
@@ -68,14 +77,19 @@ __all__ = [
     "Projector",
     "VisualizationSettings",
     "correspondence",
+    "correspondence_picture",
+    "correspondence_table",
     "filter_grid",
     "find_top_activations",
     "image_parts",
     "image_parts_picture",
     "invariance",
+    "invariance_picture",
+    "layer_grid",
     "layer_pictures",
     "load_model",
     "occlusion",
+    "occlusion_picture",
     "pixel_features",
     "project_activations",
     "project_checkpoints",

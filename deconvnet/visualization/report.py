@@ -28,12 +28,12 @@ from tqdm import tqdm
 
 from deconvnet.images.datasets import LazyImages
 from deconvnet.images.decoding import shown_name
-from deconvnet.monitoring.event_files import event_writer
 from deconvnet.monitoring.monitor import save_picture
 from deconvnet.network.network import DeconvNet
 from deconvnet.storage import ownership
 from deconvnet.support.communicator import SINGLE, Communicator
 from deconvnet.visualization.cache_keys import activations_key, network_key
+from deconvnet.visualization.event_page import write_event_page
 from deconvnet.visualization.evolution.evolution import Evolution
 from deconvnet.visualization.experiments.invariance import invariance, invariance_picture
 from deconvnet.visualization.experiments.occlusion import occlusion, occlusion_picture
@@ -46,8 +46,9 @@ from deconvnet.visualization.manifest import (
     write_manifest,
 )
 from deconvnet.visualization.models.zoo import LoadedModel
+from deconvnet.visualization.pictures.canvas import shade_signed
 from deconvnet.visualization.pictures.evolution_picture import evolution_picture
-from deconvnet.visualization.pictures.layer_pictures import filter_grid
+from deconvnet.visualization.pictures.layer_pictures import filter_picture
 from deconvnet.visualization.pictures.projection_grids import (
     layer_grid,
     pixel_filters,
@@ -142,7 +143,7 @@ def visualize_network(
     _draw(result, settings, place / "figures")
     _remove_outdated(result, place)
     paths = {"pictures": place / "figures", "manifest": write_manifest(result, settings, place)}
-    _write_events(result, place)
+    write_event_page(result, settings, place)
     gallery = Path(folder) / "gallery"
     if settings.gallery:
         with _progress_bar(settings, "gallery", "page", None) as progress:
@@ -321,6 +322,8 @@ def _project(
                     progress=progress,
                 )
             projections.save(path, key)
+            # As it is in the file, so that a resumed visualization draws the same pictures.
+            projections = load_top_projections(path, key)
         results[layer] = projections
     return results
 
@@ -340,7 +343,7 @@ def _draw(result: VisualizationResult, settings: VisualizationSettings, folder: 
     pictures = result.pictures
     filters = pixel_filters(result.projector)
     if filters is not None:
-        pictures[f"{filters[0]}-filters"] = filter_grid(filters[1])
+        pictures[f"{filters[0]}-filters"] = filter_picture(shade_signed(filters[1]))
     for layer, projections in result.projections.items():
         rows = rows_in_grid(projections, settings)
         pictures[layer] = layer_grid(
@@ -403,21 +406,6 @@ def _remove_outdated(result: VisualizationResult, place: Path) -> None:
     if not result.control:
         ownership.remove(place / "control" / "topk.npz")
         ownership.prune(place / "control")
-
-
-def _write_events(result: VisualizationResult, folder: Path) -> None:
-    for old in folder.glob("events.out.tfevents.*"):
-        ownership.remove(old)
-    with event_writer(folder) as writer:
-        for name, picture in result.pictures.items():
-            pixels = (picture.clamp(0, 1) * 255).round().byte()
-            writer.add_image(f"visualization/{name}", pixels, 0)
-        reports = "\n".join(
-            f"| {name} | {report} |"
-            for name, p in result.projections.items()
-            for report in p.reports.values()
-        )
-        writer.add_text("visualization", f"| layer | how |\n|---|---|\n{reports}", 0)
 
 
 @contextmanager

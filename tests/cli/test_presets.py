@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import shown_pictures
 from hydra import compose, initialize_config_dir
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -253,10 +254,12 @@ def assert_four_layers(result, run):
     expected = {f"layer{n}-{kind}" for n in (1, 2, 3, 4) for kind in KINDS}
     expected |= {f"layer{n}-{kind}" for n in (2, 3, 4) for kind in UPPER}
     assert {path.stem for path in (run / "pictures").iterdir()} == expected
-    events = EventAccumulator(str(run), size_guidance={"images": 0})
+    events = EventAccumulator(str(run), size_guidance={"tensors": 0})
     events.Reload()
     tags = events.Tags()
-    assert {tag.replace("/", "-") for tag in tags["images"]} == expected
+    # A tag such as "0 filters/layer1".
+    shown = (tag.partition(" ")[2].partition("/") for tag in shown_pictures(events))
+    assert {f"{layer}-{kind}" for kind, _, layer in shown} == expected
     for number in (1, 2, 3, 4):
         for key in ("objective", "snr", "density"):
             assert f"layer{number}/{key}" in tags["scalars"]

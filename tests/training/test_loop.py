@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import StopAt, assert_same_network
+from helpers import StopAt, assert_same_network, shown_pictures
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.testing import assert_close
 
 from deconvnet import (
@@ -82,7 +83,9 @@ def assert_same_evolution(folder, expected):
 
 
 def events(folder):
-    accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0})
+    accumulator = EventAccumulator(
+        str(folder), size_guidance=dict.fromkeys(("scalars", "tensors", "histograms"), 0)
+    )
     accumulator.Reload()
     return accumulator
 
@@ -146,7 +149,7 @@ def test_a_run_leaves_its_features_after_some_of_the_epochs(finished):
 
 def test_the_tensorboard_page_has_curves_pictures_and_the_configuration(finished):
     page = events(finished[0])
-    tags = page.Tags()
+    tags, pictures = page.Tags(), shown_pictures(page)
     for number in (1, 2):
         for key in ("objective", "reconstruction", "sparsity", "density", "snr", "dead", "double"):
             steps = [event.step for event in page.Scalars(f"layer{number}/{key}")]
@@ -154,13 +157,43 @@ def test_the_tensorboard_page_has_curves_pictures_and_the_configuration(finished
             assert steps == ([3, 6] if number == 1 else [9, 12])
         assert f"layer{number}/seconds_per_image" in tags["scalars"]
         assert f"layer{number}/result/text_summary" in tags["tensors"]
-        assert f"layer{number}/filters" in tags["images"]
-        assert f"layer{number}/reconstructed" in tags["images"]
-        (picture,) = page.Images(f"layer{number}/evolution")
-        assert picture.step == (6 if number == 1 else 12)
+        last = 6 if number == 1 else 12
+        # The filters at several steps, so that one sees them develop.
+        assert [step for step, _ in pictures[f"0 filters/layer{number}"]] == [last - 3, last]
+        # One card for each of the five images.
+        assert pictures[f"2 reconstructed/layer{number}"] == [(last, 5)]
+        assert pictures[f"3 evolution/layer{number}"] == [(last, 1)]
+        assert pictures[f"4 maps/layer{number}"][0][0] == last
         assert f"layer{number}/nonzero z" in tags["histograms"]
+        histograms = page.Histograms(f"layer{number}/energy of each map")
+        assert [event.step for event in histograms] == [last - 3, last]
+        for key in ("snr", "density", "objective", "dead"):
+            assert [event.step for event in page.Scalars(f"result/layer{number} {key}")] == [last]
+    assert {"1 patches/layer2", "5 parts/layer2"} <= pictures.keys()
     text = page.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "some: text" in text
+
+
+def test_the_page_opens_on_the_filters_and_every_tag_has_a_description(finished):
+    page = events(finished[0])
+    tags = page.Tags()
+    shown = [tag for kind in ("scalars", "histograms") for tag in tags[kind]]
+    shown += shown_pictures(page)
+    assert min(shown) == "0 filters/layer1"
+    for tag in [*shown, "config/text_summary", "layer1/result/text_summary"]:
+        description = page.SummaryMetadata(tag).summary_description
+        assert description.endswith("."), tag
+        if "text" not in tag:
+            assert "The step counts filter updates" in description, tag
+
+
+def test_runs_are_compared_by_the_results_of_the_layers_that_they_have(finished):
+    content = events(finished[0]).SummaryMetadata("_hparams_/experiment").plugin_data.content
+    experiment = HParamsPluginData.FromString(content).experiment
+    keys = ("snr", "density", "objective")
+    expected = [f"result/layer{number} {key}" for number in (1, 2) for key in keys]
+    assert [info.name.tag for info in experiment.metric_infos] == expected
+    assert all(info.display_name and info.description for info in experiment.metric_infos)
 
 
 def test_the_objective_on_the_page_is_that_of_its_two_terms(finished):

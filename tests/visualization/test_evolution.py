@@ -38,8 +38,13 @@ from deconvnet.visualization.evolution.while_learning import (
     project_snapshot,
     shown_epochs,
 )
-from deconvnet.visualization.pictures.canvas import GAP, HAIRLINE, LINE, PAGE
-from deconvnet.visualization.pictures.evolution_picture import LABEL, evolution_picture
+from deconvnet.visualization.pictures.canvas import GAP, LINE, PAGE
+from deconvnet.visualization.pictures.evolution_picture import (
+    LABEL,
+    evolution_cards,
+    evolution_picture,
+)
+from deconvnet.visualization.pictures.sheet import CARD, CARD_HEIGHT
 from deconvnet.visualization.projection.feature_projection import signed_rgb
 from deconvnet.visualization.projection.projector import Projector
 
@@ -537,23 +542,23 @@ def test_mismatched_input_is_refused_in_one_line(x):
 # Pictures
 
 
-def tile_of(picture, row, column, step):
-    """The inner pixels of a tile in a picture of one block."""
-    top, left = 2 * LINE + GAP + row * step, LABEL + GAP + column * step
-    return picture[:, top : top + step - GAP, left : left + step - GAP]
+def tile_of(picture, row, column, side):
+    """The pixels of a tile in a picture of one column of maps."""
+    top, left = 2 * LINE + GAP + row * (side + LINE + GAP), LABEL + column * (side + GAP)
+    return picture[:, top : top + side, left : left + side]
 
 
 def test_the_picture_has_a_row_for_a_map_and_a_column_for_an_epoch():
     e = some_evolution((1, 2, 5), maps=(0, 1, 2, 7), side=7, planes=1)
+    e = replace(e, values=e.values.abs())
     e.tiles[1, 2] = 0
     picture = evolution_picture(e)
-    step = 84 + GAP
-    assert picture.shape[1] == 2 * LINE + GAP + 4 * step
-    assert picture.shape[2] >= LABEL + GAP + 3 * step
+    assert picture.shape[1] == 2 * LINE + 4 * (84 + LINE + GAP)
+    assert picture.shape[2] >= LABEL + 3 * (84 + GAP)
     assert picture.min() >= 0 and picture.max() <= 1
     for row in range(4):
         for column in range(3):
-            shown = tile_of(picture, row, column, step)[:, ::12, ::12]
+            shown = tile_of(picture, row, column, 84)[:, ::12, ::12]
             tile = e.tiles[column, row]
             assert (shown == 0.5).all() == (row == 2 and column == 1)
             # Grey is zero, and within the range shown brightness is the value.
@@ -563,27 +568,45 @@ def test_the_picture_has_a_row_for_a_map_and_a_column_for_an_epoch():
             assert torch.equal((shown > 0.5), (tile > 0).expand(3, -1, -1))
 
 
+def test_a_feature_whose_activation_changes_its_sign_looks_the_same():
+    e = some_evolution((1, 2), side=7)
+    e.tiles[1], e.values[:] = -e.tiles[0], torch.tensor([[2.0, -3.0, 1.0], [-2.0, 4.0, -1.0]])
+    positive = e.with_positive_values()
+    assert torch.equal(positive.values, e.values.abs())
+    assert torch.equal(positive.tiles[0], positive.tiles[1])
+    assert torch.equal(positive.tiles[0, 0], e.tiles[0, 0])
+    assert torch.equal(positive.tiles[0, 1], -e.tiles[0, 1])
+    picture = evolution_picture(e)
+    for row in range(3):
+        assert torch.equal(*(tile_of(picture, row, column, 84) for column in (0, 1)))
+
+
+def test_evolutions_on_cards_are_small_and_show_every_map():
+    for epochs in (1, 4, 8):
+        e = some_evolution(tuple(range(1, epochs + 1)), maps=tuple(range(20)), side=17)
+        cards = evolution_cards(e)
+        assert all(card.shape[1] <= CARD_HEIGHT and card.shape[2] <= CARD for card in cards)
+        height = sum(card.shape[1] for card in cards)
+        assert len(cards) <= 6 and height > 0
+
+
 def test_the_magnitude_of_a_tile_does_not_change_the_picture():
     e = some_evolution((1, 2), side=6)
     scaled = replace(e, tiles=e.tiles * torch.tensor([1e-6, 1.0]).view(2, 1, 1, 1, 1))
     assert_close(evolution_picture(scaled), evolution_picture(e), rtol=0, atol=1e-5)
 
 
-def test_a_black_line_marks_a_change_of_the_image():
+def test_the_image_is_named_below_a_tile_where_it_changes():
     e = some_evolution((1, 2, 5), side=7)
     e.boxes[..., 0] = torch.tensor([[3, 3, 3], [3, 4, -1], [3, 4, 3]])
-    picture, step = evolution_picture(e), 84 + GAP
-    marked = []
+    picture, named = evolution_picture(e), []
     for row in range(3):
-        for column in range(1, 3):
-            left = LABEL + column * step
-            gap = picture[:, 2 * LINE + GAP + row * step :, left : left + GAP][:, : step - GAP]
-            assert (gap[:, :, [0, 2]] == HAIRLINE).all()
-            if (gap[:, :, 1] == 0).all():
-                marked.append((row, column))
-            else:
-                assert (gap[:, :, 1] == 1).all()
-    assert marked == [(1, 1), (2, 1), (2, 2)]
+        for column in range(3):
+            top = 2 * LINE + GAP + row * (84 + LINE + GAP) + 84
+            left = LABEL + column * (84 + GAP)
+            if (picture[:, top : top + LINE, left : left + 84] < 0.5).any():
+                named.append((row, column))
+    assert named == [(0, 0), (1, 0), (1, 1), (2, 0), (2, 2)]
 
 
 @pytest.mark.parametrize(("maps", "rows"), [(3, [0, 10, 19]), (1, [0]), (40, list(range(20)))])

@@ -221,7 +221,13 @@ def test_a_damaged_file_in_the_cache_is_one_line(no_network):
     refused(no_network / "squeezenet1_1-b8a52dc0.pth", "weights=none", spec=SMALL)
 
 
-@pytest.mark.parametrize("kind", ["plain", "state_dict", "model", "parallel", "compiled", "safe"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("plain", "state_dict", "model", "parallel", "compiled", "safe", "backbone", "ema"),
+        "model_state",
+    ],
+)
 def test_parameters_are_loaded_from_every_wrapper(tmp_path, kind):
     own = torchvision_models.squeezenet1_1(num_classes=7).state_dict()
     content = {
@@ -230,6 +236,12 @@ def test_parameters_are_loaded_from_every_wrapper(tmp_path, kind):
         "model": {"model": own, "optimizer": {"lr": 1.0}},
         "parallel": {"state_dict": {f"module.{name}": t for name, t in own.items()}},
         "compiled": {f"module._orig_mod.{name}": t for name, t in own.items()},
+        "backbone": {
+            "state_dict": {f"net.backbone.{name}": t for name, t in own.items()}
+            | {"net.neck.0.weight": torch.ones(2)}
+        },
+        "ema": {"ema": {"decay": 0.999, "module": own}, "epoch": 3},
+        "model_state": {"model_state": {f"net.{name}": t for name, t in own.items()}},
         "safe": own,
     }[kind]
     file = tmp_path / ("weights.safetensors" if kind == "safe" else "weights.pth")
@@ -249,6 +261,17 @@ def test_a_file_of_another_network_is_refused_with_the_names_that_differ(tmp_pat
         *("unexpected: extra.weight;", "classifier.1.bias (7 in the file, 1000 in the network)"),
         spec=SMALL,
         weights=str(tmp_path / "weights.pt"),
+    )
+
+
+def test_a_file_that_holds_a_network_twice_is_refused_with_both_names(tmp_path):
+    own = torchvision_models.squeezenet1_1().state_dict()
+    twice = {f"{kind}.{name}": t for kind in ("student", "teacher") for name, t in own.items()}
+    torch.save(twice, tmp_path / "weights.pt")
+    refused(
+        "holds this network 2 times, under student., teacher.; save the state_dict() of one",
+        spec=SMALL,
+        weights=tmp_path / "weights.pt",
     )
 
 

@@ -20,8 +20,10 @@ from deconvnet.visualization import (
     strongest_activations,
     supporting_activations,
 )
+from deconvnet.visualization.pictures.active_positions import active_map_sheet
 from deconvnet.visualization.pictures.canvas import (
     HAIRLINE,
+    LINE,
     PAGE,
     paragraph,
     plain_number,
@@ -32,10 +34,20 @@ from deconvnet.visualization.pictures.canvas import (
 )
 from deconvnet.visualization.pictures.image_decomposition import supporting_maps
 from deconvnet.visualization.pictures.layer_pictures import (
+    LABEL,
     labelled_images,
+    layer_cards,
     map_grid,
     reconstruction_picture,
 )
+from deconvnet.visualization.pictures.sheet import (
+    CARD,
+    CARD_HEIGHT,
+    MOST_CARDS,
+    Sheet,
+    cut_into_cards,
+)
+from deconvnet.visualization.projection.feature_projection import layer_field
 
 FAST = SolverSettings(iterations=20)
 GAP = 3
@@ -529,8 +541,13 @@ def test_filters_of_a_ycbcr_network_are_shown_in_their_colours(images):
     f[3, 0] = -1.0
     net.layer(1).set_filters(f)
     page = layer_pictures(net, net.infer(images), images, 1)["layer1/filters"]
-    columns = (page.shape[2] - GAP) // (45 + GAP)
-    tiles = tiles_of(page, 45, 45, columns, 4)
+    # Tiles of 5 x 5, thirteen times as large, each above its number.
+    columns = (page.shape[2] + GAP) // (65 + GAP)
+    tiles = []
+    for k in range(4):
+        top, left = k // columns * (65 + LINE + GAP), k % columns * (65 + GAP)
+        tiles.append(page[:, top : top + 65, left : left + 65])
+        assert (page[:, top + 65 : top + 65 + LINE, left : left + 65] < 0.5).any()
     light, blue, red, dark = (tile[:, 20, 20].tolist() for tile in tiles)
     assert light == pytest.approx([1, 1, 1]) and dark == pytest.approx([0, 0, 0], abs=1e-6)
     assert blue[2] > 0.9 and blue[0] == pytest.approx(0.5, abs=1e-5) and blue[1] < 0.5
@@ -540,10 +557,91 @@ def test_filters_of_a_ycbcr_network_are_shown_in_their_colours(images):
 def test_rows_of_reconstructions_start_with_the_original_images(images):
     net = network(images)
     page = reconstruction_picture(net, net.infer(images, depth=1), images)
-    # Behind the margin of the labels: the first row, at twice its size or more.
-    zoom = round(96 / 36)
-    first = page[:, GAP : GAP + 30 * zoom : zoom, 110 + GAP : 110 + GAP + 36 * zoom : zoom]
+    # Behind the margin of the labels: the first row, at four times its size.
+    left = LABEL + GAP
+    first = page[:, : 30 * 4 : 4, left : left + 36 * 4 : 4]
     assert_close(first, images[0], rtol=0, atol=0.5 / 255 + 1e-6)
+
+
+def test_the_residual_is_what_the_highest_layer_leaves_on_the_scale_of_the_image(images):
+    net = network(images)
+    codes = net.infer(images)
+    page = reconstruction_picture(net, codes, images)
+    step, left = 30 * 4 + GAP, LABEL + GAP
+    rows = [page[:, n * step : n * step + 120 : 4, left : left + 144 : 4] for n in range(6)]
+    _, y, _, second, residual, pixels = ((row - 0.5) for row in rows)
+    visible = (y.abs() < 0.5) & (second.abs() < 0.5) & (residual.abs() < 0.5)
+    assert visible.float().mean() > 0.9
+    assert_close((y - second)[visible], residual[visible], rtol=0, atol=1e-5)
+    assert_close(pixels + 0.5, net.reconstruct(codes)[0], rtol=0, atol=1e-6)
+
+
+def test_every_picture_of_a_layer_has_cards_that_tensorboard_can_show_in_full(images):
+    net = network(images)
+    drawn = layer_cards(net, net.infer(images), images, 2)
+    for name, (_, cards) in drawn.items():
+        assert cards and all(card.shape[0] == 3 for card in cards), name
+        if name != "layer2/parts":
+            assert all(c.shape[1] <= CARD_HEIGHT and c.shape[2] <= CARD for c in cards), name
+    assert len(drawn["layer2/reconstructed"][1]) == len(images)
+
+
+def cells(count, height, width):
+    generator = torch.Generator().manual_seed(0)
+    return list(torch.rand(count, 3, height, width, generator=generator) / 2)
+
+
+@pytest.mark.parametrize("count", [1, 4, 11, 60])
+def test_the_cards_of_a_sheet_show_every_cell_once_in_order(count):
+    sheet = Sheet(cells(count, 30, 70), labels=torch.ones(3, 30, 20), head=torch.ones(3, 9, 70))
+    found = []
+    for card in sheet.cards():
+        assert card.shape[1] <= CARD_HEIGHT and card.shape[2] <= CARD
+        for top in range(9 + GAP, card.shape[1], 30 + GAP):
+            for left in range(20 + GAP, card.shape[2], 70 + GAP):
+                cell = card[:, top : top + 30, left : left + 70]
+                found += [] if (cell == 1).all() else [cell]
+    assert len(found) == count
+    assert all(map(torch.equal, found, sheet.cells))
+
+
+def test_a_sheet_is_at_most_as_wide_as_a_page_and_has_a_few_cards():
+    sheet = Sheet(cells(700, 60, 60))
+    assert sheet.picture().shape[2] <= PAGE
+    assert len(sheet.cards()) == MOST_CARDS
+
+
+def test_a_picture_is_cut_into_cards_through_white_only():
+    picture = torch.ones(3, 600, 900)
+    panels = [(20, 20), (20, 480), (330, 20), (330, 480)]
+    for top, left in panels:
+        picture[:, top : top + 250, left : left + 400] = 0.25
+    whole, *pieces = cut_into_cards(picture)
+    assert torch.equal(whole, picture) and len(pieces) == 4
+    assert all((piece == 0.25).sum() == 3 * 250 * 400 for piece in pieces)
+    assert len(cut_into_cards(picture[:, :280, :430])) == 1
+    assert len(cut_into_cards(torch.zeros(3, 600, 900))) == 1
+
+
+@pytest.mark.parametrize("layer", [1, 2])
+def test_a_coefficient_is_marked_at_the_centre_of_its_receptive_field(images, layer):
+    net = network(images)
+    codes = net.infer(images[:1], depth=layer)
+    z = torch.zeros_like(codes.layer(layer).z[0])
+    row, column = z.shape[1] // 2, z.shape[2] // 3
+    z[2, row, column], z[0, row, column] = -1.0, 0.5
+    features = torch.full((len(z), 3, 5, 5), 0.5)
+    grey = torch.full((3, *images.shape[2:]), 0.5)
+    sheet = active_map_sheet(net, z, grey, grey, features, layer)
+    # The image, the same preprocessed, and the two maps that are active, the strongest first.
+    assert len(sheet.cells) == 4
+    height = round(144 * 30 / 36)
+    for cell, hue, other in ((sheet.cells[2], 2, 0), (sheet.cells[3], 0, 2)):
+        marked = (cell[hue, :height] - cell[other, :height] > 0.05).nonzero().float()
+        centre = (marked.mean(0) + 0.5) * 36 / 144
+        for axis, unit in enumerate((row, column)):
+            first, last = layer_field(net, layer, axis).pixels(unit)
+            assert centre[axis] == pytest.approx((first + last) / 2, abs=0.3)
 
 
 def test_a_picture_is_written_as_a_png_of_its_pixels(tmp_path):

@@ -1492,7 +1492,7 @@ def test_attention_weights_are_not_mistaken_for_maps_in_the_last_axis():
     shapes = {
         info.name: info.shape for info in Projector(Attention()).layers(rand(1, 3, 4, 4).float())
     }
-    assert shapes == {"qkv": (18, 4, 4), "drop": (2, 16, 16), "out": (5, 4, 4)}
+    assert shapes == {"qkv": (18, 4, 4), "out": (5, 4, 4)}, "nor for maps at all"
 
 
 @pytest.mark.parametrize("method", ["deconv", "guided", "gradient"])
@@ -1794,7 +1794,7 @@ def test_modules_that_are_not_layers_are_distinguished_from_names_that_do_not_ex
 
     model, x = seeded(Tokens), rand(2, 3, 5, 4)
     assert refused(model, x, "flat").startswith(
-        "layer 'flat': its output is (N, 4, 20): tokens, not maps; "
+        "layer 'flat': its output is (N, 4, 20): not tokens of a grid of patches; "
     )
     assert "its output is (4, 4, 12): not maps (N, K, H, W)" in refused(model, x[:1], "fold")
     assert "layer 'none': it returns no tensor" in refused(model, x, "none")

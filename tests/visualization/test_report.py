@@ -16,11 +16,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import shown_pictures
 from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
-from torchvision.models import resnet, vgg
+from torchvision.models import mobilenetv2, resnet, vgg
 
 from deconvnet import DeconvNet, LayerSettings, PreprocessingSettings, SolverSettings, load
 from deconvnet.cli import visualize as visualize_command
@@ -30,12 +31,15 @@ from deconvnet.images.fit import Crop
 from deconvnet.images.item import Item
 from deconvnet.images.sources import DataSettings
 from deconvnet.visualization import report as module
+from deconvnet.visualization.event_page import map_card
 from deconvnet.visualization.evolution.evolution import Evolution
 from deconvnet.visualization.layer_choice import default_layers
 from deconvnet.visualization.models.normalization import Normalization
 from deconvnet.visualization.models.zfnet import ZFNet
 from deconvnet.visualization.models.zoo import LoadedModel, digest, save_model
+from deconvnet.visualization.pictures.canvas import GAP, LINE
 from deconvnet.visualization.pictures.projection_grids import sample_maps
+from deconvnet.visualization.pictures.sheet import CARD
 from deconvnet.visualization.projection.projector import Projector
 from deconvnet.visualization.report import visualize_network
 from deconvnet.visualization.search.top_activations import SearchState, find_top_activations
@@ -209,20 +213,34 @@ def _x(subject, images):
     return subject.normalization.apply(images[0][None])
 
 
-def test_tensorboard_shows_the_same_pictures(seen):
+def test_tensorboard_shows_the_same_pictures_with_descriptions(seen):
     folder = seen[0] / "visualization"
-    events = EventAccumulator(str(folder), size_guidance={"images": 0, "tensors": 0}).Reload()
-    tags = events.Tags()
+    events = EventAccumulator(str(folder), size_guidance={"tensors": 0}).Reload()
+    shown = shown_pictures(events)
     names = {path.stem for path in (folder / "figures").iterdir()}
-    assert set(tags["images"]) == {f"visualization/{name}" for name in names}
-    for name in names:
-        (event,) = events.Images(f"visualization/{name}")
-        h, w = picture(folder / "figures" / f"{name}.png").shape[:2]
-        assert (event.height, event.width) == (h, w)
-    (text,) = (tag for tag in tags["tensors"] if "visualization" in tag)
+    controls = {tag for tag in shown if tag.startswith("2 control/")}
+    assert {tag.partition("/")[2] for tag in shown.keys() - controls} == names
+    assert controls and min(shown).startswith("0 filters/")
+    # A card for each map of the grid.
+    assert shown["1 strongest activations/relu2"] == [(0, 2)]
+    for tag in shown:
+        assert events.SummaryMetadata(tag).summary_description.endswith("."), tag
+    (text,) = (tag for tag in events.Tags()["tensors"] if "visualization" in tag)
     said = events.Tensors(text)[0].tensor_proto.string_val[0].decode()
     assert "| relu2 | deconv: rectified 2" in said
     assert len(list(folder.glob("events.out.tfevents.*"))) == 1
+
+
+def test_the_card_of_a_map_has_a_row_for_each_method_and_the_image(seen):
+    result = load_top_projections(seen[0] / "visualization" / "projections" / "relu2.npz")
+    card = map_card(result, 0)
+    rows = len(result.tiles) + 1
+    assert card.shape[0] == 3 and card.shape[2] <= CARD
+    height = (card.shape[1] - LINE + GAP) / rows - GAP
+    assert height == int(height) and card.min() >= 0 and card.max() <= 1
+    # A map that no image activates has no tiles.
+    result.values[0] = np.nan
+    assert result.count(0) == 0 and map_card(result, 0).shape == (3, LINE, CARD)
 
 
 def referenced(gallery):
@@ -666,12 +684,40 @@ class Layer(nn.Sequential):
     ("make", "expected"),
     [
         # The last ReLU before each pooling; `features` as a whole only passes a pooling on.
-        (VGGLike, ["features.1", "features.6", "features.9"]),
+        (
+            lambda: nn.Sequential(vgg.make_layers([4, 4, "M", 4, 4, "M", 6, 6, 6, "M"])),
+            ["0.3", "0.8", "0.15"],
+        ),
+        # Few rectifiers: all.
+        (VGGLike, ["features.1", "features.4", "features.6", "features.9"]),
         (
             lambda: resnet.ResNet(resnet.BasicBlock, [1, 2, 1, 1], num_classes=3),
             ["relu", "layer1", "layer2", "layer3", "layer4"],
         ),
-        (Small, ["relu1", "dead"]),
+        (Small, ["relu1", "relu2", "dead"]),
+        (lambda: ZFNet(3, 5, size=64, width=2), [f"relu{n}" for n in range(1, 6)]),
+        # The first layers of `layer2`, in front of its stride, have maps of the size of `layer1`.
+        (
+            lambda: resnet.ResNet(resnet.Bottleneck, [1, 1, 2, 1], num_classes=3),
+            ["relu", "layer1", "layer2", "layer3", "layer4"],
+        ),
+        (
+            lambda: mobilenetv2.MobileNetV2(
+                num_classes=3,
+                width_mult=0.1,
+                inverted_residual_setting=[[1, 16, 1, 1], [2, 24, 2, 2], [2, 32, 1, 2]],
+            ),
+            ["features.1", "features.3", "features"],
+        ),
+        # Paddings are no layers, nor do their sizes count.
+        (
+            lambda: nn.Sequential(
+                *(nn.ZeroPad2d(3), nn.Conv2d(3, 4, 7), nn.BatchNorm2d(4)),
+                nn.Sequential(nn.ZeroPad2d(1), nn.Conv2d(4, 4, 3, stride=2), nn.Identity()),
+                nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.Dropout(), nn.ZeroPad2d(1)),
+            ),
+            ["2", "4.0"],
+        ),
         (
             lambda: nn.Sequential(
                 Layer(nn.Conv2d(3, 4, 3), nn.ReLU()), Layer(nn.MaxPool2d(2), nn.Conv2d(4, 4, 3))
@@ -684,9 +730,12 @@ class Layer(nn.Sequential):
         ),
         (lambda: nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 64, 5)), []),
     ],
-    ids=["VGG", "ResNet", "plain", "named Layer", "many sizes", "vectors"],
+    ids=[
+        *("VGG", "short VGG", "ResNet", "plain", "ZFNet", "ResNet50", "MobileNet", "padded"),
+        *("named Layer", "many sizes", "vectors"),
+    ],
 )
-def test_by_default_the_last_layer_of_every_size_is_visualized(make, expected):
+def test_by_default_the_ends_of_stages_are_visualized(make, expected):
     projector = Projector(seeded(make))
     assert default_layers(projector.layers(torch.rand(1, 3, 64, 64))) == expected
 
@@ -1175,6 +1224,9 @@ def test_wrong_settings_are_refused_in_one_line_and_write_nothing(
         ({**MAKE, "weights": "epoch-1.pt", "options": {"maps": 6}}, ["not of this network"]),
         ({**MAKE, "checkpoints": ["epoch-1.pt", "no.pt"]}, ["weights=no.pt: no such file"]),
         ({**MAKE, "layers": ["9"]}, ["layer '9': no such layer"]),
+        ({**RUN, "labels": ["a"]}, ["labels=['a']: only with model="]),
+        ({**MAKE, "labels": ["a", "b"]}, ["labels: 2 names, but nets:make has 3 classes"]),
+        ({**MAKE, "labels": "nowhere.txt"}, ["labels=nowhere.txt: No such file"]),
         ({**MAKE, "layers": ["1", "?"]}, ["layer '?': no such layer"]),
         ({**MAKE, "options": {"channels": 1}}, ["the model Net fails on images of 3x24x24"]),
         ({**MAKE, "options": 5}, ["options=5: give arguments as {name: value}"]),

@@ -50,6 +50,16 @@ class Evolution:
         first = {key: value[:count] for key, value in vars(self).items() if key != "maps"}
         return replace(self, **first)
 
+    def with_positive_values(self) -> Evolution:
+        """The same as if every activation were positive: tiles and values times their sign.
+
+        The strongest activation of a map may be positive in one epoch and negative in the next,
+        where its projection has light and dark exchanged although the feature is the same.
+        """
+        signs = torch.where(self.values < 0, -1, 1)
+        tiles = self.tiles * signs[..., None, None, None].to(self.tiles)
+        return replace(self, tiles=tiles, values=self.values.abs())
+
     def save(self, path: Path) -> None:
         """Write the evolution to an .npz file, atomically; tiles are stored with 11 bits of
         precision, everything else exactly."""

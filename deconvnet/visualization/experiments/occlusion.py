@@ -263,7 +263,7 @@ def occlusion_picture(
     if result.probability is not None:
         names = _named(names)
         correct, first = (
-            shortened(str(names.get(label, label)), 26)
+            shortened(str(names.get(label, f"class {label}")), 26)
             for label in (result.class_index, int(result.base_probabilities.argmax()))
         )
         base = float(result.base_probabilities[result.class_index])

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 WEIGHT_FILES = (".pt", ".pth", ".bin", ".safetensors")
-# Prefixes that wrappers add to the names of parameters.
-PREFIXES = ("module.", "_orig_mod.", "model.")
-# Keys under which training scripts store the parameters.
-WRAPPERS = ("state_dict", "model_state_dict", "model")
+# Keys under which training scripts store the parameters; the first that a file has is read.
+WRAPPERS = (
+    *("state_dict", "model_state_dict", "model_state", "model", "module", "network", "net"),
+    *("params", "weights", "ema_state_dict", "state_dict_ema", "model_ema", "params_ema", "ema"),
+)
 
 ZIP = b"PK\x03\x04"
 PICKLE = b"\x80"
@@ -46,12 +47,13 @@ def load_parameters(module: nn.Module, file: Path) -> None:
 
 
 def set_parameters(module: nn.Module, tensors: dict[str, Tensor], file: Path) -> None:
-    """Set the parameters of a network; ValueError, with the names, unless all of them fit."""
+    """Set the parameters of a network; ValueError, with the names, unless all of them fit.
+
+    If all its names have a prefix in the file (module., backbone., ...), this is removed, and
+    parameters of other modules in the file are ignored.
+    """
     own = module.state_dict()
-    for prefix in PREFIXES:
-        if tensors and own.keys().isdisjoint(tensors):
-            stripped = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-            tensors = stripped if len(stripped) == len(tensors) else tensors
+    tensors = _without_prefix(tensors, own, file)
     # Files from before 2018 lack the counts of batches, which evaluation does not need.
     counts = {name: own[name] for name in own if name.endswith("num_batches_tracked")}
     tensors = counts | tensors
@@ -69,6 +71,36 @@ def set_parameters(module: nn.Module, tensors: dict[str, Tensor], file: Path) ->
     if problems:
         raise ValueError(f"weights={file}: not of this network; {'; '.join(problems)}")
     module.load_state_dict(tensors)
+
+
+def _without_prefix(
+    tensors: dict[str, Tensor], own: Mapping[str, Tensor], file: Path
+) -> dict[str, Tensor]:
+    """The tensors of a network whose names have a prefix in the file, without that prefix."""
+    names = dict.fromkeys(name for name in own if not name.endswith("num_batches_tracked"))
+    if not names or not names.keys().isdisjoint(tensors):
+        return tensors
+    longest = max(names, key=len)
+    found = {
+        prefix: _inside(tensors, prefix)
+        for prefix in (name.removesuffix(longest) for name in tensors if name.endswith(longest))
+    }
+    complete = [prefix for prefix, inner in found.items() if names.keys() <= inner.keys()]
+    if len(complete) > 1:
+        raise ValueError(
+            f"weights={file}: holds this network {len(complete)} times, under "
+            f"{enumerated(complete)}; save the state_dict() of one of them"
+        )
+    return found[complete[0]] if complete else next(iter(found.values()), tensors)
+
+
+def _inside(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with a prefix, without it."""
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
 
 
 def weights_file(weights: str | Path) -> Path | None:
@@ -111,9 +143,11 @@ def load_state_dict(file: Path) -> dict[str, Tensor]:
             f"weights={file}: cannot be read and may be truncated; download it again "
             f"({reason[:200]})"
         ) from error
-    for key in WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
+    while isinstance(content, Mapping):
+        key = next((key for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
+        if key is None:
+            break
+        content = content[key]
     if not isinstance(content, Mapping) or not all(
         isinstance(value, Tensor) for value in content.values()
     ):

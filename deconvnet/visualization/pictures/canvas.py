@@ -56,17 +56,18 @@ def arrange_tiles(tiles: Tensor, columns: int) -> Tensor:
     return page
 
 
-def resize_tiles(tiles: Tensor, width: int) -> Tensor:
-    """Resize tiles (K, 3, h, w) to at most this width, and at least four fifths of it.
+def resize_tiles(tiles: Tensor, width: int, *, least: int | None = None) -> Tensor:
+    """Resize tiles (K, 3, h, w) to at most this width, and at least `least`.
 
-    They are enlarged by a whole factor if one fits, and interpolated otherwise. Values stay in the
-    range of each tile, which may be signed. Set the contrast of a tile after it is resized: the
-    fine structure of a reduced tile averages to little contrast.
+    least: by default, four fifths of the width. Tiles are enlarged by a whole factor if one fits,
+    and interpolated otherwise. Values stay in the range of each tile, which may be signed. Set the
+    contrast of a tile after it is resized: the fine structure of a reduced tile averages to little
+    contrast.
     """
     tiles = tiles.cpu().float()
     h, w = tiles.shape[2:]
     zoom = width // w
-    if zoom * w >= FILLED * width:
+    if zoom * w >= (FILLED * width if least is None else least):
         return tiles.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
     size = (max(1, round(h * width / w)), width)
     low, high = (bound(tiles.flatten(1), 1).view(-1, 1, 1, 1) for bound in (torch.amin, torch.amax))

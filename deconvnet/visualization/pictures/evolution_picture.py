@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from deconvnet.visualization.evolution.evolution import Evolution, evenly_spaced
@@ -9,55 +10,72 @@ from deconvnet.visualization.pictures.canvas import (
     GAP,
     LINE,
     PAGE,
-    arrange_tiles,
     hstack,
     quantile_magnitude,
     resize_tiles,
     shade_signed,
     text_block,
     vstack,
-    with_title,
 )
+from deconvnet.visualization.pictures.sheet import CARD, Sheet
 
 SHOWN_MAPS = 16
-# Rows in a block; then in pixels, the typical and the largest width of a tile, and that of a label.
+# Rows in a column of the picture; then in pixels, the typical and the largest width of a tile, and
+# that of a label.
 BLOCK = 8
-TILE = 84
+TILE, CARD_TILE = 84, 40
 LARGEST = 112
-LABEL = 62
+LABEL = 50
 
 
 def evolution_picture(e: Evolution, *, maps: int = SHOWN_MAPS) -> Tensor:
     """A picture (3, H, W) in [0, 1]: a row for each map, a column for each epoch.
 
     If there are more maps than `maps`, evenly spaced ones are shown. Each tile is shaded about grey
-    on its own scale. A black line marks a tile whose image differs from that of the previous epoch;
-    a jump there need not be a change of the feature.
+    on its own scale, and shows the activation as if it were positive. The number of the image is
+    below a tile if it is not that of the previous epoch; a jump there need not be a change of the
+    feature.
     """
+    return _sheet(e, maps, TILE, PAGE // 2).picture()
+
+
+def evolution_cards(e: Evolution, *, maps: int = SHOWN_MAPS) -> list[Tensor]:
+    """The picture as cards of TensorBoard."""
+    return _sheet(e, maps, CARD_TILE, CARD).cards()
+
+
+def _sheet(e: Evolution, maps: int, tile: int, most: int) -> Sheet:
+    """The rows of the picture as cells that are at most `most` wide, with tiles of about `tile`."""
     if maps < 1:
         raise ValueError(f"maps={maps}: must be at least 1")
-    rows = evenly_spaced(len(e.maps), maps)
-    blocks = [rows[start : start + BLOCK] for start in range(0, len(rows), BLOCK)]
-    page = PAGE // len(blocks) - 4 * GAP
-    room = min(LARGEST, (page - LABEL) // len(e.epochs) - GAP)
-    count = f"{len(rows)} of {len(e.maps)} maps" if len(rows) < len(e.maps) else f"{len(rows)} maps"
-    title = (
-        f"{count}, strongest activation in each epoch; black line: from another image than before"
-    )
-    return with_title(title, hstack([_block(e, block, room) for block in blocks], 4 * GAP))
-
-
-def _block(e: Evolution, rows: list[int], room: int) -> Tensor:
-    """Some rows of the picture, with map numbers on the left and epochs above."""
-    tiles, images = e.tiles[:, rows].transpose(0, 1).flatten(0, 1).float(), e.images[:, rows]
-    side = tiles.shape[-1]
-    width = min(max(1, round(TILE / side)) * side, max(room, 1))
-    tiles = resize_tiles(shade_signed(tiles, quantile_magnitude(tiles)), width)
-    page, step = arrange_tiles(tiles, len(e.epochs)), tiles.shape[-1] + GAP
-    for column, row in (images[1:] != images[:-1]).nonzero().tolist():
-        page[:, GAP + row * step : (row + 1) * step, (column + 1) * step + GAP // 2] = 0
-    names = [text_block(f"map {e.maps[row]}", LABEL, step) for row in rows]
+    e, rows = e.with_positive_values(), evenly_spaced(len(e.maps), maps)
+    room = min(LARGEST, (most - LABEL) // len(e.epochs) - 2 * GAP)
+    cells = [_row(e, row, tile, max(room, 1)) for row in rows]
+    step = (cells[0].shape[2] - LABEL) // len(e.epochs)
     heads = [text_block(str(epoch), step, LINE) for epoch in e.epochs]
-    return hstack(
-        [vstack([text_block("epoch", LABEL, LINE), *names]), vstack([hstack(heads), page])]
+    count = f"{len(rows)} of {len(e.maps)} maps" if len(rows) < len(e.maps) else f"{len(rows)} maps"
+    return Sheet(
+        cells,
+        columns=-(-len(cells) // BLOCK),
+        head=hstack([text_block("epoch", LABEL, LINE), *heads]),
+        title=f"{count}: strongest activation in each epoch; below it the number of a new image",
     )
+
+
+def _row(e: Evolution, row: int, tile: int, room: int) -> Tensor:
+    """A row: the number of the map, and a tile for each epoch above the number of its image."""
+    tiles, images = e.tiles[:, row].float(), e.images[:, row].tolist()
+    side = tiles.shape[-1]
+    width = min(max(1, round(tile / side)) * side, room)
+    tiles = resize_tiles(shade_signed(tiles, quantile_magnitude(tiles)), width)
+    cells = [text_block(f"map {e.maps[row]}", LABEL, tiles.shape[2] + LINE)]
+    for n, shown in enumerate(tiles):
+        is_new = images[n] >= 0 and (n == 0 or images[n] != images[n - 1])
+        caption = _caption(images[n], width) if is_new else ""
+        below = text_block(caption, width, LINE)
+        cells.append(torch.nn.functional.pad(vstack([shown, below]), (0, GAP), value=1.0))
+    return hstack(cells)
+
+
+def _caption(image: int, width: int) -> str:
+    return f"image {image}" if width > LABEL else f"{image}"

@@ -5,66 +5,132 @@ Each filter or feature is scaled separately: the contrast of a tile has no meani
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from deconvnet.network.codes import Codes
 from deconvnet.network.metrics import snr
 from deconvnet.network.network import DeconvNet
 from deconvnet.operators.pooling import max_pool
+from deconvnet.visualization.pictures.active_positions import active_map_sheet
 from deconvnet.visualization.pictures.canvas import (
+    GAP,
+    PAPER,
     hstack,
     quantile_magnitude,
+    resize_tiles,
     shade_signed,
     text_block,
     tile_grid,
     vstack,
 )
 from deconvnet.visualization.pictures.parts_picture import image_parts_picture
-from deconvnet.visualization.projection.feature_projection import pixel_features, signed_rgb
+from deconvnet.visualization.pictures.sheet import Sheet, captioned, cut_into_cards, enlarged
+from deconvnet.visualization.projection.feature_projection import (
+    PixelFeatures,
+    pixel_features,
+    signed_rgb,
+)
 
 SHOWN_IMAGES = 6
-FEATURE = 84
+# Sizes in pixels: the smallest width of a filter and of a patch next to it, of an image, and the
+# width of the labels of rows.
+FILTER, IMAGE, LABEL = 64, 140, 104
+# The same on cards of TensorBoard, where more of them must fit: of a filter, and of an image.
+CARD_FILTER, CARD_IMAGE = 56, 115
 
 
 def layer_pictures(net: DeconvNet, codes: Codes, images: Tensor, number: int) -> dict[str, Tensor]:
     """The pictures of one trained layer, by name.
 
-    layerN/filters: its filters in pixel space; layerN/patches (upper layers): the image patches
-    where they respond most strongly; layerN/parts (upper layers): the parts of one image;
-    layerN/reconstructed: some images and their reconstructions by every layer; layerN/maps: the
-    feature maps of one image.
+    layerN/filters: its filters in pixel space; layerN/patches (upper layers): the same next to the
+    image patches where they respond most strongly; layerN/parts (upper layers): the parts of one
+    image; layerN/reconstructed: some images, their reconstructions by every layer and the residual;
+    layerN/maps: where the strongest maps of one image are active.
     """
+    return {name: picture for name, (picture, _) in layer_cards(net, codes, images, number).items()}
+
+
+def layer_cards(
+    net: DeconvNet, codes: Codes, images: Tensor, number: int
+) -> dict[str, tuple[Tensor, list[Tensor]]]:
+    """`layer_pictures`, each with the same picture as cards of TensorBoard."""
     pictures = {}
     if number == 1:
-        pictures["layer1/filters"] = filter_picture(net)
+        features = shade_signed(signed_rgb(net, net.layer(1).filters))
     else:
-        features = pixel_features(net, codes, number).cropped(tuple(images.shape[2:]))
-        tiles, patches = signed_rgb(net, features.tiles), features.patches(images)
-        tiles = shade_signed(tiles, quantile_magnitude(tiles))
-        pictures[f"layer{number}/filters"] = tile_grid(tiles, tile_width=FEATURE)
-        pictures[f"layer{number}/patches"] = tile_grid(
-            patches.expand(-1, 3, -1, -1), tile_width=FEATURE
+        found = pixel_features(net, codes, number).cropped(tuple(images.shape[2:]))
+        features = shade_features(signed_rgb(net, found.tiles), found.values)
+        patches = found.patches(images).expand(-1, 3, -1, -1)
+        pictures["patches"] = (
+            patch_sheet(features, patches, found.values).picture(),
+            patch_sheet(features, patches, found.values, width=CARD_FILTER).cards(),
         )
+    pictures["filters"] = filter_picture(features), filter_cards(features)
     shown = torch.linspace(0, len(images) - 1, min(SHOWN_IMAGES, len(images))).round().long()
     shown_codes = codes.select(shown.to(net.device))
+    rows = _reconstructions(net, shown_codes, images[shown])
+    preprocessed = rows[1].images
+    pictures["reconstructed"] = _reconstruction_picture(rows), _reconstruction_cards(rows)
+    clearest = _clearest(net, shown_codes, number)
+    z, image = shown_codes.layer(number).z[clearest], images[shown[clearest]]
+    sheet = active_map_sheet(net, z, image, preprocessed[clearest], features, number)
+    pictures["maps"] = sheet.picture(), sheet.cards()
     if number > 1:
-        clearest = _clearest(net, shown_codes, number)
         single = shown_codes.select(slice(clearest, clearest + 1))
-        pictures[f"layer{number}/parts"] = image_parts_picture(
-            net, single, images[shown[clearest]], number
-        )
-    pictures[f"layer{number}/reconstructed"] = reconstruction_picture(
-        net, shown_codes, images[shown]
-    )
-    busiest = shown_codes.layer(number).z.abs().sum((1, 2, 3)).argmax()
-    pictures[f"layer{number}/maps"] = map_grid(shown_codes.layer(number).z[busiest])
-    return pictures
+        parts = image_parts_picture(net, single, image, number)
+        pictures["parts"] = parts, cut_into_cards(parts)
+    return {f"layer{number}/{kind}": drawn for kind, drawn in pictures.items()}
 
 
-def filter_picture(net: DeconvNet) -> Tensor:
-    """The filters of the first layer."""
-    return filter_grid(signed_rgb(net, net.layer(1).filters))
+def filter_picture(tiles: Tensor) -> Tensor:
+    """Filters or features (K, 3, h, w) in [0, 1], each above the number of its map, in order."""
+    return filter_sheet(tiles).picture()
+
+
+def filter_cards(tiles: Tensor) -> list[Tensor]:
+    """`filter_picture` as cards of TensorBoard."""
+    return filter_sheet(tiles, width=CARD_FILTER).cards()
+
+
+def shade_features(tiles: Tensor, values: Tensor) -> Tensor:
+    """Projected activations (K, 1 or 3, S, S) as colours, with the sign of a positive activation.
+
+    values: (K,), the activations. A map that is active with both signs has one feature, which
+    would otherwise be shown now as it is, now with light and dark exchanged.
+    """
+    signs = torch.where(values < 0, -1.0, 1.0).view(-1, 1, 1, 1)
+    return shade_signed(signs * tiles, quantile_magnitude(tiles))
+
+
+def filter_sheet(tiles: Tensor, *, width: int = FILTER) -> Sheet:
+    """Filters or features (K, 3, h, w) in [0, 1], at least this wide, each above its number."""
+    return Sheet([captioned(tile, f"{k}") for k, tile in enumerate(enlarged(tiles, width))])
+
+
+def patch_sheet(features: Tensor, patches: Tensor, values: Tensor, *, width: int = FILTER) -> Sheet:
+    """Features next to image patches (K, 3, S, S), above the number of the map.
+
+    values: (K,), the activations; negative ones are marked, because there the image shows the
+    feature with light and dark exchanged.
+    """
+    cells = []
+    for k, pair in enumerate(zip(enlarged(features, width), enlarged(patches, width), strict=True)):
+        caption = f"{k}, negative" if values[k] < 0 else f"{k}"
+        cells.append(captioned(F.pad(hstack(list(pair)), (0, GAP), value=PAPER), caption))
+    return Sheet(cells)
+
+
+def snapshot_features(features: PixelFeatures, image: tuple[int, int]) -> Tensor:
+    """(K, 3, S, S): the features of a layer while it learns, whose tiles are in RGB, as colours.
+
+    image: (H, W), the size of the images in pixels.
+    """
+    shown = features.cropped(image)
+    return shade_features(shown.tiles, shown.values)
 
 
 def filter_grid(f: Tensor, *, columns: int | None = None) -> Tensor:
@@ -85,25 +151,67 @@ def map_grid(z: Tensor, *, columns: int | None = None) -> Tensor:
 
 
 def reconstruction_picture(net: DeconvNet, codes: Codes, images: Tensor) -> Tensor:
-    """Rows of images: original, preprocessed, reconstructed by every layer, and back in pixels.
+    """Rows of images: original, preprocessed, reconstructed by every layer, residual, pixels.
 
-    The reconstructions are in the preprocessed domain, with their SNR. The last row undoes the
-    preprocessing with what it recorded for these images (for contrast normalisation, the local
-    means and deviations).
+    The reconstructions are in the preprocessed domain, with their SNR, and the residual is what the
+    highest layer leaves; these rows have one scale. The last row undoes the preprocessing with what
+    it recorded for these images (for contrast normalisation, the local means and deviations).
     """
+    return _reconstruction_picture(_reconstructions(net, codes, images))
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row of the reconstruction picture: images (N, 3, H, W), SNR of all and of each in dB."""
+
+    name: str
+    images: Tensor
+    snr: float | None = None
+    snrs: tuple[float, ...] = ()
+    density: float | None = None
+
+
+def _reconstructions(net: DeconvNet, codes: Codes, images: Tensor) -> list[_Row]:
     y, top = codes.y, len(codes.layers)
-    rows = [("preprocessed", y)]
+    white = 3 * y.std().clamp(min=1e-12)
+
+    def shaded(signed: Tensor) -> Tensor:
+        return shade_signed(signed_rgb(net, signed), white)
+
+    rows = [_Row("image", images), _Row("preprocessed", shaded(y))]
     for number, layer in enumerate(codes.layers, 1):
         reconstruction = net.synthesize(codes, number)
-        label = f"layer {number}\n{snr(y, reconstruction):.1f} dB\n{layer.density:.1%} of z"
-        rows.append((label, reconstruction))
-    return vstack(
-        [
-            _labelled_row("image", images),
-            labelled_images(net, rows),
-            _labelled_row(f"layer {top}\nto pixels", net.reconstruct(codes, top)),
-        ]
-    )
+        snrs = tuple(snr(one, other) for one, other in zip(y, reconstruction, strict=True))
+        row = (shaded(reconstruction), snr(y, reconstruction), snrs, layer.density)
+        rows.append(_Row(f"layer {number}", *row))
+    rows.append(_Row("residual", shaded(y - reconstruction)))
+    rows.append(_Row(f"layer {top}, in pixels", net.reconstruct(codes, top)))
+    return [replace(r, images=r.images.clamp(0, 1).expand(-1, 3, -1, -1).cpu()) for r in rows]
+
+
+def _reconstruction_picture(rows: list[_Row]) -> Tensor:
+    shown = [enlarged(row.images, IMAGE) for row in rows]
+    labels = []
+    for row, tiles in zip(rows, shown, strict=True):
+        lines = row.name.replace(", ", "\n")
+        if row.snr is not None:
+            lines += f"\n{row.snr:.1f} dB\n{row.density:.1%} active"
+        labels.append(text_block(lines, LABEL, tiles.shape[2]))
+    columns = [vstack(list(column), GAP) for column in zip(*shown, strict=True)]
+    return Sheet(columns, columns=len(columns), labels=vstack(labels, GAP)).picture()
+
+
+def _reconstruction_cards(rows: list[_Row]) -> list[Tensor]:
+    """A card for each image, with its own SNR."""
+    cards = []
+    for n in range(len(rows[0].images)):
+        cells = []
+        for row in rows:
+            caption = f"{row.name}: {row.snrs[n]:.1f} dB" if row.snrs else row.name
+            tile = resize_tiles(row.images[n : n + 1], CARD_IMAGE)[0]
+            cells.append(captioned(F.pad(tile, (0, CARD_IMAGE - tile.shape[2]), value=1), caption))
+        cards.append(Sheet(cells).cards()[0])
+    return cards
 
 
 def labelled_images(net: DeconvNet, rows: list[tuple[str, Tensor]]) -> Tensor:

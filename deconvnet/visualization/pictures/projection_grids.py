@@ -35,12 +35,17 @@ from deconvnet.visualization.projection.projector import Projector
 from deconvnet.visualization.search.top_projections import TopProjections
 
 CONTRAST = 0.995
-# In pixels: the largest width of a tile (the least is 112), the sizes of letters, and of a mark.
-TILE = 140
+# In pixels: the least and the largest width of a tile, the sizes of letters, and of a mark.
+TILE, LARGEST_TILE = 112, 140
 TITLE, TEXT = 20, 15
 MARK = 13
-# Maps of the control below a grid.
+# Between two maps.
+BETWEEN = 8 * GAP
+# Maps of the control below a grid, and what its reader has to know.
 CONTROL_MAPS = 3
+CONTROL = (
+    "What looks alike here and above comes from the images, not from what the network has learned."
+)
 # Grey of the heads of columns, and the colour of units at the border.
 PALE = "#666666"
 BORDER = COLORS[1]
@@ -80,21 +85,17 @@ def layer_grid(
     width = max(grid.shape[2], PAGE // 2)
     title, caption = grid_caption(projections, rows, info=info, num_images=num_images)
     parts = [paragraph(title, width, size=TITLE), paragraph(caption, width, size=TEXT), grid]
-    if control is not None:
-        shown = range(min(CONTROL_MAPS, len(control.maps)))
-        parts += [
-            paragraph("Control: the same network with shuffled weights", width, size=TITLE),
-            paragraph(
-                "What looks alike here and above comes from the images, not from what the network "
-                "has learned.",
-                width,
-                size=TEXT,
-            ),
-            projection_grid(
-                control, shown, contrast=contrast, dead="dead in the control: no image activates it"
-            ),
-        ]
-    return vstack(parts, 2 * GAP)
+    page = vstack(parts, 2 * GAP)
+    if control is None:
+        return page
+    shown = range(min(CONTROL_MAPS, len(control.maps)))
+    dead = "dead in the control: no image activates it"
+    parts = [
+        paragraph("Control: the same network with shuffled weights", width, size=TITLE),
+        paragraph(CONTROL, width, size=TEXT),
+        projection_grid(control, shown, contrast=contrast, dead=dead),
+    ]
+    return vstack([page, vstack(parts, 2 * GAP)], BETWEEN)
 
 
 def grid_caption(
@@ -110,7 +111,7 @@ def grid_caption(
     title = [f"layer {name}" if name.isdigit() else name]
     count = f"{shown} maps"
     if info is not None:
-        title.append(info.kind)
+        title.append("deconvolution" if "generative" in projections.tiles else info.kind)
         count = f"{shown} of {info.shape[0]} maps" if shown < info.shape[0] else count
     k = projections.values.shape[1]
     images = f" in {num_images} images" if num_images else ""
@@ -142,7 +143,7 @@ def projection_grid(
     rows: Sequence[int] | None = None,
     *,
     columns: int | None = None,
-    tile_width: int = TILE,
+    tile_width: int | None = None,
     contrast: float = CONTRAST,
     dead: str = "no image activates it",
 ) -> Tensor:
@@ -150,16 +151,24 @@ def projection_grid(
     the same order.
 
     rows: the rows of the maps in `projections`, by default all. columns: maps next to each other,
-    by default as many as fit on a page. Tiles are hatched if a map has fewer activations; dead: the
-    text in place of the tiles of a map that has none. A minus marks a negative activation, whose
+    by default as many as fit on a page if tiles are 112 pixels wide. tile_width: the largest width
+    of a tile in pixels, by default what the page has room for, from 112 to 140. dead: the text in
+    place of the tiles of a map that has none.
+
+    Tiles are hatched if a map has fewer activations. A minus marks a negative activation, whose
     projection is shown with the opposite sign; an orange corner marks a unit whose field reaches
     beyond the image.
     """
     rows = range(len(projections.maps)) if rows is None else rows
-    blocks = [_block(projections, row, tile_width, contrast, dead) for row in rows]
-    widest = max((block.shape[2] for block in blocks), default=1)
-    columns = columns or max(1, (PAGE + 8 * GAP) // (widest + 8 * GAP))
-    lines = [hstack(blocks[n : n + columns], 8 * GAP) for n in range(0, len(blocks), columns)]
+    sheets, k = len(projections.tiles) + 1, projections.values.shape[1]
+    side = math.ceil(math.sqrt(k))
+    around = sheets * GAP + (sheets - 1) * 2 * GAP  # of a block, beside its tiles
+    narrowest = sheets * side * (TILE + GAP) + around
+    columns = columns or max(1, (PAGE + BETWEEN) // (narrowest + BETWEEN))
+    room = ((PAGE + BETWEEN) // columns - BETWEEN - around) // (sheets * side) - GAP
+    width = tile_width or min(LARGEST_TILE, max(room, TILE))
+    blocks = [_block(projections, row, width, contrast, dead) for row in rows]
+    lines = [hstack(blocks[n : n + columns], BETWEEN) for n in range(0, len(blocks), columns)]
     return vstack(lines, 4 * GAP)
 
 
@@ -208,11 +217,16 @@ def _block(
     shown = min(k, max(1, -(-count // side)) * side)  # whole lines
     patches = torch.from_numpy(projections.patches[row, :shown]).float() / 255
     signs = projections.signs[row, :shown, None, None, None]
-    sheets = {
-        method: shade_projections(tiles[row, :shown] * signs, width=tile_width, contrast=contrast)
+    signed = {
+        method: torch.from_numpy(tiles[row, :shown] * signs)
         for method, tiles in projections.tiles.items()
     }
-    sheets["image"] = resize_tiles(patches, tile_width)
+    least = min(TILE, tile_width)
+    sheets = {
+        method: shade_projections(resize_tiles(tiles, tile_width, least=least), contrast=contrast)
+        for method, tiles in signed.items()
+    }
+    sheets["image"] = resize_tiles(patches, tile_width, least=least)
     for rank in np.flatnonzero(projections.border[row, :count]).tolist():
         _mark_border(sheets["image"][rank])
     columns = []

@@ -309,7 +309,7 @@ class CnnBackend:
             chosen = (rounds == number).nonzero()[:, 0].to(maps.device)
             seed = torch.zeros_like(maps)
             seed[n[chosen], k[chosen], i[chosen], j[chosen]] = seeds[chosen]
-            seed = seed.movedim(1, 3) if output.maps_last else seed.reshape(output.y.shape)
+            seed = output.as_output(seed)
             for method in task.methods:
                 signal, counts[method] = self._backward(method, operations, output.y, leaf, seed)
                 projections[method][chosen] = signal[n[chosen]]

@@ -24,6 +24,7 @@ from deconvnet.visualization.projection.map_axis import MapAxes
 from deconvnet.visualization.projection.model_isolation import check_model, unwrap
 from deconvnet.visualization.projection.projection import LayerInfo, suggest_layers, unknown_layer
 from deconvnet.visualization.projection.receptive_fields import FieldGeometries, FieldGeometry
+from deconvnet.visualization.projection.token_grids import TokenGrid, TokenGrids
 
 # Further images passed through the model to find constants that depend on the image.
 OTHER_IMAGES = 2
@@ -39,15 +40,22 @@ class LayerOutput:
     """The output of a layer, with the graph that leads to it.
 
     leaf: (N, C, H, W), the images; y: the output as the module returned it; maps: (N, K, H, W), the
-    same as maps; maps_last: whether y is (N, H, W, K); marked: by node, how the pixels enter it
-    without a gradient.
+    same as maps; maps_last: whether y is (N, H, W, K); grid: of the tokens if y is (N, T, K);
+    marked: by node, how the pixels enter it without a gradient.
     """
 
     leaf: Tensor
     y: Tensor
     maps: Tensor
     maps_last: bool
+    grid: TokenGrid | None
     marked: dict[Node, str]
+
+    def as_output(self, maps: Tensor) -> Tensor:
+        """Maps (N, K, H, W) in the shape of y."""
+        if self.grid is not None:
+            return self.grid.tokens(maps)
+        return maps.movedim(1, 3) if self.maps_last else maps.reshape(self.y.shape)
 
 
 class ForwardPass:
@@ -64,10 +72,12 @@ class ForwardPass:
             for name, module in self.model.named_modules()
             if name and not isinstance(module, torch.jit.ScriptModule)
         }
-        # By the shape of an image, on which the calls of a model may depend.
-        self._calls: dict[tuple[int, ...], Counter[str]] = {}
+        # Of layers, by the shape of an image, on which the calls of a model may depend.
+        self._names: dict[tuple[int, ...], list[str]] = {}
         # Calls of modules whose maps are (N, H, W, K).
         self._maps_last: set[tuple[str, int]] = set()
+        # Calls of modules whose output is tokens, for each shape of an image.
+        self._grids: dict[tuple[str, int, tuple[int, ...]], TokenGrid] = {}
         # Why the output of a module is not maps.
         self._not_maps: dict[str, str] = {}
         self._not_called = "the model does not call it for these images"
@@ -95,23 +105,33 @@ class ForwardPass:
             outputs.append((name, call, y, y.grad_fn))
 
         with torch.enable_grad():
-            calls = self._calls[x.shape[1:]] = self._run(
-                x[:1].detach(), note, skip_normalization=skip_normalization
-            )
+            calls = self._run(x[:1].detach(), note, skip_normalization=skip_normalization)
             autograd_graph.record_shapes([y for *_, y, node in outputs if node is not None])
         axes = MapAxes()
         self._maps_last |= {(name, call) for name, call, _, node in outputs if axes.is_last(node)}
+        grids = TokenGrids(axes)
+        for name, call, _, node in outputs:
+            if (grid := grids.of(node)) is not None:
+                self._grids[name, call, x.shape[1:]] = grid
+        # Heads and weights of attention are no maps, although they may have four dimensions.
+        outputs = [
+            output for output in outputs if output[2].dim() != 4 or not grids.is_inside(output[3])
+        ]
         geometries = FieldGeometries(
             leaves[0], constant_gates=constant_gates, constant_statistics=constant_statistics
         )
-        infos = []
+        infos, names = [], []
         for name, call, y, node in outputs:
+            if self._is_layer(y, name, call, x.shape[1:]):
+                names.append(_call_name(name, call, calls))
             # A table that a model makes of its parameters alone is not a layer.
-            if node is None:
+            if node is None or not self._is_layer(y, name, call, x.shape[1:]):
                 continue
-            kind, shape = type(self.modules[name]).__name__, tuple(self._maps(y, name, call).shape)
+            maps = self._maps(y, name, call, x.shape[1:])
+            kind, shape = type(self.modules[name]).__name__, tuple(maps.shape)
             info = LayerInfo(_call_name(name, call, calls), kind, shape[1:])
             infos.append(_located(info, geometries.at(node)) if y.dim() == 4 else info)
+        self._names[x.shape[1:]] = names
         return infos
 
     def responses(
@@ -125,7 +145,7 @@ class ForwardPass:
             layer = requested.get((name, call))
             if layer is None:
                 return
-            results[layer] = reduce(layer, self._maps(y, name, call))
+            results[layer] = reduce(layer, self._maps(y, name, call, x.shape[1:]))
             if len(results) == len(requested):
                 raise _Reached
 
@@ -150,7 +170,9 @@ class ForwardPass:
         name, call = _split(layer)
         leaf, y, tracker = self._up_to(x, layer, skip_normalization, checked=checked)
         maps_last = (name, call) in self._maps_last
-        return LayerOutput(leaf, y, self._maps(y, name, call), maps_last, tracker.marked)
+        grid = self._grids.get((name, call, x.shape[1:]))
+        maps = self._maps(y, name, call, x.shape[1:])
+        return LayerOutput(leaf, y, maps, maps_last, grid, tracker.marked)
 
     def find_suspects(self, x: Tensor, layer: str, *, skip_normalization: bool) -> None:
         """Find constants below a layer that depend on the image although this cannot be followed:
@@ -192,18 +214,25 @@ class ForwardPass:
             raise ValueError(f"layer {layer!r}: its output does not depend on the image")
         return leaf, y, tracker
 
-    def _maps(self, y: Tensor, name: str, call: int) -> Tensor:
-        """The output of a module as maps (N, K, H, W); maps of vectors have one position."""
+    def _is_layer(self, y: Tensor, name: str, call: int, image: tuple[int, ...]) -> bool:
+        return y.dim() != 3 or (name, call, image) in self._grids
+
+    def _maps(self, y: Tensor, name: str, call: int, image: tuple[int, ...]) -> Tensor:
+        """The output of a module as maps (N, K, H, W); maps of vectors have one position.
+
+        image: the shape of an image.
+        """
         if y.dim() == 2:
             return y[:, :, None, None]
+        if y.dim() == 3:
+            return self._grids[name, call, image].maps(y)
         return y.movedim(3, 1) if (name, call) in self._maps_last else y
 
     def _resolve(self, x: Tensor, layers: list[str]) -> dict[tuple[str, int], str]:
         """{(module, number of the call): layer} for names of layers."""
-        if x.shape[1:] not in self._calls:
+        if x.shape[1:] not in self._names:
             self.layers(x)
-        calls = self._calls[x.shape[1:]]
-        names = [_call_name(name, call, calls) for name in calls for call in range(calls[name])]
+        names = self._names[x.shape[1:]]
         for layer in layers:
             if layer not in names:
                 raise self._no_layer(layer, names)
@@ -255,7 +284,7 @@ class ForwardPass:
                 y = _first_tensor(output)
                 self._not_maps[name] = _description(y, len(leaf))
                 # Not if the model folds something into the dimension of the images.
-                if y is not None and y.dim() in (2, 4) and len(y) == len(leaf):
+                if y is not None and y.dim() in (2, 3, 4) and len(y) == len(leaf):
                     calls[name] += 1
                     try:
                         note(name, calls[name] - 1, y, leaf)
@@ -308,7 +337,8 @@ def _description(y: Tensor | None, images: int) -> str:
         return "it returns no tensor"
     images_first = y.dim() > 0 and len(y) == images
     shape = ", ".join(["N"] * images_first + list(map(str, y.shape[images_first:])))
-    kind = "tokens, not maps" if images_first and y.dim() == 3 else "not maps (N, K, H, W)"
+    is_table = images_first and y.dim() == 3
+    kind = "not tokens of a grid of patches" if is_table else "not maps (N, K, H, W)"
     return f"its output is ({shape}): {kind}"
 
 

@@ -39,12 +39,14 @@ class MapAxes:
 
     def is_last(self, node: Node | None) -> bool:
         """Whether the output of a node is (N, H, W, C)."""
-        if node is None or len(output_shape(node, 0)) != 4:
-            return False
+        return node is not None and len(output_shape(node, 0)) == 4 and self.of(node) == 3
+
+    def of(self, node: Node) -> int | None:
+        """The axis of the maps in the output of a node; None if it is not known."""
         for op in reversed(topological_order(node, self._axes)):
             if op.node not in self._axes:
                 self._axes[op.node] = self._axis(op)
-        return self._axes[node] == 3
+        return self._axes[node]
 
     def _axis(self, op: Operation) -> int | None:
         shape = output_shape(op.node, 0)

@@ -181,6 +181,8 @@ def _kind(op: Operation) -> tuple[str, str]:
         return "extended", NORMS[name]
     if name in BOUNDED and not _rectifies(op):
         return "unsupported", _snake(name)
+    if name.startswith("ScaledDotProduct"):  # followed by the name of an algorithm
+        return "unsupported", "attention"
     for kind, names in (
         ("exact", CONVOLUTIONS | SWITCHES),
         ("extended", OTHER_RECTIFIERS),

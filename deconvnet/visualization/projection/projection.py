@@ -104,7 +104,7 @@ class Projection:
         save_picture(Path(path).expanduser(), self.picture())
 
     def _repr_png_(self) -> bytes:
-        from deconvnet.monitoring.monitor import png
+        from deconvnet.monitoring.picture_files import png
 
         return png(self.picture())
 

@@ -59,6 +59,8 @@ def trace_fields(
     start = np.stack([units, units + 1], 2)
     start = start if clip else _all_channels(start)
     start = np.roll(start, -1, 1) if last else start
+    if len(output_shape(operations.order[0].node, operations.output)) == 3:  # tokens see it all
+        start = _everything(start, ())
     boxes = {operations.order[0].node: {operations.output: start}}
     pixels = np.zeros_like(start)
     for op in operations.order:

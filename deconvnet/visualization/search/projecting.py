@@ -7,6 +7,7 @@ only the strongest is shown: overlapping crops of one photograph would otherwise
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -30,6 +31,8 @@ from deconvnet.visualization.search.top_projections import EMPTY, TopProjections
 CHUNK = 32
 # Larger tiles are reduced to this side, in pixels.
 LARGEST = 112
+# The share of the non-zero values of a tile that may exceed the range of its bytes.
+CLIPPED = 1e-3
 # An activation must equal that of the search, up to this fraction of the largest value.
 TOLERANCE = 1e-2
 # Units whose projections measure the effective field.
@@ -308,10 +311,15 @@ def _fill(result: TopProjections, part: _Part) -> None:
 
 
 def _as_bytes(tiles: Tensor) -> np.ndarray:
-    """Tiles (U, C, h, w) in int8: 127 is the largest magnitude of each, since only its shape has a
-    meaning."""
-    peaks = tiles.abs().flatten(1).amax(1).clamp(min=torch.finfo(tiles.dtype).tiny)
-    return (127 * tiles / peaks.view(-1, 1, 1, 1)).round().to(torch.int8).numpy()
+    """Tiles (U, C, h, w) in int8: 127 is the magnitude that at most one in a thousand of the
+    non-zero values of the tile exceeds."""
+    parts = []
+    for tile in tiles:
+        magnitudes = tile[tile != 0].abs().sort().values
+        last = math.ceil((1 - CLIPPED) * len(magnitudes)) - 1
+        scale = magnitudes[last] if len(magnitudes) else tile.new_ones(())
+        parts.append((127 * (tile / scale).clamp(-1, 1)).round().to(torch.int8))
+    return torch.stack(parts).numpy()
 
 
 def _count(result: TopProjections | None, row: int) -> int:

@@ -132,17 +132,23 @@ def _match_moments(
 
 
 def _moments(module: nn.Module, y: Tensor) -> tuple[Tensor, Tensor]:
-    """(K,) and (K,): the mean and standard deviation of the maps of a layer, in float64."""
-    maps = y.movedim(1, -1) if isinstance(module, nn.Conv2d) else y
-    maps = maps.flatten(0, -2).double()
-    return maps.mean(0), maps.std(0, correction=0)
+    """(K,) and (K,): the mean and standard deviation of the maps of a layer."""
+    axis = 1 if isinstance(module, nn.Conv2d) else y.dim() - 1
+    return _moments_along(y, axis)
 
 
 def _set_statistics(module: nn.Module, inputs: tuple) -> None:
     """Give a normalisation layer the statistics of its input (N, K, ...)."""
-    maps = inputs[0].movedim(1, -1).flatten(0, -2).double()
-    module.running_mean.copy_(maps.mean(0))
-    module.running_var.copy_(maps.var(0, correction=0))
+    mean, deviation = _moments_along(inputs[0], 1)
+    module.running_mean.copy_(mean)
+    module.running_var.copy_(deviation.square())
+
+
+def _moments_along(y: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """The mean and standard deviation over all axes but one."""
+    axes = [other for other in range(y.dim()) if other != axis]
+    deviation, mean = torch.std_mean(y.float() if y.dtype.itemsize < 4 else y, axes, correction=0)
+    return mean, deviation
 
 
 def _run(model: nn.Module, x: Tensor) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 from deconvnet.storage.array_files import load_arrays, save_arrays
 from deconvnet.visualization.projection.projection import ProjectionReport, UnevenOverlap
 from deconvnet.visualization.search.effective_field import EffectiveField
+from deconvnet.visualization.search.tile_codec import decode_tiles, encode_tiles
 
 FORMAT = "deconvnet top projections"
 # Files of this format hold one method, and are recomputed.
@@ -31,8 +32,9 @@ class TopProjections:
     beyond the image, so that padding contributes to the activation.
 
     tiles: by method, the one to show first comes first: (M, k, C, h, w) int8, the projections of
-    the activations as signed RGB, or as one plane if the network sees grey, as fractions of the
-    largest magnitude of each tile in 127ths; zero beyond the image. patches: (M, k, 3, h, w) uint8,
+    the activations as signed RGB, or as one plane if the network sees grey; zero beyond the image.
+    127 is the magnitude that one in a thousand of the non-zero values of the tile exceeds: only the
+    shape of a tile has a meaning. patches: (M, k, 3, h, w) uint8,
     the image in the same window, grey beyond its border. scale: the factor by which tiles were
     reduced, 1 if they are as large as the window. effective: the box around each unit that the
     windows show, None if they show the receptive field. reports: of the projections, by method.
@@ -80,7 +82,10 @@ class TopProjections:
         return replace(self, **empty, tiles=tiles)
 
     def save(self, path: Path, key: dict[str, object] | None = None) -> None:
-        """Write the projections to an .npz file, atomically; key: what they depend on."""
+        """Write the projections to an .npz file, atomically; key: what they depend on.
+
+        Large tiles and patches lose a little precision (`tile_codec`); all else is exact.
+        """
         header = {
             "format": FORMAT,
             "layer": self.layer,
@@ -89,8 +94,11 @@ class TopProjections:
             "reports": {method: asdict(report) for method, report in self.reports.items()},
             "key": key or {},
         }
-        arrays = {name: getattr(self, name) for name in ARRAYS}
-        arrays |= {f"tiles/{method}": tiles for method, tiles in self.tiles.items()}
+        arrays = {name: getattr(self, name) for name in ARRAYS if name != "patches"}
+        counts = [self.count(row) for row in range(len(self.maps))]
+        for name, tiles in {**self.tiles, "patches": self.patches}.items():
+            parts = encode_tiles(tiles, counts)
+            arrays |= {f"{name}/{part}": array for part, array in parts.items()}
         arrays["header"] = np.array(json.dumps(header))
         save_arrays(path, arrays, compressed=True)
 
@@ -124,10 +132,21 @@ def load_top_projections(path: Path, key: dict[str, object] | None = None) -> To
         if key is not None and header["key"] != json.loads(json.dumps(key)):
             return None
         reports = {method: _report(values) for method, values in header["reports"].items()}
+        tiles = {
+            name: decode_tiles(
+                {
+                    part.removeprefix(f"{name}/"): array
+                    for part, array in arrays.items()
+                    if part.startswith(f"{name}/")
+                }
+            )
+            for name in (*reports, "patches")
+        }
         return TopProjections(
-            **{name: arrays[name] for name in ARRAYS},
+            **{name: arrays[name] for name in ARRAYS if name != "patches"},
+            patches=tiles.pop("patches"),
             layer=header["layer"],
-            tiles={method: arrays[f"tiles/{method}"] for method in reports},
+            tiles=tiles,
             scale=header["scale"],
             effective=header["effective"]
             and EffectiveField(*(tuple(header["effective"][name]) for name in ("offset", "size"))),

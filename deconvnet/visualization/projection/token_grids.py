@@ -1,0 +1,123 @@
+"""The positions of tokens in the image: which of the tokens (N, T, C) of a transformer form a grid.
+
+A vision transformer flattens the maps of its patches to tokens, and may add others: a class token,
+registers, a token for distillation. We follow the grid through the autograd graph from where maps
+are flattened, so that the tokens of each layer can be shown as maps (N, C, H, W).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from deconvnet.visualization.projection.autograd_graph import (
+    Operation,
+    output_shape,
+    topological_order,
+)
+from deconvnet.visualization.projection.map_axis import VIEWS, MapAxes
+
+
+@dataclass(frozen=True)
+class TokenGrid:
+    """H x W tokens in the order of their rows, after `before` others, among `count` tokens."""
+
+    rows: int
+    columns: int
+    before: int
+    count: int
+
+    def maps(self, tokens: Tensor) -> Tensor:
+        """(N, C, H, W): the tokens (N, T, C) of the grid as maps."""
+        grid = tokens[:, self.before : self.before + self.rows * self.columns]
+        return grid.transpose(1, 2).unflatten(2, (self.rows, self.columns))
+
+    def tokens(self, maps: Tensor) -> Tensor:
+        """(N, T, C): maps (N, C, H, W) as tokens; zeros in all tokens beside the grid."""
+        grid = maps.flatten(2).transpose(1, 2)
+        return F.pad(grid, (0, 0, self.before, self.count - self.before - grid.shape[1]))
+
+
+class TokenGrids:
+    """The grids of the tokens in one forward pass."""
+
+    def __init__(self, axes: MapAxes) -> None:
+        self._axes = axes
+        self._grids: dict[Node, TokenGrid | None] = {}
+
+    def of(self, node: Node | None) -> TokenGrid | None:
+        """The grid of the output (N, T, C) of a node; None if it is something else."""
+        shape = () if node is None else output_shape(node, 0)
+        grid = self._latest(node) if len(shape) == 3 else None
+        # With as many channels as tokens, either axis could be that of the tokens.
+        is_grid = grid is not None and grid.count == shape[1] != shape[2]
+        return grid if is_grid else None
+
+    def is_inside(self, node: Node | None) -> bool:
+        """Whether the output of a node is part of an attention: (N, heads, T, C) or (N, heads, T,
+        T)."""
+        if node is None or self._axes.of(node) is not None:
+            return False
+        grid = self._latest(node)
+        return grid is not None and grid.count in output_shape(node, 0)[1:]
+
+    def _latest(self, node: Node) -> TokenGrid | None:
+        """The grid of the latest tokens below the output of a node."""
+        for op in reversed(topological_order(node, self._grids)):
+            if op.node not in self._grids:
+                self._grids[op.node] = self._grid(op)
+        return self._grids[node]
+
+    def _grid(self, op: Operation) -> TokenGrid | None:
+        """The same for an operation whose inputs are known."""
+        shape = output_shape(op.node, 0)
+        if op.name in VIEWS and (grid := self._flattened(op, shape)) is not None:
+            return grid
+        below = [
+            (grid, output_shape(node, nr))
+            for node, nr in op.inputs
+            if (grid := self._grids.get(node)) is not None
+        ]
+        if not below:
+            return None
+        # If inputs are broadcast, the one that has the shape of the result.
+        grid, given = min(below, key=lambda pair: pair[1] != shape)
+        is_tokens = len(shape) == len(given) == 3 and given[1] == grid.count
+        if op.name == "Cat" and is_tokens and op.saved("dim") % 3 == 1:
+            return replace(grid, before=grid.before + self._joined(op, shape), count=shape[1])
+        if op.name == "Slice" and is_tokens and op.saved("dim") % 3 == 1:
+            return replace(grid, before=grid.before - op.saved("start"), count=shape[1])
+        return grid
+
+    def _flattened(self, op: Operation, shape: tuple[int, ...]) -> TokenGrid | None:
+        """The grid of maps (N, C, H, W) or (N, H, W, C) that an operation flattens."""
+        node, nr = op.inputs[0]
+        given = output_shape(node, nr)
+        if len(given) != 4 or len(shape) != 3:
+            return None
+        _, one, two, three = given
+        if self._axes.is_last(node):
+            rows, columns, flattened = one, two, (one * two, three)
+        else:
+            rows, columns, flattened = two, three, (one, two * three)
+        return TokenGrid(rows, columns, 0, rows * columns) if shape[1:] == flattened else None
+
+    def _joined(self, op: Operation, shape: tuple[int, ...]) -> int:
+        """How many tokens a concatenation adds in front of those with a grid."""
+        counts = [
+            None if node is None else output_shape(node, nr)[1]
+            for node, nr in op.node.next_functions
+        ]
+        first = next(
+            index
+            for index, (node, _) in enumerate(op.node.next_functions)
+            if node is not None and self._grids.get(node) is not None
+        )
+        # Of parameters, such as the class token, the sizes are not known one by one.
+        parameters = shape[1] - sum(count for count in counts if count is not None)
+        in_front = counts[:first]
+        known = sum(count for count in in_front if count is not None)
+        return known + (parameters if None in in_front else 0)
