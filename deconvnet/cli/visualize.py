@@ -69,7 +69,10 @@ def visualize(settings: VisualizeConfig, communicator: Communicator = SINGLE) ->
         width = max(map(len, names.values())) + 2
         for key, path in paths.items():
             print(f"{names[key]:{width}}{shown_name(relative_path(path))}")
-        events = shlex.quote(shown_name(relative_path(folder)))
+        # TensorBoard names runs by their paths below this folder.
+        is_run = settings.output is None and settings.run and Path(settings.run).is_dir()
+        shown = Path(folder).parent if is_run else folder
+        events = shlex.quote(shown_name(relative_path(shown)))
         print(f"{'TensorBoard':{width}}tensorboard --logdir {events}")
 
 
