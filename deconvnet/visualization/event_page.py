@@ -11,7 +11,7 @@ from torch import Tensor
 from deconvnet.monitoring.event_files import event_writer
 from deconvnet.monitoring.summaries import image_summary, text_summary
 from deconvnet.storage import ownership
-from deconvnet.visualization.manifest import rows_in_grid
+from deconvnet.visualization.manifest import control_rows, rows_in_grid
 from deconvnet.visualization.pictures.canvas import (
     GAP,
     LINE,
@@ -27,9 +27,9 @@ from deconvnet.visualization.pictures.evolution_picture import evolution_cards
 from deconvnet.visualization.pictures.layer_pictures import filter_cards
 from deconvnet.visualization.pictures.projection_grids import (
     CONTRAST,
-    CONTROL_MAPS,
     pixel_filters,
     shade_projections,
+    tiles_to_show,
 )
 from deconvnet.visualization.pictures.sheet import CARD, MOST_CARDS, cut_into_cards
 from deconvnet.visualization.result import VisualizationResult
@@ -109,7 +109,7 @@ def _pages(
         rows = rows_in_grid(projections, settings)[:MOST_CARDS]
         yield "layers", layer, [map_card(projections, row, settings.contrast) for row in rows]
     for layer, projections in result.control.items():
-        rows = range(min(CONTROL_MAPS, len(projections.maps)))
+        rows = control_rows(projections, settings)
         yield "control", layer, [map_card(projections, row, settings.contrast) for row in rows]
     for layer, e in result.evolutions.items():
         yield "evolution", layer, evolution_cards(e)
@@ -126,10 +126,9 @@ def map_card(projections: TopProjections, row: int, contrast: float = CONTRAST) 
     if count == 0:
         return text_block(f"{title}: no image activates it", CARD, LINE)
     values = [plain_number(float(value)) for value in projections.values[row, :count]]
-    signs = projections.signs[row, :count, None, None, None]
     tiles = {
-        method: shade_projections(shown[row, :count] * signs, width=TILE, contrast=contrast)
-        for method, shown in projections.tiles.items()
+        method: shade_projections(shown[:count], width=TILE, contrast=contrast)
+        for method, shown in tiles_to_show(projections, row).items()
     }
     patches = torch.from_numpy(projections.patches[row, :count]).float() / 255
     tiles["image"] = resize_tiles(patches, TILE)

@@ -352,6 +352,7 @@ def _draw(result: VisualizationResult, settings: VisualizationSettings, folder: 
             info=result.infos[layer],
             num_images=len(result.images),
             control=result.control.get(layer),
+            control_maps=settings.control_maps,
             contrast=settings.contrast,
         )
     for layer, e in result.evolutions.items():

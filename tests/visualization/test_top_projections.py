@@ -18,7 +18,6 @@ from deconvnet.visualization.models.normalization import Normalization
 from deconvnet.visualization.pictures.canvas import GAP, HAIRLINE, PAGE, PAPER, resize_tiles
 from deconvnet.visualization.pictures.projection_grids import (
     BORDER,
-    CONTROL_MAPS,
     MARK,
     TEXT,
     grid_caption,
@@ -27,6 +26,7 @@ from deconvnet.visualization.pictures.projection_grids import (
     projection_grid,
     sample_maps,
     shade_projections,
+    tiles_to_show,
 )
 from deconvnet.visualization.projection.projection import (
     LayerInfo,
@@ -605,10 +605,10 @@ def contains(page, part):
 
 def test_the_grid_of_a_layer_is_above_its_control():
     found = projections_of(5)
-    page = layer_grid(found, [3, 0], control=found)
-    assert contains(page, projection_grid(found, [3, 0]))
-    h = projection_grid(found, range(CONTROL_MAPS)).shape[1]
-    assert torch.equal(page[:, -h:], layer_grid(found, [0, 1, 2])[:, -h:])
+    page = layer_grid(found, [3, 0, 2], control=found, control_maps=2)
+    assert contains(page, projection_grid(found, [3, 0, 2]))
+    h = projection_grid(found, [3, 0]).shape[1]
+    assert torch.equal(page[:, -h:], layer_grid(found, [3, 0])[:, -h:])
     assert page.shape[2] <= PAGE
 
 
@@ -703,6 +703,39 @@ def test_the_caption_of_a_grid_says_what_its_reader_has_to_know():
     caption = grid_caption(marked)[1]
     for part in ("A minus marks", "Units at the border", "deconv shows the same for every image"):
         assert part in caption
+
+
+def test_a_checkerboard_is_averaged_out_where_it_is_a_small_part_of_a_tile():
+    uneven = (
+        UnevenOverlap("conv2", (3, 3), (2, 2), (4, 4)),
+        UnevenOverlap("conv1", (3, 3), (2, 2), (2, 2)),
+    )
+    found = projections_of(1, 2, side=40)
+    edge = np.where(np.arange(40) < 20, -40, 40) * np.ones((40, 1))
+    board = edge * (1 + 0.5 * (-1.0) ** np.add.outer(np.arange(40), np.arange(40)))
+    found = replace(
+        found,
+        scale=1.0,
+        tiles={"guided": np.broadcast_to(board, (1, 2, 3, 40, 40)).astype(np.int8)},
+        reports={"guided": ProjectionReport("guided", uneven=uneven)},
+        values=found.values * [1, -1],
+    )
+    shown = tiles_to_show(found, 0)["guided"]
+    assert shown.shape == (2, 3, 40, 40)
+    assert_allclose(shown[0, 0, :, :19], -40, atol=1e-4)
+    assert_allclose(shown[0, 0, :, 20:], 40, atol=1e-4)
+    assert torch.equal(shown[1], -shown[0])
+    assert "averaged over 2x2 pixels" in grid_caption(found)[1]
+    # Not in a tile of a few periods, and not without a pattern.
+    small = replace(
+        found,
+        tiles={"guided": found.tiles["guided"][..., :30, :30]},
+        patches=found.patches[..., :30, :30],
+    )
+    plain = replace(found, reports={"guided": ProjectionReport("guided")})
+    for other in (small, plain):
+        assert np.array_equal(tiles_to_show(other, 0)["guided"][0], other.tiles["guided"][0, 0])
+        assert "averaged" not in grid_caption(other)[1]
 
 
 def test_contrast_is_set_after_a_tile_is_resized():
