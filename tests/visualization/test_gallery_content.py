@@ -2,14 +2,18 @@
 
 import base64
 import json
+from dataclasses import fields
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_allclose, assert_array_equal
+from torch import nn
 
 from deconvnet import DeconvNet, LayerSettings, PreprocessingSettings, SolverSettings
 from deconvnet.network.metrics import snr
+from deconvnet.visualization.gallery.content import _control
 from deconvnet.visualization.gallery.relatives import (
     closest,
     filter_weights,
@@ -21,6 +25,7 @@ from deconvnet.visualization.gallery.repainting import repainting, repainting_da
 from deconvnet.visualization.gallery.survey import Survey, survey_layers
 from deconvnet.visualization.projection.feature_projection import signed_rgb
 from deconvnet.visualization.projection.projector import Projector
+from deconvnet.visualization.search.top_projections import TopProjections
 
 
 @pytest.fixture(scope="module")
@@ -163,10 +168,11 @@ def a_survey(peaks):
 def test_the_spectrum_goes_down_through_the_quantiles_without_the_strongest():
     survey = a_survey([*range(20, 0, -1), 0, 0])
     rows = [row for _, row in survey.spectrum(0)]
-    assert [float(survey.peaks[row, 0]) for row in rows] == [20, 18, 15, 12, 9, 6, 3]
-    assert [share for share, _ in survey.spectrum(0)] == [0.95, 0.85, 0.7, 0.55, 0.4, 0.25, 0.1]
-    # Image 0 is number 0, the strongest.
-    assert [row for _, row in survey.spectrum(0, without=[0, 80])] == [2, 5, 11, 14, 17]
+    assert [float(survey.peaks[row, 0]) for row in rows] == [20, 19, 17, 15, 13, 11, 8, 5, 2]
+    shares = [0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.35, 0.2, 0.05]
+    assert [share for share, _ in survey.spectrum(0)] == shares
+    # The strongest image has number 0.
+    assert [row for _, row in survey.spectrum(0, without=[0, 90])] == [1, 3, 5, 7, 12, 15, 18]
     assert a_survey([0, 0]).spectrum(0) == []
     assert [row for _, row in a_survey([1.0, 2.0]).spectrum(0)] == [1, 0]
 
@@ -207,6 +213,58 @@ def test_pictures_are_as_similar_as_at_their_best_shift():
         for j in range(-3, 9)
     )
     assert found[0, 2] >= best / float(tiles[0].square().sum()) - 1e-5
+
+
+def test_a_unit_is_the_sum_of_what_the_maps_below_contribute_and_of_the_biases(textures):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(4, 5, 3, bias=False), nn.ReLU(), nn.Conv2d(5, 6, 3), nn.ReLU()),
+    ).double()
+    x = textures(3, 3, 20, 18).double()
+    maps = model(x).detach()
+    strongest = maps.flatten(2).amax(2).argmax(1).tolist()
+    units = [
+        (n, strongest[n], *map(int, np.unravel_index(int(maps[n, strongest[n]].argmax()), (5, 4))))
+        for n in (2, 0, 2)
+    ]
+    units.append((2, strongest[2], 0, 0))
+    projector = Projector(model, batch=2)
+    found = projector.contributions(x, "6", units, "1")
+    assert found.shape == (4, 4)
+    # Nothing but the last convolution has a bias.
+    with torch.no_grad():
+        for (n, k, i, j), row in zip(units, found, strict=True):
+            value = float(maps[n, k, i, j])
+            expected = value - float(model[5].bias[k]) if value > 0 else 0
+            assert float(row.sum()) == pytest.approx(expected, abs=1e-12)
+        # A map that is left out takes its contribution with it, as long as no rectifier changes.
+        below = model[:2](x[2:3])
+        below[:, 1] *= 1 - 1e-6
+        n, k, i, j = units[0]
+        less = float(maps[n, k, i, j] - model[2:](below)[0, k, i, j])
+        assert less / 1e-6 == pytest.approx(float(found[0, 1]), rel=1e-4)
+    # Not one of a layer above.
+    assert (projector.contributions(x, "1", [(0, 0, 5, 5)], "6") == 0).all()
+
+
+def test_a_map_that_is_dead_in_the_control_is_shown_as_such():
+    tiles = np.zeros((2, 3, 1, 4, 4), np.int8)
+    tiles[0] = 100
+    values = np.array([[-2.0, 1, np.nan], [np.nan] * 3], np.float32)
+    given = {
+        "maps": np.array([3, 8]),
+        "values": values,
+        "tiles": {"deconv": tiles},
+        **dict.fromkeys(("units", "boxes", "windows"), np.zeros((2, 3, 4), int)),
+    }
+    names = [entry.name for entry in fields(TopProjections)]
+    control = TopProjections(**{**dict.fromkeys(names), **given})
+    shown = _control(SimpleNamespace(control={"a": control}, contrast=1.0), "a").projections
+    assert list(shown) == [3, 8] and shown[8] is None
+    # A negative activation has its sign taken out.
+    assert [float(tile.mean()) for tile in shown[3]] == [0, 1]
+    assert _control(SimpleNamespace(control={}), "a") is None
 
 
 def test_the_closest_maps_are_the_largest_positive_values_of_others():

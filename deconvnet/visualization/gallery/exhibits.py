@@ -57,10 +57,11 @@ class Histogram:
 
 @dataclass(frozen=True)
 class Source:
-    """What a map of the layer below contributes to the strongest activation of a map.
+    """A map of the layer below that a map is made of.
 
-    maps: the number of the map below, or several if the layer pools over maps. weight: with which
-    it enters. picture: its part of the projection, None if it is unknown.
+    maps: its number, or several if the layer pools over maps. weight: the norm of the filter with
+    which it enters, or the share of the strongest activation that it contributes, as `sources_are`
+    of the layer says. picture: its part of the projection, None if it is unknown.
     """
 
     maps: Sequence[int]
@@ -115,8 +116,9 @@ class GalleryLayer:
     """One layer; its maps are read one at a time.
 
     shape: (K, H, W) of its maps; field, stride: (rows, columns) in pixels of the images; None if
-    there is none, or if it is unknown. below: the name of the layer that `sources` refer to. notes:
-    sentences that a reader of its pictures should know.
+    there is none, or if it is unknown. below: the name of the layer that `sources` refer to;
+    sources_are: "weights" or "contributions". notes: sentences that a reader of its pictures should
+    know.
     """
 
     name: str
@@ -129,6 +131,7 @@ class GalleryLayer:
     facts: Facts = dataclasses.field(default_factory=dict)
     control: Control | None = None
     below: str | None = None
+    sources_are: str = "weights"
     notes: Sequence[str] = ()
 
 

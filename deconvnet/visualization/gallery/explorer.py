@@ -15,8 +15,9 @@ from deconvnet.visualization.gallery.repainting import repainting
 from deconvnet.visualization.pictures.canvas import quantile_magnitude, shade_signed
 from deconvnet.visualization.pictures.projection_grids import shade_projections
 from deconvnet.visualization.projection.feature_projection import signed_rgb
-from deconvnet.visualization.projection.projection import tile_boxes
+from deconvnet.visualization.projection.projection import Projection, crop, tile_boxes
 from deconvnet.visualization.result import VisualizationResult
+from deconvnet.visualization.search.top_projections import TopProjections
 
 # For each image, and each layer.
 SHOWN_PARTS = 12
@@ -50,8 +51,8 @@ def _image_layer(result: VisualizationResult, pixels: Tensor, layer: str) -> Ima
     parts = []
     if units:
         projection = projector(x, layer, units)
-        tiles = projector.signed_rgb(projection.tiles()).cpu()
-        boxes = tile_boxes(projection.fields, tuple(x.shape[2:]))
+        boxes = _windows(result.projections[layer], projection, tuple(x.shape[2:]))
+        tiles = projector.signed_rgb(crop(projection.images, boxes)).cpu()
         parts = [
             Part(unit[1], float(value), picture, box=box.tolist())
             for unit, value, picture, box in zip(
@@ -68,6 +69,13 @@ def _image_layer(result: VisualizationResult, pixels: Tensor, layer: str) -> Ima
     if not projector.is_deconvnet:
         return ImageLayer(layer, maps=maps, parts=parts)
     return _with_reconstruction(result, x, ImageLayer(layer, maps=maps, parts=parts))
+
+
+def _windows(found: TopProjections, projection: Projection, image: tuple[int, int]) -> Tensor:
+    """(U, 4): what the tiles of projections show, as for the strongest activations of the layer."""
+    if found.effective is None:
+        return tile_boxes(projection.fields, image)
+    return found.effective.boxes(projection.fields)
 
 
 def _strongest_units(strength: Tensor) -> list[tuple[int, int, int, int]]:
