@@ -27,7 +27,8 @@ PICTURES = {
         "What each map looks for, in pixels, with the number of the map below, in the order of "
         "the numbers. Layer 1: the filters. Higher layers: the strongest activation of each map, "
         "projected to pixels with the switches of its image, as if it were positive. Grey is "
-        "zero; every tile has its own scale, so only its shape has a meaning.",
+        "zero; every tile has its own scale, so only its shape has a meaning. Of a layer with "
+        "hundreds of maps, the first are shown here, and all in the folder pictures.",
     ),
     "patches": (
         "1 patches",

@@ -151,6 +151,7 @@ def visualize_network(
                 gallery,
                 result,
                 explorer_images=settings.explorer_images,
+                inside=settings.inside,
                 notes=[INSIDE] if settings.inside else [],
                 progress=progress,
             )

@@ -67,12 +67,20 @@ def test_the_activations_in_the_files_of_a_repainting_add_up_to_the_reconstructi
         top, left, bottom, right = part["box"]
         tile = read(part, np.int8).reshape(3, bottom - top, right - left)
         total[:, top:bottom, left:right] += tile
+    # 7 alone, then those up to 28, 112, ...: what is left is less than four times what is listed.
+    assert [(group["first"], group["last"]) for group in data["groups"]] == [
+        (7 * 4**n + 1, 7 * 4 ** (n + 1)) for n in range(len(data["groups"]))
+    ]
+    assert data["groups"] and data["groups"][-1]["last"] < data["total"]
+    assert data["total"] <= 4 * data["groups"][-1]["last"]
+    for group in data["groups"]:
+        total += read(group, np.int8).reshape(size)
     expected = net.synthesize(one, layer)[0].numpy()
     assert_allclose(total, expected, atol=1e-4 * np.abs(expected).max())
-    image = read(data["image"], np.int16).reshape(size)
-    assert_allclose(image, one.y[0], atol=1e-4 * float(one.y.abs().max()))
+    image = read(data["image"], np.int8).reshape(size)
+    assert_allclose(image, one.y[0], atol=0.51 / 127 * float(one.y.abs().max()))
     shown = snr(torch.from_numpy(image), torch.from_numpy(total))
-    assert shown == pytest.approx(snr(one.y[0], torch.from_numpy(expected)), abs=1e-2)
+    assert shown == pytest.approx(snr(one.y[0], torch.from_numpy(expected)), abs=0.1)
     assert data["total"] == int(torch.count_nonzero(one.layer(layer).z))
 
 
@@ -94,6 +102,17 @@ def test_a_part_of_a_repainting_is_the_projection_of_its_activation(net, images,
         assert np.abs(rest).max() <= 0.5 / 127 * np.abs(full).max()
 
 
+def test_a_group_of_a_repainting_is_the_projection_of_these_activations_alone(net, codes):
+    one = codes.select(slice(2, 3))
+    first, last, picture = repainting(net, one, 2, count=3).groups[0]
+    assert (first, last) == (4, 12)
+    z = one.layer(2).z
+    ranked = z.abs().flatten().sort(descending=True).values
+    alone = torch.where((z.abs() <= ranked[3]) & (z.abs() >= ranked[11]), z, 0)
+    assert int(torch.count_nonzero(alone)) == 9
+    assert_allclose(picture, net.operator(one, 2)(alone)[0], atol=1e-5)
+
+
 def test_the_matrix_of_a_repainting_gives_signed_rgb(net, codes):
     shown = repainting(net, codes.select(slice(0, 1)), 1, count=1)
     expected = signed_rgb(net, codes.y[:1])[0].numpy()
@@ -104,6 +123,7 @@ def test_large_tiles_leave_room_for_fewer_activations(net, codes, monkeypatch):
     monkeypatch.setattr("deconvnet.visualization.gallery.repainting.LARGEST", 400)
     shown = repainting(net, codes.select(slice(2, 3)), 1, count=50)
     assert 0 < len(shown.tiles) < 50 and sum(tile.size for tile in shown.tiles) <= 400
+    assert shown.groups[0][0] == len(shown.tiles) + 1
     with pytest.raises(ValueError, match="codes of 6 images"):
         repainting(net, codes, 1)
 

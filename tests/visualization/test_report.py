@@ -42,6 +42,7 @@ from deconvnet.visualization.pictures.projection_grids import sample_maps
 from deconvnet.visualization.pictures.sheet import CARD
 from deconvnet.visualization.projection.projector import Projector
 from deconvnet.visualization.report import visualize_network
+from deconvnet.visualization.search.randomization import shuffle_weights
 from deconvnet.visualization.search.top_activations import SearchState, find_top_activations
 from deconvnet.visualization.search.top_projections import load_top_projections
 from deconvnet.visualization.settings import VisualizationSettings
@@ -310,6 +311,43 @@ def test_progress_bars_have_names_and_reach_their_ends(images, tmp_path, monkeyp
     ):
         assert f"\r{name}: 100%" in said, name
     assert "0image [" not in said
+
+
+def test_the_control_is_projected_in_full_for_maps_of_the_grid_alone(images, tmp_path):
+    subject = subject_of(seeded(Small))
+    options = {"layers": ["relu2"], "gallery": False, "grid_maps": 3, "control_maps": 2}
+    visualize_network(subject, images, settings_of(**options), tmp_path)
+    place = tmp_path / "visualization"
+    trained, control = (
+        load_top_projections(place / folder / "relu2.npz")
+        for folder in ("projections", "control/projections")
+    )
+    assert control.maps.tolist() == trained.maps.tolist()
+    assert control.effective == trained.effective
+    shown = manifest(tmp_path)["layers"]["relu2"]["shown"][:2]
+    counts = {int(m): control.count(row) for row, m in enumerate(control.maps)}
+    assert all((count > 1) == (m in shown) for m, count in counts.items())
+
+
+def test_maps_that_are_dead_in_the_control_are_said(images, tmp_path, monkeypatch):
+    def silenced(model, x, *, seed):
+        net = shuffle_weights(model, seed=seed)
+        with torch.no_grad():
+            net.conv2.bias[[0, 3]] = -1e6
+            net.conv1.bias[:] = -1e6
+        return net
+
+    monkeypatch.setattr(module, "shuffled_control", silenced)
+    options = {"layers": ["relu1", "relu2"], "maps": [0, 1, 3]}
+    visualize_network(subject_of(seeded(Small)), images, settings_of(**options), tmp_path)
+    layers = manifest(tmp_path)["layers"]
+    assert (
+        layers["relu2"]["dead_in_the_control"][0] == 0
+        and 3 in (layers["relu2"]["dead_in_the_control"])
+    )
+    # A control without any activation is still shown.
+    assert layers["relu1"]["dead_in_the_control"] == [0, 1, 3]
+    assert (tmp_path / "gallery" / "index.html").is_file()
 
 
 # Once more.

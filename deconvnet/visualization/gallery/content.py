@@ -52,11 +52,14 @@ from deconvnet.visualization.pictures.canvas import quantile_magnitude, shade_si
 from deconvnet.visualization.pictures.projection_grids import pixel_filters, shade_projections
 from deconvnet.visualization.projection.projection import LayerInfo, crop
 from deconvnet.visualization.result import VisualizationResult
+from deconvnet.visualization.search.search_region import searched_units
 from deconvnet.visualization.search.top_activations import Progress, get_image, group_by_size
 from deconvnet.visualization.search.top_projections import TopProjections
 
 # Images in the explorer, spread evenly over all.
 EXPLORER = 8
+# The first images of the explorer can be repainted.
+REPAINTED = 4
 # Maps of the control to show in each layer.
 CONTROL_MAPS = 6
 
@@ -66,12 +69,14 @@ def write_result_gallery(
     result: VisualizationResult,
     *,
     explorer_images: int = EXPLORER,
+    inside: bool = True,
     notes: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Path:
     """Write the gallery of a result and return the path of its page.
 
-    explorer_images: images in the explorer, spread evenly over all; notes: further paragraphs.
+    explorer_images: images in the explorer, spread evenly over all; inside: whether the search left
+    out units at the border; notes: further paragraphs.
     """
     count = min(explorer_images, len(result.images))
     numbers = np.linspace(0, len(result.images) - 1, count).round().astype(int).tolist()
@@ -84,12 +89,13 @@ def write_result_gallery(
 
     def images() -> Iterator[GalleryImage]:
         for number in numbers:
-            yield explorer_image(result, number)
+            repainted = number in numbers[:REPAINTED]
+            yield explorer_image(result, number, repainted=repainted)
             step()
 
-    surveys = survey_layers(
-        result.projector, result.images, partial(_searched, result), list(result.projections)
-    )
+    layers = list(result.projections)
+    masks = partial(_searched, result) if inside else lambda image: {}
+    surveys = survey_layers(result.projector, result.images, masks, layers)
     names = _short_names(result.images.names)
     return write_gallery(
         folder,
@@ -145,15 +151,10 @@ def _facts(result: VisualizationResult) -> dict[str, str | int]:
 
 
 def _searched(result: VisualizationResult, image: Tensor) -> dict[str, Tensor]:
-    """By layer, the positions (H, W) whose receptive field lies inside an image (3, H, W), for
-    layers without border units among their examples."""
-    projector = result.projector
+    """By layer, the positions (H, W) that a search of an image (3, H, W) looks at."""
+    projector, size = result.projector, tuple(image.shape[1:])
     infos = projector.layers(projector.prepare(image[None]))
-    return {
-        info.name: info.inside(tuple(image.shape[1:]))
-        for info in infos
-        if info.name in result.projections and not result.projections[info.name].border.any()
-    }
+    return {info.name: searched_units(info, size) for info in infos}
 
 
 def _gallery_layer(
@@ -244,8 +245,10 @@ class _LayerContent:
         projections, projector = result.projections[layer], result.projector
         filters = pixel_filters(projector)
         is_first = filters is not None and filters[0] == layer.partition("#")[0]
-        # Of unit strength, with the sign taken out, zero where there is no activation.
-        tiles = projections.tiles[projections.methods[0]][:, 0].astype(np.float32)
+        # With the sign taken out, zero where there is no activation. Deconvnet projections of deep
+        # layers are gratings that all look alike.
+        method = "guided" if "guided" in projections.methods else projections.methods[0]
+        tiles = projections.tiles[method][:, 0].astype(np.float32)
         strongest = torch.from_numpy(tiles * projections.signs[:, 0, None, None, None])
         below = _layer_below(result, layer)
         return cls(

@@ -152,10 +152,11 @@ class Part:
 class Repainting:
     """A reconstruction as the sum of separate activations, for the page to repaint.
 
-    image, rest: (C, H, W) float, the preprocessed image and what the listed activations leave of
-    its reconstruction; tiles: U arrays (C, h, w), the projections of the activations, each cropped
-    to its box; boxes: (U, 4); maps, values: (U,). rgb: (3, C), from the planes to signed RGB.
-    white: the magnitude that is shown as white.
+    image: (C, H, W) float, the preprocessed image. tiles: U arrays (C, h, w), the projections of
+    the strongest activations, each cropped to its box; boxes: (U, 4); maps, values: (U,). groups:
+    (first, last, picture (C, H, W)) of the next ranks, from 1, that are projected together; rest:
+    (C, H, W), what all of these leave of the reconstruction. total: of the activations. rgb: (3,
+    C), from the planes to signed RGB. white: the magnitude that is shown as white.
     """
 
     image: np.ndarray
@@ -167,6 +168,7 @@ class Repainting:
     rgb: np.ndarray
     white: float
     total: int
+    groups: Sequence[tuple[int, int, np.ndarray]] = ()
 
 
 @dataclass(frozen=True)

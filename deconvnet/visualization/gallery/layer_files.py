@@ -40,7 +40,8 @@ from deconvnet.visualization.gallery.sprites import (
 # The largest sides in pixels: of the tiles on a map's own page, and of those on the wall.
 TILE = 160
 WALL = 128
-THUMBNAILS = 24
+# How many maps a layer shows on the first page, by the number of tiles of each: three full rows.
+THUMBNAILS = {1: 24, 2: 12, 3: 9}
 
 Tiles = list[np.ndarray | None]
 
@@ -74,7 +75,7 @@ def write_layer(
         if any(tile is not None for tile in tiles)
     }
     # Projections by several methods are those of a CNN, which make sense next to the image alone.
-    shown = methods[:1] if len(methods) < 2 else [methods[0], "patches"]
+    shown = methods[:1] if len(methods) < 2 else [*methods, "patches"]
     features = {
         "layer": layer.name,
         "kind": layer.kind,
@@ -272,7 +273,7 @@ def _thumbnails(
     alive = [index for index, tile in enumerate(overview[keys[0]]) if tile is not None]
     if not alive:
         return None
-    count = min(THUMBNAILS // len(keys), len(alive))
+    count = min(THUMBNAILS.get(len(keys), 6), len(alive))
     steps = np.linspace(0, len(alive) - 1, count).round().astype(int)
     chosen = [alive[step] for step in steps]
     tiles = [overview[key][index] for index in chosen for key in keys]

@@ -30,7 +30,7 @@
         element("div", { class: "sections" },
           activity(layer, map, index),
           relatives("Maps that look like it", "similar", layer, map.similar, (value) => `cosine ${number(value)}`,
-            "Cosine of the strongest projections, at the shift that makes it largest."),
+            `Cosine of the strongest ${layer.methods.includes("guided") ? "guided backpropagations" : "projections"}, at the shift that makes it largest.`),
           relatives("Maps that are active with it", "coactive", layer, map.coactive, (value) => `correlation ${number(value)}`,
             "Correlation of the strongest activations over the images surveyed.")),
         element("div", { class: "sections" }, spectrum(map), sources(layer, map), users(layer, map, above, user), evolution(map)),

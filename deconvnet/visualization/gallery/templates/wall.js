@@ -68,7 +68,7 @@
     }
 
     function resize() {
-      grid.style.setProperty("--cell", `${size * shown.length + 3 * (shown.length - 1)}px`);
+      grid.style.setProperty("--cell", `${(shown.length > 2 ? 0.86 : 1) * size * shown.length + 3 * (shown.length - 1)}px`);
     }
 
     const names = ["number", ...layer.sort.map((each) => each.name)];
