@@ -68,7 +68,7 @@ launch.read_files_as_written = read_files_as_written
 for command in COMMANDS:
     name = command.replace("-", "_")
     read_files_as_written(launch.SCHEMAS[name])
-    folder = launch.PACKAGE / "cli" if name == "visualize" else launch.CONFIGS
+    folder = launch.PACKAGE / "cli" if name in launch.OWN_FOLDER else launch.CONFIGS
     with initialize_config_dir(str(folder), version_base="1.3"):
         compose(name, return_hydra_config=True)
         if name in ("train", "train_cnn"):

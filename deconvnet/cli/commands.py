@@ -19,6 +19,8 @@ from deconvnet import __version__
 COMMANDS = {
     "train": "Learn a network from images, layer by layer, and show it.",
     "visualize": "Show what the maps of a network, or of any CNN, respond to.",
+    "occlusion": "Cover parts of images, and see what a map and the class lose.",
+    "correspondence": "Measure whether features represent parts of objects.",
     "reconstruct": "Reconstruct images from the feature maps of one layer.",
     "ablate": "Measure what the switches of max pooling contribute.",
     "denoise": "Remove noise from images.",

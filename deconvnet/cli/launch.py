@@ -26,6 +26,10 @@ PACKAGE = Path(__file__).resolve().parents[1]
 # In an installation configs/ is part of the package; in a checkout it is next to it.
 CONFIGS = next(p for p in (PACKAGE / "configs", PACKAGE.parent / "configs") if p.is_dir())
 
+# The settings of these commands have a key `model`, which the folder of models in configs/ would
+# shadow.
+OWN_FOLDER = ("visualize", "occlusion", "correspondence")
+
 
 def launch(command: str, call: tuple[str, ...]) -> None:
     """Run a command, such as "train-cnn", with the settings in sys.argv.
@@ -35,8 +39,7 @@ def launch(command: str, call: tuple[str, ...]) -> None:
     name = command.replace("-", "_")
     module = importlib.import_module(f"deconvnet.cli.{name}")
     register()
-    # The settings of `visualize` have a key `model`, which the folder of models would shadow.
-    folder = PACKAGE / "cli" if name == "visualize" else CONFIGS
+    folder = PACKAGE / "cli" if name in OWN_FOLDER else CONFIGS
     read_settings = hydra.main(version_base="1.3", config_path=str(folder), config_name=name)
     run(read_settings(module.main), SCHEMAS[name], call)
 

@@ -21,11 +21,12 @@ from deconvnet.images.sources import DataSettings
 from deconvnet.network.layer import MAX_SIZE, LayerSettings
 from deconvnet.network.tiling import MEMORY, check_memory
 from deconvnet.support.renaming import renamed
+from deconvnet.visualization.projection.backward_rules import AUTO, METHODS
 from deconvnet.visualization.settings import OLD_NAMES, VisualizationSettings
 
 # Settings of `deconvnet visualize` that do not apply to networks of deconvnet.
 OF_MODELS = {
-    *("weights", "options", "mean", "std", "order", "checkpoints"),
+    *("weights", "options", "mean", "std", "order", "labels", "checkpoints"),
     *("method", "strict", "gates", "overlap"),
 }
 # More maps, images per batch or epochs can only be a mistake.
@@ -102,10 +103,9 @@ class TrainConfig:
         return [self.model[f"layer{number}"] for number in range(1, depth + 1)]
 
 
-@renamed(**OLD_NAMES)
 @dataclass
-class VisualizeConfig(VisualizationSettings):
-    """The settings of `deconvnet visualize`: the network and images, and how to visualize them."""
+class NetworkConfig:
+    """The settings of the commands that look into a network: which one it is, and its input."""
 
     # a run folder of `deconvnet train`, or a network file (.safetensors); or else give `model`
     run: str | None = None
@@ -121,23 +121,13 @@ class VisualizeConfig(VisualizationSettings):
     std: list[float] | None = None
     # colour planes that the model expects: rgb, bgr or grey; null: those it was trained with
     order: str | None = None
-    # a folder of images, a file, or a list of files; null: the images that the run was trained on
-    images: Any = field(default=None, metadata=TEXTS)
+    # names of the classes of the model: a file with one name a line or a JSON list, or a list such
+    # as [cat,dog]; null: those of its weights
+    labels: Any = field(default=None, metadata=TEXTS)
     # side in pixels of the squares that images are cropped to; null: what the network expects
     size: int | None = None
-    # use at most this many images, evenly spaced among all; null: all
-    max_images: int | None = None
-    # skip files of a folder that cannot be read instead of stopping
-    skip_unreadable: bool = False
-    # weights of the model at several times of its training, to draw how its features evolve
-    checkpoints: list[str] | None = None
-    # folder for all results; null: the run folder, or runs/<model>
-    output: str | None = None
-    # auto (cuda, else cpu), or a torch device
-    device: str = "auto"
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         check_seed(self.seed)
         if (self.run is None) == (self.model is None):
             raise ValueError(
@@ -150,13 +140,110 @@ class VisualizeConfig(VisualizationSettings):
                 raise ValueError(f"{entry.name}={value}: only with model=..., not with run=...")
         if not isinstance(self.options, dict | None):
             raise ValueError(f"options={self.options}: give arguments as {{name: value}}")
-        if self.images == []:
+        if getattr(self, "images", None) == []:
             raise ValueError("images=[]: give a folder, a file, or a list of at least one file")
-        for key in ("size", "max_images"):
-            if getattr(self, key) is not None and getattr(self, key) < 1:
+        for key in ("size", "max_images", "square", "stride"):
+            if getattr(self, key, None) is not None and getattr(self, key) < 1:
                 raise ValueError(f"{key}={getattr(self, key)}: must be at least 1, or null")
         if self.size is not None and self.size > MAX_SIZE:
             raise ValueError(f"size={self.size}: must be at most {MAX_SIZE} pixels")
+
+
+@renamed(**OLD_NAMES)
+@dataclass
+class VisualizeConfig(VisualizationSettings, NetworkConfig):
+    """The settings of `deconvnet visualize`: the network and images, and how to visualize them."""
+
+    # a folder of images, a file, or a list of files; null: the images that the run was trained on
+    images: Any = field(default=None, metadata=TEXTS)
+    # use at most this many images, evenly spaced among all; null: all
+    max_images: int | None = None
+    # skip files of a folder that cannot be read instead of stopping
+    skip_unreadable: bool = False
+    # weights of the model at several times of its training, to draw how its features evolve
+    checkpoints: list[str] | None = None
+    # folder for all results; null: the run folder, or runs/<model>
+    output: str | None = None
+    # auto (cuda, else cpu), or a torch device
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        VisualizationSettings.__post_init__(self)
+        NetworkConfig.__post_init__(self)
+
+
+@dataclass
+class OcclusionConfig(NetworkConfig):
+    """The settings of `deconvnet occlusion`."""
+
+    # a folder of images, a file, or a list of files; null: the images that the run was trained on
+    images: Any = field(default=None, metadata=TEXTS)
+    # use at most this many images, evenly spaced among all; null: all
+    max_images: int | None = 4
+    # skip files of a folder that cannot be read instead of stopping
+    skip_unreadable: bool = False
+    # dotted name of the layer; null: the highest that has maps; [?] lists them
+    layer: str | None = None
+    # number of the map; null: the one that responds most strongly to the image
+    map: int | None = None
+    # the correct class, by its number or name; null: the most likely one
+    label: str | None = None
+    # side of the grey square in pixels; null: a quarter of the shorter side of the image
+    square: int | None = None
+    # pixels by which the square moves; null: a quarter of its side
+    stride: int | None = None
+    # how to project the strongest activation of a trained network: auto (deconv for layers above
+    # max pooling, else guided) | deconv | guided | gradient
+    method: str = "auto"
+    # images that go through the network at a time, which bounds memory
+    batch: int = 8
+    # seed of weights that are random
+    seed: int = 0
+    # folder for the results; null: occlusion in the run folder, or in runs/<model>
+    output: str | None = None
+    # auto (cuda, else cpu), or a torch device
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.map is not None and self.map < 0:
+            raise ValueError(f"map={self.map}: maps are numbered from 0")
+        if self.batch < 1:
+            raise ValueError(f"batch={self.batch}: must be at least 1")
+        if self.method not in (AUTO, *METHODS):
+            raise ValueError(f"method={self.method}: choose one of {', '.join((AUTO, *METHODS))}")
+
+
+@dataclass
+class CorrespondenceConfig(NetworkConfig):
+    """The settings of `deconvnet correspondence`."""
+
+    # a CSV file with the columns image, part, top, left, bottom, right: where each part is in each
+    # image, in pixels, bottom and right exclusive; images are files relative to its folder
+    boxes: str = MISSING
+    # dotted names of layers; null: the lowest and the highest that have maps; [?] lists all
+    layers: list[str] | None = None
+    # boxes of the same sizes at random places that are covered for comparison; 0: none
+    draws: int = 10
+    # the part of the file that random boxes must stay inside, such as the face or the whole object,
+    # and that is not covered itself; null: the image
+    within: str | None = None
+    # images that go through the network at a time, which bounds memory
+    batch: int = 8
+    # seed of the random boxes, and of weights that are random
+    seed: int = 0
+    # folder for the results; null: correspondence in the run folder, or in runs/<model>
+    output: str | None = None
+    # auto (cuda, else cpu), or a torch device
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key, least in (("draws", 0), ("batch", 1)):
+            if not least <= getattr(self, key) <= MOST:
+                raise ValueError(f"{key}={getattr(self, key)}: must be {least} to {MOST}")
+        if self.layers == []:
+            raise ValueError("layers=[]: name at least one")
 
 
 @dataclass
@@ -369,6 +456,8 @@ class TrainCnnConfig:
 SCHEMAS = {
     "train": TrainConfig,
     "visualize": VisualizeConfig,
+    "occlusion": OcclusionConfig,
+    "correspondence": CorrespondenceConfig,
     "reconstruct": ReconstructConfig,
     "ablate": AblateConfig,
     "denoise": DenoiseConfig,

@@ -53,6 +53,21 @@ class Crop:
         first = round((self.resize - self.size) / 2)
         return square[:, first : first + self.size, first : first + self.size]
 
+    def box(
+        self, box: tuple[int, int, int, int], size: tuple[int, int]
+    ) -> tuple[int, int, int, int]:
+        """Where a box of an image of H x W pixels is in the crop: top, left, bottom, right.
+
+        It is clipped to the crop, in which it has no pixel if bottom <= top or right <= left.
+        """
+        short, first = min(size), round((self.resize - self.size) / 2)
+        edges = []
+        for axis, edge in enumerate(box):
+            margin = (size[axis % 2] - short) // 2
+            position = round((edge - margin) * self.resize / short) - first
+            edges.append(min(max(position, 0), self.size))
+        return tuple(edges)
+
 
 def crop_to_square(image: Tensor, size: int, *, interpolation: str = "bicubic") -> Tensor:
     """The centre of an image (3, H, W) as (3, size, size): its short side becomes `size`.

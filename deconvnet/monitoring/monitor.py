@@ -139,8 +139,8 @@ class Monitor:
         if self._writer is None:
             return
         self._append_metrics(step, result=asdict(result), layer=result.layer)
-        rows = [f"| {key} | {value:.6g} |" for key, value in asdict(result).items()]
-        table = "\n".join(["| all training images | |", "|---|---|", *rows])
+        rows = [f"| {name} | {getattr(result, key):.6g} |" for key, (name, _) in RESULTS.items()]
+        table = "\n".join([f"| layer {result.layer} | all training images |", "|---|---|", *rows])
         final = f"layer {result.layer} over all training images, when its training has ended"
         summary = text_summary(f"layer{result.layer}/result", table, f"Result of {final}.")
         self._show(summary, step)

@@ -19,14 +19,16 @@ if TYPE_CHECKING:
 BINS = 60
 STEP = "The step counts filter updates since the run began."
 
-# The groups of the pictures of a layer, in the order of the page, and what each shows.
+# The groups of the pictures of a layer, and what each shows. The missing numbers are those of a
+# visualization (`visualization.event_page`), which TensorBoard shows between them.
 PICTURES = {
     "filters": (
         "0 filters",
         "What each map looks for, in pixels, with the number of the map below, in the order of "
         "the numbers. Layer 1: the filters. Higher layers: the strongest activation of each map, "
         "projected to pixels with the switches of its image, as if it were positive. Grey is "
-        "zero; every tile has its own scale, so only its shape has a meaning.",
+        "zero; every tile has its own scale, so only its shape has a meaning. Of a layer with "
+        "hundreds of maps, the first are shown here, and all in the folder pictures.",
     ),
     "patches": (
         "1 patches",
@@ -35,27 +37,27 @@ PICTURES = {
         "dark exchanged.",
     ),
     "reconstructed": (
-        "2 reconstructed",
+        "5 reconstructed",
         "From the top: the image, the image after preprocessing, what each layer reconstructs of "
         "it (with its SNR and density over these images), the residual that the highest layer "
         "leaves, and the reconstruction in pixels. From the second row to the residual, all rows "
         "have the same scale.",
     ),
     "evolution": (
-        "3 evolution",
+        "4 evolution",
         "A row for each map, a column for each epoch: the strongest activation in this epoch, "
         "projected to pixels as if it were positive. The number of the image is below a tile if "
         "it differs from that of the tile before; a jump there need not be a change of the "
         "feature.",
     ),
     "maps": (
-        "4 maps",
+        "6 maps",
         "One image (the one that the layer reconstructs best), and where its strongest maps are "
         "active: red for positive, blue for negative coefficients, the stronger the larger they "
         "are. Below each: the feature, the number of the map, and its non-zero coefficients.",
     ),
     "parts": (
-        "5 parts",
+        "7 parts",
         "One image as the sum of its strongest activations, and the strongest of these as the sum "
         "of activations in the layers below.",
     ),
@@ -85,9 +87,12 @@ RESULTS = {
     "density": ("density", "share of the coefficients that are not zero"),
     "objective": ("objective", "mean per image"),
     "dead": ("dead maps", "maps that are zero on all images"),
+    "seconds": ("seconds", "the training time of the layer"),
 }
 # Final statistics that HPARAMS compares between runs.
 METRICS = ("snr", "density", "objective")
+# The settings of a layer that HPARAMS shows first.
+SHOWN = (".num_maps", ".filter_size", ".lam")
 
 
 def picture_tag(name: str) -> str:
@@ -151,6 +156,10 @@ def hparam_summaries(
     summaries = hparams(settings, {})
     content = summaries[0].value[0].metadata.plugin_data
     data = HParamsPluginData.FromString(content.content)
+    # TensorBoard lists settings that differ between runs first, and shows the first five.
+    for info in data.experiment.hparam_infos:
+        if info.name.endswith(SHOWN) and "differs" in info.DESCRIPTOR.fields_by_name:
+            info.differs = True
     for layer in layers:
         for key in METRICS:
             name, description = RESULTS[key]

@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Loops of up to this many rows, columns, channels or maps of a group have a compile-time length and
-# are unrolled. The compiler takes seconds for some hundred, and fails for more than a thousand.
-UNROLLED = 64
+# Sides of square filters for which the loops over rows and columns have a compile-time length and
+# are unrolled. Other filters gain at most a few percent from that, and every size is compiled by
+# itself, which takes seconds: one loop serves them all.
+UNROLLED = (3, 5)
 
 
 class Footprint(NamedTuple):
@@ -39,9 +40,9 @@ class Grid(NamedTuple):
 class Filters(NamedTuple):
     """f (K, C, h, w) in groups of G maps; planes (K, C): the non-zero channels of each, then -1.
 
-    C, h, w and G are tuples of that many Nones: the length of a tuple is part of its type, so the
-    compiler knows it and unrolls the loop. Above UNROLLED, where unrolling gains nothing, they are
-    arrays of that length, and one compiled loop serves all sizes.
+    C, h, w and G are arrays whose lengths are the sizes, and one compiled loop serves all sizes.
+    Where unrolling pays, they are tuples of that many Nones: the length of a tuple is part of its
+    type, so the compiler knows it.
     """
 
     f: np.ndarray
@@ -56,7 +57,16 @@ class Filters(NamedTuple):
         empty = ~f.any((2, 3))
         order = empty.argsort(1, kind="stable")
         planes = np.where(np.take_along_axis(empty, order, 1), -1, order).astype(np.int32)
-        return cls(f, planes, *map(_with_length, (*f.shape[1:], group)))
+        _, C, h, w = f.shape
+        unrolled = h == w and h in UNROLLED
+        return cls(
+            f,
+            planes,
+            _with_length(C),
+            _with_length(h, unrolled=unrolled),
+            _with_length(w, unrolled=unrolled),
+            _with_length(group, unrolled=group == 1),
+        )
 
 
 class ActiveSet(NamedTuple):
@@ -110,5 +120,5 @@ def footprint(boundary: str, pixels: int, taps: int) -> Footprint:
     return Footprint(*runs, first.astype(np.int32))
 
 
-def _with_length(number: int) -> tuple[None, ...] | np.ndarray:
-    return (None,) * number if number <= UNROLLED else np.zeros(number, np.bool_)
+def _with_length(number: int, *, unrolled: bool = False) -> tuple[None, ...] | np.ndarray:
+    return (None,) * number if unrolled else np.zeros(number, np.bool_)

@@ -3,8 +3,9 @@
     r residual (C, H, W)   c correlations (K, rows, columns)   G maps of a group
 
 The boundary enters these loops only through the `Footprint` of each axis. They release the
-interpreter's lock, so that threads may share the work. They are compiled once for each filter size,
-and cached on disk if possible (support/compiling.py).
+interpreter's lock, so that threads may share the work. They are compiled once for all filters,
+and once each for the sizes in `active_set.UNROLLED`, and cached on disk if possible
+(support/compiling.py).
 """
 
 from __future__ import annotations
@@ -239,13 +240,12 @@ def correlations_at(y, f, rows, columns, G, g, i, j):
 
 
 @_compiled
-def curvatures(f, group, inner, grid, g, i, j, scratch):
+def curvatures(f, G, inner, grid, g, i, j, scratch):
     """L (n,): `inner` (groups,) where a coefficient paints all its taps; elsewhere the squared norm
     of what a unit impulse paints, summed over the group.
 
-    group: `Filters.G`. scratch (C, H, W): zeros, which are restored.
+    G: maps of a group. scratch (C, H, W): zeros, which are restored.
     """
-    G = len(group)
     rows, columns, mask = grid
     L = np.empty(len(g), f.dtype)
     for n in range(len(g)):

@@ -74,8 +74,8 @@ class Atoms:
     def curvatures_at(self, n: int, g: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
         """L (m,) of coefficients at these positions of an image."""
         scratch = np.zeros(self._zeros, self.dtype)
-        f, group, grid = self.filters.f, self.filters.G, self.grid(n)
-        return kernels.curvatures(f, group, self.curvature, grid, g, i, j, scratch)
+        f, G, grid = self.filters.f, len(self.filters.G), self.grid(n)
+        return kernels.curvatures(f, G, self.curvature, grid, g, i, j, scratch)
 
 
 class Weights(Protocol):

@@ -11,7 +11,7 @@ from torch import Tensor
 from deconvnet.monitoring.event_files import event_writer
 from deconvnet.monitoring.summaries import image_summary, text_summary
 from deconvnet.storage import ownership
-from deconvnet.visualization.manifest import rows_in_grid
+from deconvnet.visualization.manifest import control_rows, rows_in_grid
 from deconvnet.visualization.pictures.canvas import (
     GAP,
     LINE,
@@ -27,16 +27,16 @@ from deconvnet.visualization.pictures.evolution_picture import evolution_cards
 from deconvnet.visualization.pictures.layer_pictures import filter_cards
 from deconvnet.visualization.pictures.projection_grids import (
     CONTRAST,
-    CONTROL_MAPS,
     pixel_filters,
     shade_projections,
+    tiles_to_show,
 )
 from deconvnet.visualization.pictures.sheet import CARD, MOST_CARDS, cut_into_cards
 from deconvnet.visualization.result import VisualizationResult
 from deconvnet.visualization.search.top_projections import TopProjections
 from deconvnet.visualization.settings import VisualizationSettings
 
-# The groups of the page, in their order, and what they show.
+# The groups of the page, in their order, and what they show; those of a training run lie between.
 STRONGEST = (
     "For some maps: the strongest activations in these images, the strongest first, projected to "
     "pixels by each method, and the part of the image that the units see (image). Every tile has "
@@ -49,30 +49,30 @@ GROUPS = {
         "The filters that see pixels, with the number of the map below. Grey is zero; every "
         "filter has its own scale, so only its shape has a meaning.",
     ),
-    "layers": ("1 strongest activations", STRONGEST),
+    "layers": ("2 strongest activations", STRONGEST),
     "control": (
-        "2 control",
+        "3 control",
         "The same for the network with shuffled weights. What looks alike here and there comes "
         "from the images, not from what the network has learned.",
     ),
     "evolution": (
-        "3 evolution",
+        "4 evolution",
         "A row for each map, a column for each epoch: the strongest activation, projected to "
         "pixels as if it were positive. The number of the image is below a tile if it differs from "
         "that of the tile before.",
     ),
     "occlusion": (
-        "4 occlusion",
+        "8 occlusion",
         "What changes in the network when a grey square covers a part of the image.",
     ),
     "invariance": (
-        "5 invariance",
+        "9 invariance",
         "How far the features move when the image is shifted, scaled or rotated.",
     ),
 }
 # On the card of a map: its activations, and in pixels the width of a tile and of a label.
 SHOWN = 5
-TILE, LABEL = 80, 62
+TILE, LABEL = 78, 74
 
 
 def write_event_page(
@@ -104,15 +104,15 @@ def _pages(
     """Yield the group, the name and the cards of every picture."""
     filters = pixel_filters(result.projector)
     if filters is not None:
-        yield "filters", f"{filters[0]}-filters", filter_cards(shade_signed(filters[1]))
+        yield "filters", filters[0], filter_cards(shade_signed(filters[1]))
     for layer, projections in result.projections.items():
         rows = rows_in_grid(projections, settings)[:MOST_CARDS]
         yield "layers", layer, [map_card(projections, row, settings.contrast) for row in rows]
     for layer, projections in result.control.items():
-        rows = range(min(CONTROL_MAPS, len(projections.maps)))
+        rows = control_rows(projections, settings)
         yield "control", layer, [map_card(projections, row, settings.contrast) for row in rows]
     for layer, e in result.evolutions.items():
-        yield "evolution", f"{layer}-evolution", evolution_cards(e)
+        yield "evolution", layer, evolution_cards(e)
     for name, picture in result.pictures.items():
         for kind in ("occlusion", "invariance"):
             if name.startswith(kind):
@@ -126,10 +126,9 @@ def map_card(projections: TopProjections, row: int, contrast: float = CONTRAST) 
     if count == 0:
         return text_block(f"{title}: no image activates it", CARD, LINE)
     values = [plain_number(float(value)) for value in projections.values[row, :count]]
-    signs = projections.signs[row, :count, None, None, None]
     tiles = {
-        method: shade_projections(shown[row, :count] * signs, width=TILE, contrast=contrast)
-        for method, shown in projections.tiles.items()
+        method: shade_projections(shown[:count], width=TILE, contrast=contrast)
+        for method, shown in tiles_to_show(projections, row).items()
     }
     patches = torch.from_numpy(projections.patches[row, :count]).float() / 255
     tiles["image"] = resize_tiles(patches, TILE)

@@ -151,6 +151,7 @@ def visualize_network(
                 gallery,
                 result,
                 explorer_images=settings.explorer_images,
+                inside=settings.inside,
                 notes=[INSIDE] if settings.inside else [],
                 progress=progress,
             )
@@ -352,6 +353,7 @@ def _draw(result: VisualizationResult, settings: VisualizationSettings, folder: 
             info=result.infos[layer],
             num_images=len(result.images),
             control=result.control.get(layer),
+            control_maps=settings.control_maps,
             contrast=settings.contrast,
         )
     for layer, e in result.evolutions.items():

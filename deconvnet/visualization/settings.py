@@ -19,7 +19,7 @@ OLD_NAMES = {"shown": "grid_maps", "explored": "explorer_images"}
 class VisualizationSettings:
     """What to search for, how to project it and what to draw."""
 
-    # dotted names of layers; null: all of a deconvolutional network, else the last of each size
+    # dotted names of layers; null: all of a deconvolutional network, else the ends of its stages
     layers: Any = field(default=None, metadata={"texts": True})
     # strongest activations to find for each map
     k: int = 9
@@ -29,7 +29,7 @@ class VisualizationSettings:
     # such as [3,7]; null: all
     maps: Any = 150
     # how many of these maps to draw in the grid of a layer
-    grid_maps: int = 16
+    grid_maps: int = 8
     # how to project units of a trained network: auto (deconv for layers above max pooling, else
     # guided) | deconv | guided | gradient
     method: str = "auto"
@@ -45,7 +45,7 @@ class VisualizationSettings:
     # layer) | field (the whole receptive field)
     window: str = "effective"
     # fraction of the non-zero pixels of a tile that are not clipped to black or white
-    contrast: float = 0.995
+    contrast: float = 0.98
     # also search and project a control: the same network with shuffled weights
     control: bool = True
     # maps of the grid of a layer whose control is shown next to it; of other maps, the control

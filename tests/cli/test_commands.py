@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from deconvnet import load
+from deconvnet.cli.train import hyperparameters
 from deconvnet.storage.checkpoint_files import load_checkpoint
 from deconvnet.storage.ownership import RECORD_FOLDER
 
@@ -120,6 +121,18 @@ def test_the_same_command_resumes_the_run_also_with_more_layers(again, begun, ph
     assert "layers.2.filters" in deeper
     for name in before:
         assert torch.equal(deeper[name], before[name])
+
+
+def test_runs_are_compared_by_the_settings_of_the_layers_that_they_have():
+    layer = {"num_maps": 4, "pool": [1, 2, 2], "solver": {"gap": None, "rho": 2.5}}
+    record = {
+        "seed": 0,
+        "model": {"layer1": layer, "layer2": layer, "layer3": layer},
+        "data": {"source": "folder", "download": False, "stream": True, "workers": 2},
+    }
+    keys = ("num_maps", "pool", "solver.rho")
+    expected = {"seed", "data.source", *(f"model.layer{n}.{key}" for n in (1, 2) for key in keys)}
+    assert hyperparameters(record, 2).keys() == expected
 
 
 def test_a_run_can_be_restarted(again, photos, script):

@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from deconvnet import load
 from deconvnet.cli.errors import one_line, one_line_errors
 from deconvnet.cli.help import comments
+from deconvnet.cli.launch import OWN_FOLDER
 from deconvnet.cli.read_settings import read_settings, register
 from deconvnet.cli.settings import SCHEMAS, ClassifyConfig, DenoiseConfig, VisualizeConfig
 from deconvnet.cli.train import flat
@@ -315,7 +316,7 @@ def test_every_key_of_a_command_in_yaml_has_a_comment(path):
 
 def test_each_default_is_defined_once():
     for name, schema in SCHEMAS.items():
-        path = (PACKAGE / "cli" if name == "visualize" else CONFIGS) / f"{name}.yaml"
+        path = (PACKAGE / "cli" if name in OWN_FOLDER else CONFIGS) / f"{name}.yaml"
         for key, value in yaml.safe_load(path.read_text()).items():
             if key in ("defaults", "hydra"):
                 continue

@@ -32,6 +32,10 @@ VISUALIZE = (
     *("visualize.py", "run=net.safetensors", "images=photos", "control=false", "explorer_images=1"),
     "progress=false",
 )
+OCCLUSION = (
+    *("occlusion.py", "run=net.safetensors", "images=photos", "size=20", "max_images=1"),
+    *("square=20", "stride=20"),
+)
 # What each command writes goes to the folder `place`.
 COMMANDS = {
     "train": (*TRAIN, "layers=1", "hydra.run.dir=place"),
@@ -43,6 +47,7 @@ COMMANDS = {
     "denoise": ("denoise.py", "run=net.safetensors", "image=photos/a", "sigma=9", "output=place"),
     "classify": (*CLASSIFY, "output=place"),
     "visualize": (*VISUALIZE, "output=place"),
+    "occlusion": (*OCCLUSION, "output=place"),
     "train_cnn": CNN,
 }
 

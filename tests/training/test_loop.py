@@ -161,15 +161,15 @@ def test_the_tensorboard_page_has_curves_pictures_and_the_configuration(finished
         # The filters at several steps, so that one sees them develop.
         assert [step for step, _ in pictures[f"0 filters/layer{number}"]] == [last - 3, last]
         # One card for each of the five images.
-        assert pictures[f"2 reconstructed/layer{number}"] == [(last, 5)]
-        assert pictures[f"3 evolution/layer{number}"] == [(last, 1)]
-        assert pictures[f"4 maps/layer{number}"][0][0] == last
+        assert pictures[f"5 reconstructed/layer{number}"] == [(last, 5)]
+        assert pictures[f"4 evolution/layer{number}"] == [(last, 1)]
+        assert pictures[f"6 maps/layer{number}"][0][0] == last
         assert f"layer{number}/nonzero z" in tags["histograms"]
         histograms = page.Histograms(f"layer{number}/energy of each map")
         assert [event.step for event in histograms] == [last - 3, last]
         for key in ("snr", "density", "objective", "dead"):
             assert [event.step for event in page.Scalars(f"result/layer{number} {key}")] == [last]
-    assert {"1 patches/layer2", "5 parts/layer2"} <= pictures.keys()
+    assert {"1 patches/layer2", "7 parts/layer2"} <= pictures.keys()
     text = page.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "some: text" in text
 

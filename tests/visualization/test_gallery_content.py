@@ -2,14 +2,18 @@
 
 import base64
 import json
+from dataclasses import fields
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_allclose, assert_array_equal
+from torch import nn
 
 from deconvnet import DeconvNet, LayerSettings, PreprocessingSettings, SolverSettings
 from deconvnet.network.metrics import snr
+from deconvnet.visualization.gallery.content import _control
 from deconvnet.visualization.gallery.relatives import (
     closest,
     filter_weights,
@@ -21,6 +25,7 @@ from deconvnet.visualization.gallery.repainting import repainting, repainting_da
 from deconvnet.visualization.gallery.survey import Survey, survey_layers
 from deconvnet.visualization.projection.feature_projection import signed_rgb
 from deconvnet.visualization.projection.projector import Projector
+from deconvnet.visualization.search.top_projections import TopProjections
 
 
 @pytest.fixture(scope="module")
@@ -62,12 +67,20 @@ def test_the_activations_in_the_files_of_a_repainting_add_up_to_the_reconstructi
         top, left, bottom, right = part["box"]
         tile = read(part, np.int8).reshape(3, bottom - top, right - left)
         total[:, top:bottom, left:right] += tile
+    # 7 alone, then those up to 28, 112, ...: what is left is less than four times what is listed.
+    assert [(group["first"], group["last"]) for group in data["groups"]] == [
+        (7 * 4**n + 1, 7 * 4 ** (n + 1)) for n in range(len(data["groups"]))
+    ]
+    assert data["groups"] and data["groups"][-1]["last"] < data["total"]
+    assert data["total"] <= 4 * data["groups"][-1]["last"]
+    for group in data["groups"]:
+        total += read(group, np.int8).reshape(size)
     expected = net.synthesize(one, layer)[0].numpy()
     assert_allclose(total, expected, atol=1e-4 * np.abs(expected).max())
-    image = read(data["image"], np.int16).reshape(size)
-    assert_allclose(image, one.y[0], atol=1e-4 * float(one.y.abs().max()))
+    image = read(data["image"], np.int8).reshape(size)
+    assert_allclose(image, one.y[0], atol=0.51 / 127 * float(one.y.abs().max()))
     shown = snr(torch.from_numpy(image), torch.from_numpy(total))
-    assert shown == pytest.approx(snr(one.y[0], torch.from_numpy(expected)), abs=1e-2)
+    assert shown == pytest.approx(snr(one.y[0], torch.from_numpy(expected)), abs=0.1)
     assert data["total"] == int(torch.count_nonzero(one.layer(layer).z))
 
 
@@ -89,6 +102,17 @@ def test_a_part_of_a_repainting_is_the_projection_of_its_activation(net, images,
         assert np.abs(rest).max() <= 0.5 / 127 * np.abs(full).max()
 
 
+def test_a_group_of_a_repainting_is_the_projection_of_these_activations_alone(net, codes):
+    one = codes.select(slice(2, 3))
+    first, last, picture = repainting(net, one, 2, count=3).groups[0]
+    assert (first, last) == (4, 12)
+    z = one.layer(2).z
+    ranked = z.abs().flatten().sort(descending=True).values
+    alone = torch.where((z.abs() <= ranked[3]) & (z.abs() >= ranked[11]), z, 0)
+    assert int(torch.count_nonzero(alone)) == 9
+    assert_allclose(picture, net.operator(one, 2)(alone)[0], atol=1e-5)
+
+
 def test_the_matrix_of_a_repainting_gives_signed_rgb(net, codes):
     shown = repainting(net, codes.select(slice(0, 1)), 1, count=1)
     expected = signed_rgb(net, codes.y[:1])[0].numpy()
@@ -99,6 +123,7 @@ def test_large_tiles_leave_room_for_fewer_activations(net, codes, monkeypatch):
     monkeypatch.setattr("deconvnet.visualization.gallery.repainting.LARGEST", 400)
     shown = repainting(net, codes.select(slice(2, 3)), 1, count=50)
     assert 0 < len(shown.tiles) < 50 and sum(tile.size for tile in shown.tiles) <= 400
+    assert shown.groups[0][0] == len(shown.tiles) + 1
     with pytest.raises(ValueError, match="codes of 6 images"):
         repainting(net, codes, 1)
 
@@ -163,10 +188,11 @@ def a_survey(peaks):
 def test_the_spectrum_goes_down_through_the_quantiles_without_the_strongest():
     survey = a_survey([*range(20, 0, -1), 0, 0])
     rows = [row for _, row in survey.spectrum(0)]
-    assert [float(survey.peaks[row, 0]) for row in rows] == [20, 18, 15, 12, 9, 6, 3]
-    assert [share for share, _ in survey.spectrum(0)] == [0.95, 0.85, 0.7, 0.55, 0.4, 0.25, 0.1]
-    # Image 0 is number 0, the strongest.
-    assert [row for _, row in survey.spectrum(0, without=[0, 80])] == [2, 5, 11, 14, 17]
+    assert [float(survey.peaks[row, 0]) for row in rows] == [20, 19, 17, 15, 13, 11, 8, 5, 2]
+    shares = [0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.35, 0.2, 0.05]
+    assert [share for share, _ in survey.spectrum(0)] == shares
+    # The strongest image has number 0.
+    assert [row for _, row in survey.spectrum(0, without=[0, 90])] == [1, 3, 5, 7, 12, 15, 18]
     assert a_survey([0, 0]).spectrum(0) == []
     assert [row for _, row in a_survey([1.0, 2.0]).spectrum(0)] == [1, 0]
 
@@ -207,6 +233,58 @@ def test_pictures_are_as_similar_as_at_their_best_shift():
         for j in range(-3, 9)
     )
     assert found[0, 2] >= best / float(tiles[0].square().sum()) - 1e-5
+
+
+def test_a_unit_is_the_sum_of_what_the_maps_below_contribute_and_of_the_biases(textures):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(4, 5, 3, bias=False), nn.ReLU(), nn.Conv2d(5, 6, 3), nn.ReLU()),
+    ).double()
+    x = textures(3, 3, 20, 18).double()
+    maps = model(x).detach()
+    strongest = maps.flatten(2).amax(2).argmax(1).tolist()
+    units = [
+        (n, strongest[n], *map(int, np.unravel_index(int(maps[n, strongest[n]].argmax()), (5, 4))))
+        for n in (2, 0, 2)
+    ]
+    units.append((2, strongest[2], 0, 0))
+    projector = Projector(model, batch=2)
+    found = projector.contributions(x, "6", units, "1")
+    assert found.shape == (4, 4)
+    # Nothing but the last convolution has a bias.
+    with torch.no_grad():
+        for (n, k, i, j), row in zip(units, found, strict=True):
+            value = float(maps[n, k, i, j])
+            expected = value - float(model[5].bias[k]) if value > 0 else 0
+            assert float(row.sum()) == pytest.approx(expected, abs=1e-12)
+        # A map that is left out takes its contribution with it, as long as no rectifier changes.
+        below = model[:2](x[2:3])
+        below[:, 1] *= 1 - 1e-6
+        n, k, i, j = units[0]
+        less = float(maps[n, k, i, j] - model[2:](below)[0, k, i, j])
+        assert less / 1e-6 == pytest.approx(float(found[0, 1]), rel=1e-4)
+    # Not one of a layer above.
+    assert (projector.contributions(x, "1", [(0, 0, 5, 5)], "6") == 0).all()
+
+
+def test_a_map_that_is_dead_in_the_control_is_shown_as_such():
+    tiles = np.zeros((2, 3, 1, 4, 4), np.int8)
+    tiles[0] = 100
+    values = np.array([[-2.0, 1, np.nan], [np.nan] * 3], np.float32)
+    given = {
+        "maps": np.array([3, 8]),
+        "values": values,
+        "tiles": {"deconv": tiles},
+        **dict.fromkeys(("units", "boxes", "windows"), np.zeros((2, 3, 4), int)),
+    }
+    names = [entry.name for entry in fields(TopProjections)]
+    control = TopProjections(**{**dict.fromkeys(names), **given})
+    shown = _control(SimpleNamespace(control={"a": control}, contrast=1.0), "a").projections
+    assert list(shown) == [3, 8] and shown[8] is None
+    # A negative activation has its sign taken out.
+    assert [float(tile.mean()) for tile in shown[3]] == [0, 1]
+    assert _control(SimpleNamespace(control={}), "a") is None
 
 
 def test_the_closest_maps_are_the_largest_positive_values_of_others():

@@ -541,13 +541,13 @@ def test_filters_of_a_ycbcr_network_are_shown_in_their_colours(images):
     f[3, 0] = -1.0
     net.layer(1).set_filters(f)
     page = layer_pictures(net, net.infer(images), images, 1)["layer1/filters"]
-    # Tiles of 5 x 5, thirteen times as large, each above its number.
-    columns = (page.shape[2] + GAP) // (65 + GAP)
+    # Tiles of 5 x 5, sixteen times as large, each above its number.
+    columns = (page.shape[2] + GAP) // (80 + GAP)
     tiles = []
     for k in range(4):
-        top, left = k // columns * (65 + LINE + GAP), k % columns * (65 + GAP)
-        tiles.append(page[:, top : top + 65, left : left + 65])
-        assert (page[:, top + 65 : top + 65 + LINE, left : left + 65] < 0.5).any()
+        top, left = k // columns * (80 + LINE + GAP), k % columns * (80 + GAP)
+        tiles.append(page[:, top : top + 80, left : left + 80])
+        assert (page[:, top + 80 : top + 80 + LINE, left : left + 80] < 0.5).any()
     light, blue, red, dark = (tile[:, 20, 20].tolist() for tile in tiles)
     assert light == pytest.approx([1, 1, 1]) and dark == pytest.approx([0, 0, 0], abs=1e-6)
     assert blue[2] > 0.9 and blue[0] == pytest.approx(0.5, abs=1e-5) and blue[1] < 0.5

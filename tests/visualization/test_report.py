@@ -21,7 +21,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
-from torchvision.models import resnet, vgg
+from torchvision.models import mobilenetv2, resnet, vgg
 
 from deconvnet import DeconvNet, LayerSettings, PreprocessingSettings, SolverSettings, load
 from deconvnet.cli import visualize as visualize_command
@@ -42,6 +42,7 @@ from deconvnet.visualization.pictures.projection_grids import sample_maps
 from deconvnet.visualization.pictures.sheet import CARD
 from deconvnet.visualization.projection.projector import Projector
 from deconvnet.visualization.report import visualize_network
+from deconvnet.visualization.search.randomization import shuffle_weights
 from deconvnet.visualization.search.top_activations import SearchState, find_top_activations
 from deconvnet.visualization.search.top_projections import load_top_projections
 from deconvnet.visualization.settings import VisualizationSettings
@@ -218,11 +219,12 @@ def test_tensorboard_shows_the_same_pictures_with_descriptions(seen):
     events = EventAccumulator(str(folder), size_guidance={"tensors": 0}).Reload()
     shown = shown_pictures(events)
     names = {path.stem for path in (folder / "figures").iterdir()}
-    controls = {tag for tag in shown if tag.startswith("2 control/")}
-    assert {tag.partition("/")[2] for tag in shown.keys() - controls} == names
+    controls = {tag for tag in shown if tag.startswith("3 control/")}
+    others = {tag.partition("/")[2] for tag in shown.keys() - controls - {"0 filters/conv1"}}
+    assert others == names - {"conv1-filters"} and "0 filters/conv1" in shown
     assert controls and min(shown).startswith("0 filters/")
     # A card for each map of the grid.
-    assert shown["1 strongest activations/relu2"] == [(0, 2)]
+    assert shown["2 strongest activations/relu2"] == [(0, 2)]
     for tag in shown:
         assert events.SummaryMetadata(tag).summary_description.endswith("."), tag
     (text,) = (tag for tag in events.Tags()["tensors"] if "visualization" in tag)
@@ -254,8 +256,7 @@ def referenced(gallery):
 
 def test_the_gallery_has_every_file_that_it_shows(seen):
     gallery = seen[0] / "gallery"
-    images = r"(folder/)?image-\d\.png"
-    names = {name for name in referenced(gallery) if not re.fullmatch(images, name)}
+    names = {name for name in referenced(gallery) if not re.fullmatch(r"image-\d\.png", name)}
     names -= {"features.json"}
     assert len(names) > 20
     for name in names:
@@ -281,7 +282,9 @@ def test_the_page_shows_what_the_arrays_contain(seen):
             assert len(entry["examples"]) == found.count(row)
             for rank, example in enumerate(entry["examples"]):
                 image, _, *unit = found.units[row, rank].tolist()
-                assert example["image"] == images.names[image] and example["unit"] == unit
+                assert (
+                    images.names[image] == f"folder/{example['image']}" and example["unit"] == unit
+                )
                 assert example["window"] == found.windows[row, rank].tolist()
                 assert example["value"] == pytest.approx(float(found.values[row, rank]), rel=1e-5)
                 assert example.get("border", False) == bool(found.border[row, rank])
@@ -308,6 +311,43 @@ def test_progress_bars_have_names_and_reach_their_ends(images, tmp_path, monkeyp
     ):
         assert f"\r{name}: 100%" in said, name
     assert "0image [" not in said
+
+
+def test_the_control_is_projected_in_full_for_maps_of_the_grid_alone(images, tmp_path):
+    subject = subject_of(seeded(Small))
+    options = {"layers": ["relu2"], "gallery": False, "grid_maps": 3, "control_maps": 2}
+    visualize_network(subject, images, settings_of(**options), tmp_path)
+    place = tmp_path / "visualization"
+    trained, control = (
+        load_top_projections(place / folder / "relu2.npz")
+        for folder in ("projections", "control/projections")
+    )
+    assert control.maps.tolist() == trained.maps.tolist()
+    assert control.effective == trained.effective
+    shown = manifest(tmp_path)["layers"]["relu2"]["shown"][:2]
+    counts = {int(m): control.count(row) for row, m in enumerate(control.maps)}
+    assert all((count > 1) == (m in shown) for m, count in counts.items())
+
+
+def test_maps_that_are_dead_in_the_control_are_said(images, tmp_path, monkeypatch):
+    def silenced(model, x, *, seed):
+        net = shuffle_weights(model, seed=seed)
+        with torch.no_grad():
+            net.conv2.bias[[0, 3]] = -1e6
+            net.conv1.bias[:] = -1e6
+        return net
+
+    monkeypatch.setattr(module, "shuffled_control", silenced)
+    options = {"layers": ["relu1", "relu2"], "maps": [0, 1, 3]}
+    visualize_network(subject_of(seeded(Small)), images, settings_of(**options), tmp_path)
+    layers = manifest(tmp_path)["layers"]
+    assert (
+        layers["relu2"]["dead_in_the_control"][0] == 0
+        and 3 in (layers["relu2"]["dead_in_the_control"])
+    )
+    # A control without any activation is still shown.
+    assert layers["relu1"]["dead_in_the_control"] == [0, 1, 3]
+    assert (tmp_path / "gallery" / "index.html").is_file()
 
 
 # Once more.
@@ -684,12 +724,40 @@ class Layer(nn.Sequential):
     ("make", "expected"),
     [
         # The last ReLU before each pooling; `features` as a whole only passes a pooling on.
-        (VGGLike, ["features.1", "features.6", "features.9"]),
+        (
+            lambda: nn.Sequential(vgg.make_layers([4, 4, "M", 4, 4, "M", 6, 6, 6, "M"])),
+            ["0.3", "0.8", "0.15"],
+        ),
+        # Few rectifiers: all.
+        (VGGLike, ["features.1", "features.4", "features.6", "features.9"]),
         (
             lambda: resnet.ResNet(resnet.BasicBlock, [1, 2, 1, 1], num_classes=3),
             ["relu", "layer1", "layer2", "layer3", "layer4"],
         ),
-        (Small, ["relu1", "dead"]),
+        (Small, ["relu1", "relu2", "dead"]),
+        (lambda: ZFNet(3, 5, size=64, width=2), [f"relu{n}" for n in range(1, 6)]),
+        # The first layers of `layer2`, in front of its stride, have maps of the size of `layer1`.
+        (
+            lambda: resnet.ResNet(resnet.Bottleneck, [1, 1, 2, 1], num_classes=3),
+            ["relu", "layer1", "layer2", "layer3", "layer4"],
+        ),
+        (
+            lambda: mobilenetv2.MobileNetV2(
+                num_classes=3,
+                width_mult=0.1,
+                inverted_residual_setting=[[1, 16, 1, 1], [2, 24, 2, 2], [2, 32, 1, 2]],
+            ),
+            ["features.1", "features.3", "features"],
+        ),
+        # Paddings are no layers, nor do their sizes count.
+        (
+            lambda: nn.Sequential(
+                *(nn.ZeroPad2d(3), nn.Conv2d(3, 4, 7), nn.BatchNorm2d(4)),
+                nn.Sequential(nn.ZeroPad2d(1), nn.Conv2d(4, 4, 3, stride=2), nn.Identity()),
+                nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.Dropout(), nn.ZeroPad2d(1)),
+            ),
+            ["2", "4.0"],
+        ),
         (
             lambda: nn.Sequential(
                 Layer(nn.Conv2d(3, 4, 3), nn.ReLU()), Layer(nn.MaxPool2d(2), nn.Conv2d(4, 4, 3))
@@ -702,9 +770,12 @@ class Layer(nn.Sequential):
         ),
         (lambda: nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 64, 5)), []),
     ],
-    ids=["VGG", "ResNet", "plain", "named Layer", "many sizes", "vectors"],
+    ids=[
+        *("VGG", "short VGG", "ResNet", "plain", "ZFNet", "ResNet50", "MobileNet", "padded"),
+        *("named Layer", "many sizes", "vectors"),
+    ],
 )
-def test_by_default_the_last_layer_of_every_size_is_visualized(make, expected):
+def test_by_default_the_ends_of_stages_are_visualized(make, expected):
     projector = Projector(seeded(make))
     assert default_layers(projector.layers(torch.rand(1, 3, 64, 64))) == expected
 
@@ -937,7 +1008,7 @@ def test_a_run_is_visualized_on_its_own_images(place, run_seen):
         "runs/run/visualization/figures",
         "runs/run/visualization/manifest.json",
         "runs/run/gallery/index.html",
-        "tensorboard --logdir runs/run",
+        "tensorboard --logdir runs\n",
     ):
         assert path in run_seen.out
     said = manifest(folder)
@@ -1193,6 +1264,9 @@ def test_wrong_settings_are_refused_in_one_line_and_write_nothing(
         ({**MAKE, "weights": "epoch-1.pt", "options": {"maps": 6}}, ["not of this network"]),
         ({**MAKE, "checkpoints": ["epoch-1.pt", "no.pt"]}, ["weights=no.pt: no such file"]),
         ({**MAKE, "layers": ["9"]}, ["layer '9': no such layer"]),
+        ({**RUN, "labels": ["a"]}, ["labels=['a']: only with model="]),
+        ({**MAKE, "labels": ["a", "b"]}, ["labels: 2 names, but nets:make has 3 classes"]),
+        ({**MAKE, "labels": "nowhere.txt"}, ["labels=nowhere.txt: No such file"]),
         ({**MAKE, "layers": ["1", "?"]}, ["layer '?': no such layer"]),
         ({**MAKE, "options": {"channels": 1}}, ["the model Net fails on images of 3x24x24"]),
         ({**MAKE, "options": 5}, ["options=5: give arguments as {name: value}"]),

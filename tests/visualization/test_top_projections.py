@@ -18,7 +18,6 @@ from deconvnet.visualization.models.normalization import Normalization
 from deconvnet.visualization.pictures.canvas import GAP, HAIRLINE, PAGE, PAPER, resize_tiles
 from deconvnet.visualization.pictures.projection_grids import (
     BORDER,
-    CONTROL_MAPS,
     MARK,
     TEXT,
     grid_caption,
@@ -27,6 +26,7 @@ from deconvnet.visualization.pictures.projection_grids import (
     projection_grid,
     sample_maps,
     shade_projections,
+    tiles_to_show,
 )
 from deconvnet.visualization.projection.projection import (
     LayerInfo,
@@ -37,7 +37,7 @@ from deconvnet.visualization.projection.projector import Projector
 from deconvnet.visualization.search import projecting
 from deconvnet.visualization.search.effective_field import EffectiveField
 from deconvnet.visualization.search.projecting import checkerboard, project_top_activations
-from deconvnet.visualization.search.randomization import shuffle_weights
+from deconvnet.visualization.search.randomization import shuffle_weights, shuffled_control
 from deconvnet.visualization.search.top_activations import find_top_activations
 from deconvnet.visualization.search.top_projections import TopProjections, load_top_projections
 
@@ -504,6 +504,88 @@ def test_the_control_of_a_deconvnet_keeps_connections_and_norms(learned):
     assert (control.layer(2).connectivity == 0).any()
 
 
+def deep():
+    """Four convolutions with biases that keep many units of the trained order active."""
+    net = nn.Sequential()
+    for planes in (3, 8, 8, 8):
+        net.extend([nn.Conv2d(planes, 8, 3), nn.ReLU()])
+    with torch.no_grad():
+        for conv in net[::2]:
+            conv.weight.abs_()
+            conv.bias.copy_(-conv.weight.sum((1, 2, 3)) * torch.linspace(0.2, 0.5, 8))
+    return net
+
+
+def moments(y):
+    return y.mean((0, 2, 3)), y.std((0, 2, 3), correction=0)
+
+
+def test_maps_of_the_control_have_the_moments_that_they_have_in_the_network(textures):
+    net, x = seeded(deep).eval(), textures(4, 3, 16, 18)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    control = shuffled_control(net, x, seed=3)
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, before[name]), "the original was touched"
+    for layer in (0, 2, 4, 6):
+        for one, other in zip(
+            moments(control[: layer + 1](x)), moments(net[: layer + 1](x)), strict=True
+        ):
+            assert_allclose(one.detach(), other.detach(), rtol=1e-3, atol=1e-4)
+        # Filters are those of `shuffle_weights`, each with its own scale.
+        ratio = control[layer].weight / shuffle_weights(net, seed=3)[layer].weight
+        assert_allclose(ratio.std((1, 2, 3)).detach(), 0, atol=1e-4)
+        assert not torch.allclose(control[layer].bias, net[layer].bias)
+    again = shuffled_control(net, x, seed=3)
+    assert all(map(torch.equal, again.parameters(), control.parameters()))
+    assert not any(module._forward_hooks for module in [*net.modules(), *control.modules()])
+
+
+def test_the_control_of_a_network_with_batch_normalisation_has_its_own_statistics(textures):
+    norm = nn.BatchNorm2d(6)
+    net = nn.Sequential(nn.Conv2d(3, 6, 3, bias=False), norm, nn.ReLU(), nn.Conv2d(6, 4, 1))
+    x = textures(4, 3, 16, 18)
+    with torch.no_grad():
+        norm.weight.uniform_(0.5, 2)
+        norm.bias.normal_()
+        net.train()(x)
+    control = shuffled_control(net.eval(), x)
+    assert torch.equal(control[1].weight, norm.weight) and torch.equal(control[1].bias, norm.bias)
+    y = F.batch_norm(control[0](x), None, None, norm.weight, norm.bias, training=True)
+    assert_allclose(control[:2](x).detach(), y.detach(), rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(control[1].running_var, norm.running_var, rtol=0.01)
+
+
+def test_maps_that_are_active_in_the_network_are_active_in_its_control(textures):
+    net, images = seeded(deep), list(textures(8, 3, 16, 18))
+    # As in networks without normalisation, with shuffled weights alone most maps die.
+    active = {}
+    for name, model in (
+        ("network", net),
+        ("shuffled", shuffle_weights(net)),
+        ("control", shuffled_control(net, torch.stack(images[:4]))),
+    ):
+        top = find_top_activations(Projector(model), images, ["7"], k=1)["7"]
+        active[name] = ~top.dead
+    assert active["network"].mean() > 0.5
+    assert active["control"][active["network"]].all()
+
+
+def test_a_model_that_fails_above_its_layers_has_a_control(textures):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(7, 2)).eval()
+    x = textures(2, 3, 9, 9)
+    control = shuffled_control(net, x)
+    for one, other in zip(moments(control[0](x)), moments(net[0](x)), strict=True):
+        assert_allclose(one.detach(), other.detach(), rtol=1e-3, atol=1e-4)
+    assert torch.equal(control[3].bias, net[3].bias)
+
+
+def test_the_control_of_a_deconvnet_is_only_shuffled(learned):
+    net, images = learned
+    control, shuffled = shuffled_control(net, torch.stack(images)), shuffle_weights(net)
+    for name, value in control.state_dict().items():
+        assert torch.equal(value, shuffled.state_dict()[name])
+
+
 # Grids.
 
 
@@ -579,11 +661,13 @@ def test_a_grid_shows_maps_and_activations_in_order_with_projections_next_to_pat
     assert corners[3, 0][1] == corners[4, 0][1] < corners[0, 0][1]
 
 
-def test_missing_activations_are_hatched():
+@pytest.mark.parametrize("planes", [1, 3])
+def test_missing_activations_are_hatched(planes):
     found = projections_of(1, 9, side=4)
     values = found.values.copy()
-    values[0, 7:] = np.nan
-    found = replace(found, values=values)
+    values[0, 1], values[0, 7:] = -values[0, 1], np.nan
+    tiles = {method: tiles[:, :, :planes] for method, tiles in found.tiles.items()}
+    found = replace(found, values=values, tiles=tiles)
     picture = projection_grid(found, tile_width=12)
     last = picture[:, -15:, :]  # the third line of tiles
     sheets = (last[:, :, left : left + 48] for left in (0, 54, 108))  # two methods, the image
@@ -605,10 +689,10 @@ def contains(page, part):
 
 def test_the_grid_of_a_layer_is_above_its_control():
     found = projections_of(5)
-    page = layer_grid(found, [3, 0], control=found)
-    assert contains(page, projection_grid(found, [3, 0]))
-    h = projection_grid(found, range(CONTROL_MAPS)).shape[1]
-    assert torch.equal(page[:, -h:], layer_grid(found, [0, 1, 2])[:, -h:])
+    page = layer_grid(found, [3, 0, 2], control=found, control_maps=2)
+    assert contains(page, projection_grid(found, [3, 0, 2]))
+    h = projection_grid(found, [3, 0]).shape[1]
+    assert torch.equal(page[:, -h:], layer_grid(found, [3, 0])[:, -h:])
     assert page.shape[2] <= PAGE
 
 
@@ -703,6 +787,39 @@ def test_the_caption_of_a_grid_says_what_its_reader_has_to_know():
     caption = grid_caption(marked)[1]
     for part in ("A minus marks", "Units at the border", "deconv shows the same for every image"):
         assert part in caption
+
+
+def test_a_checkerboard_is_averaged_out_where_it_is_a_small_part_of_a_tile():
+    uneven = (
+        UnevenOverlap("conv2", (3, 3), (2, 2), (4, 4)),
+        UnevenOverlap("conv1", (3, 3), (2, 2), (2, 2)),
+    )
+    found = projections_of(1, 2, side=40)
+    edge = np.where(np.arange(40) < 20, -40, 40) * np.ones((40, 1))
+    board = edge * (1 + 0.5 * (-1.0) ** np.add.outer(np.arange(40), np.arange(40)))
+    found = replace(
+        found,
+        scale=1.0,
+        tiles={"guided": np.broadcast_to(board, (1, 2, 3, 40, 40)).astype(np.int8)},
+        reports={"guided": ProjectionReport("guided", uneven=uneven)},
+        values=found.values * [1, -1],
+    )
+    shown = tiles_to_show(found, 0)["guided"]
+    assert shown.shape == (2, 3, 40, 40)
+    assert_allclose(shown[0, 0, :, :19], -40, atol=1e-4)
+    assert_allclose(shown[0, 0, :, 20:], 40, atol=1e-4)
+    assert torch.equal(shown[1], -shown[0])
+    assert "averaged over 2x2 pixels" in grid_caption(found)[1]
+    # Not in a tile of a few periods, and not without a pattern.
+    small = replace(
+        found,
+        tiles={"guided": found.tiles["guided"][..., :30, :30]},
+        patches=found.patches[..., :30, :30],
+    )
+    plain = replace(found, reports={"guided": ProjectionReport("guided")})
+    for other in (small, plain):
+        assert np.array_equal(tiles_to_show(other, 0)["guided"][0], other.tiles["guided"][0, 0])
+        assert "averaged" not in grid_caption(other)[1]
 
 
 def test_contrast_is_set_after_a_tile_is_resized():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -40,11 +40,11 @@ from deconvnet.visualization.gallery.relatives import (
 )
 from deconvnet.visualization.gallery.survey import Survey, survey_layers
 from deconvnet.visualization.gallery.wording import (
-    METHOD_NAMES,
     border_sentences,
     figure_caption,
+    how_projected,
+    layer_title,
     method_sentences,
-    report_sentences,
     subtitle_of,
     title_of,
 )
@@ -52,11 +52,14 @@ from deconvnet.visualization.pictures.canvas import quantile_magnitude, shade_si
 from deconvnet.visualization.pictures.projection_grids import pixel_filters, shade_projections
 from deconvnet.visualization.projection.projection import LayerInfo, crop
 from deconvnet.visualization.result import VisualizationResult
-from deconvnet.visualization.search.top_activations import Progress, get_image
+from deconvnet.visualization.search.search_region import searched_units
+from deconvnet.visualization.search.top_activations import Progress, get_image, group_by_size
 from deconvnet.visualization.search.top_projections import TopProjections
 
 # Images in the explorer, spread evenly over all.
 EXPLORER = 8
+# The first images of the explorer can be repainted.
+REPAINTED = 4
 # Maps of the control to show in each layer.
 CONTROL_MAPS = 6
 
@@ -66,12 +69,14 @@ def write_result_gallery(
     result: VisualizationResult,
     *,
     explorer_images: int = EXPLORER,
+    inside: bool = True,
     notes: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Path:
     """Write the gallery of a result and return the path of its page.
 
-    explorer_images: images in the explorer, spread evenly over all; notes: further paragraphs.
+    explorer_images: images in the explorer, spread evenly over all; inside: whether the search left
+    out units at the border; notes: further paragraphs.
     """
     count = min(explorer_images, len(result.images))
     numbers = np.linspace(0, len(result.images) - 1, count).round().astype(int).tolist()
@@ -84,13 +89,14 @@ def write_result_gallery(
 
     def images() -> Iterator[GalleryImage]:
         for number in numbers:
-            yield explorer_image(result, number)
+            repainted = number in numbers[:REPAINTED]
+            yield explorer_image(result, number, repainted=repainted)
             step()
 
-    surveys = survey_layers(
-        result.projector, result.images, partial(_searched, result), list(result.projections)
-    )
-    names = [_short_name(name) for name in result.images.names]
+    layers = list(result.projections)
+    masks = partial(_searched, result) if inside else lambda image: {}
+    surveys = survey_layers(result.projector, result.images, masks, layers)
+    names = _short_names(result.images.names)
     return write_gallery(
         folder,
         title=title_of(result),
@@ -109,9 +115,9 @@ def write_result_gallery(
         ],
         notes=[
             *(
-                f"{layer}, {METHOD_NAMES.get(method, method)}: {report_sentences(report)}"
+                sentence
                 for layer, projections in result.projections.items()
-                for method, report in projections.reports.items()
+                for sentence in how_projected(layer, projections)
             ),
             *notes,
         ],
@@ -128,9 +134,10 @@ class _Pictures:
         return get_image(self.images[number])
 
 
-def _short_name(name: str) -> str:
-    """The name of an image with its folder, which is often its class."""
-    return "/".join(Path(name).parts[-2:])
+def _short_names(names: Sequence[str]) -> list[str]:
+    """The names of images, with their folders if these differ, as folders are often classes."""
+    folders = {Path(name).parent for name in names}
+    return ["/".join(Path(name).parts[-1 if len(folders) == 1 else -2 :]) for name in names]
 
 
 def _facts(result: VisualizationResult) -> dict[str, str | int]:
@@ -144,15 +151,10 @@ def _facts(result: VisualizationResult) -> dict[str, str | int]:
 
 
 def _searched(result: VisualizationResult, image: Tensor) -> dict[str, Tensor]:
-    """By layer, the positions (H, W) whose receptive field lies inside an image (3, H, W), for
-    layers without border units among their examples."""
-    projector = result.projector
+    """By layer, the positions (H, W) that a search of an image (3, H, W) looks at."""
+    projector, size = result.projector, tuple(image.shape[1:])
     infos = projector.layers(projector.prepare(image[None]))
-    return {
-        info.name: info.inside(tuple(image.shape[1:]))
-        for info in infos
-        if info.name in result.projections and not result.projections[info.name].border.any()
-    }
+    return {info.name: searched_units(info, size) for info in infos}
 
 
 def _gallery_layer(
@@ -174,7 +176,7 @@ def _gallery_layer(
     content = _LayerContent.of(result, layer, survey, names)
     return GalleryLayer(
         layer,
-        layer,
+        layer_title(layer),
         (content.map(row, step) for row in range(len(projections.maps))),
         kind=_kind(result, info),
         shape=info.shape,
@@ -183,6 +185,7 @@ def _gallery_layer(
         facts=facts,
         control=_control(result, layer),
         below=content.below,
+        sources_are="weights" if result.projector.is_deconvnet else "contributions",
         notes=[*method_sentences(projections), *border_sentences(projections)],
     )
 
@@ -201,8 +204,9 @@ def _control(result: VisualizationResult, layer: str) -> Control | None:
         return None
     shown = {}
     for row in range(min(len(control.maps), CONTROL_MAPS)):
-        tiles = _shaded(control, row, control.methods[0], result.contrast)
-        shown[int(control.maps[row])] = tiles if len(tiles) else None
+        is_alive = control.count(row) > 0
+        tiles = _shaded(control, row, control.methods[0], result.contrast) if is_alive else None
+        shown[int(control.maps[row])] = tiles
     return Control(shown)
 
 
@@ -220,7 +224,8 @@ class _LayerContent:
     """What the maps of one layer need, computed once.
 
     filters: of all maps, shaded, if the layer sees pixels; similar, coactive: (M, M) and (K, K);
-    below: the name of the layer that its maps are made of; weights: (K, C), of these.
+    below: the name of the layer that its maps are made of; weights: (M, C), of the channels that
+    this layer passes on.
     """
 
     result: VisualizationResult
@@ -240,11 +245,12 @@ class _LayerContent:
         projections, projector = result.projections[layer], result.projector
         filters = pixel_filters(projector)
         is_first = filters is not None and filters[0] == layer.partition("#")[0]
-        # Of unit strength, with the sign taken out, zero where there is no activation.
-        tiles = projections.tiles[projections.methods[0]][:, 0].astype(np.float32)
+        # With the sign taken out, zero where there is no activation. Deconvnet projections of deep
+        # layers are gratings that all look alike.
+        method = "guided" if "guided" in projections.methods else projections.methods[0]
+        tiles = projections.tiles[method][:, 0].astype(np.float32)
         strongest = torch.from_numpy(tiles * projections.signs[:, 0, None, None, None])
-        number = int(layer.removeprefix("layer")) if projector.is_deconvnet else 0
-        weights = filter_weights(projector.model, number) if number > 1 else None
+        below = _layer_below(result, layer)
         return cls(
             result,
             layer,
@@ -253,8 +259,8 @@ class _LayerContent:
             shade_signed(filters[1]) if is_first else None,
             similarities(strongest),
             survey.correlations(),
-            f"layer{number - 1}" if number > 1 else None,
-            weights,
+            below,
+            None if below is None else _weights(result, layer, below),
         )
 
     def map(self, row: int, step: Callable[[], None]) -> GalleryMap:
@@ -262,7 +268,7 @@ class _LayerContent:
         result, projections = self.result, self.result.projections[self.layer]
         top, number = result.top_activations[self.layer], int(projections.maps[row])
         count = projections.count(row)
-        spectrum, spectrum_patches = self._spectrum(row)
+        spectrum, spectrum_patches = self._spectrum(row) if count else ([], None)
         e = result.evolutions.get(self.layer)
         has_evolution = e is not None and number in e.maps
         patches = torch.from_numpy(projections.patches[row, :count]).float() / 255
@@ -272,6 +278,7 @@ class _LayerContent:
             {
                 method: _shaded(projections, row, method, result.contrast)
                 for method in projections.methods
+                if count
             },
             patches if count else None,
             [self._example(row, rank) for rank in range(count)],
@@ -330,9 +337,9 @@ class _LayerContent:
                 patch = F.interpolate(patch[None], tile, mode="bilinear", antialias=True)[0]
             patches.append(patch)
             value = float(self.survey.peaks[n, number])
-            examples.append(
-                Example(self.names[image], value, image, unit, window=window, share=share)
-            )
+            border = _is_at_border(unit, info, size)
+            example = Example(self.names[image], value, image, unit, window=window, border=border)
+            examples.append(replace(example, share=share))
         return examples, torch.stack(patches).clamp(0, 1) if patches else None
 
     def _coactive(self, number: int) -> list[tuple[int, float]]:
@@ -342,25 +349,83 @@ class _LayerContent:
         return closest(self.coactive[number, shown], shown, number)
 
     def _sources(self, row: int) -> list[Source]:
-        """The maps below with the largest weights, and what each adds to the strongest example."""
+        """The maps below with the largest weights."""
         if self.weights is None:
             return []
+        weights, net = self.weights[row], self.result.projector.model
+        channels = [int(c) for c in np.argsort(-weights, kind="stable")[:SOURCES] if weights[c] > 0]
+        if not self.result.projector.is_deconvnet:
+            return [Source([channel], float(weights[channel])) for channel in channels]
+        depth, pictures = (
+            int(self.layer.removeprefix("layer")),
+            self._source_pictures(row, channels),
+        )
+        return [
+            Source(pooled_maps(net, depth, channel), float(weights[channel]), picture)
+            for channel, picture in zip(channels, pictures, strict=True)
+        ]
+
+    def _source_pictures(self, row: int, channels: list[int]) -> Tensor:
+        """(len(channels), 3, h, w): what each channel adds to the strongest example, in a
+        deconvolutional network."""
         projector, projections = self.result.projector, self.result.projections[self.layer]
-        net, depth = projector.model, int(self.layer.removeprefix("layer"))
+        depth = int(self.layer.removeprefix("layer"))
         image, number, i, j = projections.units[row, 0].tolist()
-        channels = np.argsort(-self.weights[number], kind="stable")[:SOURCES]
-        channels = [int(c) for c in channels if self.weights[number, c] > 0]
         x = projector.prepare(get_image(self.result.images[image])[None])
         codes = projector.backend.codes(x, depth)
-        parts = separate_sources(net, codes, depth, (0, number, i, j), channels)
+        parts = separate_sources(projector.model, codes, depth, (0, number, i, j), channels)
         windows = torch.from_numpy(projections.windows[row, :1]).expand(len(parts), -1)
         tiles = projector.signed_rgb(crop(parts, windows)).cpu() * float(projections.signs[row, 0])
         # One scale for all, so that a reader sees which of them matter.
-        shaded = shade_signed(tiles, quantile_magnitude(tiles.flatten()[None], 0.995))
-        return [
-            Source(pooled_maps(net, depth, c), float(self.weights[number, c]), picture)
-            for c, picture in zip(channels, shaded, strict=True)
-        ]
+        return shade_signed(tiles, quantile_magnitude(tiles.flatten()[None], 0.995))
+
+
+def _layer_below(result: VisualizationResult, layer: str) -> str | None:
+    """The next lower layer of the result, None for the lowest."""
+    layers = list(result.projections)
+    number = layers.index(layer)
+    if not result.projector.is_deconvnet:
+        return layers[number - 1] if number else None
+    below = f"layer{int(layer.removeprefix('layer')) - 1}"
+    return below if below in layers else None
+
+
+def _weights(result: VisualizationResult, layer: str, below: str) -> np.ndarray | None:
+    """(M, C): with which weight each channel that a layer below passes on enters the shown maps of
+    a layer; None if none does.
+
+    In a deconvolutional network, the norms of the filters; else the shares of the strongest
+    activation that the maps below contribute.
+    """
+    projector, projections = result.projector, result.projections[layer]
+    if projector.is_deconvnet:
+        number = int(layer.removeprefix("layer"))
+        return filter_weights(projector.model, number)[projections.maps]
+    strongest = projections.units[:, 0]
+    rows = np.flatnonzero(strongest[:, 0] >= 0)
+    rows = rows[np.argsort(strongest[rows, 0], kind="stable")]
+    weights = np.zeros((len(strongest), result.infos[below].shape[0]))
+    numbers = np.unique(strongest[rows, 0])
+    for start in range(0, len(numbers), projector.batch):
+        images = numbers[start : start + projector.batch].tolist()
+        pixels = [get_image(result.images[number]) for number in images]
+        for group in group_by_size(pixels):
+            x = projector.prepare(torch.stack([pixels[index] for index in group]))
+            index = {images[n]: position for position, n in enumerate(group)}
+            chosen = [row for row in rows if int(strongest[row, 0]) in index]
+            units = [(index[int(n)], *rest) for n, *rest in strongest[chosen].tolist()]
+            found = projector.contributions(x, layer, units, below)
+            weights[chosen] = found.cpu().numpy() / projections.values[chosen, :1]
+    return weights if weights.any() else None
+
+
+def _is_at_border(unit: tuple[int, int], info: LayerInfo, image: tuple[int, int]) -> bool:
+    """Whether the receptive field of a unit (row, column) reaches beyond an image of this size."""
+    if info.field is None:
+        return False
+    starts = [o + n * step for o, n, step in zip(info.offset, unit, info.stride, strict=True)]
+    ends = [start + side for start, side in zip(starts, info.field, strict=True)]
+    return min(starts) < 0 or any(end > side for end, side in zip(ends, image, strict=True))
 
 
 def _window_of(

@@ -57,10 +57,11 @@ class Histogram:
 
 @dataclass(frozen=True)
 class Source:
-    """What a map of the layer below contributes to the strongest activation of a map.
+    """A map of the layer below that a map is made of.
 
-    maps: the number of the map below, or several if the layer pools over maps. weight: with which
-    it enters. picture: its part of the projection, None if it is unknown.
+    maps: its number, or several if the layer pools over maps. weight: the norm of the filter with
+    which it enters, or the share of the strongest activation that it contributes, as `sources_are`
+    of the layer says. picture: its part of the projection, None if it is unknown.
     """
 
     maps: Sequence[int]
@@ -115,8 +116,9 @@ class GalleryLayer:
     """One layer; its maps are read one at a time.
 
     shape: (K, H, W) of its maps; field, stride: (rows, columns) in pixels of the images; None if
-    there is none, or if it is unknown. below: the name of the layer that `sources` refer to. notes:
-    sentences that a reader of its pictures should know.
+    there is none, or if it is unknown. below: the name of the layer that `sources` refer to;
+    sources_are: "weights" or "contributions". notes: sentences that a reader of its pictures should
+    know.
     """
 
     name: str
@@ -129,6 +131,7 @@ class GalleryLayer:
     facts: Facts = dataclasses.field(default_factory=dict)
     control: Control | None = None
     below: str | None = None
+    sources_are: str = "weights"
     notes: Sequence[str] = ()
 
 
@@ -149,10 +152,11 @@ class Part:
 class Repainting:
     """A reconstruction as the sum of separate activations, for the page to repaint.
 
-    image, rest: (C, H, W) float, the preprocessed image and what the listed activations leave of
-    its reconstruction; tiles: U arrays (C, h, w), the projections of the activations, each cropped
-    to its box; boxes: (U, 4); maps, values: (U,). rgb: (3, C), from the planes to signed RGB.
-    white: the magnitude that is shown as white.
+    image: (C, H, W) float, the preprocessed image. tiles: U arrays (C, h, w), the projections of
+    the strongest activations, each cropped to its box; boxes: (U, 4); maps, values: (U,). groups:
+    (first, last, picture (C, H, W)) of the next ranks, from 1, that are projected together; rest:
+    (C, H, W), what all of these leave of the reconstruction. total: of the activations. rgb: (3,
+    C), from the planes to signed RGB. white: the magnitude that is shown as white.
     """
 
     image: np.ndarray
@@ -164,6 +168,7 @@ class Repainting:
     rgb: np.ndarray
     white: float
     total: int
+    groups: Sequence[tuple[int, int, np.ndarray]] = ()
 
 
 @dataclass(frozen=True)

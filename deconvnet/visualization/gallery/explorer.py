@@ -15,8 +15,9 @@ from deconvnet.visualization.gallery.repainting import repainting
 from deconvnet.visualization.pictures.canvas import quantile_magnitude, shade_signed
 from deconvnet.visualization.pictures.projection_grids import shade_projections
 from deconvnet.visualization.projection.feature_projection import signed_rgb
-from deconvnet.visualization.projection.projection import tile_boxes
+from deconvnet.visualization.projection.projection import Projection, crop, tile_boxes
 from deconvnet.visualization.result import VisualizationResult
+from deconvnet.visualization.search.top_projections import TopProjections
 
 # For each image, and each layer.
 SHOWN_PARTS = 12
@@ -25,15 +26,22 @@ SHOWN_MAPS = 12
 MAP_SIDE = 120
 
 
-def explorer_image(result: VisualizationResult, number: int) -> GalleryImage:
-    """One image of the data set in all layers of a result."""
+def explorer_image(
+    result: VisualizationResult, number: int, *, repainted: bool = True
+) -> GalleryImage:
+    """One image of the data set in all layers of a result.
+
+    repainted: whether the reconstructions of a deconvolutional network can be repainted.
+    """
     pixels = result.images[number]
-    layers = [_image_layer(result, pixels, layer) for layer in result.projections]
+    layers = [_image_layer(result, pixels, layer, repainted) for layer in result.projections]
     name = shown_name(Path(result.images.names[number]).name)
     return GalleryImage(name, pixels, layers, photograph=number)
 
 
-def _image_layer(result: VisualizationResult, pixels: Tensor, layer: str) -> ImageLayer:
+def _image_layer(
+    result: VisualizationResult, pixels: Tensor, layer: str, repainted: bool
+) -> ImageLayer:
     """One image in one layer: reconstruction, strongest maps, strongest activations."""
     projector = result.projector
     x = projector.prepare(pixels[None])
@@ -50,8 +58,8 @@ def _image_layer(result: VisualizationResult, pixels: Tensor, layer: str) -> Ima
     parts = []
     if units:
         projection = projector(x, layer, units)
-        tiles = projector.signed_rgb(projection.tiles()).cpu()
-        boxes = tile_boxes(projection.fields, tuple(x.shape[2:]))
+        boxes = _windows(result.projections[layer], projection, tuple(x.shape[2:]))
+        tiles = projector.signed_rgb(crop(projection.images, boxes)).cpu()
         parts = [
             Part(unit[1], float(value), picture, box=box.tolist())
             for unit, value, picture, box in zip(
@@ -67,7 +75,14 @@ def _image_layer(result: VisualizationResult, pixels: Tensor, layer: str) -> Ima
     maps = [(k, _map_picture(strength[k], white)) for k in order.tolist()]
     if not projector.is_deconvnet:
         return ImageLayer(layer, maps=maps, parts=parts)
-    return _with_reconstruction(result, x, ImageLayer(layer, maps=maps, parts=parts))
+    return _with_reconstruction(result, x, ImageLayer(layer, maps=maps, parts=parts), repainted)
+
+
+def _windows(found: TopProjections, projection: Projection, image: tuple[int, int]) -> Tensor:
+    """(U, 4): what the tiles of projections show, as for the strongest activations of the layer."""
+    if found.effective is None:
+        return tile_boxes(projection.fields, image)
+    return found.effective.boxes(projection.fields)
 
 
 def _strongest_units(strength: Tensor) -> list[tuple[int, int, int, int]]:
@@ -85,7 +100,9 @@ def _map_picture(z: Tensor, white: float) -> Tensor:
     return (z[0] / max(white, 1e-12)).clamp(0, 1).expand(3, -1, -1)
 
 
-def _with_reconstruction(result: VisualizationResult, x: Tensor, shown: ImageLayer) -> ImageLayer:
+def _with_reconstruction(
+    result: VisualizationResult, x: Tensor, shown: ImageLayer, repainted: bool
+) -> ImageLayer:
     """The same with the reconstruction by a layer of a deconvolutional network."""
     net, number = result.projector.model, int(shown.name.removeprefix("layer"))
     codes = result.projector.backend.codes(x, number)
@@ -96,8 +113,8 @@ def _with_reconstruction(result: VisualizationResult, x: Tensor, shown: ImageLay
         "non-zero": f"{codes.layer(number).density:.2%} of z",
     }
     picture = shade_signed(signed_rgb(net, reconstruction), white)[0].cpu()
-    # Of the first layer, too many activations paint too little each.
-    repainted = number >= min(2, net.depth)
+    # Of the first of several layers, too many activations paint too little each.
+    repainted = repainted and number >= min(2, net.depth)
     repainted = repainted and bool(torch.count_nonzero(codes.layer(number).z))
     return ImageLayer(
         shown.name,

@@ -40,7 +40,8 @@ from deconvnet.visualization.gallery.sprites import (
 # The largest sides in pixels: of the tiles on a map's own page, and of those on the wall.
 TILE = 160
 WALL = 128
-THUMBNAILS = 24
+# How many maps a layer shows on the first page, by the number of tiles of each: three full rows.
+THUMBNAILS = {1: 24, 2: 12, 3: 9}
 
 Tiles = list[np.ndarray | None]
 
@@ -73,6 +74,8 @@ def write_layer(
         for key, tiles in overview.items()
         if any(tile is not None for tile in tiles)
     }
+    # Projections by several methods are those of a CNN, which make sense next to the image alone.
+    shown = methods[:1] if len(methods) < 2 else [*methods, "patches"]
     features = {
         "layer": layer.name,
         "kind": layer.kind,
@@ -81,6 +84,7 @@ def write_layer(
         "stride": layer.stride,
         "methods": methods,
         "below": layer.below,
+        "sources_are": layer.sources_are,
         "maps": entries,
     }
     text = json.dumps(features, allow_nan=False, separators=(",", ":"))
@@ -100,7 +104,8 @@ def write_layer(
         "sheets": sheets,
         "script": write_script(root, f"{place}/features.js", features),
         "json": f"{place}/features.json",
-        "thumbnails": _thumbnails(root, place, overview, numbers),
+        "shown": shown,
+        "thumbnails": _thumbnails(root, place, overview, numbers, shown),
         "control": _write_control(root, place, layer.control, layer.name),
     }
 
@@ -126,6 +131,8 @@ def _write_map(
     ]
     tiles["evolution"] = to_tiles(shown.evolution, f"{where}, evolution", WALL)
     _check_counts(shown, {key: len(pictures) for key, pictures in tiles.items()}, where)
+    if all(tile is None for tile in tiles["sources"]):
+        tiles["sources"] = []
     evolution = tiles.pop("evolution")
     sheets = {}
     if any(tile is not None for group in tiles.values() for tile in group):
@@ -256,20 +263,19 @@ def _sort_keys(statistics: list[Facts]) -> list[dict]:
 
 
 def _thumbnails(
-    root: Path, place: str, overview: dict[str, Tiles], numbers: Sequence[int]
+    root: Path, place: str, overview: dict[str, Tiles], numbers: Sequence[int], keys: Sequence[str]
 ) -> dict[str, object] | None:
     """A few evenly spaced maps of a layer, without dead ones, in a small sheet.
 
-    They show projections, or filters if there are none.
+    keys: the forms in which each is shown, next to each other; filters if there are none of these.
     """
-    alive: list[int] = []
-    for tiles in overview.values():
-        alive = [index for index, tile in enumerate(tiles) if tile is not None]
-        if alive:
-            break
+    keys = [key for key in keys if any(tile is not None for tile in overview[key])] or ["filters"]
+    alive = [index for index, tile in enumerate(overview[keys[0]]) if tile is not None]
     if not alive:
         return None
-    steps = np.linspace(0, len(alive) - 1, min(THUMBNAILS, len(alive))).round().astype(int)
+    count = min(THUMBNAILS.get(len(keys), 6), len(alive))
+    steps = np.linspace(0, len(alive) - 1, count).round().astype(int)
     chosen = [alive[step] for step in steps]
-    sheet = write_sprite_sheet(root, f"{place}/few", [tiles[index] for index in chosen])
-    return {"maps": [numbers[index] for index in chosen], "sheet": sheet}
+    tiles = [overview[key][index] for index in chosen for key in keys]
+    sheet = write_sprite_sheet(root, f"{place}/few", tiles)
+    return {"maps": [numbers[index] for index in chosen], "each": len(keys), "sheet": sheet}

@@ -4,10 +4,12 @@ R_l is linear once the switches are fixed (`network.operator`), so the reconstru
 sum of the projections of all activations. A page can therefore repaint it with any of them left out
 by adding and subtracting tiles, without the network.
 
-    reconstruction = rest + tile_1 + ... + tile_U       U activations, strongest first
+    reconstruction = tile_1 + ... + tile_U + group_1 + ... + rest       U activations
 
-Everything is rounded to integers here (tiles to 8 bits, planes to 16), and `rest` is what the
-rounded tiles leave, so that the sum in the page is the reconstruction up to 16 bits.
+The strongest are separate; a reconstruction has thousands more, so the next ones are projected in
+groups, each of which has three times as many as all before it. Everything is rounded to integers
+here (`rest` to 16 bits, all else to 8), and `rest` is what the rounded pictures leave, so that the
+sum in the page is the reconstruction up to 16 bits.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ from deconvnet.visualization.projection.feature_projection import project_units,
 # Activations that can be switched on and off, and the number of values of all their tiles together.
 ACTIVATIONS = 80
 LARGEST = 600_000
+# The last rank of a group, relative to that of the group before.
+GROWTH = 4
 # Values below this fraction of the largest in a tile would be rounded to zero.
 VISIBLE = 0.5 / 127
 
@@ -38,24 +42,29 @@ def repainting(net: DeconvNet, codes: Codes, layer: int, *, count: int = ACTIVAT
     z = codes.layer(layer).z
     if len(z) != 1:
         raise ValueError(f"codes of {len(z)} images: expected one")
-    strongest = z.abs().flatten().argsort(descending=True, stable=True)[:count]
-    strongest = strongest[z.flatten()[strongest] != 0]
-    _, _, H, W = z.shape
-    k, i, j = strongest // (H * W), strongest // W % H, strongest % W
-    values = z.flatten()[strongest]
-    positions = (torch.zeros_like(k), k, i, j)
-    reconstruction = net.synthesize(codes, layer)[0].double().cpu().numpy()
-    rest = reconstruction.copy()
+    total = int(torch.count_nonzero(z))
+    order = z.abs().flatten().argsort(descending=True, stable=True)[:total]
+    rest = net.synthesize(codes, layer)[0].double().cpu().numpy()
+    k, i, j = _positions(order[:count], z)
+    values = z.flatten()[order[:count]]
     tiles, boxes = [], []
-    for projection in project_units(net, codes, layer, positions, values):
-        box = _support(projection)
-        top, left, bottom, right = box
+    for projection in project_units(net, codes, layer, (torch.zeros_like(k), k, i, j), values):
+        top, left, bottom, right = box = _support(projection)
         tile = projection[:, top:bottom, left:right].cpu().numpy()
         if sum(t.size for t in tiles) + tile.size > LARGEST:
             break
-        rest[:, top:bottom, left:right] -= _from_integers(*_to_integers(tile, np.int8))
+        rest[:, top:bottom, left:right] -= _rounded(tile)
         tiles.append(tile)
         boxes.append(box)
+    groups, first = [], len(tiles)
+    while GROWTH * first < total:
+        chosen = order[first : GROWTH * first]
+        alone = torch.zeros_like(z).flatten()
+        alone[chosen] = z.flatten()[chosen]
+        picture = net.operator(codes, layer)(alone.view_as(z))[0].cpu().numpy()
+        rest -= _rounded(picture)
+        groups.append((first + 1, GROWTH * first, picture))
+        first *= GROWTH
     planes = torch.eye(len(rest), device=net.device)[:, :, None, None]
     return Repainting(
         codes.y[0].cpu().numpy(),
@@ -66,13 +75,14 @@ def repainting(net: DeconvNet, codes: Codes, layer: int, *, count: int = ACTIVAT
         values[: len(tiles)].tolist(),
         rgb=signed_rgb(net, planes)[..., 0, 0].expand(-1, 3).T.cpu().numpy(),
         white=float(3 * codes.y.std().clamp(min=1e-12)),
-        total=int(torch.count_nonzero(z)),
+        total=total,
+        groups=groups,
     )
 
 
 def repainting_data(shown: Repainting) -> dict:
-    """A repainting as JSON values: planes as 16-bit and tiles as 8-bit integers in base64, each
-    with the factor that gives its values."""
+    """A repainting as JSON values: pictures as 8-bit integers (`rest`: 16-bit) in base64, each with
+    the factor that gives its values."""
 
     def encoded(values: np.ndarray, kind: type) -> dict:
         integers, factor = _to_integers(values, kind)
@@ -81,7 +91,7 @@ def repainting_data(shown: Repainting) -> dict:
 
     return {
         "size": list(shown.image.shape),
-        "image": encoded(shown.image, np.int16),
+        "image": encoded(shown.image, np.int8),
         "rest": encoded(shown.rest, np.int16),
         "rgb": np.asarray(shown.rgb, dtype=float).round(6).tolist(),
         "white": shown.white,
@@ -92,7 +102,17 @@ def repainting_data(shown: Repainting) -> dict:
                 shown.maps, shown.values, shown.boxes, shown.tiles, strict=True
             )
         ],
+        "groups": [
+            {"first": first, "last": last, **encoded(picture, np.int8)}
+            for first, last, picture in shown.groups
+        ],
     }
+
+
+def _positions(order: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Maps, rows and columns of flattened indices of maps (1, K, H, W)."""
+    H, W = z.shape[2:]
+    return order // (H * W), order // W % H, order % W
 
 
 def _support(projection: Tensor) -> tuple[int, int, int, int]:
@@ -112,5 +132,7 @@ def _to_integers(values: np.ndarray, kind: type) -> tuple[np.ndarray, float]:
     return np.rint(values / factor).astype(kind), factor
 
 
-def _from_integers(integers: np.ndarray, factor: float) -> np.ndarray:
+def _rounded(values: np.ndarray) -> np.ndarray:
+    """Values as the page has them, after 8 bits."""
+    integers, factor = _to_integers(values, np.int8)
     return integers.astype(np.float64) * factor

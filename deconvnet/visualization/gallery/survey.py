@@ -23,7 +23,7 @@ from deconvnet.visualization.search.top_activations import get_image, group_by_s
 # Images of the sample.
 IMAGES = 100
 # Examples of a map: images with a stronger response than these shares of the images with any.
-SHARES = (0.95, 0.85, 0.7, 0.55, 0.4, 0.25, 0.1)
+SHARES = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.35, 0.2, 0.05)
 BINS = 24
 # A correlation over fewer images means nothing.
 ENOUGH_IMAGES = 8

@@ -20,6 +20,23 @@ METHOD_NAMES = {
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
+def layer_title(layer: str) -> str:
+    """The name of a layer; "layer 22" if a network only numbers its layers."""
+    return f"layer {layer}" if layer.replace(".", "").replace("#", "").isdigit() else layer
+
+
+def how_projected(layer: str, projections: TopProjections) -> list[str]:
+    """How the pictures of a layer were made; methods that passed the same are named together."""
+    methods: dict[str, list[str]] = {}
+    for method, report in projections.reports.items():
+        name = METHOD_NAMES.get(method, method)
+        methods.setdefault(report_sentences(report), []).append(name)
+    return [
+        f"{layer_title(layer)} ({' and '.join(names)}): {sentences}"
+        for sentences, names in methods.items()
+    ]
+
+
 def title_of(result: VisualizationResult) -> str:
     """The name of a network without the place that it was loaded from."""
     name = re.split(r"[/:]", result.model.name.rstrip("/"))[-1] or result.model.name
@@ -105,9 +122,14 @@ def figure_caption(name: str, layers: Mapping[str, object]) -> str:
             "to the image at the same positions."
         )
     if kind == "filters":
-        return f"The filters of {layer}, which see the pixels themselves. Grey is zero."
+        return (
+            f"The filters of {layer_title(layer)}, which see the pixels themselves. Grey is zero."
+        )
     if kind == "evolution":
-        return f"Maps of {layer} during training: one row for each map, one column for each epoch."
+        return (
+            f"Maps of {layer_title(layer)} during training: one row for each map, one column for "
+            "each epoch."
+        )
     if kind == "invariance":
         return (
             "Invariance: how far the features move from those of the original when an image is "

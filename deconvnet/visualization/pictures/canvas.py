@@ -96,7 +96,7 @@ def quantile_magnitude(tiles: Tensor, quantile: float = 0.99) -> Tensor:
         values = tile[tile != 0].abs().sort().values
         last = int(quantile * (len(values) - 1))
         magnitudes.append(values[last] if len(values) else tile.new_ones(()))
-    return torch.stack(magnitudes).view(-1, 1, 1, 1)
+    return torch.tensor(magnitudes).to(tiles).view(-1, 1, 1, 1)
 
 
 def text_block(

@@ -38,7 +38,7 @@ from deconvnet.visualization.projection.feature_projection import (
 SHOWN_IMAGES = 6
 # Sizes in pixels: the smallest width of a filter and of a patch next to it, of an image, and the
 # width of the labels of rows.
-FILTER, IMAGE, LABEL = 64, 140, 104
+FILTER, IMAGE, LABEL = 80, 140, 104
 # The same on cards of TensorBoard, where more of them must fit: of a filter, and of an image.
 CARD_FILTER, CARD_IMAGE = 56, 115
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deconvnet.visualization.pictures.canvas import (
@@ -34,13 +35,15 @@ from deconvnet.visualization.projection.projection import LayerInfo
 from deconvnet.visualization.projection.projector import Projector
 from deconvnet.visualization.search.top_projections import TopProjections
 
-CONTRAST = 0.995
+CONTRAST = 0.98
 # In pixels: the least and the largest width of a tile, the sizes of letters, and of a mark.
 TILE, LARGEST_TILE = 112, 140
 TITLE, TEXT = 20, 15
 MARK = 13
 # Between two maps.
 BETWEEN = 8 * GAP
+# Tiles of at least so many periods of a checkerboard are averaged over one period.
+PERIODS = 16
 # Maps of the control below a grid, and what its reader has to know.
 CONTROL_MAPS = 3
 CONTROL = (
@@ -66,6 +69,34 @@ def shade_projections(
     return shade_signed(signed, quantile_magnitude(signed, contrast))
 
 
+def tiles_to_show(projections: TopProjections, row: int) -> dict[str, Tensor]:
+    """By method, the tiles (k, C, h, w) of a map as pictures show them, before they are shaded.
+
+    They are multiplied by the signs of the activations, and averaged over one period of the
+    checkerboard that convolutions with an uneven overlap may leave, if this is a small part of a
+    tile.
+    """
+    signs = projections.signs[row][:, None, None, None]
+    shown = {}
+    for method, tiles in projections.tiles.items():
+        signed = torch.from_numpy(tiles[row] * signs).float()
+        size = [math.ceil(n * projections.scale) for n in averaged_period(projections, method)]
+        padding = (0, size[1] - 1, 0, size[0] - 1)
+        shown[method] = F.avg_pool2d(F.pad(signed, padding, mode="reflect"), size, stride=1)
+    return shown
+
+
+def averaged_period(projections: TopProjections, method: str) -> tuple[int, int]:
+    """The rows and columns of pixels over which tiles are averaged; (1, 1) if they are not.
+
+    Among several patterns, this is the period of the finest, which is the most visible.
+    """
+    uneven = [o for o in projections.reports[method].uneven if all(o.period)]
+    period = uneven[-1].period if uneven else (1, 1)
+    side = min(projections.patches.shape[3:]) / projections.scale
+    return period if side >= PERIODS * max(period) else (1, 1)
+
+
 def layer_grid(
     projections: TopProjections,
     rows: Sequence[int] | None = None,
@@ -73,13 +104,14 @@ def layer_grid(
     info: LayerInfo | None = None,
     num_images: int | None = None,
     control: TopProjections | None = None,
+    control_maps: int = CONTROL_MAPS,
     contrast: float = CONTRAST,
 ) -> Tensor:
     """The page (3, H, W) of a layer: what it shows, the grid of its maps, and that of the control.
 
     rows: of the maps to show, by default all. info: the layer; num_images: the number of images
     that were searched. control: projections of the same network with shuffled weights, of which
-    the first three maps are shown, whether or not they are ever active.
+    the first `control_maps` of these maps are shown, whether or not they are ever active.
     """
     grid = projection_grid(projections, rows, contrast=contrast)
     width = max(grid.shape[2], PAGE // 2)
@@ -88,7 +120,8 @@ def layer_grid(
     page = vstack(parts, 2 * GAP)
     if control is None:
         return page
-    shown = range(min(CONTROL_MAPS, len(control.maps)))
+    maps = projections.maps if rows is None else projections.maps[list(rows)]
+    shown = [n for m in maps for n in np.flatnonzero(control.maps == m).tolist()][:control_maps]
     dead = "dead in the control: no image activates it"
     parts = [
         paragraph("Control: the same network with shuffled weights", width, size=TITLE),
@@ -125,6 +158,13 @@ def grid_caption(
         sentences.append(
             "No max pooling lies below this layer, so deconv shows the same for every image; only "
             "guided depends on it."
+        )
+    periods = {averaged_period(projections, method) for method in projections.reports} - {(1, 1)}
+    if periods:
+        period = "{}x{}".format(*max(periods))
+        sentences.append(
+            f"Projections are averaged over {period} pixels, the period of the checkerboard of "
+            "strided convolutions."
         )
     if (projections.values < 0).any():
         sentences.append(
@@ -216,23 +256,21 @@ def _block(
     side = math.ceil(math.sqrt(k))
     shown = min(k, max(1, -(-count // side)) * side)  # whole lines
     patches = torch.from_numpy(projections.patches[row, :shown]).float() / 255
-    signs = projections.signs[row, :shown, None, None, None]
-    signed = {
-        method: torch.from_numpy(tiles[row, :shown] * signs)
-        for method, tiles in projections.tiles.items()
-    }
     least = min(TILE, tile_width)
     sheets = {
-        method: shade_projections(resize_tiles(tiles, tile_width, least=least), contrast=contrast)
-        for method, tiles in signed.items()
+        method: shade_projections(
+            resize_tiles(tiles[:shown], tile_width, least=least), contrast=contrast
+        )
+        for method, tiles in tiles_to_show(projections, row).items()
     }
     sheets["image"] = resize_tiles(patches, tile_width, least=least)
     for rank in np.flatnonzero(projections.border[row, :count]).tolist():
         _mark_border(sheets["image"][rank])
     columns = []
     for name, tiles in sheets.items():
+        tiles = tiles.clone()  # the three planes of a grey tile share their memory
         tiles[count:] = _hatched(tiles.shape[2:])
-        for rank in np.flatnonzero(signs[:, 0, 0, 0] < 0).tolist():
+        for rank in np.flatnonzero(projections.signs[row] < 0).tolist():
             _mark_negative(tiles[rank])
         page = arrange_tiles(tiles, side)
         head = text_block(name, page.shape[2], TEXT + 7, size=TEXT, color=PALE)

@@ -107,6 +107,32 @@ class CnnBackend:
         with isolated(self.model), torch.no_grad():
             return self._forward.responses(x, layers, reduce)
 
+    def contributions(self, x: Tensor, layer: str, units: Tensor | list, below: str) -> Tensor:
+        """See `Projector.contributions`."""
+        units, parts = check_units(units, len(x), layer), {}
+        with isolated(self.model), torch.enable_grad():
+            for images in torch.unique(units[:, 0]).split(self.batch):
+                pixels = x[images.to(x.device)]
+                found = self._forward.responses(pixels, [below, layer], lambda _, maps: maps)
+                chosen = torch.isin(units[:, 0], images).nonzero()[:, 0]
+                n = torch.searchsorted(images, units[chosen, 0].contiguous())
+                rounds = _occurrences(n)
+                # One unit of each image at a time.
+                for number in range(int(rounds.max()) + 1):
+                    now = (rounds == number).nonzero()[:, 0]
+                    index = (n[now], *units[chosen[now], 1:].unbind(1))
+                    total = found[layer][tuple(part.to(x.device) for part in index)].sum()
+                    (gradient,) = torch.autograd.grad(
+                        total,
+                        found[below],
+                        retain_graph=True,
+                        allow_unused=True,
+                        materialize_grads=True,
+                    )
+                    sums = (gradient * found[below]).detach().sum((2, 3))
+                    parts |= dict(zip(chosen[now].tolist(), sums[n[now].to(x.device)], strict=True))
+        return torch.stack([parts[number] for number in range(len(units))])
+
     def outputs(self, x: Tensor) -> Tensor | None:
         with isolated(self.model), torch.no_grad():
             return self._forward.outputs(x)

@@ -174,6 +174,15 @@ class Projector:
         """
         return self.backend.responses(check_input(x), layers, reduce)
 
+    def contributions(self, x: Tensor, layer: str, units: Units, below: str) -> Tensor:
+        """(U, C): how much each map of the layer `below` contributes to the activation of a unit.
+
+        The gradient times the maps, summed over positions. Where everything between the two layers
+        is linear or rectified, a unit is the sum of its contributions and those of the biases. Zero
+        if the layer does not see the other. Not for a DeconvNet, whose maps are inferred.
+        """
+        return self.backend.contributions(check_input(x), layer, units, below)
+
     def outputs(self, x: Tensor) -> Tensor | None:
         """(N, classes): the output of the whole model; None if the output is not a table."""
         return self.backend.outputs(check_input(x))

@@ -140,12 +140,17 @@ const gallery = (() => {
     return `#${parts.join("&")}`;
   }
 
+  // The tiles that stand for a map where there is room for one only.
+  function face(layer) {
+    return layer.sheets.guided || layer.sheets[layer.methods[0]] || layer.sheets.filters;
+  }
+
   // A link to a map with its tile from the wall; text: below the tile.
   function mapTile(layer, map, text) {
     const index = layer.maps.indexOf(map);
     if (index < 0) return element("span", { class: "card" }, tile(null, 0, `map ${map}`), element("span", { class: "number" }, text || `map ${map}`));
     return element("a", { class: "card", href: link({ layer: layer.name, map }), title: mapName(layer, index) },
-      tile(layer.sheets[layer.methods[0]] || layer.sheets.filters, index, `${layer.title}, ${mapName(layer, index)}`),
+      tile(face(layer), index, `${layer.title}, ${mapName(layer, index)}`),
       element("span", { class: "number" }, text || mapName(layer, index)));
   }
 

@@ -76,12 +76,11 @@
       path: [[found[0], link(at)]],
       before: beside(at.photo - 1),
       after: beside(at.photo + 1),
-      content: [
-        element("figure", { class: "single" }, photograph({ photograph: at.photo }),
+      content: [element("div", { class: "image" },
+        element("figure", { class: "panel whole" }, photograph({ photograph: at.photo }),
           element("figcaption", {}, `${found[1].join("×")} pixels`, explored >= 0
             ? element("a", { class: "action", href: link({ image: explored + 1 }) }, "What each layer makes of it") : null)),
-        exampleOf(at.photo) || element("p", { class: "note" }, "No map shown here has it among its examples."),
-      ],
+        exampleOf(at.photo) || element("p", { class: "note" }, "No map shown here has it among its examples."))],
     };
   };
 

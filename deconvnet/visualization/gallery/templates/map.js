@@ -30,7 +30,7 @@
         element("div", { class: "sections" },
           activity(layer, map, index),
           relatives("Maps that look like it", "similar", layer, map.similar, (value) => `cosine ${number(value)}`,
-            "Cosine of the strongest projections, at the shift that makes it largest."),
+            `Cosine of the strongest ${layer.methods.includes("guided") ? "guided backpropagations" : "projections"}, at the shift that makes it largest.`),
           relatives("Maps that are active with it", "coactive", layer, map.coactive, (value) => `correlation ${number(value)}`,
             "Correlation of the strongest activations over the images surveyed.")),
         element("div", { class: "sections" }, spectrum(map), sources(layer, map), users(layer, map, above, user), evolution(map)),
@@ -166,7 +166,7 @@
         const photo = photograph(example);
         return element("li", {}, tile(map.sheets.spectrum, n, `image patch: ${sentence(example)}`),
           photo ? element("a", { class: "photo", href: link({ photo: example.photograph }) }, photo) : null,
-          element("span", { class: "number" }, element("b", {}, `${Math.round(100 * example.share)}%`), ` ${number(example.value)}`, element("span", { class: "name", title: example.image }, example.image)));
+          element("span", { class: "number" }, element("b", {}, `${Math.round(100 * example.share)}%`), ` ${number(example.value)}`, example.border ? element("i", { class: "badge" }, "border") : null, element("span", { class: "name", title: example.image }, example.image)));
       })));
   }
 
@@ -178,29 +178,42 @@
       element("li", {}, mapTile(layer, map, `map ${map}`), element("span", { class: "number" }, text(value))))), element("p", { class: "note" }, note));
   }
 
+  // Weights are norms of filters in a deconvolutional network, else shares of the activation.
+  function weight(features, source) {
+    return features.sources_are === "weights" ? `weight ${number(source.weight)}` : `${number(100 * source.weight)}%`;
+  }
+
   function sources(layer, map) {
     const features = gallery.loaded.get(layer.script);
     const below = layers.get(features.below);
     if (!map.sources.length || !below) return null;
     const pictured = map.sheets.sources;
-    return section("sources", "What it is made of",
-      element("p", { class: "note" }, `The maps of ${below.title} with the largest weights${pictured ? ", and what each of them adds to the strongest projection above; all on one scale" : ""}.`),
-      element("ul", { class: `row pairs${map.sources.length > 2 ? " many" : ""}`, role: "list" }, map.sources.map((source, n) => element("li", {},
-        element("span", { class: "pair" },
-          mapTile(below, source.maps.find((each) => below.maps.includes(each)) ?? source.maps[0], source.maps.length > 1 ? `maps ${source.maps[0]}–${source.maps[source.maps.length - 1]}` : `map ${source.maps[0]}`),
-          pictured ? element("span", { class: "card" }, tile(pictured, n, `what map ${source.maps[0]} adds`), element("span", { class: "number" }, "adds this")) : null),
-        element("span", { class: "number" }, `weight ${number(source.weight)}`)))));
+    const note = features.sources_are === "weights"
+      ? `The maps of ${below.title} with the largest weights${pictured ? ", and what each of them adds to the strongest projection above; all on one scale" : ""}.`
+      : `The maps of ${below.title} that contribute most to its strongest activation, as shares of it (gradient times activation). Other maps and biases make up for the rest and may be negative.`;
+    const title = ({ maps }) => (maps.length > 1 ? `maps ${maps[0]}–${maps[maps.length - 1]}` : `map ${maps[0]}`);
+    const shown = ({ maps }) => maps.find((each) => below.maps.includes(each));
+    const items = map.sources.map((source, n) => (shown(source) === undefined && !pictured ? null : element("li", {}, pictured
+      ? element("span", { class: "pair" }, mapTile(below, shown(source) ?? source.maps[0], title(source)),
+        element("span", { class: "card" }, tile(pictured, n, `what ${title(source)} adds`), element("span", { class: "number" }, "adds this")))
+      : mapTile(below, shown(source), title(source)), element("span", { class: "number" }, weight(features, source)))));
+    // Maps that this gallery does not show.
+    const others = pictured ? [] : map.sources.filter((source) => shown(source) === undefined);
+    return section("sources", "What it is made of", element("p", { class: "note" }, note),
+      items.some(Boolean) ? element("ul", { class: `row${pictured ? " pairs" : ""}`, role: "list" }, items) : null,
+      others.length ? element("ul", { class: "chips", role: "list", title: "not shown in this gallery" }, others.map((source) => element("li", {}, `${title(source)} ${weight(features, source)}`))) : null);
   }
 
   function users(layer, map, above, user) {
     if (!above || above.below !== layer.name) return null;
     const found = above.maps.map((each) => [each.map, each.sources.find((source) => source.maps.includes(map.map))])
-      .filter(([, source]) => source).sort((a, b) => b[1].weight - a[1].weight).slice(0, 16);
+      .filter(([, source]) => source).sort((a, b) => b[1].weight - a[1].weight).slice(0, 18);
     if (!found.length) return null;
     return section("users", `Where ${user.title} uses it`,
-      element("p", { class: "note" }, `Maps of ${user.title} that have this map among their largest weights.`),
-      element("ul", { class: "row", role: "list" }, found.map(([number_, source]) =>
-        element("li", {}, mapTile(user, number_, `map ${number_}`), element("span", { class: "number" }, `weight ${number(source.weight)}`)))));
+      element("p", { class: "note" }, above.sources_are === "weights" ? `Maps of ${user.title} that have this map among their largest weights.`
+        : `Maps of ${user.title} to whose strongest activation this map is among those that contribute most.`),
+      element("ul", { class: "row", role: "list" }, found.map(([other, source]) =>
+        element("li", {}, mapTile(user, other, `map ${other}`), element("span", { class: "number" }, weight(above, source))))));
   }
 
   function evolution(map) {

@@ -18,8 +18,12 @@
     if (!layer || !layer.repainting) throw new Error(`${image.name} has no reconstruction by ${at.repaint} to repaint`);
     const stored = await load(layer.repainting);
     const [planes, height, width] = stored.size;
-    const [original, rest] = [decoded(stored.image, Int16Array), decoded(stored.rest, Int16Array)];
-    const parts = stored.parts.map((part) => ({ ...part, tile: decoded(part, Int8Array), on: true }));
+    const [original, rest] = [decoded(stored.image, Int8Array), decoded(stored.rest, Int16Array)];
+    const alone = stored.parts.map((part) => ({ ...part, count: 1, tile: decoded(part, Int8Array), on: true }));
+    // Groups of weaker activations, each a picture of the whole image.
+    const groups = stored.groups.map((group) => ({ ...group, count: group.last - group.first + 1, box: [0, 0, height, width], tile: decoded(group, Int8Array), on: true }));
+    const parts = [...alone, ...groups];
+    const listed = parts.reduce((sum, part) => sum + part.count, 0);
     let withRest = true;
 
     // ---- mathematics ----
@@ -72,7 +76,7 @@
     const error = element("output", { class: "error", "aria-live": "polite" });
     const used = element("output", {});
     const slider = element("input", { type: "range", min: 0, max: parts.length, value: parts.length, "data-key": "strongest", "aria-label": "How many of the strongest activations",
-      oninput: () => choose((part, n) => n < Number(slider.value)) });
+      oninput: () => { withRest = remaining.checked = remaining.checked && Number(slider.value) === parts.length; choose((part, n) => n < Number(slider.value)); } });
     const remaining = element("input", { type: "checkbox", checked: true, "data-key": "rest", onchange: () => { withRest = remaining.checked; update(); } });
     const box = element("span", { class: "box", hidden: true });
 
@@ -81,7 +85,8 @@
     function outline(part) {
       box.hidden = !part;
       if (!part) return;
-      line.replaceChildren(`${number(part.value)} of `, element("a", { href: link({ layer: at.repaint, map: part.map }) }, `map ${part.map}`), ` of ${layers.get(at.repaint).title}, in rows ${part.box[0]}–${part.box[2]}, columns ${part.box[1]}–${part.box[3]}.`);
+      if (part.first) line.replaceChildren(`The activations from the ${part.first.toLocaleString("en")}th to the ${part.last.toLocaleString("en")}th strongest, together.`);
+      else line.replaceChildren(`${number(part.value)} of `, element("a", { href: link({ layer: at.repaint, map: part.map }) }, `map ${part.map}`), ` of ${layers.get(at.repaint).title}, in rows ${part.box[0]}–${part.box[2]}, columns ${part.box[1]}–${part.box[3]}.`);
       const [top, left, bottom, right] = part.box;
       const percent = { top: top / height, left: left / width, height: (bottom - top) / height, width: (right - left) / width };
       for (const [name, share] of Object.entries(percent)) box.style[name] = `${100 * share}%`;
@@ -91,9 +96,11 @@
       const small = element("canvas", {});
       const size = [part.box[2] - part.box[0], part.box[3] - part.box[1]];
       paint(small, part.tile, size, Math.max(...part.tile.map(Math.abs), 1e-12));
-      return element("button", { type: "button", class: "part", "aria-pressed": "true", tabindex: n ? -1 : 0, title: `map ${part.map}: ${number(part.value)}`, "aria-label": `Activation ${n + 1}, map ${part.map}: ${number(part.value)}`,
+      const name = part.first ? `${part.first}–${part.last}` : `map ${part.map}`;
+      const label = part.first ? `Activations ${name}, together` : `Activation ${n + 1}, ${name}: ${number(part.value)}`;
+      return element("button", { type: "button", class: "part", "aria-pressed": "true", tabindex: n ? -1 : 0, title: label, "aria-label": label,
         onclick: () => { part.on = !part.on; update(); }, onmouseenter: () => outline(part), onmouseleave: () => outline(null), onfocus: () => outline(part), onblur: () => outline(null) },
-      element("span", { class: "thumb" }, small), element("span", { class: "number" }, `map ${part.map}`));
+      element("span", { class: "thumb" }, small), element("span", { class: "number" }, name));
     });
 
     function choose(rule) {
@@ -106,8 +113,8 @@
       paint(canvas, painted, [height, width], stored.white);
       const snr = decibels(painted);
       error.textContent = Number.isFinite(snr) ? `${number(snr)} dB` : "exact";
-      const count = parts.filter((part) => part.on).length;
-      used.textContent = `${count} of ${parts.length}`;
+      const count = parts.reduce((sum_, part) => sum_ + (part.on ? part.count : 0), withRest ? stored.total - listed : 0);
+      used.textContent = `${count.toLocaleString("en")} of ${stored.total.toLocaleString("en")} activations`;
       buttons.forEach((button, n) => button.setAttribute("aria-pressed", String(parts[n].on)));
     }
 
@@ -116,7 +123,7 @@
       const shown = canvas.getBoundingClientRect();
       const [row, column] = [Math.floor(((event.clientY - shown.top) * height) / shown.height), Math.floor(((event.clientX - shown.left) * width) / shown.width)];
       let [best, most] = [null, 0];
-      for (const part of parts) {
+      for (const part of alone) {
         const [top, left, bottom, right] = part.box;
         if (row < top || row >= bottom || column < left || column >= right) continue;
         const value = Math.abs(part.tile[(row - top) * (right - left) + column - left]);
@@ -136,15 +143,15 @@
       before: beside(at.image - 1),
       after: beside(at.image + 1),
       content: [
-        element("p", { class: "note" }, `The reconstruction is the sum of what ${stored.total.toLocaleString("en")} activations paint, each on its own. Switch the ${parts.length} strongest on and off, below or with a click on the picture.`,
+        element("p", { class: "note" }, `The reconstruction is the sum of what ${stored.total.toLocaleString("en")} activations paint, each on its own. Switch the ${alone.length} strongest on and off, below or with a click on the picture${groups.length ? "; weaker ones follow in groups" : ""}.`,
           others.length ? [" The same with ", others.map((name, n) => [n ? ", " : "", element("a", { href: link({ image: at.image, repaint: name }) }, layers.get(name).title)]), "."] : null),
         element("div", { class: "repaint" },
           element("figure", { class: "panel" }, element("div", { class: "framed" }, canvas, box), element("figcaption", {}, "Repainted")),
           element("figure", { class: "panel" }, reference, element("figcaption", {}, "The image as the network sees it")),
           element("form", { class: "controls", "aria-label": "Activations", onsubmit: (event) => event.preventDefault() },
             element("p", { class: "readout" }, "Signal to noise ", error),
-            element("label", {}, "The strongest ", used, slider),
-            element("label", { class: "check" }, remaining, `the ${(stored.total - parts.length).toLocaleString("en")} weaker activations`),
+            element("label", {}, "The strongest", slider, used),
+            stored.total > listed ? element("label", { class: "check" }, remaining, `the ${(stored.total - listed).toLocaleString("en")} weakest activations`) : null,
             element("div", { class: "tools" },
               element("button", { type: "button", "data-key": "all", onclick: () => { withRest = remaining.checked = true; slider.value = parts.length; choose(() => true); } }, "All"),
               element("button", { type: "button", "data-key": "none", onclick: () => { withRest = remaining.checked = false; slider.value = 0; choose(() => false); } }, "None"),

@@ -41,7 +41,8 @@
   gallery.views.layer = (layer, at) => {
     const kinds = [...layer.methods, "patches", "filters"].filter((kind) => layer.sheets[kind]);
     const chosen = kinds.filter((kind) => at.show.includes(kind));
-    const shown = chosen.length ? chosen : kinds.slice(0, 1);
+    const usual = layer.shown.filter((kind) => kinds.includes(kind));
+    const shown = chosen.length ? chosen : usual.length ? usual : kinds.slice(0, 1);
     const grid = element("ul", { class: "grid", role: "list", "aria-label": `Maps of ${layer.title}` });
     const count = element("output", { "aria-live": "polite" });
     if (foundIn !== layer) [found, foundIn] = ["", layer];
@@ -67,7 +68,7 @@
     }
 
     function resize() {
-      grid.style.setProperty("--cell", `${size * shown.length + 3 * (shown.length - 1)}px`);
+      grid.style.setProperty("--cell", `${(shown.length > 2 ? 0.86 : 1) * size * shown.length + 3 * (shown.length - 1)}px`);
     }
 
     const names = ["number", ...layer.sort.map((each) => each.name)];
@@ -111,7 +112,7 @@
         facts(layer.facts, "facts"),
         ...layer.notes.map((note) => element("p", { class: "note mark" }, note)),
         tools,
-        element("p", { class: "note" }, `Each tile is the strongest activation of a map${shown.length === 1 ? `. ${(KINDS[shown[0]] || [])[2] || ""}` : "."} Grey is zero, and each tile has its own contrast.`),
+        element("p", { class: "note" }, `The strongest activation of each map. ${shown.map((kind) => (KINDS[kind] || [])[2] || "").join(" ")} Grey is zero, and each tile has its own contrast.`),
         grid,
         controlStrip(layer, 18),
         element("p", { class: "note" }, "All of this as data: ", element("a", { href: layer.json }, layer.json), "."),
