@@ -11,7 +11,6 @@ instead.
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from deconvnet.images.datasets import lazy_images
+from deconvnet.images.datasets import LazyImages, lazy_images
 from deconvnet.images.sources import DataSettings
 from deconvnet.visualization.models.zoo import LoadedModel, load_model
 from deconvnet.visualization.pictures.canvas import (
@@ -34,8 +33,8 @@ from deconvnet.visualization.pictures.projection_grids import (
 )
 from deconvnet.visualization.projection.projection import LayerInfo
 from deconvnet.visualization.projection.projector import Projector
+from deconvnet.visualization.report import shuffled_model
 from deconvnet.visualization.search.projecting import checkerboard
-from deconvnet.visualization.search.randomization import shuffle_weights
 from deconvnet.visualization.search.top_projections import TopProjections, load_top_projections
 
 HERE = Path(__file__).parent
@@ -64,7 +63,8 @@ def grid(place: Path, layer: str, count: int) -> Tensor:
         load_top_projections(place / folder / f"{layer}.npz")
         for folder in ("projections", "control/projections")
     )
-    numbers = range(len(projections.maps))
+    # Of the other maps, the control has only the strongest activation.
+    numbers = [row for row in range(len(projections.maps)) if control.count(row) != 1]
     rows = sorted(numbers, key=lambda row: -abs(projections.values[row, -1]))[:count]
     manifest = json.loads((place / "manifest.json").read_text())
     entry = manifest["layers"][layer]
@@ -92,7 +92,8 @@ def table(network: Path, place: Path) -> None:
     for name, folder in (("trained", "projections"), ("shuffled", "control/projections")):
         model = load_model(network)
         if name == "shuffled":
-            model = replace(model, module=shuffle_weights(model.module))
+            projector = Projector(model.module, normalization=model.normalization)
+            model = shuffled_model(model, projector, searched_images(model, place), seed=0)
         for overlap in ("sum", "normalised"):
             cells = []
             for layer in layers:
@@ -107,16 +108,22 @@ def project(
     model: LoadedModel, projections: TopProjections, rows: Sequence[int], overlap: str, place: Path
 ) -> Tensor:
     """Project the strongest unit of the maps in some rows; signed RGB tiles."""
-    images = lazy_images(DataSettings(**model.training["data"]), crop=model.crop)
-    count = json.loads((place / "manifest.json").read_text())["images"]["count"]
+    images = searched_images(model, place)
     projector = Projector(model.module, normalization=model.normalization, overlap=overlap)
     tiles = []
     for row in rows:
         number, *unit = projections.units[row, 0].tolist()
-        # The search took images that are spread evenly over the data set.
-        x = projector.prepare(images[round(number * (len(images) - 1) / (count - 1))][None])
+        x = projector.prepare(images[number][None])
         tiles.append(projector.signed_rgb(projector(x, projections.layer, [(0, *unit)]).tiles()))
     return torch.cat(tiles)
+
+
+def searched_images(model: LoadedModel, place: Path) -> LazyImages:
+    """The images of the search, which are spread evenly over the training images."""
+    images = lazy_images(DataSettings(**model.training["data"]), crop=model.crop)
+    count = json.loads((place / "manifest.json").read_text())["images"]["count"]
+    numbers = [round(n * (len(images) - 1) / (count - 1)) for n in range(count)]
+    return LazyImages([images.items[n] for n in numbers], crop=images.crop)
 
 
 def few_colors(picture: Tensor, name: str) -> None:
