@@ -39,8 +39,8 @@ from deconvnet.visualization.search.top_projections import TopProjections, load_
 
 HERE = Path(__file__).parent
 # Maps to show of each layer.
-MAPS = {"relu2": 2, "relu4": 2}
-LEARNED_MAPS = 6
+MAPS = {"relu4": 3}
+LEARNED_MAPS = 4
 
 
 def main() -> None:
@@ -58,19 +58,22 @@ def main() -> None:
 
 
 def grid(place: Path, layer: str, count: int) -> Tensor:
-    """The maps of a layer whose k-th activations are the strongest, and the control."""
+    """The first maps of the random sample that stands in the grid of a layer, and the control."""
     projections, control = (
         load_top_projections(place / folder / f"{layer}.npz")
         for folder in ("projections", "control/projections")
     )
-    # Of the other maps, the control has only the strongest activation.
-    numbers = [row for row in range(len(projections.maps)) if control.count(row) != 1]
-    rows = sorted(numbers, key=lambda row: -abs(projections.values[row, -1]))[:count]
     manifest = json.loads((place / "manifest.json").read_text())
     entry = manifest["layers"][layer]
-    info = LayerInfo(layer, entry["kind"], tuple(entry["shape"]), tuple(entry["field"]))
-    count = manifest["images"]["count"]
-    return layer_grid(projections, rows, info=info, num_images=count, control=control)
+    rows = [projections.maps.tolist().index(number) for number in entry["shown"][:count]]
+    return layer_grid(
+        projections,
+        rows,
+        info=LayerInfo(layer, entry["kind"], tuple(entry["shape"]), tuple(entry["field"])),
+        num_images=manifest["images"]["count"],
+        control=control,
+        control_maps=2,
+    )
 
 
 def checkerboards(network: Path, place: Path) -> None:
@@ -89,11 +92,14 @@ def table(network: Path, place: Path) -> None:
     """Print how uneven the strongest unit of every map is, for trained and shuffled weights."""
     layers = [f"relu{number}" for number in range(1, 6)]
     print("| | " + " | ".join(layers) + " |\n|" + "---|" * (len(layers) + 1))
-    for name, folder in (("trained", "projections"), ("shuffled", "control/projections")):
-        model = load_model(network)
-        if name == "shuffled":
-            projector = Projector(model.module, normalization=model.normalization)
-            model = shuffled_model(model, projector, searched_images(model, place), seed=0)
+    trained = load_model(network)
+    images = searched_images(trained, place)
+    projector = Projector(trained.module, normalization=trained.normalization)
+    shuffled = shuffled_model(trained, projector, images, seed=0)
+    for name, model, folder in (
+        ("trained", trained, "projections"),
+        ("shuffled", shuffled, "control/projections"),
+    ):
         for overlap in ("sum", "normalised"):
             cells = []
             for layer in layers:
@@ -119,11 +125,11 @@ def project(
 
 
 def searched_images(model: LoadedModel, place: Path) -> LazyImages:
-    """The images of the search, which are spread evenly over the training images."""
+    """The images of the search: as many as the manifest says, spread evenly over the data set."""
     images = lazy_images(DataSettings(**model.training["data"]), crop=model.crop)
     count = json.loads((place / "manifest.json").read_text())["images"]["count"]
-    numbers = [round(n * (len(images) - 1) / (count - 1)) for n in range(count)]
-    return LazyImages([images.items[n] for n in numbers], crop=images.crop)
+    chosen = [round(n * (len(images) - 1) / (count - 1)) for n in range(count)]
+    return LazyImages([images.items[n] for n in chosen], crop=images.crop)
 
 
 def few_colors(picture: Tensor, name: str) -> None:
