@@ -150,7 +150,7 @@ def outcome(name: str) -> Outcome:
 def open_branches(model: nn.Module) -> None:
     """Set scales of branches that begin at almost zero to one: as they are, nothing passes."""
     for name, p in model.named_parameters():
-        if p.dim() < 2 and not name.endswith("bias") and p.abs().max() < 0.1:
+        if p.squeeze().dim() < 2 and not name.endswith("bias") and p.abs().max() < 0.1:
             p.fill_(1)
 
 

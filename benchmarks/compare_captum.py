@@ -99,7 +99,7 @@ def projecting(
     """A row: one unit at a time, and nine units of each of 64 maps."""
     from captum.attr import NeuronDeconvolution
 
-    projector = Projector(model, batch=options.batch)
+    projector = Projector(model, method="deconv", batch=options.batch)
     captum = NeuronDeconvolution(model, model.get_submodule(layer))
     alive = [k for k in range(len(top.values)) if len(top.units(k)) == K][:MAPS]
     units = sorted(unit for k in alive for unit in top.units(k))

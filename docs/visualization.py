@@ -11,7 +11,6 @@ instead.
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from deconvnet.images.datasets import lazy_images
+from deconvnet.images.datasets import LazyImages, lazy_images
 from deconvnet.images.sources import DataSettings
 from deconvnet.visualization.models.zoo import LoadedModel, load_model
 from deconvnet.visualization.pictures.canvas import (
@@ -34,14 +33,14 @@ from deconvnet.visualization.pictures.projection_grids import (
 )
 from deconvnet.visualization.projection.projection import LayerInfo
 from deconvnet.visualization.projection.projector import Projector
+from deconvnet.visualization.report import shuffled_model
 from deconvnet.visualization.search.projecting import checkerboard
-from deconvnet.visualization.search.randomization import shuffle_weights
 from deconvnet.visualization.search.top_projections import TopProjections, load_top_projections
 
 HERE = Path(__file__).parent
 # Maps to show of each layer.
-MAPS = {"relu2": 2, "relu4": 2}
-LEARNED_MAPS = 6
+MAPS = {"relu4": 3}
+LEARNED_MAPS = 4
 
 
 def main() -> None:
@@ -59,18 +58,22 @@ def main() -> None:
 
 
 def grid(place: Path, layer: str, count: int) -> Tensor:
-    """The maps of a layer whose k-th activations are the strongest, and the control."""
+    """The first maps of the random sample that stands in the grid of a layer, and the control."""
     projections, control = (
         load_top_projections(place / folder / f"{layer}.npz")
         for folder in ("projections", "control/projections")
     )
-    numbers = range(len(projections.maps))
-    rows = sorted(numbers, key=lambda row: -abs(projections.values[row, -1]))[:count]
     manifest = json.loads((place / "manifest.json").read_text())
     entry = manifest["layers"][layer]
-    info = LayerInfo(layer, entry["kind"], tuple(entry["shape"]), tuple(entry["field"]))
-    count = manifest["images"]["count"]
-    return layer_grid(projections, rows, info=info, num_images=count, control=control)
+    rows = [projections.maps.tolist().index(number) for number in entry["shown"][:count]]
+    return layer_grid(
+        projections,
+        rows,
+        info=LayerInfo(layer, entry["kind"], tuple(entry["shape"]), tuple(entry["field"])),
+        num_images=manifest["images"]["count"],
+        control=control,
+        control_maps=2,
+    )
 
 
 def checkerboards(network: Path, place: Path) -> None:
@@ -89,10 +92,14 @@ def table(network: Path, place: Path) -> None:
     """Print how uneven the strongest unit of every map is, for trained and shuffled weights."""
     layers = [f"relu{number}" for number in range(1, 6)]
     print("| | " + " | ".join(layers) + " |\n|" + "---|" * (len(layers) + 1))
-    for name, folder in (("trained", "projections"), ("shuffled", "control/projections")):
-        model = load_model(network)
-        if name == "shuffled":
-            model = replace(model, module=shuffle_weights(model.module))
+    trained = load_model(network)
+    images = searched_images(trained, place)
+    projector = Projector(trained.module, normalization=trained.normalization)
+    shuffled = shuffled_model(trained, projector, images, seed=0)
+    for name, model, folder in (
+        ("trained", trained, "projections"),
+        ("shuffled", shuffled, "control/projections"),
+    ):
         for overlap in ("sum", "normalised"):
             cells = []
             for layer in layers:
@@ -107,16 +114,22 @@ def project(
     model: LoadedModel, projections: TopProjections, rows: Sequence[int], overlap: str, place: Path
 ) -> Tensor:
     """Project the strongest unit of the maps in some rows; signed RGB tiles."""
-    images = lazy_images(DataSettings(**model.training["data"]), crop=model.crop)
-    count = json.loads((place / "manifest.json").read_text())["images"]["count"]
+    images = searched_images(model, place)
     projector = Projector(model.module, normalization=model.normalization, overlap=overlap)
     tiles = []
     for row in rows:
         number, *unit = projections.units[row, 0].tolist()
-        # The search took images that are spread evenly over the data set.
-        x = projector.prepare(images[round(number * (len(images) - 1) / (count - 1))][None])
+        x = projector.prepare(images[number][None])
         tiles.append(projector.signed_rgb(projector(x, projections.layer, [(0, *unit)]).tiles()))
     return torch.cat(tiles)
+
+
+def searched_images(model: LoadedModel, place: Path) -> LazyImages:
+    """The images of the search: as many as the manifest says, spread evenly over the data set."""
+    images = lazy_images(DataSettings(**model.training["data"]), crop=model.crop)
+    count = json.loads((place / "manifest.json").read_text())["images"]["count"]
+    chosen = [round(n * (len(images) - 1) / (count - 1)) for n in range(count)]
+    return LazyImages([images.items[n] for n in chosen], crop=images.crop)
 
 
 def few_colors(picture: Tensor, name: str) -> None:

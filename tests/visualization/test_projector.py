@@ -1391,8 +1391,15 @@ class Gated(nn.Module):
         return self.b(y * self.weights(y))
 
 
-@pytest.mark.parametrize("gate", [nn.Sigmoid, nn.Hardsigmoid])
-def test_gates_are_constants_unless_their_gradient_is_requested(gate):
+@pytest.mark.parametrize(
+    ("gate", "name"),
+    [
+        *((nn.Sigmoid, "sigmoid"), (nn.Hardsigmoid, "hardsigmoid"), (nn.Softmax2d, "softmax")),
+        # Any other single number for each map.
+        (nn.Tanh, "tanh"),
+    ],
+)
+def test_gates_are_constants_unless_their_gradient_is_requested(gate, name):
     net, x, unit = seeded(lambda: Gated(gate)), rand(2, 3, 16, 16), (1, 2, 5, 6)
     found = Projector(net)(x, "b", [unit], seeds=torch.ones(1))
     signal = torch.zeros(1, 4, 12, 12, dtype=DOUBLE)
@@ -1400,7 +1407,6 @@ def test_gates_are_constants_unless_their_gradient_is_requested(gate):
     signal = F.conv_transpose2d(signal, net.b.weight) * net.weights(net.a(x))[1]
     assert_close(found.images, F.conv_transpose2d(signal, net.a.weight).detach())
     assert found.boxes.tolist() == [[5, 6, 10, 11]]
-    name = gate.__name__.lower()
     assert found.report.extended == {f"{name} as a constant gate": 1}
     assert found.report.rectified == 0 and "relu" not in found.report.exact
     # With its gradient the gate sees, and paints, the whole image.
@@ -1412,7 +1418,7 @@ def test_gates_are_constants_unless_their_gradient_is_requested(gate):
 
 
 def test_a_gate_may_be_other_channels_of_the_same_maps():
-    """A gated linear unit by hand; only x sigmoid(x) is an activation, and refused."""
+    """A gated linear unit by hand; only x sigmoid(x) is an activation."""
 
     class Unit(nn.Module):
         def __init__(self):
@@ -1800,6 +1806,7 @@ def test_modules_that_are_not_layers_are_distinguished_from_names_that_do_not_ex
     assert "layer 'none': it returns no tensor" in refused(model, x, "none")
     assert "layer 'unused': the model does not call it" in refused(model, x, "unused")
     assert "did you mean blocks.1, blocks.0?" in refused(model, x, "blocks")
+    assert "did you mean blocks.1?" in refused(model, x, "bloks.1")
     assert refused(model, x, "blocks.relu").startswith("layer 'blocks.relu': no such layer; ")
     assert "the model calls no module that gives maps" in refused(nn.Conv2d(3, 4, 1), x.float())
 

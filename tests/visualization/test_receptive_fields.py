@@ -25,7 +25,6 @@ TOO_LARGE = {
     "circular padding",
     "convolution with circular padding",
     "index",
-    "mean over the channels",
     "part assigned",
     "patches folded",
     "pixel shuffle",
@@ -96,6 +95,34 @@ class Gated(nn.Module):
 
     def forward(self, y):
         return y * self.gate(self.linear(self.squeeze(y)))
+
+
+class Selective(nn.Module):
+    """Two branches, weighted by a softmax over them (selective kernels)."""
+
+    def __init__(self):
+        super().__init__()
+        self.branches = nn.ModuleList([conv(1), conv(5, padding=2)])
+        self.linear, self.gate = conv(1, made=8), nn.Softmax(1)
+
+    def forward(self, y):
+        y = torch.stack([branch(y) for branch in self.branches], 1)
+        gate = self.linear(y.sum(1).mean((2, 3), keepdim=True))
+        return (y * self.gate(gate.unflatten(1, (2, 4)))).sum(1)
+
+
+class Response(nn.Module):
+    """Global response normalisation (ConvNeXt V2), on (N, C, H, W)."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Identity()
+        self.weight, self.bias = (nn.Parameter(torch.ones(1, 4, 1, 1)) for _ in range(2))
+
+    def forward(self, y):
+        norm = y.norm(p=2, dim=(2, 3), keepdim=True)
+        gate = self.gate(norm / (norm.mean(1, keepdim=True) + 1e-6))
+        return y + torch.addcmul(self.bias, self.weight, y * gate)
 
 
 def in_place_on_a_part(y):
@@ -211,6 +238,8 @@ NETS = {
     "spatial gate": Gated(4, local=True),
     "global mean added": Apply(lambda y: y + y.mean((2, 3), keepdim=True)),
     "mean over the channels": Apply(lambda y: y * 2 + y.mean(1, keepdim=True)),
+    "weighted branches": Selective(),
+    "response of whole maps": Response(),
     "in place on a part": Apply(in_place_on_a_part),
     "part assigned": Apply(assign_a_part),
     "pixel shuffle": nn.PixelShuffle(2),
@@ -271,8 +300,8 @@ def reached(net, x):
     what they are for x.
     """
     hooks, held = [], {}
-    for gate in net.modules():
-        if isinstance(gate, nn.Sigmoid | nn.Hardsigmoid):
+    for name, gate in net.named_modules():
+        if isinstance(gate, nn.Sigmoid | nn.Hardsigmoid | nn.Softmax) or name.endswith("gate"):
             hooks.append(gate.register_forward_hook(lambda m, _, y: held.setdefault(m, y)))
     net(x)
     edges = []

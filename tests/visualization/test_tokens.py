@@ -25,8 +25,9 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Patches of 4 x 4 pixels as tokens, with others in front of them and behind them."""
 
-    def __init__(self, front=1, behind=0, *, last=False):
+    def __init__(self, front=1, behind=0, *, last=False, again=False):
         super().__init__()
+        self.again = again
         self.patches, self.last = nn.Conv2d(3, CHANNELS, 4, 4), last
         self.front = nn.Parameter(torch.randn(1, front, CHANNELS))
         self.behind = nn.Parameter(torch.randn(1, behind, CHANNELS))
@@ -44,7 +45,10 @@ class Transformer(nn.Module):
         front, behind = others
         y = torch.cat([front, y], 1) if front.shape[1] else y
         y = torch.cat([y, behind], 1) if behind.shape[1] else y
-        y = self.blocks(self.join(y + self.positions))
+        y = self.join(y + self.positions)
+        if self.again:
+            y = torch.cat([self.blocks[0].norm(y[:, :1]) + y[:, 1:].mean(1, True), y[:, 1:]], 1)
+        y = self.blocks(y)
         self.without(y[:, front.shape[1] :])
         return self.head(y[:, 0])
 
@@ -64,6 +68,7 @@ FORMS = [
     pytest.param((0, 0), {}, id="patches alone"),
     pytest.param((5, 0), {}, id="registers"),
     pytest.param((1, 2), {"last": True}, id="on both sides, channels last"),
+    pytest.param((1, 0), {"again": True}, id="class token taken off and put back"),
 ]
 
 

@@ -661,11 +661,13 @@ def test_a_grid_shows_maps_and_activations_in_order_with_projections_next_to_pat
     assert corners[3, 0][1] == corners[4, 0][1] < corners[0, 0][1]
 
 
-def test_missing_activations_are_hatched():
+@pytest.mark.parametrize("planes", [1, 3])
+def test_missing_activations_are_hatched(planes):
     found = projections_of(1, 9, side=4)
     values = found.values.copy()
-    values[0, 7:] = np.nan
-    found = replace(found, values=values)
+    values[0, 1], values[0, 7:] = -values[0, 1], np.nan
+    tiles = {method: tiles[:, :, :planes] for method, tiles in found.tiles.items()}
+    found = replace(found, values=values, tiles=tiles)
     picture = projection_grid(found, tile_width=12)
     last = picture[:, -15:, :]  # the third line of tiles
     sheets = (last[:, :, left : left + 48] for left in (0, 54, 108))  # two methods, the image

@@ -268,6 +268,7 @@ def _block(
         _mark_border(sheets["image"][rank])
     columns = []
     for name, tiles in sheets.items():
+        tiles = tiles.clone()  # the three planes of a grey tile share their memory
         tiles[count:] = _hatched(tiles.shape[2:])
         for rank in np.flatnonzero(projections.signs[row] < 0).tolist():
             _mark_negative(tiles[rank])

@@ -15,6 +15,7 @@ from deconvnet.visualization.projection.autograd_graph import (
     Operation,
     inputs_of,
     operation_name,
+    output_shape,
     record_parts,
     record_shapes,
     topological_order,
@@ -53,7 +54,7 @@ SUMS = {
     *("UpsampleBilinear2DAa", "UpsampleBicubic2DAa"),
 }
 # Linear if only one of the factors depends on the pixels.
-PRODUCTS = {"Mul", "Div", "Bmm", "Mm", "Addmm", "Convolution"}
+PRODUCTS = {"Mul", "Div", "Bmm", "Mm", "Addmm", "Addcmul", "Convolution"}
 SKIPPED = "SkippedResponseNorm"
 SMOOTH_IN_PLACE = [{f"{name.lower()}_backward"} for name in SMOOTH_RECTIFIERS]
 
@@ -105,13 +106,13 @@ def read_operations(
     enter it without a gradient (`hidden_dependence`).
     """
     marked = marked or {}
+    record_shapes([y])
     order = topological_order(y.grad_fn)
     gates = {node for op in order for node in gates_of(op)}
     if constant_gates:
         order = topological_order(y.grad_fn, gates)
     if any(op.name == IN_PLACE for op in order):
         record_parts([y])
-    record_shapes([y])
     operations = Operations(
         order, y.output_nr, gates=list(gates), constant_statistics=constant_statistics
     )
@@ -215,17 +216,32 @@ def _rectifies(op: Operation) -> bool:
 
 def _factors(op: Operation) -> int:
     """The number of factors of a product that depend on the pixels; summands do not count."""
-    nodes = op.node.next_functions[op.name == "Addmm" :]
+    nodes = op.node.next_functions[op.name in ("Addmm", "Addcmul") :]
     return sum(node is not None for node, _ in nodes)
 
 
 def gates_of(op: Operation) -> list[Node]:
-    """The sigmoid or softmax that is one factor of a product, if the other is something else."""
+    """The factor of a product that is a gate, if the other factor is something else: a sigmoid or
+    softmax, or a single number for each map, whatever it is computed by."""
     if op.name != "Mul" or len(op.inputs) != 2 or hand_written(op) is not None:
         return []
     nodes = [skip_moves(node) for node, _ in op.inputs]
     gates = [node for node in nodes if operation_name(node) in GATES | BRANCH_GATES]
+    if not gates:
+        shapes = [output_shape(node, nr) for node, nr in op.inputs]
+        gates = [
+            node
+            for (node, _), shape, other in zip(op.inputs, shapes, shapes[::-1], strict=True)
+            if _is_number_per_map(shape, other)
+        ]
     return gates if len(gates) == 1 else []
+
+
+def _is_number_per_map(shape: tuple[int, ...], maps: tuple[int, ...]) -> bool:
+    """Whether a shape is (N, C, 1, 1) or (N, 1, 1, C), and maps have more positions."""
+    return len(shape) == len(maps) == 4 and any(
+        shape[axis] == shape[axis + 1] == 1 < maps[axis] * maps[axis + 1] for axis in (1, 2)
+    )
 
 
 def skip_moves(node: Node) -> Node:

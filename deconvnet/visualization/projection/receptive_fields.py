@@ -258,6 +258,17 @@ def _across_channels(op: Operation, box: Box, shape: tuple, shapes: Shapes) -> l
     return [_all_channels(box)] if is_same else _unknown(op, box, shape, shapes)
 
 
+def _over_channels(op: Operation, box: Box, shape: tuple, shapes: Shapes) -> list[Box]:
+    """Sums, means and stacks along axes in front of rows and columns."""
+    dims = op.saved("dim")
+    dims = (dims,) if isinstance(dims, int) else dims or ()
+    rank = max(len(shape), *map(len, shapes))
+    is_in_front = dims and all(0 < dim % rank < rank - 2 for dim in dims)
+    if min(len(shape), *map(len, shapes)) < 4 or not is_in_front:
+        return _unknown(op, box, shape, shapes)
+    return [_all_channels(box) for _ in shapes]
+
+
 def _transpose(op: Operation, box: Box, shape: tuple, shapes: Shapes) -> list[Box]:
     rank = len(shape)
     if rank == 4 and 0 not in (op.saved("dim0") % rank, op.saved("dim1") % rank):
@@ -466,6 +477,8 @@ def _in_place(op: Operation, box: Box, shape: tuple, shapes: Shapes) -> list[Box
 RULES: dict[str, Callable[[Operation, Box, tuple, Shapes], list[Box | None]]] = {
     **dict.fromkeys(RECTIFIERS | OTHER_RECTIFIERS | GATES, _elementwise),
     **dict.fromkeys(NORMALIZATIONS | {"Add", "Sub", "Rsub", "Neg", "Mul", "Div"}, _elementwise),
+    "Addcmul": _elementwise,
+    **dict.fromkeys(("Sum", "Mean", "Stack"), _over_channels),
     **dict.fromkeys(("Clone", "Alias", "ToCopy", "Expand", "Contiguous", "Copy"), _elementwise),
     **dict.fromkeys(("Softplus", "Tanh"), _elementwise),
     **dict.fromkeys(("View", "UnsafeView", "Reshape", "ReshapeAlias"), _across_channels),

@@ -77,20 +77,26 @@ class TokenGrids:
         if op.name in VIEWS and (grid := self._flattened(op, shape)) is not None:
             return grid
         below = [
-            (grid, output_shape(node, nr))
+            (grid, output_shape(node, nr), node)
             for node, nr in op.inputs
             if (grid := self._grids.get(node)) is not None
         ]
         if not below:
             return None
+        if op.name in ("Cat", "Slice") and len(shape) == 3 and op.saved("dim") % 3 == 1:
+            tokens = [(grid, node) for grid, given, node in below if given[1:2] == (grid.count,)]
+            return self._joined_or_cut(op, shape[1], *tokens[0]) if len(tokens) == 1 else None
         # If inputs are broadcast, the one that has the shape of the result.
-        grid, given = min(below, key=lambda pair: pair[1] != shape)
-        is_tokens = len(shape) == len(given) == 3 and given[1] == grid.count
-        if op.name == "Cat" and is_tokens and op.saved("dim") % 3 == 1:
-            return replace(grid, before=grid.before + self._joined(op, shape), count=shape[1])
-        if op.name == "Slice" and is_tokens and op.saved("dim") % 3 == 1:
-            return replace(grid, before=grid.before - op.saved("start"), count=shape[1])
-        return grid
+        return min(below, key=lambda one: one[1] != shape)[0]
+
+    def _joined_or_cut(
+        self, op: Operation, count: int, grid: TokenGrid, node: Node
+    ) -> TokenGrid | None:
+        """The grid among `count` tokens, after others were added or taken away."""
+        change = self._joined(op, count, node) if op.name == "Cat" else -op.saved("start")
+        before = grid.before + change
+        is_whole = before >= 0 and before + grid.rows * grid.columns <= count
+        return replace(grid, before=before, count=count) if is_whole else None
 
     def _flattened(self, op: Operation, shape: tuple[int, ...]) -> TokenGrid | None:
         """The grid of maps (N, C, H, W) or (N, H, W, C) that an operation flattens."""
@@ -105,19 +111,15 @@ class TokenGrids:
             rows, columns, flattened = two, three, (one, two * three)
         return TokenGrid(rows, columns, 0, rows * columns) if shape[1:] == flattened else None
 
-    def _joined(self, op: Operation, shape: tuple[int, ...]) -> int:
+    def _joined(self, op: Operation, count: int, grid_node: Node) -> int:
         """How many tokens a concatenation adds in front of those with a grid."""
+        nodes = [node for node, _ in op.node.next_functions]
         counts = [
             None if node is None else output_shape(node, nr)[1]
             for node, nr in op.node.next_functions
         ]
-        first = next(
-            index
-            for index, (node, _) in enumerate(op.node.next_functions)
-            if node is not None and self._grids.get(node) is not None
-        )
         # Of parameters, such as the class token, the sizes are not known one by one.
-        parameters = shape[1] - sum(count for count in counts if count is not None)
-        in_front = counts[:first]
-        known = sum(count for count in in_front if count is not None)
+        parameters = count - sum(known for known in counts if known is not None)
+        in_front = counts[: nodes.index(grid_node)]
+        known = sum(size for size in in_front if size is not None)
         return known + (parameters if None in in_front else 0)
