@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from deconvnet.visualization.projection.projector import Projector
     from deconvnet.visualization.report import visualize_network
     from deconvnet.visualization.search.projecting import project_top_activations
-    from deconvnet.visualization.search.randomization import shuffle_weights
+    from deconvnet.visualization.search.randomization import shuffle_weights, shuffled_control
     from deconvnet.visualization.search.strongest_units import strongest
     from deconvnet.visualization.search.top_activations import find_top_activations
     from deconvnet.visualization.settings import VisualizationSettings
@@ -64,6 +64,7 @@ MODULES = {
     "project_top_activations": "search.projecting",
     "projection_grid": "pictures.projection_grids",
     "shuffle_weights": "search.randomization",
+    "shuffled_control": "search.randomization",
     "strongest": "search.strongest_units",
     "strongest_activations": "pictures.image_decomposition",
     "supporting_activations": "pictures.image_decomposition",
@@ -96,6 +97,7 @@ __all__ = [
     "project_top_activations",
     "projection_grid",
     "shuffle_weights",
+    "shuffled_control",
     "strongest",
     "strongest_activations",
     "supporting_activations",

@@ -8,6 +8,7 @@ each tile separates white tiles from the paper.
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import numpy as np
 import torch
@@ -105,14 +106,14 @@ def text_block(
     """Lines of text on white, (3, height, width)."""
     canvas = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(canvas)
-    font = ImageFont.load_default(size)
+    font = font_of(size)
     draw.multiline_text((GAP, GAP), lines, fill=color, font=font, spacing=4)
     return torch.from_numpy(np.array(canvas)).permute(2, 0, 1) / 255
 
 
 def paragraph(text: str, width: int, *, size: int = FONT, color: str = "black") -> Tensor:
     """(3, height, width): text broken into lines of at most this width."""
-    font, lines = ImageFont.load_default(size), [""]
+    font, lines = font_of(size), [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".lstrip()
         if font.getlength(longer) <= width - 2 * GAP or not lines[-1]:
@@ -128,9 +129,15 @@ def plain_number(value: float) -> str:
     return f"{value:.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
 
 
+@cache
+def font_of(size: int) -> ImageFont.FreeTypeFont:
+    """The font of all pictures; reading it takes as long as drawing a line of text."""
+    return ImageFont.load_default(size)
+
+
 def with_title(title: str, picture: Tensor) -> Tensor:
     """A picture with a title above it, which may be wider than the picture."""
-    font = ImageFont.load_default(FONT)
+    font = font_of(FONT)
     width = max(picture.shape[2], math.ceil(font.getlength(title)) + 2 * GAP)
     return vstack([text_block(title, width, LINE), picture])
 

@@ -75,7 +75,8 @@ def layer_cards(
     rows = _reconstructions(net, shown_codes, images[shown])
     preprocessed = rows[1].images
     pictures["reconstructed"] = _reconstruction_picture(rows), _reconstruction_cards(rows)
-    clearest = _clearest(net, shown_codes, number)
+    # The image that the layer reconstructs best.
+    clearest = max(range(len(shown)), key=rows[1 + number].snrs.__getitem__)
     z, image = shown_codes.layer(number).z[clearest], images[shown[clearest]]
     sheet = active_map_sheet(net, z, image, preprocessed[clearest], features, number)
     pictures["maps"] = sheet.picture(), sheet.cards()
@@ -185,7 +186,8 @@ def _reconstructions(net: DeconvNet, codes: Codes, images: Tensor) -> list[_Row]
         row = (shaded(reconstruction), snr(y, reconstruction), snrs, layer.density)
         rows.append(_Row(f"layer {number}", *row))
     rows.append(_Row("residual", shaded(y - reconstruction)))
-    rows.append(_Row(f"layer {top}, in pixels", net.reconstruct(codes, top)))
+    pixels = net.preprocessing.inverse(reconstruction, codes.record)
+    rows.append(_Row(f"layer {top}, in pixels", pixels))
     return [replace(r, images=r.images.clamp(0, 1).expand(-1, 3, -1, -1).cpu()) for r in rows]
 
 
@@ -225,9 +227,3 @@ def labelled_images(net: DeconvNet, rows: list[tuple[str, Tensor]]) -> Tensor:
 def _labelled_row(label: str, images: Tensor) -> Tensor:
     page = tile_grid(images.clamp(0, 1).expand(-1, 3, -1, -1), columns=len(images), tile_width=96)
     return hstack([text_block(label, 110, page.shape[1]), page])
-
-
-def _clearest(net: DeconvNet, codes: Codes, number: int) -> int:
-    """The index of the image that a layer reconstructs best."""
-    reconstruction = net.synthesize(codes, number)
-    return max(range(len(reconstruction)), key=lambda n: snr(codes.y[n], reconstruction[n]))

@@ -81,6 +81,13 @@ class TopProjections:
         tiles = {method: np.zeros_like(tiles) for method, tiles in self.tiles.items()}
         return replace(self, **empty, tiles=tiles)
 
+    def _repr_png_(self) -> bytes:
+        """The grid of its maps, which a notebook shows."""
+        from deconvnet.monitoring.monitor import png
+        from deconvnet.visualization.pictures.projection_grids import layer_grid
+
+        return png(layer_grid(self))
+
     def save(self, path: Path, key: dict[str, object] | None = None) -> None:
         """Write the projections to an .npz file, atomically; key: what they depend on.
 
