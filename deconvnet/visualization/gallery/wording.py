@@ -81,7 +81,8 @@ def report_sentences(report: ProjectionReport) -> str:
             if report.overlap == "normalised"
             else "may show as a fine checkerboard"
         )
-        sentences.append(f"The uneven overlap of the strided convolution {names} {state}.")
+        kind = "convolution" if len(report.uneven) == 1 else "convolutions"
+        sentences.append(f"The uneven overlap of the strided {kind} {names} {state}.")
     return " ".join(sentences)
 
 

@@ -27,6 +27,7 @@
       content: [
         map.label ? element("p", { class: "lead" }, map.label) : null,
         examples(layer, map),
+        ...layer.notes.map((note) => element("p", { class: "note mark" }, note)),
         element("div", { class: "sections" },
           activity(layer, map, index),
           relatives("Maps that look like it", "similar", layer, map.similar, (value) => `cosine ${number(value)}`,
