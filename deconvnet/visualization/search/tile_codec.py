@@ -16,7 +16,7 @@ from PIL import Image, features
 # Tiles up to this side are stored without loss.
 SMALL = 32
 # WebP's quality of projections, whose fine structure matters, and of photographs.
-PROJECTIONS, PHOTOGRAPHS = 90, 80
+PROJECTIONS, PHOTOGRAPHS = 80, 75
 # The fastest method: others need three times as long and save a tenth of the space.
 FASTEST = 0
 # Tiles begin at multiples of this, the side of WebP's blocks, so that none affects another.
