@@ -5,6 +5,7 @@ import math
 import warnings
 from dataclasses import replace
 
+import architectures
 import comparison_tables
 import gpu
 import numpy as np
@@ -309,3 +310,39 @@ def test_no_photograph_is_restored_by_a_network_that_has_seen_it(monkeypatch, tm
         own = {tuple(crop.flatten()[:50].tolist()) for crop in restoration.cut(image).clamp(0, 1)}
         of_others = {tuple(crop.flatten()[:50].tolist()) for crop in restorer(name).crops}
         assert len(of_others) > 5 and not own & of_others
+
+
+NETS = """
+from torch import nn
+
+def good():
+    return nn.Sequential(nn.Conv2d(3, 4, 3, 2), nn.GELU(), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3),
+                         nn.SiLU())
+
+def attention():
+    return nn.Sequential(nn.Conv2d(3, 4, 3, 4), nn.Softmax(1), nn.Conv2d(4, 4, 3))
+
+def fixed():
+    return nn.Linear(5, 5)
+"""
+
+
+def test_the_survey_of_architectures_says_what_each_allows(tmp_path, monkeypatch):
+    (tmp_path / "surveyed.py").write_text(NETS)
+    monkeypatch.chdir(tmp_path)
+    found = {name: architectures.outcome(f"surveyed:{name}") for name in ("good", "attention")}
+    assert [outcome.kind for outcome in found.values()] == ["in full", "in full"]
+    good, attention = (architectures.row(outcome) for outcome in found.values())
+    assert "deconv 1" in good and "gelu, silu" in good and good.endswith("|  |")
+    assert "gradient 2" in attention and attention.endswith("| no rule for softmax |")
+    fixed = architectures.outcome("surveyed:fixed")
+    assert fixed.kind == "refused"
+    assert "all refused: the model Linear fails on images of 3x96x96" in architectures.row(fixed)
+    text = architectures.summary([*found.values(), fixed])
+    assert text.startswith("3 networks: 2 in full (1 of them by the gradient alone), 0 in part, 1 ")
+
+
+def test_pictures_that_do_not_depend_on_the_image_are_noticed():
+    one, other = torch.randn(2, 1, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    assert architectures.same(torch.cat([one, 2 * one]))
+    assert not architectures.same(torch.cat([one, other]))

@@ -418,6 +418,24 @@ def test_a_folder_of_images_is_reconstructed_from_a_network_file(again, photos, 
     assert len(list((again / "listed").glob("*.png"))) == 2
 
 
+def test_parts_are_drawn_at_the_scale_of_the_training_images(begun, tmp_path, textures, script):
+    save(tmp_path / "large.png", textures(1, 3, 66, 80)[0])
+    given = ("run=runs/folder", f"images={tmp_path / 'large.png'}", "parts=true")
+    result = script(begun[0], "reconstruct.py", *given, f"output={tmp_path / 'out'}")
+    assert result.code == 0, result
+    first, *rest = result.out.splitlines()
+    assert first.startswith("larger images are reduced to 32 pixels along the short side")
+    assert "parts, with" in rest[1]
+    with Image.open(tmp_path / "out" / "large-layer2.png") as picture:
+        assert picture.size == (39, 32)
+    assert (tmp_path / "out" / "large-layer2-parts.png").is_file()
+    as_it_is = ("rescale=false", f"output={tmp_path / 'whole'}")
+    result = script(begun[0], "reconstruct.py", *given, *as_it_is)
+    assert result.code == 0 and "reduced" not in result.out
+    with Image.open(tmp_path / "whole" / "large-layer2.png") as picture:
+        assert picture.size == (80, 66)
+
+
 def test_a_run_folder_named_by_a_number_is_a_run_folder(again, photos, script):
     (again / "runs" / "folder").rename(again / "2024")
     result = script(again, "reconstruct.py", "run=2024", f"images={photos}", "output=7")

@@ -13,7 +13,7 @@ from torch import nn
 
 from deconvnet import DeconvNet, LayerSettings, PreprocessingSettings, SolverSettings
 from deconvnet.network.metrics import snr
-from deconvnet.visualization.gallery.content import _control
+from deconvnet.visualization.gallery.layer_content import _control
 from deconvnet.visualization.gallery.relatives import (
     closest,
     filter_weights,

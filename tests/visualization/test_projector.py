@@ -1806,6 +1806,7 @@ def test_modules_that_are_not_layers_are_distinguished_from_names_that_do_not_ex
     assert "layer 'none': it returns no tensor" in refused(model, x, "none")
     assert "layer 'unused': the model does not call it" in refused(model, x, "unused")
     assert "did you mean blocks.1, blocks.0?" in refused(model, x, "blocks")
+    assert "did you mean blocks.1?" in refused(model, x, "bloks.1")
     assert refused(model, x, "blocks.relu").startswith("layer 'blocks.relu': no such layer; ")
     assert "the model calls no module that gives maps" in refused(nn.Conv2d(3, 4, 1), x.float())
 

@@ -10,9 +10,16 @@ from PIL import Image
 from torch import nn
 
 from deconvnet.storage.ownership import ForeignFileError
-from deconvnet.visualization import Normalization, Projector, strongest
+from deconvnet.visualization import (
+    Normalization,
+    Projector,
+    find_top_activations,
+    project_top_activations,
+    strongest,
+)
 from deconvnet.visualization.models.zoo import LoadedModel
 from deconvnet.visualization.pictures import projection_picture as drawing
+from deconvnet.visualization.pictures.projection_grids import layer_grid
 
 SCALED = Normalization(mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3), order="bgr")
 
@@ -147,3 +154,11 @@ def test_many_units_are_drawn_in_rows(pixels):
     projector = Projector(network())
     few, many = (projector(pixels, "1", units[:n]).picture() for n in (9, 15))
     assert many.shape[1] > 1.8 * few.shape[1] - 40 and many.shape[2] < few.shape[2]
+
+
+def test_a_notebook_shows_the_grid_of_top_projections(pixels):
+    projector = Projector(network())
+    top = find_top_activations(projector, pixels, ["4"], k=2)["4"]
+    found = project_top_activations(projector, pixels, "4", top)
+    page = torch.from_numpy(np.array(Image.open(io.BytesIO(found._repr_png_()))))
+    assert page.permute(2, 0, 1).shape == layer_grid(found).shape

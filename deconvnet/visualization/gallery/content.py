@@ -1,67 +1,43 @@
 """The content of the gallery: the result of a visualization as layers, maps, images and captions.
 
-What the search has kept is in the result. One more pass over a sample of the images surveys what
-the maps do elsewhere (`survey`), and the images of the explorer pass the network again.
+What the search has kept is in the result (`layer_content`). One more pass over a sample of the
+images surveys what the maps do elsewhere (`survey`), and the images of the explorer pass the
+network again (`explorer`).
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from deconvnet.visualization.evolution.evolution import Evolution
 from deconvnet.visualization.gallery.exhibits import (
-    Control,
-    Example,
     Figure,
     GalleryImage,
-    GalleryLayer,
-    GalleryMap,
-    Source,
 )
 from deconvnet.visualization.gallery.explorer import explorer_image
 from deconvnet.visualization.gallery.gallery import write_gallery
+from deconvnet.visualization.gallery.layer_content import layer_content
 from deconvnet.visualization.gallery.photographs import Photographs
-from deconvnet.visualization.gallery.relatives import (
-    SOURCES,
-    closest,
-    filter_weights,
-    pooled_maps,
-    separate_sources,
-    similarities,
-)
-from deconvnet.visualization.gallery.survey import Survey, survey_layers
+from deconvnet.visualization.gallery.survey import survey_layers
 from deconvnet.visualization.gallery.wording import (
-    border_sentences,
     figure_caption,
     how_projected,
-    layer_title,
-    method_sentences,
     subtitle_of,
     title_of,
 )
-from deconvnet.visualization.pictures.canvas import quantile_magnitude, shade_signed
-from deconvnet.visualization.pictures.projection_grids import pixel_filters, shade_projections
-from deconvnet.visualization.projection.projection import LayerInfo, crop
 from deconvnet.visualization.result import VisualizationResult
 from deconvnet.visualization.search.search_region import searched_units
-from deconvnet.visualization.search.top_activations import Progress, get_image, group_by_size
-from deconvnet.visualization.search.top_projections import TopProjections
+from deconvnet.visualization.search.top_activations import Progress, get_image
 
 # Images in the explorer, spread evenly over all.
 EXPLORER = 8
 # The first images of the explorer can be repainted.
 REPAINTED = 4
-# Maps of the control to show in each layer.
-CONTROL_MAPS = 6
 
 
 def write_result_gallery(
@@ -103,7 +79,7 @@ def write_result_gallery(
         subtitle=subtitle_of(result),
         facts=_facts(result),
         layers=(
-            _gallery_layer(result, layer, surveys[layer], names, step)
+            layer_content(result, layer, surveys[layer], names, step)
             for layer in result.projections
         ),
         images=images(),
@@ -155,300 +131,3 @@ def _searched(result: VisualizationResult, image: Tensor) -> dict[str, Tensor]:
     projector, size = result.projector, tuple(image.shape[1:])
     infos = projector.layers(projector.prepare(image[None]))
     return {info.name: searched_units(info, size) for info in infos}
-
-
-def _gallery_layer(
-    result: VisualizationResult,
-    layer: str,
-    survey: Survey,
-    names: list[str],
-    step: Callable[[], None],
-) -> GalleryLayer:
-    info, top = result.infos[layer], result.top_activations[layer]
-    projections = result.projections[layer]
-    facts: dict[str, str | float] = {
-        "dead maps": int(top.dead.sum()),
-        "active positions": f"{top.density_sum.mean() / top.num_images:.2%}",
-    }
-    boards = projections.checkerboard[np.isfinite(projections.checkerboard)]
-    if len(boards):
-        facts["checkerboard (median)"] = f"{np.median(boards):.2f}"
-    content = _LayerContent.of(result, layer, survey, names)
-    return GalleryLayer(
-        layer,
-        layer_title(layer),
-        (content.map(row, step) for row in range(len(projections.maps))),
-        kind=_kind(result, info),
-        shape=info.shape,
-        field=info.field,
-        stride=info.stride,
-        facts=facts,
-        control=_control(result, layer),
-        below=content.below,
-        sources_are="weights" if result.projector.is_deconvnet else "contributions",
-        notes=[*method_sentences(projections), *border_sentences(projections)],
-    )
-
-
-def _kind(result: VisualizationResult, info: LayerInfo) -> str:
-    if not result.projector.is_deconvnet:
-        return info.kind
-    number = int(info.name.removeprefix("layer"))
-    size = result.projector.model.layer(number).settings.filter_size
-    return f"deconvolution, {size}×{size} filters"
-
-
-def _control(result: VisualizationResult, layer: str) -> Control | None:
-    control = result.control.get(layer)
-    if control is None:
-        return None
-    shown = {}
-    for row in range(min(len(control.maps), CONTROL_MAPS)):
-        is_alive = control.count(row) > 0
-        tiles = _shaded(control, row, control.methods[0], result.contrast) if is_alive else None
-        shown[int(control.maps[row])] = tiles
-    return Control(shown)
-
-
-def _shaded(projections: TopProjections, row: int, method: str, contrast: float) -> Tensor:
-    """The tiles of a map by one method, (k, 3, h, w) in [0, 1], with the signs of the activations
-    taken out."""
-    count = projections.count(row)
-    signs = projections.signs[row, :count, None, None, None].astype(np.float32)
-    tiles = torch.from_numpy(projections.tiles[method][row, :count].astype(np.float32) * signs)
-    return shade_projections(tiles, contrast=contrast)
-
-
-@dataclass(frozen=True)
-class _LayerContent:
-    """What the maps of one layer need, computed once.
-
-    filters: of all maps, shaded, if the layer sees pixels; similar, coactive: (M, M) and (K, K);
-    below: the name of the layer that its maps are made of; weights: (M, C), of the channels that
-    this layer passes on.
-    """
-
-    result: VisualizationResult
-    layer: str
-    survey: Survey
-    names: list[str]
-    filters: Tensor | None
-    similar: np.ndarray
-    coactive: np.ndarray | None
-    below: str | None
-    weights: np.ndarray | None
-
-    @classmethod
-    def of(
-        cls, result: VisualizationResult, layer: str, survey: Survey, names: list[str]
-    ) -> _LayerContent:
-        projections, projector = result.projections[layer], result.projector
-        filters = pixel_filters(projector)
-        is_first = filters is not None and filters[0] == layer.partition("#")[0]
-        # With the sign taken out, zero where there is no activation. Deconvnet projections of deep
-        # layers are gratings that all look alike.
-        method = "guided" if "guided" in projections.methods else projections.methods[0]
-        tiles = projections.tiles[method][:, 0].astype(np.float32)
-        strongest = torch.from_numpy(tiles * projections.signs[:, 0, None, None, None])
-        below = _layer_below(result, layer)
-        return cls(
-            result,
-            layer,
-            survey,
-            names,
-            shade_signed(filters[1]) if is_first else None,
-            similarities(strongest),
-            survey.correlations(),
-            below,
-            None if below is None else _weights(result, layer, below),
-        )
-
-    def map(self, row: int, step: Callable[[], None]) -> GalleryMap:
-        """The map in this row of the projections."""
-        result, projections = self.result, self.result.projections[self.layer]
-        top, number = result.top_activations[self.layer], int(projections.maps[row])
-        count = projections.count(row)
-        spectrum, spectrum_patches = self._spectrum(row) if count else ([], None)
-        e = result.evolutions.get(self.layer)
-        has_evolution = e is not None and number in e.maps
-        patches = torch.from_numpy(projections.patches[row, :count]).float() / 255
-        step()
-        return GalleryMap(
-            number,
-            {
-                method: _shaded(projections, row, method, result.contrast)
-                for method in projections.methods
-                if count
-            },
-            patches if count else None,
-            [self._example(row, rank) for rank in range(count)],
-            label=self._label(number),
-            statistics={
-                "strongest activation": float(np.abs(projections.values[row, 0])) if count else 0.0,
-                "mean of the strongest per image": float(top.peak_sum[number] / top.num_images),
-                "active in images, %": 100 * float(top.active_images[number] / top.num_images),
-                "active positions, %": 100 * float(top.density_sum[number] / top.num_images),
-            },
-            filter=None if self.filters is None else self.filters[number],
-            spectrum=spectrum,
-            spectrum_patches=spectrum_patches,
-            histogram=self.survey.histogram(number),
-            similar=closest(self.similar[row], projections.maps, number),
-            coactive=self._coactive(number),
-            sources=self._sources(row) if count else (),
-            evolution=_evolution_tiles(e, e.maps.index(number)) if has_evolution else None,
-            epochs=e.epochs if has_evolution else (),
-        )
-
-    def _label(self, number: int) -> str:
-        """The class of a map, if there is one map for each."""
-        labels, shape = self.result.model.labels, self.result.infos[self.layer].shape
-        is_output = labels is not None and shape[0] == len(labels) and shape[1:] == (1, 1)
-        return labels[number] if is_output else ""
-
-    def _example(self, row: int, rank: int) -> Example:
-        projections = self.result.projections[self.layer]
-        image, _, i, j = projections.units[row, rank].tolist()
-        return Example(
-            self.names[image],
-            float(projections.values[row, rank]),
-            image,
-            (i, j),
-            projections.boxes[row, rank].tolist(),
-            projections.windows[row, rank].tolist(),
-            bool(projections.border[row, rank]),
-        )
-
-    def _spectrum(self, row: int) -> tuple[list[Example], Tensor | None]:
-        """Examples at lower activations, and the image there."""
-        projections, info = self.result.projections[self.layer], self.result.infos[self.layer]
-        number = int(projections.maps[row])
-        strongest = projections.units[row, : projections.count(row), 0].tolist()
-        examples, patches = [], []
-        for share, n in self.survey.spectrum(number, without=strongest):
-            image = int(self.survey.images[n])
-            unit = int(self.survey.rows[n, number]), int(self.survey.columns[n, number])
-            pixels = get_image(self.result.images[image])
-            size = tuple(pixels.shape[1:])
-            window = _window_of(unit, info, row, projections, size)
-            patch = crop(pixels[None], torch.tensor([window]), fill=0.5)[0]
-            tile = projections.patches.shape[3:]
-            if tuple(patch.shape[1:]) != tile:
-                patch = F.interpolate(patch[None], tile, mode="bilinear", antialias=True)[0]
-            patches.append(patch)
-            value = float(self.survey.peaks[n, number])
-            border = _is_at_border(unit, info, size)
-            example = Example(self.names[image], value, image, unit, window=window, border=border)
-            examples.append(replace(example, share=share))
-        return examples, torch.stack(patches).clamp(0, 1) if patches else None
-
-    def _coactive(self, number: int) -> list[tuple[int, float]]:
-        if self.coactive is None:
-            return []
-        shown = self.result.projections[self.layer].maps
-        return closest(self.coactive[number, shown], shown, number)
-
-    def _sources(self, row: int) -> list[Source]:
-        """The maps below with the largest weights."""
-        if self.weights is None:
-            return []
-        weights, net = self.weights[row], self.result.projector.model
-        channels = [int(c) for c in np.argsort(-weights, kind="stable")[:SOURCES] if weights[c] > 0]
-        if not self.result.projector.is_deconvnet:
-            return [Source([channel], float(weights[channel])) for channel in channels]
-        depth, pictures = (
-            int(self.layer.removeprefix("layer")),
-            self._source_pictures(row, channels),
-        )
-        return [
-            Source(pooled_maps(net, depth, channel), float(weights[channel]), picture)
-            for channel, picture in zip(channels, pictures, strict=True)
-        ]
-
-    def _source_pictures(self, row: int, channels: list[int]) -> Tensor:
-        """(len(channels), 3, h, w): what each channel adds to the strongest example, in a
-        deconvolutional network."""
-        projector, projections = self.result.projector, self.result.projections[self.layer]
-        depth = int(self.layer.removeprefix("layer"))
-        image, number, i, j = projections.units[row, 0].tolist()
-        x = projector.prepare(get_image(self.result.images[image])[None])
-        codes = projector.backend.codes(x, depth)
-        parts = separate_sources(projector.model, codes, depth, (0, number, i, j), channels)
-        windows = torch.from_numpy(projections.windows[row, :1]).expand(len(parts), -1)
-        tiles = projector.signed_rgb(crop(parts, windows)).cpu() * float(projections.signs[row, 0])
-        # One scale for all, so that a reader sees which of them matter.
-        return shade_signed(tiles, quantile_magnitude(tiles.flatten()[None], 0.995))
-
-
-def _layer_below(result: VisualizationResult, layer: str) -> str | None:
-    """The next lower layer of the result, None for the lowest."""
-    layers = list(result.projections)
-    number = layers.index(layer)
-    if not result.projector.is_deconvnet:
-        return layers[number - 1] if number else None
-    below = f"layer{int(layer.removeprefix('layer')) - 1}"
-    return below if below in layers else None
-
-
-def _weights(result: VisualizationResult, layer: str, below: str) -> np.ndarray | None:
-    """(M, C): with which weight each channel that a layer below passes on enters the shown maps of
-    a layer; None if none does.
-
-    In a deconvolutional network, the norms of the filters; else the shares of the strongest
-    activation that the maps below contribute.
-    """
-    projector, projections = result.projector, result.projections[layer]
-    if projector.is_deconvnet:
-        number = int(layer.removeprefix("layer"))
-        return filter_weights(projector.model, number)[projections.maps]
-    strongest = projections.units[:, 0]
-    rows = np.flatnonzero(strongest[:, 0] >= 0)
-    rows = rows[np.argsort(strongest[rows, 0], kind="stable")]
-    weights = np.zeros((len(strongest), result.infos[below].shape[0]))
-    numbers = np.unique(strongest[rows, 0])
-    for start in range(0, len(numbers), projector.batch):
-        images = numbers[start : start + projector.batch].tolist()
-        pixels = [get_image(result.images[number]) for number in images]
-        for group in group_by_size(pixels):
-            x = projector.prepare(torch.stack([pixels[index] for index in group]))
-            index = {images[n]: position for position, n in enumerate(group)}
-            chosen = [row for row in rows if int(strongest[row, 0]) in index]
-            units = [(index[int(n)], *rest) for n, *rest in strongest[chosen].tolist()]
-            found = projector.contributions(x, layer, units, below)
-            weights[chosen] = found.cpu().numpy() / projections.values[chosen, :1]
-    return weights if weights.any() else None
-
-
-def _is_at_border(unit: tuple[int, int], info: LayerInfo, image: tuple[int, int]) -> bool:
-    """Whether the receptive field of a unit (row, column) reaches beyond an image of this size."""
-    if info.field is None:
-        return False
-    starts = [o + n * step for o, n, step in zip(info.offset, unit, info.stride, strict=True)]
-    ends = [start + side for start, side in zip(starts, info.field, strict=True)]
-    return min(starts) < 0 or any(end > side for end, side in zip(ends, image, strict=True))
-
-
-def _window_of(
-    unit: tuple[int, int],
-    info: LayerInfo,
-    row: int,
-    projections: TopProjections,
-    image: tuple[int, int],
-) -> list[int]:
-    """What a tile of a unit (row, column) shows: the window of the strongest example in a row of
-    the projections, moved by the distance of the two units; along an axis where it is the whole
-    image, it stays."""
-    window = projections.windows[row, 0].tolist()
-    if info.stride is None:  # units without a place of their own
-        return window
-    strongest = projections.units[row, 0, 2:].tolist()
-    for axis, (n, m, step) in enumerate(zip(unit, strongest, info.stride, strict=True)):
-        if window[axis::2] != [0, image[axis]]:
-            window[axis] += (n - m) * step
-            window[axis + 2] += (n - m) * step
-    return window
-
-
-def _evolution_tiles(e: Evolution, row: int) -> Tensor:
-    tiles = e.tiles[:, row].float()
-    return shade_signed(tiles, quantile_magnitude(tiles))

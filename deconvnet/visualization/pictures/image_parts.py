@@ -66,7 +66,7 @@ class ImageParts:
         return len(self.units)
 
     def __str__(self) -> str:
-        share = f"{float(self.shares[-1]):.0%}" if len(self) else "none"
+        share = percent(float(self.shares[-1])) if len(self) else "none"
         number = "1 part" if len(self) == 1 else f"{len(self)} parts"
         return f"{number}, with {share} of the energy of the reconstruction"
 
@@ -175,6 +175,12 @@ def explained(whole: Tensor, part: Tensor) -> float:
     """1 - |whole - part|^2 / |whole|^2, which is negative if the part is farther away than zero."""
     whole, part = whole.double(), part.double()
     return float(1 - (whole - part).square().sum() / whole.square().sum().clamp(min=1e-300))
+
+
+def percent(share: float) -> str:
+    """A share in percent, with two significant digits: 87%, 2.3%, 0.046%."""
+    value = 100 * share
+    return f"{value:.0f}%" if abs(value) >= 9.95 else f"{value:.2g}%"
 
 
 def separate_fields(net: DeconvNet, codes: Codes, layer: int, units: Activations) -> PixelFeatures:

@@ -30,6 +30,7 @@ from deconvnet.visualization.pictures.image_parts import (
     cut_fields,
     energy_boxes,
     image_parts,
+    percent,
     square_boxes,
     together,
 )
@@ -46,16 +47,19 @@ PANELS = 4
 # Parts in a row; if there are fewer, they are larger, up to this width in pixels.
 ROW = 12
 LARGEST = 300
-# Parts that fill more of the image than this have no frames in it, and no crops of it.
+# Parts that fill more of the image than this are not shown with crops of it.
 LOCAL = 0.25
+# The first parts have frames in the image, as long as these cover at most this share of it.
+FRAMED = 0.5
 
 
 def image_parts_picture(net: DeconvNet, codes: Codes, image: Tensor, layer: int) -> Tensor:
     """The parts of one image in a layer, and the activations of lower layers that make up a part.
 
     codes: of this image only; image: (1 or 3, H, W) in [0, 1]. From the top: the image with a
-    numbered frame around each part, its preprocessed version, its reconstruction from the layer,
-    and from the fewest strongest activations that have half of the energy of the reconstruction.
+    numbered frame around each part, or around the first if they are large; its preprocessed
+    version; its reconstruction from the layer; and that from the fewest strongest activations that
+    have half of the energy of the reconstruction.
     Then the parts (`image_parts`), each alone, next to what the image shows there. Then the
     activations in the layers below that support the first parts, with lines from each to its own.
     """
@@ -68,7 +72,7 @@ def draw_parts(
 ) -> Tensor:
     """`image_parts_picture` of parts that are known already."""
     boxes = energy_boxes(parts.fields, tuple(image.shape[1:]))
-    rows = [_panels(net, codes, image, layer, boxes if _are_local(boxes, image) else boxes[:0])]
+    rows = [_panels(net, codes, image, layer, boxes)]
     if len(parts):
         rows.append(_parts_row(net, image, layer, parts, boxes))
         tree = tree_picture(net, codes, layer, parts)
@@ -84,8 +88,13 @@ def _panels(net: DeconvNet, codes: Codes, image: Tensor, layer: int, boxes: Tens
     few = together(net, codes, layer, strongest_activations(codes, layer, half))
     white = 3 * y.std().clamp(min=1e-12)
     width = (PAGE - (PANELS - 1) * GAP) // PANELS
-    framed = _framed(resized(image[None].expand(-1, 3, -1, -1), width)[0], image, boxes)
-    panels = [("the image, and where its parts are" if len(boxes) else "the image", framed)]
+    areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    count = int((areas.cumsum(0) <= FRAMED * y.shape[2] * y.shape[3]).sum())
+    framed = _framed(resized(image[None].expand(-1, 3, -1, -1), width)[0], image, boxes[:count])
+    title = "the image, and where its parts are" if count else "the image"
+    if 0 < count < len(boxes):
+        title = f"the image, and where the first {count} of its parts are"
+    panels = [(title, framed)]
     for title, signed in (
         ("preprocessed: what the network explains", y),
         (f"from layer {layer}: {total} activations, {snr(y, whole):.1f} dB", whole),
@@ -106,7 +115,7 @@ def _parts_row(
     before = torch.cat([parts.shares.new_zeros(1), parts.shares[:-1]])
     cells = []
     for n, share in enumerate((parts.shares - before).tolist()):
-        caption = f"{n + 1}  map {parts.units.maps[n]}: {share:.1%}"
+        caption = f"{n + 1}  map {parts.units.maps[n]}: {percent(share)}"
         cell = [text_block(caption, width, LINE), shaded(tiles[n : n + 1], width)[0]]
         if _are_local(boxes, image):
             top, left, bottom, right = squares[n].tolist()
@@ -117,7 +126,7 @@ def _parts_row(
     where = ", above the image in the same place" if _are_local(boxes, image) else ""
     title = (
         f"{number}, each alone{where}: one activation of a map, and what it adds to the energy of "
-        f"the reconstruction. Together: {float(parts.shares[-1]):.0%}"
+        f"the reconstruction. Together: {percent(float(parts.shares[-1]))}"
     )
     lines = [hstack(cells[n : n + columns], GAP) for n in range(0, len(cells), columns)]
     return vstack([text_block(title, PAGE, LINE), *lines], GAP)

@@ -412,11 +412,9 @@ class CnnBackend:
     def _refuse_unsupported(self, operations: Operations, task: _Task) -> None:
         unsupported = operations.unsupported
         if self.strict and task.modified and unsupported:
-            remedy = (
-                "compiled parts hide their operations; pass the uncompiled model"
-                if any("compiled" in name for name in unsupported)
-                else "strict=False uses their gradients and reports them, method='gradient' needs "
-                "no rules"
+            remedy = _uncompiled(unsupported) or (
+                "strict=False uses their gradients and reports them, method='gradient' needs no "
+                "rules"
             )
             raise ValueError(
                 f"layer {task.layer!r}: {task.methods[0]} has no rule for "
@@ -476,10 +474,18 @@ def _choice(operations: Operations, *, strict: bool) -> MethodChoice:
     """The methods for a layer above these operations."""
     if strict and operations.unsupported:
         reason = f"deconv has no rule for {counted(operations.unsupported)}"
+        if remedy := _uncompiled(operations.unsupported):
+            reason = f"{reason} ({remedy})"
         return MethodChoice(("gradient",), reason)
     if operations.switches:
         return MethodChoice(("deconv", "guided"), "")
     return MethodChoice(("guided", "deconv"), "no switch of max pooling is passed")
+
+
+def _uncompiled(unsupported: dict[str, int]) -> str:
+    """What to do if compiled code is among operations without a rule, else nothing."""
+    is_compiled = any("compiled" in name for name in unsupported)
+    return "compiled parts hide their operations; pass the uncompiled model" if is_compiled else ""
 
 
 def _key(x: Tensor, layer: str) -> tuple[str | int, ...]:

@@ -311,13 +311,21 @@ def suggest_layers(name: str, names: Sequence[str]) -> str:
         return "the model calls no module that gives maps (N, K, H, W) or vectors (N, K)"
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     # layer1.relu may mean layer1.0.relu#0; the last such layers come first, as they are outputs.
-    within = [other for other in names if _has_parts(other, name.split("."))][
-        : -SUGGESTIONS - 1 : -1
-    ]
+    parts = _corrected(name.split("."), names)
+    within = [other for other in names if _has_parts(other, parts)][: -SUGGESTIONS - 1 : -1]
     if within or close:
         return f"did you mean {', '.join(within or close)}?"
     more = ", ..." if len(names) > 12 else ""
     return f"there are {', '.join(names[:12])}{more}"
+
+
+def _corrected(parts: list[str], names: Sequence[str]) -> list[str]:
+    """The parts of a dotted name, each as the most similar part of the names: layr1.relu."""
+    if len(parts) == 1:
+        return parts
+    known = sorted({part for name in names for part in name.partition("#")[0].split(".")})
+    close = [difflib.get_close_matches(part, known, n=1, cutoff=0.75) for part in parts]
+    return [found[0] if found else part for part, found in zip(parts, close, strict=True)]
 
 
 def _has_parts(name: str, parts: list[str]) -> bool:

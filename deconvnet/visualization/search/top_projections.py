@@ -21,6 +21,10 @@ FORMAT = "deconvnet top projections"
 OLD_FORMAT = "deconvnet exemplars"
 
 
+# Maps that a notebook shows.
+SHOWN_MAPS = 16
+
+
 @dataclass(frozen=True)
 class TopProjections:
     """The projections of the k strongest activations of M maps of a layer.
@@ -80,6 +84,13 @@ class TopProjections:
         empty = {name: np.full_like(getattr(self, name), EMPTY[name]) for name in EMPTY}
         tiles = {method: np.zeros_like(tiles) for method, tiles in self.tiles.items()}
         return replace(self, **empty, tiles=tiles)
+
+    def _repr_png_(self) -> bytes:
+        """The grid of its first maps, which a notebook shows."""
+        from deconvnet.monitoring.monitor import png
+        from deconvnet.visualization.pictures.projection_grids import layer_grid
+
+        return png(layer_grid(self, range(min(SHOWN_MAPS, len(self.maps)))))
 
     def save(self, path: Path, key: dict[str, object] | None = None) -> None:
         """Write the projections to an .npz file, atomically; key: what they depend on.

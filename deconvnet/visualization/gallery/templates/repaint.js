@@ -4,6 +4,7 @@
 
 {
   const { data, layers, element, number, link, load } = gallery;
+  const GROUP = 12;
 
   // Values from integers in base64, little endian as on all machines that run browsers.
   function decoded({ data: text, factor }, kind) {
@@ -25,6 +26,9 @@
     const parts = [...alone, ...groups];
     const listed = parts.reduce((sum, part) => sum + part.count, 0);
     let withRest = true;
+    // Where the slider switches each part on: a group takes more of its way than a single activation.
+    const steps = parts.map((part, n) => n + 1 + (part.first ? GROUP * (n + 1 - alone.length) : 0));
+    const all = (steps[steps.length - 1] || 0) + (stored.total > listed ? GROUP : 0);
 
     // ---- mathematics ----
 
@@ -75,8 +79,12 @@
     paint(reference, original, [height, width], stored.white);
     const error = element("output", { class: "error", "aria-live": "polite" });
     const used = element("output", {});
-    const slider = element("input", { type: "range", min: 0, max: parts.length, value: parts.length, "data-key": "strongest", "aria-label": "How many of the strongest activations",
-      oninput: () => { withRest = remaining.checked = remaining.checked && Number(slider.value) === parts.length; choose((part, n) => n < Number(slider.value)); } });
+    const slider = element("input", { type: "range", min: 0, max: all, value: all, "data-key": "strongest", "aria-label": "How many of the strongest activations",
+      oninput: () => {
+        const reached = Number(slider.value);
+        withRest = remaining.checked = reached >= all;
+        choose((part, n) => steps[n] <= reached);
+      } });
     const remaining = element("input", { type: "checkbox", checked: true, "data-key": "rest", onchange: () => { withRest = remaining.checked; update(); } });
     const box = element("span", { class: "box", hidden: true });
 
@@ -153,7 +161,7 @@
             element("label", {}, "The strongest", slider, used),
             stored.total > listed ? element("label", { class: "check" }, remaining, `the ${(stored.total - listed).toLocaleString("en")} weakest activations`) : null,
             element("div", { class: "tools" },
-              element("button", { type: "button", "data-key": "all", onclick: () => { withRest = remaining.checked = true; slider.value = parts.length; choose(() => true); } }, "All"),
+              element("button", { type: "button", "data-key": "all", onclick: () => { withRest = remaining.checked = true; slider.value = all; choose(() => true); } }, "All"),
               element("button", { type: "button", "data-key": "none", onclick: () => { withRest = remaining.checked = false; slider.value = 0; choose(() => false); } }, "None"),
               element("button", { type: "button", "data-key": "invert", onclick: () => choose((part) => !part.on) }, "Invert")),
             line)),
