@@ -647,11 +647,11 @@ class Gated(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.conv, self.gelu, self.squeeze = nn.Conv2d(3, 4, 3), nn.GELU(), nn.Conv2d(4, 4, 1)
+        self.conv, self.tanh, self.squeeze = nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Conv2d(4, 4, 1)
         self.out = nn.ReLU()
 
     def forward(self, x):
-        y = self.gelu(self.conv(x))
+        y = self.tanh(self.conv(x))
         return self.out(y * self.squeeze(y.mean((2, 3), keepdim=True)).sigmoid())
 
 
@@ -663,7 +663,7 @@ def test_gates_and_strict_reach_the_projections(images, tmp_path):
             subject_of(seeded(Gated)), images, replace(settings, gallery=False), tmp_path
         )
         said[gates] = manifest(tmp_path)["layers"]["out"]["methods"]["deconv"]["says"]
-        assert "unsupported: gelu x1" in said[gates]
+        assert "unsupported: tanh x1" in said[gates]
     assert "sigmoid as a constant gate" in said["constant"]
     assert "sigmoid as a gate, with its gradient" in said["gradient"]
 
@@ -890,9 +890,9 @@ def test_layers_that_are_never_active_are_left_out_with_a_warning(images, tmp_pa
     [
         (Small, {"layers": ["relu3"]}, "layer 'relu3': no such layer; did you mean relu"),
         (
-            lambda: nn.Sequential(nn.Conv2d(3, 3, 3), nn.GELU(), nn.Conv2d(3, 3, 3)),
+            lambda: nn.Sequential(nn.Conv2d(3, 3, 3), nn.Tanh(), nn.Conv2d(3, 3, 3)),
             {"layers": ["0", "2"], "method": "deconv"},
-            "layer '2': deconv has no rule for gelu x1; strict=False",
+            "layer '2': deconv has no rule for tanh x1; strict=False",
         ),
         (lambda: Small(1), {}, "the model Small fails on images of 3x18x20: Given groups=1"),
         (

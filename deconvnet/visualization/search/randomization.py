@@ -7,8 +7,9 @@ nothing.
 The biases and normalisation statistics of a trained network belong to its weights: with shuffled
 weights alone, most maps of a deep network are never active, or active everywhere. So the scale and
 bias of each layer are set on some images (as in LSUV, Mishkin and Matas 2016): the means and
-variances of normalisation layers are computed again, and every map of another layer gets the mean
-and variance that it has in the original network.
+variances of normalisation layers are computed again, and every map of another layer varies as much,
+and is positive as often, as it is in the original network. (With its mean instead, maps that are
+rarely active would die: their responses are skewed in the original, but not in the control.)
 """
 
 from __future__ import annotations
@@ -27,6 +28,10 @@ from deconvnet.visualization.projection.model_isolation import isolated
 
 log = logging.getLogger(__name__)
 
+# A map of the control is positive at least this often.
+RAREST = 1e-3
+# Values of each map from which its activity is taken.
+SAMPLES = 10_000
 NORMALIZATIONS = nn.modules.batchnorm._BatchNorm
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -36,17 +41,18 @@ def shuffled_control(model: Model, x: Tensor, *, seed: int = 0) -> Model:
     """Return the control of a network: `shuffle_weights`, with scales and biases of its layers set
     on the images x (N, C, H, W).
 
-    Normalisation layers get the statistics of these images, and the maps of convolutions and linear
-    layers with a bias get the mean and the variance over these images that they have in `model`. If
-    the model fails above some layer, the layers above it keep their biases. The filters of a
-    DeconvNet have unit norm, and its maps no biases: it is only shuffled.
+    Normalisation layers get the statistics of these images. The maps of convolutions and linear
+    layers with a bias get the standard deviation over these images that they have in `model`, and
+    are positive as often, but at least in one of a thousand positions. If the model fails above
+    some layer, the layers above it keep their biases. The filters of a DeconvNet have unit norm,
+    and its maps no biases: it is only shuffled.
     """
     control = shuffle_weights(model, seed=seed).eval()
     if isinstance(model, DeconvNet):
         return control
     with isolated(model):
-        moments = _moments_of_maps(model, x)
-    modules = {name: module for name, module in control.named_modules() if name in moments}
+        activity = _activity_of_maps(model, x)
+    modules = {name: module for name, module in control.named_modules() if name in activity}
     is_set: set[str] = set()
 
     def set_affine(name: str) -> Callable:
@@ -54,7 +60,7 @@ def shuffled_control(model: Model, x: Tensor, *, seed: int = 0) -> Model:
             if name in is_set:  # a layer that is called again
                 return None
             is_set.add(name)
-            return _match_moments(module, inputs, y, *moments[name])
+            return _match_activity(module, inputs, y, *activity[name])
 
         return hook
 
@@ -94,14 +100,16 @@ def _shuffled(weight: Tensor, generator: torch.Generator) -> Tensor:
     return weight.flatten()[order].view(weight.shape)
 
 
-def _moments_of_maps(model: nn.Module, x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """The mean and standard deviation of every map of the layers whose bias can be set."""
-    moments: dict[str, tuple[Tensor, Tensor]] = {}
+def _activity_of_maps(model: nn.Module, x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """For the layers whose bias can be set, the standard deviation of every map, and how often it
+    is positive."""
+    activity: dict[str, tuple[Tensor, Tensor]] = {}
 
     def record(name: str) -> Callable:
         def hook(module: nn.Module, inputs: tuple, y: Tensor) -> None:
-            if name not in moments:
-                moments[name] = _moments(module, y)
+            if name not in activity:
+                maps = _by_map(module, y)
+                activity[name] = (maps.std(1, correction=0), (maps > 0).float().mean(1))
 
         return hook
 
@@ -114,41 +122,44 @@ def _moments_of_maps(model: nn.Module, x: Tensor) -> dict[str, tuple[Tensor, Ten
             ):
                 stack.callback(module.register_forward_hook(record(name)).remove)
         _run(model, x)
-    return moments
+    return activity
 
 
-def _match_moments(
-    module: nn.Module, inputs: tuple, y: Tensor, mean: Tensor, deviation: Tensor
+def _match_activity(
+    module: nn.Module, inputs: tuple, y: Tensor, deviation: Tensor, density: Tensor
 ) -> Tensor:
-    """Give the maps of a layer this mean and standard deviation; returns its new output."""
-    own = _moments(module, y)[1]
+    """Give the maps of a layer this standard deviation and share of positive values, and return
+    its new output."""
+    own = _by_map(module, y).std(1, correction=0)
     scale = torch.where(own > 0, deviation / own.clamp(min=torch.finfo(own.dtype).tiny), 1)
     module.weight.mul_(scale.view(-1, *[1] * (module.weight.dim() - 1)).to(module.weight))
     # A layer may not use its weights as they are.
     y = module.forward(*inputs)
-    shift = (mean - _moments(module, y)[0]).to(y)
+    values = _by_map(module, y).sort(1).values
+    count = values.shape[1]
+    first = ((1 - density.clamp(RAREST, 1 - RAREST)) * count).round().long()
+    first = first.clamp(1, max(count - 1, 1)).clamp(max=count - 1)[:, None]
+    # Zero lies between the largest value that is not to be positive and the next.
+    shift = -(values.gather(1, (first - 1).clamp(min=0)) + values.gather(1, first))[:, 0] / 2
+    shift = shift.to(y)
     module.bias.add_(shift)
     return y + (shift.view(-1, 1, 1) if isinstance(module, nn.Conv2d) else shift)
 
 
-def _moments(module: nn.Module, y: Tensor) -> tuple[Tensor, Tensor]:
-    """(K,) and (K,): the mean and standard deviation of the maps of a layer."""
-    axis = 1 if isinstance(module, nn.Conv2d) else y.dim() - 1
-    return _moments_along(y, axis)
+def _by_map(module: nn.Module, y: Tensor) -> Tensor:
+    """(K, n): values of the maps of a layer, at most SAMPLES of each, evenly spaced."""
+    maps = y.movedim(1 if isinstance(module, nn.Conv2d) else -1, 0).flatten(1)
+    # An odd step, so that all columns of the maps take part.
+    step = max(1, maps.shape[1] // SAMPLES) | 1
+    return maps[:, ::step].float()
 
 
 def _set_statistics(module: nn.Module, inputs: tuple) -> None:
     """Give a normalisation layer the statistics of its input (N, K, ...)."""
-    mean, deviation = _moments_along(inputs[0], 1)
+    maps = inputs[0].movedim(1, 0).flatten(1).float()
+    variance, mean = torch.var_mean(maps, 1, correction=0)
     module.running_mean.copy_(mean)
-    module.running_var.copy_(deviation.square())
-
-
-def _moments_along(y: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-    """The mean and standard deviation over all axes but one."""
-    axes = [other for other in range(y.dim()) if other != axis]
-    deviation, mean = torch.std_mean(y.float() if y.dtype.itemsize < 4 else y, axes, correction=0)
-    return mean, deviation
+    module.running_var.copy_(variance)
 
 
 def _run(model: nn.Module, x: Tensor) -> None:
