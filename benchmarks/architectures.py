@@ -1,6 +1,6 @@
 """Which networks can be looked into: projects units of 72 architectures, and prints a table.
 
-python benchmarks/architectures.py                  all, about five minutes on one core
+python benchmarks/architectures.py                  all, about four minutes on one core
 python benchmarks/architectures.py --only convnext  those whose name contains it
 
 Needs timm (pip install timm). Weights are random, images small and random. In the default layers of

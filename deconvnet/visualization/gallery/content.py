@@ -37,7 +37,7 @@ from deconvnet.visualization.search.top_activations import Progress, get_image
 # Images in the explorer, spread evenly over all.
 EXPLORER = 8
 # The first images of the explorer can be repainted.
-REPAINTED = 4
+REPAINTED = 3
 
 
 def write_result_gallery(

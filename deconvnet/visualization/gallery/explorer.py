@@ -113,8 +113,8 @@ def _with_reconstruction(
         "non-zero": f"{codes.layer(number).density:.2%} of z",
     }
     picture = shade_signed(signed_rgb(net, reconstruction), white)[0].cpu()
-    # Of the first of several layers, too many activations paint too little each.
-    repainted = repainted and number >= min(2, net.depth)
+    # In low layers, too many activations paint too little each.
+    repainted = repainted and number >= net.depth - 1 and (number > 1 or net.depth == 1)
     repainted = repainted and bool(torch.count_nonzero(codes.layer(number).z))
     return ImageLayer(
         shown.name,

@@ -37,9 +37,11 @@ from deconvnet.visualization.gallery.sprites import (
     write_sprite_sheets,
 )
 
-# The largest sides in pixels: of the tiles on a map's own page, and of those on the wall.
+# The largest sides in pixels: of the tiles on a map's own page, of those on the wall, and of those
+# of its evolution.
 TILE = 160
 WALL = 128
+EPOCH = 96
 # How many maps a layer shows on the first page, by the number of tiles of each: three full rows.
 THUMBNAILS = {1: 24, 2: 12, 3: 9}
 
@@ -129,7 +131,7 @@ def _write_map(
         None if source.picture is None else to_tile(source.picture, f"{where}, sources", TILE)
         for source in shown.sources
     ]
-    tiles["evolution"] = to_tiles(shown.evolution, f"{where}, evolution", WALL)
+    tiles["evolution"] = to_tiles(shown.evolution, f"{where}, evolution", EPOCH)
     _check_counts(shown, {key: len(pictures) for key, pictures in tiles.items()}, where)
     if all(tile is None for tile in tiles["sources"]):
         tiles["sources"] = []

@@ -16,7 +16,7 @@ from deconvnet.network.network import DeconvNet
 # The side of the pictures that are compared, in pixels, and how many relatives a map has.
 SIDE = 24
 RELATIVES = 8
-SOURCES = 8
+SOURCES = 6
 CHUNK = 32
 
 

@@ -27,7 +27,7 @@ from deconvnet.visualization.projection.feature_projection import project_units,
 
 # Activations that can be switched on and off, and the number of values of all their tiles together.
 ACTIVATIONS = 80
-LARGEST = 600_000
+LARGEST = 450_000
 # The last rank of a group, relative to that of the group before.
 GROWTH = 4
 # Values below this fraction of the largest in a tile would be rounded to zero.

@@ -26,7 +26,7 @@ GREY = 128
 GAP = 2
 # Sheets of smaller tiles are PNG files, which keep every pixel; larger ones are WebP files.
 LARGE = 32
-WEBP = {"quality": 66, "method": 4}
+WEBP = {"quality": 60, "method": 4}
 # Run-length encoding is ten times faster than the default, and these files are smaller.
 Z_RLE = 3
 
