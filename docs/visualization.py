@@ -24,7 +24,6 @@ from deconvnet.visualization.models.zoo import LoadedModel, load_model
 from deconvnet.visualization.pictures.canvas import (
     arrange_tiles,
     hstack,
-    vstack,
     with_title,
 )
 from deconvnet.visualization.pictures.projection_grids import (
@@ -38,23 +37,21 @@ from deconvnet.visualization.search.projecting import checkerboard
 from deconvnet.visualization.search.top_projections import TopProjections, load_top_projections
 
 HERE = Path(__file__).parent
-# Maps to show of each layer.
-MAPS = {"relu4": 3}
-LEARNED_MAPS = 4
+# Maps to show of the trained network, of the network learned here, and of the controls.
+TRAINED_MAPS, LEARNED_MAPS, CONTROL_MAPS = 3, 4, 2
 
 
 def main() -> None:
     network, trained, learned = map(Path, sys.argv[1:4])
     if "--checkerboard" in sys.argv:
         return table(network, trained / "visualization")
-    parts = [grid(trained / "visualization", layer, count) for layer, count in MAPS.items()]
-    few_colors(vstack(parts, 12), "grid")
+    few_colors(grid(trained / "visualization", "relu4", TRAINED_MAPS), "grid")
     checkerboards(network, trained / "visualization")
     figures = trained / "visualization" / "figures"
     for name in ("relu5-evolution", "occlusion-0", "invariance"):
         pixels = torch.from_numpy(np.array(Image.open(figures / f"{name}.png").convert("RGB")))
         few_colors(pixels.permute(2, 0, 1) / 255, name.removeprefix("relu5-"))
-    few_colors(grid(learned / "visualization", "layer2", LEARNED_MAPS), "layer2")
+    few_colors(grid(learned / "visualization", "layer2", LEARNED_MAPS), "layer2", 256)
 
 
 def grid(place: Path, layer: str, count: int) -> Tensor:
@@ -72,7 +69,7 @@ def grid(place: Path, layer: str, count: int) -> Tensor:
         info=LayerInfo(layer, entry["kind"], tuple(entry["shape"]), tuple(entry["field"])),
         num_images=manifest["images"]["count"],
         control=control,
-        control_maps=2,
+        control_maps=CONTROL_MAPS,
     )
 
 
@@ -132,11 +129,11 @@ def searched_images(model: LoadedModel, place: Path) -> LazyImages:
     return LazyImages([images.items[n] for n in chosen], crop=images.crop)
 
 
-def few_colors(picture: Tensor, name: str) -> None:
-    """Write a PNG with 64 colours, a third of the usual size."""
+def few_colors(picture: Tensor, name: str, count: int = 64) -> None:
+    """Write a PNG with few colours, a third of the usual size."""
     pixels = (picture * 255).round().byte().permute(1, 2, 0).numpy()
     target = HERE / f"visualization-{name}.png"
-    Image.fromarray(pixels).quantize(64).save(target, optimize=True)
+    Image.fromarray(pixels).quantize(count, Image.Quantize.FASTOCTREE).save(target, optimize=True)
 
 
 if __name__ == "__main__":

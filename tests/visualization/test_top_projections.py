@@ -376,7 +376,8 @@ def assert_close_tiles(tiles, expected):
     assert_array_equal(tiles[1, 2:], expected[1, 2:])
     assert_array_equal(tiles[2], expected[2])
     error = tiles.astype(float) - expected
-    assert error[:2].std() < 0.25 * expected[0].std()
+    # The textures are of noise, the hardest to store.
+    assert error[:2].std() < 0.4 * expected[0].std()
     assert abs(error[0].mean()) < 2
 
 

@@ -46,13 +46,11 @@ from deconvnet.visualization.pictures.charts import (
     label_map,
     shortened,
 )
-from deconvnet.visualization.projection.projection import LayerInfo
 from deconvnet.visualization.projection.projector import Projector
+from deconvnet.visualization.search.search_region import searched_units
 
 PANEL = 240
 FRAME = 2
-# The least share of the units of a layer among which the strongest is searched.
-INNERMOST = 0.25
 BLUE, RED = 0, 5  # indices of colours in `charts`
 Progress = Callable[[int, int], None]
 
@@ -144,10 +142,9 @@ def occlusion(
     """Measure a map and the class of image x (1, C, H, W) while a grey square covers parts of it.
 
     map_index: the map; by default, the one with the strongest activation in the whole image (the
-    paper's "strongest response"). At the border, units depend mostly on padding, so the activation
-    is one of those whose receptive fields lie inside the image, or of the quarter that reaches
-    beyond it the least. class_index: the correct class; by default, the most likely one.
-    classes=False ignores classes, for a model whose output is something else.
+    paper's "strongest response"). At the border, units depend mostly on padding, so only the units
+    of `search_region.searched_units` are considered. class_index: the correct class; by default,
+    the most likely one. classes=False ignores classes, for a model whose output is something else.
 
     The square moves to 0, stride, 2 stride, ... until it reaches the border. occluder_size, stride:
     in pixels, or as rows and columns. The paper does not state them; the defaults are a quarter of
@@ -172,7 +169,7 @@ def occlusion(
     images = x if others is None else torch.cat([x, others])
     responses = [projector.responses(single, [layer])[layer][0] for single in images.split(1)]
     info = {info.name: info for info in projector.layers(x)}[layer]
-    inside = _innermost(info, image).to(x.device)
+    inside = searched_units(info, image).to(x.device)
     unit = _strongest(responses[0], map_index, inside)
     units = [(n, *_strongest(maps, unit[0], inside)) for n, maps in enumerate(responses)]
     projection = projector(images, layer, units)
@@ -293,20 +290,6 @@ def _heading(result: Occlusion) -> str:
         "strongest activation; red: the square that reduces the map the most; triangle: value of "
         "the whole image."
     )
-
-
-def _innermost(info: LayerInfo, image: tuple[int, int]) -> Tensor:
-    """(H, W): whether a unit's receptive field lies inside an image of these sides, or is in the
-    quarter of the layer that reaches beyond it by the fewest pixels."""
-    if info.field is None:
-        return torch.ones(info.shape[1:], dtype=torch.bool)
-    beyond = []
-    for axis, size in enumerate(info.shape[1:]):
-        first = info.offset[axis] + info.stride[axis] * torch.arange(size)
-        last = first + info.field[axis]
-        beyond.append((-first).clamp(min=0) + (last - image[axis]).clamp(min=0))
-    total = beyond[0][:, None] + beyond[1]
-    return total <= total.double().quantile(INNERMOST, interpolation="lower")
 
 
 def _strongest(maps: Tensor, map_index: int | None, inside: Tensor) -> tuple[int, int, int]:

@@ -111,12 +111,17 @@ def text_block(
     return torch.from_numpy(np.array(canvas)).permute(2, 0, 1) / 255
 
 
+def text_width(text: str, *, size: int = FONT) -> int:
+    """The width of a line of `text_block` in pixels."""
+    return math.ceil(font_of(size).getlength(text)) + 2 * GAP
+
+
 def paragraph(text: str, width: int, *, size: int = FONT, color: str = "black") -> Tensor:
     """(3, height, width): text broken into lines of at most this width."""
-    font, lines = font_of(size), [""]
+    lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".lstrip()
-        if font.getlength(longer) <= width - 2 * GAP or not lines[-1]:
+        if text_width(longer, size=size) <= width or not lines[-1]:
             lines[-1] = longer
         else:
             lines.append(word)
@@ -137,8 +142,7 @@ def font_of(size: int) -> ImageFont.FreeTypeFont:
 
 def with_title(title: str, picture: Tensor) -> Tensor:
     """A picture with a title above it, which may be wider than the picture."""
-    font = font_of(FONT)
-    width = max(picture.shape[2], math.ceil(font.getlength(title)) + 2 * GAP)
+    width = max(picture.shape[2], text_width(title))
     return vstack([text_block(title, width, LINE), picture])
 
 

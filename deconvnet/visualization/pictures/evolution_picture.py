@@ -15,6 +15,7 @@ from deconvnet.visualization.pictures.canvas import (
     resize_tiles,
     shade_signed,
     text_block,
+    text_width,
     vstack,
 )
 from deconvnet.visualization.pictures.sheet import CARD, Sheet
@@ -78,4 +79,4 @@ def _row(e: Evolution, row: int, tile: int, room: int) -> Tensor:
 
 
 def _caption(image: int, width: int) -> str:
-    return f"image {image}" if width > LABEL else f"{image}"
+    return f"image {image}" if width >= text_width("image 00000") else f"{image}"

@@ -1,8 +1,8 @@
 """How tiles are stored: small ones as they are, larger ones as WebP pictures, one for each map.
 
-Tiles of a hundred pixels hardly compress without loss, and a network has ten thousands of them. At
-these qualities, WebP needs a sixth of the space, and what it loses is less than the eye sees; the
-arrays of the numbers that matter (units, values, boxes) are stored exactly.
+Tiles of a hundred pixels hardly compress without loss, and a network has tens of thousands of them.
+At these qualities WebP needs about a tenth of the space. What it loses is hard to see; what counts
+as a number (units, values, boxes) is stored exactly.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import numpy as np
 from PIL import Image, features
 
 # Tiles up to this side are stored without loss.
-SMALL = 32
+SMALL = 24
 # WebP's quality of projections, whose fine structure matters, and of photographs.
-PROJECTIONS, PHOTOGRAPHS = 90, 80
+PROJECTIONS, PHOTOGRAPHS = 80, 75
 # The fastest method: others need three times as long and save a tenth of the space.
 FASTEST = 0
 # Tiles begin at multiples of this, the side of WebP's blocks, so that none affects another.
