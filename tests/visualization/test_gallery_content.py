@@ -24,6 +24,7 @@ from deconvnet.visualization.gallery.relatives import (
 from deconvnet.visualization.gallery.repainting import repainting, repainting_data
 from deconvnet.visualization.gallery.survey import Survey, survey_layers
 from deconvnet.visualization.projection.feature_projection import signed_rgb
+from deconvnet.visualization.projection.projection import ProjectionReport
 from deconvnet.visualization.projection.projector import Projector
 from deconvnet.visualization.search.top_projections import TopProjections
 
@@ -276,6 +277,9 @@ def test_a_map_that_is_dead_in_the_control_is_shown_as_such():
         "maps": np.array([3, 8]),
         "values": values,
         "tiles": {"deconv": tiles},
+        "reports": {"deconv": ProjectionReport("deconv")},
+        "patches": np.zeros((2, 3, 3, 4, 4), np.uint8),
+        "scale": 1.0,
         **dict.fromkeys(("units", "boxes", "windows"), np.zeros((2, 3, 4), int)),
     }
     names = [entry.name for entry in fields(TopProjections)]

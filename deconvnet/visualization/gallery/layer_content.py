@@ -33,7 +33,11 @@ from deconvnet.visualization.gallery.wording import (
     method_sentences,
 )
 from deconvnet.visualization.pictures.canvas import quantile_magnitude, shade_signed
-from deconvnet.visualization.pictures.projection_grids import pixel_filters, shade_projections
+from deconvnet.visualization.pictures.projection_grids import (
+    pixel_filters,
+    shade_projections,
+    tiles_to_show,
+)
 from deconvnet.visualization.projection.projection import LayerInfo, crop
 from deconvnet.visualization.result import VisualizationResult
 from deconvnet.visualization.search.top_activations import get_image, group_by_size
@@ -101,11 +105,8 @@ def _control(result: VisualizationResult, layer: str) -> Control | None:
 
 
 def _shaded(projections: TopProjections, row: int, method: str, contrast: float) -> Tensor:
-    """The tiles of a map by one method, (k, 3, h, w) in [0, 1], with the signs of the activations
-    taken out."""
-    count = projections.count(row)
-    signs = projections.signs[row, :count, None, None, None].astype(np.float32)
-    tiles = torch.from_numpy(projections.tiles[method][row, :count].astype(np.float32) * signs)
+    """The tiles of a map by one method, (k, 3, h, w) in [0, 1], as in the grid of the layer."""
+    tiles = tiles_to_show(projections, row)[method][: projections.count(row)]
     return shade_projections(tiles, contrast=contrast)
 
 
