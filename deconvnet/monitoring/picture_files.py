@@ -1,4 +1,4 @@
-"""Pictures as the content of files: PNG, which keeps every pixel, and two smaller formats that do not.
+"""Pictures as the content of files: PNG, which keeps every pixel, or the smaller WebP and JPEG.
 
 Grids of photographs and of projections to pixels hardly compress without loss: WebP needs about a
 tenth of the space of PNG. Browsers and TensorBoard show JPEG, TensorBoard no WebP.

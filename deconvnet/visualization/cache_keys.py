@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import json
 from dataclasses import asdict
+from functools import cache
 
 import numpy as np
 from torch import nn
@@ -40,10 +41,14 @@ def _source_digest(module: nn.Module) -> str:
     digest = hashlib.sha256()
     classes = {type(part) for part in module.modules()}
     for kind in sorted(classes, key=lambda kind: f"{kind.__module__}.{kind.__qualname__}"):
-        if kind.__module__.partition(".")[0] == "torch":
-            continue
-        try:
-            digest.update(inspect.getsource(kind).encode("utf-8", "surrogateescape"))
-        except (OSError, TypeError):  # for a class that was defined in an interpreter
-            digest.update(f"{kind.__module__}.{kind.__qualname__}".encode())
+        if kind.__module__.partition(".")[0] != "torch":
+            digest.update(_source(kind))
     return digest.hexdigest()[:16]
+
+
+@cache
+def _source(kind: type) -> bytes:
+    try:
+        return inspect.getsource(kind).encode("utf-8", "surrogateescape")
+    except (OSError, TypeError):  # for a class that was defined in an interpreter
+        return f"{kind.__module__}.{kind.__qualname__}".encode()

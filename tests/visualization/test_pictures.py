@@ -130,6 +130,20 @@ def test_a_page_is_never_too_wide_for_a_screen():
     assert_close(tile[:, 2:-2, 2:-2], torch.full((3, 152, 152), 0.5), rtol=0, atol=0.05)
 
 
+def test_the_magnitude_of_a_tile_is_a_quantile_of_its_non_zero_values():
+    generator = torch.Generator().manual_seed(0)
+    tiles = torch.randn(6, 3, 5, 4, generator=generator)
+    tiles[tiles.abs() < 0.3] = 0
+    tiles[4], tiles[5] = 0, 0
+    tiles[5, 0, 0, 0] = -7
+    for quantile in (0.5, 0.98, 0.995, 1.0):
+        expected = []
+        for tile in tiles.numpy():
+            values = np.sort(np.abs(tile[tile != 0]))
+            expected.append(values[int(quantile * (len(values) - 1))] if len(values) else 1)
+        assert quantile_magnitude(tiles, quantile).flatten().tolist() == expected
+
+
 def test_a_few_bright_pixels_do_not_leave_a_tile_grey():
     f = torch.zeros(2, 1, 20, 20)
     f[0, 0, :, 10:] = torch.linspace(-1, 1, 200).view(20, 10)

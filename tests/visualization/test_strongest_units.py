@@ -162,3 +162,15 @@ def test_a_notebook_shows_the_grid_of_top_projections(pixels):
     found = project_top_activations(projector, pixels, "4", top)
     page = torch.from_numpy(np.array(Image.open(io.BytesIO(found._repr_png_()))))
     assert page.permute(2, 0, 1).shape == layer_grid(found).shape
+
+
+def test_results_print_in_a_line(pixels):
+    projector = Projector(network(), normalization=SCALED)
+    (top,) = find_top_activations(projector, pixels, ["4"], k=3).values()
+    projections = project_top_activations(projector, pixels, "4", top)
+    projection = strongest(projector, pixels, "4", k=2)
+    assert repr(projection).startswith("Projection(2 units in images of 24x26 pixels; deconv: ")
+    assert repr(top) == "TopActivations(6 maps, 0 of them dead, the 3 strongest in 5 images)"
+    for text in map(repr, (projection, top, projections)):
+        assert "\n" not in text and "tensor" not in text and "array" not in text
+    assert repr(projections).startswith("TopProjections(4: 6 maps, up to 3 units each, deconv")

@@ -92,12 +92,12 @@ def quantile_magnitude(tiles: Tensor, quantile: float = 0.99) -> Tensor:
 
     As a scale for `shade_signed`, it keeps a few bright pixels from leaving all others grey.
     """
-    magnitudes = []
-    for tile in tiles:
-        values = tile[tile != 0].abs().sort().values
-        last = int(quantile * (len(values) - 1))
-        magnitudes.append(values[last] if len(values) else tile.new_ones(()))
-    return torch.tensor(magnitudes).to(tiles).view(-1, 1, 1, 1)
+    values = tiles.abs().flatten(1).sort(1).values
+    counts = (values > 0).sum(1)
+    # Zeros come first, so the values that count are the last ones.
+    last = values.shape[1] - counts + (quantile * (counts - 1).double()).long()
+    magnitudes = values.gather(1, last.clamp(0, values.shape[1] - 1)[:, None])
+    return magnitudes.where(counts[:, None] > 0, 1).view(-1, 1, 1, 1)
 
 
 def text_block(

@@ -84,6 +84,10 @@ class Projection:
     report: ProjectionReport
     source: Source | None = field(default=None, repr=False, compare=False)
 
+    def __repr__(self) -> str:
+        size = "x".join(map(str, self.images.shape[2:]))
+        return f"Projection({len(self)} units in images of {size} pixels; {self.report})"
+
     def __len__(self) -> int:
         return len(self.units)
 

@@ -54,6 +54,13 @@ class TopActivations:
     peak_sum: np.ndarray
     density_sum: np.ndarray
 
+    def __repr__(self) -> str:
+        K, k = self.values.shape
+        return (
+            f"TopActivations({K} maps, {int(self.dead.sum())} of them dead, the {k} strongest in "
+            f"{self.num_images} images)"
+        )
+
     @property
     def dead(self) -> np.ndarray:
         """(K,): whether no image has activated the map."""

@@ -60,6 +60,11 @@ class TopProjections:
     effective: EffectiveField | None
     reports: dict[str, ProjectionReport]
 
+    def __repr__(self) -> str:
+        M, k = self.values.shape
+        methods, size = " and ".join(self.methods), "x".join(map(str, self.patches.shape[3:]))
+        return f"TopProjections({self.layer}: {M} maps, up to {k} units each, {methods}, {size})"
+
     @property
     def methods(self) -> tuple[str, ...]:
         """The methods, the one to show first comes first."""
