@@ -32,9 +32,9 @@ from deconvnet.visualization.pictures.projection_grids import (
 )
 from deconvnet.visualization.projection.projection import LayerInfo
 from deconvnet.visualization.projection.projector import Projector
-from deconvnet.visualization.report import shuffled_model
 from deconvnet.visualization.search.projecting import checkerboard
 from deconvnet.visualization.search.top_projections import TopProjections, load_top_projections
+from deconvnet.visualization.searched_network import shuffled_model
 
 HERE = Path(__file__).parent
 # Maps to show of the trained network, of the network learned here, and of the controls.

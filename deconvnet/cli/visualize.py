@@ -32,7 +32,8 @@ from deconvnet.visualization.evolution.evolution import Evolution, load_evolutio
 from deconvnet.visualization.evolution.from_checkpoints import project_checkpoints
 from deconvnet.visualization.layer_choice import default_layers, projectable_layers
 from deconvnet.visualization.models.zoo import LoadedModel
-from deconvnet.visualization.report import make_projector, visualize_network
+from deconvnet.visualization.report import visualize_network
+from deconvnet.visualization.searched_network import make_projector
 
 LIST = "?"
 

@@ -17,22 +17,17 @@ have added or changed are never touched (`storage.ownership`).
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from deconvnet.images.datasets import LazyImages
 from deconvnet.images.decoding import shown_name
 from deconvnet.monitoring.monitor import save_picture
-from deconvnet.network.network import DeconvNet
 from deconvnet.storage import ownership
 from deconvnet.support.communicator import SINGLE, Communicator
-from deconvnet.visualization.cache_keys import activations_key, network_key
 from deconvnet.visualization.event_page import write_event_page
 from deconvnet.visualization.evolution.evolution import Evolution
 from deconvnet.visualization.experiments.invariance import invariance, invariance_picture
@@ -40,7 +35,6 @@ from deconvnet.visualization.experiments.occlusion import occlusion, occlusion_p
 from deconvnet.visualization.gallery.content import write_result_gallery
 from deconvnet.visualization.layer_choice import default_layers, projectable_layers
 from deconvnet.visualization.manifest import (
-    control_rows,
     figure_name,
     layer_file_name,
     rows_in_grid,
@@ -53,29 +47,25 @@ from deconvnet.visualization.pictures.layer_pictures import filter_picture
 from deconvnet.visualization.pictures.projection_grids import (
     layer_grid,
     pixel_filters,
-    sample_maps,
 )
 from deconvnet.visualization.projection.projection import LayerInfo, suggest_layers
 from deconvnet.visualization.projection.projector import Projector
 from deconvnet.visualization.result import VisualizationResult
-from deconvnet.visualization.search.projecting import project_top_activations
-from deconvnet.visualization.search.randomization import shuffled_control
 from deconvnet.visualization.search.top_activations import (
-    Progress,
-    TopActivations,
-    find_top_activations,
     group_by_size,
-    merge_top_activations,
 )
-from deconvnet.visualization.search.top_projections import TopProjections, load_top_projections
+from deconvnet.visualization.searched_network import (
+    SearchedNetwork,
+    make_projector,
+    progress_bar,
+    project_layers,
+    search_layers,
+    shuffled_model,
+)
 from deconvnet.visualization.settings import VisualizationSettings
 
 log = logging.getLogger(__name__)
 
-# The search keeps this many times k activations of each map, for repetitions to be left out.
-CANDIDATES = 2
-# Images on which the scales and biases of the control are set.
-CONTROL_IMAGES = 8
 INSIDE = (
     "In layers where the receptive fields of at least a quarter of the units lie inside the image, "
     "only these units were searched; in the others those in the middle, and border units are "
@@ -122,17 +112,17 @@ def visualize_network(
         settings.contrast,
         {name: e for name, e in (evolutions or {}).items() if name in layers},
     )
-    searched = _Network(model, projector, place)
-    result.top_activations = _search(result, searched, settings, communicator)
+    searched = SearchedNetwork(model, projector, place)
+    result.top_activations = search_layers(result, searched, settings, communicator)
     if settings.control:
         shuffled = shuffled_model(model, projector, images, settings.seed)
-        control = _Network(
+        control = SearchedNetwork(
             shuffled, make_projector(shuffled, settings), place / "control", is_control=True
         )
-        control_tops = _search(result, control, settings, communicator)
+        control_tops = search_layers(result, control, settings, communicator)
     if not communicator.is_main:
         return {}
-    result.projections = _project(result, searched, settings, result.top_activations)
+    result.projections = project_layers(result, searched, settings, result.top_activations)
     if not result.projections:
         raise ValueError(
             f"layers {', '.join(layers)}: none of their maps is ever active on these "
@@ -140,14 +130,14 @@ def visualize_network(
         )
     if settings.control:
         tops = {layer: control_tops[layer] for layer in result.projections}
-        result.control = _project(result, control, settings, tops)
+        result.control = project_layers(result, control, settings, tops)
     _draw(result, settings, place / "figures")
     _remove_outdated(result, place)
     paths = {"pictures": place / "figures", "manifest": write_manifest(result, settings, place)}
     write_event_page(result, settings, place)
     gallery = Path(folder) / "gallery"
     if settings.gallery:
-        with _progress_bar(settings, "gallery", "page", None) as progress:
+        with progress_bar(settings, "gallery", "page", None) as progress:
             paths["gallery"] = write_result_gallery(
                 gallery,
                 result,
@@ -159,49 +149,6 @@ def visualize_network(
     elif gallery.exists():
         log.warning("%s is from an earlier visualization: gallery=true rebuilds it", gallery)
     return paths
-
-
-def make_projector(model: LoadedModel, settings: VisualizationSettings) -> Projector:
-    """The projector of a network with these settings."""
-    if isinstance(model.module, DeconvNet):
-        return Projector(model.module, batch=settings.batch)
-    return Projector(
-        model.module,
-        method=settings.method,
-        strict=settings.strict,
-        gates=settings.gates,
-        overlap=settings.overlap,
-        normalization=model.normalization,
-        batch=settings.batch,
-    )
-
-
-def shuffled_model(
-    model: LoadedModel, projector: Projector, images: LazyImages, seed: int
-) -> LoadedModel:
-    """The control of a network: its weights in random order, set on some of the images."""
-    count = min(CONTROL_IMAGES, len(images))
-    numbers = [round(n * (len(images) - 1) / max(count - 1, 1)) for n in range(count)]
-    chosen = [images[n] for n in numbers]
-    pixels = torch.stack([image for image in chosen if image.shape == chosen[0].shape])
-    module = shuffled_control(model.module, projector.prepare(pixels), seed=seed)
-    digest = f"{model.digest} shuffled by {seed}, set on images {images.fingerprint}"
-    return replace(model, module=module, weights="shuffled", digest=digest)
-
-
-@dataclass(frozen=True)
-class _Network:
-    """A network that is searched and projected, and the folder for its arrays."""
-
-    model: LoadedModel
-    projector: Projector
-    folder: Path
-    is_control: bool = False
-
-    @property
-    def suffix(self) -> str:
-        """What progress bars and warnings add to a name."""
-        return ", control" if self.is_control else ""
 
 
 def _check_layers(projector: Projector, image: Tensor, layers: list[str]) -> None:
@@ -245,101 +192,6 @@ def _check_places(
         ownership.check_replaceable(folder / "gallery")
 
 
-def _search(
-    result: VisualizationResult,
-    network: _Network,
-    settings: VisualizationSettings,
-    communicator: Communicator,
-) -> dict[str, TopActivations]:
-    """The strongest activations that all processes together have found."""
-    rank, count = communicator.rank, communicator.world_size
-    name = "topk.npz" if count == 1 else f"topk-{rank}-of-{count}.npz"
-    title = f"searching{network.suffix}"
-    total = len(range(rank, len(result.images), count))
-    hidden = not communicator.is_main
-    with _progress_bar(settings, title, "image", total, hidden=hidden) as progress:
-        part = find_top_activations(
-            network.projector,
-            result.images,
-            list(result.infos),
-            k=CANDIDATES * settings.k,
-            inside=settings.inside,
-            batch=settings.batch,
-            workers=settings.workers,
-            shard=(rank, count),
-            path=network.folder / name,
-            key={"network": network_key(network.model), "data": result.images.fingerprint},
-            progress=progress,
-        )
-    return merge_top_activations(communicator.all_gather(part), k=CANDIDATES * settings.k)
-
-
-def _project(
-    result: VisualizationResult,
-    network: _Network,
-    settings: VisualizationSettings,
-    tops: dict[str, TopActivations],
-) -> dict[str, TopProjections]:
-    """The projections for every layer; those of an earlier visualization if they are the same."""
-    results = {}
-    for layer, top in tops.items():
-        trained = result.projections.get(layer)
-        maps = _chosen_maps(top, settings) if trained is None else trained.maps.tolist()
-        counts = [settings.k] * len(maps)
-        window = settings.window
-        if trained is not None:
-            # The control: of most maps, one projection is enough.
-            shown = control_rows(trained, settings)
-            counts = [settings.k if row in shown else 1 for row in range(len(maps))]
-            window = trained.effective or "field"
-        total = sum(min(count, len(top.units(m))) for m, count in zip(maps, counts, strict=True))
-        if total == 0:
-            log.warning("layer %s%s: none of its maps is ever active", layer, network.suffix)
-            if trained is not None:
-                results[layer] = trained.without_activations()
-            continue
-        key = {
-            "top": activations_key(top),
-            "maps": maps,
-            "counts": counts,
-            "window": window if isinstance(window, str) else asdict(window),
-            "method": [network.projector.method, settings.gates, settings.overlap],
-            "network": network_key(network.model),
-            "data": result.images.fingerprint,
-        }
-        path = network.folder / "projections" / f"{layer_file_name(layer)}.npz"
-        projections = load_top_projections(path, key)
-        if projections is None:
-            title = f"projecting {layer}{network.suffix}"
-            with _progress_bar(settings, title, "unit", total) as progress:
-                projections = project_top_activations(
-                    network.projector,
-                    result.images,
-                    layer,
-                    top,
-                    maps=maps,
-                    k=settings.k,
-                    counts=counts,
-                    window=window,
-                    progress=progress,
-                )
-            projections.save(path, key)
-            # As it is in the file, so that a resumed visualization draws the same pictures.
-            projections = load_top_projections(path, key)
-        results[layer] = projections
-    return results
-
-
-def _chosen_maps(top: TopActivations, settings: VisualizationSettings) -> list[int]:
-    """The maps of a layer to project, without those that are dead."""
-    if not isinstance(settings.maps, list):
-        return sample_maps(top.dead, settings.maps, seed=settings.seed)
-    dead = [m for m in settings.maps if top.dead[m]]
-    if dead:
-        log.warning("maps %s: never active on these images", dead)
-    return [m for m in settings.maps if m not in dead]
-
-
 def _draw(result: VisualizationResult, settings: VisualizationSettings, folder: Path) -> None:
     """Draw all pictures and save them."""
     pictures = result.pictures
@@ -370,7 +222,7 @@ def _draw_occlusion(result: VisualizationResult, settings: VisualizationSettings
     projector, layer = result.projector, list(result.projections)[-1]
     for number in range(min(settings.occlusion, len(result.images))):
         pixels = result.images[number]
-        with _progress_bar(settings, f"occluding image {number}", "position", None) as progress:
+        with progress_bar(settings, f"occluding image {number}", "position", None) as progress:
             x = projector.prepare(pixels[None])
             occluded = occlusion(projector, x, layer=layer, progress=progress)
         labels = result.model.labels and tuple(map(shown_name, result.model.labels))
@@ -387,7 +239,7 @@ def _draw_invariance(result: VisualizationResult, settings: VisualizationSetting
     images = [result.images[number] for number in numbers]
     count = len(next(group_by_size(images)))
     pixels = torch.stack(images[:count])
-    with _progress_bar(settings, "transforming images", "step", None) as progress:
+    with progress_bar(settings, "transforming images", "step", None) as progress:
         x = result.projector.prepare(pixels)
         curves = invariance(result.projector, x, layers, progress=progress)
     names = [shown_name(Path(name).stem) for name in result.images.names[:count]]
@@ -409,24 +261,3 @@ def _remove_outdated(result: VisualizationResult, place: Path) -> None:
     if not result.control:
         ownership.remove(place / "control" / "topk.npz")
         ownership.prune(place / "control")
-
-
-@contextmanager
-def _progress_bar(
-    settings: VisualizationSettings,
-    name: str,
-    unit: str,
-    total: int | None,
-    *,
-    hidden: bool = False,
-) -> Iterator[Progress]:
-    """Yield a function of (done, total) that moves a progress bar."""
-    # Only in a terminal: in a file, every state of the bar would remain.
-    disable = True if hidden or not settings.progress else None
-    with tqdm(desc=name, total=total, unit=unit, disable=disable, dynamic_ncols=True) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield progress

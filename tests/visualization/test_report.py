@@ -31,7 +31,7 @@ from deconvnet.images.fit import Crop
 from deconvnet.images.item import Item
 from deconvnet.images.sources import DataSettings
 from deconvnet.storage import ownership
-from deconvnet.visualization import report as module
+from deconvnet.visualization import searched_network as module
 from deconvnet.visualization.event_page import map_card
 from deconvnet.visualization.evolution.evolution import Evolution
 from deconvnet.visualization.layer_choice import default_layers
