@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from deconvnet.monitoring.event_files import event_writer
-from deconvnet.monitoring.picture_files import png
+from deconvnet.monitoring.picture_files import png, webp
 from deconvnet.monitoring.statistics import EpochStats, InferencePoint, LayerResult
 from deconvnet.monitoring.strict_json import to_json
 from deconvnet.monitoring.summaries import (
@@ -313,8 +313,9 @@ def _truncate_metrics(path: Path, step: int, layer: int) -> None:
 
 
 def save_picture(path: Path, picture: Tensor) -> None:
-    """Write a picture (1 or 3, H, W) in [0, 1] to a PNG file, grey or RGB.
+    """Write a picture (1 or 3, H, W) in [0, 1] to a PNG file, grey or RGB, or to a WebP file if the
+    path ends in .webp.
 
     Raises ForeignFileError if a file that this package did not write is there.
     """
-    ownership.write(path, png(picture))
+    ownership.write(path, webp(picture) if path.suffix == ".webp" else png(picture))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from deconvnet.monitoring.picture_files import png
+from deconvnet.monitoring.picture_files import png, png_or_jpeg
 
 if TYPE_CHECKING:
     from tensorboard.compat.proto.summary_pb2 import Summary
@@ -130,15 +130,24 @@ def text_summary(tag: str, markdown: str, description: str) -> Summary:
     return _described(text(tag, markdown), description, "text")
 
 
-def image_summary(tag: str, pictures: Sequence[Tensor], description: str) -> Summary:
-    """Pictures (3, H, W) in [0, 1] as the samples of one tag."""
+def image_summary(
+    tag: str, pictures: Sequence[Tensor], description: str, *, exact: bool = True
+) -> Summary:
+    """Pictures (3, H, W) in [0, 1] as the samples of one tag.
+
+    exact: keep every pixel; otherwise a picture is stored as JPEG if that is smaller.
+    """
     from tensorboard.compat.proto.summary_pb2 import Summary
     from tensorboard.compat.proto.tensor_pb2 import TensorProto
     from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
     from tensorboard.plugins.image.metadata import create_summary_metadata
 
     _, height, width = pictures[0].shape
-    strings = [str(width).encode(), str(height).encode(), *map(png, pictures)]
+    strings = [
+        str(width).encode(),
+        str(height).encode(),
+        *map(png if exact else png_or_jpeg, pictures),
+    ]
     shape = TensorShapeProto(dim=[TensorShapeProto.Dim(size=len(strings))])
     tensor = TensorProto(dtype="DT_STRING", string_val=strings, tensor_shape=shape)
     metadata = create_summary_metadata(display_name=tag, description=description)

@@ -87,7 +87,10 @@ def write_event_page(
     with event_writer(folder) as writer:
         for kind, name, cards in _pages(result, settings):
             group, description = GROUPS[kind]
-            writer.file_writer.add_summary(image_summary(f"{group}/{name}", cards, description), 0)
+            # Tiles of photographs and of what projections make of them.
+            exact = kind not in ("layers", "control", "evolution")
+            summary = image_summary(f"{group}/{name}", cards, description, exact=exact)
+            writer.file_writer.add_summary(summary, 0)
         rows = [
             f"| {name} | {report} |"
             for name, projections in result.projections.items()

@@ -15,6 +15,8 @@ MOVING = re.compile(r"pool|flatten|pad|permute|upsample", re.IGNORECASE)
 PASSING = re.compile(r"dropout|drop_?path|stochasticdepth|identity|layer_?norm", re.IGNORECASE)
 RECTIFIER = re.compile(r"relu|elu$|silu|swish|mish|^act", re.IGNORECASE)
 MOST_LAYERS = 6
+# Blocks shown of a network whose maps all have one size, if it has at least so many.
+BLOCKS = 4
 
 
 def projectable_layers(projector: Projector, image: Tensor) -> list[LayerInfo]:
@@ -28,13 +30,16 @@ def default_layers(infos: list[LayerInfo]) -> list[str]:
     A stage is what has maps of one size. Its end is its last output outside the block in which the
     size falls: the last ReLU before a pooling, or the last of the blocks that have this size, but
     not the first layers of the next block, in front of its stride. A network with few rectifiers
-    is shown at each of them. Vectors and modules that only pass on or normalise features are
-    ignored.
+    is shown at each of them, and one with many blocks of a single size, such as a vision
+    transformer, at blocks after each quarter of its depth. Vectors and modules that only pass on or
+    normalise features are ignored.
     """
     if all(info.kind == "Layer" for info in infos):
         return [info.name for info in infos]
     features = _features(infos)
     sizes = dict.fromkeys(infos[n].shape[1:] for n in features)
+    if len(sizes) == 1 and len(blocks := _blocks(infos, features)) >= BLOCKS:
+        return [infos[blocks[len(blocks) * n // BLOCKS - 1]].name for n in range(1, BLOCKS + 1)]
     ends = [end for size in sizes if (end := _end_of_stage(infos, features, size)) is not None]
     ends = sorted(ends)[:MOST_LAYERS]
     # A rectifier that ends a block has the output of the block.
@@ -56,6 +61,20 @@ def _features(infos: list[LayerInfo]) -> list[int]:
         if previous is None and min(info.shape[1:]) > 1 and not PASSING.search(info.kind):
             indices.append(index)
     return indices
+
+
+def _blocks(infos: list[LayerInfo], features: list[int]) -> list[int]:
+    """The indices of the longest series of modules that are numbered, of one kind and made of other
+    modules; of series of equal length the outermost."""
+    series: dict[tuple[str, str], list[int]] = {}
+    for index in features:
+        info = infos[index]
+        prefix = info.name.rstrip("0123456789")
+        contains = index > 0 and infos[index - 1].name.startswith(f"{info.name}.")
+        if prefix != info.name and contains:
+            series.setdefault((prefix, info.kind), []).append(index)
+    ordered = sorted(series, key=lambda key: (-len(series[key]), key[0].count(".")))
+    return series[ordered[0]] if ordered else []
 
 
 def _end_of_stage(infos: list[LayerInfo], features: list[int], size: tuple[int, int]) -> int | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from deconvnet.images.decoding import shown_name
+from deconvnet.monitoring.picture_files import WEBP_LARGEST
 from deconvnet.monitoring.strict_json import to_json
 from deconvnet.storage import ownership
 from deconvnet.visualization.pictures.projection_grids import sample_maps
@@ -37,6 +38,12 @@ def rows_in_grid(projections: TopProjections, settings: VisualizationSettings) -
 def control_rows(projections: TopProjections, settings: VisualizationSettings) -> list[int]:
     """The rows of the maps whose control is shown next to the grid of a layer."""
     return rows_in_grid(projections, settings)[: settings.control_maps]
+
+
+def figure_name(result: VisualizationResult, name: str) -> str:
+    """The name of the file of one of the pictures: PNG, or WebP for the large pages of layers."""
+    is_webp = name in result.projections and max(result.pictures[name].shape[1:]) <= WEBP_LARGEST
+    return f"{layer_file_name(name)}{'.webp' if is_webp else '.png'}"
 
 
 def layer_file_name(layer: str) -> str:
@@ -84,7 +91,7 @@ def _layer_entry(
         "shape": info.shape,
         "field": info.field,
         "stride": info.stride,
-        "figure": f"figures/{layer_file_name(layer)}.png",
+        "figure": f"figures/{figure_name(result, layer)}",
         "arrays": f"projections/{layer_file_name(layer)}.npz",
         # The method to show first comes first.
         "methods": {

@@ -3,7 +3,7 @@
 <folder>/visualization/topk.npz              the strongest activations of every map
 <folder>/visualization/projections/*.npz     for each layer: projections, patches, positions, values
 <folder>/visualization/control/              the same for the network with shuffled weights
-<folder>/visualization/figures/*.png         the pictures
+<folder>/visualization/figures/*             the pictures: the pages of layers as WebP, else PNG
 <folder>/visualization/manifest.json         how each tile was made
 <folder>/visualization/events.out.tfevents.* TensorBoard
 <folder>/gallery/index.html                  everything as a page
@@ -41,6 +41,7 @@ from deconvnet.visualization.gallery.content import write_result_gallery
 from deconvnet.visualization.layer_choice import default_layers, projectable_layers
 from deconvnet.visualization.manifest import (
     control_rows,
+    figure_name,
     layer_file_name,
     rows_in_grid,
     write_manifest,
@@ -233,7 +234,7 @@ def _check_places(
             )
     paths = [place / "topk.npz", place / "manifest.json"]
     for name in names:
-        paths += [place / "projections" / f"{name}.npz", place / "figures" / f"{name}.png"]
+        paths += [place / "projections" / f"{name}.npz", place / "figures" / f"{name}.webp"]
     if settings.control:
         paths += [
             place / "control" / path.relative_to(place) for path in paths if path.suffix == ".npz"
@@ -340,7 +341,7 @@ def _chosen_maps(top: TopActivations, settings: VisualizationSettings) -> list[i
 
 
 def _draw(result: VisualizationResult, settings: VisualizationSettings, folder: Path) -> None:
-    """Draw all pictures and save them as PNG files."""
+    """Draw all pictures and save them."""
     pictures = result.pictures
     filters = pixel_filters(result.projector)
     if filters is not None:
@@ -361,7 +362,7 @@ def _draw(result: VisualizationResult, settings: VisualizationSettings, folder: 
     _draw_occlusion(result, settings)
     _draw_invariance(result, settings)
     for name, picture in pictures.items():
-        save_picture(folder / f"{layer_file_name(name)}.png", picture)
+        save_picture(folder / figure_name(result, name), picture)
 
 
 def _draw_occlusion(result: VisualizationResult, settings: VisualizationSettings) -> None:
@@ -396,7 +397,7 @@ def _draw_invariance(result: VisualizationResult, settings: VisualizationSetting
 def _remove_outdated(result: VisualizationResult, place: Path) -> None:
     """Remove the files of earlier visualizations for other layers or settings."""
     arrays = {f"{layer_file_name(layer)}.npz" for layer in result.projections}
-    current = {place / "figures" / f"{layer_file_name(name)}.png" for name in result.pictures}
+    current = {place / "figures" / figure_name(result, name) for name in result.pictures}
     current |= {place / "projections" / name for name in arrays}
     if result.control:
         current |= {place / "control" / "projections" / name for name in arrays}

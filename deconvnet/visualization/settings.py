@@ -19,7 +19,8 @@ OLD_NAMES = {"shown": "grid_maps", "explored": "explorer_images"}
 class VisualizationSettings:
     """What to search for, how to project it and what to draw."""
 
-    # dotted names of layers; null: all of a deconvolutional network, else the ends of its stages
+    # dotted names of layers; null: all of a deconvolutional network, else the ends of its stages,
+    # or of the quarters of a vision transformer
     layers: Any = field(default=None, metadata={"texts": True})
     # strongest activations to find for each map
     k: int = 9

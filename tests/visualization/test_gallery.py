@@ -19,6 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
+from deconvnet.visualization.gallery import sprites
 from deconvnet.visualization.gallery.exhibits import (
     Control,
     Example,
@@ -989,3 +990,14 @@ def test_a_wrong_address_shows_a_message(browser, page):
         browser.show(page, place)
         assert text in browser.until("document.querySelector('#view .notice')?.textContent")
     assert browser.problems() == []
+
+
+def test_only_large_tiles_of_dense_texture_have_the_lower_quality(tmp_path):
+    """150 maps with 34 tiles of 112 pixels each then stay under 8 MB."""
+    noise = np.random.default_rng(0).normal(0, 1, (56, 56, 3)).repeat(2, 0).repeat(2, 1)
+    for amplitude, quality in ((8, sprites.COARSE), (25, sprites.DENSE)):
+        tile = (128 + amplitude * noise).clip(0, 255).astype(np.uint8)
+        file = sprites.write_sprite_sheet(tmp_path, f"{amplitude}", [tile])["file"]
+        expected = io.BytesIO()
+        Image.fromarray(tile).save(expected, "webp", quality=quality, method=4)
+        assert (tmp_path / file).read_bytes() == expected.getvalue()

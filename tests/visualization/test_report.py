@@ -21,7 +21,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
-from torchvision.models import mobilenetv2, resnet, vgg
+from torchvision.models import mobilenetv2, resnet, vgg, vision_transformer
 
 from deconvnet import DeconvNet, LayerSettings, PreprocessingSettings, SolverSettings, load
 from deconvnet.cli import visualize as visualize_command
@@ -30,6 +30,7 @@ from deconvnet.images.datasets import LazyImages, lazy_images
 from deconvnet.images.fit import Crop
 from deconvnet.images.item import Item
 from deconvnet.images.sources import DataSettings
+from deconvnet.storage import ownership
 from deconvnet.visualization import report as module
 from deconvnet.visualization.event_page import map_card
 from deconvnet.visualization.evolution.evolution import Evolution
@@ -130,7 +131,8 @@ def manifest(folder):
 
 def picture(path):
     with Image.open(path) as image:
-        assert image.format == "PNG" and image.mode == "RGB"
+        expected = "WEBP" if Path(path).suffix == ".webp" else "PNG"
+        assert image.format == expected and image.mode == "RGB"
         return np.asarray(image)
 
 
@@ -155,7 +157,7 @@ def test_a_visualization_writes_its_files_and_returns_their_paths(seen):
     )
     figures = {path.name for path in written["pictures"].iterdir()}
     assert figures == {
-        *("conv1.png", "relu2.png", "fc.png", "conv1-filters.png"),
+        *("conv1.webp", "relu2.webp", "fc.webp", "conv1-filters.png"),
         *("occlusion-0.png", "invariance.png"),
     }
     for name in figures:
@@ -502,20 +504,22 @@ def test_files_of_earlier_layers_and_settings_are_removed_but_not_those_of_other
     visualize_network(subject, images, first, tmp_path)
     (folder / "figures" / "mine.png").write_bytes(b"precious")
     (folder / "projections" / "relu2.npz.bak").write_bytes(b"precious")
-    (folder / "figures" / "conv1.png").write_bytes(b"drawn over by hand")
+    (folder / "figures" / "conv1.webp").write_bytes(b"drawn over by hand")
+    # As older versions wrote it.
+    ownership.write(folder / "figures" / "relu2.png", b"ours")
     (folder / "events.out.tfevents.1.mine").write_bytes(b"precious")
     old_events = [path for path in folder.glob("events.*") if path.stat().st_size > 100]
     visualize_network(
         subject, images, settings_of(layers=["relu2"], control=False, gallery=False), tmp_path
     )
     assert {path.name for path in (folder / "figures").iterdir()} == {
-        *("mine.png", "conv1.png", "conv1-filters.png", "relu2.png"),
+        *("mine.png", "conv1.webp", "conv1-filters.png", "relu2.webp"),
     }
     assert {path.name for path in (folder / "projections").iterdir()} == {
         *("relu2.npz", "relu2.npz.bak"),
     }
     assert not (folder / "control").exists()
-    assert (folder / "figures" / "conv1.png").read_bytes() == b"drawn over by hand"
+    assert (folder / "figures" / "conv1.webp").read_bytes() == b"drawn over by hand"
     assert (folder / "events.out.tfevents.1.mine").read_bytes() == b"precious"
     assert not any(path.exists() for path in old_events)
     assert set(manifest(tmp_path)["layers"]) == {"relu2"}
@@ -538,7 +542,7 @@ def test_an_older_gallery_that_is_not_rebuilt_gets_a_warning(images, tmp_path, c
         *(
             "visualization/topk.npz",
             "visualization/manifest.json",
-            "visualization/figures/relu2.png",
+            "visualization/figures/relu2.webp",
         ),
         *("visualization/projections/relu2.npz", "visualization/control/projections/relu2.npz"),
         *("gallery/thesis.txt", "gallery"),
@@ -771,11 +775,18 @@ class Layer(nn.Sequential):
             lambda: nn.Sequential(*(nn.Conv2d(3, 3, 3) for _ in range(8))),
             [str(n) for n in range(6)],
         ),
+        # All blocks have one grid: those after each quarter of the depth.
+        (
+            lambda: vision_transformer.VisionTransformer(
+                image_size=64, patch_size=32, num_layers=8, num_heads=1, hidden_dim=4, mlp_dim=4
+            ),
+            [f"encoder.layers.encoder_layer_{n}" for n in (1, 3, 5, 7)],
+        ),
         (lambda: nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 64, 5)), []),
     ],
     ids=[
         *("VGG", "short VGG", "ResNet", "plain", "ZFNet", "ResNet50", "MobileNet", "padded"),
-        *("named Layer", "many sizes", "vectors"),
+        *("named Layer", "many sizes", "transformer", "vectors"),
     ],
 )
 def test_by_default_the_ends_of_stages_are_visualized(make, expected):
@@ -815,7 +826,9 @@ def test_all_layers_of_a_deconvnet_are_visualized_with_reconstructions(learned, 
     ]
     assert min(values) < 0 < max(values)
     figures = {path.name for path in (tmp_path / "visualization" / "figures").iterdir()}
-    assert figures == {"layer1-filters.png", "layer1.png", "layer2.png", "layer2-evolution.png"}
+    assert figures == {
+        *("layer1-filters.png", "layer1.webp", "layer2.webp", "layer2-evolution.png"),
+    }
     images = list((tmp_path / "gallery" / "images").rglob("layers.js"))
     assert len(images) == 1 and "SNR" in images[0].read_text()
     assert list((tmp_path / "gallery" / "images").rglob("repainting-2.js"))
@@ -1030,7 +1043,7 @@ def test_a_run_is_visualized_on_its_own_images(place, run_seen):
     # Four of the five, evenly.
     assert tile["name"] == f"photo-{(0, 1, 3, 4)[tile['image']]}.png"
     figures = {path.name for path in (folder / "visualization" / "figures").iterdir()}
-    assert {"layer1-filters.png", "layer1.png", "layer2.png", "layer2-evolution.png"} <= figures
+    assert {"layer1-filters.png", "layer1.webp", "layer2.webp", "layer2-evolution.png"} <= figures
     # What training has written is as it was.
     assert load(folder).depth == 2 and (folder / "pictures" / "layer1-filters.png").is_file()
 
@@ -1070,7 +1083,7 @@ def test_a_model_is_visualized_with_weights_experiments_and_checkpoints(
     assert said["network"]["weights"] == "epoch-10.pt"
     figures = {path.name for path in (tmp_path / "visualization" / "figures").iterdir()}
     assert figures == {
-        *("1.png", "4.png", "7.png", "0-filters.png"),
+        *("1.webp", "4.webp", "7.webp", "0-filters.png"),
         *("1-evolution.png", "4-evolution.png", "7-evolution.png"),
         *("occlusion-0.png", "invariance.png"),
     }
