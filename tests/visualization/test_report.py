@@ -92,6 +92,7 @@ def lazy(images, **options):
 
 def settings_of(**options):
     given = {"k": 4, "progress": False, "explorer_images": 2, "layers": ["relu1", "relu2"]}
+    given |= {"grid_maps": 2, "control_maps": 1}  # pictures are what takes the time
     return VisualizationSettings(**{**given, **options})
 
 
@@ -105,7 +106,7 @@ def seen(tmp_path_factory, images):
     """(folder, subject, images, settings, files) of a visualization that tests only read."""
     folder = tmp_path_factory.mktemp("seen") / "out"
     subject = subject_of(seeded(Small))
-    settings = settings_of(layers=["conv1", "relu2", "dead", "fc"], grid_maps=2, occlusion=1)
+    settings = settings_of(layers=["conv1", "relu2", "dead", "fc"], control_maps=3, occlusion=1)
     settings.invariance = 1
     return folder, subject, images, settings, visualize_network(subject, images, settings, folder)
 
@@ -388,7 +389,8 @@ CONTROLS = {f"control/{name}" for name in ALL}
 def first(tmp_path_factory, images):
     """A folder with a visualization without a gallery."""
     folder = tmp_path_factory.mktemp("first") / "out"
-    visualize_network(subject_of(seeded(Small)), images, settings_of(gallery=False), folder)
+    settings = settings_of(gallery=False, control_maps=3)
+    visualize_network(subject_of(seeded(Small)), images, settings, folder)
     return folder
 
 
@@ -426,7 +428,8 @@ def test_only_what_depends_on_changed_settings_is_recomputed(
     net.conv2.padding = (options.pop("padding", 1),) * 2
     subject = subject_of(net, options.pop("normalization", NORMALIZATION))
     data = LazyImages(images.items[: options.pop("images", 6)], crop=options.pop("crop", None))
-    visualize_network(subject, data, settings_of(gallery=False, **options), folder)
+    settings = settings_of(gallery=False, control_maps=3, **options)
+    visualize_network(subject, data, settings, folder)
     assert changed(folder, before) == recomputed
 
 
@@ -960,7 +963,14 @@ TRAINED = [
     *(f"model.layer{n}.learning.epochs=2" for n in (1, 2)),
     *(f"model.layer{n}.solver.iterations=10" for n in (1, 2)),
 ]
-QUICK = ["progress=false", "device=cpu", "k=3", "explorer_images=1", "grid_maps=2"]
+QUICK = [
+    "progress=false",
+    "device=cpu",
+    "k=3",
+    "explorer_images=1",
+    "grid_maps=2",
+    "control_maps=1",
+]
 MODEL = ["model=nets:make", "images=photos", "size=24"]
 RUN = {"run": "runs/run"}
 MAKE = {"model": "nets:make", "images": "photos", "size": 24}
@@ -1006,6 +1016,7 @@ def place(tmp_path_factory, textures, script):
 def visualize():
     """The command without its command line: visualize(**settings), in the current folder."""
     quick = dict(progress=False, device="cpu", k=3, explorer_images=1, grid_maps=2)
+    quick |= dict(control_maps=1)
     return lambda **given: visualize_command.visualize(VisualizeConfig(**{**quick, **given}))
 
 
