@@ -32,7 +32,7 @@ LARGE = 32
 FINE, COARSE, MANY_PIXELS = 66, 45, 96
 # A coarse sheet of dense texture, which needs more bits for a pixel than this, has the lower
 # quality: its artefacts hide in the texture.
-DENSE_BITS, DENSE = 0.75, 22
+DENSE_BITS, DENSE = 0.75, 14
 # Run-length encoding is ten times faster than the default, and these files are smaller.
 Z_RLE = 3
 

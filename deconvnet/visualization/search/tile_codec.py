@@ -16,7 +16,7 @@ from PIL import Image, features
 # Tiles up to this side are stored without loss.
 SMALL = 24
 # WebP's quality of projections, whose fine structure matters, and of photographs.
-PROJECTIONS, PHOTOGRAPHS = 70, 70
+PROJECTIONS, PHOTOGRAPHS = 60, 65
 # From 0 to 6: as fast as 0 and a quarter smaller; 4 needs twice the time to save a twentieth.
 METHOD = 2
 # Tiles begin at multiples of this, the side of WebP's blocks, so that none affects another.
