@@ -215,8 +215,9 @@ class CnnBackend:
                 operations, output, images, task, units[chosen], _select(seeds, chosen)
             )
             for method, part in parts.items():
-                result = results.setdefault(method, _Result(len(units), x, part))
-                result.put(chosen, part)
+                if method not in results:
+                    results[method] = _Result(len(units), x, part)
+                results[method].put(chosen, part)
         return {method: result.projection(units) for method, result in results.items()}
 
     def _project_in_windows(
@@ -240,8 +241,9 @@ class CnnBackend:
                     cropped, task, local_units, _select(seeds, chosen), plan
                 )
                 for method, part in parts.items():
-                    result = results.setdefault(method, _Result(len(units), x, part))
-                    result.put_windows(chosen, part, boxes)
+                    if method not in results:
+                        results[method] = _Result(len(units), x, part)
+                    results[method].put_windows(chosen, part, boxes)
         return {method: result.projection(units) for method, result in results.items()}
 
     def _project_window(
