@@ -29,7 +29,7 @@ GAP = 2
 LARGE = 32
 # WebP has a quality from 0 to 100. Tiles of many pixels are shown in about their own size, where
 # less is needed.
-FINE, COARSE, MANY_PIXELS = 66, 45, 96
+FINE, COARSE, MANY_PIXELS = 66, 45, 80
 # A coarse sheet of dense texture, which needs more bits for a pixel than this, has the lower
 # quality: its artefacts hide in the texture.
 DENSE_BITS, DENSE = 0.75, 14
