@@ -70,13 +70,16 @@ def claim_folder(folder: str | Path) -> Path:
     if os.path.lexists(own) and not _is_own(own):
         raise ForeignFileError(f"{own}: is in the way of the record of results; move it away")
     own.mkdir(exist_ok=True)
-    # A run folder may come from somebody else; no link in it may lead us to write elsewhere.
     for name in (RECORD_FILE, "lock", "writer"):
-        if os.path.lexists(own / name) and not is_regular(own / name):
-            raise ForeignFileError(
-                f"{own / name}: is in the way of the record of results; move it away"
-            )
+        _check_regular(own / name)
     return folder
+
+
+def _check_regular(path: Path) -> None:
+    """Refuse a link: a run folder may come from somebody else, and no link in it may lead us to
+    write elsewhere."""
+    if os.path.lexists(path) and not is_regular(path):
+        raise ForeignFileError(f"{path}: is in the way of the record of results; move it away")
 
 
 def absolute(path: str | Path) -> Path:
@@ -308,11 +311,18 @@ def prune(folder: str | Path) -> None:
 
 
 @contextmanager
-def locked_folder(folder: str | Path) -> Iterator[None]:
-    """Hold the lock of a folder; FolderLockedError if another process holds it."""
+def locked_folder(folder: str | Path, *, part: str = "", elsewhere: str = "name") -> Iterator[None]:
+    """Hold the lock of a folder; FolderLockedError if another process holds it.
+
+    part: the name of a part of the folder, which has a lock of its own. elsewhere: the setting that
+    chooses another folder, for the error.
+    """
     folder = claim_folder(folder)
-    writer = folder / RECORD_FOLDER / "writer"
-    lock = filelock.FileLock(folder / RECORD_FOLDER / "lock", blocking=False)
+    prefix = f"{part}." if part else ""
+    writer = folder / RECORD_FOLDER / f"{prefix}writer"
+    lock = filelock.FileLock(folder / RECORD_FOLDER / f"{prefix}lock", blocking=False)
+    for path in (writer, Path(lock.lock_file)):
+        _check_regular(path)
     try:
         lock.acquire()
     except filelock.Timeout:
@@ -320,8 +330,8 @@ def locked_folder(folder: str | Path) -> Iterator[None]:
         with suppress(OSError):
             who = writer.read_text(errors="replace")[:100]
         raise FolderLockedError(
-            f"{folder}: another process ({who}) is writing to this folder; wait until it "
-            "ends, or choose another folder with name=..."
+            f"{folder / part}: another process ({who}) is writing to this folder; wait until it "
+            f"ends, or choose another folder with {elsewhere}=..."
         ) from None
     except (NotImplementedError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in NO_LOCKS:

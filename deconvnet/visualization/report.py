@@ -85,7 +85,8 @@ def visualize_network(
     """Visualize what a network responds to in these images; returns the paths of the results.
 
     evolutions: features over the epochs of training, by layer. communicator: of processes that
-    share the search, each in a part of the images; rank 0 writes, the others return {}.
+    share the search, each in a part of the images; rank 0 writes, the others return {}. Raises
+    FolderLockedError if another process is visualizing into the same folder.
     """
     projector = make_projector(model, settings)
     infos = {info.name: info for info in projectable_layers(projector, images[0])}
@@ -95,15 +96,6 @@ def visualize_network(
         raise ValueError(f"layers=null: {model.name} has no layer of maps; {choices}")
     _check_layers(projector, images[0], layers)
     _check_maps(settings, [infos[layer] for layer in layers])
-    place = Path(folder) / "visualization"
-    if communicator.is_main:
-        _check_places(Path(folder), place, layers, settings)
-        log.info(
-            "%s: what drives the maps of %s, in %d images",
-            model.name,
-            ", ".join(layers),
-            len(images),
-        )
     result = VisualizationResult(
         model,
         projector,
@@ -112,6 +104,24 @@ def visualize_network(
         settings.contrast,
         {name: e for name, e in (evolutions or {}).items() if name in layers},
     )
+    if not communicator.is_main:
+        return _visualize(result, settings, Path(folder), communicator)
+    _check_places(Path(folder), layers, settings)
+    with ownership.locked_folder(folder, part="visualization", elsewhere="output"):
+        text = "%s: what drives the maps of %s, in %d images"
+        log.info(text, model.name, ", ".join(layers), len(images))
+        return _visualize(result, settings, Path(folder), communicator)
+
+
+def _visualize(
+    result: VisualizationResult,
+    settings: VisualizationSettings,
+    folder: Path,
+    communicator: Communicator,
+) -> dict[str, Path]:
+    """Search, project and draw the layers of `result.infos`."""
+    model, images, place = result.model, result.images, folder / "visualization"
+    projector, layers = result.projector, list(result.infos)
     searched = SearchedNetwork(model, projector, place)
     result.top_activations = search_layers(result, searched, settings, communicator)
     if settings.control:
@@ -135,7 +145,7 @@ def visualize_network(
     _remove_outdated(result, place)
     paths = {"pictures": place / "figures", "manifest": write_manifest(result, settings, place)}
     write_event_page(result, settings, place)
-    gallery = Path(folder) / "gallery"
+    gallery = folder / "gallery"
     if settings.gallery:
         with progress_bar(settings, "gallery", "page", None) as progress:
             paths["gallery"] = write_result_gallery(
@@ -167,11 +177,9 @@ def _check_maps(settings: VisualizationSettings, infos: list[LayerInfo]) -> None
             )
 
 
-def _check_places(
-    folder: Path, place: Path, layers: list[str], settings: VisualizationSettings
-) -> None:
+def _check_places(folder: Path, layers: list[str], settings: VisualizationSettings) -> None:
     """Refuse to replace the files of others before the work begins."""
-    names = {}
+    place, names = folder / "visualization", {}
     for layer in layers:
         other = names.setdefault(layer_file_name(layer), layer)
         if other != layer:

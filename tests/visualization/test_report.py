@@ -165,7 +165,8 @@ def test_a_visualization_writes_its_files_and_returns_their_paths(seen):
         assert min(pixels.shape[:2]) > 20 and len(np.unique(pixels)) > 3
     left = {path.name for path in folder.rglob(".*")} | {p.name for p in folder.rglob("*.tmp")}
     assert left == {".deconvnet"}, "temporary files"
-    assert {path.name for path in (folder / ".deconvnet").iterdir()} == {"made"}
+    names = {path.name for path in (folder / ".deconvnet").iterdir()}
+    assert names == {"made", "visualization.lock"}
 
 
 def test_the_manifest_lists_the_origin_of_every_tile(seen):
@@ -431,6 +432,17 @@ def test_only_what_depends_on_changed_settings_is_recomputed(
     settings = settings_of(gallery=False, control_maps=3, **options)
     visualize_network(subject, data, settings, folder)
     assert changed(folder, before) == recomputed
+
+
+def test_one_process_at_a_time_visualizes_into_a_folder(images, tmp_path):
+    subject = subject_of(seeded(Small))
+    settings = settings_of(layers=["relu2"], control=False, gallery=False)
+    with ownership.locked_folder(tmp_path, part="visualization"):
+        with pytest.raises(ownership.FolderLockedError, match=r"process \d+ .* with output=\.\.\."):
+            visualize_network(subject, images, settings, tmp_path)
+        assert not (tmp_path / "visualization").exists()
+    with ownership.locked_folder(tmp_path):  # a run that is training in this folder
+        assert visualize_network(subject, images, settings, tmp_path)
 
 
 def test_a_damaged_file_stops_a_visualization_with_one_line(copied):
