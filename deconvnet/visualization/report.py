@@ -44,16 +44,11 @@ from deconvnet.visualization.models.zoo import LoadedModel
 from deconvnet.visualization.pictures.canvas import shade_signed
 from deconvnet.visualization.pictures.evolution_picture import evolution_picture
 from deconvnet.visualization.pictures.layer_pictures import filter_picture
-from deconvnet.visualization.pictures.projection_grids import (
-    layer_grid,
-    pixel_filters,
-)
+from deconvnet.visualization.pictures.projection_grids import layer_grid, pixel_filters
 from deconvnet.visualization.projection.projection import LayerInfo, suggest_layers
 from deconvnet.visualization.projection.projector import Projector
 from deconvnet.visualization.result import VisualizationResult
-from deconvnet.visualization.search.top_activations import (
-    group_by_size,
-)
+from deconvnet.visualization.search.top_activations import group_by_size
 from deconvnet.visualization.searched_network import (
     SearchedNetwork,
     make_projector,

@@ -15,10 +15,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from deconvnet.visualization.gallery.exhibits import (
-    Figure,
-    GalleryImage,
-)
+from deconvnet.visualization.gallery.exhibits import Figure, GalleryImage
 from deconvnet.visualization.gallery.explorer import explorer_image
 from deconvnet.visualization.gallery.gallery import write_gallery
 from deconvnet.visualization.gallery.layer_content import layer_content
@@ -32,7 +29,7 @@ from deconvnet.visualization.gallery.wording import (
 )
 from deconvnet.visualization.result import VisualizationResult
 from deconvnet.visualization.search.search_region import searched_units
-from deconvnet.visualization.search.top_activations import Progress, get_image
+from deconvnet.visualization.search.top_activations import Progress
 
 # Images in the explorer, spread evenly over all.
 EXPLORER = 8
@@ -83,7 +80,7 @@ def write_result_gallery(
             for layer in result.projections
         ),
         images=images(),
-        photographs=Photographs(names, _Pictures(result.images)),
+        photographs=Photographs(names, result.images),
         figures=[
             Figure(picture, figure_caption(name, result.projections))
             for name, picture in result.pictures.items()
@@ -98,16 +95,6 @@ def write_result_gallery(
             *notes,
         ],
     )
-
-
-class _Pictures:
-    """The images of a data set without their labels."""
-
-    def __init__(self, images: Sequence):
-        self.images = images
-
-    def __getitem__(self, number: int) -> Tensor:
-        return get_image(self.images[number])
 
 
 def _short_names(names: Sequence[str]) -> list[str]:

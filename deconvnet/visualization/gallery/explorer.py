@@ -15,9 +15,9 @@ from deconvnet.visualization.gallery.repainting import repainting
 from deconvnet.visualization.pictures.canvas import quantile_magnitude, shade_signed
 from deconvnet.visualization.pictures.projection_grids import shade_projections
 from deconvnet.visualization.projection.feature_projection import signed_rgb
-from deconvnet.visualization.projection.projection import Projection, crop, tile_boxes
+from deconvnet.visualization.projection.projection import crop
 from deconvnet.visualization.result import VisualizationResult
-from deconvnet.visualization.search.top_projections import TopProjections
+from deconvnet.visualization.search.effective_field import windows_of
 
 # For each image, and each layer.
 SHOWN_PARTS = 12
@@ -58,7 +58,8 @@ def _image_layer(
     parts = []
     if units:
         projection = projector(x, layer, units)
-        boxes = _windows(result.projections[layer], projection, tuple(x.shape[2:]))
+        effective = result.projections[layer].effective
+        boxes = windows_of(projection.fields, tuple(x.shape[2:]), effective)
         tiles = projector.signed_rgb(crop(projection.images, boxes)).cpu()
         parts = [
             Part(unit[1], float(value), picture, box=box.tolist())
@@ -76,13 +77,6 @@ def _image_layer(
     if not projector.is_deconvnet:
         return ImageLayer(layer, maps=maps, parts=parts)
     return _with_reconstruction(result, x, ImageLayer(layer, maps=maps, parts=parts), repainted)
-
-
-def _windows(found: TopProjections, projection: Projection, image: tuple[int, int]) -> Tensor:
-    """(U, 4): what the tiles of projections show, as for the strongest activations of the layer."""
-    if found.effective is None:
-        return tile_boxes(projection.fields, image)
-    return found.effective.boxes(projection.fields)
 
 
 def _strongest_units(strength: Tensor) -> list[tuple[int, int, int, int]]:

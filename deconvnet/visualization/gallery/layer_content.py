@@ -40,7 +40,7 @@ from deconvnet.visualization.pictures.projection_grids import (
 )
 from deconvnet.visualization.projection.projection import LayerInfo, crop
 from deconvnet.visualization.result import VisualizationResult
-from deconvnet.visualization.search.top_activations import get_image, group_by_size
+from deconvnet.visualization.search.top_activations import group_by_size
 from deconvnet.visualization.search.top_projections import TopProjections
 
 # Maps of the control to show in each layer.
@@ -219,7 +219,7 @@ class _LayerContent:
         for share, n in self.survey.spectrum(number, without=strongest):
             image = int(self.survey.images[n])
             unit = int(self.survey.rows[n, number]), int(self.survey.columns[n, number])
-            pixels = get_image(self.result.images[image])
+            pixels = self.result.images[image]
             size = tuple(pixels.shape[1:])
             window = _window_of(unit, info, row, projections, size)
             patch = crop(pixels[None], torch.tensor([window]), fill=0.5)[0]
@@ -247,10 +247,8 @@ class _LayerContent:
         channels = [int(c) for c in np.argsort(-weights, kind="stable")[:SOURCES] if weights[c] > 0]
         if not self.result.projector.is_deconvnet:
             return [Source([channel], float(weights[channel])) for channel in channels]
-        depth, pictures = (
-            int(self.layer.removeprefix("layer")),
-            self._source_pictures(row, channels),
-        )
+        depth = int(self.layer.removeprefix("layer"))
+        pictures = self._source_pictures(row, channels)
         return [
             Source(pooled_maps(net, depth, channel), float(weights[channel]), picture)
             for channel, picture in zip(channels, pictures, strict=True)
@@ -262,7 +260,7 @@ class _LayerContent:
         projector, projections = self.result.projector, self.result.projections[self.layer]
         depth = int(self.layer.removeprefix("layer"))
         image, number, i, j = projections.units[row, 0].tolist()
-        x = projector.prepare(get_image(self.result.images[image])[None])
+        x = projector.prepare(self.result.images[image][None])
         codes = projector.backend.codes(x, depth)
         parts = separate_sources(projector.model, codes, depth, (0, number, i, j), channels)
         windows = torch.from_numpy(projections.windows[row, :1]).expand(len(parts), -1)
@@ -299,7 +297,7 @@ def _weights(result: VisualizationResult, layer: str, below: str) -> np.ndarray 
     numbers = np.unique(strongest[rows, 0])
     for start in range(0, len(numbers), projector.batch):
         images = numbers[start : start + projector.batch].tolist()
-        pixels = [get_image(result.images[number]) for number in images]
+        pixels = [result.images[number] for number in images]
         for group in group_by_size(pixels):
             x = projector.prepare(torch.stack([pixels[index] for index in group]))
             index = {images[n]: position for position, n in enumerate(group)}

@@ -15,8 +15,8 @@ from deconvnet.visualization.pictures.canvas import (
     vstack,
 )
 from deconvnet.visualization.pictures.projection_grids import BORDER, PALE, TILE, shade_projections
-from deconvnet.visualization.projection.projection import Projection, Source, crop, tile_boxes
-from deconvnet.visualization.search.effective_field import effective_field
+from deconvnet.visualization.projection.projection import Projection, Source, crop
+from deconvnet.visualization.search.effective_field import effective_field, windows_of
 
 # Units next to each other, and the most that are drawn.
 COLUMNS = 9
@@ -41,10 +41,7 @@ def projection_picture(projection: Projection) -> Tensor:
     effective = effective_field(
         [(found.images[shown], projection.fields[shown]) for found in projections.values()]
     )
-    fields = projection.fields[shown]
-    windows = tile_boxes(
-        fields if effective is None else effective.boxes(fields), tuple(x.shape[2:])
-    )
+    windows = windows_of(projection.fields[shown], tuple(x.shape[2:]), effective)
     rows = _rows(projection, projections, windows)
     captions = _captions(projection, units)
     bands = []

@@ -68,8 +68,8 @@ class LayerInfo:
 class Projection:
     """U separate units of a layer, projected to the input space.
 
-    units: (U, 4), image, map, row, column. images: (U, C, H, W), the projections in the space that
-    of the network's input (normalised, preprocessed); zero where there is no signal. boxes: (U, 4),
+    units: (U, 4), image, map, row, column. images: (U, C, H, W), the projections in the space of
+    the network's input (normalised, preprocessed); zero where there is no signal. boxes: (U, 4),
     the receptive fields in pixels as top, left, bottom, right, the last two exclusive, clipped to
     the image. fields: (U, 4), the same without clipping, all of one size. values: (U,), the
     activations. report: how faithful the projection is to the paper. source: what was projected, as

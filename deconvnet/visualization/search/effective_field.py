@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deconvnet.visualization.projection.projection import crop
+from deconvnet.visualization.projection.projection import crop, tile_boxes
 
 # The share of the mean energy that lies in the effective field.
 SHARE = 0.95
@@ -34,6 +34,15 @@ class EffectiveField:
         """(U, 4): the boxes of units with these receptive fields (U, 4), not clipped."""
         corners = _centres(fields) + torch.tensor(self.offset)
         return torch.cat([corners, corners + torch.tensor(self.size)], 1)
+
+
+def windows_of(fields: Tensor, image: tuple[int, int], effective: EffectiveField | None) -> Tensor:
+    """(U, 4): the boxes that tiles of units show, which may reach beyond the image (H, W).
+
+    fields: (U, 4), their receptive fields, which tiles show if there is no effective field. Along
+    an axis where a box is as long as the image, it is that of the image.
+    """
+    return tile_boxes(fields if effective is None else effective.boxes(fields), image)
 
 
 def effective_field(projections: Iterable[tuple[Tensor, Tensor]]) -> EffectiveField | None:

@@ -16,9 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deconvnet.visualization.projection.projection import Projection, crop, tile_boxes
+from deconvnet.visualization.projection.projection import Projection, crop
 from deconvnet.visualization.projection.projector import Projector
-from deconvnet.visualization.search.effective_field import EffectiveField, effective_field
+from deconvnet.visualization.search.effective_field import (
+    EffectiveField,
+    effective_field,
+    windows_of,
+)
 from deconvnet.visualization.search.top_activations import (
     Progress,
     TopActivations,
@@ -213,13 +217,12 @@ def _windows(
     effective: EffectiveField | None,
     shape: tuple[int, int] | None,
 ) -> Tensor:
-    """(U, 4): the boxes that tiles show, of the units with these receptive fields (U, 4).
+    """(U, 4): the `windows_of` units, in the proportions of the other tiles of the layer.
 
-    Along an axis where the box is as long as the image, it is that of the image. shape: (h, w) of
-    the other tiles of the layer: a box of other proportions, in an image of another size, is
-    widened, since tiles must not be squashed.
+    shape: (h, w) of these. A box of other proportions, in an image of another size, is widened,
+    since tiles must not be squashed.
     """
-    boxes = tile_boxes(fields if effective is None else effective.boxes(fields), image)
+    boxes = windows_of(fields, image, effective)
     if shape is None or not len(boxes):
         return boxes
     sides = boxes[0, 2:] - boxes[0, :2]

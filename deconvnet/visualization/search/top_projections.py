@@ -19,8 +19,6 @@ from deconvnet.visualization.search.tile_codec import decode_tiles, encode_tiles
 FORMAT = "deconvnet top projections"
 # Files of this format hold one method, and are recomputed.
 OLD_FORMAT = "deconvnet exemplars"
-
-
 # Maps that a notebook shows.
 SHOWN_MAPS = 16
 
@@ -38,12 +36,12 @@ class TopProjections:
     tiles: by method, the one to show first comes first: (M, k, C, h, w) int8, the projections of
     the activations as signed RGB, or as one plane if the network sees grey; zero beyond the image.
     127 is the magnitude that one in a thousand of the non-zero values of the tile exceeds: only the
-    shape of a tile has a meaning. patches: (M, k, 3, h, w) uint8,
-    the image in the same window, grey beyond its border. scale: the factor by which tiles were
-    reduced, 1 if they are as large as the window. effective: the box around each unit that the
-    windows show, None if they show the receptive field. reports: of the projections, by method.
-    checkerboard: (M, k), see the function of this name, for the first method; NaN if no convolution
-    on the way down has an uneven overlap.
+    shape of a tile has a meaning. patches: (M, k, 3, h, w) uint8, the image in the same window,
+    grey beyond its border. scale: the factor by which tiles were reduced, 1 if they are as large as
+    the window. effective: the box around each unit that the windows show, None if they show the
+    receptive field. reports: of the projections, by method. checkerboard: (M, k), see
+    `projecting.checkerboard`, for the first method; NaN if no convolution on the way down has an
+    uneven overlap.
     """
 
     layer: str
@@ -92,7 +90,7 @@ class TopProjections:
 
     def _repr_png_(self) -> bytes:
         """The grid of its first maps, which a notebook shows."""
-        from deconvnet.monitoring.monitor import png
+        from deconvnet.monitoring.picture_files import png
         from deconvnet.visualization.pictures.projection_grids import layer_grid
 
         return png(layer_grid(self, range(min(SHOWN_MAPS, len(self.maps)))))
