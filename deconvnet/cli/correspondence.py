@@ -15,14 +15,15 @@ from torch import Tensor
 from deconvnet.cli.errors import interruptible, one_line_errors
 from deconvnet.cli.image_files import check_outputs, progress_bar
 from deconvnet.cli.network_and_images import (
+    LIST,
+    chosen_layer,
     input_crop,
     list_layers,
-    load_subject,
+    load_network,
     make_projector,
     output_folder,
     relative_path,
 )
-from deconvnet.cli.occlusion import LIST, chosen_layer
 from deconvnet.cli.read_settings import read_settings
 from deconvnet.cli.settings import CorrespondenceConfig
 from deconvnet.images.decoding import read_image, shown_name, user_path
@@ -54,9 +55,9 @@ def compare(settings: CorrespondenceConfig) -> None:
     file = user_path(settings.boxes)
     boxes = read_boxes(file)
     check_within(settings, boxes)
-    subject = load_subject(settings)
-    pixels, parts = fitted(file, boxes, input_crop(settings, subject))
-    projector = make_projector(subject, settings)
+    model = load_network(settings)
+    pixels, parts = fitted(file, boxes, input_crop(settings, model))
+    projector = make_projector(model, batch=settings.batch)
     if settings.layers and settings.layers[0] in LIST:
         return list_layers(projector, pixels[0])
     layers = chosen_layers(projector, pixels[0], settings.layers)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from deconvnet.cli.class_names import read_class_names
 from deconvnet.cli.settings import (
-    CorrespondenceConfig,
     NetworkConfig,
     OcclusionConfig,
     VisualizeConfig,
@@ -29,17 +28,19 @@ from deconvnet.visualization.layer_choice import default_layers, projectable_lay
 from deconvnet.visualization.manifest import layer_file_name
 from deconvnet.visualization.models.weights import WEIGHT_FILES
 from deconvnet.visualization.models.zoo import LoadedModel, digest, load_model
-from deconvnet.visualization.projection.projection import suggest_layers
+from deconvnet.visualization.projection.projection import suggest_layers, unknown_layer
 from deconvnet.visualization.projection.projector import Projector
 
 ImageSettings = VisualizeConfig | OcclusionConfig
+# Names in place of a layer that list all layers.
+LIST = ("?", "[?]")
 
 
-def load_subject(settings: NetworkConfig) -> LoadedModel:
+def load_network(settings: NetworkConfig) -> LoadedModel:
     """The network that the settings name, on their device."""
-    subject = load_run_network(settings) if settings.run else load_named_model(settings)
-    subject.module.to(torch_device(settings.device))
-    return subject
+    model = load_run_network(settings) if settings.run else load_named_model(settings)
+    model.module.to(torch_device(settings.device))
+    return model
 
 
 def check_images(settings: ImageSettings) -> None:
@@ -83,13 +84,13 @@ def load_named_model(settings: NetworkConfig, weights: str | None = None) -> Loa
 
 
 def select_images(
-    settings: ImageSettings, subject: LoadedModel, communicator: Communicator = SINGLE
+    settings: ImageSettings, model: LoadedModel, communicator: Communicator = SINGLE
 ) -> LazyImages:
     """The images of the settings, or the training images of the network, cropped.
 
     If there are more than `max_images`, takes evenly spaced ones.
     """
-    data = training_images_of(settings, subject)
+    data = training_images_of(settings, model)
     if settings.images is None:
         if data is None:
             raise ValueError(
@@ -100,22 +101,22 @@ def select_images(
             print(f"reading the images that the network was trained on: {describe_source(data)}")
         skip = data.skip_unreadable or settings.skip_unreadable
         # Photographs are crops already.
-        crop = Crop(settings.size, settings.size) if settings.size else subject.crop
+        crop = Crop(settings.size, settings.size) if settings.size else model.crop
         candidates = lazy_images(replace(data, skip_unreadable=skip), crop=crop)
     else:
-        candidates = named_images(settings, input_crop(settings, subject))
+        candidates = named_images(settings, input_crop(settings, model))
     count = min(settings.max_images or len(candidates), len(candidates))
     chosen = [round(n * (len(candidates) - 1) / max(count - 1, 1)) for n in range(count)]
     return LazyImages([candidates.items[n] for n in chosen], crop=candidates.crop)
 
 
-def input_crop(settings: NetworkConfig, subject: LoadedModel) -> Crop | None:
+def input_crop(settings: NetworkConfig, model: LoadedModel) -> Crop | None:
     """The crop of an image of the user that the network sees; None: any size."""
     if settings.size:
         return Crop(settings.size, settings.size)
-    if subject.crop is not None:
-        return subject.crop
-    data = training_images_of(settings, subject)
+    if model.crop is not None:
+        return model.crop
+    data = training_images_of(settings, model)
     return Crop(data.size, data.size) if data and data.size else None
 
 
@@ -139,12 +140,12 @@ def named_images(settings: ImageSettings, crop: Crop | None) -> LazyImages:
     )
 
 
-def training_images_of(settings: NetworkConfig, subject: LoadedModel) -> DataSettings | None:
+def training_images_of(settings: NetworkConfig, model: LoadedModel) -> DataSettings | None:
     """The training images of a network, as crops where they were padded; None if unknown."""
     if settings.run and Path(settings.run).is_dir():
         data = training_data(settings.run)
     else:
-        data = subject.training.get("data")
+        data = model.training.get("data")
         try:
             data = without_download(DataSettings(**data)) if data else None
         except (TypeError, ValueError) as error:
@@ -176,31 +177,41 @@ def list_layers(projector: Projector, image: Tensor) -> None:
 
 
 def check_labels(
-    settings: NetworkConfig, subject: LoadedModel, projector: Projector, image: Tensor
+    settings: NetworkConfig, model: LoadedModel, projector: Projector, image: Tensor
 ) -> None:
     """Raise ValueError unless the model has as many classes as the settings name; image: (3, H, W),
     one that it takes."""
     if settings.labels is None:
         return
     outputs = projector.outputs(projector.prepare(image[None]))
-    names = len(subject.labels)
+    names = len(model.labels)
     if outputs is None or outputs.shape[1] != names:
         classes = "no classes" if outputs is None else f"{outputs.shape[1]} classes"
         raise ValueError(f"labels: {names} names, but {settings.model} has {classes}")
 
 
-def make_projector(
-    subject: LoadedModel, settings: OcclusionConfig | CorrespondenceConfig
-) -> Projector:
-    """The projector of a network; correspondence projects nothing, so it has no method."""
-    if isinstance(subject.module, DeconvNet):
-        return Projector(subject.module, batch=settings.batch)
+def make_projector(model: LoadedModel, *, batch: int, method: str | None = None) -> Projector:
+    """The projector of a network; method: of a CNN, by default auto."""
     return Projector(
-        subject.module,
-        method=getattr(settings, "method", None),
-        normalization=subject.normalization,
-        batch=settings.batch,
+        model.module,
+        method=None if isinstance(model.module, DeconvNet) else method,
+        normalization=model.normalization,
+        batch=batch,
     )
+
+
+def chosen_layer(projector: Projector, image: Tensor, name: str | None) -> str:
+    """The layer of this name, or the highest of those to visualize; image: (3, H, W)."""
+    infos = projectable_layers(projector, image)
+    if name is None:
+        layers = default_layers(infos)
+        if not layers:
+            names = ", ".join(info.name for info in infos)
+            raise ValueError(f"layer=null: the network has no layer of maps; choose among {names}")
+        return layers[-1]
+    if name not in [info.name for info in infos]:
+        raise unknown_layer(name, [info.name for info in infos])
+    return name
 
 
 def output_folder(settings: NetworkConfig, name: str = "") -> Path:

@@ -15,10 +15,12 @@ from torch import Tensor
 from deconvnet.cli.errors import interruptible, one_line_errors
 from deconvnet.cli.image_files import check_outputs, progress_bar
 from deconvnet.cli.network_and_images import (
+    LIST,
     check_images,
     check_labels,
+    chosen_layer,
     list_layers,
-    load_subject,
+    load_network,
     make_projector,
     output_folder,
     relative_path,
@@ -32,12 +34,8 @@ from deconvnet.images.files import distinct_names
 from deconvnet.monitoring.monitor import save_picture
 from deconvnet.storage.array_files import save_arrays
 from deconvnet.visualization.experiments.occlusion import Occlusion, occlusion, occlusion_picture
-from deconvnet.visualization.layer_choice import default_layers, projectable_layers
 from deconvnet.visualization.manifest import layer_file_name
-from deconvnet.visualization.projection.projection import unknown_layer
 from deconvnet.visualization.projection.projector import Projector
-
-LIST = ("?", "[?]")
 
 
 def main(cfg: DictConfig) -> None:
@@ -48,14 +46,14 @@ def main(cfg: DictConfig) -> None:
 def occlude(settings: OcclusionConfig) -> None:
     """Save the panels of figure 7 for each image as NAME-LAYER.png, and its numbers as .npz."""
     check_images(settings)
-    subject = load_subject(settings)
-    images = select_images(settings, subject)
-    projector = make_projector(subject, settings)
+    model = load_network(settings)
+    images = select_images(settings, model)
+    projector = make_projector(model, batch=settings.batch, method=settings.method)
     if settings.layer in LIST:
         return list_layers(projector, images[0])
-    check_labels(settings, subject, projector, images[0])
+    check_labels(settings, model, projector, images[0])
     layer = chosen_layer(projector, images[0], settings.layer)
-    labels = subject.labels and tuple(map(shown_name, subject.labels))
+    labels = model.labels and tuple(map(shown_name, model.labels))
     class_index = class_named(settings.label, labels)
     check_values(settings, projector, images[0], layer, class_index)
     folder = output_folder(settings, "occlusion")
@@ -81,20 +79,6 @@ def occlude(settings: OcclusionConfig) -> None:
         save_arrays(folder / f"{name}.npz", arrays(result))
         where = shown_name(relative_path(folder / f"{name}.png"))
         print(f"{where}   {in_words(result, labels)}")
-
-
-def chosen_layer(projector: Projector, image: Tensor, name: str | None) -> str:
-    """The layer of this name, or the highest of those to visualize; image: (3, H, W)."""
-    infos = projectable_layers(projector, image)
-    if name is None:
-        layers = default_layers(infos)
-        if not layers:
-            names = ", ".join(info.name for info in infos)
-            raise ValueError(f"layer=null: the network has no layer of maps; choose among {names}")
-        return layers[-1]
-    if name not in [info.name for info in infos]:
-        raise unknown_layer(name, [info.name for info in infos])
-    return name
 
 
 def check_values(

@@ -140,11 +140,7 @@ class NetworkConfig:
                 raise ValueError(f"{entry.name}={value}: only with model=..., not with run=...")
         if not isinstance(self.options, dict | None):
             raise ValueError(f"options={self.options}: give arguments as {{name: value}}")
-        if getattr(self, "images", None) == []:
-            raise ValueError("images=[]: give a folder, a file, or a list of at least one file")
-        for key in ("size", "max_images", "square", "stride"):
-            if getattr(self, key, None) is not None and getattr(self, key) < 1:
-                raise ValueError(f"{key}={getattr(self, key)}: must be at least 1, or null")
+        _check_positive_or_null(self, "size")
         if self.size is not None and self.size > MAX_SIZE:
             raise ValueError(f"size={self.size}: must be at most {MAX_SIZE} pixels")
 
@@ -170,6 +166,7 @@ class VisualizeConfig(VisualizationSettings, NetworkConfig):
     def __post_init__(self) -> None:
         VisualizationSettings.__post_init__(self)
         NetworkConfig.__post_init__(self)
+        _check_images(self)
 
 
 @dataclass
@@ -206,6 +203,8 @@ class OcclusionConfig(NetworkConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check_images(self)
+        _check_positive_or_null(self, "square", "stride")
         if self.map is not None and self.map < 0:
             raise ValueError(f"map={self.map}: maps are numbered from 0")
         if self.batch < 1:
@@ -470,3 +469,16 @@ SCHEMAS = {
 def check_seed(seed: int) -> None:
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed={seed}: must not be negative, and below 2^63")
+
+
+def _check_positive_or_null(settings: object, *keys: str) -> None:
+    for key in keys:
+        value = getattr(settings, key)
+        if value is not None and value < 1:
+            raise ValueError(f"{key}={value}: must be at least 1, or null")
+
+
+def _check_images(settings: VisualizeConfig | OcclusionConfig) -> None:
+    if settings.images == []:
+        raise ValueError("images=[]: give a folder, a file, or a list of at least one file")
+    _check_positive_or_null(settings, "max_images")

@@ -66,7 +66,7 @@ def run(settings: TrainCnnConfig, folder: Path) -> None:
     torch.manual_seed(settings.seed)
     channels, size = train.pixels.shape[1:3]
     net = ZFNet(channels, len(labels), size=size, width=settings.width, dropout=settings.dropout)
-    subject = LoadedModel(
+    model = LoadedModel(
         net.to(device),
         settings.name,
         "trained",
@@ -81,14 +81,14 @@ def run(settings: TrainCnnConfig, folder: Path) -> None:
     )
     print("\nepoch   loss   test accuracy   seconds   network")
     started = time.perf_counter()
-    for epoch, loss in enumerate(learn(subject, train, settings), 1):
+    for epoch, loss in enumerate(learn(model, train, settings), 1):
         if epoch not in settings.checkpoints and epoch != settings.epochs:
             continue
-        accuracy = accuracy_of(subject, test, settings.batch)
+        accuracy = accuracy_of(model, test, settings.batch)
         path = folder / f"epoch-{epoch:03d}.safetensors"
         training = {"epoch": epoch, "test_accuracy": accuracy, "data": asdict(settings.data)}
-        save_model(path, replace(subject, training=training))
-        filters = subject.normalization.signed_rgb(net.conv1.weight.detach().cpu())
+        save_model(path, replace(model, training=training))
+        filters = model.normalization.signed_rgb(net.conv1.weight.detach().cpu())
         save_picture(picture(folder, epoch), tile_grid(shade_signed(filters)))
         seconds, name = time.perf_counter() - started, os.path.relpath(path)
         tqdm.write(f"{epoch:>5}   {loss:>4.2f}   {accuracy:>13.1%}   {seconds:>7.0f}   {name}")
@@ -157,9 +157,9 @@ def normalization_of(examples: Examples) -> Normalization:
     return Normalization(tuple(mean), tuple(std), "grey" if len(mean) == 1 else "rgb")
 
 
-def learn(subject: LoadedModel, examples: Examples, settings: TrainCnnConfig) -> Iterator[float]:
+def learn(model: LoadedModel, examples: Examples, settings: TrainCnnConfig) -> Iterator[float]:
     """Train the network; yields the mean loss after each epoch."""
-    net = subject.module
+    net = model.module
     steps = settings.epochs * -(-len(examples.targets) // settings.batch)
     optimizer = torch.optim.SGD(
         net.parameters(),
@@ -174,7 +174,7 @@ def learn(subject: LoadedModel, examples: Examples, settings: TrainCnnConfig) ->
             total = 0.0
             order = torch.randperm(len(examples.targets))
             for pixels, targets in examples.batches(settings.batch, order):
-                x = normalized(subject, augmented(pixels, settings))
+                x = normalized(model, augmented(pixels, settings))
                 loss = F.cross_entropy(net(x), targets.to(x.device))
                 optimizer.zero_grad()
                 loss.backward()
@@ -201,14 +201,14 @@ def augmented(pixels: Tensor, settings: TrainCnnConfig) -> Tensor:
 
 
 @torch.no_grad()
-def accuracy_of(subject: LoadedModel, examples: Examples, batch: int) -> float:
-    subject.module.eval()
+def accuracy_of(model: LoadedModel, examples: Examples, batch: int) -> float:
+    model.module.eval()
     correct = 0
     for pixels, targets in examples.batches(batch, torch.arange(len(examples.targets))):
-        scores = subject.module(normalized(subject, pixels))
+        scores = model.module(normalized(model, pixels))
         correct += int((scores.argmax(1).cpu() == targets).sum())
     return correct / len(examples.targets)
 
 
-def normalized(subject: LoadedModel, pixels: Tensor) -> Tensor:
-    return subject.normalization.apply(pixels.to(subject.module.conv1.weight.device))
+def normalized(model: LoadedModel, pixels: Tensor) -> Tensor:
+    return model.normalization.apply(pixels.to(model.module.conv1.weight.device))

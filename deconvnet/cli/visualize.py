@@ -13,11 +13,12 @@ from omegaconf import DictConfig
 from deconvnet.cli import printed_commands
 from deconvnet.cli.errors import one_line_errors
 from deconvnet.cli.network_and_images import (
+    LIST,
     check_images,
     check_labels,
     list_layers,
     load_named_model,
-    load_subject,
+    load_network,
     output_folder,
     relative_path,
     select_images,
@@ -35,8 +36,6 @@ from deconvnet.visualization.models.zoo import LoadedModel
 from deconvnet.visualization.report import visualize_network
 from deconvnet.visualization.searched_network import make_projector
 
-LIST = "?"
-
 
 def main(cfg: DictConfig) -> None:
     with one_line_errors(ValueError, OSError, RankLost), started() as communicator:
@@ -50,19 +49,20 @@ def main(cfg: DictConfig) -> None:
 
 def visualize(settings: VisualizeConfig, communicator: Communicator = SINGLE) -> None:
     check_images(settings)
-    subject = load_subject(settings)
-    images = select_images(settings, subject, communicator)
-    if settings.layers == [LIST]:
-        return list_layers(make_projector(subject, settings), images[0])
-    check_labels(settings, subject, make_projector(subject, settings), images[0])
+    model = load_network(settings)
+    images = select_images(settings, model, communicator)
+    projector = make_projector(model, settings)
+    if settings.layers and settings.layers[0] in LIST:
+        return list_layers(projector, images[0])
+    check_labels(settings, model, projector, images[0])
     folder = output_folder(settings)
     paths = visualize_network(
-        subject,
+        model,
         images,
         settings,
         folder,
         # Rank 0 draws.
-        evolutions=load_evolutions(settings, subject, images) if communicator.is_main else {},
+        evolutions=load_evolutions(settings, model, images) if communicator.is_main else {},
         communicator=communicator,
     )
     if paths:
@@ -78,7 +78,7 @@ def visualize(settings: VisualizeConfig, communicator: Communicator = SINGLE) ->
 
 
 def load_evolutions(
-    settings: VisualizeConfig, subject: LoadedModel, images: LazyImages
+    settings: VisualizeConfig, model: LoadedModel, images: LazyImages
 ) -> dict[str, Evolution]:
     """The features of layers over the epochs of a run, or over the checkpoints of a model."""
     if settings.run:
@@ -88,7 +88,7 @@ def load_evolutions(
         return {}
     layers = settings.layers
     if layers is None:
-        layers = default_layers(projectable_layers(make_projector(subject, settings), images[0]))
+        layers = default_layers(projectable_layers(make_projector(model, settings), images[0]))
     # The epochs in the names of the files, if each has another one.
     names = [re.findall(r"\d+", Path(path).stem) for path in settings.checkpoints]
     epochs = [int(digits[-1]) for digits in names if digits]
@@ -98,9 +98,9 @@ def load_evolutions(
 
     def projectors():
         for path in settings.checkpoints:
-            model = load_named_model(settings, path)
-            model.module.to(device)
-            yield make_projector(model, settings)
+            checkpoint = load_named_model(settings, path)
+            checkpoint.module.to(device)
+            yield make_projector(checkpoint, settings)
 
     return {
         layer: project_checkpoints(
