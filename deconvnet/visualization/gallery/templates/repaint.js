@@ -93,7 +93,7 @@
     function outline(part) {
       box.hidden = !part;
       if (!part) return;
-      if (part.first) line.replaceChildren(`The activations from the ${part.first.toLocaleString("en")}th to the ${part.last.toLocaleString("en")}th strongest, together.`);
+      if (part.first) line.replaceChildren(`Activations ${part.first.toLocaleString("en")} to ${part.last.toLocaleString("en")}, in the order of their strength, together.`);
       else line.replaceChildren(`${number(part.value)} of `, element("a", { href: link({ layer: at.repaint, map: part.map }) }, `map ${part.map}`), ` of ${layers.get(at.repaint).title}, in rows ${part.box[0]}–${part.box[2]}, columns ${part.box[1]}–${part.box[3]}.`);
       const [top, left, bottom, right] = part.box;
       const percent = { top: top / height, left: left / width, height: (bottom - top) / height, width: (right - left) / width };
@@ -163,7 +163,7 @@
             element("div", { class: "tools" },
               element("button", { type: "button", "data-key": "all", onclick: () => { withRest = remaining.checked = true; slider.value = all; choose(() => true); } }, "All"),
               element("button", { type: "button", "data-key": "none", onclick: () => { withRest = remaining.checked = false; slider.value = 0; choose(() => false); } }, "None"),
-              element("button", { type: "button", "data-key": "invert", onclick: () => choose((part) => !part.on) }, "Invert")),
+              element("button", { type: "button", "data-key": "invert", onclick: () => { withRest = remaining.checked = !withRest; choose((part) => !part.on); } }, "Invert")),
             line)),
         list,
       ],
