@@ -18,6 +18,11 @@ from deconvnet.operators.convolution import Boundary, map_size
 from deconvnet.operators.linear import Deconvolution, LinearOperator
 from deconvnet.sparse_coding.admm import admm
 from deconvnet.sparse_coding.half_quadratic import half_quadratic
+from deconvnet.sparse_coding.implicit_gradient import (
+    check_differentiable,
+    requires_gradient,
+    with_gradient,
+)
 from deconvnet.sparse_coding.iteration import Method, Start, Until
 from deconvnet.sparse_coding.prior import Prior
 from deconvnet.sparse_coding.problem import (
@@ -30,7 +35,7 @@ from deconvnet.sparse_coding.problem import (
 from deconvnet.sparse_coding.proximal_gradient import fista, ista
 from deconvnet.support.renaming import renamed_arguments
 from deconvnet.support.scaling import Units, exponent, magnitude, times_power
-from deconvnet.support.torch_modes import plain
+from deconvnet.support.torch_modes import full_precision, plain
 from deconvnet.support.validation import (
     as_filters,
     as_images,
@@ -71,12 +76,12 @@ SOLVERS: Mapping[str, Solver] = MappingProxyType(
 
 
 @renamed_arguments(share="lam_ratio")
-@plain
+@full_precision
 def sparse_code(
     images: Tensor,
     filters: Tensor,
     *,
-    lam: float | None = None,
+    lam: float | Tensor | None = None,
     lam_ratio: float | None = None,
     p: float = 1.0,
     boundary: Boundary = "valid",
@@ -99,29 +104,29 @@ def sparse_code(
     p, weights (K,) or of the shape of the maps, group and non_negative: the prior, `prior.Prior`.
     settings: by default those of `default_solver`. chunk: at most this many images at a time, which
     bounds the memory beyond that of the maps and changes results by rounding only; None: a fast
-    number on a CPU, all images on a GPU. Returns plain tensors without a gradient. Raises
+    number on a CPU, all images on a GPU.
+
+    Differentiable if images, filters, lam, mask or weights require a gradient: z, residual,
+    reconstruction, sparsity and objective then have that of the minimum (`implicit_gradient`); the
+    rest of the solution is plain. Not for p < 1, lam_ratio or half_quadratic, and only once. Raises
     ValueError if an argument is out of range or does not fit the others.
     """
-    images = as_images(images)
-    filters = as_filters(filters, images.shape[1])
-    mask = None if mask is None else as_tensor(mask, "mask")
-    weights = None if weights is None else as_weights(weights)
-    check_settings(settings, SolverSettings, "settings")
-    if (lam is None) == (lam_ratio is None):
-        raise ValueError(f"lam={lam}, lam_ratio={lam_ratio}: give one of the two")
-    A, b = Deconvolution(filters.to(images), boundary, mask), images
-    if mask is not None:
-        b = _masked_images(images, mask, A)
-    if not torch.isfinite(b).all() or not torch.isfinite(filters).all():
-        raise ValueError("images and filters must be finite: there are NaN or infinite values")
-    weights = None if weights is None else weights.to(images)
-    p, group = as_number(p, "p"), as_positive_integer(group, "group")
-    prior = Prior(p, weights=weights, group=group, non_negative=non_negative)
-    settings = settings or default_solver(images, p)
-    if lam_ratio is not None:
-        lam = lam_from_ratio(A, b, lam_ratio, prior)
-        settings = relative_schedule(settings, A, lam, lam_ratio)
-    return solve(A, b, lam=lam, prior=prior, settings=settings, chunk=chunk)
+    given = dict(images=images, filters=filters, lam=lam, mask=mask, weights=weights)
+    differentiable = requires_gradient(*given.values())
+    solution, prior = _plain_code(
+        **given,
+        lam_ratio=lam_ratio,
+        p=p,
+        boundary=boundary,
+        group=group,
+        non_negative=non_negative,
+        settings=settings,
+        chunk=chunk,
+        differentiable=differentiable,
+    )
+    if not differentiable:
+        return solution
+    return with_gradient(solution, **given, boundary=boundary, prior=prior)
 
 
 def default_solver(images: Tensor, p: float = 1.0) -> SolverSettings:
@@ -181,6 +186,48 @@ def relative_schedule(
     unit = lam_ratio * lam * float(largest.max() if isinstance(largest, Tensor) else largest)
     start, end = unit * settings.beta_start, unit * settings.beta_end
     return dataclasses.replace(settings, beta_start=start, beta_end=end)
+
+
+@plain
+def _plain_code(
+    images: Tensor,
+    filters: Tensor,
+    lam: float | Tensor | None,
+    mask: Tensor | None,
+    weights: Tensor | None,
+    *,
+    lam_ratio: float | None,
+    p: float,
+    boundary: Boundary,
+    group: int,
+    non_negative: bool,
+    settings: SolverSettings | None,
+    chunk: int | None,
+    differentiable: bool,
+) -> tuple[Solution, Prior]:
+    """`sparse_code` without a gradient, and the prior; differentiable: whether one will follow."""
+    images = as_images(images)
+    filters = as_filters(filters, images.shape[1])
+    mask = None if mask is None else as_tensor(mask, "mask")
+    weights = None if weights is None else as_weights(weights)
+    check_settings(settings, SolverSettings, "settings")
+    if (lam is None) == (lam_ratio is None):
+        raise ValueError(f"lam={lam}, lam_ratio={lam_ratio}: give one of the two")
+    A, b = Deconvolution(filters.to(images), boundary, mask), images
+    if mask is not None:
+        b = _masked_images(images, mask, A)
+    if not torch.isfinite(b).all() or not torch.isfinite(filters).all():
+        raise ValueError("images and filters must be finite: there are NaN or infinite values")
+    weights = None if weights is None else weights.to(images)
+    p, group = as_number(p, "p"), as_positive_integer(group, "group")
+    prior = Prior(p, weights=weights, group=group, non_negative=non_negative)
+    settings = settings or default_solver(images, p)
+    if differentiable:
+        check_differentiable(p, lam_ratio, settings)
+    if lam_ratio is not None:
+        lam = lam_from_ratio(A, b, lam_ratio, prior)
+        settings = relative_schedule(settings, A, lam, lam_ratio)
+    return solve(A, b, lam=lam, prior=prior, settings=settings, chunk=chunk), prior
 
 
 @plain
