@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from deconvnet.filters.constraint import FilterConstraint, length_of, normalize
+from deconvnet.support.validation import as_filter_size
 
 INITS = ("patches", "random")
 # Patches drawn for each filter; filters are chosen from the half with more contrast.
@@ -18,14 +19,18 @@ PATCHES_PER_FILTER = 20
 def initial_filters(
     num: int,
     images: Tensor,
-    size: int,
+    size: int | tuple[int, int],
     init: str,
     generator: torch.Generator,
     *,
     constraint: FilterConstraint | None = None,
 ) -> Tensor:
-    """`draw_filters` (num, C, size, size) for images (N, C, H, W) in memory."""
-    like = images.new_empty(1, images.shape[1], size, size)
+    """`draw_filters` (num, C, h, w) for images (N, C, H, W) in memory.
+
+    size: (h, w), or the side of squares.
+    """
+    size = as_filter_size(size, "size")
+    like = images.new_empty(1, images.shape[1], *size)
     draw_patches = patch_sampler(images, size, generator)
     return draw_filters(num, like, init, draw_patches, generator, constraint=constraint)
 
@@ -64,22 +69,30 @@ def draw_filters(
     return constraint.project(constraint.project(patches) + 1e-3 * normalize(noise(patches.shape)))
 
 
-def patch_sampler(images: Tensor, size: int, generator: torch.Generator) -> Callable[[int], Tensor]:
-    """The function number -> random patches (number, C, size, size) of images (N, C, H, W)."""
+def patch_sampler(
+    images: Tensor, size: tuple[int, int], generator: torch.Generator
+) -> Callable[[int], Tensor]:
+    """The function number -> random patches (number, C, h, w) of images (N, C, H, W).
+
+    size: (h, w).
+    """
+    h, w = size
 
     def draw_patches(number: int) -> Tensor:
         shape = (images.shape[2], images.shape[3])
         positions = random_patch_positions(number, len(images), shape, size, generator)
-        return torch.stack(
-            [images[n, :, i : i + size, j : j + size] for n, i, j in positions.tolist()]
-        )
+        return torch.stack([images[n, :, i : i + h, j : j + w] for n, i, j in positions.tolist()])
 
     return draw_patches
 
 
 def random_patch_positions(
-    num: int, images: int, shape: tuple[int, int], size: int, generator: torch.Generator
+    num: int,
+    images: int,
+    shape: tuple[int, int],
+    size: tuple[int, int],
+    generator: torch.Generator,
 ) -> Tensor:
-    """(num, 3): image, row and column of random size x size patches in images of H x W pixels."""
-    ends = (images, shape[0] - size + 1, shape[1] - size + 1)
+    """(num, 3): image, row and column of random patches of size (h, w) in images of (H, W)."""
+    ends = (images, shape[0] - size[0] + 1, shape[1] - size[1] + 1)
     return torch.stack([torch.randint(end, (num,), generator=generator) for end in ends], 1)

@@ -344,7 +344,7 @@ class LayerTrainer:
     def _draw_filters(self, num: int, generator: torch.Generator) -> Tensor:
         """`num` initial filters."""
         H, W = self.data.shape[1:]
-        images, size = self.data.num_images, self.layer.settings.filter_size
+        images, size = self.data.num_images, self.layer.settings.filter_shape
 
         def draw_patches(number: int) -> Tensor:
             return self._patches(random_patch_positions(number, images, (H, W), size, generator))
@@ -360,15 +360,15 @@ class LayerTrainer:
 
     def _patches(self, positions: Tensor) -> Tensor:
         """(P, C, h, w): patches of the layer's input at positions (P, 3), image, row, column."""
-        size = self.layer.settings.filter_size
-        patches = self.layer.filters.new_zeros(len(positions), self.data.shape[0], size, size)
+        h, w = self.layer.settings.filter_shape
+        patches = self.layer.filters.new_zeros(len(positions), self.data.shape[0], h, w)
         drawn, own_images = positions[:, 0], self.warm_starts.images.cpu()
         for chunk in self._chunks(own_images[torch.isin(own_images, drawn)]):
             layer_input = self.data.layer_input(chunk.to(self.data.device))
             for n, image in zip(chunk.tolist(), layer_input, strict=True):
                 for p in (drawn == n).nonzero()[:, 0].tolist():
                     i, j = positions[p, 1:].tolist()
-                    patches[p] = image[:, i : i + size, j : j + size]
+                    patches[p] = image[:, i : i + h, j : j + w]
         # Exact: all other ranks contribute zeros.
         return self.communicator.all_reduce_sum(patches)[0].to(patches.dtype)
 
