@@ -3,10 +3,11 @@ holds."""
 
 import math
 import os
+from contextlib import nullcontext
 
 import pytest
 import torch
-from helpers import StopAt, assert_same_network, snapshot
+from helpers import StopAt, assert_same_network, no_pictures, snapshot
 from torch.testing import assert_close
 
 from deconvnet.dictionary import learn_filters
@@ -49,7 +50,16 @@ def digests_of(images):
 
 
 def learn(
-    folder, images, settings=None, resume="auto", *, stop=None, epochs=3, init=None, **limits
+    folder,
+    images,
+    settings=None,
+    resume="auto",
+    *,
+    stop=None,
+    epochs=3,
+    init=None,
+    pictures=False,
+    **limits,
 ):
     """The network that a command learns in a folder, or None if it is stopped."""
     run = RunFolder(
@@ -58,7 +68,8 @@ def learn(
         digests=lambda: digests_of(images),
     )
     net = network(epochs)
-    with StopAt(folder, ("update", stop)) if stop else Monitor(folder, progress=False) as monitor:
+    monitor = StopAt(folder, ("update", stop)) if stop else Monitor(folder, progress=False)
+    with monitor, nullcontext() if pictures else no_pictures():
         try:
             train(net, ImageSource.from_tensor(images), run, monitor, limits=Limits(**limits))
         except Interrupted:
