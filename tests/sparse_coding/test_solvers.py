@@ -20,7 +20,13 @@ from deconvnet.sparse_coding.iteration import Start, Until
 from deconvnet.sparse_coding.prior import Prior, penalty, shrink
 from deconvnet.sparse_coding.problem import METHODS, Problem, SolverSettings, duality_gap
 from deconvnet.sparse_coding.proximal_gradient import fista, ista
-from deconvnet.sparse_coding.solve import SOLVERS, default_solver, solve, sparse_code
+from deconvnet.sparse_coding.solve import (
+    SOLVERS,
+    default_solver,
+    lam_from_ratio,
+    solve,
+    sparse_code,
+)
 
 EXACT = ("admm", "fista", "ista")
 BOUNDARIES = ("valid", "circular")
