@@ -9,6 +9,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from deconvnet import DeconvNet, LayerSettings, PreprocessingSettings, SolverSettings
+from deconvnet.visualization.drawing.canvas import GAP
+from deconvnet.visualization.drawing.charts import LEGEND, SCALE, color
 from deconvnet.visualization.experiments.correspondence import (
     RANDOM,
     CorrespondenceScore,
@@ -37,8 +39,6 @@ from deconvnet.visualization.experiments.perturbation import (
     zoomed,
 )
 from deconvnet.visualization.models.normalization import Normalization
-from deconvnet.visualization.pictures.canvas import GAP
-from deconvnet.visualization.pictures.charts import LEGEND, SCALE, color
 from deconvnet.visualization.projection.projector import Projector
 
 # Windows and strides; of an image of 13 x 17 pixels the last squares reach beyond it or do not.

@@ -16,16 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deconvnet.visualization.experiments.perturbation import (
-    check_images,
-    chunks,
-    class_indices,
-    class_probabilities,
-    cover_boxes,
-    fill_values,
-    layer_title,
-)
-from deconvnet.visualization.pictures.canvas import (
+from deconvnet.visualization.drawing.canvas import (
     GAP,
     LINE,
     PAPER,
@@ -37,7 +28,7 @@ from deconvnet.visualization.pictures.canvas import (
     text_block,
     vstack,
 )
-from deconvnet.visualization.pictures.charts import (
+from deconvnet.visualization.drawing.charts import (
     LEGEND,
     SCALE,
     Cells,
@@ -45,6 +36,15 @@ from deconvnet.visualization.pictures.charts import (
     heat_map,
     label_map,
     shortened,
+)
+from deconvnet.visualization.experiments.perturbation import (
+    check_images,
+    chunks,
+    class_indices,
+    class_probabilities,
+    cover_boxes,
+    fill_values,
+    layer_title,
 )
 from deconvnet.visualization.projection.projector import Projector
 from deconvnet.visualization.search.search_region import searched_units

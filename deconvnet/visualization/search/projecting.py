@@ -16,13 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deconvnet.visualization.projection.projection import Projection, crop
-from deconvnet.visualization.projection.projector import Projector
-from deconvnet.visualization.search.effective_field import (
+from deconvnet.visualization.projection.boxes import crop
+from deconvnet.visualization.projection.effective_field import (
     EffectiveField,
     effective_field,
     windows_of,
 )
+from deconvnet.visualization.projection.projection import Projection
+from deconvnet.visualization.projection.projector import Projector
 from deconvnet.visualization.search.top_activations import (
     Progress,
     TopActivations,
