@@ -29,7 +29,7 @@ from deconvnet.visualization.drawing.canvas import (
 from deconvnet.visualization.models.zoo import LoadedModel, load_model
 from deconvnet.visualization.projection.projection import LayerInfo
 from deconvnet.visualization.projection.projector import Projector
-from deconvnet.visualization.search.projecting import checkerboard
+from deconvnet.visualization.search.checkerboard import checkerboard
 from deconvnet.visualization.search.projection_grids import layer_grid
 from deconvnet.visualization.search.top_projections import TopProjections, load_top_projections
 from deconvnet.visualization.searched_network import shuffled_model

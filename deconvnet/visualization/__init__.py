@@ -14,7 +14,8 @@ if TYPE_CHECKING:
         correspondence_table,
     )
     from deconvnet.visualization.experiments.invariance import invariance, invariance_picture
-    from deconvnet.visualization.experiments.occlusion import occlusion, occlusion_picture
+    from deconvnet.visualization.experiments.occlusion import occlusion
+    from deconvnet.visualization.experiments.occlusion_picture import occlusion_picture
     from deconvnet.visualization.models.normalization import Normalization
     from deconvnet.visualization.models.zoo import load_model
     from deconvnet.visualization.pictures.image_decomposition import (
@@ -57,7 +58,7 @@ MODULES = {
     "layer_pictures": "pictures.layer_pictures",
     "load_model": "models.zoo",
     "occlusion": "experiments.occlusion",
-    "occlusion_picture": "experiments.occlusion",
+    "occlusion_picture": "experiments.occlusion_picture",
     "pixel_features": "projection.feature_projection",
     "project_activations": "pictures.image_decomposition",
     "project_checkpoints": "evolution.from_checkpoints",

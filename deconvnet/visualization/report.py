@@ -32,7 +32,8 @@ from deconvnet.visualization.drawing.canvas import shade_signed
 from deconvnet.visualization.event_page import write_event_page
 from deconvnet.visualization.evolution.evolution import Evolution
 from deconvnet.visualization.experiments.invariance import invariance, invariance_picture
-from deconvnet.visualization.experiments.occlusion import occlusion, occlusion_picture
+from deconvnet.visualization.experiments.occlusion import occlusion
+from deconvnet.visualization.experiments.occlusion_picture import occlusion_picture
 from deconvnet.visualization.gallery.content import write_result_gallery
 from deconvnet.visualization.layer_choice import default_layers, projectable_layers
 from deconvnet.visualization.manifest import (

@@ -23,12 +23,8 @@ from deconvnet.visualization.experiments.invariance import (
     invariance,
     invariance_picture,
 )
-from deconvnet.visualization.experiments.occlusion import (
-    PANEL,
-    Occlusion,
-    occlusion,
-    occlusion_picture,
-)
+from deconvnet.visualization.experiments.occlusion import Occlusion, occlusion
+from deconvnet.visualization.experiments.occlusion_picture import PANEL, occlusion_picture
 from deconvnet.visualization.experiments.perturbation import (
     class_probabilities,
     cover_boxes,

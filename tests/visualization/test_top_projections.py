@@ -31,8 +31,9 @@ from deconvnet.visualization.projection.projection import (
 )
 from deconvnet.visualization.projection.projection_picture import BORDER
 from deconvnet.visualization.projection.projector import Projector
-from deconvnet.visualization.search import projecting
-from deconvnet.visualization.search.projecting import checkerboard, project_top_activations
+from deconvnet.visualization.search import projecting, projection_table
+from deconvnet.visualization.search.checkerboard import checkerboard
+from deconvnet.visualization.search.projecting import project_top_activations
 from deconvnet.visualization.search.projection_grids import (
     MARK,
     TEXT,
@@ -273,7 +274,7 @@ def test_a_data_set_that_returns_other_images_is_refused(trained):
 
 
 def test_large_tiles_are_reduced(textures, monkeypatch):
-    monkeypatch.setattr(projecting, "LARGEST", 10)
+    monkeypatch.setattr(projection_table, "LARGEST", 10)
     net = nn.Sequential(seeded(two_layers), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     projector, images = Projector(net), list(textures(3, 3, 20, 28))
     top = find_top_activations(projector, images, ["2"], k=2)["2"]

@@ -41,7 +41,7 @@ class TopProjections:
     grey beyond its border. scale: the factor by which tiles were reduced, 1 if they are as large as
     the window. effective: the box around each unit that the windows show, None if they show the
     receptive field. reports: of the projections, by method. checkerboard: (M, k), see
-    `projecting.checkerboard`, for the first method; NaN if no convolution on the way down has an
+    `checkerboard.checkerboard`, for the first method; NaN if no convolution on the way down has an
     uneven overlap.
     """
 
