@@ -121,7 +121,8 @@ def sparse_code(
     if lam_ratio is not None:
         lam = lam_from_ratio(A, b, lam_ratio, prior)
         settings = relative_schedule(settings, A, lam, lam_ratio)
-    return solve(A, b, lam=lam, prior=prior, settings=settings, chunk=chunk)
+    solution = solve(A, b, lam=lam, prior=prior, settings=settings, chunk=chunk)
+    return dataclasses.replace(solution, filter_size=tuple(filters.shape[2:]), boundary=boundary)
 
 
 def default_solver(images: Tensor, p: float = 1.0) -> SolverSettings:
