@@ -154,25 +154,6 @@ class Problem:
         gaps = objective - self.dual_objective(residual)
         return (gaps <= gap * objective).view(-1, 1, 1, 1)
 
-    def data_proximal(
-        self,
-        v: Tensor,
-        beta: float | Tensor,
-        w: Tensor | None,
-        *,
-        tolerance: float = 0.0,
-        max_iterations: int = 100,
-    ) -> tuple[Tensor, Tensor]:
-        """argmin_z lam/2 ||A z - b||^2 + beta/2 ||z - v||^2, stored in v; and w for a warm start.
-
-        Setting the gradient to zero gives z = v + lam A'w with (beta I + lam A A') w = b - A v: a
-        system in the space of the images, with K/C times fewer unknowns than that of the maps. A
-        and A' are applied once each besides.
-        """
-        A, lam = self.A, self.lam
-        w = A.solve(self.b - A(v), lam, beta, w, tolerance=tolerance, max_iterations=max_iterations)
-        return v.add_(A.adjoint(w), alpha=lam), w
-
     def solution(
         self,
         z: Tensor,
