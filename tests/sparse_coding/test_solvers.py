@@ -21,7 +21,13 @@ from deconvnet.sparse_coding.iteration import Start, Until
 from deconvnet.sparse_coding.prior import Prior, penalty, shrink
 from deconvnet.sparse_coding.problem import METHODS, Problem, SolverSettings, duality_gap
 from deconvnet.sparse_coding.proximal_gradient import fista, ista
-from deconvnet.sparse_coding.solve import SOLVERS, default_solver, solve, sparse_code
+from deconvnet.sparse_coding.solve import (
+    SOLVERS,
+    default_solver,
+    lam_from_ratio,
+    solve,
+    sparse_code,
+)
 
 EXACT = ("admm", "fista", "ista")
 BOUNDARIES = ("valid", "circular")
@@ -883,3 +889,17 @@ def test_a_solution_of_nothing_can_be_printed():
 
 def test_every_method_of_the_settings_has_its_solver():
     assert tuple(SOLVERS) == METHODS == tuple(MAP_BYTES)
+
+
+def test_a_quantile_of_lambda_max_is_not_moved_by_one_bright_image():
+    y = torch.randn(5, 1, 9, 9, dtype=torch.float64)
+    A = Deconvolution(torch.randn(3, 1, 3, 3, dtype=torch.float64), "valid")
+    alone = torch.tensor([1 / lam_from_ratio(A, image[None], 1.0) for image in y])
+    found = 1 / lam_from_ratio(A, y, 0.1, quantile=0.5)
+    assert_close(torch.tensor(found), 0.1 * alone.median(), rtol=1e-6, atol=0)
+    y[alone.argmax()] *= 100
+    assert 1 / lam_from_ratio(A, y, 0.1, quantile=0.5) == found
+    assert 1 / lam_from_ratio(A, y, 0.1) > 50 * found
+    for quantile in (0, 1.5):
+        with pytest.raises(ValueError, match=rf"quantile={quantile}: must lie in \(0, 1\]"):
+            lam_from_ratio(A, y, 0.1, quantile=quantile)
