@@ -8,13 +8,14 @@ each tile separates white tiles from the paper.
 from __future__ import annotations
 
 import math
-from functools import cache
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
+
+from deconvnet.visualization.drawing.letters import font_of, legible
 
 # The background; all sizes are in pixels.
 PAPER = 1.0
@@ -123,14 +124,17 @@ def text_block(
     """Lines of text on white, (3, height, width)."""
     canvas = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(canvas)
-    font = font_of(size)
+    lines = legible(lines)
+    font = font_of(size, ascii_only=lines.isascii())
     draw.multiline_text((GAP, GAP), lines, fill=color, font=font, spacing=4)
     return torch.from_numpy(np.array(canvas)).permute(2, 0, 1) / 255
 
 
 def text_width(text: str, *, size: int = FONT) -> int:
     """The width of a line of `text_block` in pixels."""
-    return math.ceil(font_of(size).getlength(text)) + 2 * GAP
+    text = legible(text)
+    font = font_of(size, ascii_only=text.isascii())
+    return math.ceil(font.getlength(text)) + 2 * GAP
 
 
 def paragraph(text: str, width: int, *, size: int = FONT, color: str = "black") -> Tensor:
@@ -149,12 +153,6 @@ def paragraph(text: str, width: int, *, size: int = FONT, color: str = "black") 
 def plain_number(value: float) -> str:
     """Three significant digits, or all digits before the point: 0.0718, 8.82, 52.3, 1350."""
     return f"{value:.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
-
-
-@cache
-def font_of(size: int) -> ImageFont.FreeTypeFont:
-    """The font of all pictures; reading it takes as long as drawing a line of text."""
-    return ImageFont.load_default(size)
 
 
 def with_title(title: str, picture: Tensor) -> Tensor:
