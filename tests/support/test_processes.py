@@ -143,24 +143,23 @@ def test_if_a_process_hangs_the_others_time_out(place, ranks):
 
 
 @pytest.mark.slow
-def test_torchrun_restarts_after_a_process_was_killed_and_the_result_is_the_same(place, script):
+def test_torchrun_restarts_after_a_process_was_killed_and_the_result_is_the_same(
+    place, script, start
+):
     more = ["model.layer1.learning.epochs=20"]
     alone = script(place, "train.py", "data.path=photos", *QUICK, *more, "name=never")
     assert alone.code == 0, alone.err
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    command += ["--max-restarts=2", f"--master-port={free_port()}", "--log-dir=logs"]
-    command += [str(ROOT / "scripts" / "train.py"), "data.path=photos", *QUICK, *more, "name=often"]
-    process = subprocess.Popen(
-        command, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    options = ["--nproc-per-node=2", "--max-restarts=2", f"--master-port={free_port()}"]
+    command = [ROOT / "scripts" / "train.py", "data.path=photos", *QUICK, *more, "name=often"]
+    running = start(place, "torchrun", *options, "--log-dir=logs", *command)
     wait_for(place / "runs" / "often" / "checkpoints" / "step-*.pt")
     workers = subprocess.run(
-        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
+        ["pgrep", "-P", str(running.pid)], capture_output=True, text=True
     ).stdout.split()
     assert len(workers) == 2
     os.kill(int(workers[0]), signal.SIGKILL)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
+    ended = running.wait()
+    assert ended.code == 0, ended
     assert_equal(learned(place, "often"), learned(place, "never"))
 
 
