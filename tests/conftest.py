@@ -81,13 +81,13 @@ for (schema, path, name), source in requests:
 def torchrun(arguments):
     from torch.distributed import run
     from torch.distributed.launcher.api import elastic_launch
-    config, _, (_, script, *rest) = run.config_from_args(run.parse_args(arguments))
+    config, _, (_, path, *rest) = run.config_from_args(run.parse_args(arguments))
     config.start_method = "fork"
-    elastic_launch(config, worker)(script, *rest)
+    elastic_launch(config, program)(path, *rest)
 
-def worker(script, *arguments):
-    sys.argv = [script, *arguments]
-    runpy.run_path(script, run_name="__main__")
+def program(path, *arguments):
+    sys.argv = [path, *arguments]
+    runpy.run_path(path, run_name="__main__")
 
 # At exit there is no need to unload torch's libraries.
 for finalizer in list(weakref.finalize._registry):
@@ -119,6 +119,8 @@ if not any(argument[:1] == "-" or "hydra" in argument for argument in sys.argv[1
 try:
     if order["command"] == "torchrun":
         torchrun(order["arguments"])
+    elif order["command"].endswith(".py"):
+        program(order["command"], *order["arguments"])
     else:
         run(order["command"], ("deconvnet", order["command"]))
     code = 0
@@ -163,7 +165,8 @@ class Running:
 def start():
     """start(folder, "train.py", *arguments, **environment): a script that runs in a folder.
 
-    "torchrun" with its arguments starts a script in several processes.
+    In place of a name it can be the path of another program, or "torchrun", which starts a program
+    in several processes.
     """
     if not hasattr(os, "fork"):
         pytest.skip("this system cannot fork")
@@ -185,7 +188,7 @@ def start():
         count += 1
         out, err = (Path(folder).parent / f".{count}.{kind}" for kind in ("out", "err"))
         order = {
-            "command": name.removesuffix(".py").replace("_", "-"),
+            "command": str(name) if os.path.isabs(name) else Path(name).stem.replace("_", "-"),
             "arguments": list(map(str, arguments)),
             "folder": str(folder),
             "out": str(out),
