@@ -38,6 +38,8 @@ from deconvnet.support.renaming import renamed_arguments
 from deconvnet.support.seeding import seeded_generator
 from deconvnet.support.torch_modes import plain
 from deconvnet.support.validation import (
+    FilterSize,
+    as_filter_size,
     as_filters,
     as_images,
     as_number,
@@ -56,7 +58,7 @@ from deconvnet.training.online_trainer import OnlineTrainer
 class Learned:
     """Filters learned from images, with the settings to encode images and to learn more.
 
-    filters: (K, C, h, h). history: the statistics of each epoch (`learn_filters`) or of each batch
+    filters: (K, C, h, w). history: the statistics of each epoch (`learn_filters`) or of each batch
     (`learn_online`). settings: those of the layer, with the lam that was used.
     """
 
@@ -186,8 +188,8 @@ class Learned:
         try:
             filters = tensors["filters"]
             layer = LayerSettings.from_dict(settings["layer"], f"{path}: layer")
-            size = layer.filter_size
-            if filters.ndim != 4 or filters.shape[::2] != (layer.num_maps, size):
+            shape = (layer.num_maps, *layer.filter_shape)
+            if filters.ndim != 4 or (len(filters), *filters.shape[2:]) != shape:
                 raise ValueError(f"filters of the shape {tuple(filters.shape)}")
             history = [EpochStats(**{**epoch, "loads": ()}) for epoch in settings["history"]]
         except Exception as error:  # invalid settings may fail anywhere
@@ -211,7 +213,7 @@ class Learned:
 def learn_filters(
     images: Tensor,
     num_maps: int | None = None,
-    filter_size: int | None = None,
+    filter_size: FilterSize | None = None,
     *,
     filters: Tensor | None = None,
     lam: float | None = None,
@@ -231,9 +233,10 @@ def learn_filters(
         minimise over z, f    lam/2 ||sum_k f_k * z_k - y||^2 + prior(z),    every f_k of unit norm
 
     images: (N, C, H, W) of float32 or float64, a tensor or a numpy array. They are not
-    preprocessed: subtract at least their mean. num_maps, filter_size: learn this many square
-    filters of this side, in pixels; or filters: (K, C, h, h) to start from, projected onto the
-    constraint of `learning`, whose `init` is then ignored.
+    preprocessed: subtract at least their mean. num_maps, filter_size: learn this many filters of
+    this size in pixels, one side for squares or (rows, columns); or filters: (K, C, h, w) to start
+    from, projected onto the constraint of `learning`, whose `init` is then ignored. Signals are
+    images of one row, (N, C, 1, T), with filters of (1, length).
 
     lam: weight of the reconstruction, larger is denser; or lam_ratio, in (0, 1]: lambda = 1/lam
     relative to the smallest lambda that leaves all maps zero under the initial filters
@@ -275,7 +278,7 @@ def learn_filters(
 def learn_online(
     batches: Iterable[Tensor],
     num_maps: int | None = None,
-    filter_size: int | None = None,
+    filter_size: FilterSize | None = None,
     *,
     filters: Tensor | None = None,
     lam: float | None = None,
@@ -436,7 +439,7 @@ def _started_layer(
 
 def _layer_settings(
     num_maps: int | None,
-    filter_size: int | None,
+    filter_size: FilterSize | None,
     filters: Tensor | None,
     *,
     lam: float | None,
@@ -464,7 +467,7 @@ def _layer_settings(
         )
     return LayerSettings(
         as_positive_integer(num_maps, "num_maps"),
-        as_positive_integer(filter_size, "filter_size", ", since filters are square"),
+        as_filter_size(filter_size),
         lam=1.0 if lam is None else as_positive_number(lam, "lam"),
         p=as_number(p, "p"),
         boundary=boundary,
@@ -475,17 +478,19 @@ def _layer_settings(
     )
 
 
-def _sizes_of(filters: Tensor, num_maps: int | None, filter_size: int | None) -> tuple[int, int]:
-    """(K, h) of filters (K, C, h, h); num_maps and filter_size must agree if they are given."""
+def _sizes_of(
+    filters: Tensor, num_maps: int | None, filter_size: FilterSize | None
+) -> tuple[int, tuple[int, int]]:
+    """K and (h, w) of filters (K, C, h, w); num_maps and filter_size must agree if given."""
     shape = tuple(filters.shape) if hasattr(filters, "shape") else ()
     as_filters(filters, shape[1] if len(shape) == 4 else 1)
     K, _, h, w = shape
-    if h != w:
-        raise ValueError(f"filters of {h}x{w}: filters that are learned must be square")
-    for name, value, actual in (("num_maps", num_maps, K), ("filter_size", filter_size, h)):
-        if value is not None and as_positive_integer(value, name) != actual:
-            raise ValueError(f"{name}={value}: the filters to start from have {actual}")
-    return K, h
+    if num_maps is not None and as_positive_integer(num_maps, "num_maps") != K:
+        raise ValueError(f"num_maps={num_maps}: the filters to start from have {K}")
+    if filter_size is not None and as_filter_size(filter_size) != (h, w):
+        actual = h if h == w else (h, w)
+        raise ValueError(f"filter_size={filter_size}: the filters to start from have {actual}")
+    return K, (h, w)
 
 
 def _initial_filters(filters: Tensor, layer: Layer) -> Tensor:
@@ -516,9 +521,9 @@ def _set_lam_from_ratio(layer: Layer, images: Tensor, M: Mask | None, lam_ratio:
 
 def _check_fit(images: Tensor, layer: Layer, name: str) -> None:
     """Raise ValueError for a batch that the filters do not fit."""
-    (H, W), size = images.shape[2:], layer.settings.filter_size
-    if min(H, W) < size:
-        raise ValueError(f"{name}: images of {H}x{W} are smaller than the {size}x{size} filters")
+    (H, W), (h, w) = images.shape[2:], layer.settings.filter_shape
+    if h > H or w > W:
+        raise ValueError(f"{name}: images of {H}x{W} are smaller than the {h}x{w} filters")
     channels = layer.filters.shape[1]
     if images.shape[1] != channels:
         raise ValueError(

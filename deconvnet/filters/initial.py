@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from deconvnet.filters.constraint import FilterConstraint, length_of, normalize
+from deconvnet.support.validation import as_filter_size
 
 INITS = ("patches", "random")
 # Patches drawn for each filter; filters are chosen from the half with more contrast.
@@ -22,18 +23,20 @@ PatchSampler = Callable[[int], tuple[Tensor, Tensor | None]]
 def initial_filters(
     num: int,
     images: Tensor,
-    size: int,
+    size: int | tuple[int, int],
     init: str,
     generator: torch.Generator,
     *,
     seen: Tensor | None = None,
     constraint: FilterConstraint | None = None,
 ) -> Tensor:
-    """`draw_filters` (num, C, size, size) for images (N, C, H, W) in memory.
+    """`draw_filters` (num, C, h, w) for images (N, C, H, W) in memory.
 
-    seen: (N or 1, C or 1, H, W), which pixels are known; the images have stand-ins for the others.
+    size: (h, w), or the side of squares. seen: (N or 1, C or 1, H, W), which pixels are known; the
+    images have stand-ins for the others.
     """
-    like = images.new_empty(1, images.shape[1], size, size)
+    size = as_filter_size(size, "size")
+    like = images.new_empty(1, images.shape[1], *size)
     draw_patches = patch_sampler(images, size, generator, seen)
     return draw_filters(num, like, init, draw_patches, generator, constraint=constraint)
 
@@ -76,19 +79,20 @@ def draw_filters(
 
 
 def patch_sampler(
-    images: Tensor, size: int, generator: torch.Generator, seen: Tensor | None = None
+    images: Tensor, size: tuple[int, int], generator: torch.Generator, seen: Tensor | None = None
 ) -> PatchSampler:
-    """Samples random patches (number, C, size, size) of images (N, C, H, W).
+    """Samples random patches (number, C, h, w) of images (N, C, H, W).
 
-    seen: (N or 1, C or 1, H, W), which pixels are known; None: all.
+    size: (h, w). seen: (N or 1, C or 1, H, W), which pixels are known; None: all.
     """
+    h, w = size
 
     def draw_patches(number: int) -> tuple[Tensor, Tensor | None]:
         shape = (images.shape[2], images.shape[3])
         positions = random_patch_positions(number, len(images), shape, size, generator).tolist()
 
         def patches(planes: Tensor) -> Tensor:
-            return torch.stack([planes[n, :, i : i + size, j : j + size] for n, i, j in positions])
+            return torch.stack([planes[n, :, i : i + h, j : j + w] for n, i, j in positions])
 
         if seen is None:
             return patches(images), None
@@ -99,8 +103,12 @@ def patch_sampler(
 
 
 def random_patch_positions(
-    num: int, images: int, shape: tuple[int, int], size: int, generator: torch.Generator
+    num: int,
+    images: int,
+    shape: tuple[int, int],
+    size: tuple[int, int],
+    generator: torch.Generator,
 ) -> Tensor:
-    """(num, 3): image, row and column of random size x size patches in images of H x W pixels."""
-    ends = (images, shape[0] - size + 1, shape[1] - size + 1)
+    """(num, 3): image, row and column of random patches of size (h, w) in images of (H, W)."""
+    ends = (images, shape[0] - size[0] + 1, shape[1] - size[1] + 1)
     return torch.stack([torch.randint(end, (num,), generator=generator) for end in ends], 1)

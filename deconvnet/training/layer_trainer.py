@@ -346,7 +346,7 @@ class LayerTrainer:
     def _draw_filters(self, num: int, generator: torch.Generator) -> Tensor:
         """`num` initial filters."""
         H, W = self.data.shape[1:]
-        images, size = self.data.num_images, self.layer.settings.filter_size
+        images, size = self.data.num_images, self.layer.settings.filter_shape
 
         def draw_patches(number: int) -> tuple[Tensor, Tensor | None]:
             return self._patches(random_patch_positions(number, images, (H, W), size, generator))
@@ -364,8 +364,8 @@ class LayerTrainer:
         """(P, C, h, w): patches of the layer's input at positions (P, 3), image, row, column; and
         (P,), the fraction of each that is known, if not everything is.
         """
-        size = self.layer.settings.filter_size
-        patches = self.layer.filters.new_zeros(len(positions), self.data.shape[0], size, size)
+        h, w = self.layer.settings.filter_shape
+        patches = self.layer.filters.new_zeros(len(positions), self.data.shape[0], h, w)
         known = patches.new_zeros(len(positions))
         drawn, own_images = positions[:, 0], self.warm_starts.images.cpu()
         for chunk in self._chunks(own_images[torch.isin(own_images, drawn)]):
@@ -375,7 +375,7 @@ class LayerTrainer:
             for index, n in enumerate(chunk.tolist()):
                 for p in (drawn == n).nonzero()[:, 0].tolist():
                     i, j = positions[p, 1:].tolist()
-                    place = (index, ..., slice(i, i + size), slice(j, j + size))
+                    place = (index, ..., slice(i, i + h), slice(j, j + w))
                     patches[p] = layer_input[place]
                     if seen is not None:
                         known[p] = seen[place].to(known).mean()

@@ -99,7 +99,7 @@ class OnlineTrainer:
         f[dead] = initial_filters(
             len(dead),
             images,
-            self.layer.settings.filter_size,
+            self.layer.settings.filter_shape,
             self.learning.init,
             seeded_generator(self.seed, 1, 2, self.batches),
             seen=seen,
