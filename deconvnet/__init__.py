@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # for type checkers and editors; __getattr__ imports the same
     from deconvnet.network.codes import Codes
     from deconvnet.network.layer import LayerSettings
     from deconvnet.network.network import DeconvNet, load
+    from deconvnet.sparse_coding.events import Events
     from deconvnet.sparse_coding.problem import Solution, SolverSettings
     from deconvnet.sparse_coding.solve import sparse_code
 
@@ -25,6 +26,7 @@ __all__ = [
     "Codes",
     "DeconvNet",
     "Diverged",
+    "Events",
     "LayerSettings",
     "Learned",
     "LearningSettings",
@@ -41,6 +43,7 @@ _MODULES = {
     "Codes": "deconvnet.network.codes",
     "DeconvNet": "deconvnet.network.network",
     "Diverged": "deconvnet.filters.update",
+    "Events": "deconvnet.sparse_coding.events",
     "LayerSettings": "deconvnet.network.layer",
     "Learned": "deconvnet.dictionary",
     "LearningSettings": "deconvnet.filters.update",

@@ -33,7 +33,8 @@ from deconvnet.images.decoding import shown_name
 from deconvnet.images.files import distinct_names
 from deconvnet.monitoring.monitor import save_picture
 from deconvnet.storage.array_files import save_arrays
-from deconvnet.visualization.experiments.occlusion import Occlusion, occlusion, occlusion_picture
+from deconvnet.visualization.experiments.occlusion import Occlusion, occlusion
+from deconvnet.visualization.experiments.occlusion_picture import occlusion_picture
 from deconvnet.visualization.manifest import layer_file_name
 from deconvnet.visualization.projection.projector import Projector
 

@@ -30,6 +30,7 @@ from deconvnet.network.metrics import snr
 from deconvnet.operators.convolution import map_size
 from deconvnet.operators.linear import Identity, LinearOperator, Scaling, VerticalStack
 from deconvnet.operators.pooling import pooled_shape
+from deconvnet.sparse_coding.events import EVENTS
 from deconvnet.storage.checkpoint_files import load_newest_checkpoint
 from deconvnet.storage.file_checks import InvalidFileError
 from deconvnet.storage.network_files import load_network, save_network
@@ -144,7 +145,7 @@ class DeconvNet(nn.Module):
         for number, layer in enumerate(self.layers[:depth], 1):
             check_input_size(size, layer, number)
             settings = layer.settings
-            size = map_size(size, (settings.filter_size,) * 2, settings.boundary)
+            size = map_size(size, settings.filter_shape, settings.boundary)
             if settings.pool is not None:
                 size = pooled_shape((1, *size), (1, *settings.pool[1:]))[1:]
 
@@ -252,8 +253,8 @@ class DeconvNet(nn.Module):
         size = preprocessing.whitening_size
         _check_shape(tensors, "preprocessing.whitening", (None, None, size, size))
         for index, layer in enumerate(layers):
-            size = layer.filter_size
-            _check_shape(tensors, f"layers.{index}.filters", (layer.num_maps, None, size, size))
+            shape = (layer.num_maps, None, *layer.filter_shape)
+            _check_shape(tensors, f"layers.{index}.filters", shape)
         net = cls(layers, preprocessing)
         net.load_state_dict(tensors)
         return net
@@ -285,10 +286,15 @@ def load(path: str | Path) -> DeconvNet:
 
 def restore_network(source: str | Path, tensors: dict[str, Tensor], settings: dict) -> DeconvNet:
     """`DeconvNet.from_parts` of the content of a file; InvalidFileError if it is not a network."""
-    if isinstance(settings, dict) and settings.get("kind") == FILTERS:
+    kind = settings.get("kind") if isinstance(settings, dict) else None
+    if kind == FILTERS:
         raise InvalidFileError(
             f"{source}: holds filters of learn_filters or learn_online, not a network; use "
             "deconvnet.Learned.load"
+        )
+    if kind == EVENTS:
+        raise InvalidFileError(
+            f"{source}: holds events of a code, not a network; use deconvnet.Events.load"
         )
     try:
         for name, tensor in tensors.items():

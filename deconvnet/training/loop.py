@@ -26,9 +26,9 @@ from deconvnet.training.run_folder import RunFolder
 from deconvnet.training.session import UNLIMITED, Limits, Session, stop_requests
 from deconvnet.training.training_set import ImageSource, TrainingSet
 from deconvnet.training.warm_start_placement import place_warm_starts
+from deconvnet.visualization.drawing.canvas import shade_signed
 from deconvnet.visualization.evolution.evolution import append_epoch, load_if_valid
 from deconvnet.visualization.evolution.while_learning import plan_snapshots, project_snapshot
-from deconvnet.visualization.pictures.canvas import shade_signed
 from deconvnet.visualization.pictures.evolution_picture import evolution_cards, evolution_picture
 from deconvnet.visualization.pictures.layer_pictures import (
     filter_cards,

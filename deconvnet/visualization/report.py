@@ -28,10 +28,12 @@ from deconvnet.images.decoding import shown_name
 from deconvnet.monitoring.monitor import save_picture
 from deconvnet.storage import ownership
 from deconvnet.support.communicator import SINGLE, Communicator
+from deconvnet.visualization.drawing.canvas import shade_signed
 from deconvnet.visualization.event_page import write_event_page
 from deconvnet.visualization.evolution.evolution import Evolution
 from deconvnet.visualization.experiments.invariance import invariance, invariance_picture
-from deconvnet.visualization.experiments.occlusion import occlusion, occlusion_picture
+from deconvnet.visualization.experiments.occlusion import occlusion
+from deconvnet.visualization.experiments.occlusion_picture import occlusion_picture
 from deconvnet.visualization.gallery.content import write_result_gallery
 from deconvnet.visualization.layer_choice import default_layers, projectable_layers
 from deconvnet.visualization.manifest import (
@@ -41,13 +43,12 @@ from deconvnet.visualization.manifest import (
     write_manifest,
 )
 from deconvnet.visualization.models.zoo import LoadedModel
-from deconvnet.visualization.pictures.canvas import shade_signed
 from deconvnet.visualization.pictures.evolution_picture import evolution_picture
 from deconvnet.visualization.pictures.layer_pictures import filter_picture
-from deconvnet.visualization.pictures.projection_grids import layer_grid, pixel_filters
 from deconvnet.visualization.projection.projection import LayerInfo, suggest_layers
 from deconvnet.visualization.projection.projector import Projector
 from deconvnet.visualization.result import VisualizationResult
+from deconvnet.visualization.search.projection_grids import layer_grid, pixel_filters
 from deconvnet.visualization.search.top_activations import group_by_size
 from deconvnet.visualization.searched_network import (
     SearchedNetwork,

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from deconvnet.images.datasets import LazyImages
+from deconvnet.visualization.drawing.canvas import CONTRAST
 from deconvnet.visualization.evolution.evolution import Evolution
 from deconvnet.visualization.models.zoo import LoadedModel
-from deconvnet.visualization.pictures.projection_grids import CONTRAST
 from deconvnet.visualization.projection.projection import LayerInfo
 from deconvnet.visualization.projection.projector import Projector
 from deconvnet.visualization.search.top_activations import TopActivations

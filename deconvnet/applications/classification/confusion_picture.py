@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deconvnet.visualization.pictures.canvas import LINE, hstack, text_block, vstack
+from deconvnet.visualization.drawing.canvas import LINE, hstack, text_block, vstack
 
 
 def confusion_picture(matrix: np.ndarray, class_names: list[str]) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from deconvnet.network.network import DeconvNet
 from deconvnet.operators.arithmetic import Field
-from deconvnet.visualization.pictures.canvas import (
+from deconvnet.visualization.drawing.canvas import (
     GAP,
     PAPER,
     hstack,
@@ -18,7 +18,7 @@ from deconvnet.visualization.pictures.canvas import (
     text_block,
     vstack,
 )
-from deconvnet.visualization.pictures.sheet import Sheet, enlarged
+from deconvnet.visualization.drawing.sheet import Sheet, enlarged
 from deconvnet.visualization.projection.feature_projection import layer_field
 
 SHOWN_MAPS = 12

@@ -15,8 +15,7 @@ from deconvnet.network.codes import Codes
 from deconvnet.network.metrics import snr
 from deconvnet.network.network import DeconvNet
 from deconvnet.operators.pooling import max_pool
-from deconvnet.visualization.pictures.active_positions import active_map_sheet
-from deconvnet.visualization.pictures.canvas import (
+from deconvnet.visualization.drawing.canvas import (
     GAP,
     PAPER,
     hstack,
@@ -27,8 +26,9 @@ from deconvnet.visualization.pictures.canvas import (
     tile_grid,
     vstack,
 )
+from deconvnet.visualization.drawing.sheet import Sheet, captioned, cut_into_cards, enlarged
+from deconvnet.visualization.pictures.active_positions import active_map_sheet
 from deconvnet.visualization.pictures.parts_picture import image_parts_picture
-from deconvnet.visualization.pictures.sheet import Sheet, captioned, cut_into_cards, enlarged
 from deconvnet.visualization.projection.feature_projection import (
     PixelFeatures,
     pixel_features,

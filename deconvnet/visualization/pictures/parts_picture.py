@@ -12,7 +12,7 @@ from deconvnet.network.codes import Codes
 from deconvnet.network.metrics import snr
 from deconvnet.network.network import DeconvNet
 from deconvnet.support.torch_modes import plain
-from deconvnet.visualization.pictures.canvas import (
+from deconvnet.visualization.drawing.canvas import (
     FONT,
     GAP,
     LINE,
@@ -21,7 +21,7 @@ from deconvnet.visualization.pictures.canvas import (
     text_block,
     vstack,
 )
-from deconvnet.visualization.pictures.charts import COLORS
+from deconvnet.visualization.drawing.charts import COLORS
 from deconvnet.visualization.pictures.image_decomposition import only_image, strongest_activations
 from deconvnet.visualization.pictures.image_parts import (
     SHARE,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from deconvnet.network.codes import Codes
 from deconvnet.network.network import DeconvNet
-from deconvnet.visualization.pictures.canvas import (
+from deconvnet.visualization.drawing.canvas import (
     GAP,
     LINE,
     PAGE,

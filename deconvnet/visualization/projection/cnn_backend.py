@@ -27,6 +27,7 @@ from deconvnet.visualization.projection.backward_rules import (
     node_rules,
     overlaps_unevenly,
 )
+from deconvnet.visualization.projection.boxes import crop
 from deconvnet.visualization.projection.forward_pass import ForwardPass, LayerOutput
 from deconvnet.visualization.projection.local_windows import WindowPlan, plan_windows
 from deconvnet.visualization.projection.model_isolation import isolated
@@ -38,7 +39,6 @@ from deconvnet.visualization.projection.projection import (
     UnevenOverlap,
     check_units,
     counted,
-    crop,
 )
 from deconvnet.visualization.projection.receptive_fields import FieldGeometries, trace_fields
 

@@ -28,6 +28,8 @@ LINE = 20
 SPACING = 1.4
 # The least share of the available width that a tile fills.
 FILLED = 0.8
+# The fraction of the non-zero pixels of a tile that stay between black and white.
+CONTRAST = 0.98
 
 
 def tile_grid(
@@ -99,6 +101,21 @@ def quantile_magnitude(tiles: Tensor, quantile: float = 0.99) -> Tensor:
     largest = values.topk(1 + max([0, *above.tolist()])).values
     magnitudes = largest.gather(1, above.clamp(min=0)[:, None])
     return magnitudes.where(counts[:, None] > 0, 1).view(-1, 1, 1, 1)
+
+
+def shade_projections(
+    tiles: np.ndarray | Tensor, *, width: int | None = None, contrast: float = CONTRAST
+) -> Tensor:
+    """Signed tiles (M, 3, h, w) as colours in [0, 1]; zero is grey.
+
+    width: if given, tiles are resized to at most this many pixels before the contrast is set.
+    contrast: the fraction of the non-zero pixels of a tile that stay between black and white.
+    """
+    signed = torch.as_tensor(np.asarray(tiles), dtype=torch.float32)
+    signed = torch.nan_to_num(signed, 0.0, 0.0, 0.0)
+    if width is not None:
+        signed = resize_tiles(signed, width)
+    return shade_signed(signed, quantile_magnitude(signed, contrast))
 
 
 def text_block(
