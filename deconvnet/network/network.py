@@ -145,7 +145,7 @@ class DeconvNet(nn.Module):
         for number, layer in enumerate(self.layers[:depth], 1):
             check_input_size(size, layer, number)
             settings = layer.settings
-            size = map_size(size, (settings.filter_size,) * 2, settings.boundary)
+            size = map_size(size, settings.filter_shape, settings.boundary)
             if settings.pool is not None:
                 size = pooled_shape((1, *size), (1, *settings.pool[1:]))[1:]
 
@@ -253,8 +253,8 @@ class DeconvNet(nn.Module):
         size = preprocessing.whitening_size
         _check_shape(tensors, "preprocessing.whitening", (None, None, size, size))
         for index, layer in enumerate(layers):
-            size = layer.filter_size
-            _check_shape(tensors, f"layers.{index}.filters", (layer.num_maps, None, size, size))
+            shape = (layer.num_maps, None, *layer.filter_shape)
+            _check_shape(tensors, f"layers.{index}.filters", shape)
         net = cls(layers, preprocessing)
         net.load_state_dict(tensors)
         return net

@@ -233,8 +233,11 @@ def codes_of_tile(net: DeconvNet, first: SparseSolution, tile: Tile) -> LayerCod
     first: the solution of layer 1 for the whole image.
     """
     layer = net.layer(1)
-    extra = layer.settings.filter_size - 1 if layer.settings.boundary == "valid" else 0
-    rows, columns = (slice(s.start, s.stop + extra) for s in (tile.rows, tile.columns))
+    valid, (h, w) = layer.settings.boundary == "valid", layer.settings.filter_shape
+    rows, columns = (
+        slice(s.start, s.stop + valid * (side - 1))
+        for s, side in ((tile.rows, h), (tile.columns, w))
+    )
     z, cost = first.maps(rows, columns), (first.reconstruction, first.sparsity)
     return layer.codes(Solution(z, first.residual, *cost, first.iterations, z))
 
@@ -299,7 +302,9 @@ def plan(
                 f"{whole_memory:.1f} GiB, memory={memory:g} allows "
                 "less, and an image that wraps around cannot be split into tiles"
             )
-    side = int(math.sqrt((memory * GIB - planes) / per_pixel))
+    pixels = (memory * GIB - planes) / per_pixel
+    # Tiles of a narrow image, such as a signal, are as narrow as it is.
+    side = int(max(math.sqrt(pixels), pixels / min(size)))
     return tiles(size, max(side, 3 * margin + step), margin, step)
 
 
@@ -307,7 +312,7 @@ def tile_margin(layers: list[Layer]) -> tuple[int, int]:
     """(margin, step) of tiles in pixels: from the reach of the filters, and the pooling windows."""
     reach, step = 0, 1
     for layer in layers:
-        reach += (layer.settings.filter_size - 1) * step
+        reach += (max(layer.settings.filter_shape) - 1) * step
         step *= math.lcm(*layer.settings.pool[1:]) if layer.settings.pool else 1
     margin = max(8, MARGIN_FACTOR * reach)
     return step * -(-margin // step), step

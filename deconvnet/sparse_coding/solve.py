@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from deconvnet.operators.convolution import Boundary, map_size
-from deconvnet.operators.linear import Deconvolution, LinearOperator
+from deconvnet.operators.linear import Deconvolution, LinearOperator, Mask
 from deconvnet.sparse_coding.admm import admm
 from deconvnet.sparse_coding.half_quadratic import half_quadratic
 from deconvnet.sparse_coding.iteration import Method, Start, Until
@@ -37,7 +37,6 @@ from deconvnet.support.validation import (
     as_number,
     as_positive_integer,
     as_positive_number,
-    as_tensor,
     as_weights,
     check_settings,
 )
@@ -137,11 +136,11 @@ def coding_problem(
     """(A, b, prior) of the problem that `sparse_code` solves for these arguments, once checked."""
     images = as_images(images)
     filters = as_filters(filters, images.shape[1])
-    mask = None if mask is None else as_tensor(mask, "mask")
     weights = None if weights is None else as_weights(weights)
-    A, b = Deconvolution(filters.to(images), boundary, mask), images
+    A, b = Deconvolution(filters.to(images), boundary), images
     if mask is not None:
-        b = _masked_images(images, mask, A)
+        M = Mask(mask, images)
+        A, b = M @ A, M.target(images)
     if not torch.isfinite(b).all() or not torch.isfinite(filters).all():
         raise ValueError("images and filters must be finite: there are NaN or infinite values")
     weights = None if weights is None else weights.to(images)
@@ -289,17 +288,6 @@ def _zeros(A: LinearOperator, b: Tensor, method: str) -> Tensor:
         return A.zeros(b)
     size = map_size(b.shape[2:], A.f.shape[2:], A.boundary)
     return b.new_zeros(1, 1, 1, 1).expand(len(b), len(A.f), *size)
-
-
-def _masked_images(images: Tensor, mask: Tensor, A: Deconvolution) -> Tensor:
-    """mask * images, 0 where the mask is 0 even if the pixel is NaN. Checks the mask's shape."""
-    sizes = zip(mask.shape, images.shape, strict=True)
-    if not all(m in (1, n) for m, n in sizes) or mask.shape[2:] != images.shape[2:]:
-        raise ValueError(
-            f"mask of shape {tuple(mask.shape)} does not fit images of shape "
-            f"{tuple(images.shape)}: expected (N or 1, C or 1, H, W)"
-        )
-    return torch.where(A.mask > 0, A.mask * images, torch.zeros_like(images))
 
 
 def _solve_in_units(

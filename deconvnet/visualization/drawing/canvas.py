@@ -8,13 +8,14 @@ each tile separates white tiles from the paper.
 from __future__ import annotations
 
 import math
-from functools import cache
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
+
+from deconvnet.visualization.drawing.letters import font_of, legible
 
 # The background; all sizes are in pixels.
 PAPER = 1.0
@@ -94,11 +95,12 @@ def quantile_magnitude(tiles: Tensor, quantile: float = 0.99) -> Tensor:
 
     As a scale for `shade_signed`, it keeps a few bright pixels from leaving all others grey.
     """
-    values = tiles.abs().flatten(1).sort(1).values
+    values = tiles.abs().flatten(1)
     counts = (values > 0).sum(1)
-    # Zeros come first, so the values that count are the last ones.
-    last = values.shape[1] - counts + (quantile * (counts - 1).double()).long()
-    magnitudes = values.gather(1, last.clamp(0, values.shape[1] - 1)[:, None])
+    # How many values are above the quantile: few, so only these are sorted.
+    above = counts - 1 - (quantile * (counts - 1).double()).long()
+    largest = values.topk(1 + max([0, *above.tolist()])).values
+    magnitudes = largest.gather(1, above.clamp(min=0)[:, None])
     return magnitudes.where(counts[:, None] > 0, 1).view(-1, 1, 1, 1)
 
 
@@ -123,14 +125,17 @@ def text_block(
     """Lines of text on white, (3, height, width)."""
     canvas = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(canvas)
-    font = font_of(size)
+    lines = legible(lines)
+    font = font_of(size, ascii_only=lines.isascii())
     draw.multiline_text((GAP, GAP), lines, fill=color, font=font, spacing=4)
     return torch.from_numpy(np.array(canvas)).permute(2, 0, 1) / 255
 
 
 def text_width(text: str, *, size: int = FONT) -> int:
     """The width of a line of `text_block` in pixels."""
-    return math.ceil(font_of(size).getlength(text)) + 2 * GAP
+    text = legible(text)
+    font = font_of(size, ascii_only=text.isascii())
+    return math.ceil(font.getlength(text)) + 2 * GAP
 
 
 def paragraph(text: str, width: int, *, size: int = FONT, color: str = "black") -> Tensor:
@@ -151,12 +156,6 @@ def plain_number(value: float) -> str:
     return f"{value:.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
 
 
-@cache
-def font_of(size: int) -> ImageFont.FreeTypeFont:
-    """The font of all pictures; reading it takes as long as drawing a line of text."""
-    return ImageFont.load_default(size)
-
-
 def with_title(title: str, picture: Tensor) -> Tensor:
     """A picture with a title above it, which may be wider than the picture."""
     width = max(picture.shape[2], text_width(title))
@@ -165,15 +164,24 @@ def with_title(title: str, picture: Tensor) -> Tensor:
 
 def hstack(pictures: list[Tensor], gap: int = 0) -> Tensor:
     """Pictures from left to right, aligned at the top."""
-    return vstack([picture.mT for picture in pictures], gap).mT
+    return _stacked(pictures, 2, gap)
 
 
 def vstack(pictures: list[Tensor], gap: int = 0) -> Tensor:
     """Pictures from top to bottom, aligned at the left."""
-    width = max(picture.shape[2] for picture in pictures)
-    rows = [F.pad(picture, (0, width - picture.shape[2]), value=PAPER) for picture in pictures]
-    spaced = [row for row in rows for row in (torch.full((3, gap, width), PAPER), row)]
-    return torch.cat(spaced[1:], 1)
+    return _stacked(pictures, 1, gap)
+
+
+def _stacked(pictures: list[Tensor], axis: int, gap: int) -> Tensor:
+    """Pictures one after the other along an axis, aligned at the beginning of the other axis."""
+    sizes = [max(picture.shape[side] for picture in pictures) for side in (1, 2)]
+    sizes[axis - 1] = sum(picture.shape[axis] + gap for picture in pictures) - gap
+    page, start = pictures[0].new_full((3, *sizes), PAPER), 0
+    for picture in pictures:
+        _, h, w = picture.shape
+        page.narrow(axis, start, picture.shape[axis])[:, :h, :w] = picture
+        start += picture.shape[axis] + gap
+    return page
 
 
 def _columns(count: int) -> int:

@@ -89,8 +89,8 @@ def _kind(result: VisualizationResult, info: LayerInfo) -> str:
     if not result.projector.is_deconvnet:
         return info.kind
     number = int(info.name.removeprefix("layer"))
-    size = result.projector.model.layer(number).settings.filter_size
-    return f"deconvolution, {size}×{size} filters"
+    h, w = result.projector.model.layer(number).settings.filter_shape
+    return f"deconvolution, {h}×{w} filters"
 
 
 def _control(result: VisualizationResult, layer: str) -> Control | None:
