@@ -25,7 +25,7 @@ from deconvnet.images.preprocessing import Preprocessing, PreprocessingSettings,
 from deconvnet.images.sources import DataSettings
 from deconvnet.operators.arithmetic import correlation_matrix, undoing_padding
 from deconvnet.operators.convolution import correlate, deconvolve
-from deconvnet.visualization.pictures.canvas import quantile_magnitude, shade_signed
+from deconvnet.visualization.drawing.canvas import quantile_magnitude, shade_signed
 
 INCH = 0.31  # side of a cell
 DPI = 110

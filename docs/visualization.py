@@ -20,19 +20,17 @@ from torch import Tensor
 
 from deconvnet.images.datasets import LazyImages, lazy_images
 from deconvnet.images.sources import DataSettings
-from deconvnet.visualization.models.zoo import LoadedModel, load_model
-from deconvnet.visualization.pictures.canvas import (
+from deconvnet.visualization.drawing.canvas import (
     arrange_tiles,
     hstack,
+    shade_projections,
     with_title,
 )
-from deconvnet.visualization.pictures.projection_grids import (
-    layer_grid,
-    shade_projections,
-)
+from deconvnet.visualization.models.zoo import LoadedModel, load_model
 from deconvnet.visualization.projection.projection import LayerInfo
 from deconvnet.visualization.projection.projector import Projector
-from deconvnet.visualization.search.projecting import checkerboard
+from deconvnet.visualization.search.checkerboard import checkerboard
+from deconvnet.visualization.search.projection_grids import layer_grid
 from deconvnet.visualization.search.top_projections import TopProjections, load_top_projections
 from deconvnet.visualization.searched_network import shuffled_model
 

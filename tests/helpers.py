@@ -1,5 +1,6 @@
 """What tests of several folders share."""
 
+import contextlib
 import json
 import os
 import signal
@@ -39,6 +40,19 @@ def shown_pictures(page):
         tag: [(e.step, len(e.tensor_proto.string_val) - 2) for e in page.Tensors(tag)]
         for tag in tags
     }
+
+
+@contextlib.contextmanager
+def no_pictures():
+    """Training that draws no pictures, which takes most of a tiny run; for tests that look at none.
+
+    Curves, metrics and the features over the epochs are as ever.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("deconvnet.training.loop.layer_cards", lambda *_: {})
+        patch.setattr("deconvnet.training.loop.load_if_valid", lambda *_: None)
+        patch.setattr("deconvnet.training.loop._show_filters", lambda *_: None)
+        yield
 
 
 class StopAt(Monitor):

@@ -32,6 +32,25 @@ ORDER = [
     "sklearn",
     "cli",
 ]
+# The folders and modules of `visualization`, lowest first; a module knows only those before it.
+VISUALIZATION = [
+    "drawing",
+    "models",
+    "projection",
+    "search",
+    "evolution",
+    "pictures",
+    "experiments",
+    "result",
+    "settings",
+    "cache_keys",
+    "layer_choice",
+    "manifest",
+    "event_page",
+    "searched_network",
+    "gallery",
+    "report",
+]
 # The package itself and the command line see everything; nothing sees them.
 ABOVE = {"__init__", "__main__"}
 # No module, but a name that the package itself defines.
@@ -45,8 +64,9 @@ def module_of(path):
     return path.parts[0].removesuffix(".py")
 
 
-def imported_modules(source, folder=()):
-    """Places in the order that a source in this folder imports from, also inside functions."""
+def imported_modules(source, folder=(), parent="deconvnet"):
+    """The modules and folders of a parent that a source in this folder imports from, also inside
+    functions."""
     modules = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -59,9 +79,8 @@ def imported_modules(source, folder=()):
         else:
             continue
         for name in names:
-            package, _, rest = name.partition(".")
-            if package == "deconvnet":
-                modules.add(rest.partition(".")[0] or "__init__")
+            if f"{name}.".startswith(f"{parent}."):
+                modules.add(name[len(parent) + 1 :].partition(".")[0] or "__init__")
     return modules
 
 
@@ -107,6 +126,22 @@ def test_a_module_imports_only_modules_before_it(path):
     source = (PACKAGE / path).read_text(encoding="utf-8")
     imported = imported_modules(source, path.parts[:-1])
     assert imported <= allowed | LITERALS, f"{path} imports {sorted(imported - allowed)}"
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in SOURCES if path.parts[0] == "visualization"], ids=str
+)
+def test_a_module_of_visualization_imports_only_those_before_it(path):
+    module = path.parts[1].removesuffix(".py")
+    if module == "__init__":
+        return
+    assert module in VISUALIZATION, f"{module} has no place in the order of visualization"
+    allowed = set(VISUALIZATION[: VISUALIZATION.index(module)])
+    if len(path.parts) > 2:
+        allowed.add(module)
+    source = (PACKAGE / path).read_text(encoding="utf-8")
+    imported = imported_modules(source, path.parts[:-1], "deconvnet.visualization")
+    assert imported <= allowed, f"{path} imports {sorted(imported - allowed)}"
 
 
 def test_there_are_modules_to_check():

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from deconvnet.cli.errors import interruptible, one_line_errors
 from deconvnet.cli.image_files import check_outputs, progress_bar
+from deconvnet.cli.model_errors import one_line_model_errors
 from deconvnet.cli.network_and_images import (
     LIST,
     check_images,
@@ -33,14 +34,17 @@ from deconvnet.images.decoding import shown_name
 from deconvnet.images.files import distinct_names
 from deconvnet.monitoring.monitor import save_picture
 from deconvnet.storage.array_files import save_arrays
-from deconvnet.visualization.experiments.occlusion import Occlusion, occlusion, occlusion_picture
+from deconvnet.visualization.experiments.occlusion import Occlusion, occlusion
+from deconvnet.visualization.experiments.occlusion_picture import occlusion_picture
 from deconvnet.visualization.manifest import layer_file_name
 from deconvnet.visualization.projection.projector import Projector
 
 
 def main(cfg: DictConfig) -> None:
     with one_line_errors(ValueError, OSError), interruptible():
-        occlude(read_settings(cfg))
+        settings = read_settings(cfg)
+        with one_line_model_errors(settings.model or settings.run):
+            occlude(settings)
 
 
 def occlude(settings: OcclusionConfig) -> None:
@@ -75,7 +79,8 @@ def occlude(settings: OcclusionConfig) -> None:
                 stride=settings.stride,
                 progress=progress,
             )
-        save_picture(folder / f"{name}.png", occlusion_picture(result, pixels, names=labels))
+        shown = projector.shown(pixels[None])[0]
+        save_picture(folder / f"{name}.png", occlusion_picture(result, shown, names=labels))
         save_arrays(folder / f"{name}.npz", arrays(result))
         where = shown_name(relative_path(folder / f"{name}.png"))
         print(f"{where}   {in_words(result, labels)}")

@@ -26,7 +26,7 @@ from deconvnet.monitoring.monitor import save_picture
 from deconvnet.network.metrics import psnr, snr
 from deconvnet.network.network import Progress, load
 from deconvnet.network.tiling import MEMORY
-from deconvnet.visualization.pictures.canvas import hstack, text_block, vstack
+from deconvnet.visualization.drawing.canvas import hstack, text_block, vstack
 
 # The largest grey level of an image file.
 GREY_LEVELS = 255

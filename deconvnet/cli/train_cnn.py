@@ -26,10 +26,10 @@ from deconvnet.images.fit import Crop
 from deconvnet.monitoring.monitor import hidden, save_picture
 from deconvnet.storage import ownership
 from deconvnet.support.devices import torch_device
+from deconvnet.visualization.drawing.canvas import shade_signed, tile_grid
 from deconvnet.visualization.models.normalization import Normalization
 from deconvnet.visualization.models.zfnet import ZFNet, limit_filters
 from deconvnet.visualization.models.zoo import LoadedModel, save_model
-from deconvnet.visualization.pictures.canvas import shade_signed, tile_grid
 
 log = logging.getLogger("train_cnn")
 

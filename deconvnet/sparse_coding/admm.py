@@ -19,20 +19,22 @@ UNIT_NORM = 2.5
 def admm(problem: Problem, start: Start, settings: SolverSettings, until: Until) -> Solution:
     """Maps from a splitting of z and x at a finite beta, with a multiplier u.
 
-        z-step   z = argmin lam/2 ||A z - b||^2 + beta/2 ||z - (x - u)||^2
+        z-step   z = argmin lam/2 ||A z - b||^2 + beta/2 ||z - v||^2           v = x - u
+                   = v + lam A'w                with (beta I + lam A A') w = b - A v
                  z <- relaxation z + (1 - relaxation) x
         x-step   x = argmin prior(x) + beta/2 ||x - (z + u)||^2
         u-step   u <- u + z - x                                    the scaled multiplier
 
-    For p = 1 it converges to the minimum; for p < 1, or with a window, it is a heuristic that works
-    with a fixed beta. An image stops when its relative residuals are at most the tolerance.
+    The system for w is in the space of the images, with K/C times fewer unknowns than the maps.
+    For p = 1 ADMM converges to the minimum; for p < 1, or with a window, it is a heuristic that
+    works with a fixed beta. An image stops when its relative residuals are at most the tolerance.
     """
     # If the prior is not convex, a beta that keeps changing does not converge.
     adaptive = settings.adaptive and problem.prior.convex and not until.training
     beta = settings.rho * problem.lam * _norm_to_follow(problem.A.curvature())
     method = Admm(problem, start.state, beta, settings.relaxation, adaptive)
     count = iterate(method, until, always_check=adaptive)
-    return problem.solution(method.x, count, certify=until.gap is not None, state=method.state())
+    return problem.solution(method.x, count, certify=until.certifies, state=method.state())
 
 
 class Admm(Method):
@@ -55,10 +57,12 @@ class Admm(Method):
 
     def step(self, stopped: Tensor | None) -> None:
         """z-step over v = x - u = 2x - t; then t <- t + relaxation (z - x), and x-step."""
+        A, b, lam = self.problem.A, self.problem.b, self.problem.lam
         v, beta = self.t.lerp(self.x, 2.0), self.beta if self.adaptive else self.first_beta
-        self.z, self.w = self.problem.data_proximal(
-            v, beta, self.w, max_iterations=self.problem.A.inexact_cg_steps
+        self.w = A.solve(
+            b - A(v), lam, beta, self.w, tolerance=0.0, max_iterations=A.inexact_cg_steps
         )
+        self.z = v.add_(A.adjoint(self.w), alpha=lam)
         t = self.t.add(self.z - self.x, alpha=self.relaxation)
         self.t = t if stopped is None else torch.where(stopped, self.t, t)
         self.x_before, self.x = self.x, self.problem.prior.shrink(self.t, self.beta)

@@ -47,9 +47,11 @@ class HalfQuadratic(Method):
         self.z = self._z_step_exact(x) if self.cg_iterations is None else self._z_step_cg(x)
 
     def _z_step_exact(self, x: Tensor) -> Tensor:
+        """x + lam A'w with (beta I + lam A A') w = b - A x, in the space of the images."""
+        A, b, lam = self.problem.A, self.problem.b, self.problem.lam
         beta = self.problem.per_image(self.beta)
-        z, self.w = self.problem.data_proximal(x, beta, self.w, tolerance=1e-5)
-        return z
+        self.w = A.solve(b - A(x), lam, beta, self.w, tolerance=1e-5)
+        return x.add_(A.adjoint(self.w), alpha=lam)
 
     def _z_step_cg(self, x: Tensor) -> Tensor:
         """A few conjugate gradient steps from the last z, as in the paper."""

@@ -15,8 +15,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from deconvnet.operators.convolution import map_size
+from deconvnet.operators.convolution import Boundary, map_size
 from deconvnet.operators.linear import Deconvolution, LinearOperator
+from deconvnet.sparse_coding.events import Events
 from deconvnet.sparse_coding.prior import Prior
 from deconvnet.support.renaming import renamed
 from deconvnet.support.scaling import Units, times_power
@@ -153,25 +154,6 @@ class Problem:
         gaps = objective - self.dual_objective(residual)
         return (gaps <= gap * objective).view(-1, 1, 1, 1)
 
-    def data_proximal(
-        self,
-        v: Tensor,
-        beta: float | Tensor,
-        w: Tensor | None,
-        *,
-        tolerance: float = 0.0,
-        max_iterations: int = 100,
-    ) -> tuple[Tensor, Tensor]:
-        """argmin_z lam/2 ||A z - b||^2 + beta/2 ||z - v||^2, stored in v; and w for a warm start.
-
-        Setting the gradient to zero gives z = v + lam A'w with (beta I + lam A A') w = b - A v: a
-        system in the space of the images, with K/C times fewer unknowns than that of the maps. A
-        and A' are applied once each besides.
-        """
-        A, lam = self.A, self.lam
-        w = A.solve(self.b - A(v), lam, beta, w, tolerance=tolerance, max_iterations=max_iterations)
-        return v.add_(A.adjoint(w), alpha=lam), w
-
     def solution(
         self,
         z: Tensor,
@@ -201,7 +183,10 @@ class Solution:
     image took. state: from which a later call continues, in the shape of z. step:
     (N, 1, 1, 1), the last gradient step of each image, for a later call (fista, ista; else None).
     gap: (N,) in float64, the duality gap: an upper bound on how far the objective is above the
-    minimum (if settings.gap is set, except in training; else None). lam: the weight that was used.
+    minimum (if settings.gap is set, except in training, or if `solve` is to certify; else None).
+    lam: the weight that was used.
+    filter_size, boundary: the (h, w) of the filters and the boundary, if the code is one of
+    `sparse_code`.
     """
 
     z: Tensor
@@ -213,10 +198,16 @@ class Solution:
     step: Tensor | None = field(default=None, repr=False)
     gap: Tensor | None = None
     lam: float | None = None
+    filter_size: tuple[int, int] | None = None
+    boundary: Boundary | None = None
 
     @property
     def objective(self) -> Tensor:
         return self.reconstruction + self.sparsity
+
+    def events(self) -> Events:
+        """The non-zero coefficients as a table, sorted by image, map, row and column."""
+        return Events.of_maps(self.z, filter_size=self.filter_size, boundary=self.boundary)
 
     def __repr__(self) -> str:
         return f"Solution({self})"

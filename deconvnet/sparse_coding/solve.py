@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from deconvnet.operators.convolution import Boundary, map_size
-from deconvnet.operators.linear import Deconvolution, LinearOperator
+from deconvnet.operators.linear import Deconvolution, LinearOperator, Mask
 from deconvnet.sparse_coding.admm import admm
 from deconvnet.sparse_coding.half_quadratic import half_quadratic
 from deconvnet.sparse_coding.implicit_gradient import (
@@ -42,7 +42,6 @@ from deconvnet.support.validation import (
     as_number,
     as_positive_integer,
     as_positive_number,
-    as_tensor,
     as_weights,
     check_settings,
 )
@@ -111,22 +110,63 @@ def sparse_code(
     rest of the solution is plain. Not for p < 1, lam_ratio or half_quadratic, and only once. Raises
     ValueError if an argument is out of range or does not fit the others.
     """
-    given = dict(images=images, filters=filters, lam=lam, mask=mask, weights=weights)
-    differentiable = requires_gradient(*given.values())
-    solution, prior = _plain_code(
-        **given,
-        lam_ratio=lam_ratio,
+    check_settings(settings, SolverSettings, "settings")
+    if (lam is None) == (lam_ratio is None):
+        raise ValueError(f"lam={lam}, lam_ratio={lam_ratio}: give one of the two")
+    A, b, prior = coding_problem(
+        images,
+        filters,
         p=p,
         boundary=boundary,
+        mask=mask,
+        weights=weights,
         group=group,
         non_negative=non_negative,
-        settings=settings,
-        chunk=chunk,
-        differentiable=differentiable,
     )
+    settings = settings or default_solver(b, prior.p)
+    given = dict(images=images, filters=filters, lam=lam, mask=mask, weights=weights)
+    differentiable = requires_gradient(*given.values())
+    if differentiable:
+        check_differentiable(prior.p, lam_ratio, settings)
+    if lam_ratio is not None:
+        lam = lam_from_ratio(A, b, lam_ratio, prior)
+        settings = relative_schedule(settings, A, lam, lam_ratio)
+    solution = solve(A, b, lam=lam, prior=prior, settings=settings, chunk=chunk)
+    solution = of_one_layer(solution, A)
     if not differentiable:
         return solution
     return with_gradient(solution, **given, boundary=boundary, prior=prior)
+
+
+def coding_problem(
+    images: Tensor,
+    filters: Tensor,
+    *,
+    p: float,
+    boundary: Boundary,
+    mask: Tensor | None,
+    weights: Tensor | None,
+    group: int,
+    non_negative: bool,
+) -> tuple[Deconvolution, Tensor, Prior]:
+    """(A, b, prior) of the problem that `sparse_code` solves for these arguments, once checked."""
+    images = as_images(images)
+    filters = as_filters(filters, images.shape[1])
+    weights = None if weights is None else as_weights(weights)
+    A, b = Deconvolution(filters.to(images), boundary), images
+    if mask is not None:
+        M = Mask(mask, images)
+        A, b = M @ A, M.target(images)
+    if not torch.isfinite(b).all() or not torch.isfinite(filters).all():
+        raise ValueError("images and filters must be finite: there are NaN or infinite values")
+    weights = None if weights is None else weights.to(images)
+    p, group = as_number(p, "p"), as_positive_integer(group, "group")
+    return A, b, Prior(p, weights=weights, group=group, non_negative=non_negative)
+
+
+def of_one_layer(solution: Solution, A: Deconvolution) -> Solution:
+    """The solution, with what places its events in the image."""
+    return dataclasses.replace(solution, filter_size=tuple(A.f.shape[2:]), boundary=A.boundary)
 
 
 def default_solver(images: Tensor, p: float = 1.0) -> SolverSettings:
@@ -141,25 +181,35 @@ def default_solver(images: Tensor, p: float = 1.0) -> SolverSettings:
 
 @plain
 def lam_from_ratio(
-    A: LinearOperator, b: Tensor, lam_ratio: float, prior: Prior | None = None
+    A: LinearOperator,
+    b: Tensor,
+    lam_ratio: float,
+    prior: Prior | None = None,
+    *,
+    quantile: float = 1.0,
 ) -> float:
     """The lam with lambda = 1/lam = lam_ratio * lambda_max, the smallest lambda that makes z = 0.
 
         lam = 1 / (lam_ratio * max over the images of prior.dual_norm(A'b))                p = 1
 
     lam_ratio: in (0, 1]. With 1 all maps are zero; the smaller it is, the denser they are. The
-    image with the largest correlation determines lam for all. If the data are scaled by s, so is
-    lambda_max: with the same ratio the maps are scaled by s and otherwise unchanged, whereas a
-    given lam would have to be divided by s. With a ratio of 1 ADMM, whose maps only approach zero,
-    may leave a few small coefficients.
+    image with the largest correlation determines lam for all; with a quantile below 1, in (0, 1],
+    it is this quantile over the images instead of the maximum, which a few images with extreme
+    values do not move. If the data are scaled by s, so is lambda_max: with the same ratio the maps
+    are scaled by s and otherwise unchanged, whereas a given lam would have to be divided by s. With
+    a ratio of 1 ADMM, whose maps only approach zero, may leave a few small coefficients.
     """
     if not 0 < as_number(lam_ratio, "lam_ratio") <= 1:
         raise ValueError(f"lam_ratio={lam_ratio}: must lie in (0, 1]")
+    if not 0 < as_number(quantile, "quantile") <= 1:
+        raise ValueError(f"quantile={quantile}: must lie in (0, 1]")
     b, prior = as_images(b, "b"), prior or Prior()
     (A, filters_exponent), data_exponent = A.normalised(), exponent(magnitude(b))
     correlations = A.adjoint(times_power(b, -data_exponent))
     prior.check(correlations.shape)
-    largest = float(prior.dual_norm(correlations).max())
+    norms = prior.dual_norm(correlations)
+    # The maximum by itself: interpolating between two infinite norms would give NaN.
+    largest = float(norms.max() if quantile == 1 else norms.quantile(float(quantile)))
     if not 0 < largest < math.inf:
         need = (
             "all weights to be positive" if largest > 0 else "images that the filters can explain"
@@ -189,48 +239,6 @@ def relative_schedule(
 
 
 @plain
-def _plain_code(
-    images: Tensor,
-    filters: Tensor,
-    lam: float | Tensor | None,
-    mask: Tensor | None,
-    weights: Tensor | None,
-    *,
-    lam_ratio: float | None,
-    p: float,
-    boundary: Boundary,
-    group: int,
-    non_negative: bool,
-    settings: SolverSettings | None,
-    chunk: int | None,
-    differentiable: bool,
-) -> tuple[Solution, Prior]:
-    """`sparse_code` without a gradient, and the prior; differentiable: whether one will follow."""
-    images = as_images(images)
-    filters = as_filters(filters, images.shape[1])
-    mask = None if mask is None else as_tensor(mask, "mask")
-    weights = None if weights is None else as_weights(weights)
-    check_settings(settings, SolverSettings, "settings")
-    if (lam is None) == (lam_ratio is None):
-        raise ValueError(f"lam={lam}, lam_ratio={lam_ratio}: give one of the two")
-    A, b = Deconvolution(filters.to(images), boundary, mask), images
-    if mask is not None:
-        b = _masked_images(images, mask, A)
-    if not torch.isfinite(b).all() or not torch.isfinite(filters).all():
-        raise ValueError("images and filters must be finite: there are NaN or infinite values")
-    weights = None if weights is None else weights.to(images)
-    p, group = as_number(p, "p"), as_positive_integer(group, "group")
-    prior = Prior(p, weights=weights, group=group, non_negative=non_negative)
-    settings = settings or default_solver(images, p)
-    if differentiable:
-        check_differentiable(p, lam_ratio, settings)
-    if lam_ratio is not None:
-        lam = lam_from_ratio(A, b, lam_ratio, prior)
-        settings = relative_schedule(settings, A, lam, lam_ratio)
-    return solve(A, b, lam=lam, prior=prior, settings=settings, chunk=chunk), prior
-
-
-@plain
 def solve(
     A: LinearOperator,
     b: Tensor,
@@ -241,6 +249,7 @@ def solve(
     state: Tensor | None = None,
     step: Tensor | None = None,
     training: bool = False,
+    certify: bool = False,
     callback: Callback | None = None,
     chunk: int | None = None,
 ) -> Solution:
@@ -251,7 +260,8 @@ def solve(
     b: (N, C, H, W); prior: by default sum |z|. b, A, lam and weights may be in any units; the
     schedule of half_quadratic is in those of z. For fista, ista and coordinate the state may be any
     maps; they are made feasible for the prior first. training: one visit of a training epoch, with
-    few iterations, in which no image stops early and ADMM keeps its beta. callback(i, z, beta) gets
+    few iterations, in which no image stops early and ADMM keeps its beta. certify: compute the
+    duality gap of the solution even if settings.gap is not set (p = 1). callback(i, z, beta) gets
     the sparse maps after iteration i = 1, 2, ... and the beta (N, 1, 1, 1) of each image; for fista
     and ista beta is 1 / step. With a callback all images are solved in one batch. Raises ValueError
     if an argument is out of range or does not fit the others.
@@ -259,7 +269,7 @@ def solve(
     chunk = None if chunk is None else as_positive_integer(chunk, "chunk")
     b, lam, prior = as_images(b, "b"), as_positive_number(lam, "lam"), prior or Prior()
     check_settings(settings, SolverSettings, "settings")
-    if settings.gap is not None and not prior.convex:
+    if (settings.gap is not None or certify) and not prior.convex:
         raise ValueError(
             f"solver.gap={settings.gap}: only a minimum for p=1 without a window has a duality gap,"
             f" not for p={prior.p}, window={prior.window}"
@@ -270,7 +280,7 @@ def solve(
         # These methods never raise the objective, and it is infinite at an infeasible start.
         z = prior.feasible(z)
     start = Start(z, settings.step if step is None else step)
-    until = _until(settings, training)
+    until = _until(settings, training, certify)
     A, filters_exponent = A.normalised()
     units = Units.of(b, filters_exponent, lam, prior.p, prior.weights)
     if callback:
@@ -281,11 +291,11 @@ def solve(
     return _solve_in_units(units, problem, start, settings, until, chunk)
 
 
-def _until(settings: SolverSettings, training: bool) -> Until:
+def _until(settings: SolverSettings, training: bool, certify: bool) -> Until:
     if training:
-        return Until(settings.training_iterations, training=True)
+        return Until(settings.training_iterations, certify=certify, training=True)
     tolerance = settings.tolerance if settings.gap is None else 0.0
-    return Until(settings.iterations, tolerance, settings.gap)
+    return Until(settings.iterations, tolerance, settings.gap, certify)
 
 
 def _zeros(A: LinearOperator, b: Tensor, method: str) -> Tensor:
@@ -294,17 +304,6 @@ def _zeros(A: LinearOperator, b: Tensor, method: str) -> Tensor:
         return A.zeros(b)
     size = map_size(b.shape[2:], A.f.shape[2:], A.boundary)
     return b.new_zeros(1, 1, 1, 1).expand(len(b), len(A.f), *size)
-
-
-def _masked_images(images: Tensor, mask: Tensor, A: Deconvolution) -> Tensor:
-    """mask * images, 0 where the mask is 0 even if the pixel is NaN. Checks the mask's shape."""
-    sizes = zip(mask.shape, images.shape, strict=True)
-    if not all(m in (1, n) for m, n in sizes) or mask.shape[2:] != images.shape[2:]:
-        raise ValueError(
-            f"mask of shape {tuple(mask.shape)} does not fit images of shape "
-            f"{tuple(images.shape)}: expected (N or 1, C or 1, H, W)"
-        )
-    return torch.where(A.mask > 0, A.mask * images, torch.zeros_like(images))
 
 
 def _solve_in_units(

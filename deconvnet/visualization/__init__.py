@@ -14,7 +14,8 @@ if TYPE_CHECKING:
         correspondence_table,
     )
     from deconvnet.visualization.experiments.invariance import invariance, invariance_picture
-    from deconvnet.visualization.experiments.occlusion import occlusion, occlusion_picture
+    from deconvnet.visualization.experiments.occlusion import occlusion
+    from deconvnet.visualization.experiments.occlusion_picture import occlusion_picture
     from deconvnet.visualization.models.normalization import Normalization
     from deconvnet.visualization.models.zoo import load_model
     from deconvnet.visualization.pictures.image_decomposition import (
@@ -26,11 +27,11 @@ if TYPE_CHECKING:
     from deconvnet.visualization.pictures.image_parts import ImageParts, image_parts
     from deconvnet.visualization.pictures.layer_pictures import filter_grid, layer_pictures
     from deconvnet.visualization.pictures.parts_picture import image_parts_picture
-    from deconvnet.visualization.pictures.projection_grids import layer_grid, projection_grid
     from deconvnet.visualization.projection.feature_projection import PixelFeatures, pixel_features
     from deconvnet.visualization.projection.projector import Projector
     from deconvnet.visualization.report import visualize_network
     from deconvnet.visualization.search.projecting import project_top_activations
+    from deconvnet.visualization.search.projection_grids import layer_grid, projection_grid
     from deconvnet.visualization.search.randomization import shuffle_weights, shuffled_control
     from deconvnet.visualization.search.strongest_units import strongest
     from deconvnet.visualization.search.top_activations import find_top_activations
@@ -53,16 +54,16 @@ MODULES = {
     "image_parts_picture": "pictures.parts_picture",
     "invariance": "experiments.invariance",
     "invariance_picture": "experiments.invariance",
-    "layer_grid": "pictures.projection_grids",
+    "layer_grid": "search.projection_grids",
     "layer_pictures": "pictures.layer_pictures",
     "load_model": "models.zoo",
     "occlusion": "experiments.occlusion",
-    "occlusion_picture": "experiments.occlusion",
+    "occlusion_picture": "experiments.occlusion_picture",
     "pixel_features": "projection.feature_projection",
     "project_activations": "pictures.image_decomposition",
     "project_checkpoints": "evolution.from_checkpoints",
     "project_top_activations": "search.projecting",
-    "projection_grid": "pictures.projection_grids",
+    "projection_grid": "search.projection_grids",
     "shuffle_weights": "search.randomization",
     "shuffled_control": "search.randomization",
     "strongest": "search.strongest_units",

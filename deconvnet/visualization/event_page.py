@@ -11,28 +11,26 @@ from torch import Tensor
 from deconvnet.monitoring.event_files import event_writer
 from deconvnet.monitoring.summaries import image_summary, text_summary
 from deconvnet.storage import ownership
-from deconvnet.visualization.manifest import control_rows, rows_in_grid
-from deconvnet.visualization.pictures.canvas import (
+from deconvnet.visualization.drawing.canvas import (
+    CONTRAST,
     GAP,
     LINE,
+    as_curves,
     hstack,
     plain_number,
     resize_tiles,
+    shade_projections,
     shade_signed,
     text_block,
     vstack,
     with_title,
 )
+from deconvnet.visualization.drawing.sheet import CARD, MOST_CARDS, cut_into_cards
+from deconvnet.visualization.manifest import control_rows, rows_in_grid
 from deconvnet.visualization.pictures.evolution_picture import evolution_cards
 from deconvnet.visualization.pictures.layer_pictures import filter_cards
-from deconvnet.visualization.pictures.projection_grids import (
-    CONTRAST,
-    pixel_filters,
-    shade_projections,
-    tiles_to_show,
-)
-from deconvnet.visualization.pictures.sheet import CARD, MOST_CARDS, cut_into_cards
 from deconvnet.visualization.result import VisualizationResult
+from deconvnet.visualization.search.projection_grids import pixel_filters, tiles_to_show
 from deconvnet.visualization.search.top_projections import TopProjections
 from deconvnet.visualization.settings import VisualizationSettings
 
@@ -107,7 +105,7 @@ def _pages(
     """Yield the group, the name and the cards of every picture."""
     filters = pixel_filters(result.projector)
     if filters is not None:
-        yield "filters", filters[0], filter_cards(shade_signed(filters[1]))
+        yield "filters", filters[0], filter_cards(as_curves(shade_signed(filters[1])))
     for layer, projections in result.projections.items():
         rows = rows_in_grid(projections, settings)[:MOST_CARDS]
         yield "layers", layer, [map_card(projections, row, settings.contrast) for row in rows]

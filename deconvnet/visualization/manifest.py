@@ -12,8 +12,8 @@ from deconvnet.images.decoding import shown_name
 from deconvnet.monitoring.picture_files import WEBP_LARGEST
 from deconvnet.monitoring.strict_json import to_json
 from deconvnet.storage import ownership
-from deconvnet.visualization.pictures.projection_grids import sample_maps
 from deconvnet.visualization.result import VisualizationResult
+from deconvnet.visualization.search.projection_grids import sample_maps
 from deconvnet.visualization.search.top_projections import TopProjections
 from deconvnet.visualization.settings import VisualizationSettings
 

@@ -28,10 +28,12 @@ from deconvnet.images.decoding import shown_name
 from deconvnet.monitoring.monitor import save_picture
 from deconvnet.storage import ownership
 from deconvnet.support.communicator import SINGLE, Communicator
+from deconvnet.visualization.drawing.canvas import as_curves, shade_signed
 from deconvnet.visualization.event_page import write_event_page
 from deconvnet.visualization.evolution.evolution import Evolution
 from deconvnet.visualization.experiments.invariance import invariance, invariance_picture
-from deconvnet.visualization.experiments.occlusion import occlusion, occlusion_picture
+from deconvnet.visualization.experiments.occlusion import occlusion
+from deconvnet.visualization.experiments.occlusion_picture import occlusion_picture
 from deconvnet.visualization.gallery.content import write_result_gallery
 from deconvnet.visualization.layer_choice import default_layers, projectable_layers
 from deconvnet.visualization.manifest import (
@@ -41,13 +43,12 @@ from deconvnet.visualization.manifest import (
     write_manifest,
 )
 from deconvnet.visualization.models.zoo import LoadedModel
-from deconvnet.visualization.pictures.canvas import shade_signed
 from deconvnet.visualization.pictures.evolution_picture import evolution_picture
 from deconvnet.visualization.pictures.layer_pictures import filter_picture
-from deconvnet.visualization.pictures.projection_grids import layer_grid, pixel_filters
 from deconvnet.visualization.projection.projection import LayerInfo, suggest_layers
 from deconvnet.visualization.projection.projector import Projector
 from deconvnet.visualization.result import VisualizationResult
+from deconvnet.visualization.search.projection_grids import layer_grid, pixel_filters
 from deconvnet.visualization.search.top_activations import group_by_size
 from deconvnet.visualization.searched_network import (
     SearchedNetwork,
@@ -200,7 +201,8 @@ def _draw(result: VisualizationResult, settings: VisualizationSettings, folder: 
     pictures = result.pictures
     filters = pixel_filters(result.projector)
     if filters is not None:
-        pictures[f"{filters[0]}-filters"] = filter_picture(shade_signed(filters[1]))
+        tiles = as_curves(shade_signed(filters[1]))
+        pictures[f"{filters[0]}-filters"] = filter_picture(tiles)
     for layer, projections in result.projections.items():
         rows = rows_in_grid(projections, settings)
         pictures[layer] = layer_grid(
@@ -229,7 +231,9 @@ def _draw_occlusion(result: VisualizationResult, settings: VisualizationSettings
             x = projector.prepare(pixels[None])
             occluded = occlusion(projector, x, layer=layer, progress=progress)
         labels = result.model.labels and tuple(map(shown_name, result.model.labels))
-        result.pictures[f"occlusion-{number}"] = occlusion_picture(occluded, pixels, names=labels)
+        result.pictures[f"occlusion-{number}"] = occlusion_picture(
+            occluded, result.shown_images[number], names=labels
+        )
 
 
 def _draw_invariance(result: VisualizationResult, settings: VisualizationSettings) -> None:
@@ -246,7 +250,8 @@ def _draw_invariance(result: VisualizationResult, settings: VisualizationSetting
         x = result.projector.prepare(pixels)
         curves = invariance(result.projector, x, layers, progress=progress)
     names = [shown_name(Path(name).stem) for name in result.images.names[:count]]
-    result.pictures["invariance"] = invariance_picture(curves, pixels, names=names)
+    shown = result.projector.shown(pixels)
+    result.pictures["invariance"] = invariance_picture(curves, shown, names=names)
 
 
 def _remove_outdated(result: VisualizationResult, place: Path) -> None:

@@ -21,10 +21,10 @@ from deconvnet.support.communicator import Communicator
 from deconvnet.visualization.cache_keys import activations_key, network_key
 from deconvnet.visualization.manifest import control_rows, layer_file_name
 from deconvnet.visualization.models.zoo import LoadedModel
-from deconvnet.visualization.pictures.projection_grids import sample_maps
 from deconvnet.visualization.projection.projector import Projector
 from deconvnet.visualization.result import VisualizationResult
 from deconvnet.visualization.search.projecting import project_top_activations
+from deconvnet.visualization.search.projection_grids import sample_maps
 from deconvnet.visualization.search.randomization import shuffled_control
 from deconvnet.visualization.search.top_activations import (
     Progress,

@@ -1,6 +1,7 @@
 """Inference against certificates, scikit-learn and dense algebra; batches and restarts."""
 
 import dataclasses
+import functools
 import re
 
 import numpy as np
@@ -20,7 +21,13 @@ from deconvnet.sparse_coding.iteration import Start, Until
 from deconvnet.sparse_coding.prior import Prior, penalty, shrink
 from deconvnet.sparse_coding.problem import METHODS, Problem, SolverSettings, duality_gap
 from deconvnet.sparse_coding.proximal_gradient import fista, ista
-from deconvnet.sparse_coding.solve import SOLVERS, default_solver, solve, sparse_code
+from deconvnet.sparse_coding.solve import (
+    SOLVERS,
+    default_solver,
+    lam_from_ratio,
+    solve,
+    sparse_code,
+)
 
 EXACT = ("admm", "fista", "ista")
 BOUNDARIES = ("valid", "circular")
@@ -73,7 +80,7 @@ windowed = pytest.mark.parametrize("name", WINDOWED)
 
 
 def to_the_end(method, iterations=3000):
-    return SolverSettings(method=method, iterations=iterations, tolerance=1e-10)
+    return SolverSettings(method=method, iterations=iterations, tolerance=1e-8)
 
 
 def steady(method, iterations=3000):
@@ -115,8 +122,9 @@ def test_all_methods_reach_the_certified_minimum_and_that_of_scikit_learn(bounda
     A, b = problem(boundary, C=channels, N=1)
     minimum = objective(A, b, lasso(A, b, lam), lam)
     for method in EXACT:
-        solution = solve(A, b, lam=lam, settings=to_the_end(method))
         # ista needs ten times the iterations of the others; its certificate closes last.
+        settings = to_the_end(method, 1000 if method == "ista" else 3000)
+        solution = solve(A, b, lam=lam, settings=settings)
         bound = 1e-3 if method == "ista" else 1e-6
         certificate = duality_gap(A, b, solution.z, lam) / minimum
         assert (certificate <= (0.1 if method == "ista" else 1e-6)).all(), method
@@ -125,9 +133,9 @@ def test_all_methods_reach_the_certified_minimum_and_that_of_scikit_learn(bounda
         assert_close(solution.objective, objective(A, b, solution.z, lam), rtol=1e-12, atol=0)
     first = 0.01 * lam
     slow = SolverSettings(
-        "half_quadratic", beta_start=first, beta_factor=1.02, beta_end=first * 1.02**499
+        "half_quadratic", beta_start=first, beta_factor=1.03, beta_end=first * 1.03**299
     )
-    assert len(slow.betas()) == 500
+    assert len(slow.betas()) == 300
     start = Start(torch.zeros_like(solution.z))
     x = half_quadratic(Problem(A, b, lam), start, slow, Until(1)).z
     # The last steps of the schedule freeze what the earlier ones left undone.
@@ -260,6 +268,12 @@ def test_with_frozen_switches_the_safe_step_alone_never_raises_the_objective(nam
     assert_close(found.step, step, rtol=1e-12, atol=0)
 
 
+@functools.cache
+def least_objective(name, lam):
+    A, b = WINDOWED[name][0]()
+    return solve(A, b, lam=lam, settings=steady("fista", 400)).objective
+
+
 @pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize("method", ["ista", "fista"])
 @pytest.mark.parametrize("name", ["F", "R_2"])
@@ -288,7 +302,7 @@ def test_a_step_that_is_far_too_long_is_halved_until_it_serves(method, name, ada
         assert torch.equal(halved, halved.round()) and (halved >= 4).all()
         # Longer than this a gradient step diverges; far shorter it would crawl.
         assert (found.step < 2.1 * safe).all() and (found.step > 0.2 * safe).all()
-    expected = solve(A, b, lam=lam, settings=steady("fista", 400)).objective
+    expected = least_objective(name, lam)
     assert_close(found.objective, expected, rtol=1e-2 if method == "ista" else 1e-3, atol=0)
 
 
@@ -363,9 +377,9 @@ def test_half_quadratic_on_a_slow_schedule_and_ista_come_near_the_minimum(make):
     minimum = solve(A, b, lam=lam, settings=steady("fista", 500))
     assert (duality_gap(A, b, minimum.z, lam) <= 1e-2 * minimum.objective).all()
     slow = SolverSettings(
-        method="half_quadratic", iterations=1, beta_start=0.2, beta_factor=1.05, beta_end=1e3
+        method="half_quadratic", iterations=1, beta_start=0.2, beta_factor=1.1, beta_end=1e3
     )
-    for settings in (slow, steady("ista", 500), to_the_end("ista", 500)):
+    for settings in (slow, steady("ista", 400), to_the_end("ista", 300)):
         found = solve(A, b, lam=lam, settings=settings)
         excess = found.objective / minimum.objective - 1
         assert (excess > -1e-3).all() and (excess < 0.05).all(), (settings, excess)
@@ -412,11 +426,11 @@ def test_maps_are_zero_exactly_up_to_the_closed_form_lam(boundary):
     A, b = problem(boundary, N=1)
     lam = 1 / A.adjoint(b).abs().max().item()
     for method in EXACT:
-        below = solve(A, b, lam=0.99 * lam, settings=to_the_end(method, 2000))
+        below = solve(A, b, lam=0.99 * lam, settings=to_the_end(method, 300))
         assert (below.z == 0).all() and torch.equal(below.residual, b)
         assert below.objective.item() == pytest.approx(0.99 * lam / 2 * b.square().sum().item())
         assert duality_gap(A, b, below.z, 0.99 * lam).item() == pytest.approx(0, abs=1e-12)
-        above = solve(A, b, lam=1.01 * lam, settings=to_the_end(method, 2000))
+        above = solve(A, b, lam=1.01 * lam, settings=to_the_end(method, 300))
         assert 0 < torch.count_nonzero(above.z) < 5
         strongest = A.adjoint(b).abs().argmax()
         assert above.z.flatten()[strongest] != 0
@@ -540,10 +554,12 @@ def test_visits_of_few_iterations_add_up_to_one_long_run():
 
 @pytest.mark.parametrize("method", EXACT)
 def test_exponents_below_one_give_sparser_maps_at_a_similar_error(method):
-    A, b = problem(K=4, image=(10, 10))
+    A, b = problem(K=4, image=(7, 7))
     lam, p = 30.0, 0.7
-    convex = solve(A, b, lam=lam, settings=to_the_end(method, 1500))
-    found = solve(A, b, lam=lam, prior=Prior(p=p), settings=to_the_end(method, 1500))
+    convex = solve(A, b, lam=lam, settings=to_the_end(method, 300))
+    # A splitting with a fixed beta settles slowly where the prior is not convex.
+    settings = to_the_end(method, 1500 if method == "admm" else 300)
+    found = solve(A, b, lam=lam, prior=Prior(p=p), settings=settings)
     nonzero = [torch.count_nonzero(s.z) for s in (found, convex)]
     assert nonzero[0] < 0.8 * nonzero[1]
     for solution in (found, convex):
@@ -608,9 +624,9 @@ def test_sparse_code_is_solve_on_the_deconvolution_of_the_filters():
 
 
 def test_the_default_without_coordinate_descent_is_of_the_accuracy_of_that_with_it(textures):
-    y = textures(1, 1, 48, 48).double()
+    y = textures(1, 1, 32, 32).double()
     y = y - torch.nn.functional.avg_pool2d(y, 9, 1, 4, count_include_pad=False)
-    patches = y.unfold(2, 7, 5).unfold(3, 7, 5).reshape(-1, 1, 7, 7)
+    patches = y.unfold(2, 7, 3).unfold(3, 7, 3).reshape(-1, 1, 7, 7)
     f = unit(patches[:: len(patches) // 12][:12] + 1e-3)
     elsewhere = default_solver(torch.empty(0, device="meta"))
     assert elsewhere.method == "admm" and elsewhere.gap is None
@@ -779,21 +795,32 @@ def test_the_schedule_ends_at_its_bound_and_never_above():
     assert SolverSettings(beta_start=2, beta_end=2).betas() == [2]
 
 
+@functools.cache
+def signed_maps():
+    A, b = problem(image=(8, 9))
+    return solve(A, b, lam=20.0, settings=to_the_end("fista", 300)).z
+
+
+@functools.cache
+def non_negative_minimum():
+    A, b = problem(image=(8, 9))
+    certain = SolverSettings("coordinate", iterations=500, gap=1e-9)
+    return solve(A, b, lam=20.0, prior=Prior(non_negative=True), settings=certain).objective
+
+
 @pytest.mark.parametrize("gap", [None, 1e-6])
 @pytest.mark.parametrize("method", ["fista", "ista", "admm", "coordinate"])
 def test_a_start_with_negative_coefficients_ends_at_the_non_negative_minimum(method, gap):
     A, b = problem(image=(8, 9))
-    start = solve(A, b, lam=20.0, settings=to_the_end("fista", 300)).z
+    start = signed_maps()
     assert (start < 0).any()
     prior = Prior(non_negative=True)
     options = dict(lam=20.0, prior=prior)
-    settings = dataclasses.replace(to_the_end(method, 2000), gap=gap, tolerance=1e-9)
-    expected = solve(
-        A, b, settings=SolverSettings("coordinate", iterations=500, gap=1e-9), **options
-    )
+    settings = dataclasses.replace(to_the_end(method, 2000), gap=gap)
+    expected = non_negative_minimum()
     found = solve(A, b, settings=settings, state=start, **options)
     assert (found.z >= 0).all()
-    assert_close(found.objective, expected.objective, rtol=1e-4, atol=0)
+    assert_close(found.objective, expected, rtol=1e-4, atol=0)
     assert (duality_gap(A, b, start, 20.0, prior) == torch.inf).all()
 
 
@@ -801,7 +828,7 @@ def test_a_start_with_negative_coefficients_ends_at_the_non_negative_minimum(met
 @pytest.mark.parametrize("non_negative", [False, True])
 def test_a_start_with_several_coefficients_in_a_window_ends_with_one(method, non_negative):
     A, b = problem(image=(8, 9))
-    start = solve(A, b, lam=20.0, settings=to_the_end("fista", 300)).z
+    start = signed_maps()
     prior = Prior(window=(1, 2, 2), non_negative=non_negative)
     assert (prior(start) == torch.inf).all() and torch.isfinite(prior.value(start)).all()
     found = solve(A, b, lam=20.0, prior=prior, settings=to_the_end(method, 200), state=start)
@@ -862,3 +889,17 @@ def test_a_solution_of_nothing_can_be_printed():
 
 def test_every_method_of_the_settings_has_its_solver():
     assert tuple(SOLVERS) == METHODS == tuple(MAP_BYTES)
+
+
+def test_a_quantile_of_lambda_max_is_not_moved_by_one_bright_image():
+    y = torch.randn(5, 1, 9, 9, dtype=torch.float64)
+    A = Deconvolution(torch.randn(3, 1, 3, 3, dtype=torch.float64), "valid")
+    alone = torch.tensor([1 / lam_from_ratio(A, image[None], 1.0) for image in y])
+    found = 1 / lam_from_ratio(A, y, 0.1, quantile=0.5)
+    assert_close(torch.tensor(found), 0.1 * alone.median(), rtol=1e-6, atol=0)
+    y[alone.argmax()] *= 100
+    assert 1 / lam_from_ratio(A, y, 0.1, quantile=0.5) == found
+    assert 1 / lam_from_ratio(A, y, 0.1) > 50 * found
+    for quantile in (0, 1.5):
+        with pytest.raises(ValueError, match=rf"quantile={quantile}: must lie in \(0, 1\]"):
+            lam_from_ratio(A, y, 0.1, quantile=quantile)

@@ -5,12 +5,13 @@ import os
 import shutil
 import signal
 import time
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import StopAt, assert_same_network, shown_pictures
+from helpers import StopAt, assert_same_network, no_pictures, shown_pictures
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.testing import assert_close
@@ -58,10 +59,20 @@ def images(textures):
     return textures(5, 3, 20, 20)
 
 
-def train_in(folder, images, depth=2, *, settings=SETTINGS, resume="auto", stop=None, **options):
+def train_in(
+    folder,
+    images,
+    depth=2,
+    *,
+    settings=SETTINGS,
+    resume="auto",
+    stop=None,
+    pictures=False,
+    **options,
+):
     net = network(depth)
     monitor = StopAt(folder, stop) if stop else Monitor(folder, progress=False, config="some: text")
-    with monitor:
+    with monitor, nullcontext() if pictures else no_pictures():
         results = train(net, images, RunFolder(folder, settings, resume), monitor, **options)
     return net, results
 
@@ -103,7 +114,14 @@ def scalars(folder):
 def finished(images, tmp_path_factory):
     """An uninterrupted run of two layers: (folder, network, results)."""
     folder = tmp_path_factory.mktemp("finished")
-    return folder, *train_in(folder, images)
+    return folder, *train_in(folder, images, pictures=True)
+
+
+@pytest.fixture
+def finished_copy(finished, tmp_path):
+    """A folder with a copy of that run, which a test may change."""
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    return tmp_path
 
 
 def test_a_run_leaves_checkpoints_pictures_and_the_network(finished, images):
@@ -227,33 +245,35 @@ class Dies(Monitor):
 
 
 def test_settings_of_a_layer_that_has_not_begun_may_still_change(images, tmp_path):
-    with pytest.raises(MemoryError), Dies(tmp_path, progress=False) as monitor:
+    with no_pictures(), pytest.raises(MemoryError), Dies(tmp_path, progress=False) as monitor:
         train(network(), images, RunFolder(tmp_path, SETTINGS), monitor)
     # What has not been learned is not saved.
     assert load(tmp_path).depth == 1
     settings = {**SETTINGS, "model": {**SETTINGS["model"], "layer2": {"lam": 0.5}}}
     wider = network()
     wider.layers[1] = Layer(LayerSettings(7, 3, solver=FAST), 4, seeded_generator(0, 2))
-    with Monitor(tmp_path, progress=False) as monitor:
+    with no_pictures(), Monitor(tmp_path, progress=False) as monitor:
         results = train(wider, images, RunFolder(tmp_path, settings), monitor)
     assert len(results) == 2 and load(tmp_path).layer(2).filters.shape == (7, 4, 3, 3)
 
 
-def test_fewer_layers_in_the_same_folder_equal_those_of_the_deeper_run(finished, images, tmp_path):
+def test_fewer_layers_in_the_same_folder_equal_those_of_the_deeper_run(
+    finished, finished_copy, images
+):
     _, expected, results = finished
-    train_in(tmp_path, images, depth=2)
-    net, shallower = train_in(tmp_path, images, depth=1)
+    net, shallower = train_in(finished_copy, images, depth=1)
     assert_same_results(shallower, results[:1])
     assert torch.equal(net.layer(1).filters, expected.layer(1).filters)
 
 
-def test_the_same_command_again_trains_nothing_and_returns_the_same(finished, images, tmp_path):
-    train_in(tmp_path, images)
-    files = sorted((tmp_path / "checkpoints").iterdir())
-    net, results = train_in(tmp_path, images)
+def test_the_same_command_again_trains_nothing_and_returns_the_same(
+    finished, finished_copy, images
+):
+    files = sorted((finished_copy / "checkpoints").iterdir())
+    net, results = train_in(finished_copy, images)
     assert_same_network(net, finished[1])
     assert_same_results(results, finished[2])
-    assert sorted((tmp_path / "checkpoints").iterdir()) == files
+    assert sorted((finished_copy / "checkpoints").iterdir()) == files
 
 
 @pytest.mark.parametrize(
@@ -267,11 +287,12 @@ def test_the_same_command_again_trains_nothing_and_returns_the_same(finished, im
 def test_a_run_that_was_stopped_resumes_bit_by_bit(finished, images, tmp_path, moment):
     _, expected, results = finished
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    pictures = moment in (("update", 7), ("result", 1))
     with pytest.raises(Interrupted):
-        train_in(tmp_path, images, stop=moment)
+        train_in(tmp_path, images, stop=moment, pictures=pictures)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
     assert not (tmp_path / "network.safetensors").exists()
-    net, resumed = train_in(tmp_path, images)
+    net, resumed = train_in(tmp_path, images, pictures=pictures)
     assert_same_network(net, expected)
     assert_same_results(resumed, results)
     assert_same_evolution(tmp_path, finished[0])
@@ -303,7 +324,7 @@ def test_a_run_whose_layers_explain_the_image_resumes_bit_by_bit(images, tmp_pat
     def run(folder, stop=None):
         net = iccv()
         monitor = StopAt(folder, stop) if stop else Monitor(folder, progress=False)
-        with monitor:
+        with monitor, nullcontext() if folder.name == "whole" else no_pictures():
             return net, train(net, images, RunFolder(folder, {}), monitor)
 
     expected, results = run(tmp_path / "whole")
@@ -331,23 +352,22 @@ def test_the_curves_of_a_resumed_run_have_every_point_once(finished, images, tmp
         with pytest.raises(Interrupted):
             train_in(tmp_path, images, stop=stop)
     else:
-        train_in(tmp_path, images)
+        shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
     time.sleep(1.1)  # the names of event files, by which they are read in order, count seconds
     train_in(tmp_path, images)
     assert scalars(tmp_path) == scalars(finished[0])
 
 
 def test_points_after_the_checkpoint_of_a_resumed_run_are_not_shown_twice(
-    finished, images, tmp_path
+    finished, finished_copy, images
 ):
-    train_in(tmp_path, images)
-    newest = max((tmp_path / "checkpoints").iterdir())
+    newest = max((finished_copy / "checkpoints").iterdir())
     newest.unlink()
     time.sleep(1.1)
-    train_in(tmp_path, images)
-    assert scalars(tmp_path) == scalars(finished[0])
+    train_in(finished_copy, images)
+    assert scalars(finished_copy) == scalars(finished[0])
     curve = Path("inference") / "layer2"
-    assert scalars(tmp_path / curve) == scalars(finished[0] / curve)
+    assert scalars(finished_copy / curve) == scalars(finished[0] / curve)
 
 
 @pytest.mark.parametrize("stop", [("update", 3), ("update", 8), None])
@@ -368,7 +388,7 @@ def test_the_metrics_of_a_resumed_run_have_every_line_once(finished, images, tmp
         with open(tmp_path / METRICS, "a") as file:
             file.write('{"step": 100000, "layer": 7}\n{"step": 1000')
     else:
-        train_in(tmp_path, images)
+        shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
     train_in(tmp_path, images)
     assert lines(tmp_path) == lines(finished[0])
     assert [line["layer"] for line in lines(tmp_path)] == [1, 1, 1, 2, 2, 2]
@@ -461,7 +481,7 @@ def test_other_settings_of_an_upper_layer_that_has_begun_are_refused(images, tmp
 
 
 def test_without_resuming_the_earlier_run_is_archived_whole(images, tmp_path):
-    first, _ = train_in(tmp_path, images, depth=1)
+    first, _ = train_in(tmp_path, images, depth=1, pictures=True)
     names = {path.name for path in tmp_path.iterdir()}
     other = {**SETTINGS, "seed": 7}
     again, _ = train_in(tmp_path, images, depth=1, settings=other, resume="false", seed=7)
@@ -485,23 +505,21 @@ def test_archived_runs_are_never_mixed_when_an_older_one_was_deleted(tmp_path):
         assert len(list((aside / "checkpoints").iterdir())) == 1
 
 
-def test_a_run_that_ended_before_its_network_was_written_writes_it(finished, images, tmp_path):
-    train_in(tmp_path, images)
-    (tmp_path / "network.safetensors").unlink()
-    train_in(tmp_path, images)
-    assert_same_network(load(tmp_path / "network.safetensors"), finished[1])
+def test_a_run_that_ended_before_its_network_was_written_writes_it(finished, finished_copy, images):
+    (finished_copy / "network.safetensors").unlink()
+    train_in(finished_copy, images)
+    assert_same_network(load(finished_copy / "network.safetensors"), finished[1])
 
 
-def test_a_run_can_resume_from_an_older_checkpoint_of_its_own(finished, images, tmp_path):
-    train_in(tmp_path, images)
-    older = min((tmp_path / "checkpoints").iterdir())
+def test_a_run_can_resume_from_an_older_checkpoint_of_its_own(finished, finished_copy, images):
+    older = min((finished_copy / "checkpoints").iterdir())
     with pytest.raises(Interrupted):
-        train_in(tmp_path, images, resume=str(older), stop=("update", 1))
-    net, results = train_in(tmp_path, images)
+        train_in(finished_copy, images, resume=str(older), stop=("update", 1))
+    net, results = train_in(finished_copy, images)
     assert_same_network(net, finished[1])
     assert_same_results(results, finished[2])
-    assert_same_evolution(tmp_path, finished[0])
-    assert_same_network(load(tmp_path / "previous-1"), finished[1])
+    assert_same_evolution(finished_copy, finished[0])
+    assert_same_network(load(finished_copy / "previous-1"), finished[1])
 
 
 def test_nothing_is_archived_if_there_is_no_run(tmp_path):
@@ -534,8 +552,8 @@ def test_a_run_that_resumes_from_a_lone_checkpoint_has_only_later_columns(
     assert [e.epochs for e in found] == [(2,), (1, 2)]
 
 
-def test_only_layers_that_had_begun_are_taken_from_another_run(images, tmp_path):
-    train_in(tmp_path / "one", images)
+def test_only_layers_that_had_begun_are_taken_from_another_run(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "one")
     checkpoints, evolution = (tmp_path / "one" / name for name in ("checkpoints", "evolution"))
     state = load_checkpoint(max(checkpoints.iterdir()))
     earlier = save_checkpoint(checkpoints, 6, {**state, "layer": 2, "step": 6, "trainer": None})

@@ -3,10 +3,12 @@ holds."""
 
 import math
 import os
+import shutil
+from contextlib import nullcontext
 
 import pytest
 import torch
-from helpers import StopAt, assert_same_network, snapshot
+from helpers import StopAt, assert_same_network, no_pictures, snapshot
 from torch.testing import assert_close
 
 from deconvnet.dictionary import learn_filters
@@ -49,7 +51,16 @@ def digests_of(images):
 
 
 def learn(
-    folder, images, settings=None, resume="auto", *, stop=None, epochs=3, init=None, **limits
+    folder,
+    images,
+    settings=None,
+    resume="auto",
+    *,
+    stop=None,
+    epochs=3,
+    init=None,
+    pictures=False,
+    **limits,
 ):
     """The network that a command learns in a folder, or None if it is stopped."""
     run = RunFolder(
@@ -58,12 +69,27 @@ def learn(
         digests=lambda: digests_of(images),
     )
     net = network(epochs)
-    with StopAt(folder, ("update", stop)) if stop else Monitor(folder, progress=False) as monitor:
+    monitor = StopAt(folder, ("update", stop)) if stop else Monitor(folder, progress=False)
+    with monitor, nullcontext() if pictures else no_pictures():
         try:
             train(net, ImageSource.from_tensor(images), run, monitor, limits=Limits(**limits))
         except Interrupted:
             return None
     return net
+
+
+@pytest.fixture(scope="module")
+def finished(images, tmp_path_factory):
+    """A finished run: (folder, network)."""
+    folder = tmp_path_factory.mktemp("finished")
+    return folder, learn(folder, images)
+
+
+@pytest.fixture
+def finished_copy(finished, tmp_path):
+    """A folder with a copy of that run, which a test may change."""
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    return tmp_path
 
 
 @pytest.mark.parametrize(
@@ -89,8 +115,10 @@ def test_a_run_is_not_resumed_with_other_images(images, tmp_path, change, said):
     assert snapshot(tmp_path) == before
 
 
-def test_a_run_is_resumed_with_settings_that_do_not_change_what_it_learns(images, tmp_path):
-    expected = learn(tmp_path / "whole", images)
+def test_a_run_is_resumed_with_settings_that_do_not_change_what_it_learns(
+    finished, images, tmp_path
+):
+    expected = finished[1]
     learn(tmp_path / "run", images, stop=2)
     data = {"path": "/elsewhere/photos", "workers": 8, "stream": True, "download": True}
     found = learn(tmp_path / "run", images, settings_of(data=data, memory=7, disk=3))
@@ -107,8 +135,10 @@ def test_if_images_cannot_be_compared_their_path_is(images, tmp_path):
 
 
 @pytest.mark.parametrize("stop", [1, 3, 5])
-def test_states_move_between_memory_and_disk_without_changing_the_result(images, tmp_path, stop):
-    expected = learn(tmp_path / "whole", images)
+def test_states_move_between_memory_and_disk_without_changing_the_result(
+    finished, images, tmp_path, stop
+):
+    expected = finished[1]
     for name, before, after in (
         ("to the disk", {}, {"memory": 0, "disk": 1}),
         ("larger", {"memory": 0, "disk": 0.01}, {"memory": 0, "disk": 2}),
@@ -184,7 +214,7 @@ def test_a_run_elsewhere_can_be_extended_by_more_epochs_and_other_images(images,
         learn(tmp_path / "four", more, other, resume=str(tmp_path / "one"))
 
 
-def test_foreign_states_and_links_are_left_alone(images, tmp_path):
+def test_foreign_states_and_links_are_left_alone(finished, images, tmp_path):
     """A folder called states, a link to a large disk, and what is in it."""
     scratch = tmp_path / "scratch"
     for name in ("layer1/data.csv", "layer2/0.states", "layerX/0.states", "precious/thesis.txt"):
@@ -196,7 +226,7 @@ def test_foreign_states_and_links_are_left_alone(images, tmp_path):
     run.mkdir()
     (run / "states").symlink_to(scratch)
     before = snapshot(scratch)
-    expected = learn(tmp_path / "whole", images)
+    expected = finished[1]
     learn(run, images, memory=0, disk=1, stop=2)
     states = [path for path in (scratch / "layer1").iterdir() if path.suffix == ".states"]
     assert states and all(path.read_bytes().startswith(MAGIC) for path in states)
@@ -218,9 +248,9 @@ def strangers_folder(folder):
 
 def test_a_run_in_a_folder_with_the_users_files_touches_none_of_them(images, tmp_path):
     mine = strangers_folder(tmp_path)
-    learn(tmp_path, images, stop=2)
-    learn(tmp_path, images)
-    learn(tmp_path, images, resume="false")
+    learn(tmp_path, images, stop=2, pictures=True)
+    learn(tmp_path, images, pictures=True)
+    learn(tmp_path, images, resume="false", pictures=True)
     after = snapshot(tmp_path)
     assert mine == {path: content for path, content in after.items() if path in mine}
     assert (tmp_path / "previous-1" / "checkpoints").is_dir()
@@ -250,22 +280,24 @@ def test_files_in_the_way_of_a_run_are_named_before_it_begins(images, tmp_path, 
 
 
 def test_a_run_from_before_there_were_records_is_resumed_and_archived(images, tmp_path):
-    expected = learn(tmp_path, images)
+    expected = learn(tmp_path, images, pictures=True)
     for path in (tmp_path / ownership.RECORD_FOLDER).iterdir():
         path.unlink()
     ownership._signatures.clear()
     ownership._records.clear()
-    assert_same_network(learn(tmp_path, images), expected)
-    learn(tmp_path, images, resume="false")
+    assert_same_network(learn(tmp_path, images, pictures=True), expected)
+    learn(tmp_path, images, resume="false", pictures=True)
     assert {"metrics.jsonl", "pictures", "network.safetensors", "checkpoints"} <= {
         path.name for path in (tmp_path / "previous-1").iterdir()
     }
 
 
 @pytest.mark.parametrize("damage", ["cut off", "a bit", "another", "gone"])
-def test_a_damaged_file_of_the_finished_network_is_written_again(images, tmp_path, damage, caplog):
-    expected = learn(tmp_path, images)
-    path = tmp_path / "network.safetensors"
+def test_a_damaged_file_of_the_finished_network_is_written_again(
+    finished, finished_copy, images, damage, caplog
+):
+    _, expected = finished
+    path = finished_copy / "network.safetensors"
     data = bytearray(path.read_bytes())
     if damage == "gone":
         path.unlink()
@@ -274,7 +306,7 @@ def test_a_damaged_file_of_the_finished_network_is_written_again(images, tmp_pat
     else:
         data[-3] ^= 8
         path.write_bytes(data[:-9] if damage == "cut off" else data)
-    learn(tmp_path, images)
+    learn(finished_copy, images)
     assert_same_network(load(path), expected)
     assert (damage == "gone") or "it is written again" in caplog.text
 
@@ -295,15 +327,14 @@ def test_a_run_folder_never_causes_a_download(tmp_path):
 
 @pytest.mark.parametrize("name", ["network.safetensors", "checkpoints/step-00000001.pt"])
 @pytest.mark.parametrize("resume", ["auto", "false"])
-def test_a_pipe_in_a_run_folder_is_not_waited_for(images, tmp_path, name, resume):
-    learn(tmp_path, images)
-    (tmp_path / name).unlink(missing_ok=True)
-    os.mkfifo(tmp_path / name)
+def test_a_pipe_in_a_run_folder_is_not_waited_for(finished_copy, images, name, resume):
+    (finished_copy / name).unlink(missing_ok=True)
+    os.mkfifo(finished_copy / name)
     if "step" in name and resume == "auto":
-        learn(tmp_path, images)  # from the newer one
+        learn(finished_copy, images)  # from the newer one
     else:
         with pytest.raises(ownership.ForeignFileError, match=name):
-            learn(tmp_path, images, resume=resume)
+            learn(finished_copy, images, resume=resume)
 
 
 @pytest.mark.parametrize("finished", [False, True])
@@ -327,12 +358,12 @@ def test_files_behind_links_are_neither_archived_nor_overwritten(images, tmp_pat
     (tmp_path / "disk").mkdir()
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / name).symlink_to(tmp_path / "disk")
-    expected = learn(tmp_path / "run", images)
+    expected = learn(tmp_path / "run", images, pictures=True)
     before = snapshot(tmp_path)
     with pytest.raises(ownership.ForeignFileError, match=f"{name}: is a link"):
-        learn(tmp_path / "run", images, resume="false", epochs=1)
+        learn(tmp_path / "run", images, resume="false", epochs=1, pictures=True)
     assert snapshot(tmp_path) == before
-    assert_same_network(learn(tmp_path / "run", images), expected)
+    assert_same_network(learn(tmp_path / "run", images, pictures=True), expected)
 
 
 def test_a_checkpoint_that_was_copied_into_a_run_is_archived_with_it(images, tmp_path):
@@ -384,14 +415,15 @@ JUNK = {
 
 
 @pytest.mark.parametrize("said", JUNK)
-def test_a_checkpoint_that_holds_something_else_is_an_error_in_one_line(images, tmp_path, said):
-    learn(tmp_path, images)
-    for path in (tmp_path / "checkpoints").iterdir():
+def test_a_checkpoint_that_holds_something_else_is_an_error_in_one_line(
+    finished_copy, images, said
+):
+    for path in (finished_copy / "checkpoints").iterdir():
         state = load_checkpoint(path)
         JUNK[said](state)
-        save_checkpoint(tmp_path / "checkpoints", int(path.stem[5:]), state, keep=9)
+        save_checkpoint(finished_copy / "checkpoints", int(path.stem[5:]), state, keep=9)
     with pytest.raises(ValueError, match=f"version .*{said}"):
-        learn(tmp_path, images)
+        learn(finished_copy, images)
 
 
 def test_a_run_cannot_start_from_filters_without_a_network(images, tmp_path):
@@ -402,11 +434,11 @@ def test_a_run_cannot_start_from_filters_without_a_network(images, tmp_path):
 
 
 @pytest.mark.parametrize("size", [0, 3, 100])
-def test_a_truncated_newest_checkpoint_is_written_again(images, tmp_path, size):
-    expected = learn(tmp_path, images)
-    newest = max((tmp_path / "checkpoints").iterdir())
+def test_a_truncated_newest_checkpoint_is_written_again(finished, finished_copy, images, size):
+    _, expected = finished
+    newest = max((finished_copy / "checkpoints").iterdir())
     os.truncate(newest, size)
-    assert_same_network(learn(tmp_path, images), expected)
+    assert_same_network(learn(finished_copy, images), expected)
     load_checkpoint(newest)
 
 

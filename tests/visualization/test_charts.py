@@ -9,8 +9,8 @@ import torch
 from matplotlib.colors import to_rgb
 from torch.testing import assert_close
 
-from deconvnet.visualization.pictures import charts
-from deconvnet.visualization.pictures.charts import (
+from deconvnet.visualization.drawing import charts
+from deconvnet.visualization.drawing.charts import (
     HEAT,
     LEGEND,
     LEGEND_LINE,

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from numpy.testing import assert_allclose
 from torch import nn
 
+from deconvnet.visualization.projection.effective_field import EffectiveField, effective_field
 from deconvnet.visualization.projection.projector import Projector
-from deconvnet.visualization.search.effective_field import EffectiveField, effective_field
 from deconvnet.visualization.search.projecting import project_top_activations
 from deconvnet.visualization.search.top_activations import find_top_activations
 from deconvnet.visualization.search.top_projections import load_top_projections

@@ -25,6 +25,8 @@ from deconvnet.storage.checkpoint_files import load_checkpoint, save_checkpoint
 from deconvnet.support.seeding import seeded_generator
 from deconvnet.training.layer_trainer import LayerTrainer
 from deconvnet.visualization import pixel_features
+from deconvnet.visualization.drawing.canvas import GAP, LINE, PAGE
+from deconvnet.visualization.drawing.sheet import CARD, CARD_HEIGHT
 from deconvnet.visualization.evolution.evolution import (
     Evolution,
     append_epoch,
@@ -38,13 +40,11 @@ from deconvnet.visualization.evolution.while_learning import (
     project_snapshot,
     shown_epochs,
 )
-from deconvnet.visualization.pictures.canvas import GAP, LINE, PAGE
 from deconvnet.visualization.pictures.evolution_picture import (
     LABEL,
     evolution_cards,
     evolution_picture,
 )
-from deconvnet.visualization.pictures.sheet import CARD, CARD_HEIGHT
 from deconvnet.visualization.projection.feature_projection import signed_rgb
 from deconvnet.visualization.projection.projector import Projector
 

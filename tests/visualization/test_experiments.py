@@ -9,6 +9,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from deconvnet import DeconvNet, LayerSettings, PreprocessingSettings, SolverSettings
+from deconvnet.visualization.drawing.canvas import GAP
+from deconvnet.visualization.drawing.charts import LEGEND, SCALE, color
 from deconvnet.visualization.experiments.correspondence import (
     RANDOM,
     CorrespondenceScore,
@@ -21,12 +23,8 @@ from deconvnet.visualization.experiments.invariance import (
     invariance,
     invariance_picture,
 )
-from deconvnet.visualization.experiments.occlusion import (
-    PANEL,
-    Occlusion,
-    occlusion,
-    occlusion_picture,
-)
+from deconvnet.visualization.experiments.occlusion import Occlusion, occlusion
+from deconvnet.visualization.experiments.occlusion_picture import PANEL, occlusion_picture
 from deconvnet.visualization.experiments.perturbation import (
     class_probabilities,
     cover_boxes,
@@ -37,8 +35,6 @@ from deconvnet.visualization.experiments.perturbation import (
     zoomed,
 )
 from deconvnet.visualization.models.normalization import Normalization
-from deconvnet.visualization.pictures.canvas import GAP
-from deconvnet.visualization.pictures.charts import LEGEND, SCALE, color
 from deconvnet.visualization.projection.projector import Projector
 
 # Windows and strides; of an image of 13 x 17 pixels the last squares reach beyond it or do not.

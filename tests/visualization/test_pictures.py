@@ -20,8 +20,7 @@ from deconvnet.visualization import (
     strongest_activations,
     supporting_activations,
 )
-from deconvnet.visualization.pictures.active_positions import active_map_sheet
-from deconvnet.visualization.pictures.canvas import (
+from deconvnet.visualization.drawing.canvas import (
     HAIRLINE,
     LINE,
     PAGE,
@@ -32,6 +31,14 @@ from deconvnet.visualization.pictures.canvas import (
     shade_signed,
     tile_grid,
 )
+from deconvnet.visualization.drawing.sheet import (
+    CARD,
+    CARD_HEIGHT,
+    MOST_CARDS,
+    Sheet,
+    cut_into_cards,
+)
+from deconvnet.visualization.pictures.active_positions import active_map_sheet
 from deconvnet.visualization.pictures.image_decomposition import supporting_maps
 from deconvnet.visualization.pictures.layer_pictures import (
     LABEL,
@@ -39,13 +46,6 @@ from deconvnet.visualization.pictures.layer_pictures import (
     layer_cards,
     map_grid,
     reconstruction_picture,
-)
-from deconvnet.visualization.pictures.sheet import (
-    CARD,
-    CARD_HEIGHT,
-    MOST_CARDS,
-    Sheet,
-    cut_into_cards,
 )
 from deconvnet.visualization.projection.feature_projection import layer_field
 

@@ -14,8 +14,8 @@ from torch.testing import assert_close
 from torchvision import models
 from torchvision.models.shufflenetv2 import channel_shuffle
 
+from deconvnet.visualization.projection.boxes import tile_boxes
 from deconvnet.visualization.projection.operations import read_operations
-from deconvnet.visualization.projection.projection import tile_boxes
 from deconvnet.visualization.projection.projector import Projector
 
 H, W = 17, 22

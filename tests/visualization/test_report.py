@@ -32,17 +32,17 @@ from deconvnet.images.item import Item
 from deconvnet.images.sources import DataSettings
 from deconvnet.storage import ownership
 from deconvnet.visualization import searched_network as module
+from deconvnet.visualization.drawing.canvas import GAP, LINE
+from deconvnet.visualization.drawing.sheet import CARD
 from deconvnet.visualization.event_page import map_card
 from deconvnet.visualization.evolution.evolution import Evolution
 from deconvnet.visualization.layer_choice import default_layers
 from deconvnet.visualization.models.normalization import Normalization
 from deconvnet.visualization.models.zfnet import ZFNet
 from deconvnet.visualization.models.zoo import LoadedModel, digest, save_model
-from deconvnet.visualization.pictures.canvas import GAP, LINE
-from deconvnet.visualization.pictures.projection_grids import sample_maps
-from deconvnet.visualization.pictures.sheet import CARD
 from deconvnet.visualization.projection.projector import Projector
 from deconvnet.visualization.report import visualize_network
+from deconvnet.visualization.search.projection_grids import sample_maps
 from deconvnet.visualization.search.randomization import shuffle_weights
 from deconvnet.visualization.search.top_activations import SearchState, find_top_activations
 from deconvnet.visualization.search.top_projections import load_top_projections

@@ -18,8 +18,8 @@ from deconvnet.visualization import (
     strongest,
 )
 from deconvnet.visualization.models.zoo import LoadedModel
-from deconvnet.visualization.pictures import projection_picture as drawing
-from deconvnet.visualization.pictures.projection_grids import layer_grid
+from deconvnet.visualization.projection import projection_picture as drawing
+from deconvnet.visualization.search.projection_grids import layer_grid
 
 SCALED = Normalization(mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3), order="bgr")
 

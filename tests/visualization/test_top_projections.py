@@ -14,10 +14,27 @@ from numpy.testing import assert_allclose, assert_array_equal
 from torch import nn
 
 from deconvnet import DeconvNet, LayerSettings, PreprocessingSettings, SolverSettings
+from deconvnet.visualization.drawing.canvas import (
+    GAP,
+    HAIRLINE,
+    PAGE,
+    PAPER,
+    resize_tiles,
+    shade_projections,
+)
 from deconvnet.visualization.models.normalization import Normalization
-from deconvnet.visualization.pictures.canvas import GAP, HAIRLINE, PAGE, PAPER, resize_tiles
-from deconvnet.visualization.pictures.projection_grids import (
-    BORDER,
+from deconvnet.visualization.projection.effective_field import EffectiveField
+from deconvnet.visualization.projection.projection import (
+    LayerInfo,
+    ProjectionReport,
+    UnevenOverlap,
+)
+from deconvnet.visualization.projection.projection_picture import BORDER
+from deconvnet.visualization.projection.projector import Projector
+from deconvnet.visualization.search import projecting, projection_table
+from deconvnet.visualization.search.checkerboard import checkerboard
+from deconvnet.visualization.search.projecting import project_top_activations
+from deconvnet.visualization.search.projection_grids import (
     MARK,
     TEXT,
     grid_caption,
@@ -25,18 +42,8 @@ from deconvnet.visualization.pictures.projection_grids import (
     pixel_filters,
     projection_grid,
     sample_maps,
-    shade_projections,
     tiles_to_show,
 )
-from deconvnet.visualization.projection.projection import (
-    LayerInfo,
-    ProjectionReport,
-    UnevenOverlap,
-)
-from deconvnet.visualization.projection.projector import Projector
-from deconvnet.visualization.search import projecting
-from deconvnet.visualization.search.effective_field import EffectiveField
-from deconvnet.visualization.search.projecting import checkerboard, project_top_activations
 from deconvnet.visualization.search.randomization import shuffle_weights, shuffled_control
 from deconvnet.visualization.search.top_activations import find_top_activations
 from deconvnet.visualization.search.top_projections import TopProjections, load_top_projections
@@ -267,7 +274,7 @@ def test_a_data_set_that_returns_other_images_is_refused(trained):
 
 
 def test_large_tiles_are_reduced(textures, monkeypatch):
-    monkeypatch.setattr(projecting, "LARGEST", 10)
+    monkeypatch.setattr(projection_table, "LARGEST", 10)
     net = nn.Sequential(seeded(two_layers), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     projector, images = Projector(net), list(textures(3, 3, 20, 28))
     top = find_top_activations(projector, images, ["2"], k=2)["2"]

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deconvnet.visualization.drawing.canvas import GAP, paragraph, vstack
+from deconvnet.visualization.drawing.charts import CHART, LEFT, bar_chart
 from deconvnet.visualization.experiments.perturbation import (
     check_images,
     chunks,
@@ -21,8 +23,6 @@ from deconvnet.visualization.experiments.perturbation import (
     fill_values,
     layer_title,
 )
-from deconvnet.visualization.pictures.canvas import GAP, paragraph, vstack
-from deconvnet.visualization.pictures.charts import CHART, LEFT, bar_chart
 from deconvnet.visualization.projection.projector import Projector
 
 Progress = Callable[[int, int], None]

@@ -14,6 +14,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deconvnet.visualization.drawing.canvas import (
+    GAP,
+    hstack,
+    paragraph,
+    resize_tiles,
+    vstack,
+    with_title,
+)
+from deconvnet.visualization.drawing.charts import CHART, color, legend_row, line_chart
 from deconvnet.visualization.experiments.perturbation import (
     check_images,
     chunks,
@@ -25,15 +34,6 @@ from deconvnet.visualization.experiments.perturbation import (
     shifted,
     zoomed,
 )
-from deconvnet.visualization.pictures.canvas import (
-    GAP,
-    hstack,
-    paragraph,
-    resize_tiles,
-    vstack,
-    with_title,
-)
-from deconvnet.visualization.pictures.charts import CHART, color, legend_row, line_chart
 from deconvnet.visualization.projection.projector import Projector
 
 Progress = Callable[[int, int], None]

@@ -10,14 +10,17 @@ from torch import Tensor
 from deconvnet.images.decoding import shown_name
 from deconvnet.network.metrics import snr
 from deconvnet.operators.pooling import max_pool
+from deconvnet.visualization.drawing.canvas import (
+    quantile_magnitude,
+    shade_projections,
+    shade_signed,
+)
 from deconvnet.visualization.gallery.exhibits import GalleryImage, ImageLayer, Part
 from deconvnet.visualization.gallery.repainting import repainting
-from deconvnet.visualization.pictures.canvas import quantile_magnitude, shade_signed
-from deconvnet.visualization.pictures.projection_grids import shade_projections
+from deconvnet.visualization.projection.boxes import crop
+from deconvnet.visualization.projection.effective_field import windows_of
 from deconvnet.visualization.projection.feature_projection import signed_rgb
-from deconvnet.visualization.projection.projection import crop
 from deconvnet.visualization.result import VisualizationResult
-from deconvnet.visualization.search.effective_field import windows_of
 
 # For each image, and each layer.
 SHOWN_PARTS = 12
@@ -36,7 +39,7 @@ def explorer_image(
     pixels = result.images[number]
     layers = [_image_layer(result, pixels, layer, repainted) for layer in result.projections]
     name = shown_name(Path(result.images.names[number]).name)
-    return GalleryImage(name, pixels, layers, photograph=number)
+    return GalleryImage(name, result.shown_images[number], layers, photograph=number)
 
 
 def _image_layer(

@@ -10,6 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deconvnet.visualization.drawing.canvas import (
+    as_curves,
+    quantile_magnitude,
+    shade_projections,
+    shade_signed,
+)
 from deconvnet.visualization.evolution.evolution import Evolution
 from deconvnet.visualization.gallery.exhibits import (
     Control,
@@ -32,14 +38,10 @@ from deconvnet.visualization.gallery.wording import (
     layer_title,
     method_sentences,
 )
-from deconvnet.visualization.pictures.canvas import quantile_magnitude, shade_signed
-from deconvnet.visualization.pictures.projection_grids import (
-    pixel_filters,
-    shade_projections,
-    tiles_to_show,
-)
-from deconvnet.visualization.projection.projection import LayerInfo, crop
+from deconvnet.visualization.projection.boxes import crop
+from deconvnet.visualization.projection.projection import LayerInfo
 from deconvnet.visualization.result import VisualizationResult
+from deconvnet.visualization.search.projection_grids import pixel_filters, tiles_to_show
 from deconvnet.visualization.search.top_activations import group_by_size
 from deconvnet.visualization.search.top_projections import TopProjections
 
@@ -88,8 +90,8 @@ def _kind(result: VisualizationResult, info: LayerInfo) -> str:
     if not result.projector.is_deconvnet:
         return info.kind
     number = int(info.name.removeprefix("layer"))
-    size = result.projector.model.layer(number).settings.filter_size
-    return f"deconvolution, {size}×{size} filters"
+    h, w = result.projector.model.layer(number).settings.filter_shape
+    return f"deconvolution, {h}×{w} filters"
 
 
 def _control(result: VisualizationResult, layer: str) -> Control | None:
@@ -147,7 +149,7 @@ class _LayerContent:
             layer,
             survey,
             names,
-            shade_signed(filters[1]) if is_first else None,
+            as_curves(shade_signed(filters[1])) if is_first else None,
             similarities(strongest),
             survey.correlations(),
             below,
@@ -219,7 +221,7 @@ class _LayerContent:
         for share, n in self.survey.spectrum(number, without=strongest):
             image = int(self.survey.images[n])
             unit = int(self.survey.rows[n, number]), int(self.survey.columns[n, number])
-            pixels = self.result.images[image]
+            pixels = self.result.shown_images[image]
             size = tuple(pixels.shape[1:])
             window = _window_of(unit, info, row, projections, size)
             patch = crop(pixels[None], torch.tensor([window]), fill=0.5)[0]

@@ -1,1 +1,1 @@
-"""Pictures as tensors: features, image decompositions, grids and charts."""
+"""Pictures of a network: features, decompositions of images, and evolution."""

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deconvnet.visualization.evolution.evolution import Evolution, evenly_spaced
-from deconvnet.visualization.pictures.canvas import (
+from deconvnet.visualization.drawing.canvas import (
     GAP,
     LINE,
     PAGE,
@@ -18,7 +17,8 @@ from deconvnet.visualization.pictures.canvas import (
     text_width,
     vstack,
 )
-from deconvnet.visualization.pictures.sheet import CARD, Sheet
+from deconvnet.visualization.drawing.sheet import CARD, Sheet
+from deconvnet.visualization.evolution.evolution import Evolution, evenly_spaced
 
 SHOWN_MAPS = 16
 # Rows in a column of the picture; then in pixels, the typical and the largest width of a tile, and

@@ -5,14 +5,14 @@
 from __future__ import annotations
 
 import torch
-from PIL import ImageDraw, ImageFont
+from PIL import ImageDraw
 from torch import Tensor
 
 from deconvnet.network.codes import Codes
 from deconvnet.network.metrics import snr
 from deconvnet.network.network import DeconvNet
 from deconvnet.support.torch_modes import plain
-from deconvnet.visualization.pictures.canvas import (
+from deconvnet.visualization.drawing.canvas import (
     FONT,
     GAP,
     LINE,
@@ -21,7 +21,8 @@ from deconvnet.visualization.pictures.canvas import (
     text_block,
     vstack,
 )
-from deconvnet.visualization.pictures.charts import COLORS
+from deconvnet.visualization.drawing.charts import COLORS
+from deconvnet.visualization.drawing.letters import font_of
 from deconvnet.visualization.pictures.image_decomposition import only_image, strongest_activations
 from deconvnet.visualization.pictures.image_parts import (
     SHARE,
@@ -143,9 +144,10 @@ def _are_local(boxes: Tensor, image: Tensor) -> bool:
 def _framed(picture: Tensor, image: Tensor, boxes: Tensor) -> Tensor:
     """A picture (3, h, w) of an image (C, H, W) with numbered frames around boxes of its pixels."""
     canvas = as_image(picture)
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(FONT)
-    scale = canvas.width / image.shape[2]
-    scaled = (boxes * scale).round().long().tolist()
+    draw, font = ImageDraw.Draw(canvas), font_of(FONT)
+    vertical, horizontal = canvas.height / image.shape[1], canvas.width / image.shape[2]
+    scaled = (boxes * torch.tensor([vertical, horizontal] * 2, device=boxes.device)).round()
+    scaled = scaled.long().tolist()
     colors = [COLORS[number % len(COLORS)] for number in range(len(scaled))]
     for (top, left, bottom, right), color in zip(scaled, colors, strict=True):
         draw.rectangle((left - 2, top - 2, right + 1, bottom + 1), outline="black")

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from deconvnet.support.validation import as_tensor
+from deconvnet.visualization.projection.boxes import crop, tile_boxes
+from deconvnet.visualization.projection.projection_picture import projection_picture
 
 if TYPE_CHECKING:
     from deconvnet.visualization.projection.projector import Projector
@@ -93,9 +94,7 @@ class Projection:
 
     def picture(self) -> Tensor:
         """(3, H, W) in [0, 1]: each unit's projection, and the image there; see
-        `pictures.projection_picture`."""
-        from deconvnet.visualization.pictures.projection_picture import projection_picture
-
+        `projection_picture`."""
         return projection_picture(self)
 
     def save(self, path: str | Path) -> None:
@@ -216,38 +215,6 @@ class ProjectionReport:
 def counted(counts: dict[str, int]) -> str:
     """Counts by name, as text."""
     return ", ".join(f"{name} x{count}" for name, count in sorted(counts.items()))
-
-
-def tile_boxes(fields: Tensor, image: tuple[int, int]) -> Tensor:
-    """(U, 4), boxes of one size: the fields, or the whole image along an axis that is shorter.
-
-    If fields differ in size (above upsampling or adaptive pooling), all boxes are as large as the
-    largest.
-    """
-    boxes = fields.clone()
-    for axis, size in enumerate(image if len(boxes) else ()):
-        lengths = boxes[:, axis + 2] - boxes[:, axis]
-        longest = lengths.max()
-        boxes[:, axis] -= (longest - lengths) // 2
-        boxes[:, axis + 2] = boxes[:, axis] + longest
-        if longest >= size:
-            boxes[:, axis], boxes[:, axis + 2] = 0, size
-    return boxes
-
-
-def crop(images: Tensor, boxes: Tensor, *, fill: float = 0.0) -> Tensor:
-    """(U, C, h, w): one box of each image (U, C, H, W); boxes: (U, 4), of one size, which may reach
-    beyond the image, where the result is `fill`."""
-    parts = []
-    H, W = images.shape[2:]
-    for image, (top, left, bottom, right) in zip(images, boxes.tolist(), strict=True):
-        inside = image[:, max(top, 0) : max(bottom, 0), max(left, 0) : max(right, 0)]
-        outside = (
-            *(min(max(-left, 0), right - left), min(max(right - W, 0), right - left)),
-            *(min(max(-top, 0), bottom - top), min(max(bottom - H, 0), bottom - top)),
-        )
-        parts.append(F.pad(inside, outside, value=fill))
-    return torch.stack(parts) if parts else images[:0]
 
 
 def check_units(

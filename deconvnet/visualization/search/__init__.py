@@ -1,1 +1,1 @@
-"""The images that activate a map most, and their projections."""
+"""The images that activate a map most, their projections, and grids of these."""

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from deconvnet.storage.array_files import load_arrays, save_arrays
+from deconvnet.visualization.projection.effective_field import EffectiveField
 from deconvnet.visualization.projection.projection import ProjectionReport, UnevenOverlap
-from deconvnet.visualization.search.effective_field import EffectiveField
+from deconvnet.visualization.search.projection_grids import layer_grid
 from deconvnet.visualization.search.tile_codec import decode_tiles, encode_tiles
 
 FORMAT = "deconvnet top projections"
@@ -40,7 +41,7 @@ class TopProjections:
     grey beyond its border. scale: the factor by which tiles were reduced, 1 if they are as large as
     the window. effective: the box around each unit that the windows show, None if they show the
     receptive field. reports: of the projections, by method. checkerboard: (M, k), see
-    `projecting.checkerboard`, for the first method; NaN if no convolution on the way down has an
+    `checkerboard.checkerboard`, for the first method; NaN if no convolution on the way down has an
     uneven overlap.
     """
 
@@ -91,7 +92,6 @@ class TopProjections:
     def _repr_png_(self) -> bytes:
         """The grid of its first maps, which a notebook shows."""
         from deconvnet.monitoring.picture_files import png
-        from deconvnet.visualization.pictures.projection_grids import layer_grid
 
         return png(layer_grid(self, range(min(SHOWN_MAPS, len(self.maps)))))
 

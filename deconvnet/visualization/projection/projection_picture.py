@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
-from deconvnet.visualization.pictures.canvas import (
+from deconvnet.visualization.drawing.canvas import (
     GAP,
     LINE,
     hstack,
     paragraph,
     plain_number,
     resize_tiles,
+    shade_projections,
     text_block,
     vstack,
 )
-from deconvnet.visualization.pictures.projection_grids import BORDER, PALE, TILE, shade_projections
-from deconvnet.visualization.projection.projection import Projection, Source, crop
-from deconvnet.visualization.search.effective_field import effective_field, windows_of
+from deconvnet.visualization.drawing.charts import COLORS
+from deconvnet.visualization.projection.boxes import crop
+from deconvnet.visualization.projection.effective_field import effective_field, windows_of
 
+if TYPE_CHECKING:
+    from deconvnet.visualization.projection.projection import Projection, Source
+
+# The least width of a tile, in pixels.
+TILE = 112
+# Grey of the heads of rows and columns, and the colour of units at the border.
+PALE = "#666666"
+BORDER = COLORS[1]
 # Units next to each other, and the most that are drawn.
 COLUMNS = 9
 MOST = 90

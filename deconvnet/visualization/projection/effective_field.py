@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deconvnet.visualization.projection.projection import crop, tile_boxes
+from deconvnet.visualization.projection.boxes import crop, tile_boxes
 
 # The share of the mean energy that lies in the effective field.
 SHARE = 0.95

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deconvnet.visualization.pictures.canvas import (
+from deconvnet.visualization.drawing.canvas import (
+    CONTRAST,
     GAP,
     PAGE,
     PAPER,
@@ -24,20 +26,21 @@ from deconvnet.visualization.pictures.canvas import (
     hstack,
     paragraph,
     plain_number,
-    quantile_magnitude,
     resize_tiles,
-    shade_signed,
+    shade_projections,
     text_block,
     vstack,
 )
-from deconvnet.visualization.pictures.charts import COLORS
+from deconvnet.visualization.projection.feature_projection import signed_filters
 from deconvnet.visualization.projection.projection import LayerInfo
+from deconvnet.visualization.projection.projection_picture import BORDER, PALE, TILE
 from deconvnet.visualization.projection.projector import Projector
-from deconvnet.visualization.search.top_projections import TopProjections
 
-CONTRAST = 0.98
-# In pixels: the least and the largest width of a tile, the sizes of letters, and of a mark.
-TILE, LARGEST_TILE = 112, 140
+if TYPE_CHECKING:
+    from deconvnet.visualization.search.top_projections import TopProjections
+
+# In pixels: the largest width of a tile, the sizes of letters, and of a mark.
+LARGEST_TILE = 140
 TITLE, TEXT = 20, 15
 MARK = 13
 # Between two maps.
@@ -49,24 +52,6 @@ CONTROL_MAPS = 3
 CONTROL = (
     "What looks alike here and above comes from the images, not from what the network has learned."
 )
-# Grey of the heads of columns, and the colour of units at the border.
-PALE = "#666666"
-BORDER = COLORS[1]
-
-
-def shade_projections(
-    tiles: np.ndarray | Tensor, *, width: int | None = None, contrast: float = CONTRAST
-) -> Tensor:
-    """Signed tiles (M, 3, h, w) as colours in [0, 1]; zero is grey.
-
-    width: if given, tiles are resized to at most this many pixels before the contrast is set.
-    contrast: the fraction of the non-zero pixels of a tile that stay between black and white.
-    """
-    signed = torch.as_tensor(np.asarray(tiles), dtype=torch.float32)
-    signed = torch.nan_to_num(signed, 0.0, 0.0, 0.0)
-    if width is not None:
-        signed = resize_tiles(signed, width)
-    return shade_signed(signed, quantile_magnitude(signed, contrast))
 
 
 def tiles_to_show(projections: TopProjections, row: int) -> dict[str, Tensor]:
@@ -219,7 +204,7 @@ def pixel_filters(projector: Projector) -> tuple[str, Tensor] | None:
     if there is none.
     """
     if projector.is_deconvnet:
-        return "layer1", projector.signed_rgb(projector.model.layer(1).filters).cpu()
+        return "layer1", signed_filters(projector.model).expand(-1, 3, -1, -1).cpu()
     planes = 1 if projector.normalization.order == "grey" else 3
     for name, module in projector.model.named_modules():
         if isinstance(module, nn.Conv2d) and module.in_channels == planes and module.groups == 1:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from deconvnet.visualization.pictures.canvas import (
+from deconvnet.visualization.drawing.canvas import (
     GAP,
     LINE,
     PAGE,

@@ -1,0 +1,1 @@
+"""Pictures as tensors: tiles, captions, sheets and charts, whatever they show."""
