@@ -15,6 +15,10 @@ INITS = ("patches", "random")
 # Patches drawn for each filter; filters are chosen from the half with more contrast.
 PATCHES_PER_FILTER = 20
 
+# number -> random patches (number, C, h, w), and the fraction of each that is known (number,);
+# None: all of them are.
+PatchSampler = Callable[[int], tuple[Tensor, Tensor | None]]
+
 
 def initial_filters(
     num: int,
@@ -23,15 +27,17 @@ def initial_filters(
     init: str,
     generator: torch.Generator,
     *,
+    seen: Tensor | None = None,
     constraint: FilterConstraint | None = None,
 ) -> Tensor:
     """`draw_filters` (num, C, h, w) for images (N, C, H, W) in memory.
 
-    size: (h, w), or the side of squares.
+    size: (h, w), or the side of squares. seen: (N or 1, C or 1, H, W), which pixels are known; the
+    images have stand-ins for the others.
     """
     size = as_filter_size(size, "size")
     like = images.new_empty(1, images.shape[1], *size)
-    draw_patches = patch_sampler(images, size, generator)
+    draw_patches = patch_sampler(images, size, generator, seen)
     return draw_filters(num, like, init, draw_patches, generator, constraint=constraint)
 
 
@@ -39,7 +45,7 @@ def draw_filters(
     num: int,
     like: Tensor,
     init: str,
-    draw_patches: Callable[[int], Tensor],
+    draw_patches: PatchSampler,
     generator: torch.Generator,
     *,
     constraint: FilterConstraint | None = None,
@@ -47,7 +53,8 @@ def draw_filters(
     """Random filters (num, C, h, w) of unit norm; shape, dtype and device as `like` (K, C, h, w).
 
     init: "random", Gaussian noise (Zeiler et al. 2010), or "patches" of the layer's target, from
-    the half of `draw_patches(number)` (number, C, h, w) with larger norm. constraint: its signs and
+    the half of `draw_patches(number)` with larger norm; if pixels are missing, from that half of
+    the patches of which at least as much is known as of the median one. constraint: its signs and
     means apply; whole filters get unit norm, and all planes are connected. With non_negative the
     magnitude of the noise or the positive part of the patches is used.
     """
@@ -60,7 +67,9 @@ def draw_filters(
 
     if init == "random":
         return constraint.project(noise(torch.Size((num, *like.shape[1:]))))
-    patches = draw_patches(PATCHES_PER_FILTER * num)
+    patches, known = draw_patches(PATCHES_PER_FILTER * num)
+    if known is not None:
+        patches = patches[known >= known.median()]
     order = length_of(patches, (1, 2, 3)).flatten().argsort(descending=True, stable=True)
     stronger = order[: len(patches) // 2]
     chosen = stronger[torch.randperm(len(stronger), generator=generator)[:num].to(like.device)]
@@ -70,18 +79,25 @@ def draw_filters(
 
 
 def patch_sampler(
-    images: Tensor, size: tuple[int, int], generator: torch.Generator
-) -> Callable[[int], Tensor]:
-    """The function number -> random patches (number, C, h, w) of images (N, C, H, W).
+    images: Tensor, size: tuple[int, int], generator: torch.Generator, seen: Tensor | None = None
+) -> PatchSampler:
+    """Samples random patches (number, C, h, w) of images (N, C, H, W).
 
-    size: (h, w).
+    size: (h, w). seen: (N or 1, C or 1, H, W), which pixels are known; None: all.
     """
     h, w = size
 
-    def draw_patches(number: int) -> Tensor:
+    def draw_patches(number: int) -> tuple[Tensor, Tensor | None]:
         shape = (images.shape[2], images.shape[3])
-        positions = random_patch_positions(number, len(images), shape, size, generator)
-        return torch.stack([images[n, :, i : i + h, j : j + w] for n, i, j in positions.tolist()])
+        positions = random_patch_positions(number, len(images), shape, size, generator).tolist()
+
+        def patches(planes: Tensor) -> Tensor:
+            return torch.stack([planes[n, :, i : i + h, j : j + w] for n, i, j in positions])
+
+        if seen is None:
+            return patches(images), None
+        known = patches(seen.expand(len(images), -1, -1, -1)).to(images)
+        return patches(images), known.mean((1, 2, 3))
 
     return draw_patches
 

@@ -227,8 +227,11 @@ class Layer(nn.Module):
         # Maps have the units of the data, so even tiny values need not be rounding errors.
         self.scale.fill_(pooled.scale(self.settings.scale, least=0.0))
 
-    def initialize(self, b: Tensor, generator: torch.Generator) -> None:
-        """Set the initial filters of the settings, from the layer's input b (N, C, H, W)."""
+    def initialize(self, b: Tensor, generator: torch.Generator, seen: Tensor | None = None) -> None:
+        """Set the initial filters of the settings, from the layer's input b (N, C, H, W).
+
+        seen: (N or 1, C or 1, H, W), which values of b are known; None: all.
+        """
         settings, learning = self.settings, self.settings.learning
         f = initial_filters(
             settings.num_maps,
@@ -236,6 +239,7 @@ class Layer(nn.Module):
             settings.filter_shape,
             learning.init,
             generator,
+            seen=seen,
             constraint=learning.constraint(),
         )
         self.set_filters(f)
