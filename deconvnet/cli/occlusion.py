@@ -79,7 +79,8 @@ def occlude(settings: OcclusionConfig) -> None:
                 stride=settings.stride,
                 progress=progress,
             )
-        save_picture(folder / f"{name}.png", occlusion_picture(result, pixels, names=labels))
+        shown = projector.shown(pixels[None])[0]
+        save_picture(folder / f"{name}.png", occlusion_picture(result, shown, names=labels))
         save_arrays(folder / f"{name}.npz", arrays(result))
         where = shown_name(relative_path(folder / f"{name}.png"))
         print(f"{where}   {in_words(result, labels)}")

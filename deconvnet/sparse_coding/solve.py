@@ -233,6 +233,7 @@ def solve(
     state: Tensor | None = None,
     step: Tensor | None = None,
     training: bool = False,
+    certify: bool = False,
     callback: Callback | None = None,
     chunk: int | None = None,
 ) -> Solution:
@@ -243,7 +244,8 @@ def solve(
     b: (N, C, H, W); prior: by default sum |z|. b, A, lam and weights may be in any units; the
     schedule of half_quadratic is in those of z. For fista, ista and coordinate the state may be any
     maps; they are made feasible for the prior first. training: one visit of a training epoch, with
-    few iterations, in which no image stops early and ADMM keeps its beta. callback(i, z, beta) gets
+    few iterations, in which no image stops early and ADMM keeps its beta. certify: compute the
+    duality gap of the solution even if settings.gap is not set (p = 1). callback(i, z, beta) gets
     the sparse maps after iteration i = 1, 2, ... and the beta (N, 1, 1, 1) of each image; for fista
     and ista beta is 1 / step. With a callback all images are solved in one batch. Raises ValueError
     if an argument is out of range or does not fit the others.
@@ -251,7 +253,7 @@ def solve(
     chunk = None if chunk is None else as_positive_integer(chunk, "chunk")
     b, lam, prior = as_images(b, "b"), as_positive_number(lam, "lam"), prior or Prior()
     check_settings(settings, SolverSettings, "settings")
-    if settings.gap is not None and not prior.convex:
+    if (settings.gap is not None or certify) and not prior.convex:
         raise ValueError(
             f"solver.gap={settings.gap}: only a minimum for p=1 without a window has a duality gap,"
             f" not for p={prior.p}, window={prior.window}"
@@ -262,7 +264,7 @@ def solve(
         # These methods never raise the objective, and it is infinite at an infeasible start.
         z = prior.feasible(z)
     start = Start(z, settings.step if step is None else step)
-    until = _until(settings, training)
+    until = _until(settings, training, certify)
     A, filters_exponent = A.normalised()
     units = Units.of(b, filters_exponent, lam, prior.p, prior.weights)
     if callback:
@@ -273,11 +275,11 @@ def solve(
     return _solve_in_units(units, problem, start, settings, until, chunk)
 
 
-def _until(settings: SolverSettings, training: bool) -> Until:
+def _until(settings: SolverSettings, training: bool, certify: bool) -> Until:
     if training:
-        return Until(settings.training_iterations, training=True)
+        return Until(settings.training_iterations, certify=certify, training=True)
     tolerance = settings.tolerance if settings.gap is None else 0.0
-    return Until(settings.iterations, tolerance, settings.gap)
+    return Until(settings.iterations, tolerance, settings.gap, certify)
 
 
 def _zeros(A: LinearOperator, b: Tensor, method: str) -> Tensor:
