@@ -10,12 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+# The process that only hands out tests to others does not import torch, which takes seconds.
 
 # All problems here are tiny: threads that wait for each other cost ten times what they bring.
-torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Importing torch takes seconds, so it happens once: each run is a fork of this process, with its
@@ -140,6 +138,9 @@ os._exit(code)
 
 def pytest_collection_finish():
     """Keep the garbage collector from scanning modules and tests, which live until the end."""
+    import torch
+
+    torch.set_num_threads(1)
     gc.collect()
     gc.freeze()
 
@@ -212,6 +213,7 @@ def script(start):
 @pytest.fixture(scope="session")
 def textures():
     """textures(N, C, H, W): images in [0, 1] with edges and colours, the same for the same seed."""
+    import torch
 
     def make(*shape, seed=0):
         N, C, H, W = shape

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import torch
-from PIL import ImageDraw, ImageFont
+from PIL import ImageDraw
 from torch import Tensor
 
 from deconvnet.network.codes import Codes
@@ -17,6 +17,7 @@ from deconvnet.visualization.drawing.canvas import (
     GAP,
     LINE,
     PAGE,
+    font_of,
     hstack,
     text_block,
     vstack,
@@ -143,7 +144,7 @@ def _are_local(boxes: Tensor, image: Tensor) -> bool:
 def _framed(picture: Tensor, image: Tensor, boxes: Tensor) -> Tensor:
     """A picture (3, h, w) of an image (C, H, W) with numbered frames around boxes of its pixels."""
     canvas = as_image(picture)
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(FONT)
+    draw, font = ImageDraw.Draw(canvas), font_of(FONT)
     scale = canvas.width / image.shape[2]
     scaled = (boxes * scale).round().long().tolist()
     colors = [COLORS[number % len(COLORS)] for number in range(len(scaled))]
