@@ -75,6 +75,10 @@ for (schema, path, name), source in requests:
     read_files_as_written(schema)
     configs[schema, path, name] = source.load_config_from_file(name)
 
+# For help pages, Hydra lists all groups of settings twice: its own, which none of them shows, too.
+format_groups = Hydra.format_config_groups
+Hydra.format_config_groups = lambda self, of: "" if of("hydra") else format_groups(self, of)
+
 # What torchrun does with its arguments, but its workers are forks.
 def torchrun(arguments):
     from torch.distributed import run
