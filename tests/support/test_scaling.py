@@ -27,7 +27,7 @@ GAP = 1e-4
 CERTIFIED = {
     "admm": SolverSettings("admm", iterations=2000, gap=GAP),
     "fista": SolverSettings("fista", iterations=2000, gap=GAP),
-    "ista": SolverSettings("ista", iterations=2000, gap=3e-3),
+    "ista": SolverSettings("ista", iterations=2000, gap=1e-2),
     "coordinate": SolverSettings("coordinate", iterations=500, gap=GAP),
     "half_quadratic": SolverSettings("half_quadratic", iterations=1),
 }
@@ -174,6 +174,8 @@ def least(y, f, lam, weights, mask):
     ).fun
 
 
+# What lies so far apart that the other methods need very many iterations to a small gap.
+FAR_APART = ("one norm of 1e3", "a mask of two sizes")
 UNEVEN = {
     "as they are": dict(),
     "one norm of 1e3": dict(norms=[1e3, 1.0]),
@@ -202,7 +204,8 @@ def test_certificates_hold_against_a_minimum_that_others_found(kind, dtype):
         given = dict(mask=mask.to(dtype), weights=(v * weights).to(dtype), lam_ratio=0.1)
         y_, f_ = (s * y).to(dtype), (k * f).to(dtype)
         for method in ("coordinate", "admm", "fista"):
-            settings = dataclasses.replace(CERTIFIED[method], iterations=500)
+            iterations = 100 if kind in FAR_APART else 500
+            settings = dataclasses.replace(CERTIFIED[method], iterations=iterations)
             found = sparse_code(y_, f_, settings=settings, **given)
             unit = s / k * v
             if first is None:
@@ -215,7 +218,7 @@ def test_certificates_hold_against_a_minimum_that_others_found(kind, dtype):
             above = found.objective / unit - first
             assert (above >= -rounding).all(), (method, s, k, v)
             assert (above <= found.gap / unit + rounding).all(), (method, s, k, v)
-            if kind not in ("one norm of 1e3", "a mask of two sizes"):
+            if kind not in FAR_APART:
                 assert (found.gap <= 1.1 * GAP * found.objective).all(), (method, s, k, v)
 
 
@@ -243,6 +246,7 @@ def test_weights_masks_and_layers_of_any_units_go_along(method):
         both = VerticalStack([Scaling(k * s), down], [1.0, 0.7], [pooled.shape, y.shape])
         return both @ Deconvolution(above), both.join([pooled, y])
 
+    settings = dataclasses.replace(settings, gap=1e-3)
     for target in ("image", "both"):
         A, b = layers(1.0, 1.0, target)
         expected = solve(A, b, lam=lam_from_ratio(A, b, 0.1), settings=settings)
