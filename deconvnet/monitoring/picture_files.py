@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -23,7 +22,7 @@ WEBP_LARGEST = 16383
 
 def png(picture: Tensor) -> bytes:
     """A picture (1 or 3, H, W) in [0, 1] as the content of a PNG file, grey or RGB."""
-    return _encoded(picture, "png", compress_level=LEVEL)
+    return _encoded(_image(picture), "png", compress_level=LEVEL)
 
 
 def webp(picture: Tensor) -> bytes:
@@ -32,23 +31,29 @@ def webp(picture: Tensor) -> bytes:
         raise ValueError(
             f"picture of {tuple(picture.shape[1:])} pixels: WebP has at most {WEBP_LARGEST} a side"
         )
-    return _encoded(picture, "webp", quality=WEBP_QUALITY)
+    return _encoded(_image(picture), "webp", quality=WEBP_QUALITY)
 
 
 def png_or_jpeg(picture: Tensor) -> bytes:
     """The same as a PNG or a JPEG file, whichever is smaller."""
+    image = _image(picture)
     return min(
-        png(picture), _encoded(picture, "jpeg", quality=JPEG_QUALITY, optimize=True), key=len
+        _encoded(image, "png", compress_level=LEVEL),
+        _encoded(image, "jpeg", quality=JPEG_QUALITY, optimize=True),
+        key=len,
     )
 
 
-def _encoded(picture: Tensor, format: str, **options: int | bool) -> bytes:
+def _encoded(image: Image.Image, format: str, **options: int | bool) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(_pixels(picture)).save(buffer, format, **options)
+    image.save(buffer, format, **options)
     return buffer.getvalue()
 
 
-def _pixels(picture: Tensor) -> np.ndarray:
-    """(H, W) or (H, W, 3), bytes."""
-    pixels = (picture.clamp(0, 1).cpu() * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-    return pixels[..., 0] if len(picture) == 1 else pixels
+def _image(picture: Tensor) -> Image.Image:
+    """The picture in bytes, grey or RGB."""
+    planes = (picture.clamp(0, 1).cpu() * 255).round_().to(torch.uint8)
+    # Pillow reads an array with permuted axes several times as slowly as torch copies planes.
+    return Image.fromarray(
+        (planes[0] if len(planes) == 1 else torch.stack(list(planes), 2)).numpy()
+    )

@@ -2,13 +2,16 @@
 
 import errno
 import itertools
+import random
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
+from tensorboard.compat.tensorflow_stub import pywrap_tensorflow
 
 from deconvnet.monitoring import event_files
+from deconvnet.monitoring.checksum import BLOCK, LONG, crc32c
 from deconvnet.monitoring.event_files import event_writer
 from deconvnet.monitoring.monitor import Monitor
 from deconvnet.monitoring.statistics import EpochStats
@@ -78,3 +81,11 @@ def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, capfd):
         writer.add_scalar("a", 1.0, 1)
     writer.close()
     assert capfd.readouterr().err == ""
+
+
+def test_the_checksum_of_bytes_is_the_one_of_the_standard_and_of_tensorboard():
+    assert crc32c(b"123456789") == 0xE3069283
+    generator = random.Random(0)
+    for length in (0, 1, 8, LONG - 1, LONG, LONG + 1, LONG + BLOCK - 1, 3 * LONG + 7):
+        for data in (generator.randbytes(length), bytes(length), b"\xff" * length):
+            assert crc32c(data) == pywrap_tensorflow.crc32c(data), length
