@@ -73,10 +73,12 @@ def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, capfd):
     writer = event_writer(tmp_path)
 
     class Full:
+        close = writer.file_writer._file.close
+
         def write(self, data):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    writer.file_writer._records = Full()
+    writer.file_writer._file = Full()
     with pytest.raises(OSError, match=r"No space left on device: '.*events\.out\.tfevents"):
         writer.add_scalar("a", 1.0, 1)
     writer.close()

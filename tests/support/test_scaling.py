@@ -27,7 +27,7 @@ GAP = 1e-4
 CERTIFIED = {
     "admm": SolverSettings("admm", iterations=2000, gap=GAP),
     "fista": SolverSettings("fista", iterations=2000, gap=GAP),
-    "ista": SolverSettings("ista", iterations=2000, gap=1e-2),
+    "ista": SolverSettings("ista", iterations=2000, gap=3e-3),
     "coordinate": SolverSettings("coordinate", iterations=500, gap=GAP),
     "half_quadratic": SolverSettings("half_quadratic", iterations=1),
 }
@@ -62,9 +62,9 @@ def test_data_and_filters_of_any_units_have_the_same_maps_and_true_certificates(
     y, f = problem(dtype)
     settings = CERTIFIED[method]
     gap = settings.gap
-    expected = sparse_code(y, f, lam_ratio=0.1, settings=settings)
+    expected = sparse_code(y, f, lam_ratio=0.2, settings=settings)
     for s, k in [*((s, 1.0) for s in UNITS), *((1.0, k) for k in NORMS), (1e-13, 1e3), (1e9, 1e-3)]:
-        found = sparse_code(s * y, k * f, lam_ratio=0.1, settings=settings)
+        found = sparse_code(s * y, k * f, lam_ratio=0.2, settings=settings)
         assert found.lam * s * k == pytest.approx(expected.lam, rel=1e-5)
         assert error(found.z.double() * (k / s), expected.z) < 3e-2, (s, k)
         assert_close(
@@ -201,7 +201,7 @@ def test_certificates_hold_against_a_minimum_that_others_found(kind, dtype):
     weights = torch.tensor(asked.get("weights", [1.0, 1.0])).double()
     first = None
     for s, k, v in ((1e-30, 1.0, 1.0), (1e30, 1e3, 1e-12)):
-        given = dict(mask=mask.to(dtype), weights=(v * weights).to(dtype), lam_ratio=0.1)
+        given = dict(mask=mask.to(dtype), weights=(v * weights).to(dtype), lam_ratio=0.2)
         y_, f_ = (s * y).to(dtype), (k * f).to(dtype)
         for method in ("coordinate", "admm", "fista"):
             iterations = 100 if kind in FAR_APART else 500
@@ -227,13 +227,13 @@ def test_weights_masks_and_layers_of_any_units_go_along(method):
     y, f = problem(torch.float32)
     settings = CERTIFIED[method]
     weights = torch.tensor([0.5, 1.0, 1.0, 2.0])
-    expected = sparse_code(y, f, lam_ratio=0.1, weights=weights, settings=settings)
-    tiny = sparse_code(y, f, lam_ratio=0.1, weights=1e-25 * weights, settings=settings)
+    expected = sparse_code(y, f, lam_ratio=0.2, weights=weights, settings=settings)
+    tiny = sparse_code(y, f, lam_ratio=0.2, weights=1e-25 * weights, settings=settings)
     assert error(tiny.z, expected.z) < 1e-2 and (tiny.gap <= GAP * tiny.objective).all()
     # The inverse of noise in Tesla is a mask that makes the data ordinary.
-    expected = sparse_code(y, f, lam_ratio=0.1, settings=settings)
+    expected = sparse_code(y, f, lam_ratio=0.2, settings=settings)
     mask = torch.full((1, 1, 9, 8), 1e13)
-    found = sparse_code(1e-13 * y, f, lam_ratio=0.1, mask=mask, settings=settings)
+    found = sparse_code(1e-13 * y, f, lam_ratio=0.2, mask=mask, settings=settings)
     assert error(1e13 * found.z, expected.z) < 1e-2
     pooled, switches = max_pool(rand(2, 4, 11, 10, seed=5, dtype=torch.float32), (1, 2, 2))
     above = normalize(rand(3, 4, 3, 3, seed=6, dtype=torch.float32))
@@ -246,13 +246,12 @@ def test_weights_masks_and_layers_of_any_units_go_along(method):
         both = VerticalStack([Scaling(k * s), down], [1.0, 0.7], [pooled.shape, y.shape])
         return both @ Deconvolution(above), both.join([pooled, y])
 
-    settings = dataclasses.replace(settings, gap=1e-3)
     for target in ("image", "both"):
         A, b = layers(1.0, 1.0, target)
-        expected = solve(A, b, lam=lam_from_ratio(A, b, 0.1), settings=settings)
+        expected = solve(A, b, lam=lam_from_ratio(A, b, 0.2), settings=settings)
         for k, s in ((1e-3, 1e-9), (1e12, 1e12)):
             A, b = layers(k, s, target)
-            found = solve(A, b, lam=lam_from_ratio(A, b, 0.1), settings=settings)
+            found = solve(A, b, lam=lam_from_ratio(A, b, 0.2), settings=settings)
             assert error(found.z.double() * k * s, expected.z) < 2e-2
 
 
