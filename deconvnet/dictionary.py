@@ -18,11 +18,13 @@ import torch
 from torch import Tensor
 
 from deconvnet.filters.update import Diverged, LearningSettings
+from deconvnet.images.holes import fill_holes
 from deconvnet.monitoring.monitor import Monitor
 from deconvnet.monitoring.statistics import EpochStats
 from deconvnet.network.layer import Layer, LayerSettings
 from deconvnet.network.network import FILTERS
 from deconvnet.operators.convolution import Boundary
+from deconvnet.operators.linear import Mask
 from deconvnet.sparse_coding.problem import Solution, SolverSettings
 from deconvnet.sparse_coding.solve import (
     default_solver,
@@ -36,14 +38,18 @@ from deconvnet.support.renaming import renamed_arguments
 from deconvnet.support.seeding import seeded_generator
 from deconvnet.support.torch_modes import plain
 from deconvnet.support.validation import (
+    FilterSize,
+    as_filter_size,
     as_filters,
     as_images,
     as_number,
     as_positive_integer,
     as_positive_number,
+    as_tensor,
     check_settings,
     images_of_batch,
 )
+from deconvnet.training.layer_data import LayerData
 from deconvnet.training.layer_trainer import LayerTrainer
 from deconvnet.training.online_trainer import OnlineTrainer
 
@@ -52,7 +58,7 @@ from deconvnet.training.online_trainer import OnlineTrainer
 class Learned:
     """Filters learned from images, with the settings to encode images and to learn more.
 
-    filters: (K, C, h, h). history: the statistics of each epoch (`learn_filters`) or of each batch
+    filters: (K, C, h, w). history: the statistics of each epoch (`learn_filters`) or of each batch
     (`learn_online`). settings: those of the layer, with the lam that was used.
     """
 
@@ -101,6 +107,7 @@ class Learned:
         self,
         images: Tensor,
         *,
+        mask: Tensor | None = None,
         solver: SolverSettings | None = None,
         learning: LearningSettings | None = None,
         seed: int = 0,
@@ -108,13 +115,14 @@ class Learned:
     ) -> Learned:
         """`learn_filters` continued from these filters, with the same lam and prior.
 
-        images: (N, C, H, W), the same as before or others. solver, learning: by default those of
-        the learning so far, with the same number of epochs. Maps and sums over images start from
-        zero. The history covers both.
+        images: (N, C, H, W), the same as before or others. mask: as in `learn_filters`. solver,
+        learning: by default those of the learning so far, with the same number of epochs. Maps and
+        sums over images start from zero. The history covers both.
         """
         settings = self._settings_with(solver, learning)
         more = _learn_epochs(
             images,
+            mask,
             settings,
             self.filters,
             solver=settings.solver,
@@ -128,6 +136,7 @@ class Learned:
         self,
         batches: Iterable[Tensor],
         *,
+        mask: Tensor | bool | None = None,
         averaging_batches: float = 50.0,
         solver: SolverSettings | None = None,
         learning: LearningSettings | None = None,
@@ -136,12 +145,13 @@ class Learned:
     ) -> Learned:
         """`learn_online` continued from these filters, with the same lam and prior.
 
-        batches, averaging_batches: as in `learn_online`. solver, learning: as in `learn_more`. The
-        history covers both.
+        batches, mask, averaging_batches: as in `learn_online`. solver, learning: as in
+        `learn_more`. The history covers both.
         """
         settings = self._settings_with(solver, learning)
         more = _learn_batches(
             batches,
+            mask,
             settings,
             self.filters,
             solver=settings.solver,
@@ -178,8 +188,8 @@ class Learned:
         try:
             filters = tensors["filters"]
             layer = LayerSettings.from_dict(settings["layer"], f"{path}: layer")
-            size = layer.filter_size
-            if filters.ndim != 4 or filters.shape[::2] != (layer.num_maps, size):
+            shape = (layer.num_maps, *layer.filter_shape)
+            if filters.ndim != 4 or (len(filters), *filters.shape[2:]) != shape:
                 raise ValueError(f"filters of the shape {tuple(filters.shape)}")
             history = [EpochStats(**{**epoch, "loads": ()}) for epoch in settings["history"]]
         except Exception as error:  # invalid settings may fail anywhere
@@ -203,7 +213,7 @@ class Learned:
 def learn_filters(
     images: Tensor,
     num_maps: int | None = None,
-    filter_size: int | None = None,
+    filter_size: FilterSize | None = None,
     *,
     filters: Tensor | None = None,
     lam: float | None = None,
@@ -212,6 +222,7 @@ def learn_filters(
     boundary: Boundary = "valid",
     group: int = 1,
     non_negative: bool = False,
+    mask: Tensor | None = None,
     solver: SolverSettings | None = None,
     learning: LearningSettings | None = None,
     seed: int = 0,
@@ -222,16 +233,18 @@ def learn_filters(
         minimise over z, f    lam/2 ||sum_k f_k * z_k - y||^2 + prior(z),    every f_k of unit norm
 
     images: (N, C, H, W) of float32 or float64, a tensor or a numpy array. They are not
-    preprocessed: subtract at least their mean. num_maps, filter_size: learn this many square
-    filters of this side, in pixels; or filters: (K, C, h, h) to start from, projected onto the
-    constraint of `learning`, whose `init` is then ignored.
+    preprocessed: subtract at least their mean. num_maps, filter_size: learn this many filters of
+    this size in pixels, one side for squares or (rows, columns); or filters: (K, C, h, w) to start
+    from, projected onto the constraint of `learning`, whose `init` is then ignored. Signals are
+    images of one row, (N, C, 1, T), with filters of (1, length).
 
     lam: weight of the reconstruction, larger is denser; or lam_ratio, in (0, 1]: lambda = 1/lam
     relative to the smallest lambda that leaves all maps zero under the initial filters
     (`lam_from_ratio`). p, group, non_negative: the prior of the maps, and boundary: as in
-    `sparse_code`. solver: by default `default_solver`, the fastest on the device. learning: epochs,
-    batches and the constraint on filters. seed: for the initial filters and the order of the
-    images. progress: show a progress bar.
+    `sparse_code`. mask: (N or 1, C or 1, H, W), >= 0, weights the errors as in `sparse_code`;
+    pixels where it is 0 are ignored and may have any value. solver: by default `default_solver`,
+    the fastest on the device. learning: epochs, batches and the constraint on filters. seed: for
+    the initial filters and the order of the images. progress: show a progress bar.
 
     Raises ValueError if an argument is out of range or does not fit the others, and Diverged if
     the objective becomes infinite or NaN.
@@ -251,6 +264,7 @@ def learn_filters(
     )
     return _learn_epochs(
         images,
+        mask,
         settings,
         filters,
         solver=solver,
@@ -264,7 +278,7 @@ def learn_filters(
 def learn_online(
     batches: Iterable[Tensor],
     num_maps: int | None = None,
-    filter_size: int | None = None,
+    filter_size: FilterSize | None = None,
     *,
     filters: Tensor | None = None,
     lam: float | None = None,
@@ -273,6 +287,7 @@ def learn_online(
     boundary: Boundary = "valid",
     group: int = 1,
     non_negative: bool = False,
+    mask: Tensor | bool | None = None,
     averaging_batches: float = 50.0,
     solver: SolverSettings | None = None,
     learning: LearningSettings | None = None,
@@ -283,8 +298,10 @@ def learn_online(
 
     batches: any iterable of images (N, C, H, W), preprocessed as for `learn_filters`; N, H and W
     may differ. A batch may be a list or tuple of images and labels, as a DataLoader yields it; the
-    labels are ignored. Empty batches are skipped. All other arguments are those of `learn_filters`,
-    except that lam_ratio refers to the first batch and that there are no epochs.
+    labels are ignored. Empty batches are skipped. mask: one for all images, (1, C or 1, H, W), >=
+    0; or True: every batch is a list or tuple of images and their mask, (N or 1, C or 1, H, W). All
+    other arguments are those of `learn_filters`, except that lam_ratio refers to the first batch
+    and that there are no epochs.
 
     Memory holds one batch and the sums over earlier batches. averaging_batches: each update uses
     the mean over about this many of the last batches, at least 1. Of `learning`, these settings
@@ -309,6 +326,7 @@ def learn_online(
     )
     return _learn_batches(
         batches,
+        mask,
         settings,
         filters,
         lam_ratio=lam_ratio,
@@ -322,6 +340,7 @@ def learn_online(
 @plain
 def _learn_epochs(
     images: Tensor,
+    mask: Tensor | None,
     settings: LayerSettings,
     filters: Tensor | None,
     *,
@@ -330,13 +349,16 @@ def _learn_epochs(
     seed: int,
     progress: bool,
 ) -> Learned:
-    images = _finite(images, "images")
+    images, M = _checked(images, mask, "images")
+    if M is not None and not M.mask.any():
+        raise ValueError("mask: must not be 0 everywhere, since then no pixel is seen")
     settings.solver = solver or default_solver(images, settings.p)
     layer = Layer(settings, images.shape[1], seeded_generator(seed, 1)).to(images)
     initial = None if filters is None else _initial_filters(filters, layer)
-    trainer = LayerTrainer(layer, images, seed=seed, filters=initial)
+    data = LayerData.from_tensor(images) if M is None else LayerData.from_masked(images, M)
+    trainer = LayerTrainer(layer, data, seed=seed, filters=initial)
     if lam_ratio is not None:
-        _set_lam_from_ratio(layer, images, lam_ratio)
+        _set_lam_from_ratio(layer, images, M, lam_ratio)
     history = []
     with Monitor(progress=progress) as monitor:
         monitor.layer(1, 0, trainer.updates)
@@ -355,6 +377,7 @@ def _learn_epochs(
 @plain
 def _learn_batches(
     batches: Iterable[Tensor],
+    mask: Tensor | bool | None,
     settings: LayerSettings,
     filters: Tensor | None,
     *,
@@ -372,16 +395,16 @@ def _learn_batches(
         monitor.layer(1, 0, _length(batches))
         for number, batch in enumerate(_iterate(batches), 1):
             name = f"batch {number}"
-            images = images_of_batch(batch, name)
+            images, batch_mask = _images_and_mask(batch, mask, name)
             if images.numel() > 0:
-                images = _finite(images, name)
+                images, M = _checked(images, batch_mask, name)
                 if trainer is None:
                     settings.solver = solver or default_solver(images, settings.p)
-                    layer = _started_layer(settings, images, filters, lam_ratio, seed)
+                    layer = _started_layer(settings, images, M, filters, lam_ratio, seed)
                     trainer = OnlineTrainer(layer, averaging_batches=averaging_batches, seed=seed)
                 _check_fit(images, layer, name)
                 try:
-                    history.append(trainer.update(images))
+                    history.append(trainer.update(images, M))
                 except Diverged:
                     raise _diverged(name, settings) from None
                 monitor.epoch(history[-1], step=len(history))
@@ -394,6 +417,7 @@ def _learn_batches(
 def _started_layer(
     settings: LayerSettings,
     images: Tensor,
+    M: Mask | None,
     filters: Tensor | None,
     lam_ratio: float | None,
     seed: int,
@@ -401,18 +425,21 @@ def _started_layer(
     """A layer with its initial filters and lam, for a stream that begins with these images."""
     layer = Layer(settings, images.shape[1], seeded_generator(seed, 1)).to(images)
     _check_fit(images, layer, "batch 1")
-    if filters is None:
+    if filters is not None:
+        layer.set_filters(_initial_filters(filters, layer))
+    elif M is None:
         layer.initialize(images, seeded_generator(seed, 1, 1))
     else:
-        layer.set_filters(_initial_filters(filters, layer))
+        filled = fill_holes(images, M.mask)
+        layer.initialize(filled, seeded_generator(seed, 1, 1), M.mask > 0)
     if lam_ratio is not None:
-        _set_lam_from_ratio(layer, images, lam_ratio)
+        _set_lam_from_ratio(layer, images, M, lam_ratio)
     return layer
 
 
 def _layer_settings(
     num_maps: int | None,
-    filter_size: int | None,
+    filter_size: FilterSize | None,
     filters: Tensor | None,
     *,
     lam: float | None,
@@ -440,7 +467,7 @@ def _layer_settings(
         )
     return LayerSettings(
         as_positive_integer(num_maps, "num_maps"),
-        as_positive_integer(filter_size, "filter_size", ", since filters are square"),
+        as_filter_size(filter_size),
         lam=1.0 if lam is None else as_positive_number(lam, "lam"),
         p=as_number(p, "p"),
         boundary=boundary,
@@ -451,17 +478,19 @@ def _layer_settings(
     )
 
 
-def _sizes_of(filters: Tensor, num_maps: int | None, filter_size: int | None) -> tuple[int, int]:
-    """(K, h) of filters (K, C, h, h); num_maps and filter_size must agree if they are given."""
+def _sizes_of(
+    filters: Tensor, num_maps: int | None, filter_size: FilterSize | None
+) -> tuple[int, tuple[int, int]]:
+    """K and (h, w) of filters (K, C, h, w); num_maps and filter_size must agree if given."""
     shape = tuple(filters.shape) if hasattr(filters, "shape") else ()
     as_filters(filters, shape[1] if len(shape) == 4 else 1)
     K, _, h, w = shape
-    if h != w:
-        raise ValueError(f"filters of {h}x{w}: filters that are learned must be square")
-    for name, value, actual in (("num_maps", num_maps, K), ("filter_size", filter_size, h)):
-        if value is not None and as_positive_integer(value, name) != actual:
-            raise ValueError(f"{name}={value}: the filters to start from have {actual}")
-    return K, h
+    if num_maps is not None and as_positive_integer(num_maps, "num_maps") != K:
+        raise ValueError(f"num_maps={num_maps}: the filters to start from have {K}")
+    if filter_size is not None and as_filter_size(filter_size) != (h, w):
+        actual = h if h == w else (h, w)
+        raise ValueError(f"filter_size={filter_size}: the filters to start from have {actual}")
+    return K, (h, w)
 
 
 def _initial_filters(filters: Tensor, layer: Layer) -> Tensor:
@@ -481,18 +510,20 @@ def _initial_filters(filters: Tensor, layer: Layer) -> Tensor:
     return filters
 
 
-def _set_lam_from_ratio(layer: Layer, images: Tensor, lam_ratio: float) -> None:
+def _set_lam_from_ratio(layer: Layer, images: Tensor, M: Mask | None, lam_ratio: float) -> None:
     """Set lam from its ratio for the current filters, and the schedule in its units."""
-    A, settings = layer.operator(), layer.settings
-    settings.lam = lam_from_ratio(A, images, lam_ratio, settings.prior)
+    A, b, settings = layer.operator(), images, layer.settings
+    if M is not None:
+        A, b = M @ A, M.target(images)
+    settings.lam = lam_from_ratio(A, b, lam_ratio, settings.prior)
     settings.solver = relative_schedule(settings.solver, A, settings.lam, lam_ratio)
 
 
 def _check_fit(images: Tensor, layer: Layer, name: str) -> None:
     """Raise ValueError for a batch that the filters do not fit."""
-    (H, W), size = images.shape[2:], layer.settings.filter_size
-    if min(H, W) < size:
-        raise ValueError(f"{name}: images of {H}x{W} are smaller than the {size}x{size} filters")
+    (H, W), (h, w) = images.shape[2:], layer.settings.filter_shape
+    if h > H or w > W:
+        raise ValueError(f"{name}: images of {H}x{W} are smaller than the {h}x{w} filters")
     channels = layer.filters.shape[1]
     if images.shape[1] != channels:
         raise ValueError(
@@ -500,11 +531,31 @@ def _check_fit(images: Tensor, layer: Layer, name: str) -> None:
         )
 
 
-def _finite(images: Tensor, name: str) -> Tensor:
+def _images_and_mask(
+    batch: Any, mask: Tensor | bool | None, name: str
+) -> tuple[Tensor, Tensor | None]:
+    """The images of a batch, and their mask: from the batch if mask is True, else the given one."""
+    if mask is not True:
+        return images_of_batch(batch, name), mask
+    if not isinstance(batch, (list, tuple)) or len(batch) < 2:
+        raise ValueError(
+            f"{name} is a {type(batch).__name__}: with mask=True it must be a list or tuple of "
+            "images and their mask"
+        )
+    return as_tensor(batch[0], name), batch[1]
+
+
+def _checked(images: Tensor, mask: Tensor | None, name: str) -> tuple[Tensor, Mask | None]:
+    """The images, finite wherever they are seen, and their mask."""
     images = as_images(images, name)
-    if not torch.isfinite(images).all():
-        raise ValueError(f"{name}: must be finite, but there are NaN or infinite values")
-    return images
+    try:
+        M = None if mask is None else Mask(mask, images)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    if not torch.isfinite(images if M is None else M.target(images)).all():
+        where = "" if M is None else " where the mask is not 0"
+        raise ValueError(f"{name}: must be finite, but there are NaN or infinite values{where}")
+    return images, M
 
 
 def _diverged(where: str, settings: LayerSettings) -> Diverged:

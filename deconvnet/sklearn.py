@@ -1,15 +1,13 @@
 """A deconvolutional network as a scikit-learn transformer from images to sparse features.
 
-    N images · C channels, 1 or 3 · H, W pixels · K maps of the top layer
+    N images · C channels · H, W pixels · K maps of the top layer
 
 `fit` learns the filters of one or more layers, `transform` infers the maps, and `inverse_transform`
 reconstructs images from them. Images are centred by the mean of each channel over all images of
 `fit` and divided by one number, so X may have any units, lam does not depend on them, and
 reconstructions have the units of X.
 
-Rows that are not images are signals, coded by filters of one row: each signal becomes the middle
-row of an image of zeros as high as the filters, and only the middle rows of filters and maps are
-non-zero.
+Rows that are not images are signals: images of one row, coded by filters of one row.
 """
 
 from __future__ import annotations
@@ -26,7 +24,6 @@ from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, Transfo
 from sklearn.utils import Tags, check_array, check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
-from torch.nn.functional import pad
 
 from deconvnet.applications.classification.grid_features import Grid, grid_features, num_cells
 from deconvnet.filters.update import LearningSettings
@@ -38,7 +35,7 @@ from deconvnet.network.network import DeconvNet
 from deconvnet.sparse_coding.solve import default_solver
 from deconvnet.support.devices import torch_device
 from deconvnet.support.torch_modes import plain
-from deconvnet.support.validation import as_tensor
+from deconvnet.support.validation import FilterSize, as_filter_size, as_tensor
 from deconvnet.training.in_memory import learn_layers
 
 FLOATS = (np.float64, np.float32)
@@ -62,9 +59,9 @@ class DeconvNetTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
         batch_size are then ignored. None: one layer with those five.
     num_maps : int
         Number of filters, and of maps.
-    filter_size : int
-        Side of the square filters in pixels, at most the smaller side of the images. For signals
-        the length of the filters, at most that of the signals.
+    filter_size : int or (int, int)
+        Size of the filters in pixels: the side of squares, or (rows, columns). For signals, which
+        are images of one row, the length of the filters. Sizes are reduced to fit the images.
     lam : float
         Weight of the reconstruction relative to the sparsity; larger values give denser maps.
     epochs : int
@@ -119,7 +116,7 @@ class DeconvNetTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
         layers: list[LayerSettings] | None = None,
         *,
         num_maps: int = 32,
-        filter_size: int = 7,
+        filter_size: FilterSize = 7,
         lam: float = 2.0,
         epochs: int = 10,
         batch_size: int | None = None,
@@ -161,11 +158,7 @@ class DeconvNetTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
         self._chunk = min(MAX_CHUNK, max(1, MAX_CHUNK_COEFFICIENTS // coefficients))
         y = self._network_input(net, images)
         self.history_ = learn_layers(net, y, seed=seed, chunk=self._chunk)
-        if any(self._padding):
-            # Initial filters have a little noise in all their rows.
-            row = pad(net.layer(1).filters, _negative(self._padding))
-            net.layer(1).set_filters(pad(row, self._padding))
-        self.filters_ = pad(net.layer(1).filters, _negative(self._padding)).cpu().numpy()
+        self.filters_ = net.layer(1).filters.cpu().numpy()
         self.map_shape_ = tuple(self._maps(net, images[:1]).shape[1:])
         self.net_ = net.cpu()
         return self
@@ -260,15 +253,21 @@ class DeconvNetTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
                 raise ValueError(f"image_shape={given}: X has images of {shape}")
             if math.prod(image_shape) != numbers:
                 raise ValueError(f"image_shape={given}: X has rows of {numbers} numbers")
-        if image_shape[0] not in (1, 3):
+        channels, rows, last = image_shape
+        if self.preprocessing is not None and channels not in (1, 3):
             raise ValueError(
-                f"images of {image_shape}: the number of channels comes first and must be 1 or 3"
+                f"images of {image_shape}: with preprocessing, the number of channels, which comes "
+                "first, must be 1 or 3"
+            )
+        if given is None and last in (3, 4) and min(channels, rows) > 4:
+            raise ValueError(
+                f"images of {image_shape}: the number of channels comes first; if there are "
+                f"{channels}, say image_shape={image_shape}"
             )
         return image_shape
 
     def _layers(self, images: int, device: torch.device) -> list[LayerSettings]:
         """A copy of the given layers, or one layer for this many images."""
-        self._padding = self._map_padding = (0, 0, 0, 0)
         if self.layers is not None:
             layers = list(self.layers)
             if not layers or not all(isinstance(layer, LayerSettings) for layer in layers):
@@ -276,42 +275,32 @@ class DeconvNetTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
                     f"layers={self.layers}: must be a list of LayerSettings, at least one"
                 )
             return copy.deepcopy(layers)
-        for key in ("num_maps", "filter_size", "epochs", "batch_size"):
+        for key in ("num_maps", "epochs", "batch_size"):
             value = getattr(self, key)
             if not _is_positive_int(value) and (key != "batch_size" or value is not None):
                 raise ValueError(f"{key}={value!r}: must be a whole number from 1")
         if not isinstance(self.lam, Real):
             raise ValueError(f"lam={self.lam!r}: must be a positive number")
-        size = self._fit_padding(int(self.filter_size))
         batch_size = self.batch_size or min(max(images // 10, MIN_BATCH), MAX_BATCH)
         learning = LearningSettings(epochs=int(self.epochs), batch_size=int(batch_size))
         solver = default_solver(torch.empty(0, device=device))
         maps, lam = int(self.num_maps), float(self.lam)
-        return [LayerSettings(maps, size, lam, solver=solver, learning=learning)]
+        return [LayerSettings(maps, self._fitting_size(), lam, solver=solver, learning=learning)]
 
-    def _fit_padding(self, size: int) -> int:
-        """The side of the filters, reduced to fit the images.
-
-        Sets the zeros that surround signals, and the non-zero row of their maps, from now on: left,
-        right, top, bottom.
-        """
-        _, H, W = self.image_shape_
-        if min(H, W) > 1:
-            return min(size, H, W)
-        size = min(size, max(H, W))
-        before = (size - 1) // 2
-        image, maps = (before, size - 1 - before), (size - 1, size - 1)
-        none = (0, 0)
-        self._padding = (*none, *image) if H == 1 else (*image, *none)
-        self._map_padding = (*none, *maps) if H == 1 else (*maps, *none)
-        return size
+    def _fitting_size(self) -> tuple[int, int]:
+        """(h, w) of the filters, reduced to fit the images."""
+        (h, w), (_, H, W) = as_filter_size(self.filter_size), self.image_shape_
+        if h == w and min(H, W) > 1:
+            h = w = min(h, H, W)
+        return min(h, H), min(w, W)
 
     def _preprocessing(self) -> PreprocessingSettings:
         """The preprocessing of the network, which leaves centring and scaling to this class."""
         channels = self.image_shape_[0]
         if self.preprocessing is None:
-            color = "grey" if channels == 1 else "rgb"
-            return PreprocessingSettings(color=color, steps=[], scale="none")
+            color = {1: "grey", 3: "rgb"}.get(channels, "none")
+            number = channels if color == "none" else None
+            return PreprocessingSettings(color=color, channels=number, steps=[], scale="none")
         if channels == 1 and self.preprocessing.color != "grey":
             raise ValueError(
                 f"preprocessing.color={self.preprocessing.color}: X has one channel; use grey"
@@ -333,27 +322,26 @@ class DeconvNetTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
             self.mean_, self.scale_ = 0.0, float(net.preprocessing.scale)
 
     def _network_input(self, net: DeconvNet, images: np.ndarray) -> Tensor:
-        """y (N, C, H, W), the target of the network; signals are surrounded by zeros."""
+        """y (N, C, H, W), the target of the network."""
         if self.preprocessing is None:
             images = (images - self.mean_) / self.scale_
         y = torch.from_numpy(images.astype(np.float32)).to(net.device)
         if self.preprocessing is not None:
             y, _ = net.preprocessing(y)
-        return pad(y, self._padding)
+        return y
 
     def _maps(self, net: DeconvNet, images: np.ndarray) -> Tensor:
-        """z (N, K, rows, columns) of the top layer; of signals the non-zero row."""
+        """z (N, K, rows, columns) of the top layer."""
         codes = Codes((), self._network_input(net, images), [])
         for _ in net.layers:
             codes = net.infer_next_layer(codes, chunk=len(images))
-        return pad(codes.layer(net.depth).z, _negative(self._map_padding))
+        return codes.layer(net.depth).z
 
     def _reconstruct(self, z: Tensor) -> Tensor:
         """R z (N, planes, H, W), through layers without pooling in between."""
-        z = pad(z, self._map_padding)
         for layer in reversed(self.net_.layers):
             z = layer.operator()(z) * layer.scale
-        return pad(z, _negative(self._padding))
+        return z
 
 
 def _with_channels(shape: tuple[int, ...]) -> tuple[int, int, int]:
@@ -370,8 +358,3 @@ def _array(X: ArrayLike) -> ArrayLike:
 
 def _is_positive_int(value: object) -> bool:
     return isinstance(value, Integral) and value >= 1
-
-
-def _negative(padding: tuple[int, ...]) -> tuple[int, ...]:
-    """The padding that removes this one."""
-    return tuple(-side for side in padding)

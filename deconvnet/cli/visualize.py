@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 
 from deconvnet.cli import printed_commands
 from deconvnet.cli.errors import one_line_errors
+from deconvnet.cli.model_errors import one_line_model_errors
 from deconvnet.cli.network_and_images import (
     LIST,
     check_images,
@@ -39,8 +40,10 @@ from deconvnet.visualization.searched_network import make_projector
 
 def main(cfg: DictConfig) -> None:
     with one_line_errors(ValueError, OSError, RankLost), started() as communicator:
+        settings = read_settings(cfg)
         try:
-            visualize(read_settings(cfg), communicator)
+            with one_line_model_errors(settings.model or settings.run):
+                visualize(settings, communicator)
         except KeyboardInterrupt:
             if communicator.is_main:
                 print(f"\nstopped; to resume: {printed_commands.again()}")

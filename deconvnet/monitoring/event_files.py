@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deconvnet.monitoring.checksum import crc32c
+from deconvnet.monitoring.crc32c import crc32c
 from deconvnet.storage import ownership
 
 if TYPE_CHECKING:
@@ -85,15 +85,15 @@ class _EventFile:
 
 
 def _record(data: bytes) -> bytes:
-    """Data as a record of an event file: its length and itself, each with its checksum."""
+    """The length of the data and the data, each followed by its masked checksum."""
     length = struct.pack("<Q", len(data))
     return length + _checksum(length) + data + _checksum(data)
 
 
 def _checksum(data: bytes) -> bytes:
-    """The checksum of data, rotated and shifted as the format asks."""
-    crc = crc32c(data)
-    return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
+    """Masked, so that the checksum of data that contain their checksum is not always the same."""
+    value = crc32c(data)
+    return struct.pack("<I", ((value >> 15 | value << 17) + 0xA282EAD8) & 0xFFFFFFFF)
 
 
 def _begin(folder: Path) -> int:

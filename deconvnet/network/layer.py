@@ -31,7 +31,12 @@ from deconvnet.sparse_coding.prior import Prior, check_exponent
 from deconvnet.sparse_coding.problem import Solution, SolverSettings
 from deconvnet.sparse_coding.solve import Callback, solve
 from deconvnet.support.renaming import with_current_names
-from deconvnet.support.validation import as_positive_integer, as_positive_number, check_settings
+from deconvnet.support.validation import (
+    as_filter_size,
+    as_positive_integer,
+    as_positive_number,
+    check_settings,
+)
 
 TARGETS = ("maps", "image", "both")
 POOLINGS = ("after", "in_loop")
@@ -47,8 +52,9 @@ class LayerSettings:
 
     # number of feature maps, one per filter
     num_maps: int
-    # side of the square filters, in pixels of the layer's input
-    filter_size: int = 7
+    # filters in pixels of the layer's input: the side of a square, or [rows, columns], such as
+    # [1, 64] for signals, which are images of one row
+    filter_size: Any = 7
     # weight of the reconstruction relative to the sparsity; larger values give less sparse maps
     lam: float = 2.0
     # exponent of the sparse prior sum |z|^p, 0 to 1
@@ -85,13 +91,11 @@ class LayerSettings:
 
     def __post_init__(self) -> None:
         for key in ("num_maps", "filter_size", "group"):
-            # A configuration may still hold text here, such as an interpolation.
+            # A configuration may still hold an interpolation here.
             if not isinstance(value := getattr(self, key), str):
-                square = ", since filters are square" if key == "filter_size" else ""
-                value = as_positive_integer(value, key, square)
-                if value > MAX_SIZE:
-                    raise ValueError(f"{key}={value}: must be at most {MAX_SIZE}")
-                setattr(self, key, value)
+                setattr(self, key, _checked_size(value, key))
+            elif key == "filter_size" and "${" not in value:
+                as_filter_size(value)
         for key in ("lam", "image_weight"):
             setattr(self, key, as_positive_number(getattr(self, key), key))
         check_settings(self.solver, SolverSettings, "solver", optional=False)
@@ -126,6 +130,11 @@ class LayerSettings:
                 f"solver.gap={self.solver.gap}: needs p=1 and pooling=after, got p={self.p}, "
                 f"pooling={self.pooling}"
             )
+
+    @property
+    def filter_shape(self) -> tuple[int, int]:
+        """(h, w) of the filters."""
+        return as_filter_size(self.filter_size)
 
     @property
     def window(self) -> Window | None:
@@ -175,8 +184,7 @@ class Layer(nn.Module):
         super().__init__()
         self.settings = settings
         connectivity = _connectivity(settings.connectivity, settings.num_maps, channels, generator)
-        size = settings.filter_size
-        shape = (settings.num_maps, channels, size, size)
+        shape = (settings.num_maps, channels, *settings.filter_shape)
         filters = torch.randn(shape, generator=generator, dtype=torch.float32)
         if settings.learning.non_negative:
             filters = filters.abs()
@@ -219,15 +227,19 @@ class Layer(nn.Module):
         # Maps have the units of the data, so even tiny values need not be rounding errors.
         self.scale.fill_(pooled.scale(self.settings.scale, least=0.0))
 
-    def initialize(self, b: Tensor, generator: torch.Generator) -> None:
-        """Set the initial filters of the settings, from the layer's input b (N, C, H, W)."""
+    def initialize(self, b: Tensor, generator: torch.Generator, seen: Tensor | None = None) -> None:
+        """Set the initial filters of the settings, from the layer's input b (N, C, H, W).
+
+        seen: (N or 1, C or 1, H, W), which values of b are known; None: all.
+        """
         settings, learning = self.settings, self.settings.learning
         f = initial_filters(
             settings.num_maps,
             b,
-            settings.filter_size,
+            settings.filter_shape,
             learning.init,
             generator,
+            seen=seen,
             constraint=learning.constraint(),
         )
         self.set_filters(f)
@@ -286,14 +298,22 @@ class Layer(nn.Module):
 
 def check_input_size(shape: Sequence[int], layer: Layer, number: int) -> None:
     """Raise ValueError if the input (..., H, W) of layer `number` is smaller than its filters."""
-    size = layer.settings.filter_size
+    h, w = layer.settings.filter_shape
     H, W = shape[-2:]
-    if min(H, W) < size:
+    if h > H or w > W:
         source = "images" if number == 1 else f"the pooled maps of layer {number - 1}"
         raise ValueError(
-            f"{source} of {H}x{W} are smaller than the {size}x{size} filters of layer {number}: "
+            f"{source} of {H}x{W} are smaller than the {h}x{w} filters of layer {number}: "
             "use larger images, smaller filters or fewer layers"
         )
+
+
+def _checked_size(value: Any, key: str) -> int | list[int]:
+    """A positive size that is not absurd; of filters that are not square, [rows, columns]."""
+    sides = as_filter_size(value) if key == "filter_size" else (as_positive_integer(value, key),)
+    if max(sides) > MAX_SIZE:
+        raise ValueError(f"{key}={value}: must be at most {MAX_SIZE}")
+    return sides[0] if len(set(sides)) == 1 else list(sides)
 
 
 def _connectivity(kind: str, num_maps: int, channels: int, generator: torch.Generator) -> Tensor:

@@ -153,7 +153,7 @@ class Deconvolution(LinearOperator):
         check_boundary(boundary)
         self.f = f
         self.boundary = boundary
-        self.mask = mask if mask is None else _checked_mask(mask, f)
+        self.mask = mask if mask is None else _checked_mask(mask, f.shape[1], f)
         if boundary in CONTINUED:
             self.inexact_cg_steps = 2 if mask is None else 4
         else:
@@ -341,15 +341,15 @@ def _times(spectrum: Tensor, matrices: Tensor) -> Tensor:
     return product.permute(2, 0, 1, 3)
 
 
-def _checked_mask(mask: Tensor, f: Tensor) -> Tensor:
-    """The mask in the type and on the device of the filters."""
+def _checked_mask(mask: Tensor, channels: int, like: Tensor) -> Tensor:
+    """The mask in the type and on the device of another tensor."""
     mask = as_tensor(mask, "mask")
-    if mask.ndim != 4 or mask.shape[1] not in (1, f.shape[1]):
-        channels = "1" if f.shape[1] == 1 else f"1 or {f.shape[1]}"
+    if mask.ndim != 4 or mask.shape[1] not in (1, channels):
+        allowed = "1" if channels == 1 else f"1 or {channels}"
         raise ValueError(
-            f"mask must have the shape (N or 1, {channels}, H, W), got {tuple(mask.shape)}"
+            f"mask must have the shape (N or 1, {allowed}, H, W), got {tuple(mask.shape)}"
         )
-    mask = mask.to(f)
+    mask = mask.to(like)
     if len(invalid := mask[~((mask >= 0) & (mask < math.inf))]):
         raise ValueError(f"mask={float(invalid[0])}: must be finite and not negative")
     return mask
@@ -359,6 +359,67 @@ def _mean_square(mask: Tensor) -> Tensor:
     """(N or 1, 1, 1, 1): the mean of mask^2 over the pixels where it is not 0."""
     total = mask.square().sum((1, 2, 3), keepdim=True)
     return total / (mask > 0).sum((1, 2, 3), keepdim=True).clamp(min=1)
+
+
+class Mask(LinearOperator):
+    """M: images -> mask * images. Errors ||M (x - y)||^2 are weighted by mask^2.
+
+    mask: (N or 1, C or 1, H, W) of numbers >= 0, checked against images (N, C, H, W), in their
+    dtype and on their device. M @ F is a `Deconvolution` with this mask, which has its own solve.
+    Raises ValueError for a mask that is negative, not finite, or does not fit the images.
+    """
+
+    def __init__(self, mask: Tensor, images: Tensor):
+        self.mask = _checked_mask(mask, images.shape[1], images)
+        sizes = zip(self.mask.shape, images.shape, strict=True)
+        if not all(m in (1, n) for m, n in sizes) or self.mask.shape[2:] != images.shape[2:]:
+            raise ValueError(
+                f"mask of shape {tuple(self.mask.shape)} does not fit images of shape "
+                f"{tuple(images.shape)}: expected (N or 1, C or 1, H, W)"
+            )
+
+    def __call__(self, y: Tensor) -> Tensor:
+        return self.mask * y
+
+    adjoint = __call__
+
+    def target(self, y: Tensor) -> Tensor:
+        """M y, 0 where the mask is 0 even if y is NaN there."""
+        return torch.where(self.mask > 0, self.mask * y, torch.zeros_like(y))
+
+    def __getitem__(self, images: slice | Tensor) -> Mask:
+        if len(self.mask) == 1:
+            return self
+        part = copy.copy(self)
+        part.mask = self.mask[images]
+        return part
+
+    def __matmul__(self, inner: LinearOperator) -> LinearOperator:
+        if isinstance(inner, Deconvolution) and inner.mask is None:
+            return Deconvolution(inner.f, inner.boundary, self.mask)
+        return super().__matmul__(inner)
+
+    @property
+    def largest_weight(self) -> Tensor | None:
+        """The largest mask^2 of each image (N or 1, 1, 1, 1); None if it is 1 for all of them."""
+        largest = self.mask.square().amax((1, 2, 3), keepdim=True)
+        return None if bool((largest == 1).all()) else largest
+
+    def squared_norm(self, b: Tensor, *, steps: int = 30) -> Tensor:
+        """The largest mask^2 of each image, exactly."""
+        return self.mask.square().amax((1, 2, 3), keepdim=True).expand(len(b), 1, 1, 1)
+
+    def curvature(self) -> float | Tensor:
+        largest = _mean_square(self.mask.double())
+        return largest if len(largest) > 1 else float(largest)
+
+    def normalised(self) -> tuple[LinearOperator, int]:
+        e = exponent(magnitude(self.mask))
+        if e == 0:
+            return self, 0
+        part = copy.copy(self)
+        part.mask = times_power(self.mask, -e)
+        return part, e
 
 
 class Unpooling(LinearOperator):

@@ -82,16 +82,16 @@ def strongest(c, inverse, G, best, which, top, bottom):
 
 @_compiled
 def leaders(best, tile):
-    """(rows, columns) of the largest value in each tile of positions, if it exceeds 1."""
-    H, W = best.shape
-    capacity = -(-H // tile) * -(-W // tile)
+    """(rows, columns) of the largest value in each tile (rows, columns), if it exceeds 1."""
+    (H, W), (h, w) = best.shape, tile
+    capacity = -(-H // h) * -(-W // w)
     rows, columns = np.empty(capacity, np.int32), np.empty(capacity, np.int32)
     n = 0
-    for top in range(0, H, tile):
-        for left in range(0, W, tile):
+    for top in range(0, H, h):
+        for left in range(0, W, w):
             largest = best.dtype.type(1)
-            for i in range(top, min(top + tile, H)):
-                for j in range(left, min(left + tile, W)):
+            for i in range(top, min(top + h, H)):
+                for j in range(left, min(left + w, W)):
                     if best[i, j] > largest:
                         largest, rows[n], columns[n] = best[i, j], i, j
             n += largest > 1

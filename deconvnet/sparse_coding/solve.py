@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from deconvnet.operators.convolution import Boundary, map_size
-from deconvnet.operators.linear import Deconvolution, LinearOperator
+from deconvnet.operators.linear import Deconvolution, LinearOperator, Mask
 from deconvnet.sparse_coding.admm import admm
 from deconvnet.sparse_coding.half_quadratic import half_quadratic
 from deconvnet.sparse_coding.iteration import Method, Start, Until
@@ -37,7 +37,6 @@ from deconvnet.support.validation import (
     as_number,
     as_positive_integer,
     as_positive_number,
-    as_tensor,
     as_weights,
     check_settings,
 )
@@ -137,11 +136,11 @@ def coding_problem(
     """(A, b, prior) of the problem that `sparse_code` solves for these arguments, once checked."""
     images = as_images(images)
     filters = as_filters(filters, images.shape[1])
-    mask = None if mask is None else as_tensor(mask, "mask")
     weights = None if weights is None else as_weights(weights)
-    A, b = Deconvolution(filters.to(images), boundary, mask), images
+    A, b = Deconvolution(filters.to(images), boundary), images
     if mask is not None:
-        b = _masked_images(images, mask, A)
+        M = Mask(mask, images)
+        A, b = M @ A, M.target(images)
     if not torch.isfinite(b).all() or not torch.isfinite(filters).all():
         raise ValueError("images and filters must be finite: there are NaN or infinite values")
     weights = None if weights is None else weights.to(images)
@@ -234,6 +233,7 @@ def solve(
     state: Tensor | None = None,
     step: Tensor | None = None,
     training: bool = False,
+    certify: bool = False,
     callback: Callback | None = None,
     chunk: int | None = None,
 ) -> Solution:
@@ -244,7 +244,8 @@ def solve(
     b: (N, C, H, W); prior: by default sum |z|. b, A, lam and weights may be in any units; the
     schedule of half_quadratic is in those of z. For fista, ista and coordinate the state may be any
     maps; they are made feasible for the prior first. training: one visit of a training epoch, with
-    few iterations, in which no image stops early and ADMM keeps its beta. callback(i, z, beta) gets
+    few iterations, in which no image stops early and ADMM keeps its beta. certify: compute the
+    duality gap of the solution even if settings.gap is not set (p = 1). callback(i, z, beta) gets
     the sparse maps after iteration i = 1, 2, ... and the beta (N, 1, 1, 1) of each image; for fista
     and ista beta is 1 / step. With a callback all images are solved in one batch. Raises ValueError
     if an argument is out of range or does not fit the others.
@@ -252,7 +253,7 @@ def solve(
     chunk = None if chunk is None else as_positive_integer(chunk, "chunk")
     b, lam, prior = as_images(b, "b"), as_positive_number(lam, "lam"), prior or Prior()
     check_settings(settings, SolverSettings, "settings")
-    if settings.gap is not None and not prior.convex:
+    if (settings.gap is not None or certify) and not prior.convex:
         raise ValueError(
             f"solver.gap={settings.gap}: only a minimum for p=1 without a window has a duality gap,"
             f" not for p={prior.p}, window={prior.window}"
@@ -263,7 +264,7 @@ def solve(
         # These methods never raise the objective, and it is infinite at an infeasible start.
         z = prior.feasible(z)
     start = Start(z, settings.step if step is None else step)
-    until = _until(settings, training)
+    until = _until(settings, training, certify)
     A, filters_exponent = A.normalised()
     units = Units.of(b, filters_exponent, lam, prior.p, prior.weights)
     if callback:
@@ -274,11 +275,11 @@ def solve(
     return _solve_in_units(units, problem, start, settings, until, chunk)
 
 
-def _until(settings: SolverSettings, training: bool) -> Until:
+def _until(settings: SolverSettings, training: bool, certify: bool) -> Until:
     if training:
-        return Until(settings.training_iterations, training=True)
+        return Until(settings.training_iterations, certify=certify, training=True)
     tolerance = settings.tolerance if settings.gap is None else 0.0
-    return Until(settings.iterations, tolerance, settings.gap)
+    return Until(settings.iterations, tolerance, settings.gap, certify)
 
 
 def _zeros(A: LinearOperator, b: Tensor, method: str) -> Tensor:
@@ -287,17 +288,6 @@ def _zeros(A: LinearOperator, b: Tensor, method: str) -> Tensor:
         return A.zeros(b)
     size = map_size(b.shape[2:], A.f.shape[2:], A.boundary)
     return b.new_zeros(1, 1, 1, 1).expand(len(b), len(A.f), *size)
-
-
-def _masked_images(images: Tensor, mask: Tensor, A: Deconvolution) -> Tensor:
-    """mask * images, 0 where the mask is 0 even if the pixel is NaN. Checks the mask's shape."""
-    sizes = zip(mask.shape, images.shape, strict=True)
-    if not all(m in (1, n) for m, n in sizes) or mask.shape[2:] != images.shape[2:]:
-        raise ValueError(
-            f"mask of shape {tuple(mask.shape)} does not fit images of shape "
-            f"{tuple(images.shape)}: expected (N or 1, C or 1, H, W)"
-        )
-    return torch.where(A.mask > 0, A.mask * images, torch.zeros_like(images))
 
 
 def _solve_in_units(

@@ -287,7 +287,7 @@ class WorkingSetSolver(Method):
         """Step 2: the sorted working set of the next sweeps."""
         old, best = self.active[n], self.best[n]
         old = old.take((old.z != 0).any(1))
-        i, j = kernels.leaders(best, _tile(best, self.atoms.f.shape[2], len(old.g)))
+        i, j = kernels.leaders(best, _tile(best, self.atoms.f.shape[2:], len(old.g)))
         e = old.join(self._active_set(n, self.which[n][i, j], i, j))
         order, self.starts[n] = kernels.by_bands(e.i, e.j, *best.shape, self.bands)
         self.active[n] = e.take(order)
@@ -326,10 +326,14 @@ def _is_expanded_zero(maps: Tensor) -> bool:
     return all(size == 1 or stride == 0 for size, stride in sides) and float(maps[0, 0, 0]) == 0
 
 
-def _tile(best: np.ndarray, size: int, active: int) -> int:
-    """The side of tiles that add one coefficient each; the set may grow by a factor of GROWTH."""
+def _tile(best: np.ndarray, size: tuple[int, int], active: int) -> tuple[int, int]:
+    """(rows, columns) of tiles that add one coefficient each, for filters of this size; the set may
+    grow by a factor of GROWTH.
+    """
     candidates = np.count_nonzero(best > 1)
     limit = GROWTH * max(active, best.size // 64)
-    return next(
-        (side for side in (1, size // 4) if side and candidates <= limit * side**2), size // 2 or 1
-    )
+    quarter = max(1, size[0] // 4), max(1, size[1] // 4)
+    for tile in ((1, 1), quarter):
+        if candidates <= limit * tile[0] * tile[1]:
+            return tile
+    return max(1, size[0] // 2), max(1, size[1] // 2)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,9 @@ from torch import Tensor
 from deconvnet.support.torch_modes import autocasts
 
 FLOATS = (torch.float32, torch.float64)
+
+# The side of square filters, or (rows, columns).
+FilterSize = int | Sequence[int]
 
 
 def as_tensor(value: Any, name: str) -> Tensor:
@@ -168,6 +172,17 @@ def as_positive_integer(value: Any, name: str, why: str = "") -> int:
         expected = "at least 1" if is_integer else f"a whole number from 1{why}"
         raise ValueError(f"{name}={_short(value)}: must be {expected}")
     return number
+
+
+def as_filter_size(value: Any, name: str = "filter_size") -> tuple[int, int]:
+    """(h, w) of filters from one whole number, the side of a square, or two, (rows, columns)."""
+    either = ", or two, (rows, columns)"
+    several = isinstance(value, Sequence) and not isinstance(value, str)
+    sides = tuple(value) if several or getattr(value, "ndim", 0) == 1 else (value, value)
+    if len(sides) != 2:
+        raise ValueError(f"{name}={_short(value)}: must be a whole number from 1{either}")
+    h, w = (as_positive_integer(side, name, either) for side in sides)
+    return h, w
 
 
 def check_settings(value: Any, kind: type, name: str, *, optional: bool = True) -> None:

@@ -9,9 +9,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from deconvnet.images.holes import fill_holes
 from deconvnet.network.codes import Codes
 from deconvnet.network.layer import LayerProblem
 from deconvnet.network.network import DeconvNet
+from deconvnet.operators.linear import Mask
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,8 @@ class LayerData:
 
     layer_input: the input (n, C, H, W) of the layer, in the space its filters synthesise; shape is
     (C, H, W). problem: the layer's target, and the operator between the two. prefetch: is called
-    with the next indices, if the images are read from disk.
+    with the next indices, if the images are read from disk. seen: which pixels of the input are
+    known (n, C or 1, H, W), if not all are; the others are interpolated.
     """
 
     num_images: int
@@ -29,6 +32,7 @@ class LayerData:
     layer_input: Callable[[Tensor], Tensor]
     problem: Callable[[Tensor], LayerProblem]
     prefetch: Callable[[Tensor], None] | None = None
+    seen: Callable[[Tensor], Tensor] | None = None
 
     @classmethod
     def from_tensor(
@@ -41,6 +45,23 @@ class LayerData:
             b.device,
             lambda images: b[images],
             problem or (lambda images: LayerProblem(b[images])),
+        )
+
+    @classmethod
+    def from_masked(cls, images: Tensor, mask: Mask) -> LayerData:
+        """Images (N, C, H, W) in memory, whose errors count as their mask says."""
+        target = mask.target(images)
+
+        def seen(indices: Tensor) -> Tensor:
+            return mask[indices].mask.expand(len(indices), -1, -1, -1) > 0
+
+        return cls(
+            len(images),
+            images.shape[1:],
+            images.device,
+            lambda indices: fill_holes(images[indices], seen(indices)),
+            lambda indices: LayerProblem(target[indices], mask[indices]),
+            seen=seen,
         )
 
     @classmethod

@@ -33,7 +33,7 @@ from deconvnet.filters.update import (
 from deconvnet.monitoring.statistics import EpochStats
 from deconvnet.monitoring.strongest_activations import Snapshot, SnapshotPlan
 from deconvnet.network.layer import Layer, check_input_size
-from deconvnet.operators.linear import Identity, LinearOperator
+from deconvnet.operators.linear import Identity, LinearOperator, Mask
 from deconvnet.sparse_coding.problem import Solution
 from deconvnet.support.communicator import SINGLE, Communicator
 from deconvnet.support.seeding import seeded_generator
@@ -279,9 +279,11 @@ class LayerTrainer:
         return solution, problem.T
 
     def _curvature(self, images: Tensor, T: LinearOperator) -> Tensor | None:
-        """||T||^2 of these images, which is constant while this layer learns."""
+        """||T||^2 of these images, which is constant while this layer learns; None: 1."""
         if isinstance(T, Identity):
             return None
+        if isinstance(T, Mask):
+            return T.largest_weight
         curvature = self.warm_starts.scalar("curvature", images)
         if curvature is None:
             curvature = 1.05 * T.squared_norm(self.data.problem(images).b, steps=NORM_STEPS)
@@ -344,9 +346,9 @@ class LayerTrainer:
     def _draw_filters(self, num: int, generator: torch.Generator) -> Tensor:
         """`num` initial filters."""
         H, W = self.data.shape[1:]
-        images, size = self.data.num_images, self.layer.settings.filter_size
+        images, size = self.data.num_images, self.layer.settings.filter_shape
 
-        def draw_patches(number: int) -> Tensor:
+        def draw_patches(number: int) -> tuple[Tensor, Tensor | None]:
             return self._patches(random_patch_positions(number, images, (H, W), size, generator))
 
         return draw_filters(
@@ -358,19 +360,30 @@ class LayerTrainer:
             constraint=self.layer.constraint,
         )
 
-    def _patches(self, positions: Tensor) -> Tensor:
-        """(P, C, h, w): patches of the layer's input at positions (P, 3), image, row, column."""
-        size = self.layer.settings.filter_size
-        patches = self.layer.filters.new_zeros(len(positions), self.data.shape[0], size, size)
+    def _patches(self, positions: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(P, C, h, w): patches of the layer's input at positions (P, 3), image, row, column; and
+        (P,), the fraction of each that is known, if not everything is.
+        """
+        h, w = self.layer.settings.filter_shape
+        patches = self.layer.filters.new_zeros(len(positions), self.data.shape[0], h, w)
+        known = patches.new_zeros(len(positions))
         drawn, own_images = positions[:, 0], self.warm_starts.images.cpu()
         for chunk in self._chunks(own_images[torch.isin(own_images, drawn)]):
-            layer_input = self.data.layer_input(chunk.to(self.data.device))
-            for n, image in zip(chunk.tolist(), layer_input, strict=True):
+            chunk = chunk.to(self.data.device)
+            layer_input = self.data.layer_input(chunk)
+            seen = self.data.seen(chunk) if self.data.seen else None
+            for index, n in enumerate(chunk.tolist()):
                 for p in (drawn == n).nonzero()[:, 0].tolist():
                     i, j = positions[p, 1:].tolist()
-                    patches[p] = image[:, i : i + size, j : j + size]
+                    place = (index, ..., slice(i, i + h), slice(j, j + w))
+                    patches[p] = layer_input[place]
+                    if seen is not None:
+                        known[p] = seen[place].to(known).mean()
         # Exact: all other ranks contribute zeros.
-        return self.communicator.all_reduce_sum(patches)[0].to(patches.dtype)
+        if self.data.seen is None:
+            return self.communicator.all_reduce_sum(patches)[0].to(patches.dtype), None
+        patches_sum, known = self.communicator.all_reduce_sum(patches, known)
+        return patches_sum.to(patches.dtype), known
 
     def _states(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(indices, warm starts) of the images of this rank, a chunk at a time."""

@@ -15,9 +15,11 @@ from deconvnet.filters.care import centring_shifts, dead_filters, shift_filters
 from deconvnet.filters.initial import initial_filters
 from deconvnet.filters.statistics import FilterStatistics, filter_statistics
 from deconvnet.filters.update import Diverged, update_filters
+from deconvnet.images.holes import fill_holes
 from deconvnet.monitoring.statistics import EpochStats
 from deconvnet.network.layer import Layer, LayerProblem
 from deconvnet.network.metrics import decibels
+from deconvnet.operators.linear import Mask
 from deconvnet.sparse_coding.problem import Solution
 from deconvnet.support.seeding import seeded_generator
 from deconvnet.support.torch_modes import plain
@@ -46,34 +48,40 @@ class OnlineTrainer:
         self.batches, self._next_recenter = 0, RECENTER_FIRST
 
     @plain
-    def update(self, images: Tensor) -> EpochStats:
+    def update(self, images: Tensor, mask: Mask | None = None) -> EpochStats:
         """Learn from one batch of images (N, C, H, W) and return the statistics of its inference.
 
-        Raises Diverged, before the update, if an objective is not finite.
+        mask: for these images, on the device and in the dtype of the layer. Raises Diverged, before
+        the update, if an objective is not finite.
         """
         started = time.perf_counter()
         images = images.to(self.layer.filters)
-        solution = self.layer.infer(LayerProblem(images))
+        problem = LayerProblem(images) if mask is None else LayerProblem(mask.target(images), mask)
+        solution = self.layer.infer(problem)
         if not torch.isfinite(solution.objective).all():
             raise Diverged("the objective is not finite")
         self.batches += 1
-        self._add(solution, len(images))
+        self._add(solution, mask)
         dead = dead_filters(self.sums.energy)
         self._update_filters()
         if dead and self.learning.reinit_unused:
-            self._reinitialize(dead, images)
+            self._reinitialize(dead, images, mask)
         if self.learning.recenter and self.batches == self._next_recenter:
             self._recenter()
             self._next_recenter = math.ceil(RECENTER_GROWTH * self.batches)
         seconds = (time.perf_counter() - started) / len(images)
-        return self._stats(solution, images, dead=len(dead), seconds_per_image=seconds)
+        return self._stats(solution, problem.b, dead=len(dead), seconds_per_image=seconds)
 
-    def _add(self, solution: Solution, images: int) -> None:
-        layer = self.layer
+    def _add(self, solution: Solution, mask: Mask | None) -> None:
+        layer, residual = self.layer, solution.residual
         new = filter_statistics(
-            solution.z, solution.residual, layer.filters, boundary=layer.settings.boundary
+            solution.z,
+            residual if mask is None else mask.adjoint(residual),
+            layer.filters,
+            boundary=layer.settings.boundary,
+            curvature=None if mask is None else mask.largest_weight,
         )
-        new = new * (1 / images)
+        new = new * (1 / len(residual))
         fade = 1 - 1 / min(self.batches, self.averaging_batches)
         self.sums = new if self.sums is None else self.sums * fade + new * (1 - fade)
 
@@ -83,15 +91,18 @@ class OnlineTrainer:
             update_filters(layer.filters, self.sums, layer.constraint, iterations=iterations)
         )
 
-    def _reinitialize(self, dead: list[int], images: Tensor) -> None:
+    def _reinitialize(self, dead: list[int], images: Tensor, mask: Mask | None) -> None:
         """Replace unused filters by initial ones, such as patches of these images."""
-        f = self.layer.filters.clone()
+        f, seen = self.layer.filters.clone(), None
+        if mask is not None:
+            images, seen = fill_holes(images, mask.mask), mask.mask > 0
         f[dead] = initial_filters(
             len(dead),
             images,
-            self.layer.settings.filter_size,
+            self.layer.settings.filter_shape,
             self.learning.init,
             seeded_generator(self.seed, 1, 2, self.batches),
+            seen=seen,
             constraint=self.layer.constraint,
         )
         self.layer.set_filters(f)

@@ -57,8 +57,9 @@ def place_warm_starts(
 
 def warm_starts_size(layer: Layer, data: LayerData) -> int:
     """Bytes of the warm starts of all images of a layer."""
-    settings, size = layer.settings, layer.settings.filter_size
-    maps = (settings.num_maps, *map_size(data.shape[1:], (size, size), settings.boundary))
+    settings = layer.settings
+    size = map_size(data.shape[1:], settings.filter_shape, settings.boundary)
+    maps = (settings.num_maps, *size)
     window = pooling_window(settings)
     # A float32 per position, or a float32 and an int64 switch per window.
     per_image = (

@@ -29,7 +29,7 @@ from deconvnet.sparse_coding.iteration import Start, Until
 from deconvnet.sparse_coding.prior import Prior
 from deconvnet.sparse_coding.problem import Problem, SolverSettings, duality_gap
 from deconvnet.sparse_coding.solve import solve, sparse_code
-from deconvnet.sparse_coding.working_set import Atoms, WorkingSetSolver
+from deconvnet.sparse_coding.working_set import Atoms, WorkingSetSolver, _tile
 
 # Nearly all tests share few sizes of filters: the loops are compiled once for each.
 every_boundary = pytest.mark.parametrize("boundary", BOUNDARIES)
@@ -604,3 +604,12 @@ def test_sweeps_call_no_function_of_which_a_process_may_have_two_copies():
     (code,) = sweep.inspect_llvm().values()
     called = re.findall(r"call[^\n]*kernels\w*?(_dot|_paint|_shrunk)", code)
     assert "define" in code and not called
+
+
+def test_signals_grow_their_working_set_by_the_strongest_of_neighbouring_coefficients():
+    everywhere = np.full((1, 640), 2.0)
+    rows, columns = _tile(everywhere, (1, 64), active=0)
+    assert (rows, columns) == (1, 32)
+    _, j = kernels.leaders(everywhere, (rows, columns))
+    assert j.tolist() == list(range(0, 640, 32))
+    assert _tile(np.full((64, 64), 2.0), (8, 8), active=0) == (4, 4)

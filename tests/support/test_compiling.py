@@ -156,7 +156,7 @@ def test_the_package_is_imported_and_computes_where_nothing_can_be_written(tmp_p
     env |= nowhere | {"PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
     code = (
         "import deconvnet, numpy as np; from deconvnet.sparse_coding import kernels;"
-        "print(deconvnet.__file__, kernels.leaders(np.eye(4), 2))"
+        "print(deconvnet.__file__, kernels.leaders(np.eye(4), (2, 2)))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True

@@ -11,7 +11,7 @@ from deconvnet.applications.restoration.noise import estimate_noise
 from deconvnet.support.validation import as_tensor, as_weights
 
 
-def checked_images(images: object, filter_size: int) -> Tensor:
+def checked_images(images: object, filter_shape: tuple[int, int]) -> Tensor:
     """Images (N, 1 or 3, H, W), finite and not smaller than the filters."""
     images = as_tensor(images, "images")
     check_shape(images)
@@ -19,7 +19,7 @@ def checked_images(images: object, filter_size: int) -> Tensor:
         raise ValueError("images must be finite: there are NaN or infinite values")
     if len(images) == 0:
         raise ValueError("0 images: must be at least 1")
-    check_size(tuple(images.shape[2:]), filter_size)
+    check_size(tuple(images.shape[2:]), filter_shape)
     return images
 
 
@@ -33,12 +33,11 @@ def check_shape(images: Tensor) -> None:
         raise ValueError(f"images must not be empty, got the shape {tuple(images.shape)}")
 
 
-def check_size(size: tuple[int, int], filter_size: int) -> None:
-    H, W = size
-    if min(H, W) < filter_size:
-        raise ValueError(
-            f"images of {H}x{W} are smaller than the {filter_size}x{filter_size} filters"
-        )
+def check_size(size: tuple[int, int], filter_shape: tuple[int, int]) -> None:
+    """Raise ValueError for images of size (H, W) that are smaller than the filters."""
+    (H, W), (h, w) = size, filter_shape
+    if h > H or w > W:
+        raise ValueError(f"images of {H}x{W} are smaller than the {h}x{w} filters")
 
 
 def checked_mask(mask: object, images: Tensor) -> Tensor:

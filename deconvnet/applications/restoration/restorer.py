@@ -135,7 +135,7 @@ class Restorer:
         """
         total = torch.zeros_like(self.weights, dtype=torch.float64)
         for image in images:
-            image = checked_images(as_tensor(image, "image")[None], self._filter_size)
+            image = checked_images(as_tensor(image, "image")[None], self._filter_shape)
             for y in self._batches(self._planes(image)):
                 codes = self._infer(y - tikhonov_lowpass(y, self.psi), threshold=FIT_THRESHOLD)
                 total += codes.magnitudes().to(total)
@@ -167,7 +167,7 @@ class Restorer:
         they would not fit. Raises ValueError, before any work, if the memory is insufficient.
         progress(done, total) is called as the work proceeds.
         """
-        images = checked_images(images, self._filter_size)
+        images = checked_images(images, self._filter_shape)
         sigma = self._sigma_per_plane(noise_level(sigma, images), images)
         y = self._planes(images)
         tiles = self.plan_tiles(tuple(y.shape[2:]), depth, memory, planes=len(y))
@@ -224,7 +224,7 @@ class Restorer:
         check_shape(images)
         mask = checked_mask(mask, images)
         observed = torch.where(mask > 0, images, torch.zeros_like(images))
-        observed = checked_images(observed, self._filter_size)
+        observed = checked_images(observed, self._filter_shape)
         sigma = self._sigma_per_plane(noise_level(sigma, observed), observed)
         y = self._planes(observed)
         tiles = self.plan_tiles(tuple(y.shape[2:]), depth, memory, planes=len(y))
@@ -274,7 +274,7 @@ class Restorer:
         memory in GiB. planes: the number of planes that are coded together, of all images.
         """
         self.net.layer(as_positive_integer(depth, "depth"))
-        check_size(size, self._filter_size)
+        check_size(size, self._filter_shape)
         tiling.check_memory(memory)
         pixels = math.prod(size)
         device = self.filters.device
@@ -293,8 +293,8 @@ class Restorer:
     # Conversion between images and the planes that the filters explain.
 
     @property
-    def _filter_size(self) -> int:
-        return max(self.filters.shape[2:])
+    def _filter_shape(self) -> tuple[int, int]:
+        return tuple(self.filters.shape[2:])
 
     def _batches(self, planes: Tensor) -> tuple[Tensor, ...]:
         """One plane at a time on a CPU, which bounds memory; all on a GPU, which is faster."""

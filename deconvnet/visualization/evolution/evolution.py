@@ -19,7 +19,7 @@ from torch import Tensor
 from deconvnet.monitoring.strongest_activations import Region
 from deconvnet.storage.array_files import load_arrays, save_arrays
 from deconvnet.storage.ownership import ForeignFileError
-from deconvnet.visualization.projection.feature_projection import crop_square
+from deconvnet.visualization.projection.feature_projection import crop_box
 
 log = logging.getLogger(__name__)
 
@@ -28,9 +28,9 @@ log = logging.getLogger(__name__)
 class Evolution:
     """The strongest activations of K maps after E epochs, in pixel space.
 
-    tiles: (E, K, C, S, S), the projections, cropped to the receptive field, or to the image if that
+    tiles: (E, K, C, h, w), the projections, cropped to the receptive field, or to the image if that
     is smaller; signed, grey (C = 1) or RGB; zeros if the map was not active. epochs: (E,). maps:
-    (K,), their numbers, from 0. boxes: (E, K, 4), image, top, left and side S in pixels, as in
+    (K,), their numbers, from 0. boxes: (E, K, 4), image, top, left and longer side in pixels, as in
     `PixelFeatures`; image is -1 if the map was not active. values: (E, K), the activations.
     """
 
@@ -140,23 +140,29 @@ def load_if_valid(path: Path) -> Evolution | None:
 def evolution_of_epoch(
     epoch: int, maps: Iterable[int], tiles: Tensor, boxes: Tensor, values: Tensor
 ) -> Evolution:
-    """An evolution of one epoch; tiles: (K, C, S, S), boxes: (K, 4), values: (K,)."""
+    """An evolution of one epoch; tiles: (K, C, h, w), boxes: (K, 4), values: (K,)."""
     parts = (part.cpu()[None] for part in (boxes, values))
     return Evolution(tiles.cpu()[None], (epoch,), tuple(maps), *parts)
 
 
-def square_boxes(
-    images: Tensor, top: Tensor, left: Tensor, side: int, image: Sequence[int]
-) -> Tensor:
-    """(K, 4): squares of this side, or around the whole image if that is smaller."""
-    if side >= max(image):
-        top, left, side = torch.zeros_like(top), torch.zeros_like(left), max(image)
-    return torch.stack([images, top, left, torch.full_like(top, side)], 1)
+def field_boxes(
+    images: Tensor, top: Tensor, left: Tensor, field: tuple[int, int], image: Sequence[int]
+) -> tuple[Tensor, tuple[int, int]]:
+    """Boxes (K, 4) and their (h, w): those of the fields, or of the whole image if that is smaller.
+
+    The box of a square field is square, also around an image that is not.
+    """
+    size = field
+    if max(field) >= max(image):
+        top, left = torch.zeros_like(top), torch.zeros_like(left)
+        size = (max(image),) * 2 if field[0] == field[1] else tuple(map(min, field, image))
+    return torch.stack([images, top, left, torch.full_like(top, max(size))], 1), size
 
 
-def crop_boxes(images: Tensor, boxes: Tensor) -> list[Tensor]:
-    """Crop the box of each image: (C, S, S) each."""
-    return [crop_square(y, *box) for y, (_, *box) in zip(images, boxes.tolist(), strict=True)]
+def crop_boxes(images: Tensor, boxes: Tensor, size: tuple[int, int]) -> list[Tensor]:
+    """Crop the box of each image: (C, h, w) each."""
+    corners = boxes[:, 1:3].tolist()
+    return [crop_box(y, *corner, size) for y, corner in zip(images, corners, strict=True)]
 
 
 def bounding_region(allowed: Tensor) -> Region:

@@ -14,9 +14,10 @@ from deconvnet.visualization.evolution.evolution import (
     crop_boxes,
     evenly_spaced,
     evolution_of_epoch,
+    field_boxes,
     join_evolutions,
-    square_boxes,
 )
+from deconvnet.visualization.projection.feature_projection import tile_size
 from deconvnet.visualization.projection.projector import Projector
 
 # Images at a time: more are slower because their maps no longer fit into the cache.
@@ -89,9 +90,10 @@ def _project_checkpoint(
         batch = _images(projector, x, images)
         projection = projector(batch, layer, torch.cat([n[:, None], part[:, 1:]], 1))
         top, left, bottom, right = projection.fields.cpu().unbind(1)
-        side = int(torch.maximum(bottom - top, right - left).max())
-        boxes.append(square_boxes(part[:, 0], top, left, side, projection.images.shape[2:]))
-        tiles += crop_boxes(projector.signed_rgb(projection.images).cpu(), boxes[-1])
+        field = tile_size(int((bottom - top).max()), int((right - left).max()))
+        part_boxes, size = field_boxes(part[:, 0], top, left, field, projection.images.shape[2:])
+        tiles += crop_boxes(projector.signed_rgb(projection.images).cpu(), part_boxes, size)
+        boxes.append(part_boxes)
         values.append(projection.values.cpu())
     tiles, boxes, values = torch.stack(tiles), torch.cat(boxes), torch.cat(values)
     boxes[~alive, 0] = -1

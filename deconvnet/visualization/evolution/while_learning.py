@@ -18,9 +18,13 @@ from deconvnet.visualization.evolution.evolution import (
     bounding_region,
     crop_boxes,
     evolution_of_epoch,
-    square_boxes,
+    field_boxes,
 )
-from deconvnet.visualization.projection.feature_projection import layer_field, signed_rgb
+from deconvnet.visualization.projection.feature_projection import (
+    layer_field,
+    signed_rgb,
+    tile_size,
+)
 
 # The columns of figure 4.
 EPOCHS = (1, 2, 5, 10, 20, 30, 40, 64)
@@ -73,7 +77,8 @@ def project_snapshot(
         rows.offset + rows.stride * peaks.rows,
         columns.offset + columns.stride * peaks.columns,
     )
-    boxes = square_boxes(peaks.images, top, left, max(rows.size, columns.size), codes.y.shape[2:])
+    field = tile_size(rows.size, columns.size)
+    boxes, size = field_boxes(peaks.images, top, left, field, codes.y.shape[2:])
     # The projection of a map that was not active is zero, whatever the switches.
     images = torch.arange(len(codes.y)) if images is None else images
     indices = torch.searchsorted(images.to(f.device), peaks.images).clamp(max=len(images) - 1)
@@ -85,7 +90,7 @@ def project_snapshot(
             z[..., peaks.rows[k], peaks.columns[k]] = peaks.values[k].sign()
             reconstructed.append(deconvolve(z, f[k : k + 1], boundary=boundary))
         y = net.decoder(codes, layer, indices[maps])(torch.cat(reconstructed))
-        tiles += crop_boxes(y, boxes[maps])
+        tiles += crop_boxes(y, boxes[maps], size)
     return evolution_of_epoch(
         snapshot.epoch, range(len(f)), signed_rgb(net, torch.stack(tiles)), boxes, peaks.values
     )
@@ -95,5 +100,4 @@ def _map_size(net: DeconvNet, codes: Codes, layer: int) -> tuple[int, int]:
     """(H, W) of the maps of a layer on top of these codes."""
     below = codes.y if layer == 1 else codes.layer(layer - 1).pooled
     settings = net.layer(layer).settings
-    size = (settings.filter_size, settings.filter_size)
-    return map_size(tuple(below.shape[2:]), size, settings.boundary)
+    return map_size(tuple(below.shape[2:]), settings.filter_shape, settings.boundary)

@@ -25,9 +25,10 @@ from deconvnet.visualization.pictures.image_decomposition import (
 )
 from deconvnet.visualization.projection.feature_projection import (
     PixelFeatures,
-    crop_square,
+    crop_box,
     layer_field,
     project_fields,
+    tile_size,
 )
 
 MOST_PARTS = 12
@@ -95,7 +96,8 @@ def image_parts(
     excludes = units.maps[:, None] == units.maps
     if local and len(units):
         corners = fields.boxes[:, 1:3]
-        apart = (corners[:, None] - corners).abs().amax(2) >= (1 - OVERLAP) * fields.boxes[0, 3]
+        size = torch.tensor(fields.tiles.shape[2:], device=z.device)
+        apart = ((corners[:, None] - corners).abs() >= (1 - OVERLAP) * size).any(2)
         excludes = excludes | ~apart
     order, shares = _explaining(whole, fields, excludes, count, share)
     chosen = torch.tensor(order, dtype=torch.long, device=z.device)
@@ -193,20 +195,20 @@ def separate_fields(net: DeconvNet, codes: Codes, layer: int, units: Activations
     if len(units) == 0 or boundaries != {"valid"}:  # other fields may continue at another border
         return _fields_one_by_one(net, codes, layer, units)
     rows, columns = (layer_field(net, layer, axis) for axis in (0, 1))
-    side = max(rows.size, columns.size)
+    size = tile_size(rows.size, columns.size)
     tops, lefts = (
         (field.offset + field.stride * index).tolist()
         for field, index in ((rows, units.rows), (columns, units.columns))
     )
     corners = list(zip(tops, lefts, strict=True))
-    boxes = torch.tensor([(0, *corner, side) for corner in corners], device=codes.y.device)
+    boxes = torch.tensor([(0, *corner, max(size)) for corner in corners], device=codes.y.device)
     if layer == 1:
         return PixelFeatures(_painted_filters(net, units, boxes, codes.y), boxes, units.values)
     tiles = [codes.y.new_zeros(0)] * len(units)
-    for group in _disjoint(corners, side):
+    for group in _disjoint(corners, size):
         projected = together(net, codes, layer, units[torch.tensor(group)])[0]
         for index in group:
-            tiles[index] = crop_square(projected, *corners[index], side)
+            tiles[index] = crop_box(projected, *corners[index], size)
     return PixelFeatures(torch.stack(tiles), boxes, units.values)
 
 
@@ -250,9 +252,8 @@ def cut_fields(features: PixelFeatures, boxes: Tensor) -> Tensor:
     for tile, (_, top, left, _), (first, second, bottom, right) in zip(
         features.tiles, features.boxes.tolist(), boxes.tolist(), strict=True
     ):
-        height, width = bottom - first, right - second
-        square = crop_square(tile, first - top, second - left, max(height, width))
-        tiles.append(square[:, :height, :width])
+        size = bottom - first, right - second
+        tiles.append(crop_box(tile, first - top, second - left, size))
     return torch.stack(tiles)
 
 
@@ -303,36 +304,34 @@ def _explaining(
     excludes: (P, P), the candidates that must not follow each of them; itself is one. A candidate
     p, with the residual r of the image, reduces ||r||^2 by 2 <r, p> - ||p||^2.
     """
-    side = fields.tiles.shape[2] if len(fields.tiles) else 0
-    residual = F.pad(whole.double(), (side,) * 4)
+    h, w = fields.tiles.shape[2:]
+    residual = F.pad(whole.double(), (w, w, h, h))
     energy = float(residual.square().sum())
-    windows = [(top + side, left + side) for _, top, left, _ in fields.boxes.tolist()]
+    windows = [(top + h, left + w) for _, top, left, _ in fields.boxes.tolist()]
     tiles = fields.tiles.double()
     norms = tiles.square().sum((1, 2, 3))
     order, shares, free = [], [], torch.ones(len(windows), dtype=torch.bool)
     while len(order) < count and free.any() and not (shares and shares[-1] >= share):
-        seen = torch.stack(
-            [residual[:, top : top + side, left : left + side] for top, left in windows]
-        )
+        seen = torch.stack([residual[:, top : top + h, left : left + w] for top, left in windows])
         gains = (2 * (seen * tiles).sum((1, 2, 3)) - norms).cpu().where(free, -torch.inf)
         best = int(gains.argmax())
         if gains[best] <= 0:
             break
         top, left = windows[best]
-        residual[:, top : top + side, left : left + side] -= tiles[best]
+        residual[:, top : top + h, left : left + w] -= tiles[best]
         order.append(best)
         shares.append(1 - float(residual.square().sum()) / energy)
         free &= ~excludes[best].cpu()
     return order, shares
 
 
-def _disjoint(corners: list[tuple[int, int]], side: int) -> Iterator[list[int]]:
-    """Groups of indices of squares that do not overlap within a group."""
+def _disjoint(corners: list[tuple[int, int]], size: tuple[int, int]) -> Iterator[list[int]]:
+    """Groups of indices of boxes of size (h, w) that do not overlap within a group."""
     groups: list[list[int]] = []
     for index, (top, left) in enumerate(corners):
         for group in groups:
             apart = (
-                abs(top - corners[other][0]) >= side or abs(left - corners[other][1]) >= side
+                abs(top - corners[other][0]) >= size[0] or abs(left - corners[other][1]) >= size[1]
                 for other in group
             )
             if all(apart):

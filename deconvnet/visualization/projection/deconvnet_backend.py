@@ -49,8 +49,8 @@ class DeconvNetBackend:
         infos, below = [], tuple(x.shape[2:])
         for number, name in enumerate(self.names, 1):
             settings = self.model.layer(number).settings
-            size = (settings.filter_size, settings.filter_size)
-            shape = (settings.num_maps, *map_size(below, size, settings.boundary))
+            size = map_size(below, settings.filter_shape, settings.boundary)
+            shape = (settings.num_maps, *size)
             below = pooled_shape(shape, tuple(settings.pool))[1:] if settings.pool else shape[1:]
             rows, columns = (layer_field(self.model, number, axis) for axis in (0, 1))
             field, stride, offset = (

@@ -8,6 +8,7 @@ switches of its image, and crop the result to the receptive field.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -27,11 +28,11 @@ CHUNK = 16
 
 @dataclass(frozen=True)
 class PixelFeatures:
-    """Activations in pixel space, each in a square of its image; often one for every map.
+    """Activations in pixel space, each in a box of its image; often one for every map.
 
-    tiles: (K, C, S, S), the projections in the preprocessed domain; zeros if a map is never active.
-    boxes: (K, 4), image index, top, left and side S in pixels of the image; top and left are
-    negative if the field reaches beyond the border. values: (K,), the activations.
+    tiles: (K, C, h, w), the projections in the preprocessed domain; zeros if a map is never active.
+    boxes: (K, 4), image index, top, left and the longer side of the tile in pixels of the image;
+    top and left are negative if the field reaches beyond the border. values: (K,), the activations.
     """
 
     tiles: Tensor
@@ -39,8 +40,10 @@ class PixelFeatures:
     values: Tensor
 
     def patches(self, images: Tensor) -> Tensor:
-        """(K, C, S, S): the squares of the images (N, C, H, W); zeros beyond the border."""
-        return torch.stack([crop_square(images[n], *box) for n, *box in self.boxes.tolist()])
+        """(K, C, h, w): the boxes of the images (N, C, H, W); zeros beyond the border."""
+        size = tuple(self.tiles.shape[2:])
+        corners = self.boxes[:, :3].tolist()
+        return torch.stack([crop_box(images[n], top, left, size) for n, top, left in corners])
 
     def cropped(
         self, image: tuple[int, int], *, energy_share: float = 0.95, tile_share: float = 0.9
@@ -51,28 +54,38 @@ class PixelFeatures:
         the image. The square is centred in the field, but moved into the image. It is
         the smallest square that has at least `energy_share` of the energy of a tile, for at least
         `tile_share` of the tiles with any energy; it is never larger than the field or the image.
+        Of a field that is not square, such as that of a signal, the shorter side is cropped only
+        where the square is smaller.
         """
         energy = self.tiles.double().square().sum(1)
         total = energy.sum((1, 2))
         active = total > 0
         sums = F.pad(energy.cumsum(1).cumsum(2), (1, 0, 1, 0))
-        size, tile = self.tiles.shape[2], torch.arange(len(self.tiles), device=energy.device)
-        limit = min(size, *image)
+        size, tile = (
+            tuple(self.tiles.shape[2:]),
+            torch.arange(len(self.tiles), device=energy.device),
+        )
+        is_square = size[0] == size[1]
+        limits = [min(*size, *image)] * 2 if is_square else list(map(min, size, image))
+        longest = max(limits)
+        field, ends = (torch.tensor(pair, device=energy.device) for pair in (size, limits))
         # In steps of two, so that the square stays centred in the field.
-        for side in (*range(2 - size % 2, limit, 2), limit):
-            first = _centred_inside(self.boxes[:, 1:3], size, side, image) - self.boxes[:, 1:3]
+        for side in (*range(2 - max(size) % 2, longest, 2), longest):
+            sides = ends.clamp(max=side)
+            first = _centred_inside(self.boxes[:, 1:3], field, sides, image) - self.boxes[:, 1:3]
             (top, left), (bottom, right) = (
-                edge.clamp(0, size).unbind(1) for edge in (first, first + side)
+                torch.minimum(edge.clamp(min=0), field).unbind(1) for edge in (first, first + sides)
             )
             covered = sums[tile, bottom, right] - sums[tile, top, right]
             covered = covered - sums[tile, bottom, left] + sums[tile, top, left]
             if (covered >= energy_share * total)[active].sum() >= tile_share * active.sum():
                 break
+        h, w = sides.tolist()
         corners = zip(self.tiles, first.tolist(), strict=True)
-        tiles = torch.stack([crop_square(y, top, left, side) for y, (top, left) in corners])
+        tiles = torch.stack([crop_box(y, top, left, (h, w)) for y, (top, left) in corners])
         corners = self.boxes[:, 1:3] + first
-        sides = torch.full_like(corners[:, :1], side)
-        return PixelFeatures(tiles, torch.cat([self.boxes[:, :1], corners, sides], 1), self.values)
+        longer = torch.full_like(corners[:, :1], max(h, w))
+        return PixelFeatures(tiles, torch.cat([self.boxes[:, :1], corners, longer], 1), self.values)
 
 
 @plain
@@ -100,9 +113,13 @@ def project_fields(
     n, _, i, j = positions
     rows, columns = (layer_field(net, layer, axis) for axis in (0, 1))
     corners = rows.offset + rows.stride * i, columns.offset + columns.stride * j
-    boxes = torch.stack([n, *corners, torch.full_like(n, max(rows.size, columns.size))], 1)
+    size = tile_size(rows.size, columns.size)
+    boxes = torch.stack([n, *corners, torch.full_like(n, max(size))], 1)
     projected = project_units(net, codes, layer, positions, coefficients)
-    tiles = [crop_square(y, *box) for y, (_, *box) in zip(projected, boxes.tolist(), strict=True)]
+    tiles = [
+        crop_box(y, top, left, size)
+        for y, (_, top, left, _) in zip(projected, boxes.tolist(), strict=True)
+    ]
     return PixelFeatures(torch.stack(tiles), boxes, values)
 
 
@@ -128,14 +145,59 @@ def layer_field(net: DeconvNet, layer: int, axis: int) -> Field:
     """The receptive field of the units of a layer, along the rows (axis 0) or the columns (1)."""
     settings = [net.layer(number).settings for number in range(1, layer + 1)]
     pools = [s.pool[1 + axis] if s.pool else 1 for s in settings[:-1]]
-    return receptive_field([s.filter_size for s in settings], pools, [s.boundary for s in settings])
+    sizes = [s.filter_shape[axis] for s in settings]
+    return receptive_field(sizes, pools, [s.boundary for s in settings])
 
 
 def signed_rgb(net: DeconvNet, f: Tensor) -> Tensor:
-    """Signed tiles (K, C, h, w) in the colour planes of a network as signed RGB."""
+    """Signed tiles (K, C, h, w) in the colour planes of a network as signed RGB, or grey (C = 1).
+
+    Of arrays, the three channels with the most energy are red, green and blue
+    (`Preprocessing.shown_channels`).
+    """
+    if net.preprocessing.are_arrays:
+        return f[:, net.preprocessing.shown_channels]
     if net.preprocessing.settings.color != "ycbcr":
         return f
     return ycbcr_to_rgb(f) - ycbcr_to_rgb(torch.zeros_like(f))
+
+
+def signed_filters(net: DeconvNet) -> Tensor:
+    """The filters of layer 1 as signed tiles, RGB (K, 3, h, w) or grey (K, 1, h, w).
+
+    Filters of arrays with more than three channels show all of them, `side_by_side`.
+    """
+    f = net.layer(1).filters
+    return signed_rgb(net, f) if f.shape[1] <= 3 else side_by_side(f)
+
+
+def side_by_side(f: Tensor) -> Tensor:
+    """The C channels of filters (K, C, h, w) in one plane (K, 1, H, W), in reading order.
+
+    Zeros lie between them. The channels of filters of one row are the rows, without a gap.
+    """
+    K, C, h, w = f.shape
+    columns, gap = (1, 0) if h == 1 else (math.ceil(math.sqrt(C)), 1)
+    rows = -(-C // columns)
+    f = torch.cat([f, f.new_zeros(K, rows * columns - C, h, w)], 1)
+    f = F.pad(f, (0, gap, 0, gap)).view(K, rows, columns, h + gap, w + gap).transpose(2, 3)
+    plane = f.reshape(K, 1, rows * (h + gap), columns * (w + gap))
+    return plane[:, :, : plane.shape[2] - gap, : plane.shape[3] - gap]
+
+
+def shown_pixels(net: DeconvNet, images: Tensor, *, like: Tensor | None = None) -> Tensor:
+    """The images (N, C, H, W) that a network takes as RGB pixels (N, 3, H, W) in [0, 1].
+
+    Of arrays, three channels as in `signed_rgb`; the range of each array, or of the array in `like`
+    that it reconstructs, becomes [0, 1].
+    """
+    if net.preprocessing.are_arrays:
+        channels = net.preprocessing.shown_channels
+        images, like = images[:, channels], (images if like is None else like)[:, channels]
+        low, high = like.flatten(1).aminmax(dim=1)
+        low, high = low.view(-1, 1, 1, 1), high.view(-1, 1, 1, 1)
+        images = (images - low) / torch.where(high > low, high - low, torch.ones_like(high))
+    return images.expand(-1, 3, -1, -1)
 
 
 def _strongest_of_maps(
@@ -206,16 +268,25 @@ def _whole_fields(
     return rows[:, None] & columns
 
 
-def _centred_inside(corners: Tensor, size: int, side: int, image: tuple[int, int]) -> Tensor:
-    """Corners (K, 2) of squares centred in larger ones, then moved into the image."""
-    room = torch.tensor(image, device=corners.device) - side
-    return (corners + (size - side) // 2).clamp(min=torch.zeros_like(room), max=room)
+def tile_size(height: int, width: int) -> tuple[int, int]:
+    """(h, w) of the tiles of a receptive field: a square, unless one side is more than twice as
+    long as the other, as in signals."""
+    longer = max(height, width)
+    return (height, width) if longer > 2 * min(height, width) else (longer, longer)
 
 
-def crop_square(image: Tensor, top: int, left: int, side: int) -> Tensor:
-    """A square (C, side, side) of an image, which may reach beyond it; zeros there."""
-    H, W = image.shape[1:]
-    padding = (max(-left, 0), max(left + side - W, 0), max(-top, 0), max(top + side - H, 0))
+def _centred_inside(
+    corners: Tensor, field: Tensor, sides: Tensor, image: tuple[int, int]
+) -> Tensor:
+    """Corners (K, 2) of boxes with two `sides`, centred in larger ones and moved into the image."""
+    room = torch.tensor(image, device=corners.device) - sides
+    return (corners + (field - sides) // 2).clamp(min=torch.zeros_like(room), max=room)
+
+
+def crop_box(image: Tensor, top: int, left: int, size: tuple[int, int]) -> Tensor:
+    """A box (C, h, w) of an image, which may reach beyond it; zeros there. size: (h, w)."""
+    (H, W), (h, w) = image.shape[1:], size
+    padding = (max(-left, 0), max(left + w - W, 0), max(-top, 0), max(top + h - H, 0))
     padded = F.pad(image, padding)
     top, left = max(top, 0), max(left, 0)
-    return padded[:, top : top + side, left : left + side]
+    return padded[:, top : top + h, left : left + w]
