@@ -36,8 +36,9 @@ from deconvnet.cli.commands import run
 from deconvnet.storage.checkpoint_files import load_checkpoint
 from deconvnet.storage.file_checks import InvalidFileError
 
-# Imported before the first fork, so that an attempt starts quickly.
-for module in ("skimage.transform", "sklearn.datasets", "torch.utils.tensorboard"):
+# Imported before the first fork: attempts start quickly, and kills meet them at work.
+LAZY = ("PIL.PngImagePlugin", "skimage.data._fetchers", "skimage.io", "skimage.transform")
+for module in (*LAZY, "sklearn.datasets", "torch.utils.tensorboard", "deconvnet.cli.train"):
     importlib.import_module(module)
 importlib.import_module("deconvnet.cli.launch")
 

@@ -22,7 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # own arguments, working folder and standard streams. Modules that commands import lazily are loaded
 # too.
 SERVER = """
-import atexit, contextlib, gc, importlib, json, os, sys, threading, weakref
+import atexit, contextlib, gc, importlib, json, os, runpy, sys, threading, weakref
 import numba, numpy as np
 import PIL.Image, skimage.data, skimage.transform
 import sklearn.cluster, sklearn.datasets, sklearn.linear_model, sklearn.svm
@@ -76,6 +76,19 @@ for command in COMMANDS:
 for (schema, path, name), source in requests:
     read_files_as_written(schema)
     configs[schema, path, name] = source.load_config_from_file(name)
+
+# What torchrun does with its arguments, but its workers are forks.
+def torchrun(arguments):
+    from torch.distributed import run
+    from torch.distributed.launcher.api import elastic_launch
+    config, _, (_, path, *rest) = run.config_from_args(run.parse_args(arguments))
+    config.start_method = "fork"
+    elastic_launch(config, program)(path, *rest)
+
+def program(path, *arguments):
+    sys.argv = [path, *arguments]
+    runpy.run_path(path, run_name="__main__")
+
 # At exit there is no need to unload torch's libraries.
 for finalizer in list(weakref.finalize._registry):
     finalizer.atexit = False
@@ -104,7 +117,12 @@ sys.argv = ["deconvnet", *order["arguments"]]
 if not any(argument[:1] == "-" or "hydra" in argument for argument in sys.argv[1:]):
     Hydra.get_mode = lambda *_, **__: None
 try:
-    run(order["command"], ("deconvnet", order["command"]))
+    if order["command"] == "torchrun":
+        torchrun(order["arguments"])
+    elif order["command"].endswith(".py"):
+        program(order["command"], *order["arguments"])
+    else:
+        run(order["command"], ("deconvnet", order["command"]))
     code = 0
 except SystemExit as end:
     code = end.code or 0
@@ -145,7 +163,11 @@ class Running:
 
 @pytest.fixture(scope="session")
 def start():
-    """start(folder, "train.py", *arguments, **environment): a script that runs in a folder."""
+    """start(folder, "train.py", *arguments, **environment): a script that runs in a folder.
+
+    In place of a name it can be the path of another program, or "torchrun", which starts a program
+    in several processes.
+    """
     if not hasattr(os, "fork"):
         pytest.skip("this system cannot fork")
     server = subprocess.Popen(
@@ -166,7 +188,7 @@ def start():
         count += 1
         out, err = (Path(folder).parent / f".{count}.{kind}" for kind in ("out", "err"))
         order = {
-            "command": name.removesuffix(".py").replace("_", "-"),
+            "command": str(name) if os.path.isabs(name) else Path(name).stem.replace("_", "-"),
             "arguments": list(map(str, arguments)),
             "folder": str(folder),
             "out": str(out),

@@ -342,7 +342,10 @@ def test_wrong_settings_are_refused_by_name(images, wrong, message):
 def test_images_of_another_shape_are_refused(fitted, images):
     with pytest.raises(ValueError, match=r"images of \(14, 16\), but fit had"):
         fitted.transform(images.transpose(0, 2, 1))
-    with pytest.raises(ValueError, match=r"images of \(16, 14, 2\): the number of channels comes"):
-        DeconvNetTransformer().fit(np.stack([images, images], -1))
+    with pytest.raises(ValueError, match=r"images of \(16, 14, 3\): the number of channels comes"):
+        DeconvNetTransformer().fit(np.stack([images] * 3, -1))
+    with pytest.raises(ValueError, match=r"images of \(2, 16, 14\): .*must be 1 or 3"):
+        grey = PreprocessingSettings("grey")
+        DeconvNetTransformer(preprocessing=grey).fit(np.stack([images] * 2, 1))
     with pytest.raises(ValueError, match=r"image_shape=\(16, 15\): X has rows of 224 numbers"):
         DeconvNetTransformer(image_shape=(16, 15)).fit(images.reshape(12, -1))

@@ -14,10 +14,12 @@ import itertools
 import os
 import re
 import socket
+import struct
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deconvnet.monitoring.crc32c import crc32c
 from deconvnet.storage import ownership
 
 if TYPE_CHECKING:
@@ -49,7 +51,6 @@ class _EventFile:
 
     def __init__(self, folder: Path, purge_step: int | None) -> None:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-        from tensorboard.summary.writer.record_writer import RecordWriter
 
         self._event = Event
         folder.mkdir(parents=True, exist_ok=True)
@@ -60,7 +61,6 @@ class _EventFile:
         self.path = folder / f"events.out.tfevents.{name}"
         ownership.record(self.path)
         self._file = open(self.path, "xb", buffering=0)  # noqa: SIM115
-        self._records = RecordWriter(self._file)
         self.add_event(Event(file_version="brain.Event:2"), purge_step)
         if purge_step is not None:
             self.add_event(Event(session_log=SessionLog(status=SessionLog.START)), purge_step)
@@ -73,7 +73,7 @@ class _EventFile:
         if step is not None:
             event.step = int(step)
         try:
-            self._records.write(event.SerializeToString())
+            self._file.write(_record(event.SerializeToString()))
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self.path)) from error
 
@@ -82,6 +82,18 @@ class _EventFile:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _record(data: bytes) -> bytes:
+    """The length of the data and the data, each followed by its masked checksum."""
+    length = struct.pack("<Q", len(data))
+    return length + _checksum(length) + data + _checksum(data)
+
+
+def _checksum(data: bytes) -> bytes:
+    """Masked, so that the checksum of data that contain their checksum is not always the same."""
+    value = crc32c(data)
+    return struct.pack("<I", ((value >> 15 | value << 17) + 0xA282EAD8) & 0xFFFFFFFF)
 
 
 def _begin(folder: Path) -> int:

@@ -178,7 +178,7 @@ class Monitor:
         """
         if self.folder is None:
             return
-        if not torch.isfinite(picture).all():
+        if not all(map(torch.isfinite, picture.aminmax())):
             raise ValueError(f"the picture {name} has values that are not finite")
         summary = image_summary(picture_tag(name), cards or [picture], picture_description(name))
         self._show(summary, step)

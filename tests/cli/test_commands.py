@@ -5,8 +5,6 @@ import os
 import pickle
 import shutil
 import signal
-import subprocess
-import sys
 import time
 import zipfile
 from pathlib import Path
@@ -86,19 +84,18 @@ def assert_one_line(result, *parts):
         assert str(part) in result.err
 
 
-def test_two_layers_are_trained_on_photographs_from_any_folder(tmp_path):
-    command = [sys.executable, ROOT / "scripts" / "train.py", "+layers=2", *SMALL]
-    command += ["data.max_images=3", "data.size=32"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stderr == ""
-    rows = [line.split() for line in done.stdout.splitlines() if " dB " in line]
+def test_two_layers_are_trained_on_photographs_from_any_folder(tmp_path, script):
+    arguments = ["+layers=2", *SMALL, "data.max_images=3", "data.size=32"]
+    done = script(tmp_path, ROOT / "scripts" / "train.py", *arguments)
+    assert done.code == 0 and done.err == ""
+    rows = [line.split() for line in done.out.splitlines() if " dB " in line]
     assert [row[0] for row in rows] == ["1", "2"]
     # A few filters and steps explain little of an image, but something.
     assert all(float(row[1]) > 0.5 for row in rows)
     run = tmp_path / "runs" / "photographs"
     for name in ("pictures/layer2-filters.png", "network.safetensors", ".hydra/config.yaml"):
         assert (run / name).is_file()
-    assert f"run={run.relative_to(tmp_path)}" in done.stdout
+    assert f"run={run.relative_to(tmp_path)}" in done.out
     assert load(run).depth == 2
 
 

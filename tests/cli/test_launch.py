@@ -4,10 +4,8 @@ import errno
 import logging
 import os
 import signal
-import subprocess
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +14,6 @@ from deconvnet.cli import errors
 from deconvnet.cli.errors import one_line_errors
 from deconvnet.cli.launch import run as run_main
 from deconvnet.cli.settings import AblateConfig, TrainConfig, VisualizeConfig
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass
@@ -103,16 +99,16 @@ def test_a_reader_that_has_seen_enough_ends_a_command_quietly(launch, monkeypatc
     assert not logging.raiseExceptions
 
 
-def test_characters_that_the_terminal_lacks_are_no_error(tmp_path):
-    program = (
-        "import sys; from deconvnet.cli import launch, settings; sys.argv[1:] = []\n"
-        "launch.run(lambda: print('\\udcff ±'), settings.TrainConfig, ('deconvnet', 'train'))"
+def test_characters_that_the_terminal_lacks_are_no_error(tmp_path, script):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import sys; from deconvnet.cli import launch, settings\n"
+        "for stream in (sys.stdout, sys.stderr): stream.reconfigure(encoding='ascii')\n"
+        "launch.run(lambda: print('\\udcff ±'), settings.TrainConfig, ('deconvnet', 'train'))",
+        encoding="utf-8",
     )
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, env=environment
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "\\udcff \\xb1\n", "")
+    result = script(tmp_path, program)
+    assert (result.code, result.out, result.err) == (0, "\\udcff \\xb1\n", "")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """TensorBoard shows all points of a run whatever the clock did; a full disk is an error at once."""
 
 import errno
+import io
 import itertools
 
 import pytest
@@ -69,11 +70,12 @@ def test_what_is_said_can_be_seen_at_once_and_the_file_is_ours(tmp_path):
 def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, capfd):
     writer = event_writer(tmp_path)
 
-    class Full:
+    class Full(io.BytesIO):
         def write(self, data):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    writer.file_writer._records = Full()
+    writer.file_writer._file.close()
+    writer.file_writer._file = Full()
     with pytest.raises(OSError, match=r"No space left on device: '.*events\.out\.tfevents"):
         writer.add_scalar("a", 1.0, 1)
     writer.close()

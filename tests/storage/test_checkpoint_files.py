@@ -7,7 +7,6 @@ import pickle
 import random
 import signal
 import subprocess
-import sys
 import time
 import zipfile
 
@@ -183,23 +182,21 @@ def test_a_file_in_place_of_the_folder_is_an_error_that_names_it(tmp_path):
     assert folder.read_text() == "not a folder"
 
 
-def test_a_kill_during_a_save_leaves_only_checkpoints_that_load(tmp_path):
-    command = [sys.executable, "-c", SAVE_FOREVER]
+def test_a_kill_during_a_save_leaves_only_checkpoints_that_load(tmp_path, start):
+    program = tmp_path / "program.py"
+    program.write_text(SAVE_FOREVER)
     folders = [tmp_path / str(number) for number in range(3)]
-    runs = [subprocess.Popen([*command, str(folder)]) for folder in folders]
-    try:
-        for number, (run, folder) in enumerate(zip(runs, folders, strict=True)):
+    for number, folder in enumerate(folders):
+        running = start(tmp_path, program, folder)
+        try:
             deadline = time.monotonic() + 60
             while not (folder.exists() and any(folder.glob("step-*.pt"))):
-                assert run.poll() is None and time.monotonic() < deadline
+                assert time.monotonic() < deadline
                 time.sleep(0.01)
             time.sleep(0.05 + 0.0137 * number)
-            run.kill()
-            assert run.wait() == -signal.SIGKILL
-    finally:
-        for run in runs:
-            run.kill()
-            run.wait()
+        finally:
+            os.kill(running.pid, signal.SIGKILL)
+        assert running.wait().code == -signal.SIGKILL
     for folder in folders:
         paths = list(folder.glob("step-*.pt"))
         assert 1 <= len(paths) <= 3

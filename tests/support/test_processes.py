@@ -5,7 +5,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -21,8 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 QUICK = [
     *("progress=false", "device=cpu", "data=folder", "data.size=32", "layers=2"),
     *(f"model.layer{n}.{key}" for n in (1, 2) for key in ("num_maps=4", "filter_size=5")),
-    *(f"model.layer{n}.solver.iterations=10" for n in (1, 2)),
-    *(f"model.layer{n}.learning.epochs=6" for n in (1, 2)),
+    *(f"model.layer{n}.solver.iterations=5" for n in (1, 2)),
+    *(f"model.layer{n}.learning.epochs=3" for n in (1, 2)),
     *(f"model.layer{n}.learning.batch_size=3" for n in (1, 2)),
 ]
 # Long enough for a test to interfere, in the first layer.
@@ -143,32 +142,30 @@ def test_if_a_process_hangs_the_others_time_out(place, ranks):
 
 
 @pytest.mark.slow
-def test_torchrun_restarts_after_a_process_was_killed_and_the_result_is_the_same(place, script):
+def test_torchrun_restarts_after_a_process_was_killed_and_the_result_is_the_same(
+    place, script, start
+):
     more = ["model.layer1.learning.epochs=20"]
     alone = script(place, "train.py", "data.path=photos", *QUICK, *more, "name=never")
     assert alone.code == 0, alone.err
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    command += ["--max-restarts=2", f"--master-port={free_port()}", "--log-dir=logs"]
-    command += [str(ROOT / "scripts" / "train.py"), "data.path=photos", *QUICK, *more, "name=often"]
-    process = subprocess.Popen(
-        command, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    options = ["--nproc-per-node=2", "--max-restarts=2", f"--master-port={free_port()}"]
+    command = [ROOT / "scripts" / "train.py", "data.path=photos", *QUICK, *more, "name=often"]
+    running = start(place, "torchrun", *options, "--log-dir=logs", *command)
     wait_for(place / "runs" / "often" / "checkpoints" / "step-*.pt")
     workers = subprocess.run(
-        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
+        ["pgrep", "-P", str(running.pid)], capture_output=True, text=True
     ).stdout.split()
     assert len(workers) == 2
     os.kill(int(workers[0]), signal.SIGKILL)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
+    ended = running.wait()
+    assert ended.code == 0, ended
     assert_equal(learned(place, "often"), learned(place, "never"))
 
 
 @pytest.mark.slow
-def test_runs_that_are_killed_at_any_moment_end_with_the_same_result(tmp_path):
-    command = [sys.executable, str(ROOT / "benchmarks" / "kill_and_resume.py"), "--kills", "2"]
-    command += ["--epochs", "5", "--ranks", "2", "--folder", str(tmp_path)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=200)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    *_, last = ended.stdout.splitlines()
+def test_runs_that_are_killed_at_any_moment_end_with_the_same_result(tmp_path, script):
+    options = ["--kills", 2, "--epochs", 3, "--ranks", 2, "--folder", tmp_path / "runs"]
+    ended = script(tmp_path, ROOT / "benchmarks" / "kill_and_resume.py", *options)
+    assert ended.code == 0, ended
+    *_, last = ended.out.splitlines()
     assert last.startswith("2 kills in") and "0 unreadable checkpoints" in last
