@@ -1145,8 +1145,19 @@ def test_the_file_of_a_trained_network_records_its_training_images(
     said = manifest(folder)
     assert said["images"]["count"] == 3 and said["network"]["name"] == "zf"
     assert said["network"]["normalization"]["order"] == "grey"
-    assert (folder / "visualization" / "figures" / "relu2-evolution.png").is_file()
-    assert (folder / "gallery" / "index.html").is_file()
+    drawn = folder / "visualization" / "figures" / "relu2-evolution.png"
+    assert drawn.is_file() and (folder / "gallery" / "index.html").is_file()
+    # The features of the checkpoints are in the folder; other checkpoints replace them.
+    before = drawn.read_bytes()
+    settings = {"model": files[1], "layers": ["relu2"], "control": False, "gallery": False}
+    with monkeypatch.context() as patch:
+        patch.setattr(visualize_command, "project_checkpoints", None)
+        visualize(**settings, checkpoints=files)
+    assert drawn.read_bytes() == before
+    visualize(**settings, checkpoints=files[::-1])
+    assert drawn.read_bytes() != before
+    visualize(**settings)
+    assert not drawn.exists() and not (folder / "visualization" / "evolution").exists()
 
 
 @pytest.mark.parametrize("given", [{}, {"images": "nowhere"}, {"images": ["photos", "nowhere"]}])
