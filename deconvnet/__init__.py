@@ -17,7 +17,9 @@ if TYPE_CHECKING:  # for type checkers and editors; __getattr__ imports the same
     from deconvnet.network.layer import LayerSettings
     from deconvnet.network.network import DeconvNet, load
     from deconvnet.sparse_coding.events import Events
+    from deconvnet.sparse_coding.lambda_choice import LamChoice, choose_lam
     from deconvnet.sparse_coding.problem import Solution, SolverSettings
+    from deconvnet.sparse_coding.regularization_path import RegularizationPath, regularization_path
     from deconvnet.sparse_coding.solve import sparse_code
 
 __version__ = "0.1.0"
@@ -27,15 +29,19 @@ __all__ = [
     "DeconvNet",
     "Diverged",
     "Events",
+    "LamChoice",
     "LayerSettings",
     "Learned",
     "LearningSettings",
     "PreprocessingSettings",
+    "RegularizationPath",
     "Solution",
     "SolverSettings",
+    "choose_lam",
     "learn_filters",
     "learn_online",
     "load",
+    "regularization_path",
     "sparse_code",
 ]
 
@@ -44,15 +50,19 @@ _MODULES = {
     "DeconvNet": "deconvnet.network.network",
     "Diverged": "deconvnet.filters.update",
     "Events": "deconvnet.sparse_coding.events",
+    "LamChoice": "deconvnet.sparse_coding.lambda_choice",
     "LayerSettings": "deconvnet.network.layer",
     "Learned": "deconvnet.dictionary",
     "LearningSettings": "deconvnet.filters.update",
     "PreprocessingSettings": "deconvnet.images.preprocessing",
+    "RegularizationPath": "deconvnet.sparse_coding.regularization_path",
     "Solution": "deconvnet.sparse_coding.problem",
     "SolverSettings": "deconvnet.sparse_coding.problem",
+    "choose_lam": "deconvnet.sparse_coding.lambda_choice",
     "learn_filters": "deconvnet.dictionary",
     "learn_online": "deconvnet.dictionary",
     "load": "deconvnet.network.network",
+    "regularization_path": "deconvnet.sparse_coding.regularization_path",
     "sparse_code": "deconvnet.sparse_coding.solve",
 }
 

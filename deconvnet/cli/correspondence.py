@@ -14,6 +14,7 @@ from torch import Tensor
 
 from deconvnet.cli.errors import interruptible, one_line_errors
 from deconvnet.cli.image_files import check_outputs, progress_bar
+from deconvnet.cli.model_errors import one_line_model_errors
 from deconvnet.cli.network_and_images import (
     LIST,
     chosen_layer,
@@ -47,7 +48,9 @@ Box = tuple[int, int, int, int]
 
 def main(cfg: DictConfig) -> None:
     with one_line_errors(ValueError, OSError), interruptible():
-        compare(read_settings(cfg))
+        settings = read_settings(cfg)
+        with one_line_model_errors(settings.model or settings.run):
+            compare(settings)
 
 
 def compare(settings: CorrespondenceConfig) -> None:

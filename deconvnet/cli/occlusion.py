@@ -14,6 +14,7 @@ from torch import Tensor
 
 from deconvnet.cli.errors import interruptible, one_line_errors
 from deconvnet.cli.image_files import check_outputs, progress_bar
+from deconvnet.cli.model_errors import one_line_model_errors
 from deconvnet.cli.network_and_images import (
     LIST,
     check_images,
@@ -41,7 +42,9 @@ from deconvnet.visualization.projection.projector import Projector
 
 def main(cfg: DictConfig) -> None:
     with one_line_errors(ValueError, OSError), interruptible():
-        occlude(read_settings(cfg))
+        settings = read_settings(cfg)
+        with one_line_model_errors(settings.model or settings.run):
+            occlude(settings)
 
 
 def occlude(settings: OcclusionConfig) -> None:
@@ -76,7 +79,8 @@ def occlude(settings: OcclusionConfig) -> None:
                 stride=settings.stride,
                 progress=progress,
             )
-        save_picture(folder / f"{name}.png", occlusion_picture(result, pixels, names=labels))
+        shown = projector.shown(pixels[None])[0]
+        save_picture(folder / f"{name}.png", occlusion_picture(result, shown, names=labels))
         save_arrays(folder / f"{name}.npz", arrays(result))
         where = shown_name(relative_path(folder / f"{name}.png"))
         print(f"{where}   {in_words(result, labels)}")
@@ -153,6 +157,7 @@ def in_words(result: Occlusion, labels: tuple[str, ...] | None) -> str:
     )
     if result.probability is None:
         return text
-    name = labels[result.class_index] if labels else f"class {result.class_index}"
+    number = result.class_index
+    name = labels[number] if labels else f"class {number} (no class names: give labels=FILE)"
     whole, there = result.base_probabilities[result.class_index], result.probability[result.worst]
     return f"{text}; {name}: {float(whole):.1%}, and {float(there):.1%}"

@@ -105,7 +105,8 @@ class DeconvNet(nn.Module):
     ) -> Codes:
         """The sparse maps of images, layer by layer.
 
-        images: (N, 1 or 3, H, W) float in [0, 1], at least as large as the filters. frames: (N, 4)
+        images: (N, 1 or 3, H, W) float in [0, 1], or arrays (N, C, H, W) in any units if
+        preprocessing.color is "none"; at least as large as the filters. frames: (N, 4)
         int64, the frame of each picture in its square, as returned by `load_images`. depth: number
         of layers (None: all; 0: only preprocess). chunk: images at a time, which bounds memory and
         changes results by rounding only. progress(done, total) is called after every chunk.
@@ -197,14 +198,17 @@ class DeconvNet(nn.Module):
 
     @plain
     def reconstruct(self, codes: Codes, layer: int | None = None) -> Tensor:
-        """Pixels (N, 1 or 3, H, W) in [0, 1] from the maps of a layer (default: the highest)."""
+        """Pixels (N, 1 or 3, H, W) in [0, 1] from the maps of a layer (default: the highest).
+
+        Of a network for arrays: (N, C, H, W) in their units.
+        """
         if not isinstance(codes, Codes):
             raise ValueError(
                 f"codes must be the Codes that `infer` returns, got {type(codes).__name__}"
             )
         layer = len(codes.layers) if layer is None else layer
         y = self.synthesize(codes, layer)
-        return self.preprocessing.inverse(y, codes.record).clamp(0, 1)
+        return self.preprocessing.pixels(y, codes.record)
 
     @plain
     def snr(self, codes: Codes, layer: int) -> float:

@@ -34,7 +34,7 @@ def admm(problem: Problem, start: Start, settings: SolverSettings, until: Until)
     beta = settings.rho * problem.lam * _norm_to_follow(problem.A.curvature())
     method = Admm(problem, start.state, beta, settings.relaxation, adaptive)
     count = iterate(method, until, always_check=adaptive)
-    return problem.solution(method.x, count, certify=until.gap is not None, state=method.state())
+    return problem.solution(method.x, count, certify=until.certifies, state=method.state())
 
 
 class Admm(Method):

@@ -38,10 +38,12 @@ def coordinate_descent(
     for images in _batches(len(b), len(b) if until.callback else batch_size):
         solver = _solver(problem[images], z[images])
         rounds = max(rounds, iterate(solver, until, check_every=1, check_start=True))
+        if until.certify and until.gap is None:
+            solver.correlate_residual(solver.images, certify=True)
         solver.write(maps[images])
         residual[images], gaps[images] = solver.residual, torch.from_numpy(solver.gaps)
     terms = data_term(residual, problem.lam), _value_by_image(problem.prior, maps)
-    gap = None if until.gap is None else gaps
+    gap = gaps if until.certifies else None
     return Solution(maps, residual, *terms, rounds, maps, None, gap, problem.lam)
 
 

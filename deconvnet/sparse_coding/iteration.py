@@ -32,15 +32,22 @@ class Until:
 
     iterations: the maximum. tolerance: an image stops when the method's own measure of convergence
     is at most this; gap: it stops instead when its duality gap is at most this fraction of its
-    objective. training: one visit of a training epoch, in which ADMM keeps its beta.
+    objective. certify: whether the solution needs its duality gap, also without `gap`. training:
+    one visit of a training epoch, in which ADMM keeps its beta.
     callback(count, method) is called after every iteration.
     """
 
     iterations: int
     tolerance: float = 0.0
     gap: float | None = None
+    certify: bool = False
     training: bool = False
     callback: Callable[[int, Method], None] | None = None
+
+    @property
+    def certifies(self) -> bool:
+        """Whether the solution has its duality gap."""
+        return self.certify or self.gap is not None
 
 
 class Method(ABC):

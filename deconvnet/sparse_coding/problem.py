@@ -183,7 +183,8 @@ class Solution:
     image took. state: from which a later call continues, in the shape of z. step:
     (N, 1, 1, 1), the last gradient step of each image, for a later call (fista, ista; else None).
     gap: (N,) in float64, the duality gap: an upper bound on how far the objective is above the
-    minimum (if settings.gap is set, except in training; else None). lam: the weight that was used.
+    minimum (if settings.gap is set, except in training, or if `solve` is to certify; else None).
+    lam: the weight that was used.
     filter_size, boundary: the (h, w) of the filters and the boundary, if the code is one of
     `sparse_code`.
     """
@@ -213,7 +214,7 @@ class Solution:
 
     def __str__(self) -> str:
         """A one-line summary, with the duality gap if it was computed."""
-        total = float(self.objective.sum())
+        total = float(self.objective.detach().sum())
         density = float(torch.count_nonzero(self.z)) / max(self.z.numel(), 1)
         line = (
             f"{len(self.z)} images, maps {'x'.join(map(str, self.z.shape[1:]))}, {density:.2%} "

@@ -32,9 +32,7 @@ def ista(problem: Problem, start: Start, settings: SolverSettings, until: Until)
 
 def _run(method: ProximalGradient, until: Until) -> Solution:
     count = iterate(method, until)
-    return method.problem.solution(
-        method.z, count, certify=until.gap is not None, step=method.step_size
-    )
+    return method.problem.solution(method.z, count, certify=until.certifies, step=method.step_size)
 
 
 class ProximalGradient(Method):

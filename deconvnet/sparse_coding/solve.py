@@ -18,6 +18,11 @@ from deconvnet.operators.convolution import Boundary, map_size
 from deconvnet.operators.linear import Deconvolution, LinearOperator, Mask
 from deconvnet.sparse_coding.admm import admm
 from deconvnet.sparse_coding.half_quadratic import half_quadratic
+from deconvnet.sparse_coding.implicit_gradient import (
+    check_differentiable,
+    requires_gradient,
+    with_gradient,
+)
 from deconvnet.sparse_coding.iteration import Method, Start, Until
 from deconvnet.sparse_coding.prior import Prior
 from deconvnet.sparse_coding.problem import (
@@ -30,7 +35,7 @@ from deconvnet.sparse_coding.problem import (
 from deconvnet.sparse_coding.proximal_gradient import fista, ista
 from deconvnet.support.renaming import renamed_arguments
 from deconvnet.support.scaling import Units, exponent, magnitude, times_power
-from deconvnet.support.torch_modes import plain
+from deconvnet.support.torch_modes import full_precision, plain
 from deconvnet.support.validation import (
     as_filters,
     as_images,
@@ -70,12 +75,12 @@ SOLVERS: Mapping[str, Solver] = MappingProxyType(
 
 
 @renamed_arguments(share="lam_ratio")
-@plain
+@full_precision
 def sparse_code(
     images: Tensor,
     filters: Tensor,
     *,
-    lam: float | None = None,
+    lam: float | Tensor | None = None,
     lam_ratio: float | None = None,
     p: float = 1.0,
     boundary: Boundary = "valid",
@@ -98,7 +103,11 @@ def sparse_code(
     p, weights (K,) or of the shape of the maps, group and non_negative: the prior, `prior.Prior`.
     settings: by default those of `default_solver`. chunk: at most this many images at a time, which
     bounds the memory beyond that of the maps and changes results by rounding only; None: a fast
-    number on a CPU, all images on a GPU. Returns plain tensors without a gradient. Raises
+    number on a CPU, all images on a GPU.
+
+    Differentiable if images, filters, lam, mask or weights require a gradient: z, residual,
+    reconstruction, sparsity and objective then have that of the minimum (`implicit_gradient`); the
+    rest of the solution is plain. Not for p < 1, lam_ratio or half_quadratic, and only once. Raises
     ValueError if an argument is out of range or does not fit the others.
     """
     check_settings(settings, SolverSettings, "settings")
@@ -115,11 +124,18 @@ def sparse_code(
         non_negative=non_negative,
     )
     settings = settings or default_solver(b, prior.p)
+    given = dict(images=images, filters=filters, lam=lam, mask=mask, weights=weights)
+    differentiable = requires_gradient(*given.values())
+    if differentiable:
+        check_differentiable(prior.p, lam_ratio, settings)
     if lam_ratio is not None:
         lam = lam_from_ratio(A, b, lam_ratio, prior)
         settings = relative_schedule(settings, A, lam, lam_ratio)
     solution = solve(A, b, lam=lam, prior=prior, settings=settings, chunk=chunk)
-    return of_one_layer(solution, A)
+    solution = of_one_layer(solution, A)
+    if not differentiable:
+        return solution
+    return with_gradient(solution, **given, boundary=boundary, prior=prior)
 
 
 def coding_problem(
@@ -233,6 +249,7 @@ def solve(
     state: Tensor | None = None,
     step: Tensor | None = None,
     training: bool = False,
+    certify: bool = False,
     callback: Callback | None = None,
     chunk: int | None = None,
 ) -> Solution:
@@ -243,7 +260,8 @@ def solve(
     b: (N, C, H, W); prior: by default sum |z|. b, A, lam and weights may be in any units; the
     schedule of half_quadratic is in those of z. For fista, ista and coordinate the state may be any
     maps; they are made feasible for the prior first. training: one visit of a training epoch, with
-    few iterations, in which no image stops early and ADMM keeps its beta. callback(i, z, beta) gets
+    few iterations, in which no image stops early and ADMM keeps its beta. certify: compute the
+    duality gap of the solution even if settings.gap is not set (p = 1). callback(i, z, beta) gets
     the sparse maps after iteration i = 1, 2, ... and the beta (N, 1, 1, 1) of each image; for fista
     and ista beta is 1 / step. With a callback all images are solved in one batch. Raises ValueError
     if an argument is out of range or does not fit the others.
@@ -251,7 +269,7 @@ def solve(
     chunk = None if chunk is None else as_positive_integer(chunk, "chunk")
     b, lam, prior = as_images(b, "b"), as_positive_number(lam, "lam"), prior or Prior()
     check_settings(settings, SolverSettings, "settings")
-    if settings.gap is not None and not prior.convex:
+    if (settings.gap is not None or certify) and not prior.convex:
         raise ValueError(
             f"solver.gap={settings.gap}: only a minimum for p=1 without a window has a duality gap,"
             f" not for p={prior.p}, window={prior.window}"
@@ -262,7 +280,7 @@ def solve(
         # These methods never raise the objective, and it is infinite at an infeasible start.
         z = prior.feasible(z)
     start = Start(z, settings.step if step is None else step)
-    until = _until(settings, training)
+    until = _until(settings, training, certify)
     A, filters_exponent = A.normalised()
     units = Units.of(b, filters_exponent, lam, prior.p, prior.weights)
     if callback:
@@ -273,11 +291,11 @@ def solve(
     return _solve_in_units(units, problem, start, settings, until, chunk)
 
 
-def _until(settings: SolverSettings, training: bool) -> Until:
+def _until(settings: SolverSettings, training: bool, certify: bool) -> Until:
     if training:
-        return Until(settings.training_iterations, training=True)
+        return Until(settings.training_iterations, certify=certify, training=True)
     tolerance = settings.tolerance if settings.gap is None else 0.0
-    return Until(settings.iterations, tolerance, settings.gap)
+    return Until(settings.iterations, tolerance, settings.gap, certify)
 
 
 def _zeros(A: LinearOperator, b: Tensor, method: str) -> Tensor:

@@ -16,6 +16,7 @@ from deconvnet.visualization.drawing.canvas import (
     CONTRAST,
     GAP,
     LINE,
+    as_curves,
     hstack,
     plain_number,
     resize_tiles,
@@ -105,7 +106,7 @@ def _pages(
     """Yield the group, the name and the cards of every picture."""
     filters = pixel_filters(result.projector)
     if filters is not None:
-        yield "filters", filters[0], filter_cards(shade_signed(filters[1]))
+        yield "filters", filters[0], filter_cards(as_curves(shade_signed(filters[1])))
     for layer, projections in result.projections.items():
         rows = rows_in_grid(projections, settings)[:MOST_CARDS]
         yield "layers", layer, [map_card(projections, row, settings.contrast) for row in rows]

@@ -11,12 +11,15 @@ from torch.testing import assert_close
 
 from deconvnet.cli import correspondence as correspondence_command
 from deconvnet.cli import occlusion as occlusion_command
+from deconvnet.cli.model_errors import one_line_model_errors
 from deconvnet.cli.settings import CorrespondenceConfig, OcclusionConfig
 from deconvnet.images.fit import Crop
 from deconvnet.storage.ownership import ForeignFileError
 from deconvnet.visualization.experiments.correspondence import correspondence
 from deconvnet.visualization.experiments.occlusion import occlusion
+from deconvnet.visualization.models.zoo import load_model
 from deconvnet.visualization.projection.projector import Projector
+from deconvnet.visualization.search.randomization import shuffle_weights
 
 NETS = """
 import torch
@@ -93,7 +96,8 @@ def test_occlusion_writes_the_panels_and_the_numbers_of_each_image(place, capsys
     names = sorted(path.name for path in (place / "out").iterdir() if path.is_file())
     assert names == ["0-4.npz", "0-4.png", "2-4.npz", "2-4.png"]
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 and f"map {expected.unit[0]} of 4" in lines[1] and "class 2" in lines[1]
+    assert len(lines) == 2 and f"map {expected.unit[0]} of 4" in lines[1]
+    assert "class 2 (no class names: give labels=FILE)" in lines[1]
 
 
 def test_occlusion_takes_the_highest_layer_and_names_of_classes(place, capsys):
@@ -208,3 +212,71 @@ def test_a_part_that_the_crop_cuts_off_is_refused(place):
     (place / "boxes.csv").write_text(BOXES.replace("2, 3, 8, 9", "2, 0, 8, 1"))
     with pytest.raises(ValueError, match="0.png, eye: lies outside the square"):
         compare(size=20)
+
+
+BROKEN = """
+import torch
+from torch import nn
+
+class Scale(nn.Module):
+    def forward(self, x):
+        return x * {}["scale"]
+
+class Twice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise KeyError("no backward")
+
+class Double(nn.Module):
+    def forward(self, x):
+        return Twice.apply(x)
+
+def forward():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Sequential(Scale()))
+
+def channels():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(7, 4, 3))
+
+def backward():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), Double(), nn.Conv2d(4, 4, 3), nn.ReLU())
+
+def factory():
+    return {}["missing"]
+
+def uncopied():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    net.held = net[0].weight * 2
+    return net
+"""
+
+
+@pytest.mark.parametrize(
+    ("model", "parts"),
+    [
+        ("forward", ["in 2.0 (Scale): KeyError: 'scale'"]),
+        ("channels", ["in 2 (Conv2d): Given groups=1", "7 channels"]),
+        ("backward", ["in its backward pass: KeyError: 'no backward'"]),
+        ("factory", ["model=broken_nets:factory: cannot be built: KeyError: 'missing'"]),
+        ("uncopied", ["cannot be copied", "control=false"]),
+    ],
+)
+def test_an_error_of_the_users_network_names_it_and_its_layer(place, model, parts):
+    (place / "broken_nets.py").write_text(BROKEN)
+    name = f"broken_nets:{model}"
+    with pytest.raises(SystemExit) as stopped, one_line_model_errors(name):
+        if model == "uncopied":
+            shuffle_weights(load_model(name).module)
+        occlude(model=name)
+    message = str(stopped.value)
+    assert message.startswith(f"error: model={name}: ") and "\n" not in message
+    assert all(part in message for part in [*parts, "HYDRA_FULL_ERROR=1"])
+    sys.modules.pop("broken_nets", None)
+
+
+def test_errors_that_are_not_the_networks_pass():
+    with pytest.raises(KeyError), one_line_model_errors("tiny_nets:make"):
+        raise KeyError("a mistake of this package")

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from deconvnet.visualization.drawing.canvas import LINE, hstack, text_block, vstack
+from deconvnet.visualization.drawing.letters import legible
 
 
 def confusion_picture(matrix: np.ndarray, class_names: list[str]) -> Tensor:
@@ -22,7 +23,7 @@ def confusion_picture(matrix: np.ndarray, class_names: list[str]) -> Tensor:
     cells = 1 - ink * (1 - dark)
     cells = cells.repeat_interleave(side, 1).repeat_interleave(side, 2)
     cells[:, ::side], cells[:, :, ::side] = 0.9, 0.9
-    width = 9 * max(map(len, class_names)) + 8
+    width = 9 * max(len(legible(name)) for name in class_names) + 8
     labels = [text_block(name, width, side) for name in class_names]
     above = torch.cat([torch.rot90(label, 1, (1, 2)) for label in labels], 2)
     corner = torch.ones(3, width, width)

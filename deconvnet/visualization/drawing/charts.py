@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deconvnet.visualization.drawing.letters import legible
+
 # Matplotlib takes a second to load, and most users of this package draw no chart.
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -97,7 +99,7 @@ def line_chart(
             *(np.asarray(values.detach().cpu().double()) for values in (x, y)),
             **_line(number),
             markevery=marked,
-            label=name,
+            label=legible(name),
         )
     if reference:
         axes.axhline(reference[1], **REFERENCE, label=reference[0])
@@ -138,7 +140,7 @@ def bar_chart(
         heights, errors = np.asarray(values, dtype=float).reshape(-1, 2).T
         fill = OTHER if name in plain else COLORS[colored % len(COLORS)]
         colored += name not in plain
-        axes.bar(positions, heights, 0.9 * width, color=fill, label=name)
+        axes.bar(positions, heights, 0.9 * width, color=fill, label=legible(name))
         finite = np.isfinite(errors)
         axes.errorbar(
             positions[finite],
@@ -149,7 +151,7 @@ def bar_chart(
             elinewidth=1.2,
             capsize=3,
         )
-    axes.set_xticks(range(len(groups)), groups, fontsize=SMALL)
+    axes.set_xticks(range(len(groups)), list(map(legible, groups)), fontsize=SMALL)
     axes.set_ylabel(ylabel, fontsize=TYPE)
     legend_rows = -(-len(bars) // 2)
     axes.set_ylim(0, (1.12 + 0.12 * legend_rows) * axes.get_ylim()[1])  # room for the legend
@@ -352,7 +354,7 @@ def _legend(axes: Axes, columns: int = 1) -> None:
 
 def shortened(name: str, longest: int = 17) -> str:
     """A name that fits into a legend; the first of class names such as "a, b, c"."""
-    first = name.split(",")[0]
+    first = legible(name.split(",")[0])
     return first if len(first) <= longest else first[: longest - 1] + "…"
 
 

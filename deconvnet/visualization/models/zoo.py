@@ -26,6 +26,7 @@ from torch import nn
 from deconvnet.images.fit import INTERPOLATIONS, Crop
 from deconvnet.storage.file_checks import InvalidFileError
 from deconvnet.storage.network_files import load_network, save_network
+from deconvnet.visualization.models.model_error import ModelError, described
 from deconvnet.visualization.models.normalization import Normalization
 from deconvnet.visualization.models.weights import (
     WEIGHT_FILES,
@@ -271,7 +272,7 @@ def _imported(spec: str, weights: str | Path, options: dict) -> LoadedModel:
                 package = importlib.import_module(where)
         # Whatever the user's own code raises is the user's to read.
         except Exception as error:
-            raise ValueError(
+            raise ModelError(
                 f"model={spec}: {where} cannot be imported: {_message(error)}"
             ) from error
         if not hasattr(package, name):
@@ -379,9 +380,9 @@ def _unknown(message: str, name: str, names: Iterable[str]) -> ValueError:
     return ValueError(f"{message}; {hint}")
 
 
-def _unbuilt(spec: str, options: dict, error: Exception) -> ValueError:
+def _unbuilt(spec: str, options: dict, error: Exception) -> ModelError:
     suffix = f" with options {options}" if options else ""
-    return ValueError(f"model={spec}: cannot be built{suffix}: {_message(error)}")
+    return ModelError(f"model={spec}: cannot be built{suffix}: {_message(error)}")
 
 
 def _unavailable(spec: str, weights: str, error: Exception, remedy: str) -> ValueError:
@@ -396,4 +397,6 @@ def _lower(weights: str | Path) -> str:
 
 
 def _message(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split())
+    # The message of a KeyError is only the key.
+    return described(error) if not text or isinstance(error, LookupError) else text

@@ -17,12 +17,12 @@ from deconvnet.visualization.drawing.canvas import (
     GAP,
     LINE,
     PAGE,
-    font_of,
     hstack,
     text_block,
     vstack,
 )
 from deconvnet.visualization.drawing.charts import COLORS
+from deconvnet.visualization.drawing.letters import font_of
 from deconvnet.visualization.pictures.image_decomposition import only_image, strongest_activations
 from deconvnet.visualization.pictures.image_parts import (
     SHARE,
@@ -145,8 +145,9 @@ def _framed(picture: Tensor, image: Tensor, boxes: Tensor) -> Tensor:
     """A picture (3, h, w) of an image (C, H, W) with numbered frames around boxes of its pixels."""
     canvas = as_image(picture)
     draw, font = ImageDraw.Draw(canvas), font_of(FONT)
-    scale = canvas.width / image.shape[2]
-    scaled = (boxes * scale).round().long().tolist()
+    vertical, horizontal = canvas.height / image.shape[1], canvas.width / image.shape[2]
+    scaled = (boxes * torch.tensor([vertical, horizontal] * 2, device=boxes.device)).round()
+    scaled = scaled.long().tolist()
     colors = [COLORS[number % len(COLORS)] for number in range(len(scaled))]
     for (top, left, bottom, right), color in zip(scaled, colors, strict=True):
         draw.rectangle((left - 2, top - 2, right + 1, bottom + 1), outline="black")

@@ -11,6 +11,7 @@ its receptive field (`local_windows`), otherwise from the whole image.
 from __future__ import annotations
 
 import logging
+import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from deconvnet.visualization.models.model_error import ModelError, described
 from deconvnet.visualization.projection.backward_rules import (
     AUTO,
     METHODS,
@@ -380,10 +382,17 @@ class CnnBackend:
     ) -> tuple[Tensor, Counter[str]]:
         """The signal at the leaf for a seed at y, and how often rules were applied."""
         rules = BackwardRules(method, overlap=self.overlap, local=self.local)
-        with node_rules(operations, method, self.gates), rules:
-            (signal,) = torch.autograd.grad(
-                y, leaf, seed, retain_graph=True, allow_unused=True, materialize_grads=True
-            )
+        try:
+            with node_rules(operations, method, self.gates), rules:
+                (signal,) = torch.autograd.grad(
+                    y, leaf, seed, retain_graph=True, allow_unused=True, materialize_grads=True
+                )
+        except Exception as error:
+            if _raised_here(error):
+                raise
+            kind = type(self.model).__name__
+            message = f"the model {kind} fails in its backward pass: {described(error)}"
+            raise ModelError(message) from error
         return signal, rules.counts
 
     def _boxes(
@@ -496,6 +505,12 @@ def _key(x: Tensor, layer: str) -> tuple[str | int, ...]:
 
 def _select(seeds: Tensor | None, chosen: Tensor) -> Tensor | None:
     return None if seeds is None else seeds[chosen.to(seeds.device)]
+
+
+def _raised_here(error: Exception) -> bool:
+    """Whether an error comes from this package, such as a rule that refuses an operation."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals.get("__name__", "").startswith("deconvnet.")
 
 
 def _occurrences(images: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ effect.
 from __future__ import annotations
 
 import logging
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
+from deconvnet.visualization.models.model_error import ModelError, described
 from deconvnet.visualization.projection import autograd_graph
 from deconvnet.visualization.projection.backward_rules import SkippedNormalization
 from deconvnet.visualization.projection.hidden_dependence import DependenceTracker, differing_calls
@@ -250,16 +252,24 @@ class ForwardPass:
             reason = self._not_maps.get(name, self._not_called)
         return ValueError(f"layer {layer!r}: {reason}; {suggest_layers(layer, names)}")
 
-    def _failure(self, x: Tensor, error: Exception) -> ValueError:
+    def _failure(self, x: Tensor, error: Exception) -> ModelError:
         """A one-line error for an exception of the model itself on images x."""
-        message = " ".join(str(error).split())[:300]
-        kind = type(error).__name__
-        is_plain = isinstance(error, RuntimeError | ValueError | AssertionError) and message
-        reason = message if is_plain else f"{kind}: {message}" if message else kind
         shape = "x".join(map(str, x.shape[1:]))
-        return ValueError(
-            f"the model {type(self.model).__name__} fails on images of {shape}: {reason}"
+        return ModelError(
+            f"the model {type(self.model).__name__} fails on images of {shape}"
+            f"{self._place(error)}: {described(error, longest=300)}"
         )
+
+    def _place(self, error: Exception) -> str:
+        """Where the model raised an error: the innermost of its modules that was called."""
+        names = {id(module): name for name, module in self.model.named_modules() if name}
+        called = [
+            frame.f_locals.get("self")
+            for frame, _ in traceback.walk_tb(error.__traceback__)
+            if frame.f_code.co_name == "_call_impl"
+        ]
+        inner = [module for module in called if id(module) in names]
+        return f" in {names[id(inner[-1])]} ({type(inner[-1]).__name__})" if inner else ""
 
     def _run(
         self,
@@ -313,7 +323,7 @@ class ForwardPass:
                 if not own_errors and (names is not None or not calls):
                     raise self._failure(x, error) from error
                 if not own_errors:
-                    reason = str(error).split("\n")[0] or type(error).__name__
+                    reason = described(error, longest=300)
                     self._not_called = f"the model fails before it: {reason}"
                     logger.warning("the model fails above its layers: %s", reason)
             if own_errors:  # which the model may have caught

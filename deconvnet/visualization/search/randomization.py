@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from deconvnet.network.network import DeconvNet
+from deconvnet.visualization.models.model_error import ModelError, described
 from deconvnet.visualization.projection.model_isolation import isolated
 
 log = logging.getLogger(__name__)
@@ -81,7 +82,13 @@ def shuffle_weights(model: Model, *, seed: int = 0) -> Model:
     A filter is shuffled over space and channels: its values, and with them its mean and norm, stay
     the same, but its structure is lost. Biases and the statistics of normalisation layers stay.
     """
-    model = copy.deepcopy(model)
+    try:
+        model = copy.deepcopy(model)
+    except Exception as error:  # a model may hold anything
+        raise ModelError(
+            f"the model {type(model).__name__} cannot be copied, as its control must be: "
+            f"{described(error)}; visualize it with control=false"
+        ) from error
     generator = torch.Generator().manual_seed(seed)
     if isinstance(model, DeconvNet):
         for layer in model.layers:
