@@ -165,7 +165,7 @@ def test_an_interrupted_run_says_so_and_resumes_to_the_same_filters(
     folder = tmp_path / "here"
     folder.mkdir()
     # Slow enough to be caught: many epochs of one layer.
-    arguments = on(photos, "+layers=1", "model.layer1.learning.epochs=50")
+    arguments = on(photos, "+layers=1", "model.layer1.learning.epochs=25")
     # The command that resumes must not start over.
     running = start(folder, "train.py", *arguments, "resume=false")
     deadline = time.monotonic() + 60
