@@ -157,6 +157,7 @@ def in_words(result: Occlusion, labels: tuple[str, ...] | None) -> str:
     )
     if result.probability is None:
         return text
-    name = labels[result.class_index] if labels else f"class {result.class_index}"
+    number = result.class_index
+    name = labels[number] if labels else f"class {number} (no class names: give labels=FILE)"
     whole, there = result.base_probabilities[result.class_index], result.probability[result.worst]
     return f"{text}; {name}: {float(whole):.1%}, and {float(there):.1%}"

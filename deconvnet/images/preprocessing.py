@@ -36,7 +36,9 @@ from deconvnet.support.communicator import SINGLE, Communicator
 from deconvnet.support.renaming import renamed
 from deconvnet.support.torch_modes import full_precision, plain
 
-COLORS = ("rgb", "grey", "ycbcr", "none")
+COLORS = ("rgb", "grey", "ycbcr")
+# The colour of arrays, whose channels are left as they are.
+NO_COLOR = "none"
 STEPS = ("mean", "laplacian", "contrast", "whiten")
 SCALES = ("rms", "max", "none")
 
@@ -59,7 +61,6 @@ class PreprocessingSettings:
 
     # the planes of y: rgb | grey | ycbcr | none (the channels of arrays, in any units)
     color: str = "rgb"
-    channels: int | None = None  # with color=none: their number; null: that of the arrays
     steps: list[str] = field(  # any of mean, laplacian, contrast, whiten, in order
         default_factory=lambda: ["contrast"]
     )
@@ -71,16 +72,15 @@ class PreprocessingSettings:
     whitening_size: int = 7  # whiten: side of the filter in pixels, odd
     whitening_floor: float = 0.01  # whiten: added to all variances, relative to the largest
     scale: str = "rms"  # which statistic of all images is scaled to 1: rms | max (magnitude) | none
+    channels: int | None = None  # of color=none: how many; null: as many as the arrays have
 
     def __post_init__(self) -> None:
-        if self.color not in COLORS:
-            raise ValueError(f"preprocessing.color={self.color!r}: choose {', '.join(COLORS)}")
-        if self.channels is not None and (self.color != "none" or self.channels < 1):
-            raise ValueError(
-                f"preprocessing.channels={self.channels}: must be null with color={self.color}"
-                if self.color != "none"
-                else f"preprocessing.channels={self.channels}: must be at least 1"
-            )
+        if self.color not in (*COLORS, NO_COLOR):
+            choices = ", ".join((*COLORS, NO_COLOR))
+            raise ValueError(f"preprocessing.color={self.color!r}: choose {choices}")
+        if self.channels is not None and (self.color != NO_COLOR or self.channels < 1):
+            right = "at least 1" if self.color == NO_COLOR else f"null with color={self.color}"
+            raise ValueError(f"preprocessing.channels={self.channels}: must be {right}")
         if self.scale not in SCALES:
             raise ValueError(f"preprocessing.scale={self.scale!r}: choose {', '.join(SCALES)}")
         steps = list(self.steps)
@@ -119,7 +119,7 @@ class Preprocessing(torch.nn.Module):
     @property
     def are_arrays(self) -> bool:
         """Whether images are arrays of any number of channels, not pixels in [0, 1]."""
-        return self.settings.color == "none"
+        return self.settings.color == NO_COLOR
 
     @property
     def channels(self) -> int:
@@ -347,7 +347,7 @@ def to_color(images: Tensor, color: str) -> Tensor:
 
     With color "none", images of any number of channels are returned as they are.
     """
-    if color == "none":
+    if color == NO_COLOR:
         return images
     if color == "grey":
         return images if images.shape[1] == 1 else _luma(images)
@@ -516,7 +516,7 @@ def _has_frames(record: Record) -> bool:
 
 
 def _check(images: Tensor, frames: Tensor | None, settings: PreprocessingSettings) -> None:
-    are_arrays = settings.color == "none"
+    are_arrays = settings.color == NO_COLOR
     planes = (settings.channels,) if are_arrays else (1, 3)
     if images.ndim != 4 or images.shape[1] not in planes:
         hint = ""

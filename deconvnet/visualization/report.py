@@ -261,7 +261,9 @@ def _remove_outdated(result: VisualizationResult, place: Path) -> None:
     current |= {place / "projections" / name for name in arrays}
     if result.control:
         current |= {place / "control" / "projections" / name for name in arrays}
-    for folder in (place / "figures", place / "projections", place / "control" / "projections"):
+    current |= {place / "evolution" / f"{layer_file_name(name)}.npz" for name in result.evolutions}
+    kept = [place / name for name in ("figures", "projections", "evolution", "control/projections")]
+    for folder in kept:
         for path in folder.glob("*"):
             if path not in current:
                 ownership.remove(path)
