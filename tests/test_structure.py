@@ -28,6 +28,7 @@ ORDER = [
     "visualization",
     "training",
     "dictionary",
+    "signals",
     "applications",
     "sklearn",
     "cli",
