@@ -29,6 +29,7 @@ ORDER = [
     "visualization",
     "training",
     "dictionary",
+    "signals",
     "applications",
     "sklearn",
     "cli",
