@@ -28,6 +28,7 @@ ORDER = [
     "visualization",
     "training",
     "dictionary",
+    "num_maps_choice",
     "applications",
     "sklearn",
     "cli",
