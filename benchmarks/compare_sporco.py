@@ -22,7 +22,6 @@ import argparse
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -35,9 +34,9 @@ import comparison_tables
 import numpy as np
 import problems
 import timing
+from processes import in_turn, result_of, say
 
 TASKS = ("coding", "learning", "batch", "memory")
-POOLS = ("OMP", "MKL", "OPENBLAS", "NUMEXPR", "NUMBA")
 # The relative duality gap of the true minimum, and of the codes by which a dictionary is scored.
 GAP, SCORE_GAP = 1e-6, 1e-3
 MEMORY_ITERATIONS = 30
@@ -184,23 +183,7 @@ def prepare(options: argparse.Namespace, name: str) -> dict:
 def child(options: argparse.Namespace, task: str, threads: int, **more) -> dict | list:
     """The result of another process of this file, with `threads` threads in all of its pools."""
     job = {**vars(options), "output": str(options.output), "task": task, **more, "pool": threads}
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-        json.dump(job, file)
-        file.flush()
-        environment = {f"{pool}_NUM_THREADS": str(threads) for pool in POOLS}
-        # Threads that spin while they wait slow down other threads.
-        environment = {**os.environ, "GOMP_SPINCOUNT": "10000", **environment}
-        command = [sys.executable, __file__, "--child", file.name]
-        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        sys.exit(f"{task} {more} with {threads} threads failed: its message is above")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def in_turn(names: list[str], turn: int) -> list[str]:
-    """The names, starting with another one in each round."""
-    turn %= len(names)
-    return names[turn:] + names[:turn]
+    return result_of([sys.executable, __file__, "--child"], job, threads, f"{task} {more}")
 
 
 PARENTS = {"coding": coding, "learning": learning, "batch": batch, "memory": memory}
@@ -465,11 +448,6 @@ def timed(
 def last_point(points: list[timing.Point]) -> str:
     iteration, seconds, value = points[-1]
     return f"{iteration} iterations, {seconds:.2f} s, objective {value:.6g}"
-
-
-def say(line: str) -> None:
-    """Print progress; the standard output of a child is reserved for its result."""
-    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

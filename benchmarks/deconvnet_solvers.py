@@ -21,6 +21,7 @@ from timing import Clock, Due, Recorder, Snapshots, StopSolver
 from deconvnet import LayerSettings, LearningSettings, SolverSettings
 from deconvnet.network.layer import Layer
 from deconvnet.operators.linear import Deconvolution
+from deconvnet.sparse_coding.prior import Prior
 from deconvnet.sparse_coding.problem import METHODS
 from deconvnet.sparse_coding.solve import solve
 from deconvnet.support.seeding import seeded_generator
@@ -153,7 +154,12 @@ def search(
     clock.start()
     try:
         solution = solve(
-            Deconvolution(f, boundary), y, lam=problem.lam, settings=settings, callback=watch
+            Deconvolution(f, boundary),
+            y,
+            lam=problem.lam,
+            prior=Prior(non_negative=problem.non_negative),
+            settings=settings,
+            callback=watch,
         )
         due.next = 0
         watch(solution.iterations, solution.z, None)
@@ -181,7 +187,9 @@ def learn(
     weight: float,
     recorder: Snapshots,
     *,
-    device: str,
+    device: str = "cpu",
+    boundary: str = "circular",
+    non_negative: bool = False,
     solver: SolverSettings | None = None,
     **learning: Any,
 ) -> None:
@@ -192,9 +200,10 @@ def learn(
     images, start = (torch.from_numpy(array).to(device) for array in (y, f))
     settings = LayerSettings(
         len(f),
-        f.shape[2],
+        f.shape[2:],
         lam=1 / weight,
-        boundary="circular",
+        boundary=boundary,
+        non_negative=non_negative,
         solver=solver or SolverSettings(),
         learning=LearningSettings(**{"init": "random", **learning}),
     )

@@ -70,12 +70,16 @@ HELD_OUT = 5
 
 @dataclass(frozen=True)
 class Problem:
-    """Images y (N, C, H, W), filters f (K, C, h, w), both float32, and the weight of sum |z|."""
+    """Images y (N, C, H, W), filters f (K, C, h, w), both float32, and the weight of sum |z|.
+
+    non_negative: whether z >= 0.
+    """
 
     name: str
     y: np.ndarray
     f: np.ndarray
     weight: float
+    non_negative: bool = False
 
     @property
     def lam(self) -> float:
@@ -191,6 +195,7 @@ class Objective:
 
     def __init__(self, problem: Problem, boundary: str = "circular"):
         self.y, self.weight = problem.y.astype(np.float64), problem.weight
+        self.non_negative = problem.non_negative
         beyond = (n - 1 if boundary == "valid" else 0 for n in problem.f.shape[2:])
         self.offset = tuple(beyond)
         self.fft_shape = tuple(n + o for n, o in zip(self.y.shape[2:], self.offset, strict=True))
@@ -219,11 +224,14 @@ class Objective:
     def dual(self, z: np.ndarray) -> np.ndarray:
         """(N,): a lower bound of each minimum, which is attained if z is the minimiser.
 
-        The dual problem is  maximise <y, v> - 1/2 ||v||^2  over |correlate(v)| <= weight; the bound
-        is the best v along the residual of z.
+        The dual problem is  maximise <y, v> - 1/2 ||v||^2  over |correlate(v)| <= weight, or for
+        non-negative maps over correlate(v) <= weight; the bound is the best v along the residual.
         """
         r = self.y - self.synthesize(z)
-        limit = self.weight / np.maximum(np.abs(self.correlate(r)).max((1, 2, 3)), 1e-300)
+        c = self.correlate(r)
+        largest = (c if self.non_negative else np.abs(c)).max((1, 2, 3))
+        limit = self.weight / np.maximum(largest, 1e-300)
         energy, along = np.square(r).sum((1, 2, 3)), (self.y * r).sum((1, 2, 3))
-        scale = np.clip(along / np.maximum(energy, 1e-300), -limit, limit)
+        lowest = 0 if self.non_negative else -limit
+        scale = np.clip(along / np.maximum(energy, 1e-300), lowest, limit)
         return scale * along - scale**2 * energy / 2

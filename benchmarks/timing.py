@@ -21,7 +21,8 @@ from pathlib import Path
 import numpy as np
 
 LEVELS = (1e-1, 1e-2, 1e-3, 1e-4)
-PACKAGES = ("torch", "numpy", "scipy", "numba", "scikit-image", "sporco", "pyFFTW", "numexpr")
+PACKAGES = ("torch", "numpy", "scipy", "numba", "scikit-image")
+PACKAGES += ("sporco", "pyFFTW", "numexpr", "alphacsc")
 
 # (iteration, seconds, objective)
 Point = tuple[int, float, float]
@@ -32,21 +33,31 @@ class StopSolver(Exception):
 
 
 class Clock:
-    """A stopwatch; `synchronize` waits until a device has finished its work."""
+    """A stopwatch; `synchronize` waits until a device has finished its work.
 
-    def __init__(self, synchronize: Callable[[], None] = lambda: None):
-        self.synchronize = synchronize
+    clock: perf_counter or, for the seconds of the CPU, process_time, of the module time.
+    """
+
+    def __init__(
+        self,
+        synchronize: Callable[[], None] = lambda: None,
+        clock: str = "perf_counter",
+    ):
+        self.synchronize, self.clock = synchronize, clock
         self._passed, self._since = 0.0, None
 
     def start(self) -> None:
         self.synchronize()
-        self._since = time.perf_counter()
+        self._since = self._now()
 
     def stop(self) -> None:
         self.synchronize()
         if self._since is not None:
-            self._passed += time.perf_counter() - self._since
+            self._passed += self._now() - self._since
             self._since = None
+
+    def _now(self) -> float:
+        return getattr(time, self.clock)()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -56,7 +67,7 @@ class Clock:
 
     @property
     def seconds(self) -> float:
-        return self._passed + (0.0 if self._since is None else time.perf_counter() - self._since)
+        return self._passed + (0.0 if self._since is None else self._now() - self._since)
 
 
 class Due:
@@ -119,9 +130,10 @@ class Snapshots:
         iterations: float = math.inf,
         limit: float = math.inf,
         synchronize: Callable[[], None] = lambda: None,
+        clock: str = "perf_counter",
     ):
         self.iterations, self.limit = iterations, limit
-        self.clock, self.due = Clock(synchronize), Due(every=2, growth=1.3)
+        self.clock, self.due = Clock(synchronize, clock), Due(every=2, growth=1.3)
         self.recorded: list[tuple[int, float, np.ndarray]] = []
 
     def start(self) -> None:

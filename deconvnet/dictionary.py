@@ -396,19 +396,22 @@ def _learn_batches(
         for number, batch in enumerate(_iterate(batches), 1):
             name = f"batch {number}"
             images, batch_mask = _images_and_mask(batch, mask, name)
-            if images.numel() > 0:
-                images, M = _checked(images, batch_mask, name)
-                if trainer is None:
-                    settings.solver = solver or default_solver(images, settings.p)
-                    layer = _started_layer(settings, images, M, filters, lam_ratio, seed)
-                    trainer = OnlineTrainer(layer, averaging_batches=averaging_batches, seed=seed)
-                _check_fit(images, layer, name)
-                try:
-                    history.append(trainer.update(images, M))
-                except Diverged:
-                    raise _diverged(name, settings) from None
-                monitor.epoch(history[-1], step=len(history))
             monitor.advance()
+            if images.numel() == 0:
+                continue
+            images, M = _checked(images, batch_mask, name)
+            if M is not None and not M.mask.any():
+                continue
+            if trainer is None:
+                settings.solver = solver or default_solver(images, settings.p)
+                layer = _started_layer(settings, images, M, filters, lam_ratio, seed)
+                trainer = OnlineTrainer(layer, averaging_batches=averaging_batches, seed=seed)
+            _check_fit(images, layer, name)
+            try:
+                history.append(trainer.update(images, M))
+            except Diverged:
+                raise _diverged(name, settings) from None
+            monitor.epoch(history[-1], step=len(history))
     if trainer is None:
         raise ValueError("batches: there are none, or all of them are empty")
     return Learned(layer.filters, history, settings)

@@ -1,6 +1,6 @@
 """A deconvolutional network as a scikit-learn transformer from images to sparse features.
 
-    N images · C channels, 1 or 3 · H, W pixels · K maps of the top layer
+    N images · C channels · H, W pixels · K maps of the top layer
 
 `fit` learns the filters of one or more layers, `transform` infers the maps, and `inverse_transform`
 reconstructs images from them. Images are centred by the mean of each channel over all images of
@@ -253,9 +253,16 @@ class DeconvNetTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
                 raise ValueError(f"image_shape={given}: X has images of {shape}")
             if math.prod(image_shape) != numbers:
                 raise ValueError(f"image_shape={given}: X has rows of {numbers} numbers")
-        if image_shape[0] not in (1, 3):
+        channels, rows, last = image_shape
+        if self.preprocessing is not None and channels not in (1, 3):
             raise ValueError(
-                f"images of {image_shape}: the number of channels comes first and must be 1 or 3"
+                f"images of {image_shape}: with preprocessing, the number of channels, which comes "
+                "first, must be 1 or 3"
+            )
+        if given is None and last in (3, 4) and min(channels, rows) > 4:
+            raise ValueError(
+                f"images of {image_shape}: the number of channels comes first; if there are "
+                f"{channels}, say image_shape={image_shape}"
             )
         return image_shape
 
@@ -291,8 +298,9 @@ class DeconvNetTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
         """The preprocessing of the network, which leaves centring and scaling to this class."""
         channels = self.image_shape_[0]
         if self.preprocessing is None:
-            color = "grey" if channels == 1 else "rgb"
-            return PreprocessingSettings(color=color, steps=[], scale="none")
+            color = {1: "grey", 3: "rgb"}.get(channels, "none")
+            number = channels if color == "none" else None
+            return PreprocessingSettings(color=color, channels=number, steps=[], scale="none")
         if channels == 1 and self.preprocessing.color != "grey":
             raise ValueError(
                 f"preprocessing.color={self.preprocessing.color}: X has one channel; use grey"

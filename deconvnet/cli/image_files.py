@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from deconvnet.images.arrays import array_items, array_shape, is_array_file
 from deconvnet.images.decoding import read_image
 from deconvnet.images.files import distinct_names, image_files
 from deconvnet.monitoring.monitor import hidden
@@ -39,9 +41,21 @@ def check_outputs(outputs: list[Path], inputs: list[Path]) -> None:
             raise ValueError(f"output={folder}: this folder is not writable")
 
 
+def image_names(paths: list[Path]) -> list[str]:
+    """A distinct name for each image in these files; those of an array file are numbered."""
+    names = []
+    for path, name in zip(paths, distinct_names(paths), strict=True):
+        count = array_shape(path)[0] if is_array_file(path) else None
+        names += [name] if count is None else [f"{name}-{n}" for n in range(count)]
+    return names
+
+
 def image_sizes(paths: list[Path]) -> dict[Path, tuple[int, int]]:
     """(H, W) of each file. Files are read in full, so that damaged ones are known at the start."""
-    return {path: tuple(read_image(path).shape[1:]) for path in paths}
+    return {
+        path: array_shape(path)[2:] if is_array_file(path) else tuple(read_image(path).shape[1:])
+        for path in paths
+    }
 
 
 @contextmanager
@@ -56,16 +70,25 @@ def errors_naming(path: Path) -> Iterator[None]:
 def read_images(
     images: object, device: torch.device, *, as_rgb: bool = False
 ) -> Iterator[tuple[str, Tensor]]:
-    """(name, image (1, 1 or 3, H, W)) of each file that a setting names.
+    """(name, image (1, 1 or 3, H, W)) of each image in the files that a setting names.
 
-    Grey images have one plane, or three with as_rgb. Several images show a progress bar.
+    Grey images have one plane, or three with as_rgb; those of array files have all of their
+    channels. Several images show a progress bar.
     """
     paths = image_files(images)
-    named = list(zip(paths, distinct_names(paths), strict=True))
-    for path, name in tqdm(named, unit="image", leave=False, disable=hidden(len(named) > 1)):
-        image = read_image(path)[None].to(device)
-        grey = not as_rgb and bool((image == image[:, :1]).all())
+    readers = [reader for path in paths for reader in _readers(path)]
+    named = list(zip(readers, image_names(paths), strict=True))
+    for read, name in tqdm(named, unit="image", leave=False, disable=hidden(len(named) > 1)):
+        image = read()[None].to(device)
+        grey = not as_rgb and image.shape[1] == 3 and bool((image == image[:, :1]).all())
         yield name, image[:, :1] if grey else image
+
+
+def _readers(path: Path) -> list[Callable[[], Tensor]]:
+    """A function that reads each image in a file."""
+    if is_array_file(path):
+        return [item.read for item in array_items(path)]
+    return [partial(read_image, path)]
 
 
 @contextmanager

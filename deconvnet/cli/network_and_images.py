@@ -15,6 +15,7 @@ from deconvnet.cli.settings import (
     OcclusionConfig,
     VisualizeConfig,
 )
+from deconvnet.images.arrays import array_items, is_array_file
 from deconvnet.images.datasets import LazyImages, lazy_images
 from deconvnet.images.decoding import read_image, shown_name
 from deconvnet.images.fit import Crop
@@ -135,9 +136,16 @@ def named_images(settings: ImageSettings, crop: Crop | None) -> LazyImages:
     for path in paths:
         if not path.exists():
             raise ValueError(f"images={path}: no such file or folder")
-    return LazyImages(
-        [Item(str(path), partial(read_image, path), path) for path in paths], crop=crop
-    )
+    if crop is not None and any(map(is_array_file, paths)):
+        raise ValueError(f"images={shown_name(settings.images)}: arrays are not cropped: size=null")
+    return LazyImages([item for path in paths for item in items_of_file(path)], crop=crop)
+
+
+def items_of_file(path: Path) -> list[Item]:
+    """The image in a file, or those in an array file."""
+    if is_array_file(path):
+        return list(array_items(path))
+    return [Item(str(path), partial(read_image, path), path)]
 
 
 def training_images_of(settings: NetworkConfig, model: LoadedModel) -> DataSettings | None:

@@ -79,7 +79,8 @@ def occlude(settings: OcclusionConfig) -> None:
                 stride=settings.stride,
                 progress=progress,
             )
-        save_picture(folder / f"{name}.png", occlusion_picture(result, pixels, names=labels))
+        shown = projector.shown(pixels[None])[0]
+        save_picture(folder / f"{name}.png", occlusion_picture(result, shown, names=labels))
         save_arrays(folder / f"{name}.npz", arrays(result))
         where = shown_name(relative_path(folder / f"{name}.png"))
         print(f"{where}   {in_words(result, labels)}")
@@ -156,6 +157,7 @@ def in_words(result: Occlusion, labels: tuple[str, ...] | None) -> str:
     )
     if result.probability is None:
         return text
-    name = labels[result.class_index] if labels else f"class {result.class_index}"
+    number = result.class_index
+    name = labels[number] if labels else f"class {number} (no class names: give labels=FILE)"
     whole, there = result.base_probabilities[result.class_index], result.probability[result.worst]
     return f"{text}; {name}: {float(whole):.1%}, and {float(there):.1%}"

@@ -22,8 +22,10 @@ from deconvnet.cli.hydra_files import logged
 from deconvnet.cli.read_settings import read_settings
 from deconvnet.cli.settings import TrainConfig
 from deconvnet.filters.update import Diverged
+from deconvnet.images.arrays import array_shape
 from deconvnet.images.datasets import load_images, stream_images
-from deconvnet.images.sources import DataSettings
+from deconvnet.images.preprocessing import PreprocessingSettings
+from deconvnet.images.sources import DataSettings, training_scale
 from deconvnet.monitoring.monitor import Monitor
 from deconvnet.monitoring.statistics import LayerResult
 from deconvnet.network.network import DeconvNet
@@ -60,7 +62,8 @@ def main(cfg: DictConfig) -> None:
                     log.warning("stopped and saved; to resume: %s", again)
                 raise SystemExit(130) from None
     if communicator.is_main:
-        summarize(results, folder)
+        example = settings.data.path if settings.data.source == "array" else "photo.jpg"
+        summarize(results, folder, example)
 
 
 def run(
@@ -71,7 +74,9 @@ def run(
             stack.enter_context(ownership.locked_folder(folder))
         device = torch_device(settings.device)
         layers = settings.layer_settings()
+        settings.preprocessing = for_arrays(settings.preprocessing, settings.data)
         net = DeconvNet(layers, settings.preprocessing, seed=settings.seed)
+        net.training_scale = training_scale(settings.data)
         record = {k: v for k, v in dataclasses.asdict(settings).items() if k not in FREE}
         images = cache(lambda: source(settings.data, device))
         saved = None
@@ -114,6 +119,21 @@ def run(
         )
 
 
+def for_arrays(settings: PreprocessingSettings, data: DataSettings) -> PreprocessingSettings:
+    """The preprocessing with the number of channels of the arrays, if images are arrays."""
+    if settings.color != "none":
+        return settings
+    if data.source != "array":
+        raise ValueError(
+            f"preprocessing.color=none: is for data.source=array, not {data.source}; choose rgb, "
+            "grey or ycbcr"
+        )
+    channels = array_shape(data.path)[1]
+    if settings.channels not in (None, channels):
+        raise ValueError(f"preprocessing.channels={settings.channels}: the arrays have {channels}")
+    return dataclasses.replace(settings, channels=channels)
+
+
 def source(settings: DataSettings, device: torch.device) -> ImageSource:
     """The training images: all in memory, or each read when it is needed."""
     if settings.stream:
@@ -125,7 +145,8 @@ def source(settings: DataSettings, device: torch.device) -> ImageSource:
     return ImageSource.from_tensor(data.images.to(device), data.frames, lambda: data.digests)
 
 
-def summarize(results: list[LayerResult], folder: Path) -> None:
+def summarize(results: list[LayerResult], folder: Path, example: str) -> None:
+    """Print the result; example: the images of the command to try next."""
     run_path = relative_path(folder)
     lines = [
         "",
@@ -144,7 +165,8 @@ def summarize(results: list[LayerResult], folder: Path) -> None:
         f"look          tensorboard --logdir {shlex.quote(str(relative_path(folder.parent)))} "
         "--samples_per_plugin images=99",
         f"reconstruct   {printed_commands.sibling('reconstruct')} "
-        f"{printed_commands.setting('run', run_path)} layer={len(results)} images=photo.jpg",
+        f"{printed_commands.setting('run', run_path)} layer={len(results)} "
+        + printed_commands.setting("images", example),
     ]
     print("\n".join(lines))
 

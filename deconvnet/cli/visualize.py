@@ -6,6 +6,7 @@ deconvnet visualize model=torchvision/vgg16 images=folder layers=[features.8,fea
 
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -28,12 +29,20 @@ from deconvnet.cli.read_settings import read_settings
 from deconvnet.cli.settings import VisualizeConfig
 from deconvnet.images.datasets import LazyImages
 from deconvnet.images.decoding import shown_name
+from deconvnet.storage import ownership
 from deconvnet.support.communicator import SINGLE, Communicator, RankLost, started
 from deconvnet.support.devices import torch_device
-from deconvnet.visualization.evolution.evolution import Evolution, load_evolution
+from deconvnet.visualization.cache_keys import network_key
+from deconvnet.visualization.evolution.evolution import (
+    Evolution,
+    load_cached_evolution,
+    load_evolution,
+)
 from deconvnet.visualization.evolution.from_checkpoints import project_checkpoints
 from deconvnet.visualization.layer_choice import default_layers, projectable_layers
+from deconvnet.visualization.manifest import layer_file_name
 from deconvnet.visualization.models.zoo import LoadedModel
+from deconvnet.visualization.projection.projector import Projector
 from deconvnet.visualization.report import visualize_network
 from deconvnet.visualization.searched_network import make_projector
 
@@ -97,17 +106,42 @@ def load_evolutions(
     epochs = [int(digits[-1]) for digits in names if digits]
     if len(set(epochs)) < len(names):
         epochs = list(range(1, len(names) + 1))
-    device = torch_device(settings.device)
+    folder = output_folder(settings)
+    with ownership.locked_folder(folder, part="visualization", elsewhere="output"):
+        return {
+            layer: evolution_of_checkpoints(
+                settings, images, layer, epochs, folder / "visualization" / "evolution"
+            )
+            for layer in layers
+        }
 
-    def projectors():
-        for path in settings.checkpoints:
-            checkpoint = load_named_model(settings, path)
-            checkpoint.module.to(device)
-            yield make_projector(checkpoint, settings)
 
-    return {
-        layer: project_checkpoints(
-            projectors(), images, layer, epochs=epochs, inside=settings.inside
-        )
-        for layer in layers
+def evolution_of_checkpoints(
+    settings: VisualizeConfig, images: LazyImages, layer: str, epochs: list[int], folder: Path
+) -> Evolution:
+    """The features of a layer over the checkpoints; those in the folder if they are the same."""
+    networks = (load_named_model(settings, path) for path in settings.checkpoints)
+    key = {
+        "networks": [network_key(network) for network in networks],
+        "data": images.fingerprint,
+        "layer": layer,
+        "epochs": epochs,
+        "inside": settings.inside,
+        "method": [settings.method, settings.gates, settings.overlap, settings.strict],
     }
+    path = folder / f"{layer_file_name(layer)}.npz"
+    if (evolution := load_cached_evolution(path, key)) is not None:
+        return evolution
+    project_checkpoints(
+        load_projectors(settings), images, layer, epochs=epochs, inside=settings.inside
+    ).save(path, key)
+    # As it is in the file, so that the same command draws the same pictures again.
+    return load_evolution(path)
+
+
+def load_projectors(settings: VisualizeConfig) -> Iterator[Projector]:
+    """The projectors of the checkpoints; one network is in memory at a time."""
+    for path in settings.checkpoints:
+        checkpoint = load_named_model(settings, path)
+        checkpoint.module.to(torch_device(settings.device))
+        yield make_projector(checkpoint, settings)

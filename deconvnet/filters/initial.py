@@ -14,6 +14,8 @@ from deconvnet.support.validation import as_filter_size
 INITS = ("patches", "random")
 # Patches drawn for each filter; filters are chosen from the half with more contrast.
 PATCHES_PER_FILTER = 20
+# If pixels are missing, at least one in this many patches is considered: those best known.
+MOST_KNOWN = 4
 
 # number -> random patches (number, C, h, w), and the fraction of each that is known (number,);
 # None: all of them are.
@@ -54,11 +56,16 @@ def draw_filters(
 
     init: "random", Gaussian noise (Zeiler et al. 2010), or "patches" of the layer's target, from
     the half of `draw_patches(number)` with larger norm; if pixels are missing, from that half of
-    the patches of which at least as much is known as of the median one. constraint: its signs and
-    means apply; whole filters get unit norm, and all planes are connected. With non_negative the
+    the quarter of which most is known, or of all that are known. constraint: its signs and means
+    apply; whole filters get unit norm, and all planes are connected. With non_negative the
     magnitude of the noise or the positive part of the patches is used.
     """
     constraint = replace(constraint or FilterConstraint(), norm="filter", connectivity=None)
+    # A tapered filter may have any shape if it is small enough: begin with one that is tapered.
+    t = constraint.window(like)
+
+    def initial(f: Tensor) -> Tensor:
+        return constraint.project(f if t is None else f * t)
 
     def noise(shape: torch.Size) -> Tensor:
         # float32 whatever torch's default dtype, so that the filters do not depend on it.
@@ -66,16 +73,17 @@ def draw_filters(
         return values.abs() if constraint.non_negative else values
 
     if init == "random":
-        return constraint.project(noise(torch.Size((num, *like.shape[1:]))))
+        return initial(noise(torch.Size((num, *like.shape[1:]))))
     patches, known = draw_patches(PATCHES_PER_FILTER * num)
     if known is not None:
-        patches = patches[known >= known.median()]
+        patches = patches[known >= known.sort().values[-len(known) // MOST_KNOWN]]
     order = length_of(patches, (1, 2, 3)).flatten().argsort(descending=True, stable=True)
     stronger = order[: len(patches) // 2]
     chosen = stronger[torch.randperm(len(stronger), generator=generator)[:num].to(like.device)]
     patches = patches[chosen]
     # A little noise prevents a patch without contrast from becoming a filter of zeros.
-    return constraint.project(constraint.project(patches) + 1e-3 * normalize(noise(patches.shape)))
+    untapered = replace(constraint, taper=0.0)
+    return initial(untapered.project(patches) + 1e-3 * normalize(noise(patches.shape)))
 
 
 def patch_sampler(

@@ -25,7 +25,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deconvnet.filters.sparse_statistics import SparseMaps
-from deconvnet.operators.convolution import Boundary, connected, continued, fourier_size
+from deconvnet.operators.convolution import (
+    Boundary,
+    connected,
+    continued,
+    deconvolve,
+    fourier_size,
+)
+from deconvnet.operators.linear import Mask
 
 # Complex numbers per block of products of spectra; on a CPU a block should fit into the cache.
 BLOCK, BLOCK_ON_CPU = 2**22, 2**17
@@ -95,6 +102,39 @@ def filter_statistics(
         gradient = maps.filter_gradient(-residual, (h, w), boundary)
         gram = maps.correlations((h, w), wrap=boundary == "circular")
     return FilterStatistics(gram_product(gram, (h, w))(f.double()) - connected(gradient, g), gram)
+
+
+def masked_statistics(
+    z: Tensor,
+    residual: Tensor,
+    f: Tensor,
+    mask: Mask,
+    g: Tensor | None = None,
+    *,
+    boundary: Boundary = "valid",
+) -> FilterStatistics:
+    """The sums over a batch of maps z with this residual M (b - Z f) of images seen through a mask.
+
+    Z'M^2 Z is no correlation of maps, so rho Z'Z takes its place, with the true gradient at f:
+
+        rho = ||M Z f||^2 / ||Z f||^2, at least max(mask^2) / 2, for each image
+
+    the part of what the maps paint that is seen. With rho = max(mask^2) the sums are an upper bound
+    of the cost, that of the images with the unseen pixels filled in by Z f (expectation
+    maximisation). Half of it suffices: if G is the true quadratic term and d the step to the
+    minimum of the sums within a convex constraint, (gradient)'d <= -rho d'Z'Z d, so the cost
+    changes by at most d'(G/2 - rho Z'Z) d <= 0. If pixels are missing at random, rho Z'Z is the
+    expectation of G, and the step is as long as without a mask.
+    """
+    painted = deconvolve(z, f, g, boundary=boundary)
+    energies = [y.double().square().sum((1, 2, 3)) for y in (mask(painted), painted)]
+    largest = mask.squared_norm(painted).flatten().double()
+    rho = torch.where(energies[1] > 0, energies[0] / energies[1], largest)
+    # Where nothing is seen the maps are 0, and any positive number will do.
+    rho = torch.where(largest > 0, torch.maximum(rho, largest / 2), torch.ones_like(rho))
+    # Maps scaled by s have s^2 Z'Z, and with a residual scaled by 1/s the same gradient.
+    s = rho.sqrt().to(z).view(-1, 1, 1, 1)
+    return filter_statistics(s * z, mask.adjoint(residual) / s, f, g, boundary=boundary)
 
 
 def gram_product(gram: Tensor, size: tuple[int, int]) -> Callable[[Tensor], Tensor]:

@@ -1,7 +1,8 @@
 """Preprocessing of images, and its inverse.
 
-    N images · C planes (1 for "grey", else 3) · H, W pixels
+    N images · C planes (1 for "grey", `channels` for "none", else 3) · H, W pixels
     images (N, 1 or 3, H, W) in [0, 1]     y (N, C, H, W), the preprocessed domain
+    with color "none", arrays (N, C, H, W) of any number of channels, in any units
     frames (N, 4) int64: top, left, height, width of the picture in each image; pixels outside are
     ignored; None: pictures fill their images
 
@@ -36,6 +37,8 @@ from deconvnet.support.renaming import renamed
 from deconvnet.support.torch_modes import full_precision, plain
 
 COLORS = ("rgb", "grey", "ycbcr")
+# The colour of arrays, whose channels are left as they are.
+NO_COLOR = "none"
 STEPS = ("mean", "laplacian", "contrast", "whiten")
 SCALES = ("rms", "max", "none")
 
@@ -44,8 +47,11 @@ Frame = tuple[int, int, int, int]  # top, left, height, width in pixels
 Groups = list[tuple[Tensor, Frame]]  # the indices of the images with a frame, and that frame
 
 # A smaller local deviation counts as 0: it is a quarter of one of 256 grey levels, and in float32
-# E[x^2] - E[x]^2 may be a few 1e-4 where it should be 0.
+# E[x^2] - E[x]^2 may be a few 1e-4 where it should be 0. Of arrays, which may have any units, it is
+# this share of the largest deviation.
 FLAT = 1e-3
+# Patches of pixels with a smaller variance are constant, and so are images with a smaller scale.
+CONSTANT_VARIANCE, CONSTANT_SCALE = 1e-10, 1e-6
 
 
 @renamed(window="contrast_size", sigma="contrast_sigma", divide="contrast_divide")
@@ -53,7 +59,8 @@ FLAT = 1e-3
 class PreprocessingSettings:
     """The preprocessing of images before inference."""
 
-    color: str = "rgb"  # the planes of y: rgb | grey | ycbcr
+    # the planes of y: rgb | grey | ycbcr | none (the channels of arrays, in any units)
+    color: str = "rgb"
     steps: list[str] = field(  # any of mean, laplacian, contrast, whiten, in order
         default_factory=lambda: ["contrast"]
     )
@@ -65,10 +72,15 @@ class PreprocessingSettings:
     whitening_size: int = 7  # whiten: side of the filter in pixels, odd
     whitening_floor: float = 0.01  # whiten: added to all variances, relative to the largest
     scale: str = "rms"  # which statistic of all images is scaled to 1: rms | max (magnitude) | none
+    channels: int | None = None  # of color=none: how many; null: as many as the arrays have
 
     def __post_init__(self) -> None:
-        if self.color not in COLORS:
-            raise ValueError(f"preprocessing.color={self.color!r}: choose {', '.join(COLORS)}")
+        if self.color not in (*COLORS, NO_COLOR):
+            choices = ", ".join((*COLORS, NO_COLOR))
+            raise ValueError(f"preprocessing.color={self.color!r}: choose {choices}")
+        if self.channels is not None and (self.color != NO_COLOR or self.channels < 1):
+            right = "at least 1" if self.color == NO_COLOR else f"null with color={self.color}"
+            raise ValueError(f"preprocessing.channels={self.channels}: must be {right}")
         if self.scale not in SCALES:
             raise ValueError(f"preprocessing.scale={self.scale!r}: choose {', '.join(SCALES)}")
         steps = list(self.steps)
@@ -91,7 +103,8 @@ class Preprocessing(torch.nn.Module):
 
     scale: () float32, by which all values are divided, so that lam does not depend on the units.
     whitening: (C, C, size, size) float32, the filter of "whiten". Before `fit` they are 1 and an
-    impulse.
+    impulse. energy: (C,) float32, of color "none" only: the share of each channel in the sum of
+    squares of all.
     """
 
     def __init__(self, settings: PreprocessingSettings | None = None) -> None:
@@ -99,11 +112,34 @@ class Preprocessing(torch.nn.Module):
         self.settings = settings or PreprocessingSettings()
         self.register_buffer("scale", torch.ones((), dtype=torch.float32))
         self.register_buffer("whitening", _impulse(self.channels, self.settings.whitening_size))
+        if self.are_arrays:
+            shares = torch.full((self.channels,), 1 / self.channels, dtype=torch.float32)
+            self.register_buffer("energy", shares)
+
+    @property
+    def are_arrays(self) -> bool:
+        """Whether images are arrays of any number of channels, not pixels in [0, 1]."""
+        return self.settings.color == NO_COLOR
 
     @property
     def channels(self) -> int:
-        """The number of planes of y: 1 for grey, 3 for colour."""
-        return 1 if self.settings.color == "grey" else 3
+        """The number of planes of y: 1 for grey, 3 for colour, that of the settings for arrays."""
+        if not self.are_arrays:
+            return 1 if self.settings.color == "grey" else 3
+        if self.settings.channels is None:
+            raise ValueError("preprocessing.channels=None: color=none needs the number of channels")
+        return self.settings.channels
+
+    @property
+    def shown_channels(self) -> list[int]:
+        """The planes that pictures show, one (grey) or three (red, green and blue).
+
+        Of arrays these are the three channels with the most energy, in their order; of two
+        channels, the second is both green and blue.
+        """
+        if self.channels <= 3:
+            return {1: [0], 2: [0, 1, 1], 3: [0, 1, 2]}[self.channels]
+        return sorted(self.energy.argsort(descending=True, stable=True)[:3].tolist())
 
     def fit(self, images: Tensor, frames: Tensor | None = None) -> "Preprocessing":
         """Learn the whitening filter, then the scale, from images (N, 1 or 3, H, W); returns self.
@@ -137,13 +173,22 @@ class Preprocessing(torch.nn.Module):
         if "whiten" in steps:
             unwhitened = planes(steps[: steps.index("whiten")])
             size, floor = self.settings.whitening_size, self.settings.whitening_floor
+            least = 0.0 if self.are_arrays else CONSTANT_VARIANCE
             self.whitening.copy_(
-                whitening_filter(unwhitened, size, floor=floor, communicator=communicator)
+                whitening_filter(
+                    unwhitened, size, floor=floor, least=least, communicator=communicator
+                )
             )
-        spread = Spread()
+        spread, energy = Spread(), torch.zeros(self.channels, dtype=torch.float64)
         for values in planes(steps):
             spread.add(values)
-        self.scale.fill_(spread.shared(communicator).scale(self.settings.scale))
+            if self.are_arrays:
+                energy += values.double().square().sum((0, 2, 3)).cpu()
+        least = 0.0 if self.are_arrays else CONSTANT_SCALE
+        self.scale.fill_(spread.shared(communicator).scale(self.settings.scale, least=least))
+        if self.are_arrays:
+            energy = sum(communicator.all_gather(energy))
+            self.energy.copy_(energy / energy.sum().clamp(min=1e-300))
         return self
 
     @full_precision
@@ -151,7 +196,8 @@ class Preprocessing(torch.nn.Module):
         """y (N, C, H, W) and its record, from images (N, 1 or 3, H, W) in [0, 1].
 
         Grey images are repeated for a colour network, colour images converted to grey for a grey
-        one. With frames (N, 4), y and the planes of the record are 0 outside them.
+        one; arrays (N, C, H, W) may have any finite values. With frames (N, 4), y and the planes of
+        the record are 0 outside them.
         """
         _check(images, frames, self.settings)
         if frames is None:
@@ -181,6 +227,11 @@ class Preprocessing(torch.nn.Module):
             pixels.append(self._inverse_steps(_cut(planes[index], frame), inside))
         return _join(pixels, groups, y.shape)
 
+    def pixels(self, y: Tensor, record: Record) -> Tensor:
+        """`inverse`, limited to [0, 1] unless images are arrays in any units."""
+        images = self.inverse(y, record)
+        return images if self.are_arrays else images.clamp(0, 1)
+
     def check_size(self, size: tuple[int, int]) -> None:
         """Raise ValueError if images of H x W pixels are too small for one of the steps."""
         _check_size("images", size, self.settings)
@@ -204,7 +255,10 @@ class Preprocessing(torch.nn.Module):
                 planes, removed = planes - mean, {"mean": mean}
             elif step == "contrast":
                 mean, deviation = local_moments(
-                    planes, self.settings.contrast_size, self.settings.contrast_sigma
+                    planes,
+                    self.settings.contrast_size,
+                    self.settings.contrast_sigma,
+                    relative=self.are_arrays,
                 )
                 deviation = (
                     _floored(deviation)
@@ -289,7 +343,12 @@ class Spread:
 
 
 def to_color(images: Tensor, color: str) -> Tensor:
-    """Grey or RGB images (N, 1 or 3, H, W) as planes (N, 1 or 3, H, W) of another colour space."""
+    """Grey or RGB images (N, 1 or 3, H, W) as planes (N, 1 or 3, H, W) of another colour space.
+
+    With color "none", images of any number of channels are returned as they are.
+    """
+    if color == NO_COLOR:
+        return images
     if color == "grey":
         return images if images.shape[1] == 1 else _luma(images)
     rgb = images.expand(-1, 3, -1, -1)
@@ -312,32 +371,41 @@ def ycbcr_to_rgb(ycbcr: Tensor) -> Tensor:
     return torch.cat([red, (luma - 0.299 * red - 0.114 * blue) / 0.587, blue], 1)
 
 
-def local_moments(images: Tensor, size: int, sigma: float) -> tuple[Tensor, Tensor]:
+def local_moments(
+    images: Tensor, size: int, sigma: float, *, relative: bool = False
+) -> tuple[Tensor, Tensor]:
     """Gaussian-weighted local mean (N, C, H, W) and deviation (N, 1, H, W) of images (N, C, H, W).
 
     The Gaussian is cut off at size x size pixels; the border is reflected and the edge not
     repeated. The variance is averaged over the planes, since one deviation for all of them keeps
     the hue. It is E[x^2] - E[x]^2 as in the authors' code, but of values from which the mean of
     their plane is subtracted first (the same result with less cancellation). Deviations below FLAT
-    become 0.
+    become 0; with `relative`, below this share of the largest deviation of the image.
     """
     offset = images.mean((2, 3), keepdim=True)
     centred = images - offset
     mean = _gaussian(centred, size, sigma)
     variance = _gaussian(centred.square(), size, sigma) - mean.square()
     deviation = variance.mean(1, keepdim=True).clamp(min=0).sqrt()
-    return mean + offset, torch.where(deviation < FLAT, 0.0, deviation)
+    flat = FLAT * deviation.amax((1, 2, 3), keepdim=True) if relative else FLAT
+    return mean + offset, torch.where(deviation < flat, 0.0, deviation)
 
 
 def whitening_filter(
-    images: Iterable[Tensor], size: int, *, floor: float, communicator: Communicator = SINGLE
+    images: Iterable[Tensor],
+    size: int,
+    *,
+    floor: float,
+    least: float = CONSTANT_VARIANCE,
+    communicator: Communicator = SINGLE,
 ) -> Tensor:
     """The filter (C, C, size, size) that whitens the patches of images, tensors (N, C, H, W).
 
     W = V (E + floor max(E))^(-1/2) V' with V E V' the covariance of all size x size x C patches;
     the filter is the row of W for the middle pixel of each plane (zero-phase, "ZCA"). Mirrored
     patches are included, which makes the filter symmetric in both axes: it commutes with mirroring
-    the image at its border and can be inverted exactly. An impulse if there is no variance.
+    the image at its border and can be inverted exactly. An impulse if no direction has a variance
+    above `least`.
     """
     count, total, products = 0, 0.0, 0.0
     for image in images:
@@ -352,7 +420,7 @@ def whitening_filter(
     for axes in ((1, 4), (2, 5)):
         covariance = (covariance + covariance.flip(axes)) / 2
     variances, directions = torch.linalg.eigh(covariance.reshape(channels * size**2, -1))
-    if variances[-1] < 1e-10:
+    if not variances[-1] > least:
         return _impulse(channels, size)
     gains = (variances.clamp(min=0) + floor * variances[-1]).rsqrt()
     rows = ((directions * gains) @ directions.T).view(covariance.shape)
@@ -448,8 +516,16 @@ def _has_frames(record: Record) -> bool:
 
 
 def _check(images: Tensor, frames: Tensor | None, settings: PreprocessingSettings) -> None:
-    if images.ndim != 4 or images.shape[1] not in (1, 3):
-        raise ValueError(f"images must have the shape (N, 1 or 3, H, W), got {tuple(images.shape)}")
+    are_arrays = settings.color == NO_COLOR
+    planes = (settings.channels,) if are_arrays else (1, 3)
+    if images.ndim != 4 or images.shape[1] not in planes:
+        hint = ""
+        if images.ndim == 4 and not are_arrays:
+            hint = ": arrays of other channels need preprocessing.color=none"
+        raise ValueError(
+            f"images must have the shape (N, {' or '.join(map(str, planes))}, H, W), got "
+            f"{tuple(images.shape)}{hint}"
+        )
     if not images.is_floating_point():
         raise ValueError(
             f"images are {images.dtype}: must be floats in [0, 1]; divide 0..255 by 255"
@@ -460,6 +536,10 @@ def _check(images: Tensor, frames: Tensor | None, settings: PreprocessingSetting
         _check_frames(frames, images)
         for index, (_, _, *size) in enumerate(frames.tolist()):
             _check_size(f"image {index}", size, settings)
+    if are_arrays:
+        if not torch.isfinite(images).all():
+            raise ValueError("images must be finite: there are NaN or infinite values")
+        return
     low, high = images.flatten(1).aminmax(dim=1)
     # Resampling in float32 can exceed the range by rounding. NaN is not inside either.
     outside = ~((low >= -1e-3) & (high <= 1 + 1e-3))

@@ -1,4 +1,4 @@
-"""Sources of images: photographs, a folder, a list of paths, tar shards, torchvision.
+"""Sources of images: photographs, a folder, a list of paths, tar shards, torchvision, an array.
 
 A source yields items in an order that depends on nothing but the settings; `datasets` reads them.
 """
@@ -14,14 +14,16 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
+from deconvnet.images.arrays import array_items
 from deconvnet.images.decoding import Content, check_file, reason, shown_name, user_path
 from deconvnet.images.files import assignment, files_in, find_images
-from deconvnet.images.fit import FITS, MAX_SIDE, MIN_SIDE
+from deconvnet.images.fit import FITS, MAX_SIDE, MIN_SIDE, TrainingScale
 from deconvnet.images.item import Item
+from deconvnet.images.photographs import SHORT_SIDE
 from deconvnet.images.shards import Damage, Member, read_index
 from deconvnet.images.torchvision_source import torchvision_items
 
-SOURCES = ("photographs", "folder", "list", "shards", "torchvision")
+SOURCES = ("photographs", "folder", "list", "shards", "torchvision", "array")
 
 # Bytes of a list that are read first, to check that it is a text file.
 TEXT_PROBE = 1 << 20
@@ -33,10 +35,10 @@ class DataSettings:
 
     # name of the folder of the run
     name: str = "photographs"
-    # photographs | folder | list | shards | torchvision
+    # photographs | folder | list | shards | torchvision | array
     source: str = "photographs"
     # folder: the folder; list: a text file with one path per line; shards: a .tar file, or a folder
-    # of them; torchvision: the root folder
+    # of them; torchvision: the root folder; array: a .npy or .npz file of (N, C, H, W)
     path: str | None = None
     # torchvision: name of the class, such as CIFAR10
     dataset: str | None = None
@@ -67,12 +69,14 @@ class DataSettings:
             )
         if self.source not in SOURCES:
             raise ValueError(f"data.source={self.source!r}: choose {', '.join(SOURCES)}")
-        if self.source in ("folder", "list", "shards") and not self.path:
+        if self.source in ("folder", "list", "shards", "array") and not self.path:
             raise ValueError(f"data.path={self.path!r}: data.source={self.source} needs a path")
         if self.source == "torchvision" and not self.dataset:
             raise ValueError("data.dataset=None: data.source=torchvision needs the name of a class")
         if self.source == "photographs" and self.size is None:
             raise ValueError("data.size=None: the photographs differ in size; give a number")
+        if self.source == "array" and self.size is not None:
+            raise ValueError(f"data.size={self.size}: arrays are not resized; use null")
         if self.size is not None and not MIN_SIDE <= self.size <= MAX_SIDE:
             raise ValueError(
                 f"data.size={self.size}: must be at least {MIN_SIDE}, and at most {MAX_SIDE}"
@@ -101,6 +105,19 @@ class DataSettings:
             )
 
 
+def training_scale(data: DataSettings) -> TrainingScale | None:
+    """The scale of whole images in these training images; None if they are left as they are.
+
+    Photographs are reduced before they are cropped; the images of other sources are resized to the
+    size of the crops.
+    """
+    if data.size is None:
+        return None
+    if data.source == "photographs":
+        return TrainingScale(round(SHORT_SIDE * data.scale), "crop")
+    return TrainingScale(data.size, data.fit)
+
+
 def without_download(settings: DataSettings) -> DataSettings:
     """The same settings without data.download.
 
@@ -118,6 +135,8 @@ def source_items(settings: DataSettings) -> tuple[Iterator[Item], str]:
     if settings.source == "torchvision":
         return torchvision_items(settings), f"data.dataset={settings.dataset}"
     path = settings.path
+    if settings.source == "array":
+        return array_items(path), assignment(path)
     if settings.source == "shards":
         return _shard_items(path, skip=settings.skip_unreadable), assignment(path)
     items = {"folder": _folder_items, "list": _list_items}[settings.source](path)

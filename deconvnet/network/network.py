@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from deconvnet.images.fit import TrainingScale
 from deconvnet.images.preprocessing import Preprocessing, PreprocessingSettings
 from deconvnet.network.codes import ALL, Codes, Images, join
 from deconvnet.network.layer import Layer, LayerProblem, LayerSettings, check_input_size
@@ -46,7 +47,13 @@ FILTERS = "filters"
 
 
 class DeconvNet(nn.Module):
-    """A stack of layers on top of a preprocessing; its state is entirely in buffers."""
+    """A stack of layers on top of a preprocessing; its state is entirely in buffers.
+
+    training_scale: of the images that it learned from, for pictures of other images; None if it is
+    not known.
+    """
+
+    training_scale: TrainingScale | None = None
 
     def __init__(
         self,
@@ -105,7 +112,8 @@ class DeconvNet(nn.Module):
     ) -> Codes:
         """The sparse maps of images, layer by layer.
 
-        images: (N, 1 or 3, H, W) float in [0, 1], at least as large as the filters. frames: (N, 4)
+        images: (N, 1 or 3, H, W) float in [0, 1], or arrays (N, C, H, W) in any units if
+        preprocessing.color is "none"; at least as large as the filters. frames: (N, 4)
         int64, the frame of each picture in its square, as returned by `load_images`. depth: number
         of layers (None: all; 0: only preprocess). chunk: images at a time, which bounds memory and
         changes results by rounding only. progress(done, total) is called after every chunk.
@@ -197,14 +205,17 @@ class DeconvNet(nn.Module):
 
     @plain
     def reconstruct(self, codes: Codes, layer: int | None = None) -> Tensor:
-        """Pixels (N, 1 or 3, H, W) in [0, 1] from the maps of a layer (default: the highest)."""
+        """Pixels (N, 1 or 3, H, W) in [0, 1] from the maps of a layer (default: the highest).
+
+        Of a network for arrays: (N, C, H, W) in their units.
+        """
         if not isinstance(codes, Codes):
             raise ValueError(
                 f"codes must be the Codes that `infer` returns, got {type(codes).__name__}"
             )
         layer = len(codes.layers) if layer is None else layer
         y = self.synthesize(codes, layer)
-        return self.preprocessing.inverse(y, codes.record).clamp(0, 1)
+        return self.preprocessing.pixels(y, codes.record)
 
     @plain
     def snr(self, codes: Codes, layer: int) -> float:
@@ -224,10 +235,13 @@ class DeconvNet(nn.Module):
             for name, tensor in self.state_dict().items()
             if not name.startswith(above)
         }
-        return tensors, {
+        settings = {
             "preprocessing": dataclasses.asdict(self.preprocessing.settings),
             "layers": [dataclasses.asdict(layer.settings) for layer in layers],
         }
+        if self.training_scale is not None:
+            settings["training_scale"] = dataclasses.asdict(self.training_scale)
+        return tensors, settings
 
     def load_parts(self, tensors: dict[str, Tensor]) -> None:
         """Load the tensors of a network with the same settings and possibly another depth."""
@@ -257,6 +271,8 @@ class DeconvNet(nn.Module):
             _check_shape(tensors, f"layers.{index}.filters", shape)
         net = cls(layers, preprocessing)
         net.load_state_dict(tensors)
+        if "training_scale" in settings:  # files of earlier versions do not have it
+            net.training_scale = TrainingScale(**settings["training_scale"])
         return net
 
     def save(self, path: str | Path) -> None:

@@ -110,9 +110,9 @@ def _tiles_along(length: int, inner: int, margin: int) -> Iterator[tuple[slice, 
 class Reconstruction:
     """Images reconstructed from the maps of one layer.
 
-    pixels: (N, 1 or 3, H, W) in [0, 1]; y, estimate: (N, C, H, W), the preprocessed images and
-    their reconstruction; density: fraction of non-zero coefficients; tiles: the number of tiles of
-    all images.
+    pixels: (N, 1 or 3, H, W) in [0, 1], or arrays; y, estimate: (N, C, H, W), the preprocessed
+    images and their reconstruction; density: fraction of non-zero coefficients; tiles: the number
+    of tiles of all images.
     """
 
     pixels: Tensor
@@ -138,8 +138,8 @@ def reconstruct(
 ) -> Reconstruction:
     """Images reconstructed from the maps of a layer (default: the highest) within `memory` GiB.
 
-    images: (N, 1 or 3, H, W) in [0, 1], processed one by one. An image that fits is inferred as a
-    whole and equals `net.reconstruct` of `net.infer` bit for bit. A larger one is inferred in
+    images: as `DeconvNet.infer` takes them, processed one by one. An image that fits is inferred
+    as a whole and equals `net.reconstruct` of `net.infer` bit for bit. A larger one is inferred in
     tiles; docs/restoration.md gives the error of this. Raises ValueError before any work if even
     the smallest tiles do not fit. progress(done, total) is called after every tile of every image.
     """
@@ -202,7 +202,7 @@ def _reconstruct_in_tiles(
             active += codes.layer(layer).density * float(weights.sum())
             report(n)
         density = active / image[0, 0].numel()
-    pixels = net.preprocessing.inverse(estimate, base.record).clamp_(0, 1)
+    pixels = net.preprocessing.pixels(estimate, base.record)
     return Reconstruction(pixels, base.y, estimate, density, len(layout))
 
 
@@ -245,7 +245,7 @@ def codes_of_tile(net: DeconvNet, first: SparseSolution, tile: Tile) -> LayerCod
 def fits(net: DeconvNet, size: tuple[int, int], depth: int, memory: float) -> bool:
     """Whether an image of H x W pixels can be inferred as a whole within `memory` GiB."""
     check_memory(memory)
-    per_pixel = PLANE_BYTES * 3 + bytes_per_pixel(list(net.layers[:depth]))
+    per_pixel = _plane_bytes(net) + bytes_per_pixel(list(net.layers[:depth]))
     return per_pixel * math.prod(size) <= memory * GIB
 
 
@@ -255,7 +255,7 @@ def plan_image(net: DeconvNet, size: tuple[int, int], depth: int, memory: float)
         return plan(net, size, depth, memory)
     C, K = net.preprocessing.channels, len(net.layer(1).filters)
     planes = (
-        (PLANE_BYTES * 3 + SPARSE_VALUE_BYTES * C + SPARSE_MAP_BYTES * K) * math.prod(size) / GIB
+        (_plane_bytes(net) + SPARSE_VALUE_BYTES * C + SPARSE_MAP_BYTES * K) * math.prod(size) / GIB
     )
     if planes > memory:
         raise_too_large(size, planes, memory)
@@ -283,7 +283,7 @@ def plan(
     net.check_size(size, depth)
     layers = list(net.layers[:depth])
     if planes is None:
-        planes = PLANE_BYTES * 3 * size[0] * size[1] / GIB
+        planes = _plane_bytes(net) * size[0] * size[1] / GIB
     planes *= GIB
     per_pixel = bytes_per_pixel(layers, first)
     if planes + per_pixel * size[0] * size[1] <= memory * GIB:
@@ -336,6 +336,11 @@ def bytes_per_pixel(layers: list[Layer], first: int = 1) -> int:
         coefficients_below += coefficients
         area *= math.prod(settings.pool[1:]) if settings.pool else 1
     return int(peak)
+
+
+def _plane_bytes(net: DeconvNet) -> int:
+    """Bytes per pixel for the planes of an image, of which pictures need at least three."""
+    return PLANE_BYTES * max(3, net.preprocessing.channels)
 
 
 def check_memory(memory: float) -> None:

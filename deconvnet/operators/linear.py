@@ -399,12 +399,6 @@ class Mask(LinearOperator):
             return Deconvolution(inner.f, inner.boundary, self.mask)
         return super().__matmul__(inner)
 
-    @property
-    def largest_weight(self) -> Tensor | None:
-        """The largest mask^2 of each image (N or 1, 1, 1, 1); None if it is 1 for all of them."""
-        largest = self.mask.square().amax((1, 2, 3), keepdim=True)
-        return None if bool((largest == 1).all()) else largest
-
     def squared_norm(self, b: Tensor, *, steps: int = 30) -> Tensor:
         """The largest mask^2 of each image, exactly."""
         return self.mask.square().amax((1, 2, 3), keepdim=True).expand(len(b), 1, 1, 1)

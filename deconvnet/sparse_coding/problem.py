@@ -214,7 +214,7 @@ class Solution:
 
     def __str__(self) -> str:
         """A one-line summary, with the duality gap if it was computed."""
-        total = float(self.objective.sum())
+        total = float(self.objective.detach().sum())
         density = float(torch.count_nonzero(self.z)) / max(self.z.numel(), 1)
         line = (
             f"{len(self.z)} images, maps {'x'.join(map(str, self.z.shape[1:]))}, {density:.2%} "

@@ -18,6 +18,11 @@ from deconvnet.operators.convolution import Boundary, map_size
 from deconvnet.operators.linear import Deconvolution, LinearOperator, Mask
 from deconvnet.sparse_coding.admm import admm
 from deconvnet.sparse_coding.half_quadratic import half_quadratic
+from deconvnet.sparse_coding.implicit_gradient import (
+    check_differentiable,
+    requires_gradient,
+    with_gradient,
+)
 from deconvnet.sparse_coding.iteration import Method, Start, Until
 from deconvnet.sparse_coding.prior import Prior
 from deconvnet.sparse_coding.problem import (
@@ -30,7 +35,7 @@ from deconvnet.sparse_coding.problem import (
 from deconvnet.sparse_coding.proximal_gradient import fista, ista
 from deconvnet.support.renaming import renamed_arguments
 from deconvnet.support.scaling import Units, exponent, magnitude, times_power
-from deconvnet.support.torch_modes import plain
+from deconvnet.support.torch_modes import full_precision, plain
 from deconvnet.support.validation import (
     as_filters,
     as_images,
@@ -70,12 +75,12 @@ SOLVERS: Mapping[str, Solver] = MappingProxyType(
 
 
 @renamed_arguments(share="lam_ratio")
-@plain
+@full_precision
 def sparse_code(
     images: Tensor,
     filters: Tensor,
     *,
-    lam: float | None = None,
+    lam: float | Tensor | None = None,
     lam_ratio: float | None = None,
     p: float = 1.0,
     boundary: Boundary = "valid",
@@ -98,7 +103,11 @@ def sparse_code(
     p, weights (K,) or of the shape of the maps, group and non_negative: the prior, `prior.Prior`.
     settings: by default those of `default_solver`. chunk: at most this many images at a time, which
     bounds the memory beyond that of the maps and changes results by rounding only; None: a fast
-    number on a CPU, all images on a GPU. Returns plain tensors without a gradient. Raises
+    number on a CPU, all images on a GPU.
+
+    Differentiable if images, filters, lam, mask or weights require a gradient: z, residual,
+    reconstruction, sparsity and objective then have that of the minimum (`implicit_gradient`); the
+    rest of the solution is plain. Not for p < 1, lam_ratio or half_quadratic, and only once. Raises
     ValueError if an argument is out of range or does not fit the others.
     """
     check_settings(settings, SolverSettings, "settings")
@@ -115,11 +124,18 @@ def sparse_code(
         non_negative=non_negative,
     )
     settings = settings or default_solver(b, prior.p)
+    given = dict(images=images, filters=filters, lam=lam, mask=mask, weights=weights)
+    differentiable = requires_gradient(*given.values())
+    if differentiable:
+        check_differentiable(prior.p, lam_ratio, settings)
     if lam_ratio is not None:
         lam = lam_from_ratio(A, b, lam_ratio, prior)
         settings = relative_schedule(settings, A, lam, lam_ratio)
     solution = solve(A, b, lam=lam, prior=prior, settings=settings, chunk=chunk)
-    return of_one_layer(solution, A)
+    solution = of_one_layer(solution, A)
+    if not differentiable:
+        return solution
+    return with_gradient(solution, **given, boundary=boundary, prior=prior)
 
 
 def coding_problem(

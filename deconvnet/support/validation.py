@@ -157,7 +157,8 @@ def as_number(value: Any, name: str) -> float:
     try:
         if isinstance(value, (str, bytes)):
             raise TypeError
-        return float(value)
+        # torch warns of numbers whose gradient is lost; those who ask for one keep the tensor.
+        return float(value.detach() if isinstance(value, Tensor) else value)
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"{name}={_short(value)}: must be a number") from None
 

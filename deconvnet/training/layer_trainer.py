@@ -22,7 +22,7 @@ from deconvnet.filters.care import (
     shift_filters,
 )
 from deconvnet.filters.initial import draw_filters, random_patch_positions
-from deconvnet.filters.statistics import FilterStatistics, filter_statistics
+from deconvnet.filters.statistics import FilterStatistics, filter_statistics, masked_statistics
 from deconvnet.filters.update import (
     Batch,
     Diverged,
@@ -188,14 +188,7 @@ class LayerTrainer:
             if not torch.isfinite(solution.objective).all():
                 finite = False
                 continue
-            sums += filter_statistics(
-                solution.z,
-                T.adjoint(solution.residual),
-                f,
-                layer.g,
-                boundary=layer.settings.boundary,
-                curvature=self._curvature(chunk, T),
-            )
+            sums += self._statistics(chunk, solution, T)
         clock.end("sums")
         linear, gram, flags = self.communicator.all_reduce_sum(
             sums.linear, sums.gram, self._flags(finite, stop)
@@ -278,12 +271,23 @@ class LayerTrainer:
             self._accumulator.add_peaks(solution.z, images, self.snapshot_plan)
         return solution, problem.T
 
+    def _statistics(
+        self, images: Tensor, solution: Solution, T: LinearOperator
+    ) -> FilterStatistics:
+        """The sums over these images, from their maps under the current filters."""
+        layer, z, residual = self.layer, solution.z, solution.residual
+        f, g, boundary = layer.filters, layer.g, layer.settings.boundary
+        if isinstance(T, Mask):
+            return masked_statistics(z, residual, f, T, g, boundary=boundary)
+        curvature = self._curvature(images, T)
+        return filter_statistics(
+            z, T.adjoint(residual), f, g, boundary=boundary, curvature=curvature
+        )
+
     def _curvature(self, images: Tensor, T: LinearOperator) -> Tensor | None:
-        """||T||^2 of these images, which is constant while this layer learns; None: 1."""
+        """||T||^2 of these images, which is constant while this layer learns."""
         if isinstance(T, Identity):
             return None
-        if isinstance(T, Mask):
-            return T.largest_weight
         curvature = self.warm_starts.scalar("curvature", images)
         if curvature is None:
             curvature = 1.05 * T.squared_norm(self.data.problem(images).b, steps=NORM_STEPS)

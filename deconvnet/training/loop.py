@@ -31,7 +31,7 @@ from deconvnet.training.run_folder import RunFolder
 from deconvnet.training.session import UNLIMITED, Limits, Session, stop_requests
 from deconvnet.training.training_set import ImageSource, TrainingSet
 from deconvnet.training.warm_start_placement import place_warm_starts
-from deconvnet.visualization.drawing.canvas import shade_signed
+from deconvnet.visualization.drawing.canvas import as_curves, shade_signed
 from deconvnet.visualization.evolution.evolution import append_epoch, load_if_valid
 from deconvnet.visualization.evolution.while_learning import plan_snapshots, project_snapshot
 from deconvnet.visualization.pictures.evolution_picture import evolution_cards, evolution_picture
@@ -41,7 +41,7 @@ from deconvnet.visualization.pictures.layer_pictures import (
     layer_cards,
     snapshot_features,
 )
-from deconvnet.visualization.projection.feature_projection import PixelFeatures, signed_rgb
+from deconvnet.visualization.projection.feature_projection import PixelFeatures, signed_filters
 
 log = logging.getLogger(__name__)
 
@@ -233,8 +233,8 @@ def _show_epoch(
         )
     # After the last epoch, all pictures of the layer are shown.
     if trainer.number == 1 and session.run and not trainer.done:
-        f = signed_rgb(session.net, session.net.layer(1).filters)
-        _show_filters(session, 1, shade_signed(f), state.step)
+        tiles = as_curves(shade_signed(signed_filters(session.net)))
+        _show_filters(session, 1, tiles, state.step)
     if trainer.snapshot:
         # Save before the checkpoint, so that a run that resumes from it has this column.
         _show_snapshot(session, state, trainer)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from deconvnet.filters.care import centring_shifts, dead_filters, shift_filters
 from deconvnet.filters.initial import initial_filters
-from deconvnet.filters.statistics import FilterStatistics, filter_statistics
+from deconvnet.filters.statistics import FilterStatistics, filter_statistics, masked_statistics
 from deconvnet.filters.update import Diverged, update_filters
 from deconvnet.images.holes import fill_holes
 from deconvnet.monitoring.statistics import EpochStats
@@ -73,15 +73,13 @@ class OnlineTrainer:
         return self._stats(solution, problem.b, dead=len(dead), seconds_per_image=seconds)
 
     def _add(self, solution: Solution, mask: Mask | None) -> None:
-        layer, residual = self.layer, solution.residual
-        new = filter_statistics(
-            solution.z,
-            residual if mask is None else mask.adjoint(residual),
-            layer.filters,
-            boundary=layer.settings.boundary,
-            curvature=None if mask is None else mask.largest_weight,
-        )
-        new = new * (1 / len(residual))
+        z, residual, f = solution.z, solution.residual, self.layer.filters
+        boundary = self.layer.settings.boundary
+        if mask is None:
+            new = filter_statistics(z, residual, f, boundary=boundary)
+        else:
+            new = masked_statistics(z, residual, f, mask, boundary=boundary)
+        new = new * (1 / len(z))
         fade = 1 - 1 / min(self.batches, self.averaging_batches)
         self.sums = new if self.sums is None else self.sums * fade + new * (1 - fade)
 

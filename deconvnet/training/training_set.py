@@ -26,10 +26,10 @@ from deconvnet.training.sampler import BatchSampler
 class ImageSource:
     """The training images: functions that read them and compute their digests.
 
-    count: the number of images. read: the images (n, 3, H, W) of some indices (n,), in [0, 1], and
-    their frames (n, 4), or None if every picture fills its image. prefetch: is called with the next
-    indices, if the images are on disk. digests: of the content of every image in order,
-    hexadecimal.
+    count: the number of images. read: the images (n, 3, H, W) of some indices (n,), in [0, 1], or
+    arrays (n, C, H, W), and their frames (n, 4), or None if every picture fills its image.
+    prefetch: is called with the next indices, if the images are on disk. digests: of the content of
+    every image in order, hexadecimal.
     """
 
     count: int

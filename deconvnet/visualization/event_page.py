@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from deconvnet.monitoring.event_files import event_writer
+from deconvnet.monitoring.picture_files import png, png_or_jpeg
 from deconvnet.monitoring.summaries import image_summary, text_summary
 from deconvnet.storage import ownership
 from deconvnet.visualization.drawing.canvas import (
     CONTRAST,
     GAP,
     LINE,
+    as_curves,
     hstack,
     plain_number,
     resize_tiles,
@@ -85,8 +87,8 @@ def write_event_page(
         for kind, name, cards in _pages(result, settings):
             group, description = GROUPS[kind]
             # Tiles of photographs and of what projections make of them.
-            exact = kind not in ("layers", "control", "evolution")
-            summary = image_summary(f"{group}/{name}", cards, description, exact=exact)
+            encode = png_or_jpeg if kind in ("layers", "control", "evolution") else png
+            summary = image_summary(f"{group}/{name}", cards, description, encode=encode)
             writer.file_writer.add_summary(summary, 0)
         rows = [
             f"| {name} | {report} |"
@@ -104,7 +106,7 @@ def _pages(
     """Yield the group, the name and the cards of every picture."""
     filters = pixel_filters(result.projector)
     if filters is not None:
-        yield "filters", filters[0], filter_cards(shade_signed(filters[1]))
+        yield "filters", filters[0], filter_cards(as_curves(shade_signed(filters[1])))
     for layer, projections in result.projections.items():
         rows = rows_in_grid(projections, settings)[:MOST_CARDS]
         yield "layers", layer, [map_card(projections, row, settings.contrast) for row in rows]

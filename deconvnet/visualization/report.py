@@ -28,7 +28,7 @@ from deconvnet.images.decoding import shown_name
 from deconvnet.monitoring.monitor import save_picture
 from deconvnet.storage import ownership
 from deconvnet.support.communicator import SINGLE, Communicator
-from deconvnet.visualization.drawing.canvas import shade_signed
+from deconvnet.visualization.drawing.canvas import as_curves, shade_signed
 from deconvnet.visualization.event_page import write_event_page
 from deconvnet.visualization.evolution.evolution import Evolution
 from deconvnet.visualization.experiments.invariance import invariance, invariance_picture
@@ -201,7 +201,8 @@ def _draw(result: VisualizationResult, settings: VisualizationSettings, folder: 
     pictures = result.pictures
     filters = pixel_filters(result.projector)
     if filters is not None:
-        pictures[f"{filters[0]}-filters"] = filter_picture(shade_signed(filters[1]))
+        tiles = as_curves(shade_signed(filters[1]))
+        pictures[f"{filters[0]}-filters"] = filter_picture(tiles)
     for layer, projections in result.projections.items():
         rows = rows_in_grid(projections, settings)
         pictures[layer] = layer_grid(
@@ -230,7 +231,9 @@ def _draw_occlusion(result: VisualizationResult, settings: VisualizationSettings
             x = projector.prepare(pixels[None])
             occluded = occlusion(projector, x, layer=layer, progress=progress)
         labels = result.model.labels and tuple(map(shown_name, result.model.labels))
-        result.pictures[f"occlusion-{number}"] = occlusion_picture(occluded, pixels, names=labels)
+        result.pictures[f"occlusion-{number}"] = occlusion_picture(
+            occluded, result.shown_images[number], names=labels
+        )
 
 
 def _draw_invariance(result: VisualizationResult, settings: VisualizationSettings) -> None:
@@ -247,7 +250,8 @@ def _draw_invariance(result: VisualizationResult, settings: VisualizationSetting
         x = result.projector.prepare(pixels)
         curves = invariance(result.projector, x, layers, progress=progress)
     names = [shown_name(Path(name).stem) for name in result.images.names[:count]]
-    result.pictures["invariance"] = invariance_picture(curves, pixels, names=names)
+    shown = result.projector.shown(pixels)
+    result.pictures["invariance"] = invariance_picture(curves, shown, names=names)
 
 
 def _remove_outdated(result: VisualizationResult, place: Path) -> None:
@@ -257,7 +261,9 @@ def _remove_outdated(result: VisualizationResult, place: Path) -> None:
     current |= {place / "projections" / name for name in arrays}
     if result.control:
         current |= {place / "control" / "projections" / name for name in arrays}
-    for folder in (place / "figures", place / "projections", place / "control" / "projections"):
+    current |= {place / "evolution" / f"{layer_file_name(name)}.npz" for name in result.evolutions}
+    kept = [place / name for name in ("figures", "projections", "evolution", "control/projections")]
+    for folder in kept:
         for path in folder.glob("*"):
             if path not in current:
                 ownership.remove(path)

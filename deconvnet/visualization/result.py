@@ -37,3 +37,22 @@ class VisualizationResult:
     projections: dict[str, TopProjections] = field(default_factory=dict)
     control: dict[str, TopProjections] = field(default_factory=dict)
     pictures: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def shown_images(self) -> ShownImages:
+        """The images as RGB pixels for pictures."""
+        return ShownImages(self.images, self.projector)
+
+
+@dataclass(frozen=True)
+class ShownImages:
+    """The images that a projector prepares, each (3, H, W) in [0, 1], for pictures."""
+
+    images: LazyImages
+    projector: Projector
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, number: int) -> Tensor:
+        return self.projector.shown(self.images[number][None])[0]

@@ -37,6 +37,7 @@ MODELS = sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml"))
 PREPROCESSING = sorted(path.stem for path in (CONFIGS / "preprocessing").glob("*.yaml"))
 # What the files of configs/data leave to the user.
 DATA = {
+    "array": ["data.path=x.npy"],
     "photographs": [],
     "folder": ["data.path=photos"],
     "list": ["data.path=images.txt"],

@@ -96,7 +96,8 @@ def test_occlusion_writes_the_panels_and_the_numbers_of_each_image(place, capsys
     names = sorted(path.name for path in (place / "out").iterdir() if path.is_file())
     assert names == ["0-4.npz", "0-4.png", "2-4.npz", "2-4.png"]
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 and f"map {expected.unit[0]} of 4" in lines[1] and "class 2" in lines[1]
+    assert len(lines) == 2 and f"map {expected.unit[0]} of 4" in lines[1]
+    assert "class 2 (no class names: give labels=FILE)" in lines[1]
 
 
 def test_occlusion_takes_the_highest_layer_and_names_of_classes(place, capsys):

@@ -102,7 +102,9 @@ def test_images_are_coded_and_learned_from_in_every_kind_of_array(pixels, y, f, 
         codes = net.infer(ARRAYS[kind](pixels))
     assert torch.equal(found.z, sparse_code(plain, f, lam=5.0).z)
     for tensor in (found.z, found.residual, learned.filters, online.filters):
-        assert type(tensor) is torch.Tensor and not tensor.requires_grad
+        assert type(tensor) is torch.Tensor
+    assert found.z.requires_grad == (kind in ("requires_grad", "parameter"))
+    assert not learned.filters.requires_grad and not online.filters.requires_grad
     expected = learn_filters(plain, 4, filter_size=5, lam=5.0, learning=ONCE)
     assert torch.equal(learned.filters, expected.filters)
     assert torch.equal(learned.encode(given).z, expected.encode(plain).z)

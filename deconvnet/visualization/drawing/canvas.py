@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from deconvnet.visualization.drawing.letters import font_of, legible
+from deconvnet.visualization.drawing.letters import font_for, legible
 
 # The background; all sizes are in pixels.
 PAPER = 1.0
@@ -29,6 +29,10 @@ LINE = 20
 SPACING = 1.4
 # The least share of the available width that a tile fills.
 FILLED = 0.8
+# Pictures are at most this many times as long as they are wide: a signal has only one row.
+ELONGATED = 4
+# Curves of signals: their least width, their height, and the grey of zero.
+CURVE_WIDTH, CURVE_HEIGHT, CURVE_ZERO = 96, 48, 0.8
 # The fraction of the non-zero pixels of a tile that stay between black and white.
 CONTRAST = 0.98
 
@@ -66,9 +70,9 @@ def resize_tiles(tiles: Tensor, width: int, *, least: int | None = None) -> Tens
     least: by default, four fifths of the width. Tiles are enlarged by a whole factor if one fits,
     and interpolated otherwise. Values stay in the range of each tile, which may be signed. Set the
     contrast of a tile after it is resized: the fine structure of a reduced tile averages to little
-    contrast.
+    contrast. Elongated tiles are `thickened` first.
     """
-    tiles = tiles.cpu().float()
+    tiles = thickened(tiles.cpu().float())
     h, w = tiles.shape[2:]
     zoom = width // w
     if zoom * w >= (FILLED * width if least is None else least):
@@ -77,6 +81,41 @@ def resize_tiles(tiles: Tensor, width: int, *, least: int | None = None) -> Tens
     low, high = (bound(tiles.flatten(1), 1).view(-1, 1, 1, 1) for bound in (torch.amin, torch.amax))
     resized = F.interpolate(tiles, size, mode="bilinear", antialias=True)
     return torch.minimum(torch.maximum(resized, low), high)
+
+
+def thickened(tiles: Tensor) -> Tensor:
+    """Tiles (K, C, h, w) with rows or columns repeated until they are about ELONGATED times as long
+    as they are wide, if they are longer."""
+    h, w = tiles.shape[2:]
+    rows, columns = max(1, w // (ELONGATED * h)), max(1, h // (ELONGATED * w))
+    if rows > 1:
+        tiles = tiles.repeat_interleave(rows, 2)
+    return tiles.repeat_interleave(columns, 3) if columns > 1 else tiles
+
+
+def as_curves(tiles: Tensor) -> Tensor:
+    """Tiles (K, 3, 1, w) of one row, in [0, 1], as pictures (K, 3, h', w') of their curves.
+
+    0 is at the bottom, 1 at the top, and a grey line at 1/2, the zero of `shade_signed`. The planes
+    are red, green and blue curves, black where they meet. Tiles of more rows are returned as they
+    are.
+    """
+    if tiles.shape[2] > 1:
+        return tiles
+    tiles = tiles.cpu().float()
+    width = tiles.shape[3] * max(1, math.ceil(CURVE_WIDTH / tiles.shape[3]))
+    heights = F.interpolate(tiles[:, :, 0], width, mode="linear") * (CURVE_HEIGHT - 1)
+    ends = torch.cat([heights[..., 1:], heights[..., -1:]], 2)
+    low, high = torch.minimum(heights, ends)[:, :, None], torch.maximum(heights, ends)[:, :, None]
+    rows = torch.arange(CURVE_HEIGHT - 1, -1, -1).view(1, 1, -1, 1)
+    inked = (rows >= low.round()) & (rows <= high.round())  # (K, 3, h', w')
+    page = torch.full(inked.shape, PAPER)
+    page[:, :, CURVE_HEIGHT // 2] = CURVE_ZERO
+    for plane in range(3):
+        # The ink of a curve takes the two other colours away.
+        for other in {0, 1, 2} - {plane}:
+            page[:, other][inked[:, plane]] = 0.0
+    return page
 
 
 def shade_signed(tiles: Tensor, magnitude: float | Tensor | None = None) -> Tensor:
@@ -126,7 +165,7 @@ def text_block(
     canvas = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(canvas)
     lines = legible(lines)
-    font = font_of(size, ascii_only=lines.isascii())
+    font = font_for(lines, size)
     draw.multiline_text((GAP, GAP), lines, fill=color, font=font, spacing=4)
     return torch.from_numpy(np.array(canvas)).permute(2, 0, 1) / 255
 
@@ -134,8 +173,7 @@ def text_block(
 def text_width(text: str, *, size: int = FONT) -> int:
     """The width of a line of `text_block` in pixels."""
     text = legible(text)
-    font = font_of(size, ascii_only=text.isascii())
-    return math.ceil(font.getlength(text)) + 2 * GAP
+    return math.ceil(font_for(text, size).getlength(text)) + 2 * GAP
 
 
 def paragraph(text: str, width: int, *, size: int = FONT, color: str = "black") -> Tensor:

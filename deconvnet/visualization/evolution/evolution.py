@@ -7,6 +7,7 @@ network learns, `from_checkpoints` computes them from the checkpoints of any net
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -60,9 +61,11 @@ class Evolution:
         tiles = self.tiles * signs[..., None, None, None].to(self.tiles)
         return replace(self, tiles=tiles, values=self.values.abs())
 
-    def save(self, path: Path) -> None:
-        """Write the evolution to an .npz file, atomically; tiles are stored with 11 bits of
-        precision, everything else exactly."""
+    def save(self, path: Path, key: dict[str, object] | None = None) -> None:
+        """Write the evolution to an .npz file, atomically; key: what it depends on.
+
+        Tiles are stored with 11 bits of precision, everything else exactly.
+        """
         # Projections of deep networks can exceed the range of float16, so each has its own unit.
         units = self.tiles.float().flatten(2).abs().amax(2)
         units[units == 0] = 1
@@ -74,6 +77,8 @@ class Evolution:
             "boxes": self.boxes.cpu().numpy(),
             "values": self.values.cpu().numpy(),
         }
+        if key is not None:
+            arrays["key"] = np.array(json.dumps(key))
         save_arrays(path, arrays)
 
 
@@ -95,6 +100,16 @@ def load_evolution(path: str | Path) -> Evolution:
         raise ValueError(
             f"{path}: damaged or not a file of features over epochs ({error})"
         ) from error
+
+
+def load_cached_evolution(path: Path, key: dict[str, object]) -> Evolution | None:
+    """The evolution in a file; None if there is no file, or if its key differs."""
+    if not path.exists():
+        return None
+    evolution = load_evolution(path)
+    stored = load_arrays(path).get("key")
+    same = stored is not None and json.loads(str(stored)) == json.loads(json.dumps(key))
+    return evolution if same else None
 
 
 def join_evolutions(parts: Sequence[Evolution]) -> Evolution:

@@ -83,10 +83,10 @@ def occlusion_picture(
         ),
     ]
     if result.probability is not None:
-        names = _named(names)
+        most_likely = int(result.base_probabilities.argmax())
+        names = _named(names, [result.class_index, most_likely, *result.label.unique().tolist()])
         correct, first = (
-            shortened(str(names.get(label, f"class {label}")), 26)
-            for label in (result.class_index, int(result.base_probabilities.argmax()))
+            shortened(names[label], 26) for label in (result.class_index, most_likely)
         )
         base = float(result.base_probabilities[result.class_index])
         limits = (0.0, _limits(result.probability, base)[1])
@@ -174,5 +174,7 @@ def _limits(values: Tensor, base: float) -> tuple[float, float]:
     return min(float(values.min()), base), max(float(values.max()), base)
 
 
-def _named(names: Sequence[str] | dict[int, str] | None) -> dict[int, str]:
-    return names if isinstance(names, dict) else dict(enumerate(names or ()))
+def _named(names: Sequence[str] | dict[int, str] | None, labels: Sequence[int]) -> dict[int, str]:
+    """The names of these labels; "class 285" if a label has no name."""
+    known = names if isinstance(names, dict) else dict(enumerate(names or ()))
+    return {label: str(known.get(label, f"class {label}")) for label in labels}

@@ -80,7 +80,7 @@ def write_result_gallery(
             for layer in result.projections
         ),
         images=images(),
-        photographs=Photographs(names, result.images),
+        photographs=Photographs(names, result.shown_images),
         figures=[
             Figure(picture, figure_caption(name, result.projections))
             for name, picture in result.pictures.items()

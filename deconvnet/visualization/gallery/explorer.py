@@ -39,7 +39,7 @@ def explorer_image(
     pixels = result.images[number]
     layers = [_image_layer(result, pixels, layer, repainted) for layer in result.projections]
     name = shown_name(Path(result.images.names[number]).name)
-    return GalleryImage(name, pixels, layers, photograph=number)
+    return GalleryImage(name, result.shown_images[number], layers, photograph=number)
 
 
 def _image_layer(

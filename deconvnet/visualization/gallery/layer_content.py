@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deconvnet.visualization.drawing.canvas import (
+    as_curves,
     quantile_magnitude,
     shade_projections,
     shade_signed,
@@ -148,7 +149,7 @@ class _LayerContent:
             layer,
             survey,
             names,
-            shade_signed(filters[1]) if is_first else None,
+            as_curves(shade_signed(filters[1])) if is_first else None,
             similarities(strongest),
             survey.correlations(),
             below,
@@ -220,7 +221,7 @@ class _LayerContent:
         for share, n in self.survey.spectrum(number, without=strongest):
             image = int(self.survey.images[n])
             unit = int(self.survey.rows[n, number]), int(self.survey.columns[n, number])
-            pixels = self.result.images[image]
+            pixels = self.result.shown_images[image]
             size = tuple(pixels.shape[1:])
             window = _window_of(unit, info, row, projections, size)
             patch = crop(pixels[None], torch.tensor([window]), fill=0.5)[0]

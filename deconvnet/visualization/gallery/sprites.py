@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from deconvnet.visualization.drawing.canvas import thickened
+
 Picture = Tensor | np.ndarray
 
 GREY = 128
@@ -148,6 +150,7 @@ def sprite_style(sheet: dict, index: int) -> str:
 
 def _bytes(picture: Tensor, largest: int) -> np.ndarray:
     """(h, w, 3) uint8: a picture (3, H, W) in [0, 1], reduced to a side of at most `largest`."""
+    picture = thickened(picture[None])[0]
     H, W = picture.shape[1:]
     if max(H, W) > largest:
         size = [max(1, round(side * largest / max(H, W))) for side in (H, W)]

@@ -11,6 +11,7 @@ from torch import Tensor
 from deconvnet.network.network import DeconvNet
 from deconvnet.operators.arithmetic import Field
 from deconvnet.visualization.drawing.canvas import (
+    ELONGATED,
     GAP,
     PAPER,
     hstack,
@@ -47,7 +48,7 @@ def active_map_sheet(
     """
     image = image.cpu().float().expand(3, -1, -1)
     z, features = z.cpu().float(), enlarged(features, FEATURE)
-    size = round(IMAGE * image.shape[1] / image.shape[2]), IMAGE
+    size = max(round(IMAGE * image.shape[1] / image.shape[2]), IMAGE // ELONGATED), IMAGE
     both = torch.stack([image, preprocessed.cpu().float()])
     shown, prepared = F.interpolate(both, size, mode="bilinear", antialias=True).clamp(0, 1)
     pale = PALE + (1 - PALE) * shown.mean(0)
@@ -62,7 +63,7 @@ def active_map_sheet(
         )
     ]
     narrowest = min(f.stride * n / m for f, m, n in zip(fields, image.shape[1:], size, strict=True))
-    below = features.shape[2]
+    below = max(features.shape[2], FEATURE)
     cells = [
         vstack([picture, text_block(name, IMAGE, below)], GAP)
         for name, picture in (("image", shown), ("preprocessed", prepared))

@@ -18,6 +18,7 @@ from deconvnet.operators.pooling import max_pool
 from deconvnet.visualization.drawing.canvas import (
     GAP,
     PAPER,
+    as_curves,
     hstack,
     quantile_magnitude,
     resize_tiles,
@@ -32,6 +33,9 @@ from deconvnet.visualization.pictures.parts_picture import image_parts_picture
 from deconvnet.visualization.projection.feature_projection import (
     PixelFeatures,
     pixel_features,
+    shown_pixels,
+    side_by_side,
+    signed_filters,
     signed_rgb,
 )
 
@@ -59,12 +63,13 @@ def layer_cards(
 ) -> dict[str, tuple[Tensor, list[Tensor]]]:
     """`layer_pictures`, each with the same picture as cards of TensorBoard."""
     pictures = {}
+    arrays, images = images, shown_pixels(net, images)
     if number == 1:
-        features = shade_signed(signed_rgb(net, net.layer(1).filters))
+        features = as_curves(shade_signed(signed_filters(net)))
     else:
         found = pixel_features(net, codes, number).cropped(tuple(images.shape[2:]))
-        features = shade_features(signed_rgb(net, found.tiles), found.values)
-        patches = found.patches(images).expand(-1, 3, -1, -1)
+        features = as_curves(shade_features(signed_rgb(net, found.tiles), found.values))
+        patches = as_curves(found.patches(images))
         pictures["patches"] = (
             patch_sheet(features, patches, found.values).picture(),
             patch_sheet(features, patches, found.values, width=CARD_FILTER).cards(),
@@ -72,7 +77,7 @@ def layer_cards(
     pictures["filters"] = filter_picture(features), filter_cards(features)
     shown = torch.linspace(0, len(images) - 1, min(SHOWN_IMAGES, len(images))).round().long()
     shown_codes = codes.select(shown.to(net.device))
-    rows = _reconstructions(net, shown_codes, images[shown])
+    rows = _reconstructions(net, shown_codes, arrays[shown])
     preprocessed = rows[1].images
     pictures["reconstructed"] = _reconstruction_picture(rows), _reconstruction_cards(rows)
     # The image that the layer reconstructs best.
@@ -131,12 +136,16 @@ def snapshot_features(features: PixelFeatures, image: tuple[int, int]) -> Tensor
     image: (H, W), the size of the images in pixels.
     """
     shown = features.cropped(image)
-    return shade_features(shown.tiles, shown.values)
+    return as_curves(shade_features(shown.tiles, shown.values))
 
 
 def filter_grid(f: Tensor, *, columns: int | None = None) -> Tensor:
-    """Filters (K, 1 or 3, h, w) as a grid, each shaded by its own largest magnitude."""
-    return tile_grid(shade_signed(f), columns=columns)
+    """Filters (K, C, h, w) as a grid, each shaded by its own largest magnitude.
+
+    Filters of one row are drawn as curves; other than 1 or 3 channels are shown `side_by_side`.
+    """
+    planes = f if f.shape[1] in (1, 3) else side_by_side(f)
+    return tile_grid(as_curves(shade_signed(planes)), columns=columns)
 
 
 def map_grid(z: Tensor, *, columns: int | None = None) -> Tensor:
@@ -179,7 +188,7 @@ def _reconstructions(net: DeconvNet, codes: Codes, images: Tensor) -> list[_Row]
     def shaded(signed: Tensor) -> Tensor:
         return shade_signed(signed_rgb(net, signed), white)
 
-    rows = [_Row("image", images), _Row("preprocessed", shaded(y))]
+    rows = [_Row("image", shown_pixels(net, images)), _Row("preprocessed", shaded(y))]
     for number, layer in enumerate(codes.layers, 1):
         reconstruction = net.synthesize(codes, number)
         snrs = tuple(snr(one, other) for one, other in zip(y, reconstruction, strict=True))
@@ -187,12 +196,14 @@ def _reconstructions(net: DeconvNet, codes: Codes, images: Tensor) -> list[_Row]
         rows.append(_Row(f"layer {number}", *row))
     rows.append(_Row("residual", shaded(y - reconstruction)))
     pixels = net.preprocessing.inverse(reconstruction, codes.record)
-    rows.append(_Row(f"layer {top}, in pixels", pixels))
+    in_pixels = shown_pixels(net, pixels, like=images)
+    units = "its units" if net.preprocessing.are_arrays else "pixels"
+    rows.append(_Row(f"layer {top}, in {units}", in_pixels))
     return [replace(r, images=r.images.clamp(0, 1).expand(-1, 3, -1, -1).cpu()) for r in rows]
 
 
 def _reconstruction_picture(rows: list[_Row]) -> Tensor:
-    shown = [enlarged(row.images, IMAGE) for row in rows]
+    shown = [enlarged(as_curves(row.images), IMAGE) for row in rows]
     labels = []
     for row, tiles in zip(rows, shown, strict=True):
         lines = row.name.replace(", ", "\n")
@@ -210,7 +221,7 @@ def _reconstruction_cards(rows: list[_Row]) -> list[Tensor]:
         cells = []
         for row in rows:
             caption = f"{row.name}: {row.snrs[n]:.1f} dB" if row.snrs else row.name
-            tile = resize_tiles(row.images[n : n + 1], CARD_IMAGE)[0]
+            tile = resize_tiles(as_curves(row.images[n : n + 1]), CARD_IMAGE)[0]
             cells.append(captioned(F.pad(tile, (0, CARD_IMAGE - tile.shape[2]), value=1), caption))
         cards.append(Sheet(cells).cards()[0])
     return cards

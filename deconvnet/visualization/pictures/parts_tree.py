@@ -22,6 +22,7 @@ from deconvnet.visualization.drawing.canvas import (
     quantile_magnitude,
     shade_signed,
     text_block,
+    thickened,
     vstack,
 )
 from deconvnet.visualization.pictures.image_parts import (
@@ -165,8 +166,9 @@ def shaded(signed: Tensor, width: int, white: float | Tensor | None = None) -> T
 
 def resized(pictures: Tensor, width: int) -> Tensor:
     """Pictures (N, C, h, w) at this width; pixels that are much enlarged stay squares."""
+    pictures = thickened(pictures.cpu().float())
     h, w = pictures.shape[2:]
-    size, pictures = (max(1, round(h * width / w)), width), pictures.cpu().float()
+    size = max(1, round(h * width / w)), width
     if size == (h, w):
         return pictures
     if width >= 3 * w:

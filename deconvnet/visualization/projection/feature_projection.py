@@ -8,6 +8,7 @@ switches of its image, and crop the result to the receptive field.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -149,10 +150,54 @@ def layer_field(net: DeconvNet, layer: int, axis: int) -> Field:
 
 
 def signed_rgb(net: DeconvNet, f: Tensor) -> Tensor:
-    """Signed tiles (K, C, h, w) in the colour planes of a network as signed RGB."""
+    """Signed tiles (K, C, h, w) in the colour planes of a network as signed RGB, or grey (C = 1).
+
+    Of arrays, the three channels with the most energy are red, green and blue
+    (`Preprocessing.shown_channels`).
+    """
+    if net.preprocessing.are_arrays:
+        return f[:, net.preprocessing.shown_channels]
     if net.preprocessing.settings.color != "ycbcr":
         return f
     return ycbcr_to_rgb(f) - ycbcr_to_rgb(torch.zeros_like(f))
+
+
+def signed_filters(net: DeconvNet) -> Tensor:
+    """The filters of layer 1 as signed tiles, RGB (K, 3, h, w) or grey (K, 1, h, w).
+
+    Filters of arrays with more than three channels show all of them, `side_by_side`.
+    """
+    f = net.layer(1).filters
+    return signed_rgb(net, f) if f.shape[1] <= 3 else side_by_side(f)
+
+
+def side_by_side(f: Tensor) -> Tensor:
+    """The C channels of filters (K, C, h, w) in one plane (K, 1, H, W), in reading order.
+
+    Zeros lie between them. The channels of filters of one row are the rows, without a gap.
+    """
+    K, C, h, w = f.shape
+    columns, gap = (1, 0) if h == 1 else (math.ceil(math.sqrt(C)), 1)
+    rows = -(-C // columns)
+    f = torch.cat([f, f.new_zeros(K, rows * columns - C, h, w)], 1)
+    f = F.pad(f, (0, gap, 0, gap)).view(K, rows, columns, h + gap, w + gap).transpose(2, 3)
+    plane = f.reshape(K, 1, rows * (h + gap), columns * (w + gap))
+    return plane[:, :, : plane.shape[2] - gap, : plane.shape[3] - gap]
+
+
+def shown_pixels(net: DeconvNet, images: Tensor, *, like: Tensor | None = None) -> Tensor:
+    """The images (N, C, H, W) that a network takes as RGB pixels (N, 3, H, W) in [0, 1].
+
+    Of arrays, three channels as in `signed_rgb`; the range of each array, or of the array in `like`
+    that it reconstructs, becomes [0, 1].
+    """
+    if net.preprocessing.are_arrays:
+        channels = net.preprocessing.shown_channels
+        images, like = images[:, channels], (images if like is None else like)[:, channels]
+        low, high = like.flatten(1).aminmax(dim=1)
+        low, high = low.view(-1, 1, 1, 1), high.view(-1, 1, 1, 1)
+        images = (images - low) / torch.where(high > low, high - low, torch.ones_like(high))
+    return images.expand(-1, 3, -1, -1)
 
 
 def _strongest_of_maps(

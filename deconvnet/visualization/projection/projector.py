@@ -23,7 +23,7 @@ from deconvnet.visualization.models.normalization import Normalization
 from deconvnet.visualization.projection.backward_rules import AUTO, METHODS
 from deconvnet.visualization.projection.cnn_backend import CnnBackend
 from deconvnet.visualization.projection.deconvnet_backend import DeconvNetBackend
-from deconvnet.visualization.projection.feature_projection import signed_rgb
+from deconvnet.visualization.projection.feature_projection import shown_pixels, signed_rgb
 from deconvnet.visualization.projection.projection import (
     LayerInfo,
     Projection,
@@ -188,13 +188,24 @@ class Projector:
         return self.backend.outputs(check_input(x))
 
     def prepare(self, pixels: Tensor) -> Tensor:
-        """Convert RGB pixels (N, 3, H, W) in [0, 1] to the model's input, on its device."""
+        """Convert RGB pixels (N, 3, H, W) in [0, 1] to the model's input, on its device.
+
+        A DeconvNet for arrays takes these, (N, C, H, W).
+        """
         pixels = pixels.to(self.device)
         return pixels if self.is_deconvnet else self.normalization.apply(pixels)
 
+    def shown(self, pixels: Tensor) -> Tensor:
+        """RGB pixels (N, 3, H, W) for pictures, from what `prepare` takes.
+
+        They are the same, except for a DeconvNet that takes arrays of other channels.
+        """
+        is_array = self.is_deconvnet and self.model.preprocessing.are_arrays
+        return shown_pixels(self.model, pixels) if is_array else pixels
+
     def pixels(self, x: Tensor) -> Tensor:
         """Convert the model's input (N, C, H, W) to RGB pixels (N, 3, H, W), clipped to [0, 1]."""
-        pixels = x.expand(-1, 3, -1, -1) if self.is_deconvnet else self.normalization.pixels(x)
+        pixels = shown_pixels(self.model, x) if self.is_deconvnet else self.normalization.pixels(x)
         return pixels.clamp(0, 1)
 
     def signed_rgb(self, images: Tensor) -> Tensor:

@@ -125,11 +125,12 @@ def _project(
         tiles = {
             # One plane is enough for grey pictures.
             method: task.projector.signed_rgb(crop(projection.images, windows))[
-                :, : projection.images.shape[1]
+                :, : 1 if projection.images.shape[1] == 1 else 3
             ]
             for method, projection in projections.items()
         }
-        patches = crop(pixels[first.units[:, 0]], windows, fill=0.5)
+        shown = task.projector.shown(pixels)
+        patches = crop(shown[first.units[:, 0]], windows, fill=0.5)
         yield ProjectedUnits(chunk, projections, windows, tiles, patches)
 
 

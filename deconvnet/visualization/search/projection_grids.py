@@ -31,6 +31,7 @@ from deconvnet.visualization.drawing.canvas import (
     text_block,
     vstack,
 )
+from deconvnet.visualization.projection.feature_projection import signed_filters
 from deconvnet.visualization.projection.projection import LayerInfo
 from deconvnet.visualization.projection.projection_picture import BORDER, PALE, TILE
 from deconvnet.visualization.projection.projector import Projector
@@ -203,7 +204,7 @@ def pixel_filters(projector: Projector) -> tuple[str, Tensor] | None:
     if there is none.
     """
     if projector.is_deconvnet:
-        return "layer1", projector.signed_rgb(projector.model.layer(1).filters).cpu()
+        return "layer1", signed_filters(projector.model).expand(-1, 3, -1, -1).cpu()
     planes = 1 if projector.normalization.order == "grey" else 3
     for name, module in projector.model.named_modules():
         if isinstance(module, nn.Conv2d) and module.in_channels == planes and module.groups == 1:
