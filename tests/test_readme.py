@@ -21,6 +21,7 @@ GUIDES = {
     "deconvolution": 30,
     "upsampling": 20,
     "sklearn": 10,
+    "signals": 12,
     "features": 1,
     "visualization": 4,
     "classification": 1,
