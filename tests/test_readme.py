@@ -19,6 +19,7 @@ README = (ROOT / "README.md").read_text()
 GUIDES = {
     "coding": 30,
     "deconvolution": 30,
+    "gradients": 5,
     "upsampling": 20,
     "sklearn": 10,
     "signals": 12,
