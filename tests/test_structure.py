@@ -22,6 +22,7 @@ ORDER = [
     "operators",
     "sparse_coding",
     "filters",
+    "nn",
     "images",
     "monitoring",
     "network",
