@@ -22,6 +22,7 @@ GUIDES = {
     "gradients": 5,
     "upsampling": 20,
     "sklearn": 10,
+    "signals": 12,
     "features": 1,
     "visualization": 4,
     "classification": 1,
