@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -96,7 +97,7 @@ def pad_to_square(image: Tensor, size: int) -> tuple[Tensor, Frame]:
             f"data.size={size}: both must be at least {MIN_SIDE}"
         )
     top, left = (size - height) // 2, (size - width) // 2
-    square = image.new_zeros(3, size, size)
+    square = image.new_zeros(len(image), size, size)
     square[:, top : top + height, left : left + width] = _resize(image, height, width)
     return square, (top, left, height, width)
 
@@ -117,15 +118,34 @@ def reduced_size(size: tuple[int, int], side: int, *, fit: str = "crop") -> tupl
 
 
 def fit_image(image: Tensor, name: str, size: int | None, fit: str) -> tuple[Tensor, Frame]:
-    """The image fitted to data.size by data.fit, and its frame; name: for messages."""
+    """The image fitted to data.size by data.fit, and its frame; name: for messages.
+
+    NaN marks unseen pixels. A pixel of the result is the mean of those that are seen of what it
+    covers, and NaN if they are less than half of it.
+    """
+    unseen = image.isnan().any(0, keepdim=True)
+    if unseen.any():
+        weighted = torch.cat([image.masked_fill(unseen, 0), (~unseen).to(image)])
+        fitted, frame = _fit_planes(weighted, name, size, fit)
+        top, left, height, width = frame
+        seen = fitted[-1:].clone()
+        fitted = fitted[:-1]
+        inside = (..., slice(top, top + height), slice(left, left + width))
+        fitted[inside] = (fitted[inside] / seen[inside].clamp(min=0.5)).clamp(max=1)
+        fitted[inside] = fitted[inside].masked_fill(seen[inside] < 0.5, torch.nan)
+        return fitted, frame
+    return _fit_planes(image, name, size, fit)
+
+
+def _fit_planes(planes: Tensor, name: str, size: int | None, fit: str) -> tuple[Tensor, Frame]:
     if fit == "pad":
         try:
-            return pad_to_square(image, size)
+            return pad_to_square(planes, size)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
     if size is not None:
-        image = crop_to_square(image, size)
-    return image, (0, 0, *image.shape[1:])
+        planes = crop_to_square(planes, size)
+    return planes, (0, 0, *planes.shape[1:])
 
 
 def is_enlarged(image: Tensor, size: int | None, fit: str) -> bool:
