@@ -126,14 +126,14 @@ def fit_image(image: Tensor, name: str, size: int | None, fit: str) -> tuple[Ten
     unseen = image.isnan().any(0, keepdim=True)
     if unseen.any():
         weighted = torch.cat([image.masked_fill(unseen, 0), (~unseen).to(image)])
-        fitted, frame = _fit_planes(weighted, name, size, fit)
+        # In the middle of [0, 1], so that no overshoot is clamped before the division.
+        fitted, frame = _fit_planes((weighted + 0.5) / 2, name, size, fit)
         top, left, height, width = frame
-        seen = fitted[-1:].clone()
-        fitted = fitted[:-1]
-        inside = (..., slice(top, top + height), slice(left, left + width))
-        fitted[inside] = (fitted[inside] / seen[inside].clamp(min=0.5)).clamp(max=1)
-        fitted[inside] = fitted[inside].masked_fill(seen[inside] < 0.5, torch.nan)
-        return fitted, frame
+        picture = fitted[:, top : top + height, left : left + width]
+        *planes, seen = 2 * picture - 0.5
+        planes = (torch.stack(planes) / seen.clamp(min=0.5)).clamp(0, 1)
+        picture[:-1] = planes.masked_fill(seen < 0.5, torch.nan)
+        return fitted[:-1].contiguous(), frame
     return _fit_planes(image, name, size, fit)
 
 
