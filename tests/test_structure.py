@@ -30,6 +30,7 @@ ORDER = [
     "training",
     "dictionary",
     "signals",
+    "recordings",
     "applications",
     "sklearn",
     "cli",
