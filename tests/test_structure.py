@@ -29,6 +29,7 @@ ORDER = [
     "visualization",
     "training",
     "dictionary",
+    "num_maps_choice",
     "signals",
     "recordings",
     "applications",
