@@ -10,12 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+# The process that only hands out tests to others does not import torch, which takes seconds.
 
 # All problems here are tiny: threads that wait for each other cost ten times what they bring.
-torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Importing torch takes seconds, so it happens once: each run is a fork of this process, with its
@@ -76,6 +74,10 @@ for command in COMMANDS:
 for (schema, path, name), source in requests:
     read_files_as_written(schema)
     configs[schema, path, name] = source.load_config_from_file(name)
+
+# For help pages, Hydra lists all groups of settings twice: its own, which none of them shows, too.
+format_groups = Hydra.format_config_groups
+Hydra.format_config_groups = lambda self, of: "" if of("hydra") else format_groups(self, of)
 
 # What torchrun does with its arguments, but its workers are forks.
 def torchrun(arguments):
@@ -140,6 +142,9 @@ os._exit(code)
 
 def pytest_collection_finish():
     """Keep the garbage collector from scanning modules and tests, which live until the end."""
+    import torch
+
+    torch.set_num_threads(1)
     gc.collect()
     gc.freeze()
 
@@ -212,6 +217,7 @@ def script(start):
 @pytest.fixture(scope="session")
 def textures():
     """textures(N, C, H, W): images in [0, 1] with edges and colours, the same for the same seed."""
+    import torch
 
     def make(*shape, seed=0):
         N, C, H, W = shape

@@ -287,31 +287,31 @@ def test_a_frame_of_pandas_goes_in_and_comes_out(images):
 
 @pytest.fixture(scope="module")
 def shifted():
-    """500 digits of 8x8, shuffled, each at a random place of 13x13 pixels, and their labels."""
+    """300 digits of 8x8, shuffled, each at a random place of 13x13 pixels, and their labels."""
     rng = np.random.RandomState(0)
     digits, labels = load_digits(return_X_y=True)
-    chosen = rng.permutation(len(digits))[:500]
-    X = np.zeros((500, 13, 13))
-    for image, digit, (i, j) in zip(X, digits[chosen], rng.randint(0, 6, (500, 2)), strict=True):
+    chosen = rng.permutation(len(digits))[:300]
+    X = np.zeros((300, 13, 13))
+    for image, digit, (i, j) in zip(X, digits[chosen], rng.randint(0, 6, (300, 2)), strict=True):
         image[i : i + 8, j : j + 8] = digit.reshape(8, 8)
     return X, labels[chosen]
 
 
 def test_what_digits_are_is_in_their_maps_and_less_in_those_of_random_filters(shifted):
     X, labels = shifted
-    model = DeconvNetTransformer(filter_size=5, epochs=3, grid=1).fit(X[:200])
+    model = DeconvNetTransformer(filter_size=5, epochs=3, grid=1).fit(X[:100])
 
     def score(features):
         classifier = make_pipeline(
             FunctionTransformer(np.sqrt), MaxAbsScaler(), LogisticRegression(max_iter=300)
         )
-        return classifier.fit(features[:300], labels[:300]).score(features[300:], labels[300:])
+        return classifier.fit(features[:200], labels[:200]).score(features[200:], labels[200:])
 
     learned = score(model.transform(X))
     layer = model.net_.layer(1)
     noise = torch.randn(layer.filters.shape, generator=torch.Generator().manual_seed(0))
     layer.set_filters(noise)
-    random, pixels = score(model.transform(X)), score(X.reshape(500, -1))
+    random, pixels = score(model.transform(X)), score(X.reshape(300, -1))
     assert learned > random + 0.05 and learned > pixels + 0.4, (learned, random, pixels)
 
 

@@ -21,17 +21,18 @@ from deconvnet.cli.image_files import (
     progress_bar,
     read_images,
 )
-from deconvnet.cli.images_of_run import training_scale
 from deconvnet.cli.read_settings import read_settings
 from deconvnet.cli.settings import ReconstructConfig
 from deconvnet.images.files import image_files
-from deconvnet.images.fit import reduced
+from deconvnet.images.fit import TrainingScale, reduced
+from deconvnet.images.sources import training_scale
 from deconvnet.monitoring.monitor import save_picture
 from deconvnet.network import tiling
 from deconvnet.network.metrics import snr
 from deconvnet.network.network import DeconvNet, load
 from deconvnet.storage import ownership
 from deconvnet.support.devices import torch_device
+from deconvnet.training.run_folder import training_data
 from deconvnet.visualization.pictures.image_parts import image_parts
 from deconvnet.visualization.pictures.parts_picture import draw_parts
 from deconvnet.visualization.projection.feature_projection import shown_pixels
@@ -58,7 +59,7 @@ def reconstruct(settings: ReconstructConfig) -> None:
     endings = [".png"] + ["-parts.png"] * settings.parts + [".npy"] * net.preprocessing.are_arrays
     outputs = [folder / f"{name}-layer{layer}{end}" for name in names for end in endings]
     check_outputs(outputs, [path, *paths])
-    scale = training_scale(path) if settings.parts and settings.rescale else None
+    scale = scale_of(net, path) if settings.parts and settings.rescale else None
     sizes = image_sizes(paths)
     for file, size in sizes.items():
         with errors_naming(file):
@@ -94,6 +95,13 @@ def reconstruct(settings: ReconstructConfig) -> None:
             output = folder / f"{name}-layer{layer}-parts.png"
             save_picture(output, draw_parts(net, codes, shown_pixels(net, image)[0], layer, parts))
             tqdm.write(f"{output}   {parts}")
+
+
+def scale_of(net: DeconvNet, run: Path) -> TrainingScale | None:
+    """The scale of the training images, from the network or, of an earlier version, its run."""
+    if net.training_scale is None and (data := training_data(run)) is not None:
+        return training_scale(data)
+    return net.training_scale
 
 
 def save_array(path: Path, array: Tensor) -> None:

@@ -25,7 +25,7 @@ from deconvnet.filters.update import Diverged
 from deconvnet.images.arrays import array_shape
 from deconvnet.images.datasets import load_images, stream_images
 from deconvnet.images.preprocessing import PreprocessingSettings
-from deconvnet.images.sources import DataSettings
+from deconvnet.images.sources import DataSettings, training_scale
 from deconvnet.monitoring.monitor import Monitor
 from deconvnet.monitoring.statistics import LayerResult
 from deconvnet.network.network import DeconvNet
@@ -76,6 +76,7 @@ def run(
         layers = settings.layer_settings()
         settings.preprocessing = for_arrays(settings.preprocessing, settings.data)
         net = DeconvNet(layers, settings.preprocessing, seed=settings.seed)
+        net.training_scale = training_scale(settings.data)
         record = {k: v for k, v in dataclasses.asdict(settings).items() if k not in FREE}
         images = cache(lambda: source(settings.data, device))
         saved = None

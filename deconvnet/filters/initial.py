@@ -61,6 +61,11 @@ def draw_filters(
     magnitude of the noise or the positive part of the patches is used.
     """
     constraint = replace(constraint or FilterConstraint(), norm="filter", connectivity=None)
+    # A tapered filter may have any shape if it is small enough: begin with one that is tapered.
+    t = constraint.window(like)
+
+    def initial(f: Tensor) -> Tensor:
+        return constraint.project(f if t is None else f * t)
 
     def noise(shape: torch.Size) -> Tensor:
         # float32 whatever torch's default dtype, so that the filters do not depend on it.
@@ -68,7 +73,7 @@ def draw_filters(
         return values.abs() if constraint.non_negative else values
 
     if init == "random":
-        return constraint.project(noise(torch.Size((num, *like.shape[1:]))))
+        return initial(noise(torch.Size((num, *like.shape[1:]))))
     patches, known = draw_patches(PATCHES_PER_FILTER * num)
     if known is not None:
         patches = patches[known >= known.sort().values[-len(known) // MOST_KNOWN]]
@@ -77,7 +82,8 @@ def draw_filters(
     chosen = stronger[torch.randperm(len(stronger), generator=generator)[:num].to(like.device)]
     patches = patches[chosen]
     # A little noise prevents a patch without contrast from becoming a filter of zeros.
-    return constraint.project(constraint.project(patches) + 1e-3 * normalize(noise(patches.shape)))
+    untapered = replace(constraint, taper=0.0)
+    return initial(untapered.project(patches) + 1e-3 * normalize(noise(patches.shape)))
 
 
 def patch_sampler(

@@ -68,6 +68,11 @@ class LearningSettings:
     # shift filters that have settled off centre to the middle of their frame, every fourth epoch in
     # the first two thirds: a filter cut off by its frame is a local minimum
     recenter: bool = True
+    # filters whose planes are all multiples of one: for signals of several channels, one pattern in
+    # space times one in time; not with non_negative, nor with norm=plane
+    rank1: bool = False
+    # share of the length at each end, 0 to 0.5, over which filters fall to zero; 0: none
+    taper: float = 0.0
 
     def __post_init__(self) -> None:
         for key, choices in (("update", UPDATES), ("init", INITS)):
@@ -94,7 +99,9 @@ class LearningSettings:
 
     def constraint(self, connectivity: Tensor | None = None) -> FilterConstraint:
         """The constraint on filters with this connectivity (K, C); None: all planes connected."""
-        return FilterConstraint(self.norm, self.non_negative, self.zero_mean, connectivity)
+        return FilterConstraint(
+            self.norm, self.non_negative, self.zero_mean, connectivity, self.rank1, self.taper
+        )
 
 
 class Diverged(RuntimeError):
@@ -111,7 +118,8 @@ def update_filters(
     """Filters (K, C, h, w) that lower 1/2 f'(gram)f - (linear)'f within the constraint.
 
     Accelerated projected gradient steps from f. The step of each filter is scaled by the energy of
-    its map, so rare filters learn as fast as frequent ones. The best of all iterates, including the
+    its map, so rare filters learn as fast as frequent ones, and with a taper t by t^2, since it
+    measures distances. The best of all iterates, including the
     first, is returned, so the cost never rises. constraint: by default unit norm of each filter.
     Raises Diverged if the cost is not finite.
     """
@@ -121,6 +129,8 @@ def update_filters(
     largest_energy = statistics.energy.max().item()
     energy = statistics.energy.clamp(min=1e-9 * largest_energy if largest_energy > 0 else 1.0)
     scale = energy.rsqrt().view(-1, 1, 1, 1)
+    if (t := constraint.window(start)) is not None:
+        scale = scale * t
     # Z'Z is the same for all channels, so one channel is enough.
     eigenvalue = _largest_eigenvalue(lambda v: scale * product(scale * v), start[:, :1])
     step = scale.square() / eigenvalue

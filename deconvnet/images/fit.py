@@ -117,6 +117,29 @@ def reduced_size(size: tuple[int, int], side: int, *, fit: str = "crop") -> tupl
     return height, width
 
 
+@dataclass(frozen=True)
+class TrainingScale:
+    """The scale of training images: `side` pixels along the short side of a whole image, or along
+    its long side if fit is "pad"."""
+
+    side: int
+    fit: str = "crop"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.side, int) or self.side < 1:
+            raise ValueError(f"side={self.side}: must be a whole number of at least 1")
+        if self.fit not in FITS:
+            raise ValueError(f"fit={self.fit}: choose {' or '.join(FITS)}")
+
+    def size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The size of an image of H x W pixels at this scale; smaller images are not enlarged."""
+        return reduced_size(size, self.side, fit=self.fit)
+
+    def __str__(self) -> str:
+        which = "long" if self.fit == "pad" else "short"
+        return f"{self.side} pixels along the {which} side, the scale of the training images"
+
+
 def fit_image(image: Tensor, name: str, size: int | None, fit: str) -> tuple[Tensor, Frame]:
     """The image fitted to data.size by data.fit, and its frame; name: for messages.
 

@@ -17,8 +17,9 @@ from typing import NoReturn
 from deconvnet.images.arrays import array_items
 from deconvnet.images.decoding import Content, check_file, reason, shown_name, user_path
 from deconvnet.images.files import assignment, files_in, find_images
-from deconvnet.images.fit import FITS, MAX_SIDE, MIN_SIDE
+from deconvnet.images.fit import FITS, MAX_SIDE, MIN_SIDE, TrainingScale
 from deconvnet.images.item import Item
+from deconvnet.images.photographs import SHORT_SIDE
 from deconvnet.images.shards import Damage, Member, read_index
 from deconvnet.images.torchvision_source import torchvision_items
 
@@ -112,6 +113,19 @@ class DataSettings:
             raise ValueError(
                 f"data.max_images={self.max_images}: must be at least 1, or null for all"
             )
+
+
+def training_scale(data: DataSettings) -> TrainingScale | None:
+    """The scale of whole images in these training images; None if they are left as they are.
+
+    Photographs are reduced before they are cropped; the images of other sources are resized to the
+    size of the crops.
+    """
+    if data.size is None:
+        return None
+    if data.source == "photographs":
+        return TrainingScale(round(SHORT_SIDE * data.scale), "crop")
+    return TrainingScale(data.size, data.fit)
 
 
 def without_download(settings: DataSettings) -> DataSettings:

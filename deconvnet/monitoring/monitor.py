@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -180,9 +181,11 @@ class Monitor:
             return
         if not all(map(torch.isfinite, picture.aminmax())):
             raise ValueError(f"the picture {name} has values that are not finite")
-        summary = image_summary(picture_tag(name), cards or [picture], picture_description(name))
-        self._show(summary, step)
-        save_picture(self.folder / "pictures" / f"{name.replace('/', '-')}.png", picture)
+        encode = cache(png)  # the first card is often the whole picture
+        tag, description = picture_tag(name), picture_description(name)
+        self._show(image_summary(tag, cards or [picture], description, encode=encode), step)
+        path = self.folder / "pictures" / f"{name.replace('/', '-')}.png"
+        ownership.write(path, encode(picture))
 
     def map_energies(self, layer: int, energies: Tensor, step: int) -> None:
         """Report how much each map is used: energies (K,), the sums of the squares of the maps."""

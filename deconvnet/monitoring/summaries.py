@@ -6,12 +6,12 @@ the filters. All steps of a run are filter updates; the columns of features over
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from deconvnet.monitoring.picture_files import png, png_or_jpeg
+from deconvnet.monitoring.picture_files import png
 
 if TYPE_CHECKING:
     from tensorboard.compat.proto.summary_pb2 import Summary
@@ -42,6 +42,11 @@ PICTURES = {
         "it (with its SNR and density over these images), the residual that the highest layer "
         "leaves, and the reconstruction in pixels. From the second row to the residual, all rows "
         "have the same scale.",
+    ),
+    "lam": (
+        "0 lam",
+        "What lam=auto chose before the layer learned, and from what: the squared error with which "
+        "the code of the other pixels predicts hidden pixels, relative to that of maps of zeros.",
     ),
     "evolution": (
         "4 evolution",
@@ -131,11 +136,15 @@ def text_summary(tag: str, markdown: str, description: str) -> Summary:
 
 
 def image_summary(
-    tag: str, pictures: Sequence[Tensor], description: str, *, exact: bool = True
+    tag: str,
+    pictures: Sequence[Tensor],
+    description: str,
+    *,
+    encode: Callable[[Tensor], bytes] = png,
 ) -> Summary:
     """Pictures (3, H, W) in [0, 1] as the samples of one tag.
 
-    exact: keep every pixel; otherwise a picture is stored as JPEG if that is smaller.
+    encode: a function of `picture_files`.
     """
     from tensorboard.compat.proto.summary_pb2 import Summary
     from tensorboard.compat.proto.tensor_pb2 import TensorProto
@@ -146,7 +155,7 @@ def image_summary(
     strings = [
         str(width).encode(),
         str(height).encode(),
-        *map(png if exact else png_or_jpeg, pictures),
+        *map(encode, pictures),
     ]
     shape = TensorShapeProto(dim=[TensorShapeProto.Dim(size=len(strings))])
     tensor = TensorProto(dtype="DT_STRING", string_val=strings, tensor_shape=shape)

@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from deconvnet.images.fit import TrainingScale
 from deconvnet.images.holes import fill_holes
 from deconvnet.images.preprocessing import Preprocessing, PreprocessingSettings
 from deconvnet.network.codes import ALL, Codes, Images, join
@@ -47,7 +48,13 @@ FILTERS = "filters"
 
 
 class DeconvNet(nn.Module):
-    """A stack of layers on top of a preprocessing; its state is entirely in buffers."""
+    """A stack of layers on top of a preprocessing; its state is entirely in buffers.
+
+    training_scale: of the images that it learned from, for pictures of other images; None if it is
+    not known.
+    """
+
+    training_scale: TrainingScale | None = None
 
     def __init__(
         self,
@@ -244,10 +251,13 @@ class DeconvNet(nn.Module):
             for name, tensor in self.state_dict().items()
             if not name.startswith(above)
         }
-        return tensors, {
+        settings = {
             "preprocessing": dataclasses.asdict(self.preprocessing.settings),
             "layers": [dataclasses.asdict(layer.settings) for layer in layers],
         }
+        if self.training_scale is not None:
+            settings["training_scale"] = dataclasses.asdict(self.training_scale)
+        return tensors, settings
 
     def load_parts(self, tensors: dict[str, Tensor]) -> None:
         """Load the tensors of a network with the same settings and possibly another depth."""
@@ -277,6 +287,8 @@ class DeconvNet(nn.Module):
             _check_shape(tensors, f"layers.{index}.filters", shape)
         net = cls(layers, preprocessing)
         net.load_state_dict(tensors)
+        if "training_scale" in settings:  # files of earlier versions do not have it
+            net.training_scale = TrainingScale(**settings["training_scale"])
         return net
 
     def save(self, path: str | Path) -> None:

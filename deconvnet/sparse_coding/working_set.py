@@ -16,8 +16,8 @@ checked occasionally. Each round
 
 Working sets of violators follow Massias, Gramfort and Salmon (2018, "celer"), the strongest
 coefficient of each tile Moreau, Oudre and Vayatis (2018, "DICOD"). Coefficients are swept by bands
-of rows, the even bands first: bands of one parity do not touch, so threads may share them, and
-neither the threads nor the batch change the result.
+of rows, for signals of columns, the even bands first: bands of one parity do not touch, so threads
+may share them, and neither the threads nor the batch change the result.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -78,6 +79,32 @@ class Atoms:
         return kernels.curvatures(f, G, self.curvature, grid, g, i, j, scratch)
 
 
+@dataclass(frozen=True)
+class Bands:
+    """Equal parts of the rows of maps or, if these are too few to share, of their columns.
+
+    Filters reach at most into the next band, also where they wrap, because the number is even.
+    """
+
+    number: int
+    of_columns: bool = False
+
+    @classmethod
+    def of(cls, maps: tuple[int, int], filters: tuple[int, int]) -> Bands:
+        by_rows, by_columns = (
+            max(1, side // reach // 2 * 2) for side, reach in zip(maps, filters, strict=True)
+        )
+        return cls(by_rows) if by_rows > 1 else cls(by_columns, of_columns=True)
+
+    def sort(self, e: ActiveSet, maps: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+        """(order, starts): the coefficients of maps of this size, sorted by band."""
+        rows, columns = maps
+        if not self.of_columns:
+            return kernels.by_bands(e.i, e.j, rows, columns, self.number)
+        order, starts = kernels.by_bands(e.j, e.i, columns, rows, columns)
+        return order, starts[-(-np.arange(self.number + 1) * columns // self.number)]
+
+
 class Weights(Protocol):
     """The weights of the prior, and the limits up to which a correlation leaves a coefficient zero.
 
@@ -104,12 +131,11 @@ class WorkingSetSolver(Method):
         self.atoms, self.weights = atoms, weights
         self.b = problem.b.detach().contiguous()
         self.residual = torch.empty_like(self.b)
-        N, h = len(self.b), atoms.f.shape[2]
+        N = len(self.b)
         self.maps_shape = (len(atoms.f), *atoms.map_size)
         self.images = list(range(N))
-        # Filters reach at most into the next band, also where they wrap if the number is even.
-        self.bands = max(1, self.maps_shape[1] // h // 2 * 2)
-        bands = np.arange(self.bands)
+        self.bands = Bands.of(atoms.map_size, tuple(atoms.f.shape[2:]))
+        bands = np.arange(self.bands.number)
         parities = [parity.copy() for parity in (bands[::2], bands[1::2]) if len(parity)]
         self.turns = parities * TURNS
         self.best = np.zeros((N, *self.maps_shape[1:]), atoms.dtype)
@@ -289,7 +315,7 @@ class WorkingSetSolver(Method):
         old = old.take((old.z != 0).any(1))
         i, j = kernels.leaders(best, _tile(best, self.atoms.f.shape[2:], len(old.g)))
         e = old.join(self._active_set(n, self.which[n][i, j], i, j))
-        order, self.starts[n] = kernels.by_bands(e.i, e.j, *best.shape, self.bands)
+        order, self.starts[n] = self.bands.sort(e, best.shape)
         self.active[n] = e.take(order)
 
     def _sweep_bands(self, n: int, bands: np.ndarray) -> None:

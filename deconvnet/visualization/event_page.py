@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from deconvnet.monitoring.event_files import event_writer
+from deconvnet.monitoring.picture_files import png, png_or_jpeg
 from deconvnet.monitoring.summaries import image_summary, text_summary
 from deconvnet.storage import ownership
 from deconvnet.visualization.drawing.canvas import (
@@ -86,8 +87,8 @@ def write_event_page(
         for kind, name, cards in _pages(result, settings):
             group, description = GROUPS[kind]
             # Tiles of photographs and of what projections make of them.
-            exact = kind not in ("layers", "control", "evolution")
-            summary = image_summary(f"{group}/{name}", cards, description, exact=exact)
+            encode = png_or_jpeg if kind in ("layers", "control", "evolution") else png
+            summary = image_summary(f"{group}/{name}", cards, description, encode=encode)
             writer.file_writer.add_summary(summary, 0)
         rows = [
             f"| {name} | {report} |"

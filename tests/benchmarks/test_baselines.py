@@ -59,6 +59,14 @@ METHODS = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_patches():
+    """Dictionaries are learned from a tenth of the patches, in a tenth of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("baselines.DICTIONARY_PATCHES", 2000)
+        yield
+
+
 @pytest.fixture(scope="module")
 def images(textures):
     return textures(10, 1, 14, 12)
@@ -347,8 +355,9 @@ def test_invalid_options_give_a_one_line_error_with_the_valid_ones(given, messag
 
 
 # Of 400 digits somewhere, by other writers than the 400 that the classifier has seen, filters that
-# were learned have 79% to 81% right in three draws, random ones with the same inference 59% to 65%.
-FLOOR = 0.72
+# were learned have 74% right (87% of the 800 after them), random ones with the same inference 54%
+# (72%).
+FLOOR = 0.64
 
 
 def score(method, images, labels):
@@ -362,8 +371,8 @@ def score(method, images, labels):
 def test_learned_features_tell_digits_anywhere_and_random_filters_do_not_reach_the_floor():
     images, labels = (array[:800] for array in features.digits(shifted=True))
     plain = PreprocessingSettings(color="grey", steps=[])
-    net = one_layer(48, 5, epochs=4, preprocessing=plain)
-    learned = score(SparseMaps(net).fit(images[:300]), images, labels)
-    random = score(RandomFilters(48, 5, preprocessing=plain).fit(images[:300]), images, labels)
+    net = one_layer(32, 5, epochs=3, preprocessing=plain)
+    learned = score(SparseMaps(net).fit(images[:200]), images, labels)
+    random = score(RandomFilters(32, 5, preprocessing=plain).fit(images[:200]), images, labels)
     assert learned > FLOOR > random, (learned, random)
-    assert learned > random + 0.08
+    assert learned > random + 0.1

@@ -165,7 +165,7 @@ def test_an_interrupted_run_says_so_and_resumes_to_the_same_filters(
     folder = tmp_path / "here"
     folder.mkdir()
     # Slow enough to be caught: many epochs of one layer.
-    arguments = on(photos, "+layers=1", "model.layer1.learning.epochs=50")
+    arguments = on(photos, "+layers=1", "model.layer1.learning.epochs=25")
     # The command that resumes must not start over.
     running = start(folder, "train.py", *arguments, "resume=false")
     deadline = time.monotonic() + 60
@@ -426,6 +426,10 @@ def test_parts_are_drawn_at_the_scale_of_the_training_images(begun, tmp_path, te
     with Image.open(tmp_path / "out" / "large-layer2.png") as picture:
         assert picture.size == (39, 32)
     assert (tmp_path / "out" / "large-layer2-parts.png").is_file()
+    # A network file that was sent to somebody else records the scale, too.
+    shutil.copy(begun[0] / "runs" / "folder" / "network.safetensors", tmp_path / "net.safetensors")
+    file = (f"run={tmp_path / 'net.safetensors'}", *given[1:], f"output={tmp_path / 'file'}")
+    assert script(begun[0], "reconstruct.py", *file).out.splitlines()[0] == first
     as_it_is = ("rescale=false", f"output={tmp_path / 'whole'}")
     result = script(begun[0], "reconstruct.py", *given, *as_it_is)
     assert result.code == 0 and "reduced" not in result.out

@@ -263,7 +263,7 @@ def learn(b, boundary, seed):
     f = initial_filters(4, b, 7, "patches", torch.Generator().manual_seed(seed))
     state = None
     for _ in range(30):
-        A, settings = Deconvolution(f, boundary), SolverSettings(training_iterations=10)
+        A, settings = Deconvolution(f, boundary), SolverSettings()
         solution = solve(A, b, lam=3.0, settings=settings, state=state, training=True)
         state = solution.state
         f = update_filters(

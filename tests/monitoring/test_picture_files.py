@@ -35,8 +35,8 @@ def test_webp_refuses_pictures_that_are_too_large():
 
 def test_tensorboard_gets_jpeg_only_where_it_is_allowed_and_smaller():
     assert read(png_or_jpeg(NOISE))[0] == "JPEG" and read(png_or_jpeg(FLAT))[0] == "PNG"
-    for exact, formats in ((True, ["PNG", "PNG"]), (False, ["JPEG", "PNG"])):
-        summary = image_summary("a", [NOISE, FLAT], "Noise.", exact=exact)
+    for encode, formats in ((png, ["PNG", "PNG"]), (png_or_jpeg, ["JPEG", "PNG"])):
+        summary = image_summary("a", [NOISE, FLAT], "Noise.", encode=encode)
         strings = summary.value[0].tensor.string_val
         assert list(strings[:2]) == [b"50", b"40"]
         assert [read(content)[0] for content in strings[2:]] == formats

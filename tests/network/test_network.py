@@ -6,9 +6,11 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from deconvnet import DeconvNet, LayerSettings, PreprocessingSettings, SolverSettings, load
+from deconvnet.images.fit import TrainingScale
 from deconvnet.monitoring.monitor import Monitor
 from deconvnet.network.codes import join
 from deconvnet.network.layer import LayerProblem
+from deconvnet.network.network import restore_network
 from deconvnet.operators.arithmetic import convolution_matrix
 from deconvnet.operators.linear import Deconvolution, Identity, LinearOperator
 from deconvnet.operators.pooling import UNPOOLINGS, max_pool, unpool
@@ -685,3 +687,17 @@ def test_the_parts_of_the_lowest_layers_make_the_network_of_them(net, codes, ima
     small = DeconvNet.from_parts(*net.to_parts(2))
     assert small.depth == 2
     assert torch.equal(small.infer(images).layer(2).z, codes.layer(2).z)
+
+
+def test_the_scale_of_the_training_images_is_saved_and_older_files_have_none(tmp_path):
+    net = DeconvNet([LayerSettings(num_maps=2, filter_size=3)])
+    net.save(tmp_path / "older.safetensors")
+    assert "training_scale" not in net.to_parts()[1]
+    assert load(tmp_path / "older.safetensors").training_scale is None
+    net.training_scale = TrainingScale(299, "pad")
+    net.save(tmp_path / "net.safetensors")
+    assert load(tmp_path / "net.safetensors").training_scale == TrainingScale(299, "pad")
+    tensors, settings = net.to_parts()
+    for wrong in ({"side": 0}, {"side": 9, "fit": "squash"}, {"side": "9"}, {"width": 9}):
+        with pytest.raises(InvalidFileError, match="not a network of this version"):
+            restore_network("net", tensors, {**settings, "training_scale": wrong})

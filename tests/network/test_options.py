@@ -1,6 +1,7 @@
 """Constraints on maps, filters, borders and pixels that go beyond the papers' problem."""
 
 import dataclasses
+import functools
 import itertools
 import math
 import re
@@ -457,12 +458,18 @@ def test_few_warm_steps_keep_admm_on_the_course_of_the_exact_solve(boundary, mas
 # Stopping by the duality gap
 
 
+@functools.cache
+def weighted_groups_and_their_minimum():
+    A, b = problem("zero", C=2, N=2)
+    prior = Prior(group=2, weights=torch.tensor([1.0, 1.0, 3.0, 3.0]).double())
+    settings = to_the_end("admm", gap=1e-5)
+    return A, b, prior, solve(A, b, lam=5.0, settings=settings, prior=prior).objective
+
+
 @pytest.mark.parametrize("method", ["admm", "fista", "ista"])
 @pytest.mark.parametrize("gap", [0.1, 5e-3])
 def test_an_image_stops_at_its_duality_gap_which_bounds_the_distance_to_the_minimum(method, gap):
-    A, b = problem("zero", C=2, N=2)
-    prior = Prior(group=2, weights=torch.tensor([1.0, 1.0, 3.0, 3.0]).double())
-    minimum = solve(A, b, lam=5.0, settings=to_the_end("admm"), prior=prior).objective
+    A, b, prior, minimum = weighted_groups_and_their_minimum()
     settings = SolverSettings(method=method, iterations=1000, gap=gap)
     found = solve(A, b, lam=5.0, settings=settings, prior=prior)
     assert found.iterations < 1000 and found.gap.dtype == torch.float64
@@ -734,7 +741,7 @@ def test_images_that_are_solved_some_at_a_time_are_those_of_the_whole_batch(
             both = VerticalStack([Identity(), down], [1.0, 0.7], [pooled.shape, b.shape])
             A, b = both @ above, both.join([pooled, b])
     step = torch.linspace(0.01, 0.02, 5, dtype=b.dtype).view(-1, 1, 1, 1)
-    settings = SolverSettings(method=method, iterations=8)
+    settings = SolverSettings(method=method, iterations=1 if method == "half_quadratic" else 8)
     prior = Prior(weights=weights)
     run = partial(solve, A, b, lam=5.0, prior=prior, settings=settings, step=step)
     whole = run()

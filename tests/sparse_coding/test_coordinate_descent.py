@@ -19,7 +19,7 @@ from deconvnet.operators.arithmetic import convolution_matrix
 from deconvnet.operators.convolution import BOUNDARIES, correlate_strips, deconvolve, map_size
 from deconvnet.operators.linear import Deconvolution, Scaling
 from deconvnet.sparse_coding import kernels
-from deconvnet.sparse_coding.active_set import footprint
+from deconvnet.sparse_coding.active_set import ActiveSet, footprint
 from deconvnet.sparse_coding.coordinate_descent import (
     PriorWeights,
     check_coordinate_descent,
@@ -29,7 +29,7 @@ from deconvnet.sparse_coding.iteration import Start, Until
 from deconvnet.sparse_coding.prior import Prior
 from deconvnet.sparse_coding.problem import Problem, SolverSettings, duality_gap
 from deconvnet.sparse_coding.solve import solve, sparse_code
-from deconvnet.sparse_coding.working_set import Atoms, WorkingSetSolver, _tile
+from deconvnet.sparse_coding.working_set import Atoms, Bands, WorkingSetSolver, _tile
 
 # Nearly all tests share few sizes of filters: the loops are compiled once for each.
 every_boundary = pytest.mark.parametrize("boundary", BOUNDARIES)
@@ -372,6 +372,33 @@ def test_threads_change_no_bit(boundary, p, N, threads):
         assert torch.equal(other[0], found[0][0]) and torch.equal(other[1], found[0][1])
 
 
+@every_boundary
+def test_threads_share_a_signal_and_change_no_bit(boundary, threads):
+    A, b = problem(boundary, N=1, size=(1, 3), image=(1, 40))
+    found = []
+    for number in (1, 2, 3):
+        threads(number)
+        found.append(descend(A, b, iterations=5))
+    for other in found[1:]:
+        assert torch.equal(other[0], found[0][0]) and torch.equal(other[1], found[0][1])
+    minimum = solve(A, b, lam=LAM, settings=settings(1e-5))
+    assert (duality_gap(A, b, minimum.z, LAM) <= 1.01e-5 * minimum.objective).all()
+
+
+def test_bands_of_one_parity_are_further_apart_than_a_filter_reaches():
+    for maps, filters in (((40, 9), (3, 3)), ((1, 640), (1, 64)), ((3, 64), (2, 8))):
+        bands = Bands.of(maps, filters)
+        assert bands.number > 1 and bands.number % 2 == 0
+        i, j = (index.ravel().astype(np.int32) for index in np.indices(maps))
+        nothing = np.zeros(len(i))
+        order, starts = bands.sort(ActiveSet(i, i, j, nothing, nothing, nothing), maps)
+        along, reach = (j, filters[1]) if bands.of_columns else (i, filters[0])
+        assert sorted(order) == list(range(len(i))) and starts[-1] == len(i)
+        for s in range(bands.number - 2):
+            last, first = along[order[starts[s + 1] - 1]], along[order[starts[s + 2]]]
+            assert first - last > reach
+
+
 @pytest.mark.parametrize("boundary", ["valid", "reflect"])
 @pytest.mark.parametrize("name", ["plain", "weights of entries"])
 def test_the_maps_of_an_image_do_not_depend_on_its_companions(boundary, name, monkeypatch):
@@ -599,7 +626,7 @@ def test_sweeps_call_no_function_of_which_a_process_may_have_two_copies():
     solver = WorkingSetSolver(part, atoms, PriorWeights(part, atoms))
     sweep = numba.njit(**kernels.OPTIONS)(kernels.descend.py_func)
     grid, active = atoms.grid(0), solver.active[0]
-    starts, one = np.zeros(solver.bands + 1, np.int64), np.float64(1)
+    starts, one = np.zeros(solver.bands.number + 1, np.int64), np.float64(1)
     sweep(b[0].numpy(), atoms.filters, grid, active, starts, solver.turns[0], 1, one, one, False)
     (code,) = sweep.inspect_llvm().values()
     called = re.findall(r"call[^\n]*kernels\w*?(_dot|_paint|_shrunk)", code)

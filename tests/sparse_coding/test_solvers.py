@@ -524,7 +524,7 @@ def test_permuting_the_images_permutes_the_maps(name):
 @pytest.mark.parametrize("boundary", BOUNDARIES)
 def test_a_restart_from_the_minimum_stays_there(method, boundary):
     A, b = problem(boundary)
-    settings = to_the_end(method)
+    settings = to_the_end(method, 1000)
     first = solve(A, b, lam=20.0, settings=settings)
     again = solve(A, b, lam=20.0, settings=settings, state=first.state, training=True)
     assert again.iterations == settings.training_iterations

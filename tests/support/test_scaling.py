@@ -62,9 +62,9 @@ def test_data_and_filters_of_any_units_have_the_same_maps_and_true_certificates(
     y, f = problem(dtype)
     settings = CERTIFIED[method]
     gap = settings.gap
-    expected = sparse_code(y, f, lam_ratio=0.1, settings=settings)
+    expected = sparse_code(y, f, lam_ratio=0.2, settings=settings)
     for s, k in [*((s, 1.0) for s in UNITS), *((1.0, k) for k in NORMS), (1e-13, 1e3), (1e9, 1e-3)]:
-        found = sparse_code(s * y, k * f, lam_ratio=0.1, settings=settings)
+        found = sparse_code(s * y, k * f, lam_ratio=0.2, settings=settings)
         assert found.lam * s * k == pytest.approx(expected.lam, rel=1e-5)
         assert error(found.z.double() * (k / s), expected.z) < 3e-2, (s, k)
         assert_close(
@@ -174,6 +174,8 @@ def least(y, f, lam, weights, mask):
     ).fun
 
 
+# What lies so far apart that the other methods need very many iterations to a small gap.
+FAR_APART = ("one norm of 1e3", "a mask of two sizes")
 UNEVEN = {
     "as they are": dict(),
     "one norm of 1e3": dict(norms=[1e3, 1.0]),
@@ -199,10 +201,11 @@ def test_certificates_hold_against_a_minimum_that_others_found(kind, dtype):
     weights = torch.tensor(asked.get("weights", [1.0, 1.0])).double()
     first = None
     for s, k, v in ((1e-30, 1.0, 1.0), (1e30, 1e3, 1e-12)):
-        given = dict(mask=mask.to(dtype), weights=(v * weights).to(dtype), lam_ratio=0.1)
+        given = dict(mask=mask.to(dtype), weights=(v * weights).to(dtype), lam_ratio=0.2)
         y_, f_ = (s * y).to(dtype), (k * f).to(dtype)
         for method in ("coordinate", "admm", "fista"):
-            settings = dataclasses.replace(CERTIFIED[method], iterations=500)
+            iterations = 100 if kind in FAR_APART else 500
+            settings = dataclasses.replace(CERTIFIED[method], iterations=iterations)
             found = sparse_code(y_, f_, settings=settings, **given)
             unit = s / k * v
             if first is None:
@@ -215,7 +218,7 @@ def test_certificates_hold_against_a_minimum_that_others_found(kind, dtype):
             above = found.objective / unit - first
             assert (above >= -rounding).all(), (method, s, k, v)
             assert (above <= found.gap / unit + rounding).all(), (method, s, k, v)
-            if kind not in ("one norm of 1e3", "a mask of two sizes"):
+            if kind not in FAR_APART:
                 assert (found.gap <= 1.1 * GAP * found.objective).all(), (method, s, k, v)
 
 
@@ -224,13 +227,13 @@ def test_weights_masks_and_layers_of_any_units_go_along(method):
     y, f = problem(torch.float32)
     settings = CERTIFIED[method]
     weights = torch.tensor([0.5, 1.0, 1.0, 2.0])
-    expected = sparse_code(y, f, lam_ratio=0.1, weights=weights, settings=settings)
-    tiny = sparse_code(y, f, lam_ratio=0.1, weights=1e-25 * weights, settings=settings)
+    expected = sparse_code(y, f, lam_ratio=0.2, weights=weights, settings=settings)
+    tiny = sparse_code(y, f, lam_ratio=0.2, weights=1e-25 * weights, settings=settings)
     assert error(tiny.z, expected.z) < 1e-2 and (tiny.gap <= GAP * tiny.objective).all()
     # The inverse of noise in Tesla is a mask that makes the data ordinary.
-    expected = sparse_code(y, f, lam_ratio=0.1, settings=settings)
+    expected = sparse_code(y, f, lam_ratio=0.2, settings=settings)
     mask = torch.full((1, 1, 9, 8), 1e13)
-    found = sparse_code(1e-13 * y, f, lam_ratio=0.1, mask=mask, settings=settings)
+    found = sparse_code(1e-13 * y, f, lam_ratio=0.2, mask=mask, settings=settings)
     assert error(1e13 * found.z, expected.z) < 1e-2
     pooled, switches = max_pool(rand(2, 4, 11, 10, seed=5, dtype=torch.float32), (1, 2, 2))
     above = normalize(rand(3, 4, 3, 3, seed=6, dtype=torch.float32))
@@ -245,10 +248,10 @@ def test_weights_masks_and_layers_of_any_units_go_along(method):
 
     for target in ("image", "both"):
         A, b = layers(1.0, 1.0, target)
-        expected = solve(A, b, lam=lam_from_ratio(A, b, 0.1), settings=settings)
+        expected = solve(A, b, lam=lam_from_ratio(A, b, 0.2), settings=settings)
         for k, s in ((1e-3, 1e-9), (1e12, 1e12)):
             A, b = layers(k, s, target)
-            found = solve(A, b, lam=lam_from_ratio(A, b, 0.1), settings=settings)
+            found = solve(A, b, lam=lam_from_ratio(A, b, 0.2), settings=settings)
             assert error(found.z.double() * k * s, expected.z) < 2e-2
 
 

@@ -117,6 +117,15 @@ def copied(seen, tmp_path):
     return (tmp_path / "out", *seen[1:])
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Visualizations with empty pictures of layers and without a TensorBoard page, for tests that
+    look at neither: to draw takes as long as all the rest."""
+    place = "deconvnet.visualization.report"
+    monkeypatch.setattr(f"{place}.layer_grid", lambda *_, **__: torch.ones(3, 1, 1))
+    monkeypatch.setattr(f"{place}.write_event_page", lambda *_: None)
+
+
 def times(folder, pattern="visualization/**/*.npz"):
     """When each file was written, by its name below the folder."""
     return {
@@ -317,6 +326,7 @@ def test_progress_bars_have_names_and_reach_their_ends(images, tmp_path, monkeyp
     assert "0image [" not in said
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_control_is_projected_in_full_for_maps_of_the_grid_alone(images, tmp_path):
     subject = subject_of(seeded(Small))
     options = {"layers": ["relu2"], "gallery": False, "grid_maps": 3, "control_maps": 2}
@@ -333,6 +343,7 @@ def test_the_control_is_projected_in_full_for_maps_of_the_grid_alone(images, tmp
     assert all((count > 1) == (m in shown) for m, count in counts.items())
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_maps_that_are_dead_in_the_control_are_said(images, tmp_path, monkeypatch):
     def silenced(model, x, *, seed):
         net = shuffle_weights(model, seed=seed)
@@ -419,8 +430,10 @@ def first(tmp_path_factory, images):
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )
 def test_only_what_depends_on_changed_settings_is_recomputed(
-    first, images, tmp_path, options, recomputed
+    first, images, tmp_path, request, options, recomputed
 ):
+    if recomputed:  # otherwise all is drawn from the files
+        request.getfixturevalue("undrawn")
     folder = tmp_path / "out"
     shutil.copytree(first, folder, copy_function=shutil.copy2)
     before, options = times(folder), dict(options)
@@ -457,6 +470,7 @@ def test_a_damaged_file_stops_a_visualization_with_one_line(copied):
 
 
 @pytest.mark.parametrize("name", ["b", "a"])
+@pytest.mark.usefixtures("undrawn")
 def test_a_changed_image_of_the_same_name_is_searched_again(textures, tmp_path, name):
     folder = tmp_path / "photos"
     folder.mkdir()
@@ -489,6 +503,7 @@ def save_as(path, image):
     Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy()).save(path)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_network_whose_code_has_changed_is_searched_again(images, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     text = (
@@ -537,6 +552,7 @@ def test_files_of_earlier_layers_and_settings_are_removed_but_not_those_of_other
     assert set(manifest(tmp_path)["layers"]) == {"relu2"}
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_an_older_gallery_that_is_not_rebuilt_gets_a_warning(images, tmp_path, caplog):
     subject = subject_of(seeded(Small))
     visualize_network(subject, images, settings_of(layers=["relu2"], control=False), tmp_path)
@@ -599,10 +615,14 @@ def test_image_names_that_are_not_valid_text_are_shown(textures, tmp_path):
     assert "caf" in page
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_one_layer_may_be_given_without_the_brackets_of_a_list(images, tmp_path):
     assert settings_of(layers="relu2").layers == ["relu2"]
     visualize_network(
-        subject_of(seeded(Small)), images, settings_of(layers="relu2", control=False), tmp_path
+        subject_of(seeded(Small)),
+        images,
+        settings_of(layers="relu2", control=False, gallery=False),
+        tmp_path,
     )
     assert list(manifest(tmp_path)["layers"]) == ["relu2"]
     for wrong in ([], [3], {"relu2": 1}, 5):
@@ -613,6 +633,7 @@ def test_one_layer_may_be_given_without_the_brackets_of_a_list(images, tmp_path)
 # Settings.
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_layers_maps_control_and_gallery_follow_the_settings(images, tmp_path):
     settings = settings_of(layers=["relu2"], maps=3, control=False, gallery=False, seed=5)
     written = visualize_network(subject_of(seeded(Small)), images, settings, tmp_path)
@@ -628,6 +649,7 @@ def test_layers_maps_control_and_gallery_follow_the_settings(images, tmp_path):
     assert chosen == sample_maps(alive, 3, seed=5) != sample_maps(alive, 3, seed=0)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_maps_are_chosen_by_their_numbers(images, tmp_path, caplog):
     net = seeded(Small)
     with torch.no_grad():
@@ -640,6 +662,7 @@ def test_maps_are_chosen_by_their_numbers(images, tmp_path, caplog):
         visualize_network(subject_of(net), images, settings_of(maps=[3, 5], **options), tmp_path)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_method_and_overlap_reach_the_projections(images, tmp_path):
     net = seeded(lambda: nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.ReLU(), nn.Conv2d(4, 3, 3)))
     tiles = {}
@@ -674,6 +697,7 @@ class Gated(nn.Module):
         return self.out(y * self.squeeze(y.mean((2, 3), keepdim=True)).sigmoid())
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_gates_and_strict_reach_the_projections(images, tmp_path):
     said = {}
     for gates in ("constant", "gradient"):
@@ -854,6 +878,7 @@ def test_all_layers_of_a_deconvnet_are_visualized_with_reconstructions(learned, 
         assert entry["sheets"]["sources"]["count"] == 2
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_same_filters_with_another_solver_are_searched_again(learned, textures, tmp_path):
     data = lazy(textures(3, 3, 18, 20))
     settings = settings_of(layers=["layer1"], gallery=False, control=False)
