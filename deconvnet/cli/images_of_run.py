@@ -28,8 +28,7 @@ def read_training_images(run: Path, count: int) -> tuple[Tensor, Tensor | None] 
         loaded = load_images(data)
         indices = _evenly_spaced(len(loaded.images), count)
         return loaded.images[indices], None if loaded.frames is None else loaded.frames[indices]
-    # Pictures show whole images, whatever pixels were hidden from learning.
-    stream = stream_images(replace(data, mask=None))
+    stream = stream_images(data)
     return stream.read(_evenly_spaced(len(stream), count))
 
 
