@@ -10,7 +10,8 @@ from deconvnet.filters.constraint import FilterConstraint, taper_window
 from deconvnet.filters.statistics import FilterStatistics, gram_product
 from deconvnet.filters.update import update_filters
 from deconvnet.operators.convolution import deconvolve
-from deconvnet.signals import as_images, as_signals, code_recording, epochs, factors, windows
+from deconvnet.recordings import code_recording, windows
+from deconvnet.signals import as_images, as_signals, epochs, factors
 from deconvnet.sklearn import DeconvNetTransformer
 
 EXACT = SolverSettings("coordinate", iterations=3000, gap=1e-6)
