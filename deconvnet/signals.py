@@ -58,10 +58,7 @@ def as_images(signals: Any) -> Tensor:
 
 def as_signals(images: Any) -> Tensor:
     """Images, filters or maps of one row (N, C, 1, T) as signals (N, C, T)."""
-    images = as_tensor(images, "images")
-    if images.ndim != 4 or images.shape[2] != 1:
-        raise ValueError(f"images must have one row, (N, C, 1, T), got {tuple(images.shape)}")
-    return images[:, :, 0]
+    return _only_row(as_tensor(images, "images"), "images", "(N, C, 1, T)")
 
 
 def factors(filters: Any) -> tuple[Tensor, Tensor]:
@@ -70,8 +67,9 @@ def factors(filters: Any) -> tuple[Tensor, Tensor]:
     Of filters of a higher rank, those of the nearest filters of rank 1. The channel of u with the
     largest magnitude is positive.
     """
-    f = leading_pair(as_tensor(filters, "filters"))
-    f = as_signals(f)
+    f = as_tensor(filters, "filters")
+    _only_row(f, "filters", "(K, C, 1, L)")
+    f = as_signals(leading_pair(f))
     K = torch.arange(len(f), device=f.device)
     strongest = f.square().sum(2).argmax(1)
     v = f[K, strongest]
@@ -91,7 +89,9 @@ def epochs(
     are `fill`. Raises ValueError if the events are not those of such signals.
     """
     signals = as_signals(as_images(signals))
-    before = before if before == 0 else as_positive_integer(before, "before")
+    check_settings(events, Events, "events", optional=False)
+    if not isinstance(before, (int, np.integer)) or before < 0:
+        raise ValueError(f"before={before}: must be a whole number from 0")
     width = before + as_positive_integer(after, "after")
     N, T = len(signals), signals.shape[2]
     size = events.filter_size
@@ -286,6 +286,12 @@ def _joined(parts: list[Events]) -> Events:
     columns = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
     order = (columns["map"] * parts[0].shape[3] + columns["column"]).argsort()
     return replace(parts[0], **{name: column[order] for name, column in columns.items()})
+
+
+def _only_row(images: Tensor, name: str, expected: str) -> Tensor:
+    if images.ndim != 4 or images.shape[2] != 1:
+        raise ValueError(f"{name} must have one row, {expected}, got {tuple(images.shape)}")
+    return images[:, :, 0]
 
 
 def _shape(recording: Any) -> tuple[int, int]:

@@ -158,6 +158,8 @@ def test_lam_is_interpolated_between_the_lams_of_the_path(problem):
         ({"noise": torch.ones(3)}, r"noise of shape \(3,\): must be a number, or finite and of"),
         ({"density": 0.0}, r"density=0.0: must lie in \(0, 1\)"),
         ({"density": 0.9, "lams": [1.0, 2.0]}, "density=0.9: the densest code of the path"),
+        ({"density": 0.01, "lams": [50.0, 60.0]}, "density=0.01: the sparsest code of the path"),
+        ({"weights": torch.zeros(1)}, "lambda_max needs all weights to be positive; or give lams"),
     ],
 )
 def test_wrong_arguments_are_refused_in_one_line(problem, arguments, message):
