@@ -71,7 +71,7 @@ def test_lam_may_be_set_after_training(y):
 def test_the_layer_keeps_its_precision_within_autocast_and_is_left_out_of_compilation(y):
     before = torch.nn.Conv2d(1, 1, 1)
     torch.nn.init.ones_(before.weight)
-    model = torch.nn.Sequential(before, layer(), torch.nn.ReLU(inplace=True))
+    model = torch.nn.Sequential(before, layer(lam=50.0), torch.nn.ReLU(inplace=True))
     compiled = torch.compile(model, backend="eager")
     compiled(y).sum().backward()
     assert before.weight.grad.any() and torch.equal(compiled(y), model(y))
