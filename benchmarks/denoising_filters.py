@@ -41,8 +41,8 @@ from deconvnet.nn import SparseCode
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
 TRAINING = SolverSettings("coordinate", iterations=40, tolerance=1e-3)
-# Patches of whole images are coded this many at a time.
-STRIP = 2**14
+# Patches of a row.
+ROW = 256
 # The threshold of noise in units of its standard deviation, measured on crops (CHOICES).
 CHOICES = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5)
 
@@ -63,21 +63,21 @@ class Denoiser(torch.nn.Module):
     def forward(self, y: Tensor) -> Tensor:
         patches = patches_of(y, self.patch)
         mean = patches.mean(1, keepdim=True)
-        z = self.code(patches - mean)
+        z = self.coded(patches - mean)
         decoded = F.conv2d(z, self.decoder[:, :, 0, 0].T[..., None, None]) + mean
         weight = self.place.exp().view(1, -1, 1, 1) * (-self.decay * z.abs().sum(1, True)).exp()
         return folded(weight * decoded, y.shape) / folded(weight.expand_as(decoded), y.shape)
 
-    @torch.no_grad()
-    def whole(self, y: Tensor) -> Tensor:
-        """The same for a large image (1, 1, H, W), in strips of rows that overlap by a patch."""
-        rows, margin = max(1, STRIP // y.shape[3]), self.patch - 1
-        strips = []
-        for top in range(0, y.shape[2], rows):
-            first, last = max(0, top - margin), min(y.shape[2], top + rows + margin)
-            strip = self(y[:, :, first:last])
-            strips.append(strip[:, :, top - first : top - first + rows])
-        return torch.cat(strips, 2)
+    def coded(self, patches: Tensor) -> Tensor:
+        """The maps (N, K, ...) of patches (N, P P, ...): each is coded alone, so they are arranged
+        in short rows, whose channels fit into a cache together.
+        """
+        shape = patches.shape
+        flat = F.pad(patches.flatten(2), (0, -(shape[2] * shape[3]) % ROW))
+        rows = flat.unflatten(2, (-1, ROW)).transpose(1, 2)
+        z = self.code(rows.flatten(0, 1)[:, :, None].contiguous())[:, :, 0]
+        z = z.unflatten(0, rows.shape[:2]).transpose(1, 2).flatten(2)
+        return z[..., : shape[2] * shape[3]].unflatten(2, shape[2:])
 
 
 def main() -> None:
@@ -85,7 +85,9 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     images = photographs(options.train, options.train_images)
-    tests = photographs(options.test, options.test_images)
+    tests = [
+        centre(image, options.test_crop) for image in photographs(options.test, options.test_images)
+    ]
     folder = options.output
     folder.mkdir(parents=True, exist_ok=True)
     model = initial(images, options)
@@ -107,8 +109,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--test", type=Path, required=True, help="folder of other photographs")
     parser.add_argument("--train-images", type=int, default=432, help="at most (default 432)")
     parser.add_argument("--test-images", type=int, default=68, help="at most (default 68)")
+    parser.add_argument(
+        "--test-crop", type=int, default=0, help="side of their central crops (0: whole images)"
+    )
     parser.add_argument("--sigma", type=float, default=25.0, help="noise in grey levels (25)")
-    parser.add_argument("--patch", type=int, default=9, help="side of the patches (default 9)")
+    parser.add_argument("--patch", type=int, default=8, help="side of the patches (default 8)")
     parser.add_argument("--maps", type=int, default=256, help="number of filters (default 256)")
     parser.add_argument("--crop", type=int, default=32, help="side of training crops (32)")
     parser.add_argument("--batch", type=int, default=4, help="crops in a step (default 4)")
@@ -128,6 +133,14 @@ def photographs(folder: Path, most: int) -> list[Tensor]:
     if not paths:
         raise SystemExit(f"{folder}: holds no images ({', '.join(SUFFIXES)})")
     return [pil_to_tensor(Image.open(path).convert("L"))[None] / 255 for path in paths[:most]]
+
+
+def centre(image: Tensor, side: int) -> Tensor:
+    """The central crop of this side; the whole image for 0."""
+    if not side:
+        return image
+    top, left = ((size - side) // 2 for size in image.shape[2:])
+    return image[:, :, top : top + side, left : left + side]
 
 
 def patches_of(y: Tensor, side: int) -> Tensor:
@@ -153,14 +166,14 @@ def crops(images: list[Tensor], number: int, side: int, generator: torch.Generat
         crop = image[:, :, top : top + side, left : left + side]
         turn = int(8 * turn)
         crop = crop.transpose(2, 3) if turn & 1 else crop
-        found.append(crop.flip([axis for axis in (2, 3) if turn & axis * 2 or turn & axis == 3]))
+        found.append(crop.flip([axis for axis, bit in ((2, 2), (3, 4)) if turn & bit]))
     return torch.cat(found)
 
 
 def initial(images: list[Tensor], options: argparse.Namespace) -> Denoiser:
     """The denoiser with unsupervised filters and the best of CHOICES as the only threshold."""
     generator = torch.Generator().manual_seed(1)
-    clean = crops(images, 64, options.crop, generator)
+    clean = crops(images, 8, options.crop, generator)
     noisy = clean + options.sigma / 255 * torch.randn(clean.shape, generator=generator)
     path = options.output / "unsupervised.pt"
     if path.is_file():
@@ -244,7 +257,9 @@ def evaluated(
     for number, clean in enumerate(tqdm(images, desc="test")):
         generator = torch.Generator().manual_seed(number)
         noisy = clean + options.sigma / 255 * torch.randn(clean.shape, generator=generator)
-        scores.append(float(psnr(clean, model.whole(noisy).clamp(0, 1))))
+        with torch.no_grad():
+            denoised = model(noisy).clamp(0, 1)
+        scores.append(float(psnr(clean, denoised)))
     if cache:
         cache.write_text(to_json(scores))
     return scores

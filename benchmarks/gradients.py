@@ -1,7 +1,8 @@
 """Time and memory of gradients through a sparse code: implicit, and by unrolling FISTA.
 
-python benchmarks/gradients.py                       256x256, 64 filters of 7x7, two lambdas
-python benchmarks/gradients.py --size 64 --lams 10   smaller
+python benchmarks/gradients.py                       256x256, 64 filters of 7x7: takes 15 GB
+python benchmarks/gradients.py --size 64             smaller
+python benchmarks/gradients.py implicit-gap --lams 20 60
 
 The gradients of a random linear function of the maps in image, filters and lam. Implicit: forward
 and backward of `sparse_code`, for the default tolerance and for a duality gap of 1e-3. Unrolled:
@@ -72,7 +73,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("methods", nargs="*", default=METHODS, help=f"of {', '.join(METHODS)}; all")
     parser.add_argument("--size", type=int, default=256, help="side of the image (default 256)")
     parser.add_argument("--maps", type=int, default=64, help="number of filters (default 64)")
-    parser.add_argument("--lams", nargs="+", type=float, default=[10.0, 20.0], help="(10 20)")
+    parser.add_argument("--lams", nargs="+", type=float, default=[10.0], help="(10)")
     parser.add_argument("--iterations", type=int, default=100, help="of FISTA (default 100)")
     parser.add_argument("--row", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -15,7 +15,7 @@ from torch import Tensor
 from deconvnet.dictionary import Learned, learn_filters
 from deconvnet.filters.update import LearningSettings
 from deconvnet.operators.convolution import Boundary
-from deconvnet.sparse_coding.lambda_choice import choose_lam
+from deconvnet.sparse_coding.lambda_choice import LamChoice, choose_lam
 from deconvnet.sparse_coding.problem import SolverSettings
 from deconvnet.support.validation import as_images, as_number, as_positive_integer
 
@@ -24,9 +24,9 @@ from deconvnet.support.validation import as_images, as_number, as_positive_integ
 class NumMapsChoice:
     """The number of maps that was chosen, and what it was chosen from.
 
-    candidates: the numbers, in increasing order. errors: (candidates, images), the mean squared
-    error of the hidden pixels of each image that judges, with the lam that is best for that
-    candidate. learned: the filters of each candidate.
+    candidates: the numbers, in increasing order. errors: (candidates, images), the squared error of
+    the hidden pixels of each image that judges, relative to that of maps of zeros, with the lam
+    that is best for that candidate. learned: the filters of each candidate.
     """
 
     num_maps: int
@@ -48,7 +48,7 @@ def choose_num_maps(
     lam: float | None = None,
     lam_ratio: float | None = None,
     judges: float = 0.25,
-    held_out: float = 0.1,
+    held_out: float = 0.5,
     boundary: Boundary = "valid",
     group: int = 1,
     non_negative: bool = False,
@@ -61,7 +61,8 @@ def choose_num_maps(
 
     For each candidate, filters are learned by `learn_filters` from a part of the images (N, C, H,
     W). The others, a fraction `judges` in (0, 1) evenly spaced over all, judge by held-out pixels
-    (`choose_lam`). About as well: on average over these images, the error exceeds that of the best
+    (`choose_lam`), half of them by default, so that it takes structure to predict them. About as
+    well: on average over these images, the error exceeds that of the best
     candidate by at most one standard error of the difference (the rule of Breiman et al. 1984).
     lam or lam_ratio, and all other arguments, are those of `learn_filters`; p is 1. Raises
     ValueError if an argument is out of range or does not fit the others.
@@ -94,9 +95,16 @@ def choose_num_maps(
             non_negative=non_negative,
         )
         learned.append(filters)
-        errors.append(choice.errors[choice.errors.mean(1).argmin()])
+        errors.append(_unpredicted(choice))
     errors = torch.stack(errors)
     return NumMapsChoice(candidates[_smallest_sufficient(errors)], candidates, errors, learned)
+
+
+def _unpredicted(choice: LamChoice) -> Tensor:
+    """(N,): the share of the energy of the hidden pixels that the best code does not predict."""
+    energy = choice.errors[0]
+    errors = torch.where(energy > 0, choice.errors / energy, 0.0)
+    return errors[errors.mean(1).argmin()]
 
 
 def _split(images: int, judges: float) -> tuple[Tensor, Tensor]:

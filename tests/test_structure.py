@@ -31,6 +31,7 @@ ORDER = [
     "dictionary",
     "num_maps_choice",
     "signals",
+    "recordings",
     "applications",
     "sklearn",
     "cli",
