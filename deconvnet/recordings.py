@@ -107,41 +107,75 @@ def code_recording(
     f = as_filters(filters, C).to(like)
     if f.shape[2] != 1:
         raise ValueError(f"filters must have one row, (K, {C}, 1, L), got {tuple(f.shape)}")
-    lam = as_positive_number(lam, "lam")
-    check_settings(settings, SolverSettings, "settings")
     K, L = f.shape[0], f.shape[3]
-    chunk = as_positive_integer(chunk, "chunk")
-    ahead = AHEAD * L if ahead is None else as_positive_integer(ahead, "ahead")
+    lam, chunk = as_positive_number(lam, "lam"), as_positive_integer(chunk, "chunk")
+    check_settings(settings, SolverSettings, "settings")
     if chunk < 2 * L:
         raise ValueError(f"chunk={chunk}: must be at least twice the length of an atom, {2 * L}")
     if T < L:
         raise ValueError(f"recording of {T} times: must not be shorter than the atoms of {L}")
-    settings = settings or default_solver(like)
-    certificate = _Certificate(f, lam, non_negative)
-    parts: list[Events] = []
-    begin, painted = 0, like.new_zeros(C, 0)  # the first map position that is not final
-    while begin < T + L - 1:
-        first = max(begin - L + 1, 0)  # the first time that this position paints
-        last = min(T, begin + chunk + ahead)
-        # The rest of the recording must not be shorter than an atom.
-        last = T if T - last < L else last
-        end = T + L - 1 if last == T else begin + chunk
-        target = _piece(recording, first, last)
-        y = target.clone()
+    pieces = _coded_pieces(
+        recording,
+        f,
+        lam,
+        non_negative,
+        settings or default_solver(like),
+        chunk,
+        AHEAD * L if ahead is None else as_positive_integer(ahead, "ahead"),
+    )
+    certificate, parts = _Certificate(f, lam, non_negative), []
+    for piece in pieces:
+        certificate.add(piece)
+        part = Events.of_maps(piece.z, filter_size=(1, L), boundary="valid")
+        column = part.column + piece.first
+        parts.append(replace(part, column=column, shape=(1, K, 1, T + L - 1)))
+    objective, gap = certificate.values()
+    return RecordingCode(_joined(parts), objective, gap)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A part of the code: the maps z (1, K, 1, t+L-1) that were found with it, zero elsewhere, of
+    times from `first` on; and the next times (C, ...) of the recording that no later code paints,
+    with their residual."""
+
+    z: Tensor
+    first: int
+    y: Tensor
+    residual: Tensor
+    is_last: bool
+
+
+def _coded_pieces(
+    recording: Any,
+    f: Tensor,
+    lam: float,
+    non_negative: bool,
+    settings: SolverSettings,
+    chunk: int,
+    ahead: int,
+) -> Iterator[_Piece]:
+    """The code of a recording, `chunk` positions of the maps after another."""
+    (C, T), L = _shape(recording), f.shape[3]
+    begin, end = 0, 0  # positions of the maps: those of this piece
+    painted = f.new_zeros(C, 0)  # by earlier pieces, into the first times of this one
+    while end < T + L - 1:
+        begin = end
+        first = max(begin - L + 1, 0)  # the first time that position `begin` paints
+        last = begin + chunk + ahead
+        # What is left of the recording must not be shorter than an atom.
+        is_last = last > T - L
+        last, end = (T, T + L - 1) if is_last else (last, begin + chunk)
+        y = _piece(recording, first, last)
+        target = y.clone()
         target[:, : painted.shape[1]] -= painted
         z = _coded(target, f, lam, non_negative, settings, known=begin - first)
         z[..., end - first :] = 0
         added = as_signals(deconvolve(z, f))[0]
         # Positions from `end` on paint no time before this one.
-        final = T if last == T else end - L + 1
-        residual = (target - added)[:, : final - first]
-        certificate.add(y[:, : final - first], residual, z, is_last=last == T)
-        parts.append(Events.of_maps(z, filter_size=(1, L), boundary="valid"))
-        parts[-1] = replace(parts[-1], column=parts[-1].column + first, shape=(1, K, 1, T + L - 1))
-        painted = added[:, final - first : end - first]
-        begin = end
-    objective, gap = certificate.values()
-    return RecordingCode(_joined(parts), objective, gap)
+        final = (T if is_last else end - L + 1) - first
+        yield _Piece(z, first, y[:, :final], (target - added)[:, :final], is_last)
+        painted = added[:, final : end - first]
 
 
 def _coded(
@@ -184,19 +218,18 @@ class _Certificate:
         # The residual of the last L-1 times, with which those that follow are correlated.
         self.before = f.new_zeros(f.shape[1], f.shape[3] - 1)
 
-    def add(self, y: Tensor, residual: Tensor, z: Tensor, *, is_last: bool) -> None:
-        """The next times (C, t) of the recording, with their residual, and the maps that were
-        found with them."""
+    def add(self, piece: _Piece) -> None:
+        residual = piece.residual
         self.squares += float(residual.double().square().sum())
-        self.products += float((y.double() * residual.double()).sum())
-        self.sparsity += float(z.double().abs().sum())
+        self.products += float((piece.y.double() * residual.double()).sum())
+        self.sparsity += float(piece.z.double().abs().sum())
         known = torch.cat([self.before, residual], 1)
         reach = self.f.shape[3] - 1
         correlations = correlate(known[None, :, None], self.f)[..., reach:]
-        correlations = correlations if is_last else correlations[..., : residual.shape[1]]
+        if not piece.is_last:
+            correlations = correlations[..., : residual.shape[1]]
         correlations = correlations if self.non_negative else correlations.abs()
-        if correlations.numel():
-            self.largest = max(self.largest, float(correlations.max()))
+        self.largest = max(self.largest, float(correlations.max()))
         self.before = known[:, known.shape[1] - reach :]
 
     def values(self) -> tuple[float, float]:

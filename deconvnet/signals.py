@@ -56,8 +56,8 @@ def factors(filters: Any) -> tuple[Tensor, Tensor]:
     strongest = f.square().sum(2).argmax(1)
     v = f[K, strongest]
     u = (f * v[:, None]).sum(2)
-    length = torch.linalg.vector_norm(u, dim=1, keepdim=True).clamp(min=1e-300)
-    u = u / length
+    length = torch.linalg.vector_norm(u, dim=1, keepdim=True)
+    u = u / torch.where(length > 0, length, torch.ones_like(length))
     return u, (f * u[:, :, None]).sum(1)
 
 

@@ -90,6 +90,10 @@ def test_a_tapered_filter_is_the_nearest_one_and_falls_to_zero(planted):
             near = found + 0.02 * t * torch.randn(f.shape, generator=generator, dtype=f.dtype)
             near = constraint.project(near)
             assert (((near - f) / t).square().sum((1, 2, 3)) >= distance - 1e-9).all()
+    parallel = (t.square() * torch.tensor([3.0, -1.0]).view(1, 2, 1, 1)).expand(3, -1, -1, -1)
+    for dtype in (torch.float32, torch.float64):
+        # Nothing but rounding errors is left of a multiple of t^2.
+        assert not FilterConstraint(taper=0.25, zero_mean=True).project(parallel.to(dtype)).any()
     signals = as_images(planted[2])
     learning = LearningSettings(epochs=5, batch_size=2, taper=0.4)
     ends = learn_filters(signals, 3, (1, L), lam_ratio=0.1, learning=learning).filters

@@ -271,8 +271,8 @@ def _show_layer(session: Session, state: TrainingState) -> None:
     monitor.result(state.results[-1], codes.layer(number).values, state.step)
     problem = net.layer_problem(codes, number, slice(CURVE_IMAGES))
     monitor.inference(number, inference_curve(net.layer(number), problem))
-    pixels, _ = session.data.images.read(images)
-    pictures = layer_cards(net, codes, pixels.to(net.device), number)
+    pixels, _, _ = session.data.read(images)
+    pictures = layer_cards(net, codes, pixels, number)
     evolution = load_if_valid(session.run.evolution(number))
     if evolution:
         drawn = evolution_picture(evolution), evolution_cards(evolution)

@@ -24,7 +24,7 @@ NOT_COMPARED = {
 # Settings of the location of the images; not compared if the images themselves are.
 LOCATION = {
     *("data.path", "data.source", "data.dataset", "data.split", "data.max_images", "data.scale"),
-    "data.skip_unreadable",
+    *("data.skip_unreadable", "data.mask"),
 }
 # If only these settings of another run differ, learning starts from its filters.
 LEARNED_LONGER = re.compile(r"model\.layer\d+\.learning\.(epochs|batch_size):")
