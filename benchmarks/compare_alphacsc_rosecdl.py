@@ -279,6 +279,8 @@ def learn_once(job: argparse.Namespace) -> dict:
         deconvnet_solvers.learn,
         boundary="valid",
         non_negative=True,
+        given=True,
+        init="patches",
         solver=deconvnet_solvers.by_coordinates,
         **settings,
     )
