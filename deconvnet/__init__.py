@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # for type checkers and editors; __getattr__ imports the same
     from deconvnet.network.codes import Codes
     from deconvnet.network.layer import LayerSettings
     from deconvnet.network.network import DeconvNet, load
+    from deconvnet.num_maps_choice import NumMapsChoice, choose_num_maps
     from deconvnet.sparse_coding.events import Events
     from deconvnet.sparse_coding.lambda_choice import LamChoice, choose_lam
     from deconvnet.sparse_coding.problem import Solution, SolverSettings
@@ -33,11 +34,13 @@ __all__ = [
     "LayerSettings",
     "Learned",
     "LearningSettings",
+    "NumMapsChoice",
     "PreprocessingSettings",
     "RegularizationPath",
     "Solution",
     "SolverSettings",
     "choose_lam",
+    "choose_num_maps",
     "learn_filters",
     "learn_online",
     "load",
@@ -54,11 +57,13 @@ _MODULES = {
     "LayerSettings": "deconvnet.network.layer",
     "Learned": "deconvnet.dictionary",
     "LearningSettings": "deconvnet.filters.update",
+    "NumMapsChoice": "deconvnet.num_maps_choice",
     "PreprocessingSettings": "deconvnet.images.preprocessing",
     "RegularizationPath": "deconvnet.sparse_coding.regularization_path",
     "Solution": "deconvnet.sparse_coding.problem",
     "SolverSettings": "deconvnet.sparse_coding.problem",
     "choose_lam": "deconvnet.sparse_coding.lambda_choice",
+    "choose_num_maps": "deconvnet.num_maps_choice",
     "learn_filters": "deconvnet.dictionary",
     "learn_online": "deconvnet.dictionary",
     "load": "deconvnet.network.network",

@@ -86,7 +86,8 @@ class Learned:
         """The sparse maps of any images (N, C, H, W), with the lam and the prior of the learning.
 
         mask, weights, settings, chunk: as in `sparse_code`; the solver of the learning is not used.
-        Raises ValueError if an argument is out of range or does not fit the filters.
+        As there, the maps have a gradient if one of the arguments requires it. Raises
+        ValueError if an argument is out of range or does not fit the filters.
         """
         layer = self.settings
         return sparse_code(

@@ -36,7 +36,7 @@ from deconvnet.visualization.searched_network import shuffled_model
 
 HERE = Path(__file__).parent
 # Maps to show of the trained network, of the network learned here, and of the controls.
-TRAINED_MAPS, LEARNED_MAPS, CONTROL_MAPS = 3, 4, 2
+TRAINED_MAPS, LEARNED_MAPS = (2, 1), (4, 2)
 
 
 def main() -> None:
@@ -52,7 +52,7 @@ def main() -> None:
     few_colors(grid(learned / "visualization", "layer2", LEARNED_MAPS), "layer2", 256)
 
 
-def grid(place: Path, layer: str, count: int) -> Tensor:
+def grid(place: Path, layer: str, counts: tuple[int, int]) -> Tensor:
     """The first maps of the random sample that stands in the grid of a layer, and the control."""
     projections, control = (
         load_top_projections(place / folder / f"{layer}.npz")
@@ -60,14 +60,14 @@ def grid(place: Path, layer: str, count: int) -> Tensor:
     )
     manifest = json.loads((place / "manifest.json").read_text())
     entry = manifest["layers"][layer]
-    rows = [projections.maps.tolist().index(number) for number in entry["shown"][:count]]
+    rows = [projections.maps.tolist().index(number) for number in entry["shown"][: counts[0]]]
     return layer_grid(
         projections,
         rows,
         info=LayerInfo(layer, entry["kind"], tuple(entry["shape"]), tuple(entry["field"])),
         num_images=manifest["images"]["count"],
         control=control,
-        control_maps=CONTROL_MAPS,
+        control_maps=counts[1],
     )
 
 

@@ -1,10 +1,16 @@
 """Images to learn from without reading any, and a fast way to run the scripts as a user does."""
 
+import contextlib
+import errno
 import gc
 import json
 import os
+import socket
 import subprocess
 import sys
+import tempfile
+import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +26,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # own arguments, working folder and standard streams. Modules that commands import lazily are loaded
 # too.
 SERVER = """
-import atexit, contextlib, gc, importlib, json, os, runpy, sys, threading, weakref
+import atexit, contextlib, copy, gc, importlib, json, os, runpy, selectors, signal, socket, sys
+import threading, weakref
 import numba, numpy as np
 import PIL.Image, skimage.data, skimage.transform
 import sklearn.cluster, sklearn.datasets, sklearn.linear_model, sklearn.svm
@@ -28,6 +35,7 @@ from hydra import compose, initialize_config_dir
 from hydra._internal.hydra import Hydra
 from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.plugins import Plugins
+import google_crc32c, imageio, resource
 import tensorboard.plugins.hparams.summary_v2, torch.utils.tensorboard
 import torch._dynamo, torch.fx.experimental.symbolic_shapes  # as every backward pass does
 from deconvnet.cli import launch
@@ -96,20 +104,56 @@ for finalizer in list(weakref.finalize._registry):
     finalizer.atexit = False
 gc.collect()
 gc.freeze()
-for line in sys.stdin:
-    order = json.loads(line)
-    if "wait" in order:
-        code = os.waitstatus_to_exitcode(os.waitpid(order["wait"], 0)[1])
-        print(json.dumps(code), flush=True)
-        continue
-    child = os.fork()
-    if child == 0:
-        break
-    print(json.dumps(child), flush=True)
-else:
-    sys.exit()
+# Clients send orders, each a line: to fork, which is answered by the child, or to wait for a child,
+# by its exit code. The server ends with its last client.
+listener = socket.socket(fileno=int(sys.argv[1]))
+ended, end = socket.socketpair()  # a byte arrives whenever a child ends
+for one in (ended, end):
+    one.setblocking(False)
+signal.signal(signal.SIGCHLD, lambda *_: None)
+signal.set_wakeup_fd(end.fileno())
+sources = selectors.DefaultSelector()
+sources.register(listener, selectors.EVENT_READ)
+sources.register(ended, selectors.EVENT_READ)
+awaited = {}  # children, and who waits for each
 
+def answer(client, number):
+    with contextlib.suppress(OSError):  # of a client that was killed
+        client.sendall(b"%d\\n" % number)
+
+def next_order():
+    while True:
+        for key, _ in sources.select():
+            client = key.fileobj
+            if client is listener:
+                client, _ = listener.accept()
+                sources.register(client, selectors.EVENT_READ, client.makefile("r"))
+            elif client is ended:
+                ended.recv(4096)
+            elif not (line := key.data.readline()):
+                sources.unregister(client)
+                if len(sources.get_map()) == 2:
+                    sys.exit(os.unlink(listener.getsockname()))
+            elif "wait" in (order := json.loads(line)):
+                awaited[order["wait"]] = client
+            else:
+                child = os.fork()
+                if child == 0:
+                    return order
+                answer(client, child)
+        for child in list(awaited):
+            found, status = os.waitpid(child, os.WNOHANG)
+            if found:
+                answer(awaited.pop(child), os.waitstatus_to_exitcode(status))
+
+order = next_order()
+signal.set_wakeup_fd(-1)
+signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 os.environ.update(order["env"])
+for path, value in order["returning"].items():
+    module, name = path.rsplit(".", 1)
+    function = lambda *_, value=value: copy.copy(value)
+    setattr(importlib.import_module(module), name, function)
 
 for number, name in enumerate(("/dev/null", order["out"], order["err"])):
     os.dup2(os.open(name, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT), number)
@@ -140,13 +184,44 @@ os._exit(code)
 """
 
 
-def pytest_collection_finish():
-    """Keep the garbage collector from scanning modules and tests, which live until the end."""
+def pytest_collection_finish(session):
+    """Start the server early, and keep the garbage collector from scanning what lives on."""
     import torch
 
     torch.set_num_threads(1)
+    if hasattr(os, "fork") and any("start" in item.fixturenames for item in session.items):
+        session.config.fork_server = fork_server()
     gc.collect()
     gc.freeze()
+
+
+SERVERS = []  # that this process started
+
+
+def fork_server():
+    """A connection to the server, which all processes of this session share."""
+    name = os.environ.get("PYTEST_XDIST_TESTRUNUID", uuid.uuid4().hex)[:12]
+    path = os.path.join(tempfile.gettempdir(), f"deconvnet-tests-{name}")
+    with contextlib.suppress(FileExistsError), socket.socket(socket.AF_UNIX) as listener:
+        try:
+            listener.bind(path)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            raise FileExistsError from error
+        listener.listen()
+        # The server, which removes the path when its last client leaves.
+        SERVERS.append(
+            subprocess.Popen(
+                [sys.executable, "-c", SERVER, str(listener.fileno())],
+                stdin=subprocess.DEVNULL,
+                pass_fds=[listener.fileno()],
+            )
+        )
+    connection = socket.socket(socket.AF_UNIX)
+    while connection.connect_ex(path) == errno.ECONNREFUSED:  # bound, but not yet listening
+        time.sleep(0.01)
+    return connection
 
 
 @dataclass(frozen=True)
@@ -167,28 +242,25 @@ class Running:
 
 
 @pytest.fixture(scope="session")
-def start():
+def start(request):
     """start(folder, "train.py", *arguments, **environment): a script that runs in a folder.
 
     In place of a name it can be the path of another program, or "torchrun", which starts a program
-    in several processes.
+    in several processes. pictures=False: as `helpers.no_pictures`.
     """
+    from helpers import NO_PICTURES
+
     if not hasattr(os, "fork"):
         pytest.skip("this system cannot fork")
-    server = subprocess.Popen(
-        [sys.executable, "-c", SERVER],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    connection = request.config.fork_server
+    answers = connection.makefile("r")
     count = 0
 
     def ask(order):
-        server.stdin.write(json.dumps(order) + "\n")
-        server.stdin.flush()
-        return int(server.stdout.readline())
+        connection.sendall(json.dumps(order).encode() + b"\n")
+        return int(answers.readline())
 
-    def run(folder, name, *arguments, **environment):
+    def run(folder, name, *arguments, pictures=True, **environment):
         nonlocal count
         count += 1
         out, err = (Path(folder).parent / f".{count}.{kind}" for kind in ("out", "err"))
@@ -199,19 +271,18 @@ def start():
             "out": str(out),
             "err": str(err),
             "env": {key: str(value) for key, value in environment.items()},
+            "returning": {} if pictures else NO_PICTURES,
         }
         pid = ask(order)
         return Running(pid, lambda: Result(ask({"wait": pid}), out.read_text(), err.read_text()))
 
-    yield run
-    server.stdin.close()
-    server.wait(30)
+    return run
 
 
 @pytest.fixture(scope="session")
 def script(start):
     """script(folder, "train.py", *arguments): the result of a script that was run in a folder."""
-    return lambda *arguments: start(*arguments).wait()
+    return lambda *arguments, **options: start(*arguments, **options).wait()
 
 
 @pytest.fixture(scope="session")

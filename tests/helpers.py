@@ -1,6 +1,7 @@
 """What tests of several folders share."""
 
 import contextlib
+import copy
 import json
 import os
 import signal
@@ -42,6 +43,14 @@ def shown_pictures(page):
     }
 
 
+# Functions that draw, and what each returns where nothing is drawn.
+NO_PICTURES = {
+    "deconvnet.training.loop.layer_cards": {},
+    "deconvnet.training.loop.load_if_valid": None,
+    "deconvnet.training.loop._show_filters": None,
+}
+
+
 @contextlib.contextmanager
 def no_pictures():
     """Training that draws no pictures, which takes most of a tiny run; for tests that look at none.
@@ -49,9 +58,8 @@ def no_pictures():
     Curves, metrics and the features over the epochs are as ever.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("deconvnet.training.loop.layer_cards", lambda *_: {})
-        patch.setattr("deconvnet.training.loop.load_if_valid", lambda *_: None)
-        patch.setattr("deconvnet.training.loop._show_filters", lambda *_: None)
+        for name, value in NO_PICTURES.items():
+            patch.setattr(name, lambda *_, value=value: copy.copy(value))
         yield
 
 

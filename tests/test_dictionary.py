@@ -49,7 +49,7 @@ def test_learning_from_a_stream_lowers_the_objective_of_unseen_images(images):
 def test_encode_uses_the_lam_and_the_prior_of_the_learning(images):
     quick = LearningSettings(epochs=1)
     prior = dict(boundary="circular", non_negative=True, group=2)
-    learned = learn_filters(images, 4, filter_size=5, lam=3.0, learning=quick, **prior)
+    learned = learn_filters(images, 4, filter_size=3, lam=3.0, learning=quick, **prior)
     expected = sparse_code(images, learned.filters, lam=3.0, **prior)
     solution = learned.encode(images)
     assert torch.equal(solution.z, expected.z) and solution.lam == 3.0
@@ -227,7 +227,7 @@ def test_initial_filters_that_do_not_fit_are_refused(images, learner, kind):
 def test_learned_filters_learn_more_from_the_same_and_from_other_images(images):
     few = LearningSettings(epochs=2, zero_mean=True)
     prior = dict(boundary="circular", non_negative=True, group=2)
-    first = learn_filters(images[:4], 4, filter_size=5, lam_ratio=0.1, learning=few, **prior)
+    first = learn_filters(images[:4], 4, filter_size=3, lam_ratio=0.1, learning=few, **prior)
     for more in (first.learn_more(images[4:]), first.learn_more_online(images.split(2))):
         assert more.settings.lam == first.settings.lam
         assert (more.settings.boundary, more.settings.group) == ("circular", 2)
@@ -242,7 +242,7 @@ def test_learned_filters_are_the_same_bits_after_saving_and_loading(images, dtyp
     y = images[:4, :, :16, :16].to(dtype)
     prior = dict(p=0.8, boundary="circular", non_negative=True, group=2)
     learning = LearningSettings(epochs=2, norm="plane")
-    learned = learn_filters(y, 4, filter_size=5, lam=1 / 3, learning=learning, **prior)
+    learned = learn_filters(y, 4, filter_size=3, lam=1 / 3, learning=learning, **prior)
     learned.save(tmp_path / "learned.safetensors")
     loaded = Learned.load(str(tmp_path / "learned.safetensors"))
     assert torch.equal(loaded.filters, learned.filters) and loaded.filters.dtype == dtype

@@ -1,5 +1,6 @@
 """What is built and installed is whole: it works without a checkout, and without a network."""
 
+import json
 import os
 import re
 import shutil
@@ -101,19 +102,44 @@ def test_an_installed_command_lists_the_commands(installed):
     assert "deconvnet COMMAND key=value" in done.stdout and "train-cnn" in done.stdout
 
 
+# Runs the program sys.argv[1] with each list of arguments in a process of its own, all of which are
+# forks of one that has imported torch. Prints the code, the output and the files there are then.
+ONE_BY_ONE = """
+import ast, json, os, runpy, sys, tempfile
+import deconvnet.cli.launch, deconvnet.training.loop
+
+_, program, *orders = sys.argv
+for order in map(ast.literal_eval, orders):
+    with tempfile.TemporaryFile("w+") as out:
+        child = os.fork()
+        if child == 0:
+            os.dup2(out.fileno(), 1)
+            sys.argv = [program, *order]
+            runpy.run_path(program, run_name="__main__")
+            sys.exit()
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        out.seek(0)
+        print(json.dumps({"code": code, "out": out.read(), "left": os.listdir()}), flush=True)
+"""
+
+
 def test_an_installed_command_trains_and_reconstructs_in_an_empty_folder(installed):
     run, place, work = installed
     small = ["progress=false", "device=cpu", "data.size=24", "data.max_images=2"]
     small += ["model.layer1.num_maps=3", "model.layer1.filter_size=3"]
     small += ["model.layer1.learning.epochs=1", "model.layer1.solver.iterations=3"]
-    done = run("deconvnet", "train", "+layers=1", "preprocessing=mean", *small)
-    assert done.returncode == 0 and done.stderr == "", done
-    assert "deconvnet reconstruct run=runs/photographs layer=1" in done.stdout
-    assert [path.name for path in work.iterdir()] == ["runs"]
     picture = "runs/photographs/pictures/layer1-filters.png"
-    order = ["run=runs/photographs", f"images={picture}", "output=out"]
-    done = run("deconvnet", "reconstruct", *order)
+    orders = [
+        ["train", "+layers=1", "preprocessing=mean", *small],
+        ["reconstruct", "run=runs/photographs", f"images={picture}", "output=out"],
+    ]
+    program = str(place / "bin" / "deconvnet")
+    done = run(sys.executable, "-c", ONE_BY_ONE, program, *map(str, orders))
     assert done.returncode == 0 and done.stderr == "", done
+    train, reconstruct = map(json.loads, done.stdout.splitlines())
+    assert train["code"] == reconstruct["code"] == 0, done
+    assert "deconvnet reconstruct run=runs/photographs layer=1" in train["out"]
+    assert train["left"] == ["runs"]
     assert (work / "out" / "layer1-filters-layer1.png").is_file()
 
 

@@ -19,8 +19,10 @@ README = (ROOT / "README.md").read_text()
 GUIDES = {
     "coding": 30,
     "deconvolution": 30,
+    "gradients": 5,
     "upsampling": 20,
     "sklearn": 10,
+    "signals": 12,
     "features": 1,
     "visualization": 4,
     "classification": 1,

@@ -10,7 +10,8 @@ from deconvnet.filters.constraint import FilterConstraint, taper_window
 from deconvnet.filters.statistics import FilterStatistics, gram_product
 from deconvnet.filters.update import update_filters
 from deconvnet.operators.convolution import deconvolve
-from deconvnet.signals import as_images, as_signals, code_recording, epochs, factors, windows
+from deconvnet.recordings import code_recording, windows
+from deconvnet.signals import as_images, as_signals, epochs, factors
 from deconvnet.sklearn import DeconvNetTransformer
 
 EXACT = SolverSettings("coordinate", iterations=3000, gap=1e-6)
@@ -89,6 +90,10 @@ def test_a_tapered_filter_is_the_nearest_one_and_falls_to_zero(planted):
             near = found + 0.02 * t * torch.randn(f.shape, generator=generator, dtype=f.dtype)
             near = constraint.project(near)
             assert (((near - f) / t).square().sum((1, 2, 3)) >= distance - 1e-9).all()
+    parallel = (t.square() * torch.tensor([3.0, -1.0]).view(1, 2, 1, 1)).expand(3, -1, -1, -1)
+    for dtype in (torch.float32, torch.float64):
+        # Nothing but rounding errors is left of a multiple of t^2.
+        assert not FilterConstraint(taper=0.25, zero_mean=True).project(parallel.to(dtype)).any()
     signals = as_images(planted[2])
     learning = LearningSettings(epochs=5, batch_size=2, taper=0.4)
     ends = learn_filters(signals, 3, (1, L), lam_ratio=0.1, learning=learning).filters

@@ -28,7 +28,8 @@ def read_training_images(run: Path, count: int) -> tuple[Tensor, Tensor | None] 
         loaded = load_images(data)
         indices = _evenly_spaced(len(loaded.images), count)
         return loaded.images[indices], None if loaded.frames is None else loaded.frames[indices]
-    stream = stream_images(data)
+    # Pictures show whole images, whatever pixels were hidden from learning.
+    stream = stream_images(replace(data, mask=None))
     return stream.read(_evenly_spaced(len(stream), count))
 
 

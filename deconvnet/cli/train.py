@@ -136,13 +136,16 @@ def for_arrays(settings: PreprocessingSettings, data: DataSettings) -> Preproces
 
 def source(settings: DataSettings, device: torch.device) -> ImageSource:
     """The training images: all in memory, or each read when it is needed."""
+    has_holes = settings.mask is not None
     if settings.stream:
         streamed = stream_images(settings)
         return ImageSource(
-            len(streamed), streamed.read, streamed.prefetch, lambda: streamed.digests
+            len(streamed), streamed.read, streamed.prefetch, lambda: streamed.digests, has_holes
         )
     data = load_images(settings)
-    return ImageSource.from_tensor(data.images.to(device), data.frames, lambda: data.digests)
+    return ImageSource.from_tensor(
+        data.images.to(device), data.frames, lambda: data.digests, has_holes=has_holes
+    )
 
 
 def summarize(results: list[LayerResult], folder: Path, example: str) -> None:

@@ -106,35 +106,35 @@ def load_evolutions(
     epochs = [int(digits[-1]) for digits in names if digits]
     if len(set(epochs)) < len(names):
         epochs = list(range(1, len(names) + 1))
-    folder = output_folder(settings)
-    with ownership.locked_folder(folder, part="visualization", elsewhere="output"):
-        return {
-            layer: evolution_of_checkpoints(
-                settings, images, layer, epochs, folder / "visualization" / "evolution"
-            )
-            for layer in layers
-        }
+    networks = [network_key(load_named_model(settings, path)) for path in settings.checkpoints]
+    key = {"networks": networks, "data": images.fingerprint, "epochs": epochs}
+    return {
+        layer: evolution_of_checkpoints(settings, images, layer, epochs, key) for layer in layers
+    }
 
 
 def evolution_of_checkpoints(
-    settings: VisualizeConfig, images: LazyImages, layer: str, epochs: list[int], folder: Path
+    settings: VisualizeConfig,
+    images: LazyImages,
+    layer: str,
+    epochs: list[int],
+    key: dict[str, object],
 ) -> Evolution:
-    """The features of a layer over the checkpoints; those in the folder if they are the same."""
-    networks = (load_named_model(settings, path) for path in settings.checkpoints)
-    key = {
-        "networks": [network_key(network) for network in networks],
-        "data": images.fingerprint,
-        "layer": layer,
-        "epochs": epochs,
-        "inside": settings.inside,
-        "method": [settings.method, settings.gates, settings.overlap, settings.strict],
-    }
-    path = folder / f"{layer_file_name(layer)}.npz"
+    """The features of a layer over the checkpoints; those in the folder if they are the same.
+
+    key: of the checkpoints and images.
+    """
+    method = [settings.method, settings.gates, settings.overlap, settings.strict]
+    key = {**key, "layer": layer, "inside": settings.inside, "method": method}
+    folder = output_folder(settings)
+    path = folder / "visualization" / "evolution" / f"{layer_file_name(layer)}.npz"
     if (evolution := load_cached_evolution(path, key)) is not None:
         return evolution
-    project_checkpoints(
+    evolution = project_checkpoints(
         load_projectors(settings), images, layer, epochs=epochs, inside=settings.inside
-    ).save(path, key)
+    )
+    with ownership.locked_folder(folder, part="visualization", elsewhere="output"):
+        evolution.save(path, key)
     # As it is in the file, so that the same command draws the same pictures again.
     return load_evolution(path)
 

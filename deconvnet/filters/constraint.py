@@ -79,6 +79,7 @@ class FilterConstraint:
         if self.zero_mean:
             # A constant plane leaves only rounding errors, which must not become a filter.
             rounding = 10 * torch.finfo(f.dtype).eps * unprojected.abs().amax(axes, keepdim=True)
+            rounding = rounding if t is None else rounding / t.min()
             f = torch.where(length > rounding, f, torch.zeros_like(f))
             length = torch.where(length > rounding, length, torch.zeros_like(length))
         unit = f / torch.where(length > 0, length, torch.ones_like(length))

@@ -123,13 +123,14 @@ def masked_statistics(
     of the cost, that of the images with the unseen pixels filled in by Z f (expectation
     maximisation). Half of it suffices: if G is the true quadratic term and d the step to the
     minimum of the sums within a convex constraint, (gradient)'d <= -rho d'Z'Z d, so the cost
-    changes by at most d'(G/2 - rho Z'Z) d <= 0. If pixels are missing at random, rho Z'Z is the
-    expectation of G, and the step is as long as without a mask.
+    changes by at most d'(G/2 - rho Z'Z) d <= 0. (Unit norm is not convex: there, this is a motive
+    and not a proof.) If pixels are missing at random, rho Z'Z is the expectation of G, and the step
+    is as long as without a mask.
     """
-    painted = deconvolve(z, f, g, boundary=boundary)
-    energies = [y.double().square().sum((1, 2, 3)) for y in (mask(painted), painted)]
-    largest = mask.squared_norm(painted).flatten().double()
-    rho = torch.where(energies[1] > 0, energies[0] / energies[1], largest)
+    painted, weights = deconvolve(z, f, g, boundary=boundary).double(), mask.mask.double()
+    seen, energy = (y.square().sum((1, 2, 3)) for y in (weights * painted, painted))
+    largest = weights.amax((1, 2, 3)).square().expand(len(z))
+    rho = torch.where(energy > 0, seen / energy, largest)
     # Where nothing is seen the maps are 0, and any positive number will do.
     rho = torch.where(largest > 0, torch.maximum(rho, largest / 2), torch.ones_like(rho))
     # Maps scaled by s have s^2 Z'Z, and with a residual scaled by 1/s the same gradient.

@@ -4,8 +4,9 @@
     frames (N, 4): top, left, height, width of the picture in its image, zeros around it
 
 `load_images` reads all images at the start, `lazy_images` reads each on access, and `stream_images`
-fits them and reads ahead. All three give the same images in the same order, with the same
-fingerprint. Nothing here is random.
+fits them and reads ahead. With data.mask, the first and the last have NaN where a pixel is unseen;
+images that are only looked at are whole. Otherwise all three give the same images in the same
+order, with the same fingerprint. Nothing here is random.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from deconvnet.images.fit import Crop, check_equal_sizes, fit_image, is_enlarged
 from deconvnet.images.item import Item, pixel_digest
+from deconvnet.images.mask_files import with_holes
 from deconvnet.images.photographs import photograph_crops
 from deconvnet.images.preprocessing import Frame
 from deconvnet.images.sources import DataSettings, source_items
@@ -182,7 +184,7 @@ def load_images(settings: DataSettings) -> ImageSet:
     """The images of the settings, in an order that depends only on the settings."""
     if settings.source == "photographs":
         return _photographs(settings)
-    return _read_all(*source_items(settings), settings)
+    return _read_all(*_training_items(settings), settings)
 
 
 def lazy_images(settings: DataSettings, *, crop: Crop | None = None) -> LazyImages:
@@ -198,7 +200,8 @@ def lazy_images(settings: DataSettings, *, crop: Crop | None = None) -> LazyImag
         return LazyImages.from_set(_photographs(settings), crop=crop)
     if crop is None and settings.size is not None:
         crop = Crop(settings.size, settings.size)
-    return LazyImages(_usable_items(settings, lambda item: item.read()), crop=crop)
+    items = _usable_items(settings, lambda item: item.read(), *source_items(settings))
+    return LazyImages(items, crop=crop)
 
 
 def stream_images(settings: DataSettings) -> StreamedImages:
@@ -207,7 +210,11 @@ def stream_images(settings: DataSettings) -> StreamedImages:
     With data.skip_unreadable all images are read once at the start, since their numbers must not
     change later.
     """
-    items = _usable_items(settings, lambda item: _fitted(item.read(), item.name, settings))
+    items = _usable_items(
+        settings,
+        lambda item: _fitted(item.read(), item.name, settings),
+        *_training_items(settings),
+    )
     return StreamedImages(items, settings)
 
 
@@ -249,9 +256,16 @@ def _read_all(items: Iterator[Item], source: str, settings: DataSettings) -> Ima
     )
 
 
-def _usable_items(settings: DataSettings, check: Callable[[Item], object]) -> list[Item]:
-    """The items of the settings; with skip_unreadable only those that pass the check."""
+def _training_items(settings: DataSettings) -> tuple[Iterator[Item], str]:
+    """`source_items`, with NaN at the pixels that data.mask hides."""
     items, source = source_items(settings)
+    return (items if settings.mask is None else with_holes(items, settings.mask)), source
+
+
+def _usable_items(
+    settings: DataSettings, check: Callable[[Item], object], items: Iterator[Item], source: str
+) -> list[Item]:
+    """Up to max_images of the items; with skip_unreadable only those that pass the check."""
     usable, failures = [], []
     for item in items:
         if len(usable) == settings.max_images:

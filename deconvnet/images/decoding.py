@@ -26,7 +26,7 @@ import stat
 import threading
 import unicodedata
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -101,6 +101,17 @@ class Content:
         try:
             with self.open() as file:
                 return decode(file)
+        except Exception as error:
+            raise ValueError(f"cannot read {shown_name(self.name)}: {reason(error)}") from error
+
+    def alpha(self) -> Tensor:
+        """The opacity (1, H, W) of the pixels in [0, 1], 1 everywhere without transparency.
+
+        ValueError as for `image`.
+        """
+        try:
+            with self.open() as file:
+                return _decoded(file, _opacity)
         except Exception as error:
             raise ValueError(f"cannot read {shown_name(self.name)}: {reason(error)}") from error
 
@@ -188,6 +199,10 @@ def check_file(path: str | Path) -> int:
 
 def decode(file: BinaryIO) -> Tensor:
     """The image (3, H, W) in an open stream; any exception if it is damaged."""
+    return _decoded(file, _pixels)
+
+
+def _decoded(file: BinaryIO, pixels: Callable[[Image.Image], Tensor]) -> Tensor:
     _apply_limit(os.environ.get(LIMIT))
     if not file.read(1):
         raise ValueError("the file is empty")
@@ -202,7 +217,7 @@ def decode(file: BinaryIO) -> Tensor:
             width, height = picture.size
             if Image.MAX_IMAGE_PIXELS and width * height > Image.MAX_IMAGE_PIXELS:
                 raise ValueError(_too_many(f"{width}x{height}", width * height))
-            return _pixels(picture)
+            return pixels(picture)
     except Image.DecompressionBombError as error:
         count = int(re.search(r"\d+", str(error))[0])
         raise ValueError(_too_many(str(count), count)) from error
@@ -298,6 +313,16 @@ def _pixels(picture: Image.Image) -> Tensor:
     # Before loading, after which Pillow no longer knows how the file stored its numbers.
     samples = _Samples.of(picture)
     return to_tensor(samples.array(ImageOps.exif_transpose(picture)))
+
+
+def _opacity(picture: Image.Image) -> Tensor:
+    """(1, H, W): the opacity of the pixels of a picture."""
+    if not picture.has_transparency_data:
+        return torch.ones(1, picture.height, picture.width)
+    picture = ImageOps.exif_transpose(picture)
+    picture = picture.convert("LA") if picture.mode == "La" else picture
+    alpha = np.array(picture.convert("RGBA").getchannel("A"), dtype=np.float32)
+    return torch.from_numpy(alpha)[None] / 255
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -96,7 +97,7 @@ def pad_to_square(image: Tensor, size: int) -> tuple[Tensor, Frame]:
             f"data.size={size}: both must be at least {MIN_SIDE}"
         )
     top, left = (size - height) // 2, (size - width) // 2
-    square = image.new_zeros(3, size, size)
+    square = image.new_zeros(len(image), size, size)
     square[:, top : top + height, left : left + width] = _resize(image, height, width)
     return square, (top, left, height, width)
 
@@ -140,15 +141,34 @@ class TrainingScale:
 
 
 def fit_image(image: Tensor, name: str, size: int | None, fit: str) -> tuple[Tensor, Frame]:
-    """The image fitted to data.size by data.fit, and its frame; name: for messages."""
+    """The image fitted to data.size by data.fit, and its frame; name: for messages.
+
+    NaN marks unseen pixels. A pixel of the result is the mean of those that are seen of what it
+    covers, and NaN if they are less than half of it.
+    """
+    unseen = image.isnan().any(0, keepdim=True)
+    if unseen.any():
+        weighted = torch.cat([image.masked_fill(unseen, 0), (~unseen).to(image)])
+        # In the middle of [0, 1], so that no overshoot is clamped before the division.
+        fitted, frame = _fit_planes((weighted + 0.5) / 2, name, size, fit)
+        top, left, height, width = frame
+        picture = fitted[:, top : top + height, left : left + width]
+        *planes, seen = 2 * picture - 0.5
+        planes = (torch.stack(planes) / seen.clamp(min=0.5)).clamp(0, 1)
+        picture[:-1] = planes.masked_fill(seen < 0.5, torch.nan)
+        return fitted[:-1].contiguous(), frame
+    return _fit_planes(image, name, size, fit)
+
+
+def _fit_planes(planes: Tensor, name: str, size: int | None, fit: str) -> tuple[Tensor, Frame]:
     if fit == "pad":
         try:
-            return pad_to_square(image, size)
+            return pad_to_square(planes, size)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
     if size is not None:
-        image = crop_to_square(image, size)
-    return image, (0, 0, *image.shape[1:])
+        planes = crop_to_square(planes, size)
+    return planes, (0, 0, *planes.shape[1:])
 
 
 def is_enlarged(image: Tensor, size: int | None, fit: str) -> bool:

@@ -26,6 +26,8 @@ class Item:
     read_label: Callable[[], str] | None = None  # the name of its class
     # SHA-256 of its content; None: that of its file, or of its pixels if it has no file
     read_digest: Callable[[], str] | None = None
+    # the opacity (1, H, W) of its pixels in [0, 1]; None: it is no image file
+    read_alpha: Callable[[], Tensor] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", shown_name(self.name))

@@ -150,24 +150,30 @@ class Preprocessing(torch.nn.Module):
         """
         if len(images) == 0:
             raise ValueError("preprocessing cannot be fitted to 0 images")
-        return self.fit_parts(lambda: [(images, frames)])
+        return self.fit_parts(lambda: [(images, frames, None)])
 
     @plain
     def fit_parts(
         self,
-        parts: Callable[[], Iterable[tuple[Tensor, Tensor | None]]],
+        parts: Callable[[], Iterable[tuple[Tensor, Tensor | None, Tensor | None]]],
         communicator: Communicator = SINGLE,
     ) -> "Preprocessing":
-        """`fit` to images in parts; every call of parts() yields all (images, frames) again.
+        """`fit` to images in parts; every call of parts() yields all (images, frames, mask) again.
 
-        communicator: fit to the images of all ranks, some of which may have none.
+        mask: as in `forward`; only seen pixels determine the scale. communicator: fit to the images
+        of all ranks, some of which may have none.
         """
 
         def planes(steps: Sequence[str]) -> Iterator[Tensor]:
-            for images, frames in parts():
+            for planes, _ in pictures(steps):
+                yield planes
+
+        def pictures(steps: Sequence[str]) -> Iterator[tuple[Tensor, Tensor | None]]:
+            for images, frames, mask in parts():
                 _check(images, frames, self.settings)
-                for picture in _pictures(images, frames):
-                    yield self._preprocess(picture, steps)[0]
+                masks = [None] * len(images) if mask is None else _pictures(mask, frames)
+                for picture, seen in zip(_pictures(images, frames), masks, strict=True):
+                    yield self._preprocess(picture, steps, seen)[0], seen
 
         steps = list(self.settings.steps)
         if "whiten" in steps:
@@ -180,7 +186,8 @@ class Preprocessing(torch.nn.Module):
                 )
             )
         spread, energy = Spread(), torch.zeros(self.channels, dtype=torch.float64)
-        for values in planes(steps):
+        for values, seen in pictures(steps):
+            values = values if seen is None else values[..., seen[0, 0] > 0][..., None]
             spread.add(values)
             if self.are_arrays:
                 energy += values.double().square().sum((0, 2, 3)).cpu()
@@ -192,18 +199,21 @@ class Preprocessing(torch.nn.Module):
         return self
 
     @full_precision
-    def forward(self, images: Tensor, frames: Tensor | None = None) -> tuple[Tensor, Record]:
+    def forward(
+        self, images: Tensor, frames: Tensor | None = None, mask: Tensor | None = None
+    ) -> tuple[Tensor, Record]:
         """y (N, C, H, W) and its record, from images (N, 1 or 3, H, W) in [0, 1].
 
         Grey images are repeated for a colour network, colour images converted to grey for a grey
         one; arrays (N, C, H, W) may have any finite values. With frames (N, 4), y and the planes of
-        the record are 0 outside them.
+        the record are 0 outside them. mask: (N, 1, H, W), not 0 where a pixel is seen; the images
+        have stand-ins for the others (`fill_holes`), which "mean" and "contrast" disregard.
         """
         _check(images, frames, self.settings)
         if frames is None:
-            planes, record = self._preprocess(images, self.settings.steps)
+            planes, record = self._preprocess(images, self.settings.steps, mask)
         else:
-            planes, record = self._preprocess_in_frames(images, frames.to(images.device))
+            planes, record = self._preprocess_in_frames(images, frames.to(images.device), mask)
         return planes / self.scale, record
 
     @full_precision
@@ -247,11 +257,13 @@ class Preprocessing(torch.nn.Module):
                 planes = highpass.invert(planes, removed["low"], self._filter(step))
         return ycbcr_to_rgb(planes) if self.settings.color == "ycbcr" else planes
 
-    def _preprocess(self, images: Tensor, steps: list[str]) -> tuple[Tensor, Record]:
+    def _preprocess(
+        self, images: Tensor, steps: list[str], mask: Tensor | None = None
+    ) -> tuple[Tensor, Record]:
         planes, record = to_color(images, self.settings.color), []
         for step in steps:
             if step == "mean":
-                mean = planes.mean((2, 3), keepdim=True)
+                mean = _mean(planes, mask)
                 planes, removed = planes - mean, {"mean": mean}
             elif step == "contrast":
                 mean, deviation = local_moments(
@@ -259,9 +271,10 @@ class Preprocessing(torch.nn.Module):
                     self.settings.contrast_size,
                     self.settings.contrast_sigma,
                     relative=self.are_arrays,
+                    mask=mask,
                 )
                 deviation = (
-                    _floored(deviation)
+                    _floored(deviation, mask)
                     if self.settings.contrast_divide
                     else torch.ones_like(deviation)
                 )
@@ -273,11 +286,17 @@ class Preprocessing(torch.nn.Module):
             record.append(removed)
         return planes, record
 
-    def _preprocess_in_frames(self, images: Tensor, frames: Tensor) -> tuple[Tensor, Record]:
+    def _preprocess_in_frames(
+        self, images: Tensor, frames: Tensor, mask: Tensor | None = None
+    ) -> tuple[Tensor, Record]:
         """Preprocess each picture as if it were alone; those with equal frames form a batch."""
         groups = _groups(frames)
         parts = [
-            self._preprocess(_cut(images[index], frame), self.settings.steps)
+            self._preprocess(
+                _cut(images[index], frame),
+                self.settings.steps,
+                None if mask is None else _cut(mask[index], frame),
+            )
             for index, frame in groups
         ]
         planes = _join([planes for planes, _ in parts], groups, images.shape)
@@ -372,7 +391,12 @@ def ycbcr_to_rgb(ycbcr: Tensor) -> Tensor:
 
 
 def local_moments(
-    images: Tensor, size: int, sigma: float, *, relative: bool = False
+    images: Tensor,
+    size: int,
+    sigma: float,
+    *,
+    relative: bool = False,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gaussian-weighted local mean (N, C, H, W) and deviation (N, 1, H, W) of images (N, C, H, W).
 
@@ -380,12 +404,21 @@ def local_moments(
     repeated. The variance is averaged over the planes, since one deviation for all of them keeps
     the hue. It is E[x^2] - E[x]^2 as in the authors' code, but of values from which the mean of
     their plane is subtracted first (the same result with less cancellation). Deviations below FLAT
-    become 0; with `relative`, below this share of the largest deviation of the image.
+    become 0; with `relative`, below this share of the largest deviation of the image. mask: (N, 1,
+    H, W), not 0 where a pixel is seen; the moments are those of the seen pixels of a neighbourhood
+    (normalised convolution), or 0 if there are none.
     """
-    offset = images.mean((2, 3), keepdim=True)
+    offset = _mean(images, mask)
     centred = images - offset
-    mean = _gaussian(centred, size, sigma)
-    variance = _gaussian(centred.square(), size, sigma) - mean.square()
+    if mask is None:
+        mean = _gaussian(centred, size, sigma)
+        variance = _gaussian(centred.square(), size, sigma) - mean.square()
+    else:
+        seen = (mask > 0).to(images)
+        share = _gaussian(seen, size, sigma)
+        share = share.where(share > 0, torch.ones_like(share))
+        mean = _gaussian(seen * centred, size, sigma) / share
+        variance = _gaussian(seen * centred.square(), size, sigma) / share - mean.square()
     deviation = variance.mean(1, keepdim=True).clamp(min=0).sqrt()
     flat = FLAT * deviation.amax((1, 2, 3), keepdim=True) if relative else FLAT
     return mean + offset, torch.where(deviation < flat, 0.0, deviation)
@@ -427,13 +460,28 @@ def whitening_filter(
     return rows[:, size // 2, size // 2].float()
 
 
-def _floored(deviation: Tensor) -> Tensor:
+def _mean(planes: Tensor, mask: Tensor | None) -> Tensor:
+    """(N, C, 1, 1): the mean of each plane, over the pixels where the mask (N, 1, H, W) is not 0;
+    of a plane without such pixels, 0.
+    """
+    if mask is None:
+        return planes.mean((2, 3), keepdim=True)
+    seen = (mask > 0).to(planes)
+    return (seen * planes).mean((2, 3), keepdim=True) / seen.mean((2, 3), keepdim=True).clamp(
+        min=1 / seen[0].numel()
+    )
+
+
+def _floored(deviation: Tensor, mask: Tensor | None = None) -> Tensor:
     """The deviation (N, 1, H, W), raised to at least its median over the image.
 
     If the median is 0, the median of the non-zero values is used; an image without contrast gets 1.
+    mask: the median is over the pixels where it is not 0.
     """
     floors = []
-    for values in deviation.flatten(1):
+    for n, values in enumerate(deviation.flatten(1)):
+        if mask is not None and mask[n].any():
+            values = values[mask[n].flatten() > 0]
         floor = _median(values)
         if floor == 0 and values.any():
             floor = _median(values[values > 0])

@@ -24,6 +24,8 @@ from deconvnet.images.shards import Damage, Member, read_index
 from deconvnet.images.torchvision_source import torchvision_items
 
 SOURCES = ("photographs", "folder", "list", "shards", "torchvision", "array")
+# The sources whose images may have masks.
+MASKED_SOURCES = ("folder", "list", "shards")
 
 # Bytes of a list that are read first, to check that it is a text file.
 TEXT_PROBE = 1 << 20
@@ -55,6 +57,9 @@ class DataSettings:
     # use at most this many images: of photographs, the crops with the most texture, else the first
     # images; null: all
     max_images: int | None = 24
+    # training: which pixels are seen; the others may have any value. null: all | alpha: those that
+    # are not transparent | a folder of masks with the names of the images, black where unseen
+    mask: str | None = None
     # skip images that cannot be used, with a warning, instead of stopping
     skip_unreadable: bool = False
     # read images whenever they are needed, not all at the start, for data sets of any size
@@ -90,6 +95,11 @@ class DataSettings:
             )
         if self.fit == "pad" and self.size is None:
             raise ValueError("data.size=None: data.fit=pad needs the side of the squares")
+        if self.mask is not None and self.source not in MASKED_SOURCES:
+            raise ValueError(
+                f"data.mask={self.mask}: the images of data.source={self.source} have no masks; "
+                f"choose {', '.join(MASKED_SOURCES)}"
+            )
         if self.stream and self.source == "photographs":
             raise ValueError(
                 "data.stream=true: the images of data.source=photographs are made in memory; "
@@ -153,7 +163,7 @@ def _folder_items(path: str) -> Iterator[Item]:
 
 def _item(content: Content, name: str, label: str | None, path: Path | None = None) -> Item:
     read_label = None if label is None else partial(str, shown_name(label))
-    return Item(name, content.image, path, read_label, content.digest)
+    return Item(name, content.image, path, read_label, content.digest, content.alpha)
 
 
 def _list_items(path: str) -> Iterator[Item]:

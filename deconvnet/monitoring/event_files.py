@@ -19,7 +19,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deconvnet.monitoring.crc32c import crc32c
 from deconvnet.storage import ownership
 
 if TYPE_CHECKING:
@@ -92,7 +91,9 @@ def _record(data: bytes) -> bytes:
 
 def _checksum(data: bytes) -> bytes:
     """Masked, so that the checksum of data that contain their checksum is not always the same."""
-    value = crc32c(data)
+    import google_crc32c
+
+    value = google_crc32c.value(data)
     return struct.pack("<I", ((value >> 15 | value << 17) + 0xA282EAD8) & 0xFFFFFFFF)
 
 

@@ -43,6 +43,11 @@ PICTURES = {
         "leaves, and the reconstruction in pixels. From the second row to the residual, all rows "
         "have the same scale.",
     ),
+    "lam": (
+        "0 lam",
+        "What lam=auto chose before the layer learned, and from what: the squared error with which "
+        "the code of the other pixels predicts hidden pixels, relative to that of maps of zeros.",
+    ),
     "evolution": (
         "4 evolution",
         "A row for each map, a column for each epoch: the strongest activation in this epoch, "

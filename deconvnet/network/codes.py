@@ -88,12 +88,15 @@ class LayerCodes:
 class Codes:
     """The maps of every layer for a batch of images.
 
-    y: (N, C, H, W), the preprocessed images; record: for the inverse of the preprocessing.
+    y: (N, C, H, W), the preprocessed images; record: for the inverse of the preprocessing. mask:
+    (N, 1, H, W), which weights the errors of the images; y has stand-ins where it is 0. None: all
+    pixels count alike.
     """
 
     layers: tuple[LayerCodes, ...]
     y: Tensor
     record: Record = field(repr=False)
+    mask: Tensor | None = field(default=None, repr=False)
 
     def __repr__(self) -> str:
         lines = [f"Codes({len(self.y)} images {'x'.join(map(str, self.y.shape[1:]))}"]
@@ -104,12 +107,15 @@ class Codes:
         """The codes of the given images, by their indices."""
         layers = tuple(layer.select(images) for layer in self.layers)
         record = [{key: value[images] for key, value in step.items()} for step in self.record]
-        return Codes(layers, self.y[images], record)
+        mask = None if self.mask is None else self.mask[images]
+        return Codes(layers, self.y[images], record, mask)
 
     def to(self, device: torch.device | str) -> Codes:
         """The codes on another device."""
         record = [{key: value.to(device) for key, value in step.items()} for step in self.record]
-        return Codes(tuple(layer.to(device) for layer in self.layers), self.y.to(device), record)
+        layers = tuple(layer.to(device) for layer in self.layers)
+        mask = None if self.mask is None else self.mask.to(device)
+        return Codes(layers, self.y.to(device), record, mask)
 
     def layer(self, number: int) -> LayerCodes:
         """The codes of one layer, counted from 1."""
@@ -138,7 +144,9 @@ def join_codes(parts: list[Codes]) -> Codes:
         {key: torch.cat([step[key] for step in steps]) for key in steps[0]}
         for steps in zip(*(part.record for part in parts), strict=True)
     ]
-    return Codes(layers, torch.cat([part.y for part in parts]), record)
+    masks = [part.mask for part in parts]
+    mask = None if masks[0] is None else torch.cat(masks)
+    return Codes(layers, torch.cat([part.y for part in parts]), record, mask)
 
 
 def _is_tensor(value: object) -> bool:

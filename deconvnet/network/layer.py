@@ -33,6 +33,7 @@ from deconvnet.sparse_coding.solve import Callback, solve
 from deconvnet.support.renaming import with_current_names
 from deconvnet.support.validation import (
     as_filter_size,
+    as_number,
     as_positive_integer,
     as_positive_number,
     check_settings,
@@ -41,6 +42,9 @@ from deconvnet.support.validation import (
 TARGETS = ("maps", "image", "both")
 POOLINGS = ("after", "in_loop")
 CONNECTIVITIES = ("full", "singles", "doubles", "singles_and_doubles", "random_doubles")
+
+# The lam that is used if neither lam nor lam_ratio is given, and the word for one to be chosen.
+LAM, AUTO = 2.0, "auto"
 
 # A larger number of maps or filter side can only be a mistake.
 MAX_SIZE = 100_000
@@ -55,8 +59,14 @@ class LayerSettings:
     # filters in pixels of the layer's input: the side of a square, or [rows, columns], such as
     # [1, 64] for signals, which are images of one row
     filter_size: Any = 7
-    # weight of the reconstruction relative to the sparsity; larger values give less sparse maps
-    lam: float = 2.0
+    # weight of the reconstruction relative to the sparsity; larger values give less sparse maps.
+    # auto (for p = 1, target maps, pooling after): the smallest with which the code predicts hidden
+    # pixels of some training images about as well as possible, before the layer learns. null: 2, or
+    # computed from lam_ratio
+    lam: Any = None
+    # instead of lam (then null), in (0, 1], for p = 1: lambda = 1/lam relative to the smallest for
+    # which the maps of some training images are zero, before the layer learns
+    lam_ratio: float | None = None
     # exponent of the sparse prior sum |z|^p, 0 to 1
     p: float = 1.0
     # group sparsity: this many consecutive maps share one magnitude at each position, their l2 norm
@@ -96,8 +106,8 @@ class LayerSettings:
                 setattr(self, key, _checked_size(value, key))
             elif key == "filter_size" and "${" not in value:
                 as_filter_size(value)
-        for key in ("lam", "image_weight"):
-            setattr(self, key, as_positive_number(getattr(self, key), key))
+        self.image_weight = as_positive_number(self.image_weight, "image_weight")
+        self._check_lam()
         check_settings(self.solver, SolverSettings, "solver", optional=False)
         check_settings(self.learning, LearningSettings, "learning", optional=False)
         check_exponent(self.p)
@@ -130,6 +140,32 @@ class LayerSettings:
                 f"solver.gap={self.solver.gap}: needs p=1 and pooling=after, got p={self.p}, "
                 f"pooling={self.pooling}"
             )
+
+    def _check_lam(self) -> None:
+        """Raise ValueError unless there is one lam, or one way to compute it."""
+        if self.lam_ratio is not None:
+            if self.lam is not None:
+                raise ValueError(
+                    f"lam={self.lam}, lam_ratio={self.lam_ratio}: give one of the two; with "
+                    "lam_ratio, lam=null"
+                )
+            if not 0 < as_number(self.lam_ratio, "lam_ratio") <= 1:
+                raise ValueError(f"lam_ratio={self.lam_ratio}: must lie in (0, 1]")
+            if self.p != 1:
+                raise ValueError(f"lam_ratio={self.lam_ratio}: needs p=1, got p={self.p}")
+        elif self.lam is None:
+            self.lam = LAM
+        elif self.lam == AUTO:
+            if self.p != 1 or self.target != "maps" or self.pooling == "in_loop":
+                raise ValueError(
+                    f"lam=auto: needs p=1, target=maps and pooling=after, got p={self.p}, "
+                    f"target={self.target}, pooling={self.pooling}"
+                )
+        elif not (isinstance(self.lam, str) and "${" in self.lam):
+            try:
+                self.lam = as_positive_number(self.lam, "lam")
+            except ValueError as error:
+                raise ValueError(f"{error}, or auto") from None
 
     @property
     def filter_shape(self) -> tuple[int, int]:
@@ -196,7 +232,21 @@ class Layer(nn.Module):
     def extra_repr(self) -> str:
         settings, (K, C, h, w) = self.settings, self.filters.shape
         pool = "" if settings.pool is None else f", pool={list(settings.pool)}"
-        return f"{K} filters {C}x{h}x{w}, lam={settings.lam:g}, p={settings.p:g}{pool}"
+        lam = settings.lam if settings.lam_ratio is None else f"{settings.lam_ratio:g} lambda_max"
+        lam = f"{lam:g}" if isinstance(lam, float) else lam
+        return f"{K} filters {C}x{h}x{w}, lam={lam}, p={settings.p:g}{pool}"
+
+    @property
+    def lam(self) -> float:
+        """The weight of the reconstruction; ValueError if it is still to be computed."""
+        settings = self.settings
+        if not isinstance(settings.lam, (int, float)):
+            key = "lam" if settings.lam_ratio is None else "lam_ratio"
+            raise ValueError(
+                f"{key}={getattr(settings, key)}: lam is computed when the layer begins to learn; "
+                "train it first, or give a number for lam"
+            )
+        return settings.lam
 
     @property
     def g(self) -> Tensor | None:
@@ -265,7 +315,7 @@ class Layer(nn.Module):
         return solve(
             problem.T @ self.operator(),
             problem.b,
-            lam=self.settings.lam,
+            lam=self.lam,
             prior=self.settings.prior,
             settings=settings or self.settings.solver,
             state=state,

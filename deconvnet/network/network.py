@@ -24,12 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from deconvnet.images.fit import TrainingScale
+from deconvnet.images.holes import fill_holes
 from deconvnet.images.preprocessing import Preprocessing, PreprocessingSettings
 from deconvnet.network.codes import ALL, Codes, Images, join
 from deconvnet.network.layer import Layer, LayerProblem, LayerSettings, check_input_size
 from deconvnet.network.metrics import snr
 from deconvnet.operators.convolution import map_size
-from deconvnet.operators.linear import Identity, LinearOperator, Scaling, VerticalStack
+from deconvnet.operators.linear import Identity, LinearOperator, Mask, Scaling, VerticalStack
 from deconvnet.operators.pooling import pooled_shape
 from deconvnet.sparse_coding.events import EVENTS
 from deconvnet.storage.checkpoint_files import load_newest_checkpoint
@@ -106,6 +107,7 @@ class DeconvNet(nn.Module):
         images: Tensor,
         *,
         frames: Tensor | None = None,
+        mask: Tensor | None = None,
         depth: int | None = None,
         chunk: int = 8,
         progress: Progress | None = None,
@@ -114,9 +116,11 @@ class DeconvNet(nn.Module):
 
         images: (N, 1 or 3, H, W) float in [0, 1], or arrays (N, C, H, W) in any units if
         preprocessing.color is "none"; at least as large as the filters. frames: (N, 4)
-        int64, the frame of each picture in its square, as returned by `load_images`. depth: number
-        of layers (None: all; 0: only preprocess). chunk: images at a time, which bounds memory and
-        changes results by rounding only. progress(done, total) is called after every chunk.
+        int64, the frame of each picture in its square, as returned by `load_images`. mask: (N or 1,
+        1, H, W), >= 0, weights the errors of the images as in `sparse_code`; pixels where it is 0
+        are ignored and may have any value. depth: number of layers (None: all; 0: only preprocess).
+        chunk: images at a time, which bounds memory and changes results by rounding only.
+        progress(done, total) is called after every chunk.
         """
         images = as_tensor(images, "images")
         frames = None if frames is None else as_tensor(frames, "frames")
@@ -126,9 +130,14 @@ class DeconvNet(nn.Module):
         depth = self._checked_number("depth", self.depth if depth is None else depth, least=0)
         if images.is_floating_point():
             images = images.to(self.preprocessing.scale.dtype)
-        y, record = self.preprocessing(images.to(self.device), frames)
+        images = images.to(self.device)
+        if mask is not None:
+            mask = Mask(mask, images[:, :1]).mask.expand(len(images), -1, -1, -1)
+            images = fill_holes(images, mask)
+            images = images if self.preprocessing.are_arrays else images.clamp(0, 1)
+        y, record = self.preprocessing(images, frames, mask)
         self.check_size(tuple(y.shape[2:]), depth)
-        codes = Codes((), y, record)
+        codes = Codes((), y, record, mask)
         for _ in range(depth):
             codes = self.infer_next_layer(codes, chunk=chunk, progress=progress)
         return codes
@@ -146,7 +155,7 @@ class DeconvNet(nn.Module):
             parts.append(layer.codes(layer.infer(self.layer_problem(codes, number, images))))
             if progress:
                 progress(min(len(parts) * chunk, len(codes.y)), len(codes.y))
-        return Codes((*codes.layers, join(parts)), codes.y, codes.record)
+        return Codes((*codes.layers, join(parts)), codes.y, codes.record, codes.mask)
 
     def check_size(self, size: tuple[int, int], depth: int) -> None:
         """Raise ValueError if images of H x W pixels are too small for a layer up to `depth`."""
@@ -166,10 +175,13 @@ class DeconvNet(nn.Module):
     def layer_problem(self, codes: Codes, number: int, images: Images = ALL) -> LayerProblem:
         """The problem that the maps of layer `number` solve, given the codes of layers below."""
         settings = self.layer(number).settings
-        if number == 1 or settings.target == "maps":
+        if number > 1 and settings.target == "maps":
             return LayerProblem(self.layer_input(codes, number, images))
         y, decoder = codes.y[images], self.decoder(codes, number, images)
-        if settings.target == "image":
+        if codes.mask is not None:
+            M = Mask(codes.mask[images], y)
+            y, decoder = M.target(y), M @ decoder
+        if number == 1 or settings.target == "image":
             return LayerProblem(y, decoder)
         maps = self.layer_input(codes, number, images)
         stack = VerticalStack(
@@ -219,8 +231,12 @@ class DeconvNet(nn.Module):
 
     @plain
     def snr(self, codes: Codes, layer: int) -> float:
-        """SNR in dB of `synthesize` for one layer, over all preprocessed images."""
-        return snr(codes.y, self.synthesize(codes, layer))
+        """SNR in dB of `synthesize` for one layer, over all seen pixels of preprocessed images."""
+        y, synthesis = codes.y, self.synthesize(codes, layer)
+        if codes.mask is not None:
+            seen = (codes.mask > 0).expand_as(y)
+            y, synthesis = y[seen], synthesis[seen]
+        return snr(y, synthesis)
 
     @property
     def device(self) -> torch.device:

@@ -219,7 +219,7 @@ def _solve_first_layer(net: DeconvNet, y: Tensor) -> SparseSolution:
     ones = torch.ones(len(layer.filters)).to(y)
     return solve_whole_image(
         *(layer.operator(), y, Thresholds(ones, ones, settings.group)),
-        lam=settings.lam,
+        lam=layer.lam,
         non_negative=settings.non_negative,
         iterations=solver.iterations,
         tolerance=solver.tolerance,

@@ -33,6 +33,7 @@ from deconvnet.sparse_coding.active_set import Footprint, footprint
 from deconvnet.sparse_coding.prior import Prior
 from deconvnet.sparse_coding.problem import Solution, SolverSettings
 from deconvnet.support.torch_modes import full_precision
+from deconvnet.support.validation import as_tensor
 
 if TYPE_CHECKING:
     from scipy.sparse import bsr_matrix, csr_matrix
@@ -82,25 +83,25 @@ def with_gradient(
 
     The arguments are those of `sparse_code`, as given; prior: with the same weights, plain.
     """
-    f = _plain_type(filters).to(solution.residual)
+    f = _plain_type(filters).to(solution.residual).resolve_neg()
     mask = None if mask is None else _plain_type(mask).to(f)
     shape, image = tuple(solution.z.shape), tuple(solution.residual.shape[1:])
     code = _Code(boundary, prior, solution.lam, shape, image)
     terms = solution.z, solution.residual, solution.reconstruction, solution.sparsity
-    y = _plain_type(images)
-    z, residual, reconstruction, sparsity = _AtMinimum.apply(
-        code, *terms, y, f, lam, mask, _plain_type(weights)
-    )
+    # Of these only the gradient is needed.
+    others = (_plain_type(x) if requires_gradient(x) else None for x in (images, lam, weights))
+    y, lam, weights = others
+    z, residual, reconstruction, sparsity = _AtMinimum.apply(code, *terms, y, f, lam, mask, weights)
     return dataclasses.replace(
         solution, z=z, residual=residual, reconstruction=reconstruction, sparsity=sparsity
     )
 
 
-def _plain_type(value: Any) -> Any:
-    """A subclass of Tensor as a plain tensor, an array as a tensor; with its gradient."""
-    if isinstance(value, np.ndarray):
-        return torch.from_numpy(np.ascontiguousarray(value))
-    return value.as_subclass(Tensor) if isinstance(value, Tensor) else value
+def _plain_type(value: Any) -> Tensor:
+    """A plain tensor, with its gradient, of a subclass of Tensor; arrays have none."""
+    if requires_gradient(value):
+        return value.as_subclass(Tensor)
+    return as_tensor(value, "array")
 
 
 @dataclass(frozen=True)
@@ -189,8 +190,8 @@ class _AtMinimum(torch.autograd.Function):
         z, residual, reconstruction, sparsity, _, f, lam, mask, weights = tensors
         ctx.set_materialize_grads(False)
         ctx.code, ctx.support = code, _Support.of(z, code.prior)
-        ctx.lam = lam.detach() if isinstance(lam, Tensor) else None
-        ctx.weights = weights.detach() if isinstance(weights, Tensor) else None
+        ctx.lam = None if lam is None else lam.detach()
+        ctx.weights = None if weights is None else weights.detach()
         ctx.save_for_backward(residual, f, mask)
         return z, residual, reconstruction, sparsity
 
@@ -273,14 +274,15 @@ def _solved(
 ) -> Tensor:
     """v (m, G) with H v = s on the support, image by image.
 
-    In float64 on the CPU, whatever the device: H is sparse and often ill-conditioned, and its
-    factors are exact and take less time than the inference did.
+    In float64 on the CPU, whatever the device: H is sparse and often ill-conditioned. Conjugate
+    gradients need hundreds of iterations, also with blocks of H as a preconditioner; factors are
+    exact, and up to some 10,000 coefficients of an image take less time.
     """
     v = torch.zeros(s.shape, dtype=torch.float64)
-    on_host = (x.double().cpu() for x in (f, support.z, support.free, w, s))
+    on_host = (x.cpu().double() for x in (f, support.z, support.free, w, s))
     filters, z, free, w, s_host = on_host
     n, g, i, j = (x.cpu() for x in (support.n, support.g, support.i, support.j))
-    mask = None if mask is None else mask.double().cpu().expand(code.shape[0], *code.image)
+    mask = None if mask is None else mask.cpu().double().expand(code.shape[0], *code.image)
     for image in n.unique().tolist():
         at = n == image
         places = (x[at].numpy() for x in (g, i, j))

@@ -12,15 +12,15 @@ Which lambda = 1/lam is best depends on what the code is for, and there are thre
 
   For the lasso (p = 1, no groups) df is the dimension of the span of the active filters (Tibshirani
   and Taylor 2012), which is the number of non-zero coefficients unless active filters are linearly
-  dependent. Otherwise it takes a second path, of images moved slightly along the noise (Ramani,
-  Blu and Unser 2008).
+  dependent. For other priors, and for noise that is not white, it takes a second path, of images
+  moved slightly along the noise (Ramani, Blu and Unser 2008).
 - a number of non-zero coefficients.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -79,6 +79,7 @@ def choose_lam(
     *,
     held_out: float = 0.1,
     noise: float | Tensor | None = None,
+    preprocess: Callable[[Tensor], Tensor] | None = None,
     density: float | None = None,
     seed: int = 0,
     lams: Sequence[float] | None = None,
@@ -97,10 +98,10 @@ def choose_lam(
 
     By default, held_out, in (0, 1): this fraction of the pixels, drawn with the seed, is hidden,
     and the code of the others must predict them. noise instead: the standard deviation of white
-    Gaussian noise in the images, for SURE; or, for noise of any other kind, in the shape of the
-    images, a sample of it: with the same preprocessing, for example without its low frequencies.
-    A number needs p = 1, group = 1 and a mask of 0 and 1; a sample does not. density instead: the
-    fraction of non-zero coefficients, in (0, 1).
+    Gaussian noise in the images, for SURE; or a sample of Gaussian noise of any other kind, in the
+    shape of the images. preprocess: the linear function that made the images from noisy ones, for
+    example by subtracting the low frequencies, if noise and error are those of the noisy images.
+    density instead: the fraction of non-zero coefficients, in (0, 1).
 
     The criterion is averaged over the images. lam is the minimum of a parabola through the best
     value on the path and its neighbours. All other arguments are those of `regularization_path`.
@@ -108,6 +109,8 @@ def choose_lam(
     """
     if noise is not None and density is not None:
         raise ValueError(f"noise={noise}, density={density}: give at most one of the two")
+    if preprocess is not None and noise is None:
+        raise ValueError("preprocess: is for noise=; the other criteria do not need it")
     A, b, prior = coding_problem(
         *(images, filters),
         p=p,
@@ -129,6 +132,7 @@ def choose_lam(
             smallest_ratio=smallest_ratio,
             chunk=chunk,
         )
+    noise = None if noise is None else Noise.of(noise, preprocess, b, seed)
     lams, lam_max = lams_of_path(A, b, prior, lams, num_lams, smallest_ratio)
     rows = PathRows(b, lam_max)
     if density is not None:
@@ -177,43 +181,83 @@ def _sure(
     prior: Prior,
     settings: SolverSettings,
     chunk: int | None,
-    noise: float | Tensor,
+    noise: Noise,
     rows: PathRows,
 ) -> Tensor:
     """(L, N): SURE of the mean squared error of an observed pixel. It adds the path to the rows."""
-    noise = as_tensor(noise, "noise") if hasattr(noise, "shape") else noise
     seen = torch.ones_like(b) if A.mask is None else A.mask.expand_as(b)
-    numbers = (seen > 0).sum((1, 2, 3)).cpu()
+    numbers = (seen > 0).sum((1, 2, 3)).clamp(min=1).cpu()
     errors, solutions = [], solutions_along(A, b, lams, prior, settings, chunk)
-    if not isinstance(noise, Tensor) or noise.numel() == 1:
-        variance = as_positive_number(noise, "noise") ** 2
-        binary = A.mask is None or bool(((A.mask == 0) | (A.mask == 1)).all())
-        if prior.p != 1 or prior.group > 1 or not binary:
-            raise ValueError(
-                f"noise={float(noise):g}: a number needs p=1, group=1 and a mask of 0 and 1; give "
-                "a sample of the noise, in the shape of the images"
-            )
+    binary = bool(((seen == 0) | (seen == 1)).all())
+    if noise.is_white and prior.p == 1 and prior.group == 1 and binary:
         for solution in solutions:
             rows.add(solution)
             freedom = torch.count_nonzero(solution.z, (1, 2, 3)).cpu()
-            total = squares(solution.residual) - numbers * variance + 2 * variance * freedom
-            errors.append(total / numbers.clamp(min=1))
+            total = squares(solution.residual) + noise.sigma**2 * (2 * freedom - numbers)
+            errors.append(total / numbers)
         return torch.stack(errors)
-    if noise.shape != b.shape or not torch.isfinite(noise).all():
-        raise ValueError(
-            f"noise of shape {tuple(noise.shape)}: must be a number, or finite and of the shape of "
-            f"the images, {tuple(b.shape)}"
-        )
     # Weighted by the mask, as the images are.
-    noise = noise.to(b) * seen
-    moved = solutions_along(A, b + STEP * noise, lams, prior, settings, chunk)
+    before, after = (seen * sample for sample in noise.sample(b))
+    moved = solutions_along(A, b + STEP * after, lams, prior, settings, chunk)
     for solution, other in zip(solutions, moved, strict=True):
         rows.add(solution)
-        change = noise - (other.residual - solution.residual) / STEP
-        covariance = (noise.double() * change).sum((1, 2, 3)).cpu()
-        total = squares(solution.residual) - squares(noise) + 2 * covariance
-        errors.append(total / numbers.clamp(min=1))
+        # What the estimate of the images before the preprocessing adopts of the noise.
+        adopted = before - (other.residual - solution.residual) / STEP
+        covariance = (before.double() * adopted).sum((1, 2, 3)).cpu()
+        errors.append((squares(solution.residual) - squares(before) + 2 * covariance) / numbers)
     return torch.stack(errors)
+
+
+@dataclass(frozen=True)
+class Noise:
+    """The noise in images before their preprocessing: white with sigma, or like a given sample."""
+
+    sigma: float | None
+    given: Tensor | None
+    preprocess: Callable[[Tensor], Tensor] | None
+    seed: int
+
+    @classmethod
+    def of(
+        cls,
+        noise: float | Tensor,
+        preprocess: Callable[[Tensor], Tensor] | None,
+        b: Tensor,
+        seed: int,
+    ) -> Noise:
+        if preprocess is not None and not callable(preprocess):
+            raise ValueError(f"preprocess={preprocess!r}: must be a function of images")
+        given = as_tensor(noise, "noise") if hasattr(noise, "shape") else None
+        if given is None or given.numel() == 1:
+            return cls(as_positive_number(noise, "noise"), None, preprocess, seed)
+        if given.shape != b.shape or not torch.isfinite(given).all():
+            raise ValueError(
+                f"noise of shape {tuple(given.shape)}: must be a number, or finite and of the "
+                f"shape of the images, {tuple(b.shape)}"
+            )
+        return cls(None, given, preprocess, seed)
+
+    @property
+    def is_white(self) -> bool:
+        """Whether the noise in the images that are coded is white, of standard deviation sigma."""
+        return self.sigma is not None and self.preprocess is None
+
+    def sample(self, b: Tensor) -> tuple[Tensor, Tensor]:
+        """A sample of the noise in images of the shape of b, before and after the preprocessing."""
+        before = self.given
+        if before is None:
+            generator = seeded_generator(self.seed, 1)
+            before = self.sigma * torch.randn(b.shape, generator=generator, dtype=torch.float64)
+        before = before.to(b)
+        if self.preprocess is None:
+            return before, before
+        after = as_tensor(self.preprocess(before), "preprocess(noise)").to(b)
+        if after.shape != b.shape:
+            raise ValueError(
+                f"preprocess: makes {tuple(after.shape)} of noise {tuple(before.shape)}; it must "
+                "keep the shape"
+            )
+        return before, after
 
 
 def _choose_by_density(

@@ -2,8 +2,9 @@
 default device.
 
 Inference and learning work on plain tensors of the data's dtype: they build no autograd graph and
-disable autocast, which would run some of the convolutions in float16 or bfloat16. Random numbers
-are drawn on the CPU, whatever torch's default device is.
+disable autocast, which would run some of the convolutions in float16 or bfloat16. (`sparse_code`
+gives its result a gradient afterwards.) Random numbers are drawn on the CPU, whatever torch's
+default device is.
 """
 
 from __future__ import annotations

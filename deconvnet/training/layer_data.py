@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -67,6 +67,9 @@ class LayerData:
     @classmethod
     def from_codes(cls, net: DeconvNet, codes: Codes, number: int) -> LayerData:
         """The data of layer `number`, given the codes of the layers below it."""
-        return cls.from_tensor(
+        data = cls.from_tensor(
             net.layer_input(codes, number), partial(net.layer_problem, codes, number)
         )
+        if number > 1 or codes.mask is None:
+            return data
+        return replace(data, seen=lambda images: codes.mask[images] > 0)

@@ -41,14 +41,18 @@ class LayerEvaluation:
         """Add the images of these codes, whose last layer is evaluated."""
         top = codes.layers[-1]
         z, y = top.z, codes.y.double()
-        self.images += len(y)
+        self.images += len(z)
         self.objective += float(top.objective.sum())
         self.entries += z.numel()
         self.nonzero += int(torch.count_nonzero(z))
+        error = y - net.synthesize(codes, len(codes.layers))
+        if codes.mask is not None:
+            seen = (codes.mask > 0).expand_as(y)
+            y, error = y[seen], error[seen]
         self.pixels += y.numel()
         self.values += float(y.sum())
         self.squares += float(y.square().sum())
-        self.error += float((y - net.synthesize(codes, len(codes.layers))).square().sum())
+        self.error += float(error.square().sum())
         active = (z != 0).sum((0, 2, 3)).cpu()
         self.active = active if self.active is None else self.active + active
         self.pooled.add(top.pooled)

@@ -20,6 +20,11 @@ from deconvnet.storage.network_files import load_network
 from deconvnet.support.communicator import SINGLE, Communicator
 from deconvnet.support.torch_modes import plain
 from deconvnet.training.checkpoint import TrainingState, transferred_filters
+from deconvnet.training.computed_lam import (
+    choice_picture,
+    restore_computed_lams,
+    set_computed_lam,
+)
 from deconvnet.training.layer_evaluation import LayerEvaluation, inference_curve
 from deconvnet.training.layer_trainer import LayerTrainer
 from deconvnet.training.run_folder import RunFolder
@@ -84,6 +89,7 @@ def train(
     checkpoint = communicator.broadcast(run and run.state)
     if checkpoint is not None:
         net.load_parts(checkpoint["network"]["tensors"])
+        restore_computed_lams(net, checkpoint["network"]["settings"])
     initial = transferred_filters(net, communicator.broadcast(run and run.initial))
     state = TrainingState.from_checkpoint(checkpoint)
     if state.layer > net.depth:
@@ -139,6 +145,8 @@ def _train_layer(
     if resumed is None and number > 1:
         net.layer(number).fit_scale(state.pooled or data.pooled_spread(number - 1))
     trainer = _layer_trainer(session, number, resumed, initial)
+    if resumed is None:
+        _compute_lam(session, state)
     try:
         _learn_filters(session, state, trainer)
     finally:
@@ -174,6 +182,13 @@ def _layer_trainer(
     if communicator.world_size > 1 and communicator.is_main:
         log.info("layer %d: %s", number, trainer.traffic)
     return trainer
+
+
+def _compute_lam(session: Session, state: TrainingState) -> None:
+    """Compute the lam of a layer that begins, if its settings ask for that, and show the choice."""
+    choice = set_computed_lam(session.data, state.layer, seed=session.seed)
+    if choice and session.run:
+        session.monitor.picture(f"layer{state.layer}/lam", choice_picture(choice), state.step)
 
 
 def _learn_filters(session: Session, state: TrainingState, trainer: LayerTrainer) -> None:
@@ -256,8 +271,8 @@ def _show_layer(session: Session, state: TrainingState) -> None:
     monitor.result(state.results[-1], codes.layer(number).values, state.step)
     problem = net.layer_problem(codes, number, slice(CURVE_IMAGES))
     monitor.inference(number, inference_curve(net.layer(number), problem))
-    pixels, _ = session.data.images.read(images)
-    pictures = layer_cards(net, codes, pixels.to(net.device), number)
+    pixels, _, _ = session.data.read(images)
+    pictures = layer_cards(net, codes, pixels, number)
     evolution = load_if_valid(session.run.evolution(number))
     if evolution:
         drawn = evolution_picture(evolution), evolution_cards(evolution)

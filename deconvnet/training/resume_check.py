@@ -6,6 +6,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ NOT_COMPARED = {
 # Settings of the location of the images; not compared if the images themselves are.
 LOCATION = {
     *("data.path", "data.source", "data.dataset", "data.split", "data.max_images", "data.scale"),
-    "data.skip_unreadable",
+    *("data.skip_unreadable", "data.mask"),
 }
 # If only these settings of another run differ, learning starts from its filters.
 LEARNED_LONGER = re.compile(r"model\.layer\d+\.learning\.(epochs|batch_size):")
@@ -42,7 +43,7 @@ def different_settings(
     ignored = NOT_COMPARED | LOCATION if images_compared else NOT_COMPARED
     return [
         line
-        for line in _differences(_with_current_names(state["settings"]), settings)
+        for line in _differences(_complete(state["settings"]), _complete(settings))
         if not _is_above(line, begun) and line.partition(":")[0] not in ignored
     ]
 
@@ -62,8 +63,11 @@ def digest_tensor(digests: Sequence[str]) -> torch.Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.uint8).view(-1, DIGEST)
 
 
-def _with_current_names(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a checkpoint, possibly from an earlier version, under the current names."""
+def _complete(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a run, possibly of an earlier version, under the current names.
+
+    Settings that it did not have yet are added with their defaults, which change nothing.
+    """
 
     def renamed(values: Any, kind: type, key: str) -> Any:
         if not isinstance(values, dict):
@@ -71,7 +75,7 @@ def _with_current_names(settings: dict[str, Any]) -> dict[str, Any]:
         with warnings.catch_warnings():
             # `check_state` already warned when it restored the network of the checkpoint.
             warnings.simplefilter("ignore", FutureWarning)
-            return with_current_names(values, kind, key)
+            return _with_defaults(with_current_names(values, kind, key), kind)
 
     current = dict(settings)
     for key, kind in (("data", DataSettings), ("preprocessing", PreprocessingSettings)):
@@ -83,6 +87,20 @@ def _with_current_names(settings: dict[str, Any]) -> dict[str, Any]:
             for name, layer in current["model"].items()
         }
     return current
+
+
+def _with_defaults(values: dict[str, Any], kind: type) -> dict[str, Any]:
+    """The values with the defaults of the settings that they lack."""
+    complete = dict(values)
+    for entry in fields(kind):
+        kind_inside = (
+            type(entry.default_factory()) if entry.default_factory is not MISSING else None
+        )
+        if is_dataclass(kind_inside) and isinstance(values.get(entry.name), dict):
+            complete[entry.name] = _with_defaults(values[entry.name], kind_inside)
+        elif entry.default is not MISSING:
+            complete.setdefault(entry.name, entry.default)
+    return complete
 
 
 def _changes(old: list[list[int]], new: list[list[int]]) -> str:

@@ -8,11 +8,12 @@ separately, so both ways give the same codes and differ only in time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from deconvnet.images.holes import fill_holes
 from deconvnet.images.preprocessing import Spread
 from deconvnet.network.codes import ALL, Codes, join, join_codes
 from deconvnet.network.layer import LayerProblem
@@ -29,13 +30,14 @@ class ImageSource:
     count: the number of images. read: the images (n, 3, H, W) of some indices (n,), in [0, 1], or
     arrays (n, C, H, W), and their frames (n, 4), or None if every picture fills its image.
     prefetch: is called with the next indices, if the images are on disk. digests: of the content of
-    every image in order, hexadecimal.
+    every image in order, hexadecimal. has_holes: NaN marks pixels that are not seen.
     """
 
     count: int
     read: Callable[[Tensor], tuple[Tensor, Tensor | None]]
     prefetch: Callable[[Tensor], None] | None = None
     digests: Callable[[], Sequence[str]] | None = None
+    has_holes: bool = False
 
     @classmethod
     def from_tensor(
@@ -43,13 +45,15 @@ class ImageSource:
         images: Tensor,
         frames: Tensor | None = None,
         digests: Callable[[], Sequence[str]] | None = None,
+        *,
+        has_holes: bool = False,
     ) -> ImageSource:
         """A source of images (N, 3, H, W) in memory."""
 
         def read(indices: Tensor) -> tuple[Tensor, Tensor | None]:
             return images[indices], None if frames is None else frames[indices]
 
-        return cls(len(images), read, digests=digests)
+        return cls(len(images), read, digests=digests, has_holes=has_holes)
 
 
 class TrainingSet:
@@ -81,12 +85,21 @@ class TrainingSet:
         """Fit the preprocessing to all images, of which each rank reads a part."""
         own_images = self._own(None)
 
-        def parts() -> Iterator[tuple[Tensor, Tensor | None]]:
+        def parts() -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:
             for chunk in self._chunks(own_images):
-                images, frames = self.images.read(chunk)
-                yield images.to(self.net.device), frames
+                yield self.read(chunk)
 
         self.net.preprocessing.fit_parts(parts, self.communicator)
+
+    def read(self, images: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The pixels, frames and mask of images, on the device; unseen pixels are interpolated."""
+        pixels, frames = self.images.read(images)
+        pixels = pixels.to(self.net.device)
+        if not self.images.has_holes:
+            return pixels, frames, None
+        mask = ~pixels.isnan().any(1, keepdim=True)
+        filled = fill_holes(pixels, mask)
+        return filled if self.net.preprocessing.are_arrays else filled.clamp(0, 1), frames, mask
 
     def own_images(self, number: int) -> Tensor:
         """The indices, ascending, of the images of this rank while layer `number` learns."""
@@ -133,9 +146,14 @@ class TrainingSet:
             codes, rows = self._lookup(images, depth)
             return self.net.layer_problem(codes, number, rows)
 
+        def seen(images: Tensor) -> Tensor:
+            codes, rows = self._lookup(images, depth)
+            return codes.mask[rows] > 0
+
         shape = layer_input(self.sample_indices(1)).shape[1:]
         prefetch = None if self.hold else self.images.prefetch
-        return LayerData(len(self), shape, self.net.device, layer_input, problem, prefetch)
+        data = LayerData(len(self), shape, self.net.device, layer_input, problem, prefetch)
+        return replace(data, seen=seen) if self.images.has_holes and number == 1 else data
 
     def sample_indices(self, count: int) -> Tensor:
         """The indices of up to `count` images, evenly spaced over all."""
@@ -156,7 +174,7 @@ class TrainingSet:
                 self.progress(done, len(self.own))
         if parts:
             layers = (*self.codes.layers, join(parts))
-            self.codes = Codes(layers, self.codes.y, self.codes.record)
+            self.codes = replace(self.codes, layers=layers)
 
     def pooled_spread(self, depth: int) -> Spread:
         """The spread of the pooled maps of layer `depth` over all images."""
@@ -177,8 +195,8 @@ class TrainingSet:
         return self.codes, torch.searchsorted(self.own, images).to(self.net.device)
 
     def _infer(self, images: Tensor, depth: int) -> Codes:
-        pixels, frames = self.images.read(images)
-        return self.net.infer(pixels, frames=frames, depth=depth, chunk=self.chunk)
+        pixels, frames, mask = self.read(images)
+        return self.net.infer(pixels, frames=frames, mask=mask, depth=depth, chunk=self.chunk)
 
     def _chunks(self, images: Tensor) -> Iterator[Tensor]:
         return iter(images.split(self.chunk) if len(images) else ())

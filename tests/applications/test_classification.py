@@ -433,10 +433,10 @@ def folder(tmp_path_factory):
         for name in "ab":
             write(folder / f"broken/{name}/{n}.png", 0.0)
     net = oriented()
-    above = DeconvNet(
-        [LayerSettings(4, 7, lam=3.0, pool=[1, 2, 2], solver=FEW), LayerSettings(5, 3, solver=FEW)],
-        PreprocessingSettings("grey", ["mean"]),
-    )
+    solver = SolverSettings(iterations=8)
+    below = LayerSettings(4, 7, lam=3.0, pool=[1, 2, 2], solver=solver)
+    layers = [below, LayerSettings(5, 3, solver=solver)]
+    above = DeconvNet(layers, PreprocessingSettings("grey", ["mean"]))
     above.layers[0].load_state_dict(net.layers[0].state_dict())
     above.preprocessing.scale.fill_(0.2)
     above.save(folder / "net.safetensors")

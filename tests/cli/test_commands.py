@@ -109,10 +109,10 @@ def test_a_finished_run_says_where_its_pictures_and_network_are(begun):
 
 
 def test_the_same_command_resumes_the_run_also_with_more_layers(again, begun, photos, script):
-    result = script(again, "train.py", *on(photos, "layers=2"))
+    result = script(again, "train.py", *on(photos, "layers=2"), pictures=False)
     assert result.code == 0
     assert_equal_networks(state(again), state(begun[0]))
-    result = script(again, "train.py", *on(photos, "++layers=3", "chunk=2"))
+    result = script(again, "train.py", *on(photos, "++layers=3", "chunk=2"), pictures=False)
     assert result.code == 0 and len(checkpoints(again)) == 2
     deeper, before = state(again), state(begun[0])
     assert "layers.2.filters" in deeper
@@ -133,14 +133,16 @@ def test_runs_are_compared_by_the_settings_of_the_layers_that_they_have():
 
 
 def test_a_run_can_be_restarted(again, photos, script):
-    result = script(again, "train.py", *on(photos, "+layers=1", "resume=false", "seed=5"))
+    other = on(photos, "+layers=1", "resume=false", "seed=5")
+    result = script(again, "train.py", *other, pictures=False)
     assert result.code == 0
     assert load(again / "runs" / "folder" / "previous-1").depth == 2
     assert load(again / "runs" / "folder").depth == 1
 
 
 def test_a_sweep_makes_a_folder_for_every_run(tmp_path, photos, script):
-    result = script(tmp_path, "train.py", "-m", *on(photos, "seed=0,1", "+layers=1"))
+    settings = on(photos, "seed=0,1", "+layers=1")
+    result = script(tmp_path, "train.py", "-m", *settings, pictures=False)
     assert result.code == 0
     nets = [load(tmp_path / "runs" / "sweep" / f"folder-{n}").layer(1).filters for n in (0, 1)]
     assert not torch.equal(*nets)
@@ -167,7 +169,7 @@ def test_an_interrupted_run_says_so_and_resumes_to_the_same_filters(
     # Slow enough to be caught: many epochs of one layer.
     arguments = on(photos, "+layers=1", "model.layer1.learning.epochs=25")
     # The command that resumes must not start over.
-    running = start(folder, "train.py", *arguments, "resume=false")
+    running = start(folder, "train.py", *arguments, "resume=false", pictures=False)
     deadline = time.monotonic() + 60
     found = folder / "runs" / "folder" / "checkpoints"
     while not list(found.glob("step-*.pt")) and time.monotonic() < deadline:
@@ -178,10 +180,10 @@ def test_an_interrupted_run_says_so_and_resumes_to_the_same_filters(
     assert "Traceback" not in result.err and "to resume: " in result.out
     assert arguments[-1] in result.out and "resume=false" not in result.out
     assert not (folder / "runs" / "folder" / "network.safetensors").exists()
-    assert script(folder, "train.py", *arguments).code == 0
+    assert script(folder, "train.py", *arguments, pictures=False).code == 0
     whole = tmp_path / "whole"
     whole.mkdir()
-    assert script(whole, "train.py", *arguments).code == 0
+    assert script(whole, "train.py", *arguments, pictures=False).code == 0
     assert_equal_networks(state(folder), state(whole))
 
 
@@ -199,7 +201,7 @@ def test_layers_that_explain_the_image_with_switches_in_the_loop_train_and_resum
         "model.layer2.target=image",
         "model.layer2.scale=none",
     )
-    result = script(tmp_path, "train.py", *arguments)
+    result = script(tmp_path, "train.py", *arguments, pictures=False)
     assert result.code == 0 and result.err == "", result
     rows = [line.split() for line in result.out.splitlines() if " dB " in line]
     assert [row[0] for row in rows] == ["1", "2"]
@@ -211,7 +213,7 @@ def test_layers_that_explain_the_image_with_switches_in_the_loop_train_and_resum
     expected = state(tmp_path)
     checkpoints(tmp_path)[-1].unlink()
     (tmp_path / "runs" / "folder" / "network.safetensors").unlink()
-    assert script(tmp_path, "train.py", *arguments).code == 0
+    assert script(tmp_path, "train.py", *arguments, pictures=False).code == 0
     assert_equal_networks(state(tmp_path), expected)
     result = script(tmp_path, "reconstruct.py", "run=runs/folder", f"images={photos}", "output=out")
     assert result.code == 0 and len(list((tmp_path / "out").glob("*.png"))) == 4
@@ -229,7 +231,8 @@ def test_whole_pictures_of_different_shapes_train_resume_and_are_reconstructed(
     arguments = on(folder, "data.fit=pad", "preprocessing.contrast_size=5")
     for name, depths in (("once", [2]), ("by-and-by", [1, 2])):
         for depth in depths:
-            result = script(tmp_path, "train.py", *arguments, f"layers={depth}", f"name={name}")
+            order = [*arguments, f"layers={depth}", f"name={name}"]
+            result = script(tmp_path, "train.py", *order, pictures=False)
             assert result.code == 0 and result.err == "", result
             assert "3 images of 32x32" in result.out
     assert_equal_networks(state(tmp_path, "once"), state(tmp_path, "by-and-by"))
@@ -297,7 +300,8 @@ def test_files_that_are_no_images_are_all_named_in_one_line_or_left_out(tmp_path
     (folder / "cut.jpg").write_bytes((folder / "cut.jpg").read_bytes()[:2000])
     result = script(tmp_path, "train.py", *on(folder, "+layers=1"))
     assert_one_line(result, "words.jpg", "cut.jpg", "data.skip_unreadable=true")
-    result = script(tmp_path, "train.py", *on(folder, "+layers=1", "data.skip_unreadable=true"))
+    order = on(folder, "+layers=1", "data.skip_unreadable=true")
+    result = script(tmp_path, "train.py", *order, pictures=False)
     assert result.code == 0 and "skipped 2 unreadable images" in result.out
     assert "4 images of 32x32" in result.out
 
@@ -367,7 +371,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_previous_one_is_resumed(
 ):
     newest = checkpoints(again)[-1]
     truncate(newest)
-    result = script(again, "train.py", *on(photos, "+layers=2"))
+    result = script(again, "train.py", *on(photos, "+layers=2"), pictures=False)
     assert result.code == 0 and newest.name in result.out and "falling back" in result.out
     assert_equal_networks(state(again), state(begun[0]))
 

@@ -1,6 +1,8 @@
 """The configuration: every way to say how many layers, every file of configs/, every message."""
 
+import copy
 import dataclasses
+import functools
 import itertools
 import math
 import re
@@ -10,6 +12,8 @@ import pytest
 import torch
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import MISSING
 from omegaconf.errors import OmegaConfBaseException
@@ -61,8 +65,24 @@ def hydra():
         yield
 
 
+# Files that an argument puts in; all other arguments set values in what the files make.
+GROUPS = ("model", "data", "preprocessing", "experiment")
+
+
+@functools.cache
+def composed(*files):
+    return compose("train", list(files))
+
+
 def read(*overrides):
-    return read_settings(compose("train", list(overrides)))
+    """The settings of a command line; its files, which take a while, are composed once."""
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    files = tuple(each.input_line for each in parsed if each.key_or_group in GROUPS)
+    cfg = copy.deepcopy(composed(*files))
+    ConfigLoaderImpl._apply_overrides_to_config(
+        [each for each in parsed if each.key_or_group not in GROUPS], cfg
+    )
+    return read_settings(cfg)
 
 
 def message(*overrides):
@@ -77,7 +97,7 @@ def test_every_way_to_say_two_layers_means_two_layers():
     assert everything.layers is None
     assert len(everything.layer_settings()) == len(everything.model) == 3
     for override in ("+layers=2", "layers=2", "++layers=2"):
-        found = read(override)
+        found = read_settings(compose("train", [override]))
         assert found == dataclasses.replace(everything, layers=2)
         assert found.layer_settings() == everything.layer_settings()[:2]
 
@@ -108,7 +128,8 @@ def test_every_experiment_composes_also_with_fewer_layers(experiment):
         [f"+experiment={experiment}", "+layers=2"],
         ["+layers=2", f"+experiment={experiment}"],
     ):
-        assert read(*order) == dataclasses.replace(whole, layers=2)
+        found = read_settings(compose("train", order))
+        assert found == dataclasses.replace(whole, layers=2)
     # An experiment that set it would break +layers=2.
     assert whole.layers is None
     assert whole.name != read().name

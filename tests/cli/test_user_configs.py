@@ -26,7 +26,8 @@ def mine(tmp_path):
 
 def test_a_deeper_model_is_a_file_of_the_users_own(mine, script):
     work = mine.parent / "work"
-    result = script(work, "train", "--config-dir", "../mine", "model=deep", *QUICK)
+    order = ["--config-dir", "../mine", "model=deep", *QUICK]
+    result = script(work, "train", *order, pictures=False)
     assert result.code == 0 and result.err == "", result
     assert "layers of 4 and 4 and 4 and 3 maps" in result.out
     assert (work / "runs" / "photographs" / "network.safetensors").is_file()

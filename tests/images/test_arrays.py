@@ -6,6 +6,7 @@ import torch
 from numpy.testing import assert_allclose
 
 from deconvnet import load
+from deconvnet.cli.train import for_arrays
 from deconvnet.images.arrays import array_shape, read_array_image
 from deconvnet.images.datasets import load_images, stream_images
 from deconvnet.images.preprocessing import Preprocessing, PreprocessingSettings
@@ -148,17 +149,19 @@ def test_a_file_without_images_is_refused_in_one_line(tmp_path, content, message
     assert "\n" not in str(caught.value) and "file.np" in str(caught.value)
 
 
-def test_wrong_settings_of_arrays_are_refused_in_one_line(run, script):
-    folder, _ = run
-    for arguments, message in (
-        (["preprocessing.color=rgb"], "need preprocessing.color=none"),
-        (["preprocessing.channels=3"], "preprocessing.channels=3: the arrays have 7"),
-        (["data.size=32"], "data.size=32: arrays are not resized; use null"),
-        (["data.path=missing.npy"], "cannot read missing.npy"),
-    ):
-        common = ["data=array", "data.path=seven.npy", "name=wrong", "preprocessing=mean"]
-        result = script(folder, "train.py", *common, *arguments)
-        assert result.code == 1 and message in result.err and result.err.count("\n") == 1
+def test_wrong_settings_of_arrays_are_refused_in_one_line(file, arrays, script):
+    result = script(file.parent, "train.py", "data=array", "data.path=missing.npy")
+    assert result.code == 1 and "cannot read missing.npy" in result.err
+    assert result.err.count("\n") == 1
+    with pytest.raises(ValueError, match=r"got \(4, 7, 18, 24\): .*need preprocessing.color=none"):
+        Preprocessing().fit(torch.from_numpy(arrays))
+    with pytest.raises(ValueError, match="data.size=32: arrays are not resized; use null"):
+        DataSettings(source="array", path="x.npy", size=32)
+    settings_of_three = PreprocessingSettings("none", channels=3)
+    with pytest.raises(ValueError, match="preprocessing.channels=3: the arrays have 7"):
+        for_arrays(settings_of_three, settings(file))
+    with pytest.raises(ValueError, match="color=none: is for data.source=array, not photographs"):
+        for_arrays(settings_of_three, DataSettings())
     with pytest.raises(ValueError, match="channels=None: color=none needs the number"):
         Preprocessing(PreprocessingSettings("none"))
     with pytest.raises(ValueError, match="channels=7: must be null with color=rgb"):

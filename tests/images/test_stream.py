@@ -131,7 +131,7 @@ def test_a_network_learns_the_same_from_images_in_memory_in_files_and_in_shards(
     }
     networks = {}
     for name, order in runs.items():
-        result = script(place, "train.py", *QUICK, *order, f"name={name}")
+        result = script(place, "train.py", *QUICK, *order, f"name={name}", pictures=False)
         assert result.code == 0, result.err
         networks[name] = load(place / "runs" / name / "network.safetensors").state_dict()
     for name in ("files", "shards"):
@@ -144,11 +144,18 @@ def test_a_network_learns_the_same_from_images_in_memory_in_files_and_in_shards(
     assert objectives[0] == objectives[1] == objectives[2]
 
 
-def test_if_states_do_not_fit_every_visit_infers_from_the_beginning(place, script):
-    order = [*QUICK, "data=folder", "data.path=photos", "layers=1"]
-    within = script(place, "train.py", *order, "name=kept")
+ONE_LAYER = [*QUICK, "data=folder", "data.path=photos", "layers=1"]
+
+
+@pytest.fixture(scope="module")
+def within(place, script):
+    """The result of a command that learned a layer whose states fit, into runs/kept."""
+    return script(place, "train.py", *ONE_LAYER, "name=kept", pictures=False)
+
+
+def test_if_states_do_not_fit_every_visit_infers_from_the_beginning(place, script, within):
     assert within.code == 0 and "from the beginning" not in within.out
-    beyond = script(place, "train.py", *order, "name=anew", "memory=0")
+    beyond = script(place, "train.py", *ONE_LAYER, "name=anew", "memory=0", pictures=False)
     assert beyond.code == 0, beyond.err
     assert (
         "layer 1: the states of inference of 7 images would take 8.18e-05 GiB, which is more than "
@@ -165,22 +172,21 @@ def test_if_states_do_not_fit_every_visit_infers_from_the_beginning(place, scrip
     assert lines[1]["result"]["objective"] < 1.2 * lines[0]["result"]["objective"]
 
 
-def test_states_on_disk_do_not_change_the_result(place, script):
-    order = [*QUICK, "data=folder", "data.path=photos", "layers=1"]
-    in_memory = script(place, "train.py", *order, "name=within")
-    on_disk = script(place, "train.py", *order, "name=beside", "memory=0", "disk=1")
-    assert in_memory.code == on_disk.code == 0, on_disk.err
+def test_states_on_disk_do_not_change_the_result(place, script, within):
+    order = ONE_LAYER
+    on_disk = script(place, "train.py", *order, "name=beside", "memory=0", "disk=1", pictures=False)
+    assert within.code == on_disk.code == 0, on_disk.err
     assert "which is more than memory=0: they are kept in " in on_disk.out
     assert "runs/beside/states/layer1, at most 0.000245 GiB" in on_disk.out
-    one, two = (load(place / "runs" / name).state_dict() for name in ("within", "beside"))
+    one, two = (load(place / "runs" / name).state_dict() for name in ("kept", "beside"))
     assert all(torch.equal(one[key], two[key]) for key in one)
     assert not (place / "runs" / "beside" / "states").exists()
     # An archived run does not take its states along.
     states = place / "runs" / "beside" / "states" / "layer1"
     states.mkdir(parents=True)
-    again = script(place, "train.py", *order, "name=beside", "resume=false")
+    again = script(place, "train.py", *order, "name=beside", "resume=false", pictures=False)
     assert again.code == 0 and not list((place / "runs" / "beside").rglob("states"))
-    small = script(place, "train.py", *order, "name=small", "memory=0", "disk=1e-4")
+    small = script(place, "train.py", *order, "name=small", "memory=0", "disk=1e-4", pictures=False)
     assert "every visit infers from the beginning" in small.out
 
 

@@ -7,7 +7,9 @@ import itertools
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from deconvnet.monitoring import event_files
 from deconvnet.monitoring.event_files import event_writer
@@ -65,6 +67,20 @@ def test_what_is_said_can_be_seen_at_once_and_the_file_is_ours(tmp_path):
     (path,) = tmp_path.glob("events.out.tfevents.*")
     assert ownership.is_ours(path)
     writer.close()
+
+
+def test_every_byte_of_a_file_is_what_tensorboards_own_writer_writes(tmp_path):
+    writer = event_writer(tmp_path)
+    writer.add_scalar("layer1/objective", 3.0, 1)
+    writer.add_image("picture", torch.rand(3, 40, 50), 1)
+    writer.close()
+    (path,) = tmp_path.glob("events.out.tfevents.*")
+    again = io.BytesIO()
+    records = RecordWriter(again)
+    for event in RawEventFileLoader(str(path)).Load():
+        records.write(event)
+    assert len(again.getvalue()) > 5_000
+    assert again.getvalue() == path.read_bytes()
 
 
 def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, capfd):

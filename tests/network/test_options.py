@@ -77,7 +77,7 @@ def dense(A, image):
     return A(torch.eye(math.prod(maps), dtype=A.f.dtype).view(-1, *maps)).flatten(1).T
 
 
-def to_the_end(method, gap=1e-4):
+def to_the_end(method, gap=1e-5):
     return SolverSettings(method=method, iterations=3000, gap=gap)
 
 
@@ -352,8 +352,8 @@ def test_the_minimum_is_that_of_scikit_learn(boundary, mask, non_negative, weigh
     minimum = objective(A, b, expected, lam, prior)
     for method in ("admm", "fista"):
         found = solve(A, b, lam=lam, settings=to_the_end(method), prior=prior)
-        assert (duality_gap(A, b, found.z, lam, prior) <= 1.1e-4 * minimum).all(), method
-        assert_close(found.objective, minimum, rtol=1.1e-4, atol=0)
+        assert (duality_gap(A, b, found.z, lam, prior) <= 1.1e-5 * minimum).all(), method
+        assert_close(found.objective, minimum, rtol=1.1e-5, atol=0)
         assert found.lam == lam
     assert not non_negative or (found.z >= 0).all()
 
@@ -372,8 +372,8 @@ def test_admm_fista_and_the_certificate_agree_for_every_convex_prior(group, non_
         ]
         for one in found:
             gap = duality_gap(A, b, one.z, 3.0, prior)
-            assert (gap <= 1.1e-4 * one.objective).all() and (gap > -1e-12).all()
-        assert_close(found[0].objective, found[1].objective, rtol=1.1e-4, atol=0)
+            assert (gap <= 1.1e-5 * one.objective).all() and (gap > -1e-12).all()
+        assert_close(found[0].objective, found[1].objective, rtol=1.1e-5, atol=0)
         alive = found[0].z.unflatten(1, (-1, group)) != 0
         assert 0 < alive.sum() < alive.numel()
         # A group is there as a whole, or not at all.

@@ -101,7 +101,7 @@ def gradients(theta, options, part="z"):
 def test_the_gradient_does_not_depend_on_the_method(method):
     theta, options = problem(boundary="circular", lam=1.0)
     expected = gradients(theta, options)
-    settings = SolverSettings(method, iterations=300, tolerance=1e-12)
+    settings = SolverSettings(method, iterations=200, tolerance=1e-12)
     for found, one in zip(
         gradients(theta, {**options, "settings": settings}), expected, strict=True
     ):
@@ -151,7 +151,7 @@ def test_what_requires_no_gradient_gets_none_and_numbers_and_arrays_are_accepted
 
 def test_a_filter_given_twice_has_the_gradient_of_the_solution_of_least_norm():
     theta, options = problem(boundary="circular")
-    settings = SolverSettings("fista", iterations=300, tolerance=0)
+    settings = SolverSettings("fista", iterations=200, tolerance=0)
     y, f, lam = theta.values()
     twice = torch.cat([f, f[:1]]).requires_grad_()
     options = {**options, "settings": settings}

@@ -97,6 +97,28 @@ def test_sure_of_the_number_of_coefficients_agrees_with_monte_carlo_and_with_the
     assert sure.criterion == "sure" and sure.path.non_zeros.shape == (6, 8)
 
 
+def test_sure_of_preprocessed_images_is_the_error_of_the_images_before(problem):
+    """With groups, for which the number of coefficients is not the degrees of freedom."""
+    clean, images, filters = problem
+
+    def highpass(y):
+        return y - torch.nn.functional.avg_pool2d(y, 5, 1, 2)
+
+    admm = SolverSettings("admm", iterations=200, tolerance=1e-4)
+    options = dict(group=2, settings=admm)
+    choice = choose_lam(
+        *(highpass(images), filters),
+        noise=SIGMA,
+        preprocess=highpass,
+        lams=[10.0, 30.0],
+        **options,
+    )
+    for lam, estimate in zip((10.0, 30.0), choice.errors.mean(1), strict=True):
+        residual = sparse_code(highpass(images), filters, lam=lam, **options).residual
+        error = (images - residual - clean).double().square().mean()
+        assert abs(estimate - error) < 0.1 * SIGMA**2
+
+
 @pytest.mark.parametrize("criterion", [{}, {"noise": SIGMA}])
 def test_the_chosen_lam_is_nearly_the_best(problem, criterion):
     clean, images, filters = problem
@@ -153,8 +175,10 @@ def test_lam_is_interpolated_between_the_lams_of_the_path(problem):
         ({"held_out": 1e-9}, "held_out=1e-09: hides none of the 4608 pixels"),
         ({"noise": 0.1, "density": 0.1}, "noise=0.1, density=0.1: give at most one"),
         ({"noise": -1}, "noise=-1.0: must be positive"),
-        ({"noise": 0.1, "group": 2}, "noise=0.1: a number needs p=1, group=1 and a mask of 0 and"),
-        ({"noise": 0.1, "mask": torch.full((1, 1, 24, 24), 0.5)}, "noise=0.1: a number needs p=1"),
+        ({"preprocess": torch.neg}, "preprocess: is for noise="),
+        ({"noise": 0.1, "preprocess": "low"}, "preprocess='low': must be a function of images"),
+        ({"noise": 0.1, "preprocess": torch.numel}, r"preprocess\(noise\) must be a tensor"),
+        ({"noise": 0.1, "preprocess": torch.ravel}, r"preprocess: makes \(4608,\) of noise"),
         ({"noise": torch.ones(3)}, r"noise of shape \(3,\): must be a number, or finite and of"),
         ({"density": 0.0}, r"density=0.0: must lie in \(0, 1\)"),
         ({"density": 0.9, "lams": [1.0, 2.0]}, "density=0.9: the densest code of the path"),

@@ -49,10 +49,10 @@ def ranks(place, start):
 
     def run(count, *arguments):
         shared = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(), WORLD_SIZE=count)
+        shared |= dict(LOCAL_WORLD_SIZE=count, pictures=False)
         command = ["train.py", "data.path=photos", *QUICK, *arguments]
         return [
-            start(place, *command, RANK=rank, LOCAL_RANK=rank, LOCAL_WORLD_SIZE=count, **shared)
-            for rank in range(count)
+            start(place, *command, RANK=rank, LOCAL_RANK=rank, **shared) for rank in range(count)
         ]
 
     return run
@@ -83,7 +83,8 @@ def signals(running, number, count=1):
 
 def test_processes_learn_what_one_process_learns_bit_by_bit(place, ranks, script):
     count = 2
-    alone = script(place, "train.py", "data.path=photos", *QUICK, f"name=alone-{count}")
+    order = ["train.py", "data.path=photos", *QUICK, f"name=alone-{count}"]
+    alone = script(place, *order, pictures=False)
     assert alone.code == 0, alone.err
     ends = [process.wait() for process in ranks(count, f"name=shared-{count}")]
     assert [end.code for end in ends] == count * [0], ends
@@ -146,11 +147,12 @@ def test_torchrun_restarts_after_a_process_was_killed_and_the_result_is_the_same
     place, script, start
 ):
     more = ["model.layer1.learning.epochs=20"]
-    alone = script(place, "train.py", "data.path=photos", *QUICK, *more, "name=never")
+    order = ["train.py", "data.path=photos", *QUICK, *more, "name=never"]
+    alone = script(place, *order, pictures=False)
     assert alone.code == 0, alone.err
     options = ["--nproc-per-node=2", "--max-restarts=2", f"--master-port={free_port()}"]
     command = [ROOT / "scripts" / "train.py", "data.path=photos", *QUICK, *more, "name=often"]
-    running = start(place, "torchrun", *options, "--log-dir=logs", *command)
+    running = start(place, "torchrun", *options, "--log-dir=logs", *command, pictures=False)
     wait_for(place / "runs" / "often" / "checkpoints" / "step-*.pt")
     workers = subprocess.run(
         ["pgrep", "-P", str(running.pid)], capture_output=True, text=True

@@ -63,7 +63,7 @@ def assert_same_as_before(path, name):
 def test_a_run_of_an_earlier_version_is_resumed_bit_by_bit(place, script, names):
     arguments = {"old": ARGUMENTS, "new": with_new_names(ARGUMENTS)}
     assert arguments["old"] != arguments["new"]
-    result = script(place, "train.py", *arguments[names], "name=older")
+    result = script(place, "train.py", *arguments[names], "name=older", pictures=False)
     assert result.code == 0, result.err
     # It resumed in the second layer, and did not start from the beginning.
     assert "layer 1, epoch" not in result.out + result.err
@@ -74,7 +74,7 @@ def test_a_run_of_an_earlier_version_is_resumed_bit_by_bit(place, script, names)
 
 def test_a_run_of_an_earlier_version_is_extended_from_its_filters(place, script):
     arguments = [*with_new_names(ARGUMENTS), EXTENDED, "resume=runs/older", "name=more"]
-    result = script(place, "train.py", *arguments)
+    result = script(place, "train.py", *arguments, pictures=False)
     assert result.code == 0, result.err
     # The number of epochs is the only setting that differs: none is reported under an old name.
     assert "model.layer2.learning.epochs: 4 there, 5 now; learning starts from" in result.out

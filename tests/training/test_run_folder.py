@@ -123,7 +123,7 @@ def test_a_run_is_resumed_with_settings_that_do_not_change_what_it_learns(
     data = {"path": "/elsewhere/photos", "workers": 8, "stream": True, "download": True}
     found = learn(tmp_path / "run", images, settings_of(data=data, memory=7, disk=3))
     assert_same_network(found, expected)
-    with pytest.raises(ValueError, match="data.size: None there, 48 now"):
+    with pytest.raises(ValueError, match="data.size: 96 there, 48 now"):
         learn(tmp_path / "run", images, settings_of(data={**data, "size": 48}))
 
 

@@ -9,13 +9,13 @@ from PIL import Image, ImageDraw, ImageFont
 
 from deconvnet.visualization.drawing.canvas import FONT, GAP, text_block, text_width
 from deconvnet.visualization.drawing.charts import Cells, bar_chart, label_map, legend_row
-from deconvnet.visualization.drawing.letters import font_of, legible
+from deconvnet.visualization.drawing.letters import MISSING, font_for, legible
 
 
 @pytest.mark.parametrize("letter", ["é", "ü", "ß", "ł", "λ", "Ж", "א", "…", "−"])
 def test_letters_of_other_alphabets_are_drawn(letter):
-    font = font_of(FONT, ascii_only=False)
-    missing = font.getmask("\U0010fffe")
+    font = font_for(letter, FONT)
+    missing = font.getmask(MISSING)
     assert legible(letter) == letter
     drawn = font.getmask(letter)
     assert (drawn.size, bytes(drawn)) != (missing.size, bytes(missing))
@@ -34,12 +34,13 @@ def test_an_accent_as_a_separate_character_is_the_same_letter():
     assert legible("ﬁ") in ("ﬁ", "fi")
 
 
-def test_plain_text_is_drawn_with_pillows_own_font():
-    canvas = Image.new("RGB", (60, 20), "white")
+@pytest.mark.parametrize("text", ["map 3", "relu4 · ReLU", "“so” …"])
+def test_text_that_pillows_own_font_has_is_drawn_with_it(text):
+    canvas = Image.new("RGB", (90, 20), "white")
     font = ImageFont.load_default(FONT)
-    ImageDraw.Draw(canvas).multiline_text((GAP, GAP), "map 3", fill="black", font=font, spacing=4)
+    ImageDraw.Draw(canvas).multiline_text((GAP, GAP), text, fill="black", font=font, spacing=4)
     expected = torch.from_numpy(np.array(canvas)).permute(2, 0, 1) / 255
-    assert torch.equal(text_block("map 3", 60, 20), expected)
+    assert torch.equal(text_block(text, 90, 20), expected)
 
 
 def test_charts_have_a_letter_for_every_name():

@@ -2,6 +2,7 @@
 every network; the model is left as it was, and errors are one line."""
 
 import copy
+import functools
 import logging
 import re
 import warnings
@@ -145,22 +146,36 @@ def plain():
     return make
 
 
+@pytest.fixture(scope="module")
+def chosen(plain):
+    """chosen(maker, size, layer): three units of a layer and their values, found once."""
+
+    @functools.cache
+    def choose(maker, size, layer):
+        layers, x = plain(maker, size)
+        units = strongest(Projector(layers, local=False), x, str(layer), 2) + [(1, 5, 0, 0)]
+        with torch.no_grad():
+            maps = [layers[: layer + 1](image[None])[0] for image in x]
+        return units, [maps[n][k, i, j] for n, k, i, j in units]
+
+    return choose
+
+
 @pytest.mark.parametrize(("maker", "size", "layer"), PLAIN)
 @pytest.mark.parametrize("method", ["deconv", "guided", "gradient"])
-def test_a_projection_is_the_network_reversed_by_hand(maker, size, layer, method, plain):
+def test_a_projection_is_the_network_reversed_by_hand(maker, size, layer, method, plain, chosen):
     layers, x = plain(maker, size)
+    units, values = chosen(maker, size, layer)
     exact = Projector(layers, method=method, local=False)
-    units = strongest(exact, x, str(layer), 2) + [(1, 5, 0, 0)]
     found = exact(x, str(layer), units)
     quick = Projector(layers, method=method)(x, str(layer), units)
-    for unit, image, local, value in zip(
-        units, found.images, quick.images, found.values, strict=True
+    for unit, value, image, local, shown in zip(
+        units, values, found.images, quick.images, found.values, strict=True
     ):
         expected = by_hand(layers[: layer + 1], x, unit, method=method)
         assert torch.equal(image, expected)
         assert_close(local, expected, rtol=0, atol=1e-12 * float(expected.abs().max()))
-        n, k, i, j = unit
-        assert value == layers[: layer + 1](x[n : n + 1])[0, k, i, j]
+        assert shown == value
     assert found.images[0].any()
     assert found.report.faithful or method != "deconv"
     assert found.units.tolist() == [list(unit) for unit in units]

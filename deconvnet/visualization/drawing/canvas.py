@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from deconvnet.visualization.drawing.letters import font_of, legible
+from deconvnet.visualization.drawing.letters import font_for, legible
 
 # The background; all sizes are in pixels.
 PAPER = 1.0
@@ -165,7 +165,7 @@ def text_block(
     canvas = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(canvas)
     lines = legible(lines)
-    font = font_of(size, ascii_only=lines.isascii())
+    font = font_for(lines, size)
     draw.multiline_text((GAP, GAP), lines, fill=color, font=font, spacing=4)
     return torch.from_numpy(np.array(canvas)).permute(2, 0, 1) / 255
 
@@ -173,8 +173,7 @@ def text_block(
 def text_width(text: str, *, size: int = FONT) -> int:
     """The width of a line of `text_block` in pixels."""
     text = legible(text)
-    font = font_of(size, ascii_only=text.isascii())
-    return math.ceil(font.getlength(text)) + 2 * GAP
+    return math.ceil(font_for(text, size).getlength(text)) + 2 * GAP
 
 
 def paragraph(text: str, width: int, *, size: int = FONT, color: str = "black") -> Tensor:

@@ -1,8 +1,8 @@
 """Text that can be read in a picture, whatever its letters.
 
-Pillow's own font has ASCII only. Text with other letters is drawn with DejaVu Sans, which comes
-with matplotlib and has most alphabets. Letters that it lacks, such as Chinese ones, are replaced by
-their numbers, so that different names stay different.
+Pillow's own font has ASCII and a few signs. Text with other letters is drawn with DejaVu Sans,
+which comes with matplotlib and has most alphabets. Letters that it lacks, such as Chinese ones, are
+replaced by their numbers, so that different names stay different.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from pathlib import Path
 
 from PIL import ImageFont
 
+# A character that no font has.
+MISSING = "\U0010fffe"
+
 
 def legible(text: str) -> str:
     """The text with the letters that no font here has replaced: 中 becomes [U+4E2D]."""
@@ -22,15 +25,22 @@ def legible(text: str) -> str:
     return "".join(map(_drawn, unicodedata.normalize("NFC", text)))
 
 
-@cache
-def font_of(size: int, *, ascii_only: bool = True) -> ImageFont.FreeTypeFont:
-    """The font of all pictures, or that of text with other letters.
+def font_for(text: str, size: int) -> ImageFont.FreeTypeFont:
+    """The font of a legible text: Pillow's own, or that with other letters."""
+    return _font(size, text.isascii() or all(map(_is_in_pillows_font, text)))
 
-    Reading it takes as long as drawing a line of text.
-    """
-    if ascii_only:
-        return ImageFont.load_default(size)
-    return ImageFont.truetype(_dejavu(), size)
+
+@cache
+def _font(size: int, is_pillows: bool) -> ImageFont.FreeTypeFont:
+    # Reading a font takes as long as drawing a line of text.
+    return ImageFont.load_default(size) if is_pillows else ImageFont.truetype(_dejavu(), size)
+
+
+@cache
+def _is_in_pillows_font(letter: str) -> bool:
+    font = _font(13, True)
+    drawn, missing = font.getmask(letter), font.getmask(MISSING)
+    return letter.isascii() or (drawn.size, bytes(drawn)) != (missing.size, bytes(missing))
 
 
 def _drawn(letter: str) -> str:
@@ -50,7 +60,7 @@ def _letters() -> frozenset[str]:
 
 
 def _dejavu() -> str:
-    # Imported here because matplotlib takes long to load, and most text is ASCII.
+    # Imported here because matplotlib takes long to load, and most text does not need it.
     import matplotlib
 
     return str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")

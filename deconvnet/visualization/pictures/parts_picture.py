@@ -22,7 +22,7 @@ from deconvnet.visualization.drawing.canvas import (
     vstack,
 )
 from deconvnet.visualization.drawing.charts import COLORS
-from deconvnet.visualization.drawing.letters import font_of
+from deconvnet.visualization.drawing.letters import font_for
 from deconvnet.visualization.pictures.image_decomposition import only_image, strongest_activations
 from deconvnet.visualization.pictures.image_parts import (
     SHARE,
@@ -144,7 +144,7 @@ def _are_local(boxes: Tensor, image: Tensor) -> bool:
 def _framed(picture: Tensor, image: Tensor, boxes: Tensor) -> Tensor:
     """A picture (3, h, w) of an image (C, H, W) with numbered frames around boxes of its pixels."""
     canvas = as_image(picture)
-    draw, font = ImageDraw.Draw(canvas), font_of(FONT)
+    draw, font = ImageDraw.Draw(canvas), font_for("0", FONT)
     vertical, horizontal = canvas.height / image.shape[1], canvas.width / image.shape[2]
     scaled = (boxes * torch.tensor([vertical, horizontal] * 2, device=boxes.device)).round()
     scaled = scaled.long().tolist()

@@ -1,0 +1,143 @@
+"""A sparse code as a layer of a torch model: filters and thresholds are learned for its loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.parametrize import register_parametrization
+
+from deconvnet.filters.constraint import normalize
+from deconvnet.operators.convolution import Boundary, check_boundary, deconvolve
+from deconvnet.sparse_coding.problem import Solution, SolverSettings
+from deconvnet.sparse_coding.solve import sparse_code
+from deconvnet.support.validation import (
+    as_number,
+    as_positive_integer,
+    as_positive_number,
+    as_tensor,
+    check_settings,
+)
+
+
+class SparseCode(torch.nn.Module):
+    """Images (N, C, H, W) -> their sparse maps z (N, K, rows, columns), by `sparse_code`.
+
+        z = argmin lam/2 ||sum_k f_k * z_k - y||^2 + sum_g w_g |z_g|      every f_k of unit norm
+
+    `filters` (K, C, h, w) and `lam` (one positive number) are learned; with threshold_per_map lam
+    is fixed instead and `weights` (K / group,), one for the maps of each group, are learned: the
+    threshold of a map is w / lam. All three are parametrised: the optimiser changes filters of any
+    norm, which are divided by it, and the logarithms of lam and of the weights. Assigning to them
+    (`layer.lam = 10.0`) works, also after training. State dicts hold what the optimiser changes.
+
+    boundary, group, non_negative, settings: as in `sparse_code`. The gradient is that of the exact
+    minimum, so `settings` should bring the maps close to it. Raises ValueError if an argument is
+    out of range or does not fit the others.
+    """
+
+    filters: Tensor
+    lam: Tensor
+    weights: Tensor
+
+    def __init__(
+        self,
+        filters: Tensor,
+        lam: float,
+        *,
+        boundary: Boundary = "valid",
+        group: int = 1,
+        non_negative: bool = False,
+        threshold_per_map: bool = False,
+        settings: SolverSettings | None = None,
+    ):
+        super().__init__()
+        f = as_tensor(filters, "filters")
+        if f.ndim != 4 or not f.numel() or not f.is_floating_point():
+            raise ValueError(
+                f"filters must be floating, of the shape (K, C, h, w), got {f.dtype} of the shape "
+                f"{tuple(f.shape)}"
+            )
+        check_boundary(boundary)
+        check_settings(settings, SolverSettings, "settings")
+        self.boundary, self.non_negative, self.settings = boundary, non_negative, settings
+        self.group = as_positive_integer(group, "group")
+        if len(f) % group:
+            raise ValueError(f"group={group}: must divide the {len(f)} maps")
+        lam = f.new_tensor(as_positive_number(lam, "lam"))
+        self.filters = torch.nn.Parameter(f.clone())
+        register_parametrization(self, "filters", _UnitNorm())
+        self.threshold_per_map = threshold_per_map
+        if threshold_per_map:
+            self.register_buffer("lam", lam)
+            self.weights = torch.nn.Parameter(f.new_ones(len(f) // group))
+            register_parametrization(self, "weights", _Positive("weights"))
+        else:
+            self.lam = torch.nn.Parameter(lam)
+            register_parametrization(self, "lam", _Positive("lam"))
+
+    def forward(self, images: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        """The maps z (N, K, rows, columns) of images (N, C, H, W)."""
+        return self.solve(images, mask=mask).z
+
+    def solve(self, images: Tensor, *, mask: Tensor | None = None) -> Solution:
+        """The solution of `sparse_code`, with its residual and objective, all differentiable."""
+        weights = self.weights.repeat_interleave(self.group) if self.threshold_per_map else None
+        return sparse_code(
+            images,
+            self.filters,
+            lam=self.lam,
+            boundary=self.boundary,
+            mask=mask,
+            weights=weights,
+            group=self.group,
+            non_negative=self.non_negative,
+            settings=self.settings,
+        )
+
+    def decode(self, z: Tensor) -> Tensor:
+        """The images (N, C, H, W) that maps paint with the filters."""
+        return deconvolve(z, self.filters, boundary=self.boundary)
+
+    def reconstruct(self, images: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        """Images painted by their own sparse maps, also where the mask hides them."""
+        return self.decode(self(images, mask=mask))
+
+    def extra_repr(self) -> str:
+        K, C, h, w = self.filters.shape
+        options = "".join(
+            f", {name}={getattr(self, name)!r}"
+            for name in ("group", "non_negative", "threshold_per_map")
+            if getattr(self, name) not in (1, False)
+        )
+        return (
+            f"{K} filters {C}x{h}x{w}, lam={float(self.lam.detach()):.6g}, {self.boundary}{options}"
+        )
+
+
+class _UnitNorm(torch.nn.Module):
+    """Filters divided by their norms; assigned filters are kept as they are given."""
+
+    def forward(self, f: Tensor) -> Tensor:
+        return normalize(f)
+
+    def right_inverse(self, f: Tensor) -> Tensor:
+        return f
+
+
+class _Positive(torch.nn.Module):
+    """Positive numbers as powers of e; the logarithm of what is assigned."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.name = name
+
+    def forward(self, logarithm: Tensor) -> Tensor:
+        return logarithm.exp()
+
+    def right_inverse(self, value: Any) -> Tensor:
+        value = torch.as_tensor(value)
+        if not bool((value > 0).all()):
+            raise ValueError(f"{self.name}={as_number(value.min(), self.name)}: must be positive")
+        return value.log()

@@ -1,0 +1,39 @@
+"""The benchmark that learns filters for denoising: patches, crops, and its denoiser."""
+
+import torch
+from denoising_filters import Denoiser, centre, crops, folded, patches_of
+from torch.testing import assert_close
+
+
+def test_folding_is_the_adjoint_of_taking_patches():
+    y, p = torch.randn(2, 1, 7, 9).double(), torch.randn(2, 9, 5, 7).double()
+    assert_close((patches_of(y, 3) * p).sum(), (y * folded(p, y.shape)).sum())
+
+
+def test_crops_are_parts_of_the_images_in_all_orientations():
+    image = torch.arange(36.0).view(1, 1, 6, 6)
+    found = crops([image], 64, 6, torch.Generator().manual_seed(0))
+    assert len({tuple(crop.flatten().tolist()) for crop in found}) == 8
+    assert torch.equal(centre(image, 2), image[:, :, 2:4, 2:4])
+
+
+def denoiser():
+    f = torch.randn(6, 9, 1, 1, generator=torch.Generator().manual_seed(0))
+    return Denoiser(f, 5.0, 3)
+
+
+def test_a_denoiser_returns_a_constant_image_and_every_part_of_it_learns():
+    model, flat = denoiser(), torch.full((1, 1, 8, 8), 0.5)
+    assert_close(model(flat), flat)
+    model(
+        torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    ).square().sum().backward()
+    assert all(p.grad.any() for p in model.parameters())
+
+
+def test_every_patch_has_the_code_that_it_has_alone():
+    model, patches = denoiser(), torch.randn(2, 9, 3, 100)
+    with torch.no_grad():
+        z = model.coded(patches)
+        alone = model.code(patches[1, :, 2, 70].view(1, 9, 1, 1).contiguous())
+    assert_close(z[1, :, 2, 70], alone[0, :, 0, 0], rtol=1e-2, atol=1e-2)
