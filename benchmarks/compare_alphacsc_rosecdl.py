@@ -162,7 +162,7 @@ def learned(options: argparse.Namespace, task: str) -> dict:
                 for learner in in_turn(learners(options, task), turn):
                     file = str(options.output / "atoms" / f"learned-{task}-{len(runs)}.npz")
                     done = learn(options, {"learner": learner, "data": data, "file": file}, threads)
-                    versions |= {learner.split()[0]: done["version"]}
+                    versions |= {learner.split()[0].rstrip(","): done["version"]}
                     run = {"problem": problem.name, "learner": learner, "threads": threads}
                     run |= {"turn": turn, "points": done["points"], "data": data, "file": file}
                     runs.append(run)
