@@ -22,13 +22,12 @@ SECONDS, TRAIN, HELD_OUT, RECOVERY = 1, 2, 3, 4
 def show(task: str, results: dict, folder: Path) -> str:
     """The tables as text; plots are saved in the folder."""
     machine = results["machine"]
-    versions = ", ".join(
-        f"{name} {number}" for name, number in (machine["versions"] | results["versions"]).items()
-    )
+    versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+    peers = "; ".join(f"{name}: {number}" for name, number in results["versions"].items())
     kind = "seconds of the CPU" if results["options"]["clock"] == "cpu" else "seconds"
     lines = [
         f"\n# {task}\n{machine['processor']}, {machine['cores']} cores, load {machine['load']} at "
-        f"the start; Python {machine['python']}, {versions}; {kind}; rounds: "
+        f"the start; Python {machine['python']}, {versions}; {peers}; {kind}; rounds: "
         f"{results['options']['repeats']}; codes for scores within {results['gap']:.1e} of the "
         "minimum"
     ]

@@ -41,7 +41,7 @@ from simulated_signals import SEEDS, SignalSpec, recovery, simulate
 
 TASKS = ("signals", "images")
 # The relative duality gap of the codes that score a dictionary, and the most seconds for them.
-GAP, PATIENCE = 3e-3, 20.0
+GAP, PATIENCE = 1e-2, 60.0
 OURS = {
     "signals": {
         "deconvnet, 12 epochs": {"epochs": 12, "batch_size": 4},
@@ -162,7 +162,7 @@ def learned(options: argparse.Namespace, task: str) -> dict:
                 for learner in in_turn(learners(options, task), turn):
                     file = str(options.output / "atoms" / f"learned-{task}-{len(runs)}.npz")
                     done = learn(options, {"learner": learner, "data": data, "file": file}, threads)
-                    versions |= {learner.split()[0]: done["version"]}
+                    versions |= {learner.split()[0].rstrip(","): done["version"]}
                     run = {"problem": problem.name, "learner": learner, "threads": threads}
                     run |= {"turn": turn, "points": done["points"], "data": data, "file": file}
                     runs.append(run)
@@ -279,6 +279,8 @@ def learn_once(job: argparse.Namespace) -> dict:
         deconvnet_solvers.learn,
         boundary="valid",
         non_negative=True,
+        given=True,
+        init="patches",
         solver=deconvnet_solvers.by_coordinates,
         **settings,
     )

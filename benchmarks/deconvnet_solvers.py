@@ -190,12 +190,15 @@ def learn(
     device: str = "cpu",
     boundary: str = "circular",
     non_negative: bool = False,
+    given: bool = False,
     solver: SolverSettings | None = None,
     **learning: Any,
 ) -> None:
     """Learn filters update by update, from filters f or, with init="patches", from patches of y.
 
     An iteration is one update of the filters. learning: settings that differ from the defaults.
+    given: learn from f in any case, as `learn_filters(filters=f)` does, so that `init` applies to
+    replacements of unused filters alone.
     """
     images, start = (torch.from_numpy(array).to(device) for array in (y, f))
     settings = LayerSettings(
@@ -210,7 +213,7 @@ def learn(
     layer = Layer(settings, y.shape[1], seeded_generator(0, 1)).to(images)
     recorder.start()
     trainer = LayerTrainer(layer, images)
-    if settings.learning.init == "random":
+    if given or settings.learning.init == "random":
         layer.set_filters(start)
     while not trainer.done:
         trainer.update()

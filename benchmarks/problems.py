@@ -198,7 +198,11 @@ class Objective:
         self.non_negative = problem.non_negative
         beyond = (n - 1 if boundary == "valid" else 0 for n in problem.f.shape[2:])
         self.offset = tuple(beyond)
-        self.fft_shape = tuple(n + o for n, o in zip(self.y.shape[2:], self.offset, strict=True))
+        self.map_size = tuple(n + o for n, o in zip(self.y.shape[2:], self.offset, strict=True))
+        # Maps that extend beyond the border may be padded further, to a size of fast transforms.
+        self.fft_shape = self.map_size
+        if boundary == "valid":
+            self.fft_shape = tuple(fft.next_fast_len(n, real=True) for n in self.map_size)
         self.spectrum = fft.rfft2(problem.f.astype(np.float64), self.fft_shape)
 
     def __call__(self, z: np.ndarray) -> np.ndarray:
@@ -210,16 +214,17 @@ class Objective:
         image = np.zeros((len(z), *self.spectrum.shape[1:]), complex)
         for k, f in enumerate(self.spectrum):
             if z[:, k].any():
-                image += fft.rfft2(z[:, k].astype(np.float64))[:, None] * f
-        top, left = self.offset
-        return fft.irfft2(image, self.fft_shape)[..., top:, left:]
+                image += fft.rfft2(z[:, k].astype(np.float64), self.fft_shape)[:, None] * f
+        (top, left), (bottom, right) = self.offset, self.map_size
+        return fft.irfft2(image, self.fft_shape)[..., top:bottom, left:right]
 
     def correlate(self, r: np.ndarray) -> np.ndarray:
         """(N, K, rows, columns): the adjoint of `synthesize`."""
         top, left = self.offset
-        spectrum = fft.rfft2(np.pad(r, ((0, 0), (0, 0), (top, 0), (left, 0))))
+        spectrum = fft.rfft2(np.pad(r, ((0, 0), (0, 0), (top, 0), (left, 0))), self.fft_shape)
         products = (np.sum(spectrum * f.conj(), 1) for f in self.spectrum)
-        return np.stack([fft.irfft2(product, self.fft_shape) for product in products], 1)
+        maps = np.stack([fft.irfft2(product, self.fft_shape) for product in products], 1)
+        return maps[..., : self.map_size[0], : self.map_size[1]]
 
     def dual(self, z: np.ndarray) -> np.ndarray:
         """(N,): a lower bound of each minimum, which is attained if z is the minimiser.

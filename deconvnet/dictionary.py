@@ -414,7 +414,7 @@ def _learn_batches(
                 raise _diverged(name, settings) from None
             monitor.epoch(history[-1], step=len(history))
     if trainer is None:
-        raise ValueError("batches: there are none, or all of them are empty")
+        raise ValueError("batches: there are none, or all of them are empty or hidden by masks")
     return Learned(layer.filters, history, settings)
 
 
@@ -540,7 +540,7 @@ def _images_and_mask(
 ) -> tuple[Tensor, Tensor | None]:
     """The images of a batch, and their mask: from the batch if mask is True, else the given one."""
     if mask is not True:
-        return images_of_batch(batch, name), mask
+        return images_of_batch(batch, name), None if mask is False else mask
     if not isinstance(batch, (list, tuple)) or len(batch) < 2:
         raise ValueError(
             f"{name} is a {type(batch).__name__}: with mask=True it must be a list or tuple of "
@@ -557,8 +557,11 @@ def _checked(images: Tensor, mask: Tensor | None, name: str) -> tuple[Tensor, Ma
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     if not torch.isfinite(images if M is None else M.target(images)).all():
-        where = "" if M is None else " where the mask is not 0"
-        raise ValueError(f"{name}: must be finite, but there are NaN or infinite values{where}")
+        where = " where the mask is not 0" if M is not None else ""
+        use = ": give a mask that is 0 there" if M is None else ""
+        raise ValueError(
+            f"{name}: must be finite, but there are NaN or infinite values{where}{use}"
+        )
     return images, M
 
 

@@ -12,6 +12,7 @@ from deconvnet.filters.constraint import normalize
 from deconvnet.operators.convolution import Boundary, check_boundary, deconvolve
 from deconvnet.sparse_coding.problem import Solution, SolverSettings
 from deconvnet.sparse_coding.solve import sparse_code
+from deconvnet.support.torch_modes import autocasts
 from deconvnet.support.validation import (
     as_number,
     as_positive_integer,
@@ -29,11 +30,13 @@ class SparseCode(torch.nn.Module):
     `filters` (K, C, h, w) and `lam` (one positive number) are learned; with threshold_per_map lam
     is fixed instead and `weights` (K / group,), one for the maps of each group, are learned: the
     threshold of a map is w / lam. All three are parametrised: the optimiser changes filters of any
-    norm, which are divided by it, and the logarithms of lam and of the weights. Assigning to them
-    (`layer.lam = 10.0`) works, also after training. State dicts hold what the optimiser changes.
+    norm, which are divided by it, and the logarithms of lam and of the weights. Tensors may be
+    assigned to them (`layer.lam = torch.tensor(10.0)`), also after training. State dicts hold what
+    the optimiser changes.
 
     boundary, group, non_negative, settings: as in `sparse_code`. The gradient is that of the exact
-    minimum, so `settings` should bring the maps close to it. Raises ValueError if an argument is
+    minimum, so `settings` should bring the maps close to it. Under autocast the layer stays in the
+    precision of its filters; torch.compile leaves it as it is. Raises ValueError if an argument is
     out of range or does not fit the others.
     """
 
@@ -83,6 +86,14 @@ class SparseCode(torch.nn.Module):
 
     def solve(self, images: Tensor, *, mask: Tensor | None = None) -> Solution:
         """The solution of `sparse_code`, with its residual and objective, all differentiable."""
+        if torch.compiler.is_compiling():
+            # torch.compile would trace the loops of the solver; around the layer it still compiles.
+            return torch.compiler.disable(SparseCode._solve)(self, images, mask)
+        return self._solve(images, mask)
+
+    def _solve(self, images: Tensor, mask: Tensor | None) -> Solution:
+        if isinstance(images, Tensor) and autocasts(images.device.type):
+            images = images.to(self.filters.dtype)  # the layers before are cast to half precision
         weights = self.weights.repeat_interleave(self.group) if self.threshold_per_map else None
         return sparse_code(
             images,
@@ -137,7 +148,7 @@ class _Positive(torch.nn.Module):
         return logarithm.exp()
 
     def right_inverse(self, value: Any) -> Tensor:
-        value = torch.as_tensor(value)
+        value = value if isinstance(value, Tensor) else torch.tensor(as_number(value, self.name))
         if not bool((value > 0).all()):
             raise ValueError(f"{self.name}={as_number(value.min(), self.name)}: must be positive")
         return value.log()

@@ -31,7 +31,7 @@ class NumMapsChoice:
 
     num_maps: int
     candidates: list[int]
-    errors: Tensor
+    errors: Tensor = field(repr=False)
     learned: list[Learned] = field(repr=False)
 
     @property

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from deconvnet.filters.constraint import leading_pair
 from deconvnet.sparse_coding.events import Events
-from deconvnet.support.validation import FLOATS, as_positive_integer, as_tensor
+from deconvnet.support.validation import FLOATS, as_positive_integer, as_tensor, check_settings
 
 
 def as_images(signals: Any) -> Tensor:
@@ -39,10 +40,7 @@ def as_images(signals: Any) -> Tensor:
 
 def as_signals(images: Any) -> Tensor:
     """Images, filters or maps of one row (N, C, 1, T) as signals (N, C, T)."""
-    images = as_tensor(images, "images")
-    if images.ndim != 4 or images.shape[2] != 1:
-        raise ValueError(f"images must have one row, (N, C, 1, T), got {tuple(images.shape)}")
-    return images[:, :, 0]
+    return _only_row(images, "images", "(N, C, 1, T)")
 
 
 def factors(filters: Any) -> tuple[Tensor, Tensor]:
@@ -51,7 +49,8 @@ def factors(filters: Any) -> tuple[Tensor, Tensor]:
     Of filters of a higher rank, those of the nearest filters of rank 1. The channel of u with the
     largest magnitude is positive.
     """
-    f = as_signals(leading_pair(as_signals(filters)[:, :, None]))
+    f = _only_row(filters, "filters", "(K, C, 1, L)")
+    f = as_signals(leading_pair(f[:, :, None]))
     K = torch.arange(len(f), device=f.device)
     strongest = f.square().sum(2).argmax(1)
     v = f[K, strongest]
@@ -71,7 +70,9 @@ def epochs(
     are `fill`. Raises ValueError if the events are not those of such signals.
     """
     signals = as_signals(as_images(signals))
-    before = before if before == 0 else as_positive_integer(before, "before")
+    check_settings(events, Events, "events", optional=False)
+    if not isinstance(before, (int, np.integer)) or before < 0:
+        raise ValueError(f"before={before}: must be a whole number from 0")
     width = before + as_positive_integer(after, "after")
     N, T = len(signals), signals.shape[2]
     size = events.filter_size
@@ -87,3 +88,10 @@ def epochs(
     cut = signals[image[:, None], :, at.clamp(0, T - 1)]
     cut = torch.where(inside[:, :, None], cut, torch.full_like(cut, fill))
     return cut.transpose(1, 2).contiguous()
+
+
+def _only_row(images: Any, name: str, expected: str) -> Tensor:
+    images = as_tensor(images, name)
+    if images.ndim != 4 or images.shape[2] != 1:
+        raise ValueError(f"{name} must have one row, {expected}, got {tuple(images.shape)}")
+    return images[:, :, 0]

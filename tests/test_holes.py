@@ -249,6 +249,7 @@ BAD = {
     "channels": (torch.ones(1, 2, 20, 20), "mask must have the shape (N or 1, 1, H, W)"),
     "negative": (-torch.ones(1, 1, 20, 20), "mask=-1.0: must be finite and not negative"),
     "infinite": (np.full((1, 1, 20, 20), np.inf), "mask=inf: must be finite and not negative"),
+    "file": (torch.full((1, 1, 20, 20), 255, dtype=torch.uint8), "mask of uint8, up to 255: use"),
     "nothing": (torch.zeros(1, 1, 20, 20), "mask: must not be 0 everywhere"),
 }
 

@@ -63,8 +63,20 @@ def test_lam_may_be_set_after_training(y):
     code.lam = torch.tensor(10.0)
     with torch.no_grad():
         assert torch.count_nonzero(code(y)) > torch.count_nonzero(layer()(y))
-    with pytest.raises(ValueError, match=r"lam=-1.0: must be positive"):
-        code.lam = torch.tensor(-1.0)
+    for value, message in ((torch.tensor(-1.0), "-1.0: must be positive"), ("a", "'a': must be a")):
+        with pytest.raises(ValueError, match=f"lam={message}"):
+            code.lam = value
+
+
+def test_the_layer_keeps_its_precision_within_autocast_and_is_left_out_of_compilation(y):
+    before = torch.nn.Conv2d(1, 1, 1)
+    torch.nn.init.ones_(before.weight)
+    model = torch.nn.Sequential(before, layer(lam=50.0), torch.nn.ReLU(inplace=True))
+    compiled = torch.compile(model, backend="eager")
+    compiled(y).sum().backward()
+    assert before.weight.grad.any() and torch.equal(compiled(y), model(y))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert before(y).dtype == torch.bfloat16 and model(y).dtype == torch.float32
 
 
 def test_a_mask_hides_pixels(y):

@@ -227,10 +227,24 @@ def test_wrong_arguments_are_refused_in_one_line(planted, code):
     events = code.events()
     for call, message in (
         (lambda: as_images(y), r"shape \(N, C, T\).* got \(2, 700\): use signals\[:, None\]"),
+        (lambda: as_images([y]), "a list of 1 tensors of .*: torch.stack"),
+        (lambda: as_images([y.numpy()]), r"a list of 1 ndarray: use np.stack\(signals\)"),
+        (lambda: as_images(y.tolist()), r"a list of 2 list: use np.array\(signals\)"),
+        (
+            lambda: learn_filters(signals, 2, (1, 5), lam=1.0),
+            r"or images\[:, :, None\] for signals",
+        ),
+        (lambda: LearningSettings(taper="hann"), "learning.taper='hann': must be a number"),
+        (lambda: LearningSettings(rank1="yes"), "learning.rank1='yes': must be True or False"),
         (lambda: as_images(y[0]), r"use signals\[None, None\]"),
         (lambda: as_signals(torch.zeros(1, 2, 3, 4)), "must have one row"),
         (lambda: epochs(signals, events, before=1, after=5), "must be those of signals"),
-        (lambda: epochs(signals[:1], events, before=-1, after=5), "before=-1: must be"),
+        (
+            lambda: epochs(signals[:1], events, before=-1, after=5),
+            "before=-1: must be a whole number from 0",
+        ),
+        (lambda: epochs(signals[:1], events.value, before=0, after=5), "events=.*must be Events"),
+        (lambda: factors(atoms), r"filters must have one row, \(K, C, 1, L\)"),
         (lambda: epochs(signals[:1], events, before=0, after=0), "after=0: must be"),
         (lambda: next(windows(y, 701, count=1)), "length=701: the recording has 700 times"),
         (lambda: next(windows(signals, 5, count=1)), r"shape \(C, T\)"),

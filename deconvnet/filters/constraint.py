@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from deconvnet.operators.convolution import connected
 from deconvnet.support.scaling import exponent, magnitude, times_power
-from deconvnet.support.validation import check_tensors
+from deconvnet.support.validation import as_number, check_tensors
 
 NORMS = ("filter", "plane")
 
@@ -46,10 +47,12 @@ class FilterConstraint:
             raise ValueError(f"norm={self.norm}: choose one of {', '.join(NORMS)}")
         if self.non_negative and self.zero_mean:
             raise ValueError("zero_mean=True: not with non_negative, which leaves only zeros")
+        if not isinstance(self.rank1, (bool, np.bool_)):
+            raise ValueError(f"rank1={self.rank1!r}: must be True or False")
         if self.rank1 and (self.non_negative or self.norm == "plane"):
             other = "non_negative=True" if self.non_negative else "norm=plane"
             raise ValueError(f"rank1=True: not with {other}, whose nearest filters are not known")
-        if not 0 <= self.taper <= 0.5:
+        if not 0 <= as_number(self.taper, "taper") <= 0.5:
             raise ValueError(f"taper={self.taper}: must lie between 0 and 0.5")
 
     def project(self, f: Tensor, *, fallback: Tensor | None = None) -> Tensor:

@@ -68,10 +68,10 @@ class LearningSettings:
     # shift filters that have settled off centre to the middle of their frame, every fourth epoch in
     # the first two thirds: a filter cut off by its frame is a local minimum
     recenter: bool = True
-    # filters whose planes are all multiples of one: for signals of several channels, one pattern in
-    # space times one in time; not with non_negative, nor with norm=plane
+    # filters of rank 1, one pattern over the channels (space) times one over the pixels (time), for
+    # signals of several channels; not with non_negative or norm=plane
     rank1: bool = False
-    # share of the length at each end, 0 to 0.5, over which filters fall to zero; 0: none
+    # fraction of their length, 0 to 0.5, over which filters fall to zero at each end; 0: none
     taper: float = 0.0
 
     def __post_init__(self) -> None:

@@ -60,9 +60,10 @@ def _array(path: str | Path) -> np.ndarray:
     except Exception as error:  # numpy and zipfile raise many types of exceptions
         raise ValueError(f"cannot read {shown_name(path)}: {reason(error)}") from error
     if array.ndim != 4 or array.dtype.kind not in "buif" or math.prod(array.shape) == 0:
+        use = ": save x[:, None] for grey images (N, H, W), or x[:, :, None] for signals (N, C, T)"
         raise ValueError(
             f"{shown_name(path)}: must be images (N, C, H, W) of real numbers, got "
-            f"{array.dtype} of shape {tuple(array.shape)}"
+            f"{array.dtype} of shape {tuple(array.shape)}{use if array.ndim == 3 else ''}"
         )
     return array
 

@@ -60,12 +60,13 @@ class LayerSettings:
     # [1, 64] for signals, which are images of one row
     filter_size: Any = 7
     # weight of the reconstruction relative to the sparsity; larger values give less sparse maps.
-    # auto (for p = 1, target maps, pooling after): the smallest with which the code predicts hidden
-    # pixels of some training images about as well as possible, before the layer learns. null: 2, or
-    # computed from lam_ratio
+    # auto (for p = 1, target maps, pooling after): chosen before the layer learns, as the smallest
+    # lam whose code predicts hidden pixels of some training images about as well as possible. null:
+    # computed from lam_ratio or, without it, 2
     lam: Any = None
-    # instead of lam (then null), in (0, 1], for p = 1: lambda = 1/lam relative to the smallest for
-    # which the maps of some training images are zero, before the layer learns
+    # instead of lam (set lam=null), for p = 1: lambda = 1/lam as a fraction, in (0, 1], of the
+    # smallest lambda for which all maps of some training images are zero; computed before the layer
+    # learns
     lam_ratio: float | None = None
     # exponent of the sparse prior sum |z|^p, 0 to 1
     p: float = 1.0

@@ -349,6 +349,11 @@ def _checked_mask(mask: Tensor, channels: int, like: Tensor) -> Tensor:
         raise ValueError(
             f"mask must have the shape (N or 1, {allowed}, H, W), got {tuple(mask.shape)}"
         )
+    if mask.dtype == torch.uint8 and mask.numel() and mask.max() > 1:
+        # An image file, whose white would weight errors by 255^2.
+        raise ValueError(
+            f"mask of uint8, up to {mask.max()}: use mask > 0, or mask / 255 for weights"
+        )
     mask = mask.to(like)
     if len(invalid := mask[~((mask >= 0) & (mask < math.inf))]):
         raise ValueError(f"mask={float(invalid[0])}: must be finite and not negative")

@@ -32,7 +32,7 @@ class Events:
     image, map, row, column: (M,) int64, counted from 0, on the device of value (M,). shape: that of
     z, (N, K, rows, columns). filter_size (h, w) and boundary: those of the code, if it is one of
     `sparse_code`. The events of a solution are sorted by image, map, row and column. `len` is M. An
-    index selects rows of the table: a slice, a mask (M,), or the numbers of events, as in
+    index selects rows of the table: a number, a slice, a mask (M,), or several numbers, as in
     `events[events.map == 3]`.
     """
 
@@ -85,7 +85,9 @@ class Events:
     def __len__(self) -> int:
         return len(self.value)
 
-    def __getitem__(self, events: slice | Tensor) -> Events:
+    def __getitem__(self, events: int | slice | Tensor) -> Events:
+        # One event is a table of one row, so that loops over events end.
+        events = [events] if isinstance(events, (int, np.integer)) else events
         columns = {name: getattr(self, name)[events] for name in (*COLUMNS, "value")}
         return dataclasses.replace(self, **columns)
 

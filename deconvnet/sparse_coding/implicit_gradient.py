@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from deconvnet.operators.convolution import Boundary, correlate, deconvolve, filter_gradient
 from deconvnet.sparse_coding.active_set import Footprint, footprint
@@ -192,22 +192,45 @@ class _AtMinimum(torch.autograd.Function):
         ctx.code, ctx.support = code, _Support.of(z, code.prior)
         ctx.lam = None if lam is None else lam.detach()
         ctx.weights = None if weights is None else weights.detach()
-        ctx.save_for_backward(residual, f, mask)
-        return z, residual, reconstruction, sparsity
+        # Returned as they are, they would be views of inputs, which must not be changed in place.
+        outputs = tuple(x.detach() for x in (z, residual, reconstruction, sparsity))
+        ctx.save_for_backward(outputs[1], f, mask)
+        return outputs
 
     @staticmethod
-    @once_differentiable
     @full_precision
     def backward(ctx: FunctionCtx, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         r, f, mask = ctx.saved_tensors
         towards = dict(zip(("y", "f", "lam", "mask", "w"), ctx.needs_input_grad[5:], strict=True))
-        given = _gradients(ctx.code, ctx.support, r, f, mask, gradients, towards)
+        with torch.no_grad():
+            given = _gradients(ctx.code, ctx.support, r, f, mask, gradients, towards)
         if towards["lam"]:
             given["lam"] = given["lam"].reshape(ctx.lam.shape).to(ctx.lam)
         if towards["w"]:
             K, w = ctx.code.shape[1], ctx.weights
             given["w"] = ctx.support.towards_weights(given["w"], w, K).to(w)
-        return (None,) * 5 + tuple(given[name] for name in towards)
+        found = tuple(given[name] for name in towards)
+        if torch.is_grad_enabled():  # create_graph=True
+            found = _OnceDifferentiable.apply(
+                *(None if x is None else x.detach().requires_grad_() for x in found)
+            )
+        return (None,) * 5 + found
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    """Gradients that raise an error when they are differentiated.
+
+    torch's once_differentiable leaves them constant unless the gradient of the loss in the code
+    requires a gradient, so that those of a sum over the code would have silent zeros.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return gradients
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor, ...]:
+        raise RuntimeError("the gradient of a sparse code cannot be differentiated again")
 
 
 def _gradients(

@@ -284,6 +284,11 @@ def _choose_by_density(
             f"density={density}: the densest code of the path, with lam={lams[-1]:g}, has "
             f"{_density(solution):.3g}; lower smallest_ratio, or give larger lams"
         )
+    if sparser is None and _density(solution) > (1 + DENSITY_TOLERANCE) * density:
+        raise ValueError(
+            f"density={density}: the sparsest code of the path, with lam={lams[0]:g}, has "
+            f"{_density(solution):.3g}; give smaller lams"
+        )
     denser, found = solution, solution
     for _ in range(BISECTIONS):
         if sparser is None or abs(_density(found) / density - 1) <= DENSITY_TOLERANCE:

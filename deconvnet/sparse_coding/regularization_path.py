@@ -193,7 +193,10 @@ def lams_of_path(
         raise ValueError(f"num_lams={num}: must be at least 2; or give lams")
     if not 0 < as_number(smallest_ratio, "smallest_ratio") < 1:
         raise ValueError(f"smallest_ratio={smallest_ratio}: must lie in (0, 1)")
-    first = lam_from_ratio(A, b, 1.0, prior)
+    try:
+        first = lam_from_ratio(A, b, 1.0, prior)
+    except ValueError as error:
+        raise ValueError(f"lambda_max {str(error).split(': ')[-1]}; or give lams") from None
     return [first * smallest_ratio ** (-n / (num - 1)) for n in range(num)], first
 
 

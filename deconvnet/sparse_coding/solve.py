@@ -158,7 +158,10 @@ def coding_problem(
         M = Mask(mask, images)
         A, b = M @ A, M.target(images)
     if not torch.isfinite(b).all() or not torch.isfinite(filters).all():
-        raise ValueError("images and filters must be finite: there are NaN or infinite values")
+        use = "" if torch.isfinite(b).all() else " (the mask may be 0 where images have no value)"
+        raise ValueError(
+            f"images and filters must be finite: there are NaN or infinite values{use}"
+        )
     weights = None if weights is None else weights.to(images)
     p, group = as_number(p, "p"), as_positive_integer(group, "group")
     return A, b, Prior(p, weights=weights, group=group, non_negative=non_negative)

@@ -85,7 +85,11 @@ def as_images(value: Any, name: str = "images") -> Tensor:
     """Non-empty images (N, C, H, W), float32 or float64, as a tensor."""
     images = as_tensor(value, name)
     if images.ndim != 4:
-        more = {2: f": use {name}[None, None]", 3: f": use {name}[:, None] for grey (N, H, W)"}
+        more = {
+            2: f": use {name}[None, None]",
+            3: f": use {name}[:, None] for grey (N, H, W), or {name}[:, :, None] for signals "
+            "(N, C, T)",
+        }
         raise ValueError(
             f"{name} must have the shape (N, C, H, W), got {tuple(images.shape)}"
             f"{more.get(images.ndim, '')}"
@@ -135,6 +139,11 @@ def images_of_batch(batch: Any, name: str) -> Tensor:
         )
     if isinstance(batch, (list, tuple)):
         dimensions = [getattr(element, "ndim", 0) for element in batch]
+        if len(dimensions) == 2 and min(dimensions) == 4:
+            raise ValueError(
+                f"{name} is a {type(batch).__name__} of 2 tensors of images: use mask=True if the "
+                "second is their mask"
+            )
         if not dimensions or dimensions[0] < 4 or max(dimensions[1:], default=0) > 3:
             raise ValueError(
                 f"{name} is {_kind(batch, name)}: must be images (N, C, H, W), or a list or tuple "
@@ -182,7 +191,12 @@ def as_filter_size(value: Any, name: str = "filter_size") -> tuple[int, int]:
     sides = tuple(value) if several or getattr(value, "ndim", 0) == 1 else (value, value)
     if len(sides) != 2:
         raise ValueError(f"{name}={_short(value)}: must be a whole number from 1{either}")
-    h, w = (as_positive_integer(side, name, either) for side in sides)
+    try:
+        h, w = (as_positive_integer(side, name, either) for side in sides)
+    except ValueError:
+        if sides == (value, value):
+            raise
+        raise ValueError(f"{name}={_short(value)}: must be whole numbers from 1") from None
     return h, w
 
 
@@ -222,7 +236,10 @@ def _kind(value: Any, name: str) -> str:
         if inside == ["Tensor"]:
             shapes = ", ".join(str(tuple(element.shape)) for element in value[:3])
             return f"a {kind} of {len(value)} tensors of {shapes}: torch.stack or torch.cat them"
-        return f"a {kind} of {len(value)} {' and '.join(inside[:3]) or 'things'}"
+        convert = {"ndarray": "stack", "list": "array", "float": "array", "int": "array"}
+        kinds = convert.keys() & set(inside) if len(inside) == 1 else ()
+        use = "".join(f": use np.{convert[kind]}({name})" for kind in kinds)
+        return f"a {kind} of {len(value)} {' and '.join(inside[:3]) or 'things'}{use}"
     if hasattr(value, "__iter__") and hasattr(value, "batch_size"):
         return f"{kind}: batches are for learn_online"
     return kind

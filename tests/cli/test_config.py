@@ -438,3 +438,14 @@ def test_the_users_folder_is_meant_by_a_tilde_in_every_path():
         compose("classify", ["run='~/a'", "data.path=b", "beside=['~/c','d~']", "output='~'"])
     )
     assert (found.run, found.beside, found.output) == (f"{home}/a", [f"{home}/c", "d~"], home)
+
+
+def test_lam_is_a_number_or_is_computed_when_the_layer_begins_to_learn():
+    model = read(
+        "model.layer1.lam=null", "model.layer1.lam_ratio=0.1", "model.layer2.lam=auto"
+    ).model
+    assert model["layer1"].lam is None and model["layer1"].lam_ratio == 0.1
+    assert model["layer2"].lam == "auto"
+    both = message("model.layer1.lam_ratio=0.1")
+    assert "model.layer1.lam=2.0, lam_ratio=0.1: give one of the two; with lam_ratio" in both
+    assert "model.layer1.lam='abc': must be a number, or auto" in message("model.layer1.lam=abc")

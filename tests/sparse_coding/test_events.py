@@ -74,6 +74,7 @@ def test_an_index_selects_events(events):
     by_size = events[events.value.argsort()]
     assert torch.equal(by_size.maps(), z) and by_size.value[0] == z.min()
     assert torch.equal(events[:5].value, events.value[:5])
+    assert torch.equal(torch.cat([event.value for event in events]), events.value)
 
 
 @pytest.mark.parametrize("boundary", BOUNDARIES)

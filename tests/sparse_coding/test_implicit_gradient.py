@@ -210,10 +210,23 @@ def test_codes_without_a_gradient_say_so_instead_of_having_zeros(options, messag
         assert not sparse_code(theta["images"], f, **options).z.requires_grad
 
 
-def test_a_second_derivative_is_refused():
+@pytest.mark.parametrize("loss", [torch.sum, lambda z: z.square().sum()])
+def test_a_second_derivative_is_refused(loss):
     theta, options = problem()
     y = theta["images"].requires_grad_()
     z = sparse_code(y, theta["filters"], lam=1.5, **options).z
-    (gradient,) = torch.autograd.grad(z.square().sum(), y, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+    (gradient,) = torch.autograd.grad(loss(z), y, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        (y.sum() + gradient.sum()).backward()
+
+
+def test_maps_may_be_changed_in_place_and_a_residual_only_before_it_is_needed():
+    theta, options = problem()
+    y = theta["images"].requires_grad_()
+    solution = sparse_code(y, theta["filters"], lam=1.5, **options)
+    (expected,) = torch.autograd.grad(solution.z.relu().sum(), y, retain_graph=True)
+    (gradient,) = torch.autograd.grad(solution.z.relu_().sum(), y, retain_graph=True)
+    assert torch.equal(gradient, expected)
+    solution.residual.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        solution.z.sum().backward()

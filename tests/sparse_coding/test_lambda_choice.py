@@ -70,17 +70,17 @@ def test_a_warm_start_saves_iterations(problem, method):
     _, images, filters = problem
     A, b = Deconvolution(filters), images[:1]
     # While beta still adapts, ADMM gains nothing from a start that is close.
-    settings = SolverSettings(method, iterations=500, gap=1e-2, adaptive=method == "fista")
+    settings = SolverSettings(method, iterations=500, gap=3e-2, adaptive=method == "fista")
     first, second = solutions_along(A, b, [20.0, 22.0], Prior(), settings, None)
     alone = sparse_code(b, filters, lam=22.0, settings=settings)
     assert second.iterations < 0.7 * alone.iterations
-    assert_close(second.objective, alone.objective, rtol=1e-2, atol=0)
-    assert (second.gap <= 1e-2 * second.objective).all() and first.lam == 20.0
+    assert_close(second.objective, alone.objective, rtol=3e-2, atol=0)
+    assert (second.gap <= 3e-2 * second.objective).all() and first.lam == 20.0
 
 
 def test_sure_of_the_number_of_coefficients_agrees_with_monte_carlo_and_with_the_error(problem):
     clean, images, filters = problem
-    options = dict(num_lams=6, smallest_ratio=0.03, settings=EXACT)
+    options = dict(num_lams=4, smallest_ratio=0.05, settings=EXACT)
     sure = choose_lam(images, filters, noise=SIGMA, **options)
     sample = SIGMA * torch.randn(images.shape, generator=torch.Generator().manual_seed(9))
     sampled = choose_lam(images, filters, noise=sample, **options)
@@ -94,7 +94,7 @@ def test_sure_of_the_number_of_coefficients_agrees_with_monte_carlo_and_with_the
     # The sample's own energy, which is the same for every lam, differs from n sigma^2.
     drawn = sample.double().square().mean() - SIGMA**2
     assert_close(sampled.errors.mean(1) + drawn, sure.errors.mean(1), rtol=0, atol=0.04 * SIGMA**2)
-    assert sure.criterion == "sure" and sure.path.non_zeros.shape == (6, 8)
+    assert sure.criterion == "sure" and sure.path.non_zeros.shape == (4, 8)
 
 
 def test_sure_of_preprocessed_images_is_the_error_of_the_images_before(problem):
@@ -104,19 +104,18 @@ def test_sure_of_preprocessed_images_is_the_error_of_the_images_before(problem):
     def highpass(y):
         return y - torch.nn.functional.avg_pool2d(y, 5, 1, 2)
 
-    admm = SolverSettings("admm", iterations=200, tolerance=1e-4)
+    admm = SolverSettings("admm", iterations=60)
     options = dict(group=2, settings=admm)
     choice = choose_lam(
         *(highpass(images), filters),
         noise=SIGMA,
         preprocess=highpass,
-        lams=[10.0, 30.0],
+        lams=[20.0],
         **options,
     )
-    for lam, estimate in zip((10.0, 30.0), choice.errors.mean(1), strict=True):
-        residual = sparse_code(highpass(images), filters, lam=lam, **options).residual
-        error = (images - residual - clean).double().square().mean()
-        assert abs(estimate - error) < 0.1 * SIGMA**2
+    residual = sparse_code(highpass(images), filters, lam=20.0, **options).residual
+    error = (images - residual - clean).double().square().mean()
+    assert abs(choice.errors.mean() - error) < 0.1 * SIGMA**2
 
 
 @pytest.mark.parametrize("criterion", [{}, {"noise": SIGMA}])
@@ -127,7 +126,7 @@ def test_the_chosen_lam_is_nearly_the_best(problem, criterion):
         residual = sparse_code(images, filters, lam=lam).residual
         return float((images - residual - clean).square().mean())
 
-    choice = choose_lam(images, filters, smallest_ratio=0.05, num_lams=12, **criterion)
+    choice = choose_lam(images, filters, smallest_ratio=0.08, num_lams=8, **criterion)
     best = min(error(float(lam)) for lam in choice.path.lam)
     assert 10 * math.log10(error(choice.lam) / best) < 0.1
 
@@ -182,6 +181,8 @@ def test_lam_is_interpolated_between_the_lams_of_the_path(problem):
         ({"noise": torch.ones(3)}, r"noise of shape \(3,\): must be a number, or finite and of"),
         ({"density": 0.0}, r"density=0.0: must lie in \(0, 1\)"),
         ({"density": 0.9, "lams": [1.0, 2.0]}, "density=0.9: the densest code of the path"),
+        ({"density": 0.01, "lams": [50.0, 60.0]}, "density=0.01: the sparsest code of the path"),
+        ({"weights": torch.zeros(1)}, "lambda_max needs all weights to be positive; or give lams"),
     ],
 )
 def test_wrong_arguments_are_refused_in_one_line(problem, arguments, message):

@@ -381,7 +381,7 @@ def test_the_solvers_themselves_refuse_no_images_and_a_lam_that_is_no_number(y, 
 
 SIZES = {
     "sides": (dict(filter_size=(5, 5, 5)), r"filter_size=\(5, 5, 5\): .*or two, \(rows, columns\)"),
-    "no rows": (dict(filter_size=(0, 5)), "filter_size=0: must be at least 1"),
+    "no rows": (dict(filter_size=(0, 5)), r"filter_size=\(0, 5\): must be whole numbers from 1"),
     "float": (dict(filter_size=5.0), "filter_size=5.0: must be a whole number from 1"),
     "no maps": (dict(num_maps=0), "num_maps=0: must be at least 1"),
     "text": (dict(num_maps="many"), "num_maps='many'"),

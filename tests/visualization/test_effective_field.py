@@ -52,6 +52,10 @@ def test_the_box_is_square_and_lies_in_the_receptive_field():
     low = effective_field([(blocks(fields, (18, 3), (2, 15)), fields)])
     top = low.boxes(fields)[0, 0] - fields[0, 0]
     assert low.size == (15, 15) and top + 15 == 20
+    # Along an axis on which the field is shorter, the box is as long as the field.
+    flat = torch.tensor([[4, 6, 7, 11]])
+    box = effective_field([(blocks(flat, (0, 0), (3, 5)), flat)])
+    assert torch.equal(box.boxes(flat), flat)
 
 
 def test_the_box_holds_95_percent_of_the_mean_energy_and_strong_projections_count_no_more():

@@ -23,8 +23,9 @@ from deconvnet.visualization.drawing.sheet import Sheet, enlarged
 from deconvnet.visualization.projection.feature_projection import layer_field
 
 SHOWN_MAPS = 12
-# Sizes in pixels: the width of an image, of the feature below it, the smallest of a mark.
-IMAGE, FEATURE, MARK = 144, 32, 3
+# Sizes in pixels: the width of an image, of the feature below it, the height of two lines of text
+# beside that, the smallest of a mark.
+IMAGE, FEATURE, LABEL, MARK = 144, 32, 38, 3
 POSITIVE, NEGATIVE = (0.80, 0.05, 0.05), (0.05, 0.20, 0.85)
 # The darkest grey of the image below the marks, and the smallest opacity of a mark.
 PALE, FAINT = 0.5, 0.12
@@ -63,7 +64,7 @@ def active_map_sheet(
         )
     ]
     narrowest = min(f.stride * n / m for f, m, n in zip(fields, image.shape[1:], size, strict=True))
-    below = max(features.shape[2], FEATURE)
+    below = max(features.shape[2], LABEL)
     cells = [
         vstack([picture, text_block(name, IMAGE, below)], GAP)
         for name, picture in (("image", shown), ("preprocessed", prepared))

@@ -58,7 +58,8 @@ def effective_field(projections: Iterable[tuple[Tensor, Tensor]]) -> EffectiveFi
             continue
         if reach is None:
             # Half of the largest field along each axis.
-            reach = ((fields[:, 2:] - fields[:, :2]).amax(0) + 1) // 2
+            largest = (fields[:, 2:] - fields[:, :2]).amax(0)
+            reach = (largest + 1) // 2
             total = torch.zeros([2 * int(r) for r in reach], dtype=torch.float64)
         boxes = torch.cat([_centres(fields) - reach, _centres(fields) + reach], 1)
         energy = crop(images, boxes).cpu().double().square().sum(1)
@@ -69,7 +70,11 @@ def effective_field(projections: Iterable[tuple[Tensor, Tensor]]) -> EffectiveFi
     # Each of the four sides cuts off the same share, so that at least SHARE remains.
     ends = [_middle(total.sum(1 - axis), (1 - SHARE) / 4) for axis in (0, 1)]
     side = max(last - first for first, last in ends)
-    ends = [_widened(end, side, 2 * int(r)) for end, r in zip(ends, reach, strict=True)]
+    # Of a field of odd length, the total has one more pixel, before the first of the field.
+    ends = [
+        _widened(end, side, int(size) % 2, int(size))
+        for end, size in zip(ends, largest, strict=True)
+    ]
     offset = tuple(first - int(r) for (first, _), r in zip(ends, reach, strict=True))
     return EffectiveField(offset, tuple(last - first for first, last in ends))
 
@@ -90,8 +95,9 @@ def _middle(energy: Tensor, tail: float) -> tuple[int, int]:
     return int(inside[0]), int(inside[-1]) + 1
 
 
-def _widened(end: tuple[int, int], side: int, limit: int) -> tuple[int, int]:
-    """An interval widened to this side about its middle, within 0 to limit."""
-    side = min(side, limit)
-    first = min(max(end[0] - (side - (end[1] - end[0])) // 2, 0), limit - side)
+def _widened(end: tuple[int, int], side: int, start: int, size: int) -> tuple[int, int]:
+    """An interval widened to this side about its middle, within start to start + size."""
+    side = min(side, size)
+    first = end[0] - (side - (end[1] - end[0])) // 2
+    first = min(max(first, start), start + size - side)
     return first, first + side
