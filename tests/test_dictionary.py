@@ -196,7 +196,6 @@ def test_given_filters_are_projected_onto_the_constraint(images, learner):
 
 
 WRONG_FILTERS = {
-    "oblong": (dict(filters=torch.ones(4, 1, 5, 7)), "filters of 5x7: .* must be square"),
     "maps": (dict(filters=torch.ones(4, 1, 5, 5), num_maps=6), "num_maps=6: .* have 4"),
     "size": (dict(filters=torch.ones(4, 1, 5, 5), filter_size=7), "filter_size=7: .* have 5"),
     "channels": (dict(filters=torch.ones(4, 3, 5, 5)), r"filters must have the shape \(K, 1, h, w"),

@@ -104,7 +104,7 @@ def _sorted_header(data: bytes) -> bytes:
 def _network_path(path: Path) -> Path:
     path = Path(path)
     if path.suffix != ".safetensors":
-        raise ValueError(f"{path}: must end in .safetensors, not in {path.suffix!r}")
+        raise ValueError(f"{path}: must end in .safetensors, not {path.suffix!r}")
     return path
 
 
