@@ -289,7 +289,7 @@ def test_the_command_that_resumes_several_processes_starts_several(monkeypatch):
         ("train", "model=nope", "there is no model/nope; choose cvpr2010"),
         ("train", "experiment=cvpr2010", "use +experiment=cvpr2010"),
         ("train", "+layers=2.5", "layers=2.5: must be a whole number"),
-        ("train", "model.layer1.lam=much", "model.layer1.lam=much: must be a number"),
+        ("train", "model.layer1.p=much", "model.layer1.p=much: must be a number"),
         ("train", "progress=maybe", "progress=maybe: must be true or false"),
         ("denoise", "images=a.png", "images: no such setting; did you mean image?"),
         ("reconstruct", "image=a.png", "image: no such setting; did you mean images?"),

@@ -947,7 +947,11 @@ def test_layers_that_are_never_active_are_left_out_with_a_warning(images, tmp_pa
             {"layers": ["0", "2"], "method": "deconv"},
             "layer '2': deconv has no rule for tanh x1; strict=False",
         ),
-        (lambda: Small(1), {}, "the model Small fails on images of 3x18x20: Given groups=1"),
+        (
+            lambda: Small(1),
+            {},
+            "the model Small fails on images of 3x18x20 in conv1 (Conv2d): Given",
+        ),
         (
             lambda: nn.Sequential(nn.Flatten(), nn.Linear(1080, 5)),
             {"layers": None},
