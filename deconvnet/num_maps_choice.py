@@ -6,7 +6,7 @@ some of their pixels are hidden, and the code of the rest must predict them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -42,7 +42,7 @@ class NumMapsChoice:
 
 def choose_num_maps(
     images: Tensor,
-    candidates: Sequence[int],
+    candidates: Iterable[int],
     filter_size: int | tuple[int, int],
     *,
     lam: float | None = None,
@@ -62,13 +62,15 @@ def choose_num_maps(
     For each candidate, filters are learned by `learn_filters` from a part of the images (N, C, H,
     W). The others, a fraction `judges` in (0, 1) evenly spaced over all, judge by held-out pixels
     (`choose_lam`), half of them by default, so that it takes structure to predict them. About as
-    well: on average over these images, the error exceeds that of the best
-    candidate by at most one standard error of the difference (the rule of Breiman et al. 1984).
+    well: on average over these images, the error exceeds that of the best candidate by at most one
+    standard error of the difference (the rule of Breiman et al. 1984).
     lam or lam_ratio, and all other arguments, are those of `learn_filters`; p is 1. Raises
     ValueError if an argument is out of range or does not fit the others.
     """
     images = as_images(images)
-    if isinstance(candidates, (str, int)) or len(candidates) == 0:
+    is_list = isinstance(candidates, Iterable) and not isinstance(candidates, str)
+    candidates = list(candidates) if is_list else candidates
+    if not is_list or not candidates:
         raise ValueError(f"candidates={candidates!r}: must be a list of at least one number")
     candidates = sorted({as_positive_integer(number, "candidates") for number in candidates})
     learns, judge = _split(len(images), judges)

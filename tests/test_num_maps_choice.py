@@ -24,7 +24,7 @@ def images():
 def test_neither_too_few_nor_too_many_filters_are_chosen(images):
     learning = LearningSettings(epochs=6, batch_size=3)
     options = dict(lam_ratio=0.1, judges=0.5, learning=learning)
-    choice = choose_num_maps(images, [8, 1, 4], 5, **options)
+    choice = choose_num_maps(images, iter([8, 1, 4]), 5, **options)
     assert choice.candidates == [1, 4, 8] and choice.num_maps == 4
     assert choice.errors.shape == (3, 6)
     assert choice.errors[0].mean() > 1.2 * choice.errors[1].mean()

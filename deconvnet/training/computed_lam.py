@@ -76,14 +76,16 @@ def restore_computed_lams(net: DeconvNet, settings: dict) -> None:
 
 
 def choice_picture(choice: LamChoice) -> Tensor:
-    """The error of hidden pixels over the lams of the path, and the lam chosen, (3, H, W)."""
+    """The error of hidden pixels over the lams of the path, relative to that of maps of zeros, and
+    the lam chosen; (3, H, W).
+    """
     path, error = choice.path, choice.errors.mean(1)
     chosen = path.density.mean(1)[(path.lam - choice.lam).abs().argmin()]
     picture = line_chart(
         path.lam.log10(),
         [("hidden pixels", error / error[0])],
         xlabel="log10 lam",
-        ylabel="error",
+        ylabel="error / error at lambda_max",
         size=(280, 420),
     )
     return with_title(f"lam {choice.lam:.4g}, density {chosen:.2%}", picture)
