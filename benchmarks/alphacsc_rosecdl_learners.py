@@ -120,9 +120,7 @@ def learn_by_rosecdl(
         window=tapered,
         epochs=epochs,
         random_state=0,
-        callbacks=[
-            lambda model, epoch, loss: recorder(epoch + 1, lambda: _as_filters(model.D_hat_))
-        ],
+        callbacks=[watch],
         **settings,
     )
     recorder.start()
