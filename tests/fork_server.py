@@ -54,6 +54,7 @@ def main():
         finalizer.atexit = False
     gc.collect()
     gc.freeze()
+    gc.set_threshold(50_000, 20, 100)  # most commands here end before they have made much garbage
     execute(Server(listener).serve())
 
 
