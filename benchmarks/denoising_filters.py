@@ -9,12 +9,13 @@ and without its mean, as the channels of an image of one row:
 
     z = s SparseCode(filters, lam)(patch / s)       thresholds learned for every map; s for a patch
     x = z + a z / (|z| + b)                         undoes the shrinkage of what is large, by map
-    patch = decoder x + mean
+    patch = decoder x + mean + u <wide, around>     moves the mean towards that of the surroundings
     image = weighted mean of the patches            exp(place + v - decay sum |z|) at each pixel
 
-s and v are learned functions of the patch: of ENERGIES responses to linear filters, without their
-sign. Training minimises the squared error of denoised crops with Adam (Mairal, Bach and Ponce 2012,
-"Task-driven dictionary learning"), from filters of `learn_filters`. It is compared with these
+around: the surroundings of a patch, twice as wide, at half the resolution, minus its mean. s, v and
+u are learned functions of the patch and of these: of ENERGIES responses to linear filters, without
+their sign. Training minimises the squared error of denoised crops with Adam (Mairal, Bach and Ponce
+2012, "Task-driven dictionary learning"), from filters of `learn_filters`. It is compared with these
 filters as they are: codes with p = 0 (hard thresholds), whose patches are averaged with the weights
 1 / (1 + number of non-zeros), and the best of CHOICES as the threshold.
 
@@ -55,7 +56,7 @@ ROW = 128
 # The first thresholds in units of the standard deviation of the noise. Shrinkage is undone to this
 # part for coefficients far above KNEE, in [0, 1] grey levels.
 THRESHOLD, UNDONE, KNEE = 2.0, 0.7, 0.05
-ENERGIES = 16
+ENERGIES = 24
 # Hard thresholds in units of the standard deviation of the noise, to choose from on crops.
 CHOICES = (2.25, 2.5, 2.75, 3.0)
 # The norm of a gradient, in units of its running mean, beyond which it is scaled down: supports of
@@ -80,20 +81,22 @@ class Denoiser(torch.nn.Module):
         self.decoder = torch.nn.Parameter(self.code.filters.detach()[:, :, 0, 0].clone())
         self.undone = torch.nn.Parameter(torch.full((K, 1), UNDONE * threshold))
         self.log_knee = torch.nn.Parameter(torch.full((K, 1), math.log(KNEE)))
-        self.responses = torch.nn.Linear(channels, ENERGIES)
-        self.scales = torch.nn.Linear(ENERGIES, 2)
-        torch.nn.init.normal_(self.scales.weight, std=0.01)
-        torch.nn.init.zeros_(self.scales.bias)
+        self.responses = torch.nn.Linear(2 * channels, ENERGIES)
+        self.measures = torch.nn.Linear(ENERGIES, 3)
+        torch.nn.init.normal_(self.measures.weight, std=0.01)
+        self.measures.bias.data = torch.tensor([0.0, 0.0, -2.0])
+        self.wide = torch.nn.Parameter(torch.full((channels, 1), 1 / channels))
         self.place = torch.nn.Parameter(torch.zeros(channels, 1))
         self.decay = torch.nn.Parameter(torch.zeros(()))
 
     def forward(self, y: Tensor, stride: int = 1) -> Tensor:
         """Images from their patches at every `stride`-th place of both axes."""
-        patches = patches_of(y, self.patch, stride)
+        patches, around = (part(y, self.patch, stride) for part in (patches_of, surroundings_of))
         mean = patches.mean(1, keepdim=True)
-        patches = patches - mean
-        energies = self.responses(5 * patches.mT).abs().log1p()
-        log_s, v = self.scales(energies).mT.split(1, dim=1)
+        patches, around = patches - mean, around - mean
+        energies = self.responses(5 * torch.cat((patches, around), 1).mT).abs().log1p()
+        log_s, v, u = self.measures(energies).mT.split(1, dim=1)
+        mean = mean + u.sigmoid() * (self.wide.T @ around)
         z = log_s.exp() * coded(patches / log_s.exp(), self.code)
         x = z + self.undone * z / (z.abs() + self.log_knee.exp())
         weight = (self.place + v - self.decay * z.abs().sum(1, True)).exp()
@@ -191,6 +194,15 @@ def patches_of(y: Tensor, side: int, stride: int = 1) -> Tensor:
     the last ones of each axis, which `padded` brings to such a place.
     """
     return F.unfold(padded(y, side, stride), side, stride=stride)
+
+
+def surroundings_of(y: Tensor, side: int, stride: int = 1) -> Tensor:
+    """(N, side side, L): the means of 2x2 pixels in squares of twice the side, around each of the
+    patches of `patches_of`; images (N, 1, H, W) are mirrored at their borders.
+    """
+    before, after = side // 2, side - side // 2
+    wide = F.pad(padded(y, side, stride), (before, after, before, after), mode="reflect")
+    return F.unfold(F.avg_pool2d(wide, 2, 1), side, dilation=2, stride=stride)
 
 
 def padded(y: Tensor, side: int, stride: int) -> Tensor:

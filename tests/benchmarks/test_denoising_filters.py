@@ -1,7 +1,16 @@
 """The benchmark that learns filters for denoising: patches, crops, and its denoiser."""
 
 import torch
-from denoising_filters import Denoiser, centre, coded, crops, folded, hard_denoised, patches_of
+from denoising_filters import (
+    Denoiser,
+    centre,
+    coded,
+    crops,
+    folded,
+    hard_denoised,
+    patches_of,
+    surroundings_of,
+)
 from torch.testing import assert_close
 
 from deconvnet import SolverSettings
@@ -40,6 +49,15 @@ def test_every_patch_has_the_code_that_it_has_alone():
         z = coded(patches, model.code)
         alone = model.code(patches[1, :, 270].view(1, 9, 1, 1).contiguous())
     assert_close(z[1, :, 270], alone[0, :, 0, 0], rtol=1e-2, atol=1e-2)
+
+
+def test_surroundings_lie_around_their_patches():
+    y = torch.rand(2, 1, 12, 13, generator=torch.Generator().manual_seed(3))
+    around = surroundings_of(y, 4, 3)
+    assert around.shape == patches_of(y, 4, 3).shape
+    # The patch in the second row and column of patches begins at (3, 3).
+    square = y[0, 0, 1:9, 1:9].view(4, 2, 4, 2).mean((1, 3))
+    assert_close(around[0, :, 4 + 1], square.flatten())
 
 
 def test_with_a_stride_patches_still_cover_every_pixel():
