@@ -4,20 +4,10 @@ python benchmarks/denoising_filters.py --train CBSD432 --test BSD68 --minutes 12
 python benchmarks/denoising_filters.py --train CBSD432 --test BSD68 --minutes 3 --test-images 10
 
 Both folders hold photographs, which are read as grey; those of the repository drorsimon/CSCNet are
-datasets/CBSD432 and datasets/BSD68. The denoiser codes overlapping patches of an image, each alone
-and without its mean, as the channels of an image of one row:
-
-    z = s SparseCode(filters, lam)(patch / s)       thresholds learned for every map; s for a patch
-    x = z + a z / (|z| + b)                         undoes the shrinkage of what is large, by map
-    patch = decoder x + mean + u <wide, around>     moves the mean towards that of the surroundings
-    image = weighted mean of the patches            exp(place + v - decay sum |z|) at each pixel
-
-around: the surroundings of a patch, twice as wide, at half the resolution, minus its mean. s, v and
-u are learned functions of the patch and of these: of ENERGIES responses to linear filters, without
-their sign. Training minimises the squared error of denoised crops with Adam (Mairal, Bach and Ponce
-2012, "Task-driven dictionary learning"), from filters of `learn_filters`. It is compared with these
-filters as they are: codes with p = 0 (hard thresholds), whose patches are averaged with the weights
-1 / (1 + number of non-zeros), and the best of CHOICES as the threshold.
+datasets/CBSD432 and datasets/BSD68. `patch_denoisers` explains the denoiser. It starts with filters
+of `learn_filters`; then Adam minimises the squared error of denoised crops (Mairal, Bach and Ponce
+2012, "Task-driven dictionary learning"). It is compared with unsupervised filters, used with the
+best of CHOICES as a hard threshold.
 
 --minutes counts the time of the processor, all threads together. Run the same command again to
 resume, or to train for longer; Ctrl-C costs at most the steps of half a minute.
@@ -34,73 +24,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+from patch_denoisers import ROW, Denoiser, hard_denoised, patches_of
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
-from deconvnet import LearningSettings, SolverSettings, learn_filters, sparse_code
+from deconvnet import LearningSettings, learn_filters
 from deconvnet.monitoring.strict_json import to_json
 from deconvnet.network.metrics import psnr
-from deconvnet.nn import SparseCode
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
-# Patches are so small that FISTA is near the minimum soon: on trained filters the gradient after 30
-# iterations had a cosine of 0.994 with the exact one in 0.23 s, that of coordinate descent (to a
-# tolerance of 1e-3) one of 0.89 in 0.35 s.
-DIFFERENTIABLE = SolverSettings("fista", iterations=25, tolerance=1e-9)
-HARD = SolverSettings("coordinate", iterations=30, tolerance=1e-3)
-# Patches of a row, whose channels fit into a cache together.
-ROW = 128
-# The first thresholds in units of the standard deviation of the noise. Shrinkage is undone to this
-# part for coefficients far above KNEE, in [0, 1] grey levels.
-THRESHOLD, UNDONE, KNEE = 2.0, 0.7, 0.05
-ENERGIES = 24
 # Hard thresholds in units of the standard deviation of the noise, to choose from on crops.
-CHOICES = (2.25, 2.5, 2.75, 3.0)
+CHOICES = (2.5, 2.75, 3.0, 3.25, 3.5)
 # The norm of a gradient, in units of its running mean, beyond which it is scaled down: supports of
 # almost dependent filters give rare large ones.
 CLIP = 2.0
-
-
-class Denoiser(torch.nn.Module):
-    """Noisy grey images (N, 1, H, W) -> denoised ones, by sparse codes of their patches."""
-
-    def __init__(self, filters: Tensor, sigma: float):
-        super().__init__()
-        K, channels = filters.shape[:2]
-        self.patch, threshold = math.isqrt(channels), THRESHOLD * sigma
-        self.code = SparseCode(
-            filters,
-            1 / threshold,
-            boundary="circular",
-            threshold_per_map=True,
-            settings=DIFFERENTIABLE,
-        )
-        self.decoder = torch.nn.Parameter(self.code.filters.detach()[:, :, 0, 0].clone())
-        self.undone = torch.nn.Parameter(torch.full((K, 1), UNDONE * threshold))
-        self.log_knee = torch.nn.Parameter(torch.full((K, 1), math.log(KNEE)))
-        self.responses = torch.nn.Linear(2 * channels, ENERGIES)
-        self.measures = torch.nn.Linear(ENERGIES, 3)
-        torch.nn.init.normal_(self.measures.weight, std=0.01)
-        self.measures.bias.data = torch.tensor([0.0, 0.0, -2.0])
-        self.wide = torch.nn.Parameter(torch.full((channels, 1), 1 / channels))
-        self.place = torch.nn.Parameter(torch.zeros(channels, 1))
-        self.decay = torch.nn.Parameter(torch.zeros(()))
-
-    def forward(self, y: Tensor, stride: int = 1) -> Tensor:
-        """Images from their patches at every `stride`-th place of both axes."""
-        patches, around = (part(y, self.patch, stride) for part in (patches_of, surroundings_of))
-        mean = patches.mean(1, keepdim=True)
-        patches, around = patches - mean, around - mean
-        energies = self.responses(5 * torch.cat((patches, around), 1).mT).abs().log1p()
-        log_s, v, u = self.measures(energies).mT.split(1, dim=1)
-        mean = mean + u.sigmoid() * (self.wide.T @ around)
-        z = log_s.exp() * coded(patches / log_s.exp(), self.code)
-        x = z + self.undone * z / (z.abs() + self.log_knee.exp())
-        weight = (self.place + v - self.decay * z.abs().sum(1, True)).exp()
-        return averaged(self.decoder.T @ x + mean, weight, y.shape, stride)
 
 
 def main() -> None:
@@ -113,22 +52,24 @@ def main() -> None:
     ]
     folder = options.output
     folder.mkdir(parents=True, exist_ok=True)
-    filters = unsupervised_filters(images, options)
+    filters = unsupervised_filters(images, options.maps, options)
     model = Denoiser(filters, options.sigma / 255)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
     steps, seconds = trained(model, images, options)
-    results: dict[str, object] = dict(vars(options), steps=steps, minutes=seconds / 60)
-    learned, scores = folder / f"learned-{steps}.json", {}
+    scores = {}
     scores["learned for denoising"] = evaluated(
-        lambda y: model(y, options.test_stride), tests, options, learned
+        lambda y: model(y, options.test_stride),
+        *(tests, options, folder / f"learned-{steps}.json"),
     )
+    filters = unsupervised_filters(images, options.unsupervised_maps, options)
     threshold = chosen_threshold(images, filters, options)
     scores["unsupervised"] = evaluated(
         lambda y: hard_denoised(y, filters, threshold, options.test_stride),
         *(tests, options, folder / "unsupervised.json"),
     )
-    paths = {key: str(value) for key, value in results.items() if isinstance(value, Path)}
-    (folder / "results.json").write_text(to_json(results | paths | scores, indent=1))
+    given = {key: str(value) for key, value in vars(options).items()}
+    results = given | dict(steps=steps, minutes=seconds / 60, threshold=threshold) | scores
+    (folder / "results.json").write_text(to_json(results, indent=1))
     for name, values in scores.items():
         print(f"{name}: {sum(values) / len(values):.3f} dB, {len(tests)} images")
 
@@ -148,6 +89,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sigma", type=float, default=25.0, help="noise in grey levels (25)")
     parser.add_argument("--patch", type=int, default=8, help="side of the patches (default 8)")
     parser.add_argument("--maps", type=int, default=128, help="number of filters (default 128)")
+    parser.add_argument(
+        "--unsupervised-maps", type=int, default=512,
+        help="number of unsupervised filters to compare with (default 512)",
+    )  # fmt: skip
     parser.add_argument("--stride", type=int, default=3, help="of patches in training (default 3)")
     parser.add_argument(
         "--crop", type=int, default=32,
@@ -189,65 +134,6 @@ def centre(image: Tensor, side: int) -> Tensor:
     return image[:, :, top : top + side, left : left + side]
 
 
-def patches_of(y: Tensor, side: int, stride: int = 1) -> Tensor:
-    """(N, side side, L): the patches of grey images (N, 1, H, W) at every `stride`-th place, and
-    the last ones of each axis, which `padded` brings to such a place.
-    """
-    return F.unfold(padded(y, side, stride), side, stride=stride)
-
-
-def surroundings_of(y: Tensor, side: int, stride: int = 1) -> Tensor:
-    """(N, side side, L): the means of 2x2 pixels in squares of twice the side, around each of the
-    patches of `patches_of`; images (N, 1, H, W) are mirrored at their borders.
-    """
-    before, after = side // 2, side - side // 2
-    wide = F.pad(padded(y, side, stride), (before, after, before, after), mode="reflect")
-    return F.unfold(F.avg_pool2d(wide, 2, 1), side, dilation=2, stride=stride)
-
-
-def padded(y: Tensor, side: int, stride: int) -> Tensor:
-    """Images mirrored at the bottom and the right, so that patches cover all pixels."""
-    bottom, right = (-(size - side) % stride for size in y.shape[2:])
-    return F.pad(y, (0, right, 0, bottom), mode="reflect") if bottom or right else y
-
-
-def folded(patches: Tensor, shape: torch.Size, stride: int = 1) -> Tensor:
-    """The sum of patches at their places in images of this shape; without a stride, the adjoint of
-    `patches_of`.
-    """
-    side, (H, W) = math.isqrt(patches.shape[1]), shape[2:]
-    rows, columns = (size + -(size - side) % stride for size in (H, W))
-    return F.fold(patches, (rows, columns), side, stride=stride)[..., :H, :W]
-
-
-def averaged(patches: Tensor, weight: Tensor, shape: torch.Size, stride: int) -> Tensor:
-    """Images (N, 1, H, W): the weighted mean of the patches that cover each pixel."""
-    total = folded(weight.expand_as(patches), shape, stride)
-    return folded(weight * patches, shape, stride) / total
-
-
-def coded(patches: Tensor, code: Callable[[Tensor], Tensor]) -> Tensor:
-    """The maps (N, K, L) of patches (N, channels, L), which are arranged in short rows: images
-    (rows, channels, 1, ROW), of which `code` gives the maps.
-    """
-    N, channels, L = patches.shape
-    flat = patches.transpose(0, 1).reshape(channels, N * L)
-    rows = F.pad(flat, (0, -N * L % ROW)).view(channels, -1, 1, ROW).transpose(0, 1)
-    z = code(rows.contiguous()).transpose(0, 1).flatten(1)[:, : N * L]
-    return z.unflatten(1, (N, L)).transpose(0, 1)
-
-
-def hard_denoised(y: Tensor, filters: Tensor, threshold: float, stride: int) -> Tensor:
-    """Denoised images, by codes of their patches with p = 0 and this hard threshold."""
-    patches = patches_of(y, math.isqrt(filters.shape[1]), stride)
-    mean = patches.mean(1, keepdim=True)
-    # A coefficient c of a unit filter is worth its cost of 1 if lam c^2 / 2 exceeds it.
-    problem = dict(lam=2 / threshold**2, p=0.0, boundary="circular", settings=HARD)
-    z = coded(patches - mean, lambda rows: sparse_code(rows, filters, **problem).z)
-    weight = 1 / (1 + (z != 0).sum(1, keepdim=True))
-    return averaged(filters[:, :, 0, 0].T @ z + mean, weight, y.shape, stride)
-
-
 def crops(images: list[Tensor], number: int, side: int, generator: torch.Generator) -> Tensor:
     """Random crops (number, 1, side, side), mirrored and transposed at random."""
     found = []
@@ -263,20 +149,20 @@ def crops(images: list[Tensor], number: int, side: int, generator: torch.Generat
     return torch.cat(found)
 
 
-def unsupervised_filters(images: list[Tensor], options: argparse.Namespace) -> Tensor:
-    """Unit filters (K, patch patch, 1, 1), learned from clean patches without their means."""
-    path = options.output / "unsupervised.pt"
+def unsupervised_filters(images: list[Tensor], maps: int, options: argparse.Namespace) -> Tensor:
+    """Unit filters (maps, patch patch, 1, 1), learned from clean patches without their means."""
+    path = options.output / f"unsupervised-{maps}.pt"
     if path.is_file():
         return torch.load(path, weights_only=True)
     generator = torch.Generator().manual_seed(1)
-    clean = crops(images, 300, 4 * options.patch, generator)
+    clean = crops(images, max(300, maps), 4 * options.patch, generator)
     patches = patches_of(clean, options.patch, options.patch // 2 or 1)
     patches = (patches - patches.mean(1, keepdim=True)).transpose(0, 1).flatten(1)
     order = torch.randperm(patches.shape[1], generator=generator)
     order = order[: len(order) // ROW * ROW]
     rows = patches[:, order].view(len(patches), -1, 1, ROW).transpose(0, 1).contiguous()
     filters = learn_filters(
-        rows, options.maps, filter_size=1, lam=25.0, boundary="circular",
+        rows, maps, filter_size=1, lam=25.0, boundary="circular",
         learning=LearningSettings(epochs=4, batch_size=16), progress=True,
     ).filters  # fmt: skip
     torch.save(filters, path)

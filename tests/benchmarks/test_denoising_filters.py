@@ -1,16 +1,8 @@
 """The benchmark that learns filters for denoising: patches, crops, and its denoiser."""
 
 import torch
-from denoising_filters import (
-    Denoiser,
-    centre,
-    coded,
-    crops,
-    folded,
-    hard_denoised,
-    patches_of,
-    surroundings_of,
-)
+from denoising_filters import centre, crops
+from patch_denoisers import Denoiser, coded, folded, hard_denoised, patches_of, surroundings_of
 from torch.testing import assert_close
 
 from deconvnet import SolverSettings
