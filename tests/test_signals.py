@@ -1,9 +1,13 @@
 """Signals: the convention, atoms of rank 1 and tapered ones, events, epochs and long recordings."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_allclose
+from sklearn.base import clone
+from sklearn.utils.estimator_checks import estimator_checks_generator
 
 from deconvnet import LearningSettings, SolverSettings, learn_filters, learn_online, sparse_code
 from deconvnet.filters.constraint import FilterConstraint, taper_window
@@ -12,7 +16,7 @@ from deconvnet.filters.update import update_filters
 from deconvnet.operators.convolution import deconvolve
 from deconvnet.recordings import code_recording, windows
 from deconvnet.signals import as_images, as_signals, epochs, factors
-from deconvnet.sklearn import DeconvNetTransformer
+from deconvnet.sklearn import DeconvNetTransformer, SignalDictionary
 
 EXACT = SolverSettings("coordinate", iterations=3000, gap=1e-6)
 C, L, T = 2, 12, 700
@@ -221,6 +225,55 @@ def test_the_transformer_takes_signals_of_several_channels(planted):
     assert np.linalg.norm(back - rows) < 0.7 * np.linalg.norm(rows)
 
 
+SMALL = SignalDictionary(num_maps=1, filter_size=2, lam_ratio=0.9, epochs=1, device="cpu")
+# Of the checks of scikit-learn (all hold) those of input and output; the others take two seconds.
+CHECKS = [
+    "check_n_features_in",
+    "check_dtype_object",
+    "check_transformer_data_not_an_array",
+    "check_transformer_general",
+    "check_transformer_get_feature_names_out",
+    "check_transformer_preserve_dtypes",
+]
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_a_dictionary_is_a_transformer_of_scikit_learn(name):
+    for estimator, check in estimator_checks_generator(SMALL):
+        if check.func.__name__ == name:
+            check(estimator)
+
+
+def test_a_dictionary_finds_the_activations_of_the_learner_in_signals_of_any_units(planted):
+    atoms, _, signals = planted
+    X = 1e-6 * signals.numpy().astype(np.float64) + np.array([[3.0], [-1.0]])
+    model = SignalDictionary(
+        4, L, lam_ratio=0.05, rank1=True, taper=0.2, epochs=25, batch_size=2, device="cpu"
+    ).fit(X)
+    assert model.atoms_.shape == (4, C, L) and model.map_shape_ == (4, T + L - 1)
+    assert similarity(atoms, as_images(model.atoms_)).min() > 0.95
+    assert_allclose(model.u_[:, :, None] * model.v_[:, None], model.atoms_, atol=1e-6)
+    Z = model.transform(X)
+    y = torch.from_numpy((X - X.mean((0, 2))[:, None]) / model.scale_).float()
+    expected = sparse_code(
+        as_images(y), as_images(model.atoms_), lam=model.learned_.settings.lam, non_negative=True
+    )
+    assert_allclose(Z, expected.z.flatten(1), atol=1e-4)
+    assert len(model.encode(X).events()) == (Z != 0).sum() and Z.min() == 0
+    back = model.inverse_transform(Z)
+    assert back.shape == X.shape
+    assert np.linalg.norm(back - X) < 0.3 * np.linalg.norm(X - X.mean((0, 2))[:, None])
+    same = pickle.loads(pickle.dumps(model)).set_params(intervals=3)
+    parts = np.split(Z.reshape(2, 4, -1)[..., : 3 * ((T + L - 1) // 3)], 3, axis=2)
+    assert_allclose(same.transform(X)[:, 1::3], parts[1].mean(2), atol=2e-3)
+    assert len(same.get_feature_names_out()) == 12
+    assert clone(model).get_params() == model.get_params()
+    with pytest.raises(ValueError, match="intervals=3: means cannot be inverted"):
+        same.inverse_transform(Z)
+    with pytest.raises(ValueError, match=r"X has trials of \(1400,\), but fit had \(2, 700\)"):
+        model.transform(X.reshape(2, -1))
+
+
 def test_wrong_arguments_are_refused_in_one_line(planted, code):
     atoms, _, signals = planted
     f, y = as_images(atoms), signals[0]
@@ -253,6 +306,12 @@ def test_wrong_arguments_are_refused_in_one_line(planted, code):
         (lambda: code_recording(y, f[:, :1], lam=1.0), r"\(K, 2, h, w\)"),
         (lambda: code_recording(y[:, :5], f, lam=1.0), "recording of 5 times"),
         (lambda: code_recording(y * float("nan"), f, lam=1.0), "times 0 to 0 have NaN"),
+        (lambda: SMALL.fit(signals[None]), r"X of the shape .*: must be \(N, C, T\), trials"),
+        (lambda: SignalDictionary(filter_size=0).fit(signals), "filter_size=0: must be at least 1"),
+        (lambda: SignalDictionary(num_maps=0.5).fit(signals), "num_maps=0.5: must be a whole"),
+        (lambda: SignalDictionary(intervals=0).fit(signals), "intervals=0: must be at least 1"),
+        (lambda: SignalDictionary(lam_ratio=2).fit(signals), r"lam_ratio=2: must lie in \(0, 1"),
+        (lambda: SignalDictionary(taper=0.7).fit(signals), "taper=0.7: must lie between 0"),
         (lambda: LearningSettings(rank1=True, non_negative=True), "learning.rank1=True: not with"),
         (lambda: LearningSettings(rank1=True, norm="plane"), "rank1=True: not with norm=plane"),
         (lambda: LearningSettings(taper=0.6), "learning.taper=0.6: must lie between 0 and 0.5"),
