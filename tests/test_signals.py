@@ -186,6 +186,41 @@ def test_a_recording_in_pieces_has_the_code_of_the_whole(planted, code, chunk, n
     assert torch.equal(found.events.column, expected.column)
 
 
+@pytest.mark.parametrize("group", [1, 3])
+def test_a_recording_with_holes_has_the_code_of_the_whole_for_every_prior(planted, group):
+    atoms, _, signals = planted
+    y, f = signals[0].clone(), as_images(atoms)
+    mask = torch.ones(1, T)
+    mask[:, 200:290], mask[:, 400:450] = 0, 0.5
+    y[:, 200:290] = torch.nan
+    weights = torch.tensor([1.0, 1.0, 1.0] if group == 3 else [1.0, 2.0, 0.5])
+    settings = SolverSettings("coordinate", iterations=500, gap=1e-5)
+    options = dict(weights=weights, group=group, non_negative=group == 1, settings=settings)
+    whole = sparse_code(as_images(y[None]), f, lam_ratio=0.05, mask=mask[None, None], **options)
+    found = code_recording(y, f, lam_ratio=0.05, mask=mask, chunk=150, ahead=60, **options)
+    assert found.lam == pytest.approx(whole.lam, rel=1e-5)
+    assert found.objective == pytest.approx(float(whole.objective), rel=3e-5)
+    assert 0 <= found.gap < 1e-4 * found.objective
+    assert_allclose(found.events.maps(), whole.z, atol=0.02)
+
+
+def test_the_code_of_a_recording_in_pieces_is_no_worse_than_that_of_the_whole_for_p_below_1(
+    planted,
+):
+    atoms, _, signals = planted
+    f = as_images(atoms)
+    for p in (0.0, 0.5):
+        options = dict(lam=20.0, p=p, settings=SolverSettings("coordinate", iterations=50))
+        whole = sparse_code(as_images(signals[:1]), f, **options)
+        found = code_recording(signals[0], f, chunk=100, ahead=60, **options)
+        assert found.objective < 1.03 * float(whole.objective)
+        assert found.gap is None and "above the minimum" not in str(found)
+        z = found.events.maps()
+        residual = as_images(signals[:1]) - deconvolve(z, f)
+        value = 10 * residual.square().sum() + (z[z != 0].abs() ** p).sum()
+        assert found.objective == pytest.approx(float(value), rel=1e-5)
+
+
 def test_the_gap_of_a_recording_in_pieces_bounds_what_the_junctions_cost(planted):
     atoms, _, signals = planted
     settings = SolverSettings("fista", iterations=3)
@@ -209,6 +244,11 @@ def test_atoms_are_learned_from_windows_of_a_recording(planted):
     again = list(windows(recording, 200, count=5, batch_size=2))
     assert all(torch.equal(one, other) for one, other in zip(batches, again, strict=True))
     assert any((recording[:, i : i + 200] == batches[0][0, :, 0].numpy()).all() for i in range(T))
+    mask = np.ones((1, T))
+    mask[:, ::3] = 0
+    masked = next(windows(recording, 200, count=5, batch_size=2, mask=mask))
+    assert masked[1].shape == batches[0].shape
+    assert torch.equal(masked[0], batches[0] * masked[1]) and 0.6 < masked[1].mean() < 0.7
     learned = learn_online(
         windows(recording, 200, count=120), 4, (1, L), lam_ratio=0.1, non_negative=True
     )
@@ -302,6 +342,17 @@ def test_wrong_arguments_are_refused_in_one_line(planted, code):
         (lambda: next(windows(y, 701, count=1)), "length=701: the recording has 700 times"),
         (lambda: next(windows(signals, 5, count=1)), r"shape \(C, T\)"),
         (lambda: code_recording(y, f, lam=0.0), "lam=0.0: must be positive"),
+        (lambda: code_recording(y, f), "lam=None, lam_ratio=None: give one of the two"),
+        (lambda: code_recording(y, f, lam_ratio=1.5), r"lam_ratio=1.5: must lie in \(0, 1\]"),
+        (
+            lambda: code_recording(y, f, lam=1.0, mask=y[:, 1:]),
+            r"mask of shape \(2, 699\) does not",
+        ),
+        (lambda: code_recording(y, f, lam=1.0, mask=-y.abs()), "mask: times 0 to 0 have values"),
+        (lambda: code_recording(y, f, lam=1.0, weights=[1.0]), r"expected \(3,\), one for each"),
+        (lambda: code_recording(y, f, lam=1.0, group=2), "group=2: must divide the 3 maps"),
+        (lambda: code_recording(y, f, lam_ratio=0.1, p=0.5), "p=0.5: only the prior with p=1"),
+        (lambda: code_recording(y, f, lam=1.0, p=0.5, settings=EXACT), "only a minimum for p=1"),
         (lambda: code_recording(y, f, lam=1.0, chunk=20), "chunk=20: must be at least twice"),
         (lambda: code_recording(y, f[:, :1], lam=1.0), r"\(K, 2, h, w\)"),
         (lambda: code_recording(y[:, :5], f, lam=1.0), "recording of 5 times"),
