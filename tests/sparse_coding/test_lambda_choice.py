@@ -50,6 +50,18 @@ def test_a_path_descends_from_lambda_max_in_equal_steps(problem, path):
     assert (path.snr.mean(1).diff() > 0).all() and (path.density.mean(1).diff() > 0).all()
 
 
+def test_a_path_may_begin_at_a_quantile_of_lambda_max(problem):
+    _, images, filters = problem
+    options = dict(num_lams=2, smallest_ratio=0.9, lam_max_quantile=0.5)
+    path = regularization_path(images, filters, **options)
+    median = lam_from_ratio(Deconvolution(filters), images, 1.0, lam_max_quantile=0.5)
+    assert path.lam_max == path.lam[0] == median
+    assert 0 < (path.non_zeros[0] == 0).sum() < len(images)
+    assert choose_lam(images, filters, noise=SIGMA, **options).path.lam_max == median
+    with pytest.raises(ValueError, match="lam_max_quantile=0.5: there is no lambda_max if lams"):
+        regularization_path(images, filters, lams=[1.0], lam_max_quantile=0.5)
+
+
 def test_every_code_of_a_path_is_the_minimum_of_its_own_problem(problem, path):
     _, images, filters = problem
     for n in (3, 9):
