@@ -202,8 +202,7 @@ def lam_from_ratio(
     are scaled by s and otherwise unchanged, whereas a given lam would have to be divided by s. With
     a ratio of 1 ADMM, whose maps only approach zero, may leave a few small coefficients.
     """
-    if not 0 < as_number(lam_ratio, "lam_ratio") <= 1:
-        raise ValueError(f"lam_ratio={lam_ratio}: must lie in (0, 1]")
+    check_lam_ratio(lam_ratio)
     if not 0 < as_number(quantile, "quantile") <= 1:
         raise ValueError(f"quantile={quantile}: must lie in (0, 1]")
     b, prior = as_images(b, "b"), prior or Prior()
@@ -213,6 +212,13 @@ def lam_from_ratio(
     norms = prior.dual_norm(correlations)
     # The maximum by itself: interpolating between two infinite norms would give NaN.
     largest = float(norms.max() if quantile == 1 else norms.quantile(float(quantile)))
+    lam = lam_of_largest(largest, lam_ratio, b.dtype)
+    return math.ldexp(lam, -data_exponent - filters_exponent)
+
+
+def lam_of_largest(largest: float, lam_ratio: float, dtype: torch.dtype) -> float:
+    """`lam_from_ratio` for the dual norm of the correlations, in the rounding of this dtype."""
+    check_lam_ratio(lam_ratio)
     if not 0 < largest < math.inf:
         need = (
             "all weights to be positive" if largest > 0 else "images that the filters can explain"
@@ -220,8 +226,14 @@ def lam_from_ratio(
         raise ValueError(f"lam_ratio={lam_ratio}: needs {need}")
     if lam_ratio == 1:
         # Exceed the rounding of the correlations, so that no coefficient remains.
-        largest *= 1 + 32 * torch.finfo(b.dtype).eps
-    return math.ldexp(1 / (float(lam_ratio) * largest), -data_exponent - filters_exponent)
+        largest *= 1 + 32 * torch.finfo(dtype).eps
+    return 1 / (float(lam_ratio) * largest)
+
+
+def check_lam_ratio(lam_ratio: float) -> None:
+    """Raise ValueError unless lambda_max times this is a lambda with a code."""
+    if not 0 < as_number(lam_ratio, "lam_ratio") <= 1:
+        raise ValueError(f"lam_ratio={lam_ratio}: must lie in (0, 1]")
 
 
 def relative_schedule(
