@@ -895,11 +895,17 @@ def test_a_quantile_of_lambda_max_is_not_moved_by_one_bright_image():
     y = torch.randn(5, 1, 9, 9, dtype=torch.float64)
     A = Deconvolution(torch.randn(3, 1, 3, 3, dtype=torch.float64), "valid")
     alone = torch.tensor([1 / lam_from_ratio(A, image[None], 1.0) for image in y])
-    found = 1 / lam_from_ratio(A, y, 0.1, quantile=0.5)
+    found = 1 / lam_from_ratio(A, y, 0.1, lam_max_quantile=0.5)
     assert_close(torch.tensor(found), 0.1 * alone.median(), rtol=1e-6, atol=0)
     y[alone.argmax()] *= 100
-    assert 1 / lam_from_ratio(A, y, 0.1, quantile=0.5) == found
+    assert 1 / lam_from_ratio(A, y, 0.1, lam_max_quantile=0.5) == found
     assert 1 / lam_from_ratio(A, y, 0.1) > 50 * found
+    solution = sparse_code(y, A.f, lam_ratio=0.1, lam_max_quantile=0.5)
+    assert 1 / solution.lam == found
+    with pytest.warns(FutureWarning, match="quantile is now called lam_max_quantile"):
+        assert 1 / lam_from_ratio(A, y, 0.1, quantile=0.5) == found
     for quantile in (0, 1.5):
-        with pytest.raises(ValueError, match=rf"quantile={quantile}: must lie in \(0, 1\]"):
-            lam_from_ratio(A, y, 0.1, quantile=quantile)
+        with pytest.raises(ValueError, match=rf"_quantile={quantile}: must lie in \(0, 1\]"):
+            lam_from_ratio(A, y, 0.1, lam_max_quantile=quantile)
+    with pytest.raises(ValueError, match="lam_max_quantile=0.5: needs lam_ratio instead of lam"):
+        sparse_code(y, A.f, lam=1.0, lam_max_quantile=0.5)
