@@ -55,6 +55,9 @@ class SignalDictionary(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
     lam_ratio : float
         Weight of the sparsity relative to the smallest that leaves no activation under the initial
         atoms, in (0, 1]; smaller values give denser activations.
+    lam_max_quantile : float
+        That smallest weight is this quantile over the trials, in (0, 1]; below 1, a few trials with
+        artefacts do not change it.
     non_negative : bool
         Whether activations must not be negative.
     rank1 : bool
@@ -109,6 +112,7 @@ class SignalDictionary(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
         filter_size: int = 64,
         *,
         lam_ratio: float = 0.1,
+        lam_max_quantile: float = 1.0,
         non_negative: bool = True,
         rank1: bool = False,
         taper: float = 0.0,
@@ -121,6 +125,7 @@ class SignalDictionary(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
         self.num_maps = num_maps
         self.filter_size = filter_size
         self.lam_ratio = lam_ratio
+        self.lam_max_quantile = lam_max_quantile
         self.non_negative = non_negative
         self.rank1 = rank1
         self.taper = taper
@@ -146,7 +151,8 @@ class SignalDictionary(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
         images = self._centred(signals).to(device)
         length = min(as_positive_integer(self.filter_size, "filter_size"), images.shape[3])
         # Signals that are constant have no largest correlation; any lam leaves them as they are.
-        weight = dict(lam_ratio=self.lam_ratio) if images.any() else dict(lam=1.0)
+        ratio = dict(lam_ratio=self.lam_ratio, lam_max_quantile=self.lam_max_quantile)
+        weight = ratio if images.any() else dict(lam=1.0)
         learned = learn_filters(
             images,
             as_positive_integer(self.num_maps, "num_maps"),
