@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 
@@ -74,8 +75,9 @@ class GalleryMap:
     """One map of a layer.
 
     examples: k of its strongest activations, strongest first. projections: by method, the projected
-    examples (k, 3, S, S), the main method first; empty for a map that is never active. patches: the
-    image at the same positions, (k, 3, S, S). label: the name of the map, such as that of a class.
+    examples (k, 3, S, S), the main method first; empty for a map that is never active. full: by
+    method, the same in full size, if they were reduced. patches: the image at the same positions,
+    (k, 3, S, S). label: the name of the map, such as that of a class.
     statistics: text or numbers; maps can be sorted by numbers, largest first. filter: (3, h, w).
     spectrum, spectrum_patches: further examples at lower activations, and the image there. similar:
     (number, cosine) of maps that look alike; coactive: (number, correlation) of maps that are
@@ -87,6 +89,7 @@ class GalleryMap:
     projections: Mapping[str, Picture] = dataclasses.field(default_factory=dict)
     patches: Picture | None = None
     examples: Sequence[Example] = ()
+    full: Mapping[str, Picture] = dataclasses.field(default_factory=dict)
     label: str = ""
     statistics: Facts = dataclasses.field(default_factory=dict)
     filter: Picture | None = None
@@ -127,7 +130,7 @@ class GalleryLayer:
     kind: str = ""
     shape: tuple[int, int, int] | None = None
     field: tuple[int, int] | None = None
-    stride: tuple[int, int] | None = None
+    stride: tuple[int | Fraction, int | Fraction] | None = None
     facts: Facts = dataclasses.field(default_factory=dict)
     control: Control | None = None
     below: str | None = None
