@@ -24,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from patch_denoisers import ROW, Denoiser, hard_denoised, patches_of
+from patch_denoisers import QUICK, ROW, Denoiser, hard_denoised, patches_of
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
@@ -37,9 +37,9 @@ from deconvnet.network.metrics import psnr
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
 # Hard thresholds in units of the standard deviation of the noise, to choose from on crops.
 CHOICES = (2.5, 2.75, 3.0, 3.25, 3.5)
-# The norm of a gradient, in units of its running mean, beyond which it is scaled down: supports of
-# almost dependent filters give rare large ones.
-CLIP = 2.0
+# The running median of the norm of the gradient changes by this factor in a step. Larger gradients
+# are scaled down to it: supports of almost dependent filters give rare but very large ones.
+MEDIAN = 1.02
 
 
 def main() -> None:
@@ -56,6 +56,7 @@ def main() -> None:
     model = Denoiser(filters, options.sigma / 255)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
     steps, seconds = trained(model, images, options)
+    model.code.settings = QUICK
     scores = {}
     scores["learned for denoising"] = evaluated(
         lambda y: model(y, options.test_stride),
@@ -206,9 +207,9 @@ def trained(
             loss = (model(clean + noise, options.stride) - clean).square().mean()
             optimizer.zero_grad()
             loss.backward()
-            found = float(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP * norm))
+            found = float(torch.nn.utils.clip_grad_norm_(model.parameters(), norm))
             optimizer.step()
-            norm = 0.98 * norm + 0.02 * min(found, CLIP * norm) if steps else found
+            norm = found if not steps else norm * MEDIAN if found > norm else norm / MEDIAN
             steps, current = steps + 1, loss.item()
             error = current if math.isnan(error) else 0.99 * error + 0.01 * current
             spent = before + time.process_time() - started
