@@ -24,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from patch_denoisers import QUICK, ROW, Denoiser, hard_denoised, patches_of
+from patch_denoisers import QUICK, ROW, Denoiser, at_two_scales, hard_denoised, patches_of
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
@@ -243,7 +243,8 @@ def evaluated(
         generator, clean = torch.Generator().manual_seed(number), images[number]
         noisy = clean + options.sigma / 255 * torch.randn(clean.shape, generator=generator)
         with torch.no_grad():
-            scores.append(float(psnr(clean, denoise(noisy).clamp(0, 1))))
+            denoised = at_two_scales(noisy, denoise).clamp(0, 1)
+        scores.append(float(psnr(clean, denoised)))
         cache.write_text(to_json({"test": test, "scores": scores}))
     return scores[: len(images)]
 

@@ -1,7 +1,8 @@
 """Denoisers by sparse codes of patches: one to be trained, and one from unsupervised filters.
 
 Both code overlapping patches of an image, each alone and without its mean, as the channels of an
-image of one row, and average what the codes paint. `Denoiser` learns every part of it:
+image of one row, and average what the codes paint; `at_two_scales` does so at half the resolution,
+too. `Denoiser` learns every part of it:
 
     z = s SparseCode(filters, lam)(patch / s)       thresholds learned for every map; s for a patch
     x = z + a z / (|z| + b)                         undoes the shrinkage of what is large, by map
@@ -21,6 +22,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from scipy.fft import dctn, idctn
 from torch import Tensor
 
 from deconvnet import SolverSettings, sparse_code
@@ -39,6 +41,8 @@ ROW = 128
 # part for coefficients far above KNEE, in [0, 1] grey levels.
 THRESHOLD, UNDONE, KNEE = 2.0, 0.7, 0.05
 ENERGIES = 24
+# The part of the frequencies of the coarse image that replace those of the fine one.
+SHARE = 0.4
 # The smallest s: below it, codes are so dense that gradients are large and unreliable, and
 # photographs are denoised no better.
 SMALLEST = 0.4
@@ -91,6 +95,27 @@ def hard_denoised(y: Tensor, filters: Tensor, threshold: float, stride: int) -> 
     z = coded(patches - mean, lambda rows: sparse_code(rows, filters, **problem).z)
     weight = 1 / (1 + (z != 0).sum(1, keepdim=True))
     return averaged(filters[:, :, 0, 0].T @ z + mean, weight, y.shape, stride)
+
+
+def at_two_scales(y: Tensor, denoise: Callable[[Tensor], Tensor]) -> Tensor:
+    """Denoised images, whose lowest frequencies are those of the images denoised at half the
+    resolution, where a patch sees four times the area (Pierazzo, Morel and Facciolo 2017,
+    "Multi-Scale DCT Denoising", IPOL). The orthonormal DCT leaves white noise as strong as it is.
+    """
+    half = y.shape[2] // 2, y.shape[3] // 2
+    coarse = denoise(_idct(_dct(y)[..., : half[0], : half[1]]))
+    rows, columns = (int(SHARE * side) for side in half)
+    spectrum = _dct(denoise(y))
+    spectrum[..., :rows, :columns] = _dct(coarse)[..., :rows, :columns]
+    return _idct(spectrum)
+
+
+def _dct(y: Tensor) -> Tensor:
+    return torch.from_numpy(dctn(y.numpy(), axes=(2, 3), norm="ortho"))
+
+
+def _idct(spectrum: Tensor) -> Tensor:
+    return torch.from_numpy(idctn(spectrum.numpy(), axes=(2, 3), norm="ortho"))
 
 
 def patches_of(y: Tensor, side: int, stride: int = 1) -> Tensor:

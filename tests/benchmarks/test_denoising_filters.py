@@ -2,7 +2,15 @@
 
 import torch
 from denoising_filters import centre, crops
-from patch_denoisers import Denoiser, coded, folded, hard_denoised, patches_of, surroundings_of
+from patch_denoisers import (
+    Denoiser,
+    at_two_scales,
+    coded,
+    folded,
+    hard_denoised,
+    patches_of,
+    surroundings_of,
+)
 from torch.testing import assert_close
 
 from deconvnet import SolverSettings
@@ -57,6 +65,18 @@ def test_with_a_stride_patches_still_cover_every_pixel():
     patches = patches_of(image, 4, 3)
     once = torch.ones_like(patches)
     assert_close(folded(patches, image.shape, 3) / folded(once, image.shape, 3), image)
+
+
+def test_the_coarse_scale_gives_the_low_frequencies_and_has_the_same_noise():
+    noise = torch.randn(1, 1, 40, 40, generator=torch.Generator().manual_seed(4))
+    seen = []
+    assert_close(at_two_scales(noise, lambda y: seen.append(y) or y), noise)
+    coarse, fine = seen
+    assert coarse.shape == (1, 1, 20, 20) and fine is noise
+    assert_close(coarse.std(), noise.std(), rtol=0.1, atol=0)
+    # A coarse scale without its mean takes the mean, and nothing else, from the image.
+    flat = at_two_scales(noise + 1, lambda y: y - y.mean() if len(y[0, 0]) == 20 else y)
+    assert_close(flat, noise - noise.mean())
 
 
 def test_patches_below_the_hard_threshold_become_their_means():
