@@ -1,7 +1,7 @@
 """Learn filters for denoising, by gradients through the sparse code, beside unsupervised ones.
 
-python benchmarks/denoising_filters.py --train CBSD432 --test BSD68 --minutes 120
-python benchmarks/denoising_filters.py --train CBSD432 --test BSD68 --minutes 3 --test-images 10
+python benchmarks/denoising_filters.py --train CBSD432 --test BSD68
+python benchmarks/denoising_filters.py --train CBSD432 --test BSD68 --minutes 1 --test-images 10
 
 Both folders hold photographs, which are read as grey; those of the repository drorsimon/CSCNet are
 datasets/CBSD432 and datasets/BSD68. `patch_denoisers` explains the denoiser. It starts with filters
@@ -100,10 +100,10 @@ def arguments() -> argparse.Namespace:
         help="side of training crops: a patch and a multiple of the stride (default 32)",
     )  # fmt: skip
     parser.add_argument("--batch", type=int, default=16, help="crops in a step (default 16)")
-    parser.add_argument("--rate", type=float, default=4e-3, help="first learning rate (4e-3)")
+    parser.add_argument("--rate", type=float, default=2e-3, help="first learning rate (2e-3)")
     parser.add_argument(
-        "--minutes", type=float, default=120.0,
-        help="of training, time of the processor (default 120)",
+        "--minutes", type=float, default=12.0,
+        help="of training, time of the processor (default 12)",
     )  # fmt: skip
     parser.add_argument("--threads", type=int, default=2, help="threads of the CPU (default 2)")
     parser.add_argument(
