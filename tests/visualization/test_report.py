@@ -397,11 +397,14 @@ ALL = {"topk.npz", "projections/relu1.npz", "projections/relu2.npz"}
 CONTROLS = {f"control/{name}" for name in ALL}
 
 
+FIRST = {"gallery": False, "control_maps": 3, "k": 2}
+
+
 @pytest.fixture(scope="module")
 def first(tmp_path_factory, images):
     """A folder with a visualization without a gallery."""
     folder = tmp_path_factory.mktemp("first") / "out"
-    settings = settings_of(gallery=False, control_maps=3)
+    settings = settings_of(**FIRST)
     visualize_network(subject_of(seeded(Small)), images, settings, folder)
     return folder
 
@@ -442,7 +445,7 @@ def test_only_what_depends_on_changed_settings_is_recomputed(
     net.conv2.padding = (options.pop("padding", 1),) * 2
     subject = subject_of(net, options.pop("normalization", NORMALIZATION))
     data = LazyImages(images.items[: options.pop("images", 6)], crop=options.pop("crop", None))
-    settings = settings_of(gallery=False, control_maps=3, **options)
+    settings = settings_of(**{**FIRST, **options})
     visualize_network(subject, data, settings, folder)
     assert changed(folder, before) == recomputed
 
