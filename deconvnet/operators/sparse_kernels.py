@@ -23,18 +23,57 @@ _compiled = compiled(
     fastmath={"reassoc", "contract", "arcp", "nsz"}, error_model="numpy", nogil=True
 )
 
+# Maps are searched for values so many numbers at a time.
+_BLOCK = 64
+
+
+@_compiled
+def strongest(z, window, switches):
+    """Set switches (K', H', W') to the flat index into z (K, H, W) of each window's largest
+    magnitude, or of a NaN.
+    """
+    (K, H, W), (group, h, w) = z.shape, window
+    best, where = np.empty(W, z.dtype), np.empty(W, np.int64)
+    for g in range(switches.shape[0]):
+        for m in range(switches.shape[1]):
+            best[:], where[:] = -1, 0
+            for k in range(g * group, min((g + 1) * group, K)):
+                for i in range(m * h, min((m + 1) * h, H)):
+                    row, start = z[k, i], (k * H + i) * W
+                    for j in range(W):
+                        x = abs(row[j])
+                        better = (x > best[j]) | (x != x)
+                        best[j] = x if better else best[j]
+                        where[j] = start if better else where[j]
+            for n in range(switches.shape[2]):
+                top = n * w
+                for j in range(n * w + 1, min((n + 1) * w, W)):
+                    if best[j] > best[top] or best[j] != best[j]:
+                        top = j
+                switches[g, m, n] = where[top] + top
+
 
 @_compiled
 def nonzero(z):
     """The indices (V,) of the non-zero numbers of z (n,)."""
-    count = 0
-    for i in range(len(z)):
-        count += z[i] != 0
-    indices, count = np.empty(count, np.int64), 0
-    for i in range(len(z)):
-        if z[i] != 0:
-            indices[count] = i
-            count += 1
+    blocks = -(-len(z) // _BLOCK)
+    indices, count = np.empty(0, np.int64), 0
+    for _ in range(2):
+        v = 0
+        for b in range(blocks):
+            block = z[b * _BLOCK : (b + 1) * _BLOCK]
+            # A sum of magnitudes takes an eighth of the time of comparing them.
+            total = z.dtype.type(0)
+            for i in range(len(block)):
+                total += abs(block[i])
+            if total != 0:
+                for i in range(len(block)):
+                    if block[i] != 0:
+                        if count:
+                            indices[v] = b * _BLOCK + i
+                        v += 1
+        if not count:
+            indices, count = np.empty(v, np.int64), v
     return indices
 
 
