@@ -26,12 +26,7 @@ from deconvnet.network.network import FILTERS
 from deconvnet.operators.convolution import Boundary
 from deconvnet.operators.linear import Mask
 from deconvnet.sparse_coding.problem import Solution, SolverSettings
-from deconvnet.sparse_coding.solve import (
-    default_solver,
-    lam_from_ratio,
-    relative_schedule,
-    sparse_code,
-)
+from deconvnet.sparse_coding.solve import check_one_weight, default_solver, sparse_code
 from deconvnet.storage.file_checks import InvalidFileError
 from deconvnet.storage.network_files import load_network, save_network
 from deconvnet.support.renaming import renamed_arguments
@@ -219,6 +214,7 @@ def learn_filters(
     filters: Tensor | None = None,
     lam: float | None = None,
     lam_ratio: float | None = None,
+    lam_max_quantile: float = 1.0,
     p: float = 1.0,
     boundary: Boundary = "valid",
     group: int = 1,
@@ -240,12 +236,13 @@ def learn_filters(
     images of one row, (N, C, 1, T), with filters of (1, length).
 
     lam: weight of the reconstruction, larger is denser; or lam_ratio, in (0, 1]: lambda = 1/lam
-    relative to the smallest lambda that leaves all maps zero under the initial filters
-    (`lam_from_ratio`). p, group, non_negative: the prior of the maps, and boundary: as in
-    `sparse_code`. mask: (N or 1, C or 1, H, W), >= 0, weights the errors as in `sparse_code`;
-    pixels where it is 0 are ignored and may have any value. solver: by default `default_solver`,
-    the fastest on the device. learning: epochs, batches and the constraint on filters. seed: for
-    the initial filters and the order of the images. progress: show a progress bar.
+    relative to the smallest lambda that leaves all maps zero under the initial filters, or with
+    lam_max_quantile below 1 to this quantile over the images (`lam_from_ratio`). p, group,
+    non_negative: the prior of the maps, and boundary: as in `sparse_code`. mask: (N or 1, C or 1,
+    H, W), >= 0, weights the errors as in `sparse_code`; pixels where it is 0 are ignored and may
+    have any value. solver: by default `default_solver`, the fastest on the device. learning:
+    epochs, batches and the constraint on filters. seed: for the initial filters and the order of
+    the images. progress: show a progress bar.
 
     Raises ValueError if an argument is out of range or does not fit the others, and Diverged if
     the objective becomes infinite or NaN.
@@ -256,6 +253,7 @@ def learn_filters(
         filters,
         lam=lam,
         lam_ratio=lam_ratio,
+        lam_max_quantile=lam_max_quantile,
         p=p,
         boundary=boundary,
         group=group,
@@ -269,7 +267,6 @@ def learn_filters(
         settings,
         filters,
         solver=solver,
-        lam_ratio=lam_ratio,
         seed=seed,
         progress=progress,
     )
@@ -284,6 +281,7 @@ def learn_online(
     filters: Tensor | None = None,
     lam: float | None = None,
     lam_ratio: float | None = None,
+    lam_max_quantile: float = 1.0,
     p: float = 1.0,
     boundary: Boundary = "valid",
     group: int = 1,
@@ -318,6 +316,7 @@ def learn_online(
         filters,
         lam=lam,
         lam_ratio=lam_ratio,
+        lam_max_quantile=lam_max_quantile,
         p=p,
         boundary=boundary,
         group=group,
@@ -330,7 +329,6 @@ def learn_online(
         mask,
         settings,
         filters,
-        lam_ratio=lam_ratio,
         solver=solver,
         averaging_batches=averaging_batches,
         seed=seed,
@@ -346,7 +344,6 @@ def _learn_epochs(
     filters: Tensor | None,
     *,
     solver: SolverSettings | None,
-    lam_ratio: float | None = None,
     seed: int,
     progress: bool,
 ) -> Learned:
@@ -358,8 +355,7 @@ def _learn_epochs(
     initial = None if filters is None else _initial_filters(filters, layer)
     data = LayerData.from_tensor(images) if M is None else LayerData.from_masked(images, M)
     trainer = LayerTrainer(layer, data, seed=seed, filters=initial)
-    if lam_ratio is not None:
-        _set_lam_from_ratio(layer, images, M, lam_ratio)
+    _compute_lam(layer, images, M)
     history = []
     with Monitor(progress=progress) as monitor:
         monitor.layer(1, 0, trainer.updates)
@@ -367,12 +363,12 @@ def _learn_epochs(
             try:
                 stats = trainer.update()
             except Diverged:
-                raise _diverged(f"epoch {trainer.epoch + 1}", settings) from None
+                raise _diverged(f"epoch {trainer.epoch + 1}", layer.settings) from None
             monitor.advance()
             if stats:
                 history.append(stats)
                 monitor.epoch(stats, step=len(history))
-    return Learned(layer.filters, history, settings)
+    return Learned(layer.filters, history, layer.settings)
 
 
 @plain
@@ -383,7 +379,6 @@ def _learn_batches(
     filters: Tensor | None,
     *,
     solver: SolverSettings | None,
-    lam_ratio: float | None = None,
     averaging_batches: float,
     seed: int,
     progress: bool,
@@ -405,17 +400,17 @@ def _learn_batches(
                 continue
             if trainer is None:
                 settings.solver = solver or default_solver(images, settings.p)
-                layer = _started_layer(settings, images, M, filters, lam_ratio, seed)
+                layer = _started_layer(settings, images, M, filters, seed)
                 trainer = OnlineTrainer(layer, averaging_batches=averaging_batches, seed=seed)
             _check_fit(images, layer, name)
             try:
                 history.append(trainer.update(images, M))
             except Diverged:
-                raise _diverged(name, settings) from None
+                raise _diverged(name, layer.settings) from None
             monitor.epoch(history[-1], step=len(history))
     if trainer is None:
         raise ValueError("batches: there are none, or all of them are empty or hidden by masks")
-    return Learned(layer.filters, history, settings)
+    return Learned(layer.filters, history, layer.settings)
 
 
 def _started_layer(
@@ -423,7 +418,6 @@ def _started_layer(
     images: Tensor,
     M: Mask | None,
     filters: Tensor | None,
-    lam_ratio: float | None,
     seed: int,
 ) -> Layer:
     """A layer with its initial filters and lam, for a stream that begins with these images."""
@@ -436,8 +430,7 @@ def _started_layer(
     else:
         filled = fill_holes(images, M.mask)
         layer.initialize(filled, seeded_generator(seed, 1, 1), M.mask > 0)
-    if lam_ratio is not None:
-        _set_lam_from_ratio(layer, images, M, lam_ratio)
+    _compute_lam(layer, images, M)
     return layer
 
 
@@ -448,6 +441,7 @@ def _layer_settings(
     *,
     lam: float | None,
     lam_ratio: float | None,
+    lam_max_quantile: float,
     p: float,
     boundary: Boundary,
     group: int,
@@ -459,8 +453,7 @@ def _layer_settings(
 
     That is the lam of a lam_ratio, and the default solver.
     """
-    if (lam is None) == (lam_ratio is None):
-        raise ValueError(f"lam={lam}, lam_ratio={lam_ratio}: give one of the two")
+    check_one_weight(lam, lam_ratio, lam_max_quantile)
     check_settings(learning, LearningSettings, "learning")
     check_settings(solver, SolverSettings, "solver")
     if filters is not None:
@@ -472,7 +465,9 @@ def _layer_settings(
     return LayerSettings(
         as_positive_integer(num_maps, "num_maps"),
         as_filter_size(filter_size),
-        lam=1.0 if lam is None else as_positive_number(lam, "lam"),
+        lam=None if lam is None else as_positive_number(lam, "lam"),
+        lam_ratio=lam_ratio,
+        lam_max_quantile=lam_max_quantile,
         p=as_number(p, "p"),
         boundary=boundary,
         group=group,
@@ -514,13 +509,13 @@ def _initial_filters(filters: Tensor, layer: Layer) -> Tensor:
     return filters
 
 
-def _set_lam_from_ratio(layer: Layer, images: Tensor, M: Mask | None, lam_ratio: float) -> None:
-    """Set lam from its ratio for the current filters, and the schedule in its units."""
-    A, b, settings = layer.operator(), images, layer.settings
-    if M is not None:
-        A, b = M @ A, M.target(images)
-    settings.lam = lam_from_ratio(A, b, lam_ratio, settings.prior)
-    settings.solver = relative_schedule(settings.solver, A, settings.lam, lam_ratio)
+def _compute_lam(layer: Layer, images: Tensor, M: Mask | None) -> None:
+    """Set lam from its ratio, if there is one, for the current filters."""
+    if layer.settings.lam_ratio is not None:
+        A, b = layer.operator(), images
+        if M is not None:
+            A, b = M @ A, M.target(images)
+        layer.settings = layer.settings.with_lam_of_ratio(A, b)
 
 
 def _check_fit(images: Tensor, layer: Layer, name: str) -> None:

@@ -78,6 +78,8 @@ def test_reinitialised_filters_keep_the_norm_of_the_settings(images):
 def test_contradicting_settings_are_refused_before_anything_is_learned(images, learn):
     with pytest.raises(ValueError, match="lam_ratio=None: give one of the two"):
         learn(images, 4, filter_size=5)
+    with pytest.raises(ValueError, match="lam_max_quantile=0.5: needs lam_ratio instead of lam"):
+        learn(images, 4, filter_size=5, lam=1.0, lam_max_quantile=0.5)
     with pytest.raises(ValueError, match="learning.zero_mean=True: filter_size=1"):
         learn(images, 4, filter_size=1, lam=1.0, learning=LearningSettings(zero_mean=True))
     with pytest.raises(ValueError, match="solver.gap=0.1: needs p=1"):
@@ -176,10 +178,9 @@ def test_a_lam_ratio_refers_to_the_given_filters(images, learner):
     quick = LearningSettings(epochs=1)
     f = learn_filters(images, 4, filter_size=5, lam=5.0, learning=quick).filters
     first = images if learner == "images" else images[:2]
-    learned = learners(images)[learner](
-        filters=f, lam_ratio=0.25, learning=LearningSettings(epochs=1)
-    )
-    expected = lam_from_ratio(Deconvolution(f), first, 0.25)
+    ratio = dict(lam_ratio=0.25, lam_max_quantile=0.5)
+    learned = learners(images)[learner](filters=f, **ratio, learning=LearningSettings(epochs=1))
+    expected = lam_from_ratio(Deconvolution(f), first, **ratio)
     assert learned.settings.lam == pytest.approx(expected, rel=1e-5)
 
 

@@ -1,9 +1,13 @@
 """Signals: the convention, atoms of rank 1 and tapered ones, events, epochs and long recordings."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_allclose
+from sklearn.base import clone
+from sklearn.utils.estimator_checks import estimator_checks_generator
 
 from deconvnet import LearningSettings, SolverSettings, learn_filters, learn_online, sparse_code
 from deconvnet.filters.constraint import FilterConstraint, taper_window
@@ -12,7 +16,7 @@ from deconvnet.filters.update import update_filters
 from deconvnet.operators.convolution import deconvolve
 from deconvnet.recordings import code_recording, windows
 from deconvnet.signals import as_images, as_signals, epochs, factors
-from deconvnet.sklearn import DeconvNetTransformer
+from deconvnet.sklearn import DeconvNetTransformer, SignalDictionary
 
 EXACT = SolverSettings("coordinate", iterations=3000, gap=1e-6)
 C, L, T = 2, 12, 700
@@ -182,6 +186,41 @@ def test_a_recording_in_pieces_has_the_code_of_the_whole(planted, code, chunk, n
     assert torch.equal(found.events.column, expected.column)
 
 
+@pytest.mark.parametrize("group", [1, 3])
+def test_a_recording_with_holes_has_the_code_of_the_whole_for_every_prior(planted, group):
+    atoms, _, signals = planted
+    y, f = signals[0].clone(), as_images(atoms)
+    mask = torch.ones(1, T)
+    mask[:, 200:290], mask[:, 400:450] = 0, 0.5
+    y[:, 200:290] = torch.nan
+    weights = torch.tensor([1.0, 1.0, 1.0] if group == 3 else [1.0, 2.0, 0.5])
+    settings = SolverSettings("coordinate", iterations=500, gap=1e-5)
+    options = dict(weights=weights, group=group, non_negative=group == 1, settings=settings)
+    whole = sparse_code(as_images(y[None]), f, lam_ratio=0.05, mask=mask[None, None], **options)
+    found = code_recording(y, f, lam_ratio=0.05, mask=mask, chunk=150, ahead=60, **options)
+    assert found.lam == pytest.approx(whole.lam, rel=1e-5)
+    assert found.objective == pytest.approx(float(whole.objective), rel=3e-5)
+    assert 0 <= found.gap < 1e-4 * found.objective
+    assert_allclose(found.events.maps(), whole.z, atol=0.02)
+
+
+def test_the_code_of_a_recording_in_pieces_is_no_worse_than_that_of_the_whole_for_p_below_1(
+    planted,
+):
+    atoms, _, signals = planted
+    f = as_images(atoms)
+    for p in (0.0, 0.5):
+        options = dict(lam=20.0, p=p, settings=SolverSettings("coordinate", iterations=50))
+        whole = sparse_code(as_images(signals[:1]), f, **options)
+        found = code_recording(signals[0], f, chunk=100, ahead=60, **options)
+        assert found.objective < 1.03 * float(whole.objective)
+        assert found.gap is None and "above the minimum" not in str(found)
+        z = found.events.maps()
+        residual = as_images(signals[:1]) - deconvolve(z, f)
+        value = 10 * residual.square().sum() + (z[z != 0].abs() ** p).sum()
+        assert found.objective == pytest.approx(float(value), rel=1e-5)
+
+
 def test_the_gap_of_a_recording_in_pieces_bounds_what_the_junctions_cost(planted):
     atoms, _, signals = planted
     settings = SolverSettings("fista", iterations=3)
@@ -205,6 +244,11 @@ def test_atoms_are_learned_from_windows_of_a_recording(planted):
     again = list(windows(recording, 200, count=5, batch_size=2))
     assert all(torch.equal(one, other) for one, other in zip(batches, again, strict=True))
     assert any((recording[:, i : i + 200] == batches[0][0, :, 0].numpy()).all() for i in range(T))
+    mask = np.ones((1, T))
+    mask[:, ::3] = 0
+    masked = next(windows(recording, 200, count=5, batch_size=2, mask=mask))
+    assert masked[1].shape == batches[0].shape
+    assert torch.equal(masked[0], batches[0] * masked[1]) and 0.6 < masked[1].mean() < 0.7
     learned = learn_online(
         windows(recording, 200, count=120), 4, (1, L), lam_ratio=0.1, non_negative=True
     )
@@ -219,6 +263,55 @@ def test_the_transformer_takes_signals_of_several_channels(planted):
     assert model.filters_.shape == (3, C, 1, L) and model.map_shape_ == (3, 1, T + L - 1)
     back = model.inverse_transform(model.transform(rows))
     assert np.linalg.norm(back - rows) < 0.7 * np.linalg.norm(rows)
+
+
+SMALL = SignalDictionary(num_maps=1, filter_size=2, lam_ratio=0.9, epochs=1, device="cpu")
+# Of the checks of scikit-learn (all hold) those of input and output; the others take two seconds.
+CHECKS = [
+    "check_n_features_in",
+    "check_dtype_object",
+    "check_transformer_data_not_an_array",
+    "check_transformer_general",
+    "check_transformer_get_feature_names_out",
+    "check_transformer_preserve_dtypes",
+]
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_a_dictionary_is_a_transformer_of_scikit_learn(name):
+    for estimator, check in estimator_checks_generator(SMALL):
+        if check.func.__name__ == name:
+            check(estimator)
+
+
+def test_a_dictionary_finds_the_activations_of_the_learner_in_signals_of_any_units(planted):
+    atoms, _, signals = planted
+    X = 1e-6 * signals.numpy().astype(np.float64) + np.array([[3.0], [-1.0]])
+    model = SignalDictionary(
+        4, L, lam_ratio=0.05, rank1=True, taper=0.2, epochs=25, batch_size=2, device="cpu"
+    ).fit(X)
+    assert model.atoms_.shape == (4, C, L) and model.map_shape_ == (4, T + L - 1)
+    assert similarity(atoms, as_images(model.atoms_)).min() > 0.95
+    assert_allclose(model.u_[:, :, None] * model.v_[:, None], model.atoms_, atol=1e-6)
+    Z = model.transform(X)
+    y = torch.from_numpy((X - X.mean((0, 2))[:, None]) / model.scale_).float()
+    expected = sparse_code(
+        as_images(y), as_images(model.atoms_), lam=model.learned_.settings.lam, non_negative=True
+    )
+    assert_allclose(Z, expected.z.flatten(1), atol=1e-4)
+    assert len(model.encode(X).events()) == (Z != 0).sum() and Z.min() == 0
+    back = model.inverse_transform(Z)
+    assert back.shape == X.shape
+    assert np.linalg.norm(back - X) < 0.3 * np.linalg.norm(X - X.mean((0, 2))[:, None])
+    same = pickle.loads(pickle.dumps(model)).set_params(intervals=3)
+    parts = np.split(Z.reshape(2, 4, -1)[..., : 3 * ((T + L - 1) // 3)], 3, axis=2)
+    assert_allclose(same.transform(X)[:, 1::3], parts[1].mean(2), atol=2e-3)
+    assert len(same.get_feature_names_out()) == 12
+    assert clone(model).get_params() == model.get_params()
+    with pytest.raises(ValueError, match="intervals=3: means cannot be inverted"):
+        same.inverse_transform(Z)
+    with pytest.raises(ValueError, match=r"X has trials of \(1400,\), but fit had \(2, 700\)"):
+        model.transform(X.reshape(2, -1))
 
 
 def test_wrong_arguments_are_refused_in_one_line(planted, code):
@@ -249,10 +342,27 @@ def test_wrong_arguments_are_refused_in_one_line(planted, code):
         (lambda: next(windows(y, 701, count=1)), "length=701: the recording has 700 times"),
         (lambda: next(windows(signals, 5, count=1)), r"shape \(C, T\)"),
         (lambda: code_recording(y, f, lam=0.0), "lam=0.0: must be positive"),
+        (lambda: code_recording(y, f), "lam=None, lam_ratio=None: give one of the two"),
+        (lambda: code_recording(y, f, lam_ratio=1.5), r"lam_ratio=1.5: must lie in \(0, 1\]"),
+        (
+            lambda: code_recording(y, f, lam=1.0, mask=y[:, 1:]),
+            r"mask of shape \(2, 699\) does not",
+        ),
+        (lambda: code_recording(y, f, lam=1.0, mask=-y.abs()), "mask: times 0 to 0 have values"),
+        (lambda: code_recording(y, f, lam=1.0, weights=[1.0]), r"expected \(3,\), one for each"),
+        (lambda: code_recording(y, f, lam=1.0, group=2), "group=2: must divide the 3 maps"),
+        (lambda: code_recording(y, f, lam_ratio=0.1, p=0.5), "p=0.5: only the prior with p=1"),
+        (lambda: code_recording(y, f, lam=1.0, p=0.5, settings=EXACT), "only a minimum for p=1"),
         (lambda: code_recording(y, f, lam=1.0, chunk=20), "chunk=20: must be at least twice"),
         (lambda: code_recording(y, f[:, :1], lam=1.0), r"\(K, 2, h, w\)"),
         (lambda: code_recording(y[:, :5], f, lam=1.0), "recording of 5 times"),
         (lambda: code_recording(y * float("nan"), f, lam=1.0), "times 0 to 0 have NaN"),
+        (lambda: SMALL.fit(signals[None]), r"X of the shape .*: must be \(N, C, T\), trials"),
+        (lambda: SignalDictionary(filter_size=0).fit(signals), "filter_size=0: must be at least 1"),
+        (lambda: SignalDictionary(num_maps=0.5).fit(signals), "num_maps=0.5: must be a whole"),
+        (lambda: SignalDictionary(intervals=0).fit(signals), "intervals=0: must be at least 1"),
+        (lambda: SignalDictionary(lam_ratio=2).fit(signals), r"lam_ratio=2: must lie in \(0, 1"),
+        (lambda: SignalDictionary(taper=0.7).fit(signals), "taper=0.7: must lie between 0"),
         (lambda: LearningSettings(rank1=True, non_negative=True), "learning.rank1=True: not with"),
         (lambda: LearningSettings(rank1=True, norm="plane"), "rank1=True: not with norm=plane"),
         (lambda: LearningSettings(taper=0.6), "learning.taper=0.6: must lie between 0 and 0.5"),

@@ -220,7 +220,11 @@ def loaded():
         ("coordinate descent", CODING, NUMBA),
         ("load", NETWORK, FILES),
         ("learn_filters", {*LEARNING, "dictionary"}, {*FILES, "PIL"}),
-        ("sklearn", {*LEARNING, "applications", "sklearn"}, {*FILES, "PIL"}),
+        (
+            "sklearn",
+            {*LEARNING, "dictionary", "signals", "applications", "sklearn"},
+            {*FILES, "PIL"},
+        ),
     ],
 )
 def test_an_import_loads_no_more_than_it_needs(name, modules, packages):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,7 +30,13 @@ from deconvnet.operators.linear import (
 from deconvnet.operators.pooling import UNPOOLINGS, Window, max_pool, unpooling_weights
 from deconvnet.sparse_coding.prior import Prior, check_exponent
 from deconvnet.sparse_coding.problem import Solution, SolverSettings
-from deconvnet.sparse_coding.solve import Callback, solve
+from deconvnet.sparse_coding.solve import (
+    Callback,
+    check_quantile,
+    lam_from_ratio,
+    relative_schedule,
+    solve,
+)
 from deconvnet.support.renaming import with_current_names
 from deconvnet.support.validation import (
     as_filter_size,
@@ -65,10 +71,14 @@ class LayerSettings:
     # lam whose code predicts hidden pixels of some training images about as well as possible. null:
     # computed from lam_ratio or, without it, 2
     lam: Any = None
-    # instead of lam (set lam=null), for p = 1: lambda = 1/lam as a fraction, in (0, 1], of the
-    # smallest lambda for which all maps of some training images are zero; computed before the layer
-    # learns
+    # instead of lam (in a file also set lam: null), for p = 1: lambda = 1/lam as a fraction, in (0,
+    # 1], of the smallest lambda for which all maps of some training images are zero; computed
+    # before the layer learns
     lam_ratio: float | None = None
+    # with lam_ratio or lam=auto: the smallest such lambda is computed for each of these images, and
+    # this quantile of them is used, in (0, 1]; below 1, a few images with extreme values do not
+    # change lam
+    lam_max_quantile: float = 1.0
     # exponent of the sparse prior sum |z|^p, 0 to 1
     p: float = 1.0
     # group sparsity: this many consecutive maps share one magnitude at each position, their l2 norm
@@ -145,6 +155,9 @@ class LayerSettings:
 
     def _check_lam(self) -> None:
         """Raise ValueError unless there is one lam, or one way to compute it."""
+        quantile = check_quantile(self.lam_max_quantile)
+        if quantile != 1 and self.lam_ratio is None and self.lam != AUTO:
+            raise ValueError(f"lam_max_quantile={quantile:g}: needs lam_ratio or lam=auto")
         if self.lam_ratio is not None:
             if self.lam is not None:
                 raise ValueError(
@@ -183,6 +196,15 @@ class LayerSettings:
     def prior(self) -> Prior:
         """The sparse prior of the maps."""
         return Prior(self.p, window=self.window, group=self.group, non_negative=self.non_negative)
+
+    def with_lam_of_ratio(self, A: LinearOperator, b: Tensor) -> LayerSettings:
+        """These settings with the lam of their lam_ratio for the data b, and the schedule of the
+        solver in units of it.
+        """
+        ratio, quantile = self.lam_ratio, self.lam_max_quantile
+        lam = lam_from_ratio(A, b, ratio, self.prior, lam_max_quantile=quantile)
+        solver = relative_schedule(self.solver, A, lam, ratio)
+        return replace(self, lam=lam, lam_ratio=None, lam_max_quantile=1.0, solver=solver)
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any], where: str) -> LayerSettings:

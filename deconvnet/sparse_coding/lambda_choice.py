@@ -85,6 +85,7 @@ def choose_lam(
     lams: Sequence[float] | None = None,
     num_lams: int = 20,
     smallest_ratio: float = 0.01,
+    lam_max_quantile: float = 1.0,
     p: float = 1.0,
     boundary: Boundary = "valid",
     mask: Tensor | None = None,
@@ -130,10 +131,11 @@ def choose_lam(
             lams=lams,
             num_lams=num_lams,
             smallest_ratio=smallest_ratio,
+            lam_max_quantile=lam_max_quantile,
             chunk=chunk,
         )
     noise = None if noise is None else Noise.of(noise, preprocess, b, seed)
-    lams, lam_max = lams_of_path(A, b, prior, lams, num_lams, smallest_ratio)
+    lams, lam_max = lams_of_path(A, b, prior, lams, num_lams, smallest_ratio, lam_max_quantile)
     rows = PathRows(b, lam_max)
     if density is not None:
         return _choose_by_density(A, b, lams, prior, settings, chunk, density, rows)
@@ -152,6 +154,7 @@ def choose_by_held_out(
     lams: Sequence[float] | None = None,
     num_lams: int = 20,
     smallest_ratio: float = 0.01,
+    lam_max_quantile: float = 1.0,
     chunk: int | None = None,
 ) -> LamChoice:
     """`choose_lam` by held-out pixels, for the problem with operator A and data b (N, C, H, W)."""
@@ -164,7 +167,9 @@ def choose_by_held_out(
     if not counted.any():
         raise ValueError(f"held_out={held_out}: hides none of the {counted.numel()} pixels")
     rest, b_rest = Deconvolution(A.f, A.boundary, seen), b * (1 - hidden)
-    lams, lam_max = lams_of_path(rest, b_rest, prior, lams, num_lams, smallest_ratio)
+    lams, lam_max = lams_of_path(
+        rest, b_rest, prior, lams, num_lams, smallest_ratio, lam_max_quantile
+    )
     rows, errors = PathRows(b_rest, lam_max), []
     numbers = counted.sum((1, 2, 3)).clamp(min=1).cpu()
     for solution in solutions_along(rest, b_rest, lams, prior, settings, chunk):

@@ -20,6 +20,7 @@ from deconvnet.sparse_coding.events import Events
 from deconvnet.sparse_coding.prior import Prior
 from deconvnet.sparse_coding.problem import Solution, SolverSettings
 from deconvnet.sparse_coding.solve import (
+    check_quantile,
     coding_problem,
     default_solver,
     lam_from_ratio,
@@ -42,7 +43,8 @@ class RegularizationPath:
     lam: (L,), and lam_max, the one up to which all maps are zero (None if lams were given). All
     others are (L, N), one value for each lam and image: objective and its terms, reconstruction
     and sparsity, as in `Solution`; non_zeros; density, the fraction of coefficients that are not
-    zero; snr, 10 log10(||b||^2 / ||A z - b||^2) in dB; gap, the duality gap (None unless p = 1).
+    zero; snr, 10 log10(||b||^2 / ||A z - b||^2) in dB, NaN for an image of zeros (means over
+    images: snr.nanmean(1)); gap, the duality gap (None unless p = 1).
     events: the codes, if they were asked for. All tensors are float64 but non_zeros, which is
     int64, and on the CPU.
     """
@@ -78,6 +80,7 @@ def regularization_path(
     lams: Sequence[float] | None = None,
     num_lams: int = 20,
     smallest_ratio: float = 0.01,
+    lam_max_quantile: float = 1.0,
     events: bool = False,
     p: float = 1.0,
     boundary: Boundary = "valid",
@@ -91,7 +94,9 @@ def regularization_path(
     """Codes of the images for several lams, each starting from the code for the one before.
 
     By default the path has num_lams values, from lambda_max (`lam_from_ratio`) to smallest_ratio
-    times that, in (0, 1), equally spaced in their logarithm; or give the lams. With p < 1 there is
+    times that, in (0, 1), equally spaced in their logarithm; or give the lams. lam_max_quantile: as
+    in `sparse_code`; below 1, the images with the largest correlations begin with maps that are not
+    zero. With p < 1 there is
     no lambda_max, so give the lams. events: keep the codes, as `Events`. All other arguments are
     those of `sparse_code`; half_quadratic, whose result is no minimum, has no path. Raises
     ValueError if an argument is out of range or does not fit the others.
@@ -106,7 +111,7 @@ def regularization_path(
         non_negative=non_negative,
     )
     settings = path_solver(settings, b, prior)
-    lams, lam_max = lams_of_path(A, b, prior, lams, num_lams, smallest_ratio)
+    lams, lam_max = lams_of_path(A, b, prior, lams, num_lams, smallest_ratio, lam_max_quantile)
     rows = PathRows(b, lam_max)
     for solution in solutions_along(A, b, lams, prior, settings, chunk):
         rows.add(solution, of_one_layer(solution, A).events() if events else None)
@@ -179,9 +184,15 @@ def lams_of_path(
     lams: Sequence[float] | None,
     num_lams: int,
     smallest_ratio: float,
+    lam_max_quantile: float,
 ) -> tuple[list[float], float | None]:
     """(the lams of a path in increasing order, the lam of lambda_max if they were not given)."""
+    quantile = check_quantile(lam_max_quantile)
     if lams is not None:
+        if quantile != 1:
+            raise ValueError(
+                f"lam_max_quantile={quantile}: there is no lambda_max if lams is given"
+            )
         given = lams.tolist() if hasattr(lams, "tolist") else lams
         if not isinstance(given, Sequence) or isinstance(given, str) or len(given) == 0:
             raise ValueError(f"lams={given!r}: must be a list of at least one number")
@@ -194,7 +205,7 @@ def lams_of_path(
     if not 0 < as_number(smallest_ratio, "smallest_ratio") < 1:
         raise ValueError(f"smallest_ratio={smallest_ratio}: must lie in (0, 1)")
     try:
-        first = lam_from_ratio(A, b, 1.0, prior)
+        first = lam_from_ratio(A, b, 1.0, prior, lam_max_quantile=quantile)
     except ValueError as error:
         raise ValueError(f"lambda_max {str(error).split(': ')[-1]}; or give lams") from None
     return [first * smallest_ratio ** (-n / (num - 1)) for n in range(num)], first

@@ -82,6 +82,7 @@ def sparse_code(
     *,
     lam: float | Tensor | None = None,
     lam_ratio: float | None = None,
+    lam_max_quantile: float = 1.0,
     p: float = 1.0,
     boundary: Boundary = "valid",
     mask: Tensor | None = None,
@@ -98,7 +99,8 @@ def sparse_code(
     images: (N, C, H, W) of float32 or float64, coded without preprocessing; filters: (K, C, h, w);
     tensors or numpy arrays, but the solution holds tensors. lam weights the reconstruction, as in
     the papers: SPORCO's lambda is 1/lam, and its objective 1/lam times this one. lam_ratio instead
-    of lam, in (0, 1]: lambda relative to the smallest that makes all maps zero (`lam_from_ratio`).
+    of lam, in (0, 1]: lambda relative to the smallest that makes all maps zero, or with
+    lam_max_quantile below 1 to this quantile over the images (`lam_from_ratio`).
     mask: (N or 1, C or 1, H, W), >= 0; pixels where it is 0 are ignored and may have any value.
     p, weights (K,) or of the shape of the maps, group and non_negative: the prior, `prior.Prior`.
     settings: by default those of `default_solver`. chunk: at most this many images at a time, which
@@ -111,8 +113,7 @@ def sparse_code(
     ValueError if an argument is out of range or does not fit the others.
     """
     check_settings(settings, SolverSettings, "settings")
-    if (lam is None) == (lam_ratio is None):
-        raise ValueError(f"lam={lam}, lam_ratio={lam_ratio}: give one of the two")
+    check_one_weight(lam, lam_ratio, lam_max_quantile)
     A, b, prior = coding_problem(
         images,
         filters,
@@ -129,7 +130,7 @@ def sparse_code(
     if differentiable:
         check_differentiable(prior.p, lam_ratio, settings)
     if lam_ratio is not None:
-        lam = lam_from_ratio(A, b, lam_ratio, prior)
+        lam = lam_from_ratio(A, b, lam_ratio, prior, lam_max_quantile=lam_max_quantile)
         settings = relative_schedule(settings, A, lam, lam_ratio)
     solution = solve(A, b, lam=lam, prior=prior, settings=settings, chunk=chunk)
     solution = of_one_layer(solution, A)
@@ -182,6 +183,7 @@ def default_solver(images: Tensor, p: float = 1.0) -> SolverSettings:
     return SolverSettings("coordinate", iterations=200, training_iterations=1, tolerance=1e-4)
 
 
+@renamed_arguments(quantile="lam_max_quantile")
 @plain
 def lam_from_ratio(
     A: LinearOperator,
@@ -189,30 +191,35 @@ def lam_from_ratio(
     lam_ratio: float,
     prior: Prior | None = None,
     *,
-    quantile: float = 1.0,
+    lam_max_quantile: float = 1.0,
 ) -> float:
     """The lam with lambda = 1/lam = lam_ratio * lambda_max, the smallest lambda that makes z = 0.
 
         lam = 1 / (lam_ratio * max over the images of prior.dual_norm(A'b))                p = 1
 
     lam_ratio: in (0, 1]. With 1 all maps are zero; the smaller it is, the denser they are. The
-    image with the largest correlation determines lam for all; with a quantile below 1, in (0, 1],
-    it is this quantile over the images instead of the maximum, which a few images with extreme
-    values do not move. If the data are scaled by s, so is lambda_max: with the same ratio the maps
-    are scaled by s and otherwise unchanged, whereas a given lam would have to be divided by s. With
-    a ratio of 1 ADMM, whose maps only approach zero, may leave a few small coefficients.
+    image with the largest correlation determines lam for all; with a lam_max_quantile below 1, in
+    (0, 1], it is this quantile over the images instead of the maximum, which a few images with
+    extreme values do not move. If the data are scaled by s, so is lambda_max: with the same ratio
+    the maps are scaled by s and otherwise unchanged, whereas a given lam would have to be divided
+    by s. With a ratio of 1 ADMM, whose maps only approach zero, may leave a few small coefficients.
     """
-    if not 0 < as_number(lam_ratio, "lam_ratio") <= 1:
-        raise ValueError(f"lam_ratio={lam_ratio}: must lie in (0, 1]")
-    if not 0 < as_number(quantile, "quantile") <= 1:
-        raise ValueError(f"quantile={quantile}: must lie in (0, 1]")
+    check_lam_ratio(lam_ratio)
+    quantile = check_quantile(lam_max_quantile)
     b, prior = as_images(b, "b"), prior or Prior()
     (A, filters_exponent), data_exponent = A.normalised(), exponent(magnitude(b))
     correlations = A.adjoint(times_power(b, -data_exponent))
     prior.check(correlations.shape)
     norms = prior.dual_norm(correlations)
     # The maximum by itself: interpolating between two infinite norms would give NaN.
-    largest = float(norms.max() if quantile == 1 else norms.quantile(float(quantile)))
+    largest = float(norms.max() if quantile == 1 else norms.quantile(quantile))
+    lam = lam_of_largest(largest, lam_ratio, b.dtype)
+    return math.ldexp(lam, -data_exponent - filters_exponent)
+
+
+def lam_of_largest(largest: float, lam_ratio: float, dtype: torch.dtype) -> float:
+    """`lam_from_ratio` for the dual norm of the correlations, in the rounding of this dtype."""
+    check_lam_ratio(lam_ratio)
     if not 0 < largest < math.inf:
         need = (
             "all weights to be positive" if largest > 0 else "images that the filters can explain"
@@ -220,8 +227,32 @@ def lam_from_ratio(
         raise ValueError(f"lam_ratio={lam_ratio}: needs {need}")
     if lam_ratio == 1:
         # Exceed the rounding of the correlations, so that no coefficient remains.
-        largest *= 1 + 32 * torch.finfo(b.dtype).eps
-    return math.ldexp(1 / (float(lam_ratio) * largest), -data_exponent - filters_exponent)
+        largest *= 1 + 32 * torch.finfo(dtype).eps
+    return 1 / (float(lam_ratio) * largest)
+
+
+def check_lam_ratio(lam_ratio: float) -> None:
+    """Raise ValueError unless lambda_max times this is a lambda with a code."""
+    if not 0 < as_number(lam_ratio, "lam_ratio") <= 1:
+        raise ValueError(f"lam_ratio={lam_ratio}: must lie in (0, 1]")
+
+
+def check_quantile(lam_max_quantile: float) -> float:
+    """The number; ValueError unless it is a quantile of lambda_max."""
+    number = as_number(lam_max_quantile, "lam_max_quantile")
+    if not 0 < number <= 1:
+        raise ValueError(f"lam_max_quantile={lam_max_quantile}: must lie in (0, 1]")
+    return float(number)
+
+
+def check_one_weight(
+    lam: float | Tensor | None, lam_ratio: float | None, lam_max_quantile: float
+) -> None:
+    """Raise ValueError unless there is lam, or lam_ratio with the quantile that it refers to."""
+    if (lam is None) == (lam_ratio is None):
+        raise ValueError(f"lam={lam}, lam_ratio={lam_ratio}: give one of the two")
+    if check_quantile(lam_max_quantile) != 1 and lam_ratio is None:
+        raise ValueError(f"lam_max_quantile={lam_max_quantile}: needs lam_ratio instead of lam")
 
 
 def relative_schedule(

@@ -18,7 +18,7 @@ from deconvnet.network.layer import AUTO, LayerSettings
 from deconvnet.network.network import DeconvNet
 from deconvnet.operators.linear import LinearOperator
 from deconvnet.sparse_coding.lambda_choice import LamChoice, choose_by_held_out
-from deconvnet.sparse_coding.solve import default_solver, lam_from_ratio, relative_schedule
+from deconvnet.sparse_coding.solve import default_solver
 from deconvnet.training.training_set import TrainingSet
 from deconvnet.visualization.drawing.canvas import with_title
 from deconvnet.visualization.drawing.charts import line_chart
@@ -54,9 +54,9 @@ def set_computed_lam(data: TrainingSet, number: int, *, seed: int) -> LamChoice 
                     f"model.layer{number}.lam=auto: the initial filters predict no hidden pixels; "
                     "use learning.init=patches, or give a number"
                 )
-            settings = replace(settings, lam=choice.lam)
+            settings = replace(settings, lam=choice.lam, lam_max_quantile=1.0)
         else:
-            settings = _by_ratio(A, b, settings)
+            settings = settings.with_lam_of_ratio(A, b)
         log.info("layer %d: lam=%.6g", number, settings.lam)
     layer.settings = data.communicator.broadcast(settings)
     return choice
@@ -71,7 +71,11 @@ def restore_computed_lams(net: DeconvNet, settings: dict) -> None:
         if not isinstance(layer.settings.lam, float):
             begun = LayerSettings.from_dict(dict(fields), "checkpoint")
             layer.settings = replace(
-                layer.settings, lam=begun.lam, lam_ratio=None, solver=begun.solver
+                layer.settings,
+                lam=begun.lam,
+                lam_ratio=None,
+                lam_max_quantile=1.0,
+                solver=begun.solver,
             )
 
 
@@ -91,13 +95,6 @@ def choice_picture(choice: LamChoice) -> Tensor:
     return with_title(f"lam {choice.lam:.4g}, density {chosen:.2%}", picture)
 
 
-def _by_ratio(A: LinearOperator, b: Tensor, settings: LayerSettings) -> LayerSettings:
-    ratio = settings.lam_ratio
-    lam = lam_from_ratio(A, b, ratio, settings.prior)
-    solver = relative_schedule(settings.solver, A, lam, ratio)
-    return replace(settings, lam=lam, lam_ratio=None, solver=solver)
-
-
 def _nearly_least(A: LinearOperator, b: Tensor, settings: LayerSettings, seed: int) -> LamChoice:
     """The smallest lam of a path whose error is at most 1 + SLACK times the least."""
     choice = choose_by_held_out(
@@ -106,6 +103,7 @@ def _nearly_least(A: LinearOperator, b: Tensor, settings: LayerSettings, seed: i
         seed=seed,
         num_lams=NUM_LAMS,
         smallest_ratio=SMALLEST_RATIO,
+        lam_max_quantile=settings.lam_max_quantile,
     )
     error = choice.errors.mean(1)
     index = torch.nonzero(error <= (1 + SLACK) * error.min())[0, 0]

@@ -116,6 +116,7 @@ def project_layers(
             "maps": maps,
             "counts": counts,
             "window": window if isinstance(window, str) else asdict(window),
+            "full_size": trained is None,
             "method": [network.projector.method, settings.gates, settings.overlap],
             "network": network_key(network.model),
             "data": result.images.fingerprint,
@@ -134,6 +135,7 @@ def project_layers(
                     k=settings.k,
                     counts=counts,
                     window=window,
+                    full_size=trained is None,
                     progress=progress,
                 )
             projections.save(path, key)

@@ -61,9 +61,9 @@ METHODS = {
 
 @pytest.fixture(scope="module", autouse=True)
 def few_patches():
-    """Dictionaries are learned from a tenth of the patches, in a tenth of the time."""
+    """Dictionaries are learned from few patches, in a fraction of the time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("baselines.DICTIONARY_PATCHES", 2000)
+        patch.setattr("baselines.DICTIONARY_PATCHES", 500)
         yield
 
 

@@ -202,13 +202,13 @@ def test_memory_is_constant_over_a_hundred_thousand_images(tmp_path):
         return pictures[indices % 64].expand(-1, 3, -1, -1), None
 
     solver = SolverSettings(iterations=1, training_iterations=1)
-    learning = LearningSettings(epochs=1, batch_size=500)
+    learning = LearningSettings(epochs=1, batch_size=2000)
     plain = PreprocessingSettings("grey", steps=["mean"])
     net = DeconvNet([LayerSettings(2, 3, solver=solver, learning=learning)], plain)
-    training_set = TrainingSet(net, ImageSource(number, read), chunk=500, hold=False)
+    training_set = TrainingSet(net, ImageSource(number, read), chunk=2000, hold=False)
     training_set.hold_codes(training_set.own_images(1), 0)
     trainer = LayerTrainer(
-        net.layer(1), training_set.layer_data(1), chunk=500, placement=Placement(keep=False)
+        net.layer(1), training_set.layer_data(1), chunk=2000, placement=Placement(keep=False)
     )
     used = []
     while not trainer.done:

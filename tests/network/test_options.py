@@ -348,7 +348,7 @@ def test_the_minimum_is_that_of_scikit_learn(boundary, mask, non_negative, weigh
     A, b = problem(boundary, C=2, N=1, image=(5, 5), mask=mask)
     weights = torch.tensor([0.5, 1.0, 2.0, 8.0]).double() if weighted else None
     prior = Prior(weights=weights, non_negative=non_negative)
-    lam, expected = 3.0, lasso(A, b, 3.0, weights=weights, positive=non_negative)
+    lam, expected = 1.5, lasso(A, b, 1.5, weights=weights, positive=non_negative)
     minimum = objective(A, b, expected, lam, prior)
     for method in ("admm", "fista"):
         found = solve(A, b, lam=lam, settings=to_the_end(method), prior=prior)
@@ -368,10 +368,10 @@ def test_admm_fista_and_the_certificate_agree_for_every_convex_prior(group, non_
             weights=weights.repeat_interleave(group, 1), group=group, non_negative=non_negative
         )
         found = [
-            solve(A, b, lam=3.0, prior=prior, settings=to_the_end(m)) for m in ("admm", "fista")
+            solve(A, b, lam=1.5, prior=prior, settings=to_the_end(m)) for m in ("admm", "fista")
         ]
         for one in found:
-            gap = duality_gap(A, b, one.z, 3.0, prior)
+            gap = duality_gap(A, b, one.z, 1.5, prior)
             assert (gap <= 1.1e-5 * one.objective).all() and (gap > -1e-12).all()
         assert_close(found[0].objective, found[1].objective, rtol=1.1e-5, atol=0)
         alive = found[0].z.unflatten(1, (-1, group)) != 0
@@ -506,7 +506,7 @@ def test_a_gap_is_asked_for_only_where_there_is_one():
 def test_just_below_a_lam_ratio_of_one_some_maps_are_non_zero(options):
     A, b = problem(C=2)
     options = dict(options, weights=torch.tensor([0.5, 0.5, 2.0, 2.0]).double())
-    settings = SolverSettings(method="fista", iterations=300, tolerance=0)
+    settings = SolverSettings(method="fista", iterations=60, tolerance=0)
     for lam_ratio, alive in ((1.0, False), (0.99, True)):
         found = sparse_code(b, A.f, lam_ratio=lam_ratio, settings=settings, **options)
         assert bool((found.z.abs() > 1e-9).any()) is alive

@@ -50,6 +50,18 @@ def test_a_path_descends_from_lambda_max_in_equal_steps(problem, path):
     assert (path.snr.mean(1).diff() > 0).all() and (path.density.mean(1).diff() > 0).all()
 
 
+def test_a_path_may_begin_at_a_quantile_of_lambda_max(problem):
+    _, images, filters = problem
+    options = dict(num_lams=2, smallest_ratio=0.9, lam_max_quantile=0.5)
+    path = regularization_path(images, filters, **options)
+    median = lam_from_ratio(Deconvolution(filters), images, 1.0, lam_max_quantile=0.5)
+    assert path.lam_max == path.lam[0] == median
+    assert 0 < (path.non_zeros[0] == 0).sum() < len(images)
+    assert choose_lam(images, filters, noise=SIGMA, **options).path.lam_max == median
+    with pytest.raises(ValueError, match="lam_max_quantile=0.5: there is no lambda_max if lams"):
+        regularization_path(images, filters, lams=[1.0], lam_max_quantile=0.5)
+
+
 def test_every_code_of_a_path_is_the_minimum_of_its_own_problem(problem, path):
     _, images, filters = problem
     for n in (3, 9):
@@ -63,6 +75,14 @@ def test_every_code_of_a_path_is_the_minimum_of_its_own_problem(problem, path):
         error = (images - deconvolve(z, filters)).double().square().sum((1, 2, 3))
         signal = images.double().square().sum((1, 2, 3))
         assert_close(path.snr[n], 10 * (signal / error).log10(), rtol=1e-4, atol=1e-4)
+
+
+def test_an_image_of_zeros_has_no_snr_and_is_left_out_of_the_mean(problem, path):
+    _, images, filters = problem
+    lams = path.lam[4:6].tolist()
+    more = regularization_path(torch.cat([images, 0 * images[:1]]), filters, lams=lams)
+    assert more.snr[:, -1].isnan().all() and (more.gap[:, -1] == 0).all()
+    assert_close(more.snr.nanmean(1), path.snr[4:6].mean(1), rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("method", ["admm", "fista"])

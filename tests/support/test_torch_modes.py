@@ -262,7 +262,7 @@ def test_the_gradient_of_the_shrinkage_is_that_of_finite_differences(p, non_nega
 def test_the_proximal_map_of_every_prior_has_the_gradient_of_finite_differences(
     p, beta, weights, group
 ):
-    v = 3 * torch.randn(2, 4, 2, 3, generator=torch.Generator().manual_seed(2)).double()
+    v = 3 * torch.randn(2, 4, 1, 2, generator=torch.Generator().manual_seed(2)).double()
     v[:, :, 0, 1] *= 0.01
     prior = Prior(p, weights=weights, group=group)
     v.requires_grad_()

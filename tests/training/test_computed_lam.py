@@ -25,7 +25,14 @@ def images(textures):
 def network():
     """A layer whose schedule is in units of a lam by ratio, below one that chooses its lam."""
     layers = [
-        LayerSettings(2, 3, lam_ratio=0.2, pool=[1, 2, 2], solver=SCHEDULE, learning=LEARNING),
+        LayerSettings(
+            *(2, 3),
+            lam_ratio=0.2,
+            lam_max_quantile=0.5,
+            pool=[1, 2, 2],
+            solver=SCHEDULE,
+            learning=LEARNING,
+        ),
         LayerSettings(2, 3, lam="auto", solver=FAST, learning=LEARNING),
     ]
     return DeconvNet(layers)
@@ -58,7 +65,7 @@ def test_a_lam_ratio_refers_to_the_initial_filters_and_the_layer_input(finished,
     codes = initial.infer(images, depth=0)
     layer = initial.layer(1)
     LayerTrainer(layer, codes.y)
-    assert net.layer(1).lam == lam_from_ratio(layer.operator(), codes.y, 0.2)
+    assert net.layer(1).lam == lam_from_ratio(layer.operator(), codes.y, 0.2, lam_max_quantile=0.5)
 
 
 def test_lam_auto_draws_its_choice(finished):
@@ -100,6 +107,11 @@ def test_a_layer_that_has_not_learned_has_no_lam_yet(images):
     ("settings", "message"),
     [
         ({"lam": 1.0, "lam_ratio": 0.1}, "lam=1.0, lam_ratio=0.1: give one of the two; with"),
+        (
+            {"lam": 1.0, "lam_max_quantile": 0.5},
+            "lam_max_quantile=0.5: needs lam_ratio or lam=auto",
+        ),
+        ({"lam_ratio": 0.1, "lam_max_quantile": 0}, r"lam_max_quantile=0: must lie in \(0, 1\]"),
         ({"lam_ratio": 0.0}, r"lam_ratio=0.0: must lie in \(0, 1\]"),
         ({"lam_ratio": "x"}, "lam_ratio='x': must be a number"),
         ({"lam_ratio": 0.1, "p": 0.5}, "lam_ratio=0.1: needs p=1, got p=0.5"),

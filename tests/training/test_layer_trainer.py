@@ -479,7 +479,7 @@ def test_the_statistics_of_a_layer_that_explains_the_image_refer_to_the_image(be
 def test_states_that_are_kept_pooled_give_the_same_filters_as_states_kept_as_maps(
     below, update, method
 ):
-    settings = {"update": update, "method": method, "epochs": 5, **IN_LOOP}
+    settings = {"update": update, "method": method, "epochs": 3, **IN_LOOP}
     net, trainer = second(below, **settings)
     assert trainer.warm_starts.window == WINDOW
     dense_net, dense = second(below, **settings)

@@ -19,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
-from deconvnet.visualization.gallery import sprites
+from deconvnet.visualization.gallery import photographs, sprites
 from deconvnet.visualization.gallery.exhibits import (
     Control,
     Example,
@@ -358,8 +358,8 @@ def test_every_photograph_is_written_once_and_knows_its_maps(page):
     tiles = tiles_of(page, found["sheets"][0])
     for tile, number in zip(tiles, (462, 460, 461), strict=True):
         assert close(tile, tone(number, size=40), None)
-    name, pixels, shown, maps = found["images"][0]
-    assert (pixels, shown) == ([40, 40], [40, 40])
+    name, pixels, shown, maps, file = found["images"][0]
+    assert (pixels, shown, file) == ([40, 40], [40, 40], None)
     assert maps == [[layer, k] for layer in range(3) for k in range(12) if k != 3]
 
 
@@ -391,6 +391,53 @@ def test_large_tiles_are_reduced_and_small_ones_kept(tmp_path):
     assert (small["height"], small["width"]) == (3, 3)
     enlarged = script_data(page, data["layers"][0]["script"])["maps"][0]["sheets"]["deconv"]
     assert (enlarged["height"], enlarged["width"]) == (160, 80)
+
+
+@pytest.fixture(scope="module")
+def full_page(tmp_path_factory):
+    """A page whose tiles were reduced, and whose photograph is larger than its thumbnail.
+
+    In full size, tiles have other colours, so that one can tell which is shown.
+    """
+    example = Example("a", 2.0, 0, window=(-20, 40, 180, 240))
+    shown = GalleryMap(
+        *(5, {"deconv": tones(9, 2), "guided": tones(19, 2)}, tones(29, 2), [example, example]),
+        full={"deconv": tones(109, 2, size=100), "guided": tones(119, 2, size=100)},
+    )
+    photograph = torch.cat([tone(460, size=240), tone(470, size=240)], 2)[:, :200]
+    return write_gallery(
+        tmp_path_factory.mktemp("full") / "gallery",
+        title="t",
+        layers=[GalleryLayer("a", "A", [shown])],
+        photographs=Photographs(["a"], [photograph]),
+    )
+
+
+def test_projections_and_photographs_are_beside_the_page_in_full_size(full_page):
+    data = page_data(full_page)
+    sheets = script_data(full_page, data["layers"][0]["script"])["maps"][0]["sheets"]
+    for method, number in (("deconv", 109), ("guided", 119)):
+        found = tiles_of(full_page, sheets[method]["full"])
+        assert len(found) == 2
+        for n in range(2):
+            assert close(found[n], tone(number + n, size=100), None)
+    assert "full" not in sheets["patches"]
+    file = data["photographs"]["images"][0][4]
+    assert file["pixels"] == [200, 480] and (file["height"], file["width"]) == (200, 480)
+    there = {p.relative_to(full_page.parent).as_posix() for p in full_page.parent.rglob("*.*")}
+    assert needed_files(full_page) == there
+
+
+def test_whole_photographs_are_reduced_if_they_are_many(tmp_path, monkeypatch):
+    def sides(pixels):
+        monkeypatch.setattr(photographs, "PIXELS", pixels)
+        written = Photographs(["a", "b"], [tone(460, size=300), tone(461, size=300)])
+        written.use(0), written.use(1)
+        return [entry[4] and entry[4]["width"] for entry in written.write(tmp_path)["images"]]
+
+    assert sides(2 * 300**2) == [300, 300]
+    assert sides(2 * 200**2) == [200, 200]
+    assert sides(2 * 150**2) == [None, None]  # the thumbnail is larger
 
 
 def test_maps_are_sorted_by_numbers_that_json_can_hold(page):
@@ -774,6 +821,54 @@ def test_clicks_lead_from_the_network_to_a_layer_a_map_an_activation_an_image(br
     text = browser.value("document.querySelector('.seen').textContent")
     assert "map 99" in text and not any("99" in link for link in browser.value(links))
     assert browser.value("document.querySelector('#view .notice')") is None
+    assert browser.problems() == []
+
+
+def test_a_tile_opens_in_full_size_next_to_its_photograph_and_on_it(browser, full_page):
+    def near(selector, number):
+        """Whether an element gets this colour, as soon as its picture is loaded."""
+        for _ in range(100):
+            if np.abs(browser.color(selector) - tone(number)[:, 0, 0].numpy() * 255).max() <= 3:
+                return True
+            time.sleep(0.02)
+        return False
+
+    def large_files():
+        asked = [e for e in browser.events if e["method"] == "Network.requestWillBeSent"]
+        names = " ".join(event["params"]["request"]["url"] for event in asked)
+        return ["5-guided" in names, "whole/1" in names]
+
+    browser.show(full_page, "#layer=a&map=5")
+    assert large_files() == [False, False]
+    browser.value("document.querySelector('.examples button').focus()")
+    browser.press("Enter")
+    browser.until("document.getElementById('zoom').open")
+    panel = "#zoom .panel:nth-child({})"
+    assert near(panel.format(1) + " .tile", 109) and near(panel.format(2) + " .tile", 119)
+    assert near(panel.format(3) + " .frame", 460)  # the middle of the patch is at column 140
+    # The window reaches beyond the photograph, and the frame does not.
+    box = "(e => [e.style.top, e.style.left, e.style.height, e.style.width].map(parseFloat))"
+    assert browser.value(f"{box}(document.querySelector('#zoom .box'))") == pytest.approx(
+        [0, 100 * 40 / 480, 90, 100 * 200 / 480]
+    )
+    assert large_files() == [True, True]
+    browser.press("ArrowRight")
+    assert near(panel.format(1) + " .tile", 110)
+    browser.click("#over")
+    assert browser.value("document.querySelectorAll('#zoom .panel').length") == 3
+    within = (
+        "(() => { const [a, b] = ['.placed', '.frame'].map(s =>"
+        "document.querySelector(`#zoom ${s}`).getBoundingClientRect());"
+        "return [(a.top - b.top) / b.height, (a.left - b.left) / b.width,"
+        "a.height / b.height, a.width / b.width] })()"
+    )
+    assert browser.value(within) == pytest.approx([-0.1, 40 / 480, 1, 200 / 480], abs=0.01)
+    assert near(panel.format(1) + " .placed", 110) and near(panel.format(2) + " .placed", 120)
+    browser.click("#over")
+    assert browser.value("document.querySelectorAll('#zoom .panel').length") == 4
+    browser.press("Escape")
+    browser.until("!document.getElementById('zoom').open")
+    assert browser.value("document.activeElement.dataset.key") == "example-0"
     assert browser.problems() == []
 
 

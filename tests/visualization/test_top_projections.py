@@ -31,12 +31,13 @@ from deconvnet.visualization.projection.projection import (
 )
 from deconvnet.visualization.projection.projection_picture import BORDER
 from deconvnet.visualization.projection.projector import Projector
-from deconvnet.visualization.search import projecting, projection_table
+from deconvnet.visualization.search import projecting, projection_table, tile_codec
 from deconvnet.visualization.search.checkerboard import checkerboard
 from deconvnet.visualization.search.projecting import project_top_activations
 from deconvnet.visualization.search.projection_grids import (
     MARK,
     TEXT,
+    full_tiles_to_show,
     grid_caption,
     layer_grid,
     pixel_filters,
@@ -285,6 +286,33 @@ def test_large_tiles_are_reduced(textures, monkeypatch):
     assert found.boxes[0, 0].tolist() == [0, 0, 20, 28]
     expected = F.interpolate(images[number][None], (7, 10), mode="bilinear", antialias=True)[0]
     assert_allclose(found.patches[0, 0] / 255, expected, atol=0.003)
+
+
+def test_reduced_projections_are_kept_in_full_size_too(textures, monkeypatch, tmp_path):
+    net, images = nn.Sequential(seeded(two_layers)), list(textures(3, 3, 20, 28))
+    projector = Projector(net, method="deconv")
+    top = find_top_activations(projector, images, ["0.4"], k=2)["0.4"]
+    plain = project_fields(projector, images, "0.4", top)
+    assert plain.full == {} and plain.full_tiles(0, "deconv") is None
+    monkeypatch.setattr(projection_table, "LARGEST", 4)
+    monkeypatch.setattr(tile_codec, "DENSE", 100)
+    found = project_fields(projector, images, "0.4", top)
+    assert found.scale == 0.5 and found.full_shape == plain.patches.shape[3:] == (8, 8)
+    found.save(tmp_path / "p.npz")
+    loaded = load_top_projections(tmp_path / "p.npz")
+    for result in (found, loaded):
+        for row in (row for row in range(len(found.maps)) if found.count(row)):
+            count = found.count(row)
+            full, expected = result.full_tiles(row, "deconv"), plain.tiles["deconv"][row, :count]
+            assert full.dtype == np.int8 and full.shape == expected.shape
+            # WebP stores colours at half of the resolution, but brightness in full.
+            brightness = [tiles.astype(float).mean(1).ravel() for tiles in (full, expected)]
+            assert np.corrcoef(*brightness)[0, 1] > 0.9
+    shown = full_tiles_to_show(found, 0, "deconv")
+    signs = torch.from_numpy(found.signs[0]).view(-1, 1, 1, 1)
+    assert_array_equal(shown, torch.from_numpy(found.full_tiles(0, "deconv")) * signs)
+    without = project_fields(projector, images, "0.4", top, full_size=False)
+    assert without.full == {} and full_tiles_to_show(without, 0, "deconv") is None
 
 
 # Files.

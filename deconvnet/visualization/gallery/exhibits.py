@@ -74,8 +74,9 @@ class GalleryMap:
     """One map of a layer.
 
     examples: k of its strongest activations, strongest first. projections: by method, the projected
-    examples (k, 3, S, S), the main method first; empty for a map that is never active. patches: the
-    image at the same positions, (k, 3, S, S). label: the name of the map, such as that of a class.
+    examples (k, 3, S, S), the main method first; empty for a map that is never active. full: by
+    method, the same in full size, if they were reduced. patches: the image at the same positions,
+    (k, 3, S, S). label: the name of the map, such as that of a class.
     statistics: text or numbers; maps can be sorted by numbers, largest first. filter: (3, h, w).
     spectrum, spectrum_patches: further examples at lower activations, and the image there. similar:
     (number, cosine) of maps that look alike; coactive: (number, correlation) of maps that are
@@ -87,6 +88,7 @@ class GalleryMap:
     projections: Mapping[str, Picture] = dataclasses.field(default_factory=dict)
     patches: Picture | None = None
     examples: Sequence[Example] = ()
+    full: Mapping[str, Picture] = dataclasses.field(default_factory=dict)
     label: str = ""
     statistics: Facts = dataclasses.field(default_factory=dict)
     filter: Picture | None = None

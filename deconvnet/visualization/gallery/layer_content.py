@@ -41,7 +41,11 @@ from deconvnet.visualization.gallery.wording import (
 from deconvnet.visualization.projection.boxes import crop
 from deconvnet.visualization.projection.projection import LayerInfo
 from deconvnet.visualization.result import VisualizationResult
-from deconvnet.visualization.search.projection_grids import pixel_filters, tiles_to_show
+from deconvnet.visualization.search.projection_grids import (
+    full_tiles_to_show,
+    pixel_filters,
+    tiles_to_show,
+)
 from deconvnet.visualization.search.top_activations import group_by_size
 from deconvnet.visualization.search.top_projections import TopProjections
 
@@ -175,6 +179,7 @@ class _LayerContent:
             },
             patches if count else None,
             [self._example(row, rank) for rank in range(count)],
+            full=self._full(row),
             label=self._label(number),
             statistics={
                 "strongest activation": float(np.abs(projections.values[row, 0])) if count else 0.0,
@@ -192,6 +197,16 @@ class _LayerContent:
             evolution=_evolution_tiles(e, e.maps.index(number)) if has_evolution else None,
             epochs=e.epochs if has_evolution else (),
         )
+
+    def _full(self, row: int) -> dict[str, Tensor]:
+        """By method, the projections of a map in full size, if its tiles were reduced."""
+        projections = self.result.projections[self.layer]
+        full = {m: full_tiles_to_show(projections, row, m) for m in projections.methods}
+        return {
+            method: shade_projections(tiles, contrast=self.result.contrast)
+            for method, tiles in full.items()
+            if tiles is not None
+        }
 
     def _label(self, number: int) -> str:
         """The class of a map, if there is one map for each."""

@@ -2,6 +2,7 @@
 
 layers/<n>-<name>/<method>.webp     one tile of every map; also patches, filters, few, control
 layers/<n>-<name>/maps/<k>.webp     all tiles of map k; maps/<k>-evolution of its training
+layers/<n>-<name>/maps/<k>-<method>.webp  its projections in full size, if tiles were reduced
 layers/<n>-<name>/features.json     everything about the maps but the pictures
 layers/<n>-<name>/features.js       the same for the page, which may not read JSON as a file
 """
@@ -38,8 +39,9 @@ from deconvnet.visualization.gallery.sprites import (
 )
 
 # The largest sides in pixels: of the tiles on a map's own page, of those on the wall, and of those
-# of its evolution.
+# of its evolution; FULL: of its projections in full size.
 TILE = 160
+FULL = 512
 WALL = 128
 EPOCH = 96
 # How many maps a layer shows on the first page, by the number of tiles of each: three full rows.
@@ -139,6 +141,10 @@ def _write_map(
     sheets = {}
     if any(tile is not None for group in tiles.values() for tile in group):
         sheets = write_sprite_sheets(root, f"{place}/maps/{shown.number}", tiles)
+    for method, pictures in shown.full.items():
+        full = to_tiles(pictures, f"{where}, {method} in full size", FULL)
+        name = f"{place}/maps/{shown.number}-{safe_name(method)}"
+        sheets[method]["full"] = write_sprite_sheet(root, name, full)
     if evolution:
         name = f"{place}/maps/{shown.number}-evolution"
         sheets["evolution"] = write_sprite_sheet(root, name, evolution)
@@ -197,6 +203,10 @@ def _check_counts(shown: GalleryMap, counts: dict[str, int], where: str) -> None
     for key, length, other, labels in (
         ("patches of its spectrum", counts["spectrum"], "examples of it", len(shown.spectrum)),
         ("pictures of its evolution", counts["evolution"], "epochs", len(shown.epochs)),
+        *(
+            (f"{method} in full size", len(pictures), "projections", counts.get(method, 0))
+            for method, pictures in shown.full.items()
+        ),
     ):
         if length != labels:
             raise ValueError(f"{where}: {length} {key} and {labels} {other}; expected as many")

@@ -1,7 +1,12 @@
-"""Thumbnails of the images that a gallery refers to, each written once for all layers."""
+"""The images that a gallery refers to, each written once for all layers.
+
+photographs/<n>.webp        sheets of thumbnails
+photographs/whole/<n>.webp  an image that is larger than its thumbnail, for enlarged examples
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,11 +17,14 @@ from deconvnet.visualization.gallery.sprites import (
     Picture,
     check_picture,
     to_tile,
+    write_picture,
     write_sprite_sheet,
 )
 
 # The longest side of a thumbnail in pixels, and for many images, so that a page stays small.
 SIDE, SMALL_SIDE, MANY = 160, 112, 300
+# The largest side of a whole image, and the most pixels of all whole images together (some 5 MB).
+WHOLE, PIXELS = 512, 40_000_000
 # A page that shows nine images should not need all sheets.
 SHEET = 24
 
@@ -42,7 +50,9 @@ class Photographs:
         return index
 
     def write(self, root: Path) -> dict:
-        """Write the thumbnails; returns names, sizes, the maps of each image, and the sheets."""
+        """Write all images; returns the sheets of thumbnails, and for each image its name, its
+        size, that of its thumbnail, its maps, and its own file."""
+        whole = min(WHOLE, math.isqrt(PIXELS // max(1, len(self._used))))
         side = SIDE if len(self._used) <= MANY else SMALL_SIDE
         entries, sheets, tiles = [], [], []
         for number, (_, maps) in self._used.items():
@@ -51,7 +61,11 @@ class Photographs:
             tiles.append(to_tile(picture, where, side))
             pixels = [int(n) for n in picture.shape[1:]]
             name = shown_name(self.names[number])
-            entries.append([name, pixels, list(tiles[-1].shape[:2]), maps])
+            file = None
+            if max(pixels) > side and whole > side:
+                at = f"photographs/whole/{len(entries) + 1}"
+                file = write_picture(root, at, picture, whole, photographs=True)
+            entries.append([name, pixels, list(tiles[-1].shape[:2]), maps, file])
             if len(tiles) == SHEET:
                 sheets.append(self._sheet(root, len(sheets), tiles))
                 tiles = []

@@ -55,6 +55,7 @@ def project_top_activations(
     k: int | None = None,
     counts: Sequence[int] | None = None,
     window: str | EffectiveField = "effective",
+    full_size: bool = True,
     progress: Progress | None = None,
 ) -> TopProjections:
     """Project the strongest activations of these maps (by default all), each separately.
@@ -63,7 +64,8 @@ def project_top_activations(
     table has; an activation whose patch looks like that of a stronger one is replaced by the next
     in the table. counts: the same for each map, if they differ; at most k. window: what tiles show:
     effective, the box that holds 95% of the mean energy of the projections of the layer; field,
-    the whole receptive field; or a box that was measured before.
+    the whole receptive field; or a box that was measured before. full_size: whether to keep
+    projections that are larger than tiles in their full size as well.
 
     Raises ValueError if an image does not give the activation that the table lists, because the
     data set is then shuffled or augmented.
@@ -94,7 +96,7 @@ def project_top_activations(
         total = done + len(units)
         for part in _project(task, units, result):
             _check_values(part, expected)
-            result = result or empty_table(layer, maps, k, part, task.effective)
+            result = result or empty_table(layer, maps, k, part, task.effective, full_size)
             fill_in(result, part)
             done += len(part.units)
             if progress:

@@ -61,14 +61,30 @@ def tiles_to_show(projections: TopProjections, row: int) -> dict[str, Tensor]:
     checkerboard that convolutions with an uneven overlap may leave, if this is a small part of a
     tile.
     """
-    signs = projections.signs[row][:, None, None, None]
-    shown = {}
-    for method, tiles in projections.tiles.items():
-        signed = torch.from_numpy(tiles[row] * signs).float()
-        size = [math.ceil(n * projections.scale) for n in averaged_period(projections, method)]
-        padding = (0, size[1] - 1, 0, size[0] - 1)
-        shown[method] = F.avg_pool2d(F.pad(signed, padding, mode="reflect"), size, stride=1)
-    return shown
+    return {
+        method: _to_show(projections, row, method, tiles[row], projections.scale)
+        for method, tiles in projections.tiles.items()
+    }
+
+
+def full_tiles_to_show(projections: TopProjections, row: int, method: str) -> Tensor | None:
+    """(n, C, h, w): the projections of a map in full size, as `tiles_to_show` has the tiles; None
+    if the tiles have their full size."""
+    tiles = projections.full_tiles(row, method)
+    if tiles is None:
+        return None
+    scale = projections.scale * tiles.shape[3] / projections.patches.shape[4]
+    return _to_show(projections, row, method, tiles, scale)
+
+
+def _to_show(
+    projections: TopProjections, row: int, method: str, tiles: np.ndarray, scale: float
+) -> Tensor:
+    signs = projections.signs[row, : len(tiles), None, None, None]
+    signed = torch.from_numpy(tiles * signs).float()
+    size = [math.ceil(n * scale) for n in averaged_period(projections, method)]
+    padding = (0, size[1] - 1, 0, size[0] - 1)
+    return F.avg_pool2d(F.pad(signed, padding, mode="reflect"), size, stride=1)
 
 
 def averaged_period(projections: TopProjections, method: str) -> tuple[int, int]:

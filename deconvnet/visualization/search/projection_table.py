@@ -7,6 +7,7 @@ photograph would otherwise fill a map.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,10 +18,13 @@ from torch import Tensor
 from deconvnet.visualization.projection.effective_field import EffectiveField
 from deconvnet.visualization.projection.projection import Projection
 from deconvnet.visualization.search.checkerboard import checkerboard
+from deconvnet.visualization.search.tile_codec import encode_full
 from deconvnet.visualization.search.top_projections import EMPTY, TopProjections
 
 # Larger tiles are reduced to this side, in pixels.
 LARGEST = 112
+# And those that are kept in full size, to this one.
+LARGEST_FULL = 384
 # The share of the non-zero values of a tile that may exceed the range of its bytes.
 CLIPPED = 1e-3
 # The mean difference of two patches that look the same, in 255ths.
@@ -53,12 +57,17 @@ class ProjectedUnits(NamedTuple):
 
 
 def empty_table(
-    layer: str, maps: list[int], k: int, part: ProjectedUnits, effective: EffectiveField | None
+    layer: str,
+    maps: list[int],
+    k: int,
+    part: ProjectedUnits,
+    effective: EffectiveField | None,
+    full_size: bool,
 ) -> TopProjections:
     """Arrays for k projections of each map; part: some of them, for their size."""
     planes, *tile = next(iter(part.tiles.values())).shape[1:]
+    size = _limited(tile, LARGEST)
     scale = min(1.0, LARGEST / max(tile))
-    size = tuple(max(1, round(side * scale)) for side in tile)
     shape = (len(maps), k)
     rows = np.full((*shape, 4), -1, dtype=np.int64)
     numbers = np.full(shape, np.nan, dtype=np.float32)
@@ -76,6 +85,10 @@ def empty_table(
         scale=scale,
         effective=effective,
         reports={method: projection.report for method, projection in part.projections.items()},
+        full={method: np.full(shape, b"", dtype=object) for method in part.tiles}
+        if full_size and scale < 1
+        else {},
+        full_shape=_limited(tile, LARGEST_FULL),
     )
 
 
@@ -87,6 +100,10 @@ def fill_in(result: TopProjections, part: ProjectedUnits) -> None:
     tiles = {
         method: _as_bytes(_reduced(tile.float().cpu(), size)) for method, tile in part.tiles.items()
     }
+    full = {
+        method: _as_bytes(_reduced(part.tiles[method].float().cpu(), result.full_shape))
+        for method in result.full
+    }
     uneven = [overlap for overlap in first.report.uneven if all(overlap.period)]
     # Among several patterns, the finest is the most visible.
     boards = checkerboard(first.tiles(), uneven[-1].period) if uneven else None
@@ -95,6 +112,8 @@ def fill_in(result: TopProjections, part: ProjectedUnits) -> None:
         at = ranked.row, ranked.rank
         for method in tiles:
             result.tiles[method][at] = tiles[method][index]
+        for method in full:
+            result.full[method][at] = encode_full(full[method][index])
         result.patches[at] = patches[index]
         result.units[at] = ranked.unit
         result.boxes[at] = first.boxes[index].numpy()
@@ -127,6 +146,8 @@ def drop_repetitions(result: TopProjections) -> None:
             _keep(getattr(result, name)[row], kept, value)
         for tiles in result.tiles.values():
             _keep(tiles[row], kept, 0)
+        for pictures in result.full.values():
+            _keep(pictures[row], kept, b"")
 
 
 def _distinct(patches: np.ndarray) -> list[int]:
@@ -141,10 +162,16 @@ def _distinct(patches: np.ndarray) -> list[int]:
     return kept
 
 
-def _keep(array: np.ndarray, kept: list[int], empty: float) -> None:
+def _keep(array: np.ndarray, kept: list[int], empty: float | bytes) -> None:
     """Move the kept entries of an array (k, ...) to its front."""
     array[: len(kept)] = array[kept]
     array[len(kept) :] = empty
+
+
+def _limited(size: Sequence[int], largest: int) -> tuple[int, int]:
+    """Rows and columns, reduced so that the larger is at most `largest`."""
+    scale = min(1.0, largest / max(size))
+    return tuple(max(1, round(side * scale)) for side in size)
 
 
 def _reduced(tiles: Tensor, size: tuple[int, ...]) -> Tensor:

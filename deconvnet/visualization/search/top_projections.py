@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,13 @@ from deconvnet.storage.array_files import load_arrays, save_arrays
 from deconvnet.visualization.projection.effective_field import EffectiveField
 from deconvnet.visualization.projection.projection import ProjectionReport, UnevenOverlap
 from deconvnet.visualization.search.projection_grids import layer_grid
-from deconvnet.visualization.search.tile_codec import decode_tiles, encode_tiles
+from deconvnet.visualization.search.tile_codec import (
+    decode_full,
+    decode_tiles,
+    encode_tiles,
+    pack,
+    unpack,
+)
 
 FORMAT = "deconvnet top projections"
 # Files of this format hold one method, and are recomputed.
@@ -40,7 +46,9 @@ class TopProjections:
     shape of a tile has a meaning. patches: (M, k, 3, h, w) uint8, the image in the same window,
     grey beyond its border. scale: the factor by which tiles were reduced, 1 if they are as large as
     the window. effective: the box around each unit that the windows show, None if they show the
-    receptive field. reports: of the projections, by method. checkerboard: (M, k), see
+    receptive field. reports: of the projections, by method. full: if tiles were reduced, by method
+    (M, k) pictures of the projections in the window in full size, as `full_tiles` decodes them;
+    full_shape: (h, w) of these, at most 384 pixels a side. checkerboard: (M, k), see
     `checkerboard.checkerboard`, for the first method; NaN if no convolution on the way down has an
     uneven overlap.
     """
@@ -58,6 +66,8 @@ class TopProjections:
     scale: float
     effective: EffectiveField | None
     reports: dict[str, ProjectionReport]
+    full: dict[str, np.ndarray] = field(default_factory=dict)
+    full_shape: tuple[int, int] = (0, 0)
 
     def __repr__(self) -> str:
         M, k = self.values.shape
@@ -83,11 +93,19 @@ class TopProjections:
         """The number of activations of the map in this row; 0 if it is dead."""
         return int(np.isfinite(self.values[row]).sum())
 
+    def full_tiles(self, row: int, method: str) -> np.ndarray | None:
+        """(n, C, h, w) int8: the projections of the map in this row in full size, in the units of
+        `tiles`; None if the tiles have it already, or if the map is dead."""
+        count = self.count(row)
+        if method not in self.full or not count:
+            return None
+        return decode_full(self.full[method][row, :count], self.tiles[method].shape[2])
+
     def without_activations(self) -> TopProjections:
         """The same maps, none of which is ever active."""
         empty = {name: np.full_like(getattr(self, name), EMPTY[name]) for name in EMPTY}
         tiles = {method: np.zeros_like(tiles) for method, tiles in self.tiles.items()}
-        return replace(self, **empty, tiles=tiles)
+        return replace(self, **empty, tiles=tiles, full={})
 
     def _repr_png_(self) -> bytes:
         """The grid of its first maps, which a notebook shows."""
@@ -106,6 +124,8 @@ class TopProjections:
             "scale": self.scale,
             "effective": self.effective and asdict(self.effective),
             "reports": {method: asdict(report) for method, report in self.reports.items()},
+            "full": list(self.full),
+            "full_shape": self.full_shape,
             "key": key or {},
         }
         arrays = {name: getattr(self, name) for name in ARRAYS if name != "patches"}
@@ -113,6 +133,9 @@ class TopProjections:
         for name, tiles in {**self.tiles, "patches": self.patches}.items():
             parts = encode_tiles(tiles, counts)
             arrays |= {f"{name}/{part}": array for part, array in parts.items()}
+        for method, pictures in self.full.items():
+            parts = pack(pictures)
+            arrays |= {f"full/{method}/{part}": array for part, array in parts.items()}
         arrays["header"] = np.array(json.dumps(header))
         save_arrays(path, arrays, compressed=True)
 
@@ -146,16 +169,7 @@ def load_top_projections(path: Path, key: dict[str, object] | None = None) -> To
         if key is not None and header["key"] != json.loads(json.dumps(key)):
             return None
         reports = {method: _report(values) for method, values in header["reports"].items()}
-        tiles = {
-            name: decode_tiles(
-                {
-                    part.removeprefix(f"{name}/"): array
-                    for part, array in arrays.items()
-                    if part.startswith(f"{name}/")
-                }
-            )
-            for name in (*reports, "patches")
-        }
+        tiles = {name: decode_tiles(_under(name, arrays)) for name in (*reports, "patches")}
         return TopProjections(
             **{name: arrays[name] for name in ARRAYS if name != "patches"},
             patches=tiles.pop("patches"),
@@ -165,12 +179,21 @@ def load_top_projections(path: Path, key: dict[str, object] | None = None) -> To
             effective=header["effective"]
             and EffectiveField(*(tuple(header["effective"][name]) for name in ("offset", "size"))),
             reports=reports,
+            # Older files have no projections in full size.
+            full={name: unpack(_under(f"full/{name}", arrays)) for name in header.get("full", ())},
+            full_shape=tuple(header.get("full_shape", (0, 0))),
         )
     except Exception as error:  # zipfile, zlib, json and numpy have errors of their own
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
             f"{path}: damaged or not a file of top projections ({reason}); remove it"
         ) from error
+
+
+def _under(name: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The arrays whose names begin with this one and a slash, without it."""
+    start = f"{name}/"
+    return {key.removeprefix(start): arrays[key] for key in arrays if key.startswith(start)}
 
 
 def _report(values: dict) -> ProjectionReport:

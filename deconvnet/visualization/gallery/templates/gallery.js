@@ -67,14 +67,57 @@ const gallery = (() => {
 
   // The photograph of an example with the window of its tiles framed; null if there is none.
   function photograph(example) {
+    const shown = thumbnail(example);
+    return shown && element("span", { class: "framed" }, shown, frame(example.window || example.box, pixelsOf(example)));
+  }
+
+  function thumbnail(example) {
     const all = data.photographs;
     const found = all && all.images[example.photograph];
     if (!found) return null;
-    const [name, pixels, [height, width]] = found;
+    const [name, , [height, width]] = found;
     const sheet = all.sheets[Math.floor(example.photograph / all.per_sheet)];
     const shown = element("span", { class: "tile", role: "img", "aria-label": `${name}${example.window ? `, framed at ${place(example)}` : ""}` });
     showCell(shown, sheet, example.photograph % all.per_sheet, height, width);
-    return element("span", { class: "framed" }, shown, frame(example.window || example.box, pixels));
+    return shown;
+  }
+
+  // The rows and columns of the photograph of an example.
+  function pixelsOf(example) {
+    return data.photographs.images[example.photograph][1];
+  }
+
+  // The photograph of an example in its own size; its thumbnail below it until it is loaded.
+  function wholePhotograph(example) {
+    const shown = thumbnail(example);
+    const file = shown && data.photographs.images[example.photograph][4];
+    if (file) overlay(shown, { ...file, columns: 1, rows: 1 }, 0);
+    return shown;
+  }
+
+  // One tile in full size; the reduced one below it until it is loaded.
+  function fullTile(sheet, index, label) {
+    const made = tile(sheet, index, label);
+    if (sheet.full && index < sheet.full.count) overlay(made, sheet.full, sheet.full.first + index);
+    return made;
+  }
+
+  function overlay(made, sheet, cell) {
+    const over = element("span", { class: "tile whole-size" });
+    showCell(over, sheet, cell, sheet.height, sheet.width);
+    over.style.aspectRatio = "auto";
+    made.append(over);
+  }
+
+  // An element in a frame of [rows, columns], at a box (top, left, bottom, right) in it; what
+  // reaches beyond the frame is cut off.
+  function placed(inner, box, [rows, columns], ...below) {
+    const shares = { top: box[0] / rows, left: box[1] / columns, height: (box[2] - box[0]) / rows, width: (box[3] - box[1]) / columns };
+    for (const [name, share] of Object.entries(shares)) inner.style[name] = `${100 * share}%`;
+    inner.classList.add("placed");
+    const made = element("span", { class: "frame" }, ...below, inner);
+    made.style.aspectRatio = `${columns} / ${rows}`;
+    return made;
   }
 
   function frame(box, [rows, columns]) {
@@ -195,5 +238,5 @@ const gallery = (() => {
     return waiting.get(file);
   }
 
-  return { data, layers, METHODS, KINDS, element, svg, tile, photograph, frame, facts, number, place, sentence, mapName, address, link, mapTile, controlStrip, add, load, loaded, views: {} };
+  return { data, layers, METHODS, KINDS, element, svg, tile, photograph, wholePhotograph, pixelsOf, fullTile, placed, frame, facts, number, place, sentence, mapName, address, link, mapTile, controlStrip, add, load, loaded, views: {} };
 })();

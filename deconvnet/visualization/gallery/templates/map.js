@@ -2,7 +2,7 @@
 "use strict";
 
 {
-  const { data, layers, KINDS, element, svg, tile, photograph, number, place, sentence, mapName, link, mapTile, controlStrip, load } = gallery;
+  const { data, layers, KINDS, element, svg, tile, photograph, wholePhotograph, pixelsOf, fullTile, placed, frame, number, place, sentence, mapName, link, mapTile, controlStrip, load } = gallery;
   const zoom = document.getElementById("zoom");
 
   gallery.views.map = async (layer, at) => {
@@ -81,25 +81,44 @@
         element("dl", {}, kinds.map((kind) => [element("dt", {}, (KINDS[kind] || [kind])[0]), element("dd", {}, (KINDS[kind] || ["", "", ""])[2])]))));
   }
 
+  // The examples of a map one at a time, in full size: projections and patch next to the photograph,
+  // or in their place on it.
   function enlarge(layer, map, kinds, start) {
     const panels = zoom.querySelector(".panels");
+    const over = document.getElementById("over");
     const count = Math.max(...kinds.map((kind) => map.sheets[kind].count));
     let rank = start;
     function show() {
       const example = map.examples[rank];
       document.getElementById("zoomed").textContent = `${rank + 1} of ${count}${example ? `: ${sentence(example)}` : ""}`;
-      const photo = example && photograph(example);
+      const photo = example && wholePhotograph(example);
+      const covered = photo && example.window && covers(example.window, pixelsOf(example));
+      over.hidden = !(photo && example.window) || covered;
+      const onPhoto = !over.hidden && over.getAttribute("aria-pressed") === "true";
+      const panel = (name, ...content) => element("figure", { class: "panel" }, content, element("figcaption", {}, name));
+      const shown = kinds.filter((kind) => rank < map.sheets[kind].count && !((onPhoto || covered) && kind === "patches"));
       panels.replaceChildren(
-        ...kinds.filter((kind) => rank < map.sheets[kind].count).map((kind) => element("figure", { class: "panel" },
-          tile(map.sheets[kind], rank, (KINDS[kind] || [kind, kind])[1]), element("figcaption", {}, (KINDS[kind] || [kind])[0]))),
-        ...(photo ? [element("figure", { class: "panel" }, photo, element("figcaption", {}, example.image,
-          element("a", { href: link({ photo: example.photograph }), onclick: () => zoom.close() }, " more of this image")))] : []));
+        ...shown.map((kind) => panel(kind === "patches" ? "Image patch" : (KINDS[kind] || [kind])[0], picture(map.sheets[kind], kind, rank, example, onPhoto))),
+        ...(photo ? [panel([example.image, element("a", { href: link({ photo: example.photograph }), onclick: () => zoom.close() }, " more of this image")],
+          element("span", { class: "framed" }, photo, frame(example.window || example.box, pixelsOf(example))))] : []));
       panels.style.setProperty("--panels", panels.children.length);
+      // A portrait is narrower, so that all of it can be seen.
+      for (const each of panels.querySelectorAll(".panel > span")) {
+        const [width, height] = (each.firstElementChild && each.classList.contains("framed") ? each.firstElementChild : each).style.aspectRatio.split(" / ").map(Number);
+        each.style.maxWidth = `calc(${width / height} * 76vh)`;
+      }
     }
+    over.onclick = () => {
+      over.setAttribute("aria-pressed", String(over.getAttribute("aria-pressed") !== "true"));
+      show();
+    };
     const go = (step) => {
       if (rank + step >= 0 && rank + step < count) { rank += step; show(); }
     };
-    zoom.onkeydown = (event) => go({ ArrowLeft: -1, ArrowRight: 1 }[event.key] || 0);
+    zoom.onkeydown = (event) => {
+      if (event.key === "p" && !over.hidden) over.click();
+      go({ ArrowLeft: -1, ArrowRight: 1 }[event.key] || 0);
+    };
     zoom.onclick = (event) => {
       if (event.target === zoom) zoom.close();
       const step = event.target.dataset && Number(event.target.dataset.step);
@@ -107,6 +126,23 @@
     };
     show();
     zoom.showModal();
+  }
+
+  // Whether a tile shows the whole photograph.
+  function covers([top, left, bottom, right], [rows, columns]) {
+    return top <= 0 && left <= 0 && bottom >= rows && right >= columns;
+  }
+
+  function picture(sheet, kind, rank, example, onPhoto) {
+    const label = (KINDS[kind] || [kind, kind])[1];
+    const photo = example && example.window && wholePhotograph(example);
+    if (onPhoto) return placed(fullTile(sheet, rank, label), example.window, pixelsOf(example), photo);
+    if (kind !== "patches" || !photo) return fullTile(sheet, rank, label);
+    // The patch is cut out of the photograph, which has more pixels than its tile.
+    const [top, left, bottom, right] = example.window;
+    const [rows, columns] = pixelsOf(example);
+    photo.setAttribute("aria-label", label);
+    return placed(photo, [-top, -left, rows - top, columns - left], [bottom - top, right - left]);
   }
 
   // ---- activity -------------------------------------------------------------------------------

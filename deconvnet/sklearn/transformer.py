@@ -7,7 +7,8 @@ reconstructs images from them. Images are centred by the mean of each channel ov
 `fit` and divided by one number, so X may have any units, lam does not depend on them, and
 reconstructions have the units of X.
 
-Rows that are not images are signals: images of one row, coded by filters of one row.
+Rows that are not images are signals: images of one row, coded by filters of one row. For trials of
+several channels there is `SignalDictionary`.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from numbers import Integral, Real
+from numbers import Real
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.utils import Tags, check_array, check_random_state
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from deconvnet.applications.classification.grid_features import Grid, grid_features, num_cells
@@ -32,17 +33,19 @@ from deconvnet.monitoring.statistics import EpochStats
 from deconvnet.network.codes import Codes
 from deconvnet.network.layer import LayerSettings
 from deconvnet.network.network import DeconvNet
+from deconvnet.sklearn.arrays import (
+    as_array,
+    batch_size_of,
+    center_and_scale,
+    chunk_of,
+    is_positive_int,
+    validated_rows,
+)
 from deconvnet.sparse_coding.solve import default_solver
 from deconvnet.support.devices import torch_device
 from deconvnet.support.torch_modes import plain
-from deconvnet.support.validation import FilterSize, as_filter_size, as_tensor
+from deconvnet.support.validation import FilterSize, as_filter_size
 from deconvnet.training.in_memory import learn_layers
-
-FLOATS = (np.float64, np.float32)
-# Limits on the images inferred at a time: their number, and their number of coefficients (64 MiB).
-MAX_CHUNK, MAX_CHUNK_COEFFICIENTS = 64, 2**24
-# Images per filter update: a tenth of all, within these bounds.
-MIN_BATCH, MAX_BATCH = 8, 64
 
 
 class DeconvNetTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
@@ -50,7 +53,8 @@ class DeconvNetTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
 
     X: images (N, H, W) or (N, C, H, W), or rows (N, C*H*W) together with `image_shape`: an array, a
     list or a tensor of real numbers in any units, with `preprocessing` in [0, 1]. Rows without
-    `image_shape` are signals. Results are numpy arrays.
+    `image_shape` are signals of one channel; for (trials, channels, times) use `SignalDictionary`.
+    Results are numpy arrays.
 
     Parameters
     ----------
@@ -155,7 +159,7 @@ class DeconvNetTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
         net = DeconvNet(layers, self._preprocessing(), seed=seed).to(device)
         self._fit_center(net, images)
         coefficients = max(layer.num_maps for layer in layers) * math.prod(images.shape[2:])
-        self._chunk = min(MAX_CHUNK, max(1, MAX_CHUNK_COEFFICIENTS // coefficients))
+        self._chunk = chunk_of(coefficients)
         y = self._network_input(net, images)
         self.history_ = learn_layers(net, y, seed=seed, chunk=self._chunk)
         self.filters_ = net.layer(1).filters.cpu().numpy()
@@ -201,7 +205,7 @@ class DeconvNetTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
                     f"pool={list(layer.settings.pool)} of layer {number}: its switches are not "
                     "part of the features; use layers with pool=None, or net_.reconstruct"
                 )
-        Z = check_array(_array(Z), dtype=np.float32)
+        Z = check_array(as_array(Z), dtype=np.float32)
         if Z.shape[1] != self._n_features_out:
             raise ValueError(
                 f"Z has {Z.shape[1]} features, but maps of the shape {self.map_shape_} have "
@@ -227,11 +231,7 @@ class DeconvNetTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
 
     def _images(self, X: ArrayLike, *, reset: bool) -> np.ndarray:
         """X as (N, C, H, W), checked; with reset, later calls must have the same shape."""
-        shape, X = None, _array(X)
-        if (X.ndim if hasattr(X, "ndim") else np.asarray(X).ndim) in (3, 4):
-            X = check_array(X, dtype=FLOATS, allow_nd=True)
-            shape, X = X.shape[1:], X.reshape(len(X), -1)
-        rows = validate_data(self, X, dtype=FLOATS, reset=reset)
+        rows, shape = validated_rows(self, X, ndims=(3, 4), reset=reset)
         if reset:
             self.image_shape_ = self._image_shape(shape, rows.shape[1])
             self._fit_shape = shape or rows.shape[1:]
@@ -246,7 +246,7 @@ class DeconvNetTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
             image_shape = (1, 1, numbers) if shape is None else _with_channels(shape)
         else:
             sides = given if isinstance(given, Sequence) else ()
-            if len(sides) not in (2, 3) or not all(map(_is_positive_int, sides)):
+            if len(sides) not in (2, 3) or not all(map(is_positive_int, sides)):
                 raise ValueError(f"image_shape={given}: must be (H, W) or (C, H, W)")
             image_shape = _with_channels(given)
             if shape is not None and _with_channels(shape) != image_shape:
@@ -277,12 +277,12 @@ class DeconvNetTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
             return copy.deepcopy(layers)
         for key in ("num_maps", "epochs", "batch_size"):
             value = getattr(self, key)
-            if not _is_positive_int(value) and (key != "batch_size" or value is not None):
+            if not is_positive_int(value) and (key != "batch_size" or value is not None):
                 raise ValueError(f"{key}={value!r}: must be a whole number from 1")
         if not isinstance(self.lam, Real):
             raise ValueError(f"lam={self.lam!r}: must be a positive number")
-        batch_size = self.batch_size or min(max(images // 10, MIN_BATCH), MAX_BATCH)
-        learning = LearningSettings(epochs=int(self.epochs), batch_size=int(batch_size))
+        batch_size = batch_size_of(self.batch_size, images)
+        learning = LearningSettings(epochs=int(self.epochs), batch_size=batch_size)
         solver = default_solver(torch.empty(0, device=device))
         maps, lam = int(self.num_maps), float(self.lam)
         return [LayerSettings(maps, self._fitting_size(), lam, solver=solver, learning=learning)]
@@ -311,12 +311,7 @@ class DeconvNetTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
         """Choose mean_ and scale_, or fit the preprocessing."""
         if self.preprocessing is None:
             # One mean for all pixels: a mean image would leave its negative in every image.
-            self.mean_ = images.mean((0, 2, 3), dtype=np.float64)[:, None, None]
-            # In float64, one image at a time: X may be large, and its squares overflow float32.
-            squares = sum(float(np.square(image - self.mean_).mean()) for image in images)
-            scale = math.sqrt(squares / len(images))
-            # If all numbers are equal, only rounding errors are left.
-            self.scale_ = scale if scale > 1e-12 * np.abs(self.mean_).max() else 1.0
+            self.mean_, self.scale_ = center_and_scale(images)
         else:
             net.preprocessing.fit(torch.from_numpy(images.astype(np.float32)).to(net.device))
             self.mean_, self.scale_ = 0.0, float(net.preprocessing.scale)
@@ -346,15 +341,3 @@ class DeconvNetTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
 
 def _with_channels(shape: tuple[int, ...]) -> tuple[int, int, int]:
     return (1, *map(int, shape)) if len(shape) == 2 else tuple(map(int, shape))
-
-
-def _array(X: ArrayLike) -> ArrayLike:
-    """A tensor of any dtype and device as an array; anything else unchanged."""
-    if not isinstance(X, Tensor):
-        return X
-    X = as_tensor(X, "X").cpu()
-    return (X.float() if X.dtype == torch.bfloat16 else X).numpy()
-
-
-def _is_positive_int(value: object) -> bool:
-    return isinstance(value, Integral) and value >= 1
