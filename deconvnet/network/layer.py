@@ -321,9 +321,7 @@ class Layer(nn.Module):
     def operator(self) -> Deconvolution:
         """F: maps z (N, K, ...) -> the layer's input (N, C, H, W), with the current filters."""
         settings = self.settings
-        return Deconvolution(
-            self.filters, settings.boundary, sparse=settings.window is not None
-        )
+        return Deconvolution(self.filters, settings.boundary, sparse=settings.window is not None)
 
     def infer(
         self,

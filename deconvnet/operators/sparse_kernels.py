@@ -102,7 +102,10 @@ def by_place(indices, rows, columns):
 
 @_compiled
 def paint(frame, F, size, values, starts, k, j, order):
-    """Add values (V,), in their order before sorting, times filters of `size` (h, w) to the frame."""
+    """Add values (V,), in their order before sorting, times their filters to the frame.
+
+    size: (h, w).
+    """
     (C, _, Q), n, (h, w) = frame.shape, F.shape[1], size
     B = n // w
     line = np.empty(Q * B, frame.dtype)
