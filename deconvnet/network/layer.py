@@ -70,9 +70,9 @@ class LayerSettings:
     # lam whose code predicts hidden pixels of some training images about as well as possible. null:
     # computed from lam_ratio or, without it, 2
     lam: Any = None
-    # instead of lam (set lam=null), for p = 1: lambda = 1/lam as a fraction, in (0, 1], of the
-    # smallest lambda for which all maps of some training images are zero; computed before the layer
-    # learns
+    # instead of lam (in a file also set lam: null), for p = 1: lambda = 1/lam as a fraction, in (0,
+    # 1], of the smallest lambda for which all maps of some training images are zero; computed
+    # before the layer learns
     lam_ratio: float | None = None
     # with lam_ratio or lam=auto: the smallest such lambda is computed for each of these images, and
     # this quantile of them is used, in (0, 1]; below 1, a few images with extreme values do not
