@@ -32,7 +32,8 @@ def test_between_two_lams_the_share_is_interpolated_and_beyond_the_last_there_is
 def test_every_layer_has_a_row_with_all_columns(tmp_path, monkeypatch):
     net = DeconvNet([LayerSettings(3, 3, pool=(1, 2, 2)), LayerSettings(2, 3)])
     images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-    monkeypatch.setattr("sys.argv", "depth.py run --images new --non-zeros 5 --sigma 20".split())
+    arguments = ["depth.py", "run", "--images=new", "--non-zeros=5", "--sigma=20"]
+    monkeypatch.setattr("sys.argv", arguments)
     rows = depth.table_of(net, images, None, depth.arguments())
     assert [row["layer"] for row in rows] == [1, 2] and [row["maps"] for row in rows] == [3, 2]
     assert set(rows[0]) == {"layer", "maps", "SNR", "non-zero", "5 per 1,000", "sigma 20"}
