@@ -203,6 +203,8 @@ def test_surroundings_are_larger_than_a_small_patch_and_lie_in_the_image(texture
     found = surroundings(images, windows)
     assert_allclose(found[0], images[0, :, 6:38, 6:38].mean(0), atol=1e-6)
     assert_allclose(found[1], images[1, :, :32, 18:].mean(0), atol=1e-6)
+    # Signals with the same feature would all correlate.
+    assert not surroundings(images[:, :, :1], windows).any()
 
 
 def test_images_of_several_sizes_are_padded_not_squashed(textures):

@@ -24,7 +24,10 @@ EQUAL = 2.0
 
 def surroundings(images: Tensor, windows: Tensor) -> np.ndarray:
     """(U, SIDE, SIDE): the image (U, 3, H, W) in and around the windows (U, 4), which have one
-    size."""
+    size; uniform for signals, that is, images of one row, which correlate with whatever has the
+    same feature."""
+    if min(images.shape[2:]) == 1:
+        return np.zeros((len(images), SIDE, SIDE), np.float32)
     boxes = windows.clone()
     for axis, size in enumerate(images.shape[2:]):
         first, last = windows[:, axis], windows[:, axis + 2]
