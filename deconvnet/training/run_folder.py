@@ -71,7 +71,8 @@ def locked_run_folder(folder: str | Path) -> Iterator[None]:
     other or an image cannot be read, a folder that was made for it is removed again.
     """
     folder = Path(folder)
-    is_new = not os.path.lexists(folder)
+    # Hydra makes the folder before a command begins.
+    is_new = not os.path.lexists(folder) or not any(folder.iterdir())
     with ownership.locked_folder(folder):
         try:
             yield

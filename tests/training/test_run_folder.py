@@ -462,7 +462,7 @@ def test_the_users_folders_named_like_earlier_runs_are_skipped(images, tmp_path)
 def test_a_run_that_is_refused_at_once_leaves_no_folder_of_its_own(tmp_path, kept):
     folder = tmp_path / "run"
     if kept == "folder":
-        folder.mkdir()
+        (folder / "pictures").mkdir(parents=True)
     with pytest.raises(ValueError, match="filters"), locked_run_folder(folder):
         RunFolder(folder).claim()
         ownership.append(folder / "train.log", "begun")
