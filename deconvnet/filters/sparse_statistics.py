@@ -9,7 +9,7 @@ float64.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -44,6 +44,10 @@ class SparseMaps:
         image, k, i, j = (index.numpy() for index in z.nonzero(as_tuple=True))
         k, i, j = (index.astype(np.int32) for index in (k, i, j))
         return cls(image, k, i, j, z.numpy()[image, k, i, j].astype(np.float64), tuple(z.shape))
+
+    def times(self, factors: Tensor) -> SparseMaps:
+        """The maps of every image multiplied by its factor (N, 1, 1, 1)."""
+        return replace(self, z=self.z * factors.flatten().numpy()[self.image])
 
     def filter_gradient(self, y: Tensor, size: tuple[int, int], boundary: Boundary) -> Tensor:
         """Z'y (K, C, h, w) in float64, for images y (N, C, H, W); as `convolution.filter_gradient`.
