@@ -80,7 +80,7 @@ def deconvolve(
         z = F.pad(z, (w - 1, 0, h - 1, 0), mode="circular")
     if f.shape[1] <= FEW_CHANNELS:
         return _paint_by_rows(z, f)
-    return _conv2d(z, f.flip(2, 3).transpose(0, 1))
+    return conv2d(z, f.flip(2, 3).transpose(0, 1))
 
 
 def correlate(
@@ -134,7 +134,7 @@ def correlate_strips(
     if boundary == "valid" and step == rows:
         # The same sums, but the convolution skips the border, up to two thirds of the products.
         for n in range(0, N, images):
-            part = _conv2d(y[n : n + images], f, padding=(h - 1, w - 1))
+            part = conv2d(y[n : n + images], f, padding=(h - 1, w - 1))
             yield slice(n, n + images), slice(0, rows), part
         return
     if boundary == "circular":
@@ -146,7 +146,7 @@ def correlate_strips(
     for n in range(0, N, images):
         for i in range(0, rows, step):
             part = y[n : n + images, :, i : min(i + step, rows) + h - 1]
-            yield slice(n, n + images), slice(i, min(i + step, rows)), _conv2d(part, f)
+            yield slice(n, n + images), slice(i, min(i + step, rows)), conv2d(part, f)
 
 
 def filter_gradient(
@@ -291,7 +291,7 @@ def _paint_by_rows(z: Tensor, f: Tensor) -> Tensor:
     the C channels and h additions take about a third of the time for one channel, half for five.
     """
     K, C, h, w = f.shape
-    rows = _conv2d(z, f.flip(2, 3).permute(2, 1, 0, 3).reshape(h * C, K, 1, w))
+    rows = conv2d(z, f.flip(2, 3).permute(2, 1, 0, 3).reshape(h * C, K, 1, w))
     height = z.shape[2] - h + 1
     painted = rows[:, :C, :height].clone()
     for m in range(1, h):
@@ -299,7 +299,7 @@ def _paint_by_rows(z: Tensor, f: Tensor) -> Tensor:
     return painted
 
 
-def _conv2d(z: Tensor, f: Tensor, padding: tuple[int, int] = (0, 0)) -> Tensor:
+def conv2d(z: Tensor, f: Tensor, padding: tuple[int, int] = (0, 0)) -> Tensor:
     """conv2d that rounds a single image as in a batch: a small one is padded to a batch of two."""
     alone = len(z) == 1 and z.numel() <= NATIVE_CONVOLUTION and z.device.type == "cpu"
     z = torch.cat([z, z]) if alone else z
