@@ -1,83 +1,45 @@
 """Learn filters for denoising, by gradients through the sparse code, beside unsupervised ones.
 
-python benchmarks/denoising_filters.py --train CBSD432 --test BSD68 --minutes 60
-python benchmarks/denoising_filters.py --train CBSD432 --test BSD68 --minutes 5 --test-images 10
+python benchmarks/denoising_filters.py --train CBSD432 --test BSD68 --minutes 120
+python benchmarks/denoising_filters.py --train CBSD432 --test BSD68 --minutes 3 --test-images 10
 
 Both folders hold photographs, which are read as grey; those of the repository drorsimon/CSCNet are
-datasets/CBSD432 and datasets/BSD68. The denoiser codes all overlapping patches of an image, which
-are the channels of an image of patches (N, P P, H-P+1, W-P+1) and the filters columns of a
-dictionary (K, P P, 1, 1):
+datasets/CBSD432 and datasets/BSD68. `patch_denoisers` explains the denoiser. It starts with filters
+of `learn_filters`; then Adam minimises the squared error of denoised crops (Mairal, Bach and Ponce
+2012, "Task-driven dictionary learning"). It is compared with unsupervised filters, used with the
+best of CHOICES as a hard threshold.
 
-    z = SparseCode(filters, lam)(patches - their means)       the threshold of every map is learned
-    patches = decoder z + their means                         at first the filters themselves
-    image = weighted mean of the patches at each pixel        one weight for each place in a patch,
-                                                              times exp(-decay sum |z|)
-
-It is compared with the same denoiser with filters of `learn_filters` from the clean patches, as it
-is before the first step. Training minimises the squared error of denoised crops with Adam (Mairal,
-Bach and Ponce 2012, "Task-driven dictionary learning"). Run the same command again to resume, or
-to train for longer; Ctrl-C costs at most the steps since the last minute.
+--minutes counts the time of the processor, all threads together. Run the same command again to
+resume, or to train for longer; Ctrl-C costs at most the steps of half a minute.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+from patch_denoisers import ROW, Denoiser, hard_denoised, patches_of
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
-from deconvnet import LearningSettings, SolverSettings, learn_filters
+from deconvnet import LearningSettings, learn_filters
 from deconvnet.monitoring.strict_json import to_json
 from deconvnet.network.metrics import psnr
-from deconvnet.nn import SparseCode
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
-TRAINING = SolverSettings("coordinate", iterations=40, tolerance=1e-3)
-# Patches of a row.
-ROW = 256
-# The threshold of noise in units of its standard deviation, measured on crops (CHOICES).
-CHOICES = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5)
-
-
-class Denoiser(torch.nn.Module):
-    """Noisy grey images (N, 1, H, W) -> denoised ones, by sparse codes of their patches."""
-
-    def __init__(self, filters: Tensor, lam: float, patch: int):
-        super().__init__()
-        self.patch = patch
-        self.code = SparseCode(
-            filters, lam, boundary="circular", threshold_per_map=True, settings=TRAINING
-        )
-        self.decoder = torch.nn.Parameter(self.code.filters.detach().clone())
-        self.place = torch.nn.Parameter(torch.zeros(patch**2))
-        self.decay = torch.nn.Parameter(torch.zeros(()))
-
-    def forward(self, y: Tensor) -> Tensor:
-        patches = patches_of(y, self.patch)
-        mean = patches.mean(1, keepdim=True)
-        z = self.coded(patches - mean)
-        decoded = F.conv2d(z, self.decoder[:, :, 0, 0].T[..., None, None]) + mean
-        weight = self.place.exp().view(1, -1, 1, 1) * (-self.decay * z.abs().sum(1, True)).exp()
-        return folded(weight * decoded, y.shape) / folded(weight.expand_as(decoded), y.shape)
-
-    def coded(self, patches: Tensor) -> Tensor:
-        """The maps (N, K, ...) of patches (N, P P, ...): each is coded alone, so they are arranged
-        in short rows, whose channels fit into a cache together.
-        """
-        shape = patches.shape
-        flat = F.pad(patches.flatten(2), (0, -(shape[2] * shape[3]) % ROW))
-        rows = flat.unflatten(2, (-1, ROW)).transpose(1, 2)
-        z = self.code(rows.flatten(0, 1)[:, :, None].contiguous())[:, :, 0]
-        z = z.unflatten(0, rows.shape[:2]).transpose(1, 2).flatten(2)
-        return z[..., : shape[2] * shape[3]].unflatten(2, shape[2:])
+# Hard thresholds in units of the standard deviation of the noise, to choose from on crops.
+CHOICES = (2.5, 2.75, 3.0, 3.25, 3.5)
+# The norm of a gradient, in units of its running mean, beyond which it is scaled down: supports of
+# almost dependent filters give rare large ones.
+CLIP = 2.0
 
 
 def main() -> None:
@@ -90,15 +52,26 @@ def main() -> None:
     ]
     folder = options.output
     folder.mkdir(parents=True, exist_ok=True)
-    model = initial(images, options)
+    filters = unsupervised_filters(images, options.maps, options)
+    model = Denoiser(filters, options.sigma / 255)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
-    results = {"unsupervised": evaluated(model, tests, options, folder / "unsupervised.json")}
     steps, seconds = trained(model, images, options)
-    results["learned for denoising"] = evaluated(model, tests, options, None)
-    results |= {"steps": steps, "minutes of training": seconds / 60, "sigma": options.sigma}
+    scores = {}
+    scores["learned for denoising"] = evaluated(
+        lambda y: model(y, options.test_stride),
+        *(tests, options, folder / f"learned-{steps}.json"),
+    )
+    filters = unsupervised_filters(images, options.unsupervised_maps, options)
+    threshold = chosen_threshold(images, filters, options)
+    scores["unsupervised"] = evaluated(
+        lambda y: hard_denoised(y, filters, threshold, options.test_stride),
+        *(tests, options, folder / "unsupervised.json"),
+    )
+    given = {key: str(value) for key, value in vars(options).items()}
+    results = given | dict(steps=steps, minutes=seconds / 60, threshold=threshold) | scores
     (folder / "results.json").write_text(to_json(results, indent=1))
-    for name in ("unsupervised", "learned for denoising"):
-        print(f"{name}: {sum(results[name]) / len(results[name]):.3f} dB, {len(tests)} images")
+    for name, values in scores.items():
+        print(f"{name}: {sum(values) / len(values):.3f} dB, {len(tests)} images")
 
 
 def arguments() -> argparse.Namespace:
@@ -112,19 +85,37 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--test-crop", type=int, default=0, help="side of their central crops (0: whole images)"
     )
+    parser.add_argument("--test-stride", type=int, default=1, help="of their patches (default 1)")
     parser.add_argument("--sigma", type=float, default=25.0, help="noise in grey levels (25)")
     parser.add_argument("--patch", type=int, default=8, help="side of the patches (default 8)")
-    parser.add_argument("--maps", type=int, default=256, help="number of filters (default 256)")
-    parser.add_argument("--crop", type=int, default=32, help="side of training crops (32)")
-    parser.add_argument("--batch", type=int, default=4, help="crops in a step (default 4)")
-    parser.add_argument("--rate", type=float, default=2e-3, help="first learning rate (2e-3)")
-    parser.add_argument("--minutes", type=float, default=60.0, help="of training in total (60)")
+    parser.add_argument("--maps", type=int, default=128, help="number of filters (default 128)")
+    parser.add_argument(
+        "--unsupervised-maps", type=int, default=512,
+        help="number of unsupervised filters to compare with (default 512)",
+    )  # fmt: skip
+    parser.add_argument("--stride", type=int, default=3, help="of patches in training (default 3)")
+    parser.add_argument(
+        "--crop", type=int, default=32,
+        help="side of training crops: a patch and a multiple of the stride (default 32)",
+    )  # fmt: skip
+    parser.add_argument("--batch", type=int, default=16, help="crops in a step (default 16)")
+    parser.add_argument("--rate", type=float, default=4e-3, help="first learning rate (4e-3)")
+    parser.add_argument(
+        "--minutes", type=float, default=120.0,
+        help="of training, time of the processor (default 120)",
+    )  # fmt: skip
     parser.add_argument("--threads", type=int, default=2, help="threads of the CPU (default 2)")
     parser.add_argument(
         "--output", type=Path, default=Path("runs/benchmark/denoising_filters"),
         help="folder for checkpoint and results (default runs/benchmark/denoising_filters)",
     )  # fmt: skip
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.crop < options.patch or (options.crop - options.patch) % options.stride:
+        parser.error(
+            f"--crop {options.crop}: must be --patch {options.patch} plus a multiple of --stride "
+            f"{options.stride}, so that patches cover the crops"
+        )
+    return options
 
 
 def photographs(folder: Path, most: int) -> list[Tensor]:
@@ -143,18 +134,6 @@ def centre(image: Tensor, side: int) -> Tensor:
     return image[:, :, top : top + side, left : left + side]
 
 
-def patches_of(y: Tensor, side: int) -> Tensor:
-    """(N, side side, H-side+1, W-side+1): all patches of grey images."""
-    N, _, H, W = y.shape
-    return F.unfold(y, side).view(N, side**2, H - side + 1, W - side + 1)
-
-
-def folded(patches: Tensor, shape: torch.Size) -> Tensor:
-    """The sum of patches at their places in images of this shape; the adjoint of `patches_of`."""
-    side = shape[2] - patches.shape[2] + 1
-    return F.fold(patches.flatten(2), tuple(shape[2:]), side)
-
-
 def crops(images: list[Tensor], number: int, side: int, generator: torch.Generator) -> Tensor:
     """Random crops (number, 1, side, side), mirrored and transposed at random."""
     found = []
@@ -170,73 +149,76 @@ def crops(images: list[Tensor], number: int, side: int, generator: torch.Generat
     return torch.cat(found)
 
 
-def initial(images: list[Tensor], options: argparse.Namespace) -> Denoiser:
-    """The denoiser with unsupervised filters and the best of CHOICES as the only threshold."""
-    generator = torch.Generator().manual_seed(1)
-    clean = crops(images, 8, options.crop, generator)
-    noisy = clean + options.sigma / 255 * torch.randn(clean.shape, generator=generator)
-    path = options.output / "unsupervised.pt"
+def unsupervised_filters(images: list[Tensor], maps: int, options: argparse.Namespace) -> Tensor:
+    """Unit filters (maps, patch patch, 1, 1), learned from clean patches without their means."""
+    path = options.output / f"unsupervised-{maps}.pt"
     if path.is_file():
-        saved = torch.load(path, weights_only=True)
-        return Denoiser(saved["filters"], saved["lam"], options.patch)
-    patches = patches_of(crops(images, 64, options.crop, generator), options.patch)[:, :, ::2, ::2]
-    patches = patches - patches.mean(1, keepdim=True)
-    learned = learn_filters(
-        patches.contiguous(), options.maps, filter_size=1, lam=25.0, boundary="circular",
+        return torch.load(path, weights_only=True)
+    generator = torch.Generator().manual_seed(1)
+    clean = crops(images, max(300, maps), 4 * options.patch, generator)
+    patches = patches_of(clean, options.patch, options.patch // 2 or 1)
+    patches = (patches - patches.mean(1, keepdim=True)).transpose(0, 1).flatten(1)
+    order = torch.randperm(patches.shape[1], generator=generator)
+    order = order[: len(order) // ROW * ROW]
+    rows = patches[:, order].view(len(patches), -1, 1, ROW).transpose(0, 1).contiguous()
+    filters = learn_filters(
+        rows, maps, filter_size=1, lam=25.0, boundary="circular",
         learning=LearningSettings(epochs=4, batch_size=16), progress=True,
-    )  # fmt: skip
-    best = -math.inf
+    ).filters  # fmt: skip
+    torch.save(filters, path)
+    return filters
+
+
+def chosen_threshold(images: list[Tensor], filters: Tensor, options: argparse.Namespace) -> float:
+    """The best hard threshold on eight training crops, of CHOICES times the noise."""
+    generator, sigma = torch.Generator().manual_seed(1), options.sigma / 255
+    clean = crops(images, 8, 8 * options.patch, generator)
+    noisy = clean + sigma * torch.randn(clean.shape, generator=generator)
+    scores = {}
     for choice in CHOICES:
-        model = Denoiser(learned.filters, 255 / (choice * options.sigma), options.patch)
-        with torch.no_grad():
-            score = float(psnr(clean, model(noisy)).mean())
-        print(f"threshold {choice} sigma: {score:.2f} dB on {len(clean)} crops")
-        if score > best:
-            best, chosen = score, model
-    torch.save({"filters": learned.filters, "lam": float(chosen.code.lam)}, path)
-    return chosen
+        denoised = hard_denoised(noisy, filters, choice * sigma, 1)
+        scores[choice] = float(psnr(clean, denoised).mean())
+        print(f"hard threshold {choice} sigma: {scores[choice]:.2f} dB on {len(clean)} crops")
+    return max(scores, key=scores.__getitem__) * sigma
 
 
 def trained(
     model: Denoiser, images: list[Tensor], options: argparse.Namespace
 ) -> tuple[int, float]:
-    """Train until the minutes are over; the number of steps, and the seconds of all runs."""
+    """Train until the minutes are over; the number of steps, and processor seconds of all runs."""
     optimizer = torch.optim.Adam(model.parameters(), lr=options.rate, betas=(0.9, 0.99))
     generator, path = torch.Generator().manual_seed(2), options.output / "checkpoint.pt"
-    steps, before, error = 0, 0.0, None
+    steps, before, norm, error = 0, 0.0, math.inf, math.nan
     if path.is_file():
         saved = torch.load(path, weights_only=True)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         generator.set_state(saved["generator"])
-        steps, before = saved["steps"], saved["seconds"]
-    started, last, whole = time.perf_counter(), 0.0, 60 * options.minutes
-    spent = before
+        steps, before, norm = saved["steps"], saved["seconds"], saved["norm"]
+    started, spent, whole = time.process_time(), before, 60 * options.minutes
+    last = spent
     with tqdm(total=round(whole), initial=min(round(spent), round(whole)), unit="s") as bar:
         while spent < whole:
             rate = options.rate * (0.02 + 0.98 * (1 + math.cos(math.pi * spent / whole)) / 2)
             optimizer.param_groups[0]["lr"] = rate
             clean = crops(images, options.batch, options.crop, generator)
-            noise = torch.randn(clean.shape, generator=generator)
-            denoised = model(clean + options.sigma / 255 * noise)
-            loss = (denoised - clean).square().mean()
+            noise = options.sigma / 255 * torch.randn(clean.shape, generator=generator)
+            loss = (model(clean + noise, options.stride) - clean).square().mean()
             optimizer.zero_grad()
             loss.backward()
+            found = float(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP * norm))
             optimizer.step()
-            steps += 1
-            error = (
-                float(loss.detach())
-                if error is None
-                else 0.98 * error + 0.02 * float(loss.detach())
-            )
-            spent = before + time.perf_counter() - started
+            norm = 0.98 * norm + 0.02 * min(found, CLIP * norm) if steps else found
+            steps, current = steps + 1, loss.item()
+            error = current if math.isnan(error) else 0.99 * error + 0.01 * current
+            spent = before + time.process_time() - started
             bar.set_postfix_str(f"step {steps}, {-10 * math.log10(error):.2f} dB")
             bar.update(min(round(spent), round(whole)) - bar.n)
-            if spent - last > 60 or spent >= whole:
+            if spent - last > 30 or spent >= whole:
                 last = spent
                 state = dict(
                     model=model.state_dict(), optimizer=optimizer.state_dict(),
-                    generator=generator.get_state(), steps=steps, seconds=spent,
+                    generator=generator.get_state(), steps=steps, seconds=spent, norm=norm,
                 )  # fmt: skip
                 torch.save(state, path.with_suffix(".new"))
                 os.replace(path.with_suffix(".new"), path)
@@ -244,25 +226,25 @@ def trained(
 
 
 def evaluated(
-    model: Denoiser, images: list[Tensor], options: argparse.Namespace, cache: Path | None
+    denoise: Callable[[Tensor], Tensor],
+    images: list[Tensor],
+    options: argparse.Namespace,
+    cache: Path,
 ) -> list[float]:
-    """PSNR in dB of every denoised image, clipped to [0, 1]; the noise is that of its number."""
-    if cache and cache.is_file():
-        import json
+    """PSNR in dB of every denoised image, clipped to [0, 1]; the noise is that of its number.
 
-        known = json.loads(cache.read_text())
-        if len(known) >= len(images):
-            return known[: len(images)]
-    scores = []
-    for number, clean in enumerate(tqdm(images, desc="test")):
-        generator = torch.Generator().manual_seed(number)
+    cache: a file of those already known, unless it is of other options.
+    """
+    test = dict(sigma=options.sigma, crop=options.test_crop, stride=options.test_stride)
+    known = json.loads(cache.read_text()) if cache.is_file() else {}
+    scores = known["scores"] if known.get("test") == test else []
+    for number in tqdm(range(len(scores), len(images)), desc=cache.stem):
+        generator, clean = torch.Generator().manual_seed(number), images[number]
         noisy = clean + options.sigma / 255 * torch.randn(clean.shape, generator=generator)
         with torch.no_grad():
-            denoised = model(noisy).clamp(0, 1)
-        scores.append(float(psnr(clean, denoised)))
-    if cache:
-        cache.write_text(to_json(scores))
-    return scores
+            scores.append(float(psnr(clean, denoise(noisy).clamp(0, 1))))
+        cache.write_text(to_json({"test": test, "scores": scores}))
+    return scores[: len(images)]
 
 
 if __name__ == "__main__":

@@ -29,10 +29,10 @@ class SparseCode(torch.nn.Module):
 
     `filters` (K, C, h, w) and `lam` (one positive number) are learned; with threshold_per_map lam
     is fixed instead and `weights` (K / group,), one for the maps of each group, are learned: the
-    threshold of a map is w / lam. All three are parametrised: the optimiser changes filters of any
-    norm, which are divided by it, and the logarithms of lam and of the weights. Tensors may be
-    assigned to them (`layer.lam = torch.tensor(10.0)`), also after training. State dicts hold what
-    the optimiser changes.
+    threshold of a map is w / lam. What is learned is parametrised: the optimiser changes filters of
+    any norm, which are divided by it, and the logarithms of lam and of the weights. Numbers and
+    tensors may be assigned to all of them (`layer.lam = 10.0`), also after training. State
+    dicts hold what the optimiser changes.
 
     boundary, group, non_negative, settings: as in `sparse_code`. The gradient is that of the exact
     minimum, so `settings` should bring the maps close to it. Under autocast the layer stays in the
@@ -79,6 +79,12 @@ class SparseCode(torch.nn.Module):
         else:
             self.lam = torch.nn.Parameter(lam)
             register_parametrization(self, "lam", _Positive("lam"))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "lam" and "lam" in self.__dict__.get("_buffers", ()):
+            # The buffer of a layer with threshold_per_map, which torch assigns only tensors to.
+            value = self.lam.new_tensor(as_positive_number(value, "lam"))
+        super().__setattr__(name, value)
 
     def forward(self, images: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """The maps z (N, K, rows, columns) of images (N, C, H, W)."""

@@ -58,9 +58,12 @@ def test_a_layer_is_copied_and_restored_from_its_state(y, options):
         assert torch.equal(other(y), code(y)) and torch.equal(copy.deepcopy(code)(y), code(y))
 
 
-def test_lam_may_be_set_after_training(y):
-    code = layer()
-    code.lam = torch.tensor(10.0)
+@pytest.mark.parametrize("threshold_per_map", [False, True])
+def test_lam_may_be_set_after_training(y, threshold_per_map):
+    code = layer(threshold_per_map=threshold_per_map)
+    for lam in (10.0, torch.tensor(10.0)):
+        code.lam = lam
+        assert code.lam.dtype == y.dtype and code.lam.item() == pytest.approx(10.0)
     with torch.no_grad():
         assert torch.count_nonzero(code(y)) > torch.count_nonzero(layer()(y))
     for value, message in ((torch.tensor(-1.0), "-1.0: must be positive"), ("a", "'a': must be a")):

@@ -43,6 +43,9 @@ _OPTIONS = {
     *("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn"),
     *("--config-dir", "-cd", "--experimental-rerun", "--info", "-i"),
 }
+# A setting that replaces another, which has a number in the files: given without the other, it sets
+# that to null.
+_REPLACES = {"lam_ratio": "lam"}
 # Folders that Hydra itself creates; for others, the code that opens a file expands ~.
 _FOLDERS = {"hydra.run.dir", "hydra.sweep.dir"}
 
@@ -60,7 +63,20 @@ def for_hydra(arguments: list[str], schema: type) -> list[str]:
             argument = _override(argument, schema, sweep)
         converted.append(argument)
         previous = argument
-    return converted
+    return [*converted, *_replaced(converted)]
+
+
+def _replaced(arguments: list[str]) -> list[str]:
+    """The arguments that set to null what others replace, unless it is given as well."""
+    matches = filter(None, map(_OVERRIDE.fullmatch, arguments))
+    given = {match[2]: match[3] for match in matches}
+    replaced = []
+    for key, value in given.items():
+        layer, _, name = key.rpartition(".")
+        other = f"{layer}.{_REPLACES.get(name)}"
+        if name in _REPLACES and value.lower() != "null" and other not in given:
+            replaced.append(f"{other}=null")
+    return replaced
 
 
 def _options_first(arguments: list[str]) -> list[str]:

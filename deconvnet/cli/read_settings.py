@@ -27,6 +27,9 @@ def register() -> None:
     """Register the types of the settings with Hydra, so that it rejects wrong keys and values."""
     OmegaConf.register_new_resolver("inside", _inside, replace=True)
     OmegaConf.register_new_resolver("help", _help, replace=True)
+    # Hydra copies the store with everything that refers to it, 33 times for a help page, though
+    # nothing writes to it from here on.
+    ConfigStore.__deepcopy__ = lambda store, _: store
     store = ConfigStore.instance()
     for name, schema in SCHEMAS.items():
         store.store(name=f"{name}_schema", node=schema)

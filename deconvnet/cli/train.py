@@ -29,11 +29,10 @@ from deconvnet.images.sources import DataSettings, training_scale
 from deconvnet.monitoring.monitor import Monitor
 from deconvnet.monitoring.statistics import LayerResult
 from deconvnet.network.network import DeconvNet
-from deconvnet.storage import ownership
 from deconvnet.support.communicator import Communicator, RankLost, started
 from deconvnet.support.devices import torch_device
 from deconvnet.training.loop import Interrupted, train
-from deconvnet.training.run_folder import RunFolder
+from deconvnet.training.run_folder import RunFolder, locked_run_folder
 from deconvnet.training.session import Limits
 from deconvnet.training.training_set import ImageSource
 
@@ -71,7 +70,7 @@ def run(
 ) -> list[LayerResult]:
     with ExitStack() as stack:
         if communicator.is_main:
-            stack.enter_context(ownership.locked_folder(folder))
+            stack.enter_context(locked_run_folder(folder))
         device = torch_device(settings.device)
         layers = settings.layer_settings()
         settings.preprocessing = for_arrays(settings.preprocessing, settings.data)

@@ -23,6 +23,7 @@ from deconvnet.operators.linear import (
     Deconvolution,
     Identity,
     LinearOperator,
+    UnpooledDeconvolution,
     Unpooling,
     WeightedUnpooling,
 )
@@ -70,9 +71,9 @@ class LayerSettings:
     # lam whose code predicts hidden pixels of some training images about as well as possible. null:
     # computed from lam_ratio or, without it, 2
     lam: Any = None
-    # instead of lam (set lam=null), for p = 1: lambda = 1/lam as a fraction, in (0, 1], of the
-    # smallest lambda for which all maps of some training images are zero; computed before the layer
-    # learns
+    # instead of lam (in a file also set lam: null), for p = 1: lambda = 1/lam as a fraction, in (0,
+    # 1], of the smallest lambda for which all maps of some training images are zero; computed
+    # before the layer learns
     lam_ratio: float | None = None
     # with lam_ratio or lam=auto: the smallest such lambda is computed for each of these images, and
     # this quantile of them is used, in (0, 1]; below 1, a few images with extreme values do not
@@ -319,7 +320,8 @@ class Layer(nn.Module):
 
     def operator(self) -> Deconvolution:
         """F: maps z (N, K, ...) -> the layer's input (N, C, H, W), with the current filters."""
-        return Deconvolution(self.filters, self.settings.boundary)
+        settings = self.settings
+        return Deconvolution(self.filters, settings.boundary, sparse=settings.window is not None)
 
     def infer(
         self,
@@ -356,6 +358,11 @@ class Layer(nn.Module):
             return LayerCodes(z, None, shape, *cost)
         lossless = self.settings.window is not None
         return LayerCodes(*max_pool(z, tuple(pool)), shape, *cost, None if lossless else z)
+
+    def decoder(self, codes: LayerCodes, images: Images = ALL) -> LinearOperator:
+        """F U: pooled maps of the given images -> the layer's input."""
+        F, U = self.operator(), self.unpooling(codes, images)
+        return UnpooledDeconvolution(F, U) if isinstance(U, Unpooling) else F @ U
 
     def unpooling(self, codes: LayerCodes, images: Images = ALL) -> LinearOperator:
         """U: pooled maps of the given images -> maps; the identity if there is no pooling."""

@@ -43,7 +43,8 @@ class RegularizationPath:
     lam: (L,), and lam_max, the one up to which all maps are zero (None if lams were given). All
     others are (L, N), one value for each lam and image: objective and its terms, reconstruction
     and sparsity, as in `Solution`; non_zeros; density, the fraction of coefficients that are not
-    zero; snr, 10 log10(||b||^2 / ||A z - b||^2) in dB; gap, the duality gap (None unless p = 1).
+    zero; snr, 10 log10(||b||^2 / ||A z - b||^2) in dB, NaN for an image of zeros (means over
+    images: snr.nanmean(1)); gap, the duality gap (None unless p = 1).
     events: the codes, if they were asked for. All tensors are float64 but non_zeros, which is
     int64, and on the CPU.
     """

@@ -38,7 +38,7 @@ from deconvnet.sparse_coding import kernels
 from deconvnet.sparse_coding.active_set import ActiveSet, Filters, Grid, footprint
 from deconvnet.sparse_coding.iteration import Method
 from deconvnet.sparse_coding.problem import Problem
-from deconvnet.sparse_coding.thread_pool import run_all
+from deconvnet.support.thread_pool import run_all
 
 # A pass over all coefficients costs as much as several sweeps over the working set. Between two
 # passes, even and odd bands alternate TURNS times, and each time a band is swept SWEEPS times.

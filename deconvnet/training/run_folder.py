@@ -20,7 +20,9 @@ import dataclasses
 import logging
 import os
 import re
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,26 @@ NEEDED = ("metrics.jsonl", "train.log", "evolution/layer*.npz", ".hydra/*.yaml")
 FOLDERS = ("checkpoints", "pictures", "evolution", "inference", ".hydra")
 # Folders of earlier runs; any other name is the user's.
 PREVIOUS = re.compile(r"previous-([0-9]{1,9})")
+
+
+@contextmanager
+def locked_run_folder(folder: str | Path) -> Iterator[None]:
+    """Hold the lock of a run folder; FolderLockedError if another process holds it.
+
+    If the run is refused before its first checkpoint, because settings and images do not fit each
+    other or an image cannot be read, a folder that was made for it is removed again.
+    """
+    folder = Path(folder)
+    # Hydra makes the folder before a command begins.
+    is_new = not os.path.lexists(folder) or not any(folder.iterdir())
+    with ownership.locked_folder(folder):
+        try:
+            yield
+        except (ValueError, OSError):
+            begun = any((folder / "checkpoints").glob("step-*.pt"))
+            if is_new and not begun and not ownership.foreign_files_in(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
 
 
 class RunFolder:

@@ -90,7 +90,7 @@ def _layer_entry(
         "kind": info.kind,
         "shape": info.shape,
         "field": info.field,
-        "stride": info.stride,
+        "stride": info.stride and [float(n) if n % 1 else int(n) for n in info.stride],
         "figure": f"figures/{figure_name(result, layer)}",
         "arrays": f"projections/{layer_file_name(layer)}.npz",
         # The method to show first comes first.

@@ -370,9 +370,9 @@ def run_folder(learned, tmp_path_factory):
     network(learned.filters, above=[above]).save(folder / "net.safetensors")
     colour = transform.resize(data.chelsea(), (40, 60))
     Image.fromarray((255 * colour).astype(np.uint8)).save(folder / "cat.png")
-    grey = (255 * photograph("camera")[:64, :70]).byte().numpy()
+    grey = (255 * photograph("camera")[:44, :50]).byte().numpy()
     Image.fromarray(grey).save(folder / "camera.png")
-    Image.fromarray((np.arange(64 * 70).reshape(64, 70) % 5 > 0).astype(np.uint8) * 255).save(
+    Image.fromarray((np.arange(44 * 50).reshape(44, 50) % 5 > 0).astype(np.uint8) * 255).save(
         folder / "holes.png"
     )
     return folder
@@ -473,7 +473,7 @@ def test_no_input_file_is_overwritten(script, run_folder, tmp_path):
         (
             "inpaint.py",
             ["run=net.safetensors", "image=cat.png", "missing=holes.png"],
-            "64x70 pixels",
+            "44x50 pixels",
         ),
         ("inpaint.py", ["run=net.safetensors", "image=cat.png", "missing=1.5"], "between 0 and 1"),
     ],
@@ -582,7 +582,7 @@ def test_errors_of_all_images_are_raised_before_the_first_is_restored(
     script, run_folder, name, arguments, message
 ):
     Image.new("L", (1, 1)).save(run_folder / "tiny.png")
-    Image.new("L", (70, 64)).save(run_folder / "black.png")
+    Image.new("L", (50, 44)).save(run_folder / "black.png")
     (run_folder / "text.png").write_text("no image")
     arguments = ["output=early", *arguments] if "output" not in str(arguments) else arguments
     result = script(run_folder, name, "run=net.safetensors", *arguments)
@@ -624,8 +624,8 @@ def test_a_constant_image_stays_constant(learned, depth):
 def test_grey_files_are_grey_and_a_mask_is_as_large_as_its_image(run_folder):
     files = [str(run_folder / name) for name in ("cat.png", "camera.png")]
     (_, cat), (_, camera) = read_images(files, torch.device("cpu"))
-    assert cat.shape == (1, 3, 40, 60) and camera.shape == (1, 1, 64, 70)
-    mask, is_drawn = make_mask("box", (64, 70), torch.Generator())
-    assert is_drawn and mask.shape == (1, 1, 64, 70)
+    assert cat.shape == (1, 3, 40, 60) and camera.shape == (1, 1, 44, 50)
+    mask, is_drawn = make_mask("box", (44, 50), torch.Generator())
+    assert is_drawn and mask.shape == (1, 1, 44, 50)
     page = side_by_side([("a\nb", cat), ("c", cat)])
     assert page.shape[0] == 3 and page.shape[2] == 2 * 60 + 4

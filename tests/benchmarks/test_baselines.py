@@ -4,6 +4,7 @@ import gzip
 import json
 import re
 import struct
+from dataclasses import replace
 
 import features
 import numpy as np
@@ -355,12 +356,14 @@ def test_invalid_options_give_a_one_line_error_with_the_valid_ones(given, messag
 
 
 # Of 400 digits somewhere, by other writers than the 400 that the classifier has seen, filters that
-# were learned have 74% right (87% of the 800 after them), random ones with the same inference 54%
-# (72%).
+# were learned have 73% right, random ones with the same inference 56% (of the 800 after them, with
+# maps nearer the minimum, 87% and 72%).
 FLOOR = 0.64
 
 
 def score(method, images, labels):
+    layer = method.net.layer(1).settings
+    layer.solver = replace(layer.solver, tolerance=1e-2)
     known = grid_features(method.maps(images), 1).numpy()
     classifier = make_pipeline(
         FunctionTransformer(np.sqrt), MaxAbsScaler(), LogisticRegression(max_iter=500)

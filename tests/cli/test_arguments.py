@@ -222,6 +222,14 @@ def test_numbers_groups_and_the_options_of_hydra_are_left_as_they_are():
     assert for_hydra([*typed[:2], *options, *typed[2:]], TrainConfig) == [*options, *typed]
 
 
+def test_lam_ratio_alone_replaces_the_lam_of_the_files():
+    ratio = "model.layer2.lam_ratio=0.1"
+    assert for_hydra([ratio, "seed=1"], TrainConfig) == [ratio, "seed=1", "model.layer2.lam=null"]
+    for lam in ("model.layer2.lam=1.0", "model.layer2.lam=null"):
+        assert for_hydra([ratio, lam], TrainConfig) == [ratio, lam]
+    assert for_hydra(["model.layer2.lam_ratio=null"], TrainConfig)[1:] == []
+
+
 @pytest.mark.parametrize("typed", ["name=", "data.path=", "+data.path=", "resume="])
 def test_a_text_without_a_value_is_refused(typed):
     with pytest.raises(ValueError, match=r"= has no value"):

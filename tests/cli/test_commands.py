@@ -317,6 +317,7 @@ def test_images_smaller_than_a_filter_end_in_one_line(tmp_path, textures, script
         tmp_path, "train.py", *on(folder, "data.size=null", "preprocessing.contrast_size=13")
     )
     assert_one_line(result, "5x5", "'contrast'")
+    assert not list(tmp_path.rglob("train.log"))  # nor an empty run folder
 
 
 def test_a_run_of_other_settings_ends_in_one_line_that_names_them(again, photos, script):

@@ -288,7 +288,7 @@ def test_planted_filters_are_recovered_up_to_sign_shift_and_order(boundary):
 
     # The cost has local minima where a filter sits at the edge of its frame, so of several starts
     # the one with the lowest cost counts: no knowledge of the truth is used.
-    results = [learn(b, boundary, seed) for seed in (24, 1024, 2024)]
+    results = [learn(b, boundary, seed) for seed in (24, 1024)]
     f, solution = min(results, key=lambda result: result[1].objective.sum().item())
     similarity = similarities(f, planted)
     assert similarity.amax(1).min() > 0.95

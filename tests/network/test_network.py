@@ -144,7 +144,7 @@ def test_images_of_any_size_and_number_are_inferred_and_reconstructed(net, textu
 @pytest.mark.parametrize("steps", [["contrast"], ["mean", "laplacian"], ["mean", "whiten"], []])
 @pytest.mark.parametrize("color", ["rgb", "grey", "ycbcr"])
 def test_a_network_of_any_colour_reconstructs_its_images(images, color, steps):
-    net = network(images, color=color, steps=steps, solver=SolverSettings(iterations=40))
+    net = network(images, color=color, steps=steps, solver=SolverSettings(iterations=25))
     net.layer(1).settings.lam = 1000.0
     codes = net.infer(images, depth=1)
     pixels = net.reconstruct(codes)

@@ -77,6 +77,14 @@ def test_every_code_of_a_path_is_the_minimum_of_its_own_problem(problem, path):
         assert_close(path.snr[n], 10 * (signal / error).log10(), rtol=1e-4, atol=1e-4)
 
 
+def test_an_image_of_zeros_has_no_snr_and_is_left_out_of_the_mean(problem, path):
+    _, images, filters = problem
+    lams = path.lam[4:6].tolist()
+    more = regularization_path(torch.cat([images, 0 * images[:1]]), filters, lams=lams)
+    assert more.snr[:, -1].isnan().all() and (more.gap[:, -1] == 0).all()
+    assert_close(more.snr.nanmean(1), path.snr[4:6].mean(1), rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize("method", ["admm", "fista"])
 def test_a_warm_start_saves_iterations(problem, method):
     _, images, filters = problem

@@ -65,7 +65,7 @@ MODES = {
 
 @pytest.fixture(scope="module")
 def images(textures):
-    return textures(2, 1, 20, 22)
+    return textures(2, 1, 16, 18)
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def restored(images):
         [LayerSettings(4, 5)], PreprocessingSettings(color="grey", steps=["mean"], scale="none")
     )
     restorer = Restorer(net).fit(images)
-    mask = (torch.arange(22) % 5 > 0).expand(1, 1, 20, 22)
+    mask = (torch.arange(18) % 5 > 0).expand(1, 1, 16, 18)
     return [*restorer.denoise(images, 0.1), *restorer.inpaint(images, mask)]
 
 

@@ -22,7 +22,7 @@ from deconvnet.storage import ownership
 from deconvnet.storage.checkpoint_files import load_checkpoint, save_checkpoint
 from deconvnet.storage.network_files import is_network
 from deconvnet.training.loop import Interrupted, train
-from deconvnet.training.run_folder import RunFolder, training_data
+from deconvnet.training.run_folder import RunFolder, locked_run_folder, training_data
 from deconvnet.training.session import Limits
 from deconvnet.training.training_set import ImageSource
 from deconvnet.training.warm_starts import MAGIC
@@ -456,3 +456,20 @@ def test_the_users_folders_named_like_earlier_runs_are_skipped(images, tmp_path)
     learn(tmp_path, images, resume="false")
     assert (tmp_path / "previous-4" / "checkpoints").is_dir()
     assert (tmp_path / "previous-3").read_text() == "mine"
+
+
+@pytest.mark.parametrize("kept", [None, "notes.txt", "checkpoints/step-00000002.pt", "folder"])
+def test_a_run_that_is_refused_at_once_leaves_no_folder_of_its_own(tmp_path, kept):
+    folder = tmp_path / "run"
+    if kept == "folder":
+        (folder / "pictures").mkdir(parents=True)
+    with pytest.raises(ValueError, match="filters"), locked_run_folder(folder):
+        RunFolder(folder).claim()
+        ownership.append(folder / "train.log", "begun")
+        if kept == "notes.txt":
+            (folder / kept).write_text("of the user")
+        elif kept and kept != "folder":
+            save_checkpoint(folder / "checkpoints", 2, {})
+        raise ValueError("images are smaller than the filters")
+    assert folder.exists() == (kept is not None)
+    assert not kept or (folder / "train.log").exists()

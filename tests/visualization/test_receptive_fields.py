@@ -5,6 +5,7 @@ import copy
 import logging
 import math
 from collections import OrderedDict
+from fractions import Fraction
 
 import pytest
 import torch
@@ -26,8 +27,6 @@ TOO_LARGE = {
     "convolution with circular padding",
     "index",
     "part assigned",
-    "patches folded",
-    "pixel shuffle",
     "repeat",
     "tokens and back",
     "unbind",
@@ -39,13 +38,14 @@ FOLDED = {
     *("reflection", "replication", "circular padding", "convolution with circular padding"),
     *("convolution with reflection", "convolution with replication"),
 }
-# Windows, or steps from unit to unit, of several sizes.
-UNLIKE = {
+# Windows, or steps from unit to unit, of several sizes, in turn.
+RESIZED = {
     *("adaptive average pool", "adaptive max pool", "bilinear", "bilinear, corners aligned"),
     *("bilinear of a size", "bilinear by 1.5", "nearest", "nearest by 1.5", "nearest of a size"),
-    *("nearest-exact down", "nearest-exact up", "rows appended", "spatial gate"),
-    *("transposed convolution", "transposed convolution, dilated", "global mean added"),
+    *("nearest-exact down", "nearest-exact up", "pixel shuffle", "enlarged branch"),
+    *("enlarged and reduced", "transposed convolution", "transposed convolution, dilated"),
 }
+UNLIKE = RESIZED | {"rows appended", "spatial gate", "global mean added"}
 
 
 class Apply(nn.Module):
@@ -147,6 +147,19 @@ def halves(y, dim):
     return first, second
 
 
+class AddedToPart(nn.Module):
+    """A convolution, added in place to some of the maps (ghost modules)."""
+
+    def __init__(self):
+        super().__init__()
+        self.branch = conv(5, made=3, padding=2)
+
+    def forward(self, y):
+        part = torch.cat([y, 2 * y], 1)[:, 2:5]
+        part += self.branch(y)
+        return part
+
+
 def fold_patches(y):
     N, C = y.shape[:2]
     y = y[:, :, :16, :20].reshape(N, C, 8, 2, 10, 2)
@@ -243,6 +256,10 @@ NETS = {
     "in place on a part": Apply(in_place_on_a_part),
     "part assigned": Apply(assign_a_part),
     "pixel shuffle": nn.PixelShuffle(2),
+    "pixel unshuffle": nn.Sequential(pad(0, 0, 0, 1), nn.PixelUnshuffle(2)),
+    "added to some maps": AddedToPart(),
+    "enlarged branch": Residual(conv(3, stride=2, padding=1), up(size=(H, W))),
+    "enlarged and reduced": nn.Sequential(up(scale_factor=3), conv(3, stride=2)),
     "patches folded": Apply(fold_patches),
     "response normalisation": nn.LocalResponseNorm(3),
     "channels last": nn.Sequential(
@@ -389,6 +406,35 @@ def test_unclipped_fields_have_one_size_and_contain_the_box_when_clipped(name, s
         assert found.fields[:, :2].tolist() == first.tolist()
     else:
         assert (sizes[0] >= torch.tensor([H, W])).all()
+
+
+@pytest.mark.parametrize("name", sorted(RESIZED))
+def test_the_fields_of_resized_maps_hold_what_a_unit_sees_and_little_more(name, seen):
+    net, x, units, expected, _ = seen(name)
+    info = {layer.name: layer for layer in Projector(net, strict=False).layers(x)}["2"]
+    if name == "enlarged branch":  # 17 rows from 9, so the two branches do not fit together
+        assert info.stride[0] == 0 and info.stride[1] == 1
+        return
+    places = torch.tensor(units)[:, 2:]
+    slack = []
+    for axis, size in enumerate((H, W)):
+        first = info.starts(axis)[places[:, axis]]
+        last = first + info.field[axis]
+        assert (first.clamp(0) <= expected[:, axis]).all()
+        assert (last.clamp(max=size) >= expected[:, 2 + axis]).all()
+        middle = (first >= 0) & (last <= size)
+        slack += [info.field[axis] - (expected[:, 2 + axis] - expected[:, axis])[middle]]
+    # A unit may see one pixel less than another, or what the taps of a kernel leave out.
+    assert min(int(part.min()) for part in slack if len(part)) <= 1
+
+
+def test_maps_that_are_enlarged_by_two_have_a_stride_of_half_a_pixel():
+    layers = Projector(nn.Sequential(up(scale_factor=2), conv(given=3)).double()).layers(image())
+    enlarged, convolved = layers
+    assert (enlarged.field, enlarged.stride) == ((1, 1), (Fraction(1, 2),) * 2)
+    assert enlarged.starts(0).tolist()[:5] == [0, 0, 1, 1, 2]
+    assert (convolved.field, convolved.stride) == ((2, 2), (Fraction(1, 2),) * 2)
+    assert convolved.starts(1).tolist()[:4] == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize("name", NETS)

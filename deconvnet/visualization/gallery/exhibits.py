@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 
@@ -129,7 +130,7 @@ class GalleryLayer:
     kind: str = ""
     shape: tuple[int, int, int] | None = None
     field: tuple[int, int] | None = None
-    stride: tuple[int, int] | None = None
+    stride: tuple[int | Fraction, int | Fraction] | None = None
     facts: Facts = dataclasses.field(default_factory=dict)
     control: Control | None = None
     below: str | None = None

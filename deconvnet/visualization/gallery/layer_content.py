@@ -329,7 +329,7 @@ def _is_at_border(unit: tuple[int, int], info: LayerInfo, image: tuple[int, int]
     """Whether the receptive field of a unit (row, column) reaches beyond an image of this size."""
     if info.field is None:
         return False
-    starts = [o + n * step for o, n, step in zip(info.offset, unit, info.stride, strict=True)]
+    starts = [int(info.starts(axis)[n]) for axis, n in enumerate(unit)]
     ends = [start + side for start, side in zip(starts, info.field, strict=True)]
     return min(starts) < 0 or any(end > side for end, side in zip(ends, image, strict=True))
 
@@ -348,10 +348,11 @@ def _window_of(
     if info.stride is None:  # units without a place of their own
         return window
     strongest = projections.units[row, 0, 2:].tolist()
-    for axis, (n, m, step) in enumerate(zip(unit, strongest, info.stride, strict=True)):
+    for axis, (n, m) in enumerate(zip(unit, strongest, strict=True)):
         if window[axis::2] != [0, image[axis]]:
-            window[axis] += (n - m) * step
-            window[axis + 2] += (n - m) * step
+            starts = info.starts(axis)
+            window[axis] += int(starts[n] - starts[m])
+            window[axis + 2] += int(starts[n] - starts[m])
     return window
 
 

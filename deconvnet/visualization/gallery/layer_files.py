@@ -85,7 +85,7 @@ def write_layer(
         "kind": layer.kind,
         "shape": layer.shape,
         "receptive_field": layer.field,
-        "stride": layer.stride,
+        "stride": layer.stride and [float(n) if n % 1 else int(n) for n in layer.stride],
         "methods": methods,
         "below": layer.below,
         "sources_are": layer.sources_are,

@@ -24,8 +24,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 LEAF = "AccumulateGrad"
 CUSTOM = "custom "
 # An operation in place on a part of a tensor. The backward pass of such a node extracts the part
-# from the signal and puts the result back, using these operations.
+# from the signal and puts the result back, using these operations. PART: the sizes, strides and
+# start of the part in memory.
 IN_PLACE = "CopySlices"
+PART = "part"
 PART_COPIES = {"new_empty_strided", "copy_", "as_strided", "clone", "zeros_like", "detach"}
 
 
@@ -108,18 +110,26 @@ def _has_shapes(node: Node) -> bool:
     return hasattr(node, "_input_metadata") or operation_name(node) == LEAF
 
 
-def record_shapes(outputs: list[Tensor]) -> None:
-    """Make the output shapes of all nodes below some tensors available."""
-    # In PyTorch 2.2, nodes do not hold them.
-    if outputs and not _has_shapes(outputs[0].grad_fn):
+def record_shapes(outputs: list[Tensor], *, parts: bool = False) -> None:
+    """Make the output shapes of all nodes below some tensors available; parts: and of operations
+    in place on a part of a tensor, which part."""
+    visited: set[Node] = set()
+    has_parts = False
+    for y in outputs if parts else ():
+        new = {op.node: op.name for op in topological_order(y.grad_fn, visited)}
+        visited |= new.keys()
+        has_parts |= IN_PLACE in new.values()
+    # In PyTorch 2.2, nodes do not hold shapes.
+    if outputs and (has_parts or not _has_shapes(outputs[0].grad_fn)):
         record_parts(outputs)
 
 
 def record_parts(outputs: list[Tensor]) -> None:
     """Run a backward pass with zeros, and record in the metadata of nodes what they do not hold:
     their shapes, and the operations inside those that work in place on a part of a tensor."""
-    recorder = _Recorder()
-    nodes = {op.node for y in outputs for op in topological_order(y.grad_fn)}
+    recorder, nodes = _Recorder(), set()
+    for y in outputs:
+        nodes |= {op.node for op in topological_order(y.grad_fn, nodes)}
     leaves = [node.variable for node in nodes if operation_name(node) == LEAF]
     with ExitStack() as undo:
         for node in nodes:
@@ -155,4 +165,7 @@ class _Recorder(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if self.inside is not None and name not in PART_COPIES:
             self.inside.metadata[IN_PLACE].append(name)
+        elif self.inside is not None and name == "as_strided":
+            size, stride, start = (*args[1:], *(kwargs or {}).values())
+            self.inside.metadata.setdefault(PART, (tuple(size), tuple(stride), int(start)))
         return func(*args, **(kwargs or {}))

@@ -30,6 +30,7 @@ from deconvnet.visualization.projection.backward_rules import (
     overlaps_unevenly,
 )
 from deconvnet.visualization.projection.boxes import crop
+from deconvnet.visualization.projection.field_geometry import FieldGeometries
 from deconvnet.visualization.projection.forward_pass import ForwardPass, LayerOutput
 from deconvnet.visualization.projection.local_windows import WindowPlan, plan_windows
 from deconvnet.visualization.projection.model_isolation import isolated
@@ -42,7 +43,7 @@ from deconvnet.visualization.projection.projection import (
     check_units,
     counted,
 )
-from deconvnet.visualization.projection.receptive_fields import FieldGeometries, trace_fields
+from deconvnet.visualization.projection.receptive_fields import trace_fields
 
 GATES = ("constant", "gradient")
 # Windows that go through the model at a time.
@@ -417,6 +418,8 @@ class CnnBackend:
                 name = names.get(weight.data_ptr(), "a convolution").removesuffix(".weight")
                 geometry = geometries.at(op.node)
                 period = geometry.stride if geometry else (0, 0)
+                # Above upsampling, the pattern has no period of whole pixels.
+                period = tuple(step if isinstance(step, int) else 0 for step in period)
                 uneven.append(UnevenOverlap(name, kernel, stride, period))
         return tuple(uneven)
 

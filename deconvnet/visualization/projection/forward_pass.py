@@ -21,11 +21,11 @@ from torch.autograd.graph import Node
 from deconvnet.visualization.models.model_error import ModelError, described
 from deconvnet.visualization.projection import autograd_graph
 from deconvnet.visualization.projection.backward_rules import SkippedNormalization
+from deconvnet.visualization.projection.field_geometry import FieldGeometries, FieldGeometry
 from deconvnet.visualization.projection.hidden_dependence import DependenceTracker, differing_calls
 from deconvnet.visualization.projection.map_axis import MapAxes
 from deconvnet.visualization.projection.model_isolation import check_model, unwrap
 from deconvnet.visualization.projection.projection import LayerInfo, suggest_layers, unknown_layer
-from deconvnet.visualization.projection.receptive_fields import FieldGeometries, FieldGeometry
 from deconvnet.visualization.projection.token_grids import TokenGrid, TokenGrids
 
 # Further images passed through the model to find constants that depend on the image.
@@ -108,7 +108,8 @@ class ForwardPass:
 
         with torch.enable_grad():
             calls = self._run(x[:1].detach(), note, skip_normalization=skip_normalization)
-            autograd_graph.record_shapes([y for *_, y, node in outputs if node is not None])
+            found = [y for *_, y, node in outputs if node is not None]
+            autograd_graph.record_shapes(found, parts=True)
         axes = MapAxes()
         self._maps_last |= {(name, call) for name, call, _, node in outputs if axes.is_last(node)}
         grids = TokenGrids(axes)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from deconvnet.visualization.projection.autograd_graph import LEAF, Operation, output_shape
+from deconvnet.visualization.projection.field_geometry import FieldGeometry
 from deconvnet.visualization.projection.map_axis import VIEWS, unflattened_shape
 from deconvnet.visualization.projection.operations import (
     NORMALIZATIONS,
@@ -23,7 +24,6 @@ from deconvnet.visualization.projection.operations import (
     SKIPPED,
     Operations,
 )
-from deconvnet.visualization.projection.receptive_fields import FieldGeometry
 
 # Operations that treat all positions alike.
 ALIKE = {
@@ -83,7 +83,9 @@ def plan_windows(
     image: tuple[int, int],
 ) -> WindowPlan | None:
     """The windows of the units of a layer; None if windows do not suffice or save too little."""
-    if geometry is None or min(geometry.stride) < 1 or not all(map(_is_alike, operations.order)):
+    if geometry is None or not all(isinstance(n, int) and n > 0 for n in geometry.stride):
+        return None
+    if not all(map(_is_alike, operations.order)):
         return None
     plan = WindowPlan(shape, geometry, image, [op.name for op in operations.order])
     middle = torch.tensor([[0, 0, shape[1] // 2, shape[2] // 2]])

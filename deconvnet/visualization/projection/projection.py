@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,15 +36,23 @@ class LayerInfo:
     name: the name for the projector; kind: the class of the module; shape: (K, H, W), (K, 1, 1) for
     vectors. field, stride, offset: in pixels, along rows and columns, the size of the receptive
     field of a unit, its distance to that of the next unit, and its start for the first unit, which
-    may be negative; None if a unit depends on the whole image, or if unknown.
+    may be negative; None if a unit depends on the whole image, or if unknown. Above upsampling,
+    stride and offset may be fractions (see `starts`).
     """
 
     name: str
     kind: str
     shape: tuple[int, int, int]
     field: tuple[int, int] | None = None
-    stride: tuple[int, int] | None = None
-    offset: tuple[int, int] | None = None
+    stride: tuple[int | Fraction, int | Fraction] | None = None
+    offset: tuple[int | Fraction, int | Fraction] | None = None
+
+    def starts(self, axis: int) -> Tensor:
+        """(n,): the first row (axis 0) or column (axis 1) that each row or column of units sees."""
+        offset, stride = Fraction(self.offset[axis]), Fraction(self.stride[axis])
+        common = math.lcm(offset.denominator, stride.denominator)
+        units = torch.arange(self.shape[1 + axis])
+        return (int(offset * common) + int(stride * common) * units) // common
 
     def inside(self, image: tuple[int, int]) -> Tensor:
         """(H, W): whether the field of a unit there lies inside an image of these sides."""
@@ -51,10 +61,7 @@ class LayerInfo:
         rows, columns = (
             (first >= 0) & (first + field <= pixels)
             for first, field, pixels in (
-                (self.offset[axis] + self.stride[axis] * torch.arange(size), field, pixels)
-                for axis, (size, field, pixels) in enumerate(
-                    zip(self.shape[1:], self.field, image, strict=True)
-                )
+                (self.starts(axis), self.field[axis], image[axis]) for axis in (0, 1)
             )
         )
         return rows[:, None] & columns

@@ -9,24 +9,24 @@ rule here, a unit is assumed to depend on everything.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
-from torch.autograd.graph import Node
 
 from deconvnet.visualization.projection.autograd_graph import (
     IN_PLACE,
     LEAF,
+    PART,
     Operation,
     inputs_of,
     operation_name,
     output_shape,
     pair,
-    topological_order,
 )
-from deconvnet.visualization.projection.map_axis import VIEWS, MapAxes, unflattened_shape
+from deconvnet.visualization.projection.map_axis import VIEWS, unflattened_shape
 from deconvnet.visualization.projection.operations import (
     GATES,
     NORMALIZATIONS,
@@ -36,8 +36,6 @@ from deconvnet.visualization.projection.operations import (
     SKIPPED,
     SPLITS,
     Operations,
-    gates_of,
-    skip_moves,
 )
 
 Box = np.ndarray
@@ -57,7 +55,7 @@ def trace_fields(
     one size for all units and may reach beyond the image.
     """
     start = np.stack([units, units + 1], 2)
-    start = start if clip else _all_channels(start)
+    start = start if clip else all_channels(start)
     start = np.roll(start, -1, 1) if last else start
     if len(output_shape(operations.order[0].node, operations.output)) == 3:  # tokens see it all
         start = _everything(start, ())
@@ -70,17 +68,16 @@ def trace_fields(
         if op.name == LEAF:
             pixels = box if op.node.variable is x else pixels
             continue
-        input_boxes = _input_boxes(
-            op, box, output_shape(op.node, 0), operations.constant_statistics
-        )
-        for (below, nr), part in zip(op.inputs, input_boxes, strict=True):
+        op = across_rearrangement(op)
+        parts = input_boxes(op, box, output_shape(op.node, 0), operations.constant_statistics)
+        for (below, nr), part in zip(op.inputs, parts, strict=True):
             if part is None:
                 continue
             size = output_shape(below, nr)
             if clip and op.name in FOLDS:
                 part = FOLDS[op.name](part, np.array(size[2:]))
             if len(size) == 4:
-                part = _bounded(part, size[1:], clip)
+                part = bounded(part, size[1:], clip)
             outputs = boxes.setdefault(below, {})
             outputs[nr] = _union(outputs.get(nr), part)
     pixels = pixels[:, 1:]
@@ -88,86 +85,7 @@ def trace_fields(
     return np.where(empty[:, None, None], 0, pixels)
 
 
-@dataclass(frozen=True)
-class FieldGeometry:
-    """The receptive fields of units on a regular grid, along (rows, columns), ignoring borders.
-
-    Unit n sees `size` pixels, starting at offset + stride * n. With stride 0, all units see the
-    same pixels.
-    """
-
-    offset: tuple[int, int]
-    size: tuple[int, int]
-    stride: tuple[int, int]
-
-
-class FieldGeometries:
-    """The field geometries of the outputs of all operations of one forward pass, computed once.
-
-    x: the leaf. constant_gates: gates of products do not count, as they are constants.
-    constant_statistics: nor do the statistics of normalisation.
-    """
-
-    def __init__(
-        self, x: Tensor, *, constant_gates: bool = False, constant_statistics: bool = False
-    ):
-        self.x, self.constant_gates = x, constant_gates
-        self.constant_statistics = constant_statistics
-        self._cache: dict[Node, np.ndarray | None] = {}
-        self._map_axes = MapAxes()
-
-    def at(self, node: Node) -> FieldGeometry | None:
-        """The geometry for the output of a node; None if it does not depend on the image."""
-        for op in reversed(topological_order(node, self._cache)):
-            if op.node not in self._cache:
-                self._cache[op.node] = self._pixels(op)
-        pixels = self._cache[node]
-        if pixels is None:
-            return None
-        first, second = pixels[0], pixels[1]
-        stride = second[:, 0] - first[:, 0]
-        geometry = first[:, 0], first[:, 1] - first[:, 0], stride
-        return FieldGeometry(*(tuple(values.tolist()) for values in geometry))
-
-    def _pixels(self, op: Operation) -> np.ndarray | None:
-        """(2, 2, 2): of two neighbouring units, rows and columns, the first and last + 1."""
-        if op.name == LEAF:
-            units = np.array([0, 1])[:, None, None] + np.array([0, 1])
-            return units.repeat(2, 1) if op.node.variable is self.x else None
-        units = _all_channels(np.array([[0, 0, 0], [0, 1, 1]])[..., None] + np.array([0, 1]))
-        units = np.roll(units, -1, 1) if self._is_last(op.node) else units
-        gates = gates_of(op) if self.constant_gates else ()
-        pixels = None
-        input_boxes = _input_boxes(op, units, output_shape(op.node, 0), self.constant_statistics)
-        for (below, nr), box in zip(op.inputs, input_boxes, strict=True):
-            fields = self._cache.get(below)
-            if box is None or fields is None or skip_moves(below) in gates:
-                continue
-            size = output_shape(below, nr)
-            box = _bounded(box, size[1:], False) if len(size) == 4 else box
-            if operation_name(below) in SPLITS:
-                box = _unsplit(Operation(below, operation_name(below), inputs_of(below)), nr, box)
-            box = box[:, :2] if self._is_last(below) else box[:, 1:]
-            # If the input has no positions, all of it is seen.
-            box = np.where(np.abs(box) > FAR, np.array([0, 1]), box)
-            stride = fields[1, :, 0] - fields[0, :, 0]
-            first, last = (
-                fields[0, :, 0] + stride * box[..., 0],
-                fields[0, :, 1] + stride * (box[..., 1] - 1),
-            )
-            branch = np.stack([first, last], 2)
-            pixels = branch if pixels is None else _hull(pixels, branch)
-        return pixels
-
-    def _is_last(self, node: Node) -> bool:
-        return self._map_axes.is_last(node) or unflattened_shape(node) is not None
-
-
-def _hull(a: Box, b: Box) -> Box:
-    return np.stack([np.minimum(a[..., 0], b[..., 0]), np.maximum(a[..., 1], b[..., 1])], 2)
-
-
-def _bounded(box: Box, size: tuple[int, ...], clip: bool) -> Box:
+def bounded(box: Box, size: tuple[int, ...], clip: bool) -> Box:
     """A box within maps of this size. If `clip` is false, only infinite ends are bounded."""
     limits = np.array(size)
     first = np.where((box[..., 0] < -FAR) | clip, box[..., 0].clip(0), box[..., 0])
@@ -179,7 +97,7 @@ def _join_outputs(op: Operation, outputs: dict[int, Box]) -> Box:
     """The box of all outputs of an operation, in the coordinates of the input if it is a split."""
     joined = None
     for nr, box in outputs.items():
-        joined = _union(joined, _unsplit(op, nr, box) if op.name in SPLITS else box)
+        joined = _union(joined, unsplit(op, nr, box) if op.name in SPLITS else box)
     return joined
 
 
@@ -193,7 +111,7 @@ def _union(a: Box | None, b: Box) -> Box:
     return np.where(a_empty, b, np.where(b_empty, a, both))
 
 
-def _input_boxes(
+def input_boxes(
     op: Operation, box: Box, shape: tuple[int, ...], constant_statistics: bool
 ) -> list[Box | None]:
     """For every input of an operation, the box that a box of its output depends on."""
@@ -238,7 +156,7 @@ def _elementwise(op: Operation, box: Box, shape: tuple, shapes: Shapes) -> list[
     return result
 
 
-def _all_channels(box: Box) -> Box:
+def all_channels(box: Box) -> Box:
     box = box.copy()
     box[:, 0] = -2 * FAR, 2 * FAR
     return box
@@ -255,7 +173,97 @@ def _across_channels(op: Operation, box: Box, shape: tuple, shapes: Shapes) -> l
     ]:
         return [box]
     is_same = min(len(shape), len(below)) > 3 and below[-2:] == shape[-2:]
-    return [_all_channels(box)] if is_same else _unknown(op, box, shape, shapes)
+    return [all_channels(box)] if is_same else _unknown(op, box, shape, shapes)
+
+
+def across_rearrangement(op: Operation) -> Operation:
+    """A view of maps (N, C, H, W) as such maps, by way of more axes: the view, with these maps as
+    input and the operations from it down to them; any other operation as it is."""
+    if op.name not in VIEWS or len(output_shape(op.node, 0)) != 4:
+        return op
+    chain = [op]
+    while chain[-1].name in MOVED and len(chain[-1].inputs) == 1:
+        below, nr = chain[-1].inputs[0]
+        rank = len(output_shape(below, nr))
+        if rank == 4 and len(chain) > 1:
+            return Rearrangement(op.node, REARRANGED, ((below, nr),), tuple(chain))
+        if rank <= 4:
+            break
+        chain.append(Operation(below, operation_name(below), inputs_of(below)))
+    return op
+
+
+@dataclass(frozen=True)
+class Rearrangement(Operation):
+    """Views and permutations through more than four axes, as one operation."""
+
+    chain: tuple[Operation, ...]
+
+
+def _rearranged(op: Rearrangement, box: Box, shape: tuple, shapes: Shapes) -> list[Box]:
+    given, box = box, box.copy()
+    box[:, 0] = box[:, 0].clip(0, shape[1])
+    for one in op.chain:
+        above, below = output_shape(one.node, 0), output_shape(*one.inputs[0])
+        if one.name in VIEWS:
+            box = _viewed(box, above, below)
+        elif one.name == "Permute":
+            dims = [dim % len(above) for dim in one.saved("dims")]
+            box = box[:, np.argsort(dims[1:])] if dims[0] == 0 else None
+        elif one.name == "Transpose":
+            axes = list(range(len(above)))
+            first, second = (one.saved(key) % len(above) for key in ("dim0", "dim1"))
+            axes[first], axes[second] = second, first
+            box = box[:, np.array(axes[1:]) - 1] if axes[0] == 0 else None
+        if box is None:
+            return _unknown(op, given, shape, shapes)
+    return [box]
+
+
+def _viewed(box: Box, shape: tuple[int, ...], below: tuple[int, ...]) -> Box | None:
+    """The box in the input of a view that a box of its output depends on; axes that are split or
+    joined are seen from the first to the last position. None if images are mixed."""
+    if shape[0] != below[0]:
+        return None
+    result, i, j = [], 1, 1
+    while i < len(shape) and j < len(below):
+        # The fewest axes on both sides with the same number of positions.
+        i_end, j_end = i + 1, j + 1
+        while (one := math.prod(shape[i:i_end])) != (other := math.prod(below[j:j_end])):
+            i_end, j_end = (i_end + 1, j_end) if one < other else (i_end, j_end + 1)
+        first = last = np.zeros(len(box), np.int64)
+        for axis in range(i, i_end):
+            first = first * shape[axis] + box[:, axis - 1, 0]
+            last = last * shape[axis] + box[:, axis - 1, 1] - 1
+        for axis in range(j, j_end):
+            inner = math.prod(below[axis + 1 : j_end])
+            start, stop = first // inner, last // inner
+            result.append(np.stack([start, stop + 1], 1))
+            together = start == stop
+            first = np.where(together, first % inner, 0)
+            last = np.where(together, last % inner, inner - 1)
+        i, j = i_end, j_end
+    only = np.tile(np.array([0, 1]), (len(box), 1))  # further axes have one position
+    return np.stack(result + [only] * (len(below) - j), 1)
+
+
+def _pixel_shuffle(op: Operation, box: Box, shape: tuple, shapes: Shapes) -> list[Box]:
+    """Output (c, y r + i, x r + j) is input (c r r + i r + j, y, x)."""
+    r = int(op.saved("upscale_factor"))
+    result = box.copy()
+    result[:, 0] = box[:, 0] * r * r
+    result[:, 1:, 0], result[:, 1:, 1] = box[:, 1:, 0] // r, (box[:, 1:, 1] - 1) // r + 1
+    return [result]
+
+
+def _pixel_unshuffle(op: Operation, box: Box, shape: tuple, shapes: Shapes) -> list[Box]:
+    """Output (c r r + i r + j, y, x) is input (c, y r + i, x r + j)."""
+    r = int(op.saved("downscale_factor"))
+    _, C, H, W = shapes[0]
+    box = box.copy()
+    box[:, 0] = box[:, 0].clip(0, shape[1])
+    split = _viewed(box, shape, (1, C, r, r, *shape[2:]))
+    return [_viewed(split[:, [0, 3, 1, 4, 2]], (1, C, H // r, r, W // r, r), (1, C, H, W))]
 
 
 def _over_channels(op: Operation, box: Box, shape: tuple, shapes: Shapes) -> list[Box]:
@@ -266,7 +274,7 @@ def _over_channels(op: Operation, box: Box, shape: tuple, shapes: Shapes) -> lis
     is_in_front = dims and all(0 < dim % rank < rank - 2 for dim in dims)
     if min(len(shape), *map(len, shapes)) < 4 or not is_in_front:
         return _unknown(op, box, shape, shapes)
-    return [_all_channels(box) for _ in shapes]
+    return [all_channels(box) for _ in shapes]
 
 
 def _transpose(op: Operation, box: Box, shape: tuple, shapes: Shapes) -> list[Box]:
@@ -294,7 +302,7 @@ def _table(op: Operation, box: Box, shape: tuple, shapes: Shapes) -> list[Box]:
     """A linear layer on maps (N, H, W, C): the same positions in all channels."""
     if len(shapes) != 1 or unflattened_shape(op.node) is None:
         return _unknown(op, box, shape, shapes)
-    return [np.roll(_all_channels(np.roll(box, 1, 1)), -1, 1)]
+    return [np.roll(all_channels(np.roll(box, 1, 1)), -1, 1)]
 
 
 def _is_norm_of_channels(op: Operation) -> bool:
@@ -356,7 +364,7 @@ def _adaptive_pool(op: Operation, box: Box, shape: tuple, shapes: Shapes) -> lis
     return [result]
 
 
-def _zoom(op: Operation, shape: tuple, below: tuple) -> np.ndarray:
+def zoom_of(op: Operation, shape: tuple, below: tuple) -> np.ndarray:
     """(2,): input positions per output position, by the given scale, not by rounded sizes."""
     scales = op.saved("scales_h"), op.saved("scales_w")
     axes = zip(scales, below[2:], shape[2:], strict=True)
@@ -365,7 +373,7 @@ def _zoom(op: Operation, shape: tuple, below: tuple) -> np.ndarray:
 
 def _nearest(op: Operation, box: Box, shape: tuple, shapes: Shapes) -> list[Box]:
     # In single precision, as PyTorch computes positions; shifted by a half for "nearest-exact".
-    zoom = _zoom(op, shape, shapes[0]).astype(np.float32)
+    zoom = zoom_of(op, shape, shapes[0]).astype(np.float32)
     ends = np.stack([box[:, 1:, 0], box[:, 1:, 1] - 1], 2).astype(np.float32)
     half = np.float32(0.5 if op.name == "UpsampleNearestExact2D" else 0)
     result = box.copy()
@@ -380,7 +388,7 @@ def _bilinear(op: Operation, box: Box, shape: tuple, shapes: Shapes) -> list[Box
     if op.saved("align_corners"):
         positions = ends * ((inputs - 1) / np.maximum(outputs - 1, 1))[:, None]
     else:
-        positions = np.maximum((ends + 0.5) * _zoom(op, shape, shapes[0])[:, None] - 0.5, 0)
+        positions = np.maximum((ends + 0.5) * zoom_of(op, shape, shapes[0])[:, None] - 0.5, 0)
     result = box.copy()
     # A position on the grid does not depend on its neighbour, whatever rounding says.
     first, last = np.floor(positions[..., 0] + 1e-9), np.ceil(positions[..., 1] - 1e-9)
@@ -414,7 +422,7 @@ def _slice(op: Operation, box: Box, shape: tuple, shapes: Shapes) -> list[Box]:
     return [result]
 
 
-def _unsplit(op: Operation, nr: int, box: Box) -> Box:
+def unsplit(op: Operation, nr: int, box: Box) -> Box:
     """A box of one output of a split, in the coordinates of the input."""
     below, below_nr = op.inputs[0]
     shape = output_shape(below, below_nr)
@@ -470,9 +478,46 @@ FOLDS = {"ReflectionPad2D": _reflected, "ReplicationPad2D": _repeated}
 def _in_place(op: Operation, box: Box, shape: tuple, shapes: Shapes) -> list[Box]:
     # The part belongs to the first input; if nothing is copied in, positions stay the same.
     if len(op.node.next_functions) == 1 and len(shape) == 4:
-        return [_all_channels(box)]
-    return _unknown(op, box, shape, shapes)
+        return [all_channels(box)]
+    # Maps are added to some of the maps.
+    size, stride, start = op.node.metadata.get(PART, ((), (), 0))
+    corner = _corner(size, stride, start, shape)
+    if corner is None or op.node.metadata[IN_PLACE] or size[2:] != shape[2:]:
+        return _unknown(op, box, shape, shapes)
+    moved = box.copy()
+    moved[:, 0] = (box[:, 0] - corner[0]).clip(0, size[1])
+    whole = [node is not None for node, _ in op.node.next_functions][0]
+    added = shapes[1:] if whole else shapes
+    parts = [moved if below == size else _everything(box, below) for below in added]
+    return [box] * whole + parts
 
+
+def _as_strided(op: Operation, box: Box, shape: tuple, shapes: Shapes) -> list[Box]:
+    """A part of maps, after an operation in place on it."""
+    corner = _corner(shape, op.saved("stride"), op.saved("storage_offset") or 0, shapes[0])
+    if corner is None:
+        return _unknown(op, box, shape, shapes)
+    return [box + np.array(corner)[:, None]]
+
+
+def _corner(
+    size: tuple[int, ...], stride: tuple[int, ...], start: int, whole: tuple[int, ...]
+) -> tuple[int, ...] | None:
+    """Where a part begins in maps (N, C, H, W) that are contiguous in memory: its first channel,
+    row and column. None unless the part is a box of neighbouring positions."""
+    steps = [math.prod(whole[axis + 1 :]) for axis in range(len(whole))]
+    if len(size) != 4 or len(whole) != 4 or size[0] != whole[0]:
+        return None
+    if any(n > 1 and one != step for n, one, step in zip(size, stride, steps, strict=True)):
+        return None
+    corner = np.unravel_index(start, whole)
+    fits = all(first + n <= m for first, n, m in zip(corner, size, whole, strict=True))
+    return tuple(int(first) for first in corner[1:]) if fits and corner[0] == 0 else None
+
+
+# What rearranges maps by way of more axes.
+MOVED = VIEWS | {"Permute", "Transpose", "Clone", "Contiguous"}
+REARRANGED = "rearranged"
 
 RULES: dict[str, Callable[[Operation, Box, tuple, Shapes], list[Box | None]]] = {
     **dict.fromkeys(RECTIFIERS | OTHER_RECTIFIERS | GATES, _elementwise),
@@ -495,7 +540,11 @@ RULES: dict[str, Callable[[Operation, Box, tuple, Shapes], list[Box | None]]] = 
     "Permute": _permute,
     "UpsampleBilinear2D": _bilinear,
     "Cat": _cat,
+    REARRANGED: _rearranged,
+    "PixelShuffle": _pixel_shuffle,
+    "PixelUnshuffle": _pixel_unshuffle,
     "Slice": _slice,
     **dict.fromkeys(("ConstantPadNd", "ReflectionPad2D", "ReplicationPad2D"), _pad),
     IN_PLACE: _in_place,
+    "AsStrided": _as_strided,
 }

@@ -37,10 +37,8 @@ def _in_the_middle(info: LayerInfo, image: tuple[int, int]) -> Tensor:
     """(H, W): the half of the rows and of the columns whose fields are closest to the middle of the
     image."""
     axes = []
-    for offset, stride, size, field, pixels in zip(
-        info.offset, info.stride, info.shape[1:], info.field, image, strict=True
-    ):
-        centres = offset + stride * torch.arange(size) + (field - pixels) / 2
+    for axis, size in enumerate(info.shape[1:]):
+        centres = info.starts(axis) + (info.field[axis] - image[axis]) / 2
         closest = centres.abs().argsort(stable=True)[: max(1, size // 2)]
         axes.append(torch.zeros(size, dtype=torch.bool).index_fill(0, closest, True))
     rows, columns = axes
