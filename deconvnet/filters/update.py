@@ -194,7 +194,7 @@ def update_filters_by_cg(
                 if maps is None:
                     total += filter_gradient(z[image], y[image], size, boundary=boundary)
                 else:
-                    total += maps.filter_gradient(y[image], size, boundary)
+                    maps.filter_gradient(y[image], size, boundary, total=total)
         return communicator.all_reduce_sum(connected(total, g))[0].flatten(2)[None]
 
     def system(v: Tensor) -> Tensor:

@@ -52,6 +52,9 @@ def test_the_gradient_is_that_of_whole_maps(name, boundary):
     gradient = SparseMaps.from_dense(z).filter_gradient(y, size, boundary)
     assert gradient.dtype == torch.float64 and gradient.any()
     assert_close(gradient, filter_gradient(z, y, size, boundary=boundary), rtol=1e-10, atol=1e-11)
+    total = gradient.clone()
+    SparseMaps.from_dense(z).filter_gradient(y, size, boundary, total=total)
+    assert_close(total, 2 * gradient, rtol=1e-12, atol=1e-13)
 
 
 @cases

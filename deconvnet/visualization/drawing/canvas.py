@@ -194,7 +194,7 @@ def paragraph(text: str, width: int, *, size: int = FONT, color: str = "black") 
             lines[-1] = longer
         else:
             lines.append(word)
-    step = round(SPACING * size)
+    step = max(round(SPACING * size), LINE)
     return vstack([text_block(line, width, step, size=size, color=color) for line in lines])
 
 
