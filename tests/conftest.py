@@ -22,6 +22,9 @@ import pytest
 # All problems here are tiny: threads that wait for each other cost ten times what they bring.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# No test cuts the power, so none waits until what was written is on the disk.
+os.fsync = os.fstat
+
 # The tests themselves, and what they import, are millions of objects that stay. By default, the
 # garbage collector visits them over and over.
 gc.set_threshold(50_000, 20, 100)

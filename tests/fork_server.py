@@ -44,6 +44,7 @@ LAZY = (
 
 
 def main():
+    os.fsync = os.fstat  # as in conftest.py
     sys.path[0] = ""  # as for `python -c`: the working folder, not that of the tests
     listener = socket.socket(fileno=int(sys.argv[1]))
     import_everything()

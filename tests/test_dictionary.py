@@ -113,7 +113,7 @@ def test_images_of_whole_numbers_and_of_half_precision_are_refused_by_name(image
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_a_forked_process_does_not_wait_for_threads_that_it_does_not_have(images):
-    from deconvnet.sparse_coding import thread_pool
+    from deconvnet.support import thread_pool
 
     thread_pool._pool(1).submit(int).result()
     child = os.fork()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import no_pictures
 
 from deconvnet import DeconvNet, LayerSettings, LearningSettings
 from deconvnet.monitoring.monitor import Monitor
@@ -37,7 +38,7 @@ def test_the_python_of_the_readme_runs_from_top_to_bottom(tmp_path, monkeypatch,
         LayerSettings(4, 5, pool=[1, 2, 2], learning=quick),
         LayerSettings(4, 3, learning=quick),
     ]
-    with Monitor(progress=False) as monitor:
+    with no_pictures(), Monitor(progress=False) as monitor:
         train(DeconvNet(layers), images, RunFolder(Path("runs/photographs"), {}), monitor)
     names = {"images": images}
     for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):

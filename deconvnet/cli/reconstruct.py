@@ -33,9 +33,13 @@ from deconvnet.network.network import DeconvNet, load
 from deconvnet.storage import ownership
 from deconvnet.support.devices import torch_device
 from deconvnet.training.run_folder import training_data
+from deconvnet.visualization.drawing.canvas import as_curves
 from deconvnet.visualization.pictures.image_parts import image_parts
 from deconvnet.visualization.pictures.parts_picture import draw_parts
 from deconvnet.visualization.projection.feature_projection import shown_pixels
+
+# The height in pixels of the picture of a signal.
+CURVES = 160
 
 
 def main(cfg: DictConfig) -> None:
@@ -79,7 +83,8 @@ def reconstruct(settings: ReconstructConfig) -> None:
                     net, image, layer, memory=settings.memory, progress=progress
                 )
         output = folder / f"{name}-layer{layer}.png"
-        save_picture(output, shown_pixels(net, result.pixels, like=image)[0])
+        shown = shown_pixels(net, result.pixels, like=image)
+        save_picture(output, as_curves(shown, height=CURVES)[0])
         original = image
         if net.preprocessing.are_arrays:
             save_array(output.with_suffix(".npy"), result.pixels[0])

@@ -9,7 +9,7 @@ float64.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -45,15 +45,28 @@ class SparseMaps:
         k, i, j = (index.astype(np.int32) for index in (k, i, j))
         return cls(image, k, i, j, z.numpy()[image, k, i, j].astype(np.float64), tuple(z.shape))
 
-    def filter_gradient(self, y: Tensor, size: tuple[int, int], boundary: Boundary) -> Tensor:
+    def times(self, factors: Tensor) -> SparseMaps:
+        """The maps of every image multiplied by its factor (N, 1, 1, 1)."""
+        return replace(self, z=self.z * factors.flatten().numpy()[self.image])
+
+    def filter_gradient(
+        self,
+        y: Tensor,
+        size: tuple[int, int],
+        boundary: Boundary,
+        *,
+        total: Tensor | None = None,
+    ) -> Tensor:
         """Z'y (K, C, h, w) in float64, for images y (N, C, H, W); as `convolution.filter_gradient`.
 
-        size: (h, w).
+        size: (h, w). total: float64 sums to which the result is added, in place.
         """
         # Imported here because it loads numba, which dense maps do not need.
         from deconvnet.sparse_coding import kernels
 
-        gradient = np.zeros((self.shape[1], y.shape[1], *size))
+        if total is None:
+            total = torch.zeros(self.shape[1], y.shape[1], *size, dtype=torch.float64)
+        gradient = total.numpy()
         rows, columns = (
             footprint(boundary, pixels, taps)
             for pixels, taps in zip(y.shape[2:], size, strict=True)
@@ -61,7 +74,7 @@ class SparseMaps:
         for part, image in zip(self._slices_by_image(), y.numpy(), strict=True):
             coefficients = (self.k[part], self.i[part], self.j[part], self.z[part])
             kernels.towards_filters(gradient, image, *coefficients, rows, columns)
-        return torch.from_numpy(gradient)
+        return total
 
     def correlations(self, size: tuple[int, int], wrap: bool) -> Tensor:
         """The gram (K, K, 2h-1, 2w-1) in float64: sums of z_k[i] z_l[i + shift].

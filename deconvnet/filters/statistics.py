@@ -94,13 +94,13 @@ def filter_statistics(
     gradient at f is the true one, -Z'(b - Z f).
     """
     h, w = f.shape[2:]
-    fourier_only = boundary == "reflect" or curvature is not None
-    maps = None if fourier_only else SparseMaps.from_dense(z)
+    maps = None if boundary == "reflect" else SparseMaps.from_dense(z)
     if maps is None:
         gradient, gram = _sums_by_fourier(z, -residual, (h, w), boundary, curvature)
     else:
         gradient = maps.filter_gradient(-residual, (h, w), boundary)
-        gram = maps.correlations((h, w), wrap=boundary == "circular")
+        weighted = maps if curvature is None else maps.times(curvature.double().sqrt())
+        gram = weighted.correlations((h, w), wrap=boundary == "circular")
     return FilterStatistics(gram_product(gram, (h, w))(f.double()) - connected(gradient, g), gram)
 
 

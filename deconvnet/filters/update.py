@@ -20,9 +20,11 @@ from torch import Tensor
 
 from deconvnet.filters.constraint import FilterConstraint
 from deconvnet.filters.initial import INITS
+from deconvnet.filters.sparse_statistics import SparseMaps
 from deconvnet.filters.statistics import FilterStatistics, gram_product
-from deconvnet.operators.convolution import Boundary, connected, deconvolve, filter_gradient
+from deconvnet.operators.convolution import Boundary, connected, filter_gradient
 from deconvnet.operators.linear import LinearOperator, conjugate_gradients
+from deconvnet.operators.sparse_maps import deconvolve_sparse
 from deconvnet.support.communicator import SINGLE, Communicator
 from deconvnet.support.renaming import renamed
 from deconvnet.support.scaling import exponent, magnitude, times_power
@@ -188,12 +190,16 @@ def update_filters_by_cg(
                 z, y = z.double(), y.double()
             for n in range(len(z)):
                 image = slice(n, n + 1)
-                total += filter_gradient(z[image], y[image], size, g, boundary=boundary)
-        return communicator.all_reduce_sum(total)[0].flatten(2)[None]
+                maps = None if boundary == "reflect" else SparseMaps.from_dense(z[image])
+                if maps is None:
+                    total += filter_gradient(z[image], y[image], size, boundary=boundary)
+                else:
+                    maps.filter_gradient(y[image], size, boundary, total=total)
+        return communicator.all_reduce_sum(connected(total, g))[0].flatten(2)[None]
 
     def system(v: Tensor) -> Tensor:
-        v = v[0].view(f.shape).to(f.dtype)
-        synthesized = ((z, deconvolve(z, v, g, boundary=boundary), T) for z, _, T in batches())
+        v = connected(v[0].view(f.shape).to(f.dtype), g)
+        synthesized = ((z, deconvolve_sparse(z, v, boundary=boundary), T) for z, _, T in batches())
         return correlate((z, T.adjoint(T(y))) for z, y, T in synthesized)
 
     right_side = correlate((z, T.adjoint(residual)) for z, residual, T in batches())

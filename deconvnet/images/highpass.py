@@ -15,6 +15,7 @@ from scipy.fft import dctn, idctn
 from torch import Tensor
 from torch.nn import functional
 
+from deconvnet.operators.convolution import conv2d
 from deconvnet.operators.linear import conjugate_gradients
 from deconvnet.support.scaling import exponent, magnitude, times_power
 
@@ -35,7 +36,7 @@ def correlate(planes: Tensor, f: Tensor) -> Tensor:
         first = planes.narrow(axis, 0, margin).flip(axis)
         last = planes.narrow(axis, planes.shape[axis] - margin, margin).flip(axis)
         planes = torch.cat([first, planes, last], axis)
-    return functional.conv2d(planes, f.to(planes))
+    return conv2d(planes, f.to(planes))
 
 
 def invert(filtered: Tensor, low: Tensor, f: Tensor) -> Tensor:

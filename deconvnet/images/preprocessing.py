@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from deconvnet.images import highpass
+from deconvnet.operators.convolution import conv2d
 from deconvnet.support.communicator import SINGLE, Communicator
 from deconvnet.support.renaming import renamed
 from deconvnet.support.torch_modes import full_precision, plain
@@ -336,7 +337,9 @@ class Spread:
     largest: float = 0.0
 
     def add(self, values: Tensor) -> None:
-        """Include values (N, ...)."""
+        """Include values (N, ...); none of an image that is not seen at all."""
+        if values.numel() == 0:
+            return
         # Image by image, so that the result does not depend on the batches.
         squares = sum(float(image.double().square().sum()) for image in values)
         self.count += values.numel()
@@ -502,8 +505,8 @@ def _gaussian(planes: Tensor, size: int, sigma: float) -> Tensor:
     offsets = torch.arange(size, dtype=torch.float64) - size // 2
     weights = torch.softmax(-offsets.square() / (2 * sigma**2), 0).to(planes)
     padded = functional.pad(planes, (size // 2,) * 4, mode="reflect").flatten(0, 1)[:, None]
-    rows = functional.conv2d(padded, weights.view(1, 1, -1, 1))
-    return functional.conv2d(rows, weights.view(1, 1, 1, -1)).view(planes.shape)
+    rows = conv2d(padded, weights.view(1, 1, -1, 1))
+    return conv2d(rows, weights.view(1, 1, 1, -1)).view(planes.shape)
 
 
 def _laplacian(channels: int) -> Tensor:

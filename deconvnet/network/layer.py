@@ -23,6 +23,7 @@ from deconvnet.operators.linear import (
     Deconvolution,
     Identity,
     LinearOperator,
+    UnpooledDeconvolution,
     Unpooling,
     WeightedUnpooling,
 )
@@ -319,7 +320,8 @@ class Layer(nn.Module):
 
     def operator(self) -> Deconvolution:
         """F: maps z (N, K, ...) -> the layer's input (N, C, H, W), with the current filters."""
-        return Deconvolution(self.filters, self.settings.boundary)
+        settings = self.settings
+        return Deconvolution(self.filters, settings.boundary, sparse=settings.window is not None)
 
     def infer(
         self,
@@ -356,6 +358,11 @@ class Layer(nn.Module):
             return LayerCodes(z, None, shape, *cost)
         lossless = self.settings.window is not None
         return LayerCodes(*max_pool(z, tuple(pool)), shape, *cost, None if lossless else z)
+
+    def decoder(self, codes: LayerCodes, images: Images = ALL) -> LinearOperator:
+        """F U: pooled maps of the given images -> the layer's input."""
+        F, U = self.operator(), self.unpooling(codes, images)
+        return UnpooledDeconvolution(F, U) if isinstance(U, Unpooling) else F @ U
 
     def unpooling(self, codes: LayerCodes, images: Images = ALL) -> LinearOperator:
         """U: pooled maps of the given images -> maps; the identity if there is no pooling."""

@@ -198,7 +198,7 @@ class DeconvNet(nn.Module):
         D: LinearOperator = Identity()
         for level in range(1, number):
             layer, scale = self.layer(level), float(self.layer(level + 1).scale)
-            D = D @ layer.operator() @ layer.unpooling(codes.layer(level), images)
+            D = D @ layer.decoder(codes.layer(level), images)
             D = D if scale == 1 else D @ Scaling(scale)
         return D
 

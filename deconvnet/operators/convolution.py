@@ -80,7 +80,7 @@ def deconvolve(
         z = F.pad(z, (w - 1, 0, h - 1, 0), mode="circular")
     if f.shape[1] <= FEW_CHANNELS:
         return _paint_by_rows(z, f)
-    return _conv2d(z, f.flip(2, 3).transpose(0, 1))
+    return conv2d(z, f.flip(2, 3).transpose(0, 1))
 
 
 def correlate(
@@ -129,18 +129,24 @@ def correlate_strips(
     if boundary == "reflect":
         yield slice(0, N), slice(0, rows), correlate(y, f, boundary=boundary)
         return
+    images = max(1, numbers // (len(f) * rows * columns))
+    step = rows if images > 1 else min(rows, max(h, numbers // (len(f) * columns)))
+    if boundary == "valid" and step == rows:
+        # The same sums, but the convolution skips the border, up to two thirds of the products.
+        for n in range(0, N, images):
+            part = conv2d(y[n : n + images], f, padding=(h - 1, w - 1))
+            yield slice(n, n + images), slice(0, rows), part
+        return
     if boundary == "circular":
         y = F.pad(y, (0, w - 1, 0, h - 1), mode="circular")
     else:
         full = (w - 1, w - 1, h - 1, h - 1)
         left, right, top, bottom = _beyond((h, w)) if boundary == "zero" else full
         y = F.pad(y, (right, left, bottom, top))
-    images = max(1, numbers // (len(f) * rows * columns))
-    step = rows if images > 1 else min(rows, max(h, numbers // (len(f) * columns)))
     for n in range(0, N, images):
         for i in range(0, rows, step):
             part = y[n : n + images, :, i : min(i + step, rows) + h - 1]
-            yield slice(n, n + images), slice(i, min(i + step, rows)), _conv2d(part, f)
+            yield slice(n, n + images), slice(i, min(i + step, rows)), conv2d(part, f)
 
 
 def filter_gradient(
@@ -285,7 +291,7 @@ def _paint_by_rows(z: Tensor, f: Tensor) -> Tensor:
     the C channels and h additions take about a third of the time for one channel, half for five.
     """
     K, C, h, w = f.shape
-    rows = _conv2d(z, f.flip(2, 3).permute(2, 1, 0, 3).reshape(h * C, K, 1, w))
+    rows = conv2d(z, f.flip(2, 3).permute(2, 1, 0, 3).reshape(h * C, K, 1, w))
     height = z.shape[2] - h + 1
     painted = rows[:, :C, :height].clone()
     for m in range(1, h):
@@ -293,10 +299,12 @@ def _paint_by_rows(z: Tensor, f: Tensor) -> Tensor:
     return painted
 
 
-def _conv2d(z: Tensor, f: Tensor) -> Tensor:
+def conv2d(z: Tensor, f: Tensor, padding: tuple[int, int] = (0, 0)) -> Tensor:
     """conv2d that rounds a single image as in a batch: a small one is padded to a batch of two."""
     alone = len(z) == 1 and z.numel() <= NATIVE_CONVOLUTION and z.device.type == "cpu"
-    return F.conv2d(torch.cat([z, z]), f)[:1] if alone else F.conv2d(z, f)
+    z = torch.cat([z, z]) if alone else z
+    maps = F.conv2d(z, f, padding=padding)
+    return maps[:1] if alone else maps
 
 
 def _in_strips(y: Tensor, f: Tensor, boundary: Boundary) -> Tensor:

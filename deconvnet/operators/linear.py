@@ -17,11 +17,12 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from deconvnet.operators import pooling
+from deconvnet.operators import pooling, sparse_maps
 from deconvnet.operators.convolution import (
     CONTINUED,
     Boundary,
@@ -136,8 +137,9 @@ class Deconvolution(LinearOperator):
 
     f: (K, C, h, w), disconnected planes being zero. mask: (N or 1, C or 1, H, W) of numbers >= 0;
     the operator is then M F: the errors ||M F z - M y||^2 are weighted by mask^2, and pixels where
-    the mask is 0 do not count. Raises ValueError for a mask that is negative, not finite, or does
-    not fit.
+    the mask is 0 do not count. sparse: whether to expect maps that are zero in all but one place of
+    each pooling window; on a CPU their values are then painted one by one. Raises ValueError for a
+    mask that is negative, not finite, or does not fit.
 
     If the border wraps, the solve is exact: one division per frequency. With boundary "valid"
     A A' is the same filter with zeros around the image, and the circular solution preconditions a
@@ -148,11 +150,19 @@ class Deconvolution(LinearOperator):
     not.
     """
 
-    def __init__(self, f: Tensor, boundary: Boundary = "valid", mask: Tensor | None = None):
+    def __init__(
+        self,
+        f: Tensor,
+        boundary: Boundary = "valid",
+        mask: Tensor | None = None,
+        *,
+        sparse: bool = False,
+    ):
         check_tensors(f=f)
         check_boundary(boundary)
         self.f = f
         self.boundary = boundary
+        self.sparse = sparse
         self.mask = mask if mask is None else _checked_mask(mask, f.shape[1], f)
         if boundary in CONTINUED:
             self.inexact_cg_steps = 2 if mask is None else 4
@@ -165,7 +175,8 @@ class Deconvolution(LinearOperator):
         self._inverse: tuple[tuple, Tensor] | None = None
 
     def __call__(self, z: Tensor) -> Tensor:
-        return self._masked(deconvolve(z, self.f, boundary=self.boundary))
+        paint = sparse_maps.deconvolve_sparse if self.sparse else deconvolve
+        return self._masked(paint(z, self.f, boundary=self.boundary))
 
     def adjoint(self, y: Tensor) -> Tensor:
         return correlate(self._masked(y), self.f, boundary=self.boundary)
@@ -239,7 +250,8 @@ class Deconvolution(LinearOperator):
             return self, 0
         f = times_power(self.f, -f_exponent)
         mask = self.mask if self.mask is None else times_power(self.mask, -mask_exponent)
-        return Deconvolution(f, self.boundary, mask), f_exponent + mask_exponent
+        part = Deconvolution(f, self.boundary, mask, sparse=self.sparse)
+        return part, f_exponent + mask_exponent
 
     def __getitem__(self, images: slice) -> Deconvolution:
         if self.mask is None or len(self.mask) == 1:
@@ -401,7 +413,7 @@ class Mask(LinearOperator):
 
     def __matmul__(self, inner: LinearOperator) -> LinearOperator:
         if isinstance(inner, Deconvolution) and inner.mask is None:
-            return Deconvolution(inner.f, inner.boundary, self.mask)
+            return Deconvolution(inner.f, inner.boundary, self.mask, sparse=inner.sparse)
         return super().__matmul__(inner)
 
     def squared_norm(self, b: Tensor, *, steps: int = 30) -> Tensor:
@@ -517,6 +529,60 @@ class Composition(LinearOperator):
         if outer_exponent == inner_exponent == 0:
             return self, 0
         return Composition(outer, inner), outer_exponent + inner_exponent
+
+
+class UnpooledDeconvolution(Composition):
+    """F U: pooled maps -> what their values paint at their switches, without the maps between.
+
+    On a CPU the values are painted one by one, and the adjoint correlates at the switches only,
+    if that is faster than convolutions (`sparse_maps`).
+    """
+
+    outer: Deconvolution
+    inner: Unpooling
+
+    def __init__(self, outer: Deconvolution, inner: Unpooling):
+        super().__init__(outer, inner)
+        values = inner.switches[0].numel()
+        self.sparse = outer.mask is None and sparse_maps.pays(
+            outer.f, values, inner.shape, outer.boundary
+        )
+        if self.sparse:
+            self.max_intermediate_numel = 0
+
+    def __getitem__(self, images: slice) -> UnpooledDeconvolution:
+        part = UnpooledDeconvolution(self.outer[images], self.inner[images])
+        if part.sparse:
+            part._deconvolver, part._places = self._deconvolver, self._places[images]
+        return part
+
+    def __call__(self, z: Tensor) -> Tensor:
+        if not self._applies(z):
+            return super().__call__(z)
+        return self._deconvolver.paint(z.flatten(1), self._places)
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        if not self._applies(y):
+            return super().adjoint(y)
+        return self._deconvolver.correlate(y, self._places).view(self.inner.switches.shape)
+
+    def normalised(self) -> tuple[LinearOperator, int]:
+        F, e = self.outer.normalised()
+        return (UnpooledDeconvolution(F, self.inner), e) if e else (self, 0)
+
+    def _applies(self, array: Tensor) -> bool:
+        differentiated = torch.is_grad_enabled() and array.requires_grad
+        return self.sparse and array.dtype == self.outer.f.dtype and not differentiated
+
+    @cached_property
+    def _deconvolver(self) -> sparse_maps.SparseDeconvolver:
+        return sparse_maps.SparseDeconvolver(
+            self.outer.f, self.outer.boundary, self.inner.shape[1:]
+        )
+
+    @cached_property
+    def _places(self) -> list[sparse_maps.Places]:
+        return [self._deconvolver.places(switches) for switches in self.inner.switches.flatten(1)]
 
 
 class VerticalStack(LinearOperator):

@@ -9,11 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Sides of square filters for which the loops over rows and columns have a compile-time length and
-# are unrolled. Other filters gain at most a few percent from that, and every size is compiled by
-# itself, which takes seconds: one loop serves them all.
-UNROLLED = (3, 5)
-
 
 class Footprint(NamedTuple):
     """Along one axis, the pixels that an impulse at each position of the maps paints, and the taps.
@@ -38,35 +33,17 @@ class Grid(NamedTuple):
 
 
 class Filters(NamedTuple):
-    """f (K, C, h, w) in groups of G maps; planes (K, C): the non-zero channels of each, then -1.
-
-    C, h, w and G are arrays whose lengths are the sizes, and one compiled loop serves all sizes.
-    Where unrolling pays, they are tuples of that many Nones: the length of a tuple is part of its
-    type, so the compiler knows it.
-    """
+    """f (K, C, h, w); planes (K, C): the non-zero channels of each filter, then -1."""
 
     f: np.ndarray
     planes: np.ndarray
-    C: tuple[None, ...] | np.ndarray
-    h: tuple[None, ...] | np.ndarray
-    w: tuple[None, ...] | np.ndarray
-    G: tuple[None, ...] | np.ndarray
 
     @classmethod
-    def from_array(cls, f: np.ndarray, group: int) -> Filters:
+    def from_array(cls, f: np.ndarray) -> Filters:
         empty = ~f.any((2, 3))
         order = empty.argsort(1, kind="stable")
         planes = np.where(np.take_along_axis(empty, order, 1), -1, order).astype(np.int32)
-        _, C, h, w = f.shape
-        unrolled = h == w and h in UNROLLED
-        return cls(
-            f,
-            planes,
-            _with_length(C),
-            _with_length(h, unrolled=unrolled),
-            _with_length(w, unrolled=unrolled),
-            _with_length(group, unrolled=group == 1),
-        )
+        return cls(f, planes)
 
 
 class ActiveSet(NamedTuple):
@@ -118,7 +95,3 @@ def footprint(boundary: str, pixels: int, taps: int) -> Footprint:
     first = np.where(single & (length == taps).any(1), (corner * (length == taps)).sum(1), -1)
     runs = (np.ascontiguousarray(run, np.int32) for run in (np.maximum(corner, 0), tap, length))
     return Footprint(*runs, first.astype(np.int32))
-
-
-def _with_length(number: int, *, unrolled: bool = False) -> tuple[None, ...] | np.ndarray:
-    return (None,) * number if unrolled else np.zeros(number, np.bool_)

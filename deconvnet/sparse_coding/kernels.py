@@ -3,9 +3,10 @@
     r residual (C, H, W)   c correlations (K, rows, columns)   G maps of a group
 
 The boundary enters these loops only through the `Footprint` of each axis. They release the
-interpreter's lock, so that threads may share the work. They are compiled once for all filters,
-and once each for the sizes in `active_set.UNROLLED`, and cached on disk if possible
-(support/compiling.py).
+interpreter's lock, so that threads may share the work. One compiled form serves filters of all
+sizes, one for float32 and one for float64, and is cached on disk if possible
+(support/compiling.py); only the sweeps over groups have another than those over single maps. To
+compile quickly, loops create no arrays, so that numba counts no references.
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ from deconvnet.support.compiling import compiled
 
 # Sums may be reordered, but NaNs must propagate.
 _MATH = {"reassoc", "contract", "arcp", "nsz"}
-OPTIONS = dict(fastmath=_MATH, error_model="numpy", nogil=True)
+OPTIONS = dict(fastmath=_MATH, error_model="numpy", nogil=True, no_cfunc_wrapper=True, _nrt=False)
 _compiled = compiled(**OPTIONS)
 # Inlined into the caller. A separate function would cost a call per coefficient, and the process
 # that compiles it would run a copy that sums in another order than the one that other processes
 # load from disk.
-_inlined = compiled(**OPTIONS, forceinline=True)
+_inlined = compiled(**OPTIONS, forceinline=True, no_cpython_wrapper=True)
+# The sides of square filters for which loops over the taps are unrolled, as tuples, whose length is
+# part of their type. Filters of other sizes would gain at most a few percent.
+_THREE, _FIVE = (None,) * 3, (None,) * 5
 
 
 @_inlined
@@ -38,24 +42,14 @@ def _shrunk(magnitude, beta, p):
     return x
 
 
-@_compiled
 def active(z, G):
     """(g, i, j) of the groups in maps z (K, rows, columns) that are not all zero."""
-    count = 0
-    for _ in range(2):
-        positions = np.empty((3, count), np.int32)
-        count = 0
-        for g in range(z.shape[0] // G):
-            for i in range(z.shape[1]):
-                for j in range(z.shape[2]):
-                    nonzero = z[g * G, i, j] != 0
-                    for u in range(1, G):
-                        nonzero |= z[g * G + u, i, j] != 0
-                    if nonzero:
-                        if positions.shape[1]:
-                            positions[0, count], positions[1, count], positions[2, count] = g, i, j
-                        count += 1
-    return positions[0], positions[1], positions[2]
+    nonzero = z != 0
+    if G > 1:
+        nonzero = nonzero.reshape(-1, G, *z.shape[1:]).any(1)
+    # On a flat array numpy searches ten times as fast.
+    positions = np.unravel_index(np.flatnonzero(nonzero), nonzero.shape)
+    return tuple(index.astype(np.int32) for index in positions)
 
 
 @_compiled
@@ -80,12 +74,18 @@ def strongest(c, inverse, G, best, which, top, bottom):
                     best[i, j], which[i, j] = v, g
 
 
-@_compiled
 def leaders(best, tile):
     """(rows, columns) of the largest value in each tile (rows, columns), if it exceeds 1."""
     (H, W), (h, w) = best.shape, tile
-    capacity = -(-H // h) * -(-W // w)
-    rows, columns = np.empty(capacity, np.int32), np.empty(capacity, np.int32)
+    positions = np.empty((2, -(-H // h) * -(-W // w)), np.int32)
+    n = _find_leaders(best, h, w, *positions)
+    return positions[0, :n], positions[1, :n]
+
+
+@_compiled
+def _find_leaders(best, h, w, rows, columns):
+    """The number of leaders of tiles of h x w, the first of rows and columns."""
+    H, W = best.shape
     n = 0
     for top in range(0, H, h):
         for left in range(0, W, w):
@@ -95,23 +95,31 @@ def leaders(best, tile):
                     if best[i, j] > largest:
                         largest, rows[n], columns[n] = best[i, j], i, j
             n += largest > 1
-    return rows[:n], columns[:n]
+    return n
+
+
+def by_bands(i, j, H, W, bands):
+    """(order, starts): coefficients sorted by band of rows, then by column, for the sweeps."""
+    order, starts = np.empty(len(i), np.int64), np.zeros(bands * W + 1, np.int64)
+    _sort_by_bands(i, j, H, W, bands, order, starts, np.empty(len(i), np.int64))
+    return order, starts[::W].copy()
 
 
 @_compiled
-def by_bands(i, j, H, W, bands):
-    """(order, starts): coefficients sorted by band of rows, then by column, for the sweeps."""
-    starts = np.zeros(bands * W + 1, np.int64)
-    key = np.empty(len(i), np.int64)
+def _sort_by_bands(i, j, H, W, bands, order, starts, key):
+    """Fill order (n,), and starts (bands * W + 1,) from zeros; key (n,): scratch."""
     for n in range(len(i)):
         key[n] = i[n] * bands // H * W + j[n]
         starts[key[n] + 1] += 1
-    starts = np.cumsum(starts)
-    order, at = np.empty(len(i), np.int64), starts.copy()
+    for m in range(1, len(starts)):
+        starts[m] += starts[m - 1]
     for n in range(len(i)):
-        order[at[key[n]]] = n
-        at[key[n]] += 1
-    return order, starts[::W].copy()
+        order[starts[key[n]]] = n
+        starts[key[n]] += 1
+    # Each start has moved to the next.
+    for m in range(len(starts) - 1, 0, -1):
+        starts[m] = starts[m - 1]
+    starts[0] = 0
 
 
 @_compiled
@@ -155,28 +163,39 @@ def towards_filters(gradient, y, g, i, j, z, rows, columns):
 
 
 @_inlined
-def _dot(r, f, planes, k, top, left, C, h, w):
-    """<r, the image of a unit impulse of map k>, with all its taps, from pixel (top, left)."""
+def _dot(r, f, planes, k, top, left, side):
+    """<r, the image of a unit impulse of map k>, with all its taps, from pixel (top, left).
+
+    side: None, or a tuple as long as the sides of the filters.
+    """
+    if side is None:
+        h, w = f.shape[2], f.shape[3]
+    else:
+        h, w = len(side), len(side)
     total = r.dtype.type(0)
-    for s in range(len(C)):
+    for s in range(planes.shape[1]):
         c = planes[k, s]
         if c < 0:
             break
-        for m in range(len(h)):
-            for q in range(len(w)):
+        for m in range(h):
+            for q in range(w):
                 total += r[c, top + m, left + q] * f[k, c, m, q]
     return total
 
 
 @_inlined
-def _paint(r, amount, f, planes, k, top, left, C, h, w):
+def _paint(r, amount, f, planes, k, top, left, side):
     """r += amount * the image of a unit impulse of map k, with all its taps, from (top, left)."""
-    for s in range(len(C)):
+    if side is None:
+        h, w = f.shape[2], f.shape[3]
+    else:
+        h, w = len(side), len(side)
+    for s in range(planes.shape[1]):
         c = planes[k, s]
         if c < 0:
             break
-        for m in range(len(h)):
-            for q in range(len(w)):
+        for m in range(h):
+            for q in range(w):
                 r[c, top + m, left + q] += amount * f[k, c, m, q]
 
 
@@ -213,7 +232,7 @@ def _paint_at(r, amount, f, k, rows, columns, mask, i, j):
 @_compiled
 def subtract(r, filters, grid, active_set):
     """r -= A z."""
-    f, planes, C, h, w, _ = filters
+    f, planes = filters
     g, i, j, z, _, _ = active_set
     rows, columns, mask = grid
     tops, lefts, masked = rows.first, columns.first, mask.size > 0
@@ -224,30 +243,29 @@ def subtract(r, filters, grid, active_set):
             if z[n, u] != 0:
                 k = g[n] * z.shape[1] + u
                 if complete:
-                    _paint(r, -z[n, u], f, planes, k, top, left, C, h, w)
+                    _paint(r, -z[n, u], f, planes, k, top, left, None)
                 else:
                     _paint_at(r, -z[n, u], f, k, rows, columns, mask, i[n], j[n])
 
 
 @_compiled
-def correlations_at(y, f, rows, columns, G, g, i, j):
-    """(n, G): the correlations of an image y (C, H, W) with the filters of groups g, at (i, j)."""
-    c, no_mask = np.empty((len(g), G), y.dtype), np.empty((0, 0, 0), y.dtype)
+def correlations_at(y, f, grid, g, i, j, c):
+    """c (n, G) = <y, what a unit impulse at (i, j) of each map of g paints>, y (C, H, W)."""
+    rows, columns, mask = grid
     for n in range(len(g)):
-        for u in range(G):
-            c[n, u] = _dot_at(y, f, g[n] * G + u, rows, columns, no_mask, i[n], j[n])
-    return c
+        for u in range(c.shape[1]):
+            k = g[n] * c.shape[1] + u
+            c[n, u] = _dot_at(y, f, k, rows, columns, mask, i[n], j[n])
 
 
 @_compiled
-def curvatures(f, G, inner, grid, g, i, j, scratch):
-    """L (n,): `inner` (groups,) where a coefficient paints all its taps; elsewhere the squared norm
-    of what a unit impulse paints, summed over the group.
+def curvatures(f, G, inner, grid, g, i, j, scratch, L):
+    """L (n,) = `inner` (groups,) where a coefficient paints all its taps; elsewhere the squared
+    norm of what a unit impulse paints, summed over the group.
 
     G: maps of a group. scratch (C, H, W): zeros, which are restored.
     """
     rows, columns, mask = grid
-    L = np.empty(len(g), f.dtype)
     for n in range(len(g)):
         complete = rows.first[i[n]] >= 0 and columns.first[j[n]] >= 0
         if complete and mask.size == 0:
@@ -262,22 +280,27 @@ def curvatures(f, G, inner, grid, g, i, j, scratch):
                 for b in range(columns.length.shape[1]):
                     left = columns.pixel[j[n], b]
                     bottom, right = top + rows.length[i[n], a], left + columns.length[j[n], b]
-                    scratch[:, top:bottom, left:right] = 0
-    return L
+                    for c in range(len(scratch)):
+                        for x in range(top, bottom):
+                            for q in range(left, right):
+                                scratch[c, x, q] = 0
 
 
 @_compiled
-def descend(r, filters, grid, active_set, starts, bands, sweeps, lam, p, positive):
+def descend(r, filters, grid, active_set, starts, bands, sweeps, lam, p, positive, group, v):
     """Minimise over one coefficient after another, updating z and r in place; each of the `bands`,
     which do not touch, is swept `sweeps` times.
+
+    group: maps of a group; None for 1, which has a form of its own, because a loop over a single
+    map makes a step a third slower. v (G,): scratch.
     """
     # Unpacked once: passing a named tuple on or reading from it costs more than a step.
-    f, planes, C, h, w, _ = filters
+    f, planes = filters
     g, i, j, z, L, weight = active_set
     rows, columns, mask = grid
     tops, lefts, masked = rows.first, columns.first, mask.size > 0
-    G = len(filters.G)
-    v = np.empty(G, z.dtype)
+    side = f.shape[2] if f.shape[2] == f.shape[3] else 0
+    G = 1 if group is None else group
     for s in bands:
         for _ in range(sweeps):
             for n in range(starts[s], starts[s + 1]):
@@ -291,10 +314,14 @@ def descend(r, filters, grid, active_set, starts, bands, sweeps, lam, p, positiv
                 length = z.dtype.type(0)
                 for u in range(G):
                     k = g[n] * G + u
-                    if complete:
-                        c = _dot(r, f, planes, k, top, left, C, h, w)
-                    else:
+                    if not complete:
                         c = _dot_at(r, f, k, rows, columns, mask, i[n], j[n])
+                    elif side == 3:
+                        c = _dot(r, f, planes, k, top, left, _THREE)
+                    elif side == 5:
+                        c = _dot(r, f, planes, k, top, left, _FIVE)
+                    else:
+                        c = _dot(r, f, planes, k, top, left, None)
                     v[u] = z[n, u] + c / L[n]
                     if positive and v[u] < 0:
                         v[u] = 0
@@ -312,8 +339,12 @@ def descend(r, filters, grid, active_set, starts, bands, sweeps, lam, p, positiv
                     d = x - z[n, u]
                     if d != 0:
                         k = g[n] * G + u
-                        if complete:
-                            _paint(r, -d, f, planes, k, top, left, C, h, w)
-                        else:
+                        if not complete:
                             _paint_at(r, -d, f, k, rows, columns, mask, i[n], j[n])
+                        elif side == 3:
+                            _paint(r, -d, f, planes, k, top, left, _THREE)
+                        elif side == 5:
+                            _paint(r, -d, f, planes, k, top, left, _FIVE)
+                        else:
+                            _paint(r, -d, f, planes, k, top, left, None)
                         z[n, u] += d

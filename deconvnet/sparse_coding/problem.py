@@ -162,9 +162,13 @@ class Problem:
         certify: bool,
         state: Tensor | None = None,
         step: Tensor | None = None,
+        Az: Tensor | None = None,
     ) -> Solution:
-        """The solution with maps z, and its duality gap if `certify` is set."""
-        residual = self.b - self.A(z)
+        """The solution with maps z, and its duality gap if `certify` is set.
+
+        Az: A z, if it is known.
+        """
+        residual = self.b - (self.A(z) if Az is None else Az)
         terms = data_term(residual, self.lam), self.prior.value(z)
         gap = None
         if certify:

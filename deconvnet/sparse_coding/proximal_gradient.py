@@ -32,7 +32,9 @@ def ista(problem: Problem, start: Start, settings: SolverSettings, until: Until)
 
 def _run(method: ProximalGradient, until: Until) -> Solution:
     count = iterate(method, until)
-    return method.problem.solution(method.z, count, certify=until.certifies, step=method.step_size)
+    return method.problem.solution(
+        method.z, count, certify=until.certifies, step=method.step_size, Az=method.Az
+    )
 
 
 class ProximalGradient(Method):

@@ -108,9 +108,10 @@ def sparse_code(
     number on a CPU, all images on a GPU.
 
     Differentiable if images, filters, lam, mask or weights require a gradient: z, residual,
-    reconstruction, sparsity and objective then have that of the minimum (`implicit_gradient`); the
-    rest of the solution is plain. Not for p < 1, lam_ratio or half_quadratic, and only once. Raises
-    ValueError if an argument is out of range or does not fit the others.
+    reconstruction, sparsity and objective then have that of the minimum (`implicit_gradient`), and
+    the maps must be close to it: give settings with a gap of 1e-3 or less, since the default is
+    coarser. The rest of the solution is plain. Not for p < 1, lam_ratio or half_quadratic, and only
+    once. Raises ValueError if an argument is out of range or does not fit the others.
     """
     check_settings(settings, SolverSettings, "settings")
     check_one_weight(lam, lam_ratio, lam_max_quantile)

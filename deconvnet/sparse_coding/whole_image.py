@@ -24,7 +24,7 @@ from torch import Tensor
 from deconvnet.operators.convolution import correlate_strips, map_size
 from deconvnet.operators.linear import Deconvolution
 from deconvnet.sparse_coding import kernels
-from deconvnet.sparse_coding.active_set import ActiveSet
+from deconvnet.sparse_coding.active_set import ActiveSet, Grid
 from deconvnet.sparse_coding.coordinate_descent import PriorWeights
 from deconvnet.sparse_coding.iteration import Until, iterate
 from deconvnet.sparse_coding.prior import Prior
@@ -200,9 +200,10 @@ class PilotWeights:
 
     def at(self, n: int, g: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
         atoms = self.atoms
-        where = (atoms.f.numpy(), *atoms.axes, atoms.group, g, i, j)
-        c = np.abs(kernels.correlations_at(self.pilot[0].numpy(), *where))
-        gain = self.gain[g]
+        grid = Grid(*atoms.axes, np.empty((0, 0, 0), atoms.dtype))
+        c = np.empty((len(g), atoms.group), atoms.dtype)
+        kernels.correlations_at(self.pilot[0].numpy(), atoms.f.numpy(), grid, g, i, j, c)
+        c, gain = np.abs(c), self.gain[g]
         strength = np.divide(c, gain, out=np.zeros_like(c), where=gain > 0).mean(1)
         level = atoms.dtype(self.thresholds.level)
         return self.base[g, 0] / np.maximum(strength / level, atoms.dtype(1 / MAX_RAISE))

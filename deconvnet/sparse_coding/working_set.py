@@ -38,7 +38,7 @@ from deconvnet.sparse_coding import kernels
 from deconvnet.sparse_coding.active_set import ActiveSet, Filters, Grid, footprint
 from deconvnet.sparse_coding.iteration import Method
 from deconvnet.sparse_coding.problem import Problem
-from deconvnet.sparse_coding.thread_pool import run_all
+from deconvnet.support.thread_pool import run_all
 
 # A pass over all coefficients costs as much as several sweeps over the working set. Between two
 # passes, even and odd bands alternate TURNS times, and each time a band is swept SWEEPS times.
@@ -60,7 +60,7 @@ class Atoms:
         if A.mask is not None:
             self.mask = A.mask.detach().to(b).expand_as(b).contiguous()
         self.dtype = self.f.numpy().dtype.type
-        self.filters = Filters.from_array(self.f.numpy(), group)
+        self.filters = Filters.from_array(self.f.numpy())
         sides = zip(b.shape[2:], self.f.shape[2:], strict=True)
         self.axes = [footprint(self.boundary, *side) for side in sides]
         self.map_size = map_size(b.shape[2:], self.f.shape[2:], self.boundary)
@@ -74,9 +74,10 @@ class Atoms:
 
     def curvatures_at(self, n: int, g: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
         """L (m,) of coefficients at these positions of an image."""
-        scratch = np.zeros(self._zeros, self.dtype)
-        f, G, grid = self.filters.f, len(self.filters.G), self.grid(n)
-        return kernels.curvatures(f, G, self.curvature, grid, g, i, j, scratch)
+        scratch, L = np.zeros(self._zeros, self.dtype), np.empty(len(g), self.dtype)
+        where = self.grid(n), g, i, j
+        kernels.curvatures(self.filters.f, self.group, self.curvature, *where, scratch, L)
+        return L
 
 
 @dataclass(frozen=True)
@@ -325,6 +326,7 @@ class WorkingSetSolver(Method):
             *(self.residual[n].numpy(), atoms.filters, atoms.grid(n), self.active[n]),
             *(self.starts[n], bands, SWEEPS),
             *(number(self.problem.lam), number(prior.p), prior.non_negative),
+            *(atoms.group if atoms.group > 1 else None, np.empty(atoms.group, number)),
         )
 
     def _active_set(self, n: int, g: np.ndarray, i: np.ndarray, j: np.ndarray) -> ActiveSet:

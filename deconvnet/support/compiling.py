@@ -15,6 +15,7 @@ damaged, or written by two processes at once is replaced by newly compiled code.
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import logging
 import os
@@ -41,30 +42,43 @@ def compiled(**options: Any) -> Callable[[Callable], Callable]:
         # Under NUMBA_DISABLE_JIT numba returns the function itself.
         if hasattr(dispatcher, "_cache"):
             dispatcher._cache = CodeCache(function)
-            _announced.add(function)
+            _ours.add(function)
         return dispatcher
 
     return decorate
 
 
-class _Announcement(event.Listener):
-    """Logs, once per process, why a first call takes longer."""
+class _Compilation(event.Listener):
+    """Logs, once per process, why a first call takes longer, and pauses the garbage collector.
+
+    While numba makes a million objects, the collector would visit those of the whole program
+    several times, which takes half a second once torch is imported.
+    """
 
     logged = False
 
+    def __init__(self) -> None:
+        self._was_collecting: list[bool] = []
+
     def on_start(self, event: event.Event) -> None:
-        if event.data["dispatcher"].py_func in _announced and not self.logged:
+        if event.data["dispatcher"].py_func not in _ours:
+            return
+        if not self.logged:
             self.logged = True
             logger.info("compiling loops, once: this takes some seconds")
+        # numba holds its lock meanwhile; functions that the loops call are compiled within.
+        self._was_collecting.append(gc.isenabled())
+        gc.disable()
 
     def on_end(self, event: event.Event) -> None:
-        pass
+        if event.data["dispatcher"].py_func in _ours and self._was_collecting.pop():
+            gc.enable()
 
 
 # The functions compiled by this module, as opposed to other packages in the process.
-_announced: set[Callable] = set()
-announcement = _Announcement()
-event.register("numba:compile", announcement)
+_ours: set[Callable] = set()
+compilation = _Compilation()
+event.register("numba:compile", compilation)
 
 
 class CodeCache:

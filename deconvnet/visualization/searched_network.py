@@ -117,6 +117,7 @@ def project_layers(
             "counts": counts,
             "window": window if isinstance(window, str) else asdict(window),
             "full_size": trained is None,
+            "near_duplicates": settings.near_duplicates,
             "method": [network.projector.method, settings.gates, settings.overlap],
             "network": network_key(network.model),
             "data": result.images.fingerprint,
@@ -136,6 +137,7 @@ def project_layers(
                     counts=counts,
                     window=window,
                     full_size=trained is None,
+                    near_duplicates=settings.near_duplicates,
                     progress=progress,
                 )
             projections.save(path, key)

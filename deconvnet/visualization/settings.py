@@ -24,6 +24,9 @@ class VisualizationSettings:
     layers: Any = field(default=None, metadata={"texts": True})
     # strongest activations to find for each map
     k: int = 9
+    # also show activations in what looks like the same part of the same photograph as that of a
+    # stronger one, such as a picture that the images contain twice
+    near_duplicates: bool = False
     # search only units whose receptive field lies inside the image, if a layer has enough of them
     inside: bool = True
     # maps to project in each layer: how many, drawn at random if there are more; or their numbers,

@@ -52,6 +52,9 @@ def test_the_gradient_is_that_of_whole_maps(name, boundary):
     gradient = SparseMaps.from_dense(z).filter_gradient(y, size, boundary)
     assert gradient.dtype == torch.float64 and gradient.any()
     assert_close(gradient, filter_gradient(z, y, size, boundary=boundary), rtol=1e-10, atol=1e-11)
+    total = gradient.clone()
+    SparseMaps.from_dense(z).filter_gradient(y, size, boundary, total=total)
+    assert_close(total, 2 * gradient, rtol=1e-12, atol=1e-13)
 
 
 @cases
@@ -154,3 +157,16 @@ def test_dense_maps_are_not_few_and_empty_ones_sum_to_zero(monkeypatch):
     none = SparseMaps.from_dense(torch.zeros(2, 3, 6, 5))
     assert not none.correlations((3, 2), wrap=True).any()
     assert not none.filter_gradient(torch.ones(2, 1, 4, 4), (3, 2), "valid").any()
+
+
+@boundaries
+def test_sums_weighted_by_the_curvature_of_layers_below_are_those_of_whole_maps(
+    boundary, monkeypatch
+):
+    z, f, residual = problem("square", boundary)
+    curvature = torch.tensor([0.5, 2.0, 3.0]).view(3, 1, 1, 1)
+    sparse = filter_statistics(z, residual, f, boundary=boundary, curvature=curvature)
+    monkeypatch.setattr(sparse_statistics, "MAX_DENSITY", 0.0)
+    dense = filter_statistics(z, residual, f, boundary=boundary, curvature=curvature)
+    assert_close(sparse.gram, dense.gram, rtol=1e-10, atol=1e-10)
+    assert_close(sparse.linear, dense.linear, rtol=1e-10, atol=1e-10)

@@ -120,6 +120,7 @@ def test_filters_of_many_channels_and_of_one_row_are_drawn():
     step = torch.tensor([0.0, 1.0]).repeat_interleave(48).expand(1, 3, 1, 96)
     curve = as_curves(step)[0]
     assert curve.shape == (3, 48, 96) and not curve[:, -1, :40].any() and not curve[:, 0, 56:].any()
+    assert torch.equal(as_curves(step[:, :1], height=48)[0], curve)
     assert thickened(torch.ones(1, 3, 1, 64)).shape == (1, 3, 16, 64)
     assert thickened(torch.ones(1, 3, 64, 1)).shape == (1, 3, 64, 16)
 

@@ -99,6 +99,13 @@ def test_an_image_is_preprocessed_the_same_way_in_any_company(photographs, steps
     torch.testing.assert_close(model.inverse(y[1:], second), photographs[1:], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("color", ["rgb", "grey"])
+def test_a_small_image_alone_has_the_bits_that_it_has_in_a_batch(photographs, color):
+    small = photographs[:, :, :20, :20].float()
+    net = preprocessing(STEPS, color).fit(small)
+    assert torch.equal(net(small[:1])[0], net(small)[0][:1])
+
+
 @pytest.mark.parametrize("steps", ORDERS, ids="-".join)
 def test_fitted_preprocessing_gives_unit_root_mean_square(photographs, steps):
     y, _ = preprocessing(steps).fit(photographs)(photographs)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from deconvnet.operators import pooling
 from deconvnet.operators.pooling import (
     UNPOOLINGS,
     max_pool,
@@ -120,6 +121,23 @@ def test_unpooled_maxima_are_in_place_with_their_sign_and_all_else_is_zero(name)
     assert kept.sum() == pooled.numel()
     again, switches_again = max_pool(unpooled, window)
     assert torch.equal(again, pooled) and torch.equal(switches_again, switches)
+
+
+@cases
+def test_compiled_switches_are_those_of_the_largest_magnitudes(name, monkeypatch):
+    shape, window = CASES[name]
+    z = rand(3, *shape).float()
+    monkeypatch.setattr(pooling, "COMPILED", 0)
+    assert torch.equal(strongest(z, window), max_pool(z, window)[1])
+    assert torch.equal(strongest(z.mT.contiguous().mT, window), max_pool(z, window)[1])
+
+
+def test_a_nan_in_a_window_survives_compiled_pooling_as_any_other(monkeypatch):
+    z = rand(1, 4, 6, 9).float()
+    z[0, 1, 2, 3] = float("nan")
+    for threshold in (0, pooling.COMPILED):
+        monkeypatch.setattr(pooling, "COMPILED", threshold)
+        assert pool(z, strongest(z, (2, 3, 3))).isnan().sum() == 1
 
 
 @cases

@@ -6,6 +6,9 @@ from torch.testing import assert_close
 
 from deconvnet import SolverSettings, sparse_code
 from deconvnet.operators.convolution import BOUNDARIES, deconvolve, map_size
+from deconvnet.sparse_coding import nested_dissection
+from deconvnet.sparse_coding.prior import Prior
+from deconvnet.sparse_coding.support_system import Code, Support, solved
 
 # Without a tolerance all iterations are done. A solver that stops by a difference of costs, which
 # are rounded, resolves the maps to the root of that rounding only.
@@ -230,3 +233,33 @@ def test_maps_may_be_changed_in_place_and_a_residual_only_before_it_is_needed():
     solution.residual.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         solution.z.sum().backward()
+
+
+@pytest.mark.parametrize("boundary", BOUNDARIES)
+@pytest.mark.parametrize(
+    "shapes", [((20, 26), (4, 3)), ((1, 400), (1, 6))], ids=["image", "signal"]
+)
+def test_the_system_on_a_large_support_is_solved_as_a_dense_one(boundary, shapes, monkeypatch):
+    monkeypatch.setattr(nested_dissection, "LEAF", 8)
+    size, taps = shapes
+    f, lam, prior = random(4, 2, *taps, seed=1), 1.5, Prior(group=2)
+    z = random(1, 2, 2, *map_size(size, taps, boundary))
+    z = (z * (random(1, 2, 1, *z.shape[3:], seed=2) > 1.2)).flatten(1, 2)
+    mask = random(1, 2, *size, seed=3).abs()
+    support = Support.of(z, prior)
+    m = len(support.n)
+    places = support.i.numpy(), support.j.numpy()
+    assert len(nested_dissection.dissect(*places, (taps[0], taps[1]))[1]) > 10
+    impulses = torch.zeros(m, 2, 2, 2, *z.shape[2:], dtype=z.dtype)
+    for u in range(2):
+        impulses[range(m), u, support.g, u, support.i, support.j] = 1
+    painted = mask * deconvolve(impulses.view(2 * m, 4, *z.shape[2:]), f, boundary=boundary)
+    painted = painted.flatten(1)
+    unit = support.z / support.z.norm(dim=1, keepdim=True)
+    curvature = torch.eye(2) - unit[:, :, None] * unit[:, None]
+    curvature = torch.block_diag(*curvature / support.z.norm(dim=1)[:, None, None])
+    s = random(m, 2, seed=4)
+    expected = torch.linalg.solve(lam * painted @ painted.T + curvature, s.flatten())
+    code = Code(boundary, prior, lam, tuple(z.shape), (2, *size))
+    found = solved(code, support, f, mask, torch.ones(m, 1, dtype=z.dtype), s)
+    assert_close(found.flatten(), expected, rtol=1e-7, atol=1e-9)

@@ -572,7 +572,8 @@ def test_admm_and_fista_agree_on_two_layers_with_switches():
     lam = 20.0
     values = {}
     for method in ("admm", "fista"):
-        solution = solve(A, b, lam=lam, settings=to_the_end(method, 5000))
+        settings = SolverSettings(method, iterations=5000, gap=5e-6)
+        solution = solve(A, b, lam=lam, settings=settings)
         values[method] = solution.objective
         assert (duality_gap(A, b, solution.z, lam) <= 1e-5 * solution.objective).all()
     assert_close(values["admm"], values["fista"], rtol=1e-5, atol=0)

@@ -25,6 +25,7 @@ from deconvnet.training.layer_trainer import LayerTrainer
 from deconvnet.training.loop import train
 from deconvnet.training.run_folder import RunFolder
 from deconvnet.training.session import UNLIMITED, Limits
+from deconvnet.training.training_set import ImageSource
 from deconvnet.visualization.evolution.evolution import load_evolution
 
 ADMM = SolverSettings(iterations=8, training_iterations=3)
@@ -163,6 +164,26 @@ def test_any_number_of_ranks_learns_the_same_filters_bit_by_bit(alone, images, t
     for name in pictures:
         left, right = ((place / "pictures" / name).read_bytes() for place in (folder, tmp_path))
         assert left == right, name
+
+
+def test_any_number_of_ranks_learns_the_same_filters_from_images_with_holes(images):
+    """One image has no holes, and one is all hole."""
+    seen = torch.rand(5, 1, 20, 20, generator=torch.Generator().manual_seed(5)) < 0.6
+    seen[1], seen[3] = True, False
+    holes = images.where(seen, torch.nan)
+
+    def work(communicator):
+        net = network("image")
+        net.preprocessing.settings.steps[:] = ["mean", "contrast"]
+        source = ImageSource.from_tensor(holes, has_holes=True)
+        with no_pictures(), Monitor(progress=False) as monitor:
+            return net, train(net, source, None, monitor, communicator=communicator)
+
+    net, results = work(Communicator())
+    for other, shared_results in together(3, work):
+        for key, tensor in net.state_dict().items():
+            assert torch.equal(other.state_dict()[key], tensor), key
+        same_results(shared_results, results)
 
 
 @pytest.mark.parametrize(

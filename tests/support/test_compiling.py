@@ -1,11 +1,13 @@
 """Compiled code is kept on disk where that is possible, and works where it is not."""
 
+import gc
 import importlib.util
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -46,6 +48,8 @@ def places(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", os.devnull)
     monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
     monkeypatch.setattr(compiling.CodeCache, "_warned", False)
+    # Code from a file is for a module that is imported.
+    monkeypatch.setitem(sys.modules, "module", None)
     return tmp_path
 
 
@@ -54,6 +58,7 @@ def twice(places):
     spec = importlib.util.spec_from_file_location("module", places / "module.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    sys.modules["module"] = module
     return compiling.compiled(nogil=True)(module.twice)
 
 
@@ -166,9 +171,35 @@ def test_the_package_is_imported_and_computes_where_nothing_can_be_written(tmp_p
 
 
 def test_the_first_call_that_compiles_says_so_and_no_other(places, caplog, monkeypatch):
-    monkeypatch.setattr(compiling.announcement, "logged", False)
+    monkeypatch.setattr(compiling.compilation, "logged", False)
     caplog.set_level("INFO")
     function = twice(places)
     function(2.0)
     function(2)  # for other arguments it is compiled again
     assert caplog.text.count("compiling loops, once") == 1
+
+
+@pytest.mark.parametrize("collecting", [True, False])
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_garbage_collector_rests_during_a_compilation_only(
+    places, monkeypatch, fails, collecting
+):
+    function = twice(places)
+    compiler, states = function._compiler.compile, []
+
+    def compile(*arguments):
+        states.append(gc.isenabled())
+        if fails:
+            raise NotImplementedError
+        return compiler(*arguments)
+
+    monkeypatch.setattr(function._compiler, "compile", compile)
+    was_collecting = gc.isenabled()
+    try:
+        (gc.enable if collecting else gc.disable)()
+        with pytest.raises(NotImplementedError) if fails else nullcontext():
+            function(2.0)
+        states.append(gc.isenabled())
+    finally:
+        (gc.enable if was_collecting else gc.disable)()
+    assert states == [False, collecting]

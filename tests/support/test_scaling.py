@@ -260,7 +260,7 @@ def test_weights_masks_and_layers_of_any_units_go_along(method):
 def test_filters_do_not_depend_on_the_units_of_the_images(update, method):
     y = rand(4, 1, 14, 13, seed=7, dtype=torch.float32)
     solver = method and SolverSettings(method)
-    learning = LearningSettings(epochs=4, batch_size=2, update=update)
+    learning = LearningSettings(epochs=2, batch_size=2, update=update)
     learned = [
         learn_filters(s * y, 3, filter_size=3, lam_ratio=0.1, learning=learning, solver=solver)
         for s in (1.0, 2.0**-44, 2.0**-100, 2.0**90)

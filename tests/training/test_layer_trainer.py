@@ -442,7 +442,7 @@ def test_the_objective_of_a_layer_that_explains_the_image_falls(below, target, u
         target=target,
         update=update,
         update_iterations=iterations,
-        epochs=4,
+        epochs=3,
         reinit_unused=False,
         recenter=False,
         **pooled,

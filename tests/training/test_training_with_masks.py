@@ -21,12 +21,12 @@ from deconvnet.training.training_set import ImageSource
 
 @pytest.fixture(scope="module")
 def images(textures):
-    return textures(4, 3, 20, 20)
+    return textures(3, 3, 20, 20)
 
 
 @pytest.fixture(scope="module")
 def seen():
-    return torch.rand(4, 1, 20, 20, generator=torch.Generator().manual_seed(5)) < 0.6
+    return torch.rand(3, 1, 20, 20, generator=torch.Generator().manual_seed(5)) < 0.6
 
 
 def network(target="maps", steps=("contrast",)):

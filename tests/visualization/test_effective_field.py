@@ -9,6 +9,7 @@ from torch import nn
 
 from deconvnet.visualization.projection.effective_field import EffectiveField, effective_field
 from deconvnet.visualization.projection.projector import Projector
+from deconvnet.visualization.search.near_duplicates import correlations, surroundings
 from deconvnet.visualization.search.projecting import project_top_activations
 from deconvnet.visualization.search.top_activations import find_top_activations
 from deconvnet.visualization.search.top_projections import load_top_projections
@@ -156,6 +157,54 @@ def test_repeated_patches_are_replaced_by_the_next_activations(narrow):
     fewer = project_top_activations(projector, repeated, "3", top, k=9)
     assert [fewer.count(m) for m in range(5)] == [6] * 5
     assert (fewer.units[:, 6:] == -1).all() and not fewer.tiles["deconv"][:, 6:].any()
+
+
+def test_a_photograph_that_is_shifted_or_brighter_is_shown_once_unless_asked_for(narrow):
+    projector, images, _ = narrow
+    planted = [
+        other for image in images for other in (image, image.roll((1, -1), (1, 2)), 0.9 * image)
+    ]
+    top = find_top_activations(projector, planted, ["3"], k=18, inside=True)["3"]
+    found = project_top_activations(projector, planted, "3", top, k=4)
+    everything = project_top_activations(projector, planted, "3", top, k=4, near_duplicates=True)
+
+    def repetitions(units, windows):
+        """Pairs in the same place of the same original, up to two pixels."""
+        corners = windows[:, :2] - np.outer(units[:, 0] % 3 == 1, (1, -1))
+        return sum(
+            one[0] // 3 == other[0] // 3 and np.abs(corner - corners[n]).max() <= 2
+            for n, other in enumerate(units)
+            for one, corner in zip(units[:n], corners[:n], strict=True)
+        )
+
+    for m in range(5):
+        assert found.count(m) == 4
+        assert repetitions(found.units[m], found.windows[m]) == 0
+        assert everything.units[m].tolist() == [list(unit) for unit in top.units(m)[:4]]
+    assert sum(map(repetitions, everything.units, everything.windows)) > 3
+
+
+def test_surroundings_correlate_at_their_best_shift():
+    one = np.random.default_rng(0).random((10, 11))
+    others = np.stack([np.roll(one, (2, -1), (0, 1)), 3 * one + 1, np.ones((10, 11)), one[::-1]])
+    expected = []
+    for other in others[[0, 1, 3]]:
+        shifts = [(i, j) for i in range(5) for j in range(5)]
+        parts = [one[i : i + 6, j : j + 7].ravel() for i, j in shifts]
+        expected.append(max(np.corrcoef(other[2:8, 2:9].ravel(), part)[0, 1] for part in parts))
+    found = correlations(others, one)
+    assert_allclose(found[[0, 1, 3]], expected)
+    assert_allclose(found[:3], [1, 1, 0], atol=1e-12)
+
+
+def test_surroundings_are_larger_than_a_small_patch_and_lie_in_the_image(textures):
+    images = textures(2, 3, 40, 50)
+    windows = torch.tensor([[20, 20, 24, 24], [-2, 47, 2, 51]])
+    found = surroundings(images, windows)
+    assert_allclose(found[0], images[0, :, 6:38, 6:38].mean(0), atol=1e-6)
+    assert_allclose(found[1], images[1, :, :32, 18:].mean(0), atol=1e-6)
+    # Signals with the same feature would all correlate.
+    assert not surroundings(images[:, :, :1], windows).any()
 
 
 def test_images_of_several_sizes_are_padded_not_squashed(textures):

@@ -40,6 +40,7 @@ from deconvnet.visualization.drawing.sheet import (
 )
 from deconvnet.visualization.pictures.active_positions import active_map_sheet
 from deconvnet.visualization.pictures.image_decomposition import supporting_maps
+from deconvnet.visualization.pictures.image_parts import image_parts
 from deconvnet.visualization.pictures.layer_pictures import (
     LABEL,
     labelled_images,
@@ -47,6 +48,7 @@ from deconvnet.visualization.pictures.layer_pictures import (
     map_grid,
     reconstruction_picture,
 )
+from deconvnet.visualization.pictures.parts_picture import draw_parts
 from deconvnet.visualization.projection.feature_projection import layer_field
 
 FAST = SolverSettings(iterations=20)
@@ -669,3 +671,9 @@ def test_a_picture_is_written_as_a_png_of_its_pixels(tmp_path):
     assert found.shape == (8, 9, 3)
     assert np.abs(found / 255 - picture.permute(1, 2, 0).numpy()).max() <= 0.5 / 255 + 1e-6
     assert not (tmp_path / "pictures" / "layer2-filters.png").exists()
+
+
+def test_the_picture_of_the_parts_fits_a_narrower_page(three_layers):
+    net, codes, image = three_layers
+    parts = image_parts(net, codes, 3)
+    assert draw_parts(net, codes, image, 3, parts, page=640).shape[2] == 640

@@ -91,7 +91,7 @@ def lazy(images, **options):
 
 
 def settings_of(**options):
-    given = {"k": 4, "progress": False, "explorer_images": 2, "layers": ["relu1", "relu2"]}
+    given = {"k": 3, "progress": False, "explorer_images": 2, "layers": ["relu1", "relu2"]}
     given |= {"grid_maps": 2, "control_maps": 1}  # pictures are what takes the time
     return VisualizationSettings(**{**given, **options})
 
@@ -188,12 +188,12 @@ def test_the_manifest_lists_the_origin_of_every_tile(seen):
         "normalization": {"mean": [0.5], "std": [0.25], "order": "rgb"},
     }
     assert said["images"] == {"count": 6, "sha256": images.fingerprint}
-    assert said["settings"]["k"] == 4 and said["settings"]["layers"] == settings.layers
+    assert said["settings"]["k"] == 3 and said["settings"]["layers"] == settings.layers
     assert "shuffled" in said["control"] or "random order" in said["control"]
     # A layer that is never active has nothing to show.
     assert list(said["layers"]) == ["conv1", "relu2", "fc"]
     projector = Projector(subject.module, normalization=subject.normalization)
-    tops = find_top_activations(projector, images, settings.layers, k=4, inside=True)
+    tops = find_top_activations(projector, images, settings.layers, k=3, inside=True)
     for layer, about in said["layers"].items():
         place = folder / "visualization"
         found, top = load_top_projections(place / about["arrays"]), tops[layer]
@@ -397,11 +397,14 @@ ALL = {"topk.npz", "projections/relu1.npz", "projections/relu2.npz"}
 CONTROLS = {f"control/{name}" for name in ALL}
 
 
+FIRST = {"gallery": False, "control_maps": 3, "k": 2}
+
+
 @pytest.fixture(scope="module")
 def first(tmp_path_factory, images):
     """A folder with a visualization without a gallery."""
     folder = tmp_path_factory.mktemp("first") / "out"
-    settings = settings_of(gallery=False, control_maps=3)
+    settings = settings_of(**FIRST)
     visualize_network(subject_of(seeded(Small)), images, settings, folder)
     return folder
 
@@ -442,7 +445,7 @@ def test_only_what_depends_on_changed_settings_is_recomputed(
     net.conv2.padding = (options.pop("padding", 1),) * 2
     subject = subject_of(net, options.pop("normalization", NORMALIZATION))
     data = LazyImages(images.items[: options.pop("images", 6)], crop=options.pop("crop", None))
-    settings = settings_of(gallery=False, control_maps=3, **options)
+    settings = settings_of(**{**FIRST, **options})
     visualize_network(subject, data, settings, folder)
     assert changed(folder, before) == recomputed
 
@@ -918,7 +921,7 @@ def test_images_of_different_sizes_are_visualized(textures, tmp_path):
     net = seeded(
         lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 3), nn.ReLU())
     )
-    settings = settings_of(layers=["1", "3"], explorer_images=4, occlusion=1, invariance=3)
+    settings = settings_of(layers=["1", "3"], k=4, explorer_images=4, occlusion=1, invariance=3)
     visualize_network(subject_of(net), data, settings, tmp_path)
     tiles = manifest(tmp_path)["layers"]["3"]["maps"][0]["tiles"]
     assert {tile["image"] for tile in tiles} == {0, 1, 2, 3}

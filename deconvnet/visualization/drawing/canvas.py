@@ -3,6 +3,8 @@
 Signed tiles are shaded symmetrically about mid-grey, which is zero. Pixels are enlarged by whole
 factors without smoothing where this fills the room, and reduced with smoothing. A hairline around
 each tile separates white tiles from the paper.
+
+Tiles of one row are signals: wherever tiles are resized, these become pictures of their curves.
 """
 
 from __future__ import annotations
@@ -70,9 +72,9 @@ def resize_tiles(tiles: Tensor, width: int, *, least: int | None = None) -> Tens
     least: by default, four fifths of the width. Tiles are enlarged by a whole factor if one fits,
     and interpolated otherwise. Values stay in the range of each tile, which may be signed. Set the
     contrast of a tile after it is resized: the fine structure of a reduced tile averages to little
-    contrast. Elongated tiles are `thickened` first.
+    contrast. Elongated tiles are `thickened` first. Tiles of one row, in [0, 1], become curves.
     """
-    tiles = thickened(tiles.cpu().float())
+    tiles = thickened(as_curves(tiles.cpu().float()))
     h, w = tiles.shape[2:]
     zoom = width // w
     if zoom * w >= (FILLED * width if least is None else least):
@@ -93,24 +95,24 @@ def thickened(tiles: Tensor) -> Tensor:
     return tiles.repeat_interleave(columns, 3) if columns > 1 else tiles
 
 
-def as_curves(tiles: Tensor) -> Tensor:
-    """Tiles (K, 3, 1, w) of one row, in [0, 1], as pictures (K, 3, h', w') of their curves.
+def as_curves(tiles: Tensor, *, height: int = CURVE_HEIGHT) -> Tensor:
+    """Tiles (K, C, 1, w) of one row, in [0, 1], as pictures (K, 3, height, w') of curves; C = 1, 3.
 
     0 is at the bottom, 1 at the top, and a grey line at 1/2, the zero of `shade_signed`. The planes
-    are red, green and blue curves, black where they meet. Tiles of more rows are returned as they
-    are.
+    are red, green and blue curves, black where they meet. Tiles of more rows, or of one column, are
+    returned as they are.
     """
-    if tiles.shape[2] > 1:
+    if tiles.shape[2] > 1 or tiles.shape[3] == 1:
         return tiles
-    tiles = tiles.cpu().float()
+    tiles = tiles.cpu().float().expand(-1, 3, -1, -1)
     width = tiles.shape[3] * max(1, math.ceil(CURVE_WIDTH / tiles.shape[3]))
-    heights = F.interpolate(tiles[:, :, 0], width, mode="linear") * (CURVE_HEIGHT - 1)
+    heights = F.interpolate(tiles[:, :, 0], width, mode="linear") * (height - 1)
     ends = torch.cat([heights[..., 1:], heights[..., -1:]], 2)
     low, high = torch.minimum(heights, ends)[:, :, None], torch.maximum(heights, ends)[:, :, None]
-    rows = torch.arange(CURVE_HEIGHT - 1, -1, -1).view(1, 1, -1, 1)
+    rows = torch.arange(height - 1, -1, -1).view(1, 1, -1, 1)
     inked = (rows >= low.round()) & (rows <= high.round())  # (K, 3, h', w')
     page = torch.full(inked.shape, PAPER)
-    page[:, :, CURVE_HEIGHT // 2] = CURVE_ZERO
+    page[:, :, height // 2] = CURVE_ZERO
     for plane in range(3):
         # The ink of a curve takes the two other colours away.
         for other in {0, 1, 2} - {plane}:
@@ -144,18 +146,25 @@ def quantile_magnitude(tiles: Tensor, quantile: float = 0.99) -> Tensor:
 
 
 def shade_projections(
-    tiles: np.ndarray | Tensor, *, width: int | None = None, contrast: float = CONTRAST
+    tiles: np.ndarray | Tensor,
+    *,
+    width: int | None = None,
+    least: int | None = None,
+    contrast: float = CONTRAST,
 ) -> Tensor:
     """Signed tiles (M, 3, h, w) as colours in [0, 1]; zero is grey.
 
-    width: if given, tiles are resized to at most this many pixels before the contrast is set.
-    contrast: the fraction of the non-zero pixels of a tile that stay between black and white.
+    width, least: if given, tiles are resized (`resize_tiles`) before the contrast is set; those of
+    one row become curves. contrast: the fraction of the non-zero pixels of a tile that stay between
+    black and white.
     """
     signed = torch.as_tensor(np.asarray(tiles), dtype=torch.float32)
     signed = torch.nan_to_num(signed, 0.0, 0.0, 0.0)
-    if width is not None:
-        signed = resize_tiles(signed, width)
-    return shade_signed(signed, quantile_magnitude(signed, contrast))
+    is_signal = signed.shape[2] == 1
+    if width is not None and not is_signal:
+        signed = resize_tiles(signed, width, least=least)
+    shaded = shade_signed(signed, quantile_magnitude(signed, contrast))
+    return resize_tiles(shaded, width, least=least) if width is not None and is_signal else shaded
 
 
 def text_block(
@@ -185,7 +194,7 @@ def paragraph(text: str, width: int, *, size: int = FONT, color: str = "black") 
             lines[-1] = longer
         else:
             lines.append(word)
-    step = round(SPACING * size)
+    step = max(round(SPACING * size), LINE)
     return vstack([text_block(line, width, step, size=size, color=color) for line in lines])
 
 

@@ -15,9 +15,8 @@ from deconvnet.visualization.drawing.canvas import (
     PAPER,
     hstack,
     paragraph,
-    quantile_magnitude,
     resize_tiles,
-    shade_signed,
+    shade_projections,
     text_block,
     vstack,
 )
@@ -159,8 +158,10 @@ def _panel(tile: Tensor, columns: int = 1, *, signed: bool = False) -> Tensor:
     """
     h, w = tile.shape[2:]
     side = (PANEL - (columns - 1) * GAP) // columns
-    tile = resize_tiles(tile, max(1, side * w // max(h, w)))
-    return (shade_signed(tile, quantile_magnitude(tile)) if signed else tile)[0]
+    width = max(1, side * w // max(h, w))
+    if signed:
+        return shade_projections(tile, width=width, contrast=0.99)[0]
+    return resize_tiles(tile, width)[0]
 
 
 def _column(title: str, panel: Tensor, width: int) -> Tensor:

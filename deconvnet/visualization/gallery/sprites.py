@@ -5,7 +5,8 @@ PNG if tiles are so small that every pixel counts), and how tiles are arranged i
 `sprite_style` gives the CSS that shows one. Callers limit their size.
 
 Pictures are float tensors (3, H, W), or (1, H, W), in [0, 1], or uint8 arrays (H, W, 3); several of
-one size have one more axis in front. In signed pictures, zero is grey (0.5).
+one size have one more axis in front. In signed pictures, zero is grey (0.5). Pictures of one row
+are drawn as curves.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from deconvnet.visualization.drawing.canvas import thickened
+from deconvnet.visualization.drawing.canvas import as_curves, thickened
 
 Picture = Tensor | np.ndarray
 
@@ -35,6 +36,8 @@ FINE, COARSE, MANY_PIXELS = 66, 45, 80
 # A coarse sheet of dense texture, which needs more bits for a pixel than this, has the lower
 # quality: its artefacts hide in the texture.
 DENSE_BITS, DENSE = 0.75, 14
+# A sheet of so few colours is a PNG file.
+FEW_COLORS = 16
 # Run-length encoding is ten times faster than the default, and these files are smaller.
 Z_RLE = 3
 
@@ -104,7 +107,7 @@ def write_sprite_sheets(
         page[top : top + th, left : left + tw] = tile
     layout = {"columns": columns, "rows": rows, "width": w, "height": h}
     quality = FINE if max(h, w) < MANY_PIXELS else COARSE
-    quality = quality if min(h, w) >= LARGE else None
+    quality = quality if min(h, w) >= LARGE and not _is_drawing(page) else None
     layout = {"file": _save(root, name, page, quality), **layout}
     sheets, first = {}, 0
     for key, group in groups.items():
@@ -150,13 +153,19 @@ def sprite_style(sheet: dict, index: int) -> str:
 
 def _bytes(picture: Tensor, largest: int) -> np.ndarray:
     """(h, w, 3) uint8: a picture (3, H, W) in [0, 1], reduced to a side of at most `largest`."""
-    picture = thickened(picture[None])[0]
+    picture = thickened(as_curves(picture[None]))[0]
     H, W = picture.shape[1:]
     if max(H, W) > largest:
         size = [max(1, round(side * largest / max(H, W))) for side in (H, W)]
         picture = F.interpolate(picture[None], size, mode="bilinear", antialias=True)[0]
     # Zero, 0.5, becomes 128: GREY.
     return (picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+
+
+def _is_drawing(page: np.ndarray) -> bool:
+    """Whether a picture (H, W, 3) has few colours, such as curves, which WebP blurs."""
+    some = page[::3, ::3].astype(np.int32)
+    return len(np.unique((some[..., 0] << 16) + (some[..., 1] << 8) + some[..., 2])) <= FEW_COLORS
 
 
 def _save(root: Path, name: str, page: np.ndarray, quality: int | None) -> str:

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from PIL import ImageDraw
 from torch import Tensor
 
@@ -17,8 +18,11 @@ from deconvnet.visualization.drawing.canvas import (
     GAP,
     LINE,
     PAGE,
+    PAPER,
     hstack,
+    paragraph,
     text_block,
+    text_width,
     vstack,
 )
 from deconvnet.visualization.drawing.charts import COLORS
@@ -69,26 +73,34 @@ def image_parts_picture(net: DeconvNet, codes: Codes, image: Tensor, layer: int)
 
 @plain
 def draw_parts(
-    net: DeconvNet, codes: Codes, image: Tensor, layer: int, parts: ImageParts
+    net: DeconvNet,
+    codes: Codes,
+    image: Tensor,
+    layer: int,
+    parts: ImageParts,
+    *,
+    page: int = PAGE,
 ) -> Tensor:
-    """`image_parts_picture` of parts that are known already."""
+    """`image_parts_picture` of parts that are known already; page: its width in pixels."""
     boxes = energy_boxes(parts.fields, tuple(image.shape[1:]))
-    rows = [_panels(net, codes, image, layer, boxes)]
+    rows = [_panels(net, codes, image, layer, boxes, page)]
     if len(parts):
-        rows.append(_parts_row(net, image, layer, parts, boxes))
-        tree = tree_picture(net, codes, layer, parts)
+        rows.append(_parts_row(net, image, layer, parts, boxes, page))
+        tree = tree_picture(net, codes, layer, parts, page=page)
         rows += [] if tree is None else [tree]
     return vstack(rows, 5 * GAP)
 
 
-def _panels(net: DeconvNet, codes: Codes, image: Tensor, layer: int, boxes: Tensor) -> Tensor:
+def _panels(
+    net: DeconvNet, codes: Codes, image: Tensor, layer: int, boxes: Tensor, page: int
+) -> Tensor:
     """The first row: image, preprocessed, reconstructed, reconstructed from few activations."""
     y = only_image(codes).y
     whole, total = net.synthesize(codes, layer), torch.count_nonzero(codes.layer(layer).z)
     half = count_explaining(net, codes, layer)
     few = together(net, codes, layer, strongest_activations(codes, layer, half))
     white = 3 * y.std().clamp(min=1e-12)
-    width = (PAGE - (PANELS - 1) * GAP) // PANELS
+    width = (page - (PANELS - 1) * GAP) // PANELS
     areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     count = int((areas.cumsum(0) <= FRAMED * y.shape[2] * y.shape[3]).sum())
     framed = _framed(resized(image[None].expand(-1, 3, -1, -1), width)[0], image, boxes[:count])
@@ -102,17 +114,29 @@ def _panels(net: DeconvNet, codes: Codes, image: Tensor, layer: int, boxes: Tens
         (f"from the {half} strongest, with {SHARE:.0%} of its energy: {snr(y, few):.1f} dB", few),
     ):
         panels.append((title, shaded(signed_rgb(net, signed), width, white)[0]))
-    return hstack([vstack([text_block(title, width, LINE), panel]) for title, panel in panels], GAP)
+    heads = [_heading(title, width) for title, _ in panels]
+    high = max(head.shape[1] for head in heads)
+    columns = [
+        vstack([F.pad(head, (0, 0, 0, high - head.shape[1]), value=PAPER), panel])
+        for head, (_, panel) in zip(heads, panels, strict=True)
+    ]
+    return hstack(columns, GAP)
+
+
+def _heading(text: str, width: int) -> Tensor:
+    """A line of text, or several if it is wider than that."""
+    one = text_width(text) <= width
+    return text_block(text, width, LINE) if one else paragraph(text, width)
 
 
 def _parts_row(
-    net: DeconvNet, image: Tensor, layer: int, parts: ImageParts, boxes: Tensor
+    net: DeconvNet, image: Tensor, layer: int, parts: ImageParts, boxes: Tensor, page: int
 ) -> Tensor:
     """The parts, each above the image in the same place."""
     squares = square_boxes(boxes, tuple(image.shape[1:]))
     tiles = signed_rgb(net, cut_fields(parts.fields, squares))
-    columns = min(ROW, len(parts))
-    width = min(LARGEST, (PAGE - (columns - 1) * GAP) // columns)
+    columns = min(ROW * page // PAGE, len(parts))
+    width = min(LARGEST, (page - (columns - 1) * GAP) // columns)
     before = torch.cat([parts.shares.new_zeros(1), parts.shares[:-1]])
     cells = []
     for n, share in enumerate((parts.shares - before).tolist()):
@@ -130,7 +154,7 @@ def _parts_row(
         f"the reconstruction. Together: {percent(float(parts.shares[-1]))}"
     )
     lines = [hstack(cells[n : n + columns], GAP) for n in range(0, len(cells), columns)]
-    return vstack([text_block(title, PAGE, LINE), *lines], GAP)
+    return vstack([_heading(title, page), *lines], GAP)
 
 
 def _are_local(boxes: Tensor, image: Tensor) -> bool:

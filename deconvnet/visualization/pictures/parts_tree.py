@@ -52,29 +52,32 @@ LABEL = 70
 BRANCH = "#888888"
 
 
-def tree_picture(net: DeconvNet, codes: Codes, layer: int, parts: ImageParts) -> Tensor | None:
+def tree_picture(
+    net: DeconvNet, codes: Codes, layer: int, parts: ImageParts, *, page: int = PAGE
+) -> Tensor | None:
     """The first parts of an image, and below each what supports it in the lower layers.
 
     Next to each part is the sum of its supporting activations in a layer, with the fraction of its
-    energy that they explain. None in layer 1, below which there is only the image.
+    energy that they explain. None in layer 1, below which there is only the image. page: the width
+    in pixels.
     """
     count = min(len(parts), 1 if layer >= SINGLE else CHILDREN)
     generations = family_tree(net, codes, layer, parts.units[:count])
     if not generations:
         return None
     size = tuple(codes.y.shape[2:])
-    rows = [_top_row(net, codes, layer, parts, count, generations)]
+    rows = [_top_row(net, codes, layer, parts, count, generations, page)]
     across = count
     for generation in generations:
         across *= CHILDREN if across * CHILDREN <= ACROSS else 1
         features = separate_fields(net, codes, generation.layer, generation.units)
         tiles = cut_fields(features, square_boxes(energy_boxes(features, size), size))
-        width = min(LARGEST, (PAGE - LABEL) // across - MARGIN)
+        width = min(LARGEST, (page - LABEL) // across - MARGIN)
         tiles = shaded(signed_rgb(net, tiles), width)
         rows.append(
             _Row(f"layer {generation.layer}", list(tiles), generation.places.tolist(), width)
         )
-    return _drawn(rows)
+    return _drawn(rows, page)
 
 
 @dataclass(frozen=True)
@@ -97,13 +100,14 @@ def _top_row(
     parts: ImageParts,
     count: int,
     generations: list[Generation],
+    page: int,
 ) -> _Row:
     """The first parts, each with the sums of the activations that support it."""
     size = tuple(codes.y.shape[2:])
     squares = square_boxes(energy_boxes(parts.fields, size), size)[:count]
     tiles = cut_fields(select_features(parts.fields, slice(0, count)), squares)
     summed = generations if count == 1 else generations[:1]
-    width = ((PAGE - LABEL) // count - MARGIN - len(summed) * GAP) // (1 + len(summed))
+    width = ((page - LABEL) // count - MARGIN - len(summed) * GAP) // (1 + len(summed))
     width = min(width, LARGEST)
     blocks = []
     for n, (top, left, bottom, right) in enumerate(squares.tolist()):
@@ -123,14 +127,14 @@ def _top_row(
     return _Row(f"layer {layer}", blocks, list(range(count)), width)
 
 
-def _drawn(rows: list[_Row]) -> Tensor:
+def _drawn(rows: list[_Row], page: int) -> Tensor:
     """Rows of tiles below each other, with lines from each tile to those that support it."""
     pasted, lines, top = [], [], 0
     across, stems = len(rows[0].tiles), {}
     for depth, row in enumerate(rows):
         stacked = depth > 0 and CHILDREN * across > ACROSS
         across *= CHILDREN if depth > 0 and not stacked else 1
-        slot, new_stems = (PAGE - LABEL) / across, {}
+        slot, new_stems = (page - LABEL) / across, {}
         pasted.append((text_block(row.label, LABEL - GAP, LINE), 0, top))
         for tile, place in zip(row.tiles, row.places, strict=True):
             column, level = divmod(place, CHILDREN) if stacked else (place, 0)
@@ -146,7 +150,7 @@ def _drawn(rows: list[_Row]) -> Tensor:
             new_stems[place] = (middle, upper + tile.shape[1])
         stems = new_stems
         top = max(y for _, y in stems.values()) + STEP
-    canvas = Image.new("RGB", (PAGE, top - STEP), "white")
+    canvas = Image.new("RGB", (page, top - STEP), "white")
     draw = ImageDraw.Draw(canvas)
     for line in lines:
         draw.line(line, fill=BRANCH, width=2)

@@ -21,6 +21,7 @@ from deconvnet.visualization.projection.effective_field import (
 )
 from deconvnet.visualization.projection.projection import Projection
 from deconvnet.visualization.projection.projector import Projector
+from deconvnet.visualization.search.near_duplicates import SIDE, surroundings
 from deconvnet.visualization.search.projection_table import (
     ProjectedUnits,
     RankedUnit,
@@ -56,16 +57,18 @@ def project_top_activations(
     counts: Sequence[int] | None = None,
     window: str | EffectiveField = "effective",
     full_size: bool = True,
+    near_duplicates: bool = False,
     progress: Progress | None = None,
 ) -> TopProjections:
     """Project the strongest activations of these maps (by default all), each separately.
 
     images: the data set that was searched. k: activations of each map, by default as many as the
-    table has; an activation whose patch looks like that of a stronger one is replaced by the next
-    in the table. counts: the same for each map, if they differ; at most k. window: what tiles show:
-    effective, the box that holds 95% of the mean energy of the projections of the layer; field,
-    the whole receptive field; or a box that was measured before. full_size: whether to keep
-    projections that are larger than tiles in their full size as well.
+    table has; an activation whose patch looks like that of a stronger one (`near_duplicates`) is
+    replaced by the next in the table, unless near_duplicates=True. counts: the same for each map,
+    if they differ; at most k. window: what tiles show: effective, the box that holds 95% of the
+    mean energy of the projections of the layer; field, the whole receptive field; or a box that was
+    measured before. full_size: whether to keep projections that are larger than tiles in their full
+    size as well.
 
     Raises ValueError if an image does not give the activation that the table lists, because the
     data set is then shuffled or augmented.
@@ -84,6 +87,7 @@ def project_top_activations(
         window = _measure(projector, images, layer, [units[0][1] for units in candidates if units])
     task = _Task(projector, images, layer, window if isinstance(window, EffectiveField) else None)
     result, done = None, 0
+    around = np.zeros((len(maps), k, SIDE, SIDE), np.float32)
     while True:
         missing = [count - _count(result, row) for row, count in enumerate(wanted)]
         units = [
@@ -98,10 +102,13 @@ def project_top_activations(
             _check_values(part, expected)
             result = result or empty_table(layer, maps, k, part, task.effective, full_size)
             fill_in(result, part)
+            around[[r.row for r in part.units], [r.rank for r in part.units]] = part.around
             done += len(part.units)
             if progress:
                 progress(done, total)
-        drop_repetitions(result)
+        if near_duplicates:
+            return result
+        drop_repetitions(result, around)
 
 
 class _Task(NamedTuple):
@@ -132,8 +139,10 @@ def _project(
             for method, projection in projections.items()
         }
         shown = task.projector.shown(pixels)
-        patches = crop(shown[first.units[:, 0]], windows, fill=0.5)
-        yield ProjectedUnits(chunk, projections, windows, tiles, patches)
+        shown = shown[first.units[:, 0]]
+        patches = crop(shown, windows, fill=0.5)
+        around = surroundings(shown, windows)
+        yield ProjectedUnits(chunk, projections, windows, tiles, patches, around)
 
 
 def _projections(

@@ -259,9 +259,7 @@ def _block(
     patches = torch.from_numpy(projections.patches[row, :shown]).float() / 255
     least = min(TILE, tile_width)
     sheets = {
-        method: shade_projections(
-            resize_tiles(tiles[:shown], tile_width, least=least), contrast=contrast
-        )
+        method: shade_projections(tiles[:shown], width=tile_width, least=least, contrast=contrast)
         for method, tiles in tiles_to_show(projections, row).items()
     }
     sheets["image"] = resize_tiles(patches, tile_width, least=least)

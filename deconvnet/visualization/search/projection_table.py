@@ -18,6 +18,7 @@ from torch import Tensor
 from deconvnet.visualization.projection.effective_field import EffectiveField
 from deconvnet.visualization.projection.projection import Projection
 from deconvnet.visualization.search.checkerboard import checkerboard
+from deconvnet.visualization.search.near_duplicates import distinct
 from deconvnet.visualization.search.tile_codec import encode_full
 from deconvnet.visualization.search.top_projections import EMPTY, TopProjections
 
@@ -27,8 +28,6 @@ LARGEST = 112
 LARGEST_FULL = 384
 # The share of the non-zero values of a tile that may exceed the range of its bytes.
 CLIPPED = 1e-3
-# The mean difference of two patches that look the same, in 255ths.
-SAME = 2.0
 
 
 class RankedUnit(NamedTuple):
@@ -42,13 +41,15 @@ class RankedUnit(NamedTuple):
 
 
 class ProjectedUnits(NamedTuple):
-    """Some units with their projections by method, and their windows (U, 4), tiles and patches."""
+    """Some units with their projections by method, and their windows (U, 4), tiles, patches and
+    surroundings (U, h, w)."""
 
     units: list[RankedUnit]
     projections: dict[str, Projection]
     windows: Tensor
     tiles: dict[str, Tensor]
     patches: Tensor
+    around: np.ndarray
 
     @property
     def first(self) -> Projection:
@@ -136,30 +137,21 @@ def _as_bytes(tiles: Tensor) -> np.ndarray:
     return torch.stack(parts).numpy()
 
 
-def drop_repetitions(result: TopProjections) -> None:
-    """Drop activations whose patches look like that of a stronger one of the map."""
+def drop_repetitions(result: TopProjections, around: np.ndarray) -> None:
+    """Drop activations whose patches look like that of a stronger one of the map; around: (M, k, h,
+    w), their surroundings."""
     for row in range(len(result.maps)):
-        kept = _distinct(result.patches[row, : result.count(row)])
-        if len(kept) == result.count(row):
+        count = result.count(row)
+        kept = distinct(result.patches[row, :count], around[row, :count])
+        if len(kept) == count:
             continue
+        _keep(around[row], kept, 0)
         for name, value in EMPTY.items():
             _keep(getattr(result, name)[row], kept, value)
         for tiles in result.tiles.values():
             _keep(tiles[row], kept, 0)
         for pictures in result.full.values():
             _keep(pictures[row], kept, b"")
-
-
-def _distinct(patches: np.ndarray) -> list[int]:
-    """The indices of patches (n, 3, h, w) that look like none before them."""
-    kept: list[int] = []
-    # Every second pixel is enough.
-    pixels = patches[..., ::2, ::2].astype(np.int16)
-    for index in range(len(patches)):
-        differences = np.abs(pixels[kept] - pixels[index]).mean((1, 2, 3))
-        if not (differences < SAME).any():
-            kept.append(index)
-    return kept
 
 
 def _keep(array: np.ndarray, kept: list[int], empty: float | bytes) -> None:

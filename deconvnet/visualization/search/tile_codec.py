@@ -35,7 +35,8 @@ def encode_tiles(tiles: np.ndarray, counts: list[int]) -> dict[str, np.ndarray]:
     how many of the k tiles of each map are not empty; only these are stored.
     """
     shape = np.array(tiles.shape)
-    if max(tiles.shape[3:]) <= SMALL or not features.check("webp"):
+    is_signal = tiles.shape[3] == 1  # drawn as curves, in which any loss would be visible
+    if max(tiles.shape[3:]) <= SMALL or is_signal or not features.check("webp"):
         return {"shape": shape, "tiles": tiles}
     quality = PHOTOGRAPHS if tiles.dtype == np.uint8 else PROJECTIONS
     pictures = [
@@ -71,6 +72,8 @@ def decode_tiles(arrays: dict[str, np.ndarray]) -> np.ndarray:
 def encode_full(tile: np.ndarray) -> bytes:
     """A signed tile (C, h, w) int8 of any size as a picture of its own."""
     page = np.ascontiguousarray(_unsigned(tile).repeat(3 // len(tile), 0).transpose(1, 2, 0))
+    if len(page) == 1:
+        return _encoded(page, 100, lossless=True)
     content = _encoded(page, FULL_SIZE)
     is_dense = 8 * len(content) > DENSE_BITS * tile[0].size
     return _encoded(page, DENSE) if is_dense else content
@@ -131,9 +134,9 @@ def _columns(n: int) -> int:
     return math.ceil(math.sqrt(n))
 
 
-def _encoded(page: np.ndarray, quality: int) -> bytes:
+def _encoded(page: np.ndarray, quality: int, *, lossless: bool = False) -> bytes:
     file = io.BytesIO()
     # A Pillow without WebP keeps projections in full size as PNG files.
     name = "WEBP" if features.check("webp") else "PNG"
-    Image.fromarray(page).save(file, name, quality=quality, method=METHOD)
+    Image.fromarray(page).save(file, name, quality=quality, method=METHOD, lossless=lossless)
     return file.getvalue()

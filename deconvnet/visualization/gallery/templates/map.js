@@ -93,7 +93,7 @@
       document.getElementById("zoomed").textContent = `${rank + 1} of ${count}${example ? `: ${sentence(example)}` : ""}`;
       const photo = example && wholePhotograph(example);
       const covered = photo && example.window && covers(example.window, pixelsOf(example));
-      over.hidden = !(photo && example.window) || covered;
+      over.hidden = !(photo && example.window) || covered || isSignal(example);
       const onPhoto = !over.hidden && over.getAttribute("aria-pressed") === "true";
       const panel = (name, ...content) => element("figure", { class: "panel" }, content, element("figcaption", {}, name));
       const shown = kinds.filter((kind) => rank < map.sheets[kind].count && !((onPhoto || covered) && kind === "patches"));
@@ -133,11 +133,16 @@
     return top <= 0 && left <= 0 && bottom >= rows && right >= columns;
   }
 
+  // Whether its photograph has a single row, which is drawn as a curve.
+  function isSignal(example) {
+    return pixelsOf(example)[0] === 1;
+  }
+
   function picture(sheet, kind, rank, example, onPhoto) {
     const label = (KINDS[kind] || [kind, kind])[1];
     const photo = example && example.window && wholePhotograph(example);
     if (onPhoto) return placed(fullTile(sheet, rank, label), example.window, pixelsOf(example), photo);
-    if (kind !== "patches" || !photo) return fullTile(sheet, rank, label);
+    if (kind !== "patches" || !photo || isSignal(example)) return fullTile(sheet, rank, label);
     // The patch is cut out of the photograph, which has more pixels than its tile.
     const [top, left, bottom, right] = example.window;
     const [rows, columns] = pixelsOf(example);

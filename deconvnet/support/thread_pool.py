@@ -27,7 +27,7 @@ def run_all(tasks: list[Callable[[], object]]) -> None:
 
 @functools.lru_cache(maxsize=1)
 def _pool(workers: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(workers, thread_name_prefix="sparse_coding")
+    return ThreadPoolExecutor(workers, thread_name_prefix="deconvnet")
 
 
 if hasattr(os, "register_at_fork"):
