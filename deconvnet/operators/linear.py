@@ -543,7 +543,7 @@ class UnpooledDeconvolution(Composition):
 
     def __init__(self, outer: Deconvolution, inner: Unpooling):
         super().__init__(outer, inner)
-        values = inner.switches[0].numel()
+        values = math.prod(inner.switches.shape[1:])
         self.sparse = outer.mask is None and sparse_maps.pays(
             outer.f, values, inner.shape, outer.boundary
         )

@@ -176,11 +176,13 @@ def test_any_number_of_ranks_learns_the_same_filters_from_images_with_holes(imag
         net = network("image")
         net.preprocessing.settings.steps[:] = ["mean", "contrast"]
         source = ImageSource.from_tensor(holes, has_holes=True)
-        with no_pictures(), Monitor(progress=False) as monitor:
+        with Monitor(progress=False) as monitor:
             return net, train(net, source, None, monitor, communicator=communicator)
 
-    net, results = work(Communicator())
-    for other, shared_results in together(3, work):
+    with no_pictures():  # for all threads together, since it replaces functions
+        net, results = work(Communicator())
+        shared = together(3, work)
+    for other, shared_results in shared:
         for key, tensor in net.state_dict().items():
             assert torch.equal(other.state_dict()[key], tensor), key
         same_results(shared_results, results)
