@@ -28,9 +28,11 @@ from deconvnet.visualization.projection.map_axis import MapAxes, unflattened_sha
 from deconvnet.visualization.projection.operations import SPLITS, gates_of, skip_moves
 from deconvnet.visualization.projection.receptive_fields import (
     FAR,
+    RULES,
     across_rearrangement,
     all_channels,
     bounded,
+    elementwise,
     input_boxes,
     unsplit,
     zoom_of,
@@ -42,6 +44,8 @@ RESIZED = {
     *("UpsampleNearest2D", "UpsampleNearestExact2D", "UpsampleBilinear2D"),
     *("AdaptiveAvgPool2D", "AdaptiveMaxPool2D"),
 }
+# Operations whose units depend on the units in the same place.
+KEEPING_PLACES = {name for name, rule in RULES.items() if rule is elementwise}
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,8 @@ class FieldGeometries:
             pixel = _Axis(np.array([0]), np.array([1]), 1)
             return [pixel, pixel] if op.node.variable is self.x else None
         op = across_rearrangement(op)
+        if self._keeps_places(op):
+            return self._cache.get(op.inputs[0][0])
         periods = _periods(op)
         # Interpolation treats the first units in a special way.
         starts = [period if period > 1 else 0 for period in periods]
@@ -116,6 +122,18 @@ class FieldGeometries:
             ]
             pixels = branch if pixels is None else self._union(pixels, branch)
         return pixels
+
+    def _keeps_places(self, op: Operation) -> bool:
+        """Whether each unit depends only on the unit in its place, as in a rectifier."""
+        if op.name not in KEEPING_PLACES or len(op.inputs) != 1:
+            return False
+        below, nr = op.inputs[0]
+        return (
+            operation_name(below) not in SPLITS
+            and len(output_shape(below, nr)) == 4
+            and output_shape(below, nr) == output_shape(op.node, 0)
+            and self._is_last(below) == self._is_last(op.node)
+        )
 
     def _union(self, one: list[_Axis], other: list[_Axis]) -> list[_Axis]:
         pairs = zip(one, other, strict=True)

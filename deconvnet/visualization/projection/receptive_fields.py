@@ -117,7 +117,7 @@ def input_boxes(
     """For every input of an operation, the box that a box of its output depends on."""
     rule = RULES.get(op.name) or _unknown
     if constant_statistics and op.name in NORMS and not _is_norm_of_channels(op):
-        rule = _elementwise
+        rule = elementwise
     shapes = [output_shape(node, nr) for node, nr in op.inputs]
     if op.name == "Convolution" and not op.is_convolution:
         rule = _unknown
@@ -140,7 +140,7 @@ def _unknown(op: Operation, box: Box, shape: tuple, shapes: Shapes) -> list[Box]
     return [_everything(box, below) for below in shapes]
 
 
-def _elementwise(op: Operation, box: Box, shape: tuple, shapes: Shapes) -> list[Box]:
+def elementwise(op: Operation, box: Box, shape: tuple, shapes: Shapes) -> list[Box]:
     """The same positions; in an input that is broadcast, its only position."""
     result = []
     for below in shapes:
@@ -520,12 +520,12 @@ MOVED = VIEWS | {"Permute", "Transpose", "Clone", "Contiguous"}
 REARRANGED = "rearranged"
 
 RULES: dict[str, Callable[[Operation, Box, tuple, Shapes], list[Box | None]]] = {
-    **dict.fromkeys(RECTIFIERS | OTHER_RECTIFIERS | GATES, _elementwise),
-    **dict.fromkeys(NORMALIZATIONS | {"Add", "Sub", "Rsub", "Neg", "Mul", "Div"}, _elementwise),
-    "Addcmul": _elementwise,
+    **dict.fromkeys(RECTIFIERS | OTHER_RECTIFIERS | GATES, elementwise),
+    **dict.fromkeys(NORMALIZATIONS | {"Add", "Sub", "Rsub", "Neg", "Mul", "Div"}, elementwise),
+    "Addcmul": elementwise,
     **dict.fromkeys(("Sum", "Mean", "Stack"), _over_channels),
-    **dict.fromkeys(("Clone", "Alias", "ToCopy", "Expand", "Contiguous", "Copy"), _elementwise),
-    **dict.fromkeys(("Softplus", "Tanh"), _elementwise),
+    **dict.fromkeys(("Clone", "Alias", "ToCopy", "Expand", "Contiguous", "Copy"), elementwise),
+    **dict.fromkeys(("Softplus", "Tanh"), elementwise),
     **dict.fromkeys(("View", "UnsafeView", "Reshape", "ReshapeAlias"), _across_channels),
     **dict.fromkeys(("ChannelShuffle", "NativeChannelShuffle"), _across_channels),
     **dict.fromkeys(SPLITS, _same),
