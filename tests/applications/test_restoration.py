@@ -70,7 +70,7 @@ def learned():
         crops += [image[i : i + 64, j : j + 64] for i in (0, 60) for j in (0, 64, 128)]
     crops = torch.stack([crop for crop in crops if crop.shape == (64, 64)])[:, None]
     high = crops - tikhonov_lowpass(crops, PSI)
-    learning = LearningSettings(epochs=3, batch_size=4)
+    learning = LearningSettings(epochs=5, batch_size=4)
     filters = learn_filters(high, 48, filter_size=9, lam=10.0, learning=learning).filters
     return Restorer(network(filters)).fit(crops)
 
