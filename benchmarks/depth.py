@@ -12,7 +12,8 @@ For every layer the table gives
   min lam/2 ||y - R z||^2 + sum |z| for lams that fall until there are enough coefficients; between
   two lams the share is interpolated. The switches of the layers below are those that were inferred
   with the layers' own settings, so upper layers get them for nothing: switches are not counted;
-- the PSNR of denoised images (`deconvnet denoise depth=...`), if the network is grey or rgb;
+- the PSNR of images denoised up to this layer (`deconvnet denoise depth=...`), if the network is
+  grey or rgb;
 - with --classes, a folder with a folder of images for each class, the accuracy of
   `deconvnet classify` with this layer alone, and with it and all layers below.
 
@@ -24,6 +25,7 @@ With images of the training set, the difference from others tells whether a laye
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +35,8 @@ from torch import Tensor
 
 from deconvnet import DeconvNet, SolverSettings, load
 from deconvnet.applications.restoration.restorer import Restorer
+from deconvnet.cli.commands import run
+from deconvnet.cli.restore import fit_restorer
 from deconvnet.images.datasets import load_images
 from deconvnet.images.sources import DataSettings
 from deconvnet.monitoring.strict_json import to_json
@@ -181,19 +185,16 @@ def denoised_psnr(
     clean = images.mean(1, keepdim=True) if net.preprocessing.settings.color == "grey" else images
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
     sigma = options.sigma / 255
-    results = Restorer(net).fit(clean).denoise(clean + sigma * noise, sigma, depth=net.depth)
+    restorer = Restorer(net)
+    fit_restorer(restorer, options.run, [])  # to the training images, as the command does
+    results = restorer.denoise(clean + sigma * noise, sigma, depth=net.depth)
     return [float(psnr(clean, result.clamp(0, 1)).mean()) for result in results]
 
 
 def accuracies(options: argparse.Namespace, depth: int) -> list[dict]:
     """The accuracy of `deconvnet classify` with each layer alone, and with those below it."""
-    import json
-
-    from deconvnet.cli.commands import run
-
-    rows = []
+    rows, folder = [], options.output / "classes"
     for number in range(1, depth + 1):
-        folder = options.output / f"classes-{number}"
         sys.argv = [
             "classify", f"run={options.run}", f"data.path={options.classes}",
             f"layers={list(range(1, number + 1))}".replace(" ", ""), f"train={options.train}",
@@ -219,4 +220,7 @@ def markdown(rows: list[dict]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
