@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from deconvnet.visualization.drawing.canvas import as_curves, thickened
+from deconvnet.visualization.search.tile_codec import DENSE, is_dense
 
 Picture = Tensor | np.ndarray
 
@@ -33,9 +34,6 @@ LARGE = 32
 # WebP has a quality from 0 to 100. Tiles of many pixels are shown in about their own size, where
 # less is needed.
 FINE, COARSE, MANY_PIXELS = 66, 45, 80
-# A coarse sheet of dense texture, which needs more bits for a pixel than this, has the lower
-# quality: its artefacts hide in the texture.
-DENSE_BITS, DENSE = 0.75, 14
 # A sheet of so few colours is a PNG file.
 FEW_COLORS = 16
 # Run-length encoding is ten times faster than the default, and these files are smaller.
@@ -175,7 +173,7 @@ def _save(root: Path, name: str, page: np.ndarray, quality: int | None) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     if quality is not None:
         content = _webp(page, quality)
-        if quality == COARSE and 8 * len(content) > DENSE_BITS * page[..., 0].size:
+        if quality == COARSE and is_dense(content, page):
             content = _webp(page, DENSE)
         path.write_bytes(content)
     else:

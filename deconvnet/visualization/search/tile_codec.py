@@ -18,8 +18,11 @@ from PIL import Image, features
 SMALL = 24
 # WebP's quality of projections, whose fine structure matters, and of photographs.
 PROJECTIONS, PHOTOGRAPHS = 60, 65
-# Of projections in full size, and of those whose dense texture would need more bits for a pixel.
-FULL_SIZE, DENSE_BITS, DENSE = 45, 0.75, 14
+# Of projections in full size.
+FULL_SIZE = 45
+# Of a picture of dense texture, which at the usual quality needs more bits for a pixel than this:
+# its artefacts hide in the texture.
+DENSE, DENSE_BITS = 14, 0.75
 # From 0 to 6: as fast as 0 and a quarter smaller; 4 needs twice the time to save a twentieth.
 METHOD = 2
 # Tiles begin at multiples of this, the side of WebP's blocks, so that none affects another.
@@ -75,8 +78,12 @@ def encode_full(tile: np.ndarray) -> bytes:
     if len(page) == 1:
         return _encoded(page, 100, lossless=True)
     content = _encoded(page, FULL_SIZE)
-    is_dense = 8 * len(content) > DENSE_BITS * tile[0].size
-    return _encoded(page, DENSE) if is_dense else content
+    return _encoded(page, DENSE) if is_dense(content, page) else content
+
+
+def is_dense(content: bytes, page: np.ndarray) -> bool:
+    """Whether a picture (h, w, 3) that was compressed to this content is dense texture."""
+    return 8 * len(content) > DENSE_BITS * page[..., 0].size
 
 
 def decode_full(pictures: Sequence[bytes], planes: int) -> np.ndarray:
