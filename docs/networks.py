@@ -50,7 +50,9 @@ FEATURES = {1: (15, 5, 49), 2: (40, 8, 49), 3: (30, 10, 70), 4: (20, 10, 74)}
 
 
 def main() -> None:
-    photographs, four_layers, photograph = map(Path, sys.argv[1:4])
+    if len(sys.argv) != 4:
+        raise SystemExit(__doc__)
+    photographs, four_layers, photograph = map(Path, sys.argv[1:])
     picture = Image.open(photographs / "pictures" / "layer2-reconstructed.png").convert("RGB")
     write(reconstructed(as_tensor(picture)), "reconstructed")
     write(features(four_layers / "visualization" / "projections"), "iccv2011-features")

@@ -28,7 +28,7 @@ def register() -> None:
     OmegaConf.register_new_resolver("inside", _inside, replace=True)
     OmegaConf.register_new_resolver("help", _help, replace=True)
     # Hydra copies the store with everything that refers to it, 33 times for a help page, though
-    # nothing writes to it from here on.
+    # nothing is added to it after the schemas below.
     ConfigStore.__deepcopy__ = lambda store, _: store
     store = ConfigStore.instance()
     for name, schema in SCHEMAS.items():

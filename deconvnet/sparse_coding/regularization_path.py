@@ -96,10 +96,9 @@ def regularization_path(
     By default the path has num_lams values, from lambda_max (`lam_from_ratio`) to smallest_ratio
     times that, in (0, 1), equally spaced in their logarithm; or give the lams. lam_max_quantile: as
     in `sparse_code`; below 1, the images with the largest correlations begin with maps that are not
-    zero. With p < 1 there is
-    no lambda_max, so give the lams. events: keep the codes, as `Events`. All other arguments are
-    those of `sparse_code`; half_quadratic, whose result is no minimum, has no path. Raises
-    ValueError if an argument is out of range or does not fit the others.
+    zero. With p < 1 there is no lambda_max, so give the lams. events: keep the codes, as `Events`.
+    All other arguments are those of `sparse_code`; half_quadratic, whose result is no minimum, has
+    no path. Raises ValueError if an argument is out of range or does not fit the others.
     """
     A, b, prior = coding_problem(
         *(images, filters),
