@@ -99,7 +99,7 @@
       const shown = kinds.filter((kind) => rank < map.sheets[kind].count && !((onPhoto || covered) && kind === "patches"));
       panels.replaceChildren(
         ...shown.map((kind) => panel(kind === "patches" ? "Image patch" : (KINDS[kind] || [kind])[0], picture(map.sheets[kind], kind, rank, example, onPhoto))),
-        ...(photo ? [panel([example.image, element("a", { href: link({ photo: example.photograph }), onclick: () => zoom.close() }, " more of this image")],
+        ...(photo ? [panel([example.image, " ", element("a", { href: link({ photo: example.photograph }), onclick: () => zoom.close() }, "more of this image")],
           element("span", { class: "framed" }, photo, frame(example.window || example.box, pixelsOf(example))))] : []));
       panels.style.setProperty("--panels", panels.children.length);
       // A portrait is narrower, so that all of it can be seen.
