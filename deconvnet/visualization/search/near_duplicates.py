@@ -2,8 +2,8 @@
 
 A data set often has a picture twice, or crops of one photograph that overlap. Two small patches may
 look alike because they have the feature of the map, so what is compared is larger: the surroundings
-of a patch, in grey and in few pixels. The patch lies in their middle, so that two crops which end at
-different distances from it are compared where both show something.
+of a patch, in grey and in few pixels. The patch lies in their middle, so that crops which end at
+different distances from it can be compared where both show something.
 """
 
 from __future__ import annotations
