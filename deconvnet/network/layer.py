@@ -140,9 +140,9 @@ class LayerSettings:
             elif key == "filter_size" and "${" not in value:
                 as_filter_size(value)
         self.image_weight = as_positive_number(self.image_weight, "image_weight")
-        self._check_lam()
         check_settings(self.solver, SolverSettings, "solver", optional=False)
         check_settings(self.learning, LearningSettings, "learning", optional=False)
+        self._check_lam()
         check_exponent(self.p)
         for key, choices in (
             ("connectivity", CONNECTIVITIES),
@@ -237,6 +237,11 @@ class LayerSettings:
                 raise ValueError(
                     f"lam=auto: needs p=1, target=maps and pooling=after, got p={self.p}, "
                     f"target={self.target}, pooling={self.pooling}"
+                )
+            if self.learning.init == "random":
+                raise ValueError(
+                    "lam=auto: random initial filters predict no hidden pixels; use "
+                    "learning.init=patches, or give a number for lam"
                 )
         elif not (isinstance(self.lam, str) and "${" in self.lam):
             try:
