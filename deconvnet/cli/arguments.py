@@ -25,7 +25,13 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from deconvnet.cli.setting_keys import Kind, kind_of, with_current_key, with_current_references
+from deconvnet.cli.setting_keys import (
+    Kind,
+    has,
+    kind_of,
+    with_current_key,
+    with_current_references,
+)
 
 # key=value, with the prefix of the key.
 _OVERRIDE = re.compile(r"(\+{0,2})([A-Za-z_$][\w$.-]*)=(.*)", re.DOTALL)
@@ -43,9 +49,9 @@ _OPTIONS = {
     *("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn"),
     *("--config-dir", "-cd", "--experimental-rerun", "--info", "-i"),
 }
-# A setting that replaces another, which has a number in the files: given without the other, it sets
-# that to null.
-_REPLACES = {"lam_ratio": "lam"}
+# Settings that replace each other: given without the other, each sets that to null, whatever the
+# files say.
+_REPLACES = {"lam_ratio": "lam", "lam": "lam_ratio"}
 # Folders that Hydra itself creates; for others, the code that opens a file expands ~.
 _FOLDERS = {"hydra.run.dir", "hydra.sweep.dir"}
 
@@ -63,10 +69,10 @@ def for_hydra(arguments: list[str], schema: type) -> list[str]:
             argument = _override(argument, schema, sweep)
         converted.append(argument)
         previous = argument
-    return [*converted, *_replaced(converted)]
+    return [*converted, *_replaced(converted, schema)]
 
 
-def _replaced(arguments: list[str]) -> list[str]:
+def _replaced(arguments: list[str], schema: type) -> list[str]:
     """The arguments that set to null what others replace, unless it is given as well."""
     matches = filter(None, map(_OVERRIDE.fullmatch, arguments))
     given = {match[2]: match[3] for match in matches}
@@ -74,7 +80,8 @@ def _replaced(arguments: list[str]) -> list[str]:
     for key, value in given.items():
         layer, _, name = key.rpartition(".")
         other = f"{layer}.{_REPLACES.get(name)}"
-        if name in _REPLACES and value.lower() != "null" and other not in given:
+        replaces = name in _REPLACES and has(schema, other) and value.lower() != "null"
+        if replaces and other not in given:
             replaced.append(f"{other}=null")
     return replaced
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -14,6 +14,19 @@ from omegaconf import DictConfig, OmegaConf
 
 from deconvnet.monitoring.monitor import not_in_bar
 from deconvnet.storage import ownership
+
+
+@contextmanager
+def unless_refused(folder: Path) -> Iterator[None]:
+    """Remove the folder that Hydra has made for a run if its settings are refused in a `with` block
+    and it is empty.
+    """
+    try:
+        yield
+    except ValueError:
+        with suppress(OSError):  # it holds an earlier run
+            folder.rmdir()
+        raise
 
 
 @contextmanager

@@ -6,14 +6,18 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import os
+import textwrap
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+from hydra._internal.hydra import Hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from deconvnet.cli.help import help_page
+from deconvnet.cli.help import WIDTH, help_page
 from deconvnet.cli.settings import SCHEMAS
 from deconvnet.storage import ownership
 
@@ -33,6 +37,21 @@ def register() -> None:
     store = ConfigStore.instance()
     for name, schema in SCHEMAS.items():
         store.store(name=f"{name}_schema", node=schema)
+    _wrap_choices()
+
+
+def _wrap_choices() -> None:
+    """Make Hydra wrap the choices of a group in a help page, which it puts into one line."""
+    list_choices = Hydra.format_config_groups
+    if hasattr(list_choices, "__wrapped__"):
+        return
+
+    @functools.wraps(list_choices)
+    def wrapped(self: Hydra, predicate: Callable[[str], bool]) -> str:
+        lines = list_choices(self, predicate).splitlines()
+        return "\n".join(textwrap.fill(line, WIDTH, subsequent_indent="  ") for line in lines)
+
+    Hydra.format_config_groups = wrapped
 
 
 def _inside(name: object) -> str:

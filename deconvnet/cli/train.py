@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from deconvnet.cli import printed_commands
 from deconvnet.cli.errors import one_line_errors
-from deconvnet.cli.hydra_files import logged
+from deconvnet.cli.hydra_files import logged, unless_refused
 from deconvnet.cli.read_settings import read_settings
 from deconvnet.cli.settings import TrainConfig
 from deconvnet.filters.update import Diverged
@@ -50,7 +50,8 @@ OF_READING = {f"data.{key}" for key in ("download", "skip_unreadable", "stream",
 def main(cfg: DictConfig) -> None:
     folder = Path(HydraConfig.get().runtime.output_dir)
     with one_line_errors(ValueError, OSError, Diverged, RankLost):
-        settings = read_settings(cfg)
+        with unless_refused(folder):
+            settings = read_settings(cfg)
         with started(patience=settings.patience) as communicator:
             try:
                 results = run(settings, cfg, folder, communicator)

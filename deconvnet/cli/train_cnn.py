@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from deconvnet.cli.errors import one_line_errors
-from deconvnet.cli.hydra_files import logged
+from deconvnet.cli.hydra_files import logged, unless_refused
 from deconvnet.cli.read_settings import read_settings
 from deconvnet.cli.settings import TrainCnnConfig
 from deconvnet.images.datasets import LazyImages, lazy_images
@@ -49,7 +49,8 @@ def main(cfg: DictConfig) -> None:
     folder = Path(HydraConfig.get().runtime.output_dir)
     try:
         with one_line_errors(ValueError, OSError):
-            settings = read_settings(cfg)
+            with unless_refused(folder):
+                settings = read_settings(cfg)
             with ownership.locked_folder(folder):
                 check_outputs(settings, folder)
                 with logged(cfg, folder):

@@ -76,6 +76,16 @@ class DataSettings:
             raise ValueError(f"data.source={self.source!r}: choose {', '.join(SOURCES)}")
         if self.source in ("folder", "list", "shards", "array") and not self.path:
             raise ValueError(f"data.path={self.path!r}: data.source={self.source} needs a path")
+        if self.source == "photographs" and self.path:
+            raise ValueError(
+                f"data.path={self.path}: not used with data.source=photographs; add data=folder, "
+                "data=list, data=shards or data=array"
+            )
+        if self.source != "torchvision" and self.dataset:
+            raise ValueError(
+                f"data.dataset={self.dataset}: only used with data.source=torchvision; add "
+                "data=torchvision"
+            )
         if self.source == "torchvision" and not self.dataset:
             raise ValueError("data.dataset=None: data.source=torchvision needs the name of a class")
         if self.source == "photographs" and self.size is None:

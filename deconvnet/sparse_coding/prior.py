@@ -57,6 +57,8 @@ class Prior:
     def __post_init__(self) -> None:
         check_exponent(self.p)
         as_positive_integer(self.group, "group")
+        if not isinstance(self.non_negative, bool):
+            raise ValueError(f"non_negative={self.non_negative!r}: must be True or False")
         if self.window is not None and (self.group > 1 or self.weights is not None):
             raise ValueError(
                 f"window={tuple(self.window)}: not together with weights or group={self.group}"

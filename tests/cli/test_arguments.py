@@ -213,7 +213,7 @@ def test_a_sweep_goes_over_lists_too():
 
 
 def test_numbers_groups_and_the_options_of_hydra_are_left_as_they_are():
-    typed = ["model.layer1.lam=1.10", "model=cvpr2010", "+experiment=cvpr2010", "seed=1_0"]
+    typed = ["model.layer1.num_maps=10", "model=cvpr2010", "+experiment=cvpr2010", "seed=1_0"]
     typed += ["~model.layer3", "hydra/launcher=basic", "data={path: 1}"]
     options = ["-m", "--config-dir", "name=1"]
     assert for_hydra([*options, *typed], TrainConfig) == [*options, *typed]
@@ -222,12 +222,14 @@ def test_numbers_groups_and_the_options_of_hydra_are_left_as_they_are():
     assert for_hydra([*typed[:2], *options, *typed[2:]], TrainConfig) == [*options, *typed]
 
 
-def test_lam_ratio_alone_replaces_the_lam_of_the_files():
-    ratio = "model.layer2.lam_ratio=0.1"
-    assert for_hydra([ratio, "seed=1"], TrainConfig) == [ratio, "seed=1", "model.layer2.lam=null"]
-    for lam in ("model.layer2.lam=1.0", "model.layer2.lam=null"):
-        assert for_hydra([ratio, lam], TrainConfig) == [ratio, lam]
-    assert for_hydra(["model.layer2.lam_ratio=null"], TrainConfig)[1:] == []
+def test_lam_and_lam_ratio_alone_replace_each_other_in_the_files():
+    lam, ratio = "model.layer2.lam", "model.layer2.lam_ratio"
+    for given, other in ((f"{ratio}=0.1", lam), (f"{lam}=1.10", ratio), (f"{lam}=auto", ratio)):
+        assert for_hydra([given, "seed=1"], TrainConfig) == [given, "seed=1", f"{other}=null"]
+        for both in (f"{other}=1.0", f"{other}=null"):
+            assert for_hydra([given, both], TrainConfig) == [given, both]
+    for key in (lam, ratio):
+        assert for_hydra([f"{key}=null"], TrainConfig)[1:] == []
 
 
 @pytest.mark.parametrize("typed", ["name=", "data.path=", "+data.path=", "resume="])

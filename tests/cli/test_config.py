@@ -37,6 +37,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE, CONFIGS = ROOT / "deconvnet", ROOT / "configs"
 
 EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
+# Experiments on images of the user, whose list the command names.
+OF_A_LIST = {"iccv2011_caltech"}
 MODELS = sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml"))
 PREPROCESSING = sorted(path.stem for path in (CONFIGS / "preprocessing").glob("*.yaml"))
 # What the files of configs/data leave to the user.
@@ -123,10 +125,11 @@ def test_no_folder_turns_the_number_of_layers_into_a_group():
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_composes_also_with_fewer_layers(experiment):
-    whole = read(f"+experiment={experiment}")
+    given = ["data.path=images.txt"] if experiment in OF_A_LIST else []
+    whole = read(f"+experiment={experiment}", *given)
     for order in (
-        [f"+experiment={experiment}", "+layers=2"],
-        ["+layers=2", f"+experiment={experiment}"],
+        [f"+experiment={experiment}", "+layers=2", *given],
+        ["+layers=2", f"+experiment={experiment}", *given],
     ):
         found = read_settings(compose("train", order))
         assert found == dataclasses.replace(whole, layers=2)
@@ -134,7 +137,7 @@ def test_every_experiment_composes_also_with_fewer_layers(experiment):
     assert whole.layers is None
     assert whole.name != read().name
     DeconvNet(whole.layer_settings(), whole.preprocessing)
-    changed = read(f"+experiment={experiment}", "model.layer2.lam=0.125", "seed=3")
+    changed = read(f"+experiment={experiment}", "model.layer2.lam=0.125", "seed=3", *given)
     assert changed.model["layer2"].lam == 0.125 and changed.seed == 3
 
 
@@ -442,7 +445,8 @@ def test_the_users_folder_is_meant_by_a_tilde_in_every_path():
 
 def test_lam_is_a_number_or_is_computed_when_the_layer_begins_to_learn():
     model = read(
-        "model.layer1.lam=null", "model.layer1.lam_ratio=0.1", "model.layer2.lam=auto"
+        *("model.layer1.lam=null", "model.layer1.lam_ratio=0.1"),
+        *("model.layer2.lam=auto", "model.layer2.learning.init=patches"),
     ).model
     assert model["layer1"].lam is None and model["layer1"].lam_ratio == 0.1
     assert model["layer2"].lam == "auto"

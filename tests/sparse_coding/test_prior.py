@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from deconvnet.sparse_coding.prior import penalties, penalty, shrink, threshold
+from deconvnet.sparse_coding.prior import Prior, penalties, penalty, shrink, threshold
 
 # (beta, v): the minimiser for p = 1/2, 2/3, 0.8 and 1, to 8 decimals.
 EXPONENTS = (0.5, 2 / 3, 0.8, 1.0)
@@ -312,6 +312,8 @@ def test_exponents_and_weights_out_of_range_are_refused():
             penalty(v, p)
         with refused(f"p={p}: "):
             penalties(v, p)
+    with refused("non_negative='x': must be True or False"):
+        Prior(non_negative="x")
     for beta in (0.0, -1.0, float("nan")):
         with refused(f"beta={beta}: must be positive"):
             shrink(v, beta)

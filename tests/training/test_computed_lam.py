@@ -74,8 +74,9 @@ def test_lam_auto_draws_its_choice(finished):
 
 
 def test_filters_that_predict_nothing_choose_no_lam(images):
-    random = LearningSettings(epochs=1, init="random")
-    net = DeconvNet([LayerSettings(2, 9, lam="auto", learning=random)])
+    settings = LayerSettings(2, 9, lam="auto", learning=LearningSettings(epochs=1))
+    settings.learning.init = "random"  # past the check of the settings
+    net = DeconvNet([settings])
     with pytest.raises(ValueError, match="model.layer1.lam=auto: the initial filters predict no"):
         train(net, images, monitor=Monitor(progress=False))
 
@@ -122,6 +123,10 @@ def test_a_layer_that_has_not_learned_has_no_lam_yet(images):
         ),
         ({"lam": "auto", "target": "image"}, "lam=auto: needs p=1, target=maps"),
         ({"lam": "auto", "pool": [1, 2, 2], "pooling": "in_loop"}, "pooling=in_loop"),
+        (
+            {"lam": "auto", "learning": LearningSettings(init="random")},
+            "lam=auto: random initial filters predict no hidden pixels; use learning.init=patches",
+        ),
     ],
 )
 def test_a_lam_that_cannot_be_computed_is_refused_in_one_line(settings, message):
