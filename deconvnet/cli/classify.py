@@ -21,7 +21,7 @@ from deconvnet.cli.read_settings import read_settings
 from deconvnet.cli.settings import ClassifyConfig
 from deconvnet.monitoring.monitor import save_picture
 from deconvnet.monitoring.strict_json import to_json
-from deconvnet.network.layer import LayerSettings
+from deconvnet.network.layer import PATCHES, LayerSettings
 from deconvnet.network.network import load
 from deconvnet.storage import ownership
 from deconvnet.support.communicator import Communicator, RankLost, started
@@ -94,7 +94,8 @@ def features_of(
 
 
 def _kind(layer: LayerSettings, settings: ClassifyConfig) -> type[LayerFeatures]:
-    return CodePyramids if settings.features == "codes" else WordHistograms
+    codes = layer.coding == PATCHES if settings.features == "auto" else settings.features == "codes"
+    return CodePyramids if codes else WordHistograms
 
 
 def report(

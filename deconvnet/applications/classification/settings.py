@@ -113,8 +113,9 @@ class ClassifySettings(FeatureSettings):
     codebooks: str = "split"
     # at most this many training images to learn a codebook from
     codebook_images: int = 300
-    # similarity of two pyramids: intersection, for words alone; linear (of words the sum of products
-    # of square roots; with power=1, of counts); auto: intersection for words, linear for codes
+    # similarity of two pyramids: intersection, of words alone | linear, of words the sum of the
+    # products of square roots (with power=1, of counts) | auto: intersection of words, linear of
+    # codes
     kernel: str = "auto"
     # one_vs_rest, or one_vs_one, which is faster
     svm: str = "one_vs_rest"
