@@ -566,10 +566,11 @@ def code_pyramids(folder, tmp_path, monkeypatch):
     data = ClassData(path=str(tmp_path / "images"), size=40)
     settings = ClassifySettings(data=data, features="codes", levels=[1, 2, 3])
 
-    def make(name="features", **processes):
+    def make(name="features", train=2, test=1, **processes):
         images = LabelledImages.from_settings(tmp_path, data)
         splits = [
-            draw_split(images.labels, CLASSES, train=2, test=1, seed=seed) for seed in range(2)
+            draw_split(images.labels, CLASSES, train=train, test=test, seed=seed)
+            for seed in range(2)
         ]
         communicator = SimpleNamespace(
             **{"rank": 0, "world_size": 1, "all_gather": lambda _: None, "is_main": True}
@@ -627,7 +628,7 @@ def test_code_pyramids_resume_and_are_the_same_from_two_processes(code_pyramids)
     for rank in (1, 0):
         code_pyramids("shared", rank=rank, world_size=2).compute()
     assert content(code_pyramids("shared")) == files
-    # A damaged file is recomputed, and so is what depends on a changed image; nothing else.
+    # A damaged file is recomputed, and so is a changed image; nothing else.
     paths = sorted(features.cache.folder.rglob("layer2/*.npz"))
     paths[0].write_bytes(paths[0].read_bytes()[:-30])
     with pytest.raises(ValueError, match="maxima-000000.npz: damaged; run the command again"):
@@ -635,11 +636,24 @@ def test_code_pyramids_resume_and_are_the_same_from_two_processes(code_pyramids)
     image = features.images.files[4]
     Image.fromarray(np.fliplr(np.asarray(Image.open(image)))).save(image)
     times = {path: path.stat().st_mtime_ns for path in features.cache.folder.rglob("*.npz")}
-    again = code_pyramids()
+    again, inferred = code_pyramids(), []
+    infer = again.cache.infer
+    again.cache.infer = lambda n, depth: inferred.append((n.tolist(), depth)) or infer(n, depth)
     again.compute()
-    made = {path.stem for path, time in times.items() if path.stat().st_mtime_ns != time}
-    assert made == {"maxima-000000", "maxima-000004"}
+    made = {
+        f"{path.parent.name} {path.stem}"
+        for path, time in times.items()
+        if path.stat().st_mtime_ns != time
+    }
+    assert made == {"layer2 maxima-000000", "layer1 maxima-000004", "layer2 maxima-000004"}
+    assert inferred == [([0, 1, 2, 3], 2), ([4], 2), ([], 0)]
     assert content(again)["maxima-000000.npzlayer2"] == files["maxima-000000.npzlayer2"]
+    # Other splits add the images that are missing.
+    few = code_pyramids("few", train=1, test=1)
+    few.compute()
+    assert set(few.cache.indices.tolist()) < set(range(9))
+    code_pyramids("few").compute()
+    assert content(code_pyramids("few")) == content(again)
 
 
 def test_the_command_describes_layers_that_code_patches_by_their_codes(script, folder, tmp_path):

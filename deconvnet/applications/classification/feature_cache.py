@@ -2,8 +2,7 @@
 
 A folder contains the files of one network and one set of settings. Its name is a digest of all that
 they depend on except the content of the images. Each file holds the features of a block of images
-and records the content of the images from which it was computed. If an image changes, only the
-files that depend on it are recomputed.
+and records the content of each, so that only what is missing or has changed is computed.
 """
 
 from __future__ import annotations
@@ -29,6 +28,8 @@ from deconvnet.support.communicator import SINGLE, Communicator
 
 # Images whose features share a file: indices from a multiple of this to the next.
 IMAGES_PER_FILE = 64
+# The type of arrays of SHA-256 digests of images.
+DIGESTS = "U64"
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,8 @@ class FeatureCache:
     def compute(self, features: list[Feature], of_image: FeaturesOfImage) -> None:
         """Compute the features of all images of the splits that are not yet in files.
 
-        Files that are missing, damaged, or from images that have changed are recomputed. All layers
-        of a block are computed from one inference.
+        Files that are damaged, and images that have changed, are computed again. All layers of an
+        image are computed from one inference.
         """
         indices, communicator = self.indices, self.communicator
         starts = range(0, len(self.images.files), IMAGES_PER_FILE)
@@ -93,11 +94,12 @@ class FeatureCache:
         starts = indices // IMAGES_PER_FILE * IMAGES_PER_FILE
         result = np.empty((len(indices), *feature.shape), np.float32)
         for start in np.unique(starts).tolist():
-            block = self._read_block(feature, start)
-            if block is None:
+            content, values = self._read_block(feature, start)
+            images = indices[starts == start]
+            if not self._is_current(content, start, images).all():
                 path = self._file(feature, start)
                 raise ValueError(f"{path}: damaged; run the command again to recompute it")
-            result[starts == start] = block[indices[starts == start] - start]
+            result[starts == start] = values[images - start]
         return result
 
     def infer(self, indices: np.ndarray, depth: int) -> Iterator[tuple[int, Codes, int]]:
@@ -129,43 +131,41 @@ class FeatureCache:
         self, start: int, features: list[Feature], of_image: FeaturesOfImage, bar: tqdm
     ) -> None:
         """Compute the images that share the file that begins at `start`."""
-        block = self._block(start)
-        layers = sorted({feature.layer for feature in features})
-        missing = [n for n in layers if len(block) and not self._is_computed(n, start, features)]
-        if not missing:
-            bar.update(len(block))
-            return
-        arrays = {
-            feature: np.zeros((IMAGES_PER_FILE, *feature.shape), np.float32)
-            for feature in features
-            if feature.layer in missing
-        }
-        for index, codes, position in self.infer(block, max(missing)):
-            for layer in missing:
-                for feature, values in of_image(index, codes, position, layer).items():
-                    arrays[feature][index - start] = values
+        indices = self.indices
+        block = indices[(indices >= start) & (indices < start + IMAGES_PER_FILE)]
+        stored = {feature: self._read_block(feature, start) for feature in features}
+        missing: dict[int, set[int]] = {feature.layer: set() for feature in features}
+        for feature, (content, _) in stored.items():
+            missing[feature.layer] |= set(block[~self._is_current(content, start, block)].tolist())
+        depth = max((layer for layer, images in missing.items() if images), default=0)
+        to_infer = np.array(sorted(set().union(*missing.values())), dtype=int)
+        bar.update(len(block) - len(to_infer))
+        for index, codes, position in self.infer(to_infer, depth):
+            for layer in (layer for layer, images in missing.items() if index in images):
+                computed = of_image(index, codes, position, layer)
+                for feature, (content, values) in stored.items():
+                    if feature.layer == layer:
+                        content[index - start] = self.images.digests[index]
+                        values[index - start] = computed.get(feature, 0)
             bar.update()
-        for feature, values in arrays.items():
-            write_features(self._file(feature, start), self._key(feature, start), features=values)
+        for feature, (content, values) in stored.items():
+            if missing[feature.layer]:
+                path = self._file(feature, start)
+                write_features(path, feature.depends_on, features=values, content=content)
 
-    def _is_computed(self, layer: int, start: int, features: list[Feature]) -> bool:
-        of_layer = (feature for feature in features if feature.layer == layer)
-        return all(self._read_block(feature, start) is not None for feature in of_layer)
-
-    def _read_block(self, feature: Feature, start: int) -> np.ndarray | None:
+    def _read_block(self, feature: Feature, start: int) -> tuple[np.ndarray, np.ndarray]:
+        """The digests of the images of a file, empty for those it lacks, and their features."""
         shape = (IMAGES_PER_FILE, *feature.shape)
-        path, key = self._file(feature, start), self._key(feature, start)
-        arrays = read_features(path, key, features=shape)
-        return None if arrays is None else arrays["features"]
+        path, key = self._file(feature, start), feature.depends_on
+        arrays = read_features(path, key, features=shape, content=(IMAGES_PER_FILE,))
+        if arrays is None:
+            return np.full(IMAGES_PER_FILE, "", DIGESTS), np.zeros(shape, np.float32)
+        return arrays["content"].astype(DIGESTS), arrays["features"]
 
-    # Files and their keys.
-
-    def _block(self, start: int) -> np.ndarray:
-        """The images of the splits whose features share the file that begins at `start`."""
-        return self.indices[(self.indices >= start) & (self.indices < start + IMAGES_PER_FILE)]
-
-    def _key(self, feature: Feature, start: int) -> str:
-        return self.images.key(self._block(start), feature.depends_on)
+    def _is_current(self, content: np.ndarray, start: int, indices: np.ndarray) -> np.ndarray:
+        """Which of these images a file with this content has, as they are now."""
+        current = np.array([self.images.digests[n] for n in indices.tolist()], DIGESTS)
+        return content[indices - start] == current
 
     def _file(self, feature: Feature, start: int) -> Path:
         return self.folder / f"layer{feature.layer}" / f"{feature.name}-{start:06d}.npz"

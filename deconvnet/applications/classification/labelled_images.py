@@ -71,10 +71,10 @@ class LabelledImages:
         with ThreadPoolExecutor(DIGEST_THREADS) as pool:
             return list(pool.map(digest_file, self.files))
 
-    def key(self, indices: np.ndarray, *parts: str) -> str:
-        """A digest of the content of some images and of other values."""
+    def key(self, indices: np.ndarray) -> str:
+        """A digest of the content of some images."""
         content = [[n, self.digests[n]] for n in indices.tolist()]
-        return hashlib.sha256(json.dumps([content, *parts]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def read(self, index: int) -> tuple[Tensor, tuple[int, ...]]:
         """An image (3, H, W), and the frame (top, left, height, width) of the picture in it."""
