@@ -22,6 +22,7 @@ from deconvnet.visualization.gallery.exhibits import (
     Example,
     GalleryLayer,
     GalleryMap,
+    ProjectionSheet,
     Source,
 )
 from deconvnet.visualization.gallery.relatives import (
@@ -41,11 +42,8 @@ from deconvnet.visualization.gallery.wording import (
 from deconvnet.visualization.projection.boxes import crop
 from deconvnet.visualization.projection.projection import LayerInfo
 from deconvnet.visualization.result import VisualizationResult
-from deconvnet.visualization.search.projection_grids import (
-    full_tiles_to_show,
-    pixel_filters,
-    tiles_to_show,
-)
+from deconvnet.visualization.search.projection_grids import pixel_filters, tiles_to_show
+from deconvnet.visualization.search.tile_codec import reduced
 from deconvnet.visualization.search.top_activations import group_by_size
 from deconvnet.visualization.search.top_projections import TopProjections
 
@@ -179,7 +177,7 @@ class _LayerContent:
             },
             patches if count else None,
             [self._example(row, rank) for rank in range(count)],
-            full=self._full(row),
+            sheet=self._sheet(row),
             label=self._label(number),
             statistics={
                 "strongest activation": float(np.abs(projections.values[row, 0])) if count else 0.0,
@@ -198,15 +196,22 @@ class _LayerContent:
             epochs=e.epochs if has_evolution else (),
         )
 
-    def _full(self, row: int) -> dict[str, Tensor]:
-        """By method, the projections of a map in full size, if its tiles were reduced."""
-        projections = self.result.projections[self.layer]
-        full = {m: full_tiles_to_show(projections, row, m) for m in projections.methods}
-        return {
-            method: shade_projections(tiles, contrast=self.result.contrast)
-            for method, tiles in full.items()
-            if tiles is not None
-        }
+    def _sheet(self, row: int) -> ProjectionSheet | None:
+        """The projections of a map in full size, unless its tiles are small."""
+        projections, contrast = self.result.projections[self.layer], self.result.contrast
+        full = projections.full_tiles(row)
+        if not full:
+            return None
+        size = projections.patches.shape[3:]
+        factors = {}
+        for method, tiles in full.items():
+            tiles = torch.from_numpy(tiles).float()
+            magnitudes = [
+                quantile_magnitude(each, contrast).flatten()
+                for each in (reduced(tiles, size), tiles)
+            ]
+            factors[method] = [tuple(pair) for pair in (127 / torch.stack(magnitudes, 1)).tolist()]
+        return ProjectionSheet(projections.sheets[row], projections.sheet_tile, factors)
 
     def _label(self, number: int) -> str:
         """The class of a map, if there is one map for each."""

@@ -51,8 +51,9 @@ const gallery = (() => {
       `${all > side[axis] ? (100 * corner[axis]) / (all - side[axis]) : 0}%`).join(" ");
   }
 
-  // One tile of a sheet, as wide as its parent; hatched if the sheet does not have it.
-  function tile(sheet, index, label) {
+  // One tile of a sheet, as wide as its parent; hatched if the sheet does not have it. Projections
+  // are stored with little contrast; which one they need depends on how large they are shown.
+  function tile(sheet, index, label, isFull = false) {
     const made = element("span", { class: "tile", role: "img", "aria-label": label });
     if (!sheet || index >= sheet.count || (sheet.empty || []).includes(index)) {
       made.classList.add("none");
@@ -62,6 +63,7 @@ const gallery = (() => {
     }
     showCell(made, sheet, sheet.first + index, sheet.height, sheet.width);
     if (Math.max(sheet.width, sheet.height) < SHARP) made.classList.add("sharp");
+    if (sheet.contrast) made.style.filter = `contrast(${sheet.contrast[index][Number(isFull)]})`;
     return made;
   }
 
@@ -95,11 +97,8 @@ const gallery = (() => {
     return shown;
   }
 
-  // One tile in full size; the reduced one below it until it is loaded.
   function fullTile(sheet, index, label) {
-    const made = tile(sheet, index, label);
-    if (sheet.full && index < sheet.full.count) overlay(made, sheet.full, sheet.full.first + index);
-    return made;
+    return tile(sheet, index, label, true);
   }
 
   function overlay(made, sheet, cell) {
