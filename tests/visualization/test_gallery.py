@@ -36,6 +36,7 @@ from deconvnet.visualization.gallery.exhibits import (
     Source,
 )
 from deconvnet.visualization.gallery.gallery import write_gallery
+from deconvnet.visualization.gallery.page_text import RECORDINGS
 from deconvnet.visualization.gallery.photographs import Photographs
 from deconvnet.visualization.search.tile_codec import webp
 
@@ -881,6 +882,31 @@ def test_a_tile_opens_in_full_size_next_to_its_photograph_and_on_it(browser, ful
     browser.press("Escape")
     browser.until("!document.getElementById('zoom').open")
     assert browser.value("document.activeElement.dataset.key") == "example-0"
+    assert browser.problems() == []
+
+
+def test_a_page_of_recordings_calls_them_so(browser, tmp_path):
+    example = Example("a", 2.0, 0, window=(0, 4, 1, 12), box=(0, 3, 1, 13), border=True)
+    signal = torch.linspace(0, 1, 40).expand(3, 1, 40)
+    shown = GalleryMap(0, {"generative": signal[None]}, signal[None], [example])
+    page = write_gallery(
+        tmp_path / "page",
+        title="t",
+        layers=[GalleryLayer("a", "A", [shown], shape=(1, 1, 30), field=(1, 10), stride=(1, 2))],
+        images=[GalleryImage("a", signal, photograph=0)],
+        photographs=Photographs(["a"], [signal]),
+        words=RECORDINGS,
+    )
+    for place in ("", "#layer=a", "#layer=a&map=0", "#image=1", "#photo=0"):
+        browser.show(page, place)
+        text = browser.value("document.body.innerText")
+        assert not re.search("image|photograph|pixel|rows", text, re.IGNORECASE), text
+    browser.show(page, "#layer=a&map=0")
+    label = browser.value("document.querySelector('.examples button').getAttribute('aria-label')")
+    assert label == "Enlarge example 1: 2 in a, times 4–12, at the border"
+    browser.show(page, "#layer=a")
+    text = browser.value("document.body.innerText")
+    assert "10 samples" in text and "2 samples" in text
     assert browser.problems() == []
 
 

@@ -38,6 +38,7 @@ from deconvnet.visualization.gallery.wording import (
     border_sentences,
     layer_title,
     method_sentences,
+    words_of,
 )
 from deconvnet.visualization.projection.boxes import crop
 from deconvnet.visualization.projection.projection import LayerInfo
@@ -71,7 +72,7 @@ def layer_content(
     boards = projections.checkerboard[np.isfinite(projections.checkerboard)]
     if len(boards):
         facts["checkerboard (median)"] = f"{np.median(boards):.2f}"
-    content = _LayerContent.of(result, layer, survey, names)
+    content, words = _LayerContent.of(result, layer, survey, names), words_of(result)
     return GalleryLayer(
         layer,
         layer_title(layer),
@@ -84,7 +85,7 @@ def layer_content(
         control=_control(result, layer),
         below=content.below,
         sources_are="weights" if result.projector.is_deconvnet else "contributions",
-        notes=[*method_sentences(projections), *border_sentences(projections)],
+        notes=[*method_sentences(projections, words), *border_sentences(projections, words)],
     )
 
 
@@ -162,7 +163,7 @@ class _LayerContent:
         """The map in this row of the projections."""
         result, projections = self.result, self.result.projections[self.layer]
         top, number = result.top_activations[self.layer], int(projections.maps[row])
-        count = projections.count(row)
+        count, total, words = projections.count(row), top.num_images, words_of(result)
         spectrum, spectrum_patches = self._spectrum(row) if count else ([], None)
         e = result.evolutions.get(self.layer)
         has_evolution = e is not None and number in e.maps
@@ -181,9 +182,9 @@ class _LayerContent:
             label=self._label(number),
             statistics={
                 "strongest activation": float(np.abs(projections.values[row, 0])) if count else 0.0,
-                "mean of the strongest per image": float(top.peak_sum[number] / top.num_images),
-                "active in images, %": 100 * float(top.active_images[number] / top.num_images),
-                "active positions, %": 100 * float(top.density_sum[number] / top.num_images),
+                f"mean of the strongest per {words['image']}": float(top.peak_sum[number] / total),
+                f"active in {words['images']}, %": 100 * float(top.active_images[number] / total),
+                "active positions, %": 100 * float(top.density_sum[number] / total),
             },
             filter=None if self.filters is None else self.filters[number],
             spectrum=spectrum,

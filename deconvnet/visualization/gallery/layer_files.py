@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -284,10 +285,16 @@ def _layer_facts(layer: GalleryLayer, count: int) -> list[tuple[str, str]]:
         if (H, W) != (1, 1):
             facts["size of a map"] = f"{H}×{W}"
     if layer.field is not None:
-        facts["receptive field"] = "{}×{} pixels".format(*layer.field)
+        facts["receptive field"] = _extent(layer, layer.field)
     if layer.stride is not None:
-        facts["stride"] = "{}×{} pixels".format(*layer.stride)
+        facts["stride"] = _extent(layer, layer.stride)
     return fact_texts({**facts, **layer.facts})
+
+
+def _extent(layer: GalleryLayer, size: Sequence[int | Fraction]) -> str:
+    """Rows and columns in words; maps of one row are those of signals."""
+    is_signal = layer.shape is not None and layer.shape[1] == 1 < layer.shape[2]
+    return f"{size[1]} samples" if is_signal and size[0] == 1 else "{}×{} pixels".format(*size)
 
 
 def _sort_keys(statistics: list[Facts]) -> list[dict]:
