@@ -30,7 +30,7 @@ def duplicate_filters(f: Tensor, energy: Tensor, *, similarity: float = 0.97) ->
     originals: list[int] = []
     duplicates: list[int] = []
     for k in energy.argsort(descending=True, stable=True).tolist():
-        is_duplicate = any(similar[k, j] for j in originals)
+        is_duplicate = bool(similar[k, originals].any())
         (duplicates if is_duplicate else originals).append(k)
     return sorted(duplicates)
 

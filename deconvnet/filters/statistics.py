@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +42,8 @@ BLOCK, BLOCK_ON_CPU = 2**22, 2**17
 class FilterStatistics:
     """The quadratic cost of filters f, 1/2 f'(gram)f - (linear)'f, summed over images.
 
-    linear: (K, C, h, w), gram: (K, K, 2h-1, 2w-1) with shift 0 in the middle; float64.
+    linear: (K, C, h, w), gram: (K, K, 2h-1, 2w-1) with shift 0 in the middle; float64. If z
+    explains patches, gram is (K, K, 1, 1): patches at different positions have nothing in common.
     """
 
     linear: Tensor
@@ -64,8 +65,12 @@ class FilterStatistics:
     @property
     def energy(self) -> Tensor:
         """(K,): the sum of squares of each map."""
-        h, w = self.linear.shape[2:]
-        return self.gram[..., h - 1, w - 1].diagonal()
+        rows, columns = self.gram.shape[2:]
+        return self.gram[..., rows // 2, columns // 2].diagonal()
+
+    def of_filters(self, f: Tensor) -> FilterStatistics:
+        """The same sums for filters of patches f (K, C, h, w), not for their C h w channels."""
+        return replace(self, linear=self.linear.view(f.shape))
 
     def without(self, filters: list[int]) -> FilterStatistics:
         """The same sums with all entries that involve these filters set to zero."""
@@ -141,8 +146,11 @@ def masked_statistics(
 def gram_product(gram: Tensor, size: tuple[int, int]) -> Callable[[Tensor], Tensor]:
     """The function v (K, C, h, w) -> Z'Z v: convolution with the gram (K, K, 2h-1, 2w-1).
 
-    One matrix product per frequency; the transform of the gram is computed once.
+    One matrix product per frequency; the transform of the gram is computed once. A gram without
+    shifts, (K, K, 1, 1), is a single matrix.
     """
+    if gram.shape[2:] == (1, 1):
+        return lambda v: (gram[..., 0, 0] @ v.flatten(1)).view(v.shape)
     h, w = size
     grid = fourier_size((2 * h - 1, 2 * w - 1))
     K = len(gram)

@@ -68,7 +68,8 @@ class LearningSettings:
     # but the last
     reinit_unused: bool = True
     # shift filters that have settled off centre to the middle of their frame, every fourth epoch in
-    # the first two thirds: a filter cut off by its frame is a local minimum
+    # the first two thirds: a filter cut off by its frame is a local minimum (of patches, filters
+    # are never shifted)
     recenter: bool = True
     # filters of rank 1, one pattern over the channels (space) times one over the pixels (time), for
     # signals of several channels; not with non_negative or norm=plane

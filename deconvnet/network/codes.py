@@ -24,8 +24,9 @@ class LayerCodes:
     pooled: the maps after pooling (z itself if there is none); switches: the positions of the
     maxima, as `pooling.max_pool` returns them (None if there is no pooling); shape: (K, H, W) of z;
     reconstruction, sparsity: (N,) float64, the two terms of the objective; dense: z, stored only if
-    pooling dropped coefficients. If the switches were inferred with the maps, pooling drops none,
-    and with 3x3x3 windows the codes take a ninth of the memory of z.
+    pooling dropped coefficients or signs were split, so that `pooled` has 2K maps. If the switches
+    were inferred with the maps, pooling drops none, and with 3x3x3 windows the codes take a ninth
+    of the memory of z. norms: (N, 1, H, W), by which each patch of the input was divided (None: 1).
     """
 
     pooled: Tensor
@@ -34,6 +35,7 @@ class LayerCodes:
     reconstruction: Tensor
     sparsity: Tensor
     dense: Tensor | None = field(default=None, repr=False)
+    norms: Tensor | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.pooled)

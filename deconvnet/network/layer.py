@@ -23,11 +23,19 @@ from deconvnet.operators.linear import (
     Deconvolution,
     Identity,
     LinearOperator,
+    SignMerge,
     UnpooledDeconvolution,
     Unpooling,
     WeightedUnpooling,
 )
-from deconvnet.operators.pooling import UNPOOLINGS, Window, max_pool, unpooling_weights
+from deconvnet.operators.patches import PATCH_BOUNDARIES, PatchAverage, extract_patches
+from deconvnet.operators.pooling import (
+    UNPOOLINGS,
+    Window,
+    max_pool,
+    split_signs,
+    unpooling_weights,
+)
 from deconvnet.sparse_coding.prior import Prior, check_exponent
 from deconvnet.sparse_coding.problem import Solution, SolverSettings
 from deconvnet.sparse_coding.solve import (
@@ -48,6 +56,7 @@ from deconvnet.support.validation import (
 
 TARGETS = ("maps", "image", "both")
 POOLINGS = ("after", "in_loop")
+CONVOLUTION, PATCHES = CODINGS = ("convolution", "patches")
 CONNECTIVITIES = ("full", "singles", "doubles", "singles_and_doubles", "random_doubles")
 
 # The lam that is used if neither lam nor lam_ratio is given, and the word for one to be chosen.
@@ -91,6 +100,18 @@ class LayerSettings:
     # valid: maps larger than the image by filter_size - 1, as in the papers | circular | zero |
     # reflect: maps of the size of the image, continued like this beyond its border
     boundary: str = "valid"
+    # convolution: all maps together explain the input | patches: the coefficients at a position
+    # explain the patch of the input there, of the size of the filters, without regard to the
+    # patches that overlap it, as in hierarchical matching pursuit (Bo, Ren, Fox 2011); for target
+    # maps, pooling after, full connectivity
+    coding: str = CONVOLUTION
+    # coding patches: divide each patch by its norm, so that weak patterns count as much as strong
+    # ones, but by no less than this fraction of the norm of a patch whose values have a root mean
+    # square of 1 (that of all inputs with scale=rms); null: patches as they are
+    normalize: float | None = None
+    # pass on positive and negative parts of the maps separately, as twice as many maps; for pooling
+    # after
+    split_signs: bool = False
     # what the maps reconstruct: maps (the pooled maps below) | image (through all layers below) |
     # both
     target: str = "maps"
@@ -128,6 +149,7 @@ class LayerSettings:
             ("boundary", BOUNDARIES),
             ("scale", SCALES),
             ("target", TARGETS),
+            ("coding", CODINGS),
             ("pooling", POOLINGS),
             ("unpooling", UNPOOLINGS),
         ):
@@ -147,10 +169,50 @@ class LayerSettings:
             raise ValueError("pooling=in_loop: needs pool=[maps, rows, columns]")
         if self.group > 1 and self.pooling == "in_loop":
             raise ValueError(f"group={self.group}: must be 1 with pooling=in_loop")
+        self._check_patches()
+        self._check_split_signs()
         if self.solver.gap is not None and (self.p != 1 or self.pooling == "in_loop"):
             raise ValueError(
                 f"solver.gap={self.solver.gap}: needs p=1 and pooling=after, got p={self.p}, "
                 f"pooling={self.pooling}"
+            )
+
+    def _check_patches(self) -> None:
+        """Raise ValueError for settings that coding=patches does not have."""
+        if self.coding != PATCHES:
+            if self.normalize is not None:
+                raise ValueError(f"normalize={self.normalize}: needs coding=patches")
+            return
+        for key, choices in (
+            ("target", ("maps",)),
+            ("pooling", ("after",)),
+            ("connectivity", ("full",)),
+            ("boundary", PATCH_BOUNDARIES),
+        ):
+            if getattr(self, key) not in choices:
+                raise ValueError(
+                    f"{key}={getattr(self, key)}: must be {' or '.join(choices)} with "
+                    "coding=patches"
+                )
+        if self.learning.update == "cg":
+            raise ValueError("learning.update=cg: must be proximal with coding=patches")
+        if self.lam == AUTO:
+            raise ValueError("lam=auto: give a number or lam_ratio with coding=patches")
+        if self.normalize is not None:
+            self.normalize = as_positive_number(self.normalize, "normalize")
+
+    def _check_split_signs(self) -> None:
+        """Raise ValueError for settings with which signs cannot be split."""
+        if not self.split_signs:
+            return
+        if self.pooling == "in_loop" or self.non_negative:
+            other = "non_negative=true" if self.non_negative else "pooling=in_loop"
+            raise ValueError(f"split_signs=true: not with {other}")
+        known = self.pool is not None and isinstance(self.num_maps, int)
+        if known and self.num_maps % self.pool[0]:
+            raise ValueError(
+                f"split_signs=true: pool={list(self.pool)} must pool a number of maps that divides "
+                f"num_maps={self.num_maps}"
             )
 
     def _check_lam(self) -> None:
@@ -198,6 +260,12 @@ class LayerSettings:
         return tuple(self.pool) if self.pooling == "in_loop" else None
 
     @property
+    def num_pooled_maps(self) -> int:
+        """The number of maps that the layer passes on."""
+        maps = self.num_maps * (2 if self.split_signs else 1)
+        return -(-maps // self.pool[0]) if self.pool else maps
+
+    @property
     def prior(self) -> Prior:
         """The sparse prior of the maps."""
         return Prior(self.p, window=self.window, group=self.group, non_negative=self.non_negative)
@@ -227,12 +295,14 @@ class LayerSettings:
 class LayerProblem:
     """The problem that the maps z of a layer solve: minimise lam/2 ||T F z - b||^2 + sum |z|^p.
 
-    b: (N, C, H, W), or (N, numbers, 1, 1) if maps and image are stacked. T: from F z, which is in
-    the space of the layer's input, to the space of b.
+    b: (N, C, H, W), or (N, numbers, 1, 1) if maps and image are stacked, or patches of the layer's
+    input, (N, C h w, rows, columns). T: from F z, which is in the space of the layer's input or of
+    its patches, to the space of b. norms: (N, 1, rows, columns), by which patches were divided.
     """
 
     b: Tensor
     T: LinearOperator = Identity()
+    norms: Tensor | None = None
 
 
 class Layer(nn.Module):
@@ -263,7 +333,8 @@ class Layer(nn.Module):
         pool = "" if settings.pool is None else f", pool={list(settings.pool)}"
         lam = settings.lam if settings.lam_ratio is None else f"{settings.lam_ratio:g} lambda_max"
         lam = f"{lam:g}" if isinstance(lam, float) else lam
-        return f"{K} filters {C}x{h}x{w}, lam={lam}, p={settings.p:g}{pool}"
+        kind = " of patches" if settings.coding == PATCHES else ""
+        return f"{K} filters{kind} {C}x{h}x{w}, lam={lam}, p={settings.p:g}{pool}"
 
     @property
     def lam(self) -> float:
@@ -323,10 +394,31 @@ class Layer(nn.Module):
         )
         self.set_filters(f)
 
+    @property
+    def atoms(self) -> Tensor:
+        """The filters of `operator`: (K, C, h, w) or, of patches as channels, (K, C h w, 1, 1)."""
+        if self.settings.coding == PATCHES:
+            return self.filters.flatten(1)[:, :, None, None]
+        return self.filters
+
     def operator(self) -> Deconvolution:
-        """F: maps z (N, K, ...) -> the layer's input (N, C, H, W), with the current filters."""
+        """F: maps z (N, K, ...) -> what they explain, with the current filters: the layer's input
+        (N, C, H, W) or its patches (N, C h w, rows, columns).
+        """
         settings = self.settings
-        return Deconvolution(self.filters, settings.boundary, sparse=settings.window is not None)
+        return Deconvolution(self.atoms, settings.boundary, sparse=settings.window is not None)
+
+    def problem(self, x: Tensor) -> LayerProblem:
+        """The problem of maps that explain the layer's input x (N, C, H, W) or its patches."""
+        settings = self.settings
+        if settings.coding != PATCHES:
+            return LayerProblem(x)
+        patches = extract_patches(x, settings.filter_shape, settings.boundary)
+        if settings.normalize is None:
+            return LayerProblem(patches)
+        norms = torch.linalg.vector_norm(patches, dim=1, keepdim=True)
+        norms = norms.clamp(min=settings.normalize * math.sqrt(patches.shape[1]))
+        return LayerProblem(patches.div_(norms), norms=norms)
 
     def infer(
         self,
@@ -354,30 +446,58 @@ class Layer(nn.Module):
             callback=callback,
         )
 
-    def codes(self, solution: Solution) -> LayerCodes:
-        """The codes of a solution: its maps, pooled according to the settings."""
-        z, pool = solution.z, self.settings.pool
+    def codes(self, solution: Solution, norms: Tensor | None = None) -> LayerCodes:
+        """The codes of a solution: its maps, pooled according to the settings.
+
+        norms: of the problem that was solved.
+        """
+        z, settings = solution.z, self.settings
         cost = (solution.reconstruction, solution.sparsity)
-        shape = tuple(z.shape[1:])
-        if pool is None:
-            return LayerCodes(z, None, shape, *cost)
-        lossless = self.settings.window is not None
-        return LayerCodes(*max_pool(z, tuple(pool)), shape, *cost, None if lossless else z)
+        maps = split_signs(z) if settings.split_signs else z
+        switches = None
+        if settings.pool is not None:
+            maps, switches = max_pool(maps, tuple(settings.pool))
+        lossless = maps is z or settings.window is not None
+        dense = None if lossless else z
+        return LayerCodes(maps, switches, tuple(z.shape[1:]), *cost, dense, norms)
+
+    def painting(self, codes: LayerCodes, images: Images = ALL) -> LinearOperator:
+        """Maps of the given images -> the layer's input: F or, of patches, their average with the
+        norms of these codes.
+        """
+        if self.settings.coding != PATCHES:
+            return self.operator()
+        norms = None if codes.norms is None else codes.norms[images]
+        return PatchAverage(self.filters, norms, codes.shape[1:], self.settings.boundary)
 
     def decoder(self, codes: LayerCodes, images: Images = ALL) -> LinearOperator:
         """F U: pooled maps of the given images -> the layer's input."""
-        F, U = self.operator(), self.unpooling(codes, images)
-        return UnpooledDeconvolution(F, U) if isinstance(U, Unpooling) else F @ U
+        F, U = self.painting(codes, images), self.unpooling(codes, images)
+        if isinstance(F, Deconvolution) and isinstance(U, Unpooling):
+            return UnpooledDeconvolution(F, U)
+        return F @ U
 
     def unpooling(self, codes: LayerCodes, images: Images = ALL) -> LinearOperator:
-        """U: pooled maps of the given images -> maps; the identity if there is no pooling."""
-        if codes.switches is None:
+        """U: pooled maps of the given images -> maps; the identity if there is no pooling.
+
+        Where signs are split, the positive and the negative parts are unpooled and subtracted.
+        """
+        K, H, W = codes.shape
+        if self.settings.split_signs:
+            return SignMerge() @ self._unpooling(codes.switches, (2 * K, H, W), images)
+        return self._unpooling(codes.switches, codes.shape, images)
+
+    def _unpooling(
+        self, switches: Tensor | None, shape: tuple[int, int, int], images: Images
+    ) -> LinearOperator:
+        """The unpooling to maps of this (K, H, W)."""
+        if switches is None:
             return Identity()
-        switches, kind = codes.switches[images], self.settings.unpooling
+        switches, kind = switches[images], self.settings.unpooling
         if kind == "switches":
-            return Unpooling(switches, codes.shape)
+            return Unpooling(switches, shape)
         window = tuple(self.settings.pool)
-        weights = unpooling_weights(kind, switches, codes.shape, window).to(self.filters.dtype)
+        weights = unpooling_weights(kind, switches, shape, window).to(self.filters.dtype)
         return WeightedUnpooling(weights, window)
 
 

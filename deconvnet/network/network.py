@@ -3,8 +3,10 @@
     D_l = F_1 U_1 S_2 ... F_(l-1) U_(l-1) S_l    input of layer l -> preprocessed images: `decoder`
     R_l = D_l F_l                                maps of layer l -> preprocessed images: `operator`
 
-with deconvolutions F, unpoolings U that use the inferred switches, and rescalings S. The maps of
-layer l minimise lam/2 ||T F_l z_l - b||^2 + sum |z_l|^p, where `target` sets b and T:
+with deconvolutions F, unpoolings U that use the inferred switches, and rescalings S. If a layer
+codes patches, F here is the average of the patches that its maps paint, each times its inferred
+norm. The maps of layer l minimise lam/2 ||T F_l z_l - b||^2 + sum |z_l|^p, where `target` sets b
+and T:
 
     maps    b = pooled z_(l-1) / scale_l, T = I           (Zeiler et al. 2010)
     image   b = the preprocessed image, T = D_l           (Zeiler et al. 2011)
@@ -27,7 +29,13 @@ from deconvnet.images.fit import TrainingScale
 from deconvnet.images.holes import fill_holes
 from deconvnet.images.preprocessing import Preprocessing, PreprocessingSettings
 from deconvnet.network.codes import ALL, Codes, Images, join
-from deconvnet.network.layer import Layer, LayerProblem, LayerSettings, check_input_size
+from deconvnet.network.layer import (
+    PATCHES,
+    Layer,
+    LayerProblem,
+    LayerSettings,
+    check_input_size,
+)
 from deconvnet.network.metrics import snr
 from deconvnet.operators.convolution import map_size
 from deconvnet.operators.linear import Identity, LinearOperator, Mask, Scaling, VerticalStack
@@ -80,8 +88,7 @@ class DeconvNet(nn.Module):
                 self.layers.append(Layer(settings, channels, seeded_generator(seed, number)))
             except ValueError as error:
                 raise ValueError(f"layer{number}: {error}") from None
-            groups = settings.pool[0] if settings.pool else 1
-            channels = -(-settings.num_maps // groups)
+            channels = settings.num_pooled_maps
 
     @property
     def depth(self) -> int:
@@ -152,7 +159,8 @@ class DeconvNet(nn.Module):
         check_input_size(self.layer_input(codes, number).shape, layer, number)
         parts = []
         for images in torch.arange(len(codes.y), device=self.device).split(chunk):
-            parts.append(layer.codes(layer.infer(self.layer_problem(codes, number, images))))
+            problem = self.layer_problem(codes, number, images)
+            parts.append(layer.codes(layer.infer(problem), problem.norms))
             if progress:
                 progress(min(len(parts) * chunk, len(codes.y)), len(codes.y))
         return Codes((*codes.layers, join(parts)), codes.y, codes.record, codes.mask)
@@ -174,9 +182,11 @@ class DeconvNet(nn.Module):
 
     def layer_problem(self, codes: Codes, number: int, images: Images = ALL) -> LayerProblem:
         """The problem that the maps of layer `number` solve, given the codes of layers below."""
-        settings = self.layer(number).settings
-        if number > 1 and settings.target == "maps":
-            return LayerProblem(self.layer_input(codes, number, images))
+        layer, settings = self.layer(number), self.layer(number).settings
+        if settings.coding == PATCHES and number == 1 and codes.mask is not None:
+            raise ValueError("layer1.coding=patches: needs images without holes, without a mask")
+        if settings.target == "maps" and (number > 1 or settings.coding == PATCHES):
+            return layer.problem(self.layer_input(codes, number, images))
         y, decoder = codes.y[images], self.decoder(codes, number, images)
         if codes.mask is not None:
             M = Mask(codes.mask[images], y)
@@ -204,7 +214,7 @@ class DeconvNet(nn.Module):
 
     def operator(self, codes: Codes, layer: int) -> LinearOperator:
         """R_l: maps of layer l -> preprocessed images, with the switches of these codes."""
-        return self.decoder(codes, layer) @ self.layer(layer).operator()
+        return self.decoder(codes, layer) @ self.layer(layer).painting(codes.layer(layer))
 
     @plain
     def synthesize(self, codes: Codes, layer: int, *, chunk: int = 8) -> Tensor:

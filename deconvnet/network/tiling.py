@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from deconvnet.network.codes import Codes, LayerCodes
-from deconvnet.network.layer import Layer
+from deconvnet.network.layer import CONVOLUTION, PATCHES, Layer
 from deconvnet.network.metrics import snr
 from deconvnet.network.network import DeconvNet, Progress
 from deconvnet.sparse_coding.problem import Solution
@@ -46,6 +46,8 @@ MAP_BYTES = {"admm": 60, "half_quadratic": 60, "fista": 80, "ista": 80, "coordin
 HELD_MAP_BYTES = 24
 # Bytes per position and pair of input channels, for the systems that the z-step of ADMM solves.
 PAIR_BYTES = 24
+# Bytes per position and number of a patch: patches, their residual and a copy of each.
+PATCH_BYTES = 16
 # Bytes per value of the image planes and, if layer 1 is solved sparsely, per value and per map
 # (assuming that a tenth of the coefficients are non-zero). Estimates.
 PLANE_BYTES, SPARSE_VALUE_BYTES, SPARSE_MAP_BYTES = 80, 60, 4
@@ -209,7 +211,8 @@ def _reconstruct_in_tiles(
 def _is_sparse(net: DeconvNet) -> bool:
     """Whether layer 1 can be solved without storing its maps."""
     settings = net.layer(1).settings
-    return net.device.type == "cpu" and settings.p == 1 and settings.window is None
+    convolves = settings.coding == CONVOLUTION
+    return net.device.type == "cpu" and convolves and settings.p == 1 and settings.window is None
 
 
 def _solve_first_layer(net: DeconvNet, y: Tensor) -> SparseSolution:
@@ -328,8 +331,11 @@ def bytes_per_pixel(layers: list[Layer], first: int = 1) -> int:
         if number >= first:
             method = settings.solver.method
             layer_bytes = MAP_BYTES[method] * (coefficients + decoded)
+            channels = layer.atoms.shape[1]
             if method in ("admm", "half_quadratic"):
-                layer_bytes += PAIR_BYTES * layer.filters.shape[1] ** 2 / area
+                layer_bytes += PAIR_BYTES * channels**2 / area
+            if settings.coding == PATCHES:
+                layer_bytes += PATCH_BYTES * channels / area
             peak = max(peak, layer_bytes + HELD_MAP_BYTES * coefficients_below)
         else:
             peak = max(peak, HELD_MAP_BYTES * coefficients)

@@ -291,7 +291,10 @@ class Deconvolution(LinearOperator):
         return _wrapped(y, grid, lambda s: _times(s, self._inverted(grid, beta, weight)))
 
     def _gram(self, grid: tuple[int, int]) -> Tensor:
-        """F F' (u, v, C, C) at every frequency of a grid, computed once."""
+        """F F' (u, v, C, C) at every frequency of a grid, computed once; (1, 1, C, C) for filters
+        of one pixel, which treat all frequencies alike.
+        """
+        grid = (1, 1) if tuple(self.f.shape[2:]) == (1, 1) else grid
         if grid not in self._grams:
             spectrum = torch.fft.rfft2(self.f, grid).permute(2, 3, 1, 0).contiguous()
             self._grams[grid] = spectrum @ spectrum.mH
@@ -468,6 +471,19 @@ class WeightedUnpooling(LinearOperator):
 
     def adjoint(self, y: Tensor) -> Tensor:
         return pooling.weighted_pool(y, self.weights, self.window)
+
+
+class SignMerge(LinearOperator):
+    """Positive and negative parts (N, 2K, H, W), as `split_signs` returns them -> maps, their
+    difference (N, K, H, W).
+    """
+
+    def __call__(self, z: Tensor) -> Tensor:
+        positive, negative = z.chunk(2, 1)
+        return positive - negative
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        return torch.cat([y, -y], 1)
 
 
 class Identity(LinearOperator):

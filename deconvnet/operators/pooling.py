@@ -53,6 +53,11 @@ def _is_size(value: object) -> bool:
     return isinstance(value, int) and value >= 1
 
 
+def split_signs(z: Tensor) -> Tensor:
+    """(N, 2K, H, W): the positive parts of maps (N, K, H, W), then the negative, both >= 0."""
+    return torch.cat([z.relu(), (-z).relu()], 1)
+
+
 def strongest(z: Tensor, window: Window) -> Tensor:
     """The switches of `max_pool` alone, in at most half its time; ties are broken arbitrarily."""
     compiles = z.device.type == "cpu" and z.dtype in (torch.float32, torch.float64)

@@ -198,6 +198,14 @@ class DeconvNetTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
             raise ValueError(
                 f"grid={self.grid!r}: cell means cannot be inverted to maps; use grid=None"
             )
+        for number, layer in enumerate(self.net_.layers, 1):
+            for key, simple in (("coding", "convolution"), ("split_signs", False)):
+                if (value := getattr(layer.settings, key)) != simple:
+                    raise ValueError(
+                        f"{key}={value} of layer {number}: the images of its features also need "
+                        f"what inference remembers; use layers with {key}={simple}, or "
+                        "net_.reconstruct"
+                    )
         *below, _ = self.net_.layers
         for number, layer in enumerate(below, 1):
             if layer.settings.pool is not None:

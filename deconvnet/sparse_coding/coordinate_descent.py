@@ -11,8 +11,9 @@ from torch import Tensor
 from deconvnet.operators.convolution import correlate
 from deconvnet.operators.linear import Deconvolution
 from deconvnet.sparse_coding.iteration import Start, Until, iterate
-from deconvnet.sparse_coding.prior import Prior, threshold
-from deconvnet.sparse_coding.problem import Problem, Solution, SolverSettings, data_term
+from deconvnet.sparse_coding.pointwise import Gram, PointwiseSolver, is_pointwise
+from deconvnet.sparse_coding.prior import threshold
+from deconvnet.sparse_coding.problem import Problem, Solution, SolverSettings
 from deconvnet.sparse_coding.working_set import Atoms, WorkingSetSolver
 
 # Images are coded in batches of at most this many bytes of maps; larger batches are no faster.
@@ -32,17 +33,22 @@ def coordinate_descent(
     check_coordinate_descent(problem)
     b, z = problem.b.detach(), start.state.detach()
     maps, residual = z.new_zeros(z.shape), torch.empty_like(b)
-    gaps = torch.full((len(b),), math.nan, dtype=torch.float64)
+    gaps, *terms = torch.full((3, len(b)), math.nan, dtype=torch.float64)
     batch_size = max(torch.get_num_threads(), BATCH_BYTES // (z[0].numel() * z.element_size()))
-    rounds = 0
+    rounds, gram = 0, Gram.of(problem.A, b) if is_pointwise(problem) else None
     for images in _batches(len(b), len(b) if until.callback else batch_size):
-        solver = _solver(problem[images], z[images])
+        if gram is None:
+            solver = _solver(problem[images], z[images])
+        else:
+            solver = PointwiseSolver(problem[images], z[images], gram)
         rounds = max(rounds, iterate(solver, until, check_every=1, check_start=True))
         if until.certify and until.gap is None:
-            solver.correlate_residual(solver.images, certify=True)
+            solver.certify(solver.images)
+        gaps[images] = torch.from_numpy(solver.gaps)
         solver.write(maps[images])
-        residual[images], gaps[images] = solver.residual, torch.from_numpy(solver.gaps)
-    terms = data_term(residual, problem.lam), _value_by_image(problem.prior, maps)
+        residual[images], *parts = solver.terms(maps[images])
+        for term, part in zip(terms, parts, strict=True):
+            term[images] = part
     gap = gaps if until.certifies else None
     return Solution(maps, residual, *terms, rounds, maps, None, gap, problem.lam)
 
@@ -121,10 +127,3 @@ def _curvatures(problem: Problem, atoms: Atoms) -> Tensor:
     part = part.unflatten(1, (-1, atoms.group)).sum(2)
     total = squares.sum((1, 2, 3)).view(1, -1, atoms.group).sum(2).view(L.shape)
     return part if atoms.mask is not None else torch.where(part > 0.9999 * total, L, part)
-
-
-def _value_by_image(prior: Prior, z: Tensor) -> Tensor:
-    """The value of the prior (N,), computed image by image if possible, to save memory."""
-    if prior.weights is not None or len(z) < 2:
-        return prior.value(z)
-    return torch.cat([prior.value(image) for image in z.split(1)])

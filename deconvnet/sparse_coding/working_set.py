@@ -36,8 +36,9 @@ from deconvnet.operators.convolution import correlate_strips, map_size
 from deconvnet.operators.linear import Deconvolution
 from deconvnet.sparse_coding import kernels
 from deconvnet.sparse_coding.active_set import ActiveSet, Filters, Grid, footprint
-from deconvnet.sparse_coding.iteration import Method
-from deconvnet.sparse_coding.problem import Problem
+from deconvnet.sparse_coding.descent import CoordinateDescent, is_expanded_zero
+from deconvnet.sparse_coding.prior import Prior
+from deconvnet.sparse_coding.problem import Problem, data_term
 from deconvnet.support.thread_pool import run_all
 
 # A pass over all coefficients costs as much as several sweeps over the working set. Between two
@@ -121,7 +122,7 @@ class Weights(Protocol):
     def at(self, n: int, g: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray: ...
 
 
-class WorkingSetSolver(Method):
+class WorkingSetSolver(CoordinateDescent):
     """Solves a few images, each separately with its own active set.
 
     problem: of these images; its prior defines p, group and sign, and `weights` the weights.
@@ -130,30 +131,24 @@ class WorkingSetSolver(Method):
     def __init__(self, problem: Problem, atoms: Atoms, weights: Weights):
         super().__init__(problem)
         self.atoms, self.weights = atoms, weights
-        self.b = problem.b.detach().contiguous()
         self.residual = torch.empty_like(self.b)
         N = len(self.b)
         self.maps_shape = (len(atoms.f), *atoms.map_size)
-        self.images = list(range(N))
         self.bands = Bands.of(atoms.map_size, tuple(atoms.f.shape[2:]))
         bands = np.arange(self.bands.number)
         parities = [parity.copy() for parity in (bands[::2], bands[1::2]) if len(parity)]
         self.turns = parities * TURNS
         self.best = np.zeros((N, *self.maps_shape[1:]), atoms.dtype)
         self.which = np.zeros((N, *self.maps_shape[1:]), np.int32)
-        self.costs, self.gaps = np.full(N, math.inf), np.full(N, math.nan)
-        self.costs_before = np.full(N, math.inf)
-        # The objective of z = 0.
-        self.cost_of_zero = problem.lam / 2 * self.b.double().square().sum((1, 2, 3)).numpy()
         self.starts: list[np.ndarray | None] = [None] * N
         no_positions = np.empty((3, 0), np.int32)
         self.active = [self._active_set(n, *no_positions) for n in range(N)]
-        # The images of the last round, and whether their correlations match the residual.
-        self.going, self.correlated = self.images, False
+        # Whether the correlations of the images of the last round match the residual.
+        self.correlated = False
 
     def activate_maps(self, n: int, maps: Tensor) -> None:
         """Start an image from maps (K, rows, columns)."""
-        if _is_expanded_zero(maps):
+        if is_expanded_zero(maps):
             return
         z, group = maps.contiguous().numpy(), self.atoms.group
         g, i, j = kernels.active(z, group)
@@ -164,40 +159,29 @@ class WorkingSetSolver(Method):
         self.active[n] = self._active_set(n, g, i, j)
         self.active[n].z[:] = z
 
-    def step(self, stopped: Tensor | None) -> None:
+    def descend(self, images: list[int]) -> None:
         """A round: correlate the residual, grow the working set, sweep over it."""
-        if stopped is not None:
-            self.going = (~stopped).flatten().nonzero().flatten().tolist()
         if not self.correlated:
-            self.correlate_residual(self.going, certify=False)
-        self.sweep(self.going)
-        self.refresh_residual(self.going)
+            self.correlate_residual(images, certify=False)
+        self.sweep(images)
+        self.refresh_residual(images)
 
     def maps(self) -> Tensor:
         return self.write(self.b.new_zeros(len(self.images), *self.maps_shape))
 
-    def penalty(self) -> Tensor:
-        """lam, the curvature of unit filters being 1."""
-        return self.problem.per_image(self.problem.lam)
-
-    def converged(self, tolerance: float) -> Tensor:
-        # A part of the image that cannot be explained is in the objective, but in no difference.
-        explained = np.maximum(self.cost_of_zero - self.costs, 0)
-        decrease = self.costs_before - self.costs
-        reached = decrease <= tolerance * np.minimum(self.costs, explained)
-        return torch.from_numpy(reached).view(-1, 1, 1, 1)
-
-    def certified(self, gap: float) -> Tensor:
-        self.correlate_residual(self.going, certify=True)
-        return torch.from_numpy(self.gaps <= gap * self.costs).view(-1, 1, 1, 1)
+    def certify(self, images: list[int]) -> None:
+        self.correlate_residual(images, certify=True)
 
     def write(self, z: Tensor) -> Tensor:
-        """Write the coefficients into maps of zeros z (N, K, rows, columns)."""
         group = self.atoms.group
         for maps, e in zip(z, self.active, strict=True):
             for u in range(group):
                 maps.numpy()[e.g * group + u, e.i, e.j] = e.z[:, u]
         return z
+
+    def terms(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        error = data_term(self.residual, self.problem.lam)
+        return self.residual, error, _value_by_image(self.problem.prior, z)
 
     def refresh_residual(self, images: list[int]) -> None:
         """Recompute residual and objective from the coefficients, removing accumulated rounding."""
@@ -345,13 +329,11 @@ def _group_curvatures(f: Tensor, group: int) -> np.ndarray:
     return 1.0001 * torch.linalg.matrix_norm(atoms, 2).square().numpy()
 
 
-def _is_expanded_zero(maps: Tensor) -> bool:
-    """Whether maps are a single expanded zero, so that searching them can be skipped.
-
-    A contiguous copy would take the memory of maps, and longer than a sweep.
-    """
-    sides = zip(maps.shape, maps.stride(), strict=True)
-    return all(size == 1 or stride == 0 for size, stride in sides) and float(maps[0, 0, 0]) == 0
+def _value_by_image(prior: Prior, z: Tensor) -> Tensor:
+    """The value of the prior (N,), computed image by image if possible, to save memory."""
+    if prior.weights is not None or len(z) < 2:
+        return prior.value(z)
+    return torch.cat([prior.value(image) for image in z.split(1)])
 
 
 def _tile(best: np.ndarray, size: tuple[int, int], active: int) -> tuple[int, int]:

@@ -32,7 +32,7 @@ from deconvnet.filters.update import (
 )
 from deconvnet.monitoring.statistics import EpochStats
 from deconvnet.monitoring.strongest_activations import Snapshot, SnapshotPlan
-from deconvnet.network.layer import Layer, check_input_size
+from deconvnet.network.layer import CONVOLUTION, Layer, check_input_size
 from deconvnet.operators.linear import Identity, LinearOperator, Mask
 from deconvnet.sparse_coding.problem import Solution
 from deconvnet.support.communicator import SINGLE, Communicator
@@ -83,7 +83,9 @@ class LayerTrainer:
         filters: Tensor | None = None,
         state: dict | None = None,
     ):
-        self.data = LayerData.from_tensor(data) if isinstance(data, Tensor) else data
+        if isinstance(data, Tensor):
+            data = LayerData.from_tensor(data, lambda images, x=data: layer.problem(x[images]))
+        self.data = data
         check_input_size(self.data.shape, layer, number)
         self.layer, self.seed, self.number, self.chunk = layer, seed, number, chunk
         self.snapshot_plan, self.communicator, self.keep = (
@@ -132,7 +134,7 @@ class LayerTrainer:
     @property
     def message_bytes(self) -> int:
         """The size of the sums that ranks exchange, which does not depend on the images."""
-        K, C, h, w = self.layer.filters.shape
+        K, C, h, w = self.layer.atoms.shape
         if self.settings.update == "cg":
             return 8 * K * C * h * w
         return 8 * (FLAGS + K * C * h * w + K * K * (2 * h - 1) * (2 * w - 1))
@@ -180,7 +182,7 @@ class LayerTrainer:
     def _update_by_sums(self, images: Tensor, stop: bool) -> None:
         """Update the filters with the running sums of statistics over batches."""
         layer, f, clock = self.layer, self.layer.filters, self._accumulator.clock
-        sums, finite = FilterStatistics.zeros(f), True
+        sums, finite = FilterStatistics.zeros(layer.atoms), True
         for chunk in self._chunks(images):
             clock.end("sums")
             solution, T = self._visit(chunk)
@@ -201,7 +203,8 @@ class LayerTrainer:
         self.sums = sums if self.sums is None or fade == 0 else self.sums * fade + sums
         f.copy_(
             update_filters(
-                f, self.sums, layer.constraint, iterations=self.settings.update_iterations
+                *(f, self.sums.of_filters(f), layer.constraint),
+                iterations=self.settings.update_iterations,
             )
         )
 
@@ -276,7 +279,7 @@ class LayerTrainer:
     ) -> FilterStatistics:
         """The sums over these images, from their maps under the current filters."""
         layer, z, residual = self.layer, solution.z, solution.residual
-        f, g, boundary = layer.filters, layer.g, layer.settings.boundary
+        f, g, boundary = layer.atoms, layer.g, layer.settings.boundary
         if isinstance(T, Mask):
             return masked_statistics(z, residual, f, T, g, boundary=boundary)
         curvature = self._curvature(images, T)
@@ -298,7 +301,7 @@ class LayerTrainer:
         epoch = self._accumulator.reduced(self.communicator)
         self._accumulator = EpochAccumulator()
         dead = dead_filters(epoch.energy)
-        duplicates = duplicate_filters(self.layer.filters, epoch.energy)
+        duplicates = duplicate_filters(self.layer.atoms, epoch.energy)
         duplicates = [k for k in duplicates if k not in dead]
         self.epoch, self.batch = self.epoch + 1, 0
         if epoch.peaks is not None:
@@ -307,7 +310,9 @@ class LayerTrainer:
         if self.settings.reinit_unused and not self.done:
             self._reinitialize(sorted([*dead, *duplicates]))
         early = 3 * self.epoch <= 2 * self.settings.epochs
-        if self.settings.recenter and early and self.epoch % RECENTER_EVERY == 0:
+        # A filter of patches that is shifted explains other patches: maps would not make up for it.
+        shifts = self.settings.recenter and self.layer.settings.coding == CONVOLUTION
+        if shifts and early and self.epoch % RECENTER_EVERY == 0:
             self._recenter()
         self.warm_starts.next_pass()
         return epoch.stats(

@@ -9,7 +9,7 @@ from torch import nn
 
 from deconvnet.visualization.projection.effective_field import EffectiveField, effective_field
 from deconvnet.visualization.projection.projector import Projector
-from deconvnet.visualization.search.near_duplicates import correlations, surroundings
+from deconvnet.visualization.search.near_duplicates import correlations, distinct, surroundings
 from deconvnet.visualization.search.projecting import project_top_activations
 from deconvnet.visualization.search.top_activations import find_top_activations
 from deconvnet.visualization.search.top_projections import load_top_projections
@@ -197,14 +197,45 @@ def test_surroundings_correlate_at_their_best_shift():
     assert_allclose(found[:3], [1, 1, 0], atol=1e-12)
 
 
-def test_surroundings_are_larger_than_a_small_patch_and_lie_in_the_image(textures):
+def test_surroundings_are_compared_where_both_images_show_them():
+    random = np.random.default_rng(0)
+    one, other = random.random((2, 20, 22))
+    one[:, :9], other[13:] = np.nan, np.nan
+    other[:7] = one[1:8]
+    expected = []
+    for i, j in np.ndindex(5, 5):
+        pair = np.stack([other[2:18, 2:20].ravel(), one[i : i + 16, j : j + 18].ravel()])
+        common = pair[:, np.isfinite(pair).all(0)]
+        assert common.shape[1] > 0.25 * 16 * 18
+        expected.append(np.corrcoef(common)[0, 1])
+    assert_allclose(correlations(other[None], one), [max(expected)])
+    # What is left of both is too little to tell a photograph from a feature.
+    other[5:] = np.nan
+    assert correlations(other[None], one) == 0
+
+
+def test_surroundings_are_larger_than_a_small_patch_which_lies_in_their_middle(textures):
     images = textures(2, 3, 40, 50)
     windows = torch.tensor([[20, 20, 24, 24], [-2, 47, 2, 51]])
     found = surroundings(images, windows)
     assert_allclose(found[0], images[0, :, 6:38, 6:38].mean(0), atol=1e-6)
-    assert_allclose(found[1], images[1, :, :32, 18:].mean(0), atol=1e-6)
+    assert_allclose(found[1, 16:, :17], images[1, :, :16, 33:].mean(0), atol=1e-6)
+    assert np.isnan(found[1, :16]).all() and np.isnan(found[1, :, 17:]).all()
     # Signals with the same feature would all correlate.
     assert not surroundings(images[:, :, :1], windows).any()
+
+
+def test_crops_that_end_at_different_distances_from_a_patch_show_it_once(textures):
+    photograph = textures(1, 3, 48, 80)[0]
+    crops = torch.stack([photograph[:, :, :40], photograph[:, :, 20:60], photograph[:, :, 37:77]])
+    patches = np.random.default_rng(0).integers(0, 256, (3, 3, 12, 12), dtype=np.uint8)
+    # A patch near the right border of one crop and near the left border of another, and a patch
+    # elsewhere.
+    windows = torch.tensor([[20, 26, 32, 38], [20, 6, 32, 18], [4, 15, 16, 27]])
+    assert distinct(patches, surroundings(crops, windows)) == [0, 2]
+    # At the very borders, the crops have little more than the patch in common.
+    windows = torch.tensor([[20, 29, 32, 41], [4, 15, 16, 27], [20, -8, 32, 4]])
+    assert distinct(patches, surroundings(crops, windows)) == [0, 1, 2]
 
 
 def test_images_of_several_sizes_are_padded_not_squashed(textures):

@@ -94,7 +94,8 @@ def projection_to_layer_1(
         raise ValueError(f"layer={layer}: only layers from 2 up are projected to layer 1")
     operator = net.layer(1).unpooling(codes.layer(1), images)
     for level in range(2, layer + 1):
-        operator = operator @ Scaling(float(net.layer(level).scale)) @ net.layer(level).operator()
+        painting = net.layer(level).painting(codes.layer(level), images)
+        operator = operator @ Scaling(float(net.layer(level).scale)) @ painting
         if level < layer:
             unpooling = net.layer(level).unpooling(codes.layer(level), images)
             operator = operator @ unpooling

@@ -123,6 +123,12 @@ class Restorer:
             as_positive_number(value, key)
         if (color := net.preprocessing.settings.color) not in ("rgb", "grey"):
             raise ValueError(f"preprocessing.color={color}: use a network for rgb or grey")
+        for number, layer in enumerate(net.layers, 1):
+            if layer.settings.coding != "convolution":
+                raise ValueError(
+                    f"layer{number}.coding={layer.settings.coding}: images are restored by layers "
+                    "with coding=convolution"
+                )
         self.net, self.strength, self.psi = net, float(strength), float(psi)
         self.filters = net.layer(1).filters
         self.weights = torch.ones_like(self.filters[:, 0, 0, 0])

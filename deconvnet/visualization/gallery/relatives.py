@@ -66,6 +66,8 @@ def pooled_maps(net: DeconvNet, layer: int, channel: int) -> list[int]:
     """The maps of the layer below that a channel of a layer's input pools."""
     settings = net.layer(layer - 1).settings
     group = settings.pool[0] if settings.pool else 1
+    if settings.split_signs:
+        channel %= settings.num_maps // group
     return list(range(channel * group, min((channel + 1) * group, settings.num_maps)))
 
 
@@ -84,7 +86,7 @@ def separate_sources(
     n, k, i, j = unit
     z = torch.zeros_like(codes.layer(layer).z[n : n + 1])
     z[0, k, i, j] = codes.layer(layer).z[n, k, i, j]
-    signal = net.layer(layer).operator()(z)
+    signal = net.layer(layer).painting(codes.layer(layer), slice(n, n + 1))(z)
     separate = signal.new_zeros(len(channels), *signal.shape[1:])
     for row, channel in enumerate(channels):
         separate[row, channel] = signal[0, channel]

@@ -93,7 +93,7 @@ def supporting_maps(
     z = codes.y.new_zeros(1, *only_image(codes).layer(layer).shape)
     z[0, unit.maps, unit.rows, unit.columns] = unit.values
     for level in range(layer, 1, -1):
-        pooled = float(net.layer(level).scale) * net.layer(level).operator()(z)
+        pooled = float(net.layer(level).scale) * net.layer(level).painting(codes.layer(level))(z)
         z = net.layer(level - 1).unpooling(codes.layer(level - 1))(pooled)
         yield z[0]
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deconvnet.network.codes import Codes
+from deconvnet.network.layer import CONVOLUTION
 from deconvnet.network.network import DeconvNet
 from deconvnet.support.torch_modes import plain
 from deconvnet.visualization.pictures.image_decomposition import (
@@ -202,7 +203,7 @@ def separate_fields(net: DeconvNet, codes: Codes, layer: int, units: Activations
     )
     corners = list(zip(tops, lefts, strict=True))
     boxes = torch.tensor([(0, *corner, max(size)) for corner in corners], device=codes.y.device)
-    if layer == 1:
+    if layer == 1 and net.layer(1).settings.coding == CONVOLUTION:
         return PixelFeatures(_painted_filters(net, units, boxes, codes.y), boxes, units.values)
     tiles = [codes.y.new_zeros(0)] * len(units)
     for group in _disjoint(corners, size):
