@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 from omegaconf import DictConfig
 
+from deconvnet.applications.classification.code_pyramids import CodePyramids
 from deconvnet.applications.classification.confusion_picture import confusion_picture
-from deconvnet.applications.classification.evaluation import Scores, evaluate
+from deconvnet.applications.classification.evaluation import LayerFeatures, Scores, evaluate
 from deconvnet.applications.classification.labelled_images import LabelledImages
 from deconvnet.applications.classification.splits import draw_split
 from deconvnet.applications.classification.word_histograms import WordHistograms
@@ -20,6 +21,7 @@ from deconvnet.cli.read_settings import read_settings
 from deconvnet.cli.settings import ClassifyConfig
 from deconvnet.monitoring.monitor import save_picture
 from deconvnet.monitoring.strict_json import to_json
+from deconvnet.network.layer import PATCHES, LayerSettings
 from deconvnet.network.network import load
 from deconvnet.storage import ownership
 from deconvnet.support.communicator import Communicator, RankLost, started
@@ -40,37 +42,34 @@ def main(cfg: DictConfig) -> None:
 
 
 def classify(settings: ClassifyConfig, communicator: Communicator) -> None:
-    layers: dict[str, tuple[WordHistograms, int]] = {}
+    layers: dict[str, tuple[LayerFeatures, int]] = {}
     runs = [Path(run) for run in (settings.run, *settings.beside)]
     for run in runs:
-        histograms = histograms_of(run, settings, communicator)
         network_name = run.name if run.is_dir() else run.stem
         prefix = "" if run == runs[0] else f"{network_name} "
-        for layer in histograms.layers:
+        for layer, features in features_of(run, settings, communicator).items():
             if f"{prefix}layer {layer}" in layers:
                 raise ValueError(
                     f"beside={settings.beside}: two networks are called {network_name}"
                 )
-            layers[f"{prefix}layer {layer}"] = histograms, layer
+            layers[f"{prefix}layer {layer}"] = features, layer
     folder = output_folder(runs[0], settings.output, "classified")
     images = next(iter(layers.values()))[0].images
     if communicator.is_main:
         check_outputs([folder / name for name in (PICTURE, SCORES)], [*runs, *images.files])
-    for histograms in dict.fromkeys(histograms for histograms, _ in layers.values()):
-        histograms.learn_codebooks()
-        histograms.count_words()
+    for features in dict.fromkeys(features for features, _ in layers.values()):
+        features.compute()
     if communicator.is_main:
         report(evaluate(layers, settings), images.class_names, settings, folder)
 
 
-def histograms_of(
+def features_of(
     run: Path, settings: ClassifyConfig, communicator: Communicator
-) -> WordHistograms:
-    """The word histograms of the layers of a network, not yet computed."""
+) -> dict[int, LayerFeatures]:
+    """The features of each layer of a network, not yet computed."""
     net = load(run).to(torch_device(settings.device))
     layers = settings.layers or list(range(1, net.depth + 1))
-    for number in layers:
-        net.layer(number)
+    kinds = {number: _kind(net.layer(number).settings, settings) for number in layers}
     images = LabelledImages.from_settings(run, settings.data)
     splits = [
         draw_split(
@@ -84,7 +83,19 @@ def histograms_of(
         for number in range(settings.splits)
     ]
     folder = output_folder(run, settings.output, "classified") / "features"
-    return WordHistograms(net, images, splits, layers, settings, folder, communicator)
+    by_kind = {
+        kind: kind(
+            *(net, images, splits, [n for n in layers if kinds[n] is kind]),
+            *(settings, folder, communicator),
+        )
+        for kind in dict.fromkeys(kinds.values())
+    }
+    return {number: by_kind[kinds[number]] for number in layers}
+
+
+def _kind(layer: LayerSettings, settings: ClassifyConfig) -> type[LayerFeatures]:
+    codes = layer.coding == PATCHES if settings.features == "auto" else settings.features == "codes"
+    return CodePyramids if codes else WordHistograms
 
 
 def report(

@@ -4,7 +4,10 @@ import dataclasses
 import itertools
 import math
 import re
+import shutil
 import socket
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +18,8 @@ from sklearn.cluster import KMeans
 from sklearn.svm import LinearSVC
 from torch.testing import assert_close
 
-from deconvnet.applications.classification import word_histograms
+from deconvnet.applications.classification import feature_cache
+from deconvnet.applications.classification.code_pyramids import CodePyramids, normalize_maxima
 from deconvnet.applications.classification.codebook import Codebook
 from deconvnet.applications.classification.descriptors import (
     CLIP,
@@ -23,6 +27,7 @@ from deconvnet.applications.classification.descriptors import (
     normalize_descriptors,
 )
 from deconvnet.applications.classification.evaluation import Scores, confusion_matrix, evaluate
+from deconvnet.applications.classification.grid_features import grid_maxima, num_cells
 from deconvnet.applications.classification.image_descriptors import (
     image_descriptors,
     project_strongest,
@@ -354,6 +359,38 @@ def test_textures_are_separated_by_words_and_not_by_pixels():
     assert pixels.score(images[split.test].reshape(42, -1), labels[split.test]) < 0.7
 
 
+# Pyramids of codes.
+
+
+@pytest.mark.parametrize("shape", [(8, 12), (5, 7), (3, 1)])
+def test_maxima_of_both_signs_are_those_of_loops_over_the_cells(shape):
+    H, W = shape
+    z, levels = rand(2, 3, H, W), (1, 2, 3, 4)
+    expected = []
+    for g in levels:
+        for sign in (1, -1):
+            for k, i, j in itertools.product(range(3), range(g), range(g)):
+                # Cells that do not divide the map, or more cells than positions, overlap.
+                rows = range(i * H // g, -(-(i + 1) * H // g))
+                columns = range(j * W // g, -(-(j + 1) * W // g))
+                cell = [sign * z[:, k, r, c] for r in rows for c in columns]
+                expected.append(torch.stack(cell).amax(0).clamp(min=0))
+    found = grid_maxima(z, levels)
+    assert found.shape == (2, 2 * 3 * num_cells(levels))
+    assert torch.equal(found, torch.stack(expected, 1))
+
+
+def test_normalized_maxima_have_length_one_in_any_unit_and_zeros_stay_zero():
+    maxima = rand(3, 10).abs()
+    maxima[2] = 0
+    found = normalize_maxima(maxima, 0.5)
+    expected = maxima[:2].sqrt() / maxima[:2].sum(1, keepdim=True).sqrt()
+    assert_close(found[:2], expected)
+    assert found[2].tolist() == 10 * [0]
+    for unit in (1e-30, 1e30):
+        assert_close(normalize_maxima(unit * maxima, 0.5), found)
+
+
 # Splits and scores.
 
 
@@ -395,6 +432,8 @@ def test_accuracy_is_the_mean_over_classes_however_large_they_are():
         (dict(patch=[16, 10]), "patch=[16, 10]: must be multiples of cells=4"),
         (dict(step=0), "step=0: must be at least 1"),
         (dict(levels=[1, 2, 3]), "levels=[1, 2, 3]: must be sides of grids"),
+        (dict(levels=[0, 2], features="codes"), "levels=[0, 2]: must be sides of grids"),
+        (dict(features="pixels"), "features=pixels: choose one of auto, words, codes"),
         (dict(strength="loud"), "strength=loud: choose one of magnitude"),
         (dict(upper="down"), "upper=down: choose one of project"),
         (dict(words=1), "words=1: must be 2 to 65535"),
@@ -487,7 +526,7 @@ def test_only_what_depends_on_a_changed_image_is_recomputed(folder, tmp_path, mo
             (tmp_path / "images" / name).mkdir(parents=True, exist_ok=True)
             pixels = (255 * stripes(angle, random)[:32]).astype(np.uint8)
             Image.fromarray(pixels).save(tmp_path / "images" / name / f"{n}.bmp")
-    monkeypatch.setattr(word_histograms, "IMAGES_PER_FILE", 4)
+    monkeypatch.setattr(feature_cache, "IMAGES_PER_FILE", 4)
     net = load(folder / "net.safetensors")
     data = ClassData(path=str(tmp_path / "images"), size=40)
     settings = ClassifySettings(
@@ -498,8 +537,7 @@ def test_only_what_depends_on_a_changed_image_is_recomputed(folder, tmp_path, mo
         images = LabelledImages.from_settings(tmp_path, data)
         split = draw_split(images.labels, images.class_names, train=3, test=2, seed=0)
         features = WordHistograms(net, images, [split], [1], settings, tmp_path / "features")
-        features.learn_codebooks()
-        features.count_words()
+        features.compute()
         files = {p: p.read_bytes() for p in (tmp_path / "features").rglob("*.npz")}
         return features.histograms(1, 0, split.test), split, images, files
 
@@ -517,6 +555,115 @@ def test_only_what_depends_on_a_changed_image_is_recomputed(folder, tmp_path, mo
         Image.fromarray(np.flipud(np.asarray(Image.open(path)))).save(path)
     *_, last = find()
     assert all(last[path] != again[path] for path in files if path.name.startswith("codebook"))
+
+
+@pytest.fixture
+def code_pyramids(folder, tmp_path, monkeypatch):
+    """Makes the pyramids of padded pictures of the same files, two splits and layers; a copy."""
+    monkeypatch.setattr(feature_cache, "IMAGES_PER_FILE", 4)
+    net = load(folder / "net.safetensors")
+    shutil.copytree(folder / "others", tmp_path / "images")
+    data = ClassData(path=str(tmp_path / "images"), size=40)
+    settings = ClassifySettings(data=data, features="codes", levels=[1, 2, 3])
+
+    def make(name="features", **processes):
+        images = LabelledImages.from_settings(tmp_path, data)
+        splits = [
+            draw_split(images.labels, CLASSES, train=2, test=1, seed=seed) for seed in range(2)
+        ]
+        communicator = SimpleNamespace(
+            **{"rank": 0, "world_size": 1, "all_gather": lambda _: None, "is_main": True}
+            | processes
+        )
+        return CodePyramids(net, images, splits, [1, 2], settings, tmp_path / name, communicator)
+
+    return make
+
+
+def test_code_pyramids_are_the_maxima_within_the_picture_for_every_layer_and_all_splits(
+    code_pyramids,
+):
+    features = code_pyramids()
+    features.compute()
+    net, images, indices = features.net, features.images, features.cache.indices
+    assert len(indices) == 9
+    for layer in (1, 2):
+        found = features.cache.read(features._feature(layer), indices)
+        for index in indices.tolist():
+            image, frame = images.read(index)
+            assert frame[2] < 40  # rows of padding, if the picture is not square
+            codes = net.infer(image[None], frames=torch.tensor([frame]), depth=layer)
+            z, top, height = codes.layer(layer).z[0].numpy(), frame[0], frame[2]
+            # A coefficient of layer 1 at row r paints rows r - 6 to r; one of layer 2, 3x3 of
+            # windows of two rows, paints rows 2 r - 10 to 2 r + 1.
+            field = {1: (-6, 0, 1), 2: (-10, 1, 2)}[layer]
+            rows = [
+                r
+                for r in range(z.shape[1])
+                if r * field[2] + field[1] >= top and r * field[2] + field[0] < top + height
+            ]
+            inside = z[:, rows[0] : rows[-1] + 1]
+            maxima = [grid_maxima(torch.from_numpy(inside)[None], (1, 2, 3))[0].numpy()]
+            np.testing.assert_allclose(found[index], maxima[0], rtol=1e-4, atol=1e-5)
+        train, test = features.kernels(layer, 1)
+        split, roots = features.splits[1], np.sqrt(found)
+        x = roots / np.linalg.norm(roots, axis=1, keepdims=True)
+        x = x - x[split.train].mean(0)
+        unit = np.square(x[split.train]).sum(1).mean()
+        np.testing.assert_allclose(train, x[split.train] @ x[split.train].T / unit, atol=1e-5)
+        np.testing.assert_allclose(test, x[split.test] @ x[split.train].T / unit, atol=1e-5)
+
+
+def test_code_pyramids_resume_and_are_the_same_from_two_processes(code_pyramids):
+    def content(features):
+        return {
+            p.name + p.parent.name: p.read_bytes() for p in features.cache.folder.rglob("*.npz")
+        }
+
+    features = code_pyramids()
+    features.compute()
+    files = content(features)
+    assert len(files) == 2 * 3
+    for rank in (1, 0):
+        code_pyramids("shared", rank=rank, world_size=2).compute()
+    assert content(code_pyramids("shared")) == files
+    # A damaged file is recomputed, and so is what depends on a changed image; nothing else.
+    paths = sorted(features.cache.folder.rglob("layer2/*.npz"))
+    paths[0].write_bytes(paths[0].read_bytes()[:-30])
+    with pytest.raises(ValueError, match="maxima-000000.npz: damaged; run the command again"):
+        features.kernels(2, 0)
+    image = features.images.files[4]
+    Image.fromarray(np.fliplr(np.asarray(Image.open(image)))).save(image)
+    times = {path: path.stat().st_mtime_ns for path in features.cache.folder.rglob("*.npz")}
+    again = code_pyramids()
+    again.compute()
+    made = {path.stem for path, time in times.items() if path.stat().st_mtime_ns != time}
+    assert made == {"maxima-000000", "maxima-000004"}
+    assert content(again)["maxima-000000.npzlayer2"] == files["maxima-000000.npzlayer2"]
+
+
+def test_the_command_describes_layers_that_code_patches_by_their_codes(script, folder, tmp_path):
+    """And layers of convolutions by words, unless they are to be described by codes as well."""
+    net = load(folder / "net.safetensors")
+    patches = LayerSettings(5, 3, coding="patches", solver=FEW)
+    mixed = DeconvNet([net.layer(1).settings, patches], net.preprocessing.settings, seed=0)
+    mixed.layers[0].load_state_dict(net.layers[0].state_dict())
+    mixed.save(tmp_path / "mixed.safetensors")
+    command = ("classify.py", *COMMON[1:], f"run={tmp_path / 'mixed.safetensors'}", "test=2")
+    command = (*command, "data.path=images", "splits=1")
+
+    def files_and_scores(*more):
+        result = script(folder, *command, *more)
+        assert result.code == 0, result.err
+        output = Path(more[0].removeprefix("output="))
+        files = {p.parent.name + p.name[:6] for p in (folder / output).rglob("*-000000.npz")}
+        return files, strict_json((folder / output / "scores.json").read_text())["scores"]
+
+    files, scores = files_and_scores("output=mixed")
+    assert files == {"layer1counts", "layer2maxima"}
+    assert list(scores) == ["layer 1", "layer 2", "together"]
+    files, scores = files_and_scores("output=codes", "features=codes", "levels=[1,3,4]")
+    assert files == {"layer1maxima", "layer2maxima"} and scores["layer 1"]["mean"] > 0.6
 
 
 def test_the_command_takes_a_given_test_set_and_one_codebook(script, folder):
@@ -594,8 +741,7 @@ def test_the_kernel_of_two_patch_sizes_is_the_mean_of_their_kernels(folder, tmp_
     def kernels(*patch):
         settings = ClassifySettings(patch=list(patch), words=9, step=4, strongest=3)
         features = WordHistograms(net, images, splits, [1, 2], settings, tmp_path)
-        features.learn_codebooks()
-        features.count_words()
+        features.compute()
         return [features.kernels(layer, 0)[1] for layer in (1, 2)]
 
     for both, small, large in zip(kernels(8, 16), kernels(8), kernels(16), strict=True):
@@ -647,6 +793,7 @@ def test_images_keep_their_sizes_if_the_network_was_trained_like_that(script, fo
         (["data.path=images", "data.size=null"], "data.size=None: a network file does not"),
         (["data.path=images", "svm=none"], "svm=none: choose one of one_vs_rest"),
         (["data.path=images", "kernel=rbf"], "kernel=rbf: choose one of intersection, linear"),
+        (["data.path=images", "features=codes", "kernel=intersection"], "choose linear, or auto"),
         (["data.path=images", "words=100000"], "words=100000: must be 2 to 65535"),
         (["data.path=images", "layers=[]"], "give one or several"),
         (["data.path=images", "+word=5"], "did you mean words"),

@@ -117,7 +117,7 @@ def test_images_do_not_depend_on_their_batch(net, codes, images):
 
 @pytest.mark.parametrize("method", ["admm", "coordinate"])
 def test_all_solvers_find_the_same_codes(images, codes, method):
-    solver = SolverSettings(method=method, iterations=300, gap=1e-4)
+    solver = SolverSettings(method=method, iterations=1000, gap=1e-5)
     other = network(images, layers(solver)).infer(images)
     for number in (1, 2):
         assert_close(other.layer(number).z, codes.layer(number).z, atol=0.01, rtol=0.0)

@@ -7,30 +7,34 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
+from deconvnet.applications.classification.code_pyramids import CodePyramids
 from deconvnet.applications.classification.settings import ClassifySettings
 from deconvnet.applications.classification.splits import Split
 from deconvnet.applications.classification.svm import predict_classes
 from deconvnet.applications.classification.word_histograms import WordHistograms
+
+# Features of the layers of one network.
+LayerFeatures = WordHistograms | CodePyramids
 
 # The name of the scores of all layers combined.
 TOGETHER = "together"
 
 
 def evaluate(
-    layers: dict[str, tuple[WordHistograms, int]], settings: ClassifySettings
+    layers: dict[str, tuple[LayerFeatures, int]], settings: ClassifySettings
 ) -> dict[str, Scores]:
     """The scores of each layer and, if there are several, of the mean of their kernels (TOGETHER).
 
-    layers: by name, the histograms of a network and the number of a layer; all histograms are of
-    the same images and splits.
+    layers: by name, the features of a network and the number of a layer; all features are of the
+    same images and splits.
     """
     first = next(iter(layers.values()))[0]
     confusions: dict[str, list[np.ndarray]] = {}
     bar = tqdm(desc="splits", total=len(first.splits) * len(layers), leave=False, disable=None)
     for number, split in enumerate(first.splits):
         mean_kernel = 0
-        for name, (histograms, layer) in layers.items():
-            kernels = histograms.kernels(layer, number)
+        for name, (features, layer) in layers.items():
+            kernels = features.kernels(layer, number)
             mean_kernel = mean_kernel + np.concatenate(kernels) / len(layers)
             confusions.setdefault(name, []).append(_confusion(kernels, split, first, settings))
             bar.update()
@@ -42,11 +46,11 @@ def evaluate(
 
 
 def _confusion(
-    kernels: list[np.ndarray], split: Split, histograms: WordHistograms, settings: ClassifySettings
+    kernels: list[np.ndarray], split: Split, features: LayerFeatures, settings: ClassifySettings
 ) -> np.ndarray:
     """The confusion matrix of a split, from its training and its test kernel."""
     train_kernel, test_kernel = kernels
-    images = histograms.images
+    images = features.images
     predicted = predict_classes(
         train_kernel, images.labels[split.train], test_kernel, C=settings.C, svm=settings.svm
     )

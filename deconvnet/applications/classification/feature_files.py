@@ -10,7 +10,7 @@ from deconvnet.storage import ownership
 from deconvnet.storage.array_files import load_arrays, save_arrays
 
 # The beginning of our files, even truncated ones: a ZIP archive with one of these arrays first.
-ARCHIVE, ARRAYS = b"PK\x03\x04", ("of.npy", "counts.npy", "d.npy", "centers.npy")
+ARCHIVE, ARRAYS = b"PK\x03\x04", ("of.npy", "features.npy", "d.npy", "centers.npy")
 
 
 def write_features(path: Path, key: str, **arrays: object) -> None:

@@ -1,4 +1,4 @@
-"""Features of fixed size from maps of any size: the mean magnitude of each map in each grid cell.
+"""Features of fixed size from maps of any size: means or maxima of each map in each grid cell.
 
 z maps (N, K, H, W)   a grid of g x g cells of (nearly) equal size covers a map
 """
@@ -26,6 +26,23 @@ def grid_features(z: Tensor, grid: Grid) -> Tensor:
         raise ValueError(f"maps must have the shape (N, K, H, W), got {tuple(z.shape)}")
     magnitude = z.abs()
     parts = [functional.adaptive_avg_pool2d(magnitude, g).flatten(1) for g in _sides(grid)]
+    return torch.cat(parts, 1)
+
+
+def grid_maxima(z: Tensor, grid: Grid) -> Tensor:
+    """The maxima of max(0, z) and of max(0, -z) over the cells: (N, 2K * num_cells(grid)).
+
+    z: (N, K, H, W); grid and cells: as in `grid_features`. Features are ordered by grid, sign (the
+    positive coefficients first), map, row, column.
+    """
+    if z.ndim != 4:
+        raise ValueError(f"maps must have the shape (N, K, H, W), got {tuple(z.shape)}")
+    signs = (z, -z)
+    parts = [
+        functional.adaptive_max_pool2d(signed, g).clamp(min=0).flatten(1)
+        for g in _sides(grid)
+        for signed in signs
+    ]
     return torch.cat(parts, 1)
 
 

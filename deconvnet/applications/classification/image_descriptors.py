@@ -15,11 +15,14 @@ import torch
 from torch import Tensor
 
 from deconvnet.applications.classification.descriptors import descriptors
+from deconvnet.applications.classification.picture_maps import (
+    crop_to_frame,
+    picture_frame,
+    picture_maps,
+)
 from deconvnet.applications.classification.settings import FeatureSettings
-from deconvnet.images.preprocessing import Frame
 from deconvnet.network.codes import Codes
 from deconvnet.network.network import DeconvNet
-from deconvnet.operators.arithmetic import Field
 from deconvnet.operators.linear import LinearOperator, Scaling
 from deconvnet.support.torch_modes import plain
 from deconvnet.visualization.projection.feature_projection import layer_field
@@ -52,14 +55,13 @@ def image_descriptors(
     Upper layers with upper="project": only the patches in which a projected activation is non-zero,
     for several batches of activations.
     """
-    frame = _frame(codes, image)
     if layer == 1 or settings.upper == "maps":
-        z = codes.layer(layer).select(slice(image, image + 1)).z
-        z, stride = _crop_to_frame(z, net, layer, frame), _stride(net, layer)
+        z, stride = picture_maps(net, codes, image, layer), _stride(net, layer)
         yield from (_describe_all(z, patch, settings, stride) for patch in settings.patch)
         return
+    frame = picture_frame(codes, image)
     for z in project_strongest(net, codes, image, layer, settings.strongest):
-        z = _crop_to_frame(z, net, 1, frame)
+        z = crop_to_frame(z, net, 1, frame)
         yield from (_describe_non_zero(z, patch, settings) for patch in settings.patch)
 
 
@@ -142,26 +144,3 @@ def _chosen(patch: int, d: Tensor, positions: Tensor, mask: Tensor) -> PatchDesc
 
 def _stride(net: DeconvNet, layer: int) -> int:
     return max(layer_field(net, layer, axis).stride for axis in (0, 1))
-
-
-def _frame(codes: Codes, image: int) -> Frame:
-    """The frame of the picture in its image; the last record of preprocessing, if it is padded."""
-    if codes.record and "frame" in codes.record[-1]:
-        return tuple(codes.record[-1]["frame"][image].tolist())
-    return (0, 0, *codes.y.shape[2:])
-
-
-def _crop_to_frame(z: Tensor, net: DeconvNet, layer: int, frame: Frame) -> Tensor:
-    """The part of the maps whose receptive fields overlap the picture."""
-    top, left, height, width = frame
-    for axis, first, length in ((2, top, height), (3, left, width)):
-        low, high = _overlapping(layer_field(net, layer, axis - 2), first, length, z.shape[axis])
-        z = z.narrow(axis, low, high - low)
-    return z
-
-
-def _overlapping(field: Field, first: int, length: int, units: int) -> tuple[int, int]:
-    """The range of units whose fields overlap the pixels from first to first + length."""
-    low = (first - field.offset - field.size) // field.stride + 1
-    high = -((field.offset - first - length) // field.stride)
-    return max(low, 0), min(high, units)

@@ -10,6 +10,7 @@ from deconvnet.applications.classification.spatial_pyramid import KERNELS, check
 from deconvnet.applications.classification.svm import SVMS
 from deconvnet.images.fit import FITS, MAX_SIDE, MIN_SIDE
 
+FEATURES = ("auto", "words", "codes")
 UPPER = ("project", "maps")
 
 
@@ -37,8 +38,12 @@ class ClassData:
 
 @dataclass
 class FeatureSettings:
-    """How an image becomes a spatial pyramid of visual words."""
+    """How an image becomes a spatial pyramid of visual words, or of the maxima of its codes."""
 
+    # what describes a layer: words, the counts of visual words in the cells of the pyramid; codes,
+    # the largest positive and negative coefficient of each map in the cells; auto: codes for layers
+    # that code patches, words for others
+    features: str = "auto"
     # sides of patches in pixels; each size has its own codebook
     patch: list[int] = field(default_factory=lambda: [16, 24])
     # cells along a side of a patch
@@ -61,10 +66,10 @@ class FeatureSettings:
     words: int = 1000
     # number of nearest words among which a descriptor is divided; 1: hard assignment
     neighbours: int = 5
-    # sides of the grids of the pyramid; all must divide the last
+    # sides of the grids of the pyramid; with words, all must divide the last
     levels: list[int] = field(default_factory=lambda: [1, 2, 4])
-    # counts in a cell are raised to this power before they are compared, so that many patches with
-    # one word count little more than a few; 1: unchanged (the papers)
+    # counts and maxima in a cell are raised to this power before they are compared, so that many
+    # patches with one word count little more than a few; 1: unchanged (the papers)
     power: float = 0.5
 
     def __post_init__(self) -> None:
@@ -78,12 +83,13 @@ class FeatureSettings:
             raise ValueError(f"words={self.words}: must be 2 to 65535")
         if self.neighbours > self.words:
             raise ValueError(f"neighbours={self.neighbours}: must be at most words={self.words}")
-        for key, choices in (("strength", STRENGTHS), ("upper", UPPER)):
+        named = (("features", FEATURES), ("strength", STRENGTHS), ("upper", UPPER))
+        for key, choices in named:
             if getattr(self, key) not in choices:
                 raise ValueError(f"{key}={getattr(self, key)}: choose one of {', '.join(choices)}")
         if not 0 < self.power <= 1:
             raise ValueError(f"power={self.power}: must be above 0 and at most 1")
-        check_levels(self.levels)
+        check_levels(self.levels, nested=self.features != "codes")
 
 
 @dataclass
@@ -107,9 +113,10 @@ class ClassifySettings(FeatureSettings):
     codebooks: str = "split"
     # at most this many training images to learn a codebook from
     codebook_images: int = 300
-    # similarity of two pyramids: intersection, or linear (sum of products of square roots; with
-    # power=1, of counts)
-    kernel: str = "intersection"
+    # similarity of two pyramids: intersection, of words alone | linear, of words the sum of the
+    # products of square roots (with power=1, of counts) | auto: intersection of words, linear of
+    # codes
+    kernel: str = "auto"
     # one_vs_rest, or one_vs_one, which is faster
     svm: str = "one_vs_rest"
     # C of the support vector machine; kernel values are at most 1
@@ -122,7 +129,7 @@ class ClassifySettings(FeatureSettings):
         for key in ("train", "test", "splits", "codebook_images", "chunk"):
             if getattr(self, key) is not None and getattr(self, key) < 1:
                 raise ValueError(f"{key}={getattr(self, key)}: must be at least 1")
-        named = (("kernel", KERNELS), ("svm", SVMS), ("codebooks", ("split", "shared")))
+        named = (("kernel", (*KERNELS, "auto")), ("svm", SVMS), ("codebooks", ("split", "shared")))
         for key, choices in named:
             if getattr(self, key) not in choices:
                 raise ValueError(f"{key}={getattr(self, key)}: choose one of {', '.join(choices)}")

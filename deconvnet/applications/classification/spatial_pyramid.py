@@ -18,9 +18,14 @@ from deconvnet.support.compiling import compiled
 COLUMNS = 1024
 
 
-def check_levels(levels: Sequence[int]) -> None:
-    """Raise ValueError unless the finest grid, the last level, refines all others."""
-    if not levels or min(levels) < 1 or any(levels[-1] % g for g in levels):
+def check_levels(levels: Sequence[int], *, nested: bool = True) -> None:
+    """Raise ValueError unless these are sides of grids.
+
+    nested: also unless the finest grid, the last level, refines all others.
+    """
+    if not levels or min(levels) < 1:
+        raise ValueError(f"levels={list(levels)}: must be sides of grids, such as [1, 2, 4]")
+    if nested and any(levels[-1] % g for g in levels):
         raise ValueError(
             f"levels={list(levels)}: must be sides of grids that all divide the last, such as "
             "[1, 2, 4]"
