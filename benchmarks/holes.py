@@ -94,7 +94,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--missing", type=float, nargs="+", default=[0.5], help="fractions of missing pixels"
     )
-    parser.add_argument("--crops", type=int, default=40, help="half of them to learn from; up to 65")
+    parser.add_argument(
+        "--crops", type=int, default=40, help="half of them to learn from; up to 65"
+    )
     parser.add_argument("--epochs", type=int, default=20, help="passes over the images")
     parser.add_argument("--seeds", type=int, default=1, help="repetitions")
     parser.add_argument("--quick", action="store_true", help="tiny, to check that it runs")

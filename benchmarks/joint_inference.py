@@ -46,7 +46,7 @@ SOLVER = SolverSettings("coordinate", iterations=25, tolerance=1e-3)
 THROUGH = SolverSettings("fista", iterations=60, tolerance=1e-3)
 # The smoothness of the low frequencies, as in `deconvnet denoise`.
 PSI = 4.0
-THRESHOLDS = (1.8, 2.2, 2.6, 3.0, 3.4)
+THRESHOLDS = (1.2, 1.5, 1.8, 2.2, 2.6)
 LAMS, SHIFTS, EPSILONS = (1.5, 5.0, 15.0), (0.5, 1.0, 1.5), (0.1, 0.3, 1.0)
 # Estimates in the unit range, and what they depend on.
 Results = Iterator[tuple[str, str, Tensor]]
@@ -59,10 +59,10 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     sigma = options.sigma / 255
     noisy = clean + sigma * torch.randn(clean.shape, generator=generator)
-    denoising = Denoising(load(options.run).eval(), noisy, sigma)
+    denoising = Denoising(load(options.run).eval(), clean, noisy, sigma)
     best: dict[str, tuple[float, str]] = {}
     for form, parameters, estimate in denoising.results():
-        found = float(psnr(clean, estimate).mean()), parameters
+        found = float(psnr(denoising.clean, estimate).mean()), parameters
         best[form] = max(found, best.get(form, found))
     print(f"| {len(clean)} crops, {options.sigma:g} grey levels | PSNR | with |\n|---|---|---|")
     for form, (value, parameters) in best.items():
@@ -97,14 +97,19 @@ def photographs(options: argparse.Namespace) -> Tensor:
 
 @dataclass
 class Denoising:
-    """Estimates of clean images from noisy ones (N, 3, H, W), by layers 1 and 2 of a network."""
+    """Estimates of clean images (N, 3, H, W) from noisy ones, by layers 1 and 2 of a network.
+
+    The clean images only choose the threshold of layer 1 from which other forms begin.
+    """
 
     net: DeconvNet
+    clean: Tensor
     noisy: Tensor
     sigma: float
 
     def __post_init__(self) -> None:
-        self.noisy = to_color(self.noisy, self.net.preprocessing.settings.color)
+        color = self.net.preprocessing.settings.color
+        self.clean, self.noisy = to_color(self.clean, color), to_color(self.noisy, color)
         self.low = tikhonov_lowpass(self.noisy, PSI)
         self.y = self.noisy - self.low
         self.first, self.second = self.net.layer(1), self.net.layer(2)
@@ -113,16 +118,26 @@ class Denoising:
     def results(self) -> Results:
         for t, z1 in self.layer1.items():
             yield "layer 1", f"t {t}", self.image(self.F1(z1))
-        for t, lam in itertools.product(THRESHOLDS[:2], LAMS):
-            yield from self.by_layer2(t, lam)
-            yield from self.by_mean(t, lam)
-            yield from self.by_weights(t, lam)
-            yield from self.by_sum(t, lam)
+        z1 = self.layer1[self.best]
+        yield from self.by_weights("own maps", z1, z1.abs())
+        for lam in LAMS:
+            m = self.expected(z1, lam)
+            yield from self.by_layer2(z1, lam)
+            yield from self.by_mean(m, lam)
+            yield from self.by_weights("layer 2", z1, m.abs(), lam)
+            yield from self.by_weights("both", z1, (z1.abs() + m.abs()) / 2, lam)
+            yield from self.by_sum(z1, lam)
 
     @cached_property
     def layer1(self) -> dict[float, Tensor]:
         """z_1 for each threshold."""
         return {t: self.code(self.y, t) for t in THRESHOLDS}
+
+    @cached_property
+    def best(self) -> float:
+        """The best threshold of layer 1."""
+        scores = {t: psnr(self.clean, self.image(self.F1(z))) for t, z in self.layer1.items()}
+        return max(scores, key=lambda t: float(scores[t].mean()))
 
     def image(self, y: Tensor) -> Tensor:
         return (self.low + y).clamp(0, 1)
@@ -147,51 +162,43 @@ class Denoising:
         z2 = solve(self.F2, b, lam=lam, settings=SOLVER).z
         return U(self.F2(z2))
 
-    def by_layer2(self, t: float, lam: float) -> Results:
-        z1 = self.layer1[t]
-        below, with_ = self.F1(z1), f"t {t}, lam {lam}"
-        b, _, R = self.above(z1)
+    def by_layer2(self, z1: Tensor, lam: float) -> Results:
+        below, with_ = self.F1(z1), f"lam {lam}"
+        b, U, R = self.above(z1)
         R2z2 = self.F1(self.expected(z1, lam))
         yield "layer 2", with_, self.image(R2z2)
         yield "layer 2, mean with layer 1", with_, self.image((R2z2 + below) / 2)
-        stack = VerticalStack(
-            [Identity(), self.F1 @ self.above(z1)[1]], [1.0, 1.0], [b.shape, self.y.shape]
-        )
-        z2 = solve(stack @ self.F2, stack.join([b, self.y]), lam=lam, settings=THROUGH).z
-        yield "layer 2, target both", with_, self.image(R(z2))
-        yield "the same, mean with layer 1", with_, self.image((R(z2) + below) / 2)
+        stack = VerticalStack([Identity(), self.F1 @ U], [1.0, 1.0], [b.shape, self.y.shape])
+        both = stack @ self.F2, stack.join([b, self.y])
+        R2z2 = R(solve(*both, lam=lam, settings=THROUGH).z)
+        yield "layer 2, target both", with_, self.image(R2z2)
+        yield "layer 2, target both, mean with layer 1", with_, self.image((R2z2 + below) / 2)
 
-    def by_mean(self, t: float, lam: float) -> Results:
-        m = self.expected(self.layer1[t], lam)
-        for a, again in itertools.product(SHIFTS, THRESHOLDS[:3]):
-            z1 = a * m + self.code(self.y - self.F1(a * m), again)
-            yield "mean", f"t {t} and {again}, lam {lam}, a {a}", self.image(self.F1(z1))
+    def by_mean(self, m: Tensor, lam: float) -> Results:
+        for a, t in itertools.product(SHIFTS, THRESHOLDS):
+            z1 = a * m + self.code(self.y - self.F1(a * m), t)
+            yield "mean", f"t {t}, lam {lam}, a {a}", self.image(self.F1(z1))
 
-    def by_weights(self, t: float, lam: float) -> Results:
-        own = self.layer1[t]
-        m = self.expected(own, lam)
-        kinds = {"own maps": own.abs(), "layer 2": m.abs(), "both": (own.abs() + m.abs()) / 2}
-        for (kind, v), eps, again in itertools.product(kinds.items(), EPSILONS, THRESHOLDS[1:]):
-            z1 = self.code(self.y, again, weights=1 / (1 + v / eps))
-            with_ = f"t {t} and {again}, lam {lam}, eps {eps}"
+    def by_weights(self, kind: str, z1: Tensor, v: Tensor, lam: float | None = None) -> Results:
+        for eps, t in itertools.product(EPSILONS, THRESHOLDS):
+            with_ = f"t {t}, eps {eps}" + (f", lam {lam}" if lam else "")
+            z1 = self.code(self.y, t, weights=1 / (1 + v / eps))
             yield f"weights, {kind}", with_, self.image(self.F1(z1))
-            if kind == "layer 2" and eps == EPSILONS[0]:
-                v = self.expected(z1, lam).abs()
-                z1 = self.code(self.y, again, weights=1 / (1 + v / eps))
+            if kind == "layer 2":
+                again = self.expected(z1, lam).abs()
+                z1 = self.code(self.y, t, weights=1 / (1 + again / eps))
                 yield "weights, layer 2, two rounds", with_, self.image(self.F1(z1))
 
-    def by_sum(self, t: float, lam: float) -> Results:
-        z1 = self.layer1[t]
+    def by_sum(self, z1: Tensor, lam: float) -> Results:
         _, _, R = self.above(z1)
-        for again in THRESHOLDS[:3]:
+        for t in THRESHOLDS[1:4]:
             z2 = None
             for _ in range(3):
-                # In units of the image lam of layer 2 is that of layer 1 over its scale.
-                weight = 1 / (again * self.sigma * lam)
+                # lam weighs the error of maps of layer 1, which cost t sigma.
+                weight = 1 / (t * self.sigma * lam)
                 z2 = solve(R, self.y - self.F1(z1), lam=weight, settings=THROUGH, state=z2).z
-                z1 = self.code(self.y - R(z2), again)
-            with_ = f"t {again}, lam {lam}"
-            yield "sum", with_, self.image(self.F1(z1) + R(z2))
+                z1 = self.code(self.y - R(z2), t)
+            yield "sum", f"t {t}, lam {lam}", self.image(self.F1(z1) + R(z2))
 
 
 if __name__ == "__main__":
