@@ -111,7 +111,7 @@ def units(run: Path, photograph: Path) -> Tensor:
     """The units of layer 3 that respond most strongly to a photograph."""
     image = read_image(photograph)[None]
     size = [round(REDUCED * side) for side in image.shape[2:]]
-    pixels = F.interpolate(image, size, mode="bilinear", antialias=True)
+    pixels = F.interpolate(image, size, mode="bilinear", antialias=True).clamp(0, 1)
     return strongest(load(run), pixels, "layer3").picture()
 
 
