@@ -8,6 +8,7 @@ given filters. Their result encodes images, learns more, and can be saved.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from deconvnet.sparse_coding.solve import check_one_weight, default_solver, spar
 from deconvnet.storage.file_checks import InvalidFileError
 from deconvnet.storage.network_files import load_network, save_network
 from deconvnet.support.renaming import renamed_arguments
+from deconvnet.support.scaling import magnitude
 from deconvnet.support.seeding import seeded_generator
 from deconvnet.support.torch_modes import plain
 from deconvnet.support.validation import (
@@ -551,7 +553,7 @@ def _checked(images: Tensor, mask: Tensor | None, name: str) -> tuple[Tensor, Ma
         M = None if mask is None else Mask(mask, images)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    if not torch.isfinite(images if M is None else M.target(images)).all():
+    if not math.isfinite(magnitude(images if M is None else M.target(images))):
         where = " where the mask is not 0" if M is not None else ""
         use = ": give a mask that is 0 there" if M is None else ""
         raise ValueError(

@@ -1,10 +1,11 @@
-"""Draws pictures of docs/networks.md from runs and their visualization.
+"""Draws pictures of docs/networks.md and docs/visualization.md from runs and their visualization.
 
 python docs/networks.py PHOTOGRAPHS FOUR_LAYERS PHOTOGRAPH
 
 for example runs/photographs runs/iccv2011-small flower.jpg: run folders of `deconvnet train` and of
-`deconvnet train +experiment=iccv2011_small`, the second with the output of `deconvnet visualize`;
-and the photograph whose parts are shown, here `flower.jpg` of scikit-learn.
+`deconvnet train +experiment=iccv2011_small`, the second with the output of `deconvnet visualize`
+and of `deconvnet ablate`; and the photograph whose parts are shown, here `flower.jpg` of
+scikit-learn.
 """
 
 import io
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -34,6 +36,7 @@ from deconvnet.visualization.pictures.image_parts import image_parts
 from deconvnet.visualization.pictures.parts_picture import draw_parts
 from deconvnet.visualization.projection.feature_projection import shown_pixels
 from deconvnet.visualization.search.projection_grids import tiles_to_show
+from deconvnet.visualization.search.strongest_units import strongest
 from deconvnet.visualization.search.top_projections import load_top_projections
 
 HERE = Path(__file__).parent
@@ -43,8 +46,12 @@ LIMIT, COLORS = 148_000, (128, 96, 64, 48, 40, 32, 24, 20, 16)
 COLORFUL = 24
 # Columns of the picture of a run that the guide shows, and the share of their size.
 SHOWN_IMAGES, SHARE = (0, 1, 4, 5), 0.5
-# The width of the picture of parts in pixels, and its most bytes.
-PARTS, PARTS_LIMIT = 800, 240_000
+# The width of the picture of parts in pixels.
+PARTS = 800
+# WebP's quality of pictures with photographs, which need more colours than a small PNG has.
+QUALITY = 85
+# The reduction of the photograph whose strongest units are shown.
+REDUCED = 0.7
 # By layer: the number of features, their columns, and the width of a tile.
 FEATURES = {1: (15, 5, 49), 2: (40, 8, 49), 3: (30, 10, 70), 4: (20, 10, 74)}
 
@@ -56,7 +63,10 @@ def main() -> None:
     picture = Image.open(photographs / "pictures" / "layer2-reconstructed.png").convert("RGB")
     write(reconstructed(as_tensor(picture)), "reconstructed")
     write(features(four_layers / "visualization" / "projections"), "iccv2011-features")
-    write(parts(four_layers, photograph), "iccv2011-parts", PARTS_LIMIT)
+    switches = Image.open(four_layers / "pictures" / "switches.png").convert("RGB")
+    write(half(as_tensor(switches)), "iccv2011-switches")
+    write_webp(parts(four_layers, photograph), "iccv2011-parts")
+    write_webp(units(four_layers, photograph), "visualization-strongest")
 
 
 def reconstructed(picture: Tensor) -> Tensor:
@@ -95,6 +105,27 @@ def parts(run: Path, photograph: Path) -> Tensor:
     codes = net.infer(image, depth=net.depth)
     found = image_parts(net, codes, net.depth)
     return draw_parts(net, codes, shown_pixels(net, image)[0], net.depth, found, page=PARTS)
+
+
+def units(run: Path, photograph: Path) -> Tensor:
+    """The units of layer 3 that respond most strongly to a photograph."""
+    image = read_image(photograph)[None]
+    size = [round(REDUCED * side) for side in image.shape[2:]]
+    pixels = F.interpolate(image, size, mode="bilinear", antialias=True).clamp(0, 1)
+    return strongest(load(run), pixels, "layer3").picture()
+
+
+def half(picture: Tensor) -> Tensor:
+    """A picture in half of its size."""
+    size = [side // 2 for side in picture.shape[1:]]
+    return F.interpolate(picture[None], size, mode="bilinear", antialias=True)[0]
+
+
+def write_webp(picture: Tensor, name: str) -> None:
+    """Write a picture with photographs."""
+    pixels = (picture * 255).round().byte().permute(1, 2, 0).numpy()
+    Image.fromarray(pixels).save(HERE / f"{name}.webp", quality=QUALITY, method=6)
+    print(f"{name}: {(HERE / f'{name}.webp').stat().st_size} bytes")
 
 
 def write(picture: Tensor, name: str, limit: int = LIMIT) -> None:
@@ -139,7 +170,7 @@ def _stripes(picture: Tensor, axis: int) -> list[tuple[int, int]]:
 
 def _reduced(tile: Tensor) -> Tensor:
     size = [round(SHARE * side) for side in tile.shape[1:]]
-    return torch.nn.functional.interpolate(tile[None], size, mode="bilinear", antialias=True)[0]
+    return F.interpolate(tile[None], size, mode="bilinear", antialias=True)[0]
 
 
 def as_tensor(picture: Image.Image) -> Tensor:

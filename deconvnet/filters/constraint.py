@@ -6,7 +6,7 @@ f filters (K, C, h, w)   g connectivity (K, C) of 0 and 1   t taper (h, w), from
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -90,6 +90,12 @@ class FilterConstraint:
         if fallback is None:
             return unit
         return torch.where(length > 0, unit, connected(fallback, self.connectivity))
+
+    def of_filters(self, part: slice) -> FilterConstraint:
+        """The constraint on some of the filters."""
+        if self.connectivity is None:
+            return self
+        return replace(self, connectivity=self.connectivity[part])
 
     def window(self, f: Tensor) -> Tensor | None:
         """t (h, w) for filters f (K, C, h, w); None without a taper."""

@@ -20,6 +20,10 @@ from deconvnet.sparse_coding.active_set import footprint
 
 # Fourier transforms are faster if a larger fraction of the coefficients is non-zero.
 MAX_DENSITY = 0.02
+# The same for filters of 1x1, which need matrix products instead.
+POINTWISE_DENSITY = 0.05
+# Positions and channels of an image that are read together with 1x1 filters.
+TILE = (64, 64)
 
 
 @dataclass(frozen=True)
@@ -37,9 +41,12 @@ class SparseMaps:
     shape: tuple[int, int, int, int]
 
     @classmethod
-    def from_dense(cls, z: Tensor) -> SparseMaps | None:
-        """The non-zero coefficients of z; None if it is not on the CPU or not sparse enough."""
-        if z.device.type != "cpu" or torch.count_nonzero(z) > MAX_DENSITY * z.numel():
+    def from_dense(cls, z: Tensor, *, pointwise: bool = False) -> SparseMaps | None:
+        """The non-zero coefficients of z; None if it is not on the CPU or not sparse enough for
+        filters of 1x1 (`pointwise`), or for larger ones.
+        """
+        most = POINTWISE_DENSITY if pointwise else MAX_DENSITY
+        if z.device.type != "cpu" or torch.count_nonzero(z) > most * z.numel():
             return None
         image, k, i, j = (index.numpy() for index in z.nonzero(as_tuple=True))
         k, i, j = (index.astype(np.int32) for index in (k, i, j))
@@ -67,6 +74,9 @@ class SparseMaps:
         if total is None:
             total = torch.zeros(self.shape[1], y.shape[1], *size, dtype=torch.float64)
         gradient = total.numpy()
+        if tuple(size) == (1, 1):
+            self._add_pointwise_gradient(y, gradient)
+            return total
         rows, columns = (
             footprint(boundary, pixels, taps)
             for pixels, taps in zip(y.shape[2:], size, strict=True)
@@ -75,6 +85,19 @@ class SparseMaps:
             coefficients = (self.k[part], self.i[part], self.j[part], self.z[part])
             kernels.towards_filters(gradient, image, *coefficients, rows, columns)
         return total
+
+    def _add_pointwise_gradient(self, y: Tensor, gradient: np.ndarray) -> None:
+        """Add Z'y to the gradient (K, C, 1, 1): a row of it for each coefficient."""
+        from deconvnet.sparse_coding import kernels
+
+        tile = np.empty(TILE)
+        for part, image in zip(self._slices_by_image(), y.flatten(2).numpy(), strict=True):
+            position = self.i[part].astype(np.int64) * self.shape[3] + self.j[part]
+            order = position.argsort(kind="stable")
+            kernels.towards_pointwise_filters(
+                *(gradient[:, :, 0, 0], image, self.k[part][order], position[order]),
+                *(self.z[part][order], tile),
+            )
 
     def correlations(self, size: tuple[int, int], wrap: bool) -> Tensor:
         """The gram (K, K, 2h-1, 2w-1) in float64: sums of z_k[i] z_l[i + shift].

@@ -99,8 +99,13 @@ def filter_statistics(
     gradient at f is the true one, -Z'(b - Z f).
     """
     h, w = f.shape[2:]
-    maps = None if boundary == "reflect" else SparseMaps.from_dense(z)
-    if maps is None:
+    pointwise = (h, w) == (1, 1)
+    maps = None
+    if pointwise or boundary != "reflect":
+        maps = SparseMaps.from_dense(z, pointwise=pointwise)
+    if maps is None and pointwise:
+        gradient, gram = _pointwise_sums(z, -residual, curvature)
+    elif maps is None:
         gradient, gram = _sums_by_fourier(z, -residual, (h, w), boundary, curvature)
     else:
         gradient = maps.filter_gradient(-residual, (h, w), boundary)
@@ -167,6 +172,20 @@ def gram_product(gram: Tensor, size: tuple[int, int]) -> Callable[[Tensor], Tens
         return torch.fft.irfft2(moved.permute(2, 3, 0, 1), grid)[..., :h, :w]
 
     return product
+
+
+def _pointwise_sums(z: Tensor, y: Tensor, curvature: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Z'y (K, C, 1, 1), and the sums of z_k z_j over positions, (K, K, 1, 1), each image weighted
+    by its curvature; float64.
+    """
+    K, C = z.shape[1], y.shape[1]
+    gradient, gram = (z.new_zeros(K, n, dtype=torch.float64) for n in (C, K))
+    weights = [1.0] * len(z) if curvature is None else curvature.flatten().tolist()
+    for maps, image, weight in zip(z.flatten(2), y.flatten(2), weights, strict=True):
+        maps = maps.double()
+        gradient += maps @ image.double().T
+        gram += weight * (maps @ maps.T)
+    return gradient[..., None, None], gram[..., None, None]
 
 
 def _sums_by_fourier(

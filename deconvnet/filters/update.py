@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deconvnet.filters.block_descent import descend
 from deconvnet.filters.constraint import FilterConstraint
 from deconvnet.filters.initial import INITS
 from deconvnet.filters.sparse_statistics import SparseMaps
@@ -123,12 +124,18 @@ def update_filters(
     Accelerated projected gradient steps from f. The step of each filter is scaled by the energy of
     its map, so rare filters learn as fast as frequent ones, and with a taper t by t^2, since it
     measures distances. The best of all iterates, including the
-    first, is returned, so the cost never rises. constraint: by default unit norm of each filter.
+    first, is returned, so the cost never rises. If the gram has no shifts, because the filters are
+    1x1 or explain patches, at most this many passes of `block_descent` take the place of the steps.
+    constraint: by default unit norm of each filter.
     Raises Diverged if the cost is not finite.
     """
     constraint = constraint or FilterConstraint()
-    product = gram_product(statistics.gram, tuple(f.shape[2:]))
     start = constraint.project(f.double())
+    if statistics.gram.shape[2:] == (1, 1) and not constraint.taper:
+        _check_finite(statistics)
+        gram, linear = statistics.gram, statistics.linear
+        return descend(start, linear, gram, constraint, passes=iterations).to(f.dtype)
+    product = gram_product(statistics.gram, tuple(f.shape[2:]))
     largest_energy = statistics.energy.max().item()
     energy = statistics.energy.clamp(min=1e-9 * largest_energy if largest_energy > 0 else 1.0)
     scale = energy.rsqrt().view(-1, 1, 1, 1)
@@ -218,6 +225,11 @@ def update_filters_by_cg(
     start = connected(f.double(), g)
     updated = start + change[0].view(f.shape)
     return constraint.project(updated, fallback=constraint.project(start)).to(f.dtype)
+
+
+def _check_finite(statistics: FilterStatistics) -> None:
+    if not all(math.isfinite(magnitude(x)) for x in (statistics.linear, statistics.gram)):
+        raise Diverged("the sums over the images are not finite")
 
 
 def _largest_eigenvalue(product: Callable[[Tensor], Tensor], like: Tensor) -> float:

@@ -112,6 +112,11 @@ class Codes:
         mask = None if self.mask is None else self.mask[images]
         return Codes(layers, self.y[images], record, mask)
 
+    def pooled_only(self) -> Codes:
+        """The codes without maps before pooling, which no projection from a layer above needs."""
+        layers = tuple(replace(layer, dense=None) for layer in self.layers)
+        return replace(self, layers=layers)
+
     def to(self, device: torch.device | str) -> Codes:
         """The codes on another device."""
         record = [{key: value.to(device) for key, value in step.items()} for step in self.record]

@@ -212,9 +212,10 @@ class DeconvNet(nn.Module):
             D = D if scale == 1 else D @ Scaling(scale)
         return D
 
-    def operator(self, codes: Codes, layer: int) -> LinearOperator:
+    def operator(self, codes: Codes, layer: int, images: Images = ALL) -> LinearOperator:
         """R_l: maps of layer l -> preprocessed images, with the switches of these codes."""
-        return self.decoder(codes, layer) @ self.layer(layer).painting(codes.layer(layer))
+        painting = self.layer(layer).painting(codes.layer(layer), images)
+        return self.decoder(codes, layer, images) @ painting
 
     @plain
     def synthesize(self, codes: Codes, layer: int, *, chunk: int = 8) -> Tensor:

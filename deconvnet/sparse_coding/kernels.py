@@ -162,6 +162,28 @@ def towards_filters(gradient, y, g, i, j, z, rows, columns):
                             gradient[g[n], c, u, v + q] += z[n] * y[c, x, left + q]
 
 
+@_compiled
+def towards_pointwise_filters(gradient, y, k, position, z, tile):
+    """gradient (K, C) += Z'y for an image y (C, positions) and coefficients sorted by position.
+
+    tile (positions, channels): scratch, in the innermost caches.
+    """
+    for start in range(0, y.shape[0], tile.shape[1]):
+        channels = min(tile.shape[1], y.shape[0] - start)
+        n = 0
+        while n < len(k):
+            left = position[n] // len(tile) * len(tile)
+            size = min(len(tile), y.shape[1] - left)
+            for c in range(channels):
+                for q in range(size):
+                    tile[q, c] = y[start + c, left + q]
+            while n < len(k) and position[n] < left + size:
+                row, q, value = k[n], position[n] - left, z[n]
+                for c in range(channels):
+                    gradient[row, start + c] += value * tile[q, c]
+                n += 1
+
+
 @_inlined
 def _dot(r, f, planes, k, top, left, side):
     """<r, the image of a unit impulse of map k>, with all its taps, from pixel (top, left).

@@ -68,7 +68,7 @@ class Gram:
     def of(cls, A: Deconvolution, b: Tensor) -> Gram:
         """That of an operator of 1x1 filters, for data of the dtype of b."""
         f = A.f.detach().to(b).flatten(1).contiguous()
-        last = _last[0] if _last else None
+        last = next(iter(_last), None)
         if last is not None and last.f.dtype == f.dtype and torch.equal(last.f, f):
             return last
         gram = cls(f.clone())

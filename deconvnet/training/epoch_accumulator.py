@@ -69,8 +69,8 @@ class EpochAccumulator:
         self.nonzero += int(torch.count_nonzero(solution.z))
         self.reconstruction += float(solution.reconstruction.sum())
         self.sparsity += float(solution.sparsity.sum())
-        self.error += float(solution.residual.double().square().sum())
-        self.signal += float(b.double().square().sum())
+        self.error += _sum_of_squares(solution.residual)
+        self.signal += _sum_of_squares(b)
         # Sum each plane pairwise in its own dtype: accurate enough, and without a copy.
         e = exponent(magnitude(solution.z))
         energy = times_power(solution.z, -e).square().sum((2, 3)).double().sum(0)
@@ -133,3 +133,8 @@ class EpochAccumulator:
             peaks=None if peaks is None else Peaks.from_state_dict(peaks, device),
             clock=PhaseClock(state["seconds"]),
         )
+
+
+def _sum_of_squares(x: Tensor) -> float:
+    """In float64, without a copy of x in it."""
+    return float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2

@@ -245,7 +245,7 @@ def _show_snapshot(session: Session, state: TrainingState, trainer: LayerTrainer
     show those of an upper layer."""
     number, snapshot = trainer.number, trainer.snapshot
     images = snapshot.peaks.images.clamp(min=0).unique().cpu()
-    codes = session.data.gather_codes(images, number - 1)
+    codes = session.data.gather_codes(images, number - 1, pooled_only=True)
     if session.run is None:
         return
     column = project_snapshot(session.net, codes, number, snapshot, images)

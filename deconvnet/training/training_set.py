@@ -117,12 +117,15 @@ class TrainingSet:
         codes, rows = self._lookup(images, depth)
         return codes.select(rows)
 
-    def gather_codes(self, images: Tensor, depth: int) -> Codes | None:
+    def gather_codes(
+        self, images: Tensor, depth: int, *, pooled_only: bool = False
+    ) -> Codes | None:
         """`codes_of` images in ascending order, each inferred by its own rank; None on ranks other
-        than 0.
+        than 0. pooled_only: without the maps before pooling, which may be most of the memory.
         """
         own_images = images[torch.isin(images, self.own)]
-        codes = [self.codes_of(chunk, depth) for chunk in self._chunks(own_images)]
+        chunks = (self.codes_of(chunk, depth) for chunk in self._chunks(own_images))
+        codes = [chunk.pooled_only() if pooled_only else chunk for chunk in chunks]
         parts = self.communicator.gather(
             (own_images, join_codes(codes).to("cpu") if codes else None)
         )

@@ -1,12 +1,14 @@
 """The visualization of a network: arrays, pictures, a TensorBoard page and a gallery of its maps.
 
 <folder>/visualization/topk.npz              the strongest activations of every map
-<folder>/visualization/projections/*.npz     for each layer: projections, patches, positions, values
+<folder>/visualization/projections/*.npz     for each layer: positions, values, patches, projections
 <folder>/visualization/control/              the same for the network with shuffled weights
 <folder>/visualization/figures/*             the pictures: the pages of layers as WebP, else PNG
 <folder>/visualization/manifest.json         how each tile was made
 <folder>/visualization/events.out.tfevents.* TensorBoard
 <folder>/gallery/index.html                  everything as a page
+
+The pictures of large projections lie on the page, once there is one, and the arrays refer to them.
 
 Every step writes its file, and a stopped visualization resumes after the last one. Files for
 another network, other images or other settings are recomputed, and files of earlier visualizations
@@ -35,6 +37,7 @@ from deconvnet.visualization.experiments.invariance import invariance, invarianc
 from deconvnet.visualization.experiments.occlusion import occlusion
 from deconvnet.visualization.experiments.occlusion_picture import occlusion_picture
 from deconvnet.visualization.gallery.content import write_result_gallery
+from deconvnet.visualization.gallery.layer_files import projections_file
 from deconvnet.visualization.layer_choice import default_layers, projectable_layers
 from deconvnet.visualization.manifest import (
     figure_name,
@@ -50,6 +53,7 @@ from deconvnet.visualization.projection.projector import Projector
 from deconvnet.visualization.result import VisualizationResult
 from deconvnet.visualization.search.projection_grids import layer_grid, pixel_filters
 from deconvnet.visualization.search.top_activations import group_by_size
+from deconvnet.visualization.search.top_projections import refer_to_pictures
 from deconvnet.visualization.searched_network import (
     SearchedNetwork,
     make_projector,
@@ -152,6 +156,7 @@ def _visualize(
                 notes=[INSIDE] if settings.inside else [],
                 progress=progress,
             )
+        _refer_to_page(result, place / "projections", gallery)
     elif gallery.exists():
         log.warning("%s is from an earlier visualization: gallery=true rebuilds it", gallery)
     return paths
@@ -252,6 +257,19 @@ def _draw_invariance(result: VisualizationResult, settings: VisualizationSetting
     names = [shown_name(Path(name).stem) for name in result.images.names[:count]]
     shown = result.projector.shown(pixels)
     result.pictures["invariance"] = invariance_picture(curves, shown, names=names)
+
+
+def _refer_to_page(result: VisualizationResult, place: Path, gallery: Path) -> None:
+    """Keep the pictures that the page shows there alone, and not in the arrays as well."""
+    for number, (layer, projections) in enumerate(result.projections.items(), 1):
+        if projections.sheets:
+            files = [
+                gallery / projections_file(number, layer, int(m))
+                if projections.count(row)
+                else None
+                for row, m in enumerate(projections.maps)
+            ]
+            refer_to_pictures(place / f"{layer_file_name(layer)}.npz", files)
 
 
 def _remove_outdated(result: VisualizationResult, place: Path) -> None:

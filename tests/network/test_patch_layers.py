@@ -7,13 +7,23 @@ import torch
 from sklearn.linear_model import Lasso
 from torch.testing import assert_close
 
-from deconvnet import DeconvNet, LayerSettings, PreprocessingSettings, SolverSettings, load
+from deconvnet import (
+    DeconvNet,
+    LayerSettings,
+    LearningSettings,
+    PreprocessingSettings,
+    SolverSettings,
+    load,
+)
+from deconvnet.applications.restoration.restorer import Restorer
 from deconvnet.network.switch_ablation import ablate
 from deconvnet.network.tiling import reconstruct
 from deconvnet.operators.patches import extract_patches
 from deconvnet.operators.pooling import max_pool, split_signs
+from deconvnet.sklearn import DeconvNetTransformer
 
 EXACT = SolverSettings(method="fista", iterations=500, gap=1e-5)
+FEW = SolverSettings(method="fista", iterations=5)
 
 
 def layers(solver=EXACT, **other):
@@ -117,7 +127,7 @@ def test_images_do_not_depend_on_their_batch(net, codes, images):
 
 @pytest.mark.parametrize("method", ["admm", "coordinate"])
 def test_all_solvers_find_the_same_codes(images, codes, method):
-    solver = SolverSettings(method=method, iterations=300, gap=1e-4)
+    solver = SolverSettings(method=method, iterations=1000, gap=1e-5)
     other = network(images, layers(solver)).infer(images)
     for number in (1, 2):
         assert_close(other.layer(number).z, codes.layer(number).z, atol=0.01, rtol=0.0)
@@ -187,3 +197,17 @@ def test_settings_that_do_not_fit_are_refused_in_a_line(other, message):
     with pytest.raises(ValueError, match=message) as error:
         LayerSettings(4, 3, **{"coding": "patches", **other})
     assert "\n" not in str(error.value)
+
+
+def test_images_are_restored_by_other_layers(net):
+    with pytest.raises(ValueError, match="layer1.coding=patches: images are restored by layers"):
+        Restorer(net)
+
+
+def test_the_transformer_takes_layers_of_patches_and_cannot_invert_them(images):
+    learning = LearningSettings(epochs=1)
+    transformer = DeconvNetTransformer(layers=layers(FEW, learning=learning), random_state=0)
+    Z = transformer.fit_transform(images.numpy())
+    assert Z.shape == (2, 6 * 6 * 7) and Z.any()
+    with pytest.raises(ValueError, match="coding=patches of layer 1: .* coding=convolution, or"):
+        transformer.inverse_transform(Z)

@@ -13,6 +13,7 @@ from deconvnet.cli.settings import ReconstructConfig
 from deconvnet.visualization.drawing.canvas import as_curves, resize_tiles, shade_projections
 from deconvnet.visualization.gallery.exhibits import GalleryLayer, GalleryMap
 from deconvnet.visualization.gallery.gallery import write_gallery
+from deconvnet.visualization.pictures.parts_tree import shaded
 
 T = 96
 # One plane falls from 1 to -1, one rises, one is zero.
@@ -86,3 +87,13 @@ def test_the_picture_of_a_reconstructed_signal_is_a_plot(tmp_path):
     with Image.open(next((tmp_path / "out").glob("*.png"))) as picture:
         assert picture.size == (T, CURVES)
         assert_is_plot(picture)
+
+
+def test_parts_of_signals_are_plots():
+    rising = torch.linspace(-1, 1, 20).expand(1, 3, 1, 20)
+    picture = shaded(rising, 200)
+    assert picture.shape[:2] == (1, 3) and picture.shape[3] == 200 and picture.shape[2] > 50
+    # A black curve on white, from the lower left to the upper right.
+    assert (picture == 1).float().mean() > 0.8
+    inked = (picture[0].sum(0) < 0.3).nonzero().float()
+    assert torch.corrcoef(inked.T)[0, 1] < -0.98

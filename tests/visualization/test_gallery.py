@@ -19,6 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
+from deconvnet.visualization.drawing.tile_sheet import to_sheet
 from deconvnet.visualization.gallery import photographs, sprites
 from deconvnet.visualization.gallery.exhibits import (
     Control,
@@ -30,11 +31,14 @@ from deconvnet.visualization.gallery.exhibits import (
     Histogram,
     ImageLayer,
     Part,
+    ProjectionSheet,
     Repainting,
     Source,
 )
 from deconvnet.visualization.gallery.gallery import write_gallery
+from deconvnet.visualization.gallery.page_text import RECORDINGS
 from deconvnet.visualization.gallery.photographs import Photographs
+from deconvnet.visualization.search.tile_codec import webp
 
 # Names that nobody should have, and everybody has.
 HOSTILE = """</script><img src=x onerror="alert(1)">'&amp;<b>"""
@@ -400,9 +404,12 @@ def full_page(tmp_path_factory):
     In full size, tiles have other colours, so that one can tell which is shown.
     """
     example = Example("a", 2.0, 0, window=(-20, 40, 180, 240))
+    projections = torch.cat([tones(number, 2, size=100) for number in (109, 119)])
+    pixels = (255 * projections).round().byte().permute(0, 2, 3, 1).numpy()
+    factors = {"deconv": [(2.0, 1.0), (1.5, 1.0)], "guided": [(1.0, 1.0), (1.0, 1.0)]}
     shown = GalleryMap(
         *(5, {"deconv": tones(9, 2), "guided": tones(19, 2)}, tones(29, 2), [example, example]),
-        full={"deconv": tones(109, 2, size=100), "guided": tones(119, 2, size=100)},
+        sheet=ProjectionSheet(webp(to_sheet(list(pixels)), 95, 4), (100, 100), factors),
     )
     photograph = torch.cat([tone(460, size=240), tone(470, size=240)], 2)[:, :200]
     return write_gallery(
@@ -417,11 +424,13 @@ def test_projections_and_photographs_are_beside_the_page_in_full_size(full_page)
     data = page_data(full_page)
     sheets = script_data(full_page, data["layers"][0]["script"])["maps"][0]["sheets"]
     for method, number in (("deconv", 109), ("guided", 119)):
-        found = tiles_of(full_page, sheets[method]["full"])
+        found = tiles_of(full_page, sheets[method])
         assert len(found) == 2
         for n in range(2):
             assert close(found[n], tone(number + n, size=100), None)
-    assert "full" not in sheets["patches"]
+    assert sheets["deconv"]["contrast"] == [[2, 1], [1.5, 1]]
+    # One file for both methods, and another for the patches.
+    assert sheets["deconv"]["file"] == sheets["guided"]["file"] != sheets["patches"]["file"]
     file = data["photographs"]["images"][0][4]
     assert file["pixels"] == [200, 480] and (file["height"], file["width"]) == (200, 480)
     there = {p.relative_to(full_page.parent).as_posix() for p in full_page.parent.rglob("*.*")}
@@ -836,10 +845,14 @@ def test_a_tile_opens_in_full_size_next_to_its_photograph_and_on_it(browser, ful
     def large_files():
         asked = [e for e in browser.events if e["method"] == "Network.requestWillBeSent"]
         names = " ".join(event["params"]["request"]["url"] for event in asked)
-        return ["5-guided" in names, "whole/1" in names]
+        return ["5-projections" in names, "whole/1" in names]
 
     browser.show(full_page, "#layer=a&map=5")
-    assert large_files() == [False, False]
+    # The contrast of a reduced tile is raised: the distance from grey is twice that of the file.
+    color = browser.color(".examples li:nth-child(1) .tile")
+    expected = (0.5 + 2 * (tone(109)[:, 0, 0].numpy() - 0.5)).clip(0, 1) * 255
+    assert np.abs(color - expected).max() <= 5
+    assert large_files() == [True, False]
     browser.value("document.querySelector('.examples button').focus()")
     browser.press("Enter")
     browser.until("document.getElementById('zoom').open")
@@ -869,6 +882,31 @@ def test_a_tile_opens_in_full_size_next_to_its_photograph_and_on_it(browser, ful
     browser.press("Escape")
     browser.until("!document.getElementById('zoom').open")
     assert browser.value("document.activeElement.dataset.key") == "example-0"
+    assert browser.problems() == []
+
+
+def test_a_page_of_recordings_calls_them_so(browser, tmp_path):
+    example = Example("a", 2.0, 0, window=(0, 4, 1, 12), box=(0, 3, 1, 13), border=True)
+    signal = torch.linspace(0, 1, 40).expand(3, 1, 40)
+    shown = GalleryMap(0, {"generative": signal[None]}, signal[None], [example])
+    page = write_gallery(
+        tmp_path / "page",
+        title="t",
+        layers=[GalleryLayer("a", "A", [shown], shape=(1, 1, 30), field=(1, 10), stride=(1, 2))],
+        images=[GalleryImage("a", signal, photograph=0)],
+        photographs=Photographs(["a"], [signal]),
+        words=RECORDINGS,
+    )
+    for place in ("", "#layer=a", "#layer=a&map=0", "#image=1", "#photo=0"):
+        browser.show(page, place)
+        text = browser.value("document.body.innerText")
+        assert not re.search("image|photograph|pixel|rows", text, re.IGNORECASE), text
+    browser.show(page, "#layer=a&map=0")
+    label = browser.value("document.querySelector('.examples button').getAttribute('aria-label')")
+    assert label == "Enlarge example 1: 2 in a, times 4–12, at the border"
+    browser.show(page, "#layer=a")
+    text = browser.value("document.body.innerText")
+    assert "10 samples" in text and "2 samples" in text
     assert browser.problems() == []
 
 

@@ -60,13 +60,16 @@ def test_fields_that_are_projected_together_equal_those_projected_alone(coded, l
     assert torch.equal(found.values, alone.values)
 
 
-def test_fields_that_continue_at_another_border_are_projected_alone(textures):
+@pytest.mark.parametrize("boundary", ["circular", "zero"])
+def test_fields_at_other_borders_equal_those_projected_alone(textures, boundary):
     image = textures(1, 3, 16, 16).double()
-    net = network(image, "circular")
+    net = network(image, boundary)
     codes = net.infer(image, depth=2)
-    units = strongest_activations(codes, 2, 10)
-    alone = project_fields(net, codes, 2, units.positions, units.values, units.values)
-    assert_close(separate_fields(net, codes, 2, units).tiles, alone.tiles, rtol=0, atol=1e-12)
+    for layer in (1, 2):
+        units = strongest_activations(codes, layer, 10)
+        alone = project_fields(net, codes, layer, units.positions, units.values, units.values)
+        found = separate_fields(net, codes, layer, units)
+        assert_close(found.tiles, alone.tiles, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("layer", [1, 2, 3])

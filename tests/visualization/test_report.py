@@ -450,6 +450,43 @@ def test_only_what_depends_on_changed_settings_is_recomputed(
     assert changed(folder, before) == recomputed
 
 
+@pytest.mark.usefixtures("undrawn")
+def test_pictures_lie_on_the_page_alone_and_are_read_from_there(images, tmp_path, monkeypatch):
+    monkeypatch.setattr("deconvnet.visualization.search.tile_codec.SMALL", 4)
+    projected, project = [], module.project_top_activations
+
+    def counting(projector, images, layer, *arguments, **options):
+        projected.append(layer)
+        return project(projector, images, layer, *arguments, **options)
+
+    monkeypatch.setattr(module, "project_top_activations", counting)
+    subject, gallery = subject_of(seeded(Small)), tmp_path / "gallery"
+    options = {"control": False, "explorer_images": 0, "maps": [0, 2], "k": 2}
+
+    def visualized(*layers, **more):
+        projected.clear()
+        settings = settings_of(**{"layers": list(layers), **options, **more})
+        visualize_network(subject, images, settings, tmp_path)
+        return load_top_projections(tmp_path / "visualization" / "projections" / "relu2.npz")
+
+    first = visualized("relu2")
+    files = [gallery / f"layers/1-relu2/maps/{m}-projections.webp" for m in (0, 2)]
+    pictures = [file.read_bytes() for file in files]
+    assert list(first.sheets) == pictures
+    path = tmp_path / "visualization" / "projections" / "relu2.npz"
+    assert "sheets/webp" not in np.load(path).files
+    # With another layer and contrast, the same pictures lie elsewhere on the page.
+    second = visualized("relu1", "relu2", contrast=0.9)
+    assert projected == ["relu1"] and second.sheets == first.sheets
+    files = [Path(str(file).replace("1-relu2", "2-relu2")) for file in files]
+    assert [file.read_bytes() for file in files] == pictures
+    # Where the page is missing, they are made again, and the arrays have them until there is one.
+    shutil.rmtree(gallery)
+    third = visualized("relu2", gallery=False)
+    assert projected == ["relu2"] and third.sheets == first.sheets
+    assert "sheets/webp" in np.load(path).files
+
+
 def test_one_process_at_a_time_visualizes_into_a_folder(images, tmp_path):
     subject = subject_of(seeded(Small))
     settings = settings_of(layers=["relu2"], control=False, gallery=False)

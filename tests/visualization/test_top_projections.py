@@ -32,12 +32,11 @@ from deconvnet.visualization.projection.projection import (
 from deconvnet.visualization.projection.projection_picture import BORDER
 from deconvnet.visualization.projection.projector import Projector
 from deconvnet.visualization.search import projecting, projection_table, tile_codec
-from deconvnet.visualization.search.checkerboard import checkerboard
+from deconvnet.visualization.search.checkerboard import averaged, averaged_period, checkerboard
 from deconvnet.visualization.search.projecting import project_top_activations
 from deconvnet.visualization.search.projection_grids import (
     MARK,
     TEXT,
-    full_tiles_to_show,
     grid_caption,
     layer_grid,
     pixel_filters,
@@ -47,7 +46,11 @@ from deconvnet.visualization.search.projection_grids import (
 )
 from deconvnet.visualization.search.randomization import shuffle_weights, shuffled_control
 from deconvnet.visualization.search.top_activations import find_top_activations
-from deconvnet.visualization.search.top_projections import TopProjections, load_top_projections
+from deconvnet.visualization.search.top_projections import (
+    TopProjections,
+    load_top_projections,
+    refer_to_pictures,
+)
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
 
@@ -288,31 +291,40 @@ def test_large_tiles_are_reduced(textures, monkeypatch):
     assert_allclose(found.patches[0, 0] / 255, expected, atol=0.003)
 
 
-def test_reduced_projections_are_kept_in_full_size_too(textures, monkeypatch, tmp_path):
+def test_reduced_projections_are_kept_in_full_size(textures, monkeypatch, tmp_path):
     net, images = nn.Sequential(seeded(two_layers)), list(textures(3, 3, 20, 28))
     projector = Projector(net, method="deconv")
     top = find_top_activations(projector, images, ["0.4"], k=2)["0.4"]
     plain = project_fields(projector, images, "0.4", top)
-    assert plain.full == {} and plain.full_tiles(0, "deconv") is None
+    assert plain.sheets == () and plain.full_tiles(0) == {}
     monkeypatch.setattr(projection_table, "LARGEST", 4)
-    monkeypatch.setattr(tile_codec, "DENSE", 100)
+    monkeypatch.setattr(tile_codec, "SMALL", 7)
+    monkeypatch.setattr(tile_codec, "DENSE_PROJECTIONS", 100)
     found = project_fields(projector, images, "0.4", top)
-    assert found.scale == 0.5 and found.full_shape == plain.patches.shape[3:] == (8, 8)
+    assert found.scale == 0.5 and found.sheet_tile == plain.patches.shape[3:] == (8, 8)
     found.save(tmp_path / "p.npz")
     loaded = load_top_projections(tmp_path / "p.npz")
+    assert loaded.sheets == found.sheets
     for result in (found, loaded):
+        assert result.tiles["deconv"].shape[3:] == (4, 4)
         for row in (row for row in range(len(found.maps)) if found.count(row)):
             count = found.count(row)
-            full, expected = result.full_tiles(row, "deconv"), plain.tiles["deconv"][row, :count]
-            assert full.dtype == np.int8 and full.shape == expected.shape
-            # WebP stores colours at half of the resolution, but brightness in full.
-            brightness = [tiles.astype(float).mean(1).ravel() for tiles in (full, expected)]
-            assert np.corrcoef(*brightness)[0, 1] > 0.9
-    shown = full_tiles_to_show(found, 0, "deconv")
-    signs = torch.from_numpy(found.signs[0]).view(-1, 1, 1, 1)
-    assert_array_equal(shown, torch.from_numpy(found.full_tiles(0, "deconv")) * signs)
+            signs = found.signs[row, :count, None, None, None]
+            full = result.full_tiles(row)
+            assert tuple(full) == found.methods == ("deconv", "guided")
+            for method, tiles in full.items():
+                expected = plain.tiles[method][row, :count]
+                assert tiles.dtype == np.int8 and tiles.shape == expected.shape
+                # WebP stores colours at half of the resolution, but brightness in full.
+                pair = tiles * signs, expected
+                brightness = [tiles.astype(float).mean(1).ravel() for tiles in pair]
+                assert np.corrcoef(*brightness)[0, 1] > 0.9
+                # The tiles of a file are made from the projections in full size.
+                pair = [one.tiles[method][row, :count].astype(float) for one in (loaded, found)]
+                assert np.corrcoef(*(tiles.mean(1).ravel() for tiles in pair))[0, 1] > 0.8
+                assert np.abs(pair[0]).reshape(count, -1).max(1).min() == 127
     without = project_fields(projector, images, "0.4", top, full_size=False)
-    assert without.full == {} and full_tiles_to_show(without, 0, "deconv") is None
+    assert without.sheets == () and without.full_tiles(0) == {}
 
 
 # Files.
@@ -403,6 +415,38 @@ def test_large_tiles_are_stored_in_less_than_half_of_their_bytes_almost_as_they_
     assert path.stat().st_size < 0.5 * raw
     # What is loaded is the same every time.
     assert_same(load_top_projections(path), two)
+
+
+def test_a_file_refers_to_pictures_that_a_page_has(tmp_path, textures):
+    signed = ((textures(6, 3, 30, 30) - 0.5) * 254).round().to(torch.int8).view(2, 3, 3, 30, 30)
+    one = replace(
+        projections_of(2, 3), tiles={"deconv": signed.numpy()}, patches=np.full_like(signed, 7)
+    )
+    one = replace(one, reports={"deconv": one.reports["deconv"]}, values=one.values.copy())
+    one.values[1] = np.nan
+    path, key = tmp_path / "arrays" / "a.npz", {"k": 3}
+    one.save(path, key)
+    size, whole = path.stat().st_size, load_top_projections(path)
+    page = tmp_path / "page"
+    page.mkdir()
+    picture = page / "0.webp"
+    picture.write_bytes(whole.sheets[0])
+    refer_to_pictures(path, [picture, None])
+    assert path.stat().st_size < size - len(whole.sheets[0])
+    assert_same(load_top_projections(path, key), whole)
+    content = path.read_bytes()
+    refer_to_pictures(path, [picture, None])
+    assert path.read_bytes() == content
+    # Both folders may be moved.
+    tmp_path = (tmp_path / "arrays").parent.rename(tmp_path.with_name(f"{tmp_path.name}-moved"))
+    path, picture = tmp_path / "arrays" / "a.npz", tmp_path / "page" / "0.webp"
+    assert_same(load_top_projections(path), whole)
+    # A picture of another page is not taken for it.
+    for change in (lambda: picture.write_bytes(whole.sheets[0] + b"x"), picture.unlink):
+        change()
+        assert load_top_projections(path, key) is None
+        with pytest.raises(ValueError, match=r"its pictures are those of a page, \.\./page/0.webp"):
+            load_top_projections(path)
 
 
 def assert_close_tiles(tiles, expected):
@@ -847,11 +891,13 @@ def test_a_checkerboard_is_averaged_out_where_it_is_a_small_part_of_a_tile():
         reports={"guided": ProjectionReport("guided", uneven=uneven)},
         values=found.values * [1, -1],
     )
-    shown = tiles_to_show(found, 0)["guided"]
-    assert shown.shape == (2, 3, 40, 40)
+    period = averaged_period(found.report, (40, 40))
+    shown = averaged(torch.from_numpy(found.tiles["guided"][0]).float(), period)
+    assert shown.shape == (2, 3, 40, 40) and period == (2, 2)
     assert_allclose(shown[0, 0, :, :19], -40, atol=1e-4)
     assert_allclose(shown[0, 0, :, 20:], 40, atol=1e-4)
-    assert torch.equal(shown[1], -shown[0])
+    signed = tiles_to_show(replace(found, tiles={"guided": shown.numpy()[None]}), 0)["guided"]
+    assert torch.equal(signed[1], -signed[0])
     assert "averaged over 2x2 pixels" in grid_caption(found)[1]
     # Not in a tile of a few periods, and not without a pattern.
     small = replace(
@@ -861,8 +907,26 @@ def test_a_checkerboard_is_averaged_out_where_it_is_a_small_part_of_a_tile():
     )
     plain = replace(found, reports={"guided": ProjectionReport("guided")})
     for other in (small, plain):
+        size = other.patches.shape[3:]
+        assert averaged_period(other.report, size) == (1, 1)
         assert np.array_equal(tiles_to_show(other, 0)["guided"][0], other.tiles["guided"][0, 0])
         assert "averaged" not in grid_caption(other)[1]
+
+
+def test_projected_tiles_are_averaged_over_the_checkerboard(textures):
+    net = nn.Sequential(nn.Conv2d(3, 2, 3, stride=2), nn.ReLU(), nn.Conv2d(2, 1, 16))
+    for p in net.parameters():
+        nn.init.ones_(p)
+    projector, images = Projector(net, method="deconv"), list(textures(1, 3, 33, 33))
+    found = project_fields(
+        projector, images, "2", find_top_activations(projector, images, ["2"], k=1)["2"]
+    )
+    assert averaged_period(found.report, (33, 33)) == (2, 2)
+    x = projector.prepare(images[0][None])
+    tile = projector(x, "2", found.units[0].tolist()).tiles()
+    expected = averaged(tile, (2, 2))[0]
+    assert_allclose(shown(found)[0, 0], expected / expected.abs().max(), atol=5e-3)
+    assert checkerboard(expected[None], (2, 2)) < 0.3 * checkerboard(tile, (2, 2))
 
 
 def test_contrast_is_set_after_a_tile_is_resized():

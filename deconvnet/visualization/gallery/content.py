@@ -26,6 +26,7 @@ from deconvnet.visualization.gallery.wording import (
     how_projected,
     subtitle_of,
     title_of,
+    words_of,
 )
 from deconvnet.visualization.result import VisualizationResult
 from deconvnet.visualization.search.search_region import searched_units
@@ -81,6 +82,7 @@ def write_result_gallery(
         ),
         images=images(),
         photographs=Photographs(names, result.shown_images),
+        words=words_of(result),
         figures=[
             Figure(picture, figure_caption(name, result.projections))
             for name, picture in result.pictures.items()
@@ -108,7 +110,7 @@ def _facts(result: VisualizationResult) -> dict[str, str | int]:
     return {
         "network": model.name,
         "weights": model.weights,
-        "images searched": len(result.images),
+        f"{words_of(result)['images']} searched": len(result.images),
         "sha256 of its parameters": model.digest,
     }
 

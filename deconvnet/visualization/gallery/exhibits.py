@@ -71,13 +71,28 @@ class Source:
 
 
 @dataclass(frozen=True)
+class ProjectionSheet:
+    """All projections of a map in one WebP picture, which the page shows as it is.
+
+    content: of the file, the k projections by one method after the other, in the arrangement of
+    `drawing.tile_sheet`. tile: (h, w) of each. contrast: by method, for each projection the factors
+    by which the page raises its contrast where it is reduced to the size of a tile, and in full
+    size: fine structure that averages to grey needs a larger one.
+    """
+
+    content: bytes
+    tile: tuple[int, int]
+    contrast: Mapping[str, Sequence[tuple[float, float]]]
+
+
+@dataclass(frozen=True)
 class GalleryMap:
     """One map of a layer.
 
     examples: k of its strongest activations, strongest first. projections: by method, the projected
-    examples (k, 3, S, S), the main method first; empty for a map that is never active. full: by
-    method, the same in full size, if they were reduced. patches: the image at the same positions,
-    (k, 3, S, S). label: the name of the map, such as that of a class.
+    examples (k, 3, S, S), the main method first; empty for a map that is never active. sheet: the
+    same in full size; None if they are small. patches: the image at the same positions, (k, 3, S,
+    S). label: the name of the map, such as that of a class.
     statistics: text or numbers; maps can be sorted by numbers, largest first. filter: (3, h, w).
     spectrum, spectrum_patches: further examples at lower activations, and the image there. similar:
     (number, cosine) of maps that look alike; coactive: (number, correlation) of maps that are
@@ -89,7 +104,7 @@ class GalleryMap:
     projections: Mapping[str, Picture] = dataclasses.field(default_factory=dict)
     patches: Picture | None = None
     examples: Sequence[Example] = ()
-    full: Mapping[str, Picture] = dataclasses.field(default_factory=dict)
+    sheet: ProjectionSheet | None = None
     label: str = ""
     statistics: Facts = dataclasses.field(default_factory=dict)
     filter: Picture | None = None

@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 import math
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -28,7 +28,12 @@ from deconvnet.storage import ownership
 from deconvnet.visualization.gallery.exhibits import Facts, Figure, GalleryImage, GalleryLayer
 from deconvnet.visualization.gallery.image_files import write_image
 from deconvnet.visualization.gallery.layer_files import write_layer
-from deconvnet.visualization.gallery.page_text import fact_texts, script_json, view_address
+from deconvnet.visualization.gallery.page_text import (
+    IMAGES,
+    fact_texts,
+    script_json,
+    view_address,
+)
 from deconvnet.visualization.gallery.photographs import Photographs
 from deconvnet.visualization.gallery.sprites import (
     GAP,
@@ -61,18 +66,20 @@ def write_gallery(
     facts: Facts | None = None,
     figures: Sequence[Figure] = (),
     notes: Sequence[str] = (),
+    words: Mapping[str, str] = IMAGES,
 ) -> Path:
     """Write a gallery and return the path of its page, `folder/index.html`.
 
     Layers, their maps and images are read one at a time, so that only the pictures of one map or
     image are in memory. photographs: the images that examples refer to by number; subtitle: a
-    sentence on the network; notes: paragraphs. An older gallery in the folder stays until the new
-    one is complete. Raises ValueError if something does not match, and if the folder holds anything
-    but an unchanged gallery.
+    sentence on the network; notes: paragraphs; words: what the page calls its images (`page_text`).
+    An older gallery in the folder stays until the new one is complete. Raises ValueError if
+    something does not match, and if the folder holds anything but an unchanged gallery.
     """
     folder = ownership.absolute(folder)
     with ownership.rebuilt_folder(folder) as new:
-        _write(new, title, subtitle, layers, images, photographs, facts or {}, figures, notes)
+        about = (title, subtitle, facts or {}, figures, notes, words)
+        _write(new, layers, images, photographs, *about)
     sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
     log.info("%s: %d files, %.1f MB", folder, len(sizes), sum(sizes) / 1e6)
     return folder / "index.html"
@@ -80,14 +87,15 @@ def write_gallery(
 
 def _write(
     root: Path,
-    title: str,
-    subtitle: str,
     layers: Iterable[GalleryLayer],
     images: Iterable[GalleryImage],
     photographs: Photographs | None,
+    title: str,
+    subtitle: str,
     facts: Facts,
     figures: Sequence[Figure],
     notes: Sequence[str],
+    words: Mapping[str, str],
 ) -> None:
     """Write all files of a gallery into an empty folder."""
     shown_layers: list[dict] = []
@@ -108,6 +116,7 @@ def _write(
     data = {
         "title": title,
         "gap": GAP,
+        "words": words,
         "layers": [{k: v for k, v in layer.items() if k in LAYER_DATA} for layer in shown_layers],
         "images": shown_images,
         "photographs": photographs and photographs.write(root),
@@ -132,6 +141,7 @@ def _write(
         repainted=next((n for n, i in enumerate(shown_images, 1) if i["repaintings"]), None),
         data=Markup(script_json(data)),
         scripts=SCRIPTS,
+        words=words,
         sprite=sprite_style,
         address=view_address,
     )

@@ -22,6 +22,7 @@ from deconvnet.visualization.gallery.exhibits import (
     Example,
     GalleryLayer,
     GalleryMap,
+    ProjectionSheet,
     Source,
 )
 from deconvnet.visualization.gallery.relatives import (
@@ -37,15 +38,13 @@ from deconvnet.visualization.gallery.wording import (
     border_sentences,
     layer_title,
     method_sentences,
+    words_of,
 )
 from deconvnet.visualization.projection.boxes import crop
 from deconvnet.visualization.projection.projection import LayerInfo
 from deconvnet.visualization.result import VisualizationResult
-from deconvnet.visualization.search.projection_grids import (
-    full_tiles_to_show,
-    pixel_filters,
-    tiles_to_show,
-)
+from deconvnet.visualization.search.projection_grids import pixel_filters, tiles_to_show
+from deconvnet.visualization.search.tile_codec import reduced
 from deconvnet.visualization.search.top_activations import group_by_size
 from deconvnet.visualization.search.top_projections import TopProjections
 
@@ -73,7 +72,7 @@ def layer_content(
     boards = projections.checkerboard[np.isfinite(projections.checkerboard)]
     if len(boards):
         facts["checkerboard (median)"] = f"{np.median(boards):.2f}"
-    content = _LayerContent.of(result, layer, survey, names)
+    content, words = _LayerContent.of(result, layer, survey, names), words_of(result)
     return GalleryLayer(
         layer,
         layer_title(layer),
@@ -86,7 +85,7 @@ def layer_content(
         control=_control(result, layer),
         below=content.below,
         sources_are="weights" if result.projector.is_deconvnet else "contributions",
-        notes=[*method_sentences(projections), *border_sentences(projections)],
+        notes=[*method_sentences(projections, words), *border_sentences(projections, words)],
     )
 
 
@@ -164,7 +163,7 @@ class _LayerContent:
         """The map in this row of the projections."""
         result, projections = self.result, self.result.projections[self.layer]
         top, number = result.top_activations[self.layer], int(projections.maps[row])
-        count = projections.count(row)
+        count, total, words = projections.count(row), top.num_images, words_of(result)
         spectrum, spectrum_patches = self._spectrum(row) if count else ([], None)
         e = result.evolutions.get(self.layer)
         has_evolution = e is not None and number in e.maps
@@ -179,13 +178,13 @@ class _LayerContent:
             },
             patches if count else None,
             [self._example(row, rank) for rank in range(count)],
-            full=self._full(row),
+            sheet=self._sheet(row),
             label=self._label(number),
             statistics={
                 "strongest activation": float(np.abs(projections.values[row, 0])) if count else 0.0,
-                "mean of the strongest per image": float(top.peak_sum[number] / top.num_images),
-                "active in images, %": 100 * float(top.active_images[number] / top.num_images),
-                "active positions, %": 100 * float(top.density_sum[number] / top.num_images),
+                f"mean of the strongest per {words['image']}": float(top.peak_sum[number] / total),
+                f"active in {words['images']}, %": 100 * float(top.active_images[number] / total),
+                "active positions, %": 100 * float(top.density_sum[number] / total),
             },
             filter=None if self.filters is None else self.filters[number],
             spectrum=spectrum,
@@ -198,15 +197,22 @@ class _LayerContent:
             epochs=e.epochs if has_evolution else (),
         )
 
-    def _full(self, row: int) -> dict[str, Tensor]:
-        """By method, the projections of a map in full size, if its tiles were reduced."""
-        projections = self.result.projections[self.layer]
-        full = {m: full_tiles_to_show(projections, row, m) for m in projections.methods}
-        return {
-            method: shade_projections(tiles, contrast=self.result.contrast)
-            for method, tiles in full.items()
-            if tiles is not None
-        }
+    def _sheet(self, row: int) -> ProjectionSheet | None:
+        """The projections of a map in full size, unless its tiles are small."""
+        projections, contrast = self.result.projections[self.layer], self.result.contrast
+        full = projections.full_tiles(row)
+        if not full:
+            return None
+        size = projections.patches.shape[3:]
+        factors = {}
+        for method, tiles in full.items():
+            tiles = torch.from_numpy(tiles).float()
+            magnitudes = [
+                quantile_magnitude(each, contrast).flatten()
+                for each in (reduced(tiles, size), tiles)
+            ]
+            factors[method] = [tuple(pair) for pair in (127 / torch.stack(magnitudes, 1)).tolist()]
+        return ProjectionSheet(projections.sheets[row], projections.sheet_tile, factors)
 
     def _label(self, number: int) -> str:
         """The class of a map, if there is one map for each."""

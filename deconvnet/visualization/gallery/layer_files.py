@@ -2,7 +2,7 @@
 
 layers/<n>-<name>/<method>.webp     one tile of every map; also patches, filters, few, control
 layers/<n>-<name>/maps/<k>.webp     all tiles of map k; maps/<k>-evolution of its training
-layers/<n>-<name>/maps/<k>-<method>.webp  its projections in full size, if tiles were reduced
+layers/<n>-<name>/maps/<k>-projections.webp  its projections in full size, unless they are small
 layers/<n>-<name>/features.json     everything about the maps but the pictures
 layers/<n>-<name>/features.js       the same for the page, which may not read JSON as a file
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from deconvnet.visualization.gallery.exhibits import (
     Facts,
     GalleryLayer,
     GalleryMap,
+    ProjectionSheet,
 )
 from deconvnet.visualization.gallery.page_text import (
     fact_texts,
@@ -32,6 +34,7 @@ from deconvnet.visualization.gallery.page_text import (
 )
 from deconvnet.visualization.gallery.photographs import Photographs
 from deconvnet.visualization.gallery.sprites import (
+    sheet_layout,
     to_tile,
     to_tiles,
     write_sprite_sheet,
@@ -39,9 +42,8 @@ from deconvnet.visualization.gallery.sprites import (
 )
 
 # The largest sides in pixels: of the tiles on a map's own page, of those on the wall, and of those
-# of its evolution; FULL: of its projections in full size.
+# of its evolution.
 TILE = 160
-FULL = 512
 WALL = 128
 EPOCH = 96
 # How many maps a layer shows on the first page, by the number of tiles of each: three full rows.
@@ -54,7 +56,7 @@ def write_layer(
     root: Path, number: int, layer: GalleryLayer, photographs: Photographs | None
 ) -> dict:
     """Write the files of one layer; returns its data for the page. number: from 1."""
-    place = f"layers/{number}-{safe_name(layer.name)}"
+    place = layer_folder(number, layer.name)
     firsts: list[dict[str, np.ndarray | None]] = []
     entries: list[dict] = []
     statistics: list[Facts] = []
@@ -114,6 +116,16 @@ def write_layer(
     }
 
 
+def layer_folder(number: int, layer: str) -> str:
+    """The path of the folder of a layer from the page; number: from 1."""
+    return f"layers/{number}-{safe_name(layer)}"
+
+
+def projections_file(number: int, layer: str, map: int) -> str:
+    """The path of the projections of a map in full size."""
+    return f"{layer_folder(number, layer)}/maps/{map}-projections.webp"
+
+
 def _write_map(
     root: Path,
     place: str,
@@ -127,6 +139,7 @@ def _write_map(
         method: to_tiles(pictures, f"{where}, {method}", TILE)
         for method, pictures in shown.projections.items()
     }
+    methods = list(tiles)
     tiles["patches"] = to_tiles(shown.patches, f"{where}, patches", TILE)
     tiles["spectrum"] = to_tiles(shown.spectrum_patches, f"{where}, spectrum", TILE)
     tiles["sources"] = [
@@ -139,12 +152,12 @@ def _write_map(
         tiles["sources"] = []
     evolution = tiles.pop("evolution")
     sheets = {}
+    if shown.sheet is not None:
+        counts = {method: len(tiles.pop(method)) for method in methods}
+        file = f"{place}/maps/{shown.number}-projections.webp"
+        sheets = _write_projections(root, file, shown.sheet, counts)
     if any(tile is not None for group in tiles.values() for tile in group):
-        sheets = write_sprite_sheets(root, f"{place}/maps/{shown.number}", tiles)
-    for method, pictures in shown.full.items():
-        full = to_tiles(pictures, f"{where}, {method} in full size", FULL)
-        name = f"{place}/maps/{shown.number}-{safe_name(method)}"
-        sheets[method]["full"] = write_sprite_sheet(root, name, full)
+        sheets |= write_sprite_sheets(root, f"{place}/maps/{shown.number}", tiles)
     if evolution:
         name = f"{place}/maps/{shown.number}-evolution"
         sheets["evolution"] = write_sprite_sheet(root, name, evolution)
@@ -178,6 +191,22 @@ def _write_map(
     }
 
 
+def _write_projections(
+    root: Path, file: str, sheet: ProjectionSheet, counts: dict[str, int]
+) -> dict[str, dict]:
+    """Write the projections of a map in full size; returns their layouts by method."""
+    path = root / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(sheet.content)
+    layout = {"file": file, **sheet_layout(sum(counts.values()), *sheet.tile)}
+    sheets, first = {}, 0
+    for method, count in counts.items():
+        contrast = [[rounded(factor) for factor in pair] for pair in sheet.contrast[method]]
+        sheets[method] = {**layout, "first": first, "count": count, "contrast": contrast}
+        first += count
+    return sheets
+
+
 def _first_tiles(shown: GalleryMap, where: str) -> dict[str, np.ndarray | None]:
     """The tiles of a map on the wall: its strongest example in each form, and its filter."""
     pictures = {**shown.projections, "patches": shown.patches}
@@ -204,8 +233,8 @@ def _check_counts(shown: GalleryMap, counts: dict[str, int], where: str) -> None
         ("patches of its spectrum", counts["spectrum"], "examples of it", len(shown.spectrum)),
         ("pictures of its evolution", counts["evolution"], "epochs", len(shown.epochs)),
         *(
-            (f"{method} in full size", len(pictures), "projections", counts.get(method, 0))
-            for method, pictures in shown.full.items()
+            (f"contrasts of {method}", len(factors), "projections", counts.get(method, 0))
+            for method, factors in (shown.sheet.contrast if shown.sheet else {}).items()
         ),
     ):
         if length != labels:
@@ -256,10 +285,16 @@ def _layer_facts(layer: GalleryLayer, count: int) -> list[tuple[str, str]]:
         if (H, W) != (1, 1):
             facts["size of a map"] = f"{H}×{W}"
     if layer.field is not None:
-        facts["receptive field"] = "{}×{} pixels".format(*layer.field)
+        facts["receptive field"] = _extent(layer, layer.field)
     if layer.stride is not None:
-        facts["stride"] = "{}×{} pixels".format(*layer.stride)
+        facts["stride"] = _extent(layer, layer.stride)
     return fact_texts({**facts, **layer.facts})
+
+
+def _extent(layer: GalleryLayer, size: Sequence[int | Fraction]) -> str:
+    """Rows and columns in words; maps of one row are those of signals."""
+    is_signal = layer.shape is not None and layer.shape[1] == 1 < layer.shape[2]
+    return f"{size[1]} samples" if is_signal and size[0] == 1 else "{}×{} pixels".format(*size)
 
 
 def _sort_keys(statistics: list[Facts]) -> list[dict]:

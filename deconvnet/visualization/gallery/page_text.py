@@ -11,6 +11,16 @@ from urllib.parse import quote
 
 from deconvnet.visualization.gallery.exhibits import Facts
 
+# What a page calls the images that it shows, and images of one row, which are signals.
+IMAGES = {
+    **{"image": "image", "images": "images", "one": "an image", "pixels": "pixels"},
+    **{"photograph": "photograph", "photographs": "photographs"},
+}
+RECORDINGS = {
+    **{"image": "recording", "images": "recordings", "one": "a recording", "pixels": "samples"},
+    **{"photograph": "recording", "photographs": "recordings"},
+}
+
 
 def fact_texts(facts: Facts) -> list[tuple[str, str]]:
     """Facts as pairs of texts."""

@@ -11,8 +11,6 @@ are drawn as curves.
 
 from __future__ import annotations
 
-import io
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -23,17 +21,16 @@ from PIL import Image
 from torch import Tensor
 
 from deconvnet.visualization.drawing.canvas import as_curves, thickened
-from deconvnet.visualization.search.tile_codec import DENSE, is_dense
+from deconvnet.visualization.drawing.tile_sheet import GAP, sheet_columns, to_sheet
+from deconvnet.visualization.search.tile_codec import SMALL, is_dense, webp
 
 Picture = Tensor | np.ndarray
 
-GREY = 128
-GAP = 2
-# Sheets of smaller tiles are PNG files, which keep every pixel; larger ones are WebP files.
-LARGE = 32
 # WebP has a quality from 0 to 100. Tiles of many pixels are shown in about their own size, where
-# less is needed.
-FINE, COARSE, MANY_PIXELS = 66, 45, 80
+# less is needed, and least in dense texture, in which artefacts hide.
+FINE, COARSE, DENSE, MANY_PIXELS = 66, 45, 14, 80
+# From 0 to 6: smaller files in more time.
+METHOD = 4
 # A sheet of so few colours is a PNG file.
 FEW_COLORS = 16
 # Run-length encoding is ten times faster than the default, and these files are smaller.
@@ -91,21 +88,10 @@ def write_sprite_sheets(
     `first` is the cell of a group's first tile. Groups without tiles have no layout.
     """
     tiles = [tile for group in groups.values() for tile in group]
-    present = [tile for tile in tiles if tile is not None]
-    h, w = (max(tile.shape[axis] for tile in present) for axis in (0, 1))
-    columns = len(tiles) if len(tiles) <= 10 else math.ceil(math.sqrt(len(tiles) * h / w))
-    rows = -(-len(tiles) // columns)
-    page = np.full((rows * (h + GAP) - GAP, columns * (w + GAP) - GAP, 3), GREY, np.uint8)
-    for number, tile in enumerate(tiles):
-        if tile is None:
-            continue
-        th, tw = tile.shape[:2]
-        top = number // columns * (h + GAP) + (h - th) // 2
-        left = number % columns * (w + GAP) + (w - tw) // 2
-        page[top : top + th, left : left + tw] = tile
-    layout = {"columns": columns, "rows": rows, "width": w, "height": h}
+    h, w = (max(tile.shape[axis] for tile in tiles if tile is not None) for axis in (0, 1))
+    page, layout = to_sheet(tiles), sheet_layout(len(tiles), h, w)
     quality = FINE if max(h, w) < MANY_PIXELS else COARSE
-    quality = quality if min(h, w) >= LARGE and not _is_drawing(page) else None
+    quality = quality if min(h, w) > SMALL and not _is_drawing(page) else None
     layout = {"file": _save(root, name, page, quality), **layout}
     sheets, first = {}, 0
     for key, group in groups.items():
@@ -117,12 +103,18 @@ def write_sprite_sheets(
     return sheets
 
 
+def sheet_layout(count: int, h: int, w: int) -> dict:
+    """How `count` tiles (h, w) lie in a sheet."""
+    columns = sheet_columns(count, h, w)
+    return {"columns": columns, "rows": -(-count // columns), "width": w, "height": h}
+
+
 def write_picture(
     root: Path, name: str, picture: Tensor, largest: int, *, photographs: bool = False
 ) -> dict:
     """Write a picture into its own file; `pixels` are its rows and columns before any reduction."""
     page = _bytes(picture, largest)
-    large = photographs and min(page.shape[:2]) >= LARGE
+    large = photographs and min(page.shape[:2]) > SMALL
     return {
         "file": _save(root, name, page, FINE if large else None),
         "width": page.shape[1],
@@ -156,7 +148,7 @@ def _bytes(picture: Tensor, largest: int) -> np.ndarray:
     if max(H, W) > largest:
         size = [max(1, round(side * largest / max(H, W))) for side in (H, W)]
         picture = F.interpolate(picture[None], size, mode="bilinear", antialias=True)[0]
-    # Zero, 0.5, becomes 128: GREY.
+    # Zero, 0.5, becomes 128, the grey of sheets.
     return (picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
 
 
@@ -172,18 +164,12 @@ def _save(root: Path, name: str, page: np.ndarray, quality: int | None) -> str:
     path = root / f"{name}{'.png' if quality is None else '.webp'}"
     path.parent.mkdir(parents=True, exist_ok=True)
     if quality is not None:
-        content = _webp(page, quality)
+        content = webp(page, quality, METHOD)
         if quality == COARSE and is_dense(content, page):
-            content = _webp(page, DENSE)
+            content = webp(page, DENSE, METHOD)
         path.write_bytes(content)
     else:
         grey = bool((page == page[..., :1]).all())
         page = np.ascontiguousarray(page[..., 0] if grey else page)
         Image.fromarray(page).save(path, compress_type=Z_RLE)
     return path.relative_to(root).as_posix()
-
-
-def _webp(page: np.ndarray, quality: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(page)).save(buffer, "webp", quality=quality, method=4)
-    return buffer.getvalue()

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from deconvnet.visualization.gallery.page_text import IMAGES, RECORDINGS
 from deconvnet.visualization.projection.projection import ProjectionReport
 from deconvnet.visualization.result import VisualizationResult
 from deconvnet.visualization.search.top_projections import TopProjections
@@ -18,6 +19,11 @@ METHOD_NAMES = {
     "gradient": "gradient",
 }
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+def words_of(result: VisualizationResult) -> dict[str, str]:
+    """What the images of a result are called: images of one row are recordings."""
+    return RECORDINGS if result.images[0].shape[1] == 1 else IMAGES
 
 
 def layer_title(layer: str) -> str:
@@ -45,7 +51,8 @@ def title_of(result: VisualizationResult) -> str:
 
 def subtitle_of(result: VisualizationResult) -> str:
     """A sentence on what the network is and on which images it is shown."""
-    images = f"{len(result.images):,} images" if len(result.images) != 1 else "one image"
+    words, count = words_of(result), len(result.images)
+    images = f"{count:,} {words['images']}" if count != 1 else f"one {words['image']}"
     if result.projector.is_deconvnet:
         net = result.projector.model
         return (
@@ -86,7 +93,7 @@ def report_sentences(report: ProjectionReport) -> str:
     return " ".join(sentences)
 
 
-def method_sentences(projections: TopProjections) -> list[str]:
+def method_sentences(projections: TopProjections, words: Mapping[str, str]) -> list[str]:
     """What a reader should know of the methods of a layer: why the first one is the first, and
     which of them does not depend on the image."""
     notes = []
@@ -96,13 +103,13 @@ def method_sentences(projections: TopProjections) -> list[str]:
             notes.append(f"Shown with {name}, because {report.reason}.")
         elif method == "deconv" and not report.depends_on_image:
             notes.append(
-                f"No max pooling lies between this layer and the pixels, so {name} projections of "
-                "a map look the same for every image."
+                f"No max pooling lies between this layer and the {words['pixels']}, so {name} "
+                f"projections of a map look the same for every {words['image']}."
             )
     return notes
 
 
-def border_sentences(projections: TopProjections) -> list[str]:
+def border_sentences(projections: TopProjections, words: Mapping[str, str]) -> list[str]:
     """How many examples are units at the border of their image; nothing if there are none."""
     found = np.isfinite(projections.values)
     border = int((projections.border & found).sum())
@@ -110,7 +117,7 @@ def border_sentences(projections: TopProjections) -> list[str]:
         return []
     return [
         f"Border units are included: in {border} of the {int(found.sum())} strongest examples the "
-        "receptive field reaches beyond the image, where a unit sees padding."
+        f"receptive field reaches beyond the {words['image']}, where a unit sees padding."
     ]
 
 

@@ -193,7 +193,8 @@ def separate_fields(net: DeconvNet, codes: Codes, layer: int, units: Activations
     apart, which is many times faster.
     """
     boundaries = {net.layer(number).settings.boundary for number in range(1, layer + 1)}
-    if len(units) == 0 or boundaries != {"valid"}:  # other fields may continue at another border
+    # At other boundaries fields continue at the opposite side, or are mirrored.
+    if len(units) == 0 or not boundaries <= {"valid", "zero"}:
         return _fields_one_by_one(net, codes, layer, units)
     rows, columns = (layer_field(net, layer, axis) for axis in (0, 1))
     size = tile_size(rows.size, columns.size)

@@ -104,9 +104,10 @@ def _panels(
     areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     count = int((areas.cumsum(0) <= FRAMED * y.shape[2] * y.shape[3]).sum())
     framed = _framed(resized(image[None].expand(-1, 3, -1, -1), width)[0], image, boxes[:count])
-    title = "the image, and where its parts are" if count else "the image"
-    if 0 < count < len(boxes):
-        title = f"the image, and where the first {count} of its parts are"
+    title = _noun(image)
+    if count:
+        first = f"the first {count} of " if count < len(boxes) else ""
+        title += f", and where {first}its parts are"
     panels = [(title, framed)]
     for title, signed in (
         ("preprocessed: what the network explains", y),
@@ -148,13 +149,18 @@ def _parts_row(
             cell.append(resized(patch, width)[0])
         cells.append(vstack(cell, GAP))
     number = f"{len(parts)} parts" if len(parts) > 1 else "1 part"
-    where = ", above the image in the same place" if _are_local(boxes, image) else ""
+    where = f", above {_noun(image)} in the same place" if _are_local(boxes, image) else ""
     title = (
         f"{number}, each alone{where}: one activation of a map, and what it adds to the energy of "
         f"the reconstruction. Together: {percent(float(parts.shares[-1]))}"
     )
     lines = [hstack(cells[n : n + columns], GAP) for n in range(0, len(cells), columns)]
     return vstack([_heading(title, page), *lines], GAP)
+
+
+def _noun(image: Tensor) -> str:
+    """What an image (C, H, W) is called: one of a single row is a signal."""
+    return "the signal" if image.shape[1] == 1 else "the image"
 
 
 def _are_local(boxes: Tensor, image: Tensor) -> bool:

@@ -18,6 +18,7 @@ from deconvnet.visualization.drawing.canvas import (
     GAP,
     LINE,
     PAGE,
+    as_curves,
     hstack,
     quantile_magnitude,
     shade_signed,
@@ -160,7 +161,11 @@ def _drawn(rows: list[_Row], page: int) -> Tensor:
 
 
 def shaded(signed: Tensor, width: int, white: float | Tensor | None = None) -> Tensor:
-    """Signed tiles (M, 3, h, w) resized to a width, then shaded; white: by default of each tile."""
+    """Signed tiles (M, 3, h, w) resized to a width, then shaded; those of one row are curves.
+    white: by default of each tile."""
+    if signed.shape[2] == 1:
+        white = quantile_magnitude(signed) if white is None else white
+        return resized(shade_signed(signed, white), width)
     tiles = resized(signed, width)
     if white is None:
         # The fine structure of a reduced tile averages to less; the pixels of an enlarged one stay.
@@ -169,8 +174,9 @@ def shaded(signed: Tensor, width: int, white: float | Tensor | None = None) -> T
 
 
 def resized(pictures: Tensor, width: int) -> Tensor:
-    """Pictures (N, C, h, w) at this width; pixels that are much enlarged stay squares."""
-    pictures = thickened(pictures.cpu().float())
+    """Pictures (N, C, h, w) at this width; pixels that are much enlarged stay squares, and pictures
+    of one row become curves."""
+    pictures = thickened(as_curves(pictures.cpu().float()))
     h, w = pictures.shape[2:]
     size = max(1, round(h * width / w)), width
     if size == (h, w):

@@ -24,6 +24,8 @@ from deconvnet.support.torch_modes import plain
 
 # Activations, or images, at a time.
 CHUNK = 16
+# Bytes of the largest maps of a chunk: the pages of larger arrays are mapped again for each chunk.
+MAPS_BYTES = 2**25
 
 
 @dataclass(frozen=True)
@@ -134,11 +136,13 @@ def project_units(
 
     positions: image, map, row and column, (M,) each; coefficients: (M,).
     """
-    for chunk in torch.arange(len(coefficients), device=coefficients.device).split(CHUNK):
+    numel = max(math.prod(codes.layer(number).shape) for number in range(1, layer + 1))
+    size = max(1, min(CHUNK, MAPS_BYTES // (numel * coefficients.element_size())))
+    for chunk in torch.arange(len(coefficients), device=coefficients.device).split(size):
         n, k, i, j = (index[chunk] for index in positions)
         z = coefficients.new_zeros(len(chunk), *codes.layer(layer).shape)
         z[torch.arange(len(chunk), device=z.device), k, i, j] = coefficients[chunk]
-        yield from net.operator(codes.select(n), layer)(z)
+        yield from net.operator(codes, layer, n)(z)
 
 
 def layer_field(net: DeconvNet, layer: int, axis: int) -> Field:

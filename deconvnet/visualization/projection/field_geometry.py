@@ -24,19 +24,12 @@ from deconvnet.visualization.projection.autograd_graph import (
     output_shape,
     topological_order,
 )
+from deconvnet.visualization.projection.field_boxes import FAR, all_channels, bounded
+from deconvnet.visualization.projection.keeping_rules import elementwise, zoom_of
 from deconvnet.visualization.projection.map_axis import MapAxes, unflattened_shape
+from deconvnet.visualization.projection.moving_rules import across_rearrangement, unsplit
 from deconvnet.visualization.projection.operations import SPLITS, gates_of, skip_moves
-from deconvnet.visualization.projection.receptive_fields import (
-    FAR,
-    RULES,
-    across_rearrangement,
-    all_channels,
-    bounded,
-    elementwise,
-    input_boxes,
-    unsplit,
-    zoom_of,
-)
+from deconvnet.visualization.projection.receptive_fields import RULES, input_boxes
 
 # Fields that repeat after more units than this are taken to be the whole image.
 LONGEST_PERIOD = 512

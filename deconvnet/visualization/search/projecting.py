@@ -25,9 +25,11 @@ from deconvnet.visualization.search.near_duplicates import SIDE, surroundings
 from deconvnet.visualization.search.projection_table import (
     ProjectedUnits,
     RankedUnit,
+    Table,
     drop_repetitions,
     empty_table,
     fill_in,
+    finished,
 )
 from deconvnet.visualization.search.top_activations import (
     Progress,
@@ -68,7 +70,7 @@ def project_top_activations(
     if they differ; at most k. window: what tiles show: effective, the box that holds 95% of the
     mean energy of the projections of the layer; field, the whole receptive field; or a box that was
     measured before. full_size: whether to keep projections that are larger than tiles in their full
-    size as well.
+    size.
 
     Raises ValueError if an image does not give the activation that the table lists, because the
     data set is then shuffled or augmented.
@@ -86,29 +88,29 @@ def project_top_activations(
     if window == "effective":
         window = _measure(projector, images, layer, [units[0][1] for units in candidates if units])
     task = _Task(projector, images, layer, window if isinstance(window, EffectiveField) else None)
-    result, done = None, 0
+    table, done = None, 0
     around = np.zeros((len(maps), k, SIDE, SIDE), np.float32)
     while True:
-        missing = [count - _count(result, row) for row, count in enumerate(wanted)]
+        missing = [count - _count(table, row) for row, count in enumerate(wanted)]
         units = [
-            RankedUnit(row, _count(result, row) + place, *candidates[row].pop(0))
+            RankedUnit(row, _count(table, row) + place, *candidates[row].pop(0))
             for row, count in enumerate(missing)
             for place in range(min(count, len(candidates[row])))
         ]
         if not units:
-            return result
+            return finished(table)
         total = done + len(units)
-        for part in _project(task, units, result):
+        for part in _project(task, units, table):
             _check_values(part, expected)
-            result = result or empty_table(layer, maps, k, part, task.effective, full_size)
-            fill_in(result, part)
+            table = table or empty_table(layer, maps, k, part, task.effective, full_size)
+            fill_in(table, part)
             around[[r.row for r in part.units], [r.rank for r in part.units]] = part.around
             done += len(part.units)
             if progress:
                 progress(done, total)
         if near_duplicates:
-            return result
-        drop_repetitions(result, around)
+            return finished(table)
+        drop_repetitions(table, around)
 
 
 class _Task(NamedTuple):
@@ -120,12 +122,10 @@ class _Task(NamedTuple):
     effective: EffectiveField | None
 
 
-def _project(
-    task: _Task, units: list[RankedUnit], result: TopProjections | None
-) -> Iterator[ProjectedUnits]:
-    """Project units, some images and some units at a time; result: for the shape of its tiles."""
+def _project(task: _Task, units: list[RankedUnit], table: Table | None) -> Iterator[ProjectedUnits]:
+    """Project units, some images and some units at a time; table: for the shape of its tiles."""
     units = sorted(units, key=lambda ranked: ranked.unit[0])
-    shape = None if result is None else result.patches.shape[3:]
+    shape = None if table is None else table.result.patches.shape[3:]
     for chunk, projections, pixels in _projections(task.projector, task.images, task.layer, units):
         first = next(iter(projections.values()))
         windows = _windows(first.fields, tuple(first.images.shape[2:]), task.effective, shape)
@@ -225,8 +225,8 @@ def _by_image(units: list[RankedUnit], count: int) -> Iterator[list[RankedUnit]]
         yield group
 
 
-def _count(result: TopProjections | None, row: int) -> int:
-    return 0 if result is None else result.count(row)
+def _count(table: Table | None, row: int) -> int:
+    return 0 if table is None else table.count(row)
 
 
 def _check_values(part: ProjectedUnits, expected: np.ndarray) -> None:

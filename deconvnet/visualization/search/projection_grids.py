@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deconvnet.visualization.drawing.canvas import (
@@ -35,6 +34,7 @@ from deconvnet.visualization.projection.feature_projection import signed_filters
 from deconvnet.visualization.projection.projection import LayerInfo
 from deconvnet.visualization.projection.projection_picture import BORDER, PALE, TILE
 from deconvnet.visualization.projection.projector import Projector
+from deconvnet.visualization.search.checkerboard import averaged_period
 
 if TYPE_CHECKING:
     from deconvnet.visualization.search.top_projections import TopProjections
@@ -45,8 +45,6 @@ TITLE, TEXT = 20, 15
 MARK = 13
 # Between two maps.
 BETWEEN = 8 * GAP
-# Tiles of at least so many periods of a checkerboard are averaged over one period.
-PERIODS = 16
 # Maps of the control below a grid, and what its reader has to know.
 CONTROL_MAPS = 3
 CONTROL = (
@@ -55,47 +53,13 @@ CONTROL = (
 
 
 def tiles_to_show(projections: TopProjections, row: int) -> dict[str, Tensor]:
-    """By method, the tiles (k, C, h, w) of a map as pictures show them, before they are shaded.
-
-    They are multiplied by the signs of the activations, and averaged over one period of the
-    checkerboard that convolutions with an uneven overlap may leave, if this is a small part of a
-    tile.
-    """
+    """By method, the tiles (k, C, h, w) of a map as pictures show them, before they are shaded:
+    multiplied by the signs of the activations."""
+    signs = projections.signs[row, :, None, None, None]
     return {
-        method: _to_show(projections, row, method, tiles[row], projections.scale)
+        method: torch.from_numpy(tiles[row] * signs).float()
         for method, tiles in projections.tiles.items()
     }
-
-
-def full_tiles_to_show(projections: TopProjections, row: int, method: str) -> Tensor | None:
-    """(n, C, h, w): the projections of a map in full size, as `tiles_to_show` has the tiles; None
-    if the tiles have their full size."""
-    tiles = projections.full_tiles(row, method)
-    if tiles is None:
-        return None
-    scale = projections.scale * tiles.shape[3] / projections.patches.shape[4]
-    return _to_show(projections, row, method, tiles, scale)
-
-
-def _to_show(
-    projections: TopProjections, row: int, method: str, tiles: np.ndarray, scale: float
-) -> Tensor:
-    signs = projections.signs[row, : len(tiles), None, None, None]
-    signed = torch.from_numpy(tiles * signs).float()
-    size = [math.ceil(n * scale) for n in averaged_period(projections, method)]
-    padding = (0, size[1] - 1, 0, size[0] - 1)
-    return F.avg_pool2d(F.pad(signed, padding, mode="reflect"), size, stride=1)
-
-
-def averaged_period(projections: TopProjections, method: str) -> tuple[int, int]:
-    """The rows and columns of pixels over which tiles are averaged; (1, 1) if they are not.
-
-    Among several patterns, this is the period of the finest, which is the most visible.
-    """
-    uneven = [o for o in projections.reports[method].uneven if all(o.period)]
-    period = uneven[-1].period if uneven else (1, 1)
-    side = min(projections.patches.shape[3:]) / projections.scale
-    return period if side >= PERIODS * max(period) else (1, 1)
 
 
 def layer_grid(
@@ -160,7 +124,9 @@ def grid_caption(
             "No max pooling lies below this layer, so deconv shows the same for every image; only "
             "guided depends on it."
         )
-    periods = {averaged_period(projections, method) for method in projections.reports} - {(1, 1)}
+    window = [side / projections.scale for side in projections.patches.shape[3:]]
+    periods = {averaged_period(report, window) for report in projections.reports.values()}
+    periods -= {(1, 1)}
     if periods:
         period = "{}x{}".format(*max(periods))
         sentences.append(

@@ -12,73 +12,110 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from PIL import Image, features
+from torch import Tensor
+
+from deconvnet.visualization.drawing.tile_sheet import GREY, from_sheet, to_sheet
 
 # Tiles up to this side are stored without loss.
 SMALL = 24
-# WebP's quality of projections, whose fine structure matters, and of photographs.
-PROJECTIONS, PHOTOGRAPHS = 60, 65
-# Of projections in full size.
-FULL_SIZE = 45
-# Of a picture of dense texture, which at the usual quality needs more bits for a pixel than this:
-# its artefacts hide in the texture.
-DENSE, DENSE_BITS = 14, 0.75
+# WebP's quality, from 0 to 100: of projections, whose fine structure matters, of those of dense
+# texture, in which artefacts hide, and of photographs.
+PROJECTIONS, DENSE_PROJECTIONS, PHOTOGRAPHS = 60, 40, 65
+# A picture that needs more bits for a pixel is dense texture.
+DENSE_BITS = 0.75
+# Of a projection in memory, before the sheet of its map is complete.
+PASSING = 90
 # From 0 to 6: as fast as 0 and a quarter smaller; 4 needs twice the time to save a twentieth.
 METHOD = 2
-# Tiles begin at multiples of this, the side of WebP's blocks, so that none affects another.
-BLOCK = 16
-# Zero of signed tiles.
-GREY = 128
+# The share of the non-zero values of a tile that may exceed the range of its bytes.
+CLIPPED = 1e-3
 
 
-def encode_tiles(tiles: np.ndarray, counts: list[int]) -> dict[str, np.ndarray]:
-    """Arrays from which `decode_tiles` makes the tiles again.
+def is_picture(size: Sequence[int]) -> bool:
+    """Whether tiles of this size (h, w) are stored as pictures; signals are not: they are drawn as
+    curves, in which any loss would be visible."""
+    return max(size) > SMALL and size[0] > 1 and features.check("webp")
 
-    tiles: (M, k, C, h, w) with C = 1 or 3, int8 for signed tiles, uint8 for photographs. counts:
-    how many of the k tiles of each map are not empty; only these are stored.
+
+def to_bytes(tiles: Tensor) -> np.ndarray:
+    """Tiles (U, C, h, w) in int8: 127 is the magnitude that at most one in a thousand of the
+    non-zero values of the tile exceeds."""
+    parts = []
+    for tile in tiles:
+        magnitudes = tile[tile != 0].abs()
+        count = len(magnitudes)
+        above = count - math.ceil((1 - CLIPPED) * count) + 1
+        scale = magnitudes.topk(above).values[-1] if count else tile.new_ones(())
+        parts.append((127 * (tile / scale).clamp(-1, 1)).round().to(torch.int8))
+    return torch.stack(parts).numpy()
+
+
+def reduced(tiles: Tensor, size: Sequence[int]) -> Tensor:
+    """Tiles (U, C, H, W) in this size (h, w)."""
+    if tuple(tiles.shape[2:]) == tuple(size):
+        return tiles
+    return F.interpolate(tiles, tuple(size), mode="bilinear", antialias=True)
+
+
+def encode_signed(tiles: np.ndarray, signs: np.ndarray) -> bytes:
+    """Signed tiles (n, C, h, w) int8 with C = 1 or 3, times signs (n,), as one picture; zero is
+    grey."""
+    page = _page(_unsigned(tiles * signs[:, None, None, None]))
+    content = webp(page, PROJECTIONS, METHOD)
+    return webp(page, DENSE_PROJECTIONS, METHOD) if is_dense(content, page) else content
+
+
+def decode_signed(content: bytes, shape: Sequence[int]) -> np.ndarray:
+    """The tiles of `encode_signed` times their signs, of this shape (n, C, h, w)."""
+    tiles = _tiles(content, shape).astype(np.int16) - GREY
+    return tiles.clip(-127, 127).astype(np.int8)
+
+
+def encode_passing(tile: np.ndarray) -> bytes:
+    """One signed tile (C, h, w) int8 with hardly any loss."""
+    return webp(_page(_unsigned(tile[None])), PASSING, 0)
+
+
+def encode_photographs(tiles: np.ndarray, counts: list[int]) -> dict[str, np.ndarray]:
+    """Arrays from which `decode_photographs` makes the tiles again.
+
+    tiles: (M, k, 3, h, w) uint8. counts: how many of the k tiles of each map are not empty; of
+    large ones, only these are stored.
     """
-    shape = np.array(tiles.shape)
-    is_signal = tiles.shape[3] == 1  # drawn as curves, in which any loss would be visible
-    if max(tiles.shape[3:]) <= SMALL or is_signal or not features.check("webp"):
-        return {"shape": shape, "tiles": tiles}
-    quality = PHOTOGRAPHS if tiles.dtype == np.uint8 else PROJECTIONS
+    if not is_picture(tiles.shape[3:]):
+        return {"tiles": tiles}
     pictures = [
-        _encoded(_sheet(_unsigned(row[:count])), quality) if count else b""
+        webp(_page(row[:count]), PHOTOGRAPHS, METHOD) if count else b""
         for row, count in zip(tiles, counts, strict=True)
     ]
-    return {
-        "shape": shape,
-        "signed": np.array(tiles.dtype == np.int8),
-        "counts": np.array(counts),
-        "sizes": np.array([len(picture) for picture in pictures]),
-        "webp": np.frombuffer(b"".join(pictures), np.uint8),
-    }
+    return {"shape": np.array(tiles.shape), "counts": np.array(counts), **pack(pictures)}
 
 
-def decode_tiles(arrays: dict[str, np.ndarray]) -> np.ndarray:
-    """The tiles (M, k, C, h, w) of `encode_tiles`; empty ones are zero, or grey in photographs."""
+def decode_photographs(arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """The tiles (M, k, 3, h, w) of `encode_photographs`; empty ones are grey."""
     if "tiles" in arrays:
         return arrays["tiles"]
-    shape, signed = tuple(arrays["shape"].tolist()), bool(arrays["signed"])
-    tiles = np.zeros(shape, np.int8) if signed else np.full(shape, GREY, np.uint8)
-    end = 0
-    for row, (count, size) in enumerate(zip(arrays["counts"], arrays["sizes"], strict=True)):
-        start, end = end, end + int(size)
+    shape = tuple(arrays["shape"].tolist())
+    tiles = np.full(shape, GREY, np.uint8)
+    for row, (count, content) in enumerate(zip(arrays["counts"], unpack(arrays), strict=True)):
         if count:
-            with Image.open(io.BytesIO(arrays["webp"][start:end].tobytes())) as picture:
-                page = np.asarray(picture.convert("RGB"))
-            shown = _tiles_of(page, int(count), shape[2:])
-            tiles[row, :count] = shown.astype(np.int16) - GREY if signed else shown
+            tiles[row, :count] = _tiles(content, (int(count), *shape[2:]))
     return tiles
 
 
-def encode_full(tile: np.ndarray) -> bytes:
-    """A signed tile (C, h, w) int8 of any size as a picture of its own."""
-    page = np.ascontiguousarray(_unsigned(tile).repeat(3 // len(tile), 0).transpose(1, 2, 0))
-    if len(page) == 1:
-        return _encoded(page, 100, lossless=True)
-    content = _encoded(page, FULL_SIZE)
-    return _encoded(page, DENSE) if is_dense(content, page) else content
+def pack(pictures: Sequence[bytes]) -> dict[str, np.ndarray]:
+    """Pictures as arrays that `unpack` reads."""
+    sizes = np.array([len(picture) for picture in pictures])
+    return {"sizes": sizes, "webp": np.frombuffer(b"".join(pictures), np.uint8)}
+
+
+def unpack(arrays: dict[str, np.ndarray]) -> list[bytes]:
+    """The pictures of `pack`."""
+    ends, content = arrays["sizes"].cumsum(), arrays["webp"].tobytes()
+    return [content[end - size : end] for size, end in zip(arrays["sizes"], ends, strict=True)]
 
 
 def is_dense(content: bytes, page: np.ndarray) -> bool:
@@ -86,64 +123,26 @@ def is_dense(content: bytes, page: np.ndarray) -> bool:
     return 8 * len(content) > DENSE_BITS * page[..., 0].size
 
 
-def decode_full(pictures: Sequence[bytes], planes: int) -> np.ndarray:
-    """The tiles (n, planes, h, w) int8 of `encode_full`."""
-    pages = []
-    for picture in pictures:
-        with Image.open(io.BytesIO(picture)) as page:
-            pages.append(np.asarray(page.convert("RGB")).transpose(2, 0, 1)[:planes])
-    return (np.stack(pages).astype(np.int16) - GREY).clip(-127, 127).astype(np.int8)
-
-
-def pack(pictures: np.ndarray) -> dict[str, np.ndarray]:
-    """An array of bytes objects as arrays that `unpack` reads."""
-    sizes = np.array([len(picture) for picture in pictures.flat]).reshape(pictures.shape)
-    return {"sizes": sizes, "bytes": np.frombuffer(b"".join(pictures.flat), np.uint8)}
-
-
-def unpack(arrays: dict[str, np.ndarray]) -> np.ndarray:
-    """The array of `pack`."""
-    pictures = np.full(arrays["sizes"].shape, b"", dtype=object)
-    content, end = arrays["bytes"].tobytes(), 0
-    for index, size in enumerate(arrays["sizes"].flat):
-        start, end = end, end + int(size)
-        pictures.flat[index] = content[start:end]
-    return pictures
+def webp(page: np.ndarray, quality: int, method: int) -> bytes:
+    """A picture (h, w, 3) as the content of a WebP file; method: of WebP, 0 is the fastest."""
+    buffer = io.BytesIO()
+    page = np.ascontiguousarray(page)
+    Image.fromarray(page).save(buffer, "webp", quality=quality, method=method)
+    return buffer.getvalue()
 
 
 def _unsigned(tiles: np.ndarray) -> np.ndarray:
-    return tiles if tiles.dtype == np.uint8 else (tiles.astype(np.int16) + GREY).astype(np.uint8)
+    return (tiles.astype(np.int16) + GREY).astype(np.uint8)
 
 
-def _sheet(tiles: np.ndarray) -> np.ndarray:
-    """Tiles (n, C, h, w) side by side in a picture (H, W, 3)."""
-    n, _, h, w = tiles.shape
-    columns = _columns(n)
-    rows = -(-n // columns)
-    margins = [(0, 0), (0, 0), (0, -h % BLOCK), (0, -w % BLOCK)]
-    cells = np.pad(tiles, margins, mode="edge").repeat(3 // tiles.shape[1], 1)
-    cells = np.pad(cells, [(0, rows * columns - n), (0, 0), (0, 0), (0, 0)], mode="edge")
-    H, W = cells.shape[2:]
-    page = cells.reshape(rows, columns, 3, H, W).transpose(0, 3, 1, 4, 2)
-    return np.ascontiguousarray(page.reshape(rows * H, columns * W, 3))
+def _page(tiles: np.ndarray) -> np.ndarray:
+    """Tiles (n, C, h, w) uint8 in a picture (H, W, 3)."""
+    return to_sheet(list(tiles.repeat(3 // tiles.shape[1], 1).transpose(0, 2, 3, 1)))
 
 
-def _tiles_of(page: np.ndarray, n: int, shape: tuple[int, ...]) -> np.ndarray:
-    """The inverse of `_sheet`."""
-    C, h, w = shape
-    columns = _columns(n)
-    H, W = h + -h % BLOCK, w + -w % BLOCK
-    cells = page.reshape(-1, H, columns, W, 3).transpose(0, 2, 4, 1, 3).reshape(-1, 3, H, W)
-    return cells[:n, :C, :h, :w]
-
-
-def _columns(n: int) -> int:
-    return math.ceil(math.sqrt(n))
-
-
-def _encoded(page: np.ndarray, quality: int, *, lossless: bool = False) -> bytes:
-    file = io.BytesIO()
-    # A Pillow without WebP keeps projections in full size as PNG files.
-    name = "WEBP" if features.check("webp") else "PNG"
-    Image.fromarray(page).save(file, name, quality=quality, method=METHOD, lossless=lossless)
-    return file.getvalue()
+def _tiles(content: bytes, shape: Sequence[int]) -> np.ndarray:
+    """The inverse of `_page`: tiles of this shape (n, C, h, w)."""
+    n, C, h, w = shape
+    with Image.open(io.BytesIO(content)) as picture:
+        page = np.asarray(picture.convert("RGB"))
+    return from_sheet(page, n, h, w).transpose(0, 3, 1, 2)[:, :C]

@@ -1,31 +1,40 @@
 """Projections of the strongest activations of a layer, with the image patches at their positions.
 
-`projecting` makes them.
+`projecting` makes them. A file of projections holds their pictures, or, once a page shows these,
+refers to the files of the page, so that each picture lies in a folder once.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from dataclasses import asdict, dataclass, field, replace
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from deconvnet.storage.array_files import load_arrays, save_arrays
 from deconvnet.visualization.projection.effective_field import EffectiveField
 from deconvnet.visualization.projection.projection import ProjectionReport, UnevenOverlap
 from deconvnet.visualization.search.projection_grids import layer_grid
 from deconvnet.visualization.search.tile_codec import (
-    decode_full,
-    decode_tiles,
-    encode_tiles,
+    decode_photographs,
+    decode_signed,
+    encode_photographs,
+    encode_signed,
+    is_picture,
     pack,
+    reduced,
+    to_bytes,
     unpack,
 )
 
-FORMAT = "deconvnet top projections"
-# Files of this format hold one method, and are recomputed.
-OLD_FORMAT = "deconvnet exemplars"
+FORMAT = "deconvnet top projections 2"
+# Files of these formats hold one method, or every projection twice; they are recomputed.
+OLD_FORMATS = ("deconvnet exemplars", "deconvnet top projections")
 # Maps that a notebook shows.
 SHOWN_MAPS = 16
 
@@ -43,14 +52,17 @@ class TopProjections:
     tiles: by method, the one to show first comes first: (M, k, C, h, w) int8, the projections of
     the activations as signed RGB, or as one plane if the network sees grey; zero beyond the image.
     127 is the magnitude that one in a thousand of the non-zero values of the tile exceeds: only the
-    shape of a tile has a meaning. patches: (M, k, 3, h, w) uint8, the image in the same window,
-    grey beyond its border. scale: the factor by which tiles were reduced, 1 if they are as large as
-    the window. effective: the box around each unit that the windows show, None if they show the
-    receptive field. reports: of the projections, by method. full: if tiles were reduced, by method
-    (M, k) pictures of the projections in the window in full size, as `full_tiles` decodes them;
-    full_shape: (h, w) of these, at most 384 pixels a side. checkerboard: (M, k), see
-    `checkerboard.checkerboard`, for the first method; NaN if no convolution on the way down has an
-    uneven overlap.
+    shape of a tile has a meaning. A checkerboard that convolutions with an uneven overlap may leave
+    is averaged out if its period is a small part of a tile. patches: (M, k, 3, h, w) uint8, the
+    image in the same window, grey beyond its border. scale: the factor by which tiles were reduced,
+    1 if they are as large as the window. effective: the box around each unit that the windows show,
+    None if they show the receptive field. reports: of the projections, by method. sheets: for each
+    map, a WebP picture of its projections in full size by one method after the other, times the
+    signs of the activations (`full_tiles`, `drawing.tile_sheet`). There are none if tiles are so
+    small that they are stored as they are, and, before they are saved, if tiles were not reduced.
+    sheet_tile: (h, w) of these projections, at most 384 pixels a side.
+    checkerboard: (M, k), see `checkerboard.checkerboard`, for the first method; NaN if no
+    convolution on the way down has an uneven overlap.
     """
 
     layer: str
@@ -66,8 +78,8 @@ class TopProjections:
     scale: float
     effective: EffectiveField | None
     reports: dict[str, ProjectionReport]
-    full: dict[str, np.ndarray] = field(default_factory=dict)
-    full_shape: tuple[int, int] = (0, 0)
+    sheets: tuple[bytes, ...] = ()
+    sheet_tile: tuple[int, int] = (0, 0)
 
     def __repr__(self) -> str:
         M, k = self.values.shape
@@ -93,19 +105,34 @@ class TopProjections:
         """The number of activations of the map in this row; 0 if it is dead."""
         return int(np.isfinite(self.values[row]).sum())
 
-    def full_tiles(self, row: int, method: str) -> np.ndarray | None:
-        """(n, C, h, w) int8: the projections of the map in this row in full size, in the units of
-        `tiles`; None if the tiles have it already, or if the map is dead."""
-        count = self.count(row)
-        if method not in self.full or not count:
-            return None
-        return decode_full(self.full[method][row, :count], self.tiles[method].shape[2])
+    def full_tiles(self, row: int) -> dict[str, np.ndarray]:
+        """By method, (n, C, h, w) int8: the projections of the map in this row in full size, times
+        the signs of the activations; {} if there are no `sheets`, or if the map is dead."""
+        if not self.sheets or not self.count(row):
+            return {}
+        count, planes = self.count(row), self.tiles[self.methods[0]].shape[2]
+        shape = len(self.methods) * count, planes, *self.sheet_tile
+        tiles = decode_signed(self.sheets[row], shape).reshape(-1, count, *shape[1:])
+        return dict(zip(self.methods, tiles, strict=True))
+
+    def with_sheets(self) -> TopProjections:
+        """The same with `sheets`, unless tiles are small."""
+        size = self.patches.shape[3:]
+        if self.sheets or not is_picture(size):
+            return self
+        sheets = []
+        for row in range(len(self.maps)):
+            count = self.count(row)
+            tiles = [tiles[row, :count] for tiles in self.tiles.values()]
+            signs = np.tile(self.signs[row, :count], len(tiles))
+            sheets.append(encode_signed(np.concatenate(tiles), signs) if count else b"")
+        return replace(self, sheets=tuple(sheets), sheet_tile=size)
 
     def without_activations(self) -> TopProjections:
         """The same maps, none of which is ever active."""
         empty = {name: np.full_like(getattr(self, name), EMPTY[name]) for name in EMPTY}
         tiles = {method: np.zeros_like(tiles) for method, tiles in self.tiles.items()}
-        return replace(self, **empty, tiles=tiles, full={})
+        return replace(self, **empty, tiles=tiles, sheets=())
 
     def _repr_png_(self) -> bytes:
         """The grid of its first maps, which a notebook shows."""
@@ -118,24 +145,24 @@ class TopProjections:
 
         Large tiles and patches lose a little precision (`tile_codec`); all else is exact.
         """
+        stored = self.with_sheets()
         header = {
             "format": FORMAT,
             "layer": self.layer,
             "scale": self.scale,
             "effective": self.effective and asdict(self.effective),
             "reports": {method: asdict(report) for method, report in self.reports.items()},
-            "full": list(self.full),
-            "full_shape": self.full_shape,
+            "sheet_tile": stored.sheet_tile,
+            "planes": self.tiles[self.methods[0]].shape[2],
             "key": key or {},
         }
         arrays = {name: getattr(self, name) for name in ARRAYS if name != "patches"}
         counts = [self.count(row) for row in range(len(self.maps))]
-        for name, tiles in {**self.tiles, "patches": self.patches}.items():
-            parts = encode_tiles(tiles, counts)
-            arrays |= {f"{name}/{part}": array for part, array in parts.items()}
-        for method, pictures in self.full.items():
-            parts = pack(pictures)
-            arrays |= {f"full/{method}/{part}": array for part, array in parts.items()}
+        parts = {"patches": encode_photographs(self.patches, counts)}
+        # Tiles can be made from the sheets.
+        parts |= {"sheets": pack(stored.sheets)} if stored.sheets else {"tiles": self.tiles}
+        for name, part in parts.items():
+            arrays |= {f"{name}/{key}": array for key, array in part.items()}
         arrays["header"] = np.array(json.dumps(header))
         save_arrays(path, arrays, compressed=True)
 
@@ -155,39 +182,112 @@ ARRAYS = ("maps", *EMPTY)
 
 
 def load_top_projections(path: Path, key: dict[str, object] | None = None) -> TopProjections | None:
-    """Load a file of `TopProjections.save`; None if there is no file, or if its key differs."""
+    """Load a file of `TopProjections.save`; None if there is no file, or if its key differs.
+
+    With a key, also None if a picture that the file refers to is missing or has changed; without
+    one, a ValueError.
+    """
     path = Path(path)
     if not path.exists():
         return None
     try:
         arrays = load_arrays(path)
-        header = json.loads(str(arrays.pop("header")))
-        if header.get("format") == OLD_FORMAT:
+        header = json.loads(str(arrays["header"]))
+        if header.get("format") in OLD_FORMATS:
             return None
         if header.get("format") != FORMAT:
             raise ValueError("it has another format")
         if key is not None and header["key"] != json.loads(json.dumps(key)):
             return None
-        reports = {method: _report(values) for method, values in header["reports"].items()}
-        tiles = {name: decode_tiles(_under(name, arrays)) for name in (*reports, "patches")}
-        return TopProjections(
-            **{name: arrays[name] for name in ARRAYS if name != "patches"},
-            patches=tiles.pop("patches"),
-            layer=header["layer"],
-            tiles=tiles,
-            scale=header["scale"],
-            effective=header["effective"]
-            and EffectiveField(*(tuple(header["effective"][name]) for name in ("offset", "size"))),
-            reports=reports,
-            # Older files have no projections in full size.
-            full={name: unpack(_under(f"full/{name}", arrays)) for name in header.get("full", ())},
-            full_shape=tuple(header.get("full_shape", (0, 0))),
-        )
+        sheets = _sheets(path, arrays, header)
+        if sheets is not None:
+            return _loaded(arrays, header, sheets)
     except Exception as error:  # zipfile, zlib, json and numpy have errors of their own
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
             f"{path}: damaged or not a file of top projections ({reason}); remove it"
         ) from error
+    if key is None:
+        (name, _), *_ = filter(None, header["pictures"])
+        raise ValueError(
+            f"{path}: its pictures are those of a page, {name} and others, which are missing or "
+            "have changed; visualize again"
+        )
+    return None
+
+
+def refer_to_pictures(path: Path, files: Sequence[Path | None]) -> None:
+    """Remove the sheets from a file of projections, which are also in these files.
+
+    files: for each map, None if it is dead. They are found again by their paths from the folder of
+    the file, and are recognised by their content.
+    """
+    arrays = load_arrays(path)
+    header = json.loads(str(arrays["header"]))
+    pictures = [
+        file and [os.path.relpath(file, path.parent).replace(os.sep, "/"), _digest(file)]
+        for file in files
+    ]
+    if header.get("pictures") == pictures:
+        return
+    arrays["header"] = np.array(json.dumps({**header, "pictures": pictures}))
+    kept = {name: array for name, array in arrays.items() if not name.startswith("sheets/")}
+    save_arrays(path, kept, compressed=True)
+
+
+def _sheets(path: Path, arrays: dict[str, np.ndarray], header: dict) -> tuple[bytes, ...] | None:
+    """The pictures of a file, from itself or from the files that it refers to; None if one of these
+    is missing or has changed."""
+    if "pictures" not in header:
+        return tuple(unpack(_under("sheets", arrays))) if "sheets/sizes" in arrays else ()
+    sheets = []
+    for name, digest in (picture or ("", "") for picture in header["pictures"]):
+        file = path.parent / name
+        if name and not (file.is_file() and _digest(file) == digest):
+            return None
+        sheets.append(file.read_bytes() if name else b"")
+    return tuple(sheets)
+
+
+def _loaded(
+    arrays: dict[str, np.ndarray], header: dict, sheets: tuple[bytes, ...]
+) -> TopProjections:
+    reports = {method: _report(values) for method, values in header["reports"].items()}
+    patches = decode_photographs(_under("patches", arrays))
+    if sheets:
+        shape = (*patches.shape[:2], header["planes"], *patches.shape[3:])
+        tiles = {method: np.zeros(shape, np.int8) for method in reports}
+    else:
+        tiles = {method: arrays[f"tiles/{method}"] for method in reports}
+    effective = header["effective"]
+    result = TopProjections(
+        **{name: arrays[name] for name in ARRAYS if name != "patches"},
+        patches=patches,
+        layer=header["layer"],
+        tiles=tiles,
+        scale=header["scale"],
+        effective=effective
+        and EffectiveField(*(tuple(effective[name]) for name in ("offset", "size"))),
+        reports=reports,
+        sheets=sheets,
+        sheet_tile=tuple(header["sheet_tile"]),
+    )
+    for row in range(len(result.maps)):
+        for method, full in result.full_tiles(row).items():
+            signs = result.signs[row, : len(full), None, None, None]
+            tiles[method][row, : len(full)] = _as_tiles(full * signs, patches.shape[3:])
+    return result
+
+
+def _as_tiles(full: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Projections (n, C, H, W) int8 in the size of tiles, with their full range again."""
+    if full.shape[2:] == size:
+        return full
+    return to_bytes(reduced(torch.from_numpy(full).float(), size))
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _under(name: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

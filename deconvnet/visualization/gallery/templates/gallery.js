@@ -5,13 +5,16 @@
 const gallery = (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const layers = new Map(data.layers.map((layer) => [layer.name, layer]));
+  // What the data are called: images or recordings.
+  const words = data.words;
+  const Words = Object.fromEntries(Object.entries(words).map(([key, word]) => [key, word[0].toUpperCase() + word.slice(1)]));
   const METHODS = {
-    generative: ["Projections", "projection", "The activation is sent down through the filters of the network, with the switches of its image."],
+    generative: ["Projections", "projection", `The activation is sent down through the filters of the network, with the switches of its ${words.image}.`],
     deconv: ["Deconvnet", "deconvnet projection", "The activation is sent down through the transposed filters and the switches of max pooling; only positive signals pass a rectifier (Zeiler and Fergus 2014)."],
     guided: ["Guided", "guided backpropagation", "As for a deconvnet, but the signal is also zero wherever the forward pass was zero (Springenberg et al. 2015). This is the sharper picture. Part of it is the edges of the image: for a classifier, it hardly changes when the weights of the upper layers are random (Adebayo et al. 2018)."],
     gradient: ["Gradient", "gradient", "This is the derivative of the activation with respect to the pixels."],
   };
-  const KINDS = { ...METHODS, patches: ["Image patches", "image patch", "A patch is the image at the same position."], filters: ["Filters", "filter", "A filter of this layer acts on the pixels themselves."] };
+  const KINDS = { ...METHODS, patches: [`${Words.image} patches`, `${words.image} patch`, `A patch is the ${words.image} at the same position.`], filters: ["Filters", "filter", "A filter of this layer acts on the pixels themselves."] };
   // Below this side, in pixels, every pixel of a tile is shown as a square.
   const SHARP = 25;
 
@@ -51,8 +54,9 @@ const gallery = (() => {
       `${all > side[axis] ? (100 * corner[axis]) / (all - side[axis]) : 0}%`).join(" ");
   }
 
-  // One tile of a sheet, as wide as its parent; hatched if the sheet does not have it.
-  function tile(sheet, index, label) {
+  // One tile of a sheet, as wide as its parent; hatched if the sheet does not have it. Projections
+  // are stored with little contrast; which one they need depends on how large they are shown.
+  function tile(sheet, index, label, isFull = false) {
     const made = element("span", { class: "tile", role: "img", "aria-label": label });
     if (!sheet || index >= sheet.count || (sheet.empty || []).includes(index)) {
       made.classList.add("none");
@@ -62,6 +66,7 @@ const gallery = (() => {
     }
     showCell(made, sheet, sheet.first + index, sheet.height, sheet.width);
     if (Math.max(sheet.width, sheet.height) < SHARP) made.classList.add("sharp");
+    if (sheet.contrast) made.style.filter = `contrast(${sheet.contrast[index][Number(isFull)]})`;
     return made;
   }
 
@@ -95,11 +100,8 @@ const gallery = (() => {
     return shown;
   }
 
-  // One tile in full size; the reduced one below it until it is loaded.
   function fullTile(sheet, index, label) {
-    const made = tile(sheet, index, label);
-    if (sheet.full && index < sheet.full.count) overlay(made, sheet.full, sheet.full.first + index);
-    return made;
+    return tile(sheet, index, label, true);
   }
 
   function overlay(made, sheet, cell) {
@@ -151,7 +153,8 @@ const gallery = (() => {
   function place(example) {
     const box = example.window || example.box;
     if (!box) return "";
-    return `rows ${Math.max(0, box[0])}–${box[2]}, columns ${Math.max(0, box[1])}–${box[3]}`;
+    const columns = `${Math.max(0, box[1])}–${box[3]}`;
+    return words.image === "image" ? `rows ${Math.max(0, box[0])}–${box[2]}, columns ${columns}` : `times ${columns}`;
   }
 
   function sentence(example) {
@@ -209,7 +212,7 @@ const gallery = (() => {
     const said = dead.length ? ` ${dead.length === 1 ? "Map" : "Maps"} ${dead.join(", ")}: dead in the control, that is, never active there.` : "";
     return element("section", { class: "control", "aria-labelledby": "control" },
       element("h2", { id: "control" }, "The control: this layer with shuffled weights"),
-      element("p", { class: "note" }, `Some of its maps, searched and projected in the same way. What looks like this comes from the images and the architecture, not from learning.${said}`),
+      element("p", { class: "note" }, `Some of its maps, searched and projected in the same way. What looks like this comes from the ${words.images} and the architecture, not from learning.${said}`),
       tiles.length ? element("ul", { class: "row", role: "list" }, tiles) : null);
   }
 
@@ -238,5 +241,5 @@ const gallery = (() => {
     return waiting.get(file);
   }
 
-  return { data, layers, METHODS, KINDS, element, svg, tile, photograph, wholePhotograph, pixelsOf, fullTile, placed, frame, facts, number, place, sentence, mapName, address, link, mapTile, controlStrip, add, load, loaded, views: {} };
+  return { data, words, Words, layers, METHODS, KINDS, element, svg, tile, photograph, wholePhotograph, pixelsOf, fullTile, placed, frame, facts, number, place, sentence, mapName, address, link, mapTile, controlStrip, add, load, loaded, views: {} };
 })();

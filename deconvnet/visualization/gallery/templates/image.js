@@ -2,11 +2,11 @@
 "use strict";
 
 {
-  const { data, layers, element, tile, photograph, frame, facts, link, mapTile, load } = gallery;
+  const { data, words, layers, element, tile, photograph, frame, facts, link, mapTile, load } = gallery;
 
   gallery.views.image = async (at) => {
     const image = data.images[at.image - 1];
-    if (!image) throw new Error(`There is no image ${at.image} in this gallery`);
+    if (!image) throw new Error(`There is no ${words.image} ${at.image} in this gallery`);
     const seen = await load(image.script);
     const rebuilt = seen.filter((layer) => layer.reconstruction);
     const picture = (source, alt) => element("img", { src: source.file, alt, width: source.width, height: source.height });
@@ -54,12 +54,12 @@
       before: beside(at.image - 1),
       after: beside(at.image + 1),
       content: [element("div", { class: "image" },
-        element("figure", { class: "panel whole" }, framed, element("figcaption", {}, "The image. Point at a part to see where it lies.")),
+        element("figure", { class: "panel whole" }, framed, element("figcaption", {}, `The ${words.image}. Point at a part to see where it lies.`)),
         element("div", {},
           rebuilt.length ? element("div", { class: "reconstructions" }, reconstructions) : null,
           element("p", { class: "note" }, rebuilt.length
             ? "A reconstruction is the sum of the projections of all activations of a layer; the parts below are the strongest of these. Grey is zero, and each part has its own contrast."
-            : "There are no reconstructions, because the projections of a classifier do not add up to the image. Grey is zero, and each part has its own contrast."),
+            : `There are no reconstructions, because the projections of a classifier do not add up to the ${words.image}. Grey is zero, and each part has its own contrast.`),
           sections.filter(Boolean))),
         exampleOf(image.photograph)],
     };
@@ -67,7 +67,7 @@
 
   gallery.views.photo = async (at) => {
     const found = data.photographs && data.photographs.images[at.photo];
-    if (!found) throw new Error(`There is no photograph ${at.photo} in this gallery`);
+    if (!found) throw new Error(`There is no ${words.photograph} ${at.photo} in this gallery`);
     const explored = data.images.findIndex((image) => image.photograph === at.photo);
     const count = data.photographs.images.length;
     const beside = (n) => (n >= 0 && n < count ? [link({ photo: n }), data.photographs.images[n][0]] : null);
@@ -78,7 +78,7 @@
       after: beside(at.photo + 1),
       content: [element("div", { class: "image" },
         element("figure", { class: "panel whole" }, photograph({ photograph: at.photo }),
-          element("figcaption", {}, `${found[1].join("×")} pixels`, explored >= 0
+          element("figcaption", {}, `${found[1].filter((side, axis) => axis || side > 1).join("×")} ${words.pixels}`, explored >= 0
             ? element("a", { class: "action", href: link({ image: explored + 1 }) }, "What each layer makes of it") : null)),
         exampleOf(at.photo) || element("p", { class: "note" }, "No map shown here has it among its examples."))],
     };

@@ -2,7 +2,7 @@
 "use strict";
 
 {
-  const { data, layers, KINDS, element, svg, tile, photograph, wholePhotograph, pixelsOf, fullTile, placed, frame, number, place, sentence, mapName, link, mapTile, controlStrip, load } = gallery;
+  const { data, words, Words, layers, KINDS, element, svg, tile, photograph, wholePhotograph, pixelsOf, fullTile, placed, frame, number, place, sentence, mapName, link, mapTile, controlStrip, load } = gallery;
   const zoom = document.getElementById("zoom");
 
   gallery.views.map = async (layer, at) => {
@@ -33,7 +33,7 @@
           relatives("Maps that look like it", "similar", layer, map.similar, (value) => `cosine ${number(value)}`,
             `Cosine of the strongest ${layer.methods.includes("guided") ? "guided backpropagations" : "projections"}, at the shift that makes it largest.`),
           relatives("Maps that are active with it", "coactive", layer, map.coactive, (value) => `correlation ${number(value)}`,
-            "Correlation of the strongest activations over the images surveyed.")),
+            `Correlation of the strongest activations over the ${words.images} surveyed.`)),
         element("div", { class: "sections" }, spectrum(map), sources(layer, map), users(layer, map, above, user), evolution(map)),
         controlStrip(layer, 9),
         citation(layer, at),
@@ -52,10 +52,10 @@
   // A column for each example: its projections, the patch, the photograph, and where it comes from.
   function examples(layer, map) {
     const kinds = [...layer.methods, "patches"].filter((kind) => map.sheets[kind]);
-    if (!kinds.length) return element("p", { class: "notice" }, "This map is never active on these images, so there is nothing to project.");
+    if (!kinds.length) return element("p", { class: "notice" }, `This map is never active on these ${words.images}, so there is nothing to project.`);
     const count = Math.max(...kinds.map((kind) => map.sheets[kind].count));
     const isFound = map.examples.some((example) => photograph(example));
-    const names = [...kinds.map((kind) => (KINDS[kind] || [kind, kind])[1]), ...(isFound ? ["photograph"] : [])];
+    const names = [...kinds.map((kind) => (KINDS[kind] || [kind, kind])[1]), ...(isFound ? [words.photograph] : [])];
     const columns = [...Array(count).keys()].map((rank) => {
       const example = map.examples[rank];
       const said = example ? `: ${sentence(example)}` : "";
@@ -73,9 +73,9 @@
     const negative = map.examples.some((example) => example.value < 0);
     const border = map.examples.some((example) => example.border);
     return element("section", { "aria-label": "The strongest activations" },
-      element("p", { class: "note" }, `The ${count === 1 ? "strongest activation" : `${count} strongest activations, one in each image`}. From top to bottom: ${names.join(", ")}. Grey is zero, and each tile has its own contrast. Click one to enlarge it.`,
+      element("p", { class: "note" }, `The ${count === 1 ? "strongest activation" : `${count} strongest activations, one in each ${words.image}`}. From top to bottom: ${names.join(", ")}. Grey is zero, and each tile has its own contrast. Click one to enlarge it.`,
         negative ? element("span", {}, " ", element("i", { class: "badge" }, "−"), " marks negative activations; their projections are shown with the sign reversed, so that a feature always looks the same.") : null,
-        border ? element("span", {}, " ", element("i", { class: "badge" }, "border"), " marks units whose receptive field reaches beyond the image.") : null),
+        border ? element("span", {}, " ", element("i", { class: "badge" }, "border"), ` marks units whose receptive field reaches beyond the ${words.image}.`) : null),
       list,
       element("details", { class: "methods" }, element("summary", {}, "What these pictures are"),
         element("dl", {}, kinds.map((kind) => [element("dt", {}, (KINDS[kind] || [kind])[0]), element("dd", {}, (KINDS[kind] || ["", "", ""])[2])]))));
@@ -98,8 +98,8 @@
       const panel = (name, ...content) => element("figure", { class: "panel" }, content, element("figcaption", {}, name));
       const shown = kinds.filter((kind) => rank < map.sheets[kind].count && !((onPhoto || covered) && kind === "patches"));
       panels.replaceChildren(
-        ...shown.map((kind) => panel(kind === "patches" ? "Image patch" : (KINDS[kind] || [kind])[0], picture(map.sheets[kind], kind, rank, example, onPhoto))),
-        ...(photo ? [panel([example.image, " ", element("a", { href: link({ photo: example.photograph }), onclick: () => zoom.close() }, "more of this image")],
+        ...shown.map((kind) => panel(kind === "patches" ? `${Words.image} patch` : (KINDS[kind] || [kind])[0], picture(map.sheets[kind], kind, rank, example, onPhoto))),
+        ...(photo ? [panel([example.image, " ", element("a", { href: link({ photo: example.photograph }), onclick: () => zoom.close() }, `more of this ${words.image}`)],
           element("span", { class: "framed" }, photo, frame(example.window || example.box, pixelsOf(example))))] : []));
       panels.style.setProperty("--panels", panels.children.length);
       // A portrait is narrower, so that all of it can be seen.
@@ -189,24 +189,24 @@
     const bars = counts.map((count, n) => {
       const high = (height * count) / most;
       const bar = svg("rect", { class: "bar", x: (n * step + 0.5).toFixed(2), y: (height - high).toFixed(2), width: (step - 1).toFixed(2), height: high.toFixed(2) });
-      bar.append(svg("title", {}, `${number(edges[n])} to ${number(edges[n + 1])}: ${count} images`));
+      bar.append(svg("title", {}, `${number(edges[n])} to ${number(edges[n + 1])}: ${count} ${words.images}`));
       return bar;
     });
     return element("figure", { class: "histogram" },
-      svg("svg", { viewBox: `0 0 ${width} ${height + 1}`, preserveAspectRatio: "none", role: "img", "aria-label": `Histogram of the strongest activation in each of ${total} images` }, ...bars,
+      svg("svg", { viewBox: `0 0 ${width} ${height + 1}`, preserveAspectRatio: "none", role: "img", "aria-label": `Histogram of the strongest activation in each of ${total} ${words.images}` }, ...bars,
         svg("path", { class: "axis", d: `M0 ${height + 0.5}H${width}` })),
       element("div", { class: "ends" }, element("span", {}, number(edges[0])), element("span", {}, number(edges[edges.length - 1]))),
-      element("figcaption", {}, `The strongest activation in each of ${total} images${silent ? `; in ${silent} of them it is never active` : ""}.`));
+      element("figcaption", {}, `The strongest activation in each of ${total} ${words.images}${silent ? `; in ${silent} of them it is never active` : ""}.`));
   }
 
   // Examples at all levels of activation: the strongest alone mislead about what a map does.
   function spectrum(map) {
     if (!map.spectrum.length) return null;
     return section("spectrum", "Weaker activations",
-      element("p", { class: "note" }, "The strongest activations alone can mislead. These images lie further down: each is stronger than the given share of the images on which the map is active at all."),
+      element("p", { class: "note" }, `The strongest activations alone can mislead. These ${words.images} lie further down: each is stronger than the given share of the ${words.images} on which the map is active at all.`),
       element("ol", { class: "examples", role: "list" }, map.spectrum.map((example, n) => {
         const photo = photograph(example);
-        return element("li", {}, tile(map.sheets.spectrum, n, `image patch: ${sentence(example)}`),
+        return element("li", {}, tile(map.sheets.spectrum, n, `${words.image} patch: ${sentence(example)}`),
           photo ? element("a", { class: "photo", href: link({ photo: example.photograph }) }, photo) : null,
           element("span", { class: "number" }, element("b", {}, `${Math.round(100 * example.share)}%`), ` ${number(example.value)}`, example.border ? element("i", { class: "badge" }, "border") : null, element("span", { class: "name", title: example.image }, example.image)));
       })));
@@ -264,7 +264,7 @@
     return section("evolution", "During training",
       element("ol", { class: "row", role: "list" }, map.epochs.map((epoch, n) =>
         element("li", {}, tile(sheet, n, `epoch ${epoch}`), element("span", { class: "number" }, `epoch ${epoch}`)))),
-      element("p", { class: "note" }, "Each tile is the strongest activation after that epoch; its image may differ from that of the tile before."));
+      element("p", { class: "note" }, `Each tile is the strongest activation after that epoch; its ${words.image} may differ from that of the tile before.`));
   }
 
   function citation(layer, at) {

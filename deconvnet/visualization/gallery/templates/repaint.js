@@ -3,8 +3,10 @@
 "use strict";
 
 {
-  const { data, layers, element, number, link, load } = gallery;
+  const { data, words, layers, element, number, place, link, load } = gallery;
   const GROUP = 12;
+  // The least width of the curves of a recording, four times their height.
+  const CURVE = 480;
 
   // Values from integers in base64, little endian as on all machines that run browsers.
   function decoded({ data: text, factor }, kind) {
@@ -14,7 +16,7 @@
 
   gallery.views.repaint = async (at) => {
     const image = data.images[at.image - 1];
-    if (!image) throw new Error(`There is no image ${at.image} in this gallery`);
+    if (!image) throw new Error(`There is no ${words.image} ${at.image} in this gallery`);
     const layer = (await load(image.script)).find((each) => each.name === at.repaint);
     if (!layer || !layer.repainting) throw new Error(`${image.name} has no reconstruction by ${at.repaint} to repaint`);
     const stored = await load(layer.repainting);
@@ -57,25 +59,49 @@
 
     // ---- pictures ----
 
-    function paint(canvas, values, size, white) {
+    // A colour of a pixel; 1 is white, -1 is black.
+    function shade(values, color, n, step, white) {
+      let value = 0;
+      for (let c = 0; c < planes; c++) value += stored.rgb[color][c] * values[c * step + n];
+      return value / white;
+    }
+
+    function paint(canvas, values, size, white, thickness = 1.5) {
       const [rows, columns] = size;
+      if (height === 1) return plot(canvas, values, columns, white, thickness);
       Object.assign(canvas, { width: columns, height: rows });
       const context = canvas.getContext("2d");
       const pixels = context.createImageData(columns, rows);
       const step = rows * columns;
       for (let n = 0; n < step; n++) {
-        for (let color = 0; color < 3; color++) {
-          let value = 0;
-          for (let c = 0; c < planes; c++) value += stored.rgb[color][c] * values[c * step + n];
-          pixels.data[4 * n + color] = 127.5 + (127.5 * value) / white;
-        }
+        for (let color = 0; color < 3; color++) pixels.data[4 * n + color] = 127.5 * (1 + shade(values, color, n, step, white));
         pixels.data[4 * n + 3] = 255;
       }
       context.putImageData(pixels, 0, 0);
     }
 
-    const canvas = element("canvas", { role: "img", "aria-label": "The repainted image" });
-    const reference = element("canvas", { role: "img", "aria-label": "The preprocessed image" });
+    // A recording as curves, black where those of all colours meet.
+    function plot(canvas, values, columns, white, thickness) {
+      const wide = columns * Math.max(1, Math.ceil(CURVE / columns));
+      Object.assign(canvas, { width: wide, height: CURVE / 4 });
+      const context = canvas.getContext("2d");
+      context.fillStyle = "white";
+      context.fillRect(0, 0, canvas.width, canvas.height);
+      context.globalCompositeOperation = "multiply";
+      const at = (value) => (canvas.height * (1 - Math.max(-1, Math.min(1, value)) * 0.97)) / 2;
+      context.fillStyle = "#ccc";
+      context.fillRect(0, at(0), canvas.width, 1);
+      for (const [color, ink] of ["#f00", "#0f0", "#00f"].entries()) {
+        context.strokeStyle = ink;
+        context.lineWidth = (thickness * wide) / CURVE;
+        context.beginPath();
+        for (let n = 0; n < columns; n++) context.lineTo(((n + 0.5) * wide) / columns, at(shade(values, color, n, columns, white)));
+        context.stroke();
+      }
+    }
+
+    const canvas = element("canvas", { role: "img", "aria-label": `The repainted ${words.image}` });
+    const reference = element("canvas", { role: "img", "aria-label": `The preprocessed ${words.image}` });
     paint(reference, original, [height, width], stored.white);
     const error = element("output", { class: "error", "aria-live": "polite" });
     const used = element("output", {});
@@ -94,7 +120,7 @@
       box.hidden = !part;
       if (!part) return;
       if (part.first) line.replaceChildren(`Activations ${part.first.toLocaleString("en")} to ${part.last.toLocaleString("en")}, in the order of their strength, together.`);
-      else line.replaceChildren(`${number(part.value)} of `, element("a", { href: link({ layer: at.repaint, map: part.map }) }, `map ${part.map}`), ` of ${layers.get(at.repaint).title}, in rows ${part.box[0]}–${part.box[2]}, columns ${part.box[1]}–${part.box[3]}.`);
+      else line.replaceChildren(`${number(part.value)} of `, element("a", { href: link({ layer: at.repaint, map: part.map }) }, `map ${part.map}`), ` of ${layers.get(at.repaint).title}, in ${place(part)}.`);
       const [top, left, bottom, right] = part.box;
       const percent = { top: top / height, left: left / width, height: (bottom - top) / height, width: (right - left) / width };
       for (const [name, share] of Object.entries(percent)) box.style[name] = `${100 * share}%`;
@@ -103,12 +129,12 @@
     const buttons = parts.map((part, n) => {
       const small = element("canvas", {});
       const size = [part.box[2] - part.box[0], part.box[3] - part.box[1]];
-      paint(small, part.tile, size, Math.max(...part.tile.map(Math.abs), 1e-12));
+      paint(small, part.tile, size, Math.max(...part.tile.map(Math.abs), 1e-12), 6);
       const name = part.first ? `${part.first}–${part.last}` : `map ${part.map}`;
       const label = part.first ? `Activations ${name}, together` : `Activation ${n + 1}, ${name}: ${number(part.value)}`;
       return element("button", { type: "button", class: "part", "aria-pressed": "true", tabindex: n ? -1 : 0, title: label, "aria-label": label,
         onclick: () => { part.on = !part.on; update(); }, onmouseenter: () => outline(part), onmouseleave: () => outline(null), onfocus: () => outline(part), onblur: () => outline(null) },
-      element("span", { class: "thumb" }, small), element("span", { class: "number" }, name));
+      element("span", { class: height === 1 ? "thumb curve" : "thumb" }, small), element("span", { class: "number" }, name));
     });
 
     function choose(rule) {
@@ -155,7 +181,7 @@
           others.length ? [" The same with ", others.map((name, n) => [n ? ", " : "", element("a", { href: link({ image: at.image, repaint: name }) }, layers.get(name).title)]), "."] : null),
         element("div", { class: "repaint" },
           element("figure", { class: "panel" }, element("div", { class: "framed" }, canvas, box), element("figcaption", {}, "Repainted")),
-          element("figure", { class: "panel" }, reference, element("figcaption", {}, "The image as the network sees it")),
+          element("figure", { class: "panel" }, reference, element("figcaption", {}, `The ${words.image} as the network sees it`)),
           element("form", { class: "controls", "aria-label": "Activations", onsubmit: (event) => event.preventDefault() },
             element("p", { class: "readout" }, "Signal to noise ", error),
             element("label", {}, "The strongest", slider, used),

@@ -2,7 +2,7 @@
 "use strict";
 
 {
-  const { data, KINDS, element, tile, facts, number, mapName, link, controlStrip } = gallery;
+  const { data, words, KINDS, element, tile, facts, number, mapName, link, controlStrip } = gallery;
   const SIZES = [64, 280];
   let size = innerWidth < 500 ? 104 : 128;
   let found = "";
@@ -92,7 +92,7 @@
         names.map((name) => element("option", { value: name, selected: name === current }, name)))),
       element("button", { type: "button", "data-key": "turn", "aria-pressed": String(backwards), "aria-label": "Reverse the order",
         title: "Reverse the order", onclick: () => go(backwards ? current : `-${current}`) }, "⇅"),
-      element("label", {}, "Find ", element("input", { type: "search", value: found, placeholder: "number or image",
+      element("label", {}, "Find ", element("input", { type: "search", value: found, placeholder: `number or ${words.image}`,
         "data-key": "find", oninput: (event) => { found = event.target.value; fill(); } })),
       element("label", {}, "Size ", element("input", { type: "range", min: SIZES[0], max: SIZES[1], value: size,
         "data-key": "size", oninput: (event) => { size = Number(event.target.value); resize(); } })),
