@@ -2,8 +2,9 @@
 
 python benchmarks/holes.py                          half of the pixels missing, 32 filters of 8x8
 python benchmarks/holes.py --missing 0.5 0.8
+python benchmarks/holes.py --crops 65               more images to learn from
 
-The images are the forty high-passed crops of 128x128 with the most contrast of five photographs in
+The images are the high-passed crops of 128x128 with the most contrast of five photographs in
 scikit-image's wheel (benchmarks/problems.py); every other one is held out for testing. Pixels of
 the others are removed at random, or in squares of 16x16 pixels. The test crops are whole: their
 objective under the learned filters, at one lam, is compared with that under filters from whole
@@ -25,13 +26,13 @@ from torch import Tensor
 from deconvnet import LearningSettings, learn_filters, sparse_code
 from deconvnet.images.holes import fill_holes
 
-CROPS, SQUARE = 40, 16
+SQUARE = 16
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     spec = problems.LEARNING.tiny() if options.quick else problems.LEARNING
-    names, count = problems.CODED + problems.OTHERS, 4 if options.quick else CROPS
+    names, count = problems.CODED + problems.OTHERS, 4 if options.quick else options.crops
     crops = torch.from_numpy(problems.crops(names, count, spec.pixels, spec.channels))
     train, test = crops[::2].contiguous(), crops[1::2].contiguous()
     lam, epochs = 1 / spec.weight, 2 if options.quick else options.epochs
@@ -92,6 +93,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--missing", type=float, nargs="+", default=[0.5], help="fractions of missing pixels"
+    )
+    parser.add_argument(
+        "--crops", type=int, default=40, help="half of them to learn from; up to 65"
     )
     parser.add_argument("--epochs", type=int, default=20, help="passes over the images")
     parser.add_argument("--seeds", type=int, default=1, help="repetitions")
