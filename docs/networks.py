@@ -1,11 +1,12 @@
 """Draws pictures of docs/networks.md and docs/visualization.md from runs and their visualization.
 
-python docs/networks.py PHOTOGRAPHS FOUR_LAYERS PHOTOGRAPH
+python docs/networks.py PHOTOGRAPHS FOUR_LAYERS PHOTOGRAPH [CALTECH]
 
 for example runs/photographs runs/iccv2011-small flower.jpg: run folders of `deconvnet train` and of
 `deconvnet train +experiment=iccv2011_small`, the second with the output of `deconvnet visualize`
 and of `deconvnet ablate`; and the photograph whose parts are shown, here `flower.jpg` of
-scikit-learn.
+scikit-learn. CALTECH: the run of +experiment=iccv2011_caltech, with the output of `deconvnet visualize`
+on images that it has not seen.
 """
 
 import io
@@ -57,9 +58,9 @@ FEATURES = {1: (15, 5, 49), 2: (40, 8, 49), 3: (30, 10, 70), 4: (20, 10, 74)}
 
 
 def main() -> None:
-    if len(sys.argv) != 4:
+    if len(sys.argv) not in (4, 5):
         raise SystemExit(__doc__)
-    photographs, four_layers, photograph = map(Path, sys.argv[1:])
+    photographs, four_layers, photograph, *caltech = map(Path, sys.argv[1:])
     picture = Image.open(photographs / "pictures" / "layer2-reconstructed.png").convert("RGB")
     write(reconstructed(as_tensor(picture)), "reconstructed")
     write(features(four_layers / "visualization" / "projections"), "iccv2011-features")
@@ -67,6 +68,8 @@ def main() -> None:
     write(half(as_tensor(switches)), "iccv2011-switches")
     write_webp(parts(four_layers, photograph), "iccv2011-parts")
     write_webp(units(four_layers, photograph), "visualization-strongest")
+    for run in caltech:
+        write(features(run / "visualization" / "projections"), "iccv2011-caltech")
 
 
 def reconstructed(picture: Tensor) -> Tensor:
