@@ -5,8 +5,8 @@ python docs/networks.py PHOTOGRAPHS FOUR_LAYERS PHOTOGRAPH [CALTECH]
 for example runs/photographs runs/iccv2011-small flower.jpg: run folders of `deconvnet train` and of
 `deconvnet train +experiment=iccv2011_small`, the second with the output of `deconvnet visualize`
 and of `deconvnet ablate`; and the photograph whose parts are shown, here `flower.jpg` of
-scikit-learn. CALTECH: the run of +experiment=iccv2011_caltech, with the output of `deconvnet visualize`
-on images that it has not seen.
+scikit-learn. CALTECH: the run of +experiment=iccv2011_caltech, with the output of `deconvnet
+visualize` on images that it has not seen.
 """
 
 import io

@@ -81,11 +81,6 @@ class DataSettings:
                 f"data.path={self.path}: not used with data.source=photographs; add data=folder, "
                 "data=list, data=shards or data=array"
             )
-        if self.source != "torchvision" and self.dataset:
-            raise ValueError(
-                f"data.dataset={self.dataset}: only used with data.source=torchvision; add "
-                "data=torchvision"
-            )
         if self.source == "torchvision" and not self.dataset:
             raise ValueError("data.dataset=None: data.source=torchvision needs the name of a class")
         if self.source == "photographs" and self.size is None:

@@ -5,6 +5,7 @@ import os
 import pickle
 import shutil
 import signal
+import struct
 import time
 import zipfile
 from pathlib import Path
@@ -331,9 +332,14 @@ def truncate(path):
 
 
 def flip(path):
-    """Turn one bit of the filters, which the archive holds uncompressed."""
+    """Turn one bit of the largest tensor, which the archive holds uncompressed."""
+    with zipfile.ZipFile(path) as archive:
+        largest = max(archive.infolist(), key=lambda member: member.file_size)
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 4
+    # Behind a header of 30 bytes, whose last four are the lengths of the name and of the padding.
+    lengths = content[largest.header_offset + 26 : largest.header_offset + 30]
+    start = largest.header_offset + 30 + sum(struct.unpack("<HH", lengths))
+    content[start + largest.file_size // 2] ^= 4
     path.write_bytes(content)
 
 

@@ -523,7 +523,6 @@ def test_arguments_that_a_torchvision_data_set_lacks_or_does_not_know_are_named(
         ("path", {"source": "list"}),
         ("dataset", {"source": "torchvision"}),
         ("path", {"path": "photos"}),
-        ("dataset", {"dataset": "CIFAR10"}),
         ("size", {"size": 3}),
         ("size", {"size": None}),
         ("size", {"size": None, "fit": "pad", "source": "folder", "path": "photos"}),

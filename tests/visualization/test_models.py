@@ -650,14 +650,15 @@ def test_files_of_others_in_the_run_folder_stop_the_training_before_it_begins(
         ("color=blue", ["color='blue': choose grey or rgb"]),
         ("+epoch=3", ["epoch: no such setting; did you mean epochs?"]),
         ("epochs=0", ["epochs=0: must be at least 1"]),
-        ("data=photographs", ["data.source=photographs: has no classes"]),
+        ("data=photographs", ["not used with data.source=photographs"]),
+        ("data=photographs data.path=null", ["data.source=photographs: has no classes"]),
         ("data.max_images=10", ["10 images are of the class bright; there must be"]),
     ],
 )
 def test_wrong_settings_of_the_training_are_named_in_one_line(
     tmp_path, script, shapes, argument, parts
 ):
-    result = train(script, tmp_path, shapes, argument)
+    result = train(script, tmp_path, shapes, *argument.split())
     assert result.code == 1 and result.err.count("\n") == 1, result
     for part in parts:
         assert part in result.err
