@@ -122,7 +122,7 @@ class Denoising:
         yield from self.by_weights("own maps", z1, z1.abs())
         for lam in LAMS:
             m = self.expected(z1, lam)
-            yield from self.by_layer2(z1, lam)
+            yield from self.by_layer2(z1, m, lam)
             yield from self.by_mean(m, lam)
             yield from self.by_weights("layer 2", z1, m.abs(), lam)
             yield from self.by_weights("both", z1, (z1.abs() + m.abs()) / 2, lam)
@@ -162,10 +162,10 @@ class Denoising:
         z2 = solve(self.F2, b, lam=lam, settings=SOLVER).z
         return U(self.F2(z2))
 
-    def by_layer2(self, z1: Tensor, lam: float) -> Results:
+    def by_layer2(self, z1: Tensor, m: Tensor, lam: float) -> Results:
         below, with_ = self.F1(z1), f"lam {lam}"
         b, U, R = self.above(z1)
-        R2z2 = self.F1(self.expected(z1, lam))
+        R2z2 = self.F1(m)
         yield "layer 2", with_, self.image(R2z2)
         yield "layer 2, mean with layer 1", with_, self.image((R2z2 + below) / 2)
         stack = VerticalStack([Identity(), self.F1 @ U], [1.0, 1.0], [b.shape, self.y.shape])
