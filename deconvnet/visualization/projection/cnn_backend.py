@@ -401,7 +401,7 @@ class CnnBackend:
     ) -> Tensor:
         """(U, 4): top, left, bottom, right of the receptive fields."""
         fields = trace_fields(
-            operations, units[:, 1:].numpy(), output.leaf, clip=clip, last=output.maps_last
+            operations, units[:, 1:].numpy(), output.leaf, clip=clip, last=output.form.maps_last
         )
         return torch.from_numpy(np.ascontiguousarray(fields.transpose(0, 2, 1))).flatten(1)
 
