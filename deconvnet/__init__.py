@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # for type checkers and editors; __getattr__ imports the same names
+    from deconvnet.activations.source import ActivationSource
     from deconvnet.dictionary import Learned, learn_filters, learn_online
     from deconvnet.filters.update import Diverged, LearningSettings
     from deconvnet.images.preprocessing import PreprocessingSettings
@@ -27,6 +28,7 @@ if TYPE_CHECKING:  # for type checkers and editors; __getattr__ imports the same
 __version__ = "0.1.0"
 
 __all__ = [
+    "ActivationSource",
     "Codes",
     "DeconvNet",
     "Diverged",
@@ -51,6 +53,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "ActivationSource": "deconvnet.activations.source",
     "Codes": "deconvnet.network.codes",
     "DeconvNet": "deconvnet.network.network",
     "Diverged": "deconvnet.filters.update",

@@ -27,6 +27,7 @@ ORDER = [
     "monitoring",
     "network",
     "visualization",
+    "activations",
     "training",
     "dictionary",
     "num_maps_choice",

@@ -13,6 +13,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from deconvnet.activations.settings import TrainingData
 from deconvnet.applications.classification.settings import ClassData, ClassifySettings
 from deconvnet.applications.restoration.restorer import STRENGTH
 from deconvnet.cli.setting_keys import TEXTS
@@ -44,7 +45,7 @@ class TrainConfig:
     # the layers: a choice above, or your own file
     model: dict[str, LayerSettings]
     # the images: a choice above
-    data: DataSettings = field(default_factory=DataSettings)
+    data: TrainingData = field(default_factory=TrainingData)
     # preprocessing of the images before layer 1: a choice above
     preprocessing: PreprocessingSettings = field(default_factory=PreprocessingSettings)
     # number of layers of the model to train, from the first; null: all. +layers=2 means the same
