@@ -51,13 +51,13 @@ class OutputChange:
 class Faithfulness:
     """What the codes of a layer keep of its activations, and of the outputs of the network.
 
-    outputs: by replacement (reconstruction, mean, zero), the change of the outputs; accuracy: of the
-    network on its own, if known. fvu: fraction of variance unexplained, the squared error of the
-    reconstruction over that of the mean of each channel. l0_position, l0_image: non-zero
+    outputs: by replacement (reconstruction, mean, zero), the change of the outputs; accuracy: of
+    the network on its own, if known. fvu: fraction of variance unexplained, the squared error of
+    the reconstruction over that of the mean of each channel. l0_position, l0_image: non-zero
     coefficients for each position of the layer, and for each image, on average. active_images: for
-    each map, the number of images with a non-zero coefficient. gap: the mean over the images of the
-    duality gap relative to the objective, and largest_gap: the largest, which bound how far the
-    codes are from the minimum; None if the prior is not convex.
+    each map, the number of images with a non-zero coefficient. gap, largest_gap: mean and maximum
+    over the images of the duality gap relative to the objective, which bounds how far the codes are
+    from the minimum; None if the prior is not convex.
     """
 
     layer: str
@@ -113,8 +113,8 @@ class Faithfulness:
         lines += [
             "",
             f"{'variance unexplained':26}{self.fvu:.4f}",
-            f"{'non-zero coefficients':26}{self.l0_position:.1f} of {self.num_maps:,} per position, "
-            f"{self.l0_image:,.0f} per image",
+            f"{'non-zero coefficients':26}{self.l0_position:.1f} of {self.num_maps:,} per "
+            f"position, {self.l0_image:,.0f} per image",
             f"{'dead concepts':26}{self.dead:,} of {self.num_maps:,}",
             f"{'above the minimum':26}{gap}",
         ]
@@ -232,7 +232,7 @@ class _CodeSums:
             self.gaps += self._relative_gaps(patch).tolist()
 
     def _relative_gaps(self, patch: Patch) -> Tensor:
-        """(N,): the duality gaps of the codes of the highest layer, relative to their objectives."""
+        """(N,): the duality gaps of the codes of the highest layer, as shares of the objectives."""
         number, codes = self.net.depth, patch.codes
         problem, layer = self.net.layer_problem(codes, number), self.net.layer(number)
         z = codes.layer(number).z
