@@ -140,9 +140,9 @@ def for_arrays(
             f"preprocessing.color=none: is for data.source=array, not {data.source}; choose rgb, "
             "grey or ycbcr"
         )
+    what = "arrays" if channels is None else "activations"
     channels = channels or array_shape(data.path)[1]
     if settings.channels not in (None, channels):
-        what = "activations" if data.model else "arrays"
         raise ValueError(f"preprocessing.channels={settings.channels}: the {what} have {channels}")
     return dataclasses.replace(settings, channels=channels)
 
