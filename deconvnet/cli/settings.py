@@ -25,11 +25,11 @@ from deconvnet.support.renaming import renamed
 from deconvnet.visualization.projection.backward_rules import AUTO, METHODS
 from deconvnet.visualization.settings import OLD_NAMES, VisualizationSettings
 
-# Settings of `deconvnet visualize` that do not apply to networks of deconvnet.
-OF_MODELS = {
-    *("weights", "options", "mean", "std", "order", "labels", "checkpoints"),
-    *("method", "strict", "gates", "overlap"),
-}
+# Settings of `deconvnet visualize` that a run has of its own.
+OF_MODELS = {"weights", "options", "mean", "std", "order", "checkpoints"}
+# Settings that apply to CNNs, whether they are given as model=... or a run explains their
+# activations.
+OF_CNNS = {"labels", "method", "strict", "gates", "overlap", "trust_code"}
 # More maps, images per batch or epochs can only be a mistake.
 MOST = 100_000
 # Settings that denoise and inpaint pass to the common code.
@@ -127,6 +127,8 @@ class NetworkConfig:
     labels: Any = field(default=None, metadata=TEXTS)
     # side in pixels of the squares that images are cropped to; null: what the network expects
     size: int | None = None
+    # run: if it explains activations of package.module:factory, call this code, as training did
+    trust_code: bool = False
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
