@@ -64,7 +64,8 @@ const gallery = (() => {
       made.style.aspectRatio = sheet ? `${sheet.width} / ${sheet.height}` : "1";
       return made;
     }
-    showCell(made, sheet, sheet.first + index, sheet.height, sheet.width);
+    const page = sheet.pages ? { ...sheet, file: sheet.pages[Math.floor(index / sheet.per_page)] } : sheet;
+    showCell(made, page, sheet.first + (sheet.pages ? index % sheet.per_page : index), sheet.height, sheet.width);
     if (Math.max(sheet.width, sheet.height) < SHARP) made.classList.add("sharp");
     if (sheet.contrast) made.style.filter = `contrast(${sheet.contrast[index][Number(isFull)]})`;
     return made;
@@ -241,5 +242,18 @@ const gallery = (() => {
     return waiting.get(file);
   }
 
-  return { data, words, Words, layers, METHODS, KINDS, element, svg, tile, photograph, wholePhotograph, pixelsOf, fullTile, placed, frame, facts, number, place, sentence, mapName, address, link, mapTile, controlStrip, add, load, loaded, views: {} };
+  // The data of a layer, of which `maps` holds those that lie in the same script as one of them.
+  async function features(layer, index) {
+    const part = Math.floor(index / layer.per_script);
+    const found = await load(layer.scripts[part]);
+    return { ...found, at: (other) => found.maps[other - part * layer.per_script] };
+  }
+
+  // The data of all maps of a layer.
+  async function allFeatures(layer) {
+    const parts = await Promise.all(layer.scripts.map(load));
+    return { ...parts[0], maps: parts.flatMap((part) => part.maps) };
+  }
+
+  return { data, words, Words, layers, METHODS, KINDS, element, svg, tile, photograph, wholePhotograph, pixelsOf, fullTile, placed, frame, facts, number, place, sentence, mapName, address, link, mapTile, controlStrip, add, load, features, allFeatures, views: {} };
 })();

@@ -2,22 +2,23 @@
 "use strict";
 
 {
-  const { data, words, Words, layers, KINDS, element, svg, tile, photograph, wholePhotograph, pixelsOf, fullTile, placed, frame, number, place, sentence, mapName, link, mapTile, controlStrip, load } = gallery;
+  const { data, words, Words, layers, KINDS, element, svg, tile, photograph, wholePhotograph, pixelsOf, fullTile, placed, frame, number, place, sentence, mapName, link, mapTile, controlStrip } = gallery;
   const zoom = document.getElementById("zoom");
 
   gallery.views.map = async (layer, at) => {
     const index = layer.maps.indexOf(at.map);
     if (index < 0) throw new Error(`${layer.title} has no map ${at.map} in this gallery`);
-    const features = await load(layer.script);
-    const map = features.maps[index];
+    const features = await gallery.features(layer, index);
+    const map = features.at(index);
     const sorted = gallery.order(layer, at.sort);
     const position = sorted.indexOf(index);
     const beside = (other) => (other === undefined ? null : [link({ ...at, map: layer.maps[other] }), `map ${layer.maps[other]}`]);
     const user = data.layers[data.layers.indexOf(layer) + 1];
-    const above = user ? await load(user.script) : null;
+    const above = user ? await gallery.allFeatures(user) : null;
     // The neighbouring maps are the most likely next ones.
     for (const other of [sorted[position - 1], sorted[position + 1]]) {
-      if (other !== undefined) for (const sheet of Object.values(features.maps[other].sheets)) new Image().src = sheet.file;
+      const near = other === undefined ? undefined : features.at(other);
+      if (near) for (const sheet of Object.values(near.sheets)) new Image().src = sheet.file;
     }
     return {
       title: `${layer.title}, map ${at.map}`,
@@ -34,7 +35,7 @@
             `Cosine of the strongest ${layer.methods.includes("guided") ? "guided backpropagations" : "projections"}, at the shift that makes it largest.`),
           relatives("Maps that are active with it", "coactive", layer, map.coactive, (value) => `correlation ${number(value)}`,
             `Correlation of the strongest activations over the ${words.images} surveyed.`)),
-        element("div", { class: "sections" }, spectrum(map), sources(layer, map), users(layer, map, above, user), evolution(map)),
+        element("div", { class: "sections" }, spectrum(map), sources(features, map), users(layer, map, above, user), evolution(map)),
         controlStrip(layer, 9),
         citation(layer, at),
       ],
@@ -225,8 +226,7 @@
     return features.sources_are === "weights" ? `weight ${number(source.weight)}` : `${number(100 * source.weight)}%`;
   }
 
-  function sources(layer, map) {
-    const features = gallery.loaded.get(layer.script);
+  function sources(features, map) {
     const below = layers.get(features.below);
     if (!map.sources.length || !below) return null;
     const pictured = map.sheets.sources;
