@@ -11,6 +11,7 @@ layers/<n>-<name>/features.js       the same for the page, which may not read JS
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Sequence
 from fractions import Fraction
@@ -96,6 +97,7 @@ def write_layer(
         "methods": methods,
         "below": layer.below,
         "sources_are": layer.sources_are,
+        "similar_are": layer.similar_are,
         "maps": entries,
     }
     text = json.dumps(features, allow_nan=False, separators=(",", ":"))
@@ -270,6 +272,13 @@ def _example(given: Example, photographs: Photographs | None, layer: int, number
         entry["border"] = True
     if given.share is not None:
         entry["share"] = rounded(given.share)
+    if given.heat is not None:
+        rows, columns = given.heat.values.shape
+        entry["heat"] = {
+            **{"rows": rows, "columns": columns},
+            "box": [round(side, 1) for side in given.heat.box],
+            "values": base64.b64encode(given.heat.values.tobytes()).decode(),
+        }
     return entry
 
 

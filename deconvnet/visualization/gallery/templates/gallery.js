@@ -74,7 +74,28 @@ const gallery = (() => {
   // The photograph of an example with the window of its tiles framed; null if there is none.
   function photograph(example) {
     const shown = thumbnail(example);
-    return shown && element("span", { class: "framed" }, shown, frame(example.window || example.box, pixelsOf(example)));
+    if (!shown) return null;
+    const hot = heat(example);
+    return element("span", { class: hot ? "framed hot" : "framed" }, shown, hot, frame(example.window || example.box, pixelsOf(example)));
+  }
+
+  // Where a map is active, over the photograph of an example: clear where it is zero, then red,
+  // orange and, at its strongest activation of all, nearly white.
+  function heat(example) {
+    const found = example.heat;
+    if (!found || !data.photographs || !data.photographs.images[example.photograph]) return null;
+    const canvas = element("canvas", { width: found.columns, height: found.rows });
+    const picture = new ImageData(found.columns, found.rows);
+    const values = atob(found.values);
+    for (let n = 0; n < values.length; n += 1) {
+      const share = values.charCodeAt(n) / 255;
+      picture.data.set([180 + 75 * Math.min(1, 3 * share), 250 * share ** 0.9, 200 * share ** 3, 235 * Math.min(1, 1.6 * share) ** 0.8], 4 * n);
+    }
+    canvas.getContext("2d").putImageData(picture, 0, 0);
+    const over = placed(canvas, found.box, pixelsOf(example));
+    over.classList.replace("frame", "heat");
+    over.setAttribute("aria-hidden", "true");
+    return over;
   }
 
   function thumbnail(example) {
@@ -255,5 +276,5 @@ const gallery = (() => {
     return { ...parts[0], maps: parts.flatMap((part) => part.maps) };
   }
 
-  return { data, words, Words, layers, METHODS, KINDS, element, svg, tile, photograph, wholePhotograph, pixelsOf, fullTile, placed, frame, facts, number, place, sentence, mapName, address, link, mapTile, controlStrip, add, load, features, allFeatures, views: {} };
+  return { data, words, Words, layers, METHODS, KINDS, element, svg, tile, photograph, heat, wholePhotograph, pixelsOf, fullTile, placed, frame, facts, number, place, sentence, mapName, address, link, mapTile, controlStrip, add, load, features, allFeatures, views: {} };
 })();

@@ -2,7 +2,7 @@
 "use strict";
 
 {
-  const { data, words, Words, layers, KINDS, element, svg, tile, photograph, wholePhotograph, pixelsOf, fullTile, placed, frame, number, place, sentence, mapName, link, mapTile, controlStrip } = gallery;
+  const { data, words, Words, layers, KINDS, element, svg, tile, photograph, heat, wholePhotograph, pixelsOf, fullTile, placed, frame, number, place, sentence, mapName, link, mapTile, controlStrip } = gallery;
   const zoom = document.getElementById("zoom");
 
   gallery.views.map = async (layer, at) => {
@@ -31,8 +31,8 @@
         ...layer.notes.map((note) => element("p", { class: "note mark" }, note)),
         element("div", { class: "sections" },
           activity(layer, map, index),
-          relatives("Maps that look like it", "similar", layer, map.similar, (value) => `cosine ${number(value)}`,
-            `Cosine of the strongest ${layer.methods.includes("guided") ? "guided backpropagations" : "projections"}, at the shift that makes it largest.`),
+          relatives(features.similar_are === "filters" ? "Concepts with a similar filter" : "Maps that look like it", "similar", layer, map.similar, (value) => `cosine ${number(value)}`,
+            `Cosine of the ${features.similar_are === "filters" ? "filters" : `strongest ${layer.methods.includes("guided") ? "guided backpropagations" : "projections"}`}, at the shift that makes it largest.`),
           relatives("Maps that are active with it", "coactive", layer, map.coactive, (value) => `correlation ${number(value)}`,
             `Correlation of the strongest activations over the ${words.images} surveyed.`)),
         element("div", { class: "sections" }, spectrum(map), sources(features, map), users(layer, map, above, user), evolution(map)),
@@ -56,7 +56,8 @@
     if (!kinds.length) return element("p", { class: "notice" }, `This map is never active on these ${words.images}, so there is nothing to project.`);
     const count = Math.max(...kinds.map((kind) => map.sheets[kind].count));
     const isFound = map.examples.some((example) => photograph(example));
-    const names = [...kinds.map((kind) => (KINDS[kind] || [kind, kind])[1]), ...(isFound ? [words.photograph] : [])];
+    const isHot = map.examples.some((example) => example.heat);
+    const names = [...kinds.map((kind) => (KINDS[kind] || [kind, kind])[1]), ...(isFound ? [`${words.photograph}${isHot ? ", lit where it is active" : ""}`] : [])];
     const columns = [...Array(count).keys()].map((rank) => {
       const example = map.examples[rank];
       const said = example ? `: ${sentence(example)}` : "";
@@ -101,7 +102,8 @@
       panels.replaceChildren(
         ...shown.map((kind) => panel(kind === "patches" ? `${Words.image} patch` : (KINDS[kind] || [kind])[0], picture(map.sheets[kind], kind, rank, example, onPhoto))),
         ...(photo ? [panel([example.image, " ", element("a", { href: link({ photo: example.photograph }), onclick: () => zoom.close() }, `more of this ${words.image}`)],
-          element("span", { class: "framed" }, photo, frame(example.window || example.box, pixelsOf(example))))] : []));
+          element("span", { class: "framed" }, photo, frame(example.window || example.box, pixelsOf(example))))] : []),
+        ...(photo && example.heat ? [panel("where it is active; white is its strongest activation", element("span", { class: "framed hot" }, wholePhotograph(example), heat(example)))] : []));
       panels.style.setProperty("--panels", panels.children.length);
       // A portrait is narrower, so that all of it can be seen.
       for (const each of panels.querySelectorAll(".panel > span")) {
