@@ -186,7 +186,7 @@ const gallery = (() => {
 
   function mapName(layer, index) {
     const label = layer.labels[index];
-    return label ? `map ${layer.maps[index]}, ${label}` : `map ${layer.maps[index]}`;
+    return label ? `${words.map} ${layer.maps[index]}, ${label}` : `${words.map} ${layer.maps[index]}`;
   }
 
   // ---- addresses ------------------------------------------------------------------------------
@@ -216,7 +216,7 @@ const gallery = (() => {
   // A link to a map with its tile from the wall; text: below the tile.
   function mapTile(layer, map, text) {
     const index = layer.maps.indexOf(map);
-    if (index < 0) return element("span", { class: "card" }, tile(null, 0, `map ${map}`), element("span", { class: "number" }, text || `map ${map}`));
+    if (index < 0) return element("span", { class: "card" }, tile(null, 0, `${words.map} ${map}`), element("span", { class: "number" }, text || `${words.map} ${map}`));
     return element("a", { class: "card", href: link({ layer: layer.name, map }), title: mapName(layer, index) },
       tile(face(layer), index, `${layer.title}, ${mapName(layer, index)}`),
       element("span", { class: "number" }, text || mapName(layer, index)));
@@ -230,11 +230,11 @@ const gallery = (() => {
     const dead = control.maps.filter(([, , count]) => !count).map(([map]) => map);
     const each = Math.max(1, Math.floor(most / Math.max(1, alive.length)));
     const tiles = alive.slice(0, most).flatMap(([map, first, count]) => [...Array(Math.min(count, each)).keys()].map((n) =>
-      element("li", {}, tile(control.sheet, first + n, `control, map ${map}`), element("span", { class: "number" }, `control, map ${map}`))));
-    const said = dead.length ? ` ${dead.length === 1 ? "Map" : "Maps"} ${dead.join(", ")}: dead in the control, that is, never active there.` : "";
+      element("li", {}, tile(control.sheet, first + n, `control, ${words.map} ${map}`), element("span", { class: "number" }, `control, ${words.map} ${map}`))));
+    const said = dead.length ? ` ${dead.length === 1 ? Words.map : Words.maps} ${dead.join(", ")}: dead in the control, that is, never active there.` : "";
     return element("section", { class: "control", "aria-labelledby": "control" },
       element("h2", { id: "control" }, "The control: this layer with shuffled weights"),
-      element("p", { class: "note" }, `Some of its maps, searched and projected in the same way. What looks like this comes from the ${words.images} and the architecture, not from learning.${said}`),
+      element("p", { class: "note" }, `Some of its ${words.maps}, searched and projected in the same way. What looks like this comes from the ${words.images} and the architecture, not from learning.${said}`),
       tiles.length ? element("ul", { class: "row", role: "list" }, tiles) : null);
   }
 
