@@ -27,15 +27,9 @@ def load_concepts(
 ) -> LoadedModel:
     """The network of data.model with the concepts of `net`, which is that of the run.
 
-    A run folder may come from a stranger. A model that code of the user's packages builds is
-    therefore loaded only with trust_code. labels: names of the classes, as in the settings.
+    trust_code: see `check_trusted`. labels: names of the classes, as in the settings.
     """
-    is_known = data.model.startswith(KNOWN_SOURCES) or Path(data.model).is_file()
-    if not is_known and not trust_code:
-        raise ValueError(
-            f"run={shown_name(run)}: explains activations of {shown_name(data.model)}, whose code "
-            "it would run; trust_code=true if you trust this code and this run"
-        )
+    check_trusted(run, data, trust_code)
     base = load_data_model(data)
     names = read_class_names(labels)
     module = ConceptModel(base.module, data.layer, net)
@@ -48,3 +42,16 @@ def load_concepts(
         digest=digest(module),
         training={},
     )
+
+
+def check_trusted(run: Path, data: TrainingData, trust_code: bool) -> None:
+    """Raise ValueError if the model of a run is built by code that the user does not trust.
+
+    A run folder may come from a stranger, and name any function of the packages that are there.
+    """
+    is_known = data.model.startswith(KNOWN_SOURCES) or Path(data.model).is_file()
+    if not is_known and not trust_code:
+        raise ValueError(
+            f"run={shown_name(run)}: explains activations of {shown_name(data.model)}, whose code "
+            "would run; trust_code=true if you trust this code and this run"
+        )

@@ -13,6 +13,7 @@ from deconvnet.cli.class_names import read_class_names
 from deconvnet.cli.concepts_of_run import load_concepts
 from deconvnet.cli.settings import (
     OF_CNNS,
+    FaithfulnessConfig,
     NetworkConfig,
     OcclusionConfig,
     VisualizeConfig,
@@ -34,7 +35,7 @@ from deconvnet.visualization.models.zoo import LoadedModel, digest, load_model
 from deconvnet.visualization.projection.projection import suggest_layers, unknown_layer
 from deconvnet.visualization.projection.projector import Projector
 
-ImageSettings = VisualizeConfig | OcclusionConfig
+ImageSettings = VisualizeConfig | OcclusionConfig | FaithfulnessConfig
 # Names in place of a layer that list all layers.
 LIST = ("?", "[?]")
 

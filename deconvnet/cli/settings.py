@@ -249,6 +249,65 @@ class CorrespondenceConfig(NetworkConfig):
 
 
 @dataclass
+class FaithfulnessConfig:
+    """The settings of `deconvnet faithfulness`."""
+
+    # a run folder of `deconvnet train data=activations ...`
+    run: str = MISSING
+    # a folder of images, a file, or a list of files; null: the images that the run was trained on
+    images: Any = field(default=None, metadata=TEXTS)
+    # use at most this many images, evenly spaced among all; null: all
+    max_images: int | None = 500
+    # names of the classes of the network: a file with one name a line or a JSON list, or a list;
+    # null: those of its weights. If all images lie in folders with such names, the accuracy is
+    # measured
+    labels: Any = field(default=None, metadata=TEXTS)
+    # side in pixels of the squares that images are cropped to; null: as in training
+    size: int | None = None
+    # skip files of a folder that cannot be read instead of stopping
+    skip_unreadable: bool = False
+    # images that go through the network at a time, which bounds memory
+    batch: int = 8
+    # if the run explains activations of package.module:factory, call this code, as training did
+    trust_code: bool = False
+    # show a progress bar
+    progress: bool = True
+    # auto (cuda, else cpu), or a torch device
+    device: str = "auto"
+
+    # Other commands take networks that no run has learned.
+    model = None
+
+    def __post_init__(self) -> None:
+        _check_images(self)
+        _check_positive_or_null(self, "size")
+        if self.batch < 1:
+            raise ValueError(f"batch={self.batch}: must be at least 1")
+
+
+@dataclass
+class StabilityConfig:
+    """The settings of `deconvnet stability`."""
+
+    # a run folder
+    run: str = MISSING
+    # how many other seeds to learn from
+    seeds: int = 1
+    # also learn from every second of the images, and from the others
+    halves: bool = True
+    # if the run explains activations of package.module:factory, call this code, as training did
+    trust_code: bool = False
+    # auto (cuda, else cpu), or a torch device
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seeds <= 100:
+            raise ValueError(f"seeds={self.seeds}: must be 0 to 100")
+        if self.seeds == 0 and not self.halves:
+            raise ValueError("seeds=0, halves=false: nothing to compare with; give at least one")
+
+
+@dataclass
 class RestoreConfig:
     """The settings that `deconvnet denoise` and `deconvnet inpaint` have in common."""
 
@@ -462,6 +521,8 @@ SCHEMAS = {
     "correspondence": CorrespondenceConfig,
     "reconstruct": ReconstructConfig,
     "ablate": AblateConfig,
+    "faithfulness": FaithfulnessConfig,
+    "stability": StabilityConfig,
     "denoise": DenoiseConfig,
     "inpaint": InpaintConfig,
     "classify": ClassifyConfig,
