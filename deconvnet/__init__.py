@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # for type checkers and editors; __getattr__ imports the same
     from deconvnet.sparse_coding.problem import Solution, SolverSettings
     from deconvnet.sparse_coding.regularization_path import RegularizationPath, regularization_path
     from deconvnet.sparse_coding.solve import sparse_code
+    from deconvnet.stability import measure_stability
     from deconvnet.visualization.projection.patching import patch
 
 __version__ = "0.1.0"
@@ -47,6 +48,7 @@ __all__ = [
     "learn_filters",
     "learn_online",
     "load",
+    "measure_stability",
     "patch",
     "regularization_path",
     "sparse_code",
@@ -72,6 +74,7 @@ _MODULES = {
     "learn_filters": "deconvnet.dictionary",
     "learn_online": "deconvnet.dictionary",
     "load": "deconvnet.network.network",
+    "measure_stability": "deconvnet.stability",
     "patch": "deconvnet.visualization.projection.patching",
     "regularization_path": "deconvnet.sparse_coding.regularization_path",
     "sparse_code": "deconvnet.sparse_coding.solve",

@@ -30,6 +30,7 @@ ORDER = [
     "activations",
     "training",
     "dictionary",
+    "stability",
     "num_maps_choice",
     "signals",
     "recordings",

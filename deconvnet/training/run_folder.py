@@ -364,6 +364,13 @@ def training_data(run: str | Path) -> TrainingData | None:
         ) from None
 
 
+def recorded_seed(run: str | Path) -> int:
+    """The seed of a run folder; 0 if it does not say."""
+    newest = load_newest_checkpoint(Path(run) / "checkpoints")
+    seed = newest and newest[0].get("settings", {}).get("seed")
+    return seed if isinstance(seed, int) else 0
+
+
 def _alternatives(where: str) -> str:
     """The alternatives to resuming a run, for an error."""
     return (

@@ -18,7 +18,12 @@ from deconvnet.visualization.projection.cnn_backend import CnnBackend
 from deconvnet.visualization.projection.deconvnet_backend import DeconvNetBackend
 from deconvnet.visualization.projection.feature_projection import layer_field, project_units
 from deconvnet.visualization.projection.field_geometry import FieldGeometry
-from deconvnet.visualization.projection.projection import LayerInfo, Projection, check_units
+from deconvnet.visualization.projection.projection import (
+    CONCEPTS,
+    LayerInfo,
+    Projection,
+    check_units,
+)
 from deconvnet.visualization.projection.starts import Footprint, Patterns, Starts
 
 
@@ -50,7 +55,7 @@ class ConceptBackend:
 
     def _info(self, name: str, info: LayerInfo, below: LayerInfo) -> LayerInfo:
         """The layer of concepts above a layer of the network; info: its maps in the dictionary."""
-        located = LayerInfo(name, "Concepts", info.shape)
+        located = LayerInfo(name, CONCEPTS, info.shape)
         if below.field is None:
             return located
         fields = self._footprint(name).fields(
