@@ -51,8 +51,8 @@ class SolverSettings:
     # on its distance from the minimum, is at most this fraction of its objective (float32 resolves
     # gaps down to about 1e-6)
     gap: float | None = None
-    # p = 1, all but half_quadratic: when the maps are inferred, minimise the squared error over their
-    # non-zero coefficients alone, which the prior has made too small; not in training
+    # p = 1, all but half_quadratic: when the maps are inferred, minimise the squared error over
+    # their non-zero coefficients alone, which the prior has made too small; not in training
     refit: bool = False
     # admm: the penalty that couples z and x, relative to the curvature of the data term:
     # beta / (lam ||f||^2), where ||f|| is the largest norm of a filter (taken as 1 if it is near 1)
