@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
-import deconvnet
+from deconvnet import __version__
 from deconvnet.cli.errors import one_line_errors
 from deconvnet.cli.read_settings import read_settings
 from deconvnet.sparse_coding import kernels
@@ -50,7 +50,7 @@ def examine(device: torch.device) -> bool:
 
 
 def _versions() -> Iterator[str]:
-    yield f"deconvnet       {deconvnet.__version__}, in {Path(deconvnet.__file__).parent}"
+    yield f"deconvnet       {__version__}, in {Path(__file__).parents[1]}"
     yield f"python          {platform.python_version()}, {sys.executable}"
     yield f"system          {platform.platform()}"
     yield f"torch           {torch.__version__}"  # with its build, such as +cpu
