@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # for type checkers and editors; __getattr__ imports the same names
+    from deconvnet.activations.source import ActivationSource
     from deconvnet.dictionary import Learned, learn_filters, learn_online
     from deconvnet.filters.update import Diverged, LearningSettings
     from deconvnet.images.preprocessing import PreprocessingSettings
@@ -22,10 +23,13 @@ if TYPE_CHECKING:  # for type checkers and editors; __getattr__ imports the same
     from deconvnet.sparse_coding.problem import Solution, SolverSettings
     from deconvnet.sparse_coding.regularization_path import RegularizationPath, regularization_path
     from deconvnet.sparse_coding.solve import sparse_code
+    from deconvnet.stability import measure_stability
+    from deconvnet.visualization.projection.patching import patch
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ActivationSource",
     "Codes",
     "DeconvNet",
     "Diverged",
@@ -44,11 +48,14 @@ __all__ = [
     "learn_filters",
     "learn_online",
     "load",
+    "measure_stability",
+    "patch",
     "regularization_path",
     "sparse_code",
 ]
 
 _MODULES = {
+    "ActivationSource": "deconvnet.activations.source",
     "Codes": "deconvnet.network.codes",
     "DeconvNet": "deconvnet.network.network",
     "Diverged": "deconvnet.filters.update",
@@ -67,6 +74,8 @@ _MODULES = {
     "learn_filters": "deconvnet.dictionary",
     "learn_online": "deconvnet.dictionary",
     "load": "deconvnet.network.network",
+    "measure_stability": "deconvnet.stability",
+    "patch": "deconvnet.visualization.projection.patching",
     "regularization_path": "deconvnet.sparse_coding.regularization_path",
     "sparse_code": "deconvnet.sparse_coding.solve",
 }

@@ -36,6 +36,7 @@ from deconvnet.support.seeding import seeded_generator
 from deconvnet.support.torch_modes import plain
 from deconvnet.support.validation import (
     FilterSize,
+    OnDemand,
     as_filter_size,
     as_filters,
     as_images,
@@ -49,6 +50,11 @@ from deconvnet.support.validation import (
 from deconvnet.training.layer_data import LayerData
 from deconvnet.training.layer_trainer import LayerTrainer
 from deconvnet.training.online_trainer import OnlineTrainer
+from deconvnet.training.warm_starts import Placement, warm_starts_size
+
+# Of images that are read on demand: how many determine lam, and the bytes that the maps of all of
+# them may take to be kept between visits.
+RATIO_IMAGES, WARM_STARTS = 64, 2**32
 
 
 @dataclass(frozen=True)
@@ -231,15 +237,17 @@ def learn_filters(
 
         minimise over z, f    lam/2 ||sum_k f_k * z_k - y||^2 + prior(z),    every f_k of unit norm
 
-    images: (N, C, H, W) of float32 or float64, a tensor or a numpy array. They are not
-    preprocessed: subtract at least their mean. num_maps, filter_size: learn this many filters of
+    images: (N, C, H, W) of float32 or float64, a tensor or a numpy array; or an `ActivationSource`,
+    which is read batch by batch. They are not preprocessed: subtract at least their mean (of
+    activations, with `standardized`). num_maps, filter_size: learn this many filters of
     this size in pixels, one side for squares or (rows, columns); or filters: (K, C, h, w) to start
     from, projected onto the constraint of `learning`, whose `init` is then ignored. Signals are
     images of one row, (N, C, 1, T), with filters of (1, length).
 
     lam: weight of the reconstruction, larger is denser; or lam_ratio, in (0, 1]: lambda = 1/lam
     relative to the smallest lambda that leaves all maps zero under the initial filters, or with
-    lam_max_quantile below 1 to this quantile over the images (`lam_from_ratio`). p, group,
+    lam_max_quantile below 1 to this quantile over the images (`lam_from_ratio`; of an
+    `ActivationSource`, over 64 of them). p, group,
     non_negative: the prior of the maps, and boundary: as in `sparse_code`. mask: (N or 1, C or 1,
     H, W), >= 0, weights the errors as in `sparse_code`; pixels where it is 0 are ignored and may
     have any value. solver: by default `default_solver`, the fastest on the device. learning:
@@ -349,15 +357,13 @@ def _learn_epochs(
     seed: int,
     progress: bool,
 ) -> Learned:
-    images, M = _checked(images, mask, "images")
-    if M is not None and not M.mask.any():
-        raise ValueError("mask: must not be 0 everywhere, since then no pixel is seen")
-    settings.solver = solver or default_solver(images, settings.p)
-    layer = Layer(settings, images.shape[1], seeded_generator(seed, 1)).to(images)
+    data, some, M = _layer_data(images, mask)
+    settings.solver = solver or default_solver(some, settings.p)
+    layer = Layer(settings, some.shape[1], seeded_generator(seed, 1)).to(some)
     initial = None if filters is None else _initial_filters(filters, layer)
-    data = LayerData.from_tensor(images) if M is None else LayerData.from_masked(images, M)
-    trainer = LayerTrainer(layer, data, seed=seed, filters=initial)
-    _compute_lam(layer, images, M)
+    keep = not isinstance(images, OnDemand) or warm_starts_size(layer, data) <= WARM_STARTS
+    trainer = LayerTrainer(layer, data, seed=seed, filters=initial, placement=Placement(keep))
+    _compute_lam(layer, some, M)
     history = []
     with Monitor(progress=progress) as monitor:
         monitor.layer(1, 0, trainer.updates)
@@ -371,6 +377,25 @@ def _learn_epochs(
                 history.append(stats)
                 monitor.epoch(stats, step=len(history))
     return Learned(layer.filters, history, layer.settings)
+
+
+def _layer_data(
+    images: Tensor | OnDemand, mask: Tensor | None
+) -> tuple[LayerData, Tensor, Mask | None]:
+    """The training data, the images that determine lam (all, or some if they are read on demand),
+    and the mask.
+    """
+    if isinstance(images, OnDemand):
+        if mask is not None:
+            raise ValueError("mask: needs images in a tensor or a numpy array")
+        some = torch.linspace(0, images.shape[0] - 1, min(RATIO_IMAGES, images.shape[0]))
+        return LayerData.from_images(images), images.read(some.round().long()), None
+    images, M = _checked(images, mask, "images")
+    if M is None:
+        return LayerData.from_tensor(images), images, None
+    if not M.mask.any():
+        raise ValueError("mask: must not be 0 everywhere, since then no pixel is seen")
+    return LayerData.from_masked(images, M), images, M
 
 
 @plain

@@ -110,3 +110,19 @@ def test_functions_named_in_the_mathematics_exist():
     # Files given by their path.
     for path in re.findall(r"`((?:configs|tests|visualization)/[\w/]+\.\w+)`", text):
         assert (ROOT / path).is_file() or (ROOT / "deconvnet" / path).is_file(), path
+
+
+def test_every_page_of_docs_is_in_the_contents_of_the_site():
+    docs, reached, waiting = ROOT / "docs", set(), ["index"]
+    while waiting:
+        page = waiting.pop()
+        reached.add(page)
+        file = next(docs / f"{page}{suffix}" for suffix in (".md", ".rst") if exists(page, suffix))
+        for contents in re.findall(r"```{toctree}\n(?::.*\n)*\n((?:.+\n)+?)```", file.read_text()):
+            waiting += [str(Path(page).parent / name) for name in contents.split()]
+    pages = [path.relative_to(docs).with_suffix("") for path in docs.rglob("*.[mr][ds]*")]
+    assert reached == {page.as_posix() for page in pages}
+
+
+def exists(page: str, suffix: str) -> bool:
+    return (ROOT / "docs" / f"{page}{suffix}").exists()

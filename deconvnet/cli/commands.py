@@ -22,6 +22,8 @@ COMMANDS = {
     "occlusion": "Cover parts of images, and see what a map and the class lose.",
     "correspondence": "Measure whether features represent parts of objects.",
     "reconstruct": "Reconstruct images from the feature maps of one layer.",
+    "faithfulness": "Measure what a network keeps if codes replace a layer.",
+    "stability": "Measure which filters other seeds and halves of the data learn.",
     "ablate": "Measure what the switches of max pooling contribute.",
     "denoise": "Remove noise from images.",
     "inpaint": "Fill in missing pixels of images.",

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
 from deconvnet.cli.class_names import read_class_names
+from deconvnet.cli.concepts_of_run import load_concepts
 from deconvnet.cli.settings import (
+    OF_CNNS,
+    FaithfulnessConfig,
     NetworkConfig,
     OcclusionConfig,
     VisualizeConfig,
@@ -32,7 +35,7 @@ from deconvnet.visualization.models.zoo import LoadedModel, digest, load_model
 from deconvnet.visualization.projection.projection import suggest_layers, unknown_layer
 from deconvnet.visualization.projection.projector import Projector
 
-ImageSettings = VisualizeConfig | OcclusionConfig
+ImageSettings = VisualizeConfig | OcclusionConfig | FaithfulnessConfig
 # Names in place of a layer that list all layers.
 LIST = ("?", "[?]")
 
@@ -63,9 +66,18 @@ def is_model_file(model: str) -> bool:
 
 
 def load_run_network(settings: NetworkConfig) -> LoadedModel:
-    """The network of a run."""
+    """The network of a run; if it has learned from activations of another, that one with its
+    concepts."""
     path = Path(settings.run)
     net = load(path)
+    data = training_data(path)
+    if data is not None and data.model is not None:
+        shown, trusted = relative_path(path), settings.trust_code
+        return load_concepts(shown, net, data, trust_code=trusted, labels=settings.labels)
+    for entry in fields(settings):
+        value = getattr(settings, entry.name)
+        if entry.name in OF_CNNS and value != entry.default:
+            raise ValueError(f"{entry.name}={value}: only with model=..., not with run=...")
     name = path.resolve().name if path.is_dir() else path.stem
     return LoadedModel(net, name, relative_path(path).as_posix(), digest=digest(net))
 
@@ -195,7 +207,8 @@ def check_labels(
     names = len(model.labels)
     if outputs is None or outputs.shape[1] != names:
         classes = "no classes" if outputs is None else f"{outputs.shape[1]} classes"
-        raise ValueError(f"labels: {names} names, but {settings.model} has {classes}")
+        named = settings.run or settings.model
+        raise ValueError(f"labels: {names} names, but {named} has {classes}")
 
 
 def make_projector(model: LoadedModel, *, batch: int, method: str | None = None) -> Projector:

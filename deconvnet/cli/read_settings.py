@@ -30,6 +30,7 @@ PATHS = {
 def register() -> None:
     """Register the types of the settings with Hydra, so that it rejects wrong keys and values."""
     OmegaConf.register_new_resolver("inside", _inside, replace=True)
+    OmegaConf.register_new_resolver("last_part", _last_part, replace=True)
     OmegaConf.register_new_resolver("help", _help, replace=True)
     # Hydra copies the store with everything that refers to it, 33 times for a help page, though
     # nothing is added to it after the schemas below.
@@ -61,6 +62,12 @@ def _inside(name: object) -> str:
     if not str(name).isprintable() or not parts[0] or forbidden & set(parts):
         raise ValueError(f"name={str(name)!r}: must be the name of a folder inside runs")
     return str(name)
+
+
+def _last_part(model: object) -> str:
+    """The name of a model without where it comes from: resnet50 of torchvision/resnet50."""
+    name = str(model).replace("\\", "/").rpartition("/")[2].rpartition(":")[2]
+    return name.removesuffix(".safetensors")
 
 
 def _help(command: str, *, _root_: DictConfig) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from deconvnet.activations.settings import TrainingData
 from deconvnet.applications.classification.settings import ClassData, ClassifySettings
 from deconvnet.applications.restoration.restorer import STRENGTH
 from deconvnet.cli.setting_keys import TEXTS
@@ -24,11 +25,11 @@ from deconvnet.support.renaming import renamed
 from deconvnet.visualization.projection.backward_rules import AUTO, METHODS
 from deconvnet.visualization.settings import OLD_NAMES, VisualizationSettings
 
-# Settings of `deconvnet visualize` that do not apply to networks of deconvnet.
-OF_MODELS = {
-    *("weights", "options", "mean", "std", "order", "labels", "checkpoints"),
-    *("method", "strict", "gates", "overlap"),
-}
+# Settings of `deconvnet visualize` that a run has of its own.
+OF_MODELS = {"weights", "options", "mean", "std", "order", "checkpoints"}
+# Settings that apply to CNNs, whether they are given as model=... or a run explains their
+# activations.
+OF_CNNS = {"labels", "method", "strict", "gates", "overlap", "trust_code"}
 # More maps, images per batch or epochs can only be a mistake.
 MOST = 100_000
 # Settings that denoise and inpaint pass to the common code.
@@ -44,7 +45,7 @@ class TrainConfig:
     # the layers: a choice above, or your own file
     model: dict[str, LayerSettings]
     # the images: a choice above
-    data: DataSettings = field(default_factory=DataSettings)
+    data: TrainingData = field(default_factory=TrainingData)
     # preprocessing of the images before layer 1: a choice above
     preprocessing: PreprocessingSettings = field(default_factory=PreprocessingSettings)
     # number of layers of the model to train, from the first; null: all. +layers=2 means the same
@@ -126,6 +127,8 @@ class NetworkConfig:
     labels: Any = field(default=None, metadata=TEXTS)
     # side in pixels of the squares that images are cropped to; null: what the network expects
     size: int | None = None
+    # run: if it explains activations of package.module:factory, call this code, as training did
+    trust_code: bool = False
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
@@ -243,6 +246,65 @@ class CorrespondenceConfig(NetworkConfig):
                 raise ValueError(f"{key}={getattr(self, key)}: must be {least} to {MOST}")
         if self.layers == []:
             raise ValueError("layers=[]: name at least one")
+
+
+@dataclass
+class FaithfulnessConfig:
+    """The settings of `deconvnet faithfulness`."""
+
+    # a run folder of `deconvnet train data=activations ...`
+    run: str = MISSING
+    # a folder of images, a file, or a list of files; null: the images that the run was trained on
+    images: Any = field(default=None, metadata=TEXTS)
+    # use at most this many images, evenly spaced among all; null: all
+    max_images: int | None = 500
+    # names of the classes of the network: a file with one name a line or a JSON list, or a list;
+    # null: those of its weights. If all images lie in folders with such names, the accuracy is
+    # measured
+    labels: Any = field(default=None, metadata=TEXTS)
+    # side in pixels of the squares that images are cropped to; null: as in training
+    size: int | None = None
+    # skip files of a folder that cannot be read instead of stopping
+    skip_unreadable: bool = False
+    # images that go through the network at a time, which bounds memory
+    batch: int = 8
+    # if the run explains activations of package.module:factory, call this code, as training did
+    trust_code: bool = False
+    # show a progress bar
+    progress: bool = True
+    # auto (cuda, else cpu), or a torch device
+    device: str = "auto"
+
+    # Other commands take networks that no run has learned.
+    model = None
+
+    def __post_init__(self) -> None:
+        _check_images(self)
+        _check_positive_or_null(self, "size")
+        if self.batch < 1:
+            raise ValueError(f"batch={self.batch}: must be at least 1")
+
+
+@dataclass
+class StabilityConfig:
+    """The settings of `deconvnet stability`."""
+
+    # a run folder
+    run: str = MISSING
+    # how many other seeds to learn from
+    seeds: int = 1
+    # also learn from every second of the images, and from the others
+    halves: bool = True
+    # if the run explains activations of package.module:factory, call this code, as training did
+    trust_code: bool = False
+    # auto (cuda, else cpu), or a torch device
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seeds <= 100:
+            raise ValueError(f"seeds={self.seeds}: must be 0 to 100")
+        if self.seeds == 0 and not self.halves:
+            raise ValueError("seeds=0, halves=false: nothing to compare with; give at least one")
 
 
 @dataclass
@@ -459,6 +521,8 @@ SCHEMAS = {
     "correspondence": CorrespondenceConfig,
     "reconstruct": ReconstructConfig,
     "ablate": AblateConfig,
+    "faithfulness": FaithfulnessConfig,
+    "stability": StabilityConfig,
     "denoise": DenoiseConfig,
     "inpaint": InpaintConfig,
     "classify": ClassifyConfig,

@@ -16,6 +16,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from deconvnet.activations.settings import TrainingData, activation_source
 from deconvnet.cli import printed_commands
 from deconvnet.cli.errors import one_line_errors
 from deconvnet.cli.hydra_files import logged, unless_refused
@@ -25,7 +26,7 @@ from deconvnet.filters.update import Diverged
 from deconvnet.images.arrays import array_shape
 from deconvnet.images.datasets import load_images, stream_images
 from deconvnet.images.preprocessing import PreprocessingSettings
-from deconvnet.images.sources import DataSettings, training_scale
+from deconvnet.images.sources import training_scale
 from deconvnet.monitoring.monitor import Monitor
 from deconvnet.monitoring.statistics import LayerResult
 from deconvnet.network.network import DeconvNet
@@ -74,11 +75,12 @@ def run(
             stack.enter_context(locked_run_folder(folder))
         device = torch_device(settings.device)
         layers = settings.layer_settings()
-        settings.preprocessing = for_arrays(settings.preprocessing, settings.data)
-        net = DeconvNet(layers, settings.preprocessing, seed=settings.seed)
-        net.training_scale = training_scale(settings.data)
-        record = {k: v for k, v in dataclasses.asdict(settings).items() if k not in FREE}
         images = cache(lambda: source(settings.data, device))
+        channels = images().read(torch.arange(1))[0].shape[1] if settings.data.model else None
+        settings.preprocessing = for_arrays(settings.preprocessing, settings.data, channels)
+        net = DeconvNet(layers, settings.preprocessing, seed=settings.seed)
+        net.training_scale = None if settings.data.model else training_scale(settings.data)
+        record = {k: v for k, v in dataclasses.asdict(settings).items() if k not in FREE}
         saved = None
         if communicator.is_main:
             saved = RunFolder(
@@ -88,8 +90,9 @@ def run(
             )
             stack.enter_context(logged(cfg, folder))
         log.info(
-            "%d images of %dx%d on %s, layers of %s maps; run folder %s",
+            "%d %s of %dx%d on %s, layers of %s maps; run folder %s",
             images().count,
+            f"activations of {settings.data.layer}" if settings.data.model else "images",
             *images().read(torch.arange(1))[0].shape[2:],
             device
             if communicator.world_size == 1
@@ -119,23 +122,39 @@ def run(
         )
 
 
-def for_arrays(settings: PreprocessingSettings, data: DataSettings) -> PreprocessingSettings:
-    """The preprocessing with the number of channels of the arrays, if images are arrays."""
+def for_arrays(
+    settings: PreprocessingSettings, data: TrainingData, channels: int | None = None
+) -> PreprocessingSettings:
+    """The preprocessing with the number of channels of the arrays, if images are arrays.
+
+    channels: of activations; of array files, it is read from them.
+    """
     if settings.color != "none":
+        if channels is not None:
+            raise ValueError(
+                f"preprocessing.color={settings.color}: activations are no pixels; use none"
+            )
         return settings
-    if data.source != "array":
+    if channels is None and data.source != "array":
         raise ValueError(
             f"preprocessing.color=none: is for data.source=array, not {data.source}; choose rgb, "
             "grey or ycbcr"
         )
-    channels = array_shape(data.path)[1]
+    what = "arrays" if channels is None else "activations"
+    channels = channels or array_shape(data.path)[1]
     if settings.channels not in (None, channels):
-        raise ValueError(f"preprocessing.channels={settings.channels}: the arrays have {channels}")
+        raise ValueError(f"preprocessing.channels={settings.channels}: the {what} have {channels}")
     return dataclasses.replace(settings, channels=channels)
 
 
-def source(settings: DataSettings, device: torch.device) -> ImageSource:
-    """The training images: all in memory, or each read when it is needed."""
+def source(settings: TrainingData, device: torch.device) -> ImageSource:
+    """The training images, or their activations: all in memory, or read when they are needed."""
+    if settings.model:
+        activations = activation_source(settings, device)
+        held = settings.store is None and not settings.stream
+        return ImageSource.from_tensor(
+            activations[:] if held else activations, digests=lambda: activations.digests
+        )
     has_holes = settings.mask is not None
     if settings.stream:
         streamed = stream_images(settings)

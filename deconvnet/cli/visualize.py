@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 
 from deconvnet.cli import printed_commands
 from deconvnet.cli.errors import one_line_errors
+from deconvnet.cli.measurements import load_measurements
 from deconvnet.cli.model_errors import one_line_model_errors
 from deconvnet.cli.network_and_images import (
     LIST,
@@ -75,6 +76,7 @@ def visualize(settings: VisualizeConfig, communicator: Communicator = SINGLE) ->
         folder,
         # Rank 0 draws.
         evolutions=load_evolutions(settings, model, images) if communicator.is_main else {},
+        measurements=load_measurements(Path(settings.run), model) if settings.run else {},
         communicator=communicator,
     )
     if paths:

@@ -14,6 +14,7 @@ The steps run in the order of the settings, after the colour conversion and befo
 - "laplacian": 3x3 high-pass filter on every plane, Zeiler et al. 2010.
 - "contrast": local subtractive and divisive normalisation, Zeiler et al. 2011.
 - "whiten": a linear filter, learned from training images, that makes their patches nearly white.
+- "channel_mean": subtract the mean of each plane over all pixels of all training images.
 
 The components that a step removes are stored in a record: a list with one dict of tensors per step.
 The first axis of all tensors is that of the images, so records can be sliced and concatenated like
@@ -25,7 +26,7 @@ al. 2011: to 150x150). The record then ends with one more dict, {"frame": frames
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 
 import torch
 from torch import Tensor
@@ -40,8 +41,8 @@ from deconvnet.support.torch_modes import full_precision, plain
 COLORS = ("rgb", "grey", "ycbcr")
 # The colour of arrays, whose channels are left as they are.
 NO_COLOR = "none"
-STEPS = ("mean", "laplacian", "contrast", "whiten")
-SCALES = ("rms", "max", "none")
+STEPS = ("mean", "laplacian", "contrast", "whiten", "channel_mean")
+SCALES = ("rms", "max", "norm", "none")
 
 Record = list[dict[str, Tensor]]
 Frame = tuple[int, int, int, int]  # top, left, height, width in pixels
@@ -62,7 +63,7 @@ class PreprocessingSettings:
 
     # the planes of y: rgb | grey | ycbcr | none (the channels of arrays, in any units)
     color: str = "rgb"
-    steps: list[str] = field(  # any of mean, laplacian, contrast, whiten, in order
+    steps: list[str] = field(  # any of mean, laplacian, contrast, whiten, channel_mean, in order
         default_factory=lambda: ["contrast"]
     )
     contrast_size: int = 13  # contrast: side of the Gaussian neighbourhood in pixels, odd
@@ -72,7 +73,9 @@ class PreprocessingSettings:
     contrast_divide: bool = True
     whitening_size: int = 7  # whiten: side of the filter in pixels, odd
     whitening_floor: float = 0.01  # whiten: added to all variances, relative to the largest
-    scale: str = "rms"  # which statistic of all images is scaled to 1: rms | max (magnitude) | none
+    # which statistic of all images is scaled to 1: rms | max (magnitude) | norm (mean over the
+    # pixels, of the norm of their channels) | none
+    scale: str = "rms"
     channels: int | None = None  # of color=none: how many; null: as many as the arrays have
 
     def __post_init__(self) -> None:
@@ -98,21 +101,32 @@ class PreprocessingSettings:
             if not 0 < value < math.inf:
                 raise ValueError(f"preprocessing.{key}={value}: must be a positive number")
 
+    @property
+    def has_whitening(self) -> bool:
+        """Whether there is a whitening filter: not for arrays, of any number of channels, unless
+        they are whitened."""
+        return self.color != NO_COLOR or "whiten" in self.steps
+
 
 class Preprocessing(torch.nn.Module):
     """Maps images to the preprocessed domain and back; the state_dict contains the result of `fit`.
 
     scale: () float32, by which all values are divided, so that lam does not depend on the units.
     whitening: (C, C, size, size) float32, the filter of "whiten". Before `fit` they are 1 and an
-    impulse. energy: (C,) float32, of color "none" only: the share of each channel in the sum of
-    squares of all.
+    impulse. With color "none", whose channels may be hundreds, only that step has this filter.
+    channel_mean: (C,) float32, of that step only, what it subtracts; before `fit`, 0.
+    energy: (C,) float32, of color "none" only: the share of each channel in the sum of squares of
+    all.
     """
 
     def __init__(self, settings: PreprocessingSettings | None = None) -> None:
         super().__init__()
         self.settings = settings or PreprocessingSettings()
         self.register_buffer("scale", torch.ones((), dtype=torch.float32))
-        self.register_buffer("whitening", _impulse(self.channels, self.settings.whitening_size))
+        if self.settings.has_whitening:
+            self.register_buffer("whitening", _impulse(self.channels, self.settings.whitening_size))
+        if "channel_mean" in self.settings.steps:
+            self.register_buffer("channel_mean", torch.zeros(self.channels, dtype=torch.float32))
         if self.are_arrays:
             shares = torch.full((self.channels,), 1 / self.channels, dtype=torch.float32)
             self.register_buffer("energy", shares)
@@ -143,11 +157,11 @@ class Preprocessing(torch.nn.Module):
         return sorted(self.energy.argsort(descending=True, stable=True)[:3].tolist())
 
     def fit(self, images: Tensor, frames: Tensor | None = None) -> "Preprocessing":
-        """Learn the whitening filter, then the scale, from images (N, 1 or 3, H, W); returns self.
+        """Learn whitening filter, channel means and scale from images (N, 1 or 3, H, W).
 
-        The scale is the root mean square of all preprocessed values inside the frames (N, 4), or
-        their largest magnitude. Images are processed one at a time and summed in float64 on the
-        CPU, so memory does not grow with N.
+        Returns self. The scale is a statistic of all preprocessed values inside the frames (N, 4),
+        such as their root mean square. Images are processed one at a time and summed in float64 on
+        the CPU, so memory does not grow with N.
         """
         if len(images) == 0:
             raise ValueError("preprocessing cannot be fitted to 0 images")
@@ -165,10 +179,6 @@ class Preprocessing(torch.nn.Module):
         of all ranks, some of which may have none.
         """
 
-        def planes(steps: Sequence[str]) -> Iterator[Tensor]:
-            for planes, _ in pictures(steps):
-                yield planes
-
         def pictures(steps: Sequence[str]) -> Iterator[tuple[Tensor, Tensor | None]]:
             for images, frames, mask in parts():
                 _check(images, frames, self.settings)
@@ -177,15 +187,21 @@ class Preprocessing(torch.nn.Module):
                     yield self._preprocess(picture, steps, seen)[0], seen
 
         steps = list(self.settings.steps)
-        if "whiten" in steps:
-            unwhitened = planes(steps[: steps.index("whiten")])
-            size, floor = self.settings.whitening_size, self.settings.whitening_floor
-            least = 0.0 if self.are_arrays else CONSTANT_VARIANCE
-            self.whitening.copy_(
-                whitening_filter(
-                    unwhitened, size, floor=floor, least=least, communicator=communicator
+        for number, step in enumerate(steps):
+            if step == "whiten":
+                size, floor = self.settings.whitening_size, self.settings.whitening_floor
+                self.whitening.copy_(
+                    whitening_filter(
+                        (planes for planes, _ in pictures(steps[:number])),
+                        size,
+                        floor=floor,
+                        least=0.0 if self.are_arrays else CONSTANT_VARIANCE,
+                        communicator=communicator,
+                    )
                 )
-            )
+            elif step == "channel_mean":
+                mean = _channel_mean(pictures(steps[:number]), self.channels, communicator)
+                self.channel_mean.copy_(mean)
         spread, energy = Spread(), torch.zeros(self.channels, dtype=torch.float64)
         for values, seen in pictures(steps):
             values = values if seen is None else values[..., seen[0, 0] > 0][..., None]
@@ -252,6 +268,8 @@ class Preprocessing(torch.nn.Module):
         for step, removed in zip(reversed(self.settings.steps), reversed(record), strict=True):
             if step == "mean":
                 planes = planes + removed["mean"]
+            elif step == "channel_mean":
+                planes = planes + self.channel_mean.to(planes)[:, None, None]
             elif step == "contrast":
                 planes = planes * removed["deviation"] + removed["mean"]
             else:
@@ -266,6 +284,8 @@ class Preprocessing(torch.nn.Module):
             if step == "mean":
                 mean = _mean(planes, mask)
                 planes, removed = planes - mean, {"mean": mean}
+            elif step == "channel_mean":
+                planes, removed = planes - self.channel_mean.to(planes)[:, None, None], {}
             elif step == "contrast":
                 mean, deviation = local_moments(
                     planes,
@@ -308,7 +328,7 @@ class Preprocessing(torch.nn.Module):
         return planes, [*record, {"frame": frames}]
 
     def _filter(self, step: str) -> Tensor:
-        return self.whitening if step == "whiten" else _laplacian(self.channels).to(self.whitening)
+        return self.whitening if step == "whiten" else _laplacian(self.channels).to(self.scale)
 
     def _check_record(self, y: Tensor, record: Record) -> None:
         if y.ndim != 4 or y.shape[1] != self.channels:
@@ -330,14 +350,18 @@ class Preprocessing(torch.nn.Module):
 
 @dataclass
 class Spread:
-    """Statistics of values for a scale: their count, sum of squares and largest magnitude."""
+    """Statistics of values (N, C, H, W) for a scale: their count, sum of squares and largest
+    magnitude; of the pixels, the count and the sum of the norms of their channels.
+    """
 
     count: int = 0
     squares: float = 0.0
     largest: float = 0.0
+    pixels: int = 0
+    norms: float = 0.0
 
     def add(self, values: Tensor) -> None:
-        """Include values (N, ...); none of an image that is not seen at all."""
+        """Include values (N, C, H, W); none of an image that is not seen at all."""
         if values.numel() == 0:
             return
         # Image by image, so that the result does not depend on the batches.
@@ -345,22 +369,30 @@ class Spread:
         self.count += values.numel()
         self.squares += squares
         self.largest = max(self.largest, float(values.abs().max()))
+        self.pixels += values[:, 0].numel()
+        norms = (image.double().square().sum(0).sqrt() for image in values)
+        self.norms += sum(float(image.sum()) for image in norms)
 
     def shared(self, communicator: Communicator) -> "Spread":
         """The statistics of the values of all ranks."""
-        parts = communicator.all_gather((self.count, self.squares, self.largest))
-        counts, squares, largest = zip(*parts, strict=True)
-        return Spread(sum(counts), sum(squares), max(largest))
+        parts = communicator.all_gather(astuple(self))
+        counts, squares, largest, pixels, norms = zip(*parts, strict=True)
+        return Spread(sum(counts), sum(squares), max(largest), sum(pixels), sum(norms))
 
     def scale(self, kind: str, *, least: float = 1e-6) -> float:
-        """The root mean square ("rms") or largest magnitude ("max") of the values; 1 for "none".
+        """The root mean square ("rms") or largest magnitude ("max") of the values, or the mean norm
+        of the pixels ("norm"); 1 for "none".
 
         It is also 1 if it would be at most `least`: dividing by 1e-8 would make the values of real
         pictures, whose pixels are in [0, 1], huge.
         """
         if kind == "none":
             return 1.0
-        scale = self.largest if kind == "max" else math.sqrt(self.squares / max(self.count, 1))
+        scale = {
+            "rms": math.sqrt(self.squares / max(self.count, 1)),
+            "max": self.largest,
+            "norm": self.norms / max(self.pixels, 1),
+        }[kind]
         return scale if scale > least else 1.0
 
 
@@ -461,6 +493,18 @@ def whitening_filter(
     gains = (variances.clamp(min=0) + floor * variances[-1]).rsqrt()
     rows = ((directions * gains) @ directions.T).view(covariance.shape)
     return rows[:, size // 2, size // 2].float()
+
+
+def _channel_mean(
+    pictures: Iterable[tuple[Tensor, Tensor | None]], channels: int, communicator: Communicator
+) -> Tensor:
+    """(C,) float64: the mean of each plane over the seen pixels of all pictures of all ranks."""
+    count, total = 0, torch.zeros(channels, dtype=torch.float64)
+    for planes, seen in pictures:
+        values = planes[0].flatten(1) if seen is None else planes[0][:, seen[0, 0] > 0]
+        count, total = count + values.shape[1], total + values.double().sum(1).cpu()
+    counts, totals = zip(*communicator.all_gather((count, total)), strict=True)
+    return sum(totals) / max(sum(counts), 1)
 
 
 def _mean(planes: Tensor, mask: Tensor | None) -> Tensor:

@@ -171,6 +171,11 @@ class LayerSettings:
             raise ValueError(f"group={self.group}: must be 1 with pooling=in_loop")
         self._check_patches()
         self._check_split_signs()
+        if self.solver.refit and (self.p != 1 or self.pooling == "in_loop"):
+            raise ValueError(
+                f"solver.refit=True: needs p=1 and pooling=after, got p={self.p}, "
+                f"pooling={self.pooling}"
+            )
         if self.solver.gap is not None and (self.p != 1 or self.pooling == "in_loop"):
             raise ValueError(
                 f"solver.gap={self.solver.gap}: needs p=1 and pooling=after, got p={self.p}, "

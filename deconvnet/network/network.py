@@ -291,8 +291,11 @@ class DeconvNet(nn.Module):
         fields = with_current_names(fields, PreprocessingSettings, f"{source}: preprocessing")
         preprocessing = PreprocessingSettings(**fields)
         # Checked before anything is allocated: the sizes in a damaged file may be absurd.
-        size = preprocessing.whitening_size
-        _check_shape(tensors, "preprocessing.whitening", (None, None, size, size))
+        size, whitening = preprocessing.whitening_size, "preprocessing.whitening"
+        if preprocessing.has_whitening:
+            _check_shape(tensors, whitening, (None, None, size, size))
+        else:  # files of earlier versions have it
+            tensors = {name: value for name, value in tensors.items() if name != whitening}
         for index, layer in enumerate(layers):
             shape = (layer.num_maps, None, *layer.filter_shape)
             _check_shape(tensors, f"layers.{index}.filters", shape)

@@ -23,6 +23,12 @@ class Footprint(NamedTuple):
     length: np.ndarray
     first: np.ndarray
 
+    def repeated(self, number: int) -> Footprint:
+        """The same if each pixel and each tap is this many numbers, side by side."""
+        first = np.where(self.first < 0, -1, number * self.first)
+        runs = (number * run for run in (self.pixel, self.tap, self.length))
+        return Footprint(*runs, first.astype(np.int32))
+
 
 class Grid(NamedTuple):
     """The footprints of both axes of an image, and its mask (C, H, W), empty if there is none."""

@@ -49,6 +49,10 @@ def check_differentiable(p: float, lam_ratio: float | None, settings: SolverSett
             "solver.method=half_quadratic: ends above the minimum, where codes have no gradient; "
             f"use admm, fista, ista or coordinate, {instead}"
         )
+    if settings.refit:
+        raise ValueError(
+            f"solver.refit=True: refitted codes have no gradient; use False, {instead}"
+        )
     if lam_ratio is not None:
         raise ValueError(
             f"lam_ratio={lam_ratio}: there is no gradient through the largest correlation; give "

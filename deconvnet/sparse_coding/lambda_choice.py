@@ -34,6 +34,7 @@ from deconvnet.sparse_coding.problem import Solution, SolverSettings
 from deconvnet.sparse_coding.regularization_path import (
     PathRows,
     RegularizationPath,
+    count_by_image,
     lams_of_path,
     path_solver,
     solutions_along,
@@ -197,7 +198,7 @@ def _sure(
     if noise.is_white and prior.p == 1 and prior.group == 1 and binary:
         for solution in solutions:
             rows.add(solution)
-            freedom = torch.count_nonzero(solution.z, (1, 2, 3)).cpu()
+            freedom = count_by_image(solution.z)
             total = squares(solution.residual) + noise.sigma**2 * (2 * freedom - numbers)
             errors.append(total / numbers)
         return torch.stack(errors)

@@ -51,6 +51,9 @@ class SolverSettings:
     # on its distance from the minimum, is at most this fraction of its objective (float32 resolves
     # gaps down to about 1e-6)
     gap: float | None = None
+    # p = 1, all but half_quadratic: when the maps are inferred, minimise the squared error over
+    # their non-zero coefficients alone, which the prior has made too small; not in training
+    refit: bool = False
     # admm: the penalty that couples z and x, relative to the curvature of the data term:
     # beta / (lam ||f||^2), where ||f|| is the largest norm of a filter (taken as 1 if it is near 1)
     rho: float = 2.5
@@ -90,6 +93,8 @@ class SolverSettings:
                 f"solver.gap={self.gap}: half_quadratic follows its schedule to the end; choose "
                 "admm, fista, ista or coordinate"
             )
+        if self.refit and self.method == "half_quadratic":
+            raise ValueError("solver.refit=True: choose admm, fista, ista or coordinate")
         if not 0 <= self.tolerance < 1:
             raise ValueError(f"solver.tolerance={self.tolerance}: must lie between 0 and 1")
         if not 0 < self.relaxation < 2:
@@ -187,7 +192,8 @@ class Solution:
     image took. state: from which a later call continues, in the shape of z. step:
     (N, 1, 1, 1), the last gradient step of each image, for a later call (fista, ista; else None).
     gap: (N,) in float64, the duality gap: an upper bound on how far the objective is above the
-    minimum (if settings.gap is set, except in training, or if `solve` is to certify; else None).
+    minimum (if settings.gap is set, except in training, or if `solve` is to certify; else None). It
+    is that of the maps before a refit, and so is the state.
     lam: the weight that was used.
     filter_size, boundary: the (h, w) of the filters and the boundary, if the code is one of
     `sparse_code`.

@@ -306,6 +306,10 @@ def solve(
     chunk = None if chunk is None else as_positive_integer(chunk, "chunk")
     b, lam, prior = as_images(b, "b"), as_positive_number(lam, "lam"), prior or Prior()
     check_settings(settings, SolverSettings, "settings")
+    if settings.refit and not prior.convex:
+        raise ValueError(
+            f"solver.refit=True: for p=1 without a window, not p={prior.p}, window={prior.window}"
+        )
     if (settings.gap is not None or certify) and not prior.convex:
         raise ValueError(
             f"solver.gap={settings.gap}: only a minimum for p=1 without a window has a duality gap,"
@@ -387,20 +391,53 @@ def _in_units_of_the_caller(callback: Callback, units: Units) -> Callable[[int, 
     return watch
 
 
+def _solved(problem: Problem, start: Start, settings: SolverSettings, until: Until) -> Solution:
+    """The solution by the method of the settings, refitted if they say so."""
+    solution = SOLVERS[settings.method](problem, start, settings, until)
+    return _refitted(solution, problem, settings) if settings.refit else solution
+
+
+def _refitted(solution: Solution, problem: Problem, settings: SolverSettings) -> Solution:
+    """The solution with the non-zero coefficients of least squared error.
+
+    The same problem with a weight of 0 where a coefficient is non-zero, and elsewhere one that no
+    correlation with a residual exceeds, for which ||f|| ||b|| is a measure.
+    """
+    z, b, prior = solution.z, problem.b, problem.prior
+    support = prior.feasible(z) != 0
+    if prior.group > 1:
+        support = support.unflatten(1, (-1, prior.group)).any(2)
+        support = support.repeat_interleave(prior.group, 1)
+    largest = float(torch.linalg.vector_norm(b.flatten(1), dim=1).max())
+    bound = problem.lam * largest * math.sqrt(float(torch.as_tensor(problem.A.curvature()).max()))
+    weights = torch.where(support, 0.0, 100 * bound + 1).to(b)
+    free = dataclasses.replace(problem, prior=dataclasses.replace(prior, weights=weights))
+    until = Until(settings.iterations, settings.tolerance)
+    fitted = SOLVERS[settings.method](free, Start(z, solution.step), settings, until)
+    return dataclasses.replace(
+        solution,
+        z=fitted.z,
+        residual=fitted.residual,
+        reconstruction=fitted.reconstruction,
+        sparsity=prior.value(fitted.z),
+    )
+
+
 def _solve_batches(
     problem: Problem, start: Start, settings: SolverSettings, until: Until, chunk: int | None
 ) -> Solution:
     """The solution of all images, in one batch or several."""
-    solver = SOLVERS[settings.method]
+    if until.training:
+        settings = dataclasses.replace(settings, refit=False)
     if until.callback or (settings.method == "coordinate" and chunk is None):
-        return solver(problem, start, settings, until)
+        return _solved(problem, start, settings, until)
     solutions = []
     for images in _batches(problem, start.state, chunk):
         step = start.step
         if isinstance(step, Tensor) and step.ndim == 4 and len(step) > 1:
             step = step[images]
         part = Start(start.state[images], step)
-        solutions.append(solver(problem[images], part, settings, until))
+        solutions.append(_solved(problem[images], part, settings, until))
     return _joined(solutions)
 
 

@@ -120,7 +120,8 @@ class SparseSolution:
         image = torch.zeros_like(self.residual, memory_format=torch.contiguous_format)
         plain = Deconvolution(self.A.f, self.A.boundary)
         atoms = Atoms(plain, image, self.coefficients.z.shape[1])
-        kernels.subtract(image[0].numpy(), atoms.filters, atoms.grid(0), self.coefficients)
+        image = atoms.stored(image)
+        kernels.subtract(atoms.pixels(image[0]), atoms.filters, atoms.grid(0), self.coefficients)
         return image.neg_()
 
 
@@ -169,7 +170,7 @@ class PilotWeights:
 
     def __init__(self, thresholds: Thresholds, lam: float, atoms: Atoms):
         self.thresholds, self.lam, self.atoms = thresholds, lam, atoms
-        self.pilot = thresholds.pilot.to(atoms.f).contiguous()
+        self.pilot = atoms.stored(thresholds.pilot.to(atoms.f))
         f, group = atoms.f, atoms.group
         self.inverse = np.ones(len(f) // group, atoms.dtype)
         self.least = torch.finfo(f.dtype).tiny
@@ -202,7 +203,8 @@ class PilotWeights:
         atoms = self.atoms
         grid = Grid(*atoms.axes, np.empty((0, 0, 0), atoms.dtype))
         c = np.empty((len(g), atoms.group), atoms.dtype)
-        kernels.correlations_at(self.pilot[0].numpy(), atoms.f.numpy(), grid, g, i, j, c)
+        pilot = atoms.pixels(self.pilot[0])
+        kernels.correlations_at(pilot, atoms.filters.f, grid, g, i, j, c)
         c, gain = np.abs(c), self.gain[g]
         strength = np.divide(c, gain, out=np.zeros_like(c), where=gain > 0).mean(1)
         level = atoms.dtype(self.thresholds.level)

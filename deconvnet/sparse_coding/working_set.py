@@ -23,6 +23,7 @@ may share them, and neither the threads nor the batch change the result.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -46,6 +47,10 @@ from deconvnet.support.thread_pool import run_all
 TURNS, SWEEPS = 5, 2
 # The working set grows at most by about this factor in a round.
 GROWTH = 3
+# From so many channels on, the compiled loops take them side by side (`Atoms`). A sweep then costs
+# as much as a pass, and a position needs many coefficients, of which each of so many PARTS of the
+# maps may add one in a round.
+CHANNELS_LAST, TURNS_OF_CHANNELS, PARTS = 16, 1, 4
 
 
 class Atoms:
@@ -53,24 +58,44 @@ class Atoms:
 
     curvature: (groups,), the largest squared norm of the image that coefficients of norm 1 of a
     group paint, far from borders and without a mask.
+
+    If there are many channels, those of a pixel are next to each other in memory (`channels_last`):
+    the loops see images of one channel and W C columns, (1, H, W C), and filters (K, 1, h, w C), so
+    that a row of a filter is one run of memory.
     """
 
     def __init__(self, A: Deconvolution, b: Tensor, group: int):
         self.f, self.boundary, self.group = A.f.detach().to(b).contiguous(), A.boundary, group
+        C = b.shape[1]
+        dense = C >= CHANNELS_LAST and bool(self.f.any(3).any(2).float().mean() > 0.5)
+        self.channels_last = dense
         self.mask = None
         if A.mask is not None:
-            self.mask = A.mask.detach().to(b).expand_as(b).contiguous()
+            self.mask = self.stored(A.mask.detach().to(b).expand_as(b))
         self.dtype = self.f.numpy().dtype.type
-        self.filters = Filters.from_array(self.f.numpy())
+        filters = [self.pixels(f) for f in self.stored(self.f)] if dense else self.f.numpy()
+        self.filters = Filters.from_array(np.stack(filters) if dense else filters)
         sides = zip(b.shape[2:], self.f.shape[2:], strict=True)
-        self.axes = [footprint(self.boundary, *side) for side in sides]
+        rows, columns = (footprint(self.boundary, *side) for side in sides)
+        self.axes = [rows, columns.repeated(C) if dense else columns]
         self.map_size = map_size(b.shape[2:], self.f.shape[2:], self.boundary)
         self.curvature = _group_curvatures(self.f, group)
-        self._zeros = b.shape[1:]
+        self._zeros = (1, b.shape[2], C * b.shape[3]) if dense else b.shape[1:]
+
+    def stored(self, images: Tensor) -> Tensor:
+        """Images (N, C, H, W) in the memory format of the loops."""
+        form = torch.channels_last if self.channels_last else torch.contiguous_format
+        return images.contiguous(memory_format=form)
+
+    def pixels(self, image: Tensor) -> np.ndarray:
+        """A view of an image (C, H, W), one of those of `stored`, as the loops take it."""
+        if not self.channels_last:
+            return image.numpy()
+        return image.permute(1, 2, 0).flatten(1)[None].numpy()
 
     def grid(self, n: int) -> Grid:
         """The footprints and the mask of an image."""
-        mask = np.empty((0, 0, 0), self.dtype) if self.mask is None else self.mask[n].numpy()
+        mask = np.empty((0, 0, 0), self.dtype) if self.mask is None else self.pixels(self.mask[n])
         return Grid(*self.axes, mask)
 
     def curvatures_at(self, n: int, g: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
@@ -131,15 +156,18 @@ class WorkingSetSolver(CoordinateDescent):
     def __init__(self, problem: Problem, atoms: Atoms, weights: Weights):
         super().__init__(problem)
         self.atoms, self.weights = atoms, weights
-        self.residual = torch.empty_like(self.b)
+        self.residual = atoms.stored(torch.empty_like(self.b))
         N = len(self.b)
         self.maps_shape = (len(atoms.f), *atoms.map_size)
         self.bands = Bands.of(atoms.map_size, tuple(atoms.f.shape[2:]))
         bands = np.arange(self.bands.number)
         parities = [parity.copy() for parity in (bands[::2], bands[1::2]) if len(parity)]
-        self.turns = parities * TURNS
-        self.best = np.zeros((N, *self.maps_shape[1:]), atoms.dtype)
-        self.which = np.zeros((N, *self.maps_shape[1:]), np.int32)
+        self.turns = parities * (TURNS_OF_CHANNELS if atoms.channels_last else TURNS)
+        groups = len(atoms.f) // atoms.group
+        parts = min(PARTS, groups) if atoms.channels_last else 1
+        self.parts = [groups * part // parts for part in range(parts + 1)]
+        self.best = np.zeros((N, parts, *self.maps_shape[1:]), atoms.dtype)
+        self.which = np.zeros(self.best.shape, np.int32)
         self.starts: list[np.ndarray | None] = [None] * N
         no_positions = np.empty((3, 0), np.int32)
         self.active = [self._active_set(n, *no_positions) for n in range(N)]
@@ -190,7 +218,7 @@ class WorkingSetSolver(CoordinateDescent):
         self.correlated = False
 
     def _refresh_residual(self, n: int) -> None:
-        e, r = self.active[n], self.residual[n].copy_(self.b[n]).numpy()
+        e, r = self.active[n], self.atoms.pixels(self.residual[n].copy_(self.b[n]))
         kernels.subtract(r, self.atoms.filters, self.atoms.grid(n), e)
         length, p = np.linalg.norm(e.z.astype(np.float64), axis=1), self.problem.prior.p
         prior = e.weight @ (length**p if p else (length > 0).astype(np.float64))
@@ -253,15 +281,17 @@ class WorkingSetSolver(CoordinateDescent):
 
     def _find_strongest(self, n: int, c: np.ndarray, rows: slice) -> list[Callable[[], None]]:
         """The tasks that fill in some rows of `best` and `which`."""
-        best, which = self.best[n][rows], self.which[n][rows]
-        step = -(-len(best) // torch.get_num_threads())
-        c, inverse, group = c, self.weights.inverse, self.atoms.group
+        best, which = self.best[n][:, rows], self.which[n][:, rows]
+        height, inverse, group = best.shape[1], self.weights.inverse, self.atoms.group
+        step = -(-height // torch.get_num_threads())
         return [
             functools.partial(
                 kernels.strongest,
-                *(c, inverse, group, best, which, top, min(top + step, len(best))),
+                *(c[first * group : end * group], inverse[first:end], group),
+                *(best[part], which[part], top, min(top + step, height)),
             )
-            for top in range(0, len(best), step)
+            for part, (first, end) in enumerate(itertools.pairwise(self.parts))
+            for top in range(0, height, step)
         ]
 
     def _compute_gap(self, n: int, largest: float) -> None:
@@ -298,16 +328,19 @@ class WorkingSetSolver(CoordinateDescent):
         """Step 2: the sorted working set of the next sweeps."""
         old, best = self.active[n], self.best[n]
         old = old.take((old.z != 0).any(1))
-        i, j = kernels.leaders(best, _tile(best, self.atoms.f.shape[2:], len(old.g)))
-        e = old.join(self._active_set(n, self.which[n][i, j], i, j))
-        order, self.starts[n] = self.bands.sort(e, best.shape)
+        tile = _tile(best, self.atoms.f.shape[2:], len(old.g))
+        e = old
+        for first, strength, which in zip(self.parts, best, self.which[n], strict=False):
+            i, j = kernels.leaders(strength, tile)
+            e = e.join(self._active_set(n, first + which[i, j], i, j))
+        order, self.starts[n] = self.bands.sort(e, best.shape[1:])
         self.active[n] = e.take(order)
 
     def _sweep_bands(self, n: int, bands: np.ndarray) -> None:
         """Step 3, in bands that do not touch."""
         atoms, prior, number = self.atoms, self.problem.prior, self.atoms.dtype
         kernels.descend(
-            *(self.residual[n].numpy(), atoms.filters, atoms.grid(n), self.active[n]),
+            *(atoms.pixels(self.residual[n]), atoms.filters, atoms.grid(n), self.active[n]),
             *(self.starts[n], bands, SWEEPS),
             *(number(self.problem.lam), number(prior.p), prior.non_negative),
             *(atoms.group if atoms.group > 1 else None, np.empty(atoms.group, number)),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -19,6 +19,23 @@ from deconvnet.support.torch_modes import autocasts
 
 FLOATS = (torch.float32, torch.float64)
 
+
+@runtime_checkable
+class OnDemand(Protocol):
+    """Images (N, C, H, W) that are read when they are needed, in place of a tensor of all."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """(N, C, H, W)."""
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the images that are read."""
+
+    def read(self, indices: Tensor) -> Tensor:
+        """The images (n, C, H, W) with these indices (n,)."""
+
+
 # The side of square filters, or (rows, columns).
 FilterSize = int | Sequence[int]
 
@@ -27,10 +44,12 @@ def as_tensor(value: Any, name: str) -> Tensor:
     """A tensor or numpy array of real numbers, of any shape, as a plain tensor without a gradient.
 
     It shares the memory of an array where it can. A subclass of Tensor, such as an image of
-    torchvision, is converted to a plain tensor.
+    torchvision, is converted to a plain tensor. Images on demand are all read.
     """
     if isinstance(value, np.ndarray):
         return _of_array(value, name)
+    if isinstance(value, OnDemand):
+        value = value.read(torch.arange(value.shape[0]))
     if not isinstance(value, Tensor):
         raise ValueError(f"{name} must be a tensor or a numpy array, got {_kind(value, name)}")
     check_numbers(value, name)

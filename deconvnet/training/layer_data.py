@@ -14,6 +14,7 @@ from deconvnet.network.codes import Codes
 from deconvnet.network.layer import LayerProblem
 from deconvnet.network.network import DeconvNet
 from deconvnet.operators.linear import Mask
+from deconvnet.support.validation import OnDemand
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,18 @@ class LayerData:
             b.device,
             lambda images: b[images],
             problem or (lambda images: LayerProblem(b[images])),
+        )
+
+    @classmethod
+    def from_images(cls, images: OnDemand) -> LayerData:
+        """Images (N, C, H, W) that are read when they are needed."""
+        count, *shape = images.shape
+        return cls(
+            count,
+            torch.Size(shape),
+            images.device,
+            images.read,
+            lambda indices: LayerProblem(images.read(indices)),
         )
 
     @classmethod

@@ -10,6 +10,7 @@ only the sums over the batch, and every rank makes the same update to its copy o
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -261,6 +262,7 @@ class LayerTrainer:
         problem = self.data.problem(images)
         solution = self.layer.infer(
             problem,
+            settings=replace(self.layer.settings.solver, refit=False),
             state=self.warm_starts[images],
             step=self.warm_starts.scalar("step", images),
             training=self.keep,

@@ -19,6 +19,7 @@ from deconvnet.storage.file_checks import InvalidFileError
 from deconvnet.storage.network_files import load_network
 from deconvnet.support.communicator import SINGLE, Communicator
 from deconvnet.support.torch_modes import plain
+from deconvnet.support.validation import OnDemand
 from deconvnet.training.checkpoint import TrainingState, transferred_filters
 from deconvnet.training.computed_lam import (
     choice_picture,
@@ -61,7 +62,7 @@ class Interrupted(Exception):
 @plain
 def train(
     net: DeconvNet,
-    images: Tensor | ImageSource,
+    images: Tensor | OnDemand | ImageSource,
     run: RunFolder | None = None,
     monitor: Monitor | None = None,
     *,
@@ -71,6 +72,8 @@ def train(
     communicator: Communicator = SINGLE,
 ) -> list[LayerResult]:
     """Learn all layers of the network from images (N, 3, H, W) in [0, 1]; returns their results.
+
+    Of a network for arrays, images are (N, C, H, W), such as an `ActivationSource`.
 
     run: where to save; a checkpoint is written after every epoch and network.safetensors at the
     end, and a run that was stopped resumes from its checkpoint. None: nothing is saved. monitor:
@@ -82,7 +85,7 @@ def train(
 
     Raises Interrupted, after saving, when the process is asked to stop (Ctrl-C, SIGTERM).
     """
-    if isinstance(images, Tensor):
+    if not isinstance(images, ImageSource):
         images = ImageSource.from_tensor(images, frames)
     if run:
         run.claim()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -57,7 +58,8 @@ class OnlineTrainer:
         started = time.perf_counter()
         images = images.to(self.layer.filters)
         problem = LayerProblem(images) if mask is None else LayerProblem(mask.target(images), mask)
-        solution = self.layer.infer(problem)
+        solver = replace(self.layer.settings.solver, refit=False)
+        solution = self.layer.infer(problem, settings=solver)
         if not torch.isfinite(solution.objective).all():
             raise Diverged("the objective is not finite")
         self.batches += 1

@@ -11,15 +11,16 @@ from typing import Any
 
 import torch
 
+from deconvnet.activations.settings import TrainingData
 from deconvnet.images.preprocessing import PreprocessingSettings
-from deconvnet.images.sources import DataSettings
 from deconvnet.network.layer import LayerSettings
 from deconvnet.support.renaming import with_current_names
 from deconvnet.training.checkpoint import DIGEST
 
 # Settings that do not affect the result, so that a resumed run may have other values.
 NOT_COMPARED = {
-    *("data.workers", "data.stream", "data.download", "data.name", "memory", "disk", "init"),
+    *("data.workers", "data.stream", "data.download", "data.name", "data.store", "memory"),
+    *("disk", "init"),
 }
 # Settings of the location of the images; not compared if the images themselves are.
 LOCATION = {
@@ -78,7 +79,7 @@ def _complete(settings: dict[str, Any]) -> dict[str, Any]:
             return _with_defaults(with_current_names(values, kind, key), kind)
 
     current = dict(settings)
-    for key, kind in (("data", DataSettings), ("preprocessing", PreprocessingSettings)):
+    for key, kind in (("data", TrainingData), ("preprocessing", PreprocessingSettings)):
         if key in current:
             current[key] = renamed(current[key], kind, key)
     if isinstance(current.get("model"), dict):

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from deconvnet.images.sources import DataSettings
+from deconvnet.activations.settings import TrainingData
 from deconvnet.storage import ownership
 from deconvnet.storage.checkpoint_files import NAME as CHECKPOINT_NAME
 from deconvnet.storage.checkpoint_files import (
@@ -345,8 +345,8 @@ class RunFolder:
         log.info("the earlier run was moved to %s", self.folder / archive.name)
 
 
-def training_data(run: str | Path) -> DataSettings | None:
-    """The data settings of the training images of a run folder; None for a network file.
+def training_data(run: str | Path) -> TrainingData | None:
+    """The data settings of a run folder; None for a network file.
 
     The settings in a file never cause a download.
     """
@@ -357,11 +357,18 @@ def training_data(run: str | Path) -> DataSettings | None:
         return None
     state, path = newest
     try:
-        return dataclasses.replace(DataSettings(**state["settings"]["data"]), download=False)
+        return dataclasses.replace(TrainingData(**state["settings"]["data"]), download=False)
     except (TypeError, KeyError, ValueError) as error:
         raise InvalidFileError(
             f"{path}: its data settings are not valid ({error}); give images of your own"
         ) from None
+
+
+def recorded_seed(run: str | Path) -> int:
+    """The seed of a run folder; 0 if it does not say."""
+    newest = load_newest_checkpoint(Path(run) / "checkpoints")
+    seed = newest and newest[0].get("settings", {}).get("seed")
+    return seed if isinstance(seed, int) else 0
 
 
 def _alternatives(where: str) -> str:

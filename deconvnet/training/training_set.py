@@ -19,6 +19,7 @@ from deconvnet.network.codes import ALL, Codes, join, join_codes
 from deconvnet.network.layer import LayerProblem
 from deconvnet.network.network import DeconvNet
 from deconvnet.support.communicator import SINGLE, Communicator
+from deconvnet.support.validation import OnDemand
 from deconvnet.training.layer_data import LayerData
 from deconvnet.training.sampler import BatchSampler
 
@@ -42,18 +43,19 @@ class ImageSource:
     @classmethod
     def from_tensor(
         cls,
-        images: Tensor,
+        images: Tensor | OnDemand,
         frames: Tensor | None = None,
         digests: Callable[[], Sequence[str]] | None = None,
         *,
         has_holes: bool = False,
     ) -> ImageSource:
-        """A source of images (N, 3, H, W) in memory."""
+        """A source of images (N, 3, H, W) in memory, or of others with their digests."""
 
         def read(indices: Tensor) -> tuple[Tensor, Tensor | None]:
-            return images[indices], None if frames is None else frames[indices]
+            chosen = images[indices] if isinstance(images, Tensor) else images.read(indices)
+            return chosen, None if frames is None else frames[indices]
 
-        return cls(len(images), read, digests=digests, has_holes=has_holes)
+        return cls(images.shape[0], read, digests=digests, has_holes=has_holes)
 
 
 class TrainingSet:

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import logging
-import math
 import shutil
 from pathlib import Path
 
-from deconvnet.network.layer import Layer
-from deconvnet.operators.convolution import map_size
-from deconvnet.operators.pooling import pooled_shape
 from deconvnet.training.layer_data import LayerData
 from deconvnet.training.session import Session
-from deconvnet.training.warm_starts import DiskWarmStarts, Placement, pooling_window
+from deconvnet.training.warm_starts import DiskWarmStarts, Placement, warm_starts_size
 
 log = logging.getLogger(__name__)
 
@@ -53,19 +49,6 @@ def place_warm_starts(
         if folder:
             _check_free_space(folder, on_disk)
     return Placement(folder is not None, folder, token)
-
-
-def warm_starts_size(layer: Layer, data: LayerData) -> int:
-    """Bytes of the warm starts of all images of a layer."""
-    settings = layer.settings
-    size = map_size(data.shape[1:], settings.filter_shape, settings.boundary)
-    maps = (settings.num_maps, *size)
-    window = pooling_window(settings)
-    # A float32 per position, or a float32 and an int64 switch per window.
-    per_image = (
-        4 * math.prod(maps) if window is None else 12 * math.prod(pooled_shape(maps, window))
-    )
-    return data.num_images * per_image
 
 
 def _earlier_placement(resumed: dict | None) -> tuple[bool | None, bool]:

@@ -18,9 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deconvnet.network.layer import LayerSettings
+from deconvnet.network.layer import Layer, LayerSettings
+from deconvnet.operators.convolution import map_size
 from deconvnet.operators.pooling import Window, max_pool, pooled_shape, unpool
 from deconvnet.storage.ownership import ForeignFileError, is_regular
+from deconvnet.training.layer_data import LayerData
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +57,19 @@ def open_warm_starts(images: Tensor, window: Window | None, placement: Placement
 def pooling_window(settings: LayerSettings) -> Window | None:
     """The window in which the states of a layer are kept pooled; None if they are kept as maps."""
     return settings.window if settings.solver.method in ("fista", "ista") else None
+
+
+def warm_starts_size(layer: Layer, data: LayerData) -> int:
+    """Bytes of the warm starts of all images of a layer."""
+    settings = layer.settings
+    size = map_size(data.shape[1:], settings.filter_shape, settings.boundary)
+    maps = (settings.num_maps, *size)
+    window = pooling_window(settings)
+    # A float32 per position, or a float32 and an int64 switch per window.
+    per_image = (
+        4 * math.prod(maps) if window is None else 12 * math.prod(pooled_shape(maps, window))
+    )
+    return data.num_images * per_image
 
 
 class WarmStarts:

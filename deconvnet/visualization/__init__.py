@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         correspondence_picture,
         correspondence_table,
     )
+    from deconvnet.visualization.experiments.faithfulness import Faithfulness, faithfulness
     from deconvnet.visualization.experiments.invariance import invariance, invariance_picture
     from deconvnet.visualization.experiments.occlusion import occlusion
     from deconvnet.visualization.experiments.occlusion_picture import occlusion_picture
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 # The module that defines each public name, below this package.
 MODULES = {
     "Activations": "pictures.image_decomposition",
+    "Faithfulness": "experiments.faithfulness",
     "ImageParts": "pictures.image_parts",
     "Normalization": "models.normalization",
     "PixelFeatures": "projection.feature_projection",
@@ -48,6 +50,7 @@ MODULES = {
     "correspondence": "experiments.correspondence",
     "correspondence_picture": "experiments.correspondence",
     "correspondence_table": "experiments.correspondence",
+    "faithfulness": "experiments.faithfulness",
     "filter_grid": "pictures.layer_pictures",
     "find_top_activations": "search.top_activations",
     "image_parts": "pictures.image_parts",
@@ -73,6 +76,7 @@ MODULES = {
 }
 __all__ = [
     "Activations",
+    "Faithfulness",
     "ImageParts",
     "Normalization",
     "PixelFeatures",
@@ -81,6 +85,7 @@ __all__ = [
     "correspondence",
     "correspondence_picture",
     "correspondence_table",
+    "faithfulness",
     "filter_grid",
     "find_top_activations",
     "image_parts",

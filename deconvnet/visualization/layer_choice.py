@@ -6,7 +6,7 @@ import re
 
 from torch import Tensor
 
-from deconvnet.visualization.projection.projection import LayerInfo
+from deconvnet.visualization.projection.projection import CONCEPTS, LayerInfo
 from deconvnet.visualization.projection.projector import Projector
 
 # Modules without their own features: their units are those of the previous layer, elsewhere.
@@ -25,7 +25,8 @@ def projectable_layers(projector: Projector, image: Tensor) -> list[LayerInfo]:
 
 
 def default_layers(infos: list[LayerInfo]) -> list[str]:
-    """All layers of a deconvolutional network; of a CNN, the ends of its stages, at most six.
+    """All layers of a deconvolutional network; of a CNN, the ends of its stages, at most six, or
+    only the concepts of a dictionary over one of its layers.
 
     A stage is what has maps of one size. Its end is its last output outside the block in which the
     size falls: the last ReLU before a pooling, or the last of the blocks that have this size, but
@@ -36,6 +37,8 @@ def default_layers(infos: list[LayerInfo]) -> list[str]:
     """
     if all(info.kind == "Layer" for info in infos):
         return [info.name for info in infos]
+    if concepts := [info.name for info in infos if info.kind == CONCEPTS]:
+        return concepts
     features = _features(infos)
     sizes = dict.fromkeys(infos[n].shape[1:] for n in features)
     if len(sizes) == 1 and len(blocks := _blocks(infos, features)) >= BLOCKS:

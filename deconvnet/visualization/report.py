@@ -50,7 +50,7 @@ from deconvnet.visualization.pictures.evolution_picture import evolution_picture
 from deconvnet.visualization.pictures.layer_pictures import filter_picture
 from deconvnet.visualization.projection.projection import LayerInfo, suggest_layers
 from deconvnet.visualization.projection.projector import Projector
-from deconvnet.visualization.result import VisualizationResult
+from deconvnet.visualization.result import LayerMeasurements, VisualizationResult
 from deconvnet.visualization.search.projection_grids import layer_grid, pixel_filters
 from deconvnet.visualization.search.top_activations import group_by_size
 from deconvnet.visualization.search.top_projections import refer_to_pictures
@@ -80,11 +80,13 @@ def visualize_network(
     folder: Path,
     *,
     evolutions: Mapping[str, Evolution] | None = None,
+    measurements: Mapping[str, LayerMeasurements] | None = None,
     communicator: Communicator = SINGLE,
 ) -> dict[str, Path]:
     """Visualize what a network responds to in these images; returns the paths of the results.
 
-    evolutions: features over the epochs of training, by layer. communicator: of processes that
+    evolutions: features over the epochs of training, by layer; measurements: what the page is to
+    say of layers besides, by layer. communicator: of processes that
     share the search, each in a part of the images; rank 0 writes, the others return {}. Raises
     FolderLockedError if another process is visualizing into the same folder.
     """
@@ -103,6 +105,7 @@ def visualize_network(
         {name: infos[name] for name in layers},
         settings.contrast,
         {name: e for name, e in (evolutions or {}).items() if name in layers},
+        measurements=measurements or {},
     )
     if not communicator.is_main:
         return _visualize(result, settings, Path(folder), communicator)

@@ -43,6 +43,7 @@ MODELS = sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml"))
 PREPROCESSING = sorted(path.stem for path in (CONFIGS / "preprocessing").glob("*.yaml"))
 # What the files of configs/data leave to the user.
 DATA = {
+    "activations": ["data.model=torchvision/vgg16", "data.layer=features.8", "data.images=photos"],
     "array": ["data.path=x.npy"],
     "photographs": [],
     "folder": ["data.path=photos"],
@@ -160,7 +161,7 @@ def test_every_source_of_images_is_accepted_and_names_the_run():
     assert sorted(DATA) == sorted(path.stem for path in (CONFIGS / "data").glob("*.yaml"))
     for source, overrides in DATA.items():
         settings = read(f"data={source}", *overrides)
-        assert settings.data.source == source
+        assert settings.data.source == ("folder" if source == "activations" else source)
         assert settings.name == settings.data.name != ""
 
 

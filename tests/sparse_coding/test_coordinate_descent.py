@@ -18,7 +18,7 @@ from deconvnet.filters.update import LearningSettings
 from deconvnet.operators.arithmetic import convolution_matrix
 from deconvnet.operators.convolution import BOUNDARIES, correlate_strips, deconvolve, map_size
 from deconvnet.operators.linear import Deconvolution, Scaling
-from deconvnet.sparse_coding import kernels
+from deconvnet.sparse_coding import kernels, working_set
 from deconvnet.sparse_coding.active_set import ActiveSet, footprint
 from deconvnet.sparse_coding.coordinate_descent import (
     PriorWeights,
@@ -153,6 +153,22 @@ def test_the_minimum_with_groups_is_that_of_fista(name, boundary, mask):
     found = solve(A, b, lam=LAM, settings=settings(), prior=prior)
     assert_close(found.objective, expected.objective, rtol=1.1e-5, atol=0)
     assert (found.objective <= expected.objective + 1e-9).all()
+
+
+@pytest.mark.parametrize("boundary", ["valid", "reflect"])
+@pytest.mark.parametrize(("name", "mask"), [("non-negative", True), ("groups", False)])
+def test_the_minimum_is_the_same_however_channels_lie_in_memory(boundary, name, mask, monkeypatch):
+    A, b = problem(boundary, K=8, C=16, mask=mask)
+    prior = prior_of(name, A, b)
+    assert Atoms(A, b, prior.group).channels_last
+    last = solve(A, b, lam=LAM, settings=settings(1e-9), prior=prior)
+    monkeypatch.setattr(working_set, "CHANNELS_LAST", 17)
+    assert not Atoms(A, b, prior.group).channels_last
+    first = solve(A, b, lam=LAM, settings=settings(1e-9), prior=prior)
+    assert (last.gap <= 1e-9 * last.objective).all() and last.z.any()
+    assert_close(last.objective, first.objective, rtol=2e-9, atol=0)
+    assert_close(last.z, first.z, rtol=0, atol=1e-4)
+    assert_close(last.residual, b - A(last.z))
 
 
 @every_boundary

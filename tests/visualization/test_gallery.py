@@ -211,6 +211,9 @@ def files_named(value):
     """All values of "file", "script" and others that name files in nested data."""
     if isinstance(value, dict):
         for key, item in value.items():
+            if key in ("scripts", "pages"):
+                yield from filter(None, item)
+                continue
             is_file = key in ("file", "script", "json", "repainting")
             yield from [item] if is_file else files_named(item)
     elif isinstance(value, list):
@@ -228,8 +231,9 @@ def needed_files(page):
         named.add(attributes.get("src") or attributes.get("href") or "#")
     data = page_data(page)
     named.update(files_named(data))
-    for entry in (*data["layers"], *data["images"]):
-        named.update(files_named(script_data(page, entry["script"])))
+    scripts = [name for layer in data["layers"] for name in layer["scripts"]]
+    for script in (*scripts, *(image["script"] for image in data["images"])):
+        named.update(files_named(script_data(page, script)))
     return {name for name in named if not name.startswith(("#", "data:"))} | {page.name}
 
 
@@ -293,7 +297,7 @@ def test_hostile_names_are_text_and_not_paths(page):
     assert data["title"] == f"A network {HOSTILE}"
     assert [layer["name"] for layer in data["layers"]] == list(LAYERS)
     assert data["images"][0]["name"] == f"0 {HOSTILE}"
-    maps = script_data(page, data["layers"][0]["script"])["maps"]
+    maps = script_data(page, data["layers"][0]["scripts"][0])["maps"]
     assert maps[0]["examples"][1]["image"] == HOSTILE
     assert [HOSTILE, HOSTILE] in maps[0]["statistics"]
     for name in needed_files(page):
@@ -303,7 +307,7 @@ def test_hostile_names_are_text_and_not_paths(page):
 def test_tiles_are_where_the_page_says_and_keep_their_pixels(page):
     small, large = page_data(page)["layers"][:2]
     for layer, start, size, tolerance in ((small, 0, 8, 0.51), (large, 20, 40, None)):
-        maps = script_data(page, layer["script"])["maps"]
+        maps = script_data(page, layer["scripts"][0])["maps"]
         for k in (0, 7, 11):
             for kind, first, count in (
                 *(("deconv", k, 3), ("guided", 300 + k, 3), ("patches", 100 + k, 3)),
@@ -343,7 +347,7 @@ def test_the_json_of_a_layer_is_what_its_page_shows(page):
     data = page_data(page)
     for number, layer in enumerate(data["layers"]):
         features = json.loads((page.parent / layer["json"]).read_text())
-        assert features == script_data(page, layer["script"])
+        assert features == script_data(page, layer["scripts"][0])
         assert features["layer"] == LAYERS[number] and features["methods"] == ["deconv", "guided"]
         assert [entry["map"] for entry in features["maps"]] == layer["maps"]
     entry = json.loads((page.parent / data["layers"][1]["json"]).read_text())["maps"][4]
@@ -393,7 +397,7 @@ def test_large_tiles_are_reduced_and_small_ones_kept(tmp_path):
     large, small = (layer["sheets"]["deconv"] for layer in data["layers"])
     assert (large["height"], large["width"]) == (128, 64)
     assert (small["height"], small["width"]) == (3, 3)
-    enlarged = script_data(page, data["layers"][0]["script"])["maps"][0]["sheets"]["deconv"]
+    enlarged = script_data(page, data["layers"][0]["scripts"][0])["maps"][0]["sheets"]["deconv"]
     assert (enlarged["height"], enlarged["width"]) == (160, 80)
 
 
@@ -422,7 +426,7 @@ def full_page(tmp_path_factory):
 
 def test_projections_and_photographs_are_beside_the_page_in_full_size(full_page):
     data = page_data(full_page)
-    sheets = script_data(full_page, data["layers"][0]["script"])["maps"][0]["sheets"]
+    sheets = script_data(full_page, data["layers"][0]["scripts"][0])["maps"][0]["sheets"]
     for method, number in (("deconv", 109), ("guided", 119)):
         found = tiles_of(full_page, sheets[method])
         assert len(found) == 2
@@ -463,7 +467,7 @@ def test_facts_are_shown_to_three_digits_and_statistics_stored_with_six(tmp_path
     data = page_data(page)["layers"][0]
     said = {"a": "0.0123", "b": "−1.5", "c": "12346", "d": "7", "e": "0.25", "f": "1.00"}
     assert dict(data["facts"]) == {"maps": "1", **said}
-    stored = dict(script_data(page, data["script"])["maps"][0]["statistics"])
+    stored = dict(script_data(page, data["scripts"][0])["maps"][0]["statistics"])
     assert stored == {**given, "g": 0.123457}
     assert [key["name"] for key in data["sort"]] == ["a", "b", "c", "d", "e", "g"]
 
@@ -584,7 +588,7 @@ def test_names_that_are_not_valid_text_are_shown(tmp_path):
             path.read_text(encoding="utf-8")
     data = page_data(page)
     assert data["images"][0]["name"] == r"caf\xe9 </script>\n.png"
-    maps = script_data(page, data["layers"][0]["script"])["maps"]
+    maps = script_data(page, data["layers"][0]["scripts"][0])["maps"]
     assert maps[0]["examples"][0]["image"].startswith(r"caf\xe9")
 
 
@@ -1134,3 +1138,27 @@ def test_only_large_tiles_of_dense_texture_have_the_lower_quality(tmp_path):
         expected = io.BytesIO()
         Image.fromarray(tile).save(expected, "webp", quality=quality, method=4)
         assert (tmp_path / file).read_bytes() == expected.getvalue()
+
+
+def test_many_maps_lie_in_several_files_of_which_a_view_needs_a_few(tmp_path, monkeypatch):
+    monkeypatch.setattr("deconvnet.visualization.gallery.sprites.PAGE", 4)
+    monkeypatch.setattr("deconvnet.visualization.gallery.layer_files.PER_SCRIPT", 5)
+    maps = [GalleryMap(k, {"deconv": tones(k, 1)}, statistics={"n": k}) for k in range(14)]
+    maps[9] = GalleryMap(9)
+    maps[13] = GalleryMap(13)
+    layer = GalleryLayer("a", "A", maps, facts={})
+    page = write_gallery(tmp_path / "g", title="t", layers=[layer])
+    assert needed_files(page) == {
+        path.relative_to(page.parent).as_posix()
+        for path in page.parent.rglob("*")
+        if path.is_file()
+    }
+    data = page_data(page)["layers"][0]
+    parts = [script_data(page, name)["maps"] for name in data["scripts"]]
+    assert [len(part) for part in parts] == [5, 5, 4] and data["per_script"] == 5
+    assert [entry["map"] for part in parts for entry in part] == list(range(14))
+    sheet = data["sheets"]["deconv"]
+    assert (sheet["per_page"], sheet["count"], sheet["empty"]) == (4, 14, [9, 13])
+    for k in (0, 5, 10, 12):
+        one = {**sheet, "file": sheet["pages"][k // 4], "first": 0, "count": 4, "empty": []}
+        assert close(tiles_of(page, one)[k % 4], tone(k), 0.51)

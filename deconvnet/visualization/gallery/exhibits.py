@@ -16,6 +16,7 @@ from fractions import Fraction
 import numpy as np
 
 from deconvnet.visualization.gallery.sprites import Picture
+from deconvnet.visualization.search.heat import Heat
 
 Facts = Mapping[str, str | float]
 # Top, left, bottom, right in pixels of an image, the last two exclusive.
@@ -30,7 +31,8 @@ class Example:
     contain it. unit: (row, column) in the map. box: the receptive field, clipped to the image;
     window: what the tiles show, which may reach beyond the image. border: whether the receptive
     field reaches beyond the image. share: the fraction of images with a weaker activation, for
-    examples that are not among the strongest.
+    examples that are not among the strongest. heat: where in the image the map is active, to be
+    shown over the photograph.
     """
 
     image: str
@@ -41,6 +43,7 @@ class Example:
     window: Box | None = None
     border: bool = False
     share: float | None = None
+    heat: Heat | None = None
 
 
 @dataclass(frozen=True)
@@ -135,8 +138,8 @@ class GalleryLayer:
 
     shape: (K, H, W) of its maps; field, stride: (rows, columns) in pixels of the images; None if
     there is none, or if it is unknown. below: the name of the layer that `sources` refer to;
-    sources_are: "weights" or "contributions". notes: sentences that a reader of its pictures should
-    know.
+    sources_are: "weights" or "contributions"; similar_are: what `similar` of its maps compares,
+    "pictures" or "filters". notes: sentences that a reader of its pictures should know.
     """
 
     name: str
@@ -150,6 +153,7 @@ class GalleryLayer:
     control: Control | None = None
     below: str | None = None
     sources_are: str = "weights"
+    similar_are: str = "pictures"
     notes: Sequence[str] = ()
 
 

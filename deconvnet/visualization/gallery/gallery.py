@@ -154,7 +154,7 @@ def _write(
 # The data of a layer that the script of the page has before the layer is opened.
 LAYER_DATA = (
     *("name", "title", "shape", "facts", "notes", "maps", "labels", "sort", "methods", "shown"),
-    *("sheets", "script", "json", "control"),
+    *("sheets", "scripts", "per_script", "json", "control"),
 )
 
 

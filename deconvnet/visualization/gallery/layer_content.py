@@ -17,6 +17,7 @@ from deconvnet.visualization.drawing.canvas import (
     shade_signed,
 )
 from deconvnet.visualization.evolution.evolution import Evolution
+from deconvnet.visualization.gallery.concept_content import ConceptContent
 from deconvnet.visualization.gallery.exhibits import (
     Control,
     Example,
@@ -42,7 +43,7 @@ from deconvnet.visualization.gallery.wording import (
 )
 from deconvnet.visualization.projection.boxes import crop
 from deconvnet.visualization.projection.projection import LayerInfo
-from deconvnet.visualization.result import VisualizationResult
+from deconvnet.visualization.result import LayerMeasurements, VisualizationResult
 from deconvnet.visualization.search.projection_grids import pixel_filters, tiles_to_show
 from deconvnet.visualization.search.tile_codec import reduced
 from deconvnet.visualization.search.top_activations import group_by_size
@@ -73,6 +74,7 @@ def layer_content(
     if len(boards):
         facts["checkerboard (median)"] = f"{np.median(boards):.2f}"
     content, words = _LayerContent.of(result, layer, survey, names), words_of(result)
+    facts |= content.measurements.facts
     return GalleryLayer(
         layer,
         layer_title(layer),
@@ -85,7 +87,12 @@ def layer_content(
         control=_control(result, layer),
         below=content.below,
         sources_are="weights" if result.projector.is_deconvnet else "contributions",
-        notes=[*method_sentences(projections, words), *border_sentences(projections, words)],
+        similar_are="pictures" if content.concepts is None else "filters",
+        notes=[
+            *method_sentences(projections, words),
+            *border_sentences(projections, words),
+            *(content.concepts.notes if content.concepts else ()),
+        ],
     )
 
 
@@ -121,7 +128,7 @@ class _LayerContent:
 
     filters: of all maps, shaded, if the layer sees pixels; similar, coactive: (M, M) and (K, K);
     below: the name of the layer that its maps are made of; weights: (M, C), of the channels that
-    this layer passes on.
+    this layer passes on. concepts: if the maps are those of a dictionary over a layer.
     """
 
     result: VisualizationResult
@@ -133,6 +140,7 @@ class _LayerContent:
     coactive: np.ndarray | None
     below: str | None
     weights: np.ndarray | None
+    concepts: ConceptContent | None
 
     @classmethod
     def of(
@@ -141,23 +149,23 @@ class _LayerContent:
         projections, projector = result.projections[layer], result.projector
         filters = pixel_filters(projector)
         is_first = filters is not None and filters[0] == layer.partition("#")[0]
-        # With the sign taken out, zero where there is no activation. Deconvnet projections of deep
-        # layers are gratings that all look alike.
-        method = "guided" if "guided" in projections.methods else projections.methods[0]
-        tiles = projections.tiles[method][:, 0].astype(np.float32)
-        strongest = torch.from_numpy(tiles * projections.signs[:, 0, None, None, None])
-        below = _layer_below(result, layer)
+        below, concepts = _layer_below(result, layer), ConceptContent.of(result, layer)
         return cls(
             result,
             layer,
             survey,
             names,
             as_curves(shade_signed(filters[1])) if is_first else None,
-            similarities(strongest),
+            _similar_pictures(projections) if concepts is None else concepts.similar,
             survey.correlations(),
             below,
             None if below is None else _weights(result, layer, below),
+            concepts,
         )
+
+    @property
+    def measurements(self) -> LayerMeasurements:
+        return self.result.measurements.get(self.layer, LayerMeasurements())
 
     def map(self, row: int, step: Callable[[], None]) -> GalleryMap:
         """The map in this row of the projections."""
@@ -185,6 +193,8 @@ class _LayerContent:
                 f"mean of the strongest per {words['image']}": float(top.peak_sum[number] / total),
                 f"active in {words['images']}, %": 100 * float(top.active_images[number] / total),
                 "active positions, %": 100 * float(top.density_sum[number] / total),
+                **(self.concepts.statistics(row) if self.concepts else {}),
+                **{name: float(v[number]) for name, v in self.measurements.maps.items()},
             },
             filter=None if self.filters is None else self.filters[number],
             spectrum=spectrum,
@@ -231,6 +241,7 @@ class _LayerContent:
             projections.boxes[row, rank].tolist(),
             projections.windows[row, rank].tolist(),
             bool(projections.border[row, rank]),
+            heat=self.concepts and self.concepts.heats.get((row, rank)),
         )
 
     def _spectrum(self, row: int) -> tuple[list[Example], Tensor | None]:
@@ -290,6 +301,15 @@ class _LayerContent:
         tiles = projector.signed_rgb(crop(parts, windows)).cpu() * float(projections.signs[row, 0])
         # One scale for all, so that a reader sees which of them matter.
         return shade_signed(tiles, quantile_magnitude(tiles.flatten()[None], 0.995))
+
+
+def _similar_pictures(projections: TopProjections) -> np.ndarray:
+    """(M, M): how alike the strongest projections of the maps are."""
+    # With the sign taken out, zero where there is no activation. Deconvnet projections of deep
+    # layers are gratings that all look alike.
+    method = "guided" if "guided" in projections.methods else projections.methods[0]
+    tiles = projections.tiles[method][:, 0].astype(np.float32)
+    return similarities(torch.from_numpy(tiles * projections.signs[:, 0, None, None, None]))
 
 
 def _layer_below(result: VisualizationResult, layer: str) -> str | None:

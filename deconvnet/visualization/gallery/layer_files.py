@@ -1,14 +1,17 @@
 """The files of a layer: sheets with one tile of every map, one sheet for each map, and its data.
 
-layers/<n>-<name>/<method>.webp     one tile of every map; also patches, filters, few, control
+layers/<n>-<name>/<method>.webp     one tile of every map; also patches, filters, few, control;
+                                    of many maps <method>-1.webp and so on
 layers/<n>-<name>/maps/<k>.webp     all tiles of map k; maps/<k>-evolution of its training
 layers/<n>-<name>/maps/<k>-projections.webp  its projections in full size, unless they are small
 layers/<n>-<name>/features.json     everything about the maps but the pictures
-layers/<n>-<name>/features.js       the same for the page, which may not read JSON as a file
+layers/<n>-<name>/features.js       the same for the page, which may not read JSON as a file; of
+                                    many maps also features-2.js and so on
 """
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Sequence
 from fractions import Fraction
@@ -37,6 +40,7 @@ from deconvnet.visualization.gallery.sprites import (
     sheet_layout,
     to_tile,
     to_tiles,
+    write_sprite_pages,
     write_sprite_sheet,
     write_sprite_sheets,
 )
@@ -46,6 +50,8 @@ from deconvnet.visualization.gallery.sprites import (
 TILE = 160
 WALL = 128
 EPOCH = 96
+# Maps whose data are in one script, which the page loads to show one of them.
+PER_SCRIPT = 128
 # How many maps a layer shows on the first page, by the number of tiles of each: three full rows.
 THUMBNAILS = {1: 24, 2: 12, 3: 9}
 
@@ -76,7 +82,7 @@ def write_layer(
     }
     numbers = [entry["map"] for entry in entries]
     sheets = {
-        key: write_sprite_sheet(root, f"{place}/{safe_name(key)}", tiles)
+        key: write_sprite_pages(root, f"{place}/{safe_name(key)}", tiles)
         for key, tiles in overview.items()
         if any(tile is not None for tile in tiles)
     }
@@ -91,6 +97,7 @@ def write_layer(
         "methods": methods,
         "below": layer.below,
         "sources_are": layer.sources_are,
+        "similar_are": layer.similar_are,
         "maps": entries,
     }
     text = json.dumps(features, allow_nan=False, separators=(",", ":"))
@@ -108,12 +115,23 @@ def write_layer(
         "sort": _sort_keys(statistics),
         "methods": methods,
         "sheets": sheets,
-        "script": write_script(root, f"{place}/features.js", features),
+        "scripts": _write_scripts(root, place, features),
+        "per_script": PER_SCRIPT,
         "json": f"{place}/features.json",
         "shown": shown,
         "thumbnails": _thumbnails(root, place, overview, numbers, shown),
         "control": _write_control(root, place, layer.control, layer.name),
     }
+
+
+def _write_scripts(root: Path, place: str, features: dict) -> list[str]:
+    """Write the data of a layer as scripts of PER_SCRIPT maps each; returns their files."""
+    maps, files = features["maps"], []
+    for number, start in enumerate(range(0, len(maps), PER_SCRIPT), 1):
+        part = {**features, "maps": maps[start : start + PER_SCRIPT]}
+        name = "features.js" if number == 1 else f"features-{number}.js"
+        files.append(write_script(root, f"{place}/{name}", part))
+    return files
 
 
 def layer_folder(number: int, layer: str) -> str:
@@ -254,6 +272,13 @@ def _example(given: Example, photographs: Photographs | None, layer: int, number
         entry["border"] = True
     if given.share is not None:
         entry["share"] = rounded(given.share)
+    if given.heat is not None:
+        rows, columns = given.heat.values.shape
+        entry["heat"] = {
+            **{"rows": rows, "columns": columns},
+            "box": [round(side, 1) for side in given.heat.box],
+            "values": base64.b64encode(given.heat.values.tobytes()).decode(),
+        }
     return entry
 
 

@@ -11,15 +11,19 @@ from urllib.parse import quote
 
 from deconvnet.visualization.gallery.exhibits import Facts
 
-# What a page calls the images that it shows, and images of one row, which are signals.
+# What a page calls the maps and images that it shows, and images of one row, which are signals.
 IMAGES = {
+    **{"map": "map", "maps": "maps"},
     **{"image": "image", "images": "images", "one": "an image", "pixels": "pixels"},
     **{"photograph": "photograph", "photographs": "photographs"},
 }
 RECORDINGS = {
+    **{"map": "map", "maps": "maps"},
     **{"image": "recording", "images": "recordings", "one": "a recording", "pixels": "samples"},
     **{"photograph": "recording", "photographs": "recordings"},
 }
+# What it calls the maps of a dictionary over the layer of a network.
+CONCEPT_WORDS = {"map": "concept", "maps": "concepts"}
 
 
 def fact_texts(facts: Facts) -> list[tuple[str, str]]:

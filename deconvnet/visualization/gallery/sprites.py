@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from deconvnet.visualization.drawing.canvas import as_curves, thickened
-from deconvnet.visualization.drawing.tile_sheet import GAP, sheet_columns, to_sheet
+from deconvnet.visualization.drawing.tile_sheet import GAP, GREY, sheet_columns, to_sheet
 from deconvnet.visualization.search.tile_codec import SMALL, is_dense, webp
 
 Picture = Tensor | np.ndarray
@@ -33,6 +33,8 @@ FINE, COARSE, DENSE, MANY_PIXELS = 66, 45, 14, 80
 METHOD = 4
 # A sheet of so few colours is a PNG file.
 FEW_COLORS = 16
+# Tiles in a file of many.
+PAGE = 256
 # Run-length encoding is ten times faster than the default, and these files are smaller.
 Z_RLE = 3
 
@@ -78,6 +80,33 @@ def write_sprite_sheet(root: Path, name: str, tiles: Sequence[np.ndarray | None]
     empty; the indices of these cells are in `empty`.
     """
     return write_sprite_sheets(root, name, {"": tiles})[""]
+
+
+def write_sprite_pages(root: Path, name: str, tiles: Sequence[np.ndarray | None]) -> dict:
+    """`write_sprite_sheet`, in several files of PAGE tiles each if there are more.
+
+    A browser decodes a file as a whole, and thousands of tiles take hundreds of megabytes. The
+    layout is that of a full page; `pages` are the files, None where all tiles are missing, and
+    `per_page` is the number of tiles in each.
+    """
+    if len(tiles) <= PAGE:
+        return write_sprite_sheet(root, name, tiles)
+    present = [tile for tile in tiles if tile is not None]
+    cell = np.full([max(tile.shape[axis] for tile in present) for axis in (0, 1)], GREY, np.uint8)
+    files = []
+    for number, start in enumerate(range(0, len(tiles), PAGE), 1):
+        page = [*tiles[start : start + PAGE]]
+        if any(tile is not None for tile in page):
+            # All pages have the layout of the first, also the last one, and one of smaller tiles.
+            page += [None] * (PAGE - len(page))
+            blank = np.repeat(cell[..., None], 3, 2)
+            page = [blank if tile is None else tile for tile in page]
+            files.append(write_sprite_sheet(root, f"{name}-{number}", page)["file"])
+        else:
+            files.append(None)
+    empty = [number for number, tile in enumerate(tiles) if tile is None]
+    layout = {**sheet_layout(PAGE, *cell.shape), "first": 0, "count": len(tiles)}
+    return {**layout, "pages": files, "per_page": PAGE} | ({"empty": empty} if empty else {})
 
 
 def write_sprite_sheets(

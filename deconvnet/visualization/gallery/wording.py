@@ -7,8 +7,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from deconvnet.visualization.gallery.page_text import IMAGES, RECORDINGS
-from deconvnet.visualization.projection.projection import ProjectionReport
+from deconvnet.visualization.gallery.page_text import CONCEPT_WORDS, IMAGES, RECORDINGS
+from deconvnet.visualization.models.concept_model import ConceptModel
+from deconvnet.visualization.projection.projection import CONCEPTS, ProjectionReport
 from deconvnet.visualization.result import VisualizationResult
 from deconvnet.visualization.search.top_projections import TopProjections
 
@@ -22,8 +23,11 @@ NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight",
 
 
 def words_of(result: VisualizationResult) -> dict[str, str]:
-    """What the images of a result are called: images of one row are recordings."""
-    return RECORDINGS if result.images[0].shape[1] == 1 else IMAGES
+    """What the images of a result are called: images of one row are recordings; and its maps, which
+    are concepts if a dictionary has them."""
+    words = RECORDINGS if result.images[0].shape[1] == 1 else IMAGES
+    are_concepts = all(info.kind == CONCEPTS for info in result.infos.values())
+    return {**words, **CONCEPT_WORDS} if are_concepts else words
 
 
 def layer_title(layer: str) -> str:
@@ -46,6 +50,9 @@ def how_projected(layer: str, projections: TopProjections) -> list[str]:
 def title_of(result: VisualizationResult) -> str:
     """The name of a network without the place that it was loaded from."""
     name = re.split(r"[/:]", result.model.name.rstrip("/"))[-1] or result.model.name
+    module = result.projector.model
+    if isinstance(module, ConceptModel):
+        return f"{name}: concepts of {layer_title(module.layer)}"
     return f"{name}: a deconvolutional network" if result.projector.is_deconvnet else name
 
 
@@ -59,6 +66,13 @@ def subtitle_of(result: VisualizationResult) -> str:
             f"{_layers(net.depth).capitalize()} of sparse maps, learned without labels "
             f"({', '.join(str(layer.settings.num_maps) for layer in net.layers)} maps from the "
             f"lowest to the highest). This page shows what each map responds to in {images}."
+        )
+    module = result.projector.model
+    if isinstance(module, ConceptModel):
+        return (
+            f"{_concepts(module)} that together explain the activations of "
+            f"{layer_title(module.layer)}, learned without labels. This page shows what each of "
+            f"them responds to in {images}, and what the network loses without it."
         )
     shown = _layers(len(result.projections))
     return f"What the maps of {shown} of this network respond to in {images}."
@@ -150,6 +164,14 @@ def figure_caption(name: str, layers: Mapping[str, object]) -> str:
             "covers what the map responds to, its activity falls (Zeiler and Fergus 2014, fig. 7)."
         )
     return name.replace("-", " ")
+
+
+def _concepts(module: ConceptModel) -> str:
+    """How many concepts of which size a dictionary has."""
+    settings = module.dictionary.layer(module.dictionary.depth).settings
+    return (
+        f"{settings.num_maps:,} concepts of {'×'.join(map(str, settings.filter_shape))} positions"
+    )
 
 
 def _operations(counts: Mapping[str, int]) -> str:

@@ -44,6 +44,7 @@ from deconvnet.visualization.projection.projection import (
     counted,
 )
 from deconvnet.visualization.projection.receptive_fields import trace_fields
+from deconvnet.visualization.projection.starts import Footprint, Starts
 
 GATES = ("constant", "gradient")
 # Windows that go through the model at a time.
@@ -87,7 +88,7 @@ class CnnBackend:
         self.method, self.strict, self.gates = method, strict, gates
         self.overlap, self.batch, self.local = overlap, batch, local
         self._forward = ForwardPass(model)
-        self._plans: dict[tuple[str | int | bool, ...], WindowPlan | None] = {}
+        self._plans: dict[tuple[object, ...], WindowPlan | None] = {}
         self._choices: dict[tuple[str | int | bool, ...], MethodChoice] = {}
 
     @property
@@ -173,7 +174,15 @@ class CnnBackend:
     ) -> dict[str, Projection]:
         """{method: projection of the units}; deconv and guided share one forward pass."""
         # Maps and positions are checked once the shape of the layer is known.
-        units = check_units(units, len(x), layer)
+        return self.project_starts(
+            x, layer, Starts(check_units(units, len(x), layer), seeds), methods
+        )
+
+    def project_starts(
+        self, x: Tensor, layer: str, starts: Starts, methods: Sequence[str]
+    ) -> dict[str, Projection]:
+        """{method: projection of whatever signals start in the maps of a layer}."""
+        units = starts.units
         if len(units) == 0:
             empty = units.new_zeros(0, 4)
             return {
@@ -187,36 +196,34 @@ class CnnBackend:
             for modified in (True, False):
                 group = [method for method in methods if (method != "gradient") == modified]
                 if group:
-                    task = _Task(layer, tuple(group), modified, self._reasons(x, layer))
-                    results |= self._project(x, task, units, seeds)
+                    footprint = starts.patterns and starts.patterns.footprint
+                    task = _Task(layer, tuple(group), modified, self._reasons(x, layer), footprint)
+                    results |= self._project(x, task, starts)
         return {method: results[method] for method in methods}
 
-    def _project(
-        self, x: Tensor, task: _Task, units: Tensor, seeds: Tensor | None
-    ) -> dict[str, Projection]:
+    def _project(self, x: Tensor, task: _Task, starts: Starts) -> dict[str, Projection]:
         self._forward.find_suspects(x[:1], task.layer, skip_normalization=task.modified)
         plan = self._window_plan(x, task) if self.local else None
         if plan is not None:
-            check_units(units, len(x), task.layer, plan.shape)
+            if starts.patterns is None:
+                check_units(starts.units, len(x), task.layer, plan.shape)
             try:
-                return self._project_in_windows(x, task, units, seeds, plan)
+                return self._project_in_windows(x, task, starts, plan)
             except _WindowMismatch:
-                self._plans[(*_key(x, task.layer), task.modified)] = None
-        return self._project_in_images(x, task, units, seeds)
+                self._plans[task.key(x)] = None
+        return self._project_in_images(x, task, starts)
 
-    def _project_in_images(
-        self, x: Tensor, task: _Task, units: Tensor, seeds: Tensor | None
-    ) -> dict[str, Projection]:
+    def _project_in_images(self, x: Tensor, task: _Task, starts: Starts) -> dict[str, Projection]:
         """Project units from their whole images, `batch` images at a time."""
         results: dict[str, _Result] = {}
+        units = starts.units
         for images in torch.unique(units[:, 0]).split(self.batch):
             chosen = torch.isin(units[:, 0], images).nonzero()[:, 0]
             output = self._up_to(x[images.to(x.device)], task.layer, task.modified)
-            check_units(units[chosen], len(x), task.layer, tuple(output.maps.shape[1:]))
+            if starts.patterns is None:
+                check_units(units[chosen], len(x), task.layer, tuple(output.maps.shape[1:]))
             operations = self._read(output, task.modified)
-            parts = self._project_graph(
-                operations, output, images, task, units[chosen], _select(seeds, chosen)
-            )
+            parts = self._project_graph(operations, output, images, task, starts.select(chosen))
             for method, part in parts.items():
                 if method not in results:
                     results[method] = _Result(len(units), x, part)
@@ -224,12 +231,13 @@ class CnnBackend:
         return {method: result.projection(units) for method, result in results.items()}
 
     def _project_in_windows(
-        self, x: Tensor, task: _Task, units: Tensor, seeds: Tensor | None, plan: WindowPlan
+        self, x: Tensor, task: _Task, starts: Starts, plan: WindowPlan
     ) -> dict[str, Projection]:
         """Project units from windows of their images, those of one size together.
 
         Raises _WindowMismatch if the model performs other operations on a window than on the image.
         """
+        units = starts.units
         windows = plan.windows(units)
         sizes, group = torch.unique(windows[:, 2:] - windows[:, :2], dim=0, return_inverse=True)
         results: dict[str, _Result] = {}
@@ -238,11 +246,8 @@ class CnnBackend:
             count = max(1, self.batch * x.shape[2] * x.shape[3] // (height * width))
             for chosen in (group == number).nonzero()[:, 0].split(min(count, MOST_WINDOWS)):
                 boxes = windows[chosen]
-                local_units = plan.units_in_windows(units[chosen], boxes)
                 cropped = crop(x[units[chosen, 0].to(x.device)], boxes)
-                parts = self._project_window(
-                    cropped, task, local_units, _select(seeds, chosen), plan
-                )
+                parts = self._project_window(cropped, task, starts.select(chosen), plan, boxes)
                 for method, part in parts.items():
                     if method not in results:
                         results[method] = _Result(len(units), x, part)
@@ -250,9 +255,9 @@ class CnnBackend:
         return {method: result.projection(units) for method, result in results.items()}
 
     def _project_window(
-        self, x: Tensor, task: _Task, units: Tensor, seeds: Tensor | None, plan: WindowPlan
+        self, x: Tensor, task: _Task, starts: Starts, plan: WindowPlan, boxes: Tensor
     ) -> dict[str, Projection]:
-        """Project one unit from each of some windows x (U, C, h, w)."""
+        """Project one unit from each of some windows x (U, C, h, w); boxes: (U, 4), of these."""
         try:
             output = self._up_to(x, task.layer, task.modified, checked=True)
         except Exception as error:  # a model may raise anything for an unexpected size
@@ -260,18 +265,21 @@ class CnnBackend:
         operations = self._read(output, task.modified)
         if [op.name for op in operations.order] != plan.operations:
             raise _WindowMismatch
-        return self._project_graph(operations, output, torch.arange(len(x)), task, units, seeds)
+        units, corners = plan.units_in_windows(starts.units, boxes), plan.map_corners(boxes)
+        starts = starts.in_windows(units, corners, tuple(output.maps.shape[2:]))
+        return self._project_graph(operations, output, torch.arange(len(x)), task, starts)
 
     def _window_plan(self, x: Tensor, task: _Task) -> WindowPlan | None:
         """The windows for the units of a layer; None if they need the whole image."""
-        key = (*_key(x, task.layer), task.modified)
+        key = task.key(x)
         if key not in self._plans:
             output = self._up_to(x[:1], task.layer, task.modified)
             constants = self._constants(task.modified)
             operations = read_operations(output.y, **constants)
             geometries = FieldGeometries(output.leaf, **constants)
             geometry, shape = geometries.at(output.y.grad_fn), tuple(output.maps.shape[1:])
-            plan = plan_windows(operations, shape, geometry, tuple(x.shape[2:]))
+            image, footprint = tuple(x.shape[2:]), task.footprint
+            plan = plan_windows(operations, shape, geometry, image, footprint)
             maps = output.maps.detach()[0]
             if plan is not None and not self._windows_agree(x[:1], task, maps, plan):
                 plan = None
@@ -318,18 +326,16 @@ class CnnBackend:
         output: LayerOutput,
         images: Tensor,
         task: _Task,
-        units: Tensor,
-        seeds: Tensor | None,
+        starts: Starts,
     ) -> dict[str, Projection]:
         """Project units through the graph of a forward pass; images: the numbers of its images."""
         self._refuse_unsupported(operations, task)
-        leaf, maps = output.leaf, output.maps
-        fields, boxes = (self._boxes(operations, units, output, clip) for clip in (False, True))
+        leaf, maps, units = output.leaf, output.maps, starts.units
+        fields, boxes = (self._boxes(operations, starts, output, clip) for clip in (False, True))
         uneven = self._uneven(operations, leaf, task.modified)
-        n, k, i, j = units.to(maps.device).unbind(1)
-        n = torch.searchsorted(images.to(n.device), n.contiguous())
-        values = maps.detach()[n, k, i, j]
-        seeds = values if seeds is None else seeds.to(values)
+        n = units[:, 0].to(maps.device).contiguous()
+        n = torch.searchsorted(images.to(n.device), n)
+        values = starts.values(maps, n)
         projections = {
             method: leaf.new_zeros(len(units), *leaf.shape[1:]) for method in task.methods
         }
@@ -338,9 +344,7 @@ class CnnBackend:
         rounds = _occurrences(units[:, 0])
         for number in range(int(rounds.max()) + 1):
             chosen = (rounds == number).nonzero()[:, 0].to(maps.device)
-            seed = torch.zeros_like(maps)
-            seed[n[chosen], k[chosen], i[chosen], j[chosen]] = seeds[chosen]
-            seed = output.as_output(seed)
+            seed = output.as_output(starts.signal(maps, n, chosen))
             for method in task.methods:
                 signal, counts[method] = self._backward(method, operations, output.y, leaf, seed)
                 projections[method][chosen] = signal[n[chosen]]
@@ -397,11 +401,11 @@ class CnnBackend:
         return signal, rules.counts
 
     def _boxes(
-        self, operations: Operations, units: Tensor, output: LayerOutput, clip: bool
+        self, operations: Operations, starts: Starts, output: LayerOutput, clip: bool
     ) -> Tensor:
         """(U, 4): top, left, bottom, right of the receptive fields."""
         fields = trace_fields(
-            operations, units[:, 1:].numpy(), output.leaf, clip=clip, last=output.maps_last
+            operations, starts.boxes(), output.leaf, clip=clip, last=output.form.maps_last
         )
         return torch.from_numpy(np.ascontiguousarray(fields.transpose(0, 2, 1))).flatten(1)
 
@@ -441,13 +445,18 @@ class _Task:
     """A layer to project, with methods that share a forward pass.
 
     modified: whether they are deconv and guided, whose backward pass differs from the gradient.
-    reasons: by method, why it was chosen.
+    reasons: by method, why it was chosen. footprint: of the patterns that they start from.
     """
 
     layer: str
     methods: tuple[str, ...]
     modified: bool
     reasons: dict[str, str]
+    footprint: Footprint | None
+
+    def key(self, x: Tensor) -> tuple[object, ...]:
+        """What the windows of units in images of the size of x (N, C, H, W) depend on."""
+        return (*_key(x, self.layer), self.modified, self.footprint)
 
 
 class _WindowMismatch(Exception):
@@ -504,10 +513,6 @@ def _uncompiled(unsupported: dict[str, int]) -> str:
 
 def _key(x: Tensor, layer: str) -> tuple[str | int, ...]:
     return layer, x.shape[2], x.shape[3]
-
-
-def _select(seeds: Tensor | None, chosen: Tensor) -> Tensor | None:
-    return None if seeds is None else seeds[chosen.to(seeds.device)]
 
 
 def _raised_here(error: Exception) -> bool:

@@ -23,6 +23,7 @@ from deconvnet.visualization.projection import autograd_graph
 from deconvnet.visualization.projection.backward_rules import SkippedNormalization
 from deconvnet.visualization.projection.field_geometry import FieldGeometries, FieldGeometry
 from deconvnet.visualization.projection.hidden_dependence import DependenceTracker, differing_calls
+from deconvnet.visualization.projection.layer_form import LayerForm, first_tensor
 from deconvnet.visualization.projection.map_axis import MapAxes
 from deconvnet.visualization.projection.model_isolation import check_model, unwrap
 from deconvnet.visualization.projection.projection import LayerInfo, suggest_layers, unknown_layer
@@ -41,23 +42,23 @@ Note = Callable[[str, int, Tensor, Tensor], None]
 class LayerOutput:
     """The output of a layer, with the graph that leads to it.
 
-    leaf: (N, C, H, W), the images; y: the output as the module returned it; maps: (N, K, H, W), the
-    same as maps; maps_last: whether y is (N, H, W, K); grid: of the tokens if y is (N, T, K);
-    marked: by node, how the pixels enter it without a gradient.
+    leaf: (N, C, H, W), the images; y: the output as the module returned it; form: how it holds the
+    maps; marked: by node, how the pixels enter it without a gradient.
     """
 
     leaf: Tensor
     y: Tensor
-    maps: Tensor
-    maps_last: bool
-    grid: TokenGrid | None
+    form: LayerForm
     marked: dict[Node, str]
 
+    @property
+    def maps(self) -> Tensor:
+        """(N, K, H, W), the output as maps."""
+        return self.form.maps(self.y)
+
     def as_output(self, maps: Tensor) -> Tensor:
-        """Maps (N, K, H, W) in the shape of y."""
-        if self.grid is not None:
-            return self.grid.tokens(maps)
-        return maps.movedim(1, 3) if self.maps_last else maps.reshape(self.y.shape)
+        """Maps (N, K, H, W) in the shape of y; zeros in tokens beside the grid."""
+        return self.form.with_maps(torch.zeros_like(self.y), maps)
 
 
 class ForwardPass:
@@ -130,7 +131,7 @@ class ForwardPass:
             # A table that a model makes of its parameters alone is not a layer.
             if node is None or not self._is_layer(y, name, call, x.shape[1:]):
                 continue
-            maps = self._maps(y, name, call, x.shape[1:])
+            maps = self._form(name, call, x.shape[1:]).maps(y)
             kind, shape = type(self.modules[name]).__name__, tuple(maps.shape)
             info = LayerInfo(_call_name(name, call, calls), kind, shape[1:])
             infos.append(_located(info, geometries.at(node)) if y.dim() == 4 else info)
@@ -148,7 +149,7 @@ class ForwardPass:
             layer = requested.get((name, call))
             if layer is None:
                 return
-            results[layer] = reduce(layer, self._maps(y, name, call, x.shape[1:]))
+            results[layer] = reduce(layer, self._form(name, call, x.shape[1:]).maps(y))
             if len(results) == len(requested):
                 raise _Reached
 
@@ -158,7 +159,7 @@ class ForwardPass:
     def outputs(self, x: Tensor) -> Tensor | None:
         """(N, classes): the output of the whole model; None if the output is not a table."""
         try:
-            y = _first_tensor(self.model(x.detach().clone()))
+            y = first_tensor(self.model(x.detach().clone()))
         except Exception as error:
             raise self._failure(x, error) from error
         return y if y is not None and y.dim() == 2 else None
@@ -170,12 +171,14 @@ class ForwardPass:
 
         checked: the name of the layer is known to exist, from images of another size.
         """
-        name, call = _split(layer)
+        name, call = split_call(layer)
         leaf, y, tracker = self._up_to(x, layer, skip_normalization, checked=checked)
-        maps_last = (name, call) in self._maps_last
-        grid = self._grids.get((name, call, x.shape[1:]))
-        maps = self._maps(y, name, call, x.shape[1:])
-        return LayerOutput(leaf, y, maps, maps_last, grid, tracker.marked)
+        return LayerOutput(leaf, y, self._form(name, call, x.shape[1:]), tracker.marked)
+
+    def form(self, x: Tensor, layer: str) -> LayerForm:
+        """How the output of a layer holds its maps for images of the size of x (N, C, H, W)."""
+        (call,) = self._resolve(x, [layer])
+        return self._form(*call, x.shape[1:])
 
     def find_suspects(self, x: Tensor, layer: str, *, skip_normalization: bool) -> None:
         """Find constants below a layer that depend on the image although this cannot be followed:
@@ -200,7 +203,7 @@ class ForwardPass:
         self, x: Tensor, layer: str, skip_normalization: bool, *, checked: bool = False
     ) -> tuple[Tensor, Tensor, DependenceTracker]:
         """The leaf that holds x, the output of the layer, and what was tracked on the way."""
-        ((name, call),) = [_split(layer)] if checked else self._resolve(x, [layer])
+        ((name, call),) = [split_call(layer)] if checked else self._resolve(x, [layer])
         reached: list[tuple[Tensor, Tensor]] = []
 
         def note(module: str, number: int, y: Tensor, leaf: Tensor) -> None:
@@ -220,16 +223,9 @@ class ForwardPass:
     def _is_layer(self, y: Tensor, name: str, call: int, image: tuple[int, ...]) -> bool:
         return y.dim() != 3 or (name, call, image) in self._grids
 
-    def _maps(self, y: Tensor, name: str, call: int, image: tuple[int, ...]) -> Tensor:
-        """The output of a module as maps (N, K, H, W); maps of vectors have one position.
-
-        image: the shape of an image.
-        """
-        if y.dim() == 2:
-            return y[:, :, None, None]
-        if y.dim() == 3:
-            return self._grids[name, call, image].maps(y)
-        return y.movedim(3, 1) if (name, call) in self._maps_last else y
+    def _form(self, name: str, call: int, image: tuple[int, ...]) -> LayerForm:
+        """How a call of a module holds its maps; image: the shape of an image."""
+        return LayerForm((name, call) in self._maps_last, self._grids.get((name, call, image)))
 
     def _resolve(self, x: Tensor, layers: list[str]) -> dict[tuple[str, int], str]:
         """{(module, number of the call): layer} for names of layers."""
@@ -239,13 +235,13 @@ class ForwardPass:
         for layer in layers:
             if layer not in names:
                 raise self._no_layer(layer, names)
-        return {_split(layer): layer for layer in layers}
+        return {split_call(layer): layer for layer in layers}
 
     def _no_layer(self, layer: str, names: list[str]) -> ValueError:
         """The error for a name that is not a layer, with the reason if it is a module."""
-        name = _split(layer)[0]
+        name = split_call(layer)[0]
         module = dict(self.model.named_modules()).get(name) if name else None
-        if module is None or any(_split(other)[0] == name for other in names):
+        if module is None or any(split_call(other)[0] == name for other in names):
             return unknown_layer(layer, names)
         if isinstance(module, torch.jit.ScriptModule):
             reason = "it is TorchScript, which cannot be inspected"
@@ -292,7 +288,7 @@ class ForwardPass:
 
         def hook(name: str) -> Callable[[nn.Module, tuple, object], None]:
             def after_call(module: nn.Module, inputs: tuple, output: object) -> None:
-                y = _first_tensor(output)
+                y = first_tensor(output)
                 self._not_maps[name] = _description(y, len(leaf))
                 # Not if the model folds something into the dimension of the images.
                 if y is not None and y.dim() in (2, 3, 4) and len(y) == len(leaf):
@@ -353,17 +349,7 @@ def _description(y: Tensor | None, images: int) -> str:
     return f"its output is ({shape}): {kind}"
 
 
-def _first_tensor(output: object) -> Tensor | None:
-    """The output of a module, or the first tensor of several."""
-    if isinstance(output, Tensor):
-        return output
-    values = list(output.values()) if isinstance(output, dict) else output
-    if isinstance(values, list | tuple):
-        return next((value for value in values if isinstance(value, Tensor)), None)
-    return None
-
-
-def _split(layer: str) -> tuple[str, int]:
+def split_call(layer: str) -> tuple[str, int]:
     """The name of the module, and the number of the call."""
     module, _, call = layer.partition("#")
     return module, int(call) if call.isdigit() else 0

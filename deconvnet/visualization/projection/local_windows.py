@@ -24,6 +24,7 @@ from deconvnet.visualization.projection.operations import (
     SKIPPED,
     Operations,
 )
+from deconvnet.visualization.projection.starts import Footprint
 
 # Operations that treat all positions alike.
 ALIKE = {
@@ -41,12 +42,14 @@ LARGEST_SHARE = 0.6
 class WindowPlan:
     """The windows of the units of a layer, in images of one size.
 
-    shape: (K, H, W) of the layer; geometry: of its receptive fields; image: (H, W) in pixels;
+    shape: (K, H, W) of the layer; geometry: of the receptive fields of units, stride: (rows,
+    columns), the pixels from one position of its maps to the next; image: (H, W) in pixels;
     operations: the names of the operations that lead to the layer.
     """
 
     shape: tuple[int, int, int]
     geometry: FieldGeometry
+    stride: tuple[int, int]
     image: tuple[int, int]
     operations: list[str]
 
@@ -63,6 +66,10 @@ class WindowPlan:
         local[:, 0] = torch.arange(len(units))
         local[:, 2:] -= windows[:, :2] // stride
         return local
+
+    def map_corners(self, windows: Tensor) -> Tensor:
+        """(U, 2): the first row and column of the maps of the layer in windows (U, 4)."""
+        return windows[:, :2] // torch.tensor(self.stride)
 
     def _sides(self, positions: Tensor, axis: int) -> tuple[Tensor, Tensor]:
         """Start and end of the windows of units at these positions along an axis."""
@@ -81,13 +88,17 @@ def plan_windows(
     shape: tuple[int, int, int],
     geometry: FieldGeometry | None,
     image: tuple[int, int],
+    footprint: Footprint | None = None,
 ) -> WindowPlan | None:
-    """The windows of the units of a layer; None if windows do not suffice or save too little."""
+    """The windows of the units of a layer, or of a dictionary whose units have this footprint in
+    it; None if windows do not suffice or save too little."""
     if geometry is None or not all(isinstance(n, int) and n > 0 for n in geometry.stride):
         return None
     if not all(map(_is_alike, operations.order)):
         return None
-    plan = WindowPlan(shape, geometry, image, [op.name for op in operations.order])
+    fields = geometry if footprint is None else footprint.fields(geometry)
+    names = [op.name for op in operations.order]
+    plan = WindowPlan(shape, fields, geometry.stride, image, names)
     middle = torch.tensor([[0, 0, shape[1] // 2, shape[2] // 2]])
     top, left, bottom, right = plan.windows(middle)[0].tolist()
     is_small = (bottom - top) * (right - left) < LARGEST_SHARE * image[0] * image[1]

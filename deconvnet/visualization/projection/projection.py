@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 # Names to suggest for one that does not exist.
 SUGGESTIONS = 3
+# The kind of layers that are the maps of a dictionary.
+CONCEPTS = "Concepts"
 # What a report says of deconv without switches.
 SAME_PICTURE = "no switch is passed, so the picture is the same whatever the image"
 

@@ -7,7 +7,8 @@
 
 A CNN is run backwards, with the rules of Zeiler and Fergus (ECCV 2014, section 2.1;
 `backward_rules`). A deconvolutional network is its own generative model, with the switches of
-inference (Zeiler et al. 2011).
+inference (Zeiler et al. 2011). A concept of a dictionary over a layer of a CNN is first painted
+into this layer by the dictionary, and then sent down through the CNN.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from deconvnet.network.network import DeconvNet
+from deconvnet.visualization.models.concept_model import ConceptModel
 from deconvnet.visualization.models.normalization import Normalization
 from deconvnet.visualization.projection.backward_rules import AUTO, METHODS
 from deconvnet.visualization.projection.cnn_backend import CnnBackend
+from deconvnet.visualization.projection.concept_backend import ConceptBackend
 from deconvnet.visualization.projection.deconvnet_backend import DeconvNetBackend
 from deconvnet.visualization.projection.feature_projection import shown_pixels, signed_rgb
 from deconvnet.visualization.projection.projection import (
@@ -37,7 +40,8 @@ class Projector:
     """Projects units of a network into the space of its input.
 
     model: any module that takes images (N, C, H, W), or a DeconvNet, which takes pixels in [0, 1].
-    It runs in evaluation mode and is not changed.
+    It runs in evaluation mode and is not changed. Of a `ConceptModel`, the concepts are one more
+    layer: each is projected by what it paints into the maps of the layer that it explains.
 
     method: deconv, guided, gradient, or auto (the default), which depends on the layer: deconv if
     a switch of max pooling lies between the layer and the pixels, else guided, as the picture of
@@ -79,8 +83,9 @@ class Projector:
             self.backend = DeconvNetBackend(model, batch=batch)
         else:
             self.method = method or AUTO
-            self.backend = CnnBackend(
-                model,
+            has_concepts = isinstance(model, ConceptModel)
+            cnn = CnnBackend(
+                model.base if has_concepts else model,
                 method=self.method,
                 strict=strict,
                 gates=gates,
@@ -88,6 +93,7 @@ class Projector:
                 batch=batch,
                 local=local,
             )
+            self.backend = ConceptBackend(model, cnn, batch=batch) if has_concepts else cnn
 
     @property
     def model(self) -> nn.Module:

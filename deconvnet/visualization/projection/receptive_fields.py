@@ -31,20 +31,23 @@ RULES = {**KEEPING, **MOVING}
 
 
 def trace_fields(
-    operations: Operations, units: Box, x: Tensor, *, clip: bool = True, last: bool = False
+    operations: Operations, starts: Box, x: Tensor, *, clip: bool = True, last: bool = False
 ) -> Box:
     """(U, 2, 2): for rows and columns, the first and last + 1 of the pixels that units can see.
 
-    units: (U, 3), map, row and column in the output of the operations, which is (N, K, H, W) or, if
-    `last`, (N, H, W, K). x: the leaf (N, C, H, W). clip: clip boxes to the maps at every operation,
+    starts: (U, 3, 2), first and last + 1 of maps, rows and columns of each unit in the output of
+    the operations, which is (N, K, H, W) or, if `last`, (N, H, W, K); they may reach beyond it.
+    x: the leaf (N, C, H, W). clip: clip boxes to the maps at every operation,
     which makes the result exact. Otherwise the result is the field for all maps together: it has
     one size for all units and may reach beyond the image.
     """
-    start = np.stack([units, units + 1], 2)
-    start = start if clip else all_channels(start)
+    start = starts if clip else all_channels(starts)
     start = np.roll(start, -1, 1) if last else start
-    if len(output_shape(operations.order[0].node, operations.output)) == 3:  # tokens see it all
+    size = output_shape(operations.order[0].node, operations.output)
+    if len(size) == 3:  # tokens see it all
         start = everything(start, ())
+    elif clip and len(size) == 4:
+        start = bounded(start, size[1:], clip)
     boxes = {operations.order[0].node: {operations.output: start}}
     pixels = np.zeros_like(start)
     for op in operations.order:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
@@ -35,10 +35,11 @@ class TokenGrid:
         grid = tokens[:, self.before : self.before + self.rows * self.columns]
         return grid.transpose(1, 2).unflatten(2, (self.rows, self.columns))
 
-    def tokens(self, maps: Tensor) -> Tensor:
-        """(N, T, C): maps (N, C, H, W) as tokens; zeros in all tokens beside the grid."""
+    def tokens_with(self, tokens: Tensor, maps: Tensor) -> Tensor:
+        """(N, T, C): the tokens (N, T, C) with maps (N, C, H, W) in those of the grid."""
         grid = maps.flatten(2).transpose(1, 2)
-        return F.pad(grid, (0, 0, self.before, self.count - self.before - grid.shape[1]))
+        before, after = tokens[:, : self.before], tokens[:, self.before + grid.shape[1] :]
+        return torch.cat([before, grid, after], 1)
 
 
 class TokenGrids:

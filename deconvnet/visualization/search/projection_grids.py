@@ -30,6 +30,7 @@ from deconvnet.visualization.drawing.canvas import (
     text_block,
     vstack,
 )
+from deconvnet.visualization.models.concept_model import ConceptModel
 from deconvnet.visualization.projection.feature_projection import signed_filters
 from deconvnet.visualization.projection.projection import LayerInfo
 from deconvnet.visualization.projection.projection_picture import BORDER, PALE, TILE
@@ -183,10 +184,12 @@ def pixel_filters(projector: Projector) -> tuple[str, Tensor] | None:
     """The name of the layer whose filters see pixels, and these filters (K, 3, h, w) as signed RGB.
 
     In a torch module, this is the first convolution with as many input channels as an image; None
-    if there is none.
+    if there is none. The filters of concepts do not see pixels.
     """
     if projector.is_deconvnet:
         return "layer1", signed_filters(projector.model).expand(-1, 3, -1, -1).cpu()
+    if isinstance(projector.model, ConceptModel):
+        return None
     planes = 1 if projector.normalization.order == "grey" else 3
     for name, module in projector.model.named_modules():
         if isinstance(module, nn.Conv2d) and module.in_channels == planes and module.groups == 1:

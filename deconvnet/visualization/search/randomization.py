@@ -23,6 +23,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from deconvnet.network.layer import Layer
 from deconvnet.network.network import DeconvNet
 from deconvnet.visualization.models.model_error import ModelError, described
 from deconvnet.visualization.projection.model_isolation import isolated
@@ -80,7 +81,8 @@ def shuffle_weights(model: Model, *, seed: int = 0) -> Model:
     """Return a copy of a network in which the entries of every filter are in random order.
 
     A filter is shuffled over space and channels: its values, and with them its mean and norm, stay
-    the same, but its structure is lost. Biases and the statistics of normalisation layers stay.
+    the same, but its structure is lost. Biases and the statistics of normalisation layers stay. Of
+    a network with concepts, its own filters and those of the dictionary are shuffled.
     """
     try:
         model = copy.deepcopy(model)
@@ -90,12 +92,11 @@ def shuffle_weights(model: Model, *, seed: int = 0) -> Model:
             f"{described(error)}; visualize it with control=false"
         ) from error
     generator = torch.Generator().manual_seed(seed)
-    if isinstance(model, DeconvNet):
-        for layer in model.layers:
-            for f, g in zip(layer.filters, layer.connectivity, strict=True):
-                # Only among the maps that the filter is connected to.
-                f[g.bool()] = _shuffled(f[g.bool()], generator)
-        return model
+    layers = (part for part in model.modules() if isinstance(part, Layer))
+    for layer in layers:
+        for f, g in zip(layer.filters, layer.connectivity, strict=True):
+            # Only among the maps that the filter is connected to.
+            f[g.bool()] = _shuffled(f[g.bool()], generator)
     for p in model.parameters():
         if p.dim() > 1:
             p.copy_(torch.stack([_shuffled(weight, generator) for weight in p]))

@@ -64,7 +64,8 @@ const gallery = (() => {
       made.style.aspectRatio = sheet ? `${sheet.width} / ${sheet.height}` : "1";
       return made;
     }
-    showCell(made, sheet, sheet.first + index, sheet.height, sheet.width);
+    const page = sheet.pages ? { ...sheet, file: sheet.pages[Math.floor(index / sheet.per_page)] } : sheet;
+    showCell(made, page, sheet.first + (sheet.pages ? index % sheet.per_page : index), sheet.height, sheet.width);
     if (Math.max(sheet.width, sheet.height) < SHARP) made.classList.add("sharp");
     if (sheet.contrast) made.style.filter = `contrast(${sheet.contrast[index][Number(isFull)]})`;
     return made;
@@ -73,7 +74,28 @@ const gallery = (() => {
   // The photograph of an example with the window of its tiles framed; null if there is none.
   function photograph(example) {
     const shown = thumbnail(example);
-    return shown && element("span", { class: "framed" }, shown, frame(example.window || example.box, pixelsOf(example)));
+    if (!shown) return null;
+    const hot = heat(example);
+    return element("span", { class: hot ? "framed hot" : "framed" }, shown, hot, frame(example.window || example.box, pixelsOf(example)));
+  }
+
+  // Where a map is active, over the photograph of an example: clear where it is zero, then red,
+  // orange and, at its strongest activation of all, nearly white.
+  function heat(example) {
+    const found = example.heat;
+    if (!found || !data.photographs || !data.photographs.images[example.photograph]) return null;
+    const canvas = element("canvas", { width: found.columns, height: found.rows });
+    const picture = new ImageData(found.columns, found.rows);
+    const values = atob(found.values);
+    for (let n = 0; n < values.length; n += 1) {
+      const share = values.charCodeAt(n) / 255;
+      picture.data.set([180 + 75 * Math.min(1, 3 * share), 250 * share ** 0.9, 200 * share ** 3, 235 * Math.min(1, 1.6 * share) ** 0.8], 4 * n);
+    }
+    canvas.getContext("2d").putImageData(picture, 0, 0);
+    const over = placed(canvas, found.box, pixelsOf(example));
+    over.classList.replace("frame", "heat");
+    over.setAttribute("aria-hidden", "true");
+    return over;
   }
 
   function thumbnail(example) {
@@ -164,7 +186,7 @@ const gallery = (() => {
 
   function mapName(layer, index) {
     const label = layer.labels[index];
-    return label ? `map ${layer.maps[index]}, ${label}` : `map ${layer.maps[index]}`;
+    return label ? `${words.map} ${layer.maps[index]}, ${label}` : `${words.map} ${layer.maps[index]}`;
   }
 
   // ---- addresses ------------------------------------------------------------------------------
@@ -194,7 +216,7 @@ const gallery = (() => {
   // A link to a map with its tile from the wall; text: below the tile.
   function mapTile(layer, map, text) {
     const index = layer.maps.indexOf(map);
-    if (index < 0) return element("span", { class: "card" }, tile(null, 0, `map ${map}`), element("span", { class: "number" }, text || `map ${map}`));
+    if (index < 0) return element("span", { class: "card" }, tile(null, 0, `${words.map} ${map}`), element("span", { class: "number" }, text || `${words.map} ${map}`));
     return element("a", { class: "card", href: link({ layer: layer.name, map }), title: mapName(layer, index) },
       tile(face(layer), index, `${layer.title}, ${mapName(layer, index)}`),
       element("span", { class: "number" }, text || mapName(layer, index)));
@@ -208,11 +230,11 @@ const gallery = (() => {
     const dead = control.maps.filter(([, , count]) => !count).map(([map]) => map);
     const each = Math.max(1, Math.floor(most / Math.max(1, alive.length)));
     const tiles = alive.slice(0, most).flatMap(([map, first, count]) => [...Array(Math.min(count, each)).keys()].map((n) =>
-      element("li", {}, tile(control.sheet, first + n, `control, map ${map}`), element("span", { class: "number" }, `control, map ${map}`))));
-    const said = dead.length ? ` ${dead.length === 1 ? "Map" : "Maps"} ${dead.join(", ")}: dead in the control, that is, never active there.` : "";
+      element("li", {}, tile(control.sheet, first + n, `control, ${words.map} ${map}`), element("span", { class: "number" }, `control, ${words.map} ${map}`))));
+    const said = dead.length ? ` ${dead.length === 1 ? Words.map : Words.maps} ${dead.join(", ")}: dead in the control, that is, never active there.` : "";
     return element("section", { class: "control", "aria-labelledby": "control" },
       element("h2", { id: "control" }, "The control: this layer with shuffled weights"),
-      element("p", { class: "note" }, `Some of its maps, searched and projected in the same way. What looks like this comes from the ${words.images} and the architecture, not from learning.${said}`),
+      element("p", { class: "note" }, `Some of its ${words.maps}, searched and projected in the same way. What looks like this comes from the ${words.images} and the architecture, not from learning.${said}`),
       tiles.length ? element("ul", { class: "row", role: "list" }, tiles) : null);
   }
 
@@ -241,5 +263,18 @@ const gallery = (() => {
     return waiting.get(file);
   }
 
-  return { data, words, Words, layers, METHODS, KINDS, element, svg, tile, photograph, wholePhotograph, pixelsOf, fullTile, placed, frame, facts, number, place, sentence, mapName, address, link, mapTile, controlStrip, add, load, loaded, views: {} };
+  // The data of a layer, of which `maps` holds those that lie in the same script as one of them.
+  async function features(layer, index) {
+    const part = Math.floor(index / layer.per_script);
+    const found = await load(layer.scripts[part]);
+    return { ...found, at: (other) => found.maps[other - part * layer.per_script] };
+  }
+
+  // The data of all maps of a layer.
+  async function allFeatures(layer) {
+    const parts = await Promise.all(layer.scripts.map(load));
+    return { ...parts[0], maps: parts.flatMap((part) => part.maps) };
+  }
+
+  return { data, words, Words, layers, METHODS, KINDS, element, svg, tile, photograph, heat, wholePhotograph, pixelsOf, fullTile, placed, frame, facts, number, place, sentence, mapName, address, link, mapTile, controlStrip, add, load, features, allFeatures, views: {} };
 })();

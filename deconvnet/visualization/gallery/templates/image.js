@@ -2,7 +2,7 @@
 "use strict";
 
 {
-  const { data, words, layers, element, tile, photograph, frame, facts, link, mapTile, load } = gallery;
+  const { data, words, Words, layers, element, tile, photograph, frame, facts, link, mapTile, load } = gallery;
 
   gallery.views.image = async (at) => {
     const image = data.images[at.image - 1];
@@ -36,11 +36,11 @@
       };
       const parts = layer.sheets.parts ? [
         element("h3", {}, layer.reconstruction ? "Parts: the strongest activations, each projected on its own" : "The strongest activations, each projected on its own"),
-        tiles("parts", layer.parts.map(([map]) => map), (map, index) => `map ${map}: ${layer.parts[index][1]}`),
+        tiles("parts", layer.parts.map(([map]) => map), (map, index) => `${words.map} ${map}: ${layer.parts[index][1]}`),
       ] : [];
       const maps = layer.sheets.maps ? [
-        element("h3", {}, "The strongest maps; black is zero"),
-        tiles("maps", layer.maps, (map) => `map ${map}`),
+        element("h3", {}, `The strongest ${words.maps}; black is zero`),
+        tiles("maps", layer.maps, (map) => `${words.map} ${map}`),
       ] : [];
       if (!parts.length && !maps.length) return null;
       return element("section", { class: "seen", "aria-labelledby": `seen-${n}` },
@@ -80,7 +80,7 @@
         element("figure", { class: "panel whole" }, photograph({ photograph: at.photo }),
           element("figcaption", {}, `${found[1].filter((side, axis) => axis || side > 1).join("×")} ${words.pixels}`, explored >= 0
             ? element("a", { class: "action", href: link({ image: explored + 1 }) }, "What each layer makes of it") : null)),
-        exampleOf(at.photo) || element("p", { class: "note" }, "No map shown here has it among its examples."))],
+        exampleOf(at.photo) || element("p", { class: "note" }, `No ${words.map} shown here has it among its examples.`))],
     };
   };
 
@@ -89,7 +89,7 @@
     const found = number !== undefined && data.photographs && data.photographs.images[number];
     if (!found || !found[3].length) return null;
     return element("section", { "aria-labelledby": "example-of" },
-      element("h2", { id: "example-of" }, "Maps that have it among their examples"),
+      element("h2", { id: "example-of" }, `${Words.maps} that have it among their examples`),
       data.layers.map((layer, n) => {
         const maps = [...new Set(found[3].filter(([at]) => at === n).map(([, map]) => map))];
         return maps.length ? [element("h3", {}, layer.title),

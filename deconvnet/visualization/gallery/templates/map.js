@@ -2,26 +2,27 @@
 "use strict";
 
 {
-  const { data, words, Words, layers, KINDS, element, svg, tile, photograph, wholePhotograph, pixelsOf, fullTile, placed, frame, number, place, sentence, mapName, link, mapTile, controlStrip, load } = gallery;
+  const { data, words, Words, layers, KINDS, element, svg, tile, photograph, heat, wholePhotograph, pixelsOf, fullTile, placed, frame, number, place, sentence, mapName, link, mapTile, controlStrip } = gallery;
   const zoom = document.getElementById("zoom");
 
   gallery.views.map = async (layer, at) => {
     const index = layer.maps.indexOf(at.map);
-    if (index < 0) throw new Error(`${layer.title} has no map ${at.map} in this gallery`);
-    const features = await load(layer.script);
-    const map = features.maps[index];
+    if (index < 0) throw new Error(`${layer.title} has no ${words.map} ${at.map} in this gallery`);
+    const features = await gallery.features(layer, index);
+    const map = features.at(index);
     const sorted = gallery.order(layer, at.sort);
     const position = sorted.indexOf(index);
-    const beside = (other) => (other === undefined ? null : [link({ ...at, map: layer.maps[other] }), `map ${layer.maps[other]}`]);
+    const beside = (other) => (other === undefined ? null : [link({ ...at, map: layer.maps[other] }), `${words.map} ${layer.maps[other]}`]);
     const user = data.layers[data.layers.indexOf(layer) + 1];
-    const above = user ? await load(user.script) : null;
+    const above = user ? await gallery.allFeatures(user) : null;
     // The neighbouring maps are the most likely next ones.
     for (const other of [sorted[position - 1], sorted[position + 1]]) {
-      if (other !== undefined) for (const sheet of Object.values(features.maps[other].sheets)) new Image().src = sheet.file;
+      const near = other === undefined ? undefined : features.at(other);
+      if (near) for (const sheet of Object.values(near.sheets)) new Image().src = sheet.file;
     }
     return {
-      title: `${layer.title}, map ${at.map}`,
-      path: [[layer.title, link({ ...at, map: undefined })], [`map ${at.map}`, link(at)]],
+      title: layer.title === words.maps ? `${Words.map} ${at.map}` : `${layer.title}, ${words.map} ${at.map}`,
+      path: [[layer.title, link({ ...at, map: undefined })], [`${words.map} ${at.map}`, link(at)]],
       before: beside(sorted[position - 1]),
       after: beside(sorted[position + 1]),
       content: [
@@ -30,11 +31,11 @@
         ...layer.notes.map((note) => element("p", { class: "note mark" }, note)),
         element("div", { class: "sections" },
           activity(layer, map, index),
-          relatives("Maps that look like it", "similar", layer, map.similar, (value) => `cosine ${number(value)}`,
-            `Cosine of the strongest ${layer.methods.includes("guided") ? "guided backpropagations" : "projections"}, at the shift that makes it largest.`),
-          relatives("Maps that are active with it", "coactive", layer, map.coactive, (value) => `correlation ${number(value)}`,
+          relatives(features.similar_are === "filters" ? `${Words.maps} with a similar filter` : `${Words.maps} that look like it`, "similar", layer, map.similar, (value) => `cosine ${number(value)}`,
+            `Cosine of the ${features.similar_are === "filters" ? "filters" : `strongest ${layer.methods.includes("guided") ? "guided backpropagations" : "projections"}`}, at the shift that makes it largest.`),
+          relatives(`${Words.maps} that are active with it`, "coactive", layer, map.coactive, (value) => `correlation ${number(value)}`,
             `Correlation of the strongest activations over the ${words.images} surveyed.`)),
-        element("div", { class: "sections" }, spectrum(map), sources(layer, map), users(layer, map, above, user), evolution(map)),
+        element("div", { class: "sections" }, spectrum(map), sources(features, map), users(layer, map, above, user), evolution(map)),
         controlStrip(layer, 9),
         citation(layer, at),
       ],
@@ -52,10 +53,11 @@
   // A column for each example: its projections, the patch, the photograph, and where it comes from.
   function examples(layer, map) {
     const kinds = [...layer.methods, "patches"].filter((kind) => map.sheets[kind]);
-    if (!kinds.length) return element("p", { class: "notice" }, `This map is never active on these ${words.images}, so there is nothing to project.`);
+    if (!kinds.length) return element("p", { class: "notice" }, `This ${words.map} is never active on these ${words.images}, so there is nothing to project.`);
     const count = Math.max(...kinds.map((kind) => map.sheets[kind].count));
     const isFound = map.examples.some((example) => photograph(example));
-    const names = [...kinds.map((kind) => (KINDS[kind] || [kind, kind])[1]), ...(isFound ? [words.photograph] : [])];
+    const isHot = map.examples.some((example) => example.heat);
+    const names = [...kinds.map((kind) => (KINDS[kind] || [kind, kind])[1]), ...(isFound ? [`${words.photograph}${isHot ? ", lit where it is active" : ""}`] : [])];
     const columns = [...Array(count).keys()].map((rank) => {
       const example = map.examples[rank];
       const said = example ? `: ${sentence(example)}` : "";
@@ -100,7 +102,8 @@
       panels.replaceChildren(
         ...shown.map((kind) => panel(kind === "patches" ? `${Words.image} patch` : (KINDS[kind] || [kind])[0], picture(map.sheets[kind], kind, rank, example, onPhoto))),
         ...(photo ? [panel([example.image, " ", element("a", { href: link({ photo: example.photograph }), onclick: () => zoom.close() }, `more of this ${words.image}`)],
-          element("span", { class: "framed" }, photo, frame(example.window || example.box, pixelsOf(example))))] : []));
+          element("span", { class: "framed" }, photo, frame(example.window || example.box, pixelsOf(example))))] : []),
+        ...(photo && example.heat ? [panel("where it is active; white is its strongest activation", element("span", { class: "framed hot" }, wholePhotograph(example), heat(example)))] : []));
       panels.style.setProperty("--panels", panels.children.length);
       // A portrait is narrower, so that all of it can be seen.
       for (const each of panels.querySelectorAll(".panel > span")) {
@@ -166,7 +169,7 @@
     const filtered = filters && !(filters.empty || []).includes(index);
     return section("activity", "How active it is",
       element("div", { class: "activity" },
-        filtered ? element("figure", { class: "filter" }, tile(filters, index, `filter of map ${map.map}`), element("figcaption", {}, "its filter")) : null,
+        filtered ? element("figure", { class: "filter" }, tile(filters, index, `filter of ${words.map} ${map.map}`), element("figcaption", {}, "its filter")) : null,
         element("dl", { class: "statistics" }, table)),
       map.histogram && map.histogram.counts.length ? histogram(map.histogram) : null);
   }
@@ -176,7 +179,7 @@
     const line = (value, top) => `M${at(value).toFixed(1)} ${top}V12`;
     const better = values.filter((value) => value !== null && value > values[index]).length;
     const count = values.filter((value) => value !== null).length;
-    return svg("svg", { viewBox: "0 0 120 13", role: "img", "aria-label": `rank ${better + 1} of ${count} maps` },
+    return svg("svg", { viewBox: "0 0 120 13", role: "img", "aria-label": `rank ${better + 1} of ${count} ${words.maps}` },
       svg("path", { class: "others", d: values.filter((value) => value !== null).map((value) => line(value, 5)).join("") }),
       svg("path", { class: "this", d: line(values[index], 0) }));
   }
@@ -203,7 +206,7 @@
   function spectrum(map) {
     if (!map.spectrum.length) return null;
     return section("spectrum", "Weaker activations",
-      element("p", { class: "note" }, `The strongest activations alone can mislead. These ${words.images} lie further down: each is stronger than the given share of the ${words.images} on which the map is active at all.`),
+      element("p", { class: "note" }, `The strongest activations alone can mislead. These ${words.images} lie further down: each is stronger than the given share of the ${words.images} on which the ${words.map} is active at all.`),
       element("ol", { class: "examples", role: "list" }, map.spectrum.map((example, n) => {
         const photo = photograph(example);
         return element("li", {}, tile(map.sheets.spectrum, n, `${words.image} patch: ${sentence(example)}`),
@@ -217,7 +220,7 @@
   function relatives(title, id, layer, pairs, text, note) {
     if (!pairs.length) return null;
     return section(id, title, element("ul", { class: "row few", role: "list" }, pairs.map(([map, value]) =>
-      element("li", {}, mapTile(layer, map, `map ${map}`), element("span", { class: "number" }, text(value))))), element("p", { class: "note" }, note));
+      element("li", {}, mapTile(layer, map, `${words.map} ${map}`), element("span", { class: "number" }, text(value))))), element("p", { class: "note" }, note));
   }
 
   // Weights are norms of filters in a deconvolutional network, else shares of the activation.
@@ -225,15 +228,14 @@
     return features.sources_are === "weights" ? `weight ${number(source.weight)}` : `${number(100 * source.weight)}%`;
   }
 
-  function sources(layer, map) {
-    const features = gallery.loaded.get(layer.script);
+  function sources(features, map) {
     const below = layers.get(features.below);
     if (!map.sources.length || !below) return null;
     const pictured = map.sheets.sources;
     const note = features.sources_are === "weights"
-      ? `The maps of ${below.title} with the largest weights${pictured ? ", and what each of them adds to the strongest projection above; all on one scale" : ""}.`
-      : `The maps of ${below.title} that contribute most to its strongest activation, as shares of it (gradient times activation). Other maps and biases make up for the rest and may be negative.`;
-    const title = ({ maps }) => (maps.length > 1 ? `maps ${maps[0]}–${maps[maps.length - 1]}` : `map ${maps[0]}`);
+      ? `The ${words.maps} of ${below.title} with the largest weights${pictured ? ", and what each of them adds to the strongest projection above; all on one scale" : ""}.`
+      : `The ${words.maps} of ${below.title} that contribute most to its strongest activation, as shares of it (gradient times activation). Other ${words.maps} and biases make up for the rest and may be negative.`;
+    const title = ({ maps }) => (maps.length > 1 ? `${words.maps} ${maps[0]}–${maps[maps.length - 1]}` : `${words.map} ${maps[0]}`);
     const shown = ({ maps }) => maps.find((each) => below.maps.includes(each));
     const items = map.sources.map((source, n) => (shown(source) === undefined && !pictured ? null : element("li", {}, pictured
       ? element("span", { class: "pair" }, mapTile(below, shown(source) ?? source.maps[0], title(source)),
@@ -252,10 +254,10 @@
       .filter(([, source]) => source).sort((a, b) => b[1].weight - a[1].weight).slice(0, 18);
     if (!found.length) return null;
     return section("users", `Where ${user.title} uses it`,
-      element("p", { class: "note" }, above.sources_are === "weights" ? `Maps of ${user.title} that have this map among their largest weights.`
-        : `Maps of ${user.title} to whose strongest activation this map is among those that contribute most.`),
+      element("p", { class: "note" }, above.sources_are === "weights" ? `${Words.maps} of ${user.title} that have this ${words.map} among their largest weights.`
+        : `${Words.maps} of ${user.title} to whose strongest activation this ${words.map} is among those that contribute most.`),
       element("ul", { class: "row", role: "list" }, found.map(([other, source]) =>
-        element("li", {}, mapTile(user, other, `map ${other}`), element("span", { class: "number" }, weight(above, source))))));
+        element("li", {}, mapTile(user, other, `${words.map} ${other}`), element("span", { class: "number" }, weight(above, source))))));
   }
 
   function evolution(map) {
@@ -278,6 +280,6 @@
       }
     } }, "Copy");
     const shown = element("code", {}, link({ layer: layer.name, map: at.map }));
-    return element("p", { class: "note cite" }, "To cite this map: this page and ", shown, " ", button, ". Its data: ", element("a", { href: layer.json }, layer.json), `, map ${at.map}.`);
+    return element("p", { class: "note cite" }, `To cite this ${words.map}: this page and `, shown, " ", button, ". Its data: ", element("a", { href: layer.json }, layer.json), `, ${words.map} ${at.map}.`);
   }
 }

@@ -97,7 +97,7 @@
 
   // Every layer, map, label and image whose text has all words; numbers must be those of maps.
   function find(text) {
-    const words = text.toLowerCase().split(/\s+/).filter((word) => word && word !== "map");
+    const words = text.toLowerCase().split(/\s+/).filter((word) => word && word !== gallery.words.map);
     if (!words.length) return [];
     const fits = (name) => words.every((word) => name.toLowerCase().includes(word));
     const found = data.layers.filter((layer) => fits(layer.title)).map((layer) => [link({ layer: layer.name }), layer.title]);

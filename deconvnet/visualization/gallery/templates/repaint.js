@@ -120,7 +120,7 @@
       box.hidden = !part;
       if (!part) return;
       if (part.first) line.replaceChildren(`Activations ${part.first.toLocaleString("en")} to ${part.last.toLocaleString("en")}, in the order of their strength, together.`);
-      else line.replaceChildren(`${number(part.value)} of `, element("a", { href: link({ layer: at.repaint, map: part.map }) }, `map ${part.map}`), ` of ${layers.get(at.repaint).title}, in ${place(part)}.`);
+      else line.replaceChildren(`${number(part.value)} of `, element("a", { href: link({ layer: at.repaint, map: part.map }) }, `${words.map} ${part.map}`), ` of ${layers.get(at.repaint).title}, in ${place(part)}.`);
       const [top, left, bottom, right] = part.box;
       const percent = { top: top / height, left: left / width, height: (bottom - top) / height, width: (right - left) / width };
       for (const [name, share] of Object.entries(percent)) box.style[name] = `${100 * share}%`;
@@ -130,7 +130,7 @@
       const small = element("canvas", {});
       const size = [part.box[2] - part.box[0], part.box[3] - part.box[1]];
       paint(small, part.tile, size, Math.max(...part.tile.map(Math.abs), 1e-12), 6);
-      const name = part.first ? `${part.first}–${part.last}` : `map ${part.map}`;
+      const name = part.first ? `${part.first}–${part.last}` : `${words.map} ${part.map}`;
       const label = part.first ? `Activations ${name}, together` : `Activation ${n + 1}, ${name}: ${number(part.value)}`;
       return element("button", { type: "button", class: "part", "aria-pressed": "true", tabindex: n ? -1 : 0, title: label, "aria-label": label,
         onclick: () => { part.on = !part.on; update(); }, onmouseenter: () => outline(part), onmouseleave: () => outline(null), onfocus: () => outline(part), onblur: () => outline(null) },

@@ -2,7 +2,7 @@
 "use strict";
 
 {
-  const { data, words, KINDS, element, tile, facts, number, mapName, link, controlStrip } = gallery;
+  const { data, words, Words, KINDS, element, tile, facts, number, mapName, link, controlStrip } = gallery;
   const SIZES = [64, 280];
   let size = innerWidth < 500 ? 104 : 128;
   let found = "";
@@ -43,7 +43,7 @@
     const chosen = kinds.filter((kind) => at.show.includes(kind));
     const usual = layer.shown.filter((kind) => kinds.includes(kind));
     const shown = chosen.length ? chosen : usual.length ? usual : kinds.slice(0, 1);
-    const grid = element("ul", { class: "grid", role: "list", "aria-label": `Maps of ${layer.title}` });
+    const grid = element("ul", { class: "grid", role: "list", "aria-label": `${Words.maps} of ${layer.title}` });
     const count = element("output", { "aria-live": "polite" });
     if (foundIn !== layer) [found, foundIn] = ["", layer];
 
@@ -54,7 +54,7 @@
       const name = layer.labels[index] ? `${layer.maps[index]} ${layer.labels[index]}` : layer.maps[index];
       return [index, element("li", {}, element("a",
         { href: link({ ...at, map: layer.maps[index] }), tabindex: -1, "data-map": layer.maps[index], "aria-label": `${mapName(layer, index)}${value}` },
-        element("span", { class: "tiles" }, shown.map((kind) => tile(layer.sheets[kind], index, `map ${layer.maps[index]}, ${KINDS[kind][1]}`))),
+        element("span", { class: "tiles" }, shown.map((kind) => tile(layer.sheets[kind], index, `${words.map} ${layer.maps[index]}, ${KINDS[kind][1]}`))),
         element("span", { class: "number" }, `${name}${value}`)))];
     }));
 
@@ -80,7 +80,7 @@
       const first = grid.querySelector("a");
       if (first) location.hash = first.getAttribute("href");
     };
-    const tools = element("form", { class: "tools", "aria-label": "Choice and order of the maps", onsubmit: open },
+    const tools = element("form", { class: "tools", "aria-label": `Choice and order of the ${words.maps}`, onsubmit: open },
       kinds.length > 1 ? element("fieldset", {}, element("legend", {}, "Show"), kinds.map((kind) => {
         const on = shown.includes(kind);
         return element("button", {
@@ -112,7 +112,7 @@
         facts(layer.facts, "facts"),
         ...layer.notes.map((note) => element("p", { class: "note mark" }, note)),
         tools,
-        element("p", { class: "note" }, `The strongest activation of each map. ${shown.map((kind) => (KINDS[kind] || [])[2] || "").join(" ")} Grey is zero, and each tile has its own contrast.`),
+        element("p", { class: "note" }, `The strongest activation of each ${words.map}. ${shown.map((kind) => (KINDS[kind] || [])[2] || "").join(" ")} Grey is zero, and each tile has its own contrast.`),
         grid,
         controlStrip(layer, 18),
         element("p", { class: "note" }, "All of this as data: ", element("a", { href: layer.json }, layer.json), "."),

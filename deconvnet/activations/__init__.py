@@ -1,0 +1,1 @@
+"""Activations of another network as what a deconvolutional network explains."""

@@ -1,0 +1,189 @@
+"""The documentation site: pip install -e '.[docs]' && sphinx-build -W docs site
+
+writes the folder site/, which can be opened without a server. Its first page is the README; the
+API pages have every public name, documented by its docstring.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from pathlib import Path
+
+from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
+
+import deconvnet
+
+ROOT = Path(__file__).resolve().parents[1]
+
+project = "deconvnet"
+copyright = "the deconvnet developers"  # noqa: A001
+version = release = deconvnet.__version__
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+]
+napoleon_google_docstring = False
+exclude_patterns = ["*.py"]
+suppress_warnings = ["myst.xref_ambiguous"]
+
+html_theme = "pydata_sphinx_theme"
+html_title = "deconvnet"
+html_static_path: list[str] = []
+html_show_sourcelink = False
+html_theme_options = {
+    "show_prev_next": False,
+    "secondary_sidebar_items": ["page-toc"],
+    "header_links_before_dropdown": 6,
+    "pygments_light_style": "tango",
+    "pygments_dark_style": "monokai",
+}
+html_math_renderer = "mathml"
+
+# Headings have the anchors that they have on GitHub, and single dollars are no equations there.
+myst_heading_anchors = 4
+myst_enable_extensions = ["dollarmath", "html_image"]
+myst_fence_as_directive = ["math"]
+myst_dmath_allow_space = False
+myst_dmath_allow_digits = False
+
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
+autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
+autodoc_class_signature = "mixed"
+maximum_signature_line_length = 88
+python_use_unqualified_type_names = True
+default_role = "code"
+copybutton_exclude = ".linenos, .gp, .go"
+
+# Files outside docs/, and the pages that show them.
+PAGES = {
+    "README.md": "index",
+    "CHANGELOG.md": "changelog",
+    "CONTRIBUTING.md": "contributing",
+    "benchmarks/README.md": "benchmarks",
+    "LICENSE": "licence",
+    "CITATION.cff": "citation",
+}
+# The pages of the API, and their modules.
+API = {
+    "api/deconvnet": "deconvnet",
+    "api/visualization": "deconvnet.visualization",
+    "api/nn": "deconvnet.nn",
+    "api/signals": "deconvnet.signals",
+    "api/sklearn": "deconvnet.sklearn",
+}
+LINK = re.compile(r"""(\]\(|src="|href=")([^)"#\s]+)""")
+
+
+def setup(app) -> None:
+    app.connect("source-read", read_source)
+    # Before napoleon, which turns sections of parameters into reStructuredText.
+    app.connect("autodoc-process-docstring", as_restructured_text, priority=400)
+    app.add_html_math_renderer("mathml", (inline_equation, None), (block_equation, None))
+
+
+def read_source(app, page: str, source: list[str]) -> None:
+    """Pages that show other files, links out of docs/, and the API."""
+    if page in API:
+        source[0] = api_page(API[page])
+        return
+    shown = {name: file for file, name in PAGES.items()}
+    if page in shown:
+        file = ROOT / shown[page]
+        text = file.read_text()
+        if file.suffix != ".md":
+            text = f"# {file.name}\n\n```text\n{text}```\n"
+        stub = source[0].partition("\n\n")[2]
+        source[0] = with_links_to_pages(text, file.parent, page) + "\n" + stub
+    else:
+        source[0] = with_links_to_pages(source[0], (ROOT / "docs" / page).parent, page)
+
+
+def with_links_to_pages(text: str, folder: Path, page: str) -> str:
+    """The text of a file in a folder, with the links that it has as a page of the site."""
+
+    def link(match: re.Match) -> str:
+        before, target = match.groups()
+        if re.match(r"[a-z]+:", target) or "/" in page:
+            return match[0]
+        path = (folder / target).resolve()
+        if not path.exists() or not path.is_relative_to(ROOT):
+            return match[0]
+        name = path.relative_to(ROOT).as_posix()
+        target = f"{PAGES[name]}.md" if name in PAGES else name.removeprefix("docs/")
+        return before + target
+
+    return LINK.sub(link, text)
+
+
+def api_page(name: str) -> str:
+    """The page of a module: its description, and the docstrings of its public names."""
+    module = importlib.import_module(name)
+    lines = [name, "=" * len(name), "", *rst_lines(inspect.getdoc(module)), ""]
+    for public in sorted(public_names(module), key=lambda n: (n[0].isupper(), n.lower())):
+        value = getattr(module, public)
+        lines += [public, "-" * len(public), ""]
+        if inspect.isclass(value):
+            lines += [f".. autoclass:: {name}.{public}", "   :members:", ""]
+        elif callable(value):
+            lines += [f".. autofunction:: {name}.{public}", ""]
+        else:
+            lines += [f".. autodata:: {name}.{public}", ""]
+    return "\n".join(lines)
+
+
+def public_names(module) -> list[str]:
+    """The names of a module that its users import."""
+    if hasattr(module, "__all__"):
+        return list(module.__all__)
+    return [
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_") and getattr(value, "__module__", None) == module.__name__
+    ]
+
+
+def as_restructured_text(app, what, name, value, options, lines: list[str]) -> None:
+    prose, heading, parameters = "\n".join(lines).partition("Parameters\n---")
+    sections = f"{heading}{parameters}".splitlines()
+    # The names of parameters, which are not indented, are for napoleon.
+    sections = [plain(line) if line.startswith(" ") else line for line in sections]
+    lines[:] = [*rst_lines(prose), *sections]
+
+
+def rst_lines(docstring: str) -> list[str]:
+    """A docstring of plain text as reStructuredText: indented paragraphs are literal, and stars and
+    bars are themselves.
+    """
+    lines: list[str] = []
+    for block in re.split(r"\n\s*\n", docstring.strip("\n")):
+        if block.startswith("    ") and lines:
+            lines += ["::", "", *block.splitlines(), ""]
+            continue
+        lines += [*plain(block).splitlines(), ""]
+    return lines
+
+
+def plain(text: str) -> str:
+    """Text whose only markup is `code`, as reStructuredText."""
+    parts = re.split(r"(`[^`]*`)", text)
+    parts[::2] = [re.sub(r"([*|\\]|(?<=\w)_(?!\w))", r"\\\1", part) for part in parts[::2]]
+    return "".join(parts).replace("`", "``")
+
+
+def inline_equation(translator, node: nodes.math) -> None:
+    translator.body.append(tex2mathml(node.astext(), as_block=False))
+    raise nodes.SkipNode
+
+
+def block_equation(translator, node: nodes.math_block) -> None:
+    translator.body.append(tex2mathml(node.astext(), as_block=True))
+    raise nodes.SkipNode
