@@ -6,24 +6,28 @@
     N images · C planes · K maps · H, W pixels · h = w = filter_size     y preprocessed images
 
 All methods see the same images, preprocessed with the same settings, so only the method differs.
-All maps have the size of the package's own, with a value for each place at which a filter overlaps
-the image. Beyond the border, methods on patches see its pixels repeated; sparse inference has no
-pixel to explain there, and the autoencoder sees zeros.
+All maps have a value for each place at which a filter overlaps the image, except that those of
+`patch_layer` have one for each pixel. Beyond the border, methods on patches see its pixels
+repeated; sparse inference has no pixel to explain there; `patch_layer` and the autoencoder see
+zeros.
 
 | class | filters | maps |
 |---|---|---|
 | `SparseMaps` | the network's, learned layer by layer | its sparse inference |
+| the same, of `patch_layer` | the same, for single patches | sparse codes of single patches |
 | `LearnedFilters` | those of one such layer | the same inference, or rectified correlation |
 | `RandomFilters` | Gaussian noise of unit norm | the same two |
 | `PatchDictionary` | dictionary of patches (Mairal et al. 2009) | the same two |
 | `PatchPCA` | principal components of patches | correlation |
 | `KMeansMaps` | k-means of whitened patches (Coates, Lee, Ng 2011) | "triangle" |
+| `RandomPatches` | random whitened patches (Coates, Ng 2011) | soft thresholds |
 | `Autoencoder` | by gradients, its pooling inverted by switches | rectified, before pooling |
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 
 import torch
 from sklearn.cluster import KMeans
@@ -48,6 +52,8 @@ from deconvnet.training.in_memory import learn_layers
 PIXELS_AT_A_TIME = 2**16
 # Patches from which k-means, PCA and dictionaries learn.
 PATCHES = 50_000
+# A filter must match a patch of norm 1 better than this before it takes part in the code.
+PATCH_LAM = 1 / 0.15
 DICTIONARY_PATCHES = 20_000
 
 
@@ -72,8 +78,40 @@ def one_layer(
     return DeconvNet([layer], preprocessing, seed=seed).to(device)
 
 
+def patch_layer(
+    num_maps: int,
+    filter_size: int,
+    *,
+    lam: float = PATCH_LAM,
+    epochs: int = 2,
+    seed: int = 0,
+    preprocessing: PreprocessingSettings | None = None,
+    device: str | torch.device = "cpu",
+) -> DeconvNet:
+    """An untrained network of one layer that codes patches, as in configs/model/patches.yaml.
+
+    The maps have the size of the images.
+    """
+    layer = LayerSettings(
+        num_maps,
+        filter_size,
+        lam,
+        coding="patches",
+        normalize=0.1,
+        boundary="zero",
+        solver=replace(
+            default_solver(torch.empty(0, device=device)), iterations=20, tolerance=1e-2
+        ),
+        learning=LearningSettings(epochs=epochs, batch_size=32),
+    )
+    return DeconvNet([layer], preprocessing, seed=seed).to(device)
+
+
 class Method(ABC):
     """A way to learn filters and compute maps; subclasses implement _learn(y) and _maps(y)."""
+
+    # Whether maps have coefficients of both signs.
+    signed = True
 
     def __init__(self, preprocessing: Preprocessing, seed: int):
         self.preprocessing, self.seed = preprocessing, seed
@@ -267,13 +305,12 @@ class PatchPCA(Method):
         return correlations(y, self.filters) - self.offset.view(-1, 1, 1)
 
 
-class KMeansMaps(Method):
-    """How much closer than average each centroid is to a patch (Coates, Lee, Ng 2011).
+class WhitePatches(Method):
+    """Maps from patches that are made even: normalised, then whitened (Coates, Lee, Ng 2011).
 
-    maps: max(0, mean_j d_j - d_k), d_k = ||x - c_k||, for patches x with their mean subtracted,
-    divided by their standard deviation and whitened (ZCA). As in the paper, 0.1 is added to the
-    variances of the whitening. The 10 that it adds to the variance of a patch of pixels 0..255 is
-    here a hundredth of the mean variance of all patches.
+    Patches have their mean subtracted, are divided by their standard deviation, and whitened (ZCA).
+    As in the paper, 0.1 is added to the variances of the whitening. The 10 that it adds to the
+    variance of a patch of pixels 0..255 is here a hundredth of the mean variance of all patches.
     """
 
     def __init__(
@@ -299,19 +336,13 @@ class KMeansMaps(Method):
         gains = (variances.clamp(min=0) + 0.1).rsqrt()
         self.whitening = ((directions * gains) @ directions.T).to(y)
         self.mean = self.mean.to(y)
-        white = self._white(patches)
-        kmeans = KMeans(self.num_maps, n_init=1, max_iter=100, random_state=self.seed)
-        centroids = kmeans.fit(white.cpu().double().numpy()).cluster_centers_
-        self.centroids = torch.from_numpy(centroids).to(y)
+        self.centroids = self._centroids(self._white(patches)).to(y)
 
     def _maps(self, y: Tensor) -> Tensor:
         patches = functional.unfold(_pad_border(y, self.filter_size), self.filter_size)
-        white = self._white(patches.transpose(1, 2))
-        squares = white.square().sum(-1, keepdim=True) + self.centroids.square().sum(1)
-        distance = (squares - 2 * white @ self.centroids.T).clamp(min=0).sqrt()
-        closer = (distance.mean(-1, keepdim=True) - distance).clamp(min=0)
+        maps = self._responses(self._white(patches.transpose(1, 2)))
         rows, columns = (side + self.filter_size - 1 for side in y.shape[2:])
-        return closer.transpose(1, 2).reshape(len(y), -1, rows, columns)
+        return maps.transpose(1, 2).reshape(len(y), -1, rows, columns)
 
     def _normalised(self, patches: Tensor) -> Tensor:
         """Patches (..., values) with mean 0, and variance 1 where there is contrast."""
@@ -320,6 +351,48 @@ class KMeansMaps(Method):
 
     def _white(self, patches: Tensor) -> Tensor:
         return (self._normalised(patches) - self.mean) @ self.whitening
+
+    @abstractmethod
+    def _centroids(self, white: Tensor) -> Tensor:
+        """(K, values), from whitened patches (N, values)."""
+
+    @abstractmethod
+    def _responses(self, white: Tensor) -> Tensor:
+        """(N, positions, K), from whitened patches (N, positions, values)."""
+
+
+class KMeansMaps(WhitePatches):
+    """How much closer than average each centroid is to a patch (Coates, Lee, Ng 2011).
+
+    maps: max(0, mean_j d_j - d_k), d_k = ||x - c_k||, for whitened patches x.
+    """
+
+    signed = False
+
+    def _centroids(self, white: Tensor) -> Tensor:
+        kmeans = KMeans(self.num_maps, n_init=1, max_iter=100, random_state=self.seed)
+        return torch.from_numpy(kmeans.fit(white.cpu().double().numpy()).cluster_centers_)
+
+    def _responses(self, white: Tensor) -> Tensor:
+        squares = white.square().sum(-1, keepdim=True) + self.centroids.square().sum(1)
+        distance = (squares - 2 * white @ self.centroids.T).clamp(min=0).sqrt()
+        return (distance.mean(-1, keepdim=True) - distance).clamp(min=0)
+
+
+class RandomPatches(WhitePatches):
+    """Soft thresholds of products with random patches (Coates, Ng 2011, and its published code).
+
+    maps: sign(c) max(0, |c| - 1/4), c = d_k'x, for whitened patches x and d_k, these of norm 1.
+    """
+
+    def _centroids(self, white: Tensor) -> Tensor:
+        # Without those that have no contrast, which are all alike.
+        lively = white[white.var(1) > 0.1 * white.var(1).mean()]
+        draws = torch.randperm(len(lively), generator=seeded_generator(self.seed, 3))
+        return functional.normalize(lively[draws[: self.num_maps].to(lively.device)])
+
+    def _responses(self, white: Tensor) -> Tensor:
+        return functional.softshrink(white @ self.centroids.T, 0.25)
 
 
 class WhatWhere(nn.Module):
@@ -363,6 +436,8 @@ class Autoencoder(Method):
     Adam on the mean squared error of y, no other loss. maps: rectified, before pooling.
     After `fit`, history holds the mean squared error of each epoch, of each batch before its step.
     """
+
+    signed = False
 
     def __init__(
         self,

@@ -2,6 +2,7 @@
 features that are worth something.
 """
 
+import itertools
 import pickle
 import subprocess
 import sys
@@ -32,6 +33,7 @@ from deconvnet.sklearn import DeconvNetTransformer
 
 QUICK = dict(num_maps=6, filter_size=5, epochs=2)
 FEW = LearningSettings(epochs=1)
+FEWER = dict(num_maps=3, filter_size=5, epochs=1)
 
 
 def units(X):
@@ -174,6 +176,41 @@ def test_a_grid_may_change_after_learning_and_gives_the_means_of_the_maps(fitted
     assert_allclose(features[:, 6:].reshape(12, 6, 4), np.stack(quarters, 2), rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.parametrize("pooling", ["mean", "max"])
+def test_both_signs_are_pooled_in_cells_of_their_own(fitted, images, pooling):
+    z = fitted.transform(images).reshape(12, *fitted.map_shape_)
+    model = pickle.loads(pickle.dumps(fitted)).set_params(grid=2, pooling=pooling)
+    pool = np.mean if pooling == "mean" else np.max
+
+    def quarters(values):
+        cells = [values[:, :, i : i + 10, j : j + 9] for i in (0, 10) for j in (0, 9)]
+        return np.stack([pool(cell, axis=(2, 3)) for cell in cells], 2).reshape(12, -1)
+
+    assert_allclose(model.transform(images), quarters(np.abs(z)), rtol=1e-5, atol=1e-9)
+    features = model.set_params(split_signs=True).transform(images)
+    expected = np.hstack([quarters(np.maximum(sign * z, 0)) for sign in (1, -1)])
+    assert_allclose(features, expected, rtol=1e-5, atol=1e-9)
+    assert len(model.get_feature_names_out()) == features.shape[1] == 2 * 6 * 4
+
+
+def test_filters_are_learned_from_a_draw_of_at_most_as_many_images(images):
+    some = DeconvNetTransformer(**FEWER, max_images=5, random_state=1).fit(images)
+    again = DeconvNetTransformer(**FEWER, max_images=5, random_state=1).fit(images)
+    assert_array_equal(some.filters_, again.filters_)
+    candidates = itertools.combinations(range(12), 5)
+    means = [images[list(chosen)].mean() for chosen in candidates]
+    assert (
+        np.abs(np.array(means) - some.mean_.item()).min()
+        < 1e-9
+        < abs(images.mean() - some.mean_.item())
+    )
+    assert some.transform(images).shape[0] == 12
+    everything = [
+        DeconvNetTransformer(**FEWER, max_images=most).fit(images).filters_ for most in (None, 12)
+    ]
+    assert_array_equal(*everything)
+
+
 def test_cells_are_counted_and_cover_maps_that_they_do_not_divide():
     z = torch.zeros(1, 2, 5, 3)
     z[0, 1, 4, 2] = -6.0
@@ -184,6 +221,8 @@ def test_cells_are_counted_and_cover_maps_that_they_do_not_divide():
     for grid in (0, (), (2, 0), 1.5, "2"):
         with pytest.raises(ValueError, match="grid=.*: must be a whole number from 1, or several"):
             grid_features(z, grid)
+    with pytest.raises(ValueError, match="pooling='sum': choose one of mean, max"):
+        grid_features(z, 1, pooling="sum")
 
 
 @pytest.mark.parametrize(("size", "upright"), [(4, False), (5, True), (7, False)])
@@ -325,6 +364,10 @@ def test_what_digits_are_is_in_their_maps_and_less_in_those_of_random_filters(sh
         (dict(lam=-1.0), "lam=-1.0: must be positive"),
         (dict(lam="high"), "lam='high': must be a positive number"),
         (dict(grid=0), "grid=0: must be a whole number from 1"),
+        (dict(grid=2, pooling="sum"), "pooling='sum': choose one of mean, max"),
+        (dict(pooling="max"), "pooling=max: needs a grid"),
+        (dict(split_signs=True), "split_signs=True: needs a grid"),
+        (dict(max_images=0), "max_images=0: must be a whole number from 1, or None"),
         (dict(layers=[]), r"layers=\[\]: must be a list of LayerSettings, at least one"),
         (dict(layers=[7]), r"layers=\[7\]: must be a list of LayerSettings"),
         (dict(image_shape=16), r"image_shape=16: must be \(H, W\) or \(C, H, W\)"),

@@ -207,7 +207,8 @@ def check_labels(
     names = len(model.labels)
     if outputs is None or outputs.shape[1] != names:
         classes = "no classes" if outputs is None else f"{outputs.shape[1]} classes"
-        raise ValueError(f"labels: {names} names, but {settings.model} has {classes}")
+        named = settings.run or settings.model
+        raise ValueError(f"labels: {names} names, but {named} has {classes}")
 
 
 def make_projector(model: LoadedModel, *, batch: int, method: str | None = None) -> Projector:

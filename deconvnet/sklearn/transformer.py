@@ -26,7 +26,12 @@ from sklearn.utils import Tags, check_array, check_random_state
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
-from deconvnet.applications.classification.grid_features import Grid, grid_features, num_cells
+from deconvnet.applications.classification.grid_features import (
+    POOLINGS,
+    Grid,
+    grid_features,
+    num_cells,
+)
 from deconvnet.filters.update import LearningSettings
 from deconvnet.images.preprocessing import PreprocessingSettings
 from deconvnet.monitoring.statistics import EpochStats
@@ -49,7 +54,7 @@ from deconvnet.training.in_memory import learn_layers
 
 
 class DeconvNetTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
-    """Learns filters from images; transforms each image into its sparse maps, or their cell means.
+    """Learns filters from images; transforms each image into its sparse maps, or pooled ones.
 
     X: images (N, H, W) or (N, C, H, W), or rows (N, C*H*W) together with `image_shape`: an array, a
     list or a tensor of real numbers in any units, with `preprocessing` in [0, 1]. Rows without
@@ -81,7 +86,14 @@ class DeconvNetTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
     grid : int, sequence of int, or None
         None: the features are the maps of the top layer before its pooling, flattened in the order
         map, row, column. g, or several such as (1, 2, 4): means of |z| over g x g cells of each map
-        (`grid_features`). May be changed after `fit`.
+        (`grid_features`). This and the next two may be changed after `fit`.
+    pooling : str
+        What represents a cell of the grid: "mean" or "max".
+    split_signs : bool
+        With a grid: the positive and the negative coefficients have cells of their own, so there
+        are twice as many features.
+    max_images : int or None
+        Filters are learned from at most this many images, drawn at random. None: from all.
     random_state : int, RandomState or None
         An int gives the same filters every time.
     device : str
@@ -104,7 +116,7 @@ class DeconvNetTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
     n_features_in_ : int
         Numbers per image.
 
-    `fit` holds the maps of all images in memory.
+    `fit` holds the maps of all images that it learns from in memory.
     """
 
     net_: DeconvNet
@@ -127,6 +139,9 @@ class DeconvNetTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
         preprocessing: PreprocessingSettings | None = None,
         image_shape: tuple[int, ...] | None = None,
         grid: Grid | None = None,
+        pooling: str = "mean",
+        split_signs: bool = False,
+        max_images: int | None = None,
         random_state: int | np.random.RandomState | None = 0,
         device: str = "auto",
     ):
@@ -139,6 +154,9 @@ class DeconvNetTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
         self.preprocessing = preprocessing
         self.image_shape = image_shape
         self.grid = grid
+        self.pooling = pooling
+        self.split_signs = split_signs
+        self.max_images = max_images
         self.random_state = random_state
         self.device = device
 
@@ -149,12 +167,13 @@ class DeconvNetTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
         Raises ValueError if X or a parameter is out of range, and Diverged if the objective becomes
         infinite or NaN.
         """
-        if self.grid is not None:
-            num_cells(self.grid)
+        self._check_pooling()
         images = self._images(X, reset=True)
         device = torch_device(self.device)
         self._device = str(device)
-        seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+        random = check_random_state(self.random_state)
+        seed = int(random.randint(2**31 - 1))
+        images = self._learned_from(images, random)
         layers = self._layers(len(images), device)
         net = DeconvNet(layers, self._preprocessing(), seed=seed).to(device)
         self._fit_center(net, images)
@@ -174,15 +193,17 @@ class DeconvNetTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
         Up to rounding, an image has the same features in any batch.
         """
         check_is_fitted(self)
+        self._check_pooling()
         images = self._images(X, reset=False)
         # On the device of fit, if this machine has it; net_ itself stays on the CPU, for pickle.
         device = self._device if torch.cuda.is_available() else "cpu"
         net = self.net_ if device == "cpu" else copy.deepcopy(self.net_).to(device)
-        parts = []
+        features = np.empty((len(images), self._n_features_out), np.float32)
         for start in range(0, len(images), self._chunk):
-            z = self._maps(net, images[start : start + self._chunk])
-            parts.append(z.flatten(1) if self.grid is None else grid_features(z, self.grid))
-        return torch.cat([part.cpu() for part in parts]).numpy()
+            part = slice(start, start + self._chunk)
+            z = self._maps(net, images[part])
+            features[part] = self._pooled(z).cpu().numpy()
+        return features
 
     @plain
     def inverse_transform(self, Z: ArrayLike) -> np.ndarray:
@@ -230,12 +251,39 @@ class DeconvNetTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
     def _n_features_out(self) -> int:
         if self.grid is None:
             return math.prod(self.map_shape_)
-        return self.map_shape_[0] * num_cells(self.grid)
+        return (1 + self.split_signs) * self.map_shape_[0] * num_cells(self.grid)
 
     def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()
         tags.transformer_tags.preserves_dtype = ["float32"]
         return tags
+
+    def _check_pooling(self) -> None:
+        """Raise ValueError for a wrong grid, or a pooling without one."""
+        if self.pooling not in POOLINGS:
+            raise ValueError(f"pooling={self.pooling!r}: choose one of {', '.join(POOLINGS)}")
+        if self.grid is not None:
+            num_cells(self.grid)
+        elif self.pooling != "mean" or self.split_signs:
+            key = "split_signs" if self.split_signs else "pooling"
+            raise ValueError(f"{key}={getattr(self, key)}: needs a grid")
+
+    def _pooled(self, z: Tensor) -> Tensor:
+        """The features (N, features) of maps z (N, K, rows, columns)."""
+        if self.grid is None:
+            return z.flatten(1)
+        return grid_features(z, self.grid, pooling=self.pooling, split_signs=self.split_signs)
+
+    def _learned_from(self, images: np.ndarray, random: np.random.RandomState) -> np.ndarray:
+        """The images from which filters are learned, in their order."""
+        most = self.max_images
+        if most is None:
+            return images
+        if not is_positive_int(most):
+            raise ValueError(f"max_images={most!r}: must be a whole number from 1, or None")
+        if len(images) <= most:
+            return images
+        return images[np.sort(random.choice(len(images), most, replace=False))]
 
     def _images(self, X: ArrayLike, *, reset: bool) -> np.ndarray:
         """X as (N, C, H, W), checked; with reset, later calls must have the same shape."""

@@ -17,16 +17,20 @@ from baselines import (
     PatchDictionary,
     PatchPCA,
     RandomFilters,
+    RandomPatches,
     SparseMaps,
     WhatWhere,
     correlations,
     draw_patches,
     one_layer,
+    patch_layer,
 )
+from linear_svm import LinearSVM, Standardization
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, MaxAbsScaler
+from sklearn.svm import LinearSVC
 
 from deconvnet import LayerSettings, LearningSettings, PreprocessingSettings
 from deconvnet.applications.classification.grid_features import grid_features
@@ -43,12 +47,18 @@ def sparse(num_maps, size, *, seed=0, preprocessing=GREY):
     return SparseMaps(net, seed=seed)
 
 
+def patches(num_maps, size, *, seed=0, preprocessing=GREY):
+    net = patch_layer(num_maps, size, epochs=1, seed=seed, preprocessing=preprocessing)
+    return SparseMaps(net, seed=seed)
+
+
 def rectified(kind):
     return lambda *args, **options: kind(*args, rectified=True, **options)
 
 
 METHODS = {
     "deconvnet": sparse,
+    "patches": patches,
     "learned, rectified": rectified(LearnedFilters),
     "random": RandomFilters,
     "random, rectified": rectified(RandomFilters),
@@ -56,6 +66,7 @@ METHODS = {
     "dictionary, rectified": rectified(PatchDictionary),
     "pca": PatchPCA,
     "kmeans": KMeansMaps,
+    "random patches": RandomPatches,
     "autoencoder": Autoencoder,
 }
 
@@ -79,9 +90,14 @@ def method(request, images):
     return METHODS[request.param](6, 5, preprocessing=GREY).fit(images[:6])
 
 
+def is_of_patches(method):
+    return isinstance(method, SparseMaps) and method.net.layer(1).settings.coding == "patches"
+
+
 def test_maps_have_an_entry_for_every_place_where_a_filter_touches_the_image(method, images):
     z = method.maps(images)
-    assert z.shape == (10, 6, 18, 16) and z.dtype == torch.float32
+    places = (14, 12) if is_of_patches(method) else (18, 16)
+    assert z.shape == (10, 6, *places) and z.dtype == torch.float32
     assert z.isfinite().all() and (z.abs().amax((0, 2, 3)) > 0).sum() >= 4
     assert not z.requires_grad
 
@@ -108,7 +124,8 @@ def test_a_seed_gives_the_same_maps_and_another_seed_others(kind, images):
 def test_colour_images_go_through_every_method(kind, textures):
     images = textures(4, 3, 12, 12)
     z = METHODS[kind](5, 3, preprocessing=COLOUR).fit(images).maps(images)
-    assert z.shape == (4, 5, 14, 14) and z.abs().max() > 0
+    side = 12 if kind == "patches" else 14
+    assert z.shape == (4, 5, side, side) and z.abs().max() > 0
 
 
 def test_the_maps_of_a_network_are_those_of_its_own_inference_at_any_layer(images):
@@ -185,6 +202,23 @@ def test_triangles_of_k_means_are_those_of_distances_computed_one_by_one(images)
         distances = np.array([np.sqrt(np.square(x - c).sum()) for c in centroids])
         expected = np.maximum(0, distances.mean() - distances)
         assert np.allclose(z[n, :, i, j], expected, atol=1e-4)
+
+
+def test_maps_of_random_patches_are_soft_thresholds_of_products_with_white_patches(images):
+    method = RandomPatches(6, 5, preprocessing=GREY).fit(images)
+    kmeans = KMeansMaps(6, 5, preprocessing=GREY).fit(images)
+    y = method.preprocessing(images)[0]
+    patches = draw_patches(y, 5, 50_000, seeded_generator(0, 2)).flatten(1)
+    # The same white patches as those of k-means, some of which are the filters.
+    assert torch.equal(method._white(patches), kmeans._white(patches))
+    similarity = torch.nn.functional.normalize(method._white(patches)) @ method.centroids.T
+    assert torch.allclose(similarity.amax(0), torch.ones(6), atol=1e-5)
+    z = method.maps(images)
+    for n, i, j in [(3, 10, 5), (5, 4, 9)]:
+        x = method._white(y[n, 0, i - 4 : i + 1, j - 4 : j + 1].reshape(1, 25))[0].double()
+        c = (method.centroids.double() @ x).numpy()
+        expected = np.sign(c) * np.maximum(np.abs(c) - 0.25, 0)
+        assert np.allclose(z[n, :, i, j], expected, atol=1e-5)
 
 
 def test_what_k_means_sees_is_white_and_does_not_depend_on_brightness_or_contrast(images):
@@ -332,9 +366,45 @@ def test_what_is_chosen_for_the_classifier_comes_from_the_training_images_alone(
     labels = np.arange(300) % 3
     known = np.abs(random.standard_normal((300, 6))) ** 4 * 0.01
     known[np.arange(300), labels] += random.random(300) ** 8
+    known = torch.from_numpy(known).float()
     chosen = features.choose(known, labels)
     assert chosen["power"] == 0.5 and chosen["c"] in features.C
-    assert features.choose(known.copy(), labels) == chosen
+    assert features.choose(known.clone(), labels) == chosen
+
+
+def test_the_linear_machine_is_that_of_scikit_learn_on_standardised_features():
+    A = torch.randn(90, 7, generator=seeded_generator(0)) * torch.arange(7) + 3
+    labels = np.arange(90) % 3 + 5
+    A[:, 2] += torch.from_numpy(labels)
+    standardize = Standardization.of(A)
+    found = standardize(A.clone())
+    variance = A.double().var(0, correction=0)
+    scale = (7 * (variance + 0.01 * variance.mean())).sqrt()
+    assert torch.allclose(found.double(), (A.double() - A.double().mean(0)) / scale, atol=1e-4)
+
+    machine = LinearSVM.fit(found, labels, C=3.0)
+    # scikit-learn's penalises its offset, as the weight of a feature of this size.
+    expected = LinearSVC(C=3.0, dual=False, intercept_scaling=100, tol=1e-8)
+    expected.fit(found.double().numpy(), labels)
+    decisions = (found @ machine.w + machine.b).numpy()
+    assert np.allclose(decisions, expected.decision_function(found), atol=5e-3)
+    assert machine.score(found, labels) == expected.score(found, labels) > 0.5
+    start = LinearSVM.fit(found, labels, C=0.1)
+    again = LinearSVM.fit(found, labels, C=3.0, start=start)
+    assert torch.allclose(again.w, machine.w, atol=5e-3)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "max"])
+def test_signs_have_features_of_their_own_only_where_maps_have_both(images, pooling):
+    options = features.arguments(["--grid", "2", "--pooling", pooling, "--split-signs"])
+    signed = RandomPatches(6, 5, preprocessing=GREY).fit(images)
+    found, density = features.features(signed, images, options)
+    z = signed.maps(images)
+    cells = grid_features(z, 2, pooling=pooling, split_signs=True)
+    assert torch.equal(found, cells) and found.shape == (10, 2 * 6 * 4)
+    assert density == pytest.approx(float((z != 0).double().mean()))
+    positive = KMeansMaps(6, 5, preprocessing=GREY).fit(images)
+    assert features.features(positive, images, options)[0].shape == (10, 6 * 4)
 
 
 @pytest.mark.parametrize(

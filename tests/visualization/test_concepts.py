@@ -5,6 +5,7 @@ projections, against projections of the units that they are made of.
 import pytest
 import torch
 from concept_models import CHANNELS, MAPS, concept_model, network
+from torch import nn
 from torch.testing import assert_close
 
 from deconvnet import DeconvNet, LayerSettings
@@ -104,6 +105,14 @@ def test_the_field_of_a_concept_holds_every_pixel_that_its_pattern_sees(model):
         assert not outside.any()
         starts = [int(info.starts(axis)[unit[2 + axis]]) for axis in (0, 1)]
         assert field == [*starts, *(s + f for s, f in zip(starts, info.field, strict=True))]
+
+
+def test_deconv_is_left_out_where_it_shows_the_same_in_every_image(model):
+    assert Projector(model).methods_of(X, "concepts") == ("deconv", "guided")
+    unpooled = concept_model()
+    unpooled.base[2] = nn.AvgPool2d(2)
+    assert Projector(unpooled).methods_of(X, "concepts") == ("guided",)
+    assert Projector(unpooled).methods_of(X, "4") == ("guided", "deconv")
 
 
 def test_channels_contribute_what_their_product_with_the_filter_says(model):

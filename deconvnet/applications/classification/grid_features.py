@@ -14,36 +14,35 @@ from torch.nn import functional
 
 Grid = int | Sequence[int]
 
+POOLINGS = ("mean", "max")
 
-def grid_features(z: Tensor, grid: Grid) -> Tensor:
-    """The means of |z| over the cells of one or several grids: (N, K * num_cells(grid)).
+
+def grid_features(
+    z: Tensor, grid: Grid, *, pooling: str = "mean", split_signs: bool = False
+) -> Tensor:
+    """The means or maxima of |z| over the cells of one or several grids: (N, K * num_cells(grid)).
 
     z: (N, K, H, W). grid: g for g x g cells, or several such as (1, 2, 4) for a spatial pyramid
-    (Lazebnik et al. 2006, with means instead of counts). Features are ordered by grid, map, row,
-    column. If a map has fewer than g rows or columns, cells overlap.
+    (Lazebnik et al. 2006, with means instead of counts). pooling: mean | max. split_signs: of
+    max(0, z) and of max(0, -z) instead of |z|, twice as many features. Features are ordered by
+    grid, sign (the positive coefficients first), map, row, column. If a map has fewer than g rows
+    or columns, cells overlap.
     """
     if z.ndim != 4:
         raise ValueError(f"maps must have the shape (N, K, H, W), got {tuple(z.shape)}")
-    magnitude = z.abs()
-    parts = [functional.adaptive_avg_pool2d(magnitude, g).flatten(1) for g in _sides(grid)]
-    return torch.cat(parts, 1)
+    if pooling not in POOLINGS:
+        raise ValueError(f"pooling={pooling!r}: choose one of {', '.join(POOLINGS)}")
+    pool = functional.adaptive_avg_pool2d if pooling == "mean" else functional.adaptive_max_pool2d
+    parts = [z.clamp(min=0), (-z).clamp(min=0)] if split_signs else [z.abs()]
+    return torch.cat([pool(part, g).flatten(1) for g in _sides(grid) for part in parts], 1)
 
 
 def grid_maxima(z: Tensor, grid: Grid) -> Tensor:
     """The maxima of max(0, z) and of max(0, -z) over the cells: (N, 2K * num_cells(grid)).
 
-    z: (N, K, H, W); grid and cells: as in `grid_features`. Features are ordered by grid, sign (the
-    positive coefficients first), map, row, column.
+    z, grid, and the order of the features: as in `grid_features`.
     """
-    if z.ndim != 4:
-        raise ValueError(f"maps must have the shape (N, K, H, W), got {tuple(z.shape)}")
-    signs = (z, -z)
-    parts = [
-        functional.adaptive_max_pool2d(signed, g).clamp(min=0).flatten(1)
-        for g in _sides(grid)
-        for signed in signs
-    ]
-    return torch.cat(parts, 1)
+    return grid_features(z, grid, pooling="max", split_signs=True)
 
 
 def num_cells(grid: Grid) -> int:

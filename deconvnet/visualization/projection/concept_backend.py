@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from deconvnet.visualization.models.concept_model import ConceptModel
+from deconvnet.visualization.projection.backward_rules import AUTO
 from deconvnet.visualization.projection.cnn_backend import CnnBackend
 from deconvnet.visualization.projection.deconvnet_backend import DeconvNetBackend
 from deconvnet.visualization.projection.feature_projection import layer_field, project_units
@@ -101,7 +102,12 @@ class ConceptBackend:
         return self.cnn.outputs(x)
 
     def methods_of(self, x: Tensor, layer: str) -> tuple[str, ...]:
-        return self.cnn.methods_of(x, self.model.layer if layer in self.names else layer)
+        """Those of the layer that is explained; of concepts, without deconv if auto does not put it
+        first, as the picture of a concept is then the same in every image."""
+        methods = self.cnn.methods_of(x, self.model.layer if layer in self.names else layer)
+        if layer in self.names and self.cnn.method == AUTO and methods[0] == "guided":
+            return methods[:1]
+        return methods
 
     def project(
         self,

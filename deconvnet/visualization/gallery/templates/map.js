@@ -21,7 +21,7 @@
       if (near) for (const sheet of Object.values(near.sheets)) new Image().src = sheet.file;
     }
     return {
-      title: `${layer.title}, ${words.map} ${at.map}`,
+      title: layer.title === words.maps ? `${Words.map} ${at.map}` : `${layer.title}, ${words.map} ${at.map}`,
       path: [[layer.title, link({ ...at, map: undefined })], [`${words.map} ${at.map}`, link(at)]],
       before: beside(sorted[position - 1]),
       after: beside(sorted[position + 1]),

@@ -2,7 +2,7 @@
 "use strict";
 
 {
-  const { data, words, KINDS, element, tile, facts, number, mapName, link, controlStrip } = gallery;
+  const { data, words, Words, KINDS, element, tile, facts, number, mapName, link, controlStrip } = gallery;
   const SIZES = [64, 280];
   let size = innerWidth < 500 ? 104 : 128;
   let found = "";

@@ -1,0 +1,131 @@
+"""The commands for a run that explains activations: the trust in its codes, and its page."""
+
+import importlib
+import json
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from deconvnet.cli import faithfulness, stability, visualize
+from deconvnet.cli.settings import FaithfulnessConfig, StabilityConfig, VisualizeConfig
+
+NETS = """
+import torch
+from torch import nn
+
+def make():
+    torch.manual_seed(0)
+    low = [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3), nn.ReLU()]
+    return nn.Sequential(*low, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+"""
+TRAINED = [
+    *("data=activations", "data.model=nets:make", "data.layer='4'", "data.images=photos"),
+    *("data.size=20", "model=activations", "model.layer1.num_maps=6", "model.layer1.lam=20"),
+    *("model.layer1.learning.epochs=2", "model.layer1.solver.method=fista"),
+    *("model.layer1.solver.iterations=100", "progress=false", "name=run"),
+]
+LABELS = ["cats", "dogs"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, script):
+    """A folder with photos of two classes, a module with a network, and a run over its layer 4."""
+    folder, generator = tmp_path_factory.mktemp("concepts"), np.random.default_rng(0)
+    for number in range(6):
+        path = folder / "photos" / LABELS[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        small = Image.fromarray(generator.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+        small.resize((20, 20)).save(path)
+    (folder / "nets.py").write_text(NETS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        importlib.import_module("nets")
+        result = script(folder, "train.py", *TRAINED)
+        assert result.code == 0, result
+        yield folder
+    del sys.modules["nets"]
+
+
+@pytest.fixture
+def here(place, monkeypatch):
+    monkeypatch.chdir(place)
+    return place / "runs" / "run"
+
+
+def measured(**given):
+    faithfulness.measure(FaithfulnessConfig("runs/run", progress=False, device="cpu", **given))
+
+
+def test_what_is_measured_is_printed_and_stands_on_the_page(here, capsys):
+    measured(trust_code=True, labels=LABELS)
+    stability.measure(StabilityConfig("runs/run", trust_code=True, device="cpu"))
+    printed = capsys.readouterr().out
+    assert "layer 4: 6 concepts of 1x1, on 6 images" in printed
+    assert "from another seed, 1" in printed and "half 1 in half 2" in printed
+    found = json.loads((here / "faithfulness.json").read_text())
+    again = json.loads((here / "stability.json").read_text())
+    assert found["num_maps"] == 6 and found["accuracy"] in [n / 6 for n in range(7)]
+    settings = dict(progress=False, device="cpu", k=3, explorer_images=1, grid_maps=2)
+    settings |= dict(control_maps=1, window="field", labels=LABELS, trust_code=True)
+    visualize.visualize(VisualizeConfig(run="runs/run", **settings))
+    (features,) = (here / "gallery" / "layers").glob("1-concepts/features.json")
+    features = json.loads(features.read_text())
+    assert features["kind"] == "Concepts" and features["similar_are"] == "filters"
+    for shown in features["maps"]:
+        said = dict(shown["statistics"])
+        assert said["stability over seeds"] == pytest.approx(
+            again["over_seeds"][shown["map"]], abs=1e-5
+        )
+        assert said["importance, nats"] >= 0
+        for example in shown["examples"]:
+            heat = example["heat"]
+            assert (heat["rows"], heat["columns"]) == (7, 7)
+            # Positions are 2 pixels apart; the field of the first unit begins with the image.
+            assert heat["box"] == [3.0, 3.0, 17.0, 17.0]
+    page = (here / "gallery" / "index.html").read_text()
+    assert "variance unexplained" in page and "make: concepts of layer 4" in page
+    assert "concept 0" in page
+
+
+def test_code_that_a_run_names_is_not_called_unless_the_user_trusts_it(here):
+    for command in (
+        measured,
+        lambda: stability.measure(StabilityConfig("runs/run")),
+        lambda: visualize.visualize(VisualizeConfig(run="runs/run")),
+    ):
+        with pytest.raises(ValueError, match="activations of nets:make, whose code would run"):
+            command()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"labels": ["a", "b", "c"]}, "labels: 3 names, but runs/run has 2 classes"),
+        ({"images": "nowhere"}, "images=nowhere: no such file or folder"),
+        ({"size": 0}, "size=0: must be at least 1, or null"),
+        ({"max_images": 0}, "max_images=0: must be at least 1"),
+        ({"batch": 0}, "batch=0: must be at least 1"),
+    ],
+)
+def test_wrong_settings_are_refused_in_one_line(here, given, message):
+    with pytest.raises(ValueError, match=message):
+        measured(trust_code=True, **given)
+
+
+def test_other_runs_and_damaged_files_are_refused_in_one_line(here):
+    with pytest.raises(ValueError, match="seeds=0, halves=false: nothing to compare with"):
+        StabilityConfig("runs/run", seeds=0, halves=False)
+    with pytest.raises(ValueError, match="network.safetensors: not a run folder"):
+        stability.measure(StabilityConfig("runs/run/network.safetensors"))
+    with pytest.raises(ValueError, match="has learned from images, not from the activations"):
+        faithfulness.measure(FaithfulnessConfig("runs/run/network.safetensors", images="photos"))
+    for name in ("faithfulness", "stability"):
+        path = here / f"{name}.json"
+        content = path.read_text()
+        for damaged in (content[:-2], "{}"):
+            path.write_text(damaged)
+            with pytest.raises(ValueError, match=f"{name}.json: damaged"):
+                visualize.visualize(VisualizeConfig(run="runs/run", trust_code=True))
+        path.write_text(content)
