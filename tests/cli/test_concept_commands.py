@@ -67,8 +67,8 @@ def test_what_is_measured_is_printed_and_stands_on_the_page(here, capsys):
     found = json.loads((here / "faithfulness.json").read_text())
     again = json.loads((here / "stability.json").read_text())
     assert found["num_maps"] == 6 and found["accuracy"] in [n / 6 for n in range(7)]
-    settings = dict(progress=False, device="cpu", k=3, explorer_images=1, grid_maps=2)
-    settings |= dict(control_maps=1, window="field", labels=LABELS, trust_code=True)
+    settings = dict(progress=False, device="cpu", k=2, explorer_images=0, grid_maps=1)
+    settings |= dict(control=False, window="field", labels=LABELS, trust_code=True)
     settings |= dict(layers=["4", "concepts"])
     visualize.visualize(VisualizeConfig(run="runs/run", **settings))
     (features,) = (here / "gallery" / "layers").glob("2-concepts/features.json")
