@@ -29,6 +29,9 @@ COMMANDS = {
     "inpaint": "Fill in missing pixels of images.",
     "classify": "Measure how well features separate classes of images.",
     "train-cnn": "Train a small convolutional network to visualize.",
+    "info": "Say what a run folder or a network file holds.",
+    "export": "Write filters or feature maps to a .npz or .mat file.",
+    "doctor": "Check the installation: versions, devices, caches, known answers.",
 }
 
 HELP = """\
