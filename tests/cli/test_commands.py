@@ -6,6 +6,8 @@ import pickle
 import shutil
 import signal
 import struct
+import subprocess
+import sys
 import time
 import zipfile
 from pathlib import Path
@@ -571,3 +573,12 @@ def test_the_doctor_solves_problems_of_known_answer(tmp_path, script):
     assert result.code == 0 and result.err == "", result
     assert result.out.count("\nok ") == 3 and "all is well" in result.out
     assert torch.__version__ in result.out
+
+
+def test_a_reader_that_stops_early_ends_a_command_silently(begun):
+    read, write = os.pipe()
+    os.close(read)
+    call = [sys.executable, "-u", str(ROOT / "scripts/info.py"), "run=runs/folder"]
+    done = subprocess.run(call, cwd=begun[0], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
