@@ -4,6 +4,7 @@ import contextlib
 import errno
 import gc
 import json
+import logging
 import os
 import socket
 import subprocess
@@ -25,8 +26,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # No test cuts the power, so none waits until what was written is on the disk.
 os.fsync = os.fstat
 
-# The tests themselves, and what they import, are millions of objects that stay. By default, the
-# garbage collector visits them over and over.
+# What is imported is millions of objects that stay: the garbage collector need not visit them until
+# all tests are collected, and then seldom.
+gc.disable()
 gc.set_threshold(50_000, 20, 100)
 
 SERVER = Path(__file__).with_name("fork_server.py")
@@ -39,8 +41,13 @@ def pytest_collection_finish(session):
     torch.set_num_threads(1)
     if hasattr(os, "fork") and any("start" in item.fixturenames for item in session.items):
         session.config.fork_server = fork_server()
-    gc.collect()
+    # At each stage of a test pytest attaches its handlers to all loggers that do not propagate:
+    # fifty of torch, which is a quarter of the time of a small test.
+    for logger in logging.root.manager.loggerDict.values():
+        if isinstance(logger, logging.Logger):
+            logger.propagate = True
     gc.freeze()
+    gc.enable()
 
 
 SERVERS = []  # that this process started

@@ -247,7 +247,8 @@ def test_learned_filters_are_the_same_bits_after_saving_and_loading(images, dtyp
     loaded = Learned.load(str(tmp_path / "learned.safetensors"))
     assert torch.equal(loaded.filters, learned.filters) and loaded.filters.dtype == dtype
     assert loaded.settings == learned.settings and loaded.history == learned.history
-    assert torch.equal(loaded.encode(y).z, learned.encode(y).z)
+    few = SolverSettings(iterations=60)
+    assert torch.equal(*(each.encode(y, settings=few).z for each in (loaded, learned)))
     assert len(loaded.learn_more(y).history) == 4
     stream = learn_online([y], 4, filter_size=5, lam_ratio=0.1)
     stream.save(tmp_path / "stream.safetensors")

@@ -70,20 +70,25 @@ def module_of(path):
     return path.parts[0].removesuffix(".py")
 
 
+@functools.cache
+def imports(source):
+    """The import statements of a source, also inside functions."""
+    tree = ast.parse(source)
+    return [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+
+
 def imported_modules(source, folder=(), parent="deconvnet"):
     """The modules and folders of a parent that a source in this folder imports from, also inside
     functions."""
     modules = set()
-    for node in ast.walk(ast.parse(source)):
+    for node in imports(source):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
+        else:
             here = ("deconvnet", *folder)
             origin = here[: len(here) - node.level + 1] if node.level else ()
             origin = ".".join((*origin, *filter(None, [node.module])))
             names = [f"{origin}.{alias.name}" for alias in node.names]
-        else:
-            continue
         for name in names:
             if f"{name}.".startswith(f"{parent}."):
                 modules.add(name[len(parent) + 1 :].partition(".")[0] or "__init__")

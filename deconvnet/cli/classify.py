@@ -14,6 +14,7 @@ from deconvnet.applications.classification.confusion_picture import confusion_pi
 from deconvnet.applications.classification.evaluation import LayerFeatures, Scores, evaluate
 from deconvnet.applications.classification.labelled_images import LabelledImages
 from deconvnet.applications.classification.splits import draw_split
+from deconvnet.applications.classification.task import Task
 from deconvnet.applications.classification.word_histograms import WordHistograms
 from deconvnet.cli.errors import interruptible, one_line_errors
 from deconvnet.cli.image_files import check_outputs, output_folder
@@ -83,13 +84,10 @@ def features_of(
         for number in range(settings.splits)
     ]
     folder = output_folder(run, settings.output, "classified") / "features"
-    by_kind = {
-        kind: kind(
-            *(net, images, splits, [n for n in layers if kinds[n] is kind]),
-            *(settings, folder, communicator),
-        )
-        for kind in dict.fromkeys(kinds.values())
-    }
+    by_kind = {}
+    for kind in dict.fromkeys(kinds.values()):
+        of_kind = [number for number in layers if kinds[number] is kind]
+        by_kind[kind] = kind(Task(net, images, splits, of_kind, settings, folder, communicator))
     return {number: by_kind[kinds[number]] for number in layers}
 
 

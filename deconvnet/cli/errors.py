@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
@@ -63,10 +64,19 @@ def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
     try:
         yield
     except kinds as error:
+        if isinstance(error, BrokenPipeError):
+            end_of_pipe()
         # `run` in launch.py explains these.
-        if WANTS_TRACEBACK or isinstance(error, BrokenPipeError) or is_memory(error):
+        if WANTS_TRACEBACK or is_memory(error):
             raise
         raise SystemExit(f"error: {' '.join(str(error).splitlines())}") from None
+
+
+def end_of_pipe() -> NoReturn:
+    """End the program silently because nobody reads its output any more, as in `| head`."""
+    # Python flushes the remaining output at exit.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    raise SystemExit(141) from None
 
 
 @contextmanager

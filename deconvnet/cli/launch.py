@@ -17,7 +17,7 @@ import hydra
 
 from deconvnet.cli.arguments import for_hydra
 from deconvnet.cli.config_files import check_names, read_files_as_written
-from deconvnet.cli.errors import WANTS_TRACEBACK, explain
+from deconvnet.cli.errors import WANTS_TRACEBACK, end_of_pipe, explain
 from deconvnet.cli.printed_commands import remember
 from deconvnet.cli.read_settings import register
 from deconvnet.cli.settings import SCHEMAS
@@ -77,9 +77,7 @@ def run(main: Callable[[], None], schema: type, call: tuple[str, ...]) -> None:
     except KeyboardInterrupt:
         _finish("stopped", 130)
     except BrokenPipeError:
-        # Python flushes the remaining output at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(141) from None
+        end_of_pipe()
     except Exception as error:
         if WANTS_TRACEBACK or not (message := explain(error, schema)):
             raise

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING
@@ -404,6 +405,48 @@ class ReconstructConfig:
 
 
 @dataclass
+class InfoConfig:
+    """The settings of `deconvnet info`."""
+
+    # a run folder, a checkpoint (.pt), or a file (.safetensors) of a network, of filters or of
+    # events
+    run: str
+
+
+@dataclass
+class DoctorConfig:
+    """The settings of `deconvnet doctor`."""
+
+    # auto (cuda, else cpu), or a torch device
+    device: str = "auto"
+
+
+@dataclass
+class ExportConfig:
+    """The settings of `deconvnet export`."""
+
+    # a run folder, or a file (.safetensors) of a network or of filters
+    run: str
+    # the file to write: .npz for numpy, or .mat for Matlab
+    output: str
+    # write the feature maps of these images: a file, a folder, or a list such as [a.jpg,b.jpg];
+    # null: write the filters of all layers
+    images: Any = field(default=None, metadata=TEXTS)
+    # with images: the maps of this layer; null: the highest
+    layer: int | None = None
+    # auto (cuda, else cpu), or a torch device
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if Path(self.output).suffix not in (".npz", ".mat"):
+            raise ValueError(f"output={self.output}: must end in .npz or .mat")
+        if self.images == []:
+            raise ValueError("images=[]: give a file, a folder, or a list of them")
+        if self.images is None and self.layer is not None:
+            raise ValueError(f"layer={self.layer}: needs images=..., whose maps are written")
+
+
+@dataclass
 class AblateConfig:
     """The settings of `deconvnet ablate`."""
 
@@ -521,6 +564,9 @@ SCHEMAS = {
     "correspondence": CorrespondenceConfig,
     "reconstruct": ReconstructConfig,
     "ablate": AblateConfig,
+    "info": InfoConfig,
+    "doctor": DoctorConfig,
+    "export": ExportConfig,
     "faithfulness": FaithfulnessConfig,
     "stability": StabilityConfig,
     "denoise": DenoiseConfig,

@@ -63,8 +63,7 @@ def main(cfg: DictConfig) -> None:
                     log.warning("stopped and saved; to resume: %s", again)
                 raise SystemExit(130) from None
     if communicator.is_main:
-        example = settings.data.path if settings.data.source == "array" else "photo.jpg"
-        summarize(results, folder, example)
+        summarize(results, folder, settings.data)
 
 
 def run(
@@ -167,9 +166,18 @@ def source(settings: TrainingData, device: torch.device) -> ImageSource:
     )
 
 
-def summarize(results: list[LayerResult], folder: Path, example: str) -> None:
-    """Print the result; example: the images of the command to try next."""
+def summarize(results: list[LayerResult], folder: Path, data: TrainingData) -> None:
+    """Print the result, and the command to try next."""
     run_path = relative_path(folder)
+    run_setting = printed_commands.setting("run", run_path)
+    if data.model:
+        following = f"see concepts  {printed_commands.sibling('visualize')} {run_setting}"
+    else:
+        example = data.path if data.source == "array" else "photo.jpg"
+        following = (
+            f"reconstruct   {printed_commands.sibling('reconstruct')} {run_setting} "
+            f"layer={len(results)} {printed_commands.setting('images', example)}"
+        )
     lines = [
         "",
         "layer   SNR of the image   non-zero coefficients   objective   dead maps   seconds",
@@ -186,9 +194,7 @@ def summarize(results: list[LayerResult], folder: Path, example: str) -> None:
         f"network       {run_path}/network.safetensors",
         f"look          tensorboard --logdir {shlex.quote(str(relative_path(folder.parent)))} "
         "--samples_per_plugin images=99",
-        f"reconstruct   {printed_commands.sibling('reconstruct')} "
-        f"{printed_commands.setting('run', run_path)} layer={len(results)} "
-        + printed_commands.setting("images", example),
+        following,
     ]
     print("\n".join(lines))
 

@@ -8,6 +8,10 @@ from torch import Tensor
 
 from deconvnet.filters.constraint import normalize
 
+# Filters of up to SMALL pixels are also off centre if the row or column at one border has less than
+# the fraction EMPTY of the energy, and that at the other more than FULL.
+SMALL, EMPTY, FULL = 4, 0.05, 0.2
+
 
 def dead_filters(energy: Tensor) -> list[int]:
     """The filters whose maps have at most a millionth of the mean energy of a map.
@@ -43,10 +47,22 @@ def centring_shifts(f: Tensor) -> dict[int, tuple[int, int]]:
     h, w = f.shape[2:]
     energy = f.double().square().sum(1)
     energy = energy / energy.sum((1, 2), keepdim=True).clamp(min=1e-300)
-    rows = energy.sum(2) @ torch.arange(h, dtype=energy.dtype, device=f.device)
-    columns = energy.sum(1) @ torch.arange(w, dtype=energy.dtype, device=f.device)
-    shifts = torch.stack([(h - 1) / 2 - rows, (w - 1) / 2 - columns], 1).round().long().tolist()
+    shifts = torch.stack([_shifts(energy.sum(2)), _shifts(energy.sum(1))], 1).tolist()
     return {k: (i, j) for k, (i, j) in enumerate(shifts) if i or j}
+
+
+def _shifts(energy: Tensor) -> Tensor:
+    """(K,) int64: the shifts along one axis, from the energy (K, side) of rows or columns."""
+    side = energy.shape[1]
+    centre = energy @ torch.arange(side, dtype=energy.dtype, device=energy.device)
+    shifts = ((side - 1) / 2 - centre).round().long()
+    if side > SMALL:
+        return shifts
+    # Of a small pattern that is cut off by one pixel, the centre moves by about half a pixel only.
+    first, last = energy[:, 0], energy[:, -1]
+    towards_end = (last < EMPTY) & (first > FULL)
+    towards_start = (first < EMPTY) & (last > FULL)
+    return torch.where(shifts == 0, towards_end.long() - towards_start.long(), shifts)
 
 
 def shift_filters(f: Tensor, shifts: dict[int, tuple[int, int]]) -> Tensor:

@@ -27,6 +27,14 @@ SOURCES = ("photographs", "folder", "list", "shards", "torchvision", "array")
 # The sources whose images may have masks.
 MASKED_SOURCES = ("folder", "list", "shards")
 
+# What data.path is, for the sources that need it.
+NEEDED_PATHS = {
+    "folder": "a folder of images",
+    "list": "a text file with one path per line",
+    "shards": "a .tar file, or a folder of them",
+    "array": "a .npy or .npz file",
+}
+
 # Bytes of a list that are read first, to check that it is a text file.
 TEXT_PROBE = 1 << 20
 
@@ -54,7 +62,8 @@ class DataSettings:
     fit: str = "crop"
     # photographs: scale factor before they are cropped, above 0 and at most 1
     scale: float = 0.5
-    # use at most this many images: of photographs, the crops with the most texture, else the first
+    # use at most this many images: of photographs, the crops with the most texture; of a folder,
+    # files at equal distances in the order of their paths, so of every class; else the first
     # images; null: all
     max_images: int | None = 24
     # training: which pixels are seen; the others may have any value. null: all | alpha: those that
@@ -74,8 +83,11 @@ class DataSettings:
             )
         if self.source not in SOURCES:
             raise ValueError(f"data.source={self.source!r}: choose {', '.join(SOURCES)}")
-        if self.source in ("folder", "list", "shards", "array") and not self.path:
-            raise ValueError(f"data.path={self.path!r}: data.source={self.source} needs a path")
+        if self.source in NEEDED_PATHS and not self.path:
+            raise ValueError(
+                f"data.path={self.path!r}: data.source={self.source} needs data.path=..., "
+                f"{NEEDED_PATHS[self.source]}"
+            )
         if self.source == "photographs" and self.path:
             raise ValueError(
                 f"data.path={self.path}: not used with data.source=photographs; add data=folder, "
@@ -154,13 +166,22 @@ def source_items(settings: DataSettings) -> tuple[Iterator[Item], str]:
         return array_items(path), assignment(path)
     if settings.source == "shards":
         return _shard_items(path, skip=settings.skip_unreadable), assignment(path)
-    items = {"folder": _folder_items, "list": _list_items}[settings.source](path)
-    return items, assignment(path)
+    if settings.source == "list":
+        return _list_items(path), assignment(path)
+    return _folder_items(path, settings.max_images), assignment(path)
 
 
-def _folder_items(path: str) -> Iterator[Item]:
+def _folder_items(path: str, max_images: int | None) -> Iterator[Item]:
+    """The images of a folder. With max_images those at equal distances come first, in order, and
+    then the others, which take the place of unreadable ones.
+    """
     folder = user_path(path)
-    for file in find_images(path):
+    files = find_images(path)
+    if max_images is not None and max_images < len(files):
+        chosen = [n * len(files) // max_images for n in range(max_images)]
+        others = sorted(set(range(len(files))) - set(chosen))
+        files = [files[n] for n in (*chosen, *others)]
+    for file in files:
         name = file.relative_to(folder).as_posix()
         label, slash, _ = name.partition("/")
         yield _item(Content(file, str(file)), name, label if slash else None, path=file)

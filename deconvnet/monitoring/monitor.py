@@ -82,6 +82,9 @@ class Monitor:
         self._bar: tqdm | None = None
         self._inferred = 0
         self._last_logged = -math.inf
+        self._depth = 1
+        # Of the current layer: when this process began it, and updates since then and still to do.
+        self._began, self._made, self._left = 0.0, 0, 0
 
     def start(self, step: int, layer: int = 1, depth: int = 1) -> None:
         """Open the TensorBoard file of a run of `depth` layers.
@@ -89,6 +92,7 @@ class Monitor:
         Hides events after `step` that an interrupted run left, and its result of `layer`, which is
         not finished.
         """
+        self._depth = depth
         if self.folder is None:
             return
         _truncate_metrics(self.folder / METRICS, step, layer)
@@ -101,10 +105,12 @@ class Monitor:
 
     def layer(self, number: int, done: int, total: int) -> None:
         """Report that a layer begins, or resumes after `done` of its `total` filter updates."""
+        self._began, self._made, self._left = time.monotonic(), 0, total - done
         self._open_bar(f"layer {number}", total, initial=done, unit="update")
 
     def advance(self) -> None:
         """Report one more filter update."""
+        self._made, self._left = self._made + 1, self._left - 1
         self._bar.update()
 
     def epoch(self, stats: EpochStats, step: int) -> None:
@@ -236,10 +242,21 @@ class Monitor:
             self._bar.set_postfix_str(f"epoch {stats.epoch}/{stats.epochs}, {text}")
         else:
             self._bar.set_postfix_str(f"epoch {short}" if columns >= MEDIUM else short)
-        if stats.epoch == stats.epochs or time.monotonic() >= self._last_logged + LOG_INTERVAL:
-            self._last_logged = time.monotonic()
+        now = time.monotonic()
+        if stats.epoch == stats.epochs or now >= self._last_logged + LOG_INTERVAL:
+            self._last_logged = now
             epoch = f"layer {stats.layer}, epoch {stats.epoch}/{stats.epochs}"
+            text += self._time_left(now, stats.layer)
             log.info("%s: %s", epoch, text, extra={IN_BAR: not self._bar.disable})
+
+    def _time_left(self, now: float, layer: int) -> str:
+        """How long the layer still learns, for a log line. How long those above it will take is not
+        known before they begin.
+        """
+        if not (self._made and self._left):
+            return ""
+        left = tqdm.format_interval((now - self._began) * self._left / self._made)
+        return f", {left} left in layer {layer} of {self._depth}"
 
     def _open_bar(self, name: str, total: int, **options: object) -> None:
         self._close_bar()

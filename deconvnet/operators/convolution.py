@@ -37,6 +37,7 @@ Boundary = Literal["valid", "circular", "zero", "reflect"]
 Method = Literal["spatial", "fourier"]
 
 BOUNDARIES: tuple[str, ...] = get_args(Boundary)
+METHODS: tuple[str, ...] = get_args(Method)
 # Boundaries whose maps are first continued beyond the border and then used as "valid" ones.
 CONTINUED = ("zero", "reflect")
 # Up to this many channels, `_paint_by_rows` is faster.
@@ -292,16 +293,18 @@ def _paint_by_rows(z: Tensor, f: Tensor) -> Tensor:
     """
     K, C, h, w = f.shape
     rows = conv2d(z, f.flip(2, 3).permute(2, 1, 0, 3).reshape(h * C, K, 1, w))
+    if h == 1:
+        return rows
     height = z.shape[2] - h + 1
-    painted = rows[:, :C, :height].clone()
-    for m in range(1, h):
+    painted = rows[:, :C, :height] + rows[:, C : 2 * C, 1 : 1 + height]
+    for m in range(2, h):
         painted += rows[:, m * C : (m + 1) * C, m : m + height]
     return painted
 
 
 def conv2d(z: Tensor, f: Tensor, padding: tuple[int, int] = (0, 0)) -> Tensor:
     """conv2d that rounds a single image as in a batch: a small one is padded to a batch of two."""
-    alone = len(z) == 1 and z.numel() <= NATIVE_CONVOLUTION and z.device.type == "cpu"
+    alone = z.shape[0] == 1 and z.numel() <= NATIVE_CONVOLUTION and z.device.type == "cpu"
     z = torch.cat([z, z]) if alone else z
     maps = F.conv2d(z, f, padding=padding)
     return maps[:1] if alone else maps
@@ -309,11 +312,15 @@ def conv2d(z: Tensor, f: Tensor, padding: tuple[int, int] = (0, 0)) -> Tensor:
 
 def _in_strips(y: Tensor, f: Tensor, boundary: Boundary) -> Tensor:
     """`correlate`, in one piece unless the maps are large and on a CPU."""
-    shape = (len(y), len(f), *map_size(y.shape[2:], f.shape[2:], boundary))
-    if not math.prod(shape):
+    h, w = f.shape[2:]
+    shape = (y.shape[0], f.shape[0], *map_size(y.shape[2:], (h, w), boundary))
+    numbers = math.prod(shape)
+    if not numbers:
         return y.new_zeros(shape)
-    if y.device.type != "cpu" or math.prod(shape) <= 4 * STRIP or _differentiated(y, f):
-        return next(correlate_strips(y, f, boundary, numbers=max(1, math.prod(shape))))[2]
+    if y.device.type != "cpu" or numbers <= 4 * STRIP or _differentiated(y, f):
+        if boundary == "valid":  # what the strip is then, without the checks
+            return conv2d(y, f, padding=(h - 1, w - 1))
+        return next(correlate_strips(y, f, boundary, numbers=numbers))[2]
     maps = y.new_empty(shape)
     for images, rows, part in correlate_strips(y, f, boundary):
         maps[images, :, rows] = part
@@ -349,7 +356,7 @@ def _check(
     y: Tensor | None = None,
 ) -> None:
     check_boundary(boundary)
-    if method not in get_args(Method):
+    if method not in METHODS:
         raise ValueError(f"method={method!r}: choose 'spatial' or 'fourier'")
     if f.ndim != 4 or f.numel() == 0:
         raise ValueError(f"filters must have the shape (K, C, h, w), got {tuple(f.shape)}")

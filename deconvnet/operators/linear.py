@@ -286,7 +286,7 @@ class Deconvolution(LinearOperator):
         """
         if isinstance(beta, Tensor) or isinstance(weight, Tensor):
             vectors, values = self._eigen(grid)
-            gains = 1 / (beta + weight * values)
+            gains = (beta + weight * values).reciprocal()
             return _wrapped(y, grid, lambda s: _times(_times(s, vectors.mH) * gains, vectors))
         return _wrapped(y, grid, lambda s: _times(s, self._inverted(grid, beta, weight)))
 

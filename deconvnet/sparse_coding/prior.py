@@ -164,7 +164,9 @@ class Prior:
         w = None if self.entry_weights is None else self.entry_weights.to(v)
         if self.p == 1 and self.window is None and (w is not None or isinstance(beta, Tensor)):
             # Bit-equal to `shrink` without weights, and several times faster.
-            tau = 1 / beta if w is None else w * (1 / beta)
+            # 1 / beta of a tensor takes several times as long.
+            inverse = beta.reciprocal() if isinstance(beta, Tensor) else 1 / beta
+            tau = inverse if w is None else w * inverse
             positive = (v - tau).relu_()
             if self.non_negative:
                 return positive

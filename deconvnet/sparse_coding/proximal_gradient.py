@@ -108,12 +108,12 @@ class ProximalGradient(Method):
         if not self.adaptive:
             return 1 / (lam * A.squared_norm(b))
         first = shrink(A.adjoint(b - self.Az), 1e30, window=prior.window)
-        return 1 / _curvature(first, A(first), lam)
+        return 1 / _curvature(first, dot(Af := A(first), Af), lam)
 
     def _move_from_y(self) -> None:
         A, b, lam, prior = self.problem.A, self.problem.b, self.problem.lam, self.problem.prior
         v = torch.addcmul(self.y, A.adjoint(b - self.Ay), lam * self.step_size)
-        self.z = prior.shrink(v, 1 / self.step_size)
+        self.z = prior.shrink(v, self.step_size.reciprocal())
         self.Az = A(self.z)
         self.cost = self._objective()
 
@@ -121,9 +121,10 @@ class ProximalGradient(Method):
         """Adapt the step to the curvature of the move; (N, 1, 1, 1): whether it was too long."""
         step, moved = self.step_size, self.Az - self.Ay
         # The curvature of a move close to rounding is meaningless.
-        measurable = norm(moved) > 100 * torch.finfo(moved.dtype).eps * norm(self.Az)
-        curvature = _curvature(self.z - self.y, moved, self.problem.lam)
-        longest = torch.where(measurable, 1 / curvature, step)
+        squared = dot(moved, moved)
+        measurable = squared.sqrt() > 100 * torch.finfo(moved.dtype).eps * norm(self.Az)
+        curvature = _curvature(self.z - self.y, squared, self.problem.lam)
+        longest = torch.where(measurable, curvature.reciprocal(), step)
         too_long = step > longest
         self.step_size = torch.where(too_long, CAUTION * longest, (GROWTH * step).minimum(longest))
         return too_long
@@ -152,9 +153,8 @@ def _acts(mask: Tensor) -> bool:
     return mask.device.type != "cpu" or bool(mask.any())
 
 
-def _curvature(move: Tensor, moved: Tensor, lam: float) -> Tensor:
-    """lam ||A d||^2 / ||d||^2 of a move d of the maps, moved = A d; never exactly 0, so that the
-    inverse step stays finite when multiplied by lam.
+def _curvature(move: Tensor, squared: Tensor, lam: float) -> Tensor:
+    """lam ||A d||^2 / ||d||^2 of a move d of the maps, squared = ||A d||^2; never exactly 0, so
+    that the inverse step stays finite when multiplied by lam.
     """
-    squared = dot(move, move).clamp(min=torch.finfo(move.dtype).tiny)
-    return lam * dot(moved, moved) / squared + 1e-30
+    return lam * squared / dot(move, move).clamp(min=torch.finfo(move.dtype).tiny) + 1e-30

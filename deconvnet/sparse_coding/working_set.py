@@ -9,7 +9,8 @@ checked occasionally. Each round
    gives the duality gap;
 2. drops the coefficients that have become zero, and adds new ones for which |c| exceeds the limit
    up to which zero is optimal: only the strongest in each tile of positions, because an added
-   coefficient explains much of what its neighbours respond to;
+   coefficient explains much of what its neighbours respond to (with many channels, the strongest
+   of each of a few parts of the maps, because a position needs many coefficients);
 3. minimises over one coefficient after another, sweeping several times over the set. A step costs
    as much as painting one filter, and uses the curvature of that coefficient, which is many times
    smaller than that of A.

@@ -380,16 +380,15 @@ class LayerTrainer:
         known = patches.new_zeros(len(positions))
         drawn, own_images = positions[:, 0], self.warm_starts.images.cpu()
         for chunk in self._chunks(own_images[torch.isin(own_images, drawn)]):
-            chunk = chunk.to(self.data.device)
-            layer_input = self.data.layer_input(chunk)
-            seen = self.data.seen(chunk) if self.data.seen else None
-            for index, n in enumerate(chunk.tolist()):
-                for p in (drawn == n).nonzero()[:, 0].tolist():
-                    i, j = positions[p, 1:].tolist()
-                    place = (index, ..., slice(i, i + h), slice(j, j + w))
-                    patches[p] = layer_input[place]
-                    if seen is not None:
-                        known[p] = seen[place].to(known).mean()
+            here = torch.isin(drawn, chunk)
+            _, i, j = positions[here].unbind(1)
+            place = (torch.searchsorted(chunk, drawn[here]), slice(None), i, j)
+            chunk, here = chunk.to(self.data.device), here.to(self.data.device)
+            windows = self.data.layer_input(chunk).unfold(2, h, 1).unfold(3, w, 1)
+            patches[here] = windows[place]
+            if self.data.seen is not None:
+                seen = self.data.seen(chunk).to(known).unfold(2, h, 1).unfold(3, w, 1)
+                known[here] = seen[place].mean((1, 2, 3))
         # Exact: all other ranks contribute zeros.
         if self.data.seen is None:
             return self.communicator.all_reduce_sum(patches)[0].to(patches.dtype), None

@@ -58,6 +58,17 @@ def different_images(state: dict, digests: torch.Tensor | None) -> str:
     return _changes(state["images"].tolist(), digests.tolist())
 
 
+def how_to_have_the_first(state: dict) -> str:
+    """For a run on some files of a folder: how to resume it if an earlier version began it."""
+    data = state["settings"].get("data") or {}
+    if data.get("source") != "folder" or data.get("max_images") is None:
+        return ""
+    return (
+        f"; earlier versions took the first data.max_images={data['max_images']} files of a folder:"
+        " to resume such a run, list them in a file and add data=list data.path=FILE"
+    )
+
+
 def digest_tensor(digests: Sequence[str]) -> torch.Tensor:
     """(N, DIGEST) bytes: the beginning of each hexadecimal digest."""
     data = b"".join(bytes.fromhex(digest)[:DIGEST] for digest in digests)

@@ -44,6 +44,7 @@ from deconvnet.training.resume_check import (
     different_images,
     different_settings,
     digest_tensor,
+    how_to_have_the_first,
 )
 from deconvnet.training.warm_starts import is_warm_start_file
 
@@ -277,7 +278,7 @@ class RunFolder:
         if images and not elsewhere:
             raise ValueError(
                 f"{where} has learned from other images ({images} since then): "
-                f"{_alternatives(where)}"
+                f"{_alternatives(where)}{how_to_have_the_first(self.state)}"
             )
         return settings + ([f"images: {images}"] if images else [])
 

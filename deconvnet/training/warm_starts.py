@@ -22,6 +22,7 @@ from deconvnet.network.layer import Layer, LayerSettings
 from deconvnet.operators.convolution import map_size
 from deconvnet.operators.pooling import Window, max_pool, pooled_shape, unpool
 from deconvnet.storage.ownership import ForeignFileError, is_regular
+from deconvnet.training import sparse_states
 from deconvnet.training.layer_data import LayerData
 
 log = logging.getLogger(__name__)
@@ -30,6 +31,8 @@ log = logging.getLogger(__name__)
 MAGIC = b"deconvnet states of inference\n".ljust(64, b"\0")
 # Bytes of the header of a record: the number of its pass and a checksum, int64 each.
 HEADER = 16
+# Images whose states are whole at a time when they are saved or loaded.
+CHUNK = 8
 
 
 @dataclass(frozen=True)
@@ -125,19 +128,31 @@ class WarmStarts:
         """Release files; nothing can be read or assigned afterwards."""
 
     def state_dict(self) -> dict:
+        """The states of all images, without their zeros if that is smaller."""
+        sparse = None
+        if self.shape is not None and self.tensors and len(self.images):
+            sparse = sparse_states.packed(self[images] for images in self.images.split(CHUNK))
         return {
             "images": self.images.cpu(),
             "shape": self.shape,
-            "kept": [tensor.cpu() for tensor in self.tensors],
+            "kept": sparse or [tensor.cpu() for tensor in self.tensors],
             "numbers": {name: values.cpu() for name, values in self.scalars.items()},
         }
 
     def load_state_dict(self, state: dict, device: torch.device) -> None:
         """Load the states of these images, which may be a subset of those in `state`."""
         rows = torch.searchsorted(state["images"], self.images.cpu())
-        self.shape = state["shape"]
-        self.tensors = [tensor[rows].to(device) for tensor in state["kept"]]
         self.scalars = {name: values[rows].to(device) for name, values in state["numbers"].items()}
+        self._load_states(state, rows, device)
+
+    def _load_states(self, state: dict, rows: Tensor, device: torch.device) -> None:
+        kept = state["kept"]
+        if isinstance(kept, list):
+            self.shape, self.tensors = state["shape"], [part[rows].to(device) for part in kept]
+            return
+        self.shape, self.tensors = None, []
+        for images, part in zip(self.images.split(CHUNK), rows.split(CHUNK), strict=True):
+            self[images] = sparse_states.unpacked(kept, part, state["shape"]).to(device)
 
     def _rows(self, images: Tensor) -> Tensor:
         return torch.searchsorted(self.images, images)
@@ -206,12 +221,11 @@ class DiskWarmStarts(WarmStarts):
             os.fsync(file)
         return {**super().state_dict(), "kept": [self.passes.clone()], "now": self.current_pass}
 
-    def load_state_dict(self, state: dict, device: torch.device) -> None:
-        super().load_state_dict(state, torch.device("cpu"))
-        self.scalars = {name: values.to(device) for name, values in self.scalars.items()}
+    def _load_states(self, state: dict, rows: Tensor, device: torch.device) -> None:
         if "now" not in state:
             return self._import(state)
-        (self.passes,), self.tensors, self.current_pass = self.tensors, [], state["now"]
+        (passes,), self.current_pass = state["kept"], state["now"]
+        self.shape, self.passes = state["shape"], passes[rows]
         missing = [n for n, number in enumerate(self.passes.tolist()) if not self._has(n, number)]
         self.passes[missing] = -1
         if missing:
@@ -225,9 +239,9 @@ class DiskWarmStarts(WarmStarts):
         """Write the states of a checkpoint that were kept in memory to the files."""
         memory = WarmStarts(self.images.cpu(), self.window)
         memory.load_state_dict(state, torch.device("cpu"))
-        self.shape, self.tensors = None, []
+        self.shape = None
         if memory.shape is not None:
-            for images in memory.images.split(8):
+            for images in memory.images.split(CHUNK):
                 self[images.to(self.images.device)] = memory[images]
 
     def _has(self, n: int, number: int) -> bool:
@@ -314,11 +328,21 @@ def merge_state_dicts(parts: list[dict]) -> dict:
         unknown = torch.full((len(part["images"]), 1, 1, 1), math.nan, dtype=torch.float32)
         return part["numbers"].get(name, unknown)
 
-    tensors = zip(*(part["kept"] for part in parts), strict=True)
+    kept = [part["kept"] for part in parts]
+    if any(isinstance(states, dict) for states in kept):
+        states = sparse_states.merged(
+            [
+                sparse_states.packed(part, always=True) if isinstance(part, list) else part
+                for part in kept
+            ],
+            order,
+        )
+    else:
+        states = [merged(list(tensors)) for tensors in zip(*kept, strict=True)]
     return {
         "images": images[order],
         "shape": parts[0]["shape"],
-        "kept": [merged(list(parts_of_ranks)) for parts_of_ranks in tensors],
+        "kept": states,
         "numbers": {name: merged([scalars(name, part) for part in parts]) for name in names},
         **({"now": max(part["now"] for part in parts)} if "now" in parts[0] else {}),
     }

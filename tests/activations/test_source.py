@@ -129,6 +129,33 @@ def test_other_or_damaged_shards_are_refused_in_one_line(model, pixels, tmp_path
         ActivationSource(model, LAYER, pixels, folder=tmp_path)
 
 
+class Tokens(nn.Module):
+    """Patches of 4x4 pixels as tokens, behind a class token."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches, self.block = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 8)
+        self.first = nn.Parameter(torch.randn(1, 1, 8))
+
+    def forward(self, x):
+        tokens = self.patches(x).flatten(2).transpose(1, 2)
+        return self.block(torch.cat([self.first.expand(len(x), -1, -1), tokens], 1))[:, 0]
+
+
+def test_tokens_are_maps_of_their_grid_without_the_class_token():
+    torch.manual_seed(0)
+    model, pixels = Tokens(), torch.rand(2, 3, 12, 20)
+    source = ActivationSource(model, "block", pixels)
+    assert source.shape == (2, 8, 3, 5)
+    with torch.no_grad():
+        tokens = model.block(model.patches(pixels).movedim(1, 3))
+    assert_close(source[:], tokens.movedim(3, 1))
+
+
+def test_vectors_are_maps_of_one_position(model, pixels):
+    assert ActivationSource(model, "4", pixels).shape == (7, 8 * 8 * 8, 1, 1)
+
+
 def test_wrong_input_is_refused_in_one_line(model, pixels):
     cases = [
         (dict(layer="9"), "layer '9': no such layer"),

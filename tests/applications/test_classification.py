@@ -47,6 +47,7 @@ from deconvnet.applications.classification.spatial_pyramid import (
 )
 from deconvnet.applications.classification.splits import Split, draw_split
 from deconvnet.applications.classification.svm import predict_classes
+from deconvnet.applications.classification.task import Task
 from deconvnet.applications.classification.word_histograms import WordHistograms
 from deconvnet.images.preprocessing import PreprocessingSettings
 from deconvnet.images.sources import DataSettings
@@ -536,7 +537,7 @@ def test_only_what_depends_on_a_changed_image_is_recomputed(folder, tmp_path, mo
     def find():
         images = LabelledImages.from_settings(tmp_path, data)
         split = draw_split(images.labels, images.class_names, train=3, test=2, seed=0)
-        features = WordHistograms(net, images, [split], [1], settings, tmp_path / "features")
+        features = WordHistograms(Task(net, images, [split], [1], settings, tmp_path / "features"))
         features.compute()
         files = {p: p.read_bytes() for p in (tmp_path / "features").rglob("*.npz")}
         return features.histograms(1, 0, split.test), split, images, files
@@ -576,7 +577,8 @@ def code_pyramids(folder, tmp_path, monkeypatch):
             **{"rank": 0, "world_size": 1, "all_gather": lambda _: None, "is_main": True}
             | processes
         )
-        return CodePyramids(net, images, splits, [1, 2], settings, tmp_path / name, communicator)
+        task = Task(net, images, splits, [1, 2], settings, tmp_path / name, communicator)
+        return CodePyramids(task)
 
     return make
 
@@ -754,7 +756,7 @@ def test_the_kernel_of_two_patch_sizes_is_the_mean_of_their_kernels(folder, tmp_
 
     def kernels(*patch):
         settings = ClassifySettings(patch=list(patch), words=9, step=4, strongest=3)
-        features = WordHistograms(net, images, splits, [1, 2], settings, tmp_path)
+        features = WordHistograms(Task(net, images, splits, [1, 2], settings, tmp_path))
         features.compute()
         return [features.kernels(layer, 0)[1] for layer in (1, 2)]
 

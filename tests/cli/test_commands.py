@@ -6,6 +6,8 @@ import pickle
 import shutil
 import signal
 import struct
+import subprocess
+import sys
 import time
 import zipfile
 from pathlib import Path
@@ -14,9 +16,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.io import loadmat
 
-from deconvnet import load
+from deconvnet import Events, Learned, load
 from deconvnet.cli.train import hyperparameters
+from deconvnet.images.decoding import read_image
 from deconvnet.storage.checkpoint_files import load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -501,3 +505,80 @@ def test_a_checkpoint_holds_the_settings_in_plain_words(begun):
     settings = load_checkpoint(checkpoints(begun[0])[-1])["settings"]
     assert settings["model"]["layer1"]["num_maps"] == 4
     assert settings["data"]["size"] == 32
+
+
+def test_info_describes_runs_networks_filters_and_events(begun, tmp_path, script):
+    described = script(begun[0], "info.py", "run=runs/folder")
+    assert described.code == 0 and described.err == ""
+    assert "2 of 3 layers learned" in described.out and "layers=3" in described.out
+    table = [line.split() for line in described.out.splitlines() if "4x3x3" in line]
+    assert [row[:3] for row in table] == [["2", "4", "4x3x3"]]
+    assert all(len(line) <= 80 for line in described.out.splitlines())
+    net = load(begun[0] / "runs/folder")
+    layer = net.layer(1)
+    Learned(layer.filters, [], layer.settings).save(tmp_path / "filters.safetensors")
+    z = torch.zeros(1, 4, 8, 8)
+    z[0, 1, 2, 3] = 1
+    Events.of_maps(z, filter_size=(3, 3), boundary="zero").save(tmp_path / "events.safetensors")
+    for name, words in (("filters", "3x3x3"), ("events", "events of a code")):
+        found = script(tmp_path, "info.py", f"run={name}.safetensors")
+        assert found.code == 0 and words in found.out, found
+    file = checkpoints(begun[0])[-1]
+    assert "a checkpoint" in script(begun[0], "info.py", f"run={file}").out
+
+
+@pytest.mark.parametrize("name", ["nothing", "photo.safetensors", "empty"])
+def test_info_on_what_is_no_run_and_no_network_ends_in_one_line(name, tmp_path, script):
+    (tmp_path / "photo.safetensors").write_bytes(b"no network")
+    (tmp_path / "empty").mkdir()
+    assert_one_line(script(tmp_path, "info.py", f"run={name}"), name)
+
+
+def test_exported_filters_and_maps_are_those_of_the_network(begun, photos, tmp_path, script):
+    net = load(begun[0] / "runs/folder")
+    for suffix, read in ((".npz", np.load), (".mat", loadmat)):
+        file = tmp_path / f"out{suffix}"
+        result = script(begun[0], "export.py", "run=runs/folder", f"output={file}")
+        assert result.code == 0 and "filters2" in result.out, result
+        arrays = read(file)
+        assert np.array_equal(arrays["filters2"], net.layer(2).filters.numpy())
+        assert float(np.squeeze(arrays["lam1"])) == net.layer(1).lam
+    given = ["run=runs/folder", f"images={photos}", "layer=1", f"output={tmp_path / 'maps.npz'}"]
+    assert script(begun[0], "export.py", *given).code == 0
+    maps = np.load(tmp_path / "maps.npz")
+    z = net.infer(read_image(photos / "photo-2.png")[None], depth=1).layer(1).z[0].numpy()
+    assert len(maps.files) == 4 and np.array_equal(maps["photo-2"], z)
+
+
+@pytest.mark.parametrize(
+    "arguments, parts",
+    [
+        (["output=filters.txt"], ["output=filters.txt", ".npz or .mat"]),
+        (["output=x.npz", "layer=1"], ["layer=1", "images"]),
+        (["output=x.npz", "images=photo.png", "layer=3"], ["layer=3", "layers 1 to 2"]),
+        (["output=mine.npz"], ["mine.npz"]),
+    ],
+)
+def test_a_wrong_export_ends_in_one_line_and_leaves_files_alone(
+    arguments, parts, begun, tmp_path, script
+):
+    (tmp_path / "mine.npz").write_bytes(b"mine")
+    result = script(tmp_path, "export.py", f"run={begun[0] / 'runs/folder'}", *arguments)
+    assert_one_line(result, *parts)
+    assert (tmp_path / "mine.npz").read_bytes() == b"mine"
+
+
+def test_the_doctor_solves_problems_of_known_answer(tmp_path, script):
+    result = script(tmp_path, "doctor.py", "device=cpu")
+    assert result.code == 0 and result.err == "", result
+    assert result.out.count("\nok ") == 3 and "all is well" in result.out
+    assert torch.__version__ in result.out
+
+
+def test_a_reader_that_stops_early_ends_a_command_silently(begun):
+    read, write = os.pipe()
+    os.close(read)
+    call = [sys.executable, "-u", str(ROOT / "scripts/info.py"), "run=runs/folder"]
+    done = subprocess.run(call, cwd=begun[0], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")

@@ -178,6 +178,12 @@ VALUES = [
 ]
 
 
+@pytest.fixture(scope="module")
+def schemas():
+    register()
+
+
+@pytest.mark.usefixtures("schemas")
 @fuzz
 @given(
     st.lists(
@@ -191,7 +197,6 @@ VALUES = [
     )
 )
 def test_settings_are_read_or_refused_in_one_line(overrides):
-    register()
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         try:
             cfg = compose("train", overrides)

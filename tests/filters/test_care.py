@@ -56,3 +56,11 @@ def test_shift_brings_in_zeros_or_wraps():
     plane = torch.arange(12.0).view(3, 4)
     assert shift(plane, 1, -2).tolist() == [[0, 0, 0, 0], [2, 3, 0, 0], [6, 7, 0, 0]]
     assert torch.equal(shift(plane, 1, -2, wrap=True), plane.roll((1, -2), (0, 1)))
+
+
+def test_a_pattern_of_three_pixels_that_is_cut_off_by_one_is_shifted_back():
+    pattern = torch.randn(1, 16, 3, 3, generator=torch.Generator().manual_seed(0))
+    for rows, columns in ((1, 0), (0, -1), (-1, 1)):
+        shifts = centring_shifts(shift(pattern, rows, columns))
+        assert shifts == {0: (-rows, -columns)}
+    assert centring_shifts(pattern) == {}

@@ -270,11 +270,23 @@ def test_a_folder_that_is_missing_empty_or_a_file_is_named(tmp_path):
             load_images(settings("folder", tmp_path / name))
 
 
-def test_max_images_takes_the_first_and_reads_no_others(tmp_path):
+def test_max_images_takes_images_of_every_class_of_a_folder(tmp_path):
+    for name in ("cats/a", "cats/b", "cats/c", "cats/d", "dogs/a", "dogs/b", "emus/a", "emus/b"):
+        save(tmp_path / f"{name}.png", pixels(seed=ord(name[-1])))
+    names = ["cats/a.png", "cats/c.png", "dogs/a.png", "emus/a.png"]
+    wanted = settings("folder", tmp_path, max_images=4)
+    assert list(load_images(wanted).names) == list(lazy_images(wanted).names) == names
+    assert [item.name for item in stream_images(wanted).items] == names
+    (tmp_path / "cats/c.png").write_bytes(b"")
+    skipping = settings("folder", tmp_path, max_images=4, skip_unreadable=True)
+    assert list(load_images(skipping).names) == [*names[:1], *names[2:], "cats/b.png"]
+
+
+def test_max_images_reads_no_others(tmp_path):
     for name in "abc":
         save(tmp_path / f"{name}.png", pixels(seed=ord(name)))
     (tmp_path / "d.png").touch()
-    assert load_images(settings("folder", tmp_path, max_images=2)).names == ("a.png", "b.png")
+    assert load_images(settings("folder", tmp_path, max_images=2)).names == ("a.png", "c.png")
     assert len(load_images(settings("folder", tmp_path, max_images=3)).names) == 3
 
 

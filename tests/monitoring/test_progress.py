@@ -56,7 +56,7 @@ def test_in_a_file_there_is_a_line_for_epochs_and_no_bar(progress, monkeypatch, 
 
 
 def test_fast_epochs_have_few_lines_but_the_last_has_one(monkeypatch, caplog):
-    # A second on each look: two an epoch that has a line, one for the others.
+    # A second on each look, of which there is one an epoch.
     ticks = itertools.count()
     clock = SimpleNamespace(monotonic=lambda: float(next(ticks)))
     monkeypatch.setattr(monitor, "time", clock)
@@ -64,6 +64,11 @@ def test_fast_epochs_have_few_lines_but_the_last_has_one(monkeypatch, caplog):
         learn(progress=False)
     said = [int(line.split("epoch ")[1].split("/")[0]) for line in caplog.messages]
     assert said == [1, 6, 11, 12]
+    # A second for an epoch, of which eleven, six, one and none are left.
+    assert [line.partition("2 dead")[2] for line in caplog.messages] == [
+        *(f", 00:{left:02} left in layer 1 of 1" for left in (11, 6, 1)),
+        "",
+    ]
 
 
 def test_what_the_bar_shows_is_not_printed_again_but_in_the_log(monkeypatch, caplog):

@@ -26,11 +26,13 @@ def filters():
 
 
 def settings(method, **changes):
-    return SolverSettings(method, iterations=3000, tolerance=1e-10, **changes)
+    return SolverSettings(method, iterations=800, tolerance=1e-8, **changes)
 
 
-@pytest.mark.parametrize("method", ["coordinate", "fista", "admm"])
-@pytest.mark.parametrize("non_negative", [False, True])
+@pytest.mark.parametrize(
+    ("method", "non_negative"),
+    [("coordinate", False), ("coordinate", True), ("fista", True), ("admm", False)],
+)
 def test_refitted_maps_are_the_least_squares_solution_on_the_support(
     method, non_negative, images, filters
 ):
@@ -51,7 +53,7 @@ def test_refitted_maps_are_the_least_squares_solution_on_the_support(
 
 def test_groups_are_refitted_whole_and_the_gap_is_that_of_the_code(images, filters):
     options = dict(lam=LAM, group=2)
-    solver = SolverSettings("fista", iterations=3000, gap=1e-6, tolerance=1e-10)
+    solver = SolverSettings("fista", iterations=500, gap=1e-4)
     plain = sparse_code(images, filters, **options, settings=solver)
     refit = dataclasses.replace(solver, refit=True)
     fitted = sparse_code(images, filters, **options, settings=refit)

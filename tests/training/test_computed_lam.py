@@ -13,7 +13,7 @@ from deconvnet.training.loop import Interrupted, train
 from deconvnet.training.run_folder import RunFolder
 
 LEARNING = LearningSettings(epochs=2, batch_size=3)
-SCHEDULE = SolverSettings("half_quadratic", beta_factor=1e3)
+SCHEDULE = SolverSettings("half_quadratic", beta_factor=1e3, iterations=2)
 FAST = SolverSettings(iterations=5, training_iterations=2)
 
 

@@ -115,6 +115,13 @@ def test_a_run_is_not_resumed_with_other_images(images, tmp_path, change, said):
     assert snapshot(tmp_path) == before
 
 
+def test_a_run_on_the_first_files_of_a_folder_says_how_it_is_resumed(images, tmp_path):
+    folder = {"data": {"source": "folder", "path": "x", "max_images": 5}}
+    learn(tmp_path, images, stop=2, settings=folder)
+    with pytest.raises(ValueError, match="first data.max_images=5 .* add data=list data.path=FILE"):
+        learn(tmp_path, images.flip(0), settings=folder)
+
+
 def test_a_run_is_resumed_with_settings_that_do_not_change_what_it_learns(
     finished, images, tmp_path
 ):

@@ -248,3 +248,35 @@ def test_a_rank_loads_the_states_of_its_own_images():
     own = WarmStarts(torch.tensor([1, 4, 5]))
     own.load_state_dict(states.state_dict(), torch.device("cpu"))
     assert torch.equal(own[torch.tensor([5, 1])], z[[5, 1]])
+
+
+@pytest.mark.parametrize("window", [None, WINDOW])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_checkpoint_holds_only_the_coefficients_that_are_not_zero(tmp_path, window, ranks):
+    """Of all ranks, of which the maps of one may be dense, and for files too."""
+    z = torch.randn(5, 4, 6, 7, generator=torch.Generator().manual_seed(1))
+    z[0] *= z[0].abs() > 2
+    z[1:] *= z[1:].abs() > 2.5 if ranks == 1 else 1
+    if window:
+        z = unpool(*max_pool(z, window), z.shape)
+    parts = []
+    for rank in range(ranks):
+        part = WarmStarts(torch.arange(rank, 5, ranks), window)
+        part[part.images] = z[part.images]
+        parts.append(part.state_dict())
+    state = merge_state_dicts(parts)
+    if ranks == 1:
+        held = sum(tensor.nbytes for tensor in state["kept"].values())
+        assert held < z.nbytes / 4 and held < sum(part.nbytes for part in part.tensors) / 4
+    for again in (
+        WarmStarts(torch.tensor([1, 3]), window),
+        DiskWarmStarts(torch.tensor([1, 3]), window, tmp_path),
+        WarmStarts(torch.arange(5), window),
+    ):
+        again.load_state_dict(state, torch.device("cpu"))
+        assert torch.equal(again[again.images], z[again.images])
+        again.close()
+    # Maps that are not sparse are stored as they are.
+    whole = WarmStarts(torch.arange(5))
+    whole[whole.images] = torch.randn(5, 4, 6, 7)
+    assert torch.equal(whole.state_dict()["kept"][0], whole[whole.images])

@@ -24,8 +24,8 @@ def model():
     return nn.Sequential(*low, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 3)).eval()
 
 
-def dictionary(lam=20.0, gap=None):
-    solver = SolverSettings(gap=gap, iterations=500)
+def dictionary(lam=20.0, gap=None, refit=False):
+    solver = SolverSettings("fista", gap=gap, iterations=500, refit=refit)
     settings = LayerSettings(MAPS, 1, lam=lam, non_negative=True, solver=solver)
     steps = ["channel_mean"]
     net = DeconvNet(
@@ -88,11 +88,19 @@ def test_unexplained_variance_and_non_zero_coefficients_are_counted_over_all_ima
 
 def test_the_gap_bounds_the_distance_from_the_minimum(model, net, result):
     a = model[:2](X).detach()
-    exact = dictionary(gap=1e-6)
+    exact = dictionary(gap=1e-5)
     exact.load_state_dict(net.state_dict())
     objective, minimum = (n.infer(a).layer(1).objective for n in (net, exact))
     assert 0 < result.gap <= result.largest_gap <= 1e-3
     assert float(((objective - minimum) / objective).max()) <= result.largest_gap
+
+
+def test_with_a_refit_the_gap_is_that_of_the_codes_before_it(model, net, result):
+    refitted = dictionary(gap=1e-3, refit=True)
+    refitted.load_state_dict(net.state_dict())
+    found = faithfulness(model, "1", refitted, [X])
+    assert found.largest_gap == pytest.approx(result.largest_gap, rel=1e-3)
+    assert found.fvu < result.fvu and found.l0_image <= result.l0_image
 
 
 def test_a_perfect_reconstruction_keeps_every_output(model):

@@ -36,8 +36,9 @@ from deconvnet.visualization.gallery.exhibits import (
     Source,
 )
 from deconvnet.visualization.gallery.gallery import write_gallery
-from deconvnet.visualization.gallery.page_text import RECORDINGS
+from deconvnet.visualization.gallery.page_text import CONCEPT_WORDS, IMAGES, RECORDINGS
 from deconvnet.visualization.gallery.photographs import Photographs
+from deconvnet.visualization.search.heat import Heat
 from deconvnet.visualization.search.tile_codec import webp
 
 # Names that nobody should have, and everybody has.
@@ -1162,3 +1163,36 @@ def test_many_maps_lie_in_several_files_of_which_a_view_needs_a_few(tmp_path, mo
     for k in (0, 5, 10, 12):
         one = {**sheet, "file": sheet["pages"][k // 4], "first": 0, "count": 4, "empty": []}
         assert close(tiles_of(page, one)[k % 4], tone(k), 0.51)
+
+
+def test_a_wall_of_many_maps_grows_as_it_is_scrolled_and_the_heat_lies_over_its_photograph(
+    browser, tmp_path
+):
+    hot = Heat(np.array([[0, 255], [0, 0]], np.uint8), (0.0, 0.0, 4.0, 4.0))
+    examples = [Example("a", 1.0, 0, window=(0, 0, 2, 2), heat=hot)]
+    maps = [GalleryMap(k, filter=tone(k % 200, size=3)) for k in range(700)]
+    maps[699] = GalleryMap(699, {"deconv": tones(1, 1)}, examples=examples)
+    black = Photographs(["a"], [torch.zeros(3, 4, 4)])
+    layer = GalleryLayer("a", "concepts", maps, similar_are="filters")
+    words = {**IMAGES, **CONCEPT_WORDS}
+    page = write_gallery(tmp_path / "g", title="t", layers=[layer], photographs=black, words=words)
+    listed = "document.querySelectorAll('.grid li').length"
+    browser.show(page, address("a", sort="-number"))
+    assert 240 <= browser.value(listed) < 700
+    assert browser.value("document.querySelector('.grid a').dataset.map") == "699"
+    browser.until(f"(scrollTo(0, document.body.scrollHeight), {listed} === 700)")
+    # Back from a map, its tile is there and has the focus, however far down it is.
+    browser.click("[data-map='3']")
+    browser.heading("Concept 3")
+    browser.value("history.back()")
+    browser.heading("concepts")
+    browser.until("document.activeElement.dataset.map === '3'")
+    browser.show(page, address("a", map=699))
+    browser.heading("Concept 699")
+    heat = browser.value(
+        "(() => { const c = document.querySelector('.examples .hot canvas');"
+        "return [...c.getContext('2d').getImageData(0, 0, 2, 2).data].filter((_, n) => n % 4 === 3)"
+        "})()"
+    )
+    assert heat[1] > 200 and [heat[0], *heat[2:]] == [0, 0, 0]
+    assert browser.problems() == []

@@ -25,14 +25,13 @@ UNITS = np.array(
         [[0, 1, 5, 5], [2, 1, 6, 6]],
         [[1, 4, 5, 5], [-1, -1, -1, -1]],
         [[-1, -1, -1, -1], [-1, -1, -1, -1]],
-        [[0, 2, 5, 5], [1, 2, 0, 0]],
     ]
 )
 
 
 def test_importance_is_the_divergence_from_the_outputs_without_the_concept(model):
     found = importance(Projector(model), list(X), "concepts", UNITS)
-    for row, (concept, images) in enumerate([(1, [0, 2]), (4, [1]), (None, []), (2, [0, 1])]):
+    for row, (concept, images) in enumerate([(1, [0, 2]), (4, [1]), (None, [])]):
         if concept is None:
             assert np.isnan(found.kl[row]) and found.classes[row] == -1
             continue

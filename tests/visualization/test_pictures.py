@@ -35,6 +35,7 @@ from deconvnet.visualization.drawing.sheet import (
     CARD,
     CARD_HEIGHT,
     MOST_CARDS,
+    PAGE_HEIGHT,
     Sheet,
     cut_into_cards,
 )
@@ -625,6 +626,16 @@ def test_a_sheet_is_at_most_as_wide_as_a_page_and_has_a_few_cards():
     sheet = Sheet(cells(700, 60, 60))
     assert sheet.picture().shape[2] <= PAGE
     assert len(sheet.cards()) == MOST_CARDS
+
+
+def test_a_picture_of_a_thousand_maps_shows_the_first_rows_and_says_so():
+    sheet = Sheet([torch.full((3, 100, 170), k / 1000) for k in range(1000)])
+    picture = sheet.picture()
+    assert picture.shape[1] <= PAGE_HEIGHT + LINE
+    shown = PAGE_HEIGHT // (100 + GAP) * (PAGE // (170 + GAP))
+    assert 300 < shown < 1000
+    expected = Sheet(sheet.cells[:shown], title=f"the first {shown} of 1000").picture()
+    assert torch.equal(picture, expected)
 
 
 def test_a_picture_is_cut_into_cards_through_white_only():

@@ -9,7 +9,6 @@ Nothing is learned from the images, so the features of an image are the same in 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,13 +16,9 @@ from torch import Tensor
 
 from deconvnet.applications.classification.feature_cache import Feature, FeatureCache
 from deconvnet.applications.classification.grid_features import grid_maxima, num_cells
-from deconvnet.applications.classification.labelled_images import LabelledImages
 from deconvnet.applications.classification.picture_maps import picture_maps
-from deconvnet.applications.classification.settings import ClassifySettings
-from deconvnet.applications.classification.splits import Split
+from deconvnet.applications.classification.task import Task
 from deconvnet.network.codes import Codes
-from deconvnet.network.network import DeconvNet
-from deconvnet.support.communicator import SINGLE, Communicator
 
 # Pyramids read and compared at a time, which bounds memory.
 PYRAMIDS_AT_A_TIME = 512
@@ -32,28 +27,16 @@ PYRAMIDS_AT_A_TIME = 512
 class CodePyramids:
     """The signed maxima of each map of all images in the cells of the grids `settings.levels`.
 
-    Call `compute`, then `kernels`. folder, communicator: as in `FeatureCache`.
+    Call `compute`, then `kernels`.
     """
 
-    def __init__(
-        self,
-        net: DeconvNet,
-        images: LabelledImages,
-        splits: list[Split],
-        layers: list[int],
-        settings: ClassifySettings,
-        folder: Path,
-        communicator: Communicator = SINGLE,
-    ):
+    def __init__(self, task: Task):
+        settings = task.settings
         if settings.kernel == "intersection":
             raise ValueError("kernel=intersection: with features=codes choose linear, or auto")
-        self.net, self.images, self.splits = net, images, splits
-        self.layers, self.settings = layers, settings
-        self.cache = FeatureCache(
-            *(net, images, splits, {"features": "codes", "levels": settings.levels}, folder),
-            chunk=settings.chunk,
-            communicator=communicator,
-        )
+        self.net, self.images, self.splits = task.net, task.images, task.splits
+        self.layers, self.settings = task.layers, settings
+        self.cache = FeatureCache(task, {"features": "codes", "levels": settings.levels})
 
     def compute(self) -> None:
         """Compute the maxima that are not yet in files."""

@@ -19,12 +19,9 @@ import torch
 from tqdm import tqdm
 
 from deconvnet.applications.classification.feature_files import read_features, write_features
-from deconvnet.applications.classification.labelled_images import LabelledImages
-from deconvnet.applications.classification.splits import Split
+from deconvnet.applications.classification.task import Task
 from deconvnet.monitoring.monitor import hidden
 from deconvnet.network.codes import Codes
-from deconvnet.network.network import DeconvNet
-from deconvnet.support.communicator import SINGLE, Communicator
 
 # Images whose features share a file: indices from a multiple of this to the next.
 IMAGES_PER_FILE = 64
@@ -54,25 +51,13 @@ FeaturesOfImage = Callable[[int, Codes, int, int], dict[Feature, np.ndarray]]
 class FeatureCache:
     """Features of all images of the splits, cached in files.
 
-    settings: those that the features depend on; folder: contains the folder of this cache. chunk:
-    images inferred at a time. communicator: processes that share the work, on one machine or with a
-    common file system; all must make the same calls.
+    settings: those that the features depend on.
     """
 
-    def __init__(
-        self,
-        net: DeconvNet,
-        images: LabelledImages,
-        splits: list[Split],
-        settings: dict[str, object],
-        folder: Path,
-        *,
-        chunk: int,
-        communicator: Communicator = SINGLE,
-    ):
-        self.net, self.images, self.splits, self.chunk = net, images, splits, chunk
-        self.communicator = communicator
-        self.folder = folder / self._digest(settings)
+    def __init__(self, task: Task, settings: dict[str, object]):
+        self.net, self.images, self.splits = task.net, task.images, task.splits
+        self.chunk, self.communicator = task.settings.chunk, task.communicator
+        self.folder = task.folder / self._digest(settings)
 
     def compute(self, features: list[Feature], of_image: FeaturesOfImage) -> None:
         """Compute the features of all images of the splits that are not yet in files.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,8 +11,6 @@ from torch import Tensor
 
 from deconvnet.applications.classification.feature_cache import Feature, FeatureCache
 from deconvnet.applications.classification.image_descriptors import image_descriptors
-from deconvnet.applications.classification.labelled_images import LabelledImages
-from deconvnet.applications.classification.settings import ClassifySettings
 from deconvnet.applications.classification.spatial_pyramid import (
     KERNELS,
     check_levels,
@@ -21,10 +18,8 @@ from deconvnet.applications.classification.spatial_pyramid import (
     word_histogram,
 )
 from deconvnet.applications.classification.split_codebooks import SplitCodebooks
-from deconvnet.applications.classification.splits import Split
+from deconvnet.applications.classification.task import Task
 from deconvnet.network.codes import Codes
-from deconvnet.network.network import DeconvNet
-from deconvnet.support.communicator import SINGLE, Communicator
 
 # Pyramids compared at a time, which bounds memory.
 PYRAMIDS_AT_A_TIME = 512
@@ -38,30 +33,18 @@ NOT_HASHED = (
 class WordHistograms:
     """The word histograms of all images in the cells of the finest grid, with each codebook.
 
-    Call `compute`, then `histograms` or `kernels`. folder, communicator: as in `FeatureCache`.
+    Call `compute`, then `histograms` or `kernels`.
     """
 
-    def __init__(
-        self,
-        net: DeconvNet,
-        images: LabelledImages,
-        splits: list[Split],
-        layers: list[int],
-        settings: ClassifySettings,
-        folder: Path,
-        communicator: Communicator = SINGLE,
-    ):
+    def __init__(self, task: Task):
+        settings = task.settings
         check_levels(settings.levels)
-        self.net, self.images, self.splits = net, images, splits
-        self.layers, self.settings = layers, settings
+        self.net, self.images, self.splits = task.net, task.images, task.splits
+        self.layers, self.settings = task.layers, settings
         table = dataclasses.asdict(settings)
         table = {key: value for key, value in table.items() if key not in NOT_HASHED}
-        self.cache = FeatureCache(
-            *(net, images, splits, table, folder),
-            chunk=settings.chunk,
-            communicator=communicator,
-        )
-        self.codebooks = SplitCodebooks(self.cache, layers, settings)
+        self.cache = FeatureCache(task, table)
+        self.codebooks = SplitCodebooks(self.cache, task.layers, settings)
         self.shape = (settings.levels[-1] ** 2, len(settings.patch) * settings.words)
 
     def compute(self) -> None:

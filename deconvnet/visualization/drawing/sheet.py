@@ -24,6 +24,9 @@ from deconvnet.visualization.drawing.canvas import (
     with_title,
 )
 
+# The largest height of a whole picture in pixels, that of about 350 features next to patches: a
+# viewer shows a larger one too small, if at all.
+PAGE_HEIGHT = 5000
 # The largest width and height of a card in pixels: TensorBoard shows it with about four fifths of
 # this size. The most cards of a sheet.
 CARD, CARD_HEIGHT = 480, 280
@@ -50,11 +53,18 @@ class Sheet:
     title: str = ""
 
     def picture(self) -> Tensor:
-        """All cells in one picture (3, H, W)."""
+        """All cells in one picture (3, H, W), or as many rows as fit into PAGE_HEIGHT, with a title
+        that says so.
+        """
         columns = self.columns or _columns(self.cells)
         room = PAGE - (0 if self.labels is None else self.labels.shape[2] + GAP)
-        page = self._page(self.cells, min(columns, max(1, room // self._width)))
-        return with_title(self.title, page) if self.title else page
+        columns = min(columns, max(1, room // self._width))
+        rows = max(1, PAGE_HEIGHT // (self.cells[0].shape[1] + GAP))
+        shown, title = self.cells[: rows * columns], self.title
+        if len(shown) < len(self.cells):
+            title = f"{title}{': ' if title else ''}the first {len(shown)} of {len(self.cells)}"
+        page = self._page(shown, columns)
+        return with_title(title, page) if title else page
 
     def cards(self) -> list[Tensor]:
         """The cells in pictures of at most CARD_HEIGHT x CARD pixels, if no cell is larger.

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -56,8 +56,8 @@ class Faithfulness:
     the reconstruction over that of the mean of each channel. l0_position, l0_image: non-zero
     coefficients for each position of the layer, and for each image, on average. active_images: for
     each map, the number of images with a non-zero coefficient. gap, largest_gap: mean and maximum
-    over the images of the duality gap relative to the objective, which bounds how far the codes are
-    from the minimum; None if the prior is not convex.
+    over the images of the duality gap relative to the objective, which bounds how far the codes
+    (before a refit) are from the minimum; None if the prior is not convex.
     """
 
     layer: str
@@ -235,10 +235,12 @@ class _CodeSums:
         """(N,): the duality gaps of the codes of the highest layer, as shares of the objectives."""
         number, codes = self.net.depth, patch.codes
         problem, layer = self.net.layer_problem(codes, number), self.net.layer(number)
-        z = codes.layer(number).z
+        solver = layer.settings.solver
+        found = codes.layer(number)
+        if solver.refit:  # it is the codes before it that are near the minimum
+            found = layer.infer(problem, settings=replace(solver, refit=False))
         A, prior = problem.T @ layer.operator(), layer.settings.prior
-        gap = duality_gap(A, problem.b, z, layer.lam, prior)
-        objective = codes.layer(number).objective
+        gap, objective = duality_gap(A, problem.b, found.z, layer.lam, prior), found.objective
         return gap / torch.where(objective > 0, objective, torch.ones_like(objective))
 
     def result(self) -> dict:

@@ -65,12 +65,12 @@ def importance(
     for row, ranked in enumerate(units[:, :IMAGES, 0]):
         for image in ranked[ranked >= 0].tolist():
             of_image.setdefault(image, []).append(row)
-    sums = [_Sums() for _ in units]
+    sums, replaced = [_Sums() for _ in units], _Replaced(model)
     for done, image in enumerate(sorted(of_image), 1):
         rows = of_image[image]
         x = projector.prepare(images[image][None])
         concepts = [int(units[row, 0, 1]) for row in rows]
-        own, changed = _outputs_without(projector, x, number, concepts)
+        own, changed = _outputs_without(projector, replaced, x, number, concepts)
         log_p, log_q = log_probabilities(own), log_probabilities(changed)
         kl = divergences(log_p, log_q)
         for row, each, difference in zip(rows, kl, log_q.exp() - log_p.exp(), strict=True):
@@ -80,26 +80,35 @@ def importance(
     return _means(sums)
 
 
+class _Replaced:
+    """The network with given maps in the layer of its concepts. One patch serves all images, since
+    it looks at the whole network first."""
+
+    def __init__(self, model: ConceptModel):
+        self.patch = Patch(model.base, model.layer, lambda _: self.maps)
+
+    def outputs(self, x: Tensor, maps: Tensor) -> Tensor:
+        """(n, classes) in float64: for an image x (1, C, H, W), with each of the maps (n, ...)."""
+        self.maps = maps
+        with isolated(self.patch.model):
+            return self.patch(x.expand(len(maps), -1, -1, -1)).double()
+
+
 def _outputs_without(
-    projector: Projector, x: Tensor, number: int, concepts: list[int]
+    projector: Projector, replaced: _Replaced, x: Tensor, number: int, concepts: list[int]
 ) -> tuple[Tensor, Tensor]:
     """The outputs (1, classes) for an image x (1, C, H, W) with the reconstruction, and (n,
     classes) without each of n concepts, in float64."""
     model, backend = projector.model, projector.backend
     codes = backend.dictionary.codes(backend.activations(x), number)
     whole = model.dictionary.reconstruct(codes, number)
-    parts = []
-
-    def run(maps: Tensor) -> Tensor:
-        patch = Patch(model.base, model.layer, lambda _: maps)
-        return patch(x.expand(len(maps), -1, -1, -1)).double()
-
-    with isolated(model.base):
-        own = run(whole)
-        for start in range(0, len(concepts), projector.batch):
-            some = concepts[start : start + projector.batch]
-            parts.append(run(whole - _painted(model, codes, number, some)))
-    return own, torch.cat(parts)
+    parts = [
+        replaced.outputs(x, whole - _painted(model, codes, number, some))
+        for some in (
+            concepts[n : n + projector.batch] for n in range(0, len(concepts), projector.batch)
+        )
+    ]
+    return replaced.outputs(x, whole), torch.cat(parts)
 
 
 @plain

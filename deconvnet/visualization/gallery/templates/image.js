@@ -2,7 +2,7 @@
 "use strict";
 
 {
-  const { data, words, layers, element, tile, photograph, frame, facts, link, mapTile, load } = gallery;
+  const { data, words, Words, layers, element, tile, photograph, frame, facts, link, mapTile, load } = gallery;
 
   gallery.views.image = async (at) => {
     const image = data.images[at.image - 1];

@@ -64,6 +64,7 @@
         shown.before || shown.after ? element("nav", { "aria-label": "Neighbours" }, side("prev", "←", shown.before), side("next", "→", shown.after)) : null),
       ...shown.content.filter(Boolean));
     if (first) return;
+    if (last.map !== undefined && last.layer === at.layer && shown.reveal) shown.reveal(last.map);
     // The focus stays on the element in use; coming back from a map, it moves to the tile of the map.
     const same = key && view.querySelector(`[data-key="${CSS.escape(key)}"]`);
     const from = last.map !== undefined && at.map === undefined && last.layer === at.layer

@@ -2,8 +2,10 @@
 "use strict";
 
 {
-  const { data, words, KINDS, element, tile, facts, number, mapName, link, controlStrip } = gallery;
+  const { data, words, Words, KINDS, element, tile, facts, number, mapName, link, controlStrip } = gallery;
   const SIZES = [64, 280];
+  // Tiles that are listed at a time.
+  const BATCH = 240;
   let size = innerWidth < 500 ? 104 : 128;
   let found = "";
   let foundIn = null;
@@ -49,26 +51,52 @@
 
     const sorted = gallery.order(layer, at.sort);
     const key = layer.sort.find((each) => each.name === (at.sort || "").replace(/^-/, ""));
-    const items = new Map(sorted.map((index) => {
+    // Made when it is first listed: thousands at once take seconds.
+    const items = new Map();
+    function item(index) {
+      if (!items.has(index)) items.set(index, made(index));
+      return items.get(index);
+    }
+    function made(index) {
       const value = key && key.values[index] !== null ? ` · ${number(key.values[index])}` : "";
       const name = layer.labels[index] ? `${layer.maps[index]} ${layer.labels[index]}` : layer.maps[index];
-      return [index, element("li", {}, element("a",
+      return element("li", {}, element("a",
         { href: link({ ...at, map: layer.maps[index] }), tabindex: -1, "data-map": layer.maps[index], "aria-label": `${mapName(layer, index)}${value}` },
         element("span", { class: "tiles" }, shown.map((kind) => tile(layer.sheets[kind], index, `${words.map} ${layer.maps[index]}, ${KINDS[kind][1]}`))),
-        element("span", { class: "number" }, `${name}${value}`)))];
-    }));
+        element("span", { class: "number" }, `${name}${value}`)));
+    }
 
+    let listed = [];
     function fill() {
-      const fits = matcher(layer, found);
-      const listed = sorted.filter(fits);
-      grid.replaceChildren(...listed.map((index) => items.get(index)));
+      listed = sorted.filter(matcher(layer, found));
+      grid.replaceChildren();
+      more(BATCH);
       const first = grid.querySelector("a");
       if (first) first.tabIndex = 0;
       count.textContent = listed.length === layer.maps.length ? "" : `${listed.length} of ${layer.maps.length}`;
+      watch();
+    }
+
+    // List further tiles, up to this number, before the end of the grid comes into view.
+    function more(most) {
+      const from = grid.childElementCount;
+      grid.append(...listed.slice(from, most).map(item));
+    }
+    const end = element("div", { "aria-hidden": "true" });
+    const watcher = new IntersectionObserver((entries) => {
+      if (grid.childElementCount === listed.length || !entries.some((entry) => entry.isIntersecting)) return;
+      more(grid.childElementCount + BATCH);
+      watch();
+    }, { rootMargin: "1200px" });
+    // It reports changes only, so it looks anew whenever the grid has changed.
+    function watch() {
+      watcher.unobserve(end);
+      watcher.observe(end);
     }
 
     function resize() {
       grid.style.setProperty("--cell", `${(shown.length > 2 ? 0.86 : 1) * size * shown.length + 3 * (shown.length - 1)}px`);
+      watch();
     }
 
     const names = ["number", ...layer.sort.map((each) => each.name)];
@@ -105,6 +133,7 @@
     const beside = (other) => other && [link({ layer: other.name }), other.title];
     return {
       title: layer.title,
+      reveal: (map) => more(listed.indexOf(layer.maps.indexOf(map)) + 1),
       path: [[layer.title, link({ ...at, map: undefined })]],
       before: beside(data.layers[place - 1]),
       after: beside(data.layers[place + 1]),
@@ -114,6 +143,7 @@
         tools,
         element("p", { class: "note" }, `The strongest activation of each ${words.map}. ${shown.map((kind) => (KINDS[kind] || [])[2] || "").join(" ")} Grey is zero, and each tile has its own contrast.`),
         grid,
+        end,
         controlStrip(layer, 18),
         element("p", { class: "note" }, "All of this as data: ", element("a", { href: layer.json }, layer.json), "."),
       ],

@@ -1,0 +1,158 @@
+"""Say what a run folder, a network file, or a file of filters or events holds.
+
+deconvnet info run=runs/photographs
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from deconvnet.cli import printed_commands
+from deconvnet.cli.errors import one_line_errors
+from deconvnet.cli.read_settings import read_settings
+from deconvnet.dictionary import Learned
+from deconvnet.images.preprocessing import PreprocessingSettings
+from deconvnet.monitoring.statistics import LayerResult
+from deconvnet.network.layer import LayerSettings
+from deconvnet.network.network import FILTERS, DeconvNet, restore_network
+from deconvnet.sparse_coding.events import EVENTS, Events
+from deconvnet.storage.file_checks import InvalidFileError
+from deconvnet.storage.network_files import load_network
+from deconvnet.training.checkpoint import TrainingState, check_state, parts_of, state_at
+
+UNITS = ("bytes", "kB", "MB", "GB")
+
+
+def main(cfg: DictConfig) -> None:
+    with one_line_errors(ValueError, OSError):
+        print("\n".join(describe(read_settings(cfg).run)))
+
+
+def describe(run: str) -> Iterator[str]:
+    """Lines about a run folder, a checkpoint, or a file of a network, of filters or of events."""
+    path = Path(run).expanduser()
+    if not path.exists():
+        raise ValueError(f"run={run}: no such file or folder")
+    if path.is_dir() or path.suffix == ".pt":
+        yield from _run(path)
+        return
+    tensors, settings = load_network(path)
+    kind = settings.get("kind") if isinstance(settings, dict) else None
+    if kind == EVENTS:
+        yield f"{path}: the events of a code, {_size(path)}"
+        yield f"{Events.load(path)}"
+    elif kind == FILTERS:
+        learned = Learned.load(path)
+        yield f"{path}: filters of learn_filters or learn_online, {_size(path)}"
+        yield ""
+        yield from _layers([learned.settings], [learned.filters.shape[1]])
+        yield f"learned in {len(learned.history)} epochs" + (
+            f", objective {learned.history[-1].objective:.6g}" if learned.history else ""
+        )
+    else:
+        yield f"{path}: a network, {_size(path)}"
+        yield from _network(restore_network(path, tensors, settings))
+
+
+def _run(path: Path) -> Iterator[str]:
+    state = state_at(path)
+    if state is None:
+        raise InvalidFileError(
+            f"run={path}: no checkpoint in this folder; expected a run of `deconvnet train`"
+        )
+    check_state(state, path)
+    progress = TrainingState.from_checkpoint(state)
+    planned = len(state["settings"].get("model", {}))
+    net = restore_network(path, *parts_of(state))
+    what = "checkpoint" if path.is_file() else "run"
+    yield f"{path}: a {what} of `deconvnet train`, {_size(path)}"
+    yield _position(state, progress, planned)
+    yield f"images          {_images(state)}"
+    yield from _network(net)
+    if progress.results:
+        yield from _results(progress.results)
+    if path.is_dir():
+        run = printed_commands.setting("run", path)
+        yield f"look            {printed_commands.sibling('visualize')} {run}"
+        yield f"files           {printed_commands.sibling('export')} {run} output=network.npz"
+
+
+def _position(state: dict, progress: TrainingState, planned: int) -> str:
+    done = progress.layer - 1
+    if state["trainer"] is None:
+        more = "" if done >= planned else f"; layers={planned} learns the others"
+        return f"{done} of {planned} layers learned, {progress.step} filter updates{more}"
+    return (
+        f"learning layer {progress.layer} of {planned}, {progress.step} filter updates so far; "
+        "the command that began it resumes it"
+    )
+
+
+def _images(state: dict) -> str:
+    data = state["settings"].get("data", {})
+    images = state.get("images")
+    count = "" if images is None else f"{len(images)} "
+    where = data.get("path") or data.get("dataset") or data.get("source", "unknown")
+    size = f", {data['size']}x{data['size']}" if data.get("size") else ""
+    return f"{count}of {where}{size}"
+
+
+def _network(net: DeconvNet) -> Iterator[str]:
+    yield f"preprocessing   {_preprocessing(net.preprocessing.settings)}"
+    yield ""
+    yield from _layers(
+        [layer.settings for layer in net.layers], [layer.filters.shape[1] for layer in net.layers]
+    )
+
+
+def _preprocessing(settings: PreprocessingSettings) -> str:
+    steps = " and ".join(settings.steps) or "none"
+    return f"{steps}, color {settings.color}, scale {settings.scale}"
+
+
+def _layers(layers: list[LayerSettings], channels: list[int]) -> Iterator[str]:
+    rows = [("layer", "maps", "filters", "lam", "p", "explains", "pool", "solver")]
+    for number, (layer, C) in enumerate(zip(layers, channels, strict=True), 1):
+        explains = "image" if number == 1 and layer.target == "maps" else layer.target
+        lam = layer.lam if layer.lam_ratio is None else f"{layer.lam_ratio:g} max"
+        rows.append(
+            (
+                str(number),
+                str(layer.num_maps),
+                "x".join(map(str, (C, *layer.filter_shape))),
+                lam if isinstance(lam, str) else f"{lam:.4g}",
+                f"{layer.p:g}",
+                explains if layer.coding == "convolution" else f"patches of {explains}",
+                "-" if layer.pool is None else "x".join(map(str, layer.pool)),
+                layer.solver.method,
+            )
+        )
+    yield from _table(rows)
+    yield ""
+
+
+def _results(results: list[LayerResult]) -> Iterator[str]:
+    rows = [("layer", "SNR of the image", "non-zero coefficients", "objective", "dead maps")]
+    rows += [
+        (str(r.layer), f"{r.snr:.2f} dB", f"{r.density:.2%}", f"{r.objective:.1f}", str(r.dead))
+        for r in results
+    ]
+    yield from _table(rows)
+    yield ""
+
+
+def _table(rows: list[tuple[str, ...]]) -> Iterator[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield "   ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True))
+
+
+def _size(path: Path) -> str:
+    files = [path] if path.is_file() else [f for f in path.rglob("*") if f.is_file()]
+    size, unit = float(sum(file.stat().st_size for file in files)), 0
+    while size >= 1000 and unit < len(UNITS) - 1:
+        size, unit = size / 1000, unit + 1
+    return f"{size:.0f} {UNITS[unit]}" if unit == 0 else f"{size:.1f} {UNITS[unit]}"
