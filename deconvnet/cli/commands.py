@@ -23,7 +23,7 @@ COMMANDS = {
     "correspondence": "Measure whether features represent parts of objects.",
     "reconstruct": "Reconstruct images from the feature maps of one layer.",
     "faithfulness": "Measure what a network keeps if codes replace a layer.",
-    "stability": "Measure which filters other seeds and halves of data learn.",
+    "stability": "Measure which filters are learned again from other seeds.",
     "ablate": "Measure what the switches of max pooling contribute.",
     "denoise": "Remove noise from images.",
     "inpaint": "Fill in missing pixels of images.",
