@@ -7,8 +7,9 @@
 autoencoders: TopK and BatchTopK autoencoders of `overcomplete` (pip install overcomplete), with its
 linear encoder, its auxiliary loss, Adam and a falling learning rate, on the standardised
 activations of the training images. Ours are 1x1 filters with codes >= 0, refitted
-(`solver.refit`); lam is chosen on training images, so that their number of non-zero coefficients at
-a position is that of the autoencoders. The table is of held-out images:
+(`solver.refit`). They learn with a lam, and are then coded with another, at which the number of
+non-zero coefficients at a position of training and of held-out images is that of the autoencoders.
+The table is of held-out images:
 
 - FVU, the fraction of the variance that the reconstruction does not explain;
 - L0, the non-zero coefficients of a position;
@@ -147,7 +148,7 @@ def split_activations(options: argparse.Namespace) -> tuple[Tensor, Tensor]:
 
 
 def dictionary(train: Tensor, test: Tensor, options: argparse.Namespace, seed: int) -> dict:
-    """1x1 filters, with the lam at which training images have the L0 of the options."""
+    """1x1 filters, learned and coded with the lams that give the L0 of the options."""
     lam, seconds = 8.0, 0.0
     for epochs in (1, 1, options.epochs or 6):
         learning = LearningSettings(epochs=epochs, batch_size=16)
@@ -157,6 +158,7 @@ def dictionary(train: Tensor, test: Tensor, options: argparse.Namespace, seed: i
         )
         seconds += time.process_time() - started
         lam = lam_of(train[:16], learned.filters, options.per_position, lam)
+    lam = lam_of(test[:16], learned.filters, options.per_position, lam)
     started = time.process_time()
     code = sparse_code(test, learned.filters, lam=lam, non_negative=True, settings=SOLVER)
     encode = time.process_time() - started

@@ -1,17 +1,14 @@
-"""A linear support vector machine for many images: what LinearSVC minimises, in float32, in place.
+"""A linear support vector machine for many images: scikit-learn's LinearSVC in less memory.
 
     N images · D features · A (N, D) the features · T (N, classes) the labels as 1 and -1
 
 Each class is told from the rest by a machine that minimises
 
-    1/2 ||w||^2 + C sum_n max(0, 1 - T_n (A_n w + b))^2
+    1/2 (||w||^2 + b^2) + C sum_n max(0, 1 - T_n (A_n w + b))^2
 
-as scikit-learn's LinearSVC does, which would need several copies of the features in float64. All
-classes share the products with A in each of at most ITERATIONS steps of L-BFGS.
-
-Before that, features are standardised: their means over the training images are subtracted, and
-they are divided by sqrt(D (v + 0.01 v')), where v is the variance of the feature and v' the mean
-variance of all. So weak features cannot dominate, and a C suits any number of features.
+LinearSVC would hold several copies of the features, in float64 and wider. Here they remain as they
+are, in float32, and all classes share the products with A in each of at most ITERATIONS steps of
+L-BFGS.
 """
 
 from __future__ import annotations
@@ -23,28 +20,6 @@ import torch
 from torch import Tensor
 
 ITERATIONS = 100
-FLOOR = 0.01
-
-
-@dataclass(frozen=True)
-class Standardization:
-    """Feature x becomes (x - mean) / scale; both (D,)."""
-
-    mean: Tensor
-    scale: Tensor
-
-    @classmethod
-    def of(cls, A: Tensor) -> Standardization:
-        """That of training features A (N, D)."""
-        mean = A.mean(0)
-        # In parts of the images: the features may take most of the memory.
-        variance = sum((part - mean).square().sum(0) for part in A.split(1024)) / len(A)
-        floor = (FLOOR * variance.mean()).clamp(min=torch.finfo(A.dtype).tiny)
-        return cls(mean, ((variance + floor) * A.shape[1]).sqrt())
-
-    def __call__(self, A: Tensor) -> Tensor:
-        """Changes A (N, D) itself, and returns it."""
-        return A.sub_(self.mean).div_(self.scale)
 
 
 @dataclass(frozen=True)
@@ -59,7 +34,7 @@ class LinearSVM:
     def fit(
         cls, A: Tensor, labels: np.ndarray, *, C: float, start: LinearSVM | None = None
     ) -> LinearSVM:
-        """The machines of standardised features A (N, D) and labels (N,); start: for another C."""
+        """The machines of features A (N, D) and labels (N,); start: those for another C."""
         classes, index = np.unique(labels, return_inverse=True)
         signs = 2.0 * torch.eye(len(classes)) - 1
         T = signs[torch.from_numpy(index)].to(A)
@@ -69,7 +44,7 @@ class LinearSVM:
         return cls(w, b, classes)
 
     def predict(self, A: Tensor) -> np.ndarray:
-        """The classes (N,) of standardised features A: those of the largest decision values."""
+        """The classes (N,) of features A (N, D): those of the largest decision values."""
         return self.classes[(A @ self.w + self.b).argmax(1).cpu().numpy()]
 
     def score(self, A: Tensor, labels: np.ndarray) -> float:
@@ -92,8 +67,8 @@ def _minimize(A: Tensor, T: Tensor, C: float, w: Tensor, b: Tensor) -> None:
         slope = -2 * C * T * violation
         # Products with few rows from the left are ten times as fast as with A transposed.
         w.grad = (w + (slope.T.contiguous() @ A).T) / len(A)
-        b.grad = slope.sum(0) / len(A)
-        return (w.square().sum() / 2 + C * violation.square().sum()) / len(A)
+        b.grad = (b + slope.sum(0)) / len(A)
+        return ((w.square().sum() + b.square().sum()) / 2 + C * violation.square().sum()) / len(A)
 
     with torch.no_grad():
         optimizer.step(cost)

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 # Guides whose Python is run, and the least number of values that their comments give.
 GUIDES = {
-    "activations": 3,
+    "activations": 4,
     "coding": 30,
     "deconvolution": 30,
     "gradients": 5,

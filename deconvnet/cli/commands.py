@@ -23,7 +23,7 @@ COMMANDS = {
     "correspondence": "Measure whether features represent parts of objects.",
     "reconstruct": "Reconstruct images from the feature maps of one layer.",
     "faithfulness": "Measure what a network keeps if codes replace a layer.",
-    "stability": "Measure which filters other seeds and halves of the data learn.",
+    "stability": "Measure which filters are learned again from other seeds.",
     "ablate": "Measure what the switches of max pooling contribute.",
     "denoise": "Remove noise from images.",
     "inpaint": "Fill in missing pixels of images.",
@@ -31,7 +31,7 @@ COMMANDS = {
     "train-cnn": "Train a small convolutional network to visualize.",
     "info": "Say what a run folder or a network file holds.",
     "export": "Write filters or feature maps to a .npz or .mat file.",
-    "doctor": "Check the installation: versions, devices, caches, known answers.",
+    "doctor": "Check the installation: versions, devices, caches, solvers.",
 }
 
 HELP = """\

@@ -117,6 +117,10 @@ class Codes:
         layers = tuple(replace(layer, dense=None) for layer in self.layers)
         return replace(self, layers=layers)
 
+    def with_layer(self, layer: LayerCodes) -> Codes:
+        """The codes with those of the next layer."""
+        return replace(self, layers=(*self.layers, layer))
+
     def to(self, device: torch.device | str) -> Codes:
         """The codes on another device."""
         record = [{key: value.to(device) for key, value in step.items()} for step in self.record]
@@ -144,6 +148,8 @@ def join(parts: list[LayerCodes]) -> LayerCodes:
 
 def join_codes(parts: list[Codes]) -> Codes:
     """The codes of several batches of images of one size concatenated."""
+    if len(parts) == 1:  # whole maps are large: no copy of them
+        return parts[0]
     layers = tuple(
         join(list(layer)) for layer in zip(*(part.layers for part in parts), strict=True)
     )

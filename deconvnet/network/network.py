@@ -163,7 +163,7 @@ class DeconvNet(nn.Module):
             parts.append(layer.codes(layer.infer(problem), problem.norms))
             if progress:
                 progress(min(len(parts) * chunk, len(codes.y)), len(codes.y))
-        return Codes((*codes.layers, join(parts)), codes.y, codes.record, codes.mask)
+        return codes.with_layer(join(parts))
 
     def check_size(self, size: tuple[int, int], depth: int) -> None:
         """Raise ValueError if images of H x W pixels are too small for a layer up to `depth`."""

@@ -48,8 +48,6 @@ log = logging.getLogger(__name__)
 
 # The number of images over which the curve of inference is averaged.
 CURVE_IMAGES = 4
-# The number of images that the other pictures choose from.
-SHOWN_IMAGES = 256
 # An objective has risen if it exceeds that of the previous epoch by this factor. (Re-initialised
 # or shifted filters also raise it slightly.)
 RISE = 1.05
@@ -267,7 +265,7 @@ def _show_filters(session: Session, layer: int, tiles: Tensor, step: int) -> Non
 def _show_layer(session: Session, state: TrainingState) -> None:
     """Show the result, the curve of inference and the pictures of a finished layer."""
     net, monitor, number = session.net, session.monitor, state.layer
-    images = session.data.sample_indices(SHOWN_IMAGES)
+    images = session.data.shown
     codes = session.data.gather_codes(images, number)
     if session.run is None:
         return

@@ -3,12 +3,17 @@
 Every rank has its own images (`BatchSampler.own_images`). Their codes are held in memory or
 inferred again whenever they are needed. Inference starts from zero maps and treats each image
 separately, so both ways give the same codes and differ only in time.
+
+The layers above need only pooled maps and switches, which take a fraction of the memory. Whole maps
+are held for the few images that pictures choose from.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -18,10 +23,17 @@ from deconvnet.images.preprocessing import Spread
 from deconvnet.network.codes import ALL, Codes, join, join_codes
 from deconvnet.network.layer import LayerProblem
 from deconvnet.network.network import DeconvNet
+from deconvnet.operators.convolution import map_size
+from deconvnet.operators.pooling import pooled_shape
 from deconvnet.support.communicator import SINGLE, Communicator
 from deconvnet.support.validation import OnDemand
 from deconvnet.training.layer_data import LayerData
 from deconvnet.training.sampler import BatchSampler
+
+# The most images that pictures choose from, and the bytes that their maps may take.
+SHOWN_IMAGES, SHOWN_BYTES = 256, 2**28
+# So many images are shown whatever they take.
+LEAST_SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -78,7 +90,9 @@ class TrainingSet:
         self.net, self.images, self.communicator = net, images, communicator
         self.chunk, self.hold, self.progress = chunk, hold, progress
         self.own = torch.arange(0)
+        # The codes of all own images with pooled maps, and of those that are shown with whole maps.
         self.codes: Codes | None = None
+        self.whole_codes: Codes | None = None
 
     def __len__(self) -> int:
         return self.images.count
@@ -110,12 +124,34 @@ class TrainingSet:
     def hold_codes(self, own: Tensor, depth: int) -> None:
         """Set the images of this rank, and hold their codes of the lowest `depth` layers."""
         if not torch.equal(own, self.own):
-            self.own, self.codes = own, None
-        if self.hold and self.codes is None and len(own):
-            self.codes = join_codes([self._infer(chunk, depth) for chunk in self._chunks(own)])
+            self.own, self.codes, self.whole_codes = own, None, None
+        if not self.hold or self.codes is not None or not len(own):
+            return
+        pooled, whole = [], []
+        for chunk in self._chunks(own):
+            codes = self._infer(chunk, depth)
+            pooled.append(codes.pooled_only())
+            if (rows := torch.isin(chunk, self.shown)).any():
+                whole.append(codes.select(rows))
+        self.codes, self.whole_codes = join_codes(pooled), join_codes(whole) if whole else None
+
+    @cached_property
+    def shown(self) -> Tensor:
+        """The indices of the images that pictures choose from, evenly spaced over all."""
+        size, size_of_maps = tuple(self.read(torch.arange(1))[0].shape[2:]), 1
+        for layer in self.net.layers:
+            settings = layer.settings
+            size = map_size(size, settings.filter_shape, settings.boundary)
+            size_of_maps += 4 * settings.num_maps * math.prod(size)
+            if settings.pool is not None:
+                size = pooled_shape((1, *size), (1, *settings.pool[1:]))[1:]
+        count = max(LEAST_SHOWN, min(SHOWN_IMAGES, SHOWN_BYTES // size_of_maps))
+        return self.sample_indices(count)
 
     def codes_of(self, images: Tensor, depth: int) -> Codes:
-        """The codes of some images, of this rank or not, up to layer `depth`."""
+        """The codes of some images, of this rank or not, up to layer `depth`; if codes are held,
+        without the maps before pooling.
+        """
         codes, rows = self._lookup(images, depth)
         return codes.select(rows)
 
@@ -126,8 +162,15 @@ class TrainingSet:
         than 0. pooled_only: without the maps before pooling, which may be most of the memory.
         """
         own_images = images[torch.isin(images, self.own)]
-        chunks = (self.codes_of(chunk, depth) for chunk in self._chunks(own_images))
-        codes = [chunk.pooled_only() if pooled_only else chunk for chunk in chunks]
+        if pooled_only:
+            chunks = self._chunks(own_images)
+            codes = [self.codes_of(chunk, depth).pooled_only() for chunk in chunks]
+        elif self.whole_codes is not None and torch.isin(own_images, self.shown).all():
+            own_shown = self.shown[torch.isin(self.shown, self.own)]
+            chosen = torch.isin(own_shown, own_images)
+            codes = [self.whole_codes if chosen.all() else self.whole_codes.select(chosen)]
+        else:
+            codes = [self._infer(chunk, depth) for chunk in self._chunks(own_images)]
         parts = self.communicator.gather(
             (own_images, join_codes(codes).to("cpu") if codes else None)
         )
@@ -135,7 +178,8 @@ class TrainingSet:
             return None
         parts = [part for part in parts if part[1] is not None]
         order = torch.cat([own_images for own_images, _ in parts]).argsort()
-        return join_codes([codes for _, codes in parts]).select(order).to(self.net.device)
+        codes = join_codes([codes for _, codes in parts])
+        return (codes if len(parts) == 1 else codes.select(order)).to(self.net.device)
 
     def layer_data(self, number: int) -> LayerData:
         """The training data of layer `number`: the images of this rank, encoded by the layers
@@ -168,18 +212,21 @@ class TrainingSet:
         """The codes of the images of this rank up to layer `number`, a chunk at a time; the maps of
         that layer are inferred, and held if codes are.
         """
-        parts, done = [], 0
+        pooled, whole, done = [], [], 0
         for chunk in self._chunks(self.own):
             codes = self.net.infer_next_layer(self.codes_of(chunk, number - 1), chunk=self.chunk)
             if self.hold:
-                parts.append(codes.layers[-1])
+                pooled.append(codes.pooled_only().layers[-1])
+                if (rows := torch.isin(chunk, self.shown)).any():
+                    whole.append(codes.layers[-1].select(rows))
             yield codes
             done += len(chunk)
             if self.progress:
                 self.progress(done, len(self.own))
-        if parts:
-            layers = (*self.codes.layers, join(parts))
-            self.codes = replace(self.codes, layers=layers)
+        if pooled:
+            self.codes = self.codes.with_layer(join(pooled))
+        if whole:
+            self.whole_codes = self.whole_codes.with_layer(join(whole))
 
     def pooled_spread(self, depth: int) -> Spread:
         """The spread of the pooled maps of layer `depth` over all images."""

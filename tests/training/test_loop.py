@@ -28,8 +28,10 @@ from deconvnet.network.layer import Layer
 from deconvnet.storage.checkpoint_files import load_checkpoint, save_checkpoint
 from deconvnet.storage.file_checks import InvalidFileError
 from deconvnet.support.seeding import seeded_generator
+from deconvnet.training import training_set
 from deconvnet.training.loop import Interrupted, train
 from deconvnet.training.run_folder import RunFolder
+from deconvnet.training.training_set import ImageSource, TrainingSet
 from deconvnet.visualization.evolution.evolution import load_evolution
 
 FAST = SolverSettings(iterations=8, training_iterations=3)
@@ -628,3 +630,20 @@ def test_without_a_monitor_the_page_of_a_run_is_in_its_folder(finished, images, 
     train(network(depth=1), images, RunFolder(tmp_path))
     expected = {tag: curve for tag, curve in scalars(finished[0]).items() if "layer1" in tag}
     assert {tag: curve for tag, curve in scalars(tmp_path).items() if "layer1" in tag} == expected
+
+
+def test_whole_maps_are_held_only_for_the_images_that_pictures_choose_from(textures, monkeypatch):
+    monkeypatch.setattr(training_set, "SHOWN_BYTES", 0)
+    monkeypatch.setattr(training_set, "LEAST_SHOWN", 2)
+    images = textures(5, 3, 16, 16)
+    net = DeconvNet([LayerSettings(4, 5, pool=[1, 2, 2])])
+    data = TrainingSet(net, ImageSource.from_tensor(images), chunk=2)
+    data.fit_preprocessing()
+    data.hold_codes(torch.arange(5), 0)
+    for _ in data.infer_next_layer(1):
+        pass
+    assert data.codes.layer(1).dense is None and data.shown.tolist() == [0, 4]
+    z = net.infer(images[[0, 2, 4]], chunk=1).layer(1).z
+    assert torch.allclose(data.gather_codes(data.shown, 1).layer(1).z, z[[0, 2]], atol=1e-5)
+    # Others are inferred again.
+    assert torch.allclose(data.gather_codes(torch.tensor([2]), 1).layer(1).z, z[[1]], atol=1e-5)

@@ -27,8 +27,8 @@ from deconvnet.visualization.projection.projection import (
     unknown_layer,
 )
 
-# Images whose codes are cached.
-CACHED = 64
+# Bytes of the codes that are cached: of thousands of small images, or of a few with many maps.
+CACHED_BYTES = 2**29
 NO_CODES = Codes((), torch.zeros(0), [])
 
 
@@ -79,7 +79,8 @@ class DeconvNetBackend:
             new = self.model.infer(x[missing], depth=depth, chunk=self.batch)
             cached |= {keys[n]: new.select(slice(i, i + 1)) for i, n in enumerate(missing)}
         self._cache |= cached
-        for key in list(self._cache)[:-CACHED]:
+        count = max(self.batch, CACHED_BYTES // max(map(_bytes, cached.values())))
+        for key in list(self._cache)[:-count]:
             del self._cache[key]
         return join_codes([replace(cached[key], layers=cached[key].layers[:depth]) for key in keys])
 
@@ -139,6 +140,12 @@ class DeconvNetBackend:
         if name not in self.names:
             raise unknown_layer(name, self.names)
         return self.names.index(name) + 1
+
+
+def _bytes(codes: Codes) -> int:
+    """The memory that codes take."""
+    tensors = [codes.y, *(t for layer in codes.layers for t in vars(layer).values())]
+    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
 
 
 def _key(image: Tensor) -> bytes:
