@@ -3,6 +3,7 @@
 import io
 import math
 import pickle
+import shutil
 import sys
 import tarfile
 import zipfile
