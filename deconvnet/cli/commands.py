@@ -31,7 +31,7 @@ COMMANDS = {
     "train-cnn": "Train a small convolutional network to visualize.",
     "info": "Say what a run folder or a network file holds.",
     "export": "Write filters or feature maps to a .npz or .mat file.",
-    "doctor": "Check the installation: versions, devices, caches, known answers.",
+    "doctor": "Check the installation: versions, devices, caches, solvers.",
 }
 
 HELP = """\

@@ -321,7 +321,8 @@ def test_every_setting_has_a_comment_that_says_what_it_is(kind):
 @pytest.mark.parametrize("name", [*SCHEMAS])
 def test_every_setting_of_a_command_has_its_meaning_on_the_help_page(name):
     meanings = comments(SCHEMAS[name])
-    assert meanings["device"].startswith("auto (cuda, else cpu)")
+    # `info` only reads files.
+    assert name == "info" or meanings["device"].startswith("auto (cuda, else cpu)")
     first = None
     for key, meaning in meanings.items():
         # A comment may introduce two or three settings, of which the first has it.

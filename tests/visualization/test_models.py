@@ -3,6 +3,7 @@
 import io
 import math
 import pickle
+import shutil
 import sys
 import tarfile
 import zipfile
@@ -652,7 +653,6 @@ def test_files_of_others_in_the_run_folder_stop_the_training_before_it_begins(
         ("epochs=0", ["epochs=0: must be at least 1"]),
         ("data=photographs", ["not used with data.source=photographs"]),
         ("data=photographs data.path=null", ["data.source=photographs: has no classes"]),
-        ("data.max_images=10", ["10 images are of the class bright; there must be"]),
     ],
 )
 def test_wrong_settings_of_the_training_are_named_in_one_line(
@@ -662,3 +662,10 @@ def test_wrong_settings_of_the_training_are_named_in_one_line(
     assert result.code == 1 and result.err.count("\n") == 1, result
     for part in parts:
         assert part in result.err
+
+
+def test_images_of_one_class_are_refused_in_one_line(tmp_path, script, shapes):
+    shutil.copytree(shapes / "bright", tmp_path / "images" / "bright")
+    result = train(script, tmp_path, tmp_path / "images")
+    assert result.code == 1 and result.err.count("\n") == 1, result
+    assert "10 images are of the class bright; there must be" in result.err
