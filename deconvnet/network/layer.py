@@ -125,7 +125,8 @@ class LayerSettings:
     # where unpooling puts a value: switches | for ablation: no_map | no_place | centre | average |
     # everywhere
     unpooling: str = "switches"
-    # which statistic of the input maps is scaled to 1: rms | max (largest magnitude) | none
+    # which statistic of the input maps is scaled to 1: rms | max (largest magnitude) | norm (mean
+    # norm over the maps at a position) | none
     scale: str = "rms"
     # how maps are inferred
     solver: SolverSettings = field(default_factory=SolverSettings)

@@ -296,7 +296,7 @@ def test_the_command_that_resumes_several_processes_starts_several(monkeypatch):
         ("train", "photos", "photos: settings are given as key=value"),
         ("train", "data=photos", "data=folder data.path=photos"),
         ("train", "data=~/my photos (1)", "data=folder 'data.path=~/my photos (1)'"),
-        ("train", "model=nope", "there is no model/nope; choose cvpr2010"),
+        ("train", "model=nope", "there is no model/nope; choose activations"),
         ("train", "experiment=cvpr2010", "use +experiment=cvpr2010"),
         ("train", "+layers=2.5", "layers=2.5: must be a whole number"),
         ("train", "model.layer1.p=much", "model.layer1.p=much: must be a number"),

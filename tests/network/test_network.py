@@ -367,7 +367,7 @@ def test_pooling_over_maps_leaves_fewer_for_the_layer_above():
         ({"p": 1.5}, "p=1.5: .*between 0 and 1"),
         ({"connectivity": "pairs"}, "connectivity=pairs: choose one of full, singles, "),
         ({"boundary": "zeros"}, "boundary=zeros: choose one of valid, circular"),
-        ({"scale": "std"}, "scale=std: choose one of rms, max, none"),
+        ({"scale": "std"}, "scale=std: choose one of rms, max, norm, none"),
         ({"target": "pixels"}, "target=pixels: choose one of maps, image, both"),
         ({"image_weight": 0.0}, "image_weight=0.0: must be positive"),
         ({"pooling": "before"}, "pooling=before: choose one of after, in_loop"),
