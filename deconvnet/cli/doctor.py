@@ -22,6 +22,7 @@ from deconvnet.cli.read_settings import read_settings
 from deconvnet.sparse_coding import kernels
 from deconvnet.sparse_coding.problem import SolverSettings
 from deconvnet.sparse_coding.solve import sparse_code
+from deconvnet.support.compiling import cache_folder
 from deconvnet.support.devices import torch_device
 
 PACKAGES = ("torchvision", "numpy", "numba", "scipy", "scikit-learn", "hydra-core")
@@ -69,11 +70,11 @@ def _devices(device: torch.device) -> Iterator[str]:
 
 
 def _caches() -> Iterator[str]:
-    folder = kernels.descend._cache.cache_path if hasattr(kernels.descend, "_cache") else None
+    folder = cache_folder(kernels.descend)
     if folder is None:
         yield "compiled loops  not cached: every process compiles them"
         return
-    writable = os.access(_nearest(Path(folder)), os.W_OK)
+    writable = os.access(_nearest(folder), os.W_OK)
     yield f"compiled loops  {folder}" + ("" if writable else ", NOT writable: set NUMBA_CACHE_DIR")
 
 

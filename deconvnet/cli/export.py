@@ -7,6 +7,7 @@ deconvnet export run=runs/photographs output=maps.npz images=photo.jpg layer=2
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,8 @@ from deconvnet.support.devices import torch_device
 
 # Names of variables in Matlab have at most this many characters.
 MATLAB_NAME = 63
+# The parameters of `numpy.savez_compressed`.
+RESERVED = ("file", "allow_pickle")
 
 
 def main(cfg: DictConfig) -> None:
@@ -85,12 +88,26 @@ def _maps(net: DeconvNet, settings: ExportConfig, device: torch.device) -> dict[
 def _encoded(output: Path, arrays: dict[str, np.ndarray]) -> bytes:
     buffer = io.BytesIO()
     if output.suffix == ".npz":
-        np.savez_compressed(buffer, **arrays)
+        # An image may be called like a parameter of numpy's function.
+        np.savez_compressed(buffer, **_renamed(arrays, lambda n: f"{n}_" if n in RESERVED else n))
     else:
         from scipy.io import savemat
 
-        savemat(buffer, {_matlab_name(name): array for name, array in arrays.items()})
+        savemat(buffer, _renamed(arrays, _matlab_name))
     return buffer.getvalue()
+
+
+def _renamed(arrays: dict[str, np.ndarray], rename: Callable[[str], str]) -> dict[str, np.ndarray]:
+    """The arrays under other names, of which no two may be the same."""
+    names = {name: rename(name) for name in arrays}
+    for name in arrays:
+        same = [other for other in arrays if names[other] == names[name]]
+        if len(same) > 1:
+            raise ValueError(
+                f"images: {' and '.join(same)} would have the same name {names[name]} in the file; "
+                "rename one, or export them to different files"
+            )
+    return {names[name]: array for name, array in arrays.items()}
 
 
 def _matlab_name(name: str) -> str:

@@ -48,6 +48,12 @@ def compiled(**options: Any) -> Callable[[Callable], Callable]:
     return decorate
 
 
+def cache_folder(function: Callable) -> Path | None:
+    """Where the code of a function decorated by `compiled` is cached; None: nowhere."""
+    cache = getattr(function, "_cache", None)
+    return Path(cache.cache_path) if cache and cache.cache_path else None
+
+
 class _Compilation(event.Listener):
     """Logs, once per process, why a first call takes longer, and pauses the garbage collector.
 

@@ -1,6 +1,7 @@
 """The scripts as a user runs them: what they say, leave and return, and the one line they say when
 something is wrong."""
 
+import dataclasses
 import os
 import pickle
 import shutil
@@ -19,6 +20,7 @@ from PIL import Image
 from scipy.io import loadmat
 
 from deconvnet import Events, Learned, load
+from deconvnet.cli import doctor
 from deconvnet.cli.train import hyperparameters
 from deconvnet.images.decoding import read_image
 from deconvnet.storage.checkpoint_files import load_checkpoint
@@ -582,3 +584,25 @@ def test_a_reader_that_stops_early_ends_a_command_silently(begun):
     done = subprocess.run(call, cwd=begun[0], stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_exported_images_have_names_of_their_own(begun, photos, tmp_path, script):
+    for name in ("file", "a-1", "a_1"):
+        shutil.copy(photos / "photo-0.png", tmp_path / f"{name}.png")
+    given = [f"run={begun[0] / 'runs/folder'}", "images=[file.png,a-1.png,a_1.png]"]
+    assert script(tmp_path, "export.py", *given, "output=maps.npz").code == 0
+    assert sorted(np.load(tmp_path / "maps.npz").files) == ["a-1", "a_1", "file_"]
+    assert_one_line(script(tmp_path, "export.py", *given, "output=maps.mat"), "a-1 and a_1")
+    assert not (tmp_path / "maps.mat").exists()
+
+
+def test_the_doctor_fails_if_a_solver_is_wrong(monkeypatch, capsys):
+    right = doctor.sparse_code
+
+    def wrong(*arguments, settings, **options):
+        solution = right(*arguments, settings=settings, **options)
+        return dataclasses.replace(solution, z=solution.z + (settings.method == "fista"))
+
+    monkeypatch.setattr(doctor, "sparse_code", wrong)
+    assert not doctor.examine(torch.device("cpu"))
+    assert "WRONG   fista on cpu" in capsys.readouterr().out
