@@ -167,12 +167,23 @@ class DeconvNet(nn.Module):
 
     def check_size(self, size: tuple[int, int], depth: int) -> None:
         """Raise ValueError if images of H x W pixels are too small for a layer up to `depth`."""
+        self.map_shapes(size, depth)
+
+    def map_shapes(
+        self, size: tuple[int, int], depth: int | None = None
+    ) -> list[tuple[int, int, int]]:
+        """(K, rows, columns) of the maps of each layer up to `depth`, for images of H x W pixels;
+        ValueError if these are too small.
+        """
+        shapes = []
         for number, layer in enumerate(self.layers[:depth], 1):
             check_input_size(size, layer, number)
             settings = layer.settings
             size = map_size(size, settings.filter_shape, settings.boundary)
+            shapes.append((settings.num_maps, *size))
             if settings.pool is not None:
                 size = pooled_shape((1, *size), (1, *settings.pool[1:]))[1:]
+        return shapes
 
     def layer_input(self, codes: Codes, number: int, images: Images = ALL) -> Tensor:
         """The input (N, C, H, W) of layer `number`: the image or the rescaled pooled maps below."""

@@ -23,8 +23,6 @@ from deconvnet.images.preprocessing import Spread
 from deconvnet.network.codes import ALL, Codes, join, join_codes
 from deconvnet.network.layer import LayerProblem
 from deconvnet.network.network import DeconvNet
-from deconvnet.operators.convolution import map_size
-from deconvnet.operators.pooling import pooled_shape
 from deconvnet.support.communicator import SINGLE, Communicator
 from deconvnet.support.validation import OnDemand
 from deconvnet.training.layer_data import LayerData
@@ -138,14 +136,9 @@ class TrainingSet:
     @cached_property
     def shown(self) -> Tensor:
         """The indices of the images that pictures choose from, evenly spaced over all."""
-        size, size_of_maps = tuple(self.read(torch.arange(1))[0].shape[2:]), 1
-        for layer in self.net.layers:
-            settings = layer.settings
-            size = map_size(size, settings.filter_shape, settings.boundary)
-            size_of_maps += 4 * settings.num_maps * math.prod(size)
-            if settings.pool is not None:
-                size = pooled_shape((1, *size), (1, *settings.pool[1:]))[1:]
-        count = max(LEAST_SHOWN, min(SHOWN_IMAGES, SHOWN_BYTES // size_of_maps))
+        size = tuple(self.read(torch.arange(1))[0].shape[2:])
+        bytes_of_maps = 4 * sum(map(math.prod, self.net.map_shapes(size)))
+        count = max(LEAST_SHOWN, min(SHOWN_IMAGES, SHOWN_BYTES // bytes_of_maps))
         return self.sample_indices(count)
 
     def codes_of(self, images: Tensor, depth: int) -> Codes:
