@@ -23,7 +23,7 @@ from deconvnet.cli.settings import ClassifyConfig
 from deconvnet.monitoring.monitor import save_picture
 from deconvnet.monitoring.strict_json import to_json
 from deconvnet.network.layer import PATCHES, LayerSettings
-from deconvnet.network.network import load
+from deconvnet.network.network import DeconvNet, load
 from deconvnet.storage import ownership
 from deconvnet.support.communicator import Communicator, RankLost, started
 from deconvnet.support.devices import torch_device
@@ -48,7 +48,11 @@ def classify(settings: ClassifyConfig, communicator: Communicator) -> None:
     for run in runs:
         network_name = run.name if run.is_dir() else run.stem
         prefix = "" if run == runs[0] else f"{network_name} "
-        for layer, features in features_of(run, settings, communicator).items():
+        net = load(run).to(torch_device(settings.device))
+        numbers = settings.layers or list(range(1, net.depth + 1))
+        if run != runs[0]:
+            numbers = layers_beside(net, numbers)
+        for layer, features in features_of(run, net, numbers, settings, communicator).items():
             if f"{prefix}layer {layer}" in layers:
                 raise ValueError(
                     f"beside={settings.beside}: two networks are called {network_name}"
@@ -64,12 +68,20 @@ def classify(settings: ClassifyConfig, communicator: Communicator) -> None:
         report(evaluate(layers, settings), images.class_names, settings, folder)
 
 
+def layers_beside(net: DeconvNet, layers: list[int]) -> list[int]:
+    """Which layers of a network beside the run are tested: those of the run that it also has, or
+    all of its own if it has none of them, as a network of one layer beside layer 2 of the run."""
+    return [n for n in layers if n <= net.depth] or list(range(1, net.depth + 1))
+
+
 def features_of(
-    run: Path, settings: ClassifyConfig, communicator: Communicator
+    run: Path,
+    net: DeconvNet,
+    layers: list[int],
+    settings: ClassifyConfig,
+    communicator: Communicator,
 ) -> dict[int, LayerFeatures]:
-    """The features of each layer of a network, not yet computed."""
-    net = load(run).to(torch_device(settings.device))
-    layers = settings.layers or list(range(1, net.depth + 1))
+    """The features of the layers of a network, not yet computed."""
     kinds = {number: _kind(net.layer(number).settings, settings) for number in layers}
     images = LabelledImages.from_settings(run, settings.data)
     splits = [

@@ -474,7 +474,7 @@ class ClassifyConfig(ClassifySettings):
     # the images and their classes
     data: ClassData = field(default_factory=lambda: ClassData(path=MISSING))
     # other run folders or network files whose layers are also tested, each alone and all together,
-    # such as [runs/colour]
+    # such as [runs/colour]: of the layers named in `layers` those that they have, else all
     beside: list[str] = field(default_factory=list)
     # folder for the results and for the features, from which the same command resumes; null:
     # <run>/classified

@@ -49,6 +49,7 @@ from deconvnet.applications.classification.splits import Split, draw_split
 from deconvnet.applications.classification.svm import predict_classes
 from deconvnet.applications.classification.task import Task
 from deconvnet.applications.classification.word_histograms import WordHistograms
+from deconvnet.cli.classify import layers_beside
 from deconvnet.images.preprocessing import PreprocessingSettings
 from deconvnet.images.sources import DataSettings
 from deconvnet.network.layer import LayerSettings
@@ -719,6 +720,13 @@ def test_the_layers_of_other_networks_are_evaluated_too(script, folder, tmp_path
     assert both["other.5 layer 1"] == scores("another", f"run={beside}")["layer 1"]
     twice = script(folder, "classify.py", *settings, f"beside=[{beside},{beside}]", "output=both")
     assert twice.code == 1 and "two networks are called other.5" in twice.err
+
+
+def test_a_network_without_the_named_layers_adds_all_of_its_own(folder):
+    two = load(folder / "net.safetensors")
+    one = DeconvNet([two.layer(1).settings], two.preprocessing.settings)
+    assert layers_beside(two, [2]) == layers_beside(two, [2, 3]) == [2]
+    assert layers_beside(one, [1, 2]) == layers_beside(one, [2]) == [1]
 
 
 def test_together_is_the_mean_of_the_kernels(monkeypatch):
