@@ -300,7 +300,7 @@ def test_the_page_shows_what_the_arrays_contain(seen):
                 )
                 assert example["window"] == found.windows[row, rank].tolist()
                 assert example["value"] == pytest.approx(float(found.values[row, rank]), rel=1e-5)
-                assert example.get("border", False) == bool(found.border[row, rank])
+                assert example.get("border", False) == bool(found.border_marks[row, rank])
             histogram = entry["histogram"]
             assert sum(histogram["counts"]) + histogram["silent"] == len(images)
             strongest = {example["image"] for example in entry["examples"]}

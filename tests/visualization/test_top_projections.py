@@ -22,6 +22,8 @@ from deconvnet.visualization.drawing.canvas import (
     resize_tiles,
     shade_projections,
 )
+from deconvnet.visualization.gallery.page_text import IMAGES
+from deconvnet.visualization.gallery.wording import border_sentences
 from deconvnet.visualization.models.normalization import Normalization
 from deconvnet.visualization.projection.effective_field import EffectiveField
 from deconvnet.visualization.projection.projection import (
@@ -868,12 +870,18 @@ def test_the_caption_of_a_grid_says_what_its_reader_has_to_know():
     marked = replace(
         found,
         values=-found.values,
-        border=np.ones((3, 9), bool),
+        border=np.eye(3, 9, dtype=bool),
         reports={"deconv": ProjectionReport("deconv", rectified=3)},
     )
     caption = grid_caption(marked)[1]
     for part in ("A minus marks", "Units at the border", "deconv shows the same for every image"):
         assert part in caption
+    assert np.array_equal(marked.border_marks, np.eye(3, 9, dtype=bool))
+    # If all are at the border, a mark would not distinguish any.
+    everywhere = replace(marked, border=np.ones((3, 9), bool))
+    assert "All receptive fields reach beyond the image" in grid_caption(everywhere)[1]
+    assert not everywhere.border_marks.any()
+    assert border_sentences(everywhere, IMAGES)[0].startswith("The receptive fields of all")
 
 
 def test_a_checkerboard_is_averaged_out_where_it_is_a_small_part_of_a_tile():

@@ -240,7 +240,7 @@ class _LayerContent:
             (i, j),
             projections.boxes[row, rank].tolist(),
             projections.windows[row, rank].tolist(),
-            bool(projections.border[row, rank]),
+            bool(projections.border_marks[row, rank]),
             heat=self.concepts and self.concepts.heats.get((row, rank)),
         )
 
@@ -262,7 +262,7 @@ class _LayerContent:
                 patch = F.interpolate(patch[None], tile, mode="bilinear", antialias=True)[0]
             patches.append(patch)
             value = float(self.survey.peaks[n, number])
-            border = _is_at_border(unit, info, size)
+            border = not projections.all_at_border and _is_at_border(unit, info, size)
             example = Example(self.names[image], value, image, unit, window=window, border=border)
             examples.append(replace(example, share=share))
         return examples, torch.stack(patches).clamp(0, 1) if patches else None

@@ -129,6 +129,11 @@ def border_sentences(projections: TopProjections, words: Mapping[str, str]) -> l
     border = int((projections.border & found).sum())
     if border == 0:
         return []
+    if projections.all_at_border:
+        return [
+            f"The receptive fields of all examples reach beyond the {words['image']}, where a unit "
+            "sees padding."
+        ]
     return [
         f"Border units are included: in {border} of the {int(found.sum())} strongest examples the "
         f"receptive field reaches beyond the {words['image']}, where a unit sees padding."

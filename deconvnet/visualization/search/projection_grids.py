@@ -138,7 +138,9 @@ def grid_caption(
         sentences.append(
             "A minus marks a negative activation, whose projection is shown with the opposite sign."
         )
-    if projections.border.any():
+    if projections.all_at_border:
+        sentences.append("All receptive fields reach beyond the image.")
+    elif projections.border.any():
         sentences.append(
             "Units at the border are included; an orange corner marks a receptive field that "
             "reaches beyond the image."
@@ -232,7 +234,7 @@ def _block(
         for method, tiles in tiles_to_show(projections, row).items()
     }
     sheets["image"] = resize_tiles(patches, tile_width, least=least)
-    for rank in np.flatnonzero(projections.border[row, :count]).tolist():
+    for rank in np.flatnonzero(projections.border_marks[row, :count]).tolist():
         _mark_border(sheets["image"][rank])
     columns = []
     for name, tiles in sheets.items():

@@ -87,6 +87,18 @@ class TopProjections:
         return f"TopProjections({self.layer}: {M} maps, up to {k} units each, {methods}, {size})"
 
     @property
+    def border_marks(self) -> np.ndarray:
+        """(M, k): the examples to be marked as at the border. None if all are there, as in deep
+        layers, whose receptive fields are larger than the image: a mark would then say nothing."""
+        return self.border & (not self.all_at_border)
+
+    @property
+    def all_at_border(self) -> bool:
+        """Whether the receptive field of every example reaches beyond the image."""
+        found = np.isfinite(self.values)
+        return bool(found.any() and self.border[found].all())
+
+    @property
     def methods(self) -> tuple[str, ...]:
         """The methods, the one to show first comes first."""
         return tuple(self.tiles)
