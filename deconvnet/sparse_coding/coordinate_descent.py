@@ -122,7 +122,7 @@ def _curvatures(problem: Problem, atoms: Atoms) -> Tensor:
     if problem.prior.p == 1 or (atoms.boundary == "circular" and atoms.mask is None):
         return L
     squares = atoms.f.square()
-    visible = torch.ones_like(problem.b[:1]) if atoms.mask is None else atoms.mask.square()
+    visible = torch.ones_like(problem.b[:1]) if atoms.mask is None else atoms.mask.images.square()
     part = correlate(visible, squares, boundary=atoms.boundary)
     part = part.unflatten(1, (-1, atoms.group)).sum(2)
     total = squares.sum((1, 2, 3)).view(1, -1, atoms.group).sum(2).view(L.shape)

@@ -14,6 +14,17 @@ from __future__ import annotations
 import numpy as np
 
 from deconvnet.support.compiling import compiled
+from deconvnet.support.vectors import (
+    LANES,
+    add,
+    fill,
+    load,
+    load_first,
+    multiply,
+    multiply_add,
+    store,
+    total,
+)
 
 # Sums may be reordered, but NaNs must propagate.
 _MATH = {"reassoc", "contract", "arcp", "nsz"}
@@ -23,9 +34,6 @@ _compiled = compiled(**OPTIONS)
 # that compiles it would run a copy that sums in another order than the one that other processes
 # load from disk.
 _inlined = compiled(**OPTIONS, forceinline=True, no_cpython_wrapper=True)
-# The sides of square filters for which loops over the taps are unrolled, as tuples, whose length is
-# part of their type. Filters of other sizes would gain at most a few percent.
-_THREE, _FIVE = (None,) * 3, (None,) * 5
 
 
 @_inlined
@@ -185,70 +193,82 @@ def towards_pointwise_filters(gradient, y, k, position, z, tile):
 
 
 @_inlined
-def _dot(r, f, planes, k, top, left, side):
-    """<r, the image of a unit impulse of map k>, with all its taps, from pixel (top, left).
-
-    side: None, or a tuple as long as the sides of the filters.
-    """
-    if side is None:
-        h, w = f.shape[2], f.shape[3]
-    else:
-        h, w = len(side), len(side)
-    total = r.dtype.type(0)
+def _dot(r, f, planes, k, top, left):
+    """<r, the image of a unit impulse of map k>, with all its taps, from pixel (top, left)."""
+    H, W, h, w = r.shape[1], r.shape[2], f.shape[2], f.shape[3]
+    zeros = fill(r.dtype.type(0))
+    # Two sums, because an addition takes as long as several of them may start in.
+    even, odd = zeros, zeros
     for s in range(planes.shape[1]):
         c = planes[k, s]
         if c < 0:
             break
-        for m in range(h):
-            for q in range(w):
-                total += r[c, top + m, left + q] * f[k, c, m, q]
-    return total
+        pixel, tap = (c * H + top) * W + left, (k * f.shape[1] + c) * h * w
+        for v in range(0, w, LANES):
+            for m in range(0, h - 1, 2):
+                x, u = pixel + m * W + v, tap + m * w + v
+                even = multiply_add(load(r, x), load(f, u), even)
+                odd = multiply_add(load(r, x + W), load(f, u + w), odd)
+            if h % 2:
+                m = h - 1
+                odd = multiply_add(load(r, pixel + m * W + v), load(f, tap + m * w + v), odd)
+                even, odd = odd, even
+    return total(add(even, odd))
 
 
 @_inlined
-def _paint(r, amount, f, planes, k, top, left, side):
+def _paint(r, amount, f, planes, k, top, left):
     """r += amount * the image of a unit impulse of map k, with all its taps, from (top, left)."""
-    if side is None:
-        h, w = f.shape[2], f.shape[3]
-    else:
-        h, w = len(side), len(side)
+    H, W, h, w = r.shape[1], r.shape[2], f.shape[2], f.shape[3]
+    amounts = fill(amount)
     for s in range(planes.shape[1]):
         c = planes[k, s]
         if c < 0:
             break
+        pixel, tap = (c * H + top) * W + left, (k * f.shape[1] + c) * h * w
         for m in range(h):
-            for q in range(w):
-                r[c, top + m, left + q] += amount * f[k, c, m, q]
+            for v in range(0, w, LANES):
+                x, u = pixel + m * W + v, tap + m * w + v
+                store(r, x, multiply_add(amounts, load(f, u), load(r, x)))
 
 
 @_inlined
 def _dot_at(r, f, k, rows, columns, mask, i, j):
     """<mask r, the image of a unit impulse at (i, j) of map k>."""
-    total = r.dtype.type(0)
+    H, W, h, w = r.shape[1], r.shape[2], f.shape[2], f.shape[3]
+    sums = fill(r.dtype.type(0))
     for c in range(f.shape[1]):
         for a in range(rows.length.shape[1]):
             for m in range(rows.length[i, a]):
-                x, u = rows.pixel[i, a] + m, rows.tap[i, a] + m
+                pixel = (c * H + rows.pixel[i, a] + m) * W
+                tap = ((k * f.shape[1] + c) * h + rows.tap[i, a] + m) * w
                 for b in range(columns.length.shape[1]):
-                    left, v = columns.pixel[j, b], columns.tap[j, b]
-                    for q in range(columns.length[j, b]):
-                        value = r[c, x, left + q] * f[k, c, u, v + q]
-                        total += value * mask[c, x, left + q] if mask.size else value
-    return total
+                    x, u = pixel + columns.pixel[j, b], tap + columns.tap[j, b]
+                    for v in range(0, columns.length[j, b], LANES):
+                        taps = load_first(f, u + v, columns.length[j, b] - v)
+                        if mask.size:
+                            taps = multiply(taps, load(mask, x + v))
+                        sums = multiply_add(load(r, x + v), taps, sums)
+    return total(sums)
 
 
 @_inlined
 def _paint_at(r, amount, f, k, rows, columns, mask, i, j):
     """r += amount * mask * the image of a unit impulse at (i, j) of map k."""
+    H, W, h, w = r.shape[1], r.shape[2], f.shape[2], f.shape[3]
+    amounts = fill(amount)
     for c in range(f.shape[1]):
         for a in range(rows.length.shape[1]):
             for m in range(rows.length[i, a]):
-                x, u = rows.pixel[i, a] + m, rows.tap[i, a] + m
+                pixel = (c * H + rows.pixel[i, a] + m) * W
+                tap = ((k * f.shape[1] + c) * h + rows.tap[i, a] + m) * w
                 for b in range(columns.length.shape[1]):
-                    left, v = columns.pixel[j, b], columns.tap[j, b]
-                    for q in range(columns.length[j, b]):
-                        value = amount * f[k, c, u, v + q]
-                        r[c, x, left + q] += value * mask[c, x, left + q] if mask.size else value
+                    x, u = pixel + columns.pixel[j, b], tap + columns.tap[j, b]
+                    for v in range(0, columns.length[j, b], LANES):
+                        taps = load_first(f, u + v, columns.length[j, b] - v)
+                        if mask.size:
+                            taps = multiply(taps, load(mask, x + v))
+                        store(r, x + v, multiply_add(amounts, taps, load(r, x + v)))
 
 
 @_compiled
@@ -265,7 +285,7 @@ def subtract(r, filters, grid, active_set):
             if z[n, u] != 0:
                 k = g[n] * z.shape[1] + u
                 if complete:
-                    _paint(r, -z[n, u], f, planes, k, top, left, None)
+                    _paint(r, -z[n, u], f, planes, k, top, left)
                 else:
                     _paint_at(r, -z[n, u], f, k, rows, columns, mask, i[n], j[n])
 
@@ -321,7 +341,6 @@ def descend(r, filters, grid, active_set, starts, bands, sweeps, lam, p, positiv
     g, i, j, z, L, weight = active_set
     rows, columns, mask = grid
     tops, lefts, masked = rows.first, columns.first, mask.size > 0
-    side = f.shape[2] if f.shape[2] == f.shape[3] else 0
     G = 1 if group is None else group
     for s in bands:
         for _ in range(sweeps):
@@ -338,12 +357,8 @@ def descend(r, filters, grid, active_set, starts, bands, sweeps, lam, p, positiv
                     k = g[n] * G + u
                     if not complete:
                         c = _dot_at(r, f, k, rows, columns, mask, i[n], j[n])
-                    elif side == 3:
-                        c = _dot(r, f, planes, k, top, left, _THREE)
-                    elif side == 5:
-                        c = _dot(r, f, planes, k, top, left, _FIVE)
                     else:
-                        c = _dot(r, f, planes, k, top, left, None)
+                        c = _dot(r, f, planes, k, top, left)
                     v[u] = z[n, u] + c / L[n]
                     if positive and v[u] < 0:
                         v[u] = 0
@@ -363,10 +378,6 @@ def descend(r, filters, grid, active_set, starts, bands, sweeps, lam, p, positiv
                         k = g[n] * G + u
                         if not complete:
                             _paint_at(r, -d, f, k, rows, columns, mask, i[n], j[n])
-                        elif side == 3:
-                            _paint(r, -d, f, planes, k, top, left, _THREE)
-                        elif side == 5:
-                            _paint(r, -d, f, planes, k, top, left, _FIVE)
                         else:
-                            _paint(r, -d, f, planes, k, top, left, None)
+                            _paint(r, -d, f, planes, k, top, left)
                         z[n, u] += d

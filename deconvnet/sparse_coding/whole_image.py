@@ -117,11 +117,10 @@ class SparseSolution:
 
     def synthesis(self) -> Tensor:
         """F z (1, C, H, W), without the mask."""
-        image = torch.zeros_like(self.residual, memory_format=torch.contiguous_format)
         plain = Deconvolution(self.A.f, self.A.boundary)
-        atoms = Atoms(plain, image, self.coefficients.z.shape[1])
-        image = atoms.stored(image)
-        kernels.subtract(atoms.pixels(image[0]), atoms.filters, atoms.grid(0), self.coefficients)
+        atoms = Atoms(plain, self.residual, self.coefficients.z.shape[1])
+        image, pixels = atoms.zeros(1)
+        kernels.subtract(pixels[0], atoms.filters, atoms.grid(0), self.coefficients)
         return image.neg_()
 
 
@@ -170,7 +169,7 @@ class PilotWeights:
 
     def __init__(self, thresholds: Thresholds, lam: float, atoms: Atoms):
         self.thresholds, self.lam, self.atoms = thresholds, lam, atoms
-        self.pilot = atoms.stored(thresholds.pilot.to(atoms.f))
+        self.pilot = atoms.frames(thresholds.pilot.to(atoms.f))
         f, group = atoms.f, atoms.group
         self.inverse = np.ones(len(f) // group, atoms.dtype)
         self.least = torch.finfo(f.dtype).tiny
@@ -181,14 +180,14 @@ class PilotWeights:
             values.to(f).view(-1, group).numpy()
             for values in (thresholds.per_map(), thresholds.gain)
         )
-        rows, columns = map_size(self.pilot.shape[2:], f.shape[2:], atoms.boundary)
+        rows, columns = map_size(self.pilot.images.shape[2:], f.shape[2:], atoms.boundary)
         self.is_cached = 4 * len(f) * rows * columns <= CACHE_BYTES
         self.cache: dict[int, Tensor] = {}
 
     def divide_by_limits(self, n: int, rows: slice, c: Tensor) -> None:
         if rows.start == 0:
             atoms = self.atoms
-            self.strips = correlate_strips(self.pilot, atoms.f, atoms.boundary)
+            self.strips = correlate_strips(self.pilot.images, atoms.f, atoms.boundary)
         limits = self.cache.get(rows.start)
         if limits is None:
             # Residual and pilot have the same strips, since they have the same shape.
@@ -203,8 +202,7 @@ class PilotWeights:
         atoms = self.atoms
         grid = Grid(*atoms.axes, np.empty((0, 0, 0), atoms.dtype))
         c = np.empty((len(g), atoms.group), atoms.dtype)
-        pilot = atoms.pixels(self.pilot[0])
-        kernels.correlations_at(pilot, atoms.filters.f, grid, g, i, j, c)
+        kernels.correlations_at(self.pilot.pixels[0], atoms.filters.f, grid, g, i, j, c)
         c, gain = np.abs(c), self.gain[g]
         strength = np.divide(c, gain, out=np.zeros_like(c), where=gain > 0).mean(1)
         level = atoms.dtype(self.thresholds.level)

@@ -28,7 +28,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -42,6 +42,7 @@ from deconvnet.sparse_coding.descent import CoordinateDescent, is_expanded_zero
 from deconvnet.sparse_coding.prior import Prior
 from deconvnet.sparse_coding.problem import Problem, data_term
 from deconvnet.support.thread_pool import run_all
+from deconvnet.support.vectors import LANES, padded
 
 # A pass over all coefficients costs as much as several sweeps over the working set. Between two
 # passes, even and odd bands alternate TURNS times, and each time a band is swept SWEEPS times.
@@ -54,6 +55,17 @@ GROWTH = 3
 CHANNELS_LAST, TURNS_OF_CHANNELS, PARTS = 16, 1, 4
 
 
+class Frames(NamedTuple):
+    """Images as the loops take them: a row has LANES more numbers, which vectors read and write.
+
+    images (N, C, H, W): a view without those numbers, which stay 0. pixels (N, C, H, W + LANES) or,
+    if channels are last, (N, 1, H, W C + LANES).
+    """
+
+    images: Tensor
+    pixels: np.ndarray
+
+
 class Atoms:
     """The filters as used by the compiled loops, with their footprints and curvatures.
 
@@ -62,7 +74,7 @@ class Atoms:
 
     If there are many channels, those of a pixel are next to each other in memory (`channels_last`):
     the loops see images of one channel and W C columns, (1, H, W C), and filters (K, 1, h, w C), so
-    that a row of a filter is one run of memory.
+    that a row of a filter is one run of memory. Such rows are padded with zeros to whole vectors.
     """
 
     def __init__(self, A: Deconvolution, b: Tensor, group: int):
@@ -70,38 +82,42 @@ class Atoms:
         C = b.shape[1]
         dense = C >= CHANNELS_LAST and bool(self.f.any(3).any(2).float().mean() > 0.5)
         self.channels_last = dense
+        self.image_size, self.dtype = b.shape[1:], self.f.numpy().dtype.type
         self.mask = None
         if A.mask is not None:
-            self.mask = self.stored(A.mask.detach().to(b).expand_as(b))
-        self.dtype = self.f.numpy().dtype.type
-        filters = [self.pixels(f) for f in self.stored(self.f)] if dense else self.f.numpy()
-        self.filters = Filters.from_array(np.stack(filters) if dense else filters)
+            self.mask = self.frames(A.mask.detach().to(b).expand_as(b))
+        f = self.f.permute(0, 2, 3, 1).flatten(2)[:, None] if dense else self.f
+        self.filters = Filters.from_array(padded(f.numpy()))
         sides = zip(b.shape[2:], self.f.shape[2:], strict=True)
         rows, columns = (footprint(self.boundary, *side) for side in sides)
         self.axes = [rows, columns.repeated(C) if dense else columns]
         self.map_size = map_size(b.shape[2:], self.f.shape[2:], self.boundary)
         self.curvature = _group_curvatures(self.f, group)
-        self._zeros = (1, b.shape[2], C * b.shape[3]) if dense else b.shape[1:]
 
-    def stored(self, images: Tensor) -> Tensor:
-        """Images (N, C, H, W) in the memory format of the loops."""
-        form = torch.channels_last if self.channels_last else torch.contiguous_format
-        return images.contiguous(memory_format=form)
+    def zeros(self, N: int) -> Frames:
+        """N images of zeros, as the loops take them."""
+        C, H, W = self.image_size
+        rows = (1, H, W * C) if self.channels_last else (C, H, W)
+        pixels = np.zeros((N, *rows[:2], rows[2] + LANES), self.dtype)
+        images = torch.from_numpy(pixels)[..., : rows[2]]
+        if self.channels_last:
+            images = images[:, 0].unflatten(2, (W, C)).permute(0, 3, 1, 2)
+        return Frames(images, pixels)
 
-    def pixels(self, image: Tensor) -> np.ndarray:
-        """A view of an image (C, H, W), one of those of `stored`, as the loops take it."""
-        if not self.channels_last:
-            return image.numpy()
-        return image.permute(1, 2, 0).flatten(1)[None].numpy()
+    def frames(self, images: Tensor) -> Frames:
+        """A copy of images (N, C, H, W), as the loops take them."""
+        frames = self.zeros(len(images))
+        frames.images.copy_(images)
+        return frames
 
     def grid(self, n: int) -> Grid:
         """The footprints and the mask of an image."""
-        mask = np.empty((0, 0, 0), self.dtype) if self.mask is None else self.pixels(self.mask[n])
+        mask = np.empty((0, 0, 0), self.dtype) if self.mask is None else self.mask.pixels[n]
         return Grid(*self.axes, mask)
 
     def curvatures_at(self, n: int, g: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
         """L (m,) of coefficients at these positions of an image."""
-        scratch, L = np.zeros(self._zeros, self.dtype), np.empty(len(g), self.dtype)
+        scratch, L = self.zeros(1).pixels[0], np.empty(len(g), self.dtype)
         where = self.grid(n), g, i, j
         kernels.curvatures(self.filters.f, self.group, self.curvature, *where, scratch, L)
         return L
@@ -119,8 +135,10 @@ class Bands:
 
     @classmethod
     def of(cls, maps: tuple[int, int], filters: tuple[int, int]) -> Bands:
+        # Along a row, vectors write up to LANES - 1 unchanged pixels beyond the end of a filter.
+        reaches = filters[0], filters[1] + LANES - 1
         by_rows, by_columns = (
-            max(1, side // reach // 2 * 2) for side, reach in zip(maps, filters, strict=True)
+            max(1, side // reach // 2 * 2) for side, reach in zip(maps, reaches, strict=True)
         )
         return cls(by_rows) if by_rows > 1 else cls(by_columns, of_columns=True)
 
@@ -157,8 +175,9 @@ class WorkingSetSolver(CoordinateDescent):
     def __init__(self, problem: Problem, atoms: Atoms, weights: Weights):
         super().__init__(problem)
         self.atoms, self.weights = atoms, weights
-        self.residual = atoms.stored(torch.empty_like(self.b))
         N = len(self.b)
+        self.frames = atoms.zeros(N)
+        self.residual = self.frames.images
         self.maps_shape = (len(atoms.f), *atoms.map_size)
         self.bands = Bands.of(atoms.map_size, tuple(atoms.f.shape[2:]))
         bands = np.arange(self.bands.number)
@@ -219,7 +238,8 @@ class WorkingSetSolver(CoordinateDescent):
         self.correlated = False
 
     def _refresh_residual(self, n: int) -> None:
-        e, r = self.active[n], self.atoms.pixels(self.residual[n].copy_(self.b[n]))
+        self.residual[n].copy_(self.b[n])
+        e, r = self.active[n], self.frames.pixels[n]
         kernels.subtract(r, self.atoms.filters, self.atoms.grid(n), e)
         length, p = np.linalg.norm(e.z.astype(np.float64), axis=1), self.problem.prior.p
         prior = e.weight @ (length**p if p else (length > 0).astype(np.float64))
@@ -230,7 +250,7 @@ class WorkingSetSolver(CoordinateDescent):
         atoms = self.atoms
         r = self.residual if len(images) == len(self.images) else self.residual[images]
         if atoms.mask is not None:
-            r = atoms.mask[images] * r
+            r = atoms.mask.images[images] * r
         largest, by_row = dict.fromkeys(images, 0.0), {}
         for part, rows, c in correlate_strips(r, atoms.f, atoms.boundary):
             if self.problem.prior.non_negative:
@@ -341,7 +361,7 @@ class WorkingSetSolver(CoordinateDescent):
         """Step 3, in bands that do not touch."""
         atoms, prior, number = self.atoms, self.problem.prior, self.atoms.dtype
         kernels.descend(
-            *(atoms.pixels(self.residual[n]), atoms.filters, atoms.grid(n), self.active[n]),
+            *(self.frames.pixels[n], atoms.filters, atoms.grid(n), self.active[n]),
             *(self.starts[n], bands, SWEEPS),
             *(number(self.problem.lam), number(prior.p), prior.non_negative),
             *(atoms.group if atoms.group > 1 else None, np.empty(atoms.group, number)),

@@ -644,7 +644,8 @@ def test_sweeps_call_no_function_of_which_a_process_may_have_two_copies():
     grid, active = atoms.grid(0), solver.active[0]
     starts, one = np.zeros(solver.bands.number + 1, np.int64), np.float64(1)
     bands, v = solver.turns[0], np.empty(1)
-    sweep(b[0].numpy(), atoms.filters, grid, active, starts, bands, 1, one, one, False, None, v)
+    r = solver.frames.pixels[0]
+    sweep(r, atoms.filters, grid, active, starts, bands, 1, one, one, False, None, v)
     (code,) = sweep.inspect_llvm().values()
     called = re.findall(r"call[^\n]*kernels\w*?(_dot|_paint|_shrunk)", code)
     assert "define" in code and not called

@@ -1,0 +1,186 @@
+"""Vectors of a fixed number of lanes for compiled loops, whatever the compiler makes of the loops.
+
+A variable in such a loop holds LANES numbers, and a step is one instruction of the processor, or
+several if its registers are shorter. Arrays are contiguous and indexed by element, as if flat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.core.errors import TypingError
+from numba.extending import intrinsic, models, register_model
+
+LANES = 8
+
+_INDEX = ir.IntType(32)
+_CONTRACT = ("contract",)
+
+
+class Vector(types.Type):
+    """The type of a vector of these numbers."""
+
+    def __init__(self, dtype: types.Type):
+        self.dtype = dtype
+        super().__init__(name=f"Vector({dtype})")
+
+
+@register_model(Vector)
+class _Model(models.PrimitiveModel):
+    def __init__(self, manager: Any, kind: Vector):
+        number = manager[kind.dtype].get_value_type()
+        super().__init__(manager, kind, ir.VectorType(number, LANES))
+
+
+@intrinsic
+def load(typing: Any, array: types.Array, index: types.Type) -> tuple:
+    """The numbers array[index], array[index + 1], ..."""
+    vector = _vector_of(array)
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: list) -> ir.Value:
+        numbers = builder.load(_pointer(context, builder, array, *values))
+        numbers.align = _alignment(context, array)
+        return numbers
+
+    return vector(array, types.intp), generate
+
+
+@intrinsic
+def load_first(typing: Any, array: types.Array, index: types.Type, count: types.Type) -> tuple:
+    """The first `count` numbers from array[index] on, then zeros; these are not read."""
+    vector = _vector_of(array)
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: list) -> ir.Value:
+        data, index, count = values
+        pointer = _pointer(context, builder, array, data, index)
+        of = pointer.type.pointee
+        lanes = ir.VectorType(_INDEX, LANES)
+        counts = _splat(builder, builder.trunc(count, _INDEX))
+        mask = builder.icmp_signed("<", ir.Constant(lanes, list(range(LANES))), counts)
+        signature = ir.FunctionType(of, [pointer.type, _INDEX, mask.type, of])
+        name = f"llvm.masked.load.v{LANES}f{8 * context.get_abi_sizeof(of.element)}.p0"
+        function = cgutils.get_or_insert_function(builder.module, signature, name)
+        alignment = ir.Constant(_INDEX, _alignment(context, array))
+        return builder.call(function, [pointer, alignment, mask, ir.Constant(of, None)])
+
+    return vector(array, types.intp, types.intp), generate
+
+
+@intrinsic
+def store(typing: Any, array: types.Array, index: types.Type, vector: Vector) -> tuple:
+    """Write a vector to array[index], array[index + 1], ..."""
+    _check_vectors(array.dtype, vector, _vector_of(array))
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: list) -> ir.Value:
+        data, index, numbers = values
+        stored = builder.store(numbers, _pointer(context, builder, array, data, index))
+        stored.align = _alignment(context, array)
+        return context.get_dummy_value()
+
+    return types.none(array, types.intp, vector), generate
+
+
+@intrinsic
+def fill(typing: Any, number: types.Type) -> tuple:
+    """A vector of the same number."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: list) -> ir.Value:
+        return _splat(builder, values[0])
+
+    return Vector(number)(number), generate
+
+
+@intrinsic
+def multiply(typing: Any, a: Vector, b: Vector) -> tuple:
+    """a b."""
+    return _arithmetic(lambda builder, a, b: builder.fmul(a, b), a, b)
+
+
+@intrinsic
+def add(typing: Any, a: Vector, b: Vector) -> tuple:
+    """a + b."""
+    return _arithmetic(lambda builder, a, b: builder.fadd(a, b), a, b)
+
+
+@intrinsic
+def multiply_add(typing: Any, a: Vector, b: Vector, c: Vector) -> tuple:
+    """a b + c, rounded once where the processor can."""
+
+    def generate(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+        return builder.fadd(builder.fmul(a, b, flags=_CONTRACT), c, flags=_CONTRACT)
+
+    return _arithmetic(generate, a, b, c)
+
+
+@intrinsic
+def total(typing: Any, a: Vector) -> tuple:
+    """The sum of the lanes, of the first and the second half, and so on."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: list) -> ir.Value:
+        numbers, lanes = values[0], LANES
+        while lanes > 1:
+            lanes //= 2
+            halves = (
+                builder.shuffle_vector(
+                    numbers,
+                    numbers,
+                    ir.Constant(ir.VectorType(_INDEX, lanes), list(range(first, first + lanes))),
+                )
+                for first in (0, lanes)
+            )
+            numbers = builder.fadd(*halves)
+        return builder.extract_element(numbers, ir.Constant(_INDEX, 0))
+
+    return a.dtype(a), generate
+
+
+def padded(rows: np.ndarray) -> np.ndarray:
+    """The same with zeros appended to the last axis, up to a multiple of LANES."""
+    length = rows.shape[-1]
+    whole = np.zeros((*rows.shape[:-1], -(-length // LANES) * LANES), rows.dtype)
+    whole[..., :length] = rows
+    return whole
+
+
+def _arithmetic(operation: Callable, *vectors: Vector) -> tuple:
+    _check_vectors(vectors[0].dtype, *vectors)
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: list) -> ir.Value:
+        return operation(builder, *values)
+
+    return vectors[0](*vectors), generate
+
+
+def _vector_of(array: types.Array) -> Vector:
+    if array.layout != "C":
+        raise TypingError(f"vectors are of contiguous arrays, not of {array}")
+    return Vector(array.dtype)
+
+
+def _check_vectors(dtype: types.Type, *vectors: types.Type) -> None:
+    if any(not isinstance(vector, Vector) or vector.dtype != dtype for vector in vectors):
+        raise TypingError(f"not vectors of {dtype}: {', '.join(map(str, vectors))}")
+
+
+def _pointer(
+    context: Any, builder: ir.IRBuilder, array: types.Array, data: ir.Value, index: ir.Value
+) -> ir.Value:
+    """The address of array[index], of a vector."""
+    first = context.make_array(array)(context, builder, data).data
+    element = builder.gep(first, [index], inbounds=True)
+    return builder.bitcast(element, context.get_value_type(Vector(array.dtype)).as_pointer())
+
+
+def _alignment(context: Any, array: types.Array) -> int:
+    return context.get_abi_sizeof(context.get_value_type(array.dtype))
+
+
+def _splat(builder: ir.IRBuilder, number: ir.Value) -> ir.Value:
+    nothing = ir.Constant(ir.VectorType(number.type, LANES), ir.Undefined)
+    one = builder.insert_element(nothing, number, ir.Constant(_INDEX, 0))
+    first = ir.Constant(ir.VectorType(_INDEX, LANES), [0] * LANES)
+    return builder.shuffle_vector(one, nothing, first)
