@@ -42,8 +42,10 @@ are: deconvolutional networks and convolutional sparse coding.
 
 {commands}
 
-  deconvnet COMMAND --help    what the command does, and all its settings
-  deconvnet --version         the version of deconvnet
+  deconvnet COMMAND --help      what the command does, and its main settings
+  deconvnet COMMAND --help all  all its settings
+  deconvnet --completion        a script for bash and zsh; Tab then completes
+  deconvnet --version           the version of deconvnet
 
 Start with: deconvnet train +layers=2"""
 
@@ -55,6 +57,10 @@ def main() -> None:
         _print(_help())
     elif first in ("--version", "-V"):
         _print(f"deconvnet {__version__}")
+    elif first == "--completion":
+        from deconvnet.cli.completion import script
+
+        _print(script())
     elif first.replace("_", "-") in COMMANDS:
         call = (*_program(sys.argv[0]), first)
         sys.argv[1:] = sys.argv[2:]

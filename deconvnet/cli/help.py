@@ -1,6 +1,8 @@
-"""The --help page of a command: each setting with its current value and its meaning.
+"""The --help page of a command: settings with their current values and their meanings.
 
-The meaning of a setting is the comment at its field in the dataclass, its only definition.
+The meaning of a setting is the comment at its field in the dataclass, its only definition. `--help`
+fits on a screen: of a command with more settings, it has the most important ones, and the first
+sentence of their meanings. `--help all` has everything.
 """
 
 from __future__ import annotations
@@ -16,30 +18,114 @@ from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Any, get_args, get_type_hints
 
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from deconvnet.cli.setting_keys import without_none
+from deconvnet.cli.setting_keys import annotation_of, keys_of, without_none
 
 WIDTH = 80
 # Where the meanings begin, unless a key is longer.
 COLUMN = 30
+
+# The most important settings of commands that have more than fit on a screen.
+FIRST = {
+    "train": (
+        *("data", "data.path", "data.size", "data.max_images", "preprocessing"),
+        *("model", "layers", "model.layer1.num_maps", "model.layer1.filter_size"),
+        *("model.layer1.lam", "model.layer1.learning.epochs"),
+        *("name", "resume", "init", "device"),
+    ),
+    "visualize": (
+        *("run", "model", "weights", "images", "max_images", "layers", "maps", "k", "method"),
+        *("size", "control", "explorer_images", "output", "device"),
+    ),
+    "occlusion": (
+        *("run", "model", "weights", "images", "max_images", "layer", "map", "label"),
+        *("square", "stride", "size", "output", "device"),
+    ),
+    "correspondence": (
+        *("boxes", "run", "model", "weights", "layers", "draws", "within", "output", "device"),
+    ),
+    "classify": (
+        *("run", "data.path", "data.test", "features", "layers", "train", "test", "splits"),
+        *("words", "levels", "beside", "output", "device"),
+    ),
+    "train_cnn": (
+        *("data", "data.path", "data.dataset", "data.download", "data.size", "color", "images"),
+        *("width", "epochs", "batch", "learning_rate", "name", "device"),
+    ),
+}
 
 NOTES = """\
 Quote names and paths for the shell only: 'name=photo (1)'. Write several as a
 list: [a,b]. -m runs the command once for each of several values: -m seed=0,1
 
 Your own files of settings: with --config-dir DIR, +GROUP=NAME reads
-DIR/GROUP/NAME.yaml, which must begin with the line # @package _global_
-
-"""
+DIR/GROUP/NAME.yaml, which must begin with the line # @package _global_"""
 
 
-def help_page(schema: type, cfg: DictConfig) -> str:
-    """Notes for all commands, and the settings with their values in a configuration."""
+def full_page(command: str, schema: type, cfg: DictConfig) -> str:
+    """The help page of `--help all`, with the values of a configuration.
+
+    A template for Hydra, which fills in the choices of groups.
+    """
+    heading = "Settings, with their values under this command line:"
+    parts = [cfg.hydra.help.header, cfg.hydra.help.footer, NOTES, heading]
+    return "\n\n".join([part for part in parts if part] + [all_settings(schema, cfg)])
+
+
+def short_page(command: str, schema: type, cfg: DictConfig) -> str:
+    """The help page of `--help`, which fits on a screen; a template for Hydra."""
+    if command in FIRST:
+        lines = [line for key in FIRST[command] for line in _first(key, schema, cfg)]
+        settings = _escaped("\n".join(lines))
+        what = f"All {len(list(keys_of(schema)))} settings"
+        what += ", and more examples" if cfg.hydra.help.footer else ""
+    else:
+        settings, what = all_settings(schema, cfg), "Lists, quotes, and files of settings"
+    more = f"{what}: deconvnet {command.replace('_', '-')} --help all"
+    return "\n\n".join([cfg.hydra.help.header, settings, more])
+
+
+def all_settings(schema: type, cfg: DictConfig) -> str:
+    """All settings, with their values in a configuration and their meanings."""
+    return _escaped("\n".join(_section(_values(cfg), schema, "")))
+
+
+def _values(cfg: DictConfig) -> dict[str, Any]:
     values = OmegaConf.to_container(cfg, resolve=False)
     values.pop("hydra", None)
-    lines = _section(values, schema, "")
-    return f"{NOTES}Settings, with their values under this command line:\n\n" + "\n".join(lines)
+    return values
+
+
+def _escaped(text: str) -> str:
+    """A text as Hydra's template for it."""
+    return text.replace("$", "$$")
+
+
+def _first(key: str, schema: type, cfg: DictConfig) -> list[str]:
+    """One of the first settings, with its meaning in short and what null means if it is null."""
+    above, _, name = key.rpartition(".")
+    owner = without_none(annotation_of(schema, above)[0])[0] if above else schema
+    meaning = _in_short(comments(owner)[name])
+    if chosen := OmegaConf.select(cfg, f"hydra.runtime.choices.{key}"):
+        options = GlobalHydra.instance().config_loader().get_group_options(key)
+        meaning = meaning.replace("a choice above", ", ".join(options))
+        return _entry(f"{key}={chosen}", meaning)
+    value: Any = _values(cfg)
+    for part in key.split("."):
+        value = value[part]
+    if value is None and (null := _OF_NULL.search(comments(owner)[name])):
+        meaning += f"; {null[0]}"
+    return _setting(key, value, meaning)
+
+
+_OF_NULL = re.compile(r"\bnull: .+?(?=;| \||[.] |[.]?$)")
+
+
+def _in_short(meaning: str) -> str:
+    """The first sentence of a meaning, without parentheses."""
+    return re.sub(r" \([^()]*\)", "", re.split(r"[;.] ", meaning)[0].rstrip("."))
 
 
 def _section(values: dict[str, Any], schema: Any, indent: str) -> Iterator[str]:
@@ -55,9 +141,7 @@ def _section(values: dict[str, Any], schema: Any, indent: str) -> Iterator[str]:
             yield from _entry(f"{indent}{name}", meaning)
             yield from _section(value, types[name], indent + "  ")
         else:
-            needed = value == MISSING
-            setting = f"{indent}{name}={'...' if needed else text_of(value)}"
-            yield from _entry(setting, f"(needed) {meaning}" if needed else meaning)
+            yield from _setting(f"{indent}{name}", value, meaning)
 
 
 def _layers(layers: dict[str, Any], schema: type, indent: str) -> Iterator[str]:
@@ -83,6 +167,13 @@ def _different(values: dict[str, Any], others: dict[str, Any], prefix: str = "")
 
 
 _WHOLE = {"break_long_words": False, "break_on_hyphens": False}
+
+
+def _setting(key: str, value: Any, meaning: str) -> list[str]:
+    """One setting with its value."""
+    if value == MISSING:
+        return _entry(f"{key}=...", f"(needed) {meaning}")
+    return _entry(f"{key}={text_of(value)}", meaning)
 
 
 def _entry(setting: str, meaning: str) -> list[str]:

@@ -30,6 +30,8 @@ def explain_refusal(error: BaseException, schema: type) -> str | None:
         return _no_setting(schema, match[1])
     if match := re.search(r"Could not override '([^'@]*)'\. No match in the defaults", message):
         below = annotation_of(schema, match[1])
+        if below is None and (plus := re.search(r"use (\+\S+=.*)$", message, re.MULTILINE)):
+            return f"{match[1]}: needs a plus: use {plus[1]}"
         names = [field.name for field in fields(below[0])] if below else []
         return names and f"{match[1]}: is no setting itself; there are " + ", ".join(
             f"{match[1]}.{name}" for name in names

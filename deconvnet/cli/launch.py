@@ -18,8 +18,9 @@ import hydra
 from deconvnet.cli.arguments import for_hydra
 from deconvnet.cli.config_files import check_names, read_files_as_written
 from deconvnet.cli.errors import WANTS_TRACEBACK, end_of_pipe, explain
+from deconvnet.cli.help import full_page
 from deconvnet.cli.printed_commands import remember
-from deconvnet.cli.read_settings import register
+from deconvnet.cli.read_settings import register, register_help
 from deconvnet.cli.settings import SCHEMAS
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -39,9 +40,19 @@ def launch(command: str, call: tuple[str, ...]) -> None:
     name = command.replace("-", "_")
     module = importlib.import_module(f"deconvnet.cli.{name}")
     register()
+    if _asks_for_all(sys.argv):
+        register_help(full_page)
     folder = PACKAGE / "cli" if name in OWN_FOLDER else CONFIGS
     read_settings = hydra.main(version_base="1.3", config_path=str(folder), config_name=name)
     run(read_settings(module.main), SCHEMAS[name], call)
+
+
+def _asks_for_all(arguments: list[str]) -> bool:
+    """Whether `--help all` is among the arguments, of which Hydra knows --help alone."""
+    wanted = "all" in arguments and not {"--help", "-h"}.isdisjoint(arguments)
+    if wanted:
+        arguments.remove("all")
+    return wanted
 
 
 def run(main: Callable[[], None], schema: type, call: tuple[str, ...]) -> None:

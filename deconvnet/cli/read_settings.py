@@ -17,7 +17,7 @@ from hydra._internal.hydra import Hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from deconvnet.cli.help import WIDTH, help_page
+from deconvnet.cli.help import WIDTH, short_page
 from deconvnet.cli.settings import SCHEMAS
 from deconvnet.storage import ownership
 
@@ -31,7 +31,7 @@ def register() -> None:
     """Register the types of the settings with Hydra, so that it rejects wrong keys and values."""
     OmegaConf.register_new_resolver("inside", _inside, replace=True)
     OmegaConf.register_new_resolver("last_part", _last_part, replace=True)
-    OmegaConf.register_new_resolver("help", _help, replace=True)
+    register_help(short_page)
     # Hydra copies the store with everything that refers to it, 33 times for a help page, though
     # nothing is added to it after the schemas below.
     ConfigStore.__deepcopy__ = lambda store, _: store
@@ -39,6 +39,15 @@ def register() -> None:
     for name, schema in SCHEMAS.items():
         store.store(name=f"{name}_schema", node=schema)
     _wrap_choices()
+
+
+def register_help(page: Callable[[str, type, DictConfig], str]) -> None:
+    """Register what --help shows of a command, given its name, schema and configuration."""
+
+    def shown(command: str, *, _root_: DictConfig) -> str:
+        return page(command, SCHEMAS[command], _root_)
+
+    OmegaConf.register_new_resolver("help", shown, replace=True)
 
 
 def _wrap_choices() -> None:
@@ -68,11 +77,6 @@ def _last_part(model: object) -> str:
     """The name of a model without where it comes from: resnet50 of torchvision/resnet50."""
     name = str(model).replace("\\", "/").rpartition("/")[2].rpartition(":")[2]
     return name.removesuffix(".safetensors")
-
-
-def _help(command: str, *, _root_: DictConfig) -> str:
-    """The end of a command's --help page; dollars are escaped, since Hydra substitutes names."""
-    return help_page(SCHEMAS[command], _root_).replace("$", "$$")
 
 
 def read_settings(cfg: DictConfig) -> Any:

@@ -84,7 +84,7 @@ class TrainConfig:
         if self.layers is not None and not 1 <= self.layers <= len(expected):
             raise ValueError(
                 f"layers={self.layers}: this model defines {len(expected)} layers; choose 1 to "
-                f"{len(expected)}"
+                f"{len(expected)}, or define a deeper model (--help all shows how)"
             )
         if not 1 <= self.patience < math.inf:
             raise ValueError(f"patience={self.patience}: is in seconds, at least 1")
@@ -495,7 +495,7 @@ class TrainCnnConfig:
     name: str
     # the images and their classes: data=torchvision, or data=folder, whose folders are the classes
     data: DataSettings
-    # grey: one plane; or rgb
+    # planes of the images: grey (one) or rgb
     color: str = "grey"
     # train on this many images, drawn at random; null: all
     images: int | None = 12000

@@ -47,8 +47,9 @@ class DataSettings:
     name: str = "photographs"
     # photographs | folder | list | shards | torchvision | array
     source: str = "photographs"
-    # folder: the folder; list: a text file with one path per line; shards: a .tar file, or a folder
-    # of them; torchvision: the root folder; array: a .npy or .npz file of (N, C, H, W)
+    # the folder, file or list of the images; list: a text file with one path per line; shards: a
+    # .tar file, or a folder of them; torchvision: the root folder; array: a .npy or .npz file of
+    # (N, C, H, W)
     path: str | None = None
     # torchvision: name of the class, such as CIFAR10
     dataset: str | None = None
@@ -62,9 +63,9 @@ class DataSettings:
     fit: str = "crop"
     # photographs: scale factor before they are cropped, above 0 and at most 1
     scale: float = 0.5
-    # use at most this many images: of photographs, the crops with the most texture; of a folder,
-    # files at equal distances in the order of their paths, so of every class; else the first
-    # images; null: all
+    # use at most this many images; null: all. Of photographs, the crops with the most texture; of a
+    # folder, files at equal distances in the order of their paths, so of every class; else the
+    # first images
     max_images: int | None = 24
     # training: which pixels are seen; the others may have any value. null: all | alpha: those that
     # are not transparent | a folder of masks with the names of the images, black where unseen

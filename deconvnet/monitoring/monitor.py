@@ -47,6 +47,7 @@ from deconvnet.monitoring.summaries import (
     scalar_summary,
     text_summary,
 )
+from deconvnet.monitoring.time_left import LayerCost, TimeLeft, in_words
 from deconvnet.storage import ownership
 
 if TYPE_CHECKING:
@@ -58,8 +59,8 @@ log = logging.getLogger(__name__)
 LOG_INTERVAL = 5.0
 # Attribute of log records that the progress bar shows, too.
 IN_BAR = "in_bar"
-# Columns of a terminal from which the bar is drawn in full, and with its times.
-WIDE, MEDIUM = 120, 56
+# Columns of a terminal from which the bar is drawn in full, in words, and with the time left.
+WIDE, MEDIUM, NARROW = 140, 76, 56
 
 # One JSON object per line: the statistics and costs of each epoch, and the result of each layer.
 METRICS = "metrics.jsonl"
@@ -83,8 +84,13 @@ class Monitor:
         self._inferred = 0
         self._last_logged = -math.inf
         self._depth = 1
-        # Of the current layer: when this process began it, and updates since then and still to do.
-        self._began, self._made, self._left = 0.0, 0, 0
+        self._time_left = TimeLeft([LayerCost(1.0, 0.0)])
+        # The statistics of the last epoch, as the bar shows them.
+        self._figures = ""
+
+    def expect(self, costs: Sequence[LayerCost]) -> None:
+        """Take the costs of all layers, from which the time left of the run is estimated."""
+        self._time_left = TimeLeft(costs)
 
     def start(self, step: int, layer: int = 1, depth: int = 1) -> None:
         """Open the TensorBoard file of a run of `depth` layers.
@@ -105,12 +111,15 @@ class Monitor:
 
     def layer(self, number: int, done: int, total: int) -> None:
         """Report that a layer begins, or resumes after `done` of its `total` filter updates."""
-        self._began, self._made, self._left = time.monotonic(), 0, total - done
-        self._open_bar(f"layer {number}", total, initial=done, unit="update")
+        self._time_left.begin(number, done, total)
+        self._figures = ""
+        name = f"layer {number}/{self._depth}" if _columns() >= NARROW else f"layer {number}"
+        self._open_bar(name, total, initial=done, unit="update")
 
     def advance(self) -> None:
         """Report one more filter update."""
-        self._made, self._left = self._made + 1, self._left - 1
+        self._time_left.advance()
+        self._show_in_bar()
         self._bar.update()
 
     def epoch(self, stats: EpochStats, step: int) -> None:
@@ -231,32 +240,39 @@ class Monitor:
 
     def _report_epoch(self, stats: EpochStats) -> None:
         """Show the statistics of an epoch next to the bar, and every few seconds in the log."""
+        epoch = f"epoch {stats.epoch}/{stats.epochs}"
         text = (
             f"objective {stats.objective:.1f}, SNR {stats.snr:.1f} dB, density {stats.density:.1%}"
         )
         text += f", {stats.dead} dead" if stats.dead else ""
-        short = f"{stats.epoch}/{stats.epochs}, obj {stats.objective:.1f}, SNR {stats.snr:.1f} dB"
+        short = f"obj {stats.objective:.5g}, SNR {stats.snr:.1f} dB"
         columns = _columns()
-        self._bar.bar_format = _bar_format(columns) if columns >= MEDIUM else "{desc}{postfix}"
         if columns >= WIDE:
-            self._bar.set_postfix_str(f"epoch {stats.epoch}/{stats.epochs}, {text}")
+            self._figures = f"{epoch}, {text}"
         else:
-            self._bar.set_postfix_str(f"epoch {short}" if columns >= MEDIUM else short)
+            shown = epoch if columns >= MEDIUM else f"{stats.epoch}/{stats.epochs}"
+            self._figures = f"{shown}, {short}"
+        self._show_in_bar()
         now = time.monotonic()
         if stats.epoch == stats.epochs or now >= self._last_logged + LOG_INTERVAL:
             self._last_logged = now
-            epoch = f"layer {stats.layer}, epoch {stats.epoch}/{stats.epochs}"
-            text += self._time_left(now, stats.layer)
-            log.info("%s: %s", epoch, text, extra={IN_BAR: not self._bar.disable})
+            if (left := self._time_left.of_run()) is not None:
+                text += f", about {in_words(left)} left"
+            log.info(
+                *("layer %d/%d, %s: %s", stats.layer, self._depth, epoch, text),
+                extra={IN_BAR: not self._bar.disable},
+            )
 
-    def _time_left(self, now: float, layer: int) -> str:
-        """How long the layer still learns, for a log line. How long those above it will take is not
-        known before they begin.
-        """
-        if not (self._made and self._left):
-            return ""
-        left = tqdm.format_interval((now - self._began) * self._left / self._made)
-        return f", {left} left in layer {layer} of {self._depth}"
+    def _show_in_bar(self) -> None:
+        """Show the statistics of the last epoch and the time left of the run next to the bar."""
+        if self._bar.disable:
+            return
+        columns, left = _columns(), self._time_left.of_run()
+        parts = [self._figures] if self._figures else []
+        if left is not None and columns >= NARROW:
+            parts.append(f"{'about ' if columns >= MEDIUM else ''}{in_words(left)} left")
+        self._bar.bar_format = _bar_format(columns)
+        self._bar.set_postfix_str(", ".join(parts), refresh=False)
 
     def _open_bar(self, name: str, total: int, **options: object) -> None:
         self._close_bar()
@@ -289,11 +305,9 @@ def _bar_format(columns: int) -> str | None:
     """The format of the bar for this many columns; None: tqdm's own."""
     if columns >= WIDE:
         return None
-    return (
-        "{desc} {percentage:.0f}% {remaining}{postfix}"
-        if columns >= MEDIUM
-        else "{desc} {n_fmt}/{total_fmt}{postfix}"
-    )
+    if columns >= MEDIUM:
+        return "{desc} {percentage:3.0f}%{postfix}"
+    return "{desc}{postfix}"
 
 
 def _columns() -> int:

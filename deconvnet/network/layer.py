@@ -72,7 +72,7 @@ class LayerSettings:
 
     # number of feature maps, one per filter
     num_maps: int
-    # filters in pixels of the layer's input: the side of a square, or [rows, columns], such as
+    # side of the square filters, in pixels of the layer's input; or [rows, columns], such as
     # [1, 64] for signals, which are images of one row
     filter_size: Any = 7
     # weight of the reconstruction relative to the sparsity; larger values give less sparse maps.

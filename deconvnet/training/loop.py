@@ -26,6 +26,7 @@ from deconvnet.training.computed_lam import (
     restore_computed_lams,
     set_computed_lam,
 )
+from deconvnet.training.layer_costs import layer_costs
 from deconvnet.training.layer_evaluation import LayerEvaluation, inference_curve
 from deconvnet.training.layer_trainer import LayerTrainer
 from deconvnet.training.run_folder import RunFolder
@@ -111,6 +112,8 @@ def train(
         session = Session(net, data, run, monitor, limits, seed, stop_requested)
         if checkpoint is None:
             data.fit_preprocessing()
+        size = data.read(torch.arange(1))[0].shape[2:]
+        monitor.expect(layer_costs(net, size, len(data)))
         _train_layers(session, state, checkpoint and checkpoint["trainer"], initial)
     if run:
         net.save(run.network)

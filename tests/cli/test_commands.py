@@ -155,7 +155,7 @@ def test_a_sweep_makes_a_folder_for_every_run(tmp_path, photos, script):
 
 
 def test_help_says_how_many_layers_and_names_every_choice_and_key(tmp_path, script):
-    result = script(tmp_path, "train.py", "--help")
+    result = script(tmp_path, "train.py", "--help", "all")
     assert result.code == 0 and result.err == ""
     assert "+layers=2" in result.out
     for path in (ROOT / "configs").glob("*/*.yaml"):

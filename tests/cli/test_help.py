@@ -9,8 +9,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from deconvnet import __version__
-from deconvnet.cli import commands
-from deconvnet.cli.help import comments, help_page, text_of
+from deconvnet.cli import commands, completion
+from deconvnet.cli.help import FIRST, all_settings, comments, text_of
 from deconvnet.cli.settings import SCHEMAS
 
 
@@ -57,7 +57,7 @@ def test_the_help_page_has_values_and_meanings_and_the_first_of_several_layers()
             "layers": {"layer1": {"count": 1, "other": 2}, "layer2": {"count": 1, "other": 5}},
         }
     )
-    page = help_page(Small, cfg).partition("this command line:\n\n")[2]
+    page = all_settings(Small, cfg)
     assert re.sub(" +", " ", page).splitlines() == [
         "path=... (needed) where it is",
         "below what is below",
@@ -78,7 +78,7 @@ def test_values_are_shown_as_they_are_typed():
 
 @pytest.mark.parametrize("command", commands.COMMANDS)
 def test_every_command_explains_itself_in_80_columns(tmp_path, script, command):
-    result = script(tmp_path, command, "--help")
+    result = script(tmp_path, command, "--help", "all")
     assert result.code == 0 and result.err == "", result
     assert [line for line in result.out.splitlines() if len(line) > 80] == []
     assert f"deconvnet {command}" in result.out and "--config-dir" in result.out
@@ -88,8 +88,20 @@ def test_every_command_explains_itself_in_80_columns(tmp_path, script, command):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("command", commands.COMMANDS)
+def test_the_main_settings_of_a_command_fit_on_a_screen(tmp_path, script, command):
+    result = script(tmp_path, command, "--help")
+    lines = result.out.splitlines()
+    assert result.code == 0 and len(lines) <= 40 and max(map(len, lines)) <= 80, result
+    assert lines[-1].endswith(f": deconvnet {command} --help all")
+    name = command.replace("-", "_")
+    keys = FIRST.get(name, [field for field in comments(SCHEMAS[name]) if field != "data"])
+    for key in keys:
+        assert re.search(rf"^{re.escape(key)}=\S+\s.*[a-z]", result.out, re.MULTILINE), key
+
+
 def test_the_help_page_has_the_values_of_its_command_line(tmp_path, script):
-    result = script(tmp_path, "train", "model=iccv2011", "seed=7", "--help")
+    result = script(tmp_path, "train", "model=iccv2011", "seed=7", "--help", "all")
     assert "seed=7 " in result.out and "num_maps=15 " in result.out
     assert "layer4, as layer1 except num_maps=150 lam=0.001" in result.out
 
@@ -112,6 +124,29 @@ def test_the_commands_are_listed_in_a_line_each_without_loading_torch():
         for command in commands.COMMANDS:
             assert len(re.findall(rf"^  {command} +[A-Z].*\.$", done.stdout, re.MULTILINE)) == 1
         assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("typed", "completed"),
+    [
+        ("deconvnet occ", ["occlusion "]),
+        ("deconvnet train mod", ["model.", "model="]),
+        ("deconvnet train model.layer3.solver.rel", ["model.layer3.solver.relaxation="]),
+        ("deconvnet train name=x +experiment=cvpr", ["cvpr2010 ", "cvpr2010_toolbox "]),
+        ("deconvnet visualize control=", ["true ", "false "]),
+        ("deconvnet visualize run=ru", ["runs/"]),
+        ("deconvnet visualize images=photo", ["photo 1.jpg "]),
+    ],
+)
+def test_tab_completes_commands_settings_choices_and_files(tmp_path, typed, completed):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "photo 1.jpg").touch()
+    complete = (
+        f"{completion.script()}\nCOMP_LINE={typed!r}\nCOMP_POINT={len(typed)}\n_deconvnet\n"
+        'printf "%s\\n" "${COMPREPLY[@]}"'
+    )
+    done = subprocess.run(["bash", "-c", complete], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.stdout.splitlines(), done.stderr) == (completed, ""), done
 
 
 def test_the_version_is_that_of_the_package():

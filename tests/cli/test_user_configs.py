@@ -34,7 +34,7 @@ def test_a_deeper_model_is_a_file_of_the_users_own(mine, script):
 
 
 def test_the_example_of_the_help_page_is_one(mine, script):
-    page = script(mine.parent, "train", "--help").out
+    page = script(mine.parent, "train", "--help", "all").out
     example = [
         line[2:] for line in page.splitlines() if line.startswith(("  defaults:", "  layer4:"))
     ]

@@ -1,16 +1,18 @@
 """What a run says of its epochs: a bar on a terminal of any width, lines in files."""
 
 import io
-import itertools
 import logging
 import sys
 from types import SimpleNamespace
 
 import pytest
 
-from deconvnet.monitoring import monitor
+from deconvnet import DeconvNet, LayerSettings
+from deconvnet.monitoring import monitor, time_left
 from deconvnet.monitoring.monitor import Monitor, not_in_bar
 from deconvnet.monitoring.statistics import EpochStats
+from deconvnet.monitoring.time_left import LayerCost, TimeLeft, in_words
+from deconvnet.training.layer_costs import layer_costs
 
 
 class Terminal(io.StringIO):
@@ -31,7 +33,7 @@ def learn(folder=None, *, progress=True, epochs=range(1, 13)):
             shown.epoch(stats(epoch), epoch)
 
 
-@pytest.mark.parametrize("columns", [40, 60, 100, 200])
+@pytest.mark.parametrize("columns", [40, 60, 80, 200])
 def test_the_figures_that_matter_fit_on_a_terminal_of_any_width(columns, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.setattr(sys, "stderr", Terminal())
@@ -40,6 +42,7 @@ def test_the_figures_that_matter_fit_on_a_terminal_of_any_width(columns, monkeyp
     assert len(last) <= columns
     for part in ("layer 1", "12/12", "1234.5", "10.1 dB"):
         assert part in last
+    assert ("10 s left" in last) == (columns > 40)
     assert ("density 12.0%, 2 dead" in last) == (columns == 200)
 
 
@@ -51,24 +54,75 @@ def test_in_a_file_there_is_a_line_for_epochs_and_no_bar(progress, monkeypatch, 
         learn(progress=progress)
     assert sys.stderr.getvalue() == ""
     assert len(caplog.records) == 12 and all(map(not_in_bar, caplog.records))
-    expected = "layer 1, epoch 12/12: objective 1234.5, SNR 10.1 dB, density 12.0%, 2 dead"
-    assert caplog.messages[-1] == expected
+    expected = "layer 1/1, epoch 12/12: objective 1234.5, SNR 10.1 dB, density 12.0%, 2 dead"
+    assert caplog.messages[-1] == f"{expected}, about 10 s left"
+
+
+class Clock:
+    """A clock that is set by hand."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        for module in (monitor, time_left):
+            monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: self.now))
 
 
 def test_fast_epochs_have_few_lines_but_the_last_has_one(monkeypatch, caplog):
-    # A second on each look, of which there is one an epoch.
-    ticks = itertools.count()
-    clock = SimpleNamespace(monotonic=lambda: float(next(ticks)))
-    monkeypatch.setattr(monitor, "time", clock)
-    with caplog.at_level(logging.INFO):
-        learn(progress=False)
+    clock = Clock(monkeypatch)
+    with caplog.at_level(logging.INFO), Monitor(progress=False) as shown:
+        shown.layer(1, 0, 12)
+        for epoch in range(1, 13):
+            clock.now += 1
+            shown.advance()
+            shown.epoch(stats(epoch), epoch)
     said = [int(line.split("epoch ")[1].split("/")[0]) for line in caplog.messages]
     assert said == [1, 6, 11, 12]
-    # A second for an epoch, of which eleven, six, one and none are left.
-    assert [line.partition("2 dead")[2] for line in caplog.messages] == [
-        *(f", 00:{left:02} left in layer 1 of 1" for left in (11, 6, 1)),
-        "",
-    ]
+
+
+def test_the_time_left_is_that_of_all_layers_and_exact_if_their_costs_are(monkeypatch):
+    """A unit of cost takes 2 seconds; the process resumes after 1 of 4 updates of layer 2 of 3."""
+    clock = Clock(monkeypatch)
+    costs = [LayerCost(100, 50), LayerCost(40, 20), LayerCost(12, 6)]
+    left = TimeLeft(costs)
+    left.begin(2, 1, 4)
+    assert left.of_run() is None
+    for done in (2, 3, 4):
+        clock.now += 2 * 10
+        left.advance()
+        assert left.of_layer() == pytest.approx(20 * (4 - done))
+        assert left.of_run() == pytest.approx(2 * (10 * (4 - done) + 20 + 12 + 6))
+    clock.now += 2 * 20  # inference
+    left.begin(3, 0, 3)
+    for done in (1, 2, 3):
+        clock.now += 2 * 4
+        left.advance()
+        assert left.of_run() == pytest.approx(2 * (4 * (3 - done) + 6))
+    # A layer whose updates take longer than its cost says.
+    left.begin(3, 0, 3)
+    clock.now += 100
+    left.advance()
+    assert left.of_layer() == pytest.approx(200) and left.of_run() > 200
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(3, "10 s"), (44, "40 s"), (58, "1 min"), (400, "7 min"), (1700, "30 min")]
+    + [(3500, "1 h"), (2 * 3600 + 1000, "2.5 h"), (20 * 3600, "20 h"), (72 * 3600, "3 days")],
+)
+def test_the_time_left_is_no_more_precise_than_an_estimate(seconds, words):
+    assert in_words(seconds) == words
+
+
+def test_a_layer_costs_as_much_more_as_it_does():
+    def costs(images=10, size=(40, 40), **upper):
+        layers = [LayerSettings(8, 5, pool=[1, 2, 2]), LayerSettings(8, 5, **upper)]
+        return layer_costs(DeconvNet(layers), size, images)
+
+    first, second = costs()
+    assert costs(images=20)[0].learning == pytest.approx(2 * first.learning)
+    assert 3.5 * first.learning < costs(size=(80, 80))[0].learning < 4 * first.learning
+    image = costs(target="image")[1]
+    assert second.learning < image.learning and second.inference < image.inference
 
 
 def test_what_the_bar_shows_is_not_printed_again_but_in_the_log(monkeypatch, caplog):

@@ -1291,18 +1291,6 @@ def test_a_model_without_layers_is_refused(place, tmp_path, monkeypatch, visuali
             visualize(model="bare:make", images=str(place / "photos"), layers=layers)
 
 
-def test_help_lists_every_setting(place, script):
-    result = script(place, "visualize.py", "--help")
-    assert result.code == 0
-    _, settings = result.out.split("Settings, with their values")
-    for key in VisualizeConfig.__dataclass_fields__:
-        assert f"\n{key}=" in settings, key
-    for key in VisualizationSettings.__dataclass_fields__:
-        assert re.search(rf"^{key}=\S+ +\w", settings, re.MULTILINE), key
-    for words in ("run=runs/photographs", "model=torchvision/vgg16", "layers=[?]", "torchrun"):
-        assert words in result.out
-
-
 @pytest.fixture
 def unchanged(place):
     """Checks that nothing was written."""

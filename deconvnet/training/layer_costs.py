@@ -1,0 +1,37 @@
+"""The relative costs of the layers of a network, by which the time left of a run is estimated."""
+
+from __future__ import annotations
+
+import math
+
+from deconvnet.monitoring.time_left import LayerCost
+from deconvnet.network.network import DeconvNet
+
+# The cost of a coefficient in an iteration, in multiply-adds, besides those of its filter.
+OF_COEFFICIENT = 200
+# The costs of learning from a visit to an image and, for a finished layer, of measuring and drawing
+# it, relative to inference of the same number of iterations.
+OF_LEARNING, OF_SHOWING = 1.5, 1.0
+
+
+def layer_costs(net: DeconvNet, size: tuple[int, int], images: int) -> list[LayerCost]:
+    """The costs of all layers, for images of H x W pixels. They are estimates: solvers differ, and
+    an image may stop before the last iteration.
+    """
+    costs, below = [], 0.0
+    for layer, shape in zip(net.layers, net.map_shapes(size), strict=True):
+        settings, (_, C, h, w) = layer.settings, layer.filters.shape
+        coefficients = math.prod(shape)
+        painting = coefficients * C * h * w
+        iteration = coefficients * OF_COEFFICIENT + painting
+        # What reconstructs the image goes through all layers below.
+        iteration += below if settings.target != "maps" else 0.0
+        below += painting
+        visit = iteration * settings.solver.training_iterations * (1 + OF_LEARNING)
+        costs.append(
+            LayerCost(
+                images * settings.learning.epochs * visit,
+                images * settings.solver.iterations * iteration * (1 + OF_SHOWING),
+            )
+        )
+    return costs
