@@ -163,9 +163,9 @@ CODE = "deconvnet.sparse_code(torch.ones(1, 1, 8, 8), torch.ones(2, 1, 3, 3), la
 CODING = {"support", "operators", "sparse_coding"}
 NETWORK = {*CODING, "storage", "filters", "images", "network"}
 LEARNING = {*NETWORK, "monitoring", "training"}
-FILES = {"filelock", "safetensors", "scipy"}
-# What coordinate descent loads, which alone is compiled.
-NUMBA = {"numba", "llvmlite", "yaml", "scipy"}
+FILES = {"filelock", "safetensors"}
+# What coordinate descent loads, which alone is compiled (the last by numpy, where it is installed).
+NUMBA = {"numba", "llvmlite", "yaml", "scipy", "charset_normalizer"}
 
 
 STATEMENTS = {

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from deconvnet.support.torch_modes import plain
@@ -53,6 +52,9 @@ def match_filters(f: Tensor, g: Tensor, *, either_sign: bool = False) -> FilterM
 
     The one-to-one matching has the largest sum of cosines (Kuhn 1955, the Hungarian method).
     """
+    # Imported here because it takes a sixth of a second to load.
+    from scipy.optimize import linear_sum_assignment
+
     cosines = filter_cosines(f, g, either_sign=either_sign)
     rows, columns = linear_sum_assignment(cosines, maximize=True)
     matched = np.full(len(cosines), np.nan, cosines.dtype)

@@ -11,7 +11,6 @@ import math
 
 import numpy as np
 import torch
-from scipy.fft import dctn, idctn
 from torch import Tensor
 from torch.nn import functional
 
@@ -137,6 +136,9 @@ def _apply_gain(gain: Tensor, planes: Tensor) -> Tensor:
     """
     differentiated = torch.is_grad_enabled() and planes.requires_grad
     if planes.device.type == "cpu" and not differentiated:
+        # Imported here because it takes as long to load as the rest of a network.
+        from scipy.fft import dctn, idctn
+
         gains = gain.expand(*planes.shape).numpy()
         spectra = [
             dctn(image, axes=(-2, -1)) * image_gain

@@ -61,23 +61,17 @@ def active(z, G):
 
 
 @_compiled
-def strongest(c, inverse, G, best, which, top, bottom):
-    """best (rows, columns): the largest magnitude times `inverse` (groups,) over the groups of the
-    correlations c (K, rows, columns) at each position, and `which` group has it; from row `top` to
-    row `bottom`.
+def strongest(c, inverse, best, which, top, bottom):
+    """best (rows, columns): the largest magnitude times `inverse` (groups,) over the groups at each
+    position, and `which` group has it; from row `top` to row `bottom`. c (groups, rows, columns):
+    correlations, or their lengths.
     """
     for i in range(top, bottom):
         for j in range(c.shape[2]):
             best[i, j], which[i, j] = 0, 0
-        for g in range(c.shape[0] // G):
+        for g in range(c.shape[0]):
             for j in range(c.shape[2]):
-                if G == 1:
-                    v = abs(c[g, i, j]) * inverse[g]
-                else:
-                    v = c.dtype.type(0)
-                    for u in range(g * G, (g + 1) * G):
-                        v += c[u, i, j] ** 2
-                    v = np.sqrt(v) * inverse[g]
+                v = abs(c[g, i, j]) * inverse[g]
                 if v > best[i, j]:
                     best[i, j], which[i, j] = v, g
 
@@ -85,49 +79,28 @@ def strongest(c, inverse, G, best, which, top, bottom):
 def leaders(best, tile):
     """(rows, columns) of the largest value in each tile (rows, columns), if it exceeds 1."""
     (H, W), (h, w) = best.shape, tile
-    positions = np.empty((2, -(-H // h) * -(-W // w)), np.int32)
-    n = _find_leaders(best, h, w, *positions)
-    return positions[0, :n], positions[1, :n]
-
-
-@_compiled
-def _find_leaders(best, h, w, rows, columns):
-    """The number of leaders of tiles of h x w, the first of rows and columns."""
-    H, W = best.shape
-    n = 0
-    for top in range(0, H, h):
-        for left in range(0, W, w):
-            largest = best.dtype.type(1)
-            for i in range(top, min(top + h, H)):
-                for j in range(left, min(left + w, W)):
-                    if best[i, j] > largest:
-                        largest, rows[n], columns[n] = best[i, j], i, j
-            n += largest > 1
-    return n
+    value = best.ravel()
+    at = np.flatnonzero(value > 1)
+    i, j = np.divmod(at.astype(np.int32), np.int32(W))
+    if h * w > 1:
+        across = -(-W // w)
+        tiles = i // np.int32(h) * across + j // np.int32(w)
+        value, largest = value[at], np.zeros(-(-H // h) * across, best.dtype)
+        np.maximum.at(largest, tiles, value)
+        (strongest,) = np.nonzero(value == largest[tiles])
+        # The first of equal ones.
+        strongest = strongest[np.unique(tiles[strongest], return_index=True)[1]]
+        i, j = i[strongest], j[strongest]
+    return i, j
 
 
 def by_bands(i, j, H, W, bands):
     """(order, starts): coefficients sorted by band of rows, then by column, for the sweeps."""
-    order, starts = np.empty(len(i), np.int64), np.zeros(bands * W + 1, np.int64)
-    _sort_by_bands(i, j, H, W, bands, order, starts, np.empty(len(i), np.int64))
-    return order, starts[::W].copy()
-
-
-@_compiled
-def _sort_by_bands(i, j, H, W, bands, order, starts, key):
-    """Fill order (n,), and starts (bands * W + 1,) from zeros; key (n,): scratch."""
-    for n in range(len(i)):
-        key[n] = i[n] * bands // H * W + j[n]
-        starts[key[n] + 1] += 1
-    for m in range(1, len(starts)):
-        starts[m] += starts[m - 1]
-    for n in range(len(i)):
-        order[starts[key[n]]] = n
-        starts[key[n]] += 1
-    # Each start has moved to the next.
-    for m in range(len(starts) - 1, 0, -1):
-        starts[m] = starts[m - 1]
-    starts[0] = 0
+    key = i.astype(np.int64) * bands // H * W + j
+    # With their numbers, keys are distinct, and numpy sorts them several times as fast.
+    n = max(len(key), 1)
+    key, order = np.divmod(np.sort(key * n + np.arange(len(key))), n)
+    return order, np.searchsorted(key, np.arange(bands + 1) * W)
 
 
 @_compiled

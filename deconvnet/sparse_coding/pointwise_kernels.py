@@ -108,7 +108,8 @@ def _sweep(n, positive, precision, scratch):
 def _update_correlations(n, s, G, scratch):
     """Bring all correlations up to date with the values of the n members."""
     c, _, members, z, written, q, _, _, _, _, rows, amounts = scratch
-    m = 0
+    # Of a type, or `_subtract_rows` is compiled for the constant 0 too; as `precision` in `code`.
+    m = np.int64(0)
     for a in range(n):
         if z[a] != written[a]:
             rows[m], amounts[m], written[a] = members[a], s * (z[a] - written[a]), z[a]
@@ -162,7 +163,7 @@ def code(
         n, m = 0, count[p]
         for a in range(m):
             rows[a], amounts[a] = index[p, a], value[p, a]
-        tolerance = precision = violation = zero
+        tolerance, violation, precision = zero, zero, np.float64(0)
         for search in range(SEARCHES):
             for a in range(m):
                 _admit(n + a, rows[a], amounts[a], p, w, s, G, weights, lam, rounding, scratch)

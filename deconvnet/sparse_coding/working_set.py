@@ -37,7 +37,7 @@ from torch import Tensor
 from deconvnet.operators.convolution import correlate_strips, map_size
 from deconvnet.operators.linear import Deconvolution
 from deconvnet.sparse_coding import kernels
-from deconvnet.sparse_coding.active_set import ActiveSet, Filters, Grid, footprint
+from deconvnet.sparse_coding.active_set import ActiveSet, Filters, Footprint, Grid, footprint
 from deconvnet.sparse_coding.descent import CoordinateDescent, is_expanded_zero
 from deconvnet.sparse_coding.prior import Prior
 from deconvnet.sparse_coding.problem import Problem, data_term
@@ -90,6 +90,7 @@ class Atoms:
         self.filters = Filters.from_array(padded(f.numpy()))
         sides = zip(b.shape[2:], self.f.shape[2:], strict=True)
         rows, columns = (footprint(self.boundary, *side) for side in sides)
+        self.footprints = rows, columns
         self.axes = [rows, columns.repeated(C) if dense else columns]
         self.map_size = map_size(b.shape[2:], self.f.shape[2:], self.boundary)
         self.curvature = _group_curvatures(self.f, group)
@@ -117,10 +118,32 @@ class Atoms:
 
     def curvatures_at(self, n: int, g: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
         """L (m,) of coefficients at these positions of an image."""
-        scratch, L = self.zeros(1).pixels[0], np.empty(len(g), self.dtype)
-        where = self.grid(n), g, i, j
-        kernels.curvatures(self.filters.f, self.group, self.curvature, *where, scratch, L)
+        if self.mask is not None or self.boundary == "reflect":
+            scratch, L = self.zeros(1).pixels[0], np.empty(len(g), self.dtype)
+            where = self.grid(n), g, i, j
+            kernels.curvatures(self.filters.f, self.group, self.curvature, *where, scratch, L)
+            return L
+        L = self.curvature[g]
+        if self.boundary == "circular":
+            return L
+        rows, columns = self.footprints
+        cut = np.flatnonzero((rows.first[i] < 0) | (columns.first[j] < 0))
+        if len(cut):
+            norms, row, column = self._visible
+            L[cut] = norms[g[cut], row[i[cut]], column[j[cut]]]
         return L
+
+    @functools.cached_property
+    def _visible(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(norms, row, column): norms[g, row[i], column[j]] is the squared norm of the part of the
+        filters of group g that lies inside the image at position (i, j), summed over the group.
+        """
+        squares = self.f.square().sum(1).unflatten(0, (-1, self.group)).sum(1).numpy()
+        (rows, row), (columns, column) = (
+            _taps_inside(axis, taps, self.dtype)
+            for axis, taps in zip(self.footprints, squares.shape[1:], strict=True)
+        )
+        return rows @ squares @ columns.T, row, column
 
 
 @dataclass(frozen=True)
@@ -262,7 +285,7 @@ class WorkingSetSolver(CoordinateDescent):
                 active = self._active_in(n, rows, by_row)
                 strength = self.mask_active(n, strip.numpy(), rows.start, active, measure=certify)
                 largest[n] = max(largest[n], strength)
-            tasks = [self._find_strongest(n, strip.numpy(), rows) for n, strip in strips]
+            tasks = [self._find_strongest(n, strip, rows) for n, strip in strips]
             run_all([task for image in tasks for task in image])
         if certify:
             for n in images:
@@ -300,15 +323,17 @@ class WorkingSetSolver(CoordinateDescent):
         c[at] = 0
         return float(strength.max(initial=0))
 
-    def _find_strongest(self, n: int, c: np.ndarray, rows: slice) -> list[Callable[[], None]]:
-        """The tasks that fill in some rows of `best` and `which`."""
+    def _find_strongest(self, n: int, c: Tensor, rows: slice) -> list[Callable[[], None]]:
+        """The tasks that fill in some rows of `best` and `which` from correlations c."""
+        group = self.atoms.group
+        c = (c if group == 1 else c.unflatten(0, (-1, group)).norm(dim=1)).numpy()
         best, which = self.best[n][:, rows], self.which[n][:, rows]
-        height, inverse, group = best.shape[1], self.weights.inverse, self.atoms.group
+        height, inverse = best.shape[1], self.weights.inverse
         step = -(-height // torch.get_num_threads())
         return [
             functools.partial(
                 kernels.strongest,
-                *(c[first * group : end * group], inverse[first:end], group),
+                *(c[first:end], inverse[first:end]),
                 *(best[part], which[part], top, min(top + step, height)),
             )
             for part, (first, end) in enumerate(itertools.pairwise(self.parts))
@@ -373,6 +398,16 @@ class WorkingSetSolver(CoordinateDescent):
         z = np.zeros((len(g), self.atoms.group), self.atoms.dtype)
         L, weight = self.atoms.curvatures_at(n, g, i, j), self.weights.at(n, g, i, j)
         return ActiveSet(g, i, j, z, L, weight)
+
+
+def _taps_inside(axis: Footprint, taps: int, number: type) -> tuple[np.ndarray, np.ndarray]:
+    """(inside, which): inside[which[i], t] is 1 if tap t falls into the image at position i of an
+    axis with one run at every position, else 0.
+    """
+    spans, which = np.unique(axis.tap * (taps + 1) + axis.length, return_inverse=True)
+    first, length = np.divmod(spans, taps + 1)
+    t = np.arange(taps) - first[:, None]
+    return ((t >= 0) & (t < length[:, None])).astype(number), which.ravel()
 
 
 def _group_curvatures(f: Tensor, group: int) -> np.ndarray:

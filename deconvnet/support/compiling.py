@@ -22,7 +22,7 @@ import os
 import pickle
 import stat
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +54,25 @@ def cache_folder(function: Callable) -> Path | None:
     return Path(cache.cache_path) if cache and cache.cache_path else None
 
 
-class _Compilation(event.Listener):
-    """Logs, once per process, why a first call takes longer, and pauses the garbage collector.
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Without garbage collection in the meantime.
 
     While numba makes a million objects, the collector would visit those of the whole program
-    several times, which takes half a second once torch is imported.
+    several times. Once torch is imported, this takes half a second when compiling, and a tenth when
+    numba loads its own modules for the first code from a file.
     """
+    was_collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_collecting:
+            gc.enable()
+
+
+class _Compilation(event.Listener):
+    """Logs, once per process, why a first call takes longer, and pauses the garbage collector."""
 
     logged = False
 
@@ -103,6 +116,10 @@ class CodeCache:
 
     def load_overload(self, signature: Any, target_context: Any) -> Any:
         """The compiled code for a signature, or None if no folder has it undamaged."""
+        with _collector_paused():
+            return self._load(signature, target_context)
+
+    def _load(self, signature: Any, target_context: Any) -> Any:
         for cache in filter(None, (self._usual, self._among_temporary_files(make=False))):
             # Unpickling damaged bytes may raise any exception.
             with contextlib.suppress(Exception):

@@ -651,6 +651,20 @@ def test_sweeps_call_no_function_of_which_a_process_may_have_two_copies():
     assert "define" in code and not called
 
 
+@every_boundary
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("image", [(8, 7), (3, 4)])  # in the smaller one no filter fits
+def test_curvatures_are_the_squared_norms_of_painted_impulses(boundary, mask, image):
+    A, b = problem(boundary, K=3, C=2, size=(3, 4), image=image, mask=mask)
+    norms = dense(Deconvolution(A.f, boundary), image)
+    if mask:
+        norms = A.mask[1].expand_as(b[1]).reshape(-1, 1) * norms
+    norms = norms.square().sum(0).view(3, -1)
+    atoms = Atoms(A, b, 1)
+    g, i, j = (index.ravel().astype(np.int32) for index in np.indices((3, *atoms.map_size)))
+    assert_close(torch.from_numpy(atoms.curvatures_at(1, g, i, j)), norms.flatten())
+
+
 def test_signals_grow_their_working_set_by_the_strongest_of_neighbouring_coefficients():
     everywhere = np.full((1, 640), 2.0)
     rows, columns = _tile(everywhere, (1, 64), active=0)

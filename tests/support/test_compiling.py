@@ -161,7 +161,7 @@ def test_the_package_is_imported_and_computes_where_nothing_can_be_written(tmp_p
     env |= nowhere | {"PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
     code = (
         "import deconvnet, numpy as np; from deconvnet.sparse_coding import kernels;"
-        "print(deconvnet.__file__, kernels.leaders(np.eye(4), (2, 2)))"
+        "print(deconvnet.__file__, kernels.strongest)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True
@@ -203,3 +203,22 @@ def test_the_garbage_collector_rests_during_a_compilation_only(
     finally:
         (gc.enable if was_collecting else gc.disable)()
     assert states == [False, collecting]
+
+
+def test_the_garbage_collector_rests_while_code_is_loaded_from_a_file(places, monkeypatch):
+    assert not found_on_disk(twice(places))
+    load, states = compiling._DigestCache.load_overload, []
+
+    def recording(*arguments):
+        states.append(gc.isenabled())
+        return load(*arguments)
+
+    monkeypatch.setattr(compiling._DigestCache, "load_overload", recording)
+    was_collecting = gc.isenabled()
+    gc.enable()
+    try:
+        assert found_on_disk(twice(places))
+        states.append(gc.isenabled())
+    finally:
+        (gc.enable if was_collecting else gc.disable)()
+    assert states == [False, True]
