@@ -83,7 +83,8 @@ class PriorWeights:
     """The weights of a prior, and the limits up to which a correlation leaves a coefficient zero.
 
     inverse: (groups,), 1 / limit if the limits are the same everywhere, else 1; correlations are
-    then first divided by `limits` (1 or N, K, rows, columns). has_zeros: whether a weight is 0.
+    then first divided by `limits` (1 or N, K, rows, columns), as `divides` says. has_zeros: whether
+    a weight is 0.
     """
 
     def __init__(self, problem: Problem, atoms: Atoms):
@@ -103,6 +104,7 @@ class PriorWeights:
         else:
             self.inverse = atoms.f.new_ones(K // atoms.group).numpy()
             self.limits = limits.repeat_interleave(atoms.group, 1)
+        self.divides = self.limits is not None
 
     def divide_by_limits(self, n: int, rows: slice, c: Tensor) -> None:
         """Divide correlations c (K, rows, columns) of an image by their limits, unless they are in

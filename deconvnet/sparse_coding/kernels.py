@@ -15,15 +15,21 @@ import numpy as np
 
 from deconvnet.support.compiling import compiled
 from deconvnet.support.vectors import (
+    BLOCK,
+    FILTERS,
     LANES,
     add,
+    correlate_block,
     fill,
     load,
     load_first,
+    magnitude,
     multiply,
     multiply_add,
+    square_root,
     store,
     total,
+    where_greater,
 )
 
 # Sums may be reordered, but NaNs must propagate.
@@ -74,6 +80,64 @@ def strongest(c, inverse, best, which, top, bottom):
                 v = abs(c[g, i, j]) * inverse[g]
                 if v > best[i, j]:
                     best[i, j], which[i, j] = v, g
+
+
+@_compiled
+def look(y, f, size, inverse, G, parts, positive, active, tile, block, best, which, top, bottom):
+    """Correlate rows `top` to `bottom` of the maps with all filters and, over the coefficients that
+    are not active, do what `strongest` does; returns the largest magnitude times `inverse` of those
+    that are active.
+
+    y (C, rows + h-1, ...): the image, continued beyond its border, with rows of at least w-1
+    numbers more than a multiple of BLOCK. f (n, C h w, FILTERS): the filters, so many at a time,
+    padded with zeros. size (h, w). parts: best and which (parts, rows, columns) are over the groups
+    parts[m] to parts[m + 1]. positive: correlations below 0 count as 0. active (g, j, starts): the
+    active groups, sorted by row. Scratch: tile (n FILTERS, BLOCK), block (2, BLOCK).
+    """
+    (h, w), (g, j, starts) = size, active
+    C, W, columns = y.shape[0], y.shape[2], best.shape[2]
+    sizes = (y.shape[1] * W, W, C, h, w)
+    zeros = fill(y.dtype.type(0))
+    largest = y.dtype.type(0)
+    for i in range(top, bottom):
+        n = starts[i]
+        for left in range(0, columns, BLOCK):
+            for m in range(f.shape[0]):
+                rows = tile[m * FILTERS : (m + 1) * FILTERS]
+                correlate_block(rows, y, i * W + left, f, m * f.shape[1] * FILTERS, sizes)
+            while n < starts[i + 1] and j[n] < left + BLOCK:
+                squares = y.dtype.type(0)
+                for k in range(g[n] * G, (g[n] + 1) * G):
+                    c = tile[k, j[n] - left]
+                    if c > 0 or not positive:
+                        squares += c * c
+                    tile[k, j[n] - left] = 0
+                largest = max(largest, np.sqrt(squares) * inverse[g[n]])
+                n += 1
+            for part in range(len(parts) - 1):
+                for q in range(0, BLOCK, LANES):
+                    strongest_yet, number = zeros, zeros
+                    for u in range(parts[part], parts[part + 1]):
+                        if G == 1:
+                            c = load(tile, u * BLOCK + q)
+                            v = where_greater(c, zeros, c, zeros) if positive else magnitude(c)
+                        else:
+                            v = zeros
+                            for k in range(u * G, (u + 1) * G):
+                                c = load(tile, k * BLOCK + q)
+                                c = where_greater(c, zeros, c, zeros) if positive else c
+                                v = multiply_add(c, c, v)
+                            v = square_root(v)
+                        v = multiply(v, fill(inverse[u]))
+                        this = fill(y.dtype.type(u - parts[part]))
+                        number = where_greater(v, strongest_yet, this, number)
+                        strongest_yet = where_greater(v, strongest_yet, v, strongest_yet)
+                    store(block, q, strongest_yet)
+                    store(block, BLOCK + q, number)
+                for q in range(min(BLOCK, columns - left)):
+                    best[part, i, left + q] = block[0, q]
+                    which[part, i, left + q] = np.int32(block[1, q])
+    return largest
 
 
 def leaders(best, tile):

@@ -165,7 +165,7 @@ def solve_whole_image(
 class PilotWeights:
     """Weights from the correlations with a pilot, computed when they are needed."""
 
-    has_zeros = False
+    divides, has_zeros = True, False
 
     def __init__(self, thresholds: Thresholds, lam: float, atoms: Atoms):
         self.thresholds, self.lam, self.atoms = thresholds, lam, atoms

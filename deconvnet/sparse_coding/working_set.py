@@ -42,7 +42,7 @@ from deconvnet.sparse_coding.descent import CoordinateDescent, is_expanded_zero
 from deconvnet.sparse_coding.prior import Prior
 from deconvnet.sparse_coding.problem import Problem, data_term
 from deconvnet.support.thread_pool import run_all
-from deconvnet.support.vectors import LANES, padded
+from deconvnet.support.vectors import BLOCK, FILTERS, LANES, padded
 
 # A pass over all coefficients costs as much as several sweeps over the working set. Between two
 # passes, even and odd bands alternate TURNS times, and each time a band is swept SWEEPS times.
@@ -86,6 +86,7 @@ class Atoms:
         self.mask = None
         if A.mask is not None:
             self.mask = self.frames(A.mask.detach().to(b).expand_as(b))
+        self.by_tap = _by_tap(self.f.numpy())
         f = self.f.permute(0, 2, 3, 1).flatten(2)[:, None] if dense else self.f
         self.filters = Filters.from_array(padded(f.numpy()))
         sides = zip(b.shape[2:], self.f.shape[2:], strict=True)
@@ -110,6 +111,24 @@ class Atoms:
         frames = self.zeros(len(images))
         frames.images.copy_(images)
         return frames
+
+    def beyond_borders(self, N: int) -> np.ndarray:
+        """Zeros for what filters at all positions of the maps of N images see, as `kernels.look`
+        takes it; `continue_image` fills it in.
+        """
+        (h, w), (rows, columns) = self.f.shape[2:], self.map_size
+        whole_blocks = -(-columns // BLOCK) * BLOCK
+        return np.zeros((N, self.image_size[0], rows + h - 1, whole_blocks + w - 1), self.dtype)
+
+    def continue_image(self, y: np.ndarray, image: np.ndarray) -> None:
+        """Write an image (C, H, W) and what continues it beyond its borders to y; not "reflect"."""
+        (_, H, W), (h, w) = image.shape, self.f.shape[2:]
+        centred = (h - 1) // 2, (w - 1) // 2
+        top, left = {"valid": (h - 1, w - 1), "zero": centred, "circular": (0, 0)}[self.boundary]
+        y[:, top : top + H, left : left + W] = image
+        if self.boundary == "circular":
+            y[:, H : H + h - 1, :W] = image[:, : h - 1]
+            y[:, :, W : W + w - 1] = y[:, :, : w - 1]
 
     def grid(self, n: int) -> Grid:
         """The footprints and the mask of an image."""
@@ -177,11 +196,12 @@ class Bands:
 class Weights(Protocol):
     """The weights of the prior, and the limits up to which a correlation leaves a coefficient zero.
 
-    inverse: (groups,), 1 / limit, or 1 if `divide_by_limits` divides. has_zeros: whether any weight
-    is 0.
+    inverse: (groups,), 1 / limit, or 1 if `divides`, that is, if `divide_by_limits` is needed.
+    has_zeros: whether any weight is 0.
     """
 
     inverse: np.ndarray
+    divides: bool
     has_zeros: bool
 
     def divide_by_limits(self, n: int, rows: slice, c: Tensor) -> None: ...
@@ -208,7 +228,10 @@ class WorkingSetSolver(CoordinateDescent):
         self.turns = parities * (TURNS_OF_CHANNELS if atoms.channels_last else TURNS)
         groups = len(atoms.f) // atoms.group
         parts = min(PARTS, groups) if atoms.channels_last else 1
-        self.parts = [groups * part // parts for part in range(parts + 1)]
+        self.parts = np.array([groups * part // parts for part in range(parts + 1)])
+        # Otherwise correlations are computed by torch, in strips.
+        self.looks = atoms.boundary != "reflect" and not weights.divides
+        self.seen = atoms.beyond_borders(N if self.looks else 0)
         self.best = np.zeros((N, parts, *self.maps_shape[1:]), atoms.dtype)
         self.which = np.zeros(self.best.shape, np.int32)
         self.starts: list[np.ndarray | None] = [None] * N
@@ -265,11 +288,58 @@ class WorkingSetSolver(CoordinateDescent):
         e, r = self.active[n], self.frames.pixels[n]
         kernels.subtract(r, self.atoms.filters, self.atoms.grid(n), e)
         length, p = np.linalg.norm(e.z.astype(np.float64), axis=1), self.problem.prior.p
-        prior = e.weight @ (length**p if p else (length > 0).astype(np.float64))
+        # Not a product of vectors: for these, numpy's library would wake its own threads.
+        prior = (e.weight * (length**p if p else length > 0)).sum(dtype=np.float64)
         self.costs[n] = self.problem.lam / 2 * np.square(r, dtype=np.float64).sum() + prior
 
     def correlate_residual(self, images: list[int], *, certify: bool) -> None:
         """Step 1: the strongest inactive correlation at every position, and the duality gaps."""
+        largest = (self._look if self.looks else self._look_in_strips)(images, certify)
+        if certify:
+            for n in images:
+                self._compute_gap(n, max(largest[n], float(self.best[n].max())))
+        self.correlated = True
+
+    def _look(self, images: list[int], certify: bool) -> dict[int, float]:
+        """Fill in `best` and `which`; the largest correlation of each image's active coefficients,
+        relative to its limit. Threads share the images or, if these are few, their rows.
+        """
+        rows, threads = self.maps_shape[1], torch.get_num_threads()
+        parts = 1 if len(images) >= threads else min(4 * threads, rows)
+        spans = list(itertools.pairwise(rows * part // parts for part in range(parts + 1)))
+        by_row: dict[int, tuple[np.ndarray, ...]] = {}
+        run_all([functools.partial(self._prepare_look, n, by_row) for n in images])
+        largest = {n: np.zeros(parts) for n in images}
+        run_all(
+            [
+                functools.partial(self._look_at_rows, n, by_row[n], span, largest[n][part:])
+                for n in images
+                for part, span in enumerate(spans)
+            ]
+        )
+        return {n: float(each.max()) for n, each in largest.items()}
+
+    def _prepare_look(self, n: int, by_row: dict[int, tuple[np.ndarray, ...]]) -> None:
+        """Continue the residual beyond the borders, and sort the active coefficients by row."""
+        r, mask, e = self.residual[n].numpy(), self.atoms.mask, self.active[n]
+        self.atoms.continue_image(self.seen[n], r if mask is None else mask.images[n].numpy() * r)
+        rows, columns = self.maps_shape[1:]
+        order, starts = kernels.by_bands(e.i, e.j, rows, columns, rows)
+        by_row[n] = e.g[order], e.j[order], starts
+
+    def _look_at_rows(
+        self, n: int, active: tuple[np.ndarray, ...], rows: tuple[int, int], largest: np.ndarray
+    ) -> None:
+        atoms = self.atoms
+        scratch = np.empty((len(atoms.by_tap) * FILTERS, BLOCK), atoms.dtype)
+        largest[0] = kernels.look(
+            *(self.seen[n], atoms.by_tap, tuple(atoms.f.shape[2:]), self.weights.inverse),
+            *(atoms.group, self.parts, self.problem.prior.non_negative, active, scratch),
+            *(np.empty((2, BLOCK), atoms.dtype), self.best[n], self.which[n], *rows),
+        )
+
+    def _look_in_strips(self, images: list[int], certify: bool) -> dict[int, float]:
+        """The same, for limits that depend on the position, and mirrored borders."""
         atoms = self.atoms
         r = self.residual if len(images) == len(self.images) else self.residual[images]
         if atoms.mask is not None:
@@ -287,10 +357,7 @@ class WorkingSetSolver(CoordinateDescent):
                 largest[n] = max(largest[n], strength)
             tasks = [self._find_strongest(n, strip, rows) for n, strip in strips]
             run_all([task for image in tasks for task in image])
-        if certify:
-            for n in images:
-                self._compute_gap(n, max(largest[n], float(self.best[n].max())))
-        self.correlated = True
+        return largest
 
     def _active_in(
         self, n: int, rows: slice, by_row: dict[int, tuple[np.ndarray, np.ndarray]]
@@ -408,6 +475,14 @@ def _taps_inside(axis: Footprint, taps: int, number: type) -> tuple[np.ndarray, 
     first, length = np.divmod(spans, taps + 1)
     t = np.arange(taps) - first[:, None]
     return ((t >= 0) & (t < length[:, None])).astype(number), which.ravel()
+
+
+def _by_tap(f: np.ndarray) -> np.ndarray:
+    """(n, C h w, FILTERS): the first tap of FILTERS filters (K, C, h, w), then the second, ..."""
+    n = -(-len(f) // FILTERS)
+    taps = np.zeros((n * FILTERS, f[0].size), f.dtype)
+    taps[: len(f)] = f.reshape(len(f), -1)
+    return np.ascontiguousarray(taps.reshape(n, FILTERS, -1).transpose(0, 2, 1))
 
 
 def _group_curvatures(f: Tensor, group: int) -> np.ndarray:

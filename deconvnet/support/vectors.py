@@ -6,16 +6,22 @@ several if its registers are shorter. Arrays are contiguous and indexed by eleme
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
+from llvmlite.binding import get_host_cpu_features
 from numba.core import cgutils, types
 from numba.core.errors import TypingError
 from numba.extending import intrinsic, models, register_model
 
 LANES = 8
+# Correlations are computed for so many filters and pixels at a time, which fill the registers.
+_HAS_LONG_VECTORS = get_host_cpu_features().get("avx512f", False)
+FILTERS, _WIDE = (8, 16) if _HAS_LONG_VECTORS else (4, 8)
+BLOCK = 2 * _WIDE
 
 _INDEX = ir.IntType(32)
 _CONTRACT = ("contract",)
@@ -117,6 +123,29 @@ def multiply_add(typing: Any, a: Vector, b: Vector, c: Vector) -> tuple:
 
 
 @intrinsic
+def magnitude(typing: Any, a: Vector) -> tuple:
+    """|a|."""
+    return _arithmetic(lambda builder, a: _called(builder, "llvm.fabs", a), a)
+
+
+@intrinsic
+def square_root(typing: Any, a: Vector) -> tuple:
+    """The square root of a."""
+    return _arithmetic(lambda builder, a: _called(builder, "llvm.sqrt", a), a)
+
+
+@intrinsic
+def where_greater(typing: Any, a: Vector, b: Vector, c: Vector, d: Vector) -> tuple:
+    """c in the lanes in which a > b, else d."""
+
+    def generate(builder: ir.IRBuilder, *values: ir.Value) -> ir.Value:
+        a, b, c, d = values
+        return builder.select(builder.fcmp_ordered(">", a, b), c, d)
+
+    return _arithmetic(generate, a, b, c, d)
+
+
+@intrinsic
 def total(typing: Any, a: Vector) -> tuple:
     """The sum of the lanes, of the first and the second half, and so on."""
 
@@ -136,6 +165,72 @@ def total(typing: Any, a: Vector) -> tuple:
         return builder.extract_element(numbers, ir.Constant(_INDEX, 0))
 
     return a.dtype(a), generate
+
+
+@intrinsic
+def correlate_block(
+    typing: Any,
+    tile: types.Array,
+    y: types.Array,
+    pixel: types.Type,
+    f: types.Array,
+    tap: types.Type,
+    sizes: types.BaseTuple,
+) -> tuple:
+    """Set tile (FILTERS, BLOCK) to the correlations of so many filters at consecutive pixels of a
+    row, from y[pixel] on.
+
+    f: from f[tap] on the first tap of each filter, then the second of each, and so on. sizes (plane
+    of y, row of y, C, h, w): the numbers of a plane and a row of y, and the size of a filter.
+    """
+    arrays = (tile, y, f)
+    if any(_vector_of(array) != _vector_of(y) for array in arrays):
+        raise TypingError(f"not arrays of one type: {arrays}")
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: list) -> ir.Value:
+        number = context.get_value_type(y.dtype)
+        wide, size = ir.VectorType(number, _WIDE), context.get_abi_sizeof(number)
+        tile_at, y_at, f_at = (
+            context.make_array(array)(context, builder, values[position]).data
+            for array, position in zip(arrays, (0, 1, 3), strict=True)
+        )
+        plane, row, C, h, w = cgutils.unpack_tuple(builder, values[5])
+
+        def vector(first: ir.Value, index: ir.Value) -> ir.Value:
+            element = builder.gep(first, [index], inbounds=True)
+            return builder.bitcast(element, wide.as_pointer())
+
+        sums = [[cgutils.alloca_once(builder, wide) for _ in range(2)] for _ in range(FILTERS)]
+        for one in itertools.chain(*sums):
+            builder.store(ir.Constant(wide, None), one)
+        with (
+            cgutils.for_range(builder, C) as of_channels,
+            cgutils.for_range(builder, h) as of_rows,
+            cgutils.for_range(builder, w) as of_columns,
+        ):
+            c, m, q = (loop.index for loop in (of_channels, of_rows, of_columns))
+            start = builder.add(builder.mul(c, plane), builder.mul(m, row))
+            start = builder.add(builder.add(values[2], start), q)
+            taps = builder.add(builder.mul(builder.add(builder.mul(c, h), m), w), q)
+            taps = builder.add(values[4], builder.mul(taps, taps.type(FILTERS)))
+            pixels = []
+            for half in range(2):
+                pointer = vector(y_at, builder.add(start, start.type(half * _WIDE)))
+                pixels.append(builder.load(pointer))
+                pixels[-1].align = size
+            for k in range(FILTERS):
+                one = builder.load(builder.gep(f_at, [builder.add(taps, taps.type(k))]))
+                one = _splat(builder, one, _WIDE)
+                for half in range(2):
+                    product = builder.fmul(one, pixels[half], flags=_CONTRACT)
+                    so_far = builder.load(sums[k][half])
+                    builder.store(builder.fadd(product, so_far, flags=_CONTRACT), sums[k][half])
+        for k, half in itertools.product(range(FILTERS), range(2)):
+            pointer = vector(tile_at, values[2].type(k * BLOCK + half * _WIDE))
+            builder.store(builder.load(sums[k][half]), pointer).align = size
+        return context.get_dummy_value()
+
+    return types.none(tile, y, types.intp, f, types.intp, sizes), generate
 
 
 def padded(rows: np.ndarray) -> np.ndarray:
@@ -179,8 +274,16 @@ def _alignment(context: Any, array: types.Array) -> int:
     return context.get_abi_sizeof(context.get_value_type(array.dtype))
 
 
-def _splat(builder: ir.IRBuilder, number: ir.Value) -> ir.Value:
-    nothing = ir.Constant(ir.VectorType(number.type, LANES), ir.Undefined)
+def _splat(builder: ir.IRBuilder, number: ir.Value, lanes: int = LANES) -> ir.Value:
+    nothing = ir.Constant(ir.VectorType(number.type, lanes), ir.Undefined)
     one = builder.insert_element(nothing, number, ir.Constant(_INDEX, 0))
-    first = ir.Constant(ir.VectorType(_INDEX, LANES), [0] * LANES)
+    first = ir.Constant(ir.VectorType(_INDEX, lanes), [0] * lanes)
     return builder.shuffle_vector(one, nothing, first)
+
+
+def _called(builder: ir.IRBuilder, name: str, vector: ir.Value) -> ir.Value:
+    bits = 64 if isinstance(vector.type.element, ir.DoubleType) else 32
+    signature = ir.FunctionType(vector.type, [vector.type])
+    name = f"{name}.v{LANES}f{bits}"
+    function = cgutils.get_or_insert_function(builder.module, signature, name)
+    return builder.call(function, [vector])
