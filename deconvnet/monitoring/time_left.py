@@ -34,7 +34,7 @@ class TimeLeft:
         self._layer_began = self._began
 
     def begin(self, layer: int, done: int, total: int) -> None:
-        """A layer begins, or resumes after `done` of its updates."""
+        """A layer begins, or resumes after `done` of its updates; total: 0 if it is not known."""
         if self.layer:
             past = self.costs[self.layer - 1]
             self._before += past.learning * (1 - self._start / self._total) + past.inference
@@ -47,7 +47,7 @@ class TimeLeft:
 
     def of_layer(self) -> float | None:
         """Seconds that the current layer still learns; None if that is not known yet."""
-        if self._done == self._start:
+        if self._done == self._start or self._done > self._total:  # not begun, or a stream
             return None
         elapsed = time.monotonic() - self._layer_began
         return elapsed * (self._total - self._done) / (self._done - self._start)

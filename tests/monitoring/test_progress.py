@@ -102,6 +102,11 @@ def test_the_time_left_is_that_of_all_layers_and_exact_if_their_costs_are(monkey
     clock.now += 100
     left.advance()
     assert left.of_layer() == pytest.approx(200) and left.of_run() > 200
+    # A stream, whose length is not known.
+    stream = TimeLeft([LayerCost(1, 0)])
+    stream.begin(1, 0, 0)
+    stream.advance()
+    assert stream.of_layer() is None and stream.of_run() is None
 
 
 @pytest.mark.parametrize(
