@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # for type checkers and editors; __getattr__ imports the same names
     from deconvnet.activations.source import ActivationSource
+    from deconvnet.applications.restoration.restorer import Restorer
     from deconvnet.dictionary import Learned, learn_filters, learn_online
     from deconvnet.filters.update import Diverged, LearningSettings
     from deconvnet.images.preprocessing import PreprocessingSettings
@@ -24,6 +25,7 @@ if TYPE_CHECKING:  # for type checkers and editors; __getattr__ imports the same
     from deconvnet.sparse_coding.regularization_path import RegularizationPath, regularization_path
     from deconvnet.sparse_coding.solve import sparse_code
     from deconvnet.stability import measure_stability
+    from deconvnet.training.loop import train
     from deconvnet.visualization.projection.patching import patch
 
 __version__ = "0.1.0"
@@ -41,6 +43,7 @@ __all__ = [
     "NumMapsChoice",
     "PreprocessingSettings",
     "RegularizationPath",
+    "Restorer",
     "Solution",
     "SolverSettings",
     "choose_lam",
@@ -52,6 +55,7 @@ __all__ = [
     "patch",
     "regularization_path",
     "sparse_code",
+    "train",
 ]
 
 _MODULES = {
@@ -67,6 +71,7 @@ _MODULES = {
     "NumMapsChoice": "deconvnet.num_maps_choice",
     "PreprocessingSettings": "deconvnet.images.preprocessing",
     "RegularizationPath": "deconvnet.sparse_coding.regularization_path",
+    "Restorer": "deconvnet.applications.restoration.restorer",
     "Solution": "deconvnet.sparse_coding.problem",
     "SolverSettings": "deconvnet.sparse_coding.problem",
     "choose_lam": "deconvnet.sparse_coding.lambda_choice",
@@ -78,6 +83,7 @@ _MODULES = {
     "patch": "deconvnet.visualization.projection.patching",
     "regularization_path": "deconvnet.sparse_coding.regularization_path",
     "sparse_code": "deconvnet.sparse_coding.solve",
+    "train": "deconvnet.training.loop",
 }
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
+from sphinx_gallery.sorting import ExplicitOrder
 
 import deconvnet
 
@@ -23,19 +24,22 @@ copyright = "the deconvnet developers"  # noqa: A001
 version = release = deconvnet.__version__
 
 extensions = [
-    "myst_parser",
+    "myst_nb",  # notebooks, and all that myst_parser does
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
+    "sphinx_gallery.gen_gallery",
 ]
 napoleon_google_docstring = False
-exclude_patterns = ["*.py"]
+exclude_patterns = ["*.py", "examples/*.ipynb"]  # notebooks of examples are downloads
+nb_execution_mode = "off"  # notebooks are committed with their output
 suppress_warnings = ["myst.xref_ambiguous"]
 
 html_theme = "pydata_sphinx_theme"
 html_title = "deconvnet"
-html_static_path: list[str] = []
+html_static_path = ["static"]
+html_css_files = ["gallery.css"]
 html_show_sourcelink = False
 html_theme_options = {
     "show_prev_next": False,
@@ -45,6 +49,34 @@ html_theme_options = {
     "pygments_dark_style": "monokai",
 }
 html_math_renderer = "mathml"
+
+# The gallery: runs examples/ and shows each script with what it prints and draws. Scripts that have
+# not changed since the last build are not run again.
+EXAMPLES = [
+    "learn_filters",
+    "sparse_codes",
+    "two_layers",
+    "see_a_cnn",
+    "denoise",
+    "holes",
+    "recordings",
+    "classify_digits",
+]
+sphinx_gallery_conf = {
+    "examples_dirs": "../examples",
+    "gallery_dirs": "examples",
+    "filename_pattern": "/",
+    "within_subsection_order": ExplicitOrder([f"{name}.py" for name in EXAMPLES]),
+    "backreferences_dir": "examples/of",
+    "doc_module": ("deconvnet",),
+    "reference_url": {"deconvnet": None},  # names in the code link to the API
+    "thumbnail_size": (480, 330),
+    "abort_on_example_error": True,
+    "download_all_examples": False,
+    "show_memory": False,
+    "show_signature": False,
+    "write_computation_times": False,  # this page would load scripts from elsewhere
+}
 
 # Headings have the anchors that they have on GitHub, and single dollars are no equations there.
 myst_heading_anchors = 4
@@ -80,6 +112,8 @@ API = {
     "api/signals": "deconvnet.signals",
     "api/sklearn": "deconvnet.sklearn",
 }
+# Folders outside docs/ that have pages of the same name on the site.
+FOLDERS = ("examples/", "notebooks/")
 LINK = re.compile(r"""(\]\(|src="|href=")([^)"#\s]+)""")
 
 
@@ -118,7 +152,11 @@ def with_links_to_pages(text: str, folder: Path, page: str) -> str:
         if not path.exists() or not path.is_relative_to(ROOT):
             return match[0]
         name = path.relative_to(ROOT).as_posix()
-        target = f"{PAGES[name]}.md" if name in PAGES else name.removeprefix("docs/")
+        if name in PAGES:
+            name = f"{PAGES[name]}.md"
+        elif name.startswith(FOLDERS):
+            name = name.replace("README", "index").replace(".py", ".rst")
+        target = name.removeprefix("docs/")
         return before + target
 
     return LINK.sub(link, text)
@@ -137,7 +175,16 @@ def api_page(name: str) -> str:
             lines += [f".. autofunction:: {name}.{public}", ""]
         else:
             lines += [f".. autodata:: {name}.{public}", ""]
+        lines += examples_of(f"{name}.{public}")
     return "\n".join(lines)
+
+
+def examples_of(name: str) -> list[str]:
+    """The gallery of the examples that use a public name; none, if none does."""
+    file = ROOT / "docs" / sphinx_gallery_conf["backreferences_dir"] / f"{name}.examples"
+    if not file.exists() or "thumbnail" not in file.read_text():
+        return []
+    return [".. rubric:: Examples", "", f".. minigallery:: {name}", ""]
 
 
 def public_names(module) -> list[str]:

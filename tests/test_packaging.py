@@ -67,8 +67,12 @@ def test_a_wheel_has_every_module_and_every_file_of_settings(built):
 def test_a_source_distribution_has_all_that_the_tests_and_guides_need(built):
     with tarfile.open(built[1]) as source:
         names = {name.partition("/")[2] for name in source.getnames()}
-    tree = ("deconvnet", "configs", "scripts", "tests", "benchmarks", "docs")
+    tree = ("deconvnet", "configs", "scripts", "tests", "benchmarks", "docs", "examples")
     expected = {path for path in files_below(*tree) if Path(path).suffix != ".pyc"}
+    # What building the site has written.
+    expected -= {
+        path for path in expected if path.startswith(("docs/examples/", "docs/notebooks/"))
+    }
     expected |= {"README.md", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff", "LICENSE"}
     expected |= {"pyproject.toml", "setup.py", "MANIFEST.in", ".ci/run"}
     assert expected <= names, sorted(expected - names)
