@@ -366,10 +366,16 @@ def curvatures(f, G, inner, grid, g, i, j, scratch, L):
 
 
 @_compiled
-def descend(r, filters, grid, active_set, starts, bands, sweeps, lam, p, positive, group, v):
+def descend(
+    r, filters, grid, active_set, starts, bands, sweeps, momentum, lam, p, positive, group, v
+):
     """Minimise over one coefficient after another, updating z and r in place; each of the `bands`,
     which do not touch, is swept `sweeps` times.
 
+    momentum (beta, spans, r_before, z_before): at first, z in band s and r in the rows spans[s, 0]
+    to spans[s, 1] and columns spans[s, 2] to spans[s, 3], which partition it, move on by beta times
+    their changes since the last call, whose r (C, H, W) and z (n, G) are the last two; not if there
+    are no spans.
     group: maps of a group; None for 1, which has a form of its own, because a loop over a single
     map makes a step a third slower. v (G,): scratch.
     """
@@ -377,9 +383,23 @@ def descend(r, filters, grid, active_set, starts, bands, sweeps, lam, p, positiv
     f, planes = filters
     g, i, j, z, L, weight = active_set
     rows, columns, mask = grid
+    beta, spans, r_before, z_before = momentum
     tops, lefts, masked = rows.first, columns.first, mask.size > 0
     G = 1 if group is None else group
     for s in bands:
+        for n in range(starts[s], starts[s + 1] if len(spans) else 0):
+            for u in range(G):
+                value = z[n, u]
+                if beta > 0:
+                    z[n, u] = value + beta * (value - z_before[n, u])
+                z_before[n, u] = value
+        for c in range(r.shape[0] if len(spans) else 0):
+            for x in range(spans[s, 0], spans[s, 1]):
+                for q in range(spans[s, 2], spans[s, 3]):
+                    value = r[c, x, q]
+                    if beta > 0:
+                        r[c, x, q] = value + beta * (value - r_before[c, x, q])
+                    r_before[c, x, q] = value
         for _ in range(sweeps):
             for n in range(starts[s], starts[s + 1]):
                 if not L[n] > 0:

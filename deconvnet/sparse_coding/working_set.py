@@ -13,7 +13,8 @@ checked occasionally. Each round
    of each of a few parts of the maps, because a position needs many coefficients);
 3. minimises over one coefficient after another, sweeping several times over the set. A step costs
    as much as painting one filter, and uses the curvature of that coefficient, which is many times
-   smaller than that of A.
+   smaller than that of A. From sweep to sweep coefficients gain momentum (Nesterov 1983), and the
+   residual with them; if the objective has risen after a round, that is repeated without.
 
 Working sets of violators follow Massias, Gramfort and Salmon (2018, "celer"), the strongest
 coefficient of each tile Moreau, Oudre and Vayatis (2018, "DICOD"). Coefficients are swept by bands
@@ -46,13 +47,13 @@ from deconvnet.support.vectors import BLOCK, FILTERS, LANES, padded
 
 # A pass over all coefficients costs as much as several sweeps over the working set. Between two
 # passes, even and odd bands alternate TURNS times, and each time a band is swept SWEEPS times.
-TURNS, SWEEPS = 5, 2
+TURNS, SWEEPS = 10, 1
 # The working set grows at most by about this factor in a round.
 GROWTH = 3
 # From so many channels on, the compiled loops take them side by side (`Atoms`). A sweep then costs
 # as much as a pass, and a position needs many coefficients, of which each of so many PARTS of the
 # maps may add one in a round.
-CHANNELS_LAST, TURNS_OF_CHANNELS, PARTS = 16, 1, 4
+CHANNELS_LAST, TURNS_OF_CHANNELS, SWEEPS_OF_CHANNELS, PARTS = 16, 1, 2, 4
 
 
 class Frames(NamedTuple):
@@ -190,7 +191,27 @@ class Bands:
         if not self.of_columns:
             return kernels.by_bands(e.i, e.j, rows, columns, self.number)
         order, starts = kernels.by_bands(e.j, e.i, columns, rows, columns)
-        return order, starts[-(-np.arange(self.number + 1) * columns // self.number)]
+        return order, starts[self._firsts(columns)]
+
+    def spans(self, axes: tuple[Footprint, Footprint], size: tuple[int, int]) -> np.ndarray:
+        """(number, 4): from which to which row and column of images of this size each band counts
+        as its own: what even bands paint, and what lies between, of odd ones.
+        """
+        axis, pixels = axes[self.of_columns], size[self.of_columns]
+        painted, firsts = axis.length > 0, self._firsts(len(axis.first))[:-1]
+        first = np.where(painted, axis.pixel, pixels).min(1)
+        last = np.where(painted, axis.pixel + axis.length, 0).max(1)
+        edges = np.zeros(self.number + 1, np.int64)
+        edges[2:-1:2] = np.minimum.reduceat(first, firsts)[2::2]
+        edges[1:-1:2] = np.maximum.reduceat(last, firsts)[:-1:2]
+        edges[-1] = pixels
+        spans = np.tile(np.array([0, size[0], 0, size[1]]), (self.number, 1))
+        spans[:, 2 * self.of_columns], spans[:, 2 * self.of_columns + 1] = edges[:-1], edges[1:]
+        return spans
+
+    def _firsts(self, positions: int) -> np.ndarray:
+        """The first of so many positions that is in each band, and their number."""
+        return -(-np.arange(self.number + 1) * positions // self.number)
 
 
 class Weights(Protocol):
@@ -225,7 +246,16 @@ class WorkingSetSolver(CoordinateDescent):
         self.bands = Bands.of(atoms.map_size, tuple(atoms.f.shape[2:]))
         bands = np.arange(self.bands.number)
         parities = [parity.copy() for parity in (bands[::2], bands[1::2]) if len(parity)]
-        self.turns = parities * (TURNS_OF_CHANNELS if atoms.channels_last else TURNS)
+        turns, self.sweeps = TURNS, SWEEPS
+        if atoms.channels_last:
+            turns, self.sweeps = TURNS_OF_CHANNELS, SWEEPS_OF_CHANNELS
+        # (momentum, bands) of one turn after another, the momentum as by Nesterov.
+        self.turns = [(turn / (turn + 3), parity) for turn in range(turns) for parity in parities]
+        self.spans = np.empty((0, 4), np.int64)
+        self.frames_before, self.before = self.frames, [np.empty((0, 0))] * N
+        if problem.prior.p == 1 and turns > 1:
+            self.spans = self.bands.spans(atoms.axes, self.frames.pixels.shape[2:])
+            self.frames_before = atoms.zeros(N)
         groups = len(atoms.f) // atoms.group
         parts = min(PARTS, groups) if atoms.channels_last else 1
         self.parts = np.array([groups * part // parts for part in range(parts + 1)])
@@ -257,8 +287,17 @@ class WorkingSetSolver(CoordinateDescent):
         """A round: correlate the residual, grow the working set, sweep over it."""
         if not self.correlated:
             self.correlate_residual(images, certify=False)
-        self.sweep(images)
+        start = list(self.active)
+        self.sweep(images, momentum=True)
         self.refresh_residual(images)
+        allowed = (1 + 4 * np.finfo(self.atoms.dtype).eps) * self.costs_before
+        if risen := [n for n in images if len(self.spans) and self.costs[n] > allowed[n]]:
+            # It rarely happens: repeat the sweeps without momentum, which cannot raise it.
+            for n in risen:
+                self.active[n] = start[n]
+            self.refresh_residual(risen)
+            self.sweep(risen, momentum=False)
+            self.refresh_residual(risen)
 
     def maps(self) -> Tensor:
         return self.write(self.b.new_zeros(len(self.images), *self.maps_shape))
@@ -419,23 +458,24 @@ class WorkingSetSolver(CoordinateDescent):
         # Rounding can make the gap negative at the minimum; NaNs propagate.
         self.gaps[n] = np.maximum(self.costs[n] - lam * dual, 0)
 
-    def sweep(self, images: list[int]) -> None:
+    def sweep(self, images: list[int], *, momentum: bool) -> None:
         """Steps 2 and 3. Threads share the images or, if these are few, their bands."""
+        turns = self.turns if momentum else [(0.0, bands) for _, bands in self.turns]
         if len(images) >= torch.get_num_threads():
-            run_all([functools.partial(self._sweep_image, n) for n in images])
+            run_all([functools.partial(self._sweep_image, n, turns) for n in images])
             return
         for n in images:
             self.grow_working_set(n)
-            for bands in self.turns:
+            for beta, bands in turns:
                 # Interleaved, because active coefficients cluster.
                 workers = min(torch.get_num_threads(), len(bands))
                 parts = [bands[first::workers].copy() for first in range(workers)]
-                run_all([functools.partial(self._sweep_bands, n, part) for part in parts])
+                run_all([functools.partial(self._sweep_bands, n, beta, part) for part in parts])
 
-    def _sweep_image(self, n: int) -> None:
+    def _sweep_image(self, n: int, turns: list[tuple[float, np.ndarray]]) -> None:
         self.grow_working_set(n)
-        for bands in self.turns:
-            self._sweep_bands(n, bands)
+        for beta, bands in turns:
+            self._sweep_bands(n, beta, bands)
 
     def grow_working_set(self, n: int) -> None:
         """Step 2: the sorted working set of the next sweeps."""
@@ -448,13 +488,15 @@ class WorkingSetSolver(CoordinateDescent):
             e = e.join(self._active_set(n, first + which[i, j], i, j))
         order, self.starts[n] = self.bands.sort(e, best.shape[1:])
         self.active[n] = e.take(order)
+        self.before[n] = np.empty_like(e.z)
 
-    def _sweep_bands(self, n: int, bands: np.ndarray) -> None:
+    def _sweep_bands(self, n: int, beta: float, bands: np.ndarray) -> None:
         """Step 3, in bands that do not touch."""
         atoms, prior, number = self.atoms, self.problem.prior, self.atoms.dtype
         kernels.descend(
             *(self.frames.pixels[n], atoms.filters, atoms.grid(n), self.active[n]),
-            *(self.starts[n], bands, SWEEPS),
+            *(self.starts[n], bands, self.sweeps),
+            (number(beta), self.spans, self.frames_before.pixels[n], self.before[n]),
             *(number(self.problem.lam), number(prior.p), prior.non_negative),
             *(atoms.group if atoms.group > 1 else None, np.empty(atoms.group, number)),
         )

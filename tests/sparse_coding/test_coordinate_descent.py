@@ -415,6 +415,24 @@ def test_bands_of_one_parity_are_further_apart_than_a_filter_reaches():
             assert first - last > reach
 
 
+@every_boundary
+@pytest.mark.parametrize(
+    ("image", "size"), [((23, 11), (3, 3)), ((1, 60), (1, 3)), ((4, 4), (3, 3))]
+)
+def test_coefficients_and_residual_gain_momentum_together(boundary, image, size):
+    A, b = problem(boundary, N=1, size=size, image=image)
+    part, atoms = Problem(A, b, LAM), Atoms(A, b, 1)
+    solver = WorkingSetSolver(part, atoms, PriorWeights(part, atoms))
+    solver.refresh_residual([0])
+    costs = []
+    for momentum in (True, True, False):
+        solver.correlate_residual([0], certify=False)
+        solver.sweep([0], momentum=momentum)
+        assert_close(solver.residual, b - A(solver.maps()), rtol=0, atol=1e-12)
+        costs.append(objective(A, b, solver.maps()).item())
+    assert costs[2] < costs[1] < costs[0]
+
+
 @pytest.mark.parametrize("boundary", ["valid", "reflect"])
 @pytest.mark.parametrize("name", ["plain", "weights of entries"])
 def test_the_maps_of_an_image_do_not_depend_on_its_companions(boundary, name, monkeypatch):
@@ -643,9 +661,9 @@ def test_sweeps_call_no_function_of_which_a_process_may_have_two_copies():
     sweep = numba.njit(**kernels.OPTIONS)(kernels.descend.py_func)
     grid, active = atoms.grid(0), solver.active[0]
     starts, one = np.zeros(solver.bands.number + 1, np.int64), np.float64(1)
-    bands, v = solver.turns[0], np.empty(1)
-    r = solver.frames.pixels[0]
-    sweep(r, atoms.filters, grid, active, starts, bands, 1, one, one, False, None, v)
+    (_, bands), v, r = solver.turns[0], np.empty(1), solver.frames.pixels[0]
+    momentum = one, solver.spans, r, np.empty((0, 1))
+    sweep(r, atoms.filters, grid, active, starts, bands, 1, momentum, one, one, False, None, v)
     (code,) = sweep.inspect_llvm().values()
     called = re.findall(r"call[^\n]*kernels\w*?(_dot|_paint|_shrunk)", code)
     assert "define" in code and not called
