@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
-from tqdm import tqdm
 
 from deconvnet.cli.errors import interruptible, one_line_errors
 from deconvnet.cli.model_errors import one_line_model_errors
@@ -26,6 +25,7 @@ from deconvnet.cli.network_and_images import (
 from deconvnet.cli.read_settings import read_settings
 from deconvnet.cli.settings import FaithfulnessConfig
 from deconvnet.images.datasets import LazyImages
+from deconvnet.monitoring.progress_bar import open_bar
 from deconvnet.monitoring.strict_json import to_json
 from deconvnet.storage import ownership
 from deconvnet.visualization.experiments.faithfulness import faithfulness
@@ -71,8 +71,8 @@ def _batches(
     settings: FaithfulnessConfig,
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """The images as the network takes them, those of one size together, and their classes."""
-    disable = None if settings.progress else True
-    with tqdm(total=len(images), desc="images", disable=disable, dynamic_ncols=True) as bar:
+    show = settings.progress
+    with open_bar(show=show, total=len(images), desc="images", dynamic_ncols=True) as bar:
         for numbers in torch.arange(len(images)).split(settings.batch):
             pixels = [images[n] for n in numbers.tolist()]
             for group in group_by_size(pixels):

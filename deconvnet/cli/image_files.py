@@ -10,12 +10,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from deconvnet.images.arrays import array_items, array_shape, is_array_file
 from deconvnet.images.decoding import read_image
 from deconvnet.images.files import distinct_names, image_files
-from deconvnet.monitoring.monitor import hidden
+from deconvnet.monitoring.progress_bar import open_bar
 from deconvnet.network.network import Progress
 from deconvnet.storage import ownership
 
@@ -78,7 +77,7 @@ def read_images(
     paths = image_files(images)
     readers = [reader for path in paths for reader in _readers(path)]
     named = list(zip(readers, image_names(paths), strict=True))
-    for read, name in tqdm(named, unit="image", leave=False, disable=hidden(len(named) > 1)):
+    for read, name in open_bar(named, show=len(named) > 1, unit="image", leave=False):
         image = read()[None].to(device)
         grey = not as_rgb and image.shape[1] == 3 and bool((image == image[:, :1]).all())
         yield name, image[:, :1] if grey else image
@@ -95,7 +94,7 @@ def _readers(path: Path) -> list[Callable[[], Tensor]]:
 def progress_bar(name: str, unit: str = "step") -> Iterator[Progress]:
     """A progress bar on a terminal, as a function progress(done, total)."""
     shown = 0
-    with tqdm(desc=name, unit=unit, leave=False, dynamic_ncols=True, disable=None) as bar:
+    with open_bar(desc=name, unit=unit, leave=False, dynamic_ncols=True) as bar:
 
         def progress(done: int, total: int) -> None:
             nonlocal shown

@@ -23,7 +23,8 @@ from deconvnet.cli.read_settings import read_settings
 from deconvnet.cli.settings import TrainCnnConfig
 from deconvnet.images.datasets import LazyImages, lazy_images
 from deconvnet.images.fit import Crop
-from deconvnet.monitoring.monitor import hidden, save_picture
+from deconvnet.monitoring.monitor import save_picture
+from deconvnet.monitoring.progress_bar import open_bar
 from deconvnet.storage import ownership
 from deconvnet.support.devices import torch_device
 from deconvnet.visualization.drawing.canvas import shade_signed, tile_grid
@@ -142,7 +143,7 @@ def read(
 ) -> tuple[Tensor, list[str]]:
     """The pixels (n, 1 or 3, S, S) uint8 of these images, and the names of their classes."""
     pixels, labels = [], []
-    for index in tqdm(chosen, f"images {what}", disable=hidden(settings.progress), leave=False):
+    for index in open_bar(chosen, show=settings.progress, desc=f"images {what}", leave=False):
         image = images[index]
         image = image.mean(0, keepdim=True) if settings.color == "grey" else image
         pixels.append((image * 255).round().byte())
@@ -169,7 +170,7 @@ def learn(model: LoadedModel, examples: Examples, settings: TrainCnnConfig) -> I
         weight_decay=settings.weight_decay,
     )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    with tqdm(total=steps, unit="update", disable=hidden(settings.progress)) as bar:
+    with open_bar(show=settings.progress, total=steps, unit="update") as bar:
         for epoch in range(1, settings.epochs + 1):
             net.train()
             total = 0.0

@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from deconvnet.monitoring.event_files import event_writer
 from deconvnet.monitoring.picture_files import png, webp
+from deconvnet.monitoring.progress_bar import in_notebook, open_bar
 from deconvnet.monitoring.statistics import EpochStats, InferencePoint, LayerResult
 from deconvnet.monitoring.strict_json import to_json
 from deconvnet.monitoring.summaries import (
@@ -276,10 +277,10 @@ class Monitor:
 
     def _open_bar(self, name: str, total: int, **options: object) -> None:
         self._close_bar()
-        self._bar = tqdm(
+        self._bar = open_bar(
             desc=name,
             total=total,
-            disable=hidden(self.progress),
+            show=self.progress,
             dynamic_ncols=True,
             bar_format=_bar_format(_columns()),
             **options,
@@ -289,11 +290,6 @@ class Monitor:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
-
-
-def hidden(progress: bool) -> bool | None:
-    """The argument `disable` of a tqdm bar; None hides it if the output is not a terminal."""
-    return None if progress else True
 
 
 def not_in_bar(record: logging.LogRecord) -> bool:
@@ -311,7 +307,9 @@ def _bar_format(columns: int) -> str | None:
 
 
 def _columns() -> int:
-    """The width of the terminal in columns."""
+    """The width of the terminal in columns; a notebook is wide."""
+    if in_notebook():
+        return WIDE
     try:
         return os.get_terminal_size(sys.stderr.fileno()).columns
     except (OSError, ValueError, AttributeError):

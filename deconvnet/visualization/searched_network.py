@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from deconvnet.images.datasets import LazyImages
+from deconvnet.monitoring.progress_bar import open_bar
 from deconvnet.network.network import DeconvNet
 from deconvnet.support.communicator import Communicator
 from deconvnet.visualization.cache_keys import activations_key, network_key
@@ -185,12 +185,12 @@ def progress_bar(
     hidden: bool = False,
 ) -> Iterator[Progress]:
     """Yield a function of (done, total) that moves a progress bar."""
-    # Only in a terminal: in a file, every state of the bar would remain.
-    disable = True if hidden or not settings.progress else None
-    with tqdm(desc=name, total=total, unit=unit, disable=disable, dynamic_ncols=True) as bar:
+    show = settings.progress and not hidden
+    with open_bar(show=show, desc=name, total=total, unit=unit, dynamic_ncols=True) as bar:
 
         def progress(done: int, total: int) -> None:
-            bar.total = total
+            if total != bar.total:
+                bar.reset(total)
             bar.update(done - bar.n)
 
         yield progress

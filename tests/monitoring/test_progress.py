@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from deconvnet import DeconvNet, LayerSettings
-from deconvnet.monitoring import monitor, time_left
+from deconvnet.monitoring import monitor, progress_bar, time_left
 from deconvnet.monitoring.monitor import Monitor, not_in_bar
 from deconvnet.monitoring.statistics import EpochStats
 from deconvnet.monitoring.time_left import LayerCost, TimeLeft, in_words
@@ -135,3 +135,19 @@ def test_what_the_bar_shows_is_not_printed_again_but_in_the_log(monkeypatch, cap
     with caplog.at_level(logging.INFO):
         learn()
     assert caplog.records and not any(map(not_in_bar, caplog.records))
+
+
+def test_in_a_notebook_the_bar_is_a_widget_or_without_ipywidgets_a_line(monkeypatch, capsys):
+    shell = SimpleNamespace(config={"IPKernelApp": {}})
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+    monkeypatch.setattr(progress_bar, "find_spec", lambda name: None)
+    learn()
+    assert "layer 1/1: 100%" in capsys.readouterr().out
+    learn(progress=False)
+    assert capsys.readouterr().out == ""
+    monkeypatch.undo()
+    pytest.importorskip("ipywidgets")
+    monkeypatch.setattr("IPython.get_ipython", lambda: shell)
+    bar = progress_bar.open_bar(total=3)
+    assert type(bar).__name__ == "tqdm_notebook" and not bar.disable
+    bar.close()

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from tqdm import tqdm
 
 from deconvnet.applications.classification.code_pyramids import CodePyramids
 from deconvnet.applications.classification.settings import ClassifySettings
 from deconvnet.applications.classification.splits import Split
 from deconvnet.applications.classification.svm import predict_classes
 from deconvnet.applications.classification.word_histograms import WordHistograms
+from deconvnet.monitoring.progress_bar import open_bar
 
 # Features of the layers of one network.
 LayerFeatures = WordHistograms | CodePyramids
@@ -30,7 +30,7 @@ def evaluate(
     """
     first = next(iter(layers.values()))[0]
     confusions: dict[str, list[np.ndarray]] = {}
-    bar = tqdm(desc="splits", total=len(first.splits) * len(layers), leave=False, disable=None)
+    bar = open_bar(desc="splits", total=len(first.splits) * len(layers), leave=False)
     for number, split in enumerate(first.splits):
         mean_kernel = 0
         for name, (features, layer) in layers.items():

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from deconvnet.applications.classification.feature_files import read_features, write_features
 from deconvnet.applications.classification.task import Task
-from deconvnet.monitoring.monitor import hidden
+from deconvnet.monitoring.progress_bar import open_bar
 from deconvnet.network.codes import Codes
 
 # Images whose features share a file: indices from a multiple of this to the next.
@@ -109,8 +109,8 @@ class FeatureCache:
 
     def progress(self, name: str, total: int) -> tqdm:
         """A progress bar of images, which only the first process shows."""
-        disable = hidden(self.communicator.is_main)
-        return tqdm(desc=name, total=total, unit="image", leave=False, disable=disable)
+        show = self.communicator.is_main
+        return open_bar(show=show, desc=name, total=total, unit="image", leave=False)
 
     def _compute_block(
         self, start: int, features: list[Feature], of_image: FeaturesOfImage, bar: tqdm

@@ -14,6 +14,7 @@ from deconvnet.applications.classification.feature_cache import IMAGES_PER_FILE,
 from deconvnet.applications.classification.feature_files import read_features, write_features
 from deconvnet.applications.classification.image_descriptors import image_descriptors
 from deconvnet.applications.classification.settings import ClassifySettings
+from deconvnet.monitoring.progress_bar import open_bar
 from deconvnet.storage import ownership
 from deconvnet.support.seeding import seeded_generator
 
@@ -89,7 +90,7 @@ class SplitCodebooks:
                 for key, arrays in by_key.items():
                     descriptors[key].update(zip(block.tolist(), arrays, strict=True))
         for key in missing:
-            bar = tqdm(samples, f"words of layer {key[0]}", leave=False, disable=None)
+            bar = open_bar(samples, desc=f"words of layer {key[0]}", leave=False)
             for number, sample in enumerate(bar):
                 d = np.concatenate([descriptors[key][n] for n in sample.tolist()])
                 codebook = Codebook.fit(
