@@ -39,7 +39,7 @@ suppress_warnings = ["myst.xref_ambiguous"]
 html_theme = "pydata_sphinx_theme"
 html_title = "deconvnet"
 html_static_path = ["static"]
-html_css_files = ["gallery.css"]
+html_css_files = ["site.css", "gallery.css"]
 html_show_sourcelink = False
 html_theme_options = {
     "show_prev_next": False,
