@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from deconvnet.support.atomics import observe, publish
 from deconvnet.support.compiling import compiled
 from deconvnet.support.vectors import (
     BLOCK,
@@ -36,6 +37,8 @@ from deconvnet.support.vectors import (
 _MATH = {"reassoc", "contract", "arcp", "nsz"}
 OPTIONS = dict(fastmath=_MATH, error_model="numpy", nogil=True, no_cfunc_wrapper=True, _nrt=False)
 _compiled = compiled(**OPTIONS)
+# How often a thread asks for the progress of another before it yields the processor.
+_PATIENCE = 1000
 # Inlined into the caller. A separate function would cost a call per coefficient, and the process
 # that compiles it would run a copy that sums in another order than the one that other processes
 # load from disk.
@@ -367,14 +370,33 @@ def curvatures(f, G, inner, grid, g, i, j, scratch, L):
 
 @_compiled
 def descend(
-    r, filters, grid, active_set, starts, bands, sweeps, momentum, lam, p, positive, group, v
+    r,
+    filters,
+    grid,
+    active_set,
+    starts,
+    share,
+    turns,
+    sweeps,
+    momentum,
+    lam,
+    p,
+    positive,
+    group,
+    v,
+    progress,
+    state,
 ):
-    """Minimise over one coefficient after another, updating z and r in place; each of the `bands`,
-    which do not touch, is swept `sweeps` times.
+    """Minimise over one coefficient after another, updating z and r in place. In each of `turns`
+    turns, first the even bands and then the odd ones are swept `sweeps` times.
 
-    momentum (beta, spans, r_before, z_before): at first, z in band s and r in the rows spans[s, 0]
-    to spans[s, 1] and columns spans[s, 2] to spans[s, 3], which partition it, move on by beta times
-    their changes since the last call, whose r (C, H, W) and z (n, G) are the last two; not if there
+    share (first, last): the bands that this call sweeps; others sweep the rest at the same time.
+    progress (bands,): how many turns each band has had. A band is not swept before its neighbours,
+    which touch it, are as far as if one thread swept all. state (2,), at first zeros: where to go
+    on. Returns whether all is done; if not, call it again, since it waits for another band.
+    momentum (spans, r_before, z_before): at first, z in band s and r in the rows spans[s, 0] to
+    spans[s, 1] and columns spans[s, 2] to spans[s, 3], which partition it, move on by a part of
+    their changes in the last turn; r_before (C, H, W) and z_before (n, G) are scratch. Not if there
     are no spans.
     group: maps of a group; None for 1, which has a form of its own, because a loop over a single
     map makes a step a third slower. v (G,): scratch.
@@ -383,10 +405,29 @@ def descend(
     f, planes = filters
     g, i, j, z, L, weight = active_set
     rows, columns, mask = grid
-    beta, spans, r_before, z_before = momentum
+    spans, r_before, z_before = momentum
+    (first, last), bands = share, len(progress)
     tops, lefts, masked = rows.first, columns.first, mask.size > 0
     G = 1 if group is None else group
-    for s in bands:
+    while state[0] < 2 * turns:
+        turn, parity, s = state[0] // 2, state[0] % 2, first + state[1]
+        if s >= last:
+            state[0] += 1
+            state[1] = 0
+            continue
+        state[1] += 1
+        if s % 2 != parity:
+            continue
+        needed = turn + parity if bands > 1 else 0
+        for neighbour in ((s + 1) % bands, (s + bands - 1) % bands):
+            waited = 0
+            while observe(progress, neighbour) < needed:
+                waited += 1
+                if waited > _PATIENCE:
+                    state[1] -= 1
+                    return False
+        # As by Nesterov.
+        beta = z.dtype.type(turn) / z.dtype.type(turn + 3)
         for n in range(starts[s], starts[s + 1] if len(spans) else 0):
             for u in range(G):
                 value = z[n, u]
@@ -394,12 +435,12 @@ def descend(
                     z[n, u] = value + beta * (value - z_before[n, u])
                 z_before[n, u] = value
         for c in range(r.shape[0] if len(spans) else 0):
-            for x in range(spans[s, 0], spans[s, 1]):
+            for m in range(spans[s, 0], spans[s, 1]):
                 for q in range(spans[s, 2], spans[s, 3]):
-                    value = r[c, x, q]
+                    value = r[c, m, q]
                     if beta > 0:
-                        r[c, x, q] = value + beta * (value - r_before[c, x, q])
-                    r_before[c, x, q] = value
+                        r[c, m, q] = value + beta * (value - r_before[c, m, q])
+                    r_before[c, m, q] = value
         for _ in range(sweeps):
             for n in range(starts[s], starts[s + 1]):
                 if not L[n] > 0:
@@ -438,3 +479,5 @@ def descend(
                         else:
                             _paint(r, -d, f, planes, k, top, left)
                         z[n, u] += d
+        publish(progress, s, turn + 1)
+    return True

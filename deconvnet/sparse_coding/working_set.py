@@ -42,7 +42,7 @@ from deconvnet.sparse_coding.active_set import ActiveSet, Filters, Footprint, Gr
 from deconvnet.sparse_coding.descent import CoordinateDescent, is_expanded_zero
 from deconvnet.sparse_coding.prior import Prior
 from deconvnet.sparse_coding.problem import Problem, data_term
-from deconvnet.support.thread_pool import run_all
+from deconvnet.support.thread_pool import run_all, run_in_turns
 from deconvnet.support.vectors import BLOCK, FILTERS, LANES, padded
 
 # A pass over all coefficients costs as much as several sweeps over the working set. Between two
@@ -244,16 +244,12 @@ class WorkingSetSolver(CoordinateDescent):
         self.residual = self.frames.images
         self.maps_shape = (len(atoms.f), *atoms.map_size)
         self.bands = Bands.of(atoms.map_size, tuple(atoms.f.shape[2:]))
-        bands = np.arange(self.bands.number)
-        parities = [parity.copy() for parity in (bands[::2], bands[1::2]) if len(parity)]
-        turns, self.sweeps = TURNS, SWEEPS
+        self.turns, self.sweeps = TURNS, SWEEPS
         if atoms.channels_last:
-            turns, self.sweeps = TURNS_OF_CHANNELS, SWEEPS_OF_CHANNELS
-        # (momentum, bands) of one turn after another, the momentum as by Nesterov.
-        self.turns = [(turn / (turn + 3), parity) for turn in range(turns) for parity in parities]
+            self.turns, self.sweeps = TURNS_OF_CHANNELS, SWEEPS_OF_CHANNELS
         self.spans = np.empty((0, 4), np.int64)
         self.frames_before, self.before = self.frames, [np.empty((0, 0))] * N
-        if problem.prior.p == 1 and turns > 1:
+        if problem.prior.p == 1 and self.turns > 1:
             self.spans = self.bands.spans(atoms.axes, self.frames.pixels.shape[2:])
             self.frames_before = atoms.zeros(N)
         groups = len(atoms.f) // atoms.group
@@ -323,7 +319,8 @@ class WorkingSetSolver(CoordinateDescent):
         self.correlated = False
 
     def _refresh_residual(self, n: int) -> None:
-        self.residual[n].copy_(self.b[n])
+        # Not torch's copy, whose threads would have to meet.
+        self.residual[n].numpy()[:] = self.b[n].numpy()
         e, r = self.active[n], self.frames.pixels[n]
         kernels.subtract(r, self.atoms.filters, self.atoms.grid(n), e)
         length, p = np.linalg.norm(e.z.astype(np.float64), axis=1), self.problem.prior.p
@@ -460,22 +457,26 @@ class WorkingSetSolver(CoordinateDescent):
 
     def sweep(self, images: list[int], *, momentum: bool) -> None:
         """Steps 2 and 3. Threads share the images or, if these are few, their bands."""
-        turns = self.turns if momentum else [(0.0, bands) for _, bands in self.turns]
-        if len(images) >= torch.get_num_threads():
-            run_all([functools.partial(self._sweep_image, n, turns) for n in images])
+        threads = torch.get_num_threads()
+        if len(images) >= threads:
+            run_all([functools.partial(self._sweep_image, n, 1, momentum) for n in images])
             return
         for n in images:
-            self.grow_working_set(n)
-            for beta, bands in turns:
-                # Interleaved, because active coefficients cluster.
-                workers = min(torch.get_num_threads(), len(bands))
-                parts = [bands[first::workers].copy() for first in range(workers)]
-                run_all([functools.partial(self._sweep_bands, n, beta, part) for part in parts])
+            self._sweep_image(n, min(threads, max(1, self.bands.number // 2)), momentum)
 
-    def _sweep_image(self, n: int, turns: list[tuple[float, np.ndarray]]) -> None:
+    def _sweep_image(self, n: int, shares: int, momentum: bool) -> None:
         self.grow_working_set(n)
-        for beta, bands in turns:
-            self._sweep_bands(n, beta, bands)
+        # Shares of about as many coefficients, in bands next to each other.
+        starts, number = self.starts[n], self.bands.number
+        edges = np.searchsorted(starts, np.arange(1, shares) * starts[-1] / shares)
+        edges = np.maximum.accumulate([0, *edges, number])
+        progress = np.zeros(number, np.int64)
+        run_in_turns(
+            [
+                self._sweep_bands(n, (int(first), int(last)), momentum, progress)
+                for first, last in itertools.pairwise(edges)
+            ]
+        )
 
     def grow_working_set(self, n: int) -> None:
         """Step 2: the sorted working set of the next sweeps."""
@@ -490,15 +491,20 @@ class WorkingSetSolver(CoordinateDescent):
         self.active[n] = e.take(order)
         self.before[n] = np.empty_like(e.z)
 
-    def _sweep_bands(self, n: int, beta: float, bands: np.ndarray) -> None:
-        """Step 3, in bands that do not touch."""
+    def _sweep_bands(
+        self, n: int, share: tuple[int, int], momentum: bool, progress: np.ndarray
+    ) -> Callable[[], bool]:
+        """Step 3 in a share of the bands, which returns False to be called again."""
         atoms, prior, number = self.atoms, self.problem.prior, self.atoms.dtype
-        kernels.descend(
+        spans = self.spans if momentum else self.spans[:0]
+        return functools.partial(
+            kernels.descend,
             *(self.frames.pixels[n], atoms.filters, atoms.grid(n), self.active[n]),
-            *(self.starts[n], bands, self.sweeps),
-            (number(beta), self.spans, self.frames_before.pixels[n], self.before[n]),
+            *(self.starts[n], share, self.turns, self.sweeps),
+            (spans, self.frames_before.pixels[n], self.before[n]),
             *(number(self.problem.lam), number(prior.p), prior.non_negative),
             *(atoms.group if atoms.group > 1 else None, np.empty(atoms.group, number)),
+            *(progress, np.zeros(2, np.int64)),
         )
 
     def _active_set(self, n: int, g: np.ndarray, i: np.ndarray, j: np.ndarray) -> ActiveSet:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import os
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -23,6 +25,32 @@ def run_all(tasks: list[Callable[[], object]]) -> None:
         work(0)
     for other in others:
         other.result()
+
+
+def run_in_turns(tasks: list[Callable[[], bool]]) -> None:
+    """Call tasks that may wait for each other, on as many threads, until each has returned True.
+
+    A task that returns False is called again later, by any thread, so that tasks proceed even if
+    the system lets only one of the threads run.
+    """
+    waiting = collections.deque(tasks)
+
+    def work() -> None:
+        while waiting:
+            try:
+                task = waiting.popleft()
+            except IndexError:  # another thread was faster
+                return
+            if not task():
+                waiting.append(task)
+                time.sleep(0)
+
+    workers = min(torch.get_num_threads(), len(tasks))
+    others = [_pool(workers - 1).submit(work) for _ in range(1, workers)]
+    work()
+    for other in others:
+        if not other.cancel():
+            other.result()
 
 
 @functools.lru_cache(maxsize=1)

@@ -661,9 +661,12 @@ def test_sweeps_call_no_function_of_which_a_process_may_have_two_copies():
     sweep = numba.njit(**kernels.OPTIONS)(kernels.descend.py_func)
     grid, active = atoms.grid(0), solver.active[0]
     starts, one = np.zeros(solver.bands.number + 1, np.int64), np.float64(1)
-    (_, bands), v, r = solver.turns[0], np.empty(1), solver.frames.pixels[0]
-    momentum = one, solver.spans, r, np.empty((0, 1))
-    sweep(r, atoms.filters, grid, active, starts, bands, 1, momentum, one, one, False, None, v)
+    r, progress = solver.frames.pixels[0], np.zeros(solver.bands.number, np.int64)
+    share, momentum = (0, len(progress)), (solver.spans, r, np.empty((0, 1)))
+    sweep(
+        *(r, atoms.filters, grid, active, starts, share, 1, 1, momentum),
+        *(one, one, False, None, np.empty(1), progress, np.zeros(2, np.int64)),
+    )
     (code,) = sweep.inspect_llvm().values()
     called = re.findall(r"call[^\n]*kernels\w*?(_dot|_paint|_shrunk)", code)
     assert "define" in code and not called
