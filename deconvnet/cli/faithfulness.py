@@ -27,13 +27,19 @@ from deconvnet.cli.settings import FaithfulnessConfig
 from deconvnet.images.datasets import LazyImages
 from deconvnet.monitoring.progress_bar import open_bar
 from deconvnet.monitoring.strict_json import to_json
+from deconvnet.network.network import DeconvNet
 from deconvnet.storage import ownership
-from deconvnet.visualization.experiments.faithfulness import faithfulness
+from deconvnet.visualization.experiments.faithfulness import (
+    Faithfulness,
+    comparison,
+    faithfulness,
+    with_lam,
+)
 from deconvnet.visualization.models.concept_model import ConceptModel
 from deconvnet.visualization.projection.projector import Projector
 from deconvnet.visualization.search.top_activations import group_by_size
 
-RESULT = "faithfulness.json"
+RESULT, COMPARISON = "faithfulness.json", "faithfulness-lam.json"
 
 
 def main(cfg: DictConfig) -> None:
@@ -53,15 +59,28 @@ def measure(settings: FaithfulnessConfig) -> None:
             f"run={settings.run}: has learned from images, not from the activations of a network "
             "(data=activations)"
         )
-    ownership.check_writable(path)
+    for file in (path, path.parent / COMPARISON):
+        ownership.check_writable(file)
     images = select_images(settings, model)
     projector = make_projector(model, batch=settings.batch)
     check_labels(settings, model, projector, images[0])
-    batches = _batches(images, projector, _classes(images, model.labels), settings)
-    arguments = module.base, module.layer, module.dictionary
-    result = faithfulness(*arguments, batches, chunk=settings.batch)
+    classes = _classes(images, model.labels)
+
+    def result_with(net: DeconvNet, title: str) -> Faithfulness:
+        batches = _batches(images, projector, classes, settings, title)
+        return faithfulness(module.base, module.layer, net, batches, chunk=settings.batch)
+
+    result = result_with(module.dictionary, "images")
     ownership.write(path, to_json(result.as_dict(), indent=1).encode())
     print(f"\n{result}\n\n{relative_path(path)}")
+    if not settings.lam:
+        return
+    compared = {
+        lam: result_with(with_lam(module.dictionary, lam), f"lam={lam:g}") for lam in settings.lam
+    }
+    table = {f"{lam:g}": each.as_dict() for lam, each in compared.items()}
+    ownership.write(path.parent / COMPARISON, to_json(table, indent=1).encode())
+    print(f"\n{comparison(compared)}\n\n{relative_path(path.parent / COMPARISON)}")
 
 
 def _batches(
@@ -69,10 +88,11 @@ def _batches(
     projector: Projector,
     classes: Tensor | None,
     settings: FaithfulnessConfig,
+    title: str,
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """The images as the network takes them, those of one size together, and their classes."""
     show = settings.progress
-    with open_bar(show=show, total=len(images), desc="images", dynamic_ncols=True) as bar:
+    with open_bar(show=show, total=len(images), desc=title, dynamic_ncols=True) as bar:
         for numbers in torch.arange(len(images)).split(settings.batch):
             pixels = [images[n] for n in numbers.tolist()]
             for group in group_by_size(pixels):

@@ -263,6 +263,9 @@ class FaithfulnessConfig:
     # null: those of its weights. If all images lie in folders with such names, the accuracy is
     # measured
     labels: Any = field(default=None, metadata=TEXTS)
+    # also code the activations with these lam, such as [10,30,100], under the same concepts, to see
+    # how large it must be for the network to stay the same
+    lam: list[float] = field(default_factory=list)
     # side in pixels of the squares that images are cropped to; null: as in training
     size: int | None = None
     # skip files of a folder that cannot be read instead of stopping
@@ -282,6 +285,8 @@ class FaithfulnessConfig:
     def __post_init__(self) -> None:
         _check_images(self)
         _check_positive_or_null(self, "size")
+        if wrong := [lam for lam in self.lam if not 0 < lam < math.inf]:
+            raise ValueError(f"lam={wrong[0]}: must be a positive number")
         if self.batch < 1:
             raise ValueError(f"batch={self.batch}: must be at least 1")
 

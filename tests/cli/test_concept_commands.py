@@ -59,13 +59,19 @@ def measured(**given):
 
 
 def test_what_is_measured_is_printed_and_stands_on_the_page(here, capsys):
-    measured(trust_code=True, labels=LABELS)
+    measured(trust_code=True, labels=LABELS, lam=[2.0, 200.0])
     stability.measure(StabilityConfig("runs/run", trust_code=True, device="cpu"))
     printed = capsys.readouterr().out
     assert "layer 4: 6 concepts of 1x1, on 6 images" in printed
     assert "from another seed, 1" in printed and "half 1 in half 2" in printed
     found = json.loads((here / "faithfulness.json").read_text())
     again = json.loads((here / "stability.json").read_text())
+    sparse, dense = json.loads((here / "faithfulness-lam.json").read_text()).values()
+    assert sparse["l0_position"] < found["l0_position"] < dense["l0_position"]
+    assert sparse["fvu"] > found["fvu"] > dense["fvu"]
+    table = printed[printed.index("non-zero per position") :].splitlines()
+    assert table[1].split()[:2] == ["2", f"{sparse['l0_position']:.1f}"]
+    assert table[2].split()[0] == "200" and max(map(len, table[:3])) <= 80
     assert found["num_maps"] == 6 and found["accuracy"] in [n / 6 for n in range(7)]
     settings = dict(progress=False, device="cpu", k=2, explorer_images=0, grid_maps=1)
     settings |= dict(control=False, window="field", labels=LABELS, trust_code=True)
@@ -110,6 +116,7 @@ def test_code_that_a_run_names_is_not_called_unless_the_user_trusts_it(here):
         ({"images": "nowhere"}, "images=nowhere: no such file or folder"),
         ({"size": 0}, "size=0: must be at least 1, or null"),
         ({"max_images": 0}, "max_images=0: must be at least 1"),
+        ({"lam": [1.0, -2.0]}, "lam=-2.0: must be a positive number"),
         ({"batch": 0}, "batch=0: must be at least 1"),
     ],
 )

@@ -9,6 +9,7 @@ N images · C channels and H, W positions of the layer · K maps, the concepts
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
@@ -126,6 +127,31 @@ class Faithfulness:
     def _itself(self) -> OutputChange:
         known = self.outputs[RECONSTRUCTION].agreement is not None
         return OutputChange(0.0, *((1.0, 0.0) if known else (None, None)), self.accuracy)
+
+
+def comparison(results: dict[float, Faithfulness]) -> str:
+    """A table of what is kept with each lam, of at most 80 columns."""
+    lines = [
+        f"{'lam':>8}{'non-zero per position':>23}{'unexplained':>13}{'top-1 agrees':>14}"
+        f"{'KL, nats':>11}{'dead':>8}"
+    ]
+    for lam, result in results.items():
+        own = result.outputs[RECONSTRUCTION]
+        agreement = "-" if own.agreement is None else f"{own.agreement:.1%}"
+        kl = "-" if own.kl is None else f"{own.kl:.4f}"
+        lines.append(
+            f"{lam:8.4g}{result.l0_position:23.1f}{result.fvu:13.4f}{agreement:>14}{kl:>11}"
+            f"{result.dead:8,}"
+        )
+    return "\n".join(lines)
+
+
+def with_lam(net: DeconvNet, lam: float) -> DeconvNet:
+    """A copy of a network whose last layer infers its maps with another lam."""
+    net = copy.deepcopy(net)
+    layer = net.layer(net.depth)
+    layer.settings = replace(layer.settings, lam=lam, lam_ratio=None)
+    return net
 
 
 def faithfulness(
