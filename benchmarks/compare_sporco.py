@@ -91,6 +91,10 @@ def arguments() -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--repeats", type=int, default=3, help="rounds (default 3)")
     parser.add_argument(
+        "--scico-python", metavar="PYTHON",
+        help="coding: an interpreter that has SCICO and scikit-image; grey problems of one image",
+    )  # fmt: skip
+    parser.add_argument(
         "--limit", type=float, default=120.0,
         help="seconds within which a solver must reach 1e-4 (default 120; learners: three times)",
     )  # fmt: skip
@@ -137,7 +141,29 @@ def coding(options: argparse.Namespace) -> dict:
     for threads in options.threads:
         for name in options.problems:
             runs += child(options, "coding", threads, problem=name)
+            if options.scico_python:
+                runs += scico(options, threads, name, described[name])
     return {"problems": described, "runs": runs}
+
+
+def scico(options: argparse.Namespace, threads: int, name: str, described: dict) -> list[dict]:
+    """The runs of SCICO's ADMM, with several rho, on a problem of one image of one channel."""
+    problem = make_problem(argparse.Namespace(**vars(options), problem=name))
+    if problem.y.shape[:2] != (1, 1):
+        say(f"{name}: not a problem for SCICO's solver, which takes one image of one channel")
+        return []
+    with tempfile.TemporaryDirectory() as folder:
+        data = f"{folder}/problem.npz"
+        np.savez(data, y=problem.y, f=problem.f, weight=problem.weight)
+        lowest = sum(described["minima"]["circular"]["objective"])
+        goal = lowest * (1 + timing.LEVELS[-1])
+        job = {"data": data, "goal": goal, "limit": options.limit, "repeats": options.repeats}
+        command = [options.scico_python, str(Path(__file__).with_name("scico_solver.py"))]
+        found = result_of(command, {**job, "threads": threads}, threads, f"SCICO on {name}")
+    said = {"problem": name, "boundary": "circular", "threads": threads}
+    return [
+        {"solver": f"SCICO ADMM, rho {run.pop('rho'):g}", **said, **run} for run in found["runs"]
+    ]
 
 
 def batch(options: argparse.Namespace) -> dict:
