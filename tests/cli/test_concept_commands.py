@@ -1,6 +1,8 @@
 """The commands for a run that explains activations: the trust in its codes, and its page."""
 
+import contextlib
 import importlib
+import io
 import json
 import sys
 
@@ -58,10 +60,17 @@ def measured(**given):
     faithfulness.measure(FaithfulnessConfig("runs/run", progress=False, device="cpu", **given))
 
 
-def test_what_is_measured_is_printed_and_stands_on_the_page(here, capsys):
-    measured(trust_code=True, labels=LABELS, lam=[2.0, 200.0])
-    stability.measure(StabilityConfig("runs/run", trust_code=True, device="cpu"))
-    printed = capsys.readouterr().out
+@pytest.fixture(scope="module")
+def printed(place):
+    """What both commands print; their files are in the run folder."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
+        patch.chdir(place)
+        measured(trust_code=True, labels=LABELS, lam=[2.0, 200.0])
+        stability.measure(StabilityConfig("runs/run", trust_code=True, device="cpu"))
+    return out.getvalue()
+
+
+def test_what_is_measured_is_printed_and_stands_on_the_page(here, printed):
     assert "layer 4: 6 concepts of 1x1, on 6 images" in printed
     assert "from another seed, 1" in printed and "half 1 in half 2" in printed
     found = json.loads((here / "faithfulness.json").read_text())
@@ -125,7 +134,7 @@ def test_wrong_settings_are_refused_in_one_line(here, given, message):
         measured(trust_code=True, **given)
 
 
-def test_other_runs_and_damaged_files_are_refused_in_one_line(here):
+def test_other_runs_and_damaged_files_are_refused_in_one_line(here, printed):
     with pytest.raises(ValueError, match="seeds=0, halves=false: nothing to compare with"):
         StabilityConfig("runs/run", seeds=0, halves=False)
     with pytest.raises(ValueError, match="network.safetensors: not a run folder"):
