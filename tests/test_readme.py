@@ -59,11 +59,26 @@ def test_the_python_of_the_first_pages_runs_from_top_to_bottom(tmp_path, monkeyp
         save_picture(Path(f"photos/{number}.png"), image)
     shutil.copy("photos/0.png", "photo.jpg")
     names = {}
-    for block in blocks((ROOT / "docs/start.md").read_text()):
-        exec(compile(block, "start.md", "exec"), names)
+    shutil.copytree("runs/photographs", "runs/denoise-rgb")
+    for page in ("start.md", "restoration.md"):
+        for block in blocks((ROOT / "docs" / page).read_text()):
+            exec(compile(block, page, "exec"), names)
     assert names["photo"].shape == (1, 3, 70, 64) and names["images"].shape == (8, 3, 64, 64)
     assert names["filters"].shape == (4, 3, 5, 5) and names["z"].shape == (8, 4, 68, 68)
     assert names["maps"].num_maps in (2, 4) and names["choice"].lam > 0
+    assert names["filled"].shape == names["second"].shape == (1, 3, 96, 96)
+    assert names["result"].pixels.shape == (1, 3, 70, 64)
+
+
+def test_the_python_of_the_mathematics_runs(capsys):
+    (block,) = blocks((ROOT / "docs/mathematics.md").read_text())
+    assert "size=150" in block and "(15, 50, 100, 150)" in block
+    exec(block.replace("size=150", "size=110").replace("15, 50, 100, 150", "6, 6, 6, 6"), {})
+    norms = [
+        ast.literal_eval(line.partition(" ")[2]) for line in capsys.readouterr().out.split("\n")[:2]
+    ]
+    # Planes of unit norm: a filter of C planes has the squared norm C.
+    assert all(plane > norm > 0 for plane, norm in zip(*(row[1:] for row in norms), strict=True))
 
 
 @pytest.mark.parametrize(("guide", "values"), GUIDES.items())

@@ -180,15 +180,15 @@ def summarize(results: list[LayerResult], folder: Path, data: TrainingData) -> N
         )
     lines = [
         "",
-        "layer   SNR of the image   non-zero coefficients   objective   dead maps   seconds",
+        "layer   SNR of the image   non-zero   objective   dead maps   seconds",
     ]
     for r in results:
         lines.append(
-            f"{r.layer:>5}   {r.snr:>13.2f} dB   {r.density:>21.2%}   {r.objective:>9.1f}   "
+            f"{r.layer:>5}   {r.snr:>13.2f} dB   {r.density:>8.2%}   {r.objective:>9.1f}   "
             f"{r.dead:>9}   {r.seconds:>7.1f}"
         )
     lines += [
-        "(SNR and objective in the preprocessed domain, over all training images)",
+        "(over all training images, preprocessed; non-zero: share of the coefficients)",
         "",
         f"pictures      {run_path}/pictures",
         f"network       {run_path}/network.safetensors",

@@ -303,7 +303,7 @@ def _bar_format(columns: int) -> str | None:
         return None
     if columns >= MEDIUM:
         return "{desc} {percentage:3.0f}%{postfix}"
-    return "{desc}{postfix}"
+    return "{desc} {percentage:.0f}%{postfix}" if columns >= NARROW else "{desc}{postfix}"
 
 
 def _columns() -> int:
