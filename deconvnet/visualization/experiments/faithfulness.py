@@ -262,11 +262,15 @@ class _CodeSums:
         number, codes = self.net.depth, patch.codes
         problem, layer = self.net.layer_problem(codes, number), self.net.layer(number)
         solver = layer.settings.solver
-        found = codes.layer(number)
+        found, gap = codes.layer(number), None
         if solver.refit:  # it is the codes before it that are near the minimum
             found = layer.infer(problem, settings=replace(solver, refit=False))
-        A, prior = problem.T @ layer.operator(), layer.settings.prior
-        gap, objective = duality_gap(A, problem.b, found.z, layer.lam, prior), found.objective
+            # With filters of 1x1 the solver's bound is tighter, that of each position by itself.
+            gap = found.gap
+        if gap is None:
+            A, prior = problem.T @ layer.operator(), layer.settings.prior
+            gap = duality_gap(A, problem.b, found.z, layer.lam, prior)
+        objective = found.objective
         return gap / torch.where(objective > 0, objective, torch.ones_like(objective))
 
     def result(self) -> dict:
