@@ -41,6 +41,7 @@ html_title = "deconvnet"
 html_static_path = ["static"]
 html_css_files = ["site.css", "gallery.css"]
 html_show_sourcelink = False
+html_sidebars = {"start": []}  # a section of one page
 html_theme_options = {
     "show_prev_next": False,
     "secondary_sidebar_items": ["page-toc"],
@@ -114,6 +115,7 @@ API = {
 }
 # Folders outside docs/ that have pages of the same name on the site.
 FOLDERS = ("examples/", "notebooks/")
+NAMED_AFTER_FILE = re.compile(r"\[(?:docs/)?[\w-]+\.md\]\((?=[\w-]+\.md[)#])")
 LINK = re.compile(r"""(\]\(|src="|href=")([^)"#\s]+)""")
 
 
@@ -142,7 +144,10 @@ def read_source(app, page: str, source: list[str]) -> None:
 
 
 def with_links_to_pages(text: str, folder: Path, page: str) -> str:
-    """The text of a file in a folder, with the links that it has as a page of the site."""
+    """The text of a file in a folder, with the links that it has as a page of the site.
+
+    A link that is named after a file gets the title of its page or section.
+    """
 
     def link(match: re.Match) -> str:
         before, target = match.groups()
@@ -159,7 +164,7 @@ def with_links_to_pages(text: str, folder: Path, page: str) -> str:
         target = name.removeprefix("docs/")
         return before + target
 
-    return LINK.sub(link, text)
+    return NAMED_AFTER_FILE.sub("[](", LINK.sub(link, text))
 
 
 def api_page(name: str) -> str:
