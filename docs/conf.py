@@ -120,10 +120,20 @@ LINK = re.compile(r"""(\]\(|src="|href=")([^)"#\s]+)""")
 
 
 def setup(app) -> None:
+    app.connect("builder-inited", copy_notebooks)
     app.connect("source-read", read_source)
     # Before napoleon, which turns sections of parameters into reStructuredText.
     app.connect("autodoc-process-docstring", as_restructured_text, priority=400)
     app.add_html_math_renderer("mathml", (inline_equation, None), (block_equation, None))
+
+
+def copy_notebooks(app) -> None:
+    """The notebooks as pages, with the links that these have on the site."""
+    folder = ROOT / "docs" / "notebooks"
+    folder.mkdir(exist_ok=True)
+    for notebook in (ROOT / "notebooks").glob("*.ipynb"):
+        text = notebook.read_text(encoding="utf-8").replace("](../docs/", "](../")
+        (folder / notebook.name).write_text(text, encoding="utf-8")
 
 
 def read_source(app, page: str, source: list[str]) -> None:

@@ -3,8 +3,8 @@ What does a CNN look at?
 ========================
 
 A small network learns to tell faces from other pictures. Its strongest activations are projected
-down to the pixels that caused them: these maps respond to a brow above an eye. The control is the
-same network with shuffled weights.
+down to the pixels that caused them: these maps respond to a dark eye below brighter skin. The
+control is the same network with shuffled weights.
 """
 
 import matplotlib.pyplot as plt

@@ -1,6 +1,7 @@
-"""The examples run from top to bottom in a small form, and their numbers are what they claim."""
+"""Examples and notebooks run from top to bottom in a small form, and their numbers are right."""
 
 import ast
+import json
 import re
 import warnings
 from pathlib import Path
@@ -46,6 +47,20 @@ SMALL = {
         lambda v, numbers: v["scores"][1] > v["scores"][0] + 0.2,
     ),
 }
+# The same of the notebooks.
+SMALL_NOTEBOOKS = {
+    "first_hour": (
+        {"SIZE": 48, "IMAGES": 6, "NEW": 1, "MAPS": (3, 4, 4, 4), "EPOCHS": 1},
+        lambda v: (
+            [result.layer for result in v["results"]] == [1, 2, 3, 4]
+            and v["seen_snr"][0] > v["seen_snr"][1] > v["seen_snr"][2] > 0
+        ),
+    ),
+    "open_a_cnn": (
+        {"SIZE": 32, "WIDTH": 6, "STEPS": 50, "CONCEPTS": 6, "EPOCHS": 1},
+        lambda v: v["accuracy"](v["model"]) > 0.7 and v["result"].layer == 1,
+    ),
+}
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -53,24 +68,41 @@ def test_a_small_form_of_an_example_runs_and_its_numbers_are_right(name, capsys)
     constants, holds = SMALL[name]
     source = (EXAMPLES / f"{name}.py").read_text()
     assert len(source.splitlines()) <= 60
-    variables = run(source, constants, name)
+    variables = run(source, constants, f"{name}.py")
+    assert variables["figures"] == 1
     printed = capsys.readouterr().out
     numbers = [float(number) for number in re.findall(r"-?\d+(?:\.\d+)?", printed)]
     assert holds(variables, numbers), printed
 
 
+@pytest.mark.parametrize("name", SMALL_NOTEBOOKS)
+def test_a_small_form_of_a_notebook_runs_and_the_notebook_shows_its_output(name):
+    constants, holds = SMALL_NOTEBOOKS[name]
+    cells = json.loads((ROOT / f"notebooks/{name}.ipynb").read_text())["cells"]
+    cells = [cell for cell in cells if cell["cell_type"] == "code"]
+    source = "\n".join("".join(cell["source"]) for cell in cells)
+    variables = run(source, constants, f"{name}.ipynb")
+    assert holds(variables)
+    kinds = [
+        kind for cell in cells for output in cell["outputs"] for kind in output.get("data", {})
+    ]
+    pictures = sum(kind.startswith("image/") for kind in kinds)
+    assert pictures > 5 and pictures >= variables["figures"] > 2
+    assert not any("widget" in kind for kind in kinds)
+
+
 def run(source: str, constants: dict[str, object], name: str) -> dict[str, object]:
-    """The variables of a script that ran with other constants, and drew one figure."""
+    """The variables of a script that ran with other constants, and the number of its figures."""
     import matplotlib.pyplot as plt
 
     matplotlib.use("agg")
-    code = compile(with_constants(source, constants), f"{name}.py", "exec")
+    code = compile(with_constants(source, constants), name, "exec")
     variables = {"__name__": "__main__"}
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), matplotlib.rc_context():
             warnings.filterwarnings("ignore", "FigureCanvasAgg is non-interactive")
             exec(code, variables)
-        assert len(plt.get_fignums()) == 1
+        variables["figures"] = len(plt.get_fignums())
     finally:
         plt.close("all")
     return variables
