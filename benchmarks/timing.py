@@ -100,9 +100,10 @@ class Recorder:
         limit: float = math.inf,
         iterations: float = math.inf,
         synchronize: Callable[[], None] = lambda: None,
+        clock: str = "perf_counter",
     ):
         self.objective, self.goal, self.limit, self.iterations = objective, goal, limit, iterations
-        self.clock, self.due = Clock(synchronize), Due()
+        self.clock, self.due = Clock(synchronize, clock), Due()
         self.points: list[Point] = []
 
     def start(self) -> None:
