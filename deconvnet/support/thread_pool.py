@@ -13,18 +13,17 @@ import torch
 
 
 def run_all(tasks: list[Callable[[], object]]) -> None:
-    """Run all tasks on as many threads as torch uses, including the calling one."""
-    workers = min(torch.get_num_threads(), len(tasks))
+    """Run all tasks on as many threads as torch uses, including the calling one.
 
-    def work(first: int) -> None:
-        for task in tasks[first::workers]:
-            task()
+    A thread takes the next task when it is free, so that none waits for one that the system does
+    not let run.
+    """
 
-    others = [_pool(workers - 1).submit(work, first) for first in range(1, workers)]
-    if workers:
-        work(0)
-    for other in others:
-        other.result()
+    def finished(task: Callable[[], object]) -> bool:
+        task()
+        return True
+
+    run_in_turns([functools.partial(finished, task) for task in tasks])
 
 
 def run_in_turns(tasks: list[Callable[[], bool]]) -> None:
@@ -49,6 +48,7 @@ def run_in_turns(tasks: list[Callable[[], bool]]) -> None:
     others = [_pool(workers - 1).submit(work) for _ in range(1, workers)]
     work()
     for other in others:
+        # One that has not begun has nothing left to do.
         if not other.cancel():
             other.result()
 
