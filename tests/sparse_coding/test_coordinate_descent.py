@@ -18,7 +18,7 @@ from deconvnet.filters.update import LearningSettings
 from deconvnet.operators.arithmetic import convolution_matrix
 from deconvnet.operators.convolution import BOUNDARIES, correlate_strips, deconvolve, map_size
 from deconvnet.operators.linear import Deconvolution, Scaling
-from deconvnet.sparse_coding import kernels, working_set
+from deconvnet.sparse_coding import kernels, pointwise_kernels, working_set
 from deconvnet.sparse_coding.active_set import ActiveSet, footprint
 from deconvnet.sparse_coding.coordinate_descent import (
     PriorWeights,
@@ -670,6 +670,32 @@ def test_sweeps_call_no_function_of_which_a_process_may_have_two_copies():
     (code,) = sweep.inspect_llvm().values()
     called = re.findall(r"call[^\n]*kernels\w*?(_dot|_paint|_shrunk)", code)
     assert "define" in code and not called
+
+
+def test_another_size_boundary_or_prior_compiles_nothing():
+    def compiled():
+        functions = [*vars(kernels).items(), *vars(pointwise_kernels).items()]
+        return {
+            name: len(function.signatures)
+            for name, function in functions
+            if hasattr(function, "signatures")
+        }
+
+    def code(C=1, size=(3, 3), image=(9, 12), **prior):
+        sparse_code(rand(2, C, *image), rand(4, C, *size), lam_ratio=0.3, **prior)
+
+    for arguments in ({}, dict(boundary="reflect"), dict(group=2), dict(size=(1, 1))):
+        code(**arguments)
+    before = compiled()
+    for C, size in itertools.product((1, 3, 20), ((2, 2), (5, 5), (1, 7), (8, 8), (1, 1))):
+        code(C, size)
+    for boundary in BOUNDARIES:
+        code(2, (4, 3), (40, 50), boundary=boundary)
+    code(weights=torch.rand(4))
+    code(mask=torch.ones(2, 1, 9, 12))
+    code(non_negative=True)
+    code(group=4, size=(4, 4))
+    assert compiled() == before and before["descend"] >= 2
 
 
 @every_boundary
