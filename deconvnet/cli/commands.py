@@ -18,6 +18,7 @@ from deconvnet import __version__
 # The commands and their summaries. Their modules in this folder have the same names.
 COMMANDS = {
     "train": "Learn a network from images, layer by layer, and show it.",
+    "suggest": "Suggest how many maps layer 1 needs for your images.",
     "visualize": "Show what the maps of a network, or of any CNN, respond to.",
     "occlusion": "Cover parts of images, and see what a map and the class lose.",
     "correspondence": "Measure whether features represent parts of objects.",

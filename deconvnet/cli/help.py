@@ -35,6 +35,10 @@ FIRST = {
         *("model.layer1.lam", "model.layer1.learning.epochs"),
         *("name", "resume", "init", "device"),
     ),
+    "suggest": (
+        *("data", "data.path", "data.size", "data.max_images", "preprocessing"),
+        *("maps", "filter_size", "lam", "epochs", "seed", "progress", "device"),
+    ),
     "visualize": (
         *("run", "model", "weights", "images", "max_images", "layers", "maps", "k", "method"),
         *("size", "control", "explorer_images", "output", "device"),

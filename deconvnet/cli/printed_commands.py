@@ -35,6 +35,16 @@ def sibling(command: str) -> str:
     return shlex.join([*_call[:-1], command])
 
 
+def typed(*groups: str) -> list[str]:
+    """The settings of these groups that the user typed, for the shell."""
+    names = [a.lstrip("+").partition("=")[0] for a in _typed]
+    return [
+        shlex.quote(argument)
+        for argument, name in zip(_typed, names, strict=True)
+        if name.partition(".")[0] in groups
+    ]
+
+
 def again(*without: str) -> str:
     """The command that the user typed, for the shell, without some of its settings."""
     typed = [a for a in _typed if a.lstrip("+").partition("=")[0] not in without]

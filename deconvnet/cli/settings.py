@@ -106,6 +106,41 @@ class TrainConfig:
 
 
 @dataclass
+class SuggestConfig:
+    """The settings of `deconvnet suggest`."""
+
+    # the images: a choice above
+    data: DataSettings
+    # preprocessing of the images: a choice above
+    preprocessing: PreprocessingSettings = field(default_factory=PreprocessingSettings)
+    # numbers of maps to compare
+    maps: list[int] = field(default_factory=lambda: [8, 16, 32, 64])
+    # side of the square filters in pixels
+    filter_size: int = 7
+    # weight of the reconstruction relative to the sparsity, while filters are learned
+    lam: float = 2.0
+    # passes over the images for each number of maps
+    epochs: int = 6
+    # seed of all random choices
+    seed: int = 0
+    # show progress bars
+    progress: bool = True
+    # auto (cuda, else cpu), or a torch device
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
+        if not self.maps or not all(1 <= number <= MOST for number in self.maps):
+            raise ValueError(f"maps={self.maps}: give a list of numbers of maps, such as [8,16,32]")
+        if not 1 <= self.filter_size <= MAX_SIZE:
+            raise ValueError(f"filter_size={self.filter_size}: must be 1 to {MAX_SIZE}")
+        if not 0 < self.lam < math.inf:
+            raise ValueError(f"lam={self.lam}: must be above 0, and finite")
+        if not 1 <= self.epochs <= MOST:
+            raise ValueError(f"epochs={self.epochs}: must be at least 1, at most {MOST}")
+
+
+@dataclass
 class NetworkConfig:
     """The settings of the commands that look into a network: which one it is, and its input."""
 
@@ -564,6 +599,7 @@ class TrainCnnConfig:
 # The settings class of each command, by name.
 SCHEMAS = {
     "train": TrainConfig,
+    "suggest": SuggestConfig,
     "visualize": VisualizeConfig,
     "occlusion": OcclusionConfig,
     "correspondence": CorrespondenceConfig,

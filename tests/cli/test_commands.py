@@ -4,6 +4,8 @@ something is wrong."""
 import dataclasses
 import os
 import pickle
+import re
+import shlex
 import shutil
 import signal
 import struct
@@ -165,6 +167,28 @@ def test_help_says_how_many_layers_and_names_every_choice_and_key(tmp_path, scri
     result = script(tmp_path, "reconstruct.py", "--help")
     assert result.code == 0 and "layer=2" in result.out and "images=" in result.out
     assert list(tmp_path.iterdir()) == []
+
+
+def test_suggest_compares_numbers_of_maps_and_prints_a_command_that_trains(
+    tmp_path, textures, script
+):
+    (tmp_path / "my photos").mkdir()
+    for number, image in enumerate(textures(8, 3, 24, 24)):
+        save(tmp_path / "my photos" / f"{number}.png", image)
+    arguments = ["data=folder", "data.path=my photos", "data.size=24", "filter_size=5", "epochs=1"]
+    result = script(tmp_path, "suggest", *arguments, "maps=[2,3]")
+    assert result.code == 0 and "8 images of 24x24" in result.out, result
+    rows = dict(re.findall(r"^ +(\d+) +([\d.]+)%", result.out, re.MULTILINE))
+    (chosen,) = re.findall(r"^ +(\d+) .* suggested$", result.out, re.MULTILINE)
+    assert list(rows) == ["2", "3"] and chosen in rows
+    assert all(0 < float(share) < 200 for share in rows.values())
+    command = shlex.split(result.out.splitlines()[-1].removeprefix("train  "))
+    assert f"model.layer1.num_maps={chosen}" in command and "data.path=my photos" in command
+    done = script(tmp_path, "train", *command[command.index("data=folder") :], "--cfg", "job")
+    assert done.code == 0 and f"num_maps: {chosen}" in done.out and "filter_size: 5" in done.out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["my photos"]
+    result = script(tmp_path, "suggest", *arguments, "maps=[0]")
+    assert_one_line(result, "maps=[0]: give a list of numbers of maps")
 
 
 def test_an_interrupted_run_says_so_and_resumes_to_the_same_filters(
