@@ -10,7 +10,9 @@ from deconvnet.network.network import DeconvNet
 # The cost of a coefficient in an iteration, in multiply-adds, besides those of its filter.
 OF_COEFFICIENT = 200
 # The costs of learning from a visit to an image and, for a finished layer, of measuring and drawing
-# it, relative to inference of the same number of iterations.
+# it, relative to inference of the same number of iterations. With these constants, the estimates
+# were 0.86 to 0.99 of the time that was left in a run of `default`, and 1.2 to 1.6 of it in one of
+# `iccv2011_small` (processor time of one thread).
 OF_LEARNING, OF_SHOWING = 1.5, 1.0
 
 
