@@ -191,7 +191,8 @@ for name, statement in json.loads(sys.argv[1]).items():
     exec(statement)
     loaded = [module.split(".") for module in set(sys.modules) - before]
     modules = {parts[1] for parts in loaded if parts[0] == "deconvnet" and len(parts) > 1}
-    packages = {parts[0] for parts in loaded} - {module.split(".")[0] for module in before}
+    packages = {parts[0] for parts in loaded if not parts[0].endswith("__mypyc")}
+    packages -= {module.split(".")[0] for module in before}
     packages -= set(sys.stdlib_module_names)
     print(json.dumps([name, sorted(modules), sorted(packages)]), flush=True)
     os._exit(0)
