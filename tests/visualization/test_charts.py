@@ -47,6 +47,15 @@ def cells_of(image, window, stride):
     return Cells(image, (window / 2, window / 2), (stride, stride))
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("layout", ["constrained_layout.use", "autolayout"])
+def test_the_layout_that_a_user_sets_for_figures_moves_nothing(layout):
+    x = torch.arange(5.0)
+    plain = line_chart(x, [("a", x)], xlabel="x", size=(120, 200))
+    with matplotlib.rc_context({f"figure.{layout}": True}):
+        assert torch.equal(line_chart(x, [("a", x)], xlabel="x", size=(120, 200)), plain)
+
+
 def test_pictures_have_exactly_the_requested_size():
     x, cells = torch.arange(5.0), cells_of((20, 30), 4, 4)
     lines = line_chart(x, [("a", x)], xlabel="x", size=(171, 233))

@@ -367,7 +367,9 @@ def _figure(height: int, width: int) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor="white")
+    size = (width / DPI, height / DPI)
+    # No layout, whatever the user's rcParams say: axes cover exactly the pixels they are given.
+    figure = Figure(figsize=size, dpi=DPI, facecolor="white", layout="none")
     FigureCanvasAgg(figure)
     return figure
 
