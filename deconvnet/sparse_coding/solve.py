@@ -177,8 +177,9 @@ def of_one_layer(solution: Solution, A: Deconvolution) -> Solution:
 
 
 def default_solver(images: Tensor, p: float = 1.0) -> SolverSettings:
-    """The fastest settings for one layer: on a CPU with p = 1 coordinate descent, otherwise ADMM
-    with about the same accuracy (up to 500 iterations; sparse codes take about 50).
+    """The fastest settings for one layer: on a CPU with p = 1 coordinate descent, whatever the
+    sizes and the density of the code (docs/performance.md), otherwise ADMM with about the same
+    accuracy (up to 500 iterations; sparse codes take about 50).
     """
     if images.device.type != "cpu" or p != 1:
         return SolverSettings(iterations=500)
