@@ -390,5 +390,7 @@ def test_images_of_another_shape_are_refused(fitted, images):
     with pytest.raises(ValueError, match=r"images of \(2, 16, 14\): .*must be 1 or 3"):
         grey = PreprocessingSettings("grey")
         DeconvNetTransformer(preprocessing=grey).fit(np.stack([images] * 2, 1))
-    with pytest.raises(ValueError, match=r"image_shape=\(16, 15\): X has rows of 224 numbers"):
+    with pytest.raises(
+        ValueError, match=r"image_shape=\(16, 15\): X has rows of 224 numbers, not 240"
+    ):
         DeconvNetTransformer(image_shape=(16, 15)).fit(images.reshape(12, -1))

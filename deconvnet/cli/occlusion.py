@@ -160,4 +160,4 @@ def in_words(result: Occlusion, labels: tuple[str, ...] | None) -> str:
     number = result.class_index
     name = labels[number] if labels else f"class {number} (no class names: give labels=FILE)"
     whole, there = result.base_probabilities[result.class_index], result.probability[result.worst]
-    return f"{text}; {name}: {float(whole):.1%}, and {float(there):.1%}"
+    return f"{text}; {name}: {float(whole):.1%}, and {float(there):.1%} without them"

@@ -308,7 +308,10 @@ class DeconvNetTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
             if shape is not None and _with_channels(shape) != image_shape:
                 raise ValueError(f"image_shape={given}: X has images of {shape}")
             if math.prod(image_shape) != numbers:
-                raise ValueError(f"image_shape={given}: X has rows of {numbers} numbers")
+                raise ValueError(
+                    f"image_shape={given}: X has rows of {numbers} numbers, "
+                    f"not {math.prod(image_shape)}"
+                )
         channels, rows, last = image_shape
         if self.preprocessing is not None and channels not in (1, 3):
             raise ValueError(

@@ -106,8 +106,8 @@ def as_images(value: Any, name: str = "images") -> Tensor:
     if images.ndim != 4:
         more = {
             2: f": use {name}[None, None]",
-            3: f": use {name}[:, None] for grey (N, H, W), or {name}[:, :, None] for signals "
-            "(N, C, T)",
+            3: f": use {name}[None] for one image (C, H, W), {name}[:, None] for grey images "
+            f"(N, H, W), or {name}[:, :, None] for signals (N, C, T)",
         }
         raise ValueError(
             f"{name} must have the shape (N, C, H, W), got {tuple(images.shape)}"
@@ -126,9 +126,17 @@ def as_filters(value: Any, channels: int, name: str = "filters") -> Tensor:
     """Non-empty filters (K, C, h, w) for images of this many channels, as a tensor."""
     filters = as_tensor(value, name)
     if filters.ndim != 4 or filters.shape[1] != channels:
+        more = ""
+        if filters.ndim == 3:
+            more = (
+                f": use {name}[:, None] for grey filters (K, h, w), or torch.as_tensor({name})"
+                ".permute(2, 0, 1)[:, None] for SPORCO's (h, w, K)"
+            )
+        elif filters.shape[0] == filters.shape[1] and filters.shape[2] == channels:
+            more = f": use torch.as_tensor({name}).permute(3, 2, 0, 1) for SPORCO's (h, w, C, K)"
         raise ValueError(
-            f"{name} must have the shape (K, {channels}, h, w) for images of {channels} channels, "
-            f"got {tuple(filters.shape)}"
+            f"{name} must have the shape (K, {channels}, h, w) for images (N, {channels}, H, W), "
+            f"got {tuple(filters.shape)}{more}"
         )
     if filters.numel() == 0:
         raise ValueError(f"{name} must not be empty, got the shape {tuple(filters.shape)}")

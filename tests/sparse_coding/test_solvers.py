@@ -742,12 +742,17 @@ def refused(message):
 
 def test_wrong_images_filters_and_weights_are_refused():
     f, b = unit(rand(3, 2, 3, 3)), rand(2, 2, 6, 7)
-    with refused("images must have the shape (N, C, H, W), got (2, 6, 7)"):
+    with refused(
+        "images must have the shape (N, C, H, W), got (2, 6, 7): use images[None] for one"
+    ):
         sparse_code(b[0], f, lam=1.0)
-    with refused("filters must have the shape (K, 2, h, w) for images of 2 channels, got (3, 1, "):
+    shape = "filters must have the shape (K, 2, h, w) for images (N, 2, H, W), got "
+    with refused(f"{shape}(3, 1, 3, 3)"):
         sparse_code(b, f[:, :1], lam=1.0)
-    with refused("filters must have the shape (K, 2, h, w) for images of 2 channels, got (2, 3, "):
+    with refused(f"{shape}(2, 3, 3): use filters[:, None] for grey filters (K, h, w), or"):
         sparse_code(b, f[0], lam=1.0)
+    with refused(f"{shape}(3, 3, 2, 3): use torch.as_tensor(filters).permute(3, 2, 0, 1) for"):
+        sparse_code(b, f.permute(2, 3, 1, 0), lam=1.0)
     for lam in (0.0, -1.0, float("nan")):
         with refused(f"lam={lam}: must be positive"):
             sparse_code(b, f, lam=lam)

@@ -1365,7 +1365,10 @@ def test_wrong_settings_are_refused_in_one_line_and_write_nothing(
             ["weights=nets.py: not a file of weights: it begins with"],
         ),
         ({**MAKE, "weights": "photos"}, ["weights=photos", "takes a file of weights"]),
-        ({**MAKE, "weights": "epoch-1.pt", "options": {"maps": 6}}, ["not of this network"]),
+        (
+            {**MAKE, "weights": "epoch-1.pt", "options": {"maps": 6}},
+            ["not of this network", "; options= builds"],
+        ),
         ({**MAKE, "checkpoints": ["epoch-1.pt", "no.pt"]}, ["weights=no.pt: no such file"]),
         ({**MAKE, "layers": ["9"]}, ["layer '9': no such layer"]),
         ({**RUN, "labels": ["a"]}, ["labels=['a']: only with model="]),

@@ -68,6 +68,8 @@ def set_parameters(module: nn.Module, tensors: dict[str, Tensor], file: Path) ->
         "of another shape": shapes,
     }
     problems = [f"{what}: {enumerated(names)}" for what, names in differences.items() if names]
+    if shapes and len(problems) == 1:
+        problems.append("options= builds a network of other sizes, such as {num_classes: 10}")
     if problems:
         raise ValueError(f"weights={file}: not of this network; {'; '.join(problems)}")
     module.load_state_dict(tensors)
