@@ -157,8 +157,8 @@ def dictionary(train: Tensor, test: Tensor, options: argparse.Namespace, seed: i
             train, options.maps, 1, lam=lam, non_negative=True, learning=learning, seed=seed
         )
         seconds += time.process_time() - started
-        lam = lam_of(train[:16], learned.filters, options.per_position, lam)
-    lam = lam_of(test[:16], learned.filters, options.per_position, lam)
+        lam = lam_of(train[:64], learned.filters, options.per_position, lam)
+    lam = lam_of(test[:64], learned.filters, options.per_position, lam)
     started = time.process_time()
     code = sparse_code(test, learned.filters, lam=lam, non_negative=True, settings=SOLVER)
     encode = time.process_time() - started
