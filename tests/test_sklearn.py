@@ -29,7 +29,7 @@ from deconvnet import (
 )
 from deconvnet.applications.classification.grid_features import grid_features, num_cells
 from deconvnet.network.codes import Codes
-from deconvnet.sklearn import DeconvNetTransformer
+from deconvnet.sklearn import DeconvNetTransformer, transformer
 
 QUICK = dict(num_maps=6, filter_size=5, epochs=2)
 FEW = LearningSettings(epochs=1)
@@ -394,3 +394,19 @@ def test_images_of_another_shape_are_refused(fitted, images):
         ValueError, match=r"image_shape=\(16, 15\): X has rows of 224 numbers, not 240"
     ):
         DeconvNetTransformer(image_shape=(16, 15)).fit(images.reshape(12, -1))
+
+
+def test_rows_that_may_be_square_images_are_taken_for_signals_with_a_warning(images, caplog):
+    transformer._warn_of_rows_of_images.cache_clear()
+    rows = images[:, :8, :8].reshape(12, 64)
+    signals = DeconvNetTransformer(num_maps=2, filter_size=3, epochs=1)
+    signals.fit(rows)
+    assert signals.image_shape_ == (1, 1, 64)
+    assert caplog.messages == [
+        "X has rows of 64 numbers, taken for signals: if they are images, give "
+        "image_shape=(8, 8); image_shape=(1, 64) says that they are signals"
+    ]
+    caplog.clear()
+    signals.set_params(image_shape=(1, 64)).fit(rows)
+    DeconvNetTransformer(num_maps=2, filter_size=3, epochs=1).fit(rows[:, :60])
+    assert not caplog.messages

@@ -14,6 +14,8 @@ several channels there is `SignalDictionary`.
 from __future__ import annotations
 
 import copy
+import functools
+import logging
 import math
 from collections.abc import Sequence
 from numbers import Real
@@ -51,6 +53,8 @@ from deconvnet.support.devices import torch_device
 from deconvnet.support.torch_modes import plain
 from deconvnet.support.validation import FilterSize, as_filter_size
 from deconvnet.training.in_memory import learn_layers
+
+logger = logging.getLogger(__name__)
 
 
 class DeconvNetTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
@@ -300,6 +304,8 @@ class DeconvNetTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
         given = self.image_shape
         if given is None:
             image_shape = (1, 1, numbers) if shape is None else _with_channels(shape)
+            if shape is None:
+                _warn_of_rows_of_images(numbers)
         else:
             sides = given if isinstance(given, Sequence) else ()
             if len(sides) not in (2, 3) or not all(map(is_positive_int, sides)):
@@ -396,6 +402,19 @@ class DeconvNetTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
         for layer in reversed(self.net_.layers):
             z = layer.operator()(z) * layer.scale
         return z
+
+
+@functools.cache
+def _warn_of_rows_of_images(numbers: int) -> None:
+    """Warn, once, that rows are taken for signals if they may be the pixels of square images."""
+    for channels in (1, 3):
+        side = math.isqrt(numbers // channels)
+        if side > 4 and channels * side**2 == numbers:
+            image = (side, side) if channels == 1 else (channels, side, side)
+            logger.warning(
+                f"X has rows of {numbers} numbers, taken for signals: if they are images, give "
+                f"image_shape={image}; image_shape=(1, {numbers}) says that they are signals"
+            )
 
 
 def _with_channels(shape: tuple[int, ...]) -> tuple[int, int, int]:
