@@ -132,7 +132,9 @@ def as_filters(value: Any, channels: int, name: str = "filters") -> Tensor:
                 f": use {name}[:, None] for grey filters (K, h, w), or torch.as_tensor({name})"
                 ".permute(2, 0, 1)[:, None] for SPORCO's (h, w, K)"
             )
-        elif filters.shape[0] == filters.shape[1] and filters.shape[2] == channels:
+        elif (
+            filters.ndim == 4 and len(set(filters.shape[:2])) == 1 and filters.shape[2] == channels
+        ):
             more = f": use torch.as_tensor({name}).permute(3, 2, 0, 1) for SPORCO's (h, w, C, K)"
         raise ValueError(
             f"{name} must have the shape (K, {channels}, h, w) for images (N, {channels}, H, W), "

@@ -159,7 +159,7 @@ def test_the_version_is_that_of_the_package():
     [
         (["trian"], "deconvnet trian: no such command; did you mean train?"),
         (["denoice", "run=x"], "deconvnet denoice: no such command; did you mean denoise?"),
-        (["zzz"], "deconvnet zzz: no such command; there are train, visualize"),
+        (["zzz"], "deconvnet zzz: no such command; there are train, suggest, visualize"),
         (["+layers=2"], "the command comes first, as in: deconvnet train +layers=2"),
         (["run=x"], "the command comes first"),
         (["--verbose"], "deconvnet --verbose: no such command; there are train"),

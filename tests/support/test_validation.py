@@ -272,7 +272,10 @@ BAD_IMAGES = {
     "masked": (lambda y: np.ma.masked_less(y.numpy(), 0), "images is a masked array"),
     "sparse": (lambda y: y.to_sparse(), r"images must be dense.*images.to_dense\(\)"),
     "one image": (lambda y: y[0, 0], r"got \(16, 18\): use images\[None, None\]"),
-    "grey images": (lambda y: y[:, 0], r"got \(3, 16, 18\): use images\[:, None\]"),
+    "grey images": (
+        lambda y: y[:, 0],
+        r"got \(3, 16, 18\): use .*images\[:, None\] for grey images",
+    ),
     "no images": (lambda y: y[:0], r"images must not be empty, got the shape \(0, 1, 16, 18\)"),
     "no channels": (lambda y: y[:, :0], "images must not be empty|filters must have the shape"),
     "no pixels": (lambda y: y[..., :0], "images must not be empty"),
