@@ -226,8 +226,9 @@ class Solution:
         """A one-line summary, with the duality gap if it was computed."""
         total = float(self.objective.detach().sum())
         density = float(torch.count_nonzero(self.z)) / max(self.z.numel(), 1)
+        images = "1 image" if len(self.z) == 1 else f"{len(self.z)} images"
         line = (
-            f"{len(self.z)} images, maps {'x'.join(map(str, self.z.shape[1:]))}, {density:.2%} "
+            f"{images}, maps {'x'.join(map(str, self.z.shape[1:]))}, {density:.2%} "
             f"non-zero, objective {total:.6g}, {self.iterations} iterations"
         )
         if self.gap is None:
