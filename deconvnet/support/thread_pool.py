@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import functools
 import os
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -30,27 +31,34 @@ def run_in_turns(tasks: list[Callable[[], bool]]) -> None:
     """Call tasks that may wait for each other, on as many threads, until each has returned True.
 
     A task that returns False is called again later, by any thread, so that tasks proceed even if
-    the system lets only one of the threads run.
+    the system lets only one of the threads run. After an exception, such as that of Ctrl-C, no task
+    is called again, since it might wait for the one that has failed, for ever.
     """
-    waiting = collections.deque(tasks)
+    waiting, failed = collections.deque(tasks), threading.Event()
 
     def work() -> None:
-        while waiting:
-            try:
-                task = waiting.popleft()
-            except IndexError:  # another thread was faster
-                return
-            if not task():
-                waiting.append(task)
-                time.sleep(0)
+        try:
+            while not failed.is_set():
+                try:
+                    task = waiting.popleft()
+                except IndexError:  # nothing is left, or another thread was faster
+                    return
+                if not task():
+                    waiting.append(task)
+                    time.sleep(0)
+        except BaseException:
+            failed.set()
+            raise
 
     workers = min(torch.get_num_threads(), len(tasks))
     others = [_pool(workers - 1).submit(work) for _ in range(1, workers)]
-    work()
-    for other in others:
-        # One that has not begun has nothing left to do.
-        if not other.cancel():
-            other.result()
+    try:
+        work()
+    finally:
+        for other in others:
+            # One that has not begun has nothing left to do.
+            if not other.cancel():
+                other.result()
 
 
 @functools.lru_cache(maxsize=1)
