@@ -119,12 +119,12 @@ def _first(key: str, schema: type, cfg: DictConfig) -> list[str]:
     value: Any = _values(cfg)
     for part in key.split("."):
         value = value[part]
-    if value is None and (null := _OF_NULL.search(comments(owner)[name])):
+    if value is None and (null := _NULL_MEANING.search(comments(owner)[name])):
         meaning += f"; {null[0]}"
     return _setting(key, value, meaning)
 
 
-_OF_NULL = re.compile(r"\bnull: .+?(?=;| \||[.] |[.]?$)")
+_NULL_MEANING = re.compile(r"\bnull: .+?(?=;| \||[.] |[.]?$)")
 
 
 def _in_short(meaning: str) -> str:

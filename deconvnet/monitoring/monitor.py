@@ -257,7 +257,7 @@ class Monitor:
         now = time.monotonic()
         if stats.epoch == stats.epochs or now >= self._last_logged + LOG_INTERVAL:
             self._last_logged = now
-            if (left := self._time_left.of_run()) is not None:
+            if (left := self._time_left.run_seconds()) is not None:
                 text += f", about {in_words(left)} left"
             log.info(
                 *("layer %d/%d, %s: %s", stats.layer, self._depth, epoch, text),
@@ -268,7 +268,7 @@ class Monitor:
         """Show the statistics of the last epoch and the time left of the run next to the bar."""
         if self._bar.disable:
             return
-        columns, left = _columns(), self._time_left.of_run()
+        columns, left = _columns(), self._time_left.run_seconds()
         parts = [self._figures] if self._figures else []
         if left is not None and columns >= NARROW:
             parts.append(f"{'about ' if columns >= MEDIUM else ''}{in_words(left)} left")

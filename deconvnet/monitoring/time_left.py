@@ -45,16 +45,16 @@ class TimeLeft:
         """One more update is done."""
         self._done += 1
 
-    def of_layer(self) -> float | None:
+    def layer_seconds(self) -> float | None:
         """Seconds that the current layer still learns; None if that is not known yet."""
         if self._done == self._start or self._done > self._total:  # not begun, or a stream
             return None
         elapsed = time.monotonic() - self._layer_began
         return elapsed * (self._total - self._done) / (self._done - self._start)
 
-    def of_run(self) -> float | None:
+    def run_seconds(self) -> float | None:
         """Seconds that the run still takes; None if that is not known yet."""
-        learning = self.of_layer()
+        learning = self.layer_seconds()
         if learning is None:
             return None
         current, *above = self.costs[self.layer - 1 :]

@@ -86,7 +86,9 @@ def strongest(c, inverse, best, which, top, bottom):
 
 
 @_compiled
-def look(y, f, size, inverse, G, parts, positive, active, tile, block, best, which, top, bottom):
+def correlate_and_search(
+    y, f, size, inverse, G, parts, positive, active, tile, block, best, which, top, bottom
+):
     """Correlate rows `top` to `bottom` of the maps with all filters and, over the coefficients that
     are not active, do what `strongest` does; returns the largest magnitude times `inverse` of those
     that are active.

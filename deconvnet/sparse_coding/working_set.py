@@ -114,8 +114,8 @@ class Atoms:
         return frames
 
     def beyond_borders(self, N: int) -> np.ndarray:
-        """Zeros for what filters at all positions of the maps of N images see, as `kernels.look`
-        takes it; `continue_image` fills it in.
+        """Zeros for what filters at all positions of the maps of N images see, as
+        `kernels.correlate_and_search` takes it; `continue_image` fills it in.
         """
         (h, w), (rows, columns) = self.f.shape[2:], self.map_size
         whole_blocks = -(-columns // BLOCK) * BLOCK
@@ -256,8 +256,8 @@ class WorkingSetSolver(CoordinateDescent):
         parts = min(PARTS, groups) if atoms.channels_last else 1
         self.parts = np.array([groups * part // parts for part in range(parts + 1)])
         # Otherwise correlations are computed by torch, in strips.
-        self.looks = atoms.boundary != "reflect" and not weights.divides
-        self.seen = atoms.beyond_borders(N if self.looks else 0)
+        self.compiled_search = atoms.boundary != "reflect" and not weights.divides
+        self.extended = atoms.beyond_borders(N if self.compiled_search else 0)
         self.best = np.zeros((N, parts, *self.maps_shape[1:]), atoms.dtype)
         self.which = np.zeros(self.best.shape, np.int32)
         self.starts: list[np.ndarray | None] = [None] * N
@@ -330,13 +330,15 @@ class WorkingSetSolver(CoordinateDescent):
 
     def correlate_residual(self, images: list[int], *, certify: bool) -> None:
         """Step 1: the strongest inactive correlation at every position, and the duality gaps."""
-        largest = (self._look if self.looks else self._look_in_strips)(images, certify)
+        largest = (self._search if self.compiled_search else self._search_in_strips)(
+            images, certify
+        )
         if certify:
             for n in images:
                 self._compute_gap(n, max(largest[n], float(self.best[n].max())))
         self.correlated = True
 
-    def _look(self, images: list[int], certify: bool) -> dict[int, float]:
+    def _search(self, images: list[int], certify: bool) -> dict[int, float]:
         """Fill in `best` and `which`; the largest correlation of each image's active coefficients,
         relative to its limit. Threads share the images or, if these are few, their rows.
         """
@@ -344,37 +346,39 @@ class WorkingSetSolver(CoordinateDescent):
         parts = 1 if len(images) >= threads else min(4 * threads, rows)
         spans = list(itertools.pairwise(rows * part // parts for part in range(parts + 1)))
         by_row: dict[int, tuple[np.ndarray, ...]] = {}
-        run_all([functools.partial(self._prepare_look, n, by_row) for n in images])
+        run_all([functools.partial(self._prepare_search, n, by_row) for n in images])
         largest = {n: np.zeros(parts) for n in images}
         run_all(
             [
-                functools.partial(self._look_at_rows, n, by_row[n], span, largest[n][part:])
+                functools.partial(self._search_rows, n, by_row[n], span, largest[n][part:])
                 for n in images
                 for part, span in enumerate(spans)
             ]
         )
         return {n: float(each.max()) for n, each in largest.items()}
 
-    def _prepare_look(self, n: int, by_row: dict[int, tuple[np.ndarray, ...]]) -> None:
+    def _prepare_search(self, n: int, by_row: dict[int, tuple[np.ndarray, ...]]) -> None:
         """Continue the residual beyond the borders, and sort the active coefficients by row."""
         r, mask, e = self.residual[n].numpy(), self.atoms.mask, self.active[n]
-        self.atoms.continue_image(self.seen[n], r if mask is None else mask.images[n].numpy() * r)
+        self.atoms.continue_image(
+            self.extended[n], r if mask is None else mask.images[n].numpy() * r
+        )
         rows, columns = self.maps_shape[1:]
         order, starts = kernels.by_bands(e.i, e.j, rows, columns, rows)
         by_row[n] = e.g[order], e.j[order], starts
 
-    def _look_at_rows(
+    def _search_rows(
         self, n: int, active: tuple[np.ndarray, ...], rows: tuple[int, int], largest: np.ndarray
     ) -> None:
         atoms = self.atoms
         scratch = np.empty((len(atoms.by_tap) * FILTERS, BLOCK), atoms.dtype)
-        largest[0] = kernels.look(
-            *(self.seen[n], atoms.by_tap, tuple(atoms.f.shape[2:]), self.weights.inverse),
+        largest[0] = kernels.correlate_and_search(
+            *(self.extended[n], atoms.by_tap, tuple(atoms.f.shape[2:]), self.weights.inverse),
             *(atoms.group, self.parts, self.problem.prior.non_negative, active, scratch),
             *(np.empty((2, BLOCK), atoms.dtype), self.best[n], self.which[n], *rows),
         )
 
-    def _look_in_strips(self, images: list[int], certify: bool) -> dict[int, float]:
+    def _search_in_strips(self, images: list[int], certify: bool) -> dict[int, float]:
         """The same, for limits that depend on the position, and mirrored borders."""
         atoms = self.atoms
         r = self.residual if len(images) == len(self.images) else self.residual[images]

@@ -8,12 +8,12 @@ from deconvnet.monitoring.time_left import LayerCost
 from deconvnet.network.network import DeconvNet
 
 # The cost of a coefficient in an iteration, in multiply-adds, besides those of its filter.
-OF_COEFFICIENT = 200
+COEFFICIENT_COST = 200
 # The costs of learning from a visit to an image and, for a finished layer, of measuring and drawing
 # it, relative to inference of the same number of iterations. With these constants, the estimates
 # were 0.86 to 0.99 of the time that was left in a run of `default`, and 1.2 to 1.6 of it in one of
 # `iccv2011_small` (processor time of one thread).
-OF_LEARNING, OF_SHOWING = 1.5, 1.0
+LEARNING_FACTOR, SHOWING_FACTOR = 1.5, 1.0
 
 
 def layer_costs(net: DeconvNet, size: tuple[int, int], images: int) -> list[LayerCost]:
@@ -25,15 +25,15 @@ def layer_costs(net: DeconvNet, size: tuple[int, int], images: int) -> list[Laye
         settings, (_, C, h, w) = layer.settings, layer.filters.shape
         coefficients = math.prod(shape)
         painting = coefficients * C * h * w
-        iteration = coefficients * OF_COEFFICIENT + painting
+        iteration = coefficients * COEFFICIENT_COST + painting
         # What reconstructs the image goes through all layers below.
         iteration += below if settings.target != "maps" else 0.0
         below += painting
-        visit = iteration * settings.solver.training_iterations * (1 + OF_LEARNING)
+        visit = iteration * settings.solver.training_iterations * (1 + LEARNING_FACTOR)
         costs.append(
             LayerCost(
                 images * settings.learning.epochs * visit,
-                images * settings.solver.iterations * iteration * (1 + OF_SHOWING),
+                images * settings.solver.iterations * iteration * (1 + SHOWING_FACTOR),
             )
         )
     return costs

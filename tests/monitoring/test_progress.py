@@ -85,28 +85,28 @@ def test_the_time_left_is_that_of_all_layers_and_exact_if_their_costs_are(monkey
     costs = [LayerCost(100, 50), LayerCost(40, 20), LayerCost(12, 6)]
     left = TimeLeft(costs)
     left.begin(2, 1, 4)
-    assert left.of_run() is None
+    assert left.run_seconds() is None
     for done in (2, 3, 4):
         clock.now += 2 * 10
         left.advance()
-        assert left.of_layer() == pytest.approx(20 * (4 - done))
-        assert left.of_run() == pytest.approx(2 * (10 * (4 - done) + 20 + 12 + 6))
+        assert left.layer_seconds() == pytest.approx(20 * (4 - done))
+        assert left.run_seconds() == pytest.approx(2 * (10 * (4 - done) + 20 + 12 + 6))
     clock.now += 2 * 20  # inference
     left.begin(3, 0, 3)
     for done in (1, 2, 3):
         clock.now += 2 * 4
         left.advance()
-        assert left.of_run() == pytest.approx(2 * (4 * (3 - done) + 6))
+        assert left.run_seconds() == pytest.approx(2 * (4 * (3 - done) + 6))
     # A layer whose updates take longer than its cost says.
     left.begin(3, 0, 3)
     clock.now += 100
     left.advance()
-    assert left.of_layer() == pytest.approx(200) and left.of_run() > 200
+    assert left.layer_seconds() == pytest.approx(200) and left.run_seconds() > 200
     # A stream, whose length is not known.
     stream = TimeLeft([LayerCost(1, 0)])
     stream.begin(1, 0, 0)
     stream.advance()
-    assert stream.of_layer() is None and stream.of_run() is None
+    assert stream.layer_seconds() is None and stream.run_seconds() is None
 
 
 @pytest.mark.parametrize(
