@@ -34,7 +34,7 @@ from deconvnet.cli.setting_keys import (
 )
 
 # key=value, with the prefix of the key.
-_OVERRIDE = re.compile(r"(\+{0,2})([A-Za-z_$][\w$.-]*)=(.*)", re.DOTALL)
+OVERRIDE = re.compile(r"(\+{0,2})([A-Za-z_$][\w$.-]*)=(.*)", re.DOTALL)
 _DELETION = re.compile(r"~([A-Za-z_$][\w$.-]*)(=.*)?", re.DOTALL)
 _QUOTED = re.compile(r"""(["'])(?:(?!\1)[^\\]|\\.)*\1""", re.DOTALL)
 # What Hydra reads as text without quotes, apart from its keywords.
@@ -74,7 +74,7 @@ def for_hydra(arguments: list[str], schema: type) -> list[str]:
 
 def _replaced(arguments: list[str], schema: type) -> list[str]:
     """The arguments that set to null what others replace, unless it is given as well."""
-    matches = filter(None, map(_OVERRIDE.fullmatch, arguments))
+    matches = filter(None, map(OVERRIDE.fullmatch, arguments))
     given = {match[2]: match[3] for match in matches}
     replaced = []
     for key, value in given.items():
@@ -100,7 +100,7 @@ def _override(argument: str, schema: type, sweep: bool) -> str:
     """Convert an argument that is neither an option nor the value of one."""
     if deleted := _DELETION.fullmatch(argument):
         return f"~{with_current_key(schema, deleted[1])}{deleted[2] or ''}"
-    if not (match := _OVERRIDE.fullmatch(argument)):
+    if not (match := OVERRIDE.fullmatch(argument)):
         return argument
     prefix, key, value = match.groups()
     key, value = with_current_key(schema, key), with_current_references(schema, value)

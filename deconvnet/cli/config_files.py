@@ -89,7 +89,7 @@ def _edits(
         if current != name.value:
             if names.count(current) > 1:
                 raise ValueError(
-                    f"{where}: {name.value} is the old name of {current}; give {current} alone"
+                    f"{where}: {name.value} is another name of {current}; give {current} alone"
                 )
             yield name, current
         # << merges settings of the same level.

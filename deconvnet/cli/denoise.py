@@ -1,6 +1,6 @@
 """Remove noise from images with the filters of a trained network.
 
-deconvnet denoise run=runs/denoise-rgb image=photo.png sigma=25
+deconvnet denoise run=runs/denoise-rgb images=photo.png sigma=25
 """
 
 import torch
@@ -45,7 +45,7 @@ def denoise(settings: DenoiseConfig) -> None:
         return Restored(noisy, layers, clean, f"sigma {GREY_LEVELS * sigma:.1f}")
 
     restore_files(
-        *(settings.run, settings.image, restore),
+        *(settings.run, settings.images, restore),
         folder="denoised",
         device=torch_device(settings.device),
         **settings.common(),

@@ -55,7 +55,7 @@ FIRST = {
         *("words", "levels", "beside", "output", "device"),
     ),
     "train_cnn": (
-        *("data", "data.path", "data.dataset", "data.download", "data.size", "color", "images"),
+        *("data", "data.path", "data.dataset", "data.download", "data.size", "color", "max_images"),
         *("width", "epochs", "batch", "learning_rate", "name", "device"),
     ),
 }

@@ -1,6 +1,6 @@
 """Fill in missing pixels with the filters of a trained network.
 
-deconvnet inpaint run=runs/denoise-rgb image=photo.png missing=scratches.png
+deconvnet inpaint run=runs/denoise-rgb images=photo.png missing=scratches.png
 """
 
 import torch
@@ -35,7 +35,7 @@ def inpaint(settings: InpaintConfig) -> None:
         return Restored(mask * image, layers, clean, f"{missing:.1%} missing")
 
     restore_files(
-        *(settings.run, settings.image, restore),
+        *(settings.run, settings.images, restore),
         folder="inpainted",
         mask=mask_file(settings.missing),
         device=torch_device(settings.device),

@@ -19,6 +19,7 @@ from deconvnet.cli.arguments import for_hydra
 from deconvnet.cli.config_files import check_names, read_files_as_written
 from deconvnet.cli.errors import WANTS_TRACEBACK, end_of_pipe, explain
 from deconvnet.cli.help import full_page
+from deconvnet.cli.image_keys import check_image_keys
 from deconvnet.cli.printed_commands import remember
 from deconvnet.cli.read_settings import register, register_help
 from deconvnet.cli.settings import SCHEMAS
@@ -74,6 +75,7 @@ def run(main: Callable[[], None], schema: type, call: tuple[str, ...]) -> None:
     try:
         with _one_line_warnings(silent=rank > 0):
             remember(call, sys.argv[1:])
+            check_image_keys(sys.argv[1:], schema)
             sys.argv[1:] = for_hydra(sys.argv[1:], schema)
             check_names(sys.argv[1:], CONFIGS)
             read_files_as_written(schema)

@@ -17,6 +17,8 @@ from deconvnet.support.renaming import current_name
 _REFERENCE = re.compile(r"\$\{([A-Za-z_][\w.]*)\}")
 # Metadata of a field that accepts one text or a list of texts, for which Hydra has no type.
 TEXTS = {"texts": True}
+# Other spellings of settings, accepted without a warning.
+SPELLINGS = {"image": "images"}
 
 
 @dataclass(frozen=True)
@@ -104,12 +106,13 @@ def keys_of(schema: Any, prefix: str = "") -> Iterator[str]:
 
 
 def with_current_key(schema: type, key: str, where: str = "") -> str:
-    """A dotted key with the current names of renamed settings, with a warning.
+    """A dotted key with the current names of renamed settings, with a warning, and with their
+    usual spelling.
 
     where: the file that has the key, for the warning.
     """
     current = _current_key(schema, key)
-    if current != key:
+    if current not in (key, ".".join(SPELLINGS.get(name, name) for name in key.split("."))):
         prefix = f"{where}: " if where else ""
         message = f"{prefix}{key} is now called {current}; the old name will go"
         warnings.warn(message, FutureWarning, stacklevel=2)
@@ -127,8 +130,11 @@ def _current_key(schema: Any, key: str) -> str:
     for name in key.split("."):
         level, _ = without_none(level)
         if is_dataclass(level):
+            known = get_type_hints(level)
             name = current_name(level, name)
-            level = get_type_hints(level).get(name)
+            if name not in known and SPELLINGS.get(name) in known:
+                name = SPELLINGS[name]
+            level = known.get(name)
         elif get_origin(level) is dict:
             level = get_args(level)[1]
         else:

@@ -355,7 +355,7 @@ class RestoreConfig:
     # a run folder, or a network file (.safetensors)
     run: str
     # images: a file, a folder, or a list such as [a.jpg,b.jpg]
-    image: Any = field(metadata=TEXTS)
+    images: Any = field(metadata=TEXTS)
     # use the maps of layers up to this one; null: all layers of the network
     layer: int | None = None
     # the threshold in standard deviations of the noise; larger is smoother
@@ -374,8 +374,8 @@ class RestoreConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.image == [] or self.clean == []:
-            raise ValueError("image=[] or clean=[]: give a file, a folder, or a list of them")
+        if self.images == [] or self.clean == []:
+            raise ValueError("images=[] or clean=[]: give a file, a folder, or a list of them")
         if not 0 < self.strength < math.inf:
             raise ValueError(f"strength={self.strength}: must be a positive number")
         check_memory(self.memory)
@@ -527,6 +527,7 @@ class ClassifyConfig(ClassifySettings):
         check_seed(self.seed)
 
 
+@renamed(images="max_images")
 @dataclass
 class TrainCnnConfig:
     """The settings of `deconvnet train-cnn`."""
@@ -537,8 +538,8 @@ class TrainCnnConfig:
     data: DataSettings
     # planes of the images: grey (one) or rgb
     color: str = "grey"
-    # train on this many images, drawn at random; null: all
-    images: int | None = 12000
+    # train on this many of the images, drawn at random; null: all
+    max_images: int | None = 12000
     # fraction of the images to test on, if the data set has no test split of its own
     held_out: float = 0.1
     # maps of the first layer; the others have 2, 3, 3 and 2 times as many, the hidden layer 8 times
@@ -589,7 +590,7 @@ class TrainCnnConfig:
                 raise ValueError(f"{key}={getattr(self, key)}: must be at least 0 and below 1")
         if not 0 <= self.shift < self.data.size:
             raise ValueError(f"shift={self.shift}: must be at least 0 and below data.size")
-        for key in ("images", "learning_rate", "filter_rms"):
+        for key in ("max_images", "learning_rate", "filter_rms"):
             if getattr(self, key) is not None and not 0 < getattr(self, key) < math.inf:
                 raise ValueError(f"{key}={getattr(self, key)}: must be above 0, and finite")
         if not 0 <= self.weight_decay < math.inf:

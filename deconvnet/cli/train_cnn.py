@@ -122,7 +122,7 @@ def examples(settings: TrainCnnConfig) -> tuple[Examples, Examples, tuple[str, .
         chosen, order = order[:held], order[held:]
     if len(order) < 2:
         raise ValueError(f"data.path={settings.data.path}: {len(images)} images are too few")
-    train = read(images, order[: settings.images].tolist(), "to train", settings)
+    train = read(images, order[: settings.max_images].tolist(), "to train", settings)
     test = read(others, chosen.tolist(), "to test", settings)
     labels = sorted({*train[1], *test[1]})
     if len(labels) < 2:

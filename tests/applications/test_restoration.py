@@ -382,7 +382,7 @@ def test_the_command_denoises_and_prints_the_quality(script, run_folder):
     result = script(
         run_folder,
         "denoise.py",
-        *("run=net.safetensors", "image=[cat.png,camera.png]", "noise=25", "layer=1"),
+        *("run=net.safetensors", "images=[cat.png,camera.png]", "noise=25", "layer=1"),
         "clean=camera.png",
     )
     assert result.code == 0, result.err
@@ -403,7 +403,7 @@ def test_the_command_estimates_noise_where_none_is_given(script, run_folder):
     noisy = photograph("camera")[:64, :70] + SIGMA * rand(64, 70)
     path = run_folder / "noisy.png"
     Image.fromarray((255 * noisy.clamp(0, 1)).byte().numpy()).save(path)
-    result = script(run_folder, "denoise.py", "run=net.safetensors", f"image={path}", "output=o")
+    result = script(run_folder, "denoise.py", "run=net.safetensors", f"images={path}", "output=o")
     assert result.code == 0, result.err
     assert "dB" not in result.out
     assert abs(float(result.out.split("sigma")[1].split()[0]) - 25) < 4
@@ -415,7 +415,7 @@ def test_the_command_inpaints_missing_pixels(script, run_folder, missing):
     result = script(
         run_folder,
         "inpaint.py",
-        *("run=net.safetensors", "image=camera.png", f"missing={missing}", "layer=1"),
+        *("run=net.safetensors", "images=camera.png", f"missing={missing}", "layer=1"),
     )
     assert result.code == 0, result.err
     share = {"0.5": 50, "box": 6, "half": 50, "holes.png": 20}[missing]
@@ -431,7 +431,7 @@ def test_no_input_file_is_overwritten(script, run_folder, tmp_path):
     run = f"run={run_folder / 'net.safetensors'}"
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     for command in (["denoise.py", "sigma=10"], ["inpaint.py", "missing=0.3"]):
-        result = script(tmp_path, *command, run, "image=cat.png", "output=.", "layer=1")
+        result = script(tmp_path, *command, run, "images=cat.png", "output=.", "layer=1")
         assert result.code == 0, result.err
         assert all((tmp_path / name).read_bytes() == data for name, data in before.items())
     for name in ("cat-layer1.png", "cat-compared.png"):
@@ -442,10 +442,10 @@ def test_no_input_file_is_overwritten(script, run_folder, tmp_path):
     (tmp_path / "out/camera-compared.png").symlink_to(tmp_path / "camera.png")
     os.link(tmp_path / "holes.png", tmp_path / "out/holes-layer1.png")
     for command in (
-        ["denoise.py", "image=[cat.png,cat-layer1.png]", "output=."],
-        ["denoise.py", "image=cat.png", "clean=cat-layer1.png", "output=."],
-        ["denoise.py", "image=camera.png", "output=out"],
-        ["inpaint.py", "image=holes.png", "missing=holes.png", "output=out"],
+        ["denoise.py", "images=[cat.png,cat-layer1.png]", "output=."],
+        ["denoise.py", "images=cat.png", "clean=cat-layer1.png", "output=."],
+        ["denoise.py", "images=camera.png", "output=out"],
+        ["inpaint.py", "images=holes.png", "missing=holes.png", "output=out"],
         ["reconstruct.py", "images=[cat.png,cat-layer1.png]", "output=."],
     ):
         result = script(tmp_path, command[0], run, "layer=1", *command[1:])
@@ -457,25 +457,25 @@ def test_no_input_file_is_overwritten(script, run_folder, tmp_path):
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("denoise.py", ["image=camera.png"], "run has no value"),
-        ("denoise.py", ["run=no", "image=camera.png"], "no: no such run folder"),
-        ("denoise.py", ["run=net.safetensors", "image=no.png"], "cannot read no.png"),
-        ("denoise.py", ["run=net.safetensors", "image=camera.png", "sigma=0.1"], "grey levels"),
-        ("denoise.py", ["run=net.safetensors", "image=camera.png", "layer=3"], "layers 1 to 2"),
-        ("denoise.py", ["run=net.safetensors", "image=camera.png", "strength=-1"], "strength=-1"),
-        ("denoise.py", ["run=net.safetensors", "image=camera.png", "+sigmas=3"], "did you mean"),
-        ("inpaint.py", ["run=net.safetensors", "image=camera.png"], "missing has no value"),
+        ("denoise.py", ["images=camera.png"], "run has no value"),
+        ("denoise.py", ["run=no", "images=camera.png"], "no: no such run folder"),
+        ("denoise.py", ["run=net.safetensors", "images=no.png"], "cannot read no.png"),
+        ("denoise.py", ["run=net.safetensors", "images=camera.png", "sigma=0.1"], "grey levels"),
+        ("denoise.py", ["run=net.safetensors", "images=camera.png", "layer=3"], "layers 1 to 2"),
+        ("denoise.py", ["run=net.safetensors", "images=camera.png", "strength=-1"], "strength=-1"),
+        ("denoise.py", ["run=net.safetensors", "images=camera.png", "+sigmas=3"], "did you mean"),
+        ("inpaint.py", ["run=net.safetensors", "images=camera.png"], "missing has no value"),
         (
             "inpaint.py",
-            ["run=net.safetensors", "image=camera.png", "missing=no.png"],
+            ["run=net.safetensors", "images=camera.png", "missing=no.png"],
             "box, or half",
         ),
         (
             "inpaint.py",
-            ["run=net.safetensors", "image=cat.png", "missing=holes.png"],
+            ["run=net.safetensors", "images=cat.png", "missing=holes.png"],
             "44x50 pixels",
         ),
-        ("inpaint.py", ["run=net.safetensors", "image=cat.png", "missing=1.5"], "between 0 and 1"),
+        ("inpaint.py", ["run=net.safetensors", "images=cat.png", "missing=1.5"], "between 0 and 1"),
     ],
 )
 def test_a_wrong_command_says_what_would_be_right_in_one_line(
@@ -490,8 +490,8 @@ def test_a_wrong_command_says_what_would_be_right_in_one_line(
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [
-        ("denoise.py", ["image=camera.png", "noise=25"]),
-        ("inpaint.py", ["image=camera.png", "missing=0.5"]),
+        ("denoise.py", ["images=camera.png", "noise=25"]),
+        ("inpaint.py", ["images=camera.png", "missing=0.5"]),
         ("reconstruct.py", ["images=camera.png", "layer=1"]),
     ],
 )
@@ -566,13 +566,13 @@ class Stream:
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("denoise.py", ["image=[camera.png,tiny.png]", "noise=9"], "tiny.png: images of 1x1"),
-        ("denoise.py", ["image=[camera.png,text.png]", "noise=9"], "cannot read text.png"),
-        ("denoise.py", ["image=camera.png", "noise=9", "memory=1e-5"], "memory=1e-05 allows less"),
-        ("denoise.py", ["image=camera.png", "noise=9", "memory=0"], "memory=0.0: is in GiB"),
-        ("denoise.py", ["image=camera.png", "output=net.safetensors"], "net.safetensors"),
-        ("inpaint.py", ["image=[camera.png,cat.png]", "missing=holes.png"], "cat.png has 40x60"),
-        ("inpaint.py", ["image=camera.png", "missing=black.png"], "no pixel is observed"),
+        ("denoise.py", ["images=[camera.png,tiny.png]", "noise=9"], "tiny.png: images of 1x1"),
+        ("denoise.py", ["images=[camera.png,text.png]", "noise=9"], "cannot read text.png"),
+        ("denoise.py", ["images=camera.png", "noise=9", "memory=1e-5"], "memory=1e-05 allows less"),
+        ("denoise.py", ["images=camera.png", "noise=9", "memory=0"], "memory=0.0: is in GiB"),
+        ("denoise.py", ["images=camera.png", "output=net.safetensors"], "net.safetensors"),
+        ("inpaint.py", ["images=[camera.png,cat.png]", "missing=holes.png"], "cat.png has 40x60"),
+        ("inpaint.py", ["images=camera.png", "missing=black.png"], "no pixel is observed"),
         ("reconstruct.py", ["images=[camera.png,tiny.png]"], "tiny.png: images of 1x1"),
         ("reconstruct.py", ["images=camera.png", "memory=1e-5"], "memory=1e-05 allows less"),
         ("reconstruct.py", ["images=camera.png", "memory=1e-5", "parts=true"], "parts=true"),
@@ -594,7 +594,7 @@ def test_errors_of_all_images_are_raised_before_the_first_is_restored(
 def test_an_image_without_noise_does_not_stop_the_other_images(script, run_folder):
     Image.new("L", (50, 40), 90).save(run_folder / "flat.png")
     result = script(
-        *(run_folder, "denoise.py", "run=net.safetensors", "image=flat.png"),
+        *(run_folder, "denoise.py", "run=net.safetensors", "images=flat.png"),
         *("layer=1", "output=flat", "strength=1"),
     )
     assert result.code == 0 and "sigma 0.5" in result.out, result

@@ -16,7 +16,10 @@ from deconvnet.cli.arguments import for_hydra
 from deconvnet.cli.config_files import as_written
 from deconvnet.cli.errors import one_line
 from deconvnet.cli.hydra_errors import explain_refusal
+from deconvnet.cli.image_keys import check_image_keys
 from deconvnet.cli.read_settings import read_settings, register
+from deconvnet.cli.setting_keys import has
+from deconvnet.cli.settings import SCHEMAS as ALL_SCHEMAS
 from deconvnet.cli.settings import (
     AblateConfig,
     ClassifyConfig,
@@ -168,7 +171,7 @@ def test_quotes_around_a_whole_value_are_taken_off():
 def test_lists_hold_the_texts_that_were_typed(typed, expected):
     assert value(f"images={typed}", VisualizeConfig) == expected
     assert value(f"layers={typed}", VisualizeConfig) == expected
-    assert value(f"image={typed}", DenoiseConfig) == expected
+    assert value(f"images={typed}", DenoiseConfig) == expected
 
 
 def test_a_value_without_brackets_is_a_list_of_one_where_only_a_list_will_do():
@@ -301,8 +304,6 @@ def test_the_command_that_resumes_several_processes_starts_several(monkeypatch):
         ("train", "+layers=2.5", "layers=2.5: must be a whole number"),
         ("train", "model.layer1.p=much", "model.layer1.p=much: must be a number"),
         ("train", "progress=maybe", "progress=maybe: must be true or false"),
-        ("denoise", "images=a.png", "images: no such setting; did you mean image?"),
-        ("reconstruct", "image=a.png", "image: no such setting; did you mean images?"),
         ("classify", "data=photos", "data: is no setting itself; there are data.path"),
         ("ablate", "layers=2", "layers: no such setting; there are run, count"),
     ],
@@ -310,6 +311,54 @@ def test_the_command_that_resumes_several_processes_starts_several(monkeypatch):
 def test_what_hydra_refuses_is_explained_by_what_would_be_right(name, typed, expected):
     found = told(name, typed)
     assert expected in found and "\n" not in found
+
+
+def test_one_image_may_be_called_image_and_several_images():
+    for schema in (DenoiseConfig, InpaintConfig, ReconstructConfig, VisualizeConfig):
+        assert for_hydra(["image=a.png", "++image=[b,c]"], schema) == [
+            *("images=a.png", "++images=[b,c]"),
+        ]
+    assert as_written("image: 1e5\n", DenoiseConfig) == 'images: "1e5"\n'
+    with pytest.raises(ValueError, match=r"b\.yaml: image is another name of images; give images"):
+        as_written("image: a\nimages: b\n", DenoiseConfig, where="b.yaml")
+
+
+@pytest.mark.parametrize(
+    ("name", "typed", "right"),
+    [
+        ("train", "images=my photos", "data=folder 'data.path=my photos'"),
+        ("train", "image=a.jpg data=list", "data.path=a.jpg"),
+        ("train", "data=activations data.path=photos", "data.images=photos"),
+        ("suggest", "data.images=photos", "data=folder data.path=photos"),
+        ("train_cnn", "images=photos", "data=folder data.path=photos"),
+        ("classify", "images=photos", "data.path=photos"),
+        *(
+            (name, "data.path=photos data=folder", "images=photos")
+            for name in ("reconstruct", "export", "denoise", "inpaint", "visualize", "occlusion")
+        ),
+        ("faithfulness", "path=photos", "images=photos"),
+        ("correspondence", "images=photos", "the images that the file boxes=... names"),
+        ("ablate", "images=photos", "the images that the run was trained on"),
+        ("stability", "data.path=photos", "the images that the run was trained on"),
+    ],
+)
+def test_images_named_as_other_commands_name_them_are_refused_with_the_right_setting(
+    name, typed, right
+):
+    given = ["images=my photos"] if "my photos" in typed else typed.split()
+    with pytest.raises(ValueError) as caught:
+        check_image_keys(given, ALL_SCHEMAS[name])
+    assert str(caught.value).endswith(f": this command takes {right}"), caught.value
+
+
+def test_every_command_accepts_its_own_setting_of_images():
+    for schema in ALL_SCHEMAS.values():
+        own = [key for key in ("images", "data.images", "data.path") if has(schema, key)]
+        for key in own[:1]:
+            check_image_keys([f"{key}=photos"], schema)
+    check_image_keys(["data=folder", "data.path=photos"], ALL_SCHEMAS["train"])
+    check_image_keys(["images=12000"], ALL_SCHEMAS["train_cnn"])
+    check_image_keys(["images=photos"], ALL_SCHEMAS["info"])
 
 
 @pytest.mark.parametrize("name", ["reconstruct", "ablate"])

@@ -153,7 +153,7 @@ def test_a_yaml_file_of_a_group_has_keys_below_it():
 def test_an_old_and_a_new_name_of_one_setting_do_not_stand_together():
     with (
         pytest.warns(FutureWarning),
-        pytest.raises(ValueError, match=r"a\.yaml: width is the old name of num_maps; give num_"),
+        pytest.raises(ValueError, match=r"a\.yaml: width is another name of num_maps; give num_"),
     ):
         as_written("width: 1\nnum_maps: 2\n", Settings, "model.layer1", "a.yaml")
 

@@ -44,7 +44,7 @@ COMMANDS = {
     ),
     "reconstruct": ("reconstruct.py", "run=net.safetensors", "images=photos", "output=place"),
     # inpaint.py writes by the same function.
-    "denoise": ("denoise.py", "run=net.safetensors", "image=photos/a", "sigma=9", "output=place"),
+    "denoise": ("denoise.py", "run=net.safetensors", "images=photos/a", "sigma=9", "output=place"),
     "classify": (*CLASSIFY, "output=place"),
     "visualize": (*VISUALIZE, "output=place"),
     "occlusion": (*OCCLUSION, "output=place"),
