@@ -12,8 +12,8 @@ from deconvnet.cli.errors import interruptible, one_line_errors
 from deconvnet.cli.images_of_run import read_training_images
 from deconvnet.cli.read_settings import read_settings
 from deconvnet.cli.settings import AblateConfig
+from deconvnet.cli.unfinished_run import load_run
 from deconvnet.monitoring.monitor import save_picture
-from deconvnet.network.network import load
 from deconvnet.network.switch_ablation import DESCRIPTIONS, SwitchAblation, ablate
 from deconvnet.storage import ownership
 from deconvnet.support.devices import torch_device
@@ -27,9 +27,9 @@ def main(cfg: DictConfig) -> None:
 
 def run(settings: AblateConfig) -> None:
     folder = Path(settings.run)
-    net = load(folder).to(torch_device(settings.device))
+    net = load_run(folder).to(torch_device(settings.device))
     if net.depth < 2 or not any(layer.settings.pool for layer in net.layers[:-1]):
-        raise ValueError(f"run={folder}: its layers have no pooling between them")
+        raise ValueError(f"run={folder}: there is no pooling between its layers")
     path = folder / "pictures" / "switches.png"
     ownership.check_writable(path)
     images, frames = training_images(folder, settings.count)

@@ -20,10 +20,11 @@ from deconvnet.cli.errors import interruptible, one_line_errors
 from deconvnet.cli.image_files import check_outputs, output_folder
 from deconvnet.cli.read_settings import read_settings
 from deconvnet.cli.settings import ClassifyConfig
+from deconvnet.cli.unfinished_run import load_run
 from deconvnet.monitoring.monitor import save_picture
 from deconvnet.monitoring.strict_json import to_json
 from deconvnet.network.layer import PATCHES, LayerSettings
-from deconvnet.network.network import DeconvNet, load
+from deconvnet.network.network import DeconvNet
 from deconvnet.storage import ownership
 from deconvnet.support.communicator import Communicator, RankLost, started
 from deconvnet.support.devices import torch_device
@@ -48,7 +49,7 @@ def classify(settings: ClassifyConfig, communicator: Communicator) -> None:
     for run in runs:
         network_name = run.name if run.is_dir() else run.stem
         prefix = "" if run == runs[0] else f"{network_name} "
-        net = load(run).to(torch_device(settings.device))
+        net = load_run(run, "layers=[{}]").to(torch_device(settings.device))
         numbers = settings.layers or list(range(1, net.depth + 1))
         if run != runs[0]:
             numbers = layers_beside(net, numbers)

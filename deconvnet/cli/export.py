@@ -18,9 +18,10 @@ from deconvnet.cli.errors import interruptible, one_line_errors
 from deconvnet.cli.image_files import check_outputs, read_images
 from deconvnet.cli.read_settings import read_settings
 from deconvnet.cli.settings import ExportConfig
+from deconvnet.cli.unfinished_run import load_run
 from deconvnet.dictionary import Learned
 from deconvnet.images.files import image_files
-from deconvnet.network.network import FILTERS, DeconvNet, load
+from deconvnet.network.network import FILTERS, DeconvNet
 from deconvnet.storage import ownership
 from deconvnet.storage.network_files import load_network
 from deconvnet.support.devices import torch_device
@@ -50,7 +51,7 @@ def export(settings: ExportConfig) -> None:
             )
         arrays = {"filters": Learned.load(path).filters.numpy()}
     else:
-        net = load(path).to(device)
+        net = load_run(path, "layer={}" if files else "").to(device)
         arrays = _filters(net) if not files else _maps(net, settings, device)
     ownership.write(output, _encoded(output, arrays))
     for name, array in arrays.items():

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from deconvnet.cli import printed_commands
 from deconvnet.cli.errors import one_line_errors
 from deconvnet.cli.read_settings import read_settings
+from deconvnet.cli.unfinished_run import check_begun, unfinished_run
 from deconvnet.dictionary import Learned
 from deconvnet.images.preprocessing import PreprocessingSettings
 from deconvnet.monitoring.statistics import LayerResult
@@ -60,16 +61,16 @@ def describe(run: str) -> Iterator[str]:
 def _run(path: Path) -> Iterator[str]:
     state = state_at(path)
     if state is None:
+        check_begun(path)
         raise InvalidFileError(
             f"run={path}: no checkpoint in this folder; expected a run of `deconvnet train`"
         )
     check_state(state, path)
     progress = TrainingState.from_checkpoint(state)
-    planned = len(state["settings"].get("model", {}))
     net = restore_network(path, *parts_of(state))
     what = "checkpoint" if path.is_file() else "run"
     yield f"{path}: a {what} of `deconvnet train`, {_size(path)}"
-    yield _position(state, progress, planned)
+    yield from _position(path, state, progress, net)
     yield f"images          {_images(state)}"
     yield from _network(net)
     if progress.results:
@@ -80,15 +81,15 @@ def _run(path: Path) -> Iterator[str]:
         yield f"files           {printed_commands.sibling('export')} {run} output=network.npz"
 
 
-def _position(state: dict, progress: TrainingState, planned: int) -> str:
-    done = progress.layer - 1
-    if state["trainer"] is None:
-        more = "" if done >= planned else f"; layers={planned} learns the others"
-        return f"{done} of {planned} layers learned, {progress.step} filter updates{more}"
-    return (
-        f"learning layer {progress.layer} of {planned}, {progress.step} filter updates so far; "
-        "the command that began it resumes it"
-    )
+def _position(path: Path, state: dict, progress: TrainingState, net: DeconvNet) -> Iterator[str]:
+    updates = f"{progress.step} filter updates"
+    if (unfinished := unfinished_run(path, state, net)) is not None:
+        yield f"not finished: {unfinished}, {updates}"
+        yield f"resume          {unfinished.resume}"
+        return
+    done, defined = progress.layer - 1, len(state["settings"].get("model", {}))
+    more = "" if done >= defined else f"; layers={defined} learns the others"
+    yield f"{done} of {defined} layers learned, {updates}{more}"
 
 
 def _images(state: dict) -> str:

@@ -18,13 +18,14 @@ from deconvnet.cli.settings import (
     OcclusionConfig,
     VisualizeConfig,
 )
+from deconvnet.cli.unfinished_run import load_run
 from deconvnet.images.arrays import array_items, is_array_file
 from deconvnet.images.datasets import LazyImages, lazy_images
 from deconvnet.images.decoding import read_image, shown_name
 from deconvnet.images.fit import Crop
 from deconvnet.images.item import Item
 from deconvnet.images.sources import DataSettings, without_download
-from deconvnet.network.network import DeconvNet, load
+from deconvnet.network.network import DeconvNet
 from deconvnet.support.communicator import SINGLE, Communicator
 from deconvnet.support.devices import torch_device
 from deconvnet.training.run_folder import training_data
@@ -69,7 +70,8 @@ def load_run_network(settings: NetworkConfig) -> LoadedModel:
     """The network of a run; if it has learned from activations of another, that one with its
     concepts."""
     path = Path(settings.run)
-    net = load(path)
+    several, one = hasattr(settings, "layers"), hasattr(settings, "layer")
+    net = load_run(path, "layers=[layer{}]" if several else "layer=layer{}" if one else "")
     data = training_data(path)
     if data is not None and data.model is not None:
         shown, trusted = relative_path(path), settings.trust_code

@@ -23,13 +23,14 @@ from deconvnet.cli.image_files import (
 )
 from deconvnet.cli.read_settings import read_settings
 from deconvnet.cli.settings import ReconstructConfig
+from deconvnet.cli.unfinished_run import load_run
 from deconvnet.images.files import image_files
 from deconvnet.images.fit import TrainingScale, reduced
 from deconvnet.images.sources import training_scale
 from deconvnet.monitoring.monitor import save_picture
 from deconvnet.network import tiling
 from deconvnet.network.metrics import snr
-from deconvnet.network.network import DeconvNet, load
+from deconvnet.network.network import DeconvNet
 from deconvnet.storage import ownership
 from deconvnet.support.devices import torch_device
 from deconvnet.training.run_folder import training_data
@@ -54,7 +55,7 @@ def reconstruct(settings: ReconstructConfig) -> None:
     arrays also NAME-layerN.npy, the reconstruction (C, H, W).
     """
     path, device = Path(settings.run), torch_device(settings.device)
-    net = load(path).to(device)
+    net = load_run(path, "layer={}").to(device)
     layer = net.depth if settings.layer is None else settings.layer
     net.layer(layer)
     paths = image_files(settings.images)

@@ -21,10 +21,11 @@ from deconvnet.cli.image_files import (
     read_images,
 )
 from deconvnet.cli.images_of_run import read_training_images
+from deconvnet.cli.unfinished_run import load_run
 from deconvnet.images.files import distinct_names, image_files
 from deconvnet.monitoring.monitor import save_picture
 from deconvnet.network.metrics import psnr, snr
-from deconvnet.network.network import Progress, load
+from deconvnet.network.network import Progress
 from deconvnet.network.tiling import MEMORY
 from deconvnet.visualization.drawing.canvas import hstack, text_block, vstack
 
@@ -70,7 +71,7 @@ def restore_files(
     image, a clean one, the network or the mask.
     """
     path = Path(run)
-    net = load(path).to(device)
+    net = load_run(path, "layer={}").to(device)
     depth = net.depth if layer is None else layer
     net.layer(depth)
     restorer = Restorer(net, strength=strength)

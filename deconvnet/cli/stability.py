@@ -16,9 +16,9 @@ from deconvnet.cli.model_errors import one_line_model_errors
 from deconvnet.cli.read_settings import read_settings
 from deconvnet.cli.settings import StabilityConfig
 from deconvnet.cli.train import relative_path, source
+from deconvnet.cli.unfinished_run import load_run
 from deconvnet.filters.update import Diverged
 from deconvnet.monitoring.strict_json import to_json
-from deconvnet.network.network import load
 from deconvnet.stability import measure_stability
 from deconvnet.storage import ownership
 from deconvnet.support.devices import torch_device
@@ -43,7 +43,7 @@ def main(cfg: DictConfig) -> None:
 def measure(settings: StabilityConfig) -> None:
     """Print the table, and write it as stability.json into the run folder."""
     run = Path(settings.run)
-    net, data = load(run), training_data(run)
+    net, data = load_run(run), training_data(run)
     if data is None:
         raise ValueError(f"run={run}: not a run folder of deconvnet train with a checkpoint")
     if data.model is not None:

@@ -2,6 +2,7 @@
 something is wrong."""
 
 import dataclasses
+import json
 import os
 import pickle
 import re
@@ -22,8 +23,9 @@ from PIL import Image
 from scipy.io import loadmat
 
 from deconvnet import Events, Learned, load
-from deconvnet.cli import doctor
+from deconvnet.cli import doctor, printed_commands
 from deconvnet.cli.train import hyperparameters
+from deconvnet.cli.unfinished_run import load_run, resume_command
 from deconvnet.images.decoding import read_image
 from deconvnet.storage.checkpoint_files import load_checkpoint
 
@@ -210,11 +212,65 @@ def test_an_interrupted_run_says_so_and_resumes_to_the_same_filters(
     assert "Traceback" not in result.err and "to resume: " in result.out
     assert arguments[-1] in result.out and "resume=false" not in result.out
     assert not (folder / "runs" / "folder" / "network.safetensors").exists()
-    assert script(folder, "train.py", *arguments, pictures=False).code == 0
+    # Other commands use what is there, and say how to go on.
+    unfinished = script(folder, "export.py", "run=runs/folder", "output=filters.npz")
+    assert unfinished.code == 0 and (folder / "filters.npz").exists()
+    first, second, third = unfinished.err.splitlines()
+    assert re.fullmatch(
+        r"runs/folder is not finished: layer 1 of 1 has learned for \d+ of 25 epochs", first
+    )
+    assert second == "  its filters so far are used"
+    resume = shlex.split(third.removeprefix("  to finish it: "))
+    resume = resume[resume.index("data=folder") :]
+    assert resume == arguments
+    described = script(folder, "info.py", "run=runs/folder").out
+    assert f"\nnot finished: {first.partition(': ')[2]}" in described and "resume  " in described
+    assert script(folder, "train.py", *resume, pictures=False).code == 0
+    assert script(folder, "export.py", "run=runs/folder", "output=filters.npz").err == ""
     whole = tmp_path / "whole"
     whole.mkdir()
     assert script(whole, "train.py", *arguments, pictures=False).code == 0
     assert_equal_networks(state(folder), state(whole))
+
+
+def test_the_command_that_resumes_a_run_names_its_folder_wherever_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(printed_commands, "_call", ("deconvnet", "export"))
+    monkeypatch.chdir(tmp_path)
+    run, moved = tmp_path / "runs" / "a", tmp_path / "old run"
+
+    def record(folder, **changed):
+        (folder / ".hydra").mkdir(parents=True, exist_ok=True)
+        sources = [{"provider": "main", "path": "x"}]
+        if "config_dir" in changed:
+            sources.append({"provider": "command-line", "path": changed["config_dir"]})
+        runtime = {"cwd": str(tmp_path), "output_dir": str(run), "config_sources": sources}
+        hydra = {"job": {"name": changed.get("job", "train")}, "mode": changed.get("mode", "RUN")}
+        hydra |= {"runtime": runtime, "overrides": {"hydra": ["hydra.mode=RUN"]}}
+        typed = ["name=a", "resume=false", "data.path='b (1)'"]
+        for name, content in (("hydra", {"hydra": hydra}), ("overrides", typed)):
+            (folder / ".hydra" / f"{name}.yaml").write_text(json.dumps(content))
+        return resume_command(folder)
+
+    call, typed = ["deconvnet", "train"], ["name=a", "data.path='b (1)'"]
+    assert shlex.split(record(run)) == [*call, *typed]
+    assert shlex.split(record(moved)) == [*call, *typed, "hydra.run.dir=old run"]
+    assert shlex.split(record(run, mode="MULTIRUN")) == [*call, *typed, "hydra.run.dir=runs/a"]
+    assert shlex.split(record(run, config_dir="mine")) == [*call, "--config-dir=mine", *typed]
+    assert record(run, job="classify") is None and record(run, config_dir="\x1b[2J") is None
+    with pytest.raises(ValueError, match=r"stopped before its first checkpoint.*train name=a"):
+        record(run)
+        load_run(run)
+    (run / ".hydra" / "hydra.yaml").write_text("hydra: [")
+    assert resume_command(run) is None
+    monkeypatch.chdir(run)
+    record(run)
+    assert resume_command(run).startswith(f"cd {shlex.quote(str(tmp_path))} && deconvnet train na")
+
+
+def test_every_command_reads_networks_in_the_way_that_says_whether_they_are_finished():
+    for path in (ROOT / "deconvnet" / "cli").glob("*.py"):
+        if path.stem != "unfinished_run":
+            assert not re.search(r"network\.network import .*\bload\b", path.read_text()), path
 
 
 def test_layers_that_explain_the_image_with_switches_in_the_loop_train_and_resume(
