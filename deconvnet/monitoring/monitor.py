@@ -257,7 +257,8 @@ class Monitor:
         now = time.monotonic()
         if stats.epoch == stats.epochs or now >= self._last_logged + LOG_INTERVAL:
             self._last_logged = now
-            if (left := self._time_left.run_seconds()) is not None:
+            # After the last update of the last layer, less than a second may be left.
+            if (left := self._time_left.run_seconds()) is not None and left >= 1:
                 text += f", about {in_words(left)} left"
             log.info(
                 *("layer %d/%d, %s: %s", stats.layer, self._depth, epoch, text),
@@ -270,7 +271,8 @@ class Monitor:
             return
         columns, left = _columns(), self._time_left.run_seconds()
         parts = [self._figures] if self._figures else []
-        if left is not None and columns >= NARROW:
+        # The bar of a layer stays on the screen when the run is finished.
+        if left is not None and not self._time_left.learned and columns >= NARROW:
             parts.append(f"{'about ' if columns >= MEDIUM else ''}{in_words(left)} left")
         self._bar.bar_format = _bar_format(columns)
         self._bar.set_postfix_str(", ".join(parts), refresh=False)

@@ -45,6 +45,11 @@ class TimeLeft:
         """One more update is done."""
         self._done += 1
 
+    @property
+    def learned(self) -> bool:
+        """Whether the current layer has made all of its updates."""
+        return self._done >= self._total
+
     def layer_seconds(self) -> float | None:
         """Seconds that the current layer still learns; None if that is not known yet."""
         if self._done == self._start or self._done > self._total:  # not begun, or a stream
@@ -68,7 +73,7 @@ def in_words(seconds: float) -> str:
     """A time in words, no more precise than an estimate is."""
     minutes, hours = seconds / 60, seconds / 3600
     if seconds < 55:
-        return f"{max(10, round(seconds, -1)):.0f} s"
+        return "5 s" if seconds < 7.5 else f"{max(10, round(seconds, -1)):.0f} s"
     if minutes < 10:
         return f"{max(1, round(minutes))} min"
     if minutes < 57:
