@@ -64,6 +64,37 @@ def test_a_lam_ratio_refers_to_the_initial_filters(images):
     assert learned.settings.lam == pytest.approx(expected, rel=1e-5)
 
 
+def test_the_objective_falls_if_updates_see_all_images_and_visits_come_close_to_the_minimum(caplog):
+    learning = LearningSettings(epochs=8, batch_size=None, reinit_unused=False, recenter=False)
+    precise = SolverSettings("admm", training_iterations=50)
+    for seed, lam in ((0, 0.5), (1, 10.0)):
+        noise = torch.randn(5, 1, 32, 32, generator=torch.Generator().manual_seed(seed))
+        y = 3 * F.avg_pool2d(noise, 3, 1, 1)
+        for solver in (None, precise):
+            learned = learn_filters(y, 8, 5, lam=lam, solver=solver, learning=learning)
+            costs = torch.tensor([epoch.objective for epoch in learned.history])
+            assert (costs[1:] <= (1 + 1e-4) * costs[:-1]).all(), (seed, lam, solver, costs)
+        assert not caplog.records
+        rough = learn_filters(y, 8, 5, lam=lam, solver=SolverSettings("admm"), learning=learning)
+        # Five iterations are enough for the denser codes alone.
+        assert len(caplog.records) == (lam == 0.5), (seed, lam)
+        if lam == 0.5:
+            # The reason: its maps are not those of the minimum for its filters.
+            assert rough.history[-1].objective > 1.1 * rough.encode(y).objective.mean()
+            assert "5 iterations of ADMM a visit are too few" in caplog.messages[0]
+            assert "training_iterations=50 or more, or method coordinate" in caplog.messages[0]
+        caplog.clear()
+
+
+def test_shifted_and_replaced_filters_may_raise_the_objective_without_a_warning(images, caplog):
+    solver = SolverSettings("admm", training_iterations=50)
+    learning = LearningSettings(epochs=9, batch_size=None)
+    learned = learn_filters(images, 8, 7, lam=20.0, solver=solver, learning=learning)
+    costs = [epoch.objective for epoch in learned.history]
+    assert any(b > 1.001 * a for a, b in zip(costs, costs[1:], strict=False))
+    assert not caplog.records
+
+
 def test_reinitialised_filters_keep_the_norm_of_the_settings(images):
     color = images.repeat(1, 2, 1, 1)
     # So sparse that most filters stay unused.

@@ -9,6 +9,8 @@ only the sums over the batch, and every rank makes the same update to its copy o
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -50,7 +52,12 @@ from deconvnet.training.warm_starts import (
     pooling_window,
 )
 
+log = logging.getLogger(__name__)
+
 RECENTER_EVERY = 4
+# If every update sees all images, the objective falls unless inference stops too early. Rounding
+# does not raise it by this fraction.
+RISE = 1e-3
 # Steps of Lanczos' method for ||T||^2: accurate to 5%, for the cost of two visits.
 NORM_STEPS = 12
 # Number of flags that ranks exchange with the sums: objective not finite, asked to stop.
@@ -110,6 +117,8 @@ class LayerTrainer:
         self.snapshot: Snapshot | None = None
         self.sums: FilterStatistics | None = None
         self._accumulator = EpochAccumulator()
+        # Of the last epoch; infinite where the next may exceed it. A resumed run does not know.
+        self._previous_objective, self._has_warned = math.inf, False
         if state is None:
             if filters is None:
                 filters = self._draw_filters(
@@ -306,6 +315,14 @@ class LayerTrainer:
         duplicates = duplicate_filters(self.layer.atoms, epoch.energy)
         duplicates = [k for k in duplicates if k not in dead]
         self.epoch, self.batch = self.epoch + 1, 0
+        stats = epoch.stats(
+            layer=self.number,
+            epoch=self.epoch,
+            epochs=self.settings.epochs,
+            dead=len(dead),
+            double=len(duplicates),
+        )
+        self._watch_objective(stats)
         if epoch.peaks is not None:
             self.snapshot = Snapshot(self.epoch, epoch.peaks, self.layer.filters.clone())
         self.warm_starts.next_pass()
@@ -317,19 +334,38 @@ class LayerTrainer:
         if shifts and early and self.epoch % RECENTER_EVERY == 0:
             self._recenter()
         self.warm_starts.next_pass()
-        return epoch.stats(
-            layer=self.number,
-            epoch=self.epoch,
-            epochs=self.settings.epochs,
-            dead=len(dead),
-            double=len(duplicates),
+        return stats
+
+    def _watch_objective(self, stats: EpochStats) -> None:
+        """Warn, once, if ADMM makes too few iterations: the objective rises although every update
+        sees all images.
+
+        With few iterations at a fixed beta its maps are sparser than at the minimum, and do not
+        follow the filters that are learned from them.
+        """
+        settings, previous = self.layer.settings, self._previous_objective
+        solver, self._previous_objective = settings.solver, stats.objective
+        is_convex = settings.p == 1 and pooling_window(settings) is None
+        if self.sampler.batches > 1 or solver.method != "admm" or not is_convex:
+            return
+        if stats.objective <= (1 + RISE) * previous or self._has_warned:
+            return
+        self._has_warned = True
+        if not self.communicator.is_main:
+            return
+        log.warning(
+            "layer %d, epoch %d: the objective has risen from %.4g to %.4g, because %d iterations "
+            "of ADMM a visit are too few here: use solver.training_iterations=%d or more%s",
+            *(self.number, stats.epoch, previous, stats.objective, solver.training_iterations),
+            max(50, 2 * solver.training_iterations),
+            ", or method coordinate" if self.data.device.type == "cpu" and self.number == 1 else "",
         )
 
     def _reinitialize(self, filters: list[int]) -> None:
         """Draw these filters again, and reset their maps and statistics."""
         if not filters:
             return
-        layer = self.layer
+        layer, self._previous_objective = self.layer, math.inf
         generator = seeded_generator(self.seed, self.number, 3, self.epoch)
         f = layer.filters.clone()
         f[filters] = self._draw_filters(len(filters), generator)
@@ -344,6 +380,8 @@ class LayerTrainer:
         """Shift off-centre filters to the middle of their frames, and their maps the other way."""
         layer = self.layer
         shifts = centring_shifts(layer.filters)
+        if shifts:
+            self._previous_objective = math.inf
         wrap = layer.settings.boundary == "circular"
         for images, state in self._states():
             for k, (rows, columns) in shifts.items():

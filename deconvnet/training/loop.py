@@ -232,8 +232,11 @@ def _show_epoch(
     if stats.objective > RISE * previous_objective and session.communicator.is_main:
         log.warning(
             "layer %d, epoch %d: the objective has risen from %.4g to %.4g; if it keeps rising, "
-            "use larger learning.batch_size or learning.averaging_epochs",
+            "use larger %s",
             *(trainer.number, stats.epoch, previous_objective, stats.objective),
+            "learning.batch_size or learning.averaging_epochs"
+            if trainer.sampler.batches > 1
+            else "solver.training_iterations",
         )
     # After the last epoch, all pictures of the layer are shown.
     if trainer.number == 1 and session.run and not trainer.done:
