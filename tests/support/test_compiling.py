@@ -10,6 +10,7 @@ import tempfile
 from contextlib import nullcontext
 from pathlib import Path
 
+import numba
 import pytest
 
 import deconvnet
@@ -47,6 +48,8 @@ def places(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", os.devnull)
     monkeypatch.setenv("XDG_CACHE_HOME", os.devnull)
     monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
+    # numba would read its variables again in the middle of a test, when it next compiles.
+    numba.config.reload_config()
     monkeypatch.setattr(compiling.CodeCache, "_warned", False)
     # Code from a file is for a module that is imported.
     monkeypatch.setitem(sys.modules, "module", None)
@@ -106,8 +109,6 @@ def test_without_any_folder_code_is_compiled_in_the_process_and_one_line_says_so
 
 
 def test_a_folder_that_the_user_names_is_used(places, monkeypatch):
-    import numba
-
     without_a_place_beside_the_source(places)
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(places / "named"))
     assert not found_on_disk(twice(places))
