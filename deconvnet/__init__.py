@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # for type checkers and editors; __getattr__ imports the same
     from deconvnet.applications.restoration.restorer import Restorer
     from deconvnet.dictionary import Learned, learn_filters, learn_online
     from deconvnet.filters.update import Diverged, LearningSettings
-    from deconvnet.images.datasets import load_images
+    from deconvnet.images.datasets import load_images, sample_photographs
     from deconvnet.images.decoding import read_image
     from deconvnet.images.preprocessing import PreprocessingSettings
     from deconvnet.images.sources import DataSettings
@@ -60,6 +60,7 @@ __all__ = [
     "patch",
     "read_image",
     "regularization_path",
+    "sample_photographs",
     "sparse_code",
     "train",
 ]
@@ -91,6 +92,7 @@ _MODULES = {
     "patch": "deconvnet.visualization.projection.patching",
     "read_image": "deconvnet.images.decoding",
     "regularization_path": "deconvnet.sparse_coding.regularization_path",
+    "sample_photographs": "deconvnet.images.datasets",
     "sparse_code": "deconvnet.sparse_coding.solve",
     "train": "deconvnet.training.loop",
 }

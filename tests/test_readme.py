@@ -47,10 +47,11 @@ def test_the_python_of_the_first_pages_runs_from_top_to_bottom(tmp_path, monkeyp
     ]
     with no_pictures(), Monitor(progress=False) as monitor:
         train(DeconvNet(layers), images, RunFolder(Path("runs/photographs"), {}), monitor)
-    names = {"images": images}
+    names, few = {}, "sample_photographs(2, size=40)"
     for block in blocks(README):
-        exec(compile(block, "README.md", "exec"), names)
-    assert names["pixels"].shape == images.shape
+        code = block.replace("sample_photographs()", few)
+        exec(compile(code, "README.md", "exec"), names)
+    assert names["pixels"].shape == names["images"].shape == (2, 3, 40, 40)
     assert Path("photos.safetensors").is_file()
     assert names["learned"].filters.shape == (32, 3, 8, 8)
     assert names["learned"].encode(images).z.shape == (2, 32, 47, 47)

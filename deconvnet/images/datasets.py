@@ -187,6 +187,23 @@ def load_images(settings: DataSettings) -> ImageSet:
     return _read_all(*_training_items(settings), settings)
 
 
+def sample_photographs(
+    max_images: int | None = DataSettings.max_images,
+    size: int = DataSettings.size,
+    *,
+    scale: float = DataSettings.scale,
+) -> Tensor:
+    """Crops (N, 3, size, size) in [0, 1] of seven photographs, those from which the command
+    `deconvnet train` learns unless it gets others.
+
+    The photographs come with scikit-image and scikit-learn, so that nothing is downloaded, and
+    nothing is random. Each is reduced by the factor `scale` and cut on a grid of overlapping crops.
+    max_images: keep this many, those with the most texture; None: all. For commands these are
+    data=photographs with data.max_images, data.size and data.scale.
+    """
+    return load_images(DataSettings(size=size, scale=scale, max_images=max_images)).images
+
+
 def lazy_images(settings: DataSettings, *, crop: Crop | None = None) -> LazyImages:
     """The images of the settings in the same order, each read on access.
 
