@@ -22,6 +22,7 @@ from deconvnet.cli.unfinished_run import load_run
 from deconvnet.images.arrays import array_items, is_array_file
 from deconvnet.images.datasets import LazyImages, lazy_images
 from deconvnet.images.decoding import read_image, shown_name
+from deconvnet.images.files import image_files
 from deconvnet.images.fit import Crop
 from deconvnet.images.item import Item
 from deconvnet.images.sources import DataSettings, without_download
@@ -136,17 +137,17 @@ def input_crop(settings: NetworkConfig, model: LoadedModel) -> Crop | None:
 
 
 def named_images(settings: ImageSettings, crop: Crop | None) -> LazyImages:
-    """The images of a folder, a file, or a list of files."""
-    several = isinstance(settings.images, list)
-    paths = [
-        Path(str(path)).expanduser() for path in (settings.images if several else [settings.images])
-    ]
-    if not several and paths[0].is_dir():
-        skip, path = settings.skip_unreadable, str(paths[0])
-        data = DataSettings(
-            source="folder", path=path, size=None, max_images=None, skip_unreadable=skip
-        )
-        return lazy_images(data, crop=crop)
+    """The images of a folder, a file, a list in a text file, or several of these."""
+    if not isinstance(settings.images, list):
+        path = Path(str(settings.images)).expanduser()
+        source = "folder" if path.is_dir() else "list" if path.suffix.lower() == ".txt" else None
+        if source:
+            skip = settings.skip_unreadable
+            data = DataSettings(
+                source=source, path=str(path), size=None, max_images=None, skip_unreadable=skip
+            )
+            return lazy_images(data, crop=crop)
+    paths = image_files(settings.images)
     for path in paths:
         if not path.exists():
             raise ValueError(f"images={path}: no such file or folder")

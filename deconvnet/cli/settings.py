@@ -189,7 +189,8 @@ class NetworkConfig:
 class VisualizeConfig(VisualizationSettings, NetworkConfig):
     """The settings of `deconvnet visualize`: the network and images, and how to visualize them."""
 
-    # a folder of images, a file, or a list of files; null: the images that the run was trained on
+    # a folder of images, a file, a text file (.txt) of one path per line, or a list of these; null:
+    # the images that the run was trained on
     images: Any = field(default=None, metadata=TEXTS)
     # use at most this many images, evenly spaced among all; null: all
     max_images: int | None = None
@@ -212,7 +213,8 @@ class VisualizeConfig(VisualizationSettings, NetworkConfig):
 class OcclusionConfig(NetworkConfig):
     """The settings of `deconvnet occlusion`."""
 
-    # a folder of images, a file, or a list of files; null: the images that the run was trained on
+    # a folder of images, a file, a text file (.txt) of one path per line, or a list of these; null:
+    # the images that the run was trained on
     images: Any = field(default=None, metadata=TEXTS)
     # use at most this many images, evenly spaced among all; null: all
     max_images: int | None = 4
@@ -290,7 +292,8 @@ class FaithfulnessConfig:
 
     # a run folder of `deconvnet train data=activations ...`
     run: str = MISSING
-    # a folder of images, a file, or a list of files; null: the images that the run was trained on
+    # a folder of images, a file, a text file (.txt) of one path per line, or a list of these; null:
+    # the images that the run was trained on
     images: Any = field(default=None, metadata=TEXTS)
     # use at most this many images, evenly spaced among all; null: all
     max_images: int | None = 500
@@ -354,7 +357,7 @@ class RestoreConfig:
 
     # a run folder, or a network file (.safetensors)
     run: str
-    # images: a file, a folder, or a list such as [a.jpg,b.jpg]
+    # images: a file, a folder, a text file (.txt) of paths, or a list such as [a.jpg,b.jpg]
     images: Any = field(metadata=TEXTS)
     # use the maps of layers up to this one; null: all layers of the network
     layer: int | None = None
@@ -421,7 +424,7 @@ class ReconstructConfig:
 
     # a run folder, or a network file (.safetensors)
     run: str
-    # images: a file, a folder, or a list such as [a.jpg,b.jpg]
+    # images: a file, a folder, a text file (.txt) of paths, or a list such as [a.jpg,b.jpg]
     images: Any = field(metadata=TEXTS)
     # reconstruct from the maps of this layer; null: the highest
     layer: int | None = None
@@ -469,8 +472,8 @@ class ExportConfig:
     run: str
     # the file to write: .npz for numpy, or .mat for Matlab
     output: str
-    # write the feature maps of these images: a file, a folder, or a list such as [a.jpg,b.jpg];
-    # null: write the filters of all layers
+    # write the feature maps of these images: a file, a folder, a text file (.txt) of paths, or a
+    # list such as [a.jpg,b.jpg]; null: write the filters of all layers
     images: Any = field(default=None, metadata=TEXTS)
     # with images: the maps of this layer; null: the highest
     layer: int | None = None

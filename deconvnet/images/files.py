@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import stat
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
-from deconvnet.images.decoding import SUFFIXES, reason, shown_name, user_path
+from deconvnet.images.decoding import SUFFIXES, check_file, reason, shown_name, user_path
 from deconvnet.storage.ownership import foreign_files
 
 logger = logging.getLogger(__name__)
+
+# Bytes of a list that are read first, to check that it is a text file.
+TEXT_PROBE = 1 << 20
 
 
 def find_images(path: str | Path, *, key: str = "data.path") -> list[Path]:
@@ -34,14 +38,51 @@ def find_images(path: str | Path, *, key: str = "data.path") -> list[Path]:
 
 
 def image_files(images: object, *, key: str = "images") -> list[Path]:
-    """The image files that a setting names: a file, those of a folder, or a list of both.
+    """The image files that a setting names: a file, those of a folder, those that a text file
+    (.txt) names, or a list of these.
 
     key: the setting, for messages.
     """
     if isinstance(images, Sequence) and not isinstance(images, str):
         return [path for item in images for path in image_files(item, key=key)]
     path = user_path(str(images))
-    return find_images(path, key=key) if os.path.isdir(path) else [path]
+    if os.path.isdir(path):
+        return find_images(path, key=key)
+    if path.suffix.lower() == ".txt":
+        return [image for _, image in listed_images(path, key=key)]
+    return [path]
+
+
+def listed_images(path: str | Path, *, key: str = "data.path") -> list[tuple[str, Path]]:
+    """The lines of a text file that are not empty, and the image that each names, relative to the
+    folder of the file; "#" starts a comment line.
+    """
+    file = user_path(path)
+    lines = re.split(r"\r\n|\r|\n", _read_text(file, assignment(path, key)))
+    lines = [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if not lines:
+        raise ValueError(f"{assignment(path, key)}: this list names no image")
+    images = []
+    for line in lines:
+        # Spaces around a name belong to it only if there is such a file.
+        if line != line.strip() and not os.path.lexists(file.parent / user_path(line)):
+            line = line.strip()
+        images.append((line, file.parent / user_path(line)))
+    return images
+
+
+def _read_text(file: Path, setting: str) -> str:
+    """The content of a list; bytes that are not UTF-8 are kept, since file names may have them."""
+    try:
+        check_file(file)
+        with open(file, "rb") as stream:
+            data = stream.read(TEXT_PROBE)
+            if b"\0" in data:
+                raise ValueError("it has zero bytes, which no text in UTF-8 has")
+            data += stream.read()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{setting}: not a readable text file: {reason(error)}") from error
+    return data.decode("utf-8", "surrogateescape").removeprefix("\ufeff")
 
 
 def files_in(path: str | Path, suffixes: tuple[str, ...], key: str = "data.path") -> list[Path]:

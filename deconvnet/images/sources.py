@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import posixpath
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,8 +14,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from deconvnet.images.arrays import array_items
-from deconvnet.images.decoding import Content, check_file, reason, shown_name, user_path
-from deconvnet.images.files import assignment, files_in, find_images
+from deconvnet.images.decoding import Content, reason, shown_name, user_path
+from deconvnet.images.files import assignment, files_in, find_images, listed_images
 from deconvnet.images.fit import FITS, MAX_SIDE, MIN_SIDE, TrainingScale
 from deconvnet.images.item import Item
 from deconvnet.images.photographs import SHORT_SIDE
@@ -34,9 +33,6 @@ NEEDED_PATHS = {
     "shards": "a .tar file, or a folder of them",
     "array": "a .npy or .npz file",
 }
-
-# Bytes of a list that are read first, to check that it is a text file.
-TEXT_PROBE = 1 << 20
 
 
 @dataclass
@@ -194,33 +190,9 @@ def _item(content: Content, name: str, label: str | None, path: Path | None = No
 
 
 def _list_items(path: str) -> Iterator[Item]:
-    """The paths in a text file, relative to its folder, one per line; "#" starts a comment line."""
-    file = user_path(path)
-    lines = re.split(r"\r\n|\r|\n", _read_text(file, path))
-    lines = [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
-    if not lines:
-        raise ValueError(f"{assignment(path)}: this list names no image")
-    for line in lines:
-        # Spaces around a name belong to it only if there is such a file.
-        if line != line.strip() and not os.path.lexists(file.parent / user_path(line)):
-            line = line.strip()
-        image = file.parent / user_path(line)
+    """The images that a text file names; see `listed_images`."""
+    for line, image in listed_images(path):
         yield _item(Content(image, str(image)), line, None, path=image)
-
-
-def _read_text(file: Path, path: str) -> str:
-    """The content of a list; bytes that are not UTF-8 are kept, since file names may have them."""
-    try:
-        check_file(file)
-        with open(file, "rb") as stream:
-            data = stream.read(TEXT_PROBE)
-            if b"\0" in data:
-                raise ValueError("it has zero bytes, which no text in UTF-8 has")
-            data += stream.read()
-    except (OSError, ValueError) as error:
-        message = f"{assignment(path)}: not a readable text file: {reason(error)}"
-        raise ValueError(message) from error
-    return data.decode("utf-8", "surrogateescape").removeprefix("\ufeff")
 
 
 def _shard_items(path: str, *, skip: bool) -> Iterator[Item]:

@@ -821,6 +821,8 @@ def test_a_tilde_is_the_home_of_the_user_in_every_source(tmp_path, monkeypatch):
         found = load_images(settings(source, path))
         torch.testing.assert_close(found.images[0], expected(pixels(seed=3)))
     assert image_files("~/set") == [tmp_path / "set" / "a.png"]
+    listed = [tmp_path / "set" / "a.png", tmp_path / "~nobody-of-that-name.png"]
+    assert image_files("~/list.txt") == listed and image_files(["~/list.txt"]) == listed
     torch.testing.assert_close(read_image("~/set/a.png"), expected(pixels(seed=3)))
     with pytest.raises(ValueError, match="data.path=~nobody: no such folder"):
         load_images(settings("folder", "~nobody"))

@@ -1171,7 +1171,7 @@ def test_a_wall_of_many_maps_grows_as_it_is_scrolled_and_the_heat_lies_over_its_
     hot = Heat(np.array([[0, 255], [0, 0]], np.uint8), (0.0, 0.0, 4.0, 4.0))
     examples = [Example("a", 1.0, 0, window=(0, 0, 2, 2), heat=hot)]
     maps = [GalleryMap(k, filter=tone(k % 200, size=3)) for k in range(700)]
-    maps[699] = GalleryMap(699, {"deconv": tones(1, 1)}, examples=examples)
+    maps[699] = GalleryMap(699, {"deconv": tones(1, 1)}, tones(1, 1), examples=examples)
     black = Photographs(["a"], [torch.zeros(3, 4, 4)])
     layer = GalleryLayer("a", "concepts", maps, similar_are="filters")
     words = {**IMAGES, **CONCEPT_WORDS}
@@ -1180,6 +1180,8 @@ def test_a_wall_of_many_maps_grows_as_it_is_scrolled_and_the_heat_lies_over_its_
     browser.show(page, address("a", sort="-number"))
     assert 240 <= browser.value(listed) < 700
     assert browser.value("document.querySelector('.grid a').dataset.map") == "699"
+    # The projection of a concept stands next to the image patch.
+    assert browser.value("document.querySelectorAll('.grid li:first-child .tile').length") == 2
     browser.until(f"(scrollTo(0, document.body.scrollHeight), {listed} === 700)")
     # Back from a map, its tile is there and has the focus, however far down it is.
     browser.click("[data-map='3']")

@@ -1237,8 +1237,16 @@ def test_recorded_images_are_announced_and_never_downloaded(
 def test_images_are_a_folder_a_file_or_a_list(place, tmp_path, monkeypatch, visualize):
     monkeypatch.chdir(place)
     files = ["photos/photo-3.png", "photos/photo-1.png"]
-    for given, names in (("photos", 5), (files[0], files[:1]), (files, files)):
-        output = tmp_path / str(names)[:9].strip("['")
+    listed = str(place / "photos" / "photo-2.png")
+    (tmp_path / "list.txt").write_text(f"# one\n{listed}\n")
+    cases = (
+        ("photos", 5),
+        (files[0], files[:1]),
+        (files, files),
+        (f"{tmp_path}/list.txt", [listed]),
+    )
+    for number, (given, names) in enumerate(cases):
+        output = tmp_path / str(number)
         visualize(
             **{"model": "nets:make", "images": given, "size": 24, "output": str(output), "k": 9},
             **{"gallery": False, "control": False},

@@ -86,8 +86,10 @@ def write_layer(
         for key, tiles in overview.items()
         if any(tile is not None for tile in tiles)
     }
-    # Projections by several methods are those of a CNN, which make sense next to the image alone.
-    shown = methods[:1] if len(methods) < 2 else [*methods, "patches"]
+    # Projections by several methods are those of a CNN, which make sense next to the image alone;
+    # so are those of concepts, which one method may show.
+    of_cnn = len(methods) > 1 or (methods and layer.similar_are == "filters")
+    shown = [*methods, "patches"] if of_cnn else methods[:1]
     features = {
         "layer": layer.name,
         "kind": layer.kind,

@@ -37,7 +37,8 @@ def strongest(
 ) -> Projection:
     """The k maps of a layer that respond most strongly to some images, each by its strongest unit.
 
-    images: RGB pixels (N, 3, H, W) or (3, H, W) in [0, 1], or a file, a folder or a list of both.
+    images: RGB pixels (N, 3, H, W) or (3, H, W) in [0, 1], or a file, a folder, a text file (.txt)
+    with one path per line, or a list of these.
     map_index: instead, this map in the k images that it responds to most strongly. normalization:
     how the model takes pixels; by default that of a model of `load_model` or of a `Projector`, and
     otherwise none. A model of `load_model` sees files as it was trained to: resized and cropped.
