@@ -5,6 +5,7 @@ deconvnet doctor
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -43,8 +44,9 @@ def examine(device: torch.device) -> bool:
     for line in (*_versions(), *_devices(device), *_caches()):
         print(line)
     print()
+    passed = [_imports("torchvision")]
     methods = METHODS if device.type == "cpu" else ANYWHERE
-    passed = [_check(f"{m} on {device}", lambda m=m: _solve(m, device)) for m in methods]
+    passed += [_check(f"{m} on {device}", lambda m=m: _solve(m, device)) for m in methods]
     print()
     print("all is well" if all(passed) else "something is wrong: see above")
     return all(passed)
@@ -69,6 +71,20 @@ def _devices(device: torch.device) -> Iterator[str]:
     yield f"threads         {torch.get_num_threads()} of {os.cpu_count()} processors"
 
 
+def _imports(name: str) -> bool:
+    """Whether a package can be imported: builds of torch and torchvision may not fit together."""
+    try:
+        importlib.import_module(name)
+    except Exception as problem:  # torchvision raises RuntimeError, others ImportError
+        print(
+            f"FAILED  import {name}: {_reason(problem)}; install it from the same index as torch "
+            "(docs/start.md#how-large-is-the-installation)"
+        )
+        return False
+    print(f"ok      import {name}")
+    return True
+
+
 def _caches() -> Iterator[str]:
     folder = cache_folder(kernels.descend)
     if folder is None:
@@ -91,13 +107,16 @@ def _check(name: str, check: Callable[[], float]) -> bool:
     try:
         error = check()
     except Exception as problem:  # whatever an installation can be missing
-        reason = " ".join(str(problem).split()) or type(problem).__name__
-        print(f"FAILED  {name}: {reason[:200]}")
+        print(f"FAILED  {name}: {_reason(problem)}")
         return False
     passed = error <= TOLERANCE
     seconds = time.perf_counter() - started
     print(f"{'ok' if passed else 'WRONG':7} {name}: error {error:.1e}, {seconds:.1f} s")
     return passed
+
+
+def _reason(problem: Exception) -> str:
+    return (" ".join(str(problem).split()) or type(problem).__name__)[:200]
 
 
 def _solve(method: str, device: torch.device) -> float:

@@ -653,7 +653,7 @@ def test_a_wrong_export_ends_in_one_line_and_leaves_files_alone(
 def test_the_doctor_solves_problems_of_known_answer(tmp_path, script):
     result = script(tmp_path, "doctor.py", "device=cpu")
     assert result.code == 0 and result.err == "", result
-    assert result.out.count("\nok ") == 3 and "all is well" in result.out
+    assert result.out.count("\nok ") == 4 and "all is well" in result.out
     assert torch.__version__ in result.out
 
 
@@ -676,7 +676,9 @@ def test_exported_images_have_names_of_their_own(begun, photos, tmp_path, script
     assert not (tmp_path / "maps.mat").exists()
 
 
-def test_the_doctor_fails_if_a_solver_is_wrong(monkeypatch, capsys):
+def test_the_doctor_fails_if_a_solver_is_wrong_or_torchvision_cannot_be_imported(
+    monkeypatch, capsys
+):
     right = doctor.sparse_code
 
     def wrong(*arguments, settings, **options):
@@ -684,5 +686,7 @@ def test_the_doctor_fails_if_a_solver_is_wrong(monkeypatch, capsys):
         return dataclasses.replace(solution, z=solution.z + (settings.method == "fista"))
 
     monkeypatch.setattr(doctor, "sparse_code", wrong)
+    monkeypatch.setitem(sys.modules, "torchvision", None)
     assert not doctor.examine(torch.device("cpu"))
-    assert "WRONG   fista on cpu" in capsys.readouterr().out
+    found = capsys.readouterr().out
+    assert "WRONG   fista on cpu" in found and "FAILED  import torchvision: " in found
