@@ -49,6 +49,12 @@ _OPTIONS = {
     *("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn"),
     *("--config-dir", "-cd", "--experimental-rerun", "--info", "-i"),
 }
+# The long options of Hydra, which may be abbreviated.
+_LONG_OPTIONS = (
+    *("--help", "--hydra-help", "--version", "--cfg", "--resolve", "--package", "--run"),
+    *("--multirun", "--shell-completion", "--config-path", "--config-name", "--config-dir"),
+    *("--experimental-rerun", "--info"),
+)
 # Settings that replace each other: given without the other, each sets that to null, whatever the
 # files say.
 _REPLACES = {"lam_ratio": "lam", "lam": "lam_ratio"}
@@ -59,8 +65,10 @@ _FOLDERS = {"hydra.run.dir", "hydra.sweep.dir"}
 def for_hydra(arguments: list[str], schema: type) -> list[str]:
     """The arguments with text settings quoted if Hydra needs quotes, options first.
 
-    Renamed settings get their current names, with a warning. ValueError for a text without value.
+    Renamed settings get their current names, with a warning. ValueError for a text without value,
+    or for a setting with dashes, as in --name mine.
     """
+    _check_options(arguments)
     arguments = _options_first(arguments)
     sweep = any(a == "-m" or a.startswith("--mu") or a == "hydra.mode=MULTIRUN" for a in arguments)
     converted, previous = [], ""
@@ -84,6 +92,14 @@ def _replaced(arguments: list[str], schema: type) -> list[str]:
         if replaces and other not in given:
             replaced.append(f"{other}=null")
     return replaced
+
+
+def _check_options(arguments: list[str]) -> None:
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if name.startswith("--") and not any(known.startswith(name) for known in _LONG_OPTIONS):
+            right = f"{name[2:]}={value if equals else '...'}"
+            raise ValueError(f"{argument}: settings have no dashes; use {right}, --help shows them")
 
 
 def _options_first(arguments: list[str]) -> list[str]:

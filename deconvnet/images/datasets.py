@@ -310,7 +310,8 @@ def _report(failures: list[str], source: str, skip: bool, *, none_left: bool) ->
         )
     if none_left:
         raise ValueError(f"{source}: none of the {len(failures)} images can be used: {listed}")
-    logger.warning("%s: skipped %d unreadable images: %s", source, len(failures), listed)
+    count = f"{len(failures)} unreadable image{'s' if len(failures) > 1 else ''}"
+    logger.warning("%s: skipped %s: %s", source, count, listed)
 
 
 def _fitted(image: Tensor, name: str, settings: DataSettings) -> tuple[Tensor, Frame]:

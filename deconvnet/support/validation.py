@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -136,6 +137,14 @@ def as_filters(value: Any, channels: int, name: str = "filters") -> Tensor:
             filters.ndim == 4 and len(set(filters.shape[:2])) == 1 and filters.shape[2] == channels
         ):
             more = f": use torch.as_tensor({name}).permute(3, 2, 0, 1) for SPORCO's (h, w, C, K)"
+        elif channels > 16 and filters.ndim == 4 and filters.shape[1] <= 3:
+            more = "; images (N, H, W, C) need .permute(0, 3, 1, 2)"
+        elif filters.ndim == 4 and filters.shape[1] == 1:
+            more = (
+                ": use images.mean(1, keepdim=True) for grey images, or "
+                f"deconvnet.operators.convolution.per_channel({name}, {channels}) to code each "
+                "channel by itself"
+            )
         raise ValueError(
             f"{name} must have the shape (K, {channels}, h, w) for images (N, {channels}, H, W), "
             f"got {tuple(filters.shape)}{more}"
@@ -271,6 +280,10 @@ def _kind(value: Any, name: str) -> str:
         return f"a {kind} of {len(value)} {' and '.join(inside[:3]) or 'things'}{use}"
     if hasattr(value, "__iter__") and hasattr(value, "batch_size"):
         return f"{kind}: batches are for learn_online"
+    if isinstance(value, np.lib.npyio.NpzFile):
+        return f"{kind}: use one of its arrays, {', '.join(value.files[:8])}"
+    if isinstance(value, (str, Path)) and name == "images":
+        return f"{kind}: use deconvnet.read_image(path)[None]"
     return kind
 
 

@@ -313,11 +313,13 @@ def test_what_hydra_refuses_is_explained_by_what_would_be_right(name, typed, exp
     assert expected in found and "\n" not in found
 
 
-def test_one_image_may_be_called_image_and_several_images():
+def test_one_image_may_be_called_image_and_settings_have_no_dashes():
     for schema in (DenoiseConfig, InpaintConfig, ReconstructConfig, VisualizeConfig):
         assert for_hydra(["image=a.png", "++image=[b,c]"], schema) == [
             *("images=a.png", "++images=[b,c]"),
         ]
+    with pytest.raises(ValueError, match="--name=mine: settings have no dashes; use name=mine"):
+        for_hydra(["--name=mine", "--multi"], DenoiseConfig)
     assert as_written("image: 1e5\n", DenoiseConfig) == 'images: "1e5"\n'
     with pytest.raises(ValueError, match=r"b\.yaml: image is another name of images; give images"):
         as_written("image: a\nimages: b\n", DenoiseConfig, where="b.yaml")

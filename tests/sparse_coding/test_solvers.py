@@ -747,12 +747,16 @@ def test_wrong_images_filters_and_weights_are_refused():
     ):
         sparse_code(b[0], f, lam=1.0)
     shape = "filters must have the shape (K, 2, h, w) for images (N, 2, H, W), got "
-    with refused(f"{shape}(3, 1, 3, 3)"):
-        sparse_code(b, f[:, :1], lam=1.0)
     with refused(f"{shape}(2, 3, 3): use filters[:, None] for grey filters (K, h, w), or"):
         sparse_code(b, f[0], lam=1.0)
     with refused(f"{shape}(3, 3, 2, 3): use torch.as_tensor(filters).permute(3, 2, 0, 1) for"):
         sparse_code(b, f.permute(2, 3, 1, 0), lam=1.0)
+    with refused(f"{shape}(3, 1, 3, 3): use images.mean(1, keepdim=True) for grey images, or"):
+        sparse_code(b, f[:, :1], lam=1.0)
+    with refused("got (3, 2, 3, 3); images (N, H, W, C) need .permute(0, 3, 1, 2)"):
+        sparse_code(rand(2, 20, 9, 2), f, lam=1.0)
+    with refused("images must be a tensor or a numpy array, got str: use deconvnet.read_image("):
+        sparse_code("photo.jpg", f, lam=1.0)
     for lam in (0.0, -1.0, float("nan")):
         with refused(f"lam={lam}: must be positive"):
             sparse_code(b, f, lam=lam)

@@ -1625,6 +1625,7 @@ def test_responses_are_the_outputs_of_the_layers(small):
 WRONG = {
     "a name": ({"layer": "c9"}, "layer 'c9': no such layer; did you mean c4, c3, c2?"),
     "a far name": ({"layer": "features"}, "layer 'features': no such layer; there are c1, relu#0"),
+    "a number": ({"layer": 2}, "layer 2: must be a name; there are c1, relu#0"),
     "several calls": (
         {"layer": "relu"},
         "layer 'relu': called 3 times; choose relu#0, relu#1, relu#2",

@@ -95,7 +95,8 @@ def test_units_that_see_padding_are_left_out(pixels):
 def test_wrong_input_is_refused_in_one_line(pixels):
     for images, arguments, message in (
         (pixels * 255, {}, "expected pixels in .0, 1."),
-        (pixels.byte(), {}, "expected pixels"),
+        (pixels.byte(), {}, "expected pixels .* use images / 255"),
+        (pixels.numpy(), {}, "images are ndarray: expected a file, .*to_tensor converts"),
         (pixels, {"k": 0}, "k=0"),
         (pixels, {"map_index": 6}, "6 maps, numbered from 0"),
     ):

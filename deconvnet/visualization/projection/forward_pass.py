@@ -239,6 +239,8 @@ class ForwardPass:
 
     def _no_layer(self, layer: str, names: list[str]) -> ValueError:
         """The error for a name that is not a layer, with the reason if it is a module."""
+        if not isinstance(layer, str):
+            return unknown_layer(layer, names)
         name = split_call(layer)[0]
         module = dict(self.model.named_modules()).get(name) if name else None
         if module is None or any(split_call(other)[0] == name for other in names):

@@ -277,6 +277,8 @@ def check_input(x: Tensor) -> Tensor:
 
 def unknown_layer(name: str, names: Sequence[str]) -> ValueError:
     """The error for a layer that does not exist, with similar names."""
+    if not isinstance(name, str):
+        return ValueError(f"layer {name!r}: must be a name; {suggest_layers('', names)}")
     calls = [other for other in names if other.startswith(f"{name}#")]
     if calls:
         return ValueError(

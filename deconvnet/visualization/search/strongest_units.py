@@ -115,9 +115,10 @@ def _pixels(images: Images, model: object) -> Tensor:
     if isinstance(images, Tensor):
         pixels = images[None] if images.dim() == 3 else images
         if pixels.dim() != 4 or not pixels.is_floating_point() or len(pixels) == 0:
+            use = "; use images / 255" if images.dtype == torch.uint8 else ""
             raise ValueError(
                 f"images are {images.dtype} {tuple(images.shape)}: expected pixels (N, 3, H, W) "
-                "in [0, 1]"
+                f"in [0, 1]{use}"
             )
         low, high = (float(bound) for bound in pixels.aminmax())
         if low < 0 or high > 1:
@@ -126,6 +127,12 @@ def _pixels(images: Images, model: object) -> Tensor:
                 "says how the model takes them"
             )
         return pixels
+    if not isinstance(images, (str, Path, Sequence)):
+        raise ValueError(
+            f"images are {type(images).__name__}: expected a file, a folder, a list of both, or a "
+            "tensor of pixels (N, 3, H, W) in [0, 1]; torchvision.transforms.functional.to_tensor "
+            "converts a PIL image or an array (H, W, 3)"
+        )
     paths = image_files(images)
     read = [read_image(path) for path in paths]
     if isinstance(model, LoadedModel) and model.crop is not None:
