@@ -16,6 +16,7 @@ from deconvnet.applications.classification.labelled_images import LabelledImages
 from deconvnet.applications.classification.splits import draw_split
 from deconvnet.applications.classification.task import Task
 from deconvnet.applications.classification.word_histograms import WordHistograms
+from deconvnet.cli.concepts_of_run import check_takes_images
 from deconvnet.cli.errors import interruptible, one_line_errors
 from deconvnet.cli.image_files import check_outputs, output_folder
 from deconvnet.cli.read_settings import read_settings
@@ -50,6 +51,7 @@ def classify(settings: ClassifyConfig, communicator: Communicator) -> None:
         network_name = run.name if run.is_dir() else run.stem
         prefix = "" if run == runs[0] else f"{network_name} "
         net = load_run(run, "layers=[{}]").to(torch_device(settings.device))
+        check_takes_images(run, net, [Path(settings.data.path)])
         numbers = settings.layers or list(range(1, net.depth + 1))
         if run != runs[0]:
             numbers = layers_beside(net, numbers)

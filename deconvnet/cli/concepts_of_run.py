@@ -7,9 +7,12 @@ from pathlib import Path
 
 from deconvnet.activations.settings import TrainingData, load_data_model
 from deconvnet.cli.class_names import read_class_names
+from deconvnet.cli.printed_commands import setting, sibling
+from deconvnet.images.arrays import is_array_file
 from deconvnet.images.decoding import shown_name
 from deconvnet.images.fit import Crop
 from deconvnet.network.network import DeconvNet
+from deconvnet.training.run_folder import training_data
 from deconvnet.visualization.models.concept_model import ConceptModel
 from deconvnet.visualization.models.zoo import LoadedModel, digest
 
@@ -42,6 +45,27 @@ def load_concepts(
         digest=digest(module),
         training={},
     )
+
+
+def check_takes_images(
+    run: Path, net: DeconvNet, files: list[Path], *, or_arrays: bool = False
+) -> None:
+    """Raise ValueError if a network explains activations, or other arrays, and a file is an image.
+
+    run: its run folder, or network file. or_arrays: the command also takes files of arrays.
+    """
+    if not net.preprocessing.are_arrays or all(map(is_array_file, files)):
+        return
+    data, name = training_data(run), shown_name(str(run))
+    arrays = f"arrays of {net.preprocessing.settings.channels} channels"
+    given = f"; {arrays} are given as a .npy or .npz file" if or_arrays else ""
+    if data is not None and data.model is not None:
+        explained = f"activations of layer {data.layer} of {shown_name(data.model)}"
+        other = f": {sibling('visualize')} {setting('run', run)} shows its concepts in images"
+    else:
+        explained = arrays
+        other = "" if run.is_dir() else "; if they are activations, give the run folder"
+    raise ValueError(f"run={name}: explains {explained}, not images{other}{given}")
 
 
 def check_trusted(run: Path, data: TrainingData, trust_code: bool) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from omegaconf import DictConfig
 
+from deconvnet.cli.concepts_of_run import check_takes_images
 from deconvnet.cli.errors import interruptible, one_line_errors
 from deconvnet.cli.image_files import check_outputs, read_images
 from deconvnet.cli.read_settings import read_settings
@@ -52,6 +53,7 @@ def export(settings: ExportConfig) -> None:
         arrays = {"filters": Learned.load(path).filters.numpy()}
     else:
         net = load_run(path, "layer={}" if files else "").to(device)
+        check_takes_images(path, net, files, or_arrays=True)
         arrays = _filters(net) if not files else _maps(net, settings, device)
     ownership.write(output, _encoded(output, arrays))
     for name, array in arrays.items():

@@ -12,6 +12,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
+from deconvnet.cli.concepts_of_run import check_takes_images
 from deconvnet.cli.errors import interruptible, one_line_errors
 from deconvnet.cli.model_errors import one_line_model_errors
 from deconvnet.cli.network_and_images import (
@@ -55,6 +56,7 @@ def measure(settings: FaithfulnessConfig) -> None:
     model, path = load_network(settings), Path(settings.run) / RESULT
     module = model.module
     if not isinstance(module, ConceptModel):
+        check_takes_images(Path(settings.run), module, [Path("images")])
         raise ValueError(
             f"run={settings.run}: has learned from images, not from the activations of a network "
             "(data=activations)"

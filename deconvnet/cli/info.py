@@ -72,9 +72,10 @@ def _run(path: Path) -> Iterator[str]:
     yield f"{path}: a {what} of `deconvnet train`, {_size(path)}"
     yield from _position(path, state, progress, net)
     yield f"images          {_images(state)}"
-    yield from _network(net)
+    of_model = state["settings"].get("data", {}).get("model") is not None
+    yield from _network(net, of_model)
     if progress.results:
-        yield from _results(progress.results)
+        yield from _results(progress.results, of_model)
     if path.is_dir():
         run = printed_commands.setting("run", path)
         yield f"look            {printed_commands.sibling('visualize')} {run}"
@@ -98,14 +99,19 @@ def _images(state: dict) -> str:
     count = "" if images is None else f"{len(images)} "
     where = data.get("path") or data.get("dataset") or data.get("source", "unknown")
     size = f", {data['size']}x{data['size']}" if data.get("size") else ""
+    if data.get("model"):
+        size += f"; their activations in layer {data.get('layer')} of {data['model']}"
     return f"{count}of {where}{size}"
 
 
-def _network(net: DeconvNet) -> Iterator[str]:
+def _network(net: DeconvNet, of_model: bool = False) -> Iterator[str]:
+    """Its preprocessing and layers; of_model: it explains the activations of another network."""
     yield f"preprocessing   {_preprocessing(net.preprocessing.settings)}"
     yield ""
     yield from _layers(
-        [layer.settings for layer in net.layers], [layer.filters.shape[1] for layer in net.layers]
+        [layer.settings for layer in net.layers],
+        [layer.filters.shape[1] for layer in net.layers],
+        of_model,
     )
 
 
@@ -114,10 +120,13 @@ def _preprocessing(settings: PreprocessingSettings) -> str:
     return f"{steps}, color {settings.color}, scale {settings.scale}"
 
 
-def _layers(layers: list[LayerSettings], channels: list[int]) -> Iterator[str]:
-    rows = [("layer", "maps", "filters", "lam", "p", "explains", "pool", "solver")]
+def _layers(
+    layers: list[LayerSettings], channels: list[int], of_model: bool = False
+) -> Iterator[str]:
+    maps, lowest = ("concepts", "activations") if of_model else ("maps", "image")
+    rows = [("layer", maps, "filters", "lam", "p", "explains", "pool", "solver")]
     for number, (layer, C) in enumerate(zip(layers, channels, strict=True), 1):
-        explains = "image" if number == 1 and layer.target == "maps" else layer.target
+        explains = lowest if number == 1 and layer.target == "maps" else layer.target
         lam = layer.lam if layer.lam_ratio is None else f"{layer.lam_ratio:g} max"
         rows.append(
             (
@@ -135,8 +144,11 @@ def _layers(layers: list[LayerSettings], channels: list[int]) -> Iterator[str]:
     yield ""
 
 
-def _results(results: list[LayerResult]) -> Iterator[str]:
-    rows = [("layer", "SNR of the image", "non-zero coefficients", "objective", "dead maps")]
+def _results(results: list[LayerResult], of_model: bool) -> Iterator[str]:
+    snr, dead = ("activations", "concepts") if of_model else ("the image", "maps")
+    rows = [
+        ("layer", f"SNR of {snr}", "non-zero coefficients", "objective", f"dead {dead}"),
+    ]
     rows += [
         (str(r.layer), f"{r.snr:.2f} dB", f"{r.density:.2%}", f"{r.objective:.1f}", str(r.dead))
         for r in results

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from deconvnet.cli.class_names import read_class_names
-from deconvnet.cli.concepts_of_run import load_concepts
+from deconvnet.cli.concepts_of_run import check_takes_images, load_concepts
 from deconvnet.cli.settings import (
     OF_CNNS,
     FaithfulnessConfig,
@@ -120,6 +120,11 @@ def select_images(
         crop = Crop(settings.size, settings.size) if settings.size else model.crop
         candidates = lazy_images(replace(data, skip_unreadable=skip), crop=crop)
     else:
+        if isinstance(model.module, DeconvNet):
+            several = isinstance(settings.images, list)
+            files = settings.images if several else [settings.images]
+            paths = [Path(str(file)).expanduser() for file in files]
+            check_takes_images(Path(settings.run), model.module, paths, or_arrays=True)
         candidates = named_images(settings, input_crop(settings, model))
     count = min(settings.max_images or len(candidates), len(candidates))
     chosen = [round(n * (len(candidates) - 1) / max(count - 1, 1)) for n in range(count)]

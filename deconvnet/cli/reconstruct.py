@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 from tqdm import tqdm
 
+from deconvnet.cli.concepts_of_run import check_takes_images
 from deconvnet.cli.errors import interruptible, one_line_errors
 from deconvnet.cli.image_files import (
     check_outputs,
@@ -59,6 +60,7 @@ def reconstruct(settings: ReconstructConfig) -> None:
     layer = net.depth if settings.layer is None else settings.layer
     net.layer(layer)
     paths = image_files(settings.images)
+    check_takes_images(path, net, paths, or_arrays=True)
     names = image_names(paths)
     folder = output_folder(path, settings.output, "reconstructions")
     endings = [".png"] + ["-parts.png"] * settings.parts + [".npy"] * net.preprocessing.are_arrays

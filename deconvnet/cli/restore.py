@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from deconvnet.applications.restoration.masks import check_mask_file
 from deconvnet.applications.restoration.restorer import Restorer
+from deconvnet.cli.concepts_of_run import check_takes_images
 from deconvnet.cli.image_files import (
     check_outputs,
     errors_naming,
@@ -74,9 +75,10 @@ def restore_files(
     net = load_run(path, "layer={}").to(device)
     depth = net.depth if layer is None else layer
     net.layer(depth)
+    paths = image_files(images)
+    check_takes_images(path, net, paths)
     restorer = Restorer(net, strength=strength)
     results = output_folder(path, output, folder)
-    paths = image_files(images)
     names = distinct_names(paths)
     clean_paths = [] if clean is None else image_files(clean)
     endings = [f"layer{number}" for number in range(1, depth + 1)] + ["compared"]

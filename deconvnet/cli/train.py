@@ -89,14 +89,15 @@ def run(
             )
             stack.enter_context(logged(cfg, folder))
         log.info(
-            "%d %s of %dx%d on %s, layers of %s maps; run folder %s",
+            "%d %s %dx%d on %s, layers of %s %s; run folder %s",
             images().count,
-            f"activations of {settings.data.layer}" if settings.data.model else "images",
+            f"activations of layer {settings.data.layer}," if settings.data.model else "images of",
             *images().read(torch.arange(1))[0].shape[2:],
             device
             if communicator.world_size == 1
             else f"{communicator.world_size} ranks, {device}",
             " and ".join(str(layer.num_maps) for layer in layers),
+            "concepts" if settings.data.model else "maps",
             relative_path(folder),
         )
         monitor = Monitor(
@@ -178,17 +179,19 @@ def summarize(results: list[LayerResult], folder: Path, data: TrainingData) -> N
             f"reconstruct   {printed_commands.sibling('reconstruct')} {run_setting} "
             f"layer={len(results)} {printed_commands.setting('images', example)}"
         )
-    lines = [
-        "",
-        "layer   SNR of the image   non-zero   objective   dead maps   seconds",
-    ]
+    lines = ["", "layer   SNR of the image   non-zero   objective   dead maps   seconds"]
+    explained = "all training images, preprocessed"
+    if data.model:
+        lines[1] = "layer   SNR of activations   non-zero   objective   dead concepts   seconds"
+        explained = "the activations of all training images"
+    snr, dead = (len(lines[1].split("   ")[n]) for n in (1, 4))
     for r in results:
         lines.append(
-            f"{r.layer:>5}   {r.snr:>13.2f} dB   {r.density:>8.2%}   {r.objective:>9.1f}   "
-            f"{r.dead:>9}   {r.seconds:>7.1f}"
+            f"{r.layer:>5}   {r.snr:>{snr - 3}.2f} dB   {r.density:>8.2%}   {r.objective:>9.1f}   "
+            f"{r.dead:>{dead}}   {r.seconds:>7.1f}"
         )
     lines += [
-        "(over all training images, preprocessed; non-zero: share of the coefficients)",
+        f"(over {explained}; non-zero: share of the coefficients)",
         "",
         f"pictures      {run_path}/pictures",
         f"network       {run_path}/network.safetensors",

@@ -48,7 +48,7 @@ from deconvnet.visualization.manifest import (
 from deconvnet.visualization.models.zoo import LoadedModel
 from deconvnet.visualization.pictures.evolution_picture import evolution_picture
 from deconvnet.visualization.pictures.layer_pictures import filter_picture
-from deconvnet.visualization.projection.projection import LayerInfo, suggest_layers
+from deconvnet.visualization.projection.projection import CONCEPTS, LayerInfo, suggest_layers
 from deconvnet.visualization.projection.projector import Projector
 from deconvnet.visualization.result import LayerMeasurements, VisualizationResult
 from deconvnet.visualization.search.projection_grids import layer_grid, pixel_filters
@@ -112,6 +112,8 @@ def visualize_network(
     _check_places(Path(folder), layers, settings)
     with ownership.locked_folder(folder, part="visualization", elsewhere="output"):
         text = "%s: what drives the maps of %s, in %d images"
+        if all(infos[layer].kind == CONCEPTS for layer in layers):
+            text = "%s: what drives its %s, in %d images"
         log.info(text, model.name, ", ".join(layers), len(images))
         return _visualize(result, settings, Path(folder), communicator)
 

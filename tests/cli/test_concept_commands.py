@@ -10,8 +10,28 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deconvnet.cli import faithfulness, stability, visualize
-from deconvnet.cli.settings import FaithfulnessConfig, StabilityConfig, VisualizeConfig
+from deconvnet.applications.classification.settings import ClassData
+from deconvnet.cli import (
+    classify,
+    denoise,
+    export,
+    faithfulness,
+    info,
+    printed_commands,
+    reconstruct,
+    stability,
+    visualize,
+)
+from deconvnet.cli.settings import (
+    ClassifyConfig,
+    DenoiseConfig,
+    ExportConfig,
+    FaithfulnessConfig,
+    ReconstructConfig,
+    StabilityConfig,
+    VisualizeConfig,
+)
+from deconvnet.support.communicator import SINGLE
 
 NETS = """
 import torch
@@ -68,6 +88,33 @@ def printed(place):
         measured(trust_code=True, labels=LABELS, lam=[2.0, 200.0])
         stability.measure(StabilityConfig("runs/run", trust_code=True, device="cpu"))
     return out.getvalue()
+
+
+def test_commands_for_images_say_that_a_run_explains_activations(here, monkeypatch):
+    monkeypatch.setattr(printed_commands, "_call", ("deconvnet", "reconstruct"))
+    seen = (
+        "explains activations of layer 4 of nets:make, not images: deconvnet visualize run=runs/r"
+    )
+    photo = "photos/cats/0.png"
+    with pytest.raises(ValueError, match=rf"{seen}.*; arrays of 4 channels are given as a \.npy"):
+        reconstruct.reconstruct(ReconstructConfig("runs/run", photo, device="cpu"))
+    with pytest.raises(ValueError, match=seen):
+        export.export(ExportConfig("runs/run", "maps.npz", photo, device="cpu"))
+    with pytest.raises(ValueError, match=rf"{seen}un shows its concepts in images$"):
+        denoise.denoise(DenoiseConfig("runs/run", photo, device="cpu"))
+    with pytest.raises(ValueError, match=seen):
+        classify.classify(ClassifyConfig(run="runs/run", data=ClassData("photos")), SINGLE)
+    # A network file does not say whose activations they are.
+    file = "runs/run/network.safetensors"
+    told = "explains arrays of 4 channels, not images; if they are activations, give the run folder"
+    for config in (VisualizeConfig(file, images="photos"), FaithfulnessConfig(file, "photos")):
+        is_page = isinstance(config, VisualizeConfig)
+        command = visualize.visualize if is_page else faithfulness.measure
+        with pytest.raises(ValueError, match=told):
+            command(config)
+    described = "\n".join(info.describe("runs/run"))
+    assert "6 of photos, 20x20; their activations in layer 4 of nets:make" in described
+    assert "dead concepts" in described and " maps " not in described
 
 
 def test_what_is_measured_is_printed_and_stands_on_the_page(here, printed):
@@ -139,7 +186,7 @@ def test_other_runs_and_damaged_files_are_refused_in_one_line(here, printed):
         StabilityConfig("runs/run", seeds=0, halves=False)
     with pytest.raises(ValueError, match="network.safetensors: not a run folder"):
         stability.measure(StabilityConfig("runs/run/network.safetensors"))
-    with pytest.raises(ValueError, match="has learned from images, not from the activations"):
+    with pytest.raises(ValueError, match="explains arrays of 4 channels, not images; if they are"):
         faithfulness.measure(FaithfulnessConfig("runs/run/network.safetensors", images="photos"))
     for name in ("faithfulness", "stability"):
         path = here / f"{name}.json"

@@ -84,7 +84,7 @@ def write_result_gallery(
         photographs=Photographs(names, result.shown_images),
         words=words_of(result),
         figures=[
-            Figure(picture, figure_caption(name, result.projections))
+            Figure(picture, figure_caption(name, result.projections, words_of(result)))
             for name, picture in result.pictures.items()
             if name not in result.projections
         ],

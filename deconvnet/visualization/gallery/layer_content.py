@@ -66,14 +66,14 @@ def layer_content(
     """
     info, top = result.infos[layer], result.top_activations[layer]
     projections = result.projections[layer]
+    content, words = _LayerContent.of(result, layer, survey, names), words_of(result)
     facts: dict[str, str | float] = {
-        "dead maps": int(top.dead.sum()),
+        f"dead {words['maps']}": int(top.dead.sum()),
         "active positions": f"{top.density_sum.mean() / top.num_images:.2%}",
     }
     boards = projections.checkerboard[np.isfinite(projections.checkerboard)]
     if len(boards):
         facts["checkerboard (median)"] = f"{np.median(boards):.2f}"
-    content, words = _LayerContent.of(result, layer, survey, names), words_of(result)
     facts |= content.measurements.facts
     return GalleryLayer(
         layer,

@@ -140,13 +140,16 @@ def border_sentences(projections: TopProjections, words: Mapping[str, str]) -> l
     ]
 
 
-def figure_caption(name: str, layers: Mapping[str, object]) -> str:
-    """The caption of a picture of `visualize_network` by its name; layers: those on the page."""
+def figure_caption(name: str, layers: Mapping[str, object], words: Mapping[str, str]) -> str:
+    """The caption of a picture of `visualize_network` by its name; layers: those on the page.
+
+    words: what maps are called, of `words_of`.
+    """
     layer, _, kind = name.rpartition("-")
     if name in layers:
         return (
-            f"Layer {name}: for each map, its strongest activations projected to the pixels, next "
-            "to the image at the same positions."
+            f"Layer {name}: for each {words['map']}, its strongest activations projected to the "
+            "pixels, next to the image at the same positions."
         )
     if kind == "filters":
         return (
@@ -154,8 +157,8 @@ def figure_caption(name: str, layers: Mapping[str, object]) -> str:
         )
     if kind == "evolution":
         return (
-            f"Maps of {layer_title(layer)} during training: one row for each map, one column for "
-            "each epoch."
+            f"{words['maps'].capitalize()} of {layer_title(layer)} during training: one row for "
+            f"each {words['map']}, one column for each epoch."
         )
     if kind == "invariance":
         return (
@@ -166,7 +169,8 @@ def figure_caption(name: str, layers: Mapping[str, object]) -> str:
     if layer == "occlusion" and kind.isdigit():
         return (
             f"Occlusion of image {int(kind) + 1}: a grey square slides over the image; where it "
-            "covers what the map responds to, its activity falls (Zeiler and Fergus 2014, fig. 7)."
+            f"covers what the {words['map']} responds to, its activity falls (Zeiler and Fergus "
+            "2014, fig. 7)."
         )
     return name.replace("-", " ")
 

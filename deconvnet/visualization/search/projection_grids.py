@@ -32,7 +32,7 @@ from deconvnet.visualization.drawing.canvas import (
 )
 from deconvnet.visualization.models.concept_model import ConceptModel
 from deconvnet.visualization.projection.feature_projection import signed_filters
-from deconvnet.visualization.projection.projection import LayerInfo
+from deconvnet.visualization.projection.projection import CONCEPTS, LayerInfo
 from deconvnet.visualization.projection.projection_picture import BORDER, PALE, TILE
 from deconvnet.visualization.projection.projector import Projector
 from deconvnet.visualization.search.checkerboard import averaged_period
@@ -108,15 +108,16 @@ def grid_caption(
     shown = len(projections.maps) if rows is None else len(rows)
     name = projections.layer
     title = [f"layer {name}" if name.isdigit() else name]
-    count = f"{shown} maps"
+    word = "concept" if info is not None and info.kind == CONCEPTS else "map"
+    count = f"{shown} {word}s"
     if info is not None:
         title.append("deconvolution" if "generative" in projections.tiles else info.kind)
-        count = f"{shown} of {info.shape[0]} maps" if shown < info.shape[0] else count
+        count = f"{shown} of {info.shape[0]} {word}s" if shown < info.shape[0] else count
     k = projections.values.shape[1]
     images = f" in {num_images} images" if num_images else ""
     sentences = [
-        f"The {k} strongest activations of each map{images}, projected to pixels (grey is zero), "
-        "and the image there.",
+        f"The {k} strongest activations of each {word}{images}, projected to pixels (grey is "
+        "zero), and the image there.",
         _size_sentence(projections, info),
     ]
     report = projections.reports.get("deconv")
