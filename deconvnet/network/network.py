@@ -337,7 +337,10 @@ def load(path: str | Path) -> DeconvNet:
         source = path
         tensors, settings = load_network(path)
     else:
-        raise ValueError(f"{path}: no such run folder or network file")
+        runs = sorted(folder.parent.name for folder in path.parent.glob("*/checkpoints"))
+        more = ", ..." if len(runs) > 8 else ""
+        hint = f"; {path.parent} has the runs {', '.join(runs[:8])}{more}" if runs else ""
+        raise ValueError(f"{path}: no such run folder or network file{hint}")
     return restore_network(source, tensors, settings)
 
 

@@ -660,6 +660,9 @@ def test_a_run_folder_loads_as_the_network_that_it_trained(textures, tmp_path):
 def test_a_path_without_a_network_is_refused_by_its_name(tmp_path):
     with pytest.raises(ValueError, match="nowhere: no such run folder or network file"):
         load(tmp_path / "nowhere")
+    (tmp_path / "photos" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(ValueError, match="network file; .* has the runs photos$"):
+        load(tmp_path / "photo")
     with pytest.raises(ValueError, match="no checkpoint in this folder"):
         load(tmp_path)
     (tmp_path / "net.pt").write_bytes(b"words")
