@@ -373,6 +373,7 @@ def test_what_digits_are_is_in_their_maps_and_less_in_those_of_random_filters(sh
         (dict(image_shape=16), r"image_shape=16: must be \(H, W\) or \(C, H, W\)"),
         (dict(image_shape=(14, 16)), r"image_shape=\(14, 16\): X has images of \(16, 14\)"),
         (dict(device="abacus"), "device=abacus: no such device"),
+        (dict(preprocessing="contrast"), "preprocessing='contrast': must be None or Prep"),
         (dict(preprocessing=PreprocessingSettings()), "color=rgb: X has one channel; use grey"),
         (dict(layers=[LayerSettings(2, 15)]), "smaller than the 15x15 filters of layer 1"),
     ],

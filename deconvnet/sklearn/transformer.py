@@ -366,6 +366,10 @@ class DeconvNetTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
             color = {1: "grey", 3: "rgb"}.get(channels, "none")
             number = channels if color == "none" else None
             return PreprocessingSettings(color=color, channels=number, steps=[], scale="none")
+        if not isinstance(self.preprocessing, PreprocessingSettings):
+            raise ValueError(
+                f"preprocessing={self.preprocessing!r}: must be None or PreprocessingSettings(...)"
+            )
         if channels == 1 and self.preprocessing.color != "grey":
             raise ValueError(
                 f"preprocessing.color={self.preprocessing.color}: X has one channel; use grey"
