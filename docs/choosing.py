@@ -21,6 +21,7 @@ from deconvnet.monitoring.monitor import Monitor
 from deconvnet.training.loop import train
 from deconvnet.visualization.drawing.canvas import (
     GAP,
+    PAPER,
     arrange_tiles,
     hstack,
     resize_tiles,
@@ -67,10 +68,13 @@ def learn(images: Tensor, **settings: float) -> tuple[Tensor, str]:
 
 
 def page(tiles: Tensor) -> Tensor:
-    """All filters, in a square of the same size whatever their number."""
+    """All filters, in a square of WIDTH pixels whatever their number and size."""
     columns = int(np.ceil(np.sqrt(len(tiles))))
     size = WIDTH // columns - GAP
-    return arrange_tiles(resize_tiles(tiles.expand(-1, 3, -1, -1), size), columns)
+    filters = arrange_tiles(resize_tiles(tiles.expand(-1, 3, -1, -1), size), columns)
+    square = torch.full((3, WIDTH, WIDTH), PAPER)
+    square[:, : filters.shape[1], : filters.shape[2]] = filters
+    return square
 
 
 if __name__ == "__main__":
