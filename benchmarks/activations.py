@@ -3,6 +3,7 @@
     python benchmarks/activations.py autoencoders --model torchvision/resnet50 --layer layer3 \
         --images photos --maps 512 --per-position 16
     python benchmarks/activations.py planted --problems 20
+    python benchmarks/activations.py memory
 
 autoencoders: TopK and BatchTopK autoencoders of `overcomplete` (pip install overcomplete), with its
 linear encoder, its auxiliary loss, Adam and a falling learning rate, on the standardised
@@ -20,6 +21,9 @@ The table is of held-out images:
 planted: activations of 3x3xC concepts with sparse non-negative maps and 2% noise; the fraction of
 concepts that filters from independent random starts match with a cosine above 0.98, at any shift
 that keeps their middle in the frame.
+
+memory: the peak memory of the process while the activations of 10,000 images, 14x14x320 each, are
+written to a folder, and 1,024 concepts are learned from random batches of them.
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ import importlib
 import itertools
 import statistics
 import sys
+import tempfile
 import time
 import types
 from collections.abc import Callable
@@ -36,9 +41,17 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
-from torch import Tensor
+from timing import fresh_peak, peak
+from torch import Tensor, nn
 
-from deconvnet import ActivationSource, LearningSettings, SolverSettings, learn_filters, sparse_code
+from deconvnet import (
+    ActivationSource,
+    LearningSettings,
+    SolverSettings,
+    learn_filters,
+    learn_online,
+    sparse_code,
+)
 from deconvnet.activations.settings import TrainingData, activation_source
 from deconvnet.filters.constraint import normalize
 from deconvnet.operators.convolution import deconvolve
@@ -55,6 +68,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     if options.what == "planted":
         print_planted(options)
+    elif options.what == "memory":
+        print_memory(options)
     else:
         print_autoencoders(options)
 
@@ -94,6 +109,29 @@ def best_cosines(concepts: Tensor, filters: Tensor) -> Tensor:
     """(K,): of each concept, the largest cosine with any filter, shifted by up to a pixel."""
     shifted = F.conv2d(F.pad(concepts, (1, 1, 1, 1)), filters)
     return shifted.amax((1, 2, 3))
+
+
+def print_memory(options: argparse.Namespace) -> None:
+    """Peak memory of each step of learning from activations in a folder."""
+    N, C, size = options.max_images or 10_000, 320, 14
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, C, 3, padding=1), nn.ReLU())
+    images = torch.rand(N, 3, size, size)
+    print(f"{N:,} images of {size}x{size}x{C}: {_mib(4 * N * C * size**2)} of activations")
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        source = ActivationSource(model, "1", images, folder=folder)
+        print(f"before: {_mib(fresh_peak())}", flush=True)
+        y = source.standardized()
+        print(f"activations written, mean and scale: {_mib(peak())}", flush=True)
+        fresh_peak()
+        batches = itertools.islice(y.split(16, seed=0), options.batches)
+        learned = learn_online(batches, 1024, 1, lam=6.667, non_negative=True)
+        count = len(learned.history)
+        print(f"1,024 concepts learned from {count} random batches of 16: {_mib(peak())}")
+
+
+def _mib(memory: float) -> str:
+    return f"{memory / 2**20:,.0f} MiB"
 
 
 def print_autoencoders(options: argparse.Namespace) -> None:
@@ -262,7 +300,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("autoencoders", "planted"))
+    parser.add_argument("what", choices=("autoencoders", "planted", "memory"))
     parser.add_argument("--model")
     parser.add_argument("--weights", default="default")
     parser.add_argument("--layer")
@@ -280,6 +318,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sae-epochs", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--problems", type=int, default=20)
+    parser.add_argument("--batches", type=int, default=100, help="memory: batches to learn from")
+    parser.add_argument("--folder", help="memory: where the activations are kept until it ends")
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
 
