@@ -125,8 +125,8 @@ def report(
         spread = "" if score.std is None else f" ± {100 * score.std:.1f}"
         lines.append(f"{name:{width}}   {100 * score.mean:.1f}%{spread}")
     lines.append(
-        f"({settings.train} training images of each class, {tested.mean():.0f} tests, "
-        f"{len(tested)} splits; chance level {100 / len(class_names):.1f}%)"
+        f"({settings.train or 'all'} training images of each class, {tested.mean():.0f} tests, "
+        f"{len(tested)} split{'s' * (len(tested) > 1)}; chance level {100 / len(class_names):.1f}%)"
     )
     best = max(scores, key=lambda name: scores[name].mean)
     picture = confusion_picture(scores[best].confusions.sum(0), class_names)

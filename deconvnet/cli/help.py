@@ -108,7 +108,8 @@ def _escaped(text: str) -> str:
 
 
 def _first(key: str, schema: type, cfg: DictConfig) -> list[str]:
-    """One of the first settings, with its meaning in short and what null means if it is null."""
+    """One of the first settings, with its meaning in short, and what null or auto means if that is
+    its value."""
     above, _, name = key.rpartition(".")
     owner = without_none(annotation_of(schema, above)[0])[0] if above else schema
     meaning = _in_short(comments(owner)[name])
@@ -119,12 +120,13 @@ def _first(key: str, schema: type, cfg: DictConfig) -> list[str]:
     value: Any = _values(cfg)
     for part in key.split("."):
         value = value[part]
-    if value is None and (null := _NULL_MEANING.search(comments(owner)[name])):
-        meaning += f"; {null[0]}"
+    if value in (None, "auto"):
+        default = re.search(_MEANING.format(text_of(value)), comments(owner)[name])
+        meaning += f"; {default[0]}" if default else ""
     return _setting(key, value, meaning)
 
 
-_NULL_MEANING = re.compile(r"\bnull: .+?(?=;| \||[.] |[.]?$)")
+_MEANING = r"\b{}: .+?(?=;| \||[.] |[.]?$)"
 
 
 def _in_short(meaning: str) -> str:

@@ -412,6 +412,27 @@ def test_with_a_given_test_set_all_other_images_can_be_training_images():
     assert sorted(split.train) == list(range(10)) and sorted(split.test) == list(range(10, 20))
 
 
+def test_all_images_are_used_once_if_a_test_set_is_given_unless_numbers_are():
+    own, given = ClassData("images"), ClassData("images", test="others")
+    found = [
+        (settings.train, settings.test, settings.splits)
+        for settings in (
+            ClassifySettings(data=own),
+            ClassifySettings(data=given),
+            ClassifySettings(data=given, train=15),
+            ClassifySettings(data=given, test=9),
+            ClassifySettings(data=own, train=15, test=None, splits=2),
+        )
+    ]
+    assert found == [(30, 50, 5), (None, None, 1), (15, None, 5), (None, 9, 5), (15, None, 2)]
+    labels, fixed = np.tile([0, 1], 10), np.arange(20) >= 10
+    split = draw_split(labels, "ab", train=None, test=None, seed=0, is_test=fixed)
+    assert sorted(split.train) == list(range(10)) and sorted(split.test) == list(range(10, 20))
+    for wrong in ({"train": None}, {"train": 0}, {"test": "many"}, {"splits": None}):
+        with pytest.raises(ValueError, match=f"^{next(iter(wrong))}="):
+            ClassifySettings(data=own, **wrong)
+
+
 def test_a_class_with_too_few_images_is_named():
     with pytest.raises(ValueError, match="train=5: class b has 5 images, must have at least 6"):
         draw_split(np.repeat([0, 1], [9, 5]), "ab", train=5, test=None, seed=0)
@@ -687,7 +708,7 @@ def test_the_command_takes_a_given_test_set_and_one_codebook(script, folder):
     result = script(
         folder,
         "classify.py",
-        *(*COMMON, "data.path=images", "data.test=others", "test=null", "splits=2", "layers=[1]"),
+        *(*COMMON, "data.path=images", "data.test=others", "splits=2", "layers=[1]"),
         *(
             "patch=[8,16]",
             "codebooks=shared",
@@ -799,7 +820,7 @@ def test_images_keep_their_sizes_if_the_network_was_trained_like_that(script, fo
     settings = ("run=run", *COMMON[2:], "data.path=images", "splits=1", "test=2", "layers=[1,2]")
     result = script(folder, "classify.py", *settings, "upper=maps", "strength=signed")
     assert result.code == 0, result.err
-    assert "6 tests, 1 splits" in result.out and "±" not in result.out
+    assert "6 tests, 1 split;" in result.out and "±" not in result.out
     scores = strict_json((folder / "run/classified/scores.json").read_text())["scores"]
     assert scores["layer 1"]["std"] is None and scores["layer 1"]["mean"] > 0.6
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 from deconvnet.applications.classification.descriptors import STRENGTHS
 from deconvnet.applications.classification.spatial_pyramid import KERNELS, check_levels
 from deconvnet.applications.classification.svm import SVMS
 from deconvnet.images.fit import FITS, MAX_SIDE, MIN_SIDE
+from deconvnet.support.validation import as_positive_integer
 
-FEATURES = ("auto", "words", "codes")
+# The numbers of images and of splits that suit the images.
+AUTO = "auto"
+FEATURES = (AUTO, "words", "codes")
 UPPER = ("project", "maps")
 
 
@@ -99,12 +103,13 @@ class ClassifySettings(FeatureSettings):
     data: ClassData | None = None
     # layers whose features are tested, each alone and all together, such as [1,4]; null: all
     layers: list[int] | None = None
-    # training images of each class
-    train: int = 30
-    # at most this many test images of each class; null: all that are not used for training
-    test: int | None = 50
-    # number of random splits into training and test images
-    splits: int = 5
+    # training images of each class; auto: 30, or all if data.test is given; null: all
+    train: Any = AUTO
+    # at most this many test images of each class; auto: 50, or all of data.test; null: all that are
+    # not used for training
+    test: Any = AUTO
+    # number of random splits into training and test images; auto: 5, or 1 if all images are used
+    splits: Any = AUTO
     # seed of the splits and of the codebooks
     seed: int = 0
     # split: learn the codebooks of each split from its own training images; shared: use those of
@@ -126,8 +131,9 @@ class ClassifySettings(FeatureSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key in ("train", "test", "splits", "codebook_images", "chunk"):
-            if getattr(self, key) is not None and getattr(self, key) < 1:
+        self._set_numbers_of_images()
+        for key in ("codebook_images", "chunk"):
+            if getattr(self, key) < 1:
                 raise ValueError(f"{key}={getattr(self, key)}: must be at least 1")
         named = (("kernel", (*KERNELS, "auto")), ("svm", SVMS), ("codebooks", ("split", "shared")))
         for key, choices in named:
@@ -141,3 +147,16 @@ class ClassifySettings(FeatureSettings):
             self.layers and len(set(self.layers)) == len(self.layers)
         ):
             raise ValueError(f"layers={self.layers}: give one or several, each once, or null")
+
+    def _set_numbers_of_images(self) -> None:
+        """Replace auto by numbers, and check train, test and splits."""
+        is_given = self.data is not None and self.data.test is not None
+        self.train = (None if is_given else 30) if self.train == AUTO else self.train
+        self.test = (None if is_given else 50) if self.test == AUTO else self.test
+        if self.train is None and not is_given:
+            raise ValueError("train=null: uses all images for training; give data.test=FOLDER too")
+        if self.splits == AUTO:
+            self.splits = 1 if self.train is None and self.test is None else 5
+        for key in ("train", "test", "splits"):
+            if getattr(self, key) is not None or key == "splits":
+                setattr(self, key, as_positive_integer(getattr(self, key), key))

@@ -25,7 +25,7 @@ def draw_split(
     labels: np.ndarray,
     class_names: Sequence[str],
     *,
-    train: int,
+    train: int | None,
     test: int | None,
     seed: int,
     is_test: np.ndarray | None = None,
@@ -33,19 +33,20 @@ def draw_split(
     """A split with `train` random training images of each class and at most `test` of the others.
 
     labels: (N,), the class of each image as an index into class_names. test: None for all others.
-    is_test: (N,), which images belong to a given test set; then training images are drawn from the
-    others, and test images from these. Raises ValueError naming a class with too few images.
+    train: None for all, if there is a given test set. is_test: (N,), which images belong to a
+    given test set; then training images are drawn from the others, and test images from these.
+    Raises ValueError naming a class with too few images.
     """
     random = np.random.default_rng(seed)
     train_indices, test_indices = [], []
     for label, name in enumerate(class_names):
         members = np.flatnonzero(labels == label)
         candidates = members if is_test is None else members[~is_test[members]]
-        least = train + 1 if is_test is None else train
+        least = (train or 1) + (is_test is None)
         if len(candidates) < least:
             raise ValueError(
-                f"train={train}: class {name} has {len(candidates)} images, must have at least "
-                f"{least}" + (" so that one is left to test" if is_test is None else "")
+                f"train={train or 'null'}: class {name} has {len(candidates)} images, must have at "
+                f"least {least}" + (" so that one is left to test" if is_test is None else "")
             )
         candidates = random.permutation(candidates)
         if is_test is None:
