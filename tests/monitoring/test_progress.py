@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from deconvnet import DeconvNet, LayerSettings
+from deconvnet import DeconvNet, LayerSettings, SolverSettings
 from deconvnet.monitoring import monitor, progress_bar, time_left
 from deconvnet.monitoring.monitor import Monitor, not_in_bar
 from deconvnet.monitoring.statistics import EpochStats
@@ -145,6 +145,10 @@ def test_a_layer_costs_as_much_more_as_it_does():
     assert 3.5 * first.learning < costs(size=(80, 80))[0].learning < 4 * first.learning
     image = costs(target="image")[1]
     assert second.learning < image.learning and second.inference < image.inference
+    # Coordinate descent needs few of its many iterations.
+    rounds = SolverSettings("coordinate", iterations=200, training_iterations=1)
+    descent = costs(solver=rounds)[1]
+    assert descent.inference < descent.learning
 
 
 def test_what_the_bar_shows_is_not_printed_again_but_in_the_log(monkeypatch, caplog):
