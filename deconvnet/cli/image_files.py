@@ -35,7 +35,7 @@ def check_outputs(outputs: list[Path], inputs: list[Path]) -> None:
     for path in outputs:
         ownership.check_writable(path)
     for folder in dict.fromkeys(path.parent for path in outputs):
-        folder.mkdir(parents=True, exist_ok=True)
+        ownership.make_folder(folder)
         if not os.access(folder, os.W_OK):
             raise ValueError(f"output={folder}: this folder is not writable")
 

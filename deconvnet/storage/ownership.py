@@ -64,14 +64,26 @@ class FolderLockedError(ValueError):
 
 def claim_folder(folder: str | Path) -> Path:
     """Create a folder with its own record unless they exist, and return its absolute path."""
-    folder = absolute(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder(absolute(folder))
     own = folder / RECORD_FOLDER
     if os.path.lexists(own) and not _is_own(own):
         raise ForeignFileError(f"{own}: is in the way of the record of results; move it away")
     own.mkdir(exist_ok=True)
     for name in (RECORD_FILE, "lock", "writer"):
         _check_regular(own / name)
+    return folder
+
+
+def make_folder(folder: Path) -> Path:
+    """Create a folder with its parents unless it exists, and return it.
+
+    Raises ForeignFileError if it, or a folder above it, is a file.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        file = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+        raise ForeignFileError(f"{folder}: must be a folder, but {file} is a file") from error
     return folder
 
 

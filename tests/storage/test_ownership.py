@@ -30,6 +30,14 @@ def test_a_file_of_ours_is_replaced_and_a_strangers_is_not(folder):
     assert snapshot(folder) == before
 
 
+def test_a_file_in_place_of_a_folder_is_named_and_stays(folder):
+    (folder / "scan.png").write_bytes(b"mine")
+    for place in ("scan.png", "scan.png/results"):
+        with pytest.raises(ForeignFileError, match="must be a folder, but .*scan.png is a file"):
+            ownership.claim_folder(folder / place)
+    assert (folder / "scan.png").read_bytes() == b"mine"
+
+
 def test_a_file_of_ours_that_somebody_has_edited_is_a_strangers(folder):
     path = folder / "a.png"
     ownership.write(path, b"one")
