@@ -9,6 +9,8 @@ float64.
 
 from __future__ import annotations
 
+import functools
+import itertools
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from deconvnet.operators.convolution import Boundary
 from deconvnet.sparse_coding.active_set import footprint
+from deconvnet.support.thread_pool import run_all
 
 # Fourier transforms are faster if a larger fraction of the coefficients is non-zero.
 MAX_DENSITY = 0.02
@@ -45,16 +48,24 @@ class SparseMaps:
         """The non-zero coefficients of z; None if it is not on the CPU or not sparse enough for
         filters of 1x1 (`pointwise`), or for larger ones.
         """
-        most = POINTWISE_DENSITY if pointwise else MAX_DENSITY
-        if z.device.type != "cpu" or torch.count_nonzero(z) > most * z.numel():
+        if z.device.type != "cpu":
             return None
-        image, k, i, j = (index.numpy() for index in z.nonzero(as_tuple=True))
+        # On a flat array of bytes, numpy counts and searches several times as fast as torch.
+        nonzero = (z.detach().numpy() != 0).ravel()
+        most = POINTWISE_DENSITY if pointwise else MAX_DENSITY
+        if np.count_nonzero(nonzero) > most * z.numel():
+            return None
+        image, k, i, j = np.unravel_index(np.flatnonzero(nonzero), z.shape)
         k, i, j = (index.astype(np.int32) for index in (k, i, j))
         return cls(image, k, i, j, z.numpy()[image, k, i, j].astype(np.float64), tuple(z.shape))
 
     def times(self, factors: Tensor) -> SparseMaps:
         """The maps of every image multiplied by its factor (N, 1, 1, 1)."""
         return replace(self, z=self.z * factors.flatten().numpy()[self.image])
+
+    def energy(self) -> Tensor:
+        """(K,), float64: the sum of squares of each map."""
+        return torch.from_numpy(np.bincount(self.k, self.z * self.z, minlength=self.shape[1]))
 
     def filter_gradient(
         self,
@@ -81,9 +92,16 @@ class SparseMaps:
             footprint(boundary, pixels, taps)
             for pixels, taps in zip(y.shape[2:], size, strict=True)
         )
-        for part, image in zip(self._slices_by_image(), y.numpy(), strict=True):
-            coefficients = (self.k[part], self.i[part], self.j[part], self.z[part])
-            kernels.towards_filters(gradient, image, *coefficients, rows, columns)
+        images = list(zip(self._slices_by_image(), y.numpy(), strict=True))
+
+        def add(maps: tuple[int, int]) -> None:
+            for part, image in images:
+                k = self.k[part]
+                coefficients = (k, self.i[part], self.j[part], self.z[part])
+                ends = np.searchsorted(k, maps)
+                kernels.towards_filters(gradient, image, *coefficients, *ends, rows, columns)
+
+        run_all([functools.partial(add, maps) for maps in self._shares()])
         return total
 
     def _add_pointwise_gradient(self, y: Tensor, gradient: np.ndarray) -> None:
@@ -108,44 +126,70 @@ class SparseMaps:
 
         K, (h, w) = self.shape[1], size
         gram = np.zeros((K, K, 2 * h - 1, 2 * w - 1))
-        for part in self._slices_by_image():
-            k, i, j, z = self.k[part], self.i[part], self.j[part], self.z[part]
-            is_original = np.ones(len(k), bool)
-            rows, columns = self.shape[2:]
-            if wrap:
-                k, i, j, z, is_original = _wrapped(k, i, j, z, is_original, rows, h - 1)
-                k, j, i, z, is_original = _wrapped(k, j, i, z, is_original, columns, w - 1)
-                i, j, rows, columns = i + h - 1, j + w - 1, rows + 2 * h - 2, columns + 2 * w - 2
-            order, starts = kernels.by_bands(i, j, rows, columns, rows)
-            ordered = (values[order] for values in (k, i, j, z))
-            kernels.correlations(*ordered, starts, is_original[order], gram)
+        parts = self._slices_by_image()
+        pairs = [self._neighbours(part, size, wrap) for part in parts]
+        columns = self.shape[3] + 2 * w - 2
+
+        def add(maps: tuple[int, int]) -> None:
+            for part, (near, starts) in zip(parts, pairs, strict=True):
+                k = self.k[part]
+                coefficients = (k, self.i[part], self.j[part], self.z[part])
+                ends = np.searchsorted(k, maps)
+                kernels.correlations(gram, *coefficients, *ends, near, starts, columns)
+
+        run_all([functools.partial(add, maps) for maps in self._shares()])
+        # A shift back is a shift forth with the two maps exchanged.
+        back = gram[:, :, ::-1, ::-1].transpose(1, 0, 2, 3)
+        gram[:, :, : h - 1] = back[:, :, : h - 1]
+        gram[:, :, h - 1, : w - 1] = back[:, :, h - 1, : w - 1]
         return torch.from_numpy(gram)
+
+    def _neighbours(
+        self, part: slice, size: tuple[int, int], wrap: bool
+    ) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
+        """(near, starts) of one image, as `kernels.correlations` takes them."""
+        (h, w), (rows, columns) = size, self.shape[2:]
+        k, i, j, z = self.k[part], self.i[part], self.j[part], self.z[part]
+        if wrap:
+            k, i, j, z = _continued(k, i, j, z, rows, 0, h - 1)
+            k, j, i, z = _continued(k, j, i, z, columns, w - 1, w - 1)
+        j = j + np.int32(w - 1)
+        positions = (rows + h - 1) * (columns + 2 * w - 2)
+        place = i * (columns + 2 * w - 2) + j
+        order = place.argsort(kind="stable")
+        starts = np.zeros(positions + 1, np.int64)
+        np.cumsum(np.bincount(place, minlength=positions), out=starts[1:])
+        return (k[order], j[order], z[order]), starts
+
+    def _shares(self) -> list[tuple[int, int]]:
+        """Ranges of maps with about as many coefficients each, one for each thread.
+
+        Threads add to sums of their own, so that their number does not change the result.
+        """
+        shares, ends = torch.get_num_threads(), np.bincount(self.k, minlength=1).cumsum()
+        inner = np.searchsorted(ends, np.arange(1, shares) * len(self.k) / shares)
+        return list(itertools.pairwise([0, *inner.tolist(), self.shape[1]]))
 
     def _slices_by_image(self) -> list[slice]:
         ends = np.searchsorted(self.image, np.arange(self.shape[0] + 1))
         return [slice(start, end) for start, end in zip(ends[:-1], ends[1:], strict=True)]
 
 
-def _wrapped(
+def _continued(
     k: np.ndarray,
     i: np.ndarray,
     j: np.ndarray,
     z: np.ndarray,
-    is_original: np.ndarray,
     size: int,
-    margin: int,
+    before: int,
+    after: int,
 ) -> tuple[np.ndarray, ...]:
-    """The coefficients with copies of those near either end of axis i (of this size) beyond the
-    other end; copies are not original.
+    """The coefficients, with copies of those from the other end of axis i (of this size) up to
+    `before` positions before its first and up to `after` positions after its last.
     """
-    at_start, at_end = i < margin, i >= size - margin
-    k, i, j, z, is_original = (
-        np.concatenate([values, values[at_start], values[at_end]])
-        for values in (k, i, j, z, is_original)
-    )
-    copies = len(at_start)
-    after_end = copies + np.count_nonzero(at_start)
-    i[copies:after_end] += size
-    i[after_end:] -= size
-    is_original[copies:] = False
-    return k, i, j, z, is_original
+    last, first = i >= size - before, i < after
+    k, i, j, z = (np.concatenate([each, each[last], each[first]]) for each in (k, i, j, z))
+    copies = len(last), len(last) + np.count_nonzero(last)
+    i[copies[0] : copies[1]] -= size
+    i[copies[1] :] += size
+    return k, i, j, z

@@ -87,11 +87,13 @@ def filter_statistics(
     *,
     boundary: Boundary = "valid",
     curvature: Tensor | None = None,
+    maps: SparseMaps | None = None,
 ) -> FilterStatistics:
     """The sums over a batch of maps z (N, K, H+h-1, W+w-1) with this residual for filters f.
 
     residual: b - Z f (N, C, H, W); through layers below, T'(b - T Z f). curvature: (N, 1, 1, 1), an
-    upper bound of ||T||^2 for each image; None: T is the identity.
+    upper bound of ||T||^2 for each image; None: T is the identity. maps: `sparse_maps` of z, if the
+    caller has them.
 
     gram is the correlation of the whole maps, including the parts painted beyond the border. Unless
     the border wraps, it slightly exceeds Z'Z, so the quadratic cost is an upper bound of the true
@@ -99,11 +101,8 @@ def filter_statistics(
     gradient at f is the true one, -Z'(b - Z f).
     """
     h, w = f.shape[2:]
-    pointwise = (h, w) == (1, 1)
-    maps = None
-    if pointwise or boundary != "reflect":
-        maps = SparseMaps.from_dense(z, pointwise=pointwise)
-    if maps is None and pointwise:
+    maps = sparse_maps(z, (h, w), boundary) if maps is None else maps
+    if maps is None and (h, w) == (1, 1):
         gradient, gram = _pointwise_sums(z, -residual, curvature)
     elif maps is None:
         gradient, gram = _sums_by_fourier(z, -residual, (h, w), boundary, curvature)
@@ -112,6 +111,14 @@ def filter_statistics(
         weighted = maps if curvature is None else maps.times(curvature.double().sqrt())
         gram = weighted.correlations((h, w), wrap=boundary == "circular")
     return FilterStatistics(gram_product(gram, (h, w))(f.double()) - connected(gradient, g), gram)
+
+
+def sparse_maps(z: Tensor, size: tuple[int, int], boundary: Boundary) -> SparseMaps | None:
+    """The non-zero coefficients of maps z, if sums with filters of size (h, w) are faster so."""
+    pointwise = tuple(size) == (1, 1)
+    if boundary == "reflect" and not pointwise:
+        return None
+    return SparseMaps.from_dense(z, pointwise=pointwise)
 
 
 def masked_statistics(

@@ -5,6 +5,7 @@ C channels   K maps   h, w filter   G maps of a group
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -73,6 +74,7 @@ class ActiveSet(NamedTuple):
         return ActiveSet(*map(np.concatenate, zip(self, other, strict=True)))
 
 
+@functools.lru_cache(maxsize=8)
 def footprint(boundary: str, pixels: int, taps: int) -> Footprint:
     """The footprint of filters of this many taps along an axis of this many pixels.
 

@@ -46,7 +46,7 @@ def coordinate_descent(
             solver.certify(solver.images)
         gaps[images] = torch.from_numpy(solver.gaps)
         solver.write(maps[images])
-        residual[images], *parts = solver.terms(maps[images])
+        residual[images], *parts = solver.terms()
         for term, part in zip(terms, parts, strict=True):
             term[images] = part
     gap = gaps if until.certifies else None

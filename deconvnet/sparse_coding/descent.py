@@ -49,10 +49,8 @@ class CoordinateDescent(Method):
         """Write the coefficients into maps of zeros z (N, K, rows, columns)."""
 
     @abstractmethod
-    def terms(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The residual b - A z (N, C, H, W) of the maps z that `write` wrote, and the terms of the
-        objective (N,), in float64.
-        """
+    def terms(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The residual b - A z (N, C, H, W), and the terms of the objective (N,), in float64."""
 
     def penalty(self) -> Tensor:
         """lam, the curvature of unit filters being 1."""

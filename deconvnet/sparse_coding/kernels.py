@@ -173,35 +173,29 @@ def by_bands(i, j, H, W, bands):
 
 
 @_compiled
-def correlations(k, i, j, z, starts, own, gram):
-    """gram (K, K, 2h-1, 2w-1) += sums of z_k[i] z_l[i + shift] over pairs in one image.
+def correlations(gram, k, i, j, z, first, last, near, starts, columns):
+    """gram (K, K, 2h-1, 2w-1) += sums of z_k[i] z_l[i + shift] over pairs in one image, for shifts
+    of 0 rows and at least 0 columns, or of more rows.
 
-    k, i, j, z (n,) sorted by row, then column; starts (rows + 1,): the index at which each row
-    begins. own (n,): whether a coefficient lies inside the maps and counts as the first of a pair;
-    the others continue the maps beyond their border.
+    k, i, j, z (n,): the first of each pair, those from `first` to `last`, sorted by map. near (k,
+    j, z): the second ones, sorted by row, then column; j counts from w-1 columns before the maps,
+    and `columns` are those of the maps and w-1 on both sides. starts (positions + 1,): the index in
+    `near` at which each position begins; rows end h-1 after the maps.
     """
     h, w = (gram.shape[2] + 1) // 2, (gram.shape[3] + 1) // 2
-    for n in range(len(k)):
-        if not own[n]:
-            continue
-        for row in range(max(i[n] - h + 1, 0), min(i[n] + h, len(starts) - 1)):
-            # Bisection for the first coefficient of that row within reach.
-            m, end = starts[row], starts[row + 1]
-            while m < end:
-                middle = (m + end) // 2
-                if j[middle] <= j[n] - w:
-                    m = middle + 1
-                else:
-                    end = middle
-            while m < starts[row + 1] and j[m] < j[n] + w:
-                gram[k[n], k[m], row - i[n] + h - 1, j[m] - j[n] + w - 1] += z[n] * z[m]
-                m += 1
+    near_k, near_j, near_z = near
+    for n in range(first, last):
+        for row in range(h):
+            position = (i[n] + row) * columns + j[n]
+            begin = starts[position + (0 if row else w - 1)]
+            for m in range(begin, starts[position + 2 * w - 1]):
+                gram[k[n], near_k[m], row + h - 1, near_j[m] - j[n]] += z[n] * near_z[m]
 
 
 @_compiled
-def towards_filters(gradient, y, g, i, j, z, rows, columns):
-    """gradient (K, C, h, w) += Z'y for an image y (C, H, W)."""
-    for n in range(len(g)):
+def towards_filters(gradient, y, g, i, j, z, first, last, rows, columns):
+    """gradient (K, C, h, w) += Z'y for an image y (C, H, W), over the coefficients first to last."""
+    for n in range(first, last):
         for c in range(y.shape[0]):
             for a in range(rows.length.shape[1]):
                 for m in range(rows.length[i[n], a]):

@@ -128,7 +128,7 @@ class PointwiseSolver(CoordinateDescent):
         gap = np.where(endless & self.has_zeros, math.inf, np.maximum(gap, 0))
         self.gaps[images] = self._by_image(gap)[images].sum(1)
 
-    def terms(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def terms(self) -> tuple[Tensor, Tensor, Tensor]:
         self._compute_residual(self.images)
         terms = self.problem.lam / 2 * self.squares, self.penalties
         return self.residual, *(torch.from_numpy(self._by_image(term).sum(1)) for term in terms)

@@ -40,7 +40,6 @@ from deconvnet.operators.linear import Deconvolution
 from deconvnet.sparse_coding import kernels
 from deconvnet.sparse_coding.active_set import ActiveSet, Filters, Footprint, Grid, footprint
 from deconvnet.sparse_coding.descent import CoordinateDescent, is_expanded_zero
-from deconvnet.sparse_coding.prior import Prior
 from deconvnet.sparse_coding.problem import Problem, data_term
 from deconvnet.support.thread_pool import run_all, run_in_turns
 from deconvnet.support.vectors import BLOCK, FILTERS, LANES, padded
@@ -263,6 +262,8 @@ class WorkingSetSolver(CoordinateDescent):
         self.starts: list[np.ndarray | None] = [None] * N
         no_positions = np.empty((3, 0), np.int32)
         self.active = [self._active_set(n, *no_positions) for n in range(N)]
+        # The value of the prior of each image, in float64.
+        self.penalties = np.zeros(N)
         # Whether the correlations of the images of the last round match the residual.
         self.correlated = False
 
@@ -308,9 +309,9 @@ class WorkingSetSolver(CoordinateDescent):
                 maps.numpy()[e.g * group + u, e.i, e.j] = e.z[:, u]
         return z
 
-    def terms(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def terms(self) -> tuple[Tensor, Tensor, Tensor]:
         error = data_term(self.residual, self.problem.lam)
-        return self.residual, error, _value_by_image(self.problem.prior, z)
+        return self.residual, error, torch.from_numpy(self.penalties)
 
     def refresh_residual(self, images: list[int]) -> None:
         """Recompute residual and objective from the coefficients, removing accumulated rounding."""
@@ -325,8 +326,9 @@ class WorkingSetSolver(CoordinateDescent):
         kernels.subtract(r, self.atoms.filters, self.atoms.grid(n), e)
         length, p = np.linalg.norm(e.z.astype(np.float64), axis=1), self.problem.prior.p
         # Not a product of vectors: for these, numpy's library would wake its own threads.
-        prior = (e.weight * (length**p if p else length > 0)).sum(dtype=np.float64)
-        self.costs[n] = self.problem.lam / 2 * np.square(r, dtype=np.float64).sum() + prior
+        penalty = (e.weight * (length**p if p else length > 0)).sum(dtype=np.float64)
+        self.costs[n] = self.problem.lam / 2 * np.square(r, dtype=np.float64).sum() + penalty
+        self.penalties[n] = penalty
 
     def correlate_residual(self, images: list[int], *, certify: bool) -> None:
         """Step 1: the strongest inactive correlation at every position, and the duality gaps."""
@@ -543,13 +545,6 @@ def _group_curvatures(f: Tensor, group: int) -> np.ndarray:
     if group == 1:
         return atoms.square().sum((1, 2)).numpy()
     return 1.0001 * torch.linalg.matrix_norm(atoms, 2).square().numpy()
-
-
-def _value_by_image(prior: Prior, z: Tensor) -> Tensor:
-    """The value of the prior (N,), computed image by image if possible, to save memory."""
-    if prior.weights is not None or len(z) < 2:
-        return prior.value(z)
-    return torch.cat([prior.value(image) for image in z.split(1)])
 
 
 def _tile(best: np.ndarray, size: tuple[int, int], active: int) -> tuple[int, int]:

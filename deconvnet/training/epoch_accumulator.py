@@ -9,6 +9,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from deconvnet.filters.sparse_statistics import SparseMaps
 from deconvnet.monitoring.monitor import memory_used
 from deconvnet.monitoring.statistics import EpochStats, RankLoad
 from deconvnet.monitoring.strongest_activations import Peaks, SnapshotPlan
@@ -62,19 +63,19 @@ class EpochAccumulator:
     clock: PhaseClock = field(default_factory=PhaseClock)
     loads: list[RankLoad] = field(default_factory=list)
 
-    def add(self, solution: Solution, b: Tensor) -> None:
-        """Add the solution of some images with the target b (n, C, H, W)."""
+    def add(self, solution: Solution, b: Tensor, maps: SparseMaps | None = None) -> None:
+        """Add the solution of some images with the target b (n, C, H, W).
+
+        maps: those of the solution, if they are sparse.
+        """
         self.images += len(b)
         self.entries += solution.z.numel()
-        self.nonzero += int(torch.count_nonzero(solution.z))
+        self.nonzero += int(torch.count_nonzero(solution.z)) if maps is None else len(maps.z)
         self.reconstruction += float(solution.reconstruction.sum())
         self.sparsity += float(solution.sparsity.sum())
         self.error += _sum_of_squares(solution.residual)
         self.signal += _sum_of_squares(b)
-        # Sum each plane pairwise in its own dtype: accurate enough, and without a copy.
-        e = exponent(magnitude(solution.z))
-        energy = times_power(solution.z, -e).square().sum((2, 3)).double().sum(0)
-        energy = times_power(energy, 2 * e)
+        energy = _energy(solution.z) if maps is None else maps.energy()
         self.energy = energy if self.energy is None else self.energy + energy
 
     def add_peaks(self, z: Tensor, images: Tensor, plan: SnapshotPlan) -> None:
@@ -133,6 +134,13 @@ class EpochAccumulator:
             peaks=None if peaks is None else Peaks.from_state_dict(peaks, device),
             clock=PhaseClock(state["seconds"]),
         )
+
+
+def _energy(z: Tensor) -> Tensor:
+    """(K,), float64: the sum of squares of each map of z (N, K, rows, columns)."""
+    # Sum each plane pairwise in its own dtype: accurate enough, and without a copy.
+    e = exponent(magnitude(z))
+    return times_power(times_power(z, -e).square().sum((2, 3)).double().sum(0), 2 * e)
 
 
 def _sum_of_squares(x: Tensor) -> float:

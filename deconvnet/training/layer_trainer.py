@@ -25,7 +25,13 @@ from deconvnet.filters.care import (
     shift_filters,
 )
 from deconvnet.filters.initial import draw_filters, random_patch_positions
-from deconvnet.filters.statistics import FilterStatistics, filter_statistics, masked_statistics
+from deconvnet.filters.sparse_statistics import SparseMaps
+from deconvnet.filters.statistics import (
+    FilterStatistics,
+    filter_statistics,
+    masked_statistics,
+    sparse_maps,
+)
 from deconvnet.filters.update import (
     Batch,
     Diverged,
@@ -195,12 +201,12 @@ class LayerTrainer:
         sums, finite = FilterStatistics.zeros(layer.atoms), True
         for chunk in self._chunks(images):
             clock.end("sums")
-            solution, T = self._visit(chunk)
+            solution, T, maps = self._visit(chunk)
             clock.end("inference")
             if not torch.isfinite(solution.objective).all():
                 finite = False
                 continue
-            sums += self._statistics(chunk, solution, T)
+            sums += self._statistics(chunk, solution, T, maps)
         clock.end("sums")
         linear, gram, flags = self.communicator.all_reduce_sum(
             sums.linear, sums.gram, self._flags(finite, stop)
@@ -215,6 +221,7 @@ class LayerTrainer:
             update_filters(
                 *(f, self.sums.of_filters(f), layer.constraint),
                 iterations=self.settings.update_iterations,
+                adaptive=layer.settings.solver.method == "coordinate",
             )
         )
 
@@ -222,7 +229,7 @@ class LayerTrainer:
         """Update the filters by conjugate gradients on the maps of this batch."""
         layer, clock, visited, finite = self.layer, self._accumulator.clock, [], True
         for chunk in self._chunks(images):
-            solution, _ = self._visit(chunk)
+            solution, _, _ = self._visit(chunk)
             finite = finite and bool(torch.isfinite(solution.objective).all())
             # Maps that are stored pooled are unpooled again when they are needed.
             z = None if self.keep and self.warm_starts.window else solution.z
@@ -266,8 +273,10 @@ class LayerTrainer:
                 "last checkpoint is from before"
             )
 
-    def _visit(self, images: Tensor) -> tuple[Solution, LinearOperator]:
-        """Infer the maps of these images, starting from their last visit; also returns their T."""
+    def _visit(self, images: Tensor) -> tuple[Solution, LinearOperator, SparseMaps | None]:
+        """Infer the maps of these images, starting from their last visit; also returns their T, and
+        the non-zero coefficients if there are few.
+        """
         problem = self.data.problem(images)
         solution = self.layer.infer(
             problem,
@@ -280,13 +289,15 @@ class LayerTrainer:
             self.warm_starts[images] = solution.state
             if solution.step is not None:
                 self.warm_starts.set_scalar("step", images, solution.step)
-        self._accumulator.add(solution, problem.b)
+        size = tuple(self.layer.atoms.shape[2:])
+        maps = sparse_maps(solution.z, size, self.layer.settings.boundary)
+        self._accumulator.add(solution, problem.b, maps)
         if self.snapshot_plan and self.epoch + 1 in self.snapshot_plan.epochs:
             self._accumulator.add_peaks(solution.z, images, self.snapshot_plan)
-        return solution, problem.T
+        return solution, problem.T, maps
 
     def _statistics(
-        self, images: Tensor, solution: Solution, T: LinearOperator
+        self, images: Tensor, solution: Solution, T: LinearOperator, maps: SparseMaps | None
     ) -> FilterStatistics:
         """The sums over these images, from their maps under the current filters."""
         layer, z, residual = self.layer, solution.z, solution.residual
@@ -295,7 +306,7 @@ class LayerTrainer:
             return masked_statistics(z, residual, f, T, g, boundary=boundary)
         curvature = self._curvature(images, T)
         return filter_statistics(
-            z, T.adjoint(residual), f, g, boundary=boundary, curvature=curvature
+            z, T.adjoint(residual), f, g, boundary=boundary, curvature=curvature, maps=maps
         )
 
     def _curvature(self, images: Tensor, T: LinearOperator) -> Tensor | None:

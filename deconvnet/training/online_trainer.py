@@ -86,9 +86,13 @@ class OnlineTrainer:
         self.sums = new if self.sums is None else self.sums * fade + new * (1 - fade)
 
     def _update_filters(self) -> None:
-        layer, iterations = self.layer, self.learning.update_iterations
+        layer = self.layer
         layer.set_filters(
-            update_filters(layer.filters, self.sums, layer.constraint, iterations=iterations)
+            update_filters(
+                *(layer.filters, self.sums, layer.constraint),
+                iterations=self.learning.update_iterations,
+                adaptive=layer.settings.solver.method == "coordinate",
+            )
         )
 
     def _reinitialize(self, dead: list[int], images: Tensor, mask: Mask | None) -> None:
