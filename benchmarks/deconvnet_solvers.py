@@ -175,9 +175,11 @@ LEARNERS = {
 }
 if "coordinate" in METHODS:
     by_coordinates = SolverSettings("coordinate", training_iterations=1)
-    LEARNERS["deconvnet, 36 epochs, coordinate"] = dict(epochs=36, solver=by_coordinates)
+    # Each update uses its own five images alone, which are enough for all filters.
+    halves = dict(batch_size=5, averaging_epochs=0, solver=by_coordinates)
+    LEARNERS["deconvnet, 36 epochs, coordinate"] = dict(epochs=36, **halves)
     LEARNERS["deconvnet, 40 epochs from patches, coordinate"] = dict(
-        epochs=40, batch_size=5, init="patches", solver=by_coordinates
+        epochs=40, init="patches", **halves
     )
 
 

@@ -49,10 +49,9 @@ from deconvnet.support.vectors import BLOCK, FILTERS, LANES, padded
 TURNS, SWEEPS = 10, 1
 # The working set grows at most by about this factor in a round.
 GROWTH = 3
-# From so many channels on, the compiled loops take them side by side (`Atoms`). A sweep then costs
-# as much as a pass, and a position needs many coefficients, of which each of so many PARTS of the
-# maps may add one in a round.
-CHANNELS_LAST, TURNS_OF_CHANNELS, SWEEPS_OF_CHANNELS, PARTS = 16, 1, 2, 4
+# From so many channels on, the compiled loops take them side by side (`Atoms`). A position then
+# needs many coefficients, of which each of so many PARTS of the maps may add one in a round.
+CHANNELS_LAST, PARTS = 16, 4
 
 
 class Frames(NamedTuple):
@@ -243,12 +242,9 @@ class WorkingSetSolver(CoordinateDescent):
         self.residual = self.frames.images
         self.maps_shape = (len(atoms.f), *atoms.map_size)
         self.bands = Bands.of(atoms.map_size, tuple(atoms.f.shape[2:]))
-        self.turns, self.sweeps = TURNS, SWEEPS
-        if atoms.channels_last:
-            self.turns, self.sweeps = TURNS_OF_CHANNELS, SWEEPS_OF_CHANNELS
         self.spans = np.empty((0, 4), np.int64)
         self.frames_before, self.before = self.frames, [np.empty((0, 0))] * N
-        if problem.prior.p == 1 and self.turns > 1:
+        if problem.prior.p == 1:
             self.spans = self.bands.spans(atoms.axes, self.frames.pixels.shape[2:])
             self.frames_before = atoms.zeros(N)
         groups = len(atoms.f) // atoms.group
@@ -506,7 +502,7 @@ class WorkingSetSolver(CoordinateDescent):
         return functools.partial(
             kernels.descend,
             *(self.frames.pixels[n], atoms.filters, atoms.grid(n), self.active[n]),
-            *(self.starts[n], share, self.turns, self.sweeps),
+            *(self.starts[n], share, TURNS, SWEEPS),
             (spans, self.frames_before.pixels[n], self.before[n]),
             *(number(self.problem.lam), number(prior.p), prior.non_negative),
             *(atoms.group if atoms.group > 1 else None, np.empty(atoms.group, number)),

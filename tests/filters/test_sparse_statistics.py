@@ -132,6 +132,19 @@ def test_the_sums_of_an_update_are_equal_both_ways(boundary, dtype, monkeypatch)
         assert_close(few.gram, whole.gram, rtol=near, atol=near)
 
 
+@pytest.mark.parametrize("wrap", [False, True])
+def test_threads_change_no_bit_of_the_sums(wrap, monkeypatch):
+    z, f, y = problem("square", "circular" if wrap else "valid")
+    maps, size = SparseMaps.from_dense(z), tuple(f.shape[2:])
+    sums = []
+    for threads in (1, 2, 5):
+        monkeypatch.setattr(torch, "get_num_threads", lambda n=threads: n)
+        gradient = maps.filter_gradient(y, size, "circular" if wrap else "valid")
+        sums.append((gradient, maps.correlations(size, wrap), maps.energy()))
+    assert all(torch.equal(*pair) for other in sums[1:] for pair in zip(sums[0], other, strict=True))
+    assert_close(sums[0][2], z.square().sum((0, 2, 3)))
+
+
 def test_the_order_in_memory_does_not_matter():
     z, f, y = problem("even", "valid")
     moved = z.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)

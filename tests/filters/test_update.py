@@ -64,6 +64,27 @@ def test_updates_never_raise_the_true_cost_and_keep_unit_norms(boundary, norm):
 
 
 @boundaries
+@pytest.mark.parametrize("norm", ["filter", "plane"])
+def test_adaptive_steps_lower_the_cost_as_much_and_never_raise_it(boundary, norm):
+    constraint, parts = FilterConstraint(norm), []
+    for seed in range(6):
+        z, f, b = problem(boundary, K=1 + seed % 4, C=1 + seed % 3, seed=10 * seed)
+        # Maps of very different energy; every other time, they also resemble each other.
+        z = z * torch.logspace(0, -3, len(f), dtype=torch.float64).view(-1, 1, 1)
+        z = z + (seed % 2) * z.mean(1, keepdim=True)
+        f = normalize(f, norm)
+        sums = sums_of(z, f, b, boundary)
+        few, many = (
+            update_filters(f, sums, constraint, iterations=n, adaptive=adaptive)
+            for n, adaptive in ((10, True), (300, False))
+        )
+        before, after, least = (model_cost(v, sums).item() for v in (f, few, many))
+        assert after < before and true_cost(few, z, b, boundary) < true_cost(f, z, b, boundary)
+        parts.append((before - after) / (before - least))
+    assert min(parts) > 0.7 and sum(parts) > 0.9 * len(parts)
+
+
+@boundaries
 def test_more_iterations_never_end_at_a_higher_cost(boundary):
     rose = 0
     for seed in range(3):
