@@ -65,7 +65,9 @@ class SparseMaps:
 
     def energy(self) -> Tensor:
         """(K,), float64: the sum of squares of each map."""
-        return torch.from_numpy(np.bincount(self.k, self.z * self.z, minlength=self.shape[1]))
+        energy = np.bincount(self.k, self.z * self.z, minlength=self.shape[1])
+        # Without coefficients, numpy counts in integers.
+        return torch.from_numpy(energy.astype(np.float64))
 
     def filter_gradient(
         self,

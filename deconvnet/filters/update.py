@@ -55,7 +55,7 @@ class LearningSettings:
     # proximal: many steps on sums over images; cg: conjugate gradients on the maps of one batch, as
     # in the papers
     update: str = "proximal"
-    # steps of one update (the authors' toolbox: 2 or 4 of cg)
+    # steps of one update, at most (the authors' toolbox: 2 or 4 of cg)
     update_iterations: int = 10
     # proximal: sums over earlier batches fade over about this many epochs; 0: each update uses its
     # own batch alone

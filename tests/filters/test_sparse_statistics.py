@@ -141,7 +141,9 @@ def test_threads_change_no_bit_of_the_sums(wrap, monkeypatch):
         monkeypatch.setattr(torch, "get_num_threads", lambda n=threads: n)
         gradient = maps.filter_gradient(y, size, "circular" if wrap else "valid")
         sums.append((gradient, maps.correlations(size, wrap), maps.energy()))
-    assert all(torch.equal(*pair) for other in sums[1:] for pair in zip(sums[0], other, strict=True))
+    assert all(
+        torch.equal(*pair) for other in sums[1:] for pair in zip(sums[0], other, strict=True)
+    )
     assert_close(sums[0][2], z.square().sum((0, 2, 3)))
 
 
@@ -168,6 +170,7 @@ def test_dense_maps_are_not_few_and_empty_ones_sum_to_zero(monkeypatch):
     assert SparseMaps.from_dense(z) is None
     assert SparseMaps.from_dense(torch.zeros(2, 3, 4, 5, device="meta")) is None
     none = SparseMaps.from_dense(torch.zeros(2, 3, 6, 5))
+    assert torch.equal(none.energy(), torch.zeros(3, dtype=torch.float64))
     assert not none.correlations((3, 2), wrap=True).any()
     assert not none.filter_gradient(torch.ones(2, 1, 4, 4), (3, 2), "valid").any()
 
