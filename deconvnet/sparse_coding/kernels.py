@@ -194,7 +194,7 @@ def correlations(gram, k, i, j, z, first, last, near, starts, columns):
 
 @_compiled
 def towards_filters(gradient, y, g, i, j, z, first, last, rows, columns):
-    """gradient (K, C, h, w) += Z'y for an image y (C, H, W), over the coefficients first to last."""
+    """gradient (K, C, h, w) += Z'y for an image y (C, H, W), of the coefficients first to last."""
     for n in range(first, last):
         for c in range(y.shape[0]):
             for a in range(rows.length.shape[1]):
