@@ -38,7 +38,7 @@ PACKAGE, CONFIGS = ROOT / "deconvnet", ROOT / "configs"
 
 EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
 # Experiments on images of the user, whose list the command names.
-OF_A_LIST = {"iccv2011_caltech", "patches"}
+OF_A_LIST = {"iccv2011_caltech", "iccv2011_objects", "patches"}
 MODELS = sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml"))
 PREPROCESSING = sorted(path.stem for path in (CONFIGS / "preprocessing").glob("*.yaml"))
 # What the files of configs/data leave to the user.
