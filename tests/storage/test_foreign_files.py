@@ -21,7 +21,7 @@ SMALL = (
 )
 TRAIN = ("train.py", "data=folder", "data.path=photos", *SMALL)
 CNN = (
-    *("train_cnn.py", "data=folder", "data.path=photos", "epochs=1", "width=2", "images=null"),
+    *("train_cnn.py", "data=folder", "data.path=photos", "epochs=1", "width=2", "max_images=null"),
     *("data.size=64", "progress=false", "hydra.run.dir=place"),
 )
 CLASSIFY = (

@@ -604,7 +604,7 @@ def shapes(tmp_path_factory):
 
 
 def train(script, folder, shapes, *arguments):
-    small = ["data.size=16", "width=2", "batch=4", "progress=false", "shift=1", "images=null"]
+    small = ["data.size=16", "width=2", "batch=4", "progress=false", "shift=1", "max_images=null"]
     small += ["checkpoints=[1]", "learning_rate=0.1", "held_out=0.3", "dropout=0"]
     where = ["data=folder", f"data.path={shapes}", "name=net"]
     return script(folder, "train_cnn.py", *where, *small, *arguments)
