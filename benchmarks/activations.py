@@ -78,7 +78,7 @@ def print_planted(options: argparse.Namespace) -> None:
     shares = []
     for seed in range(options.problems):
         concepts, y = planted(seed)
-        learning = LearningSettings(epochs=options.epochs or 40, init="random")
+        learning = LearningSettings(epochs=options.epochs or 80, init="random")
         learned = learn_filters(
             y, len(concepts), 3, lam=4, non_negative=True, learning=learning, seed=seed
         )
@@ -314,7 +314,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--maps", type=int, default=512)
     parser.add_argument("--per-position", type=int, default=16, help="L0")
     parser.add_argument("--autoencoders", nargs="*", default=["topk", "batchtopk"])
-    parser.add_argument("--epochs", type=int, help="ours; by default 6, with planted 40")
+    parser.add_argument("--epochs", type=int, help="ours; by default 6, with planted 80")
     parser.add_argument("--sae-epochs", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--problems", type=int, default=20)

@@ -172,11 +172,11 @@ def summarize(results: list[LayerResult], folder: Path, data: TrainingData) -> N
     run_path = relative_path(folder)
     run_setting = printed_commands.setting("run", run_path)
     if data.model:
-        following = f"see concepts  {printed_commands.sibling('visualize')} {run_setting}"
+        following = f"see concepts {printed_commands.sibling('visualize')} {run_setting}"
     else:
         example = data.path if data.source == "array" else "photo.jpg"
         following = (
-            f"reconstruct   {printed_commands.sibling('reconstruct')} {run_setting} "
+            f"reconstruct  {printed_commands.sibling('reconstruct')} {run_setting} "
             f"layer={len(results)} {printed_commands.setting('images', example)}"
         )
     lines = ["", "layer   SNR of the image   non-zero   objective   dead maps   seconds"]
@@ -193,9 +193,9 @@ def summarize(results: list[LayerResult], folder: Path, data: TrainingData) -> N
     lines += [
         f"(over {explained}; non-zero: share of the coefficients)",
         "",
-        f"pictures      {run_path}/pictures",
-        f"network       {run_path}/network.safetensors",
-        f"look          tensorboard --logdir {shlex.quote(str(relative_path(folder.parent)))} "
+        f"pictures     {run_path}/pictures",
+        f"network      {run_path}/network.safetensors",
+        f"look         tensorboard --logdir {shlex.quote(str(relative_path(folder.parent)))} "
         "--samples_per_plugin images=99",
         following,
     ]
