@@ -38,7 +38,9 @@ def _right_setting(key: str, typed: dict[str, str], schema: type) -> str | None:
         return None  # images=1000 of train-cnn was a number
     if source == "activations" and has(schema, "data.images"):
         return None if key == "data.images" else setting("data.images", value)
-    if has(schema, key):
+    # Without data=... the settings of the sample photographs would hold, such as their number.
+    of_images = key == "data.images" and source is None and "data.model" not in typed
+    if has(schema, key) and not of_images:
         return None
     if has(schema, "data.source"):
         path = setting("data.path", value)

@@ -332,6 +332,7 @@ def test_one_image_may_be_called_image_and_settings_have_no_dashes():
         ("train", "image=a.jpg data=list", "data.path=a.jpg"),
         ("train", "data=activations data.path=photos", "data.images=photos"),
         ("suggest", "data.images=photos", "data=folder data.path=photos"),
+        ("train", "data.images=photos", "data=folder data.path=photos"),
         ("train_cnn", "images=photos", "data=folder data.path=photos"),
         ("classify", "images=photos", "data.path=photos"),
         *(
