@@ -358,7 +358,8 @@ def test_every_command_accepts_its_own_setting_of_images():
     for schema in ALL_SCHEMAS.values():
         own = [key for key in ("images", "data.images", "data.path") if has(schema, key)]
         for key in own[:1]:
-            check_image_keys([f"{key}=photos"], schema)
+            of_activations = ["data=activations"] if key == "data.images" else []
+            check_image_keys([*of_activations, f"{key}=photos"], schema)
     check_image_keys(["data=folder", "data.path=photos"], ALL_SCHEMAS["train"])
     check_image_keys(["images=12000"], ALL_SCHEMAS["train_cnn"])
     check_image_keys(["images=photos"], ALL_SCHEMAS["info"])
