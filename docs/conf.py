@@ -92,6 +92,8 @@ autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 autodoc_class_signature = "mixed"
 maximum_signature_line_length = 88
+toc_object_entries_show_parents = "hide"
+highlight_language = "none"  # blocks without a language are commands and formulas
 python_use_unqualified_type_names = True
 default_role = "code"
 copybutton_exclude = ".linenos, .gp, .go"
@@ -242,10 +244,19 @@ def plain(text: str) -> str:
 
 
 def inline_equation(translator, node: nodes.math) -> None:
-    translator.body.append(tex2mathml(node.astext(), as_block=False))
+    translator.body.append(mathml(node, as_block=False))
     raise nodes.SkipNode
 
 
 def block_equation(translator, node: nodes.math_block) -> None:
-    translator.body.append(tex2mathml(node.astext(), as_block=True))
+    translator.body.append(mathml(node, as_block=True))
     raise nodes.SkipNode
+
+
+def mathml(node: nodes.math | nodes.math_block, as_block: bool) -> str:
+    """The equation of a node; bars and angles keep one height, as browsers do not pair them."""
+    return re.sub(
+        r"<mo[^>]*>([|‖⟨⟩])</mo>",
+        r'<mo stretchy="false" lspace="0" rspace="0">\1</mo>',
+        tex2mathml(node.astext(), as_block=as_block),
+    )
