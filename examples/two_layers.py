@@ -33,7 +33,7 @@ pairs = LearningSettings(EPOCHS, batch_size=4, init="random", norm="plane")
 one = LayerSettings(NUM_MAPS[0], 7, 2.0, pool=[1, 2, 2], learning=edges)
 two = LayerSettings(NUM_MAPS[1], 5, 1.0, connectivity="random_doubles", learning=pairs)
 net = DeconvNet([one, two], PreprocessingSettings(color="grey"))
-train(net, images)
+results = train(net, images)
 
 # %%
 # "centre" puts every maximum in the middle of its window, whatever its switch.
