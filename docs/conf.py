@@ -187,7 +187,9 @@ def api_page(name: str) -> str:
         value = getattr(module, public)
         lines += [public, "-" * len(public), ""]
         if inspect.isclass(value):
-            lines += [f".. autoclass:: {name}.{public}", "   :members:", ""]
+            lines += [f".. autoclass:: {name}.{public}", "   :members:"]
+            # Written by scikit-learn, with references to its own guide.
+            lines += ["   :exclude-members: set_inverse_transform_request", ""]
         elif callable(value):
             lines += [f".. autofunction:: {name}.{public}", ""]
         else:
