@@ -221,6 +221,7 @@ class LayerTrainer:
             update_filters(
                 *(f, self.sums.of_filters(f), layer.constraint),
                 iterations=self.settings.update_iterations,
+                # Elsewhere the search for the eigenvalue is small beside inference of dense maps.
                 adaptive=layer.settings.solver.method == "coordinate",
             )
         )

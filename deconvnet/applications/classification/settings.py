@@ -12,7 +12,7 @@ from deconvnet.applications.classification.svm import SVMS
 from deconvnet.images.fit import FITS, MAX_SIDE, MIN_SIDE
 from deconvnet.support.validation import as_positive_integer
 
-# The numbers of images and of splits that suit the images.
+# What suits the layer or the images.
 AUTO = "auto"
 FEATURES = (AUTO, "words", "codes")
 UPPER = ("project", "maps")
@@ -47,7 +47,7 @@ class FeatureSettings:
     # what describes a layer: words, the counts of visual words in the cells of the pyramid; codes,
     # the largest positive and negative coefficient of each map in the cells; auto: codes for layers
     # that code patches, words for others
-    features: str = "auto"
+    features: str = AUTO
     # sides of patches in pixels; each size has its own codebook
     patch: list[int] = field(default_factory=lambda: [16, 24])
     # cells along a side of a patch
@@ -121,7 +121,7 @@ class ClassifySettings(FeatureSettings):
     # similarity of two pyramids: intersection, of words alone | linear, of words the sum of the
     # products of square roots (with power=1, of counts) | auto: intersection of words, linear of
     # codes
-    kernel: str = "auto"
+    kernel: str = AUTO
     # one_vs_rest, or one_vs_one, which is faster
     svm: str = "one_vs_rest"
     # C of the support vector machine; kernel values are at most 1
@@ -135,7 +135,7 @@ class ClassifySettings(FeatureSettings):
         for key in ("codebook_images", "chunk"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key}={getattr(self, key)}: must be at least 1")
-        named = (("kernel", (*KERNELS, "auto")), ("svm", SVMS), ("codebooks", ("split", "shared")))
+        named = (("kernel", (*KERNELS, AUTO)), ("svm", SVMS), ("codebooks", ("split", "shared")))
         for key, choices in named:
             if getattr(self, key) not in choices:
                 raise ValueError(f"{key}={getattr(self, key)}: choose one of {', '.join(choices)}")
