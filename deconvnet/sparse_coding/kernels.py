@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import numpy as np
 
+from deconvnet.sparse_coding.tap_loops import correlate_at, paint_at
 from deconvnet.support.atomics import observe, publish
 from deconvnet.support.compiling import compiled
 from deconvnet.support.vectors import (
     BLOCK,
     FILTERS,
     LANES,
-    add,
     correlate_block,
     fill,
     load,
@@ -43,9 +43,12 @@ _PATIENCE = 1000
 # that compiles it would run a copy that sums in another order than the one that other processes
 # load from disk.
 _inlined = compiled(**OPTIONS, forceinline=True, no_cpython_wrapper=True)
+# Without that freedom, all copies compute the same bits, and a function may be separate.
+_EXACT = dict(OPTIONS, fastmath=False, no_cpython_wrapper=True)
+_separate, _exact = compiled(**_EXACT), compiled(**_EXACT, forceinline=True)
 
 
-@_inlined
+@_exact
 def _shrunk(magnitude, beta, p):
     """argmin_x |x|^p + beta/2 (x - magnitude)^2 for a magnitude >= 0 and p < 1; see `prior`."""
     smallest = (2 * (1 - p) / beta) ** (1 / (2 - p))
@@ -229,46 +232,6 @@ def towards_pointwise_filters(gradient, y, k, position, z, tile):
 
 
 @_inlined
-def _dot(r, f, planes, k, top, left):
-    """<r, the image of a unit impulse of map k>, with all its taps, from pixel (top, left)."""
-    H, W, h, w = r.shape[1], r.shape[2], f.shape[2], f.shape[3]
-    zeros = fill(r.dtype.type(0))
-    # Two sums, because an addition takes as long as several of them may start in.
-    even, odd = zeros, zeros
-    for s in range(planes.shape[1]):
-        c = planes[k, s]
-        if c < 0:
-            break
-        pixel, tap = (c * H + top) * W + left, (k * f.shape[1] + c) * h * w
-        for v in range(0, w, LANES):
-            for m in range(0, h - 1, 2):
-                x, u = pixel + m * W + v, tap + m * w + v
-                even = multiply_add(load(r, x), load(f, u), even)
-                odd = multiply_add(load(r, x + W), load(f, u + w), odd)
-            if h % 2:
-                m = h - 1
-                odd = multiply_add(load(r, pixel + m * W + v), load(f, tap + m * w + v), odd)
-                even, odd = odd, even
-    return total(add(even, odd))
-
-
-@_inlined
-def _paint(r, amount, f, planes, k, top, left):
-    """r += amount * the image of a unit impulse of map k, with all its taps, from (top, left)."""
-    H, W, h, w = r.shape[1], r.shape[2], f.shape[2], f.shape[3]
-    amounts = fill(amount)
-    for s in range(planes.shape[1]):
-        c = planes[k, s]
-        if c < 0:
-            break
-        pixel, tap = (c * H + top) * W + left, (k * f.shape[1] + c) * h * w
-        for m in range(h):
-            for v in range(0, w, LANES):
-                x, u = pixel + m * W + v, tap + m * w + v
-                store(r, x, multiply_add(amounts, load(f, u), load(r, x)))
-
-
-@_inlined
 def _dot_at(r, f, k, rows, columns, mask, i, j):
     """<mask r, the image of a unit impulse at (i, j) of map k>."""
     H, W, h, w = r.shape[1], r.shape[2], f.shape[2], f.shape[3]
@@ -321,7 +284,7 @@ def subtract(r, filters, grid, active_set):
             if z[n, u] != 0:
                 k = g[n] * z.shape[1] + u
                 if complete:
-                    _paint(r, -z[n, u], f, planes, k, top, left)
+                    paint_at(r, f, planes, k, top * r.shape[2] + left, -z[n, u])
                 else:
                     _paint_at(r, -z[n, u], f, k, rows, columns, mask, i[n], j[n])
 
@@ -364,12 +327,41 @@ def curvatures(f, G, inner, grid, g, i, j, scratch, L):
                                 scratch[c, x, q] = 0
 
 
+@_separate
+def _sweep(r, f, planes, steps, g, z, n, end, p, positive):
+    """Minimise over the coefficients of single maps from n on, up to `end` or the first without a
+    pixel in `steps`; returns which that is.
+
+    Nearly all steps are taken here. This is a function of its own, because code that seldom runs
+    must not lie between these instructions (see `tap_loops`).
+    """
+    pixel, inverse, threshold = steps
+    while n < end and pixel[n] >= 0:
+        before, limit = z[n, 0], threshold[n]
+        v = before + correlate_at(r, f, planes, g[n], pixel[n]) * inverse[n]
+        if positive and v < 0:
+            v = z.dtype.type(0)
+        if p == 1 or limit == 0:
+            # As a difference: NaNs propagate, and what is below the threshold is exactly 0.
+            x = v - min(max(v, -limit), limit)
+        else:
+            shrunk = _shrunk(abs(v), z.dtype.type(1) / limit, p)
+            x = z.dtype.type(shrunk if v > 0 else -shrunk)
+        d = x - before
+        if d != 0:
+            paint_at(r, f, planes, g[n], pixel[n], -d)
+            z[n, 0] = before + d
+        n += 1
+    return n
+
+
 @_compiled
 def descend(
     r,
     filters,
     grid,
     active_set,
+    steps,
     starts,
     share,
     turns,
@@ -386,6 +378,8 @@ def descend(
     """Minimise over one coefficient after another, updating z and r in place. In each of `turns`
     turns, first the even bands and then the odd ones are swept `sweeps` times.
 
+    steps (pixel, inverse, threshold), each (n,): where a coefficient paints all its taps, the first
+    of these pixels in a plane of r, 1 / L, and weight / (lam L); elsewhere pixel < 0.
     share (first, last): the bands that this call sweeps; others sweep the rest at the same time.
     progress (bands,): how many turns each band has had. A band is not swept before its neighbours,
     which touch it, are as far as if one thread swept all. state (2,), at first zeros: where to go
@@ -403,8 +397,7 @@ def descend(
     rows, columns, mask = grid
     spans, r_before, z_before = momentum
     (first, last), bands = share, len(progress)
-    tops, lefts, masked = rows.first, columns.first, mask.size > 0
-    G = 1 if group is None else group
+    G, masked = 1 if group is None else group, mask.size > 0
     while state[0] < 2 * turns:
         turn, parity, s = state[0] // 2, state[0] % 2, first + state[1]
         if s >= last:
@@ -438,21 +431,27 @@ def descend(
                         r[c, m, q] = value + beta * (value - r_before[c, m, q])
                     r_before[c, m, q] = value
         for _ in range(sweeps):
-            for n in range(starts[s], starts[s + 1]):
+            n = starts[s]
+            while n < starts[s + 1]:
+                if group is None and not masked:
+                    n = _sweep(r, f, planes, steps, g, z, n, starts[s + 1], p, positive)
+                    if n == starts[s + 1]:
+                        break
                 if not L[n] > 0:
                     # It paints nothing: its filter is zero, or all its pixels are masked.
                     for u in range(G):
                         z[n, u] = 0
+                    n += 1
                     continue
-                top, left = tops[i[n]], lefts[j[n]]
-                complete = top >= 0 and left >= 0 and not masked
-                length = z.dtype.type(0)
+                pixel, length = steps[0][n], z.dtype.type(0)
                 for u in range(G):
                     k = g[n] * G + u
-                    if not complete:
+                    if group is None:
                         c = _dot_at(r, f, k, rows, columns, mask, i[n], j[n])
+                    elif pixel >= 0 and not masked:
+                        c = correlate_at(r, f, planes, k, pixel)
                     else:
-                        c = _dot(r, f, planes, k, top, left)
+                        c = _dot_at(r, f, k, rows, columns, mask, i[n], j[n])
                     v[u] = z[n, u] + c / L[n]
                     if positive and v[u] < 0:
                         v[u] = 0
@@ -468,12 +467,15 @@ def descend(
                     else:
                         x = z.dtype.type(shrunk / length * v[u] if shrunk > 0 else shrunk)
                     d = x - z[n, u]
+                    k = g[n] * G + u
                     if d != 0:
-                        k = g[n] * G + u
-                        if not complete:
+                        if group is None:
                             _paint_at(r, -d, f, k, rows, columns, mask, i[n], j[n])
+                        elif pixel >= 0 and not masked:
+                            paint_at(r, f, planes, k, pixel, -d)
                         else:
-                            _paint(r, -d, f, planes, k, top, left)
+                            _paint_at(r, -d, f, k, rows, columns, mask, i[n], j[n])
                         z[n, u] += d
+                n += 1
         publish(progress, s, turn + 1)
     return True

@@ -42,7 +42,7 @@ from deconvnet.sparse_coding.active_set import ActiveSet, Filters, Footprint, Gr
 from deconvnet.sparse_coding.descent import CoordinateDescent, is_expanded_zero
 from deconvnet.sparse_coding.problem import Problem, data_term
 from deconvnet.support.thread_pool import run_all, run_in_turns
-from deconvnet.support.vectors import BLOCK, FILTERS, LANES, padded
+from deconvnet.support.vectors import BLOCK, FILTERS, LONG, padded
 
 # A pass over all coefficients costs as much as several sweeps over the working set. Between two
 # passes, even and odd bands alternate TURNS times, and each time a band is swept SWEEPS times.
@@ -55,10 +55,10 @@ CHANNELS_LAST, PARTS = 16, 4
 
 
 class Frames(NamedTuple):
-    """Images as the loops take them: a row has LANES more numbers, which vectors read and write.
+    """Images as the loops take them: a row has LONG more numbers, which vectors read and write.
 
-    images (N, C, H, W): a view without those numbers, which stay 0. pixels (N, C, H, W + LANES) or,
-    if channels are last, (N, 1, H, W C + LANES).
+    images (N, C, H, W): a view without those numbers, which stay 0. pixels (N, C, H, W + LONG) or,
+    if channels are last, (N, 1, H, W C + LONG).
     """
 
     images: Tensor
@@ -99,7 +99,7 @@ class Atoms:
         """N images of zeros, as the loops take them."""
         C, H, W = self.image_size
         rows = (1, H, W * C) if self.channels_last else (C, H, W)
-        pixels = np.zeros((N, *rows[:2], rows[2] + LANES), self.dtype)
+        pixels = np.zeros((N, *rows[:2], rows[2] + LONG), self.dtype)
         images = torch.from_numpy(pixels)[..., : rows[2]]
         if self.channels_last:
             images = images[:, 0].unflatten(2, (W, C)).permute(0, 3, 1, 2)
@@ -151,6 +151,17 @@ class Atoms:
             L[cut] = norms[g[cut], row[i[cut]], column[j[cut]]]
         return L
 
+    def steps(self, e: ActiveSet, lam: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(pixel, inverse, threshold) of the coefficients, as `kernels.descend` takes them."""
+        with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+            inverse = 1 / e.L
+            threshold = e.weight * (inverse / self.dtype(lam))
+        rows, columns = self.axes
+        top, left = rows.first[e.i].astype(np.int64), columns.first[e.j]
+        direct = (top >= 0) & (left >= 0) & np.isfinite(inverse)
+        width = self.image_size[2] * (self.image_size[0] if self.channels_last else 1) + LONG
+        return np.where(direct, top * width + left, -1), inverse, threshold
+
     @functools.cached_property
     def _visible(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(norms, row, column): norms[g, row[i], column[j]] is the squared norm of the part of the
@@ -176,8 +187,8 @@ class Bands:
 
     @classmethod
     def of(cls, maps: tuple[int, int], filters: tuple[int, int]) -> Bands:
-        # Along a row, vectors write up to LANES - 1 unchanged pixels beyond the end of a filter.
-        reaches = filters[0], filters[1] + LANES - 1
+        # Along a row, vectors write up to LONG - 1 unchanged pixels beyond the end of a filter.
+        reaches = filters[0], filters[1] + LONG - 1
         by_rows, by_columns = (
             max(1, side // reach // 2 * 2) for side, reach in zip(maps, reaches, strict=True)
         )
@@ -258,6 +269,7 @@ class WorkingSetSolver(CoordinateDescent):
         self.starts: list[np.ndarray | None] = [None] * N
         no_positions = np.empty((3, 0), np.int32)
         self.active = [self._active_set(n, *no_positions) for n in range(N)]
+        self.steps = [atoms.steps(e, problem.lam) for e in self.active]
         # The value of the prior of each image, in float64.
         self.penalties = np.zeros(N)
         # Whether the correlations of the images of the last round match the residual.
@@ -491,6 +503,7 @@ class WorkingSetSolver(CoordinateDescent):
             e = e.join(self._active_set(n, first + which[i, j], i, j))
         order, self.starts[n] = self.bands.sort(e, best.shape[1:])
         self.active[n] = e.take(order)
+        self.steps[n] = self.atoms.steps(self.active[n], self.problem.lam)
         self.before[n] = np.empty_like(e.z)
 
     def _sweep_bands(
@@ -501,7 +514,7 @@ class WorkingSetSolver(CoordinateDescent):
         spans = self.spans if momentum else self.spans[:0]
         return functools.partial(
             kernels.descend,
-            *(self.frames.pixels[n], atoms.filters, atoms.grid(n), self.active[n]),
+            *(self.frames.pixels[n], atoms.filters, atoms.grid(n), self.active[n], self.steps[n]),
             *(self.starts[n], share, TURNS, SWEEPS),
             (spans, self.frames_before.pixels[n], self.before[n]),
             *(number(self.problem.lam), number(prior.p), prior.non_negative),

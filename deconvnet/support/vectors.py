@@ -1,7 +1,8 @@
 """Vectors of a fixed number of lanes for compiled loops, whatever the compiler makes of the loops.
 
-A variable in such a loop holds LANES numbers, and a step is one instruction of the processor, or
-several if its registers are shorter. Arrays are contiguous and indexed by element, as if flat.
+A variable in such a loop holds LANES numbers, in loops that are written as instructions also LONG
+ones. A step is one instruction of the processor, or several if its registers are shorter. Arrays
+are contiguous and indexed by element, as if flat.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from numba.core.errors import TypingError
 from numba.extending import intrinsic, models, register_model
 
 LANES = 8
+LONG = 2 * LANES
 # Correlations are computed for so many filters and pixels at a time, which fill the registers.
 _HAS_LONG_VECTORS = get_host_cpu_features().get("avx512f", False)
 FILTERS, _WIDE = (8, 16) if _HAS_LONG_VECTORS else (4, 8)
 BLOCK = 2 * _WIDE
 
 _INDEX = ir.IntType(32)
-_CONTRACT = ("contract",)
+CONTRACT = ("contract",)
 
 
 class Vector(types.Type):
@@ -49,7 +51,7 @@ def load(typing: Any, array: types.Array, index: types.Type) -> tuple:
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: list) -> ir.Value:
         numbers = builder.load(_pointer(context, builder, array, *values))
-        numbers.align = _alignment(context, array)
+        numbers.align = alignment(context, array)
         return numbers
 
     return vector(array, types.intp), generate
@@ -65,13 +67,13 @@ def load_first(typing: Any, array: types.Array, index: types.Type, count: types.
         pointer = _pointer(context, builder, array, data, index)
         of = pointer.type.pointee
         lanes = ir.VectorType(_INDEX, LANES)
-        counts = _splat(builder, builder.trunc(count, _INDEX))
+        counts = splat(builder, builder.trunc(count, _INDEX))
         mask = builder.icmp_signed("<", ir.Constant(lanes, list(range(LANES))), counts)
         signature = ir.FunctionType(of, [pointer.type, _INDEX, mask.type, of])
         name = f"llvm.masked.load.v{LANES}f{8 * context.get_abi_sizeof(of.element)}.p0"
         function = cgutils.get_or_insert_function(builder.module, signature, name)
-        alignment = ir.Constant(_INDEX, _alignment(context, array))
-        return builder.call(function, [pointer, alignment, mask, ir.Constant(of, None)])
+        numbers_align = ir.Constant(_INDEX, alignment(context, array))
+        return builder.call(function, [pointer, numbers_align, mask, ir.Constant(of, None)])
 
     return vector(array, types.intp, types.intp), generate
 
@@ -84,7 +86,7 @@ def store(typing: Any, array: types.Array, index: types.Type, vector: Vector) ->
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: list) -> ir.Value:
         data, index, numbers = values
         stored = builder.store(numbers, _pointer(context, builder, array, data, index))
-        stored.align = _alignment(context, array)
+        stored.align = alignment(context, array)
         return context.get_dummy_value()
 
     return types.none(array, types.intp, vector), generate
@@ -95,7 +97,7 @@ def fill(typing: Any, number: types.Type) -> tuple:
     """A vector of the same number."""
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: list) -> ir.Value:
-        return _splat(builder, values[0])
+        return splat(builder, values[0])
 
     return Vector(number)(number), generate
 
@@ -117,7 +119,7 @@ def multiply_add(typing: Any, a: Vector, b: Vector, c: Vector) -> tuple:
     """a b + c, rounded once where the processor can."""
 
     def generate(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
-        return builder.fadd(builder.fmul(a, b, flags=_CONTRACT), c, flags=_CONTRACT)
+        return builder.fadd(builder.fmul(a, b, flags=CONTRACT), c, flags=CONTRACT)
 
     return _arithmetic(generate, a, b, c)
 
@@ -150,19 +152,7 @@ def total(typing: Any, a: Vector) -> tuple:
     """The sum of the lanes, of the first and the second half, and so on."""
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: list) -> ir.Value:
-        numbers, lanes = values[0], LANES
-        while lanes > 1:
-            lanes //= 2
-            halves = (
-                builder.shuffle_vector(
-                    numbers,
-                    numbers,
-                    ir.Constant(ir.VectorType(_INDEX, lanes), list(range(first, first + lanes))),
-                )
-                for first in (0, lanes)
-            )
-            numbers = builder.fadd(*halves)
-        return builder.extract_element(numbers, ir.Constant(_INDEX, 0))
+        return sum_of_lanes(builder, values[0])
 
     return a.dtype(a), generate
 
@@ -220,11 +210,11 @@ def correlate_block(
                 pixels[-1].align = size
             for k in range(FILTERS):
                 one = builder.load(builder.gep(f_at, [builder.add(taps, taps.type(k))]))
-                one = _splat(builder, one, _WIDE)
+                one = splat(builder, one, _WIDE)
                 for half in range(2):
-                    product = builder.fmul(one, pixels[half], flags=_CONTRACT)
+                    product = builder.fmul(one, pixels[half], flags=CONTRACT)
                     so_far = builder.load(sums[k][half])
-                    builder.store(builder.fadd(product, so_far, flags=_CONTRACT), sums[k][half])
+                    builder.store(builder.fadd(product, so_far, flags=CONTRACT), sums[k][half])
         for k, half in itertools.product(range(FILTERS), range(2)):
             pointer = vector(tile_at, values[2].type(k * BLOCK + half * _WIDE))
             builder.store(builder.load(sums[k][half]), pointer).align = size
@@ -234,9 +224,10 @@ def correlate_block(
 
 
 def padded(rows: np.ndarray) -> np.ndarray:
-    """The same with zeros appended to the last axis, up to a multiple of LANES."""
+    """The same with zeros appended to the last axis, up to LANES numbers or a multiple of LONG."""
     length = rows.shape[-1]
-    whole = np.zeros((*rows.shape[:-1], -(-length // LANES) * LANES), rows.dtype)
+    width = LANES if length <= LANES else -(-length // LONG) * LONG
+    whole = np.zeros((*rows.shape[:-1], width), rows.dtype)
     whole[..., :length] = rows
     return whole
 
@@ -270,11 +261,30 @@ def _pointer(
     return builder.bitcast(element, context.get_value_type(Vector(array.dtype)).as_pointer())
 
 
-def _alignment(context: Any, array: types.Array) -> int:
+def sum_of_lanes(builder: ir.IRBuilder, numbers: ir.Value) -> ir.Value:
+    """The sum that `total` computes."""
+    lanes = numbers.type.count
+    while lanes > 1:
+        lanes //= 2
+        halves = (
+            builder.shuffle_vector(
+                numbers,
+                numbers,
+                ir.Constant(ir.VectorType(_INDEX, lanes), list(range(first, first + lanes))),
+            )
+            for first in (0, lanes)
+        )
+        numbers = builder.fadd(*halves, flags=CONTRACT)
+    return builder.extract_element(numbers, ir.Constant(_INDEX, 0))
+
+
+def alignment(context: Any, array: types.Array) -> int:
+    """That of the numbers of an array, in bytes."""
     return context.get_abi_sizeof(context.get_value_type(array.dtype))
 
 
-def _splat(builder: ir.IRBuilder, number: ir.Value, lanes: int = LANES) -> ir.Value:
+def splat(builder: ir.IRBuilder, number: ir.Value, lanes: int = LANES) -> ir.Value:
+    """A vector of the same number."""
     nothing = ir.Constant(ir.VectorType(number.type, lanes), ir.Undefined)
     one = builder.insert_element(nothing, number, ir.Constant(_INDEX, 0))
     first = ir.Constant(ir.VectorType(_INDEX, lanes), [0] * lanes)
