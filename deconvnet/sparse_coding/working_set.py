@@ -46,7 +46,11 @@ from deconvnet.support.vectors import BLOCK, FILTERS, LONG, padded
 
 # A pass over all coefficients costs as much as several sweeps over the working set. Between two
 # passes, even and odd bands alternate TURNS times, and each time a band is swept SWEEPS times.
-TURNS, SWEEPS = 10, 1
+# Where an image converges slowly, longer momentum pays: MORE_TURNS, if a round has lowered the
+# objective by more than half as much as the one before, with at least SETTLED of the coefficients
+# not zero.
+TURNS, MORE_TURNS, SWEEPS = 10, 20, 1
+SETTLED = 0.75
 # The working set grows at most by about this factor in a round.
 GROWTH = 3
 # From so many channels on, the compiled loops take them side by side (`Atoms`). A position then
@@ -270,6 +274,7 @@ class WorkingSetSolver(CoordinateDescent):
         no_positions = np.empty((3, 0), np.int32)
         self.active = [self._active_set(n, *no_positions) for n in range(N)]
         self.steps = [atoms.steps(e, problem.lam) for e in self.active]
+        self.turns, self.decreases = [TURNS] * N, np.full(N, math.inf)
         # The value of the prior of each image, in float64.
         self.penalties = np.zeros(N)
         # Whether the correlations of the images of the last round match the residual.
@@ -293,6 +298,8 @@ class WorkingSetSolver(CoordinateDescent):
         if not self.correlated:
             self.correlate_residual(images, certify=False)
         start = list(self.active)
+        for n in images:
+            self.choose_turns(n)
         self.sweep(images, momentum=True)
         self.refresh_residual(images)
         allowed = (1 + 4 * np.finfo(self.atoms.dtype).eps) * self.costs_before
@@ -469,6 +476,13 @@ class WorkingSetSolver(CoordinateDescent):
         # Rounding can make the gap negative at the minimum; NaNs propagate.
         self.gaps[n] = np.maximum(self.costs[n] - lam * dual, 0)
 
+    def choose_turns(self, n: int) -> None:
+        """How often even and odd bands alternate in the next round."""
+        decrease, z = self.costs_before[n] - self.costs[n], self.active[n].z
+        slow = decrease > self.decreases[n] / 2
+        settled = np.count_nonzero(z.any(1)) > SETTLED * len(z)
+        self.turns[n], self.decreases[n] = MORE_TURNS if slow and settled else TURNS, decrease
+
     def sweep(self, images: list[int], *, momentum: bool) -> None:
         """Steps 2 and 3. Threads share the images or, if these are few, their bands."""
         threads = torch.get_num_threads()
@@ -515,7 +529,7 @@ class WorkingSetSolver(CoordinateDescent):
         return functools.partial(
             kernels.descend,
             *(self.frames.pixels[n], atoms.filters, atoms.grid(n), self.active[n], self.steps[n]),
-            *(self.starts[n], share, TURNS, SWEEPS),
+            *(self.starts[n], share, self.turns[n], SWEEPS),
             (spans, self.frames_before.pixels[n], self.before[n]),
             *(number(self.problem.lam), number(prior.p), prior.non_negative),
             *(atoms.group if atoms.group > 1 else None, np.empty(atoms.group, number)),
