@@ -378,8 +378,9 @@ def descend(
     """Minimise over one coefficient after another, updating z and r in place. In each of `turns`
     turns, first the even bands and then the odd ones are swept `sweeps` times.
 
-    steps (pixel, inverse, threshold), each (n,): where a coefficient paints all its taps, the first
-    of these pixels in a plane of r, 1 / L, and weight / (lam L); elsewhere pixel < 0.
+    steps (pixel, inverse, threshold), each (n,): where a coefficient paints all its taps, and no
+    mask changes them, the first of these pixels in a plane of r, 1 / L, and weight / (lam L);
+    elsewhere pixel < 0.
     share (first, last): the bands that this call sweeps; others sweep the rest at the same time.
     progress (bands,): how many turns each band has had. A band is not swept before its neighbours,
     which touch it, are as far as if one thread swept all. state (2,), at first zeros: where to go
@@ -397,7 +398,7 @@ def descend(
     rows, columns, mask = grid
     spans, r_before, z_before = momentum
     (first, last), bands = share, len(progress)
-    G, masked = 1 if group is None else group, mask.size > 0
+    G = 1 if group is None else group
     while state[0] < 2 * turns:
         turn, parity, s = state[0] // 2, state[0] % 2, first + state[1]
         if s >= last:
@@ -433,7 +434,7 @@ def descend(
         for _ in range(sweeps):
             n = starts[s]
             while n < starts[s + 1]:
-                if group is None and not masked:
+                if group is None and steps[0][n] >= 0:
                     n = _sweep(r, f, planes, steps, g, z, n, starts[s + 1], p, positive)
                     if n == starts[s + 1]:
                         break
@@ -448,7 +449,7 @@ def descend(
                     k = g[n] * G + u
                     if group is None:
                         c = _dot_at(r, f, k, rows, columns, mask, i[n], j[n])
-                    elif pixel >= 0 and not masked:
+                    elif pixel >= 0:
                         c = correlate_at(r, f, planes, k, pixel)
                     else:
                         c = _dot_at(r, f, k, rows, columns, mask, i[n], j[n])
@@ -471,7 +472,7 @@ def descend(
                     if d != 0:
                         if group is None:
                             _paint_at(r, -d, f, k, rows, columns, mask, i[n], j[n])
-                        elif pixel >= 0 and not masked:
+                        elif pixel >= 0:
                             paint_at(r, f, planes, k, pixel, -d)
                         else:
                             _paint_at(r, -d, f, k, rows, columns, mask, i[n], j[n])

@@ -33,6 +33,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from deconvnet.operators.convolution import correlate_strips, map_size
@@ -155,16 +156,30 @@ class Atoms:
             L[cut] = norms[g[cut], row[i[cut]], column[j[cut]]]
         return L
 
-    def steps(self, e: ActiveSet, lam: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(pixel, inverse, threshold) of the coefficients, as `kernels.descend` takes them."""
+    def steps(self, n: int, e: ActiveSet, lam: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(pixel, inverse, threshold) of coefficients, as `kernels.descend` takes them."""
         with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
             inverse = 1 / e.L
             threshold = e.weight * (inverse / self.dtype(lam))
         rows, columns = self.axes
         top, left = rows.first[e.i].astype(np.int64), columns.first[e.j]
         direct = (top >= 0) & (left >= 0) & np.isfinite(inverse)
-        width = self.image_size[2] * (self.image_size[0] if self.channels_last else 1) + LONG
+        if self.mask is not None:
+            corner = rows.first[e.i[direct]], self.footprints[1].first[e.j[direct]]
+            direct[direct] = self._unmasked[n][corner]
+        C, _, W = self.image_size
+        width = (W * C if self.channels_last else W) + LONG
         return np.where(direct, top * width + left, -1), inverse, threshold
+
+    @functools.cached_property
+    def _unmasked(self) -> np.ndarray:
+        """(N, rows, columns): whether the mask is 1 at all pixels of a filter with this corner."""
+        hidden = (self.mask.images != 1).any(1, keepdim=True).float()
+        h, w = (
+            min(side, taps) for side, taps in zip(hidden.shape[2:], self.f.shape[2:], strict=True)
+        )
+        rows = F.max_pool2d(hidden, (h, 1), stride=1)
+        return (F.max_pool2d(rows, (1, w), stride=1)[:, 0] == 0).numpy()
 
     @functools.cached_property
     def _visible(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -273,7 +288,7 @@ class WorkingSetSolver(CoordinateDescent):
         self.starts: list[np.ndarray | None] = [None] * N
         no_positions = np.empty((3, 0), np.int32)
         self.active = [self._active_set(n, *no_positions) for n in range(N)]
-        self.steps = [atoms.steps(e, problem.lam) for e in self.active]
+        self.steps = [atoms.steps(n, e, problem.lam) for n, e in enumerate(self.active)]
         self.turns, self.decreases = [TURNS] * N, np.full(N, math.inf)
         # The value of the prior of each image, in float64.
         self.penalties = np.zeros(N)
@@ -517,7 +532,7 @@ class WorkingSetSolver(CoordinateDescent):
             e = e.join(self._active_set(n, first + which[i, j], i, j))
         order, self.starts[n] = self.bands.sort(e, best.shape[1:])
         self.active[n] = e.take(order)
-        self.steps[n] = self.atoms.steps(self.active[n], self.problem.lam)
+        self.steps[n] = self.atoms.steps(n, self.active[n], self.problem.lam)
         self.before[n] = np.empty_like(e.z)
 
     def _sweep_bands(
