@@ -214,12 +214,23 @@ class Bands:
         return cls(by_rows) if by_rows > 1 else cls(by_columns, of_columns=True)
 
     def sort(self, e: ActiveSet, maps: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-        """(order, starts): the coefficients of maps of this size, sorted by band."""
+        """(order, starts): the coefficients of maps of this size, sorted by band; in a band, those
+        of its two halves take turns, so that no step has to wait for the pixels of the last.
+        """
         rows, columns = maps
-        if not self.of_columns:
-            return kernels.by_bands(e.i, e.j, rows, columns, self.number)
-        order, starts = kernels.by_bands(e.j, e.i, columns, rows, columns)
-        return order, starts[self._firsts(columns)]
+        if self.of_columns:
+            order, starts = kernels.by_bands(e.j, e.i, columns, rows, columns)
+            starts = starts[self._firsts(columns)]
+        else:
+            order, starts = kernels.by_bands(e.i, e.j, rows, columns, self.number)
+        sizes = np.diff(starts)
+        halves, firsts = (np.repeat(each, sizes) for each in ((sizes + 1) // 2, starts[:-1]))
+        rank = np.arange(len(order)) - firsts
+        turn = firsts + 2 * rank
+        turn -= (rank >= halves) * (2 * halves - 1)
+        taking_turns = np.empty_like(order)
+        taking_turns[turn] = order
+        return taking_turns, starts
 
     def spans(self, axes: tuple[Footprint, Footprint], size: tuple[int, int]) -> np.ndarray:
         """(number, 4): from which to which row and column of images of this size each band counts
