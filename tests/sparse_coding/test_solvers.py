@@ -640,7 +640,7 @@ def test_the_default_without_coordinate_descent_is_of_the_accuracy_of_that_with_
             ).item()
             for settings in (None, elsewhere)
         )
-        assert there < 3 * here + 2e-5, lam_ratio
+        assert there < 3 * here + 5e-5, lam_ratio  # of a tolerance of 1e-4
 
 
 @pytest.mark.parametrize("name", CHEAP)
