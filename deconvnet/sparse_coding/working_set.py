@@ -535,7 +535,7 @@ class WorkingSetSolver(CoordinateDescent):
     def grow_working_set(self, n: int) -> None:
         """Step 2: the sorted working set of the next sweeps."""
         old, best = self.active[n], self.best[n]
-        old = old.take((old.z != 0).any(1))
+        old = old.take(np.flatnonzero(old.z.any(1)))
         tile = _tile(best, self.atoms.f.shape[2:], len(old.g))
         e = old
         for first, strength, which in zip(self.parts, best, self.which[n], strict=False):
