@@ -46,12 +46,12 @@ from deconvnet.support.thread_pool import run_all, run_in_turns
 from deconvnet.support.vectors import BLOCK, FILTERS, LONG, padded
 
 # A pass over all coefficients costs as much as several sweeps over the working set. Between two
-# passes, even and odd bands alternate TURNS times, and each time a band is swept SWEEPS times.
-# Where an image converges slowly, longer momentum pays: MORE_TURNS, if a round has lowered the
-# objective by more than half as much as the one before, with at least SETTLED of the coefficients
-# not zero.
+# passes, even and odd bands alternate TURNS times, in rounds with longer momentum MORE_TURNS times,
+# and each time a band is swept SWEEPS times.
 TURNS, MORE_TURNS, SWEEPS = 10, 20, 1
-SETTLED = 0.75
+# Longer momentum is tried if more than so many of the coefficients of the working set are not zero,
+# and fewer than so many times as many as a round before.
+SETTLED, GROWING = 0.75, 1.1
 # The working set grows at most by about this factor in a round.
 GROWTH = 3
 # From so many channels on, the compiled loops take them side by side (`Atoms`). A position then
@@ -253,6 +253,33 @@ class Bands:
         return -(-np.arange(self.number + 1) * positions // self.number)
 
 
+class Turns:
+    """How often even and odd bands of an image alternate in a round.
+
+    Momentum pays for longer where an image converges slowly, except where coefficients depend on
+    each other so much that it overshoots.
+    """
+
+    def __init__(self) -> None:
+        self.number, self._decrease, self._nonzero = TURNS, math.inf, 0
+        self._on_trial, self._overshoots = False, False
+
+    def adapt(self, decrease: float, nonzero: int, size: int) -> None:
+        """After a round that has lowered the objective by so much, with so many non-zero
+        coefficients in a working set of this size.
+        """
+        settled = SETTLED * size < nonzero < GROWING * self._nonzero
+        before, self._decrease, self._nonzero = self._decrease, decrease, nonzero
+        if self._on_trial:
+            self._on_trial, self._overshoots = False, not decrease > before
+            longer = not self._overshoots
+        elif self.number == TURNS:
+            self._on_trial = longer = settled and not self._overshoots and decrease > before / 2
+        else:
+            longer = decrease > before / 4
+        self.number = MORE_TURNS if longer else TURNS
+
+
 class Weights(Protocol):
     """The weights of the prior, and the limits up to which a correlation leaves a coefficient zero.
 
@@ -300,7 +327,7 @@ class WorkingSetSolver(CoordinateDescent):
         no_positions = np.empty((3, 0), np.int32)
         self.active = [self._active_set(n, *no_positions) for n in range(N)]
         self.steps = [atoms.steps(n, e, problem.lam) for n, e in enumerate(self.active)]
-        self.turns, self.decreases = [TURNS] * N, np.full(N, math.inf)
+        self.turns = [Turns() for _ in range(N)]
         # The value of the prior of each image, in float64.
         self.penalties = np.zeros(N)
         # Whether the correlations of the images of the last round match the residual.
@@ -325,7 +352,9 @@ class WorkingSetSolver(CoordinateDescent):
             self.correlate_residual(images, certify=False)
         start = list(self.active)
         for n in images:
-            self.choose_turns(n)
+            z = self.active[n].z
+            decrease = self.costs_before[n] - self.costs[n]
+            self.turns[n].adapt(decrease, np.count_nonzero(z.any(1)), len(z))
         self.sweep(images, momentum=True)
         self.refresh_residual(images)
         allowed = (1 + 4 * np.finfo(self.atoms.dtype).eps) * self.costs_before
@@ -502,13 +531,6 @@ class WorkingSetSolver(CoordinateDescent):
         # Rounding can make the gap negative at the minimum; NaNs propagate.
         self.gaps[n] = np.maximum(self.costs[n] - lam * dual, 0)
 
-    def choose_turns(self, n: int) -> None:
-        """How often even and odd bands alternate in the next round."""
-        decrease, z = self.costs_before[n] - self.costs[n], self.active[n].z
-        slow = decrease > self.decreases[n] / 2
-        settled = np.count_nonzero(z.any(1)) > SETTLED * len(z)
-        self.turns[n], self.decreases[n] = MORE_TURNS if slow and settled else TURNS, decrease
-
     def sweep(self, images: list[int], *, momentum: bool) -> None:
         """Steps 2 and 3. Threads share the images or, if these are few, their bands."""
         threads = torch.get_num_threads()
@@ -555,7 +577,7 @@ class WorkingSetSolver(CoordinateDescent):
         return functools.partial(
             kernels.descend,
             *(self.frames.pixels[n], atoms.filters, atoms.grid(n), self.active[n], self.steps[n]),
-            *(self.starts[n], share, self.turns[n], SWEEPS),
+            *(self.starts[n], share, self.turns[n].number, SWEEPS),
             (spans, self.frames_before.pixels[n], self.before[n]),
             *(number(self.problem.lam), number(prior.p), prior.non_negative),
             *(atoms.group if atoms.group > 1 else None, np.empty(atoms.group, number)),

@@ -29,7 +29,7 @@ from deconvnet.sparse_coding.iteration import Start, Until
 from deconvnet.sparse_coding.prior import Prior
 from deconvnet.sparse_coding.problem import Problem, SolverSettings, duality_gap
 from deconvnet.sparse_coding.solve import solve, sparse_code
-from deconvnet.sparse_coding.working_set import Atoms, Bands, WorkingSetSolver, _tile
+from deconvnet.sparse_coding.working_set import TURNS, Atoms, Bands, Turns, WorkingSetSolver, _tile
 
 # Nearly all tests share few sizes of filters: the loops are compiled once for each.
 every_boundary = pytest.mark.parametrize("boundary", BOUNDARIES)
@@ -641,6 +641,26 @@ def test_one_number_that_is_expanded_is_a_start_like_the_same_maps_in_memory(num
     maps = torch.full((1, 1, 1, 1), number).double().expand(A.zeros(b).shape)
     expanded, copied = (descend(A, b, z, iterations=4) for z in (maps, maps.clone()))
     assert all(map(torch.equal, expanded[:2], copied[:2]))
+
+
+@pytest.mark.parametrize(
+    ("decreases", "longer"),
+    [
+        ((8, 4.1, 2, 1), "-+--"),  # tried where it is slow, and given up where it decreases less
+        ((8, 4.1, 5, 2, 0.4, 0.3), "-+++-+"),  # kept until it overshoots, and tried again
+        ((8, 4.1, math.nan, 1, 0.9), "-+---"),
+    ],
+)
+def test_momentum_is_longer_where_an_image_converges_slowly_and_it_pays(decreases, longer):
+    turns = Turns()
+    turns.adapt(math.inf, 90, 100)
+    for decrease, expected in zip(decreases, longer, strict=True):
+        turns.adapt(decrease, 90, 100)
+        assert (turns.number > TURNS) == (expected == "+"), decrease
+    growing = Turns()
+    for nonzero in (10, 20, 40, 80):
+        growing.adapt(nonzero, nonzero, 100)
+        assert growing.number == TURNS
 
 
 @pytest.mark.parametrize("name", PRIORS)
