@@ -33,6 +33,7 @@ from deconvnet.sparse_coding.problem import (
     in_units,
 )
 from deconvnet.sparse_coding.proximal_gradient import fista, ista
+from deconvnet.support.allocation import memory_kept
 from deconvnet.support.renaming import renamed_arguments
 from deconvnet.support.scaling import Units, exponent, magnitude, times_power
 from deconvnet.support.torch_modes import full_precision, plain
@@ -46,9 +47,11 @@ from deconvnet.support.validation import (
     check_settings,
 )
 
-# Above 32 MiB the C library returns the memory of an array when it is freed, and the pages of the
-# next one must be mapped again, which doubles the time of an iteration; smaller ones are reused.
+# The maps of a batch: beyond this size batches gain nothing, and where memory is not kept, the C
+# library returns that of arrays above 32 MiB to the system when they are freed.
 BATCH_BYTES = 2**24
+# From this size of the maps on, memory is kept from iteration to iteration (`memory_kept`).
+KEEP_BYTES = 2**20
 
 Callback = Callable[[int, Tensor, Tensor], None]
 Solver = Callable[[Problem, Start, SolverSettings, Until], Solution]
@@ -430,6 +433,16 @@ def _solve_batches(
     """The solution of all images, in one batch or several."""
     if until.training:
         settings = dataclasses.replace(settings, refit=False)
+    numel = max(start.state.numel(), len(problem.b) * problem.A.max_intermediate_numel)
+    large = numel * problem.b.element_size() >= KEEP_BYTES
+    on_cpu = problem.b.device.type == "cpu" and settings.method != "coordinate"
+    with memory_kept(large and on_cpu):
+        return _solve_in_batches(problem, start, settings, until, chunk)
+
+
+def _solve_in_batches(
+    problem: Problem, start: Start, settings: SolverSettings, until: Until, chunk: int | None
+) -> Solution:
     if until.callback or (settings.method == "coordinate" and chunk is None):
         return _solved(problem, start, settings, until)
     solutions = []
