@@ -18,22 +18,16 @@ deconvnet were first as good as those of SPORCO. Images come with SPORCO (pip in
 
 from __future__ import annotations
 
-import argparse
-import importlib.util
-import json
-import sys
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 import deconvnet_solvers
 import numpy as np
 import problems
 import timing
 import torch
-from sporco_notebooks import as_image, photograph, split
+from sporco_notebooks import arguments, as_image, photograph, run_rounds, split
 
 MAPS, SIZE, WEIGHT, GAP = 64, 8, 0.2, 1e-3
 CROPS = {
@@ -76,29 +70,11 @@ class Row:
 
 
 def main() -> None:
-    sys.stdout.reconfigure(line_buffering=True)
-    options = arguments()
-    import sporco.fft
-
-    sporco.fft.pyfftw_threads = options.threads
-    torch.set_num_threads(options.threads)
+    options = arguments(__doc__, NOTEBOOKS)
     rows = [Row(name, NOTEBOOKS[name].published) for name in options.rows]
-    for turn in range(options.repeats):
-        for row in rows:
-            run(row, NOTEBOOKS[row.name], options.threads)
-            print(f"round {turn + 1}: {line(row)}")
-    options.output.mkdir(parents=True, exist_ok=True)
-    results = {
-        "command": " ".join(sys.argv),
-        "date": time.strftime("%Y-%m-%d %H:%M"),
-        "machine": timing.machine(),
-        "threads": options.threads,
-        "rows": [asdict(row) for row in rows],
-    }
-    (options.output / "sporco_learning_notebooks.json").write_text(json.dumps(results, indent=1))
-    print(HEADER)
-    for row in rows:
-        print(line(row))
+    run_rounds(
+        rows, lambda row: run(row, NOTEBOOKS[row.name], options.threads), HEADER, line, options
+    )
 
 
 HEADER = """
@@ -243,28 +219,6 @@ NOTEBOOKS = {
     "parallel": Notebook(True, 29.26, parallel),
     "online": Notebook(False, 231.13, online),
 }
-
-
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("rows", nargs="*", help=f"{', '.join(NOTEBOOKS)} (default: all)")
-    parser.add_argument("--threads", type=int, default=2, help="of both (default 2)")
-    parser.add_argument("--repeats", type=int, default=1, help="rounds (default 1)")
-    parser.add_argument("--output", type=Path, default=Path("runs/benchmark"))
-    options = parser.parse_args()
-    if unknown := [name for name in options.rows if name not in NOTEBOOKS]:
-        parser.error(f"{' '.join(unknown)}: choose from {', '.join(NOTEBOOKS)}")
-    for key in ("threads", "repeats"):
-        if not getattr(options, key) > 0:
-            parser.error(f"--{key}={getattr(options, key)}: must be positive")
-    if importlib.util.find_spec("sporco") is None:
-        sys.exit(
-            "benchmarks/sporco_learning_notebooks.py needs SPORCO: pip install -e '.[benchmark]'"
-        )
-    options.rows = options.rows or list(NOTEBOOKS)
-    return options
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -92,21 +92,25 @@ class Row:
 
 
 def main() -> None:
-    sys.stdout.reconfigure(line_buffering=True)
-    options = arguments()
-    import sporco.fft
-
-    sporco.fft.pyfftw_threads = options.threads
-    torch.set_num_threads(options.threads)
+    options = arguments(__doc__, NOTEBOOKS, limit=120.0)
     notebooks = {name: NOTEBOOKS[name]() for name in options.rows}
     rows = [
         Row(name, notebook.published, minimum(notebook)) for name, notebook in notebooks.items()
     ]
     for notebook in notebooks.values():
         compile_kernels(notebook)
+    run_rounds(
+        rows, lambda row: run(row, notebooks[row.name], options.limit), HEADER, line, options
+    )
+
+
+def run_rounds(
+    rows: list, run: Callable, header: str, line: Callable, options: argparse.Namespace
+) -> None:
+    """Run all rows in turn, print the table, and store it under the name of the program."""
     for turn in range(options.repeats):
         for row in rows:
-            run(row, notebooks[row.name], options.limit)
+            run(row)
             print(f"round {turn + 1}: {line(row)}")
     options.output.mkdir(parents=True, exist_ok=True)
     results = {
@@ -116,8 +120,9 @@ def main() -> None:
         "threads": options.threads,
         "rows": [asdict(row) for row in rows],
     }
-    (options.output / "sporco_notebooks.json").write_text(json.dumps(results, indent=1))
-    print(HEADER)
+    file = options.output / f"{Path(sys.argv[0]).stem}.json"
+    file.write_text(json.dumps(results, indent=1))
+    print(header)
     for row in rows:
         print(line(row))
 
@@ -393,26 +398,37 @@ def in_sporcos_order(notebook: Notebook) -> tuple[np.ndarray, np.ndarray]:
     return np.ascontiguousarray(D), np.ascontiguousarray(s)
 
 
-def arguments() -> argparse.Namespace:
+def arguments(
+    description: str, names: Mapping[str, object], *, limit: float | None = None
+) -> argparse.Namespace:
+    """The options of a program with rows of these names; sets the threads of both packages."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("rows", nargs="*", help=f"{', '.join(NOTEBOOKS)} (default: all)")
+    parser.add_argument("rows", nargs="*", help=f"{', '.join(names)} (default: all)")
     parser.add_argument("--threads", type=int, default=2, help="of both (default 2)")
     parser.add_argument("--repeats", type=int, default=1, help="rounds (default 1)")
+    if limit is not None:
+        parser.add_argument(
+            "--limit", type=float, default=limit, help=f"seconds for deconvnet (default {limit:g})"
+        )
     parser.add_argument(
-        "--limit", type=float, default=120.0, help="seconds for deconvnet (default 120)"
+        "--output", type=Path, default=Path("runs/benchmark"), help="folder of the results"
     )
-    parser.add_argument("--output", type=Path, default=Path("runs/benchmark"))
     options = parser.parse_args()
-    if unknown := [name for name in options.rows if name not in NOTEBOOKS]:
-        parser.error(f"{' '.join(unknown)}: choose from {', '.join(NOTEBOOKS)}")
+    if unknown := [name for name in options.rows if name not in names]:
+        parser.error(f"{' '.join(unknown)}: choose from {', '.join(names)}")
     for key in ("threads", "repeats", "limit"):
-        if not getattr(options, key) > 0:
+        if not getattr(options, key, 1) > 0:
             parser.error(f"--{key}={getattr(options, key)}: must be positive")
     if importlib.util.find_spec("sporco") is None:
-        sys.exit("benchmarks/sporco_notebooks.py needs SPORCO: pip install -e '.[benchmark]'")
-    options.rows = options.rows or list(NOTEBOOKS)
+        sys.exit("this benchmark needs SPORCO: pip install -e '.[benchmark]'")
+    options.rows = options.rows or list(names)
+    import sporco.fft
+
+    sporco.fft.pyfftw_threads = options.threads
+    torch.set_num_threads(options.threads)
+    sys.stdout.reconfigure(line_buffering=True)
     return options
 
 
