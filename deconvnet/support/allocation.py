@@ -2,7 +2,8 @@
 
 By default glibc returns large blocks to the system as soon as they are free, and the system clears
 every page before it is used again. An iteration over arrays of a few MiB or more, which makes and
-frees several of them, then spends half of its time or more on that.
+frees several of them, then spends half of its time or more on that. The main thread is the one that
+gains: other threads have arenas whose memory glibc returns in any case.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _users = 0
 
 @contextlib.contextmanager
 def memory_kept(worthwhile: bool = True) -> Iterator[None]:
-    """Keep what is freed meanwhile, by any thread, and return it to the system in the end.
+    """Keep what is freed meanwhile, and return it to the system in the end.
 
     Does nothing if it is not `worthwhile`, if the C library is another one, or if the user has set
     its parameters (MALLOC_..., GLIBC_TUNABLES).
