@@ -13,8 +13,8 @@ from deconvnet.support.allocation import memory_kept
 
 pytestmark = pytest.mark.skipif(allocation._glibc() is None, reason="not the memory of glibc")
 
-# In the main thread of a process of its own: what other tests have left in memory, or their threads,
-# decide where blocks are placed.
+# In the main thread of a process of its own: elsewhere, what other tests have left in memory
+# decides where blocks are placed.
 PAGES = """
 import ctypes, json, resource, runpy, sys
 memory_kept = runpy.run_path(sys.argv[1])["memory_kept"]
